@@ -1,0 +1,126 @@
+"""An adapter's files on their way to and from a server."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO, Self
+
+from turret.v1 import adapters_pb2
+
+_CHUNK_BYTES = 256 << 10
+# No directories, no hidden files: an export never writes outside its folder.
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
+
+
+def upload_messages(
+    name: str, directory: str | Path, *, pinned: bool, replace: bool
+) -> Iterator[adapters_pb2.UploadAdapterRequest]:
+    """Return the messages of one upload: the header, then the files in pieces.
+
+    Sends ``adapter_config.json`` and every ``*.safetensors`` of the directory, and nothing else: a
+    training run leaves optimizer states and other private things beside them.
+
+    Raises:
+        FileNotFoundError: The directory lacks one of them.
+    """
+    directory = Path(directory)
+    paths = [directory / "adapter_config.json", *sorted(directory.glob("*.safetensors"))]
+    if not paths[0].is_file() or len(paths) == 1:
+        raise FileNotFoundError(
+            f"{directory}: adapter_config.json and a .safetensors file are needed"
+        )
+    header = adapters_pb2.UploadHeader(name=name, pinned=pinned, replace=replace)
+    for path in paths:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            header.files.add(path=path.name, size_bytes=file.tell(), sha256=digest)
+    return _messages(header, paths)
+
+
+def _messages(
+    header: adapters_pb2.UploadHeader, paths: list[Path]
+) -> Iterator[adapters_pb2.UploadAdapterRequest]:
+    yield adapters_pb2.UploadAdapterRequest(header=header)
+    for path in paths:
+        with path.open("rb") as file:
+            while data := file.read(_CHUNK_BYTES):
+                chunk = adapters_pb2.FileChunk(path=path.name, data=data)
+                yield adapters_pb2.UploadAdapterRequest(chunk=chunk)
+
+
+class ExportWriter:
+    """Writes an export to a new directory, which appears only once every file is complete.
+
+    Use as a context manager; leave it without :meth:`finish` and nothing remains.
+
+    Raises:
+        FileExistsError: The directory is already there.
+    """
+
+    def __init__(self, directory: str | Path) -> None:
+        self._directory = Path(directory)
+        if self._directory.exists():
+            raise FileExistsError(f"{self._directory} already exists")
+        self._directory.parent.mkdir(parents=True, exist_ok=True)
+        self._partial = Path(
+            tempfile.mkdtemp(prefix=f".{self._directory.name}.", dir=self._directory.parent)
+        )
+        self._expected: dict[str, adapters_pb2.FileInfo] = {}
+        self._open: dict[str, BinaryIO] = {}
+        self.adapter: adapters_pb2.Adapter | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for file in self._open.values():
+            file.close()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
+    def write(self, message: adapters_pb2.ExportAdapterResponse) -> None:
+        """Take the next message of the stream.
+
+        Raises:
+            ValueError: The message breaks the order that the RPC promises, or names a path.
+        """
+        match message.WhichOneof("part"):
+            case "header" if self.adapter is None:
+                self.adapter = message.header.adapter
+                for info in message.header.files:
+                    if not _FILE_NAME.fullmatch(info.path) or info.path in self._expected:
+                        raise ValueError(f"export: unacceptable file name {info.path!r}")
+                    self._expected[info.path] = info
+                    self._open[info.path] = (self._partial / info.path).open("xb")
+            case "chunk" if message.chunk.path in self._open:
+                self._open[message.chunk.path].write(message.chunk.data)
+            case _:
+                raise ValueError("export: a message is out of order")
+
+    def finish(self) -> adapters_pb2.Adapter:
+        """Check every file's size and digest, move them into place and return the adapter.
+
+        Raises:
+            ValueError: A file is incomplete or garbled, or nothing came.
+            FileExistsError: The directory has appeared meanwhile.
+        """
+        if self.adapter is None:
+            raise ValueError("export: the server sent no header")
+        for name, info in self._expected.items():
+            self._open[name].close()
+            with (self._partial / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+                size = file.tell()
+            if size != info.size_bytes or (info.sha256 and info.sha256 != digest):
+                raise ValueError(f"export: {name} arrived incomplete or garbled")
+        # mkdtemp made it private to this user; what is exported is an ordinary directory.
+        self._partial.chmod(0o755)
+        try:
+            self._partial.rename(self._directory)
+        except OSError as error:
+            raise FileExistsError(f"{self._directory} already exists") from error
+        return self.adapter

@@ -1,0 +1,77 @@
+"""Requests of the administrative calls, from plain Python values."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from google.protobuf import duration_pb2
+from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+
+from turret.clients.mix import AdapterLike, to_mix
+from turret.clients.requests import fill
+from turret.v1 import adapters_pb2 as pb
+
+
+def list_request(
+    page_size: int, page_token: str, method: str | None, residency: str | None
+) -> pb.ListAdaptersRequest:
+    """Raises ``ValueError`` for an unknown residency."""
+    return pb.ListAdaptersRequest(
+        page_size=page_size,
+        page_token=page_token,
+        method=method or "",
+        residency=_enum_value(pb.Adapter.Residency, "residency", residency),  # type: ignore[arg-type]
+    )
+
+
+def unload_request(name: str, mode: str, drain_seconds: float | None) -> pb.UnloadAdapterRequest:
+    """Raises ``ValueError`` for an unknown mode."""
+    request = pb.UnloadAdapterRequest(
+        name=name,
+        mode=_enum_value(pb.UnloadAdapterRequest.Mode, "mode", mode),  # type: ignore[arg-type]
+    )
+    if drain_seconds is not None:
+        request.timeout.CopyFrom(_duration(drain_seconds))
+    return request
+
+
+def fuse_request(
+    name: str, adapters: AdapterLike | Sequence[AdapterLike], **options: Any
+) -> pb.FuseAdaptersRequest:
+    """``options`` are the request's scalars; None leaves one unset.
+
+    Raises ``ValueError`` for a value that does not fit its field.
+    """
+    request = pb.FuseAdaptersRequest(name=name, adapters=to_mix(adapters))
+    values = {key: value for key, value in options.items() if value is not None}
+    fill(request, values, values)
+    return request
+
+
+def merge_request(
+    adapters: AdapterLike | Sequence[AdapterLike], precision: str
+) -> pb.MergeAdaptersRequest:
+    """Raises ``ValueError`` for an unknown precision."""
+    value = _enum_value(pb.MergeAdaptersRequest.Precision, "precision", precision)
+    return pb.MergeAdaptersRequest(
+        adapters=to_mix(adapters),
+        precision=value,  # type: ignore[arg-type]
+    )
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(round(seconds * 1e9))
+    return duration
+
+
+def _enum_value(enum: EnumTypeWrapper, field: str, name: str | None) -> int:
+    """The value of that name, in any case; None is unspecified."""
+    if name is None:
+        return 0
+    # The first name is the unspecified one.
+    names = enum.keys()[1:]
+    if name.upper() not in names:
+        raise ValueError(f"{field} must be one of {', '.join(names)}, not {name!r}")
+    return enum.Value(name.upper())

@@ -1,0 +1,161 @@
+"""What the adapter calls return. Fields mean what ``adapters.proto`` says of the same name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from google.protobuf import timestamp_pb2
+from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
+
+from turret.v1 import adapters_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A registered adapter.
+
+    Attributes:
+        name: The name that requests use.
+        uuid: Identifies this registration.
+        generation: Counts the weights under it, from 1.
+        digest: SHA-256 over config and tensors, in hex.
+        method: Such as ``lora``.
+        ranks: The distinct ranks in use.
+        target_modules: The modules that it changes.
+        bytes_disk: Size on disk.
+        bytes_host: Host memory in use, in bytes.
+        bytes_device: Device memory in use, in bytes.
+        residency: ``DISK``, ``HOST`` or ``DEVICE``.
+        pinned: Whether eviction and unload are refused.
+        in_flight: Requests that use it.
+        last_used_time: When a request last used it (UTC), or None.
+        base_model: The base model that the checkpoint names.
+        warnings: What looks wrong, for people to read.
+        state: ``LOADING``, ``ACTIVE`` or ``DELETING``.
+    """
+
+    name: str
+    uuid: str
+    generation: int
+    digest: str
+    method: str
+    ranks: tuple[int, ...]
+    target_modules: tuple[str, ...]
+    bytes_disk: int
+    bytes_host: int
+    bytes_device: int
+    residency: str
+    pinned: bool
+    in_flight: int
+    last_used_time: datetime | None
+    base_model: str
+    warnings: tuple[str, ...]
+    state: str
+
+    @classmethod
+    def from_proto(cls, proto: pb.Adapter) -> Adapter:
+        used = proto.last_used_time if proto.HasField("last_used_time") else None
+        return cls(
+            name=proto.name,
+            uuid=proto.uuid,
+            generation=proto.generation,
+            digest=proto.digest,
+            method=proto.method,
+            ranks=tuple(proto.ranks),
+            target_modules=tuple(proto.target_modules),
+            bytes_disk=proto.bytes_disk,
+            bytes_host=proto.bytes_host,
+            bytes_device=proto.bytes_device,
+            residency=_enum_name(pb.Adapter.Residency, proto.residency),
+            pinned=proto.pinned,
+            in_flight=proto.in_flight,
+            last_used_time=_time(used),
+            base_model=proto.base_model,
+            warnings=tuple(proto.warnings),
+            state=_enum_name(pb.Adapter.State, proto.state),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleError:
+    """How far one module is from what was asked for, relative to the exact result."""
+
+    module: str
+    relative_error: float
+    rank: int
+
+
+@dataclass(frozen=True, slots=True)
+class Fusion:
+    """A new adapter, with its error over all modules together and for each."""
+
+    adapter: Adapter
+    relative_error: float
+    modules: tuple[ModuleError, ...]
+
+    @classmethod
+    def from_proto(cls, proto: pb.FuseAdaptersResponse) -> Fusion:
+        return cls(
+            Adapter.from_proto(proto.adapter), proto.relative_error, _module_errors(proto.modules)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MergedAdapter:
+    """A member of the mix that is merged into the base model."""
+
+    name: str
+    uuid: str
+    generation: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergeState:
+    """What is merged into the base model.
+
+    Attributes:
+        active: Whether anything is. If not, only ``base_generation`` means something.
+        base_generation: Counts the base model's weights, from 1.
+        adapters: The mix.
+        precision: ``NF4`` or ``BF16``; empty without a merge.
+        merge_time: When the merge took effect (UTC).
+        relative_error: Rounding error over all modules together.
+        modules: The same for each.
+    """
+
+    active: bool
+    base_generation: int
+    adapters: tuple[MergedAdapter, ...]
+    precision: str
+    merge_time: datetime | None
+    relative_error: float
+    modules: tuple[ModuleError, ...]
+
+    @classmethod
+    def from_proto(cls, proto: pb.MergeState) -> MergeState:
+        precision = _enum_name(pb.MergeAdaptersRequest.Precision, proto.precision)
+        return cls(
+            proto.active,
+            proto.base_generation,
+            tuple(MergedAdapter(a.name, a.uuid, a.generation, a.weight) for a in proto.adapters),
+            precision if proto.active else "",
+            _time(proto.merge_time if proto.HasField("merge_time") else None),
+            proto.relative_error,
+            _module_errors(proto.modules),
+        )
+
+
+def _module_errors(protos: Iterable[pb.ModuleError]) -> tuple[ModuleError, ...]:
+    return tuple(ModuleError(p.module, p.relative_error, p.rank) for p in protos)
+
+
+def _time(timestamp: timestamp_pb2.Timestamp | None) -> datetime | None:
+    return None if timestamp is None else timestamp.ToDatetime(UTC)
+
+
+def _enum_name(enum: EnumTypeWrapper, value: int) -> str:
+    # A newer server may send a value that this client has no name for.
+    return enum.Name(value) if value in enum.values() else str(value)

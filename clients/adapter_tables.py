@@ -1,0 +1,114 @@
+"""Adapters, fusions and merges as tables for the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from turret.clients.adapter_results import Adapter, Fusion, MergeState, ModuleError
+
+
+def print_adapters(adapters: Iterable[Adapter]) -> None:
+    """One row per adapter."""
+    table = Table()
+    for heading in ("name", "method", "ranks", "state", "residency"):
+        table.add_column(heading)
+    for heading in ("generation", "in flight", "size"):
+        table.add_column(heading, justify="right")
+    for adapter in adapters:
+        table.add_row(
+            Text(adapter.name),
+            Text(adapter.method),
+            _ranks(adapter),
+            adapter.state.lower(),
+            adapter.residency.lower() + (", pinned" if adapter.pinned else ""),
+            str(adapter.generation),
+            str(adapter.in_flight),
+            _bytes(adapter.bytes_disk),
+        )
+    Console().print(table)
+
+
+def print_adapter(adapter: Adapter) -> None:
+    """One row per property."""
+    used = adapter.last_used_time
+    rows = {
+        "name": adapter.name,
+        "uuid": adapter.uuid,
+        "generation": str(adapter.generation),
+        "digest": adapter.digest,
+        "method": adapter.method,
+        "ranks": _ranks(adapter),
+        "target modules": ", ".join(adapter.target_modules),
+        "state": adapter.state.lower(),
+        "residency": adapter.residency.lower() + (", pinned" if adapter.pinned else ""),
+        "size": f"disk {_bytes(adapter.bytes_disk)}, host {_bytes(adapter.bytes_host)}, "
+        f"device {_bytes(adapter.bytes_device)}",
+        "in flight": str(adapter.in_flight),
+        "last used": "never" if used is None else used.isoformat(sep=" ", timespec="seconds"),
+        "base model": adapter.base_model,
+        "warnings": "\n".join(adapter.warnings),
+    }
+    _print_rows(rows)
+
+
+def print_fusion(fusion: Fusion) -> None:
+    """The new adapter, then what was lost."""
+    print_adapter(fusion.adapter)
+    _print_errors(fusion.relative_error, fusion.modules)
+
+
+def print_merge_state(state: MergeState) -> None:
+    """What is merged, and what was lost."""
+    if not state.active:
+        print(f"nothing is merged; base generation {state.base_generation}")
+        return
+    mix = ", ".join(f"{a.name}@{a.generation}={a.weight:g}" for a in state.adapters)
+    time = state.merge_time
+    rows = {
+        "merged": mix,
+        "precision": state.precision.lower(),
+        "base generation": str(state.base_generation),
+        "since": "" if time is None else time.isoformat(sep=" ", timespec="seconds"),
+    }
+    _print_rows(rows)
+    _print_errors(state.relative_error, state.modules)
+
+
+def _print_rows(rows: dict[str, str]) -> None:
+    table = Table(show_header=False)
+    table.add_column(style="bold")
+    # A digest that is cut is of no use: it folds onto the next line instead.
+    table.add_column(overflow="fold")
+    for name, value in rows.items():
+        if value:
+            # Text and not str: what a checkpoint says may look like rich's markup.
+            table.add_row(name, Text(value))
+    Console().print(table)
+
+
+def _print_errors(relative_error: float, modules: tuple[ModuleError, ...]) -> None:
+    console = Console()
+    console.print(f"relative error {relative_error:.3g} over {len(modules)} modules")
+    if modules:
+        worst = max(modules, key=lambda module: module.relative_error)
+        console.print(Text(f"worst {worst.relative_error:.3g} in {worst.module}"))
+
+
+def _ranks(adapter: Adapter) -> str:
+    return ", ".join(map(str, adapter.ranks))
+
+
+def _bytes(count: int) -> str:
+    """Binary units, three digits: ``512 B``, ``1.25 MiB``."""
+    if count < 1024:
+        return f"{count} B"
+    size = float(count)
+    for unit in ("KiB", "MiB", "GiB"):
+        size /= 1024
+        if size < 1024:
+            return f"{size:.3g} {unit}"
+    return f"{size / 1024:.3g} TiB"

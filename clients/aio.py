@@ -1,0 +1,181 @@
+"""The asyncio client; its methods mirror those of ``TurretClient``.
+
+    async with AsyncTurretClient("127.0.0.1:50051") as client:
+        answer = await client.chat("How many users?", adapters=["sql"], temperature=0)
+        async with client.generate_stream("Once upon a time", max_tokens=64) as stream:
+            async for chunk in stream:
+                print(chunk.text, end="")
+
+Every failed call raises :class:`~turret.clients.errors.TurretRpcError`. Cancelling the task that
+awaits a call stops the request on the server.
+"""
+# `timeout` is the call's deadline, which travels to the server; asyncio.timeout would not.
+# ruff: noqa: ASYNC109
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from typing import Self, Unpack
+
+import grpc.aio
+
+from turret.clients.aio_adapters import AsyncAdaptersClient
+from turret.clients.channel import (
+    DEFAULT_ADDRESS,
+    CallSettings,
+    Tls,
+    open_aio_channel,
+    stream_timeout,
+)
+from turret.clients.errors import TurretRpcError
+from turret.clients.mix import AdapterLike, AdapterWeight
+from turret.clients.requests import (
+    GenerateOptions,
+    MessageLike,
+    Prompt,
+    chat_messages,
+    generate_request,
+    score_request,
+    tokenize_request,
+)
+from turret.clients.results import Chunk, Completion, Model, Score, Tokens
+from turret.v1 import inference_pb2, inference_pb2_grpc
+
+__all__ = ["AdapterWeight", "AsyncGenerationStream", "AsyncTurretClient", "Tls", "TurretRpcError"]
+
+
+class AsyncGenerationStream(AsyncIterator[Chunk]):
+    """An answer as it grows. Closing it, or leaving its ``async with``, stops the request."""
+
+    def __init__(self, call: grpc.aio.UnaryStreamCall) -> None:
+        self._call = call
+        self._responses = aiter(call)
+        self._closed = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Chunk:
+        if self._closed:
+            raise StopAsyncIteration
+        try:
+            return Chunk.from_proto(await anext(self._responses))
+        except grpc.aio.AioRpcError as error:
+            raise TurretRpcError.from_grpc(error) from None
+
+    async def aclose(self) -> None:
+        """Stop the request. Idempotent; iteration then ends."""
+        self._closed = True
+        self._call.cancel()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.aclose()
+
+
+class AsyncTurretClient:
+    """Calls a turret server from asyncio. Arguments are those of ``TurretClient``.
+
+    Make it where the event loop runs.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        admin_address: str | None = None,
+        timeout: float | None = 600.0,
+    ) -> None:
+        self._settings = CallSettings.of(token, timeout)
+        self._channel = open_aio_channel(address, tls)
+        self._admin_channel = (
+            self._channel if admin_address is None else open_aio_channel(admin_address, tls)
+        )
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self.adapters = AsyncAdaptersClient(self._admin_channel, self._settings)
+
+    async def close(self) -> None:
+        """Close the connections; calls that run are cancelled."""
+        await self._channel.close()
+        await self._admin_channel.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self.close()
+
+    async def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Completion:
+        """Complete a prompt, as ``TurretClient.generate``."""
+        request = generate_request(prompt, options)
+        return Completion.from_proto(await self._unary(self._stub.Generate, request, timeout))
+
+    def generate_stream(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> AsyncGenerationStream:
+        """Complete a prompt, chunk by chunk, as ``TurretClient.generate_stream``."""
+        request = generate_request(prompt, options)
+        return AsyncGenerationStream(
+            self._stub.GenerateStream(
+                request, timeout=stream_timeout(timeout), metadata=self._settings.metadata
+            )
+        )
+
+    async def chat(
+        self,
+        messages: str | Sequence[MessageLike],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion:
+        """Answer a conversation, as ``TurretClient.chat``."""
+        return await self.generate(chat_messages(messages), timeout=timeout, **options)
+
+    def chat_stream(
+        self,
+        messages: str | Sequence[MessageLike],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> AsyncGenerationStream:
+        """As :meth:`chat`, chunk by chunk."""
+        return self.generate_stream(chat_messages(messages), timeout=timeout, **options)
+
+    async def score(
+        self,
+        prompt: Prompt,
+        *,
+        adapters: AdapterLike | Sequence[AdapterLike] = (),
+        top_n: int = 0,
+        request_id: str = "",
+        timeout: float | None = None,
+    ) -> Score:
+        """Compute the log probability of every token of a prompt, as ``TurretClient.score``."""
+        request = score_request(prompt, adapters=adapters, top_n=top_n, request_id=request_id)
+        return Score.from_proto(await self._unary(self._stub.Score, request, timeout))
+
+    async def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> Tokens:
+        """Convert text or a conversation to token ids, or token ids to text."""
+        request = tokenize_request(prompt)
+        return Tokens.from_proto(await self._unary(self._stub.Tokenize, request, timeout))
+
+    async def get_model(self, *, timeout: float | None = None) -> Model:
+        """Describe the base model and the server."""
+        request = inference_pb2.GetModelRequest()
+        return Model.from_proto(await self._unary(self._stub.GetModel, request, timeout))
+
+    async def _unary(self, method, request: object, timeout: float | None):
+        try:
+            return await method(
+                request,
+                timeout=self._settings.unary_timeout(timeout),
+                metadata=self._settings.metadata,
+            )
+        except grpc.aio.AioRpcError as error:
+            raise TurretRpcError.from_grpc(error) from None

@@ -1,0 +1,225 @@
+"""The asyncio client of the ``Adapters`` service, reached as ``AsyncTurretClient.adapters``."""
+# `timeout` is the call's deadline, which travels to the server; asyncio.timeout would not.
+# ruff: noqa: ASYNC109
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+
+import grpc.aio
+
+from turret.clients.adapter_files import ExportWriter, upload_messages
+from turret.clients.adapter_requests import (
+    fuse_request,
+    list_request,
+    merge_request,
+    unload_request,
+)
+from turret.clients.adapter_results import Adapter, Fusion, MergeState
+from turret.clients.channel import CallSettings, stream_timeout
+from turret.clients.errors import TurretRpcError
+from turret.clients.mix import AdapterLike
+from turret.v1 import adapters_pb2, adapters_pb2_grpc
+
+
+class AsyncAdaptersClient:
+    """Administers adapters; the methods mirror those of ``AdaptersClient``.
+
+    Every method raises :class:`~turret.clients.errors.TurretRpcError` if the server refuses or
+    fails; ``timeout`` is a deadline in seconds.
+    """
+
+    def __init__(self, channel: grpc.aio.Channel, settings: CallSettings) -> None:
+        self._stub = adapters_pb2_grpc.AdaptersStub(channel)
+        self._settings = settings
+
+    async def load(
+        self, name: str, path: str, *, pinned: bool = False, timeout: float | None = None
+    ) -> Adapter:
+        """Register the adapter in ``path``, a directory relative to the server's adapter root."""
+        request = adapters_pb2.LoadAdapterRequest(name=name, path=path, pinned=pinned)
+        return Adapter.from_proto(await self._unary(self._stub.LoadAdapter, request, timeout))
+
+    async def upload(
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        pinned: bool = False,
+        replace: bool = False,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Send an adapter's files and register it, or with ``replace`` its new generation.
+
+        Raises:
+            FileNotFoundError: The directory holds no adapter.
+        """
+        messages = upload_messages(name, directory, pinned=pinned, replace=replace)
+        return Adapter.from_proto(await self._unary(self._stub.UploadAdapter, messages, timeout))
+
+    async def replace(self, name: str, path: str, *, timeout: float | None = None) -> Adapter:
+        """Make the weights in ``path`` (as in :meth:`load`) the adapter's new generation."""
+        request = adapters_pb2.ReplaceAdapterRequest(name=name, path=path)
+        return Adapter.from_proto(await self._unary(self._stub.ReplaceAdapter, request, timeout))
+
+    async def get(self, name: str, *, timeout: float | None = None) -> Adapter:
+        """Return one adapter."""
+        request = adapters_pb2.GetAdapterRequest(name=name)
+        return Adapter.from_proto(await self._unary(self._stub.GetAdapter, request, timeout))
+
+    def list(
+        self,
+        *,
+        method: str | None = None,
+        residency: str | None = None,
+        page_size: int = 0,
+        timeout: float | None = None,
+    ) -> AsyncIterator[Adapter]:
+        """Iterate over the adapters by name; pages are fetched as they are needed.
+
+        Args:
+            method: Such as ``lora``; None means any.
+            residency: ``disk``, ``host`` or ``device``; None means any.
+            page_size: Adapters per call; 0 means the server's default.
+            timeout: Deadline in seconds of each page.
+
+        Raises:
+            ValueError: The residency is unknown.
+        """
+        request = list_request(page_size, "", method, residency)
+        return self._pages(request, timeout)
+
+    async def _pages(
+        self, request: adapters_pb2.ListAdaptersRequest, timeout: float | None
+    ) -> AsyncIterator[Adapter]:
+        while True:
+            page = await self._unary(self._stub.ListAdapters, request, timeout)
+            for adapter in page.adapters:
+                yield Adapter.from_proto(adapter)
+            if not page.next_page_token:
+                return
+            request.page_token = page.next_page_token
+
+    async def unload(
+        self,
+        name: str,
+        *,
+        mode: str = "drain",
+        drain_seconds: float | None = None,
+        timeout: float | None = None,
+    ) -> None:
+        """Unregister an adapter.
+
+        Args:
+            name: A registered name.
+            mode: ``drain`` lets the requests that use it finish, ``force`` aborts them.
+            drain_seconds: Longest wait for them; None means the server's default.
+            timeout: Deadline in seconds.
+
+        Raises:
+            ValueError: The mode is unknown.
+        """
+        request = unload_request(name, mode, drain_seconds)
+        await self._unary(self._stub.UnloadAdapter, request, timeout)
+
+    async def pin(self, name: str, *, timeout: float | None = None) -> Adapter:
+        """Keep an adapter resident and registered."""
+        request = adapters_pb2.PinAdapterRequest(name=name)
+        return Adapter.from_proto(await self._unary(self._stub.PinAdapter, request, timeout))
+
+    async def unpin(self, name: str, *, timeout: float | None = None) -> Adapter:
+        """Let an adapter be evicted and unloaded again."""
+        request = adapters_pb2.UnpinAdapterRequest(name=name)
+        return Adapter.from_proto(await self._unary(self._stub.UnpinAdapter, request, timeout))
+
+    async def fuse(
+        self,
+        name: str,
+        adapters: AdapterLike | Sequence[AdapterLike],
+        *,
+        combination: str | None = None,
+        rank: int | None = None,
+        energy: float | None = None,
+        density: float | None = None,
+        majority_sign_method: str | None = None,
+        seed: int | None = None,
+        timeout: float | None = None,
+    ) -> Fusion:
+        """Fuse a mix into a new adapter; arguments are the fields of ``FuseAdaptersRequest``."""
+        request = fuse_request(
+            name,
+            adapters,
+            combination=combination,
+            rank=rank,
+            energy=energy,
+            density=density,
+            majority_sign_method=majority_sign_method,
+            seed=seed,
+        )
+        return Fusion.from_proto(await self._unary(self._stub.FuseAdapters, request, timeout))
+
+    async def merge(
+        self,
+        adapters: AdapterLike | Sequence[AdapterLike],
+        *,
+        precision: str = "nf4",
+        timeout: float | None = None,
+    ) -> MergeState:
+        """Merge a mix into the base model, stored as ``nf4`` or ``bf16``.
+
+        Raises:
+            ValueError: The precision is unknown.
+        """
+        request = merge_request(adapters, precision)
+        return MergeState.from_proto(await self._unary(self._stub.MergeAdapters, request, timeout))
+
+    async def unmerge(self, *, timeout: float | None = None) -> MergeState:
+        """Restore the base model."""
+        request = adapters_pb2.UnmergeAdaptersRequest()
+        return MergeState.from_proto(
+            await self._unary(self._stub.UnmergeAdapters, request, timeout)
+        )
+
+    async def get_merge_state(self, *, timeout: float | None = None) -> MergeState:
+        """Return what is merged."""
+        request = adapters_pb2.GetMergeStateRequest()
+        return MergeState.from_proto(await self._unary(self._stub.GetMergeState, request, timeout))
+
+    async def export(
+        self,
+        name: str,
+        directory: str | Path,
+        *,
+        generation: int | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Write an adapter's files, in PEFT's layout, to a new directory.
+
+        Raises:
+            FileExistsError: The directory is already there.
+            ValueError: What arrived is incomplete or garbled.
+        """
+        request = adapters_pb2.ExportAdapterRequest(name=name, generation=generation)
+        with ExportWriter(directory) as writer:
+            call = self._stub.ExportAdapter(
+                request, timeout=stream_timeout(timeout), metadata=self._settings.metadata
+            )
+            try:
+                async for message in call:
+                    writer.write(message)
+            except grpc.aio.AioRpcError as error:
+                raise TurretRpcError.from_grpc(error) from None
+            finally:
+                call.cancel()
+            return Adapter.from_proto(writer.finish())
+
+    async def _unary(self, method, request: object, timeout: float | None):
+        try:
+            return await method(
+                request,
+                timeout=self._settings.unary_timeout(timeout),
+                metadata=self._settings.metadata,
+            )
+        except grpc.aio.AioRpcError as error:
+            raise TurretRpcError.from_grpc(error) from None

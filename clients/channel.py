@@ -1,0 +1,106 @@
+"""How a client reaches a server: address, TLS, token."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+DEFAULT_ADDRESS = "127.0.0.1:50051"
+# Logprobs with alternatives for a long prompt exceed gRPC's own limit of 4 MiB.
+_MAX_RECEIVE_BYTES = 64 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tls:
+    """Verify the server and, with ``certificate`` and ``key``, be verified (mTLS).
+
+    Attributes:
+        ca: PEM roots that the server's certificate must chain to; None means the system's.
+        certificate: PEM chain of the client, or None.
+        key: PEM private key of the client, or None.
+        server_name: Name to expect in the server's certificate, if it is not the address's.
+    """
+
+    ca: bytes | None = None
+    certificate: bytes | None = None
+    key: bytes | None = None
+    server_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.certificate is None) != (self.key is None):
+            raise ValueError("a client certificate and its key come together")
+
+    @classmethod
+    def from_files(
+        cls,
+        *,
+        ca: str | Path | None = None,
+        certificate: str | Path | None = None,
+        key: str | Path | None = None,
+        server_name: str | None = None,
+    ) -> Tls:
+        """Read the PEM files.
+
+        Raises:
+            OSError: A file cannot be read.
+            ValueError: Certificate and key do not come together.
+        """
+        ca_pem, certificate_pem, key_pem = (
+            None if path is None else Path(path).read_bytes() for path in (ca, certificate, key)
+        )
+        return cls(ca=ca_pem, certificate=certificate_pem, key=key_pem, server_name=server_name)
+
+    def credentials(self) -> grpc.ChannelCredentials:
+        return grpc.ssl_channel_credentials(self.ca, self.key, self.certificate)
+
+
+def open_channel(address: str, tls: Tls | None) -> grpc.Channel:
+    """Open a channel for synchronous calls; it connects at the first one."""
+    if tls is None:
+        return grpc.insecure_channel(address, options=_options(tls))
+    return grpc.secure_channel(address, tls.credentials(), options=_options(tls))
+
+
+def open_aio_channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
+    """Open a channel for asyncio calls; it connects at the first one."""
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=_options(tls))
+    return grpc.aio.secure_channel(address, tls.credentials(), options=_options(tls))
+
+
+def _options(tls: Tls | None) -> list[tuple[str, int | str]]:
+    options: list[tuple[str, int | str]] = [("grpc.max_receive_message_length", _MAX_RECEIVE_BYTES)]
+    if tls is not None and tls.server_name is not None:
+        options.append(("grpc.ssl_target_name_override", tls.server_name))
+    return options
+
+
+@dataclass(frozen=True, slots=True)
+class CallSettings:
+    """What every call of a client carries.
+
+    Attributes:
+        metadata: Sent with each call; holds the token.
+        timeout: Deadline in seconds of calls that return one response and set none themselves.
+    """
+
+    metadata: tuple[tuple[str, str], ...]
+    timeout: float | None
+
+    @classmethod
+    def of(cls, token: str | None, timeout: float | None) -> CallSettings:
+        metadata = (("authorization", f"Bearer {token}"),) if token else ()
+        return cls(metadata, timeout)
+
+    def unary_timeout(self, timeout: float | None) -> float | None:
+        """The deadline of a call with one response."""
+        return stream_timeout(self.timeout if timeout is None else timeout)
+
+
+def stream_timeout(timeout: float | None) -> float | None:
+    """The deadline of a stream: None and infinity mean none."""
+    return None if timeout is None or math.isinf(timeout) else timeout

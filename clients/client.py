@@ -1,0 +1,216 @@
+"""The synchronous client.
+
+    with TurretClient("127.0.0.1:50051") as client:
+        client.adapters.load("sql", "sql-lora")
+        answer = client.chat("How many users?", adapters=["sql", ("json", -0.5)], temperature=0)
+        print(answer.text)
+        for chunk in client.generate_stream("Once upon a time", max_tokens=64):
+            print(chunk.text, end="")
+
+Every failed call raises :class:`~turret.clients.errors.TurretRpcError`. The client is thread-safe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Self, Unpack
+
+import grpc
+
+from turret.clients.adapters import AdaptersClient
+from turret.clients.channel import (
+    DEFAULT_ADDRESS,
+    CallSettings,
+    Tls,
+    open_channel,
+    stream_timeout,
+)
+from turret.clients.errors import TurretRpcError
+from turret.clients.mix import AdapterLike, AdapterWeight
+from turret.clients.requests import (
+    GenerateOptions,
+    MessageLike,
+    Prompt,
+    chat_messages,
+    generate_request,
+    score_request,
+    tokenize_request,
+)
+from turret.clients.results import Chunk, Completion, Model, Score, Tokens
+from turret.v1 import inference_pb2, inference_pb2_grpc
+
+__all__ = ["AdapterWeight", "GenerationStream", "Tls", "TurretClient", "TurretRpcError"]
+
+
+class GenerationStream(Iterator[Chunk]):
+    """An answer as it grows. Closing it, or leaving its ``with`` block, stops the request."""
+
+    def __init__(self, call: grpc.Call) -> None:
+        # What a stub returns for a stream is a Call and an iterator of responses.
+        self._call = call
+        self._responses = iter(call)  # type: ignore[call-overload]
+        self._closed = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Chunk:
+        if self._closed:
+            raise StopIteration
+        try:
+            return Chunk.from_proto(next(self._responses))
+        except grpc.RpcError as error:
+            if self._closed:
+                raise StopIteration from None
+            raise TurretRpcError.from_grpc(error) from None
+
+    def close(self) -> None:
+        """Stop the request. Idempotent, also from another thread; iteration then ends."""
+        self._closed = True
+        self._call.cancel()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+
+class TurretClient:
+    """Calls a turret server.
+
+    Args:
+        address: ``HOST:PORT`` of the server.
+        token: Bearer token, sent with every call. Without ``tls`` it travels in the clear.
+        tls: How to verify the server; None means a plain connection.
+        admin_address: Where the ``Adapters`` service listens; None means ``address``.
+        timeout: Deadline in seconds of calls with one response that set none themselves; None
+            means none. Streams have a deadline only if the call sets one.
+
+    Every method's ``timeout`` is in seconds; ``math.inf`` means no deadline.
+    """
+
+    def __init__(
+        self,
+        address: str = DEFAULT_ADDRESS,
+        *,
+        token: str | None = None,
+        tls: Tls | None = None,
+        admin_address: str | None = None,
+        timeout: float | None = 600.0,
+    ) -> None:
+        self._settings = CallSettings.of(token, timeout)
+        self._channel = open_channel(address, tls)
+        self._admin_channel = (
+            self._channel if admin_address is None else open_channel(admin_address, tls)
+        )
+        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self.adapters = AdaptersClient(self._admin_channel, self._settings)
+
+    def close(self) -> None:
+        """Close the connections; calls that run are cancelled."""
+        self._channel.close()
+        self._admin_channel.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def generate(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> Completion:
+        """Complete a prompt.
+
+        Args:
+            prompt: Text, used as it is; token ids; or the turns of a conversation.
+            timeout: Deadline in seconds.
+            **options: See :class:`~turret.clients.requests.GenerateOptions`.
+
+        Raises:
+            TurretRpcError: The server refused or failed.
+            TypeError: An option is unknown or has the wrong type.
+            ValueError: A value does not fit its field.
+        """
+        request = generate_request(prompt, options)
+        return Completion.from_proto(self._unary(self._stub.Generate, request, timeout))
+
+    def generate_stream(
+        self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
+    ) -> GenerationStream:
+        """Complete a prompt, chunk by chunk. The request starts at once.
+
+        Arguments and errors are those of :meth:`generate`; a refusal is raised by the first
+        iteration.
+        """
+        request = generate_request(prompt, options)
+        return GenerationStream(
+            self._stub.GenerateStream(
+                request, timeout=stream_timeout(timeout), metadata=self._settings.metadata
+            )
+        )
+
+    def chat(
+        self,
+        messages: str | Sequence[MessageLike],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> Completion:
+        """Answer a conversation, or a user's single message, through the chat template.
+
+        Other arguments and errors are those of :meth:`generate`.
+        """
+        return self.generate(chat_messages(messages), timeout=timeout, **options)
+
+    def chat_stream(
+        self,
+        messages: str | Sequence[MessageLike],
+        *,
+        timeout: float | None = None,
+        **options: Unpack[GenerateOptions],
+    ) -> GenerationStream:
+        """As :meth:`chat`, chunk by chunk."""
+        return self.generate_stream(chat_messages(messages), timeout=timeout, **options)
+
+    def score(
+        self,
+        prompt: Prompt,
+        *,
+        adapters: AdapterLike | Sequence[AdapterLike] = (),
+        top_n: int = 0,
+        request_id: str = "",
+        timeout: float | None = None,
+    ) -> Score:
+        """Compute the log probability of every token of a prompt.
+
+        Args:
+            prompt: As in :meth:`generate`.
+            adapters: The mix; empty means the base model.
+            top_n: Likeliest alternatives reported per token.
+            request_id: Names the request in the server's log.
+            timeout: Deadline in seconds.
+        """
+        request = score_request(prompt, adapters=adapters, top_n=top_n, request_id=request_id)
+        return Score.from_proto(self._unary(self._stub.Score, request, timeout))
+
+    def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> Tokens:
+        """Convert text or a conversation to token ids, or token ids to text."""
+        request = tokenize_request(prompt)
+        return Tokens.from_proto(self._unary(self._stub.Tokenize, request, timeout))
+
+    def get_model(self, *, timeout: float | None = None) -> Model:
+        """Describe the base model and the server."""
+        request = inference_pb2.GetModelRequest()
+        return Model.from_proto(self._unary(self._stub.GetModel, request, timeout))
+
+    def _unary(self, method: grpc.UnaryUnaryMultiCallable, request: object, timeout: float | None):
+        try:
+            return method(
+                request,
+                timeout=self._settings.unary_timeout(timeout),
+                metadata=self._settings.metadata,
+            )
+        except grpc.RpcError as error:
+            raise TurretRpcError.from_grpc(error) from None

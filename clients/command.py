@@ -1,0 +1,146 @@
+"""What the client verbs share: flags, the connection, errors, JSON."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from turret.clients.channel import DEFAULT_ADDRESS, Tls
+from turret.clients.client import TurretClient
+from turret.clients.errors import TurretRpcError
+from turret.clients.mix import AdapterWeight
+
+_DEFAULT_TIMEOUT_SECONDS = 600.0
+
+
+def connection_parser() -> argparse.ArgumentParser:
+    """The flags of every verb, as a parent parser."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("connection")
+    group.add_argument(
+        "--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="default: %(default)s"
+    )
+    token = group.add_mutually_exclusive_group()
+    token.add_argument("--token", help="bearer token (process lists may show it to other users)")
+    token.add_argument("--token-from", type=Path, metavar="FILE", help="file that holds the token")
+    group.add_argument("--tls", action="store_true", help="use TLS, with the system's roots")
+    group.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM roots; implies --tls")
+    group.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate to show")
+    group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM key of --tls-cert")
+    group.add_argument("--tls-server-name", metavar="NAME", help="name in the server's certificate")
+    group.add_argument(
+        "--timeout",
+        type=_positive_seconds,
+        metavar="SECONDS",
+        help=f"deadline of a call (default: none for streams, else {_DEFAULT_TIMEOUT_SECONDS:g})",
+    )
+    return parser
+
+
+def json_parser() -> argparse.ArgumentParser:
+    """``--json``, as a parent parser."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    return parser
+
+
+def adapter_parser(*, required: bool = False) -> argparse.ArgumentParser:
+    """``--adapter``, as a parent parser."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "-a",
+        "--adapter",
+        dest="adapters",
+        action="append",
+        type=adapter_weight,
+        default=[],
+        required=required,
+        metavar="NAME[@GENERATION][=WEIGHT]",
+        help="a member of the mix; repeat for more",
+    )
+    return parser
+
+
+def adapter_weight(text: str) -> AdapterWeight:
+    """:meth:`AdapterWeight.parse` for argparse, which hides the text of a ``ValueError``."""
+    try:
+        return AdapterWeight.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def text_argument(text: str) -> str:
+    """The argument, or standard input if it is ``-``."""
+    return sys.stdin.read() if text == "-" else text
+
+
+def with_client(
+    verb: Callable[[argparse.Namespace, TurretClient], None],
+) -> Callable[[argparse.Namespace], int]:
+    """Give a verb its client, and turn its errors into one line and an exit code."""
+
+    def run(args: argparse.Namespace) -> int:
+        try:
+            with _connect(args) as client:
+                verb(args, client)
+        except (TurretRpcError, OSError) as error:
+            print_error(error)
+            return 1
+        except (TypeError, ValueError) as error:
+            print_error(error)
+            return 2
+        except KeyboardInterrupt:
+            # Closing the client has cancelled the call; what was being written ends here.
+            print(file=sys.stderr)
+            return 130
+        return 0
+
+    return run
+
+
+def print_error(error: Exception) -> None:
+    """One line on standard error."""
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr)
+
+
+def print_json(value: object) -> None:
+    """Print a result, or a list of them, with the field names of the API."""
+    print(json.dumps(value, default=_jsonable, ensure_ascii=False, indent=2))
+
+
+def _jsonable(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    if isinstance(value, datetime):
+        return value.isoformat()
+    raise TypeError(f"not JSON: {value!r}")
+
+
+def _positive_seconds(text: str) -> float:
+    seconds = float(text)
+    if not seconds > 0:
+        raise argparse.ArgumentTypeError("must be more than 0")
+    return seconds
+
+
+def _connect(args: argparse.Namespace) -> TurretClient:
+    token = args.token
+    if args.token_from is not None:
+        token = args.token_from.read_text(encoding="utf-8").strip()
+    tls = None
+    if args.tls or args.tls_ca or args.tls_cert or args.tls_key or args.tls_server_name:
+        tls = Tls.from_files(
+            ca=args.tls_ca,
+            certificate=args.tls_cert,
+            key=args.tls_key,
+            server_name=args.tls_server_name,
+        )
+    timeout = _DEFAULT_TIMEOUT_SECONDS if args.timeout is None else args.timeout
+    return TurretClient(args.address, token=token, tls=tls, timeout=timeout)

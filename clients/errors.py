@@ -1,0 +1,125 @@
+"""The one error that a failed call raises, with the details that the server sent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import grpc
+from google.protobuf import message
+from google.rpc import error_details_pb2, status_pb2
+
+_DETAILS_KEY = "grpc-status-details-bin"
+_REQUEST_ID_KEY = "x-request-id"
+
+
+@dataclass(frozen=True, slots=True)
+class FieldViolation:
+    """One field that the server refused.
+
+    Attributes:
+        field: Path in the request, such as ``sampling.temperature``.
+        description: What is wrong with it.
+    """
+
+    field: str
+    description: str
+
+
+class TurretRpcError(Exception):
+    """A call that ended with another status than OK.
+
+    Attributes:
+        code: The status.
+        message: The server's text, or gRPC's own if the server was not reached.
+        reason: Machine-readable cause in UPPER_SNAKE, such as ``ADAPTER_NOT_FOUND``; empty if the
+            error is gRPC's own.
+        metadata: Values that the message mentions, by name.
+        violations: The fields to blame, if any.
+        retry_delay: Seconds to wait before a retry, if the server proposes one.
+        request_id: The id under which the server logged the call; empty if unknown.
+    """
+
+    def __init__(
+        self,
+        code: grpc.StatusCode,
+        message: str,
+        *,
+        reason: str = "",
+        metadata: dict[str, str] | None = None,
+        violations: Iterable[FieldViolation] = (),
+        retry_delay: float | None = None,
+        request_id: str = "",
+    ) -> None:
+        self.code = code
+        self.message = message
+        self.reason = reason
+        self.metadata = metadata or {}
+        self.violations = tuple(violations)
+        self.retry_delay = retry_delay
+        self.request_id = request_id
+        super().__init__(self._describe())
+
+    def _describe(self) -> str:
+        """One line: status, reason, message, and what the message leaves out."""
+        head = f"{self.code.name} ({self.reason})" if self.reason else self.code.name
+        parts = [" ".join(self.message.split())]
+        parts += [
+            f"{v.field}: {v.description}"
+            for v in self.violations
+            if v.description not in self.message
+        ]
+        if self.retry_delay is not None:
+            parts.append(f"retry in {self.retry_delay:g} s")
+        return f"{head}: " + "; ".join(part for part in parts if part)
+
+    @classmethod
+    def from_grpc(cls, error: grpc.RpcError) -> TurretRpcError:
+        """Convert gRPC's error, of a synchronous or an asyncio call."""
+        # Every error that grpc raises for a call is also a grpc.Call; its base class is not.
+        code = error.code()  # type: ignore[attr-defined]
+        text = error.details() or ""  # type: ignore[attr-defined]
+        trailing: dict[str, object] = dict(
+            error.trailing_metadata() or ()  # type: ignore[attr-defined]
+        )
+        reason, metadata, violations, retry_delay = "", {}, [], None
+        for detail in _details(trailing.get(_DETAILS_KEY)):
+            if isinstance(detail, error_details_pb2.ErrorInfo):
+                reason, metadata = detail.reason, dict(detail.metadata)
+            elif isinstance(detail, error_details_pb2.BadRequest):
+                violations += [
+                    FieldViolation(v.field, v.description) for v in detail.field_violations
+                ]
+            else:
+                retry_delay = detail.retry_delay.ToTimedelta().total_seconds()
+        return cls(
+            code,
+            text,
+            reason=reason,
+            metadata=metadata,
+            violations=violations,
+            retry_delay=retry_delay,
+            request_id=str(trailing.get(_REQUEST_ID_KEY, "")),
+        )
+
+
+def _details(payload: object) -> Iterable:
+    """The known messages among a status's details; none if there is no readable status."""
+    if not isinstance(payload, bytes):
+        return
+    status = status_pb2.Status()
+    kinds = (
+        error_details_pb2.ErrorInfo,
+        error_details_pb2.BadRequest,
+        error_details_pb2.RetryInfo,
+    )
+    try:
+        status.ParseFromString(payload)
+        for any_detail in status.details:
+            for kind in kinds:
+                detail = kind()
+                if any_detail.Unpack(detail):
+                    yield detail
+    except message.DecodeError:
+        # A proxy may have garbled the details; the status itself still stands.
+        return

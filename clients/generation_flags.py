@@ -1,0 +1,69 @@
+"""The flags that say how to generate, for the verbs that do."""
+
+from __future__ import annotations
+
+import argparse
+
+from turret.clients.requests import GenerateOptions
+
+_FLOATS = {
+    "temperature": "0 is greedy (default: 1)",
+    "top_p": "keep the likeliest tokens up to this probability",
+    "min_p": "drop tokens below this share of the likeliest",
+    "repetition_penalty": "divide logits of tokens seen",
+    "presence_penalty": "subtract from logits of tokens generated",
+    "frequency_penalty": "the same, per occurrence",
+}
+_INTS = {
+    "top_k": "keep the k likeliest tokens",
+    "seed": "make the answer repeatable",
+    "max_tokens": "most tokens to generate (default: up to the context)",
+    "min_tokens": "no stop condition applies before",
+}
+
+
+def generation_parser() -> argparse.ArgumentParser:
+    """The flags, as a parent parser; unset ones leave the server's default."""
+    parser = argparse.ArgumentParser(add_help=False)
+    group = parser.add_argument_group("generation")
+    for kind, flags in ((int, _INTS), (float, _FLOATS)):
+        for name, text in flags.items():
+            metavar = "N" if kind is int else "X"
+            group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+    group.add_argument(
+        "--stop", action="append", metavar="TEXT", help="text that ends the answer; repeatable"
+    )
+    group.add_argument(
+        "--stop-token-id",
+        dest="stop_token_ids",
+        action="append",
+        type=int,
+        metavar="ID",
+        help="token that ends the answer; repeatable",
+    )
+    for name, text in (
+        ("--ignore-eos", "generate past the model's end tokens"),
+        ("--include-stop", "keep the stop text in the answer"),
+    ):
+        group.add_argument(name, action="store_true", default=None, help=text)
+    return parser
+
+
+def generation_options(args: argparse.Namespace) -> GenerateOptions:
+    """The options that the flags set, adapters aside."""
+    return GenerateOptions(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+        min_p=args.min_p,
+        repetition_penalty=args.repetition_penalty,
+        presence_penalty=args.presence_penalty,
+        frequency_penalty=args.frequency_penalty,
+        seed=args.seed,
+        max_tokens=args.max_tokens,
+        min_tokens=args.min_tokens,
+        stop=args.stop,
+        stop_token_ids=args.stop_token_ids,
+        ignore_eos=args.ignore_eos,
+        include_stop=args.include_stop,
+    )

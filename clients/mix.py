@@ -1,0 +1,72 @@
+"""How callers name the adapters of a request."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from turret.v1 import adapters_pb2
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeight:
+    """One member of a mix.
+
+    Attributes:
+        name: A registered name.
+        weight: Factor on the adapter's update, in [-100, 100].
+        generation: The generation meant; None means the newest.
+    """
+
+    name: str
+    weight: float = 1.0
+    generation: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> AdapterWeight:
+        """Read ``NAME[@GENERATION][=WEIGHT]``.
+
+        Raises:
+            ValueError: The text has another form.
+        """
+        head, equals, weight = text.partition("=")
+        name, at, generation = head.partition("@")
+        try:
+            if not name:
+                raise ValueError("no name")
+            return cls(name, float(weight) if equals else 1.0, int(generation) if at else None)
+        except ValueError:
+            raise ValueError(f"{text!r} is not NAME[@GENERATION][=WEIGHT]") from None
+
+    def __str__(self) -> str:
+        generation = "" if self.generation is None else f"@{self.generation}"
+        return f"{self.name}{generation}" + ("" if self.weight == 1.0 else f"={self.weight:g}")
+
+
+# "sql", ("json", -0.5), AdapterWeight("json", generation=2), or the message itself.
+AdapterLike = str | tuple[str, float] | AdapterWeight | adapters_pb2.AdapterWeight
+
+
+def to_mix(adapters: AdapterLike | Sequence[AdapterLike]) -> list[adapters_pb2.AdapterWeight]:
+    """Convert the adapters of a request; a single one may stand for itself.
+
+    Raises:
+        TypeError: A member has none of the accepted forms.
+    """
+    match adapters:
+        case str() | AdapterWeight() | adapters_pb2.AdapterWeight() | (str(), int() | float()):
+            return [_to_proto(adapters)]
+    return [_to_proto(adapter) for adapter in adapters]
+
+
+def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
+    match adapter:
+        case adapters_pb2.AdapterWeight():
+            return adapter
+        case str():
+            return adapters_pb2.AdapterWeight(name=adapter)
+        case AdapterWeight(name, weight, generation):
+            return adapters_pb2.AdapterWeight(name=name, weight=weight, generation=generation)
+        case (str() as name, int() | float() as weight):
+            return adapters_pb2.AdapterWeight(name=name, weight=weight)
+    raise TypeError(f'an adapter is "name", ("name", weight) or an AdapterWeight, not {adapter!r}')

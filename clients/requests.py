@@ -1,0 +1,163 @@
+"""Requests from plain Python values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from turret.clients.mix import AdapterLike, to_mix
+from turret.v1 import inference_pb2
+
+# {"role": "user", "content": "hi"}, ("user", "hi"), or the message itself.
+MessageLike = Mapping[str, str] | tuple[str, str] | inference_pb2.ChatMessage
+# Text, token ids, or the turns of a conversation.
+Prompt = str | Sequence[int] | Sequence[MessageLike]
+
+
+class GenerateOptions(TypedDict, total=False):
+    """Everything that a generation takes beside its prompt.
+
+    Unset, or None, leaves the server's default. Ranges and defaults are those of the fields of the
+    same name in ``turret/v1/inference.proto``.
+    """
+
+    adapters: AdapterLike | Sequence[AdapterLike]
+    temperature: float | None
+    top_k: int | None
+    top_p: float | None
+    min_p: float | None
+    repetition_penalty: float | None
+    presence_penalty: float | None
+    frequency_penalty: float | None
+    seed: int | None
+    logit_bias: Mapping[int, float] | None
+    max_tokens: int | None
+    min_tokens: int | None
+    stop: str | Sequence[str] | None
+    stop_token_ids: Sequence[int] | None
+    ignore_eos: bool | None
+    include_stop: bool | None
+    logprobs: bool | None
+    # Implies logprobs.
+    top_n: int | None
+    echo: bool | None
+    token_ids: bool | None
+    request_id: str | None
+
+
+_SAMPLING = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
+_STOP = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
+_RESPONSE = ("logprobs", "top_n", "echo", "token_ids")
+
+
+def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.GenerateRequest:
+    """Build the request of ``Generate`` and ``GenerateStream``.
+
+    Raises:
+        TypeError: An option is unknown, or a value has the wrong type.
+        ValueError: A value does not fit its field, such as a negative count.
+    """
+    unknown = options.keys() - GenerateOptions.__annotations__.keys()
+    if unknown:
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+    values: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
+    request = inference_pb2.GenerateRequest(
+        adapters=to_mix(values.get("adapters", ())), request_id=values.get("request_id", "")
+    )
+    set_input(request, prompt)
+    fill(request.sampling, _SAMPLING, values)
+    _each("logit_bias", request.sampling.logit_bias.update, values.get("logit_bias", {}))
+    fill(request.stop, _STOP, values)
+    stop = values.get("stop", ())
+    request.stop.stop_strings.extend([stop] if isinstance(stop, str) else stop)
+    _each("stop_token_ids", request.stop.stop_token_ids.extend, values.get("stop_token_ids", ()))
+    if values.get("top_n"):
+        values.setdefault("logprobs", True)
+    fill(request.options, _RESPONSE, values)
+    return request
+
+
+def score_request(
+    prompt: Prompt, *, adapters: AdapterLike | Sequence[AdapterLike], top_n: int, request_id: str
+) -> inference_pb2.ScoreRequest:
+    """Build the request of ``Score``; errors as in :func:`generate_request`."""
+    request = inference_pb2.ScoreRequest(adapters=to_mix(adapters), request_id=request_id)
+    set_input(request, prompt)
+    fill(request, ("top_n",), {"top_n": top_n})
+    return request
+
+
+def tokenize_request(prompt: Prompt) -> inference_pb2.TokenizeRequest:
+    """Build the request of ``Tokenize``; errors as in :func:`generate_request`."""
+    request = inference_pb2.TokenizeRequest()
+    set_input(request, prompt)
+    return request
+
+
+def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatMessage]:
+    """Convert a conversation; a plain text is the user's only turn.
+
+    Raises:
+        TypeError: A turn has none of the accepted forms.
+    """
+    if isinstance(chat, str):
+        return [inference_pb2.ChatMessage(role="user", content=chat)]
+    return [_to_message(message) for message in chat]
+
+
+def set_input(
+    request: (
+        inference_pb2.GenerateRequest | inference_pb2.ScoreRequest | inference_pb2.TokenizeRequest
+    ),
+    prompt: Prompt,
+) -> None:
+    """Set the request's ``input`` by the prompt's type; an empty sequence counts as token ids.
+
+    Raises:
+        TypeError: The prompt is neither text nor token ids nor a conversation.
+        ValueError: A token id is negative or too large.
+    """
+    if isinstance(prompt, str):
+        request.prompt = prompt
+        return
+    items = list(prompt)
+    if all(isinstance(item, int) for item in items):
+        request.token_ids.SetInParent()
+        _each("token_ids", request.token_ids.ids.extend, items)
+    else:
+        request.chat.messages.extend(_to_message(item) for item in items)
+
+
+def _to_message(message: object) -> inference_pb2.ChatMessage:
+    match message:
+        case inference_pb2.ChatMessage():
+            return message
+        case {"role": str() as role, "content": str() as content, **rest} if not rest:
+            return inference_pb2.ChatMessage(role=role, content=content)
+        case (str() as role, str() as content):
+            return inference_pb2.ChatMessage(role=role, content=content)
+    raise TypeError(f"a message is a role and a content, not {message!r}")
+
+
+def fill(message: Any, names: Iterable[str], values: Mapping[str, Any]) -> None:
+    """Set the named fields; protobuf's own errors do not say which field they mean."""
+    for name in names:
+        if name in values:
+            _each(name, lambda value, name=name: setattr(message, name, value), values[name])
+
+
+def _each(name: str, store: Any, value: Any) -> None:
+    """Call ``store(value)``, with the field's name in front of any complaint."""
+    try:
+        store(value)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None

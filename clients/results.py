@@ -1,0 +1,259 @@
+"""What the inference calls return. Fields mean what ``inference.proto`` says of the same name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from turret.v1 import inference_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """A token that could have stood at a position, with its natural log probability."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token with its natural log probability, None for the first of a prompt."""
+
+    token_id: int
+    text: str
+    logprob: float | None
+    top: tuple[TopLogprob, ...]
+
+    @classmethod
+    def from_proto(cls, proto: pb.TokenLogprob) -> TokenLogprob:
+        return cls(
+            proto.token_id,
+            proto.text,
+            proto.logprob if proto.HasField("logprob") else None,
+            tuple(TopLogprob(t.token_id, t.text, t.logprob) for t in proto.top),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a request cost, in tokens."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+    @classmethod
+    def from_proto(cls, proto: pb.Usage) -> Usage:
+        return cls(proto.prompt_tokens, proto.cached_tokens, proto.completion_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterUse:
+    """Which weights answered; ``load_ms`` is in milliseconds."""
+
+    name: str
+    uuid: str
+    generation: int
+    weight: float
+    cold_start: bool
+    load_ms: float
+
+    @classmethod
+    def from_proto(cls, proto: pb.AdapterUse) -> AdapterUse:
+        return cls(
+            proto.name, proto.uuid, proto.generation, proto.weight, proto.cold_start, proto.load_ms
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds since the server received the request."""
+
+    queue: float
+    ttft: float
+    total: float
+
+    @classmethod
+    def from_proto(cls, proto: pb.Timing) -> Timing:
+        queue, ttft, total = (
+            span.ToTimedelta().total_seconds() for span in (proto.queue, proto.ttft, proto.total)
+        )
+        return cls(queue, ttft, total)
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """A whole answer.
+
+    Attributes:
+        text: The answer.
+        token_ids: Its tokens, if asked for.
+        logprobs: One entry per token, if asked for.
+        finish_reason: ``STOP``, ``LENGTH``, ``CANCELLED`` or ``DEADLINE``.
+        stop: The stop string or stop token id of the request that ended it, if one did.
+        usage: What the request cost.
+        adapters_used: Which weights answered, in the order of the request.
+        timing: Where the time went.
+        request_id: The request's id.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: str
+    stop: str | int | None
+    usage: Usage
+    adapters_used: tuple[AdapterUse, ...]
+    timing: Timing
+    request_id: str
+
+    @classmethod
+    def from_proto(cls, proto: pb.GenerateResponse) -> Completion:
+        return cls(
+            proto.text,
+            tuple(proto.token_ids),
+            _logprobs(proto.logprobs),
+            _finish_reason(proto) or "FINISH_REASON_UNSPECIFIED",
+            _stop(proto),
+            Usage.from_proto(proto.usage),
+            _adapters_used(proto.adapters_used),
+            Timing.from_proto(proto.timing),
+            proto.request_id,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A part of an answer; what is None or empty by nature comes with the last one.
+
+    Attributes:
+        text: Text that the answer grew by; may be empty.
+        token_ids: Tokens that it grew by, if asked for.
+        logprobs: One entry per token, if asked for.
+        finish_reason: As in :class:`Completion`; None in every chunk but the last.
+        stop: As in :class:`Completion`.
+        usage: None in every chunk but the last.
+        adapters_used: Empty in every chunk but the last.
+        timing: None in every chunk but the last.
+        request_id: The request's id.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...]
+    finish_reason: str | None
+    stop: str | int | None
+    usage: Usage | None
+    adapters_used: tuple[AdapterUse, ...]
+    timing: Timing | None
+    request_id: str
+
+    @classmethod
+    def from_proto(cls, proto: pb.GenerateChunk) -> Chunk:
+        return cls(
+            proto.text,
+            tuple(proto.token_ids),
+            _logprobs(proto.logprobs),
+            _finish_reason(proto),
+            _stop(proto),
+            Usage.from_proto(proto.usage) if proto.HasField("usage") else None,
+            _adapters_used(proto.adapters_used),
+            Timing.from_proto(proto.timing) if proto.HasField("timing") else None,
+            proto.request_id,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """The log probabilities of a prompt, one entry per token."""
+
+    tokens: tuple[TokenLogprob, ...]
+    usage: Usage
+    adapters_used: tuple[AdapterUse, ...]
+    timing: Timing
+    request_id: str
+
+    @property
+    def logprob(self) -> float:
+        """The prompt's log probability given its first token: the sum over the others."""
+        return sum(token.logprob for token in self.tokens if token.logprob is not None)
+
+    @classmethod
+    def from_proto(cls, proto: pb.ScoreResponse) -> Score:
+        return cls(
+            _logprobs(proto.tokens),
+            Usage.from_proto(proto.usage),
+            _adapters_used(proto.adapters_used),
+            Timing.from_proto(proto.timing),
+            proto.request_id,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Token ids, the text of each, and the text of all together."""
+
+    token_ids: tuple[int, ...]
+    token_texts: tuple[str, ...]
+    text: str
+
+    @classmethod
+    def from_proto(cls, proto: pb.TokenizeResponse) -> Tokens:
+        return cls(tuple(proto.token_ids), tuple(proto.token_texts), proto.text)
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The base model and the server that serves it."""
+
+    name: str
+    model_type: str
+    digest: str
+    dtype: str
+    quantization: str
+    vocab_size: int
+    max_model_len: int
+    num_layers: int
+    hidden_size: int
+    server_version: str
+    methods: tuple[str, ...]
+
+    @classmethod
+    def from_proto(cls, proto: pb.GetModelResponse) -> Model:
+        return cls(
+            proto.name,
+            proto.model_type,
+            proto.digest,
+            proto.dtype,
+            proto.quantization,
+            proto.vocab_size,
+            proto.max_model_len,
+            proto.num_layers,
+            proto.hidden_size,
+            proto.server_version,
+            tuple(proto.methods),
+        )
+
+
+def _logprobs(protos: Iterable[pb.TokenLogprob]) -> tuple[TokenLogprob, ...]:
+    return tuple(map(TokenLogprob.from_proto, protos))
+
+
+def _adapters_used(protos: Iterable[pb.AdapterUse]) -> tuple[AdapterUse, ...]:
+    return tuple(map(AdapterUse.from_proto, protos))
+
+
+def _finish_reason(proto: pb.GenerateResponse | pb.GenerateChunk) -> str | None:
+    value = proto.finish_reason
+    if value == pb.GenerateResponse.FINISH_REASON_UNSPECIFIED:
+        return None
+    # A newer server may send a reason that this client has no name for.
+    known = value in pb.GenerateResponse.FinishReason.values()
+    return pb.GenerateResponse.FinishReason.Name(value) if known else f"FINISH_REASON_{value}"
+
+
+def _stop(proto: pb.GenerateResponse | pb.GenerateChunk) -> str | int | None:
+    which = proto.WhichOneof("stop")
+    return getattr(proto, which) if which else None

@@ -1,0 +1,281 @@
+"""A server with canned answers behind the real protocol, for tests of clients."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterator
+from concurrent import futures
+from contextlib import contextmanager
+from typing import NoReturn
+
+import grpc
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+FOREVER = "forever"
+PEFT_FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 2000}
+
+
+def abort(context: grpc.ServicerContext, code: grpc.StatusCode, text: str, *details) -> NoReturn:
+    """End the call with a rich status."""
+    packed = []
+    for detail in details:
+        packed.append(any_pb2.Any())
+        packed[-1].Pack(detail)
+    status = status_pb2.Status(code=code.value[0], message=text, details=packed)
+    context.set_trailing_metadata(
+        (("grpc-status-details-bin", status.SerializeToString()), ("x-request-id", "r-7"))
+    )
+    context.abort(code, text)
+    raise AssertionError("abort returns never")
+
+
+class FakeInference(inference_pb2_grpc.InferenceServicer):
+    """Answers with the prompt's words; knows the adapters that its sibling has."""
+
+    def __init__(self, adapters: dict[str, adapters_pb2.Adapter]) -> None:
+        self.adapters = adapters
+        self.requests: list = []
+        self.metadata: dict[str, object] = {}
+        self.time_remaining: float | None = None
+        # Of the newest stream: set once the call is over, which FOREVER never is by itself.
+        self.stream_ended = threading.Event()
+
+    def _accept(self, request, context: grpc.ServicerContext) -> None:
+        self.requests.append(request)
+        self.metadata = dict(context.invocation_metadata())
+        # grpc reports the largest integer of nanoseconds where there is no deadline.
+        remaining = context.time_remaining()
+        self.time_remaining = None if remaining is None or remaining > 1e9 else remaining
+        missing = [a.name for a in request.adapters if a.name not in self.adapters]
+        if missing:
+            abort(
+                context,
+                grpc.StatusCode.NOT_FOUND,
+                f"no adapter {', '.join(missing)}",
+                error_details_pb2.ErrorInfo(
+                    reason="ADAPTER_NOT_FOUND", domain="turret", metadata={"name": missing[0]}
+                ),
+            )
+        if getattr(request, "prompt", "") == "busy":
+            retry = error_details_pb2.RetryInfo(
+                retry_delay=duration_pb2.Duration(nanos=500_000_000)
+            )
+            info = error_details_pb2.ErrorInfo(reason="QUEUE_FULL", domain="turret")
+            abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full", info, retry)
+
+    def _words(self, request) -> list[str]:
+        if request.HasField("chat"):
+            return [f"{m.role}:{m.content} " for m in request.chat.messages]
+        if request.HasField("token_ids"):
+            return [f"<{i}>" for i in request.token_ids.ids]
+        return request.prompt.split()
+
+    def _finish(self, response, request) -> None:
+        response.finish_reason = inference_pb2.GenerateResponse.STOP
+        response.stop_string = "END"
+        response.usage.prompt_tokens = 3
+        response.usage.completion_tokens = 2
+        for a in request.adapters:
+            weight = a.weight if a.HasField("weight") else 1.0
+            response.adapters_used.add(name=a.name, uuid="u", generation=1, weight=weight)
+        response.timing.ttft.FromMilliseconds(250)
+        response.timing.total.FromMilliseconds(1500)
+        response.request_id = request.request_id or "made-up"
+
+    def Generate(self, request, context):
+        self._accept(request, context)
+        bad = [
+            error_details_pb2.BadRequest.FieldViolation(field="sampling.top_p", description="<= 1")
+        ]
+        if request.sampling.top_p > 1:
+            abort(
+                context,
+                grpc.StatusCode.INVALID_ARGUMENT,
+                "1 bad field",
+                error_details_pb2.ErrorInfo(reason="INVALID_REQUEST", domain="turret"),
+                error_details_pb2.BadRequest(field_violations=bad),
+            )
+        response = inference_pb2.GenerateResponse(text="".join(self._words(request)))
+        if request.options.logprobs:
+            token = response.logprobs.add(token_id=5, text="a", logprob=-0.5)
+            token.top.add(token_id=6, text="b", logprob=-1.0)
+        self._finish(response, request)
+        return response
+
+    def GenerateStream(self, request, context):
+        self.stream_ended = ended = threading.Event()
+        context.add_callback(ended.set)
+        self._accept(request, context)
+        yield from (inference_pb2.GenerateChunk(text=w) for w in self._words(request))
+        while request.prompt == FOREVER and context.is_active():
+            yield inference_pb2.GenerateChunk(text=".")
+            ended.wait(0.005)
+        last = inference_pb2.GenerateChunk()
+        self._finish(last, request)
+        yield last
+
+    def Score(self, request, context):
+        self._accept(request, context)
+        response = inference_pb2.ScoreResponse(request_id="s")
+        response.tokens.add(token_id=1, text="a")
+        response.tokens.add(token_id=2, text="[b]", logprob=-0.25)
+        response.tokens.add(token_id=3, text="c", logprob=0.0)
+        return response
+
+    def Tokenize(self, request, context):
+        return inference_pb2.TokenizeResponse(token_ids=[1, 2], token_texts=["a", "b"], text="ab")
+
+    def GetModel(self, request, context):
+        return inference_pb2.GetModelResponse(
+            name="tiny", quantization="nf4", vocab_size=7, methods=["dora", "lora"]
+        )
+
+
+class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
+    """A registry that keeps what it is told and files that it is sent."""
+
+    def __init__(self, adapters: dict[str, adapters_pb2.Adapter]) -> None:
+        self.adapters = adapters
+        self.files: dict[str, bytes] = {}
+        self.requests: list = []
+        self.garble = False
+
+    def _add(self, name: str, *, pinned: bool = False) -> adapters_pb2.Adapter:
+        self.adapters[name] = adapters_pb2.Adapter(
+            name=name,
+            uuid="u",
+            generation=1,
+            digest="d" * 64,
+            method="lora",
+            ranks=[4, 8],
+            target_modules=["q_proj"],
+            bytes_disk=1536,
+            residency=adapters_pb2.Adapter.HOST,
+            state=adapters_pb2.Adapter.ACTIVE,
+            pinned=pinned,
+            warnings=["[red] herring"],
+        )
+        return self.adapters[name]
+
+    def _get(self, request, context: grpc.ServicerContext) -> adapters_pb2.Adapter:
+        self.requests.append(request)
+        if request.name not in self.adapters:
+            info = error_details_pb2.ErrorInfo(reason="ADAPTER_NOT_FOUND", domain="turret")
+            abort(context, grpc.StatusCode.NOT_FOUND, f"no adapter {request.name}", info)
+        return self.adapters[request.name]
+
+    def LoadAdapter(self, request, context):
+        self.requests.append(request)
+        return self._add(request.name, pinned=request.pinned)
+
+    def UploadAdapter(self, request_iterator, context):
+        header = next(request_iterator).header
+        received = {info.path: b"" for info in header.files}
+        for message in request_iterator:
+            received[message.chunk.path] += message.chunk.data
+        for info in header.files:
+            data = received[info.path]
+            assert info.size_bytes == len(data)
+            assert info.sha256 == hashlib.sha256(data).hexdigest()
+        self.files = received
+        self.requests.append(header)
+        return self._add(header.name, pinned=header.pinned)
+
+    def ReplaceAdapter(self, request, context):
+        adapter = self._get(request, context)
+        adapter.generation += 1
+        return adapter
+
+    def GetAdapter(self, request, context):
+        return self._get(request, context)
+
+    def ListAdapters(self, request, context):
+        self.requests.append(
+            adapters_pb2.ListAdaptersRequest.FromString(request.SerializeToString())
+        )
+        names = sorted(self.adapters)
+        start = int(request.page_token or 0)
+        end = start + (request.page_size or 100)
+        return adapters_pb2.ListAdaptersResponse(
+            adapters=[self.adapters[n] for n in names[start:end]],
+            next_page_token=str(end) if end < len(names) else "",
+            total_size=len(names),
+        )
+
+    def UnloadAdapter(self, request, context):
+        self._get(request, context)
+        del self.adapters[request.name]
+        return adapters_pb2.UnloadAdapterResponse()
+
+    def PinAdapter(self, request, context):
+        adapter = self._get(request, context)
+        adapter.pinned = True
+        return adapter
+
+    def UnpinAdapter(self, request, context):
+        adapter = self._get(request, context)
+        adapter.pinned = False
+        return adapter
+
+    def FuseAdapters(self, request, context):
+        self.requests.append(request)
+        response = adapters_pb2.FuseAdaptersResponse(relative_error=0.25)
+        response.adapter.CopyFrom(self._add(request.name))
+        response.modules.add(module="layers.0.q_proj", relative_error=0.5, rank=8)
+        return response
+
+    def MergeAdapters(self, request, context):
+        self.requests.append(request)
+        state = adapters_pb2.MergeState(
+            active=True, base_generation=2, precision=request.precision, relative_error=0.125
+        )
+        for a in request.adapters:
+            state.adapters.add(name=a.name, generation=1, weight=a.weight)
+        state.merge_time.FromSeconds(86_400)
+        return state
+
+    def UnmergeAdapters(self, request, context):
+        return adapters_pb2.MergeState(base_generation=3)
+
+    def ExportAdapter(self, request, context):
+        header = adapters_pb2.ExportHeader(adapter=self._get(request, context))
+        for path, data in PEFT_FILES.items():
+            header.files.add(path=path, size_bytes=len(data))
+        yield adapters_pb2.ExportAdapterResponse(header=header)
+        for path, data in PEFT_FILES.items():
+            for start in range(0, len(data) - int(self.garble), 100_000):
+                piece = data[start : start + 100_000]
+                chunk = adapters_pb2.FileChunk(path=path, data=piece[: 10 if self.garble else None])
+                yield adapters_pb2.ExportAdapterResponse(chunk=chunk)
+
+
+class FakeTurret:
+    """Both services; ``address`` says where."""
+
+    def __init__(self, address: str, inference: FakeInference, adapters: FakeAdapters) -> None:
+        self.address = address
+        self.inference = inference
+        self.adapters = adapters
+
+
+@contextmanager
+def fake_turret() -> Iterator[FakeTurret]:
+    """Run the server on a free port of the loopback address, with the adapters sql and json."""
+    registry: dict[str, adapters_pb2.Adapter] = {}
+    inference, adapters = FakeInference(registry), FakeAdapters(registry)
+    for name in ("sql", "json"):
+        adapters._add(name)
+    with futures.ThreadPoolExecutor(max_workers=4) as pool:
+        server = grpc.server(pool)
+        inference_pb2_grpc.add_InferenceServicer_to_server(inference, server)
+        adapters_pb2_grpc.add_AdaptersServicer_to_server(adapters, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        server.start()
+        try:
+            yield FakeTurret(f"127.0.0.1:{port}", inference, adapters)
+        finally:
+            server.stop(0).wait()
