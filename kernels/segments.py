@@ -1,0 +1,76 @@
+"""Segment metadata: which rows of a step use which adapters, prepared once per step.
+
+Rows of a step are ordered *short adapted rows* (decode tokens and tiny prefill pieces, many
+adapters), then rows of the base model alone, then *long segments* (prefill chunks, one mix each).
+Base rows are touched by no operator. Adapters of the step live side by side in a pack: adapter
+``k`` owns the ranks ``[lo_k, hi_k)`` of every packed matrix, so the short rows of all adapters are
+one wide product whose foreign columns are masked to zero (few, wide calls win on a CPU), while a
+long segment multiplies only its own ranks.
+
+A mix is summed component by component in the request's order (*pass* 0, 1, …), never in the
+order in which the pack happens to hold the adapters: that keeps results bit-identical in any batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class ShortPass:
+    """The ``j``-th mix component of the short rows.
+
+    Attributes:
+        rows: Row numbers that have a ``j``-th component, ``[n_j]`` int64, or None for all of them.
+        mask: ``[n_j, span]`` bool, True on the ranks of the component's adapter. Selected, not
+            multiplied by zero: a foreign adapter may overflow on these rows, and ``inf · 0`` would
+            poison them. All False for a component of weight 0.
+        slots: Pack slot of the component, ``[n_j]`` int64 (for gains and biases).
+        slot_weights: Mix weight, ``[n_j, 1]`` fp32.
+        plain: True where every weight is 1, so that masking alone is exact.
+    """
+
+    rows: torch.Tensor | None
+    mask: torch.Tensor
+    slots: torch.Tensor
+    slot_weights: torch.Tensor
+    plain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """One adapter of a long segment's mix: its ranks in the pack, its slot and its weight."""
+
+    rank_start: int
+    rank_end: int
+    slot: int
+    weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class LongSegment:
+    """A run of rows that share one mix."""
+
+    start: int
+    end: int
+    components: tuple[Component, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentPlan:
+    """All segments of a step. ``num_short`` rows come first; see the module docstring.
+
+    ``[rank_start, rank_end)`` is the span of pack ranks that the short rows' adapters lie in.
+    """
+
+    num_short: int = 0
+    rank_start: int = 0
+    rank_end: int = 0
+    passes: tuple[ShortPass, ...] = ()
+    long: tuple[LongSegment, ...] = field(default=())
+
+    @property
+    def is_base_only(self) -> bool:
+        return self.num_short == 0 and not self.long

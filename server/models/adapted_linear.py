@@ -1,0 +1,34 @@
+"""A fused projection of the base model with the step's adapters on top."""
+
+from __future__ import annotations
+
+import torch
+
+from turret.server.adapters.pack import AdapterStep
+from turret.server.models.nf4 import Nf4Linear
+
+
+class AdaptedLinear:
+    """``y = G ⊙ (W x) + b + Σ_k w_k Δ_k(x)`` for one fused projection of one layer.
+
+    Attributes:
+        base: The bias-free base projection.
+        bias: ``[out]`` in the serving dtype, or None.
+    """
+
+    def __init__(self, layer: int, group: str, base: Nf4Linear, bias: torch.Tensor | None):
+        self.layer = layer
+        self.group = group
+        self.base = base
+        self.bias = bias
+
+    def __call__(self, x: torch.Tensor, adapters: AdapterStep | None) -> torch.Tensor:
+        """Project ``[rows, in]`` → ``[rows, out]``, rows ordered as ``adapters.plan`` says."""
+        y = self.base(x)
+        if adapters is not None:
+            adapters.scale(self.layer, self.group, y)
+        if self.bias is not None:
+            y += self.bias
+        if adapters is not None:
+            adapters.add(self.layer, self.group, x, y)
+        return y

@@ -1,0 +1,55 @@
+"""The paged KV cache's tensors. Which block belongs to whom is the engine's business."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from turret.server.models.arch import Arch
+
+
+class KvCache:
+    """Keys and values of all layers, ``[layers, num_blocks, block_size, kv_heads, head_dim]``.
+
+    Block 0 is never handed out: padding rows write to it and tiles are padded with it.
+    """
+
+    def __init__(
+        self, arch: Arch, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ):
+        shape = (arch.num_layers, num_blocks, block_size, arch.num_kv_heads, arch.head_dim)
+        self.block_size = block_size
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def block_bytes(arch: Arch, block_size: int, dtype: torch.dtype) -> int:
+        """Bytes of one block over all layers, keys and values."""
+        per_token = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim
+        return per_token * block_size * dtype.itemsize
+
+    def clear(self, blocks: Sequence[int]) -> None:
+        """Zero blocks that change owner.
+
+        A masked position still multiplies its value by 0: a NaN left by the previous owner would
+        spread.
+        """
+        if blocks:
+            index = torch.tensor(blocks, device=self.keys.device)
+            self.keys.index_fill_(1, index, 0)
+            self.values.index_fill_(1, index, 0)
+
+    def write(
+        self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Store new tokens.
+
+        Args:
+            layer: Layer number.
+            slots: ``block · block_size + offset`` per row, ``[rows]`` int64.
+            keys: Rotated, ``[rows, kv_heads, head_dim]``.
+            values: ``[rows, kv_heads, head_dim]``.
+        """
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, keys.to(self.keys.dtype))
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, values.to(self.values.dtype))

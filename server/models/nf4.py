@@ -1,0 +1,182 @@
+"""NF4 weights (QLoRA, arXiv 2305.14314) as bitsandbytes stores them, and fused linears on them.
+
+Every HF module is quantised on its own: block 64, double quantisation. Fusing q·k·v and gate·up
+joins the *packed* rows, so the served model equals its bitsandbytes-4bit checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from turret.kernels.row_linear import row_linear
+from turret.server.errors import InvalidRequestError
+
+# It warns at import that an optional kernel of the Hugging Face hub is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+import bitsandbytes as bnb  # noqa: E402
+import bitsandbytes.functional as bnb_functional  # noqa: E402
+
+BLOCKSIZE = 64
+# Rows per tile of bitsandbytes' packed CPU layout.
+_CPU_TILE_ROWS = 32
+_IDENTITY_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4Weight:
+    """One module's quantised weight.
+
+    Attributes:
+        packed: Two 4-bit codes a byte, ``[out·in/2, 1]`` uint8.
+        state: bitsandbytes' quantisation state (absmax, possibly nested; code; shape).
+    """
+
+    packed: torch.Tensor
+    state: bnb_functional.QuantState
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor) -> Nf4Weight:
+        """Quantise ``[out, in]`` as bitsandbytes does, with double quantisation."""
+        packed, state = bnb_functional.quantize_4bit(
+            weight.contiguous(), blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=True
+        )
+        return cls(packed, state)
+
+    @classmethod
+    def from_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Nf4Weight:
+        """Take a weight from a bitsandbytes-4bit checkpoint as it is.
+
+        Args:
+            name: The weight's name; ``tensors`` holds it and ``{name}.absmax`` and so on.
+            tensors: At least this weight's tensors.
+
+        Raises:
+            InvalidRequestError: Not NF4, or not block 64.
+        """
+        parts = {
+            key.removeprefix(f"{name}."): value
+            for key, value in tensors.items()
+            if key.startswith(f"{name}.")
+        }
+        state = bnb_functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+        if state.quant_type != "nf4" or state.blocksize != BLOCKSIZE:
+            raise InvalidRequestError.of(
+                "model",
+                f"{name} is {state.quant_type} with block {state.blocksize}; turret serves nf4 "
+                f"with block {BLOCKSIZE}",
+            )
+        return cls(tensors[name], state)
+
+    def to_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Name the tensors as a bitsandbytes-4bit checkpoint does."""
+        extra = {f"{name}.{k}": v for k, v in self.state.as_dict(packed=True).items()}
+        return {name: self.packed, **extra}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        out_features, in_features = self.state.shape
+        return out_features, in_features
+
+    def absmax(self) -> torch.Tensor:
+        """Block maxima, flat fp32, the nested quantisation undone."""
+        if not self.state.nested:
+            return self.state.absmax.float()
+        flat = bnb_functional.dequantize_blockwise(self.state.absmax, self.state.state2)
+        return (flat + self.state.offset).float()
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """``[out, in]`` in ``dtype``."""
+        return torch.ops.bitsandbytes.dequantize_4bit(
+            self.packed, self.absmax(), BLOCKSIZE, "nf4", self.shape, dtype
+        )
+
+
+class Nf4Linear:
+    """A fused projection without bias: slices of NF4 weights that share their input.
+
+    On a CPU with AVX512-BF16 and a bf16 model, bitsandbytes' fused dequantise-multiply runs on the
+    packed weight (its rows are batch-invariant; absmax is bf16 there). On CUDA bitsandbytes'
+    ``matmul_4bit``. Otherwise (float32, or a CPU without AVX512-BF16) the weight is held
+    dequantised.
+    """
+
+    def __init__(self, slices: Sequence[Nf4Weight], dtype: torch.dtype, device: torch.device):
+        self.widths = tuple(weight.shape[0] for weight in slices)
+        self.in_features = slices[0].shape[1]
+        self._shape = (sum(self.widths), self.in_features)
+        self._dense: torch.Tensor | None = None
+        self._code: torch.Tensor | None = None
+        if device.type == "cuda" and dtype != torch.float32:
+            self._fuse_cuda(slices, device)
+        elif device.type == "cpu" and dtype == torch.bfloat16 and self._packs_on_cpu(slices):
+            self._fuse_cpu(slices)
+        else:
+            parts = [weight.dequantize(dtype) for weight in slices]
+            self._dense = torch.cat(parts).to(device)
+
+    @staticmethod
+    def _packs_on_cpu(slices: Sequence[Nf4Weight]) -> bool:
+        return bool(bnb_functional.has_avx512bf16()) and all(
+            weight.shape[0] % _CPU_TILE_ROWS == 0 and weight.shape[1] % BLOCKSIZE == 0
+            for weight in slices
+        )
+
+    def _fuse_cpu(self, slices: Sequence[Nf4Weight]) -> None:
+        packed, absmax = [], []
+        for weight in slices:
+            part, state = bnb_functional._convert_weight_packed_for_cpu(
+                weight.packed, copy.deepcopy(weight.state)
+            )
+            packed.append(part)
+            absmax.append(state.absmax)
+            self._code = state.code
+        # Tiles of 32 rows, tile-major: joining along rows is joining the bytes. absmax is
+        # [in / 64, out] in this layout.
+        self._packed = torch.cat(packed)
+        self._absmax = torch.cat(absmax, dim=1).contiguous()
+
+    def _fuse_cuda(self, slices: Sequence[Nf4Weight], device: torch.device) -> None:
+        self._packed = torch.cat([weight.packed.view(-1, 1) for weight in slices]).to(device)
+        first = slices[0].state
+        self._state = bnb_functional.QuantState(
+            absmax=torch.cat([weight.absmax() for weight in slices]).to(device),
+            shape=torch.Size(self._shape),
+            dtype=first.dtype,
+            blocksize=BLOCKSIZE,
+            code=first.code.to(device),
+            quant_type="nf4",
+        )
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply ``[rows, in]`` → ``[rows, sum(widths)]``, dtype of ``x``."""
+        if self._dense is not None:
+            return row_linear(x, self._dense)
+        if self._code is not None:
+            return torch.ops.bitsandbytes.gemv_4bit(
+                x, self._packed, self._shape, self._absmax, self._code, BLOCKSIZE
+            )
+        return bnb.matmul_4bit(x, self._packed, quant_state=self._state)
+
+    def dequantize(self, index: int) -> torch.Tensor:
+        """The weight of slice ``index`` as it is actually multiplied, ``[out, in]`` fp32, on the CPU.
+
+        The fused CPU op rounds absmax and products to bf16 inside; multiplying by the identity
+        shows exactly the weight it uses.
+        """
+        start = sum(self.widths[:index])
+        end = start + self.widths[index]
+        if self._dense is not None:
+            return self._dense[start:end].float().cpu()
+        device = self._packed.device
+        columns = []
+        for low in range(0, self.in_features, _IDENTITY_ROWS):
+            high = min(low + _IDENTITY_ROWS, self.in_features)
+            identity = torch.zeros(high - low, self.in_features, dtype=torch.bfloat16)
+            identity[torch.arange(high - low), torch.arange(low, high)] = 1.0
+            columns.append(self(identity.to(device))[:, start:end].float().cpu().T)
+        return torch.cat(columns, dim=1).contiguous()

@@ -1,0 +1,213 @@
+"""Turns any supported source into a bitsandbytes-4bit checkpoint directory, once.
+
+A plain Hugging Face directory or the embedded GGUF is quantised tensor by tensor (the bf16 model
+is never held whole) and written to the cache; later starts read the cache. A directory that is
+already bitsandbytes-4bit is taken as it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from turret.server.errors import InvalidRequestError
+from turret.server.models.embedded import MODEL_NAME, find_gguf, read_gguf
+from turret.server.models.nf4 import Nf4Weight
+
+# Part of the cache key: raise it when what is written changes.
+_FORMAT = "2"
+_WEIGHTS = "model.safetensors"
+_MANIFEST = "turret.json"
+
+# Called with (description, done, total).
+Progress = Callable[[str, int, int], None]
+
+
+def no_progress(description: str, done: int, total: int) -> None:
+    """Report to nobody."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model is, ready to load.
+
+    Attributes:
+        name: Model id as the checkpoint names itself, else the directory's name.
+        weights: Directory of a bitsandbytes-4bit checkpoint.
+        files: Directory with config.json and the tokenizer.
+        digest: SHA-256 of the weight files.
+    """
+
+    name: str
+    weights: Path
+    files: Path
+    digest: str
+
+
+def default_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/turret``, else ``~/.cache/turret``."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "turret"
+
+
+def resolve_model(
+    model: Path | None, cache_dir: Path, progress: Progress = no_progress
+) -> ModelSource:
+    """Find or make the 4-bit checkpoint of a model.
+
+    Args:
+        model: A Hugging Face model directory, or None for the embedded model.
+        cache_dir: Where quantised checkpoints are kept.
+        progress: Told how far quantisation is.
+
+    Raises:
+        InvalidRequestError: Not a model directory, or in a format that is not served.
+    """
+    if model is None:
+        gguf = find_gguf()
+        target = cache_dir / f"nf4-{_key([gguf])}"
+        if not (target / _MANIFEST).exists():
+            config, tokenizer, tensors, total = read_gguf(gguf)
+            with _new_directory(target) as build:
+                config.save_pretrained(build)  # type: ignore[attr-defined]
+                tokenizer.save_pretrained(build)  # type: ignore[attr-defined]
+                _quantize(tensors, total, build, MODEL_NAME, progress)
+        return _read_cached(target, target)
+    config_file = model / "config.json"
+    if not config_file.is_file():
+        raise InvalidRequestError.of("model", f"{model} has no config.json")
+    config = json.loads(config_file.read_text())
+    shards = weight_files(model)
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        if quantization.get("quant_method") != "bitsandbytes" or not quantization.get(
+            "load_in_4bit", quantization.get("_load_in_4bit")
+        ):
+            raise InvalidRequestError.of(
+                "model",
+                f"{model} is quantised with {quantization.get('quant_method')!r}; turret serves "
+                "plain checkpoints and bitsandbytes 4-bit ones",
+            )
+        return ModelSource(_name(model, config), model, model, _digest(shards))
+    target = cache_dir / f"nf4-{_key([config_file, *shards])}"
+    if not (target / _MANIFEST).exists():
+        with _new_directory(target) as build:
+            tensors = read_tensors(shards)
+            _quantize(tensors, _count(shards), build, _name(model, config), progress)
+    return _read_cached(target, model)
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, sharded or not.
+
+    Raises:
+        InvalidRequestError: There are none (pickle files are not read).
+    """
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        return [folder / name for name in names]
+    if (folder / _WEIGHTS).is_file():
+        return [folder / _WEIGHTS]
+    raise InvalidRequestError.of("model", f"{folder} has no model.safetensors; only safetensors is read")
+
+
+def read_tensors(shards: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) one at a time."""
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                yield name, file.get_tensor(name)
+
+
+def is_quantized(name: str) -> bool:
+    """Whether a tensor is the weight of a decoder layer's linear module."""
+    return ".layers." in name and name.endswith("_proj.weight")
+
+
+def _quantize(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    total: int,
+    build: Path,
+    name: str,
+    progress: Progress,
+) -> None:
+    out: dict[str, torch.Tensor] = {}
+    for done, (key, tensor) in enumerate(tensors):
+        progress("Quantising to NF4", done, total)
+        tensor = tensor.to(torch.bfloat16)
+        if is_quantized(key):
+            out.update(Nf4Weight.quantize(tensor).to_tensors(key))
+        else:
+            out[key] = tensor.contiguous().clone()
+    progress("Quantising to NF4", total, total)
+    save_file(out, build / _WEIGHTS, metadata={"format": "pt"})
+    manifest = {"name": name, "digest": _digest([build / _WEIGHTS]), "format": _FORMAT}
+    (build / _MANIFEST).write_text(json.dumps(manifest))
+
+
+def _read_cached(weights: Path, files: Path) -> ModelSource:
+    manifest = json.loads((weights / _MANIFEST).read_text())
+    return ModelSource(manifest["name"], weights, files, manifest["digest"])
+
+
+class _new_directory:  # noqa: N801 - used like a function
+    """Fill a directory beside its final place, then rename it there: readers see all or nothing."""
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+
+    def __enter__(self) -> Path:
+        self._target.parent.mkdir(parents=True, exist_ok=True)
+        self._build = Path(tempfile.mkdtemp(prefix=".building-", dir=self._target.parent))
+        return self._build
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                self._build.rename(self._target)
+        except OSError:
+            # Another process was faster; its result is the same.
+            if not (self._target / _MANIFEST).exists():
+                raise
+        finally:
+            shutil.rmtree(self._build, ignore_errors=True)
+
+
+def _key(files: Iterable[Path]) -> str:
+    parts = [_FORMAT]
+    for file in files:
+        stat = file.stat()
+        parts.append(f"{file.resolve()}:{stat.st_size}:{stat.st_mtime_ns}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]
+
+
+def _digest(files: Iterable[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 22):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _count(shards: Iterable[Path]) -> int:
+    total = 0
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            total += len(file.keys())
+    return total
+
+
+def _name(model: Path, config: dict) -> str:
+    return config.get("_name_or_path") or model.resolve().name
