@@ -1,0 +1,114 @@
+"""Accounting of KV blocks: who owns which, and which can be found again by content. No torch.
+
+A full block is named by a key that chains from (base generation, mix, soft tokens) over the token
+ids up to its end, so a block is found again only by a request that would compute the same values.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Sequence
+
+
+def root_key(base_generation: int, mix: Sequence[tuple[str, int, float]]) -> bytes:
+    """First link of the chain: the weights that a sequence is computed with.
+
+    Args:
+        base_generation: Moves when the base weights change.
+        mix: (adapter uuid, generation, weight) in the request's order; never names, which may be
+            loaded again with other weights.
+    """
+    parts = [str(base_generation), *(f"{uuid}:{gen}:{weight!r}" for uuid, gen, weight in mix)]
+    return hashlib.blake2b("|".join(parts).encode(), digest_size=16).digest()
+
+
+def next_key(previous: bytes, token_ids: Sequence[int]) -> bytes:
+    """Key of the block that holds ``token_ids`` after the block named ``previous``."""
+    data = b"".join(token.to_bytes(4, "little") for token in token_ids)
+    return hashlib.blake2b(previous + data, digest_size=16).digest()
+
+
+class BlockPool:
+    """Owner of blocks ``1 … num_blocks − 1``; block 0 is padding and never handed out.
+
+    A block is *active* while some sequence holds it, else *free*; a free block may still be
+    *cached*: findable by key until it is handed out again, least recently freed first.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        assert num_blocks >= 2, "one block is padding"
+        self.block_size = block_size
+        self.num_blocks = num_blocks
+        self._free: OrderedDict[int, None] = OrderedDict((b, None) for b in range(1, num_blocks))
+        self._references = [0] * num_blocks
+        self._key_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+
+    @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
+    def num_active(self) -> int:
+        return self.num_blocks - 1 - len(self._free)
+
+    @property
+    def num_cached(self) -> int:
+        """Free blocks that can still be found by key."""
+        return sum(block in self._key_of for block in self._free)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold ``num_tokens``."""
+        return -(-num_tokens // self.block_size)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """Hand out ``count`` blocks, or None (and nothing) if there are not enough."""
+        if count > len(self._free):
+            return None
+        taken = []
+        for _ in range(count):
+            block, _ = self._free.popitem(last=False)
+            key = self._key_of.pop(block, None)
+            if key is not None:
+                del self._block_of[key]
+            assert self._references[block] == 0
+            self._references[block] = 1
+            taken.append(block)
+        return taken
+
+    def share(self, keys: Sequence[bytes]) -> list[int]:
+        """Take the longest cached run of ``keys`` from its start; each block gains a reference."""
+        shared = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            if self._references[block] == 0:
+                del self._free[block]
+            self._references[block] += 1
+            shared.append(block)
+        return shared
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give references back. Later blocks of a sequence are reused before earlier ones."""
+        for block in reversed(blocks):
+            assert self._references[block] > 0, f"block {block} is not held"
+            self._references[block] -= 1
+            if self._references[block] == 0:
+                self._free[block] = None
+                if block not in self._key_of:
+                    # Nothing to find in it: hand it out first.
+                    self._free.move_to_end(block, last=False)
+
+    def register(self, block: int, key: bytes) -> None:
+        """Make a full block findable. A key that another block already carries stays with it."""
+        assert self._references[block] > 0
+        if key not in self._block_of and block not in self._key_of:
+            self._key_of[block] = key
+            self._block_of[key] = block
+
+    def forget_cached(self) -> None:
+        """Drop every key (the base weights changed)."""
+        self._key_of.clear()
+        self._block_of.clear()

@@ -1,0 +1,105 @@
+"""The waiting line: first come, first served within a mix, least served mix first. No torch.
+
+Virtual token counters (VTC, arXiv 2401.00588) per group, a group being one mix of adapters (the
+bare base is one too): every token computed for a group advances its counter, and the waiting group
+with the lowest counter is served next. A group that was idle re-enters at the lowest counter of
+those that are busy, so saved-up idleness is not a credit. A popular adapter can therefore delay a
+rare one by at most the work already running, however long its own queue is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+from typing import Generic, Protocol, TypeVar
+
+
+class Grouped(Protocol):
+    """Anything that belongs to a group."""
+
+    @property
+    def group(self) -> Hashable: ...
+
+
+T = TypeVar("T", bound=Grouped)
+
+
+class FairQueue(Generic[T]):
+    """Waiting items by group. ``charge`` tells it what was served."""
+
+    def __init__(self) -> None:
+        self._lines: dict[Hashable, deque[T]] = {}
+        self._served: dict[Hashable, float] = {}
+        self._running: dict[Hashable, int] = {}
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[T]:
+        for line in self._lines.values():
+            yield from line
+
+    def push(self, item: T) -> None:
+        """Join the end of the group's line."""
+        self._line(item.group).append(item)
+        self._length += 1
+
+    def push_front(self, item: T) -> None:
+        """Return to the head of the group's line (preempted)."""
+        self._line(item.group).appendleft(item)
+        self._length += 1
+
+    def peek(self, ready: Callable[[T], bool]) -> T | None:
+        """The next item to serve: head of the least served group whose head is ready."""
+        best: T | None = None
+        for group, line in self._lines.items():
+            head = line[0]
+            if (best is None or self._served[group] < self._served[best.group]) and ready(head):
+                best = head
+        return best
+
+    def remove(self, item: T) -> None:
+        """Take an item out, wherever it stands. Raises ValueError if it is not waiting."""
+        line = self._lines.get(item.group)
+        if line is None:
+            raise ValueError("not waiting")
+        line.remove(item)
+        self._length -= 1
+        if not line:
+            del self._lines[item.group]
+            self._forget(item.group)
+
+    def start(self, item: T) -> None:
+        """The item left the line and runs: its group stays busy."""
+        self._running[item.group] = self._running.get(item.group, 0) + 1
+        self._served.setdefault(item.group, self._floor())
+
+    def stop(self, item: T) -> None:
+        """The item no longer runs."""
+        left = self._running[item.group] - 1
+        if left:
+            self._running[item.group] = left
+        else:
+            del self._running[item.group]
+            self._forget(item.group)
+
+    def charge(self, group: Hashable, num_tokens: int) -> None:
+        """Record tokens computed for a busy group."""
+        if group in self._served:
+            self._served[group] += num_tokens
+
+    def _line(self, group: Hashable) -> deque[T]:
+        line = self._lines.get(group)
+        if line is None:
+            self._served.setdefault(group, self._floor())
+            line = self._lines[group] = deque()
+        return line
+
+    def _floor(self) -> float:
+        """Counter at which a group enters: the lowest among the busy, or where the last one left."""
+        return min(self._served.values(), default=0.0)
+
+    def _forget(self, group: Hashable) -> None:
+        if group not in self._lines and group not in self._running:
+            self._served.pop(group, None)

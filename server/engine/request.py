@@ -1,0 +1,227 @@
+"""What a client asks and what it gets back, in the engine's own terms (no proto, no torch)."""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from turret.server.errors import InvalidRequestError
+
+MAX_TOP_N = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_STRING_CHARS = 256
+
+
+class FinishReason(enum.Enum):
+    """Why a sequence ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+
+
+def _check(ok: bool, name: str, rule: str) -> None:
+    if not ok:
+        raise InvalidRequestError.of(name, rule)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the next token is drawn. Defaults leave the model's distribution as it is.
+
+    Raises:
+        InvalidRequestError: A value is outside its range (or NaN); names the field.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        t = self.temperature
+        _check(0.0 <= t <= 100.0, "sampling.temperature", "must be in [0, 100]; 0 is greedy")
+        _check(self.top_k >= 0, "sampling.top_k", "must be >= 0; 0 is off")
+        _check(0.0 < self.top_p <= 1.0, "sampling.top_p", "must be in (0, 1]")
+        _check(0.0 <= self.min_p <= 1.0, "sampling.min_p", "must be in [0, 1]")
+        r = self.repetition_penalty
+        _check(0.01 <= r <= 100.0, "sampling.repetition_penalty", "must be in [0.01, 100]; 1 is off")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check(-2.0 <= getattr(self, name) <= 2.0, f"sampling.{name}", "must be in [-2, 2]")
+        for token_id, bias in self.logit_bias.items():
+            _check(token_id >= 0, "sampling.logit_bias", f"token id {token_id} is negative")
+            _check(
+                math.isfinite(bias) and -100.0 <= bias <= 100.0,
+                "sampling.logit_bias",
+                f"bias of token {token_id} must be in [-100, 100]",
+            )
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopConditions:
+    """When a sequence ends. ``max_tokens`` None means up to the model's context."""
+
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop_strings: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    include_stop: bool = False
+
+    def __post_init__(self) -> None:
+        most = self.max_tokens
+        _check(most is None or most >= 1, "stop.max_tokens", "must be >= 1")
+        _check(self.min_tokens >= 0, "stop.min_tokens", "must be >= 0")
+        _check(
+            most is None or self.min_tokens <= most, "stop.min_tokens", "must be <= stop.max_tokens"
+        )
+        n = len(self.stop_strings)
+        _check(n <= MAX_STOP_STRINGS, "stop.stop_strings", f"at most {MAX_STOP_STRINGS}")
+        for text in self.stop_strings:
+            _check(text != "", "stop.stop_strings", "must not contain an empty string")
+            _check(
+                len(text) <= MAX_STOP_STRING_CHARS,
+                "stop.stop_strings",
+                f"each at most {MAX_STOP_STRING_CHARS} characters",
+            )
+        _check(all(t >= 0 for t in self.stop_token_ids), "stop.stop_token_ids", "must be >= 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseOptions:
+    """What is reported beside the text. ``top_n`` alternatives need ``logprobs``."""
+
+    logprobs: bool = False
+    top_n: int = 0
+    echo: bool = False
+    token_ids: bool = False
+
+    def __post_init__(self) -> None:
+        _check(0 <= self.top_n <= MAX_TOP_N, "options.top_n", f"must be in [0, {MAX_TOP_N}]")
+        _check(self.top_n == 0 or self.logprobs, "options.top_n", "needs options.logprobs")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterRef:
+    """One member of a request's mix, by name. ``generation`` None means the newest."""
+
+    name: str
+    generation: int | None = None
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        ok = math.isfinite(self.weight) and abs(self.weight) <= 100.0
+        _check(ok, "adapters.weight", f"weight of {self.name!r} must be finite and in [-100, 100]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """A tokenised request, checked but not yet admitted.
+
+    ``deadline`` is a ``time.monotonic()`` value in seconds. ``score`` asks for prompt logprobs
+    only: nothing is generated.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    adapters: tuple[AdapterRef, ...] = ()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
+    stop: StopConditions = field(default_factory=StopConditions)
+    options: ResponseOptions = field(default_factory=ResponseOptions)
+    deadline: float | None = None
+    score: bool = False
+
+    def __post_init__(self) -> None:
+        _check(len(self.prompt_token_ids) > 0, "input", "the prompt has no tokens")
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether every prompt position needs logits (so the prefix cache cannot help)."""
+        return self.score or (self.options.echo and self.options.logprobs)
+
+
+@dataclass(frozen=True, slots=True)
+class TopLogprob:
+    """One alternative at a position."""
+
+    token_id: int
+    text: str
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """A token with its logprob (natural log; None for the first prompt token)."""
+
+    token_id: int
+    text: str
+    logprob: float | None
+    top: tuple[TopLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Usage:
+    """Token counts; ``cached_tokens`` of the prompt came from the prefix cache."""
+
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterUse:
+    """Which weights answered: a name may have moved on since."""
+
+    name: str
+    uuid: str
+    generation: int
+    weight: float
+    cold_start: bool
+    load_ms: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """Seconds since the request was received: until scheduled, first token, finished."""
+
+    queue_seconds: float
+    time_to_first_token_seconds: float
+    total_seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Finish:
+    """The last word on a request. ``stop`` is the string or token id that ended it, if any."""
+
+    reason: FinishReason
+    stop: str | int | None = None
+    usage: Usage
+    adapters_used: tuple[AdapterUse, ...]
+    timing: Timing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Output:
+    """What one step adds to a request; the last one carries ``finish``.
+
+    ``text`` holds only characters that can no longer change (no half UTF-8 sequence, no possible
+    beginning of a stop string). ``prompt_logprobs`` comes once, before or with the first token.
+    """
+
+    text: str = ""
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprob, ...] = ()
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    finish: Finish | None = None

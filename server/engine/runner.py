@@ -1,0 +1,116 @@
+"""Runs a scheduled step on the model: the only place where the engine touches the device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from turret.server.adapters.pack import AdapterPack
+from turret.server.engine.batch import Batch, BatchBuilder, Placed
+from turret.server.engine.sampler import Draw, Sampler, top_of
+from turret.server.engine.scheduler import Step
+from turret.server.engine.sequence import Sequence
+from turret.server.models.decoder import Decoder
+from turret.server.models.kv_cache import KvCache
+
+# Vocabulary logits of prompt positions are made this many rows at a time: 64 rows of a 150,000
+# token vocabulary are 38 MB in fp32.
+_PROMPT_LOGIT_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprob:
+    """Logprob of the prompt token at ``position``, given those before it."""
+
+    position: int
+    draw: Draw
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step produced: a drawn token per sampling sequence, and prompt logprobs."""
+
+    draws: dict[Sequence, Draw] = field(default_factory=dict)
+    prompt_logprobs: dict[Sequence, list[PromptLogprob]] = field(default_factory=dict)
+
+
+class Runner:
+    """Owns the decoder, the KV cache, the adapter pack and the sampler. One thread only."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KvCache,
+        pack: AdapterPack,
+        stop_token_ids: frozenset[int],
+    ) -> None:
+        self.pack = pack
+        self._decoder = decoder
+        self._cache = cache
+        self._builder = BatchBuilder(decoder.arch, cache.block_size, pack, decoder.device)
+        self._sampler = Sampler()
+        self._stop_token_ids = stop_token_ids
+
+    def run(self, step: Step) -> StepResult:
+        """Compute a step. Keys and values of its tokens are in the cache afterwards."""
+        with torch.inference_mode():
+            self._cache.clear(step.new_blocks)
+            batch = self._builder.build(step)
+            hidden = self._decoder.forward(batch.input, self._cache)
+            result = StepResult()
+            self._sample(batch, hidden, result)
+            for placed in batch.placed:
+                if placed.item.sequence.request.wants_prompt_logprobs:
+                    self._score(placed, hidden, result)
+            return result
+
+    def forget_adapter(self, uuid: str) -> None:
+        """Drop an unloaded adapter from the pack."""
+        self.pack.drop(uuid)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what is kept for a sequence."""
+        self._sampler.forget(sequence)
+
+    def _sample(self, batch: Batch, hidden: torch.Tensor, result: StepResult) -> None:
+        sampling = [
+            placed
+            for placed in batch.placed
+            if placed.item.samples and not placed.item.sequence.request.score
+        ]
+        if not sampling:
+            return
+        rows = torch.tensor([placed.last_row for placed in sampling], device=hidden.device)
+        logits = self._decoder.logits(hidden.index_select(0, rows))
+        sequences = [placed.item.sequence for placed in sampling]
+        banned = [self._banned(sequence) for sequence in sequences]
+        draws = self._sampler.draw(logits, sequences, banned)
+        result.draws = dict(zip(sequences, draws, strict=True))
+
+    def _banned(self, sequence: Sequence) -> frozenset[int]:
+        stop = sequence.request.stop
+        if sequence.num_generated >= stop.min_tokens:
+            return frozenset()
+        return self._stop_token_ids.union(stop.stop_token_ids)
+
+    def _score(self, placed: Placed, hidden: torch.Tensor, result: StepResult) -> None:
+        sequence = placed.item.sequence
+        start = sequence.num_computed
+        # Row of position p tells about the token at p + 1.
+        end = min(start + placed.item.num_new, sequence.num_prompt - 1)
+        out = result.prompt_logprobs.setdefault(sequence, [])
+        for low in range(start, end, _PROMPT_LOGIT_ROWS):
+            high = min(low + _PROMPT_LOGIT_ROWS, end)
+            first = placed.row_start + low - start
+            rows = self._decoder.logits(hidden[first : first + high - low]).log_softmax(-1)
+            targets = sequence.tokens[low + 1 : high + 1]
+            out.extend(self._scored(rows, targets, low + 1, sequence.request.options.top_n))
+
+    @staticmethod
+    def _scored(
+        rows: torch.Tensor, targets: list[int], position: int, top_n: int
+    ) -> Iterable[PromptLogprob]:
+        for offset, (row, token) in enumerate(zip(rows, targets, strict=True)):
+            yield PromptLogprob(position + offset, Draw(token, float(row[token]), top_of(row, top_n)))

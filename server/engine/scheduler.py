@@ -1,0 +1,194 @@
+"""Decides what each step computes. Pure Python: no torch, no clock, no threads.
+
+Continuous batching with chunked prefill: running sequences first (a decode token each, then the
+rest of their prompts), then waiting ones by ``FairQueue``, until ``max_num_batched_tokens``. When
+blocks run out the sequence that was admitted last is preempted: its blocks are freed and it is
+recomputed later (its tokens are kept). A waiting sequence whose adapters are still loading is
+passed over and delays nobody.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from turret.server.engine.block_pool import BlockPool, root_key
+from turret.server.engine.fair_queue import FairQueue
+from turret.server.engine.sequence import Sequence, SequenceState
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """Compute ``num_new`` tokens of a sequence, from its ``num_computed`` on."""
+
+    sequence: Sequence
+    num_new: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this completes the tokens known so far, so that a next one can be drawn."""
+        return self.sequence.num_computed + self.num_new == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One engine iteration: what to compute, and which blocks changed owner (to be zeroed)."""
+
+    scheduled: tuple[Scheduled, ...]
+    new_blocks: tuple[int, ...]
+    num_preempted: int
+
+
+class Scheduler:
+    """Waiting and running sequences, and the blocks they hold.
+
+    ``base_generation`` is part of every KV key; it moves when the base weights change.
+
+    Args:
+        blocks: The KV blocks.
+        max_num_seqs: Most sequences running at once.
+        max_num_batched_tokens: Most tokens computed in a step.
+        is_ready: Whether a waiting sequence's adapters are resident.
+        fits: Whether a sequence's adapters fit beside those of the running ones.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        is_ready: Callable[[Sequence], bool] = lambda _: True,
+        fits: Callable[[Sequence, list[Sequence]], bool] = lambda _s, _r: True,
+    ) -> None:
+        self.blocks = blocks
+        self.waiting: FairQueue[Sequence] = FairQueue()
+        self.running: list[Sequence] = []
+        self.base_generation = 0
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        self._is_ready = is_ready
+        self._fits = fits
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running) or len(self.waiting) > 0
+
+    def add(self, sequence: Sequence) -> None:
+        """Take in a new sequence."""
+        self.waiting.push(sequence)
+
+    def schedule(self) -> Step:
+        """Choose the next step's work and reserve its blocks."""
+        budget = self._max_num_batched_tokens
+        scheduled: list[Scheduled] = []
+        new_blocks: list[int] = []
+        num_preempted = 0
+        # Decodes before prompts, so that a long prompt never delays a token that is due.
+        order = sorted(self.running, key=lambda s: len(s.tokens) - s.num_computed > 1)
+        for sequence in order:
+            if sequence.state is not SequenceState.RUNNING:
+                continue
+            num_new = min(len(sequence.tokens) - sequence.num_computed, budget)
+            if num_new == 0:
+                continue
+            while sequence.state is SequenceState.RUNNING:
+                if self._reserve(sequence, num_new, new_blocks):
+                    scheduled.append(Scheduled(sequence, num_new))
+                    budget -= num_new
+                    break
+                victim = self.running[-1]
+                num_preempted += 1
+                for i, item in enumerate(scheduled):
+                    if item.sequence is victim:
+                        budget += item.num_new
+                        del scheduled[i]
+                        break
+                self._preempt(victim)
+        if num_preempted == 0:
+            self._admit(budget, scheduled, new_blocks)
+        for item in scheduled:
+            self.waiting.charge(item.sequence.group, item.num_new)
+        return Step(tuple(scheduled), tuple(new_blocks), num_preempted)
+
+    def complete(self, step: Step) -> None:
+        """Record that a step was computed: its tokens' keys and values are in the cache."""
+        size = self.blocks.block_size
+        for item in step.scheduled:
+            sequence = item.sequence
+            before = sequence.num_computed
+            sequence.num_computed += item.num_new
+            sequence.extend_keys(sequence.num_computed, size)
+            for index in range(before // size, sequence.num_computed // size):
+                self.blocks.register(sequence.blocks[index], sequence.keys[index + 1])
+
+    def finish(self, sequence: Sequence) -> None:
+        """Let a sequence go, whatever its state, and free its blocks. Idempotent."""
+        if sequence.state is SequenceState.FINISHED:
+            return
+        if sequence.state is SequenceState.RUNNING:
+            self.running.remove(sequence)
+            self.waiting.stop(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._free(sequence)
+        sequence.state = SequenceState.FINISHED
+
+    def _reserve(self, sequence: Sequence, num_new: int, new_blocks: list[int]) -> bool:
+        total = self.blocks.blocks_for(sequence.num_computed + num_new)
+        more = self.blocks.allocate(max(total - len(sequence.blocks), 0))
+        if more is None:
+            return False
+        sequence.blocks.extend(more)
+        new_blocks.extend(more)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.waiting.stop(sequence)
+        self._free(sequence)
+        sequence.state = SequenceState.WAITING
+        sequence.num_preemptions += 1
+        self.waiting.push_front(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = 0
+
+    def _admit(self, budget: int, scheduled: list[Scheduled], new_blocks: list[int]) -> None:
+        while budget > 0 and len(self.running) < self._max_num_seqs:
+            sequence = self.waiting.peek(self._is_ready)
+            # One that does not fit beside the running ones waits for them, and so does whoever
+            # comes after it: passing it over could starve it.
+            if sequence is None or not self._fits(sequence, self.running):
+                return
+            self._find_prefix(sequence)
+            # Room for all tokens known so far, not only the first chunk: admitting a sequence
+            # that cannot finish its prompt would only preempt another.
+            missing = self.blocks.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+            num_new = min(len(sequence.tokens) - sequence.num_computed, budget)
+            if missing > self.blocks.num_free or not self._reserve(sequence, num_new, new_blocks):
+                self._free(sequence)
+                return
+            self.waiting.remove(sequence)
+            self.waiting.start(sequence)
+            sequence.state = SequenceState.RUNNING
+            self.running.append(sequence)
+            scheduled.append(Scheduled(sequence, num_new))
+            budget -= num_new
+
+    def _find_prefix(self, sequence: Sequence) -> None:
+        size = self.blocks.block_size
+        if not sequence.keys:
+            sequence.keys.append(root_key(self.base_generation, sequence.mix.key))
+        if sequence.request.wants_prompt_logprobs:
+            # Every prompt position needs logits, so nothing may be skipped.
+            return
+        # The last token is always computed: its logits are needed.
+        usable = (len(sequence.tokens) - 1) // size
+        sequence.extend_keys(usable * size, size)
+        sequence.blocks = self.blocks.share(sequence.keys[1 : usable + 1])
+        sequence.num_computed = len(sequence.blocks) * size
+        if sequence.num_preemptions == 0:
+            sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)

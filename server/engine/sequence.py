@@ -1,0 +1,78 @@
+"""A request in flight: its tokens, its blocks and how far it is. No torch."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from turret.server.engine.block_pool import next_key
+from turret.server.engine.request import Request
+
+
+class SequenceState(enum.Enum):
+    """Preempted sequences are waiting again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Mix(Protocol):
+    """What the engine needs of a request's adapters (see ``server/adapters/mix.py``)."""
+
+    @property
+    def key(self) -> tuple[tuple[str, int, float], ...]: ...
+    @property
+    def components(self) -> tuple[tuple[Any, float], ...]: ...
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request in flight.
+
+    Attributes:
+        request: What was asked.
+        mix: Its adapters, references held until it finishes.
+        arrival: ``time.monotonic()`` seconds when the request was received.
+        tokens: Prompt and generated token ids.
+        num_computed: Leading tokens whose keys and values are in the cache.
+        num_cached: Prompt tokens that came from the prefix cache at first admission.
+        blocks: KV blocks in position order.
+        keys: Chain keys of the full blocks that were named so far; ``keys[0]`` is the root.
+    """
+
+    request: Request
+    mix: Mix
+    arrival: float
+    tokens: list[int] = field(default_factory=list)
+    state: SequenceState = SequenceState.WAITING
+    num_computed: int = 0
+    num_cached: int = 0
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    scheduled_at: float | None = None
+    first_token_at: float | None = None
+    num_preemptions: int = 0
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_token_ids)
+
+    @property
+    def num_prompt(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def group(self) -> tuple[tuple[str, int, float], ...]:
+        """Fairness is between distinct mixes."""
+        return self.mix.key
+
+    def extend_keys(self, num_tokens: int, block_size: int) -> None:
+        """Name every full block within the first ``num_tokens`` tokens."""
+        while len(self.keys) * block_size <= num_tokens:
+            start = (len(self.keys) - 1) * block_size
+            self.keys.append(next_key(self.keys[-1], self.tokens[start : start + block_size]))
