@@ -1,0 +1,252 @@
+"""The composition root: starts everything in order, waits, and stops it in reverse."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import turret
+from turret.server import log
+from turret.server.config import Config, is_local_address
+from turret.server.errors import TurretError
+from turret.server.metrics import Metrics, MetricsServer
+from turret.server.rpc.auth import TokenTable
+from turret.server.rpc.gate import Backend, Gate
+from turret.server.rpc.server import RpcServer
+
+_log = logging.getLogger(__name__)
+
+EXIT_OK = 0
+EXIT_FAILED = 1
+# How long answers that are complete, or refusals, get to reach their clients at the very end.
+_FLUSH_SECONDS = 2.0
+
+Build = Callable[[Config, Metrics], tuple[Any, Any, Any, Any]]
+
+
+def _build(config: Config, metrics: Metrics) -> tuple[Any, Any, Any, Any]:
+    # torch and transformers take seconds to import; the server already listens by then.
+    from turret.server.build import build_engine
+
+    return build_engine(config, metrics)
+
+
+def _served_methods() -> tuple[str, ...]:
+    from turret.server.build import served_methods
+
+    return served_methods()
+
+
+class App:
+    """One server process: ``startup``, ``main_loop``, ``shutdown``; ``run`` does all three.
+
+    Args:
+        config: The resolved configuration.
+        build: Loads the model and makes the engine; blocks.
+        methods: Names of the adapter methods to report; asked once the model is loaded.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        build: Build = _build,
+        methods: Callable[[], tuple[str, ...]] = _served_methods,
+    ) -> None:
+        self.config = config
+        self.metrics = Metrics()
+        self.gate = Gate()
+        self.rpc: RpcServer | None = None
+        self.metrics_server: MetricsServer | None = None
+        self._build = build
+        self._methods = methods
+        self._engine: Any = None
+        self._registry: Any = None
+        self._stop = asyncio.Event()
+
+    async def run(self) -> int:
+        """Serve until told to stop or until the engine dies; returns the exit code."""
+        with self._signals():
+            try:
+                await self.startup()
+                code = await self.main_loop()
+            except (TurretError, OSError, ValueError) as error:
+                _log.error("cannot start", extra=log.fields(reason=error))
+                code = EXIT_FAILED
+            except Exception:
+                _log.exception("the server failed")
+                code = EXIT_FAILED
+            finally:
+                await self.shutdown()
+        _log.info("stopped", extra=log.fields(exit_code=code))
+        return code
+
+    def stop(self) -> None:
+        """Begin a graceful stop; idempotent."""
+        self._stop.set()
+
+    async def startup(self) -> None:
+        """Listen at once (health NOT_SERVING, RPCs UNAVAILABLE), load the model, then serve.
+
+        Returns early if a stop is asked for meanwhile.
+
+        Raises:
+            OSError, ValueError, TurretError: A file, an address, the model or a preloaded adapter
+                is not usable.
+        """
+        config = self.config
+        self._warn_if_exposed()
+        token_file = config.security.token_file
+        tokens = TokenTable.read(token_file) if token_file is not None else None
+        rpc = RpcServer(
+            config.listen, config.security, gate=self.gate, metrics=self.metrics, tokens=tokens
+        )
+        if config.listen.metrics_address is not None:
+            self.metrics_server = MetricsServer(self.metrics, config.listen.metrics_address)
+            _log.info("metrics", extra=log.fields(address=self.metrics_server.address))
+        self.rpc = rpc
+        await rpc.start()
+        parts = await self._unless_stopped(lambda: self._build(config, self.metrics), "model")
+        if parts is None:
+            return
+        engine, registry, tokenizer, model_info = parts
+        self._registry = registry
+        await engine.start()
+        self._engine = engine
+        for name, path in config.adapters.preload:
+            record = await self._unless_stopped(
+                lambda name=name, path=path: registry.load(name, path), f"adapter {name}"
+            )
+            if record is None:
+                return
+        self.metrics.info(
+            {
+                "version": turret.__version__,
+                "model": model_info.name,
+                "dtype": model_info.dtype,
+                "quantization": model_info.quantization,
+            }
+        )
+        self.gate.open(
+            Backend(
+                engine=engine,
+                registry=registry,
+                tokenizer=tokenizer,
+                model_info=model_info,
+                methods=self._methods(),
+            )
+        )
+        rpc.health.set_serving(True)
+        _log.info("serving", extra=log.fields(model=model_info.name, address=rpc.address))
+
+    async def main_loop(self) -> int:
+        """Wait for a stop or for the engine's death; the exit code says which it was."""
+        if self._engine is None:
+            return EXIT_OK
+        stop = asyncio.ensure_future(self._stop.wait())
+        dead = asyncio.ensure_future(self._engine.dead.wait())
+        try:
+            await asyncio.wait((stop, dead), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+            dead.cancel()
+        if self._engine.is_dead:
+            _log.error("the engine died")
+            return EXIT_FAILED
+        return EXIT_OK
+
+    async def shutdown(self) -> None:
+        """Refuse new calls, let running ones finish up to the grace period, close everything."""
+        is_dead = self._engine is not None and self._engine.is_dead
+        self.gate.close("the engine is dead" if is_dead else "the server is shutting down")
+        if self.rpc is not None:
+            self.rpc.health.set_serving(False)
+        if self._engine is not None:
+            grace = self.config.lifecycle.grace_seconds
+            if not is_dead:
+                _log.info("draining", extra=log.fields(grace_seconds=grace))
+            # A dead engine has nothing to finish; this ends its streams and joins its thread.
+            await self._engine.drain(0.0 if is_dead else grace)
+        if self._registry is not None:
+            await asyncio.to_thread(self._registry.close)
+        if self.rpc is not None:
+            await self.rpc.stop(_FLUSH_SECONDS)
+        if self.metrics_server is not None:
+            await asyncio.to_thread(self.metrics_server.close)
+
+    async def _unless_stopped(self, work: Callable[[], Any], what: str) -> Any:
+        """Run blocking work in a thread; None if a stop is asked for first.
+
+        The thread is a daemon: a stop during a long load must not wait for the load.
+        """
+        loop = asyncio.get_running_loop()
+        done: asyncio.Future[Any] = loop.create_future()
+
+        def settle(result: Any, error: BaseException | None) -> None:
+            if done.done():
+                return
+            if error is None:
+                done.set_result(result)
+            else:
+                done.set_exception(error)
+
+        def body() -> None:
+            result, error = None, None
+            try:
+                result = work()
+            except BaseException as raised:
+                error = raised
+            # The loop is closed if the process stopped meanwhile: nobody waits for this any more.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(settle, result, error)
+
+        threading.Thread(target=body, name=f"load {what}", daemon=True).start()
+        stop = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait((stop, done), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stop.cancel()
+        if done.done():
+            return done.result()
+        done.cancel()
+        _log.info("stopped while loading", extra=log.fields(what=what))
+        return None
+
+    def _warn_if_exposed(self) -> None:
+        listen = self.config.listen
+        exposed = [a for a in listen.rpc_addresses if not is_local_address(a)]
+        if exposed and not self.config.security.is_complete:
+            _log.warning(
+                "serving other machines without TLS or without tokens",
+                extra=log.fields(addresses=",".join(exposed)),
+            )
+        metrics = listen.metrics_address
+        if metrics is not None and not is_local_address(metrics):
+            _log.warning("metrics are readable without a token", extra=log.fields(address=metrics))
+
+    @contextlib.contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT: the first stops gracefully, the second at once."""
+        loop = asyncio.get_running_loop()
+        is_main = threading.current_thread() is threading.main_thread()
+        kinds = (signal.SIGTERM, signal.SIGINT) if is_main else ()
+
+        def received(kind: signal.Signals) -> None:
+            if self._stop.is_set():
+                _log.warning("second signal: stopping at once")
+                os._exit(128 + kind)
+            _log.info("stopping", extra=log.fields(signal=kind.name))
+            self._stop.set()
+
+        for kind in kinds:
+            loop.add_signal_handler(kind, received, kind)
+        try:
+            yield
+        finally:
+            for kind in kinds:
+                loop.remove_signal_handler(kind)

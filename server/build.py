@@ -1,0 +1,141 @@
+"""Builds what answers requests from the configuration: model, engine, adapter registry."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from turret.server import log
+from turret.server.adapters.pack import AdapterPack
+from turret.server.adapters.registry import AdapterRegistry
+from turret.server.config import Config, ModelConfig
+from turret.server.engine.block_pool import BlockPool
+from turret.server.engine.engine import Engine
+from turret.server.engine.runner import Runner
+from turret.server.engine.scheduler import Scheduler
+from turret.server.engine.sequence import Sequence
+from turret.server.errors import InvalidRequestError
+from turret.server.metrics import Metrics
+from turret.server.models.decoder import Decoder
+from turret.server.models.kv_cache import KvCache
+from turret.server.models.loader import describe_base, describe_pack, eos_token_ids, load_decoder
+from turret.server.models.model_info import ModelInfo
+from turret.server.models.nf4_cache import ModelSource, default_cache_dir, resolve_model
+from turret.server.models.tokenizer import Tokenizer
+from turret.server.progress import progress_bar
+
+_log = logging.getLogger(__name__)
+
+# Positions per KV block; divides the attention tile.
+BLOCK_SIZE = 16
+
+Parts = tuple[Engine, AdapterRegistry, Tokenizer, ModelInfo]
+
+
+def build_engine(config: Config, metrics: Metrics) -> Parts:
+    """Load the model. Blocks for as long as that takes; runs in a thread of its own.
+
+    Returns:
+        ``(engine, registry, tokenizer, model_info)``. The engine is not started.
+
+    Raises:
+        InvalidRequestError: The model cannot be served.
+        OSError: A file cannot be read.
+    """
+    started = time.monotonic()
+    device = _choose_device(config.model)
+    dtype: torch.dtype = getattr(torch, config.model.dtype)
+    with progress_bar() as progress:
+        source = resolve_model(config.model.model, default_cache_dir(), progress)
+        decoder = load_decoder(source, dtype=dtype, device=device, progress=progress)
+    tokenizer = Tokenizer.load(source.files, eos_token_ids(source.files))
+    base = describe_base(decoder, source)
+    pack = AdapterPack(describe_pack(decoder.arch), dtype, device)
+    registry = AdapterRegistry(
+        config.adapters.adapter_root or Path.cwd(),
+        base,
+        config.adapters.adapter_host_bytes,
+        config.adapters.max_rank,
+        metrics,
+    )
+    engine = _build_engine(config, metrics, decoder, pack, registry, tokenizer)
+    _log.info(
+        "model loaded",
+        extra=log.fields(model=source.name, seconds=round(time.monotonic() - started, 2)),
+    )
+    return engine, registry, tokenizer, _model_info(decoder, source, engine)
+
+
+def served_methods() -> tuple[str, ...]:
+    """The adapter methods that this build can load, sorted."""
+    from turret.server.adapters.methods import METHODS
+
+    return tuple(sorted(METHODS))
+
+
+def _choose_device(model: ModelConfig) -> torch.device:
+    wanted = model.device
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise InvalidRequestError.of("device", "cuda was asked for, but torch sees no CUDA device")
+    return torch.device(wanted)
+
+
+def _build_engine(
+    config: Config,
+    metrics: Metrics,
+    decoder: Decoder,
+    pack: AdapterPack,
+    registry: AdapterRegistry,
+    tokenizer: Tokenizer,
+) -> Engine:
+    arch = decoder.arch
+    per_block = KvCache.block_bytes(arch, BLOCK_SIZE, decoder.dtype)
+    num_blocks = config.cache.kv_cache_bytes // per_block
+    if num_blocks < 2:
+        raise InvalidRequestError.of("kv-cache-bytes", f"must be at least {2 * per_block}")
+    cache = KvCache(arch, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
+    runner = Runner(decoder, cache, pack, tokenizer.eos_token_ids)
+    max_pack_rank = config.adapters.adapter_device_bytes // pack.rank_bytes()
+
+    def fits(sequence: Sequence, running: list[Sequence]) -> bool:
+        adapters = {a.uuid: a for s in (sequence, *running) for a, _ in s.mix.components}
+        return sum(pack.rank_width(a.operators) for a in adapters.values()) <= max_pack_rank
+
+    engine: Engine
+    scheduler = Scheduler(
+        BlockPool(num_blocks, BLOCK_SIZE),
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        is_ready=lambda sequence: engine.is_ready(sequence),
+        fits=lambda sequence, running: not running or fits(sequence, running),
+    )
+    engine = Engine(
+        scheduler=scheduler,
+        runner=runner,
+        adapters=registry,
+        text=tokenizer,
+        metrics=metrics,
+        max_model_len=arch.max_model_len,
+        max_queued_requests=config.scheduler.max_queued_requests,
+    )
+    return engine
+
+
+def _model_info(decoder: Decoder, source: ModelSource, engine: Engine) -> ModelInfo:
+    arch = decoder.arch
+    return ModelInfo(
+        name=source.name,
+        model_type=arch.model_type,
+        digest=source.digest,
+        dtype=str(decoder.dtype).removeprefix("torch."),
+        quantization="nf4",
+        vocab_size=arch.vocab_size,
+        max_model_len=engine.max_model_len,
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+    )

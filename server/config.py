@@ -1,0 +1,279 @@
+"""What an operator can set: one frozen dataclass per concern.
+
+Each field carries its help text (with the unit) as metadata; ``server/flags.py`` derives the
+command line from it. ``__post_init__`` rejects a bad value with a ``ValueError`` that names the
+flag.
+"""
+
+# ruff: noqa: RUF009 -- `_flag` only calls `dataclasses.field`.
+
+from __future__ import annotations
+
+import dataclasses
+import ipaddress
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+# The one spelling of an adapter name (registry, RPCs and --preload).
+ADAPTER_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
+
+_BYTE_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": MIB,
+    "GIB": GIB,
+    "TIB": 1 << 40,
+}
+_BYTE_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+def parse_byte_size(text: str) -> int:
+    """``512MiB``, ``2GB``, ``1.5GiB`` or a plain count, as bytes.
+
+    Raises:
+        ValueError: Not a number with one of the units B, kB, MB, GB, TB, KiB, MiB, GiB, TiB.
+    """
+    match = _BYTE_SIZE.fullmatch(text.strip())
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in _BYTE_UNITS:
+        raise ValueError(f"{text!r} is not a byte size such as 512MiB, 2GB or 1048576")
+    return (
+        int(float(match[1]) * _BYTE_UNITS[unit])
+        if "." in match[1]
+        else (int(match[1]) * _BYTE_UNITS[unit])
+    )
+
+
+def format_byte_size(count: int) -> str:
+    """The shortest exact binary form: 268435456 → ``256MiB``."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", GIB), ("MiB", MIB), ("KiB", 1 << 10)):
+        if count >= size and count % size == 0:
+            return f"{count // size}{unit}"
+    return str(count)
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """``HOST:PORT`` or ``[V6]:PORT`` as (host without brackets, port).
+
+    Raises:
+        ValueError: No port, a port outside 0..65535, or a bare IPv6 host.
+    """
+    host, colon, port = address.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
+        raise ValueError(f"{address!r} is not HOST:PORT with a port from 0 to 65535")
+    if ":" in host and not bracketed:
+        raise ValueError(f"{address!r}: write an IPv6 host in brackets, as [::1]:50051")
+    return (host[1:-1] if bracketed else host), int(port)
+
+
+def is_local_address(address: str) -> bool:
+    """Whether only this machine can connect: loopback or a unix socket."""
+    if address.startswith("unix:"):
+        return True
+    host, _ = split_address(address)
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _flag(default: Any, help_text: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help_text, **metadata})
+
+
+def _at_least(config: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        # Written so that NaN fails too.
+        if not value >= least:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which base model, where and in which precision."""
+
+    model: Path | None = _flag(
+        None, "base model directory in Hugging Face format (default: the embedded model)"
+    )
+    device: Literal["auto", "cpu", "cuda"] = _flag("auto", "where the model runs")
+    dtype: Literal["bfloat16", "float16", "float32"] = _flag(
+        "bfloat16", "dtype of activations and of the weights that are not 4-bit"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """Memory of the sequences in flight."""
+
+    kv_cache_bytes: int = _flag(256 * MIB, "size of the paged KV cache", unit="bytes")
+
+    def __post_init__(self) -> None:
+        _at_least(self, MIB, "kv_cache_bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """How many requests wait, run and fit into one step."""
+
+    max_num_seqs: int = _flag(64, "sequences running at once", unit="sequences")
+    max_num_batched_tokens: int = _flag(512, "tokens computed in one step", unit="tokens")
+    max_queued_requests: int = _flag(
+        1024, "requests waiting before new ones get RESOURCE_EXHAUSTED", unit="requests"
+    )
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "max_queued_requests")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                "--max-num-batched-tokens must be at least --max-num-seqs: every running sequence "
+                f"decodes one token a step ({self.max_num_batched_tokens} < {self.max_num_seqs})"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterConfig:
+    """Which adapters may be loaded and how much memory they may take."""
+
+    adapter_root: Path | None = _flag(
+        None, "the only directory adapters are loaded from (default: loading is refused)"
+    )
+    state_dir: Path | None = _flag(
+        None, "directory for what the server writes: uploads, fused adapters (default: none)"
+    )
+    adapter_host_bytes: int = _flag(GIB, "host memory for adapter weights", unit="bytes")
+    adapter_device_bytes: int = _flag(512 * MIB, "device memory for adapter weights", unit="bytes")
+    max_rank: int = _flag(128, "highest rank of an adapter", unit="rank")
+    preload: tuple[tuple[str, str], ...] = _flag(
+        (), "adapter to load before serving, path relative to --adapter-root; repeatable"
+    )
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "adapter_host_bytes", "adapter_device_bytes", "max_rank")
+        names = [name for name, _ in self.preload]
+        for name in names:
+            if not ADAPTER_NAME.fullmatch(name):
+                raise ValueError(f"--preload: {name!r} is not an adapter name")
+        if len(set(names)) < len(names):
+            raise ValueError("--preload: a name is given twice")
+        if self.preload and self.adapter_root is None:
+            raise ValueError("--preload needs --adapter-root")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ListenConfig:
+    """Where the server listens. Port 0 picks a free port."""
+
+    address: str = _flag("127.0.0.1:50051", "HOST:PORT or unix:PATH of the gRPC server")
+    admin_address: str | None = _flag(
+        None, "separate HOST:PORT for the Adapters service (default: on --address)"
+    )
+    metrics_address: str | None = _flag(
+        "127.0.0.1:9464", "HOST:PORT of the Prometheus endpoint, or 'none'"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("address", "admin_address", "metrics_address"):
+            value = getattr(self, name)
+            if value is None or (value.startswith("unix:") and name != "metrics_address"):
+                continue
+            try:
+                split_address(value)
+            except ValueError as error:
+                raise ValueError(f"--{name.replace('_', '-')}: {error}") from None
+
+    @property
+    def rpc_addresses(self) -> tuple[str, ...]:
+        """Every address that answers gRPC."""
+        return (self.address,) if self.admin_address is None else (self.address, self.admin_address)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecurityConfig:
+    """Who may call. Without a token file every caller has every role."""
+
+    token_file: Path | None = _flag(None, "file of bearer tokens, a line each: TOKEN ROLE[,ROLE]")
+    tls_cert: Path | None = _flag(None, "PEM certificate chain of the server")
+    tls_key: Path | None = _flag(None, "PEM private key of the server")
+    tls_client_ca: Path | None = _flag(
+        None, "PEM authorities; clients must then present a certificate (mTLS)"
+    )
+    insecure: bool = _flag(False, "serve other machines without TLS or without tokens")
+
+    def __post_init__(self) -> None:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("--tls-cert and --tls-key need each other")
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            raise ValueError("--tls-client-ca needs --tls-cert and --tls-key")
+
+    @property
+    def is_complete(self) -> bool:
+        """TLS and tokens are both set."""
+        return self.tls_cert is not None and self.token_file is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LifecycleConfig:
+    """How the server stops."""
+
+    grace_seconds: float = _flag(
+        30.0, "time running requests get to finish after SIGTERM", unit="seconds"
+    )
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "grace_seconds")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """The whole server, resolved.
+
+    Raises:
+        ValueError: A non-local address without TLS and tokens, and no ``--insecure``.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    adapters: AdapterConfig = field(default_factory=AdapterConfig)
+    listen: ListenConfig = field(default_factory=ListenConfig)
+    security: SecurityConfig = field(default_factory=SecurityConfig)
+    lifecycle: LifecycleConfig = field(default_factory=LifecycleConfig)
+
+    def __post_init__(self) -> None:
+        if self.security.is_complete or self.security.insecure:
+            return
+        exposed = [a for a in self.listen.rpc_addresses if not is_local_address(a)]
+        if exposed:
+            raise ValueError(
+                f"{', '.join(exposed)} is reachable from other machines: set --tls-cert, --tls-key "
+                "and --token-file, or say --insecure"
+            )
+
+    def describe(self) -> str:
+        """The resolved values, one ``section.field = value`` a line."""
+        lines = []
+        for section in dataclasses.fields(self):
+            part = getattr(self, section.name)
+            for entry in dataclasses.fields(part):
+                value = getattr(part, entry.name)
+                if entry.metadata.get("unit") == "bytes":
+                    value = format_byte_size(value)
+                elif entry.name == "preload":
+                    value = " ".join(f"{name}={path}" for name, path in value)
+                shown = "-" if value is None or value == "" else value
+                lines.append(f"{section.name}.{entry.name} = {shown}")
+        return "\n".join(lines)

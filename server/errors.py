@@ -1,0 +1,127 @@
+"""Every error turret raises on purpose, as one tree.
+
+    TurretError
+    ├── InvalidRequestError          a field breaks its documented range
+    │   └── PromptTooLongError       prompt + max_tokens over the context
+    ├── AdapterError
+    │   ├── AdapterNotFoundError     the name (or generation) is not registered
+    │   ├── AdapterExistsError       the name is taken by other weights
+    │   ├── AdapterCheckpointError   unreadable, inconsistent or unsupported checkpoint
+    │   ├── AdapterMismatchError     trained for another base model
+    │   ├── AdapterInUseError        pinned, or still in flight
+    │   └── AdapterUnloadedError     force-unloaded under a running request
+    ├── ResourceError
+    │   ├── QueueFullError           max_queued_requests reached
+    │   └── BudgetExceededError      rank, byte or block budget
+    ├── UnauthenticatedError         no token, or an unknown one
+    ├── PermissionDeniedError        the token lacks the role
+    ├── UnavailableError             starting, draining, or the engine is dead
+    ├── DeadlineExceededError        the deadline passed before the request finished
+    └── UnsupportedError             declared in the API, not served by this version
+
+``reason`` is an AIP-193 identifier; ``metadata`` repeats what the message interpolates. No gRPC
+here: ``server/rpc/status.py`` holds the one table from class to status code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class TurretError(Exception):
+    """Base of the tree; carries a machine-readable reason, metadata and field violations."""
+
+    reason = "INTERNAL"
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        metadata: dict[str, str] | None = None,
+        violations: Sequence[tuple[str, str]] = (),
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.metadata = metadata or {}
+        # (field path, description) pairs, reported as google.rpc.BadRequest.
+        self.violations = tuple(violations)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class InvalidRequestError(TurretError):
+    reason = "INVALID_REQUEST"
+
+    @classmethod
+    def of(cls, field: str, description: str) -> InvalidRequestError:
+        """One bad field; the message is readable on its own."""
+        return cls(f"{field}: {description}", violations=[(field, description)])
+
+
+class PromptTooLongError(InvalidRequestError):
+    reason = "PROMPT_TOO_LONG"
+
+
+class AdapterError(TurretError):
+    reason = "ADAPTER_ERROR"
+
+
+class AdapterNotFoundError(AdapterError):
+    reason = "ADAPTER_NOT_FOUND"
+
+
+class AdapterExistsError(AdapterError):
+    reason = "ADAPTER_EXISTS"
+
+
+class AdapterCheckpointError(AdapterError):
+    """A checkpoint that cannot be served exactly.
+
+    Lists every offending key in ``violations``.
+    """
+
+    reason = "ADAPTER_CHECKPOINT"
+
+
+class AdapterMismatchError(AdapterError):
+    reason = "ADAPTER_BASE_MISMATCH"
+
+
+class AdapterInUseError(AdapterError):
+    reason = "ADAPTER_IN_USE"
+
+
+class AdapterUnloadedError(AdapterError):
+    reason = "ADAPTER_UNLOADED"
+
+
+class ResourceError(TurretError):
+    reason = "RESOURCE_EXHAUSTED"
+
+
+class QueueFullError(ResourceError):
+    reason = "QUEUE_FULL"
+
+
+class BudgetExceededError(ResourceError):
+    reason = "BUDGET_EXCEEDED"
+
+
+class UnauthenticatedError(TurretError):
+    reason = "UNAUTHENTICATED"
+
+
+class PermissionDeniedError(TurretError):
+    reason = "PERMISSION_DENIED"
+
+
+class UnavailableError(TurretError):
+    reason = "UNAVAILABLE"
+
+
+class DeadlineExceededError(TurretError):
+    reason = "DEADLINE_EXCEEDED"
+
+
+class UnsupportedError(TurretError):
+    reason = "UNIMPLEMENTED"

@@ -1,0 +1,220 @@
+"""The control plane: loads, lists, pins and unloads adapters while traffic flows."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from google.protobuf import duration_pb2, timestamp_pb2
+
+from turret.server.config import ADAPTER_NAME
+from turret.server.errors import InvalidRequestError, UnsupportedError
+from turret.server.rpc.call import current_call
+from turret.server.rpc.convert import Violations
+from turret.server.rpc.gate import Gate
+from turret.server.rpc.paging import make_page_token, page_length, read_page_token
+from turret.v1 import adapters_pb2, adapters_pb2_grpc
+
+DEFAULT_UNLOAD_SECONDS = 30.0
+MAX_UNLOAD_SECONDS = 3600.0
+# Loads and drains may take long; they must not hold up the threads that tokenise or list.
+_SLOW_CALLS = 32
+
+_Context = grpc.aio.ServicerContext[Any, Any]
+_T = TypeVar("_T")
+
+_RESIDENCIES = {
+    "disk": adapters_pb2.Adapter.DISK,
+    "host": adapters_pb2.Adapter.HOST,
+    "device": adapters_pb2.Adapter.DEVICE,
+}
+
+
+def adapter_message(record: Any) -> adapters_pb2.Adapter:
+    """A registry record, as the API shows it."""
+    ranks = record.ranks.values() if isinstance(record.ranks, Mapping) else record.ranks
+    message = adapters_pb2.Adapter(
+        name=record.name,
+        uuid=record.uuid,
+        generation=record.generation,
+        digest=record.digest,
+        method=record.method,
+        ranks=sorted(set(ranks)),
+        target_modules=record.target_modules,
+        bytes_disk=record.bytes_disk,
+        bytes_host=record.bytes_host,
+        bytes_device=record.bytes_device,
+        residency=_RESIDENCIES[record.residency],
+        pinned=record.pinned,
+        in_flight=record.in_flight,
+        base_model=record.base_model or "",
+        warnings=record.warnings,
+        state=record.state,
+    )
+    if record.last_used_time is not None:
+        stamp = timestamp_pb2.Timestamp()
+        stamp.FromNanoseconds(round(record.last_used_time * 1e9))
+        message.last_used_time.CopyFrom(stamp)
+    return message
+
+
+def _check_name(name: str, violations: Violations) -> None:
+    violations.check(
+        ADAPTER_NAME.fullmatch(name) is not None, "name", f"must match {ADAPTER_NAME.pattern}"
+    )
+
+
+def _named(name: str) -> str:
+    violations = Violations()
+    _check_name(name, violations)
+    violations.raise_if_any()
+    current_call().adapters = (name,)
+    return name
+
+
+def _unload_seconds(timeout: duration_pb2.Duration, violations: Violations) -> float:
+    seconds = timeout.seconds + timeout.nanos / 1e9
+    violations.check(
+        0 <= seconds <= MAX_UNLOAD_SECONDS and abs(timeout.nanos) < 1_000_000_000,
+        "timeout",
+        f"must be in [0, {MAX_UNLOAD_SECONDS:.0f}] seconds",
+    )
+    return seconds
+
+
+def _unsupported(rpc: str) -> NoReturn:
+    raise UnsupportedError(f"{rpc} is not served by this version", metadata={"rpc": rpc})
+
+
+class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
+    """Answers on behalf of the registry behind the gate."""
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._slow = ThreadPoolExecutor(_SLOW_CALLS, thread_name_prefix="turret-adapters")
+
+    def close(self) -> None:
+        """Start no further call; those that run end by themselves."""
+        self._slow.shutdown(wait=False, cancel_futures=True)
+
+    async def _in_slow_thread(self, call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._slow, functools.partial(call, *args, **kwargs))
+
+    async def LoadAdapter(
+        self, request: adapters_pb2.LoadAdapterRequest, context: _Context
+    ) -> adapters_pb2.Adapter:
+        registry = self._gate.enter().registry
+        violations = Violations()
+        _check_name(request.name, violations)
+        violations.check(request.path != "", "path", "must be set")
+        violations.check("\0" not in request.path, "path", "must not hold a NUL character")
+        violations.raise_if_any()
+        current_call().adapters = (request.name,)
+        record = await self._in_slow_thread(
+            registry.load, request.name, request.path, pinned=request.pinned
+        )
+        return adapter_message(record)
+
+    async def GetAdapter(
+        self, request: adapters_pb2.GetAdapterRequest, context: _Context
+    ) -> adapters_pb2.Adapter:
+        registry = self._gate.enter().registry
+        return adapter_message(await asyncio.to_thread(registry.get, _named(request.name)))
+
+    async def ListAdapters(
+        self, request: adapters_pb2.ListAdaptersRequest, context: _Context
+    ) -> adapters_pb2.ListAdaptersResponse:
+        registry = self._gate.enter().registry
+        filters = f"{request.method}\0{request.residency}"
+        violations = Violations()
+        length, after = 0, ""
+        try:
+            length = page_length(request.page_size)
+        except InvalidRequestError as error:
+            violations.found.extend(error.violations)
+        try:
+            after = read_page_token(request.page_token, filters)
+        except InvalidRequestError as error:
+            violations.found.extend(error.violations)
+        violations.check(
+            request.residency in adapters_pb2.Adapter.Residency.values(),
+            "residency",
+            "is no value of Residency",
+        )
+        violations.raise_if_any()
+        records = [
+            record
+            for record in await asyncio.to_thread(registry.list)
+            if request.method in ("", record.method)
+            and request.residency in (0, _RESIDENCIES[record.residency])
+        ]
+        rest = sorted((r for r in records if r.name > after), key=lambda r: r.name)
+        page = rest[:length]
+        return adapters_pb2.ListAdaptersResponse(
+            adapters=[adapter_message(record) for record in page],
+            next_page_token=make_page_token(page[-1].name, filters) if len(rest) > length else "",
+            total_size=len(records),
+        )
+
+    async def UnloadAdapter(
+        self, request: adapters_pb2.UnloadAdapterRequest, context: _Context
+    ) -> adapters_pb2.UnloadAdapterResponse:
+        registry = self._gate.enter().registry
+        modes = adapters_pb2.UnloadAdapterRequest.Mode
+        violations = Violations()
+        _check_name(request.name, violations)
+        violations.check(request.mode in modes.values(), "mode", "is no value of Mode")
+        seconds = DEFAULT_UNLOAD_SECONDS
+        if request.HasField("timeout"):
+            seconds = _unload_seconds(request.timeout, violations)
+        violations.raise_if_any()
+        current_call().adapters = (request.name,)
+        mode = "FORCE" if request.mode == adapters_pb2.UnloadAdapterRequest.FORCE else "DRAIN"
+        await self._in_slow_thread(
+            registry.unload, request.name, mode=mode, timeout_seconds=seconds
+        )
+        return adapters_pb2.UnloadAdapterResponse()
+
+    async def PinAdapter(
+        self, request: adapters_pb2.PinAdapterRequest, context: _Context
+    ) -> adapters_pb2.Adapter:
+        return await self._pin(_named(request.name), "pin")
+
+    async def UnpinAdapter(
+        self, request: adapters_pb2.UnpinAdapterRequest, context: _Context
+    ) -> adapters_pb2.Adapter:
+        return await self._pin(_named(request.name), "unpin")
+
+    async def _pin(self, name: str, verb: str) -> adapters_pb2.Adapter:
+        registry = self._gate.enter().registry
+        await self._in_slow_thread(getattr(registry, verb), name)
+        return adapter_message(await asyncio.to_thread(registry.get, name))
+
+    # Declared in the API, not served yet.
+
+    async def UploadAdapter(self, request_iterator: Any, context: _Context) -> NoReturn:
+        _unsupported("UploadAdapter")
+
+    async def ReplaceAdapter(self, request: Any, context: _Context) -> NoReturn:
+        _unsupported("ReplaceAdapter")
+
+    async def FuseAdapters(self, request: Any, context: _Context) -> NoReturn:
+        _unsupported("FuseAdapters")
+
+    async def MergeAdapters(self, request: Any, context: _Context) -> NoReturn:
+        _unsupported("MergeAdapters")
+
+    async def UnmergeAdapters(self, request: Any, context: _Context) -> NoReturn:
+        _unsupported("UnmergeAdapters")
+
+    async def GetMergeState(self, request: Any, context: _Context) -> NoReturn:
+        _unsupported("GetMergeState")
+
+    async def ExportAdapter(self, request: Any, context: _Context) -> AsyncIterator[Any]:
+        _unsupported("ExportAdapter")
+        yield  # Makes this the generator that a streaming RPC is.

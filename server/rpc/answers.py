@@ -1,0 +1,84 @@
+"""Inference results, domain to proto."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from google.protobuf import duration_pb2
+
+from turret.server.engine.request import Finish, FinishReason, Timing, TokenLogprob
+from turret.v1 import inference_pb2
+
+FINISH_REASONS = {
+    FinishReason.STOP: inference_pb2.GenerateResponse.STOP,
+    FinishReason.LENGTH: inference_pb2.GenerateResponse.LENGTH,
+    FinishReason.CANCELLED: inference_pb2.GenerateResponse.CANCELLED,
+    FinishReason.DEADLINE: inference_pb2.GenerateResponse.DEADLINE,
+}
+
+
+def token_logprobs(tokens: Iterable[TokenLogprob]) -> list[inference_pb2.TokenLogprob]:
+    """A first prompt token's logprob stays unset."""
+    return [
+        inference_pb2.TokenLogprob(
+            token_id=token.token_id,
+            text=token.text,
+            logprob=token.logprob,
+            top=[
+                inference_pb2.TopLogprob(token_id=t.token_id, text=t.text, logprob=t.logprob)
+                for t in token.top
+            ],
+        )
+        for token in tokens
+    ]
+
+
+def _duration(seconds: float) -> duration_pb2.Duration:
+    duration = duration_pb2.Duration()
+    duration.FromNanoseconds(round(max(seconds, 0.0) * 1e9))
+    return duration
+
+
+def timing(spans: Timing) -> inference_pb2.Timing:
+    return inference_pb2.Timing(
+        queue=_duration(spans.queue_seconds),
+        ttft=_duration(spans.time_to_first_token_seconds),
+        total=_duration(spans.total_seconds),
+    )
+
+
+def usage_fields(finish: Finish) -> dict[str, Any]:
+    """The fields that every finished answer has, by name."""
+    return {
+        "usage": inference_pb2.Usage(
+            prompt_tokens=finish.usage.prompt_tokens,
+            cached_tokens=finish.usage.cached_tokens,
+            completion_tokens=finish.usage.completion_tokens,
+        ),
+        "adapters_used": [
+            inference_pb2.AdapterUse(
+                name=use.name,
+                uuid=use.uuid,
+                generation=use.generation,
+                weight=use.weight,
+                cold_start=use.cold_start,
+                load_ms=use.load_ms,
+            )
+            for use in finish.adapters_used
+        ],
+        "timing": timing(finish.timing),
+    }
+
+
+def finish_fields(finish: Finish, stop_token_ids: Sequence[int]) -> dict[str, Any]:
+    """``usage_fields`` and why the answer ended.
+
+    The API reports only a stop that the request itself named, so not the model's own end token.
+    """
+    fields = usage_fields(finish) | {"finish_reason": FINISH_REASONS[finish.reason]}
+    if isinstance(finish.stop, str):
+        fields["stop_string"] = finish.stop
+    elif finish.stop is not None and finish.stop in stop_token_ids:
+        fields["stop_token_id"] = finish.stop
+    return fields

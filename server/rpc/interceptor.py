@@ -1,0 +1,182 @@
+"""What surrounds every RPC: request id, authorisation, error mapping, metric, log line."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from turret.server import log
+from turret.server.errors import InvalidRequestError, TurretError
+from turret.server.metrics import Metrics
+from turret.server.rpc.auth import TokenTable, authorize
+from turret.server.rpc.call import REQUEST_ID_KEY, Call
+from turret.server.rpc.status import DETAILS_KEY, row_of, to_rich_status
+
+_log = logging.getLogger(__name__)
+
+# The calls that turret_requests_total counts: those that name adapters.
+COUNTED = frozenset(
+    f"/turret.v1.Inference/{name}" for name in ("Generate", "GenerateStream", "Score")
+)
+
+# A client whose deadline passes resets the call, and by this machine's clock that can be a little
+# before the deadline: a cancellation so close to it was the deadline's.
+DEADLINE_SLACK_SECONDS = 0.1
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Malformed:
+    """Stands for a message that is no valid protobuf (such as a string that is not UTF-8)."""
+
+
+def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+    """A deserialiser that lets the handler answer for bad bytes.
+
+    gRPC itself would report a bug of the server.
+    """
+
+    def parse(data: bytes) -> Any:
+        if deserialize is None:
+            return data
+        try:
+            return deserialize(data)
+        except DecodeError:
+            return _Malformed()
+
+    return parse
+
+
+def _checked(request: Any) -> Any:
+    if isinstance(request, _Malformed):
+        raise InvalidRequestError(
+            "the message is malformed: no valid protobuf, or a string that is not UTF-8"
+        )
+    return request
+
+
+async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield _checked(request)
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):
+    """Wraps unary and streaming handlers alike.
+
+    Args:
+        metrics: Counts finished inference calls.
+        tokens: Accepted bearer tokens; None lets every caller in.
+    """
+
+    def __init__(self, metrics: Metrics, tokens: TokenTable | None) -> None:
+        self._metrics = metrics
+        self._tokens = tokens
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return None
+        method = handler_call_details.method
+        behaviour, factory = _parts(handler)
+
+        async def answer_once(request: Any, context: Any) -> Any:
+            return await self._run(method, context, lambda: once(request, context))
+
+        async def once(request: Any, context: Any) -> Any:
+            argument = _checked_stream(request) if handler.request_streaming else _checked(request)
+            return await behaviour(argument, context)
+
+        async def answer_stream(request: Any, context: Any) -> None:
+            await self._run(method, context, lambda: stream(request, context))
+
+        # Written rather than yielded: a cancelled call then raises inside the handler, which frees
+        # what it holds at once and not when its generator is collected.
+        async def stream(request: Any, context: Any) -> None:
+            argument = _checked_stream(request) if handler.request_streaming else _checked(request)
+            async with contextlib.aclosing(behaviour(argument, context)) as responses:
+                async for response in responses:
+                    await context.write(response)
+
+        return factory(
+            answer_stream if handler.response_streaming else answer_once,
+            request_deserializer=_tolerant(handler.request_deserializer),
+            response_serializer=handler.response_serializer,
+        )
+
+    async def _run(self, method: str, context: Any, body: Callable[[], Awaitable[Any]]) -> Any:
+        """Run a handler's body; turn what it raises into the call's status."""
+        metadata = tuple(context.invocation_metadata() or ())
+        call = Call.begin(method, metadata)
+        started = time.monotonic()
+        code = grpc.StatusCode.INTERNAL
+        try:
+            authorize(self._tokens, method, metadata)
+            response = await body()
+            context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
+            code = grpc.StatusCode.OK
+            return response
+        except asyncio.CancelledError:
+            remaining = context.time_remaining()
+            is_late = remaining is not None and remaining <= DEADLINE_SLACK_SECONDS
+            code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+            raise
+        except grpc.aio.AbortError:
+            # The handler has set a status itself (health and reflection do).
+            code = context.code() or grpc.StatusCode.UNKNOWN
+            raise
+        except Exception as error:
+            code = row_of(error).code
+            if code is grpc.StatusCode.INTERNAL or not isinstance(error, TurretError):
+                _log.exception("internal error", extra=log.fields(method=method))
+            status = to_rich_status(error)
+            trailers = (
+                (REQUEST_ID_KEY, call.request_id),
+                (DETAILS_KEY, status.SerializeToString()),
+            )
+            await context.abort(code, status.message, trailers)
+        finally:
+            self._finish(call, code, time.monotonic() - started)
+
+    def _finish(self, call: Call, code: grpc.StatusCode, seconds: float) -> None:
+        if call.method in COUNTED:
+            names = call.adapters or ()
+            self._metrics.request_finished(names, code.name)
+            if call.prompt_tokens:
+                self._metrics.tokens(
+                    names, prompt=call.prompt_tokens, generated=call.generated_tokens
+                )
+        level = logging.INFO if call.method.startswith("/turret.") else logging.DEBUG
+        _log.log(
+            level,
+            "call finished",
+            extra=log.fields(
+                method=call.method,
+                code=code.name,
+                seconds=f"{seconds:.3f}",
+                adapters=",".join(call.adapters or ()),
+                prompt_tokens=call.prompt_tokens,
+                generated_tokens=call.generated_tokens,
+            ),
+        )
+
+
+def _parts(handler: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The handler's behaviour and the function that makes a handler of the same shape."""
+    if handler.request_streaming and handler.response_streaming:
+        return handler.stream_stream, grpc.stream_stream_rpc_method_handler
+    if handler.request_streaming:
+        return handler.stream_unary, grpc.stream_unary_rpc_method_handler
+    if handler.response_streaming:
+        return handler.unary_stream, grpc.unary_stream_rpc_method_handler
+    return handler.unary_unary, grpc.unary_unary_rpc_method_handler

@@ -1,0 +1,155 @@
+"""The gRPC listeners: data plane, optional admin plane, TLS, limits, health, reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+
+import grpc
+from grpc_health.v1 import health, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from turret.server import log
+from turret.server.config import ListenConfig, SecurityConfig
+from turret.server.metrics import Metrics
+from turret.server.rpc.adapters import AdaptersServicer
+from turret.server.rpc.auth import TokenTable
+from turret.server.rpc.gate import Gate
+from turret.server.rpc.health import HealthServicer
+from turret.server.rpc.inference import InferenceServicer
+from turret.server.rpc.interceptor import CallInterceptor
+from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+_log = logging.getLogger(__name__)
+
+INFERENCE_SERVICE = inference_pb2.DESCRIPTOR.services_by_name["Inference"].full_name
+ADAPTERS_SERVICE = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_name
+
+# Larger than the longest prompt of a model with a million tokens of context would need; uploads
+# come in chunks.
+MAX_RECEIVE_BYTES = 4 << 20
+# Responses are as large as what the client asked for; its own limit decides.
+_UNLIMITED = -1
+
+_OPTIONS = (
+    ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
+    ("grpc.max_send_message_length", _UNLIMITED),
+    # A second server on the same port would take half of the calls in silence.
+    ("grpc.so_reuseport", 0),
+    # Find out within a minute and a half that a client is gone, even if it said nothing.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Clients may ping idle connections every 10 s, as their load balancers like to.
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+)
+
+
+@dataclass(slots=True)
+class _Listener:
+    server: grpc.aio.Server
+    address: str
+
+
+def read_credentials(security: SecurityConfig) -> grpc.ServerCredentials | None:
+    """TLS credentials, mutual with ``--tls-client-ca``; None for plain text.
+
+    Raises:
+        OSError: A file cannot be read.
+    """
+    if security.tls_cert is None or security.tls_key is None:
+        return None
+    authorities = security.tls_client_ca
+    return grpc.ssl_server_credentials(
+        [(security.tls_key.read_bytes(), security.tls_cert.read_bytes())],
+        root_certificates=authorities.read_bytes() if authorities else None,
+        require_client_auth=authorities is not None,
+    )
+
+
+class RpcServer:
+    """Everything that answers gRPC. Starts before the model is loaded and says so.
+
+    Must be made and used inside the running event loop.
+
+    Args:
+        listen: Addresses. Without an admin address the Adapters service shares the main one.
+        security: TLS files; its token file is read by the caller.
+        gate: Lets RPCs pass once there is a backend.
+        metrics: Counts calls.
+        tokens: Accepted bearer tokens; None lets every caller in.
+    """
+
+    def __init__(
+        self,
+        listen: ListenConfig,
+        security: SecurityConfig,
+        *,
+        gate: Gate,
+        metrics: Metrics,
+        tokens: TokenTable | None,
+    ) -> None:
+        self.health = HealthServicer((INFERENCE_SERVICE, ADAPTERS_SERVICE))
+        self._listen = listen
+        self._credentials = read_credentials(security)
+        self._interceptor = CallInterceptor(metrics, tokens)
+        self._inference = InferenceServicer(gate)
+        self._adapters = AdaptersServicer(gate)
+        self._listeners: list[_Listener] = []
+
+    @property
+    def address(self) -> str:
+        """Where the Inference service listens, with the actual port."""
+        return self._listeners[0].address
+
+    @property
+    def admin_address(self) -> str:
+        """Where the Adapters service listens."""
+        return self._listeners[-1].address
+
+    async def start(self) -> None:
+        """Bind and listen.
+
+        Raises:
+            OSError: An address cannot be bound, or the TLS files do not fit together.
+        """
+        if self._listen.admin_address is None:
+            await self._serve(self._listen.address, (INFERENCE_SERVICE, ADAPTERS_SERVICE))
+            return
+        await self._serve(self._listen.address, (INFERENCE_SERVICE,))
+        try:
+            await self._serve(self._listen.admin_address, (ADAPTERS_SERVICE,))
+        except OSError:
+            await self.stop(0)
+            raise
+
+    async def _serve(self, address: str, services: tuple[str, ...]) -> None:
+        server = grpc.aio.server(interceptors=[self._interceptor], options=_OPTIONS)
+        if INFERENCE_SERVICE in services:
+            inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)
+        if ADAPTERS_SERVICE in services:
+            adapters_pb2_grpc.add_AdaptersServicer_to_server(self._adapters, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+        names = (*services, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+        try:
+            if self._credentials is None:
+                port = server.add_insecure_port(address)
+            else:
+                port = server.add_secure_port(address, self._credentials)
+        except RuntimeError as error:
+            await server.stop(None)
+            hint = "" if self._credentials is None else " (or the TLS files do not fit together)"
+            raise OSError(f"cannot listen on {address}{hint}: {error}") from None
+        is_unix = address.startswith("unix:")
+        bound = address if is_unix else f"{address.rpartition(':')[0]}:{port}"
+        await server.start()
+        self._listeners.append(_Listener(server, bound))
+        _log.info("listening", extra=log.fields(address=bound, services=",".join(services)))
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Take no further call; cancel those that still run after the grace period."""
+        self.health.close()
+        self._adapters.close()
+        await asyncio.gather(*(each.server.stop(grace_seconds) for each in self._listeners))

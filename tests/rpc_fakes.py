@@ -1,0 +1,341 @@
+"""Stand-ins for engine, registry and tokenizer, and an in-process server around them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+
+from turret.server.config import ListenConfig, SecurityConfig
+from turret.server.engine.request import (
+    AdapterUse,
+    Finish,
+    FinishReason,
+    Output,
+    Request,
+    Timing,
+    TokenLogprob,
+    Usage,
+)
+from turret.server.errors import AdapterExistsError, AdapterInUseError, AdapterNotFoundError
+from turret.server.metrics import Metrics
+from turret.server.rpc.auth import TokenTable
+from turret.server.rpc.gate import Backend, Gate
+from turret.server.rpc.server import RpcServer
+from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc
+
+VOCAB_SIZE = 256
+MODEL_INFO = SimpleNamespace(
+    name="fake",
+    model_type="llama",
+    digest="ab" * 32,
+    dtype="float32",
+    quantization="nf4",
+    vocab_size=VOCAB_SIZE,
+    max_model_len=64,
+    num_layers=2,
+    hidden_size=8,
+)
+
+
+class FakeTokenizer:
+    """A byte is a token."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())
+
+    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+        return self.encode("".join(f"{m['role']}:{m['content']};" for m in messages))
+
+    def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
+        return bytes(token_ids).decode("utf-8", "replace")
+
+    def token_text(self, token_id: int) -> str:
+        return self.decode([token_id])
+
+
+def finish(request: Request, reason: FinishReason = FinishReason.STOP, stop: Any = None) -> Finish:
+    """The end of a request, with numbers that a test can recognise."""
+    return Finish(
+        reason=reason,
+        stop=stop,
+        usage=Usage(
+            prompt_tokens=len(request.prompt_token_ids), cached_tokens=1, completion_tokens=2
+        ),
+        adapters_used=tuple(
+            AdapterUse(
+                name=ref.name,
+                uuid=f"uuid-{ref.name}",
+                generation=ref.generation or 1,
+                weight=ref.weight,
+                cold_start=False,
+                load_ms=0.0,
+            )
+            for ref in request.adapters
+        ),
+        timing=Timing(queue_seconds=0.25, time_to_first_token_seconds=0.5, total_seconds=1.75),
+    )
+
+
+class FakeStream:
+    """Yields what the script yields until it is cancelled."""
+
+    def __init__(self, outputs: AsyncIterator[Output]) -> None:
+        self._outputs = outputs
+        self.cancelled = asyncio.Event()
+
+    def __aiter__(self) -> AsyncIterator[Output]:
+        return self._outputs
+
+    def cancel(self) -> None:
+        self.cancelled.set()
+
+
+Script = Callable[[Request], AsyncIterator[Output]]
+
+
+async def hello(request: Request) -> AsyncIterator[Output]:
+    """Two tokens, then the end."""
+    logprob = TokenLogprob(token_id=72, text="H", logprob=-0.5)
+    scores = tuple(
+        TokenLogprob(token_id=t, text=chr(t), logprob=None if i == 0 else -float(i))
+        for i, t in enumerate(request.prompt_token_ids)
+    )
+    wants_prompt = request.score or (request.options.echo and request.options.logprobs)
+    yield Output(
+        text="H",
+        token_ids=(72,),
+        logprobs=(logprob,),
+        prompt_logprobs=scores if wants_prompt else (),
+    )
+    logprob = replace(logprob, token_id=105, text="i", logprob=-0.25)
+    yield Output(text="i", token_ids=(105,), logprobs=(logprob,), finish=finish(request))
+
+
+async def endless(request: Request) -> AsyncIterator[Output]:
+    """One token, then nothing for ever."""
+    yield Output(text="H", token_ids=(72,))
+    await asyncio.Event().wait()
+
+
+def failing(error: BaseException) -> Script:
+    """One token, then the error."""
+
+    async def script(request: Request) -> AsyncIterator[Output]:
+        yield Output(text="H", token_ids=(72,))
+        raise error
+
+    return script
+
+
+class FakeEngine:
+    """Runs ``script`` for each request and remembers what it was asked."""
+
+    def __init__(self, script: Script = hello) -> None:
+        self.script = script
+        self.refuse: BaseException | None = None
+        self.requests: list[Request] = []
+        self.streams: list[FakeStream] = []
+        self.submitted = asyncio.Event()
+        self.dead = asyncio.Event()
+        self.drained: list[float] = []
+        self.started = asyncio.Event()
+
+    @property
+    def is_dead(self) -> bool:
+        return self.dead.is_set()
+
+    async def start(self) -> None:
+        self.started.set()
+
+    async def drain(self, grace_seconds: float) -> None:
+        self.drained.append(grace_seconds)
+
+    async def submit(self, request: Request) -> FakeStream:
+        self.requests.append(request)
+        if self.refuse is not None:
+            raise self.refuse
+        self.streams.append(FakeStream(self.script(request)))
+        self.submitted.set()
+        return self.streams[-1]
+
+
+@dataclass
+class FakeRegistry:
+    """Adapters by name, without weights."""
+
+    records: dict[str, SimpleNamespace] = field(default_factory=dict)
+    unloads: list[tuple[str, str, float]] = field(default_factory=list)
+    is_closed: bool = False
+
+    def load(self, name: str, path: str, pinned: bool = False) -> SimpleNamespace:
+        digest = f"digest of {path}"
+        if name in self.records:
+            if self.records[name].digest != digest:
+                raise AdapterExistsError(f"{name!r} is taken", metadata={"adapter": name})
+            return self.records[name]
+        self.records[name] = SimpleNamespace(
+            name=name,
+            uuid=f"uuid-{name}",
+            generation=1,
+            digest=digest,
+            method="dora" if name.endswith("-dora") else "lora",
+            ranks=(8, 4),
+            target_modules=("q_proj",),
+            bytes_disk=100,
+            bytes_host=50,
+            bytes_device=0,
+            residency="disk" if name.startswith("cold") else "host",
+            pinned=pinned,
+            in_flight=0,
+            last_used_time=1_700_000_000.5 if pinned else None,
+            base_model="base",
+            warnings=(),
+            state="ACTIVE",
+        )
+        return self.records[name]
+
+    def get(self, name: str) -> SimpleNamespace:
+        if name not in self.records:
+            raise AdapterNotFoundError(f"no adapter {name!r}", metadata={"adapter": name})
+        return self.records[name]
+
+    def list(self) -> list[SimpleNamespace]:
+        return list(self.records.values())
+
+    def unload(self, name: str, mode: str, timeout_seconds: float) -> None:
+        if self.get(name).pinned:
+            raise AdapterInUseError(f"{name!r} is pinned")
+        self.unloads.append((name, mode, timeout_seconds))
+        del self.records[name]
+
+    def pin(self, name: str) -> None:
+        self.get(name).pinned = True
+
+    def unpin(self, name: str) -> None:
+        self.get(name).pinned = False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@dataclass
+class Harness:
+    """A running server, what is behind it, and a client channel."""
+
+    rpc: RpcServer
+    gate: Gate
+    engine: FakeEngine
+    registry: FakeRegistry
+    metrics: Metrics
+    backend: Backend
+    channel: grpc.aio.Channel
+
+    @property
+    def inference(self) -> Any:
+        return inference_pb2_grpc.InferenceStub(self.channel)  # type: ignore[arg-type]
+
+    @property
+    def adapters(self) -> Any:
+        return adapters_pb2_grpc.AdaptersStub(self.channel)  # type: ignore[arg-type]
+
+    def sample(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(name, labels)
+
+
+@contextlib.asynccontextmanager
+async def harness(
+    *,
+    listen: ListenConfig | None = None,
+    security: SecurityConfig | None = None,
+    tokens: TokenTable | None = None,
+    serving: bool = True,
+) -> AsyncIterator[Harness]:
+    """A server on a free port, serving fakes."""
+    gate, metrics = Gate(), Metrics()
+    engine, registry = FakeEngine(), FakeRegistry()
+    rpc = RpcServer(
+        listen or ListenConfig(address="127.0.0.1:0"),
+        security or SecurityConfig(),
+        gate=gate,
+        metrics=metrics,
+        tokens=tokens,
+    )
+    await rpc.start()
+    backend = Backend(
+        engine=engine,
+        registry=registry,
+        tokenizer=FakeTokenizer(),
+        model_info=MODEL_INFO,
+        methods=("lora", "dora"),
+    )
+    if serving:
+        gate.open(backend)
+        rpc.health.set_serving(True)
+    try:
+        async with grpc.aio.insecure_channel(rpc.address) as channel:
+            yield Harness(rpc, gate, engine, registry, metrics, backend, channel)
+    finally:
+        await rpc.stop(0)
+
+
+@dataclass
+class Failure:
+    """A failed call, taken apart."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str
+    metadata: dict[str, str]
+    violations: dict[str, str]
+    retry_seconds: float | None
+    request_id: str
+
+
+async def failure_of(call: Any) -> Failure:
+    """Await a call (or drain a stream) that must fail."""
+    try:
+        if hasattr(call, "__aiter__"):
+            async for _ in call:
+                pass
+        else:
+            await call
+    except grpc.aio.AioRpcError as error:
+        trailers = dict(error.trailing_metadata() or ())
+        rich = status_pb2.Status()
+        rich.ParseFromString(trailers.get("grpc-status-details-bin", b""))  # type: ignore[arg-type]
+        if rich.code and (rich.code, rich.message) != (error.code().value[0], error.details()):
+            raise AssertionError("status and rich status disagree") from error
+        info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+        retry = error_details_pb2.RetryInfo()
+        for detail in rich.details:
+            for message in (info, bad, retry):
+                detail.Unpack(message)
+        if rich.details and info.domain != "turret":
+            raise AssertionError("no ErrorInfo of turret") from error
+        return Failure(
+            code=error.code(),
+            message=error.details() or "",
+            reason=info.reason,
+            metadata=dict(info.metadata),
+            violations={v.field: v.description for v in bad.field_violations},
+            retry_seconds=retry.retry_delay.ToTimedelta().total_seconds()
+            if retry.HasField("retry_delay")
+            else None,
+            request_id=str(trailers.get("x-request-id", "")),
+        )
+    raise AssertionError("the call succeeded")
+
+
+async def soon(event: asyncio.Event, seconds: float = 5.0) -> float:
+    """Wait for an event that must come; returns how long it took."""
+    started = time.monotonic()
+    await asyncio.wait_for(event.wait(), seconds)
+    return time.monotonic() - started

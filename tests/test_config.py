@@ -1,0 +1,177 @@
+"""Flags, defaults and the checks on them."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from turret.server.config import (
+    Config,
+    ListenConfig,
+    SecurityConfig,
+    format_byte_size,
+    is_local_address,
+    parse_byte_size,
+    split_address,
+)
+from turret.server.flags import add_flags, config_from_args
+
+# Every flag of the design, with its default.
+DEFAULTS = {
+    "model": None,
+    "adapter_root": None,
+    "address": "127.0.0.1:50051",
+    "admin_address": None,
+    "metrics_address": "127.0.0.1:9464",
+    "device": "auto",
+    "dtype": "bfloat16",
+    "max_num_seqs": 64,
+    "max_num_batched_tokens": 512,
+    "kv_cache_bytes": 256 << 20,
+    "adapter_host_bytes": 1 << 30,
+    "adapter_device_bytes": 512 << 20,
+    "max_rank": 128,
+    "max_queued_requests": 1024,
+    "preload": (),
+    "state_dir": None,
+    "token_file": None,
+    "tls_cert": None,
+    "tls_key": None,
+    "tls_client_ca": None,
+    "insecure": False,
+    "grace_seconds": 30.0,
+}
+TLS = ["--tls-cert", "c", "--tls-key", "k"]
+
+
+def parse(*arguments: str) -> Config:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return config_from_args(parser.parse_args(arguments))
+
+
+def test_every_flag_has_its_default() -> None:
+    config = parse()
+    values = {}
+    for section in dataclasses.fields(config):
+        values |= dataclasses.asdict(getattr(config, section.name))
+    assert values == DEFAULTS
+    assert config == Config()
+
+
+def test_flags_reach_their_fields() -> None:
+    config = parse(
+        "--model", "m", "--device", "cpu", "--dtype", "float32", "--kv-cache-bytes", "1GiB",
+        "--max-num-seqs", "8", "--adapter-root", "r", "--adapter-host-bytes", "2GB",
+        "--preload", "sql=a/sql", "--preload", "json=b=c", "--address", "[::1]:1",
+        "--metrics-address", "none", "--grace-seconds", "0.5", "--insecure",
+    )  # fmt: skip
+    assert config.model.model == Path("m")
+    assert (config.model.device, config.model.dtype) == ("cpu", "float32")
+    assert config.cache.kv_cache_bytes == 1 << 30
+    assert config.scheduler.max_num_seqs == 8
+    assert config.adapters.adapter_root == Path("r")
+    assert config.adapters.adapter_host_bytes == 2 * 10**9
+    assert config.adapters.preload == (("sql", "a/sql"), ("json", "b=c"))
+    assert (config.listen.address, config.listen.metrics_address) == ("[::1]:1", None)
+    assert config.lifecycle.grace_seconds == 0.5
+    assert config.security.insecure
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("0", 0),
+        ("1048576", 1 << 20),
+        ("512MiB", 512 << 20),
+        ("512mib", 512 << 20),
+        ("2GB", 2 * 10**9),
+        ("1.5 GiB", 3 << 29),
+        ("7kB", 7000),
+        ("1TiB", 1 << 40),
+    ],
+)
+def test_byte_sizes(text: str, count: int) -> None:
+    assert parse_byte_size(text) == count
+    assert parse_byte_size(format_byte_size(count)) == count
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "-1", "1e9", "12XB", "1 2", "nan", "0x10"])
+def test_no_byte_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="not a byte size"):
+        parse_byte_size(text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--max-num-seqs", "0"], "--max-num-seqs must be at least 1"),
+        (["--max-num-seqs", "8", "--max-num-batched-tokens", "7"], "--max-num-batched-tokens"),
+        (["--max-queued-requests", "-1"], "--max-queued-requests"),
+        (["--kv-cache-bytes", "1000"], "--kv-cache-bytes"),
+        (["--adapter-host-bytes", "0"], "--adapter-host-bytes"),
+        (["--max-rank", "0"], "--max-rank"),
+        (["--grace-seconds", "-1"], "--grace-seconds"),
+        (["--grace-seconds", "nan"], "--grace-seconds"),
+        (["--address", "localhost"], "--address: 'localhost' is not HOST:PORT"),
+        (["--address", "localhost:65536"], "--address"),
+        (["--metrics-address", "::1:9"], "--metrics-address: .* in brackets"),
+        (["--preload", "a=b"], "--preload needs --adapter-root"),
+        (["--adapter-root", "r", "--preload", "A=b"], "not an adapter name"),
+        (["--adapter-root", "r", "--preload", "a=b", "--preload", "a=c"], "given twice"),
+        (["--tls-cert", "c"], "--tls-cert and --tls-key need each other"),
+        (["--tls-client-ca", "c"], "--tls-client-ca needs"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(arguments: list[str], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        parse(*arguments)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["--preload", "noequals"], ["--kv-cache-bytes", "many"], ["--device", "tpu"], ["--nothing"]],
+)
+def test_a_malformed_flag_is_a_usage_error(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as raised:
+        parse(*arguments)
+    assert raised.value.code == 2
+    assert arguments[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", ["--address", "--admin-address"])
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.0.0.5:1", "example.org:1"])
+def test_an_exposed_address_needs_tls_and_tokens(flag: str, address: str) -> None:
+    for missing in ([], TLS, ["--token-file", "t"]):
+        with pytest.raises(ValueError, match="reachable from other machines"):
+            parse(flag, address, *missing)
+    parse(flag, address, *TLS, "--token-file", "t")
+    parse(flag, address, "--insecure")
+
+
+def test_local_addresses() -> None:
+    for address in ("127.0.0.1:1", "127.8.8.8:1", "localhost:1", "[::1]:1", "unix:/run/t.sock"):
+        assert is_local_address(address)
+        Config(listen=ListenConfig(address=address))
+    assert not is_local_address("localhost.example.org:1")
+    assert split_address("[::1]:50051") == ("::1", 50051)
+
+
+def test_describe_shows_every_value_once() -> None:
+    text = parse("--adapter-root", "r", "--preload", "a=b", "--token-file", "t").describe()
+    lines = text.splitlines()
+    assert len(lines) == len(DEFAULTS)
+    assert "cache.kv_cache_bytes = 256MiB" in lines
+    assert "adapters.preload = a=b" in lines
+    assert "security.token_file = t" in lines
+    assert "model.model = -" in lines
+
+
+def test_tls_and_tokens_alone_are_fine_on_loopback() -> None:
+    Config(security=SecurityConfig(token_file=Path("t")))
+    assert not SecurityConfig(token_file=Path("t")).is_complete
