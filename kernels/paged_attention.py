@@ -35,12 +35,14 @@ class SequenceSpan:
         num_new: New tokens (1 in decode).
         num_context: Tokens already in the cache before them.
         blocks: Its block numbers, in position order, covering context and new tokens.
+        num_padding: Leading cache slots that hold nothing and are never seen.
     """
 
     row_start: int
     num_new: int
     num_context: int
     blocks: Sequence[int]
+    num_padding: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,15 +138,16 @@ def _tile_mask(
     window: int | None,
 ) -> torch.Tensor | None:
     first = torch.tensor([span.num_context for span in members])
+    padding = torch.tensor([span.num_padding for span in members])
     shortest = int(first.min())
     longest = int(first.max()) + num_new - 1
     sees_all = (t + 1) * TILE <= shortest + 1
     in_window = window is None or t * TILE > longest - window
-    if sees_all and in_window:
+    if sees_all and in_window and t * TILE >= int(padding.max()):
         return None
     keys = torch.arange(t * TILE, (t + 1) * TILE)
     queries = first[:, None] + torch.arange(num_new)
-    visible = keys <= queries[..., None]
+    visible = (keys <= queries[..., None]) & (keys >= padding[:, None, None])
     if window is not None:
         visible &= keys > queries[..., None] - window
     mask = torch.zeros(len(members), query_rows, TILE)

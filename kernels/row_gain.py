@@ -1,6 +1,6 @@
 """Scale base results per output channel and add biases, row by row.
 
-``y = G ⊙ y + b`` with ``G = 1 + Σ_k w_k (g_k − 1)`` and ``b = Σ_k w_k b_k`` over the mix of the row:
+``y = G ⊙ y + b`` with ``G = 1 + Σ_k w_k (g_k − 1)`` and ``b = Σ_k w_k b_k`` over the row's mix:
 DoRA's epilogue (arXiv 2402.09353) and IA3 on outputs (arXiv 2205.05638). Elementwise, so a row's
 bits never depend on its batch mates.
 """

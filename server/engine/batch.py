@@ -9,6 +9,7 @@ import torch
 from turret.kernels.paged_attention import SequenceSpan, plan_attention
 from turret.kernels.segments import Component, LongSegment, SegmentPlan, ShortPass
 from turret.server.adapters.pack import AdapterPack, AdapterStep
+from turret.server.adapters.soft_prompt import soft_prompt_of
 from turret.server.engine.scheduler import Scheduled, Step
 from turret.server.engine.sequence import Sequence
 from turret.server.models.arch import Arch
@@ -42,7 +43,9 @@ class Batch:
 class BatchBuilder:
     """Builds batches for one model, cache geometry and adapter pack."""
 
-    def __init__(self, arch: Arch, block_size: int, pack: AdapterPack, device: torch.device) -> None:
+    def __init__(
+        self, arch: Arch, block_size: int, pack: AdapterPack, device: torch.device
+    ) -> None:
         self._arch = arch
         self._block_size = block_size
         self._pack = pack
@@ -75,16 +78,26 @@ class BatchBuilder:
         token_ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
+        soft_rows: list[int] = []
+        soft_values: list[torch.Tensor] = []
         spans = []
         size = self._block_size
         for place in placed:
             sequence, start = place.item.sequence, place.item.sequence.num_computed
             end = start + place.item.num_new
-            token_ids.extend(sequence.tokens[start:end])
-            positions.extend(range(start, end))
+            token_ids.extend(max(token, 0) for token in sequence.tokens[start:end])
+            positions.extend(p - sequence.num_padding for p in range(start, end))
+            if start < sequence.num_virtual:
+                stop = min(end, sequence.num_virtual)
+                soft_rows.extend(range(place.row_start, place.row_start + stop - start))
+                soft_tokens = soft_prompt_of(sequence.mix).soft_tokens
+                assert soft_tokens is not None
+                soft_values.append(soft_tokens[start:stop])
             slots.extend(sequence.blocks[p // size] * size + p % size for p in range(start, end))
             used = sequence.blocks[: -(-end // size)]
-            spans.append(SequenceSpan(place.row_start, place.item.num_new, start, used))
+            spans.append(
+                SequenceSpan(place.row_start, place.item.num_new, start, used, sequence.num_padding)
+            )
         attention = {
             window: plan_attention(
                 spans,
@@ -102,6 +115,8 @@ class BatchBuilder:
             kv_slots=self._tensor(slots),
             attention=attention,
             adapters=adapters,
+            soft_rows=self._tensor(soft_rows) if soft_rows else None,
+            soft_values=torch.cat(soft_values).to(self._device) if soft_values else None,
         )
 
     def _plan_adapters(

@@ -25,7 +25,8 @@ def root_key(base_generation: int, mix: Sequence[tuple[str, int, float]]) -> byt
 
 def next_key(previous: bytes, token_ids: Sequence[int]) -> bytes:
     """Key of the block that holds ``token_ids`` after the block named ``previous``."""
-    data = b"".join(token.to_bytes(4, "little") for token in token_ids)
+    # Soft tokens have the placeholder id -1; the root key says which ones they are.
+    data = b"".join((token & 0xFFFFFFFF).to_bytes(4, "little") for token in token_ids)
     return hashlib.blake2b(previous + data, digest_size=16).digest()
 
 

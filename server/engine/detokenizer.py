@@ -22,9 +22,7 @@ class Detokenizer:
         stopped_by: The stop string that was found, or None.
     """
 
-    def __init__(
-        self, stream: TextStream, stop_strings: Sequence[str], include_stop: bool
-    ) -> None:
+    def __init__(self, stream: TextStream, stop_strings: Sequence[str], include_stop: bool) -> None:
         self._stream = stream
         self._stops = tuple(stop_strings)
         self._include_stop = include_stop

@@ -97,7 +97,7 @@ class FairQueue(Generic[T]):
         return line
 
     def _floor(self) -> float:
-        """Counter at which a group enters: the lowest among the busy, or where the last one left."""
+        """Counter at which a group enters: the lowest among the busy."""
         return min(self._served.values(), default=0.0)
 
     def _forget(self, group: Hashable) -> None:

@@ -53,7 +53,9 @@ class SamplingParams:
         _check(0.0 < self.top_p <= 1.0, "sampling.top_p", "must be in (0, 1]")
         _check(0.0 <= self.min_p <= 1.0, "sampling.min_p", "must be in [0, 1]")
         r = self.repetition_penalty
-        _check(0.01 <= r <= 100.0, "sampling.repetition_penalty", "must be in [0.01, 100]; 1 is off")
+        _check(
+            0.01 <= r <= 100.0, "sampling.repetition_penalty", "must be in [0.01, 100]; 1 is off"
+        )
         for name in ("presence_penalty", "frequency_penalty"):
             _check(-2.0 <= getattr(self, name) <= 2.0, f"sampling.{name}", "must be in [-2, 2]")
         for token_id, bias in self.logit_bias.items():

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from turret.server.adapters.pack import AdapterPack
+from turret.server.adapters.soft_prompt import soft_prompt_of
 from turret.server.engine.batch import Batch, BatchBuilder, Placed
 from turret.server.engine.sampler import Draw, Sampler, top_of
 from turret.server.engine.scheduler import Step
@@ -22,7 +23,7 @@ _PROMPT_LOGIT_ROWS = 64
 
 @dataclass(frozen=True, slots=True)
 class PromptLogprob:
-    """Logprob of the prompt token at ``position``, given those before it."""
+    """Logprob of the prompt token at ``position`` (from 0), given those before it."""
 
     position: int
     draw: Draw
@@ -57,6 +58,8 @@ class Runner:
         """Compute a step. Keys and values of its tokens are in the cache afterwards."""
         with torch.inference_mode():
             self._cache.clear(step.new_blocks)
+            for sequence, start in step.presets:
+                self._fill_prefix(sequence, start)
             batch = self._builder.build(step)
             hidden = self._decoder.forward(batch.input, self._cache)
             result = StepResult()
@@ -73,6 +76,14 @@ class Runner:
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence."""
         self._sampler.forget(sequence)
+
+    def _fill_prefix(self, sequence: Sequence, start: int) -> None:
+        """Write an adapter's prefix into the sequence's blocks from ``start`` on."""
+        size = self._cache.block_size
+        prefix = soft_prompt_of(sequence.mix).prefix
+        assert prefix is not None
+        blocks = sequence.blocks[start : sequence.num_preset // size]
+        self._cache.fill(blocks, prefix.keys, prefix.values, start * size - sequence.num_padding)
 
     def _sample(self, batch: Batch, hidden: torch.Tensor, result: StepResult) -> None:
         sampling = [
@@ -99,18 +110,24 @@ class Runner:
         sequence = placed.item.sequence
         start = sequence.num_computed
         # Row of position p tells about the token at p + 1.
-        end = min(start + placed.item.num_new, sequence.num_prompt - 1)
+        end = min(start + placed.item.num_new, sequence.prompt_end - 1)
+        # The last virtual position tells about the first prompt token, which has no logprob: no
+        # text comes before it.
+        skipped = max(sequence.num_virtual - start, 0)
         out = result.prompt_logprobs.setdefault(sequence, [])
-        for low in range(start, end, _PROMPT_LOGIT_ROWS):
+        for low in range(start + skipped, end, _PROMPT_LOGIT_ROWS):
             high = min(low + _PROMPT_LOGIT_ROWS, end)
             first = placed.row_start + low - start
             rows = self._decoder.logits(hidden[first : first + high - low]).log_softmax(-1)
             targets = sequence.tokens[low + 1 : high + 1]
-            out.extend(self._scored(rows, targets, low + 1, sequence.request.options.top_n))
+            position = low + 1 - sequence.num_virtual
+            out.extend(self._scored(rows, targets, position, sequence.request.options.top_n))
 
     @staticmethod
     def _scored(
         rows: torch.Tensor, targets: list[int], position: int, top_n: int
     ) -> Iterable[PromptLogprob]:
         for offset, (row, token) in enumerate(zip(rows, targets, strict=True)):
-            yield PromptLogprob(position + offset, Draw(token, float(row[token]), top_of(row, top_n)))
+            yield PromptLogprob(
+                position + offset, Draw(token, float(row[token]), top_of(row, top_n))
+            )

@@ -117,12 +117,13 @@ def _adjust(row: torch.Tensor, sequence: Sequence, banned: frozenset[int]) -> No
     params = sequence.request.sampling
     if params.repetition_penalty != 1.0:
         # CTRL (arXiv 1909.05858), over prompt and output, as transformers does.
-        seen = torch.tensor(sorted(set(sequence.tokens)), device=row.device)
+        text = sequence.tokens[sequence.num_virtual :]
+        seen = torch.tensor(sorted(set(text)), device=row.device)
         values = row[seen]
         factor = params.repetition_penalty
         row[seen] = torch.where(values > 0, values / factor, values * factor)
     if params.presence_penalty or params.frequency_penalty:
-        counts = Counter(sequence.tokens[sequence.num_prompt :])
+        counts = Counter(sequence.tokens[sequence.prompt_end :])
         if counts:
             ids = torch.tensor(list(counts), device=row.device)
             times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)

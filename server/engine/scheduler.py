@@ -32,11 +32,20 @@ class Scheduled:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One engine iteration: what to compute, and which blocks changed owner (to be zeroed)."""
+    """One engine iteration.
+
+    Attributes:
+        scheduled: What to compute.
+        new_blocks: Blocks that changed owner, to be zeroed first.
+        num_preempted: Sequences that lost their blocks.
+        presets: Then to be filled from the sequence's adapter: its blocks from this index up to
+            its ``num_preset`` positions.
+    """
 
     scheduled: tuple[Scheduled, ...]
     new_blocks: tuple[int, ...]
     num_preempted: int
+    presets: tuple[tuple[Sequence, int], ...] = ()
 
 
 class Scheduler:
@@ -83,6 +92,7 @@ class Scheduler:
         budget = self._max_num_batched_tokens
         scheduled: list[Scheduled] = []
         new_blocks: list[int] = []
+        presets: list[tuple[Sequence, int]] = []
         num_preempted = 0
         # Decodes before prompts, so that a long prompt never delays a token that is due.
         order = sorted(self.running, key=lambda s: len(s.tokens) - s.num_computed > 1)
@@ -106,10 +116,10 @@ class Scheduler:
                         break
                 self._preempt(victim)
         if num_preempted == 0:
-            self._admit(budget, scheduled, new_blocks)
+            self._admit(budget, scheduled, new_blocks, presets)
         for item in scheduled:
             self.waiting.charge(item.sequence.group, item.num_new)
-        return Step(tuple(scheduled), tuple(new_blocks), num_preempted)
+        return Step(tuple(scheduled), tuple(new_blocks), num_preempted, tuple(presets))
 
     def complete(self, step: Step) -> None:
         """Record that a step was computed: its tokens' keys and values are in the cache."""
@@ -156,7 +166,13 @@ class Scheduler:
         sequence.blocks = []
         sequence.num_computed = 0
 
-    def _admit(self, budget: int, scheduled: list[Scheduled], new_blocks: list[int]) -> None:
+    def _admit(
+        self,
+        budget: int,
+        scheduled: list[Scheduled],
+        new_blocks: list[int],
+        presets: list[tuple[Sequence, int]],
+    ) -> None:
         while budget > 0 and len(self.running) < self._max_num_seqs:
             sequence = self.waiting.peek(self._is_ready)
             # One that does not fit beside the running ones waits for them, and so does whoever
@@ -167,10 +183,13 @@ class Scheduler:
             # Room for all tokens known so far, not only the first chunk: admitting a sequence
             # that cannot finish its prompt would only preempt another.
             missing = self.blocks.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
-            num_new = min(len(sequence.tokens) - sequence.num_computed, budget)
-            if missing > self.blocks.num_free or not self._reserve(sequence, num_new, new_blocks):
+            if missing > self.blocks.num_free:
                 self._free(sequence)
                 return
+            self._preset(sequence, new_blocks, presets)
+            num_new = min(len(sequence.tokens) - sequence.num_computed, budget)
+            reserved = self._reserve(sequence, num_new, new_blocks)
+            assert reserved, "there was room for all of it"
             self.waiting.remove(sequence)
             self.waiting.start(sequence)
             sequence.state = SequenceState.RUNNING
@@ -182,13 +201,35 @@ class Scheduler:
         size = self.blocks.block_size
         if not sequence.keys:
             sequence.keys.append(root_key(self.base_generation, sequence.mix.key))
-        if sequence.request.wants_prompt_logprobs:
-            # Every prompt position needs logits, so nothing may be skipped.
-            return
         # The last token is always computed: its logits are needed.
         usable = (len(sequence.tokens) - 1) // size
+        if sequence.request.wants_prompt_logprobs:
+            # Every prompt position needs logits, so nothing of the prompt may be skipped.
+            usable = sequence.num_preset // size
         sequence.extend_keys(usable * size, size)
         sequence.blocks = self.blocks.share(sequence.keys[1 : usable + 1])
         sequence.num_computed = len(sequence.blocks) * size
         if sequence.num_preemptions == 0:
-            sequence.num_cached = min(sequence.num_computed, sequence.num_prompt)
+            cached = min(sequence.num_computed, sequence.prompt_end) - sequence.num_virtual
+            sequence.num_cached = max(cached, 0)
+
+    def _preset(
+        self,
+        sequence: Sequence,
+        new_blocks: list[int],
+        presets: list[tuple[Sequence, int]],
+    ) -> None:
+        """Reserve prefix blocks that no other request of the adapter holds."""
+        size = self.blocks.block_size
+        start, count = len(sequence.blocks), sequence.num_preset // size
+        if start >= count:
+            return
+        fresh = self.blocks.allocate(count - start)
+        assert fresh is not None, "there was room for all of it"
+        sequence.blocks.extend(fresh)
+        new_blocks.extend(fresh)
+        presets.append((sequence, start))
+        for index in range(start, count):
+            # Findable at once: the step fills them before anything reads them.
+            self.blocks.register(sequence.blocks[index], sequence.keys[index + 1])
+        sequence.num_computed = sequence.num_preset

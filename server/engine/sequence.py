@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +19,10 @@ class SequenceState(enum.Enum):
     FINISHED = "finished"
 
 
+# Stands for a position that has no token: a soft token, a prefix position or its padding.
+PLACEHOLDER = -1
+
+
 class Mix(Protocol):
     """What the engine needs of a request's adapters (see ``server/adapters/mix.py``)."""
 
@@ -25,6 +30,7 @@ class Mix(Protocol):
     def key(self) -> tuple[tuple[str, int, float], ...]: ...
     @property
     def components(self) -> tuple[tuple[Any, float], ...]: ...
+    def ensure_host(self, callback: Callable[[Any], None]) -> bool: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -35,7 +41,12 @@ class Sequence:
         request: What was asked.
         mix: Its adapters, references held until it finishes.
         arrival: ``time.monotonic()`` seconds when the request was received.
-        tokens: Prompt and generated token ids.
+        num_virtual: Positions before the prompt that an adapter fills: soft tokens (computed like
+            any token) or a prefix (keys and values come from the adapter).
+        num_preset: Those of them whose keys and values come from the adapter: whole blocks.
+        num_padding: Leading positions of a prefix that are not seen: it ends, not begins, at a
+            block boundary, so that all requests share all of its blocks.
+        tokens: A placeholder per virtual position, then prompt and generated token ids.
         num_computed: Leading tokens whose keys and values are in the cache.
         num_cached: Prompt tokens that came from the prefix cache at first admission.
         blocks: KV blocks in position order.
@@ -45,6 +56,9 @@ class Sequence:
     request: Request
     mix: Mix
     arrival: float
+    num_virtual: int = 0
+    num_preset: int = 0
+    num_padding: int = 0
     tokens: list[int] = field(default_factory=list)
     state: SequenceState = SequenceState.WAITING
     num_computed: int = 0
@@ -56,15 +70,23 @@ class Sequence:
     num_preemptions: int = 0
 
     def __post_init__(self) -> None:
-        self.tokens = list(self.request.prompt_token_ids)
+        assert self.num_preset <= self.num_virtual
+        self.tokens = [PLACEHOLDER] * self.num_virtual
+        self.tokens += self.request.prompt_token_ids
 
     @property
     def num_prompt(self) -> int:
+        """Prompt tokens, virtual positions not counted."""
         return len(self.request.prompt_token_ids)
 
     @property
+    def prompt_end(self) -> int:
+        """Positions before the first generated token."""
+        return self.num_virtual + self.num_prompt
+
+    @property
     def num_generated(self) -> int:
-        return len(self.tokens) - self.num_prompt
+        return len(self.tokens) - self.prompt_end
 
     @property
     def group(self) -> tuple[tuple[str, int, float], ...]:

@@ -25,11 +25,13 @@ class StepInput:
     """One step's work on the device.
 
     Attributes:
-        token_ids: ``[rows]`` int64.
+        token_ids: ``[rows]`` int64; any valid id where ``soft_rows`` says so.
         positions: Position of each row in its sequence, ``[rows]`` int64.
         kv_slots: Where each row's keys and values go, ``[rows]`` int64.
         attention: Plan per distinct window (None is full attention).
         adapters: The step's adapters, or None where every row is the base model's.
+        soft_rows: Rows whose embedding is not a token's, ``[m]`` int64, or None.
+        soft_values: Their embeddings, ``[m, hidden]``, or None.
     """
 
     token_ids: torch.Tensor
@@ -37,6 +39,8 @@ class StepInput:
     kv_slots: torch.Tensor
     attention: Mapping[int | None, AttentionPlan]
     adapters: AdapterStep | None
+    soft_rows: torch.Tensor | None = None
+    soft_values: torch.Tensor | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -91,6 +95,8 @@ class Decoder:
         cos = (angles.cos() * self.arch.rope_scaling).unsqueeze(1)
         sin = (angles.sin() * self.arch.rope_scaling).unsqueeze(1)
         hidden = F.embedding(step.token_ids, self.embedding)
+        if step.soft_rows is not None and step.soft_values is not None:
+            hidden.index_copy_(0, step.soft_rows, step.soft_values.to(hidden.dtype))
         for number, layer in enumerate(self.layers):
             normed = self._rms_norm(hidden, layer.input_norm)
             hidden = hidden + self._attend(number, layer, normed, cos, sin, step, cache)

@@ -40,6 +40,28 @@ class KvCache:
             self.keys.index_fill_(1, index, 0)
             self.values.index_fill_(1, index, 0)
 
+    def fill(
+        self, blocks: Sequence[int], keys: torch.Tensor, values: torch.Tensor, first: int
+    ) -> None:
+        """Copy stored keys and values of all layers into whole blocks.
+
+        Args:
+            blocks: Block numbers, in position order.
+            keys: ``[layers, positions, kv_heads, head_dim]``, ready to be attended to.
+            values: Same shape.
+            first: Which stored position the first slot of ``blocks`` holds; negative for slots
+                of padding before position 0, which keep their zeros.
+        """
+        skip = max(-first, 0)
+        slots = torch.tensor(
+            [b * self.block_size + o for b in blocks for o in range(self.block_size)][skip:],
+            device=self.keys.device,
+        )
+        rows = slice(first + skip, first + skip + len(slots))
+        for cache, stored in ((self.keys, keys), (self.values, values)):
+            part = stored[:, rows].to(device=cache.device, dtype=cache.dtype)
+            cache.flatten(1, 2).index_copy_(1, slots, part)
+
     def write(
         self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:

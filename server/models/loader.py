@@ -158,7 +158,9 @@ def describe_base(decoder: Decoder, source: ModelSource) -> BaseModel:
                 offset += out
     others = {"model.embed_tokens", "model.norm", "lm_head"}
     for number in range(arch.num_layers):
-        others |= {f"{_PREFIX}.{number}.{n}" for n in ("input_layernorm", "post_attention_layernorm")}
+        others |= {
+            f"{_PREFIX}.{number}.{n}" for n in ("input_layernorm", "post_attention_layernorm")
+        }
         if arch.qk_norm:
             others |= {f"{_PREFIX}.{number}.self_attn.{n}" for n in ("q_norm", "k_norm")}
     return BaseModel(

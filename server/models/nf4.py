@@ -18,8 +18,8 @@ from turret.server.errors import InvalidRequestError
 
 # It warns at import that an optional kernel of the Hugging Face hub is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-import bitsandbytes as bnb  # noqa: E402
 import bitsandbytes.functional as bnb_functional  # noqa: E402
+from bitsandbytes.autograd._functions import matmul_4bit  # noqa: E402
 
 BLOCKSIZE = 64
 # Rows per tile of bitsandbytes' packed CPU layout.
@@ -79,7 +79,9 @@ class Nf4Weight:
 
     @property
     def shape(self) -> tuple[int, int]:
-        out_features, in_features = self.state.shape
+        shape = self.state.shape
+        assert shape is not None
+        out_features, in_features = shape
         return out_features, in_features
 
     def absmax(self) -> torch.Tensor:
@@ -87,7 +89,9 @@ class Nf4Weight:
         if not self.state.nested:
             return self.state.absmax.float()
         flat = bnb_functional.dequantize_blockwise(self.state.absmax, self.state.state2)
-        return (flat + self.state.offset).float()
+        offset = self.state.offset
+        assert offset is not None
+        return (flat + offset).float()
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """``[out, in]`` in ``dtype``."""
@@ -148,7 +152,7 @@ class Nf4Linear:
             shape=torch.Size(self._shape),
             dtype=first.dtype,
             blocksize=BLOCKSIZE,
-            code=first.code.to(device),
+            code=None if first.code is None else first.code.to(device),
             quant_type="nf4",
         )
 
@@ -160,10 +164,10 @@ class Nf4Linear:
             return torch.ops.bitsandbytes.gemv_4bit(
                 x, self._packed, self._shape, self._absmax, self._code, BLOCKSIZE
             )
-        return bnb.matmul_4bit(x, self._packed, quant_state=self._state)
+        return matmul_4bit(x, self._packed, quant_state=self._state)
 
     def dequantize(self, index: int) -> torch.Tensor:
-        """The weight of slice ``index`` as it is actually multiplied, ``[out, in]`` fp32, on the CPU.
+        """The weight of slice ``index`` as actually multiplied, ``[out, in]`` fp32, on the CPU.
 
         The fused CPU op rounds absmax and products to bf16 inside; multiplying by the identity
         shows exactly the weight it uses.

@@ -119,7 +119,9 @@ def weight_files(folder: Path) -> list[Path]:
         return [folder / name for name in names]
     if (folder / _WEIGHTS).is_file():
         return [folder / _WEIGHTS]
-    raise InvalidRequestError.of("model", f"{folder} has no model.safetensors; only safetensors is read")
+    raise InvalidRequestError.of(
+        "model", f"{folder} has no model.safetensors; only safetensors is read"
+    )
 
 
 def read_tensors(shards: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -161,7 +163,7 @@ def _read_cached(weights: Path, files: Path) -> ModelSource:
     return ModelSource(manifest["name"], weights, files, manifest["digest"])
 
 
-class _new_directory:  # noqa: N801 - used like a function
+class _new_directory:
     """Fill a directory beside its final place, then rename it there: readers see all or nothing."""
 
     def __init__(self, target: Path) -> None:

@@ -37,7 +37,9 @@ class Tokenizer:
             if not inner.is_fast:
                 raise ValueError("not a fast tokenizer")
         except (OSError, ValueError) as error:
-            raise InvalidRequestError.of("model", f"no usable tokenizer in {files}: {error}") from error
+            raise InvalidRequestError.of(
+                "model", f"no usable tokenizer in {files}: {error}"
+            ) from error
         return cls(inner, eos_token_ids)
 
     def encode(self, text: str) -> list[int]:

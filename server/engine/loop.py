@@ -1,0 +1,355 @@
+"""The engine thread's loop: read commands, expire deadlines, schedule, run, hand out.
+
+Everything here belongs to that one thread. Others reach it through ``post``; it reaches the event
+loop through ``send``, one call for all outputs of a step.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+from typing import Any, Protocol
+
+from turret.server.adapters.mix import HostResult
+from turret.server.engine.flight import Flight
+from turret.server.engine.request import AdapterRef, AdapterUse, FinishReason, Output
+from turret.server.engine.runner import StepResult
+from turret.server.engine.scheduler import Scheduler, Step
+from turret.server.engine.sequence import Sequence, SequenceState
+from turret.server.engine.stream import Stream
+from turret.server.errors import AdapterUnloadedError, TurretError, UnavailableError
+
+_log = logging.getLogger(__name__)
+
+Outbox = list[tuple[Stream, Output | TurretError]]
+
+
+class Runs(Protocol):
+    """What the engine needs of a runner (tests have their own)."""
+
+    def run(self, step: Step) -> StepResult: ...
+    def forget(self, sequence: Sequence) -> None: ...
+    def forget_adapter(self, uuid: str) -> None: ...
+
+
+class Adapters(Protocol):
+    """What the engine needs of the adapter registry."""
+
+    on_force_unload: Callable[[str], None] | None
+    on_unload: Callable[[str], None] | None
+
+    def acquire(self, refs: SequenceOf[AdapterRef]) -> Any: ...
+    def release(self, mix: Any) -> None: ...
+
+
+class EngineMetrics(Protocol):
+    """The part of the server's metrics that the engine feeds."""
+
+    def queued(self, seconds: float) -> None: ...
+    def first_token(self, seconds: float) -> None: ...
+    def inter_token(self, seconds: float) -> None: ...
+    def step(self, phase: str, *, seconds: float, num_tokens: int, num_adapters: int) -> None: ...
+    def sequences(self, **counts: int) -> None: ...
+    def kv_blocks(self, **counts: int) -> None: ...
+    def prefix_cache(self, *, hit: int, miss: int) -> None: ...
+
+
+class EngineLoop:
+    """Runs flights to their end.
+
+    Args:
+        scheduler: Made for the same cache and adapters as ``runner``.
+        runner: Computes steps.
+        adapters: Holds adapters until their requests end.
+        metrics: Counts.
+        send: Hands outputs to the event loop; callable from the engine thread.
+
+    Attributes:
+        is_dead: The loop failed; nothing will be served any more.
+    """
+
+    def __init__(
+        self,
+        *,
+        scheduler: Scheduler,
+        runner: Runs,
+        adapters: Adapters,
+        metrics: EngineMetrics,
+        send: Callable[[Outbox], None],
+    ) -> None:
+        self.is_dead = False
+        self._scheduler = scheduler
+        self._runner = runner
+        self._adapters = adapters
+        self._metrics = metrics
+        self._send = send
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._outbox: Outbox = []
+        self._flights: dict[Sequence, Flight] = {}
+        self._with_deadline: set[Flight] = set()
+        self._ready: set[Sequence] = set()
+        self._cold: dict[Sequence, HostResult] = {}
+        self._stopping = False
+
+    # Callable from any thread.
+
+    def post(self, command: Callable[[], None]) -> None:
+        """Have the engine thread run a command between two steps."""
+        self._inbox.put(command)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait, those not yet seen included."""
+        return len(self._scheduler.waiting) + self._inbox.qsize()
+
+    # Commands: post them.
+
+    def add(self, flight: Flight) -> None:
+        """Take in a request."""
+        sequence = flight.sequence
+        self._flights[sequence] = flight
+        if sequence.request.deadline is not None:
+            self._with_deadline.add(flight)
+        if self._stopping or self.is_dead:
+            self._fail(flight, UnavailableError("the server is shutting down"))
+            return
+        self._scheduler.add(sequence)
+        try:
+            resident = sequence.mix.ensure_host(
+                lambda result: self._inbox.put(lambda: self._loaded(sequence, result))
+            )
+        except TurretError as error:
+            self._fail(flight, error)
+            return
+        if resident:
+            self._ready.add(sequence)
+
+    def cancel(self, sequence: Sequence) -> None:
+        """End a request early, if it still runs."""
+        flight = self._flights.get(sequence)
+        if flight is not None:
+            self._cut(flight, FinishReason.CANCELLED, time.monotonic())
+
+    def cancel_all(self) -> None:
+        """End every request early."""
+        for sequence in list(self._flights):
+            self.cancel(sequence)
+
+    def force_unload(self, uuid: str) -> None:
+        """Fail every request that uses an adapter."""
+        for flight in list(self._flights.values()):
+            if any(uuid == member for member, _, _ in flight.sequence.mix.key):
+                error = AdapterUnloadedError(
+                    "an adapter of this request was unloaded by force", metadata={"uuid": uuid}
+                )
+                self._fail(flight, error)
+        self._flush()
+
+    def forget_adapter(self, uuid: str) -> None:
+        """Free what the device holds of an unloaded adapter."""
+        self._runner.forget_adapter(uuid)
+
+    def stop(self) -> None:
+        """End every request and leave ``run``."""
+        self.cancel_all()
+        self._stopping = True
+
+    # The loop.
+
+    def run(self) -> None:
+        """Serve until stopped. Never raises: a failure ends every request and sets ``is_dead``."""
+        try:
+            while not self._stopping:
+                self._read_inbox()
+                self._expire(time.monotonic())
+                self._flush()
+                if not self._stopping:
+                    self._step()
+        except Exception:
+            # Whatever state the device is in, limping on would risk wrong answers.
+            _log.exception("the engine failed")
+            self._die()
+
+    def run_leftovers(self) -> None:
+        """After ``run`` has ended: answer what was posted too late for it."""
+        while not self._inbox.empty():
+            self._inbox.get_nowait()()
+        self._flush()
+
+    def is_ready(self, sequence: Sequence) -> bool:
+        """Whether a waiting sequence's adapters are resident (the scheduler asks)."""
+        return sequence in self._ready
+
+    def _read_inbox(self) -> None:
+        """Run posted commands; wait for one if nothing can be computed."""
+        if not self._scheduler.running and not self._ready:
+            deadlines = [f.sequence.request.deadline for f in self._with_deadline]
+            soonest = min((d for d in deadlines if d is not None), default=None)
+            timeout = None if soonest is None else max(soonest - time.monotonic(), 0.0)
+            try:
+                self._inbox.get(timeout=timeout)()
+            except queue.Empty:
+                return
+        while True:
+            try:
+                command = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            command()
+
+    def _step(self) -> None:
+        start = time.monotonic()
+        step = self._scheduler.schedule()
+        if step.num_preempted:
+            self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)
+        if not step.scheduled:
+            return
+        for item in step.scheduled:
+            self._note_scheduled(item.sequence, start)
+        result = self._runner.run(step)
+        self._scheduler.complete(step)
+        now = time.monotonic()
+        for item in step.scheduled:
+            flight = self._flights.get(item.sequence)
+            if flight is not None:
+                self._advance(flight, result, now)
+        self._flush()
+        self._report(step, now - start)
+
+    def _note_scheduled(self, sequence: Sequence, now: float) -> None:
+        self._ready.discard(sequence)
+        if sequence.scheduled_at is None:
+            sequence.scheduled_at = now
+            self._metrics.queued(now - sequence.arrival)
+            hit = sequence.num_cached
+            self._metrics.prefix_cache(hit=hit, miss=sequence.num_prompt - hit)
+
+    def _advance(self, flight: Flight, result: StepResult, now: float) -> None:
+        """Hand out what a step produced for one request."""
+        sequence = flight.sequence
+        scored = result.prompt_logprobs.get(sequence)
+        if scored is not None:
+            flight.add_prompt_logprobs(scored)
+        draw = result.draws.get(sequence)
+        if draw is None:
+            if sequence.request.score and sequence.num_computed == sequence.prompt_end:
+                output = Output(prompt_logprobs=flight.take_prompt_logprobs())
+                self._end(flight, FinishReason.STOP, None, output, now)
+            return
+        if sequence.first_token_at is None:
+            sequence.first_token_at = now
+            self._metrics.first_token(now - sequence.arrival)
+        elif flight.last_token_at is not None:
+            self._metrics.inter_token(now - flight.last_token_at)
+        flight.last_token_at = now
+        output, reason, stop = flight.accept(draw)
+        if reason is None:
+            self._outbox.append((flight.stream, output))
+        else:
+            self._end(flight, reason, stop, output, now)
+
+    def _loaded(self, sequence: Sequence, result: HostResult) -> None:
+        flight = self._flights.get(sequence)
+        if flight is None:
+            return
+        if result.error is not None:
+            self._fail(flight, result.error)
+            return
+        self._cold[sequence] = result
+        self._ready.add(sequence)
+
+    def _expire(self, now: float) -> None:
+        for flight in list(self._with_deadline):
+            deadline = flight.sequence.request.deadline
+            if deadline is not None and deadline <= now:
+                self._cut(flight, FinishReason.DEADLINE, now)
+
+    def _cut(self, flight: Flight, reason: FinishReason, now: float) -> None:
+        self._end(flight, reason, None, Output(text=flight.flush()), now)
+
+    def _end(
+        self,
+        flight: Flight,
+        reason: FinishReason,
+        stop: str | int | None,
+        output: Output,
+        now: float,
+    ) -> None:
+        finish = flight.finish(reason, stop, self._uses(flight.sequence), now)
+        last = Output(
+            text=output.text,
+            token_ids=output.token_ids,
+            logprobs=output.logprobs,
+            prompt_logprobs=output.prompt_logprobs,
+            finish=finish,
+        )
+        self._outbox.append((flight.stream, last))
+        self._let_go(flight)
+
+    def _fail(self, flight: Flight, error: TurretError) -> None:
+        self._outbox.append((flight.stream, error))
+        self._let_go(flight)
+
+    def _let_go(self, flight: Flight) -> None:
+        """Free everything a request holds."""
+        sequence = flight.sequence
+        del self._flights[sequence]
+        self._with_deadline.discard(flight)
+        self._ready.discard(sequence)
+        self._cold.pop(sequence, None)
+        if sequence.state is not SequenceState.FINISHED and (
+            sequence.state is SequenceState.RUNNING or sequence in self._scheduler.waiting
+        ):
+            self._scheduler.finish(sequence)
+        self._runner.forget(sequence)
+        self._adapters.release(sequence.mix)
+
+    def _uses(self, sequence: Sequence) -> tuple[AdapterUse, ...]:
+        cold = self._cold.get(sequence)
+        seconds = {} if cold is None else cold.load_seconds
+        return tuple(
+            AdapterUse(
+                name=adapter.name,
+                uuid=adapter.uuid,
+                generation=adapter.generation,
+                weight=weight,
+                cold_start=adapter.uuid in seconds,
+                load_ms=1000.0 * seconds.get(adapter.uuid, 0.0),
+            )
+            for adapter, weight in sequence.mix.components
+        )
+
+    def _flush(self) -> None:
+        if self._outbox:
+            outbox, self._outbox = self._outbox, []
+            self._send(outbox)
+
+    def _report(self, step: Step, seconds: float) -> None:
+        new = [item.num_new for item in step.scheduled]
+        decodes = sum(n == 1 for n in new)
+        phase = "decode" if decodes == len(new) else "prefill" if decodes == 0 else "mixed"
+        adapters = {u for item in step.scheduled for u, _, _ in item.sequence.mix.key}
+        self._metrics.step(phase, seconds=seconds, num_tokens=sum(new), num_adapters=len(adapters))
+        self._report_state()
+
+    def _report_state(self) -> None:
+        blocks = self._scheduler.blocks
+        self._metrics.sequences(
+            waiting=len(self._scheduler.waiting), running=len(self._scheduler.running)
+        )
+        self._metrics.kv_blocks(
+            free=blocks.num_free - blocks.num_cached,
+            cached=blocks.num_cached,
+            used=blocks.num_active,
+        )
+
+    def _die(self) -> None:
+        self.is_dead = True
+        for flight in list(self._flights.values()):
+            self._outbox.append((flight.stream, UnavailableError("the engine has failed")))
+            self._adapters.release(flight.sequence.mix)
+        self._flights.clear()
+        self._flush()
