@@ -18,6 +18,12 @@ import torch.nn.functional as F
 # Multiples that were measured to agree for every shape tried (in_features 64-14336, 1-512 rows).
 _SAFE_MULTIPLE = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 8}
 _PROBE_ROWS = 64
+# MKL's sgemm sums in another order where the result has fewer columns than this.
+_MIN_FP32_COLUMNS = 16
+# torch hands a half-precision product to oneDNN only if rows · inner · columns is larger than this.
+_MAX_NATIVE_PRODUCT = 16 * 16 * 16
+# Longer reductions are cut into blocks by the libraries (measured: 128-192 in fp32, 512 in bf16).
+_MAX_REDUCTION = {torch.bfloat16: 256, torch.float16: 256, torch.float32: 128}
 
 
 def row_linear(x: torch.Tensor, weight: torch.Tensor, *, probe: bool = True) -> torch.Tensor:
@@ -39,26 +45,50 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor, *, probe: bool = True) -> 
     multiple = _SAFE_MULTIPLE[weight.dtype]
     if probe and num_rows <= _PROBE_ROWS:
         multiple = row_multiple(weight.dtype, weight.shape[0], weight.shape[1])
+    columns = weight.shape[0]
+    if weight.dtype == torch.float32 and columns < _MIN_FP32_COLUMNS:
+        weight = F.pad(weight, (0, 0, 0, _MIN_FP32_COLUMNS - columns))
     padding = -num_rows % multiple
     if padding == 0:
-        return F.linear(x, weight)
-    return F.linear(F.pad(x, (0, 0, 0, padding)), weight)[:num_rows]
+        return F.linear(x, weight)[:, :columns]
+    return F.linear(F.pad(x, (0, 0, 0, padding)), weight)[:num_rows, :columns]
 
 
 def row_addmm_(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
-    """``y += v b`` in place, each row bit-identical in any batch.
+    """``y += v b`` in place, each row bit-identical in any batch and at any place among zeros.
+
+    The second half is what lets adapters share one product: a row of ``v`` that is zero outside
+    ranks ``[lo, hi)`` adds the bits that ``v[:, lo:hi] b[lo:hi]`` would, ``lo`` a multiple of 8.
 
     Args:
         y: ``[num_rows, out_features]``; rows may be strided (a slice of a fused projection).
-        v: ``[num_rows, rank]``, dtype of ``y``.
+        v: ``[num_rows, rank]``, dtype of ``y``, rank at most ``max_reduction(dtype)``.
         b: ``[rank, out_features]``, dtype of ``y``.
     """
-    padding = -v.shape[0] % _SAFE_MULTIPLE[v.dtype]
-    if v.dtype != torch.float32 or padding == 0 or v.device.type != "cpu":
-        # oneDNN's bf16 product with a sum post-op was row-invariant at every rank and width tried.
+    num_rows, rank = v.shape
+    assert rank <= max_reduction(v.dtype), rank
+    if v.device.type != "cpu":
         y.addmm_(v, b)
+    elif v.dtype == torch.float32:
+        padding = -num_rows % _SAFE_MULTIPLE[v.dtype]
+        y.add_((F.pad(v, (0, 0, 0, padding)) @ b)[:num_rows])
     else:
-        y.add_((F.pad(v, (0, 0, 0, padding)) @ b)[: v.shape[0]])
+        # oneDNN's product with a sum post-op was row-invariant at every rank and width tried.
+        padding = _MAX_NATIVE_PRODUCT // (rank * b.shape[1]) + 1 - num_rows
+        if padding <= 0:
+            y.addmm_(v, b)
+        else:
+            wide = F.pad(y, (0, 0, 0, padding)).addmm_(F.pad(v, (0, 0, 0, padding)), b)
+            y.copy_(wide[:num_rows])
+
+
+def max_reduction(dtype: torch.dtype) -> int:
+    """The longest reduction that ``row_addmm_`` takes: no library cuts it into blocks.
+
+    Where a cut falls depends on the length, so a sum across a cut rounds differently in products
+    of different lengths.
+    """
+    return _MAX_REDUCTION[dtype]
 
 
 @functools.cache

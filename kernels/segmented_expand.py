@@ -5,18 +5,33 @@ components of the row's mix in the request's order::
 
     y[row, s] += w_k · v[row, lo_k:hi_k, s] @ b_s[lo_k:hi_k]
 
+The pack's ranks are walked in *windows*, runs that start at multiples of ``rank_window(dtype)``: an
+adapter that fits into a window lies in one, a larger one begins with one. Each window is one
+product, short enough to be summed in one go whatever else is in it.
+
 Named after Punica's expand (arXiv 2310.18547, section 4).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from turret.kernels.row_linear import row_addmm_
+from turret.kernels.row_linear import max_reduction, row_addmm_
 from turret.kernels.segmented_shrink import RankActivations
 from turret.kernels.segments import SegmentPlan, ShortPass
+
+
+def rank_window(dtype: torch.dtype) -> int:
+    """Ranks per window, see above; whoever places adapters in a pack has to respect it."""
+    return max_reduction(dtype)
+
+
+def _windows(start: int, end: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    size = rank_window(dtype)
+    for edge in range(start - start % size, end, size):
+        yield max(edge, start), min(edge + size, end)
 
 
 def segmented_expand_reference(
@@ -36,35 +51,40 @@ def segmented_expand_reference(
         present: Per slice, whether any adapter of the step has it.
     """
     views = y.split([slice_b.shape[1] for slice_b in b], dim=1)
-    if v.short is not None and plan.rank_end > plan.rank_start:
-        spans = [slice_b[plan.rank_start : plan.rank_end] for slice_b in b]
+    if v.short is not None:
         for short_pass in plan.passes:
-            _expand_short(views, v.short, spans, short_pass, present)
+            for start, end in _windows(plan.rank_start, plan.rank_end, y.dtype):
+                low, high = start - plan.rank_start, end - plan.rank_start
+                part, mask = v.short[:, low:high], short_pass.mask[:, low:high]
+                spans = [slice_b[start:end] for slice_b in b]
+                _expand_short(views, part, mask, spans, short_pass, present)
     for segment, components in zip(plan.long, v.long, strict=True):
         for c, activations in zip(segment.components, components, strict=True):
-            if c.rank_end == c.rank_start:
-                continue
             if c.weight != 1.0:
                 activations = (activations * c.weight).to(activations.dtype)
-            for s, (view, slice_b) in enumerate(zip(views, b, strict=True)):
-                if present[s]:
-                    part = slice_b[c.rank_start : c.rank_end]
-                    row_addmm_(view[segment.start : segment.end], activations[:, :, s], part)
+            for start, end in _windows(c.rank_start, c.rank_end, y.dtype):
+                part = activations[:, start - c.rank_start : end - c.rank_start]
+                for s, (view, slice_b) in enumerate(zip(views, b, strict=True)):
+                    if present[s]:
+                        rows = view[segment.start : segment.end]
+                        row_addmm_(rows, part[:, :, s], slice_b[start:end])
 
 
 def _expand_short(
     views: Sequence[torch.Tensor],
     v: torch.Tensor,
+    mask: torch.Tensor,
     b: Sequence[torch.Tensor],
     short_pass: ShortPass,
     present: tuple[bool, ...],
 ) -> None:
+    """Add one pass in one window: ``v`` ``[num_short, window, num_slices]``, mask and b alike."""
     rows = short_pass.rows
     selected = v if rows is None else v.index_select(0, rows)
     if not short_pass.plain:
         selected = (selected * short_pass.slot_weights.unsqueeze(1)).to(v.dtype)
-    # [num_slices, rows, span]
-    selected = selected.permute(2, 0, 1).masked_fill(~short_pass.mask, 0).contiguous()
+    # [num_slices, rows, window]
+    selected = selected.permute(2, 0, 1).masked_fill(~mask, 0).contiguous()
     for s, (view, slice_b) in enumerate(zip(views, b, strict=True)):
         if not present[s]:
             continue

@@ -53,7 +53,8 @@ def build_engine(config: Config, metrics: Metrics) -> Parts:
         decoder = load_decoder(source, dtype=dtype, device=device, progress=progress)
     tokenizer = Tokenizer.load(source.files, eos_token_ids(source.files))
     base = describe_base(decoder, source)
-    pack = AdapterPack(describe_pack(decoder.arch), dtype, device)
+    layout = describe_pack(decoder.arch)
+    pack = AdapterPack(layout, dtype, device, config.adapters.adapter_device_bytes)
     registry = AdapterRegistry(
         config.adapters.adapter_root or Path.cwd(),
         base,

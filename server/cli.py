@@ -8,11 +8,12 @@ import os
 import sys
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import turret
 
 EXIT_USAGE = 2
-_OWN_VERBS = ("serve", "health")
+_OWN_VERBS = ("serve", "health", "demo")
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -63,6 +64,17 @@ def _health(args: argparse.Namespace) -> int:
     return 0 if serving else 1
 
 
+def _demo(args: argparse.Namespace) -> int:
+    from turret.server.demo import run_demo
+
+    return run_demo(
+        examples=args.examples,
+        address=args.address,
+        metrics_address=args.metrics_address,
+        is_once=args.once,
+    )
+
+
 def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     from turret.server.flags import add_flags
 
@@ -91,6 +103,32 @@ def _add_health(subparsers: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.set_defaults(func=_health)
 
 
+def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "demo",
+        help="serve the example adapters and send them one mixed batch",
+        description="Start a server with the example adapters on the embedded model, send one "
+        "batch that mixes all of them, show answers and metrics, and serve on until Ctrl-C.",
+    )
+    parser.add_argument(
+        "--examples",
+        type=Path,
+        metavar="DIR",
+        help="folder with adapters/ and prompts.jsonl (default: the checkout's)",
+    )
+    for flag in ("--address", "--metrics-address"):
+        parser.add_argument(
+            flag, default="127.0.0.1:0", metavar="HOST:PORT", help="default: a free port"
+        )
+    parser.add_argument(
+        "--once",
+        action="store_true",
+        default=os.environ.get("DEMO_ONCE", "") not in ("", "0"),
+        help="stop when everything is shown (default if DEMO_ONCE=1 is set)",
+    )
+    parser.set_defaults(func=_demo)
+
+
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """The parser of the whole command, or of one of the server's own verbs where that suffices."""
     parser = argparse.ArgumentParser(
@@ -100,6 +138,7 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     _add_serve(subparsers)
     _add_health(subparsers)
+    _add_demo(subparsers)
     if verb not in _OWN_VERBS:
         from turret.clients.verbs import add_verbs
 

@@ -8,6 +8,7 @@ import torch
 
 from turret.kernels.paged_attention import SequenceSpan, plan_attention
 from turret.kernels.segments import Component, LongSegment, SegmentPlan, ShortPass
+from turret.server.adapters.bank import Members, StepMembers
 from turret.server.adapters.pack import AdapterPack, AdapterStep
 from turret.server.adapters.soft_prompt import soft_prompt_of
 from turret.server.engine.scheduler import Scheduled, Step
@@ -141,7 +142,13 @@ class BatchBuilder:
         high = max((c.rank_end for c in chosen), default=0)
         passes = self._passes(rows, low, high)
         plan = SegmentPlan(num_short, low, high, passes, segments)
-        return self._pack.step(plan, list(adapters))
+        members = StepMembers(
+            short=[m for item in short for m in [_members(item.sequence)] * item.num_new],
+            long=[
+                (p.row_start, p.row_start + p.item.num_new, _members(p.item.sequence)) for p in long
+            ],
+        )
+        return self._pack.step(plan, members, list(adapters))
 
     def _components(self, sequence: Sequence) -> list[Component]:
         components = []
@@ -175,3 +182,8 @@ class BatchBuilder:
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
+
+
+def _members(sequence: Sequence) -> Members:
+    """Uuid and weight of each adapter that adds something."""
+    return [(a.uuid, weight) for a, weight in sequence.mix.components if weight != 0.0]

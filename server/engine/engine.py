@@ -87,7 +87,7 @@ class Engine:
             send=self._send,
         )
         adapters.on_force_unload = lambda uuid: loop.post(lambda: loop.force_unload(uuid))
-        adapters.on_unload = lambda uuid: loop.post(lambda: loop.forget_adapter(uuid))
+        adapters.on_unloaded = lambda uuid: loop.post(lambda: loop.forget_adapter(uuid))
         self._draining = False
         self._thread: threading.Thread | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None
@@ -177,10 +177,23 @@ class Engine:
 
     def _make_sequence(self, request: Request, mix: Mix, arrival: float) -> Sequence:
         """Lay out the positions before the prompt that an adapter of the mix fills."""
-        prefix = sum(a.num_prefix_positions for a, _ in mix.components)
+        soft = [
+            (adapter, weight)
+            for adapter, weight in mix.components
+            if adapter.num_soft_tokens or adapter.num_prefix_positions
+        ]
+        if not soft:
+            return Sequence(request, mix, arrival)
+        if len(soft) > 1 or soft[0][1] != 1.0:
+            names = ", ".join(adapter.name for adapter, _ in soft)
+            raise InvalidRequestError.of(
+                "adapters",
+                "a mix holds at most one adapter with soft tokens or a prefix, and at weight 1: "
+                + names,
+            )
+        prefix = soft[0][0].num_prefix_positions
         if prefix == 0:
-            virtual = sum(a.num_soft_tokens for a, _ in mix.components)
-            return Sequence(request, mix, arrival, num_virtual=virtual)
+            return Sequence(request, mix, arrival, num_virtual=soft[0][0].num_soft_tokens)
         padding = -prefix % self._block_size
         slots = prefix + padding
         return Sequence(

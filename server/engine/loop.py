@@ -39,7 +39,7 @@ class Adapters(Protocol):
     """What the engine needs of the adapter registry."""
 
     on_force_unload: Callable[[str], None] | None
-    on_unload: Callable[[str], None] | None
+    on_unloaded: Callable[[str], None] | None
 
     def acquire(self, refs: SequenceOf[AdapterRef]) -> Any: ...
     def release(self, mix: Any) -> None: ...

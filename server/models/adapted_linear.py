@@ -26,7 +26,7 @@ class AdaptedLinear:
         """Project ``[rows, in]`` → ``[rows, out]``, rows ordered as ``adapters.plan`` says."""
         y = self.base(x)
         if adapters is not None:
-            adapters.scale(self.layer, self.group, y)
+            adapters.scale(self.layer, self.group, x, y, self.base)
         if self.bias is not None:
             y += self.bias
         if adapters is not None:

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.pack import PackLayout, SliceShape
+from turret.server.adapters.packed_group import PackLayout, SliceShape
 from turret.server.errors import InvalidRequestError
 from turret.server.models.adapted_linear import AdaptedLinear
 from turret.server.models.arch import Arch, read_arch

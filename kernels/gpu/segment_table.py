@@ -1,0 +1,182 @@
+"""Segment metadata on the device: which rows of a step use which adapters.
+
+One int32 buffer of fixed address and size holds everything, its sub-tables found through a header,
+so a step costs one asynchronous copy of the bytes it uses, kernels take one pointer, and a captured
+CUDA graph replays with any later step: kernels loop over as many work units as the header says.
+
+A *segment* is all rows that share a mix, in any order and wherever they are in the step (rows are
+gathered through ``rows``): decode requests of one adapter are one segment and read its weights
+once. Rows of the base model are segments without components. Segments are cut into *chunks* of at
+most ``tile_rows`` rows; expand works per chunk. Chunks are cut into *items*, one per component and
+``RANK_TILE`` ranks; shrink works per item::
+
+    header   num_rows · rows@ · components@ · 0 | num_chunks · chunks@ · num_items · items@ | same
+    rows     row number …                           (the second list: one-row chunks, the GEMV form)
+    component  rank_start · rank_end · slot · offset · weight (fp32 bits) · 0 · 0 · 0
+    chunk      position · count · component_begin · component_end · v_base · v_stride · 0 · 0
+    item       position · count · rank · rank_end · slot · v_base · v_stride · rank_in_adapter
+
+Rank activations lie compactly: row ``i`` of a chunk has its ``v_stride`` ranks (all components of
+the mix side by side, component ``c`` from ``offset_c``) at ``v_base + i · v_stride``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+
+import torch
+
+from turret.kernels.segments import Component, LongSegment
+
+RANK_TILE = 16
+HEADER = 12
+RECORD = 8
+# Header positions of the two lists; kernels take one of these.
+TILES = 4
+ONE_ROW = 8
+
+
+class SegmentTable:
+    """Owns the device buffer. Not thread-safe.
+
+    Attributes:
+        buffer: ``[capacity]`` int32 on the device; its address never changes.
+        rank_capacity: Rows times ranks of a step at most; kernels size ``v`` by it.
+        tile_rows: Rows per chunk, 16 or 32 (larger tiles would take another MMA instruction and
+            round differently).
+        gemv: Whether chunks of one row go to the second list. Faster where most rows have adapters
+            of their own, but a row then rounds differently when it shares its adapter with another.
+    """
+
+    def __init__(
+        self,
+        *,
+        max_rows: int,
+        max_row_rank: int,
+        max_components: int,
+        device: torch.device,
+        tile_rows: int = 16,
+        gemv: bool = False,
+    ) -> None:
+        """Allocate for the largest step.
+
+        Args:
+            max_rows: Rows of a step.
+            max_row_rank: Sum of the ranks of one row's mix.
+            max_components: Components of one row's mix.
+            device: Where the kernels run.
+            tile_rows: See the class.
+            gemv: See the class.
+
+        Raises:
+            ValueError: ``tile_rows`` is neither 16 nor 32.
+        """
+        if tile_rows not in (16, 32):
+            raise ValueError(f"tile_rows is {tile_rows}; 16 and 32 are supported")
+        self.tile_rows = tile_rows
+        self.gemv = gemv
+        self.max_rows = max_rows
+        self.max_components = max_components
+        self.rank_capacity = max_rows * max_row_rank
+        # Every row its own mix: one chunk and at most max_row_items items each.
+        max_row_items = max_components + max_row_rank // RANK_TILE
+        records = max_rows * (max_components + 1 + max_row_items)
+        capacity = HEADER + max_rows + RECORD * records
+        self.buffer = torch.zeros(capacity, dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        # Two, so that a copy still under way is not overwritten by the next step's preparation.
+        self._staging = [
+            torch.zeros(capacity, dtype=torch.int32, pin_memory=pinned) for _ in range(2)
+        ]
+        self._step = 0
+
+    def load(self, runs: Sequence[LongSegment]) -> None:
+        """Describe a step and start copying the description to the device.
+
+        Args:
+            runs: Runs of rows and their mixes; equal mixes are joined to one segment. Rows in no
+                run are touched by no kernel; runs without components only get the base bias.
+
+        Raises:
+            ValueError: The step is over a capacity given at construction.
+        """
+        words = self._words(runs)
+        staging = self._staging[self._step % 2]
+        self._step += 1
+        if len(words) > staging.numel():
+            raise ValueError(f"the step needs {len(words)} words; {staging.numel()} are allocated")
+        staging[: len(words)] = torch.tensor(words, dtype=torch.int32)
+        self.buffer[: len(words)].copy_(staging[: len(words)], non_blocking=True)
+
+    def _words(self, runs: Sequence[LongSegment]) -> list[int]:
+        segments: dict[tuple[Component, ...], list[int]] = {}
+        for run in runs:
+            segments.setdefault(run.components, []).extend(range(run.start, run.end))
+        rows: list[int] = []
+        components: list[int] = []
+        lists: dict[int, tuple[list[int], list[int]]] = {TILES: ([], []), ONE_ROW: ([], [])}
+        v_base = 0
+        for mix, members in segments.items():
+            first = len(components) // RECORD
+            offsets = self._add_components(components, mix)
+            stride = sum(c.rank_end - c.rank_start for c in mix)
+            for start in range(0, len(members), self.tile_rows):
+                count = min(self.tile_rows, len(members) - start)
+                chunks, items = lists[ONE_ROW if self.gemv and count == 1 else TILES]
+                position = len(rows) + start
+                base = v_base + start * stride
+                last = first + len(mix)
+                chunks.extend((position, count, first, last, base, stride, 0, 0))
+                for c, offset in zip(mix, offsets, strict=True):
+                    for j in range(0, c.rank_end - c.rank_start, RANK_TILE):
+                        items.extend((position, count, c.rank_start + j, c.rank_end, c.slot))
+                        items.extend((base + offset + j, stride, j))
+            rows.extend(members)
+            v_base += len(members) * stride
+        self._check(len(rows), v_base, segments)
+        return self._assemble(rows, components, lists)
+
+    @staticmethod
+    def _add_components(components: list[int], mix: tuple[Component, ...]) -> list[int]:
+        offsets, offset = [], 0
+        for c in mix:
+            (weight,) = struct.unpack("<i", struct.pack("<f", c.weight))
+            components.extend((c.rank_start, c.rank_end, c.slot, offset, weight, 0, 0, 0))
+            offsets.append(offset)
+            offset += c.rank_end - c.rank_start
+        return offsets
+
+    def _check(
+        self, num_rows: int, ranks: int, segments: dict[tuple[Component, ...], list[int]]
+    ) -> None:
+        if num_rows > self.max_rows:
+            raise ValueError(f"the step has {num_rows} rows; {self.max_rows} are allocated")
+        if ranks > self.rank_capacity:
+            raise ValueError(
+                f"the step has {ranks} rows times ranks; {self.rank_capacity} are allocated"
+            )
+        longest = max((len(mix) for mix in segments), default=0)
+        if longest > self.max_components:
+            raise ValueError(
+                f"a mix has {longest} components; {self.max_components} are allocated"
+            )
+
+    @staticmethod
+    def _assemble(
+        rows: list[int], components: list[int], lists: dict[int, tuple[list[int], list[int]]]
+    ) -> list[int]:
+        words = [0] * HEADER
+        words[0] = len(rows)
+        words[1] = len(words)
+        words.extend(rows)
+        words[2] = len(words)
+        words.extend(components)
+        for position, (chunks, items) in lists.items():
+            words[position] = len(chunks) // RECORD
+            words[position + 1] = len(words)
+            words.extend(chunks)
+            words[position + 2] = len(items) // RECORD
+            words[position + 3] = len(words)
+            words.extend(items)
+        return words

@@ -1,0 +1,51 @@
+"""Launch parameters per device. Found off the serving path by ``bench/gpu.py --tune``."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """Launch parameters.
+
+    Those that decide the order of a sum (``*_splits``, ``shrink_block_k``) are fixed per device
+    and never depend on the step: a row's bits must not.
+
+    Attributes:
+        programs: Programs of the kernels that loop over a device-side work list.
+        shrink_splits: Parts of the reduction over the input features.
+        shrink_block_k: Input features per step of that reduction.
+        expand_block_n: Output columns per tile.
+        hadamard_splits: As ``shrink_splits``.
+        nf4_block_n: Output columns per program.
+        nf4_groups: Quantisation blocks of 64 per step of the reduction.
+    """
+
+    programs: int = 528
+    shrink_splits: int = 4
+    shrink_block_k: int = 256
+    expand_block_n: int = 128
+    hadamard_splits: int = 4
+    nf4_block_n: int = 32
+    nf4_groups: int = 2
+
+
+# By torch.cuda.get_device_name; devices that are not listed take the default.
+_TABLE: dict[str, Tuning] = {}
+
+# Few programs and small tiles, so that loops over work lists and splits are exercised.
+_INTERPRETER = Tuning(
+    programs=3, shrink_splits=2, shrink_block_k=32, expand_block_n=32, hadamard_splits=2
+)
+
+
+@functools.cache
+def tuning(device: torch.device) -> Tuning:
+    """The parameters for a device (on the CPU: for Triton's interpreter)."""
+    if device.type == "cpu":
+        return _INTERPRETER
+    return _TABLE.get(torch.cuda.get_device_name(device), Tuning())

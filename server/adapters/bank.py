@@ -1,0 +1,154 @@
+"""Operators that are gathered per row: one table per shape, a slot per adapter.
+
+Hadamard and Kronecker updates do not stack along a rank axis as low-rank ones do; each row
+multiplies the factors of its own adapter, picked from a table by slot.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from turret.server.adapters.operators import AdapterOperators
+
+# One row's, or one segment's, mix: (adapter uuid, weight), in the request's order.
+Members = Sequence[tuple[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepMembers:
+    """Which adapters the rows of a step use.
+
+    Attributes:
+        short: Per short row, its mix.
+        long: Per long segment, first row, end row, its mix.
+    """
+
+    short: Sequence[Members]
+    long: Sequence[tuple[int, int, Members]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows that use a table: numbers, slots and mix weights; or a run that shares one slot."""
+
+    rows: torch.Tensor | slice
+    slots: torch.Tensor | int
+    weights: torch.Tensor | float
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows)
+
+    def put(self, y: torch.Tensor, part: torch.Tensor) -> None:
+        """Write back what ``take`` gave (a run is a view: nothing to do)."""
+        if not isinstance(self.rows, slice):
+            y.index_copy_(0, self.rows, part)
+
+
+class Shelf(Protocol):
+    """The tables of adapters with one shape in one group."""
+
+    group: str
+    layers: set[int]
+
+    def grow(self, num_slots: int) -> None: ...
+    def put(self, slot: int, operators: AdapterOperators) -> None: ...
+    def apply(self, layer: int, rows: Rows, x: torch.Tensor, y: torch.Tensor) -> None: ...
+
+
+class ShelfSlots:
+    """A shelf with the slots its adapters hold."""
+
+    def __init__(self, shelf: Shelf) -> None:
+        self.shelf = shelf
+        self._slots: dict[str, int] = {}
+        self._capacity = 0
+
+    def insert(self, uuid: str, operators: AdapterOperators) -> None:
+        taken = set(self._slots.values())
+        slot = next(i for i in range(len(taken) + 1) if i not in taken)
+        if slot >= self._capacity:
+            self._capacity = max(4, 2 * self._capacity)
+            self.shelf.grow(self._capacity)
+        self._slots[uuid] = slot
+        self.shelf.put(slot, operators)
+
+    def remove(self, uuid: str) -> None:
+        self._slots.pop(uuid, None)
+
+    def bind(self, members: StepMembers, device: torch.device) -> list[Rows]:
+        """The step's rows by position among the members that are on this shelf."""
+        bound: list[Rows] = []
+        per_row = [
+            [(self._slots[u], w) for u, w in row if u in self._slots] for row in members.short
+        ]
+        for j in range(max((len(found) for found in per_row), default=0)):
+            rows = [i for i, found in enumerate(per_row) if len(found) > j]
+            slots = [per_row[i][j][0] for i in rows]
+            weights = [[per_row[i][j][1]] for i in rows]
+            bound.append(
+                Rows(
+                    torch.tensor(rows, device=device),
+                    torch.tensor(slots, device=device),
+                    torch.tensor(weights, device=device),
+                )
+            )
+        for start, end, mix in members.long:
+            for uuid, weight in mix:
+                if uuid in self._slots:
+                    bound.append(Rows(slice(start, end), self._slots[uuid], weight))
+        return bound
+
+
+@dataclass(frozen=True, slots=True)
+class BoundBank:
+    """A step's rows of every shelf, by group."""
+
+    by_group: dict[str, list[tuple[Shelf, list[Rows]]]]
+
+    def apply(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add the updates of one layer's fused projection to ``y``, in place."""
+        for shelf, bound in self.by_group.get(group, ()):
+            if layer in shelf.layers:
+                for rows in bound:
+                    shelf.apply(layer, rows, x, y)
+
+
+class Bank(Protocol):
+    """What a kind of operator brings: the shelves an adapter needs, made on demand."""
+
+    def shelves_of(self, operators: AdapterOperators) -> Iterable[tuple[Hashable, Any]]:
+        """(key, function that makes the shelf) for every shape the adapter has."""
+        ...
+
+
+class BankSet:
+    """All shelves of all banks."""
+
+    def __init__(self, banks: Sequence[Bank], device: torch.device) -> None:
+        self._banks = banks
+        self._device = device
+        self._shelves: dict[Hashable, ShelfSlots] = {}
+
+    def insert(self, uuid: str, operators: AdapterOperators) -> None:
+        for bank in self._banks:
+            for key, make in bank.shelves_of(operators):
+                if key not in self._shelves:
+                    self._shelves[key] = ShelfSlots(make())
+                self._shelves[key].insert(uuid, operators)
+
+    def remove(self, uuid: str) -> None:
+        for slots in self._shelves.values():
+            slots.remove(uuid)
+
+    def bind(self, members: StepMembers) -> BoundBank | None:
+        """The step's rows, or None if no row needs a shelf."""
+        by_group: dict[str, list[tuple[Shelf, list[Rows]]]] = {}
+        for slots in self._shelves.values():
+            bound = slots.bind(members, self._device)
+            if bound:
+                by_group.setdefault(slots.shelf.group, []).append((slots.shelf, bound))
+        return BoundBank(by_group) if by_group else None

@@ -1,0 +1,53 @@
+"""What the adapter side needs to know of the base model, and no more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModule:
+    """One linear module of the base model that an adapter may target.
+
+    Attributes:
+        name: Full path in the checkpoint, e.g. ``model.layers.0.self_attn.q_proj``.
+        in_features: Columns of the weight.
+        out_features: Rows of the weight.
+        bias: The module's bias, ``[out_features]`` fp32, or None.
+        dequantize: Returns the weight actually served, ``[out_features, in_features]`` fp32. Costs
+            a full dequantisation per call: call it for one module at a time and drop the result.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    bias: torch.Tensor | None
+    dequantize: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class BaseModel:
+    """The frozen base as adapters see it.
+
+    Attributes:
+        name: Model id as its config or directory names it (compared, loosely, with
+            ``base_model_name_or_path``).
+        model_type: ``llama``, ``mistral``, ``qwen2``, ``qwen3``.
+        digest: SHA-256 over the served weights' identity; KV keys and provenance use it.
+        dtype: Serving dtype of activations and operators.
+        modules: The quantised linear modules of the decoder layers, by full path, in layer order.
+        other_modules: Paths that exist but are not adaptable here (``model.embed_tokens``,
+            ``lm_head``, norms): targeting one is an error that names it, not a silent skip.
+        num_layers: Decoder layers.
+    """
+
+    name: str
+    model_type: str
+    digest: str
+    dtype: torch.dtype
+    modules: Mapping[str, BaseModule]
+    other_modules: frozenset[str]
+    num_layers: int

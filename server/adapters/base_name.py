@@ -1,0 +1,39 @@
+"""Whether two names mean the same base model, as far as names can tell."""
+
+from __future__ import annotations
+
+import re
+
+# Repackagings of the same weights, as publishers append them to the model's name.
+_REPACKAGED = re.compile(
+    r"[-_.](unsloth|bnb|4bit|8bit|nf4|int4|fp4|bf16|fp16|f16|f32|hf|gguf|dynamic|quantized)$"
+)
+_EXTENSION = re.compile(r"\.(gguf|safetensors)$")
+_GGUF_TYPE = re.compile(r"[-_.](q[2-8]_[0-9k](_[sml])?|f16|f32|bf16)$")
+
+
+def normalise_base_name(name: str) -> str:
+    """``unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit`` → ``llama-3.1-8b-instruct``.
+
+    The publisher, a leading ``meta-`` and suffixes that name only a storage format are dropped.
+    """
+    text = name.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].lower()
+    text = _EXTENSION.sub("", text)
+    while True:
+        shorter = _GGUF_TYPE.sub("", _REPACKAGED.sub("", text))
+        if shorter == text or not shorter:
+            break
+        text = shorter
+    return text.removeprefix("meta-").replace("_", "-")
+
+
+def base_name_warning(adapter_base: str, served_base: str) -> str | None:
+    """A warning when the names differ; shapes, which are checked, decide whether it loads."""
+    if not adapter_base or not served_base:
+        return None
+    if normalise_base_name(adapter_base) == normalise_base_name(served_base):
+        return None
+    return (
+        f"trained for base model {adapter_base!r:.200}, served on {served_base!r:.200}:"
+        " shapes fit, the weights may not"
+    )

@@ -1,0 +1,164 @@
+"""Reads a PEFT adapter directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Each byte is read once: the same bytes are hashed, checked and turned into tensors, so a file that
+changes underneath can fail the load but never slip past a check. What the keys and tensors *mean*
+is the methods' business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from turret.server.adapters.adapter_root import AdapterRoot
+from turret.server.adapters.safetensors_header import TensorEntry, read_header
+from turret.server.adapters.strict_json import parse_object
+from turret.server.adapters.tensor_names import canonical_names
+from turret.server.adapters.violations import Violations
+from turret.server.errors import BudgetExceededError
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Enters every digest: change it when the digest's definition changes.
+_DIGEST_DOMAIN = b"turret-adapter-1\0"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCheckpoint:
+    """A directory's content, structurally sound and finite, not yet interpreted.
+
+    Attributes:
+        path: As the caller gave it, relative to the adapter root.
+        config: ``adapter_config.json``.
+        tensors: By canonical name (module path and PEFT's parameter name, without wrapper
+            prefixes), in the file's dtype; they own their memory.
+        digest: SHA-256, hex, over the config (canonical JSON) and every byte of the tensor file.
+        bytes_disk: Size of the two files.
+    """
+
+    path: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    digest: str
+    bytes_disk: int
+
+
+def read_checkpoint(root: AdapterRoot, path: str, *, max_elements: int) -> AdapterCheckpoint:
+    """Reads the adapter in directory ``path``.
+
+    Args:
+        root: The allow-listed root.
+        path: Directory, relative to the root.
+        max_elements: Most tensor elements to read, all tensors together.
+
+    Raises:
+        AdapterCheckpointError: Path, file, header or values are refused.
+        BudgetExceededError: More than ``max_elements``.
+    """
+    directory = root.directory(path)
+    _refuse_pickle(directory, path)
+    with root.open_file(directory, CONFIG_FILE, path) as file:
+        config_bytes = file.read(MAX_CONFIG_BYTES + 1)
+    config = _parse_config(config_bytes, path)
+    digest = hashlib.sha256(_DIGEST_DOMAIN)
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
+    digest.update(len(canonical).to_bytes(8, "little"))
+    digest.update(canonical)
+    with root.open_file(directory, TENSORS_FILE, path) as file:
+        file_bytes = os.fstat(file.fileno()).st_size
+        tensors = _read_tensors(file, file_bytes, path, digest, max_elements)
+    return AdapterCheckpoint(
+        path=path,
+        config=config,
+        tensors=tensors,
+        digest=digest.hexdigest(),
+        bytes_disk=len(config_bytes) + file_bytes,
+    )
+
+
+def _refuse_pickle(directory: Path, path: str) -> None:
+    if (directory / TENSORS_FILE).exists():
+        return  # whatever lies beside it is never opened
+    violations = Violations()
+    for name in sorted(os.listdir(directory)):
+        if name.endswith(PICKLE_SUFFIXES):
+            violations.add(
+                name, f"pickle files are never read; save the adapter again as {TENSORS_FILE}"
+            )
+    violations.raise_if_any(path)
+
+
+def _parse_config(data: bytes, path: str) -> dict[str, Any]:
+    violations = Violations()
+    config: dict[str, Any] = {}
+    if len(data) > MAX_CONFIG_BYTES:
+        violations.add(CONFIG_FILE, f"is larger than {MAX_CONFIG_BYTES} bytes")
+    else:
+        try:
+            config = parse_object(data)
+        except ValueError as error:
+            violations.add(CONFIG_FILE, str(error))
+    violations.raise_if_any(path)
+    return config
+
+
+def _read_tensors(
+    file: BinaryIO, file_bytes: int, path: str, digest: Any, max_elements: int
+) -> dict[str, torch.Tensor]:
+    violations = Violations()
+    try:
+        header = read_header(file, file_bytes)
+    except ValueError as error:
+        violations.add(TENSORS_FILE, str(error))
+        violations.raise_if_any(path)
+        raise
+    if header.num_elements > max_elements:
+        raise BudgetExceededError(
+            f"adapter {path!r} has {header.num_elements} weights, at most {max_elements} fit"
+            " the host budget",
+            metadata={"path": path, "elements": str(header.num_elements)},
+        )
+    digest.update(header.raw)
+    names = canonical_names([entry.name for entry in header.entries], violations)
+    tensors: dict[str, torch.Tensor] = {}
+    for entry in header.entries:
+        tensor = _read_tensor(file, entry, digest, violations)
+        if tensor is not None and entry.name in names:
+            tensors[names[entry.name]] = tensor
+    if file.read(1):
+        violations.add(TENSORS_FILE, "changed while it was read")
+    violations.raise_if_any(path)
+    return tensors
+
+
+def _read_tensor(
+    file: BinaryIO, entry: TensorEntry, digest: Any, violations: Violations
+) -> torch.Tensor | None:
+    """Reads one tensor into memory of its own (never a view of the file's mapping)."""
+    if entry.end == entry.begin:
+        violations.add(entry.name, f"is empty: shape {list(entry.shape)}")
+        return None
+    buffer = bytearray(entry.end - entry.begin)
+    view = memoryview(buffer)
+    filled = 0
+    while filled < len(buffer):
+        count = file.readinto(view[filled:])  # type: ignore[attr-defined]
+        if not count:
+            violations.add(TENSORS_FILE, "changed while it was read")
+            return None
+        filled += count
+    digest.update(buffer)
+    tensor = torch.frombuffer(buffer, dtype=entry.dtype).reshape(entry.shape)
+    if not bool(torch.isfinite(tensor).all()):
+        violations.add(entry.name, "holds NaN or Inf")
+        return None
+    return tensor

@@ -1,0 +1,65 @@
+"""From a checkpoint's factors to operators: the scale goes into ``b`` with one rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from types import MappingProxyType
+
+import torch
+
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.lora_layout import LoraLayout, LoraModule
+from turret.server.adapters.lowered import Lowered
+from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
+from turret.server.adapters.violations import Violations
+
+
+def fold(module: LoraModule, dtype: torch.dtype, gain: torch.Tensor | None = None) -> LowRank:
+    """Scales ``b`` (and multiplies its rows by ``gain``) in fp32 and rounds once to ``dtype``.
+
+    Args:
+        module: Factors in the file's dtype.
+        dtype: Serving dtype.
+        gain: ``[out_features]`` fp32, or None.
+    """
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    b = module.b.to(wide) * module.scaling
+    if gain is not None:
+        b = b * gain.to(wide)[:, None]
+    return LowRank(a=module.a.to(dtype).contiguous(), b=b.T.to(dtype).contiguous())
+
+
+def finish(
+    layout: LoraLayout, operators: Mapping[str, ModuleOperators], base: BaseModel, path: str
+) -> Lowered:
+    """Adds the replaced biases, checks that nothing overflowed, and sums up.
+
+    Raises:
+        AdapterCheckpointError: A value is not finite in the serving dtype (names every module).
+    """
+    result = dict(operators)
+    for name, bias in layout.biases.items():
+        served = base.modules[name].bias
+        assert served is not None  # the layout checked it
+        # The file holds the whole bias; operators add, so only the difference goes in.
+        change = bias.to(torch.float32) - served.to(torch.float32).cpu()
+        before = result.get(name, ModuleOperators())
+        result[name] = replace(before, bias=change if before.bias is None else before.bias + change)
+    violations = Violations()
+    for name, module in result.items():
+        if not is_finite(module):
+            violations.add(name, f"is not finite once scaled and rounded to {base.dtype}")
+    violations.raise_if_any(path)
+    return Lowered(
+        operators=AdapterOperators(MappingProxyType(result)),
+        ranks=tuple(sorted({module.rank for module in layout.modules})),
+        target_modules=tuple(sorted({name.rsplit(".", 1)[-1] for name in result})),
+        base_model=layout.base_model,
+        warnings=layout.warnings,
+    )
+
+
+def is_finite(module: ModuleOperators) -> bool:
+    """Whether every value of a module's operators is finite."""
+    return all(bool(torch.isfinite(tensor).all()) for tensor in module.tensors())

@@ -1,0 +1,48 @@
+"""LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732): ``Δ(x) = s·B A x``.
+
+``s`` is alpha/r, or alpha/√r for rsLoRA, with each module's own r and alpha. A bias inside
+``lora_B`` is scaled with it; biases that PEFT saved whole become differences to the base's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint import AdapterCheckpoint
+from turret.server.adapters.fold import finish, fold
+from turret.server.adapters.lora_layout import LoraModule, read_lora_layout
+from turret.server.adapters.lowered import Lowered
+from turret.server.adapters.operators import ModuleOperators
+
+
+class LoraMethod:
+    name = "lora"
+    peft_types = frozenset({"LORA"})
+
+    def accepts(self, config: Mapping[str, Any]) -> bool:
+        return config.get("use_dora") is not True
+
+    def lower(
+        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
+    ) -> Lowered:
+        layout = read_lora_layout(checkpoint, base, max_rank)
+        operators = {
+            module.name: ModuleOperators(
+                low_rank=fold(module, base.dtype), bias=_scaled_bias(module)
+            )
+            for module in layout.modules
+        }
+        return finish(layout, operators, base, checkpoint.path)
+
+
+def _scaled_bias(module: LoraModule) -> torch.Tensor | None:
+    if module.lora_bias is None:
+        return None
+    return module.lora_bias.to(torch.float32) * module.scaling
+
+
+METHOD = LoraMethod()

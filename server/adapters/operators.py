@@ -1,0 +1,144 @@
+"""The operators that every adapter method lowers to, per linear module of the base model.
+
+For one module, one token ``x`` and the request's mix ``{(k, w_k)}``::
+
+    y = G ⊙ (W x) + b + Σ_k w_k · Δ_k(x)          G = 1 + Σ_k w_k (g_k − 1)
+
+Nothing below this file knows the name of a method.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from turret.server.adapters.soft_prompt import SoftPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class LowRank:
+    """``Δ(x) = bᵀ (a x)``.
+
+    Attributes:
+        a: ``[rank, in_features]``, serving dtype, contiguous.
+        b: ``[rank, out_features]``, serving dtype, contiguous: ``B`` transposed, with the scaling
+            (and, for DoRA, the gain) folded in by one rounding from fp32.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes
+
+
+@dataclass(frozen=True, slots=True)
+class Hadamard:
+    """``Δ(x) = ((w1a w1b) ⊙ (w2a w2b)) x``; the scaling is folded into ``w1a``.
+
+    Attributes:
+        w1a: ``[out_features, rank]``, serving dtype, contiguous; so are all four.
+        w1b: ``[rank, in_features]``.
+        w2a: ``[out_features, rank]``.
+        w2b: ``[rank, in_features]``.
+    """
+
+    w1a: torch.Tensor
+    w1b: torch.Tensor
+    w2a: torch.Tensor
+    w2b: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.w1b.shape[0]
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.w1a, self.w1b, self.w2a, self.w2b)
+
+
+@dataclass(frozen=True, slots=True)
+class Kronecker:
+    """``Δ(x) = kron(w1, w2) x``, ``kron(w1, w2)[(i,k), (j,l)] = w1[i,j] · w2[k,l]``.
+
+    Attributes:
+        w1: ``[out_l, in_m]``, serving dtype, the scaling folded in.
+        w2: ``[out_k, in_n]``, or its factors ``([out_k, rank], [rank, in_n])`` where they are
+            smaller. ``out_l · out_k`` and ``in_m · in_n`` are the module's sizes.
+    """
+
+    w1: torch.Tensor
+    w2: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+    @property
+    def rank(self) -> int:
+        return 0 if isinstance(self.w2, torch.Tensor) else self.w2[1].shape[0]
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.w1, self.w2) if isinstance(self.w2, torch.Tensor) else (self.w1, *self.w2)
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleOperators:
+    """What one adapter does to one linear module.
+
+    Attributes:
+        low_rank: The low-rank update, or None.
+        hadamard: The Hadamard update, or None.
+        kronecker: The Kronecker update, or None.
+        gain: ``g``, ``[out_features]``, fp32, applied to the bias-free base result, or None (1).
+        input_gain: ``l``, ``[in_features]``, fp32: the base multiplies ``l ⊙ x`` instead of ``x``
+            (IA3 on feed-forward inputs); other operators see ``x``. None is 1.
+        bias: Added to the base bias, ``[out_features]``, fp32, or None (0).
+    """
+
+    low_rank: LowRank | None = None
+    hadamard: Hadamard | None = None
+    kronecker: Kronecker | None = None
+    gain: torch.Tensor | None = None
+    input_gain: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor, for counting bytes and checking values."""
+        found: list[torch.Tensor] = []
+        if self.low_rank is not None:
+            found += (self.low_rank.a, self.low_rank.b)
+        for factors in (self.hadamard, self.kronecker):
+            if factors is not None:
+                found += factors.tensors()
+        found += (p for p in (self.gain, self.input_gain, self.bias) if p is not None)
+        return tuple(found)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    @property
+    def rank(self) -> int:
+        """Rank of the low-rank update (the only operator that takes up ranks of the pack)."""
+        return self.low_rank.rank if self.low_rank is not None else 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterOperators:
+    """Everything one adapter does.
+
+    Attributes:
+        modules: Full module path in the base (``model.layers.0.self_attn.q_proj``) → operators.
+        soft_prompt: What it puts before the prompt, or None.
+    """
+
+    modules: Mapping[str, ModuleOperators]
+    soft_prompt: SoftPrompt | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        modules = sum(module.num_bytes for module in self.modules.values())
+        return modules + (0 if self.soft_prompt is None else self.soft_prompt.num_bytes)

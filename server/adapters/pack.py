@@ -1,0 +1,297 @@
+"""The adapters of the running batch, side by side in wide matrices.
+
+Per fused projection kind and layer, the A matrices of all packed adapters are stacked along the
+rank axis, and so are the B matrices: sixteen different adapters are one product of sixteen times
+the rank, masked per row. An adapter owns the same rank range in every module, as wide as its own
+largest rank. Gains and biases are tables with a slot per adapter; operators that do not stack are
+in banks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from turret.kernels.row_gain import row_bias_, row_combine, row_gain_
+from turret.kernels.segmented_expand import rank_window, segmented_expand_reference
+from turret.kernels.segmented_shrink import segmented_shrink_reference
+from turret.kernels.segments import SegmentPlan
+from turret.server.adapters.bank import BankSet, BoundBank, StepMembers
+from turret.server.adapters.hadamard_bank import HadamardBank
+from turret.server.adapters.kronecker_bank import KroneckerBank
+from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.packed_group import PackedGroup, PackLayout
+
+# Rank ranges start at multiples of this: bf16 dot products take ranks in pairs, and a shifted
+# pairing would change the rounding.
+_RANK_ALIGNMENT = 8
+_MIN_RANK_CAPACITY = 16
+_MIN_SLOTS = 4
+
+
+class Packable(Protocol):
+    """What the pack needs of a resident adapter."""
+
+    bytes_device: int
+
+    @property
+    def uuid(self) -> str: ...
+    @property
+    def operators(self) -> AdapterOperators | None: ...
+
+
+class BaseProduct(Protocol):
+    """The bias-free base projection."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+@dataclass(slots=True)
+class PackEntry:
+    """An adapter's place: ranks ``[rank_start, rank_end)`` and its slot in the tables.
+
+    ``present`` holds (group, slice) with a low-rank update in some layer; ``gains``,
+    ``input_gains`` and ``biases`` the groups with one in some layer.
+    """
+
+    adapter: Packable
+    rank_start: int
+    rank_end: int
+    slot: int
+    present: frozenset[tuple[str, int]]
+    gains: frozenset[str]
+    input_gains: frozenset[str]
+    biases: frozenset[str]
+    last_step: int
+
+
+class AdapterPack:
+    """Owns the packed copies of the adapters that the running batch uses.
+
+    Not thread-safe: the engine thread owns it. Adapters that left the batch keep their place until
+    it is needed, so a popular adapter is packed once.
+
+    Args:
+        layout: Shape of the base.
+        dtype: Serving dtype.
+        device: Where the copies live.
+        max_bytes: Budget of the copies; those of a running batch may exceed it by none of the
+            scheduler's doing.
+    """
+
+    def __init__(
+        self, layout: PackLayout, dtype: torch.dtype, device: torch.device, max_bytes: int
+    ) -> None:
+        self._layout = layout
+        self._max_bytes = max_bytes
+        self._dtype = dtype
+        self._window = rank_window(dtype)
+        self._groups = {name: PackedGroup(layout, name, dtype, device) for name in layout.groups}
+        banks = (HadamardBank(layout, dtype, device), KroneckerBank(layout, dtype, device))
+        self._banks = BankSet(banks, device)
+        self._entries: dict[str, PackEntry] = {}
+        self._capacity = 0
+        self._slots = 1  # slot 0 is the neutral one
+        self._step = 0
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the packed adapters themselves."""
+        return sum(entry.adapter.bytes_device for entry in self._entries.values())
+
+    def rank_bytes(self) -> int:
+        """Bytes one unit of rank takes over all modules."""
+        per_layer = sum(
+            len(slices) * slices[0].in_features + sum(s.out_features for s in slices)
+            for slices in self._layout.groups.values()
+        )
+        return per_layer * self._layout.num_layers * self._dtype.itemsize
+
+    @staticmethod
+    def rank_width(operators: AdapterOperators) -> int:
+        """Ranks an adapter occupies: its largest, rounded up to the alignment."""
+        rank = max((ops.rank for ops in operators.modules.values()), default=0)
+        return -(-rank // _RANK_ALIGNMENT) * _RANK_ALIGNMENT
+
+    def prepare(self, adapters: Iterable[Packable]) -> None:
+        """Make sure every adapter of a step is packed; others may lose their place."""
+        self._step += 1
+        missing = []
+        for adapter in adapters:
+            entry = self._entries.get(adapter.uuid)
+            if entry is None:
+                missing.append(adapter)
+            else:
+                entry.last_step = self._step
+        for adapter in missing:
+            self._insert(adapter)
+
+    def drop(self, uuid: str) -> None:
+        """Forget an adapter (unloaded, replaced or idle). Unknown ones are ignored."""
+        entry = self._entries.pop(uuid, None)
+        if entry is not None:
+            entry.adapter.bytes_device = 0
+            self._banks.remove(uuid)
+
+    def entry(self, uuid: str) -> PackEntry:
+        return self._entries[uuid]
+
+    def step(self, plan: SegmentPlan, members: StepMembers, uuids: Sequence[str]) -> AdapterStep:
+        """Bind a step's plan to the packed adapters ``uuids``."""
+        entries = [self._entries[uuid] for uuid in uuids]
+        return AdapterStep(
+            groups=self._groups,
+            plan=plan,
+            present=frozenset().union(*(e.present for e in entries)),
+            gains=frozenset().union(*(e.gains for e in entries)),
+            input_gains=frozenset().union(*(e.input_gains for e in entries)),
+            biases=frozenset().union(*(e.biases for e in entries)),
+            banks=self._banks.bind(members),
+        )
+
+    def _insert(self, adapter: Packable) -> None:
+        operators = adapter.operators
+        assert operators is not None, "an adapter is resident before it is scheduled"
+        num_bytes = operators.num_bytes
+        while self.adapter_bytes + num_bytes > self._max_bytes and self._drop_idle():
+            pass
+        width = self.rank_width(operators)
+        start = self._find_range(width)
+        entry = self._describe(adapter, operators, start, start + width, self._find_slot())
+        self._entries[adapter.uuid] = entry
+        for group in self._groups.values():
+            group.put_low_rank(operators, entry.rank_start, entry.rank_end)
+            group.put_tables(operators, entry.slot, self._slots)
+        self._banks.insert(adapter.uuid, operators)
+        adapter.bytes_device = num_bytes
+
+    def _describe(
+        self, adapter: Packable, operators: AdapterOperators, start: int, end: int, slot: int
+    ) -> PackEntry:
+        present, gains, input_gains, biases = set(), set(), set(), set()
+        for name in self._groups:
+            for _, s, ops in self._layout.of(operators, name):
+                if ops.low_rank is not None:
+                    present.add((name, s))
+                if ops.gain is not None:
+                    gains.add(name)
+                if ops.input_gain is not None:
+                    input_gains.add(name)
+                if ops.bias is not None:
+                    biases.add(name)
+        return PackEntry(
+            adapter=adapter,
+            rank_start=start,
+            rank_end=end,
+            slot=slot,
+            present=frozenset(present),
+            gains=frozenset(gains),
+            input_gains=frozenset(input_gains),
+            biases=frozenset(biases),
+            last_step=self._step,
+        )
+
+    def _drop_idle(self) -> bool:
+        """Forget the adapter that was used longest ago and not in this step, if there is one."""
+        idle = [e for e in self._entries.values() if e.last_step < self._step]
+        if idle:
+            self.drop(min(idle, key=lambda e: e.last_step).adapter.uuid)
+        return bool(idle)
+
+    def _find_range(self, width: int) -> int:
+        """First fit; makes room by forgetting idle adapters, oldest first, then by growing.
+
+        Idle adapters give way before the pack grows: every step reads the span of ranks that its
+        adapters lie in, so a dense pack is a fast one.
+        """
+        if width == 0:
+            return 0
+        while True:
+            taken = sorted((e.rank_start, e.rank_end) for e in self._entries.values())
+            cursor = 0
+            for start, end in (*taken, (self._capacity, self._capacity)):
+                place = self._fit(cursor, width)
+                if place + width <= start:
+                    return place
+                cursor = max(cursor, end)
+            if not self._drop_idle():
+                return self._rebuild(width)
+
+    def _fit(self, cursor: int, width: int) -> int:
+        """The first place from ``cursor`` on that crosses no rank window it need not cross."""
+        left = -cursor % self._window
+        return cursor if width <= left else cursor + left
+
+    def _rebuild(self, width: int) -> int:
+        """Place all adapters densely, in matrices with room for ``width`` more; returns where."""
+        cursor = 0
+        for entry in self._entries.values():
+            size = entry.rank_end - entry.rank_start
+            entry.rank_start = self._fit(cursor, size)
+            cursor = entry.rank_end = entry.rank_start + size
+        place = self._fit(cursor, width)
+        self._capacity = max(_MIN_RANK_CAPACITY, self._capacity)
+        while self._capacity < place + width:
+            self._capacity *= 2
+        for group in self._groups.values():
+            group.allocate(self._capacity)
+        for entry in self._entries.values():
+            operators = entry.adapter.operators
+            assert operators is not None, "an adapter in use stays resident"
+            for group in self._groups.values():
+                group.put_low_rank(operators, entry.rank_start, entry.rank_end)
+        return place
+
+    def _find_slot(self) -> int:
+        taken = {e.slot for e in self._entries.values()}
+        slot = next(i for i in range(1, len(taken) + 2) if i not in taken)
+        while self._slots <= slot:
+            self._slots = max(_MIN_SLOTS, 2 * self._slots)
+        return slot
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterStep:
+    """The adapters of one step, as the model's layers apply them."""
+
+    groups: Mapping[str, PackedGroup]
+    plan: SegmentPlan
+    present: frozenset[tuple[str, int]]
+    gains: frozenset[str]
+    input_gains: frozenset[str]
+    biases: frozenset[str]
+    banks: BoundBank | None
+
+    def scale(
+        self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor, base: BaseProduct
+    ) -> None:
+        """Apply the gains to bias-free base results ``y``, in place."""
+        packed = self.groups[group]
+        if group in self.gains:
+            assert packed.gain_delta is not None
+            row_gain_(y, packed.gain_delta[layer], self.plan)
+        if group in self.input_gains:
+            # W (l ⊙ x) = W x + W ((l − 1) ⊙ x): exact beside any other operator of the mix.
+            assert packed.input_gain_delta is not None
+            delta = row_combine(packed.input_gain_delta[layer], self.plan, x.shape[0])
+            rows = delta.count_nonzero(dim=1).nonzero().squeeze(1)
+            if rows.numel():
+                scaled = (x.index_select(0, rows).float() * delta.index_select(0, rows)).to(x.dtype)
+                y.index_add_(0, rows, base(scaled))
+
+    def add(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add bias differences and updates to ``y``, in place."""
+        packed = self.groups[group]
+        if group in self.biases:
+            assert packed.bias is not None
+            row_bias_(y, packed.bias[layer], self.plan)
+        present = tuple((group, s) in self.present for s in range(len(packed.slices)))
+        if any(present):
+            v = segmented_shrink_reference(x, packed.a[layer], self.plan)
+            b = [slice_b[layer] for slice_b in packed.b]
+            segmented_expand_reference(y, v, b, self.plan, present)
+        if self.banks is not None:
+            self.banks.apply(layer, group, x, y)

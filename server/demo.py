@@ -1,0 +1,308 @@
+"""``turret demo``: starts a server with the example adapters and sends it one mixed batch."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from prometheus_client.parser import text_string_to_metric_families
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+import turret
+from turret.clients.aio import AsyncTurretClient
+from turret.clients.errors import TurretRpcError
+from turret.clients.mix import AdapterWeight
+from turret.clients.results import Usage
+from turret.server.server_process import ServerProcess, ServerProcessError
+
+_MAX_TOKENS = 64
+_PLAIN_WIDTH = 140
+_BASE = "base"
+# Prompts of the example adapters that the base model answers as well, for comparison.
+_COMPARED = ("pirate", "label")
+# One mix that does both: it answers either prompt in the manner of the adapter made for it.
+_MIX = (AdapterWeight("json"), AdapterWeight("pirate", 0.7))
+
+
+class ExamplesNotFoundError(Exception):
+    """There is no examples folder where one was looked for."""
+
+
+@dataclass(slots=True)
+class Question:
+    """One request of the batch and what came back.
+
+    Times are ``time.perf_counter()`` seconds; ``expected`` is what the answer must equal or, if
+    ``is_prefix``, begin with, None if anything goes.
+    """
+
+    prompt: str
+    adapters: tuple[AdapterWeight, ...] = ()
+    expected: str | None = None
+    is_prefix: bool = False
+    answer: str = ""
+    started: float = 0.0
+    first_token: float | None = None
+    finished: float | None = None
+    usage: Usage | None = None
+
+    @property
+    def mix(self) -> str:
+        return " + ".join(map(str, self.adapters)) or _BASE
+
+    @property
+    def is_right(self) -> bool | None:
+        """Whether the answer is the expected one; None where nothing is expected."""
+        if self.expected is None:
+            return None
+        answer = self.answer.strip()
+        return answer.startswith(self.expected) if self.is_prefix else answer == self.expected
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens after the first, over the time after the first."""
+        if self.usage is None or self.first_token is None or self.finished is None:
+            return None
+        tokens, seconds = self.usage.completion_tokens - 1, self.finished - self.first_token
+        return tokens / seconds if tokens and seconds else None
+
+
+@dataclass(slots=True)
+class AdapterCounts:
+    """Series of one adapter, as the metrics endpoint reports them."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    tiers: list[str] = field(default_factory=list)
+
+
+def find_examples(given: Path | None) -> Path:
+    """The folder with ``adapters/`` and ``prompts.jsonl``.
+
+    Raises:
+        ExamplesNotFoundError: There is none; says how to name one.
+    """
+    # src/turret/__init__.py of a checkout; an installed package has no examples beside it.
+    checkout = Path(turret.__file__).resolve().parents[2] / "examples"
+    candidates = [given] if given is not None else [checkout, Path("examples").resolve()]
+    for folder in candidates:
+        if (folder / "prompts.jsonl").is_file() and (folder / "adapters").is_dir():
+            return folder.resolve()
+    looked = ", ".join(str(folder) for folder in candidates)
+    raise ExamplesNotFoundError(
+        f"no examples (adapters/ and prompts.jsonl) in {looked}; they come with the source "
+        "checkout, not with the package: pass --examples DIR"
+    )
+
+
+def read_questions(examples: Path) -> list[Question]:
+    """Every example prompt with its adapter, some with the base model, one with a mix."""
+    lines = (examples / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    first = {row["adapter"]: row["prompt"] for row in reversed(rows)}
+    questions = [Question(first[name]) for name in _COMPARED if name in first]
+    questions += [
+        Question(
+            row["prompt"],
+            (AdapterWeight(row["adapter"]),),
+            row["expected"],
+            row["check"] == "startswith",
+        )
+        for row in rows
+    ]
+    if {member.name for member in _MIX} <= first.keys():
+        questions += [Question(first[member.name], _MIX) for member in _MIX]
+    return questions
+
+
+def run_demo(*, examples: Path | None, address: str, metrics_address: str, is_once: bool) -> int:
+    """Run the demonstration; returns the exit code.
+
+    Args:
+        examples: Folder with ``adapters/`` and ``prompts.jsonl``; None means the checkout's.
+        address: Where the server listens, ``HOST:PORT``; port 0 picks a free one.
+        metrics_address: The same for its metrics.
+        is_once: Stop when everything is shown, instead of serving on until Ctrl-C.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=_PLAIN_WIDTH)
+    try:
+        folder = find_examples(examples)
+    except ExamplesNotFoundError as error:
+        Console(stderr=True, soft_wrap=True).print(f"turret demo: error: {error}", markup=False)
+        return 2
+    flags = ["--address", address, "--metrics-address", metrics_address]
+    flags += ["--adapter-root", str(folder / "adapters")]
+    for path in sorted((folder / "adapters").iterdir()):
+        if (path / "adapter_config.json").is_file():
+            flags += ["--preload", f"{path.name}={path.name}"]
+    with _interruptible():
+        try:
+            with ServerProcess(flags, echo=True) as server:
+                return _demonstrate(console, server, read_questions(folder), is_once)
+        except KeyboardInterrupt:
+            console.print("stopped")
+            return 130
+        except (ServerProcessError, TurretRpcError) as error:
+            Console(stderr=True).print(f"turret demo: error: {error}", markup=False)
+            return 1
+
+
+def _demonstrate(
+    console: Console, server: ServerProcess, questions: list[Question], is_once: bool
+) -> int:
+    server.wait()
+    console.rule("one batch: the base model, every adapter and a mix")
+    asyncio.run(_ask_all(console, server.address, questions))
+    console.print(_answers(questions), _totals(questions))
+    console.rule(f"per adapter, from http://{server.metrics_address}/metrics")
+    console.print(_counts_table(read_counts(server.metrics_address)))
+    if is_once:
+        return 0
+    console.print(
+        f"Serving on {server.address} until Ctrl-C. Try, in another terminal:\n"
+        f"  turret chat --address {server.address} -a pirate\n"
+        f"  turret adapters list --address {server.address}",
+        highlight=False,
+        soft_wrap=True,
+    )
+    try:
+        server.process.wait()
+    except KeyboardInterrupt:
+        console.print("stopping")
+        return server.stop()
+    raise ServerProcessError(f"the server ended:\n{server.log_tail}")
+
+
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM unwinds as Ctrl-C does, so that the server never outlives the demonstration."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+async def _ask_all(console: Console, address: str, questions: Sequence[Question]) -> None:
+    """Send all at once and show the answers as they grow."""
+    async with AsyncTurretClient(address) as client:
+        if not console.is_terminal:
+            await asyncio.gather(*(_ask(client, q, console) for q in questions))
+            return
+        with Live(
+            console=console,
+            get_renderable=lambda: _answers(questions),
+            refresh_per_second=8,
+            transient=True,
+        ):
+            await asyncio.gather(*(_ask(client, q, None) for q in questions))
+
+
+async def _ask(client: AsyncTurretClient, question: Question, console: Console | None) -> None:
+    """Stream one answer into its question; print it at its end if there is a console."""
+    question.started = time.perf_counter()
+    stream = client.chat_stream(
+        question.prompt,
+        adapters=question.adapters,
+        temperature=0.0,
+        max_tokens=_MAX_TOKENS,
+        timeout=120.0,
+    )
+    async with stream:
+        async for chunk in stream:
+            question.finished = time.perf_counter()
+            question.first_token = question.first_token or question.finished
+            question.answer += chunk.text
+            question.usage = chunk.usage
+    if console is not None:
+        line = f"[{question.mix}] {question.prompt} -> {question.answer.strip()}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _answers(questions: Sequence[Question]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("adapter", style="cyan", no_wrap=True)
+    table.add_column("prompt", style="dim", ratio=3)
+    table.add_column("answer", ratio=4, overflow="fold")
+    table.add_column("")
+    table.add_column("first token", justify="right", no_wrap=True)
+    table.add_column("tokens/s", justify="right", no_wrap=True)
+    marks = {True: Text("✓", "green"), False: Text("✗", "red"), None: Text("")}
+    for question in questions:
+        is_done = question.usage is not None
+        first, rate = question.first_token, question.tokens_per_second
+        table.add_row(
+            question.mix,
+            Text(question.prompt),
+            Text(" ".join(question.answer.split())),
+            marks[question.is_right if is_done else None],
+            "" if first is None else f"{first - question.started:.2f} s",
+            "" if rate is None else f"{rate:.1f}",
+        )
+    return table
+
+
+def _totals(questions: Sequence[Question]) -> str:
+    tokens = sum(q.usage.completion_tokens for q in questions if q.usage is not None)
+    seconds = max(q.finished or 0.0 for q in questions) - min(q.started for q in questions)
+    checked = [q.is_right for q in questions if q.is_right is not None]
+    return (
+        f"{len(questions)} requests at once, {tokens} tokens in {seconds:.2f} s "
+        f"({tokens / seconds:.0f} tokens/s); {sum(checked)} of {len(checked)} answers as expected"
+    )
+
+
+def read_counts(metrics_address: str) -> dict[str, AdapterCounts]:
+    """Scrape the metrics endpoint; by ``adapter`` label.
+
+    Raises:
+        OSError: The endpoint does not answer.
+    """
+    with urllib.request.urlopen(f"http://{metrics_address}/metrics", timeout=10) as reply:
+        text = reply.read().decode()
+    counts: dict[str, AdapterCounts] = {}
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            name = sample.labels.get("adapter")
+            if name is None or not sample.value:
+                continue
+            entry = counts.setdefault(name, AdapterCounts())
+            match sample.name:
+                case "turret_requests_total":
+                    entry.requests += int(sample.value)
+                case "turret_prompt_tokens_total":
+                    entry.prompt_tokens += int(sample.value)
+                case "turret_generated_tokens_total":
+                    entry.generated_tokens += int(sample.value)
+                case "turret_adapter_residency":
+                    entry.tiers.append(sample.labels["tier"])
+    return counts
+
+
+def _counts_table(counts: dict[str, AdapterCounts]) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    table.add_column("adapter", style="cyan")
+    for name in ("requests", "prompt tokens", "generated tokens"):
+        table.add_column(name, justify="right")
+    table.add_column("residency")
+    for name, entry in sorted(counts.items()):
+        numbers = (entry.requests, entry.prompt_tokens, entry.generated_tokens)
+        table.add_row(name, *map(str, numbers), ", ".join(entry.tiers))
+    return table

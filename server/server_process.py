@@ -1,0 +1,143 @@
+"""A ``turret serve`` process that another process starts, watches and stops."""
+
+from __future__ import annotations
+
+import collections
+import os
+import re
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Self
+
+_METRICS = re.compile(rb"turret\.server\.app metrics address=(\S+)")
+_SERVING = re.compile(rb"turret\.server\.app serving .*address=(\S+)")
+_TAIL_LINES = 20
+_READ_BYTES = 4096
+
+
+class ServerProcessError(Exception):
+    """The server did not start; the message ends with the last lines of its log."""
+
+
+class ServerProcess:
+    """Runs ``turret serve`` on free ports of the loopback interface.
+
+    What the server writes is read all the time (a full pipe would block it). While it starts, it is
+    repeated on standard error if ``echo`` says so, progress bars included.
+
+    Args:
+        flags: Flags of ``turret serve``. ``--address`` and ``--metrics-address`` may be among
+            them.
+        environment: Variables set for the server in addition to this process's.
+        echo: Repeat what the server writes until it serves.
+
+    Attributes:
+        process: The child. In a session of its own, so that a Ctrl-C in the terminal reaches the
+            parent alone, which then stops the child in order.
+        address: ``HOST:PORT`` of the gRPC server; empty until ``wait`` returns.
+        metrics_address: ``HOST:PORT`` of the metrics; empty until ``wait`` returns.
+    """
+
+    def __init__(
+        self,
+        flags: Sequence[str] = (),
+        *,
+        environment: Mapping[str, str] | None = None,
+        echo: bool = False,
+    ) -> None:
+        self.address = ""
+        self.metrics_address = ""
+        self._echo = echo
+        self._tail: collections.deque[bytes] = collections.deque(maxlen=_TAIL_LINES)
+        # Set when the server serves, or when it has closed its standard error.
+        self._settled = threading.Event()
+        # A server that writes to a terminal draws progress bars.
+        reader, writer = os.openpty() if echo and sys.stderr.isatty() else os.pipe()
+        ports = ["--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"]
+        command = [sys.executable, "-m", "turret.server.cli", "serve", *ports, *flags]
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=writer,
+                stderr=writer,
+                env={**os.environ, **(environment or {})},
+                start_new_session=True,
+            )
+        except OSError:
+            os.close(reader)
+            raise
+        finally:
+            os.close(writer)
+        self._thread = threading.Thread(target=self._read, args=(reader,), daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def wait(self, timeout_seconds: float = 300.0) -> None:
+        """Return once the server serves.
+
+        Raises:
+            ServerProcessError: It ended, or did not serve in time.
+        """
+        if not self._settled.wait(timeout_seconds):
+            raise ServerProcessError(
+                f"the server did not serve within {timeout_seconds:g} s:\n{self.log_tail}"
+            )
+        if not self.address:
+            self._thread.join()
+            raise ServerProcessError(
+                f"the server ended with exit code {self.process.wait()}:\n{self.log_tail}"
+            )
+
+    def stop(self, timeout_seconds: float = 45.0) -> int:
+        """Let it finish and end; returns its exit code. Idempotent."""
+        if self.process.poll() is None:
+            self.process.terminate()
+            try:
+                self.process.wait(timeout_seconds)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+        code = self.process.wait()
+        self._thread.join()
+        return code
+
+    @property
+    def log_tail(self) -> str:
+        """The last lines that the server wrote."""
+        return b"\n".join(self._tail).decode(errors="replace")
+
+    def _read(self, reader: int) -> None:
+        rest = b""
+        with open(reader, "rb", buffering=0) as stream:
+            while True:
+                try:
+                    data = stream.read(_READ_BYTES)
+                except OSError:
+                    # How Linux reports the end of a pseudo-terminal.
+                    data = b""
+                if not data:
+                    break
+                if self._echo and not self._settled.is_set():
+                    sys.stderr.buffer.write(data)
+                    sys.stderr.buffer.flush()
+                *lines, rest = (rest + data).split(b"\n")
+                for line in lines:
+                    self._take(line.rstrip(b"\r"))
+        if rest:
+            self._take(rest)
+        self._settled.set()
+
+    def _take(self, line: bytes) -> None:
+        self._tail.append(line)
+        if found := _METRICS.search(line):
+            self.metrics_address = found[1].decode()
+        if found := _SERVING.search(line):
+            self.address = found[1].decode()
+            self._settled.set()
