@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
 
 import torch
 
@@ -56,7 +55,7 @@ def build_engine(config: Config, metrics: Metrics) -> Parts:
     layout = describe_pack(decoder.arch)
     pack = AdapterPack(layout, dtype, device, config.adapters.adapter_device_bytes)
     registry = AdapterRegistry(
-        config.adapters.adapter_root or Path.cwd(),
+        config.adapters.adapter_root,
         base,
         config.adapters.adapter_host_bytes,
         config.adapters.max_rank,
@@ -101,11 +100,11 @@ def _build_engine(
         raise InvalidRequestError.of("kv-cache-bytes", f"must be at least {2 * per_block}")
     cache = KvCache(arch, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
     runner = Runner(decoder, cache, pack, tokenizer.eos_token_ids)
-    max_pack_rank = config.adapters.adapter_device_bytes // pack.rank_bytes()
 
     def fits(sequence: Sequence, running: list[Sequence]) -> bool:
         adapters = {a.uuid: a for s in (sequence, *running) for a, _ in s.mix.components}
-        return sum(pack.rank_width(a.operators) for a in adapters.values()) <= max_pack_rank
+        needed = sum(pack.packed_bytes(a.operators) for a in adapters.values())
+        return needed <= config.adapters.adapter_device_bytes
 
     engine: Engine
     scheduler = Scheduler(

@@ -20,10 +20,13 @@ def _refuse(path: str, why: str) -> AdapterCheckpointError:
 
 
 class AdapterRoot:
-    """An allow-listed directory. Symbolic links may be used below it, but not to leave it."""
+    """An allow-listed directory. Symbolic links may be used below it, but not to leave it.
 
-    def __init__(self, root: Path) -> None:
-        self._root = root.resolve()
+    Without a directory (None) nothing can be loaded.
+    """
+
+    def __init__(self, root: Path | None) -> None:
+        self._root = None if root is None else root.resolve()
 
     def directory(self, path: str) -> Path:
         """Resolves ``path``, relative to the root, to an existing directory inside it.
@@ -39,11 +42,10 @@ class AdapterRoot:
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts:
             raise _refuse(path, "must be relative to the adapter root and stay inside it")
-        return self._resolve(self._root / pure, path)
-
-    def _resolve(self, candidate: Path, path: str) -> Path:
+        if self._root is None:
+            raise _refuse(path, "cannot be loaded: the server was started without --adapter-root")
         try:
-            resolved = candidate.resolve(strict=True)
+            resolved = (self._root / pure).resolve(strict=True)
         except (OSError, ValueError, RuntimeError):  # RuntimeError: a loop of links, before 3.13
             raise _refuse(path, "does not exist under the adapter root") from None
         if not resolved.is_relative_to(self._root):
@@ -61,6 +63,7 @@ class AdapterRoot:
             AdapterCheckpointError: Missing, outside the root, or not a regular file.
         """
         shown = f"{path}/{name}"
+        assert self._root is not None, "the directory was resolved below it"
         try:
             resolved = (directory / name).resolve(strict=True)
         except (OSError, RuntimeError):

@@ -28,13 +28,13 @@ class AdapterLoader:
     """Stateless but for its settings; safe to use from several threads.
 
     Args:
-        root: The allow-listed adapter root.
+        root: The allow-listed adapter root; None refuses every path.
         base: The base model as served.
         host_bytes: Most bytes one adapter's operators may take.
         max_rank: Largest rank served.
     """
 
-    def __init__(self, root: Path, base: BaseModel, host_bytes: int, max_rank: int) -> None:
+    def __init__(self, root: Path | None, base: BaseModel, host_bytes: int, max_rank: int) -> None:
         self._root = AdapterRoot(root)
         self._base = base
         self._host_bytes = host_bytes

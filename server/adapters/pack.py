@@ -102,7 +102,12 @@ class AdapterPack:
         """Bytes of the packed adapters themselves."""
         return sum(entry.adapter.bytes_device for entry in self._entries.values())
 
-    def rank_bytes(self) -> int:
+    def packed_bytes(self, operators: AdapterOperators) -> int:
+        """Bytes an adapter takes when packed: its ranks are as wide in every module."""
+        stacked = sum(o.low_rank.num_bytes for o in operators.modules.values() if o.low_rank)
+        return operators.num_bytes - stacked + self.rank_width(operators) * self._rank_bytes()
+
+    def _rank_bytes(self) -> int:
         """Bytes one unit of rank takes over all modules."""
         per_layer = sum(
             len(slices) * slices[0].in_features + sum(s.out_features for s in slices)
@@ -155,7 +160,7 @@ class AdapterPack:
     def _insert(self, adapter: Packable) -> None:
         operators = adapter.operators
         assert operators is not None, "an adapter is resident before it is scheduled"
-        num_bytes = operators.num_bytes
+        num_bytes = self.packed_bytes(operators)
         while self.adapter_bytes + num_bytes > self._max_bytes and self._drop_idle():
             pass
         width = self.rank_width(operators)

@@ -52,7 +52,8 @@ class AdapterRegistry:
     """All adapters of one base model.
 
     Args:
-        root: Directory adapters are loaded from; nothing outside it is ever opened.
+        root: Directory adapters are loaded from; nothing outside it is ever opened. None: nothing
+            is loaded at all.
         base: The base model as served.
         host_bytes: Budget for operators in host memory, all adapters together.
         max_rank: Largest rank served.
@@ -67,7 +68,7 @@ class AdapterRegistry:
 
     def __init__(
         self,
-        root: Path,
+        root: Path | None,
         base: BaseModel,
         host_bytes: int,
         max_rank: int,

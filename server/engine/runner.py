@@ -69,6 +69,11 @@ class Runner:
                     self._score(placed, hidden, result)
             return result
 
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapters on the device."""
+        return self.pack.adapter_bytes
+
     def forget_adapter(self, uuid: str) -> None:
         """Drop an unloaded adapter from the pack."""
         self.pack.drop(uuid)
