@@ -1,0 +1,245 @@
+"""Tiny real models, real PEFT checkpoints and the formula the operators must satisfy."""
+
+from __future__ import annotations
+
+import copy
+import json
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from turret.server.adapters.adapter_root import AdapterRoot
+from turret.server.adapters.base import BaseModel, BaseModule
+from turret.server.adapters.checkpoint import (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    AdapterCheckpoint,
+    read_checkpoint,
+)
+from turret.server.adapters.lowered import Lowered
+from turret.server.adapters.methods import method_for
+from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.errors import AdapterCheckpointError
+
+BASE_NAME = "tests/tiny-llama"
+VOCAB_SIZE = 97
+
+
+def tiny_llama(
+    *, seed: int = 0, attention_bias: bool = False, dtype: torch.dtype = torch.float32
+) -> LlamaForCausalLM:
+    """Two layers, hidden 64: q and o are square, k and v 64 -> 32, gate/up 64 -> 128."""
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        attention_bias=attention_bias,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = LlamaForCausalLM(config).eval()
+    model.to(dtype=dtype)  # type: ignore[call-arg]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # transformers' own initialisation is so small that adapters would hardly show.
+            if parameter.ndim == 2:
+                parameter.normal_(0.0, 0.5 / parameter.shape[1] ** 0.5)
+            elif parameter.ndim == 1 and parameter.shape[0] != 64:
+                parameter.normal_(0.0, 0.3)
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(0.0, 0.3)
+    return model
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Linear]:
+    """The linear modules of the decoder layers, by full path."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layers." in name
+    }
+
+
+def base_of(
+    model: nn.Module, *, dtype: torch.dtype | None = None, name: str = BASE_NAME
+) -> BaseModel:
+    """A ``BaseModel`` over plain weights: what is served is the model's own weight."""
+
+    def module_of(path: str, linear: nn.Linear) -> BaseModule:
+        bias = None if linear.bias is None else linear.bias.detach().clone()
+        return BaseModule(
+            name=path,
+            in_features=linear.in_features,
+            out_features=linear.out_features,
+            bias=bias,
+            dequantize=linear.weight.detach,
+        )
+
+    linears = linear_modules(model)
+    leaves = {n for n, m in model.named_modules() if n and not list(m.children())}
+    return BaseModel(
+        name=name,
+        model_type="llama",
+        digest="0" * 64,
+        dtype=dtype or next(model.parameters()).dtype,
+        modules={path: module_of(path, linear) for path, linear in linears.items()},
+        other_modules=frozenset(leaves - linears.keys()),
+        num_layers=2,
+    )
+
+
+def randomise_adapter(peft_model: PeftModel, seed: int = 1) -> None:
+    """Replaces PEFT's neutral initialisation, so that every tensor matters."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in peft_model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if "lora_magnitude_vector" in name:
+                parameter.mul_((1.0 + 0.3 * noise).to(parameter.dtype))
+            elif "lora_" in name:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+            elif parameter.requires_grad:  # biases that train along
+                parameter.add_((0.3 * noise).to(parameter.dtype))
+
+
+def save_peft_adapter(
+    model: nn.Module,
+    config: LoraConfig,
+    directory: Path,
+    randomise: bool = True,
+    seed: int = 1,
+) -> None:
+    """Makes an adapter with PEFT on a copy of ``model`` and saves it in PEFT's layout."""
+    with warnings.catch_warnings():
+        # PEFT's advice to people who train (lora_bias on a layer without bias, and the like).
+        warnings.simplefilter("ignore")
+        peft_model = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
+        if randomise:
+            randomise_adapter(peft_model, seed)
+        peft_model.save_pretrained(str(directory))
+
+
+def load_with_peft(model: nn.Module, directory: Path) -> PeftModel:
+    """The oracle: PEFT's own reading of the directory on a copy of ``model``."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return PeftModel.from_pretrained(copy.deepcopy(model), str(directory)).eval()
+
+
+def apply_operators(
+    linear: nn.Linear, mix: list[tuple[ModuleOperators, float]], x: torch.Tensor
+) -> torch.Tensor:
+    """``y = G ⊙ (W x) + b + Σ w (bᵀ a x + bias)``, the formula of ``operators.py``."""
+    y = x @ linear.weight.T
+    gain = torch.ones(linear.out_features, dtype=x.dtype)
+    for operators, weight in mix:
+        if operators.gain is not None:
+            gain = gain + weight * (operators.gain.to(x.dtype) - 1.0)
+    y = y * gain
+    if linear.bias is not None:
+        y = y + linear.bias
+    for operators, weight in mix:
+        if operators.low_rank is not None:
+            a, b = operators.low_rank.a.to(x.dtype), operators.low_rank.b.to(x.dtype)
+            y = y + weight * ((x @ a.T) @ b)
+        if operators.bias is not None:
+            y = y + weight * operators.bias.to(x.dtype)
+    return y
+
+
+class _Adapted(nn.Module):
+    def __init__(self, linear: nn.Linear, mix: list[tuple[ModuleOperators, float]]) -> None:
+        super().__init__()
+        self._linear, self._mix = linear, mix
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return apply_operators(self._linear, self._mix, x)
+
+
+def with_operators(model: nn.Module, mix: list[tuple[AdapterOperators, float]]) -> nn.Module:
+    """A copy of ``model`` whose linear modules apply a mix of operators."""
+    model = copy.deepcopy(model)
+    for path, linear in linear_modules(model).items():
+        parts = [
+            (operators.modules[path], weight)
+            for operators, weight in mix
+            if path in operators.modules
+        ]
+        parent, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, _Adapted(linear, parts))
+    return model
+
+
+@torch.no_grad()
+def logits(model: nn.Module, seed: int = 7) -> torch.Tensor:
+    """Logits of a fixed random batch, ``[2, 9, vocab]``."""
+    generator = torch.Generator().manual_seed(seed)
+    token_ids = torch.randint(0, VOCAB_SIZE, (2, 9), generator=generator)
+    return model(input_ids=token_ids).logits
+
+
+def edit_config(directory: Path, **changes: Any) -> None:
+    """Changes keys of ``adapter_config.json``; the value ``...`` removes one."""
+    path = directory / CONFIG_FILE
+    config = json.loads(path.read_text())
+    for key, value in changes.items():
+        if value is ...:
+            config.pop(key, None)
+        else:
+            config[key] = value
+    path.write_text(json.dumps(config))
+
+
+def edit_tensors(
+    directory: Path,
+    edit: Callable[[dict[str, torch.Tensor]], Mapping[str, torch.Tensor] | None],
+) -> None:
+    """Rewrites the tensor file with what ``edit`` makes of it (in place, or returned)."""
+    path = directory / TENSORS_FILE
+    tensors = load_file(path)
+    edited = edit(tensors)
+    save_file(dict(tensors if edited is None else edited), path)
+
+
+def lora_config(**changes: Any) -> LoraConfig:
+    """A small LoRA on q and v unless told otherwise."""
+    values: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 10,
+        "target_modules": ["q_proj", "v_proj"],
+        "task_type": "CAUSAL_LM",
+    }
+    return LoraConfig(**{**values, **changes})
+
+
+def read_adapter(root: Path, path: str = "a", max_elements: int = 1 << 24) -> AdapterCheckpoint:
+    """Reads the adapter directory ``path`` below ``root``."""
+    return read_checkpoint(AdapterRoot(root), path, max_elements=max_elements)
+
+
+def lower_adapter(root: Path, base: BaseModel, path: str = "a") -> Lowered:
+    """Reads and lowers with whichever method accepts it."""
+    checkpoint = read_adapter(root, path)
+    return method_for(checkpoint).lower(checkpoint, base)
+
+
+def refusal_of(root: Path, path: str = "a") -> AdapterCheckpointError:
+    """The error of reading and lowering on ``tiny_llama``; raises AssertionError if none."""
+    try:
+        lower_adapter(root, base_of(tiny_llama()), path)
+    except AdapterCheckpointError as error:
+        return error
+    raise AssertionError("the adapter was accepted")
