@@ -171,6 +171,9 @@ def describe_base(decoder: Decoder, source: ModelSource) -> BaseModel:
         modules=modules,
         other_modules=frozenset(others),
         num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 
 from turret.kernels.row_linear import row_linear
 from turret.server.errors import InvalidRequestError
+from turret.server.models.nf4_cpu import nf4_product
 
 # It warns at import that an optional kernel of the Hugging Face hub is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -161,9 +162,7 @@ class Nf4Linear:
         if self._dense is not None:
             return row_linear(x, self._dense)
         if self._code is not None:
-            return torch.ops.bitsandbytes.gemv_4bit(
-                x, self._packed, self._shape, self._absmax, self._code, BLOCKSIZE
-            )
+            return nf4_product(x, self._packed, self._absmax, self._code, self._shape, BLOCKSIZE)
         return matmul_4bit(x, self._packed, quant_state=self._state)
 
     def dequantize(self, index: int) -> torch.Tensor:

@@ -1,0 +1,58 @@
+"""The direct call of bitsandbytes' CPU product against the registered op."""
+
+from __future__ import annotations
+
+import copy
+
+import bitsandbytes.functional as bnb_functional
+import pytest
+import torch
+
+from turret.server.models.nf4 import BLOCKSIZE, Nf4Linear, Nf4Weight
+from turret.server.models.nf4_cpu import nf4_product
+
+needs_avx512bf16 = pytest.mark.skipif(
+    not bnb_functional.has_avx512bf16(), reason="bitsandbytes packs only for AVX512-BF16"
+)
+
+
+def random_weight(out_features: int, in_features: int, seed: int = 0) -> Nf4Weight:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(out_features, in_features, generator=generator) * 0.05
+    return Nf4Weight.quantize(weight.to(torch.bfloat16))
+
+
+@needs_avx512bf16
+@pytest.mark.parametrize("rows", [1, 2, 7, 16, 65])
+@pytest.mark.parametrize(("out_features", "in_features"), [(96, 64), (64, 192), (576, 576)])
+def test_equals_the_registered_op(rows: int, out_features: int, in_features: int) -> None:
+    weight = random_weight(out_features, in_features)
+    packed, state = bnb_functional._convert_weight_packed_for_cpu(
+        weight.packed, copy.deepcopy(weight.state)
+    )
+    x = torch.randn(rows, in_features).to(torch.bfloat16)
+    shape = (out_features, in_features)
+    found = nf4_product(x, packed, state.absmax, state.code, shape, BLOCKSIZE)
+    op = torch.ops.bitsandbytes.gemv_4bit
+    assert torch.equal(found, op(x, packed, shape, state.absmax, state.code, BLOCKSIZE))
+
+
+@needs_avx512bf16
+def test_takes_rows_of_a_wider_matrix() -> None:
+    linear = Nf4Linear([random_weight(64, 128)], torch.bfloat16, torch.device("cpu"))
+    wide = torch.randn(5, 256).to(torch.bfloat16)
+    assert torch.equal(linear(wide[:, 128:]), linear(wide[:, 128:].contiguous()))
+    assert torch.equal(linear(wide.T.contiguous().T[:, :128]), linear(wide[:, :128].contiguous()))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dequantize_is_the_weight_that_is_multiplied(dtype: torch.dtype) -> None:
+    parts = [random_weight(96, 64, 1), random_weight(32, 64, 2)]
+    linear = Nf4Linear(parts, dtype, torch.device("cpu"))
+    x = torch.randn(3, 64).to(dtype)
+    expected = torch.cat([x.float() @ linear.dequantize(i).T for i in range(2)], dim=1)
+    error = (linear(x).float() - expected).norm() / expected.norm()
+    assert error < (1e-6 if dtype == torch.float32 else 5e-3)
+    exact = parts[1].dequantize(torch.float32)
+    bound = 0.0 if dtype == torch.float32 else 1e-2
+    assert (linear.dequantize(1) - exact).norm() <= bound * exact.norm()
