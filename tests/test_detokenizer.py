@@ -1,0 +1,103 @@
+"""Text that never has to be taken back, and stop strings across token boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turret.server.engine.detokenizer import Detokenizer
+
+
+class Pieces:
+    """A text stream whose token ``i`` is the ``i``-th piece."""
+
+    def __init__(self, pieces: Sequence[str]) -> None:
+        self._pieces = pieces
+
+    def push(self, token_id: int) -> str:
+        return self._pieces[token_id]
+
+
+def feed(
+    pieces: Sequence[str], stops: Iterable[str], include_stop: bool = False, min_tokens: int = 0
+) -> tuple[list[str], str | None]:
+    """All outputs until a stop or the end, and what stopped it."""
+    detokenizer = Detokenizer(Pieces(pieces), tuple(stops), include_stop)
+    out = []
+    for i in range(len(pieces)):
+        out.append(detokenizer.push(i, may_stop=i + 1 >= min_tokens))
+        if detokenizer.stopped_by is not None:
+            return out, detokenizer.stopped_by
+    out.append(detokenizer.flush())
+    return out, None
+
+
+def test_text_comes_at_once_without_stop_strings() -> None:
+    assert feed(["Hel", "lo", " you"], []) == (["Hel", "lo", " you", ""], None)
+
+
+def test_a_possible_beginning_is_held_until_it_is_decided() -> None:
+    out, stopped = feed(["one E", "N", "d two"], ["END"])
+    assert out == ["one ", "", "ENd two", ""]
+    assert stopped is None
+
+
+def test_a_stop_string_over_three_tokens_ends_the_text_before_it() -> None:
+    out, stopped = feed(["a E", "N", "D b"], ["END"])
+    assert ("".join(out), stopped) == ("a ", "END")
+
+
+def test_the_stop_string_is_shown_if_asked_for() -> None:
+    out, stopped = feed(["a E", "ND b"], ["END"], include_stop=True)
+    assert ("".join(out), stopped) == ("a END", "END")
+
+
+def test_the_earliest_stop_string_wins_and_the_longer_at_the_same_place() -> None:
+    assert feed(["x--- y |"], ["|", "--", "---"])[1] == "---"
+    assert feed(["x| ---"], ["---", "|"])[1] == "|"
+
+
+def test_text_under_min_tokens_does_not_stop() -> None:
+    out, stopped = feed(["END", "more", "END"], ["END"], min_tokens=3)
+    assert ("".join(out), stopped) == ("ENDmore", "END")
+
+
+def test_what_is_held_at_the_end_is_not_lost() -> None:
+    out, stopped = feed(["abc EN"], ["END"])
+    assert (out, stopped) == (["abc ", "EN"], None)
+
+
+@given(
+    st.lists(st.text("ab", min_size=0, max_size=3), min_size=1, max_size=12),
+    st.lists(st.text("ab", min_size=1, max_size=4), max_size=3),
+    st.booleans(),
+)
+def test_equals_a_search_in_the_whole_text(
+    pieces: list[str], stops: list[str], include_stop: bool
+) -> None:
+    out, stopped = feed(pieces, stops, include_stop)
+    text = ""
+    expected, expected_stop = "".join(pieces), None
+    for piece in pieces:
+        # The search sees a stop string as soon as its last character is there.
+        text += piece
+        found = [(text.find(stop), -len(stop), stop) for stop in stops if stop in text]
+        if found:
+            at, _, expected_stop = min(found)
+            expected = text[: at + (len(expected_stop) if include_stop else 0)]
+            break
+    assert ("".join(out), stopped) == (expected, expected_stop)
+
+
+@pytest.mark.parametrize("stops", [["aa"], ["ab", "b"]])
+def test_outputs_are_final(stops: list[str]) -> None:
+    """What was handed out is a beginning of the final text, whatever comes next."""
+    for pieces in (["a", "a", "b"], ["b", "a", "b", "a"], ["ab"]):
+        final = "".join(feed(pieces, stops)[0])
+        shown = ""
+        for part in feed(pieces, stops)[0]:
+            shown += part
+            assert final.startswith(shown)
