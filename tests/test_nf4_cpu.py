@@ -32,6 +32,7 @@ def test_equals_the_registered_op(rows: int, out_features: int, in_features: int
     )
     x = torch.randn(rows, in_features).to(torch.bfloat16)
     shape = (out_features, in_features)
+    assert state.code is not None
     found = nf4_product(x, packed, state.absmax, state.code, shape, BLOCKSIZE)
     op = torch.ops.bitsandbytes.gemv_4bit
     assert torch.equal(found, op(x, packed, shape, state.absmax, state.code, BLOCKSIZE))
