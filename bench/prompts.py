@@ -1,0 +1,52 @@
+"""Chat prompts of an exact length in tokens, each unlike every other from its start on."""
+
+from __future__ import annotations
+
+import itertools
+
+from turret.clients.client import TurretClient
+
+Chat = list[tuple[str, str]]
+
+# One token each, behind a space, in the vocabularies of the models served here; the length is
+# checked all the same.
+_WORDS = ("time", "people", "way", "water", "day", "part", "place", "work", "year", "name", "line")
+_MAX_CORRECTIONS = 8
+
+
+class PromptSource:
+    """Makes prompts for one model.
+
+    The first words differ from prompt to prompt, so that no two share a block of the server's
+    prefix cache.
+
+    Args:
+        client: Asked for the length of each prompt.
+        num_tokens: Length of every prompt, chat template included.
+    """
+
+    def __init__(self, client: TurretClient, num_tokens: int) -> None:
+        self._client = client
+        self._num_tokens = num_tokens
+        self._numbers = itertools.count(1000)
+
+    def take(self, count: int) -> list[Chat]:
+        """The next ``count`` prompts.
+
+        Raises:
+            ValueError: No prompt of this length was found: it is too short for the chat template.
+        """
+        return [self._make(next(self._numbers)) for _ in range(count)]
+
+    def _make(self, number: int) -> Chat:
+        num_words = 0
+        for _ in range(_MAX_CORRECTIONS):
+            words = (_WORDS[(number + i) % len(_WORDS)] for i in range(num_words))
+            chat = [("system", f"{number} is your number."), ("user", " ".join(["Tell", *words]))]
+            excess = len(self._client.tokenize(chat).token_ids) - self._num_tokens
+            if excess == 0:
+                return chat
+            num_words -= excess
+            if num_words < 0:
+                break
+        raise ValueError(f"no chat prompt of exactly {self._num_tokens} tokens")

@@ -1,0 +1,274 @@
+"""Where the time of one decode step goes, and what the bytes it must read cost at least.
+
+    python bench/steps.py [--batch 16] [--steps 40]
+
+Runs the engine in this process, with the parts of a step wrapped in timers. A step is longer here
+than in a server by what the timers themselves take (about a microsecond a call), and shorter by
+what gRPC takes; ``bench/decode.py`` has the rate that a client sees.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import random
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from machine import BUSY_SHARE, describe, measure_load
+from random_lora import write_random_loras
+from report import append_rows, make_console, print_rows
+from rich.console import Console
+from stopwatch import Part, Recorded, Stopwatch
+
+from turret.server.build import build_engine
+from turret.server.config import AdapterConfig, Config, ModelConfig, SchedulerConfig
+from turret.server.engine.engine import Engine
+from turret.server.engine.loop import EngineLoop
+from turret.server.engine.request import AdapterRef, Request, SamplingParams, StopConditions
+from turret.server.metrics import Metrics
+from turret.server.models.arch import Arch, read_arch
+from turret.server.models.nf4_cache import default_cache_dir, resolve_model
+
+EXIT_BUSY = 3
+ENGINE = "engine"
+REST = "residuals, activation, Python"
+# Innermost wins: the time of a part is without that of the parts that it calls.
+PARTS = (
+    Part("turret.server.models.nf4:Nf4Linear.__call__", "base matmuls"),
+    Part("turret.server.adapters.pack:segmented_shrink_reference", "shrink"),
+    Part("turret.server.adapters.pack:segmented_expand_reference", "expand"),
+    Part("turret.server.models.decoder:paged_attention_reference", "attention"),
+    Part("turret.server.models.kv_cache:KvCache.write", "KV write"),
+    Part("turret.server.models.decoder:Decoder._rms_norm", "norms"),
+    Part("turret.server.models.decoder:_rotate", "rope"),
+    Part("turret.server.models.decoder:Decoder.logits", "head"),
+    Part("turret.server.engine.sampler:Sampler.draw", "sampling"),
+    Part("turret.server.engine.batch:BatchBuilder.build", "batch metadata"),
+    Part("turret.server.engine.runner:Runner.run", REST),
+)
+_NF4_BYTES = 0.5 + 2 / 64  # a code, and its share of a block's bf16 absmax
+_BF16_BYTES = 2
+_BANDWIDTH_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """A batch: the adapter of each request, or None."""
+
+    name: str
+    adapters: list[str | None]
+
+
+def scenarios(names: list[str]) -> list[Scenario]:
+    batch = len(names)
+    return [
+        Scenario("base, 1", [None]),
+        Scenario(f"base, {batch}", [None] * batch),
+        Scenario("adapter, 1", [names[0]]),
+        Scenario(f"same adapter, {batch}", [names[0]] * batch),
+        Scenario(f"{batch} adapters, {batch}", list(names)),
+    ]
+
+
+async def decode(
+    engine: Engine, scenario: Scenario, prompt_tokens: int, steps: int, watch: Stopwatch
+) -> list[Recorded]:
+    """Run one batch; returns what every pure decode step of the whole batch took."""
+    recorded: list[Recorded] = []
+    original: Any = EngineLoop._step
+    step = watch.timed(ENGINE, original)
+    batch = len(scenario.adapters)
+
+    def record(self: EngineLoop) -> None:
+        step(self)
+        taken = watch.take()
+        running = self._scheduler.running
+        # Prefill is over once every sequence of the batch has a token; the step that gave the
+        # last first token was still a prefill.
+        is_decode = len(running) == batch and all(s.num_generated > 1 for s in running)
+        if is_decode:
+            recorded.append(taken)
+
+    async def one(number: int, adapter: str | None) -> None:
+        draw = random.Random(f"{scenario.name}/{number}/{time.time_ns()}")
+        request = Request(
+            request_id=f"{number}",
+            prompt_token_ids=tuple(draw.randrange(1000, 20000) for _ in range(prompt_tokens)),
+            adapters=() if adapter is None else (AdapterRef(name=adapter),),
+            sampling=SamplingParams(temperature=0.0),
+            stop=StopConditions(max_tokens=steps + 2, ignore_eos=True),
+        )
+        async for _ in await engine.submit(request):
+            pass
+
+    EngineLoop._step = record
+    try:
+        await asyncio.gather(*(one(i, name) for i, name in enumerate(scenario.adapters)))
+    finally:
+        EngineLoop._step = original
+    return recorded
+
+
+def medians(recorded: list[Recorded]) -> Recorded:
+    """Median milliseconds per part, over steps."""
+    names = dict.fromkeys(name for entry in recorded for name in entry)
+    return {
+        name: 1e3 * statistics.median(entry.get(name, 0.0) for entry in recorded) for name in names
+    }
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that all cores together read from memory, the best of some tries."""
+    data = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - start)
+    return data.nbytes / best
+
+
+def step_bytes(arch: Arch, scenario: Scenario, *, rank: int, context: int) -> Recorded:
+    """Bytes that a decode step has to read, by part."""
+    slices = [entry for group in arch.linears().values() for entry in group]
+    weights = arch.num_layers * sum(out * inner for _, out, inner in slices)
+    low_rank = arch.num_layers * rank * _BF16_BYTES
+    distinct = len({name for name in scenario.adapters if name is not None})
+    per_token = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * _BF16_BYTES
+    return {
+        "base matmuls": weights * _NF4_BYTES,
+        "shrink": distinct * low_rank * sum(inner for _, _, inner in slices),
+        "expand": distinct * low_rank * sum(out for _, out, _ in slices),
+        "attention": len(scenario.adapters) * context * per_token,
+        "head": arch.vocab_size * arch.hidden_size * _BF16_BYTES,
+    }
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--model", type=Path, metavar="DIR", help="default: the embedded model")
+    for flag, default in (
+        ("--batch", 16),
+        ("--rank", 16),
+        ("--prompt-tokens", 64),
+        ("--steps", 40),
+    ):
+        parser.add_argument(flag, type=int, default=default, help=f"default: {default}")
+    parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
+    parser.add_argument("--no-save", action="store_true", help="keep no results")
+    return parser.parse_args(argv)
+
+
+async def measure(
+    args: argparse.Namespace, root: Path, names: list[str], cases: list[Scenario]
+) -> list[Recorded]:
+    """Median milliseconds by part, for every case."""
+    config = Config(
+        model=ModelConfig(model=args.model),
+        adapters=AdapterConfig(adapter_root=root, max_rank=max(128, args.rank)),
+        scheduler=SchedulerConfig(max_num_seqs=max(64, args.batch)),
+    )
+    engine, registry, *_ = build_engine(config, Metrics())
+    await engine.start()
+    try:
+        for name in names:
+            registry.load(name, name)
+        watch = Stopwatch()
+        results = []
+        for case in cases:
+            # Packs the adapters and fills the caches of the matrix libraries.
+            await decode(engine, case, args.prompt_tokens, 4, Stopwatch())
+            with watch.watching(PARTS):
+                recorded = await decode(engine, case, args.prompt_tokens, args.steps, watch)
+            results.append(medians(recorded))
+        return results
+    finally:
+        await engine.drain(0.0)
+        registry.close()
+
+
+def show(
+    console: Console,
+    cases: list[Scenario],
+    results: list[Recorded],
+    floors: list[Recorded],
+    bandwidth: float,
+) -> None:
+    order = [part.name for part in PARTS] + [ENGINE]
+    rows = []
+    for name in dict.fromkeys(order):
+        row = {"part, ms a step": name}
+        for case, result, floor in zip(cases, results, floors, strict=True):
+            least = f" ({floor[name]:.2f})" if floor.get(name) else ""
+            row[case.name] = f"{result.get(name, 0.0):.2f}{least}"
+        rows.append(row)
+    total = {"part, ms a step": "sum (and of the floors)"}
+    for case, result, floor in zip(cases, results, floors, strict=True):
+        total[case.name] = f"{sum(result.values()):.2f} ({sum(floor.values()):.2f})"
+    title = (
+        "One decode step, by part (in parentheses: reading the part's bytes once, at the "
+        f"{bandwidth / 1e9:.1f} GB/s measured)"
+    )
+    print_rows(console, title, [*rows, total])
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    console = make_console()
+    load = measure_load()
+    if load > BUSY_SHARE and not args.force:
+        console.print(f"others take {load:.0%} of this machine's cores: wait, or --force")
+        return EXIT_BUSY
+    from transformers import AutoConfig
+
+    model = resolve_model(args.model, default_cache_dir())
+    arch = read_arch(AutoConfig.from_pretrained(model.files))
+    bandwidth = read_bandwidth()
+    with tempfile.TemporaryDirectory(prefix="turret-bench-") as folder:
+        root = Path(folder)
+        names = write_random_loras(
+            root, args.batch, arch=arch, base_model=model.name, rank=args.rank
+        )
+        cases = scenarios(names)
+        results = asyncio.run(measure(args, root, names, cases))
+    context = args.prompt_tokens + args.steps // 2
+    floors = [
+        {
+            name: 1e3 * count / bandwidth
+            for name, count in step_bytes(arch, case, rank=args.rank, context=context).items()
+        }
+        for case in cases
+    ]
+    show(console, cases, results, floors, bandwidth)
+    if not args.no_save:
+        common = describe() | {
+            "bench": "steps",
+            "forced": args.force,
+            "load_before": round(load, 3),
+        }
+        sizes = {"model": model.name, "rank": args.rank, "prompt_tokens": args.prompt_tokens}
+        rows = [
+            common
+            | {
+                "scenario": sizes | {"name": case.name, "batch": len(case.adapters)},
+                "values": {
+                    "part_ms": {name: round(ms, 3) for name, ms in result.items()},
+                    "floor_ms": {name: round(ms, 3) for name, ms in floor.items()},
+                    "read_bytes_per_second": round(bandwidth),
+                },
+            }
+            for case, result, floor in zip(cases, results, floors, strict=True)
+        ]
+        console.print(f"results added to {append_rows(rows)}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
