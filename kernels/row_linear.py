@@ -18,8 +18,8 @@ import torch.nn.functional as F
 # Multiples that were measured to agree for every shape tried (in_features 64-14336, 1-512 rows).
 _SAFE_MULTIPLE = {torch.bfloat16: 16, torch.float16: 16, torch.float32: 8}
 _PROBE_ROWS = 64
-# MKL's sgemm sums in another order where the result has fewer columns than this.
-_MIN_FP32_COLUMNS = 16
+# MKL's sgemm rounds differently in a thread that is left with fewer columns than this.
+_FP32_COLUMN_MULTIPLE = 16
 # torch hands a half-precision product to oneDNN only if rows · inner · columns is larger than this.
 _MAX_NATIVE_PRODUCT = 16 * 16 * 16
 # Longer reductions are cut into blocks by the libraries (measured: 128-192 in fp32, 512 in bf16).
@@ -33,7 +33,8 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor, *, probe: bool = True) -> 
         x: ``[num_rows, in_features]``, dtype of ``weight``.
         weight: ``[out_features, in_features]``, contiguous.
         probe: Look for the smallest row multiple that holds for this shape (some milliseconds, once
-            per shape). Pass False where the shape of ``weight`` changes from step to step.
+            per shape). Pass False where the shape of ``weight`` changes from step to step: then
+            a column's bits do not depend on the columns beside it either.
 
     Returns:
         ``[num_rows, out_features]``, dtype of ``x``. On devices other than the CPU this is a plain
@@ -46,8 +47,8 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor, *, probe: bool = True) -> 
     if probe and num_rows <= _PROBE_ROWS:
         multiple = row_multiple(weight.dtype, weight.shape[0], weight.shape[1])
     columns = weight.shape[0]
-    if weight.dtype == torch.float32 and columns < _MIN_FP32_COLUMNS:
-        weight = F.pad(weight, (0, 0, 0, _MIN_FP32_COLUMNS - columns))
+    if not probe and weight.dtype == torch.float32 and columns % _FP32_COLUMN_MULTIPLE:
+        weight = F.pad(weight, (0, 0, 0, -columns % _FP32_COLUMN_MULTIPLE))
     padding = -num_rows % multiple
     if padding == 0:
         return F.linear(x, weight)[:, :columns]

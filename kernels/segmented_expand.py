@@ -29,9 +29,12 @@ def rank_window(dtype: torch.dtype) -> int:
 
 
 def _windows(start: int, end: int, dtype: torch.dtype) -> Iterator[tuple[int, int]]:
+    """The parts of ranks ``[start, end)`` by window; none if there are no ranks (weight 0)."""
     size = rank_window(dtype)
-    for edge in range(start - start % size, end, size):
-        yield max(edge, start), min(edge + size, end)
+    while start < end:
+        stop = min(start - start % size + size, end)
+        yield start, stop
+        start = stop
 
 
 def segmented_expand_reference(

@@ -14,7 +14,7 @@ from typing import Any
 import turret
 from turret.server import log
 from turret.server.config import Config, is_local_address
-from turret.server.errors import TurretError
+from turret.server.errors import AdapterExistsError, TurretError
 from turret.server.metrics import Metrics, MetricsServer
 from turret.server.rpc.auth import TokenTable
 from turret.server.rpc.gate import Backend, Gate
@@ -41,6 +41,14 @@ def _served_methods() -> tuple[str, ...]:
     from turret.server.build import served_methods
 
     return served_methods()
+
+
+def _preload(registry: Any, name: str, path: str) -> Any:
+    """What the command line asks for wins over what was registered before a restart."""
+    try:
+        return registry.load(name, path)
+    except AdapterExistsError:
+        return registry.replace(name, path)
 
 
 class App:
@@ -120,7 +128,7 @@ class App:
         self._engine = engine
         for name, path in config.adapters.preload:
             record = await self._unless_stopped(
-                lambda name=name, path=path: registry.load(name, path), f"adapter {name}"
+                lambda name=name, path=path: _preload(registry, name, path), f"adapter {name}"
             )
             if record is None:
                 return

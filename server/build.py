@@ -8,9 +8,11 @@ import time
 import torch
 
 from turret.server import log
+from turret.server.adapters.base import BaseModel
 from turret.server.adapters.pack import AdapterPack
 from turret.server.adapters.registry import AdapterRegistry
-from turret.server.config import Config, ModelConfig
+from turret.server.adapters.state_dir import StateDir
+from turret.server.config import AdapterConfig, Config, ModelConfig
 from turret.server.engine.block_pool import BlockPool
 from turret.server.engine.engine import Engine
 from turret.server.engine.runner import Runner
@@ -43,6 +45,7 @@ def build_engine(config: Config, metrics: Metrics) -> Parts:
     Raises:
         InvalidRequestError: The model cannot be served.
         OSError: A file cannot be read.
+        ValueError: The state directory is another server's, or another base model's.
     """
     started = time.monotonic()
     device = _choose_device(config.model)
@@ -53,14 +56,14 @@ def build_engine(config: Config, metrics: Metrics) -> Parts:
     tokenizer = Tokenizer.load(source.files, eos_token_ids(source.files))
     base = describe_base(decoder, source)
     layout = describe_pack(decoder.arch)
-    pack = AdapterPack(layout, dtype, device, config.adapters.adapter_device_bytes)
-    registry = AdapterRegistry(
-        config.adapters.adapter_root,
-        base,
-        config.adapters.adapter_host_bytes,
-        config.adapters.max_rank,
-        metrics,
+    pack = AdapterPack(
+        layout,
+        dtype,
+        device,
+        config.adapters.adapter_device_bytes,
+        on_moved=lambda adapter: metrics.adapter_residency(adapter.name, adapter.residency),
     )
+    registry = _build_registry(config.adapters, base, metrics)
     engine = _build_engine(config, metrics, decoder, pack, registry, tokenizer)
     _log.info(
         "model loaded",
@@ -85,6 +88,25 @@ def _choose_device(model: ModelConfig) -> torch.device:
     return torch.device(wanted)
 
 
+def _build_registry(config: AdapterConfig, base: BaseModel, metrics: Metrics) -> AdapterRegistry:
+    state = None
+    if config.state_dir is not None:
+        state = StateDir(config.state_dir, config.max_upload_bytes)
+        state.bind(base.name, base.digest)
+    registry = AdapterRegistry(
+        config.adapter_root,
+        base,
+        config.adapter_host_bytes,
+        config.max_rank,
+        metrics,
+        state=state,
+    )
+    count = registry.restore()
+    if state is not None:
+        _log.info("adapters restored", extra=log.fields(count=count, state_dir=state.path))
+    return registry
+
+
 def _build_engine(
     config: Config,
     metrics: Metrics,
@@ -102,7 +124,7 @@ def _build_engine(
     runner = Runner(decoder, cache, pack, tokenizer.eos_token_ids)
 
     def fits(sequence: Sequence, running: list[Sequence]) -> bool:
-        adapters = {a.uuid: a for s in (sequence, *running) for a, _ in s.mix.components}
+        adapters = {a.key: a for s in (sequence, *running) for a, _ in s.mix.components}
         needed = sum(pack.packed_bytes(a.operators) for a in adapters.values())
         return needed <= config.adapters.adapter_device_bytes
 

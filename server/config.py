@@ -152,8 +152,11 @@ class AdapterConfig:
         None, "the only directory adapters are loaded from (default: loading is refused)"
     )
     state_dir: Path | None = _flag(
-        None, "directory for what the server writes: uploads, fused adapters (default: none)"
+        None,
+        "directory that registrations survive a restart in, and that uploads are kept in; one "
+        "server and one base model each (default: neither)",
     )
+    max_upload_bytes: int = _flag(2 * GIB, "most bytes of one uploaded adapter", unit="bytes")
     adapter_host_bytes: int = _flag(GIB, "host memory for adapter weights", unit="bytes")
     adapter_device_bytes: int = _flag(512 * MIB, "device memory for adapter weights", unit="bytes")
     max_rank: int = _flag(128, "highest rank of an adapter", unit="rank")
@@ -163,6 +166,7 @@ class AdapterConfig:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "adapter_host_bytes", "adapter_device_bytes", "max_rank")
+        _at_least(self, 1, "max_upload_bytes")
         names = [name for name, _ in self.preload]
         for name in names:
             if not ADAPTER_NAME.fullmatch(name):

@@ -7,12 +7,15 @@
     │   ├── AdapterNotFoundError     the name (or generation) is not registered
     │   ├── AdapterExistsError       the name is taken by other weights
     │   ├── AdapterCheckpointError   unreadable, inconsistent or unsupported checkpoint
+    │   │   └── AdapterChangedError  a registered adapter's files are no longer the same
     │   ├── AdapterMismatchError     trained for another base model
     │   ├── AdapterInUseError        pinned, or still in flight
-    │   └── AdapterUnloadedError     force-unloaded under a running request
+    │   ├── AdapterUnloadedError     force-unloaded under a running request
+    │   └── StateDirRequiredError    uploads need --state-dir
     ├── ResourceError
     │   ├── QueueFullError           max_queued_requests reached
-    │   └── BudgetExceededError      rank, byte or block budget
+    │   ├── BudgetExceededError      rank, byte or block budget
+    │   └── StorageFullError         no room on the disk of --state-dir
     ├── UnauthenticatedError         no token, or an unknown one
     ├── PermissionDeniedError        the token lacks the role
     ├── UnavailableError             starting, draining, or the engine is dead
@@ -83,6 +86,10 @@ class AdapterCheckpointError(AdapterError):
     reason = "ADAPTER_CHECKPOINT"
 
 
+class AdapterChangedError(AdapterCheckpointError):
+    reason = "ADAPTER_CHANGED"
+
+
 class AdapterMismatchError(AdapterError):
     reason = "ADAPTER_BASE_MISMATCH"
 
@@ -95,6 +102,10 @@ class AdapterUnloadedError(AdapterError):
     reason = "ADAPTER_UNLOADED"
 
 
+class StateDirRequiredError(AdapterError):
+    reason = "STATE_DIR_REQUIRED"
+
+
 class ResourceError(TurretError):
     reason = "RESOURCE_EXHAUSTED"
 
@@ -105,6 +116,10 @@ class QueueFullError(ResourceError):
 
 class BudgetExceededError(ResourceError):
     reason = "BUDGET_EXCEEDED"
+
+
+class StorageFullError(ResourceError):
+    reason = "STORAGE_FULL"
 
 
 class UnauthenticatedError(TurretError):

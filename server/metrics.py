@@ -213,7 +213,11 @@ class Metrics:
         self._loads.labels(result).inc()
 
     def adapter_evicted(self, tier: str, reason: str) -> None:
-        """Count an eviction from a tier; ``reason`` is ``budget`` or ``unload``."""
+        """Count an eviction from a tier.
+
+        ``reason`` is ``budget``, ``unload``, ``replace``, or ``error`` for a load that failed after
+        its weights were in memory.
+        """
         self._evictions.labels(tier, reason).inc()
 
     def merge_active(self, active: bool) -> None:

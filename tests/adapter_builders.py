@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,9 @@ def base_of(
         modules={path: module_of(path, linear) for path, linear in linears.items()},
         other_modules=frozenset(leaves - linears.keys()),
         num_layers=2,
+        hidden_size=64,
+        num_kv_heads=2,
+        head_dim=16,
     )
 
 
@@ -142,22 +145,37 @@ def load_with_peft(model: nn.Module, directory: Path) -> PeftModel:
 def apply_operators(
     linear: nn.Linear, mix: list[tuple[ModuleOperators, float]], x: torch.Tensor
 ) -> torch.Tensor:
-    """``y = G ⊙ (W x) + b + Σ w (bᵀ a x + bias)``, the formula of ``operators.py``."""
+    """``y = G ⊙ (W x) + b + Σ w Δ(x)``, the formula of ``operators.py``, with dense ΔW."""
     y = x @ linear.weight.T
     gain = torch.ones(linear.out_features, dtype=x.dtype)
     for operators, weight in mix:
         if operators.gain is not None:
             gain = gain + weight * (operators.gain.to(x.dtype) - 1.0)
     y = y * gain
+    for operators, weight in mix:
+        if operators.input_gain is not None:
+            change = x * (operators.input_gain.to(x.dtype) - 1.0)
+            y = y + weight * (change @ linear.weight.T)
     if linear.bias is not None:
         y = y + linear.bias
     for operators, weight in mix:
-        if operators.low_rank is not None:
-            a, b = operators.low_rank.a.to(x.dtype), operators.low_rank.b.to(x.dtype)
-            y = y + weight * ((x @ a.T) @ b)
+        for delta in _deltas(operators, x.dtype):
+            y = y + weight * (x @ delta.T)
         if operators.bias is not None:
             y = y + weight * operators.bias.to(x.dtype)
     return y
+
+
+def _deltas(operators: ModuleOperators, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+    """The dense ``[out, in]`` update of each operator."""
+    if operators.low_rank is not None:
+        yield operators.low_rank.b.to(dtype).T @ operators.low_rank.a.to(dtype)
+    if operators.hadamard is not None:
+        w1a, w1b, w2a, w2b = (tensor.to(dtype) for tensor in operators.hadamard.tensors())
+        yield (w1a @ w1b) * (w2a @ w2b)
+    if operators.kronecker is not None:
+        w1, *second = (tensor.to(dtype) for tensor in operators.kronecker.tensors())
+        yield torch.kron(w1, second[0] if len(second) == 1 else second[0] @ second[1])
 
 
 class _Adapted(nn.Module):

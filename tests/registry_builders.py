@@ -17,6 +17,9 @@ from turret.server.adapters.base import BaseModel
 from turret.server.adapters.mix import HostResult, Mix
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.registry import AdapterRegistry
+from turret.server.adapters.source import Source
+from turret.server.adapters.staged_upload import StagedUpload, UploadedFile
+from turret.server.adapters.state_dir import StateDir
 from turret.server.engine.request import AdapterRef
 from turret.server.errors import TurretError
 from turret.server.metrics import Metrics
@@ -58,11 +61,16 @@ class Registries:
         self._made: list[AdapterRegistry] = []
 
     def __call__(
-        self, room: float = 100, *, load: str = "", metrics: Metrics | None = None
+        self,
+        room: float = 100,
+        *,
+        load: str = "",
+        metrics: Metrics | None = None,
+        state: StateDir | None = None,
     ) -> AdapterRegistry:
         """A registry with room for ``room`` small adapters; loads those named by a letter."""
         host_bytes = int(room * adapter_bytes())
-        registry = AdapterRegistry(self.root, tiny_base(), host_bytes, 64, metrics)
+        registry = AdapterRegistry(self.root, tiny_base(), host_bytes, 64, metrics, state=state)
         self._made.append(registry)
         for name in load:
             registry.load(name, name)
@@ -73,8 +81,9 @@ class Registries:
             registry.close()
 
 
-def refs(text: str) -> list[AdapterRef]:
-    return [AdapterRef(name=name) for name in text]
+def refs(names: str | list[str]) -> list[AdapterRef]:
+    """A reference to each name; a string names one adapter with each letter."""
+    return [AdapterRef(name=name) for name in names]
 
 
 class Waiter:
@@ -111,11 +120,11 @@ class Gate:
         self.reads: list[str] = []
         registry._cache._reload = self._read
 
-    def _read(self, path: str, digest: str) -> AdapterOperators:
-        self.reads.append(path)
+    def _read(self, source: Source, digest: str) -> AdapterOperators:
+        self.reads.append(source.path)
         self.entered.release()
         assert self._open.wait(WAIT_SECONDS)
-        return self._reload(path, digest)
+        return self._reload(source, digest)
 
     def open(self) -> None:
         self._open.set()
@@ -146,3 +155,14 @@ def until(condition: Callable[[], bool]) -> None:
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.001)
+
+
+def stage_directory(registry: AdapterRegistry, directory: Path) -> StagedUpload:
+    """A finished upload of an adapter directory."""
+    names = ("adapter_config.json", "adapter_model.safetensors")
+    contents = {name: (directory / name).read_bytes() for name in names}
+    staged = registry.stage([UploadedFile(name, len(data)) for name, data in contents.items()])
+    for name, data in contents.items():
+        staged.write(name, data)
+    staged.finish()
+    return staged

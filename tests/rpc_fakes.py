@@ -233,7 +233,7 @@ class Harness:
     rpc: RpcServer
     gate: Gate
     engine: FakeEngine
-    registry: FakeRegistry
+    registry: Any
     metrics: Metrics
     backend: Backend
     channel: grpc.aio.Channel
@@ -257,10 +257,12 @@ async def harness(
     security: SecurityConfig | None = None,
     tokens: TokenTable | None = None,
     serving: bool = True,
+    registry: Any = None,
 ) -> AsyncIterator[Harness]:
-    """A server on a free port, serving fakes."""
+    """A server on a free port, serving fakes, or a registry that the caller brings and closes."""
     gate, metrics = Gate(), Metrics()
-    engine, registry = FakeEngine(), FakeRegistry()
+    engine = FakeEngine()
+    registry = FakeRegistry() if registry is None else registry
     rpc = RpcServer(
         listen or ListenConfig(address="127.0.0.1:0"),
         security or SecurityConfig(),

@@ -37,6 +37,7 @@ DEFAULTS = {
     "max_queued_requests": 1024,
     "preload": (),
     "state_dir": None,
+    "max_upload_bytes": 2 << 30,
     "token_file": None,
     "tls_cert": None,
     "tls_key": None,

@@ -82,7 +82,7 @@ def test_the_same_content_is_idempotent_and_other_content_is_not(make: Registrie
     assert registry.get("x").digest == first.digest
     # The newest path that was seen to hold the content is the one that reloads.
     shutil.rmtree(make.root / "a")
-    registry._cache._leave(registry._adapters["x"])
+    registry._cache._leave(registry._table.find("x").current)
     assert Waiter(registry.acquire(refs("x"))).wait().error is None
 
 
@@ -182,7 +182,7 @@ def test_unload_frees_the_name_and_the_bytes(make: Registries) -> None:
     registry.on_unloaded = gone.append
     uuid = registry.get("a").uuid
     registry.unload("a")
-    assert gone == [uuid]
+    assert gone == [f"{uuid}.1"]
     registry.unload("b")
     assert registry.host_bytes_used == 0
     with pytest.raises(AdapterNotFoundError):

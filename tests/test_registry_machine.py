@@ -12,9 +12,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from turret.server.adapters import registry as registry_module
+from turret.server.adapters import pins
 from turret.server.adapters.mix import HostResult, Mix
-from turret.server.adapters.registry import AdapterRegistry
+from turret.server.adapters.registry import AdapterRegistry, UnloadMode
 from turret.server.engine.request import AdapterRef
 from turret.server.errors import AdapterInUseError, AdapterNotFoundError, BudgetExceededError
 
@@ -30,7 +30,7 @@ def _checkpoints():
     for name, rank in RANKS.items():
         save_peft_adapter(tiny_llama(), lora_config(r=rank), ROOT / name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registry_module, "PIN_TIMEOUT_SECONDS", 0.05)
+        patch.setattr(pins, "PIN_TIMEOUT_SECONDS", 0.05)
         yield
     _directory.cleanup()
 
@@ -109,7 +109,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: bool(self.registered))
     @rule(index=st.integers(0, 3), mode=st.sampled_from(["DRAIN", "FORCE"]))
-    def unload(self, index: int, mode: registry_module.UnloadMode) -> None:
+    def unload(self, index: int, mode: UnloadMode) -> None:
         name = sorted(self.registered)[index % len(self.registered)]
         if name in self.pinned or self.in_flight(name):
             with pytest.raises(AdapterInUseError):

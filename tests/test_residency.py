@@ -21,10 +21,10 @@ from registry_builders import (
     resident,
 )
 
-from turret.server.adapters import host_cache
-from turret.server.adapters import registry as registry_module
+from turret.server.adapters import host_cache, pins
 from turret.server.adapters.mix import HostResult
 from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.source import Source
 from turret.server.engine.request import AdapterRef
 from turret.server.errors import (
     AdapterCheckpointError,
@@ -71,10 +71,10 @@ def test_a_cold_adapter_is_read_again_once_for_all_who_wait(make: Registries) ->
     gate.open()
     results = [waiter.wait() for waiter in waiters]
     assert gate.reads == ["b"]
-    uuid = registry.get("b").uuid
+    key = waiters[0].mix.components[0][0].key
     for result in results:
         assert result.error is None
-        assert result.load_seconds[uuid] > 0
+        assert result.load_seconds[key] > 0
     operators = waiters[0].mix.components[0][0].operators
     assert operators is not None
     for name, low_rank in expected.items():
@@ -147,8 +147,8 @@ def test_an_unexpected_failure_of_a_read_is_reported(
 ) -> None:
     registry = make(1, load="ab")
 
-    def explode(path: str, digest: str) -> AdapterOperators:
-        raise MemoryError(path)
+    def explode(source: Source, digest: str) -> AdapterOperators:
+        raise MemoryError(source.path)
 
     registry._cache._reload = explode
     error = Waiter(registry.acquire(refs("a"))).wait().error
@@ -286,7 +286,7 @@ def test_pins_that_leave_no_room_are_refused(
     registry.release(mix)
     registry.unpin("b")
     busy = registry.acquire(refs("b"))
-    monkeypatch.setattr(registry_module, "PIN_TIMEOUT_SECONDS", 0.05)
+    monkeypatch.setattr(pins, "PIN_TIMEOUT_SECONDS", 0.05)
     with pytest.raises(BudgetExceededError, match="no room"):
         registry.pin("a")
     registry.release(busy)

@@ -14,7 +14,7 @@ import torch
 
 from turret.server.adapters.operators import AdapterOperators
 
-# One row's, or one segment's, mix: (adapter uuid, weight), in the request's order.
+# One row's, or one segment's, mix: (adapter key, weight), in the request's order.
 Members = Sequence[tuple[str, float]]
 
 
@@ -67,17 +67,17 @@ class ShelfSlots:
         self._slots: dict[str, int] = {}
         self._capacity = 0
 
-    def insert(self, uuid: str, operators: AdapterOperators) -> None:
+    def insert(self, key: str, operators: AdapterOperators) -> None:
         taken = set(self._slots.values())
         slot = next(i for i in range(len(taken) + 1) if i not in taken)
         if slot >= self._capacity:
             self._capacity = max(4, 2 * self._capacity)
             self.shelf.grow(self._capacity)
-        self._slots[uuid] = slot
+        self._slots[key] = slot
         self.shelf.put(slot, operators)
 
-    def remove(self, uuid: str) -> None:
-        self._slots.pop(uuid, None)
+    def remove(self, key: str) -> None:
+        self._slots.pop(key, None)
 
     def bind(self, members: StepMembers, device: torch.device) -> list[Rows]:
         """The step's rows by position among the members that are on this shelf."""
@@ -97,9 +97,9 @@ class ShelfSlots:
                 )
             )
         for start, end, mix in members.long:
-            for uuid, weight in mix:
-                if uuid in self._slots:
-                    bound.append(Rows(slice(start, end), self._slots[uuid], weight))
+            for key, weight in mix:
+                if key in self._slots:
+                    bound.append(Rows(slice(start, end), self._slots[key], weight))
         return bound
 
 
@@ -121,7 +121,7 @@ class Bank(Protocol):
     """What a kind of operator brings: the shelves an adapter needs, made on demand."""
 
     def shelves_of(self, operators: AdapterOperators) -> Iterable[tuple[Hashable, Any]]:
-        """(key, function that makes the shelf) for every shape the adapter has."""
+        """(shape, function that makes the shelf) for every shape the adapter has."""
         ...
 
 
@@ -133,21 +133,23 @@ class BankSet:
         self._device = device
         self._shelves: dict[Hashable, ShelfSlots] = {}
 
-    def insert(self, uuid: str, operators: AdapterOperators) -> None:
+    def insert(self, key: str, operators: AdapterOperators) -> None:
         for bank in self._banks:
-            for key, make in bank.shelves_of(operators):
-                if key not in self._shelves:
-                    self._shelves[key] = ShelfSlots(make())
-                self._shelves[key].insert(uuid, operators)
+            for shape, make in bank.shelves_of(operators):
+                if shape not in self._shelves:
+                    self._shelves[shape] = ShelfSlots(make())
+                self._shelves[shape].insert(key, operators)
 
-    def remove(self, uuid: str) -> None:
+    def remove(self, key: str) -> None:
         for slots in self._shelves.values():
-            slots.remove(uuid)
+            slots.remove(key)
 
     def bind(self, members: StepMembers) -> BoundBank | None:
         """The step's rows, or None if no row needs a shelf."""
         by_group: dict[str, list[tuple[Shelf, list[Rows]]]] = {}
-        for slots in self._shelves.values():
+        # In the order of their shapes, not of their making: sums must not depend on what the pack
+        # has held before.
+        for _, slots in sorted(self._shelves.items(), key=lambda item: repr(item[0])):
             bound = slots.bind(members, self._device)
             if bound:
                 by_group.setdefault(slots.shelf.group, []).append((slots.shelf, bound))

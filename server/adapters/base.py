@@ -42,6 +42,9 @@ class BaseModel:
         other_modules: Paths that exist but are not adaptable here (``model.embed_tokens``,
             ``lm_head``, norms): targeting one is an error that names it, not a silent skip.
         num_layers: Decoder layers.
+        hidden_size: Width of an embedding.
+        num_kv_heads: Heads of keys and values per layer.
+        head_dim: Width of one head.
     """
 
     name: str
@@ -51,3 +54,6 @@ class BaseModel:
     modules: Mapping[str, BaseModule]
     other_modules: frozenset[str]
     num_layers: int
+    hidden_size: int
+    num_kv_heads: int
+    head_dim: int

@@ -68,11 +68,8 @@ def read_checkpoint(root: AdapterRoot, path: str, *, max_elements: int) -> Adapt
     _refuse_pickle(directory, path)
     with root.open_file(directory, CONFIG_FILE, path) as file:
         config_bytes = file.read(MAX_CONFIG_BYTES + 1)
-    config = _parse_config(config_bytes, path)
-    digest = hashlib.sha256(_DIGEST_DOMAIN)
-    canonical = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
-    digest.update(len(canonical).to_bytes(8, "little"))
-    digest.update(canonical)
+    config = parse_config(config_bytes, path)
+    digest = begin_digest(config)
     with root.open_file(directory, TENSORS_FILE, path) as file:
         file_bytes = os.fstat(file.fileno()).st_size
         tensors = _read_tensors(file, file_bytes, path, digest, max_elements)
@@ -97,7 +94,21 @@ def _refuse_pickle(directory: Path, path: str) -> None:
     violations.raise_if_any(path)
 
 
-def _parse_config(data: bytes, path: str) -> dict[str, Any]:
+def begin_digest(config: Mapping[str, Any]) -> Any:
+    """An adapter's digest, but for the bytes of the tensor file; give it those, from the first."""
+    digest = hashlib.sha256(_DIGEST_DOMAIN)
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
+    digest.update(len(canonical).to_bytes(8, "little"))
+    digest.update(canonical)
+    return digest
+
+
+def parse_config(data: bytes, path: str) -> dict[str, Any]:
+    """``adapter_config.json`` of the adapter ``path``.
+
+    Raises:
+        AdapterCheckpointError: Too long, or no JSON object.
+    """
     violations = Violations()
     config: dict[str, Any] = {}
     if len(data) > MAX_CONFIG_BYTES:
@@ -145,8 +156,8 @@ def _read_tensor(
 ) -> torch.Tensor | None:
     """Reads one tensor into memory of its own (never a view of the file's mapping)."""
     if entry.end == entry.begin:
-        violations.add(entry.name, f"is empty: shape {list(entry.shape)}")
-        return None
+        # AdaLoRA writes such tensors for modules it pruned to rank 0.
+        return torch.empty(entry.shape, dtype=entry.dtype)
     buffer = bytearray(entry.end - entry.begin)
     view = memoryview(buffer)
     filled = 0

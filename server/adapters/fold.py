@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from types import MappingProxyType
 
@@ -38,25 +38,57 @@ def finish(
     Raises:
         AdapterCheckpointError: A value is not finite in the serving dtype (names every module).
     """
+    result = with_biases(operators, layout.biases, base)
+    return finish_modules(
+        result,
+        base,
+        path,
+        ranks={module.rank for module in layout.modules},
+        base_model=layout.base_model,
+        warnings=layout.warnings,
+    )
+
+
+def with_biases(
+    operators: Mapping[str, ModuleOperators], biases: Mapping[str, torch.Tensor], base: BaseModel
+) -> dict[str, ModuleOperators]:
+    """Adds whole biases that replace those of the base, which has one wherever they do."""
     result = dict(operators)
-    for name, bias in layout.biases.items():
+    for name, bias in biases.items():
         served = base.modules[name].bias
         assert served is not None  # the layout checked it
         # The file holds the whole bias; operators add, so only the difference goes in.
         change = bias.to(torch.float32) - served.to(torch.float32).cpu()
         before = result.get(name, ModuleOperators())
         result[name] = replace(before, bias=change if before.bias is None else before.bias + change)
+    return result
+
+
+def finish_modules(
+    operators: Mapping[str, ModuleOperators],
+    base: BaseModel,
+    path: str,
+    *,
+    ranks: Iterable[int],
+    base_model: str,
+    warnings: tuple[str, ...],
+) -> Lowered:
+    """Checks that nothing overflowed, and sums up.
+
+    Raises:
+        AdapterCheckpointError: A value is not finite in the serving dtype (names every module).
+    """
     violations = Violations()
-    for name, module in result.items():
+    for name, module in operators.items():
         if not is_finite(module):
             violations.add(name, f"is not finite once scaled and rounded to {base.dtype}")
     violations.raise_if_any(path)
     return Lowered(
-        operators=AdapterOperators(MappingProxyType(result)),
-        ranks=tuple(sorted({module.rank for module in layout.modules})),
-        target_modules=tuple(sorted({name.rsplit(".", 1)[-1] for name in result})),
-        base_model=layout.base_model,
-        warnings=layout.warnings,
+        operators=AdapterOperators(MappingProxyType(dict(operators))),
+        ranks=tuple(sorted(set(ranks))),
+        target_modules=tuple(sorted({name.rsplit(".", 1)[-1] for name in operators})),
+        base_model=base_model,
+        warnings=warnings,
     )
 
 

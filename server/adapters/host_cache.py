@@ -20,12 +20,13 @@ from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_metrics import AdapterMetrics
 from turret.server.adapters.mix import HostResult, Mix, OnHost
 from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.source import Source
 from turret.server.errors import BudgetExceededError, TurretError, UnavailableError
 
 PATIENCE_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
-Reload = Callable[[str, str], AdapterOperators]
+Reload = Callable[[Source, str], AdapterOperators]
 # Callbacks to run once the lock is free.
 Calls = list[Callable[[], None]]
 
@@ -49,7 +50,7 @@ class _Lease:
 
 @dataclass(eq=False, slots=True)
 class _Load:
-    """A read under way. ``is_abandoned``: the adapter was unloaded meanwhile."""
+    """A read under way. ``is_abandoned``: nobody will use the adapter any more."""
 
     adapter: Adapter
     leases: list[_Lease] = field(default_factory=list)
@@ -61,7 +62,7 @@ class HostCache:
 
     Args:
         host_bytes: The budget; resident and arriving adapters never exceed it.
-        reload: ``(path, digest) → operators``; runs on this cache's threads, without the lock.
+        reload: ``(source, digest) → operators``; runs on this cache's threads, without the lock.
         lock: The registry's lock, re-entrant; every method takes it.
         metrics: Receives residency, bytes, loads and evictions.
         load_threads: Reads at a time.
@@ -82,7 +83,7 @@ class HostCache:
         self._metrics = metrics
         self._used_bytes = 0
         self._pinned_bytes = 0
-        # Resident and arriving adapters by uuid, least recently granted first.
+        # Resident and arriving adapters by key, least recently granted first.
         self._entries: OrderedDict[str, Adapter] = OrderedDict()
         self._loads: dict[str, _Load] = {}
         self._leases: dict[Mix, _Lease] = {}
@@ -105,16 +106,17 @@ class HostCache:
             self._report(adapter)
             return True
 
-    def forget(self, adapter: Adapter) -> None:
-        """Drops an adapter that is being unloaded and that no mix holds."""
+    def forget(self, adapter: Adapter, reason: str) -> None:
+        """Drops an adapter that no mix holds or will hold again."""
         with self._lock:
             assert adapter.in_flight == 0, adapter
-            load = self._loads.get(adapter.uuid)
+            self.set_pinned(adapter, False)
+            load = self._loads.get(adapter.key)
             if load is not None:
                 load.is_abandoned = True
-            elif adapter.uuid in self._entries:
+            elif adapter.key in self._entries:
                 self._leave(adapter)
-                self._metrics.adapter_evicted("host", "unload")
+                self._metrics.adapter_evicted("host", reason)
                 self._metrics.adapter_bytes(host=self._used_bytes)
 
     def set_pinned(self, adapter: Adapter, pinned: bool) -> None:
@@ -200,9 +202,9 @@ class HostCache:
         return not lease.is_resident or waited > PATIENCE_SECONDS
 
     def _make_room_for(self, lease: _Lease) -> bool:
-        missing = [a for a in lease.adapters if a.uuid not in self._entries]
+        missing = [a for a in lease.adapters if a.key not in self._entries]
         needed = sum(adapter.host_bytes_needed for adapter in missing)
-        return self._make_room(needed, frozenset(a.uuid for a in lease.adapters))
+        return self._make_room(needed, frozenset(a.key for a in lease.adapters))
 
     def _make_room(self, needed: int, keep: frozenset[str]) -> bool:
         """Evicts least recently used adapters until ``needed`` bytes fit, or evicts none."""
@@ -211,8 +213,8 @@ class HostCache:
         for adapter in self._entries.values():
             if over <= 0:
                 break
-            is_busy = adapter.holds or adapter.pinned or adapter.uuid in self._loads
-            if not is_busy and adapter.uuid not in keep:
+            is_busy = adapter.holds or adapter.pinned or adapter.key in self._loads
+            if not is_busy and adapter.key not in keep:
                 victims.append(adapter)
                 over -= adapter.host_bytes_needed
         if over > 0:
@@ -224,16 +226,17 @@ class HostCache:
         return True
 
     def _enter(self, adapter: Adapter) -> None:
-        self._entries[adapter.uuid] = adapter
+        self._entries[adapter.key] = adapter
         self._used_bytes += adapter.host_bytes_needed
 
     def _leave(self, adapter: Adapter) -> None:
-        del self._entries[adapter.uuid]
+        del self._entries[adapter.key]
         self._used_bytes -= adapter.host_bytes_needed
         adapter.operators = None
 
     def _report(self, adapter: Adapter) -> None:
-        self._metrics.adapter_residency(adapter.name, adapter.residency)
+        if not adapter.is_retired:
+            self._metrics.adapter_residency(adapter.name, adapter.residency)
         self._metrics.adapter_bytes(host=self._used_bytes)
 
     def _grant(self, lease: _Lease) -> None:
@@ -241,15 +244,15 @@ class HostCache:
         lease.is_granted = True
         for adapter in lease.adapters:
             adapter.holds += 1
-            if adapter.uuid not in self._entries:
+            if adapter.key not in self._entries:
                 self._enter(adapter)
-                self._loads[adapter.uuid] = _Load(adapter)
+                self._loads[adapter.key] = _Load(adapter)
                 self._executor.submit(self._read, adapter)
-            self._entries.move_to_end(adapter.uuid)
-            load = self._loads.get(adapter.uuid)
+            self._entries.move_to_end(adapter.key)
+            load = self._loads.get(adapter.key)
             if load is not None:
                 load.leases.append(lease)
-                lease.pending.add(adapter.uuid)
+                lease.pending.add(adapter.key)
 
     def _withdraw(self, lease: _Lease) -> None:
         """Takes back what a lease holds or waits for; its callback will not be called."""
@@ -262,7 +265,7 @@ class HostCache:
             lease.is_granted = False
             for adapter in lease.adapters:
                 adapter.holds -= 1
-                load = self._loads.get(adapter.uuid)
+                load = self._loads.get(adapter.key)
                 if load is not None:
                     load.leases.remove(lease)
 
@@ -300,7 +303,7 @@ class HostCache:
         start = time.monotonic()
         operators, error = None, None
         try:
-            operators = self._reload(adapter.path, adapter.digest)
+            operators = self._reload(adapter.source, adapter.digest)
         except TurretError as known:
             error = known
         except Exception:
@@ -319,7 +322,7 @@ class HostCache:
         error: TurretError | None,
         seconds: float,
     ) -> Calls:
-        load = self._loads.pop(adapter.uuid)
+        load = self._loads.pop(adapter.key)
         self._metrics.adapter_load("read", seconds)
         self._metrics.adapter_loaded("ok" if error is None else "error")
         calls: Calls = []
@@ -329,16 +332,27 @@ class HostCache:
                 assert error is not None, "an abandoned adapter has no leases"
                 calls += self._fail(lease, error)
         else:
+            assert operators is not None
+            self._correct_size(adapter, operators.num_bytes)
             adapter.operators = operators
             for lease in load.leases:
-                lease.pending.discard(adapter.uuid)
-                lease.load_seconds[adapter.uuid] = seconds
+                lease.pending.discard(adapter.key)
+                lease.load_seconds[adapter.key] = seconds
                 calls += self._answer_if_ready(lease)
         if load.is_abandoned:
             self._metrics.adapter_bytes(host=self._used_bytes)
         else:
             self._report(adapter)
         return calls
+
+    def _correct_size(self, adapter: Adapter, num_bytes: int) -> None:
+        """What an earlier process measured may differ, say with another ``--dtype``."""
+        difference = num_bytes - adapter.host_bytes_needed
+        if difference:
+            adapter.host_bytes_needed = num_bytes
+            self._used_bytes += difference
+            self._pinned_bytes += difference if adapter.pinned else 0
+            self._make_room(0, frozenset({adapter.key}))
 
 
 def _shutting_down() -> UnavailableError:

@@ -8,20 +8,20 @@ from pathlib import Path
 from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
-from turret.server.adapters.lowered import Lowered
+from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.methods import method_for
 from turret.server.adapters.operators import AdapterOperators
-from turret.server.errors import AdapterCheckpointError, BudgetExceededError
+from turret.server.adapters.single_thread import compute_on_this_thread
+from turret.server.adapters.source import Source
+from turret.server.errors import AdapterChangedError, BudgetExceededError
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """A lowered checkpoint and where it came from."""
+    """A lowered checkpoint: what it is, and its operators in host memory."""
 
-    digest: str
-    method: str
-    bytes_disk: int
-    lowered: Lowered
+    facts: AdapterFacts
+    operators: AdapterOperators
 
 
 class AdapterLoader:
@@ -32,19 +32,33 @@ class AdapterLoader:
         base: The base model as served.
         host_bytes: Most bytes one adapter's operators may take.
         max_rank: Largest rank served.
+        uploads: The directory that the paths of uploads are relative to.
     """
 
-    def __init__(self, root: Path | None, base: BaseModel, host_bytes: int, max_rank: int) -> None:
+    def __init__(
+        self,
+        root: Path | None,
+        base: BaseModel,
+        host_bytes: int,
+        max_rank: int,
+        uploads: Path | None = None,
+    ) -> None:
         self._root = AdapterRoot(root)
+        self._uploads = AdapterRoot(uploads)
         self._base = base
         self._host_bytes = host_bytes
         self._max_rank = max_rank
 
-    def read(self, path: str) -> AdapterCheckpoint:
+    def root_of(self, source: Source) -> AdapterRoot:
+        """The only directory that the source's files may be opened in."""
+        return self._uploads if source.is_upload else self._root
+
+    def read(self, source: Source) -> AdapterCheckpoint:
         """Reads and hashes; see ``read_checkpoint`` for the errors."""
+        compute_on_this_thread()
         # Operators take at least one serving element per weight, so more cannot fit.
         max_elements = self._host_bytes // self._base.dtype.itemsize
-        return read_checkpoint(self._root, path, max_elements=max_elements)
+        return read_checkpoint(self.root_of(source), source.path, max_elements=max_elements)
 
     def lower(self, checkpoint: AdapterCheckpoint) -> LoadedAdapter:
         """Makes the operators.
@@ -54,6 +68,7 @@ class AdapterLoader:
             AdapterMismatchError: Made for another base.
             BudgetExceededError: Rank or bytes over the limit.
         """
+        compute_on_this_thread()
         method = method_for(checkpoint)
         lowered = method.lower(checkpoint, self._base, self._max_rank)
         if lowered.num_bytes > self._host_bytes:
@@ -62,20 +77,38 @@ class AdapterLoader:
                 f" budget for all adapters is {self._host_bytes}",
                 metadata={"path": checkpoint.path, "bytes": str(lowered.num_bytes)},
             )
-        return LoadedAdapter(checkpoint.digest, method.name, checkpoint.bytes_disk, lowered)
+        facts = AdapterFacts(
+            digest=checkpoint.digest,
+            method=method.name,
+            ranks=lowered.ranks,
+            target_modules=lowered.target_modules,
+            base_model=lowered.base_model,
+            warnings=lowered.warnings,
+            num_soft_tokens=lowered.num_soft_tokens,
+            num_prefix_positions=lowered.num_prefix_positions,
+            bytes_disk=checkpoint.bytes_disk,
+            bytes_host=lowered.num_bytes,
+        )
+        return LoadedAdapter(facts, lowered.operators)
 
-    def reload(self, path: str, digest: str) -> AdapterOperators:
-        """Reads an adapter that was loaded before and insists on the same content.
+    def reload(self, source: Source, digest: str) -> AdapterOperators:
+        """Reads an adapter that was registered before and insists on the same content.
 
         Raises:
-            AdapterCheckpointError: The files changed since, or are gone.
+            AdapterChangedError: The files changed since.
+            AdapterCheckpointError: They are gone.
         """
-        checkpoint = self.read(path)
+        checkpoint = self.read(source)
         if checkpoint.digest != digest:
-            raise AdapterCheckpointError(
-                f"adapter {path!r} changed on disk since it was loaded; unload it and load it"
-                " again to serve the new files",
-                metadata={"path": path, "digest": digest, "found_digest": checkpoint.digest},
-                violations=[("path", "changed on disk since it was loaded")],
-            )
-        return self.lower(checkpoint).lowered.operators
+            raise changed(source, digest, checkpoint.digest)
+        return self.lower(checkpoint).operators
+
+
+def changed(source: Source, digest: str, found: str) -> AdapterChangedError:
+    """The files are no longer those that were registered."""
+    return AdapterChangedError(
+        f"adapter {source.path!r} changed on disk since it was loaded; replace the adapter to serve"
+        " the new files",
+        metadata={"path": source.path, "digest": digest, "found_digest": found},
+        violations=[("path", "changed on disk since it was loaded")],
+    )

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint import AdapterCheckpoint
+from turret.server.adapters.config_keys import Rules
 from turret.server.adapters.operators import AdapterOperators
 
 
@@ -44,10 +45,12 @@ class Method(Protocol):
     Attributes:
         name: As clients see it, e.g. ``lora``.
         peft_types: The ``peft_type`` values (upper case) it may accept.
+        rules: A rule for every key that its config may have.
     """
 
     name: str
     peft_types: frozenset[str]
+    rules: Rules
 
     def accepts(self, config: Mapping[str, Any]) -> bool:
         """Whether this method, among those of the same ``peft_type``, is the one meant."""

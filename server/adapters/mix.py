@@ -29,7 +29,7 @@ class HostResult:
         mix: The mix that was waiting.
         error: Why it cannot be served, or None: then every component is resident and stays
             so until the mix is released.
-        load_seconds: Per uuid of a component that was not resident, how long its read took.
+        load_seconds: Per key of a component that was not resident, how long its read took.
     """
 
     mix: Mix

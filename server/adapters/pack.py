@@ -9,9 +9,9 @@ in banks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -38,7 +38,7 @@ class Packable(Protocol):
     bytes_device: int
 
     @property
-    def uuid(self) -> str: ...
+    def key(self) -> str: ...
     @property
     def operators(self) -> AdapterOperators | None: ...
 
@@ -78,14 +78,21 @@ class AdapterPack:
         layout: Shape of the base.
         dtype: Serving dtype.
         device: Where the copies live.
-        max_bytes: Budget of the copies; those of a running batch may exceed it by none of the
-            scheduler's doing.
+        max_bytes: Budget of the copies. The scheduler keeps what runs together within it; idle
+            copies give way.
+        on_moved: Told of every adapter that was packed or forgotten.
     """
 
     def __init__(
-        self, layout: PackLayout, dtype: torch.dtype, device: torch.device, max_bytes: int
+        self,
+        layout: PackLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_bytes: int,
+        on_moved: Callable[[Any], None] = lambda _: None,
     ) -> None:
         self._layout = layout
+        self._on_moved = on_moved
         self._max_bytes = max_bytes
         self._dtype = dtype
         self._window = rank_window(dtype)
@@ -126,7 +133,7 @@ class AdapterPack:
         self._step += 1
         missing = []
         for adapter in adapters:
-            entry = self._entries.get(adapter.uuid)
+            entry = self._entries.get(adapter.key)
             if entry is None:
                 missing.append(adapter)
             else:
@@ -134,19 +141,20 @@ class AdapterPack:
         for adapter in missing:
             self._insert(adapter)
 
-    def drop(self, uuid: str) -> None:
+    def drop(self, key: str) -> None:
         """Forget an adapter (unloaded, replaced or idle). Unknown ones are ignored."""
-        entry = self._entries.pop(uuid, None)
+        entry = self._entries.pop(key, None)
         if entry is not None:
             entry.adapter.bytes_device = 0
-            self._banks.remove(uuid)
+            self._banks.remove(key)
+            self._on_moved(entry.adapter)
 
-    def entry(self, uuid: str) -> PackEntry:
-        return self._entries[uuid]
+    def entry(self, key: str) -> PackEntry:
+        return self._entries[key]
 
-    def step(self, plan: SegmentPlan, members: StepMembers, uuids: Sequence[str]) -> AdapterStep:
-        """Bind a step's plan to the packed adapters ``uuids``."""
-        entries = [self._entries[uuid] for uuid in uuids]
+    def step(self, plan: SegmentPlan, members: StepMembers, keys: Sequence[str]) -> AdapterStep:
+        """Bind a step's plan to the packed adapters ``keys``."""
+        entries = [self._entries[key] for key in keys]
         return AdapterStep(
             groups=self._groups,
             plan=plan,
@@ -166,12 +174,13 @@ class AdapterPack:
         width = self.rank_width(operators)
         start = self._find_range(width)
         entry = self._describe(adapter, operators, start, start + width, self._find_slot())
-        self._entries[adapter.uuid] = entry
+        self._entries[adapter.key] = entry
         for group in self._groups.values():
             group.put_low_rank(operators, entry.rank_start, entry.rank_end)
             group.put_tables(operators, entry.slot, self._slots)
-        self._banks.insert(adapter.uuid, operators)
+        self._banks.insert(adapter.key, operators)
         adapter.bytes_device = num_bytes
+        self._on_moved(adapter)
 
     def _describe(
         self, adapter: Packable, operators: AdapterOperators, start: int, end: int, slot: int
@@ -203,7 +212,7 @@ class AdapterPack:
         """Forget the adapter that was used longest ago and not in this step, if there is one."""
         idle = [e for e in self._entries.values() if e.last_step < self._step]
         if idle:
-            self.drop(min(idle, key=lambda e: e.last_step).adapter.uuid)
+            self.drop(min(idle, key=lambda e: e.last_step).adapter.key)
         return bool(idle)
 
     def _find_range(self, width: int) -> int:
@@ -281,11 +290,14 @@ class AdapterStep:
         if group in self.input_gains:
             # W (l ⊙ x) = W x + W ((l − 1) ⊙ x): exact beside any other operator of the mix.
             assert packed.input_gain_delta is not None
-            delta = row_combine(packed.input_gain_delta[layer], self.plan, x.shape[0])
-            rows = delta.count_nonzero(dim=1).nonzero().squeeze(1)
-            if rows.numel():
-                scaled = (x.index_select(0, rows).float() * delta.index_select(0, rows)).to(x.dtype)
-                y.index_add_(0, rows, base(scaled))
+            for s, columns in enumerate(packed.columns):
+                table = packed.input_gain_delta[layer, :, s]
+                delta = row_combine(table, self.plan, x.shape[0])
+                rows = delta.count_nonzero(dim=1).nonzero().squeeze(1)
+                if rows.numel():
+                    chosen = x.index_select(0, rows).float() * delta.index_select(0, rows)
+                    change = base(chosen.to(x.dtype))[:, columns]
+                    y[:, columns].index_add_(0, rows, change)
 
     def add(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add bias differences and updates to ``y``, in place."""

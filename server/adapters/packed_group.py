@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -48,7 +49,7 @@ class PackedGroup:
         a: ``[layers, pack_rank, slices, in]``: an adapter's ranks are one run for all slices.
         b: Per slice ``[layers, pack_rank, out]``.
         gain_delta: ``g − 1`` per slot, ``[layers, slots, sum(out)]`` fp32, or None (no gains yet).
-        input_gain_delta: ``l − 1`` per slot, ``[layers, slots, in]`` fp32, or None.
+        input_gain_delta: ``l − 1`` per slot, ``[layers, slots, slices, in]`` fp32, or None.
         bias: ``[layers, slots, sum(out)]`` fp32, or None.
     """
 
@@ -69,6 +70,11 @@ class PackedGroup:
         self.bias: torch.Tensor | None = None
 
     @property
+    def columns(self) -> list[slice]:
+        """The columns of each slice in a fused result."""
+        return [slice(start, end) for start, end in pairwise(self._offsets)]
+
+    @property
     def num_bytes(self) -> int:
         tables = (self.gain_delta, self.input_gain_delta, self.bias)
         matrices = self.a.nbytes + sum(b.nbytes for b in self.b)
@@ -86,6 +92,8 @@ class PackedGroup:
 
     def put_low_rank(self, operators: AdapterOperators, start: int, end: int) -> None:
         """Copy an adapter's factors into ranks ``[start, end)``; unused ones become zero."""
+        if start == end:
+            return  # no low-rank update; there may be no matrices yet
         self.a[:, start:end] = 0
         for b in self.b:
             b[:, start:end] = 0
@@ -98,29 +106,31 @@ class PackedGroup:
     def put_tables(self, operators: AdapterOperators, slot: int, num_slots: int) -> None:
         """Copy an adapter's gains and biases into its slot; clears what the slot held."""
         found = self._layout.of(operators, self.name)
-        width, inner = self._offsets[-1], self.slices[0].in_features
-        if any(ops.gain is not None for _, _, ops in found):
+        width, inner = self._offsets[-1], (len(self.slices), self.slices[0].in_features)
+        # A table that exists covers every slot: rows of adapters that are not in it read zeros.
+        if self.gain_delta is not None or any(ops.gain is not None for _, _, ops in found):
             self.gain_delta = self._grown(self.gain_delta, num_slots, width)
-        if any(ops.input_gain is not None for _, _, ops in found):
-            self.input_gain_delta = self._grown(self.input_gain_delta, num_slots, inner)
-        if any(ops.bias is not None for _, _, ops in found):
+        has_input_gain = any(ops.input_gain is not None for _, _, ops in found)
+        if self.input_gain_delta is not None or has_input_gain:
+            self.input_gain_delta = self._grown(self.input_gain_delta, num_slots, *inner)
+        if self.bias is not None or any(ops.bias is not None for _, _, ops in found):
             self.bias = self._grown(self.bias, num_slots, width)
         for table in (self.gain_delta, self.input_gain_delta, self.bias):
-            if table is not None and table.shape[1] > slot:
+            if table is not None:
                 table[:, slot] = 0
         for layer, s, ops in found:
-            columns = slice(self._offsets[s], self._offsets[s + 1])
+            columns = self.columns[s]
             if ops.gain is not None and self.gain_delta is not None:
                 self.gain_delta[layer, slot, columns] = ops.gain - 1.0
             if ops.bias is not None and self.bias is not None:
                 self.bias[layer, slot, columns] = ops.bias
             if ops.input_gain is not None and self.input_gain_delta is not None:
-                self.input_gain_delta[layer, slot] = ops.input_gain - 1.0
+                self.input_gain_delta[layer, slot, s] = ops.input_gain - 1.0
 
-    def _grown(self, table: torch.Tensor | None, num_slots: int, width: int) -> torch.Tensor:
+    def _grown(self, table: torch.Tensor | None, num_slots: int, *shape: int) -> torch.Tensor:
         if table is not None and table.shape[1] >= num_slots:
             return table
-        grown = torch.zeros(self._layout.num_layers, num_slots, width, device=self._device)
+        grown = torch.zeros(self._layout.num_layers, num_slots, *shape, device=self._device)
         if table is not None:
             grown[:, : table.shape[1]] = table
         return grown

@@ -27,7 +27,7 @@ def compute_on_this_thread() -> None:
     if getattr(_done, "value", False):
         return
     _done.value = True
-    # torch sets a thread's team size when the thread first asks for it; later calls would undo this.
+    # torch sets a thread's team size when it is first asked for; later, that would undo this.
     torch.get_num_threads()
     folder = Path(torch.__file__).parent / "lib"
     for pattern, function in (

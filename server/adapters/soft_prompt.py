@@ -45,12 +45,16 @@ class SoftPrompt:
         assert self.soft_tokens is not None
         return self.soft_tokens.shape[0]
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor, for counting bytes and checking values."""
+        if self.prefix is not None:
+            return (self.prefix.keys, self.prefix.values)
+        assert self.soft_tokens is not None
+        return (self.soft_tokens,)
+
     @property
     def num_bytes(self) -> int:
-        if self.prefix is not None:
-            return self.prefix.keys.nbytes + self.prefix.values.nbytes
-        assert self.soft_tokens is not None
-        return self.soft_tokens.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors())
 
 
 def soft_prompt_of(mix: Any) -> SoftPrompt:

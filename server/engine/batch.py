@@ -124,7 +124,7 @@ class BatchBuilder:
         self, short: list[Scheduled], num_short: int, long: list[Placed]
     ) -> AdapterStep:
         sequences = [item.sequence for item in short] + [p.item.sequence for p in long]
-        adapters = {a.uuid: a for sequence in sequences for a, _ in sequence.mix.components}
+        adapters = {a.key: a for sequence in sequences for a, _ in sequence.mix.components}
         self._pack.prepare(adapters.values())
         segments = tuple(
             LongSegment(
@@ -153,7 +153,7 @@ class BatchBuilder:
     def _components(self, sequence: Sequence) -> list[Component]:
         components = []
         for adapter, weight in sequence.mix.components:
-            entry = self._pack.entry(adapter.uuid)
+            entry = self._pack.entry(adapter.key)
             # Weight 0 adds nothing: no ranks, so that not even an overflow gets through.
             end = entry.rank_end if weight else entry.rank_start
             components.append(Component(entry.rank_start, end, entry.slot, weight))
@@ -185,5 +185,5 @@ class BatchBuilder:
 
 
 def _members(sequence: Sequence) -> Members:
-    """Uuid and weight of each adapter that adds something."""
-    return [(a.uuid, weight) for a, weight in sequence.mix.components if weight != 0.0]
+    """Key and weight of each adapter that adds something."""
+    return [(a.key, weight) for a, weight in sequence.mix.components if weight != 0.0]

@@ -87,7 +87,7 @@ class Engine:
             send=self._send,
         )
         adapters.on_force_unload = lambda uuid: loop.post(lambda: loop.force_unload(uuid))
-        adapters.on_unloaded = lambda uuid: loop.post(lambda: loop.forget_adapter(uuid))
+        adapters.on_unloaded = lambda key: loop.post(lambda: loop.forget_adapter(key))
         self._draining = False
         self._thread: threading.Thread | None = None
         self._event_loop: asyncio.AbstractEventLoop | None = None

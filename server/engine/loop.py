@@ -32,7 +32,7 @@ class Runs(Protocol):
 
     def run(self, step: Step) -> StepResult: ...
     def forget(self, sequence: Sequence) -> None: ...
-    def forget_adapter(self, uuid: str) -> None: ...
+    def forget_adapter(self, key: str) -> None: ...
     @property
     def adapter_bytes(self) -> int: ...
 
@@ -151,9 +151,10 @@ class EngineLoop:
                 self._fail(flight, error)
         self._flush()
 
-    def forget_adapter(self, uuid: str) -> None:
-        """Free what the device holds of an unloaded adapter."""
-        self._runner.forget_adapter(uuid)
+    def forget_adapter(self, key: str) -> None:
+        """Free what the device holds of an adapter that is gone, unloaded or replaced."""
+        self._runner.forget_adapter(key)
+        self._metrics.adapter_bytes(device=self._runner.adapter_bytes)
 
     def stop(self) -> None:
         """End every request and leave ``run``."""
@@ -319,8 +320,8 @@ class EngineLoop:
                 uuid=adapter.uuid,
                 generation=adapter.generation,
                 weight=weight,
-                cold_start=adapter.uuid in seconds,
-                load_ms=1000.0 * seconds.get(adapter.uuid, 0.0),
+                cold_start=adapter.key in seconds,
+                load_ms=1000.0 * seconds.get(adapter.key, 0.0),
             )
             for adapter, weight in sequence.mix.components
         )
@@ -334,7 +335,7 @@ class EngineLoop:
         new = [item.num_new for item in step.scheduled]
         decodes = sum(n == 1 for n in new)
         phase = "decode" if decodes == len(new) else "prefill" if decodes == 0 else "mixed"
-        adapters = {u for item in step.scheduled for u, _, _ in item.sequence.mix.key}
+        adapters = {(u, g) for item in step.scheduled for u, g, _ in item.sequence.mix.key}
         self._metrics.step(phase, seconds=seconds, num_tokens=sum(new), num_adapters=len(adapters))
         self._report_state()
 

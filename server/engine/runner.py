@@ -74,9 +74,9 @@ class Runner:
         """Bytes of the adapters on the device."""
         return self.pack.adapter_bytes
 
-    def forget_adapter(self, uuid: str) -> None:
-        """Drop an unloaded adapter from the pack."""
-        self.pack.drop(uuid)
+    def forget_adapter(self, key: str) -> None:
+        """Drop an adapter that is gone from the pack."""
+        self.pack.drop(key)
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 from turret.kernels.paged_attention import AttentionPlan, paged_attention_reference
 from turret.kernels.row_linear import row_linear
+from turret.kernels.row_silu import row_silu
 from turret.server.adapters.pack import AdapterStep
 from turret.server.models.adapted_linear import AdaptedLinear
 from turret.server.models.arch import Arch
@@ -102,7 +103,7 @@ class Decoder:
             hidden = hidden + self._attend(number, layer, normed, cos, sin, step, cache)
             normed = self._rms_norm(hidden, layer.post_attention_norm)
             gate, up = layer.gate_up(normed, step.adapters).chunk(2, dim=-1)
-            hidden = hidden + layer.down(F.silu(gate).mul_(up), step.adapters)
+            hidden = hidden + layer.down(row_silu(gate).mul_(up), step.adapters)
         return self._rms_norm(hidden, self.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,8 @@ from turret.server.models.arch import Arch
 class KvCache:
     """Keys and values of all layers, ``[layers, num_blocks, block_size, kv_heads, head_dim]``.
 
-    Block 0 is never handed out: padding rows write to it and tiles are padded with it.
+    Block 0 is never handed out: tiles are padded with it. The memory is reserved, not touched:
+    a block costs RAM once it is first handed out (and cleared).
     """
 
     def __init__(
@@ -20,8 +21,9 @@ class KvCache:
     ):
         shape = (arch.num_layers, num_blocks, block_size, arch.num_kv_heads, arch.head_dim)
         self.block_size = block_size
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.clear([0])
 
     @staticmethod
     def block_bytes(arch: Arch, block_size: int, dtype: torch.dtype) -> int:

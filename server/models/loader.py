@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from turret.kernels.row_linear import row_multiple
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.packed_group import PackLayout, SliceShape
 from turret.server.errors import InvalidRequestError
@@ -99,6 +100,9 @@ def load_decoder(
     if unread:
         raise InvalidRequestError.of("model", f"unexpected tensors: {', '.join(unread[:8])}")
     progress("Loading layers", arch.num_layers, arch.num_layers)
+    if device.type == "cpu":
+        # Probed here, once, rather than by the first request.
+        row_multiple(dtype, *head.shape)
     return Decoder(arch, embedding=embedding, layers=layers, norm=norm, head=head)
 
 

@@ -1,9 +1,10 @@
-"""The control plane: loads, lists, pins and unloads adapters while traffic flows."""
+"""The control plane: loads, replaces, lists, pins and unloads adapters while traffic flows."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
+import threading
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NoReturn, TypeVar
@@ -11,16 +12,20 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 from google.protobuf import duration_pb2, timestamp_pb2
 
+from turret.server.adapters.staged_upload import UploadedFile
 from turret.server.config import ADAPTER_NAME
-from turret.server.errors import InvalidRequestError, UnsupportedError
+from turret.server.errors import InvalidRequestError, QueueFullError, UnsupportedError
 from turret.server.rpc.call import current_call
 from turret.server.rpc.convert import Violations
 from turret.server.rpc.gate import Gate
 from turret.server.rpc.paging import make_page_token, page_length, read_page_token
+from turret.server.rpc.uploads import checked_header, next_message, receive_chunks
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 
 DEFAULT_UNLOAD_SECONDS = 30.0
 MAX_UNLOAD_SECONDS = 3600.0
+# Each may take up to --max-upload-bytes of the disk before it is known to be any good.
+MAX_UPLOADS = 8
 # Loads and drains may take long; they must not hold up the threads that tokenise or list.
 _SLOW_CALLS = 32
 
@@ -76,6 +81,11 @@ def _named(name: str) -> str:
     return name
 
 
+def _check_path(path: str, violations: Violations) -> None:
+    violations.check(path != "", "path", "must be set")
+    violations.check("\0" not in path, "path", "must not hold a NUL character")
+
+
 def _unload_seconds(timeout: duration_pb2.Duration, violations: Violations) -> float:
     seconds = timeout.seconds + timeout.nanos / 1e9
     violations.check(
@@ -95,6 +105,7 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
+        self._num_uploads = 0
         self._slow = ThreadPoolExecutor(_SLOW_CALLS, thread_name_prefix="turret-adapters")
 
     def close(self) -> None:
@@ -105,19 +116,83 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._slow, functools.partial(call, *args, **kwargs))
 
+    async def _open_in_slow_thread(
+        self, call: Callable[[], _T], undo: Callable[[_T], object]
+    ) -> _T:
+        """As above; if the caller goes away meanwhile, what was opened is closed again."""
+        loop = asyncio.get_running_loop()
+        opening = loop.run_in_executor(self._slow, call)
+        try:
+            return await asyncio.shield(opening)
+        except asyncio.CancelledError:
+
+            def close(future: asyncio.Future[_T]) -> None:
+                if not future.cancelled() and future.exception() is None:
+                    self._slow.submit(undo, future.result())
+
+            opening.add_done_callback(close)
+            raise
+
     async def LoadAdapter(
         self, request: adapters_pb2.LoadAdapterRequest, context: _Context
     ) -> adapters_pb2.Adapter:
         registry = self._gate.enter().registry
         violations = Violations()
         _check_name(request.name, violations)
-        violations.check(request.path != "", "path", "must be set")
-        violations.check("\0" not in request.path, "path", "must not hold a NUL character")
+        _check_path(request.path, violations)
         violations.raise_if_any()
         current_call().adapters = (request.name,)
         record = await self._in_slow_thread(
             registry.load, request.name, request.path, pinned=request.pinned
         )
+        return adapter_message(record)
+
+    async def ReplaceAdapter(
+        self, request: adapters_pb2.ReplaceAdapterRequest, context: _Context
+    ) -> adapters_pb2.Adapter:
+        registry = self._gate.enter().registry
+        violations = Violations()
+        _check_name(request.name, violations)
+        _check_path(request.path, violations)
+        violations.raise_if_any()
+        current_call().adapters = (request.name,)
+        record = await self._in_slow_thread(registry.replace, request.name, request.path)
+        return adapter_message(record)
+
+    async def UploadAdapter(
+        self,
+        request_iterator: AsyncIterator[adapters_pb2.UploadAdapterRequest],
+        context: _Context,
+    ) -> adapters_pb2.Adapter:
+        registry = self._gate.enter().registry
+        if self._num_uploads >= MAX_UPLOADS:
+            raise QueueFullError(f"{MAX_UPLOADS} uploads are under way already")
+        self._num_uploads += 1
+        try:
+            return await self._receive(registry, aiter(request_iterator))
+        finally:
+            self._num_uploads -= 1
+
+    async def _receive(
+        self, registry: Any, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]
+    ) -> adapters_pb2.Adapter:
+        header = checked_header(await next_message(messages))
+        current_call().adapters = (header.name,)
+        files = [UploadedFile(file.path, file.size_bytes, file.sha256) for file in header.files]
+        staged = await self._open_in_slow_thread(
+            lambda: registry.stage(files), lambda opened: opened.discard()
+        )
+        try:
+            await receive_chunks(
+                messages, lambda name, data: self._in_slow_thread(staged.write, name, data)
+            )
+            await self._in_slow_thread(staged.finish)
+            record = await self._in_slow_thread(
+                registry.upload, header.name, staged, pinned=header.pinned, replace=header.replace
+            )
+        finally:
+            # In a thread of its own: the pool refuses work while the server stops.
+            threading.Thread(target=staged.discard, name="discard upload").start()
         return adapter_message(record)
 
     async def GetAdapter(
@@ -195,13 +270,29 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
         await self._in_slow_thread(getattr(registry, verb), name)
         return adapter_message(await asyncio.to_thread(registry.get, name))
 
+    async def ExportAdapter(
+        self, request: adapters_pb2.ExportAdapterRequest, context: _Context
+    ) -> AsyncIterator[adapters_pb2.ExportAdapterResponse]:
+        registry = self._gate.enter().registry
+        generation = request.generation if request.HasField("generation") else None
+        name = _named(request.name)
+        export = await self._open_in_slow_thread(
+            lambda: registry.export(name, generation), lambda opened: opened.close()
+        )
+        try:
+            header = adapters_pb2.ExportHeader(adapter=adapter_message(export.record))
+            for file in export.files:
+                header.files.add(path=file.name, size_bytes=file.size_bytes, sha256=file.sha256)
+            yield adapters_pb2.ExportAdapterResponse(header=header)
+            chunks = export.chunks()
+            while part := await self._in_slow_thread(lambda: next(chunks, None)):
+                path, data = part
+                chunk = adapters_pb2.FileChunk(path=path, data=data)
+                yield adapters_pb2.ExportAdapterResponse(chunk=chunk)
+        finally:
+            export.close()
+
     # Declared in the API, not served yet.
-
-    async def UploadAdapter(self, request_iterator: Any, context: _Context) -> NoReturn:
-        _unsupported("UploadAdapter")
-
-    async def ReplaceAdapter(self, request: Any, context: _Context) -> NoReturn:
-        _unsupported("ReplaceAdapter")
 
     async def FuseAdapters(self, request: Any, context: _Context) -> NoReturn:
         _unsupported("FuseAdapters")
@@ -214,7 +305,3 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
 
     async def GetMergeState(self, request: Any, context: _Context) -> NoReturn:
         _unsupported("GetMergeState")
-
-    async def ExportAdapter(self, request: Any, context: _Context) -> AsyncIterator[Any]:
-        _unsupported("ExportAdapter")
-        yield  # Makes this the generator that a streaming RPC is.

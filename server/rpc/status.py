@@ -38,13 +38,17 @@ TABLE: dict[type[errors.TurretError], Row] = {
     errors.AdapterNotFoundError: Row(_Code.NOT_FOUND),
     errors.AdapterExistsError: Row(_Code.ALREADY_EXISTS),
     errors.AdapterCheckpointError: Row(_Code.INVALID_ARGUMENT),
+    # Nothing is wrong with the call: the server's files are.
+    errors.AdapterChangedError: Row(_Code.FAILED_PRECONDITION),
     errors.AdapterMismatchError: Row(_Code.FAILED_PRECONDITION),
     errors.AdapterInUseError: Row(_Code.FAILED_PRECONDITION),
     errors.AdapterUnloadedError: Row(_Code.ABORTED),
+    errors.StateDirRequiredError: Row(_Code.FAILED_PRECONDITION),
     errors.ResourceError: Row(_Code.RESOURCE_EXHAUSTED, 1.0),
     errors.QueueFullError: Row(_Code.RESOURCE_EXHAUSTED, 1.0),
     # A rank or size over its limit stays over it; what frees up by itself says so in the error.
     errors.BudgetExceededError: Row(_Code.RESOURCE_EXHAUSTED),
+    errors.StorageFullError: Row(_Code.RESOURCE_EXHAUSTED),
     errors.UnauthenticatedError: Row(_Code.UNAUTHENTICATED),
     errors.PermissionDeniedError: Row(_Code.PERMISSION_DENIED),
     errors.UnavailableError: Row(_Code.UNAVAILABLE, 1.0),

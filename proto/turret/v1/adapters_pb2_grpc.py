@@ -138,18 +138,28 @@ class AdaptersServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UploadAdapter(self, request_iterator, context):
-        """Uploads an adapter's files and registers it, with the errors of `LoadAdapter`. The first
-        message is the header, the others are chunks of the files that it announces.
+        """Uploads an adapter's files and registers it, or with `replace` a new generation, with the
+        semantics and errors of `LoadAdapter` or `ReplaceAdapter`. The first message is the header, the
+        others are chunks of the files that it announces. Either all of it takes effect or nothing does.
+
+        Returns FAILED_PRECONDITION if the server has no state directory to keep the files in,
+        RESOURCE_EXHAUSTED if they exceed what the server takes or its disk holds or if too many uploads
+        are under way, INVALID_ARGUMENT if a chunk is out of order or a file differs from its
+        announcement, DEADLINE_EXCEEDED if no message comes for a minute.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ReplaceAdapter(self, request, context):
-        """Replaces a registered adapter's weights by a new generation. Requests that run finish on the
-        generation they began with; later ones get the new one.
+        """Replaces a registered adapter's weights by a new generation. Requests that were received before
+        finish on the generation they began with, which is freed after the last of them; later ones get
+        the new one. A pinned adapter stays pinned.
 
-        Returns NOT_FOUND if the name is not registered, and the errors of `LoadAdapter`.
+        Idempotent: the digest that is registered already makes no new generation. Returns NOT_FOUND if
+        the name is not registered, FAILED_PRECONDITION if it is being unloaded, RESOURCE_EXHAUSTED if
+        both generations of a pinned adapter do not fit at once, and the errors of `LoadAdapter` but
+        ALREADY_EXISTS. After any error the adapter is as it was.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -170,7 +180,8 @@ class AdaptersServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def UnloadAdapter(self, request, context):
-        """Unregisters an adapter and frees what it holds. Its files stay where they were loaded from.
+        """Unregisters an adapter, all its generations, and frees what it holds. Files that were uploaded
+        are removed; those it was loaded from stay where they are.
 
         Returns NOT_FOUND if the name is not registered, FAILED_PRECONDITION if it is pinned, or still
         in use when `timeout` has passed.
@@ -234,8 +245,8 @@ class AdaptersServicer(object):
 
     def ExportAdapter(self, request, context):
         """Streams an adapter's files in PEFT's layout. The first message is the header, the others are
-        chunks of the files that it announces. Returns NOT_FOUND if the name or the generation is not
-        registered.
+        chunks of the files that it announces, byte for byte as they were loaded. Returns NOT_FOUND if the
+        name or the generation is not registered, FAILED_PRECONDITION if the files have changed since.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

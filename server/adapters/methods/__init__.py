@@ -9,6 +9,7 @@ from typing import Any
 
 from turret.server.adapters.checkpoint import AdapterCheckpoint
 from turret.server.adapters.lowered import Method
+from turret.server.adapters.unserved_methods import UNSERVED
 from turret.server.errors import AdapterCheckpointError
 
 
@@ -36,12 +37,13 @@ def method_for(checkpoint: AdapterCheckpoint) -> Method:
     for method in METHODS.values():
         if kind in method.peft_types and method.accepts(checkpoint.config):
             return method
-    why = (
-        f"method {kind!r:.60} is not supported by this version; supported peft_type values:"
-        f" {', '.join(supported)} (methods: {', '.join(METHODS)})"
-        if kind
-        else f"is required; supported values: {', '.join(supported)}"
-    )
+    served = f"supported peft_type values: {', '.join(supported)} (methods: {', '.join(METHODS)})"
+    if not kind:
+        why = f"is required; {served}"
+    elif kind in UNSERVED:
+        why = f"method {kind!r} is not supported by this version: {UNSERVED[kind]}; {served}"
+    else:
+        why = f"method {kind!r:.60} is not supported by this version; {served}"
     raise AdapterCheckpointError(
         f"adapter {checkpoint.path!r} cannot be served: peft_type {why}",
         metadata={"path": checkpoint.path, "peft_type": kind[:60], "supported": ",".join(METHODS)},

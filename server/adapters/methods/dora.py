@@ -15,6 +15,7 @@ import torch
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint import AdapterCheckpoint
 from turret.server.adapters.fold import finish, fold
+from turret.server.adapters.lora_config import LORA_RULES
 from turret.server.adapters.lora_layout import LoraModule, read_lora_layout
 from turret.server.adapters.lowered import Lowered
 from turret.server.adapters.operators import ModuleOperators
@@ -26,6 +27,7 @@ _ROWS_PER_BLOCK = 1024
 class DoraMethod:
     name = "dora"
     peft_types = frozenset({"LORA"})
+    rules = LORA_RULES
 
     def accepts(self, config: Mapping[str, Any]) -> bool:
         return config.get("use_dora") is True

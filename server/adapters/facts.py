@@ -1,0 +1,34 @@
+"""What reading an adapter told about it: kept in memory and on disk, without its weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AdapterFacts:
+    """Fixed for one generation.
+
+    Attributes:
+        digest: SHA-256 over config and weights, hex.
+        method: ``lora``, ``dora``, …
+        ranks: Distinct ranks, ascending.
+        target_modules: Distinct last components of the adapted paths, ascending.
+        base_model: The base that the config names, or "".
+        warnings: What an operator should know.
+        num_soft_tokens: Soft tokens it puts before the prompt.
+        num_prefix_positions: Positions before the prompt whose keys and values it brings.
+        bytes_disk: Size of the checkpoint's files.
+        bytes_host: What its operators take in host memory, in the dtype served when it was read.
+    """
+
+    digest: str
+    method: str
+    ranks: tuple[int, ...]
+    target_modules: tuple[str, ...]
+    base_model: str
+    warnings: tuple[str, ...]
+    num_soft_tokens: int
+    num_prefix_positions: int
+    bytes_disk: int
+    bytes_host: int

@@ -1,0 +1,167 @@
+"""AdaLoRA (arXiv 2303.10512): ``Δ(x) = s·B (E ⊙ (A x))``, ranks pruned during training.
+
+``s`` is PEFT's ``lora_alpha / (init_r + 1e-5)``: it divides by the initial rank in every module,
+also in those that were pruned, down to rank 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from turret.server.adapters.base import BaseModel, BaseModule
+from turret.server.adapters.checkpoint import AdapterCheckpoint
+from turret.server.adapters.config_keys import Irrelevant, Rejected, Rules, Used, is_number, is_rank
+from turret.server.adapters.fold import finish_modules, fold, with_biases
+from turret.server.adapters.lora_config import LORA_RULES
+from turret.server.adapters.lora_layout import LoraModule
+from turret.server.adapters.lowered import Lowered
+from turret.server.adapters.module_checkpoint import (
+    Findings,
+    ModuleCheckpoint,
+    ModuleFormat,
+    Roles,
+    check_rank_budget,
+    read_module_checkpoint,
+)
+from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.targets import MAX_LIST_ITEMS
+
+_ROLES = ("lora_A", "lora_B", "lora_E")
+# PEFT adds it to the rank it divides by.
+_EPSILON = 1e-5
+
+
+def _is_alpha(value: Any) -> str | None:
+    problem = is_number(value)
+    if problem is None and value <= 0:
+        # PEFT replaces it by a rank, which is another one after training than during it.
+        return "must be greater than 0"
+    return problem
+
+
+def _is_masks(value: Any) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or len(value) > MAX_LIST_ITEMS:
+        return f"must be an object with at most {MAX_LIST_ITEMS} keys"
+    for key, mask in value.items():
+        if not isinstance(mask, list) or not all(isinstance(kept, bool) for kept in mask):
+            return f"{key!r} must be a list of true and false"
+    return None
+
+
+ADALORA_RULES: Rules = {
+    # AdaLoRA's config extends LoRA's; what its layers read is stated below.
+    **LORA_RULES,
+    "init_r": Used(is_rank),
+    "lora_alpha": Used(_is_alpha),
+    "rank_pattern": Used(_is_masks),
+    "r": Irrelevant("AdaLoRA starts from init_r"),
+    "use_rslora": Irrelevant("AdaLoRA's layers do not read it"),
+    "alpha_pattern": Irrelevant("AdaLoRA's layers do not read it"),
+    "use_dora": Rejected((False, None), "cannot be combined with AdaLoRA"),
+    "lora_bias": Rejected((False, None), "has no effect on AdaLoRA; train without it"),
+    "target_r": Irrelevant("aim of the pruning; the tensors show the result"),
+    "tinit": Irrelevant("schedule of the pruning"),
+    "tfinal": Irrelevant("schedule of the pruning"),
+    "deltaT": Irrelevant("schedule of the pruning"),
+    "beta1": Irrelevant("smoothing of the pruning"),
+    "beta2": Irrelevant("smoothing of the pruning"),
+    "orth_reg_weight": Irrelevant("weight of a training loss"),
+    "total_step": Irrelevant("schedule of the pruning"),
+}
+
+
+def _check(name: str, roles: Roles, module: BaseModule, _rank: int, findings: Findings) -> None:
+    missing = [role for role in _ROLES if role not in roles]
+    for role in missing:
+        findings.violations.add(f"{name}.{role}", "is missing; other factors are there")
+    if missing:
+        return
+    a, b, e = (roles[role] for role in _ROLES)
+    rank = e.shape[0] if e.ndim else 0
+    if findings.check_shape(f"{name}.lora_E", e, (rank, 1), of_base=False):
+        findings.check_shape(f"{name}.lora_A", a, (rank, module.in_features))
+        findings.check_shape(f"{name}.lora_B", b, (module.out_features, rank))
+
+
+class AdaloraMethod:
+    name = "adalora"
+    peft_types = frozenset({"ADALORA"})
+    rules = ADALORA_RULES
+    form = ModuleFormat(
+        rules=ADALORA_RULES,
+        roles={f".{role}": role for role in _ROLES},
+        check=_check,
+        rank_key="init_r",
+        alpha_key="lora_alpha",
+        bias_only="lora_only",
+    )
+
+    def accepts(self, config: Mapping[str, Any]) -> bool:
+        return True
+
+    def lower(
+        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
+    ) -> Lowered:
+        found = read_module_checkpoint(checkpoint, base, self.form)
+        findings = Findings()
+        _check_masks(checkpoint.config, found, findings)
+        findings.raise_if_any(checkpoint, base)
+        modules = tuple(
+            _module(name, roles, checkpoint.config)
+            for name, roles in found.modules.items()
+            if len(roles["lora_E"])
+        )
+        check_rank_budget(checkpoint.path, max((m.rank for m in modules), default=0), max_rank)
+        operators = {
+            module.name: ModuleOperators(low_rank=fold(module, base.dtype)) for module in modules
+        }
+        return finish_modules(
+            with_biases(operators, found.biases, base),
+            base,
+            checkpoint.path,
+            ranks={module.rank for module in modules},
+            base_model=found.base_model,
+            warnings=found.warnings,
+        )
+
+
+def _check_masks(config: Mapping[str, Any], found: ModuleCheckpoint, findings: Findings) -> None:
+    """The ranks in the file against ``init_r`` and the masks of ``rank_pattern``."""
+    start = config["init_r"]
+    ranks = dict.fromkeys(found.modules, start)
+    for key, mask in (config.get("rank_pattern") or {}).items():
+        name = key.removesuffix(".default").removesuffix(".lora_E")
+        if name not in ranks:
+            findings.violations.add("rank_pattern", f"{key!r:.120} is no adapted module's lora_E")
+        elif len(mask) != start:
+            why = f"{key!r:.120} masks {len(mask)} ranks, init_r is {start}"
+            findings.violations.add("rank_pattern", why)
+        else:
+            ranks[name] = sum(mask)
+    for name, rank in ranks.items():
+        there = len(found.modules[name]["lora_E"])
+        if there != rank:
+            why = f"has rank {there}, the config says {rank}"
+            findings.violations.add(f"{name}.lora_E", why)
+
+
+def _module(name: str, roles: Roles, config: Mapping[str, Any]) -> LoraModule:
+    a, b, e = (roles[role] for role in _ROLES)
+    wide = torch.promote_types(a.dtype, torch.float32)
+    return LoraModule(
+        name=name,
+        a=a,
+        # E goes where the scaling goes, so that both factors are rounded once.
+        b=b.to(wide) * e.to(wide).reshape(1, -1),
+        scaling=config["lora_alpha"] / (config["init_r"] + _EPSILON),
+        lora_bias=None,
+        magnitude=None,
+    )
+
+
+METHOD = AdaloraMethod()

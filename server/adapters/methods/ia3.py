@@ -1,0 +1,114 @@
+"""IA3 (arXiv 2205.05638): learned vectors that scale what a module gives or takes.
+
+A feed-forward module takes ``l ⊙ x`` (input gain). Any other gives ``l ⊙ (W x + b)``: a gain on the
+bias-free result, and ``(l − 1) ⊙ b`` added to the bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from turret.server.adapters.base import BaseModel, BaseModule
+from turret.server.adapters.checkpoint import AdapterCheckpoint
+from turret.server.adapters.config_keys import Irrelevant, Rules, Used
+from turret.server.adapters.fold import finish_modules
+from turret.server.adapters.lora_config import LORA_RULES
+from turret.server.adapters.lowered import Lowered
+from turret.server.adapters.module_checkpoint import (
+    Findings,
+    ModuleFormat,
+    Roles,
+    read_module_checkpoint,
+)
+from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.pattern_match import Pattern, match_all
+from turret.server.adapters.selection_rules import SELECTION_RULES
+from turret.server.adapters.targets import is_optional_module_selector
+
+_ROLE = "ia3_l"
+
+
+def _is_feedforward_selector(value: Any) -> str | None:
+    if value is None:
+        return "must be a list of module names (it may be empty) or a regular expression"
+    return is_optional_module_selector(value)
+
+
+IA3_RULES: Rules = {
+    **SELECTION_RULES,
+    "feedforward_modules": Used(_is_feedforward_selector),
+    "fan_in_fan_out": LORA_RULES["fan_in_fan_out"],
+    "init_ia3_weights": Irrelevant("sets the starting point of training"),
+}
+
+
+def _check(name: str, roles: Roles, module: BaseModule, _rank: int, findings: Findings) -> None:
+    shapes = (module.out_features, 1), (1, module.in_features)
+    findings.check_shape(f"{name}.{_ROLE}", roles[_ROLE], *shapes)
+
+
+class Ia3Method:
+    name = "ia3"
+    peft_types = frozenset({"IA3"})
+    rules = IA3_RULES
+    form = ModuleFormat(rules=IA3_RULES, roles={f".{_ROLE}": _ROLE}, check=_check, rank_key=None)
+
+    def accepts(self, config: Mapping[str, Any]) -> bool:
+        return True
+
+    def lower(
+        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
+    ) -> Lowered:
+        found = read_module_checkpoint(checkpoint, base, self.form)
+        findings = Findings()
+        is_feedforward = _feedforward(checkpoint.config, list(found.modules), findings)
+        operators = {}
+        for name, roles in found.modules.items():
+            module, vector = base.modules[name], roles[_ROLE]
+            shape = (1, module.in_features) if name in is_feedforward else (module.out_features, 1)
+            if tuple(vector.shape) != shape:
+                # A vector for the other side: the config and the tensor tell different stories.
+                why = f"has shape {list(vector.shape)}, by feedforward_modules it is {list(shape)}"
+                findings.violations.add(f"{name}.{_ROLE}", why)
+                continue
+            operators[name] = _operators(vector, module, name in is_feedforward)
+        findings.raise_if_any(checkpoint, base)
+        return finish_modules(
+            operators,
+            base,
+            checkpoint.path,
+            ranks=(),
+            base_model=found.base_model,
+            warnings=found.warnings,
+        )
+
+
+def _feedforward(config: Mapping[str, Any], names: list[str], findings: Findings) -> frozenset[str]:
+    """The modules whose input is scaled, by PEFT's rule: a listed name is any ending."""
+    if "feedforward_modules" not in config:
+        findings.violations.add("feedforward_modules", "is required")
+        return frozenset()
+    chosen = config["feedforward_modules"]
+    if not isinstance(chosen, str):
+        return frozenset(name for name in names if name.endswith(tuple(chosen)))
+    (result,) = match_all([Pattern("fullmatch", chosen, chosen)], names)
+    if result.error is not None:
+        findings.violations.add("feedforward_modules", f"{chosen!r:.120} {result.error}")
+    return frozenset(
+        name for name, hit in zip(names, result.matches, strict=True) if hit is not None
+    )
+
+
+def _operators(vector: torch.Tensor, module: BaseModule, is_feedforward: bool) -> ModuleOperators:
+    gain = vector.reshape(-1).to(torch.float32)
+    if is_feedforward:
+        return ModuleOperators(input_gain=gain)
+    if module.bias is None:
+        return ModuleOperators(gain=gain)
+    return ModuleOperators(gain=gain, bias=(gain - 1.0) * module.bias.to(torch.float32).cpu())
+
+
+METHOD = Ia3Method()

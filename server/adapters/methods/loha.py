@@ -1,0 +1,118 @@
+"""LoHa (FedPara, arXiv 2108.06098): ``Δ(x) = s·((w1a w1b) ⊙ (w2a w2b)) x``, ``s = alpha/r``.
+
+Computed in rank space (``kernels/hadamard_shrink.py``), which needs ``r² (in + out)`` products per
+token where a dense update needs ``in · out``. For a square module the first is fewer while
+``r² < d/2``; past that the adapter is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from turret.server.adapters.base import BaseModel, BaseModule
+from turret.server.adapters.checkpoint import AdapterCheckpoint
+from turret.server.adapters.fold import finish_modules
+from turret.server.adapters.lowered import Lowered
+from turret.server.adapters.module_checkpoint import (
+    Findings,
+    ModuleFormat,
+    Roles,
+    check_rank_budget,
+    read_module_checkpoint,
+)
+from turret.server.adapters.operators import Hadamard, ModuleOperators
+from turret.server.adapters.selection_rules import LYCORIS_RULES
+from turret.server.errors import BudgetExceededError
+
+_ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
+
+
+def is_rank_served(rank: int, module: BaseModule) -> bool:
+    """Whether rank space is cheaper than a dense update."""
+    wide, high = module.in_features, module.out_features
+    return rank * rank * (wide + high) < wide * high
+
+
+def _check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Findings) -> None:
+    for role in _ROLES:
+        tensor = roles.get(role)
+        if tensor is None:
+            findings.violations.add(f"{name}.{role}", "is missing; other factors are there")
+        elif tensor.ndim != 2:
+            findings.violations.add(f"{name}.{role}", f"must be 2-D, not {list(tensor.shape)}")
+        elif rank:
+            rows, columns = tensor.shape
+            of_rank, size = (columns, rows) if role.endswith("_a") else (rows, columns)
+            served = module.out_features if role.endswith("_a") else module.in_features
+            if of_rank != rank:
+                why = f"has rank {of_rank}, the config says {rank}"
+                findings.violations.add(f"{name}.{role}", why)
+            elif size != served:
+                side = "outputs" if role.endswith("_a") else "inputs"
+                why = f"is for {size} {side}, the base model has {served}"
+                findings.mismatches.append((f"{name}.{role}", why))
+
+
+class LohaMethod:
+    name = "loha"
+    peft_types = frozenset({"LOHA"})
+    rules = LYCORIS_RULES
+    form = ModuleFormat(
+        rules=LYCORIS_RULES,
+        roles={f".{role}": role for role in _ROLES},
+        check=_check,
+        alpha_key="alpha",
+        has_patterns=True,
+    )
+
+    def accepts(self, config: Mapping[str, Any]) -> bool:
+        return True
+
+    def lower(
+        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
+    ) -> Lowered:
+        found = read_module_checkpoint(checkpoint, base, self.form)
+        ranks = {name: found.targets.ranks[name] for name in found.modules}
+        check_rank_budget(checkpoint.path, max(ranks.values()), max_rank)
+        _check_cost(checkpoint.path, ranks, base)
+        operators = {
+            name: ModuleOperators(hadamard=_fold(roles, found.scaling(name), base.dtype))
+            for name, roles in found.modules.items()
+        }
+        return finish_modules(
+            operators,
+            base,
+            checkpoint.path,
+            ranks=ranks.values(),
+            base_model=found.base_model,
+            warnings=found.warnings,
+        )
+
+
+def _fold(roles: Roles, scaling: float, dtype: torch.dtype) -> Hadamard:
+    """Scales ``w1a`` with one rounding."""
+    wide = torch.promote_types(dtype, torch.float32)
+    w1a = (roles["hada_w1_a"].to(wide) * scaling).to(dtype)
+    w1b, w2a, w2b = (roles[role].to(dtype).contiguous() for role in _ROLES[1:])
+    return Hadamard(w1a=w1a.contiguous(), w1b=w1b, w2a=w2a, w2b=w2b)
+
+
+def _check_cost(path: str, ranks: Mapping[str, int], base: BaseModel) -> None:
+    over = [name for name, rank in ranks.items() if not is_rank_served(rank, base.modules[name])]
+    if not over:
+        return
+    rank = max(ranks[name] for name in over)
+    shown = ", ".join(over[:4]) + (f" and {len(over) - 4} more" if len(over) > 4 else "")
+    raise BudgetExceededError(
+        f"adapter {path!r}: LoHa rank {rank} is served only where rank² · (in + out) is less than"
+        f" in · out, which does not hold for {shown}; convert the adapter with PEFT's save_as_lora,"
+        " or train it with a smaller rank there",
+        metadata={"path": path, "rank": str(rank), "modules": str(len(over))},
+        violations=[(name, f"rank {ranks[name]} is too large for its size") for name in over[:64]],
+    )
+
+
+METHOD = LohaMethod()

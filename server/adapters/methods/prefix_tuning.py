@@ -1,0 +1,81 @@
+"""Prefix tuning (arXiv 2101.00190): learned keys and values before position 0 of the text.
+
+PEFT saves them per virtual token as ``layers · 2 · token_dim`` numbers, layer by layer, key before
+value, with the projection of ``prefix_projection`` already applied. The keys are attended to as
+they are: they stand where rotated keys stand, and are not rotated again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint import AdapterCheckpoint
+from turret.server.adapters.config_keys import Irrelevant, Rules, Used, is_rank
+from turret.server.adapters.lowered import Lowered
+from turret.server.adapters.module_checkpoint import Findings
+from turret.server.adapters.prompt_checkpoint import PROMPT_RULES, finish_prompt, read_prompt
+from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
+
+
+def _is_heads(value: Any) -> str | None:
+    return None if value is None else is_rank(value)
+
+
+PREFIX_TUNING_RULES: Rules = {
+    **PROMPT_RULES,
+    "num_layers": Used(_is_heads),
+    "num_attention_heads": Used(_is_heads),
+    "prefix_projection": Irrelevant("the file holds the projection's output"),
+    "encoder_hidden_size": Irrelevant("the file holds the projection's output"),
+    "init_weights": Irrelevant("sets the starting point of training"),
+}
+
+
+class PrefixTuningMethod:
+    name = "prefix_tuning"
+    peft_types = frozenset({"PREFIX_TUNING"})
+    rules = PREFIX_TUNING_RULES
+
+    def accepts(self, config: Mapping[str, Any]) -> bool:
+        return True
+
+    def lower(
+        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
+    ) -> Lowered:
+        findings = Findings()
+        _check_sizes(checkpoint.config, base, findings)
+        # The width is the base's unless the sizes above already disagree.
+        layers = base.num_layers if not findings.mismatches else _layers(checkpoint)
+        tensor = read_prompt(checkpoint, self.rules, 2 * layers, findings)
+        findings.raise_if_any(checkpoint, base)
+        assert tensor is not None  # or there was a violation
+        stored = tensor.to(base.dtype).view(
+            -1, base.num_layers, 2, base.num_kv_heads, base.head_dim
+        )
+        keys, values = stored.permute(2, 1, 0, 3, 4)
+        prefix = PrefixKv(keys.contiguous(), values.contiguous())
+        return finish_prompt(SoftPrompt(prefix=prefix), checkpoint, base)
+
+
+def _layers(checkpoint: AdapterCheckpoint) -> int:
+    value = checkpoint.config.get("num_layers")
+    return value if isinstance(value, int) else 0
+
+
+def _check_sizes(config: Mapping[str, Any], base: BaseModel, findings: Findings) -> None:
+    """The shape of the base's key-value cache against the one the adapter was made for."""
+    sizes = {
+        "num_layers": base.num_layers,
+        "token_dim": base.num_kv_heads * base.head_dim,
+        "num_attention_heads": base.num_kv_heads,
+    }
+    for key, served in sizes.items():
+        value = config.get(key)
+        # Wrong types are the rules' business.
+        if isinstance(value, int) and value != served:
+            findings.mismatches.append((key, f"is {value}, the base model's is {served}"))
+
+
+METHOD = PrefixTuningMethod()

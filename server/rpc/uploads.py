@@ -1,0 +1,97 @@
+"""Receives an adapter's files: what a header may announce, and the chunks that follow it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from turret.server.config import ADAPTER_NAME
+from turret.server.errors import DeadlineExceededError, InvalidRequestError
+from turret.server.rpc.convert import Violations
+from turret.v1 import adapters_pb2
+
+# What a checkpoint is read from; anything else would be kept for nothing.
+CONFIG_FILE = "adapter_config.json"
+UPLOAD_FILES = (CONFIG_FILE, "adapter_model.safetensors")
+MAX_CONFIG_BYTES = 1 << 20
+MAX_CHUNK_BYTES = 1 << 20
+# A client that says nothing for so long has gone, or keeps a place that others wait for.
+IDLE_SECONDS = 60.0
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+Messages = AsyncIterator[adapters_pb2.UploadAdapterRequest]
+
+
+async def next_message(messages: Messages) -> adapters_pb2.UploadAdapterRequest | None:
+    """The next message, or None at the end.
+
+    Raises:
+        DeadlineExceededError: None came for ``IDLE_SECONDS``.
+    """
+    try:
+        async with asyncio.timeout(IDLE_SECONDS):
+            return await anext(messages, None)
+    except TimeoutError:
+        raise DeadlineExceededError(
+            f"no message of the upload came for {IDLE_SECONDS:.0f} seconds"
+        ) from None
+
+
+def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapters_pb2.UploadHeader:
+    """The header, which the first message must be, with every field in its range.
+
+    Raises:
+        InvalidRequestError: It is not; lists every offending field.
+    """
+    if message is None or message.WhichOneof("part") != "header":
+        raise InvalidRequestError.of("header", "must be the first message")
+    header = message.header
+    violations = Violations()
+    violations.check(
+        ADAPTER_NAME.fullmatch(header.name) is not None,
+        "header.name",
+        f"must match {ADAPTER_NAME.pattern}",
+    )
+    names = [file.path for file in header.files]
+    for required in UPLOAD_FILES:
+        violations.check(required in names, "header.files", f"must hold {required}")
+    for index, file in enumerate(header.files[: len(UPLOAD_FILES) + 1]):
+        where = f"header.files[{index}]"
+        violations.check(
+            file.path in UPLOAD_FILES, f"{where}.path", f"must be one of {', '.join(UPLOAD_FILES)}"
+        )
+        violations.check(
+            file.path not in names[:index], f"{where}.path", "names a file a second time"
+        )
+        is_config = file.path == CONFIG_FILE
+        violations.check(file.size_bytes >= 1, f"{where}.size_bytes", "must be at least 1")
+        violations.check(
+            not is_config or file.size_bytes <= MAX_CONFIG_BYTES,
+            f"{where}.size_bytes",
+            f"must be at most {MAX_CONFIG_BYTES}",
+        )
+        violations.check(
+            file.sha256 == "" or _SHA256.fullmatch(file.sha256) is not None,
+            f"{where}.sha256",
+            "must be 64 lower-case hex digits, or empty",
+        )
+    violations.raise_if_any()
+    return header
+
+
+async def receive_chunks(messages: Messages, write: Callable[[str, bytes], Awaitable[Any]]) -> None:
+    """Hands every chunk to ``write``, in order, until the client is done.
+
+    Raises:
+        InvalidRequestError: A message is no chunk, or too large a one.
+        DeadlineExceededError: See ``next_message``.
+    """
+    while (message := await next_message(messages)) is not None:
+        if message.WhichOneof("part") != "chunk":
+            raise InvalidRequestError.of("chunk", "must be every message after the first")
+        if len(message.chunk.data) > MAX_CHUNK_BYTES:
+            raise InvalidRequestError.of("chunk.data", f"must be at most {MAX_CHUNK_BYTES} bytes")
+        await write(message.chunk.path, message.chunk.data)

@@ -1,0 +1,68 @@
+"""Fixtures for all tests: fixed seeds, poisoned scratch memory and a real server process."""
+
+from __future__ import annotations
+
+import os
+
+# Before torch is imported: tests run beside each other, and waiting threads would spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before triton is imported: without a GPU, kernels run in its interpreter.
+if not os.path.exists("/dev/nvidia0"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from server_under_test import ServerUnderTest, start_server
+
+# Modules whose scratch memory must be written before it is read.
+_POISONED = ("turret.kernels.", "turret.server.models.decoder")
+
+
+class _PoisonedTorch:
+    """The torch module, except that memory it does not initialise is full of NaN."""
+
+    def __init__(self, torch: Any) -> None:
+        self._torch = torch
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._torch, name)
+
+    def empty(self, *args: Any, **keywords: Any) -> Any:
+        return self._fill(self._torch.empty(*args, **keywords))
+
+    def empty_like(self, *args: Any, **keywords: Any) -> Any:
+        return self._fill(self._torch.empty_like(*args, **keywords))
+
+    def _fill(self, tensor: Any) -> Any:
+        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+
+@pytest.fixture(autouse=True)
+def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that reads an element of ``torch.empty`` it did not write gives NaN."""
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return
+    for name, module in list(sys.modules.items()):
+        if name.startswith(_POISONED) and getattr(module, "torch", None) is torch:
+            monkeypatch.setattr(module, "torch", _PoisonedTorch(torch))
+
+
+@pytest.fixture(autouse=True)
+def fixed_seeds() -> None:
+    """Random numbers drawn from the global generators are the same in every run."""
+    random.seed(0)
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest]:
+    """``turret serve`` on the embedded model; tests put adapters into its ``adapter_root``."""
+    with start_server(tmp_path_factory.mktemp("live-server")) as server:
+        yield server

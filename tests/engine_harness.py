@@ -1,0 +1,167 @@
+"""The real engine on a real model, in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from turret.server.build import build_engine
+from turret.server.config import (
+    AdapterConfig,
+    CacheConfig,
+    Config,
+    ModelConfig,
+    SchedulerConfig,
+)
+from turret.server.engine.request import (
+    AdapterRef,
+    Finish,
+    Request,
+    ResponseOptions,
+    SamplingParams,
+    StopConditions,
+    TokenLogprob,
+)
+from turret.server.metrics import Metrics
+
+_numbers = itertools.count()
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """Everything a request got; two answers are equal if all their bits are.
+
+    ``finish`` is left out of the comparison: it holds times.
+    """
+
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float | None, ...]
+    top: tuple[tuple[tuple[int, float], ...], ...]
+    prompt_logprobs: tuple[float | None, ...]
+    text: str
+    finish: Finish
+
+    @property
+    def bits(self) -> tuple[Any, ...]:
+        """What must not depend on anything but the request."""
+        return self.token_ids, self.logprobs, self.top, self.prompt_logprobs, self.text
+
+
+def make_request(
+    prompt: Sequence[int],
+    *adapters: AdapterRef | str,
+    max_tokens: int = 8,
+    sampling: SamplingParams = GREEDY,
+    score: bool = False,
+    **changes: Any,
+) -> Request:
+    """A request with logprobs and no early end, unless ``changes`` say otherwise."""
+    refs = tuple(AdapterRef(name=a) if isinstance(a, str) else a for a in adapters)
+    request = Request(
+        request_id=f"r{next(_numbers)}",
+        prompt_token_ids=tuple(prompt),
+        adapters=refs,
+        sampling=sampling,
+        stop=StopConditions(max_tokens=max_tokens, ignore_eos=True),
+        options=ResponseOptions(logprobs=True, top_n=3),
+        score=score,
+    )
+    return replace(request, **changes)
+
+
+class EngineHarness:
+    """A started engine. ``registry`` and ``metrics`` are those it runs on."""
+
+    def __init__(self, engine: Any, registry: Any, tokenizer: Any, metrics: Metrics) -> None:
+        self.engine = engine
+        self.registry = registry
+        self.tokenizer = tokenizer
+        self.metrics = metrics
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def start(
+        cls,
+        model: Path | None,
+        adapter_root: Path | None = None,
+        *,
+        dtype: Any = "float32",
+        adapters: Sequence[str] = (),
+        kv_cache_bytes: int = 64 << 20,
+        max_num_batched_tokens: int = 64,
+        max_num_seqs: int = 32,
+    ) -> AsyncIterator[EngineHarness]:
+        """Build and start an engine, load ``adapters`` (each from the directory of its name)."""
+        config = Config(
+            model=ModelConfig(model=model, device="cpu", dtype=dtype),
+            cache=CacheConfig(kv_cache_bytes=kv_cache_bytes),
+            scheduler=SchedulerConfig(
+                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+            ),
+            adapters=AdapterConfig(adapter_root=adapter_root),
+        )
+        metrics = Metrics()
+        # What is made of a test's model goes beside it, not into the user's cache.
+        cache = {} if model is None else {"XDG_CACHE_HOME": str(model.parent / "cache")}
+        with patch.dict(os.environ, cache):
+            engine, registry, tokenizer, _ = build_engine(config, metrics)
+        for name in adapters:
+            registry.load(name, name)
+        await engine.start()
+        try:
+            yield cls(engine, registry, tokenizer, metrics)
+        finally:
+            await engine.drain(0.0)
+            registry.close()
+        assert not engine.is_dead, "the engine failed"
+
+    async def run(
+        self,
+        request: Request,
+        *,
+        cancel_after: int | None = None,
+        on_token: Callable[[int], None] = lambda count: None,
+    ) -> Answer:
+        """Run a request to its end.
+
+        Args:
+            request: What to ask.
+            cancel_after: Cancel once this many tokens have come.
+            on_token: Told how many tokens have come.
+        """
+        stream = await self.engine.submit(request)
+        tokens: list[int] = []
+        logprobs: list[TokenLogprob] = []
+        prompt: list[TokenLogprob] = []
+        text = ""
+        finish: Finish | None = None
+        async for output in stream:
+            tokens += output.token_ids
+            logprobs += output.logprobs
+            prompt += output.prompt_logprobs
+            text += output.text
+            finish = output.finish or finish
+            on_token(len(tokens))
+            if cancel_after is not None and len(tokens) >= cancel_after:
+                stream.cancel()
+        assert finish is not None
+        return Answer(
+            tuple(tokens),
+            tuple(item.logprob for item in logprobs),
+            tuple(tuple((t.token_id, t.logprob) for t in item.top) for item in logprobs),
+            tuple(item.logprob for item in prompt),
+            text,
+            finish,
+        )
+
+    async def run_all(self, requests: Sequence[Request]) -> list[Answer]:
+        """Run requests side by side."""
+        return list(await asyncio.gather(*(self.run(request) for request in requests)))

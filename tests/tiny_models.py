@@ -1,0 +1,164 @@
+"""Tiny random checkpoints of every supported architecture, as Hugging Face directories."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+from transformers.utils import logging
+
+from turret.server.models.embedded import find_gguf, read_gguf
+from turret.server.models.loader import describe_base, load_decoder
+from turret.server.models.nf4_cache import default_cache_dir, resolve_model
+
+BOS, EOS = 256, 257
+VOCAB_SIZE = 258
+CONTEXT = 512
+
+
+def _llama(**sizes: Any) -> Any:
+    """q and o are square (128 → 128), k and v are not (128 → 64), down is wide."""
+    scaled = {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    }
+    return LlamaConfig(**sizes, rope_parameters=scaled, tie_word_embeddings=False)
+
+
+def _mistral(**sizes: Any) -> Any:
+    """The window of 24 is shorter than the prompts of the tests and than an attention tile."""
+    return MistralConfig(**sizes, sliding_window=24, tie_word_embeddings=False)
+
+
+def _qwen2(**sizes: Any) -> Any:
+    return Qwen2Config(**sizes, tie_word_embeddings=True)
+
+
+def _qwen3(**sizes: Any) -> Any:
+    """head_dim is not hidden_size / heads: q is 128 → 256."""
+    return Qwen3Config(**{**sizes, "head_dim": 64}, tie_word_embeddings=True)
+
+
+def _smollm3(**sizes: Any) -> Any:
+    """Every fourth layer leaves queries and keys unrotated."""
+    return SmolLM3Config(**{**sizes, "num_hidden_layers": 4}, tie_word_embeddings=True)
+
+
+_CONFIGS: dict[str, Callable[..., Any]] = {
+    "llama": _llama,
+    "mistral": _mistral,
+    "qwen2": _qwen2,
+    "qwen3": _qwen3,
+    "smollm3": _smollm3,
+}
+ARCHITECTURES = tuple(_CONFIGS)
+
+
+def save_tiny_model(architecture: str, folder: Path, *, seed: int = 0) -> Path:
+    """Save a random bf16 checkpoint with a byte-level tokenizer.
+
+    Args:
+        architecture: One of ``ARCHITECTURES``.
+        folder: Where; must be writable, is created.
+        seed: Of the weights.
+
+    Returns:
+        ``folder``.
+    """
+    config = _CONFIGS[architecture](
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # Large enough that attention is not flat and logits are far apart.
+            if parameter.ndim == 2 and "embed" not in name:
+                parameter.normal_(0.0, 1.2 / parameter.shape[1] ** 0.5)
+            elif parameter.ndim == 2:
+                parameter.normal_(0.0, 0.3)
+            elif name.endswith("bias"):
+                parameter.normal_(0.0, 0.5)
+            else:
+                parameter.normal_(1.0, 0.2)
+    logging.disable_progress_bar()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Token ``i`` is the ``i``-th character of the byte-level alphabet."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: i for i, character in enumerate(alphabet)}
+    backend = Tokenizer(models.BPE(vocabulary, [], fuse_unk=False))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(["<bos>", "<eos>"])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<bos>", eos_token="<eos>", pad_token="<eos>"
+    )
+
+
+def served_weights(model: Path | None, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """The decoder layers' weights as turret multiplies by them: path → ``[out, in]`` fp32.
+
+    Args:
+        model: Directory, or None for the embedded model.
+        dtype: Serving dtype.
+    """
+    cache = default_cache_dir() if model is None else model.parent / "cache" / "turret"
+    source = resolve_model(model, cache)
+    decoder = load_decoder(source, dtype=dtype, device=torch.device("cpu"))
+    base = describe_base(decoder, source)
+    return {path: module.dequantize() for path, module in base.modules.items()}
+
+
+def load_oracle(model: Path | None, weights: dict[str, torch.Tensor]) -> Any:
+    """transformers' fp32 model of a directory (or the embedded one) on the weights served."""
+    if model is None:
+        _, _, tensors, _ = read_gguf(find_gguf())
+        config = AutoConfig.from_pretrained(resolve_model(None, default_cache_dir()).files)
+        oracle = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        missing = oracle.load_state_dict(dict(tensors), strict=False).missing_keys
+        assert missing == ["lm_head.weight"], missing
+    else:
+        oracle = AutoModelForCausalLM.from_pretrained(
+            model, dtype=torch.float32, attn_implementation="eager"
+        )
+    linears = {
+        name: module
+        for name, module in oracle.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".layers." in name
+    }
+    assert linears.keys() == weights.keys(), linears.keys() ^ weights.keys()
+    with torch.no_grad():
+        for name, module in linears.items():
+            module.weight.copy_(weights[name])
+    return oracle.float().eval()
