@@ -53,14 +53,21 @@ def segmented_expand_reference(
         plan: Segments of the step.
         present: Per slice, whether any adapter of the step has it.
     """
-    views = y.split([slice_b.shape[1] for slice_b in b], dim=1)
+    views = y.split([slice_b.shape[1] for slice_b in b], dim=1) if len(b) > 1 else (y,)
     if v.short is not None:
         for short_pass in plan.passes:
             for start, end in _windows(plan.rank_start, plan.rank_end, y.dtype):
                 low, high = start - plan.rank_start, end - plan.rank_start
-                part, mask = v.short[:, low:high], short_pass.mask[:, low:high]
+                foreign = short_pass.foreign
                 spans = [slice_b[start:end] for slice_b in b]
-                _expand_short(views, part, mask, spans, short_pass, present)
+                _expand_short(
+                    views,
+                    v.short[:, low:high],
+                    None if foreign is None else foreign[:, low:high],
+                    spans,
+                    short_pass,
+                    present,
+                )
     for segment, components in zip(plan.long, v.long, strict=True):
         for c, activations in zip(segment.components, components, strict=True):
             if c.weight != 1.0:
@@ -76,18 +83,22 @@ def segmented_expand_reference(
 def _expand_short(
     views: Sequence[torch.Tensor],
     v: torch.Tensor,
-    mask: torch.Tensor,
+    foreign: torch.Tensor | None,
     b: Sequence[torch.Tensor],
     short_pass: ShortPass,
     present: tuple[bool, ...],
 ) -> None:
-    """Add one pass in one window: ``v`` ``[num_short, window, num_slices]``, mask and b alike."""
+    """Add one pass in one window: ``v`` ``[num_short, window, num_slices]``, the rest alike."""
     rows = short_pass.rows
     selected = v if rows is None else v.index_select(0, rows)
     if not short_pass.plain:
         selected = (selected * short_pass.slot_weights.unsqueeze(1)).to(v.dtype)
     # [num_slices, rows, window]
-    selected = selected.permute(2, 0, 1).masked_fill(~mask, 0).contiguous()
+    selected = selected.permute(2, 0, 1)
+    if foreign is not None:
+        selected = selected.clone(memory_format=torch.contiguous_format).masked_fill_(foreign, 0)
+    else:
+        selected = selected.contiguous()
     for s, (view, slice_b) in enumerate(zip(views, b, strict=True)):
         if not present[s]:
             continue

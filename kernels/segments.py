@@ -24,16 +24,17 @@ class ShortPass:
 
     Attributes:
         rows: Row numbers that have a ``j``-th component, ``[n_j]`` int64, or None for all of them.
-        mask: ``[n_j, span]`` bool, True on the ranks of the component's adapter. Selected, not
-            multiplied by zero: a foreign adapter may overflow on these rows, and ``inf · 0`` would
-            poison them. All False for a component of weight 0.
+        foreign: ``[n_j, span]`` bool, True on the ranks that are not the component's: their values
+            are cleared, not multiplied by zero, since another adapter may overflow on these rows
+            and ``inf · 0`` would poison them. All True for a component of weight 0. None where
+            every row owns the whole span.
         slots: Pack slot of the component, ``[n_j]`` int64 (for gains and biases).
         slot_weights: Mix weight, ``[n_j, 1]`` fp32.
         plain: True where every weight is 1, so that masking alone is exact.
     """
 
     rows: torch.Tensor | None
-    mask: torch.Tensor
+    foreign: torch.Tensor | None
     slots: torch.Tensor
     slot_weights: torch.Tensor
     plain: bool

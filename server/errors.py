@@ -13,7 +13,7 @@
     │   ├── AdapterUnloadedError     force-unloaded under a running request
     │   └── StateDirRequiredError    uploads need --state-dir
     ├── ResourceError
-    │   ├── QueueFullError           max_queued_requests reached
+    │   ├── QueueFullError           too many requests wait, or uploads run
     │   ├── BudgetExceededError      rank, byte or block budget
     │   └── StorageFullError         no room on the disk of --state-dir
     ├── UnauthenticatedError         no token, or an unknown one

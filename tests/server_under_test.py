@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
@@ -55,12 +56,13 @@ class ServerUnderTest:
 
 
 @contextlib.contextmanager
-def start_server(folder: Path, *flags: str) -> Iterator[ServerUnderTest]:
+def start_server(folder: Path, *flags: str, cache: Path | None = None) -> Iterator[ServerUnderTest]:
     """Run ``turret serve`` until the block ends, then stop it with SIGTERM.
 
     Args:
         folder: For the adapter root and the log.
         flags: Further flags.
+        cache: Where quantised models are kept, instead of the user's cache.
 
     Raises:
         AssertionError: It did not start, or SIGTERM did not end it with exit code 0.
@@ -73,7 +75,8 @@ def start_server(folder: Path, *flags: str) -> Iterator[ServerUnderTest]:
         *("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"),
         *("--adapter-root", str(root), *flags),
     ]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE)
+    environment = {**os.environ, **({} if cache is None else {"XDG_CACHE_HOME": str(cache)})}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
     addresses: dict[str, str] = {}
     is_up = threading.Event()
     reader = threading.Thread(target=_follow, args=(process, log, addresses, is_up), daemon=True)
@@ -81,9 +84,7 @@ def start_server(folder: Path, *flags: str) -> Iterator[ServerUnderTest]:
     try:
         is_up.wait(_START_SECONDS)
         assert "serving" in addresses, f"the server did not start:\n{log.read_text()}"
-        yield ServerUnderTest(
-            addresses["serving"], addresses["metrics"], root, process, log
-        )
+        yield ServerUnderTest(addresses["serving"], addresses["metrics"], root, process, log)
         process.send_signal(signal.SIGTERM)
         code = process.wait(_STOP_SECONDS)
         assert code == 0, f"exit code {code} after SIGTERM:\n{log.read_text()[-4000:]}"

@@ -178,9 +178,7 @@ async def test_a_mixed_batch_answers_each_request_as_if_alone(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_scores_do_not_depend_on_the_batch(tiny: Any, dtype: str) -> None:
     model, root = tiny("qwen3")
-    requests = [
-        make_request(r.prompt_token_ids, *r.adapters, score=True) for r in mixed_requests()
-    ]
+    requests = [make_request(r.prompt_token_ids, *r.adapters, score=True) for r in mixed_requests()]
     expected = await each_alone(model, root, requests, dtype=dtype)
     async with EngineHarness.start(model, root, dtype=dtype, adapters=NAMES) as harness:
         got = await harness.run_all(requests)
@@ -265,9 +263,7 @@ async def test_the_embedded_model_is_batch_invariant_in_bfloat16(tmp_path: Path)
     for seed, spec in enumerate(SPECS):
         write_adapter(tmp_path, arch, spec, seed)
     requests = [
-        make_request(
-            prompt_of(i, LENGTHS[i % len(LENGTHS)], arch.vocab_size), *mix, max_tokens=4
-        )
+        make_request(prompt_of(i, LENGTHS[i % len(LENGTHS)], arch.vocab_size), *mix, max_tokens=4)
         for i, mix in enumerate(MIXES)
     ]
     options: dict[str, Any] = {"dtype": "bfloat16", "adapters": NAMES}

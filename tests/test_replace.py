@@ -171,6 +171,19 @@ def test_a_pin_moves_to_the_new_generation(make: Registries) -> None:
     registry.unload("a")
 
 
+def test_a_replaced_generation_is_no_longer_pinned(make: Registries) -> None:
+    registry = make(2.2)
+    registry.load("a", "a", pinned=True)
+    registry.load("c", "c")
+    running = registry.acquire(refs("a"))
+    registry.replace("a", "b")
+    # It fits as soon as the running request ends, so it waits rather than being refused.
+    waiting = Waiter(registry.acquire(refs("c")))
+    assert not waiting.is_answered
+    registry.release(running)
+    assert waiting.wait().error is None
+
+
 def test_a_pinned_adapter_without_room_for_both_stays_as_it_is(
     make: Registries, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -30,7 +30,7 @@ CONTEXT = 512
 
 
 def _llama(**sizes: Any) -> Any:
-    """q and o are square (128 → 128), k and v are not (128 → 64), down is wide."""
+    """Q and o are square (128 → 128), k and v are not (128 → 64), down is wide."""
     scaled = {
         "rope_type": "llama3",
         "rope_theta": 10000.0,
@@ -52,8 +52,15 @@ def _qwen2(**sizes: Any) -> Any:
 
 
 def _qwen3(**sizes: Any) -> Any:
-    """head_dim is not hidden_size / heads: q is 128 → 256."""
-    return Qwen3Config(**{**sizes, "head_dim": 64}, tie_word_embeddings=True)
+    """head_dim is not hidden_size / heads (q is 128 → 256); YaRN scales cosines and sines."""
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+    }
+    scaled = {**sizes, "head_dim": 64, "rope_parameters": yarn}
+    return Qwen3Config(**scaled, tie_word_embeddings=True)
 
 
 def _smollm3(**sizes: Any) -> Any:
@@ -141,7 +148,7 @@ def served_weights(model: Path | None, dtype: torch.dtype) -> dict[str, torch.Te
 
 
 def load_oracle(model: Path | None, weights: dict[str, torch.Tensor]) -> Any:
-    """transformers' fp32 model of a directory (or the embedded one) on the weights served."""
+    """Transformers' fp32 model of a directory (or the embedded one) on the weights served."""
     if model is None:
         _, _, tensors, _ = read_gguf(find_gguf())
         config = AutoConfig.from_pretrained(resolve_model(None, default_cache_dir()).files)

@@ -155,10 +155,14 @@ class AdapterPack:
     def step(self, plan: SegmentPlan, members: StepMembers, keys: Sequence[str]) -> AdapterStep:
         """Bind a step's plan to the packed adapters ``keys``."""
         entries = [self._entries[key] for key in keys]
+        present = frozenset().union(*(e.present for e in entries))
         return AdapterStep(
             groups=self._groups,
             plan=plan,
-            present=frozenset().union(*(e.present for e in entries)),
+            present={
+                name: tuple((name, s) in present for s in range(len(group.slices)))
+                for name, group in self._groups.items()
+            },
             gains=frozenset().union(*(e.gains for e in entries)),
             input_gains=frozenset().union(*(e.input_gains for e in entries)),
             biases=frozenset().union(*(e.biases for e in entries)),
@@ -269,11 +273,14 @@ class AdapterPack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdapterStep:
-    """The adapters of one step, as the model's layers apply them."""
+    """The adapters of one step, as the model's layers apply them.
+
+    ``present`` says per group which slices have a low-rank update.
+    """
 
     groups: Mapping[str, PackedGroup]
     plan: SegmentPlan
-    present: frozenset[tuple[str, int]]
+    present: Mapping[str, tuple[bool, ...]]
     gains: frozenset[str]
     input_gains: frozenset[str]
     biases: frozenset[str]
@@ -305,10 +312,10 @@ class AdapterStep:
         if group in self.biases:
             assert packed.bias is not None
             row_bias_(y, packed.bias[layer], self.plan)
-        present = tuple((group, s) in self.present for s in range(len(packed.slices)))
+        present = self.present[group]
         if any(present):
-            v = segmented_shrink_reference(x, packed.a[layer], self.plan)
-            b = [slice_b[layer] for slice_b in packed.b]
+            a, b = packed.layers[layer]
+            v = segmented_shrink_reference(x, a, self.plan)
             segmented_expand_reference(y, v, b, self.plan, present)
         if self.banks is not None:
             self.banks.apply(layer, group, x, y)

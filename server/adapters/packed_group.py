@@ -48,6 +48,7 @@ class PackedGroup:
     Attributes:
         a: ``[layers, pack_rank, slices, in]``: an adapter's ranks are one run for all slices.
         b: Per slice ``[layers, pack_rank, out]``.
+        layers: Per layer, its views of ``a`` and ``b``.
         gain_delta: ``g − 1`` per slot, ``[layers, slots, sum(out)]`` fp32, or None (no gains yet).
         input_gain_delta: ``l − 1`` per slot, ``[layers, slots, slices, in]`` fp32, or None.
         bias: ``[layers, slots, sum(out)]`` fp32, or None.
@@ -65,6 +66,7 @@ class PackedGroup:
             self._offsets.append(self._offsets[-1] + shape.out_features)
         self.a = torch.empty(0)
         self.b: list[torch.Tensor] = []
+        self.layers: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
         self.gain_delta: torch.Tensor | None = None
         self.input_gain_delta: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
@@ -89,6 +91,7 @@ class PackedGroup:
             torch.zeros(layers, rank, s.out_features, dtype=self._dtype, device=self._device)
             for s in self.slices
         ]
+        self.layers = [(self.a[i], [b[i] for b in self.b]) for i in range(layers)]
 
     def put_low_rank(self, operators: AdapterOperators, start: int, end: int) -> None:
         """Copy an adapter's factors into ranks ``[start, end)``; unused ones become zero."""

@@ -169,10 +169,11 @@ class BatchBuilder:
             start = self._tensor([c.rank_start for c in chosen]).unsqueeze(1)
             end = self._tensor([c.rank_end for c in chosen]).unsqueeze(1)
             weights = torch.tensor([[c.weight] for c in chosen], device=self._device)
+            foreign = (ranks < start) | (ranks >= end)
             passes.append(
                 ShortPass(
                     rows=None if j == 0 else self._tensor(members),
-                    mask=(ranks >= start) & (ranks < end),
+                    foreign=foreign if bool(foreign.any()) else None,
                     slots=self._tensor([c.slot for c in chosen]),
                     slot_weights=weights,
                     plain=all(c.weight == 1.0 for c in chosen),

@@ -52,9 +52,12 @@ class Flight:
         self._token_text = token_text
         self._max_tokens = max_tokens
         self._prompt_logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs_taken = False
 
     def add_prompt_logprobs(self, found: SequenceOf[PromptLogprob]) -> None:
         """Collect scored prompt positions; a recomputed position is not counted twice."""
+        if self._prompt_logprobs_taken:
+            return
         prompt = self.sequence.request.prompt_token_ids
         if not self._prompt_logprobs:
             self._prompt_logprobs.append(TokenLogprob(prompt[0], self._token_text(prompt[0]), None))
@@ -100,6 +103,7 @@ class Flight:
         """The prompt's logprobs, once they are complete; empty before and after."""
         if len(self._prompt_logprobs) < self.sequence.num_prompt:
             return ()
+        self._prompt_logprobs_taken = True
         taken = tuple(self._prompt_logprobs)
         self._prompt_logprobs = []
         return taken

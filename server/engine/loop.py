@@ -210,6 +210,8 @@ class EngineLoop:
         if step.num_preempted:
             self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)
         if not step.scheduled:
+            # A cancellation may have ended what the last report counted.
+            self._report_state()
             return
         for item in step.scheduled:
             self._note_scheduled(item.sequence, start)

@@ -83,7 +83,8 @@ class Sampler:
 
     def _sample(self, row: torch.Tensor, sequence: Sequence, params: SamplingParams) -> int:
         uniform = self._uniform(sequence, params)
-        scaled = row / params.temperature
+        # Relative to the likeliest token, which stays at 0 however small the temperature is.
+        scaled = (row - row.max()) / params.temperature
         if params.top_k == 0 and params.top_p == 1.0:
             if params.min_p > 0.0:
                 # p >= min_p * p_max  <=>  logit >= max logit + log(min_p)

@@ -190,8 +190,9 @@ class Scheduler:
             num_new = min(len(sequence.tokens) - sequence.num_computed, budget)
             reserved = self._reserve(sequence, num_new, new_blocks)
             assert reserved, "there was room for all of it"
-            self.waiting.remove(sequence)
+            # In this order: a group that neither waits nor runs is forgotten.
             self.waiting.start(sequence)
+            self.waiting.remove(sequence)
             sequence.state = SequenceState.RUNNING
             self.running.append(sequence)
             scheduled.append(Scheduled(sequence, num_new))

@@ -12,20 +12,31 @@ from turret.server.errors import InvalidRequestError
 
 
 class Tokenizer:
-    """Text to token ids and back. Safe to call from several threads."""
+    """Text to token ids and back. Safe to call from several threads.
 
-    def __init__(self, inner: Any, eos_token_ids: frozenset[int]) -> None:
+    Attributes:
+        vocab_size: Token ids below it exist here and in the model: tokenizers may hold added tokens
+            that the model has no row for.
+    """
+
+    def __init__(self, inner: Any, eos_token_ids: frozenset[int], model_vocab_size: int) -> None:
         self._inner = inner
         backend = inner.backend_tokenizer
         self._backend = backend
-        self.vocab_size: int = backend.get_vocab_size()
+        self.vocab_size: int = min(backend.get_vocab_size(), model_vocab_size)
         own = inner.eos_token_id
-        self.eos_token_ids = eos_token_ids | (frozenset() if own is None else {own})
+        ends = eos_token_ids | (frozenset() if own is None else {own})
+        self.eos_token_ids = frozenset(token for token in ends if token < model_vocab_size)
         self._special = frozenset(inner.all_special_ids)
 
     @classmethod
-    def load(cls, files: Path, eos_token_ids: frozenset[int]) -> Tokenizer:
+    def load(cls, files: Path, eos_token_ids: frozenset[int], model_vocab_size: int) -> Tokenizer:
         """Load from a model directory.
+
+        Args:
+            files: The directory.
+            eos_token_ids: Ends of sequence that the model's config names.
+            model_vocab_size: Rows of the model's embedding.
 
         Raises:
             InvalidRequestError: The directory has no tokenizer that converts to a fast one.
@@ -40,7 +51,7 @@ class Tokenizer:
             raise InvalidRequestError.of(
                 "model", f"no usable tokenizer in {files}: {error}"
             ) from error
-        return cls(inner, eos_token_ids)
+        return cls(inner, eos_token_ids, model_vocab_size)
 
     def encode(self, text: str) -> list[int]:
         """Tokenise a raw prompt; the tokenizer's own BOS rule applies."""

@@ -1,0 +1,50 @@
+"""Thousands of different adapters that share a few tensor files on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from random_lora import write_random_lora
+
+from turret.server.models.arch import Arch
+
+RANKS = (8, 16, 32, 64)
+_FILES_PER_RANK = 4
+_TENSORS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def rank_of(number: int) -> int:
+    """Rank of the ``number``-th adapter; small ones are as frequent as large ones."""
+    return RANKS[number % len(RANKS)]
+
+
+def write_many_loras(root: Path, count: int, *, arch: Arch, base_model: str) -> list[str]:
+    """Write ``count`` adapters; each has a config, and so a digest, of its own.
+
+    Tensor files are hard links to a few: an adapter is still read, hashed and lowered in full, but
+    from the page cache once its file has been read.
+
+    Returns:
+        Their names, which are their directories too.
+    """
+    originals = []
+    for number in range(min(count, _FILES_PER_RANK * len(RANKS))):
+        folder = root / f"file-{number:02}"
+        write_random_lora(
+            folder, arch=arch, base_model=base_model, rank=rank_of(number), seed=number
+        )
+        originals.append(folder)
+    names = []
+    for number in range(count):
+        original = originals[number % len(originals)]
+        folder = root / f"many-{number:05}"
+        folder.mkdir()
+        os.link(original / _TENSORS, folder / _TENSORS)
+        config = json.loads((original / _CONFIG).read_text())
+        # A scale of its own: no two adapters give the same answers.
+        config["lora_alpha"] = config["r"] * (1.0 + number / 10_000)
+        (folder / _CONFIG).write_text(json.dumps(config))
+        names.append(folder.name)
+    return names

@@ -1,0 +1,60 @@
+"""A synthetic trace in the style of S-LoRA (arXiv 2311.03285, section 7): who asks what, when."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+# Ids below these are special tokens or bytes in the vocabularies of the models served here.
+_TOKEN_IDS = range(1000, 20000)
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """What a trace is drawn from.
+
+    Attributes:
+        num_requests: Length of the trace.
+        rate: Mean arrivals per second.
+        cv: Coefficient of variation of the Gamma-distributed gaps; 1 is a Poisson process.
+        exponent: Popularity of the ``i``-th most popular adapter is ``i ** -exponent``; 0 is
+            uniform.
+        prompt_tokens: Shortest and longest prompt.
+        new_tokens: Fewest and most tokens generated.
+        seed: Same seed, same trace.
+    """
+
+    num_requests: int
+    rate: float
+    cv: float = 1.0
+    exponent: float = 1.0
+    prompt_tokens: tuple[int, int] = (16, 64)
+    new_tokens: tuple[int, int] = (8, 32)
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """One request; ``seconds`` counts from the start of the trace."""
+
+    seconds: float
+    adapter: str
+    prompt: tuple[int, ...]
+    new_tokens: int
+
+
+def draw(workload: Workload, adapters: Sequence[str]) -> list[Arrival]:
+    """The trace; popular adapters come first in ``adapters``."""
+    source = random.Random(workload.seed)
+    shape = 1.0 / workload.cv**2
+    scale = 1.0 / (workload.rate * shape)
+    weights = [rank**-workload.exponent for rank in range(1, len(adapters) + 1)]
+    names = source.choices(adapters, weights, k=workload.num_requests)
+    trace, now = [], 0.0
+    for name in names:
+        now += source.gammavariate(shape, scale)
+        length = source.randint(*workload.prompt_tokens)
+        prompt = tuple(source.choice(_TOKEN_IDS) for _ in range(length))
+        trace.append(Arrival(now, name, prompt, source.randint(*workload.new_tokens)))
+    return trace
