@@ -72,7 +72,7 @@ class Pack:
 def make_pack(
     inner: int, outs: Sequence[int], dtype: torch.dtype, ranks: Sequence[int] = RANKS
 ) -> Pack:
-    """Random adapters; every third has no update in its first slice, every fourth a short one."""
+    """Random adapters; some have none, or a shorter one, in their first slice."""
     bounds, cursor = [(0, 0)], 0
     for rank in ranks:
         width = -(-rank // 8) * 8
@@ -86,7 +86,7 @@ def make_pack(
         held[slot] = rank
         if slices > 1 and slot % 3 == 0:
             held[slot, 0] = 0
-        elif slices > 1 and slot % 4 == 0:
+        elif slices > 1 and slot % 4 == 1:
             held[slot, 0] = rank // 2
         low, high = bounds[slot]
         for s in range(slices):

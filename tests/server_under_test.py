@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,13 +56,15 @@ class ServerUnderTest:
 
 
 @contextlib.contextmanager
-def start_server(folder: Path, *flags: str, cache: Path | None = None) -> Iterator[ServerUnderTest]:
+def start_server(
+    folder: Path, *flags: str, environment: Mapping[str, str] | None = None
+) -> Iterator[ServerUnderTest]:
     """Run ``turret serve`` until the block ends, then stop it with SIGTERM.
 
     Args:
         folder: For the adapter root and the log.
         flags: Further flags.
-        cache: Where quantised models are kept, instead of the user's cache.
+        environment: Variables of the server in addition to this process's.
 
     Raises:
         AssertionError: It did not start, or SIGTERM did not end it with exit code 0.
@@ -75,8 +77,8 @@ def start_server(folder: Path, *flags: str, cache: Path | None = None) -> Iterat
         *("--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"),
         *("--adapter-root", str(root), *flags),
     ]
-    environment = {**os.environ, **({} if cache is None else {"XDG_CACHE_HOME": str(cache)})}
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=environment)
+    variables = {**os.environ, **(environment or {})}
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, env=variables)
     addresses: dict[str, str] = {}
     is_up = threading.Event()
     reader = threading.Thread(target=_follow, args=(process, log, addresses, is_up), daemon=True)

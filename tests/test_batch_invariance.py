@@ -72,7 +72,7 @@ def prompt_of(number: int, length: int, vocab_size: int = VOCAB_SIZE) -> list[in
 
 
 def mixed_requests(max_tokens: int = 6, sampling: SamplingParams | None = None) -> list[Request]:
-    changes = {} if sampling is None else {"sampling": sampling}
+    changes: dict[str, Any] = {} if sampling is None else {"sampling": sampling}
     return [
         make_request(
             prompt_of(i, LENGTHS[i % len(LENGTHS)]), *mix, max_tokens=max_tokens, **changes

@@ -40,7 +40,9 @@ def check_rows(name: str, tensor: torch.Tensor) -> None:
         ValueError: It is not.
     """
     if tensor.stride(-1) != 1:
-        raise ValueError(f"{name} has stride {tensor.stride(-1)} in its last dimension; 1 is needed")
+        raise ValueError(
+            f"{name} has stride {tensor.stride(-1)} in its last dimension; 1 is needed"
+        )
 
 
 def check_contiguous(name: str, tensor: torch.Tensor) -> None:

@@ -158,9 +158,7 @@ class SegmentTable:
             )
         longest = max((len(mix) for mix in segments), default=0)
         if longest > self.max_components:
-            raise ValueError(
-                f"a mix has {longest} components; {self.max_components} are allocated"
-            )
+            raise ValueError(f"a mix has {longest} components; {self.max_components} are allocated")
 
     @staticmethod
     def _assemble(

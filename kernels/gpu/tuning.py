@@ -21,6 +21,9 @@ class Tuning:
         shrink_block_k: Input features per step of that reduction.
         expand_block_n: Output columns per tile.
         hadamard_splits: As ``shrink_splits``.
+        hadamard_block_k: As ``shrink_block_k``, at rank 16; halved as the rank doubles.
+        hadamard_block_n: Output columns per tile; halved at rank 64.
+        kronecker_block_l: Columns of ``w2`` per step of its reduction.
         nf4_block_n: Output columns per program.
         nf4_groups: Quantisation blocks of 64 per step of the reduction.
     """
@@ -28,8 +31,11 @@ class Tuning:
     programs: int = 528
     shrink_splits: int = 4
     shrink_block_k: int = 256
-    expand_block_n: int = 128
+    expand_block_n: int = 64
     hadamard_splits: int = 4
+    hadamard_block_k: int = 128
+    hadamard_block_n: int = 64
+    kronecker_block_l: int = 32
     nf4_block_n: int = 32
     nf4_groups: int = 2
 
@@ -39,7 +45,14 @@ _TABLE: dict[str, Tuning] = {}
 
 # Few programs and small tiles, so that loops over work lists and splits are exercised.
 _INTERPRETER = Tuning(
-    programs=3, shrink_splits=2, shrink_block_k=32, expand_block_n=32, hadamard_splits=2
+    programs=3,
+    shrink_splits=2,
+    shrink_block_k=32,
+    expand_block_n=32,
+    hadamard_splits=2,
+    hadamard_block_k=32,
+    hadamard_block_n=32,
+    kronecker_block_l=32,
 )
 
 
@@ -48,4 +61,5 @@ def tuning(device: torch.device) -> Tuning:
     """The parameters for a device (on the CPU: for Triton's interpreter)."""
     if device.type == "cpu":
         return _INTERPRETER
-    return _TABLE.get(torch.cuda.get_device_name(device), Tuning())
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return _TABLE.get(name, Tuning())

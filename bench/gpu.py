@@ -1,0 +1,82 @@
+"""Checks and times every Triton kernel and a whole decode step on the GPU of this machine.
+
+One command, under nine minutes, on a bare machine with Python, torch and triton (``bench/gpu.sh``
+sets the paths and also runs the kernel tests). Each part first checks its result against float64
+and reports nothing if that fails. Rows go to ``bench/results/<gpu>.jsonl``::
+
+    bench/gpu.sh                     everything
+    python bench/gpu.py --only step  one part
+    python bench/gpu.py --dry-run    tiny shapes in Triton's interpreter: is it ready to run?
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from gpu_kernels import KERNELS
+from gpu_scenarios import time_projection, time_step
+from gpu_setting import Setting
+from gpu_timing import ROOT
+from gpu_tune import tune
+
+PARTS: dict[str, Callable[[Setting], None]] = {
+    **KERNELS,
+    "projection": time_projection,
+    "step": time_step,
+}
+
+
+def parse_args(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Check and time the Triton kernels on this GPU.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    parser.add_argument("--only", choices=sorted(PARTS), help="run one part")
+    parser.add_argument(
+        "--budget-seconds", type=float, default=480, help="start no part after this"
+    )
+    parser.add_argument("--tune", action="store_true", help="search launch parameters instead")
+    parser.add_argument("--dry-run", action="store_true", help="tiny shapes in the interpreter")
+    parser.add_argument(
+        "--results", type=Path, default=ROOT / "bench" / "results", help="folder for the rows"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_args(argv)
+    if not args.dry_run and not torch.cuda.is_available():
+        print("no CUDA device here; --dry-run tries everything in the interpreter", file=sys.stderr)
+        return 2
+    setting = Setting.tiny() if args.dry_run else Setting.full()
+    print(f"{setting.report.name}, torch {torch.__version__}")
+    if args.tune:
+        tune(setting)
+        return 0
+    start, failed = time.monotonic(), []
+    for name, part in PARTS.items():
+        if args.only not in (None, name):
+            continue
+        if time.monotonic() - start > args.budget_seconds:
+            print(f"{name}: skipped, over {args.budget_seconds:.0f} s")
+            continue
+        torch.manual_seed(0)
+        try:
+            part(setting)
+        except AssertionError as error:
+            failed.append(name)
+            print(f"{name}: WRONG, not timed: {error}", file=sys.stderr)
+    if failed:
+        print(f"wrong results in {', '.join(failed)}; nothing written", file=sys.stderr)
+        return 1
+    print(f"{len(setting.report.rows)} rows in {setting.report.write(args.results)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,96 @@
+"""Random adapters on the device, and the tables that say which rows use them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from turret.kernels.gpu.segment_table import SegmentTable
+from turret.kernels.segments import Component, LongSegment
+
+# Ranks of the mixed scenario, dealt in turn.
+MIXED_RANKS = (8, 16, 32, 64, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankPack:
+    """Adapters of one fused projection side by side; slot 0 is neutral.
+
+    Attributes:
+        bounds: Per slot, first and last rank plus one.
+        a: ``[pack_rank, slices, in]``.
+        b: Per slice ``[pack_rank, out]``.
+        slice_ranks: ``[slots, slices]`` int32.
+        gain_delta: ``[slots, width]`` fp32.
+    """
+
+    bounds: tuple[tuple[int, int], ...]
+    a: torch.Tensor
+    b: tuple[torch.Tensor, ...]
+    slice_ranks: torch.Tensor
+    gain_delta: torch.Tensor
+
+
+def bounds_of(ranks: Sequence[int]) -> tuple[tuple[int, int], ...]:
+    """Rank ranges of all slots, slot 0 without ranks first."""
+    bounds, cursor = [(0, 0)], 0
+    for rank in ranks:
+        bounds.append((cursor, cursor + rank))
+        cursor += rank
+    return tuple(bounds)
+
+
+def make_pack(
+    inner: int, outs: Sequence[int], ranks: Sequence[int], dtype: torch.dtype, device: torch.device
+) -> LowRankPack:
+    """Random adapters whose update is about as large as the base result."""
+    total, slots = sum(ranks), len(ranks) + 1
+    like = {"dtype": dtype, "device": device}
+    slice_ranks = torch.tensor([0, *ranks], dtype=torch.int32, device=device)
+    return LowRankPack(
+        bounds_of(ranks),
+        torch.randn(total, len(outs), inner, **like).mul_(inner**-0.5),
+        tuple(torch.randn(total, out, **like).mul_(0.1) for out in outs),
+        slice_ranks[:, None].expand(-1, len(outs)).contiguous(),
+        torch.randn(slots, sum(outs), device=device).mul_(0.05),
+    )
+
+
+def make_table(
+    bounds: Sequence[tuple[int, int]],
+    slot_of_row: Sequence[int],
+    device: torch.device,
+    *,
+    gemv: bool = False,
+) -> SegmentTable:
+    """A decode step: one row per entry, slot 0 the base model alone."""
+    widest = max(high - low for low, high in bounds)
+    table = SegmentTable(
+        max_rows=len(slot_of_row),
+        max_row_rank=max(widest, 16),
+        max_components=1,
+        device=device,
+        gemv=gemv,
+    )
+    runs = []
+    for row, slot in enumerate(slot_of_row):
+        low, high = bounds[slot]
+        mix = (Component(low, high, slot, 1.0),) if slot else ()
+        runs.append(LongSegment(row, row + 1, mix))
+    table.load(runs)
+    return table
+
+
+def exact_update(pack: LowRankPack, slot_of_row: Sequence[int], x: torch.Tensor) -> torch.Tensor:
+    """``Δ(x)`` per row in float64, ``[rows, sum(out)]``."""
+    out = torch.zeros(x.shape[0], pack.gain_delta.shape[1], dtype=torch.float64, device=x.device)
+    for row, slot in enumerate(slot_of_row):
+        low, high = pack.bounds[slot]
+        start = 0
+        for s, b in enumerate(pack.b):
+            v = pack.a[low:high, s].double() @ x[row].double()
+            out[row, start : start + b.shape[1]] = v @ b[low:high].double()
+            start += b.shape[1]
+    return out

@@ -1,0 +1,179 @@
+"""One launch of every Triton kernel in every form that real models need, on meta tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from turret.kernels.gpu.attention_table import AttentionTable
+from turret.kernels.gpu.fusion_gate import fusion_gate
+from turret.kernels.gpu.hadamard_expand import hadamard_expand
+from turret.kernels.gpu.hadamard_shrink import hadamard_shrink
+from turret.kernels.gpu.kronecker import kronecker
+from turret.kernels.gpu.nf4_matmul import nf4_matmul
+from turret.kernels.gpu.paged_attention import paged_attention
+from turret.kernels.gpu.rms_norm import residual_rms_norm
+from turret.kernels.gpu.rope_kv_write import rope_kv_write
+from turret.kernels.gpu.row_table import RowTable
+from turret.kernels.gpu.segment_table import SegmentTable
+from turret.kernels.gpu.segmented_expand import segmented_expand
+from turret.kernels.gpu.segmented_shrink import segmented_shrink
+from turret.kernels.gpu.silu_mul import silu_mul
+from turret.kernels.nf4_matmul import BLOCK, GROUP, NestedAbsmax, Nf4Matrix
+
+Launches = Iterable[Callable[[], object]]
+
+_META = torch.device("meta")
+_ROWS = 64
+_RANK = 1024  # of the pack
+_SLOTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What the kernels see of a model."""
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    window: int | None = None
+    head_norm: bool = False
+
+    @property
+    def groups(self) -> dict[str, tuple[int, tuple[int, ...]]]:
+        """Input width and slice widths of every fused projection."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return {
+            "qkv": (self.hidden, (q, kv, kv)),
+            "o": (q, (self.hidden,)),
+            "gate_up": (self.hidden, (self.inner, self.inner)),
+            "down": (self.inner, (self.hidden,)),
+        }
+
+
+MODELS = {
+    "Llama-3.1-8B": Model(4096, 32, 8, 128, 14336),
+    "Qwen2.5-0.5B": Model(896, 14, 2, 64, 4864, head_norm=True, window=4096),
+    "SmolLM2-135M": Model(576, 9, 3, 64, 1536),
+}
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=_META)
+
+
+def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]]:
+    """Decode, prefill and GEMV tables; with and without gain, biases and gates."""
+    slices, width = len(outs), sum(outs)
+    x, y = _empty(_ROWS, inner), _empty(_ROWS, width)
+    a, b = _empty(_RANK, slices, inner), [_empty(_RANK, out) for out in outs]
+    ranks = _empty(_SLOTS, slices, dtype=torch.int32)
+    per_slot = _empty(_SLOTS, width, dtype=torch.float32)
+    for tile_rows, gemv in ((16, False), (32, False), (16, True)):
+        table = SegmentTable(
+            max_rows=_ROWS,
+            max_row_rank=256,
+            max_components=8,
+            device=_META,
+            tile_rows=tile_rows,
+            gemv=gemv,
+        )
+
+        def launch(table: SegmentTable = table) -> None:
+            v = segmented_shrink(x, a, ranks, table)
+            segmented_expand(y, v, b, ranks, table)
+            segmented_expand(
+                y, v, b, ranks, table, gain_delta=per_slot, bias=per_slot, base_bias=_empty(width)
+            )
+            q = _empty(_ROWS, slices, 64, dtype=torch.float32)
+            gated = _empty(_SLOTS, dtype=torch.int32)
+            gates = fusion_gate(q, v, _empty(_RANK, slices, 64), gated, table)
+            segmented_expand(y, v, b, ranks, table, gates=gates)
+
+        yield launch
+
+
+def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]]:
+    """Hadamard and Kronecker adapters."""
+    table = RowTable(_ROWS, _META)
+    x, y = _empty(_ROWS, inner), _empty(_ROWS, sum(outs))
+
+    def hadamard(rank: int) -> None:
+        factors = _empty(_SLOTS, len(outs), rank, inner)
+        u = hadamard_shrink(x, factors, factors, table)
+        wide = [_empty(_SLOTS, out, rank) for out in outs]
+        hadamard_expand(y, u, wide, wide, table)
+
+    def kron(out: int) -> None:
+        for factor in (8, 64, 128):
+            if inner % factor or out % factor:
+                continue
+            w1 = _empty(_SLOTS, factor, factor)
+            dense = _empty(_SLOTS, out // factor, inner // factor)
+            pair = (_empty(_SLOTS, out // factor, 16), _empty(_SLOTS, 16, inner // factor))
+            kronecker(x, y[:, :out], w1, dense, table)
+            kronecker(x, y[:, :out], w1, pair, table)
+
+    for rank in (8, 16, 32, 64):
+        yield lambda rank=rank: hadamard(rank)
+    yield lambda: kron(outs[0])
+
+
+def _base(inner: int, outs: tuple[int, ...]) -> None:
+    """The base product over plain and nested absmax."""
+    width = sum(outs)
+    blocks = width * inner // BLOCK
+    groups = -(-blocks // GROUP)
+    packed = _empty(width * inner // 2, dtype=torch.uint8)
+    plain = _empty(blocks, dtype=torch.float32)
+    nested = NestedAbsmax(
+        _empty(blocks, dtype=torch.uint8),
+        _empty(256, dtype=torch.float32),
+        _empty(groups, dtype=torch.float32),
+        _empty(groups, dtype=torch.float32),
+    )
+    for absmax in (plain, nested):
+        nf4_matmul(_empty(_ROWS, inner), Nf4Matrix(packed, absmax, width, inner))
+
+
+def _between(model: Model) -> None:
+    """Attention and the small kernels around it."""
+    per_head = model.heads // model.kv_heads
+    cache = _empty(256, 16, model.kv_heads, model.head_dim)
+    for tile_rows, spread in ((16, True), (32, False)):
+        table = AttentionTable(
+            max_records=_ROWS,
+            max_blocks=1024,
+            queries_per_head=per_head,
+            window=model.window,
+            device=_META,
+            tile_rows=tile_rows,
+            spread=spread,
+        )
+        q = _empty(_ROWS, model.heads, model.head_dim)
+        paged_attention(q, cache, cache, table, scale=model.head_dim**-0.5)
+    angles = _empty(_ROWS, model.head_dim // 2, dtype=torch.float32)
+    norm = _empty(model.head_dim) if model.head_norm else None
+    qkv = _empty(_ROWS, (model.heads + 2 * model.kv_heads) * model.head_dim)
+    slots = _empty(_ROWS, dtype=torch.int64)
+    rope_kv_write(qkv, angles, angles, slots, cache, cache, q_norm=norm, k_norm=norm)
+    hidden = _empty(_ROWS, model.hidden)
+    residual_rms_norm(hidden, hidden, _empty(model.hidden), 1e-5)
+    residual_rms_norm(hidden, None, _empty(model.hidden), 1e-5)
+    silu_mul(_empty(_ROWS, 2 * model.inner))
+
+
+def _all() -> Iterator[Callable[[], object]]:
+    for model in MODELS.values():
+        for inner, outs in model.groups.values():
+            yield from _low_rank(inner, outs)
+            yield from _by_slot(inner, outs)
+            yield lambda inner=inner, outs=outs: _base(inner, outs)
+        yield lambda model=model: _between(model)
+
+
+LAUNCHES: tuple[Callable[[], object], ...] = tuple(_all())

@@ -1,0 +1,262 @@
+"""Triton form of ``paged_attention``: decode and chunked prefill over KV blocks.
+
+Query heads that share a KV head, and neighbouring tokens of a chunk, are rows of one tile: keys and
+values are read once for all of them. Within a split the softmax runs over tiles; splits start
+afresh and are added up in order, in the same program or by the second kernel (see
+``attention_table``).
+"""
+
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from turret.kernels.gpu.attention_table import HEADER, ITEM, RECORD, SPLIT, AttentionTable
+from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
+from turret.kernels.gpu.dots import dot
+from turret.kernels.gpu.tuning import tuning
+
+TILE = 32
+_HEADER = tl.constexpr(HEADER)
+_RECORD = tl.constexpr(RECORD)
+_ITEM = tl.constexpr(ITEM)
+_SPLIT = tl.constexpr(SPLIT)
+_TILE = tl.constexpr(TILE)
+_MASKED = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _merge(best, total, acc, other_best, other_total, other_acc):
+    """Add a later split's softmax state to the running one."""
+    top = tl.maximum(best, other_best)
+    mine = tl.exp2(best - top)
+    theirs = tl.exp2(other_best - top)
+    total = total * mine + other_total * theirs
+    acc = acc * mine[:, None] + other_acc * theirs[:, None]
+    return top, total, acc
+
+
+@triton.jit
+def _attend_split(
+    q,  # [BLOCK_M, BLOCK_D], scaled for exp2
+    k_ptr,  # [num_blocks, block_size, kv_heads, head_dim], at the head
+    v_ptr,
+    blocks_ptr,  # block numbers of the sequence
+    positions,  # [BLOCK_M], of the queries
+    first,  # first visible position of the sequence
+    last,  # last position any row sees
+    start,  # of the split
+    row_elements,  # kv_heads * head_dim
+    head_dim,
+    block_size,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Softmax state of one split: ``best [M]``, ``total [M]``, ``acc [M, D]``, fp32."""
+    d = tl.arange(0, BLOCK_D)
+    best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    for t in range(start, tl.minimum(start + _SPLIT, last + 1), _TILE):
+        keys = t + tl.arange(0, _TILE)
+        exists = keys <= last
+        block = tl.load(blocks_ptr + keys // block_size, mask=exists, other=0).to(tl.int64)
+        at = (block * block_size + keys % block_size) * row_elements
+        keep = exists[:, None] & (d < head_dim)[None, :]
+        k = tl.load(k_ptr + at[:, None] + d[None, :], mask=keep, other=0.0)
+        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, _TILE), dtype=tl.float32))
+        visible = (keys[None, :] <= positions[:, None]) & (keys >= first)[None, :]
+        if WINDOW > 0:
+            visible = visible & (keys[None, :] > positions[:, None] - WINDOW)
+        scores = tl.where(visible, scores, _MASKED)
+        top = tl.maximum(best, tl.max(scores, axis=1))
+        # A row that sees nothing of the tile adds nothing.
+        weights = tl.where(visible, tl.exp2(scores - top[:, None]), 0.0)
+        shrink = tl.exp2(best - top)
+        total = total * shrink + tl.sum(weights, axis=1)
+        v = tl.load(v_ptr + at[:, None] + d[None, :], mask=keep, other=0.0)
+        acc = dot(weights.to(v.dtype), v, acc * shrink[:, None])
+        best = top
+    return best, total, acc
+
+
+@triton.jit
+def paged_attention_kernel(
+    q_ptr,  # [num_rows, num_heads, head_dim]
+    k_ptr,  # [num_blocks, block_size, kv_heads, head_dim]
+    v_ptr,
+    state_ptr,  # [max_records, kv_heads, BLOCK_M, 2] fp32
+    acc_ptr,  # [max_records, kv_heads, BLOCK_M, head_dim] fp32
+    table_ptr,
+    scale,  # times log2(e)
+    q_stride,
+    kv_heads,
+    head_dim,
+    block_size,
+    PER_HEAD: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    num_work = tl.load(table_ptr) * kv_heads
+    records_ptr = table_ptr + tl.load(table_ptr + 1)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
+        head = work % kv_heads
+        record = work // kv_heads
+        record_ptr = records_ptr + record * _RECORD
+        tokens = tl.load(record_ptr + 1)
+        token = m // PER_HEAD
+        live = token < tokens
+        first_position = tl.load(record_ptr + 2)
+        positions = first_position + tl.minimum(token, tokens - 1)
+        row = (tl.load(record_ptr) + token).to(tl.int64)
+        q_head = head * PER_HEAD + m % PER_HEAD
+        q_at = (row * q_stride + q_head * head_dim)[:, None] + d[None, :]
+        keep = live[:, None] & (d < head_dim)[None, :]
+        q = tl.load(q_ptr + q_at, mask=keep, other=0.0).to(tl.float32) * scale
+        q = q.to(k_ptr.dtype.element_ty)
+        best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
+        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+        for split in range(tl.load(record_ptr + 5), tl.load(record_ptr + 6)):
+            split_best, split_total, split_acc = _attend_split(
+                q, k_ptr + head * head_dim, v_ptr + head * head_dim,
+                table_ptr + tl.load(record_ptr + 3), positions, tl.load(record_ptr + 4),
+                first_position + tokens - 1, split * _SPLIT, kv_heads * head_dim, head_dim,
+                block_size, WINDOW, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
+            best, total, acc = _merge(best, total, acc, split_best, split_total, split_acc)
+        at = (record * kv_heads + head).to(tl.int64) * BLOCK_M + m
+        tl.store(state_ptr + at * 2, best, mask=live)
+        tl.store(state_ptr + at * 2 + 1, total, mask=live)
+        tl.store(acc_ptr + at[:, None] * head_dim + d[None, :], acc, mask=keep)
+
+
+@triton.jit
+def paged_attention_merge_kernel(
+    state_ptr,
+    acc_ptr,
+    out_ptr,  # [num_rows, num_heads, head_dim]
+    table_ptr,
+    kv_heads,
+    head_dim,
+    PER_HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    num_work = tl.load(table_ptr + 2) * kv_heads
+    items_ptr = table_ptr + tl.load(table_ptr + 3)
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
+        head = work % kv_heads
+        item_ptr = items_ptr + (work // kv_heads) * _ITEM
+        live = m // PER_HEAD < tl.load(item_ptr + 1)
+        keep = live[:, None] & (d < head_dim)[None, :]
+        best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
+        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+        for record in range(tl.load(item_ptr + 2), tl.load(item_ptr + 3)):
+            at = (record * kv_heads + head).to(tl.int64) * BLOCK_M + m
+            other_best = tl.load(state_ptr + at * 2, mask=live, other=_MASKED)
+            other_total = tl.load(state_ptr + at * 2 + 1, mask=live, other=0.0)
+            at_acc = acc_ptr + at[:, None] * head_dim + d[None, :]
+            other_acc = tl.load(at_acc, mask=keep, other=0.0)
+            best, total, acc = _merge(best, total, acc, other_best, other_total, other_acc)
+        result = acc / tl.where(live, total, 1.0)[:, None]
+        row = (tl.load(item_ptr) + m // PER_HEAD).to(tl.int64)
+        out_row = row * kv_heads * PER_HEAD + head * PER_HEAD + m % PER_HEAD
+        out_at = out_ptr + out_row[:, None] * head_dim + d[None, :]
+        tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    table: AttentionTable,
+    *,
+    scale: float,
+) -> torch.Tensor:
+    """Attend the new tokens of a step to their sequences.
+
+    Args:
+        q: Rotated queries, ``[num_rows, num_heads, head_dim]``, fp16, bf16 or fp32; rows may be
+            strided, heads not.
+        k_cache: Rotated keys of one layer, ``[num_blocks, block_size, kv_heads, head_dim]``,
+            contiguous; the new tokens' keys are already written. ``block_size`` divides 32.
+        v_cache: Values, same shape and dtype.
+        table: The step's sequences, loaded.
+        scale: Multiplied into the scores, usually ``head_dim ** -0.5``.
+
+    Returns:
+        ``[num_rows, num_heads, head_dim]``, dtype of the cache. Rows of no sequence are undefined.
+
+    Raises:
+        ValueError: A shape, dtype or stride breaks the contract.
+    """
+    block_size, kv_heads, head_dim = k_cache.shape[1:]
+    per_head = table.queries_per_head
+    _check(q, k_cache, v_cache, per_head)
+    tuned = tuning(q.device)
+    lead = (table.max_records, kv_heads, table.tile_rows)
+    state = torch.empty(*lead, 2, dtype=torch.float32, device=q.device)
+    acc = torch.empty(*lead, head_dim, dtype=torch.float32, device=q.device)
+    out = torch.empty(q.shape, dtype=k_cache.dtype, device=q.device)
+    block_d = triton.next_power_of_2(max(16, head_dim))
+    paged_attention_kernel[(tuned.programs,)](
+        q,
+        k_cache,
+        v_cache,
+        state,
+        acc,
+        table.buffer,
+        scale * 1.4426950408889634,
+        q.stride(0),
+        kv_heads,
+        head_dim,
+        block_size,
+        PER_HEAD=per_head,
+        WINDOW=table.window or 0,
+        BLOCK_M=table.tile_rows,
+        BLOCK_D=block_d,
+        num_warps=4,
+        num_stages=2,
+        enable_fp_fusion=True,
+    )
+    paged_attention_merge_kernel[(tuned.programs,)](
+        state,
+        acc,
+        out,
+        table.buffer,
+        kv_heads,
+        head_dim,
+        PER_HEAD=per_head,
+        BLOCK_M=table.tile_rows,
+        BLOCK_D=block_d,
+        num_warps=4,
+        enable_fp_fusion=True,
+    )
+    return out
+
+
+def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, per_head: int) -> None:
+    block_size, kv_heads, head_dim = k_cache.shape[1:]
+    check_float("q", q)
+    check_shape("q", q, -1, kv_heads * per_head, head_dim)
+    check_rows("q", q)
+    if q.stride(1) != head_dim:
+        raise ValueError(f"the heads of q are {q.stride(1)} apart; {head_dim} is needed")
+    check_float("k_cache", k_cache)
+    check_float("v_cache", v_cache, k_cache.dtype)
+    check_shape("v_cache", v_cache, *k_cache.shape)
+    check_contiguous("k_cache", k_cache)
+    check_contiguous("v_cache", v_cache)
+    if TILE % block_size:
+        raise ValueError(f"block_size is {block_size}; a divisor of {TILE} is needed")

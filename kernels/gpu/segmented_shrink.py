@@ -1,0 +1,156 @@
+"""Triton form of ``segmented_shrink``: every adapted row onto the rank space of its adapters.
+
+Bound by the bytes of A. A program takes one item of the segment table (a chunk of rows, 16 ranks of
+one of its components), one slice and one part of the input features, so that a decode step of a few
+adapters still fills the device. The parts are added up by expand, in their order, without atomics.
+"""
+
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
+from turret.kernels.gpu.dots import dot
+from turret.kernels.gpu.segment_table import ONE_ROW, RANK_TILE, RECORD, TILES, SegmentTable
+from turret.kernels.gpu.tuning import tuning
+
+_RECORD = tl.constexpr(RECORD)
+
+
+@triton.jit
+def segmented_shrink_kernel(
+    x_ptr,  # [num_rows, in_features]
+    a_ptr,  # [pack_rank, NUM_SLICES, in_features]
+    slice_ranks_ptr,  # [num_slots, NUM_SLICES] int32
+    v_ptr,  # [SPLITS, rank_capacity * NUM_SLICES] fp32
+    table_ptr,  # [capacity] int32
+    x_stride,
+    in_features,
+    v_stride,
+    NUM_SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LIST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    num_work = tl.load(table_ptr + LIST + 2) * NUM_SLICES * SPLITS
+    rows_ptr = table_ptr + tl.load(table_ptr + 1)
+    items_ptr = table_ptr + tl.load(table_ptr + LIST + 3)
+    split_width = tl.cdiv(tl.cdiv(in_features, BLOCK_K), SPLITS) * BLOCK_K
+    m = tl.arange(0, BLOCK_M)
+    r = tl.arange(0, BLOCK_R)
+    k = tl.arange(0, BLOCK_K)
+    for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
+        split = work % SPLITS
+        s = (work // SPLITS) % NUM_SLICES
+        item_ptr = items_ptr + (work // (SPLITS * NUM_SLICES)) * _RECORD
+        position = tl.load(item_ptr)
+        count = tl.load(item_ptr + 1)
+        rank = tl.load(item_ptr + 2)
+        rank_end = tl.load(item_ptr + 3)
+        slot = tl.load(item_ptr + 4)
+        v_base = tl.load(item_ptr + 5)
+        row_stride = tl.load(item_ptr + 6)
+        rank_in_adapter = tl.load(item_ptr + 7)
+        # Ranks of this tile that the adapter has in this slice: 0 for a missing slice.
+        held = tl.load(slice_ranks_ptr + slot * NUM_SLICES + s) - rank_in_adapter
+        held = tl.minimum(held, rank_end - rank)
+
+        rows = tl.load(rows_ptr + position + m, mask=m < count, other=0).to(tl.int64)
+        x_rows = x_ptr + rows[:, None] * x_stride
+        a_rows = a_ptr + ((rank + r).to(tl.int64) * NUM_SLICES + s)[:, None] * in_features
+        start = split * split_width
+        # A missing slice reads nothing.
+        end = tl.where(held > 0, tl.minimum(start + split_width, in_features), start)
+        acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+        for k0 in range(start, end, BLOCK_K):
+            cols = k0 + k
+            inside = cols < in_features
+            x = tl.load(
+                x_rows + cols[None, :], mask=(m < count)[:, None] & inside[None, :], other=0.0
+            )
+            a = tl.load(
+                a_rows + cols[None, :], mask=(r < held)[:, None] & inside[None, :], other=0.0
+            )
+            if BLOCK_M == 1:
+                acc += tl.sum(x.to(tl.float32) * a.to(tl.float32), axis=1)[None, :]
+            else:
+                acc = dot(x, tl.trans(a), acc)
+        ranks = (v_base + m * row_stride)[:, None].to(tl.int64) + r[None, :]
+        v_split = v_ptr + split.to(tl.int64) * v_stride
+        keep = (m < count)[:, None] & (r < rank_end - rank)[None, :]
+        tl.store(v_split + ranks * NUM_SLICES + s, acc, mask=keep)
+
+
+def segmented_shrink(
+    x: torch.Tensor, a: torch.Tensor, slice_ranks: torch.Tensor, table: SegmentTable
+) -> torch.Tensor:
+    """Shrink all adapted rows of a step.
+
+    Semantics, for every row, component ``k`` of its mix, slice ``s``, ``n = slice_ranks[k, s]``
+    and ``[lo, hi)`` the ranks of ``k``::
+
+        v[row, k, :n, s] = x[row] @ a[lo:lo+n, s]ᵀ         v[row, k, n:hi-lo, s] = 0
+
+    Args:
+        x: Activations, ``[num_rows, in_features]``, fp16, bf16 or fp32; rows may be strided.
+        a: Packed A of one fused projection, ``[pack_rank, num_slices, in_features]``, dtype of
+            ``x``, contiguous.
+        slice_ranks: Ranks of each slot's adapter in each slice, ``[num_slots, num_slices]`` int32,
+            contiguous; 0 where the slice is missing. Nothing past them is read.
+        table: The step's segments, loaded.
+
+    Returns:
+        ``[splits, rank_capacity · num_slices]``, fp32, laid out as ``segment_table`` says with the
+        slice innermost; the sum over the first axis is ``v``. Places of no row are undefined.
+
+    Raises:
+        ValueError: A shape, dtype or stride breaks the contract. Values on the device are not
+            checked: that would synchronise.
+    """
+    _check(x, a, slice_ranks)
+    num_slices, in_features = a.shape[1:]
+    tuned = tuning(x.device)
+    width = table.rank_capacity * num_slices
+    v = torch.empty(tuned.shrink_splits, width, dtype=torch.float32, device=x.device)
+    for position, block_m in ((TILES, table.tile_rows), (ONE_ROW, 1)):
+        if position == ONE_ROW and not table.gemv:
+            continue
+        segmented_shrink_kernel[(tuned.programs,)](
+            x,
+            a,
+            slice_ranks,
+            v,
+            table.buffer,
+            x.stride(0),
+            in_features,
+            width,
+            NUM_SLICES=num_slices,
+            SPLITS=tuned.shrink_splits,
+            LIST=position,
+            BLOCK_M=block_m,
+            BLOCK_R=RANK_TILE,
+            BLOCK_K=tuned.shrink_block_k,
+            num_warps=4,
+            num_stages=3,
+            enable_fp_fusion=True,
+        )
+    return v
+
+
+def _check(x: torch.Tensor, a: torch.Tensor, slice_ranks: torch.Tensor) -> None:
+    check_float("x", x)
+    check_float("a", a, x.dtype)
+    check_shape("a", a, -1, -1, -1)
+    check_shape("x", x, -1, a.shape[2])
+    check_rows("x", x)
+    check_contiguous("a", a)
+    check_shape("slice_ranks", slice_ranks, -1, a.shape[1])
+    check_contiguous("slice_ranks", slice_ranks)
+    if slice_ranks.dtype != torch.int32:
+        raise ValueError(f"slice_ranks is {slice_ranks.dtype}; torch.int32 is needed")

@@ -1,0 +1,19 @@
+"""``silu(gate) ⊙ up`` (SwiGLU, arXiv 2002.05202) over a fused gate·up projection."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+
+def silu_mul_reference(gate_up: torch.Tensor) -> torch.Tensor:
+    """Multiply in fp32; the oracle of the Triton kernel.
+
+    Args:
+        gate_up: ``[num_rows, 2 · width]``, the gates first; fp16, bf16 or fp32.
+
+    Returns:
+        ``[num_rows, width]``, one rounding to the dtype of ``gate_up``.
+    """
+    gate, up = gate_up.float().chunk(2, dim=-1)
+    return (F.silu(gate) * up).to(gate_up.dtype)

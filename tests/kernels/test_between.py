@@ -1,0 +1,91 @@
+"""The small fused kernels between projections and attention, against their references.
+
+Planted faults, and how many of the tests here each one fails (tried by hand):
+FAULTS
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_traffic import DEVICE, DTYPES, HALF, error_ratio
+
+from turret.kernels.gpu.rms_norm import residual_rms_norm
+from turret.kernels.gpu.rope_kv_write import rope_kv_write
+from turret.kernels.gpu.silu_mul import silu_mul
+from turret.kernels.rms_norm import residual_rms_norm_reference
+from turret.kernels.rope_kv_write import rope_kv_write_reference
+from turret.kernels.silu_mul import silu_mul_reference
+
+BOUND = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
+
+
+@pytest.mark.parametrize("width", [64, 100, 576])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_residual_rms_norm(width, dtype):
+    residual, update = (torch.randn(5, width).to(DEVICE, dtype) for _ in range(2))
+    weight = torch.randn(width).to(DEVICE, dtype)
+    total = residual + update
+    exact = total.double() * (total.double().pow(2).mean(1, keepdim=True) + 1e-5).rsqrt()
+    exact = exact * weight.double()
+    mine, theirs = residual.clone(), residual.clone()
+    out = residual_rms_norm(mine, update, weight, 1e-5)
+    reference = residual_rms_norm_reference(theirs, update, weight, 1e-5)
+    assert torch.equal(mine, total)
+    assert torch.equal(theirs, total)
+    assert error_ratio(out, exact) < BOUND[dtype]
+    assert error_ratio(reference, exact) < BOUND[dtype]
+    again = residual_rms_norm(mine, None, weight, 1e-5)
+    assert torch.equal(again, out)
+    assert torch.equal(mine, total)
+
+
+@pytest.mark.parametrize("width", [33, 1024, 1500])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_mul(width, dtype):
+    wide = torch.randn(3, 2 * width + 3).to(DEVICE, dtype)
+    gate_up = wide[:, : 2 * width]
+    gate, up = gate_up.double().chunk(2, dim=1)
+    exact = gate * gate.sigmoid() * up
+    assert error_ratio(silu_mul(gate_up), exact) < BOUND[dtype]
+    assert error_ratio(silu_mul_reference(gate_up), exact) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("norms", [False, True])
+@pytest.mark.parametrize("head_dim", [12, 64])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rope_kv_write(norms, head_dim, dtype):
+    heads, kv_heads, rows = 6, 2, 5
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim + 4).to(DEVICE, dtype)
+    qkv = qkv[:, : (heads + 2 * kv_heads) * head_dim]
+    angles = torch.randn(rows, head_dim // 2, device=DEVICE)
+    slots = torch.tensor([3, 9, 15, 0, 7], device=DEVICE)
+    options = {}
+    if norms:
+        options = {k: torch.randn(head_dim).to(DEVICE, dtype) for k in ("q_norm", "k_norm")}
+    caches = [torch.zeros(4, 4, kv_heads, head_dim, device=DEVICE, dtype=dtype) for _ in range(4)]
+    q = rope_kv_write(qkv, angles.cos(), angles.sin(), slots, *caches[:2], **options)
+    expected = rope_kv_write_reference(
+        qkv.contiguous(), angles.cos(), angles.sin(), slots, *caches[2:], **options
+    )
+    assert error_ratio(q, expected) < BOUND[dtype]
+    assert error_ratio(caches[0], caches[2]) < BOUND[dtype]
+    assert torch.equal(caches[1], caches[3])
+    untouched = [slot for slot in range(16) if slot not in slots.tolist()]
+    assert not caches[0].flatten(0, 1)[untouched].any()
+
+
+def test_breaches_of_the_contract_are_refused():
+    x = torch.zeros(2, 8, device=DEVICE, dtype=HALF)
+    with pytest.raises(ValueError, match="weight is"):
+        residual_rms_norm(x, None, torch.ones(7), 1e-5)
+    with pytest.raises(ValueError, match="update is"):
+        residual_rms_norm(x, x.float(), torch.ones(8), 1e-5)
+    with pytest.raises(ValueError, match="even number"):
+        silu_mul(x[:, :7])
+    cache = torch.zeros(2, 2, 1, 4, dtype=HALF)
+    angles = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="cos is"):
+        rope_kv_write(
+            torch.zeros(2, 16, dtype=HALF), angles[:1], angles, torch.arange(2), cache, cache
+        )

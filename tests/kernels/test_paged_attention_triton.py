@@ -1,0 +1,164 @@
+"""Triton's ``paged_attention`` against float64 and the torch path.
+
+Planted faults, and how many of the tests here each one fails (tried by hand):
+FAULTS
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_traffic import DEVICE, DTYPES, HALF, error_ratio
+
+from turret.kernels.gpu.attention_table import AttentionTable
+from turret.kernels.gpu.paged_attention import paged_attention
+from turret.kernels.paged_attention import SequenceSpan, paged_attention_reference, plan_attention
+
+BLOCK = 16
+NUM_BLOCKS = 160
+# The probabilities are rounded to the cache's dtype before they meet the values.
+BOUND = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
+# KV heads, query heads per KV head, head dim, window.
+SHAPES = [(2, 4, 32, None), (1, 7, 24, None), (2, 3, 64, 40), (1, 1, 16, 600)]
+# New tokens, tokens before them, padding in front.
+STEP = [(1, 0, 0), (1, 700, 0), (9, 30, 5), (17, 520, 0), (1, 63, 16), (33, 0, 0)]
+
+
+class Step:
+    """Caches full of NaN but for the blocks in use, and queries."""
+
+    def __init__(self, shape, dtype, step=STEP) -> None:
+        self.kv_heads, self.per_head, self.head_dim, self.window = shape
+        cache = (NUM_BLOCKS, BLOCK, self.kv_heads, self.head_dim)
+        self.k, self.v = (torch.full(cache, float("nan")).to(DEVICE, dtype) for _ in range(2))
+        free = (torch.randperm(NUM_BLOCKS - 1) + 1).tolist()
+        self.spans, row = [], 0
+        for new, context, padding in step:
+            blocks = [free.pop() for _ in range(-(-(new + context) // BLOCK))]
+            for i, block in enumerate(blocks):
+                used = min(BLOCK, new + context - i * BLOCK)
+                for store in (self.k, self.v):
+                    store[block, :used] = torch.randn(used, self.kv_heads, self.head_dim)
+            self.spans.append(SequenceSpan(row, new, context, blocks, padding))
+            row += new
+        self.num_rows = row
+        self.q = torch.randn(row, self.kv_heads * self.per_head, self.head_dim).to(DEVICE, dtype)
+        self.scale = self.head_dim**-0.5
+
+    def table(self, tile_rows=16, spread=True, spans=None) -> AttentionTable:
+        table = AttentionTable(
+            max_records=120,
+            max_blocks=NUM_BLOCKS,
+            queries_per_head=self.per_head,
+            window=self.window,
+            device=DEVICE,
+            tile_rows=tile_rows,
+            spread=spread,
+        )
+        table.load(self.spans if spans is None else spans)
+        return table
+
+    def attend(self, table: AttentionTable) -> torch.Tensor:
+        return paged_attention(self.q, self.k, self.v, table, scale=self.scale)
+
+    def exact(self) -> torch.Tensor:
+        """By plain loops in float64."""
+        out = torch.zeros(self.q.shape, dtype=torch.float64, device=DEVICE)
+        for span in self.spans:
+            k, v = (s[span.blocks].flatten(0, 1).double() for s in (self.k, self.v))
+            for i in range(span.num_new):
+                position = span.num_context + i
+                first = span.num_padding
+                if self.window is not None:
+                    first = max(first, position - self.window + 1)
+                for head in range(self.q.shape[1]):
+                    keys = k[first : position + 1, head // self.per_head]
+                    values = v[first : position + 1, head // self.per_head]
+                    scores = keys @ self.q[span.row_start + i, head].double() * self.scale
+                    out[span.row_start + i, head] = scores.softmax(0) @ values
+        return out
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_decode_and_prefill(shape, dtype):
+    step = Step(shape, dtype)
+    exact = step.exact()
+    assert error_ratio(step.attend(step.table()), exact) < BOUND[dtype]
+    assert error_ratio(step.attend(step.table(32, spread=False)), exact) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_agrees_with_the_torch_path(shape):
+    step = Step(shape, HALF)
+    out = step.attend(step.table())
+    plan = plan_attention(
+        step.spans,
+        num_rows=step.num_rows,
+        block_size=BLOCK,
+        queries_per_head=step.per_head,
+        window=step.window,
+        device=DEVICE,
+    )
+    k, v = step.k.nan_to_num(), step.v.nan_to_num()
+    assert error_ratio(out, paged_attention_reference(step.q, k, v, plan, scale=step.scale)) < 6e-4
+
+
+def test_splits_add_up_to_the_same_bits_in_one_program_or_many():
+    step = Step(SHAPES[0], HALF)
+    assert torch.equal(step.attend(step.table(spread=True)), step.attend(step.table(spread=False)))
+
+
+def test_a_sequence_has_the_same_bits_alone():
+    step = Step(SHAPES[0], HALF)
+    together = step.attend(step.table())
+    for span in step.spans:
+        rows = slice(span.row_start, span.row_start + span.num_new)
+        assert torch.equal(step.attend(step.table(spans=[span]))[rows], together[rows])
+
+
+def test_chunks_have_the_bits_of_the_whole_prompt():
+    step = Step(SHAPES[0], HALF, [(33, 0, 0)])
+    whole = step.attend(step.table())
+    (span,) = step.spans
+    for cut in (4, 16, 31):
+        parts = [
+            SequenceSpan(0, cut, 0, span.blocks[: -(-cut // BLOCK)]),
+            SequenceSpan(cut, 33 - cut, cut, span.blocks),
+        ]
+        for part in parts:
+            rows = slice(part.row_start, part.row_start + part.num_new)
+            assert torch.equal(step.attend(step.table(spans=[part]))[rows], whole[rows]), cut
+
+
+def test_an_empty_step_and_a_strided_query():
+    step = Step(SHAPES[0], HALF, [(3, 5, 0)])
+    step.attend(step.table(spans=[]))
+    out = step.attend(step.table())
+    wide = torch.zeros(3, step.q.shape[1] * step.head_dim + 8, device=DEVICE, dtype=HALF)
+    view = wide[:, 8:].view(3, step.q.shape[1], step.head_dim)
+    view.copy_(step.q)
+    strided = paged_attention(view, step.k, step.v, step.table(), scale=step.scale)
+    assert torch.equal(strided, out)
+
+
+def test_breaches_of_the_contract_are_refused():
+    step = Step(SHAPES[0], HALF, [(3, 5, 0)])
+    table = step.table()
+    with pytest.raises(ValueError, match="q is"):
+        paged_attention(step.q[:, :4], step.k, step.v, table, scale=1.0)
+    with pytest.raises(ValueError, match="v_cache is"):
+        paged_attention(step.q, step.k, step.v.float(), table, scale=1.0)
+    q = step.q.transpose(0, 1).contiguous().transpose(0, 1)
+    with pytest.raises(ValueError, match="heads of q"):
+        paged_attention(q, step.k, step.v, table, scale=1.0)
+    k = step.k[:48].view(16, 48, step.kv_heads, step.head_dim)
+    with pytest.raises(ValueError, match="block_size is 48"):
+        paged_attention(step.q, k, k, table, scale=1.0)
+    with pytest.raises(ValueError, match="tile_rows"):
+        step.table(tile_rows=64)
+    small = AttentionTable(
+        max_records=1, max_blocks=4, queries_per_head=4, window=None, device=DEVICE
+    )
+    with pytest.raises(ValueError, match="2 records"):
+        small.load([SequenceSpan(0, 8, 0, [1])])

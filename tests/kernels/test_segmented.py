@@ -1,0 +1,267 @@
+"""``segmented_shrink`` and ``segmented_expand`` on Triton against float64.
+
+Planted faults, and how many of the tests here each one fails (tried by hand):
+FAULTS
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_traffic import (
+    DEVICE,
+    DTYPES,
+    HALF,
+    MAX_ERROR,
+    Pack,
+    error_ratio,
+    make_pack,
+    traffic,
+    update_in_float64,
+)
+
+from turret.kernels.gpu.segment_table import SegmentTable
+from turret.kernels.gpu.segmented_expand import segmented_expand
+from turret.kernels.gpu.segmented_shrink import segmented_shrink
+from turret.kernels.segments import LongSegment
+
+INNER, OUTS = 100, (70, 33, 5)
+NAMES = [name for name, _, _ in traffic(make_pack(8, (8,), HALF))]
+
+
+def make_table(tile_rows: int = 16, gemv: bool = False) -> SegmentTable:
+    return SegmentTable(
+        max_rows=64,
+        max_row_rank=256,
+        max_components=4,
+        device=DEVICE,
+        tile_rows=tile_rows,
+        gemv=gemv,
+    )
+
+
+def shape_of(pack: Pack, name: str) -> tuple[list[LongSegment], int]:
+    return next((runs, rows) for found, runs, rows in traffic(pack) if found == name)
+
+
+def run(pack: Pack, table: SegmentTable, x: torch.Tensor, y: torch.Tensor, **extra) -> torch.Tensor:
+    out = y.clone()
+    v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
+    segmented_expand(out, v, pack.b, pack.slice_ranks, table, **extra)
+    return out
+
+
+def rows_of(runs: list[LongSegment]) -> list[int]:
+    return [row for run in runs if run.components for row in range(run.start, run.end)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_traffic(name, dtype):
+    pack = make_pack(INNER, OUTS, dtype)
+    runs, num_rows = shape_of(pack, name)
+    x = torch.randn(num_rows, INNER).to(DEVICE, dtype)
+    y = torch.randn(num_rows, sum(OUTS)).to(DEVICE, dtype)
+    table = make_table()
+    table.load(runs)
+    out = run(pack, table, x, y)
+    adapted = rows_of(runs)
+    others = [row for row in range(num_rows) if row not in adapted]
+    assert torch.equal(out[others], y[others])
+    if adapted:
+        expected = y.double() + update_in_float64(pack, runs, x, OUTS)
+        assert error_ratio(out[adapted], expected[adapted]) < MAX_ERROR[dtype]
+
+
+@pytest.mark.parametrize("gemv", [False, True])
+def test_shrink_is_rank_exact(gemv):
+    pack = make_pack(INNER, OUTS, HALF)
+    x = torch.randn(18, INNER).to(DEVICE, HALF)
+    slots = (3, 5, 6, 2)
+    table = make_table(gemv=gemv)
+    table.load([LongSegment(0, 18, pack.mix(*((slot, 1.0) for slot in slots)))])
+    v = segmented_shrink(x, pack.a, pack.slice_ranks, table).sum(0)
+    widths = [pack.bounds[slot][1] - pack.bounds[slot][0] for slot in slots]
+    v = v[: 18 * sum(widths) * len(OUTS)].view(18, sum(widths), len(OUTS))
+    for slot, part in zip(slots, v.split(widths, dim=1), strict=True):
+        low = pack.bounds[slot][0]
+        for s in range(len(OUTS)):
+            held = int(pack.slice_ranks[slot, s])
+            assert not part[:, held:, s].any(), (slot, s)
+            expected = x.double() @ pack.a[low : low + held, s].double().T
+            assert held == 0 or error_ratio(part[:, :held, s], expected) < 2e-6, (slot, s)
+
+
+@pytest.mark.parametrize("name", ["distinct", "mixes", "zipf", "decode beside prefill"])
+@pytest.mark.parametrize("tile_rows", [16, 32])
+def test_gemv_rows_and_larger_tiles(name, tile_rows):
+    pack = make_pack(INNER, OUTS, HALF)
+    runs, num_rows = shape_of(pack, name)
+    x = torch.randn(num_rows, INNER).to(DEVICE, HALF)
+    y = torch.randn(num_rows, sum(OUTS)).to(DEVICE, HALF)
+    table = make_table(tile_rows, gemv=True)
+    table.load(runs)
+    expected = y.double() + update_in_float64(pack, runs, x, OUTS)
+    adapted = rows_of(runs)
+    assert error_ratio(run(pack, table, x, y)[adapted], expected[adapted]) < MAX_ERROR[HALF]
+
+
+@pytest.mark.parametrize("gemv", [False, True])
+def test_gain_biases_and_gates(gemv):
+    pack = make_pack(INNER, OUTS, HALF)
+    runs, num_rows = shape_of(pack, "base rows between")
+    x = torch.randn(num_rows, INNER).to(DEVICE, HALF)
+    y = torch.randn(num_rows, sum(OUTS)).to(DEVICE, HALF)
+    base_bias = torch.randn(sum(OUTS)).to(DEVICE, HALF)
+    gates = torch.rand(num_rows, len(OUTS), 4, device=DEVICE)
+    table = make_table(gemv=gemv)
+    table.load(runs)
+    out = run(
+        pack, table, x, y,
+        gain_delta=pack.gain_delta, bias=pack.bias, base_bias=base_bias, gates=gates,
+    )  # fmt: skip
+    in_slice = torch.tensor([s for s, width in enumerate(OUTS) for _ in range(width)])
+    for segment in runs:
+        for row in range(segment.start, segment.end):
+            gain = torch.ones(sum(OUTS), dtype=torch.float64, device=DEVICE)
+            added = base_bias.double()
+            for i, c in enumerate(segment.components):
+                gain += c.weight * pack.gain_delta[c.slot].double()
+                alone = [LongSegment(row, row + 1, pack.mix((c.slot, 1.0)))]
+                delta = update_in_float64(pack, alone, x, OUTS)[row]
+                gate = gates[row, in_slice.to(DEVICE), i].double()
+                added = added + c.weight * gate * (delta + pack.bias[c.slot].double())
+            expected = gain * y[row].double() + added
+            assert error_ratio(out[row], expected) < MAX_ERROR[HALF], row
+
+
+def test_base_rows_get_the_base_bias_with_one_rounding():
+    pack = make_pack(INNER, OUTS, HALF)
+    table = make_table()
+    table.load([LongSegment(0, 20, ())])
+    y = torch.randn(21, sum(OUTS)).to(DEVICE, HALF)
+    base_bias = torch.randn(sum(OUTS)).to(DEVICE, HALF)
+    x = torch.randn(21, INNER).to(DEVICE, HALF)
+    out = run(pack, table, x, y, base_bias=base_bias)
+    assert torch.equal(out[:20], y[:20] + base_bias)
+    assert torch.equal(out[20], y[20])
+
+
+def test_a_row_has_the_same_bits_in_any_batch():
+    pack = make_pack(INNER, OUTS, HALF)
+    runs, num_rows = shape_of(pack, "decode beside prefill")
+    x = torch.randn(num_rows, INNER).to(DEVICE, HALF)
+    y = torch.randn(num_rows, sum(OUTS)).to(DEVICE, HALF)
+    table = make_table()
+    table.load(runs)
+    together = run(pack, table, x, y)
+    assert torch.equal(together, run(pack, table, x, y)), "not deterministic"
+    for segment in runs:
+        for start in range(segment.start, segment.end, 16):
+            end = min(start + 16, segment.end)
+            table.load([LongSegment(start, end, segment.components)])
+            alone = run(pack, table, x, y)
+            assert torch.equal(alone[start:end], together[start:end]), (start, end)
+
+
+def test_an_equal_mix_is_one_segment_wherever_its_rows_are():
+    pack = make_pack(INNER, OUTS, HALF)
+    apart = [LongSegment(i, i + 1, pack.mix((3 + i % 2, 1.0))) for i in range(12)]
+    table = make_table()
+    table.load(apart)
+    assert table.buffer[4].item() == 2, "two chunks"
+    assert table.buffer[0].item() == 12
+
+
+def test_strided_rows():
+    pack = make_pack(INNER, OUTS, HALF)
+    runs, num_rows = shape_of(pack, "mixes")
+    wide_x = torch.full((num_rows, INNER + 9), float("nan"), device=DEVICE, dtype=HALF)
+    wide_y = torch.zeros(num_rows, sum(OUTS) + 7, device=DEVICE, dtype=HALF)
+    x, y = wide_x[:, 4 : 4 + INNER], wide_y[:, 3 : 3 + sum(OUTS)]
+    x.copy_(torch.randn(num_rows, INNER))
+    table = make_table()
+    table.load(runs)
+    v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
+    segmented_expand(y, v, pack.b, pack.slice_ranks, table)
+    expected = update_in_float64(pack, runs, x, OUTS)
+    assert error_ratio(y, expected) < MAX_ERROR[HALF]
+    assert not wide_y[:, :3].any()
+    assert not wide_y[:, 3 + sum(OUTS) :].any()
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_an_adapter_that_overflows_does_not_touch_other_rows():
+    pack = make_pack(INNER, OUTS, HALF)
+    low, high = pack.bounds[3]
+    pack.b[1][low:high] = float("inf")
+    runs = [LongSegment(0, 1, pack.mix((3, 1.0))), LongSegment(1, 2, pack.mix((4, 1.0), (3, 0.0)))]
+    x = torch.randn(2, INNER).to(DEVICE, HALF)
+    y = torch.randn(2, sum(OUTS)).to(DEVICE, HALF)
+    table = make_table()
+    table.load(runs)
+    out = run(pack, table, x, y)
+    assert not torch.isfinite(out[0]).all()
+    assert torch.isfinite(out[1]).all()
+
+
+def test_the_device_buffer_keeps_its_address_and_forgets_the_last_step():
+    pack = make_pack(INNER, OUTS, HALF)
+    table = make_table()
+    address = table.buffer.data_ptr()
+    x = torch.randn(43, INNER).to(DEVICE, HALF)
+    y = torch.randn(43, sum(OUTS)).to(DEVICE, HALF)
+    for name in ("decode beside prefill", "one row", "empty"):
+        runs, _ = shape_of(pack, name)
+        table.load(runs)
+        out = run(pack, table, x, y)
+        expected = y.double() + update_in_float64(pack, runs, x, OUTS)
+        assert error_ratio(out, expected) < MAX_ERROR[HALF]
+    assert torch.equal(out, y)
+    assert table.buffer.data_ptr() == address
+
+
+def test_breaches_of_the_contract_are_refused():
+    pack = make_pack(INNER, OUTS, HALF)
+    table = make_table()
+    runs, _ = shape_of(pack, "mixes")
+    table.load(runs)
+    x = torch.randn(5, INNER).to(DEVICE, HALF)
+    v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
+    y = torch.zeros(5, sum(OUTS), device=DEVICE, dtype=HALF)
+    ranks = pack.slice_ranks
+    with pytest.raises(ValueError, match="a is"):
+        segmented_shrink(x.float(), pack.a, ranks, table)
+    with pytest.raises(ValueError, match="x is"):
+        segmented_shrink(x[:, :-1], pack.a, ranks, table)
+    with pytest.raises(ValueError, match="stride"):
+        segmented_shrink(x.t().contiguous().t(), pack.a, ranks, table)
+    with pytest.raises(ValueError, match="a is not contiguous"):
+        segmented_shrink(x, pack.a.transpose(0, 1).contiguous().transpose(0, 1), ranks, table)
+    with pytest.raises(ValueError, match="int32"):
+        segmented_shrink(x, pack.a, ranks.long(), table)
+    with pytest.raises(ValueError, match="fp16, bf16 or fp32"):
+        segmented_shrink(x.double(), pack.a, ranks, table)
+    with pytest.raises(ValueError, match="y is"):
+        segmented_expand(y[:, :-1], v, pack.b, ranks, table)
+    with pytest.raises(ValueError, match="v is"):
+        segmented_expand(y, v[:, :-3], pack.b, ranks, table)
+    with pytest.raises(ValueError, match="slices"):
+        segmented_expand(y, v, (*pack.b, pack.b[0]), ranks, table)
+    with pytest.raises(ValueError, match="gain_delta"):
+        segmented_expand(y, v, pack.b, ranks, table, gain_delta=pack.gain_delta[:, :-1])
+    with pytest.raises(ValueError, match="gates"):
+        segmented_expand(y, v, pack.b, ranks, table, gates=torch.ones(5, 3, 2))
+
+
+def test_steps_over_the_capacity_are_refused():
+    pack = make_pack(INNER, OUTS, HALF)
+    table = SegmentTable(max_rows=8, max_row_rank=16, max_components=1, device=DEVICE)
+    with pytest.raises(ValueError, match="9 rows"):
+        table.load([LongSegment(0, 9, pack.mix((1, 1.0)))])
+    with pytest.raises(ValueError, match="rows times ranks"):
+        table.load([LongSegment(0, 2, pack.mix((6, 1.0)))])
+    with pytest.raises(ValueError, match="2 components"):
+        table.load([LongSegment(0, 1, pack.mix((1, 1.0), (2, 1.0)))])
+    with pytest.raises(ValueError, match="tile_rows"):
+        make_table(tile_rows=64)
