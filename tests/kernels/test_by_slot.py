@@ -1,7 +1,21 @@
 """Hadamard and Kronecker kernels: references against float64, Triton against the references.
 
 Planted faults, and how many of the tests here each one fails (tried by hand):
-FAULTS
+
+- hadamard shrink: every part begins at 0: 8
+- hadamard shrink: ranks past r read: 6
+- hadamard shrink: x dropped: 8
+- hadamard expand: first part only: 8
+- hadamard expand: weight dropped: 8
+- hadamard expand: always slice 0: 4
+- kronecker: weight dropped: 24
+- kronecker: output order swapped: 20
+- kronecker: x read past in_n: 24
+- kronecker: columns past out_k written: 0 (a race on a GPU; the interpreter runs in order)
+- row_product: rows and columns not padded: 11
+- row_product: reduction not padded: 2
+- hadamard expand reference: summed in one go: 1
+- kronecker reference: weight dropped: 24
 """
 
 from __future__ import annotations

@@ -1,7 +1,13 @@
 """``fusion_gate``: the reference against float64, Triton against the same.
 
 Planted faults, and how many of the tests here each one fails (tried by hand):
-FAULTS
+
+- first part of v only: 2
+- every component gated: 2
+- position counted from the table's start: 2
+- query of slice 0: 2
+- key dimensions past the first block dropped: 2
+- reference: three ranks per component: 1
 """
 
 from __future__ import annotations

@@ -1,7 +1,16 @@
 """Triton's ``paged_attention`` against float64 and the torch path.
 
 Planted faults, and how many of the tests here each one fails (tried by hand):
-FAULTS
+
+- a query sees one position ahead: 13
+- window one too wide: 4
+- padding seen: 12
+- accumulator not rescaled between tiles: 12
+- denominator not rescaled between splits: 12
+- values past the end read (NaN): 16
+- all tokens of a chunk at its first position: 13
+- one query head per KV head: 9
+- table: splits that the window still sees left out: 6
 """
 
 from __future__ import annotations

@@ -1,7 +1,24 @@
 """``segmented_shrink`` and ``segmented_expand`` on Triton against float64.
 
 Planted faults, and how many of the tests here each one fails (tried by hand):
-FAULTS
+
+- shrink: A rows past the adapter's rank read: 2
+- shrink: x read past in_features: 13
+- shrink: every part begins at 0: 38
+- shrink: always slice 0: 40
+- shrink: rank tile offset forgotten in the rank count: 2
+- expand: only the first part of the reduction: 36
+- expand: mix weight dropped: 14
+- expand: gain dropped: 2
+- expand: gain not weighted: 2
+- expand: component offset in v forgotten: 14
+- expand: slice rank ignored: 25
+- expand: base rows skipped even with a base bias: 3
+- expand: gates of slice 0 for all: 2
+- expand: rows past the chunk written: 30
+- table: chunks of a segment share their place in v: 16
+- table: last row of a full tile plus one lost: 4
+- shrink: row 0 not stored (scratch is NaN): 39
 """
 
 from __future__ import annotations
