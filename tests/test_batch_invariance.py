@@ -228,7 +228,13 @@ async def test_preemption_leaves_answers_unchanged(
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 async def test_a_prefix_cache_hit_gives_the_bits_of_a_miss(tiny: Any, dtype: str) -> None:
     model, root = tiny("mistral")
-    mixes: list[tuple[AdapterRef, ...]] = [(), (ref("dora7"),), (ref("lora12"), ref("lora2", -1.0))]
+    mixes: list[tuple[AdapterRef, ...]] = [
+        (),
+        (ref("dora7"),),
+        (ref("dora7", 0.5),),
+        (ref("lora12"), ref("lora2", -1.0)),
+        (ref("lora2", -1.0), ref("lora12")),
+    ]
     async with EngineHarness.start(model, root, dtype=dtype, adapters=NAMES) as harness:
         for mix in mixes:
             prompt = prompt_of(7, 100)

@@ -5,6 +5,10 @@ bare base is one too): every token computed for a group advances its counter, an
 with the lowest counter is served next. A group that was idle re-enters at the lowest counter of
 those that are busy, so saved-up idleness is not a credit. A popular adapter can therefore delay a
 rare one by at most the work already running, however long its own queue is.
+
+Nor does an endless stream of newcomers, each at that lowest counter, keep out a group that is
+ahead of them: nobody enters below the counter of a group that had got its exact share all along
+(the virtual time of fair queueing, Parekh and Gallager 1993), which catches up with any lead.
 """
 
 from __future__ import annotations
@@ -31,6 +35,7 @@ class FairQueue(Generic[T]):
         self._lines: dict[Hashable, deque[T]] = {}
         self._served: dict[Hashable, float] = {}
         self._running: dict[Hashable, int] = {}
+        self._fair_share = 0.0
         self._length = 0
 
     def __len__(self) -> int:
@@ -88,6 +93,7 @@ class FairQueue(Generic[T]):
         """Record tokens computed for a busy group."""
         if group in self._served:
             self._served[group] += num_tokens
+            self._fair_share += num_tokens / len(self._served)
 
     def _line(self, group: Hashable) -> deque[T]:
         line = self._lines.get(group)
@@ -97,8 +103,8 @@ class FairQueue(Generic[T]):
         return line
 
     def _floor(self) -> float:
-        """Counter at which a group enters: the lowest among the busy."""
-        return min(self._served.values(), default=0.0)
+        """Counter at which a group enters: the lowest among the busy, or a fair share if higher."""
+        return max(self._fair_share, min(self._served.values(), default=0.0))
 
     def _forget(self, group: Hashable) -> None:
         if group not in self._lines and group not in self._running:

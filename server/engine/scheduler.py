@@ -115,10 +115,10 @@ class Scheduler:
                         del scheduled[i]
                         break
                 self._preempt(victim)
-        if num_preempted == 0:
-            self._admit(budget, scheduled, new_blocks, presets)
         for item in scheduled:
             self.waiting.charge(item.sequence.group, item.num_new)
+        if num_preempted == 0:
+            self._admit(budget, scheduled, new_blocks, presets)
         return Step(tuple(scheduled), tuple(new_blocks), num_preempted, tuple(presets))
 
     def complete(self, step: Step) -> None:
@@ -196,6 +196,8 @@ class Scheduler:
             sequence.state = SequenceState.RUNNING
             self.running.append(sequence)
             scheduled.append(Scheduled(sequence, num_new))
+            # At once: the next one to admit may be another group's turn.
+            self.waiting.charge(sequence.group, num_new)
             budget -= num_new
 
     def _find_prefix(self, sequence: Sequence) -> None:
