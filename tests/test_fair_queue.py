@@ -1,0 +1,263 @@
+"""The waiting line against its rules, and under traffic on a simulated clock."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from turret.server.engine.block_pool import BlockPool
+from turret.server.engine.fair_queue import FairQueue
+from turret.server.engine.request import Request, StopConditions
+from turret.server.engine.scheduler import Scheduler
+from turret.server.engine.sequence import Sequence
+
+GROUPS = ("a", "b", "c")
+
+
+@dataclass(eq=False)
+class Item:
+    group: str
+    number: int = 0
+    is_ready: bool = True
+
+
+def is_ready(item: Item) -> bool:
+    return item.is_ready
+
+
+class FairQueueMachine(RuleBasedStateMachine):
+    """Items come, are served, preempted, abandoned and finished; a plain model is kept beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue: FairQueue[Item] = FairQueue()
+        self.lines: dict[str, deque[Item]] = {group: deque() for group in GROUPS}
+        self.running: list[Item] = []
+        # Tokens served to each group since it became busy; only groups busy all along compare.
+        self.busy_since: dict[str, int] = {}
+        self.served: dict[str, int] = {}
+        self.events = 0
+
+    def _touch(self) -> None:
+        """Forget groups that neither wait nor run; note those that now do."""
+        self.events += 1
+        for group in GROUPS:
+            is_busy = bool(self.lines[group]) or any(i.group == group for i in self.running)
+            if is_busy and group not in self.busy_since:
+                self.busy_since[group], self.served[group] = self.events, 0
+            elif not is_busy:
+                self.busy_since.pop(group, None)
+
+    @rule(group=st.sampled_from(GROUPS), ready=st.booleans())
+    def push(self, group: str, ready: bool) -> None:
+        item = Item(group, self.events, ready)
+        self.queue.push(item)
+        self.lines[group].append(item)
+        self._touch()
+
+    @rule()
+    def load(self) -> None:
+        for line in self.lines.values():
+            for item in line:
+                item.is_ready = True
+
+    @precondition(lambda self: any(self.lines.values()))
+    @rule(tokens=st.integers(1, 50))
+    def serve(self, tokens: int) -> None:
+        item = self.queue.peek(is_ready)
+        heads = [line[0] for line in self.lines.values() if line and line[0].is_ready]
+        if item is None:
+            assert not heads
+            return
+        # First come, first served within a group; whoever is passed over has had more.
+        assert item is self.lines[item.group][0]
+        for other in heads:
+            if self.busy_since[other.group] == self.busy_since[item.group]:
+                assert self.served[item.group] <= self.served[other.group]
+        self.queue.start(item)
+        self.queue.remove(item)
+        self.queue.charge(item.group, tokens)
+        self.lines[item.group].popleft()
+        self.running.append(item)
+        self._touch()
+        self.served[item.group] += tokens
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def preempt(self, data: st.DataObject) -> None:
+        item = data.draw(st.sampled_from(self.running))
+        self.running.remove(item)
+        # Back in line first, as the group has not been idle.
+        self.queue.push_front(item)
+        self.queue.stop(item)
+        self.lines[item.group].appendleft(item)
+        self._touch()
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        item = data.draw(st.sampled_from(self.running))
+        self.running.remove(item)
+        self.queue.stop(item)
+        self._touch()
+
+    @precondition(lambda self: any(self.lines.values()))
+    @rule(data=st.data())
+    def abandon(self, data: st.DataObject) -> None:
+        item = data.draw(st.sampled_from([i for line in self.lines.values() for i in line]))
+        self.queue.remove(item)
+        self.lines[item.group].remove(item)
+        self._touch()
+
+    @invariant()
+    def lines_agree(self) -> None:
+        waiting = [item for line in self.lines.values() for item in line]
+        assert len(self.queue) == len(waiting)
+        assert set(self.queue) == set(waiting)
+
+    @rule(group=st.sampled_from(GROUPS))
+    def absent_items_are_refused(self, group: str) -> None:
+        with pytest.raises(ValueError):  # noqa: PT011 - deque's own words
+            self.queue.remove(Item(group))
+
+
+TestFairQueue = FairQueueMachine.TestCase
+TestFairQueue.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def serve_one(queue: FairQueue[Item], tokens: int = 10) -> Item:
+    """Serve the next item to its end."""
+    item = queue.peek(is_ready)
+    assert item is not None
+    queue.start(item)
+    queue.remove(item)
+    queue.charge(item.group, tokens)
+    queue.stop(item)
+    return item
+
+
+def test_newcomers_do_not_keep_out_a_group_that_is_ahead() -> None:
+    """A popular adapter had the server to itself; now every moment brings another new one."""
+    queue: FairQueue[Item] = FairQueue()
+    for _ in range(400):
+        queue.push(Item("popular"))
+    # Stays at counter 0, the lowest, at which newcomers would enter.
+    queue.push(Item("slow loading", is_ready=False))
+    for _ in range(20):
+        assert serve_one(queue).group == "popular"
+    served = []
+    for i in range(300):
+        queue.push(Item(f"newcomer {i}"))
+        served.append(serve_one(queue).group)
+    # Newcomers alone take all there is, so more of them wait from turn to turn: its share shrinks.
+    assert served.count("popular") >= 10
+    assert served[-50:].count("popular") >= 1
+
+
+def test_a_burst_of_a_rare_group_alternates_with_the_popular_one() -> None:
+    queue: FairQueue[Item] = FairQueue()
+    for _ in range(100):
+        queue.push(Item("popular"))
+    for _ in range(50):
+        serve_one(queue)
+    for _ in range(20):
+        queue.push(Item("rare"))
+    served = [serve_one(queue).group for _ in range(40)]
+    assert served.count("rare") == 20
+    assert max(served[:k].count("rare") - k / 2 for k in range(1, 41)) <= 1
+
+
+def queue_times(
+    shares: dict[str, float], load: float, steps: int = 4000, slots: int = 8
+) -> dict[str, list[int]]:
+    """Waits in steps until first scheduled, by adapter, in the real scheduler.
+
+    Args:
+        shares: Of the arrivals, by adapter.
+        load: Arriving work over what the scheduler can do.
+        steps: How long requests arrive.
+        slots: ``max_num_seqs``; a request takes 10 steps.
+    """
+    scheduler = Scheduler(BlockPool(1024, 4), max_num_seqs=slots, max_num_batched_tokens=4 * slots)
+    due = dict.fromkeys(shares, 0.0)
+    arrived: dict[Sequence, tuple[str, int]] = {}
+    waits: dict[str, list[int]] = {name: [] for name in shares}
+    for now in range(steps):
+        for name, share in shares.items():
+            due[name] += load * share * slots / 10
+            while due[name] >= 1.0:
+                due[name] -= 1.0
+                request = Request(
+                    request_id="r",
+                    prompt_token_ids=(1, 2, 3),
+                    stop=StopConditions(max_tokens=10),
+                )
+                sequence = Sequence(request, FakeMix(name), 0.0)
+                arrived[sequence] = name, now
+                scheduler.add(sequence)
+        step = scheduler.schedule()
+        for item in step.scheduled:
+            if item.sequence in arrived:
+                name, since = arrived.pop(item.sequence)
+                waits[name].append(now - since)
+        drawing = [item.sequence for item in step.scheduled if item.samples]
+        scheduler.complete(step)
+        for sequence in drawing:
+            sequence.tokens.append(1)
+            if sequence.num_generated == 10:
+                scheduler.finish(sequence)
+    return waits
+
+
+@dataclass(frozen=True)
+class FakeMix:
+    """A mix of one adapter."""
+
+    name: str
+    components: tuple[Any, ...] = ()
+
+    @property
+    def key(self) -> tuple[tuple[str, int, float], ...]:
+        return ((self.name, 1, 1.0),)
+
+    def ensure_host(self, callback: Any) -> bool:
+        return True
+
+
+def quantile(values: list[int], q: float) -> int:
+    return sorted(values)[math.ceil(q * len(values)) - 1]
+
+
+def test_a_rare_adapter_does_not_wait_for_a_popular_ones_overload() -> None:
+    waits = queue_times({"popular": 0.9, "rare": 0.1}, load=2.0)
+    assert len(waits["rare"]) > 500
+    p99_rare, p50_popular = quantile(waits["rare"], 0.99), quantile(waits["popular"], 0.5)
+    assert p99_rare <= 3 * p50_popular
+    # The overload is the popular adapter's own: the rare one waits for a slot, no longer.
+    assert p99_rare <= 20
+    assert p50_popular > 100
+
+
+def test_without_overload_nobody_waits_long() -> None:
+    waits = queue_times({"popular": 0.9, "rare": 0.1}, load=0.8)
+    assert quantile(waits["rare"], 0.99) <= 20
+    assert quantile(waits["popular"], 0.99) <= 20
+
+
+def test_admissions_of_one_step_alternate_between_mixes() -> None:
+    """Within a step too, what was just admitted counts as served."""
+    scheduler = Scheduler(BlockPool(256, 4), max_num_seqs=8, max_num_batched_tokens=64)
+    for name in ("popular", "rare"):
+        for _ in range(10):
+            request = Request(request_id="r", prompt_token_ids=(1, 2, 3))
+            scheduler.add(Sequence(request, FakeMix(name), 0.0))
+    step = scheduler.schedule()
+    names = [item.sequence.mix.key[0][0] for item in step.scheduled]
+    assert names == ["popular", "rare"] * 4
