@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from report import append_rows, make_console, print_rows
 from rich.console import Console
 from stopwatch import Part, Recorded, Stopwatch
 
+from turret.server.adapters.single_thread import compute_on_this_thread
 from turret.server.build import build_engine
 from turret.server.config import AdapterConfig, Config, ModelConfig, SchedulerConfig
 from turret.server.engine.engine import Engine
@@ -230,7 +232,10 @@ def main(argv: list[str] | None = None) -> int:
 
     model = resolve_model(args.model, default_cache_dir())
     arch = read_arch(AutoConfig.from_pretrained(model.files))
-    bandwidth = read_bandwidth()
+    with ThreadPoolExecutor(1) as short_lived:
+        bandwidth = short_lived.submit(read_bandwidth).result()
+    # From here on only the engine thread may have an OpenMP team, as in a server.
+    compute_on_this_thread()
     with tempfile.TemporaryDirectory(prefix="turret-bench-") as folder:
         root = Path(folder)
         names = write_random_loras(

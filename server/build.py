@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import sys
 import time
 
 import torch
 
 from turret.server import log
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.freed_memory import release_freed_memory
 from turret.server.adapters.pack import AdapterPack
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
@@ -35,7 +32,6 @@ _log = logging.getLogger(__name__)
 
 # Positions per KV block; divides the attention tile.
 BLOCK_SIZE = 16
-_SWITCH_SECONDS = 0.0005
 
 Parts = tuple[Engine, AdapterRegistry, Tokenizer, ModelInfo]
 
@@ -69,7 +65,6 @@ def build_engine(config: Config, metrics: Metrics) -> Parts:
     )
     registry = _build_registry(config.adapters, base, metrics)
     engine = _build_engine(config, metrics, decoder, pack, registry, tokenizer)
-    release_freed_memory()
     _log.info(
         "model loaded",
         extra=log.fields(model=source.name, seconds=round(time.monotonic() - started, 2)),
@@ -149,21 +144,8 @@ def _build_engine(
         metrics=metrics,
         max_model_len=arch.max_model_len,
         max_queued_requests=config.scheduler.max_queued_requests,
-        on_thread_start=_tune_interpreter,
     )
     return engine
-
-
-def _tune_interpreter() -> None:
-    """Keep Python's housekeeping out of the engine's steps.
-
-    What was made while loading lives as long as the process: full collections need not walk it. And
-    a step re-acquires the interpreter lock hundreds of times; the default interval lets the event
-    loop keep it for 5 ms each time.
-    """
-    gc.collect()
-    gc.freeze()
-    sys.setswitchinterval(_SWITCH_SECONDS)
 
 
 def _model_info(decoder: Decoder, source: ModelSource, engine: Engine) -> ModelInfo:

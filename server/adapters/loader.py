@@ -9,7 +9,6 @@ from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
 from turret.server.adapters.facts import AdapterFacts
-from turret.server.adapters.freed_memory import release_freed_memory
 from turret.server.adapters.methods import method_for
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.single_thread import compute_on_this_thread
@@ -90,7 +89,6 @@ class AdapterLoader:
             bytes_disk=checkpoint.bytes_disk,
             bytes_host=lowered.num_bytes,
         )
-        release_freed_memory()
         return LoadedAdapter(facts, lowered.operators)
 
     def reload(self, source: Source, digest: str) -> AdapterOperators:

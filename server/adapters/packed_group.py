@@ -76,12 +76,6 @@ class PackedGroup:
         """The columns of each slice in a fused result."""
         return [slice(start, end) for start, end in pairwise(self._offsets)]
 
-    @property
-    def num_bytes(self) -> int:
-        tables = (self.gain_delta, self.input_gain_delta, self.bias)
-        matrices = self.a.nbytes + sum(b.nbytes for b in self.b)
-        return matrices + sum(table.nbytes for table in tables if table is not None)
-
     def allocate(self, rank: int) -> None:
         """Make empty matrices of ``rank`` ranks."""
         layers = self._layout.num_layers

@@ -52,7 +52,6 @@ class Engine:
         metrics: Counts.
         max_model_len: Most tokens (prompt and output) of one sequence.
         max_queued_requests: Most requests waiting; one more is refused.
-        on_thread_start: Called first on the engine thread (thread counts and the like).
 
     Attributes:
         is_dead: The thread failed; nothing will be served any more.
@@ -70,12 +69,10 @@ class Engine:
         metrics: EngineMetrics,
         max_model_len: int,
         max_queued_requests: int,
-        on_thread_start: Callable[[], None] = lambda: None,
     ) -> None:
         self._adapters = adapters
         self._text = text
         self._max_queued_requests = max_queued_requests
-        self._on_thread_start = on_thread_start
         self._block_size = scheduler.blocks.block_size
         self._capacity = (scheduler.blocks.num_blocks - 1) * self._block_size
         self.max_model_len = min(max_model_len, self._capacity)
@@ -239,7 +236,6 @@ class Engine:
     # On the engine thread.
 
     def _run(self) -> None:
-        self._on_thread_start()
         self._loop.run()
         if self.is_dead:
             self._call(self._bury)
