@@ -40,16 +40,19 @@ from turret.server.models.nf4_cache import default_cache_dir, resolve_model
 
 EXIT_BUSY = 3
 ENGINE = "engine"
-REST = "residuals, activation, Python"
-# Innermost wins: the time of a part is without that of the parts that it calls.
+REST = "all else"
+# Innermost wins: the time of a part is without that of the parts that it calls. Of two with one
+# name, the compiled formulation and torch's, one runs.
 PARTS = (
     Part("turret.server.models.nf4:Nf4Linear.__call__", "base matmuls"),
-    Part("turret.server.adapters.pack:segmented_shrink_reference", "shrink"),
-    Part("turret.server.adapters.pack:segmented_expand_reference", "expand"),
-    Part("turret.server.models.decoder:paged_attention_reference", "attention"),
-    Part("turret.server.models.kv_cache:KvCache.write", "KV write"),
-    Part("turret.server.models.decoder:Decoder._rms_norm", "norms"),
-    Part("turret.server.models.decoder:_rotate", "rope"),
+    Part("turret.server.adapters.gathered:GatheredStep.apply", "adapters"),
+    Part("turret.server.adapters.pack:PackedStep.apply", "adapters"),
+    Part("turret.server.models.native_layer_ops:NativeLayerOps.attend", "attention"),
+    Part("turret.server.models.layer_ops:TorchLayerOps.attend", "attention"),
+    Part("turret.server.models.native_layer_ops:NativeLayerOps.add_rms_norm", "norms, residuals"),
+    Part("turret.server.models.layer_ops:TorchLayerOps.add_rms_norm", "norms, residuals"),
+    Part("turret.server.models.native_layer_ops:NativeLayerOps.silu_mul", "activation"),
+    Part("turret.server.models.layer_ops:TorchLayerOps.silu_mul", "activation"),
     Part("turret.server.models.decoder:Decoder.logits", "head"),
     Part("turret.server.engine.sampler:Sampler.draw", "sampling"),
     Part("turret.server.engine.batch:BatchBuilder.build", "batch metadata"),
@@ -146,8 +149,7 @@ def step_bytes(arch: Arch, scenario: Scenario, *, rank: int, context: int) -> Re
     per_token = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * _BF16_BYTES
     return {
         "base matmuls": weights * _NF4_BYTES,
-        "shrink": distinct * low_rank * sum(inner for _, _, inner in slices),
-        "expand": distinct * low_rank * sum(out for _, out, _ in slices),
+        "adapters": distinct * low_rank * sum(out + inner for _, out, inner in slices),
         "attention": len(scenario.adapters) * context * per_token,
         "head": arch.vocab_size * arch.hidden_size * _BF16_BYTES,
     }
@@ -203,9 +205,9 @@ def show(
     floors: list[Recorded],
     bandwidth: float,
 ) -> None:
-    order = [part.name for part in PARTS] + [ENGINE]
+    order = dict.fromkeys([*(part.name for part in PARTS), ENGINE])
     rows = []
-    for name in dict.fromkeys(order):
+    for name in order:
         row = {"part, ms a step": name}
         for case, result, floor in zip(cases, results, floors, strict=True):
             least = f" ({floor[name]:.2f})" if floor.get(name) else ""

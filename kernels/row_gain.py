@@ -24,13 +24,12 @@ def row_combine(table: torch.Tensor, plan: SegmentPlan, num_rows: int) -> torch.
         ``[num_rows, width]``, fp32: ``Σ_k w_k · table[slot_k]``; zero for base rows.
     """
     out = table.new_zeros(num_rows, table.shape[1])
-    for j, short_pass in enumerate(plan.passes):
+    for short_pass in plan.passes:
         values = table.index_select(0, short_pass.slots) * short_pass.slot_weights
-        if j == 0:
-            out[: plan.num_short] = values
+        rows = short_pass.rows
+        if rows is None:
+            out[: plan.num_short].add_(values)
         else:
-            rows = short_pass.rows
-            assert rows is not None
             out.index_copy_(0, rows, out.index_select(0, rows).add_(values))
     for segment in plan.long:
         block = out[segment.start : segment.end]

@@ -7,8 +7,11 @@ import time
 
 import torch
 
+from turret.kernels.cpu.native import has_native
 from turret.server import log
+from turret.server.adapters.adapter_store import AdapterStore
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.gathered import GatheredAdapters
 from turret.server.adapters.pack import AdapterPack
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
@@ -56,7 +59,9 @@ def build_engine(config: Config, metrics: Metrics) -> Parts:
     tokenizer = Tokenizer.load(source.files, eos_token_ids(source.files), decoder.arch.vocab_size)
     base = describe_base(decoder, source)
     layout = describe_pack(decoder.arch)
-    pack = AdapterPack(
+    is_native = has_native(dtype, device)
+    kind = GatheredAdapters if is_native else AdapterPack
+    store = kind(
         layout,
         dtype,
         device,
@@ -64,10 +69,14 @@ def build_engine(config: Config, metrics: Metrics) -> Parts:
         on_moved=lambda adapter: metrics.adapter_residency(adapter.name, adapter.residency),
     )
     registry = _build_registry(config.adapters, base, metrics)
-    engine = _build_engine(config, metrics, decoder, pack, registry, tokenizer)
+    engine = _build_engine(config, metrics, decoder, store, registry, tokenizer)
     _log.info(
         "model loaded",
-        extra=log.fields(model=source.name, seconds=round(time.monotonic() - started, 2)),
+        extra=log.fields(
+            model=source.name,
+            seconds=round(time.monotonic() - started, 2),
+            kernels="compiled" if is_native else "torch",
+        ),
     )
     return engine, registry, tokenizer, _model_info(decoder, source, engine)
 
@@ -111,7 +120,7 @@ def _build_engine(
     config: Config,
     metrics: Metrics,
     decoder: Decoder,
-    pack: AdapterPack,
+    store: AdapterStore,
     registry: AdapterRegistry,
     tokenizer: Tokenizer,
 ) -> Engine:
@@ -121,11 +130,11 @@ def _build_engine(
     if num_blocks < 2:
         raise InvalidRequestError.of("kv-cache-bytes", f"must be at least {2 * per_block}")
     cache = KvCache(arch, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
-    runner = Runner(decoder, cache, pack, tokenizer.eos_token_ids)
+    runner = Runner(decoder, cache, store, tokenizer.eos_token_ids)
 
     def fits(sequence: Sequence, running: list[Sequence]) -> bool:
         adapters = {a.key: a for s in (sequence, *running) for a, _ in s.mix.components}
-        needed = sum(pack.packed_bytes(a.operators) for a in adapters.values())
+        needed = sum(store.stored_bytes(a.operators) for a in adapters.values())
         return needed <= config.adapters.adapter_device_bytes
 
     engine: Engine

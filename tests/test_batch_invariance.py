@@ -17,6 +17,7 @@ from engine_harness import Answer, EngineHarness, make_request
 from random_adapters import ALL, AdapterSpec, arch_of, write_adapter
 from tiny_models import VOCAB_SIZE, save_tiny_model
 
+from turret.kernels.cpu import native
 from turret.kernels.row_linear import max_reduction, row_addmm_, row_linear, row_multiple
 from turret.kernels.row_silu import row_silu
 from turret.server.engine.request import AdapterRef, FinishReason, Request, SamplingParams
@@ -172,6 +173,19 @@ async def test_a_mixed_batch_answers_each_request_as_if_alone(
     async with EngineHarness.start(model, root, dtype=dtype, adapters=NAMES) as harness:
         got = await in_company(harness, requests)
     assert {i for i, a in enumerate(got) if a.finish.reason is FinishReason.CANCELLED}
+    assert_same(got, expected)
+
+
+async def test_the_torch_formulation_is_batch_invariant_in_bfloat16_too(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a server runs where the kernels were not compiled (and in float32, tested above)."""
+    monkeypatch.setattr(native, "library", lambda: None)
+    model, root = tiny("qwen2")
+    requests = mixed_requests()
+    expected = await each_alone(model, root, requests, dtype="bfloat16")
+    async with EngineHarness.start(model, root, dtype="bfloat16", adapters=NAMES) as harness:
+        got = await in_company(harness, requests)
     assert_same(got, expected)
 
 

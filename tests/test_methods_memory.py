@@ -13,7 +13,6 @@ from peft import LoHaConfig, LoKrConfig
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.kernels.segments import SegmentPlan
 from turret.server.adapters.bank import StepMembers
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.operators import AdapterOperators
@@ -40,7 +39,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-class Packable:
+class FakeResident:
     """A resident adapter, as the pack sees one."""
 
     bytes_device = 0
@@ -123,11 +122,11 @@ def test_no_tensor_is_as_large_as_a_weight(kind: str, tmp_path: Path) -> None:
     with LargestTensor() as largest:
         operators = lower_adapter(tmp_path, base()).operators
         pack = AdapterPack(layout, torch.float32, torch.device("cpu"), 1 << 30)
-        pack.prepare([Packable(operators)])
+        pack.prepare([FakeResident(operators)])
         # Half of the rows one by one, half of them as a segment.
         half = ROWS // 2
         members = StepMembers([[("a", 1.0)]] * half, [(half, ROWS, [("a", 1.0)])])
-        pack.step(SegmentPlan(), members, ["a"]).add(0, "o", x, y)
+        pack.step(members).apply(0, "o", x, y, None, lambda x: x)
     expected = x @ dense_delta(kind, tensors).T
     assert float((y - expected).abs().max()) < 1e-4 * float(expected.abs().max())
     # A quarter of a weight's elements would already be a tile of ΔW.

@@ -14,6 +14,7 @@ from method_builders import load_adapter, make_config, save_adapter
 from method_oracle import check_close, oracle_logprobs, prompt_of, twin
 from torch import nn
 
+from turret.kernels.cpu import native
 from turret.server.engine.request import AdapterRef, Request
 
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -76,11 +77,14 @@ async def staggered(harness: EngineHarness, requests: list[Request]) -> list[Ans
     return list(await asyncio.gather(*tasks))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("formulation", ["float32", "bfloat16", "bfloat16 by torch"])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2"])
 async def test_each_request_gets_the_bits_it_gets_alone(
-    architecture: str, dtype: str, tmp_path: Path
+    architecture: str, formulation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    dtype, _, by_torch = formulation.partition(" ")
+    if by_torch:
+        monkeypatch.setattr(native, "library", lambda: None)
     save_all(architecture, tmp_path)
     folder, requests = twin(architecture).folder, make_requests()
 

@@ -9,9 +9,8 @@ in banks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import torch
 
@@ -19,34 +18,19 @@ from turret.kernels.row_gain import row_bias_, row_combine, row_gain_
 from turret.kernels.segmented_expand import rank_window, segmented_expand_reference
 from turret.kernels.segmented_shrink import segmented_shrink_reference
 from turret.kernels.segments import SegmentPlan
+from turret.server.adapters.adapter_store import BaseProduct, OnMoved, Resident
 from turret.server.adapters.bank import BankSet, BoundBank, StepMembers
 from turret.server.adapters.hadamard_bank import HadamardBank
 from turret.server.adapters.kronecker_bank import KroneckerBank
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.packed_group import PackedGroup, PackLayout
+from turret.server.adapters.segment_planner import plan_segments
 
 # Rank ranges start at multiples of this: bf16 dot products take ranks in pairs, and a shifted
 # pairing would change the rounding.
 _RANK_ALIGNMENT = 8
 _MIN_RANK_CAPACITY = 16
 _MIN_SLOTS = 4
-
-
-class Packable(Protocol):
-    """What the pack needs of a resident adapter."""
-
-    bytes_device: int
-
-    @property
-    def key(self) -> str: ...
-    @property
-    def operators(self) -> AdapterOperators | None: ...
-
-
-class BaseProduct(Protocol):
-    """The bias-free base projection."""
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass(slots=True)
@@ -57,7 +41,7 @@ class PackEntry:
     ``input_gains`` and ``biases`` the groups with one in some layer.
     """
 
-    adapter: Packable
+    adapter: Resident
     rank_start: int
     rank_end: int
     slot: int
@@ -69,10 +53,10 @@ class PackEntry:
 
 
 class AdapterPack:
-    """Owns the packed copies of the adapters that the running batch uses.
+    """Owns the packed copies of the adapters that the running batch uses; see ``AdapterStore``.
 
-    Not thread-safe: the engine thread owns it. Adapters that left the batch keep their place until
-    it is needed, so a popular adapter is packed once.
+    Adapters that left the batch keep their place until it is needed, so a popular adapter is packed
+    once.
 
     Args:
         layout: Shape of the base.
@@ -89,12 +73,13 @@ class AdapterPack:
         dtype: torch.dtype,
         device: torch.device,
         max_bytes: int,
-        on_moved: Callable[[Any], None] = lambda _: None,
+        on_moved: OnMoved = lambda _: None,
     ) -> None:
         self._layout = layout
         self._on_moved = on_moved
         self._max_bytes = max_bytes
         self._dtype = dtype
+        self._device = device
         self._window = rank_window(dtype)
         self._groups = {name: PackedGroup(layout, name, dtype, device) for name in layout.groups}
         banks = (HadamardBank(layout, dtype, device), KroneckerBank(layout, dtype, device))
@@ -106,10 +91,9 @@ class AdapterPack:
 
     @property
     def adapter_bytes(self) -> int:
-        """Bytes of the packed adapters themselves."""
         return sum(entry.adapter.bytes_device for entry in self._entries.values())
 
-    def packed_bytes(self, operators: AdapterOperators) -> int:
+    def stored_bytes(self, operators: AdapterOperators) -> int:
         """Bytes an adapter takes when packed: its ranks are as wide in every module."""
         stacked = sum(o.low_rank.num_bytes for o in operators.modules.values() if o.low_rank)
         return operators.num_bytes - stacked + self.rank_width(operators) * self._rank_bytes()
@@ -128,8 +112,7 @@ class AdapterPack:
         rank = max((ops.rank for ops in operators.modules.values()), default=0)
         return -(-rank // _RANK_ALIGNMENT) * _RANK_ALIGNMENT
 
-    def prepare(self, adapters: Iterable[Packable]) -> None:
-        """Make sure every adapter of a step is packed; others may lose their place."""
+    def prepare(self, adapters: Iterable[Resident]) -> None:
         self._step += 1
         missing = []
         for adapter in adapters:
@@ -142,21 +125,18 @@ class AdapterPack:
             self._insert(adapter)
 
     def drop(self, key: str) -> None:
-        """Forget an adapter (unloaded, replaced or idle). Unknown ones are ignored."""
         entry = self._entries.pop(key, None)
         if entry is not None:
             entry.adapter.bytes_device = 0
             self._banks.remove(key)
             self._on_moved(entry.adapter)
 
-    def entry(self, key: str) -> PackEntry:
-        return self._entries[key]
-
-    def step(self, plan: SegmentPlan, members: StepMembers, keys: Sequence[str]) -> AdapterStep:
-        """Bind a step's plan to the packed adapters ``keys``."""
-        entries = [self._entries[key] for key in keys]
+    def step(self, members: StepMembers) -> PackedStep:
+        mixes = [*members.short, *(mix for _, _, mix in members.long)]
+        entries = [self._entries[key] for key in {key for mix in mixes for key, _ in mix}]
+        plan = plan_segments(members, self._entries, self._device)
         present = frozenset().union(*(e.present for e in entries))
-        return AdapterStep(
+        return PackedStep(
             groups=self._groups,
             plan=plan,
             present={
@@ -169,10 +149,10 @@ class AdapterPack:
             banks=self._banks.bind(members),
         )
 
-    def _insert(self, adapter: Packable) -> None:
+    def _insert(self, adapter: Resident) -> None:
         operators = adapter.operators
         assert operators is not None, "an adapter is resident before it is scheduled"
-        num_bytes = self.packed_bytes(operators)
+        num_bytes = self.stored_bytes(operators)
         while self.adapter_bytes + num_bytes > self._max_bytes and self._drop_idle():
             pass
         width = self.rank_width(operators)
@@ -187,7 +167,7 @@ class AdapterPack:
         self._on_moved(adapter)
 
     def _describe(
-        self, adapter: Packable, operators: AdapterOperators, start: int, end: int, slot: int
+        self, adapter: Resident, operators: AdapterOperators, start: int, end: int, slot: int
     ) -> PackEntry:
         present, gains, input_gains, biases = set(), set(), set(), set()
         for name in self._groups:
@@ -272,8 +252,8 @@ class AdapterPack:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterStep:
-    """The adapters of one step, as the model's layers apply them.
+class PackedStep:
+    """See ``AdapterStep``.
 
     ``present`` says per group which slices have a low-rank update.
     """
@@ -286,7 +266,21 @@ class AdapterStep:
     biases: frozenset[str]
     banks: BoundBank | None
 
-    def scale(
+    def apply(
+        self,
+        layer: int,
+        group: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        bias: torch.Tensor | None,
+        base: BaseProduct,
+    ) -> None:
+        self._scale(layer, group, x, y, base)
+        if bias is not None:
+            y += bias
+        self._add(layer, group, x, y)
+
+    def _scale(
         self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor, base: BaseProduct
     ) -> None:
         """Apply the gains to bias-free base results ``y``, in place."""
@@ -306,7 +300,7 @@ class AdapterStep:
                     change = base(chosen.to(x.dtype))[:, columns]
                     y[:, columns].index_add_(0, rows, change)
 
-    def add(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
+    def _add(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add bias differences and updates to ``y``, in place."""
         packed = self.groups[group]
         if group in self.biases:

@@ -6,15 +6,15 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.paged_attention import SequenceSpan, plan_attention
-from turret.kernels.segments import Component, LongSegment, SegmentPlan, ShortPass
+from turret.kernels.paged_attention import SequenceSpan
+from turret.server.adapters.adapter_store import AdapterStep, AdapterStore
 from turret.server.adapters.bank import Members, StepMembers
-from turret.server.adapters.pack import AdapterPack, AdapterStep
 from turret.server.adapters.soft_prompt import soft_prompt_of
 from turret.server.engine.scheduler import Scheduled, Step
 from turret.server.engine.sequence import Sequence
 from turret.server.models.arch import Arch
 from turret.server.models.decoder import StepInput
+from turret.server.models.layer_ops import LayerOps
 
 # Segments of at most this many rows join the wide masked product; longer ones multiply only their
 # own ranks (measured: the wide product wins while rows · adapters stays small).
@@ -42,18 +42,24 @@ class Batch:
 
 
 class BatchBuilder:
-    """Builds batches for one model, cache geometry and adapter pack."""
+    """Builds batches for one model, cache geometry and adapter store."""
 
     def __init__(
-        self, arch: Arch, block_size: int, pack: AdapterPack, device: torch.device
+        self,
+        arch: Arch,
+        ops: LayerOps,
+        block_size: int,
+        store: AdapterStore,
+        device: torch.device,
     ) -> None:
         self._arch = arch
+        self._ops = ops
         self._block_size = block_size
-        self._pack = pack
+        self._store = store
         self._device = device
 
     def build(self, step: Step) -> Batch:
-        """Order the rows as ``kernels/segments.py`` wants them and prepare all metadata."""
+        """Order the rows (short adapted ones, base, long adapted ones) and prepare all metadata."""
         short, base, long = [], [], []
         for item in step.scheduled:
             if not item.sequence.mix.components:
@@ -66,11 +72,10 @@ class BatchBuilder:
         for item in (*short, *base, *long):
             placed.append(Placed(item, row))
             row += item.num_new
-        num_short = sum(item.num_new for item in short)
         adapters = None
         if short or long:
             long_placed = placed[len(short) + len(base) :]
-            adapters = self._plan_adapters(short, num_short, long_placed)
+            adapters = self._bind_adapters(short, long_placed)
         return Batch(self._input(placed, row, adapters), tuple(placed))
 
     def _input(
@@ -100,11 +105,10 @@ class BatchBuilder:
                 SequenceSpan(place.row_start, place.item.num_new, start, used, sequence.num_padding)
             )
         attention = {
-            window: plan_attention(
+            window: self._ops.plan_attention(
                 spans,
                 num_rows=num_rows,
                 block_size=size,
-                queries_per_head=self._arch.queries_per_head,
                 window=window,
                 device=self._device,
             )
@@ -120,66 +124,19 @@ class BatchBuilder:
             soft_values=torch.cat(soft_values).to(self._device) if soft_values else None,
         )
 
-    def _plan_adapters(
-        self, short: list[Scheduled], num_short: int, long: list[Placed]
-    ) -> AdapterStep:
+    def _bind_adapters(self, short: list[Scheduled], long: list[Placed]) -> AdapterStep:
         sequences = [item.sequence for item in short] + [p.item.sequence for p in long]
         adapters = {a.key: a for sequence in sequences for a, _ in sequence.mix.components}
-        self._pack.prepare(adapters.values())
-        segments = tuple(
-            LongSegment(
-                place.row_start,
-                place.row_start + place.item.num_new,
-                tuple(self._components(place.item.sequence)),
+        self._store.prepare(adapters.values())
+        return self._store.step(
+            StepMembers(
+                short=[m for item in short for m in [_members(item.sequence)] * item.num_new],
+                long=[
+                    (p.row_start, p.row_start + p.item.num_new, _members(p.item.sequence))
+                    for p in long
+                ],
             )
-            for place in long
         )
-        rows: list[list[Component]] = []
-        for item in short:
-            rows.extend([self._components(item.sequence)] * item.num_new)
-        chosen = [c for components in rows for c in components if c.rank_end > c.rank_start]
-        low = min((c.rank_start for c in chosen), default=0)
-        high = max((c.rank_end for c in chosen), default=0)
-        passes = self._passes(rows, low, high)
-        plan = SegmentPlan(num_short, low, high, passes, segments)
-        members = StepMembers(
-            short=[m for item in short for m in [_members(item.sequence)] * item.num_new],
-            long=[
-                (p.row_start, p.row_start + p.item.num_new, _members(p.item.sequence)) for p in long
-            ],
-        )
-        return self._pack.step(plan, members, list(adapters))
-
-    def _components(self, sequence: Sequence) -> list[Component]:
-        components = []
-        for adapter, weight in sequence.mix.components:
-            entry = self._pack.entry(adapter.key)
-            # Weight 0 adds nothing: no ranks, so that not even an overflow gets through.
-            end = entry.rank_end if weight else entry.rank_start
-            components.append(Component(entry.rank_start, end, entry.slot, weight))
-        return components
-
-    def _passes(self, rows: list[list[Component]], low: int, high: int) -> tuple[ShortPass, ...]:
-        """One pass per position in the mixes, over the ranks ``[low, high)``."""
-        passes = []
-        ranks = torch.arange(low, high, device=self._device)
-        for j in range(max((len(components) for components in rows), default=0)):
-            members = [i for i, components in enumerate(rows) if len(components) > j]
-            chosen = [rows[i][j] for i in members]
-            start = self._tensor([c.rank_start for c in chosen]).unsqueeze(1)
-            end = self._tensor([c.rank_end for c in chosen]).unsqueeze(1)
-            weights = torch.tensor([[c.weight] for c in chosen], device=self._device)
-            foreign = (ranks < start) | (ranks >= end)
-            passes.append(
-                ShortPass(
-                    rows=None if j == 0 else self._tensor(members),
-                    foreign=foreign if bool(foreign.any()) else None,
-                    slots=self._tensor([c.slot for c in chosen]),
-                    slot_weights=weights,
-                    plain=all(c.weight == 1.0 for c in chosen),
-                )
-            )
-        return tuple(passes)
 
     def _tensor(self, values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self._device)

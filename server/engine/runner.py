@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from turret.server.adapters.pack import AdapterPack
+from turret.server.adapters.adapter_store import AdapterStore
 from turret.server.adapters.soft_prompt import soft_prompt_of
 from turret.server.engine.batch import Batch, BatchBuilder, Placed
 from turret.server.engine.sampler import Draw, Sampler, top_of
@@ -38,19 +38,21 @@ class StepResult:
 
 
 class Runner:
-    """Owns the decoder, the KV cache, the adapter pack and the sampler. One thread only."""
+    """Owns the decoder, the KV cache, the adapter store and the sampler. One thread only."""
 
     def __init__(
         self,
         decoder: Decoder,
         cache: KvCache,
-        pack: AdapterPack,
+        store: AdapterStore,
         stop_token_ids: frozenset[int],
     ) -> None:
-        self.pack = pack
+        self._store = store
         self._decoder = decoder
         self._cache = cache
-        self._builder = BatchBuilder(decoder.arch, cache.block_size, pack, decoder.device)
+        self._builder = BatchBuilder(
+            decoder.arch, decoder.ops, cache.block_size, store, decoder.device
+        )
         self._sampler = Sampler()
         self._stop_token_ids = stop_token_ids
 
@@ -72,11 +74,11 @@ class Runner:
     @property
     def adapter_bytes(self) -> int:
         """Bytes of the adapters on the device."""
-        return self.pack.adapter_bytes
+        return self._store.adapter_bytes
 
     def forget_adapter(self, key: str) -> None:
-        """Drop an adapter that is gone from the pack."""
-        self.pack.drop(key)
+        """Drop an adapter that is gone."""
+        self._store.drop(key)
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence."""

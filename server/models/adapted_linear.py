@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from turret.server.adapters.pack import AdapterStep
+from turret.server.adapters.adapter_store import AdapterStep
 from turret.server.models.nf4 import Nf4Linear
 
 
@@ -23,12 +23,10 @@ class AdaptedLinear:
         self.bias = bias
 
     def __call__(self, x: torch.Tensor, adapters: AdapterStep | None) -> torch.Tensor:
-        """Project ``[rows, in]`` → ``[rows, out]``, rows ordered as ``adapters.plan`` says."""
+        """Project ``[rows, in]`` → ``[rows, out]``, rows ordered as ``adapters`` was made for."""
         y = self.base(x)
         if adapters is not None:
-            adapters.scale(self.layer, self.group, x, y, self.base)
-        if self.bias is not None:
+            adapters.apply(self.layer, self.group, x, y, self.bias, self.base)
+        elif self.bias is not None:
             y += self.bias
-        if adapters is not None:
-            adapters.add(self.layer, self.group, x, y)
         return y

@@ -8,17 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.paged_attention import AttentionPlan, paged_attention_reference
 from turret.kernels.row_linear import row_linear
-from turret.kernels.row_silu import row_silu
-from turret.server.adapters.pack import AdapterStep
+from turret.server.adapters.adapter_store import AdapterStep
 from turret.server.models.adapted_linear import AdaptedLinear
 from turret.server.models.arch import Arch
 from turret.server.models.kv_cache import KvCache
+from turret.server.models.layer_ops import choose_layer_ops
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +29,7 @@ class StepInput:
         token_ids: ``[rows]`` int64; any valid id where ``soft_rows`` says so.
         positions: Position of each row in its sequence, ``[rows]`` int64.
         kv_slots: Where each row's keys and values go, ``[rows]`` int64.
-        attention: Plan per distinct window (None is full attention).
+        attention: Plan of the decoder's ``ops`` per distinct window (None is full attention).
         adapters: The step's adapters, or None where every row is the base model's.
         soft_rows: Rows whose embedding is not a token's, ``[m]`` int64, or None.
         soft_values: Their embeddings, ``[m, hidden]``, or None.
@@ -38,7 +38,7 @@ class StepInput:
     token_ids: torch.Tensor
     positions: torch.Tensor
     kv_slots: torch.Tensor
-    attention: Mapping[int | None, AttentionPlan]
+    attention: Mapping[int | None, Any]
     adapters: AdapterStep | None
     soft_rows: torch.Tensor | None = None
     soft_values: torch.Tensor | None = None
@@ -65,6 +65,7 @@ class Decoder:
         arch: Its architecture.
         layers: Its layers; adapters see their linear modules through ``server/models/base.py``.
         dtype: Dtype of activations.
+        ops: How this device computes what is between the projections.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Decoder:
         self.head = head
         self.dtype = embedding.dtype
         self.device = embedding.device
+        self.ops = choose_layer_ops(arch, self.dtype, self.device)
         self._inv_freq = arch.inv_freq.to(self.device)
 
     def forward(self, step: StepInput, cache: KvCache) -> torch.Tensor:
@@ -91,70 +93,43 @@ class Decoder:
         Returns:
             Final-norm hidden states, ``[rows, hidden]``.
         """
-        angles = step.positions[:, None].float() * self._inv_freq
-        # [rows, 1, head_dim / 2] fp32, shared by all layers.
-        cos = (angles.cos() * self.arch.rope_scaling).unsqueeze(1)
-        sin = (angles.sin() * self.arch.rope_scaling).unsqueeze(1)
+        ops = self.ops
+        phases = step.positions[:, None].float() * self._inv_freq
+        # [rows, head_dim / 2] fp32, shared by all layers.
+        angles = phases.cos() * self.arch.rope_scaling, phases.sin() * self.arch.rope_scaling
         hidden = F.embedding(step.token_ids, self.embedding)
         if step.soft_rows is not None and step.soft_values is not None:
             hidden.index_copy_(0, step.soft_rows, step.soft_values.to(hidden.dtype))
+        delta = None
         for number, layer in enumerate(self.layers):
-            normed = self._rms_norm(hidden, layer.input_norm)
-            hidden = hidden + self._attend(number, layer, normed, cos, sin, step, cache)
-            normed = self._rms_norm(hidden, layer.post_attention_norm)
-            gate, up = layer.gate_up(normed, step.adapters).chunk(2, dim=-1)
-            hidden = hidden + layer.down(row_silu(gate).mul_(up), step.adapters)
-        return self._rms_norm(hidden, self.norm)
+            normed = ops.add_rms_norm(hidden, delta, layer.input_norm)
+            qkv = self._heads(layer, layer.qkv(normed, step.adapters))
+            attended = ops.attend(
+                number,
+                qkv,
+                angles if self.arch.rotary[number] else None,
+                step.kv_slots,
+                cache,
+                step.attention[self.arch.windows[number]],
+            )
+            delta = layer.o(attended, step.adapters)
+            normed = ops.add_rms_norm(hidden, delta, layer.post_attention_norm)
+            gated = ops.silu_mul(layer.gate_up(normed, step.adapters))
+            delta = layer.down(gated, step.adapters)
+        return ops.add_rms_norm(hidden, delta, self.norm)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Project ``[rows, hidden]`` onto the vocabulary, ``[rows, vocab]`` fp32."""
         return row_linear(hidden, self.head).float()
 
-    def _attend(
-        self,
-        number: int,
-        layer: DecoderLayer,
-        normed: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
-        step: StepInput,
-        cache: KvCache,
-    ) -> torch.Tensor:
-        arch = self.arch
-        heads, kv_heads, head_dim = arch.num_heads, arch.num_kv_heads, arch.head_dim
-        qkv = layer.qkv(normed, step.adapters)
-        rows = qkv.shape[0]
-        qkv = qkv.view(rows, heads + 2 * kv_heads, head_dim)
-        qk, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
-        if layer.q_norm is not None and layer.k_norm is not None:
-            q = self._rms_norm(qk[:, :heads], layer.q_norm)
-            k = self._rms_norm(qk[:, heads:], layer.k_norm)
-            qk = torch.cat((q, k), dim=1)
-        if arch.rotary[number]:
-            qk = _rotate(qk, cos, sin)
-        cache.write(number, step.kv_slots, qk[:, heads:], values)
-        attended = paged_attention_reference(
-            qk[:, :heads],
-            cache.keys[number],
-            cache.values[number],
-            step.attention[arch.windows[number]],
-            scale=head_dim**-0.5,
-        )
-        return layer.o(attended.view(rows, heads * head_dim), step.adapters)
-
-    def _rms_norm(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.arch.rms_norm_eps)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (RoFormer, arXiv 2104.09864) on ``[rows, heads, head_dim]``; fp32 result.
-
-    Pairs are (i, i + head_dim / 2), as Hugging Face checkpoints lay them out.
-    """
-    x = x.float()
-    first, second = x.chunk(2, dim=-1)
-    out = torch.empty_like(x)
-    out_first, out_second = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
-    return out
+    def _heads(self, layer: DecoderLayer, qkv: torch.Tensor) -> torch.Tensor:
+        """As ``[rows, heads + 2·kv_heads, head_dim]``, normed where the model says so."""
+        heads, kv_heads = self.arch.num_heads, self.arch.num_kv_heads
+        qkv = qkv.view(qkv.shape[0], heads + 2 * kv_heads, self.arch.head_dim)
+        if layer.q_norm is None or layer.k_norm is None:
+            return qkv
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        eps = self.arch.rms_norm_eps
+        q = F.rms_norm(q, layer.q_norm.shape, layer.q_norm, eps)
+        k = F.rms_norm(k, layer.k_norm.shape, layer.k_norm, eps)
+        return torch.cat((q, k, v), dim=1)

@@ -1,0 +1,1 @@
+"""CPU formulations in C, with their bindings; see ``native.py``."""

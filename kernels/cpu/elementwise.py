@@ -1,0 +1,88 @@
+"""What a decoder layer does between its matrix products, one pass each; see ``elementwise.c``."""
+
+from __future__ import annotations
+
+import torch
+
+from turret.kernels.cpu.native import functions
+
+
+def add_rms_norm(
+    hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, eps: float
+) -> torch.Tensor:
+    """``hidden += delta`` in place, then RMSNorm (arXiv 1910.07467) of the sum.
+
+    Args:
+        hidden: ``[rows, width]`` bf16, contiguous.
+        delta: Same shape, contiguous, or None.
+        weight: ``[width]`` bf16.
+        eps: Added to the mean square.
+
+    Returns:
+        ``[rows, width]`` bf16, from fp32 by one rounding.
+    """
+    rows, width = hidden.shape
+    out = torch.empty_like(hidden)
+    functions().turret_add_rms_norm(
+        hidden.data_ptr(),
+        None if delta is None else delta.data_ptr(),
+        weight.data_ptr(),
+        eps,
+        out.data_ptr(),
+        rows,
+        width,
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """``silu(gate) · up`` (arXiv 2002.05202): ``[rows, 2·width]`` bf16 → ``[rows, width]``."""
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, width, dtype=gate_up.dtype)
+    functions().turret_silu_mul(
+        gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads()
+    )
+    return out
+
+
+def rope_kv_write(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+) -> torch.Tensor:
+    """Rotate queries and keys (RoFormer, arXiv 2104.09864); store keys and values.
+
+    Args:
+        qkv: ``[rows, heads + 2·kv_heads, head_dim]`` bf16, contiguous; head_dim a multiple of 32.
+        cos: ``[rows, head_dim / 2]`` fp32, contiguous; ones where a layer has no rotary positions.
+        sin: Same shape.
+        slots: ``block · block_size + offset`` per row, ``[rows]`` int64.
+        k_cache: One layer's, ``[num_blocks, block_size, kv_heads, head_dim]`` bf16.
+        v_cache: Same shape.
+
+    Returns:
+        Rotated queries, ``[rows, heads, head_dim]`` fp32.
+    """
+    rows, total, head_dim = qkv.shape
+    kv_heads = k_cache.shape[2]
+    heads = total - 2 * kv_heads
+    q = torch.empty(rows, heads, head_dim)
+    functions().turret_rope_kv_write(
+        qkv.data_ptr(),
+        cos.data_ptr(),
+        sin.data_ptr(),
+        slots.data_ptr(),
+        q.data_ptr(),
+        k_cache.data_ptr(),
+        v_cache.data_ptr(),
+        rows,
+        heads,
+        kv_heads,
+        head_dim,
+        torch.get_num_threads(),
+    )
+    return q

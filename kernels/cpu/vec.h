@@ -1,0 +1,105 @@
+/* Sixteen fp32 lanes, bf16 in and out, and a vectorised exp.
+ *
+ * GCC's vector types compile to whatever the machine has (one AVX-512 register, two of AVX2, four of
+ * SSE), and the order of every sum is written out. Nothing here depends on how many rows a call
+ * has: that is what keeps a row's bits the same in any batch.
+ */
+#ifndef TURRET_VEC_H
+#define TURRET_VEC_H
+
+#include <stdint.h>
+#include <string.h>
+
+#define LANES 16
+#define INLINE static inline __attribute__((always_inline))
+
+/* One clone per instruction set, chosen when the library is loaded. */
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && !defined(__clang__)
+#define KERNEL __attribute__((noinline, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define KERNEL __attribute__((noinline))
+#endif
+#define EXPORT __attribute__((visibility("default")))
+
+typedef float f32x16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint16_t bf16;
+
+INLINE float to_f32(bf16 value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float out;
+    memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+/* To nearest, ties to even; NaN stays NaN (torch's own conversion). */
+INLINE bf16 to_bf16(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    if (value != value) return 0x7fc0;
+    return (bf16)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+}
+
+INLINE f32x16 load_bf16(const bf16 *p) {
+    return (f32x16)(__builtin_convertvector(*(const u16x16 *)p, u32x16) << 16);
+}
+
+INLINE void store_bf16(bf16 *p, f32x16 value) {
+    u32x16 bits = (u32x16)value;
+    u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    u32x16 is_nan = (u32x16)(value != value);
+    rounded = (is_nan & 0x7fc0u) | (~is_nan & rounded);
+    *(u16x16 *)p = __builtin_convertvector(rounded, u16x16);
+}
+
+INLINE f32x16 load_f32(const float *p) { return *(const f32x16 *)p; }
+INLINE void store_f32(float *p, f32x16 value) { *(f32x16 *)p = value; }
+INLINE f32x16 splat(float value) { return value - (f32x16){0}; }
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define HALF(v, i0, i1, i2, i3, i4, i5, i6, i7) \
+    __builtin_shufflevector(v, v, i0, i1, i2, i3, i4, i5, i6, i7, 0, 1, 2, 3, 4, 5, 6, 7)
+#endif
+#endif
+#ifndef HALF
+#define HALF(v, i0, i1, i2, i3, i4, i5, i6, i7) \
+    __builtin_shuffle(v, (i32x16){i0, i1, i2, i3, i4, i5, i6, i7, 0, 1, 2, 3, 4, 5, 6, 7})
+#endif
+
+/* The sum of the lanes: upper half onto lower half, four times. */
+INLINE float sum_lanes(f32x16 v) {
+    v += HALF(v, 8, 9, 10, 11, 12, 13, 14, 15);
+    v += HALF(v, 4, 5, 6, 7, 4, 5, 6, 7);
+    v += HALF(v, 2, 3, 2, 3, 2, 3, 2, 3);
+    return v[0] + v[1];
+}
+
+INLINE f32x16 max_vec(f32x16 a, f32x16 b) {
+    i32x16 larger = (i32x16)(a > b);
+    return (f32x16)((larger & (i32x16)a) | (~larger & (i32x16)b));
+}
+
+/* e^x, relative error under 2 ulp for x in [-87, 88]; smaller x give 0, larger ones e^88. Cody and
+ * Waite's reduction to |r| <= ln(2)/2, then a polynomial of degree 6. */
+INLINE f32x16 exp_vec(f32x16 x) {
+    i32x16 tiny = (i32x16)(x < -87.0f);
+    x = -max_vec(-max_vec(x, splat(-87.0f)), splat(-88.0f));
+    f32x16 shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: rounds to an integer */
+    f32x16 n = shifted - 12582912.0f;
+    f32x16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    f32x16 p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    i32x16 power = (__builtin_convertvector(n, i32x16) + 127) << 23;
+    i32x16 result = (i32x16)(p * (f32x16)power);
+    return (f32x16)(result & ~tiny);
+}
+
+#endif

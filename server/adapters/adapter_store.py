@@ -1,0 +1,81 @@
+"""What the engine and the model need of whatever holds the running adapters' weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
+
+import torch
+
+from turret.server.adapters.bank import StepMembers
+from turret.server.adapters.operators import AdapterOperators
+
+# Told of every adapter that entered or left a store.
+OnMoved = Callable[[Any], None]
+
+
+class Resident(Protocol):
+    """What a store needs of an adapter in host memory."""
+
+    bytes_device: int
+
+    @property
+    def key(self) -> str: ...
+    @property
+    def operators(self) -> AdapterOperators | None: ...
+
+
+class BaseProduct(Protocol):
+    """The bias-free base projection."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+
+
+class AdapterStep(Protocol):
+    """The adapters of one step, as the model's layers apply them."""
+
+    def apply(
+        self,
+        layer: int,
+        group: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        bias: torch.Tensor | None,
+        base: BaseProduct,
+    ) -> None:
+        """``y ← G ⊙ y + b + Σ_k w_k Δ_k(x)`` in place, for every row of the step.
+
+        Args:
+            layer: Layer number.
+            group: Fused projection (``qkv``, ``o``, ``gate_up``, ``down``).
+            x: Its input, ``[rows, in]``.
+            y: Its bias-free base result, ``[rows, sum(out)]``.
+            bias: The base's, ``[sum(out)]``, or None.
+            base: Computes ``y`` from an input.
+        """
+        ...
+
+
+class AdapterStore(Protocol):
+    """Holds the adapters that run, ready for the device. The engine thread owns it."""
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapters that are in it."""
+        ...
+
+    def stored_bytes(self, operators: AdapterOperators) -> int:
+        """Bytes an adapter takes in it."""
+        ...
+
+    def prepare(self, adapters: Iterable[Resident]) -> None:
+        """Make sure every adapter of a step is in it; idle ones may have to leave."""
+        ...
+
+    def drop(self, key: str) -> None:
+        """Forget an adapter (unloaded or replaced). Unknown ones are ignored."""
+        ...
+
+    def step(self, members: StepMembers) -> AdapterStep:
+        """Bind a step's rows to their adapters, all of them prepared."""
+        ...

@@ -1,0 +1,278 @@
+"""The compiled CPU kernels against float64, and each row against the same row alone.
+
+Faults that were planted in the C code, and how many tests each one failed: a component without its
+weight (12), one max_rank for all (12), one row's activations for all (13), the bias before the gain
+(6), an input gain without - 1 (1), the ranks beyond the fours (13) or the columns beyond the blocks
+(13) skipped, a window one too long (10), padding ignored (20), one query head for a whole group
+(12), the newest key unseen (20), no scale (20), a sine of the other sign (10), the residual not
+written (6), a thousandfold eps (6), no up (6), truncation to bf16 (12), an unbounded exponential
+(6).
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from kernel_traffic import error_ratio
+
+from turret.kernels.cpu import native
+from turret.kernels.cpu.elementwise import add_rms_norm, rope_kv_write, silu_mul
+from turret.kernels.cpu.low_rank import LowRankStep, ModuleTable, ProjectionShape, RowSegment
+from turret.kernels.cpu.paged_attention import NativeAttentionPlan, paged_attention
+from turret.kernels.paged_attention import SequenceSpan
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+
+BF16 = torch.bfloat16
+MAX_ERROR = 4e-3  # one rounding to bf16 makes up to 2.3e-3 of the RMS
+RANKS = (1, 3, 4, 8, 16, 64)
+NUM_ROWS = 60
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: Any) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+class Adapters:
+    """Random adapters on one fused projection of two layers; every kind of absence among them."""
+
+    def __init__(self, inner: int, outs: tuple[int, ...]) -> None:
+        self.inner, self.outs = inner, outs
+        self.shape = ProjectionShape(inner, outs, len(outs))  # the second layer
+        self.parts: list[list[dict[str, torch.Tensor]]] = []
+        self.tables: list[ModuleTable] = []
+        for number, rank in enumerate(RANKS):
+            table, slices = ModuleTable(2 * len(outs)), []
+            for s, out in enumerate(outs):
+                part: dict[str, torch.Tensor] = {}
+                if (number + s) % 4 != 3:
+                    part["a"] = torch.randn(max(1, rank - s), inner).to(BF16)
+                    part["b"] = torch.randn(max(1, rank - s), out).to(BF16)
+                if number % 2:
+                    part["gain"] = 1 + 0.3 * torch.randn(out)
+                if (number + s) % 3 == 0:
+                    part["bias"] = torch.randn(out)
+                if number == 4:
+                    part["input_gain"] = 1 + torch.randn(inner)
+                table.put(len(outs) + s, **part)
+                slices.append(part)
+            table.close()
+            self.parts.append(slices)
+            self.tables.append(table)
+
+    def exact(
+        self, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None, mix: Any
+    ) -> torch.Tensor:
+        """One row in float64."""
+        found, start = [], 0
+        for s, out in enumerate(self.outs):
+            value = y[start : start + out].double()
+            gain = torch.ones(out, dtype=torch.float64)
+            for number, weight in mix:
+                part = self.parts[number][s]
+                if "gain" in part:
+                    gain += weight * (part["gain"].double() - 1)
+            value = value * gain
+            if bias is not None:
+                value = value + bias[start : start + out].double()
+            for number, weight in mix:
+                part = self.parts[number][s]
+                if "bias" in part:
+                    value = value + weight * part["bias"].double()
+                if "a" in part:
+                    value = value + weight * (
+                        (part["a"].double() @ x.double()) @ part["b"].double()
+                    )
+            found.append(value)
+            start += out
+        return torch.cat(found)
+
+    def step(self, segments: Any) -> LowRankStep:
+        return LowRankStep(
+            [
+                RowSegment(start, end, [(self.tables[number], weight) for number, weight in mix])
+                for start, end, mix in segments
+            ],
+            max_slices=3,
+        )
+
+
+def draw_segments(seed: int) -> list[tuple[int, int, list[tuple[int, float]]]]:
+    """Runs of 1 to 40 rows with gaps of base rows; mixes of 1 to 3, negative weights among them."""
+    draw, segments, row = random.Random(seed), [], 0
+    for length in (1, 1, 2, 40, 1, 5):
+        row += draw.choice((0, 0, 1))
+        numbers = draw.sample(range(len(RANKS)), draw.choice((1, 1, 2, 3)))
+        mix = [(number, draw.choice((1.0, 1.0, -0.5, 2.25))) for number in numbers]
+        segments.append((row, row + length, mix))
+        row += length
+    return segments
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(("inner", "outs"), [(96, (130, 32, 32)), (75, (257,)), (64, (48, 48))])
+def test_adapted_rows_equal_float64_and_the_rows_alone(
+    inner: int, outs: tuple[int, ...], has_bias: bool, threads: None
+) -> None:
+    adapters = Adapters(inner, outs)
+    x = torch.randn(NUM_ROWS, inner).to(BF16)
+    y = torch.randn(NUM_ROWS, sum(outs)).to(BF16)
+    bias = torch.randn(sum(outs)).to(BF16) if has_bias else None
+    for seed in range(4):
+        segments = draw_segments(seed)
+        got = y.clone()
+        adapters.step(segments).adapt(adapters.shape, x, got, bias)
+        touched = set()
+        for start, end, mix in segments:
+            for row in range(start, end):
+                touched.add(row)
+                exact = adapters.exact(x[row], y[row], bias, mix)
+                assert error_ratio(got[row], exact) < MAX_ERROR, (seed, row, mix)
+                alone = y[row : row + 1].clone()
+                adapters.step([(0, 1, mix)]).adapt(adapters.shape, x[row : row + 1], alone, bias)
+                assert torch.equal(alone[0], got[row]), (seed, row, mix)
+        others = [row for row in range(NUM_ROWS) if row not in touched]
+        assert torch.equal(got[others], y[others])
+
+
+def test_strided_rows_and_input_gains() -> None:
+    adapters = Adapters(96, (64, 32))
+    wide_x, wide_y = torch.randn(8, 128).to(BF16), torch.randn(8, 128).to(BF16)
+    x, y = wide_x[:, 16:112], wide_y[:, 8:104]
+    kept = wide_y.clone()
+    adapters.step([(2, 6, [(3, 1.0)])]).adapt(adapters.shape, x, y, None)
+    for row in range(2, 6):
+        exact = adapters.exact(x[row], kept[row, 8:104], None, [(3, 1.0)])
+        assert error_ratio(y[row], exact) < MAX_ERROR
+    changed = (wide_y != kept).nonzero()
+    assert int(changed[:, 0].min()) == 2
+    assert int(changed[:, 0].max()) == 5
+    assert int(changed[:, 1].min()) >= 8
+    assert int(changed[:, 1].max()) < 104
+
+    step = adapters.step([(1, 3, [(4, 0.5), (0, 1.0)]), (5, 6, [(0, 1.0)])])
+    rows, segments = torch.tensor([1, 2, 5]), torch.tensor([0, 0, 1])
+    scaled = step.input_gain(3, x, rows, segments)
+    gain = adapters.parts[4][1]["input_gain"].double() - 1
+    assert error_ratio(scaled[:2], x[1:3].double() * 0.5 * gain) < MAX_ERROR
+    assert not scaled[2].any()
+
+
+HEADS = [(9, 3, 64), (4, 4, 32), (8, 1, 96), (2, 2, 128), (14, 2, 256)]
+
+
+@pytest.mark.parametrize("window", [None, 21])
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+def test_attention_equals_float64_and_the_rows_alone(
+    heads: int, kv_heads: int, dim: int, window: int | None, threads: None
+) -> None:
+    size, scale = 16, dim**-0.5
+    lengths = [(1, 0, 0), (1, 95, 0), (40, 0, 0), (7, 33, 5), (1, 16, 16)]
+    blocks = iter(random.Random(0).sample(range(1, 40), 39))
+    keys, values = (torch.full((40, size, kv_heads, dim), torch.nan).to(BF16) for _ in range(2))
+    spans, row = [], 0
+    for num_new, num_context, num_padding in lengths:
+        total = num_new + num_context
+        own = list(itertools.islice(blocks, -(-total // size)))
+        for cache in (keys, values):
+            flat = torch.randn(len(own) * size, kv_heads, dim).to(BF16)
+            flat[:num_padding] = torch.nan  # nothing there may be read
+            flat[total:] = torch.nan
+            cache[own] = flat.view(len(own), size, kv_heads, dim)
+        spans.append(SequenceSpan(row, num_new, num_context, own, num_padding))
+        row += num_new
+    q = torch.randn(row, heads, dim)
+
+    def attend(queries: torch.Tensor, spans: list[SequenceSpan]) -> torch.Tensor:
+        plan = NativeAttentionPlan(
+            spans, queries_per_head=heads // kv_heads, head_dim=dim, window=window
+        )
+        return paged_attention(queries, keys, values, plan, scale=scale)
+
+    got = attend(q, spans)
+    for span in spans:
+        own = list(span.blocks)
+        k, v = (c[own].flatten(0, 1).double() for c in (keys, values))
+        for i in range(span.num_new):
+            end = span.num_context + i + 1
+            low = max(span.num_padding, 0 if window is None else end - window)
+            query = q[span.row_start + i].double().view(kv_heads, heads // kv_heads, dim)
+            scores = torch.einsum("kgd,tkd->kgt", query, k[low:end]) * scale
+            exact = torch.einsum("kgt,tkd->kgd", scores.softmax(-1), v[low:end]).reshape(heads, dim)
+            row = span.row_start + i
+            assert error_ratio(got[row], exact) < MAX_ERROR, (span, i)
+            single = SequenceSpan(0, 1, end - 1, own, span.num_padding)
+            assert torch.equal(attend(q[row : row + 1], [single])[0], got[row]), (span, i)
+
+
+@pytest.mark.parametrize("width", [64, 75, 576])
+def test_norm_adds_the_residual_and_rounds_once(width: int, threads: None) -> None:
+    # Small enough for eps to matter.
+    hidden, delta = ((3e-3 * torch.randn(9, width)).to(BF16) for _ in range(2))
+    weight = torch.randn(width).to(BF16)
+    before = hidden.clone()
+    out = add_rms_norm(hidden, delta, weight, 1e-5)
+    assert torch.equal(hidden, before + delta)
+    scale = (hidden.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    assert error_ratio(out, hidden.double() * scale * weight.double()) < MAX_ERROR
+    again = hidden.clone()
+    assert torch.equal(add_rms_norm(again, None, weight, 1e-5), out)
+    assert torch.equal(again, hidden)
+    assert torch.equal(add_rms_norm(before[3:4], delta[3:4], weight, 1e-5), out[3:4])
+
+
+@pytest.mark.parametrize("width", [16, 40, 1536])
+def test_silu_mul(width: int, threads: None) -> None:
+    gate_up = (4 * torch.randn(5, 2 * width)).to(BF16)
+    gate_up[0, :4] = torch.tensor([0.0, -120.0, 120.0, -88.0])
+    gate, up = gate_up.double().chunk(2, -1)
+    out = silu_mul(gate_up)
+    assert error_ratio(out, F.silu(gate) * up) < MAX_ERROR
+    assert torch.equal(silu_mul(gate_up[2:3]), out[2:3])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
+def test_rope_rotates_and_stores(heads: int, kv_heads: int, dim: int, threads: None) -> None:
+    qkv = torch.randn(6, heads + 2 * kv_heads, dim).to(BF16)
+    angles = 10 * torch.rand(6, dim // 2)
+    slots = torch.tensor([33, 5, 47, 16, 17, 0])
+    keys, values = (torch.zeros(3, 16, kv_heads, dim, dtype=BF16) for _ in range(2))
+    q = rope_kv_write(qkv, angles.cos(), angles.sin(), slots, keys, values)
+    first, second = qkv.double().chunk(2, -1)
+    cos, sin = angles.double().cos().unsqueeze(1), angles.double().sin().unsqueeze(1)
+    rotated = torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
+    assert error_ratio(q, rotated[:, :heads]) < 1e-6
+    stored = keys.flatten(0, 1)[slots]
+    assert error_ratio(stored, rotated[:, heads : heads + kv_heads]) < MAX_ERROR
+    assert torch.equal(values.flatten(0, 1)[slots], qkv[:, heads + kv_heads :])
+    untouched = [i for i in range(48) if i not in slots.tolist()]
+    assert not keys.flatten(0, 1)[untouched].any()
+
+
+def test_the_exponential_is_exact_to_float32() -> None:
+    """Through silu_mul, in whose denominator it is: x / (1 + e^-x)."""
+    x = torch.linspace(-80, 80, 4096).to(BF16)
+    out = silu_mul(torch.cat((x, torch.ones_like(x))).view(1, -1))
+    assert error_ratio(out[0], F.silu(x.double())) < 2.4e-3
+
+
+def test_the_variable_switches_the_library_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TURRET_NATIVE", "0")
+    native.library.cache_clear()
+    try:
+        assert not native.has_native(BF16, torch.device("cpu"))
+    finally:
+        monkeypatch.undo()
+        native.library.cache_clear()
+    assert native.has_native(BF16, torch.device("cpu"))
+    assert not native.has_native(torch.float32, torch.device("cpu"))
