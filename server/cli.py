@@ -141,8 +141,10 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     _add_demo(subparsers)
     if verb not in _OWN_VERBS:
         from turret.clients.verbs import add_verbs
+        from turret.training.verbs import add_parser as add_train
 
         add_verbs(subparsers)
+        add_train(subparsers)
     return parser
 
 

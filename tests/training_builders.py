@@ -1,0 +1,38 @@
+"""Small data sets and configs for the tests of training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from turret.training.config_file import build_config
+from turret.training.resolve import Resolved, resolve
+
+WORDS = ("red", "green", "blue", "black", "white", "amber", "pink", "grey")
+
+
+def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def write_words(path: Path, count: int = 24) -> Path:
+    """``count`` distinct prompts of differing length, each with a word to learn."""
+    rows = [
+        {"prompt": "say " + "la " * (number % 5) + f"{number}:", "completion": WORDS[number % 8]}
+        for number in range(count)
+    ]
+    return write_jsonl(path, rows)
+
+
+def resolve_tiny(folder: Path, model: Path, *overrides: str) -> Resolved:
+    """A run of a few steps on ``folder/train.jsonl``, which is written if it is not there."""
+    if not (folder / "train.jsonl").exists():
+        write_words(folder / "train.jsonl")
+    tables = {
+        "base": {"model": str(model)},
+        "data": {"train": "train.jsonl", "max_length": 64},
+        "run": {"steps": 4, "batch_size": 4, "validate_every": 2, "checkpoint_every": 2},
+    }
+    return resolve(build_config(tables, overrides), folder)

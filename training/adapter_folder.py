@@ -1,0 +1,43 @@
+"""Writes an adapter in PEFT's layout, the same bytes for the same weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from turret.server.adapters.checkpoint import CONFIG_FILE, TENSORS_FILE
+from turret.training.errors import RunError
+
+
+def write_adapter(
+    folder: Path, config: Mapping[str, Any], state: Mapping[str, torch.Tensor], dtype: torch.dtype
+) -> None:
+    """Write ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+    Args:
+        folder: Exists.
+        config: PEFT's keys.
+        state: Tensors by PEFT's names.
+        dtype: Of the saved tensors.
+
+    Raises:
+        RunError: A weight is not finite in ``dtype``.
+    """
+    tensors = {}
+    for name, tensor in state.items():
+        tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
+        if not bool(torch.isfinite(tensors[name]).all()):
+            raise RunError(f"{name} is not finite in {dtype}: the run diverged; lower the rate")
+    weights = folder / TENSORS_FILE
+    save_file(tensors, weights, metadata={"format": "pt"})
+    weights.chmod(0o644)  # safetensors writes a file that only its owner can read
+    # Sets have no order of their own: sorting keeps the file the same from run to run.
+    plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
+    plain["inference_mode"] = True
+    text = json.dumps(plain, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG_FILE).write_text(text, encoding="utf-8")

@@ -1,0 +1,160 @@
+"""The model that is trained on: the one the server serves, as a transformers model."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from bitsandbytes.nn.modules import Linear4bit
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    GenerationConfig,
+)
+from transformers.utils import logging
+
+from turret.server.models.arch import Arch, read_arch
+from turret.server.models.embedded import find_gguf, read_gguf
+from turret.server.models.nf4 import Nf4Weight
+from turret.server.models.nf4_cache import ModelSource, default_cache_dir, resolve_model
+from turret.server.progress import progress_bar
+from turret.training.errors import ConfigError
+
+Weights = Literal["nf4", "nf4-dense", "full"]
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingBase:
+    """A base model before its weights are loaded.
+
+    Attributes:
+        source: Where it is, quantised, and its digest: what the server serves.
+        directory: As the config names it; None is the embedded model.
+        config: transformers' config.
+        arch: The server's reading of it.
+        tokenizer: transformers' tokenizer.
+    """
+
+    source: ModelSource
+    directory: Path | None
+    config: Any
+    arch: Arch
+    tokenizer: Any
+
+    @property
+    def max_length(self) -> int:
+        """Most positions the model was made for."""
+        return self.arch.max_model_len
+
+
+def find_base(directory: Path | None) -> TrainingBase:
+    """Find (and quantise, the first time) the base model.
+
+    Raises:
+        InvalidRequestError: Not a model directory, or an architecture that is not served.
+    """
+    with progress_bar() as report:
+        source = resolve_model(directory, default_cache_dir(), report)
+    config = AutoConfig.from_pretrained(source.files)
+    tokenizer = AutoTokenizer.from_pretrained(source.files)
+    return TrainingBase(source, directory, config, read_arch(config), tokenizer)
+
+
+def load_model(base: TrainingBase, weights: Weights, dtype: torch.dtype, device: str) -> Any:
+    """Load the frozen model.
+
+    Args:
+        base: Of :func:`find_base`.
+        weights: As ``base.weights`` of the config.
+        dtype: Of activations and of everything that is not quantised.
+        device: ``cpu`` or ``cuda``.
+
+    Returns:
+        A ``PreTrainedModel`` without gradients.
+
+    Raises:
+        ConfigError: ``full`` of a checkpoint that holds 4-bit weights only.
+    """
+    logging.disable_progress_bar()
+    if weights == "full":
+        model = _load_full(base, dtype)
+    else:
+        model = _load_nf4(base, dtype)
+        if weights == "nf4-dense":
+            _make_dense(model, dtype)
+    model.config._name_or_path = base.source.name
+    return model.to(device).requires_grad_(False)
+
+
+def empty_model(base: TrainingBase) -> Any:
+    """The model's shapes without memory: every weight on the meta device, in bfloat16."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base.config, dtype=torch.bfloat16)
+    model.config._name_or_path = base.source.name
+    return model.requires_grad_(False)
+
+
+def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
+    config = AutoConfig.from_pretrained(base.source.files)
+    config.quantization_config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    ).to_dict()
+    model = AutoModelForCausalLM.from_pretrained(
+        base.source.weights,
+        config=config,
+        dtype=dtype,
+        # Given, because the directory of the weights may hold nothing but them.
+        generation_config=GenerationConfig.from_model_config(config),
+    )
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            # Beside quantised weights transformers keeps the checkpoint's dtype.
+            parameter.data = parameter.data.to(dtype)
+    for module in _nf4_modules(model).values():
+        # In eval mode the CPU path repacks the weight in place, and from then on the product has
+        # no gradient, also when training goes on.
+        module.support_avx512bf16_for_cpu = False
+        # What a backward pass dequantises to; the checkpoint's bfloat16 would round it once more.
+        module.weight.quant_state.dtype = dtype
+    return model
+
+
+def _nf4_modules(model: Any) -> dict[str, Any]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, Linear4bit)}
+
+
+def _make_dense(model: Any, dtype: torch.dtype) -> None:
+    """Put plain linear modules in the place of the quantised ones, with the same weights."""
+    for name, module in _nf4_modules(model).items():
+        dense = torch.nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        weight = Nf4Weight(module.weight.data, module.weight.quant_state).dequantize(dtype)
+        dense.weight = torch.nn.Parameter(weight, requires_grad=False)
+        dense.bias = module.bias
+        model.set_submodule(name, dense)
+    # PEFT would take the model for a quantised one.
+    model.is_loaded_in_4bit = False
+    model.is_quantized = False
+    model.quantization_method = None
+    del model.config.quantization_config
+
+
+def _load_full(base: TrainingBase, dtype: torch.dtype) -> Any:
+    if base.directory is None:
+        config, _, tensors, _ = read_gguf(find_gguf())
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        missing = model.load_state_dict(dict(tensors), strict=False).missing_keys
+        assert set(missing) <= {"lm_head.weight"}, missing
+        return model.to(dtype)
+    config = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config") is not None:
+        raise ConfigError.of("base.weights", f"{base.directory} holds 4-bit weights only")
+    return AutoModelForCausalLM.from_pretrained(base.directory, dtype=dtype)

@@ -1,0 +1,60 @@
+"""Checkpoints from which a run goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turret.server.adapters.durable_file import replace_file
+
+_PATTERN = "step-*.pt"
+
+
+def save_checkpoint(
+    folder: Path,
+    step: int,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    *,
+    keep: int,
+) -> None:
+    """Write ``step-NNNNNNNN.pt`` whole or not at all, then drop the oldest beyond ``keep``."""
+    state: dict[str, Any] = {
+        "step": step,
+        "parameters": {name: parameter.data for name, parameter in parameters.items()},
+        "optimizer": optimizer.state_dict(),
+        "rng": torch.get_rng_state(),
+        "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    folder.mkdir(exist_ok=True)
+    replace_file(folder / f"step-{step:08d}.pt", buffer.getvalue())
+    for path in sorted(folder.glob(_PATTERN))[:-keep]:
+        path.unlink()
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest, or None."""
+    return max(folder.glob(_PATTERN), default=None)
+
+
+def restore_checkpoint(
+    path: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> int:
+    """Put everything back in place; returns the steps done.
+
+    The optimizer's groups and parameters must be made as they were for the run that saved it.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    assert state["parameters"].keys() == parameters.keys()
+    for name, parameter in parameters.items():
+        parameter.data.copy_(state["parameters"][name])
+    optimizer.load_state_dict(state["optimizer"])
+    torch.set_rng_state(state["rng"])
+    if state["cuda_rng"]:
+        torch.cuda.set_rng_state_all(state["cuda_rng"])
+    return state["step"]

@@ -1,0 +1,159 @@
+"""Examples to token ids, as the server will see them, and which of them to learn.
+
+What stands before an answer is tokenised on its own, and the answer on its own: so it is when the
+server tokenises a prompt and the model goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from turret.training.config import DataConfig
+from turret.training.data.example import Example
+from turret.training.errors import DataError
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example.
+
+    Attributes:
+        tokens: Token ids.
+        learned: Per token, whether the loss asks for it. The first token never is: nothing
+            precedes it.
+    """
+
+    tokens: tuple[int, ...]
+    learned: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedSet:
+    """A file's examples, and how many were dropped or cut for their length."""
+
+    examples: tuple[Encoded, ...]
+    num_dropped: int
+    num_truncated: int
+
+
+def encode_all(
+    tokenizer: Any, examples: Iterable[Example], config: DataConfig, max_length: int
+) -> EncodedSet:
+    """Encode a file's examples.
+
+    Args:
+        tokenizer: transformers'.
+        examples: Of one file.
+        config: Template, loss, what to do with long examples.
+        max_length: Most tokens of an example.
+
+    Raises:
+        DataError: An example cannot be rendered, is too long where that is an error, or has
+            nothing to learn; or none is left.
+    """
+    encoded, dropped, truncated = [], 0, 0
+    path = None
+    for example in examples:
+        path = example.path
+        item = encode(tokenizer, example, config)
+        if len(item.tokens) > max_length:
+            if config.too_long == "error":
+                problem = f"{len(item.tokens)} tokens, data.max_length is {max_length}"
+                raise example.error("line", problem)
+            item = Encoded(item.tokens[:max_length], item.learned[:max_length])
+            if config.too_long == "drop" or not any(item.learned):
+                dropped += 1
+                continue
+            truncated += 1
+        if not any(item.learned):
+            raise example.error("line", "has no token to learn")
+        encoded.append(item)
+    if not encoded:
+        raise DataError(f"{path}: every example is longer than data.max_length = {max_length}")
+    return EncodedSet(tuple(encoded), dropped, truncated)
+
+
+def encode(tokenizer: Any, example: Example, config: DataConfig) -> Encoded:
+    """Encode one example.
+
+    Raises:
+        DataError: No chat template, or the template refuses the messages, or it renders an
+            earlier turn differently once a later one follows.
+    """
+    if example.messages is not None:
+        pieces = _encode_chat(tokenizer, example, example.messages)
+    elif example.prompt is None:
+        pieces = [(_with_end(tokenizer, tokenizer(example.completion)["input_ids"]), True)]
+    elif config.template == "chat" or (config.template == "auto" and tokenizer.chat_template):
+        turns = [
+            {"role": "user", "content": example.prompt},
+            {"role": "assistant", "content": example.completion},
+        ]
+        pieces = _encode_chat(tokenizer, example, turns)
+    else:
+        answer = tokenizer(example.completion, add_special_tokens=False)["input_ids"]
+        prompt = tokenizer(example.prompt)["input_ids"]
+        pieces = [(prompt, False), (_with_end(tokenizer, answer), True)]
+    tokens = tuple(token for ids, _ in pieces for token in ids)
+    is_all = config.loss_on == "all"
+    learned = [is_answer or is_all for ids, is_answer in pieces for _ in ids]
+    learned[:1] = [False] * len(learned[:1])
+    return Encoded(tokens, tuple(learned))
+
+
+def _encode_chat(
+    tokenizer: Any, example: Example, messages: Sequence[Mapping[str, str]]
+) -> list[tuple[list[int], bool]]:
+    """(tokens, whether they are the assistant's answer), up to the end of the last answer."""
+    if not tokenizer.chat_template:
+        raise example.error(
+            "messages", "this model has no chat template; use prompt and completion"
+        )
+    pieces: list[tuple[list[int], bool]] = []
+    done = ""
+    for index, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        opened = _render(tokenizer, example, messages[:index], is_open=True)
+        closed = _render(tokenizer, example, messages[: index + 1], is_open=False)
+        if not (opened.startswith(done) and closed.startswith(opened)):
+            problem = "the chat template renders what precedes it differently once it follows"
+            raise example.error(f"messages[{index}]", problem)
+        pieces.append((_ids(tokenizer, opened[len(done) :]), False))
+        answer, rest = _split_at_end(tokenizer, _ids(tokenizer, closed[len(opened) :]))
+        pieces += [(answer, True), (rest, False)]
+        done = closed
+    return pieces[:-1]
+
+
+def _render(
+    tokenizer: Any, example: Example, messages: Sequence[Mapping[str, str]], *, is_open: bool
+) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            list(messages), tokenize=False, add_generation_prompt=is_open
+        )
+    except Exception as error:
+        # jinja raises many kinds; all of them are about the messages.
+        raise example.error("messages", f"chat template: {error}") from error
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a rendered piece: the template has written the special tokens."""
+    return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _with_end(tokenizer: Any, ids: list[int]) -> list[int]:
+    end = tokenizer.eos_token_id
+    return ids if ids[-1:] == [end] else [*ids, end]
+
+
+def _split_at_end(tokenizer: Any, ids: list[int]) -> tuple[list[int], list[int]]:
+    """An answer with its end-of-turn token, which is supplied if missing, and what follows."""
+    end = tokenizer.eos_token_id
+    if end not in ids:
+        return [*ids, end], []
+    cut = len(ids) - ids[::-1].index(end)
+    return ids[:cut], ids[cut:]

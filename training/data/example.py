@@ -1,0 +1,138 @@
+"""Reads examples: JSONL, one object a line, in one of three shapes.
+
+    {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}]}
+    {"prompt": "…", "completion": "…"}
+    {"text": "…"}
+
+A line of another shape, or with other keys beside these, is an error that names file, line and
+field. Blank lines are skipped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turret.training.errors import DataError
+
+_ROLES = ("system", "user", "assistant")
+_SHAPES = "messages, or prompt and completion, or text"
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One line.
+
+    Attributes:
+        path: Of the file.
+        line: From 1.
+        messages: Chat messages, with ``role`` and ``content``; else None.
+        prompt: What is given; None for chat and plain text.
+        completion: What is to be learned after the prompt, or the whole plain text.
+    """
+
+    path: Path
+    line: int
+    messages: tuple[Mapping[str, str], ...] | None = None
+    prompt: str | None = None
+    completion: str = ""
+
+    def error(self, field: str, problem: str) -> DataError:
+        """What is wrong with a field of this example."""
+        return DataError.of(self.path, self.line, field, problem)
+
+
+def read_examples(path: Path) -> list[Example]:
+    """Read a file.
+
+    Raises:
+        DataError: The file cannot be read, or is empty, or a line is malformed (the first is
+            named).
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {error}") from error
+    examples = [
+        _parse(path, number, line)
+        # Not splitlines(): JSON strings may hold U+2028 and other separators as they are.
+        for number, line in enumerate(text.split("\n"), start=1)
+        if line.strip()
+    ]
+    if not examples:
+        raise DataError(f"{path}: holds no example")
+    return examples
+
+
+def data_digest(*paths: Path) -> str:
+    """SHA-256, hex, over the bytes of the files, each preceded by its length."""
+    digest = hashlib.sha256()
+    for path in paths:
+        data = path.read_bytes()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.hexdigest()
+
+
+def _parse(path: Path, line: int, text: str) -> Example:
+    try:
+        row = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError.of(path, line, f"column {error.colno}", f"no JSON: {error.msg}") from error
+    if not isinstance(row, dict):
+        raise DataError.of(path, line, "line", f"must be a JSON object with {_SHAPES}")
+    keys = set(row)
+    if keys == {"messages"}:
+        return Example(path, line, messages=_messages(path, line, row["messages"]))
+    if keys == {"prompt", "completion"}:
+        prompt = _text(path, line, "prompt", row["prompt"], may_be_empty=True)
+        return Example(
+            path, line, prompt=prompt, completion=_text(path, line, "completion", row["completion"])
+        )
+    if keys == {"text"}:
+        return Example(path, line, completion=_text(path, line, "text", row["text"]))
+    raise _shape_error(path, line, keys)
+
+
+def _shape_error(path: Path, line: int, keys: set[str]) -> DataError:
+    for shape in ({"messages"}, {"prompt", "completion"}, {"text"}):
+        if keys & shape:
+            field = sorted(keys - shape) or sorted(shape - keys)
+            problem = "is unexpected here" if keys - shape else "is missing"
+            return DataError.of(path, line, field[0], f"{problem}; a line holds {_SHAPES}")
+    return DataError.of(path, line, "line", f"must hold {_SHAPES}")
+
+
+def _text(path: Path, line: int, field: str, value: Any, *, may_be_empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise DataError.of(path, line, field, f"must be a string, not {value!r:.40}")
+    if not value and not may_be_empty:
+        raise DataError.of(path, line, field, "is empty")
+    return value
+
+
+def _messages(path: Path, line: int, value: Any) -> tuple[Mapping[str, str], ...]:
+    if not isinstance(value, list) or not value:
+        raise DataError.of(path, line, "messages", "must be a list of messages")
+    messages = []
+    for index, message in enumerate(value):
+        field = f"messages[{index}]"
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            raise DataError.of(path, line, field, "must be an object with role and content")
+        role = message["role"]
+        if role not in _ROLES:
+            problem = f"must be one of {', '.join(_ROLES)}, not {role!r:.40}"
+            raise DataError.of(path, line, f"{field}.role", problem)
+        is_answer = role == "assistant"
+        content = _text(
+            path, line, f"{field}.content", message["content"], may_be_empty=not is_answer
+        )
+        messages.append({"role": role, "content": content})
+    if messages[-1]["role"] != "assistant":
+        problem = "the last message must be the assistant's: it is what is learned"
+        raise DataError.of(path, line, f"messages[{len(messages) - 1}].role", problem)
+    return tuple(messages)

@@ -1,0 +1,72 @@
+"""The loss of a batch: the head runs on positions with a target only.
+
+Over all positions of a batch, logits of a 49 152-token vocabulary cost more than the layers of a
+small model do, in time and in memory.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from turret.training.data.batch import IGNORED, Batch
+from turret.training.peft_warnings import without_peft_warnings
+
+# Positions whose logits exist at one time; more are computed in turn, and again in the backward.
+HEAD_ROWS = 1024
+
+
+class LossFunction:
+    """Sum of the cross entropy over a batch's targets.
+
+    Args:
+        model: What a method's ``attach`` returns.
+        head: The base's ``lm_head``; its input is taken from the model's own forward pass.
+        device: Of the model.
+    """
+
+    def __init__(self, model: Any, head: torch.nn.Module, device: str) -> None:
+        self._model = model
+        self._head = head
+        self._device = device
+
+    def __call__(self, batch: Batch) -> torch.Tensor:
+        """The sum, a scalar fp32 with gradient (nats)."""
+        hidden = self._hidden(batch)
+        targets = batch.targets.to(self._device)
+        # A learned prompt's own positions come first.
+        hidden = hidden[:, -targets.shape[1] :]
+        asked = targets != IGNORED
+        rows = zip(hidden[asked].split(HEAD_ROWS), targets[asked].split(HEAD_ROWS), strict=True)
+        total = torch.zeros((), device=self._device)
+        for states, wanted in rows:
+            if batch.num_targets <= HEAD_ROWS or not torch.is_grad_enabled():
+                total = total + self._head_loss(states, wanted)
+            else:
+                total = total + checkpoint(self._head_loss, states, wanted, use_reentrant=False)
+        return total
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        """The head's input, ``[rows, positions, hidden]``; the head itself computes nothing."""
+        taken: list[torch.Tensor] = []
+
+        def take(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Any:
+            taken.append(inputs[0])
+            return (inputs[0][:, :0],)
+
+        keywords: dict[str, Any] = {}
+        if batch.positions is not None:
+            keywords["position_ids"] = batch.positions.to(self._device)
+        handle = self._head.register_forward_pre_hook(take)
+        try:
+            with without_peft_warnings():
+                self._model(input_ids=batch.tokens.to(self._device), use_cache=False, **keywords)
+        finally:
+            handle.remove()
+        return taken[0]
+
+    def _head_loss(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(self._head(states).float(), targets, reduction="sum")

@@ -1,0 +1,31 @@
+"""The methods that can be trained, by the name the config uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from turret.training.errors import ConfigError
+from turret.training.methods.ia3 import IA3
+from turret.training.methods.lora import DORA, LORA, RSLORA
+from turret.training.methods.lycoris import LOHA, LOKR
+from turret.training.methods.method import Method
+from turret.training.methods.prompts import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
+
+METHODS: Mapping[str, Method] = {
+    method.name: method
+    for method in (
+        *(LORA, RSLORA, DORA, LOHA, LOKR, IA3),
+        *(PREFIX_TUNING, PROMPT_TUNING, P_TUNING),
+    )
+}
+
+
+def method_named(name: str) -> Method:
+    """The method of ``method.name``.
+
+    Raises:
+        ConfigError: There is none of this name; lists those there are.
+    """
+    if name not in METHODS:
+        raise ConfigError.of("method.name", f"{name!r:.60} is none of {', '.join(METHODS)}")
+    return METHODS[name]

@@ -1,0 +1,89 @@
+"""LoHa (arXiv 2108.06098) and LoKr (2309.14859). PEFT attaches them to dense modules only."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import peft
+
+from turret.training.base_model import TrainingBase
+from turret.training.config import MethodConfig
+from turret.training.errors import ConfigError
+from turret.training.methods.method import PeftMethod, Settings
+from turret.training.presets import expand_targets
+
+
+def _own_rank(config: Settings, base: TrainingBase) -> float:
+    return float(config.rank)
+
+
+def _served_rank(targets: Sequence[str], base: TrainingBase) -> int:
+    """The highest rank at which LoHa's rank space costs less than the update it stands for.
+
+    The server refuses higher ones (``docs/adapters.md``).
+    """
+    pairs = [
+        (out, inner)
+        for slices in base.arch.linears().values()
+        for path, out, inner in slices
+        if path.rsplit(".", 1)[-1] in targets
+    ]
+    return min(math.isqrt((out * inner - 1) // (out + inner)) for out, inner in pairs)
+
+
+def _loha_rank(config: Settings, base: TrainingBase) -> int:
+    return max(1, min(_RANK, _served_rank(expand_targets(base.arch, config.targets), base)))
+
+
+_RANK = 8
+_DEFAULTS = {"targets": ("all-linear",), "rank": _RANK, "alpha": _own_rank, "dropout": 0.0}
+
+
+def _loha_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+    return peft.LoHaConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        alpha=config.alpha,
+        rank_dropout=config.dropout,
+        target_modules=list(config.targets),
+    )
+
+
+def _lokr_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+    return peft.LoKrConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        alpha=config.alpha,
+        rank_dropout=config.dropout,
+        target_modules=list(config.targets),
+        decompose_both=config.decompose_both,
+        decompose_factor=config.decompose_factor,
+    )
+
+
+class _LoHaMethod(PeftMethod):
+    def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
+        config = super().resolve(config, base)
+        assert config.rank is not None
+        highest = _served_rank(config.targets or (), base)
+        if config.rank > highest:
+            problem = f"LoHa is served up to rank {highest} on these modules of this base"
+            raise ConfigError.of("method.rank", problem)
+        return config
+
+
+LOHA = _LoHaMethod(
+    name="loha",
+    learning_rate=2e-3,
+    defaults={**_DEFAULTS, "rank": _loha_rank},
+    peft_config=_loha_config,
+    trains_on_nf4=False,
+)
+LOKR = PeftMethod(
+    name="lokr",
+    learning_rate=2e-3,
+    defaults={**_DEFAULTS, "decompose_both": False, "decompose_factor": -1},
+    peft_config=_lokr_config,
+    trains_on_nf4=False,
+)

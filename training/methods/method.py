@@ -1,0 +1,129 @@
+"""What the trainer needs to know of a method, and the way of every method that PEFT has.
+
+A new method is an object with the members of :class:`Method`, in ``METHODS`` of this package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import peft
+import torch
+
+from turret.training.adapter_folder import write_adapter
+from turret.training.base_model import TrainingBase
+from turret.training.config import MethodConfig
+from turret.training.errors import ConfigError
+from turret.training.peft_warnings import without_peft_warnings
+from turret.training.presets import expand_targets
+
+# A ``MethodConfig`` whose keys are filled in, for as many as the method's defaults name before the
+# one being asked for: None is out of the question, which its own types cannot say.
+Settings = Any
+
+
+class Method(Protocol):
+    """A kind of adapter: what it attaches to the base, and what it saves.
+
+    Attributes:
+        name: As in ``method.name``, and the server's name for it (rsLoRA is served as ``lora``).
+        learning_rate: The peak rate where the config gives none.
+        is_prompt: Learns something that stands before the text: no packing, no LoRA+.
+        has_factors: Has an A and a B, whose rates LoRA+ may set apart.
+        trains_on_nf4: Whether it can be attached to 4-bit modules.
+    """
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def is_prompt(self) -> bool: ...
+    @property
+    def has_factors(self) -> bool: ...
+    @property
+    def trains_on_nf4(self) -> bool: ...
+
+    def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
+        """Fill in what is left out.
+
+        Raises:
+            ConfigError: A key without meaning here, or a value that does not fit the base.
+        """
+        ...
+
+    def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
+        """Add the trainable parameters.
+
+        Args:
+            model: The frozen transformers model; changed in place.
+            config: Of :meth:`resolve`.
+            base: The model's description.
+
+        Returns:
+            A module that is called like the model and whose parameters with ``requires_grad`` are
+            all there is to train.
+        """
+        ...
+
+    def save(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
+        """Write the adapter in the layout that PEFT and the server read.
+
+        Args:
+            model: Of :meth:`attach`.
+            folder: Exists.
+            dtype: Of the saved tensors.
+
+        Raises:
+            RunError: A weight is not finite.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeftMethod:
+    """A method of PEFT's: a table row and a function that makes PEFT's config.
+
+    Attributes:
+        defaults: The method's keys of ``MethodConfig``, and what stands for each if it is left
+            out; a function gets the config as far as it is resolved.
+        peft_config: Makes PEFT's config of the resolved one.
+    """
+
+    name: str
+    learning_rate: float
+    defaults: Mapping[str, Any]
+    peft_config: Callable[[Settings, TrainingBase], peft.PeftConfig]
+    is_prompt: bool = False
+    has_factors: bool = False
+    trains_on_nf4: bool = True
+
+    def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
+        for entry in dataclasses.fields(config):
+            given = getattr(config, entry.name) is not None
+            if given and entry.name != "name" and entry.name not in self.defaults:
+                raise ConfigError.of(f"method.{entry.name}", f"has no meaning for {self.name}")
+        for key, default in self.defaults.items():
+            if getattr(config, key) is None:
+                value = default(config, base) if callable(default) else default
+                config = dataclasses.replace(config, **{key: value})
+        if config.targets is not None:
+            config = dataclasses.replace(config, targets=expand_targets(base.arch, config.targets))
+        return config
+
+    def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
+        with without_peft_warnings():
+            attached = peft.get_peft_model(model, self.peft_config(config, base))
+        for parameter in attached.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        return attached
+
+    def save(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
+        config = model.peft_config["default"].to_dict()
+        state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+        write_adapter(folder, config, state, dtype)

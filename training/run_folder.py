@@ -1,0 +1,113 @@
+"""The directory of a run, and what is in it.
+
+| file | content |
+|---|---|
+| ``config.toml`` | the config with every choice filled in and absolute paths |
+| ``run.json`` | what the run was made of: digests of base, data and config; versions; counts |
+| ``metrics.jsonl`` | one JSON object a line, see below |
+| ``checkpoints/step-00000050.pt`` | weights, optimizer and random state after that many steps |
+| ``adapter/`` | the result, once the run is finished: PEFT's layout and ``provenance.json`` |
+
+A line of ``metrics.jsonl`` is written after every optimizer step (``kind`` is ``step``), and after
+every validation (``kind`` is ``validation``; step 0 is the adapter before training). Keys:
+
+| key | unit |
+|---|---|
+| ``kind`` | ``step`` or ``validation`` |
+| ``step`` | optimizer steps done |
+| ``loss`` | nats per learned token, of the step's batch (before it) or the validation set |
+| ``learning_rate`` | of the step (with LoRA+: of A) |
+| ``grad_norm`` | of the step, before clipping |
+| ``tokens`` | training tokens seen so far, padding left out |
+| ``seconds`` | since the start of training, of all attempts together |
+| ``memory_bytes`` | peak so far: of the process (CPU) or of the device's allocator (CUDA) |
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turret.server.adapters.durable_file import replace_file
+from turret.training.errors import RunError
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """Paths of a run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.toml"
+
+    @property
+    def facts(self) -> Path:
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def is_finished(self) -> bool:
+        return self.adapter.is_dir()
+
+    def read_facts(self) -> dict[str, Any]:
+        """``run.json``.
+
+        Raises:
+            RunError: It is missing or broken.
+        """
+        try:
+            return json.loads(self.facts.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise RunError(f"{self.path} is no run of turret train: {error}") from error
+
+    def write_facts(self, facts: dict[str, Any]) -> None:
+        replace_file(self.facts, (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())
+
+
+def read_metrics(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``; a half line at the end, left by a kill, is skipped."""
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+class MetricsLog:
+    """Appends to ``metrics.jsonl``; each line is in the file when ``write`` returns."""
+
+    def __init__(self, path: Path, *, keep_up_to_step: int) -> None:
+        """Open the file.
+
+        Args:
+            path: The file; created if missing.
+            keep_up_to_step: Lines of later steps, written between the checkpoint and the kill, go.
+        """
+        kept = []
+        if path.exists():
+            kept = [row for row in read_metrics(path) if row["step"] <= keep_up_to_step]
+        replace_file(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+        self.seconds: float = kept[-1]["seconds"] if kept else 0.0
+        self.tokens: int = kept[-1]["tokens"] if kept else 0
+        self._file = path.open("a", encoding="utf-8", buffering=1)
+
+    def write(self, row: dict[str, Any]) -> None:
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()

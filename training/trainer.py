@@ -1,0 +1,276 @@
+"""The training loop. What it writes is described in ``run_folder.py``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turret.training.base_model import DTYPES, load_model
+from turret.training.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
+from turret.training.config_file import render_config
+from turret.training.data.batch import Batch, BatchStream, Row, make_batch
+from turret.training.errors import RunError
+from turret.training.loss import LossFunction
+from turret.training.memory_peak import peak_memory_bytes
+from turret.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from turret.training.provenance import FILE, check_same_run, describe_run
+from turret.training.resolve import Resolved
+from turret.training.run_folder import MetricsLog, RunFolder
+
+# Told every line of metrics.jsonl.
+Listener = Callable[[dict[str, Any]], None]
+
+
+def _nobody(row: dict[str, Any]) -> None:
+    """Listens to nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A finished run.
+
+    Attributes:
+        folder: Of the run.
+        validation_loss: At the end, nats per learned token; None without a validation set.
+        seconds: Of training, of all attempts together.
+        memory_bytes: Peak, as in ``metrics.jsonl``.
+    """
+
+    folder: RunFolder
+    validation_loss: float | None
+    seconds: float
+    memory_bytes: int
+
+
+def attach(resolved: Resolved) -> Any:
+    """Load the base and attach the method, from the run's seed: twice the same."""
+    base = resolved.config.base
+    assert base.weights is not None
+    assert base.dtype is not None
+    assert base.device is not None
+    model = load_model(resolved.base, base.weights, DTYPES[base.dtype], base.device)
+    torch.manual_seed(resolved.config.run.seed)
+    attached = resolved.method.attach(model, resolved.config.method, resolved.base)
+    if resolved.config.run.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return attached.to(base.device)
+
+
+def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
+    """What is trained, by name, in the model's order."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+class Trainer:
+    """One run.
+
+    Args:
+        resolved: What to train.
+        listen: Told every line of metrics as it is written.
+    """
+
+    def __init__(self, resolved: Resolved, listen: Listener = _nobody) -> None:
+        config = resolved.config
+        assert config.run.steps is not None
+        assert config.base.device is not None
+        self._resolved = resolved
+        self._config = config
+        self._listen = listen
+        self._num_steps = config.run.steps
+        self._device: str = config.base.device
+        self._folder = RunFolder(Path(config.run.output))
+
+    def run(self, *, resume: bool = False, overwrite: bool = False) -> Result:
+        """Train, from the start or from the newest checkpoint, and write the adapter.
+
+        Args:
+            resume: Go on with the run in the output directory.
+            overwrite: Remove a run that is there.
+
+        Raises:
+            RunError: The directory holds a run and neither was asked for; or the run there is
+                finished or another one; or the loss is not finite any more.
+        """
+        self._check_folder(resume=resume, overwrite=overwrite)
+        model = attach(self._resolved)
+        parameters = trainable(model)
+        optimizer = make_optimizer(parameters.items(), self._config.optimizer)
+        facts = describe_run(self._resolved, sum(p.numel() for p in parameters.values()))
+        step = 0
+        if resume:
+            check_same_run(self._folder.read_facts(), facts, self._folder.path)
+            newest = latest_checkpoint(self._folder.checkpoints)
+            if newest is not None:
+                step = restore_checkpoint(newest, parameters, optimizer)
+        else:
+            self._folder.path.mkdir(parents=True, exist_ok=True)
+            self._folder.config.write_text(render_config(self._config), encoding="utf-8")
+            self._folder.write_facts(facts)
+        log = MetricsLog(self._folder.metrics, keep_up_to_step=step if step else -1)
+        try:
+            loop = _Loop(self._resolved, model, parameters, optimizer, log, self._listen)
+            loss = loop.run(step, self._folder.checkpoints)
+        finally:
+            log.close()
+        self._write_adapter(model, facts | {"steps": self._num_steps, "validation_loss": loss})
+        memory = peak_memory_bytes(self._device)
+        self._folder.write_facts(
+            facts | {"result": {"validation_loss": loss, "memory_bytes": memory}}
+        )
+        return Result(self._folder, loss, log.seconds, memory)
+
+    def _check_folder(self, *, resume: bool, overwrite: bool) -> None:
+        folder = self._folder
+        if overwrite and folder.facts.exists():
+            shutil.rmtree(folder.path)
+        if folder.is_finished:
+            raise RunError(f"{folder.path} holds a finished run; --overwrite trains anew")
+        if folder.facts.exists() and not resume:
+            raise RunError(f"{folder.path} holds an unfinished run; --resume or --overwrite it")
+        if resume and not folder.facts.exists():
+            raise RunError(f"{folder.path} holds no run to resume")
+        if not resume and folder.path.exists() and any(folder.path.iterdir()):
+            raise RunError(f"{folder.path} is not empty, and no run")
+
+    def _write_adapter(self, model: Any, facts: dict[str, Any]) -> None:
+        """The adapter's directory appears when every file in it is complete."""
+        partial = self._folder.path / "adapter.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        self._resolved.method.save(model, partial, DTYPES[self._config.run.adapter_dtype])
+        text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
+        (partial / FILE).write_text(text, encoding="utf-8")
+        partial.rename(self._folder.adapter)
+
+
+class _Loop:
+    """Steps, validations and checkpoints of one attempt."""
+
+    def __init__(
+        self,
+        resolved: Resolved,
+        model: Any,
+        parameters: dict[str, torch.nn.Parameter],
+        optimizer: torch.optim.Optimizer,
+        log: MetricsLog,
+        listen: Listener,
+    ) -> None:
+        config, dataset = resolved.config, resolved.dataset
+        assert config.base.device is not None
+        assert config.run.steps is not None
+        self._config = config
+        self._device: str = config.base.device
+        self._num_steps = config.run.steps
+        self._model = model
+        self._parameters = parameters
+        self._optimizer = optimizer
+        self._log = log
+        self._listen = listen
+        head = model.get_base_model().get_output_embeddings()
+        self._loss = LossFunction(model, head, self._device)
+        self._pad = pad_token(resolved.base.tokenizer)
+        self._stream = BatchStream(
+            dataset.train,
+            batch_size=config.run.batch_size,
+            pad=self._pad,
+            seed=config.run.seed,
+            is_packed=config.data.packing,
+        )
+        self._validation = dataset.validation
+        self._tokens = log.tokens
+        self._started = time.monotonic() - log.seconds
+
+    def run(self, step: int, checkpoints: Path) -> float | None:
+        """Go from ``step`` steps done to the end; returns the last validation's loss."""
+        run = self._config.run
+        loss = None
+        if step == 0:
+            self._validate(0)
+        while step < self._num_steps:
+            self._step(step)
+            step += 1
+            is_last = step == self._num_steps
+            if is_last or step % run.validate_every == 0:
+                loss = self._validate(step)
+            if run.checkpoint_every and not is_last and step % run.checkpoint_every == 0:
+                save_checkpoint(
+                    checkpoints,
+                    step,
+                    self._parameters,
+                    self._optimizer,
+                    keep=run.keep_checkpoints,
+                )
+        return loss
+
+    def _step(self, step: int) -> None:
+        run = self._config.run
+        first = step * run.gradient_accumulation
+        batches = [self._stream.batch(first + i) for i in range(run.gradient_accumulation)]
+        num_targets = sum(batch.num_targets for batch in batches)
+        self._model.train()
+        total = 0.0
+        for batch in batches:
+            # Over all targets of the step: accumulating equals one large batch.
+            loss = self._loss(batch) / num_targets
+            loss.backward()
+            total += loss.item()
+        if not total < float("inf"):
+            raise RunError(f"the loss of step {step + 1} is {total}; lower optimizer.learning_rate")
+        limit = self._config.optimizer.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), limit)
+        rate = learning_rate(step, self._num_steps, self._config.optimizer)
+        set_learning_rate(self._optimizer, rate)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._tokens += sum(batch.num_tokens for batch in batches)
+        self._write(
+            {
+                "kind": "step",
+                "step": step + 1,
+                "loss": total,
+                "learning_rate": rate,
+                "grad_norm": norm.item(),
+            }
+        )
+
+    def _validate(self, step: int) -> float | None:
+        if not self._validation:
+            return None
+        self._model.eval()
+        loss = validation_loss(self._loss, self._validation, self._config.run.batch_size, self._pad)
+        self._write({"kind": "validation", "step": step, "loss": loss})
+        return loss
+
+    def _write(self, row: dict[str, Any]) -> None:
+        self._log.seconds = time.monotonic() - self._started
+        row |= {
+            "tokens": self._tokens,
+            "seconds": round(self._log.seconds, 3),
+            "memory_bytes": peak_memory_bytes(self._device),
+        }
+        self._log.write(row)
+        self._listen(row)
+
+
+@torch.no_grad()
+def validation_loss(loss: LossFunction, rows: Sequence[Row], batch_size: int, pad: int) -> float:
+    """Mean loss per learned token, nats, over all rows."""
+    batches: list[Batch] = [
+        make_batch(rows[start : start + batch_size], pad=pad, is_packed=False)
+        for start in range(0, len(rows), batch_size)
+    ]
+    total = sum(loss(batch).item() for batch in batches)
+    return total / sum(batch.num_targets for batch in batches)
+
+
+def pad_token(tokenizer: Any) -> int:
+    """What fills short rows: no target is ever there, so the end of text does where none is set."""
+    pad = tokenizer.pad_token_id
+    return tokenizer.eos_token_id if pad is None else pad
