@@ -13,6 +13,7 @@ if not os.path.exists("/dev/nvidia0"):
 import random
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,3 +67,14 @@ def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnde
     """``turret serve`` on the embedded model; tests put adapters into its ``adapter_root``."""
     with start_server(tmp_path_factory.mktemp("live-server")) as server:
         yield server
+
+
+@pytest.fixture(scope="module")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Directory of a tiny llama; what is made of it goes beside it, where EngineHarness looks."""
+    from tiny_models import save_tiny_model
+
+    folder = tmp_path_factory.mktemp("tiny_llama")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield save_tiny_model("llama", folder / "model")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from engine_harness import EngineHarness, make_request
 from peft import PeftModel
-from tiny_models import save_tiny_model
 from training_builders import resolve_tiny
 
 from turret.training.base_model import load_model
@@ -25,16 +24,7 @@ RATES = {"loha": 0.1, "ia3": 0.1, "prompt_tuning": 0.3}
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory):
-    folder = tmp_path_factory.mktemp("training")
-    with pytest.MonkeyPatch.context() as patch:
-        # Where EngineHarness looks too.
-        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
-        yield save_tiny_model("llama", folder / "model")
-
-
-@pytest.fixture(scope="module")
-def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Resolved]:
+def runs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Resolved]:
     """Every method trained for a few steps, each into ``runs/NAME``."""
     folder = tmp_path_factory.mktemp("runs")
     resolved = {}
@@ -42,7 +32,7 @@ def runs(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Reso
         rate = RATES.get(name, 0.02)
         resolved[name] = resolve_tiny(
             folder,
-            tiny,
+            tiny_llama,
             *EXACT,
             f"method.name={name}",
             f"run.output={name}",
@@ -69,10 +59,10 @@ def test_training_lowers_the_loss(runs: dict[str, Resolved], name: str):
 
 
 @pytest.fixture(scope="module")
-def served(tiny: Path, runs: dict[str, Resolved]) -> dict[str, float]:
+def served(tiny_llama: Path, runs: dict[str, Resolved]) -> dict[str, float]:
     """Validation loss of every adapter as the server computes it, and of the base (``""``)."""
     root = Path(next(iter(runs.values())).config.run.output).parent
-    return asyncio.run(score_all(tiny, root, runs))
+    return asyncio.run(score_all(tiny_llama, root, runs))
 
 
 async def score_all(model: Path, root: Path, runs: dict[str, Resolved]) -> dict[str, float]:

@@ -59,7 +59,9 @@ def attach(resolved: Resolved) -> Any:
     torch.manual_seed(resolved.config.run.seed)
     attached = resolved.method.attach(model, resolved.config.method, resolved.base)
     if resolved.config.run.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        # The name of late 5.x versions, and the one that they deprecate.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
     return attached.to(base.device)
 
 
