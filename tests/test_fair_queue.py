@@ -72,19 +72,22 @@ class FairQueueMachine(RuleBasedStateMachine):
     @rule(tokens=st.integers(1, 50))
     def serve(self, tokens: int) -> None:
         item = self.queue.peek(is_ready)
-        heads = [line[0] for line in self.lines.values() if line and line[0].is_ready]
+        heads = [
+            next(filter(is_ready, line)) for line in self.lines.values() if any(map(is_ready, line))
+        ]
         if item is None:
             assert not heads
             return
-        # First come, first served within a group; whoever is passed over has had more.
-        assert item is self.lines[item.group][0]
+        # First come, first served among those of a group who are ready; a group that is passed
+        # over has had more.
+        assert item in heads
         for other in heads:
             if self.busy_since[other.group] == self.busy_since[item.group]:
                 assert self.served[item.group] <= self.served[other.group]
         self.queue.start(item)
         self.queue.remove(item)
         self.queue.charge(item.group, tokens)
-        self.lines[item.group].popleft()
+        self.lines[item.group].remove(item)
         self.running.append(item)
         self._touch()
         self.served[item.group] += tokens

@@ -1,10 +1,13 @@
-"""The waiting line: first come, first served within a mix, least served mix first. No torch.
+"""The waiting line: least served mix first, and within a mix first come, first served. No torch.
 
 Virtual token counters (VTC, arXiv 2401.00588) per group, a group being one mix of adapters (the
 bare base is one too): every token computed for a group advances its counter, and the waiting group
 with the lowest counter is served next. A group that was idle re-enters at the lowest counter of
 those that are busy, so saved-up idleness is not a credit. A popular adapter can therefore delay a
 rare one by at most the work already running, however long its own queue is.
+
+Whoever is not ready, for its adapters are still being read, is passed over by all who are, those
+of its own mix included.
 
 Nor does an endless stream of newcomers, each at that lowest counter, keep out a group that is
 ahead of them: nobody enters below the counter of a group that had got its exact share all along
@@ -56,12 +59,12 @@ class FairQueue(Generic[T]):
         self._length += 1
 
     def peek(self, ready: Callable[[T], bool]) -> T | None:
-        """The next item to serve: head of the least served group whose head is ready."""
+        """The next item to serve: the first that is ready of the least served group with one."""
         best: T | None = None
         for group, line in self._lines.items():
-            head = line[0]
-            if (best is None or self._served[group] < self._served[best.group]) and ready(head):
-                best = head
+            if best is None or self._served[group] < self._served[best.group]:
+                # Not the head alone: one that is ready holds memory that its head may wait for.
+                best = next(filter(ready, line), best)
         return best
 
     def remove(self, item: T) -> None:

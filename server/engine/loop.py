@@ -95,6 +95,7 @@ class EngineLoop:
         self._with_deadline: set[Flight] = set()
         self._ready: set[Sequence] = set()
         self._cold: dict[Sequence, HostResult] = {}
+        self._has_work = False
         self._stopping = False
 
     # Callable from any thread.
@@ -188,8 +189,12 @@ class EngineLoop:
         return sequence in self._ready
 
     def _read_inbox(self) -> None:
-        """Run posted commands; wait for one if nothing can be computed."""
-        if not self._scheduler.running and not self._ready:
+        """Run posted commands; wait for one if there was nothing to compute.
+
+        Nothing but a command or a deadline changes that. The line of those who wait does not tell:
+        whoever is ready may still have to wait for others.
+        """
+        if not self._has_work:
             deadlines = [f.sequence.request.deadline for f in self._with_deadline]
             soonest = min((d for d in deadlines if d is not None), default=None)
             timeout = None if soonest is None else max(soonest - time.monotonic(), 0.0)
@@ -207,6 +212,7 @@ class EngineLoop:
     def _step(self) -> None:
         start = time.monotonic()
         step = self._scheduler.schedule()
+        self._has_work = bool(step.scheduled) or step.num_preempted > 0
         if step.num_preempted:
             self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)
         if not step.scheduled:
