@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 
 from turret.server.adapters.adapter_root import AdapterRoot
+from turret.server.adapters.finite import all_finite
 from turret.server.adapters.safetensors_header import TensorEntry, read_header
 from turret.server.adapters.strict_json import parse_object
 from turret.server.adapters.tensor_names import canonical_names
@@ -169,7 +170,7 @@ def _read_tensor(
         filled += count
     digest.update(buffer)
     tensor = torch.frombuffer(buffer, dtype=entry.dtype).reshape(entry.shape)
-    if not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         violations.add(entry.name, "holds NaN or Inf")
         return None
     return tensor

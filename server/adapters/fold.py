@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.finite import all_finite
 from turret.server.adapters.lora_layout import LoraLayout, LoraModule
 from turret.server.adapters.lowered import Lowered
 from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
@@ -94,4 +95,4 @@ def finish_modules(
 
 def is_finite(module: ModuleOperators) -> bool:
     """Whether every value of a module's operators is finite."""
-    return all(bool(torch.isfinite(tensor).all()) for tensor in module.tensors())
+    return all(map(all_finite, module.tensors()))

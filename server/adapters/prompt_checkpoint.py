@@ -16,6 +16,7 @@ from turret.server.adapters.config_keys import (
     is_one_of,
     is_rank,
 )
+from turret.server.adapters.finite import all_finite
 from turret.server.adapters.lowered import Lowered
 from turret.server.adapters.module_checkpoint import Findings
 from turret.server.adapters.operators import AdapterOperators
@@ -77,7 +78,7 @@ def finish_prompt(prompt: SoftPrompt, checkpoint: AdapterCheckpoint, base: BaseM
         AdapterCheckpointError: A value is not finite in the serving dtype.
     """
     violations = Violations()
-    if not all(bool(torch.isfinite(tensor).all()) for tensor in prompt.tensors()):
+    if not all(map(all_finite, prompt.tensors())):
         violations.add(EMBEDDINGS, f"is not finite once rounded to {base.dtype}")
     violations.raise_if_any(checkpoint.path)
     base_model = checkpoint.config.get("base_model_name_or_path") or ""

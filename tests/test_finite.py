@@ -1,0 +1,30 @@
+"""A NaN or Inf is found wherever it lies; the largest finite values are not taken for one."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from turret.server.adapters.finite import all_finite
+from turret.server.adapters.safetensors_header import DTYPES
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("size", [1, 2, 7, 63, 64, 65, 1000])
+def test_finds_it_at_every_place(dtype: torch.dtype, size: int) -> None:
+    limits = torch.finfo(dtype)
+    tensor = torch.randn(size, generator=torch.Generator().manual_seed(0)).to(dtype)
+    tensor[0], tensor[-1] = limits.max, limits.min
+    assert all_finite(tensor)
+    for place in range(size):
+        for value in (float("nan"), float("inf"), float("-inf")):
+            changed = tensor.clone()
+            changed[place] = value
+            assert not all_finite(changed), (place, value)
+
+
+def test_shapes_do_not_matter() -> None:
+    assert all_finite(torch.empty(0, 3))
+    assert all_finite(torch.tensor(1.0))
+    assert not all_finite(torch.tensor(float("nan")))
+    assert not all_finite(torch.full((3, 4), float("inf")).T[1:])
