@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
-from random_lora import write_random_lora
+from random_lora import ALL, write_random_lora
 
 from turret.server.models.arch import Arch
 
@@ -20,7 +21,9 @@ def rank_of(number: int) -> int:
     return RANKS[number % len(RANKS)]
 
 
-def write_many_loras(root: Path, count: int, *, arch: Arch, base_model: str) -> list[str]:
+def write_many_loras(
+    root: Path, count: int, *, arch: Arch, base_model: str, targets: Sequence[str] = ALL
+) -> list[str]:
     """Write ``count`` adapters; each has a config, and so a digest, of its own.
 
     Tensor files are hard links to a few: an adapter is still read, hashed and lowered in full, but
@@ -33,7 +36,12 @@ def write_many_loras(root: Path, count: int, *, arch: Arch, base_model: str) -> 
     for number in range(min(count, _FILES_PER_RANK * len(RANKS))):
         folder = root / f"file-{number:02}"
         write_random_lora(
-            folder, arch=arch, base_model=base_model, rank=rank_of(number), seed=number
+            folder,
+            arch=arch,
+            base_model=base_model,
+            rank=rank_of(number),
+            seed=number,
+            targets=targets,
         )
         originals.append(folder)
     names = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,13 +11,23 @@ from safetensors.torch import save_file
 
 from turret.server.models.arch import Arch
 
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+ALL = (*ATTENTION, "gate_proj", "up_proj", "down_proj")
 # An update is then about a fifth of the base result at rank 16: enough to change the tokens, too
 # little to make the model overflow.
 _B_SPREAD = 0.05
 
 
-def write_random_lora(folder: Path, *, arch: Arch, base_model: str, rank: int, seed: int) -> None:
-    """Write one adapter on all seven projections of every layer.
+def write_random_lora(
+    folder: Path,
+    *,
+    arch: Arch,
+    base_model: str,
+    rank: int,
+    seed: int,
+    targets: Sequence[str] = ALL,
+) -> None:
+    """Write one adapter on the same projections of every layer.
 
     Args:
         folder: Made by this call.
@@ -24,10 +35,16 @@ def write_random_lora(folder: Path, *, arch: Arch, base_model: str, rank: int, s
         base_model: What the adapter claims to be trained on.
         rank: Of every module. The scale is 1.
         seed: Same seed, same weights.
+        targets: Last components of the projections' paths.
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    slices = [entry for group in arch.linears().values() for entry in group]
+    slices = [
+        (path, rows, columns)
+        for group in arch.linears().values()
+        for path, rows, columns in group
+        if path.rpartition(".")[2] in targets
+    ]
     for layer in range(arch.num_layers):
         for path, out_features, in_features in slices:
             prefix = f"base_model.model.model.layers.{layer}.{path}"

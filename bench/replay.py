@@ -19,16 +19,20 @@ class Served:
     """One answered request.
 
     Attributes:
+        adapter: Which it named.
         seconds_to_first: From sending it to its first token.
         finished: When its last token came, seconds from the start of the trace.
         is_cold: Whether its adapter had to be read for it.
         load_seconds: How long that took; 0 if it was not cold.
+        queue_seconds: How long the server let it wait, by the server's clock.
     """
 
+    adapter: str
     seconds_to_first: float
     finished: float
     is_cold: bool
     load_seconds: float
+    queue_seconds: float
 
 
 def replay(address: str, trace: Sequence[Arrival]) -> list[Served]:
@@ -54,6 +58,7 @@ async def _send(client: AsyncTurretClient, start: float, arrival: Arrival) -> Se
     sent = time.perf_counter()
     first, count = 0.0, 0
     uses: list[AdapterUse] = []
+    queued = 0.0
     stream = client.generate_stream(
         list(arrival.prompt),
         adapters=arrival.adapter,
@@ -68,9 +73,17 @@ async def _send(client: AsyncTurretClient, start: float, arrival: Arrival) -> Se
                 first = time.perf_counter() - sent
             count += len(chunk.token_ids)
             uses += chunk.adapters_used
+            queued = queued if chunk.timing is None else chunk.timing.queue
     if count != arrival.new_tokens:
         raise ValueError(f"asked for {arrival.new_tokens} tokens, got {count}")
-    return Served(first, time.perf_counter() - start, uses[0].cold_start, uses[0].load_ms / 1e3)
+    return Served(
+        adapter=arrival.adapter,
+        seconds_to_first=first,
+        finished=time.perf_counter() - start,
+        is_cold=uses[0].cold_start,
+        load_seconds=uses[0].load_ms / 1e3,
+        queue_seconds=queued,
+    )
 
 
 def median_ms(values: Sequence[float]) -> float | None:

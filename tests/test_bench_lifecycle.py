@@ -8,6 +8,7 @@ import statistics
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from transformers import LlamaConfig
@@ -68,3 +69,73 @@ def test_many_adapters_differ_and_share_files(bench: Any, tmp_path: Path) -> Non
     assert [checkpoint.config["r"] for checkpoint in read[:5]] == [8, 16, 32, 64, 8]
     files = {(tmp_path / "root" / n / "adapter_model.safetensors").stat().st_ino for n in names}
     assert len(files) == 16
+
+
+def document(rates: dict[int, float], **changes: Any) -> dict[str, Any]:
+    """What bench/lifecycle.py writes, with everything at its best but ``changes``."""
+    result: dict[str, Any] = {
+        "date": "2026-01-02T03:04:05+00:00",
+        "machine": {"cpu": "x < y", "cores": 2},
+        "scenario": {"model": "m", "targets": "all", "host_bytes": 100, "device_bytes": 50},
+        "registering": {"registered": max(rates), "seconds": 1.0, "bytes_each": 900},
+        "cold": {"penalty_ms": 20.0},
+        "interference": {"ratio": 1.0, "ttft_beside_cold_ms": 50.0, "ttft_beside_warm_ms": 50.0},
+        "fairness": {"ratio": 0.1},
+        "throughput": [
+            {"registered": n, "requests_per_second": r, "rounds": [r, r]} for n, r in rates.items()
+        ],
+        "memory": [{"registered": n, "host_bytes_max": 99, "device_bytes_max": 50} for n in rates],
+    }
+    for path, value in changes.items():
+        part, _, key = path.partition("__")
+        result[part][key] = value
+    return result
+
+
+@pytest.mark.parametrize(
+    ("changes", "missed"),
+    [
+        ({}, 0),
+        ({"cold__penalty_ms": 61.0}, 1),
+        ({"cold__penalty_ms": None}, 1),
+        ({"interference__ratio": 1.11}, 1),
+        ({"registering__seconds": 61.0, "registering__bytes_each": 2049}, 2),
+        ({"scenario__host_bytes": 98, "scenario__device_bytes": 49}, 2),
+        ({"fairness__ratio": 3.1}, 1),
+    ],
+)
+def test_a_bar_that_is_missed_is_named(bench: Any, changes: Any, missed: int) -> None:
+    bars = bench("bars").bars_of(document({10: 10.0, 1000: 9.6, 5000: 9.5}, **changes))
+    assert len(bars) == 9
+    assert sum(not bar.passed for bar in bars) == missed
+
+
+@pytest.mark.parametrize(
+    ("rates", "missed"),
+    [
+        ({10: 10.0, 1000: 8.9, 5000: 9.5}, [1000]),
+        ({10: 10.0, 1000: 9.1, 5000: 9.4}, [5000]),
+    ],
+)
+def test_throughput_must_hold(bench: Any, rates: Any, missed: list[int]) -> None:
+    bars = bench("bars").bars_of(document(rates))
+    failed = [bar.name for bar in bars if not bar.passed]
+    assert len(failed) == len(missed)
+    assert all(f" {number} adapters" in name for name, number in zip(failed, missed, strict=True))
+
+
+def test_the_plot_is_well_formed_and_shows_every_number(bench: Any) -> None:
+    rates = {10: 10.0, 100: 9.9, 1000: 9.6, 5000: 9.5}
+    svg = ElementTree.fromstring(bench("plot_lifecycle").draw(document(rates)))
+    texts = {element.text for element in svg.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"10", "100", "1,000", "5,000", "50", "20"} <= texts
+    dots = list(svg.iter("{http://www.w3.org/2000/svg}circle"))
+    assert len(dots) == 4 * 3
+    # The higher the rate, the smaller y.
+    heights = [float(dot.get("cy", "")) for dot in dots if dot.get("r") == "4"]
+    assert heights == sorted(heights)
+
+
+def test_quantiles_are_values_that_were_seen(bench: Any) -> None:
+    quantile = bench("fairness").quantile
+    assert [quantile([3.0, 1.0, 2.0], q) for q in (0.01, 0.5, 0.99)] == [1.0, 2.0, 3.0]

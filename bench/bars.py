@@ -1,0 +1,102 @@
+"""The bars of a lifecycle result: what was measured, what it must be, and whether it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+# What S-LoRA (arXiv 2311.03285) lost from 5 to 2,000 adapters: 8.05 to 7.61 requests/s.
+SLORA_SHARE = 0.945
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """One demand. ``value`` None was not measured, which is no pass.
+
+    Attributes:
+        name: What is demanded.
+        value: What was measured.
+        limit: The bound.
+        is_least: Whether the bound is the least rather than the most.
+        unit: Of both.
+    """
+
+    name: str
+    value: float | None
+    limit: float
+    is_least: bool = False
+    unit: str = ""
+
+    @property
+    def passed(self) -> bool:
+        if self.value is None:
+            return False
+        return self.value >= self.limit if self.is_least else self.value <= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self) | {"passed": self.passed}
+
+
+def bars_of(result: Mapping[str, Any]) -> list[Bar]:
+    """Judge the document that ``lifecycle.py`` writes."""
+    rates = {row["registered"]: row["requests_per_second"] for row in result["throughput"]}
+    least, most = min(rates), max(rates)
+    middle = 1000 if 1000 in rates else most
+    registering, budgets = result["registering"], result["scenario"]
+    host, device = (
+        max(row[f"{tier}_bytes_max"] for row in result["memory"]) for tier in ("host", "device")
+    )
+    return [
+        Bar(
+            f"requests/s at {middle} adapters over those at {least}",
+            round(rates[middle] / rates[least], 3),
+            0.9,
+            is_least=True,
+        ),
+        Bar(
+            f"requests/s at {most} adapters over those at {least} (S-LoRA: 5 to 2,000)",
+            round(rates[most] / rates[least], 3),
+            SLORA_SHARE,
+            is_least=True,
+        ),
+        Bar(
+            "median TTFT of a resident adapter beside cold loads, over that beside warm ones",
+            result["interference"]["ratio"],
+            1.1,
+        ),
+        Bar(
+            "what a cold r=16 adapter costs its request",
+            result["cold"]["penalty_ms"],
+            60,
+            unit="ms",
+        ),
+        Bar(
+            f"registering {registering['registered']} adapters by LoadAdapter",
+            registering["seconds"],
+            60,
+            unit="s",
+        ),
+        Bar("host memory per registered adapter", registering["bytes_each"], 2048, unit="bytes"),
+        Bar(
+            "adapter bytes in host memory, most seen",
+            _mib(host),
+            _mib(budgets["host_bytes"]),
+            unit="MiB",
+        ),
+        Bar(
+            "adapter bytes on the device, most seen",
+            _mib(device),
+            _mib(budgets["device_bytes"]),
+            unit="MiB",
+        ),
+        Bar(
+            "p99 queue time of a rare adapter over the popular one's p50",
+            result["fairness"]["ratio"],
+            3,
+        ),
+    ]
+
+
+def _mib(count: int) -> float:
+    return count / (1 << 20)
