@@ -20,7 +20,6 @@ from turret.server.engine.block_pool import BlockPool
 from turret.server.engine.engine import Engine
 from turret.server.engine.runner import Runner
 from turret.server.engine.scheduler import Scheduler
-from turret.server.engine.sequence import Sequence
 from turret.server.errors import InvalidRequestError
 from turret.server.metrics import Metrics
 from turret.server.models.decoder import Decoder
@@ -132,18 +131,13 @@ def _build_engine(
     cache = KvCache(arch, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
     runner = Runner(decoder, cache, store, tokenizer.eos_token_ids)
 
-    def fits(sequence: Sequence, running: list[Sequence]) -> bool:
-        adapters = {a.key: a for s in (sequence, *running) for a, _ in s.mix.components}
-        needed = sum(store.stored_bytes(a.operators) for a in adapters.values())
-        return needed <= config.adapters.adapter_device_bytes
-
     engine: Engine
     scheduler = Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE),
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         is_ready=lambda sequence: engine.is_ready(sequence),
-        fits=lambda sequence, running: not running or fits(sequence, running),
+        fits=runner.fits,
     )
     engine = Engine(
         scheduler=scheduler,

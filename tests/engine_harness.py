@@ -98,6 +98,7 @@ class EngineHarness:
         kv_cache_bytes: int = 64 << 20,
         max_num_batched_tokens: int = 64,
         max_num_seqs: int = 32,
+        adapter_device_bytes: int = 512 << 20,
     ) -> AsyncIterator[EngineHarness]:
         """Build and start an engine, load ``adapters`` (each from the directory of its name)."""
         config = Config(
@@ -106,7 +107,9 @@ class EngineHarness:
             scheduler=SchedulerConfig(
                 max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
             ),
-            adapters=AdapterConfig(adapter_root=adapter_root),
+            adapters=AdapterConfig(
+                adapter_root=adapter_root, adapter_device_bytes=adapter_device_bytes
+            ),
         )
         metrics = Metrics()
         # What is made of a test's model goes beside it, not into the user's cache.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from engine_harness import EngineHarness, make_request
 from random_adapters import AdapterSpec, arch_of, write_adapter
 from registry_builders import Gate, until
 from tiny_models import save_tiny_model
+
+from turret.server.errors import BudgetExceededError
 
 PROMPT = tuple(range(60, 84))
 NUM_REQUESTS = 100
@@ -99,3 +102,33 @@ async def test_a_replacement_meanwhile_serves_what_each_request_named(
     answer = await old
     assert answer.bits == by_name["cold"].bits
     assert answer.finish.adapters_used[0].generation == 1
+
+
+async def test_the_device_budget_holds_and_what_exceeds_it_alone_is_refused(
+    tmp_path: Path,
+) -> None:
+    model = save_tiny_model("qwen3", tmp_path / "model")
+    names = [f"a{number}" for number in range(6)]
+    for seed, name in enumerate(names):
+        spec = AdapterSpec(name, rank=8, strength=1.0)
+        write_adapter(tmp_path / "adapters", arch_of(model), spec, seed=seed)
+    async with EngineHarness.start(model, tmp_path / "adapters", adapters=names) as harness:
+        await harness.run(make_request(PROMPT, names[0]))
+        one = harness.registry.get(names[0]).bytes_device
+        asked = [make_request(PROMPT, *mix) for mix in itertools.combinations(names, 2)]
+        expected = [await harness.run(request) for request in asked]
+    seen = []
+    async with EngineHarness.start(
+        model, tmp_path / "adapters", adapters=names, adapter_device_bytes=2 * one
+    ) as harness:
+        pack = harness.engine._loop._runner.pack
+
+        def look(_count: int) -> None:
+            seen.append(pack.adapter_bytes)
+
+        answers = await asyncio.gather(*(harness.run(r, on_token=look) for r in asked))
+        assert [answer.bits for answer in answers] == [answer.bits for answer in expected]
+        assert max(seen) == 2 * one
+        with pytest.raises(BudgetExceededError, match="device memory"):
+            await harness.run(make_request(PROMPT, *names[:3]))
+        assert harness.registry.get(names[0]).in_flight == 0

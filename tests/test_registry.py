@@ -228,6 +228,22 @@ def test_force_ends_running_requests(make: Registries) -> None:
     assert [(r.name, r.in_flight) for r in registry.list()] == [("b", 1)]
 
 
+def test_force_also_ends_a_request_that_the_engine_had_not_seen(make: Registries) -> None:
+    registry = make(load="a")
+    mix = registry.acquire(refs("a"))
+    told: list[str] = []
+
+    def end(uuid: str) -> None:
+        # The first time the request is still on its way to whoever could end it.
+        told.append(uuid)
+        if len(told) == 2:
+            registry.release(mix)
+
+    registry.on_force_unload = end
+    registry.unload("a", mode="FORCE", timeout_seconds=10)
+    assert len(told) == 2
+
+
 def test_force_overtakes_a_drain(make: Registries) -> None:
     registry = make(load="a")
     mix = registry.acquire(refs("a"))

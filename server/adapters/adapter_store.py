@@ -57,7 +57,13 @@ class AdapterStep(Protocol):
 
 
 class AdapterStore(Protocol):
-    """Holds the adapters that run, ready for the device. The engine thread owns it."""
+    """Holds the adapters that run, ready for the device. The engine thread owns it.
+
+    Attributes:
+        max_bytes: Budget of the adapters in it.
+    """
+
+    max_bytes: int
 
     @property
     def adapter_bytes(self) -> int:

@@ -57,7 +57,7 @@ class GatheredAdapters:
         on_moved: OnMoved = lambda _: None,
     ) -> None:
         self._layout = layout
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._on_moved = on_moved
         banks = (HadamardBank(layout, dtype, device), KroneckerBank(layout, dtype, device))
         self._banks = BankSet(banks, device)
@@ -138,7 +138,7 @@ class GatheredAdapters:
         assert operators is not None, "an adapter is resident before it is scheduled"
         self.drop(adapter.key)
         num_bytes = self.stored_bytes(operators)
-        while self.adapter_bytes + num_bytes > self._max_bytes and self._drop_idle():
+        while self.adapter_bytes + num_bytes > self.max_bytes and self._drop_idle():
             pass
         table = ModuleTable(self._projections.num_modules)
         groups, input_gains = set(), set()

@@ -77,7 +77,7 @@ class AdapterPack:
     ) -> None:
         self._layout = layout
         self._on_moved = on_moved
-        self._max_bytes = max_bytes
+        self.max_bytes = max_bytes
         self._dtype = dtype
         self._device = device
         self._window = rank_window(dtype)
@@ -153,7 +153,7 @@ class AdapterPack:
         operators = adapter.operators
         assert operators is not None, "an adapter is resident before it is scheduled"
         num_bytes = self.stored_bytes(operators)
-        while self.adapter_bytes + num_bytes > self._max_bytes and self._drop_idle():
+        while self.adapter_bytes + num_bytes > self.max_bytes and self._drop_idle():
             pass
         width = self.rank_width(operators)
         start = self._find_range(width)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import re
 import threading
 import time
@@ -40,6 +41,8 @@ from turret.server.errors import AdapterNotFoundError, InvalidRequestError, Turr
 _log = logging.getLogger(__name__)
 
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
+
+_FORCE_AGAIN_SECONDS = 0.25
 
 UnloadMode = Literal["DRAIN", "FORCE"]
 
@@ -144,7 +147,7 @@ class AdapterRegistry:
         """
         with self._changing(name):
             registration = self._installer.install(name, Source(path), pinned=pinned)
-        return self._record(registration)
+            return self._record(registration)
 
     def replace(self, name: str, path: str) -> AdapterRecord:
         """Makes the adapter in ``path`` the next generation of a registered name.
@@ -160,7 +163,7 @@ class AdapterRegistry:
         """
         with self._changing(name):
             registration = self._installer.install(name, Source(path), replace=True)
-        return self._record(registration)
+            return self._record(registration)
 
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
         """Begins an upload; give the finished object to ``upload``, and discard it in the end.
@@ -180,7 +183,7 @@ class AdapterRegistry:
             registration = self._installer.install(
                 name, source, staged=staged, pinned=pinned, replace=replace
             )
-        return self._record(registration)
+            return self._record(registration)
 
     @contextmanager
     def _changing(self, name: str) -> Iterator[None]:
@@ -249,7 +252,7 @@ class AdapterRegistry:
         with self._names.only(name):
             registration = self._table.find(name)
             self._pins.pin(registration)
-        return self._record(registration)
+            return self._record(registration)
 
     def unpin(self, name: str) -> AdapterRecord:
         """Lets an adapter be evicted and unloaded again.
@@ -261,7 +264,7 @@ class AdapterRegistry:
         with self._names.only(name):
             registration = self._table.find(name)
             self._pins.unpin(registration)
-        return self._record(registration)
+            return self._record(registration)
 
     # Unloading
 
@@ -287,11 +290,8 @@ class AdapterRegistry:
                 raise in_use(name, "is pinned; unpin it first")
             registration.state = "DELETING"
             registration.unloaders += 1
-            is_held = registration.in_flight > 0
         try:
-            if mode == "FORCE" and is_held and self.on_force_unload is not None:
-                self.on_force_unload(registration.uuid)
-            self._table.wait_until_unheld(registration, timeout_seconds)
+            self._wait_until_unheld(registration, mode, timeout_seconds)
             with self._names.only(name):
                 self._end_unload(registration, mode, timeout_seconds)
         finally:
@@ -299,6 +299,20 @@ class AdapterRegistry:
                 registration.unloaders -= 1
                 if registration.unloaders == 0:
                     registration.state = "ACTIVE"
+
+    def _wait_until_unheld(
+        self, registration: Registration, mode: str, timeout_seconds: float | None
+    ) -> None:
+        end = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while mode == "FORCE" and registration.in_flight and self.on_force_unload is not None:
+            # Again and again: a request that took its adapters just before the name was closed may
+            # reach the engine after it was told.
+            self.on_force_unload(registration.uuid)
+            left = end - time.monotonic()
+            self._table.wait_until_unheld(registration, max(min(left, _FORCE_AGAIN_SECONDS), 0.0))
+            if left <= 0:
+                return
+        self._table.wait_until_unheld(registration, timeout_seconds)
 
     def _end_unload(
         self, registration: Registration, mode: str, timeout_seconds: float | None

@@ -33,6 +33,7 @@ class Runs(Protocol):
     def run(self, step: Step) -> StepResult: ...
     def forget(self, sequence: Sequence) -> None: ...
     def forget_adapter(self, key: str) -> None: ...
+    def refusal(self, sequence: Sequence) -> TurretError | None: ...
     @property
     def adapter_bytes(self) -> int: ...
 
@@ -129,7 +130,7 @@ class EngineLoop:
             self._fail(flight, error)
             return
         if resident:
-            self._ready.add(sequence)
+            self._make_ready(flight)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a request early, if it still runs."""
@@ -271,7 +272,15 @@ class EngineLoop:
             self._fail(flight, result.error)
             return
         self._cold[sequence] = result
-        self._ready.add(sequence)
+        self._make_ready(flight)
+
+    def _make_ready(self, flight: Flight) -> None:
+        """Its adapters are in host memory: let it run, unless the device could never hold them."""
+        refusal = self._runner.refusal(flight.sequence)
+        if refusal is None:
+            self._ready.add(flight.sequence)
+        else:
+            self._fail(flight, refusal)
 
     def _expire(self, now: float) -> None:
         for flight in list(self._with_deadline):

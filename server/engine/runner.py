@@ -13,6 +13,7 @@ from turret.server.engine.batch import Batch, BatchBuilder, Placed
 from turret.server.engine.sampler import Draw, Sampler, top_of
 from turret.server.engine.scheduler import Step
 from turret.server.engine.sequence import Sequence
+from turret.server.errors import BudgetExceededError
 from turret.server.models.decoder import Decoder
 from turret.server.models.kv_cache import KvCache
 
@@ -70,6 +71,26 @@ class Runner:
                 if placed.item.sequence.request.wants_prompt_logprobs:
                     self._score(placed, hidden, result)
             return result
+
+    def fits(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
+        """Whether a sequence's adapters, which are in host memory, fit beside the running ones."""
+        return self._needed_bytes((sequence, *running)) <= self._store.max_bytes
+
+    def refusal(self, sequence: Sequence) -> BudgetExceededError | None:
+        """Why a sequence could not even run alone, or None."""
+        if self.fits(sequence, ()):
+            return None
+        needed = self._needed_bytes((sequence,))
+        return BudgetExceededError(
+            f"the mix needs {needed} bytes of device memory, the budget for all adapters is"
+            f" {self._store.max_bytes}",
+            metadata={"bytes": str(needed), "budget_bytes": str(self._store.max_bytes)},
+        )
+
+    def _needed_bytes(self, sequences: Iterable[Sequence]) -> int:
+        """Bytes that their adapters take when stored together; each counts once."""
+        distinct = {a.key: a.operators for s in sequences for a, _ in s.mix.components}
+        return sum(self._store.stored_bytes(o) for o in distinct.values() if o is not None)
 
     @property
     def adapter_bytes(self) -> int:
