@@ -153,8 +153,8 @@ class AdapterConfig:
     )
     state_dir: Path | None = _flag(
         None,
-        "directory that registrations survive a restart in, and that uploads are kept in; one "
-        "server and one base model each (default: neither)",
+        "directory that registrations survive a restart in, and that uploads and fused adapters are"
+        " kept in; one server and one base model each (default: neither)",
     )
     max_upload_bytes: int = _flag(2 * GIB, "most bytes of one uploaded adapter", unit="bytes")
     adapter_host_bytes: int = _flag(GIB, "host memory for adapter weights", unit="bytes")

@@ -10,10 +10,10 @@
     │   │   └── AdapterChangedError  a registered adapter's files are no longer the same
     │   ├── AdapterMismatchError     trained for another base model
     │   ├── AdapterInUseError        pinned, or still in flight
-    │   ├── AdapterUnloadedError     force-unloaded under a running request
-    │   └── StateDirRequiredError    uploads need --state-dir
+    │   ├── AdapterUnloadedError     force-unloaded under a running request or fusion
+    │   └── StateDirRequiredError    uploads and fused adapters need --state-dir
     ├── ResourceError
-    │   ├── QueueFullError           too many requests wait, or uploads run
+    │   ├── QueueFullError           too many requests wait, or uploads or fusions run
     │   ├── BudgetExceededError      rank, byte or block budget
     │   └── StorageFullError         no room on the disk of --state-dir
     ├── UnauthenticatedError         no token, or an unknown one

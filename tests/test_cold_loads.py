@@ -121,7 +121,7 @@ async def test_the_device_budget_holds_and_what_exceeds_it_alone_is_refused(
     async with EngineHarness.start(
         model, tmp_path / "adapters", adapters=names, adapter_device_bytes=2 * one
     ) as harness:
-        pack = harness.engine._loop._runner.pack
+        pack = harness.engine._loop._runner._store
 
         def look(_count: int) -> None:
             seen.append(pack.adapter_bytes)

@@ -47,6 +47,7 @@ def finish(
         ranks={module.rank for module in layout.modules},
         base_model=layout.base_model,
         warnings=layout.warnings,
+        scalings={module.name: module.scaling for module in layout.modules},
     )
 
 
@@ -73,6 +74,7 @@ def finish_modules(
     ranks: Iterable[int],
     base_model: str,
     warnings: tuple[str, ...],
+    scalings: Mapping[str, float] = MappingProxyType({}),
 ) -> Lowered:
     """Checks that nothing overflowed, and sums up.
 
@@ -90,6 +92,7 @@ def finish_modules(
         target_modules=tuple(sorted({name.rsplit(".", 1)[-1] for name in operators})),
         base_model=base_model,
         warnings=warnings,
+        scalings=scalings,
     )
 
 

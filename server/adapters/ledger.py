@@ -51,11 +51,19 @@ class Ledger:
 
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
         """See ``AdapterRegistry.stage``."""
+        return self.require_place().stage(files)
+
+    def require_place(self) -> StateDir:
+        """Where files of the server's own go.
+
+        Raises:
+            StateDirRequiredError: Nowhere.
+        """
         if self._state is None:
             raise StateDirRequiredError(
-                "uploads need a place on the server: start it with --state-dir"
+                "uploaded and fused adapters need a place on the server: start it with --state-dir"
             )
-        return self._state.stage(files)
+        return self._state
 
     def staged_source(self, staged: StagedUpload) -> Source:
         """Where a finished upload can be read from until it is adopted."""

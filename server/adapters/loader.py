@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import torch
 
 from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
 from turret.server.adapters.facts import AdapterFacts
+from turret.server.adapters.lowered import Lowered
 from turret.server.adapters.methods import method_for
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.single_thread import compute_on_this_thread
@@ -98,10 +101,19 @@ class AdapterLoader:
             AdapterChangedError: The files changed since.
             AdapterCheckpointError: They are gone.
         """
+        return self.lower(self._read_same(source, digest)).operators
+
+    def reread(self, source: Source, digest: str, dtype: torch.dtype) -> Lowered:
+        """As ``reload``, with operators in another dtype than the one served."""
+        checkpoint = self._read_same(source, digest)
+        base = replace(self._base, dtype=dtype)
+        return method_for(checkpoint).lower(checkpoint, base, self._max_rank)
+
+    def _read_same(self, source: Source, digest: str) -> AdapterCheckpoint:
         checkpoint = self.read(source)
         if checkpoint.digest != digest:
             raise changed(source, digest, checkpoint.digest)
-        return self.lower(checkpoint).operators
+        return checkpoint
 
 
 def changed(source: Source, digest: str, found: str) -> AdapterChangedError:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from turret.server.adapters.base import BaseModel
@@ -24,6 +24,7 @@ class Lowered:
         warnings: What an operator should know; nothing here makes the result inexact.
         num_soft_tokens: Soft tokens that go before the prompt.
         num_prefix_positions: Positions before the prompt whose keys and values it brings.
+        scalings: What a method folded into ``b`` of a module as its scaling; 1 where it is missing.
     """
 
     operators: AdapterOperators
@@ -33,6 +34,7 @@ class Lowered:
     warnings: tuple[str, ...] = ()
     num_soft_tokens: int = 0
     num_prefix_positions: int = 0
+    scalings: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_bytes(self) -> int:

@@ -23,6 +23,7 @@ from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_export import AdapterExport
 from turret.server.adapters.adapter_metrics import AdapterMetrics, NoAdapterMetrics
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.fuser import Fuser
 from turret.server.adapters.host_cache import HostCache
 from turret.server.adapters.installer import Installer
 from turret.server.adapters.ledger import Ledger
@@ -63,6 +64,9 @@ class AdapterRegistry:
         on_unloaded: Called with the key of a generation that is gone (unloaded, or replaced and no
             longer in use), so that copies of its operators can go too. May be set later.
         load_threads: Background reads at a time.
+
+    Attributes:
+        fuser: Makes new adapters of those there are.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class AdapterRegistry:
         self._pins = pins = Pins(table, cache, ledger)
         self._installer = Installer(loader, table, cache=cache, ledger=ledger, pins=pins)
         self._names = NameLocks()
+        self.fuser = Fuser(self, loader, ledger, base, host_bytes=host_bytes, max_rank=max_rank)
         self.on_force_unload = on_force_unload
         self.on_unloaded = on_unloaded
         # Removes files; whoever lets go of a generation last may be the engine thread.
@@ -304,10 +309,12 @@ class AdapterRegistry:
         self, registration: Registration, mode: str, timeout_seconds: float | None
     ) -> None:
         end = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
-        while mode == "FORCE" and registration.in_flight and self.on_force_unload is not None:
+        while mode == "FORCE" and registration.in_flight:
             # Again and again: a request that took its adapters just before the name was closed may
             # reach the engine after it was told.
-            self.on_force_unload(registration.uuid)
+            self.fuser.abort(registration.uuid)
+            if self.on_force_unload is not None:
+                self.on_force_unload(registration.uuid)
             left = end - time.monotonic()
             self._table.wait_until_unheld(registration, max(min(left, _FORCE_AGAIN_SECONDS), 0.0))
             if left <= 0:
@@ -366,7 +373,8 @@ class AdapterRegistry:
         self._table.release(mix)
 
     def close(self) -> None:
-        """Stops background reads; mixes waiting for one are told UnavailableError."""
+        """Stops background reads and fusing; who waits for one is told UnavailableError."""
+        self.fuser.close()
         self._cache.shutdown()
         self._janitor.shutdown(wait=True)
         self._ledger.close()

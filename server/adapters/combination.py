@@ -1,0 +1,106 @@
+"""How ``FuseAdapters`` combines updates: the names, and the settings that belong to each.
+
+``exact`` and ``svd`` approximate or equal ``Σ w_k ΔW_k``; the others are those of PEFT's
+``add_weighted_adapter``, by its names. This file loads no torch: RPCs are checked with it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from turret.server.errors import InvalidRequestError
+
+# Keep every direction: the factors side by side.
+CONCATENATED = frozenset({"exact", "cat"})
+# Combine A with A and B with B; the product of the results is the update.
+ON_FACTORS = ("linear", "ties", "dare_linear", "dare_ties", "magnitude_prune")
+# Combine whole updates, then truncate.
+ON_UPDATES = ("svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd")
+NAMES = ("exact", "cat", *ON_FACTORS, *ON_UPDATES)
+SIGN_METHODS = ("total", "frequency")
+MAX_SEED = 2**64 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Combination:
+    """Settings that are None were not given.
+
+    Attributes:
+        name: One of ``NAMES``.
+        rank: Largest rank of a module in the result, at least 1.
+        energy: Share of the squared singular values to keep, in (0, 1]; instead of ``rank``.
+        density: Share of the entries that pruning keeps, in (0, 1].
+        majority_sign_method: How TIES elects a sign: ``total`` (the default) or ``frequency``.
+        seed: Of DARE's random pruning; 0 by default.
+
+    Raises:
+        InvalidRequestError: A value breaks its range or belongs to other combinations; lists all.
+    """
+
+    name: str = "exact"
+    rank: int | None = None
+    energy: float | None = None
+    density: float | None = None
+    majority_sign_method: str | None = None
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        found = [("combination", f"must be one of {', '.join(NAMES)}")]
+        if self.name in NAMES:
+            found = [*self._misplaced(), *self._out_of_range()]
+        if found:
+            text = "; ".join(f"{field}: {why}" for field, why in found)
+            raise InvalidRequestError(text, violations=found)
+
+    @property
+    def is_concatenated(self) -> bool:
+        return self.name in CONCATENATED
+
+    @property
+    def is_on_updates(self) -> bool:
+        return self.name in ON_UPDATES
+
+    @property
+    def prunes_at_random(self) -> bool:
+        """DARE (arXiv 2311.03099): entries are dropped at random and the rest scaled up."""
+        return self.name.startswith("dare")
+
+    @property
+    def prunes(self) -> bool:
+        return self.prunes_at_random or self.name.startswith(("ties", "magnitude_prune"))
+
+    @property
+    def elects_signs(self) -> bool:
+        """TIES (arXiv 2306.01708): entries whose sign is outvoted do not count."""
+        return "ties" in self.name
+
+    def _misplaced(self) -> list[tuple[str, str]]:
+        found = []
+        for field, belongs, owners in (
+            ("rank", self.is_on_updates, "the svd combinations"),
+            ("energy", self.is_on_updates, "the svd combinations"),
+            ("density", self.prunes, "ties, dare and magnitude_prune combinations"),
+            ("majority_sign_method", self.elects_signs, "ties combinations"),
+            ("seed", self.prunes_at_random, "dare combinations"),
+        ):
+            if not belongs and getattr(self, field) is not None:
+                found.append((field, f"is for {owners}, not for {self.name}"))
+        if self.rank is not None and self.energy is not None:
+            found.append(("energy", "excludes rank"))
+        if self.prunes and self.density is None:
+            found.append(("density", f"is required for {self.name}"))
+        return found
+
+    def _out_of_range(self) -> list[tuple[str, str]]:
+        found = []
+        if self.rank is not None and self.rank < 1:
+            found.append(("rank", "must be at least 1"))
+        for field in ("energy", "density"):
+            share = getattr(self, field)
+            if share is not None and not 0.0 < share <= 1.0:
+                found.append((field, "must be in (0, 1]"))
+        if self.majority_sign_method not in (None, *SIGN_METHODS):
+            found.append(("majority_sign_method", f"must be one of {', '.join(SIGN_METHODS)}"))
+        if self.seed is not None and not 0 <= self.seed <= MAX_SEED:
+            found.append(("seed", "must be an unsigned 64-bit integer"))
+        return found

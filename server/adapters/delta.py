@@ -1,0 +1,91 @@
+"""The dense update ``ΔW`` of one module, from any method's operators.
+
+    ΔW = B A + (w1a w1b) ⊙ (w2a w2b) + kron(w1, w2) + (g − 1) ⊙ W + W ⊙ (l − 1)ᵀ
+
+``W`` is the weight served. For DoRA this is ``g ⊙ (W + s·B A) − W``, as ``g`` is in ``B`` already.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+
+from turret.server.adapters.base import BaseModule
+from turret.server.adapters.operators import AdapterOperators, Hadamard, ModuleOperators
+
+# Rows of a Hadamard product made at once: two temporaries of 1024 x 14336 in fp32 are 117 MB.
+_ROWS_PER_BLOCK = 1024
+
+# What a weight update cannot be made of: operators that are not in the formula above.
+_WEIGHT_OPERATORS = frozenset({"low_rank", "hadamard", "kronecker", "gain", "input_gain", "bias"})
+_LOW_RANK_OPERATORS = frozenset({"low_rank", "bias"})
+
+
+def beyond_updates(operators: AdapterOperators) -> tuple[str, ...]:
+    """Names of what an adapter does beyond changing weights and biases, such as a soft prompt."""
+    parts = {field.name for field in fields(operators)} - {"modules"}
+    found = {name for name in parts if getattr(operators, name) is not None}
+    for module in operators.modules.values():
+        found |= _used(module) - _WEIGHT_OPERATORS
+    return tuple(sorted(name.replace("_", " ") for name in found))
+
+
+def beyond_low_rank(operators: AdapterOperators) -> tuple[str, ...]:
+    """Names of the operators that are no pair of factors, such as a gain."""
+    found: set[str] = set()
+    for module in operators.modules.values():
+        found |= _used(module) - _LOW_RANK_OPERATORS
+    return tuple(sorted(name.replace("_", " ") for name in found))
+
+
+def is_low_rank(module: ModuleOperators) -> bool:
+    """Whether ``ΔW`` is ``B A`` alone, or nothing."""
+    return _used(module) <= _LOW_RANK_OPERATORS
+
+
+def has_update(module: ModuleOperators) -> bool:
+    """Whether there is a ``ΔW``, and not a bias alone."""
+    return bool(_used(module) - {"bias"})
+
+
+def _used(module: ModuleOperators) -> set[str]:
+    return {field.name for field in fields(module) if getattr(module, field.name) is not None}
+
+
+def add_delta(
+    total: torch.Tensor, operators: ModuleOperators, module: BaseModule, weight: float = 1.0
+) -> torch.Tensor:
+    """Adds ``weight · ΔW`` in place.
+
+    Args:
+        total: ``[out_features, in_features]``, fp32, on the CPU.
+        operators: In fp32.
+        module: The base's; dequantised at most once, and only for gains.
+        weight: The member's.
+
+    Returns:
+        ``total``.
+    """
+    low_rank, gain, input_gain = operators.low_rank, operators.gain, operators.input_gain
+    if low_rank is not None:
+        total.addmm_(low_rank.b.T, low_rank.a, alpha=weight)
+    if operators.hadamard is not None:
+        _add_hadamard(total, operators.hadamard, weight)
+    if operators.kronecker is not None:
+        w1, *w2 = operators.kronecker.tensors()
+        total.add_(torch.kron(w1, w2[0] if len(w2) == 1 else w2[0] @ w2[1]), alpha=weight)
+    if gain is not None or input_gain is not None:
+        served = module.dequantize()
+        if gain is not None:
+            total.addcmul_(served, (gain - 1.0)[:, None], value=weight)
+        if input_gain is not None:
+            total.addcmul_(served, (input_gain - 1.0)[None, :], value=weight)
+    return total
+
+
+def _add_hadamard(total: torch.Tensor, factors: Hadamard, weight: float) -> None:
+    for start in range(0, total.shape[0], _ROWS_PER_BLOCK):
+        rows = slice(start, start + _ROWS_PER_BLOCK)
+        first = factors.w1a[rows] @ factors.w1b
+        total[rows].addcmul_(first, factors.w2a[rows] @ factors.w2b, value=weight)

@@ -1,0 +1,65 @@
+"""The settings of ``FuseAdapters`` and what refuses them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from turret.server.adapters.combination import NAMES, Combination
+from turret.server.errors import InvalidRequestError
+
+PRUNING = [name for name in NAMES if name.startswith(("ties", "dare", "magnitude_prune"))]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_each_combination_takes_its_own_settings(name: str) -> None:
+    settings: dict[str, Any] = {"density": 0.5} if name in PRUNING else {}
+    plain = Combination(name=name, **settings)
+    assert (plain.prunes, plain.is_concatenated) == (name in PRUNING, name in ("exact", "cat"))
+    assert plain.elects_signs == ("ties" in name)
+    assert plain.prunes_at_random == ("dare" in name)
+    assert plain.is_on_updates == name.endswith("svd")
+    for field, value, takes in (
+        ("rank", 3, name.endswith("svd")),
+        ("energy", 0.5, name.endswith("svd")),
+        ("majority_sign_method", "frequency", "ties" in name),
+        ("seed", 0, "dare" in name),
+        ("density", 1.0, name in PRUNING),
+    ):
+        if takes:
+            Combination(name=name, **{**settings, field: value})
+            continue
+        with pytest.raises(InvalidRequestError) as raised:
+            Combination(name=name, **{**settings, field: value})
+        assert [where for where, _ in raised.value.violations] == [field]
+
+
+@pytest.mark.parametrize(
+    ("settings", "fields"),
+    [
+        ({"name": "average"}, ["combination"]),
+        ({"name": "SVD"}, ["combination"]),
+        ({"name": "svd", "rank": 0}, ["rank"]),
+        ({"name": "svd", "energy": 0.0}, ["energy"]),
+        ({"name": "svd", "energy": 1.5}, ["energy"]),
+        ({"name": "svd", "energy": float("nan")}, ["energy"]),
+        ({"name": "svd", "energy": 0.5, "rank": 2}, ["energy"]),
+        ({"name": "ties"}, ["density"]),
+        ({"name": "ties", "density": 0.0}, ["density"]),
+        ({"name": "ties", "density": float("nan")}, ["density"]),
+        (
+            {"name": "ties", "density": 1.1, "majority_sign_method": "votes"},
+            ["density", "majority"],
+        ),
+        ({"name": "dare_linear", "density": 0.5, "seed": -1}, ["seed"]),
+        ({"name": "dare_linear", "density": 0.5, "seed": 1 << 64}, ["seed"]),
+        ({"rank": 1, "density": 2.0, "seed": 1}, ["rank", "density", "seed", "density"]),
+    ],
+)
+def test_every_offending_setting_is_named(settings: dict[str, Any], fields: list[str]) -> None:
+    with pytest.raises(InvalidRequestError) as raised:
+        Combination(**settings)
+    found = [where for where, _ in raised.value.violations]
+    assert [where.removesuffix("_sign_method") for where in found] == fields
+    assert all(where in str(raised.value) for where in found)
