@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from statistics import median
 
 from rich.console import Console
 from rich.table import Table
@@ -59,6 +60,7 @@ def print_fusion(fusion: Fusion) -> None:
     """The new adapter, then what was lost."""
     print_adapter(fusion.adapter)
     _print_errors(fusion.relative_error, fusion.modules)
+    _print_kinds(fusion.modules)
 
 
 def print_merge_state(state: MergeState) -> None:
@@ -96,6 +98,28 @@ def _print_errors(relative_error: float, modules: tuple[ModuleError, ...]) -> No
     if modules:
         worst = max(modules, key=lambda module: module.relative_error)
         console.print(Text(f"worst {worst.relative_error:.3g} in {worst.module}"))
+
+
+def _print_kinds(modules: Iterable[ModuleError]) -> None:
+    """One row per kind of module, such as ``q_proj``, over all layers."""
+    kinds: dict[str, list[ModuleError]] = {}
+    for module in modules:
+        kinds.setdefault(module.module.rpartition(".")[2], []).append(module)
+    table = Table()
+    table.add_column("module")
+    for heading in ("layers", "rank", "median error", "worst error"):
+        table.add_column(heading, justify="right")
+    for kind, group in kinds.items():
+        errors = [module.relative_error for module in group]
+        low, high = min(m.rank for m in group), max(m.rank for m in group)
+        table.add_row(
+            Text(kind),
+            str(len(group)),
+            str(low) if low == high else f"{low}-{high}",
+            f"{median(errors):.3g}",
+            f"{max(errors):.3g}",
+        )
+    Console().print(table)
 
 
 def _ranks(adapter: Adapter) -> str:

@@ -97,11 +97,23 @@ def _add_transfers(actions: argparse._SubParsersAction[argparse.ArgumentParser])
 def _add_combinations(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     fuse = _action(actions, "fuse", "make a new adapter of a mix", _fuse, mix=True)
     fuse.add_argument("--combination", choices=_COMBINATIONS, help="default: exact")
-    fuse.add_argument("--rank", type=int, metavar="N", help="rank of the result (svd)")
-    fuse.add_argument("--energy", type=float, metavar="X", help="share to keep instead of --rank")
-    fuse.add_argument("--density", type=float, metavar="X", help="share of entries kept")
-    fuse.add_argument("--majority-sign-method", choices=("total", "frequency"), help="for ties")
-    fuse.add_argument("--seed", type=int, metavar="N", help="for dare")
+    fuse.add_argument("--rank", type=int, metavar="N", help="largest rank (svd combinations)")
+    fuse.add_argument(
+        "--energy",
+        type=float,
+        metavar="X",
+        help="share of the squared singular values to keep, instead of --rank",
+    )
+    fuse.add_argument(
+        "--density",
+        type=float,
+        metavar="X",
+        help="share of entries that ties, dare and magnitude_prune keep",
+    )
+    fuse.add_argument(
+        "--majority-sign-method", choices=("total", "frequency"), help="for ties (default: total)"
+    )
+    fuse.add_argument("--seed", type=int, metavar="N", help="for dare (default: 0)")
     merge = _action(actions, "merge", "merge a mix into the base", _merge, named=False, mix=True)
     merge.add_argument("--precision", choices=("nf4", "bf16"), default="nf4", help="default: nf4")
     _action(actions, "unmerge", "restore the base", _unmerge, named=False)

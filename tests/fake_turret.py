@@ -226,6 +226,7 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
         response = adapters_pb2.FuseAdaptersResponse(relative_error=0.25)
         response.adapter.CopyFrom(self._add(request.name))
         response.modules.add(module="layers.0.q_proj", relative_error=0.5, rank=8)
+        response.modules.add(module="layers.1.q_proj", relative_error=0.25, rank=4)
         return response
 
     def MergeAdapters(self, request, context):

@@ -145,7 +145,6 @@ async def test_filters_hold_over_pages() -> None:
 async def test_what_is_declared_but_not_served_says_so() -> None:
     async with harness() as server:
         calls = {
-            "FuseAdapters": server.adapters.FuseAdapters(pb.FuseAdaptersRequest()),
             "MergeAdapters": server.adapters.MergeAdapters(pb.MergeAdaptersRequest()),
             "UnmergeAdapters": server.adapters.UnmergeAdapters(pb.UnmergeAdaptersRequest()),
             "GetMergeState": server.adapters.GetMergeState(pb.GetMergeStateRequest()),

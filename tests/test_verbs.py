@@ -17,6 +17,7 @@ from turret.clients.verbs import add_verbs
 from turret.v1 import adapters_pb2
 
 Run = Callable[..., tuple[int, str, str]]
+FUSE = ("adapters", "fuse", "both", "-a", "sql", "-a", "json=0.5")
 
 
 def parse_and_run(*arguments: str) -> int:
@@ -139,11 +140,16 @@ def test_adapters_lifecycle(run: Run, server: FakeTurret):
 
 
 def test_adapters_fuse_merge_and_unmerge(run: Run, server: FakeTurret):
-    code, out, _ = run("adapters", "fuse", "both", "-a", "sql", "-a", "json=0.5", "--rank", "4")
+    code, out, _ = run(*FUSE, "--combination", "svd", "--rank", "4")
     assert code == 0
-    assert "relative error 0.25 over 1 modules" in out
+    request = server.adapters.requests[-1]
+    assert (request.combination, request.rank) == ("svd", 4)
+    assert [(a.name, a.weight) for a in request.adapters] == [("sql", 1.0), ("json", 0.5)]
+    assert "relative error 0.25 over 2 modules" in out
     assert "worst 0.5 in layers.0.q_proj" in out
-    assert server.adapters.requests[-1].rank == 4
+    assert ["q_proj", "2", "4-8", "0.375", "0.5"] in [
+        [cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines()
+    ]
     code, out, _ = run("adapters", "merge", "-a", "sql=0.5", "--precision", "bf16")
     assert "sql@1=0.5" in out
     assert "bf16" in out

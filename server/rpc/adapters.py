@@ -12,11 +12,18 @@ from typing import Any, NoReturn, TypeVar
 import grpc
 from google.protobuf import duration_pb2, timestamp_pb2
 
+from turret.server.adapters.interrupt import Interrupt
 from turret.server.adapters.staged_upload import UploadedFile
 from turret.server.config import ADAPTER_NAME
-from turret.server.errors import InvalidRequestError, QueueFullError, UnsupportedError
+from turret.server.errors import (
+    InvalidRequestError,
+    QueueFullError,
+    UnavailableError,
+    UnsupportedError,
+)
 from turret.server.rpc.call import current_call
 from turret.server.rpc.convert import Violations
+from turret.server.rpc.fuse import checked_fuse_request, fuse_response
 from turret.server.rpc.gate import Gate
 from turret.server.rpc.paging import make_page_token, page_length, read_page_token
 from turret.server.rpc.uploads import checked_header, next_message, receive_chunks
@@ -292,10 +299,22 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
         finally:
             export.close()
 
-    # Declared in the API, not served yet.
+    async def FuseAdapters(
+        self, request: adapters_pb2.FuseAdaptersRequest, context: _Context
+    ) -> adapters_pb2.FuseAdaptersResponse:
+        registry = self._gate.enter().registry
+        name, refs, combination = checked_fuse_request(request)
+        current_call().adapters = (name,)
+        interrupt = Interrupt()
+        fusing = registry.fuser.start(name, refs, combination, interrupt)
+        try:
+            result = await asyncio.wrap_future(fusing)
+        except asyncio.CancelledError:
+            interrupt.set(UnavailableError("the caller went away"))
+            raise
+        return fuse_response(result, adapter_message(result.record))
 
-    async def FuseAdapters(self, request: Any, context: _Context) -> NoReturn:
-        _unsupported("FuseAdapters")
+    # Declared in the API, not served yet.
 
     async def MergeAdapters(self, request: Any, context: _Context) -> NoReturn:
         _unsupported("MergeAdapters")

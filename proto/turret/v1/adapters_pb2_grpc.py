@@ -208,11 +208,18 @@ class AdaptersServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def FuseAdapters(self, request, context):
-        """Fuses a weighted mix of adapters into a new LoRA adapter and registers it.
+        """Fuses a weighted mix of adapters into a new LoRA adapter and registers it as an upload is. The
+        members may be of any method that changes weights; they stay registered, and are held as by a
+        request meanwhile. Runs beside requests, at a low priority; a caller that cancels, or whose
+        deadline passes, ends it at the next module, and nothing is left of it.
 
-        Returns NOT_FOUND if a member is not registered, ALREADY_EXISTS if the name is taken by other
-        weights, INVALID_ARGUMENT if the combination cannot represent the mix, RESOURCE_EXHAUSTED if
-        the result exceeds the rank or byte budget.
+        Idempotent: the result depends on nothing but the request and the members' weights. Returns
+        NOT_FOUND if a member is not registered, ALREADY_EXISTS if the name is taken by other weights,
+        INVALID_ARGUMENT if the combination cannot represent the mix (every member at fault is listed),
+        FAILED_PRECONDITION if the server has no state directory to keep the result in or a member's
+        files have changed, RESOURCE_EXHAUSTED if the result exceeds the rank or byte budget, the members
+        in fp32 exceed the host budget, or another fusion is under way, ABORTED if a member is unloaded
+        by force.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

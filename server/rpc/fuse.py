@@ -1,0 +1,59 @@
+"""``FuseAdapters``: the request, checked, and the reply."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from turret.server.adapters.combination import Combination
+from turret.server.config import ADAPTER_NAME
+from turret.server.engine.request import AdapterRef
+from turret.server.errors import InvalidRequestError
+from turret.server.rpc.convert import Violations, adapter_refs
+from turret.v1 import adapters_pb2
+
+_OPTIONAL = ("rank", "energy", "density", "seed")
+
+
+def checked_fuse_request(
+    request: adapters_pb2.FuseAdaptersRequest,
+) -> tuple[str, tuple[AdapterRef, ...], Combination]:
+    """Name of the result, mix and combination.
+
+    Raises:
+        InvalidRequestError: Lists every offending field.
+    """
+    violations = Violations()
+    violations.check(
+        ADAPTER_NAME.fullmatch(request.name) is not None,
+        "name",
+        f"must match {ADAPTER_NAME.pattern}",
+    )
+    violations.check(len(request.adapters) > 0, "adapters", "at least one")
+    refs = adapter_refs(request.adapters, violations)
+    values: dict[str, Any] = {
+        field: getattr(request, field) for field in _OPTIONAL if request.HasField(field)
+    }
+    # The empty string is the default of both.
+    for field, text in (
+        ("name", request.combination),
+        ("majority_sign_method", request.majority_sign_method),
+    ):
+        if text:
+            values[field] = text
+    combination = Combination()
+    try:
+        combination = Combination(**values)
+    except InvalidRequestError as error:
+        violations.found.extend(error.violations)
+    violations.raise_if_any()
+    return request.name, refs, combination
+
+
+def fuse_response(result: Any, adapter: adapters_pb2.Adapter) -> adapters_pb2.FuseAdaptersResponse:
+    """A ``FuseResult``, as the API shows it."""
+    response = adapters_pb2.FuseAdaptersResponse(
+        adapter=adapter, relative_error=result.relative_error
+    )
+    for each in result.modules:
+        response.modules.add(module=each.module, relative_error=each.relative_error, rank=each.rank)
+    return response
