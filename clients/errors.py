@@ -73,6 +73,18 @@ class TurretRpcError(Exception):
             parts.append(f"retry in {self.retry_delay:g} s")
         return f"{head}: " + "; ".join(part for part in parts if part)
 
+    def at(self, place: str) -> TurretRpcError:
+        """The same error with the place that it concerns in front of its message."""
+        return TurretRpcError(
+            self.code,
+            f"{place}: {self.message}",
+            reason=self.reason,
+            metadata=self.metadata,
+            violations=self.violations,
+            retry_delay=self.retry_delay,
+            request_id=self.request_id,
+        )
+
     @classmethod
     def from_grpc(cls, error: grpc.RpcError) -> TurretRpcError:
         """Convert gRPC's error, of a synchronous or an asyncio call."""

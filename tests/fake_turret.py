@@ -264,10 +264,10 @@ class FakeTurret:
 
 
 @contextmanager
-def fake_turret() -> Iterator[FakeTurret]:
+def fake_turret(kind: type[FakeInference] = FakeInference) -> Iterator[FakeTurret]:
     """Run the server on a free port of the loopback address, with the adapters sql and json."""
     registry: dict[str, adapters_pb2.Adapter] = {}
-    inference, adapters = FakeInference(registry), FakeAdapters(registry)
+    inference, adapters = kind(registry), FakeAdapters(registry)
     for name in ("sql", "json"):
         adapters._add(name)
     with futures.ThreadPoolExecutor(max_workers=4) as pool:

@@ -1,0 +1,81 @@
+"""How an answer compares with the right one, and how sure a mean over few answers is.
+
+Token F1 is SQuAD's (arXiv 1606.05250, section 6.1) on case-folded words, punctuation and the order
+of words left out; articles stay, since answers here are not English sentences alone. Intervals are
+percentiles of the bootstrap (Efron 1979): the examples are drawn again, with replacement.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+_RESAMPLES = 1000
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """A figure of a test set with the bounds of its 95 % interval, in the figure's own unit."""
+
+    value: float
+    low: float
+    high: float
+
+
+def exact_match(answer: str, reference: str) -> float:
+    """1.0 if both are the same text but for space at the ends, else 0.0."""
+    return float(answer.strip() == reference.strip())
+
+
+def token_f1(answer: str, reference: str) -> float:
+    """Harmonic mean of the shares of common words in either text, in [0, 1]."""
+    given, right = (Counter(re.findall(r"\w+", t.casefold())) for t in (answer, reference))
+    if not given or not right:
+        return float(given == right)
+    common = (given & right).total()
+    return 2 * common / (given.total() + right.total())
+
+
+def named_label(answer: str, labels: Sequence[str]) -> str | None:
+    """The label that an answer names first as a whole word, whatever the case; None if none.
+
+    Of labels that begin at the same place the longest counts.
+    """
+    longest_first = sorted(labels, key=len, reverse=True)
+    choices = "|".join(re.escape(label.casefold()) for label in longest_first)
+    found = re.search(rf"(?<!\w)(?:{choices})(?!\w)", answer.casefold())
+    if found is None:
+        return None
+    return next(label for label in labels if label.casefold() == found.group())
+
+
+def mean(values: Sequence[float]) -> float:
+    """Their arithmetic mean."""
+    return math.fsum(values) / len(values)
+
+
+def perplexity(scores: Sequence[tuple[float, int]]) -> float:
+    """``exp(-sum of logprobs / number of tokens)``, infinite where a float cannot hold it.
+
+    Args:
+        scores: Of each text: the sum of its natural log probabilities, and its tokens, at least 1.
+    """
+    tokens = sum(count for _, count in scores)
+    try:
+        return math.exp(-math.fsum(logprob for logprob, _ in scores) / tokens)
+    except OverflowError:
+        return math.inf
+
+
+def estimate(values: Sequence[_T], statistic: Callable[[Sequence[_T]], float]) -> Estimate:
+    """A statistic of the examples with its 95 % bootstrap interval, the same in every run."""
+    rng = random.Random(0)
+    drawn = sorted(statistic(rng.choices(values, k=len(values))) for _ in range(_RESAMPLES))
+    tail = round(_RESAMPLES * 0.025)
+    return Estimate(statistic(values), drawn[tail], drawn[-tail - 1])

@@ -1,0 +1,124 @@
+"""Reads a test set: JSON Lines with questions and the answers that are right.
+
+A row is a conversation that ends with the assistant's answer, or a prompt and its completion::
+
+    {"messages": [{"role": "user", "content": "Capital of Peru?"},
+                  {"role": "assistant", "content": "Lima"}]}
+    {"prompt": "Capital of Peru?", "completion": "Lima"}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_FORMS = 'a row has "messages", or "prompt" and "completion"'
+
+
+class EvalSetError(ValueError):
+    """A test set that cannot be used; the text names file, line and field."""
+
+    def __init__(self, path: Path, line: int | None, field: str | None, problem: str) -> None:
+        places = [str(path), *([] if line is None else [f"line {line}"])]
+        place = ", ".join([*places, *([] if field is None else [field])])
+        super().__init__(f"{place}: {problem}")
+
+
+@dataclass(frozen=True, slots=True)
+class EvalExample:
+    """One question with its right answer.
+
+    Attributes:
+        line: Where in the file it stands, from 1.
+        prompt: The turns before the answer as (role, content), or text that is sent as it is.
+        reference: The right answer.
+    """
+
+    line: int
+    prompt: tuple[tuple[str, str], ...] | str
+    reference: str
+
+
+def read_eval_set(
+    path: Path, *, is_raw: bool = False, limit: int | None = None
+) -> list[EvalExample]:
+    """Read the rows of a file; empty lines are skipped, other keys of a row are ignored.
+
+    Args:
+        path: The file, UTF-8.
+        is_raw: Send a ``prompt`` as it is, instead of as a user's message.
+        limit: Read at most this many rows.
+
+    Raises:
+        OSError: The file cannot be read.
+        EvalSetError: A row has another form, or there is none.
+    """
+    examples: list[EvalExample] = []
+    for line, row in _rows(path):
+        if len(examples) == limit:
+            break
+        examples.append(_example(path, line, row, is_raw=is_raw))
+    if not examples:
+        raise EvalSetError(path, None, None, "no rows")
+    return examples
+
+
+def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for line, raw in enumerate(path.read_bytes().split(b"\n"), start=1):
+        try:
+            text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise EvalSetError(path, line, None, f"not UTF-8: {error.reason}") from None
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise EvalSetError(path, line, None, f"not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise EvalSetError(path, line, None, f"not a JSON object; {_FORMS}")
+        yield line, row
+
+
+def _example(path: Path, line: int, row: dict[str, Any], *, is_raw: bool) -> EvalExample:
+    if "messages" in row:
+        turns = _turns(path, line, row["messages"])
+        *asked, (role, answer) = turns
+        if role != "assistant":
+            field = f"messages[{len(asked)}].role"
+            raise EvalSetError(path, line, field, f"the last turn is the answer, not {role!r}")
+        if not asked:
+            raise EvalSetError(path, line, "messages", "nothing stands before the answer")
+        return EvalExample(line, tuple(asked), answer)
+    missing = sorted({"prompt", "completion"} - row.keys())
+    if len(missing) == 2:
+        raise EvalSetError(path, line, None, _FORMS)
+    if missing:
+        raise EvalSetError(path, line, missing[0], "missing")
+    prompt = _text(path, line, "prompt", row["prompt"])
+    reference = _text(path, line, "completion", row["completion"])
+    return EvalExample(line, prompt if is_raw else (("user", prompt),), reference)
+
+
+def _turns(path: Path, line: int, value: object) -> list[tuple[str, str]]:
+    if not isinstance(value, list) or not value:
+        raise EvalSetError(path, line, "messages", "must be a list of turns")
+    turns: list[tuple[str, str]] = []
+    for index, turn in enumerate(value):
+        field = f"messages[{index}]"
+        if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+            raise EvalSetError(path, line, field, "must have a role and a content")
+        role, content = (
+            _text(path, line, f"{field}.{key}", turn[key]) for key in ("role", "content")
+        )
+        turns.append((role, content))
+    return turns
+
+
+def _text(path: Path, line: int, field: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise EvalSetError(path, line, field, f"must be a text that is not empty, not {value!r}")
+    return value
