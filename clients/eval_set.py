@@ -22,9 +22,8 @@ class EvalSetError(ValueError):
     """A test set that cannot be used; the text names file, line and field."""
 
     def __init__(self, path: Path, line: int | None, field: str | None, problem: str) -> None:
-        places = [str(path), *([] if line is None else [f"line {line}"])]
-        place = ", ".join([*places, *([] if field is None else [field])])
-        super().__init__(f"{place}: {problem}")
+        place = str(path) if line is None else f"{path}:{line}"
+        super().__init__(f"{place}: {problem}" if field is None else f"{place}: {field}: {problem}")
 
 
 @dataclass(frozen=True, slots=True)
