@@ -1,4 +1,7 @@
-"""LoHa (arXiv 2108.06098) and LoKr (2309.14859). PEFT attaches them to dense modules only."""
+"""LoHa (arXiv 2108.06098) and LoKr (2309.14859).
+
+PEFT attaches them to dense modules only; ``training/lycoris`` has the layers for 4-bit ones.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,11 @@ import peft
 from turret.training.base_model import TrainingBase
 from turret.training.config import MethodConfig
 from turret.training.errors import ConfigError
+from turret.training.lycoris.nf4_layers import register_nf4_layers
 from turret.training.methods.method import PeftMethod, Settings
 from turret.training.presets import expand_targets
+
+register_nf4_layers()
 
 
 def _own_rank(config: Settings, base: TrainingBase) -> float:
@@ -78,12 +84,10 @@ LOHA = _LoHaMethod(
     learning_rate=2e-3,
     defaults={**_DEFAULTS, "rank": _loha_rank},
     peft_config=_loha_config,
-    trains_on_nf4=False,
 )
 LOKR = PeftMethod(
     name="lokr",
     learning_rate=2e-3,
     defaults={**_DEFAULTS, "decompose_both": False, "decompose_factor": -1},
     peft_config=_lokr_config,
-    trains_on_nf4=False,
 )
