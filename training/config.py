@@ -211,6 +211,9 @@ class RunConfig:
     validate_every: int = _key("steps between validations; the last step always validates", 50)
     checkpoint_every: int = _key("steps between checkpoints; 0 writes none", 50)
     keep_checkpoints: int = _key("checkpoints kept, newest first", 2)
+    samples: int = _key(
+        "validation prompts answered at the end, by the base and by the adapter, for the report", 3
+    )
     adapter_dtype: Literal["float16", "bfloat16", "float32"] = _key(
         "of the saved adapter's tensors", "float16"
     )
@@ -220,7 +223,7 @@ class RunConfig:
         _check("run.epochs", self.epochs > 0, "must be more than 0")
         at_least_one = ("steps", "batch_size", "gradient_accumulation", "validate_every")
         _check_at_least("run", self, 1, *at_least_one, "keep_checkpoints")
-        _check_at_least("run", self, 0, "checkpoint_every", "seed")
+        _check_at_least("run", self, 0, "checkpoint_every", "seed", "samples")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,6 +6,8 @@
 | ``run.json`` | what the run was made of: digests of base, data and config; versions; counts |
 | ``metrics.jsonl`` | one JSON object a line, see below |
 | ``checkpoints/step-00000050.pt`` | weights, optimizer and random state after that many steps |
+| ``samples.jsonl`` | answers before and after, once the run is finished (``samples.py``) |
+| ``report.html`` | the run as a page, once it is finished or asked for (``report/``) |
 | ``adapter/`` | the result, once the run is finished: PEFT's layout and ``provenance.json`` |
 
 A line of ``metrics.jsonl`` is written after every optimizer step (``kind`` is ``step``), and after
@@ -60,6 +62,14 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / "adapter"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.jsonl"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     @property
     def is_finished(self) -> bool:

@@ -23,6 +23,7 @@ from turret.training.optimizer import learning_rate, make_optimizer, set_learnin
 from turret.training.provenance import FILE, check_same_run, describe_run
 from turret.training.resolve import Resolved
 from turret.training.run_folder import MetricsLog, RunFolder
+from turret.training.samples import draw_samples
 
 # Told every line of metrics.jsonl.
 Listener = Callable[[dict[str, Any]], None]
@@ -123,6 +124,7 @@ class Trainer:
             log.close()
         self._write_adapter(model, facts | {"steps": self._num_steps, "validation_loss": loss})
         memory = peak_memory_bytes(self._device)
+        self._write_samples(model)
         self._folder.write_facts(
             facts | {"result": {"validation_loss": loss, "memory_bytes": memory}}
         )
@@ -140,6 +142,13 @@ class Trainer:
             raise RunError(f"{folder.path} holds no run to resume")
         if not resume and folder.path.exists() and any(folder.path.iterdir()):
             raise RunError(f"{folder.path} is not empty, and no run")
+
+    def _write_samples(self, model: Any) -> None:
+        rows = self._resolved.dataset.validation[: self._config.run.samples]
+        examples = [example for row in rows for example in row]
+        samples = draw_samples(model, self._resolved.base.tokenizer, examples, self._device)
+        text = "".join(json.dumps(sample) + "\n" for sample in samples)
+        self._folder.samples.write_text(text, encoding="utf-8")
 
     def _write_adapter(self, model: Any, facts: dict[str, Any]) -> None:
         """The adapter's directory appears when every file in it is complete."""

@@ -33,6 +33,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     how.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     how.add_argument("--overwrite", action="store_true", help="remove a run that is there")
     run.set_defaults(func=_with_errors(_run))
+    report = verbs.add_parser("report", help="write a run's report.html again")
+    report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
+    report.set_defaults(func=_with_errors(_report))
 
 
 def _config_parser() -> argparse.ArgumentParser:
@@ -100,9 +103,18 @@ def _resolve(args: argparse.Namespace) -> Any:
 
 def _run(args: argparse.Namespace) -> None:
     from turret.training.progress import training_progress
+    from turret.training.report.html_report import write_report
     from turret.training.trainer import Trainer
 
     resolved = _resolve(args)
     with training_progress(resolved.config.run.steps) as listen:
         result = Trainer(resolved, listen).run(resume=args.resume, overwrite=args.overwrite)
     print(result.folder.adapter)
+    print(write_report(result.folder))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from turret.training.report.html_report import write_report
+    from turret.training.run_folder import RunFolder
+
+    print(write_report(RunFolder(args.run)))

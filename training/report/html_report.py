@@ -1,0 +1,136 @@
+"""A run as one HTML page that needs nothing else: no scripts, no network."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from turret.server.adapters.checkpoint import TENSORS_FILE
+from turret.training.report.curves import Curve, curves_svg, smoothed
+from turret.training.run_folder import RunFolder, read_metrics
+
+_STYLE = """
+:root{--ink:#1d2329;--soft:#68727d;--line:#dfe3e8;--back:#fff;--card:#f6f8fa;--a:#2f6db3;--b:#d1622b}
+@media(prefers-color-scheme:dark){:root{--ink:#e4e8ec;--soft:#98a2ad;--line:#333b44;--back:#14181c;
+--card:#1d2329;--a:#6aa5e8;--b:#f0925f}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--back);max-width:780px;
+margin:2rem auto;padding:0 1rem}h1{font-size:1.5rem}h2{font-size:1.1rem;margin-top:2rem}
+dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:.6rem}
+dl div{background:var(--card);border-radius:6px;padding:.5rem .8rem}
+dt{color:var(--soft);font-size:13px}dd{margin:0;font-size:1.1rem}table{border-collapse:collapse;width:100%}
+th,td{text-align:left;vertical-align:top;border-bottom:1px solid var(--line);padding:.4rem .6rem}
+td,pre{overflow-wrap:anywhere;white-space:pre-wrap}pre{background:var(--card);padding:.8rem;
+border-radius:6px;font-size:13px}svg text{font-size:12px;fill:var(--soft)}.grid{stroke:var(--line)}
+polyline{fill:none;stroke-width:2;stroke:var(--soft)}.training{stroke:var(--a)}
+.each-batch{stroke:var(--a);stroke-width:1;opacity:.35}.validation{stroke:var(--b);fill:none}
+circle.validation{fill:var(--b)}.key{color:var(--soft);font-size:13px}.key b{font-weight:600}
+"""
+
+
+def write_report(folder: RunFolder) -> Path:
+    """Write ``report.html`` of a run, finished or not, from the files in its directory.
+
+    Raises:
+        RunError: ``run.json`` is missing or broken.
+        OSError: Another file cannot be read, or the page not be written.
+    """
+    folder.report.write_text(render_report(folder), encoding="utf-8")
+    return folder.report
+
+
+def render_report(folder: RunFolder) -> str:
+    """The page; errors as in :func:`write_report`."""
+    facts = folder.read_facts()
+    rows = list(read_metrics(folder.metrics))
+    steps = [row for row in rows if row["kind"] == "step"]
+    validations = [row for row in rows if row["kind"] == "validation"]
+    title = f"{facts['config']['method']['name']} on {facts['base']['name']}"
+    state = "" if folder.is_finished else "<p><b>This run is not finished.</b></p>"
+    return (
+        "<!doctype html>\n"
+        f'<html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
+        f"<h1>{escape(title)}</h1>{state}"
+        f"<dl>{_tiles(folder, facts, rows, steps, validations)}</dl>"
+        f"{_loss(steps, validations)}{_rate(steps)}{_samples(folder)}"
+        f"<h2>Config</h2><pre>{escape(folder.config.read_text(encoding='utf-8'))}</pre>"
+        f"<h2>Made of</h2>{_made_of(facts)}</html>\n"
+    )
+
+
+def _tiles(
+    folder: RunFolder,
+    facts: Mapping[str, Any],
+    rows: Sequence[Mapping[str, Any]],
+    steps: Sequence[Mapping[str, Any]],
+    validations: Sequence[Mapping[str, Any]],
+) -> str:
+    tiles = {"steps": f"{len(steps)} of {facts['config']['run']['steps']}"}
+    if validations:
+        first, last = validations[0], validations[-1]
+        tiles["validation loss"] = f"{first['loss']:.3f} → {last['loss']:.3f}"
+    if rows:
+        last = rows[-1]
+        tiles["time"] = _duration(last["seconds"])
+        tiles["tokens"] = f"{last['tokens']:,}"
+        tiles["peak memory"] = _bytes(max(row["memory_bytes"] for row in rows))
+    tiles["trained parameters"] = f"{facts['num_parameters']:,}"
+    weights = folder.adapter / TENSORS_FILE
+    if weights.exists():
+        tiles["adapter"] = _bytes(weights.stat().st_size)
+    return "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in tiles.items())
+
+
+def _loss(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]) -> str:
+    batches = [(row["step"], row["loss"]) for row in steps]
+    curves = [
+        Curve("each-batch", batches),
+        Curve("training", smoothed(batches)),
+        Curve("validation", [(row["step"], row["loss"]) for row in validations], has_dots=True),
+    ]
+    key = "nats per learned token; thin: each batch, thick: their moving average, dots: validation"
+    return f'<h2>Loss</h2>{curves_svg(curves, "steps")}<p class="key">{key}</p>'
+
+
+def _rate(steps: Sequence[Mapping[str, Any]]) -> str:
+    curve = Curve("rate", [(row["step"], row["learning_rate"]) for row in steps])
+    return f"<h2>Learning rate</h2>{curves_svg([curve], 'steps')}"
+
+
+def _samples(folder: RunFolder) -> str:
+    if not folder.samples.exists():
+        return ""
+    rows = [json.loads(line) for line in folder.samples.read_text(encoding="utf-8").splitlines()]
+    if not rows:
+        return ""
+    keys = ("prompt", "reference", "before", "after")
+    head = "".join(f"<th>{key}</th>" for key in ("prompt", "right answer", "base model", "adapter"))
+    body = "".join(
+        "<tr>" + "".join(f"<td>{escape(row[key])}</td>" for key in keys) + "</tr>" for row in rows
+    )
+    return f"<h2>Samples</h2><table><tr>{head}</tr>{body}</table>"
+
+
+def _made_of(facts: Mapping[str, Any]) -> str:
+    cells = {
+        "base": f"{facts['base']['name']}, {facts['base']['digest']}",
+        "data": f"{facts['data']['num_examples']} examples, {facts['data']['num_tokens']} tokens, "
+        f"{facts['data']['digest']}",
+        "seed": str(facts["seed"]),
+        "versions": ", ".join(f"{k} {v}" for k, v in facts["versions"].items()),
+    }
+    rows = "".join(f"<tr><th>{k}</th><td>{escape(v)}</td></tr>" for k, v in cells.items())
+    return f"<table>{rows}</table>"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _bytes(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB" if count < 2**30 else f"{count / 2**30:.2f} GiB"
