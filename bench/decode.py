@@ -1,6 +1,6 @@
 """Decode speed, start-up time and memory of a real server process, seen by a real client.
 
-    python bench/decode.py [--repeats 5] [--force]
+    python bench/decode.py [--repeats 5] [--only TEXT] [--force]
 
 Every round runs every case once, so that a drift of the machine hits all cases alike; the table
 shows medians over the rounds. Before anything is timed, requests in a mixed batch must give the
@@ -26,6 +26,7 @@ from machine import BUSY_SHARE, CpuMeter, describe, measure_load
 from prometheus_client.parser import text_string_to_metric_families
 from prompts import PromptSource
 from random_lora import write_random_loras
+from random_methods import row_norms, write_random_methods
 from report import append_rows, make_console, print_rows
 from rich.console import Console
 from rich.progress import Progress
@@ -74,15 +75,26 @@ class Case:
         }
 
 
-def make_cases(names: list[str]) -> list[Case]:
-    """The cases for a batch of as many requests as there are adapters."""
-    batch, first = len(names), names[0]
-    return [
+def make_cases(loras: list[str], mixed: list[str], only: str = "") -> list[Case]:
+    """The cases for a batch of as many requests as there are adapters of each kind.
+
+    Those whose name contains ``only``, and those of the base that they are compared with.
+    """
+    batch, first = len(loras), loras[0]
+    cases = [
         Case("base, 1 request", [None]),
         Case(f"base, {batch} requests", [None] * batch),
         Case("one adapter, 1 request", [first]),
         Case(f"same adapter, {batch} requests", [first] * batch),
-        Case(f"{batch} adapters, {batch} requests", list(names)),
+        Case(f"{batch} adapters, {batch} requests", list(loras)),
+        Case(f"mixed methods, {batch} requests", list(mixed)),
+    ]
+    chosen = [case for case in cases if only in case.name]
+    sizes = {len(case.adapters) for case in chosen}
+    return [
+        case
+        for case in cases
+        if case in chosen or (case.adapters[0] is None and len(case.adapters) in sizes)
     ]
 
 
@@ -91,16 +103,19 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--model", type=Path, metavar="DIR", help="default: the embedded model")
     for flag, default, text in (
         ("--batch", 16, "requests at once, and different adapters"),
-        ("--rank", 16, "rank of the adapters, on all seven projections"),
+        ("--rank", 16, "rank of the LoRAs, on all seven projections"),
+        ("--mixed-rank", 8, "rank, or soft tokens, of the adapters of mixed methods"),
         ("--prompt-tokens", 64, "length of every prompt"),
         ("--new-tokens", 64, "tokens generated per request"),
         ("--repeats", 5, "rounds; the median counts"),
     ):
         parser.add_argument(flag, type=int, default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases named so, and the base")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
     parser.add_argument("--no-save", action="store_true", help="keep no results")
     args = parser.parse_args(argv)
-    if min(args.batch, args.rank, args.repeats) < 1 or args.new_tokens < 2:
+    counts = (args.batch, args.rank, args.mixed_rank, args.repeats)
+    if min(counts) < 1 or args.new_tokens < 2:
         parser.error("counts must be at least 1, and --new-tokens at least 2")
     return args
 
@@ -174,9 +189,9 @@ def measure_start(args: argparse.Namespace, root: Path) -> tuple[ServerProcess, 
 
 
 def measure(
-    args: argparse.Namespace, console: Console, root: Path, names: list[str]
-) -> tuple[list[Case], dict[str, Any]]:
-    """Run everything; returns the cases and what concerns the server as a whole.
+    args: argparse.Namespace, console: Console, root: Path, cases: list[Case]
+) -> dict[str, Any]:
+    """Run the cases; returns what concerns the server as a whole.
 
     Raises:
         WrongTokensError: A mixed batch changes tokens; nothing is timed then.
@@ -186,14 +201,17 @@ def measure(
     with server, TurretClient(server.address) as client, Progress(console=console) as bar:
         process = psutil.Process(server.process.pid)
         idle_bytes = process.memory_info().rss
-        for name in names:
+        distinct = [c for c in cases if len(set(c.adapters)) == args.batch and args.batch > 1]
+        for name in dict.fromkeys(name for case in cases for name in case.adapters if name):
             client.adapters.load(name, name)
         source = PromptSource(client, args.prompt_tokens)
-        if not tokens_are_right(server, source, names, args.new_tokens):
-            raise WrongTokensError(
-                "a mixed batch does not give its requests the tokens they get alone"
-            )
-        cases = make_cases(names)
+        for case in distinct:
+            names = [name for name in case.adapters if name is not None]
+            if not tokens_are_right(server, source, names, args.new_tokens):
+                raise WrongTokensError(
+                    f"{case.name}: a mixed batch does not give its requests the tokens they get"
+                    " alone"
+                )
         task = bar.add_task("Measuring", total=args.repeats * len(cases))
         for case in cases:
             prompts = source.take(len(case.adapters))
@@ -207,7 +225,7 @@ def measure(
             "rss_mib_before_adapters": round(idle_bytes / 2**20),
             "rss_mib": round(process.memory_info().rss / 2**20),
         }
-    return cases, whole
+    return whole
 
 
 def show(console: Console, cases: list[Case], whole: dict[str, Any]) -> None:
@@ -258,11 +276,17 @@ def main(argv: list[str] | None = None) -> int:
     arch = read_arch(AutoConfig.from_pretrained(model.files))
     with tempfile.TemporaryDirectory(prefix="turret-bench-") as folder:
         root = Path(folder)
-        names = write_random_loras(
-            root, args.batch, arch=arch, base_model=model.name, rank=args.rank
+        like = {"arch": arch, "base_model": model.name}
+        loras = write_random_loras(root, args.batch, rank=args.rank, **like)
+        mixed = write_random_methods(
+            root, args.batch, rank=args.mixed_rank, norms=row_norms(model), **like
         )
+        cases = make_cases(loras, mixed, args.only)
+        if not cases:
+            console.print(f"no case is named like {args.only!r}", markup=False)
+            return 2
         try:
-            cases, whole = measure(args, console, root, names)
+            whole = measure(args, console, root, cases)
         except WrongTokensError as error:
             console.print(f"nothing measured: {error}")
             return EXIT_WRONG
@@ -275,6 +299,7 @@ def main(argv: list[str] | None = None) -> int:
         sizes = {
             "model": model.name,
             "rank": args.rank,
+            "mixed_rank": args.mixed_rank,
             "prompt_tokens": args.prompt_tokens,
             "new_tokens": args.new_tokens,
             "repeats": args.repeats,

@@ -1,6 +1,6 @@
 """Where the time of one decode step goes, and what the bytes it must read cost at least.
 
-    python bench/steps.py [--batch 16] [--steps 40]
+    python bench/steps.py [--batch 16] [--steps 40] [--only mixed]
 
 Runs the engine in this process, with the parts of a step wrapped in timers. A step is longer here
 than in a server by what the timers themselves take (about a microsecond a call), and shorter by
@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from machine import BUSY_SHARE, describe, measure_load
 from random_lora import write_random_loras
+from random_methods import row_norms, write_random_methods
 from report import append_rows, make_console, print_rows
 from rich.console import Console
 from stopwatch import Part, Recorded, Stopwatch
@@ -53,6 +54,8 @@ PARTS = (
     Part("turret.server.models.layer_ops:TorchLayerOps.add_rms_norm", "norms, residuals"),
     Part("turret.server.models.native_layer_ops:NativeLayerOps.silu_mul", "activation"),
     Part("turret.server.models.layer_ops:TorchLayerOps.silu_mul", "activation"),
+    Part("turret.server.adapters.hadamard_bank:HadamardShelf.apply", "Hadamard"),
+    Part("turret.server.adapters.kronecker_bank:KroneckerShelf.apply", "Kronecker"),
     Part("turret.server.models.decoder:Decoder.logits", "head"),
     Part("turret.server.engine.sampler:Sampler.draw", "sampling"),
     Part("turret.server.engine.batch:BatchBuilder.build", "batch metadata"),
@@ -65,21 +68,24 @@ _BANDWIDTH_BYTES = 256 << 20
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
-    """A batch: the adapter of each request, or None."""
+    """A batch: the adapter of each request, or None; the floor counts ``loras`` alone."""
 
     name: str
     adapters: list[str | None]
+    loras: int = 0
 
 
-def scenarios(names: list[str]) -> list[Scenario]:
+def scenarios(names: list[str], mixed: list[str], only: str) -> list[Scenario]:
     batch = len(names)
-    return [
+    found = [
         Scenario("base, 1", [None]),
         Scenario(f"base, {batch}", [None] * batch),
-        Scenario("adapter, 1", [names[0]]),
-        Scenario(f"same adapter, {batch}", [names[0]] * batch),
-        Scenario(f"{batch} adapters, {batch}", list(names)),
+        Scenario("adapter, 1", [names[0]], loras=1),
+        Scenario(f"same adapter, {batch}", [names[0]] * batch, loras=1),
+        Scenario(f"{batch} adapters, {batch}", list(names), loras=batch),
+        Scenario(f"mixed methods, {batch}", list(mixed)),
     ]
+    return [scenario for scenario in found if only in scenario.name]
 
 
 async def decode(
@@ -145,11 +151,10 @@ def step_bytes(arch: Arch, scenario: Scenario, *, rank: int, context: int) -> Re
     slices = [entry for group in arch.linears().values() for entry in group]
     weights = arch.num_layers * sum(out * inner for _, out, inner in slices)
     low_rank = arch.num_layers * rank * _BF16_BYTES
-    distinct = len({name for name in scenario.adapters if name is not None})
     per_token = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * _BF16_BYTES
     return {
         "base matmuls": weights * _NF4_BYTES,
-        "adapters": distinct * low_rank * sum(out + inner for _, out, inner in slices),
+        "adapters": scenario.loras * low_rank * sum(out + inner for _, out, inner in slices),
         "attention": len(scenario.adapters) * context * per_token,
         "head": arch.vocab_size * arch.hidden_size * _BF16_BYTES,
     }
@@ -161,18 +166,18 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     for flag, default in (
         ("--batch", 16),
         ("--rank", 16),
+        ("--mixed-rank", 8),
         ("--prompt-tokens", 64),
         ("--steps", 40),
     ):
         parser.add_argument(flag, type=int, default=default, help=f"default: {default}")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases named so")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
     parser.add_argument("--no-save", action="store_true", help="keep no results")
     return parser.parse_args(argv)
 
 
-async def measure(
-    args: argparse.Namespace, root: Path, names: list[str], cases: list[Scenario]
-) -> list[Recorded]:
+async def measure(args: argparse.Namespace, root: Path, cases: list[Scenario]) -> list[Recorded]:
     """Median milliseconds by part, for every case."""
     config = Config(
         model=ModelConfig(model=args.model),
@@ -182,7 +187,7 @@ async def measure(
     engine, registry, *_ = build_engine(config, Metrics())
     await engine.start()
     try:
-        for name in names:
+        for name in {name for case in cases for name in case.adapters if name is not None}:
             registry.load(name, name)
         watch = Stopwatch()
         results = []
@@ -240,11 +245,13 @@ def main(argv: list[str] | None = None) -> int:
     compute_on_this_thread()
     with tempfile.TemporaryDirectory(prefix="turret-bench-") as folder:
         root = Path(folder)
-        names = write_random_loras(
-            root, args.batch, arch=arch, base_model=model.name, rank=args.rank
+        like = {"arch": arch, "base_model": model.name}
+        loras = write_random_loras(root, args.batch, rank=args.rank, **like)
+        mixed = write_random_methods(
+            root, args.batch, rank=args.mixed_rank, norms=row_norms(model), **like
         )
-        cases = scenarios(names)
-        results = asyncio.run(measure(args, root, names, cases))
+        cases = scenarios(loras, mixed, args.only)
+        results = asyncio.run(measure(args, root, cases))
     context = args.prompt_tokens + args.steps // 2
     floors = [
         {

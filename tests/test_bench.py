@@ -10,10 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_builders import (
+    base_of,
+    linear_modules,
+    logits,
+    lower_adapter,
+    read_adapter,
+    tiny_llama,
+    with_operators,
+)
 from transformers import LlamaConfig
 
 from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint import read_checkpoint
+from turret.server.adapters.methods import METHODS, method_for
 from turret.server.models.arch import read_arch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -64,6 +74,38 @@ def test_random_adapters_load(bench: Any, tmp_path: Path):
         assert all(int(tensor.count_nonzero()) > 0 for tensor in tensors.values())
         weights.append(tensors)
     assert not all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
+    model = tiny_llama()
+    modules = linear_modules(model)
+    norms = {name: module.weight.detach().norm(dim=1) for name, module in modules.items()}
+    made = bench("random_methods")
+    names = made.write_random_methods(
+        tmp_path, 12, arch=read_arch(model.config), base_model="tiny", rank=3, norms=norms
+    )
+    assert names[0] == "mixed-00-lora"
+    assert names[-1] == "mixed-11-lora"
+    base = base_of(model)
+    lowered = {name: lower_adapter(tmp_path, base, name) for name in names}
+    assert {method_for(read_adapter(tmp_path, name)).name for name in names} == METHODS.keys()
+    plain = logits(model)
+    for name, adapter in lowered.items():
+        if adapter.operators.soft_prompt is None:
+            assert adapter.operators.modules.keys() == modules.keys()
+            moved = logits(with_operators(model, [(adapter.operators, 1.0)]))
+            assert 0.01 < (moved - plain).norm() / plain.norm() < 1.5, name
+        else:
+            assert adapter.operators.soft_prompt.num_positions == 3
+
+
+def test_chosen_cases_keep_the_base_they_are_compared_with(bench: Any):
+    make = bench("decode").make_cases
+    loras, mixed = ["a", "b"], ["c", "d"]
+    chosen = [case.adapters for case in make(loras, mixed, "mixed")]
+    assert chosen == [[None, None], mixed]
+    assert len(make(loras, mixed)) == 6
+    assert make(loras, mixed, "nothing like it") == []
 
 
 def test_every_timed_part_exists(bench: Any):
