@@ -16,7 +16,7 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from turret.server.adapters.adapter_root import AdapterRoot
-from turret.server.adapters.base import BaseModel, BaseModule
+from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.checkpoint import (
     CONFIG_FILE,
     TENSORS_FILE,
@@ -24,7 +24,7 @@ from turret.server.adapters.checkpoint import (
     read_checkpoint,
 )
 from turret.server.adapters.lowered import Lowered
-from turret.server.adapters.methods import method_for
+from turret.server.adapters.lowering import lower_checkpoint
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 from turret.server.errors import AdapterCheckpointError
 
@@ -88,15 +88,18 @@ def base_of(
             dequantize=linear.weight.detach,
         )
 
-    linears = linear_modules(model)
+    linears = {**linear_modules(model), HEAD: model.get_submodule(HEAD)}
     leaves = {n for n, m in model.named_modules() if n and not list(m.children())}
+    served = dtype or next(model.parameters()).dtype
+    embedding, head = (model.get_parameter(f"{n}.weight").detach() for n in (EMBEDDING, HEAD))
     return BaseModel(
         name=name,
         model_type="llama",
         digest="0" * 64,
-        dtype=dtype or next(model.parameters()).dtype,
+        dtype=served,
         modules={path: module_of(path, linear) for path, linear in linears.items()},
         other_modules=frozenset(leaves - linears.keys()),
+        vocabulary=BaseVocabulary(embedding.to(served), head.to(served), is_tied=embedding is head),
         num_layers=2,
         hidden_size=64,
         num_kv_heads=2,
@@ -250,8 +253,7 @@ def read_adapter(root: Path, path: str = "a", max_elements: int = 1 << 24) -> Ad
 
 def lower_adapter(root: Path, base: BaseModel, path: str = "a") -> Lowered:
     """Reads and lowers with whichever method accepts it."""
-    checkpoint = read_adapter(root, path)
-    return method_for(checkpoint).lower(checkpoint, base)
+    return lower_checkpoint(read_adapter(root, path), base)[1]
 
 
 def refusal_of(root: Path, path: str = "a") -> AdapterCheckpointError:

@@ -22,6 +22,7 @@ from peft import (
     PrefixTuningConfig,
     PromptEncoderConfig,
     PromptTuningConfig,
+    TrainableTokensConfig,
     VeraConfig,
     get_peft_model,
 )
@@ -58,6 +59,7 @@ def make_config(method: str, **changes: Any) -> PeftConfig:
         "vera": (VeraConfig, {"r": 16, "target_modules": ALL, "projection_prng_key": 3}),
         "prefix_tuning": (PrefixTuningConfig, {"num_virtual_tokens": 5}),
         "prompt_tuning": (PromptTuningConfig, {"num_virtual_tokens": 5}),
+        "trainable_tokens": (TrainableTokensConfig, {"token_indices": [7, 2, 65, 40]}),
         "p_tuning": (PromptEncoderConfig, {"num_virtual_tokens": 5, "encoder_hidden_size": 16}),
     }
     kind, values = kinds[method]
@@ -76,6 +78,13 @@ def randomise(peft_model: nn.Module, seed: int, strength: float = 0.5) -> None:
             columns = parameter.shape[-1] or 1
             if "lora_magnitude_vector" in name:
                 value = parameter * (1.0 + 0.3 * noise)
+            elif "trainable_tokens_delta" in name or "modules_to_save" in name:
+                # A row with some of the old one in it.
+                value = parameter + strength * noise * parameter.std()
+            elif "lora_embedding_A" in name:
+                value = noise
+            elif "lora_embedding_B" in name:
+                value = strength * noise / 4
             elif "ia3_l" in name:
                 value = 1.0 + strength * noise
             elif "vera_lambda_b" in name:

@@ -52,8 +52,8 @@ def test_every_field_of_pefts_lora_config_has_a_rule() -> None:
 
 
 UNSUPPORTED: dict[str, Any] = {
-    "modules_to_save": ["lm_head"],
-    "trainable_token_indices": [1, 2],
+    "modules_to_save": ["norm"],
+    "trainable_token_indices": [1, -2],
     "target_parameters": ["experts.weight"],
     "layer_replication": [[0, 1], [0, 1]],
     "alora_invocation_tokens": [5, 6],
@@ -206,7 +206,7 @@ def test_a_rank_pattern_that_contradicts_the_tensors_is_refused(root: Path) -> N
     assert fields == {f"model.layers.1.self_attn.{m}_proj.lora_A.weight" for m in "qv"}
 
 
-@pytest.mark.parametrize("target", ["embed_tokens", "lm_head", "input_layernorm"])
+@pytest.mark.parametrize("target", ["norm", "input_layernorm"])
 def test_targets_that_cannot_be_adapted_are_named(root: Path, target: str) -> None:
     edit_config(root / "a", target_modules=["q_proj", "v_proj", target])
     error = refusal_of(root)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from turret.server.adapters.bank import StepMembers
-from turret.server.adapters.base import BaseModel, BaseModule
+from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.pack import AdapterPack
 from turret.server.adapters.packed_group import PackLayout, SliceShape
@@ -60,6 +60,7 @@ def base() -> BaseModel:
         dtype=torch.float32,
         modules={NAME: BaseModule(NAME, SIZE, SIZE, None, dequantize)},
         other_modules=frozenset(),
+        vocabulary=BaseVocabulary(torch.zeros(1, SIZE), torch.zeros(1, SIZE), is_tied=False),
         num_layers=1,
         hidden_size=SIZE,
         num_kv_heads=8,

@@ -34,7 +34,17 @@ Q = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q}"
 # ``method_builders`` name → METHODS name, where they differ.
 SERVED = {"rslora": "lora"}
-NEW = ("loha", "lokr", "ia3", "adalora", "vera", "prefix_tuning", "prompt_tuning", "p_tuning")
+NEW = (
+    "loha",
+    "lokr",
+    "ia3",
+    "adalora",
+    "vera",
+    "prefix_tuning",
+    "prompt_tuning",
+    "p_tuning",
+    "trainable_tokens",
+)
 BUILT = (*NEW, "lora", "rslora", "dora")
 # tiny_llama's k and v are 64 -> 32.
 SMALL = {"loha": {"r": 3}}
@@ -138,8 +148,10 @@ def test_modules_that_only_one_side_names_are_refused(method: str, tmp_path: Pat
     fields = named(refusal_of(tmp_path))
     assert any(field.startswith("model.layers.0.mlp.down_proj.") for field in fields)
     assert any(field.startswith("model.layers.1.mlp.up_proj.") for field in fields)
-    edit_config(directory, target_modules=["q_proj", "down_proj", "lm_head"])
+    edit_config(directory, target_modules=["q_proj", "down_proj", "norm", "embed_tokens"])
     assert "target_modules" in named(refusal_of(tmp_path))
+    edit_config(directory, target_modules=["q_proj", "down_proj", "lm_head"])
+    assert any(field.startswith("lm_head.") for field in named(refusal_of(tmp_path)))
 
 
 @pytest.mark.parametrize("method", ["loha", "lokr", "ia3", "adalora", "vera"])

@@ -144,7 +144,7 @@ def served_weights(model: Path | None, dtype: torch.dtype) -> dict[str, torch.Te
     source = resolve_model(model, cache)
     decoder = load_decoder(source, dtype=dtype, device=torch.device("cpu"))
     base = describe_base(decoder, source)
-    return {path: module.dequantize() for path, module in base.modules.items()}
+    return {p: module.dequantize() for p, module in base.modules.items() if ".layers." in p}
 
 
 def load_oracle(model: Path | None, weights: dict[str, torch.Tensor]) -> Any:

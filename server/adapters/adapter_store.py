@@ -9,6 +9,7 @@ import torch
 
 from turret.server.adapters.bank import StepMembers
 from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.vocabulary_step import VocabularyChange
 
 # Told of every adapter that entered or left a store.
 OnMoved = Callable[[Any], None]
@@ -80,6 +81,10 @@ class AdapterStore(Protocol):
 
     def drop(self, key: str) -> None:
         """Forget an adapter (unloaded or replaced). Unknown ones are ignored."""
+        ...
+
+    def vocabulary(self, key: str) -> VocabularyChange | None:
+        """What a stored adapter does to embedding and head."""
         ...
 
     def step(self, members: StepMembers) -> AdapterStep:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
+EMBEDDING = "model.embed_tokens"
+HEAD = "lm_head"
+
 
 @dataclass(frozen=True, slots=True)
 class BaseModule:
@@ -29,6 +32,25 @@ class BaseModule:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseVocabulary:
+    """The matrices that have a row per token, ``[vocab, hidden]`` in the serving dtype.
+
+    Attributes:
+        embedding: Of the input.
+        head: Of the output.
+        is_tied: Whether the checkpoint declares them to be one (``tie_word_embeddings``).
+    """
+
+    embedding: torch.Tensor
+    head: torch.Tensor
+    is_tied: bool
+
+    @property
+    def size(self) -> int:
+        return self.embedding.shape[0]
+
+
+@dataclass(frozen=True, slots=True)
 class BaseModel:
     """The frozen base as adapters see it.
 
@@ -38,9 +60,11 @@ class BaseModel:
         model_type: ``llama``, ``mistral``, ``qwen2``, ``qwen3``.
         digest: SHA-256 over the served weights' identity; KV keys and provenance use it.
         dtype: Serving dtype of activations and operators.
-        modules: The quantised linear modules of the decoder layers, by full path, in layer order.
-        other_modules: Paths that exist but are not adaptable here (``model.embed_tokens``,
-            ``lm_head``, norms): targeting one is an error that names it, not a silent skip.
+        modules: The quantised linear modules of the decoder layers, by full path, in layer order,
+            and ``lm_head`` behind them.
+        other_modules: Paths that exist but are not linear modules (norms, ``model.embed_tokens``):
+            a method that does not serve one names it in an error, not a silent skip.
+        vocabulary: Embedding and head.
         num_layers: Decoder layers.
         hidden_size: Width of an embedding.
         num_kv_heads: Heads of keys and values per layer.
@@ -53,6 +77,7 @@ class BaseModel:
     dtype: torch.dtype
     modules: Mapping[str, BaseModule]
     other_modules: frozenset[str]
+    vocabulary: BaseVocabulary
     num_layers: int
     hidden_size: int
     num_kv_heads: int

@@ -44,6 +44,7 @@ class AdapterCheckpoint:
             prefixes), in the file's dtype; they own their memory.
         digest: SHA-256, hex, over the config (canonical JSON) and every byte of the tensor file.
         bytes_disk: Size of the two files.
+        is_partial: Whether tensors were taken out that the method must not miss.
     """
 
     path: str
@@ -51,6 +52,7 @@ class AdapterCheckpoint:
     tensors: Mapping[str, torch.Tensor]
     digest: str
     bytes_disk: int
+    is_partial: bool = False
 
 
 def read_checkpoint(root: AdapterRoot, path: str, *, max_elements: int) -> AdapterCheckpoint:

@@ -48,6 +48,10 @@ def is_bool(value: Any) -> str | None:
     return None if isinstance(value, bool) else f"must be true or false, not {value!r:.60}"
 
 
+def is_optional_bool(value: Any) -> str | None:
+    return None if value is None else is_bool(value)
+
+
 def is_rank(value: Any) -> str | None:
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     return None if ok else f"must be an integer >= 1, not {value!r:.60}"

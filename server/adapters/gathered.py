@@ -18,6 +18,8 @@ from turret.server.adapters.hadamard_bank import HadamardBank
 from turret.server.adapters.kronecker_bank import KroneckerBank
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.packed_group import PackLayout
+from turret.server.adapters.token_bank import TokenBank
+from turret.server.adapters.vocabulary_step import VocabularyChange
 
 
 @dataclass(slots=True)
@@ -61,6 +63,7 @@ class GatheredAdapters:
         self._on_moved = on_moved
         banks = (HadamardBank(layout, dtype, device), KroneckerBank(layout, dtype, device))
         self._banks = BankSet(banks, device)
+        self._tokens = TokenBank(device)
         self._entries: dict[str, _Entry] = {}
         self._step = 0
         self._projections = Projections(layout)
@@ -92,7 +95,11 @@ class GatheredAdapters:
         if entry is not None:
             entry.adapter.bytes_device = 0
             self._banks.remove(key)
+            self._tokens.remove(key)
             self._on_moved(entry.adapter)
+
+    def vocabulary(self, key: str) -> VocabularyChange | None:
+        return self._tokens.get(key)
 
     def step(self, members: StepMembers) -> GatheredStep:
         segments = self._segments(members)
@@ -162,6 +169,7 @@ class GatheredAdapters:
             adapter, operators, table, frozenset(groups), frozenset(input_gains), self._step
         )
         self._banks.insert(adapter.key, operators)
+        self._tokens.insert(adapter.key, operators)
         adapter.bytes_device = num_bytes
         self._on_moved(adapter)
 

@@ -12,7 +12,7 @@ from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.lowered import Lowered
-from turret.server.adapters.methods import method_for
+from turret.server.adapters.lowering import lower_checkpoint
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.single_thread import compute_on_this_thread
 from turret.server.adapters.source import Source
@@ -72,8 +72,7 @@ class AdapterLoader:
             BudgetExceededError: Rank or bytes over the limit.
         """
         compute_on_this_thread()
-        method = method_for(checkpoint)
-        lowered = method.lower(checkpoint, self._base, self._max_rank)
+        method, lowered = lower_checkpoint(checkpoint, self._base, self._max_rank)
         if lowered.num_bytes > self._host_bytes:
             raise BudgetExceededError(
                 f"adapter {checkpoint.path!r} needs {lowered.num_bytes} bytes of host memory, the"
@@ -82,7 +81,7 @@ class AdapterLoader:
             )
         facts = AdapterFacts(
             digest=checkpoint.digest,
-            method=method.name,
+            method=method,
             ranks=lowered.ranks,
             target_modules=lowered.target_modules,
             base_model=lowered.base_model,
@@ -107,7 +106,7 @@ class AdapterLoader:
         """As ``reload``, with operators in another dtype than the one served."""
         checkpoint = self._read_same(source, digest)
         base = replace(self._base, dtype=dtype)
-        return method_for(checkpoint).lower(checkpoint, base, self._max_rank)
+        return lower_checkpoint(checkpoint, base, self._max_rank)[1]
 
     def _read_same(self, source: Source, digest: str) -> AdapterCheckpoint:
         checkpoint = self.read(source)

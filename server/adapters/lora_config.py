@@ -14,6 +14,7 @@ from turret.server.adapters.config_keys import (
     is_bool,
     is_number,
     is_one_of,
+    is_optional_bool,
     is_rank,
 )
 from turret.server.adapters.targets import (
@@ -24,6 +25,7 @@ from turret.server.adapters.targets import (
     is_rank_pattern,
 )
 from turret.server.adapters.violations import Violations
+from turret.server.adapters.vocabulary_config import is_modules_to_save, is_token_indices
 
 # Initialisations that leave the base weights as they were; they only set the starting point.
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
@@ -71,13 +73,9 @@ LORA_RULES: Rules = {
         (False, None),
         "is for Conv1D bases such as GPT-2; no base model served here stores weights that way",
     ),
-    "modules_to_save": Rejected(
-        (None, []),
-        "full copies of modules are not served; express the change as LoRA on decoder layers",
-    ),
-    "trainable_token_indices": Rejected(
-        (None,), "trained embedding rows are not served; train without them"
-    ),
+    "modules_to_save": Used(is_modules_to_save),
+    "trainable_token_indices": Used(is_token_indices),
+    "ensure_weight_tying": Used(is_optional_bool),
     "target_parameters": Rejected(
         (None, []), "LoRA on bare parameters (experts) is not served; target linear modules"
     ),
@@ -104,7 +102,6 @@ LORA_RULES: Rules = {
     "lora_ga_config": Irrelevant("read only at initialisation, which init_lora_weights names"),
     "megatron_config": Irrelevant("picks the layer class in Megatron training"),
     "megatron_core": Irrelevant("picks the layer class in Megatron training"),
-    "ensure_weight_tying": Irrelevant("concerns embeddings and copied modules, which are refused"),
     "merge_weights": Irrelevant("merging behaviour of early PEFT versions in training"),
 }
 

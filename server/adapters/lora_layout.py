@@ -103,7 +103,8 @@ def read_lora_layout(
         if not violations.fields & _TARGET_KEYS:
             _check_targets(targets, tensors, base, violations)
     _check_switches(config, targets, tensors, base, violations)
-    if not any(A in roles for roles in tensors.modules.values()) and not tensors.mismatches:
+    is_empty = not any(A in roles for roles in tensors.modules.values())
+    if is_empty and not tensors.mismatches and not checkpoint.is_partial:
         violations.add("adapter_model.safetensors", "holds no LoRA tensors")
     violations.raise_if_any(checkpoint.path)
     _raise_mismatches(checkpoint.path, tensors, base)
@@ -204,7 +205,7 @@ def _raise_mismatches(path: str, tensors: LoraTensors, base: BaseModel) -> None:
 
 def _check_budget(path: str, tensors: LoraTensors, max_rank: int | None) -> None:
     ranks = {roles[A].shape[0] for roles in tensors.modules.values() if A in roles}
-    if max_rank is not None and max(ranks) > max_rank:
+    if max_rank is not None and max(ranks, default=0) > max_rank:
         raise BudgetExceededError(
             f"adapter {path!r} has rank {max(ranks)}, the server allows {max_rank}",
             metadata={"path": path, "rank": str(max(ranks)), "max_rank": str(max_rank)},

@@ -25,7 +25,6 @@ _ROLES = (
     (".base_layer.bias", BIAS),
     (".bias", BIAS),
 )
-_EMBEDDING_MARKS = (".lora_embedding_A", ".lora_embedding_B")
 
 
 @dataclass(slots=True)
@@ -71,13 +70,8 @@ def _split(name: str) -> tuple[str, str | None]:
 
 
 def _advice(name: str) -> str:
-    if any(mark in name for mark in _EMBEDDING_MARKS):
-        return "LoRA on embeddings is not served; target linear modules of the decoder layers"
     if name.endswith(".weight") and ".lora_" not in name:
-        return (
-            "is a full weight, which is not served; save without modules_to_save and with"
-            " save_embedding_layers=False"
-        )
+        return "is a whole weight; only those of embed_tokens and lm_head are served"
     return "is not a tensor this method knows; every tensor must be used"
 
 

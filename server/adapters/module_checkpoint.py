@@ -227,10 +227,7 @@ def _advice(name: str) -> str:
     if name.endswith((".hada_t1", ".hada_t2", ".lokr_t2")):
         return "belongs to a convolution; the models served have none"
     if name.endswith(".weight"):
-        return (
-            "is a full weight, which is not served; save without modules_to_save and with"
-            " save_embedding_layers=False"
-        )
+        return "is a whole weight; only those of embed_tokens and lm_head are served"
     return "is not a tensor this method knows; every tensor must be used"
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from turret.server.adapters.soft_prompt import SoftPrompt
+from turret.server.adapters.token_rows import TokenOperators
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,12 +134,22 @@ class AdapterOperators:
     Attributes:
         modules: Full module path in the base (``model.layers.0.self_attn.q_proj``) → operators.
         soft_prompt: What it puts before the prompt, or None.
+        head: What it does to the output head as a linear module, or None.
+        tokens: What it does to rows of the embedding and the head, or None.
     """
 
     modules: Mapping[str, ModuleOperators]
     soft_prompt: SoftPrompt | None = None
+    head: ModuleOperators | None = None
+    tokens: TokenOperators | None = None
 
     @property
     def num_bytes(self) -> int:
         modules = sum(module.num_bytes for module in self.modules.values())
-        return modules + (0 if self.soft_prompt is None else self.soft_prompt.num_bytes)
+        others = (self.soft_prompt, self.head, self.tokens)
+        return modules + sum(other.num_bytes for other in others if other is not None)
+
+    @property
+    def changes_vocabulary(self) -> bool:
+        """Whether the embedding or the head is another one under this adapter."""
+        return self.head is not None or self.tokens is not None

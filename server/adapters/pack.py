@@ -25,6 +25,8 @@ from turret.server.adapters.kronecker_bank import KroneckerBank
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.packed_group import PackedGroup, PackLayout
 from turret.server.adapters.segment_planner import plan_segments
+from turret.server.adapters.token_bank import TokenBank
+from turret.server.adapters.vocabulary_step import VocabularyChange
 
 # Rank ranges start at multiples of this: bf16 dot products take ranks in pairs, and a shifted
 # pairing would change the rounding.
@@ -84,6 +86,7 @@ class AdapterPack:
         self._groups = {name: PackedGroup(layout, name, dtype, device) for name in layout.groups}
         banks = (HadamardBank(layout, dtype, device), KroneckerBank(layout, dtype, device))
         self._banks = BankSet(banks, device)
+        self._tokens = TokenBank(device)
         self._entries: dict[str, PackEntry] = {}
         self._capacity = 0
         self._slots = 1  # slot 0 is the neutral one
@@ -129,7 +132,11 @@ class AdapterPack:
         if entry is not None:
             entry.adapter.bytes_device = 0
             self._banks.remove(key)
+            self._tokens.remove(key)
             self._on_moved(entry.adapter)
+
+    def vocabulary(self, key: str) -> VocabularyChange | None:
+        return self._tokens.get(key)
 
     def step(self, members: StepMembers) -> PackedStep:
         mixes = [*members.short, *(mix for _, _, mix in members.long)]
@@ -163,6 +170,7 @@ class AdapterPack:
             group.put_low_rank(operators, entry.rank_start, entry.rank_end)
             group.put_tables(operators, entry.slot, self._slots)
         self._banks.insert(adapter.key, operators)
+        self._tokens.insert(adapter.key, operators)
         adapter.bytes_device = num_bytes
         self._on_moved(adapter)
 

@@ -20,9 +20,9 @@ from turret.server.adapters.finite import all_finite
 from turret.server.adapters.lowered import Lowered
 from turret.server.adapters.module_checkpoint import Findings
 from turret.server.adapters.operators import AdapterOperators
-from turret.server.adapters.selection_rules import MODULES_TO_SAVE
 from turret.server.adapters.soft_prompt import SoftPrompt
 from turret.server.adapters.violations import Violations
+from turret.server.adapters.vocabulary_config import is_head_to_save
 
 EMBEDDINGS = "prompt_embeddings"
 _REQUIRED = ("num_virtual_tokens", "token_dim")
@@ -35,7 +35,7 @@ PROMPT_RULES: Rules = {
     "num_transformer_submodules": Used(is_one_of(1, None)),
     "num_attention_heads": Irrelevant("only keys and values have heads"),
     "num_layers": Irrelevant("soft tokens enter before the first layer"),
-    "modules_to_save": MODULES_TO_SAVE,
+    "modules_to_save": Used(is_head_to_save),
 }
 
 

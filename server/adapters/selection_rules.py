@@ -10,14 +10,11 @@ from turret.server.adapters.targets import (
     is_optional_module_selector,
 )
 
-# A module that a method cannot reach is refused by one rule, whatever the method.
-MODULES_TO_SAVE = LORA_RULES["modules_to_save"]
-
 SELECTION_RULES: Rules = {
     **COMMON_RULES,
     "target_modules": Used(is_module_selector),
     "exclude_modules": Used(is_optional_module_selector),
-    "modules_to_save": MODULES_TO_SAVE,
+    "modules_to_save": LORA_RULES["modules_to_save"],
 }
 
 LAYER_RULES: Rules = {

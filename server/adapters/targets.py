@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from turret.server.adapters.base import HEAD
 from turret.server.adapters.config_keys import is_number, is_rank
 from turret.server.adapters.pattern_match import Pattern, PatternResult, match_all
 from turret.server.adapters.violations import Violations
@@ -156,8 +157,8 @@ def resolve_targets(
     Args:
         config: Checked by the ``is_*`` functions above; missing keys mean PEFT's defaults, except
             ``target_modules``, ``r`` and ``lora_alpha``, which must be there.
-        linear_names: Linear modules of the decoder layers.
-        other_names: Modules that exist but cannot be adapted here.
+        linear_names: Linear modules.
+        other_names: Modules that exist but are not linear.
         violations: Receives bad patterns and contradictory keys.
 
     Returns:
@@ -194,7 +195,8 @@ def resolve_targets(
             name, config.get("layers_to_transform"), layer_regexes, patterns
         )
 
-    linear = frozenset(linear_names)
+    # Of the linear modules, "all-linear" leaves out the one that makes logits.
+    linear = frozenset(linear_names) - {HEAD}
     targeted = [name for name in names if not is_excluded(name) and is_targeted(name)]
     warnings: list[str] = []
 

@@ -34,6 +34,5 @@ UNSERVED: Mapping[str, str] = {
     "CPT": f"its embeddings carry label masks; {_PROMPT}",
     "MULTITASK_PROMPT_TUNING": f"a request would have to name a task; {_PROMPT}, one per task",
     "POLY": "it routes between LoRAs by task; train one LORA per task",
-    "TRAINABLE_TOKENS": "embedding rows are not served; train PROMPT_TUNING or LORA instead",
     "XLORA": "its gate needs a pass of its own; load its LoRAs and request a weighted mix of them",
 }

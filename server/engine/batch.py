@@ -10,8 +10,10 @@ from turret.kernels.paged_attention import SequenceSpan
 from turret.server.adapters.adapter_store import AdapterStep, AdapterStore
 from turret.server.adapters.bank import Members, StepMembers
 from turret.server.adapters.soft_prompt import soft_prompt_of
+from turret.server.adapters.vocabulary_step import VocabularyGroup
 from turret.server.engine.scheduler import Scheduled, Step
 from turret.server.engine.sequence import Sequence
+from turret.server.engine.vocabulary_plan import plan_vocabulary
 from turret.server.models.arch import Arch
 from turret.server.models.decoder import StepInput
 from turret.server.models.layer_ops import LayerOps
@@ -122,7 +124,13 @@ class BatchBuilder:
             adapters=adapters,
             soft_rows=self._tensor(soft_rows) if soft_rows else None,
             soft_values=torch.cat(soft_values).to(self._device) if soft_values else None,
+            embeddings=self._changed_embeddings(placed),
         )
+
+    def _changed_embeddings(self, placed: list[Placed]) -> list[VocabularyGroup]:
+        rows = [(p.item.sequence, range(p.row_start, p.last_row + 1)) for p in placed]
+        groups = plan_vocabulary(rows, self._store, self._device)
+        return [g for g in groups if any(c.changes_embedding for c, _ in g.members)]
 
     def _bind_adapters(self, short: list[Scheduled], long: list[Placed]) -> AdapterStep:
         sequences = [item.sequence for item in short] + [p.item.sequence for p in long]

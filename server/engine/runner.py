@@ -9,10 +9,12 @@ import torch
 
 from turret.server.adapters.adapter_store import AdapterStore
 from turret.server.adapters.soft_prompt import soft_prompt_of
+from turret.server.adapters.vocabulary_step import VocabularyGroup
 from turret.server.engine.batch import Batch, BatchBuilder, Placed
 from turret.server.engine.sampler import Draw, Sampler, top_of
 from turret.server.engine.scheduler import Step
 from turret.server.engine.sequence import Sequence
+from turret.server.engine.vocabulary_plan import plan_vocabulary
 from turret.server.errors import BudgetExceededError
 from turret.server.models.decoder import Decoder
 from turret.server.models.kv_cache import KvCache
@@ -122,11 +124,16 @@ class Runner:
         if not sampling:
             return
         rows = torch.tensor([placed.last_row for placed in sampling], device=hidden.device)
-        logits = self._decoder.logits(hidden.index_select(0, rows))
         sequences = [placed.item.sequence for placed in sampling]
+        changes = self._changed_heads([(s, range(i, i + 1)) for i, s in enumerate(sequences)])
+        logits = self._decoder.logits(hidden.index_select(0, rows), changes)
         banned = [self._banned(sequence) for sequence in sequences]
         draws = self._sampler.draw(logits, sequences, banned)
         result.draws = dict(zip(sequences, draws, strict=True))
+
+    def _changed_heads(self, rows: list[tuple[Sequence, range]]) -> list[VocabularyGroup]:
+        groups = plan_vocabulary(rows, self._store, self._decoder.device)
+        return [g for g in groups if any(c.changes_head for c, _ in g.members)]
 
     def _banned(self, sequence: Sequence) -> frozenset[int]:
         stop = sequence.request.stop
@@ -146,7 +153,9 @@ class Runner:
         for low in range(start + skipped, end, _PROMPT_LOGIT_ROWS):
             high = min(low + _PROMPT_LOGIT_ROWS, end)
             first = placed.row_start + low - start
-            rows = self._decoder.logits(hidden[first : first + high - low]).log_softmax(-1)
+            changes = self._changed_heads([(sequence, range(high - low))])
+            logits = self._decoder.logits(hidden[first : first + high - low], changes)
+            rows = logits.log_softmax(-1)
             targets = sequence.tokens[low + 1 : high + 1]
             position = low + 1 - sequence.num_virtual
             out.extend(self._scored(rows, targets, position, sequence.request.options.top_n))

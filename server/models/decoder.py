@@ -6,7 +6,7 @@ transformer with RMSNorm, rotary positions, grouped-query attention and a gated 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,11 @@ import torch.nn.functional as F
 
 from turret.kernels.row_linear import row_linear
 from turret.server.adapters.adapter_store import AdapterStep
+from turret.server.adapters.vocabulary_step import (
+    VocabularyGroup,
+    change_embeddings,
+    change_logits,
+)
 from turret.server.models.adapted_linear import AdaptedLinear
 from turret.server.models.arch import Arch
 from turret.server.models.kv_cache import KvCache
@@ -33,6 +38,7 @@ class StepInput:
         adapters: The step's adapters, or None where every row is the base model's.
         soft_rows: Rows whose embedding is not a token's, ``[m]`` int64, or None.
         soft_values: Their embeddings, ``[m, hidden]``, or None.
+        embeddings: Rows whose adapters change the embedding.
     """
 
     token_ids: torch.Tensor
@@ -42,6 +48,7 @@ class StepInput:
     adapters: AdapterStep | None
     soft_rows: torch.Tensor | None = None
     soft_values: torch.Tensor | None = None
+    embeddings: Sequence[VocabularyGroup] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -98,6 +105,7 @@ class Decoder:
         # [rows, head_dim / 2] fp32, shared by all layers.
         angles = phases.cos() * self.arch.rope_scaling, phases.sin() * self.arch.rope_scaling
         hidden = F.embedding(step.token_ids, self.embedding)
+        change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
         if step.soft_rows is not None and step.soft_values is not None:
             hidden.index_copy_(0, step.soft_rows, step.soft_values.to(hidden.dtype))
         delta = None
@@ -118,9 +126,17 @@ class Decoder:
             delta = layer.down(gated, step.adapters)
         return ops.add_rms_norm(hidden, delta, self.norm)
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Project ``[rows, hidden]`` onto the vocabulary, ``[rows, vocab]`` fp32."""
-        return row_linear(hidden, self.head).float()
+    def logits(self, hidden: torch.Tensor, changes: Sequence[VocabularyGroup] = ()) -> torch.Tensor:
+        """Project ``[rows, hidden]`` onto the vocabulary, ``[rows, vocab]`` fp32.
+
+        Args:
+            hidden: Final-norm hidden states.
+            changes: Rows whose adapters change the head.
+        """
+        return change_logits(hidden, self._head(hidden), self._head, changes)
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return row_linear(hidden, self.head)
 
     def _heads(self, layer: DecoderLayer, qkv: torch.Tensor) -> torch.Tensor:
         """As ``[rows, heads + 2·kv_heads, head_dim]``, normed where the model says so."""

@@ -10,7 +10,7 @@ import torch
 from safetensors import safe_open
 
 from turret.kernels.row_linear import row_multiple
-from turret.server.adapters.base import BaseModel, BaseModule
+from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.packed_group import PackLayout, SliceShape
 from turret.server.errors import InvalidRequestError
 from turret.server.models.adapted_linear import AdaptedLinear
@@ -160,7 +160,9 @@ def describe_base(decoder: Decoder, source: ModelSource) -> BaseModel:
                     dequantize=lambda linear=linear, index=index: linear.base.dequantize(index),
                 )
                 offset += out
-    others = {"model.embed_tokens", "model.norm", "lm_head"}
+    head = decoder.head
+    modules[HEAD] = BaseModule(HEAD, arch.hidden_size, head.shape[0], None, lambda: head.float())
+    others = {EMBEDDING, "model.norm"}
     for number in range(arch.num_layers):
         others |= {
             f"{_PREFIX}.{number}.{n}" for n in ("input_layernorm", "post_attention_layernorm")
@@ -174,6 +176,7 @@ def describe_base(decoder: Decoder, source: ModelSource) -> BaseModel:
         dtype=decoder.dtype,
         modules=modules,
         other_modules=frozenset(others),
+        vocabulary=BaseVocabulary(decoder.embedding, head, arch.tie_word_embeddings),
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_kv_heads=arch.num_kv_heads,

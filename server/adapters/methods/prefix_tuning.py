@@ -17,6 +17,7 @@ from turret.server.adapters.lowered import Lowered
 from turret.server.adapters.module_checkpoint import Findings
 from turret.server.adapters.prompt_checkpoint import PROMPT_RULES, finish_prompt, read_prompt
 from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
+from turret.server.adapters.vocabulary_config import is_modules_to_save
 
 
 def _is_heads(value: Any) -> str | None:
@@ -25,6 +26,7 @@ def _is_heads(value: Any) -> str | None:
 
 PREFIX_TUNING_RULES: Rules = {
     **PROMPT_RULES,
+    "modules_to_save": Used(is_modules_to_save),
     "num_layers": Used(_is_heads),
     "num_attention_heads": Used(_is_heads),
     "prefix_projection": Irrelevant("the file holds the projection's output"),

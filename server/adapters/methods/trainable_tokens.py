@@ -1,0 +1,124 @@
+"""Trainable tokens (PEFT's ``TRAINABLE_TOKENS``): rows of the embedding, trained alone.
+
+``e(t)`` is the file's row for the config's tokens. With tied embeddings they are rows of the output
+head too; PEFT then saves them under both names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
+from turret.server.adapters.base_name import base_name_warning
+from turret.server.adapters.checkpoint import TENSORS_FILE, AdapterCheckpoint
+from turret.server.adapters.config_keys import COMMON_RULES, Irrelevant, Rules, Used, check_config
+from turret.server.adapters.lowered import Lowered
+from turret.server.adapters.module_checkpoint import Findings
+from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.targets import is_optional_module_selector, resolve_targets
+from turret.server.adapters.token_reader import read_rows
+from turret.server.adapters.token_rows import TokenOperators, TokenRows
+from turret.server.adapters.vocabulary_config import is_token_list
+
+_SUFFIX = ".trainable_tokens_delta"
+# Where PEFT wraps a tied head twice, it saves the same rows once more.
+_COPIES = (f"{HEAD}{_SUFFIX}", f"{HEAD}.base_layer{_SUFFIX}")
+
+TRAINABLE_TOKENS_RULES: Rules = {
+    **COMMON_RULES,
+    "token_indices": Used(is_token_list),
+    "target_modules": Used(is_optional_module_selector),
+    "init_weights": Irrelevant("sets the starting point of training"),
+}
+
+
+class TrainableTokensMethod:
+    name = "trainable_tokens"
+    peft_types = frozenset({"TRAINABLE_TOKENS"})
+    rules = TRAINABLE_TOKENS_RULES
+
+    def accepts(self, config: Mapping[str, Any]) -> bool:
+        return True
+
+    def lower(
+        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
+    ) -> Lowered:
+        config, findings = checkpoint.config, Findings()
+        check_config(config, self.rules, findings.violations)
+        if "token_indices" not in config:
+            findings.violations.add("token_indices", "is required")
+        targeted = _targeted(config, base, findings)
+        rows = _read(checkpoint, targeted, base, findings)
+        findings.raise_if_any(checkpoint, base)
+        base_model = config.get("base_model_name_or_path") or ""
+        warning = base_name_warning(base_model, base.name)
+        return Lowered(
+            operators=AdapterOperators(
+                {}, tokens=TokenOperators(embedding=rows.get(EMBEDDING), head=rows.get(HEAD))
+            ),
+            ranks=(),
+            target_modules=tuple(sorted(name.rpartition(".")[2] for name in rows)),
+            base_model=base_model,
+            warnings=(warning,) if warning else (),
+        )
+
+
+def _targeted(config: Mapping[str, Any], base: BaseModel, findings: Findings) -> frozenset[str]:
+    """Modules with trained rows: the embedding unless the config says otherwise."""
+    violations = findings.violations
+    if "target_modules" in violations.fields:
+        return frozenset()
+    chosen = config.get("target_modules") or [EMBEDDING]
+    selection = {"target_modules": chosen, "r": 1, "lora_alpha": 1}
+    linear = [name for name in base.modules if name != HEAD]
+    others = [HEAD, EMBEDDING, *sorted(base.other_modules - {EMBEDDING})]
+    targeted = resolve_targets(selection, linear, others, violations).targeted
+    for name in sorted(targeted - {EMBEDDING, HEAD}):
+        violations.add("target_modules", f"{name!r} has no row per token")
+    if not targeted:
+        violations.add("target_modules", "selects neither embed_tokens nor lm_head")
+    return targeted & {EMBEDDING, HEAD}
+
+
+def _read(
+    checkpoint: AdapterCheckpoint, targeted: frozenset[str], base: BaseModel, findings: Findings
+) -> dict[str, TokenRows]:
+    violations, rows = findings.violations, {}
+    left = dict(checkpoint.tensors)
+    is_tied = base.vocabulary.is_tied and EMBEDDING in targeted
+    for module in (EMBEDDING, HEAD):
+        if is_tied and module == HEAD:
+            shared = checkpoint.tensors.get(EMBEDDING + _SUFFIX)
+            _drop_copies(left, shared, findings)
+            if EMBEDDING in rows:
+                rows[HEAD] = rows[EMBEDDING]
+        elif module in targeted:
+            name = module + _SUFFIX
+            tensor = left.pop(name, None)
+            if tensor is None:
+                violations.add(name, "is missing; the config targets the module")
+            elif "token_indices" not in violations.fields:
+                ids = checkpoint.config["token_indices"]
+                found = read_rows(name, tensor, ids, base.vocabulary, findings)
+                if found is not None:
+                    rows[module] = found
+    for name in left:
+        violations.add(name, "is not a tensor this method knows; every tensor must be used")
+    if not checkpoint.tensors:
+        violations.add(TENSORS_FILE, "holds no tensors of this method")
+    return rows
+
+
+def _drop_copies(
+    left: dict[str, torch.Tensor], shared: torch.Tensor | None, findings: Findings
+) -> None:
+    for name in _COPIES:
+        copy = left.pop(name, None)
+        if copy is not None and (shared is None or not torch.equal(copy, shared)):
+            findings.violations.add(name, "differs from the embedding's rows, which it is tied to")
+
+
+METHOD = TrainableTokensMethod()

@@ -1,0 +1,42 @@
+"""Which rows of a step need another embedding or head than the base's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from turret.server.adapters.adapter_store import AdapterStore
+from turret.server.adapters.vocabulary_step import VocabularyChange, VocabularyGroup
+from turret.server.engine.sequence import Sequence
+
+
+def plan_vocabulary(
+    rows: Iterable[tuple[Sequence, range]], store: AdapterStore, device: torch.device
+) -> list[VocabularyGroup]:
+    """Groups rows by what their mixes do to the vocabulary.
+
+    Args:
+        rows: Sequences and their rows; what their mixes name is packed.
+        store: Holds the adapters.
+        device: Of the step.
+
+    Returns:
+        One group per mix that changes anything; none for most steps.
+    """
+    numbers: dict[tuple[tuple[str, float], ...], list[int]] = {}
+    members: dict[tuple[tuple[str, float], ...], list[tuple[VocabularyChange, float]]] = {}
+    for sequence, its_rows in rows:
+        found = [
+            (adapter.key, weight, change)
+            for adapter, weight in sequence.mix.components
+            # Weight 0 adds nothing, not even an overflow.
+            if weight and (change := store.vocabulary(adapter.key)) is not None
+        ]
+        if found:
+            mix = tuple((key, weight) for key, weight, _ in found)
+            numbers.setdefault(mix, []).extend(its_rows)
+            members[mix] = [(change, weight) for _, weight, change in found]
+    return [
+        VocabularyGroup(torch.tensor(numbers[mix], device=device), members[mix]) for mix in numbers
+    ]
