@@ -22,6 +22,7 @@ from turret.kernels.fusion_gate import fusion_gate_reference
 from turret.kernels.gpu.fusion_gate import fusion_gate
 from turret.kernels.gpu.segment_table import SegmentTable
 from turret.kernels.gpu.segmented_shrink import segmented_shrink
+from turret.kernels.row_linear import row_multiple
 from turret.kernels.segments import LongSegment
 
 INNER, OUTS, D_K = 60, (24, 12), 40
@@ -86,6 +87,34 @@ def test_reference():
     assert error_ratio(gates, scores.softmax(1)) < 1e-5
     for count in (1, 2, 3, 8):
         assert torch.equal(fusion_gate_reference(q[:count], v[:count], keys, indptr), gates[:count])
+
+
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_reference_ignores_other_rows_and_the_row_s_place(num_threads):
+    before = torch.get_num_threads()
+    torch.set_num_threads(num_threads)
+    row_multiple.cache_clear()
+    try:
+        for d_k in (1, 3, 8, 16, 40, 100):
+            for ranks in ([4, 8], [8, 0, 4], [1, 1], [3, 5, 7], [16] * 4, [64, 128], [1] * 9):
+                indptr = [0, *itertools.accumulate(ranks)]
+                q, v = torch.randn(300, d_k), torch.randn(300, indptr[-1])
+                keys = torch.randn(indptr[-1], d_k) * 0.1
+                whole = fusion_gate_reference(q, v, keys, indptr)
+                for start, count in itertools.product((0, 1, 5), (1, 2, 7, 9, 33, 64, 66, 200)):
+                    rows = slice(start, start + count)
+                    got = fusion_gate_reference(q[rows], v[rows], keys, indptr)
+                    assert torch.equal(got, whole[rows]), (d_k, ranks, start, count)
+    finally:
+        torch.set_num_threads(before)
+        row_multiple.cache_clear()
+
+
+def test_a_component_without_ranks_scores_zero():
+    q, v, keys = torch.randn(5, 8), torch.randn(5, 6), torch.randn(6, 8)
+    gates = fusion_gate_reference(q, v, keys, [0, 4, 4])
+    score = ((v[:, :4].double() @ keys[:4].double()) * q.double()).sum(1)
+    assert error_ratio(gates[:, 0], score.sigmoid()) < 1e-5
 
 
 def test_breaches_of_the_contract_are_refused():
