@@ -1,7 +1,7 @@
 """The running adapters where they lie in host memory, for the compiled CPU kernels.
 
 Nothing is copied: an adapter's entry is a table of pointers to its operators, and each row of a
-step reads the factors of its own adapters. Hadamard and Kronecker factors are in banks.
+step reads the factors of its own adapters. The other operators are in ``unstacked.py``.
 """
 
 from __future__ import annotations
@@ -13,12 +13,10 @@ import torch
 
 from turret.kernels.cpu.low_rank import LowRankStep, ModuleTable, ProjectionShape, RowSegment
 from turret.server.adapters.adapter_store import BaseProduct, OnMoved, Resident
-from turret.server.adapters.bank import BankSet, BoundBank, Members, StepMembers
-from turret.server.adapters.hadamard_bank import HadamardBank
-from turret.server.adapters.kronecker_bank import KroneckerBank
+from turret.server.adapters.bank import Members, StepMembers
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.packed_group import PackLayout
-from turret.server.adapters.token_bank import TokenBank
+from turret.server.adapters.unstacked import BoundUnstacked, Unstacked
 from turret.server.adapters.vocabulary_step import VocabularyChange
 
 
@@ -61,9 +59,7 @@ class GatheredAdapters:
         self._layout = layout
         self.max_bytes = max_bytes
         self._on_moved = on_moved
-        banks = (HadamardBank(layout, dtype, device), KroneckerBank(layout, dtype, device))
-        self._banks = BankSet(banks, device)
-        self._tokens = TokenBank(device)
+        self._unstacked = Unstacked(layout, dtype, device)
         self._entries: dict[str, _Entry] = {}
         self._step = 0
         self._projections = Projections(layout)
@@ -94,12 +90,11 @@ class GatheredAdapters:
         entry = self._entries.pop(key, None)
         if entry is not None:
             entry.adapter.bytes_device = 0
-            self._banks.remove(key)
-            self._tokens.remove(key)
+            self._unstacked.remove(key)
             self._on_moved(entry.adapter)
 
     def vocabulary(self, key: str) -> VocabularyChange | None:
-        return self._tokens.get(key)
+        return self._unstacked.vocabulary(key)
 
     def step(self, members: StepMembers) -> GatheredStep:
         segments = self._segments(members)
@@ -126,7 +121,7 @@ class GatheredAdapters:
             groups=frozenset().union(*(e.groups for e in entries.values())),
             input_gains=input_gains,
             others=slice(len(members.short), long[0][0] if long else None),
-            banks=self._banks.bind(members),
+            unstacked=self._unstacked.bind(members),
         )
 
     @staticmethod
@@ -168,8 +163,7 @@ class GatheredAdapters:
         self._entries[adapter.key] = _Entry(
             adapter, operators, table, frozenset(groups), frozenset(input_gains), self._step
         )
-        self._banks.insert(adapter.key, operators)
-        self._tokens.insert(adapter.key, operators)
+        self._unstacked.insert(adapter.key, operators)
         adapter.bytes_device = num_bytes
         self._on_moved(adapter)
 
@@ -239,7 +233,7 @@ class GatheredStep:
         groups: Those in which some adapter of the step has a low-rank update, gain or bias.
         input_gains: Per group with input gains, their rows and each row's segment.
         others: Rows of the base model alone.
-        banks: Hadamard and Kronecker updates, or None.
+        unstacked: The other operators.
     """
 
     low_rank: LowRankStep
@@ -247,7 +241,7 @@ class GatheredStep:
     groups: frozenset[str]
     input_gains: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     others: slice
-    banks: BoundBank | None
+    unstacked: BoundUnstacked
 
     def apply(
         self,
@@ -271,5 +265,4 @@ class GatheredStep:
             for s, columns in enumerate(self.projections.columns(group)):
                 scaled = self.low_rank.input_gain(first + s, x, rows, segments)
                 y[:, columns].index_add_(0, rows, base(scaled)[:, columns])
-        if self.banks is not None:
-            self.banks.apply(layer, group, x, y)
+        self.unstacked.apply(layer, group, x, y)

@@ -86,6 +86,39 @@ class Kronecker:
 
 
 @dataclass(frozen=True, slots=True)
+class Gate:
+    """``Δ(x) = Σ_k α_k b_kᵀ (a_k x)``, ``α = softmax_k((query x) · keys_kᵀ (a_k x))``, per token.
+
+    The low-rank updates of ``K`` components side by side along the rank axis, weighted by what the
+    token asks for (AdapterFusion, arXiv 2005.00247, section 3.2). Unlike every other operator it is
+    not linear in ``x``: it has no ``ΔW``.
+
+    Attributes:
+        a: ``[ranks, in_features]``, serving dtype, contiguous. Zero past the last component's rank.
+        b: ``[ranks, out_features]``, serving dtype, contiguous, scaling folded in; zero likewise.
+        query: ``[d_k, in_features]``, serving dtype, contiguous.
+        keys: ``[ranks, d_k]``, fp32: key projection times ``b``, so that the score of an update is
+            computed from its rank activations.
+        rank_indptr: Where each component's ranks begin and end, ``[K + 1]``. A component that does
+            not adapt the module has none, and scores 0.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    query: torch.Tensor
+    keys: torch.Tensor
+    rank_indptr: tuple[int, ...]
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.a, self.b, self.query, self.keys)
+
+    def to(self, device: torch.device) -> Gate:
+        """The same on a device."""
+        a, b, query, keys = (tensor.to(device) for tensor in self.tensors())
+        return Gate(a, b, query, keys, self.rank_indptr)
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleOperators:
     """What one adapter does to one linear module.
 
@@ -93,6 +126,7 @@ class ModuleOperators:
         low_rank: The low-rank update, or None.
         hadamard: The Hadamard update, or None.
         kronecker: The Kronecker update, or None.
+        gate: Low-rank updates weighted per token, or None.
         gain: ``g``, ``[out_features]``, fp32, applied to the bias-free base result, or None (1).
         input_gain: ``l``, ``[in_features]``, fp32: the base multiplies ``l ⊙ x`` instead of ``x``
             (IA3 on feed-forward inputs); other operators see ``x``. None is 1.
@@ -102,6 +136,7 @@ class ModuleOperators:
     low_rank: LowRank | None = None
     hadamard: Hadamard | None = None
     kronecker: Kronecker | None = None
+    gate: Gate | None = None
     gain: torch.Tensor | None = None
     input_gain: torch.Tensor | None = None
     bias: torch.Tensor | None = None
@@ -111,7 +146,7 @@ class ModuleOperators:
         found: list[torch.Tensor] = []
         if self.low_rank is not None:
             found += (self.low_rank.a, self.low_rank.b)
-        for factors in (self.hadamard, self.kronecker):
+        for factors in (self.hadamard, self.kronecker, self.gate):
             if factors is not None:
                 found += factors.tensors()
         found += (p for p in (self.gain, self.input_gain, self.bias) if p is not None)

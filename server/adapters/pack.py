@@ -4,7 +4,7 @@ Per fused projection kind and layer, the A matrices of all packed adapters are s
 rank axis, and so are the B matrices: sixteen different adapters are one product of sixteen times
 the rank, masked per row. An adapter owns the same rank range in every module, as wide as its own
 largest rank. Gains and biases are tables with a slot per adapter; operators that do not stack are
-in banks.
+in ``unstacked.py``.
 """
 
 from __future__ import annotations
@@ -19,13 +19,11 @@ from turret.kernels.segmented_expand import rank_window, segmented_expand_refere
 from turret.kernels.segmented_shrink import segmented_shrink_reference
 from turret.kernels.segments import SegmentPlan
 from turret.server.adapters.adapter_store import BaseProduct, OnMoved, Resident
-from turret.server.adapters.bank import BankSet, BoundBank, StepMembers
-from turret.server.adapters.hadamard_bank import HadamardBank
-from turret.server.adapters.kronecker_bank import KroneckerBank
+from turret.server.adapters.bank import StepMembers
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.packed_group import PackedGroup, PackLayout
 from turret.server.adapters.segment_planner import plan_segments
-from turret.server.adapters.token_bank import TokenBank
+from turret.server.adapters.unstacked import BoundUnstacked, Unstacked
 from turret.server.adapters.vocabulary_step import VocabularyChange
 
 # Rank ranges start at multiples of this: bf16 dot products take ranks in pairs, and a shifted
@@ -84,9 +82,7 @@ class AdapterPack:
         self._device = device
         self._window = rank_window(dtype)
         self._groups = {name: PackedGroup(layout, name, dtype, device) for name in layout.groups}
-        banks = (HadamardBank(layout, dtype, device), KroneckerBank(layout, dtype, device))
-        self._banks = BankSet(banks, device)
-        self._tokens = TokenBank(device)
+        self._unstacked = Unstacked(layout, dtype, device)
         self._entries: dict[str, PackEntry] = {}
         self._capacity = 0
         self._slots = 1  # slot 0 is the neutral one
@@ -131,12 +127,11 @@ class AdapterPack:
         entry = self._entries.pop(key, None)
         if entry is not None:
             entry.adapter.bytes_device = 0
-            self._banks.remove(key)
-            self._tokens.remove(key)
+            self._unstacked.remove(key)
             self._on_moved(entry.adapter)
 
     def vocabulary(self, key: str) -> VocabularyChange | None:
-        return self._tokens.get(key)
+        return self._unstacked.vocabulary(key)
 
     def step(self, members: StepMembers) -> PackedStep:
         mixes = [*members.short, *(mix for _, _, mix in members.long)]
@@ -153,7 +148,7 @@ class AdapterPack:
             gains=frozenset().union(*(e.gains for e in entries)),
             input_gains=frozenset().union(*(e.input_gains for e in entries)),
             biases=frozenset().union(*(e.biases for e in entries)),
-            banks=self._banks.bind(members),
+            unstacked=self._unstacked.bind(members),
         )
 
     def _insert(self, adapter: Resident) -> None:
@@ -169,8 +164,7 @@ class AdapterPack:
         for group in self._groups.values():
             group.put_low_rank(operators, entry.rank_start, entry.rank_end)
             group.put_tables(operators, entry.slot, self._slots)
-        self._banks.insert(adapter.key, operators)
-        self._tokens.insert(adapter.key, operators)
+        self._unstacked.insert(adapter.key, operators)
         adapter.bytes_device = num_bytes
         self._on_moved(adapter)
 
@@ -272,7 +266,7 @@ class PackedStep:
     gains: frozenset[str]
     input_gains: frozenset[str]
     biases: frozenset[str]
-    banks: BoundBank | None
+    unstacked: BoundUnstacked
 
     def apply(
         self,
@@ -319,5 +313,4 @@ class PackedStep:
             a, b = packed.layers[layer]
             v = segmented_shrink_reference(x, a, self.plan)
             segmented_expand_reference(y, v, b, self.plan, present)
-        if self.banks is not None:
-            self.banks.apply(layer, group, x, y)
+        self.unstacked.apply(layer, group, x, y)

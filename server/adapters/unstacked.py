@@ -1,0 +1,61 @@
+"""The operators of the running adapters that are no stacked or gathered low-rank products."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from turret.server.adapters.bank import BankSet, BoundBank, StepMembers
+from turret.server.adapters.fusion_bank import BoundFusions, FusionBank
+from turret.server.adapters.hadamard_bank import HadamardBank
+from turret.server.adapters.kronecker_bank import KroneckerBank
+from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.packed_group import PackLayout
+from turret.server.adapters.token_bank import TokenBank
+from turret.server.adapters.vocabulary_step import VocabularyChange
+
+
+@dataclass(frozen=True, slots=True)
+class BoundUnstacked:
+    """A step's rows of them."""
+
+    banks: BoundBank | None
+    fusions: BoundFusions | None
+
+    def apply(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add the updates of one layer's fused projection to ``y``, in place."""
+        if self.banks is not None:
+            self.banks.apply(layer, group, x, y)
+        if self.fusions is not None:
+            self.fusions.apply(layer, group, x, y)
+
+
+class Unstacked:
+    """Hadamard and Kronecker factors, learned fusions, embeddings and heads, by adapter key."""
+
+    def __init__(self, layout: PackLayout, dtype: torch.dtype, device: torch.device) -> None:
+        banks = (HadamardBank(layout, dtype, device), KroneckerBank(layout, dtype, device))
+        self._banks = BankSet(banks, device)
+        self._fusions = FusionBank(layout, device)
+        self._tokens = TokenBank(device)
+
+    def insert(self, key: str, operators: AdapterOperators) -> None:
+        """Take in what an adapter has of them, if anything."""
+        self._banks.insert(key, operators)
+        self._fusions.insert(key, operators)
+        self._tokens.insert(key, operators)
+
+    def remove(self, key: str) -> None:
+        """Forget an adapter; unknown ones are ignored."""
+        self._banks.remove(key)
+        self._fusions.remove(key)
+        self._tokens.remove(key)
+
+    def vocabulary(self, key: str) -> VocabularyChange | None:
+        """What an adapter does to embedding and head."""
+        return self._tokens.get(key)
+
+    def bind(self, members: StepMembers) -> BoundUnstacked:
+        """The step's rows."""
+        return BoundUnstacked(self._banks.bind(members), self._fusions.bind(members))
