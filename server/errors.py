@@ -9,7 +9,8 @@
     │   ├── AdapterCheckpointError   unreadable, inconsistent or unsupported checkpoint
     │   │   └── AdapterChangedError  a registered adapter's files are no longer the same
     │   ├── AdapterMismatchError     trained for another base model
-    │   ├── AdapterInUseError        pinned, or still in flight
+    │   ├── AdapterComponentError    an adapter it is built from is not registered
+    │   ├── AdapterInUseError        pinned, in flight, or part of a fusion
     │   ├── AdapterUnloadedError     force-unloaded under a running request or fusion
     │   └── StateDirRequiredError    uploads and fused adapters need --state-dir
     ├── ResourceError
@@ -92,6 +93,10 @@ class AdapterChangedError(AdapterCheckpointError):
 
 class AdapterMismatchError(AdapterError):
     reason = "ADAPTER_BASE_MISMATCH"
+
+
+class AdapterComponentError(AdapterError):
+    reason = "ADAPTER_COMPONENT"
 
 
 class AdapterInUseError(AdapterError):

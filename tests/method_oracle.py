@@ -29,12 +29,12 @@ class Twin:
 
 
 @functools.cache
-def twin(architecture: str) -> Twin:
-    """One per architecture and test run."""
+def twin(architecture: str, served_dtype: torch.dtype = torch.float32) -> Twin:
+    """One per architecture, dtype that the server computes in, and test run."""
     directory = tempfile.TemporaryDirectory()
     atexit.register(directory.cleanup)
     folder = save_tiny_model(architecture, Path(directory.name) / architecture)
-    return Twin(folder, load_oracle(folder, served_weights(folder, torch.float32)))
+    return Twin(folder, load_oracle(folder, served_weights(folder, served_dtype)))
 
 
 def prompt_of(length: int, seed: int = 0) -> list[int]:

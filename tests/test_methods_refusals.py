@@ -72,7 +72,9 @@ def test_every_key_that_peft_writes_has_a_rule(method: str, tmp_path: Path) -> N
 
 
 def test_every_method_has_a_checkpoint_here() -> None:
-    assert {SERVED.get(name, name) for name in BUILT} == METHODS.keys()
+    # PEFT makes no learned fusions: test_fusion_registry.py has theirs.
+    built = {SERVED.get(name, name) for name in BUILT}
+    assert built == METHODS.keys() - {"learned_fusion"}
 
 
 @pytest.mark.parametrize("method", NEW)

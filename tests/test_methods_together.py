@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from engine_harness import Answer, EngineHarness, make_request
+from fusion_builders import save_fusion
 from method_builders import load_adapter, make_config, save_adapter
 from method_oracle import check_close, oracle_logprobs, prompt_of, twin
 from torch import nn
@@ -32,6 +33,21 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "prompt": ("prompt_tuning", {"num_virtual_tokens": 7}),
     "p-tuning": ("p_tuning", {"num_virtual_tokens": 17}),
 }
+# Components, target modules, d_k.
+FUSIONS = {
+    "fusion": (("lora", "rslora"), ("q_proj", "v_proj", "o_proj", "down_proj"), 8),
+    "fusion-3": (("vera", "adalora", "lora"), ("k_proj", "v_proj", "gate_proj", "up_proj"), 21),
+}
+NAMES = (*ADAPTERS, *FUSIONS)
+FUSION_MIXES: list[list[tuple[str, float]]] = [
+    [("fusion", 1.0)],
+    [("fusion", 0.4)],
+    [("fusion-3", 1.0)],
+    [("loha", 0.3), ("fusion", 0.7), ("fusion-3", -0.5), ("lora", 0.2)],
+    [("fusion-3", 1.0), ("fusion", 1.0), ("dora", 1.0)],
+    [("prompt", 1.0), ("fusion", 0.0)],
+    [("prefix", 1.0), ("fusion-3", 0.8)],
+]
 MIXES: list[list[tuple[str, float]]] = [
     [("lokr", 0.5), ("loha", 0.7)],
     [("lora", 0.7), ("loha", 0.3), ("dora", -0.4)],
@@ -46,10 +62,13 @@ MIXES: list[list[tuple[str, float]]] = [
 def save_all(architecture: str, root: Path) -> None:
     for seed, (name, (method, keys)) in enumerate(ADAPTERS.items()):
         save_adapter(twin(architecture).model, make_config(method, **keys), root / name, seed=seed)
+    for seed, (name, (components, targets, d_k)) in enumerate(FUSIONS.items()):
+        model = twin(architecture).model
+        save_fusion(model, root, name, components, targets, d_k=d_k, seed=seed, strength=40.0)
 
 
 def make_requests() -> list[Request]:
-    mixes = [[(name, 1.0)] for name in ADAPTERS] + MIXES + [[]]
+    mixes = [[(name, 1.0)] for name in ADAPTERS] + MIXES + FUSION_MIXES + [[]]
     requests = []
     for number, mix in enumerate(mixes):
         refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
@@ -89,7 +108,7 @@ async def test_each_request_gets_the_bits_it_gets_alone(
     folder, requests = twin(architecture).folder, make_requests()
 
     def engine() -> Any:
-        return EngineHarness.start(folder, tmp_path, dtype=dtype, adapters=list(ADAPTERS))
+        return EngineHarness.start(folder, tmp_path, dtype=dtype, adapters=NAMES)
 
     alone = []
     for request in requests:

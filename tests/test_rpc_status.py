@@ -28,6 +28,7 @@ CODES = {
     "AdapterCheckpointError": "INVALID_ARGUMENT",
     "AdapterChangedError": "FAILED_PRECONDITION",
     "AdapterMismatchError": "FAILED_PRECONDITION",
+    "AdapterComponentError": "FAILED_PRECONDITION",
     "AdapterInUseError": "FAILED_PRECONDITION",
     "AdapterUnloadedError": "ABORTED",
     "StateDirRequiredError": "FAILED_PRECONDITION",

@@ -325,10 +325,21 @@ def test_a_damaged_file_costs_one_adapter_and_no_upload(
     assert Waiter(registry.acquire(refs(["up"]))).wait().error is None
 
 
+def test_registrations_of_the_first_version_are_read(start: Start, tmp_path: Path) -> None:
+    registry = start()
+    registry.load("a", "a")
+    registry.close()
+    path = tmp_path / "state" / "adapters" / "a.json"
+    fields = json.loads(path.read_bytes())
+    del fields["facts"]["components"]
+    path.write_text(json.dumps({**fields, "version": 1}))
+    assert [record.name for record in start().list()] == ["a"]
+
+
 @pytest.mark.parametrize(
     "change",
     [
-        lambda fields: fields.update(version=2),
+        lambda fields: fields.update(version=3),
         lambda fields: fields.pop("uuid"),
         lambda fields: fields.update(generation="1"),
         lambda fields: fields.update(pinned=1),

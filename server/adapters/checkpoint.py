@@ -11,13 +11,14 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
 from turret.server.adapters.adapter_root import AdapterRoot
+from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.finite import all_finite
 from turret.server.adapters.safetensors_header import TensorEntry, read_header
 from turret.server.adapters.strict_json import parse_object
@@ -45,6 +46,8 @@ class AdapterCheckpoint:
         digest: SHA-256, hex, over the config (canonical JSON) and every byte of the tensor file.
         bytes_disk: Size of the two files.
         is_partial: Whether tensors were taken out that the method must not miss.
+        find_component: Finds an adapter that the config names as a component; raises
+            AdapterComponentError if it cannot.
     """
 
     path: str
@@ -53,6 +56,7 @@ class AdapterCheckpoint:
     digest: str
     bytes_disk: int
     is_partial: bool = False
+    find_component: FindComponent = field(default=find_no_component, repr=False)
 
 
 def read_checkpoint(root: AdapterRoot, path: str, *, max_elements: int) -> AdapterCheckpoint:

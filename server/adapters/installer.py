@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import uuid as uuids
+from contextlib import nullcontext
 
 from turret.server import log
 from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.component import component_refs
 from turret.server.adapters.host_cache import HostCache
 from turret.server.adapters.ledger import Ledger
 from turret.server.adapters.loader import AdapterLoader, LoadedAdapter
@@ -59,9 +61,9 @@ class Installer:
 
         Raises:
             AdapterNotFoundError, AdapterExistsError: As ``replace`` says.
-            AdapterInUseError: The name is being unloaded.
-            AdapterCheckpointError, AdapterMismatchError, BudgetExceededError, StorageFullError:
-                The new weights cannot be taken.
+            AdapterInUseError: The name is being unloaded, or a fusion needs the weights it has.
+            AdapterCheckpointError, AdapterMismatchError, AdapterComponentError,
+                BudgetExceededError, StorageFullError: The new weights cannot be taken.
         """
         before = self._table.find(name) if replace else self._table.get(name)
         if before is not None:
@@ -75,9 +77,27 @@ class Installer:
                 f"adapter name {name!r} is taken by other weights; replace or unload it",
                 metadata={"adapter": name, "digest": before.current.digest},
             )
-        loaded = self._loader.lower(checkpoint)
-        # What follows may have to wait for memory, which the weights would take twice.
-        del checkpoint
+        digests = [ref.digest for ref in component_refs(checkpoint.config)]
+        with (
+            self._table.awaiting(digests),
+            nullcontext() if before is None else self._table.replacing(before),
+        ):
+            loaded = self._loader.lower(checkpoint)
+            # What follows may have to wait for memory, which the weights would take twice.
+            del checkpoint
+            return self._enter(name, source, loaded, before, staged=staged, pinned=pinned)
+
+    def _enter(
+        self,
+        name: str,
+        source: Source,
+        loaded: LoadedAdapter,
+        before: Registration | None,
+        *,
+        staged: StagedUpload | None,
+        pinned: bool,
+    ) -> Registration:
+        """Makes lowered weights what the name stands for, or the next generation of it."""
         if before is None:
             adapter = Adapter(name, uuids.uuid4().hex, 1, source, loaded.facts)
             self._admit(adapter, loaded, staged, pinned)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -10,13 +11,18 @@ import torch
 from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.component import COMPONENTS_KEY, Component, ComponentRef
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.lowered import Lowered
 from turret.server.adapters.lowering import lower_checkpoint
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.single_thread import compute_on_this_thread
 from turret.server.adapters.source import Source
-from turret.server.errors import AdapterChangedError, BudgetExceededError
+from turret.server.errors import (
+    AdapterChangedError,
+    AdapterCheckpointError,
+    BudgetExceededError,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +42,7 @@ class AdapterLoader:
         host_bytes: Most bytes one adapter's operators may take.
         max_rank: Largest rank served.
         uploads: The directory that the paths of uploads are relative to.
+        find_source: Where the files of a registered component are; raises AdapterComponentError.
     """
 
     def __init__(
@@ -45,12 +52,15 @@ class AdapterLoader:
         host_bytes: int,
         max_rank: int,
         uploads: Path | None = None,
+        *,
+        find_source: Callable[[ComponentRef], Source],
     ) -> None:
         self._root = AdapterRoot(root)
         self._uploads = AdapterRoot(uploads)
         self._base = base
         self._host_bytes = host_bytes
         self._max_rank = max_rank
+        self._find_source = find_source
 
     def root_of(self, source: Source) -> AdapterRoot:
         """The only directory that the source's files may be opened in."""
@@ -69,10 +79,13 @@ class AdapterLoader:
         Raises:
             AdapterCheckpointError: Unsupported method, key or tensor.
             AdapterMismatchError: Made for another base.
+            AdapterComponentError: An adapter it is built from is not registered.
             BudgetExceededError: Rank or bytes over the limit.
         """
         compute_on_this_thread()
-        method, lowered = lower_checkpoint(checkpoint, self._base, self._max_rank)
+        method, lowered = lower_checkpoint(
+            replace(checkpoint, find_component=self._read_component), self._base, self._max_rank
+        )
         if lowered.num_bytes > self._host_bytes:
             raise BudgetExceededError(
                 f"adapter {checkpoint.path!r} needs {lowered.num_bytes} bytes of host memory, the"
@@ -90,8 +103,20 @@ class AdapterLoader:
             num_prefix_positions=lowered.num_prefix_positions,
             bytes_disk=checkpoint.bytes_disk,
             bytes_host=lowered.num_bytes,
+            components=lowered.components,
         )
         return LoadedAdapter(facts, lowered.operators)
+
+    def _read_component(self, ref: ComponentRef) -> Component:
+        source = self._find_source(ref)
+        checkpoint = self.read(source)
+        if checkpoint.digest != ref.digest:
+            raise changed(source, ref.digest, checkpoint.digest)
+        if COMPONENTS_KEY in checkpoint.config:
+            why = f"{ref.name!r} is built from components itself, which is not served"
+            raise AdapterCheckpointError(f"components: {why}", violations=[(COMPONENTS_KEY, why)])
+        method, lowered = lower_checkpoint(checkpoint, self._base, self._max_rank)
+        return Component(ref, method, lowered.operators, lowered.ranks)
 
     def reload(self, source: Source, digest: str) -> AdapterOperators:
         """Reads an adapter that was registered before and insists on the same content.
@@ -104,7 +129,7 @@ class AdapterLoader:
 
     def reread(self, source: Source, digest: str, dtype: torch.dtype) -> Lowered:
         """As ``reload``, with operators in another dtype than the one served."""
-        checkpoint = self._read_same(source, digest)
+        checkpoint = replace(self._read_same(source, digest), find_component=self._read_component)
         base = replace(self._base, dtype=dtype)
         return lower_checkpoint(checkpoint, base, self._max_rank)[1]
 

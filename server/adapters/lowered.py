@@ -25,6 +25,7 @@ class Lowered:
         num_soft_tokens: Soft tokens that go before the prompt.
         num_prefix_positions: Positions before the prompt whose keys and values it brings.
         scalings: What a method folded into ``b`` of a module as its scaling; 1 where it is missing.
+        components: Digests of the adapters it is built from.
     """
 
     operators: AdapterOperators
@@ -35,6 +36,7 @@ class Lowered:
     num_soft_tokens: int = 0
     num_prefix_positions: int = 0
     scalings: Mapping[str, float] = field(default_factory=dict)
+    components: tuple[str, ...] = ()
 
     @property
     def num_bytes(self) -> int:
@@ -66,6 +68,7 @@ class Method(Protocol):
         Raises:
             AdapterCheckpointError: A key or tensor is unsupported or inconsistent (names all).
             AdapterMismatchError: The tensors do not fit the base (names all).
+            AdapterComponentError: An adapter it is built from is not registered (names all).
             BudgetExceededError: A rank over ``max_rank``.
         """
         ...

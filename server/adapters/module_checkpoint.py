@@ -89,6 +89,7 @@ class ModuleFormat:
             ranks and alphas, as in LoRA.
         bias_only: Value of ``bias`` that means the targeted modules, or None (no such key).
         shared: Tensors that belong to no module, by canonical name.
+        also_required: Config keys that must be there beside those of rank, alpha and targets.
     """
 
     rules: Rules
@@ -99,10 +100,11 @@ class ModuleFormat:
     has_patterns: bool = False
     bias_only: str | None = None
     shared: frozenset[str] = frozenset()
+    also_required: tuple[str, ...] = ()
 
     @property
     def required(self) -> tuple[str, ...]:
-        keys = (self.rank_key, self.alpha_key, "target_modules")
+        keys = (self.rank_key, self.alpha_key, "target_modules", *self.also_required)
         return tuple(key for key in keys if key is not None)
 
 

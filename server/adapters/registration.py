@@ -16,10 +16,20 @@ class Registration:
         retired: Earlier generations that mixes still hold.
         state: ``DELETING`` refuses new requests.
         unloaders: Calls that wait to unload it.
+        is_replacing: Other content is on its way in.
         last_used_time: Unix seconds of the last request, or None.
     """
 
-    __slots__ = ("current", "last_used_time", "name", "retired", "state", "unloaders", "uuid")
+    __slots__ = (
+        "current",
+        "is_replacing",
+        "last_used_time",
+        "name",
+        "retired",
+        "state",
+        "unloaders",
+        "uuid",
+    )
 
     def __init__(self, adapter: Adapter) -> None:
         self.name = adapter.name
@@ -28,12 +38,22 @@ class Registration:
         self.retired: tuple[Adapter, ...] = ()
         self.state: State = "ACTIVE"
         self.unloaders = 0
+        self.is_replacing = False
         self.last_used_time: float | None = None
 
     @property
     def in_flight(self) -> int:
         """Mixes that hold any generation."""
         return self.current.in_flight + sum(adapter.in_flight for adapter in self.retired)
+
+    @property
+    def is_staying(self) -> bool:
+        """Whether the newest generation is neither being unloaded nor replaced."""
+        return self.state == "ACTIVE" and not self.is_replacing
+
+    def is_built_from(self, digest: str) -> bool:
+        """Whether a generation in use needs the adapter with this digest."""
+        return any(digest in a.facts.components for a in (self.current, *self.retired))
 
     def record(self) -> AdapterRecord:
         """A snapshot of the name and its newest generation."""

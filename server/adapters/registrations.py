@@ -5,15 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_metrics import AdapterMetrics
+from turret.server.adapters.component import COMPONENTS_KEY, ComponentRef
 from turret.server.adapters.host_cache import HostCache
 from turret.server.adapters.mix import BASE_MIX, Mix, MixRef
 from turret.server.adapters.record import AdapterRecord
 from turret.server.adapters.registration import Registration
-from turret.server.errors import AdapterInUseError, AdapterNotFoundError, InvalidRequestError
+from turret.server.adapters.source import Source
+from turret.server.errors import (
+    AdapterComponentError,
+    AdapterInUseError,
+    AdapterNotFoundError,
+    InvalidRequestError,
+)
 
 
 def in_use(name: str, why: str) -> AdapterInUseError:
@@ -49,6 +57,8 @@ class Registrations:
         self._on_gone = on_gone
         self._by_name: dict[str, Registration] = {}
         self._mixes: set[Mix] = set()
+        # Digests of components whose fusion is on its way in.
+        self._awaited: Counter[str] = Counter()
 
     def find(self, name: str) -> Registration:
         """The registration of a name.
@@ -112,6 +122,72 @@ class Registrations:
             self._cache.forget(registration.current, "unload")
             self._metrics.adapter_removed(registration.name)
         self._cache.pump()
+
+    # Components: what a fusion is built from stays registered for as long as the fusion is.
+
+    def source_of(self, ref: ComponentRef) -> Source:
+        """Where the files of a component are.
+
+        Raises:
+            AdapterComponentError: No registered adapter has its digest, or none that stays.
+        """
+        with self._changed:
+            for registration in self._by_name.values():
+                if registration.current.digest == ref.digest and registration.is_staying:
+                    return registration.current.source
+            named = self._by_name.get(ref.name)
+        if named is None:
+            why = "is not registered"
+        elif named.current.digest == ref.digest:
+            why = "is being unloaded or replaced"
+        else:
+            why = f"stands for other weights (digest {named.current.digest}) than the fusion names"
+        why = f"{ref.name!r} {why}; load the adapter with digest {ref.digest}"
+        raise AdapterComponentError(
+            f"component {why}",
+            metadata={"component": ref.name, "digest": ref.digest},
+            violations=[(COMPONENTS_KEY, why)],
+        )
+
+    @contextmanager
+    def awaiting(self, digests: Sequence[str]) -> Iterator[None]:
+        """Keeps components registered while what is built from them is not yet."""
+        with self._changed:
+            self._awaited.update(digests)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._awaited.subtract(digests)
+
+    @contextmanager
+    def replacing(self, registration: Registration) -> Iterator[None]:
+        """Until it ends, no new fusion is built from the newest generation.
+
+        Raises:
+            AdapterInUseError: A fusion is built from it.
+        """
+        with self._changed:
+            self.check_not_component(registration)
+            registration.is_replacing = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                registration.is_replacing = False
+
+    def check_not_component(self, registration: Registration) -> None:
+        """Raises AdapterInUseError if a fusion needs its weights and no other name has them."""
+        digest = registration.current.digest
+        with self._changed:
+            others = [r for r in self._by_name.values() if r is not registration]
+            if any(r.current.digest == digest and r.is_staying for r in others):
+                return
+            fusions = [r.name for r in others if r.is_built_from(digest)]
+            if not fusions and self._awaited[digest] == 0:
+                return
+        which = ", ".join(map(repr, fusions)) or "an adapter that is being loaded"
+        raise in_use(registration.name, f"is a component of {which}; unload that first")
 
     def wait_until_unheld(self, registration: Registration, timeout_seconds: float | None) -> None:
         """Returns when no mix holds it, or after the timeout; the caller looks which."""

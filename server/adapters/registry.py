@@ -83,7 +83,14 @@ class AdapterRegistry:
         load_threads: int = 2,
     ) -> None:
         uploads = None if state is None else state.path
-        self._loader = loader = AdapterLoader(root, base, host_bytes, max_rank, uploads)
+        self._loader = loader = AdapterLoader(
+            root,
+            base,
+            host_bytes,
+            max_rank,
+            uploads,
+            find_source=lambda ref: self._table.source_of(ref),
+        )
         self._ledger = ledger = Ledger(state)
         self._lock = lock = threading.RLock()
         self._metrics: AdapterMetrics = metrics or NoAdapterMetrics()
@@ -145,6 +152,7 @@ class AdapterRegistry:
         Raises:
             InvalidRequestError: Malformed name.
             AdapterExistsError: The name has other content.
+            AdapterComponentError: A component of a fusion is not registered.
             AdapterInUseError: The name is being unloaded.
             AdapterCheckpointError, AdapterMismatchError: See ``AdapterLoader``.
             BudgetExceededError: Rank or bytes over the limits, or no room for a pinned adapter.
@@ -163,8 +171,9 @@ class AdapterRegistry:
 
         Raises:
             AdapterNotFoundError: Not registered.
-            AdapterInUseError, AdapterCheckpointError, AdapterMismatchError, BudgetExceededError,
-                StorageFullError: As ``load`` does.
+            AdapterInUseError: Being unloaded, or a component of a fusion.
+            AdapterCheckpointError, AdapterMismatchError, AdapterComponentError,
+                BudgetExceededError, StorageFullError: As ``load`` does.
         """
         with self._changing(name):
             registration = self._installer.install(name, Source(path), replace=True)
@@ -284,7 +293,7 @@ class AdapterRegistry:
 
         Raises:
             AdapterNotFoundError: Not registered.
-            AdapterInUseError: Pinned, or still held after the timeout.
+            AdapterInUseError: Pinned, a component of a fusion, or still held after the timeout.
             InvalidRequestError: Unknown mode.
         """
         if mode not in ("DRAIN", "FORCE"):
@@ -293,6 +302,7 @@ class AdapterRegistry:
             registration = self._table.find(name)
             if registration.current.pinned:
                 raise in_use(name, "is pinned; unpin it first")
+            self._table.check_not_component(registration)
             registration.state = "DELETING"
             registration.unloaders += 1
         try:

@@ -13,8 +13,9 @@ from typing import Any
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.source import Source
 
-# Raise it when the fields change, and read the older ones still.
-_VERSION = 1
+# Raise it when the fields change, and read the older ones still. 2: facts have components.
+_VERSION = 2
+_READ_VERSIONS = (1, 2)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -46,8 +47,8 @@ class SavedRegistration:
             ValueError: It is something else.
         """
         fields = json.loads(data)
-        if not isinstance(fields, dict) or fields.pop("version", None) != _VERSION:
-            raise ValueError(f"is no registration of version {_VERSION}")
+        if not isinstance(fields, dict) or fields.pop("version", None) not in _READ_VERSIONS:
+            raise ValueError(f"is no registration of version {_VERSION} or before")
         try:
             source = Source(**_typed(Source, fields.pop("source")))
             facts = AdapterFacts(**_typed(AdapterFacts, fields.pop("facts")))

@@ -41,6 +41,7 @@ TABLE: dict[type[errors.TurretError], Row] = {
     # Nothing is wrong with the call: the server's files are.
     errors.AdapterChangedError: Row(_Code.FAILED_PRECONDITION),
     errors.AdapterMismatchError: Row(_Code.FAILED_PRECONDITION),
+    errors.AdapterComponentError: Row(_Code.FAILED_PRECONDITION),
     errors.AdapterInUseError: Row(_Code.FAILED_PRECONDITION),
     errors.AdapterUnloadedError: Row(_Code.ABORTED),
     errors.StateDirRequiredError: Row(_Code.FAILED_PRECONDITION),

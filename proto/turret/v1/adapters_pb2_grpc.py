@@ -130,8 +130,9 @@ class AdaptersServicer(object):
 
         Idempotent for the same name and digest. Returns ALREADY_EXISTS if the name is taken by other
         weights, INVALID_ARGUMENT if the checkpoint is unreadable, inconsistent or unsupported (every
-        offending key is listed), FAILED_PRECONDITION if it was trained for another base model,
-        RESOURCE_EXHAUSTED if it exceeds the rank or byte budget.
+        offending key is listed), FAILED_PRECONDITION if it was trained for another base model or is
+        a learned fusion of an adapter that is not registered, RESOURCE_EXHAUSTED if it exceeds the rank
+        or byte budget.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -157,9 +158,10 @@ class AdaptersServicer(object):
         the new one. A pinned adapter stays pinned.
 
         Idempotent: the digest that is registered already makes no new generation. Returns NOT_FOUND if
-        the name is not registered, FAILED_PRECONDITION if it is being unloaded, RESOURCE_EXHAUSTED if
-        both generations of a pinned adapter do not fit at once, and the errors of `LoadAdapter` but
-        ALREADY_EXISTS. After any error the adapter is as it was.
+        the name is not registered, FAILED_PRECONDITION if it is being unloaded or if a learned fusion
+        is built from the weights it has, RESOURCE_EXHAUSTED if both generations of a pinned adapter do
+        not fit at once, and the errors of `LoadAdapter` but ALREADY_EXISTS. After any error the adapter
+        is as it was.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -183,8 +185,8 @@ class AdaptersServicer(object):
         """Unregisters an adapter, all its generations, and frees what it holds. Files that were uploaded
         are removed; those it was loaded from stay where they are.
 
-        Returns NOT_FOUND if the name is not registered, FAILED_PRECONDITION if it is pinned, or still
-        in use when `timeout` has passed.
+        Returns NOT_FOUND if the name is not registered, FAILED_PRECONDITION if it is pinned, if a
+        learned fusion is built from it, or if it is still in use when `timeout` has passed.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

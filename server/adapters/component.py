@@ -1,0 +1,82 @@
+"""Adapters that another adapter is built from, named by the digest of their content."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from turret.server.adapters.operators import AdapterOperators
+from turret.server.errors import AdapterComponentError
+
+# Config key that lists the components.
+COMPONENTS_KEY = "components"
+MIN_COMPONENTS, MAX_COMPONENTS = 2, 16
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_FIELDS = {"name", "digest"}
+_MAX_NAME_CHARS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentRef:
+    """One component as a config names it.
+
+    Attributes:
+        name: What it was called in training: for people, and for messages.
+        digest: SHA-256 over its config and weights, hex (``Adapter.digest``): what it is.
+    """
+
+    name: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class Component:
+    """A component that was found: its method's name, its operators and its distinct ranks."""
+
+    ref: ComponentRef
+    method: str
+    operators: AdapterOperators
+    ranks: tuple[int, ...]
+
+
+FindComponent = Callable[[ComponentRef], Component]
+
+
+def is_components(value: Any) -> str | None:
+    """What is wrong with the value of ``components``, or None."""
+    if not isinstance(value, list) or not MIN_COMPONENTS <= len(value) <= MAX_COMPONENTS:
+        return f"must be a list of {MIN_COMPONENTS} to {MAX_COMPONENTS} components"
+    for i, item in enumerate(value):
+        if not isinstance(item, dict) or item.keys() != _FIELDS:
+            return f"[{i}] must be an object with the keys name and digest, and no others"
+        name, digest = item["name"], item["digest"]
+        if not isinstance(name, str) or not 0 < len(name) <= _MAX_NAME_CHARS:
+            return f"[{i}].name must be a string of 1 to {_MAX_NAME_CHARS} characters"
+        if not isinstance(digest, str) or _DIGEST.fullmatch(digest) is None:
+            return f"[{i}].digest must be a SHA-256 in lower-case hex"
+    if len({item["digest"] for item in value}) < len(value):
+        return "names the same digest twice"
+    return None
+
+
+def component_refs(config: Mapping[str, Any]) -> tuple[ComponentRef, ...]:
+    """The components that a config names; none if it names none, or not properly."""
+    value = config.get(COMPONENTS_KEY)
+    if value is None or is_components(value) is not None:
+        return ()
+    return tuple(ComponentRef(item["name"], item["digest"]) for item in value)
+
+
+def find_no_component(ref: ComponentRef) -> Component:
+    """For a checkpoint that is read on its own, with no registered adapters around it.
+
+    Raises:
+        AdapterComponentError: Always.
+    """
+    raise AdapterComponentError(
+        f"component {ref.name!r} is not registered",
+        metadata={"component": ref.name, "digest": ref.digest},
+        violations=[(COMPONENTS_KEY, f"{ref.name!r} is not registered")],
+    )

@@ -1,0 +1,215 @@
+"""Learned fusion (AdapterFusion, arXiv 2005.00247, section 3.2) of adapters with low-rank updates.
+
+``K`` frozen components and, per target module, a trained query ``Wq`` and key ``Wk``::
+
+    α = softmax_k((Wq x) · (Wk Δ_k(x)))          y += Σ_k α_k Δ_k(x)
+
+``Δ_k(x) = B_k A_k x`` is the component's own update, its scale included, and 0 where it does not
+adapt the module. The paper's value matrix is the identity here. ``Wk B_k`` is folded at load, so
+the score is taken in rank space (``kernels/fusion_gate.py``).
+
+The checkpoint holds ``…fusion_query.weight`` ``[d_k, in]`` and ``…fusion_key.weight``
+``[d_k, out]`` per module; the components are registered adapters that the config names by digest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from turret.kernels.fusion_gate import GATE_MULTIPLE
+from turret.server.adapters.base import BaseModel, BaseModule
+from turret.server.adapters.checkpoint import AdapterCheckpoint
+from turret.server.adapters.component import (
+    COMPONENTS_KEY,
+    Component,
+    component_refs,
+    is_components,
+)
+from turret.server.adapters.config_keys import Rules, Used, is_rank
+from turret.server.adapters.fold import finish_modules
+from turret.server.adapters.lowered import Lowered
+from turret.server.adapters.module_checkpoint import (
+    Findings,
+    ModuleFormat,
+    Roles,
+    read_module_checkpoint,
+)
+from turret.server.adapters.operators import Gate, LowRank, ModuleOperators
+from turret.server.adapters.selection_rules import LAYER_RULES, SELECTION_RULES
+from turret.server.adapters.violations import Violations
+from turret.server.errors import AdapterComponentError, BudgetExceededError
+
+FUSION_RULES: Rules = {
+    **SELECTION_RULES,
+    **LAYER_RULES,
+    COMPONENTS_KEY: Used(is_components),
+    "d_k": Used(is_rank),
+}
+
+
+def _check(name: str, roles: Roles, module: BaseModule, d_k: int, findings: Findings) -> None:
+    for role, features in (("query", module.in_features), ("key", module.out_features)):
+        tensor, label = roles.get(role), f"{name}.fusion_{role}.weight"
+        if tensor is None:
+            findings.violations.add(label, "is missing; the other one is there")
+        elif tensor.ndim != 2 or (d_k and tensor.shape[0] != d_k):
+            why = f"has shape {list(tensor.shape)}, expected [{d_k}, {features}]"
+            findings.violations.add(label, why)
+        elif d_k:
+            findings.check_shape(label, tensor, (d_k, features))
+
+
+class LearnedFusionMethod:
+    name = "learned_fusion"
+    peft_types = frozenset({"TURRET_FUSION"})
+    rules = FUSION_RULES
+    form = ModuleFormat(
+        rules=FUSION_RULES,
+        roles={".fusion_query.weight": "query", ".fusion_key.weight": "key"},
+        check=_check,
+        rank_key="d_k",
+        also_required=(COMPONENTS_KEY,),
+    )
+
+    def accepts(self, config: Mapping[str, Any]) -> bool:
+        return True
+
+    def lower(
+        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
+    ) -> Lowered:
+        found = read_module_checkpoint(checkpoint, base, self.form)
+        _check_cost(checkpoint, max_rank)
+        components = _find_components(checkpoint)
+        operators = _operators(found.modules, components, base, checkpoint.path)
+        lowered = finish_modules(
+            operators,
+            base,
+            checkpoint.path,
+            ranks={rank for component in components for rank in component.ranks},
+            base_model=found.base_model,
+            warnings=(*found.warnings, *_left_out(components, operators)),
+        )
+        digests = tuple(component.ref.digest for component in components)
+        return replace(lowered, components=digests)
+
+
+def _check_cost(checkpoint: AdapterCheckpoint, max_rank: int | None) -> None:
+    """A query costs what a factor ``A`` of rank ``d_k`` does."""
+    d_k = checkpoint.config["d_k"]
+    if max_rank is not None and d_k > max_rank:
+        raise BudgetExceededError(
+            f"adapter {checkpoint.path!r} has d_k {d_k}, the server allows {max_rank}",
+            metadata={"path": checkpoint.path, "d_k": str(d_k), "max_rank": str(max_rank)},
+        )
+
+
+def _find_components(checkpoint: AdapterCheckpoint) -> list[Component]:
+    """All of them, in the config's order, each with low-rank updates only.
+
+    Raises:
+        AdapterComponentError: Some are not registered; names all.
+        AdapterCheckpointError: Some cannot be fused; names all, and why.
+    """
+    components: list[Component] = []
+    missing: list[tuple[str, str]] = []
+    for ref in component_refs(checkpoint.config):
+        try:
+            components.append(checkpoint.find_component(ref))
+        except AdapterComponentError as error:
+            missing += error.violations
+    if missing:
+        why = "; ".join(text for _, text in missing)
+        raise AdapterComponentError(
+            f"adapter {checkpoint.path!r} cannot be served without its components: {why}",
+            metadata={"path": checkpoint.path},
+            violations=missing,
+        )
+    violations = Violations()
+    for component in components:
+        others = _other_operators(component)
+        if others:
+            violations.add(
+                COMPONENTS_KEY,
+                f"{component.ref.name!r} ({component.method}) has {' and '.join(others)}; only"
+                " low-rank updates can be fused (LoRA, rsLoRA, AdaLoRA, VeRA without biases)",
+            )
+    violations.raise_if_any(checkpoint.path)
+    return components
+
+
+def _other_operators(component: Component) -> list[str]:
+    """What a component does beside low-rank updates, in words."""
+    kinds = {
+        "a Hadamard update": "hadamard",
+        "a Kronecker update": "kronecker",
+        "a gain": "gain",
+        "an input gain": "input_gain",
+        "a bias": "bias",
+    }
+    operators = component.operators
+    found = [
+        words
+        for words, kind in kinds.items()
+        if any(getattr(ops, kind) is not None for ops in operators.modules.values())
+    ]
+    if operators.soft_prompt is not None:
+        is_prefix = operators.soft_prompt.prefix is not None
+        found.append("a prefix" if is_prefix else "soft tokens")
+    if operators.changes_vocabulary:
+        found.append("an embedding or head")
+    return found
+
+
+def _operators(
+    modules: Mapping[str, Roles], components: Sequence[Component], base: BaseModel, path: str
+) -> dict[str, ModuleOperators]:
+    violations = Violations()
+    operators = {}
+    for name, roles in modules.items():
+        updates = [_update(component, name) for component in components]
+        if any(update is not None for update in updates):
+            operators[name] = ModuleOperators(gate=_gate(roles, updates, base.dtype))
+        else:
+            violations.add(f"{name}.fusion_query.weight", "is there, but no component adapts it")
+    violations.raise_if_any(path)
+    return operators
+
+
+def _update(component: Component, name: str) -> LowRank | None:
+    ops = component.operators.modules.get(name)
+    return ops.low_rank if ops is not None and ops.rank else None
+
+
+def _gate(roles: Roles, updates: Sequence[LowRank | None], dtype: torch.dtype) -> Gate:
+    """Lays the components side by side, zeros up to the sizes that the gate kernel likes."""
+    wide = torch.promote_types(dtype, torch.float32)
+    held = [update for update in updates if update is not None]
+    a = _padded(torch.cat([update.a for update in held]))
+    b = _padded(torch.cat([update.b for update in held]))
+    query = _padded(roles["query"].to(dtype))
+    keys = b.to(wide) @ _padded(roles["key"].to(wide)).T
+    ranks = [0 if update is None else update.rank for update in updates]
+    return Gate(a, b, query, keys, (0, *accumulate(ranks)))
+
+
+def _padded(rows: torch.Tensor) -> torch.Tensor:
+    return F.pad(rows, (0, 0, 0, -rows.shape[0] % GATE_MULTIPLE)).contiguous()
+
+
+def _left_out(
+    components: Sequence[Component], operators: Mapping[str, ModuleOperators]
+) -> list[str]:
+    adapted = {name for component in components for name in component.operators.modules}
+    count = len(adapted - operators.keys())
+    if count == 0:
+        return []
+    return [f"components adapt {count} modules that the fusion does not target: these stay as is"]
+
+
+METHOD = LearnedFusionMethod()
