@@ -130,6 +130,16 @@ def _find_components(checkpoint: AdapterCheckpoint) -> list[Component]:
             metadata={"path": checkpoint.path},
             violations=missing,
         )
+    check_fusable(components, checkpoint.path)
+    return components
+
+
+def check_fusable(components: Sequence[Component], path: str) -> None:
+    """Whether components have low-rank updates and nothing else.
+
+    Raises:
+        AdapterCheckpointError: Some do not; names all, and why. ``path`` is the fusion's.
+    """
     violations = Violations()
     for component in components:
         others = _other_operators(component)
@@ -139,8 +149,7 @@ def _find_components(checkpoint: AdapterCheckpoint) -> list[Component]:
                 f"{component.ref.name!r} ({component.method}) has {' and '.join(others)}; only"
                 " low-rank updates can be fused (LoRA, rsLoRA, AdaLoRA, VeRA without biases)",
             )
-    violations.raise_if_any(checkpoint.path)
-    return components
+    violations.raise_if_any(path)
 
 
 def _other_operators(component: Component) -> list[str]:

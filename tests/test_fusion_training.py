@@ -1,0 +1,130 @@
+"""The fusion layer in training: the paper's formula and its gradients, and what is saved serves."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from adapter_builders import linear_modules
+from engine_harness import EngineHarness, make_request
+from fusion_builders import DenseFusion
+from method_builders import make_config, save_adapter
+from method_oracle import check_score, oracle_logprobs, prompt_of, twin
+from safetensors.torch import save_file
+from torch import nn
+
+from turret.server.errors import AdapterCheckpointError
+from turret.training.fusion_components import read_components
+from turret.training.fusion_layer import FusionLayer
+from turret.training.fusion_model import FusionModel
+
+INNER, OUT, D_K = 24, 16, 5
+
+
+def layers(seed: int = 0) -> tuple[FusionLayer, DenseFusion]:
+    """The layer in float64 and the same function over dense updates; one component is absent."""
+    torch.manual_seed(seed)
+    base = nn.Linear(INNER, OUT).double()
+    updates = [
+        (torch.randn(3, INNER), torch.randn(OUT, 3) / 4),
+        None,
+        (torch.randn(8, INNER), torch.randn(OUT, 8) / 4),
+    ]
+    layer = FusionLayer(base, updates, INNER, OUT, D_K).double()
+    with torch.no_grad():
+        layer.key.copy_(torch.randn(D_K, OUT) / 4)
+    deltas = torch.stack(
+        [torch.zeros(OUT, INNER) if u is None else u[1].double() @ u[0].double() for u in updates]
+    ).double()
+    query, key = (t.detach().clone().requires_grad_() for t in (layer.query, layer.key))
+    return layer, DenseFusion(base, deltas, query, key)
+
+
+def test_values_and_gradients_are_those_of_the_dense_formula() -> None:
+    layer, dense = layers()
+    x = torch.randn(2, 7, INNER, dtype=torch.float64, requires_grad=True)
+    twin_x = x.detach().clone().requires_grad_()
+    y, expected = layer(x), dense(twin_x)
+    torch.testing.assert_close(y, expected, rtol=1e-10, atol=1e-10)
+    assert dense.gates[0].std(0).min() > 0.05
+    toward = torch.randn_like(y)
+    (y * toward).sum().backward()
+    (expected * toward).sum().backward()
+    pairs = ((layer.query, dense._query), (layer.key, dense._key), (x, twin_x))
+    for found, wanted in pairs:
+        assert found.grad is not None
+        assert wanted.grad is not None
+        assert wanted.grad.abs().max() > 1e-3
+        torch.testing.assert_close(found.grad, wanted.grad, rtol=1e-9, atol=1e-10)
+
+
+def test_gradients_are_finite_differences() -> None:
+    layer, _ = layers(1)
+    x = torch.randn(3, INNER, dtype=torch.float64, requires_grad=True)
+
+    def call(query: torch.Tensor, key: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, {"query": query, "key": key}, (x,))
+
+    assert torch.autograd.gradcheck(call, (layer.query, layer.key, x))
+
+
+def test_training_starts_from_the_mean_of_the_components() -> None:
+    layer, dense = layers()
+    with torch.no_grad():
+        layer.key.zero_()
+    x = torch.randn(4, INNER, dtype=torch.float64)
+    mean = dense._deltas.mean(0)
+    torch.testing.assert_close(layer(x), dense._base(x) + x @ mean.T)
+
+
+def save(model: FusionModel, directory: Path) -> None:
+    directory.mkdir()
+    (directory / "adapter_config.json").write_text(json.dumps(model.fusion_config()))
+    save_file(model.fusion_state(), directory / "adapter_model.safetensors")
+
+
+async def test_what_is_trained_is_what_is_served(tmp_path: Path) -> None:
+    base = twin("qwen2")
+    for name, method in (("a", "lora"), ("b", "adalora")):
+        config = make_config(method, target_modules=["q_proj", "v_proj", "down_proj"])
+        save_adapter(base.model, config, tmp_path / name, seed=len(method), strength=0.4)
+    directories = {name: tmp_path / name for name in "ab"}
+    model = FusionModel(copy.deepcopy(base.model), read_components(directories, base.model), d_k=6)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert len(trained) == 2 * len(model.layers) == 2 * 3 * 2
+    optimizer = torch.optim.Adam(trained, lr=0.05)
+    tokens = torch.tensor([prompt_of(40)])
+    losses = []
+    for _ in range(6):
+        logits = model(input_ids=tokens).logits[0, :-1]
+        loss = nn.functional.cross_entropy(logits, tokens[0, 1:])
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.98 * losses[0]
+    save(model, tmp_path / "f")
+    model.eval()
+    plain = oracle_logprobs(base.model, prompt_of(30, 1))
+    assert (oracle_logprobs(model, prompt_of(30, 1)) - plain).abs().max() > 0.05
+    async with EngineHarness.start(base.folder, tmp_path, adapters=["a", "b", "f"]) as harness:
+        prompt = prompt_of(30, 1)
+        answer = await harness.run(make_request(prompt, "f", score=True))
+        check_score(answer, model, prompt, "trained")
+
+
+def test_components_are_read_as_the_server_reads_them(tmp_path: Path) -> None:
+    model = twin("llama").model
+    save_adapter(model, make_config("lora"), tmp_path / "a")
+    save_adapter(model, make_config("dora"), tmp_path / "dora")
+    save_adapter(model, make_config("lokr"), tmp_path / "lokr")
+    directories = {name: tmp_path / name for name in ("a", "dora", "lokr")}
+    with pytest.raises(AdapterCheckpointError) as caught:
+        read_components(directories, model)
+    assert "'dora' (dora) has a gain" in caught.value.message
+    assert "'lokr' (lokr) has a Kronecker update" in caught.value.message
+    (component,) = read_components({"a": tmp_path / "a"}, model)
+    assert component.operators.modules.keys() == linear_modules(model).keys()
