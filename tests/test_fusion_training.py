@@ -8,18 +8,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from adapter_builders import linear_modules
+from adapter_builders import linear_modules, read_adapter
 from engine_harness import EngineHarness, make_request
 from fusion_builders import DenseFusion
 from method_builders import make_config, save_adapter
 from method_oracle import check_score, oracle_logprobs, prompt_of, twin
 from safetensors.torch import save_file
 from torch import nn
+from training_builders import resolve_tiny, write_jsonl, write_words
 
 from turret.server.errors import AdapterCheckpointError
+from turret.training.errors import ConfigError
 from turret.training.fusion_components import read_components
 from turret.training.fusion_layer import FusionLayer
 from turret.training.fusion_model import FusionModel
+from turret.training.resolve import Resolved
+from turret.training.trainer import Trainer, attach
 
 INNER, OUT, D_K = 24, 16, 5
 
@@ -114,6 +118,89 @@ async def test_what_is_trained_is_what_is_served(tmp_path: Path) -> None:
         prompt = prompt_of(30, 1)
         answer = await harness.run(make_request(prompt, "f", score=True))
         check_score(answer, model, prompt, "trained")
+
+
+def trained(folder: Path, model: Path, name: str, *overrides: str) -> Resolved:
+    """A run of some steps into ``folder/name``, in float32."""
+    resolved = resolve_tiny(
+        folder,
+        model,
+        "base.dtype=float32",
+        "run.adapter_dtype=float32",
+        "run.steps=6",
+        "optimizer.learning_rate=0.02",
+        f"run.output={name}",
+        *overrides,
+    )
+    Trainer(resolved).run()
+    return resolved
+
+
+@pytest.fixture(scope="module")
+def components(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two finished runs, ``a`` and ``b``, each of one half of the words."""
+    folder = tmp_path_factory.mktemp("components")
+    rows = [json.loads(line) for line in write_words(folder / "all").read_text().splitlines()]
+    for name, half in (("a", rows[::2]), ("b", rows[1::2])):
+        write_jsonl(folder / f"{name}.jsonl", half)
+        targets = "method.targets=['q_proj', 'v_proj', 'down_proj']"
+        trained(folder, tiny_llama, name, f"data.train={name}.jsonl", targets)
+    write_jsonl(folder / "train.jsonl", rows)
+    return folder
+
+
+BOTH = "method.components=['a=a/adapter', 'b=b/adapter']"
+
+
+async def test_the_trainer_trains_a_fusion(components: Path, tiny_llama: Path) -> None:
+    # Every step sees all examples, so that their losses compare.
+    overrides = ("method.name=learned_fusion", BOTH, "run.batch_size=24", "run.steps=10")
+    resolved = trained(components, tiny_llama, "f", *overrides)
+    rows = [json.loads(line) for line in (components / "f/metrics.jsonl").read_text().splitlines()]
+    steps = [row["loss"] for row in rows if row["kind"] == "step"]
+    validations = [row["loss"] for row in rows if row["kind"] == "validation"]
+    assert steps[-1] < 0.95 * steps[0]
+    assert validations[-1] < 0.95 * validations[0]
+    facts = json.loads((components / "f/adapter/provenance.json").read_text())
+    digests = {name: read_adapter(components, f"{name}/adapter").digest for name in "ab"}
+    assert facts["config"]["method"]["components"] == digests
+    async with EngineHarness.start(tiny_llama, components) as harness:
+        for name in "abf":
+            harness.registry.load(name, f"{name}/adapter")
+        total, count = 0.0, 0
+        for (example,) in resolved.dataset.validation:
+            answer = await harness.run(make_request(example.tokens, "f", score=True))
+            pairs = zip(example.learned, answer.prompt_logprobs, strict=True)
+            found = [logprob for learned, logprob in pairs if learned and logprob is not None]
+            total, count = total - sum(found), count + len(found)
+    assert total / count == pytest.approx(validations[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("override", "why"),
+    [
+        ("method.d_k=0", "method.d_k: must be at least 1"),
+        ("method.rank=4", "method.rank: has no meaning for learned_fusion"),
+        ("method.components=['a=a/adapter']", "must name 2 to 16 different adapters"),
+        ("method.components=['a/adapter', 'b/adapter']", "two have the same name"),
+        ("method.components=['a=a/adapter', 'none']", "is no directory"),
+    ],
+)
+def test_what_cannot_be_fused_is_refused(
+    components: Path, tiny_llama: Path, override: str, why: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        resolve_tiny(components, tiny_llama, "method.name=learned_fusion", BOTH, override)
+    assert why in str(caught.value)
+
+
+def test_a_component_of_another_base_stops_the_run(components: Path, tiny_llama: Path) -> None:
+    model = twin("qwen3").model
+    save_adapter(model, make_config("lora"), components / "other")
+    other = "method.components=['a=a/adapter', 'other']"
+    resolved = resolve_tiny(components, tiny_llama, "method.name=learned_fusion", other)
+    with pytest.raises(ConfigError, match="does not fit base model"):
+        attach(resolved)
 
 
 def test_components_are_read_as_the_server_reads_them(tmp_path: Path) -> None:

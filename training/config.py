@@ -64,7 +64,9 @@ class MethodConfig:
     """The kind of adapter. Keys without meaning for the method are refused."""
 
     name: str = _key(
-        "lora, rslora, dora, loha, lokr, ia3, prefix_tuning, prompt_tuning or p_tuning", "lora"
+        "lora, rslora, dora, loha, lokr, ia3, prefix_tuning, prompt_tuning, p_tuning or "
+        "learned_fusion",
+        "lora",
     )
     targets: tuple[str, ...] | None = _key(
         'linear modules to adapt: one preset (["attention"], ["mlp"], ["all-linear"]) or module '
@@ -114,9 +116,19 @@ class MethodConfig:
         chosen="random embeddings",
         sample="Answer with one word.",
     )
+    components: tuple[str, ...] | None = _key(
+        "learned fusion: the adapters to fuse, each a directory or NAME=DIRECTORY",
+        None,
+        chosen="required there",
+        sample=("json=adapters/json", "sql=adapters/sql"),
+    )
+    d_k: int | None = _key(
+        "learned fusion: width of queries and keys", None, chosen="by method", sample=8
+    )
 
     def __post_init__(self) -> None:
-        _check_at_least("method", self, 1, "rank", "num_virtual_tokens", "encoder_hidden_size")
+        sizes = ("rank", "num_virtual_tokens", "encoder_hidden_size", "d_k")
+        _check_at_least("method", self, 1, *sizes)
         _check("method.alpha", self.alpha is None or self.alpha > 0, "must be more than 0")
         _check("method.dropout", self.dropout is None or 0 <= self.dropout < 1, "must be in [0, 1)")
         _check("method.targets", self.targets is None or len(self.targets) > 0, "must not be empty")

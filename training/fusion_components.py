@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 
 from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint import read_checkpoint
+from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
 from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.methods import method_for
 from turret.server.adapters.methods.learned_fusion import check_fusable
@@ -40,6 +40,27 @@ def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
     }
 
 
+def component_directories(entries: Sequence[str], folder: Path = Path()) -> dict[str, Path]:
+    """Component names → directories.
+
+    Args:
+        entries: ``NAME=DIRECTORY`` or ``DIRECTORY``, whose last part is the name then.
+        folder: What directories are relative to.
+    """
+    directories = {}
+    for entry in entries:
+        name, equals, directory = entry.partition("=")
+        path = folder / (directory if equals else name)
+        directories[name if equals else path.name] = path
+    return directories
+
+
+def component_digests(entries: Sequence[str]) -> dict[str, str]:
+    """Component names → digests of what is in their directories now."""
+    directories = component_directories(entries)
+    return {name: _read(directory).digest for name, directory in directories.items()}
+
+
 def read_components(directories: Mapping[str, Path], model: nn.Module) -> list[Component]:
     """Reads adapter directories for a transformers model.
 
@@ -54,8 +75,7 @@ def read_components(directories: Mapping[str, Path], model: nn.Module) -> list[C
     base = _describe(model)
     components = []
     for name, directory in directories.items():
-        root = AdapterRoot(directory.resolve().parent)
-        checkpoint = read_checkpoint(root, directory.resolve().name, max_elements=_MAX_ELEMENTS)
+        checkpoint = _read(directory)
         method = method_for(checkpoint)
         lowered = method.lower(checkpoint, base)
         ref = ComponentRef(name, checkpoint.digest)
@@ -70,6 +90,11 @@ def update_of(component: Component, path: str) -> Update:
     if operators is None or operators.low_rank is None:
         return None
     return operators.low_rank.a, operators.low_rank.b.T
+
+
+def _read(directory: Path) -> AdapterCheckpoint:
+    resolved = directory.resolve()
+    return read_checkpoint(AdapterRoot(resolved.parent), resolved.name, max_elements=_MAX_ELEMENTS)
 
 
 def _describe(model: Any) -> BaseModel:

@@ -55,8 +55,8 @@ class FusionLayer(nn.Module):
         self.register_buffer("b", torch.cat([b.T for _, b in held]).float(), persistent=False)
         # [components, ranks]: 1 where a rank is the component's.
         ranks = [0 if update is None else update[0].shape[0] for update in updates]
-        owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
-        members = (torch.arange(len(ranks))[:, None] == owner).float()
+        owners = [k for k, rank in enumerate(ranks) for _ in range(rank)]
+        members = torch.tensor([[float(k == owner) for owner in owners] for k in range(len(ranks))])
         self.register_buffer("members", members, persistent=False)
         self.query = nn.Parameter(torch.randn(d_k, in_features) / in_features**0.5)
         self.key = nn.Parameter(torch.zeros(d_k, out_features))

@@ -11,6 +11,7 @@ from typing import Any
 
 import turret
 from turret.training.errors import RunError
+from turret.training.fusion_components import component_digests
 from turret.training.resolve import Resolved
 
 FILE = "provenance.json"
@@ -27,6 +28,8 @@ def describe_run(resolved: Resolved, num_parameters: int) -> dict[str, Any]:
     for table, key in (("data", "train"), ("data", "validation"), ("base", "model")):
         value = config[table][key]
         config[table][key] = value and Path(value).name
+    if config["method"]["components"] is not None:
+        config["method"]["components"] = component_digests(config["method"]["components"])
     source, dataset = resolved.base.source, resolved.dataset
     return {
         "base": {"name": source.name, "digest": source.digest},

@@ -10,9 +10,10 @@ import torch
 from bitsandbytes.functional import has_avx512bf16
 
 from turret.training.base_model import TrainingBase, find_base
-from turret.training.config import BaseConfig, OptimizerConfig, TrainConfig
+from turret.training.config import BaseConfig, MethodConfig, OptimizerConfig, TrainConfig
 from turret.training.data.dataset import Dataset, load_dataset
 from turret.training.errors import ConfigError
+from turret.training.fusion_components import component_directories
 from turret.training.methods import method_named
 from turret.training.methods.method import Method
 
@@ -56,7 +57,7 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
     config = replace(
         config,
         base=settings,
-        method=method.resolve(config.method, base),
+        method=method.resolve(_rooted(config.method, folder), base),
         optimizer=_resolve_optimizer(config.optimizer, method, str(settings.device), notes),
     )
     _check_fit(config, method)
@@ -78,6 +79,16 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
         ),
     )
     return Resolved(config, method, base, dataset, tuple(notes))
+
+
+def _rooted(config: MethodConfig, folder: Path) -> MethodConfig:
+    """The method with its components' directories absolute."""
+    if config.components is None:
+        return config
+    directories = component_directories(config.components, folder)
+    if len(directories) < len(config.components):
+        raise ConfigError.of("method.components", "two have the same name; write NAME=DIRECTORY")
+    return replace(config, components=tuple(f"{n}={path}" for n, path in directories.items()))
 
 
 def _resolve_base(config: BaseConfig, directory: Path | None, method: Method) -> BaseConfig:

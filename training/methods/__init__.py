@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from turret.training.errors import ConfigError
 from turret.training.methods.ia3 import IA3
+from turret.training.methods.learned_fusion import LEARNED_FUSION
 from turret.training.methods.lora import DORA, LORA, RSLORA
 from turret.training.methods.lycoris import LOHA, LOKR
 from turret.training.methods.method import Method
@@ -16,6 +17,7 @@ METHODS: Mapping[str, Method] = {
     for method in (
         *(LORA, RSLORA, DORA, LOHA, LOKR, IA3),
         *(PREFIX_TUNING, PROMPT_TUNING, P_TUNING),
+        LEARNED_FUSION,
     )
 }
 

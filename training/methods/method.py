@@ -84,6 +84,31 @@ class Method(Protocol):
         ...
 
 
+def fill_in(
+    config: MethodConfig, base: TrainingBase, name: str, defaults: Mapping[str, Any]
+) -> MethodConfig:
+    """Give every key of ``defaults`` that is left out its value.
+
+    Args:
+        config: As read.
+        base: The model's description.
+        name: Of the method.
+        defaults: The method's keys; a function gets the config as far as it is filled in.
+
+    Raises:
+        ConfigError: A key without meaning for the method.
+    """
+    for entry in dataclasses.fields(config):
+        given = getattr(config, entry.name) is not None
+        if given and entry.name != "name" and entry.name not in defaults:
+            raise ConfigError.of(f"method.{entry.name}", f"has no meaning for {name}")
+    for key, default in defaults.items():
+        if getattr(config, key) is None:
+            value = default(config, base) if callable(default) else default
+            config = dataclasses.replace(config, **{key: value})
+    return config
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftMethod:
     """A method of PEFT's: a table row and a function that makes PEFT's config.
@@ -103,14 +128,7 @@ class PeftMethod:
     trains_on_nf4: bool = True
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
-        for entry in dataclasses.fields(config):
-            given = getattr(config, entry.name) is not None
-            if given and entry.name != "name" and entry.name not in self.defaults:
-                raise ConfigError.of(f"method.{entry.name}", f"has no meaning for {self.name}")
-        for key, default in self.defaults.items():
-            if getattr(config, key) is None:
-                value = default(config, base) if callable(default) else default
-                config = dataclasses.replace(config, **{key: value})
+        config = fill_in(config, base, self.name, self.defaults)
         if config.targets is not None:
             config = dataclasses.replace(config, targets=expand_targets(base.arch, config.targets))
         return config

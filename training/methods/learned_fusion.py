@@ -1,0 +1,58 @@
+"""Learned fusion (AdapterFusion, arXiv 2005.00247): the gate over adapters that exist already."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
+from turret.server.errors import TurretError
+from turret.training.adapter_folder import write_adapter
+from turret.training.base_model import TrainingBase
+from turret.training.config import MethodConfig
+from turret.training.errors import ConfigError
+from turret.training.fusion_components import component_directories, read_components
+from turret.training.fusion_model import FusionModel
+from turret.training.methods.method import fill_in
+
+_KEY = "method.components"
+
+
+class LearnedFusionMethod:
+    name = "learned_fusion"
+    learning_rate = 3e-3
+    is_prompt = False
+    has_factors = False
+    trains_on_nf4 = True
+    defaults: Mapping[str, Any] = {"components": (), "d_k": 8}
+
+    def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
+        config = fill_in(config, base, self.name, self.defaults)
+        directories = component_directories(config.components or ())
+        if not MIN_COMPONENTS <= len(directories) <= MAX_COMPONENTS:
+            problem = f"must name {MIN_COMPONENTS} to {MAX_COMPONENTS} different adapters"
+            raise ConfigError.of(_KEY, problem)
+        for name, directory in directories.items():
+            if not directory.is_dir():
+                raise ConfigError.of(_KEY, f"{name}: {directory} is no directory")
+        return config
+
+    def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
+        assert config.components is not None
+        assert config.d_k is not None
+        try:
+            components = read_components(component_directories(config.components), model)
+        except TurretError as error:
+            raise ConfigError.of(_KEY, error.message) from error
+        return FusionModel(model, components, config.d_k)
+
+    def save(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
+        name = model.get_base_model().config._name_or_path
+        config = {**model.fusion_config(), "base_model_name_or_path": name}
+        write_adapter(folder, config, model.fusion_state(), dtype)
+
+
+LEARNED_FUSION = LearnedFusionMethod()
