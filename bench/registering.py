@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from turret.clients.client import TurretClient
-from turret.server.adapters.base import BaseModel
+from turret.server.adapters.base import BaseModel, BaseVocabulary
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.metrics import Metrics
@@ -60,6 +60,7 @@ def restore(state: Path, scratch: Path) -> Restored:
         dtype=torch.bfloat16,
         modules={},
         other_modules=frozenset(),
+        vocabulary=BaseVocabulary(torch.empty(0, 0), torch.empty(0, 0), is_tied=False),
         num_layers=0,
         hidden_size=0,
         num_kv_heads=0,

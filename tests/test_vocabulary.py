@@ -161,7 +161,7 @@ def load(root: Path, name: str = "a", **limits: Any) -> Any:
     folder = twin("llama").folder
     source = resolve_model(folder, folder.parent / "cache" / "turret")
     decoder = load_decoder(source, dtype=torch.float32, device=torch.device("cpu"))
-    settings = {"host_bytes": 1 << 24, "max_rank": 64, **limits}
+    settings = {"host_bytes": 1 << 24, "max_rank": 64, "find_source": None, **limits}
     loader = AdapterLoader(root, describe_base(decoder, source), **settings)
     return loader.lower(loader.read(Source(name, is_upload=False)))
 

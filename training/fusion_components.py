@@ -12,7 +12,7 @@ from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 
 from turret.server.adapters.adapter_root import AdapterRoot
-from turret.server.adapters.base import BaseModel, BaseModule
+from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
 from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.methods import method_for
@@ -118,6 +118,11 @@ def _describe(model: Any) -> BaseModel:
             for name, linear in linears.items()
         },
         other_modules=frozenset(leaves - linears.keys()),
+        vocabulary=BaseVocabulary(
+            model.get_input_embeddings().weight.detach(),
+            model.get_output_embeddings().weight.detach(),
+            is_tied=bool(config.tie_word_embeddings),
+        ),
         num_layers=config.num_hidden_layers,
         hidden_size=config.hidden_size,
         num_kv_heads=config.num_key_value_heads,
