@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from replay import Served, replay
-from workload import Workload, draw
+from workload import TOKEN_IDS, Workload, draw
 
 POPULAR_SHARE = 0.9
 
@@ -20,7 +20,14 @@ def quantile(values: Sequence[float], q: float) -> float:
 
 
 def measure_fairness(
-    address: str, popular: str, rare: str, *, count: int, rate: float, seed: int = 0
+    address: str,
+    popular: str,
+    rare: str,
+    *,
+    count: int,
+    rate: float,
+    seed: int = 0,
+    token_ids: range = TOKEN_IDS,
 ) -> dict[str, Any]:
     """Queue times (the server's clock) of both when nine in ten requests are for one.
 
@@ -31,10 +38,16 @@ def measure_fairness(
         count: Requests, both together.
         rate: Arrivals per second; clearly more than the server answers.
         seed: Of the trace.
+        token_ids: What prompts are made of.
     """
     source = random.Random(seed)
     workload = Workload(
-        num_requests=count, rate=rate, prompt_tokens=(16, 32), new_tokens=(8, 8), seed=seed
+        num_requests=count,
+        rate=rate,
+        prompt_tokens=(16, 32),
+        new_tokens=(8, 8),
+        seed=seed,
+        token_ids=token_ids,
     )
     trace = [
         replace(arrival, adapter=popular if source.random() < POPULAR_SHARE else rare)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 # Ids below these are special tokens or bytes in the vocabularies of the models served here.
-_TOKEN_IDS = range(1000, 20000)
+TOKEN_IDS = range(1000, 20000)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +23,7 @@ class Workload:
         prompt_tokens: Shortest and longest prompt.
         new_tokens: Fewest and most tokens generated.
         seed: Same seed, same trace.
+        token_ids: What prompts are made of.
     """
 
     num_requests: int
@@ -32,6 +33,7 @@ class Workload:
     prompt_tokens: tuple[int, int] = (16, 64)
     new_tokens: tuple[int, int] = (8, 32)
     seed: int = 0
+    token_ids: range = TOKEN_IDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,6 @@ def draw(workload: Workload, adapters: Sequence[str]) -> list[Arrival]:
     for name in names:
         now += source.gammavariate(shape, scale)
         length = source.randint(*workload.prompt_tokens)
-        prompt = tuple(source.choice(_TOKEN_IDS) for _ in range(length))
+        prompt = tuple(source.choice(workload.token_ids) for _ in range(length))
         trace.append(Arrival(now, name, prompt, source.randint(*workload.new_tokens)))
     return trace

@@ -1,0 +1,151 @@
+"""The prefix cache against a plain model of it: every hit that is due, and no other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule
+
+from turret.server.engine.block_pool import BlockPool
+from turret.server.engine.request import Request, StopConditions
+from turret.server.engine.scheduler import Scheduler
+from turret.server.engine.sequence import Sequence
+
+BLOCK_SIZE = 4
+MixKey = tuple[tuple[str, int, float], ...]
+# What the values in a block depend on: base generation, mix, all tokens up to its end.
+Content = tuple[int, MixKey, tuple[int, ...]]
+
+# Beginnings of two texts: most prompts share blocks with others.
+prompts = st.builds(
+    lambda text, length: [text] * length, st.sampled_from([0, 1]), st.integers(1, 18)
+)
+members = st.sampled_from([(), ("a",), ("a",), ("b",), ("a", "b"), ("b", "a")])
+weights = st.sampled_from([1.0, 1.0, 0.5])
+
+
+@dataclass(frozen=True)
+class FakeMix:
+    key: MixKey
+    components: tuple[tuple[Any, float], ...] = ()
+
+    def ensure_host(self, callback: Any) -> bool:
+        return True
+
+
+class PrefixCacheMachine(RuleBasedStateMachine):
+    """Requests run beside each other while adapters are replaced, loaded again, and merged.
+
+    ``written`` maps each block to what was last computed into it.
+    """
+
+    num_blocks = 12
+    # With blocks for everything nothing is ever pushed out: then each hit can be foretold.
+    is_ample = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler(
+            BlockPool(self.num_blocks, BLOCK_SIZE), max_num_seqs=3, max_num_batched_tokens=16
+        )
+        self.versions = {name: (f"uuid-{name}", 1) for name in "ab"}
+        self.num_loads = 0
+        self.live: dict[Sequence, int] = {}
+        self.written: dict[int, Content] = {}
+        self.ever: set[Content] = set()
+
+    def _content(self, sequence: Sequence, end: int) -> Content:
+        return self.live[sequence], sequence.mix.key, tuple(sequence.tokens[:end])
+
+    @rule(prompt=prompts, members=members, weight=weights, max_tokens=st.integers(1, 6))
+    def ask(
+        self, prompt: list[int], members: tuple[str, ...], weight: float, max_tokens: int
+    ) -> None:
+        key = tuple((*self.versions[name], weight) for name in members)
+        request = Request(
+            request_id="r",
+            prompt_token_ids=tuple(prompt),
+            stop=StopConditions(max_tokens=max_tokens),
+        )
+        sequence = Sequence(request, FakeMix(key), 0.0)
+        self.live[sequence] = self.scheduler.base_generation
+        self.scheduler.add(sequence)
+
+    @rule(name=st.sampled_from("ab"))
+    def replace(self, name: str) -> None:
+        uuid, generation = self.versions[name]
+        self.versions[name] = uuid, generation + 1
+
+    @rule(name=st.sampled_from("ab"))
+    def load_again(self, name: str) -> None:
+        self.num_loads += 1
+        self.versions[name] = f"uuid-{name}-{self.num_loads}", 1
+
+    @rule()
+    def merge(self) -> None:
+        """Waits for all who run or wait, as the server does; then the base is another one."""
+        self._drain()
+        self.scheduler.base_generation += 1
+
+    @rule()
+    def finish(self) -> None:
+        self._drain()
+
+    @rule()
+    def step(self) -> None:
+        new = set(self.live) - set(self.scheduler.running)
+        step = self.scheduler.schedule()
+        for item in step.scheduled:
+            if item.sequence in new:
+                self._check_hit(item.sequence)
+        drawing = [item.sequence for item in step.scheduled if item.samples]
+        for item in step.scheduled:
+            sequence, end = item.sequence, item.sequence.num_computed + item.num_new
+            for index in range(sequence.num_computed // BLOCK_SIZE, end // BLOCK_SIZE):
+                content = self._content(sequence, (index + 1) * BLOCK_SIZE)
+                self.written[sequence.blocks[index]] = content
+                self.ever.add(content)
+        self.scheduler.complete(step)
+        for sequence in drawing:
+            sequence.tokens.append(1)
+            if sequence.num_generated == sequence.request.stop.max_tokens:
+                self.scheduler.finish(sequence)
+                del self.live[sequence]
+
+    def _check_hit(self, sequence: Sequence) -> None:
+        """What it was given is what it would have computed; and, with room, all there is of it."""
+        given = sequence.num_computed // BLOCK_SIZE
+        for index in range(given):
+            content = self._content(sequence, (index + 1) * BLOCK_SIZE)
+            assert self.written[sequence.blocks[index]] == content
+        if self.is_ample:
+            due = 0
+            while (due + 1) * BLOCK_SIZE < len(sequence.tokens) and self._content(
+                sequence, (due + 1) * BLOCK_SIZE
+            ) in self.ever:
+                due += 1
+            assert given == due
+
+    def _drain(self) -> None:
+        for _ in range(500):
+            if not self.live:
+                return
+            self.step()
+        raise AssertionError("requests that never end")
+
+    def teardown(self) -> None:
+        self._drain()
+
+
+class AmplePrefixCacheMachine(PrefixCacheMachine):
+    num_blocks = 2000
+    is_ample = True
+
+
+TestPrefixCache = PrefixCacheMachine.TestCase
+TestPrefixCache.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestAmplePrefixCache = AmplePrefixCacheMachine.TestCase
+TestAmplePrefixCache.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
