@@ -4,7 +4,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup proto lint test test-gpu bench demo clean
+.PHONY: setup proto lint test test-gpu soak bench demo clean
 
 setup: $(INSTALLED)
 
@@ -26,6 +26,9 @@ test: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest --timeout 600 -m gpu $(ARGS)
+
+soak: setup
+	$(BIN)/python -m pytest -s --timeout 3000 --soak-seconds 600 tests/test_churn.py $(ARGS)
 
 bench: setup
 	$(BIN)/python bench/decode.py $(ARGS)

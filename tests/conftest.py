@@ -42,6 +42,17 @@ class _PoisonedTorch:
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--soak-seconds", type=float, default=12.0, help="how long test_churn.py keeps traffic up"
+    )
+
+
+@pytest.fixture
+def soak_seconds(request: pytest.FixtureRequest) -> float:
+    return request.config.getoption("--soak-seconds")
+
+
 @pytest.fixture(autouse=True)
 def poisoned_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that reads an element of ``torch.empty`` it did not write gives NaN."""
