@@ -233,9 +233,7 @@ class AdapterPack:
             entry.rank_start = self._fit(cursor, size)
             cursor = entry.rank_end = entry.rank_start + size
         place = self._fit(cursor, width)
-        self._capacity = max(_MIN_RANK_CAPACITY, self._capacity)
-        while self._capacity < place + width:
-            self._capacity *= 2
+        self._capacity = max(self._capacity, _rounded(place + width))
         for group in self._groups.values():
             group.allocate(self._capacity)
         for entry in self._entries.values():
@@ -251,6 +249,12 @@ class AdapterPack:
         while self._slots <= slot:
             self._slots = max(_MIN_SLOTS, 2 * self._slots)
         return slot
+
+
+def _rounded(ranks: int) -> int:
+    """Room for so many ranks and at most an eighth more, so that not every adapter grows it."""
+    grain = max(_MIN_RANK_CAPACITY, 1 << max(ranks.bit_length() - 4, 0))
+    return -(-ranks // grain) * grain
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
