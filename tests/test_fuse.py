@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from method_builders import make_config, save_adapter
 
 from turret.server.adapters import fused_module
 from turret.server.adapters.combination import Combination
+from turret.server.adapters.delta import beyond_low_rank, beyond_updates
 from turret.server.adapters.factors import Factors, energy_rank, ratio, side_by_side
 from turret.server.adapters.interrupt import Interrupt
+from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.engine.request import AdapterRef
@@ -285,6 +288,24 @@ def test_files_that_changed_are_not_fused(tmp_path: Path) -> None:
     with pytest.raises(AdapterChangedError):
         fusions.fuse({"a": 1.0})
     fusions.registry.close()
+
+
+def test_what_has_no_weight_update_is_found_by_exclusion() -> None:
+    """An operator that fusing has never heard of is refused, not left out."""
+
+    @dataclass(frozen=True)
+    class Router:
+        strength: float
+
+    @dataclass(frozen=True, slots=True)
+    class Routed(ModuleOperators):
+        router: Router | None = None
+
+    low_rank = LowRank(torch.ones(1, 3), torch.ones(1, 2))
+    plain = AdapterOperators({"m": Routed(low_rank=low_rank)})
+    routed = AdapterOperators({"m": Routed(low_rank=low_rank, router=Router(1.0))})
+    assert (beyond_updates(plain), beyond_low_rank(plain)) == ((), ())
+    assert (beyond_updates(routed), beyond_low_rank(routed)) == (("router",), ("router",))
 
 
 def test_norms_survive_cancellation() -> None:

@@ -60,7 +60,7 @@ def add_delta(
 
     Args:
         total: ``[out_features, in_features]``, fp32, on the CPU.
-        operators: In fp32.
+        operators: In any dtype; computed in fp32.
         module: The base's; dequantised at most once, and only for gains.
         weight: The member's.
 
@@ -69,11 +69,11 @@ def add_delta(
     """
     low_rank, gain, input_gain = operators.low_rank, operators.gain, operators.input_gain
     if low_rank is not None:
-        total.addmm_(low_rank.b.T, low_rank.a, alpha=weight)
+        total.addmm_(low_rank.b.T.float(), low_rank.a.float(), alpha=weight)
     if operators.hadamard is not None:
         _add_hadamard(total, operators.hadamard, weight)
     if operators.kronecker is not None:
-        w1, *w2 = operators.kronecker.tensors()
+        w1, *w2 = (factor.float() for factor in operators.kronecker.tensors())
         total.add_(torch.kron(w1, w2[0] if len(w2) == 1 else w2[0] @ w2[1]), alpha=weight)
     if gain is not None or input_gain is not None:
         served = module.dequantize()
@@ -85,7 +85,8 @@ def add_delta(
 
 
 def _add_hadamard(total: torch.Tensor, factors: Hadamard, weight: float) -> None:
+    w1a, w1b, w2a, w2b = (factor.float() for factor in factors.tensors())
     for start in range(0, total.shape[0], _ROWS_PER_BLOCK):
         rows = slice(start, start + _ROWS_PER_BLOCK)
-        first = factors.w1a[rows] @ factors.w1b
-        total[rows].addcmul_(first, factors.w2a[rows] @ factors.w2b, value=weight)
+        first, second = w1a[rows] @ w1b, w2a[rows] @ w2b
+        total[rows].addcmul_(first, second, value=weight)

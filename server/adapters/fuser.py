@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -77,9 +77,8 @@ class Fuser:
 
     Args:
         registry: Where members come from and results go.
-        loader: Reads the members.
+        loader: Reads the members; knows the base.
         ledger: Knows whether there is a place for results.
-        base: The base as served.
         host_bytes: Most bytes that the members may take in fp32 while they are fused.
         max_rank: Largest rank of a result.
     """
@@ -89,7 +88,6 @@ class Fuser:
         registry: Registry,
         loader: AdapterLoader,
         ledger: Ledger,
-        base: BaseModel,
         *,
         host_bytes: int,
         max_rank: int,
@@ -97,7 +95,6 @@ class Fuser:
         self._registry = registry
         self._loader = loader
         self._ledger = ledger
-        self._base = base
         self._host_bytes = host_bytes
         self._max_rank = max_rank
         self._lock = threading.Lock()
@@ -177,18 +174,23 @@ class Fuser:
             self._ledger.require_place()
             with self._lock:
                 mix = job.mix = self._registry.acquire(refs)
+            base = replace(self._loader.base, dtype=torch.float32)
             try:
-                members = self._read(mix, combination, job.interrupt)
-                modules = self._fuse(name, members, combination, job.interrupt)
+                members = self._read(mix, base, combination, job.interrupt)
+                modules = self._fuse(name, members, base, combination, job.interrupt)
             finally:
                 self._registry.release(mix)
-            return self._install(name, modules, members, job.interrupt)
+            named = [member.lowered.base_model for member in members if member.lowered.base_model]
+            files = FusedFiles(modules, base, named[0] if named else base.name)
+            return _result(self._install(name, files, job.interrupt), modules)
         finally:
             self._end(job)
 
-    def _read(self, mix: Mix, combination: Combination, interrupt: Interrupt) -> list[Member]:
+    def _read(
+        self, mix: Mix, base: BaseModel, combination: Combination, interrupt: Interrupt
+    ) -> list[Member]:
         check_prompts([adapter for adapter, _ in mix.components])
-        served = self._base.dtype.itemsize
+        served = self._loader.base.dtype.itemsize
         needed = sum(a.host_bytes_needed * 4 // served for a, _ in mix.components)
         if needed > self._host_bytes:
             raise BudgetExceededError(
@@ -199,7 +201,7 @@ class Fuser:
         members = []
         for adapter, weight in mix.components:
             interrupt.check()
-            lowered = self._loader.reread(adapter.source, adapter.digest, torch.float32)
+            lowered = self._loader.reread(adapter.source, adapter.digest, base)
             members.append(Member(adapter, weight, lowered))
         check_operators(members, combination)
         return members
@@ -208,10 +210,11 @@ class Fuser:
         self,
         name: str,
         members: Sequence[Member],
+        base: BaseModel,
         combination: Combination,
         interrupt: Interrupt,
     ) -> dict[str, FusedModule]:
-        work = self._work(members)
+        work = _work(members, base)
         self._check_free(name, list(work))
         rank = rank_of_result(members, combination)
         if rank > self._max_rank:
@@ -223,25 +226,14 @@ class Fuser:
             )
         fuser = ModuleFuser(combination, rank, self._max_rank)
         for path, parts in work.items():
-            fuser.check(parts, self._base.modules[path])
+            fuser.check(parts, base.modules[path])
         fused: dict[str, FusedModule] = {}
         progress = _Progress(name, combination.name, len(work))
         for path, parts in work.items():
             interrupt.check()
-            fused[path] = fuser.fuse(parts, self._base.modules[path])
+            fused[path] = fuser.fuse(parts, base.modules[path])
             progress.report(len(fused))
         return fused
-
-    def _work(self, members: Sequence[Member]) -> dict[str, list[Part]]:
-        """What the members do to each module that any of them changes, in the base's order."""
-        work = {
-            path: [part for member in members if (part := member.part(path)) is not None]
-            for path in self._base.modules
-        }
-        work = {path: parts for path, parts in work.items() if parts}
-        if not work:
-            raise InvalidRequestError.of("adapters", "none of them changes any module")
-        return work
 
     def _check_free(self, name: str, paths: list[str]) -> None:
         """Refuses a name whose content cannot be the result, before the work rather than after."""
@@ -256,28 +248,35 @@ class Fuser:
                 metadata={"adapter": name, "digest": record.digest},
             )
 
-    def _install(
-        self,
-        name: str,
-        modules: Mapping[str, FusedModule],
-        members: Sequence[Member],
-        interrupt: Interrupt,
-    ) -> FuseResult:
-        named = [member.lowered.base_model for member in members if member.lowered.base_model]
-        files = FusedFiles(modules, self._base, named[0] if named else self._base.name)
+    def _install(self, name: str, files: FusedFiles, interrupt: Interrupt) -> AdapterRecord:
         staged = self._registry.stage(files.announced())
         try:
             files.write(staged, interrupt.check)
-            record = self._registry.upload(name, staged)
+            return self._registry.upload(name, staged)
         finally:
             staged.discard()
-        reports = tuple(
-            ModuleReport(path, ratio(module.error, module.reference), module.rank)
-            for path, module in modules.items()
-        )
-        error = math.hypot(*(module.error for module in modules.values()))
-        reference = math.hypot(*(module.reference for module in modules.values()))
-        return FuseResult(record, ratio(error, reference), reports)
+
+
+def _work(members: Sequence[Member], base: BaseModel) -> dict[str, list[Part]]:
+    """What the members do to each module that any of them changes, in the base's order."""
+    work = {
+        path: [part for member in members if (part := member.part(path)) is not None]
+        for path in base.modules
+    }
+    work = {path: parts for path, parts in work.items() if parts}
+    if not work:
+        raise InvalidRequestError.of("adapters", "none of them changes any module")
+    return work
+
+
+def _result(record: AdapterRecord, modules: Mapping[str, FusedModule]) -> FuseResult:
+    reports = tuple(
+        ModuleReport(path, ratio(module.error, module.reference), module.rank)
+        for path, module in modules.items()
+    )
+    error = math.hypot(*(module.error for module in modules.values()))
+    reference = math.hypot(*(module.reference for module in modules.values()))
+    return FuseResult(record, ratio(error, reference), reports)
 
 
 class _Progress:

@@ -6,8 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-
 from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
@@ -36,6 +34,9 @@ class LoadedAdapter:
 class AdapterLoader:
     """Stateless but for its settings; safe to use from several threads.
 
+    Attributes:
+        base: The base model as served.
+
     Args:
         root: The allow-listed adapter root; None refuses every path.
         base: The base model as served.
@@ -57,7 +58,7 @@ class AdapterLoader:
     ) -> None:
         self._root = AdapterRoot(root)
         self._uploads = AdapterRoot(uploads)
-        self._base = base
+        self.base = base
         self._host_bytes = host_bytes
         self._max_rank = max_rank
         self._find_source = find_source
@@ -70,7 +71,7 @@ class AdapterLoader:
         """Reads and hashes; see ``read_checkpoint`` for the errors."""
         compute_on_this_thread()
         # Operators take at least one serving element per weight, so more cannot fit.
-        max_elements = self._host_bytes // self._base.dtype.itemsize
+        max_elements = self._host_bytes // self.base.dtype.itemsize
         return read_checkpoint(self.root_of(source), source.path, max_elements=max_elements)
 
     def lower(self, checkpoint: AdapterCheckpoint) -> LoadedAdapter:
@@ -84,7 +85,7 @@ class AdapterLoader:
         """
         compute_on_this_thread()
         method, lowered = lower_checkpoint(
-            replace(checkpoint, find_component=self._read_component), self._base, self._max_rank
+            replace(checkpoint, find_component=self._read_component), self.base, self._max_rank
         )
         if lowered.num_bytes > self._host_bytes:
             raise BudgetExceededError(
@@ -115,7 +116,7 @@ class AdapterLoader:
         if COMPONENTS_KEY in checkpoint.config:
             why = f"{ref.name!r} is built from components itself, which is not served"
             raise AdapterCheckpointError(f"components: {why}", violations=[(COMPONENTS_KEY, why)])
-        method, lowered = lower_checkpoint(checkpoint, self._base, self._max_rank)
+        method, lowered = lower_checkpoint(checkpoint, self.base, self._max_rank)
         return Component(ref, method, lowered.operators, lowered.ranks)
 
     def reload(self, source: Source, digest: str) -> AdapterOperators:
@@ -127,10 +128,9 @@ class AdapterLoader:
         """
         return self.lower(self._read_same(source, digest)).operators
 
-    def reread(self, source: Source, digest: str, dtype: torch.dtype) -> Lowered:
-        """As ``reload``, with operators in another dtype than the one served."""
+    def reread(self, source: Source, digest: str, base: BaseModel) -> Lowered:
+        """As ``reload``, for a base of another dtype than the one served."""
         checkpoint = replace(self._read_same(source, digest), find_component=self._read_component)
-        base = replace(self._base, dtype=dtype)
         return lower_checkpoint(checkpoint, base, self._max_rank)[1]
 
     def _read_same(self, source: Source, digest: str) -> AdapterCheckpoint:

@@ -105,7 +105,7 @@ class AdapterRegistry:
         self._pins = pins = Pins(table, cache, ledger)
         self._installer = Installer(loader, table, cache=cache, ledger=ledger, pins=pins)
         self._names = NameLocks()
-        self.fuser = Fuser(self, loader, ledger, base, host_bytes=host_bytes, max_rank=max_rank)
+        self.fuser = Fuser(self, loader, ledger, host_bytes=host_bytes, max_rank=max_rank)
         self.on_force_unload = on_force_unload
         self.on_unloaded = on_unloaded
         # Removes files; whoever lets go of a generation last may be the engine thread.

@@ -1,7 +1,7 @@
 """Weighted sums of tensors with pruning and sign election, as PEFT's ``merge_utils`` defines them.
 
 Every tensor is asked for when it is needed and dropped before the next one, so the memory is that
-of four tensors, however many are combined. Masks are drawn in PEFT's order: from one state of
+of a few tensors, however many are combined. Masks are drawn in PEFT's order: from one state of
 the generator, both draw the same.
 """
 
