@@ -35,16 +35,18 @@ def model() -> LlamaForCausalLM:
 class Fusions:
     """A registry with adapters of its own, and a place for what they are fused into."""
 
-    def __init__(self, directory: Path, *, max_rank: int = 64, host_bytes: int = 1 << 28) -> None:
+    def __init__(
+        self, directory: Path, *, max_rank: int = 64, max_upload_bytes: int = 1 << 24
+    ) -> None:
         self.root = directory / "root"
         self.state = directory / "state"
         self._numbers = itertools.count()
         self.registry = AdapterRegistry(
             self.root,
             base_of(model()),
-            host_bytes,
+            1 << 28,
             max_rank,
-            state=StateDir(self.state, 1 << 24),
+            state=StateDir(self.state, max_upload_bytes),
         )
 
     def add(self, name: str, method: str = "lora", seed: int = 1, **changes: Any) -> str:

@@ -23,6 +23,7 @@ from turret.server.errors import (
     AdapterInUseError,
     AdapterNotFoundError,
     AdapterUnloadedError,
+    BudgetExceededError,
     InvalidRequestError,
     QueueFullError,
     UnavailableError,
@@ -212,3 +213,17 @@ def test_requests_come_first(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) 
     fusions.fuse(MIX)
     assert set(priorities) == {10}
     assert os.getpriority(os.PRIO_PROCESS, threading.get_native_id()) == mine < 10
+
+
+def test_a_result_too_large_ends_the_work_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fusions = Fusions(tmp_path, max_upload_bytes=1 << 12)
+    fusions.add("a")
+    turnstile = Turnstile(monkeypatch)
+    turnstile.opened.set()
+    with pytest.raises(BudgetExceededError, match="the server takes 4096"):
+        fusions.fuse({"a": 1.0})
+    # Of rank 4 and fp32, the first two modules have 2048 and 1536 bytes, the third 1536.
+    assert turnstile.passed == 3
+    fusions.registry.close()

@@ -228,10 +228,14 @@ class Fuser:
         for path, parts in work.items():
             fuser.check(parts, base.modules[path])
         fused: dict[str, FusedModule] = {}
+        num_bytes = 0
         progress = _Progress(name, combination.name, len(work))
         for path, parts in work.items():
             interrupt.check()
-            fused[path] = fuser.fuse(parts, base.modules[path])
+            module = fused[path] = fuser.fuse(parts, base.modules[path])
+            num_bytes += module.a.nbytes + module.b.nbytes
+            # Rather than when everything is computed.
+            self._ledger.require_place().check_room(num_bytes)
             progress.report(len(fused))
         return fused
 

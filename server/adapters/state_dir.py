@@ -139,20 +139,23 @@ class StateDir:
             BudgetExceededError: Larger than the server takes.
             StorageFullError: The disk has no room for it.
         """
-        total = sum(file.size_bytes for file in files)
-        sizes = {"bytes": str(total), "max_upload_bytes": str(self._max_upload_bytes)}
-        if total > self._max_upload_bytes:
+        self.check_room(sum(file.size_bytes for file in files))
+        return StagedUpload(Path(tempfile.mkdtemp(dir=self._incoming)), files)
+
+    def check_room(self, num_bytes: int) -> None:
+        """Raises what ``stage`` raises for files of this size."""
+        sizes = {"bytes": str(num_bytes), "max_upload_bytes": str(self._max_upload_bytes)}
+        if num_bytes > self._max_upload_bytes:
             raise BudgetExceededError(
-                f"the upload has {total} bytes, the server takes {self._max_upload_bytes}",
+                f"the files have {num_bytes} bytes, the server takes {self._max_upload_bytes}",
                 metadata=sizes,
             )
         free = shutil.disk_usage(self.path).free
-        if total + MIN_FREE_BYTES > free:
+        if num_bytes + MIN_FREE_BYTES > free:
             raise StorageFullError(
-                f"the upload has {total} bytes, the server's disk {free}",
-                metadata={"bytes": str(total)},
+                f"the files have {num_bytes} bytes, the server's disk has {free} free",
+                metadata={"bytes": str(num_bytes)},
             )
-        return StagedUpload(Path(tempfile.mkdtemp(dir=self._incoming)), files)
 
     def staged_source(self, staged: StagedUpload) -> Source:
         """Where a staged upload can be read from until it is adopted."""
