@@ -14,8 +14,8 @@ from pathlib import Path
 from adapter_builders import base_of, lora_config, save_peft_adapter, tiny_llama
 
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.loader import LoadedAdapter
 from turret.server.adapters.mix import HostResult, Mix
-from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.source import Source
 from turret.server.adapters.staged_upload import StagedUpload, UploadedFile
@@ -120,7 +120,7 @@ class Gate:
         self.reads: list[str] = []
         registry._cache._reload = self._read
 
-    def _read(self, source: Source, digest: str) -> AdapterOperators:
+    def _read(self, source: Source, digest: str) -> LoadedAdapter:
         self.reads.append(source.path)
         self.entered.release()
         assert self._open.wait(WAIT_SECONDS)

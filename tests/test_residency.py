@@ -22,8 +22,8 @@ from registry_builders import (
 )
 
 from turret.server.adapters import host_cache, pins
+from turret.server.adapters.loader import LoadedAdapter
 from turret.server.adapters.mix import HostResult
-from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.source import Source
 from turret.server.engine.request import AdapterRef
 from turret.server.errors import (
@@ -147,7 +147,7 @@ def test_an_unexpected_failure_of_a_read_is_reported(
 ) -> None:
     registry = make(1, load="ab")
 
-    def explode(source: Source, digest: str) -> AdapterOperators:
+    def explode(source: Source, digest: str) -> LoadedAdapter:
         raise MemoryError(source.path)
 
     registry._cache._reload = explode

@@ -22,7 +22,9 @@ class Adapter:
         facts: What its files told.
         source: Where its files are.
         operators: By module path; None while on disk. While a mix that was granted residency (see
-            ``Mix.ensure_host``) holds the adapter, it stays as it is.
+            ``Mix.ensure_host``) holds the adapter, it stays as it is, unless the base changes.
+        base_generation: Of the base weights that ``operators`` were computed from; None if they
+            are the same on any.
         host_bytes_needed: What it takes in host memory when it is there.
         in_flight: Mixes that hold the adapter.
         holds: Those of them that were granted residency; an adapter with holds is not evicted.
@@ -33,6 +35,7 @@ class Adapter:
 
     # Thousands are registered: no dictionary each.
     __slots__ = (
+        "base_generation",
         "bytes_device",
         "facts",
         "generation",
@@ -58,6 +61,7 @@ class Adapter:
         self.facts = facts
         self.source = source
         self.operators: AdapterOperators | None = None
+        self.base_generation: int | None = None
         self.host_bytes_needed = facts.bytes_host
         self.in_flight = 0
         self.holds = 0

@@ -22,6 +22,7 @@ class BaseModule:
         bias: The module's bias, ``[out_features]`` fp32, or None.
         dequantize: Returns the weight actually served, ``[out_features, in_features]`` fp32. Costs
             a full dequantisation per call: call it for one module at a time and drop the result.
+            Do not write to it: it may be the very memory that is served.
     """
 
     name: str
@@ -52,7 +53,7 @@ class BaseVocabulary:
 
 @dataclass(frozen=True, slots=True)
 class BaseModel:
-    """The frozen base as adapters see it.
+    """The base as adapters see it, with the weights of one generation.
 
     Attributes:
         name: Model id as its config or directory names it (compared, loosely, with
@@ -69,6 +70,7 @@ class BaseModel:
         hidden_size: Width of an embedding.
         num_kv_heads: Heads of keys and values per layer.
         head_dim: Width of one head.
+        generation: Counts the weights, from 1: a merge and an unmerge each make other ones.
     """
 
     name: str
@@ -82,3 +84,18 @@ class BaseModel:
     hidden_size: int
     num_kv_heads: int
     head_dim: int
+    generation: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class BaseChange:
+    """The base has other weights now.
+
+    Attributes:
+        generation: Of these weights.
+        stale: Keys of adapters that were computed from those before, so that copies of their
+            operators have to go.
+    """
+
+    generation: int
+    stale: frozenset[str]

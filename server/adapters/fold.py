@@ -32,7 +32,12 @@ def fold(module: LoraModule, dtype: torch.dtype, gain: torch.Tensor | None = Non
 
 
 def finish(
-    layout: LoraLayout, operators: Mapping[str, ModuleOperators], base: BaseModel, path: str
+    layout: LoraLayout,
+    operators: Mapping[str, ModuleOperators],
+    base: BaseModel,
+    path: str,
+    *,
+    depends_on_base: bool,
 ) -> Lowered:
     """Adds the replaced biases, checks that nothing overflowed, and sums up.
 
@@ -48,6 +53,7 @@ def finish(
         base_model=layout.base_model,
         warnings=layout.warnings,
         scalings={module.name: module.scaling for module in layout.modules},
+        depends_on_base=depends_on_base or bool(layout.biases),
     )
 
 
@@ -75,6 +81,7 @@ def finish_modules(
     base_model: str,
     warnings: tuple[str, ...],
     scalings: Mapping[str, float] = MappingProxyType({}),
+    depends_on_base: bool = True,
 ) -> Lowered:
     """Checks that nothing overflowed, and sums up.
 
@@ -93,6 +100,7 @@ def finish_modules(
         base_model=base_model,
         warnings=warnings,
         scalings=scalings,
+        depends_on_base=depends_on_base,
     )
 
 

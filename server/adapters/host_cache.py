@@ -14,47 +14,21 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_metrics import AdapterMetrics
+from turret.server.adapters.lease import Lease, Load
+from turret.server.adapters.loader import LoadedAdapter
 from turret.server.adapters.mix import HostResult, Mix, OnHost
-from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.source import Source
 from turret.server.errors import BudgetExceededError, TurretError, UnavailableError
 
 PATIENCE_SECONDS = 1.0
 _log = logging.getLogger(__name__)
 
-Reload = Callable[[Source, str], AdapterOperators]
+Reload = Callable[[Source, str], LoadedAdapter]
 # Callbacks to run once the lock is free.
 Calls = list[Callable[[], None]]
-
-
-@dataclass(eq=False, slots=True)
-class _Lease:
-    """A mix's claim on its adapters."""
-
-    mix: Mix
-    adapters: tuple[Adapter, ...]
-    callback: OnHost | None = None
-    is_granted: bool = False
-    waiting_since: float = 0.0
-    pending: set[str] = field(default_factory=set)
-    load_seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def is_resident(self) -> bool:
-        return all(adapter.is_resident for adapter in self.adapters)
-
-
-@dataclass(eq=False, slots=True)
-class _Load:
-    """A read under way. ``is_abandoned``: nobody will use the adapter any more."""
-
-    adapter: Adapter
-    leases: list[_Lease] = field(default_factory=list)
-    is_abandoned: bool = False
 
 
 class HostCache:
@@ -62,7 +36,7 @@ class HostCache:
 
     Args:
         host_bytes: The budget; resident and arriving adapters never exceed it.
-        reload: ``(source, digest) → operators``; runs on this cache's threads, without the lock.
+        reload: ``(source, digest) → adapter``; runs on this cache's threads, without the lock.
         lock: The registry's lock, re-entrant; every method takes it.
         metrics: Receives residency, bytes, loads and evictions.
         load_threads: Reads at a time.
@@ -85,26 +59,55 @@ class HostCache:
         self._pinned_bytes = 0
         # Resident and arriving adapters by key, least recently granted first.
         self._entries: OrderedDict[str, Adapter] = OrderedDict()
-        self._loads: dict[str, _Load] = {}
-        self._leases: dict[Mix, _Lease] = {}
-        self._queue: deque[_Lease] = deque()
+        self._loads: dict[str, Load] = {}
+        self._leases: dict[Mix, Lease] = {}
+        self._queue: deque[Lease] = deque()
         self._executor = ThreadPoolExecutor(load_threads, thread_name_prefix="adapter-load")
         self._is_closed = False
+        self._base_generation = 1
 
     @property
     def used_bytes(self) -> int:
         return self._used_bytes
 
-    def insert(self, adapter: Adapter, operators: AdapterOperators) -> bool:
+    def insert(self, adapter: Adapter, loaded: LoadedAdapter) -> bool:
         """Takes freshly lowered operators if there is room; False leaves the adapter on disk."""
         with self._lock:
             # Mixes that wait for room come before an adapter nobody has asked for yet.
-            if self._queue or not self._make_room(adapter.host_bytes_needed, frozenset()):
+            if self._queue or self._is_stale(loaded.base_generation):
+                return False
+            if not self._make_room(adapter.host_bytes_needed, frozenset()):
                 return False
             self._enter(adapter)
-            adapter.operators = operators
+            self._fill(adapter, loaded)
             self._report(adapter)
             return True
+
+    def move_base(self, generation: int) -> frozenset[str]:
+        """The base has other weights now: adapters computed from those before are stale.
+
+        One that a mix holds or that is pinned is read again at once, into the room it has, and
+        its mixes wait for it (``ensure_host`` has to be asked again); any other is dropped.
+
+        Returns:
+            Keys of the adapters whose operators are gone.
+        """
+        with self._lock:
+            self._base_generation = generation
+            stale = [
+                adapter
+                for adapter in self._entries.values()
+                if adapter.is_resident and self._is_stale(adapter.base_generation)
+            ]
+            for adapter in stale:
+                adapter.operators = None
+                if adapter.holds or adapter.pinned:
+                    self._read_again(adapter)
+                else:
+                    self._leave(adapter)
+                self._metrics.adapter_evicted("host", "base")
+                self._report(adapter)
+            return frozenset(adapter.key for adapter in stale)
 
     def forget(self, adapter: Adapter, reason: str) -> None:
         """Drops an adapter that no mix holds or will hold again."""
@@ -120,11 +123,11 @@ class HostCache:
                 self._metrics.adapter_bytes(host=self._used_bytes)
 
     def set_pinned(self, adapter: Adapter, pinned: bool) -> None:
-        """Pins a resident adapter, or unpins one."""
+        """Pins an adapter that is in memory or coming back to it, or unpins one."""
         with self._lock:
             if adapter.pinned == pinned:
                 return
-            assert adapter.is_resident or not pinned, adapter
+            assert adapter.key in self._entries or not pinned, adapter
             adapter.pinned = pinned
             sign = 1 if pinned else -1
             self._pinned_bytes += sign * adapter.host_bytes_needed
@@ -139,7 +142,7 @@ class HostCache:
         """Starts a mix's claim; grants it at once if everything is resident."""
         with self._lock:
             adapters = tuple(adapter for adapter, _ in mix.components)
-            lease = self._leases[mix] = _Lease(mix, adapters)
+            lease = self._leases[mix] = Lease(mix, adapters)
             if lease.is_resident and not self._must_queue(lease):
                 self._grant(lease)
 
@@ -148,9 +151,11 @@ class HostCache:
         with self._lock:
             lease = self._leases.get(mix)
             assert lease is not None, "the mix was released"
-            assert lease.callback is None, "ensure_host was already called"
+            assert lease.callback is None, "ensure_host was called and has not answered"
             if lease.is_granted:
-                return True
+                if lease.pending:
+                    lease.callback = callback
+                return not lease.pending
             error = _shutting_down() if self._is_closed else self._infeasible(lease)
             if error is not None:
                 raise error
@@ -185,7 +190,7 @@ class HostCache:
 
     # The methods below run under the lock.
 
-    def _infeasible(self, lease: _Lease) -> BudgetExceededError | None:
+    def _infeasible(self, lease: Lease) -> BudgetExceededError | None:
         needed = sum(a.host_bytes_needed for a in lease.adapters if not a.pinned)
         free = self._host_bytes - self._pinned_bytes
         if needed <= free:
@@ -195,13 +200,13 @@ class HostCache:
             metadata={"bytes": str(needed), "free_bytes": str(free)},
         )
 
-    def _must_queue(self, lease: _Lease) -> bool:
+    def _must_queue(self, lease: Lease) -> bool:
         if not self._queue:
             return False
         waited = time.monotonic() - self._queue[0].waiting_since
         return not lease.is_resident or waited > PATIENCE_SECONDS
 
-    def _make_room_for(self, lease: _Lease) -> bool:
+    def _make_room_for(self, lease: Lease) -> bool:
         missing = [a for a in lease.adapters if a.key not in self._entries]
         needed = sum(adapter.host_bytes_needed for adapter in missing)
         return self._make_room(needed, frozenset(a.key for a in lease.adapters))
@@ -234,27 +239,45 @@ class HostCache:
         self._used_bytes -= adapter.host_bytes_needed
         adapter.operators = None
 
+    def _is_stale(self, base_generation: int | None) -> bool:
+        return base_generation not in (None, self._base_generation)
+
+    def _fill(self, adapter: Adapter, loaded: LoadedAdapter) -> None:
+        adapter.operators = loaded.operators
+        adapter.base_generation = loaded.base_generation
+
     def _report(self, adapter: Adapter) -> None:
         if not adapter.is_retired:
             self._metrics.adapter_residency(adapter.name, adapter.residency)
         self._metrics.adapter_bytes(host=self._used_bytes)
 
-    def _grant(self, lease: _Lease) -> None:
+    def _grant(self, lease: Lease) -> None:
         """Holds every adapter of the lease and starts the reads it needs; there is room."""
         lease.is_granted = True
         for adapter in lease.adapters:
             adapter.holds += 1
             if adapter.key not in self._entries:
                 self._enter(adapter)
-                self._loads[adapter.key] = _Load(adapter)
-                self._executor.submit(self._read, adapter)
+                self._start_read(adapter)
             self._entries.move_to_end(adapter.key)
             load = self._loads.get(adapter.key)
             if load is not None:
                 load.leases.append(lease)
                 lease.pending.add(adapter.key)
 
-    def _withdraw(self, lease: _Lease) -> None:
+    def _start_read(self, adapter: Adapter) -> Load:
+        load = self._loads[adapter.key] = Load(adapter)
+        self._executor.submit(self._read, adapter)
+        return load
+
+    def _read_again(self, adapter: Adapter) -> None:
+        load = self._start_read(adapter)
+        for lease in self._leases.values():
+            if lease.is_granted and adapter in lease.adapters:
+                load.leases.append(lease)
+                lease.pending.add(adapter.key)
+
+    def _withdraw(self, lease: Lease) -> None:
         """Takes back what a lease holds or waits for; its callback will not be called."""
         lease.callback = None
         lease.pending.clear()
@@ -285,12 +308,12 @@ class HostCache:
                 break
         return calls
 
-    def _fail(self, lease: _Lease, error: TurretError) -> Calls:
+    def _fail(self, lease: Lease, error: TurretError) -> Calls:
         callback, result = lease.callback, HostResult(lease.mix, error)
         self._withdraw(lease)
         return [lambda: callback(result)] if callback is not None else []
 
-    def _answer_if_ready(self, lease: _Lease) -> Calls:
+    def _answer_if_ready(self, lease: Lease) -> Calls:
         callback = lease.callback
         if lease.pending or callback is None:
             return []
@@ -301,24 +324,30 @@ class HostCache:
     def _read(self, adapter: Adapter) -> None:
         """Runs on a loader thread, without the lock until the read is over."""
         start = time.monotonic()
-        operators, error = None, None
-        try:
-            operators = self._reload(adapter.source, adapter.digest)
-        except TurretError as known:
-            error = known
-        except Exception:
-            _log.exception("reading adapter %r failed", adapter.name)
-            error = TurretError(f"reading adapter {adapter.name!r} failed")
-        seconds = time.monotonic() - start
-        with self._lock:
-            calls = self._finish_load(adapter, operators, error, seconds)
+        calls: Calls | None = None
+        while calls is None:
+            loaded, error = self._try_reload(adapter)
+            seconds = time.monotonic() - start
+            with self._lock:
+                # The base may have changed under the read.
+                if loaded is None or not self._is_stale(loaded.base_generation):
+                    calls = self._finish_load(adapter, loaded, error, seconds)
         _run(calls)
         self.pump()
+
+    def _try_reload(self, adapter: Adapter) -> tuple[LoadedAdapter | None, TurretError | None]:
+        try:
+            return self._reload(adapter.source, adapter.digest), None
+        except TurretError as known:
+            return None, known
+        except Exception:
+            _log.exception("reading adapter %r failed", adapter.name)
+            return None, TurretError(f"reading adapter {adapter.name!r} failed")
 
     def _finish_load(
         self,
         adapter: Adapter,
-        operators: AdapterOperators | None,
+        loaded: LoadedAdapter | None,
         error: TurretError | None,
         seconds: float,
     ) -> Calls:
@@ -327,14 +356,18 @@ class HostCache:
         self._metrics.adapter_loaded("ok" if error is None else "error")
         calls: Calls = []
         if error is not None or load.is_abandoned:
+            if adapter.pinned:
+                # Pinned, read again for a new base, and its files are gone.
+                _log.error("adapter %r is no longer pinned: %s", adapter.name, error)
+                self.set_pinned(adapter, False)
             self._leave(adapter)
             for lease in load.leases:
                 assert error is not None, "an abandoned adapter has no leases"
                 calls += self._fail(lease, error)
         else:
-            assert operators is not None
-            self._correct_size(adapter, operators.num_bytes)
-            adapter.operators = operators
+            assert loaded is not None
+            self._correct_size(adapter, loaded.operators.num_bytes)
+            self._fill(adapter, loaded)
             for lease in load.leases:
                 lease.pending.discard(adapter.key)
                 lease.load_seconds[adapter.key] = seconds

@@ -132,7 +132,7 @@ class Installer:
     ) -> None:
         """Memory first, because it may refuse; then the disk. The name is the caller's."""
         try:
-            self._cache.insert(adapter, loaded.operators)
+            self._cache.insert(adapter, loaded)
             if pinned:
                 self._pins.hold(adapter)
             if staged is not None:

@@ -25,17 +25,22 @@ from turret.server.errors import (
 
 @dataclass(frozen=True, slots=True)
 class LoadedAdapter:
-    """A lowered checkpoint: what it is, and its operators in host memory."""
+    """A lowered checkpoint: what it is, and its operators in host memory.
+
+    ``base_generation`` is that of the base weights that the operators were computed from; None if
+    they are the same on any.
+    """
 
     facts: AdapterFacts
     operators: AdapterOperators
+    base_generation: int | None = None
 
 
 class AdapterLoader:
     """Stateless but for its settings; safe to use from several threads.
 
     Attributes:
-        base: The base model as served.
+        base: The base model as served; may be set at any time.
 
     Args:
         root: The allow-listed adapter root; None refuses every path.
@@ -84,8 +89,10 @@ class AdapterLoader:
             BudgetExceededError: Rank or bytes over the limit.
         """
         compute_on_this_thread()
+        # Read once: a lowering that began on one base ends on it.
+        base = self.base
         method, lowered = lower_checkpoint(
-            replace(checkpoint, find_component=self._read_component), self.base, self._max_rank
+            replace(checkpoint, find_component=self._read_component), base, self._max_rank
         )
         if lowered.num_bytes > self._host_bytes:
             raise BudgetExceededError(
@@ -106,7 +113,8 @@ class AdapterLoader:
             bytes_host=lowered.num_bytes,
             components=lowered.components,
         )
-        return LoadedAdapter(facts, lowered.operators)
+        generation = base.generation if lowered.depends_on_base else None
+        return LoadedAdapter(facts, lowered.operators, generation)
 
     def _read_component(self, ref: ComponentRef) -> Component:
         source = self._find_source(ref)
@@ -119,14 +127,14 @@ class AdapterLoader:
         method, lowered = lower_checkpoint(checkpoint, self.base, self._max_rank)
         return Component(ref, method, lowered.operators, lowered.ranks)
 
-    def reload(self, source: Source, digest: str) -> AdapterOperators:
+    def reload(self, source: Source, digest: str) -> LoadedAdapter:
         """Reads an adapter that was registered before and insists on the same content.
 
         Raises:
             AdapterChangedError: The files changed since.
             AdapterCheckpointError: They are gone.
         """
-        return self.lower(self._read_same(source, digest)).operators
+        return self.lower(self._read_same(source, digest))
 
     def reread(self, source: Source, digest: str, base: BaseModel) -> Lowered:
         """As ``reload``, for a base of another dtype than the one served."""

@@ -26,6 +26,8 @@ class Lowered:
         num_prefix_positions: Positions before the prompt whose keys and values it brings.
         scalings: What a method folded into ``b`` of a module as its scaling; 1 where it is missing.
         components: Digests of the adapters it is built from.
+        depends_on_base: Whether the base's weights or biases went into the operators, which are
+            then lowered again when a merge changes the base. True where a method does not say.
     """
 
     operators: AdapterOperators
@@ -37,6 +39,7 @@ class Lowered:
     num_prefix_positions: int = 0
     scalings: Mapping[str, float] = field(default_factory=dict)
     components: tuple[str, ...] = ()
+    depends_on_base: bool = True
 
     @property
     def num_bytes(self) -> int:

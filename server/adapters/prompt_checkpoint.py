@@ -92,4 +92,5 @@ def finish_prompt(prompt: SoftPrompt, checkpoint: AdapterCheckpoint, base: BaseM
         warnings=(warning,) if warning else (),
         num_soft_tokens=0 if is_prefix else prompt.num_positions,
         num_prefix_positions=prompt.num_positions if is_prefix else 0,
+        depends_on_base=False,
     )

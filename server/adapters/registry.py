@@ -22,7 +22,7 @@ from turret.server import log
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_export import AdapterExport
 from turret.server.adapters.adapter_metrics import AdapterMetrics, NoAdapterMetrics
-from turret.server.adapters.base import BaseModel
+from turret.server.adapters.base import BaseChange, BaseModel
 from turret.server.adapters.fuser import Fuser
 from turret.server.adapters.host_cache import HostCache
 from turret.server.adapters.installer import Installer
@@ -115,6 +115,22 @@ class AdapterRegistry:
     def host_bytes_used(self) -> int:
         """Bytes of operators in host memory, those being read included."""
         return self._cache.used_bytes
+
+    @property
+    def base(self) -> BaseModel:
+        """The base model as served now."""
+        return self._loader.base
+
+    def move_base(self, base: BaseModel) -> BaseChange:
+        """Makes later reads lower to another base; call it between two steps.
+
+        Adapters that were computed from the base before (DoRA's gains are) are computed again,
+        those that nobody holds when they are next asked for.
+        """
+        self._loader.base = base
+        stale = self._cache.move_base(base.generation)
+        self._cache.pump()
+        return BaseChange(base.generation, stale)
 
     def restore(self) -> int:
         """Registers what the state directory knows, without reading weights; call it first.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -141,25 +141,32 @@ def _load_layer(
     )
 
 
-def describe_base(decoder: Decoder, source: ModelSource) -> BaseModel:
-    """The base model as adapters see it."""
+def projections(decoder: Decoder) -> Iterator[tuple[AdaptedLinear, tuple[str, ...]]]:
+    """Every fused projection in layer order, with the full paths of its slices."""
+    groups = decoder.arch.linears()
+    for number, layer in enumerate(decoder.layers):
+        for group, slices in groups.items():
+            paths = tuple(f"{_PREFIX}.{number}.{path}" for path, _, _ in slices)
+            yield getattr(layer, group), paths
+
+
+def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) -> BaseModel:
+    """The base model as adapters see it, with the weights that it has now."""
     arch = decoder.arch
     modules = {}
-    for number, layer in enumerate(decoder.layers):
-        for group, slices in arch.linears().items():
-            linear: AdaptedLinear = getattr(layer, group)
-            offset = 0
-            for index, (path, out, inner) in enumerate(slices):
-                name = f"{_PREFIX}.{number}.{path}"
-                bias = linear.bias
-                modules[name] = BaseModule(
-                    name=name,
-                    in_features=inner,
-                    out_features=out,
-                    bias=None if bias is None else bias[offset : offset + out].float().cpu(),
-                    dequantize=lambda linear=linear, index=index: linear.base.dequantize(index),
-                )
-                offset += out
+    for linear, paths in projections(decoder):
+        base, bias = linear.base, linear.bias
+        biases = [None] * len(paths) if bias is None else bias.split(base.widths)
+        for index, (name, out) in enumerate(zip(paths, base.widths, strict=True)):
+            part = biases[index]
+            modules[name] = BaseModule(
+                name=name,
+                in_features=base.in_features,
+                out_features=out,
+                bias=None if part is None else part.float().cpu(),
+                # Of these weights, whatever takes their place later.
+                dequantize=lambda base=base, index=index: base.dequantize(index),
+            )
     head = decoder.head
     modules[HEAD] = BaseModule(HEAD, arch.hidden_size, head.shape[0], None, lambda: head.float())
     others = {EMBEDDING, "model.norm"}
@@ -173,6 +180,7 @@ def describe_base(decoder: Decoder, source: ModelSource) -> BaseModel:
         name=source.name,
         model_type=arch.model_type,
         digest=source.digest,
+        generation=generation,
         dtype=decoder.dtype,
         modules=modules,
         other_modules=frozenset(others),

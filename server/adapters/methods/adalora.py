@@ -127,6 +127,7 @@ class AdaloraMethod:
             ranks={module.rank for module in modules},
             base_model=found.base_model,
             warnings=found.warnings,
+            depends_on_base=bool(found.biases),
         )
 
 

@@ -43,7 +43,7 @@ class DoraMethod:
             operators[module.name] = ModuleOperators(
                 low_rank=fold(module, base.dtype, gain), gain=gain
             )
-        return finish(layout, operators, base, checkpoint.path)
+        return finish(layout, operators, base, checkpoint.path, depends_on_base=True)
 
 
 def dora_gain(module: LoraModule, weight: torch.Tensor) -> torch.Tensor:

@@ -83,6 +83,7 @@ class Ia3Method:
             ranks=(),
             base_model=found.base_model,
             warnings=found.warnings,
+            depends_on_base=any(o.bias is not None for o in operators.values()),
         )
 
 

@@ -89,6 +89,7 @@ class LohaMethod:
             ranks=ranks.values(),
             base_model=found.base_model,
             warnings=found.warnings,
+            depends_on_base=False,
         )
 
 

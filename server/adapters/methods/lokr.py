@@ -116,6 +116,7 @@ class LokrMethod:
             ranks=ranks,
             base_model=found.base_model,
             warnings=found.warnings,
+            depends_on_base=False,
         )
 
 

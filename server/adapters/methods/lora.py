@@ -38,7 +38,7 @@ class LoraMethod:
             )
             for module in layout.modules
         }
-        return finish(layout, operators, base, checkpoint.path)
+        return finish(layout, operators, base, checkpoint.path, depends_on_base=False)
 
 
 def _scaled_bias(module: LoraModule) -> torch.Tensor | None:

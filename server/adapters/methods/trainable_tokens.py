@@ -63,6 +63,7 @@ class TrainableTokensMethod:
             target_modules=tuple(sorted(name.rpartition(".")[2] for name in rows)),
             base_model=base_model,
             warnings=(warning,) if warning else (),
+            depends_on_base=False,
         )
 
 

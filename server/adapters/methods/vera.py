@@ -109,6 +109,7 @@ class VeraMethod:
             ranks=(config["r"],),
             base_model=found.base_model,
             warnings=warnings,
+            depends_on_base=bool(found.biases),
         )
 
 
