@@ -10,12 +10,15 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Protocol
 
 from turret.server.adapters.mix import Mix
 from turret.server.engine.detokenizer import Detokenizer, TextStream
+from turret.server.engine.exchange import Change, Exchange
 from turret.server.engine.flight import Flight
-from turret.server.engine.loop import Adapters, EngineLoop, EngineMetrics, Outbox, Runs
+from turret.server.engine.loop import EngineLoop, Outbox
+from turret.server.engine.ports import Adapters, EngineMetrics, Runs
 from turret.server.engine.request import Request
 from turret.server.engine.scheduler import Scheduler
 from turret.server.engine.sequence import Sequence
@@ -140,6 +143,27 @@ class Engine:
         self._idle.clear()
         self._loop.post(lambda: self._loop.add(flight))
         return flight.stream
+
+    def exchange(self, change: Change) -> Future[None]:
+        """Run ``change`` on the engine thread once no request runs; callable from any thread.
+
+        Requests that run finish first and those that wait go on afterwards, on other base weights.
+        One at a time.
+
+        Returns:
+            Done when the weights have changed; UnavailableError if the engine stops before. Until
+            the change begins it can be cancelled, and requests go on at once.
+
+        Raises:
+            UnavailableError: Not started, draining or dead.
+        """
+        if self._draining or self._thread is None or self.is_dead:
+            raise UnavailableError("the server is shutting down")
+        exchange = Exchange(change)
+        # Wakes the loop, which may have nothing else to do.
+        exchange.outcome.add_done_callback(lambda _: self._loop.post(lambda: None))
+        self._loop.post(lambda: self._loop.exchange(exchange))
+        return exchange.outcome
 
     async def drain(self, grace_seconds: float) -> None:
         """Refuse new requests, let running ones finish, cancel what is left, stop the thread."""

@@ -10,12 +10,12 @@ import logging
 import queue
 import time
 from collections.abc import Callable
-from collections.abc import Sequence as SequenceOf
-from typing import Any, Protocol
 
 from turret.server.adapters.mix import HostResult
+from turret.server.engine.exchange import Exchange
 from turret.server.engine.flight import Flight
-from turret.server.engine.request import AdapterRef, AdapterUse, FinishReason, Output
+from turret.server.engine.ports import Adapters, EngineMetrics, Runs
+from turret.server.engine.request import AdapterUse, FinishReason, Output
 from turret.server.engine.runner import StepResult
 from turret.server.engine.scheduler import Scheduler, Step
 from turret.server.engine.sequence import Sequence, SequenceState
@@ -25,40 +25,6 @@ from turret.server.errors import AdapterUnloadedError, TurretError, UnavailableE
 _log = logging.getLogger(__name__)
 
 Outbox = list[tuple[Stream, Output | TurretError]]
-
-
-class Runs(Protocol):
-    """What the engine needs of a runner (tests have their own)."""
-
-    def run(self, step: Step) -> StepResult: ...
-    def forget(self, sequence: Sequence) -> None: ...
-    def forget_adapter(self, key: str) -> None: ...
-    def refusal(self, sequence: Sequence) -> TurretError | None: ...
-    @property
-    def adapter_bytes(self) -> int: ...
-
-
-class Adapters(Protocol):
-    """What the engine needs of the adapter registry."""
-
-    on_force_unload: Callable[[str], None] | None
-    on_unloaded: Callable[[str], None] | None
-
-    def acquire(self, refs: SequenceOf[AdapterRef]) -> Any: ...
-    def release(self, mix: Any) -> None: ...
-
-
-class EngineMetrics(Protocol):
-    """The part of the server's metrics that the engine feeds."""
-
-    def queued(self, seconds: float) -> None: ...
-    def first_token(self, seconds: float) -> None: ...
-    def inter_token(self, seconds: float) -> None: ...
-    def step(self, phase: str, *, seconds: float, num_tokens: int, num_adapters: int) -> None: ...
-    def sequences(self, **counts: int) -> None: ...
-    def kv_blocks(self, **counts: int) -> None: ...
-    def prefix_cache(self, *, hit: int, miss: int) -> None: ...
-    def adapter_bytes(self, **counts: int) -> None: ...
 
 
 class EngineLoop:
@@ -98,6 +64,7 @@ class EngineLoop:
         self._cold: dict[Sequence, HostResult] = {}
         self._has_work = False
         self._stopping = False
+        self._exchange: Exchange | None = None
 
     # Callable from any thread.
 
@@ -123,14 +90,9 @@ class EngineLoop:
             return
         self._scheduler.add(sequence)
         try:
-            resident = sequence.mix.ensure_host(
-                lambda result: self._inbox.put(lambda: self._loaded(sequence, result))
-            )
+            self._await_adapters(flight)
         except TurretError as error:
             self._fail(flight, error)
-            return
-        if resident:
-            self._make_ready(flight)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a request early, if it still runs."""
@@ -158,10 +120,20 @@ class EngineLoop:
         self._runner.forget_adapter(key)
         self._metrics.adapter_bytes(device=self._runner.adapter_bytes)
 
+    def exchange(self, exchange: Exchange) -> None:
+        """Change the base weights once no request runs; those that wait stay in the line."""
+        if self._stopping or self.is_dead:
+            exchange.refuse()
+            return
+        assert self._exchange is None, "one change at a time"
+        self._exchange = exchange
+        self._scheduler.is_draining = True
+
     def stop(self) -> None:
         """End every request and leave ``run``."""
         self.cancel_all()
         self._stopping = True
+        self._refuse_exchange()
 
     # The loop.
 
@@ -171,6 +143,7 @@ class EngineLoop:
             while not self._stopping:
                 self._read_inbox()
                 self._expire(time.monotonic())
+                self._try_exchange()
                 self._flush()
                 if not self._stopping:
                     self._step()
@@ -209,6 +182,38 @@ class EngineLoop:
             except queue.Empty:
                 return
             command()
+
+    def _try_exchange(self) -> None:
+        """Make the change that waits for running requests, if the last of them has ended."""
+        exchange = self._exchange
+        if exchange is None or not (exchange.is_withdrawn or self._scheduler.is_drained):
+            return
+        self._exchange = None
+        change = exchange.make()
+        self._scheduler.is_draining = False
+        if change is None:
+            return
+        self._scheduler.move_base(change.generation)
+        for key in change.stale:
+            self.forget_adapter(key)
+        for sequence in list(self._ready):
+            if any(adapter.key in change.stale for adapter, _ in sequence.mix.components):
+                self._ready.discard(sequence)
+                self._await_adapters(self._flights[sequence])
+        exchange.complete()
+
+    def _refuse_exchange(self) -> None:
+        if self._exchange is not None:
+            self._exchange.refuse()
+            self._exchange = None
+
+    def _await_adapters(self, flight: Flight) -> None:
+        """Have a request start once its adapters are resident, which they may be already."""
+        sequence = flight.sequence
+        if sequence.mix.ensure_host(
+            lambda result: self._inbox.put(lambda: self._loaded(sequence, result))
+        ):
+            self._make_ready(flight)
 
     def _step(self) -> None:
         start = time.monotonic()
@@ -272,7 +277,8 @@ class EngineLoop:
             self._fail(flight, result.error)
             return
         self._cold[sequence] = result
-        self._make_ready(flight)
+        # Asked again: the base may have changed meanwhile, and an adapter gone with it.
+        self._await_adapters(flight)
 
     def _make_ready(self, flight: Flight) -> None:
         """Its adapters are in host memory: let it run, unless the device could never hold them."""
@@ -374,4 +380,5 @@ class EngineLoop:
             self._outbox.append((flight.stream, UnavailableError("the engine has failed")))
             self._adapters.release(flight.sequence.mix)
         self._flights.clear()
+        self._refuse_exchange()
         self._flush()

@@ -51,7 +51,10 @@ class Step:
 class Scheduler:
     """Waiting and running sequences, and the blocks they hold.
 
-    ``base_generation`` is part of every KV key; it moves when the base weights change.
+    Attributes:
+        base_generation: Counts the base weights; part of every KV key. Set by ``move_base``.
+        is_draining: While True, what runs (preempted sequences included) is brought to its end
+            and nothing else is admitted.
 
     Args:
         blocks: The KV blocks.
@@ -73,7 +76,8 @@ class Scheduler:
         self.blocks = blocks
         self.waiting: FairQueue[Sequence] = FairQueue()
         self.running: list[Sequence] = []
-        self.base_generation = 0
+        self.base_generation = 1
+        self.is_draining = False
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._is_ready = is_ready
@@ -83,9 +87,23 @@ class Scheduler:
     def has_work(self) -> bool:
         return bool(self.running) or len(self.waiting) > 0
 
+    @property
+    def is_drained(self) -> bool:
+        """Whether no sequence has begun, so that the base weights may change."""
+        return not self.running and not any(s.num_preemptions for s in self.waiting)
+
     def add(self, sequence: Sequence) -> None:
         """Take in a new sequence."""
         self.waiting.push(sequence)
+
+    def move_base(self, generation: int) -> None:
+        """The base weights have changed: no block computed before is found again."""
+        assert self.is_drained, "a sequence is computed with one base"
+        self.base_generation = generation
+        self.blocks.forget_cached()
+        for sequence in self.waiting:
+            # One that was considered once, and found no room, has its root key already.
+            sequence.keys.clear()
 
     def schedule(self) -> Step:
         """Choose the next step's work and reserve its blocks."""
@@ -174,7 +192,7 @@ class Scheduler:
         presets: list[tuple[Sequence, int]],
     ) -> None:
         while budget > 0 and len(self.running) < self._max_num_seqs:
-            sequence = self.waiting.peek(self._is_ready)
+            sequence = self.waiting.peek(self._may_start)
             # One that does not fit beside the running ones waits for them, and so does whoever
             # comes after it: passing it over could starve it.
             if sequence is None or not self._fits(sequence, self.running):
@@ -199,6 +217,10 @@ class Scheduler:
             # At once: the next one to admit may be another group's turn.
             self.waiting.charge(sequence.group, num_new)
             budget -= num_new
+
+    def _may_start(self, sequence: Sequence) -> bool:
+        has_begun = sequence.num_preemptions > 0
+        return self._is_ready(sequence) and (has_begun or not self.is_draining)
 
     def _find_prefix(self, sequence: Sequence) -> None:
         size = self.blocks.block_size
