@@ -124,6 +124,7 @@ class MergeState:
         merge_time: When the merge took effect (UTC).
         relative_error: Rounding error over all modules together.
         modules: The same for each.
+        update_error: The error as a share of what the mix changes: at 1 the mix is lost.
     """
 
     active: bool
@@ -133,6 +134,7 @@ class MergeState:
     merge_time: datetime | None
     relative_error: float
     modules: tuple[ModuleError, ...]
+    update_error: float
 
     @classmethod
     def from_proto(cls, proto: pb.MergeState) -> MergeState:
@@ -145,6 +147,7 @@ class MergeState:
             _time(proto.merge_time if proto.HasField("merge_time") else None),
             proto.relative_error,
             _module_errors(proto.modules),
+            proto.update_error,
         )
 
 

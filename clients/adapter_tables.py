@@ -11,6 +11,9 @@ from rich.text import Text
 
 from turret.clients.adapter_results import Adapter, Fusion, MergeState, ModuleError
 
+# From this share of the change on, its rounding error is worth a warning.
+_LOST = 0.5
+
 
 def print_adapters(adapters: Iterable[Adapter]) -> None:
     """One row per adapter."""
@@ -78,6 +81,11 @@ def print_merge_state(state: MergeState) -> None:
     }
     _print_rows(rows)
     _print_errors(state.relative_error, state.modules)
+    share = state.update_error
+    print(f"the rounding error is {share:.1%} of what the adapters change")
+    if share >= _LOST:
+        advice = "; --precision bf16 keeps it" if state.precision == "NF4" else ""
+        print(f"warning: most of it is lost{advice}")
 
 
 def _print_rows(rows: dict[str, str]) -> None:

@@ -27,10 +27,10 @@ EXIT_FAILED = 1
 # How long answers that are complete, or refusals, get to reach their clients at the very end.
 _FLUSH_SECONDS = 2.0
 
-Build = Callable[[Config, Metrics], tuple[Any, Any, Any, Any]]
+Build = Callable[[Config, Metrics], tuple[Any, Any, Any, Any, Any]]
 
 
-def _build(config: Config, metrics: Metrics) -> tuple[Any, Any, Any, Any]:
+def _build(config: Config, metrics: Metrics) -> tuple[Any, Any, Any, Any, Any]:
     # torch and transformers take seconds to import; the server already listens by then.
     from turret.server.build import build_engine
 
@@ -122,7 +122,7 @@ class App:
         parts = await self._unless_stopped(lambda: self._build(config, self.metrics), "model")
         if parts is None:
             return
-        engine, registry, tokenizer, model_info = parts
+        engine, registry, merger, tokenizer, model_info = parts
         self._registry = registry
         await engine.start()
         self._engine = engine
@@ -144,6 +144,7 @@ class App:
             Backend(
                 engine=engine,
                 registry=registry,
+                merger=merger,
                 tokenizer=tokenizer,
                 model_info=model_info,
                 methods=self._methods(),

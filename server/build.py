@@ -12,6 +12,7 @@ from turret.server import log
 from turret.server.adapters.adapter_store import AdapterStore
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.gathered import GatheredAdapters
+from turret.server.adapters.merger import Merger
 from turret.server.adapters.pack import AdapterPack
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
@@ -22,6 +23,7 @@ from turret.server.engine.runner import Runner
 from turret.server.engine.scheduler import Scheduler
 from turret.server.errors import InvalidRequestError
 from turret.server.metrics import Metrics
+from turret.server.models.base_edit import BaseEdit
 from turret.server.models.decoder import Decoder
 from turret.server.models.kv_cache import KvCache
 from turret.server.models.loader import describe_base, describe_pack, eos_token_ids, load_decoder
@@ -35,14 +37,14 @@ _log = logging.getLogger(__name__)
 # Positions per KV block; divides the attention tile.
 BLOCK_SIZE = 16
 
-Parts = tuple[Engine, AdapterRegistry, Tokenizer, ModelInfo]
+Parts = tuple[Engine, AdapterRegistry, Merger, Tokenizer, ModelInfo]
 
 
 def build_engine(config: Config, metrics: Metrics) -> Parts:
     """Load the model. Blocks for as long as that takes; runs in a thread of its own.
 
     Returns:
-        ``(engine, registry, tokenizer, model_info)``. The engine is not started.
+        ``(engine, registry, merger, tokenizer, model_info)``. The engine is not started.
 
     Raises:
         InvalidRequestError: The model cannot be served.
@@ -77,7 +79,14 @@ def build_engine(config: Config, metrics: Metrics) -> Parts:
             kernels="compiled" if is_native else "torch",
         ),
     )
-    return engine, registry, tokenizer, _model_info(decoder, source, engine)
+    merger = Merger(
+        registry,
+        edit=lambda precision: BaseEdit(decoder, precision),
+        describe=lambda generation: describe_base(decoder, source, generation),
+        exchange=engine.exchange,
+        metrics=metrics,
+    )
+    return engine, registry, merger, tokenizer, _model_info(decoder, source, engine)
 
 
 def served_methods() -> tuple[str, ...]:

@@ -12,7 +12,9 @@
     │   ├── AdapterComponentError    an adapter it is built from is not registered
     │   ├── AdapterInUseError        pinned, in flight, or part of a fusion
     │   ├── AdapterUnloadedError     force-unloaded under a running request or fusion
-    │   └── StateDirRequiredError    uploads and fused adapters need --state-dir
+    │   ├── StateDirRequiredError    uploads and fused adapters need --state-dir
+    │   ├── MergeActiveError         a merge is active, or a change of the base under way
+    │   └── NotMergedError           no merge is active
     ├── ResourceError
     │   ├── QueueFullError           too many requests wait, or uploads or fusions run
     │   ├── BudgetExceededError      rank, byte or block budget
@@ -20,8 +22,7 @@
     ├── UnauthenticatedError         no token, or an unknown one
     ├── PermissionDeniedError        the token lacks the role
     ├── UnavailableError             starting, draining, or the engine is dead
-    ├── DeadlineExceededError        the deadline passed before the request finished
-    └── UnsupportedError             declared in the API, not served by this version
+    └── DeadlineExceededError        the deadline passed before the request finished
 
 ``reason`` is an AIP-193 identifier; ``metadata`` repeats what the message interpolates. No gRPC
 here: ``server/rpc/status.py`` holds the one table from class to status code.
@@ -111,6 +112,14 @@ class StateDirRequiredError(AdapterError):
     reason = "STATE_DIR_REQUIRED"
 
 
+class MergeActiveError(AdapterError):
+    reason = "MERGE_ACTIVE"
+
+
+class NotMergedError(AdapterError):
+    reason = "NOT_MERGED"
+
+
 class ResourceError(TurretError):
     reason = "RESOURCE_EXHAUSTED"
 
@@ -141,7 +150,3 @@ class UnavailableError(TurretError):
 
 class DeadlineExceededError(TurretError):
     reason = "DEADLINE_EXCEEDED"
-
-
-class UnsupportedError(TurretError):
-    reason = "UNIMPLEMENTED"

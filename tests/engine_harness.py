@@ -80,9 +80,12 @@ def make_request(
 class EngineHarness:
     """A started engine. ``registry`` and ``metrics`` are those it runs on."""
 
-    def __init__(self, engine: Any, registry: Any, tokenizer: Any, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: Any, registry: Any, merger: Any, tokenizer: Any, metrics: Metrics
+    ) -> None:
         self.engine = engine
         self.registry = registry
+        self.merger = merger
         self.tokenizer = tokenizer
         self.metrics = metrics
 
@@ -115,12 +118,12 @@ class EngineHarness:
         # What is made of a test's model goes beside it, not into the user's cache.
         cache = {} if model is None else {"XDG_CACHE_HOME": str(model.parent / "cache")}
         with patch.dict(os.environ, cache):
-            engine, registry, tokenizer, _ = build_engine(config, metrics)
+            engine, registry, merger, tokenizer, _ = build_engine(config, metrics)
         for name in adapters:
             registry.load(name, name)
         await engine.start()
         try:
-            yield cls(engine, registry, tokenizer, metrics)
+            yield cls(engine, registry, merger, tokenizer, metrics)
         finally:
             await engine.drain(0.0)
             registry.close()

@@ -232,7 +232,11 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
     def MergeAdapters(self, request, context):
         self.requests.append(request)
         state = adapters_pb2.MergeState(
-            active=True, base_generation=2, precision=request.precision, relative_error=0.125
+            active=True,
+            base_generation=2,
+            precision=request.precision,
+            relative_error=0.125,
+            update_error=0.75,
         )
         for a in request.adapters:
             state.adapters.add(name=a.name, generation=1, weight=a.weight)

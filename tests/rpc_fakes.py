@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +15,7 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from turret.server.adapters.merge_state import Merge, MergedAdapter, MergeReport, MergeState
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.engine.request import (
     AdapterUse,
@@ -24,7 +27,12 @@ from turret.server.engine.request import (
     TokenLogprob,
     Usage,
 )
-from turret.server.errors import AdapterExistsError, AdapterInUseError, AdapterNotFoundError
+from turret.server.errors import (
+    AdapterExistsError,
+    AdapterInUseError,
+    AdapterNotFoundError,
+    NotMergedError,
+)
 from turret.server.metrics import Metrics
 from turret.server.rpc.auth import TokenTable
 from turret.server.rpc.gate import Backend, Gate
@@ -226,6 +234,39 @@ class FakeRegistry:
         self.is_closed = True
 
 
+class FakeMerger:
+    """Merges at once, or fails, or (with ``is_slow``) waits until nobody waits for it."""
+
+    def __init__(self) -> None:
+        self.state = MergeState(1)
+        self.error: BaseException | None = None
+        self.is_slow = False
+        self.calls: list[tuple[Any, ...]] = []
+        self.begun = threading.Event()
+        self.withdrawn = threading.Event()
+
+    def merge(self, refs: Any, precision: Any, cancelled: Future[None]) -> MergeState:
+        self.calls.append((refs, precision))
+        self.begun.set()
+        if self.error is not None:
+            raise self.error
+        if self.is_slow:
+            cancelled.result(20)
+            self.withdrawn.set()
+            raise CancelledError
+        members = tuple(MergedAdapter(r.name, f"uuid-{r.name}", 3, r.weight) for r in refs)
+        report = MergeReport(0.125, 0.75, (("layers.0.q_proj", 0.25), ("layers.1.q_proj", 0.0)))
+        merge = Merge(adapters=members, precision=precision, time=86_400.5, report=report)
+        self.state = MergeState(self.state.base_generation + 1, merge)
+        return self.state
+
+    def unmerge(self, cancelled: Future[None]) -> MergeState:
+        if self.state.merge is None:
+            raise NotMergedError("no merge is active")
+        self.state = MergeState(self.state.base_generation + 1)
+        return self.state
+
+
 @dataclass
 class Harness:
     """A running server, what is behind it, and a client channel."""
@@ -234,6 +275,7 @@ class Harness:
     gate: Gate
     engine: FakeEngine
     registry: Any
+    merger: FakeMerger
     metrics: Metrics
     backend: Backend
     channel: grpc.aio.Channel
@@ -258,11 +300,13 @@ async def harness(
     tokens: TokenTable | None = None,
     serving: bool = True,
     registry: Any = None,
+    merger: FakeMerger | None = None,
 ) -> AsyncIterator[Harness]:
     """A server on a free port, serving fakes, or a registry that the caller brings and closes."""
     gate, metrics = Gate(), Metrics()
     engine = FakeEngine()
     registry = FakeRegistry() if registry is None else registry
+    merger = FakeMerger() if merger is None else merger
     rpc = RpcServer(
         listen or ListenConfig(address="127.0.0.1:0"),
         security or SecurityConfig(),
@@ -274,6 +318,7 @@ async def harness(
     backend = Backend(
         engine=engine,
         registry=registry,
+        merger=merger,
         tokenizer=FakeTokenizer(),
         model_info=MODEL_INFO,
         methods=("lora", "dora"),
@@ -283,7 +328,7 @@ async def harness(
         rpc.health.set_serving(True)
     try:
         async with grpc.aio.insecure_channel(rpc.address) as channel:
-            yield Harness(rpc, gate, engine, registry, metrics, backend, channel)
+            yield Harness(rpc, gate, engine, registry, merger, metrics, backend, channel)
     finally:
         await rpc.stop(0)
 

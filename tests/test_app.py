@@ -19,7 +19,15 @@ from typing import Any
 
 import grpc
 import pytest
-from rpc_fakes import MODEL_INFO, FakeEngine, FakeRegistry, FakeTokenizer, failure_of, soon
+from rpc_fakes import (
+    MODEL_INFO,
+    FakeEngine,
+    FakeMerger,
+    FakeRegistry,
+    FakeTokenizer,
+    failure_of,
+    soon,
+)
 
 import turret
 from turret.server import log
@@ -47,12 +55,12 @@ class Parts:
         # Set once the build runs, which is after the server began to listen.
         self.building = asyncio.Event()
 
-    def build(self, config: Config, metrics: Any) -> tuple[Any, Any, Any, Any]:
+    def build(self, config: Config, metrics: Any) -> tuple[Any, Any, Any, Any, Any]:
         self.loop.call_soon_threadsafe(self.building.set)
         self.may_finish.wait(20)
         if self.error is not None:
             raise self.error
-        return self.engine, self.registry, FakeTokenizer(), MODEL_INFO
+        return self.engine, self.registry, FakeMerger(), FakeTokenizer(), MODEL_INFO
 
 
 def make_app(parts: Parts, **sections: Any) -> App:

@@ -266,6 +266,7 @@ def test_fuse_and_merge(client: TurretClient, server: FakeTurret):
     state = client.adapters.merge([("sql", 0.5)], precision="bf16")
     assert (state.active, state.precision, state.adapters[0].weight) == (True, "BF16", 0.5)
     assert state.merge_time == datetime(1970, 1, 2, tzinfo=UTC)
+    assert (state.relative_error, state.update_error) == (0.125, 0.75)
     state = client.adapters.unmerge()
     assert (state.active, state.precision, state.merge_time) == (False, "", None)
 

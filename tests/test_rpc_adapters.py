@@ -140,17 +140,3 @@ async def test_filters_hold_over_pages() -> None:
         ).next_page_token
         failure = await failure_of(server.adapters.ListAdapters(List(page_token=token)))
         assert list(failure.violations) == ["page_token"]
-
-
-async def test_what_is_declared_but_not_served_says_so() -> None:
-    async with harness() as server:
-        calls = {
-            "MergeAdapters": server.adapters.MergeAdapters(pb.MergeAdaptersRequest()),
-            "UnmergeAdapters": server.adapters.UnmergeAdapters(pb.UnmergeAdaptersRequest()),
-            "GetMergeState": server.adapters.GetMergeState(pb.GetMergeStateRequest()),
-        }
-        for rpc, call in calls.items():
-            failure = await failure_of(call)
-            assert failure.code is grpc.StatusCode.UNIMPLEMENTED
-            assert rpc in failure.message
-            assert (failure.reason, failure.metadata) == ("UNIMPLEMENTED", {"rpc": rpc})

@@ -32,6 +32,8 @@ CODES = {
     "AdapterInUseError": "FAILED_PRECONDITION",
     "AdapterUnloadedError": "ABORTED",
     "StateDirRequiredError": "FAILED_PRECONDITION",
+    "MergeActiveError": "FAILED_PRECONDITION",
+    "NotMergedError": "FAILED_PRECONDITION",
     "ResourceError": "RESOURCE_EXHAUSTED",
     "QueueFullError": "RESOURCE_EXHAUSTED",
     "BudgetExceededError": "RESOURCE_EXHAUSTED",
@@ -40,7 +42,6 @@ CODES = {
     "PermissionDeniedError": "PERMISSION_DENIED",
     "UnavailableError": "UNAVAILABLE",
     "DeadlineExceededError": "DEADLINE_EXCEEDED",
-    "UnsupportedError": "UNIMPLEMENTED",
 }
 PROMPT = inference_pb2.GenerateRequest(prompt="hi")
 

@@ -153,6 +153,8 @@ def test_adapters_fuse_merge_and_unmerge(run: Run, server: FakeTurret):
     code, out, _ = run("adapters", "merge", "-a", "sql=0.5", "--precision", "bf16")
     assert "sql@1=0.5" in out
     assert "bf16" in out
+    assert "the rounding error is 75.0% of what the adapters change" in out
+    assert "warning: most of it is lost" in out
     assert run("adapters", "unmerge")[1] == "nothing is merged; base generation 3\n"
     code, _, err = run("adapters", "merge-state")
     assert (code, err.startswith("error: UNIMPLEMENTED: ")) == (1, True)

@@ -5,18 +5,18 @@ from __future__ import annotations
 import torch
 
 from turret.server.adapters.adapter_store import AdapterStep
-from turret.server.models.nf4 import Nf4Linear
+from turret.server.models.base_linear import BaseLinear
 
 
 class AdaptedLinear:
     """``y = G ⊙ (W x) + b + Σ_k w_k Δ_k(x)`` for one fused projection of one layer.
 
     Attributes:
-        base: The bias-free base projection.
+        base: The bias-free base projection. It and the bias change when adapters are merged.
         bias: ``[out]`` in the serving dtype, or None.
     """
 
-    def __init__(self, layer: int, group: str, base: Nf4Linear, bias: torch.Tensor | None):
+    def __init__(self, layer: int, group: str, base: BaseLinear, bias: torch.Tensor | None):
         self.layer = layer
         self.group = group
         self.base = base

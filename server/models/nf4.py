@@ -110,25 +110,37 @@ class Nf4Linear:
     dequantised.
     """
 
-    def __init__(self, slices: Sequence[Nf4Weight], dtype: torch.dtype, device: torch.device):
+    def __init__(
+        self,
+        slices: Sequence[Nf4Weight],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        packs: bool | None = None,
+    ):
         self.widths = tuple(weight.shape[0] for weight in slices)
         self.in_features = slices[0].shape[1]
         self._shape = (sum(self.widths), self.in_features)
+        self._dtype, self._device = dtype, device
         self._dense: torch.Tensor | None = None
         self._code: torch.Tensor | None = None
         if device.type == "cuda" and dtype != torch.float32:
             self._fuse_cuda(slices, device)
-        elif device.type == "cpu" and dtype == torch.bfloat16 and self._packs_on_cpu(slices):
+        elif self._packs_on_cpu(slices) if packs is None else packs:
             self._fuse_cpu(slices)
         else:
             parts = [weight.dequantize(dtype) for weight in slices]
             self._dense = torch.cat(parts).to(device)
 
-    @staticmethod
-    def _packs_on_cpu(slices: Sequence[Nf4Weight]) -> bool:
-        return bool(bnb_functional.has_avx512bf16()) and all(
-            weight.shape[0] % _CPU_TILE_ROWS == 0 and weight.shape[1] % BLOCKSIZE == 0
-            for weight in slices
+    def _packs_on_cpu(self, slices: Sequence[Nf4Weight]) -> bool:
+        return (
+            self._device.type == "cpu"
+            and self._dtype == torch.bfloat16
+            and bool(bnb_functional.has_avx512bf16())
+            and all(
+                weight.shape[0] % _CPU_TILE_ROWS == 0 and weight.shape[1] % BLOCKSIZE == 0
+                for weight in slices
+            )
         )
 
     def _fuse_cpu(self, slices: Sequence[Nf4Weight]) -> None:
@@ -165,21 +177,75 @@ class Nf4Linear:
             return nf4_product(x, self._packed, self._absmax, self._code, self._shape, BLOCKSIZE)
         return matmul_4bit(x, self._packed, quant_state=self._state)
 
+    def _rows(self, index: int) -> slice:
+        start = sum(self.widths[:index])
+        return slice(start, start + self.widths[index])
+
+    def _like(self, widths: tuple[int, ...]) -> Nf4Linear:
+        other = copy.copy(self)
+        other.widths = widths
+        other._shape = (sum(widths), self.in_features)
+        return other
+
+    def part(self, index: int) -> Nf4Linear:
+        """Slice ``index`` alone, on the memory of the whole where its layout allows."""
+        part, rows = self._like((self.widths[index],)), self._rows(index)
+        if self._dense is not None:
+            part._dense = self._dense[rows]
+        elif self._code is not None:
+            part._packed = self._packed[rows]
+            part._absmax = self._absmax[:, rows].contiguous()
+        else:
+            codes, blocks = self.in_features // 2, self.in_features // BLOCKSIZE
+            part._packed = self._packed[rows.start * codes : rows.stop * codes]
+            absmax = self._state.absmax[rows.start * blocks : rows.stop * blocks]
+            part._state = _state_like(self._state, absmax, part._shape)
+        return part
+
+    def stored_alike(self, weight: Nf4Weight) -> Nf4Linear:
+        """Another weight alone, in the layout and on the device of this projection."""
+        packs = self._dense is None and self._code is not None
+        return Nf4Linear([weight], self._dtype, self._device, packs=packs)
+
+    @classmethod
+    def join(cls, parts: Sequence[Nf4Linear]) -> Nf4Linear:
+        """Fuse projections that are stored alike, in this order; copies their packed weights."""
+        joined = parts[0]._like(tuple(width for part in parts for width in part.widths))
+        if parts[0]._dense is not None:
+            joined._dense = torch.cat([part._dense for part in parts if part._dense is not None])
+        elif parts[0]._code is not None:
+            joined._packed = torch.cat([part._packed for part in parts])
+            joined._absmax = torch.cat([part._absmax for part in parts], dim=1).contiguous()
+        else:
+            joined._packed = torch.cat([part._packed for part in parts])
+            absmax = torch.cat([part._state.absmax for part in parts])
+            joined._state = _state_like(parts[0]._state, absmax, joined._shape)
+        return joined
+
     def dequantize(self, index: int) -> torch.Tensor:
         """The weight of slice ``index`` as actually multiplied, ``[out, in]`` fp32, on the CPU.
 
         The fused CPU op rounds absmax and products to bf16 inside; multiplying by the identity
         shows exactly the weight it uses.
         """
-        start = sum(self.widths[:index])
-        end = start + self.widths[index]
+        rows = self._rows(index)
         if self._dense is not None:
-            return self._dense[start:end].float().cpu()
+            return self._dense[rows].float().cpu()
         device = self._packed.device
         columns = []
         for low in range(0, self.in_features, _IDENTITY_ROWS):
             high = min(low + _IDENTITY_ROWS, self.in_features)
             identity = torch.zeros(high - low, self.in_features, dtype=torch.bfloat16)
             identity[torch.arange(high - low), torch.arange(low, high)] = 1.0
-            columns.append(self(identity.to(device))[:, start:end].float().cpu().T)
+            columns.append(self(identity.to(device))[:, rows].float().cpu().T)
         return torch.cat(columns, dim=1).contiguous()
+
+
+def _state_like(
+    state: bnb_functional.QuantState, absmax: torch.Tensor, shape: tuple[int, int]
+) -> bnb_functional.QuantState:
+    """The state of other weights that are stored in the same way."""
+    other = copy.copy(state)
+    other.absmax = absmax
+    other.shape = torch.Size(shape)
+    return other

@@ -6,25 +6,26 @@ import asyncio
 import functools
 import threading
 from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NoReturn, TypeVar
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import grpc
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from turret.server.adapters.interrupt import Interrupt
+from turret.server.adapters.merge_state import MergeState
 from turret.server.adapters.staged_upload import UploadedFile
 from turret.server.config import ADAPTER_NAME
 from turret.server.errors import (
     InvalidRequestError,
     QueueFullError,
     UnavailableError,
-    UnsupportedError,
 )
 from turret.server.rpc.call import current_call
 from turret.server.rpc.convert import Violations
 from turret.server.rpc.fuse import checked_fuse_request, fuse_response
 from turret.server.rpc.gate import Gate
+from turret.server.rpc.merges import checked_merge_request, merge_state_message
 from turret.server.rpc.paging import make_page_token, page_length, read_page_token
 from turret.server.rpc.uploads import checked_header, next_message, receive_chunks
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
@@ -101,10 +102,6 @@ def _unload_seconds(timeout: duration_pb2.Duration, violations: Violations) -> f
         f"must be in [0, {MAX_UNLOAD_SECONDS:.0f}] seconds",
     )
     return seconds
-
-
-def _unsupported(rpc: str) -> NoReturn:
-    raise UnsupportedError(f"{rpc} is not served by this version", metadata={"rpc": rpc})
 
 
 class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
@@ -314,13 +311,31 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
             raise
         return fuse_response(result, adapter_message(result.record))
 
-    # Declared in the API, not served yet.
+    async def MergeAdapters(
+        self, request: adapters_pb2.MergeAdaptersRequest, context: _Context
+    ) -> adapters_pb2.MergeState:
+        merger = self._gate.enter().merger
+        refs, precision = checked_merge_request(request)
+        current_call().adapters = tuple(ref.name for ref in refs)
+        return await self._change_base(merger.merge, refs, precision)
 
-    async def MergeAdapters(self, request: Any, context: _Context) -> NoReturn:
-        _unsupported("MergeAdapters")
+    async def UnmergeAdapters(
+        self, request: adapters_pb2.UnmergeAdaptersRequest, context: _Context
+    ) -> adapters_pb2.MergeState:
+        return await self._change_base(self._gate.enter().merger.unmerge)
 
-    async def UnmergeAdapters(self, request: Any, context: _Context) -> NoReturn:
-        _unsupported("UnmergeAdapters")
+    async def _change_base(
+        self, change: Callable[..., MergeState], *args: Any
+    ) -> adapters_pb2.MergeState:
+        cancelled: Future[None] = Future()
+        try:
+            state = await self._in_slow_thread(change, *args, cancelled)
+        except asyncio.CancelledError:
+            cancelled.set_result(None)
+            raise
+        return merge_state_message(state)
 
-    async def GetMergeState(self, request: Any, context: _Context) -> NoReturn:
-        _unsupported("GetMergeState")
+    async def GetMergeState(
+        self, request: adapters_pb2.GetMergeStateRequest, context: _Context
+    ) -> adapters_pb2.MergeState:
+        return merge_state_message(self._gate.enter().merger.state)

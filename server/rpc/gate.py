@@ -38,6 +38,7 @@ class Backend:
 
     engine: EngineLike
     registry: Any
+    merger: Any
     tokenizer: TokenizerLike
     model_info: Any
     methods: tuple[str, ...] = ()

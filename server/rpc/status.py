@@ -45,6 +45,8 @@ TABLE: dict[type[errors.TurretError], Row] = {
     errors.AdapterInUseError: Row(_Code.FAILED_PRECONDITION),
     errors.AdapterUnloadedError: Row(_Code.ABORTED),
     errors.StateDirRequiredError: Row(_Code.FAILED_PRECONDITION),
+    errors.MergeActiveError: Row(_Code.FAILED_PRECONDITION),
+    errors.NotMergedError: Row(_Code.FAILED_PRECONDITION),
     errors.ResourceError: Row(_Code.RESOURCE_EXHAUSTED, 1.0),
     errors.QueueFullError: Row(_Code.RESOURCE_EXHAUSTED, 1.0),
     # A rank or size over its limit stays over it; what frees up by itself says so in the error.
@@ -54,7 +56,6 @@ TABLE: dict[type[errors.TurretError], Row] = {
     errors.PermissionDeniedError: Row(_Code.PERMISSION_DENIED),
     errors.UnavailableError: Row(_Code.UNAVAILABLE, 1.0),
     errors.DeadlineExceededError: Row(_Code.DEADLINE_EXCEEDED),
-    errors.UnsupportedError: Row(_Code.UNIMPLEMENTED),
 }
 
 

@@ -274,7 +274,7 @@ class MergedAdapter(_message.Message):
     def __init__(self, name: _Optional[str] = ..., uuid: _Optional[str] = ..., generation: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class MergeState(_message.Message):
-    __slots__ = ("active", "base_generation", "adapters", "precision", "merge_time", "relative_error", "modules")
+    __slots__ = ("active", "base_generation", "adapters", "precision", "merge_time", "relative_error", "modules", "update_error")
     ACTIVE_FIELD_NUMBER: _ClassVar[int]
     BASE_GENERATION_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
@@ -282,6 +282,7 @@ class MergeState(_message.Message):
     MERGE_TIME_FIELD_NUMBER: _ClassVar[int]
     RELATIVE_ERROR_FIELD_NUMBER: _ClassVar[int]
     MODULES_FIELD_NUMBER: _ClassVar[int]
+    UPDATE_ERROR_FIELD_NUMBER: _ClassVar[int]
     active: bool
     base_generation: int
     adapters: _containers.RepeatedCompositeFieldContainer[MergedAdapter]
@@ -289,7 +290,8 @@ class MergeState(_message.Message):
     merge_time: _timestamp_pb2.Timestamp
     relative_error: float
     modules: _containers.RepeatedCompositeFieldContainer[ModuleError]
-    def __init__(self, active: bool = ..., base_generation: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[MergedAdapter, _Mapping]]] = ..., precision: _Optional[_Union[MergeAdaptersRequest.Precision, str]] = ..., merge_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., relative_error: _Optional[float] = ..., modules: _Optional[_Iterable[_Union[ModuleError, _Mapping]]] = ...) -> None: ...
+    update_error: float
+    def __init__(self, active: bool = ..., base_generation: _Optional[int] = ..., adapters: _Optional[_Iterable[_Union[MergedAdapter, _Mapping]]] = ..., precision: _Optional[_Union[MergeAdaptersRequest.Precision, str]] = ..., merge_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., relative_error: _Optional[float] = ..., modules: _Optional[_Iterable[_Union[ModuleError, _Mapping]]] = ..., update_error: _Optional[float] = ...) -> None: ...
 
 class ExportAdapterRequest(_message.Message):
     __slots__ = ("name", "generation")

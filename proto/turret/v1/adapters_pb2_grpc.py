@@ -228,25 +228,33 @@ class AdaptersServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def MergeAdapters(self, request, context):
-        """Merges a weighted mix into the base model, for every later request. Requests that run finish
-        first. A merge that fails leaves the base as it was.
+        """Merges a weighted mix into the base model, for every later request: those that name adapters
+        have them added to the merged weights, the merged ones too. The new weights are made while
+        requests run; then those that run finish, and those that wait go on with the new weights.
 
-        Returns NOT_FOUND if a member is not registered, FAILED_PRECONDITION if a merge is active,
-        INVALID_ARGUMENT if a member's method cannot be merged.
+        A merge that fails, or whose caller goes away before it took effect, leaves the base as it was.
+        It lasts until `UnmergeAdapters` or the end of the process.
+
+        Returns NOT_FOUND if a member is not registered, FAILED_PRECONDITION if a merge is active or
+        another change of the base under way, INVALID_ARGUMENT if a member does more than change
+        weights (soft prompts, prefixes and gates do; all are named), RESOURCE_EXHAUSTED if the members
+        do not fit the byte budget together.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def UnmergeAdapters(self, request, context):
-        """Restores the base model, bit for bit. Returns FAILED_PRECONDITION if no merge is active.
+        """Restores the base model, bit for bit, once the requests that run have finished. Returns
+        FAILED_PRECONDITION if no merge is active or another change of the base is under way.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetMergeState(self, request, context):
-        """Returns what is merged into the base model at present.
+        """Returns what is merged into the base model at present. A change that is under way shows when it
+        has taken effect.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,56 @@
+"""Merges, proto to domain and back."""
+
+from __future__ import annotations
+
+from google.protobuf import timestamp_pb2
+
+from turret.server.adapters.merge_state import MergeState, Precision
+from turret.server.engine.request import AdapterRef
+from turret.server.rpc.convert import Violations, adapter_refs
+from turret.v1 import adapters_pb2
+
+_Request = adapters_pb2.MergeAdaptersRequest
+_PRECISIONS: dict[int, Precision] = {
+    _Request.PRECISION_UNSPECIFIED: "NF4",
+    _Request.NF4: "NF4",
+    _Request.BF16: "BF16",
+}
+
+
+def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Precision]:
+    """The mix and how it is stored.
+
+    Raises:
+        InvalidRequestError: Lists every offending field.
+    """
+    violations = Violations()
+    violations.check(len(request.adapters) > 0, "adapters", "at least one")
+    refs = adapter_refs(request.adapters, violations)
+    violations.check(request.precision in _PRECISIONS, "precision", "is no value of Precision")
+    violations.raise_if_any()
+    return refs, _PRECISIONS[request.precision]
+
+
+def merge_state_message(state: MergeState) -> adapters_pb2.MergeState:
+    """The state, as the API shows it."""
+    message = adapters_pb2.MergeState(base_generation=state.base_generation)
+    merge = state.merge
+    if merge is None:
+        return message
+    message.active = True
+    for member in merge.adapters:
+        message.adapters.add(
+            name=member.name,
+            uuid=member.uuid,
+            generation=member.generation,
+            weight=member.weight,
+        )
+    message.precision = _Request.NF4 if merge.precision == "NF4" else _Request.BF16
+    stamp = timestamp_pb2.Timestamp()
+    stamp.FromNanoseconds(round(merge.time * 1e9))
+    message.merge_time.CopyFrom(stamp)
+    message.relative_error = merge.report.relative_error
+    message.update_error = merge.report.update_error
+    for path, error in merge.report.modules:
+        message.modules.add(module=path, relative_error=error)
+    return message
