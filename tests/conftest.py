@@ -50,7 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.fixture
 def soak_seconds(request: pytest.FixtureRequest) -> float:
-    return request.config.getoption("--soak-seconds")
+    return float(request.config.getoption("--soak-seconds") or 0.0)
 
 
 @pytest.fixture(autouse=True)
