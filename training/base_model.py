@@ -92,12 +92,33 @@ def load_model(base: TrainingBase, weights: Weights, dtype: torch.dtype, device:
     return model.to(device).requires_grad_(False)
 
 
-def empty_model(base: TrainingBase) -> Any:
-    """The model's shapes without memory: every weight on the meta device, in bfloat16."""
+def empty_model(base: TrainingBase, weights: Weights, dtype: torch.dtype) -> Any:
+    """The model of :func:`load_model` on the meta device: the weights' shapes, without memory."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(base.config, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(base.config, dtype=dtype)
+    if weights == "nf4":
+        layers = model.model.layers
+        for name, module in list(layers.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                layers.set_submodule(name, _EmptyLinear4bit(module))
+        model.is_loaded_in_4bit = True
     model.config._name_or_path = base.source.name
     return model.requires_grad_(False)
+
+
+class _EmptyLinear4bit(Linear4bit):
+    """What PEFT takes for a quantised module, though its weight is a dense one without memory."""
+
+    def __init__(self, dense: torch.nn.Linear) -> None:
+        torch.nn.Module.__init__(self)
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.compute_dtype = dense.weight.dtype
+        weight: Any = dense.weight
+        weight.compress_statistics, weight.quant_type = True, "nf4"
+        self.weight, self.bias = weight, dense.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(x, self.weight, self.bias)
 
 
 def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:

@@ -16,7 +16,7 @@ from turret.training.data.batch import IGNORED, Batch
 from turret.training.peft_warnings import without_peft_warnings
 
 # Positions whose logits exist at one time; more are computed in turn, and again in the backward.
-HEAD_ROWS = 1024
+HEAD_ROWS = 512
 
 
 class LossFunction:
@@ -36,17 +36,19 @@ class LossFunction:
     def __call__(self, batch: Batch) -> torch.Tensor:
         """The sum, a scalar fp32 with gradient (nats)."""
         hidden = self._hidden(batch)
-        targets = batch.targets.to(self._device)
         # A learned prompt's own positions come first.
-        hidden = hidden[:, -targets.shape[1] :]
-        asked = targets != IGNORED
-        rows = zip(hidden[asked].split(HEAD_ROWS), targets[asked].split(HEAD_ROWS), strict=True)
+        hidden = hidden[:, -batch.targets.shape[1] :].flatten(0, 1)
+        # Found on the CPU, where the batch is: on the device it would have to wait for the answer.
+        targets = batch.targets.flatten()
+        asked = (targets != IGNORED).nonzero().squeeze(1)
+        states = hidden[asked.to(self._device)]
+        wanted = targets[asked].to(self._device)
         total = torch.zeros((), device=self._device)
-        for states, wanted in rows:
+        for part in zip(states.split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True):
             if batch.num_targets <= HEAD_ROWS or not torch.is_grad_enabled():
-                total = total + self._head_loss(states, wanted)
+                total = total + self._head_loss(*part)
             else:
-                total = total + checkpoint(self._head_loss, states, wanted, use_reentrant=False)
+                total = total + checkpoint(self._head_loss, *part, use_reentrant=False)
         return total
 
     def _hidden(self, batch: Batch) -> torch.Tensor:

@@ -1,9 +1,10 @@
-"""The most memory used so far."""
+"""The memory of this process, or of the device it computes on."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -14,3 +15,11 @@ def peak_memory_bytes(device: str) -> int:
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak << 10
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process now; its peak where the system does not tell."""
+    statm = Path("/proc/self/statm")
+    if not statm.exists():
+        return peak_memory_bytes("cpu")
+    return int(statm.read_text().split()[1]) * resource.getpagesize()

@@ -20,11 +20,13 @@ _LINES = 20
 
 
 @contextmanager
-def training_progress(num_steps: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+def training_progress(
+    num_steps: int, title: str = "training"
+) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yield a listener for the lines of ``metrics.jsonl``; draws on stderr."""
     console = Console(stderr=True)
     columns = (
-        TextColumn("training"),
+        TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("{task.fields[losses]}"),
@@ -32,7 +34,7 @@ def training_progress(num_steps: int) -> Iterator[Callable[[dict[str, Any]], Non
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("training", total=num_steps, losses="")
+        task = bar.add_task(title, total=num_steps, losses="")
         losses = {"step": "", "validation": ""}
 
         def listen(row: dict[str, Any]) -> None:

@@ -57,13 +57,18 @@ def attach(resolved: Resolved) -> Any:
     assert base.dtype is not None
     assert base.device is not None
     model = load_model(resolved.base, base.weights, DTYPES[base.dtype], base.device)
+    return attach_to(model, resolved).to(base.device)
+
+
+def attach_to(model: Any, resolved: Resolved) -> Any:
+    """Attach the method to a base model."""
     torch.manual_seed(resolved.config.run.seed)
     attached = resolved.method.attach(model, resolved.config.method, resolved.base)
     if resolved.config.run.gradient_checkpointing:
         # The name of late 5.x versions, and the one that they deprecate.
         enable = getattr(model, "activation_checkpointing_enable", None)
         (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    return attached.to(base.device)
+    return attached
 
 
 def trainable(model: Any) -> dict[str, torch.nn.Parameter]:
@@ -125,10 +130,27 @@ class Trainer:
         self._write_adapter(model, facts | {"steps": self._num_steps, "validation_loss": loss})
         memory = peak_memory_bytes(self._device)
         self._write_samples(model)
-        self._folder.write_facts(
-            facts | {"result": {"validation_loss": loss, "memory_bytes": memory}}
-        )
+        result = {"validation_loss": loss, "seconds": log.seconds, "memory_bytes": memory}
+        self._folder.write_facts(facts | {"result": result})
         return Result(self._folder, loss, log.seconds, memory)
+
+    @property
+    def is_started(self) -> bool:
+        """Whether the directory holds this run or another, finished or not."""
+        return self._folder.facts.exists()
+
+    def finished(self) -> Result | None:
+        """The result of this very run, if it is finished.
+
+        Raises:
+            RunError: A run of something else is there.
+        """
+        if not self._folder.is_finished:
+            return None
+        facts = self._folder.read_facts()
+        now = describe_run(self._resolved, facts["num_parameters"])
+        check_same_run(facts, now, self._folder.path)
+        return Result(self._folder, **facts["result"])
 
     def _check_folder(self, *, resume: bool, overwrite: bool) -> None:
         folder = self._folder
@@ -187,13 +209,7 @@ class _Loop:
         head = model.get_base_model().get_output_embeddings()
         self._loss = LossFunction(model, head, self._device)
         self._pad = pad_token(resolved.base.tokenizer)
-        self._stream = BatchStream(
-            dataset.train,
-            batch_size=config.run.batch_size,
-            pad=self._pad,
-            seed=config.run.seed,
-            is_packed=config.data.packing,
-        )
+        self._stream = make_stream(resolved)
         self._validation = dataset.validation
         self._tokens = log.tokens
         self._started = time.monotonic() - log.seconds
@@ -279,6 +295,18 @@ def validation_loss(loss: LossFunction, rows: Sequence[Row], batch_size: int, pa
     ]
     total = sum(loss(batch).item() for batch in batches)
     return total / sum(batch.num_targets for batch in batches)
+
+
+def make_stream(resolved: Resolved) -> BatchStream:
+    """The batches of a run, in order."""
+    config = resolved.config
+    return BatchStream(
+        resolved.dataset.train,
+        batch_size=config.run.batch_size,
+        pad=pad_token(resolved.base.tokenizer),
+        seed=config.run.seed,
+        is_packed=config.data.packing,
+    )
 
 
 def pad_token(tokenizer: Any) -> int:

@@ -1,4 +1,4 @@
-"""``turret train``: ``init``, ``run``. Heavy imports wait until a verb runs."""
+"""``turret train init|plan|run|sweep``. Heavy imports wait until a verb runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     init = verbs.add_parser("init", help="write a commented config")
     init.add_argument("file", type=Path, nargs="?", default=Path("train.toml"), metavar="FILE")
     init.set_defaults(func=_with_errors(_init))
-    run = verbs.add_parser("run", help="train", parents=[_config_parser()])
+    common = _config_parser()
+    plan = verbs.add_parser("plan", help="show what a run will do and cost", parents=[common])
+    plan.add_argument("--measure", action="store_true", help="run two steps and measure the memory")
+    plan.set_defaults(func=_with_errors(_plan))
+    run = verbs.add_parser("run", help="train", parents=[common])
     how = run.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     how.add_argument("--overwrite", action="store_true", help="remove a run that is there")
@@ -36,6 +40,15 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     report = verbs.add_parser("report", help="write a run's report.html again")
     report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
     report.set_defaults(func=_with_errors(_report))
+    sweep = verbs.add_parser("sweep", help="compare ranks", parents=[common])
+    sweep.add_argument(
+        "--ranks",
+        type=_ranks,
+        default=(2, 4, 8, 16, 32),
+        metavar="N,N,…",
+        help="default: 2,4,8,16,32",
+    )
+    sweep.set_defaults(func=_with_errors(_sweep))
 
 
 def _config_parser() -> argparse.ArgumentParser:
@@ -86,19 +99,59 @@ def _init(args: argparse.Namespace) -> None:
     print(f"{args.file}: set data.train, then: turret train plan {args.file}")
 
 
-def _resolve(args: argparse.Namespace) -> Any:
+def _ranks(text: str) -> tuple[int, ...]:
+    ranks = tuple(int(part) for part in text.split(","))
+    if not ranks or min(ranks) < 1:
+        raise argparse.ArgumentTypeError("ranks must be at least 1")
+    return tuple(dict.fromkeys(ranks))
+
+
+def _read(args: argparse.Namespace) -> Any:
     from turret.training.config_file import read_config
-    from turret.training.resolve import resolve
 
     overrides = list(args.set)
     for flag, (key, _) in _FLAGS.items():
         value = getattr(args, flag[2:].replace("-", "_"))
         if value is not None:
             overrides.append(f"{key}={value}")
-    resolved = resolve(read_config(args.config, overrides), args.config.parent)
+    return read_config(args.config, overrides)
+
+
+def _resolve(args: argparse.Namespace) -> Any:
+    from turret.training.resolve import resolve
+
+    resolved = resolve(_read(args), args.config.parent)
     for note in resolved.notes:
         print(f"note: {note}", file=sys.stderr)
     return resolved
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from rich.console import Console
+
+    from turret.training.plan import print_plan
+
+    print_plan(_resolve(args), Console(highlight=False), measure=args.measure)
+
+
+def _sweep(args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from turret.training.progress import training_progress
+    from turret.training.sweep import sweep
+
+    table = Table("rank", "validation loss", "trained weights", "adapter", "products", "seconds")
+    for result in sweep(_read(args), args.config.parent, args.ranks, training_progress):
+        table.add_row(
+            str(result.rank),
+            f"{result.validation_loss:.4f}",
+            f"{result.num_parameters:,}",
+            f"{result.file_bytes / 1e6:.2f} MB",
+            f"+{result.relative_multiply_adds:.1%}",
+            f"{result.seconds:.0f}",
+        )
+    Console(highlight=False).print(table)
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -1,0 +1,80 @@
+"""``turret train plan``: what a run will do and cost, before it starts."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from turret.training.config_file import render_config
+from turret.training.memory_estimate import MemoryEstimate, estimate_memory
+from turret.training.rehearsal import measure_peak
+from turret.training.resolve import Resolved
+from turret.training.serving_cost import ServingCost, serving_cost
+
+_MIB = 1 << 20
+
+
+def print_plan(resolved: Resolved, console: Console, *, measure: bool) -> None:
+    """Print the resolved config, what it trains, what that needs, and what serving it costs.
+
+    Args:
+        resolved: The run.
+        console: Where to.
+        measure: Also run two steps in another process and compare the estimate with their peak.
+    """
+    console.print(Text(render_config(resolved.config)), soft_wrap=True)
+    estimate = estimate_memory(resolved)
+    cost = serving_cost(resolved)
+    table = Table(show_header=False, box=None)
+    for name, value in _rows(resolved, estimate, cost):
+        table.add_row(name, value)
+    console.print(table)
+    if measure:
+        with tempfile.TemporaryDirectory() as scratch:
+            peak = measure_peak(resolved, Path(scratch))
+        error = estimate.total / peak - 1
+        console.print(f"measured peak {peak / _MIB:.0f} MiB; error of the estimate {error:+.1%}")
+
+
+def _rows(
+    resolved: Resolved, estimate: MemoryEstimate, cost: ServingCost
+) -> Iterator[tuple[str, str]]:
+    run, dataset = resolved.config.run, resolved.dataset
+    rows = f", packed into {len(dataset.train)} rows" if resolved.config.data.packing else ""
+    yield (
+        "data",
+        f"{dataset.num_examples} examples, {dataset.num_tokens} tokens{rows}; "
+        f"{len(dataset.validation)} to validate on",
+    )
+    epochs = (run.steps or 0) * run.batch_size * run.gradient_accumulation / len(dataset.train)
+    yield (
+        "steps",
+        f"{run.steps} of {run.batch_size * run.gradient_accumulation} rows, {epochs:.1f} epochs",
+    )
+    yield "trained weights", f"{estimate.num_parameters:,}"
+    yield (
+        "memory",
+        f"{estimate.total / _MIB:.0f} MiB: base {estimate.base / _MIB:.0f}, adapter and optimizer "
+        f"{estimate.adapter / _MIB:.0f}, largest step {estimate.step / _MIB:.0f}, process "
+        f"{estimate.process / _MIB:.0f}",
+    )
+    yield "adapter file", f"{cost.file_bytes / 1e6:.2f} MB ({run.adapter_dtype})"
+    yield "served", _served(cost)
+
+
+def _served(cost: ServingCost) -> str:
+    text = (
+        f"{cost.host_bytes / _MIB:.2f} MiB of memory, {cost.relative_multiply_adds:.1%} more "
+        "products per token than the base"
+    )
+    cache = f"{cost.cache_bytes / _MIB:.2f} MiB of KV cache"
+    if cost.num_soft_tokens:
+        text += f"; {cost.num_soft_tokens} soft tokens before each prompt, {cache}"
+    if cost.num_prefix_positions:
+        text += f"; {cost.num_prefix_positions} prefix positions shared by all requests, {cache}"
+    return text

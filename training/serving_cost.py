@@ -1,0 +1,133 @@
+"""What an adapter of this method and size will cost a server, as the server's own reader sees it.
+
+The adapter is attached to a base without memory, saved with weights of zero and lowered to the
+operators that the server computes: its bytes, and the products that it adds to every token.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from turret.server.adapters.adapter_root import AdapterRoot
+from turret.server.adapters.base import BaseModel, BaseModule
+from turret.server.adapters.checkpoint import TENSORS_FILE, read_checkpoint
+from turret.server.adapters.lowered import Lowered
+from turret.server.adapters.methods import method_for
+from turret.server.adapters.operators import ModuleOperators
+from turret.training.base_model import DTYPES, TrainingBase, empty_model
+from turret.training.resolve import Resolved
+from turret.training.trainer import attach_to
+
+_ANY_RANK = 1 << 30
+_CACHE_DTYPE_BYTES = 2
+
+
+@dataclass(frozen=True, slots=True)
+class ServingCost:
+    """Of one adapter on a server in bfloat16.
+
+    Attributes:
+        file_bytes: Of ``adapter_model.safetensors``.
+        host_bytes: Of its operators in memory.
+        multiply_adds: Added to each token.
+        relative_multiply_adds: The same, over those of the base's linear modules.
+        num_soft_tokens: Computed before each prompt that the prefix cache does not hold.
+        num_prefix_positions: Attended to by every token, and held once for all requests.
+        cache_bytes: Of the KV cache that these positions take.
+    """
+
+    file_bytes: int
+    host_bytes: int
+    multiply_adds: int
+    relative_multiply_adds: float
+    num_soft_tokens: int
+    num_prefix_positions: int
+    cache_bytes: int
+
+
+def serving_cost(resolved: Resolved) -> ServingCost:
+    """Measure an adapter without training it."""
+    base, dtype = resolved.base, DTYPES[resolved.config.run.adapter_dtype]
+    model = attach_to(empty_model(base, "nf4-dense", torch.float32), resolved)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad:
+                setattr(module, name, torch.nn.Parameter(torch.zeros(parameter.shape)))
+    with tempfile.TemporaryDirectory() as folder:
+        resolved.method.save(model, Path(folder), dtype)
+        root = AdapterRoot(Path(folder))
+        checkpoint = read_checkpoint(root, ".", max_elements=_ANY_RANK)
+        lowered = method_for(checkpoint).lower(checkpoint, _served_base(base), _ANY_RANK)
+        file_bytes = (Path(folder) / TENSORS_FILE).stat().st_size
+    return _cost(lowered, base, file_bytes)
+
+
+def _cost(lowered: Lowered, base: TrainingBase, file_bytes: int) -> ServingCost:
+    arch = base.arch
+    positions = lowered.num_soft_tokens + lowered.num_prefix_positions
+    added = sum(_multiply_adds(module) for module in lowered.operators.modules.values())
+    # Each token's attention to the positions before the text: scores, and their sum of values.
+    added += positions * 2 * arch.num_heads * arch.head_dim * arch.num_layers
+    of_layer = sum(out * inner for slices in arch.linears().values() for _, out, inner in slices)
+    per_position = arch.num_layers * 2 * arch.num_kv_heads * arch.head_dim
+    return ServingCost(
+        file_bytes=file_bytes,
+        host_bytes=lowered.num_bytes,
+        multiply_adds=added,
+        relative_multiply_adds=added / (of_layer * arch.num_layers),
+        num_soft_tokens=lowered.num_soft_tokens,
+        num_prefix_positions=lowered.num_prefix_positions,
+        cache_bytes=positions * per_position * _CACHE_DTYPE_BYTES,
+    )
+
+
+def _multiply_adds(operators: ModuleOperators) -> int:
+    """Of one module and one token; see ``docs/adapters.md`` for the formulas."""
+    count = 0
+    if operators.low_rank is not None:
+        count += operators.low_rank.a.numel() + operators.low_rank.b.numel()
+    if operators.hadamard is not None:
+        rank = operators.hadamard.rank
+        count += rank * rank * (operators.hadamard.w1b.shape[1] + operators.hadamard.w1a.shape[0])
+    if operators.kronecker is not None:
+        w1, w2 = operators.kronecker.w1, operators.kronecker.w2
+        factors = (w2,) if isinstance(w2, torch.Tensor) else w2
+        # x is a matrix with a row per column of w1: w2's factors go over its rows, then w1.
+        count += w1.shape[1] * sum(factor.numel() for factor in factors)
+        count += w1.numel() * factors[0].shape[0]
+    for gain in (operators.gain, operators.input_gain):
+        count += 0 if gain is None else gain.numel()
+    return count
+
+
+def _served_base(base: TrainingBase) -> BaseModel:
+    """The base as the server's reader wants to know it; its weights are all ones."""
+    arch = base.arch
+    modules = {}
+    for number in range(arch.num_layers):
+        for slices in arch.linears().values():
+            for path, out, inner in slices:
+                name = f"model.layers.{number}.{path}"
+                modules[name] = BaseModule(
+                    name=name,
+                    in_features=inner,
+                    out_features=out,
+                    bias=torch.zeros(out),
+                    dequantize=lambda out=out, inner=inner: torch.ones(out, inner),
+                )
+    return BaseModel(
+        name=base.source.name,
+        model_type=arch.model_type,
+        digest=base.source.digest,
+        dtype=torch.bfloat16,
+        modules=modules,
+        other_modules=frozenset(),
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+    )

@@ -1,0 +1,97 @@
+"""``turret train sweep``: the same run at several ranks, and what each rank buys."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from turret.training.config import TrainConfig
+from turret.training.errors import ConfigError, RunError
+from turret.training.resolve import resolve
+from turret.training.serving_cost import serving_cost
+from turret.training.trainer import Listener, Trainer
+
+
+class Announce(Protocol):
+    """Shows the progress of one run of the sweep."""
+
+    def __call__(self, num_steps: int, title: str) -> AbstractContextManager[Listener]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RankResult:
+    """One rank.
+
+    Attributes:
+        rank: ``method.rank``.
+        validation_loss: At the end, nats per learned token.
+        num_parameters: Trained weights.
+        file_bytes: Of the adapter's tensors.
+        relative_multiply_adds: Added to each token served, over the base's.
+        seconds: Of training.
+    """
+
+    rank: int
+    validation_loss: float
+    num_parameters: int
+    file_bytes: int
+    relative_multiply_adds: float
+    seconds: float
+
+
+def sweep(
+    config: TrainConfig, folder: Path, ranks: Sequence[int], announce: Announce
+) -> Iterator[RankResult]:
+    """Train every rank into ``OUTPUT/rank-N`` and write ``OUTPUT/sweep.json`` at the end.
+
+    Ranks that are finished already are not trained again, so a sweep that was stopped goes on.
+
+    Args:
+        config: As read; its rank is replaced.
+        folder: The config's paths are relative to this.
+        ranks: At least one.
+        announce: Shows each run.
+
+    Raises:
+        ConfigError: The method has no rank, or there is nothing to validate on.
+        TrainingError: As for a run.
+    """
+    results = []
+    for rank in ranks:
+        result = _run_rank(config, folder, rank, announce)
+        results.append(result)
+        yield result
+    text = json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n"
+    (folder / config.run.output / "sweep.json").write_text(text, encoding="utf-8")
+
+
+def _run_rank(config: TrainConfig, folder: Path, rank: int, announce: Announce) -> RankResult:
+    output = str(Path(config.run.output) / f"rank-{rank}")
+    config = dataclasses.replace(
+        config,
+        method=dataclasses.replace(config.method, rank=rank),
+        run=dataclasses.replace(config.run, output=output),
+    )
+    resolved = resolve(config, folder)
+    if not resolved.dataset.validation:
+        raise ConfigError.of("data.validation_fraction", "a sweep compares validation losses")
+    assert resolved.config.run.steps is not None
+    with announce(resolved.config.run.steps, f"rank {rank}") as listen:
+        trainer = Trainer(resolved, listen)
+        result = trainer.finished() or trainer.run(resume=trainer.is_started)
+    if result.validation_loss is None:
+        raise RunError(f"{result.folder.path} has no validation loss")
+    cost = serving_cost(resolved)
+    return RankResult(
+        rank=rank,
+        validation_loss=result.validation_loss,
+        num_parameters=result.folder.read_facts()["num_parameters"],
+        file_bytes=cost.file_bytes,
+        relative_multiply_adds=cost.relative_multiply_adds,
+        seconds=result.seconds,
+    )
