@@ -116,7 +116,7 @@ def test_peft_reads_the_adapter(runs: dict[str, Resolved], name: str):
     assert found == pytest.approx(trained, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_plan_knows_the_size_of_the_file(runs: dict[str, Resolved], name: str):
     path = Path(runs[name].config.run.output) / "adapter" / "adapter_model.safetensors"
     cost = serving_cost(runs[name])

@@ -28,11 +28,16 @@ def print_plan(resolved: Resolved, console: Console, *, measure: bool) -> None:
         measure: Also run two steps in another process and compare the estimate with their peak.
     """
     console.print(Text(render_config(resolved.config)), soft_wrap=True)
-    estimate = estimate_memory(resolved)
-    cost = serving_cost(resolved)
     table = Table(show_header=False, box=None)
-    for name, value in _rows(resolved, estimate, cost):
-        table.add_row(name, value)
+    for row in _extent(resolved):
+        table.add_row(*row)
+    if resolved.config.method.components is not None:
+        table.add_row("memory", "not estimated for a fusion, whose components are part of it")
+        console.print(table)
+        return
+    estimate = estimate_memory(resolved)
+    for row in _costs(resolved, estimate, serving_cost(resolved)):
+        table.add_row(*row)
     console.print(table)
     if measure:
         with tempfile.TemporaryDirectory() as scratch:
@@ -41,9 +46,7 @@ def print_plan(resolved: Resolved, console: Console, *, measure: bool) -> None:
         console.print(f"measured peak {peak / _MIB:.0f} MiB; error of the estimate {error:+.1%}")
 
 
-def _rows(
-    resolved: Resolved, estimate: MemoryEstimate, cost: ServingCost
-) -> Iterator[tuple[str, str]]:
+def _extent(resolved: Resolved) -> Iterator[tuple[str, str]]:
     run, dataset = resolved.config.run, resolved.dataset
     rows = f", packed into {len(dataset.train)} rows" if resolved.config.data.packing else ""
     yield (
@@ -56,6 +59,11 @@ def _rows(
         "steps",
         f"{run.steps} of {run.batch_size * run.gradient_accumulation} rows, {epochs:.1f} epochs",
     )
+
+
+def _costs(
+    resolved: Resolved, estimate: MemoryEstimate, cost: ServingCost
+) -> Iterator[tuple[str, str]]:
     yield "trained weights", f"{estimate.num_parameters:,}"
     yield (
         "memory",
@@ -63,7 +71,7 @@ def _rows(
         f"{estimate.adapter / _MIB:.0f}, largest step {estimate.step / _MIB:.0f}, process "
         f"{estimate.process / _MIB:.0f}",
     )
-    yield "adapter file", f"{cost.file_bytes / 1e6:.2f} MB ({run.adapter_dtype})"
+    yield "adapter file", f"{cost.file_bytes / 1e6:.2f} MB ({resolved.config.run.adapter_dtype})"
     yield "served", _served(cost)
 
 

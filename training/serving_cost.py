@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from turret.server.adapters.adapter_root import AdapterRoot
-from turret.server.adapters.base import BaseModel, BaseModule
+from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.checkpoint import TENSORS_FILE, read_checkpoint
 from turret.server.adapters.lowered import Lowered
 from turret.server.adapters.methods import method_for
@@ -119,6 +119,7 @@ def _served_base(base: TrainingBase) -> BaseModel:
                     bias=torch.zeros(out),
                     dequantize=lambda out=out, inner=inner: torch.ones(out, inner),
                 )
+    tokens = torch.ones(1, arch.hidden_size).expand(arch.vocab_size, -1)
     return BaseModel(
         name=base.source.name,
         model_type=arch.model_type,
@@ -126,6 +127,7 @@ def _served_base(base: TrainingBase) -> BaseModel:
         dtype=torch.bfloat16,
         modules=modules,
         other_modules=frozenset(),
+        vocabulary=BaseVocabulary(tokens, tokens, arch.tie_word_embeddings),
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_kv_heads=arch.num_kv_heads,
