@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 
 # One row's, or one segment's, mix: (adapter key, weight), in the request's order.
 Members = Sequence[tuple[str, float]]
@@ -33,11 +33,23 @@ class StepMembers:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows that use a table: numbers, slots and mix weights; or a run that shares one slot."""
+    """Rows that use a table: numbers, slots and mix weights; or rows that share one slot.
+
+    ``run`` is the slots as a slice of the table where that is what they are: a view of it then
+    serves where a gather would copy.
+    """
 
     rows: torch.Tensor | slice
     slots: torch.Tensor | int
     weights: torch.Tensor | float
+    run: slice | None = None
+
+    def pick(self, table: torch.Tensor) -> torch.Tensor:
+        """A table's part per row, ``[rows, …]``, or ``[1, …]`` where the rows share it."""
+        if self.run is not None:
+            return table[self.run]
+        assert isinstance(self.slots, torch.Tensor)
+        return table.index_select(0, self.slots)
 
     def take(self, x: torch.Tensor) -> torch.Tensor:
         return x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows)
@@ -86,21 +98,27 @@ class ShelfSlots:
             [(self._slots[u], w) for u, w in row if u in self._slots] for row in members.short
         ]
         for j in range(max((len(found) for found in per_row), default=0)):
-            rows = [i for i, found in enumerate(per_row) if len(found) > j]
-            slots = [per_row[i][j][0] for i in rows]
-            weights = [[per_row[i][j][1]] for i in rows]
-            bound.append(
-                Rows(
-                    torch.tensor(rows, device=device),
-                    torch.tensor(slots, device=device),
-                    torch.tensor(weights, device=device),
-                )
-            )
+            users = [(*found[j], i) for i, found in enumerate(per_row) if len(found) > j]
+            bound.append(_short_rows(sorted(users, key=lambda user: user[0]), device))
         for start, end, mix in members.long:
             for key, weight in mix:
                 if key in self._slots:
-                    bound.append(Rows(slice(start, end), self._slots[key], weight))
+                    slot = self._slots[key]
+                    bound.append(Rows(slice(start, end), slot, weight, slice(slot, slot + 1)))
         return bound
+
+
+def _short_rows(users: list[tuple[int, float, int]], device: torch.device) -> Rows:
+    """Rows from (slot, weight, row), ascending in slots."""
+    slots = [slot for slot, _, _ in users]
+    rows = torch.tensor([row for _, _, row in users], device=device)
+    weights = torch.tensor([[weight] for _, weight, _ in users], device=device)
+    mixed = 1.0 if all(weight == 1.0 for _, weight, _ in users) else weights
+    if slots[0] == slots[-1]:
+        return Rows(rows, slots[0], mixed, slice(slots[0], slots[0] + 1))
+    is_run = slots == list(range(slots[0], slots[-1] + 1))
+    run = slice(slots[0], slots[-1] + 1) if is_run else None
+    return Rows(rows, torch.tensor(slots, device=device), mixed, run)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +142,10 @@ class Bank(Protocol):
         """(shape, function that makes the shelf) for every shape the adapter has."""
         ...
 
+    def extra_bytes(self, ops: ModuleOperators) -> int:
+        """Bytes a module takes on its shelf past those it takes in host memory."""
+        ...
+
 
 class BankSet:
     """All shelves of all banks."""
@@ -143,6 +165,10 @@ class BankSet:
     def remove(self, key: str) -> None:
         for slots in self._shelves.values():
             slots.remove(key)
+
+    def extra_bytes(self, operators: AdapterOperators) -> int:
+        """Bytes an adapter takes on its shelves past those it takes in host memory."""
+        return sum(b.extra_bytes(ops) for ops in operators.modules.values() for b in self._banks)
 
     def bind(self, members: StepMembers) -> BoundBank | None:
         """The step's rows, or None if no row needs a shelf."""

@@ -59,7 +59,7 @@ class GatheredAdapters:
         self._layout = layout
         self.max_bytes = max_bytes
         self._on_moved = on_moved
-        self._unstacked = Unstacked(layout, dtype, device)
+        self._unstacked = Unstacked(layout, device)
         self._entries: dict[str, _Entry] = {}
         self._step = 0
         self._projections = Projections(layout)
@@ -69,8 +69,8 @@ class GatheredAdapters:
         return sum(entry.adapter.bytes_device for entry in self._entries.values())
 
     def stored_bytes(self, operators: AdapterOperators) -> int:
-        """Bytes an adapter takes: those of its operators, which are not copied."""
-        return operators.num_bytes
+        """Bytes an adapter takes: of its operators, most of which are not copied."""
+        return operators.num_bytes + self._unstacked.extra_bytes(operators)
 
     def prepare(self, adapters: Iterable[Resident]) -> None:
         self._step += 1

@@ -6,37 +6,66 @@ from collections.abc import Callable, Hashable, Iterable
 
 import torch
 
-from turret.kernels.kronecker import kronecker_reference
+from turret.kernels.kronecker_rows import KroneckerTables, kronecker_rows_
+from turret.kernels.row_tables import COLUMNS, ROWS, padded
 from turret.server.adapters.bank import Rows
-from turret.server.adapters.operators import AdapterOperators, Kronecker
+from turret.server.adapters.hadamard_bank import grown
+from turret.server.adapters.operators import AdapterOperators, Kronecker, ModuleOperators
 from turret.server.adapters.packed_group import PackLayout
 
 _Shapes = tuple[tuple[int, ...], ...]
+# Shapes of every slice's factors; None where a slice has none.
+_Signature = tuple[_Shapes | None, ...]
 
 
 class KroneckerBank:
-    """Makes a shelf per (group, slice, shapes of the factors)."""
+    """Makes a shelf per (group, shapes of its slices' factors)."""
 
-    def __init__(self, layout: PackLayout, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, layout: PackLayout, device: torch.device) -> None:
         self._layout = layout
-        self._dtype, self._device = dtype, device
+        self._device = device
 
     def shelves_of(
         self, operators: AdapterOperators
     ) -> Iterable[tuple[Hashable, Callable[[], KroneckerShelf]]]:
         for group in self._layout.groups:
-            keys = {
-                (s, _shapes(ops.kronecker))
-                for _, s, ops in self._layout.of(operators, group)
-                if ops.kronecker is not None
-            }
-            for s, shapes in sorted(keys):
+            found = set(signatures(self._layout, operators, group).values())
+            for signature in sorted(found, key=repr):
                 yield (
-                    ("kronecker", group, s, shapes),
-                    lambda group=group, s=s, shapes=shapes: KroneckerShelf(
-                        self._layout, group, s, shapes, self._dtype, self._device
+                    ("kronecker", group, signature),
+                    lambda group=group, signature=signature: KroneckerShelf(
+                        self._layout, group, signature, self._device
                     ),
                 )
+
+    @staticmethod
+    def extra_bytes(ops: ModuleOperators) -> int:
+        """Bytes of a module's padded fp32 factors past those of the factors themselves."""
+        if ops.kronecker is None:
+            return 0
+        elements = sum(m * n for m, n in _padded_shapes(_shapes(ops.kronecker)))
+        return 4 * elements - sum(tensor.nbytes for tensor in ops.kronecker.tensors())
+
+
+def signatures(
+    layout: PackLayout, operators: AdapterOperators, group: str
+) -> dict[int, _Signature]:
+    """The shapes of each layer's factors, of layers with any."""
+    found: dict[int, list[_Shapes | None]] = {}
+    for layer, s, ops in layout.of(operators, group):
+        if ops.kronecker is not None:
+            found.setdefault(layer, [None] * len(layout.groups[group]))[s] = _shapes(ops.kronecker)
+    return {layer: tuple(shapes) for layer, shapes in found.items()}
+
+
+def _padded_shapes(shapes: _Shapes) -> list[tuple[int, int]]:
+    """Of ``w1``, and of the factors of ``w2ᵀ`` from the input on."""
+    (out_l, in_m), *second = shapes
+    transposed = [(inner, outer) for outer, inner in reversed(second)]
+    return [
+        (padded(out_l, ROWS), padded(in_m, COLUMNS)),
+        *((padded(rows, COLUMNS), padded(columns, COLUMNS)) for rows, columns in transposed),
+    ]
 
 
 def _shapes(factors: Kronecker) -> _Shapes:
@@ -44,59 +73,63 @@ def _shapes(factors: Kronecker) -> _Shapes:
 
 
 class KroneckerShelf:
-    """Factors of one module kind and shape, ``[layers, slots, …]``."""
+    """Factors of one group and shape, ``[layers, slots, …]``; see ``kernels/kronecker_rows.py``."""
 
     def __init__(
-        self,
-        layout: PackLayout,
-        group: str,
-        index: int,
-        shapes: _Shapes,
-        dtype: torch.dtype,
-        device: torch.device,
+        self, layout: PackLayout, group: str, signature: _Signature, device: torch.device
     ) -> None:
         self.group = group
         self.layers: set[int] = set()
         self._layout = layout
-        self._index = index
-        self._shapes = shapes
-        widths = [shape.out_features for shape in layout.groups[group]]
-        self._columns = slice(sum(widths[:index]), sum(widths[: index + 1]))
-        self._tables = [
-            torch.zeros(layout.num_layers, 0, *shape, dtype=dtype, device=device)
-            for shape in shapes
+        self._signature = signature
+        self._slices = [
+            _Slice(layout.num_layers, s, shapes, device)
+            for s, shapes in enumerate(signature)
+            if shapes is not None
         ]
+        offsets = [0]
+        for shape in layout.groups[group]:
+            offsets.append(offsets[-1] + shape.out_features)
+        self._columns = [slice(offsets[one.index], offsets[one.index + 1]) for one in self._slices]
 
     def grow(self, num_slots: int) -> None:
         """Make room for ``num_slots`` adapters."""
-        grown = []
-        for table in self._tables:
-            larger = table.new_zeros(table.shape[0], num_slots, *table.shape[2:])
-            larger[:, : table.shape[1]] = table
-            grown.append(larger)
-        self._tables = grown
+        for one in self._slices:
+            one.tables = [grown(table, num_slots) for table in one.tables]
 
     def put(self, slot: int, operators: AdapterOperators) -> None:
         """Copy an adapter's factors of this shape into a slot."""
-        for table in self._tables:
-            table[:, slot] = 0
+        for one in self._slices:
+            for table in one.tables:
+                table[:, slot] = 0
+        there = signatures(self._layout, operators, self.group)
+        slices = {one.index: one for one in self._slices}
         for layer, s, ops in self._layout.of(operators, self.group):
-            factors = ops.kronecker
-            if factors is None or s != self._index or _shapes(factors) != self._shapes:
-                continue
-            self.layers.add(layer)
-            for table, tensor in zip(self._tables, factors.tensors(), strict=True):
-                table[layer, slot] = tensor
+            if ops.kronecker is not None and there[layer] == self._signature:
+                self.layers.add(layer)
+                slices[s].put(layer, slot, ops.kronecker)
 
     def apply(self, layer: int, rows: Rows, x: torch.Tensor, y: torch.Tensor) -> None:
-        w1, *second = (table[layer] for table in self._tables)
-        part = rows.take(y)
-        kronecker_reference(
-            rows.take(x),
-            part[:, self._columns],
-            w1,
-            second[0] if len(second) == 1 else (second[0], second[1]),
-            rows.slots,
-            rows.weights,
-        )
+        inputs, part = rows.take(x), rows.take(y)
+        for one, columns in zip(self._slices, self._columns, strict=True):
+            w1, *second = (rows.pick(table[layer]) for table in one.tables)
+            tables = KroneckerTables(w1, second, one.shape)
+            kronecker_rows_(inputs, part[:, columns], tables, rows.weights)
         rows.put(y, part)
+
+
+class _Slice:
+    """The tables of one slice: ``w1``, then what it takes to multiply by ``w2ᵀ``, padded."""
+
+    def __init__(self, num_layers: int, index: int, shapes: _Shapes, device: torch.device) -> None:
+        self.index = index
+        (out_l, in_m), *second = shapes
+        self.shape = (out_l, in_m, second[0][0], second[-1][1])
+        self.tables = [
+            torch.zeros(num_layers, 0, *shape, device=device) for shape in _padded_shapes(shapes)
+        ]
+
+    def put(self, layer: int, slot: int, factors: Kronecker) -> None:
+        w1, *second = factors.tensors()
+        for table, tensor in zip(self.tables, [w1, *(f.T for f in reversed(second))], strict=True):
+            table[layer, slot, : tensor.shape[0], : tensor.shape[1]] = tensor

@@ -82,7 +82,7 @@ class AdapterPack:
         self._device = device
         self._window = rank_window(dtype)
         self._groups = {name: PackedGroup(layout, name, dtype, device) for name in layout.groups}
-        self._unstacked = Unstacked(layout, dtype, device)
+        self._unstacked = Unstacked(layout, device)
         self._entries: dict[str, PackEntry] = {}
         self._capacity = 0
         self._slots = 1  # slot 0 is the neutral one
@@ -95,7 +95,8 @@ class AdapterPack:
     def stored_bytes(self, operators: AdapterOperators) -> int:
         """Bytes an adapter takes when packed: its ranks are as wide in every module."""
         stacked = sum(o.low_rank.num_bytes for o in operators.modules.values() if o.low_rank)
-        return operators.num_bytes - stacked + self.rank_width(operators) * self._rank_bytes()
+        ranks = self.rank_width(operators) * self._rank_bytes()
+        return operators.num_bytes - stacked + ranks + self._unstacked.extra_bytes(operators)
 
     def _rank_bytes(self) -> int:
         """Bytes one unit of rank takes over all modules."""

@@ -34,8 +34,8 @@ class BoundUnstacked:
 class Unstacked:
     """Hadamard and Kronecker factors, learned fusions, embeddings and heads, by adapter key."""
 
-    def __init__(self, layout: PackLayout, dtype: torch.dtype, device: torch.device) -> None:
-        banks = (HadamardBank(layout, dtype, device), KroneckerBank(layout, dtype, device))
+    def __init__(self, layout: PackLayout, device: torch.device) -> None:
+        banks = (HadamardBank(layout, device), KroneckerBank(layout, device))
         self._banks = BankSet(banks, device)
         self._fusions = FusionBank(layout, device)
         self._tokens = TokenBank(device)
@@ -51,6 +51,10 @@ class Unstacked:
         self._banks.remove(key)
         self._fusions.remove(key)
         self._tokens.remove(key)
+
+    def extra_bytes(self, operators: AdapterOperators) -> int:
+        """Bytes an adapter takes here past those it takes in host memory."""
+        return self._banks.extra_bytes(operators)
 
     def vocabulary(self, key: str) -> VocabularyChange | None:
         """What an adapter does to embedding and head."""
