@@ -235,3 +235,15 @@ def test_a_sweep_compares_ranks(tiny_llama: Path, tmp_path: Path):
     again = list(sweep(config, tmp_path, (1, 4, 2), announce))
     assert again[:2] == first
     assert trained == ["rank 1"] * 2 + ["rank 4"] * 2 + ["rank 2"] * 2
+
+
+def test_the_adapter_names_its_base_and_no_directory(tiny_llama: Path, tmp_path: Path):
+    override = ("method.name=prompt_tuning", "method.init_text=one word", "run.steps=1")
+    resolved = resolve_tiny(tmp_path, tiny_llama, *override, "run.samples=0")
+    folder = Trainer(resolved).run().folder.adapter
+    config = json.loads((folder / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == resolved.base.source.name
+    assert config["tokenizer_name_or_path"] == resolved.base.source.name
+    for path in folder.glob("*.json"):
+        assert str(tmp_path) not in path.read_text()
+        assert "/cache/" not in path.read_text()

@@ -143,5 +143,10 @@ class PeftMethod:
 
     def save(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
         config = model.peft_config["default"].to_dict()
+        # PEFT writes the directory that the weights were read from, which is this machine's own.
+        name = model.get_base_model().config._name_or_path
+        for key in ("base_model_name_or_path", "tokenizer_name_or_path"):
+            if config.get(key) is not None:
+                config[key] = name
         state = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
         write_adapter(folder, config, state, dtype)
