@@ -161,6 +161,10 @@ async def test_the_trainer_trains_a_fusion(components: Path, tiny_llama: Path) -
     validations = [row["loss"] for row in rows if row["kind"] == "validation"]
     assert steps[-1] < 0.95 * steps[0]
     assert validations[-1] < 0.95 * validations[0]
+    text = (components / "f/samples.jsonl").read_text()
+    samples = [json.loads(line) for line in text.splitlines()]
+    assert samples
+    assert any(sample["before"] != sample["after"] for sample in samples)
     facts = json.loads((components / "f/adapter/provenance.json").read_text())
     digests = {name: read_adapter(components, f"{name}/adapter").digest for name in "ab"}
     assert facts["config"]["method"]["components"] == digests

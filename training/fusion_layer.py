@@ -34,6 +34,7 @@ class FusionLayer(nn.Module):
     Attributes:
         query: ``Wq``, ``[d_k, in]`` fp32.
         key: ``Wk``, ``[d_k, out]`` fp32.
+        is_enabled: Whether there is anything but the base's result.
     """
 
     a: torch.Tensor
@@ -50,6 +51,7 @@ class FusionLayer(nn.Module):
     ) -> None:
         super().__init__()
         self.base = base
+        self.is_enabled = True
         held = [update for update in updates if update is not None]
         self.register_buffer("a", torch.cat([a for a, _ in held]).float(), persistent=False)
         self.register_buffer("b", torch.cat([b.T for _, b in held]).float(), persistent=False)
@@ -64,6 +66,8 @@ class FusionLayer(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[…, in]`` → ``[…, out]`` in the dtype of the base's result."""
         y = self.base(x)
+        if not self.is_enabled:
+            return y
         wide = x.to(self.a.dtype)
         v = wide @ self.a.T
         gates = self.gates(wide, v)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +46,17 @@ class FusionModel(nn.Module):
     def get_base_model(self) -> Any:
         """The wrapped model, as PEFT's models call it."""
         return self.model
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model alone within the block, as with PEFT's models."""
+        for layer in self.layers.values():
+            layer.is_enabled = False
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.is_enabled = True
 
     def fusion_config(self) -> dict[str, Any]:
         """``adapter_config.json`` of the fusion, without the base's name."""

@@ -65,8 +65,9 @@ class Method(Protocol):
             base: The model's description.
 
         Returns:
-            A module that is called like the model and whose parameters with ``requires_grad`` are
-            all there is to train.
+            A module that is called like the model, has PEFT's ``get_base_model`` and
+            ``disable_adapter``, and whose parameters with ``requires_grad`` are all there is to
+            train.
         """
         ...
 

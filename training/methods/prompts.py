@@ -56,7 +56,7 @@ def _p_tuning_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
 
 PREFIX_TUNING = PeftMethod(
     name="prefix_tuning",
-    learning_rate=5e-3,
+    learning_rate=1e-3,
     defaults={
         "num_virtual_tokens": 16,
         "prefix_projection": True,
