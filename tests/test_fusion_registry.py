@@ -15,6 +15,8 @@ from fusion_builders import PREFIX, save_fusion
 from method_builders import make_config, save_adapter
 from registry_builders import Waiter, in_thread, refs, stage_directory, tiny_base
 
+from turret.server.adapters.combination import Combination
+from turret.server.adapters.interrupt import Interrupt
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.state_dir import StateDir
 from turret.server.errors import (
@@ -24,6 +26,7 @@ from turret.server.errors import (
     AdapterInUseError,
     AdapterMismatchError,
     BudgetExceededError,
+    InvalidRequestError,
     TurretError,
 )
 from turret.server.rpc.status import row_of
@@ -127,8 +130,8 @@ def test_missing_components_are_all_named(open_registry: Any, root: Path) -> Non
         ("lokr", "'lokr' (lokr) has a Kronecker update"),
         ("ia3", "'ia3' (ia3) has a gain and an input gain"),
         ("bias", "'bias' (lora) has a bias"),
-        ("prompt", "'prompt' (prompt_tuning) has soft tokens"),
-        ("prefix", "'prefix' (prefix_tuning) has a prefix"),
+        ("prompt", "'prompt' (prompt_tuning) has soft tokens or a prefix"),
+        ("prefix", "'prefix' (prefix_tuning) has soft tokens or a prefix"),
         ("f", "'f' is built from components itself"),
     ],
 )
@@ -328,3 +331,11 @@ def test_a_component_on_its_way_out_is_not_there(open_registry: Any) -> None:
     registry.release(mix)
     thread.join(10)
     assert results == [None]
+
+
+def test_a_learned_fusion_cannot_be_fused_into_a_lora(open_registry: Any, tmp_path: Path) -> None:
+    registry = open_registry("abf", state=StateDir(tmp_path / "state", 1 << 24))
+    combination = Combination(name="svd", rank=4)
+    future = registry.fuser.start("g", refs("af"), combination, Interrupt())
+    error = refusal(lambda: future.result(60), InvalidRequestError, "INVALID_ARGUMENT")
+    assert "'f' (learned_fusion) has a gate, no weight update" in error.message

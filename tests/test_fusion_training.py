@@ -114,6 +114,8 @@ async def test_what_is_trained_is_what_is_served(tmp_path: Path) -> None:
     model.eval()
     plain = oracle_logprobs(base.model, prompt_of(30, 1))
     assert (oracle_logprobs(model, prompt_of(30, 1)) - plain).abs().max() > 0.05
+    with model.disable_adapter():
+        assert torch.equal(oracle_logprobs(model, prompt_of(30, 1)), plain)
     async with EngineHarness.start(base.folder, tmp_path, adapters=["a", "b", "f"]) as harness:
         prompt = prompt_of(30, 1)
         answer = await harness.run(make_request(prompt, "f", score=True))

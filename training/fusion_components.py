@@ -15,7 +15,7 @@ from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
 from turret.server.adapters.component import Component, ComponentRef
-from turret.server.adapters.methods import method_for
+from turret.server.adapters.lowering import lower_checkpoint
 from turret.server.adapters.methods.learned_fusion import check_fusable
 from turret.training.fusion_layer import Update
 
@@ -76,10 +76,9 @@ def read_components(directories: Mapping[str, Path], model: nn.Module) -> list[C
     components = []
     for name, directory in directories.items():
         checkpoint = _read(directory)
-        method = method_for(checkpoint)
-        lowered = method.lower(checkpoint, base)
+        method, lowered = lower_checkpoint(checkpoint, base)
         ref = ComponentRef(name, checkpoint.digest)
-        components.append(Component(ref, method.name, lowered.operators, lowered.ranks))
+        components.append(Component(ref, method, lowered.operators, lowered.ranks))
     check_fusable(components, ", ".join(directories))
     return components
 

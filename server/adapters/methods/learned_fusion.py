@@ -15,7 +15,7 @@ The checkpoint holds ``…fusion_query.weight`` ``[d_k, in]`` and ``…fusion_ke
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import accumulate
 from typing import Any
 
@@ -50,6 +50,18 @@ FUSION_RULES: Rules = {
     **LAYER_RULES,
     COMPONENTS_KEY: Used(is_components),
     "d_k": Used(is_rank),
+}
+
+# Fields of the operators that a component must not have, in words.
+_WORDS = {
+    "hadamard": "a Hadamard update",
+    "kronecker": "a Kronecker update",
+    "gain": "a gain",
+    "input_gain": "an input gain",
+    "bias": "a bias",
+    "soft_prompt": "soft tokens or a prefix",
+    "head": "an embedding or head",
+    "tokens": "an embedding or head",
 }
 
 
@@ -94,6 +106,7 @@ class LearnedFusionMethod:
             ranks={rank for component in components for rank in component.ranks},
             base_model=found.base_model,
             warnings=(*found.warnings, *_left_out(components, operators)),
+            depends_on_base=False,
         )
         digests = tuple(component.ref.digest for component in components)
         return replace(lowered, components=digests)
@@ -153,26 +166,20 @@ def check_fusable(components: Sequence[Component], path: str) -> None:
 
 
 def _other_operators(component: Component) -> list[str]:
-    """What a component does beside low-rank updates, in words."""
-    kinds = {
-        "a Hadamard update": "hadamard",
-        "a Kronecker update": "kronecker",
-        "a gain": "gain",
-        "an input gain": "input_gain",
-        "a bias": "bias",
-    }
+    """What a component does beside low-rank updates, in words; also what this file knows not."""
     operators = component.operators
-    found = [
-        words
-        for words, kind in kinds.items()
-        if any(getattr(ops, kind) is not None for ops in operators.modules.values())
-    ]
-    if operators.soft_prompt is not None:
-        is_prefix = operators.soft_prompt.prefix is not None
-        found.append("a prefix" if is_prefix else "soft tokens")
-    if operators.changes_vocabulary:
-        found.append("an embedding or head")
-    return found
+    used = {
+        field.name
+        for module in operators.modules.values()
+        for field in fields(module)
+        if field.name != "low_rank" and getattr(module, field.name) is not None
+    }
+    used |= {
+        field.name
+        for field in fields(operators)
+        if field.name != "modules" and getattr(operators, field.name) is not None
+    }
+    return list(dict.fromkeys(_WORDS.get(name, f"an operator {name}") for name in sorted(used)))
 
 
 def _operators(
