@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.errors import AdapterComponentError
@@ -69,7 +69,7 @@ def component_refs(config: Mapping[str, Any]) -> tuple[ComponentRef, ...]:
     return tuple(ComponentRef(item["name"], item["digest"]) for item in value)
 
 
-def find_no_component(ref: ComponentRef) -> Component:
+def find_no_component(ref: ComponentRef) -> NoReturn:
     """For a checkpoint that is read on its own, with no registered adapters around it.
 
     Raises:

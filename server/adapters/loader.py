@@ -9,7 +9,12 @@ from pathlib import Path
 from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
-from turret.server.adapters.component import COMPONENTS_KEY, Component, ComponentRef
+from turret.server.adapters.component import (
+    COMPONENTS_KEY,
+    Component,
+    ComponentRef,
+    find_no_component,
+)
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.lowered import Lowered
 from turret.server.adapters.lowering import lower_checkpoint
@@ -58,8 +63,7 @@ class AdapterLoader:
         host_bytes: int,
         max_rank: int,
         uploads: Path | None = None,
-        *,
-        find_source: Callable[[ComponentRef], Source],
+        find_source: Callable[[ComponentRef], Source] = find_no_component,
     ) -> None:
         self._root = AdapterRoot(root)
         self._uploads = AdapterRoot(uploads)
@@ -117,10 +121,7 @@ class AdapterLoader:
         return LoadedAdapter(facts, lowered.operators, generation)
 
     def _read_component(self, ref: ComponentRef) -> Component:
-        source = self._find_source(ref)
-        checkpoint = self.read(source)
-        if checkpoint.digest != ref.digest:
-            raise changed(source, ref.digest, checkpoint.digest)
+        checkpoint = self._read_same(self._find_source(ref), ref.digest)
         if COMPONENTS_KEY in checkpoint.config:
             why = f"{ref.name!r} is built from components itself, which is not served"
             raise AdapterCheckpointError(f"components: {why}", violations=[(COMPONENTS_KEY, why)])

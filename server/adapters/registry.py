@@ -84,12 +84,7 @@ class AdapterRegistry:
     ) -> None:
         uploads = None if state is None else state.path
         self._loader = loader = AdapterLoader(
-            root,
-            base,
-            host_bytes,
-            max_rank,
-            uploads,
-            find_source=lambda ref: self._table.source_of(ref),
+            root, base, host_bytes, max_rank, uploads, lambda ref: self._table.source_of(ref)
         )
         self._ledger = ledger = Ledger(state)
         self._lock = lock = threading.RLock()
@@ -168,9 +163,8 @@ class AdapterRegistry:
         Raises:
             InvalidRequestError: Malformed name.
             AdapterExistsError: The name has other content.
-            AdapterComponentError: A component of a fusion is not registered.
             AdapterInUseError: The name is being unloaded.
-            AdapterCheckpointError, AdapterMismatchError: See ``AdapterLoader``.
+            AdapterCheckpointError, AdapterMismatchError, AdapterComponentError: See the loader.
             BudgetExceededError: Rank or bytes over the limits, or no room for a pinned adapter.
             StorageFullError: The registration cannot be written.
         """
