@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import logging
 import os
+import signal
 import sys
 import threading
 from collections.abc import Sequence
@@ -26,6 +28,9 @@ def _serve(args: argparse.Namespace) -> int:
         print(f"turret serve: error: {error}", file=sys.stderr)
         return EXIT_USAGE
     log.configure(logging.DEBUG if args.verbose else logging.INFO)
+    if hasattr(signal, "SIGUSR1"):
+        # For a server that hangs: says where, and goes on.
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
     print(f"turret {turret.__version__}\n{config.describe()}", file=sys.stderr, flush=True)
 
     import asyncio

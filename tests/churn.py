@@ -54,6 +54,7 @@ class Record:
         unexpected: Anything that must not happen.
         most_bytes: The most adapter bytes seen per tier.
         resident_bytes: Of the process, sampled.
+        exports: Digest and directory of what was exported.
     """
 
     num_sent: int = 0
@@ -63,6 +64,7 @@ class Record:
     unexpected: list[str] = field(default_factory=list)
     most_bytes: collections.Counter[str] = field(default_factory=collections.Counter)
     resident_bytes: list[int] = field(default_factory=list)
+    exports: list[tuple[str, Path]] = field(default_factory=list)
 
 
 class Stalled(AssertionError):
@@ -235,7 +237,10 @@ class Churn:
 
     async def _export(self, name: str) -> None:
         self._num_exports += 1
-        self._note(await self._client.adapters.export(name, self._scratch / f"{self._num_exports}"))
+        folder = self._scratch / f"{self._num_exports}"
+        adapter = await self._client.adapters.export(name, folder)
+        self._note(adapter)
+        self.record.exports.append((adapter.digest, folder))
 
     async def _abandon(self, name: str) -> None:
         """An upload whose client goes away before the last message."""

@@ -203,6 +203,10 @@ async def test_everything_at_once(checkpoints: Path, tmp_path: Path, soak_second
     assert {status for _, status in record.calls} <= ADMIN_STATUSES
     assert record.most_bytes["host"] <= HOST_BYTES
     assert record.most_bytes["device"] <= DEVICE_BYTES
+    for digest, exported in record.exports:
+        original = checkpoints / contents[digest]
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            assert (exported / file).read_bytes() == (original / file).read_bytes()
     answered = what_answered(record, contents)
     expected = await replay(alone, checkpoints, {(shape, mix) for shape, mix, _, _ in answered})
     for shape, mix, answer, status in answered:

@@ -73,5 +73,8 @@ def test_an_adapter_is_counted_as_what_it_takes() -> None:
     pack.prepare(adapters)
     assert [a.bytes_device for a in adapters] == [r * RANK_BYTES for r in (8, 16, 64)]
     assert [a.operators.num_bytes for a in adapters] == [a.bytes_device for a in adapters]
+    for adapter in adapters:
+        assert adapter.operators.num_low_rank_bytes == adapter.operators.num_bytes
+        assert adapter.operators.rank == int(adapter.key)
     pack.drop("16")
     assert pack.adapter_bytes == 72 * RANK_BYTES

@@ -10,7 +10,7 @@ Nothing below this file knows the name of a method.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -171,18 +171,29 @@ class AdapterOperators:
         soft_prompt: What it puts before the prompt, or None.
         head: What it does to the output head as a linear module, or None.
         tokens: What it does to rows of the embedding and the head, or None.
+        num_bytes: Of all tensors.
+        num_low_rank_bytes: Of the low-rank updates among them.
+        rank: Of the largest low-rank update, or 0.
     """
 
     modules: Mapping[str, ModuleOperators]
     soft_prompt: SoftPrompt | None = None
     head: ModuleOperators | None = None
     tokens: TokenOperators | None = None
+    # Summed once: the scheduler asks for those of all running adapters with every admission.
+    num_bytes: int = field(init=False)
+    num_low_rank_bytes: int = field(init=False)
+    rank: int = field(init=False)
 
-    @property
-    def num_bytes(self) -> int:
-        modules = sum(module.num_bytes for module in self.modules.values())
+    def __post_init__(self) -> None:
+        modules = self.modules.values()
         others = (self.soft_prompt, self.head, self.tokens)
-        return modules + sum(other.num_bytes for other in others if other is not None)
+        parts = [*modules, *(other for other in others if other is not None)]
+        set_once = object.__setattr__
+        set_once(self, "num_bytes", sum(part.num_bytes for part in parts))
+        low_rank = [module.low_rank for module in modules if module.low_rank is not None]
+        set_once(self, "num_low_rank_bytes", sum(update.num_bytes for update in low_rank))
+        set_once(self, "rank", max((module.rank for module in modules), default=0))
 
     @property
     def changes_vocabulary(self) -> bool:

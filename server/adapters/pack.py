@@ -9,6 +9,7 @@ in ``unstacked.py``.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -94,10 +95,11 @@ class AdapterPack:
 
     def stored_bytes(self, operators: AdapterOperators) -> int:
         """Bytes an adapter takes when packed: its ranks are as wide in every module."""
-        stacked = sum(o.low_rank.num_bytes for o in operators.modules.values() if o.low_rank)
-        ranks = self.rank_width(operators) * self._rank_bytes()
-        return operators.num_bytes - stacked + ranks + self._unstacked.extra_bytes(operators)
+        stacked = self.rank_width(operators) * self._rank_bytes
+        extra = self._unstacked.extra_bytes(operators)
+        return operators.num_bytes - operators.num_low_rank_bytes + stacked + extra
 
+    @functools.cached_property
     def _rank_bytes(self) -> int:
         """Bytes one unit of rank takes over all modules."""
         per_layer = sum(
@@ -109,8 +111,7 @@ class AdapterPack:
     @staticmethod
     def rank_width(operators: AdapterOperators) -> int:
         """Ranks an adapter occupies: its largest, rounded up to the alignment."""
-        rank = max((ops.rank for ops in operators.modules.values()), default=0)
-        return -(-rank // _RANK_ALIGNMENT) * _RANK_ALIGNMENT
+        return -(-operators.rank // _RANK_ALIGNMENT) * _RANK_ALIGNMENT
 
     def prepare(self, adapters: Iterable[Resident]) -> None:
         self._step += 1
