@@ -77,7 +77,7 @@ def randomise(peft_model: nn.Module, seed: int, strength: float = 0.5) -> None:
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
             columns = parameter.shape[-1] or 1
             if "lora_magnitude_vector" in name:
-                value = parameter * (1.0 + 0.3 * noise)
+                value = parameter * (1.0 + 0.6 * strength * noise)
             elif "trainable_tokens_delta" in name or "modules_to_save" in name:
                 # A row with some of the old one in it.
                 value = parameter + strength * noise * parameter.std()
@@ -106,11 +106,17 @@ def randomise(peft_model: nn.Module, seed: int, strength: float = 0.5) -> None:
 
 
 def save_adapter(
-    model: nn.Module, config: PeftConfig, directory: Path, *, seed: int = 1, strength: float = 0.5
+    model: nn.Module,
+    config: PeftConfig,
+    directory: Path,
+    *,
+    seed: int = 1,
+    strength: float = 0.5,
+    share: bool = False,
 ) -> PeftModel:
     """Makes an adapter on a copy of ``model``, saves it in PEFT's layout and returns it."""
     with quiet():
-        peft_model = get_peft_model(copy.deepcopy(model), copy.deepcopy(config))
+        peft_model = get_peft_model(copy_of(model, share), copy.deepcopy(config))
         assert isinstance(peft_model, PeftModel)
         randomise(peft_model, seed, strength)
         if isinstance(config, AdaLoraConfig) and config.rank_pattern is None:
@@ -131,7 +137,13 @@ def prune(peft_model: PeftModel, seed: int) -> None:
     peft_model.peft_config["default"].rank_pattern = pattern  # type: ignore[attr-defined]
 
 
-def load_adapter(model: nn.Module, directory: Path) -> PeftModel:
+def copy_of(model: nn.Module, share: bool = False) -> Any:
+    """A copy; with ``share`` of the modules only, for adapters that leave the base's tensors."""
+    tensors = (*model.parameters(), *model.buffers()) if share else ()
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+def load_adapter(model: nn.Module, directory: Path, *, share: bool = False) -> PeftModel:
     """The oracle: PEFT's own reading of the directory on a copy of ``model``."""
     with quiet():
-        return PeftModel.from_pretrained(copy.deepcopy(model), str(directory)).eval()
+        return PeftModel.from_pretrained(copy_of(model, share), str(directory)).eval()
