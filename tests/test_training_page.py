@@ -20,7 +20,7 @@ def test_the_tables_are_those_of_the_code() -> None:
 
 def test_the_error_it_shows_is_the_one_that_comes(tmp_path: Path) -> None:
     page = PAGE.read_text(encoding="utf-8")
-    (shown,) = re.findall(r"^error: (train\.jsonl:7: .*)$", page, re.MULTILINE)
+    (shown,) = re.findall(r"^error: /data/(train\.jsonl:7: .*)$", page, re.MULTILINE)
     roles = [{"role": role, "content": "a"} for role in ("user", "assistant", "tool")]
     path = tmp_path / "train.jsonl"
     path.write_text("\n" * 6 + json.dumps({"messages": roles}), encoding="utf-8")

@@ -127,11 +127,12 @@ class Trainer:
             loss = loop.run(step, self._folder.checkpoints)
         finally:
             log.close()
-        self._write_adapter(model, facts | {"steps": self._num_steps, "validation_loss": loss})
         memory = peak_memory_bytes(self._device)
-        self._write_samples(model)
         result = {"validation_loss": loss, "seconds": log.seconds, "memory_bytes": memory}
         self._folder.write_facts(facts | {"result": result})
+        # Last but for the samples: where there is an adapter, there is a result.
+        self._write_adapter(model, facts | {"steps": self._num_steps, "validation_loss": loss})
+        self._write_samples(model)
         return Result(self._folder, loss, log.seconds, memory)
 
     @property
