@@ -1,10 +1,10 @@
-"""Merging while requests run: answers, drain, failures, and the adapters beside the merged base."""
+"""The merged base: its answers, the adapters beside it, and merges that fail."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -12,59 +12,41 @@ from typing import Any
 import pytest
 import torch
 from engine_harness import Answer, EngineHarness, make_request
+from merge_builders import (
+    ARCHITECTURE,
+    NAMES,
+    PROMPT,
+    merge,
+    save_adapters,
+    score,
+    start,
+    unmerge,
+)
 from method_builders import load_adapter, make_config, quiet, save_adapter
-from method_oracle import check_greedy, check_score, prompt_of, twin
+from method_oracle import check_greedy, check_score, twin
 from registry_builders import until
 from safetensors.torch import load_file, save_file
 
-from turret.server.adapters.merge_state import MergeState, Precision
+from turret.server.adapters.merge_state import MergeState
 from turret.server.engine.request import AdapterRef
 from turret.server.errors import (
     AdapterNotFoundError,
     InvalidRequestError,
     MergeActiveError,
     NotMergedError,
-    UnavailableError,
 )
 from turret.server.models.base_edit import BaseEdit
-
-ARCHITECTURE = "qwen2"
-NAMES = ("lora", "dora", "ia3", "other", "prefix_tuning", "prompt_tuning")
-PROMPT = prompt_of(40)
 
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("adapters")
-    for seed, name in enumerate(NAMES):
-        config = make_config("lora" if name == "other" else name)
-        save_adapter(twin(ARCHITECTURE).model, config, folder / name, seed=seed)
-    return folder
+    return save_adapters(tmp_path_factory.mktemp("adapters"))
 
 
 @pytest.fixture
 async def server(root: Path) -> AsyncIterator[EngineHarness]:
-    async with EngineHarness.start(twin(ARCHITECTURE).folder, root, adapters=NAMES) as started:
+    async with start(root) as started:
         yield started
-
-
-def refs(*names: str) -> list[AdapterRef]:
-    return [AdapterRef(name=name) for name in names]
-
-
-async def merge(
-    server: EngineHarness, *names: str, precision: Precision = "BF16", cancelled: Any = None
-) -> MergeState:
-    cancelled = Future() if cancelled is None else cancelled
-    return await asyncio.to_thread(server.merger.merge, refs(*names), precision, cancelled)
-
-
-async def unmerge(server: EngineHarness) -> MergeState:
-    return await asyncio.to_thread(server.merger.unmerge, Future())
-
-
-async def score(server: EngineHarness, *adapters: str) -> Answer:
-    return await server.run(make_request(PROMPT, *adapters, score=True))
 
 
 def merged_model(adapter: Path, base: Any) -> Any:
@@ -182,84 +164,6 @@ async def test_only_what_depends_on_the_base_is_read_again(server: EngineHarness
     assert server.registry._table.find("dora").current.operators is not pinned_before
 
 
-# Drain
-
-
-class Stream:
-    """A request that runs until it is let go: its stream is read in the background."""
-
-    def __init__(self, server: EngineHarness, *adapters: str, tokens: int = 40) -> None:
-        self.begun = asyncio.Event()
-        request = make_request(PROMPT, *adapters, max_tokens=tokens)
-        self.answer = asyncio.ensure_future(
-            server.run(request, on_token=lambda _: self.begun.set())
-        )
-
-
-async def test_running_requests_finish_first_and_others_wait(server: EngineHarness) -> None:
-    expected = [
-        (await server.run(make_request(PROMPT, *mix, max_tokens=40))).bits
-        for mix in ((), ("dora",), ("ia3", "lora"))
-    ]
-    running = [Stream(server, *mix) for mix in ((), ("dora",), ("ia3", "lora"))]
-    for stream in running:
-        await stream.begun.wait()
-    merging = asyncio.ensure_future(merge(server, "other"))
-    await _until(lambda: server.engine._loop._scheduler.is_draining)
-    late = [Stream(server, *mix, tokens=4) for mix in ((), ("dora",), ("prefix_tuning",))]
-    state = await merging
-    assert [stream.answer.done() for stream in running] == [True] * 3
-    assert [(await stream.answer).bits for stream in running] == expected
-    assert state.base_generation == 2
-    again = [
-        (await server.run(make_request(PROMPT, *mix, max_tokens=4))).bits
-        for mix in ((), ("dora",), ("prefix_tuning",))
-    ]
-    assert [(await stream.answer).bits for stream in late] == again
-    assert again[0][0] != expected[0][0][:4]
-
-
-async def _until(condition: Callable[[], bool]) -> None:
-    await asyncio.to_thread(until, condition)
-
-
-async def test_who_gives_up_while_it_drains_changes_nothing(server: EngineHarness) -> None:
-    before = await score(server)
-    running = Stream(server)
-    await running.begun.wait()
-    cancelled: Future[None] = Future()
-    merging = asyncio.ensure_future(merge(server, "other", cancelled=cancelled))
-    await _until(lambda: server.engine._loop._scheduler.is_draining)
-    late = asyncio.ensure_future(score(server))
-    await asyncio.sleep(0.05)
-    assert not late.done()
-    cancelled.set_result(None)
-    with pytest.raises(asyncio.CancelledError):
-        await merging
-    # At once, beside the one that runs.
-    assert (await late).bits == before.bits
-    assert not running.answer.done()
-    assert server.merger.state == MergeState(1)
-    await running.answer
-    await merge(server, "other")
-
-
-async def test_a_stop_while_it_drains_ends_the_merge(root: Path) -> None:
-    async with EngineHarness.start(twin(ARCHITECTURE).folder, root, adapters=NAMES) as server:
-        running = Stream(server)
-        await running.begun.wait()
-        merging = asyncio.ensure_future(merge(server, "other"))
-        await _until(lambda: server.engine._loop._scheduler.is_draining)
-        # Both are cut short: the stop does not wait.
-        server.engine._loop.post(server.engine._loop.stop)
-        with pytest.raises(UnavailableError):
-            await merging
-        assert (await running.answer).finish.reason.value == "cancelled"
-        await server.engine.drain(0.0)
-        with pytest.raises(UnavailableError):
-            await merge(server, "other")
-
-
 # Failures
 
 
@@ -319,13 +223,22 @@ async def test_what_overflows_is_refused_by_module(server: EngineHarness, root: 
     assert server.merger.state == MergeState(1)
 
 
-async def test_soft_prompts_are_refused_by_name(server: EngineHarness) -> None:
+async def test_what_is_more_than_weights_of_layers_is_refused_by_name(
+    server: EngineHarness, root: Path
+) -> None:
+    head = make_config("lora", target_modules=["q_proj", "lm_head"])
+    tokens = make_config("lora", trainable_token_indices=[3, 5])
+    for name, config in (("head", head), ("tokens", tokens)):
+        save_adapter(twin(ARCHITECTURE).model, config, root / name)
+        server.registry.load(name, name)
     with pytest.raises(InvalidRequestError) as caught:
-        await merge(server, "lora", "prefix_tuning", "prompt_tuning")
-    fields = [description for _, description in caught.value.violations]
-    assert [field.split(" cannot")[0] for field in fields] == [
-        "'prefix_tuning' (prefix_tuning)",
-        "'prompt_tuning' (prompt_tuning)",
+        await merge(server, "lora", "prefix_tuning", "head", "prompt_tuning", "tokens")
+    whys = [why.split(" is no change")[0] for _, why in caught.value.violations]
+    assert whys == [
+        "'prefix_tuning' (prefix_tuning) cannot be merged: its soft prompt",
+        "'head' (lora) cannot be merged: its head",
+        "'prompt_tuning' (prompt_tuning) cannot be merged: its soft prompt",
+        "'tokens' (lora) cannot be merged: its tokens",
     ]
     with pytest.raises(AdapterNotFoundError):
         await merge(server, "lora", "unknown")
@@ -345,7 +258,7 @@ async def test_one_change_at_a_time(server: EngineHarness, monkeypatch: pytest.M
 
     monkeypatch.setattr(BaseEdit, "put_weight", slow)
     merging = asyncio.ensure_future(merge(server, "lora"))
-    await _until(lambda: server.registry.get("lora").in_flight == 1)
+    await asyncio.to_thread(until, lambda: server.registry.get("lora").in_flight == 1)
     for call in (merge(server, "other"), unmerge(server)):
         with pytest.raises(MergeActiveError, match="under way"):
             await call

@@ -206,10 +206,9 @@ def _check_mergeable(mix: Mix) -> None:
         assert adapter.operators is not None, "a held adapter stays resident"
         beyond = beyond_updates(adapter.operators)
         if beyond:
-            parts = ", ".join(beyond)
             reasons.append(
-                f"{adapter.name!r} ({adapter.facts.method}) cannot be merged: its {parts} is no"
-                " change of weights"
+                f"{adapter.name!r} ({adapter.facts.method}) cannot be merged: its"
+                f" {' and '.join(beyond)} is no change of the decoder layers' weights"
             )
     if reasons:
         raise InvalidRequestError("; ".join(reasons), violations=[("adapters", r) for r in reasons])

@@ -236,9 +236,9 @@ class AdaptersServicer(object):
         It lasts until `UnmergeAdapters` or the end of the process.
 
         Returns NOT_FOUND if a member is not registered, FAILED_PRECONDITION if a merge is active or
-        another change of the base under way, INVALID_ARGUMENT if a member does more than change
-        weights (soft prompts, prefixes and gates do; all are named), RESOURCE_EXHAUSTED if the members
-        do not fit the byte budget together.
+        another change of the base under way, INVALID_ARGUMENT if a member does more than change the
+        decoder layers (soft prompts, prefixes, gates, embeddings and heads; all are named),
+        RESOURCE_EXHAUSTED if the members do not fit the byte budget together.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
