@@ -1,0 +1,116 @@
+"""Routes a stream of requests of three tasks to three adapters, and switches in a conversation.
+
+Against a server that has the example adapters::
+
+    turret serve --adapter-root examples/adapters \
+        --preload json=json --preload sql=sql --preload label=label
+    python examples/switch_tasks.py
+
+Every request names the adapter of its task; that is all there is to switching. What it costs is a
+matter of the prefix cache: keys and values belong to the adapter that computed them, because those
+of one adapter are wrong under another. A turn under another adapter than the one before therefore
+computes the whole conversation anew, once; a turn under an adapter that was used before finds what
+that adapter has computed, and computes what came since. The second half of the output shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+from collections.abc import Sequence
+from itertools import chain, zip_longest
+from pathlib import Path
+
+from turret.clients.aio import AsyncTurretClient
+
+PROMPTS = Path(__file__).resolve().parent / "prompts.jsonl"
+# How a message begins → the adapter of its task. A real router may be a classifier.
+ROUTES = {"JSON ": "json", "SQL ": "sql", "Label ": "label"}
+CONVERSATION = (
+    "JSON with name, age, city, job: Nora Murphy is a 42-year-old architect from Lisbon.",
+    "JSON with customer, item, quantity: Please send 12 umbrellas to Marco Bianchi in Oslo.",
+    "SQL for cars(model, brand, mileage): How many cars are there for each brand?",
+    "JSON with customer, item, quantity: Please send 3 lamps to Zoe Clarke in Naples.",
+    "Label as billing, shipping, bug or praise: The umbrellas have not arrived yet.",
+    "SQL for movies(title, director, rating): List the title of all movies.",
+)
+MAX_TOKENS = 48
+
+
+def route(message: str) -> str:
+    """The adapter for a message.
+
+    Raises:
+        ValueError: No task is known by this beginning.
+    """
+    for beginning, adapter in ROUTES.items():
+        if message.startswith(beginning):
+            return adapter
+    raise ValueError(f"no task for {message[:40]!r}")
+
+
+async def answer_stream(client: AsyncTurretClient, rows: Sequence[dict[str, str]]) -> int:
+    """Send all requests at once, whatever their tasks; the server batches them.
+
+    Returns:
+        How many answers are not the expected ones.
+    """
+    wrong = 0
+    answers = await asyncio.gather(
+        *(
+            client.chat(
+                row["prompt"],
+                adapters=route(row["prompt"]),
+                temperature=0,
+                max_tokens=MAX_TOKENS,
+                stop="\n",
+            )
+            for row in rows
+        )
+    )
+    for row, answer in zip(rows, answers, strict=True):
+        good = answer.text.strip() == row["expected"]
+        wrong += not good
+        (used,) = answer.adapters_used
+        print(f"{used.name:5} {'ok' if good else 'NOT EXPECTED'}: {answer.text.strip()}")
+    return wrong
+
+
+async def converse(client: AsyncTurretClient) -> None:
+    """Hold one conversation whose turns are of different tasks."""
+    print("turn adapter prompt cached computed")
+    messages: list[dict[str, str]] = []
+    for number, message in enumerate(CONVERSATION, 1):
+        messages.append({"role": "user", "content": message})
+        answer = await client.chat(
+            messages, adapters=route(message), temperature=0, max_tokens=MAX_TOKENS, stop="\n"
+        )
+        messages.append({"role": "assistant", "content": answer.text})
+        prompt, cached = answer.usage.prompt_tokens, answer.usage.cached_tokens
+        print(f"{number:4} {route(message):7} {prompt:6} {cached:6} {prompt - cached:8}")
+
+
+def interleaved() -> list[dict[str, str]]:
+    """The rows of ``prompts.jsonl`` of the three tasks, one task after the other in turn."""
+    rows = [json.loads(line) for line in PROMPTS.read_text(encoding="utf-8").splitlines()]
+    by_task = [[row for row in rows if row["adapter"] == name] for name in ROUTES.values()]
+    return [row for row in chain.from_iterable(zip_longest(*by_task)) if row is not None]
+
+
+async def run(address: str) -> int:
+    async with AsyncTurretClient(address) as client:
+        wrong = await answer_stream(client, interleaved())
+        await converse(client)
+    return 1 if wrong else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Switch adapters by task.")
+    parser.add_argument("--address", default="127.0.0.1:50051", help="of the server")
+    return asyncio.run(run(parser.parse_args().address))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
