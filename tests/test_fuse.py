@@ -13,6 +13,7 @@ import pytest
 import torch
 from adapter_builders import BASE_NAME, base_of, load_with_peft, logits, tiny_llama, with_operators
 from fuse_builders import Fusions, difference, truncated
+from fusion_builders import save_fusion
 from method_builders import make_config, save_adapter
 
 from turret.server.adapters import fused_module
@@ -46,6 +47,8 @@ def fusions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
     for seed, method in enumerate((*METHODS, "prefix_tuning", "prompt_tuning")):
         made.add(method, method, seed)
     made.add("narrow", r=2, lora_alpha=4, target_modules=["q_proj"])
+    save_fusion(tiny_llama(), made.root, "gated", ("lora", "narrow"), ["q_proj"])
+    made.registry.load("gated", "gated")
     yield made
     made.registry.close()
 
@@ -188,6 +191,7 @@ def test_one_module_is_dense_at_a_time(fusions: Fusions, monkeypatch: pytest.Mon
         ),
         ({"lora": 1, "prefix_tuning": 1}, {"how": "svd"}, InvalidRequestError, {1: "before the"}),
         ({"prompt_tuning": 1}, {}, InvalidRequestError, {0: "before the prompt"}),
+        ({"gated": 1, "lora": 1}, {"how": "svd"}, InvalidRequestError, {0: "gate, no weight"}),
     ],
 )
 def test_members_that_do_not_fit_are_named(

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import re
 import threading
 import time
@@ -16,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from turret.server import log
 from turret.server.adapters.adapter import Adapter
@@ -33,19 +31,16 @@ from turret.server.adapters.name_locks import NameLocks
 from turret.server.adapters.pins import Pins
 from turret.server.adapters.record import AdapterRecord
 from turret.server.adapters.registration import Registration
-from turret.server.adapters.registrations import Registrations, in_use
+from turret.server.adapters.registrations import Registrations
 from turret.server.adapters.source import Source
 from turret.server.adapters.staged_upload import StagedUpload, UploadedFile
 from turret.server.adapters.state_dir import StateDir
+from turret.server.adapters.unloads import UnloadMode, Unloads
 from turret.server.errors import AdapterNotFoundError, InvalidRequestError, TurretError
 
 _log = logging.getLogger(__name__)
 
 NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
-
-_FORCE_AGAIN_SECONDS = 0.25
-
-UnloadMode = Literal["DRAIN", "FORCE"]
 
 
 class AdapterRegistry:
@@ -99,7 +94,10 @@ class AdapterRegistry:
         self._table = table = Registrations(lock, cache, self._metrics, self._on_retired_gone)
         self._pins = pins = Pins(table, cache, ledger)
         self._installer = Installer(loader, table, cache=cache, ledger=ledger, pins=pins)
-        self._names = NameLocks()
+        self._names = names = NameLocks()
+        self._unloads = Unloads(
+            lock, table, names, ledger, end_users=self._end_users, on_gone=self._notify_gone
+        )
         self.fuser = Fuser(self, loader, ledger, host_bytes=host_bytes, max_rank=max_rank)
         self.on_force_unload = on_force_unload
         self.on_unloaded = on_unloaded
@@ -306,61 +304,12 @@ class AdapterRegistry:
             AdapterInUseError: Pinned, a component of a fusion, or still held after the timeout.
             InvalidRequestError: Unknown mode.
         """
-        if mode not in ("DRAIN", "FORCE"):
-            raise InvalidRequestError.of("mode", "must be DRAIN or FORCE")
-        with self._lock:
-            registration = self._table.find(name)
-            if registration.current.pinned:
-                raise in_use(name, "is pinned; unpin it first")
-            self._table.check_not_component(registration)
-            registration.state = "DELETING"
-            registration.unloaders += 1
-        try:
-            self._wait_until_unheld(registration, mode, timeout_seconds)
-            with self._names.only(name):
-                self._end_unload(registration, mode, timeout_seconds)
-        finally:
-            with self._lock:
-                registration.unloaders -= 1
-                if registration.unloaders == 0:
-                    registration.state = "ACTIVE"
+        self._unloads.unload(name, mode, timeout_seconds)
 
-    def _wait_until_unheld(
-        self, registration: Registration, mode: str, timeout_seconds: float | None
-    ) -> None:
-        end = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
-        while mode == "FORCE" and registration.in_flight:
-            # Again and again: a request that took its adapters just before the name was closed may
-            # reach the engine after it was told.
-            self.fuser.abort(registration.uuid)
-            if self.on_force_unload is not None:
-                self.on_force_unload(registration.uuid)
-            left = end - time.monotonic()
-            self._table.wait_until_unheld(registration, max(min(left, _FORCE_AGAIN_SECONDS), 0.0))
-            if left <= 0:
-                return
-        self._table.wait_until_unheld(registration, timeout_seconds)
-
-    def _end_unload(
-        self, registration: Registration, mode: str, timeout_seconds: float | None
-    ) -> None:
-        name = registration.name
-        with self._lock:
-            if self._table.get(name) is not registration:
-                return  # another unload got there first
-            if registration.in_flight:
-                raise in_use(
-                    name,
-                    f"is still held by {registration.in_flight} requests after {timeout_seconds}"
-                    " seconds" + ("" if mode == "FORCE" else "; FORCE ends them"),
-                )
-            if registration.current.pinned:
-                raise in_use(name, "was pinned meanwhile; unpin it first")
-        # Nobody can take it up: it is being deleted, and changes of the name wait.
-        self._ledger.remove(name)
-        self._table.remove(registration)
-        self._notify_gone(registration.current)
-        self._ledger.discard(registration.current.source)
+    def _end_users(self, uuid: str) -> None:
+        self.fuser.abort(uuid)
+        if self.on_force_unload is not None:
+            self.on_force_unload(uuid)
 
     def _on_retired_gone(self, adapter: Adapter) -> None:
         self._notify_gone(adapter)
