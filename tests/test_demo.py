@@ -49,7 +49,7 @@ def test_demo_shows_the_expected_answers_and_the_metrics():
     assert re.search(r"^\[base\] .+ -> .+", output, re.MULTILINE)
     assert re.search(r"^\[\w+ \+ \w+=0\.\d\] .+ -> .+", output, re.MULTILINE)
     # Per adapter: name, requests, prompt tokens, generated tokens.
-    counts = dict(re.findall(r"^(\w+) +(\d+) +\d+ +\d+", output, re.MULTILINE))
+    counts = dict(re.findall(r"^(\S+) +(\d+) +\d+ +\d+", output, re.MULTILINE))
     for name in {row["adapter"] for row in rows}:
         asked = sum(row["adapter"] == name for row in rows)
         assert int(counts[name]) >= asked, name

@@ -1,12 +1,17 @@
-"""The example tasks, one file each, by adapter name."""
+"""The example tasks, one file each, by name."""
 
 from .headline import TASK as HEADLINE
 from .json_fields import TASK as JSON_FIELDS
 from .label import TASK as LABEL
+from .language import TASK as LANGUAGE
 from .pirate import TASK as PIRATE
+from .sentiment import TASK as SENTIMENT
 from .sql import TASK as SQL
-from .task import Example, Task
+from .task import Example, Task, TaskData
 
+# Those that train_examples.py makes an adapter of the same name for.
 TASKS: dict[str, Task] = {task.name: task for task in (JSON_FIELDS, SQL, LABEL, PIRATE, HEADLINE)}
+# All of them.
+DATA: dict[str, TaskData] = {**TASKS, LANGUAGE.name: LANGUAGE, SENTIMENT.name: SENTIMENT}
 
-__all__ = ["TASKS", "Example", "Task"]
+__all__ = ["DATA", "TASKS", "Example", "Task", "TaskData"]

@@ -1,4 +1,4 @@
-"""What the trainer needs to know of one example task."""
+"""What the example scripts need to know of a task."""
 
 from __future__ import annotations
 
@@ -23,37 +23,25 @@ class Example:
     completion: str
 
 
-@dataclass(frozen=True, slots=True)
-class Task:
-    """One adapter: its method, its data and how an answer is scored.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskData:
+    """A task without an adapter: its data and how an answer is scored.
 
     Attributes:
-        name: Folder name of the adapter.
-        summary: What the adapter does, one sentence.
-        method: The method as a reader knows it, e.g. ``rsLoRA``.
-        config: Keyword arguments of ``peft.LoraConfig``.
+        name: Of the task; no other has it.
+        summary: What an adapter for it does, one sentence.
         generate: Draws one example of a split.
         score: Maps (held-out example, answer) to a score in [0, 1].
         metric: What the score means, e.g. ``exact match``.
         held_out: What no test example shares with any training example, e.g. ``tables``.
-        demo: Three held-out prompts. ``completion`` is what ``check`` compares the answer with.
-        check: ``equals`` (the whole answer) or ``startswith``.
-        steps: Optimizer steps of 8 examples each.
-        learning_rate: Peak of the schedule.
     """
 
     name: str
     summary: str
-    method: str
-    config: Mapping[str, Any]
     generate: Callable[[random.Random, Split], Example]
     score: Callable[[Example, str], float]
     metric: str
     held_out: str
-    demo: tuple[Example, Example, Example]
-    check: Literal["equals", "startswith"] = "equals"
-    steps: int = 120
-    learning_rate: float = 1.5e-3
 
     def examples(self, split: Split, count: int, seed: int) -> list[Example]:
         """Returns up to ``count`` examples with distinct prompts (fewer when the pool is small)."""
@@ -65,6 +53,27 @@ class Task:
             if len(drawn) == count:
                 break
         return list(drawn.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task(TaskData):
+    """A task with the adapter that ``train_examples.py`` makes for it; its name is the task's.
+
+    Attributes:
+        method: The method as a reader knows it, e.g. ``rsLoRA``.
+        config: Keyword arguments of ``peft.LoraConfig``.
+        demo: Three held-out prompts. ``completion`` is what ``check`` compares the answer with.
+        check: ``equals`` (the whole answer) or ``startswith``.
+        steps: Optimizer steps of 8 examples each.
+        learning_rate: Peak of the schedule.
+    """
+
+    method: str
+    config: Mapping[str, Any]
+    demo: tuple[Example, Example, Example]
+    check: Literal["equals", "startswith"] = "equals"
+    steps: int = 120
+    learning_rate: float = 1.5e-3
 
 
 def words(text: str) -> tuple[str, ...]:
