@@ -11,7 +11,9 @@ from turret.kernels.gpu.attention_table import AttentionTable
 from turret.kernels.gpu.fusion_gate import fusion_gate
 from turret.kernels.gpu.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.hadamard_shrink import hadamard_shrink
+from turret.kernels.gpu.input_gain import input_gain
 from turret.kernels.gpu.kronecker import kronecker
+from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
 from turret.kernels.gpu.nf4_matmul import nf4_matmul
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
@@ -67,19 +69,19 @@ def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]]:
-    """Decode, prefill and GEMV tables; with and without gain, biases and gates."""
+    """Tiles and the GEMV form; with and without gain, biases and gates."""
     slices, width = len(outs), sum(outs)
     x, y = _empty(_ROWS, inner), _empty(_ROWS, width)
     a, b = _empty(_RANK, slices, inner), [_empty(_RANK, out) for out in outs]
     ranks = _empty(_SLOTS, slices, dtype=torch.int32)
     per_slot = _empty(_SLOTS, width, dtype=torch.float32)
-    for tile_rows, gemv in ((16, False), (32, False), (16, True)):
+    per_slot_in = _empty(_SLOTS, slices, inner, dtype=torch.float32)
+    for gemv in (False, True):
         table = SegmentTable(
             max_rows=_ROWS,
             max_row_rank=256,
             max_components=8,
             device=_META,
-            tile_rows=tile_rows,
             gemv=gemv,
         )
 
@@ -89,6 +91,7 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
             segmented_expand(
                 y, v, b, ranks, table, gain_delta=per_slot, bias=per_slot, base_bias=_empty(width)
             )
+            input_gain(x, per_slot_in[:, 0], table)
             q = _empty(_ROWS, slices, 64, dtype=torch.float32)
             gated = _empty(_SLOTS, dtype=torch.int32)
             gates = fusion_gate(q, v, _empty(_RANK, slices, 64), gated, table)
@@ -130,6 +133,7 @@ def _base(inner: int, outs: tuple[int, ...]) -> None:
     groups = -(-blocks // GROUP)
     packed = _empty(width * inner // 2, dtype=torch.uint8)
     plain = _empty(blocks, dtype=torch.float32)
+    nf4_dequantize(Nf4Matrix(packed, plain, width, inner), torch.bfloat16)
     nested = NestedAbsmax(
         _empty(blocks, dtype=torch.uint8),
         _empty(256, dtype=torch.float32),
@@ -140,22 +144,23 @@ def _base(inner: int, outs: tuple[int, ...]) -> None:
         nf4_matmul(_empty(_ROWS, inner), Nf4Matrix(packed, absmax, width, inner))
 
 
+def _attention(model: Model) -> None:
+    cache = _empty(256, 16, model.kv_heads, model.head_dim)
+    table = AttentionTable(
+        max_records=_ROWS,
+        max_blocks=1024,
+        queries_per_head=model.heads // model.kv_heads,
+        window=model.window,
+        device=_META,
+    )
+    q = _empty(_ROWS, model.heads, model.head_dim)
+    paged_attention(q, cache, cache, table, scale=model.head_dim**-0.5)
+
+
 def _between(model: Model) -> None:
     """Attention and the small kernels around it."""
-    per_head = model.heads // model.kv_heads
+    _attention(model)
     cache = _empty(256, 16, model.kv_heads, model.head_dim)
-    for tile_rows, spread in ((16, True), (32, False)):
-        table = AttentionTable(
-            max_records=_ROWS,
-            max_blocks=1024,
-            queries_per_head=per_head,
-            window=model.window,
-            device=_META,
-            tile_rows=tile_rows,
-            spread=spread,
-        )
-        q = _empty(_ROWS, model.heads, model.head_dim)
-        paged_attention(q, cache, cache, table, scale=model.head_dim**-0.5)
     angles = _empty(_ROWS, model.head_dim // 2, dtype=torch.float32)
     norm = _empty(model.head_dim) if model.head_norm else None
     qkv = _empty(_ROWS, (model.heads + 2 * model.kv_heads) * model.head_dim)
@@ -174,6 +179,8 @@ def _all() -> Iterator[Callable[[], object]]:
             yield from _by_slot(inner, outs)
             yield lambda inner=inner, outs=outs: _base(inner, outs)
         yield lambda model=model: _between(model)
+    # More queries per KV head than a tile of 16 rows holds.
+    yield lambda: _attention(Model(4096, 32, 1, 128, 14336))
 
 
 LAUNCHES: tuple[Callable[[], object], ...] = tuple(_all())

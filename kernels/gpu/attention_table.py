@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
+from turret.kernels.gpu.staged_buffer import StagedBuffer
 from turret.kernels.paged_attention import SequenceSpan
 
 HEADER = 4
@@ -33,8 +34,8 @@ class AttentionTable:
     Attributes:
         buffer: ``[capacity]`` int32 on the device; its address never changes.
         max_records: Records of a step at most; kernels size their scratch by it.
-        tile_rows: Query rows per item, 16 or 32 (larger tiles would take another MMA instruction
-            and round differently).
+        tile_rows: Query rows per item: 16, or 32 where a KV head has more queries than that. One
+            size for all steps of a model: sums over keys are shared out among the warps by it.
         queries_per_head: Query heads per KV head.
         window: Sliding window in tokens, or None.
     """
@@ -47,7 +48,6 @@ class AttentionTable:
         queries_per_head: int,
         window: int | None,
         device: torch.device,
-        tile_rows: int = 16,
         spread: bool = True,
     ) -> None:
         """Allocate for the largest step.
@@ -58,29 +58,21 @@ class AttentionTable:
             queries_per_head: See the class.
             window: See the class.
             device: Where the kernels run.
-            tile_rows: See the class.
             spread: One split per record (decode), or all in one (prefill).
 
         Raises:
-            ValueError: ``tile_rows`` is neither 16 nor 32, or less than ``queries_per_head``.
+            ValueError: ``queries_per_head`` is over 32.
         """
-        if tile_rows not in (16, 32) or tile_rows < queries_per_head:
-            raise ValueError(
-                f"tile_rows is {tile_rows}; 16 and 32 are supported, at least {queries_per_head}"
-            )
+        if queries_per_head > 32:
+            raise ValueError(f"{queries_per_head} queries per KV head; at most 32 are supported")
         self.max_records = max_records
-        self.tile_rows = tile_rows
+        self.tile_rows = 16 if queries_per_head <= 16 else 32
         self.queries_per_head = queries_per_head
         self.window = window
         self.spread = spread
         capacity = HEADER + max_records * (RECORD + ITEM) + max_blocks
-        self.buffer = torch.zeros(capacity, dtype=torch.int32, device=device)
-        pinned = device.type == "cuda"
-        # Two, so that a copy still under way is not overwritten by the next step's preparation.
-        self._staging = [
-            torch.zeros(capacity, dtype=torch.int32, pin_memory=pinned) for _ in range(2)
-        ]
-        self._step = 0
+        self._staged = StagedBuffer(capacity, torch.int32, device)
+        self.buffer = self._staged.buffer
 
     def load(self, spans: Sequence[SequenceSpan]) -> None:
         """Describe a step and start copying the description to the device.
@@ -89,15 +81,9 @@ class AttentionTable:
             ValueError: The step is over a capacity given at construction.
         """
         words = self._words(spans)
-        staging = self._staging[self._step % 2]
-        self._step += 1
-        if len(words) > staging.numel() or words[0] > self.max_records:
-            raise ValueError(
-                f"the step has {words[0]} records and {len(words)} words; {self.max_records} and "
-                f"{staging.numel()} are allocated"
-            )
-        staging[: len(words)] = torch.tensor(words, dtype=torch.int32)
-        self.buffer[: len(words)].copy_(staging[: len(words)], non_blocking=True)
+        if words[0] > self.max_records:
+            raise ValueError(f"the step has {words[0]} records; {self.max_records} are allocated")
+        self._staged.load(words)
 
     def _words(self, spans: Sequence[SequenceSpan]) -> list[int]:
         blocks: list[int] = []

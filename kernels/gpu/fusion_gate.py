@@ -13,7 +13,14 @@ import triton.language as tl
 
 from turret.kernels.gpu.contract import check_contiguous, check_float, check_shape
 from turret.kernels.gpu.dots import split_dot
-from turret.kernels.gpu.segment_table import ONE_ROW, RANK_TILE, RECORD, TILES, SegmentTable
+from turret.kernels.gpu.segment_table import (
+    ONE_ROW,
+    RANK_TILE,
+    RECORD,
+    TILE_ROWS,
+    TILES,
+    SegmentTable,
+)
 from turret.kernels.gpu.tuning import tuning
 
 _RECORD = tl.constexpr(RECORD)
@@ -91,7 +98,9 @@ def fusion_gate_kernel(
         begin = tl.load(chunk_ptr + 2)
         end = tl.load(chunk_ptr + 3)
         live = m < tl.load(chunk_ptr + 1)
-        rows = tl.load(rows_ptr + tl.load(chunk_ptr) + m, mask=live, other=0).to(tl.int64)
+        # 32 bits: rows of a step times a few hundred scores and queries stay far below 2³¹, and
+        # tiles of 64-bit addresses would not fit in registers.
+        rows = tl.load(rows_ptr + tl.load(chunk_ptr) + m, mask=live, other=0)
         v_base = tl.load(chunk_ptr + 4).to(tl.int64)
         row_stride = tl.load(chunk_ptr + 5)
         scores = tl.full((BLOCK_M, BLOCK_C), float("-inf"), dtype=tl.float32)
@@ -171,12 +180,12 @@ def fusion_gate(
             NUM_SLICES=num_slices,
             SPLITS=v.shape[0],
             LIST=position,
-            BLOCK_M=table.tile_rows,
+            BLOCK_M=TILE_ROWS,
             BLOCK_C=triton.next_power_of_2(table.max_components),
             BLOCK_R=RANK_TILE,
             BLOCK_D=32,
             num_warps=4,
-            num_stages=2,
+            num_stages=3,
             enable_fp_fusion=True,
         )
     return gates

@@ -82,7 +82,8 @@ def nf4_matmul_kernel(
 
 
 @functools.cache
-def _code(device: torch.device) -> torch.Tensor:
+def code_on(device: torch.device) -> torch.Tensor:
+    """The sixteen values, ``[16]`` fp32, copied to the device once."""
     return torch.tensor(CODE, device=device)
 
 
@@ -124,7 +125,7 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
     nf4_matmul_kernel[grid](
         x,
         weight.packed,
-        _code(x.device),
+        code_on(x.device),
         absmax,
         None if nested is None else nested.code2,
         None if nested is None else nested.absmax2,

@@ -63,13 +63,14 @@ def _attend_split(
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for t in range(start, tl.minimum(start + _SPLIT, last + 1), _TILE):
         keys = t + tl.arange(0, _TILE)
-        exists = keys <= last
+        # Blocks are not cleared when they change owner: nothing unwritten may be read.
+        exists = (keys >= first) & (keys <= last)
         block = tl.load(blocks_ptr + keys // block_size, mask=exists, other=0).to(tl.int64)
         at = (block * block_size + keys % block_size) * row_elements
         keep = exists[:, None] & (d < head_dim)[None, :]
         k = tl.load(k_ptr + at[:, None] + d[None, :], mask=keep, other=0.0)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, _TILE), dtype=tl.float32))
-        visible = (keys[None, :] <= positions[:, None]) & (keys >= first)[None, :]
+        visible = (keys[None, :] <= positions[:, None]) & exists[None, :]
         if WINDOW > 0:
             visible = visible & (keys[None, :] > positions[:, None] - WINDOW)
         scores = tl.where(visible, scores, _MASKED)
@@ -227,7 +228,7 @@ def paged_attention(
         BLOCK_M=table.tile_rows,
         BLOCK_D=block_d,
         num_warps=4,
-        num_stages=2,
+        num_stages=3,
         enable_fp_fusion=True,
     )
     paged_attention_merge_kernel[(tuned.programs,)](

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 
 import torch
 
+from turret.kernels.gpu.staged_buffer import StagedBuffer
+
 HEADER = 4
 
 
@@ -26,12 +28,8 @@ class RowTable:
 
     def __init__(self, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
-        size = HEADER + 3 * capacity
-        self.buffer = torch.zeros(size, dtype=torch.int32, device=device)
-        pinned = device.type == "cuda"
-        # Two, so that a copy still under way is not overwritten by the next step's preparation.
-        self._staging = [torch.zeros(size, dtype=torch.int32, pin_memory=pinned) for _ in range(2)]
-        self._step = 0
+        self._staged = StagedBuffer(HEADER + 3 * capacity, torch.int32, device)
+        self.buffer = self._staged.buffer
 
     def load(self, rows: Sequence[int], slots: Sequence[int], weights: Sequence[float]) -> None:
         """Name the step's rows (each at most once), their slots and mix weights.
@@ -44,12 +42,7 @@ class RowTable:
                 f"{len(rows)} rows, {len(slots)} slots, {len(weights)} weights; "
                 f"{self.capacity} rows are allocated"
             )
-        staging = self._staging[self._step % 2]
-        self._step += 1
-        n = len(rows)
-        bits = struct.unpack(f"<{n}i", struct.pack(f"<{n}f", *weights))
-        staging[0] = n
-        for part, values in enumerate((rows, slots, bits)):
-            start = HEADER + part * self.capacity
-            staging[start : start + n] = torch.tensor(list(values), dtype=torch.int32)
-        self.buffer.copy_(staging, non_blocking=True)
+        padding = [0] * (self.capacity - len(rows))
+        bits = struct.unpack(f"<{len(rows)}i", struct.pack(f"<{len(rows)}f", *weights))
+        header = (len(rows), 0, 0, 0)
+        self._staged.load((*header, *rows, *padding, *slots, *padding, *bits))

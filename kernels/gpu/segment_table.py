@@ -7,7 +7,7 @@ CUDA graph replays with any later step: kernels loop over as many work units as 
 A *segment* is all rows that share a mix, in any order and wherever they are in the step (rows are
 gathered through ``rows``): decode requests of one adapter are one segment and read its weights
 once. Rows of the base model are segments without components. Segments are cut into *chunks* of at
-most ``tile_rows`` rows; expand works per chunk. Chunks are cut into *items*, one per component and
+most ``TILE_ROWS`` rows; expand works per chunk. Chunks are cut into *items*, one per component and
 ``RANK_TILE`` ranks; shrink works per item::
 
     header   num_rows · rows@ · components@ · 0 | num_chunks · chunks@ · num_items · items@ | same
@@ -27,9 +27,12 @@ from collections.abc import Sequence
 
 import torch
 
+from turret.kernels.gpu.staged_buffer import StagedBuffer
 from turret.kernels.segments import Component, LongSegment
 
 RANK_TILE = 16
+# Rows per chunk. One size for all steps: every row goes through the same MMA instruction.
+TILE_ROWS = 16
 HEADER = 12
 RECORD = 8
 # Header positions of the two lists; kernels take one of these.
@@ -43,8 +46,6 @@ class SegmentTable:
     Attributes:
         buffer: ``[capacity]`` int32 on the device; its address never changes.
         rank_capacity: Rows times ranks of a step at most; kernels size ``v`` by it.
-        tile_rows: Rows per chunk, 16 or 32 (larger tiles would take another MMA instruction and
-            round differently).
         gemv: Whether chunks of one row go to the second list. Faster where most rows have adapters
             of their own, but a row then rounds differently when it shares its adapter with another.
     """
@@ -56,7 +57,6 @@ class SegmentTable:
         max_row_rank: int,
         max_components: int,
         device: torch.device,
-        tile_rows: int = 16,
         gemv: bool = False,
     ) -> None:
         """Allocate for the largest step.
@@ -66,15 +66,8 @@ class SegmentTable:
             max_row_rank: Sum of the ranks of one row's mix.
             max_components: Components of one row's mix.
             device: Where the kernels run.
-            tile_rows: See the class.
             gemv: See the class.
-
-        Raises:
-            ValueError: ``tile_rows`` is neither 16 nor 32.
         """
-        if tile_rows not in (16, 32):
-            raise ValueError(f"tile_rows is {tile_rows}; 16 and 32 are supported")
-        self.tile_rows = tile_rows
         self.gemv = gemv
         self.max_rows = max_rows
         self.max_components = max_components
@@ -83,13 +76,8 @@ class SegmentTable:
         max_row_items = max_components + max_row_rank // RANK_TILE
         records = max_rows * (max_components + 1 + max_row_items)
         capacity = HEADER + max_rows + RECORD * records
-        self.buffer = torch.zeros(capacity, dtype=torch.int32, device=device)
-        pinned = device.type == "cuda"
-        # Two, so that a copy still under way is not overwritten by the next step's preparation.
-        self._staging = [
-            torch.zeros(capacity, dtype=torch.int32, pin_memory=pinned) for _ in range(2)
-        ]
-        self._step = 0
+        self._staged = StagedBuffer(capacity, torch.int32, device)
+        self.buffer = self._staged.buffer
 
     def load(self, runs: Sequence[LongSegment]) -> None:
         """Describe a step and start copying the description to the device.
@@ -101,13 +89,7 @@ class SegmentTable:
         Raises:
             ValueError: The step is over a capacity given at construction.
         """
-        words = self._words(runs)
-        staging = self._staging[self._step % 2]
-        self._step += 1
-        if len(words) > staging.numel():
-            raise ValueError(f"the step needs {len(words)} words; {staging.numel()} are allocated")
-        staging[: len(words)] = torch.tensor(words, dtype=torch.int32)
-        self.buffer[: len(words)].copy_(staging[: len(words)], non_blocking=True)
+        self._staged.load(self._words(runs))
 
     def _words(self, runs: Sequence[LongSegment]) -> list[int]:
         segments: dict[tuple[Component, ...], list[int]] = {}
@@ -121,8 +103,8 @@ class SegmentTable:
             first = len(components) // RECORD
             offsets = self._add_components(components, mix)
             stride = sum(c.rank_end - c.rank_start for c in mix)
-            for start in range(0, len(members), self.tile_rows):
-                count = min(self.tile_rows, len(members) - start)
+            for start in range(0, len(members), TILE_ROWS):
+                count = min(TILE_ROWS, len(members) - start)
                 chunks, items = lists[ONE_ROW if self.gemv and count == 1 else TILES]
                 position = len(rows) + start
                 base = v_base + start * stride

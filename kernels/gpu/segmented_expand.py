@@ -18,7 +18,14 @@ import triton.language as tl
 
 from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
 from turret.kernels.gpu.dots import split_dot
-from turret.kernels.gpu.segment_table import ONE_ROW, RANK_TILE, RECORD, TILES, SegmentTable
+from turret.kernels.gpu.segment_table import (
+    ONE_ROW,
+    RANK_TILE,
+    RECORD,
+    TILE_ROWS,
+    TILES,
+    SegmentTable,
+)
 from turret.kernels.gpu.tuning import tuning
 
 MAX_SLICES = 3
@@ -30,7 +37,7 @@ def _gain(gain_delta_ptr, components_ptr, begin, end, cols, inside, width, BLOCK
     """``1 + Σ_k w_k (g_k − 1)``, ``[BLOCK_N]``: a chunk's rows share their mix."""
     gain = tl.full((BLOCK_N,), 1.0, dtype=tl.float32)
     for c in range(begin, end):
-        slot = tl.load(components_ptr + c * _RECORD + 2).to(tl.int64)
+        slot = tl.load(components_ptr + c * _RECORD + 2)
         weight = tl.load(components_ptr + c * _RECORD + 4).to(tl.float32, bitcast=True)
         delta = tl.load(gain_delta_ptr + slot * width + cols, mask=inside, other=0.0)
         gain += weight * delta
@@ -190,9 +197,9 @@ def _expand_tile(
         cols = start + tl.arange(0, BLOCK_N)
         inside = cols < out
         y_cols = first_column + cols
-        y_at = y_ptr + rows[:, None] * y_stride + y_cols[None, :]
+        y_rows = y_ptr + rows * y_stride
         keep = live[:, None] & inside[None, :]
-        acc = tl.load(y_at, mask=keep, other=0.0).to(tl.float32)
+        acc = tl.load(y_rows[:, None] + y_cols[None, :], mask=keep, other=0.0).to(tl.float32)
         if gain_delta_ptr is not None:
             gain = _gain(gain_delta_ptr, components_ptr, begin, end, y_cols, inside, width, BLOCK_N)
             acc = acc * gain[None, :]
@@ -204,7 +211,7 @@ def _expand_tile(
         for c in range(begin, end):
             component_ptr = components_ptr + c * _RECORD
             rank = tl.load(component_ptr).to(tl.int64)
-            slot = tl.load(component_ptr + 2).to(tl.int64)
+            slot = tl.load(component_ptr + 2)
             weight = tl.load(component_ptr + 4).to(tl.float32, bitcast=True)
             held = tl.load(slice_ranks_ptr + slot * NUM_SLICES + s)
             num_ranks = tl.minimum((tl.load(component_ptr + 1) - rank).to(tl.int32), held)
@@ -220,7 +227,7 @@ def _expand_tile(
                 gate_at = gates_ptr + rows * gates_stride + s * gates_slice_stride + (c - begin)
                 part *= tl.load(gate_at, mask=live, other=0.0)[:, None]
             acc += weight * part
-        tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=keep)
+        tl.store(y_rows[:, None] + y_cols[None, :], acc.to(y_ptr.dtype.element_ty), mask=keep)
 
 
 def segmented_expand(
@@ -264,7 +271,7 @@ def segmented_expand(
     tuned = tuning(y.device)
     outs = [slice_b.shape[1] for slice_b in b] + [0] * (MAX_SLICES - len(b))
     pointers = [*b] + [b[0]] * (MAX_SLICES - len(b))
-    for position, block_m in ((TILES, table.tile_rows), (ONE_ROW, 1)):
+    for position, block_m in ((TILES, TILE_ROWS), (ONE_ROW, 1)):
         if position == ONE_ROW and not table.gemv:
             continue
         segmented_expand_kernel[(tuned.programs,)](
@@ -323,6 +330,9 @@ def _check(
             check_float(name, values, torch.float32)
             check_shape(name, values, slice_ranks.shape[0], width)
             check_contiguous(name, values)
+            # Kernels index these tables with 32 bits: 64 would not fit in registers.
+            if values.numel() >= 1 << 31:
+                raise ValueError(f"{name} has {values.numel()} elements; 2³¹ are too many")
     if base_bias is not None:
         check_float("base_bias", base_bias)
         check_shape("base_bias", base_bias, width)

@@ -15,7 +15,14 @@ import triton.language as tl
 
 from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
 from turret.kernels.gpu.dots import dot
-from turret.kernels.gpu.segment_table import ONE_ROW, RANK_TILE, RECORD, TILES, SegmentTable
+from turret.kernels.gpu.segment_table import (
+    ONE_ROW,
+    RANK_TILE,
+    RECORD,
+    TILE_ROWS,
+    TILES,
+    SegmentTable,
+)
 from turret.kernels.gpu.tuning import tuning
 
 _RECORD = tl.constexpr(RECORD)
@@ -87,6 +94,12 @@ def segmented_shrink_kernel(
         tl.store(v_split + ranks * NUM_SLICES + s, acc, mask=keep)
 
 
+def rank_activations(table: SegmentTable, num_slices: int, device: torch.device) -> torch.Tensor:
+    """Room for what ``segmented_shrink`` returns, undefined."""
+    width = table.rank_capacity * num_slices
+    return torch.empty(tuning(device).shrink_splits, width, dtype=torch.float32, device=device)
+
+
 def segmented_shrink(
     x: torch.Tensor, a: torch.Tensor, slice_ranks: torch.Tensor, table: SegmentTable
 ) -> torch.Tensor:
@@ -116,9 +129,9 @@ def segmented_shrink(
     _check(x, a, slice_ranks)
     num_slices, in_features = a.shape[1:]
     tuned = tuning(x.device)
-    width = table.rank_capacity * num_slices
-    v = torch.empty(tuned.shrink_splits, width, dtype=torch.float32, device=x.device)
-    for position, block_m in ((TILES, table.tile_rows), (ONE_ROW, 1)):
+    v = rank_activations(table, num_slices, x.device)
+    width = v.shape[1]
+    for position, block_m in ((TILES, TILE_ROWS), (ONE_ROW, 1)):
         if position == ONE_ROW and not table.gemv:
             continue
         segmented_shrink_kernel[(tuned.programs,)](

@@ -26,6 +26,8 @@ class Tuning:
         kronecker_block_l: Columns of ``w2`` per step of its reduction.
         nf4_block_n: Output columns per program.
         nf4_groups: Quantisation blocks of 64 per step of the reduction.
+        nf4_pass_rows: Decoding rows per call of ``nf4_matmul``, at most 64; 0 where writing the
+            weight out and a library's product is faster (that is what bitsandbytes does).
     """
 
     programs: int = 528
@@ -38,6 +40,7 @@ class Tuning:
     kronecker_block_l: int = 32
     nf4_block_n: int = 32
     nf4_groups: int = 2
+    nf4_pass_rows: int = 64
 
 
 # By torch.cuda.get_device_name; devices that are not listed take the default.
@@ -53,6 +56,7 @@ _INTERPRETER = Tuning(
     hadamard_block_k=32,
     hadamard_block_n=32,
     kronecker_block_l=32,
+    nf4_pass_rows=4,
 )
 
 

@@ -15,8 +15,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-# ptxas itself puts up to four scalars of the outer loop on the stack to fit one more warp.
-MAX_SPILL_BYTES = 16
 # Shared memory of one program: sm_80 has 163 KiB, gfx942 64 KiB.
 MAX_SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 
@@ -43,13 +41,12 @@ def recorded() -> dict:
 
 
 @pytest.mark.slow
-def test_spills_stay_within_the_limit_and_everything_fits(compiled):
+def test_nothing_spills_and_everything_fits(compiled):
     over = {}
     for name, targets in compiled["kernels"].items():
         assert set(targets) == set(MAX_SHARED_BYTES), name
         for target, used in targets.items():
-            spills = 0 if target == "gfx942" else MAX_SPILL_BYTES
-            if used["spills"] > spills or used["shared_bytes"] > MAX_SHARED_BYTES[target]:
+            if used["spills"] or used["shared_bytes"] > MAX_SHARED_BYTES[target]:
                 over[f"{name} {target}"] = used
     assert over == {}
 
@@ -59,6 +56,13 @@ def test_the_table_is_current(compiled, recorded):
     assert list(compiled["kernels"]) == list(recorded["kernels"]), "run bench/aot.py"
     if compiled["triton"] == recorded["triton"]:
         assert compiled["kernels"] == recorded["kernels"]
+
+
+def test_the_table_holds_no_spill(recorded):
+    """The committed one, without compiling anything."""
+    rows = [used for targets in recorded["kernels"].values() for used in targets.values()]
+    assert len(rows) > 200
+    assert not any(used["spills"] for used in rows)
 
 
 def test_every_kernel_is_in_the_table(recorded):

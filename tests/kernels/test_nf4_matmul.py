@@ -17,6 +17,7 @@ import pytest
 import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio
 
+from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
 from turret.kernels.gpu.nf4_matmul import nf4_matmul
 from turret.kernels.nf4_matmul import GROUP, NestedAbsmax, Nf4Matrix, nf4_matmul_reference
 
@@ -79,6 +80,17 @@ def test_product(num_rows, shape, dtype):
     assert torch.equal(nf4_matmul(x, plain), y)
     if num_rows > 1:
         assert torch.equal(nf4_matmul(x[1:2], matrix), y[1:2]), "a row depends on its mates"
+
+
+@pytest.mark.parametrize("shape", [(48, 64), (31, 192)])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_writing_the_weight_out(shape, dtype):
+    matrix, _ = quantize(*shape)
+    assert isinstance(matrix.absmax, NestedAbsmax)
+    plain = Nf4Matrix(matrix.packed, matrix.absmax.flat(), *shape)
+    assert torch.equal(nf4_dequantize(plain, dtype), matrix.dequantize(dtype))
+    with pytest.raises(ValueError, match="nested"):
+        nf4_dequantize(matrix, dtype)
 
 
 def test_breaches_of_the_contract_are_refused():

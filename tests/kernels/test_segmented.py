@@ -46,13 +46,12 @@ INNER, OUTS = 100, (70, 33, 5)
 NAMES = [name for name, _, _ in traffic(make_pack(8, (8,), HALF))]
 
 
-def make_table(tile_rows: int = 16, gemv: bool = False) -> SegmentTable:
+def make_table(gemv: bool = False) -> SegmentTable:
     return SegmentTable(
         max_rows=64,
         max_row_rank=256,
         max_components=4,
         device=DEVICE,
-        tile_rows=tile_rows,
         gemv=gemv,
     )
 
@@ -110,17 +109,40 @@ def test_shrink_is_rank_exact(gemv):
 
 
 @pytest.mark.parametrize("name", ["distinct", "mixes", "zipf", "decode beside prefill"])
-@pytest.mark.parametrize("tile_rows", [16, 32])
-def test_gemv_rows_and_larger_tiles(name, tile_rows):
+def test_gemv_rows(name):
     pack = make_pack(INNER, OUTS, HALF)
     runs, num_rows = shape_of(pack, name)
     x = torch.randn(num_rows, INNER).to(DEVICE, HALF)
     y = torch.randn(num_rows, sum(OUTS)).to(DEVICE, HALF)
-    table = make_table(tile_rows, gemv=True)
+    table = make_table(gemv=True)
     table.load(runs)
     expected = y.double() + update_in_float64(pack, runs, x, OUTS)
     adapted = rows_of(runs)
     assert error_ratio(run(pack, table, x, y)[adapted], expected[adapted]) < MAX_ERROR[HALF]
+
+
+@pytest.mark.parametrize("dtype", [HALF, torch.float32])
+def test_gemv_rows_round_differently_from_tiles(dtype):
+    """Why they are off: a row would change its bits when another one joins its segment.
+
+    They cannot be made equal: a tensor core adds the sixteen products of a step in an order and a
+    precision of its own, which no sequence of fused multiply-adds repeats.
+    """
+    pack = make_pack(INNER, OUTS, dtype)
+    x = torch.randn(1, INNER).to(DEVICE, dtype)
+    y = torch.zeros(1, sum(OUTS)).to(DEVICE, dtype)
+    found = []
+    for gemv in (False, True):
+        table = make_table(gemv=gemv)
+        table.load([LongSegment(0, 1, pack.mix((6, 1.0)))])
+        v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
+        found.append((v[:, : 128 * len(OUTS)].clone(), run(pack, table, x, y)))
+    (tiles, out), (gemv_v, gemv_out) = found
+    assert not torch.equal(tiles, gemv_v)
+    assert error_ratio(gemv_out, out) < MAX_ERROR[dtype]
+    assert not SegmentTable(max_rows=1, max_row_rank=16, max_components=1, device=DEVICE).gemv, (
+        "off unless asked for"
+    )
 
 
 @pytest.mark.parametrize("gemv", [False, True])
@@ -280,5 +302,3 @@ def test_steps_over_the_capacity_are_refused():
         table.load([LongSegment(0, 2, pack.mix((6, 1.0)))])
     with pytest.raises(ValueError, match="2 components"):
         table.load([LongSegment(0, 1, pack.mix((1, 1.0), (2, 1.0)))])
-    with pytest.raises(ValueError, match="tile_rows"):
-        make_table(tile_rows=64)

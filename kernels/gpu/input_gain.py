@@ -1,0 +1,100 @@
+"""Triton form of the input gain: ``x ⊙ Σ_k w_k (l_k − 1)`` per row (IA3, arXiv 2205.05638).
+
+What the base multiplies on top of ``x``: ``W (l ⊙ x) = W x + W ((l − 1) ⊙ x)``, exact beside any
+other operator of the mix. The reference is ``row_combine`` in ``kernels/row_gain.py``.
+"""
+
+# pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from turret.kernels.gpu.contract import check_float, check_rows, check_shape
+from turret.kernels.gpu.segment_table import ONE_ROW, RECORD, TILE_ROWS, TILES, SegmentTable
+from turret.kernels.gpu.tuning import tuning
+
+_RECORD = tl.constexpr(RECORD)
+_BLOCK = 128
+
+
+@triton.jit
+def input_gain_kernel(
+    x_ptr,  # [num_rows, width]
+    delta_ptr,  # [num_slots, width] fp32, rows delta_stride apart
+    out_ptr,  # [num_rows, width]
+    table_ptr,
+    x_stride,
+    delta_stride,
+    width,
+    LIST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    tiles = tl.cdiv(width, BLOCK)
+    rows_ptr = table_ptr + tl.load(table_ptr + 1)
+    components_ptr = table_ptr + tl.load(table_ptr + 2)
+    chunks_ptr = table_ptr + tl.load(table_ptr + LIST + 1)
+    num_work = tl.load(table_ptr + LIST) * tiles
+    m = tl.arange(0, BLOCK_M)
+    for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
+        chunk_ptr = chunks_ptr + (work // tiles) * _RECORD
+        live = m < tl.load(chunk_ptr + 1)
+        rows = tl.load(rows_ptr + tl.load(chunk_ptr) + m, mask=live, other=0).to(tl.int64)
+        cols = (work % tiles) * BLOCK + tl.arange(0, BLOCK)
+        inside = cols < width
+        delta = tl.zeros((BLOCK,), dtype=tl.float32)
+        for c in range(tl.load(chunk_ptr + 2), tl.load(chunk_ptr + 3)):
+            slot = tl.load(components_ptr + c * _RECORD + 2).to(tl.int64)
+            weight = tl.load(components_ptr + c * _RECORD + 4).to(tl.float32, bitcast=True)
+            gain = tl.load(delta_ptr + slot * delta_stride + cols, mask=inside, other=0.0)
+            delta += weight * gain
+        keep = live[:, None] & inside[None, :]
+        # Where nothing changes, nothing is multiplied: an infinite x must not become NaN.
+        changes = keep & (delta != 0.0)[None, :]
+        x_at = x_ptr + rows[:, None] * x_stride + cols[None, :]
+        x = tl.load(x_at, mask=changes, other=0.0).to(tl.float32)
+        out_at = out_ptr + rows[:, None] * width + cols[None, :]
+        tl.store(out_at, (x * delta[None, :]).to(out_ptr.dtype.element_ty), mask=keep)
+
+
+def input_gain(x: torch.Tensor, delta: torch.Tensor, table: SegmentTable) -> torch.Tensor:
+    """Scale the rows of a step by what their mixes add to the input gain 1.
+
+    Args:
+        x: Activations, ``[num_rows, width]``, fp16, bf16 or fp32; rows may be strided.
+        delta: ``l − 1`` per slot, ``[num_slots, width]`` fp32; rows may be strided.
+        table: The step's segments.
+
+    Returns:
+        ``[num_rows, width]``, dtype of ``x``, contiguous; zero for rows without an input gain.
+        Rows in no run of the table are undefined.
+
+    Raises:
+        ValueError: A shape, dtype or stride breaks the contract.
+    """
+    check_float("x", x)
+    check_rows("x", x)
+    num_rows, width = x.shape
+    check_float("delta", delta, torch.float32)
+    check_shape("delta", delta, -1, width)
+    check_rows("delta", delta)
+    out = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
+    for position in (TILES, ONE_ROW) if table.gemv else (TILES,):
+        input_gain_kernel[(tuning(x.device).programs,)](
+            x,
+            delta,
+            out,
+            table.buffer,
+            x.stride(0),
+            delta.stride(0),
+            width,
+            LIST=position,
+            BLOCK_M=TILE_ROWS,
+            BLOCK=_BLOCK,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    return out

@@ -1,0 +1,72 @@
+"""``input_gain`` against float64 over traffic shapes.
+
+Planted faults, and how many of the tests here each one fails (tried by hand):
+
+- the mix weight dropped: PENDING
+- only the first component: PENDING
+- slot of the first component for all: PENDING
+- ``x`` multiplied where nothing changes: PENDING
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio, make_pack, traffic
+
+from turret.kernels.gpu.input_gain import input_gain
+from turret.kernels.gpu.segment_table import SegmentTable
+
+INNER = 200
+OUTS = (48,)
+
+
+def make_table(gemv: bool = False) -> SegmentTable:
+    return SegmentTable(max_rows=64, max_row_rank=256, max_components=4, device=DEVICE, gemv=gemv)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gemv", [False, True])
+def test_rows_are_scaled_by_their_mix(dtype, gemv):
+    pack = make_pack(INNER, OUTS, dtype)
+    deltas = torch.randn(len(pack.bounds), 2, INNER, device=DEVICE)
+    deltas[0] = 0.0
+    delta = deltas[:, 1]
+    table = make_table(gemv)
+    for name, runs, num_rows in traffic(pack):
+        x = torch.randn(num_rows, INNER).to(DEVICE, dtype)
+        table.load(runs)
+        out = input_gain(x, delta, table)
+        for run in runs:
+            total = torch.zeros(INNER, dtype=torch.float64, device=DEVICE)
+            for c in run.components:
+                total += c.weight * delta[c.slot].double()
+            expected = x[run.start : run.end].double() * total
+            found = out[run.start : run.end]
+            assert not run.components or error_ratio(found, expected) < MAX_ERROR[dtype], name
+            assert run.components or not found.any(), name
+
+
+def test_an_infinite_activation_stays_out_of_rows_without_a_gain():
+    pack = make_pack(INNER, OUTS, HALF)
+    delta = torch.zeros(len(pack.bounds), INNER, device=DEVICE)
+    delta[2, :7] = 1.0
+    table = make_table()
+    table.load([run for name, runs, _ in traffic(pack) if name == "distinct" for run in runs])
+    x = torch.full((6, INNER), float("inf"), device=DEVICE, dtype=HALF)
+    out = input_gain(x, delta, table)
+    assert not out[[0, 2, 3, 4, 5]].any()
+    assert torch.isinf(out[1, :7]).all()
+    assert not out[1, 7:].any()
+
+
+def test_breaches_of_the_contract_are_refused():
+    table = make_table()
+    x = torch.zeros(2, INNER, device=DEVICE, dtype=HALF)
+    delta = torch.zeros(3, INNER, device=DEVICE)
+    with pytest.raises(ValueError, match="delta is"):
+        input_gain(x, delta[:, :-1], table)
+    with pytest.raises(ValueError, match="float32"):
+        input_gain(x, delta.half(), table)
+    with pytest.raises(ValueError, match="stride"):
+        input_gain(x.t().contiguous().t(), delta, table)
