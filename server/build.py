@@ -19,6 +19,7 @@ from turret.server.adapters.state_dir import StateDir
 from turret.server.config import AdapterConfig, Config, ModelConfig
 from turret.server.engine.block_pool import BlockPool
 from turret.server.engine.engine import Engine
+from turret.server.engine.executor import Executor, TorchExecutor
 from turret.server.engine.runner import Runner
 from turret.server.engine.scheduler import Scheduler
 from turret.server.errors import InvalidRequestError
@@ -40,8 +41,14 @@ BLOCK_SIZE = 16
 Parts = tuple[Engine, AdapterRegistry, Merger, Tokenizer, ModelInfo]
 
 
-def build_engine(config: Config, metrics: Metrics) -> Parts:
+def build_engine(config: Config, metrics: Metrics, *, triton: bool | None = None) -> Parts:
     """Load the model. Blocks for as long as that takes; runs in a thread of its own.
+
+    Args:
+        config: The resolved configuration.
+        metrics: Counts.
+        triton: Whether steps run as Triton kernels; None for what the device wants (on the CPU
+            only Triton's interpreter could run them).
 
     Returns:
         ``(engine, registry, merger, tokenizer, model_info)``. The engine is not started.
@@ -53,16 +60,16 @@ def build_engine(config: Config, metrics: Metrics) -> Parts:
     """
     started = time.monotonic()
     device = _choose_device(config.model)
+    triton = device.type == "cuda" if triton is None else triton
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     with progress_bar() as progress:
         source = resolve_model(config.model.model, default_cache_dir(), progress)
-        decoder = load_decoder(source, dtype=dtype, device=device, progress=progress)
+        decoder = load_decoder(source, dtype=dtype, device=device, triton=triton, progress=progress)
     tokenizer = Tokenizer.load(source.files, eos_token_ids(source.files), decoder.arch.vocab_size)
     base = describe_base(decoder, source)
     layout = describe_pack(decoder.arch)
-    is_native = has_native(dtype, device)
-    kind = GatheredAdapters if is_native else AdapterPack
-    store = kind(
+    kernels = "triton" if triton else "compiled" if has_native(dtype, device) else "torch"
+    store = _store_type(kernels)(
         layout,
         dtype,
         device,
@@ -76,7 +83,7 @@ def build_engine(config: Config, metrics: Metrics) -> Parts:
         extra=log.fields(
             model=source.name,
             seconds=round(time.monotonic() - started, 2),
-            kernels="compiled" if is_native else "torch",
+            kernels=kernels,
         ),
     )
     merger = Merger(
@@ -94,6 +101,37 @@ def served_methods() -> tuple[str, ...]:
     from turret.server.adapters.methods import METHODS
 
     return tuple(sorted(METHODS))
+
+
+def _store_type(kernels: str) -> type[AdapterPack] | type[GatheredAdapters]:
+    if kernels != "triton":
+        return GatheredAdapters if kernels == "compiled" else AdapterPack
+    # Imported where it is used: Triton is not everywhere where the CPU path runs.
+    from turret.server.adapters.gpu_pack import GpuAdapterPack
+
+    return GpuAdapterPack
+
+
+def _build_executor(
+    config: Config, decoder: Decoder, cache: KvCache, store: AdapterStore
+) -> Executor:
+    if isinstance(store, GatheredAdapters) or type(store) is AdapterPack:
+        return TorchExecutor(decoder, cache, store)
+    from turret.server.adapters.gpu_pack import GpuAdapterPack
+    from turret.server.engine.decode_graphs import capture_for
+    from turret.server.engine.gpu_executor import GpuExecutor
+    from turret.server.models.gpu_decoder import GpuDecoder
+
+    assert isinstance(store, GpuAdapterPack)
+    assert isinstance(decoder, GpuDecoder)
+    return GpuExecutor(
+        decoder,
+        cache,
+        store,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        capture=capture_for(decoder.device),
+    )
 
 
 def _choose_device(model: ModelConfig) -> torch.device:
@@ -138,7 +176,8 @@ def _build_engine(
     if num_blocks < 2:
         raise InvalidRequestError.of("kv-cache-bytes", f"must be at least {2 * per_block}")
     cache = KvCache(arch, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
-    runner = Runner(decoder, cache, store, tokenizer.eos_token_ids)
+    executor = _build_executor(config, decoder, cache, store)
+    runner = Runner(executor, tokenizer.eos_token_ids)
 
     engine: Engine
     scheduler = Scheduler(

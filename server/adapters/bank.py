@@ -91,6 +91,10 @@ class ShelfSlots:
     def remove(self, key: str) -> None:
         self._slots.pop(key, None)
 
+    def slot(self, key: str) -> int | None:
+        """The slot of an adapter, or None if it is not on this shelf."""
+        return self._slots.get(key)
+
     def bind(self, members: StepMembers, device: torch.device) -> list[Rows]:
         """The step's rows by position among the members that are on this shelf."""
         bound: list[Rows] = []
@@ -170,12 +174,17 @@ class BankSet:
         """Bytes an adapter takes on its shelves past those it takes in host memory."""
         return sum(b.extra_bytes(ops) for ops in operators.modules.values() for b in self._banks)
 
+    def ordered(self) -> list[tuple[Hashable, ShelfSlots]]:
+        """All shelves in the order of their shapes, not of their making.
+
+        Sums must not depend on what the pack has held before.
+        """
+        return sorted(self._shelves.items(), key=lambda item: repr(item[0]))
+
     def bind(self, members: StepMembers) -> BoundBank | None:
         """The step's rows, or None if no row needs a shelf."""
         by_group: dict[str, list[tuple[Shelf, list[Rows]]]] = {}
-        # In the order of their shapes, not of their making: sums must not depend on what the pack
-        # has held before.
-        for _, slots in sorted(self._shelves.items(), key=lambda item: repr(item[0])):
+        for _, slots in self.ordered():
             bound = slots.bind(members, self._device)
             if bound:
                 by_group.setdefault(slots.shelf.group, []).append((slots.shelf, bound))

@@ -82,12 +82,25 @@ class AdapterPack:
         self._dtype = dtype
         self._device = device
         self._window = rank_window(dtype)
-        self._groups = {name: PackedGroup(layout, name, dtype, device) for name in layout.groups}
-        self._unstacked = Unstacked(layout, device)
+        self._groups = {name: self._make_group(name) for name in layout.groups}
+        self._unstacked = self._make_unstacked()
         self._entries: dict[str, PackEntry] = {}
         self._capacity = 0
         self._slots = 1  # slot 0 is the neutral one
         self._step = 0
+
+    # Where the Triton path differs (``server/adapters/gpu_pack.py``).
+
+    def _make_group(self, name: str) -> PackedGroup:
+        return PackedGroup(self._layout, name, self._dtype, self._device)
+
+    def _make_unstacked(self) -> Unstacked:
+        return Unstacked(self._layout, self._device)
+
+    def _operators(self, adapter: Resident) -> AdapterOperators:
+        """What is copied into the pack."""
+        assert adapter.operators is not None, "an adapter is resident while it is in use"
+        return adapter.operators
 
     @property
     def adapter_bytes(self) -> int:
@@ -154,8 +167,7 @@ class AdapterPack:
         )
 
     def _insert(self, adapter: Resident) -> None:
-        operators = adapter.operators
-        assert operators is not None, "an adapter is resident before it is scheduled"
+        operators = self._operators(adapter)
         num_bytes = self.stored_bytes(operators)
         while self.adapter_bytes + num_bytes > self.max_bytes and self._drop_idle():
             pass
@@ -239,8 +251,7 @@ class AdapterPack:
         for group in self._groups.values():
             group.allocate(self._capacity)
         for entry in self._entries.values():
-            operators = entry.adapter.operators
-            assert operators is not None, "an adapter in use stays resident"
+            operators = self._operators(entry.adapter)
             for group in self._groups.values():
                 group.put_low_rank(operators, entry.rank_start, entry.rank_end)
         return place

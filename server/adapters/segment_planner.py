@@ -29,17 +29,19 @@ def plan_segments(
         places: Place of every adapter in them.
         device: Where the metadata goes.
     """
-    rows = [_components(mix, places) for mix in members.short]
+    rows = [components_of(mix, places) for mix in members.short]
     chosen = [c for components in rows for c in components if c.rank_end > c.rank_start]
     low = min((c.rank_start for c in chosen), default=0)
     high = max((c.rank_end for c in chosen), default=0)
     long = tuple(
-        LongSegment(start, end, tuple(_components(mix, places))) for start, end, mix in members.long
+        LongSegment(start, end, tuple(components_of(mix, places)))
+        for start, end, mix in members.long
     )
     return SegmentPlan(len(rows), low, high, _passes(rows, low, high, device), long)
 
 
-def _components(mix: Members, places: Mapping[str, Place]) -> list[Component]:
+def components_of(mix: Members, places: Mapping[str, Place]) -> list[Component]:
+    """The places of a mix's adapters and their weights, in the request's order."""
     found = ((places[key], weight) for key, weight in mix)
     return [Component(p.rank_start, p.rank_end, p.slot, weight) for p, weight in found]
 

@@ -35,10 +35,14 @@ class Unstacked:
     """Hadamard and Kronecker factors, learned fusions, embeddings and heads, by adapter key."""
 
     def __init__(self, layout: PackLayout, device: torch.device) -> None:
-        banks = (HadamardBank(layout, device), KroneckerBank(layout, device))
-        self._banks = BankSet(banks, device)
+        self._layout, self._device = layout, device
+        self._banks = self._make_banks()
         self._fusions = FusionBank(layout, device)
         self._tokens = TokenBank(device)
+
+    def _make_banks(self) -> BankSet:
+        like = (self._layout, self._device)
+        return BankSet((HadamardBank(*like), KroneckerBank(*like)), self._device)
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
         """Take in what an adapter has of them, if anything."""

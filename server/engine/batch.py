@@ -13,7 +13,7 @@ from turret.server.adapters.soft_prompt import soft_prompt_of
 from turret.server.adapters.vocabulary_step import VocabularyGroup
 from turret.server.engine.scheduler import Scheduled, Step
 from turret.server.engine.sequence import Sequence
-from turret.server.engine.vocabulary_plan import plan_vocabulary
+from turret.server.engine.vocabulary_plan import changed_embeddings
 from turret.server.models.arch import Arch
 from turret.server.models.decoder import StepInput
 from turret.server.models.layer_ops import LayerOps
@@ -33,6 +33,11 @@ class Placed:
     @property
     def last_row(self) -> int:
         return self.row_start + self.item.num_new - 1
+
+    @property
+    def samples(self) -> bool:
+        """Whether a token is drawn from its last row."""
+        return self.item.samples and not self.item.sequence.request.score
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +134,7 @@ class BatchBuilder:
 
     def _changed_embeddings(self, placed: list[Placed]) -> list[VocabularyGroup]:
         rows = [(p.item.sequence, range(p.row_start, p.last_row + 1)) for p in placed]
-        groups = plan_vocabulary(rows, self._store, self._device)
-        return [g for g in groups if any(c.changes_embedding for c, _ in g.members)]
+        return changed_embeddings(rows, self._store, self._device)
 
     def _bind_adapters(self, short: list[Scheduled], long: list[Placed]) -> AdapterStep:
         sequences = [item.sequence for item in short] + [p.item.sequence for p in long]
@@ -138,9 +142,9 @@ class BatchBuilder:
         self._store.prepare(adapters.values())
         return self._store.step(
             StepMembers(
-                short=[m for item in short for m in [_members(item.sequence)] * item.num_new],
+                short=[m for item in short for m in [members_of(item.sequence)] * item.num_new],
                 long=[
-                    (p.row_start, p.row_start + p.item.num_new, _members(p.item.sequence))
+                    (p.row_start, p.row_start + p.item.num_new, members_of(p.item.sequence))
                     for p in long
                 ],
             )
@@ -150,6 +154,6 @@ class BatchBuilder:
         return torch.tensor(values, dtype=torch.int64, device=self._device)
 
 
-def _members(sequence: Sequence) -> Members:
+def members_of(sequence: Sequence) -> Members:
     """Key and weight of each adapter that adds something."""
     return [(a.key, weight) for a, weight in sequence.mix.components if weight != 0.0]

@@ -1,4 +1,4 @@
-"""Runs a scheduled step on the model: the only place where the engine touches the device."""
+"""Runs a scheduled step and draws its tokens."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ from dataclasses import dataclass, field
 
 import torch
 
-from turret.server.adapters.adapter_store import AdapterStore
-from turret.server.adapters.soft_prompt import soft_prompt_of
-from turret.server.adapters.vocabulary_step import VocabularyGroup
-from turret.server.engine.batch import Batch, BatchBuilder, Placed
+from turret.server.engine.batch import Placed
+from turret.server.engine.executor import Computed, Executor
 from turret.server.engine.sampler import Draw, Sampler, top_of
 from turret.server.engine.scheduler import Step
 from turret.server.engine.sequence import Sequence
-from turret.server.engine.vocabulary_plan import plan_vocabulary
 from turret.server.errors import BudgetExceededError
-from turret.server.models.decoder import Decoder
-from turret.server.models.kv_cache import KvCache
 
 # Vocabulary logits of prompt positions are made this many rows at a time: 64 rows of a 150,000
 # token vocabulary are 38 MB in fp32.
@@ -41,37 +36,23 @@ class StepResult:
 
 
 class Runner:
-    """Owns the decoder, the KV cache, the adapter store and the sampler. One thread only."""
+    """Owns what computes steps, and the sampler. One thread only."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        cache: KvCache,
-        store: AdapterStore,
-        stop_token_ids: frozenset[int],
-    ) -> None:
-        self._store = store
-        self._decoder = decoder
-        self._cache = cache
-        self._builder = BatchBuilder(
-            decoder.arch, decoder.ops, cache.block_size, store, decoder.device
-        )
+    def __init__(self, executor: Executor, stop_token_ids: frozenset[int]) -> None:
+        self._executor = executor
+        self._store = executor.store
         self._sampler = Sampler()
         self._stop_token_ids = stop_token_ids
 
     def run(self, step: Step) -> StepResult:
         """Compute a step. Keys and values of its tokens are in the cache afterwards."""
         with torch.inference_mode():
-            self._cache.clear(step.new_blocks)
-            for sequence, start in step.presets:
-                self._fill_prefix(sequence, start)
-            batch = self._builder.build(step)
-            hidden = self._decoder.forward(batch.input, self._cache)
+            computed = self._executor.run(step)
             result = StepResult()
-            self._sample(batch, hidden, result)
-            for placed in batch.placed:
+            self._sample(computed, result)
+            for placed in computed.placed:
                 if placed.item.sequence.request.wants_prompt_logprobs:
-                    self._score(placed, hidden, result)
+                    self._score(placed, computed.hidden, result)
             return result
 
     def fits(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
@@ -107,33 +88,13 @@ class Runner:
         """Drop what is kept for a sequence."""
         self._sampler.forget(sequence)
 
-    def _fill_prefix(self, sequence: Sequence, start: int) -> None:
-        """Write an adapter's prefix into the sequence's blocks from ``start`` on."""
-        size = self._cache.block_size
-        prefix = soft_prompt_of(sequence.mix).prefix
-        assert prefix is not None
-        blocks = sequence.blocks[start : sequence.num_preset // size]
-        self._cache.fill(blocks, prefix.keys, prefix.values, start * size - sequence.num_padding)
-
-    def _sample(self, batch: Batch, hidden: torch.Tensor, result: StepResult) -> None:
-        sampling = [
-            placed
-            for placed in batch.placed
-            if placed.item.samples and not placed.item.sequence.request.score
-        ]
-        if not sampling:
+    def _sample(self, computed: Computed, result: StepResult) -> None:
+        if computed.logits is None:
             return
-        rows = torch.tensor([placed.last_row for placed in sampling], device=hidden.device)
-        sequences = [placed.item.sequence for placed in sampling]
-        changes = self._changed_heads([(s, range(i, i + 1)) for i, s in enumerate(sequences)])
-        logits = self._decoder.logits(hidden.index_select(0, rows), changes)
+        sequences = [placed.item.sequence for placed in computed.placed if placed.samples]
         banned = [self._banned(sequence) for sequence in sequences]
-        draws = self._sampler.draw(logits, sequences, banned)
+        draws = self._sampler.draw(computed.logits, sequences, banned)
         result.draws = dict(zip(sequences, draws, strict=True))
-
-    def _changed_heads(self, rows: list[tuple[Sequence, range]]) -> list[VocabularyGroup]:
-        groups = plan_vocabulary(rows, self._store, self._decoder.device)
-        return [g for g in groups if any(c.changes_head for c, _ in g.members)]
 
     def _banned(self, sequence: Sequence) -> frozenset[int]:
         stop = sequence.request.stop
@@ -153,9 +114,9 @@ class Runner:
         for low in range(start + skipped, end, _PROMPT_LOGIT_ROWS):
             high = min(low + _PROMPT_LOGIT_ROWS, end)
             first = placed.row_start + low - start
-            changes = self._changed_heads([(sequence, range(high - low))])
-            logits = self._decoder.logits(hidden[first : first + high - low], changes)
-            rows = logits.log_softmax(-1)
+            logits = self._executor.logits(sequence, hidden[first : first + high - low])
+            # To the host at once: what follows reads every row.
+            rows = logits.log_softmax(-1).cpu()
             targets = sequence.tokens[low + 1 : high + 1]
             position = low + 1 - sequence.num_virtual
             out.extend(self._scored(rows, targets, position, sequence.request.options.top_n))

@@ -40,3 +40,19 @@ def plan_vocabulary(
     return [
         VocabularyGroup(torch.tensor(numbers[mix], device=device), members[mix]) for mix in numbers
     ]
+
+
+def changed_embeddings(
+    rows: Iterable[tuple[Sequence, range]], store: AdapterStore, device: torch.device
+) -> list[VocabularyGroup]:
+    """The groups of rows whose embedding is another; see ``plan_vocabulary``."""
+    groups = plan_vocabulary(rows, store, device)
+    return [g for g in groups if any(change.changes_embedding for change, _ in g.members)]
+
+
+def changed_heads(
+    rows: Iterable[tuple[Sequence, range]], store: AdapterStore, device: torch.device
+) -> list[VocabularyGroup]:
+    """The groups of rows whose head is another; see ``plan_vocabulary``."""
+    groups = plan_vocabulary(rows, store, device)
+    return [g for g in groups if any(change.changes_head for change, _ in g.members)]

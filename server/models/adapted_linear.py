@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from turret.server.adapters.adapter_store import AdapterStep
-from turret.server.models.base_linear import BaseLinear
+
+if TYPE_CHECKING:
+    # Not at run time: the GPU benchmark builds layers where bitsandbytes is not installed.
+    from turret.server.models.base_linear import BaseLinear
 
 
 class AdaptedLinear:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from turret.kernels.gpu.staged_buffer import upload
 from turret.server.models.arch import Arch
 
 
@@ -55,13 +56,11 @@ class KvCache:
                 of padding before position 0, which keep their zeros.
         """
         skip = max(-first, 0)
-        slots = torch.tensor(
-            [b * self.block_size + o for b in blocks for o in range(self.block_size)][skip:],
-            device=self.keys.device,
-        )
-        rows = slice(first + skip, first + skip + len(slots))
+        places = [b * self.block_size + o for b in blocks for o in range(self.block_size)][skip:]
+        slots = upload(torch.tensor(places), self.keys.device)
+        rows = slice(first + skip, first + skip + len(places))
         for cache, stored in ((self.keys, keys), (self.values, values)):
-            part = stored[:, rows].to(device=cache.device, dtype=cache.dtype)
+            part = upload(stored[:, rows].to(cache.dtype), cache.device)
             cache.flatten(1, 2).index_copy_(1, slots, part)
 
     def write(

@@ -62,6 +62,7 @@ def load_decoder(
     *,
     dtype: torch.dtype,
     device: torch.device,
+    triton: bool = False,
     progress: Progress = no_progress,
 ) -> Decoder:
     """Load a model.
@@ -70,6 +71,7 @@ def load_decoder(
         source: Result of ``resolve_model``.
         dtype: Dtype of activations, embeddings, norms and head.
         device: Where it is served.
+        triton: Whether the layers run as Triton kernels (a ``GpuDecoder``).
         progress: Told how far loading is.
 
     Raises:
@@ -88,7 +90,7 @@ def load_decoder(
     layers = []
     for number in range(arch.num_layers):
         progress("Loading layers", number, arch.num_layers)
-        layers.append(_load_layer(tensors, arch, number, dtype, device))
+        layers.append(_load_layer(tensors, arch, number, dtype, device, triton))
     norm = dense("model.norm.weight")
     if tensors.has("lm_head.weight") and not arch.tie_word_embeddings:
         head = dense("lm_head.weight")
@@ -100,14 +102,28 @@ def load_decoder(
     if unread:
         raise InvalidRequestError.of("model", f"unexpected tensors: {', '.join(unread[:8])}")
     progress("Loading layers", arch.num_layers, arch.num_layers)
-    if device.type == "cpu":
+    if not triton:
         # Probed here, once, rather than by the first request.
         row_multiple(dtype, *head.shape)
-    return Decoder(arch, embedding=embedding, layers=layers, norm=norm, head=head)
+    return _decoder_type(triton)(arch, embedding=embedding, layers=layers, norm=norm, head=head)
+
+
+def _decoder_type(triton: bool) -> type[Decoder]:
+    if not triton:
+        return Decoder
+    # Imported where it is used: Triton is not everywhere where the CPU path runs.
+    from turret.server.models.gpu_decoder import GpuDecoder
+
+    return GpuDecoder
 
 
 def _load_layer(
-    tensors: _Tensors, arch: Arch, number: int, dtype: torch.dtype, device: torch.device
+    tensors: _Tensors,
+    arch: Arch,
+    number: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    triton: bool,
 ) -> DecoderLayer:
     prefix = f"{_PREFIX}.{number}"
 
@@ -129,7 +145,7 @@ def _load_layer(
         projections[group] = AdaptedLinear(
             number,
             group,
-            Nf4Linear(weights, dtype, device),
+            Nf4Linear(weights, dtype, device, triton=triton),
             torch.cat(biases) if has_bias else None,
         )
     return DecoderLayer(

@@ -10,9 +10,11 @@ import copy
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
+from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.kernels.row_linear import row_linear
 from turret.server.errors import InvalidRequestError
 from turret.server.models.nf4_cpu import nf4_product
@@ -20,7 +22,9 @@ from turret.server.models.nf4_cpu import nf4_product
 # It warns at import that an optional kernel of the Hugging Face hub is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 import bitsandbytes.functional as bnb_functional  # noqa: E402
-from bitsandbytes.autograd._functions import matmul_4bit  # noqa: E402
+
+if TYPE_CHECKING:
+    from turret.server.models.nf4_gpu import Nf4Product
 
 BLOCKSIZE = 64
 # Rows per tile of bitsandbytes' packed CPU layout.
@@ -105,9 +109,9 @@ class Nf4Linear:
     """A fused projection without bias: slices of NF4 weights that share their input.
 
     On a CPU with AVX512-BF16 and a bf16 model, bitsandbytes' fused dequantise-multiply runs on the
-    packed weight (its rows are batch-invariant; absmax is bf16 there). On CUDA bitsandbytes'
-    ``matmul_4bit``. Otherwise (float32, or a CPU without AVX512-BF16) the weight is held
-    dequantised.
+    packed weight (its rows are batch-invariant; absmax is bf16 there). Elsewhere on the CPU
+    (float32, or no AVX512-BF16) the weight is held dequantised. On the Triton path ``product``
+    multiplies.
     """
 
     def __init__(
@@ -117,6 +121,7 @@ class Nf4Linear:
         device: torch.device,
         *,
         packs: bool | None = None,
+        triton: bool = False,
     ):
         self.widths = tuple(weight.shape[0] for weight in slices)
         self.in_features = slices[0].shape[1]
@@ -124,8 +129,12 @@ class Nf4Linear:
         self._dtype, self._device = dtype, device
         self._dense: torch.Tensor | None = None
         self._code: torch.Tensor | None = None
-        if device.type == "cuda" and dtype != torch.float32:
-            self._fuse_cuda(slices, device)
+        self.product: Nf4Product | None = None
+        if triton:
+            # Imported where it is used: Triton is not everywhere where the CPU path runs.
+            from turret.server.models.nf4_gpu import Nf4Product
+
+            self.product = Nf4Product(self._fuse_triton(slices), dtype)
         elif self._packs_on_cpu(slices) if packs is None else packs:
             self._fuse_cpu(slices)
         else:
@@ -157,25 +166,19 @@ class Nf4Linear:
         self._packed = torch.cat(packed)
         self._absmax = torch.cat(absmax, dim=1).contiguous()
 
-    def _fuse_cuda(self, slices: Sequence[Nf4Weight], device: torch.device) -> None:
-        self._packed = torch.cat([weight.packed.view(-1, 1) for weight in slices]).to(device)
-        first = slices[0].state
-        self._state = bnb_functional.QuantState(
-            absmax=torch.cat([weight.absmax() for weight in slices]).to(device),
-            shape=torch.Size(self._shape),
-            dtype=first.dtype,
-            blocksize=BLOCKSIZE,
-            code=None if first.code is None else first.code.to(device),
-            quant_type="nf4",
-        )
+    def _fuse_triton(self, slices: Sequence[Nf4Weight]) -> Nf4Matrix:
+        packed = torch.cat([weight.packed.view(-1) for weight in slices])
+        absmax = torch.cat([weight.absmax() for weight in slices])
+        return Nf4Matrix(packed.to(self._device), absmax.to(self._device), *self._shape)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply ``[rows, in]`` → ``[rows, sum(widths)]``, dtype of ``x``."""
         if self._dense is not None:
             return row_linear(x, self._dense)
-        if self._code is not None:
-            return nf4_product(x, self._packed, self._absmax, self._code, self._shape, BLOCKSIZE)
-        return matmul_4bit(x, self._packed, quant_state=self._state)
+        if self.product is not None:
+            return self.product(x, x.shape[0])
+        assert self._code is not None
+        return nf4_product(x, self._packed, self._absmax, self._code, self._shape, BLOCKSIZE)
 
     def _rows(self, index: int) -> slice:
         start = sum(self.widths[:index])
@@ -196,16 +199,15 @@ class Nf4Linear:
             part._packed = self._packed[rows]
             part._absmax = self._absmax[:, rows].contiguous()
         else:
-            codes, blocks = self.in_features // 2, self.in_features // BLOCKSIZE
-            part._packed = self._packed[rows.start * codes : rows.stop * codes]
-            absmax = self._state.absmax[rows.start * blocks : rows.stop * blocks]
-            part._state = _state_like(self._state, absmax, part._shape)
+            assert self.product is not None
+            part.product = self.product.part(rows)
         return part
 
     def stored_alike(self, weight: Nf4Weight) -> Nf4Linear:
         """Another weight alone, in the layout and on the device of this projection."""
         packs = self._dense is None and self._code is not None
-        return Nf4Linear([weight], self._dtype, self._device, packs=packs)
+        triton = self.product is not None
+        return Nf4Linear([weight], self._dtype, self._device, packs=packs, triton=triton)
 
     @classmethod
     def join(cls, parts: Sequence[Nf4Linear]) -> Nf4Linear:
@@ -217,9 +219,8 @@ class Nf4Linear:
             joined._packed = torch.cat([part._packed for part in parts])
             joined._absmax = torch.cat([part._absmax for part in parts], dim=1).contiguous()
         else:
-            joined._packed = torch.cat([part._packed for part in parts])
-            absmax = torch.cat([part._state.absmax for part in parts])
-            joined._state = _state_like(parts[0]._state, absmax, joined._shape)
+            products = [part.product for part in parts if part.product is not None]
+            joined.product = products[0].join(products)
         return joined
 
     def dequantize(self, index: int) -> torch.Tensor:
@@ -229,23 +230,14 @@ class Nf4Linear:
         shows exactly the weight it uses.
         """
         rows = self._rows(index)
+        if self.product is not None:
+            return self.product.dequantize(self._dtype)[rows].float().cpu()
         if self._dense is not None:
             return self._dense[rows].float().cpu()
-        device = self._packed.device
         columns = []
         for low in range(0, self.in_features, _IDENTITY_ROWS):
             high = min(low + _IDENTITY_ROWS, self.in_features)
             identity = torch.zeros(high - low, self.in_features, dtype=torch.bfloat16)
             identity[torch.arange(high - low), torch.arange(low, high)] = 1.0
-            columns.append(self(identity.to(device))[:, rows].float().cpu().T)
+            columns.append(self(identity)[:, rows].float().cpu().T)
         return torch.cat(columns, dim=1).contiguous()
-
-
-def _state_like(
-    state: bnb_functional.QuantState, absmax: torch.Tensor, shape: tuple[int, int]
-) -> bnb_functional.QuantState:
-    """The state of other weights that are stored in the same way."""
-    other = copy.copy(state)
-    other.absmax = absmax
-    other.shape = torch.Size(shape)
-    return other

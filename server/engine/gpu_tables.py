@@ -1,0 +1,137 @@
+"""Device buffers of one kind of step (decode, or prompts beside it): allocated once."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+
+import torch
+
+from turret.kernels.gpu.attention_table import SPLIT, AttentionTable
+from turret.kernels.gpu.row_table import RowTable
+from turret.kernels.gpu.segment_table import SegmentTable
+from turret.kernels.gpu.staged_buffer import StagedBuffer
+from turret.kernels.paged_attention import SequenceSpan
+from turret.kernels.segments import LongSegment
+from turret.server.models.arch import Arch
+
+# Attention scratch of a decode step is bounded: longer contexts share a program.
+_MAX_SPREAD_RECORDS = 2048
+# Of one row's mix; the segment table grows when a step needs more.
+_FIRST_ROW_RANK = 256
+_FIRST_COMPONENTS = 8
+
+
+class StepTables:
+    """Everything that a step's kernels read, at fixed addresses.
+
+    Attributes:
+        max_rows: Rows of a step at most.
+        epoch: Moves when a table is replaced by a larger one.
+    """
+
+    def __init__(
+        self,
+        arch: Arch,
+        *,
+        max_rows: int,
+        max_seqs: int,
+        max_len: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        """Allocate.
+
+        Args:
+            arch: The model.
+            max_rows: Rows of a step.
+            max_seqs: Sequences of a step.
+            max_len: Positions of a sequence.
+            block_size: Positions per KV block.
+            device: Where the kernels run.
+        """
+        self.max_rows = max_rows
+        self.epoch = 0
+        self._device = device
+        self._rows = StagedBuffer(4 * max_rows, torch.int64, device)
+        self._row_tables: dict[Hashable, RowTable] = {}
+        self._row_rank, self._components = _FIRST_ROW_RANK, _FIRST_COMPONENTS
+        self._segments = self._make_segments()
+        spread = min(max_seqs * -(-max_len // SPLIT), _MAX_SPREAD_RECORDS)
+
+        def tables(records: int, spread: bool) -> dict[int | None, AttentionTable]:
+            return {
+                window: AttentionTable(
+                    max_records=records,
+                    max_blocks=max_seqs * -(-max_len // block_size),
+                    queries_per_head=arch.queries_per_head,
+                    window=window,
+                    device=device,
+                    spread=spread,
+                )
+                for window in set(arch.windows)
+            }
+
+        self._spread_records = spread
+        self._whole, self._spread = tables(max_rows, False), tables(spread, True)
+
+    def load_rows(
+        self,
+        token_ids: Sequence[int],
+        positions: Sequence[int],
+        kv_slots: Sequence[int],
+        sample_rows: Sequence[int],
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Start copying; missing rows are zero.
+
+        Returns:
+            Views of the whole buffer, each ``[max_rows]`` int64.
+        """
+        words: list[int] = []
+        for values in (token_ids, positions, kv_slots, sample_rows):
+            words.extend(values)
+            words.extend([0] * (self.max_rows - len(values)))
+        self._rows.load(words)
+        ids, places, slots, samples = self._rows.buffer.view(4, self.max_rows).unbind()
+        return ids, places, slots, samples
+
+    def load_attention(self, spans: Sequence[SequenceSpan]) -> dict[int | None, AttentionTable]:
+        """Load the tables of every window; the choice between them depends on the contexts."""
+        is_decode = all(span.num_new == 1 for span in spans)
+        records = sum(-(-(span.num_context + 1) // SPLIT) for span in spans)
+        spread = is_decode and records <= self._spread_records
+        tables = self._spread if spread else self._whole
+        for table in tables.values():
+            table.load(spans)
+        return tables
+
+    def load_segments(self, runs: Sequence[LongSegment]) -> SegmentTable:
+        """Load the segment table; a larger one if a mix is larger than it was made for."""
+        self._fit_segments(runs)
+        self._segments.load(runs)
+        return self._segments
+
+    def _fit_segments(self, runs: Sequence[LongSegment]) -> None:
+        ranks = max((sum(c.rank_end - c.rank_start for c in r.components) for r in runs), default=0)
+        components = max((len(run.components) for run in runs), default=0)
+        if ranks <= self._row_rank and components <= self._components:
+            return
+        while self._row_rank < ranks:
+            self._row_rank *= 2
+        while self._components < components:
+            self._components *= 2
+        self._segments = self._make_segments()
+        self.epoch += 1
+
+    def row_table(self, key: Hashable) -> RowTable:
+        """The table of a shelf and position; the same one for the same key."""
+        if key not in self._row_tables:
+            self._row_tables[key] = RowTable(self.max_rows, self._device)
+        return self._row_tables[key]
+
+    def _make_segments(self) -> SegmentTable:
+        return SegmentTable(
+            max_rows=self.max_rows,
+            max_row_rank=self._row_rank,
+            max_components=self._components,
+            device=self._device,
+        )

@@ -1,0 +1,159 @@
+"""The decoder on the Triton path.
+
+The same layers as ``decoder.py``, every operation a kernel of ``kernels/gpu`` or a torch operation
+that a CUDA graph can hold: nothing here reads a value from the device or copies from the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from turret.kernels.gpu.attention_table import AttentionTable
+from turret.kernels.gpu.paged_attention import paged_attention
+from turret.kernels.gpu.rms_norm import residual_rms_norm
+from turret.kernels.gpu.rope_kv_write import rope_kv_write
+from turret.kernels.gpu.silu_mul import silu_mul
+from turret.server.adapters.gpu_pack import GpuAdapterStep
+from turret.server.adapters.vocabulary_step import VocabularyGroup, change_embeddings
+from turret.server.models.adapted_linear import AdaptedLinear
+from turret.server.models.decoder import Decoder, DecoderLayer
+from turret.server.models.kv_cache import KvCache
+from turret.server.models.nf4_gpu import Nf4Product
+
+# Libraries choose their algorithm by shape: the head's product always has this many rows.
+_HEAD_ROWS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuStep:
+    """One step's work, everything on the device.
+
+    Attributes:
+        token_ids: ``[rows]`` int64; any valid id where ``soft_rows`` says so.
+        positions: Position of each row in its sequence, ``[rows]`` int64.
+        kv_slots: Where each row's keys and values go, ``[rows]`` int64.
+        sample_rows: Rows whose logits are wanted, ``[samples]`` int64.
+        num_decode: The first rows, of sequences that generate; see ``nf4_gpu.py``.
+        attention: Loaded table per distinct window (None is full attention).
+        adapters: The step's adapters, or None where every row is the base model's.
+        soft_rows: Rows whose embedding is not a token's, ``[m]`` int64, or None.
+        soft_values: Their embeddings, ``[m, hidden]``, or None.
+        embeddings: Rows whose adapters change the embedding.
+        heads: Sampled rows, by their place in ``sample_rows``, whose adapters change the head.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    kv_slots: torch.Tensor
+    sample_rows: torch.Tensor
+    num_decode: int
+    attention: Mapping[int | None, AttentionTable]
+    adapters: GpuAdapterStep | None
+    soft_rows: torch.Tensor | None = None
+    soft_values: torch.Tensor | None = None
+    embeddings: Sequence[VocabularyGroup] = ()
+    heads: Sequence[VocabularyGroup] = ()
+
+    @property
+    def is_fixed(self) -> bool:
+        """Whether everything that differs between steps is in buffers of fixed address."""
+        fusions = None if self.adapters is None else self.adapters.fusions
+        return self.soft_rows is None and fusions is None and not (self.embeddings or self.heads)
+
+
+class GpuDecoder(Decoder):
+    """A decoder whose linears were loaded with ``triton=True``."""
+
+    @property
+    def weights_in_use(self) -> tuple[int, ...]:
+        """Changes when a merge exchanges weights."""
+        linears = [
+            linear
+            for layer in self.layers
+            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
+        ]
+        return tuple(id(part) for linear in linears for part in (linear.base, linear.bias))
+
+    def compute(self, step: GpuStep, cache: KvCache) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run a step and write its keys and values.
+
+        Returns:
+            Final-norm hidden states, ``[rows, hidden]``, and the logits of ``sample_rows``,
+            ``[samples, vocab]`` fp32.
+        """
+        arch = self.arch
+        angles = step.positions[:, None].float() * self._inv_freq
+        rotation = (angles.cos() * arch.rope_scaling, angles.sin() * arch.rope_scaling)
+        # Layers without rotary positions turn by 0.
+        still = (torch.ones_like(angles), torch.zeros_like(angles))
+        hidden = F.embedding(step.token_ids, self.embedding)
+        change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
+        if step.soft_rows is not None and step.soft_values is not None:
+            hidden.index_copy_(0, step.soft_rows, step.soft_values.to(hidden.dtype))
+        update: torch.Tensor | None = None
+        for number, layer in enumerate(self.layers):
+            normed = residual_rms_norm(hidden, update, layer.input_norm, arch.rms_norm_eps)
+            turn = rotation if arch.rotary[number] else still
+            update = self._attention(number, layer, normed, turn, step, cache)
+            normed = residual_rms_norm(hidden, update, layer.post_attention_norm, arch.rms_norm_eps)
+            inner = silu_mul(self._project(layer.gate_up, normed, step))
+            update = self._project(layer.down, inner, step)
+        hidden = residual_rms_norm(hidden, update, self.norm, arch.rms_norm_eps)
+        return hidden, self.logits(hidden.index_select(0, step.sample_rows), step.heads)
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        num_rows = hidden.shape[0]
+        padded = F.pad(hidden, (0, 0, 0, -num_rows % _HEAD_ROWS))
+        pieces = [F.linear(piece, self.head) for piece in padded.split(_HEAD_ROWS)]
+        return torch.cat(pieces)[:num_rows]
+
+    def _attention(
+        self,
+        number: int,
+        layer: DecoderLayer,
+        normed: torch.Tensor,
+        rotation: tuple[torch.Tensor, torch.Tensor],
+        step: GpuStep,
+        cache: KvCache,
+    ) -> torch.Tensor:
+        arch = self.arch
+        keys, values = cache.keys[number], cache.values[number]
+        q = rope_kv_write(
+            self._project(layer.qkv, normed, step),
+            *rotation,
+            step.kv_slots,
+            keys,
+            values,
+            q_norm=layer.q_norm,
+            k_norm=layer.k_norm,
+            eps=arch.rms_norm_eps,
+        )
+        table = step.attention[arch.windows[number]]
+        attended = paged_attention(q, keys, values, table, scale=arch.head_dim**-0.5)
+        return self._project(layer.o, attended.flatten(1), step)
+
+    @staticmethod
+    def _project(linear: AdaptedLinear, x: torch.Tensor, step: GpuStep) -> torch.Tensor:
+        base = linear.base
+        product: Nf4Product | None = getattr(base, "product", None)
+
+        def multiply(x: torch.Tensor) -> torch.Tensor:
+            # Merged weights that are not 4-bit know no kinds of rows.
+            return base(x) if product is None else product(x, step.num_decode)
+
+        y = multiply(x)
+        if step.adapters is None:
+            return y if linear.bias is None else y.add_(linear.bias)
+        step.adapters.apply(
+            linear.layer,
+            linear.group,
+            x,
+            y,
+            linear.bias,
+            multiply,
+        )
+        return y

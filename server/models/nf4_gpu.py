@@ -1,0 +1,102 @@
+"""The base projection on the Triton path: NF4 weights on the device, multiplied in two ways.
+
+Rows of sequences that decode go through ``nf4_matmul``, rows of prompts through the weight written
+out once and a library's product. Which way a row goes, and the shape of the product it is in,
+depends on its own sequence only, so its bits do not depend on who else is in the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
+from turret.kernels.gpu.nf4_matmul import nf4_matmul
+from turret.kernels.gpu.tuning import tuning
+from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
+
+# Libraries choose their algorithm by shape: prompts are multiplied in pieces of one shape.
+_PROMPT_ROWS = 256
+
+
+class Nf4Product:
+    """``x Wᵀ`` for a fused weight.
+
+    Args:
+        weight: The weight, its maxima plain, every tensor on the device; or written out,
+            ``[out_features, in_features]``.
+        dtype: Of activations.
+    """
+
+    def __init__(self, weight: Nf4Matrix | torch.Tensor, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        # A quantisation block that spans rows is read by no kernel.
+        if isinstance(weight, Nf4Matrix) and weight.in_features % BLOCK:
+            weight = weight.dequantize(dtype)
+        self._weight = weight
+
+    def __call__(self, x: torch.Tensor, num_decode: int) -> torch.Tensor:
+        """Multiply.
+
+        Args:
+            x: ``[rows, in_features]``, the rows of decoding sequences first.
+            num_decode: How many those are.
+
+        Returns:
+            ``[rows, out_features]``, dtype of ``x``.
+        """
+        weight, step = self._weight, tuning(x.device).nf4_pass_rows
+        parts = []
+        if isinstance(weight, Nf4Matrix) and step:
+            for start in range(0, num_decode, step):
+                parts.append(nf4_matmul(x[start : min(start + step, num_decode)], weight))
+        else:
+            num_decode = 0
+        if num_decode < x.shape[0]:
+            parts.append(self._multiply_prompts(x[num_decode:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight, ``[out_features, in_features]``, as it is multiplied."""
+        weight = self._weight
+        return nf4_dequantize(weight, dtype) if isinstance(weight, Nf4Matrix) else weight
+
+    def part(self, rows: slice) -> Nf4Product:
+        """Some outputs alone, on the memory of the whole."""
+        weight = self._weight
+        if isinstance(weight, torch.Tensor):
+            return Nf4Product(weight[rows], self._dtype)
+        codes, blocks = weight.in_features // 2, weight.in_features // BLOCK
+        assert isinstance(weight.absmax, torch.Tensor)
+        matrix = Nf4Matrix(
+            weight.packed[rows.start * codes : rows.stop * codes],
+            weight.absmax[rows.start * blocks : rows.stop * blocks],
+            rows.stop - rows.start,
+            weight.in_features,
+        )
+        return Nf4Product(matrix, self._dtype)
+
+    @staticmethod
+    def join(parts: Sequence[Nf4Product]) -> Nf4Product:
+        """Fuse products of one input, in this order; copies their weights."""
+        first, weights = parts[0], [part._weight for part in parts]
+        dense = [weight for weight in weights if isinstance(weight, torch.Tensor)]
+        if dense:
+            return Nf4Product(torch.cat(dense), first._dtype)
+        packed = [w for w in weights if isinstance(w, Nf4Matrix)]
+        absmax = [w.absmax for w in packed if isinstance(w.absmax, torch.Tensor)]
+        matrix = Nf4Matrix(
+            torch.cat([w.packed for w in packed]),
+            torch.cat(absmax),
+            sum(w.out_features for w in packed),
+            packed[0].in_features,
+        )
+        return Nf4Product(matrix, first._dtype)
+
+    def _multiply_prompts(self, x: torch.Tensor) -> torch.Tensor:
+        weight, num_rows = self.dequantize(x.dtype), x.shape[0]
+        padded = F.pad(x, (0, 0, 0, -num_rows % _PROMPT_ROWS))
+        pieces = [F.linear(piece, weight) for piece in padded.split(_PROMPT_ROWS)]
+        return torch.cat(pieces)[:num_rows]

@@ -1,0 +1,66 @@
+"""The Triton path where there is no GPU: large tiles for the interpreter, and a fake CUDA graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from turret.kernels.gpu import tuning as tuning_module
+from turret.kernels.gpu.tuning import Tuning
+from turret.server.engine.decode_graphs import Body, Outputs
+
+# The interpreter's time goes by operations, not by their size. Several splits and passes still.
+COARSE = Tuning(
+    programs=1,
+    shrink_splits=2,
+    shrink_block_k=128,
+    expand_block_n=256,
+    hadamard_splits=2,
+    hadamard_block_k=128,
+    hadamard_block_n=256,
+    kronecker_block_l=64,
+    nf4_block_n=256,
+    nf4_groups=4,
+    nf4_pass_rows=5,
+)
+
+
+def use_coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make kernels in the interpreter take ``COARSE``."""
+    monkeypatch.setattr(tuning_module, "_INTERPRETER", COARSE)
+    # Caches by device.
+    tuning_module.tuning.cache_clear()
+
+
+class FakeCapture:
+    """Replays what was captured, Python objects included: only device buffers may differ.
+
+    A step that took anything from the host at its launch would repeat the captured step's value, as
+    a CUDA graph would.
+
+    Attributes:
+        num_captures: Bodies captured.
+        num_replays: Replays after the one that follows each capture.
+    """
+
+    def __init__(self) -> None:
+        self.num_captures = 0
+        self.num_replays = 0
+
+    def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
+        self.num_captures += 1
+        # A real capture computes nothing; here the first replay has nothing left to do.
+        outputs: Any = body()
+        is_fresh = True
+
+        def replay() -> None:
+            nonlocal is_fresh
+            if not is_fresh:
+                self.num_replays += 1
+                for kept, computed in zip(outputs, body(), strict=True):
+                    kept.copy_(computed)
+            is_fresh = False
+
+        return replay, outputs

@@ -1,0 +1,390 @@
+"""What the Triton path promises of a step: fixed buffers, no wait for the device, graphs that fit.
+
+The whole step runs on meta tensors with the launches left out: a meta tensor has no values, so
+whatever reads one fails, and every copy from the host is seen by ``_Copies``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from gpu_path import FakeCapture
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
+from triton.runtime.interpreter import InterpretedFunction
+
+from turret.kernels.nf4_matmul import Nf4Matrix
+from turret.server.adapters.gpu_pack import GpuAdapterPack
+from turret.server.adapters.mix import Mix
+from turret.server.adapters.operators import (
+    AdapterOperators,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    ModuleOperators,
+)
+from turret.server.adapters.packed_group import PackLayout, SliceShape
+from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
+from turret.server.engine.decode_graphs import DecodeGraphs, buckets
+from turret.server.engine.gpu_executor import GpuExecutor
+from turret.server.engine.request import Request
+from turret.server.engine.scheduler import Scheduled, Step
+from turret.server.engine.sequence import Sequence
+from turret.server.models.adapted_linear import AdaptedLinear
+from turret.server.models.arch import read_arch
+from turret.server.models.decoder import DecoderLayer
+from turret.server.models.gpu_decoder import GpuDecoder
+from turret.server.models.kv_cache import KvCache
+from turret.server.models.nf4_gpu import Nf4Product
+
+META = torch.device("meta")
+DTYPE = torch.float16
+ARCH = read_arch(
+    LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+    )
+)
+# Operations that make the host wait for a value on the device.
+READS = {
+    "_local_scalar_dense",
+    "nonzero",
+    "masked_select",
+    "unique",
+    "unique2",
+    "equal",
+    "is_nonzero",
+}
+
+
+class _Base:
+    """Stands for the weights of a fused projection."""
+
+    def __init__(self, out: int, inner: int) -> None:
+        packed = torch.empty(out * inner // 2, dtype=torch.uint8, device=META)
+        absmax = torch.empty(out * inner // 64, device=META)
+        self.product = Nf4Product(Nf4Matrix(packed, absmax, out, inner), DTYPE)
+
+
+class _Adapter:
+    """A resident adapter."""
+
+    def __init__(self, key: str, operators: AdapterOperators) -> None:
+        self.key = self.uuid = self.name = key
+        self.generation = 1
+        self.operators = operators
+        self.bytes_device = 0
+        soft = operators.soft_prompt
+        self.num_soft_tokens = 0 if soft is None or soft.prefix else soft.num_positions
+        self.num_prefix_positions = 0 if soft is None or not soft.prefix else soft.num_positions
+
+
+def _decoder() -> GpuDecoder:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=DTYPE, device=META)
+
+    hidden = ARCH.hidden_size
+    layers = []
+    for number in range(ARCH.num_layers):
+        linears: dict[str, Any] = {}
+        for group, slices in ARCH.linears().items():
+            out = sum(width for _, width, _ in slices)
+            base: Any = _Base(out, slices[0][2])
+            bias = empty(out) if group == "qkv" else None
+            linears[group] = AdaptedLinear(number, group, base, bias)
+        norms = {"input_norm": empty(hidden), "post_attention_norm": empty(hidden)}
+        layers.append(DecoderLayer(**norms, q_norm=None, k_norm=None, **linears))
+    table = empty(ARCH.vocab_size, hidden)
+    return GpuDecoder(ARCH, embedding=table, layers=layers, norm=empty(hidden), head=table)
+
+
+def _executor(capture: Any = None) -> GpuExecutor:
+    groups = {
+        group: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
+        for group, slices in ARCH.linears().items()
+    }
+    return GpuExecutor(
+        _decoder(),
+        KvCache(ARCH, 64, 16, DTYPE, META),
+        GpuAdapterPack(PackLayout(ARCH.num_layers, groups), DTYPE, META, 1 << 30),
+        max_num_seqs=8,
+        max_num_batched_tokens=48,
+        capture=capture,
+    )
+
+
+def _adapters() -> dict[str, _Adapter]:
+    """Adapters that use every operator between them."""
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(DTYPE)
+
+    def everywhere(make: Callable[[int, int], ModuleOperators], **more: Any) -> AdapterOperators:
+        return AdapterOperators(
+            {
+                f"model.layers.{layer}.{path}": make(out, inner)
+                for layer in range(ARCH.num_layers)
+                for slices in ARCH.linears().values()
+                for path, out, inner in slices
+            },
+            **more,
+        )
+
+    def low_rank(out: int, inner: int) -> ModuleOperators:
+        factors = LowRank(some(4, inner), some(4, out))
+        return ModuleOperators(low_rank=factors, gain=torch.rand(out), bias=torch.rand(out))
+
+    def other(out: int, inner: int) -> ModuleOperators:
+        hadamard = Hadamard(some(out, 3), some(3, inner), some(out, 3), some(3, inner))
+        kronecker = Kronecker(some(8, 8), (some(out // 8, 2), some(2, inner // 8)))
+        return ModuleOperators(hadamard=hadamard, kronecker=kronecker, input_gain=torch.rand(inner))
+
+    soft = SoftPrompt(soft_tokens=some(3, ARCH.hidden_size))
+    kv = (ARCH.num_layers, 5, ARCH.num_kv_heads, ARCH.head_dim)
+    prefix = SoftPrompt(prefix=PrefixKv(some(*kv), some(*kv)))
+    found = {
+        "low": everywhere(low_rank),
+        "other": everywhere(other),
+        "soft": AdapterOperators({}, soft),
+        "prefix": AdapterOperators({}, prefix),
+    }
+    return {name: _Adapter(name, operators) for name, operators in found.items()}
+
+
+def _sequence(
+    first_block: int, computed: int, *mix: tuple[_Adapter, float], prompt: int = 6
+) -> Sequence:
+    components: Any = mix
+    made = Mix(components)
+    request = Request(request_id="r", prompt_token_ids=tuple(range(prompt)))
+    virtual = sum(a.num_soft_tokens + a.num_prefix_positions for a, _ in mix)
+    padding = 0
+    preset = 0
+    if any(a.num_prefix_positions for a, _ in mix):
+        padding, preset, virtual = 11, 16, 16
+    sequence = Sequence(request, made, 0.0, virtual, preset, padding)
+    sequence.blocks = list(range(first_block, first_block + 4))
+    sequence.num_computed = computed
+    if computed >= sequence.prompt_end:
+        sequence.tokens += [1] * (computed + 1 - sequence.prompt_end)
+    return sequence
+
+
+def _steps(adapters: dict[str, _Adapter]) -> dict[str, Step]:
+    """A step of prompts with everything, and decode steps."""
+    low, other = (adapters["low"], 0.5), (adapters["other"], -1.0)
+    prompts = [
+        Scheduled(_sequence(1, 0, low, other), 6),
+        Scheduled(_sequence(5, 0, (adapters["soft"], 1.0)), 9),
+        Scheduled(_sequence(9, 6, low), 1),
+        Scheduled(_sequence(17, 0), 4),
+    ]
+    prefixed = _sequence(13, 16, (adapters["prefix"], 1.0), other)
+    prompts.append(Scheduled(prefixed, 6))
+    decode = [Scheduled(_sequence(1 + 4 * i, 6 + i, low, other), 1) for i in range(3)]
+    base = [Scheduled(_sequence(1, 9), 1)]
+    return {
+        "prompts": Step(tuple(prompts), (1, 2), 0, ((prefixed, 0),)),
+        "decode": Step(tuple(decode), (), 0),
+        "decode, base only": Step(tuple(base), (), 0),
+    }
+
+
+class _Copies(TorchDispatchMode):
+    """Collects what would make the host wait: reads, and copies that block.
+
+    Not under ``inference_mode``, where composite operations arrive whole.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.uploads = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func.overloadpacket.__name__
+        tensors = [a for a in args if isinstance(a, torch.Tensor)]
+        on_device = any(t.device == META for t in tensors)
+        if on_device and name in READS:
+            self.waits.append(name)
+        if name in ("index", "index_put", "index_put_") and any(
+            t is not None and t.dtype == torch.bool for t in args[1]
+        ):
+            self.waits.append(f"{name} by a mask")
+        source = target = None
+        non_blocking: Any = False
+        if name == "_to_copy":
+            source, target = args[0].device, kwargs.get("device") or args[0].device
+            non_blocking = kwargs.get("non_blocking", False)
+        elif name == "copy_":
+            source, target = args[1].device, args[0].device
+            non_blocking = kwargs.get("non_blocking", False) or (len(args) > 2 and args[2])
+        if source is not None and source != target:
+            self.uploads += 1
+            if META not in (source, target) or target != META or not non_blocking:
+                self.waits.append(f"{name} {source} → {target}, non_blocking={non_blocking}")
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[_Copies]:
+    """What happens on the device meanwhile, ``torch.tensor(…, device=…)`` too."""
+    copies, original = _Copies(), torch.tensor
+
+    def tensor(*args: Any, device: Any = None, **keywords: Any) -> torch.Tensor:
+        if device == META:
+            copies.waits.append("torch.tensor on the device")
+        return original(*args, device=device, **keywords)
+
+    with copies, patch.object(torch, "tensor", tensor):
+        yield copies
+
+
+@pytest.fixture(autouse=True)
+def no_launches() -> Iterator[list[str]]:
+    """Leaves launches out and lists them."""
+    launched: list[str] = []
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        launched.append(self.fn.__name__)
+
+    with (
+        patch.object(InterpretedFunction, "run", run, create=True),
+        patch.object(
+            InterpretedFunction,
+            "__getitem__",
+            lambda self, grid: lambda *args, **keywords: launched.append(self.fn.__name__),
+            create=True,
+        ),
+    ):
+        yield launched
+
+
+@pytest.mark.parametrize("name", ["prompts", "decode", "decode, base only"])
+def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
+    executor = _executor()
+    step = _steps(_adapters())[name]
+    with torch.no_grad():
+        # Constants that are copied once per process.
+        executor.run(step)
+        no_launches.clear()
+        with watched() as copies:
+            computed = executor.run(step)
+    assert copies.waits == []
+    # One per table: a copy per row, layer or request would be noticed.
+    shelves = len(executor.store._unstacked._banks.ordered())
+    assert 2 <= copies.uploads <= 8 + shelves
+    assert computed.logits is not None
+    assert len(computed.logits) == sum(item.samples for item in step.scheduled)
+    kernels = set(no_launches)
+    assert {"nf4_matmul_kernel", "paged_attention_kernel", "rope_kv_write_kernel"} <= kernels
+    adapted = {"segmented_shrink_kernel", "hadamard_expand_kernel", "kronecker_kernel"}
+    assert (adapted | {"input_gain_kernel"} <= kernels) == (name != "decode, base only")
+
+
+def test_an_adapter_enters_the_pack_by_one_copy():
+    executor = _executor()
+    adapters = _adapters()
+    with torch.no_grad(), watched() as copies:
+        executor.store.prepare([adapters["low"], adapters["other"]])
+    assert copies.waits == []
+    assert copies.uploads == 2
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda x: x.sum().item(),
+        lambda x: x[x > 0],
+        lambda x: x.copy_(torch.ones(3)),
+        lambda x: x + torch.ones(3).to(META),
+        lambda x: x.cpu(),
+        lambda x: torch.tensor([1.0], device=META),
+        lambda x: x.nonzero(),
+    ],
+)
+def test_a_wait_is_noticed(wait: Callable[[torch.Tensor], object]):
+    # Some of these raise on a meta tensor; some would only wait on a GPU.
+    with watched() as copies, contextlib.suppress(RuntimeError, NotImplementedError):
+        wait(torch.empty(3, device=META))
+    assert len(copies.waits) >= 1
+
+
+def test_buffers_keep_their_addresses():
+    """Every tensor that a decode step's body reads is the same object in a later step."""
+    executor = _executor(FakeCapture())
+    seen = []
+
+    def compute(step: Any, cache: Any) -> Any:
+        bound = [pair for pairs in step.adapters.banks.by_group.values() for pair in pairs]
+        tables = [*step.attention.values(), step.adapters.table]
+        tables += [table for _, tables in bound for table in tables]
+        rows = (step.token_ids, step.positions, step.kv_slots, step.sample_rows)
+        places = [(t.untyped_storage()._cdata, t.storage_offset(), t.shape) for t in rows]
+        seen.append((places, [id(table) for table in tables]))
+        return torch.zeros(4, 1), torch.zeros(4, 1)
+
+    adapters = _adapters()
+    step = _steps(adapters)["decode"]
+    with torch.no_grad(), patch.object(executor._decoder, "compute", compute):
+        executor.run(step)
+        executor.run(Step(step.scheduled[::-1], (), 0))
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
+@pytest.mark.parametrize("most", [1, 7, 64, 200])
+def test_buckets_cover_every_count_with_little_waste(most: int):
+    sizes = buckets(most)
+    assert sizes == tuple(sorted(set(sizes)))
+    assert sizes[-1] == most
+    for count in range(1, most + 1):
+        size = next(s for s in sizes if s >= count)
+        assert size < 2 * count or size - count < 64
+
+
+def test_a_body_is_captured_the_second_time_and_replayed_from_then_on():
+    capture = FakeCapture()
+    graphs = DecodeGraphs(capture, capacity=2)
+    calls: list[str] = []
+
+    def body(name: str) -> Any:
+        calls.append(name)
+        return torch.full((1,), float(len(calls))), torch.zeros(1)
+
+    first = graphs.run(0, "a", lambda: body("a"))
+    assert capture.num_captures == 0
+    assert first[0].item() == 1.0
+    captured = graphs.run(0, "a", lambda: body("a"))
+    assert capture.num_captures == 1
+    replayed = graphs.run(0, "a", lambda: body("not this one"))
+    assert capture.num_replays == 1
+    assert replayed[0] is captured[0], "a replay writes where the capture did"
+    assert "not this one" not in calls
+    for key in ("b", "b", "c", "c"):
+        graphs.run(0, key, lambda key=key: body(key))
+    assert capture.num_captures == 3
+    # "a" made room.
+    graphs.run(0, "a", lambda: body("a"))
+    assert capture.num_captures == 4
+    graphs.run(1, "a", lambda: body("a"))
+    assert capture.num_captures == 4, "a new epoch starts afresh"
+    graphs.run(1, "a", lambda: body("a"))
+    assert capture.num_captures == 5
+
+
+def test_without_capture_every_step_runs():
+    graphs = DecodeGraphs(None)
+    results = [graphs.run(0, "a", lambda: (torch.zeros(1), torch.ones(1))) for _ in range(3)]
+    assert len({id(hidden) for hidden, _ in results}) == 3

@@ -1,0 +1,63 @@
+"""The Triton path's base product: rows keep their bits, slices can be taken apart and joined."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gpu_path import use_coarse_tiles
+
+from turret.kernels.gpu import tuning as tuning_module
+from turret.kernels.nf4_matmul import Nf4Matrix
+from turret.server.models.nf4 import Nf4Linear, Nf4Weight
+
+DTYPE = torch.float32
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def coarse_tiles(monkeypatch: pytest.MonkeyPatch):
+    use_coarse_tiles(monkeypatch)
+    yield
+    monkeypatch.undo()
+    tuning_module.tuning.cache_clear()
+
+
+def make(in_features: int) -> tuple[Nf4Linear, torch.Tensor]:
+    dense = [torch.randn(out, in_features) for out in (48, 32)]
+    slices = [Nf4Weight.quantize(weight) for weight in dense]
+    # Not by bitsandbytes' CPU op, which misreads widths that are no multiple of 64.
+    parts = [Nf4Matrix(w.packed.view(-1), w.absmax(), *w.shape).dequantize(DTYPE) for w in slices]
+    whole = torch.cat(parts)
+    assert (whole - torch.cat(dense)).norm() < 0.1 * whole.norm()
+    return Nf4Linear(slices, DTYPE, CPU, triton=True), whole
+
+
+# 96: quantisation blocks span rows.
+@pytest.mark.parametrize("in_features", [128, 96])
+@pytest.mark.parametrize("num_decode", [0, 3, 9, 12])
+def test_rows_are_multiplied_by_the_weight_whatever_else_is_in_the_step(in_features, num_decode):
+    linear, weight = make(in_features)
+    assert linear.product is not None
+    x = torch.randn(12, in_features)
+    y = linear.product(x, num_decode)
+    assert torch.allclose(y, x @ weight.T, rtol=1e-5, atol=1e-4)
+    # The first decode row and the last prompt row with other mates.
+    if num_decode:
+        assert torch.equal(linear.product(x[:1], 1)[0], y[0])
+    if num_decode < len(x):
+        assert torch.equal(linear.product(x[-1:], 0)[0], y[-1])
+
+
+@pytest.mark.parametrize("in_features", [128, 96])
+def test_parts_and_what_they_are_joined_to(in_features):
+    linear, weight = make(in_features)
+    parts = [linear.part(0), linear.part(1)]
+    assert torch.equal(parts[1].dequantize(0), weight[48:])
+    joined = Nf4Linear.join(parts)
+    x = torch.randn(4, in_features)
+    assert torch.equal(joined(x), linear(x))
+    assert torch.equal(joined.dequantize(0), weight[:48])
+    other = linear.stored_alike(Nf4Weight.quantize(torch.randn(48, in_features)))
+    assert other.product is not None
+    both = Nf4Linear.join([other, parts[1]])
+    assert torch.equal(both(x)[:, 48:], linear(x)[:, 48:])
