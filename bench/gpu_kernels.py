@@ -86,9 +86,10 @@ def attention(setting: Setting) -> None:
     )
     model = setting.model
     q = setting.random(setting.rows, model.heads, model.head_dim)
-    k, v = step.caches[0]
+    k, v = step.cache.keys[0], step.cache.values[0]
+    table = step.attention_table()
     scale = model.head_dim**-0.5
-    out = paged_attention(q, k, v, step.attention, scale=scale)
+    out = paged_attention(q, k, v, table, scale=scale)
     blocks = -(-(setting.context + 1) // KV_BLOCK)
     seen = slice(1, 1 + blocks)
     keys, values = (c[seen].flatten(0, 1)[: setting.context + 1].double() for c in (k, v))
@@ -97,7 +98,7 @@ def attention(setting: Setting) -> None:
     scores = (keys @ q[0].double().unsqueeze(2)).squeeze(2) * scale
     exact = (scores.softmax(1).unsqueeze(1) @ values).squeeze(1)
     error = setting.check(out[0], exact)
-    timing = setting.stopwatch.time(lambda: paged_attention(q, k, v, step.attention, scale=scale))
+    timing = setting.stopwatch.time(lambda: paged_attention(q, k, v, table, scale=scale))
     num_bytes = 2 * setting.rows * setting.context * model.kv_heads * model.head_dim * q.itemsize
     setting.report.add(
         "paged_attention", f"{setting.rows} rows x {setting.context}", timing,

@@ -8,10 +8,11 @@ import torch
 from gpu_adapters import MIXED_RANKS, exact_update, make_pack, make_table
 from gpu_baselines import Padded, PaddedTwoLaunch, gathered_bmm, torch_loop
 from gpu_setting import Setting
-from gpu_step import Adapters, DecodeStep, Scenario
+from gpu_step import DecodeStep, Scenario
 
 from turret.kernels.gpu.segmented_expand import segmented_expand
 from turret.kernels.gpu.segmented_shrink import segmented_shrink
+from turret.server.engine.scheduler import Step
 
 
 def scenarios(setting: Setting) -> list[Scenario]:
@@ -87,7 +88,7 @@ def time_projection(setting: Setting) -> None:
 
 
 def time_step(setting: Setting) -> None:
-    """The whole decode step as one CUDA graph: base alone, then every scenario against it."""
+    """The server's decode step: base alone, then every scenario against it."""
     step = DecodeStep(
         setting.model,
         setting.num_layers,
@@ -97,24 +98,37 @@ def time_step(setting: Setting) -> None:
         setting.device,
     )
     shape = f"{setting.rows} rows, {setting.num_layers} layers"
-    replay = setting.stopwatch.capture(lambda: step.run(None))
-    base = setting.stopwatch.time(replay, cold=False)
-    base_bytes = step.base_bytes()
-    setting.report.add("step base", shape, base, gb_s=base_bytes / base.p50 / 1e6)
+    plain = step.plan([None] * setting.rows)
+    assert torch.isfinite(_logits(step, plain)).all()
+    base = setting.stopwatch.time(lambda: step.run(plain), cold=False)
+    setting.report.add("step base", shape, base, gb_s=step.base_bytes / base.p50 / 1e6)
     for scenario in scenarios(setting):
+        step.forget()
+        if setting.device.type == "cuda":
+            torch.cuda.empty_cache()
         try:
-            adapters = Adapters(step, scenario)
+            adapters = step.adapters(scenario)
+            chosen = [adapters[slot - 1] if slot else None for slot in scenario.slot_of_row]
+            adapted = step.plan(chosen)
+            # The first run compiles, the second captures, the third replays.
+            runs = [_logits(step, adapted) for _ in range(3)]
+            timing = setting.stopwatch.time(lambda s=adapted: step.run(s), cold=False)
         except torch.cuda.OutOfMemoryError:
             print(f"step {scenario.name}: skipped, its adapters do not fit beside the base")
             continue
-        replay = setting.stopwatch.capture(lambda a=adapters: step.run(a.apply))
-        timing = setting.stopwatch.time(replay, cold=False)
-        assert torch.isfinite(step.run(adapters.apply)).all(), scenario.name
+        assert torch.isfinite(runs[0]).all(), scenario.name
+        assert torch.equal(runs[0], runs[1]), f"{scenario.name}: captured bits differ"
+        assert torch.equal(runs[0], runs[2]), f"{scenario.name}: replayed bits differ"
+        used = {a.key: a.operators.num_bytes for a in chosen if a is not None}
         setting.report.add(
             f"step {scenario.name}", shape, timing,
             over_base=timing.p50 / base.p50,
-            bytes_over_base=(base_bytes + adapters.num_bytes) / base_bytes,
+            bytes_over_base=(step.base_bytes + sum(used.values())) / step.base_bytes,
         )  # fmt: skip
-        del replay, adapters
-        if setting.device.type == "cuda":
-            torch.cuda.empty_cache()
+
+
+def _logits(step: DecodeStep, plan: Step) -> torch.Tensor:
+    logits = step.run(plan).logits
+    assert logits is not None
+    # A replay overwrites what it returned.
+    return logits.clone()

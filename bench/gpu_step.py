@@ -1,33 +1,46 @@
-"""A whole decode step at a model's shapes, random NF4 weights made in place, adapters on top."""
+"""A whole decode step as the server runs it, at a model's shapes.
+
+The server's own decoder, adapter pack and executor, CUDA graphs included, over random NF4 weights
+made in place and random adapters; what is left out is sampling and everything before the step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gpu_adapters import LowRankPack, make_pack, make_table
 from kernel_launches import Model
 
 from turret.kernels.gpu.attention_table import AttentionTable
-from turret.kernels.gpu.hadamard_expand import hadamard_expand
-from turret.kernels.gpu.hadamard_shrink import hadamard_shrink
-from turret.kernels.gpu.kronecker import kronecker
-from turret.kernels.gpu.nf4_matmul import nf4_matmul
-from turret.kernels.gpu.paged_attention import paged_attention
-from turret.kernels.gpu.rms_norm import residual_rms_norm
-from turret.kernels.gpu.rope_kv_write import rope_kv_write
-from turret.kernels.gpu.row_table import RowTable
-from turret.kernels.gpu.segmented_expand import segmented_expand
-from turret.kernels.gpu.segmented_shrink import segmented_shrink
-from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 from turret.kernels.paged_attention import SequenceSpan
+from turret.server.adapters.gpu_pack import GpuAdapterPack
+from turret.server.adapters.operators import (
+    AdapterOperators,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    ModuleOperators,
+)
+from turret.server.adapters.packed_group import PackLayout, SliceShape
+from turret.server.engine.decode_graphs import capture_for
+from turret.server.engine.executor import Computed
+from turret.server.engine.gpu_executor import GpuExecutor
+from turret.server.engine.request import Request
+from turret.server.engine.scheduler import Scheduled, Step
+from turret.server.engine.sequence import Sequence
+from turret.server.models.adapted_linear import AdaptedLinear
+from turret.server.models.arch import Arch
+from turret.server.models.decoder import DecoderLayer
+from turret.server.models.gpu_decoder import GpuDecoder
+from turret.server.models.kv_cache import KvCache
+from turret.server.models.nf4_gpu import Nf4Product
 
 KV_BLOCK = 16
-# (layer, group, x, y): adds the adapters' updates to y in place.
-Apply = Callable[[int, str, torch.Tensor, torch.Tensor], None]
+# No budget: what fits is what the device has.
+_NO_LIMIT = 1 << 50
 
 
 def random_nf4(out_features: int, in_features: int, device: torch.device) -> Nf4Matrix:
@@ -55,8 +68,46 @@ class Scenario:
     method: str = "lora"
 
 
+@dataclass(slots=True)
+class _Base:
+    """A fused projection of random weights."""
+
+    product: Nf4Product
+    widths: tuple[int, ...]
+    in_features: int
+
+
+@dataclass(slots=True)
+class Adapter:
+    """A resident adapter."""
+
+    key: str
+    operators: AdapterOperators
+    bytes_device: int = 0
+    num_soft_tokens: int = 0
+    num_prefix_positions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Mix:
+    components: tuple[tuple[Adapter, float], ...]
+
+    @property
+    def key(self) -> tuple[tuple[str, int, float], ...]:
+        return tuple((adapter.key, 1, weight) for adapter, weight in self.components)
+
+    def ensure_host(self, callback: Callable[[Any], None]) -> bool:
+        return True
+
+
 class DecodeStep:
-    """Weights, cache and metadata of one decode step of ``num_rows`` sequences."""
+    """The model, its cache and one decode step of ``num_rows`` sequences.
+
+    Attributes:
+        base_bytes: Bytes a step must read at least: weights, maxima, head, keys and values.
+        cache: The KV cache.
+        spans: The sequences, as attention sees them.
+    """
 
     def __init__(
         self,
@@ -67,146 +118,149 @@ class DecodeStep:
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.model, self.num_layers, self.num_rows = model, num_layers, num_rows
-        self.context, self.dtype, self.device = context, dtype, device
-        like = {"dtype": dtype, "device": device}
-        self.weights = [
-            {
-                name: random_nf4(sum(outs), inner, device)
-                for name, (inner, outs) in model.groups.items()
-            }
-            for _ in range(num_layers)
-        ]
-        self.norm = torch.ones(model.hidden, **like)
-        self.hidden = torch.randn(num_rows, model.hidden, **like)
+        self.num_rows, self.context, self.dtype, self.device = num_rows, context, dtype, device
+        self._model = model
+        self._arch = _arch(model, num_layers, context)
         blocks = -(-(context + 1) // KV_BLOCK)
-        shape = (num_rows * blocks + 1, KV_BLOCK, model.kv_heads, model.head_dim)
-        self.caches = [
-            tuple(torch.randn(shape, **like) for _ in range(2)) for _ in range(num_layers)
-        ]
-        table = [list(range(1 + i * blocks, 1 + (i + 1) * blocks)) for i in range(num_rows)]
-        self.attention = AttentionTable(
-            max_records=num_rows * (context // 512 + 2),
-            max_blocks=num_rows * blocks,
-            queries_per_head=model.heads // model.kv_heads,
-            window=model.window,
-            device=device,
+        self.cache = KvCache(self._arch, num_rows * blocks + 1, KV_BLOCK, dtype, device)
+        self.cache.keys.normal_()
+        self.cache.values.normal_()
+        self._blocks = [list(range(1 + i * blocks, 1 + (i + 1) * blocks)) for i in range(num_rows)]
+        self.spans = [SequenceSpan(i, 1, context, b) for i, b in enumerate(self._blocks)]
+        self.base_bytes = 0
+        self._decoder = self._make_decoder()
+        per_token = 2 * model.kv_heads * model.head_dim * dtype.itemsize
+        self.base_bytes += num_layers * num_rows * context * per_token
+        self._capture = capture_for(device)
+        self.forget()
+
+    def forget(self) -> None:
+        """Give the adapters' memory and the captured graphs back."""
+        groups = {
+            name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
+            for name, slices in self._arch.linears().items()
+        }
+        layout = PackLayout(self._arch.num_layers, groups)
+        self._executor = None
+        self._executor = GpuExecutor(
+            self._decoder,
+            self.cache,
+            GpuAdapterPack(layout, self.dtype, self.device, _NO_LIMIT),
+            max_num_seqs=self.num_rows,
+            max_num_batched_tokens=self.num_rows,
+            capture=self._capture,
         )
-        self.attention.load([SequenceSpan(i, 1, context, b) for i, b in enumerate(table)])
-        angles = torch.rand(num_rows, model.head_dim // 2, device=device)
-        self.cos, self.sin = angles.cos(), angles.sin()
-        last = [b[context // KV_BLOCK] * KV_BLOCK + context % KV_BLOCK for b in table]
-        self.kv_slots = torch.tensor(last, device=device)
 
-    def run(self, apply: Apply | None) -> torch.Tensor:
-        """The step without embedding and head; returns the last layer's output."""
-        model = self.model
-        hidden = self.hidden.clone()
-        update: torch.Tensor | None = None
-        for layer in range(self.num_layers):
-            normed = residual_rms_norm(hidden, update, self.norm, 1e-5)
-            qkv = self._project(layer, "qkv", normed, apply)
-            k, v = self.caches[layer]
-            q = rope_kv_write(qkv, self.cos, self.sin, self.kv_slots, k, v)
-            attended = paged_attention(q, k, v, self.attention, scale=model.head_dim**-0.5)
-            update = self._project(layer, "o", attended.flatten(1), apply)
-            normed = residual_rms_norm(hidden, update, self.norm, 1e-5)
-            inner = silu_mul(self._project(layer, "gate_up", normed, apply))
-            update = self._project(layer, "down", inner, apply)
-        return residual_rms_norm(hidden, update, self.norm, 1e-5)
-
-    def _project(
-        self, layer: int, group: str, x: torch.Tensor, apply: Apply | None
-    ) -> torch.Tensor:
-        y = nf4_matmul(x, self.weights[layer][group])
-        if apply is not None:
-            apply(layer, group, x, y)
-        return y
-
-    def base_bytes(self) -> int:
-        """Bytes a step must read at least: packed weights, maxima, keys and values."""
-        weights = sum(
-            w.packed.nbytes + w.absmax.nbytes
-            for layer in self.weights
-            for w in layer.values()
-            if isinstance(w.absmax, torch.Tensor)
+    def attention_table(self) -> AttentionTable:
+        """The step's sequences on the device."""
+        table = AttentionTable(
+            max_records=self.num_rows * (self.context // 512 + 2),
+            max_blocks=self.num_rows * len(self._blocks[0]),
+            queries_per_head=self._arch.queries_per_head,
+            window=self._model.window,
+            device=self.device,
         )
-        per_token = 2 * self.model.kv_heads * self.model.head_dim * self.dtype.itemsize
-        return weights + self.num_layers * self.num_rows * self.context * per_token
+        table.load(self.spans)
+        return table
 
+    def plan(self, adapter_of_row: list[Adapter | None]) -> Step:
+        """A step in which every sequence generates one token."""
+        scheduled = []
+        for row, adapter in enumerate(adapter_of_row):
+            request = Request(request_id=str(row), prompt_token_ids=(1,) * self.context)
+            mix = _Mix(() if adapter is None else ((adapter, 1.0),))
+            sequence = Sequence(request, mix, 0.0)
+            sequence.tokens.append(row % self._arch.vocab_size)
+            sequence.num_computed = self.context
+            sequence.blocks = self._blocks[row]
+            scheduled.append(Scheduled(sequence, 1))
+        return Step(tuple(scheduled), (), 0)
 
-class Adapters:
-    """A scenario's adapters for every layer of a step.
+    def run(self, step: Step) -> Computed:
+        """Compute a step, metadata to logits."""
+        assert self._executor is not None
+        with torch.inference_mode():
+            return self._executor.run(step)
 
-    Attributes:
-        apply: Adds them; pass it to ``DecodeStep.run``.
-        num_bytes: Bytes of the distinct adapters that the rows use.
-    """
+    def adapters(self, scenario: Scenario) -> list[Adapter]:
+        """An adapter per slot; those of one rank share their numbers, but not their memory."""
+        made: dict[int, AdapterOperators] = {}
+        for rank in scenario.ranks:
+            if rank not in made:
+                made[rank] = AdapterOperators(dict(self._modules(scenario.method, rank)))
+        return [Adapter(f"a{i}", made[rank]) for i, rank in enumerate(scenario.ranks)]
 
-    def __init__(self, step: DecodeStep, scenario: Scenario, *, gemv: bool = False) -> None:
-        self._step, self._scenario = step, scenario
-        used = sorted({slot for slot in scenario.slot_of_row if slot})
-        self._packs: list[dict[str, Any]] = []
-        groups = step.model.groups
-        make = {"loha": self._loha, "lokr": self._lokr}.get(scenario.method, self._low_rank)
-        for _ in range(step.num_layers):
-            self._packs.append({name: make(*shape) for name, shape in groups.items()})
-        if scenario.method in ("loha", "lokr"):
-            rows = [i for i, slot in enumerate(scenario.slot_of_row) if slot]
-            slots = [scenario.slot_of_row[row] for row in rows]
-            self._rows = RowTable(step.num_rows, step.device)
-            self._rows.load(rows, slots, [1.0] * len(rows))
-            self.apply: Apply = self._apply_loha if scenario.method == "loha" else self._apply_lokr
-            size = sum(
-                t.nbytes for layer in self._packs for pack in layer.values() for t in pack["all"]
-            )
-            self.num_bytes = size * len(used) // (len(scenario.ranks) + 1)
-            return
-        first: LowRankPack = self._packs[0]["qkv"]
-        self._table = make_table(first.bounds, scenario.slot_of_row, step.device, gemv=gemv)
-        self.apply = self._apply_low_rank
-        ranks = sum(scenario.ranks[slot - 1] for slot in used)
-        per_rank = sum(len(outs) * inner + sum(outs) for inner, outs in groups.values())
-        self.num_bytes = ranks * per_rank * step.dtype.itemsize * step.num_layers
+    def _modules(self, method: str, rank: int) -> Iterator[tuple[str, ModuleOperators]]:
+        for layer in range(self._arch.num_layers):
+            for slices in self._arch.linears().values():
+                for path, out, inner in slices:
+                    name = f"model.layers.{layer}.{path}"
+                    yield name, self._operators(method, rank, out, inner)
 
-    def _low_rank(self, inner: int, outs: Sequence[int]) -> LowRankPack:
-        step = self._step
-        return make_pack(inner, outs, self._scenario.ranks, step.dtype, step.device)
-
-    def _apply_low_rank(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        pack = self._packs[layer][group]
-        gain = pack.gain_delta if self._scenario.method == "dora" else None
-        v = segmented_shrink(x, pack.a, pack.slice_ranks, self._table)
-        segmented_expand(y, v, pack.b, pack.slice_ranks, self._table, gain_delta=gain)
+    def _operators(self, method: str, rank: int, out: int, inner: int) -> ModuleOperators:
+        if method == "loha":
+            narrow = [self._factor(rank, inner) for _ in range(2)]
+            wide = [self._factor(out, rank) for _ in range(2)]
+            return ModuleOperators(hadamard=Hadamard(wide[0], narrow[0], wide[1], narrow[1]))
+        if method == "lokr":
+            size = next(f for f in (64, 32, 16, 8, 4) if inner % f == 0 and out % f == 0)
+            second = self._factor(out // size, inner // size)
+            return ModuleOperators(kronecker=Kronecker(self._factor(size, size), second))
+        low_rank = LowRank(self._factor(rank, inner), self._factor(rank, out).mul_(0.1))
+        gain = None
+        if method == "dora":
+            gain = torch.rand(out, device=self.device).mul_(0.1).add_(1.0)
+        return ModuleOperators(low_rank=low_rank, gain=gain)
 
     def _factor(self, *shape: int) -> torch.Tensor:
-        step = self._step
-        return torch.randn(shape, dtype=step.dtype, device=step.device).mul_(shape[-1] ** -0.5)
+        made = torch.randn(shape, dtype=self.dtype, device=self.device)
+        return made.mul_(shape[-1] ** -0.5)
 
-    def _loha(self, inner: int, outs: Sequence[int]) -> dict[str, Any]:
-        slots, rank = len(self._scenario.ranks) + 1, self._scenario.ranks[0]
-        narrow = [self._factor(slots, len(outs), rank, inner) for _ in range(2)]
-        wide = [[self._factor(slots, out, rank) for out in outs] for _ in range(2)]
-        return {"narrow": narrow, "wide": wide, "all": [*narrow, *wide[0], *wide[1]]}
+    def _make_decoder(self) -> GpuDecoder:
+        arch, like = self._arch, {"dtype": self.dtype, "device": self.device}
+        layers = []
+        for number in range(arch.num_layers):
+            linears: dict[str, Any] = {}
+            for group, slices in arch.linears().items():
+                widths = tuple(out for _, out, _ in slices)
+                weight = random_nf4(sum(widths), slices[0][2], self.device)
+                assert isinstance(weight.absmax, torch.Tensor)
+                self.base_bytes += weight.packed.nbytes + weight.absmax.nbytes
+                base = _Base(Nf4Product(weight, self.dtype), widths, slices[0][2])
+                linears[group] = AdaptedLinear(number, group, base, None)  # type: ignore[arg-type]
+            norms = [torch.ones(arch.hidden_size, **like) for _ in range(2)]
+            layers.append(
+                DecoderLayer(
+                    input_norm=norms[0],
+                    post_attention_norm=norms[1],
+                    q_norm=None,
+                    k_norm=None,
+                    **linears,
+                )
+            )
+        table = torch.randn(arch.vocab_size, arch.hidden_size, **like).mul_(arch.hidden_size**-0.5)
+        self.base_bytes += table.nbytes
+        norm = torch.ones(arch.hidden_size, **like)
+        return GpuDecoder(arch, embedding=table, layers=layers, norm=norm, head=table)
 
-    def _apply_loha(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        pack = self._packs[layer][group]
-        (w1b, w2b), (w1a, w2a) = pack["narrow"], pack["wide"]
-        u = hadamard_shrink(x, w1b, w2b, self._rows)
-        hadamard_expand(y, u, w1a, w2a, self._rows)
 
-    def _lokr(self, inner: int, outs: Sequence[int]) -> dict[str, Any]:
-        slots = len(self._scenario.ranks) + 1
-        pairs = []
-        for out in outs:
-            factor = next(f for f in (64, 32, 16, 8, 4) if inner % f == 0 and out % f == 0)
-            small = self._factor(slots, factor, factor)
-            pairs.append((small, self._factor(slots, out // factor, inner // factor)))
-        return {"pairs": pairs, "all": [t for pair in pairs for t in pair]}
-
-    def _apply_lokr(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        start = 0
-        for small, large in self._packs[layer][group]["pairs"]:
-            out = small.shape[1] * large.shape[1]
-            kronecker(x, y[:, start : start + out], small, large, self._rows)
-            start += out
+def _arch(model: Model, num_layers: int, context: int) -> Arch:
+    exponents = torch.arange(0, model.head_dim, 2).float() / model.head_dim
+    return Arch(
+        model_type="llama",
+        vocab_size=model.vocab,
+        hidden_size=model.hidden,
+        intermediate_size=model.inner,
+        num_layers=num_layers,
+        num_heads=model.heads,
+        num_kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        rms_norm_eps=1e-5,
+        max_model_len=context + KV_BLOCK,
+        tie_word_embeddings=True,
+        qk_norm=False,
+        windows=(model.window,) * num_layers,
+        rotary=(True,) * num_layers,
+        inv_freq=1.0 / 500000.0**exponents,
+        rope_scaling=1.0,
+    )

@@ -44,6 +44,7 @@ class Model:
     inner: int
     window: int | None = None
     head_norm: bool = False
+    vocab: int = 1024
 
     @property
     def groups(self) -> dict[str, tuple[int, tuple[int, ...]]]:
@@ -58,7 +59,7 @@ class Model:
 
 
 MODELS = {
-    "Llama-3.1-8B": Model(4096, 32, 8, 128, 14336),
+    "Llama-3.1-8B": Model(4096, 32, 8, 128, 14336, vocab=128256),
     "Qwen2.5-0.5B": Model(896, 14, 2, 64, 4864, head_norm=True, window=4096),
     "SmolLM2-135M": Model(576, 9, 3, 64, 1536),
 }

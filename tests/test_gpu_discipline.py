@@ -30,7 +30,7 @@ from turret.server.adapters.operators import (
 )
 from turret.server.adapters.packed_group import PackLayout, SliceShape
 from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
-from turret.server.engine.decode_graphs import DecodeGraphs, buckets
+from turret.server.engine.decode_graphs import CudaCapture, DecodeGraphs, buckets
 from turret.server.engine.gpu_executor import GpuExecutor
 from turret.server.engine.request import Request
 from turret.server.engine.scheduler import Scheduled, Step
@@ -388,3 +388,22 @@ def test_without_capture_every_step_runs():
     graphs = DecodeGraphs(None)
     results = [graphs.run(0, "a", lambda: (torch.zeros(1), torch.ones(1))) for _ in range(3)]
     assert len({id(hidden) for hidden, _ in results}) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_real_graph_reads_its_buffers_anew():
+    buffer = torch.ones(4, device="cuda")
+
+    def body() -> tuple[torch.Tensor, torch.Tensor]:
+        return buffer * 2.0, buffer + 1.0
+
+    graphs = DecodeGraphs(CudaCapture())
+    graphs.run(0, "a", body)
+    doubled, _ = graphs.run(0, "a", body)
+    assert doubled.tolist() == [2.0] * 4
+    buffer.fill_(5.0)
+    again, raised = graphs.run(0, "a", body)
+    assert again.data_ptr() == doubled.data_ptr()
+    assert again.tolist() == [10.0] * 4
+    assert raised.tolist() == [6.0] * 4

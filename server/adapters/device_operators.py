@@ -27,7 +27,7 @@ def on_device(operators: AdapterOperators, device: torch.device) -> AdapterOpera
         return tensor
 
     _map(dict(operators.modules), collect)
-    if not tensors or device.type == "cpu":
+    if all(tensor.device == device for tensor in tensors):
         return operators
     offsets, end = [], 0
     for tensor in tensors:
