@@ -2,10 +2,11 @@
 
 Planted faults, and how many of the tests here each one fails (tried by hand):
 
-- the mix weight dropped: PENDING
-- only the first component: PENDING
-- slot of the first component for all: PENDING
-- ``x`` multiplied where nothing changes: PENDING
+- the mix weight dropped: 4
+- only the first component: 4
+- slot of the first component for all: 5
+- ``x`` multiplied where nothing changes: 1
+- only the first block of columns: 5
 """
 
 from __future__ import annotations
