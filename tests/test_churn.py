@@ -155,6 +155,28 @@ async def replay(folder: Path, root: Path, asked: set[tuple[Shape, Mix]]) -> dic
     return answers
 
 
+def check_what_was_promised(record: Record) -> None:
+    """Every request ended once, in a way that the table of errors has; budgets held."""
+    statuses = collections.Counter(ended.status for ended in record.ended)
+    print(f"\n{dict(statuses)}\n{dict(record.calls)}\n{record.most_bytes}")
+    assert record.unexpected == []
+    assert len(record.ended) == record.num_sent
+    assert set(statuses) <= STATUSES
+    assert {status for _, status in record.calls} <= ADMIN_STATUSES
+    assert record.most_bytes["host"] <= HOST_BYTES
+    assert record.most_bytes["device"] <= DEVICE_BYTES
+    # It was a soak: everything happened.
+    assert statuses["OK"] > len(record.ended) / 3
+    assert {verb for verb, status in record.calls if status == "OK"} >= {
+        *("load", "replace", "upload", "unload", "force", "pin", "unpin", "export", "abandon")
+    }
+
+
+def check_export(exported: Path, original: Path) -> None:
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (exported / file).read_bytes() == (original / file).read_bytes()
+
+
 @pytest.mark.slow
 async def test_everything_at_once(checkpoints: Path, tmp_path: Path, soak_seconds: float) -> None:
     busy, alone, exports = (tmp_path / name for name in ("busy", "alone", "exports"))
@@ -193,20 +215,9 @@ async def test_everything_at_once(checkpoints: Path, tmp_path: Path, soak_second
     for leftover in ("files", "incoming", "adapters"):
         assert list((tmp_path / "state" / leftover).iterdir()) == []
     record = churn.record
-    statuses = collections.Counter(ended.status for ended in record.ended)
-    print(
-        f"\n{dict(statuses)}\n{dict(record.calls)}\n{grown / MIB:.1f} MiB more, {record.most_bytes}"
-    )
-    assert record.unexpected == []
-    assert len(record.ended) == record.num_sent
-    assert set(statuses) <= STATUSES
-    assert {status for _, status in record.calls} <= ADMIN_STATUSES
-    assert record.most_bytes["host"] <= HOST_BYTES
-    assert record.most_bytes["device"] <= DEVICE_BYTES
+    check_what_was_promised(record)
     for digest, exported in record.exports:
-        original = checkpoints / contents[digest]
-        for file in ("adapter_config.json", "adapter_model.safetensors"):
-            assert (exported / file).read_bytes() == (original / file).read_bytes()
+        check_export(exported, checkpoints / contents[digest])
     answered = what_answered(record, contents)
     expected = await replay(alone, checkpoints, {(shape, mix) for shape, mix, _, _ in answered})
     for shape, mix, answer, status in answered:
@@ -224,9 +235,4 @@ async def test_everything_at_once(checkpoints: Path, tmp_path: Path, soak_second
     if soak_seconds >= LONG_SECONDS:
         assert grown < MAX_GROWTH_BYTES, f"{grown / MIB:.1f} MiB more after the second half"
         assert threads_after <= threads + 2, handles
-    # It was a soak: everything happened.
-    assert statuses["OK"] > len(record.ended) / 3
-    assert {verb for verb, status in record.calls if status == "OK"} >= {
-        *("load", "replace", "upload", "unload", "force", "pin", "unpin", "export", "abandon")
-    }
     assert len({kind for kind, _ in expected}) == len(make_shapes())

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from turret.server.adapters.adapter_store import Resident
 from turret.server.engine.batch import Placed
 from turret.server.engine.executor import Computed, Executor
 from turret.server.engine.sampler import Draw, Sampler, top_of
@@ -42,6 +43,8 @@ class Runner:
         self._executor = executor
         self._store = executor.store
         self._sampler = Sampler()
+        # By adapter key, until it is forgotten: what the banks add is summed over every module.
+        self._stored_bytes: dict[str, int] = {}
         self._stop_token_ids = stop_token_ids
 
     def run(self, step: Step) -> StepResult:
@@ -72,8 +75,15 @@ class Runner:
 
     def _needed_bytes(self, sequences: Iterable[Sequence]) -> int:
         """Bytes that their adapters take when stored together; each counts once."""
-        distinct = {a.key: a.operators for s in sequences for a, _ in s.mix.components}
-        return sum(self._store.stored_bytes(o) for o in distinct.values() if o is not None)
+        distinct = {a.key: a for s in sequences for a, _ in s.mix.components}
+        return sum(self._bytes_of(adapter) for adapter in distinct.values())
+
+    def _bytes_of(self, adapter: Resident) -> int:
+        known = self._stored_bytes.get(adapter.key)
+        if known is None:
+            assert adapter.operators is not None, "its request is ready or runs"
+            known = self._stored_bytes[adapter.key] = self._store.stored_bytes(adapter.operators)
+        return known
 
     @property
     def adapter_bytes(self) -> int:
@@ -82,6 +92,7 @@ class Runner:
 
     def forget_adapter(self, key: str) -> None:
         """Drop an adapter that is gone."""
+        self._stored_bytes.pop(key, None)
         self._store.drop(key)
 
     def forget(self, sequence: Sequence) -> None:
