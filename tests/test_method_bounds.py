@@ -119,6 +119,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return model, root
 
 
+@pytest.mark.slow
 async def test_smollm2_in_fp32(embedded: tuple[Any, Path]) -> None:
     """Within 1e-4 of PEFT's forward: a score and an answer."""
     model, root = embedded
@@ -136,6 +137,7 @@ async def test_smollm2_in_fp32(embedded: tuple[Any, Path]) -> None:
             check_greedy(answer, oracle, prompt, name)
 
 
+@pytest.mark.slow
 async def test_smollm2_in_bf16(embedded: tuple[Any, Path]) -> None:
     model, root = embedded
     exact = copy.deepcopy(model)
