@@ -14,6 +14,7 @@ from method_builders import load_adapter, make_config, save_adapter
 from method_oracle import check_close, check_methods, oracle_logprobs, prompt_of, twin
 from torch import nn
 
+from turret.server.adapters.delta import beyond_updates
 from turret.server.adapters.loader import AdapterLoader
 from turret.server.adapters.source import Source
 from turret.server.engine.request import AdapterRef
@@ -278,3 +279,8 @@ def test_budgets_count_the_vocabulary(tmp_path: Path) -> None:
     assert load(tmp_path).facts.ranks == (6,)
     with pytest.raises(BudgetExceededError, match="rank 6, the server allows 5"):
         load(tmp_path, max_rank=5)
+
+
+def test_fusing_and_merging_refuse_a_change_of_the_vocabulary(tmp_path: Path) -> None:
+    save(tmp_path, "lora", trainable_token_indices=[3], target_modules=["q_proj", "lm_head"])
+    assert beyond_updates(load(tmp_path).operators) == ("head", "tokens")

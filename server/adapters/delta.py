@@ -24,7 +24,7 @@ _LOW_RANK_OPERATORS = frozenset({"low_rank", "bias"})
 
 def beyond_updates(operators: AdapterOperators) -> tuple[str, ...]:
     """Names of what an adapter does beyond changing weights and biases, such as a soft prompt."""
-    parts = {field.name for field in fields(operators)} - {"modules"}
+    parts = {field.name for field in fields(operators) if field.init} - {"modules"}
     found = {name for name in parts if getattr(operators, name) is not None}
     for module in operators.modules.values():
         found |= _used(module) - _WEIGHT_OPERATORS

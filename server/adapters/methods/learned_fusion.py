@@ -177,7 +177,7 @@ def _other_operators(component: Component) -> list[str]:
     used |= {
         field.name
         for field in fields(operators)
-        if field.name != "modules" and getattr(operators, field.name) is not None
+        if field.init and field.name != "modules" and getattr(operators, field.name) is not None
     }
     return list(dict.fromkeys(_WORDS.get(name, f"an operator {name}") for name in sorted(used)))
 
