@@ -32,6 +32,7 @@ from turret.server.adapters.packed_group import PackLayout, SliceShape
 from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.engine.gpu_executor import GpuExecutor
 from turret.server.engine.request import Request
+from turret.server.engine.runner import Runner
 from turret.server.engine.scheduler import Scheduled, Step
 from turret.server.engine.sequence import Sequence
 from turret.server.models.adapted_linear import AdaptedLinear
@@ -290,6 +291,24 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     assert {"nf4_matmul_kernel", "paged_attention_kernel", "rope_kv_write_kernel"} <= kernels
     adapted = {"segmented_shrink_kernel", "hadamard_expand_kernel", "kronecker_kernel"}
     assert (adapted | {"input_gain_kernel"} <= kernels) == (name != "decode, base only")
+
+
+@pytest.mark.parametrize(
+    ("operators", "why"),
+    [
+        (ModuleOperators(hadamard=Hadamard(*(torch.zeros(65, 65) for _ in range(4)))), "rank 65"),
+        (ModuleOperators(kronecker=Kronecker(torch.zeros(2, 129), torch.zeros(2, 2))), "129"),
+    ],
+)
+def test_what_no_kernel_takes_is_refused_before_it_runs(operators: ModuleOperators, why: str):
+    executor = _executor()
+    adapter = _Adapter("large", AdapterOperators({"model.layers.0.mlp.up_proj": operators}))
+    runner = Runner(executor, frozenset())
+    refusal = runner.refusal(_sequence(1, 0, (adapter, 1.0)))
+    assert refusal is not None
+    assert why in str(refusal)
+    for fine in _adapters().values():
+        assert runner.refusal(_sequence(1, 0, (fine, 1.0))) is None
 
 
 def test_an_adapter_enters_the_pack_by_one_copy():

@@ -75,6 +75,10 @@ class AdapterStore(Protocol):
         """Bytes an adapter takes in it."""
         ...
 
+    def unserved(self, operators: AdapterOperators) -> str | None:
+        """Why its kernels do not serve an adapter, or None."""
+        ...
+
     def prepare(self, adapters: Iterable[Resident]) -> None:
         """Make sure every adapter of a step is in it; idle ones may have to leave."""
         ...

@@ -72,6 +72,9 @@ class GatheredAdapters:
         """Bytes an adapter takes: of its operators, most of which are not copied."""
         return operators.num_bytes + self._unstacked.extra_bytes(operators)
 
+    def unserved(self, operators: AdapterOperators) -> str | None:
+        return None
+
     def prepare(self, adapters: Iterable[Resident]) -> None:
         self._step += 1
         missing = []

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.gpu.hadamard_shrink import MAX_RANK as MAX_HADAMARD_RANK
 from turret.kernels.gpu.input_gain import input_gain
+from turret.kernels.gpu.kronecker import MAX_IN_M, MAX_RANK
 from turret.kernels.gpu.segment_table import SegmentTable
 from turret.kernels.gpu.segmented_expand import segmented_expand
 from turret.kernels.gpu.segmented_shrink import rank_activations, segmented_shrink
@@ -172,6 +174,19 @@ class GpuAdapterPack(AdapterPack):
 
     def _operators(self, adapter: Resident) -> AdapterOperators:
         return on_device(super()._operators(adapter), self._device)
+
+    def unserved(self, operators: AdapterOperators) -> str | None:
+        for path, ops in operators.modules.items():
+            if ops.hadamard is not None and ops.hadamard.rank > MAX_HADAMARD_RANK:
+                return f"{path}: Hadamard rank {ops.hadamard.rank} is over {MAX_HADAMARD_RANK}"
+            if ops.kronecker is not None:
+                in_m, rank = ops.kronecker.w1.shape[1], ops.kronecker.rank
+                if in_m > MAX_IN_M or rank > MAX_RANK:
+                    return (
+                        f"{path}: a Kronecker product of {in_m} columns and rank {rank} is over "
+                        f"{MAX_IN_M} and {MAX_RANK}"
+                    )
+        return None
 
     def _insert(self, adapter: Resident) -> None:
         super()._insert(adapter)

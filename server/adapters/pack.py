@@ -112,6 +112,9 @@ class AdapterPack:
         extra = self._unstacked.extra_bytes(operators)
         return operators.num_bytes - operators.num_low_rank_bytes + stacked + extra
 
+    def unserved(self, operators: AdapterOperators) -> str | None:
+        return None
+
     @functools.cached_property
     def _rank_bytes(self) -> int:
         """Bytes one unit of rank takes over all modules."""
