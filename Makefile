@@ -3,6 +3,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+JOBS := 2
 
 .PHONY: setup proto lint test test-gpu soak bench demo clean
 
@@ -21,8 +22,9 @@ lint: setup
 	$(BIN)/pyright --pythonpath $(BIN)/python
 	cd proto && ../$(BIN)/buf lint
 
+# A file's tests stay in one process, since they share models and servers.
 test: setup
-	$(BIN)/python -m pytest --timeout 600 $(ARGS)
+	$(BIN)/python -m pytest --timeout 600 -n $(JOBS) --dist loadfile $(ARGS)
 
 test-gpu: setup
 	$(BIN)/python -m pytest --timeout 600 -m gpu $(ARGS)

@@ -8,6 +8,7 @@ weights, with the adapter as PEFT reads it from the same directory. A mix is sum
 from __future__ import annotations
 
 import copy
+import json
 import math
 import warnings
 from collections.abc import Callable, Sequence
@@ -245,8 +246,13 @@ async def test_bfloat16_is_as_exact_as_peft(tiny: Any, architecture: str) -> Non
 
 @pytest.mark.slow
 async def test_the_example_adapters_are_as_exact_as_peft_in_bfloat16() -> None:
-    names = sorted(path.name for path in EXAMPLES.iterdir() if path.is_dir())
-    assert len(names) >= 4
+    # Those that change modules; test_method_bounds.py has soft prompts and prefixes.
+    names = sorted(
+        path.parent.name
+        for path in EXAMPLES.glob("*/adapter_config.json")
+        if "target_modules" in json.loads(path.read_text())
+    )
+    assert len(names) >= 8
     subject = Subject(None, EXAMPLES)
     text = "The quick brown fox jumps over the lazy dog. SELECT name FROM users WHERE age > 30;"
     async with EngineHarness.start(None, None) as harness:
