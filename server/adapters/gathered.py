@@ -6,7 +6,7 @@ step reads the factors of its own adapters. The other operators are in ``unstack
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,8 +16,8 @@ from turret.server.adapters.adapter_store import BaseProduct, OnMoved, Resident
 from turret.server.adapters.bank import Members, StepMembers
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.packed_group import PackLayout
+from turret.server.adapters.stored_adapters import StoredAdapters
 from turret.server.adapters.unstacked import BoundUnstacked, Unstacked
-from turret.server.adapters.vocabulary_step import VocabularyChange
 
 
 @dataclass(slots=True)
@@ -36,15 +36,14 @@ class _Entry:
     last_step: int
 
 
-class GatheredAdapters:
+class GatheredAdapters(StoredAdapters[_Entry]):
     """See ``AdapterStore``.
 
     Args:
         layout: Shape of the base.
         dtype: Serving dtype, bf16.
         device: The CPU.
-        max_bytes: Budget of what is in the store. The scheduler keeps what runs together within
-            it; idle adapters give way.
+        max_bytes: Budget of what is in the store.
         on_moved: Told of every adapter that entered or left.
     """
 
@@ -56,48 +55,13 @@ class GatheredAdapters:
         max_bytes: int,
         on_moved: OnMoved = lambda _: None,
     ) -> None:
+        super().__init__(max_bytes, Unstacked(layout, device), on_moved)
         self._layout = layout
-        self.max_bytes = max_bytes
-        self._on_moved = on_moved
-        self._unstacked = Unstacked(layout, device)
-        self._entries: dict[str, _Entry] = {}
-        self._step = 0
         self._projections = Projections(layout)
-
-    @property
-    def adapter_bytes(self) -> int:
-        return sum(entry.adapter.bytes_device for entry in self._entries.values())
 
     def stored_bytes(self, operators: AdapterOperators) -> int:
         """Bytes an adapter takes: of its operators, most of which are not copied."""
         return operators.num_bytes + self._unstacked.extra_bytes(operators)
-
-    def unserved(self, operators: AdapterOperators) -> str | None:
-        return None
-
-    def prepare(self, adapters: Iterable[Resident]) -> None:
-        self._step += 1
-        missing = []
-        for adapter in adapters:
-            entry = self._entries.get(adapter.key)
-            if entry is not None and entry.operators is adapter.operators:
-                entry.last_step = self._step
-            else:
-                missing.append(adapter)
-        if missing:
-            self._drop_evicted()
-        for adapter in missing:
-            self._insert(adapter)
-
-    def drop(self, key: str) -> None:
-        entry = self._entries.pop(key, None)
-        if entry is not None:
-            entry.adapter.bytes_device = 0
-            self._unstacked.remove(key)
-            self._on_moved(entry.adapter)
-
-    def vocabulary(self, key: str) -> VocabularyChange | None:
-        return self._unstacked.vocabulary(key)
 
     def step(self, members: StepMembers) -> GatheredStep:
         segments = self._segments(members)
@@ -138,13 +102,15 @@ class GatheredAdapters:
                 segments.append((row, row + 1, mix))
         return [*segments, *members.long]
 
+    def _is_current(self, entry: _Entry) -> bool:
+        """Whether the tensors that it points to are those that are in host memory now."""
+        return entry.operators is entry.adapter.operators
+
     def _insert(self, adapter: Resident) -> None:
-        operators = adapter.operators
-        assert operators is not None, "an adapter is resident before it is scheduled"
-        self.drop(adapter.key)
-        num_bytes = self.stored_bytes(operators)
-        while self.adapter_bytes + num_bytes > self.max_bytes and self._drop_idle():
-            pass
+        self._drop_evicted()
+        super()._insert(adapter)
+
+    def _store(self, adapter: Resident, operators: AdapterOperators) -> None:
         table = ModuleTable(self._projections.num_modules)
         groups, input_gains = set(), set()
         for name in self._layout.groups:
@@ -166,9 +132,6 @@ class GatheredAdapters:
         self._entries[adapter.key] = _Entry(
             adapter, operators, table, frozenset(groups), frozenset(input_gains), self._step
         )
-        self._unstacked.insert(adapter.key, operators)
-        adapter.bytes_device = num_bytes
-        self._on_moved(adapter)
 
     def _drop_evicted(self) -> None:
         """Let go of adapters that left host memory: the store alone would keep their tensors."""
@@ -179,13 +142,6 @@ class GatheredAdapters:
         ]
         for key in gone:
             self.drop(key)
-
-    def _drop_idle(self) -> bool:
-        """Forget the adapter that was used longest ago and not in this step, if there is one."""
-        idle = [e for e in self._entries.values() if e.last_step < self._step]
-        if idle:
-            self.drop(min(idle, key=lambda e: e.last_step).adapter.key)
-        return bool(idle)
 
 
 class Projections:

@@ -10,7 +10,7 @@ in ``unstacked.py``.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,8 +24,8 @@ from turret.server.adapters.bank import StepMembers
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.packed_group import PackedGroup, PackLayout
 from turret.server.adapters.segment_planner import plan_segments
+from turret.server.adapters.stored_adapters import StoredAdapters
 from turret.server.adapters.unstacked import BoundUnstacked, Unstacked
-from turret.server.adapters.vocabulary_step import VocabularyChange
 
 # Rank ranges start at multiples of this: bf16 dot products take ranks in pairs, and a shifted
 # pairing would change the rounding.
@@ -53,18 +53,14 @@ class PackEntry:
     last_step: int
 
 
-class AdapterPack:
+class AdapterPack(StoredAdapters[PackEntry]):
     """Owns the packed copies of the adapters that the running batch uses; see ``AdapterStore``.
-
-    Adapters that left the batch keep their place until it is needed, so a popular adapter is packed
-    once.
 
     Args:
         layout: Shape of the base.
         dtype: Serving dtype.
         device: Where the copies live.
-        max_bytes: Budget of the copies. The scheduler keeps what runs together within it; idle
-            copies give way.
+        max_bytes: Budget of the copies.
         on_moved: Told of every adapter that was packed or forgotten.
     """
 
@@ -77,17 +73,13 @@ class AdapterPack:
         on_moved: OnMoved = lambda _: None,
     ) -> None:
         self._layout = layout
-        self._on_moved = on_moved
-        self.max_bytes = max_bytes
         self._dtype = dtype
         self._device = device
+        super().__init__(max_bytes, self._make_unstacked(), on_moved)
         self._window = rank_window(dtype)
         self._groups = {name: self._make_group(name) for name in layout.groups}
-        self._unstacked = self._make_unstacked()
-        self._entries: dict[str, PackEntry] = {}
         self._capacity = 0
         self._slots = 1  # slot 0 is the neutral one
-        self._step = 0
 
     # Where the Triton path differs (``server/adapters/gpu_pack.py``).
 
@@ -97,23 +89,11 @@ class AdapterPack:
     def _make_unstacked(self) -> Unstacked:
         return Unstacked(self._layout, self._device)
 
-    def _operators(self, adapter: Resident) -> AdapterOperators:
-        """What is copied into the pack."""
-        assert adapter.operators is not None, "an adapter is resident while it is in use"
-        return adapter.operators
-
-    @property
-    def adapter_bytes(self) -> int:
-        return sum(entry.adapter.bytes_device for entry in self._entries.values())
-
     def stored_bytes(self, operators: AdapterOperators) -> int:
         """Bytes an adapter takes when packed: its ranks are as wide in every module."""
         stacked = self.rank_width(operators) * self._rank_bytes
         extra = self._unstacked.extra_bytes(operators)
         return operators.num_bytes - operators.num_low_rank_bytes + stacked + extra
-
-    def unserved(self, operators: AdapterOperators) -> str | None:
-        return None
 
     @functools.cached_property
     def _rank_bytes(self) -> int:
@@ -128,28 +108,6 @@ class AdapterPack:
     def rank_width(operators: AdapterOperators) -> int:
         """Ranks an adapter occupies: its largest, rounded up to the alignment."""
         return -(-operators.rank // _RANK_ALIGNMENT) * _RANK_ALIGNMENT
-
-    def prepare(self, adapters: Iterable[Resident]) -> None:
-        self._step += 1
-        missing = []
-        for adapter in adapters:
-            entry = self._entries.get(adapter.key)
-            if entry is None:
-                missing.append(adapter)
-            else:
-                entry.last_step = self._step
-        for adapter in missing:
-            self._insert(adapter)
-
-    def drop(self, key: str) -> None:
-        entry = self._entries.pop(key, None)
-        if entry is not None:
-            entry.adapter.bytes_device = 0
-            self._unstacked.remove(key)
-            self._on_moved(entry.adapter)
-
-    def vocabulary(self, key: str) -> VocabularyChange | None:
-        return self._unstacked.vocabulary(key)
 
     def step(self, members: StepMembers) -> PackedStep:
         mixes = [*members.short, *(mix for _, _, mix in members.long)]
@@ -169,11 +127,7 @@ class AdapterPack:
             unstacked=self._unstacked.bind(members),
         )
 
-    def _insert(self, adapter: Resident) -> None:
-        operators = self._operators(adapter)
-        num_bytes = self.stored_bytes(operators)
-        while self.adapter_bytes + num_bytes > self.max_bytes and self._drop_idle():
-            pass
+    def _store(self, adapter: Resident, operators: AdapterOperators) -> None:
         width = self.rank_width(operators)
         start = self._find_range(width)
         entry = self._describe(adapter, operators, start, start + width, self._find_slot())
@@ -181,9 +135,6 @@ class AdapterPack:
         for group in self._groups.values():
             group.put_low_rank(operators, entry.rank_start, entry.rank_end)
             group.put_tables(operators, entry.slot, self._slots)
-        self._unstacked.insert(adapter.key, operators)
-        adapter.bytes_device = num_bytes
-        self._on_moved(adapter)
 
     def _describe(
         self, adapter: Resident, operators: AdapterOperators, start: int, end: int, slot: int
@@ -210,13 +161,6 @@ class AdapterPack:
             biases=frozenset(biases),
             last_step=self._step,
         )
-
-    def _drop_idle(self) -> bool:
-        """Forget the adapter that was used longest ago and not in this step, if there is one."""
-        idle = [e for e in self._entries.values() if e.last_step < self._step]
-        if idle:
-            self.drop(min(idle, key=lambda e: e.last_step).adapter.key)
-        return bool(idle)
 
     def _find_range(self, width: int) -> int:
         """First fit; makes room by forgetting idle adapters, oldest first, then by growing.
