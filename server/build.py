@@ -77,7 +77,7 @@ def build_engine(config: Config, metrics: Metrics, *, triton: bool | None = None
         on_moved=lambda adapter: metrics.adapter_residency(adapter.name, adapter.residency),
     )
     registry = _build_registry(config.adapters, base, metrics)
-    engine = _build_engine(config, metrics, decoder, store, registry, tokenizer)
+    engine = _build_engine(config, metrics, decoder, store, registry, tokenizer, kernels)
     _log.info(
         "model loaded",
         extra=log.fields(
@@ -113,9 +113,9 @@ def _store_type(kernels: str) -> type[AdapterPack] | type[GatheredAdapters]:
 
 
 def _build_executor(
-    config: Config, decoder: Decoder, cache: KvCache, store: AdapterStore
+    config: Config, decoder: Decoder, cache: KvCache, store: AdapterStore, kernels: str
 ) -> Executor:
-    if isinstance(store, GatheredAdapters) or type(store) is AdapterPack:
+    if kernels != "triton":
         return TorchExecutor(decoder, cache, store)
     from turret.server.adapters.gpu_pack import GpuAdapterPack
     from turret.server.engine.decode_graphs import capture_for
@@ -169,6 +169,7 @@ def _build_engine(
     store: AdapterStore,
     registry: AdapterRegistry,
     tokenizer: Tokenizer,
+    kernels: str,
 ) -> Engine:
     arch = decoder.arch
     per_block = KvCache.block_bytes(arch, BLOCK_SIZE, decoder.dtype)
@@ -176,7 +177,7 @@ def _build_engine(
     if num_blocks < 2:
         raise InvalidRequestError.of("kv-cache-bytes", f"must be at least {2 * per_block}")
     cache = KvCache(arch, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
-    executor = _build_executor(config, decoder, cache, store)
+    executor = _build_executor(config, decoder, cache, store, kernels)
     runner = Runner(executor, tokenizer.eos_token_ids)
 
     engine: Engine

@@ -149,15 +149,19 @@ async def test_unmerge_brings_back_every_byte(root: Path, dtype: str, precision:
     async with EngineHarness.start(
         twin(ARCHITECTURE).folder, root, adapters=METHODS, dtype=dtype
     ) as server:
-        before = snapshot(server)
+        before, decoder = snapshot(server), decoder_of(server)
+        epochs = [decoder.epoch]
         for _ in range(2):
             for name in METHODS:
                 server.merger.merge([AdapterRef(name=name)], precision, Future())
+                epochs.append(decoder.epoch)
                 merged = snapshot(server)
                 assert len(merged) == len(before)
                 assert not any(_equal(a, b) for a, b in zip(merged, before, strict=True))
                 server.merger.unmerge(Future())
+                epochs.append(decoder.epoch)
         after = snapshot(server)
+        assert len(set(epochs)) == len(epochs), "a captured step would read freed weights"
         assert all(_equal(a, b) for a, b in zip(after, before, strict=True))
 
 

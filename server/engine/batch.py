@@ -6,13 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.paged_attention import SequenceSpan
 from turret.server.adapters.adapter_store import AdapterStep, AdapterStore
 from turret.server.adapters.bank import Members, StepMembers
-from turret.server.adapters.soft_prompt import soft_prompt_of
 from turret.server.adapters.vocabulary_step import VocabularyGroup
 from turret.server.engine.scheduler import Scheduled, Step
 from turret.server.engine.sequence import Sequence
+from turret.server.engine.step_rows import Placed, collect_rows
 from turret.server.engine.vocabulary_plan import changed_embeddings
 from turret.server.models.arch import Arch
 from turret.server.models.decoder import StepInput
@@ -21,23 +20,6 @@ from turret.server.models.layer_ops import LayerOps
 # Segments of at most this many rows join the wide masked product; longer ones multiply only their
 # own ranks (measured: the wide product wins while rows · adapters stays small).
 MAX_SHORT_ROWS = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """A scheduled sequence and the first of its rows."""
-
-    item: Scheduled
-    row_start: int
-
-    @property
-    def last_row(self) -> int:
-        return self.row_start + self.item.num_new - 1
-
-    @property
-    def samples(self) -> bool:
-        """Whether a token is drawn from its last row."""
-        return self.item.samples and not self.item.sequence.request.score
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,47 +70,25 @@ class BatchBuilder:
     def _input(
         self, placed: list[Placed], num_rows: int, adapters: AdapterStep | None
     ) -> StepInput:
-        token_ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        soft_rows: list[int] = []
-        soft_values: list[torch.Tensor] = []
-        spans = []
-        size = self._block_size
-        for place in placed:
-            sequence, start = place.item.sequence, place.item.sequence.num_computed
-            end = start + place.item.num_new
-            token_ids.extend(max(token, 0) for token in sequence.tokens[start:end])
-            positions.extend(p - sequence.num_padding for p in range(start, end))
-            if start < sequence.num_virtual:
-                stop = min(end, sequence.num_virtual)
-                soft_rows.extend(range(place.row_start, place.row_start + stop - start))
-                soft_tokens = soft_prompt_of(sequence.mix).soft_tokens
-                assert soft_tokens is not None
-                soft_values.append(soft_tokens[start:stop])
-            slots.extend(sequence.blocks[p // size] * size + p % size for p in range(start, end))
-            used = sequence.blocks[: -(-end // size)]
-            spans.append(
-                SequenceSpan(place.row_start, place.item.num_new, start, used, sequence.num_padding)
-            )
+        rows = collect_rows(placed, self._block_size)
         attention = {
             window: self._ops.plan_attention(
-                spans,
+                rows.spans,
                 num_rows=num_rows,
-                block_size=size,
+                block_size=self._block_size,
                 window=window,
                 device=self._device,
             )
             for window in set(self._arch.windows)
         }
         return StepInput(
-            token_ids=self._tensor(token_ids),
-            positions=self._tensor(positions),
-            kv_slots=self._tensor(slots),
+            token_ids=self._tensor(rows.token_ids),
+            positions=self._tensor(rows.positions),
+            kv_slots=self._tensor(rows.kv_slots),
             attention=attention,
             adapters=adapters,
-            soft_rows=self._tensor(soft_rows) if soft_rows else None,
-            soft_values=torch.cat(soft_values).to(self._device) if soft_values else None,
+            soft_rows=self._tensor(rows.soft_rows) if rows.soft_rows else None,
+            soft_values=torch.cat(rows.soft_values).to(self._device) if rows.soft_rows else None,
             embeddings=self._changed_embeddings(placed),
         )
 

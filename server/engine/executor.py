@@ -10,9 +10,10 @@ import torch
 
 from turret.server.adapters.adapter_store import AdapterStore
 from turret.server.adapters.soft_prompt import soft_prompt_of
-from turret.server.engine.batch import BatchBuilder, Placed
+from turret.server.engine.batch import BatchBuilder
 from turret.server.engine.scheduler import Step
 from turret.server.engine.sequence import Sequence
+from turret.server.engine.step_rows import Placed
 from turret.server.engine.vocabulary_plan import changed_heads
 from turret.server.models.decoder import Decoder
 from turret.server.models.kv_cache import KvCache

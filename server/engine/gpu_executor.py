@@ -11,15 +11,14 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from turret.kernels.gpu.staged_buffer import upload
-from turret.kernels.paged_attention import SequenceSpan
 from turret.server.adapters.gpu_pack import GpuAdapterPack, GpuAdapterStep
-from turret.server.adapters.soft_prompt import soft_prompt_of
-from turret.server.engine.batch import Placed, members_of
+from turret.server.engine.batch import members_of
 from turret.server.engine.decode_graphs import Capture, DecodeGraphs, buckets
 from turret.server.engine.executor import Computed, fill_prefix, sampled_rows
 from turret.server.engine.gpu_tables import StepTables
 from turret.server.engine.scheduler import Scheduled, Step
 from turret.server.engine.sequence import Sequence
+from turret.server.engine.step_rows import Placed, collect_rows
 from turret.server.engine.vocabulary_plan import changed_embeddings, changed_heads
 from turret.server.models.gpu_decoder import GpuDecoder, GpuStep
 from turret.server.models.kv_cache import KvCache
@@ -101,7 +100,7 @@ class GpuExecutor:
         adapters = None if inputs.adapters is None else inputs.adapters.signature
         spread = next(iter(inputs.attention.values())).spread
         return self._graphs.run(
-            (self.store.epoch, tables.epoch, self._decoder.weights_in_use),
+            (self.store.epoch, tables.epoch, self._decoder.epoch),
             (bucket, spread, adapters),
             lambda: self._decoder.compute(inputs, self._cache),
         )
@@ -115,24 +114,10 @@ class GpuExecutor:
         samples: list[int] | None,
     ) -> GpuStep:
         """Start copying a step's metadata; ``samples`` None stands for every row."""
-        token_ids: list[int] = []
-        positions: list[int] = []
-        kv_slots: list[int] = []
-        spans = []
-        size = self._cache.block_size
-        for place in placed:
-            sequence, start = place.item.sequence, place.item.sequence.num_computed
-            end = start + place.item.num_new
-            token_ids.extend(max(token, 0) for token in sequence.tokens[start:end])
-            positions.extend(p - sequence.num_padding for p in range(start, end))
-            kv_slots.extend(sequence.blocks[p // size] * size + p % size for p in range(start, end))
-            used = sequence.blocks[: -(-end // size)]
-            spans.append(
-                SequenceSpan(place.row_start, place.item.num_new, start, used, sequence.num_padding)
-            )
-        rows = tables.load_rows(token_ids, positions, kv_slots, samples or ())
-        ids, places, slots, sample_rows = rows
-        soft_rows, soft_values = self._soft_rows(placed)
+        rows = collect_rows(placed, self._cache.block_size)
+        ids, places, slots, sample_rows = tables.load_rows(
+            rows.token_ids, rows.positions, rows.kv_slots, samples or ()
+        )
         adapters = self._adapters(tables, placed)
         its_rows = [(p.item.sequence, range(p.row_start, p.last_row + 1)) for p in placed]
         device = self._decoder.device
@@ -144,32 +129,13 @@ class GpuExecutor:
             if samples is None
             else sample_rows[: len(samples)],
             num_decode=num_decode,
-            attention=tables.load_attention(spans),
+            attention=tables.load_attention(rows.spans),
             adapters=adapters,
-            soft_rows=soft_rows,
-            soft_values=soft_values,
+            soft_rows=upload(torch.tensor(rows.soft_rows), device) if rows.soft_rows else None,
+            soft_values=upload(torch.cat(rows.soft_values), device) if rows.soft_rows else None,
             embeddings=changed_embeddings(its_rows, self.store, device),
             heads=changed_heads(sampled_rows(placed), self.store, device),
         )
-
-    def _soft_rows(
-        self, placed: SequenceOf[Placed]
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Rows of soft tokens, and their embeddings."""
-        rows: list[int] = []
-        values: list[torch.Tensor] = []
-        for place in placed:
-            sequence, start = place.item.sequence, place.item.sequence.num_computed
-            if start < sequence.num_virtual:
-                stop = min(start + place.item.num_new, sequence.num_virtual)
-                rows.extend(range(place.row_start, place.row_start + stop - start))
-                soft_tokens = soft_prompt_of(sequence.mix).soft_tokens
-                assert soft_tokens is not None
-                values.append(soft_tokens[start:stop])
-        if not rows:
-            return None, None
-        device = self._decoder.device
-        return upload(torch.tensor(rows), device), upload(torch.cat(values), device)
 
     def _adapters(self, tables: StepTables, placed: SequenceOf[Placed]) -> GpuAdapterStep | None:
         mixes = [place.item.sequence.mix for place in placed]

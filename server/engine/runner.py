@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import torch
 
 from turret.server.adapters.adapter_store import Resident
-from turret.server.engine.batch import Placed
 from turret.server.engine.executor import Computed, Executor
 from turret.server.engine.sampler import Draw, Sampler, top_of
 from turret.server.engine.scheduler import Step
 from turret.server.engine.sequence import Sequence
+from turret.server.engine.step_rows import Placed
 from turret.server.errors import BudgetExceededError
 
 # Vocabulary logits of prompt positions are made this many rows at a time: 64 rows of a 150,000

@@ -28,6 +28,7 @@ class BaseEdit:
     """
 
     def __init__(self, decoder: Decoder, precision: Precision) -> None:
+        self._decoder = decoder
         self._precision = precision
         self._dtype, self._device = decoder.dtype, decoder.device
         self._projections = dict(projections(decoder))
@@ -88,6 +89,7 @@ class BaseEdit:
         for linear, base, bias in self._others:
             linear.base, linear.bias = base, bias
         self._others = before
+        self._decoder.epoch += 1
 
 
 def _nf4(linear: AdaptedLinear) -> Nf4Linear:

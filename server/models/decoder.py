@@ -73,6 +73,7 @@ class Decoder:
         layers: Its layers; adapters see their linear modules through ``server/models/base.py``.
         dtype: Dtype of activations.
         ops: How this device computes what is between the projections.
+        epoch: Moves when a merge exchanges weights: what was captured of them is void.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Decoder:
         self.head = head
         self.dtype = embedding.dtype
         self.device = embedding.device
+        self.epoch = 0
         self.ops = choose_layer_ops(arch, self.dtype, self.device)
         self._inv_freq = arch.inv_freq.to(self.device)
 

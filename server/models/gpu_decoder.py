@@ -68,16 +68,6 @@ class GpuStep:
 class GpuDecoder(Decoder):
     """A decoder whose linears were loaded with ``triton=True``."""
 
-    @property
-    def weights_in_use(self) -> tuple[int, ...]:
-        """Changes when a merge exchanges weights."""
-        linears = [
-            linear
-            for layer in self.layers
-            for linear in (layer.qkv, layer.o, layer.gate_up, layer.down)
-        ]
-        return tuple(id(part) for linear in linears for part in (linear.base, linear.bias))
-
     def compute(self, step: GpuStep, cache: KvCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a step and write its keys and values.
 
