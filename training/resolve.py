@@ -53,7 +53,7 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
     method = method_named(config.method.name)
     directory = None if config.base.model is None else folder / config.base.model
     base = find_base(directory)
-    settings = _resolve_base(config.base, directory, method)
+    settings = _resolve_base(config.base, directory)
     config = replace(
         config,
         base=settings,
@@ -91,21 +91,17 @@ def _rooted(config: MethodConfig, folder: Path) -> MethodConfig:
     return replace(config, components=tuple(f"{n}={path}" for n, path in directories.items()))
 
 
-def _resolve_base(config: BaseConfig, directory: Path | None, method: Method) -> BaseConfig:
+def _resolve_base(config: BaseConfig, directory: Path | None) -> BaseConfig:
     has_cuda = torch.cuda.is_available()
     if config.device == "cuda" and not has_cuda:
         raise ConfigError.of("base.device", "there is no CUDA device")
     device = config.device or ("cuda" if has_cuda else "cpu")
-    weights = config.weights or ("nf4" if method.trains_on_nf4 else "nf4-dense")
-    if weights == "nf4" and not method.trains_on_nf4:
-        problem = f"{method.name} does not train on packed weights; nf4-dense are the same values"
-        raise ConfigError.of("base.weights", problem)
     has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else has_avx512bf16()
     return replace(
         config,
         model=None if directory is None else str(directory),
         device=device,
-        weights=weights,
+        weights=config.weights or "nf4",
         dtype=config.dtype or ("bfloat16" if has_bf16 else "float32"),
     )
 

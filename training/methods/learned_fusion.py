@@ -26,7 +26,6 @@ class LearnedFusionMethod:
     learning_rate = 3e-3
     is_prompt = False
     has_factors = False
-    trains_on_nf4 = True
     defaults: Mapping[str, Any] = {"components": (), "d_k": 8}
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:

@@ -34,7 +34,6 @@ class Method(Protocol):
         learning_rate: The peak rate where the config gives none.
         is_prompt: Learns something that stands before the text: no packing, no LoRA+.
         has_factors: Has an A and a B, whose rates LoRA+ may set apart.
-        trains_on_nf4: Whether it can be attached to 4-bit modules.
     """
 
     @property
@@ -45,8 +44,6 @@ class Method(Protocol):
     def is_prompt(self) -> bool: ...
     @property
     def has_factors(self) -> bool: ...
-    @property
-    def trains_on_nf4(self) -> bool: ...
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
         """Fill in what is left out.
@@ -126,7 +123,6 @@ class PeftMethod:
     peft_config: Callable[[Settings, TrainingBase], peft.PeftConfig]
     is_prompt: bool = False
     has_factors: bool = False
-    trains_on_nf4: bool = True
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
         config = fill_in(config, base, self.name, self.defaults)
