@@ -35,7 +35,6 @@ class AdaptersStub(object):
     - UNAUTHENTICATED, PERMISSION_DENIED: no or an unknown token, or one without the role.
     - UNAVAILABLE: the server is starting or draining.
     - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or it went away.
-    - UNIMPLEMENTED: this version of the server does not serve the RPC.
     """
 
     def __init__(self, channel):
@@ -121,7 +120,6 @@ class AdaptersServicer(object):
     - UNAUTHENTICATED, PERMISSION_DENIED: no or an unknown token, or one without the role.
     - UNAVAILABLE: the server is starting or draining.
     - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or it went away.
-    - UNIMPLEMENTED: this version of the server does not serve the RPC.
     """
 
     def LoadAdapter(self, request, context):
@@ -355,7 +353,6 @@ class Adapters(object):
     - UNAUTHENTICATED, PERMISSION_DENIED: no or an unknown token, or one without the role.
     - UNAVAILABLE: the server is starting or draining.
     - DEADLINE_EXCEEDED, CANCELLED: the caller's deadline passed, or it went away.
-    - UNIMPLEMENTED: this version of the server does not serve the RPC.
     """
 
     @staticmethod
