@@ -46,8 +46,8 @@ REST = "all else"
 # name, the compiled formulation and torch's, one runs.
 PARTS = (
     Part("turret.server.models.nf4:Nf4Linear.__call__", "base matmuls"),
-    Part("turret.server.adapters.gathered:GatheredStep.apply", "adapters"),
-    Part("turret.server.adapters.pack:PackedStep.apply", "adapters"),
+    Part("turret.server.adapters.gathered:GatheredStep.project", "adapters"),
+    Part("turret.server.adapters.pack:PackedStep.project", "adapters"),
     Part("turret.server.models.native_layer_ops:NativeLayerOps.attend", "attention"),
     Part("turret.server.models.layer_ops:TorchLayerOps.attend", "attention"),
     Part("turret.server.models.native_layer_ops:NativeLayerOps.add_rms_norm", "norms, residuals"),

@@ -115,7 +115,9 @@ def save_adapter(
     share: bool = False,
 ) -> PeftModel:
     """Makes an adapter on a copy of ``model``, saves it in PEFT's layout and returns it."""
-    with quiet():
+    with quiet(), torch.random.fork_rng():
+        # PEFT draws what it makes from the global generator; a p-tuning encoder's biases keep it.
+        torch.manual_seed(seed)
         peft_model = get_peft_model(copy_of(model, share), copy.deepcopy(config))
         assert isinstance(peft_model, PeftModel)
         randomise(peft_model, seed, strength)

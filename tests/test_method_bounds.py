@@ -39,7 +39,7 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 # A soft prompt's error is that of a few hidden states which all tokens attend to: one draw says
 # little (of six, the ratio was 1.8 once and 0.7 to 1.04 else), so several are averaged.
-DRAWS = {"prompt_tuning": 4}
+DRAWS = {"prompt_tuning": 4, "p_tuning": 4}
 # PEFT saves embedding and head along with "low-rank": 226 MB here, for no other computation.
 ON_SMOLLM2 = [name for name in METHODS if name != "low-rank"]
 TEXTS = (

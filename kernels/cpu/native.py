@@ -25,7 +25,7 @@ _SIGNATURES = {
     "turret_adapt": (_pointer, _pointer, _pointer, _int, _pointer, _int, _pointer),
     "turret_input_gain": (
         *(_pointer, _int, _int, _pointer, _int),
-        *(_pointer, _pointer, _int, _pointer),
+        *(_pointer, _pointer, _int, _double, _pointer),
     ),
     "turret_attend": (_pointer, _pointer),
     "turret_add_rms_norm": (

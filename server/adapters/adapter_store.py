@@ -35,24 +35,25 @@ class BaseProduct(Protocol):
 class AdapterStep(Protocol):
     """The adapters of one step, as the model's layers apply them."""
 
-    def apply(
+    def project(
         self,
         layer: int,
         group: str,
         x: torch.Tensor,
-        y: torch.Tensor,
         bias: torch.Tensor | None,
         base: BaseProduct,
-    ) -> None:
-        """``y ← G ⊙ y + b + Σ_k w_k Δ_k(x)`` in place, for every row of the step.
+    ) -> torch.Tensor:
+        """``y = G ⊙ base(x) + b + Σ_k w_k Δ_k(x)`` for every row of the step.
 
         Args:
             layer: Layer number.
             group: Fused projection (``qkv``, ``o``, ``gate_up``, ``down``).
-            x: Its input, ``[rows, in]``.
-            y: Its bias-free base result, ``[rows, sum(out)]``.
+            x: Its input, ``[rows, in]``; not changed.
             bias: The base's, ``[sum(out)]``, or None.
-            base: Computes ``y`` from an input.
+            base: Multiplies ``[rows, in]`` by the base weight, ``[rows, sum(out)]``.
+
+        Returns:
+            ``[rows, sum(out)]``.
         """
         ...
 

@@ -1,20 +1,29 @@
 """The running adapters where they lie in host memory, for the compiled CPU kernels.
 
-Nothing is copied: an adapter's entry is a table of pointers to its operators, and each row of a
-step reads the factors of its own adapters. The other operators are in ``unstacked.py``.
+An adapter's entry is a table of pointers to its operators, and each row of a step reads the factors
+of its own adapters. Copied are only the factors that the kernels read transposed, of Hadamard and
+Kronecker updates. Learned fusions, embeddings and heads are in ``unstacked.py``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 
 import torch
 
-from turret.kernels.cpu.low_rank import LowRankStep, ModuleTable, ProjectionShape, RowSegment
+from turret.kernels.cpu.row_adapters import (
+    HadamardFactors,
+    KroneckerFactors,
+    ModuleTable,
+    ProjectionShape,
+    RowAdapters,
+    RowSegment,
+)
 from turret.server.adapters.adapter_store import BaseProduct, OnMoved, Resident
-from turret.server.adapters.bank import Members, StepMembers
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.bank import BankSet, Members, StepMembers
+from turret.server.adapters.operators import AdapterOperators, Hadamard, Kronecker
 from turret.server.adapters.packed_group import PackLayout
 from turret.server.adapters.stored_adapters import StoredAdapters
 from turret.server.adapters.unstacked import BoundUnstacked, Unstacked
@@ -24,8 +33,8 @@ from turret.server.adapters.unstacked import BoundUnstacked, Unstacked
 class _Entry:
     """An adapter in the store.
 
-    ``groups`` are those with a low-rank update, gain or bias in some layer; ``input_gains`` those
-    with an input gain. ``operators`` are held because the table points into them.
+    ``groups`` are those with an update, gain or bias in some layer; ``input_gains`` those with an
+    input gain. ``operators`` are held because the table points into them.
     """
 
     adapter: Resident
@@ -55,26 +64,29 @@ class GatheredAdapters(StoredAdapters[_Entry]):
         max_bytes: int,
         on_moved: OnMoved = lambda _: None,
     ) -> None:
-        super().__init__(max_bytes, Unstacked(layout, device), on_moved)
+        super().__init__(max_bytes, Unstacked(layout, device, BankSet((), device)), on_moved)
         self._layout = layout
         self._projections = Projections(layout)
 
     def stored_bytes(self, operators: AdapterOperators) -> int:
-        """Bytes an adapter takes: of its operators, most of which are not copied."""
-        return operators.num_bytes + self._unstacked.extra_bytes(operators)
+        """Bytes an adapter takes: of its operators, and of the factors that are copied."""
+        modules = operators.modules.values()
+        copied = [_transposed(ops.hadamard) for ops in modules if ops.hadamard is not None]
+        copied += [_transposed(ops.kronecker) for ops in modules if ops.kronecker is not None]
+        return operators.num_bytes + sum(tensor.nbytes for found in copied for tensor in found)
 
     def step(self, members: StepMembers) -> GatheredStep:
         segments = self._segments(members)
         entries = {key: self._entries[key] for segment in segments for key, _ in segment[2]}
         input_gains: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         for group in frozenset().union(*(e.input_gains for e in entries.values())):
-            rows, numbers = [], []
+            places, numbers = [], []
             for number, (start, end, mix) in enumerate(segments):
                 if any(group in entries[key].input_gains for key, _ in mix):
-                    rows.extend(range(start, end))
+                    places.extend(range(start, end))
                     numbers.extend([number] * (end - start))
-            input_gains[group] = torch.tensor(rows), torch.tensor(numbers)
-        low_rank = LowRankStep(
+            input_gains[group] = torch.tensor(places), torch.tensor(numbers)
+        rows = RowAdapters(
             [
                 RowSegment(start, end, [(entries[key].table, weight) for key, weight in mix])
                 for start, end, mix in segments
@@ -83,7 +95,7 @@ class GatheredAdapters(StoredAdapters[_Entry]):
         )
         long = members.long
         return GatheredStep(
-            low_rank=low_rank,
+            rows=rows,
             projections=self._projections,
             groups=frozenset().union(*(e.groups for e in entries.values())),
             input_gains=input_gains,
@@ -115,7 +127,7 @@ class GatheredAdapters(StoredAdapters[_Entry]):
         groups, input_gains = set(), set()
         for name in self._layout.groups:
             for layer, s, ops in self._layout.of(operators, name):
-                low_rank = ops.low_rank
+                low_rank, hadamard, kronecker = ops.low_rank, ops.hadamard, ops.kronecker
                 table.put(
                     self._projections.module(layer, name) + s,
                     a=None if low_rank is None else low_rank.a,
@@ -123,8 +135,11 @@ class GatheredAdapters(StoredAdapters[_Entry]):
                     gain=ops.gain,
                     bias=ops.bias,
                     input_gain=ops.input_gain,
+                    hadamard=None if hadamard is None else _hadamard(hadamard),
+                    kronecker=None if kronecker is None else _kronecker(kronecker),
                 )
-                if low_rank is not None or ops.gain is not None or ops.bias is not None:
+                parts = (low_rank, hadamard, kronecker, ops.gain, ops.bias)
+                if any(part is not None for part in parts):
                     groups.add(name)
                 if ops.input_gain is not None:
                     input_gains.add(name)
@@ -144,16 +159,37 @@ class GatheredAdapters(StoredAdapters[_Entry]):
             self.drop(key)
 
 
+def _transposed(factors: Hadamard | Kronecker) -> tuple[torch.Tensor, ...]:
+    """The factors that the kernels read the other way round."""
+    if isinstance(factors, Hadamard):
+        return factors.w1a, factors.w2a
+    return (factors.w2 if isinstance(factors.w2, torch.Tensor) else factors.w2[0],)
+
+
+def _hadamard(factors: Hadamard) -> HadamardFactors:
+    w1a, w2a = (factor.T.contiguous() for factor in _transposed(factors))
+    return HadamardFactors(w1a, factors.w1b, w2a, factors.w2b)
+
+
+def _kronecker(factors: Kronecker) -> KroneckerFactors:
+    (w2,) = (factor.T.contiguous() for factor in _transposed(factors))
+    if isinstance(factors.w2, torch.Tensor):
+        return KroneckerFactors(factors.w1, w2)
+    return KroneckerFactors(factors.w1, (factors.w2[1], w2))
+
+
 class Projections:
     """The fused projections of all layers, as the kernels number their modules."""
 
     def __init__(self, layout: PackLayout) -> None:
-        self._layout = layout
         self._modules_per_layer = 0
         self._first_module: dict[str, int] = {}
+        self._columns: dict[str, list[slice]] = {}
         for name, slices in layout.groups.items():
             self._first_module[name] = self._modules_per_layer
             self._modules_per_layer += len(slices)
+            ends = [0, *accumulate(shape.out_features for shape in slices)]
+            self._columns[name] = [slice(*pair) for pair in pairwise(ends)]
         self.num_modules = layout.num_layers * self._modules_per_layer
         self.max_slices = max(len(slices) for slices in layout.groups.values())
         self._shapes = {
@@ -175,11 +211,7 @@ class Projections:
 
     def columns(self, group: str) -> list[slice]:
         """The columns of each slice in a fused result."""
-        found, start = [], 0
-        for shape in self._layout.groups[group]:
-            found.append(slice(start, start + shape.out_features))
-            start += shape.out_features
-        return found
+        return self._columns[group]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -187,41 +219,47 @@ class GatheredStep:
     """See ``AdapterStep``.
 
     Attributes:
-        low_rank: The segments.
+        rows: The segments.
         projections: Of the model.
-        groups: Those in which some adapter of the step has a low-rank update, gain or bias.
+        groups: Those in which some adapter of the step has an update, gain or bias.
         input_gains: Per group with input gains, their rows and each row's segment.
         others: Rows of the base model alone.
         unstacked: The other operators.
     """
 
-    low_rank: LowRankStep
+    rows: RowAdapters
     projections: Projections
     groups: frozenset[str]
     input_gains: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     others: slice
     unstacked: BoundUnstacked
 
-    def apply(
+    def project(
         self,
         layer: int,
         group: str,
         x: torch.Tensor,
-        y: torch.Tensor,
         bias: torch.Tensor | None,
         base: BaseProduct,
-    ) -> None:
+    ) -> torch.Tensor:
+        gained, columns = self.input_gains.get(group), self.projections.columns(group)
+        first = self.projections.module(layer, group)
+        if gained is not None and len(columns) == 1:
+            scaled = self.rows.input_gain(first, x, *gained, start=1.0)
+            y = base(x.index_copy(0, gained[0], scaled))
+            gained = None
+        else:
+            y = base(x)
         if group in self.groups:
-            self.low_rank.adapt(self.projections.shape(layer, group), x, y, bias)
+            self.rows.adapt(self.projections.shape(layer, group), x, y, bias)
             if bias is not None:
                 y[self.others] += bias
         elif bias is not None:
             y += bias
-        if group in self.input_gains:
-            # W (l ⊙ x) = W x + W ((l − 1) ⊙ x): exact beside any other operator of the mix.
-            rows, segments = self.input_gains[group]
-            first = self.projections.module(layer, group)
-            for s, columns in enumerate(self.projections.columns(group)):
-                scaled = self.low_rank.input_gain(first + s, x, rows, segments)
-                y[:, columns].index_add_(0, rows, base(scaled)[:, columns])
+        if gained is not None:
+            # Each slice has a gain of its own: W (l ⊙ x) = W x + W ((l − 1) ⊙ x).
+            for s, those in enumerate(columns):
+                scaled = self.rows.input_gain(first + s, x, *gained, start=0.0)
+                y[:, those].index_add_(0, gained[0], base(scaled)[:, those])
         self.unstacked.apply(layer, group, x, y)
+        return y

@@ -107,13 +107,9 @@ class GpuUnstacked(Unstacked):
     """Operators outside the pack's matrices; learned fusions run as torch operations."""
 
     def __init__(self, layout: PackLayout, dtype: torch.dtype, device: torch.device) -> None:
-        self._dtype = dtype
-        super().__init__(layout, device)
-
-    def _make_banks(self) -> GpuBankSet:
-        like = (self._layout, self._dtype, self._device)
-        banks = (GpuHadamardBank(*like), GpuKroneckerBank(*like))
-        return GpuBankSet(banks, self._device)
+        like = (layout, dtype, device)
+        banks = GpuBankSet((GpuHadamardBank(*like), GpuKroneckerBank(*like)), device)
+        super().__init__(layout, device, banks)
 
     def bind_tables(
         self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables

@@ -20,7 +20,9 @@ from turret.kernels.segmented_expand import rank_window, segmented_expand_refere
 from turret.kernels.segmented_shrink import segmented_shrink_reference
 from turret.kernels.segments import SegmentPlan
 from turret.server.adapters.adapter_store import BaseProduct, OnMoved, Resident
-from turret.server.adapters.bank import StepMembers
+from turret.server.adapters.bank import BankSet, StepMembers
+from turret.server.adapters.hadamard_bank import HadamardBank
+from turret.server.adapters.kronecker_bank import KroneckerBank
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.packed_group import PackedGroup, PackLayout
 from turret.server.adapters.segment_planner import plan_segments
@@ -87,7 +89,9 @@ class AdapterPack(StoredAdapters[PackEntry]):
         return PackedGroup(self._layout, name, self._dtype, self._device)
 
     def _make_unstacked(self) -> Unstacked:
-        return Unstacked(self._layout, self._device)
+        like = (self._layout, self._device)
+        banks = BankSet((HadamardBank(*like), KroneckerBank(*like)), self._device)
+        return Unstacked(*like, banks)
 
     def stored_bytes(self, operators: AdapterOperators) -> int:
         """Bytes an adapter takes when packed: its ranks are as wide in every module."""
@@ -232,19 +236,20 @@ class PackedStep:
     biases: frozenset[str]
     unstacked: BoundUnstacked
 
-    def apply(
+    def project(
         self,
         layer: int,
         group: str,
         x: torch.Tensor,
-        y: torch.Tensor,
         bias: torch.Tensor | None,
         base: BaseProduct,
-    ) -> None:
+    ) -> torch.Tensor:
+        y = base(x)
         self._scale(layer, group, x, y, base)
         if bias is not None:
             y += bias
         self._add(layer, group, x, y)
+        return y
 
     def _scale(
         self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor, base: BaseProduct

@@ -8,8 +8,6 @@ import torch
 
 from turret.server.adapters.bank import BankSet, BoundBank, StepMembers
 from turret.server.adapters.fusion_bank import BoundFusions, FusionBank
-from turret.server.adapters.hadamard_bank import HadamardBank
-from turret.server.adapters.kronecker_bank import KroneckerBank
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.packed_group import PackLayout
 from turret.server.adapters.token_bank import TokenBank
@@ -32,17 +30,12 @@ class BoundUnstacked:
 
 
 class Unstacked:
-    """Hadamard and Kronecker factors, learned fusions, embeddings and heads, by adapter key."""
+    """Learned fusions, embeddings and heads, and what ``banks`` are for, by adapter key."""
 
-    def __init__(self, layout: PackLayout, device: torch.device) -> None:
-        self._layout, self._device = layout, device
-        self._banks = self._make_banks()
+    def __init__(self, layout: PackLayout, device: torch.device, banks: BankSet) -> None:
+        self._banks = banks
         self._fusions = FusionBank(layout, device)
         self._tokens = TokenBank(device)
-
-    def _make_banks(self) -> BankSet:
-        like = (self._layout, self._device)
-        return BankSet((HadamardBank(*like), KroneckerBank(*like)), self._device)
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
         """Take in what an adapter has of them, if anything."""

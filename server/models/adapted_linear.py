@@ -29,9 +29,9 @@ class AdaptedLinear:
 
     def __call__(self, x: torch.Tensor, adapters: AdapterStep | None) -> torch.Tensor:
         """Project ``[rows, in]`` → ``[rows, out]``, rows ordered as ``adapters`` was made for."""
-        y = self.base(x)
         if adapters is not None:
-            adapters.apply(self.layer, self.group, x, y, self.bias, self.base)
-        elif self.bias is not None:
+            return adapters.project(self.layer, self.group, x, self.bias, self.base)
+        y = self.base(x)
+        if self.bias is not None:
             y += self.bias
         return y

@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 import torch
 
-from turret.server.adapters.bank import StepMembers
+from turret.server.adapters.bank import BankSet, StepMembers
+from turret.server.adapters.hadamard_bank import HadamardBank
+from turret.server.adapters.kronecker_bank import KroneckerBank
 from turret.server.adapters.operators import (
     AdapterOperators,
     Hadamard,
@@ -43,7 +45,8 @@ def stored(
     layout: PackLayout, make: Any
 ) -> tuple[Unstacked, list[dict[int, tuple[ModuleOperators, torch.Tensor]]]]:
     """Adapters that ``make(slice)`` makes, with each one's dense updates."""
-    store = Unstacked(layout, torch.device("cpu"))
+    like = (layout, torch.device("cpu"))
+    store = Unstacked(*like, BankSet((HadamardBank(*like), KroneckerBank(*like)), like[1]))
     made = []
     for number in range(NUM_ADAPTERS):
         parts = {s: make(s) for s in range(len(layout.groups["g"]))}

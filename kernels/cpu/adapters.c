@@ -1,0 +1,237 @@
+/* A fused projection's adapters: y = G * y + b + sum_k w_k delta_k(x), one rounding to bf16.
+ *
+ * Each segment's rows read the factors of its own adapters where they lie, through a table of
+ * pointers per adapter. A call has two passes over the segments, shrink and expand, each cut into
+ * units that are dealt to the threads by what they cost; which thread computes a unit changes no bit.
+ */
+#include "adapters.h"
+
+#include <omp.h>
+
+#define ROWS 32 /* rows of a segment that a unit takes together */
+/* What reading a unit's weights costs, in rows of computing with them. */
+#define READING 3
+
+typedef struct {
+    int64_t row_start, row_end;
+    int64_t first, last; /* its components */
+} Segment;
+
+typedef struct {
+    const Module *modules; /* of one adapter: [layers * modules of a layer] */
+    int64_t scratch;       /* where its activations start: [rows, slices, width] */
+    int64_t width;
+    double weight;
+} Component;
+
+typedef struct {
+    const Segment *segments;
+    const Component *components;
+    float *scratch;
+    int64_t num_segments;
+    int64_t num_threads;
+} Step;
+
+typedef struct {
+    const bf16 *x;
+    bf16 *y;
+    const bf16 *bias; /* the base's, [sum of widths], or null */
+    int64_t x_stride, y_stride;
+    const int64_t *widths;
+    int64_t in_features, num_slices;
+    int64_t module; /* index of the first slice's module */
+} Projection;
+
+/* A thread's share of a pass: units that begin in [low, high) on the axis of summed costs. The first
+ * walk over the units, with high 0, finds the sum. */
+typedef struct {
+    int64_t low, high, at;
+} Share;
+
+/* Whether the next unit is this thread's. */
+INLINE int take(Share *share, int64_t cost) {
+    int64_t at = share->at;
+    share->at += cost;
+    return at >= share->low && at < share->high;
+}
+
+/* Passes over `count` units at once if none of them is this thread's. */
+INLINE int skip(Share *share, int64_t count, int64_t cost) {
+    int64_t end = share->at + count * cost;
+    if (end > share->low && share->at < share->high) return 0;
+    share->at = end;
+    return 1;
+}
+
+INLINE Share next_walk(const Share *share, int64_t part, int64_t parts) {
+    return (Share){share->at * part / parts, share->at * (part + 1) / parts, 0};
+}
+
+INLINE float *activations(const Step *step, const Projection *p, const Segment *seg,
+                          const Component *c, int64_t row, int64_t j) {
+    return step->scratch + c->scratch + ((row - seg->row_start) * p->num_slices + j) * c->width;
+}
+
+/* Rows [row, stop) of a segment, one component, one slice. A unit costs about four dot products of
+ * the input for each row. */
+static void shrink_module(const Step *step, const Projection *p, const Segment *seg,
+                          const Component *c, int64_t j, int64_t row, int64_t stop, Share *share) {
+    const Module *m = &c->modules[p->module + j];
+    int64_t n = p->in_features, cost = stop - row + READING;
+    int64_t units = (m->rank + RANKS - 1) / RANKS;
+    if (!skip(share, units, cost))
+        for (int64_t r = 0; r < m->rank; r += RANKS)
+            if (take(share, cost))
+                for (int64_t i = row; i < stop; i++)
+                    low_rank_shrink(m, p->x + i * p->x_stride, n, r,
+                                    activations(step, p, seg, c, i, j));
+    if (m->hadamard) {
+        int64_t tiles = hadamard_tiles(m->hadamard);
+        if (!skip(share, tiles, 2 * cost))
+            for (int64_t tile = 0; tile < tiles; tile++)
+                if (take(share, 2 * cost))
+                    for (int64_t i = row; i < stop; i++)
+                        hadamard_shrink(m->hadamard, p->x + i * p->x_stride, n, tile,
+                                        activations(step, p, seg, c, i, j) + hadamard_start(m));
+    }
+    if (m->kronecker) {
+        const Kronecker *k = m->kronecker;
+        int64_t chunk = 2 * RANKS * k->in_m / kronecker_width(k);
+        if (chunk < 1) chunk = 1;
+        if (!skip(share, (k->in_m + chunk - 1) / chunk, 2 * cost))
+            for (int64_t low = 0; low < k->in_m; low += chunk) {
+                int64_t high = low + chunk < k->in_m ? low + chunk : k->in_m;
+                if (take(share, 2 * cost))
+                    for (int64_t i = row; i < stop; i++)
+                        kronecker_shrink(k, p->x + i * p->x_stride, low, high,
+                                         activations(step, p, seg, c, i, j) + kronecker_start(m));
+            }
+    }
+}
+
+static void shrink(const Step *step, const Projection *p, Share *share) {
+    for (int64_t s = 0; s < step->num_segments; s++) {
+        const Segment *seg = &step->segments[s];
+        for (int64_t row = seg->row_start; row < seg->row_end; row += ROWS) {
+            int64_t stop = row + ROWS < seg->row_end ? row + ROWS : seg->row_end;
+            for (int64_t k = seg->first; k < seg->last; k++)
+                for (int64_t j = 0; j < p->num_slices; j++)
+                    shrink_module(step, p, seg, &step->components[k], j, row, stop, share);
+        }
+    }
+}
+
+/* One row, columns [low, low + count) of slice j, which starts at column `first` of y. */
+KERNEL static void expand_columns(const Step *step, const Projection *p, const Segment *seg, int64_t row,
+                           int64_t j, int64_t first, int64_t low, int64_t count) {
+    float acc[COLUMNS] __attribute__((aligned(64)));
+    float gain[COLUMNS];
+    bf16 *y = p->y + row * p->y_stride + first + low;
+    for (int64_t o = 0; o < count; o++) acc[o] = to_f32(y[o]);
+    int has_gain = 0;
+    for (int64_t k = seg->first; k < seg->last; k++) {
+        const Component *c = &step->components[k];
+        const float *g = c->modules[p->module + j].gain;
+        if (!g) continue;
+        if (!has_gain)
+            for (int64_t o = 0; o < count; o++) gain[o] = 1.0f;
+        has_gain = 1;
+        float w = (float)c->weight;
+        for (int64_t o = 0; o < count; o++) gain[o] += w * (g[low + o] - 1.0f);
+    }
+    if (has_gain)
+        for (int64_t o = 0; o < count; o++) acc[o] *= gain[o];
+    if (p->bias)
+        for (int64_t o = 0; o < count; o++) acc[o] += to_f32(p->bias[first + low + o]);
+    for (int64_t k = seg->first; k < seg->last; k++) {
+        const Component *c = &step->components[k];
+        const Module *m = &c->modules[p->module + j];
+        float w = (float)c->weight;
+        if (m->bias)
+            for (int64_t o = 0; o < count; o++) acc[o] += w * m->bias[low + o];
+        const float *v = activations(step, p, seg, c, row, j);
+        int64_t width = p->widths[j];
+        if (m->rank) low_rank_expand(m, v, w, width, low, count, acc);
+        if (m->hadamard)
+            hadamard_expand(m->hadamard, v + hadamard_start(m), w, width, low, count, acc);
+        if (m->kronecker)
+            kronecker_expand(m->kronecker, v + kronecker_start(m), w, low, count, acc);
+    }
+    for (int64_t o = 0; o < count; o++) y[o] = to_bf16(acc[o]);
+}
+
+/* What a column of slice j costs: products, and some for reading and rounding it. */
+static int64_t column_cost(const Step *step, const Projection *p, const Segment *seg, int64_t j) {
+    int64_t cost = 8;
+    for (int64_t k = seg->first; k < seg->last; k++) {
+        const Module *m = &step->components[k].modules[p->module + j];
+        cost += m->rank;
+        if (m->hadamard) cost += m->hadamard->rank * m->hadamard->rank / 2;
+        if (m->kronecker) cost += m->kronecker->w2 ? m->kronecker->in_m : 2 * m->kronecker->rank;
+    }
+    return cost;
+}
+
+static void expand(const Step *step, const Projection *p, Share *share) {
+    for (int64_t s = 0; s < step->num_segments; s++) {
+        const Segment *seg = &step->segments[s];
+        int64_t first = 0;
+        for (int64_t j = 0; j < p->num_slices; first += p->widths[j++]) {
+            int64_t width = p->widths[j], units = (width + COLUMNS - 1) / COLUMNS;
+            int64_t column = column_cost(step, p, seg, j);
+            for (int64_t row = seg->row_start; row < seg->row_end; row += ROWS) {
+                int64_t stop = row + ROWS < seg->row_end ? row + ROWS : seg->row_end;
+                int64_t cost = column * (stop - row + READING);
+                if (skip(share, units, cost)) continue;
+                for (int64_t o = 0; o < width; o += COLUMNS) {
+                    if (!take(share, cost)) continue;
+                    int64_t count = width - o < COLUMNS ? width - o : COLUMNS;
+                    for (int64_t i = row; i < stop; i++)
+                        expand_columns(step, p, seg, i, j, first, o, count);
+                }
+            }
+        }
+    }
+}
+
+EXPORT void turret_adapt(const Step *step, const int64_t *shape, const bf16 *x, int64_t x_stride,
+                         bf16 *y, int64_t y_stride, const bf16 *bias) {
+    Projection p = {x, y, bias, x_stride, y_stride, shape + 3, shape[0], shape[1], shape[2]};
+    Share shrinking = {0}, expanding = {0};
+    shrink(step, &p, &shrinking);
+    expand(step, &p, &expanding);
+#pragma omp parallel num_threads(step->num_threads)
+    {
+        int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
+        Share own = next_walk(&shrinking, part, parts);
+        shrink(step, &p, &own);
+#pragma omp barrier
+        own = next_walk(&expanding, part, parts);
+        expand(step, &p, &own);
+    }
+}
+
+/* out = x * (start + sum_k w_k (l_k - 1)) for the listed rows, [count, in]; module: of the slice. */
+EXPORT KERNEL void turret_input_gain(const Step *step, int64_t module, int64_t in_features,
+                                     const bf16 *x, int64_t x_stride, const int64_t *rows,
+                                     const int64_t *segments, int64_t count, double start,
+                                     bf16 *out) {
+    for (int64_t n = 0; n < count; n++, out += in_features) {
+        const Segment *seg = &step->segments[segments[n]];
+        const bf16 *row = x + rows[n] * x_stride;
+        for (int64_t low = 0; low < in_features; low += COLUMNS) {
+            int64_t width = in_features - low < COLUMNS ? in_features - low : COLUMNS;
+            float gain[COLUMNS];
+            for (int64_t i = 0; i < width; i++) gain[i] = (float)start;
+            for (int64_t k = seg->first; k < seg->last; k++) {
+                const Component *c = &step->components[k];
+                const float *l = c->modules[module].input_gain;
+                float w = (float)c->weight;
+                if (!l) continue;
+                for (int64_t i = 0; i < width; i++) gain[i] += w * (l[low + i] - 1.0f);
+            }
+            for (int64_t i = 0; i < width; i++)
+                out[low + i] = to_bf16(to_f32(row[low + i]) * gain[i]);
+        }
+    }
+}

@@ -1,0 +1,74 @@
+/* The adapters of a step's rows, as kernels/cpu/row_adapters.py lays them out, and the operators.
+ *
+ * Every operator comes in two halves: shrink reads the input and writes activations to scratch
+ * memory, expand adds what they give for some columns to fp32 sums. Each sum runs in an order that
+ * depends on its own adapter only.
+ */
+#ifndef TURRET_ADAPTERS_H
+#define TURRET_ADAPTERS_H
+
+#include "vec.h"
+
+#define COLUMN_VECTORS 8 /* vectors of columns an expand unit takes together */
+#define COLUMNS (COLUMN_VECTORS * LANES)
+#define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
+
+/* ((w1a w1b) * (w2a w2b)) x; scratch: [padded rank, rank]. */
+typedef struct {
+    const bf16 *w1a, *w2a; /* [rank, out] */
+    const bf16 *w1b, *w2b; /* [rank, in] */
+    int64_t rank;
+} Hadamard;
+
+/* kron(w1, w2) x; scratch: [in_m, padded out_k], or [in_m, padded rank]. */
+typedef struct {
+    const bf16 *w1; /* [out_l, in_m] */
+    const bf16 *w2; /* [in_n, out_k], or null: its factors serve */
+    const bf16 *a;  /* [rank, in_n] */
+    const bf16 *b;  /* [rank, out_k] */
+    int64_t out_l, in_m, out_k, in_n, rank;
+} Kronecker;
+
+typedef struct {
+    const bf16 *a;      /* [rank, in] */
+    const bf16 *b;      /* [rank, out] */
+    const float *gain;  /* [out], or null */
+    const float *bias;  /* [out], or null */
+    const float *input_gain; /* [in], or null */
+    int64_t rank;       /* 0: no low-rank update */
+    const Hadamard *hadamard;   /* or null */
+    const Kronecker *kronecker; /* or null */
+} Module;
+
+/* Scratch, in this order. */
+INLINE int64_t hadamard_start(const Module *m) { return PADDED(m->rank); }
+
+INLINE int64_t kronecker_start(const Module *m) {
+    int64_t r = m->hadamard ? m->hadamard->rank : 0;
+    return hadamard_start(m) + PADDED(PADDED(r) * r);
+}
+
+INLINE int64_t kronecker_width(const Kronecker *k) { return k->w2 ? k->out_k : k->rank; }
+
+/* Ranks [r, r + RANKS) of A x. */
+#define RANKS 4
+void low_rank_shrink(const Module *m, const bf16 *x, int64_t in_features, int64_t r, float *v);
+/* acc[0:count] += w * (B v)[low:low + count], count at most COLUMNS; so the other two. */
+void low_rank_expand(const Module *m, const float *v, float w, int64_t width, int64_t low,
+                     int64_t count, float *acc);
+
+/* Tile number `tile` of U = w2b diag(x) w1b^T. */
+INLINE int64_t hadamard_tiles(const Hadamard *h) {
+    int64_t side = (h->rank + RANKS - 1) / RANKS;
+    return side * side;
+}
+void hadamard_shrink(const Hadamard *h, const bf16 *x, int64_t in_features, int64_t tile, float *u);
+void hadamard_expand(const Hadamard *h, const float *u, float w, int64_t width, int64_t low,
+                     int64_t count, float *acc);
+
+/* Rows [low, high) of X w2^T, X being x as [in_m, in_n]; or of X a^T. */
+void kronecker_shrink(const Kronecker *k, const bf16 *x, int64_t low, int64_t high, float *z);
+void kronecker_expand(const Kronecker *k, const float *z, float w, int64_t low, int64_t count,
+                      float *acc);
+
+#endif

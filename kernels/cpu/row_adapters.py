@@ -1,0 +1,268 @@
+"""Updates, gains and biases of every row's own adapters, read where they lie.
+
+Semantics, per row and slice ``s`` of a fused projection, over the components ``k`` of its mix::
+
+    y ← G ⊙ y + bias + Σ_k w_k (b_k + Δ_k(x))      G = 1 + Σ_k w_k (g_k − 1)
+
+    Δ(x) = B (A x) + ((w1a w1b) ⊙ (w2a w2b)) x + kron(w1, w2) x
+
+in fp32 with one rounding. Nothing is packed: a step is a list of row segments, each with its
+components, and a component is a pointer to its adapter's table of modules. The gathering is that of
+Punica (arXiv 2310.18547, section 4); all products run in one call, since on a CPU the call costs
+more than the products of one row.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from turret.kernels.cpu.native import functions
+
+_LANES = 16  # of vec.h: activations of an operator begin at multiples of it
+
+
+@dataclass(frozen=True, slots=True)
+class HadamardFactors:
+    """``((w1a w1b) ⊙ (w2a w2b)) x``.
+
+    Attributes:
+        w1a: ``[rank, out]`` bf16, contiguous like all of them (transposed: columns are computed
+            side by side).
+        w1b: ``[rank, in]`` bf16.
+        w2a: ``[rank, out]`` bf16.
+        w2b: ``[rank, in]`` bf16.
+    """
+
+    w1a: torch.Tensor
+    w1b: torch.Tensor
+    w2a: torch.Tensor
+    w2b: torch.Tensor
+
+    @property
+    def scratch(self) -> int:
+        """Floats its activations take: ``[padded rank, rank]``."""
+        rank = self.w1a.shape[0]
+        return _padded(_padded(rank) * rank)
+
+
+@dataclass(frozen=True, slots=True)
+class KroneckerFactors:
+    """``kron(w1, w2) x``.
+
+    Attributes:
+        w1: ``[out_l, in_m]`` bf16, contiguous like all of them.
+        w2: Transposed, ``[in_n, out_k]`` bf16; or its factors ``a`` and ``b`` as a low-rank
+            update has them, ``[rank, in_n]`` and ``[rank, out_k]``.
+    """
+
+    w1: torch.Tensor
+    w2: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+
+    @property
+    def scratch(self) -> int:
+        """Floats its activations take: ``[in_m, padded width]``."""
+        width = self.w2.shape[1] if isinstance(self.w2, torch.Tensor) else self.w2[0].shape[0]
+        return self.w1.shape[1] * _padded(width)
+
+
+class ModuleTable:
+    """Where one adapter's tensors lie, by module of the base. Keeps them alive.
+
+    Attributes:
+        width: Floats of scratch memory that a row takes, of the module that takes most.
+    """
+
+    def __init__(self, num_modules: int) -> None:
+        self._rows = [[0] * 8 for _ in range(num_modules)]
+        self._kept: list[torch.Tensor] = []
+        # What the last two fields point to: (module, field, values).
+        self._factors: list[tuple[int, int, list[int]]] = []
+        self._table = self._factor_table = torch.empty(0, dtype=torch.int64)
+        self.width = 0
+
+    def put(
+        self,
+        module: int,
+        *,
+        a: torch.Tensor | None = None,
+        b: torch.Tensor | None = None,
+        gain: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        input_gain: torch.Tensor | None = None,
+        hadamard: HadamardFactors | None = None,
+        kronecker: KroneckerFactors | None = None,
+    ) -> None:
+        """Enter a module's tensors.
+
+        Args:
+            module: Its number.
+            a: ``[rank, in]`` bf16, contiguous like all of them; together with ``b`` or not at all.
+            b: ``[rank, out]`` bf16.
+            gain: ``[out]`` fp32.
+            bias: ``[out]`` fp32.
+            input_gain: ``[in]`` fp32.
+            hadamard: The Hadamard update.
+            kronecker: The Kronecker update.
+        """
+        assert (a is None) == (b is None)
+        rank = 0 if a is None else a.shape[0]
+        pointers = [self._address_of(tensor) for tensor in (a, b, gain, bias, input_gain)]
+        self._rows[module] = [*pointers, rank, 0, 0]
+        width = _padded(rank)
+        if hadamard is not None:
+            factors = (hadamard.w1a, hadamard.w2a, hadamard.w1b, hadamard.w2b)
+            values = [*map(self._address_of, factors), hadamard.w1a.shape[0]]
+            self._factors.append((module, 6, values))
+            width += hadamard.scratch
+        if kronecker is not None:
+            self._factors.append((module, 7, self._kronecker(kronecker)))
+            width += kronecker.scratch
+        self.width = max(self.width, width)
+
+    def close(self) -> None:
+        """Make the table; nothing can be put any more."""
+        values = [value for _, _, values in self._factors for value in values]
+        self._factor_table = torch.tensor(values, dtype=torch.int64)
+        address = self._factor_table.data_ptr()
+        for module, field, values in self._factors:
+            self._rows[module][field] = address
+            address += 8 * len(values)
+        self._table = torch.tensor(self._rows, dtype=torch.int64)
+        self._rows, self._factors = [], []
+
+    @property
+    def address(self) -> int:
+        return self._table.data_ptr()
+
+    def _kronecker(self, factors: KroneckerFactors) -> list[int]:
+        w1, w2 = factors.w1, factors.w2
+        if isinstance(w2, torch.Tensor):
+            (in_n, out_k), rank, parts = w2.shape, 0, (w2, None, None)
+        else:
+            (rank, in_n), out_k, parts = w2[0].shape, w2[1].shape[1], (None, *w2)
+        return [*map(self._address_of, (w1, *parts)), *w1.shape, out_k, in_n, rank]
+
+    def _address_of(self, tensor: torch.Tensor | None) -> int:
+        """Of a tensor, which is kept; 0 for none."""
+        if tensor is None:
+            return 0
+        assert tensor.is_contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _padded(size: int) -> int:
+    return -(-size // _LANES) * _LANES
+
+
+@dataclass(frozen=True, slots=True)
+class RowSegment:
+    """Rows ``[start, end)`` that share a mix: (table, weight) in the request's order."""
+
+    start: int
+    end: int
+    components: Sequence[tuple[ModuleTable, float]]
+
+
+class RowAdapters:
+    """A step's segments, prepared once for all layers.
+
+    Args:
+        segments: The adapted rows; no row twice.
+        max_slices: Most slices a fused projection has.
+    """
+
+    def __init__(self, segments: Sequence[RowSegment], max_slices: int) -> None:
+        rows, components, weights = [], [], []
+        size = 0
+        for segment in segments:
+            first = len(components)
+            for table, weight in segment.components:
+                components.append([table.address, size, table.width, 0])
+                weights.append(weight)
+                size += (segment.end - segment.start) * max_slices * table.width
+            rows.append([segment.start, segment.end, first, len(components)])
+        self._tables = [table for segment in segments for table, _ in segment.components]
+        self._segments = torch.tensor(rows, dtype=torch.int64)
+        self._components = torch.tensor(components, dtype=torch.int64).view(-1, 4)
+        self._components.view(torch.float64)[:, 3] = torch.tensor(weights, dtype=torch.float64)
+        self._scratch = torch.empty(size)
+        self._step = (ctypes.c_int64 * 5)(
+            self._segments.data_ptr(),
+            self._components.data_ptr(),
+            self._scratch.data_ptr(),
+            len(rows),
+            torch.get_num_threads(),
+        )
+        self._address = ctypes.addressof(self._step)
+        self._adapt = functions().turret_adapt
+
+    def adapt(
+        self, shape: ProjectionShape, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
+    ) -> None:
+        """Apply one fused projection's adapters to the segments' rows of ``y``, in place.
+
+        Args:
+            shape: Of the projection.
+            x: ``[rows, in]`` bf16, rows may be strided.
+            y: Bias-free base results, ``[rows, sum(out)]`` bf16, rows may be strided.
+            bias: The base's, ``[sum(out)]`` bf16, or None.
+        """
+        self._adapt(
+            self._address,
+            shape.address,
+            x.data_ptr(),
+            x.stride(0),
+            y.data_ptr(),
+            y.stride(0),
+            None if bias is None else bias.data_ptr(),
+        )
+
+    def input_gain(
+        self,
+        module: int,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        segments: torch.Tensor,
+        *,
+        start: float,
+    ) -> torch.Tensor:
+        """``x ⊙ (start + Σ_k w_k (l_k − 1))`` for some rows.
+
+        Args:
+            module: Number of the module.
+            x: ``[rows, in]`` bf16.
+            rows: Row numbers, ``[n]`` int64.
+            segments: Number of each row's segment, ``[n]`` int64.
+            start: 1 for the scaled input, 0 for its difference to the input.
+
+        Returns:
+            ``[n, in]`` bf16.
+        """
+        out = torch.empty(rows.shape[0], x.shape[1], dtype=x.dtype)
+        functions().turret_input_gain(
+            self._address,
+            module,
+            x.shape[1],
+            x.data_ptr(),
+            x.stride(0),
+            rows.data_ptr(),
+            segments.data_ptr(),
+            rows.shape[0],
+            start,
+            out.data_ptr(),
+        )
+        return out
+
+
+class ProjectionShape:
+    """A fused projection of one layer: ``in``, the slices' widths, its first module's number."""
+
+    def __init__(self, in_features: int, widths: Sequence[int], first_module: int) -> None:
+        values = (in_features, len(widths), first_module, *widths)
+        self._values = (ctypes.c_int64 * len(values))(*values)
+        self.address = ctypes.addressof(self._values)
