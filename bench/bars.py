@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -79,6 +79,11 @@ def bars_of(result: Mapping[str, Any]) -> list[Bar]:
         ),
         Bar("host memory per registered adapter", registering["bytes_each"], 2048, unit="bytes"),
         Bar(
+            "process memory that adapters add, over their bytes (gaps, copies)",
+            _memory_share(result["memory"]),
+            1.2,
+        ),
+        Bar(
             "adapter bytes in host memory, most seen",
             _mib(host),
             _mib(budgets["host_bytes"]),
@@ -96,6 +101,19 @@ def bars_of(result: Mapping[str, Any]) -> list[Bar]:
             3,
         ),
     ]
+
+
+def _memory_share(rows: Sequence[Mapping[str, Any]]) -> float | None:
+    """Bytes by which the process with most adapters is larger, per byte of adapters it has more.
+
+    None where the two hold about as much, as in a trial run.
+    """
+    least = min(rows, key=lambda row: row["host_bytes_max"])
+    most = max(rows, key=lambda row: row["host_bytes_max"])
+    held = most["host_bytes_max"] - least["host_bytes_max"]
+    if held < least["host_bytes_max"]:
+        return None
+    return round((most["rss_bytes_max"] - least["rss_bytes_max"]) / held, 3)
 
 
 def _mib(count: int) -> float:

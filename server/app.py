@@ -58,6 +58,7 @@ class App:
         config: The resolved configuration.
         build: Loads the model and makes the engine; blocks.
         methods: Names of the adapter methods to report; asked once the model is loaded.
+        on_loaded: Called when everything that stays for the life of the process is there.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class App:
         config: Config,
         build: Build = _build,
         methods: Callable[[], tuple[str, ...]] = _served_methods,
+        on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
         self.metrics = Metrics()
@@ -73,6 +75,7 @@ class App:
         self.metrics_server: MetricsServer | None = None
         self._build = build
         self._methods = methods
+        self._on_loaded = on_loaded
         self._engine: Any = None
         self._registry: Any = None
         self._stop = asyncio.Event()
@@ -140,6 +143,7 @@ class App:
                 "quantization": model_info.quantization,
             }
         )
+        self._on_loaded()
         self.gate.open(
             Backend(
                 engine=engine,

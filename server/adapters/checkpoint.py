@@ -10,8 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -42,7 +43,7 @@ class AdapterCheckpoint:
         path: As the caller gave it, relative to the adapter root.
         config: ``adapter_config.json``.
         tensors: By canonical name (module path and PEFT's parameter name, without wrapper
-            prefixes), in the file's dtype; they own their memory.
+            prefixes), in the file's dtype; views of one buffer, which is not the file's mapping.
         digest: SHA-256, hex, over the config (canonical JSON) and every byte of the tensor file.
         bytes_disk: Size of the two files.
         is_partial: Whether tensors were taken out that the method must not miss.
@@ -147,36 +148,48 @@ def _read_tensors(
         )
     digest.update(header.raw)
     names = canonical_names([entry.name for entry in header.entries], violations)
-    tensors: dict[str, torch.Tensor] = {}
-    for entry in header.entries:
-        tensor = _read_tensor(file, entry, digest, violations)
-        if tensor is not None and entry.name in names:
-            tensors[names[entry.name]] = tensor
-    if file.read(1):
+    data = _read_data(file, header.entries[-1].end if header.entries else 0)
+    if data is None or file.read(1):
         violations.add(TENSORS_FILE, "changed while it was read")
+        violations.raise_if_any(path)
+    assert data is not None
+    digest.update(data.numpy().data)
+    tensors: dict[str, torch.Tensor] = {}
+    for entry, tensor in _tensors_in(data, header.entries, violations):
+        if entry.name in names:
+            tensors[names[entry.name]] = tensor
     violations.raise_if_any(path)
     return tensors
 
 
-def _read_tensor(
-    file: BinaryIO, entry: TensorEntry, digest: Any, violations: Violations
-) -> torch.Tensor | None:
-    """Reads one tensor into memory of its own (never a view of the file's mapping)."""
-    if entry.end == entry.begin:
-        # AdaLoRA writes such tensors for modules it pruned to rank 0.
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    buffer = bytearray(entry.end - entry.begin)
-    view = memoryview(buffer)
+def _read_data(file: BinaryIO, num_bytes: int) -> torch.Tensor | None:
+    """``[num_bytes]`` uint8, or None if there is less. Memory of its own, never the file's mapping.
+
+    In one piece: who reads hundreds of small tensors holds the interpreter that engine steps need.
+    """
+    data = torch.empty(num_bytes, dtype=torch.uint8)
+    view = data.numpy().data
     filled = 0
-    while filled < len(buffer):
+    while filled < num_bytes:
         count = file.readinto(view[filled:])  # type: ignore[attr-defined]
         if not count:
-            violations.add(TENSORS_FILE, "changed while it was read")
             return None
         filled += count
-    digest.update(buffer)
-    tensor = torch.frombuffer(buffer, dtype=entry.dtype).reshape(entry.shape)
-    if not all_finite(tensor):
-        violations.add(entry.name, "holds NaN or Inf")
-        return None
-    return tensor
+    return data
+
+
+def _tensors_in(
+    data: torch.Tensor, entries: Sequence[TensorEntry], violations: Violations
+) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
+    """The tensors, views of the data, each with its entry; names those that are not finite."""
+    for dtype, group in groupby(entries, lambda entry: entry.dtype):
+        run = list(group)
+        part = data[run[0].begin : run[-1].end]
+        if run[0].begin % dtype.itemsize:
+            part = part.clone()
+        values = part.view(dtype)
+        is_finite = all_finite(values)
+        for entry, flat in zip(run, values.split([e.num_elements for e in run]), strict=True):
+            if not is_finite and not all_finite(flat):
+                violations.add(entry.name, "holds NaN or Inf")
+            yield entry, flat.view(entry.shape)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import fields, is_dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -20,13 +18,7 @@ def on_device(operators: AdapterOperators, device: torch.device) -> AdapterOpera
 
     Hundreds of small tensors would be hundreds of transfers. The soft prompt stays where it is.
     """
-    tensors: list[torch.Tensor] = []
-
-    def collect(tensor: torch.Tensor) -> torch.Tensor:
-        tensors.append(tensor)
-        return tensor
-
-    _map(dict(operators.modules), collect)
+    tensors = [tensor for module in operators.modules.values() for tensor in module.tensors()]
     if all(tensor.device == device for tensor in tensors):
         return operators
     offsets, end = [], 0
@@ -37,25 +29,10 @@ def on_device(operators: AdapterOperators, device: torch.device) -> AdapterOpera
     for tensor, offset in zip(tensors, offsets, strict=True):
         _view(host, offset, tensor).copy_(tensor)
     there = upload(host, device)
-    places = iter(offsets)
-    return replace(
-        operators,
-        modules=_map(dict(operators.modules), lambda tensor: _view(there, next(places), tensor)),
-    )
+    moved = (_view(there, *place) for place in zip(offsets, tensors, strict=True))
+    modules = {name: part.with_tensors(moved) for name, part in operators.modules.items()}
+    return replace(operators, modules=modules)
 
 
 def _view(buffer: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
     return buffer[offset : offset + like.nbytes].view(like.dtype).view(like.shape)
-
-
-def _map(part: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """The same structure with every tensor changed, in the order of fields and keys."""
-    if isinstance(part, torch.Tensor):
-        return change(part)
-    if isinstance(part, tuple):
-        return tuple(_map(item, change) for item in part)
-    if isinstance(part, dict):
-        return {key: _map(value, change) for key, value in part.items()}
-    if is_dataclass(part) and not isinstance(part, type):
-        return replace(part, **{f.name: _map(getattr(part, f.name), change) for f in fields(part)})
-    return part

@@ -139,7 +139,7 @@ class FusionBank:
             ends.append(ends[-1] + shape.out_features)
         slices, down, cursor = [], [], 0
         for s, gate in gates:
-            moved = gate.to(self._device)
+            moved = gate.with_tensors(tensor.to(self._device) for tensor in gate.tensors())
             split = cursor + moved.a.shape[0]
             end = split + moved.query.shape[0]
             slices.append(

@@ -9,7 +9,7 @@ Nothing below this file knows the name of a method.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -39,6 +39,13 @@ class LowRank:
     def num_bytes(self) -> int:
         return self.a.nbytes + self.b.nbytes
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.a, self.b)
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> LowRank:
+        """The same of other tensors, in the order of ``tensors()``; so for all operators."""
+        return LowRank(next(tensors), next(tensors))
+
 
 @dataclass(frozen=True, slots=True)
 class Hadamard:
@@ -63,6 +70,9 @@ class Hadamard:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.w1a, self.w1b, self.w2a, self.w2b)
 
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> Hadamard:
+        return Hadamard(next(tensors), next(tensors), next(tensors), next(tensors))
+
 
 @dataclass(frozen=True, slots=True)
 class Kronecker:
@@ -83,6 +93,10 @@ class Kronecker:
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.w1, self.w2) if isinstance(self.w2, torch.Tensor) else (self.w1, *self.w2)
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> Kronecker:
+        w1, w2 = next(tensors), next(tensors)
+        return Kronecker(w1, w2 if isinstance(self.w2, torch.Tensor) else (w2, next(tensors)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,10 +126,9 @@ class Gate:
     def tensors(self) -> tuple[torch.Tensor, ...]:
         return (self.a, self.b, self.query, self.keys)
 
-    def to(self, device: torch.device) -> Gate:
-        """The same on a device."""
-        a, b, query, keys = (tensor.to(device) for tensor in self.tensors())
-        return Gate(a, b, query, keys, self.rank_indptr)
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> Gate:
+        factors = (next(tensors), next(tensors), next(tensors), next(tensors))
+        return Gate(*factors, self.rank_indptr)
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,15 +155,30 @@ class ModuleOperators:
     bias: torch.Tensor | None = None
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
-        """Every tensor, for counting bytes and checking values."""
+        """Every tensor, in the order of the fields and of their own tensors."""
         found: list[torch.Tensor] = []
-        if self.low_rank is not None:
-            found += (self.low_rank.a, self.low_rank.b)
-        for factors in (self.hadamard, self.kronecker, self.gate):
+        for factors in (self.low_rank, self.hadamard, self.kronecker, self.gate):
             if factors is not None:
                 found += factors.tensors()
         found += (p for p in (self.gain, self.input_gain, self.bias) if p is not None)
         return tuple(found)
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> ModuleOperators:
+        """The same operators of other tensors, given in the order of ``tensors()``."""
+
+        def like(part: torch.Tensor | None) -> torch.Tensor | None:
+            return None if part is None else next(tensors)
+
+        low_rank, hadamard, kronecker = self.low_rank, self.hadamard, self.kronecker
+        return ModuleOperators(
+            low_rank=None if low_rank is None else low_rank.with_tensors(tensors),
+            hadamard=None if hadamard is None else hadamard.with_tensors(tensors),
+            kronecker=None if kronecker is None else kronecker.with_tensors(tensors),
+            gate=None if self.gate is None else self.gate.with_tensors(tensors),
+            gain=like(self.gain),
+            input_gain=like(self.input_gain),
+            bias=like(self.bias),
+        )
 
     @property
     def num_bytes(self) -> int:

@@ -21,6 +21,7 @@ from turret.server.adapters.strict_json import parse_object
 MAX_HEADER_BYTES = 8 << 20
 MAX_DIMENSIONS = 4
 MAX_EXTENT = 1 << 31
+_FIELDS = {"dtype", "shape", "data_offsets"}
 
 # Weights only. Integer and 8-bit float tensors mean a format this server does not know.
 DTYPES = {
@@ -89,11 +90,12 @@ def read_header(file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
 
 
 def _is_index(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    # type(): a bool is an int too.
+    return type(value) is int and value >= 0
 
 
 def _entry(name: str, spec: Any) -> TensorEntry:
-    if not isinstance(spec, Mapping) or set(spec) != {"dtype", "shape", "data_offsets"}:
+    if not isinstance(spec, dict) or spec.keys() != _FIELDS:
         raise ValueError(f"tensor {name!r} must have exactly dtype, shape and data_offsets")
     dtype = DTYPES.get(spec["dtype"]) if isinstance(spec["dtype"], str) else None
     if dtype is None:
@@ -101,9 +103,11 @@ def _entry(name: str, spec: Any) -> TensorEntry:
     shape, offsets = spec["shape"], spec["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"tensor {name!r}: shape must be a list of at most {MAX_DIMENSIONS}")
-    if not all(_is_index(extent) and extent < MAX_EXTENT for extent in shape):
-        raise ValueError(f"tensor {name!r}: shape {shape} is out of range")
-    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_index, offsets)):
+    for extent in shape:
+        if not _is_index(extent) or extent >= MAX_EXTENT:
+            raise ValueError(f"tensor {name!r}: shape {shape} is out of range")
+    is_pair = isinstance(offsets, list) and len(offsets) == 2
+    if not is_pair or not (_is_index(offsets[0]) and _is_index(offsets[1])):
         raise ValueError(f"tensor {name!r}: data_offsets must be two non-negative integers")
     begin, end = offsets
     if end - begin != math.prod(shape) * dtype.itemsize:

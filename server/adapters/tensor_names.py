@@ -20,6 +20,8 @@ def canonical_name(name: str) -> str:
     ``base_model.model.model.layers.0.q_proj.lora_A.default.weight`` becomes
     ``model.layers.0.q_proj.lora_A.weight``.
     """
+    if ADAPTER_NAME not in name and not any(wrapper in name for wrapper in WRAPPERS):
+        return name.removeprefix(PEFT_PREFIX)
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     joined = ".".join(parts).removeprefix(PEFT_PREFIX)
     parts = joined.split(".")

@@ -80,7 +80,8 @@ def changed_rows(tensor: torch.Tensor, base_matrix: torch.Tensor) -> torch.Tenso
 
 
 def _owned(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype).contiguous()
+    """Not a view: that would keep all other tensors of the file."""
+    return tensor.to(dtype, copy=True).contiguous()
 
 
 def _finite(name: str, rows: TokenRows, findings: Findings) -> TokenRows | None:

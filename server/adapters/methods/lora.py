@@ -13,7 +13,7 @@ import torch
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint import AdapterCheckpoint
-from turret.server.adapters.fold import finish, fold
+from turret.server.adapters.fold import finish, fold_all
 from turret.server.adapters.lora_config import LORA_RULES
 from turret.server.adapters.lora_layout import LoraModule, read_lora_layout
 from turret.server.adapters.lowered import Lowered
@@ -32,10 +32,9 @@ class LoraMethod:
         self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
     ) -> Lowered:
         layout = read_lora_layout(checkpoint, base, max_rank)
+        folded = fold_all(layout.modules, base.dtype)
         operators = {
-            module.name: ModuleOperators(
-                low_rank=fold(module, base.dtype), bias=_scaled_bias(module)
-            )
+            module.name: ModuleOperators(low_rank=folded[module.name], bias=_scaled_bias(module))
             for module in layout.modules
         }
         return finish(layout, operators, base, checkpoint.path, depends_on_base=False)

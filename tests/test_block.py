@@ -1,0 +1,84 @@
+"""Operators in one block: the same values, no gaps, no other memory kept."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from turret.server.adapters.block import in_one_block
+from turret.server.adapters.operators import (
+    Gate,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    ModuleOperators,
+)
+
+
+def low_rank(rank: int, size: int) -> LowRank:
+    # Views of something larger, as those of a file's tensors are.
+    wide = torch.randn(2 * rank, size).bfloat16()
+    return LowRank(wide[:rank], wide[rank:])
+
+
+def one_of_each() -> dict[str, ModuleOperators]:
+    shared = torch.randn(3, 24).bfloat16()
+    factors = [torch.randn(*shape).bfloat16() for shape in ((7, 5), (6, 4), (6, 2), (2, 4))]
+    gate = Gate(*(torch.randn(4, 8) for _ in range(4)), (0, 3, 4))
+    return {
+        "a": ModuleOperators(low_rank=low_rank(3, 24), gain=torch.randn(24)),
+        "b": ModuleOperators(hadamard=Hadamard(shared, shared, *(torch.randn(2, 9, 3)))),
+        "c": ModuleOperators(kronecker=Kronecker(factors[0], factors[1])),
+        "d": ModuleOperators(kronecker=Kronecker(factors[0], (factors[2], factors[3]))),
+        "e": ModuleOperators(gate=gate, input_gain=torch.randn(8), bias=torch.randn(8)),
+        "f": ModuleOperators(low_rank=LowRank(torch.empty(0, 24), torch.empty(0, 8))),
+        "g": ModuleOperators(),
+    }
+
+
+def test_every_operator_keeps_its_values_in_one_storage() -> None:
+    before = one_of_each()
+    after, is_finite = in_one_block(before)
+    assert is_finite
+    assert list(after) == list(before)
+    storages = set()
+    for name, module in before.items():
+        copied = after[name]
+        for field in ("low_rank", "hadamard", "kronecker", "gate", "gain", "input_gain", "bias"):
+            assert (getattr(module, field) is None) == (getattr(copied, field) is None)
+        assert len(module.tensors()) == len(copied.tensors())
+        for old, new in zip(module.tensors(), copied.tensors(), strict=True):
+            assert torch.equal(old, new)
+            assert old.dtype == new.dtype
+            assert new.is_contiguous()
+            if new.numel():
+                storages.add(new.untyped_storage().data_ptr())
+    assert len(storages) == 1
+    gate, moved = before["e"].gate, after["e"].gate
+    assert gate is not None
+    assert moved is not None
+    assert gate.rank_indptr == moved.rank_indptr
+    both = after["b"].hadamard
+    assert both is not None
+    assert both.w1a is both.w1b  # what was one tensor is there once
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_values_that_are_not_finite_are_seen(value: float) -> None:
+    for place in range(3):
+        modules = {str(i): ModuleOperators(low_rank=low_rank(2, 64)) for i in range(3)}
+        changed = modules[str(place)].low_rank
+        assert changed is not None
+        changed.b[1, 63] = value
+        assert not in_one_block(modules)[1]
+
+
+def test_a_block_is_no_larger_than_its_tensors() -> None:
+    ranks = (1, 3, 8, 16, 64)
+    modules = {
+        f"{i}": ModuleOperators(low_rank=low_rank(ranks[i % 5], 64 + 8 * i)) for i in range(60)
+    }
+    after, _ = in_one_block(modules)
+    tensors = [tensor for module in after.values() for tensor in module.tensors()]
+    block = tensors[0].untyped_storage().nbytes()
+    assert block <= 1.05 * sum(tensor.nbytes for tensor in tensors)
