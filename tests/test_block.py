@@ -24,7 +24,8 @@ def low_rank(rank: int, size: int) -> LowRank:
 def one_of_each() -> dict[str, ModuleOperators]:
     shared = torch.randn(3, 24).bfloat16()
     factors = [torch.randn(*shape).bfloat16() for shape in ((7, 5), (6, 4), (6, 2), (2, 4))]
-    gate = Gate(*(torch.randn(4, 8) for _ in range(4)), (0, 3, 4))
+    a, b, query, keys = torch.randn(4, 4, 8)
+    gate = Gate(a, b, query, keys, (0, 3, 4))
     return {
         "a": ModuleOperators(low_rank=low_rank(3, 24), gain=torch.randn(24)),
         "b": ModuleOperators(hadamard=Hadamard(shared, shared, *(torch.randn(2, 9, 3)))),
