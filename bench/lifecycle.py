@@ -32,7 +32,7 @@ from registering import register, restore
 from replay import median_ms, replay
 from report import RESULTS, make_console, print_rows
 from rich.console import Console
-from workload import Workload, draw
+from workload import LENGTHS, Workload, draw
 
 from turret.server.config import parse_byte_size
 from turret.server.models.arch import Arch, read_arch
@@ -59,9 +59,15 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         default="attention",
         help="projections the adapters are on: q, k, v and o as in S-LoRA, or all seven",
     )
+    parser.add_argument(
+        "--lengths",
+        choices=LENGTHS,
+        default="s-lora",
+        help="prompts of 8 to 512 tokens and 8 to 512 generated, or 16 to 64 and 8 to 32",
+    )
     for flag, kind, default, text in (
-        ("--requests", int, 200, "length of a trace"),
-        ("--rounds", int, 3, "traces for each number of adapters"),
+        ("--requests", int, 48, "length of a trace"),
+        ("--rounds", int, 4, "traces for each number of adapters"),
         ("--rate", float, 40.0, "mean arrivals per second; more than can be served"),
         ("--cv", float, 1.0, "coefficient of variation of the gaps"),
         ("--exponent", float, 1.0, "of the popularity's power law"),
@@ -117,15 +123,20 @@ def measure_throughput(
     """
     rates: dict[int, list[float]] = {count: [] for count in args.adapters}
     answers: dict[int, list[Any]] = {count: [] for count in args.adapters}
+    prompt_tokens, new_tokens = LENGTHS[args.lengths]
     for number in range(args.rounds + 1):
         workload = Workload(
             num_requests=args.requests,
             rate=args.rate,
             cv=args.cv,
             exponent=args.exponent,
+            prompt_tokens=prompt_tokens,
+            new_tokens=new_tokens,
             seed=args.seed + number,
         )
-        for count, server in fleet.servers.items():
+        # This machine's speed drifts: no number of adapters may always come first.
+        for count in args.adapters if number % 2 else reversed(args.adapters):
+            server = fleet.servers[count]
             served = replay(server.address, draw(workload, names[:count]))
             rate = len(served) / max(answer.finished for answer in served)
             console.print(f"round {number}, {count} adapters: {rate:.2f} requests/s")
@@ -254,7 +265,17 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(scratch)
         names, probes = write_adapters(args, folder / "adapters", arch, model.name)
         result = measure(args, folder, names, probes, console)
-    kept = ("adapters", "targets", "requests", "rounds", "rate", "cv", "exponent", "seed")
+    kept = (
+        "adapters",
+        "targets",
+        "lengths",
+        "requests",
+        "rounds",
+        "rate",
+        "cv",
+        "exponent",
+        "seed",
+    )
     kept += ("host_bytes", "device_bytes")
     scenario = {name: getattr(args, name) for name in kept} | {"model": model.name}
     result = (

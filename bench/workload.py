@@ -6,6 +6,10 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+# S-LoRA's own lengths, of prompts and of what is generated; and short ones, which make the most of
+# whatever is paid per request.
+LENGTHS = {"s-lora": ((8, 512), (8, 512)), "short": ((16, 64), (8, 32))}
+
 # Ids below these are special tokens or bytes in the vocabularies of the models served here.
 TOKEN_IDS = range(1000, 20000)
 

@@ -21,6 +21,7 @@ import torch
 from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.finite import all_finite
+from turret.server.adapters.known_files import KnownFiles, stamp_of
 from turret.server.adapters.safetensors_header import TensorEntry, read_header
 from turret.server.adapters.strict_json import parse_object
 from turret.server.adapters.tensor_names import canonical_names
@@ -60,13 +61,16 @@ class AdapterCheckpoint:
     find_component: FindComponent = field(default=find_no_component, repr=False)
 
 
-def read_checkpoint(root: AdapterRoot, path: str, *, max_elements: int) -> AdapterCheckpoint:
+def read_checkpoint(
+    root: AdapterRoot, path: str, *, max_elements: int, known: KnownFiles | None = None
+) -> AdapterCheckpoint:
     """Reads the adapter in directory ``path``.
 
     Args:
         root: The allow-listed root.
         path: Directory, relative to the root.
         max_elements: Most tensor elements to read, all tensors together.
+        known: Files that were hashed before and need not be again; learns those that were now.
 
     Raises:
         AdapterCheckpointError: Path, file, header or values are refused.
@@ -74,18 +78,27 @@ def read_checkpoint(root: AdapterRoot, path: str, *, max_elements: int) -> Adapt
     """
     directory = root.directory(path)
     _refuse_pickle(directory, path)
-    with root.open_file(directory, CONFIG_FILE, path) as file:
-        config_bytes = file.read(MAX_CONFIG_BYTES + 1)
-    config = parse_config(config_bytes, path)
-    digest = begin_digest(config)
-    with root.open_file(directory, TENSORS_FILE, path) as file:
+    with (
+        root.open_file(directory, CONFIG_FILE, path) as config_file,
+        root.open_file(directory, TENSORS_FILE, path) as file,
+    ):
+        stamp = None if known is None else stamp_of(config_file.fileno(), file.fileno())
+        digest = None if known is None else known.find(stamp)
+        config_bytes = config_file.read(MAX_CONFIG_BYTES + 1)
+        config = parse_config(config_bytes, path)
+        hashed = begin_digest(config)
         file_bytes = os.fstat(file.fileno()).st_size
-        tensors = _read_tensors(file, file_bytes, path, digest, max_elements)
+        unhashed = hashed if digest is None else None
+        tensors = _read_tensors(file, file_bytes, path, unhashed, max_elements)
+    if digest is None:
+        digest = hashed.hexdigest()
+        if known is not None:
+            known.remember(stamp, digest)
     return AdapterCheckpoint(
         path=path,
         config=config,
         tensors=tensors,
-        digest=digest.hexdigest(),
+        digest=digest,
         bytes_disk=len(config_bytes) + file_bytes,
     )
 
@@ -131,7 +144,7 @@ def parse_config(data: bytes, path: str) -> dict[str, Any]:
 
 
 def _read_tensors(
-    file: BinaryIO, file_bytes: int, path: str, digest: Any, max_elements: int
+    file: BinaryIO, file_bytes: int, path: str, digest: Any | None, max_elements: int
 ) -> dict[str, torch.Tensor]:
     violations = Violations()
     try:
@@ -146,14 +159,15 @@ def _read_tensors(
             " the host budget",
             metadata={"path": path, "elements": str(header.num_elements)},
         )
-    digest.update(header.raw)
     names = canonical_names([entry.name for entry in header.entries], violations)
     data = _read_data(file, header.entries[-1].end if header.entries else 0)
     if data is None or file.read(1):
         violations.add(TENSORS_FILE, "changed while it was read")
         violations.raise_if_any(path)
     assert data is not None
-    digest.update(data.numpy().data)
+    if digest is not None:
+        digest.update(header.raw)
+        digest.update(data.numpy().data)
     tensors: dict[str, torch.Tensor] = {}
     for entry, tensor in _tensors_in(data, header.entries, violations):
         if entry.name in names:

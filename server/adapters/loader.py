@@ -16,6 +16,7 @@ from turret.server.adapters.component import (
     find_no_component,
 )
 from turret.server.adapters.facts import AdapterFacts
+from turret.server.adapters.known_files import KnownFiles
 from turret.server.adapters.lowered import Lowered
 from turret.server.adapters.lowering import lower_checkpoint
 from turret.server.adapters.operators import AdapterOperators
@@ -42,7 +43,7 @@ class LoadedAdapter:
 
 
 class AdapterLoader:
-    """Stateless but for its settings; safe to use from several threads.
+    """Remembers which files it has hashed, and nothing else; safe to use from several threads.
 
     Attributes:
         base: The base model as served; may be set at any time.
@@ -71,6 +72,7 @@ class AdapterLoader:
         self._host_bytes = host_bytes
         self._max_rank = max_rank
         self._find_source = find_source
+        self._known = KnownFiles()
 
     def root_of(self, source: Source) -> AdapterRoot:
         """The only directory that the source's files may be opened in."""
@@ -81,7 +83,9 @@ class AdapterLoader:
         compute_on_this_thread()
         # Operators take at least one serving element per weight, so more cannot fit.
         max_elements = self._host_bytes // self.base.dtype.itemsize
-        return read_checkpoint(self.root_of(source), source.path, max_elements=max_elements)
+        return read_checkpoint(
+            self.root_of(source), source.path, max_elements=max_elements, known=self._known
+        )
 
     def lower(self, checkpoint: AdapterCheckpoint) -> LoadedAdapter:
         """Makes the operators.

@@ -7,6 +7,7 @@ data. Offsets count from the end of the header and must tile the data: no gap, n
 
 from __future__ import annotations
 
+import functools
 import math
 import struct
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from turret.server.adapters.strict_json import parse_object
 MAX_HEADER_BYTES = 8 << 20
 MAX_DIMENSIONS = 4
 MAX_EXTENT = 1 << 31
+_MAX_SHARED_BYTES = 256 << 10
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
 # Weights only. Integer and 8-bit float tensors mean a format this server does not know.
@@ -78,6 +80,12 @@ def read_header(file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
     text = file.read(length)
     if len(text) != length:
         raise ValueError("ends inside its header")
+    parse = _parse_shared if length <= _MAX_SHARED_BYTES else _parse
+    return SafetensorsHeader(word + text, parse(text, file_bytes - 8 - length))
+
+
+def _parse(text: bytes, data_bytes: int) -> tuple[TensorEntry, ...]:
+    """The entries, in file order."""
     table = parse_object(text)
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, Mapping):
@@ -85,8 +93,12 @@ def read_header(file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
     entries = sorted(
         (_entry(name, spec) for name, spec in table.items()), key=lambda e: (e.begin, e.end)
     )
-    _check_tiling(entries, file_bytes - 8 - length)
-    return SafetensorsHeader(raw=word + text, entries=tuple(entries))
+    _check_tiling(entries, data_bytes)
+    return tuple(entries)
+
+
+# Adapters of one recipe differ in their weights alone: thousands share a header.
+_parse_shared = functools.lru_cache(maxsize=16)(_parse)
 
 
 def _is_index(value: Any) -> bool:

@@ -1,0 +1,113 @@
+"""An adapter that is read again is hashed again exactly if its files may have changed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from turret.server.adapters import checkpoint as reader
+from turret.server.adapters import known_files
+from turret.server.adapters.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.known_files import KnownFiles, stamp_of
+
+TENSORS = "adapter_model.safetensors"
+
+
+def write(folder: Path, seed: int, alpha: int = 1) -> None:
+    folder.mkdir(exist_ok=True)
+    torch.manual_seed(seed)
+    save_file({"a": torch.randn(4, 4)}, folder / TENSORS)
+    (folder / "adapter_config.json").write_text(json.dumps({"alpha": alpha}))
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Bytes hashed, a number per piece; files count as settled at once."""
+    monkeypatch.setattr(known_files, "_SETTLED_SECONDS", 0.0)
+    pieces: list[int] = []
+    begin = reader.begin_digest
+
+    class Counting:
+        def __init__(self, config: object) -> None:
+            self._digest = begin(config)  # type: ignore[arg-type]
+
+        def update(self, data: bytes) -> None:
+            pieces.append(len(data))
+            self._digest.update(data)
+
+        def hexdigest(self) -> str:
+            return self._digest.hexdigest()
+
+    monkeypatch.setattr(reader, "begin_digest", Counting)
+    return pieces
+
+
+def read(folder: Path, known: KnownFiles | None) -> AdapterCheckpoint:
+    root = AdapterRoot(folder.parent)
+    return read_checkpoint(root, folder.name, max_elements=1000, known=known)
+
+
+def test_unchanged_files_are_hashed_once(tmp_path: Path, hashed: list[int]) -> None:
+    write(tmp_path / "a", 0)
+    known = KnownFiles()
+    first = read(tmp_path / "a", known)
+    count = len(hashed)
+    assert count
+    again = read(tmp_path / "a", known)
+    assert len(hashed) == count
+    assert again.digest == first.digest == read(tmp_path / "a", None).digest
+    assert torch.equal(again.tensors["a"], first.tensors["a"])
+    os.link(tmp_path / "a" / TENSORS, tmp_path / "link")  # moves the time of its last change
+    assert read(tmp_path / "a", known).digest == first.digest
+    assert len(hashed) > count
+
+
+def test_content_of_the_same_size_and_age_is_seen(tmp_path: Path, hashed: list[int]) -> None:
+    folder = tmp_path / "a"
+    write(folder, 0)
+    known = KnownFiles()
+    first = read(folder, known)
+    file = folder / TENSORS
+    before = file.stat()
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    with file.open("r+b") as opened:
+        opened.write(data)
+    while (
+        file.stat().st_ctime_ns == before.st_ctime_ns
+        or file.stat().st_mtime_ns > before.st_mtime_ns
+    ):
+        os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert read(folder, known).digest != first.digest
+
+
+def test_another_config_is_seen(tmp_path: Path, hashed: list[int]) -> None:
+    write(tmp_path / "a", 0)
+    known = KnownFiles()
+    first = read(tmp_path / "a", known)
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"alpha": 2}))
+    assert read(tmp_path / "a", known).digest != first.digest
+
+
+def test_files_that_changed_just_now_have_no_stamp(tmp_path: Path) -> None:
+    file = tmp_path / "a"
+    file.write_text("x")
+    with file.open() as opened:
+        assert stamp_of(opened.fileno()) is None
+
+
+def test_the_longest_unused_is_forgotten() -> None:
+    known = KnownFiles(max_entries=2)
+    for name in (b"a", b"b"):
+        known.remember(name, name.decode())
+    assert known.find(b"a") == "a"
+    known.remember(b"c", "c")
+    known.remember(None, "d")
+    assert [known.find(name) for name in (b"a", b"b", b"c", None)] == ["a", None, "c", None]
