@@ -23,6 +23,7 @@ from turret.server.adapters.gpu_pack import GpuAdapterPack
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators import (
     AdapterOperators,
+    Gate,
     Hadamard,
     Kronecker,
     LowRank,
@@ -149,12 +150,17 @@ def _adapters() -> dict[str, _Adapter]:
         kronecker = Kronecker(some(8, 8), (some(out // 8, 2), some(2, inner // 8)))
         return ModuleOperators(hadamard=hadamard, kronecker=kronecker, input_gain=torch.rand(inner))
 
+    def gated(out: int, inner: int) -> ModuleOperators:
+        gate = Gate(some(16, inner), some(16, out), some(4, inner), torch.rand(16, 4), (0, 5, 12))
+        return ModuleOperators(gate=gate)
+
     soft = SoftPrompt(soft_tokens=some(3, ARCH.hidden_size))
     kv = (ARCH.num_layers, 5, ARCH.num_kv_heads, ARCH.head_dim)
     prefix = SoftPrompt(prefix=PrefixKv(some(*kv), some(*kv)))
     found = {
         "low": everywhere(low_rank),
         "other": everywhere(other),
+        "gated": everywhere(gated),
         "soft": AdapterOperators({}, soft),
         "prefix": AdapterOperators({}, prefix),
     }
@@ -183,15 +189,16 @@ def _sequence(
 def _steps(adapters: dict[str, _Adapter]) -> dict[str, Step]:
     """A step of prompts with everything, and decode steps."""
     low, other = (adapters["low"], 0.5), (adapters["other"], -1.0)
+    gated = (adapters["gated"], 0.7)
     prompts = [
-        Scheduled(_sequence(1, 0, low, other), 6),
+        Scheduled(_sequence(1, 0, low, other, gated), 6),
         Scheduled(_sequence(5, 0, (adapters["soft"], 1.0)), 9),
         Scheduled(_sequence(9, 6, low), 1),
         Scheduled(_sequence(17, 0), 4),
     ]
     prefixed = _sequence(13, 16, (adapters["prefix"], 1.0), other)
     prompts.append(Scheduled(prefixed, 6))
-    decode = [Scheduled(_sequence(1 + 4 * i, 6 + i, low, other), 1) for i in range(3)]
+    decode = [Scheduled(_sequence(1 + 4 * i, 6 + i, low, other, gated), 1) for i in range(3)]
     base = [Scheduled(_sequence(1, 9), 1)]
     return {
         "prompts": Step(tuple(prompts), (1, 2), 0, ((prefixed, 0),)),
@@ -284,12 +291,13 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     assert copies.waits == []
     # One per table: a copy per row, layer or request would be noticed.
     shelves = len(executor.store._unstacked._banks.ordered())
-    assert 2 <= copies.uploads <= 8 + shelves
+    assert 2 <= copies.uploads <= 9 + shelves
     assert computed.logits is not None
     assert len(computed.logits) == sum(item.samples for item in step.scheduled)
     kernels = set(no_launches)
     assert {"nf4_matmul_kernel", "paged_attention_kernel", "rope_kv_write_kernel"} <= kernels
     adapted = {"segmented_shrink_kernel", "hadamard_expand_kernel", "kronecker_kernel"}
+    adapted |= {"fusion_gate_kernel"}
     assert (adapted | {"input_gain_kernel"} <= kernels) == (name != "decode, base only")
 
 
@@ -317,6 +325,11 @@ def test_an_adapter_enters_the_pack_by_one_copy():
     with torch.no_grad(), watched() as copies:
         executor.store.prepare([adapters["low"], adapters["other"]])
     assert copies.waits == []
+    assert copies.uploads == 2
+    with torch.no_grad(), watched() as copies:
+        executor.store.prepare([adapters["gated"]])
+    assert copies.waits == []
+    # The ranks of its components are another table.
     assert copies.uploads == 2
 
 

@@ -40,7 +40,7 @@ from turret.server.engine import decode_graphs
 MAX_DIFFERENCE = 1e-5
 # The prompts may come in two steps; then a decode step runs, one is captured, one is replayed.
 MAX_TOKENS = 6
-# Steps with a fusion or another head are not captured: these requests are to end early.
+# Steps with another head are not captured: these requests are to end early.
 FEW_TOKENS = 2
 FEW = {"num_virtual_tokens": 3}
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -67,12 +67,13 @@ MIXES: list[list[tuple[str, float]]] = [
     [("p-tuning", 1.0)],
     [],
     [("head", 0.5), ("fusion", 0.8)],
+    [("fusion", 1.0), ("loha", 0.3), ("fusion-2", -0.6)],
 ]
 
 
 def tokens_of(mix: list[tuple[str, float]]) -> int:
     """How many tokens a request generates."""
-    return FEW_TOKENS if ("fusion", 0.8) in mix else MAX_TOKENS
+    return FEW_TOKENS if ("head", 0.5) in mix else MAX_TOKENS
 
 
 @pytest.fixture(autouse=True)
@@ -85,11 +86,11 @@ def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 async def answers(root: Path, *, triton: bool) -> list[Completion]:
     """Serve every mix at once over gRPC."""
-    names = (*ADAPTERS, "fusion")
+    names = (*ADAPTERS, "fusion", "fusion-2")
     config = Config(
         model=ModelConfig(model=twin("llama").folder, device="cpu", dtype="float32"),
         cache=CacheConfig(kv_cache_bytes=4 << 20),
-        scheduler=SchedulerConfig(max_num_seqs=9, max_num_batched_tokens=40),
+        scheduler=SchedulerConfig(max_num_seqs=10, max_num_batched_tokens=40),
         adapters=AdapterConfig(adapter_root=root, preload=tuple((n, n) for n in names)),
         listen=ListenConfig(address="127.0.0.1:0", metrics_address=None),
     )
@@ -123,6 +124,7 @@ async def test_every_method_in_one_batch_as_on_plain_torch(tmp_path: Path) -> No
     for seed, (name, (method, keys)) in enumerate(ADAPTERS.items()):
         save_adapter(model, make_config(method, **keys), tmp_path / name, seed=seed)
     save_fusion(model, tmp_path, "fusion", ("lora", "rslora"), ("q_proj", "down_proj"))
+    save_fusion(model, tmp_path, "fusion-2", ("rslora", "lora"), ("q_proj", "up_proj"), seed=1)
     expected = await answers(tmp_path, triton=False)
     capture = FakeCapture()
     with patch.object(decode_graphs, "capture_for", lambda device: capture):

@@ -47,7 +47,8 @@ class NativeAttentionPlan:
             longest = max(longest, span.num_context + span.num_new)
         self._spans = (ctypes.c_int64 * len(values))(*values)
         threads = torch.get_num_threads()
-        padded = -(-longest // _LANES) * _LANES
+        # Whole vectors are stored from any position on.
+        padded = -(-longest // _LANES) * _LANES + _LANES
         stride = queries_per_head * (head_dim + padded)
         self._scratch = torch.empty(threads * stride)
         self._plan = (ctypes.c_int64 * 6)(

@@ -26,7 +26,7 @@ from turret.server.adapters.bank import BankSet, Members, StepMembers
 from turret.server.adapters.operators import AdapterOperators, Hadamard, Kronecker
 from turret.server.adapters.packed_group import PackLayout
 from turret.server.adapters.stored_adapters import StoredAdapters
-from turret.server.adapters.unstacked import BoundUnstacked, Unstacked
+from turret.server.adapters.unstacked import BoundUnstacked, TorchUnstacked
 
 
 @dataclass(slots=True)
@@ -64,7 +64,8 @@ class GatheredAdapters(StoredAdapters[_Entry]):
         max_bytes: int,
         on_moved: OnMoved = lambda _: None,
     ) -> None:
-        super().__init__(max_bytes, Unstacked(layout, device, BankSet((), device)), on_moved)
+        unstacked = TorchUnstacked(layout, device, BankSet((), device))
+        super().__init__(max_bytes, unstacked, on_moved)
         self._layout = layout
         self._projections = Projections(layout)
 
@@ -76,6 +77,7 @@ class GatheredAdapters(StoredAdapters[_Entry]):
         return operators.num_bytes + sum(tensor.nbytes for found in copied for tensor in found)
 
     def step(self, members: StepMembers) -> GatheredStep:
+        assert isinstance(self._unstacked, TorchUnstacked)
         segments = self._segments(members)
         entries = {key: self._entries[key] for segment in segments for key, _ in segment[2]}
         input_gains: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}

@@ -11,8 +11,8 @@ import torch
 from turret.kernels.gpu.row_table import RowTable
 from turret.kernels.gpu.segment_table import SegmentTable
 from turret.kernels.segments import LongSegment
-from turret.server.adapters.bank import BankSet, Members, StepMembers
-from turret.server.adapters.fusion_bank import BoundFusions
+from turret.server.adapters.bank import BankSet, Members
+from turret.server.adapters.gpu_fusions import GpuBoundFusions, GpuFusionBank
 from turret.server.adapters.gpu_shelves import (
     GpuHadamardBank,
     GpuHadamardShelf,
@@ -33,6 +33,10 @@ class GpuTables(Protocol):
 
     def row_table(self, key: Hashable) -> RowTable:
         """The table of a shelf and a position in the mixes; the same one for the same key."""
+        ...
+
+    def fusion_table(self, key: str, ranks: int, components: int) -> SegmentTable:
+        """The table of a learned fusion; the same one for the same arguments."""
         ...
 
 
@@ -104,22 +108,20 @@ class GpuBankSet(BankSet):
 
 
 class GpuUnstacked(Unstacked):
-    """Operators outside the pack's matrices; learned fusions run as torch operations."""
+    """Operators outside the pack's matrices, as kernels apply them."""
 
     def __init__(self, layout: PackLayout, dtype: torch.dtype, device: torch.device) -> None:
         like = (layout, dtype, device)
-        banks = GpuBankSet((GpuHadamardBank(*like), GpuKroneckerBank(*like)), device)
-        super().__init__(layout, device, banks)
+        self._gpu_banks = GpuBankSet((GpuHadamardBank(*like), GpuKroneckerBank(*like)), device)
+        self._fusions = GpuFusionBank(*like)
+        super().__init__(device, self._gpu_banks, self._fusions)
 
     def bind_tables(
         self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables
-    ) -> tuple[GpuBoundBank, BoundFusions | None]:
+    ) -> tuple[GpuBoundBank, GpuBoundFusions]:
         """Bind a step; see ``GpuBankSet.bind_tables``."""
-        assert isinstance(self._banks, GpuBankSet)
-        fusions = self._fusions.bind(StepMembers(short=(), long=runs))
-        return self._banks.bind_tables(runs, tables), fusions
+        return self._gpu_banks.bind_tables(runs, tables), self._fusions.bind(runs, tables)
 
     def addresses(self) -> list[object]:
         """Everything a captured graph knows of them."""
-        assert isinstance(self._banks, GpuBankSet)
-        return self._banks.addresses()
+        return [*self._gpu_banks.addresses(), *self._fusions.addresses()]

@@ -22,8 +22,8 @@ from turret.kernels.segments import LongSegment
 from turret.server.adapters.adapter_store import BaseProduct, OnMoved, Resident
 from turret.server.adapters.bank import Members
 from turret.server.adapters.device_operators import on_device
-from turret.server.adapters.fusion_bank import BoundFusions
 from turret.server.adapters.gpu_banks import GpuBoundBank, GpuTables, GpuUnstacked
+from turret.server.adapters.gpu_fusions import GpuBoundFusions
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.pack import AdapterPack
 from turret.server.adapters.packed_group import PackedGroup, PackLayout
@@ -77,8 +77,7 @@ class GpuAdapterStep:
         present: Groups with a low-rank update.
         gains: Groups with a gain; ``input_gains`` and ``biases`` likewise.
         banks: Rows of the shelves.
-        fusions: Rows of learned fusions, or None. They are no kernels yet: such a step cannot be
-            captured.
+        fusions: Rows of learned fusions.
     """
 
     groups: Mapping[str, GpuGroup]
@@ -88,13 +87,13 @@ class GpuAdapterStep:
     input_gains: frozenset[str]
     biases: frozenset[str]
     banks: GpuBoundBank
-    fusions: BoundFusions | None
+    fusions: GpuBoundFusions
 
     @property
     def signature(self) -> Hashable:
         """What the step launches; see the module."""
         kinds = (self.present, self.gains, self.input_gains, self.biases)
-        return (kinds, self.banks.signature)
+        return (kinds, self.banks.signature, self.fusions.signature)
 
     def apply(
         self,
@@ -142,8 +141,7 @@ class GpuAdapterStep:
                 scaled = input_gain(x, packed.input_gain_delta[layer, :, s], table)
                 y[:, columns] += base(scaled)[:, columns]
         self.banks.apply(layer, group, x, y)
-        if self.fusions is not None:
-            self.fusions.apply(layer, group, x, y)
+        self.fusions.apply(layer, group, x, y)
 
 
 class GpuAdapterPack(AdapterPack):

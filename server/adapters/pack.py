@@ -27,7 +27,7 @@ from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.packed_group import PackedGroup, PackLayout
 from turret.server.adapters.segment_planner import plan_segments
 from turret.server.adapters.stored_adapters import StoredAdapters
-from turret.server.adapters.unstacked import BoundUnstacked, Unstacked
+from turret.server.adapters.unstacked import BoundUnstacked, TorchUnstacked, Unstacked
 
 # Rank ranges start at multiples of this: bf16 dot products take ranks in pairs, and a shifted
 # pairing would change the rounding.
@@ -91,7 +91,7 @@ class AdapterPack(StoredAdapters[PackEntry]):
     def _make_unstacked(self) -> Unstacked:
         like = (self._layout, self._device)
         banks = BankSet((HadamardBank(*like), KroneckerBank(*like)), self._device)
-        return Unstacked(*like, banks)
+        return TorchUnstacked(*like, banks)
 
     def stored_bytes(self, operators: AdapterOperators) -> int:
         """Bytes an adapter takes when packed: its ranks are as wide in every module."""
@@ -118,6 +118,7 @@ class AdapterPack(StoredAdapters[PackEntry]):
         entries = [self._entries[key] for key in {key for mix in mixes for key, _ in mix}]
         plan = plan_segments(members, self._entries, self._device)
         present = frozenset().union(*(e.present for e in entries))
+        assert isinstance(self._unstacked, TorchUnstacked)
         return PackedStep(
             groups=self._groups,
             plan=plan,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -29,24 +30,31 @@ class BoundUnstacked:
             self.fusions.apply(layer, group, x, y)
 
 
+class GatedAdapters(Protocol):
+    """Holds learned fusions."""
+
+    def insert(self, key: str, operators: AdapterOperators) -> None: ...
+    def remove(self, key: str) -> None: ...
+
+
 class Unstacked:
     """Learned fusions, embeddings and heads, and what ``banks`` are for, by adapter key."""
 
-    def __init__(self, layout: PackLayout, device: torch.device, banks: BankSet) -> None:
+    def __init__(self, device: torch.device, banks: BankSet, fusions: GatedAdapters) -> None:
         self._banks = banks
-        self._fusions = FusionBank(layout, device)
+        self._gated = fusions
         self._tokens = TokenBank(device)
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
         """Take in what an adapter has of them, if anything."""
         self._banks.insert(key, operators)
-        self._fusions.insert(key, operators)
+        self._gated.insert(key, operators)
         self._tokens.insert(key, operators)
 
     def remove(self, key: str) -> None:
         """Forget an adapter; unknown ones are ignored."""
         self._banks.remove(key)
-        self._fusions.remove(key)
+        self._gated.remove(key)
         self._tokens.remove(key)
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
@@ -56,6 +64,14 @@ class Unstacked:
     def vocabulary(self, key: str) -> VocabularyChange | None:
         """What an adapter does to embedding and head."""
         return self._tokens.get(key)
+
+
+class TorchUnstacked(Unstacked):
+    """Their torch formulations."""
+
+    def __init__(self, layout: PackLayout, device: torch.device, banks: BankSet) -> None:
+        self._fusions = FusionBank(layout, device)
+        super().__init__(device, banks, self._fusions)
 
     def bind(self, members: StepMembers) -> BoundUnstacked:
         """The step's rows."""

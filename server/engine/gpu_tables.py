@@ -19,6 +19,8 @@ _MAX_SPREAD_RECORDS = 2048
 # Of one row's mix; the segment table grows when a step needs more.
 _FIRST_ROW_RANK = 256
 _FIRST_COMPONENTS = 8
+# Fusions come and go by key; a table is some kilobytes.
+_MAX_FUSION_TABLES = 64
 
 
 class StepTables:
@@ -54,6 +56,8 @@ class StepTables:
         self._device = device
         self._rows = StagedBuffer(4 * max_rows, torch.int64, device)
         self._row_tables: dict[Hashable, RowTable] = {}
+        # In the order of their last use.
+        self._fusion_tables: dict[tuple[str, int, int], SegmentTable] = {}
         self._row_rank, self._components = _FIRST_ROW_RANK, _FIRST_COMPONENTS
         self._segments = self._make_segments()
         spread = min(max_seqs * -(-max_len // SPLIT), _MAX_SPREAD_RECORDS)
@@ -127,6 +131,23 @@ class StepTables:
         if key not in self._row_tables:
             self._row_tables[key] = RowTable(self.max_rows, self._device)
         return self._row_tables[key]
+
+    def fusion_table(self, key: str, ranks: int, components: int) -> SegmentTable:
+        """The table of a learned fusion; the same one for the same arguments."""
+        place = (key, ranks, components)
+        table = self._fusion_tables.pop(place, None)
+        if table is None:
+            if len(self._fusion_tables) >= _MAX_FUSION_TABLES:
+                self._fusion_tables.pop(next(iter(self._fusion_tables)))
+                self.epoch += 1
+            table = SegmentTable(
+                max_rows=self.max_rows,
+                max_row_rank=ranks,
+                max_components=components,
+                device=self._device,
+            )
+        self._fusion_tables[place] = table
+        return table
 
     def _make_segments(self) -> SegmentTable:
         return SegmentTable(

@@ -61,8 +61,7 @@ class GpuStep:
     @property
     def is_fixed(self) -> bool:
         """Whether everything that differs between steps is in buffers of fixed address."""
-        fusions = None if self.adapters is None else self.adapters.fusions
-        return self.soft_rows is None and fusions is None and not (self.embeddings or self.heads)
+        return self.soft_rows is None and not (self.embeddings or self.heads)
 
 
 class GpuDecoder(Decoder):

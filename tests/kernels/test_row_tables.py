@@ -28,7 +28,7 @@ from turret.server.adapters.operators import (
     ModuleOperators,
 )
 from turret.server.adapters.packed_group import PackLayout, SliceShape
-from turret.server.adapters.unstacked import Unstacked
+from turret.server.adapters.unstacked import TorchUnstacked
 
 NUM_ADAPTERS = 4
 # Rank, inputs, outputs of the slices.
@@ -43,10 +43,10 @@ def random(*shape: int) -> torch.Tensor:
 
 def stored(
     layout: PackLayout, make: Any
-) -> tuple[Unstacked, list[dict[int, tuple[ModuleOperators, torch.Tensor]]]]:
+) -> tuple[TorchUnstacked, list[dict[int, tuple[ModuleOperators, torch.Tensor]]]]:
     """Adapters that ``make(slice)`` makes, with each one's dense updates."""
     like = (layout, torch.device("cpu"))
-    store = Unstacked(*like, BankSet((HadamardBank(*like), KroneckerBank(*like)), like[1]))
+    store = TorchUnstacked(*like, BankSet((HadamardBank(*like), KroneckerBank(*like)), like[1]))
     made = []
     for number in range(NUM_ADAPTERS):
         parts = {s: make(s) for s in range(len(layout.groups["g"]))}
@@ -56,7 +56,9 @@ def stored(
     return store, made
 
 
-def added(store: Unstacked, short: Any, long: Any, x: torch.Tensor, width: int) -> torch.Tensor:
+def added(
+    store: TorchUnstacked, short: Any, long: Any, x: torch.Tensor, width: int
+) -> torch.Tensor:
     y = torch.zeros(len(x), width)
     store.bind(StepMembers(short, long)).apply(0, "g", x, y)
     return y

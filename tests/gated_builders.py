@@ -1,0 +1,86 @@
+"""Random gated adapters on one fused projection, and their formula in float64."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from turret.server.adapters.bank import Members
+from turret.server.adapters.operators import AdapterOperators, Gate, ModuleOperators
+from turret.server.adapters.packed_group import PackLayout, SliceShape
+
+INNER = 192
+OUTS = {"q": 96, "k": 32, "v": 32}
+WIDTH = sum(OUTS.values())
+LAYOUT = PackLayout(1, {"qkv": tuple(SliceShape(n, out, INNER) for n, out in OUTS.items())})
+# Per adapter and module: ranks of its components. One crosses rank windows, one has empty parts.
+RANKS = {
+    "a": {"q": (4, 8), "v": (4, 0)},
+    "b": {"q": (16, 16, 1), "k": (16, 0, 1), "v": (16, 16, 1)},
+    "c": {"k": (200, 120)},
+}
+D_K = {"a": 16, "b": 32, "c": 48}
+MIXES: tuple[Members, ...] = (
+    (("a", 1.0),),
+    (("b", 1.0),),
+    (("c", -0.5),),
+    (("b", 0.3), ("other", 1.0), ("a", 2.0)),
+    (("other", 1.0),),
+    (("c", 1.0), ("b", 1.0), ("a", 1.0)),
+)
+
+
+def gate_of(ranks: tuple[int, ...], out: int, d_k: int, dtype: torch.dtype) -> Gate:
+    """Random; ranks are padded to a multiple of 16."""
+    held = sum(ranks)
+    full = -(-held // 16) * 16
+
+    def noise(rows: int, columns: int) -> Tensor:
+        values = torch.randn(rows, columns) / columns**0.5
+        values[held:] = 0 if rows == full else values[held:]
+        return values.to(dtype)
+
+    a, b = noise(full, INNER), noise(full, out)
+    keys = b.float() @ torch.randn(d_k, out).T
+    return Gate(a, b, torch.randn(d_k, INNER).to(dtype) / 14, keys, (0, *accumulate(ranks)))
+
+
+def gates_of(dtype: torch.dtype) -> dict[str, dict[str, Gate]]:
+    """By adapter and module."""
+    return {
+        key: {name: gate_of(ranks, OUTS[name], D_K[key], dtype) for name, ranks in modules.items()}
+        for key, modules in RANKS.items()
+    }
+
+
+def operators_of(gates: dict[str, Gate]) -> AdapterOperators:
+    """One adapter."""
+    return AdapterOperators(
+        MappingProxyType(
+            {f"model.layers.0.{name}": ModuleOperators(gate=g) for name, g in gates.items()}
+        )
+    )
+
+
+def in_float64(gates: dict[str, dict[str, Gate]], mix: Members, x: Tensor, y: Tensor) -> Tensor:
+    """Rows that share a mix, ``[rows, WIDTH]``; members that are no gated adapters add nothing."""
+    expected, column = y.double(), 0
+    for module, out in OUTS.items():
+        columns = slice(column, column + out)
+        column += out
+        for key, weight in mix:
+            gate = gates.get(key, {}).get(module)
+            if gate is None:
+                continue
+            a, b, query, keys = (tensor.double() for tensor in gate.tensors())
+            parts = [slice(*ends) for ends in pairwise(gate.rank_indptr)]
+            v = x.double() @ a.T
+            q = x.double() @ query.T
+            scores = torch.stack([(v[:, p] @ keys[p] * q).sum(1) for p in parts], 1)
+            alphas = scores.softmax(1)
+            for k, p in enumerate(parts):
+                expected[:, columns] += weight * alphas[:, k : k + 1] * (v[:, p] @ b[p])
+    return expected
