@@ -107,7 +107,10 @@ def with_client(
 def print_error(error: Exception) -> None:
     """One line on standard error."""
     sys.stdout.flush()
-    print(f"error: {error}", file=sys.stderr)
+    text = str(error)
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror}"
+    print(f"error: {text}", file=sys.stderr)
 
 
 def print_json(value: object) -> None:

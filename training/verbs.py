@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,9 +74,15 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
         from turret.server.errors import TurretError
         from turret.training.errors import TrainingError
 
+        # peft imports it first: see ``server/models/nf4.py``.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         try:
             verb(args)
-        except (TrainingError, TurretError, OSError) as error:
+        except OSError as error:
+            where = "" if error.filename is None else f"{error.filename}: "
+            print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+            return 1
+        except (TrainingError, TurretError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
         except ModuleNotFoundError as error:

@@ -36,7 +36,12 @@ from turret.server.adapters.source import Source
 from turret.server.adapters.staged_upload import StagedUpload, UploadedFile
 from turret.server.adapters.state_dir import StateDir
 from turret.server.adapters.unloads import UnloadMode, Unloads
-from turret.server.errors import AdapterNotFoundError, InvalidRequestError, TurretError
+from turret.server.errors import (
+    AdapterCheckpointError,
+    AdapterNotFoundError,
+    InvalidRequestError,
+    TurretError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -248,16 +253,25 @@ class AdapterRegistry:
             AdapterChangedError: The files have changed since.
             AdapterCheckpointError: They are gone.
         """
-        registration = self._table.find(name)
-        with self._lock:
-            adapter, record = registration.current, registration.record()
-        if generation is not None and generation != adapter.generation:
-            raise AdapterNotFoundError(
-                f"adapter not found: {name} (generation {generation}; the current one is"
-                f" {adapter.generation})",
-                metadata={"adapters": name},
-            )
-        return AdapterExport(self._loader.root_of(adapter.source), adapter.source, record)
+        while True:
+            registration = self._table.find(name)
+            with self._lock:
+                adapter, record = registration.current, registration.record()
+            if generation is not None and generation != adapter.generation:
+                raise AdapterNotFoundError(
+                    f"adapter not found: {name} (generation {generation}; the current one is"
+                    f" {adapter.generation})",
+                    metadata={"adapters": name},
+                )
+            try:
+                root = self._loader.root_of(adapter.source)
+                return AdapterExport(root, adapter.source, record)
+            except AdapterCheckpointError:
+                # The files of an upload go with their generation; look again if it has gone.
+                with self._lock:
+                    is_current = registration.current is adapter
+                if is_current and self._table.get(name) is registration:
+                    raise
 
     # Pins
 

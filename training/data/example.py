@@ -55,7 +55,9 @@ def read_examples(path: Path) -> list[Example]:
     """
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
         raise DataError(f"{path}: {error}") from error
     examples = [
         _parse(path, number, line)
