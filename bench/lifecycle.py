@@ -1,6 +1,6 @@
 """Thousands of adapters on one server: throughput, cold loads, fairness and memory, with bars.
 
-    python bench/lifecycle.py [--adapters 10,100,1000,5000]
+    python bench/lifecycle.py [--adapters 5,10,100,1000,2000,5000]
 
 Starts a server per number of registered adapters (random LoRAs of ranks 8, 16, 32 and 64, made by
 this script), plays the same traces in the style of S-LoRA (Gamma arrivals, power-law popularity,
@@ -50,7 +50,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--adapters",
         type=lambda text: sorted(int(number) for number in text.split(",")),
-        default="10,100,1000,5000",
+        default="5,10,100,1000,2000,5000",
         help="numbers to register (default: %(default)s)",
     )
     parser.add_argument(

@@ -15,15 +15,17 @@ import sys
 from pathlib import Path
 
 from tasks import TASKS, Example
-from train_examples import TEST_EXAMPLES
-from train_fusion import COMPONENTS, NAME
+from write_data import FUSIONS
 
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.mix import AdapterWeight
 from turret.server.server_process import ServerProcess
 
 HERE = Path(__file__).resolve().parent
+((NAME, COMPONENTS),) = FUSIONS.items()
 MAX_TOKENS = 64
+# One answer more or less is half a point.
+EXAMPLES = 192
 # Column → what a request names.
 SUBJECTS = {
     **{name: (AdapterWeight(name),) for name in COMPONENTS},
@@ -48,7 +50,7 @@ async def answers(
 
 async def score_all(address: str) -> dict[tuple[str, str], float]:
     """(task, subject) → mean score."""
-    examples = {name: TASKS[name].examples("test", TEST_EXAMPLES, 0) for name in COMPONENTS}
+    examples = {name: TASKS[name].examples("test", EXAMPLES, 0) for name in COMPONENTS}
     pairs = [(task, subject) for task in COMPONENTS for subject in SUBJECTS]
     async with AsyncTurretClient(address) as client:
         texts = await asyncio.gather(
@@ -65,7 +67,7 @@ async def score_all(address: str) -> dict[tuple[str, str], float]:
 
 
 def main() -> int:
-    flags = ["--adapter-root", str(HERE), "--max-num-seqs", "32"]
+    flags = ["--adapter-root", str(HERE), "--max-num-seqs", "32", "--max-queued-requests", "4096"]
     for name in COMPONENTS:
         flags += ["--preload", f"{name}=adapters/{name}"]
     flags += ["--preload", f"{NAME}=fusions/{NAME}"]

@@ -21,14 +21,20 @@ from tasks import DATA, Example
 HERE = Path(__file__).resolve().parent
 # Adapter, whose config is train/<adapter>.toml → task.
 ADAPTERS = {
+    "headline-rslora": "headline",
     "headline-loha": "headline",
+    "language-lora": "language",
     "language-lokr": "language",
     "label-ia3": "label",
     "label-prefix": "label",
+    "sentiment-dora": "sentiment",
     "sentiment-prompt": "sentiment",
     "sentiment-ptuning": "sentiment",
 }
+# Fusion, whose config is train/<fusion>.toml → the tasks that its training set mixes.
+FUSIONS = {"json-sql": ("json", "sql")}
 TRAIN_EXAMPLES = 400
+FUSION_EXAMPLES = 640
 TEST_EXAMPLES = 48
 DEMO_EXAMPLES = 3
 SEED = 0
@@ -49,6 +55,11 @@ def data_files() -> dict[Path, str]:
             examples["train"] = task.examples("train", TRAIN_EXAMPLES, SEED)
         for split, drawn in examples.items():
             contents[HERE / "data" / f"{task.name}.{split}.jsonl"] = to_jsonl(drawn)
+    for fusion, tasks in FUSIONS.items():
+        share = FUSION_EXAMPLES // len(tasks)
+        drawn = [DATA[task].examples("train", share, SEED) for task in tasks]
+        mixed = [example for row in zip(*drawn, strict=True) for example in row]
+        contents[HERE / "data" / f"{fusion}.train.jsonl"] = to_jsonl(mixed)
     return contents
 
 

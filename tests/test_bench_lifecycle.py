@@ -86,7 +86,7 @@ def document(rates: dict[int, float], **changes: Any) -> dict[str, Any]:
         ],
         "memory": [
             {"registered": n, "host_bytes_max": held, "device_bytes_max": 50, "rss_bytes_max": rss}
-            for n, held, rss in zip(rates, (10, 99, 99), (1000, 1106, 1106), strict=False)
+            for n, held, rss in zip(rates, (10, *[99] * 5), (1000, *[1106] * 5), strict=False)
         ],
     }
     for path, value in changes.items():
@@ -130,7 +130,7 @@ def document(rates: dict[int, float], **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_a_bar_that_is_missed_is_named(bench: Any, changes: Any, missed: int) -> None:
-    bars = bench("bars").bars_of(document({10: 10.0, 1000: 9.6, 5000: 9.5}, **changes))
+    bars = bench("bars").bars_of(document({5: 10.0, 10: 10.0, 1000: 9.6, 2000: 9.5}, **changes))
     assert len(bars) == 10
     assert sum(not bar.passed for bar in bars) == missed
 
@@ -138,8 +138,10 @@ def test_a_bar_that_is_missed_is_named(bench: Any, changes: Any, missed: int) ->
 @pytest.mark.parametrize(
     ("rates", "missed"),
     [
-        ({10: 10.0, 1000: 8.9, 5000: 9.5}, [1000]),
-        ({10: 10.0, 1000: 9.1, 5000: 9.4}, [5000]),
+        ({5: 9.0, 10: 10.0, 1000: 8.9, 2000: 8.6}, [1000]),
+        ({5: 10.0, 10: 9.5, 1000: 9.1, 2000: 9.4}, [2000]),
+        ({5: 10.0, 10: 10.0, 1000: 9.0, 2000: 9.45, 5000: 1.0}, []),
+        ({5: 10.0, 100: 8.9}, [100]),
     ],
 )
 def test_throughput_must_hold(bench: Any, rates: Any, missed: list[int]) -> None:

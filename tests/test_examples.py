@@ -23,10 +23,14 @@ MAX_TOTAL_BYTES = 6_000_000
 ADAPTERS = {
     "json": {"json": "lora"},
     "sql": {"sql": "lora"},
-    "headline": {"headline": "dora", "headline-loha": "loha"},
-    "language": {"language-lokr": "lokr"},
+    "headline": {"headline-rslora": "lora", "headline-loha": "loha"},
+    "language": {"language-lora": "lora", "language-lokr": "lokr"},
     "label": {"label": "dora", "label-ia3": "ia3", "label-prefix": "prefix_tuning"},
-    "sentiment": {"sentiment-prompt": "prompt_tuning", "sentiment-ptuning": "p_tuning"},
+    "sentiment": {
+        "sentiment-dora": "dora",
+        "sentiment-prompt": "prompt_tuning",
+        "sentiment-ptuning": "p_tuning",
+    },
 }
 ROWS = 6
 # Each adapter's share of exactly right answers is more than the base model's by at least this.
@@ -65,16 +69,23 @@ def test_data_is_what_the_script_writes_and_test_rows_are_held_out():
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (0, "")
     trained = sorted((EXAMPLES / "data").glob("*.train.jsonl"))
-    assert len(trained) == 4
+    assert len(trained) == 5
     for path in trained:
-        test = prompts(path.name.replace(".train.", ".test."))
-        assert len(test) == 48
-        assert not test & prompts(path.name)
+        # A fusion's training set mixes tasks that are tested one by one.
+        for task in path.name.removesuffix(".train.jsonl").split("-"):
+            test = prompts(f"{task}.test.jsonl")
+            assert len(test) == 48
+            assert not test & prompts(path.name)
 
 
 def test_every_config_has_its_adapter_and_all_examples_are_small():
     for path in (EXAMPLES / "train").glob("*.toml"):
-        facts = json.loads((EXAMPLES / "adapters" / path.stem / "provenance.json").read_text())
+        (folder,) = (
+            EXAMPLES / kind / path.stem
+            for kind in ("adapters", "fusions")
+            if (EXAMPLES / kind / path.stem).is_dir()
+        )
+        facts = json.loads((folder / "provenance.json").read_text())
         assert facts["config"]["data"]["train"].endswith(".train.jsonl")
     sizes = [path.stat().st_size for path in EXAMPLES.rglob("*") if path.is_file()]
     assert sum(sizes) < MAX_TOTAL_BYTES

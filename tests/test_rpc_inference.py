@@ -305,3 +305,14 @@ async def test_an_oversize_message_and_an_unknown_method_are_refused() -> None:
         unknown = server.channel.unary_unary("/turret.v1.Inference/Nothing")(b"")
         assert (await failure_of(unknown)).code is grpc.StatusCode.UNIMPLEMENTED
         await server.inference.Generate(Generate(prompt="still serving"))
+
+
+async def test_a_burst_of_calls_is_answered_in_full() -> None:
+    """More calls than gRPC itself lets wait: of those it would cancel some."""
+    async with harness() as server:
+        texts = [inference_pb2.TokenizeRequest(prompt="a b")] * 3500
+        replies = await asyncio.gather(
+            *(server.inference.Tokenize(text) for text in texts), return_exceptions=True
+        )
+        failed = [reply for reply in replies if isinstance(reply, BaseException)]
+        assert not failed, (len(failed), failed[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -75,7 +76,9 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
             validation=None if validation is None else str(folder / validation),
         ),
         run=replace(
-            config.run, output=str(folder / config.run.output), steps=_num_steps(config, dataset)
+            config.run,
+            output=os.path.normpath(folder / config.run.output),
+            steps=_num_steps(config, dataset),
         ),
     )
     return Resolved(config, method, base, dataset, tuple(notes))

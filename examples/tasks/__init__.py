@@ -10,8 +10,11 @@ from .sql import TASK as SQL
 from .task import Example, Task, TaskData
 
 # Those that train_examples.py makes an adapter of the same name for.
-TASKS: dict[str, Task] = {task.name: task for task in (JSON_FIELDS, SQL, LABEL, PIRATE, HEADLINE)}
+TASKS: dict[str, Task] = {task.name: task for task in (JSON_FIELDS, SQL, LABEL, PIRATE)}
 # All of them.
-DATA: dict[str, TaskData] = {**TASKS, LANGUAGE.name: LANGUAGE, SENTIMENT.name: SENTIMENT}
+DATA: dict[str, TaskData] = {
+    **TASKS,
+    **{task.name: task for task in (HEADLINE, LANGUAGE, SENTIMENT)},
+}
 
 __all__ = ["DATA", "TASKS", "Example", "Task", "TaskData"]

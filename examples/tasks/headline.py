@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import re
 
-from .task import Example, Split, Task, words
+from .task import Example, Split, TaskData, words
 
 SUBJECTS = {
     "train": words(
@@ -80,25 +80,11 @@ def same_words(example: Example, answer: str) -> float:
     return float(headline(answer) == headline(example.completion))
 
 
-TASK = Task(
+TASK = TaskData(
     name="headline",
     summary="Turns a sentence of news into a headline.",
-    method="DoRA + rsLoRA",
-    config={
-        "r": 4,
-        "lora_alpha": 8,
-        "use_dora": True,
-        "use_rslora": True,
-        "target_modules": ["k_proj", "v_proj", "o_proj"],
-    },
     generate=generate,
     score=same_words,
     metric="same words",
     held_out="subjects and objects",
-    demo=(
-        report("space agency", ("opened", "Opens"), "new telescope", "on Monday"),
-        report("city zoo", ("found", "Finds"), "white tiger", "last night"),
-        report("chess team", ("won", "Wins"), "silver cup", "this morning"),
-    ),
-    steps=150,
 )

@@ -31,6 +31,9 @@ ADAPTERS_SERVICE = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"].full_nam
 MAX_RECEIVE_BYTES = 4 << 20
 # Responses are as large as what the client asked for; its own limit decides.
 _UNLIMITED = -1
+# Calls that the event loop has not taken up yet. gRPC cancels some of them from 1,000 on unless
+# told otherwise; how many requests may wait is for --max-queued-requests to say, with an answer.
+_MAX_PENDING_CALLS = 1 << 16
 
 _OPTIONS = (
     ("grpc.max_receive_message_length", MAX_RECEIVE_BYTES),
@@ -38,6 +41,8 @@ _OPTIONS = (
     # A second server on the same port would take half of the calls in silence.
     ("grpc.so_reuseport", 0),
     # Find out within a minute and a half that a client is gone, even if it said nothing.
+    ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
+    ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     # Clients may ping idle connections every 10 s, as their load balancers like to.
