@@ -37,9 +37,10 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole": ("lora", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "low-rank": ("lora", {"target_modules": [*ALL, "embed_tokens", "lm_head"]}),
 }
-# A soft prompt's error is that of a few hidden states which all tokens attend to: one draw says
-# little (of six, the ratio was 1.8 once and 0.7 to 1.04 else), so several are averaged.
-DRAWS = {"prompt_tuning": 4, "p_tuning": 4}
+# One draw says little where an error is that of a few hidden states, as of soft prompts that all
+# tokens attend to (of six, the ratio was 1.8 once and 0.7 to 1.04 else), or of the largest update
+# (rsLoRA's: 1.2 or 1.3, by the order in which attention sums), so several are averaged.
+DRAWS = {"prompt_tuning": 4, "p_tuning": 4, "rslora": 4}
 # PEFT saves embedding and head along with "low-rank": 226 MB here, for no other computation.
 ON_SMOLLM2 = [name for name in METHODS if name != "low-rank"]
 TEXTS = (
@@ -89,6 +90,7 @@ async def check_bf16(
     for name, found in errors.items():
         ours, theirs = (sum(side) for side in zip(*found, strict=True))
         assert theirs > 0
+        print("BOUND", name, ours / theirs, found)
         assert ours <= BOUND * theirs, (name, found)
 
 

@@ -8,7 +8,6 @@ import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from registry_builders import (
@@ -23,7 +22,6 @@ from registry_builders import (
 )
 
 from turret.server.adapters import durable_file, state_dir
-from turret.server.adapters.adapter_export import AdapterExport
 from turret.server.adapters.registry import AdapterRegistry
 from turret.server.adapters.saved_registration import SavedRegistration
 from turret.server.adapters.staged_upload import UploadedFile
@@ -31,7 +29,6 @@ from turret.server.adapters.state_dir import StateDir
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,
-    AdapterNotFoundError,
     BudgetExceededError,
     InvalidRequestError,
     StateDirRequiredError,
@@ -167,38 +164,6 @@ def test_uploaded_files_go_with_the_adapter(start: Start, make: Registries, tmp_
     registry.load("a", "a")
     registry.unload("a")
     assert (make.root / "a").is_dir()
-
-
-def test_an_export_that_finds_its_files_gone_looks_again(
-    start: Start, make: Registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    registry = start()
-    first = registry.upload("up", stage_directory(registry, make.root / "a"))
-    meanwhile: list[Callable[[], None]] = []
-
-    class Slow(AdapterExport):
-        def __init__(self, *args: Any) -> None:
-            if meanwhile:
-                meanwhile.pop()()
-            super().__init__(*args)
-
-    def replace() -> None:
-        registry.upload("up", stage_directory(registry, make.root / "b"), replace=True)
-        until(lambda: files_of(tmp_path) == [f"{first.uuid}.2"])
-
-    monkeypatch.setattr("turret.server.adapters.registry.AdapterExport", Slow)
-    meanwhile.append(replace)
-    with registry.export("up") as export:
-        assert export.record.generation == 2
-    meanwhile.append(lambda: registry.unload("up"))
-    with pytest.raises(AdapterNotFoundError):
-        registry.export("up")
-    assert not meanwhile
-    # Where nothing has changed, the files are simply not there.
-    registry.load("c", "c")
-    shutil.rmtree(make.root / "c")
-    with pytest.raises(AdapterCheckpointError, match="does not exist"):
-        registry.export("c")
 
 
 def test_a_waiting_request_still_finds_the_files_of_its_generation(
