@@ -92,7 +92,7 @@ class Fleet:
         flags = ["--adapter-root", str(folder / "adapters")]
         flags += ["--adapter-host-bytes", str(args.host_bytes)]
         flags += ["--adapter-device-bytes", str(args.device_bytes)]
-        flags += ["--max-queued-requests", str(max(args.requests, args.fair_requests) + 1)]
+        flags += ["--max-queued-requests", str(2 * max(args.requests, args.fair_requests))]
         if args.model is not None:
             flags += ["--model", str(args.model)]
         self._flags = flags
