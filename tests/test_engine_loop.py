@@ -107,7 +107,7 @@ class Driven:
             max_tokens=max_tokens,
         )
         self._names[stream] = name
-        self.loop.post(lambda: self.loop.add(flight))
+        self.loop.submit(flight)
         return sequence
 
     def read(self) -> None:
@@ -190,3 +190,18 @@ def test_the_thread_sleeps_while_nothing_can_be_computed(make: Registries) -> No
     driven.loop.post(driven.loop.stop)
     thread.join(10)
     assert not thread.is_alive()
+
+
+def test_only_requests_count_as_waiting(make: Registries) -> None:
+    """Else a server refuses requests because adapters arrive, or others are cancelled."""
+    driven = Driven(make(2, load="a"))
+    for _ in range(5):
+        driven.loop.post(lambda: None)
+    assert driven.loop.num_waiting == 0
+    driven.ask("one", "a")
+    driven.ask("two", "a")
+    assert driven.loop.num_waiting == 2
+    driven.read()
+    assert driven.loop.num_waiting == 2
+    driven.finish("one", "two")
+    assert driven.loop.num_waiting == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from turret.server.adapters import known_files
 from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
 from turret.server.adapters.known_files import KnownFiles, stamp_of
+from turret.server.errors import AdapterCheckpointError
 
 TENSORS = "adapter_model.safetensors"
 
@@ -86,6 +88,26 @@ def test_content_of_the_same_size_and_age_is_seen(tmp_path: Path, hashed: list[i
         os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
     assert read(folder, known).digest != first.digest
+
+
+def test_a_known_file_that_changes_while_it_is_read_is_refused(
+    tmp_path: Path, hashed: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "a"
+    write(folder, 0)
+    known = KnownFiles()
+    read(folder, known)
+    original = reader._read_data
+
+    def changing(file: BinaryIO, num_bytes: int) -> torch.Tensor | None:
+        with (folder / TENSORS).open("r+b") as opened:
+            opened.seek(-1, os.SEEK_END)
+            opened.write(b"x")
+        return original(file, num_bytes)
+
+    monkeypatch.setattr(reader, "_read_data", changing)
+    with pytest.raises(AdapterCheckpointError, match="changed while it was read"):
+        read(folder, known)
 
 
 def test_another_config_is_seen(tmp_path: Path, hashed: list[int]) -> None:

@@ -1,7 +1,8 @@
 """Reads a PEFT adapter directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Each byte is read once: the same bytes are hashed, checked and turned into tensors, so a file that
-changes underneath can fail the load but never slip past a check. What the keys and tensors *mean*
+changes underneath can fail the load but never slip past a check. Of files that are not hashed again
+(``known_files.py``), the state is compared before and after. What the keys and tensors *mean*
 is the methods' business.
 """
 
@@ -90,6 +91,10 @@ def read_checkpoint(
         file_bytes = os.fstat(file.fileno()).st_size
         unhashed = hashed if digest is None else None
         tensors = _read_tensors(file, file_bytes, path, unhashed, max_elements)
+        if digest is not None and stamp_of(config_file.fileno(), file.fileno()) != stamp:
+            violations = Violations()
+            violations.add(TENSORS_FILE, "changed while it was read")
+            violations.raise_if_any(path)
     if digest is None:
         digest = hashed.hexdigest()
         if known is not None:

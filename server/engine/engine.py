@@ -141,7 +141,7 @@ class Engine:
             raise
         self._num_open += 1
         self._idle.clear()
-        self._loop.post(lambda: self._loop.add(flight))
+        self._loop.submit(flight)
         return flight.stream
 
     def exchange(self, change: Change) -> Future[None]:

@@ -62,11 +62,13 @@ class EngineLoop:
         self._with_deadline: set[Flight] = set()
         self._ready: set[Sequence] = set()
         self._cold: dict[Sequence, HostResult] = {}
+        # Each is written by one thread alone: who submits, and the engine's.
+        self._num_submitted = self._num_taken = 0
         self._has_work = False
         self._stopping = False
         self._exchange: Exchange | None = None
 
-    # Callable from any thread.
+    # Callable from any thread, but for ``submit``.
 
     def post(self, command: Callable[[], None]) -> None:
         """Have the engine thread run a command between two steps."""
@@ -75,7 +77,17 @@ class EngineLoop:
     @property
     def num_waiting(self) -> int:
         """Requests that wait, those not yet seen included."""
-        return len(self._scheduler.waiting) + self._inbox.qsize()
+        return len(self._scheduler.waiting) + self._num_submitted - self._num_taken
+
+    def submit(self, flight: Flight) -> None:
+        """Post a request; always from the same thread."""
+
+        def take() -> None:
+            self.add(flight)
+            self._num_taken += 1
+
+        self._num_submitted += 1
+        self.post(take)
 
     # Commands: post them.
 
