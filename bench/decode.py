@@ -22,7 +22,7 @@ from typing import Any
 
 import psutil
 from batch import BatchTiming, send_batch
-from machine import BUSY_SHARE, CpuMeter, describe, measure_load
+from machine import CpuMeter, describe, require_idle
 from prometheus_client.parser import text_string_to_metric_families
 from prompts import PromptSource
 from random_lora import write_random_loras
@@ -37,7 +37,6 @@ from turret.server.models.nf4_cache import default_cache_dir, resolve_model
 from turret.server.progress import progress_bar
 from turret.server.server_process import ServerProcess, ServerProcessError
 
-EXIT_BUSY = 3
 EXIT_WRONG = 4
 # Requests whose tokens are compared with what they get alone.
 _CHECKED = 4
@@ -263,12 +262,7 @@ def show(console: Console, cases: list[Case], whole: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     console = make_console()
-    load = measure_load()
-    if load > BUSY_SHARE and not args.force:
-        console.print(
-            f"others take {load:.0%} of this machine's cores: measure when it is idle, or --force"
-        )
-        return EXIT_BUSY
+    load = require_idle(console, args.force)
     with progress_bar() as progress:
         model = resolve_model(args.model, default_cache_dir(), progress)
     from transformers import AutoConfig

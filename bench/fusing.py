@@ -20,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import BUSY_SHARE, describe, measure_load
+from machine import describe, require_idle
 from random_lora import write_random_loras
 from report import append_rows, make_console, print_rows
 from workload import TOKEN_IDS
@@ -30,7 +30,6 @@ from turret.server.models.arch import read_arch
 from turret.server.models.nf4_cache import default_cache_dir, resolve_model
 from turret.server.server_process import ServerProcess
 
-EXIT_BUSY = 3
 _FUSED = 8
 _RANK = 16
 _NEW_TOKENS = 100
@@ -119,10 +118,7 @@ async def measure(
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     console = make_console()
-    load = measure_load()
-    if load > BUSY_SHARE and not args.force:
-        console.print(f"others take {load:.0%} of this machine's cores: wait, or --force")
-        return EXIT_BUSY
+    load = require_idle(console, args.force)
     from transformers import AutoConfig
 
     model = resolve_model(None, default_cache_dir())

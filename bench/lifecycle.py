@@ -24,7 +24,7 @@ from typing import Any
 from bars import Bar, bars_of
 from cold_loads import measure_interference, probe_cold
 from fairness import measure_fairness
-from machine import BUSY_SHARE, CpuMeter, cpu_name, describe, measure_load, slug
+from machine import CpuMeter, cpu_name, describe, require_idle, slug
 from many_loras import write_many_loras
 from memory_watch import MemoryWatch
 from random_lora import ALL, ATTENTION, write_random_loras
@@ -39,7 +39,7 @@ from turret.server.models.arch import Arch, read_arch
 from turret.server.models.nf4_cache import default_cache_dir, resolve_model
 from turret.server.server_process import ServerProcess
 
-EXIT_MISSED, EXIT_BUSY = 1, 3
+EXIT_MISSED = 1
 # What the bar for the price of a cold load is about; on all projections, unlike the others.
 PROBED_RANK = 16
 
@@ -252,10 +252,7 @@ def write_adapters(args: argparse.Namespace, root: Path, arch: Arch, base: str) 
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     console = make_console()
-    load = measure_load()
-    if load > BUSY_SHARE and not args.force:
-        console.print(f"others take {load:.0%} of this machine's cores: wait, or --force")
-        return EXIT_BUSY
+    load = require_idle(console, args.force)
     from transformers import AutoConfig
 
     start = time.monotonic()

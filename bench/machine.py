@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from rich.console import Console
 
 import turret
 
 ROOT = Path(__file__).resolve().parent.parent
 # Other processes may take this part of the machine before a measurement is worthless.
 BUSY_SHARE = 0.1
+EXIT_BUSY = 3
 _PACKAGES = ("torch", "bitsandbytes", "transformers", "grpcio", "protobuf")
 
 
@@ -98,6 +100,19 @@ class CpuMeter:
         busy -= getattr(total, "guest", 0.0) + getattr(total, "guest_nice", 0.0)
         own = [process.cpu_times() for process in self._own]
         return busy - sum(times.user + times.system for times in own)
+
+
+def require_idle(console: Console, is_forced: bool) -> float:
+    """Watch the machine; returns the share of it that others take.
+
+    Raises:
+        SystemExit: It is too large to measure anything, and nobody said to go on all the same.
+    """
+    load = measure_load()
+    if load > BUSY_SHARE and not is_forced:
+        console.print(f"others take {load:.0%} of this machine's cores: wait, or --force")
+        raise SystemExit(EXIT_BUSY)
+    return load
 
 
 def measure_load(seconds: float = 3.0) -> float:

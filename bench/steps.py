@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import BUSY_SHARE, describe, measure_load
+from machine import describe, require_idle
 from random_lora import write_random_loras
 from random_methods import row_norms, write_random_methods
 from report import append_rows, make_console, print_rows
@@ -39,7 +39,6 @@ from turret.server.metrics import Metrics
 from turret.server.models.arch import Arch, read_arch
 from turret.server.models.nf4_cache import default_cache_dir, resolve_model
 
-EXIT_BUSY = 3
 ENGINE = "engine"
 REST = "all else"
 # Innermost wins: the time of a part is without that of the parts that it calls. Of two with one
@@ -231,10 +230,7 @@ def show(
 def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     console = make_console()
-    load = measure_load()
-    if load > BUSY_SHARE and not args.force:
-        console.print(f"others take {load:.0%} of this machine's cores: wait, or --force")
-        return EXIT_BUSY
+    load = require_idle(console, args.force)
     from transformers import AutoConfig
 
     model = resolve_model(args.model, default_cache_dir())
