@@ -1,7 +1,9 @@
-/* Causal attention of new tokens over a paged KV cache, one (row, KV head) at a time.
+/* Causal attention of new tokens over a paged KV cache, one row at a time.
  *
  * All scores of a row first, then their softmax, then the weighted values: the result of a row
- * depends on its own query and its own keys only, in position order.
+ * depends on its own query and its own keys only, in position order. A block of the cache holds all
+ * KV heads of its positions side by side, so a row's heads walk the blocks together and memory is
+ * read as it lies; while a block is computed with, the next one comes into the cache.
  */
 #include "vec.h"
 
@@ -18,7 +20,7 @@ typedef struct {
 
 typedef struct {
     const Span *spans;
-    float *scratch; /* [threads, scratch_stride]: scores of a KV head's query heads */
+    float *scratch; /* [threads, scratch_stride]: queries, results and scores of a row's heads */
     int64_t num_spans, scratch_stride, num_threads;
     int64_t window; /* 0: none */
 } Plan;
@@ -31,22 +33,32 @@ typedef struct {
     double scale;
 } Heads;
 
-/* scores[g][t] = q_g . k_t for count positions, LANES at a time; q is scaled already. Stores whole
- * vectors, the lanes past count are 0. */
-INLINE void score(const float *q, int64_t vectors, int64_t group, const bf16 *k, int64_t stride,
-                  int64_t count, float *scores, int64_t scores_stride) {
+/* Positions of a block, of one KV head; `next` is where the same head of the next block lies. */
+typedef struct {
+    const bf16 *at, *next;
+    int64_t stride, count;
+} Slice;
+
+INLINE void prefetch_head(const bf16 *p, int64_t vectors) {
+    for (int64_t d = 0; d < vectors; d += 2) __builtin_prefetch(p + d * LANES);
+}
+
+/* scores[g][t] = q_g . k_t, LANES positions at a time; q is scaled already. Stores whole vectors, the
+ * lanes past the end are 0. */
+INLINE void score(const float *q, int64_t vectors, int64_t group, const Slice *k, float *scores,
+                  int64_t scores_stride) {
     int64_t dim = vectors * LANES;
-    for (int64_t t = 0; t < count; t += LANES, k += LANES * stride) {
-        int64_t some = count - t < LANES ? count - t : LANES;
+    for (int64_t t = 0; t < k->count; t += LANES) {
+        int64_t some = k->count - t < LANES ? k->count - t : LANES;
+        const bf16 *first = k->at + t * k->stride, *next = k->next + t * k->stride;
         for (int64_t g = 0; g < group; g += HEADS) {
             int64_t heads = group - g < HEADS ? group - g : HEADS;
             f32x16 parts[HEADS][LANES];
             for (int64_t i = 0; i < some; i++) {
-                const bf16 *row = k + i * stride;
+                const bf16 *row = first + i * k->stride;
                 f32x16 key[MAX_VECTORS];
                 for (int64_t d = 0; d < vectors; d++) key[d] = load_bf16(row + d * LANES);
-                __builtin_prefetch(row + 4 * stride);
-                __builtin_prefetch(row + 4 * stride + 2 * LANES);
+                prefetch_head(next + i * k->stride, vectors);
                 for (int64_t j = 0; j < heads; j++) {
                     f32x16 s = {0};
                     for (int64_t d = 0; d < vectors; d++)
@@ -81,81 +93,104 @@ INLINE float softmax(float *s, int64_t count) {
     return sum_lanes(sum);
 }
 
-typedef struct {
-    const Heads *h;
-    const Span *span;
-    int64_t kv, low, end;
-    const float *p; /* [heads, stride], not divided by their sums yet */
-    int64_t stride;
-    const float *sums;
-} Values;
-
-/* out[j] = sum_t p[j][t] v_t / sums[j] for a constant number of heads. */
-INLINE void gather(const Values *values, int64_t vectors, const int heads, bf16 *out) {
-    const Heads *h = values->h;
-    int64_t dim = vectors * LANES, size = h->block_size, stride = h->kv_heads * dim;
-    f32x16 acc[HEADS][MAX_VECTORS];
+/* acc[j] += sum_t p[j][t] v_t for a constant number of heads. */
+INLINE void gather(const float *p, int64_t p_stride, int64_t vectors, const int heads,
+                   const Slice *v, float *acc) {
+    int64_t dim = vectors * LANES;
+    f32x16 sums[HEADS][MAX_VECTORS];
     for (int j = 0; j < heads; j++)
-        for (int64_t d = 0; d < vectors; d++) acc[j][d] = (f32x16){0};
-    for (int64_t t = values->low; t < values->end;) {
-        int64_t stop = (t / size + 1) * size < values->end ? (t / size + 1) * size : values->end;
-        const bf16 *v = h->v + (values->span->blocks[t / size] * size + t % size) * stride;
-        v += values->kv * dim;
-        const float *p = values->p + t - values->low;
-        for (int64_t i = 0; i < stop - t; i++, v += stride)
-            for (int64_t d = 0; d < vectors; d++) {
-                f32x16 value = load_bf16(v + d * LANES);
-                for (int j = 0; j < heads; j++) acc[j][d] += p[j * values->stride + i] * value;
-            }
-        t = stop;
-    }
-    for (int j = 0; j < heads; j++)
-        for (int64_t d = 0; d < vectors; d++)
-            store_bf16(out + j * dim + d * LANES, acc[j][d] / values->sums[j]);
-}
-
-INLINE void attend(const Plan *plan, const Heads *h, const Span *span, int64_t i, int64_t kv,
-                   float *scratch, int64_t vectors) {
-    int64_t dim = vectors * LANES, group = h->heads / h->kv_heads, size = h->block_size;
-    int64_t stride = h->kv_heads * dim;
-    int64_t end = span->num_context + i + 1, low = span->num_padding;
-    if (plan->window && end - plan->window > low) low = end - plan->window;
-    int64_t count = end - low, row = span->first_row + i;
-    /* Whole vectors are stored from any position on. */
-    int64_t scores_stride = (count + LANES - 1) / LANES * LANES + LANES;
-    float *q = scratch, *scores = scratch + group * dim;
-    const float *source = h->q + (row * h->heads + kv * group) * dim;
-    for (int64_t d = 0; d < group * dim; d += LANES)
-        store_f32(q + d, load_f32(source + d) * (float)h->scale);
-    for (int64_t t = low; t < end;) {
-        int64_t stop = (t / size + 1) * size < end ? (t / size + 1) * size : end;
-        const bf16 *k = h->k + (span->blocks[t / size] * size + t % size) * stride + kv * dim;
-        score(q, vectors, group, k, stride, stop - t, scores + t - low, scores_stride);
-        t = stop;
-    }
-    float sums[group];
-    for (int64_t g = 0; g < group; g++) sums[g] = softmax(scores + g * scores_stride, count);
-    bf16 *out = h->out + (row * h->heads + kv * group) * dim;
-    /* As many heads together as have room in the registers: each value is loaded once for them. */
-    int64_t most = vectors <= 4 ? HEADS : vectors <= 8 ? 2 : 1;
-    for (int64_t g = 0; g < group; g += most, scores += most * scores_stride, out += most * dim) {
-        Values values = {h, span, kv, low, end, scores, scores_stride, sums + g};
-        switch (group - g < most ? group - g : most) {
-        case 4: gather(&values, vectors, 4, out); break;
-        case 3: gather(&values, vectors, 3, out); break;
-        case 2: gather(&values, vectors, 2, out); break;
-        default: gather(&values, vectors, 1, out);
+        for (int64_t d = 0; d < vectors; d++) sums[j][d] = load_f32(acc + j * dim + d * LANES);
+    const bf16 *at = v->at, *next = v->next;
+    for (int64_t i = 0; i < v->count; i++, at += v->stride, next += v->stride) {
+        prefetch_head(next, vectors);
+        for (int64_t d = 0; d < vectors; d++) {
+            f32x16 value = load_bf16(at + d * LANES);
+            for (int j = 0; j < heads; j++) sums[j][d] += p[j * p_stride + i] * value;
         }
     }
+    for (int j = 0; j < heads; j++)
+        for (int64_t d = 0; d < vectors; d++) store_f32(acc + j * dim + d * LANES, sums[j][d]);
+}
+
+/* As many heads together as have room in the registers: each value is loaded once for them. */
+INLINE void gather_group(const float *p, int64_t p_stride, int64_t vectors, int64_t group,
+                         const Slice *v, float *acc) {
+    int64_t most = vectors <= 4 ? HEADS : vectors <= 8 ? 2 : 1;
+    for (int64_t g = 0; g < group; g += most, p += most * p_stride, acc += most * vectors * LANES)
+        switch (group - g < most ? group - g : most) {
+        case 4: gather(p, p_stride, vectors, 4, v, acc); break;
+        case 3: gather(p, p_stride, vectors, 3, v, acc); break;
+        case 2: gather(p, p_stride, vectors, 2, v, acc); break;
+        default: gather(p, p_stride, vectors, 1, v, acc);
+        }
+}
+
+/* A row of a span, and which of its KV heads. */
+typedef struct {
+    const Span *span;
+    const Span *following; /* whose keys are read next */
+    int64_t number, kv_low, kv_high;
+} Row;
+
+/* The part of the block that holds position t, up to `end`: of KV head `kv`, in keys or values. */
+INLINE Slice slice_of(const Heads *h, const Span *span, const bf16 *cache, int64_t t, int64_t end,
+                      int64_t kv) {
+    int64_t size = h->block_size, stride = h->kv_heads * h->head_dim;
+    int64_t stop = (t / size + 1) * size < end ? (t / size + 1) * size : end;
+    const bf16 *at = cache + (span->blocks[t / size] * size + t % size) * stride + kv * h->head_dim;
+    return (Slice){at, at, stride, stop - t};
+}
+
+INLINE void attend(const Plan *plan, const Heads *h, const Row *row, float *scratch,
+                   int64_t vectors) {
+    const Span *span = row->span;
+    int64_t dim = vectors * LANES, group = h->heads / h->kv_heads;
+    int64_t end = span->num_context + row->number + 1, low = span->num_padding;
+    if (plan->window && end - plan->window > low) low = end - plan->window;
+    int64_t count = end - low, first = row->kv_low * group;
+    int64_t heads = (row->kv_high - row->kv_low) * group;
+    /* Whole vectors are stored from any position on. */
+    int64_t scores_stride = (count + LANES - 1) / LANES * LANES + LANES;
+    float *q = scratch, *acc = q + heads * dim, *scores = acc + heads * dim;
+    int64_t place = ((span->first_row + row->number) * h->heads + first) * dim;
+    for (int64_t d = 0; d < heads * dim; d += LANES) {
+        store_f32(q + d, load_f32(h->q + place + d) * (float)h->scale);
+        store_f32(acc + d, (f32x16){0});
+    }
+    for (int64_t t = low, stop; t < end; t = stop)
+        for (int64_t kv = row->kv_low; kv < row->kv_high; kv++) {
+            int64_t g = (kv - row->kv_low) * group;
+            Slice k = slice_of(h, span, h->k, t, end, kv);
+            stop = t + k.count;
+            k.next = stop < end ? slice_of(h, span, h->k, stop, end, kv).at
+                                : slice_of(h, span, h->v, low, end, kv).at;
+            score(q + g * dim, vectors, group, &k, scores + g * scores_stride + t - low,
+                  scores_stride);
+        }
+    float sums[heads];
+    for (int64_t g = 0; g < heads; g++) sums[g] = softmax(scores + g * scores_stride, count);
+    for (int64_t t = low, stop; t < end; t = stop)
+        for (int64_t kv = row->kv_low; kv < row->kv_high; kv++) {
+            int64_t g = (kv - row->kv_low) * group;
+            Slice v = slice_of(h, span, h->v, t, end, kv);
+            stop = t + v.count;
+            v.next = stop < end ? slice_of(h, span, h->v, stop, end, kv).at
+                                : slice_of(h, row->following, h->k, 0, 1, kv).at;
+            gather_group(scores + g * scores_stride + t - low, scores_stride, vectors, group, &v,
+                         acc + g * dim);
+        }
+    for (int64_t g = 0; g < heads; g++)
+        for (int64_t d = 0; d < vectors; d++)
+            store_bf16(h->out + place + g * dim + d * LANES,
+                       load_f32(acc + g * dim + d * LANES) / sums[g]);
 }
 
 /* The usual sizes get loops of known length, whose sums stay in registers. */
-KERNEL static void attend_row(const Plan *plan, const Heads *h, const Span *span, int64_t i,
-                              int64_t kv, float *scratch) {
+KERNEL static void attend_row(const Plan *plan, const Heads *h, const Row *row, float *scratch) {
     switch (h->head_dim / LANES) {
-    case 4: attend(plan, h, span, i, kv, scratch, 4); break;
-    case 8: attend(plan, h, span, i, kv, scratch, 8); break;
-    default: attend(plan, h, span, i, kv, scratch, h->head_dim / LANES);
+    case 4: attend(plan, h, row, scratch, 4); break;
+    case 8: attend(plan, h, row, scratch, 8); break;
+    default: attend(plan, h, row, scratch, h->head_dim / LANES);
     }
 }
 
@@ -164,7 +199,7 @@ EXPORT void turret_attend(const Plan *plan, const Heads *heads) {
     {
         int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
         float *scratch = plan->scratch + part * plan->scratch_stride;
-        /* Shares of equal numbers of keys, not of rows. */
+        /* Shares of equal numbers of keys, not of rows; a KV head of a row is not divided. */
         int64_t total = 0, done = 0;
         for (int64_t s = 0; s < plan->num_spans; s++) {
             const Span *p = &plan->spans[s];
@@ -173,12 +208,17 @@ EXPORT void turret_attend(const Plan *plan, const Heads *heads) {
         int64_t low = total * part / parts, high = total * (part + 1) / parts;
         for (int64_t s = 0; s < plan->num_spans; s++) {
             const Span *p = &plan->spans[s];
-            for (int64_t i = 0; i < p->num_new; i++)
-                for (int64_t kv = 0; kv < heads->kv_heads; kv++) {
-                    if (done >= low && done < high)
-                        attend_row(plan, heads, p, i, kv, scratch);
-                    done += p->num_context + (p->num_new + 1) / 2;
+            int64_t cost = p->num_context + (p->num_new + 1) / 2;
+            for (int64_t i = 0; i < p->num_new; i++) {
+                const Span *following = i + 1 < p->num_new || s + 1 == plan->num_spans ? p : p + 1;
+                Row row = {p, following, i, heads->kv_heads, 0};
+                for (int64_t kv = 0; kv < heads->kv_heads; kv++, done += cost) {
+                    if (done < low || done >= high) continue;
+                    if (kv < row.kv_low) row.kv_low = kv;
+                    row.kv_high = kv + 1;
                 }
+                if (row.kv_low < row.kv_high) attend_row(plan, heads, &row, scratch);
+            }
         }
     }
 }

@@ -1,4 +1,4 @@
-"""Causal attention over a paged KV cache, one row and KV head at a time; see ``attention.c``.
+"""Causal attention over a paged KV cache, one row at a time; see ``attention.c``.
 
 The contract is that of ``kernels/paged_attention.py``: a row's result depends on its own query and
 keys only. No tiles, no masks and no copies of keys and values: a row walks its own blocks.
@@ -23,7 +23,7 @@ class NativeAttentionPlan:
 
     Args:
         spans: The sequences of the step.
-        queries_per_head: Query heads per KV head.
+        num_heads: Query heads.
         head_dim: A multiple of 16, at most ``MAX_HEAD_DIM``.
         window: Sliding window in tokens, or None.
     """
@@ -32,7 +32,7 @@ class NativeAttentionPlan:
         self,
         spans: Sequence[SequenceSpan],
         *,
-        queries_per_head: int,
+        num_heads: int,
         head_dim: int,
         window: int | None,
     ) -> None:
@@ -49,7 +49,7 @@ class NativeAttentionPlan:
         threads = torch.get_num_threads()
         # Whole vectors are stored from any position on.
         padded = -(-longest // _LANES) * _LANES + _LANES
-        stride = queries_per_head * (head_dim + padded)
+        stride = num_heads * (2 * head_dim + padded)
         self._scratch = torch.empty(threads * stride)
         self._plan = (ctypes.c_int64 * 6)(
             ctypes.addressof(self._spans),

@@ -37,7 +37,7 @@ class NativeLayerOps:
     ) -> NativeAttentionPlan:
         return NativeAttentionPlan(
             spans,
-            queries_per_head=self._arch.queries_per_head,
+            num_heads=self._arch.num_heads,
             head_dim=self._arch.head_dim,
             window=window,
         )

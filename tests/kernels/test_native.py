@@ -316,9 +316,7 @@ def test_attention_equals_float64_and_the_rows_alone(
     q = torch.randn(row, heads, dim)
 
     def attend(queries: torch.Tensor, spans: list[SequenceSpan]) -> torch.Tensor:
-        plan = NativeAttentionPlan(
-            spans, queries_per_head=heads // kv_heads, head_dim=dim, window=window
-        )
+        plan = NativeAttentionPlan(spans, num_heads=heads, head_dim=dim, window=window)
         return paged_attention(queries, keys, values, plan, scale=scale)
 
     got = attend(q, spans)
