@@ -81,10 +81,11 @@ static void shrink_module(const Step *step, const Projection *p, const Segment *
     int64_t units = (m->rank + RANKS - 1) / RANKS;
     if (!skip(share, units, cost))
         for (int64_t r = 0; r < m->rank; r += RANKS)
-            if (take(share, cost))
-                for (int64_t i = row; i < stop; i++)
-                    low_rank_shrink(m, p->x + i * p->x_stride, n, r,
-                                    activations(step, p, seg, c, i, j));
+            if (take(share, cost)) {
+                Rows rows = {p->x + row * p->x_stride, activations(step, p, seg, c, row, j), 0,
+                             stop - row, p->x_stride, p->num_slices * c->width};
+                low_rank_shrink(m, &rows, n, r);
+            }
     if (m->hadamard) {
         int64_t tiles = hadamard_tiles(m->hadamard);
         if (!skip(share, tiles, 2 * cost))
@@ -121,13 +122,10 @@ static void shrink(const Step *step, const Projection *p, Share *share) {
     }
 }
 
-/* One row, columns [low, low + count) of slice j, which starts at column `first` of y. */
-KERNEL static void expand_columns(const Step *step, const Projection *p, const Segment *seg, int64_t row,
-                           int64_t j, int64_t first, int64_t low, int64_t count) {
-    float acc[COLUMNS] __attribute__((aligned(64)));
+/* acc *= 1 + sum_k w_k (g_k - 1), the gains being those of slice j. */
+INLINE void apply_gain(const Step *step, const Projection *p, const Segment *seg, int64_t j,
+                       int64_t low, int64_t count, float *acc, int64_t rows) {
     float gain[COLUMNS];
-    bf16 *y = p->y + row * p->y_stride + first + low;
-    for (int64_t o = 0; o < count; o++) acc[o] = to_f32(y[o]);
     int has_gain = 0;
     for (int64_t k = seg->first; k < seg->last; k++) {
         const Component *c = &step->components[k];
@@ -140,24 +138,45 @@ KERNEL static void expand_columns(const Step *step, const Projection *p, const S
         for (int64_t o = 0; o < count; o++) gain[o] += w * (g[low + o] - 1.0f);
     }
     if (has_gain)
-        for (int64_t o = 0; o < count; o++) acc[o] *= gain[o];
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t o = 0; o < count; o++) acc[i * COLUMNS + o] *= gain[o];
+}
+
+/* One row or TILE from `row` on, columns [low, low + count) of slice j, which starts at column
+ * `first` of y. */
+KERNEL static void expand_columns(const Step *step, const Projection *p, const Segment *seg,
+                                  int64_t row, int64_t rows, int64_t j, int64_t first, int64_t low,
+                                  int64_t count) {
+    float acc[TILE * COLUMNS] __attribute__((aligned(64)));
+    bf16 *y = p->y + row * p->y_stride + first + low;
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t o = 0; o < count; o++) acc[i * COLUMNS + o] = to_f32(y[i * p->y_stride + o]);
+    apply_gain(step, p, seg, j, low, count, acc, rows);
     if (p->bias)
-        for (int64_t o = 0; o < count; o++) acc[o] += to_f32(p->bias[first + low + o]);
+        for (int64_t i = 0; i < rows; i++)
+            for (int64_t o = 0; o < count; o++)
+                acc[i * COLUMNS + o] += to_f32(p->bias[first + low + o]);
     for (int64_t k = seg->first; k < seg->last; k++) {
         const Component *c = &step->components[k];
         const Module *m = &c->modules[p->module + j];
         float w = (float)c->weight;
-        if (m->bias)
-            for (int64_t o = 0; o < count; o++) acc[o] += w * m->bias[low + o];
-        const float *v = activations(step, p, seg, c, row, j);
+        Rows part = {0, activations(step, p, seg, c, row, j), acc, rows, 0, p->num_slices * c->width};
         int64_t width = p->widths[j];
-        if (m->rank) low_rank_expand(m, v, w, width, low, count, acc);
-        if (m->hadamard)
-            hadamard_expand(m->hadamard, v + hadamard_start(m), w, width, low, count, acc);
-        if (m->kronecker)
-            kronecker_expand(m->kronecker, v + kronecker_start(m), w, low, count, acc);
+        if (m->bias)
+            for (int64_t i = 0; i < rows; i++)
+                for (int64_t o = 0; o < count; o++) acc[i * COLUMNS + o] += w * m->bias[low + o];
+        if (m->rank) low_rank_expand(m, &part, w, width, low, count);
+        for (int64_t i = 0; i < rows; i++) {
+            const float *v = part.v + i * part.v_stride;
+            float *sums = acc + i * COLUMNS;
+            if (m->hadamard)
+                hadamard_expand(m->hadamard, v + hadamard_start(m), w, width, low, count, sums);
+            if (m->kronecker)
+                kronecker_expand(m->kronecker, v + kronecker_start(m), w, low, count, sums);
+        }
     }
-    for (int64_t o = 0; o < count; o++) y[o] = to_bf16(acc[o]);
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t o = 0; o < count; o++) y[i * p->y_stride + o] = to_bf16(acc[i * COLUMNS + o]);
 }
 
 /* What a column of slice j costs: products, and some for reading and rounding it. */
@@ -186,8 +205,10 @@ static void expand(const Step *step, const Projection *p, Share *share) {
                 for (int64_t o = 0; o < width; o += COLUMNS) {
                     if (!take(share, cost)) continue;
                     int64_t count = width - o < COLUMNS ? width - o : COLUMNS;
-                    for (int64_t i = row; i < stop; i++)
-                        expand_columns(step, p, seg, i, j, first, o, count);
+                    int64_t i = row;
+                    for (; i + TILE <= stop; i += TILE)
+                        expand_columns(step, p, seg, i, TILE, j, first, o, count);
+                    for (; i < stop; i++) expand_columns(step, p, seg, i, 1, j, first, o, count);
                 }
             }
         }

@@ -12,6 +12,7 @@
 #define COLUMN_VECTORS 8 /* vectors of columns an expand unit takes together */
 #define COLUMNS (COLUMN_VECTORS * LANES)
 #define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
+#define TILE 4 /* rows that share what is read, where a segment has as many */
 
 /* ((w1a w1b) * (w2a w2b)) x; scratch: [padded rank, rank]. */
 typedef struct {
@@ -50,12 +51,20 @@ INLINE int64_t kronecker_start(const Module *m) {
 
 INLINE int64_t kronecker_width(const Kronecker *k) { return k->w2 ? k->out_k : k->rank; }
 
-/* Ranks [r, r + RANKS) of A x. */
+/* Rows of a segment: inputs, activations of one operator, sums of some columns ([count, COLUMNS]). */
+typedef struct {
+    const bf16 *x;
+    float *v, *acc;
+    int64_t count, x_stride, v_stride;
+} Rows;
+
+/* Ranks [r, r + RANKS) of A x, for any number of rows. */
 #define RANKS 4
-void low_rank_shrink(const Module *m, const bf16 *x, int64_t in_features, int64_t r, float *v);
-/* acc[0:count] += w * (B v)[low:low + count], count at most COLUMNS; so the other two. */
-void low_rank_expand(const Module *m, const float *v, float w, int64_t width, int64_t low,
-                     int64_t count, float *acc);
+void low_rank_shrink(const Module *m, const Rows *rows, int64_t in_features, int64_t r);
+/* acc[:, 0:count] += w * (B v)[low:low + count], count at most COLUMNS, for one row or TILE; so the
+ * other two, for one row. */
+void low_rank_expand(const Module *m, const Rows *rows, float w, int64_t width, int64_t low,
+                     int64_t count);
 
 /* Tile number `tile` of U = w2b diag(x) w1b^T. */
 INLINE int64_t hadamard_tiles(const Hadamard *h) {

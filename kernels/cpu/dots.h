@@ -1,4 +1,4 @@
-/* Dot products of one vector with four rows, or one; fp32 sums in a fixed order. */
+/* Dot products of one vector, or four, with four rows, or one; fp32 sums in a fixed order. */
 #ifndef TURRET_DOTS_H
 #define TURRET_DOTS_H
 
@@ -30,6 +30,29 @@ INLINE void dot4(const bf16 *x, const bf16 *a, int64_t n, float *out) {
     out[1] = sum_lanes(s1) + t1;
     out[2] = sum_lanes(s2) + t2;
     out[3] = sum_lanes(s3) + t3;
+}
+
+/* dot4 of four vectors x, with the same bits: what is read of `a` serves them all. */
+INLINE void dot_tile(const bf16 *x, int64_t x_stride, const bf16 *a, int64_t n, float *out,
+                     int64_t out_stride) {
+    f32x16 s[4][4] = {{{0}}};
+    float t[4][4] = {{0}};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) {
+        f32x16 row[4];
+        for (int q = 0; q < 4; q++) row[q] = load_bf16(a + q * n + i);
+        for (int p = 0; p < 4; p++) {
+            f32x16 v = load_bf16(x + p * x_stride + i);
+            for (int q = 0; q < 4; q++) s[p][q] += v * row[q];
+        }
+    }
+    for (; i < n; i++)
+        for (int p = 0; p < 4; p++) {
+            float v = to_f32(x[p * x_stride + i]);
+            for (int q = 0; q < 4; q++) t[p][q] += v * to_f32(a[q * n + i]);
+        }
+    for (int p = 0; p < 4; p++)
+        for (int q = 0; q < 4; q++) out[p * out_stride + q] = sum_lanes(s[p][q]) + t[p][q];
 }
 
 INLINE void dot1(const bf16 *x, const bf16 *a, int64_t n, float *out) {
