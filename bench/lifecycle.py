@@ -1,12 +1,12 @@
 """Thousands of adapters on one server: throughput, cold loads, fairness and memory, with bars.
 
-    python bench/lifecycle.py [--adapters 5,10,100,1000,2000,5000]
+    python bench/lifecycle.py [--adapters 5,10,100,1000,2000,5000] [--ranks 8,16,32,64]
 
-Starts a server per number of registered adapters (random LoRAs of ranks 8, 16, 32 and 64, made by
-this script), plays the same traces in the style of S-LoRA (Gamma arrivals, power-law popularity,
-fixed seed) to each in turn, and on the largest measures what cold loads cost and whether a rare
-adapter is served beside a popular one. Writes one JSON document, prints it as tables, and ends with
-exit code 1 if a bar was missed. ``bench/plot_lifecycle.py`` draws the document.
+Starts a server per number of registered adapters (random LoRAs made by this script), plays the same
+traces in the style of S-LoRA (Gamma arrivals, power-law popularity, fixed seed) to each in turn,
+and on the largest measures what cold loads cost and whether a rare adapter is served beside a
+popular one. Writes one JSON document, prints it as tables, and ends with exit code 1 if a bar was
+missed. ``bench/plot_lifecycle.py`` draws the document.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from bars import Bar, bars_of
 from cold_loads import measure_interference, probe_cold
 from fairness import measure_fairness
 from machine import CpuMeter, cpu_name, describe, require_idle, slug
-from many_loras import write_many_loras
+from many_loras import RANKS, write_many_loras
 from memory_watch import MemoryWatch
 from random_lora import ALL, ATTENTION, write_random_loras
 from registering import register, restore
@@ -52,6 +52,12 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         type=lambda text: sorted(int(number) for number in text.split(",")),
         default="5,10,100,1000,2000,5000",
         help="numbers to register (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=lambda text: sorted(int(number) for number in text.split(",")),
+        default=",".join(map(str, RANKS)),
+        help="of the adapters, in turn (default: %(default)s)",
     )
     parser.add_argument(
         "--targets",
@@ -244,8 +250,10 @@ def show(console: Console, result: dict[str, Any], bars: Sequence[Bar]) -> None:
 def write_adapters(args: argparse.Namespace, root: Path, arch: Arch, base: str) -> list[list[str]]:
     """The adapters, and those that are probed; returns the names of both."""
     targets = ATTENTION if args.targets == "attention" else ALL
-    names = write_many_loras(root, args.adapters[-1], arch=arch, base_model=base, targets=targets)
-    probes = write_random_loras(root, args.probes, arch=arch, base_model=base, rank=PROBED_RANK)
+    like: Any = {"arch": arch, "base_model": base}
+    count = args.adapters[-1]
+    names = write_many_loras(root, count, targets=targets, ranks=args.ranks, **like)
+    probes = write_random_loras(root, args.probes, rank=PROBED_RANK, **like)
     return [names, probes]
 
 
@@ -264,6 +272,7 @@ def main(argv: list[str] | None = None) -> int:
         result = measure(args, folder, names, probes, console)
     kept = (
         "adapters",
+        "ranks",
         "targets",
         "lengths",
         "requests",

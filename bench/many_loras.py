@@ -16,15 +16,16 @@ _FILES_PER_RANK = 4
 _TENSORS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def rank_of(number: int) -> int:
-    """Rank of the ``number``-th adapter; small ones are as frequent as large ones."""
-    return RANKS[number % len(RANKS)]
-
-
 def write_many_loras(
-    root: Path, count: int, *, arch: Arch, base_model: str, targets: Sequence[str] = ALL
+    root: Path,
+    count: int,
+    *,
+    arch: Arch,
+    base_model: str,
+    targets: Sequence[str] = ALL,
+    ranks: Sequence[int] = RANKS,
 ) -> list[str]:
-    """Write ``count`` adapters; each has a config, and so a digest, of its own.
+    """Write ``count`` adapters of the ranks in turn; each has a config, and so a digest, its own.
 
     Tensor files are hard links to a few: an adapter is still read, hashed and lowered in full, but
     from the page cache once its file has been read.
@@ -33,13 +34,13 @@ def write_many_loras(
         Their names, which are their directories too.
     """
     originals = []
-    for number in range(min(count, _FILES_PER_RANK * len(RANKS))):
+    for number in range(min(count, _FILES_PER_RANK * len(ranks))):
         folder = root / f"file-{number:02}"
         write_random_lora(
             folder,
             arch=arch,
             base_model=base_model,
-            rank=rank_of(number),
+            rank=ranks[number % len(ranks)],
             seed=number,
             targets=targets,
         )

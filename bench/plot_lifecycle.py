@@ -2,8 +2,8 @@
 
     python bench/plot_lifecycle.py bench/results/lifecycle-CPU.json docs/lifecycle.svg
 
-Left: requests per second by number of registered adapters, each round a dot, and the bar that the
-largest number must not fall under. Right: medians of the time to the first token.
+Left: requests per second by number of registered adapters, each round a dot, and what S-LoRA kept
+from 5 to 2,000 adapters of the same ranks. Right: medians of the time to the first token.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bars import SLORA_SHARE
+from bars import slora_share
 
 WIDTH, HEIGHT = 860, 340
 _TOP, _BOTTOM = 56, 272
@@ -51,7 +51,7 @@ def _height(value: float, top_value: float) -> float:
     return _BOTTOM - (_BOTTOM - _TOP) * value / top_value
 
 
-def _throughput(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _throughput(rows: Sequence[Mapping[str, Any]], slora: float | None) -> list[str]:
     left, right = 60.0, 430.0
     top = 1.15 * max(rate for row in rows for rate in (*row["rounds"], row["requests_per_second"]))
     logs = [math.log10(row["registered"]) for row in rows]
@@ -59,9 +59,11 @@ def _throughput(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     xs = [left + 30 + (right - left - 60) * (value - logs[0]) / span for value in logs]
     parts = [_text((left + right) / 2, 32, "requests/s, more asked for than can be served")]
     parts += _axis(left, right, top)
-    bar = _height(SLORA_SHARE * rows[0]["requests_per_second"], top)
-    parts += [_line(left, bar, right, bar, dash="6 3")]
-    parts += [_text(right, bar - 5, f"{SLORA_SHARE:.1%} of the first", anchor="end", color=_MUTED)]
+    if slora is not None:
+        bar = _height(slora * rows[0]["requests_per_second"], top)
+        note = f"{slora:.1%}: S-LoRA from 5 to 2,000"
+        parts += [_line(left, bar, right, bar, dash="6 3")]
+        parts += [_text(right, bar + 14, note, anchor="end", color=_MUTED)]
     points = [
         (x, _height(row["requests_per_second"], top)) for x, row in zip(xs, rows, strict=True)
     ]
@@ -104,15 +106,20 @@ def _first_tokens(result: Mapping[str, Any]) -> list[str]:
     return parts
 
 
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"{min(ranks)}-{max(ranks)}" if len(ranks) > 1 else f"{ranks[0]}"
+
+
 def draw(result: Mapping[str, Any]) -> str:
     """The SVG document."""
     machine, scenario = result["machine"], result["scenario"]
+    ranks = _ranks(scenario["ranks"])
     source = (
-        f"{scenario['model']}, LoRA r=8-64 on {scenario['targets']} projections;"
+        f"{scenario['model']}, LoRA r={ranks} on {scenario['targets']} projections;"
         f" {machine['cores']} cores of {machine['cpu']}; {result['date'][:10]}"
     )
     body = [
-        *_throughput(result["throughput"]),
+        *_throughput(result["throughput"], slora_share(scenario)),
         *_first_tokens(result),
         _text(WIDTH / 2, HEIGHT - 8, source, color=_MUTED),
     ]

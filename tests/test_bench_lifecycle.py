@@ -76,7 +76,13 @@ def document(rates: dict[int, float], **changes: Any) -> dict[str, Any]:
     result: dict[str, Any] = {
         "date": "2026-01-02T03:04:05+00:00",
         "machine": {"cpu": "x < y", "cores": 2},
-        "scenario": {"model": "m", "targets": "all", "host_bytes": 100, "device_bytes": 50},
+        "scenario": {
+            "model": "m",
+            "ranks": [8],
+            "targets": "all",
+            "host_bytes": 100,
+            "device_bytes": 50,
+        },
         "registering": {"registered": max(rates), "seconds": 1.0, "bytes_each": 900},
         "cold": {"penalty_ms": 20.0},
         "interference": {"ratio": 1.0, "ttft_beside_cold_ms": 50.0, "ttft_beside_warm_ms": 50.0},
@@ -149,6 +155,20 @@ def test_throughput_must_hold(bench: Any, rates: Any, missed: list[int]) -> None
     failed = [bar.name for bar in bars if not bar.passed]
     assert len(failed) == len(missed)
     assert all(f" {number} adapters" in name for name, number in zip(failed, missed, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("ranks", "kept", "limit"),
+    [([8], 0.944, 0.945), ([8, 16, 32, 64], 0.944, 0.899), ([16], 0.5, None)],
+)
+def test_the_share_that_s_lora_kept_is_that_of_the_same_ranks(
+    bench: Any, ranks: list[int], kept: float, limit: float | None
+) -> None:
+    rates = {5: 10.0, 10: 10.0, 1000: 10.0, 2000: 10 * kept}
+    bars = bench("bars").bars_of(document(rates, scenario__ranks=ranks))
+    found = [bar for bar in bars if "requests/s at 2000" in bar.name]
+    assert [bar.limit for bar in found] == ([] if limit is None else [limit])
+    assert all(bar.passed == (kept >= bar.limit) for bar in found)
 
 
 def test_the_plot_is_well_formed_and_shows_every_number(bench: Any) -> None:
