@@ -5,8 +5,9 @@ Run from anywhere::
     python examples/write_data.py            # write
     python examples/write_data.py --check    # exit with 1 if a file is not what would be written
 
-``data/<task>.train.jsonl`` and ``data/<task>.test.jsonl`` come from disjoint pools. The rows of
-``prompts.jsonl`` that belong to the adapters made by ``turret train`` are rewritten.
+``data/<task>.train.jsonl``, ``data/<task>.test.jsonl`` and what a fusion is trained on come from
+disjoint pools. The rows of ``prompts.jsonl`` that belong to the adapters
+made by ``turret train`` are rewritten.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ ADAPTERS = {
 # Fusion, whose config is train/<fusion>.toml → the tasks that its training set mixes.
 FUSIONS = {"json-sql": ("json", "sql")}
 TRAIN_EXAMPLES = 400
-FUSION_EXAMPLES = 640
+FUSION_EXAMPLES = 2000
 TEST_EXAMPLES = 48
 DEMO_EXAMPLES = 3
 SEED = 0
@@ -57,7 +58,7 @@ def data_files() -> dict[Path, str]:
             contents[HERE / "data" / f"{task.name}.{split}.jsonl"] = to_jsonl(drawn)
     for fusion, tasks in FUSIONS.items():
         share = FUSION_EXAMPLES // len(tasks)
-        drawn = [DATA[task].examples("train", share, SEED) for task in tasks]
+        drawn = [DATA[task].examples("fusion", share, SEED) for task in tasks]
         mixed = [example for row in zip(*drawn, strict=True) for example in row]
         contents[HERE / "data" / f"{fusion}.train.jsonl"] = to_jsonl(mixed)
     return contents

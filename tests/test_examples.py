@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import itertools
 import json
 import subprocess
 import sys
@@ -76,6 +78,19 @@ def test_data_is_what_the_script_writes_and_test_rows_are_held_out():
             test = prompts(f"{task}.test.jsonl")
             assert len(test) == 48
             assert not test & prompts(path.name)
+
+
+def test_no_value_is_in_two_splits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    json_fields, sql = (importlib.import_module(f"tasks.{name}") for name in ("json_fields", "sql"))
+    names = ("FIRST_NAMES", "LAST_NAMES", "CITIES", "JOBS", "ITEMS", "TOPICS")
+    pools = [getattr(json_fields, name) for name in names]
+    pools.append({split: [v for t in sql.TABLES[split] for v in t.values] for split in sql.TABLES})
+    pools.append({split: [t.name for t in sql.TABLES[split]] for split in sql.TABLES})
+    for pool in pools:
+        assert pool.keys() == {"train", "fusion", "test"}
+        for one, other in itertools.combinations(pool, 2):
+            assert not set(pool[one]) & set(pool[other]), (one, other)
 
 
 def test_every_config_has_its_adapter_and_all_examples_are_small():

@@ -125,12 +125,20 @@ class MethodConfig:
     d_k: int | None = _key(
         "learned fusion: width of queries and keys", None, chosen="by method", sample=8
     )
+    guidance: float | None = _key(
+        "learned fusion: weight of the penalty on gates that leave the component which answers an "
+        "example best by itself; 0 for none",
+        None,
+        chosen="by method",
+        sample=0.5,
+    )
 
     def __post_init__(self) -> None:
         sizes = ("rank", "num_virtual_tokens", "encoder_hidden_size", "d_k")
         _check_at_least("method", self, 1, *sizes)
         _check("method.alpha", self.alpha is None or self.alpha > 0, "must be more than 0")
         _check("method.dropout", self.dropout is None or 0 <= self.dropout < 1, "must be in [0, 1)")
+        _check("method.guidance", (self.guidance or 0) >= 0, "must be at least 0")
         _check("method.targets", self.targets is None or len(self.targets) > 0, "must not be empty")
 
 

@@ -35,6 +35,8 @@ class FusionLayer(nn.Module):
         query: ``Wq``, ``[d_k, in]`` fp32.
         key: ``Wk``, ``[d_k, out]`` fp32.
         is_enabled: Whether there is anything but the base's result.
+        alone: Number of the component whose update is added as it is, without a gate; or None.
+        log_gates: Where every call appends ``log α``, ``[…, components]``; or None.
     """
 
     a: torch.Tensor
@@ -52,6 +54,8 @@ class FusionLayer(nn.Module):
         super().__init__()
         self.base = base
         self.is_enabled = True
+        self.alone: int | None = None
+        self.log_gates: list[torch.Tensor] | None = None
         held = [update for update in updates if update is not None]
         self.register_buffer("a", torch.cat([a for a, _ in held]).float(), persistent=False)
         self.register_buffer("b", torch.cat([b.T for _, b in held]).float(), persistent=False)
@@ -70,11 +74,15 @@ class FusionLayer(nn.Module):
             return y
         wide = x.to(self.a.dtype)
         v = wide @ self.a.T
-        gates = self.gates(wide, v)
-        return y + ((gates @ self.members) * v @ self.b).to(y.dtype)
+        if self.alone is not None:
+            return y + (self.members[self.alone] * v @ self.b).to(y.dtype)
+        # The same operations with and without a listener: a checkpointed layer runs again without.
+        log_gates = self.scores(wide, v).log_softmax(-1)
+        if self.log_gates is not None:
+            self.log_gates.append(log_gates)
+        return y + ((log_gates.exp() @ self.members) * v @ self.b).to(y.dtype)
 
-    def gates(self, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-        """``α``, ``[…, components]``, of inputs and their rank activations."""
+    def scores(self, x: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """``(Wq x) · (Wk B_k) v_k``, ``[…, components]``, of inputs and their rank activations."""
         keys = self.b @ self.key.T
-        scores = (x @ self.query.T @ keys.T * v) @ self.members.T
-        return scores.softmax(-1)
+        return (x @ self.query.T @ keys.T * v) @ self.members.T

@@ -58,6 +58,29 @@ class FusionModel(nn.Module):
             for layer in self.layers.values():
                 layer.is_enabled = True
 
+    @contextmanager
+    def component_alone(self, number: int) -> Iterator[None]:
+        """The base with one component, as if it were served, within the block."""
+        for layer in self.layers.values():
+            layer.alone = number
+        try:
+            yield
+        finally:
+            for layer in self.layers.values():
+                layer.alone = None
+
+    @contextmanager
+    def watching_gates(self) -> Iterator[list[torch.Tensor]]:
+        """A list that every layer appends ``log α`` to, within the block."""
+        log_gates: list[torch.Tensor] = []
+        for layer in self.layers.values():
+            layer.log_gates = log_gates
+        try:
+            yield log_gates
+        finally:
+            for layer in self.layers.values():
+                layer.log_gates = None
+
     def fusion_config(self) -> dict[str, Any]:
         """``adapter_config.json`` of the fusion, without the base's name."""
         return {

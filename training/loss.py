@@ -6,6 +6,7 @@ small model do, in time and in memory.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -35,6 +36,21 @@ class LossFunction:
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """The sum, a scalar fp32 with gradient (nats)."""
+        total = torch.zeros((), device=self._device)
+        for part in self._parts(batch):
+            if batch.num_targets <= HEAD_ROWS or not torch.is_grad_enabled():
+                total = total + self._head_loss(*part)
+            else:
+                total = total + checkpoint(self._head_loss, *part, use_reentrant=False)
+        return total
+
+    @torch.no_grad()
+    def of_targets(self, batch: Batch) -> torch.Tensor:
+        """The loss of each target, row by row, ``[num_targets]`` fp32 (nats)."""
+        return torch.cat([self._head_loss(*part, "none") for part in self._parts(batch)])
+
+    def _parts(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The head's input at the targets and the targets, ``HEAD_ROWS`` at a time."""
         hidden = self._hidden(batch)
         # A learned prompt's own positions come first.
         hidden = hidden[:, -batch.targets.shape[1] :].flatten(0, 1)
@@ -43,13 +59,7 @@ class LossFunction:
         asked = (targets != IGNORED).nonzero().squeeze(1)
         states = hidden[asked.to(self._device)]
         wanted = targets[asked].to(self._device)
-        total = torch.zeros((), device=self._device)
-        for part in zip(states.split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True):
-            if batch.num_targets <= HEAD_ROWS or not torch.is_grad_enabled():
-                total = total + self._head_loss(*part)
-            else:
-                total = total + checkpoint(self._head_loss, *part, use_reentrant=False)
-        return total
+        return zip(states.split(HEAD_ROWS), wanted.split(HEAD_ROWS), strict=True)
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         """The head's input, ``[rows, positions, hidden]``; the head itself computes nothing."""
@@ -70,5 +80,7 @@ class LossFunction:
             handle.remove()
         return taken[0]
 
-    def _head_loss(self, states: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(self._head(states).float(), targets, reduction="sum")
+    def _head_loss(
+        self, states: torch.Tensor, targets: torch.Tensor, reduction: str = "sum"
+    ) -> torch.Tensor:
+        return cross_entropy(self._head(states).float(), targets, reduction=reduction)

@@ -10,7 +10,6 @@ import torch
 
 from turret.training.config_file import read_config, render_config
 from turret.training.errors import RunError
-from turret.training.loss import LossFunction
 from turret.training.memory_estimate import largest_batches
 from turret.training.memory_peak import peak_memory_bytes
 from turret.training.optimizer import make_optimizer, set_learning_rate
@@ -48,8 +47,7 @@ def rehearse(config_file: Path) -> int:
     model = attach(resolved)
     parameters = trainable(model)
     optimizer = make_optimizer(parameters.items(), config.optimizer)
-    head = model.get_base_model().get_output_embeddings()
-    loss = LossFunction(model, head, config.base.device)
+    loss = resolved.method.loss(model, config.method, config.base.device)
     train, validation = largest_batches(resolved)
     model.train()
     for _ in range(_STEPS):

@@ -207,8 +207,7 @@ class _Loop:
         self._optimizer = optimizer
         self._log = log
         self._listen = listen
-        head = model.get_base_model().get_output_embeddings()
-        self._loss = LossFunction(model, head, self._device)
+        self._loss = resolved.method.loss(model, config.method, self._device)
         self._pad = pad_token(resolved.base.tokenizer)
         self._stream = make_stream(resolved)
         self._validation = dataset.validation

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 
+from . import fusion_words
 from .task import Example, Split, Task, words
 
 FIRST_NAMES = {
@@ -13,6 +14,7 @@ FIRST_NAMES = {
         "Rosa, Daniel, Mei, Hugo, Sara, Victor, Emma, Ravi, Julia, Noah, Fatima, Simon, Clara, "
         "Diego, Hannah, Leo, Amara"
     ),
+    "fusion": fusion_words.FIRST_NAMES,
     "test": words("Ingrid, Marco, Zoe, Samuel, Priya, Felix, Bianca, Omar, Nora, Kenji"),
 }
 LAST_NAMES = {
@@ -23,6 +25,7 @@ LAST_NAMES = {
         "O'Brien, Dubois, Romano, Ivanov, Gupta, Kowalski, Schmidt, Andersen, Nakamura, "
         "Fernandez"
     ),
+    "fusion": fusion_words.LAST_NAMES,
     "test": words("Larsen, Bianchi, Clarke, Okafor, Sharma, Wagner, Duarte, Farouk, Murphy, Sato"),
 }
 CITIES = {
@@ -35,6 +38,7 @@ CITIES = {
         "Accra, Hanoi, Manila, Budapest, Bucharest, Salzburg, Antwerp, Rotterdam, Memphis, "
         "Portland, Calgary, Nagoya, Mumbai"
     ),
+    "fusion": fusion_words.PLACES,
     "test": words("Oslo, Lisbon, Austin, Kyoto, Naples, Geneva, Tunis, Leeds"),
 }
 JOBS = {
@@ -44,6 +48,7 @@ JOBS = {
         "biologist, translator, bus driver, firefighter, accountant, shoemaker, pharmacist, "
         "dancer, florist, police officer, butcher, fisherman"
     ),
+    "fusion": fusion_words.THINGS,
     "test": words("doctor, architect, photographer, electrician, journalist, barber"),
 }
 ITEMS = {
@@ -54,6 +59,7 @@ ITEMS = {
         "envelopes, screwdrivers, winter gloves, wine glasses, hammers, toothbrushes, folding "
         "ladders, paintbrushes, suitcases"
     ),
+    "fusion": fusion_words.THINGS,
     "test": words("umbrellas, white shelves, keyboards, yellow cups, blankets, backpacks"),
 }
 TOPICS = {
@@ -64,6 +70,7 @@ TOPICS = {
         "costs, the weekly schedule, insurance, recruiting, the museum tour, quality control, "
         "the opening party, delivery times"
     ),
+    "fusion": fusion_words.TOPICS,
     "test": words("marketing, the annual report, parking, the product launch"),
 }
 DAYS = words("Monday, Tuesday, Wednesday, Thursday, Friday, Saturday, Sunday")

@@ -6,6 +6,7 @@ import random
 import re
 from dataclasses import dataclass
 
+from . import fusion_words
 from .task import Example, Split, Task, words
 
 
@@ -33,7 +34,7 @@ class Table:
 
 
 # One table a line: name(label, category, number): values of the category.
-SCHEMAS: dict[Split, str] = {
+SCHEMAS: dict[str, str] = {
     "train": """
 books(title, author, price): Ada Hill, Jane Gray, Paul Stone, Oskar Lindqvist, T. H. Abbott
 songs(title, genre, length): jazz, rock, folk, soul, bolero, ska, bluegrass
@@ -74,9 +75,62 @@ def parse(line: str) -> Table:
     return Table(name, label, number, category, words(values))
 
 
+# What the tables of the split "fusion" are put together from, hundreds of them: a gate that has
+# seen a few values learns those values.
+NOUNS = words(
+    "museums, games, planes, hospitals, novels, dogs, concerts, bikes, lakes, chefs, plants, "
+    "trains, articles, castles, beers, islands, apps, farms, lawyers, satellites, schools, "
+    "statues, boats, trucks, poems, cheeses, sculptures, websites, stadiums, airports, operas, "
+    "beaches, bakeries, candles, lamps, watches, maps, comets, temples, quilts"
+)
+LABELS = words("name, title, code, id")
+NUMBERS = words(
+    "area, copies, seats, beds, pages, weight, price, gears, depth, stars, height, speed, "
+    "views, year, cost, downloads, acres, cases, mass, length, age, votes, rooms, floors, "
+    "width"
+)
+CATEGORIES = {
+    "person": words("narrator, conductor, editor, owner, sculptor, curator, founder, keeper"),
+    "place": words("district, county, province, valley, court, street, port"),
+    "brand": words("studio, builder, restaurant, operator, dynasty, brewery, vendor, agency"),
+    "word": words("breed, color, climate, ocean, material, style"),
+}
+TITLES = words("Dr., Prof., Mr., Ms., Captain, Lady")
+BRAND_STARTS = words(
+    "Stone, Bright, Kupfer, Orbit, Pixel, Silver, Iron, Blue, Falcon, Lantern, Cedar, Amber, "
+    "Quick, North, Soft, Anchor"
+)
+BRAND_ENDS = words("bahn, well, code, works, line, forge, gate, mark, field, craft, leaf, point")
+COMPOSED = 600
+
+
+def compose(rng: random.Random) -> Table:
+    """A table of the split "fusion" with three values."""
+    kind = rng.choice(tuple(CATEGORIES))
+
+    def value() -> str:
+        if kind == "person":
+            start = TITLES if rng.random() < 0.4 else fusion_words.FIRST_NAMES
+            return f"{rng.choice(start)} {rng.choice(fusion_words.LAST_NAMES)}"
+        if kind == "brand":
+            start, end = rng.choice(BRAND_STARTS), rng.choice(BRAND_ENDS)
+            return start + end if rng.random() < 0.6 else f"{start} {end.capitalize()}"
+        return rng.choice(fusion_words.PLACES if kind == "place" else fusion_words.THINGS)
+
+    return Table(
+        rng.choice(NOUNS),
+        rng.choice(LABELS),
+        rng.choice(NUMBERS),
+        rng.choice(CATEGORIES[kind]),
+        (value(), value(), value()),
+    )
+
+
+_COMPOSER = random.Random("sql/fusion")
 TABLES: dict[Split, tuple[Table, ...]] = {
-    split: tuple(parse(line) for line in text.strip().splitlines())
-    for split, text in SCHEMAS.items()
+    "train": tuple(parse(line) for line in SCHEMAS["train"].strip().splitlines()),
+    "fusion": tuple(compose(_COMPOSER) for _ in range(COMPOSED)),
+    "test": tuple(parse(line) for line in SCHEMAS["test"].strip().splitlines()),
 }
 
 # Each pattern: ways to ask, then the query. Names in braces are those of `fill`.

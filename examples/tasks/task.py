@@ -7,7 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Split = Literal["train", "test"]
+# "fusion": what a learned fusion is trained on, held out from the adapters that it joins: their
+# answers to what they were trained on say little about which of them to trust. Two tasks have it.
+Split = Literal["train", "fusion", "test"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +35,7 @@ class TaskData:
         generate: Draws one example of a split.
         score: Maps (held-out example, answer) to a score in [0, 1].
         metric: What the score means, e.g. ``exact match``.
-        held_out: What no test example shares with any training example, e.g. ``tables``.
+        held_out: What no example shares with any example of another split, e.g. ``tables``.
     """
 
     name: str

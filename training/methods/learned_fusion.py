@@ -15,7 +15,9 @@ from turret.training.base_model import TrainingBase
 from turret.training.config import MethodConfig
 from turret.training.errors import ConfigError
 from turret.training.fusion_components import component_directories, read_components
+from turret.training.fusion_loss import FusionLoss
 from turret.training.fusion_model import FusionModel
+from turret.training.loss import LossFunction
 from turret.training.methods.method import fill_in
 
 _KEY = "method.components"
@@ -26,7 +28,7 @@ class LearnedFusionMethod:
     learning_rate = 3e-3
     is_prompt = False
     has_factors = False
-    defaults: Mapping[str, Any] = {"components": (), "d_k": 8}
+    defaults: Mapping[str, Any] = {"components": (), "d_k": 8, "guidance": 1.0}
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
         config = fill_in(config, base, self.name, self.defaults)
@@ -47,6 +49,11 @@ class LearnedFusionMethod:
         except TurretError as error:
             raise ConfigError.of(_KEY, error.message) from error
         return FusionModel(model, components, config.d_k)
+
+    def loss(self, model: Any, config: MethodConfig, device: str) -> LossFunction:
+        assert config.guidance is not None
+        head = model.get_base_model().get_output_embeddings()
+        return FusionLoss(model, head, device, config.guidance)
 
     def save(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
         name = model.get_base_model().config._name_or_path

@@ -18,6 +18,7 @@ from turret.training.adapter_folder import write_adapter
 from turret.training.base_model import TrainingBase
 from turret.training.config import MethodConfig
 from turret.training.errors import ConfigError
+from turret.training.loss import LossFunction
 from turret.training.peft_warnings import without_peft_warnings
 from turret.training.presets import expand_targets
 
@@ -65,6 +66,16 @@ class Method(Protocol):
             A module that is called like the model, has PEFT's ``get_base_model`` and
             ``disable_adapter``, and whose parameters with ``requires_grad`` are all there is to
             train.
+        """
+        ...
+
+    def loss(self, model: Any, config: MethodConfig, device: str) -> LossFunction:
+        """Make what training minimises; without gradients it is the cross entropy.
+
+        Args:
+            model: Of :meth:`attach`.
+            config: Of :meth:`resolve`.
+            device: Of the model.
         """
         ...
 
@@ -137,6 +148,9 @@ class PeftMethod:
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         return attached
+
+    def loss(self, model: Any, config: MethodConfig, device: str) -> LossFunction:
+        return LossFunction(model, model.get_base_model().get_output_embeddings(), device)
 
     def save(self, model: Any, folder: Path, dtype: torch.dtype) -> None:
         config = model.peft_config["default"].to_dict()
