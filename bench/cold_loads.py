@@ -17,6 +17,8 @@ _PROMPT_TOKENS = 32
 # Requests per second for the adapter that is there, and as many for the others.
 _RATE = 4.0
 _PAIRS = 3
+# Of prompts that are played twice: behind another first token, no block of theirs is cached.
+_FIRST_TOKEN = 700
 
 
 def cold_among(address: str, names: Sequence[str]) -> list[str]:
@@ -58,9 +60,9 @@ def measure_interference(
 ) -> dict[str, Any]:
     """Time to first token of a resident adapter while others are asked that are cold, or are not.
 
-    The same requests for the same other adapters are played twice, a prompt token apart: the first
-    time each of these adapters is cold and read for its request, the second time it is there.
-    Nothing differs but the reads.
+    The same requests at the same times, for the same other adapters, are played twice, a prompt
+    token apart: the first time each of these adapters is cold and read for its request, the second
+    time it is there. Nothing differs but the reads.
 
     Args:
         address: Of the server.
@@ -83,12 +85,13 @@ def measure_interference(
             names = list(itertools.islice(cold, count))
             if len(names) < count:
                 break
+            timed = draw(replace(workload, seed=2 * pair), [resident])
+            beside = draw(replace(workload, seed=2 * pair + 1), names)
+            # Each of them once, whatever was drawn.
+            beside = [replace(a, adapter=n) for a, n in zip(beside, names, strict=True)]
+            trace = sorted(timed + beside, key=lambda a: a.seconds)
             for are_cold in (True, False):
-                timed = draw(replace(workload, seed=2 * pair + are_cold), [resident])
-                beside = draw(replace(workload, seed=100 + 2 * pair + are_cold), names)
-                # Each of them once, whatever was drawn.
-                beside = [replace(a, adapter=n) for a, n in zip(beside, names, strict=True)]
-                served = replay(address, sorted(timed + beside, key=lambda a: a.seconds))
+                served = replay(address, [_begin_with(_FIRST_TOKEN + are_cold, a) for a in trace])
                 ours, rest = _split(served, resident)
                 first[are_cold] += [answer.seconds_to_first for answer in ours]
                 if are_cold:
@@ -104,6 +107,11 @@ def measure_interference(
         "ttft_beside_warm_ms": median_ms(first[False]),
         "ratio": ratio,
     }
+
+
+def _begin_with(token: int, arrival: Arrival) -> Arrival:
+    """The same request with a prompt that has no prefix in common with any drawn one."""
+    return replace(arrival, prompt=(token, *arrival.prompt[1:]))
 
 
 def _split(served: Sequence[Served], adapter: str) -> tuple[list[Served], list[Served]]:
