@@ -16,7 +16,7 @@ from turret.clients.client import TurretClient
 _PROMPT_TOKENS = 32
 # Requests per second for the adapter that is there, and as many for the others.
 _RATE = 4.0
-_PAIRS = 3
+_PAIRS = 9
 # Of prompts that are played twice: behind another first token, no block of theirs is cached.
 _FIRST_TOKEN = 700
 

@@ -13,26 +13,6 @@
 #define READING 3
 
 typedef struct {
-    int64_t row_start, row_end;
-    int64_t first, last; /* its components */
-} Segment;
-
-typedef struct {
-    const Module *modules; /* of one adapter: [layers * modules of a layer] */
-    int64_t scratch;       /* where its activations start: [rows, slices, width] */
-    int64_t width;
-    double weight;
-} Component;
-
-typedef struct {
-    const Segment *segments;
-    const Component *components;
-    float *scratch;
-    int64_t num_segments;
-    int64_t num_threads;
-} Step;
-
-typedef struct {
     const bf16 *x;
     bf16 *y;
     const bf16 *bias; /* the base's, [sum of widths], or null */

@@ -41,6 +41,43 @@ typedef struct {
     const Kronecker *kronecker; /* or null */
 } Module;
 
+typedef struct {
+    int64_t row_start, row_end;
+    int64_t first, last; /* its components */
+} Segment;
+
+typedef struct {
+    const Module *modules; /* of one adapter: [layers * modules of a layer] */
+    int64_t scratch;       /* where its activations start: [rows, slices, width] */
+    int64_t width;
+    double weight;
+} Component;
+
+typedef struct {
+    int64_t in_features, out_features;
+} ModuleSize;
+
+/* How far a thread is in asking for factors (ahead.h). */
+typedef struct {
+    int64_t module, segment, component; /* counted from the segment's first */
+    int64_t factor;                     /* 0 is A, 1 is B */
+    int64_t done;                       /* lines of it */
+    int64_t ranks;                      /* of the module's components before this one */
+    int64_t all_ranks;                  /* of all of them, or 0: not counted yet */
+} Mark;
+
+typedef struct {
+    const Segment *segments;
+    const Component *components;
+    float *scratch;
+    int64_t num_segments;
+    int64_t num_threads;
+    const ModuleSize *sizes; /* of a layer's modules */
+    int64_t modules_per_layer, num_modules;
+    int64_t reach; /* modules that factors are asked for ahead */
+    Mark *marks;   /* of the threads */
+} Step;
+
 /* Scratch, in this order. */
 INLINE int64_t hadamard_start(const Module *m) { return PADDED(m->rank); }
 

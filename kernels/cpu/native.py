@@ -27,6 +27,13 @@ _SIGNATURES = {
         *(_pointer, _int, _int, _pointer, _int),
         *(_pointer, _pointer, _int, _double, _pointer),
     ),
+    "turret_nf4_product": (
+        *(_pointer, _int, _int, _pointer, _pointer, _pointer),
+        *(_int, _int, _int, _pointer, _int),
+    ),
+    "turret_dense_product": (_pointer, _int, _int, _pointer, _pointer, _int, _int, _int),
+    "turret_has_products": (),
+    "turret_ahead": (_pointer, *(_int,) * 4, _pointer, _int),
     "turret_attend": (_pointer, _pointer),
     "turret_add_rms_norm": (
         *(_pointer, _pointer, _pointer, _double, _pointer),
@@ -35,6 +42,7 @@ _SIGNATURES = {
     "turret_silu_mul": (_pointer, _pointer, _int, _int, _int),
     "turret_rope_kv_write": (*(_pointer,) * 7, *(_int,) * 5),
 }
+_COUNTS = ("turret_has_products", "turret_ahead")
 
 
 @functools.cache
@@ -50,7 +58,7 @@ def library() -> ctypes.CDLL | None:
         for name, arguments in _SIGNATURES.items():
             function = getattr(library, name)
             function.argtypes = arguments
-            function.restype = None
+            function.restype = _int if name in _COUNTS else None
     except (OSError, AttributeError) as error:
         _log.warning("the compiled CPU kernels do not load, torch serves instead: %s", error)
         return None
@@ -60,6 +68,12 @@ def library() -> ctypes.CDLL | None:
 def has_native(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the compiled kernels serve tensors of this kind."""
     return device.type == "cpu" and dtype == torch.bfloat16 and library() is not None
+
+
+def has_native_products() -> bool:
+    """Whether the compiled products of bf16 rows serve, which need AVX512-BF16."""
+    found = library()
+    return found is not None and bool(found.turret_has_products())
 
 
 def functions() -> ctypes.CDLL:

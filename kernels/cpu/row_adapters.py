@@ -17,11 +17,14 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from turret.kernels.cpu.native import functions
 
+# Of a thread's cache, for what comes ahead. The weights of the base pass through it too.
+_AHEAD_BYTES = 1 << 20
 _LANES = 16  # of vec.h: activations of an operator begin at multiples of it
 
 
@@ -74,6 +77,7 @@ class ModuleTable:
 
     Attributes:
         width: Floats of scratch memory that a row takes, of the module that takes most.
+        num_low_rank_bytes: Of all ``a`` and ``b``.
     """
 
     def __init__(self, num_modules: int) -> None:
@@ -83,6 +87,7 @@ class ModuleTable:
         self._factors: list[tuple[int, int, list[int]]] = []
         self._table = self._factor_table = torch.empty(0, dtype=torch.int64)
         self.width = 0
+        self.num_low_rank_bytes = 0
 
     def put(
         self,
@@ -112,6 +117,7 @@ class ModuleTable:
         rank = 0 if a is None else a.shape[0]
         pointers = [self._address_of(tensor) for tensor in (a, b, gain, bias, input_gain)]
         self._rows[module] = [*pointers, rank, 0, 0]
+        self.num_low_rank_bytes += sum(t.nbytes for t in (a, b) if t is not None)
         width = _padded(rank)
         if hadamard is not None:
             factors = (hadamard.w1a, hadamard.w2a, hadamard.w1b, hadamard.w2b)
@@ -168,15 +174,48 @@ class RowSegment:
     components: Sequence[tuple[ModuleTable, float]]
 
 
+class ModuleSizes:
+    """The modules of the base, in the order of their numbers.
+
+    Args:
+        layer: (inputs, outputs) of each module of a layer.
+        num_layers: Layers, all alike.
+    """
+
+    def __init__(self, layer: Sequence[tuple[int, int]], num_layers: int) -> None:
+        self._sizes = torch.tensor(layer, dtype=torch.int64)
+        self.address = self._sizes.data_ptr()
+        self.per_layer, self.num_layers = len(layer), num_layers
+
+    def reach(self, num_bytes: int, num_threads: int) -> int:
+        """How many modules ahead a step asks for factors, of ``num_bytes`` for all modules."""
+        modules = self.per_layer * self.num_layers
+        in_cache = num_threads * _AHEAD_BYTES * modules // max(num_bytes, 1)
+        return min(in_cache, self.per_layer)
+
+
+class Ahead(NamedTuple):
+    """What a product of the base may ask memory for meanwhile: the adapters that follow it.
+
+    Attributes:
+        step: Address of the step's adapters.
+        module: Number of the projection's first module.
+    """
+
+    step: int
+    module: int
+
+
 class RowAdapters:
     """A step's segments, prepared once for all layers.
 
     Args:
         segments: The adapted rows; no row twice.
         max_slices: Most slices a fused projection has.
+        sizes: Of the base's modules.
     """
 
-    def __init__(self, segments: Sequence[RowSegment], max_slices: int) -> None:
+    def __init__(self, segments: Sequence[RowSegment], max_slices: int, sizes: ModuleSizes) -> None:
         rows, components, weights = [], [], []
         size = 0
         for segment in segments:
@@ -186,20 +225,53 @@ class RowAdapters:
                 weights.append(weight)
                 size += (segment.end - segment.start) * max_slices * table.width
             rows.append([segment.start, segment.end, first, len(components)])
-        self._tables = [table for segment in segments for table, _ in segment.components]
+        self._tables = {table for segment in segments for table, _ in segment.components}
         self._segments = torch.tensor(rows, dtype=torch.int64)
         self._components = torch.tensor(components, dtype=torch.int64).view(-1, 4)
         self._components.view(torch.float64)[:, 3] = torch.tensor(weights, dtype=torch.float64)
         self._scratch = torch.empty(size)
-        self._step = (ctypes.c_int64 * 5)(
+        num_threads = torch.get_num_threads()
+        self._marks = torch.zeros(num_threads, 7, dtype=torch.int64)
+        self._sizes = sizes
+        self._step = (ctypes.c_int64 * 10)(
             self._segments.data_ptr(),
             self._components.data_ptr(),
             self._scratch.data_ptr(),
             len(rows),
-            torch.get_num_threads(),
+            num_threads,
+            sizes.address,
+            sizes.per_layer,
+            sizes.per_layer * sizes.num_layers,
+            sizes.reach(sum(t.num_low_rank_bytes for t in self._tables), num_threads),
+            self._marks.data_ptr(),
         )
         self._address = ctypes.addressof(self._step)
         self._adapt = functions().turret_adapt
+
+    def ahead(self, module: int) -> Ahead:
+        """For the base's product of the projection whose first module that is."""
+        return Ahead(self._address, module)
+
+    def asked_ahead(
+        self, module: int, *, rows: int, part: int, parts: int, most: int
+    ) -> list[tuple[int, int]]:
+        """What a thread would ask memory for during one product, which it has done then.
+
+        Args:
+            module: As for ``ahead``.
+            rows: Of the product.
+            part: Number of the thread.
+            parts: How many there are, at most ``torch.get_num_threads()``.
+            most: How often it asks at most.
+
+        Returns:
+            (address, bytes) in the order asked for, each a number of lines of 64 bytes.
+        """
+        lines = torch.zeros(most, 2, dtype=torch.int64)
+        count = functions().turret_ahead(
+            self._address, module, rows, part, parts, lines.data_ptr(), most
+        )
+        return [(start, 64 * lines) for start, lines in lines[:count].tolist()]
 
     def adapt(
         self, shape: ProjectionShape, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None

@@ -19,6 +19,14 @@
 #else
 #define KERNEL __attribute__((noinline))
 #endif
+/* Products of bf16 pairs by VDPBF16PS: compiled for x86, called where turret_has_products. */
+#if defined(__x86_64__) && defined(__linux__)
+#include <immintrin.h>
+#define HAS_AVX512_BF16 1
+#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
+#else
+#define HAS_AVX512_BF16 0
+#endif
 #define EXPORT __attribute__((visibility("default")))
 
 typedef float f32x16 __attribute__((vector_size(64), aligned(4), may_alias));

@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from turret.kernels.cpu.row_adapters import Ahead
 from turret.server.adapters.bank import StepMembers
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.vocabulary_step import VocabularyChange
@@ -27,9 +28,9 @@ class Resident(Protocol):
 
 
 class BaseProduct(Protocol):
-    """The bias-free base projection."""
+    """The bias-free base projection; while it computes it may bring in the adapters that follow."""
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor: ...
+    def __call__(self, x: torch.Tensor, ahead: Ahead | None = None) -> torch.Tensor: ...
 
 
 class AdapterStep(Protocol):

@@ -16,6 +16,7 @@ import torch
 from turret.kernels.cpu.row_adapters import (
     HadamardFactors,
     KroneckerFactors,
+    ModuleSizes,
     ModuleTable,
     ProjectionShape,
     RowAdapters,
@@ -94,6 +95,7 @@ class GatheredAdapters(StoredAdapters[_Entry]):
                 for start, end, mix in segments
             ],
             self._projections.max_slices,
+            self._projections.sizes,
         )
         long = members.long
         return GatheredStep(
@@ -107,10 +109,10 @@ class GatheredAdapters(StoredAdapters[_Entry]):
 
     @staticmethod
     def _segments(members: StepMembers) -> list[tuple[int, int, Members]]:
-        """The adapted rows by mix; the rows of one request share one ``Members``."""
+        """The adapted rows by mix."""
         segments: list[tuple[int, int, Members]] = []
         for row, mix in enumerate(members.short):
-            if segments and segments[-1][2] is mix:
+            if segments and segments[-1][2] == mix:
                 segments[-1] = (segments[-1][0], row + 1, mix)
             else:
                 segments.append((row, row + 1, mix))
@@ -193,6 +195,10 @@ class Projections:
             ends = [0, *accumulate(shape.out_features for shape in slices)]
             self._columns[name] = [slice(*pair) for pair in pairwise(ends)]
         self.num_modules = layout.num_layers * self._modules_per_layer
+        self.sizes = ModuleSizes(
+            [(s.in_features, s.out_features) for slices in layout.groups.values() for s in slices],
+            layout.num_layers,
+        )
         self.max_slices = max(len(slices) for slices in layout.groups.values())
         self._shapes = {
             (layer, name): ProjectionShape(
@@ -246,12 +252,13 @@ class GatheredStep:
     ) -> torch.Tensor:
         gained, columns = self.input_gains.get(group), self.projections.columns(group)
         first = self.projections.module(layer, group)
+        ahead = self.rows.ahead(first)
         if gained is not None and len(columns) == 1:
             scaled = self.rows.input_gain(first, x, *gained, start=1.0)
-            y = base(x.index_copy(0, gained[0], scaled))
+            y = base(x.index_copy(0, gained[0], scaled), ahead)
             gained = None
         else:
-            y = base(x)
+            y = base(x, ahead)
         if group in self.groups:
             self.rows.adapt(self.projections.shape(layer, group), x, y, bias)
             if bias is not None:

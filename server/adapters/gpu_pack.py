@@ -7,7 +7,7 @@ of operators it has (``GpuAdapterStep.signature``) and on where the pack's tenso
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +19,7 @@ from turret.kernels.gpu.segment_table import SegmentTable
 from turret.kernels.gpu.segmented_expand import segmented_expand
 from turret.kernels.gpu.segmented_shrink import rank_activations, segmented_shrink
 from turret.kernels.segments import LongSegment
-from turret.server.adapters.adapter_store import BaseProduct, OnMoved, Resident
+from turret.server.adapters.adapter_store import OnMoved, Resident
 from turret.server.adapters.bank import Members
 from turret.server.adapters.device_operators import on_device
 from turret.server.adapters.gpu_banks import GpuBoundBank, GpuTables, GpuUnstacked
@@ -102,7 +102,7 @@ class GpuAdapterStep:
         x: torch.Tensor,
         y: torch.Tensor,
         bias: torch.Tensor | None,
-        base: BaseProduct,
+        base: Callable[[torch.Tensor], torch.Tensor],
     ) -> None:
         """Make the bias-free base results ``y`` of ``x`` the adapted projection, in place.
 

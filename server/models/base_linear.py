@@ -8,6 +8,7 @@ from typing import Protocol
 
 import torch
 
+from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.row_linear import row_linear
 from turret.server.models.nf4 import Nf4Linear
 
@@ -23,8 +24,11 @@ class BaseLinear(Protocol):
     widths: tuple[int, ...]
     in_features: int
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply ``[rows, in]`` → ``[rows, sum(widths)]``, dtype of ``x``."""
+    def __call__(self, x: torch.Tensor, ahead: Ahead | None = None) -> torch.Tensor:
+        """Multiply ``[rows, in]`` → ``[rows, sum(widths)]``, dtype of ``x``.
+
+        ``ahead`` is what may be brought into the cache meanwhile.
+        """
         ...
 
     def dequantize(self, index: int) -> torch.Tensor:
@@ -54,7 +58,7 @@ class DenseLinear:
         self._slices = weight.split(widths)
         self._weight = weight
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, ahead: Ahead | None = None) -> torch.Tensor:
         return row_linear(x, self._weight)
 
     def dequantize(self, index: int) -> torch.Tensor:
@@ -83,8 +87,8 @@ class MixedLinear:
         self._parts = parts
         self._places = [(part, i) for part in parts for i in range(len(part.widths))]
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.cat([part(x) for part in self._parts], dim=1)
+    def __call__(self, x: torch.Tensor, ahead: Ahead | None = None) -> torch.Tensor:
+        return torch.cat([part(x, ahead) for part in self._parts], dim=1)
 
     def dequantize(self, index: int) -> torch.Tensor:
         part, inner = self._places[index]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from turret.kernels.cpu.dense_product import dense_product, serves_dense
 from turret.kernels.row_linear import row_linear
 from turret.server.adapters.adapter_store import AdapterStep
 from turret.server.adapters.vocabulary_step import (
@@ -138,6 +139,8 @@ class Decoder:
         return change_logits(hidden, self._head(hidden), self._head, changes)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        if serves_dense(self.head):
+            return dense_product(hidden, self.head)
         return row_linear(hidden, self.head)
 
     def _heads(self, layer: DecoderLayer, qkv: torch.Tensor) -> torch.Tensor:

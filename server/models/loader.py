@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
+from turret.kernels.cpu.dense_product import serves_dense
 from turret.kernels.row_linear import row_multiple
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.packed_group import PackLayout, SliceShape
@@ -102,7 +103,7 @@ def load_decoder(
     if unread:
         raise InvalidRequestError.of("model", f"unexpected tensors: {', '.join(unread[:8])}")
     progress("Loading layers", arch.num_layers, arch.num_layers)
-    if not triton:
+    if not (triton or serves_dense(head)):
         # Probed here, once, rather than by the first request.
         row_multiple(dtype, *head.shape)
     return _decoder_type(triton)(arch, embedding=embedding, layers=layers, norm=norm, head=head)

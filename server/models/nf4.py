@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.kernels.row_linear import row_linear
 from turret.server.errors import InvalidRequestError
@@ -108,7 +109,7 @@ class Nf4Weight:
 class Nf4Linear:
     """A fused projection without bias: slices of NF4 weights that share their input.
 
-    On a CPU with AVX512-BF16 and a bf16 model, bitsandbytes' fused dequantise-multiply runs on the
+    On a CPU with AVX512-BF16 and a bf16 model, a fused dequantise-multiply runs on bitsandbytes'
     packed weight (its rows are batch-invariant; absmax is bf16 there). Elsewhere on the CPU
     (float32, or no AVX512-BF16) the weight is held dequantised. On the Triton path ``product``
     multiplies.
@@ -171,14 +172,17 @@ class Nf4Linear:
         absmax = torch.cat([weight.absmax() for weight in slices])
         return Nf4Matrix(packed.to(self._device), absmax.to(self._device), *self._shape)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Multiply ``[rows, in]`` → ``[rows, sum(widths)]``, dtype of ``x``."""
+    def __call__(self, x: torch.Tensor, ahead: Ahead | None = None) -> torch.Tensor:
+        """Multiply ``[rows, in]`` → ``[rows, sum(widths)]``, dtype of ``x``.
+
+        ``ahead`` is what may be brought into the cache meanwhile.
+        """
         if self._dense is not None:
             return row_linear(x, self._dense)
         if self.product is not None:
             return self.product(x, x.shape[0])
         assert self._code is not None
-        return nf4_product(x, self._packed, self._absmax, self._code, self._shape, BLOCKSIZE)
+        return nf4_product(x, self._packed, self._absmax, self._code, self._shape, ahead)
 
     def _rows(self, index: int) -> slice:
         start = sum(self.widths[:index])

@@ -10,8 +10,7 @@ of X w2ᵀ not written (6), one row of X for four (2) or of w1 for all (8), rank
 or the fours (6) missing, narrow factors skipped (4), its activations on the Hadamard ones (18); a
 window one too long (10), padding ignored (20), one query head for a whole group
 (12), the newest key unseen (20), no scale (20), a sine of the other sign (10), the residual not
-written (6), a thousandfold eps (6), no up (6), truncation to bf16 (12), an unbounded exponential
-(6).
+written (6), a thousandfold eps (6), no up (6), truncation to bf16 (12), an unbounded exponential (6).
 """
 
 from __future__ import annotations
@@ -32,6 +31,7 @@ from turret.kernels.cpu.paged_attention import NativeAttentionPlan, paged_attent
 from turret.kernels.cpu.row_adapters import (
     HadamardFactors,
     KroneckerFactors,
+    ModuleSizes,
     ModuleTable,
     ProjectionShape,
     RowAdapters,
@@ -117,6 +117,7 @@ class Adapters:
                 for start, end, mix in segments
             ],
             max_slices=3,
+            sizes=ModuleSizes([(self.inner, out) for out in self.outs], 2),
         )
 
 
@@ -263,7 +264,8 @@ def test_hadamard_and_kronecker_rows_equal_float64_and_the_rows_alone(
                 RowSegment(start, end, [(tables[number], weight) for number, weight in mix])
                 for start, end, mix in segments
             ],
-            max_slices=3,
+            3,
+            ModuleSizes([(inner, out), (inner, 40)], 2),
         )
 
     x, y = torch.randn(45, inner).to(BF16), torch.randn(45, out + 40).to(BF16)

@@ -1,0 +1,101 @@
+/* What a step's adapters read next, for a kernel that leaves the memory idle to ask for.
+ *
+ * Low-rank factors in the order in which the layers read them: by module, segment and component, A
+ * before B. Every thread walks along with a mark of its own and takes its part of each factor. It
+ * stays within `reach` modules: what came too early would have left the cache again.
+ */
+#ifndef TURRET_AHEAD_H
+#define TURRET_AHEAD_H
+
+#include "adapters.h"
+
+#define LINE 64
+#define MOST_LINES 64 /* at a time: a core has about 24 reads under way, of 100 ns each */
+
+typedef struct {
+    const char *start;
+    int64_t count;
+} Lines;
+
+typedef struct {
+    const Step *step; /* null: nothing to ask for */
+    Mark mark;
+    int64_t end; /* first module out of reach */
+    int64_t part, parts;
+} Walk;
+
+INLINE Walk begin_ahead(const Step *step, int64_t module, int64_t part, int64_t parts) {
+    Walk walk = {0};
+    if (!step || !step->num_segments || part >= step->num_threads) return walk;
+    walk.step = step;
+    walk.mark = step->marks[part];
+    walk.part = part;
+    walk.parts = parts;
+    walk.end = module + step->reach < step->num_modules ? module + step->reach : step->num_modules;
+    if (walk.mark.module < module) walk.mark = (Mark){.module = module};
+    return walk;
+}
+
+INLINE void end_ahead(const Walk *walk) {
+    if (walk->step) walk->step->marks[walk->part] = walk->mark;
+}
+
+INLINE const Module *module_at(const Step *step, const Mark *mark) {
+    const Segment *seg = &step->segments[mark->segment];
+    int64_t component = seg->first + mark->component;
+    return component < seg->last ? &step->components[component].modules[mark->module] : 0;
+}
+
+/* To the next factor. */
+INLINE void move_on(const Step *step, Mark *mark) {
+    const Module *m = module_at(step, mark);
+    const Segment *seg = &step->segments[mark->segment];
+    mark->done = 0;
+    if (m && m->rank && ++mark->factor < 2) return;
+    mark->factor = 0;
+    if (m) mark->ranks += m->rank;
+    if (++mark->component < seg->last - seg->first) return;
+    mark->component = 0;
+    if (++mark->segment < step->num_segments) return;
+    *mark = (Mark){.module = mark->module + 1};
+}
+
+INLINE int64_t all_ranks(const Step *step, int64_t module) {
+    int64_t ranks = 0;
+    for (int64_t s = 0; s < step->num_segments; s++)
+        for (int64_t k = step->segments[s].first; k < step->segments[s].last; k++)
+            ranks += step->components[k].modules[module].rank;
+    return ranks;
+}
+
+/* The next lines, more for more rows, which take longer. */
+static Lines next_lines(Walk *walk, int64_t rows) {
+    const Step *step = walk->step;
+    int64_t most = rows * 4 < MOST_LINES ? rows * 4 : MOST_LINES;
+    if (!step) return (Lines){0};
+    for (Mark *mark = &walk->mark; mark->module < walk->end; move_on(step, mark)) {
+        const Module *m = module_at(step, mark);
+        if (!m || !m->rank) continue;
+        if (!mark->all_ranks) mark->all_ranks = all_ranks(step, mark->module);
+        /* The part of this thread, which will read it: see turret_adapt. */
+        int64_t low = mark->all_ranks * walk->part / walk->parts - mark->ranks;
+        int64_t high = mark->all_ranks * (walk->part + 1) / walk->parts - mark->ranks;
+        low = low < 0 ? 0 : low;
+        high = high < m->rank ? high : m->rank;
+        const ModuleSize *size = &step->sizes[mark->module % step->modules_per_layer];
+        int64_t width = mark->factor ? size->out_features : size->in_features;
+        int64_t left = ((high - low) * width * (int64_t)sizeof(bf16) + LINE - 1) / LINE - mark->done;
+        if (high <= low || left <= 0) continue;
+        const char *start = (const char *)((mark->factor ? m->b : m->a) + low * width);
+        start += LINE * mark->done;
+        if (left > most) {
+            mark->done += most;
+            return (Lines){start, most};
+        }
+        move_on(step, mark);
+        return (Lines){start, left};
+    }
+    return (Lines){0};
+}
+
+#endif

@@ -1,0 +1,78 @@
+/* y = W x for bf16 weights as they lie, [out, in]: the head, where a library first copies W into a
+ * layout of its own in every call.
+ *
+ * Each output is the sum of 32 pairs' sums, in the order of the inputs and then as sum_each adds lanes:
+ * how many rows or outputs are computed together changes no bit. Tiles are 4 rows by 4 outputs.
+ */
+#include "vec.h"
+
+#if HAS_AVX512_BF16
+#include <omp.h>
+
+#define TILE 4
+#define STEP 32 /* inputs at a time: 16 pairs */
+#define CHUNK 64 /* outputs a thread takes together, for all rows */
+
+typedef struct {
+    const bf16 *x, *w;
+    bf16 *y;
+    int64_t x_stride, out_features, in_features;
+} Product;
+
+/* Rows [row, row + rows) of outputs [out, out + count), count at most TILE. */
+AVX512_BF16 INLINE void multiply(const Product *p, int64_t row, const int rows, int64_t out,
+                                 int64_t count) {
+    const bf16 *x = p->x + row * p->x_stride, *w[TILE];
+    int64_t n = p->in_features, tail = n % STEP;
+    __m512 s[TILE * TILE];
+    /* Beyond the last output it is computed again. */
+    for (int c = 0; c < TILE; c++) w[c] = p->w + (out + (c < count ? c : count - 1)) * n;
+    for (int i = 0; i < TILE * TILE; i++) s[i] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < n; k += STEP) {
+        __mmask32 mask = k + STEP <= n ? 0xffffffffu : (1u << tail) - 1;
+        __m512bh column[TILE];
+        for (int c = 0; c < TILE; c++) {
+            __builtin_prefetch(w[c] + k + TILE * n, 0, 2);
+            column[c] = (__m512bh)_mm512_maskz_loadu_epi16(mask, w[c] + k);
+        }
+        for (int r = 0; r < rows; r++) {
+            __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + r * p->x_stride + k);
+            for (int c = 0; c < TILE; c++)
+                s[r * TILE + c] = _mm512_dpbf16_ps(s[r * TILE + c], v, column[c]);
+        }
+    }
+    f32x16 sums[LANES];
+    for (int i = 0; i < LANES; i++) sums[i] = (f32x16)s[i];
+    bf16 found[LANES];
+    store_bf16(found, sum_each(sums));
+    bf16 *y = p->y + row * p->out_features + out;
+    for (int r = 0; r < rows; r++, y += p->out_features)
+        if (count == TILE)
+            memcpy(y, found + r * TILE, TILE * sizeof(bf16));
+        else
+            memcpy(y, found + r * TILE, count * sizeof(bf16));
+}
+
+AVX512_BF16 static void multiply_chunk(const Product *p, int64_t rows, int64_t low, int64_t high) {
+    for (int64_t out = low; out < high; out += TILE) {
+        int64_t count = high - out < TILE ? high - out : TILE, row = 0;
+        for (; row + TILE <= rows; row += TILE) multiply(p, row, TILE, out, count);
+        switch (rows - row) {
+            case 3: multiply(p, row, 3, out, count); break;
+            case 2: multiply(p, row, 2, out, count); break;
+            case 1: multiply(p, row, 1, out, count); break;
+        }
+    }
+}
+
+/* x: [rows, in], rows x_stride apart; w: [out, in]; y: [rows, out]. */
+EXPORT void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, const bf16 *w, bf16 *y,
+                                 int64_t out_features, int64_t in_features, int64_t num_threads) {
+    Product p = {x, w, y, x_stride, out_features, in_features};
+#pragma omp parallel for num_threads(num_threads) schedule(static)
+    for (int64_t low = 0; low < out_features; low += CHUNK)
+        multiply_chunk(&p, rows, low, low + CHUNK < out_features ? low + CHUNK : out_features);
+}
+#else
+EXPORT void turret_dense_product(void) {}
+#endif

@@ -1,0 +1,122 @@
+"""What the base's products ask memory for: every factor that is read, once, before it is read.
+
+Faults planted in the C code, and how many tests each one failed: no progress within a factor
+(10), its start asked for again (10), B as wide as A (9), A in B's place (9), every component
+beginning at the same rank (2), a part beyond its component (9), a segment without components
+taken for the next one (9), no limit to the reach (12), what was passed asked for still (1), marks
+forgotten (10).
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from turret.kernels.cpu import native
+from turret.kernels.cpu.row_adapters import ModuleSizes, ModuleTable, RowAdapters, RowSegment
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+
+SIZES = [(192, 192), (192, 64), (192, 320), (320, 192)]
+# First modules of the layer's projections, and how many modules those have.
+PROJECTIONS = [(0, 3), (3, 1)]
+LAYERS = 3
+LINE = 64
+Factors = dict[int, list[torch.Tensor]]  # module → A, B
+
+
+def make(rank: int, seed: int) -> tuple[ModuleTable, Factors]:
+    """Factors of 24 ranks and more take a few rounds of asking; some modules have none."""
+    generator = torch.Generator().manual_seed(seed)
+    table, factors = ModuleTable(LAYERS * len(SIZES)), Factors()
+    for module in range(LAYERS * len(SIZES)):
+        if (module + seed) % 5 == 0:
+            continue
+        inner, out = SIZES[module % len(SIZES)]
+        a = torch.randn(rank, inner, generator=generator).bfloat16()
+        b = torch.randn(rank, out, generator=generator).bfloat16()
+        table.put(module, a=a, b=b)
+        factors[module] = [a, b]
+    table.close()
+    return table, factors
+
+
+def lines_of(address: int, num_bytes: int) -> set[int]:
+    """Numbers of the cache lines that begin at the address and every 64 bytes after it."""
+    return {address + at for at in range(0, num_bytes, LINE)}
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("reach", [0, 2, 3, 4])
+def test_every_factor_is_asked_for_once_and_in_time(
+    threads: int, reach: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    monkeypatch.setattr(ModuleSizes, "reach", lambda *_: reach)
+    made = [make(rank, seed) for seed, rank in enumerate((1, 8, 40, 16))]
+    sizes = ModuleSizes(SIZES, LAYERS)
+    segments = [
+        RowSegment(0, 1, [(made[0][0], 1.0)]),
+        RowSegment(1, 2, []),
+        RowSegment(2, 9, [(made[1][0], 1.0), (made[2][0], -0.5)]),
+        RowSegment(12, 13, [(made[3][0], 1.0)]),
+    ]
+    rows = RowAdapters(segments, 3, sizes)
+    asked: list[set[int]] = [set() for _ in range(threads)]
+    for layer in range(LAYERS):
+        for first, count in PROJECTIONS:
+            module = layer * len(SIZES) + first
+            for part in range(threads):
+                for address, size in rows.asked_ahead(
+                    module, rows=4, part=part, parts=threads, most=10_000
+                ):
+                    lines = lines_of(address, size)
+                    assert not lines & asked[part]
+                    asked[part] |= lines
+            all_asked = set().union(*asked)
+            for number in range(LAYERS * len(SIZES)):
+                is_due = module <= number < module + count <= module + reach
+                is_early = number >= module + reach
+                for _, factors in made:
+                    for tensor in factors.get(number, []):
+                        own = lines_of(tensor.data_ptr(), tensor.nbytes)
+                        if is_early:
+                            assert not own & all_asked
+                        elif is_due:
+                            assert own <= all_asked
+    if reach >= len(SIZES):
+        for one, part in enumerate(asked):
+            for other in asked[one + 1 :]:
+                assert not part & other
+        sizes_of_parts = [len(part) for part in asked]
+        assert max(sizes_of_parts) < 1.5 * min(sizes_of_parts)
+
+
+def test_a_slow_product_asks_again_where_it_stopped() -> None:
+    table, factors = make(40, 1)
+    sizes = ModuleSizes(SIZES, LAYERS)
+    rows = RowAdapters([RowSegment(0, 16, [(table, 1.0)])], 3, sizes)
+    like = {"rows": 16, "part": 0, "parts": 1}
+    first = rows.asked_ahead(0, most=1, **like)
+    second = rows.asked_ahead(0, most=1, **like)
+    a = factors[0][0]
+    assert first == [(a.data_ptr(), 64 * LINE)]
+    assert second == [(a.data_ptr() + 64 * LINE, 64 * LINE)]
+    # The next projection does not ask for what was read meanwhile.
+    assert rows.asked_ahead(3, most=1, **like)[0][0] == factors[3][0].data_ptr()
+
+
+def test_fewer_rows_leave_time_for_fewer_lines() -> None:
+    table, factors = make(40, 1)
+    rows = RowAdapters([RowSegment(0, 1, [(table, 1.0)])], 3, ModuleSizes(SIZES, LAYERS))
+    (found,) = rows.asked_ahead(0, rows=1, part=0, parts=1, most=1)
+    assert found == (factors[0][0].data_ptr(), 4 * LINE)
+
+
+def test_more_bytes_are_asked_for_less_far_ahead() -> None:
+    sizes = ModuleSizes(SIZES, LAYERS)
+    modules = LAYERS * len(SIZES)
+    assert sizes.reach(0, 1) == len(SIZES)
+    assert sizes.reach(2**20 // 2 * modules, 1) == 2
+    assert sizes.reach(2**20 // 2 * modules, 2) == 4
+    assert sizes.reach(2**21 * modules, 1) == 0
