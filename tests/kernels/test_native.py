@@ -2,15 +2,15 @@
 
 Faults that were planted in the C code, and how many tests each one failed: a low-rank component
 without its weight (22), one row's activations for all (31), a unit on the border of two threads'
-shares for neither (31), the bias before the gain (6), an input gain without - 1 (1) or without what
-it starts from (1), the ranks beyond the fours (13) or the columns beyond the blocks (13) skipped;
-Hadamard: no weight (18; 10 in the last columns), the last columns (10) or inputs (4) skipped, u
-transposed (16), ranks beyond the fours dropped (12); Kronecker: no weight (18), half of the columns
-of X w2ᵀ not written (6), one row of X for four (2) or of w1 for all (8), ranks beyond sixteen (4)
-or the fours (6) missing, narrow factors skipped (4), its activations on the Hadamard ones (18); a
-window one too long (10), padding ignored (20), one query head for a whole group
-(12), the newest key unseen (20), no scale (20), a sine of the other sign (10), the residual not
-written (6), a thousandfold eps (6), no up (6), truncation to bf16 (12), an unbounded exponential (6).
+shares for neither (31), the bias before the gain (6), an input gain without - 1 (1) or without
+what it starts from (1), the ranks beyond the fours (13) or the columns beyond the blocks (13)
+skipped; Hadamard: no weight (18; 10 in the last columns), the last columns (10) or inputs (4)
+skipped, u transposed (16), ranks beyond the fours dropped (12); Kronecker: no weight (18), half of
+the columns of X w2ᵀ not written (6), one row of X for four (2) or of w1 for all (8), ranks beyond
+sixteen (4) or the fours (6) missing, narrow factors skipped (4), its activations on the Hadamard
+ones (18); a window one too long (10), padding ignored (20), one query head for a whole group (12),
+the newest key unseen (20), no scale (20), a sine of the other sign (10), the residual not written
+(6), a thousandfold eps (6), no up (6), truncation to bf16 (12), an unbounded exponential (6).
 """
 
 from __future__ import annotations
