@@ -141,7 +141,7 @@ def test_no_tensor_is_as_large_as_a_weight(
         # Half of the rows one by one, half of them as a segment.
         half = ROWS // 2
         members = StepMembers([[("a", 1.0)]] * half, [(half, ROWS, [("a", 1.0)])])
-        y = pack.step(members).project(0, "o", x, None, torch.zeros_like)
+        y = pack.step(members).project(0, "o", x, None, lambda x, ahead=None: torch.zeros_like(x))
     expected = x.float() @ dense_delta(kind, tensors).T
     assert float((y.float() - expected).abs().max()) < bound * float(expected.abs().max())
     # A quarter of a weight's elements would already be a tile of ΔW.
