@@ -1,8 +1,9 @@
 /* What a step's adapters read next, for a kernel that leaves the memory idle to ask for.
  *
  * Low-rank factors in the order in which the layers read them: by module, segment and component, A
- * before B. Every thread walks along with a mark of its own and takes its part of each factor. It
- * stays within `reach` modules: what came too early would have left the cache again.
+ * before B. Every thread walks along with a mark of its own and takes the ranks that it will read
+ * itself (turret_adapt deals its work out in this order): what lies in another core's cache is
+ * little gain. It stays within `reach` modules: what came too early would have left the cache again.
  */
 #ifndef TURRET_AHEAD_H
 #define TURRET_AHEAD_H
@@ -77,7 +78,7 @@ static Lines next_lines(Walk *walk, int64_t rows) {
         const Module *m = module_at(step, mark);
         if (!m || !m->rank) continue;
         if (!mark->all_ranks) mark->all_ranks = all_ranks(step, mark->module);
-        /* The part of this thread, which will read it: see turret_adapt. */
+        /* The ranks of this thread. */
         int64_t low = mark->all_ranks * walk->part / walk->parts - mark->ranks;
         int64_t high = mark->all_ranks * (walk->part + 1) / walk->parts - mark->ranks;
         low = low < 0 ? 0 : low;

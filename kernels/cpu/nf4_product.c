@@ -9,7 +9,8 @@
  */
 #include "ahead.h"
 
-/* What a thread asks for during one product, at most `most` times; returns how often. */
+/* What a thread asks for during one product, at most `most` times; returns how often. For tests: asking
+ * for the wrong memory changes no result. */
 EXPORT int64_t turret_ahead(const Step *step, int64_t module, int64_t rows, int64_t part,
                             int64_t parts, Lines *lines, int64_t most) {
     Walk walk = begin_ahead(step, module, part, parts);

@@ -252,27 +252,6 @@ class RowAdapters:
         """For the base's product of the projection whose first module that is."""
         return Ahead(self._address, module)
 
-    def asked_ahead(
-        self, module: int, *, rows: int, part: int, parts: int, most: int
-    ) -> list[tuple[int, int]]:
-        """What a thread would ask memory for during one product, which it has done then.
-
-        Args:
-            module: As for ``ahead``.
-            rows: Of the product.
-            part: Number of the thread.
-            parts: How many there are, at most ``torch.get_num_threads()``.
-            most: How often it asks at most.
-
-        Returns:
-            (address, bytes) in the order asked for, each a number of lines of 64 bytes.
-        """
-        lines = torch.zeros(most, 2, dtype=torch.int64)
-        count = functions().turret_ahead(
-            self._address, module, rows, part, parts, lines.data_ptr(), most
-        )
-        return [(start, 64 * lines) for start, lines in lines[:count].tolist()]
-
     def adapt(
         self, shape: ProjectionShape, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
     ) -> None:

@@ -19,8 +19,9 @@
 #else
 #define KERNEL __attribute__((noinline))
 #endif
-/* Products of bf16 pairs by VDPBF16PS: compiled for x86, called where turret_has_products. */
-#if defined(__x86_64__) && defined(__linux__)
+/* Products of bf16 pairs by VDPBF16PS: compiled where the compiler knows it, called where
+ * turret_has_products says that the processor does. */
+#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 10)
 #include <immintrin.h>
 #define HAS_AVX512_BF16 1
 #define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))

@@ -46,6 +46,16 @@ def lines_of(address: int, num_bytes: int) -> set[int]:
     return {address + at for at in range(0, num_bytes, LINE)}
 
 
+def asked(
+    adapters: RowAdapters, module: int, *, rows: int, part: int, parts: int, most: int
+) -> list[tuple[int, int]]:
+    """(address, bytes) that a thread asks for during one product, ``most`` times at most."""
+    lines = torch.zeros(most, 2, dtype=torch.int64)
+    step = adapters.ahead(module).step
+    count = native.functions().turret_ahead(step, module, rows, part, parts, lines.data_ptr(), most)
+    return [(start, LINE * number) for start, number in lines[:count].tolist()]
+
+
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("reach", [0, 2, 3, 4])
 def test_every_factor_is_asked_for_once_and_in_time(
@@ -62,18 +72,18 @@ def test_every_factor_is_asked_for_once_and_in_time(
         RowSegment(12, 13, [(made[3][0], 1.0)]),
     ]
     rows = RowAdapters(segments, 3, sizes)
-    asked: list[set[int]] = [set() for _ in range(threads)]
+    done: list[set[int]] = [set() for _ in range(threads)]
     for layer in range(LAYERS):
         for first, count in PROJECTIONS:
             module = layer * len(SIZES) + first
             for part in range(threads):
-                for address, size in rows.asked_ahead(
-                    module, rows=4, part=part, parts=threads, most=10_000
+                for address, size in asked(
+                    rows, module, rows=4, part=part, parts=threads, most=10_000
                 ):
                     lines = lines_of(address, size)
-                    assert not lines & asked[part]
-                    asked[part] |= lines
-            all_asked = set().union(*asked)
+                    assert not lines & done[part]
+                    done[part] |= lines
+            all_asked = set().union(*done)
             for number in range(LAYERS * len(SIZES)):
                 is_due = module <= number < module + count <= module + reach
                 is_early = number >= module + reach
@@ -85,10 +95,10 @@ def test_every_factor_is_asked_for_once_and_in_time(
                         elif is_due:
                             assert own <= all_asked
     if reach >= len(SIZES):
-        for one, part in enumerate(asked):
-            for other in asked[one + 1 :]:
+        for one, part in enumerate(done):
+            for other in done[one + 1 :]:
                 assert not part & other
-        sizes_of_parts = [len(part) for part in asked]
+        sizes_of_parts = [len(part) for part in done]
         assert max(sizes_of_parts) < 1.5 * min(sizes_of_parts)
 
 
@@ -97,19 +107,19 @@ def test_a_slow_product_asks_again_where_it_stopped() -> None:
     sizes = ModuleSizes(SIZES, LAYERS)
     rows = RowAdapters([RowSegment(0, 16, [(table, 1.0)])], 3, sizes)
     like = {"rows": 16, "part": 0, "parts": 1}
-    first = rows.asked_ahead(0, most=1, **like)
-    second = rows.asked_ahead(0, most=1, **like)
+    first = asked(rows, 0, most=1, **like)
+    second = asked(rows, 0, most=1, **like)
     a = factors[0][0]
     assert first == [(a.data_ptr(), 64 * LINE)]
     assert second == [(a.data_ptr() + 64 * LINE, 64 * LINE)]
     # The next projection does not ask for what was read meanwhile.
-    assert rows.asked_ahead(3, most=1, **like)[0][0] == factors[3][0].data_ptr()
+    assert asked(rows, 3, most=1, **like)[0][0] == factors[3][0].data_ptr()
 
 
 def test_fewer_rows_leave_time_for_fewer_lines() -> None:
     table, factors = make(40, 1)
     rows = RowAdapters([RowSegment(0, 1, [(table, 1.0)])], 3, ModuleSizes(SIZES, LAYERS))
-    (found,) = rows.asked_ahead(0, rows=1, part=0, parts=1, most=1)
+    (found,) = asked(rows, 0, rows=1, part=0, parts=1, most=1)
     assert found == (factors[0][0].data_ptr(), 4 * LINE)
 
 
