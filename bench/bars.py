@@ -94,7 +94,7 @@ def bars_of(result: Mapping[str, Any]) -> list[Bar]:
 
 def slora_share(scenario: Mapping[str, Any]) -> float | None:
     """What S-LoRA kept with adapters of the same ranks; None where it did not measure them."""
-    return SLORA_SHARES.get(tuple(scenario["ranks"]))
+    return SLORA_SHARES.get(tuple(sorted(scenario["ranks"])))
 
 
 def _throughput(rates: Mapping[int, float], slora: float | None) -> list[Bar]:

@@ -1,6 +1,6 @@
 """Thousands of adapters on one server: throughput, cold loads, fairness and memory, with bars.
 
-    python bench/lifecycle.py [--adapters 5,10,100,1000,2000,5000] [--ranks 8,16,32,64]
+    python bench/lifecycle.py [--adapters 5,10,100,1000,2000,5000] [--ranks 16,64,8,32]
 
 Starts a server per number of registered adapters (random LoRAs made by this script), plays the same
 traces in the style of S-LoRA (Gamma arrivals, power-law popularity, fixed seed) to each in turn,
@@ -55,7 +55,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--ranks",
-        type=lambda text: sorted(int(number) for number in text.split(",")),
+        type=lambda text: [int(number) for number in text.split(",")],
         default=",".join(map(str, RANKS)),
         help="of the adapters, in turn (default: %(default)s)",
     )

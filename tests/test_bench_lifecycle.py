@@ -66,9 +66,19 @@ def test_many_adapters_differ_and_share_files(bench: Any, tmp_path: Path) -> Non
     root = AdapterRoot(tmp_path / "root")
     read = [read_checkpoint(root, name, max_elements=1 << 20) for name in names]
     assert len({checkpoint.digest for checkpoint in read}) == 40
-    assert [checkpoint.config["r"] for checkpoint in read[:5]] == [8, 16, 32, 64, 8]
+    assert [checkpoint.config["r"] for checkpoint in read[:5]] == [16, 64, 8, 32, 16]
     files = {(tmp_path / "root" / n / "adapter_model.safetensors").stat().st_ino for n in names}
     assert len(files) == 16
+
+
+@pytest.mark.parametrize("count", [5, 10, 100, 1000, 2000, 5000])
+def test_requests_have_the_same_mean_rank_for_any_number_of_adapters(
+    bench: Any, count: int
+) -> None:
+    ranks = bench("many_loras").RANKS
+    weights = [1 / number for number in range(1, count + 1)]
+    total = sum(weight * ranks[i % len(ranks)] for i, weight in enumerate(weights))
+    assert total / sum(weights) == pytest.approx(sum(ranks) / len(ranks), rel=0.1)
 
 
 def document(rates: dict[int, float], **changes: Any) -> dict[str, Any]:

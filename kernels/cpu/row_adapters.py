@@ -24,7 +24,7 @@ import torch
 from turret.kernels.cpu.native import functions
 
 # Of a thread's cache, for what comes ahead. The weights of the base pass through it too.
-_AHEAD_BYTES = 1 << 20
+_AHEAD_BYTES = 3 << 19
 _LANES = 16  # of vec.h: activations of an operator begin at multiples of it
 
 

@@ -48,7 +48,7 @@ class BatchBuilder:
         self._device = device
 
     def build(self, step: Step) -> Batch:
-        """Order the rows (short adapted ones, base, long adapted ones) and prepare all metadata."""
+        """Order the rows (short adapted ones by mix, base, long adapted ones); prepare metadata."""
         short, base, long = [], [], []
         for item in step.scheduled:
             if not item.sequence.mix.components:
@@ -57,6 +57,8 @@ class BatchBuilder:
                 short.append(item)
             else:
                 long.append(item)
+        # Rows of one mix side by side share what is read of its adapters.
+        short.sort(key=lambda item: item.sequence.mix.key)
         placed, row = [], 0
         for item in (*short, *base, *long):
             placed.append(Placed(item, row))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turret.kernels.cpu import native
+from turret.kernels.cpu import native, row_adapters
 from turret.kernels.cpu.row_adapters import ModuleSizes, ModuleTable, RowAdapters, RowSegment
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
@@ -127,6 +127,7 @@ def test_more_bytes_are_asked_for_less_far_ahead() -> None:
     sizes = ModuleSizes(SIZES, LAYERS)
     modules = LAYERS * len(SIZES)
     assert sizes.reach(0, 1) == len(SIZES)
-    assert sizes.reach(2**20 // 2 * modules, 1) == 2
-    assert sizes.reach(2**20 // 2 * modules, 2) == 4
-    assert sizes.reach(2**21 * modules, 1) == 0
+    cache = row_adapters._AHEAD_BYTES
+    assert sizes.reach(cache // 2 * modules, 1) == 2
+    assert sizes.reach(cache // 2 * modules, 2) == 4
+    assert sizes.reach(2 * cache * modules, 1) == 0
