@@ -94,6 +94,9 @@ class Metrics:
         )
         self._sequences = gauge("turret_sequences", "Sequences by state.", "state")
         self._kv_blocks = gauge("turret_kv_blocks", "KV cache blocks by state.", "state")
+        self._preemptions = counter(
+            "turret_preemptions_total", "Sequences that lost their KV blocks, to be computed again."
+        )
         self._prefix_tokens = counter(
             "turret_prefix_cache_tokens_total", "Prompt tokens looked up in the cache.", "result"
         )
@@ -158,6 +161,10 @@ class Metrics:
         """Set the number of KV blocks by state: ``kv_blocks(free=90, used=8, cached=2)``."""
         for state, count in counts.items():
             self._kv_blocks.labels(state).set(count)
+
+    def preempted(self, count: int) -> None:
+        """Count sequences that lost their KV blocks."""
+        self._preemptions.inc(count)
 
     def prefix_cache(self, *, hit: int, miss: int) -> None:
         """Count the prompt tokens found and not found in the prefix cache."""

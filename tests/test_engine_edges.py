@@ -60,6 +60,8 @@ async def test_prompt_logprobs_come_once_though_preempted(
     assert max(preempted) > 0, "no answer was interrupted after its first token"
     assert {len(a.prompt_logprobs) for a in answers} == {61}
     assert {len(a.token_ids) for a in answers} == {60}
+    counted_there = harness.metrics.registry.get_sample_value("turret_preemptions_total")
+    assert counted_there == len(preempted)
 
 
 async def test_metrics_are_true_after_a_cancellation(model: Path) -> None:

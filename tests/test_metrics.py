@@ -26,6 +26,7 @@ SERIES = {
     "turret_step_adapters_count": set(),
     "turret_sequences": {"state"},
     "turret_kv_blocks": {"state"},
+    "turret_preemptions_total": set(),
     "turret_prefix_cache_tokens_total": {"result"},
     "turret_adapter_residency": {"adapter", "tier"},
     "turret_adapter_bytes": {"tier"},
@@ -49,6 +50,7 @@ def exercise(metrics: Metrics) -> None:
     metrics.step("decode", seconds=0.004, num_tokens=8, num_adapters=2)
     metrics.sequences(waiting=1, running=2)
     metrics.kv_blocks(free=3, used=4)
+    metrics.preempted(2)
     metrics.prefix_cache(hit=16, miss=4)
     metrics.adapter_bytes(host=100, device=50)
     metrics.adapter_load("read", 0.1)
@@ -79,6 +81,7 @@ def test_every_series_is_exposed_with_its_labels() -> None:
     values = {(s.name, *sorted(s.labels.values())): s.value for s in samples}
     assert values["turret_generated_tokens_total", "sql"] == 7
     assert values["turret_kv_blocks", "used"] == 4
+    assert values["turret_preemptions_total",] == 2
     assert values["turret_prefix_cache_tokens_total", "hit"] == 16
     assert values["turret_adapter_residency", "host", "sql"] == 1
     assert values["turret_adapter_residency", "disk", "sql"] == 0

@@ -43,7 +43,9 @@ def fold_all(modules: Sequence[LoraModule], dtype: torch.dtype) -> dict[str, Low
             a: Sequence[torch.Tensor] = [module.a for module in batch]
             if a[0].dtype != dtype:
                 a = torch.stack(list(a)).to(dtype).unbind()
-            b = torch.stack([module.b for module in batch]).to(_wide(dtype))
+            b = torch.stack([module.b for module in batch])
+            # A product of 16-bit values with a number is an fp32 one that is rounded once.
+            b = b if b.dtype == dtype else b.to(_wide(dtype))
             b = b.mul_(batch[0].scaling).to(dtype).transpose(1, 2).contiguous()
             for module, left, right in zip(batch, a, b.unbind(), strict=True):
                 folded[module.name] = LowRank(left, right)

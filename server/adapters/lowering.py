@@ -46,6 +46,8 @@ def lower_checkpoint(
 def _joined(lowered: Lowered, part: VocabularyPart) -> Lowered:
     """One adapter of both parts; the head leaves the modules of the decoder layers."""
     operators = lowered.operators
+    if part.operators is None and not part.modules and HEAD not in operators.modules:
+        return lowered
     head = operators.modules.get(HEAD)
     modules = {name: module for name, module in operators.modules.items() if name != HEAD}
     tokens = operators.tokens if part.operators is None else part.operators

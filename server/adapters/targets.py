@@ -117,8 +117,9 @@ class _Patterns:
         return self.group(pattern, name) is not None
 
 
-def _ends_with_any(name: str, suffixes: Sequence[str]) -> bool:
-    return any(name.endswith(f".{suffix}") for suffix in suffixes)
+def _suffixes(names: Any) -> tuple[str, ...]:
+    """How the path of a module ends that a list names by its last components."""
+    return tuple(f".{name}" for name in names) if isinstance(names, list) else ()
 
 
 def _selector_pattern(patterns: _Patterns, field: str, value: Any) -> Pattern | None:
@@ -177,12 +178,13 @@ def resolve_targets(
     rank_regexes = _keyed_patterns(patterns, "rank_pattern", config)
     alpha_regexes = _keyed_patterns(patterns, "alpha_pattern", config)
     patterns.run()
+    target_suffixes, exclude_suffixes = _suffixes(targets), _suffixes(excludes)
 
     def is_excluded(name: str) -> bool:
         if exclude_regex is not None:
             return patterns.matches(exclude_regex, name)
         listed = excludes if isinstance(excludes, list) else []
-        return name in listed or _ends_with_any(name, listed)
+        return name in listed or name.endswith(exclude_suffixes)
 
     def is_targeted(name: str) -> bool:
         if is_all_linear:
@@ -191,7 +193,7 @@ def resolve_targets(
             return patterns.matches(target_regex, name)
         if name in targets:
             return True
-        return _ends_with_any(name, targets) and _is_layer_chosen(
+        return name.endswith(target_suffixes) and _is_layer_chosen(
             name, config.get("layers_to_transform"), layer_regexes, patterns
         )
 
@@ -202,10 +204,11 @@ def resolve_targets(
 
     def values(field: str, regexes: dict[str, Pattern], default: Any) -> dict[str, Any]:
         table = config.get(field) or {}
-        result = {}
-        for name in targeted:
+        result = dict.fromkeys(targeted, default)
+        for name in targeted if regexes else ():
             hits = [key for key, regex in regexes.items() if patterns.matches(regex, name)]
-            result[name] = table[hits[0]] if hits else default
+            if hits:
+                result[name] = table[hits[0]]
             if len({table[key] for key in hits}) > 1:
                 # PEFT sorts the keys when it saves: training may have seen another order.
                 warnings.append(f"{field}: {hits} all match {name!r}; the first one counts")

@@ -233,6 +233,7 @@ class EngineLoop:
         self._has_work = bool(step.scheduled) or step.num_preempted > 0
         if step.num_preempted:
             self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)
+            self._metrics.preempted(step.num_preempted)
         if not step.scheduled:
             # A cancellation may have ended what the last report counted.
             self._report_state()

@@ -1,10 +1,11 @@
 """Decides what each step computes. Pure Python: no torch, no clock, no threads.
 
 Continuous batching with chunked prefill: running sequences first (a decode token each, then the
-rest of their prompts), then waiting ones by ``FairQueue``, until ``max_num_batched_tokens``. When
-blocks run out the sequence that was admitted last is preempted: its blocks are freed and it is
-recomputed later (its tokens are kept). A waiting sequence whose adapters are still loading is
-passed over and delays nobody.
+rest of their prompts), then waiting ones by ``FairQueue``, until ``max_num_batched_tokens``. One is
+admitted if all that run with it will probably find room for their answers too (``LengthForecast``).
+When blocks run out all the same, the sequence that was admitted last is preempted: its blocks are
+freed and it is recomputed later (its tokens are kept). A waiting sequence whose adapters are still
+loading is passed over and delays nobody.
 """
 
 from __future__ import annotations
@@ -14,7 +15,11 @@ from dataclasses import dataclass
 
 from turret.server.engine.block_pool import BlockPool, root_key
 from turret.server.engine.fair_queue import FairQueue
+from turret.server.engine.length_forecast import LengthForecast
 from turret.server.engine.sequence import Sequence, SequenceState
+
+# Of the blocks, for answers that become longer than was forecast.
+_SPARE_SHARE = 0.05
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.base_generation = 1
         self.is_draining = False
+        self._lengths = LengthForecast()
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._is_ready = is_ready
@@ -157,6 +163,7 @@ class Scheduler:
         if sequence.state is SequenceState.RUNNING:
             self.running.remove(sequence)
             self.waiting.stop(sequence)
+            self._lengths.ended(sequence)
         else:
             self.waiting.remove(sequence)
         self._free(sequence)
@@ -201,7 +208,7 @@ class Scheduler:
             # Room for all tokens known so far, not only the first chunk: admitting a sequence
             # that cannot finish its prompt would only preempt another.
             missing = self.blocks.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
-            if missing > self.blocks.num_free:
+            if missing > self.blocks.num_free or self._will_run_out(sequence):
                 self._free(sequence)
                 return
             self._preset(sequence, new_blocks, presets)
@@ -217,6 +224,17 @@ class Scheduler:
             # At once: the next one to admit may be another group's turn.
             self.waiting.charge(sequence.group, num_new)
             budget -= num_new
+
+    def _will_run_out(self, sequence: Sequence) -> bool:
+        """Whether blocks would probably run out later, were it admitted now."""
+        if not self.running:
+            return False
+        together = [*self.running, sequence]
+        peak = self._lengths.peak_tokens(together, self.blocks.block_size)
+        # Counted for each that holds it.
+        repeated = sum(len(s.blocks) for s in together) - self.blocks.num_active
+        most = (1 - _SPARE_SHARE) * (self.blocks.num_blocks - 1)
+        return self.blocks.blocks_for(peak) - repeated > most
 
     def _may_start(self, sequence: Sequence) -> bool:
         has_begun = sequence.num_preemptions > 0

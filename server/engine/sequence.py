@@ -51,6 +51,7 @@ class Sequence:
         num_cached: Prompt tokens that came from the prefix cache at first admission.
         blocks: KV blocks in position order.
         keys: Chain keys of the full blocks that were named so far; ``keys[0]`` is the root.
+        forecast: How many tokens it is taken to generate (``LengthForecast``).
     """
 
     request: Request
@@ -68,6 +69,7 @@ class Sequence:
     scheduled_at: float | None = None
     first_token_at: float | None = None
     num_preemptions: int = 0
+    forecast: int = 0
 
     def __post_init__(self) -> None:
         assert self.num_preset <= self.num_virtual
