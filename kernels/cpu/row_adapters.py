@@ -25,6 +25,9 @@ from turret.kernels.cpu.native import functions
 
 # Of a thread's cache, for what comes ahead. The weights of the base pass through it too.
 _AHEAD_BYTES = 3 << 19
+# However much they have: from the last projection of a layer to q, k and v of the next. What comes too
+# early is in the shared cache still, and memory would be idle.
+_LEAST_REACH = 4
 _LANES = 16  # of vec.h: activations of an operator begin at multiples of it
 
 
@@ -191,7 +194,7 @@ class ModuleSizes:
         """How many modules ahead a step asks for factors, of ``num_bytes`` for all modules."""
         modules = self.per_layer * self.num_layers
         in_cache = num_threads * _AHEAD_BYTES * modules // max(num_bytes, 1)
-        return min(in_cache, self.per_layer)
+        return min(max(in_cache, _LEAST_REACH), self.per_layer)
 
 
 class Ahead(NamedTuple):

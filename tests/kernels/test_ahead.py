@@ -124,10 +124,11 @@ def test_fewer_rows_leave_time_for_fewer_lines() -> None:
 
 
 def test_more_bytes_are_asked_for_less_far_ahead() -> None:
-    sizes = ModuleSizes(SIZES, LAYERS)
-    modules = LAYERS * len(SIZES)
-    assert sizes.reach(0, 1) == len(SIZES)
+    sizes = ModuleSizes([*SIZES, *SIZES], LAYERS)
+    modules = LAYERS * 2 * len(SIZES)
     cache = row_adapters._AHEAD_BYTES
-    assert sizes.reach(cache // 2 * modules, 1) == 2
-    assert sizes.reach(cache // 2 * modules, 2) == 4
-    assert sizes.reach(2 * cache * modules, 1) == 0
+    assert sizes.reach(0, 1) == 2 * len(SIZES)
+    assert sizes.reach(cache // 5 * modules, 1) == 5
+    assert sizes.reach(cache // 3 * modules, 2) == 6
+    assert sizes.reach(2 * cache * modules, 1) == row_adapters._LEAST_REACH
+    assert ModuleSizes(SIZES[:2], LAYERS).reach(2 * cache * modules, 1) == 2
