@@ -25,8 +25,8 @@ from turret.kernels.cpu.native import functions
 
 # Of a thread's cache, for what comes ahead. The weights of the base pass through it too.
 _AHEAD_BYTES = 3 << 19
-# However much they have: from the last projection of a layer to q, k and v of the next. What comes too
-# early is in the shared cache still, and memory would be idle.
+# However much that is: from a layer's last projection to q, k and v of the next. What comes too
+# early is in the shared cache still, and memory would else be idle.
 _LEAST_REACH = 4
 _LANES = 16  # of vec.h: activations of an operator begin at multiples of it
 
