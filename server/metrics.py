@@ -94,9 +94,7 @@ class Metrics:
         )
         self._sequences = gauge("turret_sequences", "Sequences by state.", "state")
         self._kv_blocks = gauge("turret_kv_blocks", "KV cache blocks by state.", "state")
-        self._preemptions = counter(
-            "turret_preemptions_total", "Sequences that lost their KV blocks, to be computed again."
-        )
+        self._preemptions = counter("turret_preemptions_total", "Sequences that lost their blocks.")
         self._prefix_tokens = counter(
             "turret_prefix_cache_tokens_total", "Prompt tokens looked up in the cache.", "result"
         )
