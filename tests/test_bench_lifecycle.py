@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import os
 import statistics
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from transformers import LlamaConfig
 
 from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint import read_checkpoint
+from turret.server.metrics import Metrics, MetricsServer
 from turret.server.models.arch import read_arch
 
 BENCH = Path(__file__).resolve().parent.parent / "bench"
@@ -79,6 +81,27 @@ def test_requests_have_the_same_mean_rank_for_any_number_of_adapters(
     weights = [1 / number for number in range(1, count + 1)]
     total = sum(weight * ranks[i % len(ranks)] for i, weight in enumerate(weights))
     assert total / sum(weights) == pytest.approx(sum(ranks) / len(ranks), rel=0.1)
+
+
+def test_ranks_are_dealt_out_in_the_order_given(bench: Any) -> None:
+    lifecycle = bench("lifecycle")
+    assert lifecycle.parse_args([]).ranks == list(bench("many_loras").RANKS)
+    assert lifecycle.parse_args(["--ranks", "64,8,32"]).ranks == [64, 8, 32]
+
+
+def test_the_watch_sees_the_most_that_each_tier_held(bench: Any) -> None:
+    metrics = Metrics()
+    server = MetricsServer(metrics, "127.0.0.1:0")
+    try:
+        with bench("memory_watch").MemoryWatch(server.address, os.getpid()) as watch:
+            metrics.adapter_bytes(host=3 << 20, device=2 << 20)
+            watch._look()
+            metrics.adapter_bytes(host=1 << 20, device=1 << 20)
+    finally:
+        server.close()
+    assert (watch.host_bytes, watch.device_bytes) == (3 << 20, 2 << 20)
+    assert watch.rss_bytes > 0
+    assert watch.num_samples >= 2
 
 
 def document(rates: dict[int, float], **changes: Any) -> dict[str, Any]:
@@ -169,7 +192,7 @@ def test_throughput_must_hold(bench: Any, rates: Any, missed: list[int]) -> None
 
 @pytest.mark.parametrize(
     ("ranks", "kept", "limit"),
-    [([8], 0.944, 0.945), ([8, 16, 32, 64], 0.944, 0.899), ([16], 0.5, None)],
+    [([8], 0.944, 0.945), ([16, 64, 8, 32], 0.944, 0.899), ([16], 0.5, None)],
 )
 def test_the_share_that_s_lora_kept_is_that_of_the_same_ranks(
     bench: Any, ranks: list[int], kept: float, limit: float | None
