@@ -55,6 +55,7 @@ class Driven:
 
     Attributes:
         ended: Requests that are over, in order.
+        errors: What those ended with that did not finish.
         num_schedules: How often the scheduler was asked.
     """
 
@@ -64,6 +65,7 @@ class Driven:
         fits: Callable[[Sequence, list[Sequence]], bool] = lambda _s, _r: True,
     ) -> None:
         self.ended: list[str] = []
+        self.errors: dict[str, TurretError] = {}
         self.num_schedules = 0
         self.registry = registry
         self.scheduler = Scheduler(
@@ -89,19 +91,28 @@ class Driven:
         )
         self._names: dict[Stream, str] = {}
 
-    def ask(self, name: str, adapters: str, max_tokens: int = 1) -> Sequence:
+    def ask(
+        self,
+        name: str,
+        adapters: str,
+        max_tokens: int = 1,
+        *,
+        detokenizer: Detokenizer | None = None,
+        deadline: float | None = None,
+    ) -> Sequence:
         """Post a request for these one-letter adapters."""
         request = Request(
             request_id=name,
             prompt_token_ids=(1, 2, 3),
             stop=StopConditions(max_tokens=max_tokens),
+            deadline=deadline,
         )
         sequence = Sequence(request, self.registry.acquire(refs(adapters)), time.monotonic())
         stream = Stream(lambda: None)
         flight = Flight(
             sequence,
             stream,
-            Detokenizer(FakeText(), (), False),
+            detokenizer or Detokenizer(FakeText(), (), False),
             eos_token_ids=frozenset(),
             token_text=str,
             max_tokens=max_tokens,
@@ -134,6 +145,8 @@ class Driven:
 
     def _took(self, outbox: Outbox) -> None:
         for stream, item in outbox:
+            if isinstance(item, TurretError):
+                self.errors[self._names[stream]] = item
             if isinstance(item, TurretError) or item.finish is not None:
                 self.ended.append(self._names[stream])
 
@@ -205,3 +218,75 @@ def test_only_requests_count_as_waiting(make: Registries) -> None:
     assert driven.loop.num_waiting == 2
     driven.finish("one", "two")
     assert driven.loop.num_waiting == 0
+
+
+class BrokenDetokenizer(Detokenizer):
+    """Cannot say what a token means, or what is left at the end."""
+
+    def __init__(self, broken: str) -> None:
+        super().__init__(FakeText(), (), False)
+        self._broken = broken
+
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        if self._broken == "push":
+            raise OverflowError("push")
+        return ""
+
+    def flush(self) -> str:
+        if self._broken != "push":
+            raise OverflowError("flush")
+        return ""
+
+
+@pytest.mark.parametrize("broken", ["push", "flush", "wait", "cancel", "late"])
+def test_a_fault_in_one_request_ends_that_request_alone(
+    make: Registries, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """Whatever fails for one request alone: the others go on, and nothing of it stays behind."""
+    registry = make(2, load="ab")
+    driven = Driven(registry)
+    driven.ask("polite", "a", max_tokens=20)
+    driven.step()
+    bad = driven.ask(
+        "bad",
+        "b",
+        max_tokens=2 if broken == "flush" else 50,
+        detokenizer=BrokenDetokenizer(broken),
+        deadline=time.monotonic() + 0.05 if broken == "late" else None,
+    )
+    with monkeypatch.context() as patch:
+        if broken == "wait":
+
+            def fail(self: object, callback: object) -> bool:
+                raise OverflowError("wait")
+
+            patch.setattr(type(bad.mix), "ensure_host", fail)
+        driven.step()
+    if broken == "cancel":
+        driven.loop.post(lambda: driven.loop.cancel(bad))
+    if broken == "late":
+        time.sleep(0.06)
+        driven.loop._expire(time.monotonic())
+    driven.finish("bad", "polite")
+    assert list(driven.errors) == ["bad"]
+    assert driven.errors["bad"].reason == "INTERNAL"
+    assert not driven.loop.is_dead
+    assert registry.get("b").in_flight == 0
+    driven.ask("next", "b")
+    driven.finish("next")
+    assert driven.scheduler.blocks.num_active == 0
+
+
+def test_a_deadline_in_ten_thousand_years_is_waited_for(make: Registries) -> None:
+    driven = Driven(make(2, load="a"))
+    thread = threading.Thread(target=driven.loop.run, daemon=True)
+    thread.start()
+    gate = Gate(driven.registry)
+    driven.ask("far", "a", deadline=time.monotonic() + 3.6e11)
+    time.sleep(0.1)
+    gate.open()
+    until(lambda: driven.ended == ["far"])
+    assert not driven.errors
+    driven.loop.post(driven.loop.stop)
+    thread.join(10)
+    assert not thread.is_alive()

@@ -11,13 +11,15 @@ import queue
 import time
 from collections.abc import Callable
 
+from turret.server import log
 from turret.server.adapters.mix import HostResult
 from turret.server.engine.exchange import Exchange
 from turret.server.engine.flight import Flight
+from turret.server.engine.observer import LoopObserver
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
 from turret.server.engine.request import AdapterUse, FinishReason, Output
 from turret.server.engine.runner import StepResult
-from turret.server.engine.scheduler import Scheduler, Step
+from turret.server.engine.scheduler import Scheduler
 from turret.server.engine.sequence import Sequence, SequenceState
 from turret.server.engine.stream import Stream
 from turret.server.errors import AdapterUnloadedError, TurretError, UnavailableError
@@ -25,6 +27,9 @@ from turret.server.errors import AdapterUnloadedError, TurretError, UnavailableE
 _log = logging.getLogger(__name__)
 
 Outbox = list[tuple[Stream, Output | TurretError]]
+
+# A lock's time-out overflows at some 292 years; after an hour the loop just looks again.
+_MAX_WAIT_SECONDS = 3600.0
 
 
 class EngineLoop:
@@ -54,7 +59,7 @@ class EngineLoop:
         self._scheduler = scheduler
         self._runner = runner
         self._adapters = adapters
-        self._metrics = metrics
+        self._observer = LoopObserver(scheduler, runner, metrics)
         self._send = send
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox: Outbox = []
@@ -100,11 +105,12 @@ class EngineLoop:
         if self._stopping or self.is_dead:
             self._fail(flight, UnavailableError("the server is shutting down"))
             return
-        self._scheduler.add(sequence)
-        try:
+
+        def enter() -> None:
+            self._scheduler.add(sequence)
             self._await_adapters(flight)
-        except TurretError as error:
-            self._fail(flight, error)
+
+        self._guard(flight, enter)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a request early, if it still runs."""
@@ -130,7 +136,7 @@ class EngineLoop:
     def forget_adapter(self, key: str) -> None:
         """Free what the device holds of an adapter that is gone, unloaded or replaced."""
         self._runner.forget_adapter(key)
-        self._metrics.adapter_bytes(device=self._runner.adapter_bytes)
+        self._observer.adapter_bytes()
 
     def exchange(self, exchange: Exchange) -> None:
         """Change the base weights once no request runs; those that wait stay in the line."""
@@ -183,7 +189,9 @@ class EngineLoop:
         if not self._has_work:
             deadlines = [f.sequence.request.deadline for f in self._with_deadline]
             soonest = min((d for d in deadlines if d is not None), default=None)
-            timeout = None if soonest is None else max(soonest - time.monotonic(), 0.0)
+            timeout = None
+            if soonest is not None:
+                timeout = min(max(soonest - time.monotonic(), 0.0), _MAX_WAIT_SECONDS)
             try:
                 self._inbox.get(timeout=timeout)()
             except queue.Empty:
@@ -211,7 +219,8 @@ class EngineLoop:
         for sequence in list(self._ready):
             if any(adapter.key in change.stale for adapter, _ in sequence.mix.components):
                 self._ready.discard(sequence)
-                self._await_adapters(self._flights[sequence])
+                flight = self._flights[sequence]
+                self._guard(flight, lambda flight=flight: self._await_adapters(flight))
         exchange.complete()
 
     def _refuse_exchange(self) -> None:
@@ -233,30 +242,23 @@ class EngineLoop:
         self._has_work = bool(step.scheduled) or step.num_preempted > 0
         if step.num_preempted:
             self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)
-            self._metrics.preempted(step.num_preempted)
+        self._observer.preempted(step.num_preempted)
         if not step.scheduled:
             # A cancellation may have ended what the last report counted.
-            self._report_state()
+            self._observer.state()
             return
         for item in step.scheduled:
-            self._note_scheduled(item.sequence, start)
+            self._ready.discard(item.sequence)
+            self._observer.scheduled(item.sequence, start)
         result = self._runner.run(step)
         self._scheduler.complete(step)
         now = time.monotonic()
         for item in step.scheduled:
             flight = self._flights.get(item.sequence)
             if flight is not None:
-                self._advance(flight, result, now)
+                self._guard(flight, lambda flight=flight: self._advance(flight, result, now))
         self._flush()
-        self._report(step, now - start)
-
-    def _note_scheduled(self, sequence: Sequence, now: float) -> None:
-        self._ready.discard(sequence)
-        if sequence.scheduled_at is None:
-            sequence.scheduled_at = now
-            self._metrics.queued(now - sequence.arrival)
-            hit = sequence.num_cached
-            self._metrics.prefix_cache(hit=hit, miss=sequence.num_prompt - hit)
+        self._observer.step(step, now - start)
 
     def _advance(self, flight: Flight, result: StepResult, now: float) -> None:
         """Hand out what a step produced for one request."""
@@ -270,12 +272,7 @@ class EngineLoop:
                 output = Output(prompt_logprobs=flight.take_prompt_logprobs())
                 self._end(flight, FinishReason.STOP, None, output, now)
             return
-        if sequence.first_token_at is None:
-            sequence.first_token_at = now
-            self._metrics.first_token(now - sequence.arrival)
-        elif flight.last_token_at is not None:
-            self._metrics.inter_token(now - flight.last_token_at)
-        flight.last_token_at = now
+        self._observer.token(flight, now)
         output, reason, stop = flight.accept(draw)
         if reason is None:
             self._outbox.append((flight.stream, output))
@@ -291,7 +288,7 @@ class EngineLoop:
             return
         self._cold[sequence] = result
         # Asked again: the base may have changed meanwhile, and an adapter gone with it.
-        self._await_adapters(flight)
+        self._guard(flight, lambda: self._await_adapters(flight))
 
     def _make_ready(self, flight: Flight) -> None:
         """Its adapters are in host memory: let it run, unless the device could never hold them."""
@@ -307,8 +304,28 @@ class EngineLoop:
             if deadline is not None and deadline <= now:
                 self._cut(flight, FinishReason.DEADLINE, now)
 
+    def _guard(self, flight: Flight, work: Callable[[], None]) -> None:
+        """Do what concerns one request alone: if it fails, that request ends and no other.
+
+        What concerns several (scheduling, a step) is not guarded: after a fault there nobody's
+        state can be trusted.
+        """
+        try:
+            work()
+        except TurretError as error:
+            self._fail(flight, error)
+        except Exception:
+            _log.exception(
+                "a request failed", extra=log.fields(request_id=flight.sequence.request.request_id)
+            )
+            if flight.sequence in self._flights:
+                self._fail(flight, TurretError("internal error"))
+
     def _cut(self, flight: Flight, reason: FinishReason, now: float) -> None:
-        self._end(flight, reason, None, Output(text=flight.flush()), now)
+        def cut() -> None:
+            self._end(flight, reason, None, Output(text=flight.flush()), now)
+
+        self._guard(flight, cut)
 
     def _end(
         self,
@@ -366,26 +383,6 @@ class EngineLoop:
         if self._outbox:
             outbox, self._outbox = self._outbox, []
             self._send(outbox)
-
-    def _report(self, step: Step, seconds: float) -> None:
-        new = [item.num_new for item in step.scheduled]
-        decodes = sum(n == 1 for n in new)
-        phase = "decode" if decodes == len(new) else "prefill" if decodes == 0 else "mixed"
-        adapters = {(u, g) for item in step.scheduled for u, g, _ in item.sequence.mix.key}
-        self._metrics.step(phase, seconds=seconds, num_tokens=sum(new), num_adapters=len(adapters))
-        self._report_state()
-
-    def _report_state(self) -> None:
-        blocks = self._scheduler.blocks
-        self._metrics.sequences(
-            waiting=len(self._scheduler.waiting), running=len(self._scheduler.running)
-        )
-        self._metrics.adapter_bytes(device=self._runner.adapter_bytes)
-        self._metrics.kv_blocks(
-            free=blocks.num_free - blocks.num_cached,
-            cached=blocks.num_cached,
-            used=blocks.num_active,
-        )
 
     def _die(self) -> None:
         self.is_dead = True

@@ -22,6 +22,13 @@ from turret.v1 import adapters_pb2, inference_pb2
 
 # More members than this are refused before their names are looked up.
 MAX_MIX_MEMBERS = 64
+# Messages of a chat, entries of logit_bias and of stop_token_ids: each costs time at every step or
+# before the first, and no client of the field sends as many.
+MAX_CHAT_MESSAGES = 4096
+MAX_LOGIT_BIASES = 1024
+MAX_STOP_TOKEN_IDS = 1024
+# A message of a few megabytes can break a rule a million times; an answer lists these many.
+MAX_VIOLATIONS = 100
 # Text that takes longer than about a millisecond to tokenise leaves the event loop.
 _INLINE_CHARS = 4096
 
@@ -47,7 +54,18 @@ class Violations:
     found: list[tuple[str, str]] = field(default_factory=list)
 
     def add(self, path: str, description: str) -> None:
-        self.found.append((path, description))
+        if len(self.found) < MAX_VIOLATIONS:
+            self.found.append((path, description))
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing more is taken in."""
+        return len(self.found) >= MAX_VIOLATIONS
+
+    def check_count(self, count: int, limit: int, path: str) -> bool:
+        """Note a repeated field of more than ``limit`` entries; returns whether it has no more."""
+        self.check(count <= limit, path, f"at most {limit} entries, not {count}")
+        return count <= limit
 
     def check(self, ok: bool, path: str, description: str) -> None:
         if not ok:
@@ -81,9 +99,14 @@ def _build(
 
 
 def _check_ids(ids: Sequence[int], vocab_size: int, violations: Violations, path: str) -> None:
+    # One pass in C; most messages hold no bad id.
+    if not ids or max(ids) < vocab_size:
+        return
     for index, token_id in enumerate(ids):
         if token_id >= vocab_size:
             violations.add(f"{path}[{index}]", f"{token_id} is not in [0, {vocab_size})")
+            if violations.is_full:
+                return
 
 
 def adapter_refs(
@@ -115,12 +138,12 @@ def sampling_params(
 ) -> SamplingParams:
     """Unset scalars keep the domain's defaults."""
     values = {name: getattr(message, name) for name in _SAMPLING_SCALARS if message.HasField(name)}
-    values["logit_bias"] = dict(message.logit_bias)
-    for token_id in message.logit_bias:
-        if token_id >= vocab_size:
-            violations.add(
-                "sampling.logit_bias", f"token id {token_id} is not in [0, {vocab_size})"
-            )
+    path = "sampling.logit_bias"
+    if violations.check_count(len(message.logit_bias), MAX_LOGIT_BIASES, path):
+        values["logit_bias"] = dict(message.logit_bias)
+        for token_id in message.logit_bias:
+            if token_id >= vocab_size:
+                violations.add(path, f"token id {token_id} is not in [0, {vocab_size})")
     return _build(SamplingParams, values, violations, "sampling")
 
 
@@ -130,8 +153,10 @@ def stop_conditions(
     """Unset scalars keep the domain's defaults."""
     values = {name: getattr(message, name) for name in _STOP_SCALARS if message.HasField(name)}
     values["stop_strings"] = tuple(message.stop_strings)
-    values["stop_token_ids"] = tuple(message.stop_token_ids)
-    _check_ids(message.stop_token_ids, vocab_size, violations, "stop.stop_token_ids")
+    path = "stop.stop_token_ids"
+    if violations.check_count(len(message.stop_token_ids), MAX_STOP_TOKEN_IDS, path):
+        values["stop_token_ids"] = tuple(message.stop_token_ids)
+        _check_ids(message.stop_token_ids, vocab_size, violations, path)
     return _build(StopConditions, values, violations, "stop")
 
 
@@ -142,6 +167,10 @@ def check_input(message: Any, vocab_size: int, violations: Violations) -> None:
         violations.add("input", "set one of prompt, chat and token_ids")
     elif which == "chat":
         violations.check(len(message.chat.messages) > 0, "chat.messages", "at least one")
+        if not violations.check_count(
+            len(message.chat.messages), MAX_CHAT_MESSAGES, "chat.messages"
+        ):
+            return
         for index, turn in enumerate(message.chat.messages):
             violations.check(turn.role != "", f"chat.messages[{index}].role", "must be set")
     elif which == "token_ids":
@@ -165,7 +194,7 @@ async def input_token_ids(message: Any, tokenizer: TokenizerLike) -> list[int]:
         return list(message.token_ids.ids)
     if which == "chat":
         turns = [{"role": m.role, "content": m.content} for m in message.chat.messages]
-        size = sum(len(m.content) for m in message.chat.messages)
+        size = sum(len(m.role) + len(m.content) for m in message.chat.messages)
         encode, argument = tokenizer.encode_chat, turns
     else:
         size = len(message.prompt)

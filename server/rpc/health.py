@@ -50,7 +50,9 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> health_pb2.HealthCheckResponse:
         if request.service not in self._services:
-            await context.abort(grpc.StatusCode.NOT_FOUND, "unknown service")
+            # Set, not raised: see CallInterceptor._run.
+            context.set_code(grpc.StatusCode.NOT_FOUND)
+            context.set_details("unknown service")
         return health_pb2.HealthCheckResponse(status=self._status)
 
     async def Watch(

@@ -27,10 +27,16 @@ from turret.v1 import inference_pb2, inference_pb2_grpc
 _Context = grpc.aio.ServicerContext[Any, Any]
 
 
+# gRPC allows a time-out of 11,000 years; no request runs for as long as this.
+_MAX_DEADLINE_SECONDS = 30 * 86400.0
+
+
 def _deadline(context: _Context) -> float | None:
-    """The call's deadline on the ``time.monotonic()`` clock."""
+    """The call's deadline on the ``time.monotonic()`` clock; None if there is none to speak of."""
     remaining = context.time_remaining()
-    return None if remaining is None else time.monotonic() + remaining
+    if remaining is None or remaining > _MAX_DEADLINE_SECONDS:
+        return None
+    return time.monotonic() + remaining
 
 
 async def _outputs(

@@ -88,6 +88,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         if handler is None:
             return None
         method = handler_call_details.method
+        try:
+            authorize(self._tokens, method, handler_call_details.invocation_metadata or ())
+        except TurretError as error:
+            return self._refusal(method, error)
         behaviour, factory = _parts(handler)
 
         async def answer_once(request: Any, context: Any) -> Any:
@@ -114,17 +118,37 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             response_serializer=handler.response_serializer,
         )
 
+    def _refusal(self, method: str, error: TurretError) -> Any:
+        """A handler that answers with an error and reads no byte of what the client sends.
+
+        Only a handler of a stream of requests starts before the first message has arrived; the
+        two look the same on the wire.
+        """
+
+        async def refuse() -> None:
+            raise error.with_traceback(None)
+
+        async def answer(requests: Any, context: Any) -> None:
+            await self._run(method, context, refuse)
+
+        return grpc.stream_stream_rpc_method_handler(answer)
+
     async def _run(self, method: str, context: Any, body: Callable[[], Awaitable[Any]]) -> Any:
-        """Run a handler's body; turn what it raises into the call's status."""
+        """Run a handler's body; turn what it raises into the call's status.
+
+        The status is set, not raised: ``context.abort`` keeps its exception in the context, and
+        the exception's frames keep the context and the request, a cycle that holds the request's
+        memory until the next full garbage collection.
+        """
         metadata = tuple(context.invocation_metadata() or ())
         call = Call.begin(method, metadata)
         started = time.monotonic()
         code = grpc.StatusCode.INTERNAL
         try:
-            authorize(self._tokens, method, metadata)
             response = await body()
             context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
-            code = grpc.StatusCode.OK
+            # Health sets a status itself.
+            code = context.code() or grpc.StatusCode.OK
             return response
         except asyncio.CancelledError:
             remaining = context.time_remaining()
@@ -140,11 +164,15 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if code is grpc.StatusCode.INTERNAL or not isinstance(error, TurretError):
                 _log.exception("internal error", extra=log.fields(method=method))
             status = to_rich_status(error)
-            trailers = (
-                (REQUEST_ID_KEY, call.request_id),
-                (DETAILS_KEY, status.SerializeToString()),
+            context.set_code(code)
+            context.set_details(status.message)
+            context.set_trailing_metadata(
+                (
+                    (REQUEST_ID_KEY, call.request_id),
+                    (DETAILS_KEY, status.SerializeToString()),
+                )
             )
-            await context.abort(code, status.message, trailers)
+            return None
         finally:
             self._finish(call, code, time.monotonic() - started)
 
