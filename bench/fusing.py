@@ -27,7 +27,7 @@ from workload import TOKEN_IDS
 
 from turret.clients.aio import AdapterWeight, AsyncTurretClient
 from turret.server.models.arch import read_arch
-from turret.server.models.nf4_cache import default_cache_dir, resolve_model
+from turret.server.models.model_source import default_cache_dir, resolve_model
 from turret.server.server_process import ServerProcess
 
 _FUSED = 8

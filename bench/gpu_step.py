@@ -16,7 +16,8 @@ from kernel_launches import Model
 from turret.kernels.gpu.attention_table import AttentionTable
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 from turret.kernels.paged_attention import SequenceSpan
-from turret.server.adapters.gpu_pack import GpuAdapterPack
+from turret.server.adapters.device.gpu_store import GpuStore
+from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.operators import (
     AdapterOperators,
     Hadamard,
@@ -24,7 +25,6 @@ from turret.server.adapters.operators import (
     LowRank,
     ModuleOperators,
 )
-from turret.server.adapters.packed_group import PackLayout, SliceShape
 from turret.server.engine.decode_graphs import capture_for
 from turret.server.engine.executor import Computed
 from turret.server.engine.gpu_executor import GpuExecutor
@@ -140,12 +140,12 @@ class DecodeStep:
             name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
             for name, slices in self._arch.linears().items()
         }
-        layout = PackLayout(self._arch.num_layers, groups)
+        layout = ProjectionLayout(self._arch.num_layers, groups)
         self._executor = None
         self._executor = GpuExecutor(
             self._decoder,
             self.cache,
-            GpuAdapterPack(layout, self.dtype, self.device, _NO_LIMIT),
+            GpuStore(layout, self.dtype, self.device, _NO_LIMIT),
             max_num_seqs=self.num_rows,
             max_num_batched_tokens=self.num_rows,
             capture=self._capture,

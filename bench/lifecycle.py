@@ -36,7 +36,7 @@ from workload import LENGTHS, Workload, draw
 
 from turret.server.config import parse_byte_size
 from turret.server.models.arch import Arch, read_arch
-from turret.server.models.nf4_cache import default_cache_dir, resolve_model
+from turret.server.models.model_source import default_cache_dir, resolve_model
 from turret.server.server_process import ServerProcess
 
 EXIT_MISSED = 1

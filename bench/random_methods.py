@@ -14,8 +14,9 @@ import torch
 from safetensors.torch import save_file
 
 from turret.server.models.arch import Arch
-from turret.server.models.loader import describe_base, load_decoder
-from turret.server.models.nf4_cache import ModelSource
+from turret.server.models.describe import describe_base
+from turret.server.models.loader import load_decoder
+from turret.server.models.model_source import ModelSource
 
 METHODS = (
     "lora",

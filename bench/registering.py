@@ -15,8 +15,8 @@ import torch
 
 from turret.clients.client import TurretClient
 from turret.server.adapters.base import BaseModel, BaseVocabulary
-from turret.server.adapters.registry import AdapterRegistry
-from turret.server.adapters.state_dir import StateDir
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state.state_dir import StateDir
 from turret.server.metrics import Metrics
 
 # Calls under way: one reads and lowers while another waits for the disk.
@@ -52,7 +52,7 @@ def restore(state: Path, scratch: Path) -> Restored:
         scratch: Does not exist; gets a copy of the registrations.
     """
     shutil.copytree(state / "adapters", scratch / "adapters")
-    # Registrations do not depend on the base, and nothing is loaded here.
+    # NameTable do not depend on the base, and nothing is loaded here.
     base = BaseModel(
         name="",
         model_type="llama",

@@ -29,15 +29,16 @@ from report import append_rows, make_console, print_rows
 from rich.console import Console
 from stopwatch import Part, Recorded, Stopwatch
 
-from turret.server.adapters.single_thread import compute_on_this_thread
+from turret.server.adapters.ref import AdapterRef
+from turret.server.background import compute_on_this_thread
 from turret.server.build import build_engine
 from turret.server.config import AdapterConfig, Config, ModelConfig, SchedulerConfig
 from turret.server.engine.engine import Engine
 from turret.server.engine.loop import EngineLoop
-from turret.server.engine.request import AdapterRef, Request, SamplingParams, StopConditions
+from turret.server.engine.request import Request, SamplingParams, StopConditions
 from turret.server.metrics import Metrics
 from turret.server.models.arch import Arch, read_arch
-from turret.server.models.nf4_cache import default_cache_dir, resolve_model
+from turret.server.models.model_source import default_cache_dir, resolve_model
 
 ENGINE = "engine"
 REST = "all else"
@@ -45,16 +46,16 @@ REST = "all else"
 # name, the compiled formulation and torch's, one runs.
 PARTS = (
     Part("turret.server.models.nf4:Nf4Linear.__call__", "base matmuls"),
-    Part("turret.server.adapters.gathered:GatheredStep.project", "adapters"),
-    Part("turret.server.adapters.pack:PackedStep.project", "adapters"),
-    Part("turret.server.models.native_layer_ops:NativeLayerOps.attend", "attention"),
+    Part("turret.server.adapters.device.cpu_store:CpuStep.project", "adapters"),
+    Part("turret.server.adapters.device.packed_store:PackedStep.project", "adapters"),
+    Part("turret.server.models.cpu_layer_ops:CpuLayerOps.attend", "attention"),
     Part("turret.server.models.layer_ops:TorchLayerOps.attend", "attention"),
-    Part("turret.server.models.native_layer_ops:NativeLayerOps.add_rms_norm", "norms, residuals"),
+    Part("turret.server.models.cpu_layer_ops:CpuLayerOps.add_rms_norm", "norms, residuals"),
     Part("turret.server.models.layer_ops:TorchLayerOps.add_rms_norm", "norms, residuals"),
-    Part("turret.server.models.native_layer_ops:NativeLayerOps.silu_mul", "activation"),
+    Part("turret.server.models.cpu_layer_ops:CpuLayerOps.silu_mul", "activation"),
     Part("turret.server.models.layer_ops:TorchLayerOps.silu_mul", "activation"),
-    Part("turret.server.adapters.hadamard_bank:HadamardShelf.apply", "Hadamard"),
-    Part("turret.server.adapters.kronecker_bank:KroneckerShelf.apply", "Kronecker"),
+    Part("turret.server.adapters.device.hadamard_shelf:HadamardShelf.apply", "Hadamard"),
+    Part("turret.server.adapters.device.kronecker_shelf:KroneckerShelf.apply", "Kronecker"),
     Part("turret.server.models.decoder:Decoder.logits", "head"),
     Part("turret.server.engine.sampler:Sampler.draw", "sampling"),
     Part("turret.server.engine.batch:BatchBuilder.build", "batch metadata"),

@@ -13,11 +13,11 @@ from typing import Any
 
 import turret
 from turret.server import log
+from turret.server.api.gate import Backend, Gate
+from turret.server.api.tokens import TokenTable
 from turret.server.config import Config, is_local_address
 from turret.server.errors import AdapterExistsError, TurretError
 from turret.server.metrics import Metrics, MetricsServer
-from turret.server.rpc.auth import TokenTable
-from turret.server.rpc.gate import Backend, Gate
 from turret.server.rpc.server import RpcServer
 
 _log = logging.getLogger(__name__)

@@ -9,13 +9,13 @@ import torch
 
 from turret.kernels.cpu.native import has_native
 from turret.server import log
-from turret.server.adapters.adapter_store import AdapterStore
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.gathered import GatheredAdapters
-from turret.server.adapters.merger import Merger
-from turret.server.adapters.pack import AdapterPack
-from turret.server.adapters.registry import AdapterRegistry
-from turret.server.adapters.state_dir import StateDir
+from turret.server.adapters.device.cpu_store import CpuStore
+from turret.server.adapters.device.packed_store import PackedStore
+from turret.server.adapters.device.store import AdapterStore
+from turret.server.adapters.merge.merger import Merger
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state.state_dir import StateDir
 from turret.server.config import AdapterConfig, Config, ModelConfig
 from turret.server.engine.block_pool import BlockPool
 from turret.server.engine.engine import Engine
@@ -26,10 +26,11 @@ from turret.server.errors import InvalidRequestError
 from turret.server.metrics import Metrics
 from turret.server.models.base_edit import BaseEdit
 from turret.server.models.decoder import Decoder
+from turret.server.models.describe import describe_base, describe_projections
 from turret.server.models.kv_cache import KvCache
-from turret.server.models.loader import describe_base, describe_pack, eos_token_ids, load_decoder
+from turret.server.models.loader import eos_token_ids, load_decoder
 from turret.server.models.model_info import ModelInfo
-from turret.server.models.nf4_cache import ModelSource, default_cache_dir, resolve_model
+from turret.server.models.model_source import ModelSource, default_cache_dir, resolve_model
 from turret.server.models.tokenizer import Tokenizer
 from turret.server.progress import progress_bar
 
@@ -67,7 +68,7 @@ def build_engine(config: Config, metrics: Metrics, *, triton: bool | None = None
         decoder = load_decoder(source, dtype=dtype, device=device, triton=triton, progress=progress)
     tokenizer = Tokenizer.load(source.files, eos_token_ids(source.files), decoder.arch.vocab_size)
     base = describe_base(decoder, source)
-    layout = describe_pack(decoder.arch)
+    layout = describe_projections(decoder.arch)
     kernels = "triton" if triton else "compiled" if has_native(dtype, device) else "torch"
     store = _store_type(kernels)(
         layout,
@@ -103,13 +104,13 @@ def served_methods() -> tuple[str, ...]:
     return tuple(sorted(METHODS))
 
 
-def _store_type(kernels: str) -> type[AdapterPack] | type[GatheredAdapters]:
+def _store_type(kernels: str) -> type[PackedStore] | type[CpuStore]:
     if kernels != "triton":
-        return GatheredAdapters if kernels == "compiled" else AdapterPack
+        return CpuStore if kernels == "compiled" else PackedStore
     # Imported where it is used: Triton is not everywhere where the CPU path runs.
-    from turret.server.adapters.gpu_pack import GpuAdapterPack
+    from turret.server.adapters.device.gpu_store import GpuStore
 
-    return GpuAdapterPack
+    return GpuStore
 
 
 def _build_executor(
@@ -117,12 +118,12 @@ def _build_executor(
 ) -> Executor:
     if kernels != "triton":
         return TorchExecutor(decoder, cache, store)
-    from turret.server.adapters.gpu_pack import GpuAdapterPack
+    from turret.server.adapters.device.gpu_store import GpuStore
     from turret.server.engine.decode_graphs import capture_for
     from turret.server.engine.gpu_executor import GpuExecutor
     from turret.server.models.gpu_decoder import GpuDecoder
 
-    assert isinstance(store, GpuAdapterPack)
+    assert isinstance(store, GpuStore)
     assert isinstance(decoder, GpuDecoder)
     return GpuExecutor(
         decoder,

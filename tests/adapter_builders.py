@@ -15,16 +15,16 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel, BaseModule, BaseVocabulary
-from turret.server.adapters.checkpoint import (
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import (
     CONFIG_FILE,
     TENSORS_FILE,
     AdapterCheckpoint,
     read_checkpoint,
 )
-from turret.server.adapters.lowered import Lowered
-from turret.server.adapters.lowering import lower_checkpoint
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 from turret.server.errors import AdapterCheckpointError
 

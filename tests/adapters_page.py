@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from turret.server.adapters.config_keys import Irrelevant, Rejected, Rule, Used
 from turret.server.adapters.methods import METHODS
-from turret.server.adapters.unserved_methods import UNSERVED
+from turret.server.adapters.peft_format.rules import Irrelevant, Rejected, Rule, Used
+from turret.server.adapters.peft_format.unserved import UNSERVED
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "adapters.md"
 

@@ -15,9 +15,9 @@ from typing import NamedTuple
 
 from registry_builders import Waiter, refs, stage_directory, tiny_base
 
-from turret.server.adapters.record import AdapterRecord
-from turret.server.adapters.registry import AdapterRegistry
-from turret.server.adapters.state_dir import StateDir
+from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state.state_dir import StateDir
 
 NAMES = ("x", "y", "z")
 PATHS = ("a", "b", "c", "d")
@@ -44,7 +44,7 @@ class Operation(NamedTuple):
     pinned: bool = False
 
 
-def entry_of(record: AdapterRecord) -> Entry:
+def entry_of(record: AdapterInfo) -> Entry:
     return Entry(record.uuid, record.generation, record.digest, record.pinned)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from turret.server.adapters.ref import AdapterRef
 from turret.server.build import build_engine
 from turret.server.config import (
     AdapterConfig,
@@ -21,7 +22,6 @@ from turret.server.config import (
     SchedulerConfig,
 )
 from turret.server.engine.request import (
-    AdapterRef,
     Finish,
     Request,
     ResponseOptions,

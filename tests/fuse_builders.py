@@ -16,12 +16,12 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
-from turret.server.adapters.combination import Combination
-from turret.server.adapters.fuse_result import FuseResult
-from turret.server.adapters.interrupt import Interrupt
-from turret.server.adapters.registry import AdapterRegistry
-from turret.server.adapters.state_dir import StateDir
-from turret.server.engine.request import AdapterRef
+from turret.server.adapters.fuse.combination import Combination
+from turret.server.adapters.fuse.interrupt import Interrupt
+from turret.server.adapters.fuse.result import FuseResult
+from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state.state_dir import StateDir
 
 TENSORS = "adapter_model.safetensors"
 Deltas = Mapping[str, torch.Tensor]

@@ -8,14 +8,14 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from turret.server.adapters.bank import Members
+from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.adapters.device.members import Members
 from turret.server.adapters.operators import AdapterOperators, Gate, ModuleOperators
-from turret.server.adapters.packed_group import PackLayout, SliceShape
 
 INNER = 192
 OUTS = {"q": 96, "k": 32, "v": 32}
 WIDTH = sum(OUTS.values())
-LAYOUT = PackLayout(1, {"qkv": tuple(SliceShape(n, out, INNER) for n, out in OUTS.items())})
+LAYOUT = ProjectionLayout(1, {"qkv": tuple(SliceShape(n, out, INNER) for n, out in OUTS.items())})
 # Per adapter and module: ranks of its components. One crosses rank windows, one has empty parts.
 RANKS = {
     "a": {"q": (4, 8), "v": (4, 0)},

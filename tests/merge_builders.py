@@ -12,8 +12,9 @@ from engine_harness import Answer, EngineHarness, make_request
 from method_builders import make_config, save_adapter
 from method_oracle import prompt_of, twin
 
-from turret.server.adapters.merge_state import MergeState, Precision
-from turret.server.engine.request import AdapterRef
+from turret.server.adapters.base import Precision
+from turret.server.adapters.merge.state import MergeState
+from turret.server.adapters.ref import AdapterRef
 
 ARCHITECTURE = "qwen2"
 NAMES = ("lora", "dora", "ia3", "other", "prefix_tuning", "prompt_tuning")

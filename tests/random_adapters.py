@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from turret.server.models.arch import Arch, read_arch
-from turret.server.models.nf4_cache import default_cache_dir, resolve_model
+from turret.server.models.model_source import default_cache_dir, resolve_model
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 

@@ -14,13 +14,13 @@ from pathlib import Path
 from adapter_builders import base_of, lora_config, save_peft_adapter, tiny_llama
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.loader import LoadedAdapter
 from turret.server.adapters.mix import HostResult, Mix
-from turret.server.adapters.registry import AdapterRegistry
+from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.adapters.source import Source
-from turret.server.adapters.staged_upload import StagedUpload, UploadedFile
-from turret.server.adapters.state_dir import StateDir
-from turret.server.engine.request import AdapterRef
+from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
+from turret.server.adapters.state.state_dir import StateDir
 from turret.server.errors import TurretError
 from turret.server.metrics import Metrics
 

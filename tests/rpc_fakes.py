@@ -15,7 +15,9 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
-from turret.server.adapters.merge_state import Merge, MergedAdapter, MergeReport, MergeState
+from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
+from turret.server.api.gate import Backend, Gate
+from turret.server.api.tokens import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.engine.request import (
     AdapterUse,
@@ -34,8 +36,6 @@ from turret.server.errors import (
     NotMergedError,
 )
 from turret.server.metrics import Metrics
-from turret.server.rpc.auth import TokenTable
-from turret.server.rpc.gate import Backend, Gate
 from turret.server.rpc.server import RpcServer
 from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc
 

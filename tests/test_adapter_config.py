@@ -23,12 +23,12 @@ from adapter_builders import (
 from peft import LoraConfig, PeftType
 from safetensors.torch import save_file
 
-from turret.server.adapters.base_name import base_name_warning, normalise_base_name
-from turret.server.adapters.checkpoint import TENSORS_FILE
-from turret.server.adapters.config_keys import Irrelevant, Rejected, Used
-from turret.server.adapters.lora_config import LORA_RULES
+from turret.server.adapters.checkpoint.findings import MAX_REPORTED, Violations
+from turret.server.adapters.checkpoint.reader import TENSORS_FILE
 from turret.server.adapters.methods import METHODS
-from turret.server.adapters.violations import MAX_REPORTED, Violations
+from turret.server.adapters.peft_format.base_name import base_name_warning, normalise_base_name
+from turret.server.adapters.peft_format.lora_rules import LORA_RULES
+from turret.server.adapters.peft_format.rules import Irrelevant, Rejected, Used
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 
 Q = "model.layers.0.self_attn.q_proj"

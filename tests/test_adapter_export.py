@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from registry_builders import Registries, stage_directory, until
 
-from turret.server.adapters.adapter_export import AdapterExport
-from turret.server.adapters.state_dir import StateDir
+from turret.server.adapters.registry.export import AdapterExport
+from turret.server.adapters.state.state_dir import StateDir
 from turret.server.errors import AdapterCheckpointError, AdapterNotFoundError
 
 
@@ -43,7 +43,7 @@ def test_an_export_that_finds_its_files_gone_looks_again(
         registry.upload("up", stage_directory(registry, make.root / "b"), replace=True)
         until(lambda: files_of(tmp_path) == [f"{first.uuid}.2"])
 
-    monkeypatch.setattr("turret.server.adapters.registry.AdapterExport", Slow)
+    monkeypatch.setattr("turret.server.adapters.registry.registry.AdapterExport", Slow)
     meanwhile.append(replace)
     with registry.export("up") as export:
         assert export.record.generation == 2

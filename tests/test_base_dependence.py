@@ -15,8 +15,8 @@ from registry_builders import Gate, Waiter, refs, until
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.component import ComponentRef
-from turret.server.adapters.loader import AdapterLoader, LoadedAdapter
-from turret.server.adapters.registry import AdapterRegistry
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.residency.loader import AdapterLoader, LoadedAdapter
 from turret.server.adapters.source import Source
 
 # Qwen2 has biases, which adapters may replace or scale.

@@ -20,7 +20,8 @@ from tiny_models import VOCAB_SIZE, save_tiny_model
 from turret.kernels.cpu import native
 from turret.kernels.row_linear import max_reduction, row_addmm_, row_linear, row_multiple
 from turret.kernels.row_silu import row_silu
-from turret.server.engine.request import AdapterRef, FinishReason, Request, SamplingParams
+from turret.server.adapters.ref import AdapterRef
+from turret.server.engine.request import FinishReason, Request, SamplingParams
 from turret.server.engine.scheduler import Scheduler
 
 QV = ("q_proj", "v_proj")

@@ -24,8 +24,8 @@ from adapter_builders import (
 )
 from transformers import LlamaConfig
 
-from turret.server.adapters.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint import read_checkpoint
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.methods import METHODS, method_for
 from turret.server.models.arch import read_arch
 

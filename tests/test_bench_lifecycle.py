@@ -14,8 +14,8 @@ from xml.etree import ElementTree
 import pytest
 from transformers import LlamaConfig
 
-from turret.server.adapters.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint import read_checkpoint
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.metrics import Metrics, MetricsServer
 from turret.server.models.arch import read_arch
 

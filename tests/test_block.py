@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turret.server.adapters.block import in_one_block
+from turret.server.adapters.lowering.arena import in_one_block
 from turret.server.adapters.operators import (
     Gate,
     Hadamard,

@@ -21,8 +21,8 @@ from adapter_builders import (
     tiny_llama,
 )
 
-from turret.server.adapters.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint import CONFIG_FILE, TENSORS_FILE
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import CONFIG_FILE, TENSORS_FILE
 from turret.server.errors import AdapterCheckpointError, BudgetExceededError
 
 Q = "model.layers.0.self_attn.q_proj"

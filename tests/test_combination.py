@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from turret.server.adapters.combination import NAMES, Combination
+from turret.server.adapters.fuse.combination import NAMES, Combination
 from turret.server.errors import InvalidRequestError
 
 PRUNING = [name for name in NAMES if name.startswith(("ties", "dare", "magnitude_prune"))]

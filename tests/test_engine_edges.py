@@ -10,8 +10,8 @@ import torch
 from engine_harness import EngineHarness, make_request
 from tiny_models import VOCAB_SIZE, save_tiny_model, tiny_tokenizer
 
+from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.request import (
-    AdapterRef,
     FinishReason,
     Request,
     ResponseOptions,

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from registry_builders import Gate, Registries, refs, until
 
-from turret.server.adapters.registry import AdapterRegistry
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.engine.answer import Answer
 from turret.server.engine.block_pool import BlockPool
 from turret.server.engine.detokenizer import Detokenizer
-from turret.server.engine.flight import Flight
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.request import Request, StopConditions
 from turret.server.engine.runner import StepResult
@@ -109,7 +109,7 @@ class Driven:
         )
         sequence = Sequence(request, self.registry.acquire(refs(adapters)), time.monotonic())
         stream = Stream(lambda: None)
-        flight = Flight(
+        answer = Answer(
             sequence,
             stream,
             detokenizer or Detokenizer(FakeText(), (), False),
@@ -118,7 +118,7 @@ class Driven:
             max_tokens=max_tokens,
         )
         self._names[stream] = name
-        self.loop.submit(flight)
+        self.loop.submit(answer)
         return sequence
 
     def read(self) -> None:

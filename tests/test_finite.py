@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from turret.server.adapters.finite import all_finite
-from turret.server.adapters.safetensors_header import DTYPES
+from turret.server.adapters.checkpoint.finite import all_finite
+from turret.server.adapters.checkpoint.safetensors_header import DTYPES
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values())

@@ -16,15 +16,15 @@ from fuse_builders import Fusions, difference, truncated
 from fusion_builders import save_fusion
 from method_builders import make_config, save_adapter
 
-from turret.server.adapters import fused_module
-from turret.server.adapters.combination import Combination
-from turret.server.adapters.delta import beyond_low_rank, beyond_updates
-from turret.server.adapters.factors import Factors, energy_rank, ratio, side_by_side
-from turret.server.adapters.interrupt import Interrupt
+from turret.server.adapters.fuse import module_fuser as fused_module
+from turret.server.adapters.fuse.combination import Combination
+from turret.server.adapters.fuse.factors import Factors, energy_rank, ratio, side_by_side
+from turret.server.adapters.fuse.interrupt import Interrupt
 from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
-from turret.server.adapters.registry import AdapterRegistry
-from turret.server.adapters.state_dir import StateDir
-from turret.server.engine.request import AdapterRef
+from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.weight_update import beyond_low_rank, beyond_updates
 from turret.server.errors import (
     AdapterChangedError,
     AdapterExistsError,

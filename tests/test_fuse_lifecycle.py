@@ -14,10 +14,10 @@ from adapter_builders import base_of
 from fuse_builders import Fusions, model
 from registry_builders import WAIT_SECONDS, in_thread, until
 
-from turret.server.adapters.fused_module import FusedModule, ModuleFuser
-from turret.server.adapters.interrupt import Interrupt
-from turret.server.adapters.registry import AdapterRegistry
-from turret.server.adapters.state_dir import StateDir
+from turret.server.adapters.fuse.interrupt import Interrupt
+from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state.state_dir import StateDir
 from turret.server.errors import (
     AdapterExistsError,
     AdapterInUseError,

@@ -10,8 +10,8 @@ from gated_builders import INNER, LAYOUT, MIXES, WIDTH, gates_of, in_float64, op
 from torch import Tensor
 
 from turret.kernels.row_linear import row_multiple
-from turret.server.adapters.bank import StepMembers
-from turret.server.adapters.fusion_bank import FusionBank
+from turret.server.adapters.device.gates import Gates
+from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.operators import Gate
 
 NUM_ROWS = 90
@@ -27,14 +27,14 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     row_multiple.cache_clear()
 
 
-def bank_of(dtype: torch.dtype) -> tuple[FusionBank, dict[str, dict[str, Gate]]]:
-    bank, gates = FusionBank(LAYOUT, torch.device("cpu")), gates_of(dtype)
+def bank_of(dtype: torch.dtype) -> tuple[Gates, dict[str, dict[str, Gate]]]:
+    bank, gates = Gates(LAYOUT, torch.device("cpu")), gates_of(dtype)
     for key, modules in gates.items():
         bank.insert(key, operators_of(modules))
     return bank, gates
 
 
-def apply(bank: FusionBank, members: StepMembers, x: Tensor, y: Tensor) -> Tensor:
+def apply(bank: Gates, members: StepMembers, x: Tensor, y: Tensor) -> Tensor:
     y = y.clone()
     bound = bank.bind(members)
     assert bound is not None

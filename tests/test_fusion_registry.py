@@ -15,10 +15,10 @@ from fusion_builders import PREFIX, save_fusion
 from method_builders import make_config, save_adapter
 from registry_builders import Waiter, in_thread, refs, stage_directory, tiny_base
 
-from turret.server.adapters.combination import Combination
-from turret.server.adapters.interrupt import Interrupt
-from turret.server.adapters.registry import AdapterRegistry
-from turret.server.adapters.state_dir import StateDir
+from turret.server.adapters.fuse.combination import Combination
+from turret.server.adapters.fuse.interrupt import Interrupt
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state.state_dir import StateDir
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,

@@ -19,7 +19,8 @@ from transformers import LlamaConfig
 from triton.runtime.interpreter import InterpretedFunction
 
 from turret.kernels.nf4_matmul import Nf4Matrix
-from turret.server.adapters.gpu_pack import GpuAdapterPack
+from turret.server.adapters.device.gpu_store import GpuStore
+from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators import (
     AdapterOperators,
@@ -29,7 +30,6 @@ from turret.server.adapters.operators import (
     LowRank,
     ModuleOperators,
 )
-from turret.server.adapters.packed_group import PackLayout, SliceShape
 from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.engine.gpu_executor import GpuExecutor
 from turret.server.engine.request import Request
@@ -117,7 +117,7 @@ def _executor(capture: Any = None) -> GpuExecutor:
     return GpuExecutor(
         _decoder(),
         KvCache(ARCH, 64, 16, DTYPE, META),
-        GpuAdapterPack(PackLayout(ARCH.num_layers, groups), DTYPE, META, 1 << 30),
+        GpuStore(ProjectionLayout(ARCH.num_layers, groups), DTYPE, META, 1 << 30),
         max_num_seqs=8,
         max_num_batched_tokens=48,
         capture=capture,

@@ -25,8 +25,8 @@ from kernel_traffic import DEVICE, error_ratio
 
 from turret.kernels.gpu import tuning as tuning_module
 from turret.kernels.gpu.segment_table import SegmentTable
-from turret.server.adapters.bank import Members
-from turret.server.adapters.gpu_fusions import GpuFusionBank
+from turret.server.adapters.device.gpu_gates import GpuGates
+from turret.server.adapters.device.members import Members
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 
 NUM_ROWS = 24
@@ -49,8 +49,8 @@ class Tables:
         )
 
 
-def bank_of(dtype: torch.dtype, gates) -> GpuFusionBank:
-    bank = GpuFusionBank(LAYOUT, dtype, DEVICE)
+def bank_of(dtype: torch.dtype, gates) -> GpuGates:
+    bank = GpuGates(LAYOUT, dtype, DEVICE)
     for key, modules in gates.items():
         moved = {n: g.with_tensors(t.to(DEVICE) for t in g.tensors()) for n, g in modules.items()}
         bank.insert(key, operators_of(moved))

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from turret.server.adapters import checkpoint as reader
-from turret.server.adapters import known_files
-from turret.server.adapters.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
-from turret.server.adapters.known_files import KnownFiles, stamp_of
+from turret.server.adapters.checkpoint import digest_cache as known_files
+from turret.server.adapters.checkpoint import reader as reader
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.digest_cache import DigestCache, stamp_of
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
 from turret.server.errors import AdapterCheckpointError
 
 TENSORS = "adapter_model.safetensors"
@@ -50,14 +50,14 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return pieces
 
 
-def read(folder: Path, known: KnownFiles | None) -> AdapterCheckpoint:
+def read(folder: Path, known: DigestCache | None) -> AdapterCheckpoint:
     root = AdapterRoot(folder.parent)
     return read_checkpoint(root, folder.name, max_elements=1000, known=known)
 
 
 def test_unchanged_files_are_hashed_once(tmp_path: Path, hashed: list[int]) -> None:
     write(tmp_path / "a", 0)
-    known = KnownFiles()
+    known = DigestCache()
     first = read(tmp_path / "a", known)
     count = len(hashed)
     assert count
@@ -73,7 +73,7 @@ def test_unchanged_files_are_hashed_once(tmp_path: Path, hashed: list[int]) -> N
 def test_content_of_the_same_size_and_age_is_seen(tmp_path: Path, hashed: list[int]) -> None:
     folder = tmp_path / "a"
     write(folder, 0)
-    known = KnownFiles()
+    known = DigestCache()
     first = read(folder, known)
     file = folder / TENSORS
     before = file.stat()
@@ -95,7 +95,7 @@ def test_a_known_file_that_changes_while_it_is_read_is_refused(
 ) -> None:
     folder = tmp_path / "a"
     write(folder, 0)
-    known = KnownFiles()
+    known = DigestCache()
     read(folder, known)
     original = reader._read_data
 
@@ -112,7 +112,7 @@ def test_a_known_file_that_changes_while_it_is_read_is_refused(
 
 def test_another_config_is_seen(tmp_path: Path, hashed: list[int]) -> None:
     write(tmp_path / "a", 0)
-    known = KnownFiles()
+    known = DigestCache()
     first = read(tmp_path / "a", known)
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"alpha": 2}))
     assert read(tmp_path / "a", known).digest != first.digest
@@ -126,7 +126,7 @@ def test_files_that_changed_just_now_have_no_stamp(tmp_path: Path) -> None:
 
 
 def test_the_longest_unused_is_forgotten() -> None:
-    known = KnownFiles(max_entries=2)
+    known = DigestCache(max_entries=2)
     for name in (b"a", b"b"):
         known.remember(name, name.decode())
     assert known.find(b"a") == "a"

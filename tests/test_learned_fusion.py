@@ -13,7 +13,7 @@ from fusion_builders import PREFIX, delta_weight, fusion_oracle, save_fusion
 from method_builders import ALL, load_adapter, make_config, save_adapter
 from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of, twin
 
-from turret.server.engine.request import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 
 # Of different methods and ranks, on modules that overlap in part.
 COMPONENTS = {

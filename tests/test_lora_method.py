@@ -20,10 +20,10 @@ from adapter_builders import (
     with_operators,
 )
 
-from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
-from turret.server.adapters.lowered import Lowered
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import METHODS, method_for
 from turret.server.errors import (
     AdapterCheckpointError,

@@ -11,10 +11,10 @@ from pathlib import Path
 from registry_builders import refs, tiny_base
 
 from turret.server.adapters.facts import AdapterFacts
-from turret.server.adapters.registry import AdapterRegistry
-from turret.server.adapters.saved_registration import SavedRegistration
+from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.source import Source
-from turret.server.adapters.state_dir import StateDir
+from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.adapters.state.state_dir import StateDir
 from turret.server.metrics import Metrics
 
 COUNT = 5000

@@ -27,8 +27,8 @@ from method_oracle import check_greedy, check_score, twin
 from registry_builders import until
 from safetensors.torch import load_file, save_file
 
-from turret.server.adapters.merge_state import MergeState
-from turret.server.engine.request import AdapterRef
+from turret.server.adapters.merge.state import MergeState
+from turret.server.adapters.ref import AdapterRef
 from turret.server.errors import (
     AdapterNotFoundError,
     InvalidRequestError,

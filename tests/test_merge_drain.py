@@ -15,7 +15,7 @@ from engine_harness import EngineHarness, make_request
 from merge_builders import PROMPT, merge, save_adapters, score, start
 from registry_builders import Gate, until
 
-from turret.server.adapters.merge_state import MergeState
+from turret.server.adapters.merge.state import MergeState
 from turret.server.errors import UnavailableError
 
 

@@ -15,8 +15,8 @@ from engine_harness import EngineHarness
 from method_builders import load_adapter, make_config, save_adapter
 from method_oracle import twin
 
-from turret.server.adapters.merge_state import Precision
-from turret.server.engine.request import AdapterRef
+from turret.server.adapters.base import Precision
+from turret.server.adapters.ref import AdapterRef
 from turret.server.models.base_linear import DenseLinear, MixedLinear, join_linears
 from turret.server.models.nf4 import Nf4Linear, Nf4Weight
 

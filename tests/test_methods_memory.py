@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from turret.kernels.cpu.native import library
-from turret.server.adapters.bank import StepMembers
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
-from turret.server.adapters.gathered import GatheredAdapters
+from turret.server.adapters.device.cpu_store import CpuStore
+from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.adapters.device.members import StepMembers
+from turret.server.adapters.device.packed_store import PackedStore
 from turret.server.adapters.operators import AdapterOperators
-from turret.server.adapters.pack import AdapterPack
-from turret.server.adapters.packed_group import PackLayout, SliceShape
 
 SIZE = 2048
 NAME = "model.layers.0.self_attn.o_proj"
@@ -115,9 +115,9 @@ def dense_delta(kind: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 STORES = [
-    pytest.param(AdapterPack, torch.float32, 1e-4, id="torch"),
+    pytest.param(PackedStore, torch.float32, 1e-4, id="torch"),
     pytest.param(
-        *(GatheredAdapters, torch.bfloat16, 2e-2),
+        *(CpuStore, torch.bfloat16, 2e-2),
         id="compiled",
         marks=pytest.mark.skipif(library() is None, reason="there is no C compiler"),
     ),
@@ -133,7 +133,7 @@ def test_no_tensor_is_as_large_as_a_weight(
     tensors = {role: random(*shape) for role, shape in shapes.items()}
     write(tmp_path / "a", config, tensors)
     x = random(ROWS, SIZE).to(dtype)
-    layout = PackLayout(1, {"o": (SliceShape("self_attn.o_proj", SIZE, SIZE),)})
+    layout = ProjectionLayout(1, {"o": (SliceShape("self_attn.o_proj", SIZE, SIZE),)})
     with LargestTensor() as largest:
         operators = lower_adapter(tmp_path, base(dtype)).operators
         pack = store(layout, dtype, torch.device("cpu"), 1 << 30)

@@ -13,8 +13,9 @@ from method_builders import load_adapter, make_config, save_adapter
 from method_oracle import check_greedy, check_methods, check_score, prompt_of, twin
 from peft import PrefixTuningConfig
 
+from turret.server.adapters.ref import AdapterRef
 from turret.server.build import BLOCK_SIZE
-from turret.server.engine.request import AdapterRef, ResponseOptions, StopConditions
+from turret.server.engine.request import ResponseOptions, StopConditions
 from turret.server.errors import InvalidRequestError, PromptTooLongError
 
 VARIANTS: dict[str, dict[str, tuple[str, dict[str, Any]]]] = {

@@ -21,9 +21,9 @@ from adapter_builders import (
 from method_builders import make_config, save_adapter
 from peft import PeftType
 
-from turret.server.adapters.config_keys import Irrelevant, Rejected, Used
 from turret.server.adapters.methods import METHODS, method_for
-from turret.server.adapters.unserved_methods import UNSERVED
+from turret.server.adapters.peft_format.rules import Irrelevant, Rejected, Used
+from turret.server.adapters.peft_format.unserved import UNSERVED
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterMismatchError,

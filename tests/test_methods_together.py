@@ -16,7 +16,8 @@ from method_oracle import check_close, oracle_logprobs, prompt_of, twin
 from torch import nn
 
 from turret.kernels.cpu import native
-from turret.server.engine.request import AdapterRef, Request
+from turret.server.adapters.ref import AdapterRef
+from turret.server.engine.request import Request
 
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),

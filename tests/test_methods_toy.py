@@ -19,11 +19,14 @@ TOY = '''
 
 import torch
 
-from turret.server.adapters.config_keys import COMMON_RULES
-from turret.server.adapters.fold import finish_modules
-from turret.server.adapters.module_checkpoint import ModuleFormat, read_module_checkpoint
+from turret.server.adapters.peft_format.rules import COMMON_RULES
+from turret.server.adapters.lowering.finish import finish_modules
+from turret.server.adapters.peft_format.module_checkpoint import (
+    ModuleFormat,
+    read_module_checkpoint,
+)
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.selection_rules import SELECTION_RULES
+from turret.server.adapters.peft_format.selection_rules import SELECTION_RULES
 
 
 def _check(name, roles, module, rank, findings):

@@ -29,7 +29,7 @@ from tiny_models import (
     served_weights,
 )
 
-from turret.server.engine.request import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples" / "adapters"

@@ -8,12 +8,12 @@ from types import MappingProxyType
 
 import torch
 
+from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.adapters.device.packed_store import PackedStore
 from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
-from turret.server.adapters.pack import AdapterPack
-from turret.server.adapters.packed_group import PackLayout, SliceShape
 
 WIDTH = 16
-LAYOUT = PackLayout(
+LAYOUT = ProjectionLayout(
     1,
     {
         "qkv": tuple(SliceShape(f"self_attn.{s}_proj", WIDTH, WIDTH) for s in "qkv"),
@@ -45,7 +45,7 @@ def make_adapter(key: str, rank: int) -> Adapter:
     )
 
 
-def allocated(pack: AdapterPack) -> int:
+def allocated(pack: PackedStore) -> int:
     matrices = [m for group in pack._groups.values() for m in (group.a, *group.b)]
     return sum(matrix.numel() * matrix.element_size() for matrix in matrices)
 
@@ -55,7 +55,7 @@ def test_whenever_the_pack_grows_a_fifth_of_it_at_most_is_unused() -> None:
     adapters = [make_adapter(f"{number}", (8, 16, 32, 64)[number % 4]) for number in range(300)]
     losses = []
     for _ in range(20):
-        pack = AdapterPack(LAYOUT, torch.bfloat16, torch.device("cpu"), 1 << 30)
+        pack = PackedStore(LAYOUT, torch.bfloat16, torch.device("cpu"), 1 << 30)
         before = 0
         for _ in range(60):
             pack.prepare(source.sample(adapters, source.randint(1, 64)))
@@ -68,7 +68,7 @@ def test_whenever_the_pack_grows_a_fifth_of_it_at_most_is_unused() -> None:
 
 
 def test_an_adapter_is_counted_as_what_it_takes() -> None:
-    pack = AdapterPack(LAYOUT, torch.bfloat16, torch.device("cpu"), 1 << 30)
+    pack = PackedStore(LAYOUT, torch.bfloat16, torch.device("cpu"), 1 << 30)
     adapters = [make_adapter(f"{rank}", rank) for rank in (8, 16, 64)]
     pack.prepare(adapters)
     assert [a.bytes_device for a in adapters] == [r * RANK_BYTES for r in (8, 16, 64)]

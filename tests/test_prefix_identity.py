@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from random_adapters import AdapterSpec, arch_of, write_adapter
 from tiny_models import save_tiny_model
 
+from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.block_pool import next_key, root_key
-from turret.server.engine.request import AdapterRef
 
 uuids = st.text("0123456789abcdef", min_size=32, max_size=32) | st.sampled_from(
     ["0" * 32, "1" * 32, "01" * 16]

@@ -22,11 +22,11 @@ from registry_builders import (
     until,
 )
 
-from turret.server.adapters.checkpoint import AdapterCheckpoint
-from turret.server.adapters.loader import LoadedAdapter
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.mix import BASE_MIX
-from turret.server.adapters.registry import AdapterRegistry
-from turret.server.engine.request import AdapterRef
+from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterExistsError,

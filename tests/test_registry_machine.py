@@ -12,10 +12,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from turret.server.adapters import pins
 from turret.server.adapters.mix import HostResult, Mix
-from turret.server.adapters.registry import AdapterRegistry, UnloadMode
-from turret.server.engine.request import AdapterRef
+from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.registry import pins
+from turret.server.adapters.registry.registry import AdapterRegistry, UnloadMode
 from turret.server.errors import AdapterInUseError, AdapterNotFoundError, BudgetExceededError
 
 RANKS = {"a": 1, "b": 2, "c": 3, "d": 4}

@@ -21,8 +21,8 @@ from registry_builders import (
     until,
 )
 
-from turret.server.adapters import pins
-from turret.server.engine.request import AdapterRef
+from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.registry import pins
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterInUseError,

@@ -21,11 +21,12 @@ from registry_builders import (
     resident,
 )
 
-from turret.server.adapters import host_cache, pins
-from turret.server.adapters.loader import LoadedAdapter
 from turret.server.adapters.mix import HostResult
+from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.registry import pins
+from turret.server.adapters.residency import host_cache
+from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.adapters.source import Source
-from turret.server.engine.request import AdapterRef
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterInUseError,

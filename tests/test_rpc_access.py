@@ -14,9 +14,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from rpc_fakes import failure_of, harness
 
+from turret.server.api.tokens import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.probe import is_serving
-from turret.server.rpc.auth import TokenTable
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 TOKENS = """

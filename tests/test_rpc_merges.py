@@ -8,7 +8,7 @@ import grpc
 import pytest
 from rpc_fakes import failure_of, harness
 
-from turret.server.engine.request import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.errors import InvalidRequestError, MergeActiveError
 from turret.v1 import adapters_pb2 as pb
 

@@ -15,7 +15,7 @@ from registry_builders import Registries
 from rpc_fakes import Harness, failure_of, harness
 
 from turret.clients.adapter_files import ExportWriter, upload_messages
-from turret.server.adapters.state_dir import StateDir
+from turret.server.adapters.state.state_dir import StateDir
 from turret.server.rpc import adapters, uploads
 from turret.v1 import adapters_pb2 as pb
 
@@ -238,7 +238,7 @@ async def test_uploads_need_a_state_directory(tmp_path: Path) -> None:
 async def test_an_abandoned_export_closes_its_files(
     server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from turret.server.adapters.adapter_export import AdapterExport
+    from turret.server.adapters.registry.export import AdapterExport
 
     closed = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -249,7 +249,7 @@ async def test_an_abandoned_export_closes_its_files(
         loop.call_soon_threadsafe(closed.set)
 
     monkeypatch.setattr(AdapterExport, "close", note)
-    monkeypatch.setattr("turret.server.adapters.adapter_export.CHUNK_BYTES", 16)
+    monkeypatch.setattr("turret.server.adapters.registry.registry.export.CHUNK_BYTES", 16)
     await server.adapters.LoadAdapter(pb.LoadAdapterRequest(name="a", path="a"))
     call = server.adapters.ExportAdapter(pb.ExportAdapterRequest(name="a"))
     assert (await call.read()).WhichOneof("part") == "header"

@@ -21,11 +21,12 @@ from registry_builders import (
     until,
 )
 
-from turret.server.adapters import durable_file, state_dir
-from turret.server.adapters.registry import AdapterRegistry
-from turret.server.adapters.saved_registration import SavedRegistration
-from turret.server.adapters.staged_upload import UploadedFile
-from turret.server.adapters.state_dir import StateDir
+from turret.server import durable_file
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state import state_dir
+from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.adapters.state.staged_upload import UploadedFile
+from turret.server.adapters.state.state_dir import StateDir
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,

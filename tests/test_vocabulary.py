@@ -14,17 +14,18 @@ from method_builders import load_adapter, make_config, save_adapter
 from method_oracle import check_close, check_methods, oracle_logprobs, prompt_of, twin
 from torch import nn
 
-from turret.server.adapters.delta import beyond_updates
-from turret.server.adapters.loader import AdapterLoader
+from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.adapters.source import Source
-from turret.server.engine.request import AdapterRef
+from turret.server.adapters.weight_update import beyond_updates
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterMismatchError,
     BudgetExceededError,
 )
-from turret.server.models.loader import describe_base, load_decoder
-from turret.server.models.nf4_cache import resolve_model
+from turret.server.models.describe import describe_base
+from turret.server.models.loader import load_decoder
+from turret.server.models.model_source import resolve_model
 
 Q = {"target_modules": ["q_proj"]}
 SOME = list(range(60, 140))

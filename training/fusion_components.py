@@ -11,11 +11,11 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from torch import nn
 
-from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
-from turret.server.adapters.checkpoint import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
 from turret.server.adapters.component import Component, ComponentRef
-from turret.server.adapters.lowering import lower_checkpoint
+from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.methods.learned_fusion import check_fusable
 from turret.training.fusion_layer import Update
 

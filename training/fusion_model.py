@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from turret.server.adapters.checkpoint.tensor_names import PEFT_PREFIX
 from turret.server.adapters.component import Component
-from turret.server.adapters.tensor_names import PEFT_PREFIX
 from turret.training.fusion_components import linear_modules, update_of
 from turret.training.fusion_layer import FusionLayer
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import torch
 
-from turret.server.adapters.adapter_root import AdapterRoot
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
-from turret.server.adapters.checkpoint import TENSORS_FILE, read_checkpoint
-from turret.server.adapters.lowered import Lowered
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import TENSORS_FILE, read_checkpoint
+from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import method_for
 from turret.server.adapters.operators import ModuleOperators
 from turret.training.base_model import DTYPES, TrainingBase, empty_model

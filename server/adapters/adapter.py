@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.operators import AdapterOperators
-from turret.server.adapters.record import Residency
 from turret.server.adapters.source import Source
 
 
@@ -93,3 +94,6 @@ class Adapter:
         if self.bytes_device:
             return "device"
         return "host" if self.is_resident else "disk"
+
+
+Residency = Literal["disk", "host", "device"]

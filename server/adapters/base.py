@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -99,3 +100,6 @@ class BaseChange:
 
     generation: int
     stale: frozenset[str]
+
+
+Precision = Literal["NF4", "BF16"]

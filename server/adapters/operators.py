@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 
 from turret.server.adapters.soft_prompt import SoftPrompt
-from turret.server.adapters.token_rows import TokenOperators
+from turret.server.adapters.vocabulary import VocabularyOperators
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +207,7 @@ class AdapterOperators:
     modules: Mapping[str, ModuleOperators]
     soft_prompt: SoftPrompt | None = None
     head: ModuleOperators | None = None
-    tokens: TokenOperators | None = None
+    tokens: VocabularyOperators | None = None
     # Summed once: the scheduler asks for those of all running adapters with every admission.
     num_bytes: int = field(init=False)
     num_low_rank_bytes: int = field(init=False)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.server.adapters.adapter_store import AdapterStep, AdapterStore
-from turret.server.adapters.bank import Members, StepMembers
-from turret.server.adapters.vocabulary_step import VocabularyGroup
+from turret.server.adapters.device.members import Members, StepMembers
+from turret.server.adapters.device.store import AdapterStep, AdapterStore
+from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.engine.scheduler import Scheduled, Step
 from turret.server.engine.sequence import Sequence
 from turret.server.engine.step_rows import Placed, collect_rows

@@ -14,9 +14,9 @@ from concurrent.futures import Future
 from typing import Protocol
 
 from turret.server.adapters.mix import Mix
+from turret.server.engine.answer import Answer
+from turret.server.engine.base_swap import BaseSwap, Change
 from turret.server.engine.detokenizer import Detokenizer, TextStream
-from turret.server.engine.exchange import Change, Exchange
-from turret.server.engine.flight import Flight
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
 from turret.server.engine.request import Request
@@ -135,14 +135,14 @@ class Engine:
             )
         mix = self._adapters.acquire(request.adapters)
         try:
-            flight = self._make_flight(request, mix, arrival)
+            answer = self._make_answer(request, mix, arrival)
         except TurretError:
             self._adapters.release(mix)
             raise
         self._num_open += 1
         self._idle.clear()
-        self._loop.submit(flight)
-        return flight.stream
+        self._loop.submit(answer)
+        return answer.stream
 
     def exchange(self, change: Change) -> Future[None]:
         """Run ``change`` on the engine thread once no request runs; callable from any thread.
@@ -159,7 +159,7 @@ class Engine:
         """
         if self._draining or self._thread is None or self.is_dead:
             raise UnavailableError("the server is shutting down")
-        exchange = Exchange(change)
+        exchange = BaseSwap(change)
         # Wakes the loop, which may have nothing else to do.
         exchange.outcome.add_done_callback(lambda _: self._loop.post(lambda: None))
         self._loop.post(lambda: self._loop.exchange(exchange))
@@ -179,7 +179,7 @@ class Engine:
         self._loop.post(self._loop.stop)
         await asyncio.to_thread(self._thread.join)
 
-    def _make_flight(self, request: Request, mix: Mix, arrival: float) -> Flight:
+    def _make_answer(self, request: Request, mix: Mix, arrival: float) -> Answer:
         sequence = self._make_sequence(request, mix, arrival)
         max_tokens = self._check_length(request, sequence.num_virtual)
         loop = self._loop
@@ -187,7 +187,7 @@ class Engine:
         detokenizer = Detokenizer(
             self._text.stream(), request.stop.stop_strings, request.stop.include_stop
         )
-        return Flight(
+        return Answer(
             sequence,
             stream,
             detokenizer,

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from turret.server.adapters.adapter_store import AdapterStore
+from turret.server.adapters.device.store import AdapterStore
 from turret.server.adapters.soft_prompt import soft_prompt_of
 from turret.server.engine.batch import BatchBuilder
 from turret.server.engine.scheduler import Step

@@ -11,7 +11,7 @@ from collections.abc import Sequence as SequenceOf
 import torch
 
 from turret.kernels.gpu.staged_buffer import upload
-from turret.server.adapters.gpu_pack import GpuAdapterPack, GpuAdapterStep
+from turret.server.adapters.device.gpu_store import GpuAdapterStep, GpuStore
 from turret.server.engine.batch import members_of
 from turret.server.engine.decode_graphs import Capture, DecodeGraphs, buckets
 from turret.server.engine.executor import Computed, fill_prefix, sampled_rows
@@ -41,13 +41,13 @@ class GpuExecutor:
         self,
         decoder: GpuDecoder,
         cache: KvCache,
-        pack: GpuAdapterPack,
+        pack: GpuStore,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         capture: Capture | None,
     ) -> None:
-        self.store: GpuAdapterPack = pack
+        self.store: GpuStore = pack
         self._decoder = decoder
         self._cache = cache
         self._buckets = buckets(max_num_seqs)

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from turret.server import log
 from turret.server.adapters.mix import HostResult
-from turret.server.engine.exchange import Exchange
-from turret.server.engine.flight import Flight
+from turret.server.engine.answer import Answer
+from turret.server.engine.base_swap import BaseSwap
 from turret.server.engine.observer import LoopObserver
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
 from turret.server.engine.request import AdapterUse, FinishReason, Output
@@ -33,7 +33,7 @@ _MAX_WAIT_SECONDS = 3600.0
 
 
 class EngineLoop:
-    """Runs flights to their end.
+    """Runs requests to their end.
 
     Args:
         scheduler: Made for the same cache and adapters as ``runner``.
@@ -63,15 +63,15 @@ class EngineLoop:
         self._send = send
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._outbox: Outbox = []
-        self._flights: dict[Sequence, Flight] = {}
-        self._with_deadline: set[Flight] = set()
+        self._answers: dict[Sequence, Answer] = {}
+        self._with_deadline: set[Answer] = set()
         self._ready: set[Sequence] = set()
         self._cold: dict[Sequence, HostResult] = {}
         # Each is written by one thread alone: who submits, and the engine's.
         self._num_submitted = self._num_taken = 0
         self._has_work = False
         self._stopping = False
-        self._exchange: Exchange | None = None
+        self._exchange: BaseSwap | None = None
 
     # Callable from any thread, but for ``submit``.
 
@@ -84,11 +84,11 @@ class EngineLoop:
         """Requests that wait, those not yet seen included."""
         return len(self._scheduler.waiting) + self._num_submitted - self._num_taken
 
-    def submit(self, flight: Flight) -> None:
+    def submit(self, answer: Answer) -> None:
         """Post a request; always from the same thread."""
 
         def take() -> None:
-            self.add(flight)
+            self.add(answer)
             self._num_taken += 1
 
         self._num_submitted += 1
@@ -96,41 +96,41 @@ class EngineLoop:
 
     # Commands: post them.
 
-    def add(self, flight: Flight) -> None:
+    def add(self, answer: Answer) -> None:
         """Take in a request."""
-        sequence = flight.sequence
-        self._flights[sequence] = flight
+        sequence = answer.sequence
+        self._answers[sequence] = answer
         if sequence.request.deadline is not None:
-            self._with_deadline.add(flight)
+            self._with_deadline.add(answer)
         if self._stopping or self.is_dead:
-            self._fail(flight, UnavailableError("the server is shutting down"))
+            self._fail(answer, UnavailableError("the server is shutting down"))
             return
 
         def enter() -> None:
             self._scheduler.add(sequence)
-            self._await_adapters(flight)
+            self._await_adapters(answer)
 
-        self._guard(flight, enter)
+        self._guard(answer, enter)
 
     def cancel(self, sequence: Sequence) -> None:
         """End a request early, if it still runs."""
-        flight = self._flights.get(sequence)
-        if flight is not None:
-            self._cut(flight, FinishReason.CANCELLED, time.monotonic())
+        answer = self._answers.get(sequence)
+        if answer is not None:
+            self._cut(answer, FinishReason.CANCELLED, time.monotonic())
 
     def cancel_all(self) -> None:
         """End every request early."""
-        for sequence in list(self._flights):
+        for sequence in list(self._answers):
             self.cancel(sequence)
 
     def force_unload(self, uuid: str) -> None:
         """Fail every request that uses an adapter."""
-        for flight in list(self._flights.values()):
-            if any(uuid == member for member, _, _ in flight.sequence.mix.key):
+        for answer in list(self._answers.values()):
+            if any(uuid == member for member, _, _ in answer.sequence.mix.key):
                 error = AdapterUnloadedError(
                     "an adapter of this request was unloaded by force", metadata={"uuid": uuid}
                 )
-                self._fail(flight, error)
+                self._fail(answer, error)
         self._flush()
 
     def forget_adapter(self, key: str) -> None:
@@ -138,7 +138,7 @@ class EngineLoop:
         self._runner.forget_adapter(key)
         self._observer.adapter_bytes()
 
-    def exchange(self, exchange: Exchange) -> None:
+    def exchange(self, exchange: BaseSwap) -> None:
         """Change the base weights once no request runs; those that wait stay in the line."""
         if self._stopping or self.is_dead:
             exchange.refuse()
@@ -219,8 +219,8 @@ class EngineLoop:
         for sequence in list(self._ready):
             if any(adapter.key in change.stale for adapter, _ in sequence.mix.components):
                 self._ready.discard(sequence)
-                flight = self._flights[sequence]
-                self._guard(flight, lambda flight=flight: self._await_adapters(flight))
+                answer = self._answers[sequence]
+                self._guard(answer, lambda answer=answer: self._await_adapters(answer))
         exchange.complete()
 
     def _refuse_exchange(self) -> None:
@@ -228,13 +228,13 @@ class EngineLoop:
             self._exchange.refuse()
             self._exchange = None
 
-    def _await_adapters(self, flight: Flight) -> None:
+    def _await_adapters(self, answer: Answer) -> None:
         """Have a request start once its adapters are resident, which they may be already."""
-        sequence = flight.sequence
+        sequence = answer.sequence
         if sequence.mix.ensure_host(
             lambda result: self._inbox.put(lambda: self._loaded(sequence, result))
         ):
-            self._make_ready(flight)
+            self._make_ready(answer)
 
     def _step(self) -> None:
         start = time.monotonic()
@@ -254,57 +254,57 @@ class EngineLoop:
         self._scheduler.complete(step)
         now = time.monotonic()
         for item in step.scheduled:
-            flight = self._flights.get(item.sequence)
-            if flight is not None:
-                self._guard(flight, lambda flight=flight: self._advance(flight, result, now))
+            answer = self._answers.get(item.sequence)
+            if answer is not None:
+                self._guard(answer, lambda answer=answer: self._advance(answer, result, now))
         self._flush()
         self._observer.step(step, now - start)
 
-    def _advance(self, flight: Flight, result: StepResult, now: float) -> None:
+    def _advance(self, answer: Answer, result: StepResult, now: float) -> None:
         """Hand out what a step produced for one request."""
-        sequence = flight.sequence
+        sequence = answer.sequence
         scored = result.prompt_logprobs.get(sequence)
         if scored is not None:
-            flight.add_prompt_logprobs(scored)
+            answer.add_prompt_logprobs(scored)
         draw = result.draws.get(sequence)
         if draw is None:
             if sequence.request.score and sequence.num_computed == sequence.prompt_end:
-                output = Output(prompt_logprobs=flight.take_prompt_logprobs())
-                self._end(flight, FinishReason.STOP, None, output, now)
+                output = Output(prompt_logprobs=answer.take_prompt_logprobs())
+                self._end(answer, FinishReason.STOP, None, output, now)
             return
-        self._observer.token(flight, now)
-        output, reason, stop = flight.accept(draw)
+        self._observer.token(answer, now)
+        output, reason, stop = answer.accept(draw)
         if reason is None:
-            self._outbox.append((flight.stream, output))
+            self._outbox.append((answer.stream, output))
         else:
-            self._end(flight, reason, stop, output, now)
+            self._end(answer, reason, stop, output, now)
 
     def _loaded(self, sequence: Sequence, result: HostResult) -> None:
-        flight = self._flights.get(sequence)
-        if flight is None:
+        answer = self._answers.get(sequence)
+        if answer is None:
             return
         if result.error is not None:
-            self._fail(flight, result.error)
+            self._fail(answer, result.error)
             return
         self._cold[sequence] = result
         # Asked again: the base may have changed meanwhile, and an adapter gone with it.
-        self._guard(flight, lambda: self._await_adapters(flight))
+        self._guard(answer, lambda: self._await_adapters(answer))
 
-    def _make_ready(self, flight: Flight) -> None:
+    def _make_ready(self, answer: Answer) -> None:
         """Its adapters are in host memory: let it run, unless the device could never hold them."""
-        refusal = self._runner.refusal(flight.sequence)
+        refusal = self._runner.refusal(answer.sequence)
         if refusal is None:
-            self._ready.add(flight.sequence)
+            self._ready.add(answer.sequence)
         else:
-            self._fail(flight, refusal)
+            self._fail(answer, refusal)
 
     def _expire(self, now: float) -> None:
-        for flight in list(self._with_deadline):
-            deadline = flight.sequence.request.deadline
+        for answer in list(self._with_deadline):
+            deadline = answer.sequence.request.deadline
             if deadline is not None and deadline <= now:
-                self._cut(flight, FinishReason.DEADLINE, now)
+                self._cut(answer, FinishReason.DEADLINE, now)
 
-    def _guard(self, flight: Flight, work: Callable[[], None]) -> None:
+    def _guard(self, answer: Answer, work: Callable[[], None]) -> None:
         """Do what concerns one request alone: if it fails, that request ends and no other.
 
         What concerns several (scheduling, a step) is not guarded: after a fault there nobody's
@@ -313,29 +313,29 @@ class EngineLoop:
         try:
             work()
         except TurretError as error:
-            self._fail(flight, error)
+            self._fail(answer, error)
         except Exception:
             _log.exception(
-                "a request failed", extra=log.fields(request_id=flight.sequence.request.request_id)
+                "a request failed", extra=log.fields(request_id=answer.sequence.request.request_id)
             )
-            if flight.sequence in self._flights:
-                self._fail(flight, TurretError("internal error"))
+            if answer.sequence in self._answers:
+                self._fail(answer, TurretError("internal error"))
 
-    def _cut(self, flight: Flight, reason: FinishReason, now: float) -> None:
+    def _cut(self, answer: Answer, reason: FinishReason, now: float) -> None:
         def cut() -> None:
-            self._end(flight, reason, None, Output(text=flight.flush()), now)
+            self._end(answer, reason, None, Output(text=answer.flush()), now)
 
-        self._guard(flight, cut)
+        self._guard(answer, cut)
 
     def _end(
         self,
-        flight: Flight,
+        answer: Answer,
         reason: FinishReason,
         stop: str | int | None,
         output: Output,
         now: float,
     ) -> None:
-        finish = flight.finish(reason, stop, self._uses(flight.sequence), now)
+        finish = answer.finish(reason, stop, self._uses(answer.sequence), now)
         last = Output(
             text=output.text,
             token_ids=output.token_ids,
@@ -343,18 +343,18 @@ class EngineLoop:
             prompt_logprobs=output.prompt_logprobs,
             finish=finish,
         )
-        self._outbox.append((flight.stream, last))
-        self._let_go(flight)
+        self._outbox.append((answer.stream, last))
+        self._let_go(answer)
 
-    def _fail(self, flight: Flight, error: TurretError) -> None:
-        self._outbox.append((flight.stream, error))
-        self._let_go(flight)
+    def _fail(self, answer: Answer, error: TurretError) -> None:
+        self._outbox.append((answer.stream, error))
+        self._let_go(answer)
 
-    def _let_go(self, flight: Flight) -> None:
+    def _let_go(self, answer: Answer) -> None:
         """Free everything a request holds."""
-        sequence = flight.sequence
-        del self._flights[sequence]
-        self._with_deadline.discard(flight)
+        sequence = answer.sequence
+        del self._answers[sequence]
+        self._with_deadline.discard(answer)
         self._ready.discard(sequence)
         self._cold.pop(sequence, None)
         if sequence.state is not SequenceState.FINISHED and (
@@ -386,9 +386,9 @@ class EngineLoop:
 
     def _die(self) -> None:
         self.is_dead = True
-        for flight in list(self._flights.values()):
-            self._outbox.append((flight.stream, UnavailableError("the engine has failed")))
-            self._adapters.release(flight.sequence.mix)
-        self._flights.clear()
+        for answer in list(self._answers.values()):
+            self._outbox.append((answer.stream, UnavailableError("the engine has failed")))
+            self._adapters.release(answer.sequence.mix)
+        self._answers.clear()
         self._refuse_exchange()
         self._flush()

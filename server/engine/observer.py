@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turret.server.engine.flight import Flight
+from turret.server.engine.answer import Answer
 from turret.server.engine.ports import EngineMetrics, Runs
 from turret.server.engine.scheduler import Scheduler, Step
 from turret.server.engine.sequence import Sequence
@@ -35,15 +35,15 @@ class LoopObserver:
             hit = sequence.num_cached
             self._metrics.prefix_cache(hit=hit, miss=sequence.num_prompt - hit)
 
-    def token(self, flight: Flight, now: float) -> None:
+    def token(self, answer: Answer, now: float) -> None:
         """A request has got a token; stamps it."""
-        sequence = flight.sequence
+        sequence = answer.sequence
         if sequence.first_token_at is None:
             sequence.first_token_at = now
             self._metrics.first_token(now - sequence.arrival)
-        elif flight.last_token_at is not None:
-            self._metrics.inter_token(now - flight.last_token_at)
-        flight.last_token_at = now
+        elif answer.last_token_at is not None:
+            self._metrics.inter_token(now - answer.last_token_at)
+        answer.last_token_at = now
 
     def step(self, step: Step, seconds: float) -> None:
         """A step has ended."""

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from typing import Any, Protocol
 
-from turret.server.engine.request import AdapterRef
+from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.runner import StepResult
 from turret.server.engine.scheduler import Step
 from turret.server.engine.sequence import Sequence

@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from turret.server.adapters.ref import AdapterRef
 from turret.server.errors import InvalidRequestError
 
 MAX_TOP_N = 20
@@ -113,19 +114,6 @@ class ResponseOptions:
     def __post_init__(self) -> None:
         _check(0 <= self.top_n <= MAX_TOP_N, "options.top_n", f"must be in [0, {MAX_TOP_N}]")
         _check(self.top_n == 0 or self.logprobs, "options.top_n", "needs options.logprobs")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AdapterRef:
-    """One member of a request's mix, by name. ``generation`` None means the newest."""
-
-    name: str
-    generation: int | None = None
-    weight: float = 1.0
-
-    def __post_init__(self) -> None:
-        ok = math.isfinite(self.weight) and abs(self.weight) <= 100.0
-        _check(ok, "adapters.weight", f"weight of {self.name!r} must be finite and in [-100, 100]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from turret.server.adapters.adapter_store import Resident
+from turret.server.adapters.device.store import Resident
 from turret.server.engine.executor import Computed, Executor
 from turret.server.engine.sampler import Draw, Sampler, top_of
 from turret.server.engine.scheduler import Step

@@ -1,4 +1,4 @@
-"""A request in flight: its tokens, its blocks and how far it is. No torch."""
+"""A request while it is served: its tokens, its blocks and how far it is. No torch."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Mix(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """One request in flight.
+    """One request while it is served.
 
     Attributes:
         request: What was asked.

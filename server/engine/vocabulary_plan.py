@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 import torch
 
-from turret.server.adapters.adapter_store import AdapterStore
-from turret.server.adapters.vocabulary_step import VocabularyChange, VocabularyGroup
+from turret.server.adapters.device.store import AdapterStore
+from turret.server.adapters.device.vocabulary import VocabularyChange, VocabularyGroup
 from turret.server.engine.sequence import Sequence
 
 

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from turret.server.adapters.adapter_store import AdapterStep
+from turret.server.adapters.device.store import AdapterStep
 
 if TYPE_CHECKING:
     # Not at run time: the GPU benchmark builds layers where bitsandbytes is not installed.

@@ -10,6 +10,8 @@ import torch
 
 from turret.server.errors import InvalidRequestError
 
+# Where the modules of a layer are in a checkpoint: ``model.layers.0.self_attn.q_proj``.
+LAYER_PREFIX = "model.layers"
 SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
 _SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 

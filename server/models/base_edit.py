@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from turret.server.adapters.merge_state import Precision
+from turret.server.adapters.base import Precision
 from turret.server.models.adapted_linear import AdaptedLinear
 from turret.server.models.base_linear import BaseLinear, DenseLinear, join_linears
 from turret.server.models.decoder import Decoder
-from turret.server.models.loader import projections
+from turret.server.models.describe import projections
 from turret.server.models.nf4 import Nf4Linear, Nf4Weight
 
 
@@ -84,7 +84,7 @@ class BaseEdit:
         return total.to(self._dtype)
 
     def swap(self) -> None:
-        """Exchange the weights; only where nothing runs on them. Cannot fail half-way."""
+        """BaseSwap the weights; only where nothing runs on them. Cannot fail half-way."""
         before = [(linear, linear.base, linear.bias) for linear, _, _ in self._others]
         for linear, base, bias in self._others:
             linear.base, linear.bias = base, bias

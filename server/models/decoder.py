@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from turret.kernels.cpu.dense_product import dense_product, serves_dense
 from turret.kernels.row_linear import row_linear
-from turret.server.adapters.adapter_store import AdapterStep
-from turret.server.adapters.vocabulary_step import (
+from turret.server.adapters.device.store import AdapterStep
+from turret.server.adapters.device.vocabulary import (
     VocabularyGroup,
     change_embeddings,
     change_logits,

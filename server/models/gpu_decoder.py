@@ -17,8 +17,8 @@ from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import rope_kv_write
 from turret.kernels.gpu.silu_mul import silu_mul
-from turret.server.adapters.gpu_pack import GpuAdapterStep
-from turret.server.adapters.vocabulary_step import VocabularyGroup, change_embeddings
+from turret.server.adapters.device.gpu_store import GpuAdapterStep
+from turret.server.adapters.device.vocabulary import VocabularyGroup, change_embeddings
 from turret.server.models.adapted_linear import AdaptedLinear
 from turret.server.models.decoder import Decoder, DecoderLayer
 from turret.server.models.kv_cache import KvCache

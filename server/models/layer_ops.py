@@ -19,8 +19,8 @@ from turret.kernels.paged_attention import (
 )
 from turret.kernels.row_silu import row_silu
 from turret.server.models.arch import Arch
+from turret.server.models.cpu_layer_ops import CpuLayerOps
 from turret.server.models.kv_cache import KvCache
-from turret.server.models.native_layer_ops import NativeLayerOps
 
 
 class LayerOps(Protocol):
@@ -75,8 +75,8 @@ class LayerOps(Protocol):
 
 def choose_layer_ops(arch: Arch, dtype: torch.dtype, device: torch.device) -> LayerOps:
     """The fastest that serves this model here."""
-    if has_native(dtype, device) and NativeLayerOps.serves(arch):
-        return NativeLayerOps(arch)
+    if has_native(dtype, device) and CpuLayerOps.serves(arch):
+        return CpuLayerOps(arch)
     return TorchLayerOps(arch)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -11,16 +10,12 @@ from safetensors import safe_open
 
 from turret.kernels.cpu.dense_product import serves_dense
 from turret.kernels.row_linear import row_multiple
-from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel, BaseModule, BaseVocabulary
-from turret.server.adapters.packed_group import PackLayout, SliceShape
 from turret.server.errors import InvalidRequestError
 from turret.server.models.adapted_linear import AdaptedLinear
-from turret.server.models.arch import Arch, read_arch
+from turret.server.models.arch import LAYER_PREFIX, Arch, read_arch
 from turret.server.models.decoder import Decoder, DecoderLayer
+from turret.server.models.model_source import ModelSource, Progress, no_progress, weight_files
 from turret.server.models.nf4 import Nf4Linear, Nf4Weight
-from turret.server.models.nf4_cache import ModelSource, Progress, no_progress, weight_files
-
-_PREFIX = "model.layers"
 
 
 class _Tensors:
@@ -126,7 +121,7 @@ def _load_layer(
     device: torch.device,
     triton: bool,
 ) -> DecoderLayer:
-    prefix = f"{_PREFIX}.{number}"
+    prefix = f"{LAYER_PREFIX}.{number}"
 
     def dense(name: str) -> torch.Tensor:
         return tensors.get(f"{prefix}.{name}").to(dtype=dtype, device=device)
@@ -156,66 +151,6 @@ def _load_layer(
         k_norm=dense("self_attn.k_norm.weight") if arch.qk_norm else None,
         **projections,
     )
-
-
-def projections(decoder: Decoder) -> Iterator[tuple[AdaptedLinear, tuple[str, ...]]]:
-    """Every fused projection in layer order, with the full paths of its slices."""
-    groups = decoder.arch.linears()
-    for number, layer in enumerate(decoder.layers):
-        for group, slices in groups.items():
-            paths = tuple(f"{_PREFIX}.{number}.{path}" for path, _, _ in slices)
-            yield getattr(layer, group), paths
-
-
-def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) -> BaseModel:
-    """The base model as adapters see it, with the weights that it has now."""
-    arch = decoder.arch
-    modules = {}
-    for linear, paths in projections(decoder):
-        base, bias = linear.base, linear.bias
-        biases = [None] * len(paths) if bias is None else bias.split(base.widths)
-        for index, (name, out) in enumerate(zip(paths, base.widths, strict=True)):
-            part = biases[index]
-            modules[name] = BaseModule(
-                name=name,
-                in_features=base.in_features,
-                out_features=out,
-                bias=None if part is None else part.float().cpu(),
-                # Of these weights, whatever takes their place later.
-                dequantize=lambda base=base, index=index: base.dequantize(index),
-            )
-    head = decoder.head
-    modules[HEAD] = BaseModule(HEAD, arch.hidden_size, head.shape[0], None, lambda: head.float())
-    others = {EMBEDDING, "model.norm"}
-    for number in range(arch.num_layers):
-        others |= {
-            f"{_PREFIX}.{number}.{n}" for n in ("input_layernorm", "post_attention_layernorm")
-        }
-        if arch.qk_norm:
-            others |= {f"{_PREFIX}.{number}.self_attn.{n}" for n in ("q_norm", "k_norm")}
-    return BaseModel(
-        name=source.name,
-        model_type=arch.model_type,
-        digest=source.digest,
-        generation=generation,
-        dtype=decoder.dtype,
-        modules=modules,
-        other_modules=frozenset(others),
-        vocabulary=BaseVocabulary(decoder.embedding, head, arch.tie_word_embeddings),
-        num_layers=arch.num_layers,
-        hidden_size=arch.hidden_size,
-        num_kv_heads=arch.num_kv_heads,
-        head_dim=arch.head_dim,
-    )
-
-
-def describe_pack(arch: Arch) -> PackLayout:
-    """The base model as the adapter pack sees it."""
-    groups: Mapping[str, tuple[SliceShape, ...]] = {
-        group: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
-        for group, slices in arch.linears().items()
-    }
-    return PackLayout(num_layers=arch.num_layers, groups=groups, layer_prefix=_PREFIX)
 
 
 def eos_token_ids(files: Path) -> frozenset[int]:

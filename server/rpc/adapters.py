@@ -12,19 +12,19 @@ from typing import Any, TypeVar
 import grpc
 from google.protobuf import duration_pb2, timestamp_pb2
 
-from turret.server.adapters.interrupt import Interrupt
-from turret.server.adapters.merge_state import MergeState
-from turret.server.adapters.staged_upload import UploadedFile
+from turret.server.adapters.fuse.interrupt import Interrupt
+from turret.server.adapters.merge.state import MergeState
+from turret.server.adapters.state.staged_upload import UploadedFile
+from turret.server.api.call import current_call
+from turret.server.api.gate import Gate
+from turret.server.api.violations import Violations
 from turret.server.config import ADAPTER_NAME
 from turret.server.errors import (
     InvalidRequestError,
     QueueFullError,
     UnavailableError,
 )
-from turret.server.rpc.call import current_call
-from turret.server.rpc.convert import Violations
 from turret.server.rpc.fuse import checked_fuse_request, fuse_response
-from turret.server.rpc.gate import Gate
 from turret.server.rpc.merges import checked_merge_request, merge_state_message
 from turret.server.rpc.paging import make_page_token, page_length, read_page_token
 from turret.server.rpc.uploads import checked_header, next_message, receive_chunks

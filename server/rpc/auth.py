@@ -2,76 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
-import stat
 from collections.abc import Iterable
-from pathlib import Path
 
+from turret.server.api.tokens import TokenTable
 from turret.server.errors import PermissionDeniedError, UnauthenticatedError
 
 _log = logging.getLogger(__name__)
 
-ROLES = ("inference", "admin")
 
 # Services that are not listed (health, reflection) are open: they tell nothing about the content.
 SERVICE_ROLES = {"turret.v1.Inference": "inference", "turret.v1.Adapters": "admin"}
-
-
-def _digest(token: str) -> bytes:
-    return hashlib.sha256(token.encode()).digest()
-
-
-class TokenTable:
-    """The accepted tokens. Holds digests only, so a dump of it discloses nothing."""
-
-    def __init__(self, entries: Iterable[tuple[str, frozenset[str]]]) -> None:
-        self._entries = tuple((_digest(token), roles) for token, roles in entries)
-
-    @classmethod
-    def read(cls, path: Path) -> TokenTable:
-        """Read lines ``TOKEN ROLE[,ROLE]``; blank lines and ``#`` lines are skipped.
-
-        Raises:
-            ValueError: A malformed line, an unknown role, a token given twice, or no token at all.
-                Names the line, never its text.
-            OSError: The file cannot be read.
-        """
-        if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            _log.warning("the token file is open to other users; its mode should be 0600")
-        entries: dict[str, frozenset[str]] = {}
-        try:
-            text = path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError("--token-file: not UTF-8 text") from None
-        for number, line in enumerate(text.splitlines(), start=1):
-            words = line.split()
-            if not words or words[0].startswith("#"):
-                continue
-            where = f"--token-file: line {number}"
-            if len(words) != 2:
-                raise ValueError(f"{where} is not TOKEN ROLE[,ROLE]")
-            token, roles = words[0], frozenset(words[1].split(","))
-            if not (token.isascii() and token.isprintable()):
-                raise ValueError(f"{where}: a token must be printable ASCII")
-            if not roles <= set(ROLES):
-                raise ValueError(f"{where}: roles are {', '.join(ROLES)}")
-            if token in entries:
-                raise ValueError(f"{where} repeats the token of an earlier line")
-            entries[token] = roles
-        if not entries:
-            raise ValueError("--token-file holds no token")
-        return cls(entries.items())
-
-    def roles_of(self, token: str) -> frozenset[str] | None:
-        """The roles of a token; None if it is unknown. Takes the same time for every token."""
-        presented = _digest(token)
-        found = None
-        for digest, roles in self._entries:
-            if hmac.compare_digest(digest, presented):
-                found = roles
-        return found
 
 
 def authorize(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from turret.server.adapters.combination import Combination
+from turret.server.adapters.fuse.combination import Combination
+from turret.server.adapters.ref import AdapterRef
+from turret.server.api.requests import adapter_refs
+from turret.server.api.violations import Violations
 from turret.server.config import ADAPTER_NAME
-from turret.server.engine.request import AdapterRef
 from turret.server.errors import InvalidRequestError
-from turret.server.rpc.convert import Violations, adapter_refs
 from turret.v1 import adapters_pb2
 
 _OPTIONAL = ("rank", "energy", "density", "seed")

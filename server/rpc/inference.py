@@ -10,18 +10,13 @@ from typing import Any
 import grpc
 
 import turret
+from turret.server.api.answers import finish_fields, token_logprobs, usage_fields
+from turret.server.api.call import current_call
+from turret.server.api.gate import Backend, Gate
+from turret.server.api.requests import check_input, generate_request, input_token_ids, score_request
+from turret.server.api.violations import Violations
 from turret.server.engine.request import FinishReason, Output, Request
 from turret.server.errors import DeadlineExceededError
-from turret.server.rpc.answers import finish_fields, token_logprobs, usage_fields
-from turret.server.rpc.call import current_call
-from turret.server.rpc.convert import (
-    Violations,
-    check_input,
-    generate_request,
-    input_token_ids,
-    score_request,
-)
-from turret.server.rpc.gate import Backend, Gate
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 _Context = grpc.aio.ServicerContext[Any, Any]

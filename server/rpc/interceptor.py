@@ -14,10 +14,11 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from turret.server import log
+from turret.server.api.call import REQUEST_ID_KEY, Call
+from turret.server.api.tokens import TokenTable
 from turret.server.errors import InvalidRequestError, TurretError
 from turret.server.metrics import Metrics
-from turret.server.rpc.auth import TokenTable, authorize
-from turret.server.rpc.call import REQUEST_ID_KEY, Call
+from turret.server.rpc.auth import authorize
 from turret.server.rpc.status import DETAILS_KEY, row_of, to_rich_status
 
 _log = logging.getLogger(__name__)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from google.protobuf import timestamp_pb2
 
-from turret.server.adapters.merge_state import MergeState, Precision
-from turret.server.engine.request import AdapterRef
-from turret.server.rpc.convert import Violations, adapter_refs
+from turret.server.adapters.base import Precision
+from turret.server.adapters.merge.state import MergeState
+from turret.server.adapters.ref import AdapterRef
+from turret.server.api.requests import adapter_refs
+from turret.server.api.violations import Violations
 from turret.v1 import adapters_pb2
 
 _Request = adapters_pb2.MergeAdaptersRequest

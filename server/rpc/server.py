@@ -11,11 +11,11 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from turret.server import log
+from turret.server.api.gate import Gate
+from turret.server.api.tokens import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
 from turret.server.rpc.adapters import AdaptersServicer
-from turret.server.rpc.auth import TokenTable
-from turret.server.rpc.gate import Gate
 from turret.server.rpc.health import HealthServicer
 from turret.server.rpc.inference import InferenceServicer
 from turret.server.rpc.interceptor import CallInterceptor

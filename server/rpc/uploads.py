@@ -7,9 +7,9 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from turret.server.api.violations import Violations
 from turret.server.config import ADAPTER_NAME
 from turret.server.errors import DeadlineExceededError, InvalidRequestError
-from turret.server.rpc.convert import Violations
 from turret.v1 import adapters_pb2
 
 # What a checkpoint is read from; anything else would be kept for nothing.

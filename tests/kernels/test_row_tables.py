@@ -18,17 +18,18 @@ from typing import Any
 import pytest
 import torch
 
-from turret.server.adapters.bank import BankSet, StepMembers
-from turret.server.adapters.hadamard_bank import HadamardBank
-from turret.server.adapters.kronecker_bank import KroneckerBank
+from turret.server.adapters.device.extras import TorchExtras
+from turret.server.adapters.device.hadamard_shelf import HadamardShelves
+from turret.server.adapters.device.kronecker_shelf import KroneckerShelves
+from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.adapters.device.members import StepMembers
+from turret.server.adapters.device.shelves import Shelves
 from turret.server.adapters.operators import (
     AdapterOperators,
     Hadamard,
     Kronecker,
     ModuleOperators,
 )
-from turret.server.adapters.packed_group import PackLayout, SliceShape
-from turret.server.adapters.unstacked import TorchUnstacked
 
 NUM_ADAPTERS = 4
 # Rank, inputs, outputs of the slices.
@@ -42,11 +43,11 @@ def random(*shape: int) -> torch.Tensor:
 
 
 def stored(
-    layout: PackLayout, make: Any
-) -> tuple[TorchUnstacked, list[dict[int, tuple[ModuleOperators, torch.Tensor]]]]:
+    layout: ProjectionLayout, make: Any
+) -> tuple[TorchExtras, list[dict[int, tuple[ModuleOperators, torch.Tensor]]]]:
     """Adapters that ``make(slice)`` makes, with each one's dense updates."""
     like = (layout, torch.device("cpu"))
-    store = TorchUnstacked(*like, BankSet((HadamardBank(*like), KroneckerBank(*like)), like[1]))
+    store = TorchExtras(*like, Shelves((HadamardShelves(*like), KroneckerShelves(*like)), like[1]))
     made = []
     for number in range(NUM_ADAPTERS):
         parts = {s: make(s) for s in range(len(layout.groups["g"]))}
@@ -56,15 +57,13 @@ def stored(
     return store, made
 
 
-def added(
-    store: TorchUnstacked, short: Any, long: Any, x: torch.Tensor, width: int
-) -> torch.Tensor:
+def added(store: TorchExtras, short: Any, long: Any, x: torch.Tensor, width: int) -> torch.Tensor:
     y = torch.zeros(len(x), width)
     store.bind(StepMembers(short, long)).apply(0, "g", x, y)
     return y
 
 
-def check(layout: PackLayout, make: Any) -> None:
+def check(layout: ProjectionLayout, make: Any) -> None:
     store, made = stored(layout, make)
     shapes = layout.groups["g"]
     x, width = random(9, shapes[0].in_features), sum(s.out_features for s in shapes)
@@ -105,7 +104,8 @@ def test_hadamard_rows(shape: tuple[int, int, tuple[int, ...]]) -> None:
         return ModuleOperators(hadamard=Hadamard(w1a, w1b, w2a, w2b)), dense
 
     check(
-        PackLayout(1, {"g": tuple(SliceShape(str(s), o, inner) for s, o in enumerate(outs))}), make
+        ProjectionLayout(1, {"g": tuple(SliceShape(str(s), o, inner) for s, o in enumerate(outs))}),
+        make,
     )
 
 
@@ -122,4 +122,4 @@ def test_kronecker_rows(shape: tuple[int, int, int, int, int | None]) -> None:
         return ModuleOperators(kronecker=Kronecker(w1, w2 if factors is None else factors)), dense
 
     size = (out_l * out_k, in_m * in_n)
-    check(PackLayout(1, {"g": (SliceShape("0", *size), SliceShape("1", *size))}), make)
+    check(ProjectionLayout(1, {"g": (SliceShape("0", *size), SliceShape("1", *size))}), make)

@@ -12,22 +12,30 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint import AdapterCheckpoint
-from turret.server.adapters.config_keys import Irrelevant, Rejected, Rules, Used, is_number, is_rank
-from turret.server.adapters.fold import finish_modules, fold, with_biases
-from turret.server.adapters.lora_config import LORA_RULES
-from turret.server.adapters.lora_layout import LoraModule
-from turret.server.adapters.lowered import Lowered
-from turret.server.adapters.module_checkpoint import (
-    Findings,
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.lowering.finish import finish_modules, with_biases
+from turret.server.adapters.lowering.low_rank import fold
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.peft_format.lora_checkpoint import LoraModule
+from turret.server.adapters.peft_format.lora_rules import LORA_RULES
+from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleCheckpoint,
     ModuleFormat,
     Roles,
     check_rank_budget,
     read_module_checkpoint,
 )
-from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.targets import MAX_LIST_ITEMS
+from turret.server.adapters.peft_format.rules import (
+    Irrelevant,
+    Rejected,
+    Rules,
+    Used,
+    is_number,
+    is_rank,
+)
+from turret.server.adapters.peft_format.targets import MAX_LIST_ITEMS
 
 _ROLES = ("lora_A", "lora_B", "lora_E")
 # PEFT adds it to the rank it divides by.
@@ -110,7 +118,7 @@ class AdaloraMethod:
         found = read_module_checkpoint(checkpoint, base, self.form)
         findings = Findings()
         _check_masks(checkpoint.config, found, findings)
-        findings.raise_if_any(checkpoint, base)
+        findings.raise_if_any(checkpoint.path, base.name)
         modules = tuple(
             _module(name, roles, checkpoint.config)
             for name, roles in found.modules.items()

@@ -12,21 +12,21 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint import AdapterCheckpoint
-from turret.server.adapters.config_keys import Irrelevant, Rules, Used
-from turret.server.adapters.fold import finish_modules
-from turret.server.adapters.lora_config import LORA_RULES
-from turret.server.adapters.lowered import Lowered
-from turret.server.adapters.module_checkpoint import (
-    Findings,
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.lowering.finish import finish_modules
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.peft_format.lora_rules import LORA_RULES
+from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
     read_module_checkpoint,
 )
-from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.pattern_match import Pattern, match_all
-from turret.server.adapters.selection_rules import SELECTION_RULES
-from turret.server.adapters.targets import is_optional_module_selector
+from turret.server.adapters.peft_format.pattern_match import Pattern, match_all
+from turret.server.adapters.peft_format.rules import Irrelevant, Rules, Used
+from turret.server.adapters.peft_format.selection_rules import SELECTION_RULES
+from turret.server.adapters.peft_format.targets import is_optional_module_selector
 
 _ROLE = "ia3_l"
 
@@ -75,7 +75,7 @@ class Ia3Method:
                 findings.violations.add(f"{name}.{_ROLE}", why)
                 continue
             operators[name] = _operators(vector, module, name in is_feedforward)
-        findings.raise_if_any(checkpoint, base)
+        findings.raise_if_any(checkpoint.path, base.name)
         return finish_modules(
             operators,
             base,

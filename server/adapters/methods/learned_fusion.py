@@ -24,25 +24,24 @@ import torch.nn.functional as F
 
 from turret.kernels.fusion_gate import GATE_MULTIPLE
 from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint import AdapterCheckpoint
+from turret.server.adapters.checkpoint.findings import Findings, Violations
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import (
     COMPONENTS_KEY,
     Component,
     component_refs,
     is_components,
 )
-from turret.server.adapters.config_keys import Rules, Used, is_rank
-from turret.server.adapters.fold import finish_modules
-from turret.server.adapters.lowered import Lowered
-from turret.server.adapters.module_checkpoint import (
-    Findings,
+from turret.server.adapters.lowering.finish import finish_modules
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.operators import Gate, LowRank, ModuleOperators
+from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
     read_module_checkpoint,
 )
-from turret.server.adapters.operators import Gate, LowRank, ModuleOperators
-from turret.server.adapters.selection_rules import LAYER_RULES, SELECTION_RULES
-from turret.server.adapters.violations import Violations
+from turret.server.adapters.peft_format.rules import Rules, Used, is_rank
+from turret.server.adapters.peft_format.selection_rules import LAYER_RULES, SELECTION_RULES
 from turret.server.errors import AdapterComponentError, BudgetExceededError
 
 FUSION_RULES: Rules = {

@@ -13,18 +13,18 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint import AdapterCheckpoint
-from turret.server.adapters.fold import finish_modules
-from turret.server.adapters.lowered import Lowered
-from turret.server.adapters.module_checkpoint import (
-    Findings,
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.lowering.finish import finish_modules
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.operators import Hadamard, ModuleOperators
+from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
     check_rank_budget,
     read_module_checkpoint,
 )
-from turret.server.adapters.operators import Hadamard, ModuleOperators
-from turret.server.adapters.selection_rules import LYCORIS_RULES
+from turret.server.adapters.peft_format.selection_rules import LYCORIS_RULES
 from turret.server.errors import BudgetExceededError
 
 _ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

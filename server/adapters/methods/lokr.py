@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint import AdapterCheckpoint
-from turret.server.adapters.config_keys import Irrelevant, Rules
-from turret.server.adapters.fold import finish_modules
-from turret.server.adapters.lowered import Lowered
-from turret.server.adapters.module_checkpoint import (
-    Findings,
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.lowering.finish import finish_modules
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.operators import Kronecker, ModuleOperators
+from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
     check_rank_budget,
     read_module_checkpoint,
 )
-from turret.server.adapters.operators import Kronecker, ModuleOperators
-from turret.server.adapters.selection_rules import LYCORIS_RULES
+from turret.server.adapters.peft_format.rules import Irrelevant, Rules
+from turret.server.adapters.peft_format.selection_rules import LYCORIS_RULES
 
 _ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 

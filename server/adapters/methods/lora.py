@@ -12,12 +12,13 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint import AdapterCheckpoint
-from turret.server.adapters.fold import finish, fold_all
-from turret.server.adapters.lora_config import LORA_RULES
-from turret.server.adapters.lora_layout import LoraModule, read_lora_layout
-from turret.server.adapters.lowered import Lowered
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.lowering.finish import finish
+from turret.server.adapters.lowering.low_rank import fold_all
+from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.peft_format.lora_checkpoint import LoraModule, read_lora_layout
+from turret.server.adapters.peft_format.lora_rules import LORA_RULES
 
 
 class LoraMethod:

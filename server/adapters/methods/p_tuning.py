@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint import AdapterCheckpoint
-from turret.server.adapters.config_keys import Irrelevant, Rules
-from turret.server.adapters.lowered import Lowered
-from turret.server.adapters.prompt_checkpoint import PROMPT_RULES
-from turret.server.adapters.soft_tokens import lower_soft_tokens
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering.soft_tokens import lower_soft_tokens
+from turret.server.adapters.peft_format.prompt_checkpoint import PROMPT_RULES
+from turret.server.adapters.peft_format.rules import Irrelevant, Rules
 
 _ENCODER = Irrelevant("the file holds the encoder's output")
 

@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint import AdapterCheckpoint
-from turret.server.adapters.config_keys import Irrelevant, Rules, Used, is_rank
-from turret.server.adapters.lowered import Lowered
-from turret.server.adapters.module_checkpoint import Findings
-from turret.server.adapters.prompt_checkpoint import PROMPT_RULES, finish_prompt, read_prompt
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.lowering.finish import finish_prompt
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.peft_format.prompt_checkpoint import PROMPT_RULES, read_prompt
+from turret.server.adapters.peft_format.rules import Irrelevant, Rules, Used, is_rank
+from turret.server.adapters.peft_format.vocabulary_rules import is_modules_to_save
 from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
-from turret.server.adapters.vocabulary_config import is_modules_to_save
 
 
 def _is_heads(value: Any) -> str | None:
@@ -51,7 +52,7 @@ class PrefixTuningMethod:
         # The width is the base's unless the sizes above already disagree.
         layers = base.num_layers if not findings.mismatches else _layers(checkpoint)
         tensor = read_prompt(checkpoint, self.rules, 2 * layers, findings)
-        findings.raise_if_any(checkpoint, base)
+        findings.raise_if_any(checkpoint.path, base.name)
         assert tensor is not None  # or there was a violation
         stored = tensor.to(base.dtype).view(
             -1, base.num_layers, 2, base.num_kv_heads, base.head_dim

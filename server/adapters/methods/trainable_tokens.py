@@ -12,16 +12,22 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
-from turret.server.adapters.base_name import base_name_warning
-from turret.server.adapters.checkpoint import TENSORS_FILE, AdapterCheckpoint
-from turret.server.adapters.config_keys import COMMON_RULES, Irrelevant, Rules, Used, check_config
-from turret.server.adapters.lowered import Lowered
-from turret.server.adapters.module_checkpoint import Findings
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.reader import TENSORS_FILE, AdapterCheckpoint
+from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.operators import AdapterOperators
-from turret.server.adapters.targets import is_optional_module_selector, resolve_targets
-from turret.server.adapters.token_reader import read_rows
-from turret.server.adapters.token_rows import TokenOperators, TokenRows
-from turret.server.adapters.vocabulary_config import is_token_list
+from turret.server.adapters.peft_format.base_name import base_name_warning
+from turret.server.adapters.peft_format.rules import (
+    COMMON_RULES,
+    Irrelevant,
+    Rules,
+    Used,
+    check_config,
+)
+from turret.server.adapters.peft_format.targets import is_optional_module_selector, resolve_targets
+from turret.server.adapters.peft_format.vocabulary_rows import read_rows
+from turret.server.adapters.peft_format.vocabulary_rules import is_token_list
+from turret.server.adapters.vocabulary import VocabularyOperators, VocabularyRows
 
 _SUFFIX = ".trainable_tokens_delta"
 # Where PEFT wraps a tied head twice, it saves the same rows once more.
@@ -52,12 +58,12 @@ class TrainableTokensMethod:
             findings.violations.add("token_indices", "is required")
         targeted = _targeted(config, base, findings)
         rows = _read(checkpoint, targeted, base, findings)
-        findings.raise_if_any(checkpoint, base)
+        findings.raise_if_any(checkpoint.path, base.name)
         base_model = config.get("base_model_name_or_path") or ""
         warning = base_name_warning(base_model, base.name)
         return Lowered(
             operators=AdapterOperators(
-                {}, tokens=TokenOperators(embedding=rows.get(EMBEDDING), head=rows.get(HEAD))
+                {}, tokens=VocabularyOperators(embedding=rows.get(EMBEDDING), head=rows.get(HEAD))
             ),
             ranks=(),
             target_modules=tuple(sorted(name.rpartition(".")[2] for name in rows)),
@@ -86,7 +92,7 @@ def _targeted(config: Mapping[str, Any], base: BaseModel, findings: Findings) ->
 
 def _read(
     checkpoint: AdapterCheckpoint, targeted: frozenset[str], base: BaseModel, findings: Findings
-) -> dict[str, TokenRows]:
+) -> dict[str, VocabularyRows]:
     violations, rows = findings.violations, {}
     left = dict(checkpoint.tensors)
     is_tied = base.vocabulary.is_tied and EMBEDDING in targeted

@@ -13,22 +13,23 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint import AdapterCheckpoint
-from turret.server.adapters.config_keys import Irrelevant, Rules, Used, is_bool, is_one_of
-from turret.server.adapters.fold import finish_modules, fold, with_biases
-from turret.server.adapters.lora_config import LORA_RULES
-from turret.server.adapters.lora_layout import LoraModule
-from turret.server.adapters.lowered import Lowered
-from turret.server.adapters.module_checkpoint import (
-    Findings,
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.lowering.finish import finish_modules, with_biases
+from turret.server.adapters.lowering.low_rank import fold
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.peft_format.lora_checkpoint import LoraModule
+from turret.server.adapters.peft_format.lora_rules import LORA_RULES
+from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleCheckpoint,
     ModuleFormat,
     Roles,
     check_rank_budget,
     read_module_checkpoint,
 )
-from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.selection_rules import LAYER_RULES, SELECTION_RULES
+from turret.server.adapters.peft_format.rules import Irrelevant, Rules, Used, is_bool, is_one_of
+from turret.server.adapters.peft_format.selection_rules import LAYER_RULES, SELECTION_RULES
 
 _LAMBDA_B, _LAMBDA_D = "vera_lambda_b", "vera_lambda_d"
 _A, _B = "base_model.vera_A", "base_model.vera_B"
@@ -88,7 +89,7 @@ class VeraMethod:
         check_rank_budget(checkpoint.path, config["r"], max_rank)
         findings = Findings()
         a, b = _projections(config, found, base, findings)
-        findings.raise_if_any(checkpoint, base)
+        findings.raise_if_any(checkpoint.path, base.name)
         # The folded factors are large: one module's at a time, and only the result is kept.
         operators = {
             name: ModuleOperators(

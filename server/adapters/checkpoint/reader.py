@@ -1,0 +1,214 @@
+"""Reads a PEFT adapter directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+Each byte is read once: the same bytes are hashed, checked and turned into tensors, so a file that
+changes underneath can fail the load but never slip past a check. Of files that are not hashed again
+(``known_files.py``), the state is compared before and after. What the keys and tensors *mean*
+is the methods' business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.digest_cache import DigestCache, stamp_of
+from turret.server.adapters.checkpoint.findings import Violations
+from turret.server.adapters.checkpoint.finite import all_finite
+from turret.server.adapters.checkpoint.safetensors_header import TensorEntry, read_header
+from turret.server.adapters.checkpoint.strict_json import parse_object
+from turret.server.adapters.checkpoint.tensor_names import canonical_names
+from turret.server.adapters.component import FindComponent, find_no_component
+from turret.server.errors import BudgetExceededError
+
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+# Enters every digest: change it when the digest's definition changes.
+_DIGEST_DOMAIN = b"turret-adapter-1\0"
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterCheckpoint:
+    """A directory's content, structurally sound and finite, not yet interpreted.
+
+    Attributes:
+        path: As the caller gave it, relative to the adapter root.
+        config: ``adapter_config.json``.
+        tensors: By canonical name (module path and PEFT's parameter name, without wrapper
+            prefixes), in the file's dtype; views of one buffer, which is not the file's mapping.
+        digest: SHA-256, hex, over the config (canonical JSON) and every byte of the tensor file.
+        bytes_disk: Size of the two files.
+        is_partial: Whether tensors were taken out that the method must not miss.
+        find_component: Finds an adapter that the config names as a component; raises
+            AdapterComponentError if it cannot.
+    """
+
+    path: str
+    config: Mapping[str, Any]
+    tensors: Mapping[str, torch.Tensor]
+    digest: str
+    bytes_disk: int
+    is_partial: bool = False
+    find_component: FindComponent = field(default=find_no_component, repr=False)
+
+
+def read_checkpoint(
+    root: AdapterRoot, path: str, *, max_elements: int, known: DigestCache | None = None
+) -> AdapterCheckpoint:
+    """Reads the adapter in directory ``path``.
+
+    Args:
+        root: The allow-listed root.
+        path: Directory, relative to the root.
+        max_elements: Most tensor elements to read, all tensors together.
+        known: Files that were hashed before and need not be again; learns those that were now.
+
+    Raises:
+        AdapterCheckpointError: Path, file, header or values are refused.
+        BudgetExceededError: More than ``max_elements``.
+    """
+    directory = root.directory(path)
+    _refuse_pickle(directory, path)
+    with (
+        root.open_file(directory, CONFIG_FILE, path) as config_file,
+        root.open_file(directory, TENSORS_FILE, path) as file,
+    ):
+        stamp = None if known is None else stamp_of(config_file.fileno(), file.fileno())
+        digest = None if known is None else known.find(stamp)
+        config_bytes = config_file.read(MAX_CONFIG_BYTES + 1)
+        config = parse_config(config_bytes, path)
+        hashed = begin_digest(config)
+        file_bytes = os.fstat(file.fileno()).st_size
+        unhashed = hashed if digest is None else None
+        tensors = _read_tensors(file, file_bytes, path, unhashed, max_elements)
+        if digest is not None and stamp_of(config_file.fileno(), file.fileno()) != stamp:
+            violations = Violations()
+            violations.add(TENSORS_FILE, "changed while it was read")
+            violations.raise_if_any(path)
+    if digest is None:
+        digest = hashed.hexdigest()
+        if known is not None:
+            known.remember(stamp, digest)
+    return AdapterCheckpoint(
+        path=path,
+        config=config,
+        tensors=tensors,
+        digest=digest,
+        bytes_disk=len(config_bytes) + file_bytes,
+    )
+
+
+def _refuse_pickle(directory: Path, path: str) -> None:
+    if (directory / TENSORS_FILE).exists():
+        return  # whatever lies beside it is never opened
+    violations = Violations()
+    for name in sorted(os.listdir(directory)):
+        if name.endswith(PICKLE_SUFFIXES):
+            violations.add(
+                name, f"pickle files are never read; save the adapter again as {TENSORS_FILE}"
+            )
+    violations.raise_if_any(path)
+
+
+def begin_digest(config: Mapping[str, Any]) -> Any:
+    """An adapter's digest, but for the bytes of the tensor file; give it those, from the first."""
+    digest = hashlib.sha256(_DIGEST_DOMAIN)
+    canonical = json.dumps(config, sort_keys=True, separators=(",", ":")).encode()
+    digest.update(len(canonical).to_bytes(8, "little"))
+    digest.update(canonical)
+    return digest
+
+
+def parse_config(data: bytes, path: str) -> dict[str, Any]:
+    """``adapter_config.json`` of the adapter ``path``.
+
+    Raises:
+        AdapterCheckpointError: Too long, or no JSON object.
+    """
+    violations = Violations()
+    config: dict[str, Any] = {}
+    if len(data) > MAX_CONFIG_BYTES:
+        violations.add(CONFIG_FILE, f"is larger than {MAX_CONFIG_BYTES} bytes")
+    else:
+        try:
+            config = parse_object(data)
+        except ValueError as error:
+            violations.add(CONFIG_FILE, str(error))
+    violations.raise_if_any(path)
+    return config
+
+
+def _read_tensors(
+    file: BinaryIO, file_bytes: int, path: str, digest: Any | None, max_elements: int
+) -> dict[str, torch.Tensor]:
+    violations = Violations()
+    try:
+        header = read_header(file, file_bytes)
+    except ValueError as error:
+        violations.add(TENSORS_FILE, str(error))
+        violations.raise_if_any(path)
+        raise
+    if header.num_elements > max_elements:
+        raise BudgetExceededError(
+            f"adapter {path!r} has {header.num_elements} weights, at most {max_elements} fit"
+            " the host budget",
+            metadata={"path": path, "elements": str(header.num_elements)},
+        )
+    names = canonical_names([entry.name for entry in header.entries], violations)
+    data = _read_data(file, header.entries[-1].end if header.entries else 0)
+    if data is None or file.read(1):
+        violations.add(TENSORS_FILE, "changed while it was read")
+        violations.raise_if_any(path)
+    assert data is not None
+    if digest is not None:
+        digest.update(header.raw)
+        digest.update(data.numpy().data)
+    tensors: dict[str, torch.Tensor] = {}
+    for entry, tensor in _tensors_in(data, header.entries, violations):
+        if entry.name in names:
+            tensors[names[entry.name]] = tensor
+    violations.raise_if_any(path)
+    return tensors
+
+
+def _read_data(file: BinaryIO, num_bytes: int) -> torch.Tensor | None:
+    """``[num_bytes]`` uint8, or None if there is less. Memory of its own, never the file's mapping.
+
+    In one piece: who reads hundreds of small tensors holds the interpreter that engine steps need.
+    """
+    data = torch.empty(num_bytes, dtype=torch.uint8)
+    view = data.numpy().data
+    filled = 0
+    while filled < num_bytes:
+        count = file.readinto(view[filled:])  # type: ignore[attr-defined]
+        if not count:
+            return None
+        filled += count
+    return data
+
+
+def _tensors_in(
+    data: torch.Tensor, entries: Sequence[TensorEntry], violations: Violations
+) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
+    """The tensors, views of the data, each with its entry; names those that are not finite."""
+    for dtype, group in groupby(entries, lambda entry: entry.dtype):
+        run = list(group)
+        part = data[run[0].begin : run[-1].end]
+        if run[0].begin % dtype.itemsize:
+            part = part.clone()
+        values = part.view(dtype)
+        is_finite = all_finite(values)
+        for entry, flat in zip(run, values.split([e.num_elements for e in run]), strict=True):
+            if not is_finite and not all_finite(flat):
+                violations.add(entry.name, "holds NaN or Inf")
+            yield entry, flat.view(entry.shape)

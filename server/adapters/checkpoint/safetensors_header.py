@@ -1,0 +1,137 @@
+"""The safetensors header, checked completely before any tensor byte is read.
+
+Layout: 8 bytes little-endian header length, that many bytes of JSON
+(``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}``), then the
+data. Offsets count from the end of the header and must tile the data: no gap, no overlap.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+import torch
+
+from turret.server.adapters.checkpoint.strict_json import parse_object
+
+# 80 layers of 7 modules with 4 tensors each need about half a megabyte.
+MAX_HEADER_BYTES = 8 << 20
+MAX_DIMENSIONS = 4
+MAX_EXTENT = 1 << 31
+_MAX_SHARED_BYTES = 256 << 10
+_FIELDS = {"dtype", "shape", "data_offsets"}
+
+# Weights only. Integer and 8-bit float tensors mean a format this server does not know.
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """Where one tensor lies: ``[begin, end)`` in bytes from the end of the header."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+    @property
+    def num_elements(self) -> int:
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class SafetensorsHeader:
+    """``raw`` is the header as read (length word included); ``entries`` are in file order."""
+
+    raw: bytes
+    entries: tuple[TensorEntry, ...]
+
+    @property
+    def num_elements(self) -> int:
+        return sum(entry.num_elements for entry in self.entries)
+
+
+def read_header(file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
+    """Reads and checks the header; the file is left at the first data byte.
+
+    Args:
+        file: Open at its start.
+        file_bytes: Size of the whole file.
+
+    Raises:
+        ValueError: The file breaks the format or its limits; the text is fit for a client.
+    """
+    word = file.read(8)
+    if len(word) != 8:
+        raise ValueError("is too short for a safetensors file")
+    (length,) = struct.unpack("<Q", word)
+    if length > MAX_HEADER_BYTES or length > file_bytes - 8:
+        raise ValueError(f"header length {length} exceeds the file or {MAX_HEADER_BYTES} bytes")
+    text = file.read(length)
+    if len(text) != length:
+        raise ValueError("ends inside its header")
+    parse = _parse_shared if length <= _MAX_SHARED_BYTES else _parse
+    return SafetensorsHeader(word + text, parse(text, file_bytes - 8 - length))
+
+
+def _parse(text: bytes, data_bytes: int) -> tuple[TensorEntry, ...]:
+    """The entries, in file order."""
+    table = parse_object(text)
+    metadata = table.pop("__metadata__", {})
+    if not isinstance(metadata, Mapping):
+        raise ValueError("__metadata__ must be an object")
+    entries = sorted(
+        (_entry(name, spec) for name, spec in table.items()), key=lambda e: (e.begin, e.end)
+    )
+    _check_tiling(entries, data_bytes)
+    return tuple(entries)
+
+
+# Adapters of one recipe differ in their weights alone: thousands share a header.
+_parse_shared = functools.lru_cache(maxsize=16)(_parse)
+
+
+def _is_index(value: Any) -> bool:
+    # type(): a bool is an int too.
+    return type(value) is int and value >= 0
+
+
+def _entry(name: str, spec: Any) -> TensorEntry:
+    if not isinstance(spec, dict) or spec.keys() != _FIELDS:
+        raise ValueError(f"tensor {name!r} must have exactly dtype, shape and data_offsets")
+    dtype = DTYPES.get(spec["dtype"]) if isinstance(spec["dtype"], str) else None
+    if dtype is None:
+        raise ValueError(f"tensor {name!r}: dtype {spec['dtype']!r} is not one of {list(DTYPES)}")
+    shape, offsets = spec["shape"], spec["data_offsets"]
+    if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"tensor {name!r}: shape must be a list of at most {MAX_DIMENSIONS}")
+    for extent in shape:
+        if not _is_index(extent) or extent >= MAX_EXTENT:
+            raise ValueError(f"tensor {name!r}: shape {shape} is out of range")
+    is_pair = isinstance(offsets, list) and len(offsets) == 2
+    if not is_pair or not (_is_index(offsets[0]) and _is_index(offsets[1])):
+        raise ValueError(f"tensor {name!r}: data_offsets must be two non-negative integers")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"tensor {name!r}: {end - begin} bytes do not hold {shape} {dtype}")
+    return TensorEntry(name, dtype, tuple(shape), begin, end)
+
+
+def _check_tiling(entries: list[TensorEntry], data_bytes: int) -> None:
+    at = 0
+    for entry in entries:
+        if entry.begin != at:
+            raise ValueError(f"tensor {entry.name!r} starts at {entry.begin}, expected {at}")
+        at = entry.end
+    if at != data_bytes:
+        raise ValueError(f"tensors end at {at}, the data at {data_bytes}")

@@ -1,0 +1,1 @@
+"""The adapters of the running steps, where they compute: torch, compiled C, Triton."""

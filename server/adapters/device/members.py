@@ -1,0 +1,53 @@
+"""Which rows of a step use which adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+# One row's, or one segment's, mix: (adapter key, weight), in the request's order.
+Members = Sequence[tuple[str, float]]
+
+
+@dataclass(frozen=True, slots=True)
+class StepMembers:
+    """Which adapters the rows of a step use.
+
+    Attributes:
+        short: Per short row, its mix.
+        long: Per long segment, first row, end row, its mix.
+    """
+
+    short: Sequence[Members]
+    long: Sequence[tuple[int, int, Members]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows that use a table: numbers, slots and mix weights; or rows that share one slot.
+
+    ``run`` is the slots as a slice of the table where that is what they are: a view of it then
+    serves where a gather would copy.
+    """
+
+    rows: torch.Tensor | slice
+    slots: torch.Tensor | int
+    weights: torch.Tensor | float
+    run: slice | None = None
+
+    def pick(self, table: torch.Tensor) -> torch.Tensor:
+        """A table's part per row, ``[rows, …]``, or ``[1, …]`` where the rows share it."""
+        if self.run is not None:
+            return table[self.run]
+        assert isinstance(self.slots, torch.Tensor)
+        return table.index_select(0, self.slots)
+
+    def take(self, x: torch.Tensor) -> torch.Tensor:
+        return x[self.rows] if isinstance(self.rows, slice) else x.index_select(0, self.rows)
+
+    def put(self, y: torch.Tensor, part: torch.Tensor) -> None:
+        """Write back what ``take`` gave (a run is a view: nothing to do)."""
+        if not isinstance(self.rows, slice):
+            y.index_copy_(0, self.rows, part)

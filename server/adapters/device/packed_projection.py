@@ -1,0 +1,101 @@
+"""The packed matrices of one fused projection kind (``qkv``, ``o``, …), all layers."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+
+from turret.server.adapters.device.layout import ProjectionLayout
+from turret.server.adapters.operators import AdapterOperators
+
+
+class PackedProjection:
+    """Low-rank matrices stacked along the rank axis, and per-slot tables.
+
+    Attributes:
+        a: ``[layers, pack_rank, slices, in]``: an adapter's ranks are one run for all slices.
+        b: Per slice ``[layers, pack_rank, out]``.
+        layers: Per layer, its views of ``a`` and ``b``.
+        gain_delta: ``g − 1`` per slot, ``[layers, slots, sum(out)]`` fp32, or None (no gains yet).
+        input_gain_delta: ``l − 1`` per slot, ``[layers, slots, slices, in]`` fp32, or None.
+        bias: ``[layers, slots, sum(out)]`` fp32, or None.
+    """
+
+    def __init__(
+        self, layout: ProjectionLayout, name: str, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.name = name
+        self.slices = layout.groups[name]
+        self._layout = layout
+        self._dtype, self._device = dtype, device
+        self._offsets = [0]
+        for shape in self.slices:
+            self._offsets.append(self._offsets[-1] + shape.out_features)
+        self.a = torch.empty(0)
+        self.b: list[torch.Tensor] = []
+        self.layers: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+        self.gain_delta: torch.Tensor | None = None
+        self.input_gain_delta: torch.Tensor | None = None
+        self.bias: torch.Tensor | None = None
+
+    @property
+    def columns(self) -> list[slice]:
+        """The columns of each slice in a fused result."""
+        return [slice(start, end) for start, end in pairwise(self._offsets)]
+
+    def allocate(self, rank: int) -> None:
+        """Make empty matrices of ``rank`` ranks."""
+        layers = self._layout.num_layers
+        shape = (layers, rank, len(self.slices), self.slices[0].in_features)
+        self.a = torch.zeros(shape, dtype=self._dtype, device=self._device)
+        self.b = [
+            torch.zeros(layers, rank, s.out_features, dtype=self._dtype, device=self._device)
+            for s in self.slices
+        ]
+        self.layers = [(self.a[i], [b[i] for b in self.b]) for i in range(layers)]
+
+    def put_low_rank(self, operators: AdapterOperators, start: int, end: int) -> None:
+        """Copy an adapter's factors into ranks ``[start, end)``; unused ones become zero."""
+        if start == end:
+            return  # no low-rank update; there may be no matrices yet
+        self.a[:, start:end] = 0
+        for b in self.b:
+            b[:, start:end] = 0
+        for layer, s, ops in self._layout.of(operators, self.name):
+            if ops.low_rank is not None:
+                stop = start + ops.low_rank.rank
+                self.a[layer, start:stop, s] = ops.low_rank.a
+                self.b[s][layer, start:stop] = ops.low_rank.b
+
+    def put_tables(self, operators: AdapterOperators, slot: int, num_slots: int) -> None:
+        """Copy an adapter's gains and biases into its slot; clears what the slot held."""
+        found = self._layout.of(operators, self.name)
+        width, inner = self._offsets[-1], (len(self.slices), self.slices[0].in_features)
+        # A table that exists covers every slot: rows of adapters that are not in it read zeros.
+        if self.gain_delta is not None or any(ops.gain is not None for _, _, ops in found):
+            self.gain_delta = self._grown(self.gain_delta, num_slots, width)
+        has_input_gain = any(ops.input_gain is not None for _, _, ops in found)
+        if self.input_gain_delta is not None or has_input_gain:
+            self.input_gain_delta = self._grown(self.input_gain_delta, num_slots, *inner)
+        if self.bias is not None or any(ops.bias is not None for _, _, ops in found):
+            self.bias = self._grown(self.bias, num_slots, width)
+        for table in (self.gain_delta, self.input_gain_delta, self.bias):
+            if table is not None:
+                table[:, slot] = 0
+        for layer, s, ops in found:
+            columns = self.columns[s]
+            if ops.gain is not None and self.gain_delta is not None:
+                self.gain_delta[layer, slot, columns] = ops.gain - 1.0
+            if ops.bias is not None and self.bias is not None:
+                self.bias[layer, slot, columns] = ops.bias
+            if ops.input_gain is not None and self.input_gain_delta is not None:
+                self.input_gain_delta[layer, slot, s] = ops.input_gain - 1.0
+
+    def _grown(self, table: torch.Tensor | None, num_slots: int, *shape: int) -> torch.Tensor:
+        if table is not None and table.shape[1] >= num_slots:
+            return table
+        grown = torch.zeros(self._layout.num_layers, num_slots, *shape, device=self._device)
+        if table is not None:
+            grown[:, : table.shape[1]] = table
+        return grown

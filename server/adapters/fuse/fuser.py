@@ -1,0 +1,304 @@
+"""Fuses registered adapters into a new one, on a thread of its own.
+
+One fusion runs at a time, at a low priority, one module after the other. It reads its members'
+files again, in fp32: what is served may be rounded, what is fused is not. The members are held as
+by a request, so that none is unloaded underneath.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import logging
+import math
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from turret.server import log
+from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.fuse.combination import Combination
+from turret.server.adapters.fuse.factors import ratio
+from turret.server.adapters.fuse.interrupt import Interrupt
+from turret.server.adapters.fuse.lora_files import METHOD, FusedFiles
+from turret.server.adapters.fuse.member import (
+    Member,
+    check_operators,
+    check_prompts,
+    rank_of_result,
+)
+from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser, Part
+from turret.server.adapters.fuse.result import FuseResult, ModuleReport
+from turret.server.adapters.mix import Mix, MixRef
+from turret.server.adapters.residency.loader import AdapterLoader
+from turret.server.adapters.state.ledger import Ledger
+from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
+from turret.server.background import work_in_background
+from turret.server.errors import (
+    AdapterExistsError,
+    AdapterNotFoundError,
+    AdapterUnloadedError,
+    BudgetExceededError,
+    InvalidRequestError,
+    QueueFullError,
+    UnavailableError,
+)
+
+_log = logging.getLogger(__name__)
+
+REPORT_SECONDS = 5.0
+
+
+class Registry(Protocol):
+    """What a fusion needs of ``AdapterRegistry``."""
+
+    def get(self, name: str) -> AdapterInfo: ...
+    def acquire(self, refs: Sequence[MixRef]) -> Mix: ...
+    def release(self, mix: Mix) -> None: ...
+    def stage(self, files: Sequence[UploadedFile]) -> StagedUpload: ...
+    def upload(self, name: str, staged: StagedUpload) -> AdapterInfo: ...
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """The fusion under way, and the members it holds, once it does."""
+
+    interrupt: Interrupt
+    mix: Mix | None = None
+
+
+class Fuser:
+    """Thread-safe.
+
+    Args:
+        registry: Where members come from and results go.
+        loader: Reads the members; knows the base.
+        ledger: Knows whether there is a place for results.
+        host_bytes: Most bytes that the members may take in fp32 while they are fused.
+        max_rank: Largest rank of a result.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        loader: AdapterLoader,
+        ledger: Ledger,
+        *,
+        host_bytes: int,
+        max_rank: int,
+    ) -> None:
+        self._registry = registry
+        self._loader = loader
+        self._ledger = ledger
+        self._host_bytes = host_bytes
+        self._max_rank = max_rank
+        self._lock = threading.Lock()
+        self._job: _Job | None = None
+        self._thread = ThreadPoolExecutor(
+            1, thread_name_prefix="adapter-fuse", initializer=work_in_background
+        )
+
+    def start(
+        self, name: str, refs: Sequence[MixRef], combination: Combination, interrupt: Interrupt
+    ) -> Future[FuseResult]:
+        """Starts to fuse a mix into a new LoRA under ``name``; returns at once.
+
+        Args:
+            name: Well-formed.
+            refs: The mix, not empty.
+            combination: What to make of it.
+            interrupt: Ends the fusion with its error at the next module; nothing is left of it.
+
+        Returns:
+            Of the result, or of an error: InvalidRequestError (the combination cannot represent
+            the mix; names the members), BudgetExceededError (rank or bytes), StateDirRequiredError
+            (there is no place for files), what ``AdapterRegistry.acquire`` and ``upload`` raise,
+            or UnavailableError.
+
+        Raises:
+            QueueFullError: Another fusion is under way.
+            UnavailableError: The server is shutting down.
+        """
+        job = _Job(interrupt)
+        with self._lock:
+            if self._job is not None:
+                raise QueueFullError("a fusion is under way already, and one runs at a time")
+            self._job = job
+        context = contextvars.copy_context()
+        try:
+            future = self._thread.submit(context.run, self._run, job, name, refs, combination)
+        except RuntimeError:
+            self._end(job)
+            raise _shutting_down() from None
+        # A future that is cancelled before it starts never runs.
+        future.add_done_callback(lambda _: self._end(job))
+        return future
+
+    def abort(self, uuid: str) -> None:
+        """Ends the fusion under way if it holds this registration."""
+        with self._lock:
+            mix = None if self._job is None else self._job.mix
+            found = [] if mix is None else [a for a, _ in mix.components if a.uuid == uuid]
+            if found and self._job is not None:
+                name = found[0].name
+                self._job.interrupt.set(
+                    AdapterUnloadedError(
+                        f"adapter {name!r} was unloaded while it was fused",
+                        metadata={"adapter": name},
+                    )
+                )
+
+    def close(self) -> None:
+        """Ends the fusion under way; blocks until it has come to the end of its module."""
+        with self._lock:
+            if self._job is not None:
+                self._job.interrupt.set(_shutting_down())
+        self._thread.shutdown(wait=True)
+
+    def _end(self, job: _Job) -> None:
+        with self._lock:
+            if self._job is job:
+                self._job = None
+
+    def _run(
+        self, job: _Job, name: str, refs: Sequence[MixRef], combination: Combination
+    ) -> FuseResult:
+        try:
+            if name in {ref.name for ref in refs}:
+                raise InvalidRequestError.of("name", f"{name!r} is a member of the mix")
+            self._ledger.require_place()
+            with self._lock:
+                mix = job.mix = self._registry.acquire(refs)
+            base = replace(self._loader.base, dtype=torch.float32)
+            try:
+                members = self._read(mix, base, combination, job.interrupt)
+                modules = self._fuse(name, members, base, combination, job.interrupt)
+            finally:
+                self._registry.release(mix)
+            named = [member.lowered.base_model for member in members if member.lowered.base_model]
+            files = FusedFiles(modules, base, named[0] if named else base.name)
+            return _result(self._install(name, files, job.interrupt), modules)
+        finally:
+            self._end(job)
+
+    def _read(
+        self, mix: Mix, base: BaseModel, combination: Combination, interrupt: Interrupt
+    ) -> list[Member]:
+        check_prompts([adapter for adapter, _ in mix.components])
+        served = self._loader.base.dtype.itemsize
+        needed = sum(a.host_bytes_needed * 4 // served for a, _ in mix.components)
+        if needed > self._host_bytes:
+            raise BudgetExceededError(
+                f"the members take {needed} bytes in fp32, the budget for adapters is"
+                f" {self._host_bytes}",
+                metadata={"bytes": str(needed), "host_bytes": str(self._host_bytes)},
+            )
+        members = []
+        for adapter, weight in mix.components:
+            interrupt.check()
+            lowered = self._loader.reread(adapter.source, adapter.digest, base)
+            members.append(Member(adapter, weight, lowered))
+        check_operators(members, combination)
+        return members
+
+    def _fuse(
+        self,
+        name: str,
+        members: Sequence[Member],
+        base: BaseModel,
+        combination: Combination,
+        interrupt: Interrupt,
+    ) -> dict[str, FusedModule]:
+        work = _work(members, base)
+        self._check_free(name, list(work))
+        rank = rank_of_result(members, combination)
+        if rank > self._max_rank:
+            why = f"is {rank}, the server allows {self._max_rank}"
+            raise BudgetExceededError(
+                f"rank: {why}",
+                metadata={"rank": str(rank), "max_rank": str(self._max_rank)},
+                violations=[("rank", why)],
+            )
+        fuser = ModuleFuser(combination, rank, self._max_rank)
+        for path, parts in work.items():
+            fuser.check(parts, base.modules[path])
+        fused: dict[str, FusedModule] = {}
+        num_bytes = 0
+        progress = _Progress(name, combination.name, len(work))
+        for path, parts in work.items():
+            interrupt.check()
+            module = fused[path] = fuser.fuse(parts, base.modules[path])
+            num_bytes += module.a.nbytes + module.b.nbytes
+            # Rather than when everything is computed.
+            self._ledger.require_place().check_room(num_bytes)
+            progress.report(len(fused))
+        return fused
+
+    def _check_free(self, name: str, paths: list[str]) -> None:
+        """Refuses a name whose content cannot be the result, before the work rather than after."""
+        try:
+            record = self._registry.get(name)
+        except AdapterNotFoundError:
+            return
+        changed = sorted({path.rsplit(".", 1)[-1] for path in paths})
+        if record.method != METHOD or list(record.target_modules) != changed:
+            raise AdapterExistsError(
+                f"adapter name {name!r} is taken by other weights; unload it or choose another",
+                metadata={"adapter": name, "digest": record.digest},
+            )
+
+    def _install(self, name: str, files: FusedFiles, interrupt: Interrupt) -> AdapterInfo:
+        staged = self._registry.stage(files.announced())
+        try:
+            files.write(staged, interrupt.check)
+            return self._registry.upload(name, staged)
+        finally:
+            staged.discard()
+
+
+def _work(members: Sequence[Member], base: BaseModel) -> dict[str, list[Part]]:
+    """What the members do to each module that any of them changes, in the base's order."""
+    work = {
+        path: [part for member in members if (part := member.part(path)) is not None]
+        for path in base.modules
+    }
+    work = {path: parts for path, parts in work.items() if parts}
+    if not work:
+        raise InvalidRequestError.of("adapters", "none of them changes any module")
+    return work
+
+
+def _result(record: AdapterInfo, modules: Mapping[str, FusedModule]) -> FuseResult:
+    reports = tuple(
+        ModuleReport(path, ratio(module.error, module.reference), module.rank)
+        for path, module in modules.items()
+    )
+    error = math.hypot(*(module.error for module in modules.values()))
+    reference = math.hypot(*(module.reference for module in modules.values()))
+    return FuseResult(record, ratio(error, reference), reports)
+
+
+class _Progress:
+    """Tells the log how far a fusion is, now and then."""
+
+    def __init__(self, name: str, combination: str, total: int) -> None:
+        self._fields = {"adapter": name, "combination": combination}
+        self._total = total
+        self._started = self._told = time.monotonic()
+
+    def report(self, done: int) -> None:
+        now = time.monotonic()
+        if done < self._total and now - self._told < REPORT_SECONDS:
+            return
+        self._told = now
+        count, seconds = f"{done}/{self._total}", f"{now - self._started:.1f}"
+        _log.info("fusing", extra=log.fields(**self._fields, modules=count, seconds=seconds))
+
+
+def _shutting_down() -> UnavailableError:
+    return UnavailableError("the server is shutting down")

@@ -1,0 +1,120 @@
+"""Writes a result as a LoRA in PEFT's layout: a config and a safetensors file.
+
+Written by hand, tensor by tensor, because the format is simple and a library's one call would build
+the whole file in memory under the interpreter lock, while requests are served.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.reader import CONFIG_FILE, TENSORS_FILE
+from turret.server.adapters.fuse.module_fuser import FusedModule
+from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
+
+# The method that reads what is written here.
+METHOD = "lora"
+
+
+class FusedFiles:
+    """The two files of a result.
+
+    Args:
+        modules: By path, not empty.
+        base: The base they belong to.
+        base_model: The base's name for the config.
+    """
+
+    def __init__(
+        self, modules: Mapping[str, FusedModule], base: BaseModel, base_model: str
+    ) -> None:
+        has_bias = any(module.bias is not None for module in modules.values())
+        self._config = json.dumps(_config(modules, base, base_model, has_bias), indent=2).encode()
+        self._tensors: dict[str, torch.Tensor] = {}
+        for name, module in modules.items():
+            path = f"base_model.model.{name}"
+            self._tensors[f"{path}.lora_A.weight"] = module.a
+            self._tensors[f"{path}.lora_B.weight"] = module.b
+            if has_bias:
+                bias = torch.zeros(len(module.b)) if module.bias is None else module.bias
+                self._tensors[f"{path}.lora_B.bias"] = bias
+        self._header = _header(self._tensors)
+
+    def announced(self) -> list[UploadedFile]:
+        """Names and sizes, as an upload announces them."""
+        size = len(self._header) + sum(tensor.nbytes for tensor in self._tensors.values())
+        return [UploadedFile(CONFIG_FILE, len(self._config)), UploadedFile(TENSORS_FILE, size)]
+
+    def write(self, staged: StagedUpload, check: Callable[[], None]) -> None:
+        """Writes and syncs both; ``check`` is called between pieces and may raise.
+
+        Raises:
+            StorageFullError: The disk is full.
+        """
+        staged.write(CONFIG_FILE, self._config)
+        staged.write(TENSORS_FILE, self._header)
+        for tensor in self._tensors.values():
+            check()
+            staged.write(TENSORS_FILE, tensor.numpy().tobytes())
+        staged.finish()
+
+
+def target_modules(names: list[str], base: BaseModel) -> list[str]:
+    """Last components if they select exactly these modules of the base, else whole paths."""
+    leaves = {_leaf(name) for name in names}
+    selected = [name for name in base.modules if _leaf(name) in leaves]
+    return sorted(leaves) if len(selected) == len(names) else names
+
+
+def _leaf(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _config(
+    modules: Mapping[str, FusedModule], base: BaseModel, base_model: str, has_bias: bool
+) -> dict[str, Any]:
+    """Alpha equals the rank everywhere, so nothing is scaled."""
+    ranks = {name: module.rank for name, module in modules.items()}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    pattern = {name: rank for name, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "inference_mode": True,
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": pattern,
+        "alpha_pattern": pattern,
+        "target_modules": target_modules(list(modules), base),
+        "bias": "none",
+        "lora_bias": has_bias,
+        "lora_dropout": 0.0,
+        "use_rslora": False,
+        "use_dora": False,
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+    }
+
+
+def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """A safetensors header: its length, then JSON, padded with spaces to 8 bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, tensor in tensors.items():
+        end = offset + tensor.nbytes
+        entries[name] = {
+            "dtype": "F32",
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text

@@ -1,0 +1,98 @@
+"""The members of a fusion: read again in fp32, and checked against what was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.fuse.combination import Combination
+from turret.server.adapters.fuse.module_fuser import Part
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.weight_update import beyond_low_rank, beyond_updates
+from turret.server.errors import InvalidRequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One adapter of the mix.
+
+    Attributes:
+        adapter: The generation that is fused.
+        weight: Its weight.
+        lowered: Its operators in fp32.
+    """
+
+    adapter: Adapter
+    weight: float
+    lowered: Lowered
+
+    def part(self, module: str) -> Part | None:
+        """What it does to a module, or None."""
+        operators = self.lowered.operators.modules.get(module)
+        if operators is None:
+            return None
+        scaling = self.lowered.scalings.get(module, 1.0)
+        return Part(self.adapter.name, self.weight, operators, scaling)
+
+
+def check_prompts(adapters: Sequence[Adapter]) -> None:
+    """Refuses what the facts alone rule out, before anything is read.
+
+    Raises:
+        InvalidRequestError: Names the members that put something before the prompt.
+    """
+    _refuse(
+        [
+            (index, adapter, "puts tokens or keys before the prompt, which no LoRA can")
+            for index, adapter in enumerate(adapters)
+            if adapter.num_soft_tokens or adapter.num_prefix_positions
+        ]
+    )
+
+
+def check_operators(members: Sequence[Member], combination: Combination) -> None:
+    """Refuses members that the combination cannot represent.
+
+    Raises:
+        InvalidRequestError: Names all of them, and what each has that does not fit.
+    """
+    found: list[tuple[int, Adapter, str]] = []
+    for index, member in enumerate(members):
+        operators = member.lowered.operators
+        if extra := beyond_updates(operators):
+            found.append(
+                (index, member.adapter, f"has a {' and a '.join(extra)}, no weight update")
+            )
+        elif combination.is_on_updates:
+            continue
+        elif extra := beyond_low_rank(operators):
+            why = (
+                f"has a {' and a '.join(extra)}, and {combination.name} takes low-rank factors"
+                " alone; the svd combinations take it"
+            )
+            found.append((index, member.adapter, why))
+    _refuse(found)
+
+
+def rank_of_result(members: Sequence[Member], combination: Combination) -> int:
+    """Singular values to keep at most, for the combinations that end in an SVD.
+
+    Raises:
+        InvalidRequestError: None was asked for, and no member has a rank to go by.
+    """
+    if combination.rank is not None:
+        return combination.rank
+    ranks = [rank for member in members for rank in member.lowered.ranks]
+    if not ranks and combination.is_on_updates and combination.energy is None:
+        raise InvalidRequestError.of("rank", "set it, or energy: no member has a rank to go by")
+    return max(ranks, default=1)
+
+
+def _refuse(found: Sequence[tuple[int, Adapter, str]]) -> None:
+    if found:
+        described = [(i, f"{a.name!r} ({a.facts.method}) {why}") for i, a, why in found]
+        raise InvalidRequestError(
+            "; ".join(why for _, why in described),
+            violations=[(f"adapters[{index}].name", why) for index, why in described],
+        )

@@ -1,0 +1,77 @@
+"""What a method makes of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.peft_format.rules import Rules
+
+
+@dataclass(frozen=True, slots=True)
+class Lowered:
+    """An adapter as operators.
+
+    Attributes:
+        operators: CPU tensors that own their memory.
+        ranks: Distinct ranks, ascending.
+        target_modules: Distinct last components of the adapted paths, ascending.
+        base_model: The base the checkpoint names, or "".
+        warnings: What an operator should know; nothing here makes the result inexact.
+        num_soft_tokens: Soft tokens that go before the prompt.
+        num_prefix_positions: Positions before the prompt whose keys and values it brings.
+        scalings: What a method folded into ``b`` of a module as its scaling; 1 where it is missing.
+        components: Digests of the adapters it is built from.
+        depends_on_base: Whether the base's weights or biases went into the operators, which are
+            then lowered again when a merge changes the base. True where a method does not say.
+    """
+
+    operators: AdapterOperators
+    ranks: tuple[int, ...]
+    target_modules: tuple[str, ...]
+    base_model: str
+    warnings: tuple[str, ...] = ()
+    num_soft_tokens: int = 0
+    num_prefix_positions: int = 0
+    scalings: Mapping[str, float] = field(default_factory=dict)
+    components: tuple[str, ...] = ()
+    depends_on_base: bool = True
+
+    @property
+    def num_bytes(self) -> int:
+        return self.operators.num_bytes
+
+
+class Method(Protocol):
+    """One adapter method. A file in ``methods/`` binds an instance to the name ``METHOD``.
+
+    Attributes:
+        name: As clients see it, e.g. ``lora``.
+        peft_types: The ``peft_type`` values (upper case) it may accept.
+        rules: A rule for every key that its config may have.
+    """
+
+    name: str
+    peft_types: frozenset[str]
+    rules: Rules
+
+    def accepts(self, config: Mapping[str, Any]) -> bool:
+        """Whether this method, among those of the same ``peft_type``, is the one meant."""
+        ...
+
+    def lower(
+        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
+    ) -> Lowered:
+        """Turns the checkpoint into operators for the base as served.
+
+        Raises:
+            AdapterCheckpointError: A key or tensor is unsupported or inconsistent (names all).
+            AdapterMismatchError: The tensors do not fit the base (names all).
+            AdapterComponentError: An adapter it is built from is not registered (names all).
+            BudgetExceededError: A rank over ``max_rank``.
+        """
+        ...

@@ -1,0 +1,1 @@
+"""A mix becomes part of the base, and is taken out again."""

@@ -1,0 +1,267 @@
+"""Merges a mix into the base and takes it out again, while the server serves.
+
+The merged weights are made beside those that serve, module by module, on the caller's thread. Only
+then do requests wait: those that run finish, the weights are exchanged between two steps, and those
+that wait go on with the new base. Whatever ends a merge before the exchange leaves no trace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
+from typing import Any, Protocol
+
+import torch
+
+from turret.server import log
+from turret.server.adapters.base import BaseChange, BaseModel, Precision
+from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
+from turret.server.adapters.mix import HostResult, Mix, MixRef
+from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.weight_update import add_delta, beyond_updates
+from turret.server.background import compute_on_this_thread
+from turret.server.errors import InvalidRequestError, MergeActiveError, NotMergedError
+
+_log = logging.getLogger(__name__)
+
+# Has the engine make a change once no request runs; see ``Engine.exchange``.
+Exchange = Callable[[Callable[[], BaseChange]], "Future[None]"]
+
+
+class Edit(Protocol):
+    """See ``server/models/base_edit.py``."""
+
+    def put_weight(self, path: str, weight: torch.Tensor) -> torch.Tensor: ...
+    def put_bias(self, path: str, change: torch.Tensor) -> None: ...
+    def join(self) -> None: ...
+    def swap(self) -> None: ...
+
+
+class MergeMetrics(Protocol):
+    """The part of the server's metrics that merges feed."""
+
+    def merge_active(self, active: bool) -> None: ...
+
+
+class Merger:
+    """Knows what is merged. Thread-safe; every method but ``state`` blocks.
+
+    Args:
+        registry: Of the adapters.
+        edit: Begins an edit of the base as loaded.
+        describe: The base with the weights that it has now, as this generation.
+        exchange: See ``Exchange``.
+        metrics: Learns whether a merge is active.
+    """
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        *,
+        edit: Callable[[Precision], Edit],
+        describe: Callable[[int], BaseModel],
+        exchange: Exchange,
+        metrics: MergeMetrics,
+    ) -> None:
+        self._registry = registry
+        self._edit = edit
+        self._describe = describe
+        self._exchange = exchange
+        self._metrics = metrics
+        self._turn = threading.Lock()
+        self._state = MergeState(registry.base.generation)
+        self._active: Edit | None = None
+
+    @property
+    def state(self) -> MergeState:
+        """What is merged now."""
+        return self._state
+
+    def merge(
+        self, refs: Sequence[MixRef], precision: Precision, cancelled: Future[None]
+    ) -> MergeState:
+        """Makes ``W + Σ w_k ΔW_k`` (and the biases likewise) the base of every later request.
+
+        The update is that of the adapters as served: operators in the serving dtype, gains by the
+        served weight; it is added in fp32. At no time is more than one module dense.
+
+        Args:
+            refs: The mix.
+            precision: How the merged weights are stored.
+            cancelled: Done when nobody waits for the merge any more; until the weights are
+                exchanged, that undoes it.
+
+        Raises:
+            InvalidRequestError: Empty, or a member does more than change weights and biases, or a
+                merged weight is not finite.
+            MergeActiveError: A merge is active, or another change is under way.
+            AdapterNotFoundError, BudgetExceededError, AdapterCheckpointError: The adapters cannot
+                be used.
+            UnavailableError: The server stops.
+            concurrent.futures.CancelledError: ``cancelled`` was done first.
+        """
+        with self._only_change():
+            if self._state.merge is not None:
+                raise MergeActiveError("a merge is active; unmerge it first")
+            if not refs:
+                raise InvalidRequestError.of("adapters", "at least one member")
+            mix = self._registry.acquire(refs)
+            try:
+                _wait_until_resident(mix, cancelled)
+                _check_mergeable(mix)
+                edit = self._edit(precision)
+                report = _build(edit, self._registry.base, mix, cancelled)
+                merge = Merge(
+                    adapters=tuple(
+                        MergedAdapter(a.name, a.uuid, a.generation, weight)
+                        for a, weight in mix.components
+                    ),
+                    precision=precision,
+                    time=time.time(),
+                    report=report,
+                )
+                self._change(edit, merge, cancelled)
+            finally:
+                self._registry.release(mix)
+        return self._state
+
+    def unmerge(self, cancelled: Future[None]) -> MergeState:
+        """Puts the base's own weights back: the same memory as before the merge.
+
+        Raises:
+            NotMergedError: No merge is active.
+            MergeActiveError: Another change is under way.
+            UnavailableError, concurrent.futures.CancelledError: As ``merge``.
+        """
+        with self._only_change():
+            if self._active is None:
+                raise NotMergedError("no merge is active")
+            self._change(self._active, None, cancelled)
+        return self._state
+
+    @contextlib.contextmanager
+    def _only_change(self) -> Iterator[None]:
+        if not self._turn.acquire(blocking=False):
+            raise MergeActiveError("another merge or unmerge is under way")
+        try:
+            yield
+        finally:
+            self._turn.release()
+
+    def _change(self, edit: Edit, merge: Merge | None, cancelled: Future[None]) -> None:
+        state = MergeState(self._state.base_generation + 1, merge)
+
+        def change() -> BaseChange:
+            edit.swap()
+            self._state, self._active = state, None if merge is None else edit
+            self._metrics.merge_active(merge is not None)
+            return self._registry.move_base(self._describe(state.base_generation))
+
+        exchange = self._exchange(change)
+        wait({exchange, cancelled}, return_when=FIRST_COMPLETED)
+        if not exchange.done() and exchange.cancel():
+            raise CancelledError
+        exchange.result()
+        members = () if merge is None else tuple(a.name for a in merge.adapters)
+        _log.info(
+            "base changed",
+            extra=log.fields(generation=state.base_generation, merged=",".join(members)),
+        )
+
+
+def _wait_until_resident(mix: Mix, cancelled: Future[Any]) -> None:
+    answer: Future[Any] = Future()
+    if mix.ensure_host(answer.set_result):
+        return
+    wait({answer, cancelled}, return_when=FIRST_COMPLETED)
+    if not answer.done():
+        raise CancelledError
+    result: HostResult = answer.result()
+    if result.error is not None:
+        raise result.error
+
+
+def _operators(mix: Mix) -> list[tuple[AdapterOperators, float]]:
+    found = []
+    for adapter, weight in mix.components:
+        assert adapter.operators is not None, "a held adapter stays resident"
+        found.append((adapter.operators, weight))
+    return found
+
+
+def _check_mergeable(mix: Mix) -> None:
+    reasons = []
+    for adapter, _ in mix.components:
+        assert adapter.operators is not None, "a held adapter stays resident"
+        beyond = beyond_updates(adapter.operators)
+        if beyond:
+            reasons.append(
+                f"{adapter.name!r} ({adapter.facts.method}) cannot be merged: its"
+                f" {' and '.join(beyond)} is no change of the decoder layers' weights"
+            )
+    if reasons:
+        raise InvalidRequestError("; ".join(reasons), violations=[("adapters", r) for r in reasons])
+
+
+def _build(edit: Edit, base: BaseModel, mix: Mix, cancelled: Future[None]) -> MergeReport:
+    """Stores every changed module in ``edit``.
+
+    Raises:
+        InvalidRequestError: A merged weight is not finite (names every such module).
+        concurrent.futures.CancelledError: ``cancelled`` was done.
+    """
+    compute_on_this_thread()
+    members = _operators(mix)
+    errors: list[tuple[str, float]] = []
+    squares = {"error": 0.0, "exact": 0.0, "update": 0.0}
+    overflown = []
+    for path, module in base.modules.items():
+        if cancelled.done():
+            raise CancelledError
+        ops = [(o.modules[path], weight) for o, weight in members if path in o.modules]
+        if not ops:
+            continue
+        biases = [o.bias * factor for o, factor in ops if o.bias is not None]
+        if biases:
+            edit.put_bias(path, torch.stack(biases).sum(0))
+        weight = module.dequantize()
+        exact = weight.clone()
+        for operators, factor in ops:
+            add_delta(exact, operators, module, factor)
+        update = _norm(exact - weight)
+        del weight
+        if update == 0.0:
+            continue  # quantising it anew would change it all the same
+        stored = edit.put_weight(path, exact)
+        if not bool(torch.isfinite(stored).all()):
+            overflown.append(path)
+            continue
+        size, error = _norm(exact), _norm(stored - exact)
+        errors.append((path, error / size))
+        squares["error"] += error**2
+        squares["exact"] += size**2
+        squares["update"] += update**2
+    if overflown:
+        raise InvalidRequestError(
+            f"the merged weights are not finite in {', '.join(overflown)}",
+            violations=[("adapters", f"{path} overflows") for path in overflown],
+        )
+    edit.join()
+    return MergeReport(
+        relative_error=_ratio(squares["error"], squares["exact"]),
+        update_error=_ratio(squares["error"], squares["update"]),
+        modules=tuple(errors),
+    )
+
+
+def _norm(matrix: torch.Tensor) -> float:
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
+
+
+def _ratio(squares: float, reference: float) -> float:
+    return (squares / reference) ** 0.5 if reference else 0.0

@@ -1,0 +1,113 @@
+"""Every key of ``adapter_config.json`` is used, proved irrelevant, or rejected by name.
+
+A method states its keys as a table of rules; a key without a rule is rejected. Reading an unknown
+key as "probably fine" is how servers come to compute the wrong function without a word.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from turret.server.adapters.checkpoint.findings import Violations
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    """Read by the method. ``check`` returns what is wrong with the value, or None."""
+
+    check: Callable[[Any], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Irrelevant:
+    """Has no part in the forward pass, whatever its value; ``why`` is the proof in brief."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rejected:
+    """Changes the forward pass in a way not served, unless the value is one of ``off``."""
+
+    off: tuple[Any, ...]
+    advice: str
+
+
+Rule = Used | Irrelevant | Rejected
+Rules = Mapping[str, Rule]
+
+
+def same(value: Any, other: Any) -> bool:
+    """Equality that keeps ``0``, ``0.0`` and ``False`` apart."""
+    return type(value) is type(other) and value == other
+
+
+def is_bool(value: Any) -> str | None:
+    return None if isinstance(value, bool) else f"must be true or false, not {value!r:.60}"
+
+
+def is_optional_bool(value: Any) -> str | None:
+    return None if value is None else is_bool(value)
+
+
+def is_rank(value: Any) -> str | None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return None if ok else f"must be an integer >= 1, not {value!r:.60}"
+
+
+def is_number(value: Any) -> str | None:
+    # |value| stays exactly representable in fp32 arithmetic; this also excludes infinities.
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= 1e9
+    return None if ok else f"must be a number in [-1e9, 1e9], not {value!r:.60}"
+
+
+def is_optional_text(value: Any) -> str | None:
+    return None if value is None or isinstance(value, str) else "must be a string or null"
+
+
+def is_text(value: Any) -> str | None:
+    return None if isinstance(value, str) else "must be a string"
+
+
+def is_one_of(*allowed: Any) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if any(same(value, one) for one in allowed):
+            return None
+        return f"is {value!r:.60}; served values: {', '.join(map(repr, allowed))}"
+
+    return check
+
+
+COMMON_RULES: Rules = {
+    "peft_type": Used(is_text),
+    "task_type": Used(is_one_of(None, "CAUSAL_LM")),
+    "base_model_name_or_path": Used(is_optional_text),
+    "revision": Irrelevant("names the base's commit; the base is compared by shapes and name"),
+    "auto_mapping": Irrelevant("helps PEFT to find the base's class"),
+    "inference_mode": Irrelevant("freezes parameters; this server never trains"),
+    "peft_version": Irrelevant("provenance"),
+    "runtime_config": Irrelevant("PEFT drops it on save and ignores it on load"),
+}
+
+
+def check_config(config: Mapping[str, Any], rules: Rules, violations: Violations) -> None:
+    """Adds a violation for every key that is unknown, malformed or not served."""
+    for key, value in config.items():
+        rule = rules.get(key)
+        match rule:
+            case None:
+                violations.add(
+                    key,
+                    "is unknown to this version; if it does not change the forward pass, remove it",
+                )
+            case Used(check):
+                problem = check(value)
+                if problem is not None:
+                    violations.add(key, problem)
+            case Rejected(off, advice):
+                if not any(same(value, one) for one in off):
+                    violations.add(key, advice)
+            case Irrelevant():
+                pass

@@ -1,0 +1,245 @@
+"""PEFT's rules for which modules an adapter touches, and with which rank and alpha.
+
+Written to agree with PEFT 0.21 (``tuners_utils.check_target_module_exists``,
+``_maybe_include_all_linear_layers``, ``utils.other.get_pattern_key``), including its corners: an
+exact name in ``target_modules`` skips ``layers_to_transform``, and the first matching pattern wins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from turret.server.adapters.base import HEAD
+from turret.server.adapters.checkpoint.findings import Violations
+from turret.server.adapters.peft_format.pattern_match import Pattern, PatternResult, match_all
+from turret.server.adapters.peft_format.rules import is_number, is_rank
+
+ALL_LINEAR = "all-linear"
+MAX_LIST_ITEMS = 4096
+_ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """What the config says about each module of the base.
+
+    Attributes:
+        targeted: Names that PEFT would adapt.
+        ranks: Configured rank per targeted name.
+        alphas: Configured alpha per targeted name.
+        warnings: Ambiguities worth telling the operator about.
+    """
+
+    targeted: frozenset[str]
+    ranks: Mapping[str, int]
+    alphas: Mapping[str, float]
+    warnings: tuple[str, ...] = ()
+
+
+def _is_string_list(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= MAX_LIST_ITEMS
+        and all(isinstance(item, str) and item for item in value)
+    )
+
+
+def is_module_selector(value: Any) -> str | None:
+    """A non-empty list of names, or one regular expression."""
+    if (isinstance(value, str) and value) or (_is_string_list(value) and value):
+        return None
+    return "must be a non-empty list of module names or a regular expression"
+
+
+def is_optional_module_selector(value: Any) -> str | None:
+    if value is None or isinstance(value, str) or _is_string_list(value):
+        return None
+    return "must be a list of module names, a regular expression or null"
+
+
+def is_layer_indexes(value: Any) -> str | None:
+    items = value if isinstance(value, list) else [value]
+    if value is None or all(isinstance(i, int) and not isinstance(i, bool) for i in items):
+        return None
+    return "must be an integer, a list of integers or null"
+
+
+def is_pattern_of(check: Any) -> Any:
+    """Checks a ``{regular expression: value}`` object (null counts as empty)."""
+
+    def check_pattern(value: Any) -> str | None:
+        if value is None:
+            return None
+        if not isinstance(value, Mapping) or len(value) > MAX_LIST_ITEMS:
+            return f"must be an object with at most {MAX_LIST_ITEMS} keys"
+        for key, item in value.items():
+            problem = check(item)
+            if problem is not None:
+                return f"{key!r} {problem}"
+        return None
+
+    return check_pattern
+
+
+is_rank_pattern = is_pattern_of(is_rank)
+is_alpha_pattern = is_pattern_of(is_number)
+
+
+class _Patterns:
+    """Collects all patterns of a config, so that they are matched in one go."""
+
+    def __init__(self, names: Sequence[str], violations: Violations) -> None:
+        self._names = names
+        self._violations = violations
+        self._wanted: dict[tuple[str, Pattern], None] = {}
+        self._index = {name: i for i, name in enumerate(names)}
+        self._results: dict[Pattern, PatternResult] = {}
+
+    def want(self, field: str, pattern: Pattern) -> Pattern:
+        self._wanted[field, pattern] = None
+        return pattern
+
+    def run(self) -> None:
+        wanted = list(self._wanted)
+        results = match_all([pattern for _, pattern in wanted], self._names)
+        for (field, pattern), result in zip(wanted, results, strict=True):
+            self._results[pattern] = result
+            if result.error is not None:
+                self._violations.add(field, f"{pattern.plain!r:.120} {result.error}")
+
+    def group(self, pattern: Pattern, name: str) -> str | None:
+        """None without a match; else the layer index captured, or ""."""
+        return self._results[pattern].matches[self._index[name]]
+
+    def matches(self, pattern: Pattern, name: str) -> bool:
+        return self.group(pattern, name) is not None
+
+
+def _suffixes(names: Any) -> tuple[str, ...]:
+    """How the path of a module ends that a list names by its last components."""
+    return tuple(f".{name}" for name in names) if isinstance(names, list) else ()
+
+
+def _selector_pattern(patterns: _Patterns, field: str, value: Any) -> Pattern | None:
+    if isinstance(value, str) and value:
+        return patterns.want(field, Pattern("fullmatch", value, value))
+    return None
+
+
+def _keyed_patterns(
+    patterns: _Patterns, field: str, config: Mapping[str, Any]
+) -> dict[str, Pattern]:
+    """Keeps the file's order: PEFT takes the first key that matches."""
+    table = config.get(field) or {}
+    return {key: patterns.want(field, Pattern("match", rf"(.*\.)?({key})$", key)) for key in table}
+
+
+def _check_combination(config: Mapping[str, Any], violations: Violations) -> None:
+    is_regex = isinstance(config.get("target_modules"), str)
+    layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
+    if is_regex and layers is not None:
+        violations.add("layers_to_transform", "has no effect with a target_modules string")
+    if is_regex and pattern is not None:
+        violations.add("layers_pattern", "has no effect with a target_modules string")
+    if pattern and layers is None:
+        violations.add("layers_pattern", "needs layers_to_transform")
+
+
+def resolve_targets(
+    config: Mapping[str, Any],
+    linear_names: Sequence[str],
+    other_names: Sequence[str],
+    violations: Violations,
+) -> Targets:
+    """Applies the selection keys of a config to a base model's module names.
+
+    Args:
+        config: Checked by the ``is_*`` functions above; missing keys mean PEFT's defaults, except
+            ``target_modules``, ``r`` and ``lora_alpha``, which must be there.
+        linear_names: Linear modules.
+        other_names: Modules that exist but are not linear.
+        violations: Receives bad patterns and contradictory keys.
+
+    Returns:
+        The outcome; meaningless if a violation was added.
+    """
+    _check_combination(config, violations)
+    names = [*linear_names, *other_names]
+    patterns = _Patterns(names, violations)
+    targets, excludes = config["target_modules"], config.get("exclude_modules")
+    target_regex = None
+    is_all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
+    if not is_all_linear:
+        target_regex = _selector_pattern(patterns, "target_modules", targets)
+    exclude_regex = _selector_pattern(patterns, "exclude_modules", excludes)
+    layer_regexes = _layer_patterns(patterns, config)
+    rank_regexes = _keyed_patterns(patterns, "rank_pattern", config)
+    alpha_regexes = _keyed_patterns(patterns, "alpha_pattern", config)
+    patterns.run()
+    target_suffixes, exclude_suffixes = _suffixes(targets), _suffixes(excludes)
+
+    def is_excluded(name: str) -> bool:
+        if exclude_regex is not None:
+            return patterns.matches(exclude_regex, name)
+        listed = excludes if isinstance(excludes, list) else []
+        return name in listed or name.endswith(exclude_suffixes)
+
+    def is_targeted(name: str) -> bool:
+        if is_all_linear:
+            return name in linear
+        if target_regex is not None:
+            return patterns.matches(target_regex, name)
+        if name in targets:
+            return True
+        return name.endswith(target_suffixes) and _is_layer_chosen(
+            name, config.get("layers_to_transform"), layer_regexes, patterns
+        )
+
+    # Of the linear modules, "all-linear" leaves out the one that makes logits.
+    linear = frozenset(linear_names) - {HEAD}
+    targeted = [name for name in names if not is_excluded(name) and is_targeted(name)]
+    warnings: list[str] = []
+
+    def values(field: str, regexes: dict[str, Pattern], default: Any) -> dict[str, Any]:
+        table = config.get(field) or {}
+        result = dict.fromkeys(targeted, default)
+        for name in targeted if regexes else ():
+            hits = [key for key, regex in regexes.items() if patterns.matches(regex, name)]
+            if hits:
+                result[name] = table[hits[0]]
+            if len({table[key] for key in hits}) > 1:
+                # PEFT sorts the keys when it saves: training may have seen another order.
+                warnings.append(f"{field}: {hits} all match {name!r}; the first one counts")
+        return result
+
+    ranks = values("rank_pattern", rank_regexes, config["r"])
+    alphas = values("alpha_pattern", alpha_regexes, config["lora_alpha"])
+    return Targets(frozenset(targeted), ranks, alphas, tuple(warnings))
+
+
+def _layer_patterns(patterns: _Patterns, config: Mapping[str, Any]) -> list[Pattern]:
+    """The patterns that find a module's layer index, tried in order; [] if none is needed."""
+    if config.get("layers_to_transform") in (None, []):
+        return []
+    given = config.get("layers_pattern")
+    if not given:
+        return [patterns.want("layers_pattern", Pattern("match", _ANY_LAYER, ""))]
+    given = [given] if isinstance(given, str) else given
+    return [
+        patterns.want("layers_pattern", Pattern("match", rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.", p))
+        for p in given
+    ]
+
+
+def _is_layer_chosen(
+    name: str, indexes: int | list[int] | None, regexes: list[Pattern], patterns: _Patterns
+) -> bool:
+    if not regexes:
+        return True
+    found = next((hit for p in regexes if (hit := patterns.group(p, name)) is not None), None)
+    if not found:
+        return False
+    chosen = [indexes] if isinstance(indexes, int) else indexes or []
+    return int(found) in chosen

@@ -1,0 +1,324 @@
+"""The part of a checkpoint that is about the vocabulary: embedding, and rows of the head.
+
+Every method's checkpoint may hold it, and all hold it alike, so it is taken out first; the method
+reads the rest. LoRA on ``lm_head`` is the method's business: the head is a linear module.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
+from turret.server.adapters.checkpoint.findings import Findings, Violations
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.peft_format.lora_rules import LORA_RULES
+from turret.server.adapters.peft_format.rules import Used
+from turret.server.adapters.peft_format.targets import Targets, resolve_targets
+from turret.server.adapters.peft_format.vocabulary_rows import (
+    changed_rows,
+    check_vocabulary,
+    read_matrix,
+    read_rows,
+)
+from turret.server.adapters.peft_format.vocabulary_rules import (
+    is_modules_to_save,
+    is_token_indices,
+    token_ids_by_module,
+    vocabulary_module,
+)
+from turret.server.adapters.vocabulary import EmbeddingLowRank, VocabularyOperators, VocabularyRows
+
+_WHOLE, _BASE, _ROWS, _A, _B, _MAGNITUDE = "weight", "base", "rows", "a", "b", "magnitude"
+_SUFFIXES = {
+    # PEFT saves the untouched matrix along with an adapter that targets the module.
+    ".base_layer.weight": _BASE,
+    ".weight": _WHOLE,
+    ".token_adapter.trainable_tokens_delta": _ROWS,
+    ".lora_embedding_A": _A,
+    ".lora_embedding_B": _B,
+    ".lora_magnitude_vector": _MAGNITUDE,
+    ".lora_magnitude_vector.weight": _MAGNITUDE,
+}
+_LOW_RANK = (_A, _B, _MAGNITUDE)
+_BY_NAME = {
+    module + suffix: (module, role)
+    for module in (EMBEDDING, HEAD)
+    for suffix, role in _SUFFIXES.items()
+    if module == EMBEDDING or role not in _LOW_RANK
+} | {
+    # What canonical names make of "base_model.", PEFT's prefix beside a learned prompt.
+    "embed_tokens.weight": (EMBEDDING, _WHOLE),
+    f"base_model.{HEAD}.weight": (HEAD, _WHOLE),
+}
+_TARGET_KEYS = (
+    "r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+)
+
+# Role → (name in the file, tensor).
+_Found = dict[str, tuple[str, torch.Tensor]]
+
+
+@dataclass(slots=True)
+class VocabularyPart:
+    """What was taken out, and what is left for the method.
+
+    Attributes:
+        operators: None if the checkpoint leaves the vocabulary alone.
+        rank: Of the embedding's low-rank update; 0 without one.
+        modules: Which of ``embed_tokens`` and ``lm_head`` it changes.
+        rest: The checkpoint without it.
+        base: The base as the method should see it.
+        findings: What is wrong.
+    """
+
+    operators: VocabularyOperators | None
+    rank: int
+    modules: tuple[str, ...]
+    rest: AdapterCheckpoint
+    base: BaseModel
+    findings: Findings
+
+
+def take_vocabulary(checkpoint: AdapterCheckpoint, base: BaseModel) -> VocabularyPart:
+    """Splits a checkpoint; nothing raises, the findings say what is wrong."""
+    config, findings = checkpoint.config, Findings()
+    found: dict[str, _Found] = {EMBEDDING: {}, HEAD: {}}
+    rest = {}
+    for name, tensor in checkpoint.tensors.items():
+        module, role = _BY_NAME.get(name, (None, None))
+        if module is None or role is None:
+            rest[name] = tensor
+        elif role in found[module]:
+            findings.violations.add(name, f"is a second {role} of {module!r}")
+        else:
+            found[module][role] = (name, tensor)
+    rows = _trained_rows(config, found, base, findings)
+    saved = _saved_modules(config, base)
+    rows |= _whole_matrices(saved, found, base, findings)
+    # PEFT adapts no module that it saves whole.
+    base = replace(
+        base,
+        modules={name: module for name, module in base.modules.items() if name not in saved},
+        other_modules=base.other_modules - saved,
+    )
+    low_rank, changes = None, {}
+    if _is_lora(config):
+        if EMBEDDING not in saved:
+            low_rank, changes = _low_rank(config, found[EMBEDDING], base, findings)
+        base = replace(base, other_modules=base.other_modules - {EMBEDDING})
+    else:
+        for name, _ in (found[EMBEDDING][role] for role in _LOW_RANK if role in found[EMBEDDING]):
+            findings.violations.add(name, "is part of a LoRA, the config names another method")
+    embedding, head = rows.get(EMBEDDING), rows.get(HEAD)
+    operators = None
+    if embedding is not None or head is not None or low_rank is not None:
+        operators = VocabularyOperators(embedding=embedding, low_rank=low_rank, head=head)
+    modules = [EMBEDDING] * (embedding is not None or low_rank is not None)
+    return VocabularyPart(
+        operators=operators,
+        rank=0 if low_rank is None else low_rank.rank,
+        modules=tuple(m.rpartition(".")[2] for m in (*modules, *[HEAD] * (head is not None))),
+        rest=replace(
+            checkpoint,
+            config={**config, **changes},
+            tensors=rest,
+            is_partial=any(role in found[EMBEDDING] for role in _LOW_RANK),
+        ),
+        base=base,
+        findings=findings,
+    )
+
+
+def _is_lora(config: Mapping[str, Any]) -> bool:
+    kind = config.get("peft_type")
+    return isinstance(kind, str) and kind.upper() == "LORA"
+
+
+def _trained_rows(
+    config: Mapping[str, Any], found: Mapping[str, _Found], base: BaseModel, findings: Findings
+) -> dict[str, VocabularyRows | None]:
+    """``trainable_token_indices``; a key at fault is reported by the method's rules."""
+    value = config.get("trainable_token_indices")
+    rows: dict[str, VocabularyRows | None] = {}
+    if is_token_indices(value) is not None:
+        return rows
+    is_tied = base.vocabulary.is_tied
+    wanted = token_ids_by_module(value, is_tied=is_tied)
+    is_shared = is_tied and wanted.get(HEAD) is not None and wanted[HEAD] == wanted.get(EMBEDDING)
+    for module in (EMBEDDING, HEAD):
+        name, tensor = found[module].get(_ROWS, (f"{module}.token_adapter", None))
+        ids = wanted.get(module)
+        if module == HEAD and is_shared:
+            rows[HEAD] = rows.get(EMBEDDING)
+            ids = None
+        if tensor is not None and ids is not None:
+            rows[module] = read_rows(name, tensor, ids, base.vocabulary, findings)
+        elif tensor is not None:
+            findings.violations.add(name, "is there, but trainable_token_indices leaves it out")
+        elif ids is not None:
+            findings.violations.add(name, "is missing; trainable_token_indices names the module")
+    return rows
+
+
+def _saved_modules(config: Mapping[str, Any], base: BaseModel) -> set[str]:
+    """What ``modules_to_save`` names; a key at fault is reported by the method's rules."""
+    value = config.get("modules_to_save")
+    if is_modules_to_save(value) is not None:
+        return set()
+    saved = {module for name in value or () if (module := vocabulary_module(name)) is not None}
+    is_tied = config.get("ensure_weight_tying") is True and base.vocabulary.is_tied
+    return saved | {HEAD} if is_tied and EMBEDDING in saved else saved
+
+
+def _whole_matrices(
+    saved: set[str], found: Mapping[str, _Found], base: BaseModel, findings: Findings
+) -> dict[str, VocabularyRows | None]:
+    """Saved modules, and matrices that PEFT saved along, which must be the base's own."""
+    matrices: dict[str, VocabularyRows | None] = {}
+    vocabulary = base.vocabulary
+    served = {EMBEDDING: vocabulary.embedding, HEAD: vocabulary.head}
+    for module, matrix in served.items():
+        name, tensor = found[module].get(_WHOLE, (f"{module}.weight", None))
+        if module in saved:
+            if tensor is None:
+                findings.violations.add(name, "is missing; modules_to_save names the module")
+                continue
+            _check_alone(module, found[module], findings)
+            same = found[EMBEDDING].get(_WHOLE, (name, tensor))[1]
+            is_tied = EMBEDDING in saved and vocabulary.head is vocabulary.embedding
+            if module == HEAD and is_tied and torch.equal(same, tensor):
+                matrices[HEAD] = matrices.get(EMBEDDING)  # one copy of both
+            else:
+                matrices[module] = read_matrix(name, tensor, matrix, vocabulary, findings)
+        elif tensor is not None:
+            _check_unchanged(name, tensor, matrix, base, findings)
+        if _BASE in found[module]:
+            _check_unchanged(*found[module][_BASE], matrix, base, findings)
+    return matrices
+
+
+def _check_alone(module: str, found: _Found, findings: Findings) -> None:
+    for role in (_ROWS, *_LOW_RANK):
+        if role in found:
+            name = found[role][0]
+            findings.violations.add(name, f"is there beside a whole {module!r}: which one counts?")
+
+
+def _check_unchanged(
+    name: str, tensor: torch.Tensor, matrix: torch.Tensor, base: BaseModel, findings: Findings
+) -> None:
+    if tensor.ndim == 2 and not check_vocabulary(name, tensor.shape[0], base.vocabulary, findings):
+        return
+    if findings.check_shape(name, tensor, tuple(matrix.shape)) and len(
+        changed_rows(tensor, matrix)
+    ):
+        why = "differs from the base model's; if it was trained, name the module in modules_to_save"
+        findings.violations.add(name, why)
+
+
+def _low_rank(
+    config: Mapping[str, Any], found: _Found, base: BaseModel, findings: Findings
+) -> tuple[EmbeddingLowRank | None, dict[str, Any]]:
+    """LoRA on the embedding, and changes to the config that the method reads.
+
+    With ``ensure_weight_tying`` PEFT adapts the head of a tied base along with the embedding, and
+    saves factors for it, without naming it in the config.
+    """
+    targets = _targets(config)
+    name, a = found.get(_A, (f"{EMBEDDING}.lora_embedding_A", None))
+    if targets is None:
+        return None, {}
+    if EMBEDDING not in targets.targeted:
+        for role in _LOW_RANK:
+            if role in found:
+                findings.violations.add(found[role][0], "is there, but the config leaves it out")
+        return None, {}
+    changes = {}
+    is_tied = config.get("ensure_weight_tying") is True and base.vocabulary.is_tied
+    if is_tied and HEAD not in targets.targeted:
+        chosen = config["target_modules"]
+        is_regex = isinstance(chosen, str)
+        changes["target_modules"] = f"(?:{chosen}|{HEAD})" if is_regex else [*chosen, HEAD]
+    if _ROWS in found:
+        findings.violations.add(found[_ROWS][0], "cannot be combined with LoRA on the embedding")
+    b = found.get(_B, (f"{EMBEDDING}.lora_embedding_B", None))
+    for role_name, tensor in ((name, a), b):
+        if tensor is None:
+            findings.violations.add(role_name, "is missing; the config targets the module")
+    if a is None or b[1] is None:
+        return None, changes
+    rank = targets.ranks[EMBEDDING]
+    size, hidden = base.vocabulary.embedding.shape
+    if a.ndim == 2 and not check_vocabulary(name, a.shape[1], base.vocabulary, findings):
+        return None, changes
+    is_fit = findings.check_shape(name, a, (rank, size), of_base=False)
+    is_fit &= findings.check_shape(b[0], b[1], (hidden, rank), of_base=False)
+    gain = None
+    if (_MAGNITUDE in found) != (config.get("use_dora") is True):
+        why = "use_dora and the tensor go together; one of them is missing"
+        findings.violations.add(f"{EMBEDDING}.lora_magnitude_vector", why)
+        is_fit = False
+    if not is_fit:
+        return None, changes
+    root = math.sqrt(rank) if config.get("use_rslora") is True else rank
+    wide = torch.promote_types(base.dtype, torch.float32)
+    scaled = b[1].to(wide) * (targets.alphas[EMBEDDING] / root)
+    if _MAGNITUDE in found:
+        gain = _dora_gain(*found[_MAGNITUDE], a, scaled, base, findings)
+        if gain is None:
+            return None, changes
+        scaled = scaled * gain.to(wide)[:, None]
+    result = EmbeddingLowRank(
+        a.T.to(base.dtype).contiguous(), scaled.to(base.dtype).contiguous(), gain
+    )
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in result.tensors()):
+        findings.violations.add(name, f"is not finite once scaled and rounded to {base.dtype}")
+        return None, changes
+    return result, changes
+
+
+def _targets(config: Mapping[str, Any]) -> Targets | None:
+    """Whether and how the config targets the embedding; None if a key it takes is at fault."""
+    for key in _TARGET_KEYS:
+        rule = LORA_RULES[key]
+        assert isinstance(rule, Used)
+        if key in config and rule.check(config[key]) is not None:
+            return None
+    if not {"r", "lora_alpha", "target_modules"} <= config.keys():
+        return None
+    violations = Violations()
+    targets = resolve_targets(config, [HEAD], [EMBEDDING], violations)
+    return None if violations else targets
+
+
+def _dora_gain(
+    name: str,
+    magnitude: torch.Tensor,
+    a: torch.Tensor,
+    scaled_b: torch.Tensor,
+    base: BaseModel,
+    findings: Findings,
+) -> torch.Tensor | None:
+    """``m / ‖E + s·(B A)ᵀ‖`` per column of the embedding, ``[hidden]`` fp32."""
+    hidden = scaled_b.shape[0]
+    if not findings.check_shape(name, magnitude, (hidden,), (1, hidden), (hidden, 1)):
+        return None
+    squares = torch.zeros(hidden, dtype=torch.float64)
+    embedding = base.vocabulary.embedding.cpu()
+    for start in range(0, len(embedding), 4096):
+        rows = slice(start, start + 4096)
+        update = a[:, rows].T.to(scaled_b.dtype) @ scaled_b.T
+        squares += (embedding[rows].to(scaled_b.dtype) + update).double().square().sum(0)
+    return (magnitude.reshape(-1).double() / squares.sqrt()).to(torch.float32)

@@ -1,0 +1,91 @@
+"""Makes rows of embedding and head from tensors of a file."""
+
+from __future__ import annotations
+
+import torch
+
+from turret.server.adapters.base import BaseVocabulary
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.vocabulary import VocabularyRows
+
+# Rows compared at once: 8,192 of 4,096 numbers are 128 MB in fp32.
+_ROWS_PER_BLOCK = 8192
+
+
+def check_vocabulary(name: str, rows: int, base: BaseVocabulary, findings: Findings) -> bool:
+    """Whether a matrix has a row per token of the base."""
+    if rows == base.size:
+        return True
+    why = (
+        f"has {rows} rows, the base model has {base.size} tokens: a resized vocabulary is not"
+        " served; serve the resized model as the base"
+    )
+    findings.mismatches.append((name, why))
+    return False
+
+
+def read_rows(
+    name: str, tensor: torch.Tensor, ids: list[int], base: BaseVocabulary, findings: Findings
+) -> VocabularyRows | None:
+    """Trained rows of some tokens; they come in the order of the config's ids."""
+    over = [i for i in ids if i >= base.size]
+    if over:
+        why = (
+            f"is trained for token {over[0]}, the base model has {base.size} tokens: a resized"
+            " vocabulary is not served; serve the resized model as the base"
+        )
+        findings.mismatches.append((name, why))
+        return None
+    if not findings.check_shape(name, tensor, (len(ids), base.embedding.shape[1])):
+        return None
+    order = torch.tensor(ids).argsort()
+    values = tensor.index_select(0, order).to(base.embedding.dtype).contiguous()
+    return _finite(name, VocabularyRows(torch.tensor(ids)[order], values), findings)
+
+
+def read_matrix(
+    name: str,
+    tensor: torch.Tensor,
+    base_matrix: torch.Tensor,
+    base: BaseVocabulary,
+    findings: Findings,
+) -> VocabularyRows | None:
+    """The rows of a whole matrix that differ from the base's; None if all are the same."""
+    if tensor.ndim != 2:
+        findings.violations.add(name, f"must be 2-D, not {list(tensor.shape)}")
+        return None
+    if not check_vocabulary(name, tensor.shape[0], base, findings):
+        return None
+    if not findings.check_shape(name, tensor, tuple(base_matrix.shape)):
+        return None
+    ids = changed_rows(tensor, base_matrix)
+    if not len(ids):
+        return None
+    # Picking rows costs more than it saves once most of them are other ones.
+    if 2 * len(ids) > base.size:
+        return _finite(name, VocabularyRows(None, _owned(tensor, base_matrix.dtype)), findings)
+    values = tensor.index_select(0, ids).to(base_matrix.dtype).contiguous()
+    return _finite(name, VocabularyRows(ids, values), findings)
+
+
+def changed_rows(tensor: torch.Tensor, base_matrix: torch.Tensor) -> torch.Tensor:
+    """Ids of the rows that differ, once both are in the coarser of the two dtypes."""
+    served = base_matrix.cpu()
+    found = []
+    for start in range(0, len(tensor), _ROWS_PER_BLOCK):
+        mine, theirs = (m[start : start + _ROWS_PER_BLOCK] for m in (tensor, served))
+        is_other = (mine.to(theirs.dtype) != theirs) & (mine != theirs.to(mine.dtype))
+        found.append(is_other.any(dim=1).nonzero().squeeze(1) + start)
+    return torch.cat(found)
+
+
+def _owned(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Not a view: that would keep all other tensors of the file."""
+    return tensor.to(dtype, copy=True).contiguous()
+
+
+def _finite(name: str, rows: VocabularyRows, findings: Findings) -> VocabularyRows | None:
+    if bool(torch.isfinite(rows.values).all()):
+        return rows
+    findings.violations.add(name, f"is not finite once rounded to {rows.values.dtype}")
+    return None

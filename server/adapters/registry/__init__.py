@@ -1,0 +1,1 @@
+"""Names and generations: load, replace, pin, unload, resolve for requests."""

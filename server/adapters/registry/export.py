@@ -1,0 +1,117 @@
+"""An adapter's files on their way out, byte for byte as they were loaded."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import (
+    CONFIG_FILE,
+    TENSORS_FILE,
+    begin_digest,
+    parse_config,
+)
+from turret.server.adapters.residency.loader import changed
+from turret.server.adapters.source import Source
+from turret.server.errors import AdapterChangedError
+
+CHUNK_BYTES = 256 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class ExportedFile:
+    """One file: its plain name, its size in bytes and the SHA-256 of its content in hex."""
+
+    name: str
+    size_bytes: int
+    sha256: str
+
+
+class AdapterExport:
+    """Both files, open: an unload or a replacement meanwhile does not harm the export.
+
+    Making one reads the files once, to know that they are still what was loaded. Use it as a
+    context manager. Blocks on the disk.
+
+    Args:
+        root: What ``source`` is relative to.
+        source: Where the files are.
+        record: The adapter, as clients see it.
+
+    Raises:
+        AdapterChangedError: The files are not those that were loaded.
+        AdapterCheckpointError: They cannot be opened.
+    """
+
+    def __init__(self, root: AdapterRoot, source: Source, record: AdapterInfo) -> None:
+        self.record = record
+        self._source = source
+        directory = root.directory(source.path)
+        self._files: dict[str, BinaryIO] = {}
+        try:
+            for name in (CONFIG_FILE, TENSORS_FILE):
+                self._files[name] = root.open_file(directory, name, source.path)
+            self.files = tuple(_describe(name, file) for name, file in self._files.items())
+            self._check_digest()
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for file in self._files.values():
+            file.close()
+
+    def chunks(self) -> Iterator[tuple[str, bytes]]:
+        """Name and next bytes, file after file.
+
+        Raises:
+            AdapterChangedError: A file was written to meanwhile.
+        """
+        for announced in self.files:
+            file = self._files[announced.name]
+            file.seek(0)
+            digest = hashlib.sha256()
+            while data := file.read(CHUNK_BYTES):
+                digest.update(data)
+                yield announced.name, data
+            if digest.hexdigest() != announced.sha256:
+                raise AdapterChangedError(
+                    f"{self._source.path}/{announced.name} changed while it was exported",
+                    metadata={"path": self._source.path},
+                )
+
+    def _check_digest(self) -> None:
+        config = self._files[CONFIG_FILE]
+        config.seek(0)
+        digest = begin_digest(parse_config(config.read(), self._source.path))
+        file = self._files[TENSORS_FILE]
+        file.seek(0)
+        while data := file.read(CHUNK_BYTES):
+            digest.update(data)
+        if digest.hexdigest() != self.record.digest:
+            raise changed(self._source, self.record.digest, digest.hexdigest())
+
+
+def _describe(name: str, file: BinaryIO) -> ExportedFile:
+    digest = hashlib.sha256()
+    size = 0
+    while data := file.read(CHUNK_BYTES):
+        digest.update(data)
+        size += len(data)
+    return ExportedFile(name, size, digest.hexdigest())

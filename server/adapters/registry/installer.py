@@ -1,0 +1,158 @@
+"""Turns files into a registered generation, or leaves everything as it was."""
+
+from __future__ import annotations
+
+import logging
+import uuid as uuids
+from contextlib import nullcontext
+
+from turret.server import log
+from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.component import component_refs
+from turret.server.adapters.registry.name_table import NameTable
+from turret.server.adapters.registry.pins import Pins
+from turret.server.adapters.registry.registration import Registration
+from turret.server.adapters.residency.host_cache import HostCache
+from turret.server.adapters.residency.loader import AdapterLoader, LoadedAdapter
+from turret.server.adapters.source import Source
+from turret.server.adapters.state.ledger import Ledger
+from turret.server.adapters.state.staged_upload import StagedUpload
+from turret.server.errors import AdapterExistsError, TurretError
+
+_log = logging.getLogger(__name__)
+
+
+class Installer:
+    """Call ``install`` under the name's lock."""
+
+    def __init__(
+        self,
+        loader: AdapterLoader,
+        table: NameTable,
+        *,
+        cache: HostCache,
+        ledger: Ledger,
+        pins: Pins,
+    ) -> None:
+        self._loader = loader
+        self._table = table
+        self._cache = cache
+        self._ledger = ledger
+        self._pins = pins
+
+    def install(
+        self,
+        name: str,
+        source: Source,
+        *,
+        staged: StagedUpload | None = None,
+        pinned: bool = False,
+        replace: bool = False,
+    ) -> Registration:
+        """Reads ``source`` and makes it what ``name`` stands for.
+
+        Args:
+            name: Well-formed.
+            source: Where the files are now.
+            staged: The upload that ``source`` lies in; it is moved to its place.
+            pinned: Whether to pin it too.
+            replace: Whether the name must be registered already. If not, it must not be, unless
+                with the same content.
+
+        Raises:
+            AdapterNotFoundError, AdapterExistsError: As ``replace`` says.
+            AdapterInUseError: The name is being unloaded, or a fusion needs the weights it has.
+            AdapterCheckpointError, AdapterMismatchError, AdapterComponentError,
+                BudgetExceededError, StorageFullError: The new weights cannot be taken.
+        """
+        before = self._table.find(name) if replace else self._table.get(name)
+        if before is not None:
+            self._table.check_active(before)
+        checkpoint = self._loader.read(source)
+        if before is not None and before.current.digest == checkpoint.digest:
+            self._confirm(before, source, pinned)
+            return before
+        if before is not None and not replace:
+            raise AdapterExistsError(
+                f"adapter name {name!r} is taken by other weights; replace or unload it",
+                metadata={"adapter": name, "digest": before.current.digest},
+            )
+        digests = [ref.digest for ref in component_refs(checkpoint.config)]
+        with (
+            self._table.awaiting(digests),
+            nullcontext() if before is None else self._table.replacing(before),
+        ):
+            loaded = self._loader.lower(checkpoint)
+            # What follows may have to wait for memory, which the weights would take twice.
+            del checkpoint
+            return self._enter(name, source, loaded, before, staged=staged, pinned=pinned)
+
+    def _enter(
+        self,
+        name: str,
+        source: Source,
+        loaded: LoadedAdapter,
+        before: Registration | None,
+        *,
+        staged: StagedUpload | None,
+        pinned: bool,
+    ) -> Registration:
+        """Makes lowered weights what the name stands for, or the next generation of it."""
+        if before is None:
+            adapter = Adapter(name, uuids.uuid4().hex, 1, source, loaded.facts)
+            self._admit(adapter, loaded, staged, pinned)
+            registration = Registration(adapter)
+            self._table.add(registration)
+        else:
+            registration, old = before, before.current
+            adapter = Adapter(name, old.uuid, old.generation + 1, source, loaded.facts)
+            self._admit(adapter, loaded, staged, pinned or old.pinned, replaced=registration)
+            self._table.swap(registration, adapter)
+        self._cache.pump()
+        return registration
+
+    def _confirm(self, registration: Registration, source: Source, pinned: bool) -> None:
+        """The content is registered already, from this or another place."""
+        adapter = registration.current
+        self._table.check_active(registration)
+        if source != adapter.source and not (source.is_upload or adapter.source.is_upload):
+            # Known to hold the content; the old path may be gone.
+            self._ledger.save(adapter, pinned=adapter.pinned, source=source)
+            adapter.source = source
+        if pinned:
+            self._pins.pin(registration)
+
+    def _admit(
+        self,
+        adapter: Adapter,
+        loaded: LoadedAdapter,
+        staged: StagedUpload | None,
+        pinned: bool,
+        replaced: Registration | None = None,
+    ) -> None:
+        """Memory first, because it may refuse; then the disk. The name is the caller's."""
+        try:
+            self._cache.insert(adapter, loaded)
+            if pinned:
+                self._pins.hold(adapter)
+            if staged is not None:
+                self._ledger.adopt(staged, adapter)
+            if replaced is not None:
+                self._table.check_active(replaced)
+            self._ledger.save(adapter, pinned=pinned)
+        except BaseException:
+            self._withdraw(adapter, replaced)
+            raise
+
+    def _withdraw(self, adapter: Adapter, replaced: Registration | None) -> None:
+        self._cache.forget(adapter, "error")
+        self._cache.pump()
+        try:
+            if replaced is None:
+                self._ledger.remove(adapter.name)
+            else:
+                self._ledger.save(replaced.current, pinned=replaced.current.pinned)
+        except (OSError, TurretError) as error:
+            # The write that failed has most likely changed nothing, so that this one is not missed.
+            _log.warning("cannot undo", extra=log.fields(adapter=adapter.name, reason=error))
+        self._ledger.discard(adapter.source)

@@ -1,0 +1,274 @@
+"""Who is registered and who is in flight; every method is thread-safe and none of them blocks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server.adapters.component import COMPONENTS_KEY, ComponentRef
+from turret.server.adapters.mix import BASE_MIX, Mix, MixRef
+from turret.server.adapters.registry.registration import Registration
+from turret.server.adapters.residency.host_cache import HostCache
+from turret.server.adapters.residency.metrics import AdapterMetrics
+from turret.server.adapters.source import Source
+from turret.server.errors import (
+    AdapterComponentError,
+    AdapterInUseError,
+    AdapterNotFoundError,
+    InvalidRequestError,
+)
+
+
+def in_use(name: str, why: str) -> AdapterInUseError:
+    return AdapterInUseError(f"adapter {name!r} {why}", metadata={"adapter": name})
+
+
+def _not_found(missing: Sequence[str]) -> AdapterNotFoundError:
+    return AdapterNotFoundError(
+        f"adapter not found: {', '.join(missing)}", metadata={"adapters": ",".join(missing)}
+    )
+
+
+class NameTable:
+    """Names, generations and the mixes that hold them.
+
+    Args:
+        lock: Shared with ``cache``; re-entrant.
+        cache: What is in memory.
+        metrics: Learns which names there are.
+        on_gone: Called, without the lock, with a generation that no request will use any more.
+    """
+
+    def __init__(
+        self,
+        lock: threading.RLock,
+        cache: HostCache,
+        metrics: AdapterMetrics,
+        on_gone: Callable[[Adapter], None],
+    ) -> None:
+        self._changed = threading.Condition(lock)
+        self._cache = cache
+        self._metrics = metrics
+        self._on_gone = on_gone
+        self._by_name: dict[str, Registration] = {}
+        self._mixes: set[Mix] = set()
+        # Digests of components whose fusion is on its way in.
+        self._awaited: Counter[str] = Counter()
+
+    def find(self, name: str) -> Registration:
+        """The registration of a name.
+
+        Raises:
+            AdapterNotFoundError: Not registered.
+        """
+        with self._changed:
+            registration = self._by_name.get(name)
+        if registration is None:
+            raise _not_found([name])
+        return registration
+
+    def get(self, name: str) -> Registration | None:
+        with self._changed:
+            return self._by_name.get(name)
+
+    def records(self) -> list[AdapterInfo]:
+        """Snapshots of all adapters, by name; each is consistent, the list as a whole is not."""
+        with self._changed:
+            registrations = list(self._by_name.values())
+        registrations.sort(key=lambda registration: registration.name)
+        records = []
+        for registration in registrations:
+            # Not once for all of them: an engine step would have to wait for thousands.
+            with self._changed:
+                records.append(registration.record())
+        return records
+
+    def check_active(self, registration: Registration) -> None:
+        """Raises AdapterInUseError if it is being unloaded, AdapterNotFoundError if it was."""
+        with self._changed:
+            if self._by_name.get(registration.name) is not registration:
+                raise _not_found([registration.name])
+            if registration.state != "ACTIVE":
+                raise in_use(registration.name, "is being unloaded")
+
+    def add(self, registration: Registration) -> None:
+        """Lets requests name it."""
+        with self._changed:
+            assert registration.name not in self._by_name
+            self._by_name[registration.name] = registration
+            self._metrics.adapter_registered(registration.name, registration.current.residency)
+
+    def swap(self, registration: Registration, adapter: Adapter) -> None:
+        """Makes ``adapter`` what new requests get; the one before goes after its last request."""
+        with self._changed:
+            before, registration.current = registration.current, adapter
+            before.is_retired = True
+            self._cache.set_pinned(before, False)
+            registration.retired += (before,)
+            self._metrics.adapter_residency(registration.name, adapter.residency)
+            gone = self._forget_retired(registration)
+        self._part_with(gone)
+
+    def remove(self, registration: Registration) -> None:
+        """Takes a name that is being unloaded, and that no mix holds, off the list."""
+        with self._changed:
+            assert registration.in_flight == 0
+            del self._by_name[registration.name]
+            self._cache.forget(registration.current, "unload")
+            self._metrics.adapter_removed(registration.name)
+        self._cache.pump()
+
+    # Components: what a fusion is built from stays registered for as long as the fusion is.
+
+    def source_of(self, ref: ComponentRef) -> Source:
+        """Where the files of a component are.
+
+        Raises:
+            AdapterComponentError: No registered adapter has its digest, or none that stays.
+        """
+        with self._changed:
+            for registration in self._by_name.values():
+                if registration.current.digest == ref.digest and registration.is_staying:
+                    return registration.current.source
+            named = self._by_name.get(ref.name)
+        if named is None:
+            why = "is not registered"
+        elif named.current.digest == ref.digest:
+            why = "is being unloaded or replaced"
+        else:
+            why = f"stands for other weights (digest {named.current.digest}) than the fusion names"
+        why = f"{ref.name!r} {why}; load the adapter with digest {ref.digest}"
+        raise AdapterComponentError(
+            f"component {why}",
+            metadata={"component": ref.name, "digest": ref.digest},
+            violations=[(COMPONENTS_KEY, why)],
+        )
+
+    @contextmanager
+    def awaiting(self, digests: Sequence[str]) -> Iterator[None]:
+        """Keeps components registered while what is built from them is not yet."""
+        with self._changed:
+            self._awaited.update(digests)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._awaited.subtract(digests)
+
+    @contextmanager
+    def replacing(self, registration: Registration) -> Iterator[None]:
+        """Until it ends, no new fusion is built from the newest generation.
+
+        Raises:
+            AdapterInUseError: A fusion is built from it.
+        """
+        with self._changed:
+            self.check_not_component(registration)
+            registration.is_replacing = True
+        try:
+            yield
+        finally:
+            with self._changed:
+                registration.is_replacing = False
+
+    def check_not_component(self, registration: Registration) -> None:
+        """Raises AdapterInUseError if a fusion needs its weights and no other name has them."""
+        digest = registration.current.digest
+        with self._changed:
+            others = [r for r in self._by_name.values() if r is not registration]
+            if any(r.current.digest == digest and r.is_staying for r in others):
+                return
+            fusions = [r.name for r in others if r.is_built_from(digest)]
+            if not fusions and self._awaited[digest] == 0:
+                return
+        which = ", ".join(map(repr, fusions)) or "an adapter that is being loaded"
+        raise in_use(registration.name, f"is a component of {which}; unload that first")
+
+    def wait_until_unheld(self, registration: Registration, timeout_seconds: float | None) -> None:
+        """Returns when no mix holds it, or after the timeout; the caller looks which."""
+        with self._changed:
+            self._changed.wait_for(lambda: registration.in_flight == 0, timeout_seconds)
+
+    def acquire(self, refs: Sequence[MixRef]) -> Mix:
+        """See ``AdapterRegistry.acquire``."""
+        if not refs:
+            return BASE_MIX
+        repeated = [name for name, count in Counter(r.name for r in refs).items() if count > 1]
+        if repeated:
+            raise InvalidRequestError(
+                f"adapters: named more than once: {', '.join(repeated)}",
+                violations=[("adapters", f"{name!r} is named more than once") for name in repeated],
+            )
+        with self._changed:
+            found: list[tuple[Registration, float]] = []
+            missing: list[str] = []
+            for ref in refs:
+                registration = self._by_name.get(ref.name)
+                why = _why_missing(ref, registration)
+                if why is not None or registration is None:
+                    missing.append(ref.name + (why or ""))
+                else:
+                    found.append((registration, ref.weight))
+            if missing:
+                raise _not_found(missing)
+            now = time.time()
+            for registration, _ in found:
+                registration.last_used_time = now
+            return self.open([(registration.current, weight) for registration, weight in found])
+
+    def open(self, components: Sequence[tuple[Adapter, float]]) -> Mix:
+        """A mix of these generations; ``release`` ends it."""
+        with self._changed:
+            for adapter, _ in components:
+                adapter.in_flight += 1
+            mix = Mix(tuple(components), self._cache.ensure_host)
+            self._mixes.add(mix)
+            self._cache.open(mix)
+            return mix
+
+    def release(self, mix: Mix) -> None:
+        """See ``AdapterRegistry.release``."""
+        with self._changed:
+            if mix not in self._mixes:
+                return
+            self._mixes.remove(mix)
+        # First the hold, then the count: who sees 0 in flight may forget the adapter.
+        self._cache.close_lease(mix)
+        gone: list[Adapter] = []
+        with self._changed:
+            for adapter, _ in mix.components:
+                adapter.in_flight -= 1
+                if adapter.is_retired and adapter.in_flight == 0:
+                    gone += self._forget_retired(self._by_name[adapter.name])
+            self._changed.notify_all()
+        self._part_with(gone)
+
+    def _forget_retired(self, registration: Registration) -> list[Adapter]:
+        gone = [adapter for adapter in registration.retired if adapter.in_flight == 0]
+        for adapter in gone:
+            self._cache.forget(adapter, "replace")
+        registration.retired = tuple(a for a in registration.retired if a.in_flight)
+        return gone
+
+    def _part_with(self, gone: Sequence[Adapter]) -> None:
+        if gone:
+            self._cache.pump()
+        for adapter in gone:
+            self._on_gone(adapter)
+
+
+def _why_missing(ref: MixRef, registration: Registration | None) -> str | None:
+    """None if the ref resolves; else what to say behind its name."""
+    if registration is None:
+        return ""
+    if registration.state != "ACTIVE":
+        return " (being unloaded)"
+    newest = registration.current.generation
+    if ref.generation is not None and ref.generation != newest:
+        return f" (generation {ref.generation}; the current one is {newest})"
+    return None

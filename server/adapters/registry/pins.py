@@ -1,0 +1,85 @@
+"""Brings adapters into host memory to stay."""
+
+from __future__ import annotations
+
+import threading
+
+from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.mix import HostResult, Mix
+from turret.server.adapters.registry.name_table import NameTable
+from turret.server.adapters.registry.registration import Registration
+from turret.server.adapters.residency.host_cache import HostCache
+from turret.server.adapters.state.ledger import Ledger
+from turret.server.errors import BudgetExceededError
+
+PIN_TIMEOUT_SECONDS = 60.0
+RETRY_SECONDS = 1.0
+
+
+class Pins:
+    """Call every method under the name's lock, so that the newest generation stays the newest."""
+
+    def __init__(self, table: NameTable, cache: HostCache, ledger: Ledger) -> None:
+        self._table = table
+        self._cache = cache
+        self._ledger = ledger
+
+    def pin(self, registration: Registration) -> None:
+        """Pins the newest generation; see ``AdapterRegistry.pin``."""
+        self._table.check_active(registration)
+        adapter = registration.current
+        mix = self._wait_until_resident(adapter)
+        try:
+            self._table.check_active(registration)
+            self._ledger.save(adapter, pinned=True)
+            self._cache.set_pinned(adapter, True)
+        finally:
+            self._table.release(mix)
+
+    def hold(self, adapter: Adapter) -> None:
+        """Pins a generation that no name stands for yet, and says so nowhere.
+
+        Raises:
+            BudgetExceededError: No room for it.
+        """
+        mix = self._wait_until_resident(adapter)
+        self._cache.set_pinned(adapter, True)
+        self._table.release(mix)
+
+    def unpin(self, registration: Registration) -> None:
+        """Undoes ``pin``."""
+        adapter = registration.current
+        if adapter.pinned:
+            self._ledger.save(adapter, pinned=False)
+            self._cache.set_pinned(adapter, False)
+            self._cache.pump()
+
+    def _wait_until_resident(self, adapter: Adapter) -> Mix:
+        """A mix that holds the adapter in memory; release it."""
+        mix = self._table.open([(adapter, 1.0)])
+        answered = threading.Event()
+        results: list[HostResult] = []
+
+        def on_host(result: HostResult) -> None:
+            results.append(result)
+            answered.set()
+
+        try:
+            if not mix.ensure_host(on_host):
+                if not answered.wait(PIN_TIMEOUT_SECONDS):
+                    raise _no_room(adapter)
+                if results[0].error is not None:
+                    raise results[0].error
+        except BaseException:
+            self._table.release(mix)
+            raise
+        return mix
+
+
+def _no_room(adapter: Adapter) -> BudgetExceededError:
+    return BudgetExceededError(
+        f"no room in host memory to pin adapter {adapter.name!r}"
+        f" ({adapter.host_bytes_needed} bytes)",
+        metadata={"adapter": adapter.name, "bytes": str(adapter.host_bytes_needed)},
+        retry_after_seconds=RETRY_SECONDS,
+    )

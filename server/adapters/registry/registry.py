@@ -1,0 +1,363 @@
+"""The adapters of one server: load, upload, replace, resolve for requests, pin, unload, restore.
+
+Every method is thread-safe. Names are changed one at a time (``NameLocks``). The lock that engine
+steps may have to wait for is never held while a file is read or written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+from turret.server import log
+from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server.adapters.base import BaseChange, BaseModel
+from turret.server.adapters.fuse.fuser import Fuser
+from turret.server.adapters.mix import Mix, MixRef
+from turret.server.adapters.registry.export import AdapterExport
+from turret.server.adapters.registry.installer import Installer
+from turret.server.adapters.registry.name_locks import NameLocks
+from turret.server.adapters.registry.name_table import NameTable
+from turret.server.adapters.registry.pins import Pins
+from turret.server.adapters.registry.registration import Registration
+from turret.server.adapters.registry.unloads import UnloadMode, Unloads
+from turret.server.adapters.residency.host_cache import HostCache
+from turret.server.adapters.residency.loader import AdapterLoader
+from turret.server.adapters.residency.metrics import AdapterMetrics, NoAdapterMetrics
+from turret.server.adapters.source import Source
+from turret.server.adapters.state.ledger import Ledger
+from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
+from turret.server.adapters.state.state_dir import StateDir
+from turret.server.errors import (
+    AdapterCheckpointError,
+    AdapterNotFoundError,
+    InvalidRequestError,
+    TurretError,
+)
+
+_log = logging.getLogger(__name__)
+
+NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
+
+
+class AdapterRegistry:
+    """All adapters of one base model.
+
+    Args:
+        root: Directory adapters are loaded from; nothing outside it is ever opened. None: nothing
+            is loaded at all.
+        base: The base model as served.
+        host_bytes: Budget for operators in host memory, all adapters together.
+        max_rank: Largest rank served.
+        metrics: Receives counts; see ``AdapterMetrics``.
+        state: Where registrations survive a restart and uploads live. None: neither.
+        on_force_unload: Called with the uuid of an adapter whose running requests must end now;
+            they still have to release their mixes. May be set later.
+        on_unloaded: Called with the key of a generation that is gone (unloaded, or replaced and no
+            longer in use), so that copies of its operators can go too. May be set later.
+        load_threads: Background reads at a time.
+
+    Attributes:
+        fuser: Makes new adapters of those there are.
+    """
+
+    def __init__(
+        self,
+        root: Path | None,
+        base: BaseModel,
+        host_bytes: int,
+        max_rank: int,
+        metrics: AdapterMetrics | None = None,
+        *,
+        state: StateDir | None = None,
+        on_force_unload: Callable[[str], None] | None = None,
+        on_unloaded: Callable[[str], None] | None = None,
+        load_threads: int = 2,
+    ) -> None:
+        uploads = None if state is None else state.path
+        self._loader = loader = AdapterLoader(
+            root, base, host_bytes, max_rank, uploads, lambda ref: self._table.source_of(ref)
+        )
+        self._ledger = ledger = Ledger(state)
+        self._lock = lock = threading.RLock()
+        self._metrics: AdapterMetrics = metrics or NoAdapterMetrics()
+        self._cache = cache = HostCache(
+            host_bytes,
+            self._loader.reload,
+            lock=lock,
+            metrics=self._metrics,
+            load_threads=load_threads,
+        )
+        self._table = table = NameTable(lock, cache, self._metrics, self._on_retired_gone)
+        self._pins = pins = Pins(table, cache, ledger)
+        self._installer = Installer(loader, table, cache=cache, ledger=ledger, pins=pins)
+        self._names = names = NameLocks()
+        self._unloads = Unloads(
+            lock, table, names, ledger, end_users=self._end_users, on_gone=self._notify_gone
+        )
+        self.fuser = Fuser(self, loader, ledger, host_bytes=host_bytes, max_rank=max_rank)
+        self.on_force_unload = on_force_unload
+        self.on_unloaded = on_unloaded
+        # Removes files; whoever lets go of a generation last may be the engine thread.
+        self._janitor = ThreadPoolExecutor(1, thread_name_prefix="adapter-files")
+
+    @property
+    def host_bytes_used(self) -> int:
+        """Bytes of operators in host memory, those being read included."""
+        return self._cache.used_bytes
+
+    @property
+    def base(self) -> BaseModel:
+        """The base model as served now."""
+        return self._loader.base
+
+    def move_base(self, base: BaseModel) -> BaseChange:
+        """Makes later reads lower to another base; call it between two steps.
+
+        Adapters that were computed from the base before (DoRA's gains are) are computed again,
+        those that nobody holds when they are next asked for.
+        """
+        self._loader.base = base
+        stale = self._cache.move_base(base.generation)
+        self._cache.pump()
+        return BaseChange(base.generation, stale)
+
+    def restore(self) -> int:
+        """Registers what the state directory knows, without reading weights; call it first.
+
+        Pinned adapters are read at once; one that cannot be is reported and left unpinned.
+
+        Returns:
+            How many adapters were registered.
+
+        Raises:
+            OSError: The directory cannot be read.
+        """
+        found = self._ledger.read()
+        for saved in found:
+            self._table.add(
+                Registration(
+                    Adapter(saved.name, saved.uuid, saved.generation, saved.source, saved.facts)
+                )
+            )
+        for saved in found:
+            if saved.pinned:
+                try:
+                    self.pin(saved.name)
+                except TurretError as error:
+                    _log.error("cannot pin", extra=log.fields(adapter=saved.name, reason=error))
+        return len(found)
+
+    # New weights
+
+    def load(self, name: str, path: str, pinned: bool = False) -> AdapterInfo:
+        """Reads an adapter and registers it; blocks, so call it off the engine thread.
+
+        The same content under the same name is accepted again and changes at most the pin.
+
+        Raises:
+            InvalidRequestError: Malformed name.
+            AdapterExistsError: The name has other content.
+            AdapterInUseError: The name is being unloaded.
+            AdapterCheckpointError, AdapterMismatchError, AdapterComponentError: See the loader.
+            BudgetExceededError: Rank or bytes over the limits, or no room for a pinned adapter.
+            StorageFullError: The registration cannot be written.
+        """
+        with self._changing(name):
+            registration = self._installer.install(name, Source(path), pinned=pinned)
+            return self._record(registration)
+
+    def replace(self, name: str, path: str) -> AdapterInfo:
+        """Makes the adapter in ``path`` the next generation of a registered name.
+
+        Requests that hold the generation before finish on it; it is freed after the last of them.
+        A pinned adapter stays pinned, and for that both generations must fit at once. The same
+        content is accepted again and makes no new generation.
+
+        Raises:
+            AdapterNotFoundError: Not registered.
+            AdapterInUseError: Being unloaded, or a component of a fusion.
+            AdapterCheckpointError, AdapterMismatchError, AdapterComponentError,
+                BudgetExceededError, StorageFullError: As ``load`` does.
+        """
+        with self._changing(name):
+            registration = self._installer.install(name, Source(path), replace=True)
+            return self._record(registration)
+
+    def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
+        """Begins an upload; give the finished object to ``upload``, and discard it in the end.
+
+        Raises:
+            StateDirRequiredError: The server has no state directory.
+            BudgetExceededError, StorageFullError: Too large.
+        """
+        return self._ledger.stage(files)
+
+    def upload(
+        self, name: str, staged: StagedUpload, pinned: bool = False, replace: bool = False
+    ) -> AdapterInfo:
+        """Registers finished files; as ``load`` does, or with ``replace`` as ``replace`` does."""
+        source = self._ledger.staged_source(staged)
+        with self._changing(name):
+            registration = self._installer.install(
+                name, source, staged=staged, pinned=pinned, replace=replace
+            )
+            return self._record(registration)
+
+    @contextmanager
+    def _changing(self, name: str) -> Iterator[None]:
+        """The only change of the name for now, counted as a load."""
+        if NAME_PATTERN.fullmatch(name) is None:
+            raise InvalidRequestError.of("name", f"must match {NAME_PATTERN.pattern}")
+        start = time.monotonic()
+        try:
+            with self._names.only(name):
+                yield
+        except Exception:
+            self._metrics.adapter_loaded("error")
+            raise
+        self._metrics.adapter_loaded("ok")
+        self._metrics.adapter_load("read", time.monotonic() - start)
+
+    def _record(self, registration: Registration) -> AdapterInfo:
+        with self._lock:
+            return registration.record()
+
+    # What there is
+
+    def get(self, name: str) -> AdapterInfo:
+        """A snapshot of one adapter.
+
+        Raises:
+            AdapterNotFoundError: Not registered.
+        """
+        return self._record(self._table.find(name))
+
+    def list(self) -> list[AdapterInfo]:
+        """Snapshots of all adapters, by name."""
+        return self._table.records()
+
+    def export(self, name: str, generation: int | None = None) -> AdapterExport:
+        """Opens an adapter's files, as they were loaded; close the result.
+
+        Raises:
+            AdapterNotFoundError: The name is not registered, or has another generation.
+            AdapterChangedError: The files have changed since.
+            AdapterCheckpointError: They are gone.
+        """
+        while True:
+            registration = self._table.find(name)
+            with self._lock:
+                adapter, record = registration.current, registration.record()
+            if generation is not None and generation != adapter.generation:
+                raise AdapterNotFoundError(
+                    f"adapter not found: {name} (generation {generation}; the current one is"
+                    f" {adapter.generation})",
+                    metadata={"adapters": name},
+                )
+            try:
+                root = self._loader.root_of(adapter.source)
+                return AdapterExport(root, adapter.source, record)
+            except AdapterCheckpointError:
+                # The files of an upload go with their generation; look again if it has gone.
+                with self._lock:
+                    is_current = registration.current is adapter
+                if is_current and self._table.get(name) is registration:
+                    raise
+
+    # Pins
+
+    def pin(self, name: str) -> AdapterInfo:
+        """Keeps an adapter in host memory and registered; reads it first if it is on disk.
+
+        Raises:
+            AdapterNotFoundError: Not registered.
+            AdapterInUseError: Being unloaded.
+            AdapterCheckpointError: Its files changed.
+            BudgetExceededError: No room within ``pins.PIN_TIMEOUT_SECONDS``.
+            StorageFullError: The pin cannot be written.
+        """
+        with self._names.only(name):
+            registration = self._table.find(name)
+            self._pins.pin(registration)
+            return self._record(registration)
+
+    def unpin(self, name: str) -> AdapterInfo:
+        """Lets an adapter be evicted and unloaded again.
+
+        Raises:
+            AdapterNotFoundError: Not registered.
+            StorageFullError: It cannot be written.
+        """
+        with self._names.only(name):
+            registration = self._table.find(name)
+            self._pins.unpin(registration)
+            return self._record(registration)
+
+    # Unloading
+
+    def unload(
+        self, name: str, mode: UnloadMode = "DRAIN", timeout_seconds: float | None = 30.0
+    ) -> None:
+        """Removes an adapter, all generations, once no request holds it; blocks until then.
+
+        New requests are refused from the start. ``DRAIN`` lets running ones finish; ``FORCE`` has
+        them ended. After the timeout (None: never) the adapter serves again. Files that were
+        uploaded are removed, others stay.
+
+        Raises:
+            AdapterNotFoundError: Not registered.
+            AdapterInUseError: Pinned, a component of a fusion, or still held after the timeout.
+            InvalidRequestError: Unknown mode.
+        """
+        self._unloads.unload(name, mode, timeout_seconds)
+
+    def _end_users(self, uuid: str) -> None:
+        self.fuser.abort(uuid)
+        if self.on_force_unload is not None:
+            self.on_force_unload(uuid)
+
+    def _on_retired_gone(self, adapter: Adapter) -> None:
+        self._notify_gone(adapter)
+        if adapter.source.is_upload:
+            # At the end of the process the files stay, and are swept at the next start.
+            with contextlib.suppress(RuntimeError):
+                self._janitor.submit(self._ledger.discard, adapter.source)
+
+    def _notify_gone(self, adapter: Adapter) -> None:
+        if self.on_unloaded is not None:
+            self.on_unloaded(adapter.key)
+
+    # Requests
+
+    def acquire(self, refs: Sequence[MixRef]) -> Mix:
+        """Resolves a request's adapters, all or none, and counts them in flight.
+
+        The mix must be given to ``release`` once. Before the operators are used,
+        ``Mix.ensure_host`` must have said that they are resident.
+
+        Raises:
+            InvalidRequestError: A name appears twice.
+            AdapterNotFoundError: Unknown names, other generations, or names being unloaded;
+                lists all of them.
+        """
+        return self._table.acquire(refs)
+
+    def release(self, mix: Mix) -> None:
+        """Ends a request's use of its adapters. Releasing twice, or ``BASE_MIX``, is harmless."""
+        self._table.release(mix)
+
+    def close(self) -> None:
+        """Stops background reads and fusing; who waits for one is told UnavailableError."""
+        self.fuser.close()
+        self._cache.shutdown()
+        self._janitor.shutdown(wait=True)
+        self._ledger.close()

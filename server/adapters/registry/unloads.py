@@ -1,0 +1,105 @@
+"""Takes names off the registry once nobody uses them, or makes their users end."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable
+from typing import Literal
+
+from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.registry.name_locks import NameLocks
+from turret.server.adapters.registry.name_table import NameTable, in_use
+from turret.server.adapters.registry.registration import Registration
+from turret.server.adapters.state.ledger import Ledger
+from turret.server.errors import InvalidRequestError
+
+UnloadMode = Literal["DRAIN", "FORCE"]
+
+_FORCE_AGAIN_SECONDS = 0.25
+
+
+class Unloads:
+    """Thread-safe.
+
+    Args:
+        lock: The registry's.
+        table: Who is registered and in flight.
+        names: One change of a name at a time.
+        ledger: Forgets names, removes files.
+        end_users: Called with the uuid of an adapter whose users must end now; they still have to
+            release their mixes.
+        on_gone: Called with a generation that nobody will use any more.
+    """
+
+    def __init__(
+        self,
+        lock: threading.RLock,
+        table: NameTable,
+        names: NameLocks,
+        ledger: Ledger,
+        *,
+        end_users: Callable[[str], None],
+        on_gone: Callable[[Adapter], None],
+    ) -> None:
+        self._lock = lock
+        self._table = table
+        self._names = names
+        self._ledger = ledger
+        self._end_users = end_users
+        self._on_gone = on_gone
+
+    def unload(self, name: str, mode: UnloadMode, timeout_seconds: float | None) -> None:
+        """See ``AdapterRegistry.unload``."""
+        if mode not in ("DRAIN", "FORCE"):
+            raise InvalidRequestError.of("mode", "must be DRAIN or FORCE")
+        with self._lock:
+            registration = self._table.find(name)
+            if registration.current.pinned:
+                raise in_use(name, "is pinned; unpin it first")
+            self._table.check_not_component(registration)
+            registration.state = "DELETING"
+            registration.unloaders += 1
+        try:
+            self._wait_until_unheld(registration, mode, timeout_seconds)
+            with self._names.only(name):
+                self._finish(registration, mode, timeout_seconds)
+        finally:
+            with self._lock:
+                registration.unloaders -= 1
+                if registration.unloaders == 0:
+                    registration.state = "ACTIVE"
+
+    def _wait_until_unheld(
+        self, registration: Registration, mode: str, timeout_seconds: float | None
+    ) -> None:
+        end = math.inf if timeout_seconds is None else time.monotonic() + timeout_seconds
+        while mode == "FORCE" and registration.in_flight:
+            # Again and again: a request that took its adapters just before the name was closed may
+            # reach the engine after it was told.
+            self._end_users(registration.uuid)
+            left = end - time.monotonic()
+            self._table.wait_until_unheld(registration, max(min(left, _FORCE_AGAIN_SECONDS), 0.0))
+            if left <= 0:
+                return
+        self._table.wait_until_unheld(registration, timeout_seconds)
+
+    def _finish(self, registration: Registration, mode: str, timeout_seconds: float | None) -> None:
+        name = registration.name
+        with self._lock:
+            if self._table.get(name) is not registration:
+                return  # another unload got there first
+            if registration.in_flight:
+                raise in_use(
+                    name,
+                    f"is still held by {registration.in_flight} requests after {timeout_seconds}"
+                    " seconds" + ("" if mode == "FORCE" else "; FORCE ends them"),
+                )
+            if registration.current.pinned:
+                raise in_use(name, "was pinned meanwhile; unpin it first")
+        # Nobody can take it up: it is being deleted, and changes of the name wait.
+        self._ledger.remove(name)
+        self._table.remove(registration)
+        self._on_gone(registration.current)
+        self._ledger.discard(registration.current.source)

@@ -1,0 +1,163 @@
+"""Disk to operators: read, choose the method, lower, check the budgets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.digest_cache import DigestCache
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.component import (
+    COMPONENTS_KEY,
+    Component,
+    ComponentRef,
+    find_no_component,
+)
+from turret.server.adapters.facts import AdapterFacts
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.methods import lower_checkpoint
+from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.source import Source
+from turret.server.background import compute_on_this_thread
+from turret.server.errors import (
+    AdapterChangedError,
+    AdapterCheckpointError,
+    BudgetExceededError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedAdapter:
+    """A lowered checkpoint: what it is, and its operators in host memory.
+
+    ``base_generation`` is that of the base weights that the operators were computed from; None if
+    they are the same on any.
+    """
+
+    facts: AdapterFacts
+    operators: AdapterOperators
+    base_generation: int | None = None
+
+
+class AdapterLoader:
+    """Remembers which files it has hashed, and nothing else; safe to use from several threads.
+
+    Attributes:
+        base: The base model as served; may be set at any time.
+
+    Args:
+        root: The allow-listed adapter root; None refuses every path.
+        base: The base model as served.
+        host_bytes: Most bytes one adapter's operators may take.
+        max_rank: Largest rank served.
+        uploads: The directory that the paths of uploads are relative to.
+        find_source: Where the files of a registered component are; raises AdapterComponentError.
+    """
+
+    def __init__(
+        self,
+        root: Path | None,
+        base: BaseModel,
+        host_bytes: int,
+        max_rank: int,
+        uploads: Path | None = None,
+        find_source: Callable[[ComponentRef], Source] = find_no_component,
+    ) -> None:
+        self._root = AdapterRoot(root)
+        self._uploads = AdapterRoot(uploads)
+        self.base = base
+        self._host_bytes = host_bytes
+        self._max_rank = max_rank
+        self._find_source = find_source
+        self._known = DigestCache()
+
+    def root_of(self, source: Source) -> AdapterRoot:
+        """The only directory that the source's files may be opened in."""
+        return self._uploads if source.is_upload else self._root
+
+    def read(self, source: Source) -> AdapterCheckpoint:
+        """Reads and hashes; see ``read_checkpoint`` for the errors."""
+        compute_on_this_thread()
+        # Operators take at least one serving element per weight, so more cannot fit.
+        max_elements = self._host_bytes // self.base.dtype.itemsize
+        return read_checkpoint(
+            self.root_of(source), source.path, max_elements=max_elements, known=self._known
+        )
+
+    def lower(self, checkpoint: AdapterCheckpoint) -> LoadedAdapter:
+        """Makes the operators.
+
+        Raises:
+            AdapterCheckpointError: Unsupported method, key or tensor.
+            AdapterMismatchError: Made for another base.
+            AdapterComponentError: An adapter it is built from is not registered.
+            BudgetExceededError: Rank or bytes over the limit.
+        """
+        compute_on_this_thread()
+        # Read once: a lowering that began on one base ends on it.
+        base = self.base
+        method, lowered = lower_checkpoint(
+            replace(checkpoint, find_component=self._read_component), base, self._max_rank
+        )
+        if lowered.num_bytes > self._host_bytes:
+            raise BudgetExceededError(
+                f"adapter {checkpoint.path!r} needs {lowered.num_bytes} bytes of host memory, the"
+                f" budget for all adapters is {self._host_bytes}",
+                metadata={"path": checkpoint.path, "bytes": str(lowered.num_bytes)},
+            )
+        facts = AdapterFacts(
+            digest=checkpoint.digest,
+            method=method,
+            ranks=lowered.ranks,
+            target_modules=lowered.target_modules,
+            base_model=lowered.base_model,
+            warnings=lowered.warnings,
+            num_soft_tokens=lowered.num_soft_tokens,
+            num_prefix_positions=lowered.num_prefix_positions,
+            bytes_disk=checkpoint.bytes_disk,
+            bytes_host=lowered.num_bytes,
+            components=lowered.components,
+        )
+        generation = base.generation if lowered.depends_on_base else None
+        return LoadedAdapter(facts, lowered.operators, generation)
+
+    def _read_component(self, ref: ComponentRef) -> Component:
+        checkpoint = self._read_same(self._find_source(ref), ref.digest)
+        if COMPONENTS_KEY in checkpoint.config:
+            why = f"{ref.name!r} is built from components itself, which is not served"
+            raise AdapterCheckpointError(f"components: {why}", violations=[(COMPONENTS_KEY, why)])
+        method, lowered = lower_checkpoint(checkpoint, self.base, self._max_rank)
+        return Component(ref, method, lowered.operators, lowered.ranks)
+
+    def reload(self, source: Source, digest: str) -> LoadedAdapter:
+        """Reads an adapter that was registered before and insists on the same content.
+
+        Raises:
+            AdapterChangedError: The files changed since.
+            AdapterCheckpointError: They are gone.
+        """
+        return self.lower(self._read_same(source, digest))
+
+    def reread(self, source: Source, digest: str, base: BaseModel) -> Lowered:
+        """As ``reload``, for a base of another dtype than the one served."""
+        checkpoint = replace(self._read_same(source, digest), find_component=self._read_component)
+        return lower_checkpoint(checkpoint, base, self._max_rank)[1]
+
+    def _read_same(self, source: Source, digest: str) -> AdapterCheckpoint:
+        checkpoint = self.read(source)
+        if checkpoint.digest != digest:
+            raise changed(source, digest, checkpoint.digest)
+        return checkpoint
+
+
+def changed(source: Source, digest: str, found: str) -> AdapterChangedError:
+    """The files are no longer those that were registered."""
+    return AdapterChangedError(
+        f"adapter {source.path!r} changed on disk since it was loaded; replace the adapter to serve"
+        " the new files",
+        metadata={"path": source.path, "digest": digest, "found_digest": found},
+        violations=[("path", "changed on disk since it was loaded")],
+    )

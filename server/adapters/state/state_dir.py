@@ -1,0 +1,184 @@
+"""The directory that the registry survives a restart in.
+
+    LOCK                       held by the one server that uses the directory
+    base.json                  the base model that the adapters belong to
+    adapters/<name>.json       a registration each
+    files/<uuid>.<generation>/ the files of an uploaded generation
+    incoming/<random>/         an upload under way; emptied at the start
+
+A registration's file is the truth: what ``files/`` holds beyond it is left over from a crash or
+from a generation that was in use then, and is swept at the start. An operation writes files first
+and the registration last, so a crash leaves the state before it or the state after it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from turret.server import log
+from turret.server.adapters.source import Source
+from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
+from turret.server.durable_file import (
+    PARTIAL_SUFFIX,
+    remove_directory,
+    remove_file,
+    replace_file,
+    reporting_full_disk,
+)
+from turret.server.errors import BudgetExceededError, StorageFullError
+
+_log = logging.getLogger(__name__)
+
+# An upload must leave this much of the disk free: registrations have to be written still.
+MIN_FREE_BYTES = 16 << 20
+
+
+class StateDir:
+    """Thread-safe for different names; one change of a name at a time.
+
+    Args:
+        path: Made if it does not exist.
+        max_upload_bytes: Most bytes of one upload.
+
+    Raises:
+        OSError: It cannot be used.
+        ValueError: Another server uses it.
+    """
+
+    def __init__(self, path: Path, max_upload_bytes: int) -> None:
+        self.path = path.resolve()
+        self._max_upload_bytes = max_upload_bytes
+        self._adapters = self.path / "adapters"
+        self._files = self.path / "files"
+        self._incoming = self.path / "incoming"
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = _lock(self.path / "LOCK")
+        for directory in (self._adapters, self._files, self._incoming):
+            directory.mkdir(exist_ok=True, mode=0o700)
+
+    def close(self) -> None:
+        """Lets another server use the directory."""
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def bind(self, base_name: str, base_digest: str) -> None:
+        """Ties the directory to a base model, the first time; later checks that it is the same.
+
+        Raises:
+            ValueError: It belongs to another base model.
+        """
+        path = self.path / "base.json"
+        if not path.exists():
+            base = {"version": 1, "name": base_name, "digest": base_digest}
+            replace_file(path, json.dumps(base, indent=1).encode())
+            return
+        base: dict[str, Any] = json.loads(path.read_bytes())
+        if base.get("digest") != base_digest:
+            raise ValueError(
+                f"--state-dir: {self.path} holds adapters of {base.get('name')!r} (digest"
+                f" {str(base.get('digest'))[:12]}), not of {base_name!r} (digest"
+                f" {base_digest[:12]}); use a directory for each base model"
+            )
+
+    def read(self) -> list[SavedRegistration]:
+        """Every registration, by name, after removing what a crash left half done.
+
+        A file that cannot be read is reported and left alone, and so are then all uploaded files.
+        """
+        found: list[SavedRegistration] = []
+        is_complete = True
+        for path in sorted(self._adapters.iterdir()):
+            if path.name.endswith(PARTIAL_SUFFIX):
+                path.unlink()
+                continue
+            try:
+                saved = SavedRegistration.from_json(path.read_bytes())
+                if path.name != f"{saved.name}.json":
+                    raise ValueError(f"is about {saved.name!r}")
+            except (OSError, ValueError) as error:
+                _log.error("cannot restore", extra=log.fields(file=path, reason=error))
+                is_complete = False
+                continue
+            found.append(saved)
+        for path in self._incoming.iterdir():
+            remove_directory(path)
+        if is_complete:
+            kept = {saved.source.path for saved in found if saved.source.is_upload}
+            for path in self._files.iterdir():
+                if str(path.relative_to(self.path)) not in kept:
+                    remove_directory(path)
+        return found
+
+    def save(self, saved: SavedRegistration) -> None:
+        """Writes a registration over the one of the same name.
+
+        Raises:
+            StorageFullError: No room.
+        """
+        with reporting_full_disk():
+            replace_file(self._adapters / f"{saved.name}.json", saved.to_json())
+
+    def remove(self, name: str) -> None:
+        """Forgets a registration; its files are the caller's to discard."""
+        remove_file(self._adapters / f"{name}.json")
+
+    def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
+        """Makes room for an upload.
+
+        Raises:
+            BudgetExceededError: Larger than the server takes.
+            StorageFullError: The disk has no room for it.
+        """
+        self.check_room(sum(file.size_bytes for file in files))
+        return StagedUpload(Path(tempfile.mkdtemp(dir=self._incoming)), files)
+
+    def check_room(self, num_bytes: int) -> None:
+        """Raises what ``stage`` raises for files of this size."""
+        sizes = {"bytes": str(num_bytes), "max_upload_bytes": str(self._max_upload_bytes)}
+        if num_bytes > self._max_upload_bytes:
+            raise BudgetExceededError(
+                f"the files have {num_bytes} bytes, the server takes {self._max_upload_bytes}",
+                metadata=sizes,
+            )
+        free = shutil.disk_usage(self.path).free
+        if num_bytes + MIN_FREE_BYTES > free:
+            raise StorageFullError(
+                f"the files have {num_bytes} bytes, the server's disk has {free} free",
+                metadata={"bytes": str(num_bytes)},
+            )
+
+    def staged_source(self, staged: StagedUpload) -> Source:
+        """Where a staged upload can be read from until it is adopted."""
+        return Source(str(staged.directory.relative_to(self.path)), is_upload=True)
+
+    def adopt(self, staged: StagedUpload, key: str) -> Source:
+        """Moves a finished upload to its place. ``key`` is ``Adapter.key``."""
+        target = self._files / key
+        staged.move(target)
+        return Source(str(target.relative_to(self.path)), is_upload=True)
+
+    def discard(self, source: Source) -> None:
+        """Removes the files of an uploaded generation that nobody needs any more."""
+        assert source.is_upload
+        remove_directory(self.path / source.path)
+
+
+def _lock(path: Path) -> int:
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        # The kernel releases it with the process, however that ends.
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ValueError(f"--state-dir: another server uses {path.parent}") from None
+    return descriptor

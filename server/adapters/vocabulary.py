@@ -1,0 +1,81 @@
+"""What an adapter does to the embedding matrix, and to the rows of the output head.
+
+Both are ``[vocab, hidden]``: a row belongs to a token. In a mix every change is a difference to the
+base's row, weighted: ``e(t) + Σ_k w_k (e_k(t) − e(t))``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class VocabularyRows:
+    """Rows that take the place of the base's.
+
+    They come from PEFT's ``trainable_token_indices``, or from ``modules_to_save``, of which only
+    the rows that differ from the base's are kept.
+
+    Attributes:
+        ids: Token ids, ``[n]`` int64, ascending; None is every token, in order.
+        values: ``[n, hidden]``, serving dtype, contiguous.
+    """
+
+    ids: torch.Tensor | None
+    values: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.values,) if self.ids is None else (self.ids, self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingLowRank:
+    """``e(t) ← gain ⊙ e(t) + a[t] b``: LoRA on an embedding, and DoRA with a gain.
+
+    Attributes:
+        a: ``[vocab, rank]``, serving dtype, contiguous.
+        b: ``[hidden, rank]``, serving dtype, contiguous, the scaling (and gain) folded in.
+        gain: ``[hidden]`` fp32, or None (1).
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    gain: torch.Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.a, self.b) if self.gain is None else (self.a, self.b, self.gain)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VocabularyOperators:
+    """One adapter's changes per token.
+
+    Attributes:
+        embedding: Rows of the embedding, or None.
+        low_rank: Low-rank update of the embedding, or None.
+        head: Rows of the output head, or None; with tied embeddings it may be ``embedding``.
+    """
+
+    embedding: VocabularyRows | None = None
+    low_rank: EmbeddingLowRank | None = None
+    head: VocabularyRows | None = None
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Every tensor once, for counting bytes and checking values."""
+        parts = (self.embedding, self.low_rank, self.head)
+        found = [tensor for part in parts if part is not None for tensor in part.tensors()]
+        return tuple({id(tensor): tensor for tensor in found}.values())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    @property
+    def changes_embedding(self) -> bool:
+        return self.embedding is not None or self.low_rank is not None

@@ -1,0 +1,1 @@
+"""What every protocol shares: who may call, what was asked, what is answered. No gRPC."""

@@ -1,0 +1,242 @@
+"""Inference requests, proto to domain. Reports every offending field of a message at once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+from turret.server.adapters.ref import AdapterRef
+from turret.server.api.call import is_request_id
+from turret.server.api.gate import TokenizerLike
+from turret.server.api.violations import Violations
+from turret.server.config import ADAPTER_NAME
+from turret.server.engine.request import Request, ResponseOptions, SamplingParams, StopConditions
+from turret.server.errors import InvalidRequestError
+from turret.v1 import adapters_pb2, inference_pb2
+
+# More members than this are refused before their names are looked up.
+MAX_MIX_MEMBERS = 64
+# Messages of a chat, entries of logit_bias and of stop_token_ids: each costs time at every step or
+# before the first, and no client of the field sends as many.
+MAX_CHAT_MESSAGES = 4096
+MAX_LOGIT_BIASES = 1024
+MAX_STOP_TOKEN_IDS = 1024
+# Text that takes longer than about a millisecond to tokenise leaves the event loop.
+_INLINE_CHARS = 4096
+
+_SAMPLING_SCALARS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+)
+_STOP_SCALARS = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
+
+_T = TypeVar("_T")
+
+
+def _build(
+    kind: Callable[..., _T], values: dict[str, Any], violations: Violations, path: str
+) -> _T:
+    """A domain object; each value that it refuses is noted and left at its default.
+
+    The domain objects own the ranges and stop at their first complaint, hence the loop.
+    """
+    values = dict(values)
+    while True:
+        try:
+            return kind(**values)
+        except InvalidRequestError as error:
+            (refused, description) = error.violations[0]
+            name = refused.rpartition(".")[2]
+            violations.add(f"{path}.{name}" if path else name, description)
+            if name not in values:
+                raise
+            del values[name]
+
+
+def _check_ids(ids: Sequence[int], vocab_size: int, violations: Violations, path: str) -> None:
+    # One pass in C; most messages hold no bad id.
+    if not ids or max(ids) < vocab_size:
+        return
+    for index, token_id in enumerate(ids):
+        if token_id >= vocab_size:
+            violations.add(f"{path}[{index}]", f"{token_id} is not in [0, {vocab_size})")
+            if violations.is_full:
+                return
+
+
+def adapter_refs(
+    weights: Sequence[adapters_pb2.AdapterWeight], violations: Violations
+) -> tuple[AdapterRef, ...]:
+    """The members of a mix, in the order of the message."""
+    if len(weights) > MAX_MIX_MEMBERS:
+        violations.add("adapters", f"at most {MAX_MIX_MEMBERS} members, not {len(weights)}")
+        return ()
+    refs: list[AdapterRef] = []
+    seen: set[str] = set()
+    for index, member in enumerate(weights):
+        path = f"adapters[{index}]"
+        if not ADAPTER_NAME.fullmatch(member.name):
+            violations.add(f"{path}.name", f"must match {ADAPTER_NAME.pattern}")
+        elif member.name in seen:
+            violations.add(f"{path}.name", f"{member.name!r} occurs twice")
+        seen.add(member.name)
+        values: dict[str, Any] = {"name": member.name}
+        for name in ("generation", "weight"):
+            if member.HasField(name):
+                values[name] = getattr(member, name)
+        refs.append(_build(AdapterRef, values, violations, path))
+    return tuple(refs)
+
+
+def sampling_params(
+    message: inference_pb2.SamplingParams, vocab_size: int, violations: Violations
+) -> SamplingParams:
+    """Unset scalars keep the domain's defaults."""
+    values = {name: getattr(message, name) for name in _SAMPLING_SCALARS if message.HasField(name)}
+    path = "sampling.logit_bias"
+    if violations.check_count(len(message.logit_bias), MAX_LOGIT_BIASES, path):
+        values["logit_bias"] = dict(message.logit_bias)
+        for token_id in message.logit_bias:
+            if token_id >= vocab_size:
+                violations.add(path, f"token id {token_id} is not in [0, {vocab_size})")
+    return _build(SamplingParams, values, violations, "sampling")
+
+
+def stop_conditions(
+    message: inference_pb2.StopConditions, vocab_size: int, violations: Violations
+) -> StopConditions:
+    """Unset scalars keep the domain's defaults."""
+    values = {name: getattr(message, name) for name in _STOP_SCALARS if message.HasField(name)}
+    values["stop_strings"] = tuple(message.stop_strings)
+    path = "stop.stop_token_ids"
+    if violations.check_count(len(message.stop_token_ids), MAX_STOP_TOKEN_IDS, path):
+        values["stop_token_ids"] = tuple(message.stop_token_ids)
+        _check_ids(message.stop_token_ids, vocab_size, violations, path)
+    return _build(StopConditions, values, violations, "stop")
+
+
+def check_input(message: Any, vocab_size: int, violations: Violations) -> None:
+    """Check a message's ``input`` oneof (prompt, chat or token_ids) as far as it can be unread."""
+    which = message.WhichOneof("input")
+    if which is None:
+        violations.add("input", "set one of prompt, chat and token_ids")
+    elif which == "chat":
+        violations.check(len(message.chat.messages) > 0, "chat.messages", "at least one")
+        if not violations.check_count(
+            len(message.chat.messages), MAX_CHAT_MESSAGES, "chat.messages"
+        ):
+            return
+        for index, turn in enumerate(message.chat.messages):
+            violations.check(turn.role != "", f"chat.messages[{index}].role", "must be set")
+    elif which == "token_ids":
+        violations.check(len(message.token_ids.ids) > 0, "token_ids.ids", "at least one")
+        _check_ids(message.token_ids.ids, vocab_size, violations, "token_ids.ids")
+
+
+def check_request_id(request_id: str, violations: Violations) -> None:
+    """An empty id is none."""
+    violations.check(
+        request_id == "" or is_request_id(request_id),
+        "request_id",
+        "at most 128 printable ASCII characters",
+    )
+
+
+async def input_token_ids(message: Any, tokenizer: TokenizerLike) -> list[int]:
+    """The tokens of a checked ``input``; long texts are tokenised off the event loop."""
+    which = message.WhichOneof("input")
+    if which == "token_ids":
+        return list(message.token_ids.ids)
+    if which == "chat":
+        turns = [{"role": m.role, "content": m.content} for m in message.chat.messages]
+        size = sum(len(m.role) + len(m.content) for m in message.chat.messages)
+        encode, argument = tokenizer.encode_chat, turns
+    else:
+        size = len(message.prompt)
+        encode, argument = tokenizer.encode, message.prompt
+    if size <= _INLINE_CHARS:
+        return encode(argument)  # type: ignore[arg-type]
+    return await asyncio.to_thread(encode, argument)  # type: ignore[arg-type]
+
+
+async def generate_request(
+    message: inference_pb2.GenerateRequest,
+    tokenizer: TokenizerLike,
+    *,
+    vocab_size: int,
+    request_id: str,
+    deadline: float | None,
+) -> Request:
+    """A domain request.
+
+    Args:
+        message: What the client sent.
+        tokenizer: Turns a prompt or chat into tokens.
+        vocab_size: Bound of every token id in the message.
+        request_id: Used where the message carries none.
+        deadline: ``time.monotonic()`` seconds, or None.
+
+    Raises:
+        InvalidRequestError: Lists every offending field.
+    """
+    violations = Violations()
+    check_input(message, vocab_size, violations)
+    refs = adapter_refs(message.adapters, violations)
+    sampling = sampling_params(message.sampling, vocab_size, violations)
+    stop = stop_conditions(message.stop, vocab_size, violations)
+    asked = message.options
+    options = _build(
+        ResponseOptions,
+        {
+            "logprobs": asked.logprobs,
+            "top_n": asked.top_n,
+            "echo": asked.echo,
+            "token_ids": asked.token_ids,
+        },
+        violations,
+        "options",
+    )
+    check_request_id(message.request_id, violations)
+    violations.raise_if_any()
+    return Request(
+        request_id=message.request_id or request_id,
+        prompt_token_ids=tuple(await input_token_ids(message, tokenizer)),
+        adapters=refs,
+        sampling=sampling,
+        stop=stop,
+        options=options,
+        deadline=deadline,
+    )
+
+
+async def score_request(
+    message: inference_pb2.ScoreRequest,
+    tokenizer: TokenizerLike,
+    *,
+    vocab_size: int,
+    request_id: str,
+    deadline: float | None,
+) -> Request:
+    """As ``generate_request``, for prompt logprobs alone."""
+    violations = Violations()
+    check_input(message, vocab_size, violations)
+    refs = adapter_refs(message.adapters, violations)
+    values = {"logprobs": True, "top_n": message.top_n}
+    options = _build(ResponseOptions, values, violations, "")
+    check_request_id(message.request_id, violations)
+    violations.raise_if_any()
+    return Request(
+        request_id=message.request_id or request_id,
+        prompt_token_ids=tuple(await input_token_ids(message, tokenizer)),
+        adapters=refs,
+        options=options,
+        deadline=deadline,
+        score=True,
+    )

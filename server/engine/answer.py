@@ -1,0 +1,145 @@
+"""A request between admission and its last output: what it has produced and when it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
+
+from turret.server.engine.detokenizer import Detokenizer
+from turret.server.engine.request import (
+    AdapterUse,
+    Finish,
+    FinishReason,
+    Output,
+    Timing,
+    TokenLogprob,
+    TopLogprob,
+    Usage,
+)
+from turret.server.engine.runner import PromptLogprob
+from turret.server.engine.sampler import Draw
+from turret.server.engine.sequence import Sequence
+from turret.server.engine.stream import Stream
+
+
+class Answer:
+    """Bookkeeping of one request on the engine thread.
+
+    Args:
+        sequence: Its tokens.
+        stream: Where outputs go.
+        detokenizer: Its text.
+        eos_token_ids: The model's end-of-sequence tokens.
+        token_text: Text of a single token, for logprobs.
+        max_tokens: Most tokens to generate, resolved against the context.
+    """
+
+    def __init__(
+        self,
+        sequence: Sequence,
+        stream: Stream,
+        detokenizer: Detokenizer,
+        *,
+        eos_token_ids: frozenset[int],
+        token_text: Callable[[int], str],
+        max_tokens: int,
+    ) -> None:
+        self.sequence = sequence
+        self.stream = stream
+        self.last_token_at: float | None = None
+        self._detokenizer = detokenizer
+        self._eos_token_ids = eos_token_ids
+        self._token_text = token_text
+        self._max_tokens = max_tokens
+        self._prompt_logprobs: list[TokenLogprob] = []
+        self._prompt_logprobs_taken = False
+
+    def add_prompt_logprobs(self, found: SequenceOf[PromptLogprob]) -> None:
+        """Collect scored prompt positions; a recomputed position is not counted twice."""
+        if self._prompt_logprobs_taken:
+            return
+        prompt = self.sequence.request.prompt_token_ids
+        if not self._prompt_logprobs:
+            self._prompt_logprobs.append(TokenLogprob(prompt[0], self._token_text(prompt[0]), None))
+        for item in found:
+            if item.position == len(self._prompt_logprobs):
+                self._prompt_logprobs.append(self._logprob(item.draw))
+
+    def accept(self, draw: Draw) -> tuple[Output, FinishReason | None, str | int | None]:
+        """Add a drawn token.
+
+        Returns:
+            The output it makes certain, and why (and by what) the sequence ends, if it does.
+        """
+        sequence, stop = self.sequence, self.sequence.request.stop
+        token = draw.token_id
+        sequence.tokens.append(token)
+        may_stop = sequence.num_generated >= stop.min_tokens
+        ended: FinishReason | None = None
+        by: str | int | None = None
+        is_eos = token in self._eos_token_ids and not stop.ignore_eos
+        if may_stop and (token in stop.stop_token_ids or is_eos):
+            ended, by = FinishReason.STOP, token
+        # An end token is no text of the answer, unless the client wants to see it.
+        text = "" if ended and not stop.include_stop else self._detokenizer.push(
+            token, may_stop=may_stop
+        )  # fmt: skip
+        if ended is None and self._detokenizer.stopped_by is not None:
+            ended, by = FinishReason.STOP, self._detokenizer.stopped_by
+        if ended is None and sequence.num_generated >= self._max_tokens:
+            ended = FinishReason.LENGTH
+        if ended is not None and self._detokenizer.stopped_by is None:
+            text += self._detokenizer.flush()
+        options = sequence.request.options
+        output = Output(
+            text=text,
+            token_ids=(token,),
+            logprobs=(self._logprob(draw),) if options.logprobs else (),
+            prompt_logprobs=self.take_prompt_logprobs(),
+        )
+        return output, ended, by
+
+    def take_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
+        """The prompt's logprobs, once they are complete; empty before and after."""
+        if len(self._prompt_logprobs) < self.sequence.num_prompt:
+            return ()
+        self._prompt_logprobs_taken = True
+        taken = tuple(self._prompt_logprobs)
+        self._prompt_logprobs = []
+        return taken
+
+    def flush(self) -> str:
+        """Held-back text, for a request that ends early."""
+        return self._detokenizer.flush()
+
+    def finish(
+        self,
+        reason: FinishReason,
+        stop: str | int | None,
+        adapters_used: tuple[AdapterUse, ...],
+        now: float,
+    ) -> Finish:
+        """The request's last word."""
+        sequence = self.sequence
+        arrival = sequence.arrival
+        scheduled = now if sequence.scheduled_at is None else sequence.scheduled_at
+        first = now if sequence.first_token_at is None else sequence.first_token_at
+        return Finish(
+            reason=reason,
+            stop=stop,
+            usage=Usage(
+                prompt_tokens=sequence.num_prompt,
+                cached_tokens=sequence.num_cached,
+                completion_tokens=sequence.num_generated,
+            ),
+            adapters_used=adapters_used,
+            timing=Timing(
+                queue_seconds=scheduled - arrival,
+                time_to_first_token_seconds=first - arrival,
+                total_seconds=now - arrival,
+            ),
+        )
+
+    def _logprob(self, draw: Draw) -> TokenLogprob:
+        top = tuple(TopLogprob(i, self._token_text(i), value) for i, value in draw.top)
+        return TokenLogprob(draw.token_id, self._token_text(draw.token_id), draw.logprob, top)

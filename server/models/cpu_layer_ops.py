@@ -1,0 +1,68 @@
+"""Layer operations by the compiled CPU kernels (bf16)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from turret.kernels.cpu.elementwise import add_rms_norm, rope_kv_write, silu_mul
+from turret.kernels.cpu.paged_attention import MAX_HEAD_DIM, NativeAttentionPlan, paged_attention
+from turret.kernels.paged_attention import SequenceSpan
+from turret.server.models.arch import Arch
+from turret.server.models.kv_cache import KvCache
+
+_HEAD_DIM_MULTIPLE = 32
+
+
+class CpuLayerOps:
+    """See ``LayerOps``."""
+
+    def __init__(self, arch: Arch) -> None:
+        self._arch = arch
+
+    @staticmethod
+    def serves(arch: Arch) -> bool:
+        """Whether the kernels know the model's head size."""
+        return arch.head_dim % _HEAD_DIM_MULTIPLE == 0 and arch.head_dim <= MAX_HEAD_DIM
+
+    def plan_attention(
+        self,
+        spans: Sequence[SequenceSpan],
+        *,
+        num_rows: int,
+        block_size: int,
+        window: int | None,
+        device: torch.device,
+    ) -> NativeAttentionPlan:
+        return NativeAttentionPlan(
+            spans,
+            num_heads=self._arch.num_heads,
+            head_dim=self._arch.head_dim,
+            window=window,
+        )
+
+    def add_rms_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        return add_rms_norm(hidden, delta, weight, self._arch.rms_norm_eps)
+
+    def attend(
+        self,
+        number: int,
+        qkv: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        slots: torch.Tensor,
+        cache: KvCache,
+        plan: NativeAttentionPlan,
+    ) -> torch.Tensor:
+        if angles is None:
+            ones = torch.ones(qkv.shape[0], self._arch.head_dim // 2)
+            angles = ones, torch.zeros_like(ones)
+        keys, values = cache.keys[number], cache.values[number]
+        q = rope_kv_write(qkv, *angles, slots, keys, values)
+        out = paged_attention(q, keys, values, plan, scale=self._arch.head_dim**-0.5)
+        return out.view(qkv.shape[0], -1)
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return silu_mul(gate_up)

@@ -1,0 +1,72 @@
+"""The base model as its neighbours see it: adapters, and stores of adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel, BaseModule, BaseVocabulary
+from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.models.adapted_linear import AdaptedLinear
+from turret.server.models.arch import LAYER_PREFIX, Arch
+from turret.server.models.decoder import Decoder
+from turret.server.models.model_source import ModelSource
+
+
+def projections(decoder: Decoder) -> Iterator[tuple[AdaptedLinear, tuple[str, ...]]]:
+    """Every fused projection in layer order, with the full paths of its slices."""
+    groups = decoder.arch.linears()
+    for number, layer in enumerate(decoder.layers):
+        for group, slices in groups.items():
+            paths = tuple(f"{LAYER_PREFIX}.{number}.{path}" for path, _, _ in slices)
+            yield getattr(layer, group), paths
+
+
+def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) -> BaseModel:
+    """The base model as adapters see it, with the weights that it has now."""
+    arch = decoder.arch
+    modules = {}
+    for linear, paths in projections(decoder):
+        base, bias = linear.base, linear.bias
+        biases = [None] * len(paths) if bias is None else bias.split(base.widths)
+        for index, (name, out) in enumerate(zip(paths, base.widths, strict=True)):
+            part = biases[index]
+            modules[name] = BaseModule(
+                name=name,
+                in_features=base.in_features,
+                out_features=out,
+                bias=None if part is None else part.float().cpu(),
+                # Of these weights, whatever takes their place later.
+                dequantize=lambda base=base, index=index: base.dequantize(index),
+            )
+    head = decoder.head
+    modules[HEAD] = BaseModule(HEAD, arch.hidden_size, head.shape[0], None, lambda: head.float())
+    others = {EMBEDDING, "model.norm"}
+    for number in range(arch.num_layers):
+        others |= {
+            f"{LAYER_PREFIX}.{number}.{n}" for n in ("input_layernorm", "post_attention_layernorm")
+        }
+        if arch.qk_norm:
+            others |= {f"{LAYER_PREFIX}.{number}.self_attn.{n}" for n in ("q_norm", "k_norm")}
+    return BaseModel(
+        name=source.name,
+        model_type=arch.model_type,
+        digest=source.digest,
+        generation=generation,
+        dtype=decoder.dtype,
+        modules=modules,
+        other_modules=frozenset(others),
+        vocabulary=BaseVocabulary(decoder.embedding, head, arch.tie_word_embeddings),
+        num_layers=arch.num_layers,
+        hidden_size=arch.hidden_size,
+        num_kv_heads=arch.num_kv_heads,
+        head_dim=arch.head_dim,
+    )
+
+
+def describe_projections(arch: Arch) -> ProjectionLayout:
+    """The base model as the adapter pack sees it."""
+    groups: Mapping[str, tuple[SliceShape, ...]] = {
+        group: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
+        for group, slices in arch.linears().items()
+    }
+    return ProjectionLayout(num_layers=arch.num_layers, groups=groups, layer_prefix=LAYER_PREFIX)
