@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 JOBS := 2
 
-.PHONY: setup proto lint test test-gpu soak bench demo clean
+.PHONY: setup proto lint test test-gpu soak bench demo pages clean
 
 setup: $(INSTALLED)
 
@@ -30,10 +30,15 @@ test-gpu: setup
 	$(BIN)/python -m pytest --timeout 600 -m gpu $(ARGS)
 
 soak: setup
-	$(BIN)/python -m pytest -s --timeout 3000 --soak-seconds 600 tests/test_churn.py $(ARGS)
+	$(BIN)/python -m pytest -s --timeout 3000 --soak-seconds 600 tests/server/test_churn.py $(ARGS)
 
 bench: setup
 	$(BIN)/python bench/decode.py $(ARGS)
+
+# The tables and lists in docs/ that the code says better.
+pages: setup
+	cd tests/support && for page in adapters operations training; do \
+		../../$(BIN)/python -m pages.$${page}_page || exit 1; done
 
 demo: setup
 	$(BIN)/turret demo $(ARGS)

@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
-export PYTHONPATH=src:tests${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=src:tests/support${PYTHONPATH:+:$PYTHONPATH}
 
 if "$PYTHON" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; then
     unset TRITON_INTERPRET

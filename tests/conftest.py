@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from server_under_test import ServerUnderTest, start_server
+from servers.server_under_test import ServerUnderTest, start_server
 
 # Modules whose scratch memory must be written before it is read.
 _POISONED = ("turret.kernels.", "turret.server.models.decoder")
@@ -83,7 +83,7 @@ def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnde
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Directory of a tiny llama; what is made of it goes beside it, where EngineHarness looks."""
-    from tiny_models import save_tiny_model
+    from builders.tiny_models import save_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny_llama")
     with pytest.MonkeyPatch.context() as patch:

@@ -1,0 +1,85 @@
+"""The bank of gated adapters: a row gets the same bits in any company and kind of segment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from builders.gates import INNER, LAYOUT, MIXES, WIDTH, gates_of, in_float64, operators_of
+from torch import Tensor
+
+from turret.kernels.row_linear import row_multiple
+from turret.server.adapters.device.gates import Gates
+from turret.server.adapters.device.members import StepMembers
+from turret.server.adapters.operators import Gate
+
+NUM_ROWS = 90
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    row_multiple.cache_clear()
+    yield
+    torch.set_num_threads(before)
+    row_multiple.cache_clear()
+
+
+def bank_of(dtype: torch.dtype) -> tuple[Gates, dict[str, dict[str, Gate]]]:
+    bank, gates = Gates(LAYOUT, torch.device("cpu")), gates_of(dtype)
+    for key, modules in gates.items():
+        bank.insert(key, operators_of(modules))
+    return bank, gates
+
+
+def apply(bank: Gates, members: StepMembers, x: Tensor, y: Tensor) -> Tensor:
+    y = y.clone()
+    bound = bank.bind(members)
+    assert bound is not None
+    bound.apply(0, "qkv", x, y)
+    return y
+
+
+@pytest.mark.usefixtures("threads")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_keeps_its_bits_in_any_company(dtype: torch.dtype) -> None:
+    bank, _ = bank_of(dtype)
+    x, y = torch.randn(NUM_ROWS, INNER).to(dtype), torch.randn(NUM_ROWS, WIDTH).to(dtype)
+    mixes = [MIXES[i % len(MIXES)] for i in range(NUM_ROWS)]
+    together = apply(bank, StepMembers(short=mixes, long=[]), x, y)
+    for i in range(NUM_ROWS):
+        if mixes[i] == (("other", 1.0),):
+            assert torch.equal(together[i], y[i])
+            continue
+        row = slice(i, i + 1)
+        alone = apply(bank, StepMembers(short=[mixes[i]], long=[]), x[row], y[row])
+        assert torch.equal(alone[0], together[i]), i
+    for mix in (MIXES[0], MIXES[3], MIXES[5]):
+        segment = StepMembers(short=[], long=[(5, 84, mix)])
+        long = apply(bank, segment, x, y)
+        assert torch.equal(long[:5], y[:5])
+        assert torch.equal(long[84:], y[84:])
+        for i in (5, 6, 40, 83):
+            row = slice(i, i + 1)
+            alone = apply(bank, StepMembers(short=[mix], long=[]), x[row], y[row])
+            assert torch.equal(alone[0], long[i]), (mix, i)
+
+
+def test_rows_get_the_formula() -> None:
+    bank, gates = bank_of(torch.float32)
+    x, y = torch.randn(3, INNER), torch.randn(3, WIDTH)
+    mix = MIXES[3]
+    found = apply(bank, StepMembers(short=[mix] * 3, long=[]), x, y)
+    expected = in_float64(gates, mix, x, y)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_removed_adapter_is_gone() -> None:
+    bank, _ = bank_of(torch.float32)
+    members = StepMembers(short=[(("a", 1.0),)], long=[])
+    assert bank.bind(members) is not None
+    bank.remove("a")
+    bank.remove("never there")
+    assert bank.bind(members) is None

@@ -1,0 +1,115 @@
+"""Learned fusions as kernels, in Triton's interpreter: every row against float64.
+
+Planted faults, and how many of the tests here each one fails (tried by hand):
+
+- no weight: 2
+- no component gated: 2
+- components not moved to their bounds: 2
+- another slice's keys: 2
+- queries of other rows: 2
+- expand without the gates: 2
+- only the first run of a fusion: 2
+
+That every slice has the ranks of the first fails none: the factors past a slice's own are zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from builders.gates import INNER, LAYOUT, MIXES, WIDTH, gates_of, in_float64, operators_of
+from gpu_path import use_coarse_tiles
+from kernel_traffic import DEVICE, error_ratio
+
+from turret.kernels.gpu import tuning as tuning_module
+from turret.kernels.gpu.segment_table import SegmentTable
+from turret.server.adapters.device.gpu_gates import GpuGates
+from turret.server.adapters.device.members import Members
+from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+
+NUM_ROWS = 24
+
+
+@pytest.fixture(autouse=True)
+def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    use_coarse_tiles(monkeypatch)
+    yield
+    monkeypatch.undo()
+    tuning_module.tuning.cache_clear()
+
+
+class Tables:
+    """A table per fusion, as large as it must be."""
+
+    def fusion_table(self, key: str, ranks: int, components: int) -> SegmentTable:
+        return SegmentTable(
+            max_rows=NUM_ROWS, max_row_rank=ranks, max_components=components, device=DEVICE
+        )
+
+
+def bank_of(dtype: torch.dtype, gates) -> GpuGates:
+    bank = GpuGates(LAYOUT, dtype, DEVICE)
+    for key, modules in gates.items():
+        moved = {n: g.with_tensors(t.to(DEVICE) for t in g.tensors()) for n, g in modules.items()}
+        bank.insert(key, operators_of(moved))
+    return bank
+
+
+def runs_of() -> list[tuple[int, int, Members]]:
+    """One row each, but for a segment of the last mix; rows past it are nobody's."""
+    single = [(row, row + 1, MIXES[row % len(MIXES)]) for row in range(9)]
+    return [*single, (9, 20, MIXES[5])]
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
+def test_rows_get_the_formula(dtype: torch.dtype, bound: float) -> None:
+    torch.manual_seed(3)
+    gates = gates_of(dtype)
+    bank = bank_of(dtype, gates)
+    x = torch.randn(NUM_ROWS, INNER).to(DEVICE, dtype)
+    y = torch.randn(NUM_ROWS, WIDTH).to(DEVICE, dtype)
+    found = y.clone()
+    bound_fusions = bank.bind(runs_of(), Tables())
+    assert bound_fusions.signature == ("a", "b", "c")
+    bound_fusions.apply(0, "qkv", x, found)
+    for start, end, mix in runs_of():
+        rows = slice(start, end)
+        if mix == MIXES[4]:
+            assert torch.equal(found[rows], y[rows])
+            continue
+        exact = in_float64(gates, mix, x[rows].cpu(), y[rows].cpu())
+        assert error_ratio(found[rows].cpu(), exact) < bound, mix
+        # What it adds, too, and not only beside a large base result.
+        change = found[rows].cpu().double() - y[rows].cpu().double()
+        assert error_ratio(change, exact - y[rows].cpu().double()) < 10 * bound, mix
+    assert torch.equal(found[20:], y[20:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_row_does_not_depend_on_its_batch_mates() -> None:
+    """Not in the interpreter: numpy's products round a row by its place."""
+    torch.manual_seed(4)
+    gates = gates_of(torch.float32)
+    bank = bank_of(torch.float32, gates)
+    x, y = torch.randn(NUM_ROWS, INNER).to(DEVICE), torch.randn(NUM_ROWS, WIDTH).to(DEVICE)
+    found = y.clone()
+    bank.bind(runs_of(), Tables()).apply(0, "qkv", x, found)
+    for row in (0, 3, 5, 12):
+        mix = next(mix for start, end, mix in runs_of() if start <= row < end)
+        alone = y[row : row + 1].clone()
+        bank.bind([(0, 1, mix)], Tables()).apply(0, "qkv", x[row : row + 1], alone)
+        assert torch.equal(alone[0], found[row]), row
+
+
+def test_adapters_without_gates_and_removed_ones_are_passed_over() -> None:
+    bank = bank_of(torch.float32, gates_of(torch.float32))
+    bank.insert("plain", AdapterOperators({"model.layers.0.q": ModuleOperators()}))
+    assert bank.bind([(0, 1, (("plain", 1.0),))], Tables()).runs == ()
+    before = bank.addresses()
+    bank.remove("b")
+    bank.remove("never there")
+    assert bank.bind([(0, 1, MIXES[1])], Tables()).runs == ()
+    assert bank.addresses() != before

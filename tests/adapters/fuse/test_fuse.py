@@ -1,0 +1,338 @@
+"""Fusing adapters of every method, against PEFT's updates in float64, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import BASE_NAME, base_of, load_with_peft, logits, tiny_llama, with_operators
+from builders.fuse import Fusions, difference, truncated
+from builders.fusions import save_fusion
+from builders.methods import make_config, save_adapter
+
+from turret.server.adapters.fuse import module_fuser as fused_module
+from turret.server.adapters.fuse.combination import Combination
+from turret.server.adapters.fuse.factors import Factors, energy_rank, ratio, side_by_side
+from turret.server.adapters.fuse.interrupt import Interrupt
+from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
+from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.weight_update import beyond_low_rank, beyond_updates
+from turret.server.errors import (
+    AdapterChangedError,
+    AdapterExistsError,
+    AdapterNotFoundError,
+    BudgetExceededError,
+    InvalidRequestError,
+    StateDirRequiredError,
+    TurretError,
+)
+
+CLOSE = 1e-5
+METHODS = ("lora", "rslora", "dora", "loha", "lokr", "ia3", "adalora", "vera")
+DENSE = ("dora", "loha", "lokr", "ia3")
+
+
+@pytest.fixture(scope="module")
+def fusions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
+    """An adapter of each method under the method's name."""
+    made = Fusions(tmp_path_factory.mktemp("fuse"))
+    for seed, method in enumerate((*METHODS, "prefix_tuning", "prompt_tuning")):
+        made.add(method, method, seed)
+    made.add("narrow", r=2, lora_alpha=4, target_modules=["q_proj"])
+    save_fusion(tiny_llama(), made.root, "gated", ("lora", "narrow"), ["q_proj"])
+    made.registry.load("gated", "gated")
+    yield made
+    made.registry.close()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_svd_is_the_best_approximation_of_any_method(fusions: Fusions, method: str) -> None:
+    mix = {method: -1.5}
+    exact = fusions.exact(mix)
+    result = fusions.fuse(mix, how="svd", rank=3)
+    found = fusions.deltas(result)
+    assert difference(found, truncated(exact, 3)) < 1e-4
+    assert result.relative_error == pytest.approx(difference(found, exact), rel=1e-3, abs=1e-6)
+    for module in result.modules:
+        of_module = ({module.module: deltas[module.module]} for deltas in (found, exact))
+        assert module.relative_error == pytest.approx(difference(*of_module), rel=1e-3, abs=1e-6)
+        assert module.rank <= 3
+
+
+def test_all_methods_at_once(fusions: Fusions) -> None:
+    mix: dict[str, float] = dict.fromkeys(METHODS, 0.5)
+    found = fusions.deltas(fusions.fuse(mix, how="svd", rank=64))
+    assert difference(found, fusions.exact(mix)) < CLOSE
+    pruned = fusions.fuse(mix, how="dare_ties_svd", density=0.5, rank=64, seed=3)
+    again = fusions.fuse(mix, how="dare_ties_svd", density=0.5, rank=64, seed=3)
+    other = fusions.fuse(mix, how="dare_ties_svd", density=0.5, rank=64, seed=4)
+    assert pruned.record.digest == again.record.digest != other.record.digest
+    assert pruned.relative_error == again.relative_error > 0.1
+
+
+@pytest.mark.parametrize("how", ["exact", "cat"])
+def test_concatenation_is_exact_for_everything_low_rank(fusions: Fusions, how: str) -> None:
+    mix = {"lora": 0.7, "rslora": -2.0, "adalora": 1.0, "vera": 0.25, "narrow": 3.0}
+    result = fusions.fuse(mix, how=how)
+    assert difference(fusions.deltas(result), fusions.exact(mix)) < CLOSE
+    assert result.relative_error < 1e-7
+    ranks = {module.module: module.rank for module in result.modules}
+    assert ranks["model.layers.1.self_attn.v_proj"] < ranks["model.layers.1.self_attn.q_proj"]
+
+
+def test_a_weight_of_zero_takes_up_no_rank(fusions: Fusions) -> None:
+    result = fusions.fuse({"lora": 0.5, "rslora": 0.0})
+    assert {module.rank for module in result.modules} == {4}
+    nothing = fusions.fuse({"lora": 0.0, "narrow": 0.0})
+    assert all((delta == 0).all() for delta in fusions.deltas(nothing).values())
+    assert (nothing.relative_error, nothing.record.ranks) == (0.0, (1,))
+
+
+def test_energy_keeps_the_least_rank_that_suffices(fusions: Fusions) -> None:
+    mix = {"lora": 1.0, "dora": 0.5}
+    exact = fusions.exact(mix)
+    result = fusions.fuse(mix, how="svd", energy=0.9)
+    for module in result.modules:
+        energy = torch.linalg.svdvals(exact[module.module]).square()
+        share = (energy.cumsum(0) / energy.sum()).tolist()
+        assert share[module.rank - 1] >= 0.9 > share[module.rank - 2]
+        assert module.relative_error == pytest.approx((1 - share[module.rank - 1]) ** 0.5, 1e-3)
+    assert result.relative_error <= 0.1**0.5
+    # All of two LoRAs of rank 4 and 6 is what lies side by side.
+    whole = fusions.fuse({"lora": 1.0, "rslora": 1.0}, how="svd", energy=1.0)
+    assert {module.rank for module in whole.modules} == {10}
+    assert whole.relative_error < 1e-6
+
+
+def test_biases_add_up(tmp_path: Path) -> None:
+    """Of replaced biases the difference counts; modules with nothing but a bias are kept."""
+    base = tiny_llama(attention_bias=True)
+    for seed, name in enumerate("ab"):
+        config = make_config("lora", bias="all", target_modules=["q_proj", "up_proj"])
+        save_adapter(base, config, tmp_path / name, seed=seed)
+    registry = AdapterRegistry(
+        tmp_path, base_of(base), 1 << 28, 64, state=StateDir(tmp_path / "state", 1 << 24)
+    )
+    for name in "ab":
+        registry.load(name, name)
+    mix = {"a": 0.5, "b": -1.5}
+    refs = [AdapterRef(name=name, weight=weight) for name, weight in mix.items()]
+    fused = registry.fuser.start("c", refs, Combination(), Interrupt()).result(60)
+    assert fused.record.target_modules == ("k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    held = registry.acquire([*refs, AdapterRef(name="c")])
+    a, b, c = (adapter.operators for adapter, _ in held.components)
+    registry.release(held)
+    assert a is not None
+    assert b is not None
+    assert c is not None
+    expected = logits(with_operators(base, [(a, 0.5), (b, -1.5)]))
+    torch.testing.assert_close(
+        logits(with_operators(base, [(c, 1.0)])), expected, atol=1e-4, rtol=0
+    )
+    directory = tmp_path / "state" / "files" / f"{fused.record.uuid}.1"
+    torch.testing.assert_close(logits(load_with_peft(base, directory)), expected, atol=1e-4, rtol=0)
+    registry.close()
+
+
+def test_the_result_is_a_plain_lora(fusions: Fusions) -> None:
+    result = fusions.fuse({"lora": 1.0, "narrow": 0.5})
+    config = json.loads((fusions.directory(result) / "adapter_config.json").read_text())
+    paths = [f"model.layers.{layer}.self_attn.q_proj" for layer in (0, 1)]
+    assert config["target_modules"] == sorted(make_config("lora").target_modules)  # type: ignore[attr-defined]
+    assert (config["r"], config["lora_alpha"]) == (4, 4)
+    assert config["rank_pattern"] == config["alpha_pattern"] == dict.fromkeys(paths, 6)
+    record = result.record
+    assert (record.method, record.ranks, record.warnings) == ("lora", (4, 6), ())
+    # PEFT saves the names of models that have a directory; these have none.
+    assert record.base_model == BASE_NAME
+    # It is an input like any other.
+    twice = fusions.fuse({record.name: 2.0, "lora": -2.0})
+    assert difference(fusions.deltas(twice), fusions.exact({"narrow": 1.0, "lora": 0.0})) < CLOSE
+
+
+def test_one_module_is_dense_at_a_time(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[str, weakref.ref[torch.Tensor]]] = []
+    most = 0
+    zeros = fused_module._zeros
+
+    def watched(module: Any) -> torch.Tensor:
+        nonlocal most
+        alive = [name for name, ref in made if ref() is not None]
+        assert set(alive) <= {module.name}
+        most = max(most, len(alive) + 1)
+        tensor = zeros(module)
+        made.append((module.name, weakref.ref(tensor)))
+        return tensor
+
+    monkeypatch.setattr(fused_module, "_zeros", watched)
+    fusions.fuse(dict.fromkeys(DENSE, 1.0), how="ties_svd", density=0.5)
+    assert len({name for name, _ in made}) == 14
+    # The sum, and one member's update after the other.
+    assert most == 2
+
+
+@pytest.mark.parametrize(
+    ("mix", "settings", "kind", "names"),
+    [
+        ({"lora": 1, "dora": 1, "ia3": 1}, {}, InvalidRequestError, {1: "gain", 2: "input gain"}),
+        (
+            {"loha": 1, "lokr": 1},
+            {"how": "linear"},
+            InvalidRequestError,
+            {0: "hadamard", 1: "kron"},
+        ),
+        ({"lora": 1, "prefix_tuning": 1}, {"how": "svd"}, InvalidRequestError, {1: "before the"}),
+        ({"prompt_tuning": 1}, {}, InvalidRequestError, {0: "before the prompt"}),
+        ({"gated": 1, "lora": 1}, {"how": "svd"}, InvalidRequestError, {0: "gate, no weight"}),
+    ],
+)
+def test_members_that_do_not_fit_are_named(
+    fusions: Fusions,
+    mix: Mapping[str, float],
+    settings: dict[str, Any],
+    kind: type[TurretError],
+    names: dict[int, str],
+) -> None:
+    with pytest.raises(kind) as raised:
+        fusions.fuse(mix, **settings)
+    found = dict(raised.value.violations)
+    assert found.keys() == {f"adapters[{index}].name" for index in names}
+    for index, why in names.items():
+        described = found[f"adapters[{index}].name"]
+        assert why in described
+        assert repr(list(mix)[index]) in described
+
+
+@pytest.mark.parametrize(
+    ("mix", "settings", "kind", "fields"),
+    [
+        ({"lora": 1, "rslora": 1}, {"how": "linear"}, InvalidRequestError, ["adapters"]),
+        ({"ia3": 1}, {"how": "svd"}, InvalidRequestError, ["rank"]),
+        ({"lora": 1}, {"how": "svd", "rank": 65}, BudgetExceededError, ["rank"]),
+        ({"lora": 1}, {"name": "lora"}, InvalidRequestError, ["name"]),
+        ({"lora": 1, "x": 1, "y": 1}, {}, AdapterNotFoundError, []),
+        ({"lora": 1}, {"name": "dora"}, AdapterExistsError, []),
+        ({"lora": 1}, {"name": "narrow"}, AdapterExistsError, []),
+    ],
+)
+def test_refusals(
+    fusions: Fusions,
+    mix: Mapping[str, float],
+    settings: dict[str, Any],
+    kind: type[TurretError],
+    fields: list[str],
+) -> None:
+    with pytest.raises(kind) as raised:
+        fusions.fuse(mix, **settings)
+    assert [field for field, _ in raised.value.violations] == fields
+
+
+def test_ranks_over_the_limit_are_refused_before_the_work(tmp_path: Path) -> None:
+    fusions = Fusions(tmp_path, max_rank=8)
+    for seed, name in enumerate("ab"):
+        fusions.add(name, "rslora", seed)
+    fusions.add("wide", "dora")
+    for mix, settings, field in (
+        ({"a": 1, "b": 1}, {}, "adapters"),
+        ({"a": 1}, {"how": "svd", "rank": 9}, "rank"),
+        ({"wide": 1}, {"how": "svd", "energy": 0.99}, "energy"),
+    ):
+        with pytest.raises(BudgetExceededError) as raised:
+            fusions.fuse(mix, **settings)
+        assert raised.value.violations[0][0] == field
+        assert raised.value.metadata["max_rank"] == "8"
+    assert list((tmp_path / "state" / "files").iterdir()) == []
+    fusions.registry.close()
+
+
+def test_members_must_fit_the_budget_in_fp32(tmp_path: Path) -> None:
+    fusions = Fusions(tmp_path)
+    size = fusions.registry.get(fusions.add("a")).bytes_host
+    fusions.registry.close()
+    tight = AdapterRegistry(
+        fusions.root,
+        base_of(tiny_llama(), dtype=torch.bfloat16),
+        size,
+        64,
+        state=StateDir(tmp_path / "state", 1 << 24),
+    )
+    for name in "ab":
+        tight.load(name, "a")
+    refs = [AdapterRef(name=name) for name in "ab"]
+    # One of them is just as large in fp32 as the budget; in bf16 both fit.
+    assert (
+        tight.fuser.start("c", refs[:1], Combination(), Interrupt()).result(60).record.name == "c"
+    )
+    with pytest.raises(BudgetExceededError, match="in fp32"):
+        tight.fuser.start("d", refs, Combination(), Interrupt()).result(60)
+    tight.close()
+
+
+def test_fusing_needs_a_state_directory(tmp_path: Path) -> None:
+    save_adapter(tiny_llama(), make_config("lora"), tmp_path / "a")
+    registry = AdapterRegistry(tmp_path, base_of(tiny_llama()), 1 << 28, 64)
+    registry.load("a", "a")
+    with pytest.raises(StateDirRequiredError, match="--state-dir"):
+        registry.fuser.start("b", [AdapterRef(name="a")], Combination(), Interrupt()).result(60)
+    registry.close()
+
+
+def test_files_that_changed_are_not_fused(tmp_path: Path) -> None:
+    fusions = Fusions(tmp_path)
+    fusions.add("a", seed=1)
+    save_adapter(tiny_llama(), make_config("lora"), fusions.root / "a", seed=2)
+    with pytest.raises(AdapterChangedError):
+        fusions.fuse({"a": 1.0})
+    fusions.registry.close()
+
+
+def test_what_has_no_weight_update_is_found_by_exclusion() -> None:
+    """An operator that fusing has never heard of is refused, not left out."""
+
+    @dataclass(frozen=True)
+    class Router:
+        strength: float
+
+    @dataclass(frozen=True, slots=True)
+    class Routed(ModuleOperators):
+        router: Router | None = None
+
+    low_rank = LowRank(torch.ones(1, 3), torch.ones(1, 2))
+    plain = AdapterOperators({"m": Routed(low_rank=low_rank)})
+    routed = AdapterOperators({"m": Routed(low_rank=low_rank, router=Router(1.0))})
+    assert (beyond_updates(plain), beyond_low_rank(plain)) == ((), ())
+    assert (beyond_updates(routed), beyond_low_rank(routed)) == (("router",), ("router",))
+
+
+def test_norms_survive_cancellation() -> None:
+    """‖BA − (BA)‖ of two products that differ in their last digits, without building them."""
+    generator = torch.Generator().manual_seed(0)
+    b, a = (
+        torch.randn(size, generator=generator, dtype=torch.float64) for size in ((90, 4), (4, 70))
+    )
+    nudge = torch.randn(90, 4, generator=generator, dtype=torch.float64) * 1e-9
+    difference = side_by_side([Factors(b, a), Factors(-(b + nudge), a)])
+    assert difference.rank == 8
+    assert difference.norm() == pytest.approx(float(torch.linalg.matrix_norm(nudge @ a)), rel=1e-5)
+
+
+def test_energy_and_ratio() -> None:
+    values = torch.tensor([3.0, 2.0, 1.0, 0.0])
+    assert [energy_rank(values, e) for e in (0.1, 9 / 14, 0.65, 13 / 14, 0.93, 1.0)] == [
+        1,
+        1,
+        2,
+        2,
+        3,
+        3,
+    ]
+    assert energy_rank(torch.zeros(2), 1.0) == 1
+    assert (ratio(1.0, 4.0), ratio(0.0, 0.0), ratio(1.0, 0.0)) == (0.25, 0.0, float("inf"))

@@ -1,0 +1,166 @@
+"""Fusing beside PEFT's ``add_weighted_adapter``.
+
+The same function where PEFT computes what it documents, both results where it does not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import tiny_llama
+from builders.fuse import Fusions, difference, peft_weighted, truncated
+from builders.methods import ALL, quiet
+from peft import PeftModel
+
+# Of ΔW, relative: sums of fp32 in another order.
+CLOSE = 1e-5
+FAR = 0.05
+MIX = {"a": 0.7, "b": -1.2, "c": 1.5}
+TIES = {"density": 0.4}
+
+
+@pytest.fixture(scope="module")
+def fusions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
+    """LoRAs of one rank and three scales; ``c`` leaves modules out."""
+    made = Fusions(tmp_path_factory.mktemp("fuse"))
+    made.add("a", seed=1, lora_alpha=6)
+    made.add("b", seed=2, lora_alpha=2)
+    made.add("c", seed=3, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    yield made
+    made.registry.close()
+
+
+@pytest.mark.parametrize(
+    ("how", "settings"),
+    [
+        ("cat", {}),
+        ("linear", {}),
+        ("svd", {"rank": 5}),
+        ("ties", TIES),
+        ("ties", {**TIES, "majority_sign_method": "frequency"}),
+        ("ties_svd", {**TIES, "rank": 5}),
+        ("ties_svd", {**TIES, "rank": 5, "majority_sign_method": "frequency"}),
+        ("dare_linear", {**TIES, "seed": 5}),
+        ("dare_linear_svd", {**TIES, "rank": 5, "seed": 5}),
+        ("dare_ties", {**TIES, "seed": 6}),
+        ("dare_ties_svd", {**TIES, "rank": 5, "seed": 6}),
+        ("magnitude_prune", TIES),
+        ("magnitude_prune_svd", {**TIES, "rank": 5}),
+        ("ties", {"density": 1.0}),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())),
+)
+def test_a_combination_is_that_of_peft(
+    fusions: Fusions, how: str, settings: dict[str, Any]
+) -> None:
+    options = {"svd_rank" if key == "rank" else key: value for key, value in settings.items()}
+    expected = peft_weighted(fusions.root, MIX, how, **options)
+    result = fusions.fuse(MIX, how=how, **settings)
+    found = fusions.deltas(result)
+    assert difference(found, expected) < CLOSE
+    # Else everything would agree: the exact sum is another function unless nothing is lost.
+    exact = fusions.exact(MIX)
+    error = difference(found, exact)
+    assert (error < CLOSE) == (how == "cat")
+    assert result.relative_error == pytest.approx(error, abs=1e-6)
+
+
+def test_the_default_rank_is_the_largest_as_in_peft(fusions: Fusions) -> None:
+    found = fusions.deltas(fusions.fuse(MIX, how="svd"))
+    assert difference(found, peft_weighted(fusions.root, MIX, "svd")) < CLOSE
+    assert difference(found, truncated(fusions.exact(MIX), 4)) < CLOSE
+
+
+def test_peft_ignores_the_combination_of_a_single_adapter(fusions: Fusions) -> None:
+    """There every name means ``linear``; here it means what it says."""
+    exact = fusions.exact({"a": 0.5})
+    cases: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+        ("svd", {"rank": 2}, {"svd_rank": 2}),
+        ("ties", TIES, TIES),
+        ("magnitude_prune_svd", {**TIES, "rank": 2}, {**TIES, "svd_rank": 2}),
+    ]
+    for how, settings, options in cases:
+        peft = peft_weighted(fusions.root, {"a": 0.5}, how, **options)
+        assert difference(peft, exact) < CLOSE, how
+        found = fusions.deltas(fusions.fuse({"a": 0.5}, how=how, **settings))
+        assert difference(found, exact) > FAR, how
+        if how == "svd":
+            assert difference(found, truncated(exact, 2)) < CLOSE
+
+
+def test_peft_scales_a_mix_of_rslora_wrongly(tmp_path: Path) -> None:
+    """The result keeps ``use_rslora``, so it is scaled by the root of its rank once more."""
+    fusions = Fusions(tmp_path)
+    fusions.add("a", "rslora", 1)
+    fusions.add("b", "rslora", 2)
+    mix = {"a": 1.0, "b": 0.5}
+    exact = fusions.exact(mix)
+    peft = peft_weighted(fusions.root, mix, "cat")
+    assert difference(peft, exact) > FAR
+    assert difference({n: d / 12**0.5 for n, d in peft.items()}, exact) < CLOSE
+    assert difference(fusions.deltas(fusions.fuse(mix, how="cat")), exact) < CLOSE
+    fusions.registry.close()
+
+
+def test_peft_loses_the_magnitudes_of_dora(tmp_path: Path) -> None:
+    """It gives the result magnitudes of its own; here ``ΔW = g ⊙ (W + sBA) − W``."""
+    fusions = Fusions(tmp_path)
+    fusions.add("a", "dora", 1)
+    fusions.add("b", "dora", 2)
+    mix = {"a": 0.5, "b": 0.5}
+    exact = fusions.exact(mix)
+    peft = peft_weighted(fusions.root, mix, "svd", svd_rank=32)
+    # With as many directions as v_proj has, nothing need be lost.
+    assert difference({n: peft[n] for n in peft if "v_proj" in n}, _only_v(exact)) > FAR
+    result = fusions.fuse(mix, how="svd", rank=32)
+    found = fusions.deltas(result)
+    assert difference(_only_v(found), _only_v(exact)) < CLOSE
+    assert difference(found, truncated(exact, 32)) < 1e-4
+    fusions.registry.close()
+
+
+def _only_v(deltas: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: delta for name, delta in deltas.items() if "v_proj" in name}
+
+
+def test_peft_drops_the_biases_of_lora(tmp_path: Path) -> None:
+    """Biases are no factors, and their weighted sum is exact in every combination."""
+    fusions = Fusions(tmp_path)
+    for seed, name in enumerate("ab"):
+        fusions.add(name, seed=seed, lora_bias=True, target_modules=["q_proj", "down_proj"])
+    mix = {"a": 0.5, "b": -2.0}
+    result = fusions.fuse(mix, how="linear")
+    path = "model.layers.1.mlp.down_proj"
+    with quiet():
+        peft_model = PeftModel.from_pretrained(tiny_llama(), str(fusions.root / "a"), "a")
+        peft_model.load_adapter(str(fusions.root / "b"), "b")
+        peft_model.load_adapter(str(fusions.directory(result)), "fused")
+        peft_model.base_model.add_weighted_adapter(  # type: ignore[operator]
+            ["a", "b"], [0.5, -2.0], "peft", combination_type="linear"
+        )
+    layer = peft_model.get_base_model().get_submodule(path)
+    bias = {name: layer.lora_B[name].bias.double() for name in ("a", "b", "fused", "peft")}  # type: ignore[index,union-attr]
+    scaling = layer.scaling  # type: ignore[union-attr]
+    expected = 0.5 * scaling["a"] * bias["a"] - 2.0 * scaling["b"] * bias["b"]  # type: ignore[index]
+    assert (scaling["fused"] * bias["fused"] - expected).norm() < CLOSE * expected.norm()  # type: ignore[index]
+    assert (bias["peft"] == 0.0).all()
+    fusions.registry.close()
+
+
+def test_ranks_may_differ_where_members_do_not_meet(tmp_path: Path) -> None:
+    """PEFT compares the ranks in the configs, whatever modules they are for."""
+    fusions = Fusions(tmp_path)
+    fusions.add("a", r=2, target_modules=["q_proj"])
+    fusions.add("b", r=6, target_modules=ALL[1:])
+    mix = {"a": 1.0, "b": -0.5}
+    with pytest.raises(ValueError, match="same r"):
+        peft_weighted(fusions.root, mix, "linear")
+    result = fusions.fuse(mix, how="linear")
+    assert result.relative_error < CLOSE
+    assert {module.rank for module in result.modules} == {2, 6}
+    assert difference(fusions.deltas(result), fusions.exact(mix)) < CLOSE
+    fusions.registry.close()

@@ -1,0 +1,200 @@
+"""Which adapters a change of the base concerns, and what becomes of them in host memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from builders.adapters import base_of
+from builders.methods import make_config, save_adapter
+from builders.registries import Gate, Waiter, refs, until
+from method_oracle import twin
+
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.component import ComponentRef
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.residency.loader import AdapterLoader, LoadedAdapter
+from turret.server.adapters.source import Source
+
+# Qwen2 has biases, which adapters may replace or scale.
+ARCHITECTURE = "qwen2"
+METHODS = (
+    *("lora", "dora", "loha", "lokr", "ia3", "adalora", "vera"),
+    *("prefix_tuning", "prompt_tuning", "p_tuning"),
+)
+VARIANTS = {
+    **{method: (method, {}) for method in METHODS},
+    "lora with biases": ("lora", {"bias": "lora_only"}),
+    "adalora with biases": ("adalora", {"bias": "all"}),
+    "vera with biases": ("vera", {"bias": "vera_only"}),
+    "ia3 without biases": ("ia3", {"target_modules": ["o_proj"], "feedforward_modules": []}),
+}
+DEPENDENT = {"dora", "ia3", "lora with biases", "adalora with biases", "vera with biases"}
+
+
+def make_base(generation: int) -> BaseModel:
+    """The twin's modules; every generation has other weights and biases."""
+    base = base_of(twin(ARCHITECTURE).model)
+
+    def other(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor * (1.0 + 0.1 * generation)
+
+    modules = {
+        path: dataclasses.replace(
+            module,
+            bias=None if module.bias is None else other(module.bias),
+            dequantize=lambda module=module: other(module.dequantize()),
+        )
+        for path, module in base.modules.items()
+    }
+    sizes = {"num_layers": 2, "hidden_size": 128, "num_kv_heads": 2, "head_dim": 32}
+    return dataclasses.replace(base, modules=modules, generation=generation, **sizes)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    for variant, (method, changes) in VARIANTS.items():
+        config = make_config(method, **changes)
+        save_adapter(twin(ARCHITECTURE).model, config, folder / variant)
+    return folder
+
+
+def no_source(ref: ComponentRef) -> Source:
+    raise AssertionError(ref)
+
+
+def tensors_of(loaded: LoadedAdapter) -> list[torch.Tensor]:
+    prompt = loaded.operators.soft_prompt
+    found = [t for module in loaded.operators.modules.values() for t in module.tensors()]
+    return found + ([] if prompt is None else list(prompt.tensors()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_method_says_whether_the_base_went_into_its_operators(root: Path, variant: str) -> None:
+    """Lowered to two bases, they differ if and only if it says so."""
+    loaded = []
+    for generation in (1, 2):
+        loader = AdapterLoader(root, make_base(generation), 1 << 30, 64, find_source=no_source)
+        loaded.append(loader.lower(loader.read(Source(variant))))
+    one, other = (tensors_of(each) for each in loaded)
+    differs = any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert [each.base_generation for each in loaded] == ([1, 2] if differs else [None, None])
+    assert differs == (variant in DEPENDENT)
+
+
+@pytest.fixture
+def registry(root: Path) -> Iterator[AdapterRegistry]:
+    made = AdapterRegistry(root, make_base(1), 1 << 30, 64)
+    for name in ("dora", "ia3", "lora"):
+        made.load(name, name)
+    yield made
+    made.close()
+
+
+def generation_of(registry: AdapterRegistry, name: str) -> int | None:
+    return registry._table.find(name).current.base_generation
+
+
+def residencies(registry: AdapterRegistry) -> dict[str, str]:
+    return {record.name: record.residency for record in registry.list()}
+
+
+def test_idle_adapters_of_another_base_are_dropped(registry: AdapterRegistry) -> None:
+    keys = {name: registry._table.find(name).current.key for name in ("dora", "ia3")}
+    used = registry.host_bytes_used
+    change = registry.move_base(make_base(2))
+    assert (change.generation, change.stale) == (2, frozenset(keys.values()))
+    assert residencies(registry) == {"dora": "disk", "ia3": "disk", "lora": "host"}
+    assert registry.host_bytes_used < used
+    assert registry.base.generation == 2
+    waiter = Waiter(registry.acquire(refs(["dora", "lora"])))
+    assert not waiter.was_resident
+    waiter.wait()
+    assert (generation_of(registry, "dora"), generation_of(registry, "lora")) == (2, None)
+    registry.release(waiter.mix)
+    assert registry.move_base(make_base(3)).stale == {keys["dora"]}
+
+
+def test_what_a_request_holds_is_read_again_before_it_is_resident(
+    registry: AdapterRegistry,
+) -> None:
+    """The request was told that it is resident; it asks again after the change."""
+    held = Waiter(registry.acquire(refs(["dora", "lora"])))
+    assert held.was_resident
+    used = registry.host_bytes_used
+    gate = Gate(registry)
+    registry.move_base(make_base(2))
+    # What is read again keeps its room.
+    assert registry.host_bytes_used == used - _bytes(registry, "ia3")
+    again = Waiter(held.mix)
+    late = Waiter(registry.acquire(refs(["dora"])))
+    assert (again.was_resident, late.was_resident) == (False, False)
+    gate.open()
+    for waiter in (again, late):
+        waiter.wait()
+        registry.release(waiter.mix)
+    assert gate.reads == ["dora"]
+    assert generation_of(registry, "dora") == 2
+
+
+def _bytes(registry: AdapterRegistry, name: str) -> int:
+    return registry._table.find(name).current.host_bytes_needed
+
+
+def test_a_request_that_goes_away_meanwhile_leaves_nothing(registry: AdapterRegistry) -> None:
+    held = Waiter(registry.acquire(refs(["dora"])))
+    gate = Gate(registry)
+    registry.move_base(make_base(2))
+    registry.release(held.mix)
+    registry.unload("dora", "DRAIN", 0.0)
+    gate.open()
+    until(lambda: registry.host_bytes_used == _bytes(registry, "lora"))
+
+
+def test_a_pinned_adapter_is_read_again_at_once(registry: AdapterRegistry) -> None:
+    registry.pin("dora")
+    gate = Gate(registry)
+    registry.move_base(make_base(2))
+    gate.entered.acquire()
+    assert (registry.get("dora").pinned, residencies(registry)["dora"]) == (True, "disk")
+    # The base moves on while it is read: what was begun is of no use.
+    registry.move_base(make_base(3))
+    gate.open()
+    until(lambda: residencies(registry)["dora"] == "host")
+    assert generation_of(registry, "dora") == 3
+    assert registry.get("dora").pinned
+
+
+def test_a_pinned_adapter_whose_files_are_gone_loses_its_pin(
+    registry: AdapterRegistry, root: Path
+) -> None:
+    registry.pin("dora")
+    (root / "dora").rename(root / "away")
+    try:
+        registry.move_base(make_base(2))
+        until(lambda: not registry.get("dora").pinned)
+        assert registry.host_bytes_used == _bytes(registry, "lora")
+        assert Waiter(registry.acquire(refs(["lora"]))).was_resident
+    finally:
+        (root / "away").rename(root / "dora")
+
+
+def test_a_load_that_the_base_overtakes_is_not_kept(registry: AdapterRegistry) -> None:
+    """Lowered to the base before, registered after it has gone."""
+    loader, lower = registry._loader, registry._loader.lower
+
+    def overtaken(checkpoint: object) -> LoadedAdapter:
+        loaded = lower(checkpoint)  # type: ignore[arg-type]
+        registry.move_base(make_base(2))
+        return loaded
+
+    loader.lower = overtaken  # type: ignore[method-assign]
+    registry.load("late", "dora")
+    del loader.lower
+    assert residencies(registry)["late"] == "disk"
+    Waiter(registry.acquire(refs(["late"]))).wait()
+    assert generation_of(registry, "late") == 2

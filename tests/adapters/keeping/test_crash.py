@@ -1,0 +1,233 @@
+"""``kill -9`` at random points: a restart finds the state before or after each operation.
+
+What is killed is the process, not the machine: the kernel still writes what it was given, so these
+tests say nothing of ``fsync``.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.registries import Registries, stage_directory
+from checkout import ROOT
+from servers.crash_worker import Entry, Operation, entries_of, open_registry, perform
+
+NUM_KILLS = 110
+
+State = dict[str, Entry]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Registries]:
+    registries = Registries(tmp_path)
+    yield registries
+    registries.close()
+
+
+def matches(state: State, expected: State) -> bool:
+    """Equal, where an empty uuid stands for any."""
+    return state.keys() == expected.keys() and all(
+        state[name] == entry._replace(uuid=entry.uuid or state[name].uuid)
+        for name, entry in expected.items()
+    )
+
+
+def after(state: State, operation: Operation, digests: dict[str, str]) -> State:
+    """What a complete operation makes of a state."""
+    kind, name, path, pinned = operation
+    state = dict(state)
+    if kind == "unload":
+        del state[name]
+    elif kind in ("load", "upload"):
+        state[name] = Entry("", 1, digests[path], pinned)
+    elif kind in ("pin", "unpin"):
+        state[name] = state[name]._replace(pinned=kind == "pin")
+    elif state[name].digest != digests[path]:
+        old = state[name]
+        state[name] = old._replace(generation=old.generation + 1, digest=digests[path])
+    return state
+
+
+class Life:
+    """One worker, from its start to its violent end."""
+
+    def __init__(self, workers: subprocess.Popen[str], seed: int) -> None:
+        assert workers.stdin is not None
+        assert workers.stdout is not None
+        workers.stdin.write(f"{seed}\n")
+        workers.stdin.flush()
+        pid, entries, self.uploads, self.incoming, self.errors = json.loads(
+            workers.stdout.readline()
+        )
+        self.restored = _state(entries)
+        time.sleep(random.Random(seed).uniform(0.0, 0.05))
+        os.kill(pid, signal.SIGKILL)
+        self.last = self.restored
+        self.pending: Operation | None = None
+        self.operations: list[str] = []
+        for line in workers.stdout:
+            kind, *rest = json.loads(line)
+            if kind == "over":
+                return
+            if kind == "begin":
+                self.pending = Operation(*rest[0])
+            else:
+                assert self.pending is not None
+                self.operations.append(self.pending.kind)
+                self.last, self.pending = _state(rest[0]), None
+        raise AssertionError("the workers ended")
+
+
+def _state(entries: dict[str, list[Any]]) -> State:
+    return {name: Entry(*values) for name, values in entries.items()}
+
+
+@pytest.fixture
+def workers(make: Registries, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    command = ["servers.crash_worker", str(make.root), str(tmp_path / "state")]
+    with subprocess.Popen(
+        [sys.executable, "-m", *command],
+        cwd=ROOT / "tests" / "support",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as process:
+        yield process
+        assert process.stdin is not None
+        process.stdin.close()
+
+
+@pytest.mark.slow
+def test_a_kill_leaves_the_state_before_or_after_each_operation(
+    make: Registries, tmp_path: Path, workers: subprocess.Popen[str]
+) -> None:
+    digests = {path: make().load(path, path).digest for path in "abcd"}
+    allowed: list[State] = [{}]
+    done: Counter[str] = Counter()
+    cut: Counter[str] = Counter()
+    for seed in range(NUM_KILLS):
+        life = Life(workers, seed)
+        found = [matches(life.restored, state) for state in allowed]
+        assert any(found), (life.restored, allowed)
+        if len(allowed) == 2:
+            cut["before" if found[0] else "after"] += 1
+        assert life.errors == []
+        assert life.incoming == 0
+        keys = {f"{entry.uuid}.{entry.generation}" for entry in life.restored.values()}
+        assert set(life.uploads) <= keys
+        allowed = [life.last]
+        if life.pending is not None:
+            allowed.append(after(life.last, life.pending, digests))
+        done.update(life.operations)
+    # The kills came at all kinds of moments, or the test says little.
+    assert set(done) == {"load", "upload", "replace", "replace_upload", "pin", "unpin", "unload"}
+    assert cut["before"] >= 10
+    assert cut["after"] >= 3
+    print(f"\n{sum(done.values())} operations done, {sum(cut.values())} cut short: {dict(cut)}")
+
+
+def test_matching_finds_a_wrong_state() -> None:
+    """The oracle of the test above can fail."""
+    entry = Entry("u", 1, "d", False)
+    assert matches({"x": entry}, {"x": entry._replace(uuid="")})
+    for wrong in (
+        {},
+        {"y": entry},
+        {"x": entry._replace(generation=2)},
+        {"x": entry._replace(digest="e")},
+        {"x": entry._replace(pinned=True)},
+        {"x": entry._replace(uuid="v")},
+    ):
+        assert not matches({"x": entry}, wrong)
+
+
+# Every single step that an operation takes on the disk, one after the other.
+
+STEPS = ("open", "mkdir", "rename", "unlink", "fsync", "rmdir")
+
+
+class PowerCut(BaseException):
+    """No handler of the code under test may catch and repair what a crash would not repair."""
+
+
+# What dies closes no files, and this process lives on.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("kind", ["load", "upload", "replace", "replace_upload", "unload", "pin"])
+def test_every_step_on_the_disk_may_be_the_last(
+    make: Registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    digests = {path: make().load(path, path).digest for path in "ab"}
+    operation = Operation(kind, "x", "b" if "replace" in kind else "a")
+    is_new = kind in ("load", "upload")
+    outcomes, was_cut = [], True
+    for stop_at in range(60):
+        state_path = tmp_path / f"{stop_at}"
+        registry = open_registry(make.root, state_path)
+        if not is_new:
+            staged = stage_directory(registry, make.root / "a")
+            registry.upload("x", staged)
+        before = entries_of(registry)
+        was_cut = _cut_after(
+            monkeypatch, stop_at, functools.partial(perform, registry, make.root, operation)
+        )
+        # The process is gone, and with it the lock of the directory.
+        registry._ledger.close()
+        again = open_registry(make.root, state_path)
+        again.restore()
+        found = entries_of(again)
+        expected = after(before, operation, digests)
+        assert matches(found, before) or matches(found, expected), stop_at
+        outcomes.append(matches(found, expected))
+        current = [again._table.find(name).current for name in found]
+        files = {path.name for path in (state_path / "files").iterdir()}
+        assert files == {adapter.key for adapter in current if adapter.source.is_upload}
+        for name in found:
+            again.pin(name)
+        again.close()
+        registry.close()
+        if not was_cut:
+            break
+    assert not was_cut
+    assert outcomes[-1]
+    # Once it is done it stays done: there is one point where the operation takes effect.
+    assert outcomes == sorted(outcomes)
+    assert len(outcomes) > 2
+    assert not outcomes[0]
+
+
+def _cut_after(monkeypatch: pytest.MonkeyPatch, steps: int, call: Any) -> bool:
+    """Run ``call``; True if it would take more than so many steps and was cut there."""
+    left, is_dead, real_open = steps, False, os.open
+
+    def limited(step: Any) -> Any:
+        def run(*args: Any, **keywords: Any) -> Any:
+            nonlocal left, is_dead
+            is_read = step is real_open and not args[1] & os.O_CREAT
+            if is_dead or (left == 0 and not is_read):
+                is_dead = True
+                raise PowerCut
+            left -= not is_read
+            return step(*args, **keywords)
+
+        return run
+
+    with monkeypatch.context() as patch:
+        for name in STEPS:
+            patch.setattr(os, name, limited(getattr(os, name)))
+        try:
+            call()
+        except PowerCut:
+            return True
+    return False

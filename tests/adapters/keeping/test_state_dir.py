@@ -1,0 +1,379 @@
+"""What survives a restart, and what a state directory refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from builders.registries import (
+    Gate,
+    Registries,
+    Waiter,
+    adapter_bytes,
+    refs,
+    resident,
+    stage_directory,
+    until,
+)
+
+from turret.server import durable_file
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state import state_dir
+from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.adapters.state.staged_upload import UploadedFile
+from turret.server.adapters.state.state_dir import StateDir
+from turret.server.errors import (
+    AdapterChangedError,
+    AdapterCheckpointError,
+    BudgetExceededError,
+    InvalidRequestError,
+    StateDirRequiredError,
+    StorageFullError,
+)
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Registries]:
+    registries = Registries(tmp_path)
+    yield registries
+    registries.close()
+
+
+@pytest.fixture
+def start(make: Registries, tmp_path: Path) -> Callable[..., AdapterRegistry]:
+    """Starts a registry on the test's state directory; close it before the next one."""
+
+    def begin(room: float = 100) -> AdapterRegistry:
+        registry = make(room, state=StateDir(tmp_path / "state", 1 << 20))
+        registry.restore()
+        return registry
+
+    return begin
+
+
+Start = Callable[..., AdapterRegistry]
+
+
+def files_of(tmp_path: Path) -> list[str]:
+    return sorted(p.parent.name for p in (tmp_path / "state" / "files").glob("*/*.safetensors"))
+
+
+def test_a_restart_keeps_everything_but_residency(start: Start, make: Registries) -> None:
+    registry = start()
+    registry.load("a", "a")
+    registry.load("b", "b", pinned=True)
+    registry.load("gone", "c")
+    registry.upload("up", stage_directory(registry, make.root / "c"))
+    registry.replace("a", "d")
+    registry.unload("gone")
+    before = registry.list()
+    registry.close()
+    registry = start()
+    after = registry.list()
+    assert [r.name for r in after] == ["a", "b", "up"]
+    for old, new in zip(before, after, strict=True):
+        bytes_host = old.bytes_host if new.name == "b" else 0
+        residency = "host" if new.name == "b" else "disk"
+        assert new == dataclasses.replace(old, bytes_host=bytes_host, residency=residency)
+    for name in ("a", "b", "up"):
+        waiter = Waiter(registry.acquire(refs([name])))
+        assert waiter.was_resident or waiter.wait().error is None
+    assert registry.host_bytes_used == 3 * adapter_bytes()
+
+
+def test_nothing_is_read_at_the_start(start: Start, make: Registries) -> None:
+    registry = start()
+    registry.load("a", "a")
+    registry.close()
+    shutil.move(make.root / "a", make.root / "elsewhere")
+    registry = start()
+    assert registry.get("a").residency == "disk"
+    waiter = Waiter(registry.acquire(refs("a")))
+    assert isinstance(waiter.wait().error, AdapterCheckpointError)
+    registry.release(waiter.mix)
+    shutil.move(make.root / "elsewhere", make.root / "a")
+    assert Waiter(registry.acquire(refs("a"))).wait().error is None
+
+
+def test_files_that_changed_meanwhile_are_found_at_first_use(
+    start: Start, make: Registries
+) -> None:
+    registry = start()
+    registry.load("a", "a")
+    registry.close()
+    shutil.rmtree(make.root / "a")
+    shutil.copytree(make.root / "b", make.root / "a")
+    registry = start()
+    waiter = Waiter(registry.acquire(refs("a")))
+    assert isinstance(waiter.wait().error, AdapterChangedError)
+    registry.release(waiter.mix)
+    with pytest.raises(AdapterChangedError):
+        registry.export("a")
+    assert registry.replace("a", "a").generation == 2
+    assert Waiter(registry.acquire(refs("a"))).was_resident
+
+
+def test_a_pinned_adapter_that_is_gone_does_not_keep_the_server_from_starting(
+    start: Start, make: Registries, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = start()
+    registry.load("a", "a", pinned=True)
+    registry.load("b", "b", pinned=True)
+    registry.close()
+    shutil.rmtree(make.root / "a")
+    registry = start()
+    assert [(r.name, r.pinned) for r in registry.list()] == [("a", False), ("b", True)]
+    assert "cannot pin" in caplog.text
+
+
+def test_what_another_process_measured_is_corrected(start: Start, tmp_path: Path) -> None:
+    registry = start()
+    registry.load("a", "a")
+    registry.load("b", "b")
+    registry.close()
+    for name, factor in (("a", 0.5), ("b", 2)):
+        path = tmp_path / "state" / "adapters" / f"{name}.json"
+        saved = json.loads(path.read_bytes())
+        saved["facts"]["bytes_host"] = int(saved["facts"]["bytes_host"] * factor)
+        path.write_text(json.dumps(saved))
+    registry = start(3.5)
+    for name, count in (("a", 1), ("b", 2), ("a", 2)):
+        waiter = Waiter(registry.acquire(refs(name)))
+        assert waiter.was_resident or waiter.wait().error is None
+        assert registry.host_bytes_used == count * adapter_bytes()
+        registry.release(waiter.mix)
+
+
+def test_uploaded_files_go_with_the_adapter(start: Start, make: Registries, tmp_path: Path) -> None:
+    registry = start(3)
+    record = registry.upload("up", stage_directory(registry, make.root / "a"))
+    assert files_of(tmp_path) == [f"{record.uuid}.1"]
+    running = registry.acquire(refs(["up"]))
+    registry.upload("up", stage_directory(registry, make.root / "b"), replace=True)
+    assert files_of(tmp_path) == [f"{record.uuid}.1", f"{record.uuid}.2"]
+    registry.release(running)
+    until(lambda: files_of(tmp_path) == [f"{record.uuid}.2"])
+    registry.unload("up")
+    assert files_of(tmp_path) == []
+    assert list((tmp_path / "state" / "adapters").iterdir()) == []
+    # What was loaded from the root is the operator's.
+    registry.load("a", "a")
+    registry.unload("a")
+    assert (make.root / "a").is_dir()
+
+
+def test_a_waiting_request_still_finds_the_files_of_its_generation(
+    start: Start, make: Registries
+) -> None:
+    registry = start(1)
+    registry.upload("up", stage_directory(registry, make.root / "a"))
+    registry.load("b", "b")
+    assert resident(registry) == "b"
+    busy = registry.acquire(refs("b"))
+    gate = Gate(registry)
+    gate.open()
+    waiting = Waiter(registry.acquire(refs(["up"])))
+    registry.upload("up", stage_directory(registry, make.root / "c"), replace=True)
+    registry.release(busy)
+    assert waiting.wait().error is None
+    assert waiting.mix.key[0][1] == 1
+
+
+def test_the_same_content_again_keeps_the_first_files(
+    start: Start, make: Registries, tmp_path: Path
+) -> None:
+    registry = start()
+    first = registry.upload("up", stage_directory(registry, make.root / "a"))
+    staged = stage_directory(registry, make.root / "a")
+    assert registry.upload("up", staged, pinned=True).uuid == first.uuid
+    staged.discard()
+    assert registry.get("up").pinned
+    assert registry.load("up", "a").generation == 1
+    assert files_of(tmp_path) == [f"{first.uuid}.1"]
+    assert list((tmp_path / "state" / "incoming").iterdir()) == []
+
+
+def test_a_refused_upload_leaves_nothing(start: Start, make: Registries, tmp_path: Path) -> None:
+    registry = start(1.5)
+    registry.load("a", "a")
+    for path, name, replace in (("b", "a", False), ("big", "x", False), ("big", "a", True)):
+        staged = stage_directory(registry, make.root / path)
+        with pytest.raises((BudgetExceededError, Exception)):
+            registry.upload(name, staged, replace=replace)
+        staged.discard()
+    assert [record.name for record in registry.list()] == ["a"]
+    assert files_of(tmp_path) == []
+    assert list((tmp_path / "state" / "incoming").iterdir()) == []
+    registry.close()
+    assert [record.name for record in start().list()] == ["a"]
+
+
+def test_a_full_disk_changes_nothing(
+    start: Start, make: Registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = start()
+    before = registry.load("a", "a")
+    original = durable_file.os.fsync
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    staged = stage_directory(registry, make.root / "c")
+    monkeypatch.setattr(durable_file.os, "fsync", full)
+    for change in (
+        lambda: registry.load("b", "b"),
+        lambda: registry.replace("a", "b"),
+        lambda: registry.pin("a"),
+        lambda: registry.load("c", "c", pinned=True),
+    ):
+        with pytest.raises(StorageFullError):
+            change()
+    monkeypatch.setattr(durable_file.os, "fsync", original)
+    assert registry.list() == [before]
+    assert registry.host_bytes_used == adapter_bytes()
+    staged.discard()
+    registry.close()
+    registry = start()
+    assert [(r.name, r.generation, r.pinned) for r in registry.list()] == [("a", 1, False)]
+
+
+def test_an_upload_over_the_limits_is_refused_before_it_is_sent(
+    start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = start()
+    with pytest.raises(BudgetExceededError, match="the server takes 1048576"):
+        registry.stage([UploadedFile("x", 1 << 20), UploadedFile("y", 1)])
+    free = shutil.disk_usage("/")._replace(free=state_dir.MIN_FREE_BYTES + 9)
+    monkeypatch.setattr(state_dir.shutil, "disk_usage", lambda path: free)
+    with pytest.raises(StorageFullError):
+        registry.stage([UploadedFile("x", 10)])
+    registry.stage([UploadedFile("x", 9)]).discard()
+
+
+def test_uploads_need_a_state_directory(make: Registries) -> None:
+    with pytest.raises(StateDirRequiredError, match="--state-dir"):
+        make().stage([UploadedFile("x", 1)])
+
+
+def test_chunks_must_come_as_announced(start: Start) -> None:
+    registry = start()
+    sha = "2c26b46b68ffc68ff99b453c1d30413413422d706483bfa0f98a5e886266e7ae"  # of "foo"
+    files = [UploadedFile("x", 3, sha), UploadedFile("y", 4)]
+
+    def refuse(why: str, *chunks: tuple[str, bytes], finish: bool = False) -> None:
+        staged = registry.stage(files)
+        steps = [functools.partial(staged.write, *chunk) for chunk in chunks]
+        *steps, last = [*steps, staged.finish] if finish else steps
+        for step in steps:
+            step()
+        with pytest.raises(InvalidRequestError, match=why):
+            last()
+        staged.discard()
+        assert not staged.directory.exists()
+
+    refuse("not announced", ("z", b"1"))
+    refuse("before x is complete", ("x", b"f"), ("y", b"1"))
+    refuse("longer than the 3 bytes", ("x", b"fo"), ("x", b"oo"))
+    refuse("came already", ("x", b"foo"), ("x", b"o"))
+    refuse("garbled", ("x", b"bar"))
+    refuse("'y' ended after 0 of 4", ("x", b"foo"), finish=True)
+    refuse("'y' ended after 2 of 4", ("x", b"foo"), ("y", b"ab"), finish=True)
+    staged = registry.stage(files)
+    for name, data in (("y", b"ab"), ("y", b"cd"), ("x", b"foo")):
+        staged.write(name, data)
+    staged.finish()
+    assert (staged.directory / "y").read_bytes() == b"abcd"
+    staged.discard()
+    with pytest.raises(InvalidRequestError, match="given up"):
+        staged.write("x", b"")
+
+
+def test_one_server_and_one_base_model_per_directory(tmp_path: Path) -> None:
+    state = StateDir(tmp_path / "deep" / "state", 1)
+    state.bind("m", "d" * 64)
+    with pytest.raises(ValueError, match="another server uses"):
+        StateDir(tmp_path / "deep" / "state", 1)
+    state.close()
+    state.close()
+    again = StateDir(tmp_path / "deep" / "state", 1)
+    again.bind("renamed", "d" * 64)
+    with pytest.raises(ValueError, match="holds adapters of 'm'"):
+        again.bind("m", "e" * 64)
+    again.close()
+
+
+def test_a_damaged_file_costs_one_adapter_and_no_upload(
+    start: Start, make: Registries, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    registry = start()
+    registry.load("a", "a")
+    registry.upload("up", stage_directory(registry, make.root / "b"))
+    registry.close()
+    path = tmp_path / "state" / "adapters" / "up.json"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-20])
+    registry = start()
+    assert [record.name for record in registry.list()] == ["a"]
+    assert "cannot restore" in caplog.text
+    registry.close()
+    path.write_bytes(whole)
+    registry = start()
+    assert Waiter(registry.acquire(refs(["up"]))).wait().error is None
+
+
+def test_registrations_of_the_first_version_are_read(start: Start, tmp_path: Path) -> None:
+    registry = start()
+    registry.load("a", "a")
+    registry.close()
+    path = tmp_path / "state" / "adapters" / "a.json"
+    fields = json.loads(path.read_bytes())
+    del fields["facts"]["components"]
+    path.write_text(json.dumps({**fields, "version": 1}))
+    assert [record.name for record in start().list()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda fields: fields.update(version=3),
+        lambda fields: fields.pop("uuid"),
+        lambda fields: fields.update(generation="1"),
+        lambda fields: fields.update(pinned=1),
+        lambda fields: fields.update(more=1),
+        lambda fields: fields["facts"].update(ranks=["8"]),
+        lambda fields: fields["facts"].update(ranks=8),
+        lambda fields: fields["facts"].pop("digest"),
+        lambda fields: fields["source"].update(path=None),
+        lambda fields: fields.update(source=[]),
+    ],
+)
+def test_only_what_was_saved_is_read(start: Start, tmp_path: Path, change: Callable) -> None:
+    registry = start()
+    registry.load("a", "a")
+    data = (tmp_path / "state" / "adapters" / "a.json").read_bytes()
+    assert SavedRegistration.from_json(data).to_json() == data
+    fields = json.loads(data)
+    change(fields)
+    with pytest.raises(ValueError, match="is no registration"):
+        SavedRegistration.from_json(json.dumps(fields).encode())
+
+
+def test_an_export_is_what_was_loaded(start: Start, make: Registries) -> None:
+    registry = start()
+    registry.upload("up", stage_directory(registry, make.root / "a"))
+    with registry.export("up", 1) as export:
+        # Neither of these harms an export that has begun.
+        registry.upload("up", stage_directory(registry, make.root / "b"), replace=True)
+        registry.unload("up")
+        contents: dict[str, bytes] = {}
+        for name, data in export.chunks():
+            contents[name] = contents.get(name, b"") + data
+    for file in export.files:
+        assert contents[file.name] == (make.root / "a" / file.name).read_bytes()
+        assert file.size_bytes == len(contents[file.name])
+    assert export.record.generation == 1

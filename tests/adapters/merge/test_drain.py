@@ -1,0 +1,151 @@
+"""Merging while requests run: who finishes first, who waits, and who gives up."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.merges import PROMPT, merge, save_adapters, score, start
+from builders.registries import Gate, until
+from servers.engine_harness import EngineHarness, make_request
+
+from turret.server.adapters.merge.state import MergeState
+from turret.server.errors import UnavailableError
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture
+async def server(root: Path) -> AsyncIterator[EngineHarness]:
+    async with start(root) as started:
+        yield started
+
+
+class Stream:
+    """A request that runs until it is let go: its stream is read in the background."""
+
+    def __init__(self, server: EngineHarness, *adapters: str, tokens: int = 40) -> None:
+        self.begun = asyncio.Event()
+        request = make_request(PROMPT, *adapters, max_tokens=tokens)
+        self.answer = asyncio.ensure_future(
+            server.run(request, on_token=lambda _: self.begun.set())
+        )
+
+
+class Brake:
+    """Between the engine and its steps: holds one, or slows all.
+
+    Without it, a request could end before the merged weights are made.
+    """
+
+    def __init__(self, server: EngineHarness) -> None:
+        self.seconds = 0.0
+        self._open, self._posted = threading.Event(), threading.Event()
+        self._open.set()
+        runner = server.engine._loop._runner
+        self._run, self._exchange = runner.run, server.merger._exchange
+        runner.run, server.merger._exchange = self._slowly, self._noted
+        self.hold, self.release = self._open.clear, self._open.set
+
+    async def until_exchange(self) -> None:
+        """A merge has asked for its exchange: the engine will read that next."""
+        assert await asyncio.to_thread(self._posted.wait, 20)
+
+    def _slowly(self, step: Any) -> Any:
+        assert self._open.wait(20)
+        time.sleep(self.seconds)
+        return self._run(step)
+
+    def _noted(self, change: Any) -> Any:
+        outcome = self._exchange(change)
+        self._posted.set()
+        return outcome
+
+
+async def test_running_requests_finish_first_and_others_wait(server: EngineHarness) -> None:
+    brake = Brake(server)
+    expected = [
+        (await server.run(make_request(PROMPT, *mix, max_tokens=40))).bits
+        for mix in ((), ("dora",), ("ia3", "lora"))
+    ]
+    running = [Stream(server, *mix) for mix in ((), ("dora",), ("ia3", "lora"))]
+    for stream in running:
+        await stream.begun.wait()
+    brake.hold()
+    merging = asyncio.ensure_future(merge(server, "other"))
+    await brake.until_exchange()
+    late = [Stream(server, *mix, tokens=4) for mix in ((), ("dora",), ("prefix_tuning",))]
+    await asyncio.to_thread(until, lambda: server.engine._loop.num_waiting == len(late))
+    gate = Gate(server.registry)
+    brake.release()
+    state = await merging
+    assert [stream.answer.done() for stream in running] == [True] * 3
+    assert [(await stream.answer).bits for stream in running] == expected
+    assert state.base_generation == 2
+    # DoRA's operators are made again; the one that waits for them does not hold up the others.
+    await asyncio.gather(late[0].answer, late[2].answer)
+    assert gate.reads == ["dora"]
+    assert not late[1].answer.done()
+    gate.open()
+    assert (await late[1].answer).finish.adapters_used[0].cold_start
+    again = [
+        (await server.run(make_request(PROMPT, *mix, max_tokens=4))).bits
+        for mix in ((), ("dora",), ("prefix_tuning",))
+    ]
+    assert [(await stream.answer).bits for stream in late] == again
+    assert again[0][0] != expected[0][0][:4]
+
+
+async def test_who_gives_up_while_it_drains_changes_nothing(server: EngineHarness) -> None:
+    before = await score(server)
+    brake = Brake(server)
+    brake.seconds = 0.005
+    running = Stream(server, tokens=150)
+    await running.begun.wait()
+    brake.hold()
+    cancelled: Future[None] = Future()
+    merging = asyncio.ensure_future(merge(server, "other", cancelled=cancelled))
+    await brake.until_exchange()
+    brake.release()
+    late = asyncio.ensure_future(score(server))
+    await asyncio.sleep(0.05)
+    assert not late.done()
+    cancelled.set_result(None)
+    with pytest.raises(asyncio.CancelledError):
+        await merging
+    # At once, beside the one that runs.
+    assert (await late).bits == before.bits
+    assert not running.answer.done()
+    assert server.merger.state == MergeState(1)
+    brake.seconds = 0.0
+    await running.answer
+    await merge(server, "other")
+
+
+async def test_a_stop_while_it_drains_ends_the_merge(root: Path) -> None:
+    async with start(root) as server:
+        brake = Brake(server)
+        brake.seconds = 0.005
+        running = Stream(server, tokens=150)
+        await running.begun.wait()
+        brake.hold()
+        merging = asyncio.ensure_future(merge(server, "other"))
+        await brake.until_exchange()
+        brake.release()
+        # Both are cut short: the stop does not wait.
+        server.engine._loop.post(server.engine._loop.stop)
+        with pytest.raises(UnavailableError):
+            await merging
+        assert (await running.answer).finish.reason.value == "cancelled"
+        await server.engine.drain(0.0)
+        with pytest.raises(UnavailableError):
+            await merge(server, "other")

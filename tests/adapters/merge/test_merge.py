@@ -1,0 +1,272 @@
+"""The merged base: its answers, the adapters beside it, and merges that fail."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.merges import (
+    ARCHITECTURE,
+    NAMES,
+    PROMPT,
+    merge,
+    save_adapters,
+    score,
+    start,
+    unmerge,
+)
+from builders.methods import load_adapter, make_config, quiet, save_adapter
+from builders.registries import until
+from method_oracle import check_greedy, check_score, twin
+from safetensors.torch import load_file, save_file
+from servers.engine_harness import Answer, EngineHarness, make_request
+
+from turret.server.adapters.merge.state import MergeState
+from turret.server.adapters.ref import AdapterRef
+from turret.server.errors import (
+    AdapterNotFoundError,
+    InvalidRequestError,
+    MergeActiveError,
+    NotMergedError,
+)
+from turret.server.models.base_edit import BaseEdit
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_adapters(tmp_path_factory.mktemp("adapters"))
+
+
+@pytest.fixture
+async def server(root: Path) -> AsyncIterator[EngineHarness]:
+    async with start(root) as started:
+        yield started
+
+
+def merged_model(adapter: Path, base: Any) -> Any:
+    """PEFT's merged model, rounded as the server stores it."""
+    with quiet():
+        model: Any = load_adapter(base, adapter).merge_and_unload()  # type: ignore[operator]
+    own = dict(base.named_modules())
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            changed = not torch.equal(module.weight, own[name].weight)
+            if changed:
+                module.weight.data = module.weight.data.bfloat16().float()
+    return model
+
+
+# Answers
+
+
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
+async def test_the_merged_base_answers_as_the_adapter(
+    server: EngineHarness, root: Path, name: str
+) -> None:
+    """Alone exactly as PEFT's merged model; beside an adapter, as PEFT with it on that model."""
+    oracle = merged_model(root / name, twin(ARCHITECTURE).model)
+    with_adapter = await score(server, name)
+    base = await score(server)
+    await merge(server, name)
+    alone = await score(server)
+    check_score(alone, oracle, PROMPT, name)
+    check_greedy(await server.run(make_request(PROMPT)), oracle, PROMPT, name)
+    # Two decimal digits of the adapter's effect survive the rounding to bf16.
+    effect = _distance(with_adapter, base)
+    assert _distance(alone, with_adapter) < 0.05 * effect
+    for second in ("lora", "dora", "other"):
+        expected = load_adapter(oracle, root / second)
+        check_score(await score(server, second), expected, PROMPT, f"{second} on {name}")
+
+
+def _distance(one: Answer, other: Answer) -> float:
+    pairs = zip(one.prompt_logprobs[1:], other.prompt_logprobs[1:], strict=True)
+    return sum(abs((a or 0.0) - (b or 0.0)) for a, b in pairs)
+
+
+async def test_a_soft_prompt_stands_before_the_merged_base(
+    server: EngineHarness, root: Path
+) -> None:
+    oracle = merged_model(root / "lora", twin(ARCHITECTURE).model)
+    await score(server, "prefix_tuning")
+    await merge(server, "lora")
+    for name in ("prefix_tuning", "prompt_tuning"):
+        check_score(await score(server, name), load_adapter(oracle, root / name), PROMPT, name)
+
+
+async def test_after_unmerge_every_answer_is_what_it_was(server: EngineHarness) -> None:
+    """Merges in both precisions, one after the other; adapters that depend on the base too."""
+    mixes: Sequence[tuple[str, ...]] = ((), *((name,) for name in NAMES), ("lora", "dora", "ia3"))
+
+    async def answers() -> list[Any]:
+        found = await server.run_all([make_request(PROMPT, *mix) for mix in mixes])
+        return [answer.bits for answer in found]
+
+    before = await answers()
+    for round_, precision in enumerate(("NF4", "BF16")):
+        state = await merge(server, "lora", "dora", precision=precision)
+        assert (state.base_generation, state.merge is None) == (2 + 2 * round_, False)
+        changed = [one != other for one, other in zip(await answers(), before, strict=True)]
+        assert all(changed)
+        state = await unmerge(server)
+        assert (state.base_generation, state.merge) == (3 + 2 * round_, None)
+        assert await answers() == before
+
+
+async def test_a_cached_prefix_is_never_used_on_another_base(server: EngineHarness) -> None:
+    async def cached(*adapters: str) -> int:
+        return (await server.run(make_request(PROMPT, *adapters))).finish.usage.cached_tokens
+
+    for name in ((), ("lora",), ("prefix_tuning",)):
+        await cached(*name)
+        assert await cached(*name) == 32
+        await merge(server, "other")
+        assert await cached(*name) == 0
+        assert await cached(*name) == 32
+        await unmerge(server)
+        assert await cached(*name) == 0
+
+
+async def test_a_weight_of_zero_changes_nothing(server: EngineHarness) -> None:
+    before = await score(server)
+    mix = [AdapterRef(name="lora", weight=0.0)]
+    state = await asyncio.to_thread(server.merger.merge, mix, "NF4", Future())
+    assert state.merge is not None
+    assert (state.merge.report.modules, state.merge.report.update_error) == ((), 0.0)
+    assert (await score(server)).bits == before.bits
+
+
+# The adapters beside it
+
+
+async def test_only_what_depends_on_the_base_is_read_again(server: EngineHarness) -> None:
+    for name in NAMES:
+        await score(server, name)
+    server.registry.pin("dora")
+    pinned_before = server.registry._table.find("dora").current.operators
+    await merge(server, "other")
+    residency = {name: server.registry.get(name).residency for name in NAMES}
+    # IA3's biases are differences to the base's, which Qwen2 has.
+    assert residency["ia3"] == "disk"
+    kept = set(NAMES) - {"ia3", "dora"}
+    assert "disk" not in {residency[name] for name in kept}
+    answer = await score(server, "ia3")
+    assert answer.finish.adapters_used[0].cold_start
+    await score(server, "dora")
+    record = server.registry.get("dora")
+    assert (record.pinned, record.residency) == (True, "device")
+    assert server.registry._table.find("dora").current.operators is not pinned_before
+
+
+# Failures
+
+
+async def test_a_failure_half_way_leaves_the_base_as_it_was(
+    server: EngineHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [await score(server, *mix) for mix in ((), ("dora",))]
+    put = BaseEdit.put_weight
+    calls: list[str] = []
+
+    def fail(self: BaseEdit, path: str, weight: torch.Tensor) -> torch.Tensor:
+        calls.append(path)
+        if len(calls) == 9:
+            raise MemoryError
+        return put(self, path, weight)
+
+    monkeypatch.setattr(BaseEdit, "put_weight", fail)
+    with pytest.raises(MemoryError):
+        await merge(server, "lora")
+    monkeypatch.undo()
+    after = [await score(server, *mix) for mix in ((), ("dora",))]
+    assert [a.bits for a in after] == [b.bits for b in before]
+    assert server.merger.state == MergeState(1)
+    assert server.registry.get("lora").in_flight == 0
+    await merge(server, "lora")
+
+
+async def test_a_merge_that_nobody_waits_for_stops_at_the_next_module(
+    server: EngineHarness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cancelled: Future[None] = Future()
+    put = BaseEdit.put_weight
+    calls: list[str] = []
+
+    def cancel(self: BaseEdit, path: str, weight: torch.Tensor) -> torch.Tensor:
+        calls.append(path)
+        if len(calls) == 3:
+            cancelled.set_result(None)
+        return put(self, path, weight)
+
+    monkeypatch.setattr(BaseEdit, "put_weight", cancel)
+    with pytest.raises(asyncio.CancelledError):
+        await merge(server, "lora", cancelled=cancelled)
+    assert len(calls) == 3
+    assert server.merger.state == MergeState(1)
+
+
+async def test_what_overflows_is_refused_by_module(server: EngineHarness, root: Path) -> None:
+    huge = make_config("lora", target_modules=["o_proj"])
+    save_adapter(twin(ARCHITECTURE).model, huge, root / "huge", seed=1)
+    file = root / "huge" / "adapter_model.safetensors"
+    save_file({name: tensor * 1e19 for name, tensor in load_file(file).items()}, file)
+    server.registry.load("huge", "huge")
+    mix = [AdapterRef(name="huge", weight=100.0)]
+    with pytest.raises(InvalidRequestError, match=r"not finite in model\.layers\.0.*o_proj"):
+        await asyncio.to_thread(server.merger.merge, mix, "BF16", Future())
+    assert server.merger.state == MergeState(1)
+
+
+async def test_what_is_more_than_weights_of_layers_is_refused_by_name(
+    server: EngineHarness, root: Path
+) -> None:
+    head = make_config("lora", target_modules=["q_proj", "lm_head"])
+    tokens = make_config("lora", trainable_token_indices=[3, 5])
+    for name, config in (("head", head), ("tokens", tokens)):
+        save_adapter(twin(ARCHITECTURE).model, config, root / name)
+        server.registry.load(name, name)
+    with pytest.raises(InvalidRequestError) as caught:
+        await merge(server, "lora", "prefix_tuning", "head", "prompt_tuning", "tokens")
+    whys = [why.split(" is no change")[0] for _, why in caught.value.violations]
+    assert whys == [
+        "'prefix_tuning' (prefix_tuning) cannot be merged: its soft prompt",
+        "'head' (lora) cannot be merged: its head",
+        "'prompt_tuning' (prompt_tuning) cannot be merged: its soft prompt",
+        "'tokens' (lora) cannot be merged: its tokens",
+    ]
+    with pytest.raises(AdapterNotFoundError):
+        await merge(server, "lora", "unknown")
+    with pytest.raises(InvalidRequestError):
+        await merge(server)
+    assert server.registry.get("lora").in_flight == 0
+
+
+async def test_one_change_at_a_time(server: EngineHarness, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(NotMergedError):
+        await unmerge(server)
+    may_go_on, put = threading.Event(), BaseEdit.put_weight
+
+    def slow(self: BaseEdit, path: str, weight: torch.Tensor) -> torch.Tensor:
+        assert may_go_on.wait(20)
+        return put(self, path, weight)
+
+    monkeypatch.setattr(BaseEdit, "put_weight", slow)
+    merging = asyncio.ensure_future(merge(server, "lora"))
+    await asyncio.to_thread(until, lambda: server.registry.get("lora").in_flight == 1)
+    for call in (merge(server, "other"), unmerge(server)):
+        with pytest.raises(MergeActiveError, match="under way"):
+            await call
+    assert server.metrics.registry.get_sample_value("turret_merge_active") == 0
+    may_go_on.set()
+    await merging
+    assert server.metrics.registry.get_sample_value("turret_merge_active") == 1
+    with pytest.raises(MergeActiveError, match="unmerge it first"):
+        await merge(server, "other")
+    await unmerge(server)
+    assert server.metrics.registry.get_sample_value("turret_merge_active") == 0

@@ -1,0 +1,112 @@
+"""Learned fusion, served by the engine, against the paper's formula over dense float64 matrices."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from builders.adapters import linear_modules
+from builders.fusions import PREFIX, delta_weight, fusion_oracle, save_fusion
+from builders.methods import ALL, load_adapter, make_config, save_adapter
+from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of, twin
+from servers.engine_harness import EngineHarness, make_request
+
+from turret.server.adapters.ref import AdapterRef
+
+# Of different methods and ranks, on modules that overlap in part.
+COMPONENTS = {
+    "lora": ("lora", {"r": 4}),
+    "rslora": ("rslora", {"r": 9, "target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "adalora": ("adalora", {}),
+    "vera": ("vera", {"target_modules": ["q_proj", "o_proj"]}),
+    # Beyond one rank window in fp32, together with the first.
+    "wide": ("lora", {"r": 127, "target_modules": ["q_proj", "up_proj"]}),
+}
+FUSIONS = {
+    "two": (("lora", "rslora"), ("q_proj", "k_proj", "v_proj", "down_proj"), 8),
+    "all": (tuple(COMPONENTS), tuple(ALL), 5),
+    "narrow": (("vera", "rslora"), ("v_proj",), 16),
+}
+
+
+def save_all(architecture: str, root: Path) -> None:
+    model = twin(architecture).model
+    for seed, (name, (method, changes)) in enumerate(COMPONENTS.items()):
+        save_adapter(model, make_config(method, **changes), root / name, seed=seed, strength=0.4)
+    for seed, (name, (components, targets, d_k)) in enumerate(FUSIONS.items()):
+        save_fusion(model, root, name, components, targets, d_k=d_k, seed=seed, strength=40.0)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+async def test_scores_and_answers_are_the_formula_s(architecture: str, tmp_path: Path) -> None:
+    save_all(architecture, tmp_path)
+    base = twin(architecture)
+    prompts = [prompt_of(37, 1), prompt_of(6, 2), prompt_of(1, 3)]
+    plain = oracle_logprobs(base.model, prompts[0])
+    async with EngineHarness.start(
+        base.folder,
+        tmp_path,
+        adapters=[*COMPONENTS, *FUSIONS],
+        max_num_batched_tokens=24,
+        max_num_seqs=8,
+    ) as harness:
+        for name in FUSIONS:
+            for weight in (1.0, -0.6):
+                oracle, fused = fusion_oracle(base.model, tmp_path, name, weight)
+                # A fusion without effect, or with gates that do not depend on the token, would
+                # agree with too much.
+                assert (oracle_logprobs(oracle, prompts[0]) - plain).abs().max() > 0.05
+                gates = torch.cat([m.gates[0] for m in fused.values()])
+                assert gates.std(0).max() > 0.1
+                ref = AdapterRef(name=name, weight=weight)
+                for prompt in prompts:
+                    what = f"{name} at {weight} after {len(prompt)}"
+                    scored = await harness.run(make_request(prompt, ref, score=True))
+                    check_score(scored, oracle, prompt, what)
+                    answer = await harness.run(make_request(prompt, ref, max_tokens=6))
+                    check_greedy(answer, oracle, prompt, what)
+
+
+async def test_a_mix_adds_the_fusion_to_the_others(tmp_path: Path) -> None:
+    save_all("llama", tmp_path)
+    base = twin("llama")
+    lora = load_adapter(base.model, tmp_path / "lora")
+    shifted = copy.deepcopy(base.model)
+    with torch.no_grad():
+        for path, linear in linear_modules(shifted).items():
+            linear.weight -= 0.5 * delta_weight(lora.get_submodule(PREFIX + path))
+    oracle, _ = fusion_oracle(shifted, tmp_path, "two", 0.7)
+    prompt = prompt_of(21)
+    mix = [AdapterRef(name="two", weight=0.7), AdapterRef(name="lora", weight=-0.5)]
+    async with EngineHarness.start(
+        base.folder, tmp_path, adapters=["lora", "rslora", "two"]
+    ) as harness:
+        for refs in (mix, mix[::-1]):
+            check_score(
+                await harness.run(make_request(prompt, *refs, score=True)), oracle, prompt, "mix"
+            )
+
+
+async def test_bfloat16_is_as_close_as_the_dense_formula_in_bfloat16(tmp_path: Path) -> None:
+    save_all("llama", tmp_path)
+    # The weights that bfloat16 serves, which are those of float32 but for one rounding.
+    base = twin("llama", torch.bfloat16)
+    exact, _ = fusion_oracle(base.model, tmp_path, "two")
+    rounded, _ = fusion_oracle(base.model, tmp_path, "two", dtype=torch.bfloat16)
+    found, dense, expected = [], [], []
+    async with EngineHarness.start(
+        base.folder, tmp_path, dtype="bfloat16", adapters=["lora", "rslora", "two"]
+    ) as harness:
+        for seed in range(4):
+            prompt = prompt_of(60, seed)
+            answer = await harness.run(make_request(prompt, "two", score=True))
+            found += [p for p in answer.prompt_logprobs[1:] if p is not None]
+            for model, logprobs in ((exact, expected), (rounded, dense)):
+                rows = oracle_logprobs(model, prompt)
+                logprobs += [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
+    served, plain = (
+        (torch.tensor(some) - torch.tensor(expected)).abs().mean() for some in (found, dense)
+    )
+    assert 0 < served <= 1.3 * plain

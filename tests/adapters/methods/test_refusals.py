@@ -1,0 +1,335 @@
+"""Config, tensors and base in agreement, or an answer that names what is not; for every method."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import (
+    base_of,
+    edit_config,
+    edit_tensors,
+    lower_adapter,
+    read_adapter,
+    refusal_of,
+    tiny_llama,
+)
+from builders.methods import make_config, save_adapter
+from peft import PeftType
+
+from turret.server.adapters.methods import METHODS, method_for
+from turret.server.adapters.peft_format.rules import Irrelevant, Rejected, Used
+from turret.server.adapters.peft_format.unserved import UNSERVED
+from turret.server.errors import (
+    AdapterCheckpointError,
+    AdapterMismatchError,
+    BudgetExceededError,
+)
+
+Q = "model.layers.0.self_attn.q_proj"
+KEY = f"base_model.model.{Q}"
+# ``method_builders`` name → METHODS name, where they differ.
+SERVED = {"rslora": "lora"}
+NEW = (
+    "loha",
+    "lokr",
+    "ia3",
+    "adalora",
+    "vera",
+    "prefix_tuning",
+    "prompt_tuning",
+    "p_tuning",
+    "trainable_tokens",
+)
+BUILT = (*NEW, "lora", "rslora", "dora")
+# tiny_llama's k and v are 64 -> 32.
+SMALL = {"loha": {"r": 3}}
+
+
+def save(root: Path, method: str, **changes: Any) -> Path:
+    keys = {**SMALL.get(method, {}), **changes}
+    save_adapter(tiny_llama(), make_config(method, **keys), root / "a")
+    return root / "a"
+
+
+def named(error: AdapterCheckpointError | AdapterMismatchError) -> set[str]:
+    return {field for field, _ in error.violations}
+
+
+@pytest.mark.parametrize("method", BUILT)
+def test_every_key_that_peft_writes_has_a_rule(method: str, tmp_path: Path) -> None:
+    save(tmp_path, method)
+    checkpoint = read_adapter(tmp_path)
+    chosen = method_for(checkpoint)
+    assert chosen.name == SERVED.get(method, method)
+    fields = {field.name for field in dataclasses.fields(make_config(method))}
+    assert fields | checkpoint.config.keys() <= chosen.rules.keys()
+    assert all(isinstance(rule, (Used, Irrelevant, Rejected)) for rule in chosen.rules.values())
+
+
+def test_every_method_has_a_checkpoint_here() -> None:
+    # PEFT makes no learned fusions: test_fusion_registry.py has theirs.
+    built = {SERVED.get(name, name) for name in BUILT}
+    assert built == METHODS.keys() - {"learned_fusion"}
+
+
+@pytest.mark.parametrize("method", NEW)
+def test_irrelevant_keys_change_nothing(method: str, tmp_path: Path) -> None:
+    directory = save(tmp_path, method)
+    base = base_of(tiny_llama())
+    before = lower_adapter(tmp_path, base)
+    rules = METHODS[method].rules
+    keys = {key for key, rule in rules.items() if isinstance(rule, Irrelevant)}
+    assert len(keys) > 4
+    edit_config(directory, **dict.fromkeys(keys, 0.25))
+    after = lower_adapter(tmp_path, base)
+    assert before.operators.modules.keys() == after.operators.modules.keys()
+    for name, module in before.operators.modules.items():
+        for one, other in zip(
+            module.tensors(), after.operators.modules[name].tensors(), strict=True
+        ):
+            assert torch.equal(one, other)
+    soft = before.operators.soft_prompt
+    if soft is not None:
+        assert after.operators.soft_prompt is not None
+        for one, other in zip(soft.tensors(), after.operators.soft_prompt.tensors(), strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("method", NEW)
+def test_unserved_values_and_unknown_keys_are_refused_by_name(method: str, tmp_path: Path) -> None:
+    rules = METHODS[method].rules
+    rejected = {key: "on" for key, rule in rules.items() if isinstance(rule, Rejected)}
+    directory = save(tmp_path, method)
+    edit_config(directory, **rejected, task_type="SEQ_CLS", a_key_from_the_future=1)
+    assert rejected.keys() | {"task_type", "a_key_from_the_future"} <= named(refusal_of(tmp_path))
+
+
+@pytest.mark.parametrize("method", NEW)
+def test_no_tensor_may_be_left_over(method: str, tmp_path: Path) -> None:
+    directory = save(tmp_path, method)
+    strays = {f"{KEY}.lora_diag": torch.ones(3), "lycoris_x.alpha": torch.ones(1)}
+    edit_tensors(directory, lambda tensors: {**tensors, **strays})
+    assert {f"{Q}.lora_diag", "lycoris_x.alpha"} <= named(refusal_of(tmp_path))
+
+
+@pytest.mark.parametrize("method", NEW)
+def test_no_tensor_may_be_missing(method: str, tmp_path: Path) -> None:
+    directory = save(tmp_path, method)
+    names = set(read_adapter(tmp_path).tensors)
+    tensor_file = directory / "adapter_model.safetensors"
+    whole = tensor_file.read_bytes()
+    # One per kind is enough: of every module, the same code looks.
+    kinds = {name.rpartition(".")[2]: name for name in sorted(names)}
+    for lost in kinds.values():
+        tensor_file.write_bytes(whole)
+        edit_tensors(
+            directory,
+            lambda tensors, lost=lost: {
+                key: value
+                for key, value in tensors.items()
+                if key.removeprefix("base_model.model.") != lost
+            },
+        )
+        fields = named(refusal_of(tmp_path))
+        assert any(lost.startswith(field) or field.startswith(lost) for field in fields), lost
+
+
+def _rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda tensors: {key.replace(old, new): value for key, value in tensors.items()}
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr", "ia3", "adalora", "vera"])
+def test_modules_that_only_one_side_names_are_refused(method: str, tmp_path: Path) -> None:
+    directory = save(tmp_path, method, target_modules=["q_proj", "down_proj"])
+    edit_config(directory, target_modules=["q_proj", "up_proj"])
+    fields = named(refusal_of(tmp_path))
+    assert any(field.startswith("model.layers.0.mlp.down_proj.") for field in fields)
+    assert any(field.startswith("model.layers.1.mlp.up_proj.") for field in fields)
+    edit_config(directory, target_modules=["q_proj", "down_proj", "norm", "embed_tokens"])
+    assert "target_modules" in named(refusal_of(tmp_path))
+    edit_config(directory, target_modules=["q_proj", "down_proj", "lm_head"])
+    assert any(field.startswith("lm_head.") for field in named(refusal_of(tmp_path)))
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr", "ia3", "adalora", "vera"])
+def test_another_base_is_a_mismatch_that_names_the_modules(method: str, tmp_path: Path) -> None:
+    directory = save(tmp_path, method)
+    edit_tensors(directory, _rename("layers.1.", "layers.7."))
+    with pytest.raises(AdapterMismatchError) as caught:
+        lower_adapter(tmp_path, base_of(tiny_llama()))
+    assert any("model.layers.7.mlp.up_proj" in field for field in named(caught.value))
+
+
+@pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "p_tuning"])
+def test_prompts_of_another_size_are_mismatches(method: str, tmp_path: Path) -> None:
+    base = base_of(tiny_llama())
+    save(tmp_path, method)
+    lower_adapter(tmp_path, base)
+    # PEFT's token_dim of a prefix is that of the key-value heads.
+    other = dataclasses.replace(base, hidden_size=128, head_dim=32)
+    with pytest.raises(AdapterMismatchError, match="token_dim"):
+        lower_adapter(tmp_path, other)
+    if method == "prefix_tuning":
+        for changed in ({"num_layers": 3}, {"num_kv_heads": 4, "head_dim": 8}):
+            with pytest.raises(AdapterMismatchError):
+                lower_adapter(tmp_path, dataclasses.replace(base, **changed))
+
+
+@pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning"])
+def test_a_prompt_must_have_the_shape_its_config_says(method: str, tmp_path: Path) -> None:
+    directory = save(tmp_path, method)
+    edit_config(directory, num_virtual_tokens=6)
+    assert "prompt_embeddings" in named(refusal_of(tmp_path))
+    edit_config(directory, num_virtual_tokens=..., token_dim=0)
+    assert {"num_virtual_tokens", "token_dim"} <= named(refusal_of(tmp_path))
+
+
+def test_ranks_must_be_those_of_the_config(tmp_path: Path) -> None:
+    for method, changes, field in (
+        ("loha", {"r": 2}, "hada_w1_a"),
+        ("lokr", {"r": 1}, "lokr_w2_a"),
+        ("adalora", {"init_r": 6}, "lora_E"),
+        ("vera", {"r": 15}, "vera_lambda_d"),
+    ):
+        root = tmp_path / method
+        directory = save(root, method)
+        edit_config(directory, **changes)
+        if method == "adalora":
+            edit_config(directory, rank_pattern=None)
+        assert any(f.endswith(f".{field}") for f in named(refusal_of(root))), method
+
+
+def test_a_loha_rank_past_the_bound_says_what_to_do(tmp_path: Path) -> None:
+    base = base_of(tiny_llama())
+    # 64 -> 64: 5² · 128 < 64² <= 6² · 128; 64 -> 32: 4² · 96 < 64 · 32 <= 5² · 96.
+    save(tmp_path, "loha", r=5, target_modules=["q_proj", "o_proj"])
+    assert lower_adapter(tmp_path, base).ranks == (5,)
+    for changes in ({"r": 6, "target_modules": ["q_proj"]}, {"r": 5, "target_modules": ["v_proj"]}):
+        save(tmp_path, "loha", **changes)
+        with pytest.raises(BudgetExceededError, match="save_as_lora") as caught:
+            lower_adapter(tmp_path, base)
+        assert "model.layers.0.self_attn." in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("method", "rank"), [("loha", 3), ("lokr", 2), ("adalora", None), ("vera", 16)]
+)
+def test_rank_over_the_limit_is_a_budget_error(
+    method: str, rank: int | None, tmp_path: Path
+) -> None:
+    base = base_of(tiny_llama())
+    save(tmp_path, method)
+    checkpoint = read_adapter(tmp_path)
+    # Of a pruned AdaLoRA, the ranks that are left count.
+    rank = rank or max(len(t) for n, t in checkpoint.tensors.items() if n.endswith("lora_E"))
+    assert METHODS[method].lower(checkpoint, base, rank).ranks[-1] == rank
+    with pytest.raises(BudgetExceededError, match=f"rank {rank}, the server allows {rank - 1}"):
+        METHODS[method].lower(checkpoint, base, rank - 1)
+
+
+def test_an_adalora_of_no_rank_touches_nothing_there(tmp_path: Path) -> None:
+    directory = save(tmp_path, "adalora")
+    pruned = [n for n, t in read_adapter(tmp_path).tensors.items() if 0 in t.shape]
+    assert len(pruned) == 3
+    module = pruned[0].rpartition(".")[0]
+    lowered = lower_adapter(tmp_path, base_of(tiny_llama()))
+    assert module not in lowered.operators.modules
+    edit_config(directory, rank_pattern={f"{Q}.lora_E": [True] * 3, "nowhere.lora_E": [True]})
+    assert "rank_pattern" in named(refusal_of(tmp_path))
+    edit_config(directory, rank_pattern={f"{Q}.lora_E": [1, 0, 1, 1, 1]})
+    assert "rank_pattern" in named(refusal_of(tmp_path))
+
+
+@pytest.mark.parametrize("alpha", [0, -3])
+def test_adalora_alpha_that_peft_would_replace_is_refused(alpha: int, tmp_path: Path) -> None:
+    edit_config(save(tmp_path, "adalora"), lora_alpha=alpha)
+    assert named(refusal_of(tmp_path)) == {"lora_alpha"}
+
+
+def test_ia3_vectors_must_be_on_the_side_the_config_says(tmp_path: Path) -> None:
+    directory = save(tmp_path, "ia3")
+    edit_config(directory, feedforward_modules=["up_proj"])
+    fields = named(refusal_of(tmp_path))
+    assert "model.layers.1.mlp.up_proj.ia3_l" in fields
+    assert "model.layers.1.mlp.down_proj.ia3_l" in fields
+    edit_config(directory, feedforward_modules=...)
+    assert "feedforward_modules" in named(refusal_of(tmp_path))
+    edit_config(directory, feedforward_modules="(((")
+    assert "feedforward_modules" in named(refusal_of(tmp_path))
+
+
+def test_vera_projections_must_be_where_the_config_says(tmp_path: Path) -> None:
+    edit_config(save(tmp_path, "vera"), save_projection=False)
+    assert {"base_model.vera_A", "base_model.vera_B"} <= named(refusal_of(tmp_path))
+    edit_config(save(tmp_path, "vera", save_projection=False), save_projection=True)
+    assert {"base_model.vera_A", "base_model.vera_B"} <= named(refusal_of(tmp_path))
+    directory = save(tmp_path, "vera", save_projection=False)
+    assert "projection_prng_key" in lower_adapter(tmp_path, base_of(tiny_llama())).warnings[-1]
+    edit_config(directory, projection_prng_key=...)
+    assert named(refusal_of(tmp_path)) == {"projection_prng_key"}
+
+
+def test_lokr_factors_must_be_one_factor_each(tmp_path: Path) -> None:
+    directory = save(tmp_path, "lokr", target_modules=["q_proj"])
+
+    def double(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**tensors, f"{KEY}.lokr_w2": torch.ones(8, 8)}
+
+    edit_tensors(directory, double)
+    assert f"{Q}.lokr_w2" in named(refusal_of(tmp_path))
+    directory = save(tmp_path, "lokr", target_modules=["q_proj"])
+    edit_tensors(directory, lambda tensors: {**tensors, f"{KEY}.lokr_w1": torch.ones(8, 7)})
+    with pytest.raises(AdapterMismatchError, match="7·8 -> 8·8"):
+        lower_adapter(tmp_path, base_of(tiny_llama()))
+
+    def swap(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A first factor that multiplies out to the whole weight."""
+        result = {key: value for key, value in tensors.items() if ".lokr_" not in key}
+        for layer in (0, 1):
+            key = KEY.replace("layers.0", f"layers.{layer}")
+            result[f"{key}.lokr_w1_a"] = torch.ones(64, 2)
+            result[f"{key}.lokr_w1_b"] = torch.ones(2, 64)
+            result[f"{key}.lokr_w2"] = torch.ones(1, 1)
+        return result
+
+    edit_tensors(directory, swap)
+    assert f"{Q}.lokr_w1_a" in named(refusal_of(tmp_path))
+
+
+@pytest.mark.parametrize("method", ["loha", "lokr"])
+@pytest.mark.parametrize("name", [f"{KEY}.hada_t1", f"{KEY}.lokr_t2", "lycoris_q.hada_w1_a"])
+def test_other_layouts_say_what_to_do(method: str, name: str, tmp_path: Path) -> None:
+    directory = save(tmp_path, method)
+    edit_tensors(directory, lambda tensors: {**tensors, name: torch.ones(2, 2)})
+    text = str(refusal_of(tmp_path))
+    assert "convolution" in text or "docs/adapters.md" in text
+
+
+# IA3's gains are fp32 whatever the serving dtype.
+@pytest.mark.parametrize("method", [name for name in NEW if name != "ia3"])
+def test_overflow_of_the_serving_dtype_is_refused(method: str, tmp_path: Path) -> None:
+    directory = save(tmp_path, method)
+
+    def enlarge(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {key: value * 1e6 for key, value in tensors.items()}
+
+    edit_tensors(directory, enlarge)
+    with pytest.raises(AdapterCheckpointError, match="not finite"):
+        lower_adapter(tmp_path, base_of(tiny_llama(), dtype=torch.float16))
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in PeftType])
+def test_every_peft_type_is_served_or_refused_by_name(kind: str, tmp_path: Path) -> None:
+    served = {one for method in METHODS.values() for one in method.peft_types}
+    assert (kind in served) != (kind in UNSERVED)
+    if kind in UNSERVED:
+        edit_config(save(tmp_path, "lora"), peft_type=kind)
+        error = refusal_of(tmp_path)
+        assert named(error) == {"peft_type"}
+        assert kind in str(error)
+        assert UNSERVED[kind] in str(error)

@@ -1,0 +1,292 @@
+"""Config, tensors and base in agreement, or an answer that names everything that is not."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import (
+    base_of,
+    edit_config,
+    edit_tensors,
+    lora_config,
+    lower_adapter,
+    read_adapter,
+    refusal_of,
+    save_peft_adapter,
+    tiny_llama,
+)
+from peft import LoraConfig, PeftType
+from safetensors.torch import save_file
+
+from turret.server.adapters.checkpoint.findings import MAX_REPORTED, Violations
+from turret.server.adapters.checkpoint.reader import TENSORS_FILE
+from turret.server.adapters.methods import METHODS
+from turret.server.adapters.peft_format.base_name import base_name_warning, normalise_base_name
+from turret.server.adapters.peft_format.lora_rules import LORA_RULES
+from turret.server.adapters.peft_format.rules import Irrelevant, Rejected, Used
+from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
+
+Q = "model.layers.0.self_attn.q_proj"
+PREFIX = "base_model.model."
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root with one good adapter, ``a``."""
+    save_peft_adapter(tiny_llama(), lora_config(), tmp_path / "a")
+    return tmp_path
+
+
+def test_every_field_of_pefts_lora_config_has_a_rule() -> None:
+    fields = {field.name for field in dataclasses.fields(LoraConfig)}
+    assert fields <= LORA_RULES.keys()
+    saved = LoraConfig(target_modules=["q_proj"]).to_dict()
+    assert saved.keys() <= LORA_RULES.keys()
+    for key, rule in LORA_RULES.items():
+        assert isinstance(rule, (Used, Irrelevant, Rejected)), key
+
+
+UNSUPPORTED: dict[str, Any] = {
+    "modules_to_save": ["norm"],
+    "trainable_token_indices": [1, -2],
+    "target_parameters": ["experts.weight"],
+    "layer_replication": [[0, 1], [0, 1]],
+    "alora_invocation_tokens": [5, 6],
+    "use_qalora": True,
+    "use_bdlora": {"target_modules_bd_a": ["q_proj"]},
+    "arrow_config": {"top_k": 3},
+    "kasa_config": {"beta": 0.1},
+    "velora_config": {"num_groups": 2},
+    "monteclora_config": {"num_samples": 2},
+    "fan_in_fan_out": True,
+    "enable_lora": [True, False, True],
+    "init_lora_weights": "pissa_niter_4",
+    "task_type": "SEQ_CLS",
+    "a_key_from_the_future": None,
+    "bias": "some",
+    "use_rslora": "yes",
+    "r": 4.0,
+    "lora_alpha": "10",
+    "rank_pattern": {"q_proj": 0},
+    "alpha_pattern": {"q_proj": None},
+    "exclude_modules": 3,
+    "layers_to_transform": [0.5],
+}
+
+
+@pytest.mark.parametrize("key", ["use_qalora", "fan_in_fan_out", "use_rslora", "use_dora"])
+@pytest.mark.parametrize("value", [0, 0.0])
+def test_zero_is_not_false(root: Path, key: str, value: float) -> None:
+    edit_config(root / "a", **{key: value})
+    assert {field for field, _ in refusal_of(root).violations} == {key}
+
+
+@pytest.mark.parametrize("key", UNSUPPORTED)
+def test_each_unsupported_key_is_refused_by_name(root: Path, key: str) -> None:
+    edit_config(root / "a", **{key: UNSUPPORTED[key]})
+    assert key in {field for field, _ in refusal_of(root).violations}
+
+
+def test_one_answer_names_every_bad_key_and_tensor(root: Path) -> None:
+    edit_config(root / "a", **UNSUPPORTED)
+    stray = f"{PREFIX}{Q}.lora_diag"
+    edit_tensors(root / "a", lambda tensors: {**tensors, stray: torch.ones(4)})
+    error = refusal_of(root)
+    named = {field for field, _ in error.violations}
+    assert UNSUPPORTED.keys() | {f"{Q}.lora_diag"} <= named
+    assert all(key in str(error) for key in UNSUPPORTED)
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_16", "olora", "OLORA", "corda", "lora_ga"])
+def test_unconverted_initialisations_say_what_to_do(root: Path, init: str) -> None:
+    edit_config(root / "a", init_lora_weights=init)
+    assert "path_initial_model_for_weight_conversion" in str(refusal_of(root))
+
+
+@pytest.mark.parametrize("init", ["loftq", "unheard_of", 3, None])
+def test_other_initialisations_are_refused(root: Path, init: Any) -> None:
+    edit_config(root / "a", init_lora_weights=init)
+    assert {field for field, _ in refusal_of(root).violations} == {"init_lora_weights"}
+
+
+@pytest.mark.parametrize("key", ["r", "lora_alpha", "target_modules"])
+def test_keys_that_would_be_guessed_are_required(root: Path, key: str) -> None:
+    edit_config(root / "a", **{key: ...})
+    assert (key, "is required") in refusal_of(root).violations
+
+
+def test_irrelevant_keys_change_nothing(root: Path) -> None:
+    base = base_of(tiny_llama())
+    before = lower_adapter(root, base).operators.modules[Q].low_rank
+    irrelevant = {key for key, rule in LORA_RULES.items() if isinstance(rule, Irrelevant)}
+    edit_config(root / "a", **dict.fromkeys(irrelevant, 0.25))
+    after = lower_adapter(root, base).operators.modules[Q].low_rank
+    assert before is not None
+    assert after is not None
+    assert torch.equal(before.a, after.a)
+    assert torch.equal(before.b, after.b)
+
+
+@pytest.mark.parametrize("kind", [t.value for t in PeftType if t != PeftType.LORA] + ["", None, 7])
+def test_other_peft_types_list_what_is_supported(root: Path, kind: Any) -> None:
+    supported = {one for method in METHODS.values() for one in method.peft_types}
+    if kind in supported:
+        pytest.skip("served")
+    edit_config(root / "a", peft_type=kind)
+    error = refusal_of(root)
+    assert error.violations[0][0] == "peft_type"
+    assert "LORA" in str(error)
+    if isinstance(kind, str):
+        assert kind in str(error)
+
+
+# Tensors against config
+
+
+def drop(*names: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        for name in names:
+            del tensors[PREFIX + name]
+
+    return edit
+
+
+def add(name: str, *shape: int) -> Callable[[dict[str, torch.Tensor]], None]:
+    def edit(tensors: dict[str, torch.Tensor]) -> None:
+        tensors[PREFIX + name] = torch.ones(shape)
+
+    return edit
+
+
+K = "model.layers.0.self_attn.k_proj"
+INCONSISTENT: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], str]] = {
+    "only A": (drop(f"{Q}.lora_B.weight"), f"{Q}.lora_B.weight"),
+    "only B": (drop(f"{Q}.lora_A.weight"), f"{Q}.lora_A.weight"),
+    "module missing": (
+        drop(f"{Q}.lora_A.weight", f"{Q}.lora_B.weight"),
+        f"{Q}.lora_A.weight",
+    ),
+    "magnitude without dora": (add(f"{Q}.lora_magnitude_vector", 64), f"{Q}.lora_magnitude_vector"),
+    "lora bias without lora_bias": (add(f"{Q}.lora_B.bias", 64), f"{Q}.lora_B.bias"),
+    "embedding": (add("model.embed_tokens.lora_embedding_A", 4, 97), "lora_embedding_A"),
+    "lm_head": (add("lm_head.lora_A.weight", 4, 64), "lm_head.lora_A.weight"),
+    "full weight": (add("lm_head.weight", 97, 64), "lm_head.weight"),
+    "base layer weight": (add(f"{Q}.base_layer.weight", 64, 64), f"{Q}.base_layer.weight"),
+    "norm bias": (add("model.norm.bias", 64), "model.norm.bias"),
+    "unknown": (add(f"{Q}.lora_C.weight", 4), f"{Q}.lora_C.weight"),
+    "three dimensions": (add(f"{Q}.lora_A.weight", 4, 8, 8), f"{Q}.lora_A.weight"),
+    "rank": (add(f"{Q}.lora_A.weight", 5, 64), f"{Q}.lora_A.weight"),
+    "alpha tensor": (add(f"{Q}.alpha", 1), f"{Q}.alpha"),
+}
+
+
+@pytest.mark.parametrize("kind", INCONSISTENT)
+def test_tensors_that_contradict_the_config_are_refused(root: Path, kind: str) -> None:
+    edit, named = INCONSISTENT[kind]
+    edit_tensors(root / "a", edit)
+    fields = [field for field, _ in refusal_of(root).violations]
+    assert any(named in field for field in fields), fields
+
+
+def test_untargeted_tensors_and_targets_without_tensors_are_both_named(root: Path) -> None:
+    edit_config(root / "a", target_modules=["v_proj", "o_proj"])
+    fields = {field for field, _ in refusal_of(root).violations}
+    expected = {f"model.layers.{i}.self_attn.{m}_proj.lora_A.weight" for i in (0, 1) for m in "qo"}
+    assert fields == expected
+
+
+def test_a_rank_pattern_that_contradicts_the_tensors_is_refused(root: Path) -> None:
+    edit_config(root / "a", rank_pattern={r"layers\.1\..*": 8})
+    fields = {field for field, _ in refusal_of(root).violations}
+    assert fields == {f"model.layers.1.self_attn.{m}_proj.lora_A.weight" for m in "qv"}
+
+
+@pytest.mark.parametrize("target", ["norm", "input_layernorm"])
+def test_targets_that_cannot_be_adapted_are_named(root: Path, target: str) -> None:
+    edit_config(root / "a", target_modules=["q_proj", "v_proj", target])
+    error = refusal_of(root)
+    assert any(f == "target_modules" and target in why for f, why in error.violations)
+
+
+@pytest.mark.parametrize(
+    ("switch", "label"),
+    [("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")],
+)
+def test_switches_need_their_tensors(root: Path, switch: str, label: str) -> None:
+    edit_config(root / "a", **{switch: True})
+    fields = {field for field, _ in refusal_of(root).violations}
+    assert f"{Q}.{label}" in fields
+    assert len(fields) == 4
+
+
+def test_dora_excludes_lora_bias(root: Path) -> None:
+    edit_config(root / "a", use_dora=True, lora_bias=True)
+    assert "lora_bias" in {field for field, _ in refusal_of(root).violations}
+
+
+def test_biases_must_be_announced_and_complete(tmp_path: Path) -> None:
+    model = tiny_llama(attention_bias=True)
+    base = base_of(model)
+    save_peft_adapter(model, lora_config(bias="lora_only"), tmp_path / "a")
+
+    def fields() -> set[str]:
+        checkpoint = read_adapter(tmp_path)
+        with pytest.raises(AdapterCheckpointError) as caught:
+            METHODS["lora"].lower(checkpoint, base)
+        return {field for field, _ in caught.value.violations}
+
+    edit_config(tmp_path / "a", bias="none")
+    attention = [f"model.layers.{i}.self_attn" for i in (0, 1)]
+    assert fields() == {f"{a}.{m}_proj.bias" for a in attention for m in "qv"}
+    edit_config(tmp_path / "a", bias="all")
+    assert fields() == {f"{a}.{m}_proj.bias" for a in attention for m in "ko"}
+    edit_config(tmp_path / "a", bias="lora_only")
+    edit_tensors(tmp_path / "a", add(f"{K}.bias", 32))
+    assert fields() == {f"{K}.bias"}
+
+
+def test_a_bias_where_the_base_has_none_is_a_mismatch(tmp_path: Path) -> None:
+    save_peft_adapter(tiny_llama(attention_bias=True), lora_config(bias="all"), tmp_path / "a")
+    with pytest.raises(AdapterMismatchError, match="no bias"):
+        METHODS["lora"].lower(read_adapter(tmp_path), base_of(tiny_llama()))
+
+
+def test_an_adapter_without_lora_tensors_is_refused(root: Path) -> None:
+    save_file({}, root / "a" / TENSORS_FILE)
+    assert TENSORS_FILE in {field for field, _ in refusal_of(root).violations}
+
+
+def test_a_flood_of_violations_stays_small() -> None:
+    violations = Violations()
+    for i in range(10 * MAX_REPORTED):
+        violations.add(f"key{i}", "is wrong")
+    with pytest.raises(AdapterCheckpointError) as caught:
+        violations.raise_if_any("a")
+    assert len(caught.value.violations) == MAX_REPORTED + 1
+    assert f"and {9 * MAX_REPORTED} more" in str(caught.value)
+
+
+# Base names
+
+
+@pytest.mark.parametrize(
+    ("adapter", "served"),
+    [
+        ("unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit", "meta-llama/Llama-3.1-8B-Instruct"),
+        ("unsloth/Qwen3-4B-unsloth-bnb-4bit", "/models/Qwen3-4B"),
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct-Q8_0.gguf"),
+        ("", "anything"),
+    ],
+)
+def test_aliases_of_a_base_do_not_warn(adapter: str, served: str) -> None:
+    assert base_name_warning(adapter, served) is None
+
+
+def test_other_bases_warn() -> None:
+    assert base_name_warning("org/Llama-3.1-8B", "org/Llama-3.1-8B-Instruct") is not None
+    assert normalise_base_name("org/Llama-3.1-8B") == "llama-3.1-8b"

@@ -1,0 +1,205 @@
+"""What the reader refuses: paths, files and values, before anything is interpreted."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import (
+    edit_config,
+    edit_tensors,
+    lora_config,
+    read_adapter,
+    refusal_of,
+    save_peft_adapter,
+    tiny_llama,
+)
+
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import CONFIG_FILE, TENSORS_FILE
+from turret.server.errors import AdapterCheckpointError, BudgetExceededError
+
+Q = "model.layers.0.self_attn.q_proj"
+PREFIX = "base_model.model."
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A root with one good adapter, ``a``."""
+    save_peft_adapter(tiny_llama(), lora_config(), tmp_path / "a")
+    return tmp_path
+
+
+# Paths
+
+
+@pytest.mark.parametrize(
+    "path", ["", "..", "../a", "a/../../a", "/etc", "a/..", "a\\b", "a\0b", "a\nb", "x" * 2000]
+)
+def test_paths_outside_the_root_are_refused(root: Path, path: str) -> None:
+    error = refusal_of(root, path)
+    assert error.violations[0][0] == "path"
+
+
+def test_links_may_be_used_inside_the_root_but_not_to_leave_it(tmp_path: Path) -> None:
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    root.mkdir()
+    save_peft_adapter(tiny_llama(), lora_config(), outside / "a")
+    save_peft_adapter(tiny_llama(), lora_config(), root / "blobs")
+    (root / "escape").symlink_to(outside / "a")
+    assert "symbolic link" in str(refusal_of(root, "escape"))
+    with pytest.raises(AdapterCheckpointError, match="symbolic link"):
+        AdapterRoot(root).directory("escape")
+    (root / "file_escape").mkdir()
+    (root / "inside").mkdir()
+    for name in (CONFIG_FILE, TENSORS_FILE):
+        (root / "file_escape" / name).symlink_to(outside / "a" / name)
+        (root / "inside" / name).symlink_to(root / "blobs" / name)
+    assert "symbolic link" in str(refusal_of(root, "file_escape"))
+    assert read_adapter(root, "inside").digest == read_adapter(root, "blobs").digest
+
+
+def test_a_missing_directory_a_file_and_a_fifo_are_refused(root: Path) -> None:
+    assert "does not exist" in str(refusal_of(root, "nothing"))
+    assert "not a directory" in str(refusal_of(root, f"a/{CONFIG_FILE}"))
+    (root / "loop").symlink_to(root / "loop")
+    assert "does not exist" in str(refusal_of(root, "loop"))
+    (root / "a" / TENSORS_FILE).unlink()
+    os.mkfifo(root / "a" / TENSORS_FILE)
+    assert "not a regular file" in str(refusal_of(root))
+
+
+@pytest.mark.parametrize("name", ["adapter_model.bin", "adapter_model.pt", "model.pth"])
+def test_pickles_are_refused_by_name(root: Path, name: str) -> None:
+    (root / "a" / TENSORS_FILE).rename(root / "a" / name)
+    error = refusal_of(root)
+    assert error.violations[0][0] == name
+    assert "pickle" in str(error)
+
+
+# The safetensors file
+
+
+def write_raw(root: Path, header: Any, data: bytes, length: int | None = None) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    size = len(text) if length is None else length
+    (root / "a" / TENSORS_FILE).write_bytes(struct.pack("<Q", size) + text + data)
+
+
+def entry(shape: list[Any], begin: Any, end: Any, dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+BAD_FILES: dict[str, Callable[[Path], Any]] = {
+    "too short": lambda root: (root / "a" / TENSORS_FILE).write_bytes(b"abc"),
+    "header length": lambda root: write_raw(root, {}, b"", length=1 << 60),
+    "past the end": lambda root: write_raw(root, {}, b"", length=100),
+    "not json": lambda root: write_raw(root, b"{nope", b""),
+    "not utf-8": lambda root: write_raw(root, b'{"\xff": 1}', b""),
+    "a list": lambda root: write_raw(root, [], b""),
+    "nested": lambda root: write_raw(root, b'{"a":' + b"[" * 200_000, b""),
+    "twice": lambda root: write_raw(
+        root, b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}', b"1234"
+    ),
+    "dtype": lambda root: write_raw(root, {"a": entry([4], 0, 4, "I8")}, b"1234"),
+    "dtype type": lambda root: write_raw(root, {"a": entry([4], 0, 4, [])}, b"1234"),
+    "wrong size": lambda root: write_raw(root, {"a": entry([2], 0, 4)}, b"1234"),
+    "negative": lambda root: write_raw(root, {"a": entry([-1, -1], 0, 4)}, b"1234"),
+    "huge": lambda root: write_raw(root, {"a": entry([1 << 40], 0, 1 << 42)}, b"1234"),
+    "many dims": lambda root: write_raw(root, {"a": entry([1] * 5, 0, 4)}, b"1234"),
+    "bool shape": lambda root: write_raw(root, {"a": entry([True], 0, 4)}, b"1234"),
+    "float offset": lambda root: write_raw(root, {"a": entry([1], 0, 4.0)}, b"1234"),
+    "extra key": lambda root: write_raw(root, {"a": {**entry([1], 0, 4), "x": 1}}, b"1234"),
+    "hole": lambda root: write_raw(root, {"a": entry([1], 4, 8)}, b"12345678"),
+    "overlap": lambda root: write_raw(
+        root, {"a": entry([1], 0, 4), "b": entry([1], 0, 4)}, b"1234"
+    ),
+    "trailing": lambda root: write_raw(root, {"a": entry([1], 0, 4)}, b"12345678"),
+    "truncated": lambda root: write_raw(root, {"a": entry([2], 0, 8)}, b"1234"),
+    "metadata": lambda root: write_raw(
+        root, {"__metadata__": 3, "a": entry([1], 0, 4)}, b"1234"
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD_FILES)
+def test_malformed_tensor_files_are_refused_before_any_tensor_is_read(
+    root: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    BAD_FILES[kind](root)
+    monkeypatch.setattr(torch, "frombuffer", lambda *a, **k: pytest.fail("read a tensor"))
+    with pytest.raises(AdapterCheckpointError) as caught:
+        read_adapter(root)
+    assert caught.value.violations[0][0] == TENSORS_FILE
+
+
+def test_the_size_cap_holds_before_any_tensor_is_read(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    total = sum(t.numel() for t in read_adapter(root).tensors.values())
+    assert read_adapter(root, max_elements=total)
+    monkeypatch.setattr(torch, "frombuffer", lambda *a, **k: pytest.fail("read a tensor"))
+    with pytest.raises(BudgetExceededError, match=str(total)):
+        read_adapter(root, max_elements=total - 1)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_every_tensor_with_nan_or_inf_is_named(root: Path, value: float) -> None:
+    names = [f"{PREFIX}{Q}.lora_{side}.weight" for side in "AB"]
+
+    def poison(tensors: dict[str, torch.Tensor]) -> None:
+        for name in names:
+            tensors[name].view(-1)[-1] = value
+
+    edit_tensors(root / "a", poison)
+    assert {field for field, _ in refusal_of(root).violations} == set(names)
+
+
+def test_tensors_do_not_alias_the_file(root: Path) -> None:
+    checkpoint = read_adapter(root)
+    before = {name: tensor.clone() for name, tensor in checkpoint.tensors.items()}
+    path = root / "a" / TENSORS_FILE
+    with path.open("r+b") as file:
+        file.write(b"\xff" * path.stat().st_size)
+    assert all(torch.equal(before[name], t) for name, t in checkpoint.tensors.items())
+
+
+def test_digest_covers_config_and_weights_and_nothing_else(root: Path) -> None:
+    digest = read_adapter(root).digest
+    config = json.loads((root / "a" / CONFIG_FILE).read_text())
+    reordered = dict(reversed(list(config.items())))
+    (root / "a" / CONFIG_FILE).write_text(json.dumps(reordered, indent=7))
+    (root / "a" / "README.md").write_text("changed")
+    assert read_adapter(root).digest == digest
+    edit_config(root / "a", lora_alpha=11)
+    changed = read_adapter(root).digest
+    assert changed != digest
+    edit_config(root / "a", lora_alpha=config["lora_alpha"])
+    assert read_adapter(root).digest == digest
+    path = root / "a" / TENSORS_FILE
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 0x80]))  # the sign of the last weight
+    assert read_adapter(root).digest not in (digest, changed)
+    path.write_bytes(content)
+    assert read_adapter(root).digest == digest
+
+
+def test_two_spellings_of_one_tensor_are_refused(root: Path) -> None:
+    name = f"{PREFIX}{Q}.lora_A.weight"
+    twin = f"{PREFIX}{Q}.lora_A.default.weight"
+    edit_tensors(root / "a", lambda tensors: {**tensors, twin: tensors[name].clone()})
+    assert "is the same parameter as" in str(refusal_of(root))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{", '{"r": NaN}', '{"r": 1, "r": 2}', "\ufeff{}", "x" * (1 << 21)]
+)
+def test_malformed_configs_are_refused(root: Path, text: str) -> None:
+    (root / "a" / CONFIG_FILE).write_text(text)
+    assert refusal_of(root).violations[0][0] == CONFIG_FILE

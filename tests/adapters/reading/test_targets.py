@@ -1,0 +1,212 @@
+"""Module selection against PEFT's own functions, and patterns that must not stall the server."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from typing import Any
+
+import pytest
+from builders.adapters import base_of, tiny_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig
+from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
+
+from turret.server.adapters.checkpoint.findings import Violations
+from turret.server.adapters.peft_format import pattern_match
+from turret.server.adapters.peft_format.pattern_match import Pattern, match_all
+from turret.server.adapters.peft_format.targets import Targets, resolve_targets
+
+BASE = base_of(tiny_llama())
+LINEAR = list(BASE.modules)
+OTHER = sorted(BASE.other_modules)
+
+
+def resolve(**config: Any) -> tuple[Targets, Violations]:
+    violations = Violations()
+    config = {"r": 4, "lora_alpha": 8, **config}
+    return resolve_targets(config, LINEAR, OTHER, violations), violations
+
+
+def peft_targets(**config: Any) -> set[str]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        peft_config = LoraConfig(**config)
+    return {
+        name
+        for name in [*LINEAR, *OTHER]
+        if not isinstance(hit := check_target_module_exists(peft_config, name), ExcludedModule)
+        and hit
+    }
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "suffixes": {"target_modules": ["q_proj", "mlp.down_proj"]},
+    "part of a component is no suffix": {"target_modules": ["proj", "_proj", "q_proj"]},
+    "full name": {"target_modules": ["model.layers.1.mlp.up_proj"]},
+    "regex": {"target_modules": r".*\.layers\.1\.(self_attn\.[qk]|mlp\.up)_proj"},
+    "regex must match all": {"target_modules": r"q_proj"},
+    "regex anywhere": {"target_modules": r".*q_proj.*|.*\.1\..*down.*"},
+    "exclude suffix": {"target_modules": ["q_proj", "v_proj"], "exclude_modules": ["v_proj"]},
+    "exclude exact": {
+        "target_modules": ["q_proj"],
+        "exclude_modules": ["model.layers.0.self_attn.q_proj"],
+    },
+    "exclude regex": {"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"},
+    "exclude regex must match all": {"target_modules": ["q_proj"], "exclude_modules": r"q_proj"},
+    "empty exclude": {"target_modules": ["q_proj"], "exclude_modules": ""},
+    "one layer": {"target_modules": ["q_proj"], "layers_to_transform": 1},
+    "layer zero": {"target_modules": ["q_proj"], "layers_to_transform": 0},
+    "layers": {"target_modules": ["q_proj"], "layers_to_transform": [0, 5]},
+    "no layers": {"target_modules": ["q_proj"], "layers_to_transform": []},
+    "layers and exact name": {
+        "target_modules": ["model.layers.0.mlp.up_proj", "q_proj"],
+        "layers_to_transform": [1],
+    },
+    "layers pattern": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": "layers",
+    },
+    "layers patterns": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": ["h", "layers"],
+    },
+    "foreign layers pattern": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": ["blocks"],
+    },
+    "empty layers pattern": {
+        "target_modules": ["q_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": [],
+    },
+    "layers on modules outside layers": {
+        "target_modules": ["lm_head", "embed_tokens", "norm", "input_layernorm"],
+        "layers_to_transform": [0],
+    },
+    "other modules": {"target_modules": ["lm_head", "embed_tokens", "norm"]},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_selects_what_peft_selects(case: str) -> None:
+    found, violations = resolve(**CASES[case])
+    assert not violations
+    assert found.targeted == peft_targets(**CASES[case])
+
+
+def test_all_linear_is_every_decoder_linear_and_not_the_head() -> None:
+    for spelling in ("all-linear", "All-Linear"):
+        found, _ = resolve(target_modules=spelling, exclude_modules=["up_proj"])
+        left_out = ("up_proj", "lm_head")
+        assert found.targeted == {name for name in LINEAR if not name.endswith(left_out)}
+        assert "lm_head" in LINEAR
+
+
+components = st.sampled_from(
+    ["model", "layers", "0", "1", "self_attn", "mlp", "q_proj", "k_proj", "up_proj", "norm", "proj"]
+)
+names = st.one_of(
+    st.lists(components, min_size=1, max_size=3).map(".".join), st.sampled_from(LINEAR + OTHER)
+)
+layer_choice = st.one_of(
+    st.none(), st.integers(0, 2), st.lists(st.integers(0, 2), max_size=2, unique=True)
+)
+pattern_keys = st.one_of(
+    names,
+    st.sampled_from(
+        [r"^model.layers.0", r".*q_proj", r"layers\.[01]\..*_proj", r"[qk]_proj", "q_proj|k_proj"]
+    ),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    targets=st.lists(names, min_size=1, max_size=4),
+    excludes=st.one_of(st.none(), st.lists(names, max_size=3)),
+    layers=layer_choice,
+    layers_pattern=st.sampled_from([None, "layers", ["layers"], ["model"], []]),
+)
+def test_selects_what_peft_selects_on_random_configs(
+    targets: list[str], excludes: Any, layers: Any, layers_pattern: Any
+) -> None:
+    config = {"target_modules": targets, "exclude_modules": excludes, "layers_to_transform": layers}
+    if layers is not None:
+        config["layers_pattern"] = layers_pattern
+    found, violations = resolve(**config)
+    assert not violations
+    assert found.targeted == peft_targets(**config)
+
+
+@settings(max_examples=25, deadline=None)  # a child interpreter per example
+@given(
+    ranks=st.dictionaries(pattern_keys, st.integers(1, 64), max_size=4),
+    alphas=st.dictionaries(pattern_keys, st.floats(0.5, 64), max_size=4),
+)
+def test_patterns_resolve_as_in_peft(ranks: dict[str, int], alphas: dict[str, float]) -> None:
+    found, violations = resolve(
+        target_modules="all-linear", rank_pattern=ranks, alpha_pattern=alphas
+    )
+    assert not violations
+    assert len(found.targeted) == len(LINEAR) - 1
+    for name in found.targeted:
+        assert found.ranks[name] == ranks.get(get_pattern_key(list(ranks), name), 4)
+        assert found.alphas[name] == alphas.get(get_pattern_key(list(alphas), name), 8)
+
+
+@pytest.mark.parametrize(
+    ("config", "field"),
+    [
+        ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "layers_to_transform"),
+        ({"target_modules": ".*q_proj", "layers_pattern": "layers"}, "layers_pattern"),
+        ({"target_modules": ["q_proj"], "layers_pattern": "layers"}, "layers_pattern"),
+        ({"target_modules": "(q_proj"}, "target_modules"),
+        ({"target_modules": ["q_proj"], "exclude_modules": "*"}, "exclude_modules"),
+        ({"target_modules": ["q_proj"], "rank_pattern": {"[": 3}}, "rank_pattern"),
+        ({"target_modules": ["q_proj"], "alpha_pattern": {"a" * 9000: 3}}, "alpha_pattern"),
+    ],
+)
+def test_contradictions_and_broken_patterns_are_named(config: dict[str, Any], field: str) -> None:
+    _, violations = resolve(**config)
+    assert violations.fields == {field}
+
+
+def test_a_catastrophic_pattern_is_stopped_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pattern_match, "TIMEOUT_SECONDS", 1.0)
+    start = time.monotonic()
+    _, violations = resolve(
+        target_modules=["q_proj"],
+        exclude_modules=r".*k_proj",
+        rank_pattern={r"(([a-z._0-9]+)+)+X": 3},
+    )
+    assert time.monotonic() - start < 5.0
+    assert violations.fields == {"rank_pattern"}
+
+
+def test_results_keep_the_order_of_the_patterns() -> None:
+    names = ["a.1.b", "c"]
+    patterns = [
+        Pattern("fullmatch", "c", "c"),
+        Pattern("match", r"a\.(?P<idx>\d)", r"a\.(?P<idx>\d)"),
+        Pattern("fullmatch", "(", "("),
+        Pattern("match", "a", "a"),
+    ]
+    results = match_all(patterns, names)
+    assert [r.matches for r in results] == [(None, ""), ("1", None), (None, None), ("", None)]
+    assert [r.error is None for r in results] == [True, True, False, True]
+
+
+def test_an_ambiguous_pattern_warns_and_the_first_counts() -> None:
+    found, _ = resolve(
+        target_modules=["q_proj"], alpha_pattern={"q_proj": 3, "self_attn.q_proj": 5}
+    )
+    assert set(found.alphas.values()) == {3}
+    assert len(found.warnings) == 2
+    same, _ = resolve(target_modules=["q_proj"], alpha_pattern={"q_proj": 3, ".q_proj": 3})
+    assert same.warnings == ()

@@ -1,0 +1,58 @@
+"""An export while its adapter is replaced or unloaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.registries import Registries, stage_directory, until
+
+from turret.server.adapters.registry.export import AdapterExport
+from turret.server.adapters.state.state_dir import StateDir
+from turret.server.errors import AdapterCheckpointError, AdapterNotFoundError
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Registries]:
+    registries = Registries(tmp_path)
+    yield registries
+    registries.close()
+
+
+def files_of(tmp_path: Path) -> list[str]:
+    return sorted(p.parent.name for p in (tmp_path / "state" / "files").glob("*/*.safetensors"))
+
+
+def test_an_export_that_finds_its_files_gone_looks_again(
+    make: Registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = make(100, state=StateDir(tmp_path / "state", 1 << 20))
+    first = registry.upload("up", stage_directory(registry, make.root / "a"))
+    meanwhile: list[Callable[[], None]] = []
+
+    class Slow(AdapterExport):
+        def __init__(self, *args: Any) -> None:
+            if meanwhile:
+                meanwhile.pop()()
+            super().__init__(*args)
+
+    def replace() -> None:
+        registry.upload("up", stage_directory(registry, make.root / "b"), replace=True)
+        until(lambda: files_of(tmp_path) == [f"{first.uuid}.2"])
+
+    monkeypatch.setattr("turret.server.adapters.registry.registry.AdapterExport", Slow)
+    meanwhile.append(replace)
+    with registry.export("up") as export:
+        assert export.record.generation == 2
+    meanwhile.append(lambda: registry.unload("up"))
+    with pytest.raises(AdapterNotFoundError):
+        registry.export("up")
+    assert not meanwhile
+    # Where nothing has changed, the files are simply not there.
+    registry.load("c", "c")
+    shutil.rmtree(make.root / "c")
+    with pytest.raises(AdapterCheckpointError, match="does not exist"):
+        registry.export("c")

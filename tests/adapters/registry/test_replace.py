@@ -1,0 +1,301 @@
+"""New generations: who gets which, when the old one goes, and what a failure leaves."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from builders.registries import (
+    WAIT_SECONDS,
+    Gate,
+    Registries,
+    Waiter,
+    adapter_bytes,
+    in_thread,
+    refs,
+    resident,
+    until,
+)
+
+from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.registry import pins
+from turret.server.errors import (
+    AdapterCheckpointError,
+    AdapterInUseError,
+    AdapterNotFoundError,
+    BudgetExceededError,
+    InvalidRequestError,
+)
+from turret.server.metrics import Metrics
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Registries]:
+    registries = Registries(tmp_path)
+    yield registries
+    registries.close()
+
+
+def test_later_requests_get_the_new_generation_and_running_ones_keep_theirs(
+    make: Registries,
+) -> None:
+    registry = make(load="a")
+    before = registry.get("a")
+    gone: list[str] = []
+    registry.on_unloaded = gone.append
+    running = registry.acquire(refs("a"))
+    after = registry.replace("a", "b")
+    assert (after.uuid, after.generation) == (before.uuid, 2)
+    assert after.digest == make(load="b").get("b").digest
+    later = registry.acquire(refs("a"))
+    assert running.key == ((before.uuid, 1, 1.0),)
+    assert later.key == ((before.uuid, 2, 1.0),)
+    assert running.components[0][0].operators is not None
+    assert registry.get("a").in_flight == 2
+    assert registry.host_bytes_used == 2 * adapter_bytes()
+    assert gone == []
+    registry.release(running)
+    assert gone == [f"{before.uuid}.1"]
+    assert registry.host_bytes_used == adapter_bytes()
+    registry.release(later)
+    assert gone == [f"{before.uuid}.1"]
+    assert registry.get("a").in_flight == 0
+
+
+def test_a_generation_nobody_uses_goes_at_once(make: Registries) -> None:
+    registry = make(load="a")
+    gone: list[str] = []
+    registry.on_unloaded = gone.append
+    uuid = registry.get("a").uuid
+    registry.replace("a", "b")
+    assert gone == [f"{uuid}.1"]
+    assert registry.host_bytes_used == adapter_bytes()
+
+
+def test_the_same_content_makes_no_generation(make: Registries) -> None:
+    registry = make(load="a")
+    before = registry.get("a")
+    shutil.copytree(make.root / "a", make.root / "copy")
+    assert registry.replace("a", "copy") == before
+    shutil.rmtree(make.root / "a")
+    registry._cache._leave(registry._table.find("a").current)
+    assert Waiter(registry.acquire(refs("a"))).wait().error is None
+
+
+def test_an_older_generation_is_not_found(make: Registries) -> None:
+    registry = make(load="a")
+    running = registry.acquire(refs("a"))
+    registry.replace("a", "b")
+    with pytest.raises(AdapterNotFoundError, match="generation 1; the current one is 2"):
+        registry.acquire([AdapterRef(name="a", generation=1)])
+    registry.release(registry.acquire([AdapterRef(name="a", generation=2)]))
+    registry.release(running)
+
+
+def test_what_cannot_be_replaced(make: Registries) -> None:
+    registry = make(1.5, load="a")
+    before = registry.get("a")
+    with pytest.raises(AdapterNotFoundError):
+        registry.replace("nobody", "b")
+    with pytest.raises(InvalidRequestError):
+        registry.replace("A", "b")
+    with pytest.raises(AdapterCheckpointError):
+        registry.replace("a", "nowhere")
+    with pytest.raises(BudgetExceededError):
+        registry.replace("a", "big")
+    assert registry.get("a") == before
+    assert resident(registry) == "a"
+    mix = registry.acquire(refs("a"))
+    thread, _ = in_thread(lambda: registry.unload("a", "DRAIN", WAIT_SECONDS))
+    until(lambda: registry.get("a").state == "DELETING")
+    with pytest.raises(AdapterInUseError, match="being unloaded"):
+        registry.replace("a", "b")
+    registry.release(mix)
+    thread.join(WAIT_SECONDS)
+
+
+def test_without_room_the_new_generation_waits_on_disk(make: Registries) -> None:
+    registry = make(1, load="a")
+    running = registry.acquire(refs("a"))
+    assert registry.replace("a", "b").residency == "disk"
+    later = Waiter(registry.acquire(refs("a")))
+    assert not later.is_answered
+    assert running.components[0][0].operators is not None
+    registry.release(running)
+    assert later.wait().error is None
+    assert registry.host_bytes_used == adapter_bytes()
+
+
+def test_a_waiting_request_is_served_the_generation_it_named(make: Registries) -> None:
+    registry = make(1, load="ab")
+    gate = Gate(registry)
+    waiting = Waiter(registry.acquire(refs("a")))
+    gate.entered.acquire()
+    registry.replace("a", "c")
+    gate.open()
+    result = waiting.wait()
+    assert result.error is None
+    assert waiting.mix.key[0][1] == 1
+    assert result.mix.components[0][0].operators is not None
+    registry.release(waiting.mix)
+    assert Waiter(registry.acquire(refs("a"))).wait().error is None
+
+
+def test_a_replacement_during_a_read_drops_what_arrives(make: Registries) -> None:
+    registry = make(1, load="ab")
+    gate = Gate(registry)
+    waiting = Waiter(registry.acquire(refs("a")))
+    gate.entered.acquire()
+    registry.replace("a", "c")
+    registry.release(waiting.mix)
+    gate.open()
+    registry.close()
+    assert registry.host_bytes_used == 0
+
+
+def test_a_pin_moves_to_the_new_generation(make: Registries) -> None:
+    registry = make(2.5)
+    registry.load("a", "a", pinned=True)
+    assert registry.replace("a", "b").pinned
+    assert registry.host_bytes_used == adapter_bytes()
+    for name in "bcd":
+        registry.load(name, name)
+    assert "a" in resident(registry)
+    with pytest.raises(AdapterInUseError, match="pinned"):
+        registry.unload("a")
+    registry.unpin("a")
+    registry.unload("a")
+
+
+def test_a_replaced_generation_is_no_longer_pinned(make: Registries) -> None:
+    registry = make(2.2)
+    registry.load("a", "a", pinned=True)
+    registry.load("c", "c")
+    running = registry.acquire(refs("a"))
+    registry.replace("a", "b")
+    # It fits as soon as the running request ends, so it waits rather than being refused.
+    waiting = Waiter(registry.acquire(refs("c")))
+    assert not waiting.is_answered
+    registry.release(running)
+    assert waiting.wait().error is None
+
+
+def test_a_pinned_adapter_without_room_for_both_stays_as_it_is(
+    make: Registries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    registry = make(1.5)
+    before = registry.load("a", "a", pinned=True)
+    with pytest.raises(BudgetExceededError):
+        registry.replace("a", "b")
+    assert registry.get("a") == before
+    registry.unpin("a")
+    registry.load("c", "c", pinned=True)
+    registry.unpin("c")
+    assert registry.host_bytes_used == adapter_bytes()
+
+
+def test_unload_waits_for_every_generation(make: Registries) -> None:
+    registry = make(load="a")
+    mixes = []
+    for path in "bcd":
+        mixes.append(registry.acquire(refs("a")))
+        registry.replace("a", path)
+    with pytest.raises(AdapterInUseError, match="still held by 3 requests"):
+        registry.unload("a", "DRAIN", 0.0)
+    for mix in mixes:
+        registry.release(mix)
+    assert registry.host_bytes_used == adapter_bytes()
+    registry.unload("a", "DRAIN", 0.0)
+    assert registry.host_bytes_used == 0
+
+
+def test_force_ends_the_requests_of_every_generation(make: Registries) -> None:
+    registry = make(load="a")
+    mixes = [registry.acquire(refs("a"))]
+    registry.replace("a", "b")
+    mixes.append(registry.acquire(refs("a")))
+
+    def end(uuid: str) -> None:
+        for mix in mixes:
+            assert mix.key[0][0] == uuid
+            registry.release(mix)
+
+    registry.on_force_unload = end
+    registry.unload("a", "FORCE", WAIT_SECONDS)
+    assert registry.host_bytes_used == 0
+
+
+def test_metrics_follow_the_name(make: Registries) -> None:
+    metrics = Metrics()
+    registry = make(3, load="a", metrics=metrics)
+
+    def tier(name: str) -> float | None:
+        return metrics.registry.get_sample_value(
+            "turret_adapter_residency", {"adapter": "a", "tier": name}
+        )
+
+    running = registry.acquire(refs("a"))
+    registry.replace("a", "b")
+    registry.release(running)
+    assert tier("host") == 1
+    evicted = metrics.registry.get_sample_value(
+        "turret_adapter_evictions_total", {"tier": "host", "reason": "replace"}
+    )
+    assert evicted == 1
+    registry.unload("a")
+    assert tier("host") is None
+
+
+def test_replacing_under_load_fails_no_request_and_leaks_no_byte(make: Registries) -> None:
+    registry = make(3.5, load="ab")
+    stop = threading.Event()
+    failures: list[BaseException] = []
+    generations: set[int] = set()
+
+    def request(names: str) -> None:
+        try:
+            while not stop.is_set():
+                waiter = Waiter(registry.acquire(refs(names)))
+                if not waiter.was_resident:
+                    result = waiter.wait()
+                    assert result.error is None, result.error
+                assert all(a.operators is not None for a, _ in waiter.mix.components)
+                generations.update(g for _, g, _ in waiter.mix.key)
+                registry.release(waiter.mix)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=request, args=(names,)) for names in ("a", "b", "ab", "ba")]
+    for thread in threads:
+        thread.start()
+    with ThreadPoolExecutor(2) as pool:
+        paths = "cdabcdabcd"
+        work = [pool.submit(lambda n=n: [registry.replace(n, p) for p in paths]) for n in "ab"]
+        records = [future.result()[-1] for future in work]
+    stop.set()
+    for thread in threads:
+        thread.join(WAIT_SECONDS)
+    assert failures == []
+    assert [record.generation for record in records] == [11, 11]
+    assert len(generations) > 2
+    assert [record.in_flight for record in registry.list()] == [0, 0]
+    for name in "ab":
+        registry.unload(name, "DRAIN", 0.0)
+    assert registry.host_bytes_used == 0
+
+
+def test_a_pin_that_gives_up_leaves_nothing_behind(
+    make: Registries, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pins, "PIN_TIMEOUT_SECONDS", 0.05)
+    registry = make(2, load="ab")
+    busy = registry.acquire(refs("ab"))
+    with pytest.raises(BudgetExceededError, match="no room"):
+        registry.load("c", "c", pinned=True)
+    assert [record.name for record in registry.list()] == ["a", "b"]
+    registry.release(busy)
+    assert registry.load("c", "c", pinned=True).pinned

@@ -1,0 +1,225 @@
+"""The benchmarks' own arithmetic and inputs, and that what they time still exists."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import time
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from builders.adapters import (
+    base_of,
+    linear_modules,
+    logits,
+    lower_adapter,
+    read_adapter,
+    tiny_llama,
+    with_operators,
+)
+from checkout import ROOT
+from transformers import LlamaConfig
+
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import read_checkpoint
+from turret.server.adapters.methods import METHODS, method_for
+from turret.server.models.arch import read_arch
+
+BENCH = ROOT / "bench"
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Imports a module of bench/, which is a folder of scripts."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+def test_rates_count_the_tokens_after_the_first(bench: Any):
+    batch = bench("batch")
+    # The second request's first token comes when the first request has three.
+    answers = [
+        batch.Answer((1, 2, 3, 4, 5), (1.0, 1.5, 2.0, 2.5, 3.0), 0),
+        batch.Answer((1, 2, 3, 4, 5), (2.0, 2.5, 3.0, 3.5, 4.0), 0),
+    ]
+    timing = batch.BatchTiming.of(answers)
+    assert (timing.first_seconds, timing.total_seconds, timing.mean_first_seconds) == (
+        2.0,
+        4.0,
+        1.5,
+    )
+    assert timing.decode_rate == 8 / 2.0
+    assert timing.late_rate == 6 / 2.0
+
+
+def test_random_adapters_load(bench: Any, tmp_path: Path):
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=128,
+    )
+    names = bench("random_lora").write_random_loras(
+        tmp_path, 2, arch=read_arch(config), base_model="tiny", rank=4
+    )
+    assert names == ["lora-00", "lora-01"]
+    weights = []
+    for name in names:
+        root = AdapterRoot(tmp_path)
+        tensors = read_checkpoint(root, name, max_elements=1_000_000).tensors
+        assert len(tensors) == 2 * 2 * 7
+        assert all(int(tensor.count_nonzero()) > 0 for tensor in tensors.values())
+        weights.append(tensors)
+    assert not all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
+    model = tiny_llama()
+    modules = linear_modules(model)
+    norms = {name: module.weight.detach().norm(dim=1) for name, module in modules.items()}
+    made = bench("random_methods")
+    names = made.write_random_methods(
+        tmp_path, 12, arch=read_arch(model.config), base_model="tiny", rank=3, norms=norms
+    )
+    assert names[0] == "mixed-00-lora"
+    assert names[-1] == "mixed-11-lora"
+    base = base_of(model)
+    lowered = {name: lower_adapter(tmp_path, base, name) for name in names}
+    written = {method_for(read_adapter(tmp_path, name)).name for name in names}
+    # Rows of the vocabulary are no work for the layers, which is what is timed; a learned fusion is
+    # built of registered adapters, none of which these files can name.
+    assert written == METHODS.keys() - {"trainable_tokens", "learned_fusion"}
+    plain = logits(model)
+    for name, adapter in lowered.items():
+        if adapter.operators.soft_prompt is None:
+            assert adapter.operators.modules.keys() == modules.keys()
+            moved = logits(with_operators(model, [(adapter.operators, 1.0)]))
+            assert 0.01 < (moved - plain).norm() / plain.norm() < 1.5, name
+        else:
+            assert adapter.operators.soft_prompt.num_positions == 3
+
+
+def test_chosen_cases_keep_the_base_they_are_compared_with(bench: Any):
+    make = bench("decode").make_cases
+    loras, mixed = ["a", "b"], ["c", "d"]
+    chosen = [case.adapters for case in make(loras, mixed, "mixed")]
+    assert chosen == [[None, None], mixed]
+    assert len(make(loras, mixed)) == 6
+    assert make(loras, mixed, "nothing like it") == []
+
+
+def test_every_timed_part_exists(bench: Any):
+    parts = bench("steps").PARTS
+    assert len(parts) > 5
+    for part in parts:
+        owner, attribute = part.locate()
+        assert callable(getattr(owner, attribute))
+
+
+def test_stopwatch_gives_every_part_its_own_time(bench: Any):
+    watch = bench("stopwatch").Stopwatch()
+    inner = watch.timed("inner", lambda: time.sleep(0.02))
+
+    def body() -> None:
+        time.sleep(0.01)
+        inner()
+        inner()
+
+    watch.timed("outer", body)()
+    taken = watch.take()
+    assert taken["inner"] >= 0.04
+    assert 0.01 <= taken["outer"] < taken["inner"]
+    assert watch.take() == {}
+
+
+def test_stopwatch_puts_the_functions_back(bench: Any):
+    stopwatch = bench("stopwatch")
+    part = stopwatch.Part("turret.server.engine.sampler:Sampler.draw", "sampling")
+    owner, attribute = part.locate()
+    original = getattr(owner, attribute)
+    with stopwatch.Stopwatch().watching([part]):
+        assert getattr(owner, attribute) is not original
+    assert getattr(owner, attribute) is original
+    with (
+        pytest.raises(AttributeError),
+        stopwatch.Stopwatch().watching([part, stopwatch.Part("turret.server.log:gone", "x")]),
+    ):
+        pass
+    assert getattr(owner, attribute) is original
+
+
+def test_the_load_of_others_leaves_out_ones_own(bench: Any, monkeypatch: pytest.MonkeyPatch):
+    """Two seconds on a two-core machine: 3 busy core-seconds, 1 of them the benchmark's."""
+    machine = bench("machine")
+    Times = namedtuple("Times", "user system idle")
+    now = 0
+
+    def whole() -> Any:
+        return Times(user=10.0 + 1.5 * now / 2, system=5.0 + 1.5 * now / 2, idle=100.0)
+
+    class Own:
+        def __init__(self, pid: int) -> None:
+            self.pid = pid
+
+        def cpu_times(self) -> Any:
+            return Times(user=4.0 + 0.5 * now / 2, system=0.0, idle=0.0)
+
+    monkeypatch.setattr(machine.psutil, "cpu_times", whole)
+    monkeypatch.setattr(machine.psutil, "Process", Own)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machine.time, "perf_counter", lambda: float(now))
+    # This process and one other, half a second each.
+    meter = machine.CpuMeter(1)
+    now = 2
+    assert meter.foreign_share() == pytest.approx((3.0 - 1.0) / 4.0)
+
+
+def test_names_of_result_files(bench: Any):
+    assert bench("machine").slug("AMD EPYC(TM) 9655") == "amd-epyc-tm-9655"
+
+
+async def test_fusing_compares_windows_with_and_without_a_fusion(bench: Any):
+    """Half of the tokens arrive while a fusion runs, and every started one is taken off again."""
+    fusing = bench("fusing")
+    active = 0
+
+    class Adapters:
+        async def fuse(self, name: str, mix: Any, **_: Any) -> None:
+            nonlocal active
+            active += 1
+            try:
+                await asyncio.sleep(0.05)
+            finally:
+                active -= 1
+
+        async def unload(self, name: str) -> None:
+            assert name.startswith("fused-")
+
+    class Client:
+        adapters = Adapters()
+
+        async def generate_stream(self, prompt: list[int], **_: Any) -> Any:
+            for number in range(3):
+                await asyncio.sleep(0.02 if active else 0.01)
+                yield SimpleNamespace(token_ids=(number,))
+
+        async def __aenter__(self) -> Client:
+            return self
+
+        async def __aexit__(self, *_: object) -> None: ...
+
+    args = SimpleNamespace(batch=4, pairs=2, window=0.4)
+    names = [f"lora-{number}" for number in range(8)]
+    with patch.object(fusing, "AsyncTurretClient", lambda address: Client()):
+        plain, beside, done = await fusing.measure("nowhere", names, args)
+    assert len(plain) == len(beside) == 2
+    assert len(done) >= 4
+    assert active == 0
+    assert max(beside) < min(plain)

@@ -1,0 +1,56 @@
+"""The GPU benchmark is ready to run: everything in it works on tiny shapes in the interpreter."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from checkout import ROOT
+
+WITHOUT_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+
+
+def run(*args: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": sys.executable, "TRITON_INTERPRET": "1"}
+    command = ["bash", "bench/gpu.sh", *args]
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+
+
+@pytest.mark.slow
+@WITHOUT_GPU
+def test_dry_run(tmp_path):
+    done = run("--dry-run", "--results", str(tmp_path))
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "interpreter.jsonl").read_text().splitlines()]
+    found = {row["scenario"] for row in rows}
+    wanted = {
+        *("memory read", "nf4_matmul", "paged_attention", "hadamard", "kronecker"),
+        *("qkv ours", "qkv padded, atomics", "qkv torch loop", "qkv gathered bmm"),
+        *("step base", "step lora 1 distinct", "step dora 4 distinct", "step loha 4 distinct"),
+        *("step lokr 4 distinct", "step lora 4 distinct, ranks mixed"),
+    }
+    assert wanted <= found
+    for row in rows:
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert {"gpu", "driver", "torch", "triton", "date", "commit"} <= set(row)
+
+
+@pytest.mark.slow
+@WITHOUT_GPU
+def test_tuning_prints_a_row_for_the_table():
+    done = run("--dry-run", "--tune")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"interpreter": Tuning(programs=' in done.stdout
+
+
+@WITHOUT_GPU
+def test_without_a_gpu_it_says_so():
+    done = run()
+    assert done.returncode == 2
+    assert "--dry-run" in done.stderr

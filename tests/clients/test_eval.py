@@ -1,0 +1,331 @@
+"""``turret eval``: the test set, the measures, and the verb against a server that knows answers."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import threading
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf import duration_pb2
+from google.rpc import error_details_pb2
+from servers.fake_turret import FakeInference, FakeTurret, abort, fake_turret
+
+from turret.clients.answer_metrics import (
+    estimate,
+    exact_match,
+    mean,
+    named_label,
+    perplexity,
+    token_f1,
+)
+from turret.clients.eval_set import EvalExample, EvalSetError, read_eval_set
+from turret.clients.verbs import add_verbs
+from turret.v1 import inference_pb2
+
+BOS = 1
+CAPITALS = {"Peru?": "Lima", "Chad?": "N'Djamena", "Oman?": "Muscat"}
+Run = Callable[..., tuple[int, str, str]]
+
+
+class Geographer(FakeInference):
+    """Knows every capital with ``sql``, one without, and writes them in capitals with ``json``.
+
+    A token is a character. With ``sql`` each has probability 1/2, else 1/8, the prompt's 1/1000.
+    """
+
+    def __init__(self, adapters) -> None:
+        super().__init__(adapters)
+        self.full = 0
+        self.together = 0
+        self._running = 0
+        self._lock = threading.Lock()
+        # Nobody is answered before two calls are under way: proof that they are.
+        self._two = threading.Event()
+
+    def Generate(self, request, context):
+        with self._lock:
+            self._running += 1
+            self.together = max(self.together, self._running)
+            if self._running >= 2:
+                self._two.set()
+            is_full = self.full > 0
+            self.full -= is_full
+        self._two.wait(5)
+        with self._lock:
+            self._running -= 1
+        if is_full:
+            retry = error_details_pb2.RetryInfo(retry_delay=duration_pb2.Duration(nanos=1000))
+            info = error_details_pb2.ErrorInfo(reason="QUEUE_FULL", domain="turret")
+            abort(context, grpc.StatusCode.RESOURCE_EXHAUSTED, "queue full", info, retry)
+        self._accept(request, context)
+        assert request.sampling.temperature == 0
+        question = request.prompt or request.chat.messages[-1].content
+        names = [adapter.name for adapter in request.adapters]
+        answer = CAPITALS[question] if "sql" in names or question == "Peru?" else "Paris"
+        return inference_pb2.GenerateResponse(
+            text=answer.upper() if "json" in names else answer + " ",
+            finish_reason=inference_pb2.GenerateResponse.STOP,
+        )
+
+    def Tokenize(self, request, context):
+        text = "".join(f"<{m.role}>{m.content}" for m in request.chat.messages)
+        ids = [ord(c) for c in text] or [BOS, *(ord(c) for c in request.prompt)]
+        return inference_pb2.TokenizeResponse(token_ids=ids)
+
+    def Score(self, request, context):
+        self._accept(request, context)
+        ids, response = list(request.token_ids.ids), inference_pb2.ScoreResponse()
+        text = "".join(map(chr, ids))
+        answer = next(a for q, a in CAPITALS.items() if text.endswith(q + a))
+        names = [adapter.name for adapter in request.adapters]
+        for index, token in enumerate(ids):
+            is_answer = index >= len(ids) - len(answer)
+            chance = (1 / 2 if "sql" in names else 1 / 8) if is_answer else 1 / 1000
+            logprob = math.log(chance) if index else None
+            response.tokens.add(token_id=token, text=chr(token), logprob=logprob)
+        return response
+
+
+@pytest.fixture
+def server() -> Iterator[FakeTurret]:
+    with fake_turret(Geographer) as running:
+        yield running
+
+
+@pytest.fixture
+def run(server: FakeTurret, capsys: pytest.CaptureFixture[str], monkeypatch) -> Run:
+    """Runs ``turret eval``; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "140")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        parser = argparse.ArgumentParser(prog="turret")
+        add_verbs(parser.add_subparsers(required=True))
+        args = parser.parse_args(["eval", *map(str, arguments), "--address", server.address])
+        code = args.func(args)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def capitals(tmp_path: Path) -> Path:
+    path = tmp_path / "capitals.jsonl"
+    rows: list[dict] = [{"prompt": q, "completion": a} for q, a in CAPITALS.items()]
+    turns = [{"role": "user", "content": "Oman?"}, {"role": "assistant", "content": "Muscat"}]
+    rows[2] = {"messages": turns, "source": "an atlas"}
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return path
+
+
+def test_base_adapters_and_mixes_are_judged_together(
+    run: Run, server: FakeTurret, capitals: Path, tmp_path: Path
+):
+    plot, answers = tmp_path / "plot.svg", tmp_path / "answers.jsonl"
+    code, out, err = run(
+        *(capitals, "-m", "sql", "-m", "sql+json=-0.5", "--json"),
+        *("--labels", "Lima,N'Djamena,Muscat", "--plot", plot, "--answers", answers),
+    )
+    assert (code, err) == (0, "")
+    figures = {r["mix"]: {k: v["value"] for k, v in r["metrics"].items()} for r in json.loads(out)}
+    assert list(figures) == ["base", "sql", "sql+json=-0.5"]
+    third = pytest.approx(1 / 3)
+    # The prompt's tokens would push the perplexity towards 1000.
+    assert figures["base"] == {
+        "perplexity": pytest.approx(8),
+        "exact_match": third,
+        "token_f1": third,
+        "label_accuracy": third,
+    }
+    assert figures["sql"] == {
+        "perplexity": pytest.approx(2),
+        "exact_match": 1,
+        "token_f1": 1,
+        "label_accuracy": 1,
+    }
+    mixed = figures["sql+json=-0.5"]
+    assert (mixed["exact_match"], mixed["token_f1"], mixed["label_accuracy"]) == (0, 1, 1)
+    assert isinstance(server.inference, Geographer)
+    assert server.inference.together >= 2
+    sent = [r for r in server.inference.requests if len(r.adapters) == 2]
+    assert {tuple((a.name, a.weight) for a in r.adapters) for r in sent} == {
+        (("sql", 1.0), ("json", -0.5))
+    }
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert len(rows) == 9
+    assert rows[1] == {
+        "line": 1,
+        "mix": "sql",
+        "prompt": [["user", "Peru?"]],
+        "reference": "Lima",
+        "answer": "Lima ",
+        "logprob": pytest.approx(4 * math.log(1 / 2)),
+        "tokens": 4,
+        "exact_match": 1.0,
+        "token_f1": 1.0,
+        "label_accuracy": 1.0,
+    }
+    drawing = ET.fromstring(plot.read_text())
+    bars = [e for e in drawing.iter("{http://www.w3.org/2000/svg}rect") if e.get("class")]
+    # Panel by panel: perplexity, exact match, token F1, label accuracy.
+    widths = [float(bar.get("width", "")) for bar in bars]
+    assert len(widths) == 12
+    assert widths[0] == pytest.approx(3 * widths[1])
+    assert widths[4] == pytest.approx(3 * widths[3], rel=0.01)
+
+
+def test_the_table_shows_each_mix(run: Run, capitals: Path):
+    code, out, _ = run(capitals, "-m", "sql", "--limit", "2")
+    assert code == 0
+    assert "8 [8, 8]" in out
+    assert "50.0% [0%, 100%]" in out
+    assert "2 examples" in out
+    assert "label accuracy" not in out
+
+
+def test_metrics_can_be_chosen_and_prompts_sent_raw(run: Run, server: FakeTurret, capitals: Path):
+    code, out, _ = run(capitals, "--raw", "--metric", "perplexity", "--json", "--limit", "2")
+    assert code == 0
+    assert [list(r["metrics"]) for r in json.loads(out)] == [["perplexity"]]
+    assert not [r for r in server.inference.requests if hasattr(r, "sampling")]
+    assert {r.token_ids.ids[0] for r in server.inference.requests} == {BOS}
+    run(capitals, "--raw", "--metric", "exact_match", "--limit", "2")
+    assert [r.prompt for r in server.inference.requests[-2:]] != ["", ""]
+
+
+def test_a_full_queue_is_waited_for(run: Run, server: FakeTurret, capitals: Path):
+    assert isinstance(server.inference, Geographer)
+    server.inference.full = 5
+    code, out, _ = run(capitals, "-m", "sql", "--no-base", "--metric", "exact_match", "--json")
+    assert (code, json.loads(out)[0]["metrics"]["exact_match"]["value"]) == (0, 1)
+    assert server.inference.full == 0
+
+
+def test_a_failed_call_names_line_and_mix(run: Run, capitals: Path):
+    code, out, err = run(capitals, "-m", "nope")
+    assert (code, out) == (1, "")
+    assert re.search(r"NOT_FOUND \(ADAPTER_NOT_FOUND\): line [123], nope: no adapter nope\n", err)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--no-base"], "--no-base needs at least one --mix"),
+        (["-m", "sql", "-m", "sql=1.0"], "each mix may be judged once"),
+        (["--metric", "label_accuracy"], "needs --labels"),
+        (
+            ["--labels", "Lima,Muscat"],
+            "capitals.jsonl:2: completion: the right answer",
+        ),
+    ],
+)
+def test_arguments_that_make_no_sense_exit_2(
+    run: Run, capitals: Path, arguments: list[str], message: str
+):
+    code, out, err = run(capitals, *arguments)
+    assert (code, out) == (2, "")
+    assert message in err
+
+
+def test_a_file_that_is_not_there_exits_1(run: Run, tmp_path: Path):
+    code, _, err = run(tmp_path / "none.jsonl")
+    assert code == 1
+    assert "none.jsonl" in err
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ("{", ":2: not JSON"),
+        ("[" * 100_000, ":2: not JSON"),
+        ("[1]", ":2: not a JSON object"),
+        ('{"text": "a"}', ':2: a row has "messages", or "prompt" and "completion"'),
+        ('{"prompt": "a"}', ":2: completion: missing"),
+        ('{"completion": "a"}', ":2: prompt: missing"),
+        ('{"prompt": 3, "completion": "a"}', ":2: prompt: must be a text"),
+        ('{"prompt": "a", "completion": ""}', ":2: completion: must be a text"),
+        ('{"messages": []}', ":2: messages: must be a list of turns"),
+        ('{"messages": [{"role": "user"}]}', ":2: messages[0]: must have a role"),
+        (
+            '{"messages": [{"role": "user", "content": null}]}',
+            ":2: messages[0].content: must be a text",
+        ),
+        (
+            '{"messages": [{"role": "user", "content": "a"}]}',
+            ":2: messages[0].role: the last turn is the answer",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "content": "a"}]}',
+            ":2: messages: nothing stands before the answer",
+        ),
+    ],
+)
+def test_a_bad_row_is_named(tmp_path: Path, row: str, message: str):
+    path = tmp_path / "test.jsonl"
+    path.write_text('{"prompt": "a", "completion": "b"}\n' + row + "\n")
+    with pytest.raises(EvalSetError) as raised:
+        read_eval_set(path)
+    assert str(raised.value).startswith(f"{path}{message}")
+
+
+def test_other_bytes_and_no_rows_are_named(tmp_path: Path):
+    path = tmp_path / "test.jsonl"
+    path.write_bytes(b"\n\xff\n")
+    with pytest.raises(EvalSetError, match="jsonl:2: not UTF-8"):
+        read_eval_set(path)
+    path.write_bytes(b"\n \n")
+    with pytest.raises(EvalSetError, match="no rows"):
+        read_eval_set(path)
+
+
+def test_rows_keep_their_line_and_a_byte_order_mark_is_none(tmp_path: Path):
+    path = tmp_path / "test.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf\r\n\n{"prompt": "a", "completion": "b"}\r\n')
+    assert read_eval_set(path, is_raw=True) == [EvalExample(3, "a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "exact", "f1"),
+    [
+        (" Lima\n", "Lima", 1, 1),
+        ("lima.", "Lima", 0, 1),
+        ("the city of Lima", "Lima", 0, 0.4),
+        ("a b", "b c", 0, 0.5),
+        # Words count as often as both have them: 2 common of 2 and 3.
+        ("a a", "a a b", 0, 0.8),
+        ("", "Lima", 0, 0),
+        ("!", "?", 0, 1),
+    ],
+)
+def test_answers_are_compared(answer: str, reference: str, exact: float, f1: float):
+    assert exact_match(answer, reference) == exact
+    assert token_f1(answer, reference) == pytest.approx(f1)
+
+
+def test_the_first_label_named_counts():
+    labels = ("bug", "bug report", "praise")
+    assert named_label("This is PRAISE, no bug", labels) == "praise"
+    assert named_label("a bug report", labels) == "bug report"
+    assert named_label("debugging", labels) is None
+
+
+def test_perplexity_weighs_tokens_and_not_texts():
+    scores = [(-8.0, 8), (-4.0, 1)]
+    assert perplexity(scores) == pytest.approx(math.exp(12 / 9))
+    assert perplexity([(-1e9, 1)]) == math.inf
+
+
+def test_intervals_hold_the_value_and_shrink_with_examples():
+    few, many = ([0.0, 1.0] * n for n in (5, 500))
+    narrow, wide = estimate(many, mean), estimate(few, mean)
+    assert wide.low < narrow.low < narrow.value == 0.5 < narrow.high < wide.high
+    # The binomial's own 95 % interval at 1000 examples.
+    assert narrow.high - 0.5 == pytest.approx(1.96 * 0.5 / math.sqrt(1000), rel=0.15)
+    assert estimate(many, mean) == narrow

@@ -1,0 +1,80 @@
+"""The clients over TLS, where both sides show a certificate."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from concurrent import futures
+from pathlib import Path
+
+import grpc
+import pytest
+from servers.fake_turret import FakeInference
+
+from turret.clients.aio import AsyncTurretClient
+from turret.clients.channel import Tls
+from turret.clients.client import TurretClient, TurretRpcError
+from turret.v1 import inference_pb2_grpc
+
+SERVER_NAME = "turret.example"
+
+
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``{server,client}.{crt,key}``, both self-signed for SERVER_NAME."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("pem")
+    for name in ("server", "client"):
+        command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
+        command += ["-subj", f"/CN={SERVER_NAME}", "-addext", f"subjectAltName=DNS:{SERVER_NAME}"]
+        command += ["-keyout", f"{name}.key", "-out", f"{name}.crt"]
+        subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def address(pem: Path) -> Iterator[str]:
+    """A server that asks for the client's certificate."""
+    pair = ((pem / "server.key").read_bytes(), (pem / "server.crt").read_bytes())
+    credentials = grpc.ssl_server_credentials(
+        [pair], (pem / "client.crt").read_bytes(), require_client_auth=True
+    )
+    with futures.ThreadPoolExecutor(max_workers=2) as pool:
+        server = grpc.server(pool)
+        inference_pb2_grpc.add_InferenceServicer_to_server(FakeInference({}), server)
+        port = server.add_secure_port("127.0.0.1:0", credentials)
+        server.start()
+        yield f"127.0.0.1:{port}"
+        server.stop(0).wait()
+
+
+async def test_both_sides_are_verified(pem: Path, address: str):
+    tls = Tls.from_files(
+        ca=pem / "server.crt",
+        certificate=pem / "client.crt",
+        key=pem / "client.key",
+        server_name=SERVER_NAME,
+    )
+    with TurretClient(address, tls=tls) as client:
+        assert client.get_model().name == "tiny"
+    async with AsyncTurretClient(address, tls=tls) as client:
+        assert (await client.get_model()).name == "tiny"
+
+
+@pytest.mark.parametrize("missing", ["name", "certificate", "roots", "tls"])
+def test_nothing_less_will_do(pem: Path, address: str, missing: str):
+    own = {} if missing == "certificate" else {"certificate": pem / "client.crt"}
+    tls = Tls.from_files(
+        ca=pem / ("client.crt" if missing == "roots" else "server.crt"),
+        key=pem / "client.key" if own else None,
+        server_name=None if missing == "name" else SERVER_NAME,
+        **own,
+    )
+    with (
+        TurretClient(address, tls=None if missing == "tls" else tls) as client,
+        pytest.raises(TurretRpcError) as raised,
+    ):
+        client.get_model(timeout=10)
+    assert raised.value.code == grpc.StatusCode.UNAVAILABLE

@@ -1,0 +1,210 @@
+"""The client verbs of the command, against a server with canned answers."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+from checkout import ROOT
+from servers.command import parse_and_run
+from servers.fake_turret import FOREVER, PEFT_FILES, FakeTurret, fake_turret
+
+from turret.v1 import adapters_pb2
+
+Run = Callable[..., tuple[int, str, str]]
+FUSE = ("adapters", "fuse", "both", "-a", "sql", "-a", "json=0.5")
+
+
+@pytest.fixture
+def server() -> Iterator[FakeTurret]:
+    with fake_turret() as running:
+        yield running
+
+
+@pytest.fixture
+def run(server: FakeTurret, capsys: pytest.CaptureFixture[str], monkeypatch) -> Run:
+    """Runs a verb against the server; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = parse_and_run(*arguments, "--address", server.address)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+def test_generate_streams_the_text(run: Run, server: FakeTurret):
+    code, out, err = run(
+        "generate", "a b", "-a", "sql@1=0.5", "-a", "json=-1", "--top-k", "3", "--stats"
+    )
+    assert (code, out) == (0, "ab\n")
+    assert "STOP; 3 prompt tokens (0 cached), 2 generated" in err
+    assert "sql@1=0.5; json@1=-1" in err
+    request = server.inference.requests[-1]
+    assert [(a.name, a.weight) for a in request.adapters] == [("sql", 0.5), ("json", -1.0)]
+    assert request.adapters[0].generation == 1
+    assert request.sampling.top_k == 3
+    assert not request.sampling.HasField("temperature")
+    assert not request.stop.HasField("ignore_eos")
+
+
+def test_generate_json_and_chat(run: Run, server: FakeTurret):
+    code, out, _ = run("generate", "hi", "--system", "s", "--json", "--top-n", "2")
+    answer = json.loads(out)
+    assert (code, answer["text"], answer["finish_reason"]) == (0, "system:s user:hi ", "STOP")
+    assert answer["usage"]["prompt_tokens"] == 3
+    assert answer["logprobs"][0]["top"][0]["token_id"] == 6
+
+
+def test_prompt_from_standard_input(run: Run, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("from stdin"))
+    assert run("generate", "-")[1] == "fromstdin\n"
+
+
+def test_failed_call_prints_one_line(run: Run):
+    code, out, err = run("generate", "a", "-a", "nope", "--json")
+    assert (code, out) == (1, "")
+    assert err == "error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope\n"
+    code, out, err = run("generate", "a", "--top-p", "2", "--json")
+    assert (code, out) == (1, "")
+    assert err == "error: INVALID_ARGUMENT (INVALID_REQUEST): 1 bad field; sampling.top_p: <= 1\n"
+
+
+def test_usage_errors_exit_2(run: Run, capsys):
+    code, _, err = run("generate", "a", "--top-k", "-1")
+    assert (code, err) == (2, "error: top_k: Value out of range: -1\n")
+    for arguments in (["-a", "sql=much"], ["-a", "=1"], ["--timeout", "0"], ["--token", "a"] * 2):
+        with pytest.raises(SystemExit) as raised:
+            parse_and_run("generate", *arguments)
+        assert raised.value.code == 2
+    assert "NAME[@GENERATION][=WEIGHT]" in capsys.readouterr().err
+
+
+def test_token_comes_from_flag_or_file(run: Run, server: FakeTurret, tmp_path):
+    run("generate", "a", "--token", "t1")
+    assert server.inference.metadata["authorization"] == "Bearer t1"
+    (tmp_path / "token").write_text("t2\n")
+    run("generate", "a", "--token-from", str(tmp_path / "token"))
+    assert server.inference.metadata["authorization"] == "Bearer t2"
+    code, _, err = run("generate", "a", "--token-from", str(tmp_path / "none"))
+    assert code == 1
+    assert "No such file" in err
+
+
+def test_score_prints_a_table(run: Run):
+    code, out, _ = run("score", "abc", "--top-n", "1")
+    assert code == 0
+    assert "'[b]'" in out
+    assert "-0.2500" in out
+    assert "sum -0.2500 over 2 tokens, perplexity 1.133" in out
+    assert json.loads(run("score", "abc", "--json")[1])["tokens"][1]["logprob"] == -0.25
+
+
+def test_adapters_list_and_get(run: Run):
+    code, out, _ = run("adapters", "list")
+    assert code == 0
+    assert out.index("json") < out.index("sql")
+    assert "1.5 KiB" in out
+    code, out, _ = run("adapters", "get", "sql")
+    assert "[red] herring" in out
+    assert "d" * 64 in out
+    listed = json.loads(run("adapters", "list", "--json")[1])
+    assert [(a["name"], a["ranks"]) for a in listed] == [("json", [4, 8]), ("sql", [4, 8])]
+
+
+def test_adapters_lifecycle(run: Run, server: FakeTurret):
+    assert run("adapters", "load", "new", "dir", "--pin")[0] == 0
+    assert server.adapters.adapters["new"].pinned
+    assert run("adapters", "unpin", "new")[1] == "unpinned new\n"
+    assert run("adapters", "pin", "new")[1] == "pinned new\n"
+    assert json.loads(run("adapters", "replace", "new", "d", "--json")[1])["generation"] == 2
+    assert run("adapters", "unload", "new", "--force", "--wait", "2")[1] == "unloaded new\n"
+    request = server.adapters.requests[-1]
+    assert request.mode == adapters_pb2.UnloadAdapterRequest.FORCE
+    assert request.timeout.seconds == 2
+    code, _, err = run("adapters", "get", "new")
+    assert (code, err) == (1, "error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter new\n")
+
+
+def test_adapters_fuse_merge_and_unmerge(run: Run, server: FakeTurret):
+    code, out, _ = run(*FUSE, "--combination", "svd", "--rank", "4")
+    assert code == 0
+    request = server.adapters.requests[-1]
+    assert (request.combination, request.rank) == ("svd", 4)
+    assert [(a.name, a.weight) for a in request.adapters] == [("sql", 1.0), ("json", 0.5)]
+    assert "relative error 0.25 over 2 modules" in out
+    assert "worst 0.5 in layers.0.q_proj" in out
+    assert ["q_proj", "2", "4-8", "0.375", "0.5"] in [
+        [cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines()
+    ]
+    code, out, _ = run("adapters", "merge", "-a", "sql=0.5", "--precision", "bf16")
+    assert "sql@1=0.5" in out
+    assert "bf16" in out
+    assert "the rounding error is 75.0% of what the adapters change" in out
+    assert "warning: most of it is lost" in out
+    assert run("adapters", "unmerge")[1] == "nothing is merged; base generation 3\n"
+    code, _, err = run("adapters", "merge-state")
+    assert (code, err.startswith("error: UNIMPLEMENTED: ")) == (1, True)
+
+
+def test_adapters_export_and_upload(run: Run, server: FakeTurret, tmp_path):
+    target = str(tmp_path / "sql")
+    assert run("adapters", "export", "sql", target)[1] == f"exported sql@1 to {target}\n"
+    code, _, err = run("adapters", "export", "sql", target)
+    assert (code, err) == (1, f"error: {target} already exists\n")
+    assert run("adapters", "upload", "up", target, "--pin")[0] == 0
+    assert server.adapters.files == PEFT_FILES
+
+
+def test_chat_remembers_turns_and_switches_adapters(run: Run, server: FakeTurret, monkeypatch):
+    lines = ["one", "/adapter nope", "lost", "/adapter sql json=0.5", "/system be brief", "two"]
+    lines += ["/nonsense", "/adapters", "/stats", "/reset", "/adapter", "/system", "three"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    code, out, err = run("chat", "--temperature", "0")
+    assert code == 0
+    assert err.splitlines() == [
+        "error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope",
+        "error: unknown command /nonsense; /help lists them",
+    ]
+    first, lost, second, third = server.inference.requests
+    assert lost.chat.messages[-1].content == "lost"
+    said = [(m.role, m.content) for m in second.chat.messages]
+    answer = ("assistant", "user:one ")
+    assert said == [("system", "be brief"), ("user", "one"), answer, ("user", "two")]
+    assert [(a.name, a.weight) for a in second.adapters] == [("sql", 1.0), ("json", 0.5)]
+    assert [m.content for m in third.chat.messages] == ["three"]
+    assert not third.adapters
+    assert all(r.sampling.HasField("temperature") for r in (first, second, third))
+    assert "sql@1  lora" in out
+    assert "sql@1=1; json@1=0.5" in out
+
+
+@pytest.mark.parametrize(
+    ("verb", "code"), [(["generate", FOREVER], 130), (["chat"], 0)], ids=["generate", "chat"]
+)
+def test_interrupt_ends_cleanly(server: FakeTurret, verb: list[str], code: int):
+    """Ctrl-C stops the request on the server; no traceback reaches the user."""
+    program = "import sys; from servers.command import *; sys.exit(parse_and_run(*sys.argv[1:]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *verb, "--address", server.address],
+        cwd=ROOT / "tests" / "support",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        # The first bytes say that the stream, or the conversation, has begun.
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == code
+        assert b"Traceback" not in process.stderr.read()
+    if verb[0] == "generate":
+        assert server.inference.stream_ended.wait(5)

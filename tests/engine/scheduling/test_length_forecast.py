@@ -1,0 +1,181 @@
+"""How long answers become, and what a scheduler that foresees it saves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence as SequenceOf
+
+import pytest
+from builders.sequences import BLOCK_SIZE, sequence_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from turret.server.engine.block_pool import BlockPool
+from turret.server.engine.length_forecast import LengthForecast
+from turret.server.engine.scheduler import Scheduler
+from turret.server.engine.sequence import Sequence, SequenceState
+
+
+def answered(count: int, prompt: int = 3, max_tokens: int = 10_000) -> Sequence:
+    sequence = sequence_of(range(prompt), max_tokens=max_tokens)
+    sequence.tokens += [1] * count
+    return sequence
+
+
+def forecast_of(lengths: SequenceOf[int]) -> LengthForecast:
+    forecast = LengthForecast()
+    for length in lengths:
+        forecast.ended(answered(length))
+    return forecast
+
+
+def test_without_an_answer_nothing_is_foreseen() -> None:
+    assert LengthForecast().tokens_left(answered(0)) == 0
+    assert LengthForecast().peak_tokens([answered(0)], 16) == 0
+
+
+def test_an_answer_becomes_as_long_as_one_that_ended() -> None:
+    forecast = forecast_of([10, 20, 30])
+    assert {forecast.tokens_left(answered(0)) for _ in range(100)} == {10, 20, 30}
+    assert {forecast.tokens_left(answered(15)) for _ in range(100)} == {5, 15}
+    # Longer than any: whenever it ends, it is over.
+    assert forecast.tokens_left(answered(30)) == 0
+
+
+def test_a_forecast_stays_until_it_is_wrong() -> None:
+    forecast = forecast_of([10, 40])
+    sequence = next(s for s in map(answered, [0] * 100) if forecast.tokens_left(s) == 10)
+    for left in range(9, 0, -1):
+        sequence.tokens.append(1)
+        assert forecast.tokens_left(sequence) == left
+    sequence.tokens.append(1)
+    assert forecast.tokens_left(sequence) == 30
+
+
+def test_no_answer_is_longer_than_it_may_be() -> None:
+    forecast = forecast_of([10, 20, 30])
+    lefts = {forecast.tokens_left(answered(2, max_tokens=12)) for _ in range(100)}
+    assert lefts == {8, 10}
+
+
+def test_a_scored_prompt_does_not_grow_and_teaches_nothing() -> None:
+    forecast = LengthForecast()
+    scored = sequence_of(range(5), score=True)
+    forecast.ended(scored)
+    assert forecast.peak_tokens([answered(0)], 16) == 0
+    assert forecast_of([7]).tokens_left(scored) == 0
+
+
+def test_old_answers_are_forgotten() -> None:
+    forecast = forecast_of([1000] * 100 + [5] * 64)
+    assert {forecast.tokens_left(answered(0)) for _ in range(100)} == {5}
+
+
+@given(st.lists(st.tuples(st.integers(1, 30), st.integers(0, 30)), min_size=1, max_size=12))
+def test_the_peak_is_that_of_growing_step_by_step(spans: list[tuple[int, int]]) -> None:
+    # None of those that ended was longer than one token: who has one ends now.
+    forecast = forecast_of([1])
+    sequences = [answered(0 if left else 1, prompt) for prompt, left in spans]
+    for sequence, (_, left) in zip(sequences, spans, strict=True):
+        sequence.forecast = left
+    lengths = [(len(s.tokens), left) for s, (_, left) in zip(sequences, spans, strict=True)]
+    held = [
+        sum(tokens + step for tokens, left in lengths if left >= step)
+        for step in range(max(left for _, left in spans) + 1)
+    ]
+    # Without blocks, and so without what is unused of them.
+    assert forecast.peak_tokens(sequences, 0) == max(held)
+    rounded = forecast.peak_tokens(sequences, 16)
+    assert max(held) + 8 <= rounded <= max(held) + 8 * len(spans)
+
+
+def make_scheduler(num_blocks: int, lengths: SequenceOf[int] = ()) -> Scheduler:
+    """One that has seen answers of these lengths."""
+    scheduler = Scheduler(
+        BlockPool(num_blocks, BLOCK_SIZE), max_num_seqs=64, max_num_batched_tokens=64
+    )
+    for length in lengths:
+        sequence = sequence_of([1], "before", max_tokens=length)
+        scheduler.add(sequence)
+        while sequence.state is not SequenceState.FINISHED:
+            advance(scheduler)
+    return scheduler
+
+
+def advance(scheduler: Scheduler) -> tuple[int, int]:
+    """One step of requests that run to their last token; returns tokens and preemptions."""
+    step = scheduler.schedule()
+    ends = [item.sequence for item in step.scheduled if item.samples]
+    scheduler.complete(step)
+    for sequence in ends:
+        sequence.tokens.append(random.randrange(1000))
+        if sequence.num_generated == sequence.request.stop.max_tokens:
+            scheduler.finish(sequence)
+    return sum(item.num_new for item in step.scheduled), step.num_preempted
+
+
+@pytest.mark.parametrize(("history", "together"), [([], 2), ([40], 1), ([8], 2)])
+def test_who_would_be_preempted_later_is_not_admitted(history: list[int], together: int) -> None:
+    """19 blocks of 4: two prompts of 16 fit, and each with 12 answers more, but not with 40."""
+    scheduler = make_scheduler(20, history)
+    first, second = (sequence_of(range(16), name, max_tokens=40) for name in "ab")
+    scheduler.add(first)
+    scheduler.add(second)
+    advance(scheduler)
+    assert len(scheduler.running) == together
+    while first.state is not SequenceState.FINISHED:
+        advance(scheduler)
+    advance(scheduler)
+    assert second.state is SequenceState.RUNNING
+
+
+def test_what_may_not_become_long_is_admitted() -> None:
+    scheduler = make_scheduler(20, [40])
+    for name in "ab":
+        scheduler.add(sequence_of(range(16), name, max_tokens=8))
+    advance(scheduler)
+    assert len(scheduler.running) == 2
+
+
+def test_a_sequence_alone_is_admitted_whatever_is_foreseen() -> None:
+    scheduler = make_scheduler(20, [60])
+    only = sequence_of(range(40), "a", max_tokens=1000)
+    scheduler.add(only)
+    advance(scheduler)
+    assert only.state is SequenceState.RUNNING
+
+
+def test_blocks_that_are_shared_are_counted_once() -> None:
+    """Four prompts that begin alike hold 10 + 4 of 19 blocks, not 44."""
+    scheduler = make_scheduler(20, [1])
+    first = sequence_of(range(41), "a", max_tokens=1)
+    scheduler.add(first)
+    while first.state is not SequenceState.FINISHED:
+        advance(scheduler)
+    for last in range(4):
+        scheduler.add(sequence_of([*range(40), last], "a", max_tokens=2))
+    advance(scheduler)
+    assert len(scheduler.running) == 4
+    assert scheduler.blocks.num_active == 14
+
+
+def test_less_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More requests than fit: what is preempted and computed again with a forecast and without."""
+
+    def serve(num_requests: int = 150) -> tuple[int, int]:
+        random.seed(0)
+        scheduler = make_scheduler(300)
+        for number in range(num_requests):
+            prompt = [random.randrange(1000) for _ in range(random.randint(2, 128))]
+            scheduler.add(sequence_of(prompt, f"{number % 40}", random.randint(2, 128)))
+        tokens = preemptions = 0
+        while scheduler.has_work:
+            more, preempted = advance(scheduler)
+            tokens, preemptions = tokens + more, preemptions + preempted
+        return tokens, preemptions
+
+    tokens, preemptions = serve()
+    monkeypatch.setattr(Scheduler, "_will_run_out", lambda *_: False)
+    greedy_tokens, greedy_preemptions = serve()
+    assert preemptions < greedy_preemptions / 2
+    assert tokens < 0.9 * greedy_tokens

@@ -1,0 +1,292 @@
+"""The engine thread's loop on a real registry and scheduler, driven step by step: no model."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from builders.registries import Gate, Registries, refs, until
+
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.engine.answer import Answer
+from turret.server.engine.block_pool import BlockPool
+from turret.server.engine.detokenizer import Detokenizer
+from turret.server.engine.loop import EngineLoop, Outbox
+from turret.server.engine.request import Request, StopConditions
+from turret.server.engine.runner import StepResult
+from turret.server.engine.sampler import Draw
+from turret.server.engine.scheduler import Scheduler, Step
+from turret.server.engine.sequence import Sequence
+from turret.server.engine.stream import Stream
+from turret.server.errors import TurretError
+from turret.server.metrics import Metrics
+
+MAX_STEPS = 200
+
+
+class FakeText:
+    """Text of a sequence whose tokens have none."""
+
+    def push(self, token_id: int) -> str:
+        return ""
+
+    def flush(self) -> str:
+        return ""
+
+
+class FakeRunner:
+    """Draws token 1 for everybody."""
+
+    adapter_bytes = 0
+
+    def run(self, step: Step) -> StepResult:
+        return StepResult({item.sequence: Draw(1, 0.0) for item in step.scheduled if item.samples})
+
+    def forget(self, sequence: Sequence) -> None: ...
+    def forget_adapter(self, key: str) -> None: ...
+    def refusal(self, sequence: Sequence) -> None: ...
+
+
+class Driven:
+    """A loop whose iterations are the test's clock.
+
+    Attributes:
+        ended: Requests that are over, in order.
+        errors: What those ended with that did not finish.
+        num_schedules: How often the scheduler was asked.
+    """
+
+    def __init__(
+        self,
+        registry: AdapterRegistry,
+        fits: Callable[[Sequence, list[Sequence]], bool] = lambda _s, _r: True,
+    ) -> None:
+        self.ended: list[str] = []
+        self.errors: dict[str, TurretError] = {}
+        self.num_schedules = 0
+        self.registry = registry
+        self.scheduler = Scheduler(
+            BlockPool(64, 4),
+            max_num_seqs=8,
+            max_num_batched_tokens=64,
+            is_ready=lambda sequence: self.loop.is_ready(sequence),
+            fits=fits,
+        )
+        schedule = self.scheduler.schedule
+
+        def counted() -> Step:
+            self.num_schedules += 1
+            return schedule()
+
+        self.scheduler.schedule = counted  # type: ignore[method-assign]
+        self.loop = EngineLoop(
+            scheduler=self.scheduler,
+            runner=FakeRunner(),
+            adapters=registry,
+            metrics=Metrics(),
+            send=self._took,
+        )
+        self._names: dict[Stream, str] = {}
+
+    def ask(
+        self,
+        name: str,
+        adapters: str,
+        max_tokens: int = 1,
+        *,
+        detokenizer: Detokenizer | None = None,
+        deadline: float | None = None,
+    ) -> Sequence:
+        """Post a request for these one-letter adapters."""
+        request = Request(
+            request_id=name,
+            prompt_token_ids=(1, 2, 3),
+            stop=StopConditions(max_tokens=max_tokens),
+            deadline=deadline,
+        )
+        sequence = Sequence(request, self.registry.acquire(refs(adapters)), time.monotonic())
+        stream = Stream(lambda: None)
+        answer = Answer(
+            sequence,
+            stream,
+            detokenizer or Detokenizer(FakeText(), (), False),
+            eos_token_ids=frozenset(),
+            token_text=str,
+            max_tokens=max_tokens,
+        )
+        self._names[stream] = name
+        self.loop.submit(answer)
+        return sequence
+
+    def read(self) -> None:
+        """Take in what was posted."""
+        # So that reading never blocks the test.
+        self.loop.post(lambda: None)
+        self.loop._read_inbox()
+
+    def step(self) -> None:
+        """One iteration of the loop."""
+        self.read()
+        self.loop._flush()
+        self.loop._step()
+
+    def finish(self, *names: str) -> None:
+        """Go on until these requests are over."""
+        for _ in range(MAX_STEPS):
+            if set(names) <= set(self.ended):
+                return
+            self.step()
+            # A read on another thread may be all there is to wait for.
+            time.sleep(0.001)
+        raise AssertionError(f"{set(names) - set(self.ended)} never ended")
+
+    def _took(self, outbox: Outbox) -> None:
+        for stream, item in outbox:
+            if isinstance(item, TurretError):
+                self.errors[self._names[stream]] = item
+            if isinstance(item, TurretError) or item.finish is not None:
+                self.ended.append(self._names[stream])
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Registries]:
+    registries = Registries(tmp_path)
+    yield registries
+    registries.close()
+
+
+def test_a_ready_request_does_not_wait_for_one_of_its_mix_that_is_not(make: Registries) -> None:
+    """Else both wait for ever: the second holds in memory what the first waits to see evicted.
+
+    There is room for two adapters. ``first`` asked for ``d`` while it was on disk and stands
+    behind ``both`` in the cache's line; ``second`` asked when ``d`` was there, and holds it.
+    ``both`` needs the place of ``d``, so ``first`` gets its turn after ``second`` has ended.
+    """
+    registry = make(2, load="dabc")
+    driven = Driven(registry)
+    gate = Gate(registry)
+    gate.open()
+    driven.ask("b", "b", max_tokens=30)
+    driven.ask("c", "c", max_tokens=3)
+    driven.step()
+    driven.ask("early", "d", max_tokens=30)
+    driven.ask("both", "ac")
+    first = driven.ask("first", "d")
+    driven.finish("c")
+    until(lambda: registry.get("d").residency == "host")
+    second = driven.ask("second", "d")
+    driven.read()
+    assert driven.loop.is_ready(second)
+    assert not driven.loop.is_ready(first)
+    driven.finish("second", "both", "first", "early", "b")
+    assert driven.ended.index("second") < driven.ended.index("both") < driven.ended.index("first")
+    assert registry.get("d").in_flight == 0
+
+
+def test_the_thread_sleeps_while_nothing_can_be_computed(make: Registries) -> None:
+    """Whatever the reason: here what is ready does not fit beside anything."""
+    registry = make(2, load="a")
+    fits = threading.Event()
+    driven = Driven(registry, fits=lambda _s, _r: fits.is_set())
+    thread = threading.Thread(target=driven.loop.run, daemon=True)
+    thread.start()
+    driven.ask("a", "a")
+    until(lambda: driven.num_schedules > 0)
+    time.sleep(0.2)
+    assert driven.num_schedules <= 3
+    fits.set()
+    driven.loop.post(lambda: None)
+    until(lambda: driven.ended == ["a"])
+    driven.loop.post(driven.loop.stop)
+    thread.join(10)
+    assert not thread.is_alive()
+
+
+def test_only_requests_count_as_waiting(make: Registries) -> None:
+    """Else a server refuses requests because adapters arrive, or others are cancelled."""
+    driven = Driven(make(2, load="a"))
+    for _ in range(5):
+        driven.loop.post(lambda: None)
+    assert driven.loop.num_waiting == 0
+    driven.ask("one", "a")
+    driven.ask("two", "a")
+    assert driven.loop.num_waiting == 2
+    driven.read()
+    assert driven.loop.num_waiting == 2
+    driven.finish("one", "two")
+    assert driven.loop.num_waiting == 0
+
+
+class BrokenDetokenizer(Detokenizer):
+    """Cannot say what a token means, or what is left at the end."""
+
+    def __init__(self, broken: str) -> None:
+        super().__init__(FakeText(), (), False)
+        self._broken = broken
+
+    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+        if self._broken == "push":
+            raise OverflowError("push")
+        return ""
+
+    def flush(self) -> str:
+        if self._broken != "push":
+            raise OverflowError("flush")
+        return ""
+
+
+@pytest.mark.parametrize("broken", ["push", "flush", "wait", "cancel", "late"])
+def test_a_fault_in_one_request_ends_that_request_alone(
+    make: Registries, monkeypatch: pytest.MonkeyPatch, broken: str
+) -> None:
+    """Whatever fails for one request alone: the others go on, and nothing of it stays behind."""
+    registry = make(2, load="ab")
+    driven = Driven(registry)
+    driven.ask("polite", "a", max_tokens=20)
+    driven.step()
+    bad = driven.ask(
+        "bad",
+        "b",
+        max_tokens=2 if broken == "flush" else 50,
+        detokenizer=BrokenDetokenizer(broken),
+        deadline=time.monotonic() + 0.05 if broken == "late" else None,
+    )
+    with monkeypatch.context() as patch:
+        if broken == "wait":
+
+            def fail(self: object, callback: object) -> bool:
+                raise OverflowError("wait")
+
+            patch.setattr(type(bad.mix), "ensure_host", fail)
+        driven.step()
+    if broken == "cancel":
+        driven.loop.post(lambda: driven.loop.cancel(bad))
+    if broken == "late":
+        time.sleep(0.06)
+        driven.loop._expire(time.monotonic())
+    driven.finish("bad", "polite")
+    assert list(driven.errors) == ["bad"]
+    assert driven.errors["bad"].reason == "INTERNAL"
+    assert not driven.loop.is_dead
+    assert registry.get("b").in_flight == 0
+    driven.ask("next", "b")
+    driven.finish("next")
+    assert driven.scheduler.blocks.num_active == 0
+
+
+def test_a_deadline_in_ten_thousand_years_is_waited_for(make: Registries) -> None:
+    driven = Driven(make(2, load="a"))
+    thread = threading.Thread(target=driven.loop.run, daemon=True)
+    thread.start()
+    gate = Gate(driven.registry)
+    driven.ask("far", "a", deadline=time.monotonic() + 3.6e11)
+    time.sleep(0.1)
+    gate.open()
+    until(lambda: driven.ended == ["far"])
+    assert not driven.errors
+    driven.loop.post(driven.loop.stop)
+    thread.join(10)
+    assert not thread.is_alive()

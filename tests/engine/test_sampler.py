@@ -1,0 +1,151 @@
+"""The sampler against transformers' processors and against the distributions it should draw."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from builders.sequences import sequence_with
+from transformers import (
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from turret.server.engine.sampler import Draw, Sampler
+from turret.server.engine.sequence import Sequence
+
+VOCAB = 50
+
+
+def logits_of(seed: int = 0, scale: float = 2.0) -> torch.Tensor:
+    return torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
+
+
+def draw(
+    logits: torch.Tensor, sequence: Sequence, banned: frozenset[int] = frozenset(), **kept: Any
+) -> Draw:
+    sampler = kept.get("sampler") or Sampler()
+    return sampler.draw(logits.clone().unsqueeze(0), [sequence], [banned])[0]
+
+
+def drawn(logits: torch.Tensor, count: int = 400, **params: Any) -> Counter[int]:
+    """Tokens of ``count`` sequences with different seeds."""
+    return Counter(
+        draw(logits, sequence_with(seed=seed, **params)).token_id for seed in range(count)
+    )
+
+
+def support(warped: torch.Tensor) -> set[int]:
+    return set(torch.isfinite(warped[0]).nonzero().squeeze(1).tolist())
+
+
+def test_temperature_zero_is_the_likeliest_token() -> None:
+    logits = logits_of()
+    assert draw(logits, sequence_with(temperature=0.0)).token_id == int(logits.argmax())
+
+
+@pytest.mark.parametrize(
+    ("params", "warper"),
+    [
+        ({"top_k": 5}, TopKLogitsWarper(5)),
+        ({"top_p": 0.7}, TopPLogitsWarper(0.7)),
+        ({"min_p": 0.1}, MinPLogitsWarper(0.1)),
+    ],
+)
+def test_filters_keep_what_transformers_keeps(params: dict[str, Any], warper: Any) -> None:
+    for seed in range(4):
+        logits = logits_of(seed, scale=1.0)
+        ids: Any = torch.zeros(1, 1, dtype=torch.long)
+        kept = support(warper(ids, logits.unsqueeze(0).clone()))
+        found = drawn(logits, **params)
+        assert set(found) <= kept
+        # Rare tokens may be missed by chance, likely ones may not.
+        probabilities = logits.softmax(-1)
+        mass = float(probabilities[sorted(kept)].sum())
+        likely = {token for token in kept if float(probabilities[token]) / mass > 0.03}
+        assert likely <= set(found)
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.log(torch.tensor([0.5, 0.3, 0.2, 1e-9]))
+    found = drawn(logits, count=3000)
+    for token, expected in ((0, 0.5), (1, 0.3), (2, 0.2)):
+        assert abs(found[token] / 3000 - expected) < 0.04
+
+
+def test_temperature_flattens() -> None:
+    logits = torch.log(torch.tensor([0.9, 0.1]))
+    share = drawn(logits, count=2000, temperature=2.0)[1] / 2000
+    assert abs(share - 0.25) < 0.04  # sqrt(0.1) / (sqrt(0.9) + sqrt(0.1))
+
+
+def test_repetition_penalty_is_that_of_transformers() -> None:
+    logits = logits_of(1)
+    sequence = sequence_with((7, 8), temperature=0.0, repetition_penalty=1.7, logprobs=True)
+    processor = RepetitionPenaltyLogitsProcessor(1.7)
+    ids: Any = torch.tensor([sequence.tokens])
+    for seen in (int(logits.argmax()), 3):
+        shifted = logits.clone()
+        shifted[seen] = logits.max() + 0.1
+        expected = int(processor(ids, shifted.unsqueeze(0).clone()).argmax())
+        assert draw(shifted, sequence).token_id == expected
+
+
+def test_presence_and_frequency_count_the_output_only() -> None:
+    logits = torch.zeros(VOCAB)
+    logits[3], logits[7], logits[8], logits[9] = 5.0, 5.2, 5.1, 4.0
+    plain = sequence_with((7, 8, 8), temperature=0.0)
+    assert draw(logits, plain).token_id == 7
+    # 7 was drawn once, 8 twice; 3 stands in the prompt and is not counted.
+    present = sequence_with((7, 8, 8), temperature=0.0, presence_penalty=1.0)
+    assert draw(logits, present).token_id == 3
+    frequent = sequence_with((7, 8, 8), temperature=0.0, frequency_penalty=0.15)
+    assert draw(logits, frequent).token_id == 7
+
+
+def test_bias_and_bans_apply_to_greedy_draws() -> None:
+    logits = logits_of()
+    best = int(logits.argmax())
+    other = (best + 1) % VOCAB
+    assert draw(logits, sequence_with(temperature=0.0, logit_bias={other: 100.0})).token_id == other
+    banned = draw(logits, sequence_with(temperature=0.0), frozenset({best}))
+    assert banned.token_id != best
+
+
+def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
+    logits = logits_of()
+    expected = logits.log_softmax(-1)
+    found = draw(logits, sequence_with(temperature=0.5, top_k=1, logprobs=True, seed=1))
+    assert found.logprob == pytest.approx(float(expected[found.token_id]))
+    values, ids = expected.topk(2)
+    assert [token for token, _ in found.top] == ids.tolist()
+    assert [value for _, value in found.top] == pytest.approx(values.tolist())
+
+
+def test_a_seed_repeats_and_ignores_the_batch() -> None:
+    rows = torch.stack([logits_of(seed) for seed in range(5)])
+
+    def tokens(numbers: list[int]) -> list[list[int]]:
+        """Six tokens of each numbered row, drawn in one batch."""
+        sampler, sequences = Sampler(), [sequence_with(seed=i) for i in numbers]
+        found: list[list[int]] = [[] for _ in numbers]
+        for _ in range(6):
+            draws = sampler.draw(rows[numbers].clone(), sequences, [frozenset()] * len(numbers))
+            for row, item in zip(found, draws, strict=True):
+                row.append(item.token_id)
+        return found
+
+    together = tokens([0, 1, 2, 3, 4])
+    assert [tokens([i])[0] for i in range(5)] == together
+    assert len({tuple(row) for row in together}) > 1
+
+
+def test_the_last_token_with_mass_takes_the_rounding() -> None:
+    logits = torch.full((VOCAB,), float("-inf"))
+    logits[2] = 0.0
+    assert set(drawn(logits, count=20)) == {2}
+    assert set(drawn(logits, count=20, top_p=0.5)) == {2}

@@ -1,0 +1,89 @@
+"""docs/adapters.md says what the code does."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import base_of, linear_modules, lower_adapter, tiny_llama
+from builders.methods import make_config, save_adapter
+from pages.adapters_page import PAGE, rendered
+from safetensors.torch import load_file, save_file
+
+from turret.server.adapters.base import BaseModule
+from turret.server.adapters.methods import METHODS
+from turret.server.adapters.methods.loha import is_rank_served
+
+
+def test_the_tables_are_those_of_the_code() -> None:
+    page = PAGE.read_text()
+    assert page == rendered(page), "run `make pages`"
+
+
+def test_the_files_it_names_exist() -> None:
+    named = re.findall(r"`((?:server|tests|methods)/[\w/]+\.py|\w+_\w+\.py)`", PAGE.read_text())
+    assert len(named) > 5
+    root = PAGE.parent.parent
+    for name in named:
+        places = (root / name, root / "server/adapters" / name)
+        assert any(place.is_file() for place in places), name
+
+
+def test_the_loha_bounds_it_gives_are_right() -> None:
+    def served(rank: int, size: int) -> bool:
+        return is_rank_served(rank, BaseModule("m", size, size, None, lambda: torch.empty(0)))
+
+    assert "rank 16 at 576, 45 at 4096" in " ".join(PAGE.read_text().split())
+    assert (served(16, 576), served(17, 576)) == (True, False)
+    assert (served(45, 4096), served(46, 4096)) == (True, False)
+
+
+def _converter() -> Any:
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    scope: dict[str, Any] = {}
+    exec(code, scope)
+    return scope["convert_lycoris"]
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "is_whole"),
+    [
+        ("loha", {"r": 3, "alpha": 5}, False),
+        ("lokr", {"r": 2, "alpha": 3}, False),
+        ("lokr", {"r": 2, "alpha": 3, "decompose_both": True}, False),
+        ("lokr", {"r": 32, "alpha": 3}, True),
+    ],
+)
+def test_its_converter_keeps_the_function(
+    method: str, changes: dict[str, Any], is_whole: bool, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    base = base_of(model)
+    save_adapter(model, make_config(method, **changes), tmp_path / "peft")
+    flat: dict[str, torch.Tensor] = {}
+    for name, tensor in load_file(tmp_path / "peft" / "adapter_model.safetensors").items():
+        path, _, role = name.removeprefix("base_model.model.").rpartition(".")
+        prefix = "lycoris_" + path.replace(".", "_")
+        flat[f"{prefix}.{role}"] = tensor
+        # LyCORIS ignores alpha, and so does not scale, where both factors are whole.
+        flat[f"{prefix}.alpha"] = torch.tensor(float(changes["alpha"]))
+    save_file(flat, tmp_path / "lycoris.safetensors")
+    paths = list(linear_modules(model))
+    _converter()(tmp_path / "lycoris.safetensors", tmp_path / "a", paths, base.name)
+    before = lower_adapter(tmp_path, base, "peft").operators.modules
+    after = lower_adapter(tmp_path, base).operators.modules
+    assert before.keys() == after.keys() == set(paths)
+    for path in paths:
+        tensors = list(zip(before[path].tensors(), after[path].tensors(), strict=True))
+        # The scale is in the first factor.
+        scale = changes["r"] / changes["alpha"] if is_whole else 1.0
+        torch.testing.assert_close(tensors[0][0] * scale, tensors[0][1])
+        assert all(torch.equal(one, other) for one, other in tensors[1:])
+
+
+def test_every_method_is_in_the_page() -> None:
+    header = next(line for line in PAGE.read_text().splitlines() if line.startswith("| key | adal"))
+    assert header == "| key | " + " | ".join(METHODS) + " |"

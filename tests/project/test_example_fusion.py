@@ -1,0 +1,20 @@
+"""The example fusion names the example adapters as they are."""
+
+from __future__ import annotations
+
+from builders.adapters import read_adapter
+from checkout import ROOT
+
+from turret.server.adapters.component import component_refs
+
+EXAMPLES = ROOT / "examples"
+
+
+def test_its_components_are_those_beside_it() -> None:
+    (fusion,) = (EXAMPLES / "fusions").iterdir()
+    refs = component_refs(read_adapter(EXAMPLES, f"fusions/{fusion.name}").config)
+    assert len(refs) == 2
+    for ref in refs:
+        # Train the fusion again after a component: examples/train/json-sql.toml.
+        assert read_adapter(EXAMPLES, f"adapters/{ref.name}").digest == ref.digest
+    assert (fusion / "adapter_model.safetensors").stat().st_size <= 1_000_000

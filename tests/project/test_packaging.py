@@ -1,0 +1,136 @@
+"""What is built holds what the checkout holds, and works without it."""
+
+from __future__ import annotations
+
+import configparser
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+
+pytest.importorskip("setuptools", minversion="77")
+
+# Folder at the root → folder in the wheel.
+PACKAGES = {
+    "src/turret": "turret",
+    "server": "turret/server",
+    "kernels": "turret/kernels",
+    "clients": "turret/clients",
+    "training": "turret/training",
+    "proto/turret/v1": "turret/v1",
+}
+SHIPPED = {".py", ".pyi", ".proto"}
+_SKIPPED = {".git", ".venv", "__pycache__", "build", "dist", "node_modules", ".cache"}
+_BUILD = "import sys, setuptools.build_meta as b; print(getattr(b, sys.argv[1])(sys.argv[2]))"
+
+
+def expected_files() -> dict[str, bytes]:
+    """Path in the wheel → content, of everything the checkout has to ship."""
+    found = {}
+    for folder, target in PACKAGES.items():
+        base = ROOT / folder
+        # Not through the links in src/turret: the folders behind them are listed themselves.
+        paths = base.glob("*") if folder == "src/turret" else base.rglob("*")
+        for path in paths:
+            if path.is_file() and (path.suffix in SHIPPED or path.name == "py.typed"):
+                found[f"{target}/{path.relative_to(base).as_posix()}"] = path.read_bytes()
+    return found
+
+
+def build(kind: str, source: Path, out: Path) -> Path:
+    """Run a build hook of pyproject.toml's backend in ``source``."""
+    out.mkdir(exist_ok=True)
+    command = [sys.executable, "-c", _BUILD, f"build_{kind}", str(out)]
+    result = subprocess.run(command, cwd=source, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return out / result.stdout.split()[-1]
+
+
+def wheel_files(wheel: Path) -> dict[str, bytes]:
+    """Its files, but those that say how it was built; of the compiled library, that it is there."""
+    found = {}
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            if name.endswith(".so"):
+                found[name.partition(".")[0]] = b""
+            elif ".dist-info/" not in name:
+                found[name] = archive.read(name)
+    return found
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the checkout: building leaves files behind, which a later build would pick up."""
+    copy = tmp_path_factory.mktemp("source") / "turret"
+
+    def skipped(_: str, names: list[str]) -> set[str]:
+        return {name for name in names if name in _SKIPPED or name.endswith(".egg-info")}
+
+    shutil.copytree(ROOT, copy, symlinks=True, ignore=skipped)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+def test_wheel_holds_the_checkout(wheel: Path):
+    expected, built = expected_files(), wheel_files(wheel)
+    if shutil.which("cc"):
+        expected["turret/kernels/cpu/_native"] = b""
+    assert {"turret/__init__.py", "turret/server/cli.py", "turret/v1/inference.proto"} <= set(
+        expected
+    )
+    assert built.keys() == expected.keys()
+    assert built == expected
+
+
+def test_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path):
+    """The sdist has to hold files where the checkout has links."""
+    with tarfile.open(build("sdist", source, tmp_path)) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    assert wheel_files(build("wheel", unpacked, tmp_path / "again")) == wheel_files(wheel)
+
+
+def test_wheel_has_the_console_script_and_no_other_top_level_name(wheel: Path):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [n for n in archive.namelist() if n.endswith("/entry_points.txt")]
+        scripts = configparser.ConfigParser()
+        scripts.read_string(archive.read(name).decode())
+        tops = {n.split("/")[0] for n in archive.namelist() if ".dist-info/" not in n}
+    assert dict(scripts["console_scripts"]) == {"turret": "turret.server.cli:main"}
+    assert tops == {"turret"}
+
+
+def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path):
+    site = tmp_path / "site"
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(site)
+    code = (
+        "import sys, turret, turret.v1.inference_pb2 as v1, turret.clients.client as client;"
+        "import turret.server.build;"
+        "print(turret.__file__, v1.__file__, client.__file__, turret.server.build.__file__);"
+        "from turret.server.cli import main; main(['demo', '--once'])"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    files = result.stdout.split()
+    assert len(files) == 4, result.stderr
+    assert all(Path(file).is_relative_to(site) for file in files)
+    # The examples are no part of the package, and the command says so.
+    assert "no examples" in result.stderr
+    assert "--examples DIR" in result.stderr

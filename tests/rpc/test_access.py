@@ -1,0 +1,292 @@
+"""Tokens, roles, TLS, mTLS, the admin address, health and reflection."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from servers.rpc_fakes import failure_of, harness
+
+from turret.server.api.tokens import TokenTable
+from turret.server.config import ListenConfig, SecurityConfig
+from turret.server.probe import is_serving
+from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+TOKENS = """
+# who calls
+alpha-secret inference
+beta-secret admin
+
+gamma-secret inference,admin
+"""
+
+
+def _bearer(token: str) -> tuple[tuple[str, str], ...]:
+    return (("authorization", f"Bearer {token}"),)
+
+
+@pytest.fixture
+def token_file(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens"
+    path.write_text(TOKENS)
+    path.chmod(0o600)
+    return path
+
+
+async def test_a_role_opens_its_service_and_no_other(token_file: Path) -> None:
+    expected = {
+        "alpha-secret": ("OK", "PERMISSION_DENIED"),
+        "beta-secret": ("PERMISSION_DENIED", "OK"),
+        "gamma-secret": ("OK", "OK"),
+        "delta": ("UNAUTHENTICATED", "UNAUTHENTICATED"),
+        "alpha-secre": ("UNAUTHENTICATED", "UNAUTHENTICATED"),
+        "": ("UNAUTHENTICATED", "UNAUTHENTICATED"),
+    }
+
+    async def code_of(call: Any) -> str:
+        try:
+            await call
+        except grpc.aio.AioRpcError as error:
+            return error.code().name
+        return "OK"
+
+    async with harness(tokens=TokenTable.read(token_file)) as server:
+        for token, codes in expected.items():
+            metadata = _bearer(token)
+            model = server.inference.GetModel(inference_pb2.GetModelRequest(), metadata=metadata)
+            listing = server.adapters.ListAdapters(
+                adapters_pb2.ListAdaptersRequest(), metadata=metadata
+            )
+            assert (await code_of(model), await code_of(listing)) == codes
+
+
+async def test_refusals_are_rich_and_cover_streams(
+    token_file: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    message = inference_pb2.GenerateRequest(prompt="a")
+    with caplog.at_level(logging.DEBUG):
+        async with harness(tokens=TokenTable.read(token_file)) as server:
+            missing = await failure_of(server.inference.GenerateStream(message))
+            scheme = await failure_of(
+                server.inference.Generate(message, metadata=(("authorization", "alpha-secret"),))
+            )
+            role = await failure_of(
+                server.inference.GenerateStream(message, metadata=_bearer("beta-secret"))
+            )
+            upload = await failure_of(
+                server.adapters.UploadAdapter(iter(()), metadata=_bearer("alpha-secret"))
+            )
+            await server.inference.Generate(message, metadata=_bearer("alpha-secret"))
+            assert len(server.engine.requests) == 1
+    assert (missing.code, missing.reason) == (grpc.StatusCode.UNAUTHENTICATED, "UNAUTHENTICATED")
+    assert scheme.code is grpc.StatusCode.UNAUTHENTICATED
+    assert role.code is upload.code is grpc.StatusCode.PERMISSION_DENIED
+    assert role.metadata == {"service": "turret.v1.Inference", "role": "inference"}
+    assert "call finished" in caplog.text
+    assert "secret" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("", "holds no token"),
+        ("# only a comment", "holds no token"),
+        ("hunter2", "line 1 is not TOKEN ROLE"),
+        ("hunter2 inference admin", "line 1 is not TOKEN ROLE"),
+        ("\nhunter2 root", "line 2: roles are inference, admin"),
+        ("hunter2 inference,", "line 1: roles are"),
+        ("hunter2 admin\nhunter2 inference", "line 2 repeats"),
+        ("hünter2 admin", "line 1: a token must be printable ASCII"),
+    ],
+)
+def test_a_bad_token_file_is_refused_without_quoting_it(
+    tmp_path: Path, text: str, complaint: str
+) -> None:
+    path = tmp_path / "tokens"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=complaint) as raised:
+        TokenTable.read(path)
+    assert "nter2" not in str(raised.value)
+
+
+async def test_health_and_reflection_are_open_and_health_follows_the_server(
+    token_file: Path,
+) -> None:
+    async with harness(tokens=TokenTable.read(token_file), serving=False) as server:
+        stub: Any = health_pb2_grpc.HealthStub(server.channel)  # type: ignore[arg-type]
+
+        async def check(service: str) -> str:
+            answer = await stub.Check(health_pb2.HealthCheckRequest(service=service))
+            return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+
+        services = ("", "turret.v1.Inference", "turret.v1.Adapters")
+        first, second = (
+            stub.Watch(health_pb2.HealthCheckRequest(service=services[1])) for _ in range(2)
+        )
+        for watch in (first, second):
+            assert (await watch.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert [await check(s) for s in services] == ["NOT_SERVING"] * 3
+        server.rpc.health.set_serving(True)
+        assert [await check(s) for s in services] == ["SERVING"] * 3
+        assert (await first.read()).status == health_pb2.HealthCheckResponse.SERVING
+        assert (await second.read()).status == health_pb2.HealthCheckResponse.SERVING
+        # One watcher leaving does not deafen the other.
+        first.cancel()
+        server.rpc.health.close()
+        assert (await second.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert not await second.read()
+        assert await second.code() is grpc.StatusCode.OK
+        with pytest.raises(grpc.aio.AioRpcError) as raised:
+            await check("turret.v1.Nothing")
+        assert raised.value.code() is grpc.StatusCode.NOT_FOUND
+
+        reflection: Any = reflection_pb2_grpc.ServerReflectionStub(
+            server.channel  # type: ignore[arg-type]
+        )
+        asked = reflection_pb2.ServerReflectionRequest(list_services="")
+        answers = [a async for a in reflection.ServerReflectionInfo(iter([asked]))]
+        listed = {s.name for s in answers[0].list_services_response.service}
+        assert {*services[1:], "grpc.health.v1.Health"} <= listed
+
+
+async def test_calls_before_the_model_is_there_are_unavailable() -> None:
+    async with harness(serving=False) as server:
+        calls = [
+            lambda: server.inference.GetModel(inference_pb2.GetModelRequest()),
+            lambda: server.inference.GenerateStream(inference_pb2.GenerateRequest(prompt="a")),
+            lambda: server.adapters.LoadAdapter(
+                adapters_pb2.LoadAdapterRequest(name="a", path="a")
+            ),
+            lambda: server.adapters.UnpinAdapter(adapters_pb2.UnpinAdapterRequest(name="a")),
+        ]
+        for call in calls:
+            failure = await failure_of(call())
+            assert failure.code is grpc.StatusCode.UNAVAILABLE
+            assert "starting" in failure.message
+            assert failure.retry_seconds == 1.0
+        server.gate.open(server.backend)
+        await calls[0]()
+        server.gate.close("the server is shutting down")
+        assert "shutting down" in (await failure_of(calls[1]())).message
+
+
+async def test_an_admin_address_takes_the_adapters_service_away() -> None:
+    listen = ListenConfig(address="127.0.0.1:0", admin_address="127.0.0.1:0")
+    async with harness(listen=listen) as server:
+        assert server.rpc.address != server.rpc.admin_address
+        request = adapters_pb2.ListAdaptersRequest()
+        failure = await failure_of(server.adapters.ListAdapters(request))
+        assert failure.code is grpc.StatusCode.UNIMPLEMENTED
+        await server.inference.GetModel(inference_pb2.GetModelRequest())
+        async with grpc.aio.insecure_channel(server.rpc.admin_address) as channel:
+            stub: Any = adapters_pb2_grpc.AdaptersStub(channel)  # type: ignore[arg-type]
+            await stub.ListAdapters(request)
+            wrong: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
+            failure = await failure_of(wrong.GetModel(inference_pb2.GetModelRequest()))
+            assert failure.code is grpc.StatusCode.UNIMPLEMENTED
+
+
+async def test_a_taken_address_is_an_error() -> None:
+    async with harness() as server:
+        with pytest.raises(OSError, match="cannot listen on"):
+            async with harness(listen=ListenConfig(address=server.rpc.address)):
+                raise AssertionError("two servers share a port")
+
+
+async def test_a_unix_socket_serves(tmp_path: Path) -> None:
+    listen = ListenConfig(address=f"unix:{tmp_path}/turret.sock")
+    async with harness(listen=listen) as server:
+        await server.inference.GetModel(inference_pb2.GetModelRequest())
+
+
+@pytest.fixture(scope="module")
+def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``ca``, ``server`` and ``client`` (signed by ca) and ``stranger`` (signed by itself)."""
+    folder = tmp_path_factory.mktemp("tls")
+
+    def openssl(*arguments: str) -> None:
+        subprocess.run(["openssl", *arguments], cwd=folder, check=True, capture_output=True)
+
+    new_key = ("req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
+    for name in ("ca", "stranger"):
+        openssl(
+            *new_key,
+            "-x509",
+            "-days",
+            "2",
+            "-subj",
+            f"/CN={name}",
+            "-keyout",
+            f"{name}.key",
+            "-out",
+            f"{name}.pem",
+        )
+    (folder / "san").write_text("subjectAltName=DNS:localhost,IP:127.0.0.1")
+    for name in ("server", "client"):
+        openssl(*new_key, "-subj", f"/CN={name}", "-keyout", f"{name}.key", "-out", f"{name}.csr")
+        openssl(
+            "x509",
+            "-req",
+            "-in",
+            f"{name}.csr",
+            "-CA",
+            "ca.pem",
+            "-CAkey",
+            "ca.key",
+            "-CAcreateserial",
+            "-days",
+            "2",
+            "-extfile",
+            "san",
+            "-out",
+            f"{name}.pem",
+        )
+    return folder
+
+
+async def _model_over_tls(address: str, folder: Path, client: str | None) -> str:
+    credentials = grpc.ssl_channel_credentials(
+        (folder / "ca.pem").read_bytes(),
+        (folder / f"{client}.key").read_bytes() if client else None,
+        (folder / f"{client}.pem").read_bytes() if client else None,
+    )
+    async with grpc.aio.secure_channel(address, credentials) as channel:
+        stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
+        answer = await stub.GetModel(inference_pb2.GetModelRequest(), timeout=10)
+    return answer.name
+
+
+async def test_tls(certificates: Path) -> None:
+    security = SecurityConfig(
+        tls_cert=certificates / "server.pem", tls_key=certificates / "server.key"
+    )
+    async with harness(security=security) as server:
+        assert await _model_over_tls(server.rpc.address, certificates, None) == "fake"
+        ca = str(certificates / "ca.pem")
+        probed = await asyncio.to_thread(is_serving, server.rpc.address, tls_ca=ca)
+        assert probed == (True, "SERVING")
+        # The harness' own channel speaks plain text.
+        plain = server.inference.GetModel(inference_pb2.GetModelRequest(), timeout=10)
+        assert (await failure_of(plain)).code is grpc.StatusCode.UNAVAILABLE
+
+
+async def test_mtls(certificates: Path) -> None:
+    security = SecurityConfig(
+        tls_cert=certificates / "server.pem",
+        tls_key=certificates / "server.key",
+        tls_client_ca=certificates / "ca.pem",
+    )
+    async with harness(security=security) as server:
+        address = server.rpc.address
+        assert await _model_over_tls(address, certificates, "client") == "fake"
+        for refused in (None, "stranger"):
+            with pytest.raises(grpc.aio.AioRpcError) as raised:
+                await _model_over_tls(address, certificates, refused)
+            assert raised.value.code() is grpc.StatusCode.UNAVAILABLE

@@ -1,0 +1,142 @@
+"""The control plane in process: load, list in pages, pin, unload, and what is not served yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import duration_pb2
+from servers.rpc_fakes import Harness, failure_of, harness
+
+from turret.v1 import adapters_pb2 as pb
+
+Load = pb.LoadAdapterRequest
+List = pb.ListAdaptersRequest
+
+
+async def test_load_get_pin_unload() -> None:
+    async with harness() as server:
+        loaded = await server.adapters.LoadAdapter(Load(name="sql", path="sql", pinned=True))
+        again = await server.adapters.LoadAdapter(Load(name="sql", path="sql"))
+        taken = await failure_of(server.adapters.LoadAdapter(Load(name="sql", path="other")))
+        got = await server.adapters.GetAdapter(pb.GetAdapterRequest(name="sql"))
+        pinned = await failure_of(
+            server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="sql"))
+        )
+        free = await server.adapters.UnpinAdapter(pb.UnpinAdapterRequest(name="sql"))
+        back = await server.adapters.PinAdapter(pb.PinAdapterRequest(name="sql"))
+        await server.adapters.UnpinAdapter(pb.UnpinAdapterRequest(name="sql"))
+        await server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="sql"))
+        gone = await failure_of(server.adapters.GetAdapter(pb.GetAdapterRequest(name="sql")))
+    assert loaded == again == got
+    assert (loaded.name, loaded.method, list(loaded.ranks)) == ("sql", "lora", [4, 8])
+    assert (loaded.residency, loaded.state) == (pb.Adapter.HOST, pb.Adapter.ACTIVE)
+    assert loaded.last_used_time.ToNanoseconds() == 1_700_000_000_500_000_000
+    assert taken.code is grpc.StatusCode.ALREADY_EXISTS
+    assert pinned.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert (free.pinned, back.pinned) == (False, True)
+    assert (gone.code, gone.metadata) == (grpc.StatusCode.NOT_FOUND, {"adapter": "sql"})
+
+
+async def test_unload_passes_mode_and_timeout() -> None:
+    cases: list[tuple[dict[str, Any], tuple[str, float]]] = [
+        ({}, ("DRAIN", 30.0)),
+        (
+            {"mode": pb.UnloadAdapterRequest.DRAIN, "timeout": {"nanos": 500_000_000}},
+            ("DRAIN", 0.5),
+        ),
+        ({"mode": pb.UnloadAdapterRequest.FORCE, "timeout": {}}, ("FORCE", 0.0)),
+    ]
+    async with harness() as server:
+        for fields, expected in cases:
+            server.registry.load("a", "a")
+            await server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="a", **fields))
+            assert server.registry.unloads[-1] == ("a", *expected)
+
+
+@pytest.mark.parametrize(
+    ("rpc", "message", "paths"),
+    [
+        ("LoadAdapter", Load(name="../x"), {"name", "path"}),
+        ("LoadAdapter", Load(name="a" * 129, path="a\0b"), {"name", "path"}),
+        ("ReplaceAdapter", pb.ReplaceAdapterRequest(name="Ä"), {"name", "path"}),
+        ("ExportAdapter", pb.ExportAdapterRequest(name="a/b"), {"name"}),
+        ("GetAdapter", pb.GetAdapterRequest(name="UPPER"), {"name"}),
+        ("PinAdapter", pb.PinAdapterRequest(), {"name"}),
+        (
+            "UnloadAdapter",
+            pb.UnloadAdapterRequest(
+                name="-",
+                mode=9,  # type: ignore[arg-type]
+                timeout=duration_pb2.Duration(seconds=3601),
+            ),
+            {"name", "mode", "timeout"},
+        ),
+        (
+            "UnloadAdapter",
+            pb.UnloadAdapterRequest(name="a", timeout=duration_pb2.Duration(nanos=-1)),
+            {"timeout"},
+        ),
+        (
+            "ListAdapters",
+            List(page_size=-1, page_token="!", residency=9),  # type: ignore[arg-type]
+            {"page_size", "page_token", "residency"},
+        ),
+    ],
+)
+async def test_every_offending_field_is_listed(rpc: str, message: Any, paths: set[str]) -> None:
+    async with harness() as server:
+        failure = await failure_of(getattr(server.adapters, rpc)(message))
+    assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert set(failure.violations) == paths
+
+
+def _fill(server: Harness) -> list[str]:
+    names = [f"a{n:02d}" for n in range(7)] + ["b-dora", "cold-c", "cold-d-dora"]
+    for name in reversed(names):
+        server.registry.load(name, name)
+    return names
+
+
+async def _pages(server: Harness, **fields: Any) -> list[list[str]]:
+    pages, token = [], ""
+    while True:
+        page = await server.adapters.ListAdapters(List(page_token=token, **fields))
+        pages.append([adapter.name for adapter in page.adapters])
+        token = page.next_page_token
+        if not token:
+            return pages
+
+
+async def test_pages_cover_every_adapter_once_in_name_order() -> None:
+    async with harness() as server:
+        assert await _pages(server) == [[]]
+        names = _fill(server)
+        assert await _pages(server) == [names]
+        assert await _pages(server, page_size=4) == [names[:4], names[4:8], names[8:]]
+        assert await _pages(server, page_size=5) == [names[:5], names[5:]]
+        assert await _pages(server, page_size=2_000_000) == [names]
+        first = await server.adapters.ListAdapters(List(page_size=3))
+        assert first.total_size == 10
+        # A page begins after the last name, whatever was unloaded or loaded in between.
+        server.registry.unload("a02", "DRAIN", 0)
+        server.registry.load("a025", "x")
+        second = await server.adapters.ListAdapters(
+            List(page_size=2, page_token=first.next_page_token)
+        )
+        assert [a.name for a in second.adapters] == ["a025", "a03"]
+
+
+async def test_filters_hold_over_pages() -> None:
+    async with harness() as server:
+        _fill(server)
+        assert await _pages(server, method="dora", page_size=1) == [["b-dora"], ["cold-d-dora"]]
+        assert await _pages(server, residency=pb.Adapter.DISK) == [["cold-c", "cold-d-dora"]]
+        assert await _pages(server, residency=pb.Adapter.DISK, method="lora") == [["cold-c"]]
+        assert await _pages(server, method="loha") == [[]]
+        token = (
+            await server.adapters.ListAdapters(List(page_size=1, method="dora"))
+        ).next_page_token
+        failure = await failure_of(server.adapters.ListAdapters(List(page_token=token)))
+        assert list(failure.violations) == ["page_token"]

@@ -1,0 +1,79 @@
+"""The API's definition: lint, and generated code that matches it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+
+from turret.v1 import adapters_pb2, inference_pb2
+
+PROTO = ROOT / "proto"
+SOURCES = ("turret/v1/adapters.proto", "turret/v1/inference.proto")
+
+
+def _buf(*args: str) -> subprocess.CompletedProcess[str]:
+    found = shutil.which("buf", path=sysconfig.get_path("scripts")) or shutil.which("buf")
+    if found is None:
+        pytest.skip("buf is not installed")
+    return subprocess.run([found, *args], cwd=PROTO, capture_output=True, text=True, check=False)
+
+
+def test_generated_code_is_up_to_date(tmp_path: Path):
+    grpc_tools = pytest.importorskip("grpc_tools")
+    version = importlib.metadata.version("grpcio-tools")
+    # Other versions write other bytes; the pin in pyproject.toml names the one that counts.
+    assert version == "1.75.1", f"generate with the pinned grpcio-tools, not {version}"
+    outputs = (f"--{kind}_out={tmp_path}" for kind in ("python", "pyi", "grpc_python"))
+    subprocess.run(
+        [sys.executable, "-m", f"{grpc_tools.__name__}.protoc", f"-I{PROTO}", *outputs, *SOURCES],
+        cwd=PROTO,
+        check=True,
+    )
+    fresh = {p.relative_to(tmp_path): p.read_bytes() for p in tmp_path.rglob("*_pb2*.py*")}
+    committed = {
+        p.relative_to(PROTO): p.read_bytes()
+        for p in PROTO.rglob("*_pb2*.py*")
+        if p.suffix in (".py", ".pyi")
+    }
+    assert len(fresh) == 3 * len(SOURCES)
+    assert committed == fresh
+
+
+def test_every_proto_file_is_generated():
+    assert sorted(SOURCES) == sorted(str(p.relative_to(PROTO)) for p in PROTO.rglob("*.proto"))
+
+
+def test_buf_lint_passes():
+    result = _buf("lint")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_buf_format_passes():
+    result = _buf("format", "--diff", "--exit-code")
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_zero_is_told_from_unset():
+    """Scalars of which 0 is a legal value and not the default have presence."""
+    for message in (inference_pb2.SamplingParams, inference_pb2.StopConditions):
+        for field in message.DESCRIPTOR.fields:
+            assert field.is_repeated or field.has_presence, field.full_name
+    assert inference_pb2.TokenLogprob.DESCRIPTOR.fields_by_name["logprob"].has_presence
+    weight = adapters_pb2.AdapterWeight.DESCRIPTOR
+    assert weight.fields_by_name["weight"].has_presence
+    assert weight.fields_by_name["generation"].has_presence
+
+
+def test_every_enum_starts_unspecified():
+    for file in (adapters_pb2.DESCRIPTOR, inference_pb2.DESCRIPTOR):
+        enums = [e for m in file.message_types_by_name.values() for e in m.enum_types]
+        assert enums, file.name
+        for enum in enums:
+            assert enum.values_by_number[0].name.endswith("_UNSPECIFIED"), enum.full_name

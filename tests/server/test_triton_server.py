@@ -1,0 +1,142 @@
+"""The whole server on the Triton path, in Triton's interpreter, against itself on plain torch.
+
+Real gRPC, a tiny float32 model, one batch with every adapter method and mixes across them. Decode
+steps go through captured bodies (``gpu_path.FakeCapture``).
+
+A fault anywhere on the path (a slot, an order of rows, a table of the last step) changes tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from builders.fusions import save_fusion
+from builders.methods import make_config, save_adapter
+from gpu_path import FakeCapture, use_coarse_tiles
+from method_oracle import prompt_of, twin
+
+from turret.clients.aio import AdapterWeight, AsyncTurretClient
+from turret.clients.results import Completion
+from turret.kernels.gpu import tuning as tuning_module
+from turret.server.app import App
+from turret.server.build import build_engine
+from turret.server.config import (
+    AdapterConfig,
+    CacheConfig,
+    Config,
+    ListenConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
+from turret.server.engine import decode_graphs
+
+# Of a logprob, relative where it is larger than 1: both paths sum in fp32, in different orders.
+MAX_DIFFERENCE = 1e-5
+# The prompts may come in two steps; then a decode step runs, one is captured, one is replayed.
+MAX_TOKENS = 6
+# Steps with another head are not captured: these requests are to end early.
+FEW_TOKENS = 2
+FEW = {"num_virtual_tokens": 3}
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {}),
+    "rslora": ("rslora", {"r": 9, "target_modules": ["q_proj", "down_proj"]}),
+    "dora": ("dora", {}),
+    "loha": ("loha", {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
+    "lokr": ("lokr", {"target_modules": ["k_proj", "o_proj", "up_proj"]}),
+    "ia3": ("ia3", {"feedforward_modules": ["down_proj", "v_proj"]}),
+    "adalora": ("adalora", {"target_modules": ["q_proj", "up_proj"]}),
+    "vera": ("vera", {"target_modules": ["v_proj", "o_proj"]}),
+    "head": ("lora", {"target_modules": ["v_proj", "lm_head"]}),
+    "prefix": ("prefix_tuning", FEW),
+    "prompt": ("prompt_tuning", FEW),
+    "p-tuning": ("p_tuning", FEW),
+}
+MIXES: list[list[tuple[str, float]]] = [
+    [("lora", 1.0)],
+    [("loha", 0.6), ("lokr", 0.7), ("rslora", -0.5)],
+    [("ia3", 1.0)],
+    [("dora", 0.8), ("adalora", -0.4)],
+    [("vera", 1.0), ("prefix", 1.0), ("ia3", 0.5)],
+    [("prompt", 1.0), ("dora", 0.0)],
+    [("p-tuning", 1.0)],
+    [],
+    [("head", 0.5), ("fusion", 0.8)],
+    [("fusion", 1.0), ("loha", 0.3), ("fusion-2", -0.6)],
+]
+
+
+def tokens_of(mix: list[tuple[str, float]]) -> int:
+    """How many tokens a request generates."""
+    return FEW_TOKENS if ("head", 0.5) in mix else MAX_TOKENS
+
+
+@pytest.fixture(autouse=True)
+def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    use_coarse_tiles(monkeypatch)
+    yield
+    monkeypatch.undo()
+    tuning_module.tuning.cache_clear()
+
+
+async def answers(root: Path, *, triton: bool) -> list[Completion]:
+    """Serve every mix at once over gRPC."""
+    names = (*ADAPTERS, "fusion", "fusion-2")
+    config = Config(
+        model=ModelConfig(model=twin("llama").folder, device="cpu", dtype="float32"),
+        cache=CacheConfig(kv_cache_bytes=4 << 20),
+        scheduler=SchedulerConfig(max_num_seqs=10, max_num_batched_tokens=40),
+        adapters=AdapterConfig(adapter_root=root, preload=tuple((n, n) for n in names)),
+        listen=ListenConfig(address="127.0.0.1:0", metrics_address=None),
+    )
+    app = App(config, build=lambda c, m: build_engine(c, m, triton=triton))
+    await app.startup()
+    assert app.rpc is not None
+    try:
+        async with AsyncTurretClient(app.rpc.address) as client:
+            calls = [
+                client.generate(
+                    prompt_of(2 + number % 3, number),
+                    adapters=[AdapterWeight(name, weight) for name, weight in mix],
+                    temperature=0.0,
+                    max_tokens=tokens_of(mix),
+                    ignore_eos=True,
+                    logprobs=True,
+                    token_ids=True,
+                )
+                for number, mix in enumerate(MIXES)
+            ]
+            return await asyncio.gather(*calls)
+    finally:
+        await app.shutdown()
+
+
+# Rows that only pad a step to its bucket compute on scratch memory.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
+async def test_every_method_in_one_batch_as_on_plain_torch(tmp_path: Path) -> None:
+    model = twin("llama").model
+    for seed, (name, (method, keys)) in enumerate(ADAPTERS.items()):
+        save_adapter(model, make_config(method, **keys), tmp_path / name, seed=seed)
+    save_fusion(model, tmp_path, "fusion", ("lora", "rslora"), ("q_proj", "down_proj"))
+    save_fusion(model, tmp_path, "fusion-2", ("rslora", "lora"), ("q_proj", "up_proj"), seed=1)
+    expected = await answers(tmp_path, triton=False)
+    capture = FakeCapture()
+    with patch.object(decode_graphs, "capture_for", lambda device: capture):
+        found = await answers(tmp_path, triton=True)
+    for mix, one, two in zip(MIXES, found, expected, strict=True):
+        assert len(one.logprobs) == tokens_of(mix)
+        assert one.token_ids == two.token_ids, mix
+        for mine, theirs in zip(one.logprobs, two.logprobs, strict=True):
+            assert mine.logprob is not None
+            assert theirs.logprob is not None
+            bound = MAX_DIFFERENCE * max(1.0, abs(theirs.logprob))
+            assert abs(mine.logprob - theirs.logprob) <= bound, mix
+    assert len({answer.token_ids for answer in expected}) == len(MIXES), "adapters without effect"
+    assert capture.num_captures >= 1
+    assert capture.num_replays >= 1

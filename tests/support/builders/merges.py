@@ -1,0 +1,53 @@
+"""A tiny model, an adapter of each kind, and merges of them."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import Future
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import Any
+
+from builders.methods import make_config, save_adapter
+from method_oracle import prompt_of, twin
+from servers.engine_harness import Answer, EngineHarness, make_request
+
+from turret.server.adapters.base import Precision
+from turret.server.adapters.merge.state import MergeState
+from turret.server.adapters.ref import AdapterRef
+
+ARCHITECTURE = "qwen2"
+NAMES = ("lora", "dora", "ia3", "other", "prefix_tuning", "prompt_tuning")
+PROMPT = prompt_of(40)
+
+
+def save_adapters(folder: Path) -> Path:
+    """One of each of ``NAMES``."""
+    for seed, name in enumerate(NAMES):
+        config = make_config("lora" if name == "other" else name)
+        save_adapter(twin(ARCHITECTURE).model, config, folder / name, seed=seed)
+    return folder
+
+
+def start(root: Path) -> AbstractAsyncContextManager[EngineHarness]:
+    """An engine with all of them."""
+    return EngineHarness.start(twin(ARCHITECTURE).folder, root, adapters=NAMES)
+
+
+def refs(*names: str) -> list[AdapterRef]:
+    return [AdapterRef(name=name) for name in names]
+
+
+async def merge(
+    server: EngineHarness, *names: str, precision: Precision = "BF16", cancelled: Any = None
+) -> MergeState:
+    cancelled = Future() if cancelled is None else cancelled
+    return await asyncio.to_thread(server.merger.merge, refs(*names), precision, cancelled)
+
+
+async def unmerge(server: EngineHarness) -> MergeState:
+    return await asyncio.to_thread(server.merger.unmerge, Future())
+
+
+async def score(server: EngineHarness, *adapters: str) -> Answer:
+    return await server.run(make_request(PROMPT, *adapters, score=True))

@@ -1,0 +1,70 @@
+"""Sequences and schedulers without a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Any
+
+from turret.server.engine.block_pool import BlockPool
+from turret.server.engine.request import Request, ResponseOptions, SamplingParams, StopConditions
+from turret.server.engine.scheduler import Scheduler
+from turret.server.engine.sequence import Sequence
+
+BLOCK_SIZE = 4
+
+
+@dataclass(frozen=True)
+class FakeMix:
+    """A mix that is only its key."""
+
+    key: tuple[tuple[str, int, float], ...] = ()
+    components: tuple[tuple[Any, float], ...] = ()
+
+    def ensure_host(self, callback: Any) -> bool:
+        return True
+
+
+def mix_of(name: str) -> FakeMix:
+    return FakeMix(((name, 1, 1.0),) if name else ())
+
+
+def sequence_of(
+    prompt: SequenceOf[int],
+    name: str = "",
+    max_tokens: int = 4,
+    preset: int = 0,
+    score: bool = False,
+) -> Sequence:
+    request = Request(
+        request_id="r",
+        prompt_token_ids=tuple(prompt),
+        stop=StopConditions(max_tokens=max_tokens),
+        score=score,
+    )
+    return Sequence(request, mix_of(name), 0.0, num_virtual=preset, num_preset=preset)
+
+
+def run_alone(scheduler: Scheduler, sequence: Sequence) -> None:
+    scheduler.add(sequence)
+    while sequence.num_computed < len(sequence.tokens):
+        scheduler.complete(scheduler.schedule())
+
+
+def make_scheduler(**limits: Any) -> Scheduler:
+    defaults = {"max_num_seqs": 8, "max_num_batched_tokens": 64}
+    return Scheduler(BlockPool(64, BLOCK_SIZE), **{**defaults, **limits})
+
+
+def sequence_with(
+    generated: tuple[int, ...] = (), logprobs: bool = False, **params: Any
+) -> Sequence:
+    request = Request(
+        request_id="r",
+        prompt_token_ids=(3, 4, 5),
+        sampling=SamplingParams(**params),
+        options=ResponseOptions(logprobs=logprobs, top_n=2 if logprobs else 0),
+    )
+    sequence = Sequence(request, mix_of(""), 0.0)
+    sequence.tokens.extend(generated)
+    return sequence

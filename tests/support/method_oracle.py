@@ -1,0 +1,116 @@
+"""The engine beside PEFT's own forward, on a twin that holds the weights served."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from builders.methods import load_adapter, make_config, quiet, save_adapter
+from builders.tiny_models import VOCAB_SIZE, load_oracle, save_tiny_model, served_weights
+from servers.engine_harness import Answer, EngineHarness, make_request
+
+# Of a logprob, relative where it is larger than 1.
+TOLERANCE = 1e-4
+MAX_TOKENS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Twin:
+    """A tiny checkpoint and transformers' fp32 model on the weights that turret serves of it."""
+
+    folder: Path
+    model: Any
+
+
+@functools.cache
+def twin(architecture: str, served_dtype: torch.dtype = torch.float32) -> Twin:
+    """One per architecture, dtype that the server computes in, and test run."""
+    directory = tempfile.TemporaryDirectory()
+    atexit.register(directory.cleanup)
+    folder = save_tiny_model(architecture, Path(directory.name) / architecture)
+    return Twin(folder, load_oracle(folder, served_weights(folder, served_dtype)))
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    """Random text, without special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, VOCAB_SIZE - 2, (length,), generator=generator).tolist()
+
+
+@torch.no_grad()
+def oracle_logprobs(model: Any, tokens: list[int]) -> torch.Tensor:
+    """Log-softmax after each token of a text, ``[tokens, vocab]``; soft tokens are cut off."""
+    # PEFT hands a prefix over by a name that transformers is about to change.
+    with quiet():
+        logits = model(input_ids=torch.tensor([tokens])).logits[0, -len(tokens) :]
+    return logits.log_softmax(-1)
+
+
+@torch.no_grad()
+def oracle_greedy(model: Any, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens and their logprobs, every one from a full forward pass."""
+    tokens, logprobs = list(prompt), []
+    for _ in range(count):
+        row = oracle_logprobs(model, tokens)[-1]
+        tokens.append(int(row.argmax()))
+        logprobs.append(float(row.max()))
+    return tokens[len(prompt) :], logprobs
+
+
+def check_close(found: list[float], expected: list[float], what: str) -> None:
+    assert len(found) == len(expected), what
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert abs(one - other) <= TOLERANCE * max(1.0, abs(other)), (what, i, one, other)
+
+
+def check_score(answer: Answer, model: Any, prompt: list[int], what: str) -> None:
+    """A scored prompt against the oracle."""
+    rows = oracle_logprobs(model, prompt)
+    expected = [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
+    assert answer.prompt_logprobs[0] is None
+    check_close([p for p in answer.prompt_logprobs[1:] if p is not None], expected, what)
+
+
+def check_greedy(answer: Answer, model: Any, prompt: list[int], what: str) -> None:
+    """A greedy answer against the oracle."""
+    tokens, logprobs = oracle_greedy(model, prompt, len(answer.token_ids))
+    assert list(answer.token_ids) == tokens, what
+    check_close([p for p in answer.logprobs if p is not None], logprobs, what)
+
+
+async def check_methods(
+    architecture: str, root: Path, variants: Mapping[str, tuple[str, dict[str, Any]]]
+) -> None:
+    """Serves adapters and compares scores and greedy answers with PEFT's forward.
+
+    Args:
+        architecture: Of the base.
+        root: Empty folder for the adapters.
+        variants: Name → method and changes to its config.
+    """
+    base = twin(architecture)
+    for seed, (name, (method, changes)) in enumerate(variants.items()):
+        config = make_config(method, **changes)
+        save_adapter(base.model, config, root / name, seed=seed)
+    # Longer than a step's budget, shorter than a chunk counts as short, and one token.
+    prompts = [prompt_of(37, 1), prompt_of(6, 2), prompt_of(1, 3)]
+    plain = oracle_logprobs(base.model, prompts[0])
+    async with EngineHarness.start(
+        base.folder, root, adapters=list(variants), max_num_batched_tokens=24, max_num_seqs=8
+    ) as harness:
+        for name in variants:
+            oracle = load_adapter(base.model, root / name)
+            # An adapter without effect would agree with anything.
+            assert (oracle_logprobs(oracle, prompts[0]) - plain).abs().max() > 0.05, name
+            for prompt in prompts:
+                scored = await harness.run(make_request(prompt, name, score=True))
+                check_score(scored, oracle, prompt, f"{name}: score of {len(prompt)}")
+                answer = await harness.run(make_request(prompt, name, max_tokens=MAX_TOKENS))
+                check_greedy(answer, oracle, prompt, f"{name}: greedy after {len(prompt)}")
+                assert answer.finish.usage.prompt_tokens == len(prompt)

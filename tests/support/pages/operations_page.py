@@ -1,0 +1,72 @@
+"""The generated parts of docs/operations.md; run this file to write them."""
+
+from __future__ import annotations
+
+import argparse
+import re
+
+from checkout import ROOT
+
+from turret.server import errors
+from turret.server.flags import add_flags
+from turret.server.metrics import Metrics
+from turret.server.rpc.status import TABLE
+
+PAGE = ROOT / "docs" / "operations.md"
+
+
+def render_flags() -> str:
+    parser = argparse.ArgumentParser(add_help=False)
+    add_flags(parser)
+    lines = ["| flag | meaning |", "|---|---|"]
+    for action in parser._actions:
+        help_text = action.help or ""
+        lines.append(f"| `{action.option_strings[0]}` | {help_text} |")
+    return "\n".join(lines)
+
+
+def meanings() -> dict[str, str]:
+    """What the tree in ``errors.py`` says of each class."""
+    return dict(re.findall(r"[├└]── (\w+) {2,}(.+)", errors.__doc__ or ""))
+
+
+def render_errors() -> str:
+    means = meanings()
+    lines = ["| reason | status | when |", "|---|---|---|"]
+    for kind, row in TABLE.items():
+        if kind.__name__ in means:
+            lines.append(f"| `{kind.reason}` | `{row.code.name}` | {means[kind.__name__]} |")
+    lines.append("| `INTERNAL` | `INTERNAL` | a bug; the log has the request id and a traceback |")
+    return "\n".join(lines)
+
+
+def render_metrics() -> str:
+    lines = ["| series | type | meaning |", "|---|---|---|"]
+    for collector in Metrics().registry._collector_to_names:
+        name = getattr(collector, "_name", "")
+        if not name.startswith("turret"):
+            continue
+        kind = getattr(collector, "_type", "")
+        labels = ",".join(getattr(collector, "_labelnames", ()))
+        shown = f"{name}_total" if kind == "counter" else f"{name}_info" if kind == "info" else name
+        shown = f"{shown}{{{labels}}}" if labels else shown
+        lines.append(f"| `{shown}` | {kind} | {getattr(collector, '_documentation', '')} |")
+    return "\n".join(lines)
+
+
+def rendered(page: str) -> str:
+    """The page with its generated parts made anew."""
+    for name, text in (
+        ("flags", render_flags()),
+        ("errors", render_errors()),
+        ("metrics", render_metrics()),
+    ):
+        begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
+        assert page.count(begin) == page.count(end) == 1, name
+        head, _, rest = page.partition(begin)
+        page = f"{head}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(rendered(PAGE.read_text()))

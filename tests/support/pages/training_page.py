@@ -1,0 +1,69 @@
+"""The generated parts of docs/training.md; run this file to write them."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import typing
+
+from checkout import ROOT
+
+from turret.training.config import TrainConfig
+from turret.training.config_file import render_value
+from turret.training.methods import METHODS
+from turret.training.methods.method import PeftMethod
+
+PAGE = ROOT / "docs" / "training.md"
+
+
+def render_config_reference() -> str:
+    """One row a key: its default, or who chooses."""
+    lines = ["| key | default | |", "|---|---|---|"]
+    for table, kind in typing.get_type_hints(TrainConfig).items():
+        for entry in dataclasses.fields(kind):
+            if entry.default is None:
+                default = f"*{entry.metadata['chosen']}*"
+            elif entry.default is dataclasses.MISSING:
+                default = "**required**"
+            else:
+                default = f"`{render_value(entry.default)}`"
+            lines.append(f"| `{table}.{entry.name}` | {default} | {entry.metadata['help']} |")
+    return "\n".join(lines)
+
+
+def render_methods() -> str:
+    """One row a method: what it chooses where the config is silent."""
+    lines = [
+        "| method | learning rate | targets | rank or length | other keys |",
+        "|---|---|---|---|---|",
+    ]
+    for name, method in METHODS.items():
+        if not isinstance(method, PeftMethod):
+            continue
+        keys = dict(method.defaults)
+        targets = keys.pop("targets", None)
+        size = next((keys.pop(k) for k in ("rank", "num_virtual_tokens") if k in keys), None)
+        shown = "up to 8" if callable(size) else "" if size is None else str(size)
+        lines.append(
+            f"| `{name}` | {method.learning_rate:g} | {', '.join(targets or ())} | {shown} "
+            f"| {', '.join(f'`{key}`' for key in keys)} |"
+        )
+    return "\n".join(lines)
+
+
+PARTS = {"config": render_config_reference, "methods": render_methods}
+
+
+def rendered(page: str) -> str:
+    """The page with its generated parts as they should be."""
+    for name, render in PARTS.items():
+        begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
+        pattern = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+        text = f"{begin}\n{render()}\n{end}"
+        page, count = pattern.subn(lambda _, text=text: text, page)
+        assert count == 1, name
+    return page
+
+
+if __name__ == "__main__":
+    PAGE.write_text(rendered(PAGE.read_text(encoding="utf-8")), encoding="utf-8")

@@ -1,0 +1,48 @@
+"""An app whose model, engine and registry are fakes."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from typing import Any
+
+from servers.rpc_fakes import (
+    MODEL_INFO,
+    FakeEngine,
+    FakeMerger,
+    FakeRegistry,
+    FakeTokenizer,
+)
+
+from turret.server.app import App
+from turret.server.config import Config, LifecycleConfig, ListenConfig
+
+LISTEN = ListenConfig(address="127.0.0.1:0", metrics_address="127.0.0.1:0")
+
+
+GRACE = LifecycleConfig(grace_seconds=7)
+
+
+class Parts:
+    """What the fake build returns, and a lid on the build."""
+
+    def __init__(self) -> None:
+        self.engine, self.registry = FakeEngine(), FakeRegistry()
+        self.may_finish = threading.Event()
+        self.may_finish.set()
+        self.error: Exception | None = None
+        self.loop = asyncio.get_running_loop()
+        # Set once the build runs, which is after the server began to listen.
+        self.building = asyncio.Event()
+
+    def build(self, config: Config, metrics: Any) -> tuple[Any, Any, Any, Any, Any]:
+        self.loop.call_soon_threadsafe(self.building.set)
+        self.may_finish.wait(20)
+        if self.error is not None:
+            raise self.error
+        return self.engine, self.registry, FakeMerger(), FakeTokenizer(), MODEL_INFO
+
+
+def make_app(parts: Parts, **sections: Any) -> App:
+    config = Config(**({"listen": LISTEN, "lifecycle": GRACE} | sections))
+    return App(config, build=parts.build, methods=lambda: ("lora",))

@@ -1,0 +1,156 @@
+"""The config file and the data files: what is read, what is refused, and in which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+import typing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.training import write_jsonl
+
+from turret.training.config import TrainConfig
+from turret.training.config_file import build_config, read_config, render_commented, render_config
+from turret.training.data.example import Example, read_examples
+from turret.training.errors import ConfigError, DataError
+
+MINIMAL = {"data": {"train": "train.jsonl"}}
+
+
+def test_the_commented_file_holds_every_key_and_the_defaults(tmp_path: Path):
+    path = tmp_path / "train.toml"
+    path.write_text(render_commented(), encoding="utf-8")
+    assert read_config(path) == build_config(MINIMAL)
+    # With the commented-out samples switched on, every key is there and every value is accepted.
+    lines = path.read_text(encoding="utf-8").splitlines()
+    keys = [line.removeprefix("# ") if " = " in line else line for line in lines]
+    tables = tomllib.loads("\n".join(keys))
+    for table, kind in typing.get_type_hints(TrainConfig).items():
+        assert list(tables[table]) == [entry.name for entry in dataclasses.fields(kind)]
+    build_config(tables)
+
+
+def test_a_rendered_config_reads_back_equal(tmp_path: Path):
+    config = build_config(
+        MINIMAL,
+        [
+            "method.targets=['q_proj', 'v_proj']",
+            'method.init_text="a \\"b\\" \\\\ \\u007f\\n"',
+            "optimizer.learning_rate=1e-5",
+            "data.packing=true",
+        ],
+    )
+    path = tmp_path / "config.toml"
+    path.write_text(render_config(config), encoding="utf-8")
+    assert read_config(path) == config
+
+
+def test_later_overrides_win_and_bare_words_are_strings():
+    overrides = ["run.steps=7", "run.steps = 9", "method.name=dora", "method.targets=attention"]
+    config = build_config(MINIMAL, overrides)
+    assert (config.run.steps, config.method.name) == (9, "dora")
+    assert config.method.targets == ("attention",)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method.rnak=8", "runs.steps=1"], "unknown keys: method.rnak, runs"),
+        (["method.rank=0"], "method.rank: must be at least 1"),
+        (["method.rank=8.5"], "method.rank: must be a whole number, not 8.5"),
+        (["method.rank=true"], "method.rank: must be a whole number, not True"),
+        (["data.packing=1"], "data.packing: must be true or false, not 1"),
+        (["base.weights=int8"], "base.weights: must be one of nf4, nf4-dense, full, not 'int8'"),
+        (["optimizer.beta1=1"], "optimizer.beta1: must be in [0, 1)"),
+        (["method.targets=[]"], "method.targets: must not be empty"),
+        (["method.targets=[1]"], "method.targets: must be a list of strings, not [1]"),
+        (["steps=1"], "'steps=1' is not TABLE.KEY=VALUE"),
+        (["run.steps"], "'run.steps' is not TABLE.KEY=VALUE"),
+    ],
+)
+def test_a_bad_value_is_refused_by_name(overrides: list[str], message: str):
+    with pytest.raises(ConfigError) as caught:
+        build_config(MINIMAL, overrides)
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "data.train: is required"),
+        ("data = 3", "data: must be a table"),
+        ("[data", "Expected ']' at the end of a table declaration"),
+    ],
+)
+def test_a_bad_file_is_refused(tmp_path: Path, text: str, message: str):
+    path = tmp_path / "train.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+        read_config(path)
+
+
+def test_examples_of_all_shapes_are_read(tmp_path: Path):
+    chat = [{"role": "user", "content": ""}, {"role": "assistant", "content": "b\u2028c"}]
+    path = write_jsonl(
+        tmp_path / "train.jsonl",
+        [{"messages": chat}, {"prompt": "", "completion": "b"}, {"text": "t"}],
+    )
+    path.write_text("\n" + path.read_text(encoding="utf-8") + "  \n", encoding="utf-8")
+    assert read_examples(path) == [
+        Example(path, 2, messages=tuple(chat)),
+        Example(path, 3, prompt="", completion="b"),
+        Example(path, 4, completion="t"),
+    ]
+
+
+USER = {"role": "user", "content": "a"}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([1], "line: must be a JSON object with messages, or prompt and completion, or text"),
+        ({}, "line: must hold messages, or prompt and completion, or text"),
+        ({"prompt": "a"}, "completion: is missing; a line holds messages"),
+        ({"prompt": "a", "completion": "b", "id": 1}, "id: is unexpected here; a line holds"),
+        ({"prompt": 3, "completion": "b"}, "prompt: must be a string, not 3"),
+        ({"prompt": "a", "completion": ""}, "completion: is empty"),
+        ({"text": None}, "text: must be a string, not None"),
+        ({"messages": []}, "messages: must be a list of messages"),
+        ({"messages": [USER, "b"]}, "messages[1]: must be an object with role and content"),
+        (
+            {"messages": [{"role": "tool", "content": "a"}]},
+            "messages[0].role: must be one of system, user, assistant, not 'tool'",
+        ),
+        (
+            {"messages": [USER]},
+            "messages[0].role: the last message must be the assistant's: it is what is learned",
+        ),
+        (
+            {"messages": [USER, {"role": "assistant", "content": ""}]},
+            "messages[1].content: is empty",
+        ),
+    ],
+)
+def test_a_bad_example_names_file_line_and_field(tmp_path: Path, row: Any, message: str):
+    path = write_jsonl(tmp_path / "train.jsonl", [{"text": "good"}, row])
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    assert str(caught.value).startswith(f"{path}:2: {message}")
+
+
+def test_a_file_that_is_no_jsonl_is_refused(tmp_path: Path):
+    path = tmp_path / "train.jsonl"
+    with pytest.raises(DataError, match="No such file"):
+        read_examples(path)
+    path.write_text("\n\n")
+    with pytest.raises(DataError, match="holds no example"):
+        read_examples(path)
+    path.write_text('{"text": "a"}\n{"text": "b",}\n')
+    with pytest.raises(DataError, match=r"train.jsonl:2: column 14: no JSON: .*"):
+        read_examples(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match="utf-8"):
+        read_examples(path)

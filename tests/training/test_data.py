@@ -1,0 +1,179 @@
+"""From examples to batches: what is learned, what a row holds, which row comes when."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.tiny_models import EOS, tiny_tokenizer
+from builders.training import resolve_tiny, write_jsonl
+
+from turret.training.config import DataConfig
+from turret.training.data.batch import IGNORED, BatchStream, make_batch, pack_rows, single_rows
+from turret.training.data.dataset import split
+from turret.training.data.encode import Encoded, encode, encode_all
+from turret.training.data.example import Example
+from turret.training.errors import DataError
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+TURNS = (
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "four"},
+)
+
+
+def tokenizer(template: str | None = CHAT) -> Any:
+    made = tiny_tokenizer()
+    made.chat_template = template
+    return made
+
+
+def example(**fields: Any) -> Example:
+    return Example(Path("train.jsonl"), 7, **fields)
+
+
+def config(**fields: Any) -> DataConfig:
+    return DataConfig(train="train.jsonl", **fields)
+
+
+def texts(encoded: Encoded) -> tuple[str, str]:
+    """All of an example, and what of it is learned."""
+    decode = tokenizer().decode
+    learned = [
+        t for t, is_learned in zip(encoded.tokens, encoded.learned, strict=True) if is_learned
+    ]
+    return decode(list(encoded.tokens)), decode(learned)
+
+
+def test_every_turn_of_the_assistant_is_learned_up_to_its_end():
+    encoded = encode(tokenizer(), example(messages=TURNS), config())
+    assert texts(encoded) == (
+        "<u>one\n<a>two<eos>\n<u>three\n<a>four<eos>",
+        "two<eos>four<eos>",
+    )
+
+
+def test_a_prompt_becomes_a_chat_turn_if_there_is_a_template():
+    pair = example(prompt="one", completion="two")
+    assert texts(encode(tokenizer(), pair, config())) == ("<u>one\n<a>two<eos>", "two<eos>")
+    plain = ("onetwo<eos>", "two<eos>")
+    assert texts(encode(tokenizer(), pair, config(template="none"))) == plain
+    assert texts(encode(tokenizer(None), pair, config())) == plain
+    whole = encode(tokenizer(), pair, config(loss_on="all"))
+    assert texts(whole)[1] == "u>one\n<a>two<eos>"
+    assert texts(encode(tokenizer(), example(completion="text"), config())) == (
+        "text<eos>",
+        "ext<eos>",
+    )
+
+
+def test_what_a_template_cannot_render_names_the_line():
+    with pytest.raises(
+        DataError, match=r"train.jsonl:7: messages: this model has no chat template"
+    ):
+        encode(tokenizer(None), example(messages=TURNS), config())
+    refuses = "{{ raise_exception('no system here') }}"
+    with pytest.raises(DataError, match=r"train.jsonl:7: messages: chat template: no system here"):
+        encode(tokenizer(refuses), example(messages=TURNS), config())
+    forgets = "{{ messages[-1]['content'] }}"
+    with pytest.raises(DataError, match=r"train.jsonl:7: messages\[1\]: the chat template renders"):
+        encode(tokenizer(forgets), example(messages=TURNS), config())
+
+
+def test_long_examples_are_dropped_cut_or_refused():
+    rows = [example(prompt="p", completion="c" * count) for count in (3, 9)]
+
+    def encoded(too_long: Any, max_length: int = 8):
+        return encode_all(tokenizer(None), rows, config(too_long=too_long), max_length)
+
+    dropped = encoded("drop")
+    assert (len(dropped.examples), dropped.num_dropped, dropped.num_truncated) == (1, 1, 0)
+    cut = encoded("truncate")
+    assert [len(item.tokens) for item in cut.examples] == [5, 8]
+    assert (cut.num_dropped, cut.num_truncated) == (0, 1)
+    with pytest.raises(DataError, match=r"train.jsonl:7: line: 11 tokens, data.max_length is 8"):
+        encoded("error")
+    with pytest.raises(DataError, match=r"every example is longer than data.max_length = 4"):
+        encoded("drop", 4)
+
+
+def encoded_of(*lengths: int) -> list[Encoded]:
+    """Examples whose tokens are their own number, all learned but the first."""
+    return [
+        Encoded((number,) * length, (False,) + (True,) * (length - 1))
+        for number, length in enumerate(lengths)
+    ]
+
+
+def test_targets_are_the_learned_tokens_one_ahead():
+    pair = Encoded((1, 2, 3, 4), (False, False, True, True))
+    batch = make_batch([(pair,), (encoded_of(2)[0],)], pad=EOS, is_packed=False)
+    assert batch.tokens.tolist() == [[1, 2, 3, 4], [0, 0, EOS, EOS]]
+    nothing = IGNORED
+    assert batch.targets.tolist() == [[nothing, 3, 4, nothing], [0, nothing, nothing, nothing]]
+    assert (batch.num_tokens, batch.num_targets, batch.positions) == (6, 3, None)
+
+
+def test_packing_fills_rows_and_restarts_positions():
+    examples = encoded_of(3, 5, 2, 6, 4)
+    rows = pack_rows(examples, 8)
+    assert sorted((e for row in rows for e in row), key=examples.index) == examples
+    assert [sum(len(e.tokens) for e in row) for row in rows] == [8, 8, 4]
+    batch = make_batch(rows, pad=EOS, is_packed=True)
+    assert batch.positions is not None
+    assert batch.positions.tolist() == [
+        [0, 1, 2, 3, 4, 5, 0, 1],
+        [0, 1, 2, 3, 4, 0, 1, 2],
+        # Padding is a sequence of its own.
+        [0, 1, 2, 3, 0, 1, 2, 3],
+    ]
+    # No target crosses from one example to the next.
+    for row, targets in zip(batch.tokens.tolist(), batch.targets.tolist(), strict=True):
+        assert all(target in (IGNORED, token) for token, target in zip(row, targets, strict=True))
+    assert batch.num_targets == sum(len(e.tokens) - 1 for e in examples)
+
+
+def test_every_epoch_shows_every_row_once_in_a_new_order():
+    rows = single_rows(encoded_of(*[2] * 7))
+
+    def stream(seed: int = 0) -> BatchStream:
+        return BatchStream(rows, batch_size=3, pad=EOS, seed=seed, is_packed=False)
+
+    def shown(stream: BatchStream, first: int, count: int) -> list[int]:
+        return [int(row[0]) for i in range(first, first + count) for row in stream.batch(i).tokens]
+
+    three_epochs = shown(stream(), 0, 7)
+    epochs = [three_epochs[start : start + 7] for start in (0, 7, 14)]
+    assert all(Counter(epoch) == Counter(range(7)) for epoch in epochs)
+    assert epochs[0] != epochs[1]
+    # Whoever starts in the middle sees the same, and another seed something else.
+    assert shown(stream(), 4, 3) == three_epochs[12:]
+    assert shown(stream(seed=1), 0, 7) != three_epochs
+
+
+def test_the_split_is_disjoint_and_repeatable():
+    examples = [example(completion=str(number)) for number in range(20)]
+    kept, aside = split(examples, 0.1, 3)
+    assert (len(kept), len(aside)) == (18, 2)
+    assert sorted((*kept, *aside), key=lambda e: int(e.completion)) == examples
+    assert split(examples, 0.1, 3) == (kept, aside)
+    assert split(examples, 0.1, 4) != (kept, aside)
+    assert split(examples, 0.0, 3) == (examples, [])
+    assert split(examples[:1], 0.9, 3) == (examples[:1], [])
+
+
+def test_an_example_in_both_sets_is_refused(tiny_llama: Path, tmp_path: Path):
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "a"}, {"text": "b"}])
+    write_jsonl(tmp_path / "validation.jsonl", [{"text": "c"}, {"text": "b"}])
+    with pytest.raises(
+        DataError, match=r"validation.jsonl:2: line: is line 2 of the training file"
+    ):
+        resolve_tiny(tmp_path, tiny_llama, "data.validation=validation.jsonl")

@@ -1,0 +1,192 @@
+"""What must not change a result: packing, accumulation, checkpointing, seeds, a kill."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.tiny_models import save_tiny_model
+from builders.training import resolve_tiny, write_words
+
+from turret.training.base_model import find_base, load_model
+from turret.training.config_file import render_config
+from turret.training.data.batch import make_batch, pack_rows
+from turret.training.errors import RunError
+from turret.training.loss import HEAD_ROWS, LossFunction
+from turret.training.run_folder import read_metrics
+from turret.training.trainer import Trainer
+
+EXACT = "base.dtype=float32"
+
+
+def train(folder: Path, model: Path, output: str, *overrides: str, **how: bool) -> Path:
+    """Train and return the run's directory."""
+    resolved = resolve_tiny(folder, model, EXACT, f"run.output={output}", *overrides)
+    return Trainer(resolved).run(**how).folder.path
+
+
+def adapter_bytes(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((run / "adapter").iterdir())}
+
+
+def steps_of(run: Path) -> list[dict[str, Any]]:
+    rows = read_metrics(run / "metrics.jsonl")
+    return [row for row in rows if row["kind"] == "step"]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "smollm3"])
+def test_packed_examples_do_not_see_each_other(architecture: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model_folder = save_tiny_model(architecture, tmp_path / "model")
+    resolved = resolve_tiny(tmp_path, model_folder, "data.loss_on=all")
+    examples = [example for (example,) in resolved.dataset.train]
+    model = load_model(find_base(model_folder), "full", torch.float32, "cpu")
+    loss = LossFunction(model, model.get_output_embeddings(), "cpu")
+    packed = make_batch(pack_rows(examples, 64), pad=0, is_packed=True)
+    assert packed.tokens.shape[0] < len(examples) / 2
+    alone = [make_batch([(example,)], pad=0, is_packed=False) for example in examples]
+    with torch.no_grad():
+        assert loss(packed).item() == pytest.approx(sum(loss(b).item() for b in alone), rel=1e-5)
+        # Not so if the examples are run together.
+        together = make_batch(pack_rows(examples, 64), pad=0, is_packed=False)
+        assert loss(together).item() != pytest.approx(loss(packed).item(), rel=1e-3)
+
+
+def test_the_head_in_pieces_has_the_same_gradient(tiny_llama: Path, tmp_path: Path):
+    resolved = resolve_tiny(tmp_path, tiny_llama, "data.loss_on=all")
+    model = load_model(resolved.base, "full", torch.float32, "cpu")
+    embedding = model.get_input_embeddings().weight.requires_grad_()
+    examples = [row[0] for row in resolved.dataset.train] * 6
+    batch = make_batch([(example,) for example in examples], pad=0, is_packed=False)
+    assert batch.num_targets > HEAD_ROWS
+    loss = LossFunction(model, model.get_output_embeddings(), "cpu")(batch)
+    loss.backward()
+    found, embedding.grad = embedding.grad, None
+    whole = model(input_ids=batch.tokens, use_cache=False).logits.flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(whole, batch.targets.flatten(), reduction="sum")
+    expected.backward()
+    assert found is not None
+    assert embedding.grad is not None
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(found, embedding.grad, rtol=1e-4, atol=1e-4)
+
+
+def test_accumulation_and_checkpointing_leave_the_gradient_as_it_is(
+    tiny_llama: Path, tmp_path: Path
+):
+    whole = steps_of(train(tmp_path, tiny_llama, "whole", "run.batch_size=8"))
+    split = ("run.batch_size=2", "run.gradient_accumulation=4")
+    again = "run.gradient_checkpointing=true"
+    for output, overrides in (("split", split), ("again", ("run.batch_size=8", again))):
+        steps = steps_of(train(tmp_path, tiny_llama, output, *overrides))
+        for ours, theirs in zip(steps, whole, strict=True):
+            for key in ("loss", "grad_norm"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-3), (output, key)
+            assert ours["tokens"] == theirs["tokens"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_one_seed_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path, dtype: str):
+    settings = (f"base.dtype={dtype}", "method.dropout=0.2", "method.name=dora")
+    first = adapter_bytes(train(tmp_path, tiny_llama, "first", *settings))
+    assert first == adapter_bytes(train(tmp_path, tiny_llama, "second", *settings))
+    other = adapter_bytes(train(tmp_path, tiny_llama, "third", *settings, "run.seed=1"))
+    assert first["adapter_model.safetensors"] != other["adapter_model.safetensors"]
+
+
+def without_times(run: Path) -> list[dict[str, Any]]:
+    skipped = ("seconds", "memory_bytes")
+    rows = read_metrics(run / "metrics.jsonl")
+    return [{key: row[key] for key in row if key not in skipped} for row in rows]
+
+
+# Rank 32: bitsandbytes keeps states in 8 bits where there are at least 4096 elements.
+LONG = (
+    *("method.dropout=0.2", "method.rank=32"),
+    *("run.steps=60", "run.validate_every=7", "run.checkpoint_every=10"),
+)
+
+
+def test_a_killed_run_goes_on_as_if_it_had_not_been(tiny_llama: Path, tmp_path: Path):
+    settings = (*LONG, "optimizer.name=adamw8bit")
+    expected = train(tmp_path, tiny_llama, "whole", *settings)
+    resolved = resolve_tiny(tmp_path, tiny_llama, EXACT, "run.output=killed", *settings)
+    config = tmp_path / "killed.toml"
+    config.write_text(render_config(resolved.config), encoding="utf-8")
+    command = [sys.executable, "-m", "turret.server.cli", "train", "run", str(config)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("step 36/60"):
+            break
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    killed = tmp_path / "killed"
+    assert not (killed / "adapter").exists()
+    with (killed / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "step", "st')
+    resumed = train(tmp_path, tiny_llama, "killed", *settings, resume=True)
+    assert adapter_bytes(resumed) == adapter_bytes(expected)
+    assert without_times(resumed) == without_times(expected)
+    names = [path.name for path in sorted((resumed / "checkpoints").iterdir())]
+    assert names == ["step-00000040.pt", "step-00000050.pt"]
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tiny_llama: Path, tmp_path: Path):
+    def interrupt(row: dict[str, Any]) -> None:
+        if row["step"] == 36:
+            raise KeyboardInterrupt
+
+    expected = train(tmp_path, tiny_llama, "whole", *LONG)
+    resolved = resolve_tiny(tmp_path, tiny_llama, EXACT, "run.output=stopped", *LONG)
+    with pytest.raises(KeyboardInterrupt):
+        Trainer(resolved, interrupt).run()
+    resumed = train(tmp_path, tiny_llama, "stopped", *LONG, resume=True)
+    assert adapter_bytes(resumed) == adapter_bytes(expected)
+    assert without_times(resumed) == without_times(expected)
+
+
+def test_a_directory_is_neither_overwritten_nor_mixed_up(tiny_llama: Path, tmp_path: Path):
+    run = train(tmp_path, tiny_llama, "run")
+    with pytest.raises(RunError, match="holds a finished run; --overwrite trains anew"):
+        train(tmp_path, tiny_llama, "run")
+    before = adapter_bytes(run)
+    train(tmp_path, tiny_llama, "run", "run.seed=1", overwrite=True)
+    assert adapter_bytes(run) != before
+    shutil.rmtree(run / "adapter")
+    with pytest.raises(RunError, match="holds an unfinished run; --resume or --overwrite it"):
+        train(tmp_path, tiny_llama, "run", "run.seed=1")
+    with pytest.raises(RunError, match=r"differ from the run there: config.method.dropout$"):
+        train(tmp_path, tiny_llama, "run", "run.seed=1", "method.dropout=0.1", resume=True)
+    write_words(tmp_path / "train.jsonl", count=23)
+    with pytest.raises(RunError, match=r"data.digest"):
+        train(tmp_path, tiny_llama, "run", "run.seed=1", resume=True)
+    with pytest.raises(RunError, match="holds no run to resume"):
+        train(tmp_path, tiny_llama, "other", resume=True)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("")
+    for overwrite in (False, True):
+        with pytest.raises(RunError, match="is not empty, and no run"):
+            train(tmp_path, tiny_llama, "mine", overwrite=overwrite)
+
+
+def test_the_adapter_says_what_it_was_made_of(tiny_llama: Path, tmp_path: Path):
+    run = train(tmp_path, tiny_llama, "run", "run.seed=5")
+    facts = json.loads((run / "adapter" / "provenance.json").read_text())
+    base = find_base(tiny_llama)
+    assert facts["base"] == {"name": base.source.name, "digest": base.source.digest}
+    assert len(facts["data"]["digest"]) == 64
+    assert facts["data"]["num_examples"] == 22
+    assert facts["seed"] == facts["config"]["run"]["seed"] == 5
+    assert facts["config"]["method"]["rank"] == 8
+    assert facts["config"]["data"]["train"] == "train.jsonl"
+    assert {"turret", "torch", "transformers", "peft", "bitsandbytes"} <= facts["versions"].keys()
+    assert str(tmp_path) not in json.dumps(facts)
+    assert str(tmp_path) not in (run / "adapter" / "adapter_config.json").read_text()

@@ -1,0 +1,91 @@
+"""The memory estimate against the measured peak."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from builders.tiny_models import BOS, EOS, VOCAB_SIZE, tiny_tokenizer
+from builders.training import resolve_tiny, write_jsonl
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from turret.training.live_bytes import LiveBytes
+from turret.training.memory_estimate import estimate_memory
+from turret.training.methods import METHODS
+from turret.training.trainer import attach, trainable
+
+NAMES = tuple(name for name in METHODS if name != "learned_fusion")
+
+
+def test_live_bytes_are_those_of_tensors_that_are_referenced():
+    with LiveBytes() as live:
+        x = torch.zeros(100, device="meta", requires_grad=True)
+        y = x * 2
+        view = y.view(10, 10)[0]
+        view.add_(1)
+        assert live.live == 800
+        del y
+        assert live.live == 800
+        del view
+        assert live.live == 400
+        kept = x.exp().sin()  # exp's result is kept for the backward pass
+        assert live.live == 1200
+        kept.sum().backward()
+        del kept
+        # x and its gradient.
+        assert live.live == 800
+    assert live.peak >= 1600
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_has_an_estimate(tiny_llama: Path, tmp_path: Path, name: str):
+    changes = (f"method.name={name}", "optimizer.name=adamw8bit")
+    resolved = resolve_tiny(tmp_path, tiny_llama, *changes)
+    small = estimate_memory(resolved)
+    count = sum(parameter.numel() for parameter in trainable(attach(resolved)).values())
+    assert (small.num_parameters, small.adapter) == (count, 6 * count)
+    large = estimate_memory(resolve_tiny(tmp_path, tiny_llama, *changes, "run.batch_size=16"))
+    gradients = 4 * count
+    # Four times the rows: four times the activations, and the gradients once.
+    assert 2 * (small.step - gradients) < large.step - gradients < 5 * small.step
+
+
+def test_the_estimate_is_near_the_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """On a model whose step needs a good part of what the process and its libraries do."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    config = LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=512,
+        intermediate_size=1024,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+        dtype=torch.bfloat16,
+    )
+    LlamaForCausalLM(config).bfloat16().save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    write_jsonl(tmp_path / "train.jsonl", [{"text": "x" * 250}] * 8)
+    file = tmp_path / "train.toml"
+    file.write_text(
+        '[base]\nmodel = "model"\ndtype = "float32"\ndevice = "cpu"\n'
+        '[data]\ntrain = "train.jsonl"\nvalidation_fraction = 0\n'
+    )
+    command = [sys.executable, "-m", "turret.server.cli", "train", "plan", str(file), "--measure"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    joined = " ".join(done.stdout.split())
+    numbers = re.findall(
+        r"memory (\d+) MiB|largest step (\d+)|process (\d+)|peak (\d+) MiB", joined
+    )
+    total, step, process, peak = (int("".join(found)) for found in numbers)
+    assert step > process / 2
+    assert total == pytest.approx(peak, rel=0.2)
+    # The model's own share too, without the process that both have.
+    assert total - process == pytest.approx(peak - process, rel=0.3)

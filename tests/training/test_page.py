@@ -1,0 +1,29 @@
+"""docs/training.md says what the code does."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from pages.training_page import PAGE, rendered
+
+from turret.training.data.example import read_examples
+from turret.training.errors import DataError
+
+
+def test_the_tables_are_those_of_the_code() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    assert page == rendered(page), "run `make pages`"
+
+
+def test_the_error_it_shows_is_the_one_that_comes(tmp_path: Path) -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^error: /data/(train\.jsonl:7: .*)$", page, re.MULTILINE)
+    roles = [{"role": role, "content": "a"} for role in ("user", "assistant", "tool")]
+    path = tmp_path / "train.jsonl"
+    path.write_text("\n" * 6 + json.dumps({"messages": roles}), encoding="utf-8")
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    assert str(caught.value) == f"{tmp_path}/{shown}"

@@ -1,0 +1,169 @@
+"""The page about a run, and the answers before and after that it shows."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from builders.tiny_models import save_tiny_model
+from builders.training import resolve_tiny, write_jsonl
+
+from turret.server.cli import main
+from turret.training.report.curves import Curve, curves_svg, smoothed
+from turret.training.report.html_report import render_report
+from turret.training.run_folder import RunFolder, read_metrics
+from turret.training.trainer import Trainer
+
+VOID = {"meta", "line", "circle", "polyline"}
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and keeps the texts of the cells and the tags' attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.cells: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag in ("td", "dd"):
+            self.cells.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if {"td", "dd"} & set(self.open):
+            self.cells[-1] += data
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """A finished run whose data looks like markup."""
+    folder = tmp_path_factory.mktemp("report")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        rows = [
+            {"prompt": f"<b>{n}</b>&", "completion": "<script>x"[: 9 - n % 3]} for n in range(24)
+        ]
+        write_jsonl(folder / "train.jsonl", rows)
+        model = save_tiny_model("llama", folder / "model")
+        resolved = resolve_tiny(
+            folder, model, "optimizer.learning_rate=0.03", "run.steps=12", "run.samples=2"
+        )
+        return Trainer(resolved).run().folder
+
+
+def test_the_page_shows_the_run(run: RunFolder):
+    text = render_report(run)
+    page = Page(text)
+    rows = list(read_metrics(run.metrics))
+    losses = [row["loss"] for row in rows if row["kind"] == "validation"]
+    assert losses[-1] < losses[0]
+    assert f"{losses[0]:.3f} → {losses[-1]:.3f}" in page.cells
+    assert "12 of 12" in page.cells
+    size = (run.adapter / "adapter_model.safetensors").stat().st_size
+    assert f"{size / 2**20:.1f} MiB" in page.cells
+    assert any(run.read_facts()["base"]["digest"] in cell for cell in page.cells)
+    assert "unfinished" not in text
+    assert "steps = 12" in text
+    dots = [attrs for tag, attrs in page.tags if tag == "circle"]
+    assert len(dots) == len(losses) == 7
+    lines = [str(attrs["points"]).split() for tag, attrs in page.tags if tag == "polyline"]
+    assert [len(line) for line in lines] == [12, 12, 7, 12]
+
+
+def test_the_page_needs_nothing_else_and_runs_nothing(run: RunFolder):
+    page = Page(render_report(run))
+    assert not {"script", "link", "img", "iframe", "b"} & {tag for tag, _ in page.tags}
+    for _, attributes in page.tags:
+        assert not {"src", "href", "onload"} & attributes.keys()
+
+
+def test_samples_are_answers_of_the_base_and_of_the_adapter(run: RunFolder):
+    samples = [json.loads(line) for line in run.samples.read_text().splitlines()]
+    assert len(samples) == 2
+    for sample in samples:
+        assert re.fullmatch(r"(<bos>)?<b>\d+</b>&", sample["prompt"])
+        assert "<script>x".startswith(sample["reference"])
+        # Twelve steps teach a model of two layers how these answers begin.
+        assert sample["after"].startswith("<scri")
+        assert not sample["before"].startswith("<scri")
+    cells = Page(render_report(run)).cells
+    assert {samples[0]["prompt"], samples[0]["after"]} <= set(cells)
+
+
+def test_a_run_under_way_has_a_page_too(run: RunFolder, tmp_path: Path):
+    for path in (run.config, run.facts):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    first = run.metrics.read_text().splitlines(keepends=True)[0]
+    (tmp_path / "metrics.jsonl").write_text(first + '{"kind": "st')
+    text = render_report(RunFolder(tmp_path))
+    Page(text)
+    assert "not finished" in text
+    assert "0 of 12" in text
+    assert "Samples" not in text
+
+
+def test_the_command_writes_the_page(run: RunFolder, capsys: pytest.CaptureFixture[str]):
+    assert main(["train", "report", str(run.path)]) == 0
+    assert capsys.readouterr().out.strip() == str(run.report)
+    assert run.report.read_text(encoding="utf-8") == render_report(run)
+    assert main(["train", "report", str(run.path / "adapter")]) == 1
+    assert "is no run of turret train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "p_tuning", "dora", "ia3"])
+def test_every_way_of_adapting_can_be_sampled(method: str, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = save_tiny_model("llama", tmp_path / "model")
+    overrides = (f"method.name={method}", "optimizer.learning_rate=0.05", "run.samples=1")
+    folder = Trainer(resolve_tiny(tmp_path, model, *overrides, "run.steps=3")).run().folder
+    (sample,) = [json.loads(line) for line in folder.samples.read_text().splitlines()]
+    assert sample["before"] != sample["after"]
+    Page(render_report(folder))
+
+
+def test_no_samples_if_none_are_asked_for(tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = save_tiny_model("llama", tmp_path / "model")
+    resolved = resolve_tiny(tmp_path, model, "run.samples=0", "run.steps=1")
+    folder = Trainer(resolved).run().folder
+    assert folder.samples.read_text() == ""
+    assert "Samples" not in render_report(folder)
+
+
+def test_curves_fill_the_plot_and_ticks_are_round():
+    svg = curves_svg([Curve("training", [(1, 0.0), (10, 4.2)])], "steps")
+    points = re.search(r'points="([^"]+)"', svg)
+    assert points is not None
+    (_, low), (right, high) = (map(float, pair.split(",")) for pair in points[1].split())
+    assert (low, right) == (230.0, 708.0)
+    assert 12 < high < low
+    assert re.findall(r'text-anchor="end">([\d.]+)<', svg) == ["0", "1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("values", [[0.0, 0.0], [3.0], [1e-7, 2e-7], [-2.0, 5e6]])
+def test_curves_of_any_range_can_be_drawn(values: list[float]):
+    svg = curves_svg([Curve("training", list(enumerate(values)))], "steps")
+    heights = [float(y) for y in re.findall(r",([\d.]+)", svg)]
+    assert len(heights) == len(values)
+    assert all(12 <= y <= 230 for y in heights)
+    assert curves_svg([Curve("training", [])], "steps") == ""
+
+
+def test_the_moving_average_is_unbiased():
+    assert smoothed([(i, 2.0) for i in range(50)]) == [(i, pytest.approx(2.0)) for i in range(50)]
+    wave = [(i, float(i % 2)) for i in range(400)]
+    assert smoothed(wave)[-1][1] == pytest.approx(0.5, abs=0.02)
