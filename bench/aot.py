@@ -33,7 +33,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from kernel_launches import LAUNCHES, Launches
+from cuda.kernel_launches import LAUNCHES, Launches
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

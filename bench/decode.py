@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from batch import BatchTiming, send_batch
-from machine import CpuMeter, describe, require_idle
+from common.batch import BatchTiming, send_batch
+from common.machine import CpuMeter, describe, require_idle
+from common.prompts import PromptSource
+from common.random_lora import write_random_loras
+from common.random_methods import row_norms, write_random_methods
+from common.report import append_rows, make_console, print_rows
 from prometheus_client.parser import text_string_to_metric_families
-from prompts import PromptSource
-from random_lora import write_random_loras
-from random_methods import row_norms, write_random_methods
-from report import append_rows, make_console, print_rows
 from rich.console import Console
 from rich.progress import Progress
 

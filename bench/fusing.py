@@ -20,10 +20,10 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import describe, require_idle
-from random_lora import write_random_loras
-from report import append_rows, make_console, print_rows
-from workload import TOKEN_IDS
+from common.machine import describe, require_idle
+from common.random_lora import write_random_loras
+from common.report import append_rows, make_console, print_rows
+from scale.workload import TOKEN_IDS
 
 from turret.clients.aio import AdapterWeight, AsyncTurretClient
 from turret.server.models.arch import read_arch

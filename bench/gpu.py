@@ -18,11 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gpu_kernels import KERNELS
-from gpu_scenarios import time_projection, time_step
-from gpu_setting import Setting
-from gpu_timing import ROOT
-from gpu_tune import tune
+from cuda.kernels import KERNELS
+from cuda.scenarios import time_projection, time_step
+from cuda.setting import Setting
+from cuda.timing import ROOT
+from cuda.tune import tune
 
 PARTS: dict[str, Callable[[Setting], None]] = {
     **KERNELS,

@@ -21,18 +21,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bars import Bar, bars_of
-from cold_loads import measure_interference, probe_cold
-from fairness import measure_fairness
-from machine import CpuMeter, cpu_name, describe, require_idle, slug
-from many_loras import RANKS, write_many_loras
-from memory_watch import MemoryWatch
-from random_lora import ALL, ATTENTION, write_random_loras
-from registering import register, restore
-from replay import median_ms, replay
-from report import RESULTS, make_console, print_rows
+from common.machine import CpuMeter, cpu_name, describe, require_idle, slug
+from common.random_lora import ALL, ATTENTION, write_random_loras
+from common.report import RESULTS, make_console, print_rows
 from rich.console import Console
-from workload import LENGTHS, Workload, draw
+from scale.bars import Bar, bars_of
+from scale.cold_loads import measure_interference, probe_cold
+from scale.fairness import measure_fairness
+from scale.many_loras import RANKS, write_many_loras
+from scale.memory_watch import MemoryWatch
+from scale.registering import register, restore
+from scale.replay import median_ms, replay
+from scale.workload import LENGTHS, Workload, draw
 
 from turret.server.config import parse_byte_size
 from turret.server.models.arch import Arch, read_arch

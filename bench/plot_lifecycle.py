@@ -17,7 +17,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from bars import slora_share
+from scale.bars import slora_share
 
 WIDTH, HEIGHT = 860, 340
 _TOP, _BOTTOM = 56, 272

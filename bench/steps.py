@@ -22,12 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe, require_idle
-from random_lora import write_random_loras
-from random_methods import row_norms, write_random_methods
-from report import append_rows, make_console, print_rows
+from common.machine import describe, require_idle
+from common.random_lora import write_random_loras
+from common.random_methods import row_norms, write_random_methods
+from common.report import append_rows, make_console, print_rows
+from common.stopwatch import Part, Recorded, Stopwatch
 from rich.console import Console
-from stopwatch import Part, Recorded, Stopwatch
 
 from turret.server.adapters.ref import AdapterRef
 from turret.server.background import compute_on_this_thread

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from bitsandbytes.optim.adamw import AdamW8bit, PagedAdamW8bit
 
-from turret.training.config import OptimizerConfig
+from turret.training.settings.config import OptimizerConfig
 
 # PEFT's names of the second factor, whose rate LoRA+ raises.
 _B_FACTORS = ("lora_B",)

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from turret.training.config_file import render_config
-from turret.training.memory_estimate import MemoryEstimate, estimate_memory
-from turret.training.rehearsal import measure_peak
-from turret.training.resolve import Resolved
+from turret.training.memory.estimate import MemoryEstimate, estimate_memory
+from turret.training.memory.rehearsal import measure_peak
 from turret.training.serving_cost import ServingCost, serving_cost
+from turret.training.settings.config_file import render_config
+from turret.training.settings.resolve import Resolved
 
 _MIB = 1 << 20
 

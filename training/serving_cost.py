@@ -19,7 +19,7 @@ from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import method_for
 from turret.server.adapters.operators import ModuleOperators
 from turret.training.base_model import DTYPES, TrainingBase, empty_model
-from turret.training.resolve import Resolved
+from turret.training.settings.resolve import Resolved
 from turret.training.trainer import attach_to
 
 _ANY_RANK = 1 << 30

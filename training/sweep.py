@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from turret.training.config import TrainConfig
 from turret.training.errors import ConfigError, RunError
-from turret.training.resolve import resolve
 from turret.training.serving_cost import serving_cost
+from turret.training.settings.config import TrainConfig
+from turret.training.settings.resolve import resolve
 from turret.training.trainer import Listener, Trainer
 
 

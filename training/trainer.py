@@ -13,17 +13,17 @@ from typing import Any
 import torch
 
 from turret.training.base_model import DTYPES, load_model
-from turret.training.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
-from turret.training.config_file import render_config
 from turret.training.data.batch import Batch, BatchStream, Row, make_batch
 from turret.training.errors import RunError
 from turret.training.loss import LossFunction
-from turret.training.memory_peak import peak_memory_bytes
+from turret.training.memory.peak import peak_memory_bytes
 from turret.training.optimizer import learning_rate, make_optimizer, set_learning_rate
-from turret.training.provenance import FILE, check_same_run, describe_run
-from turret.training.resolve import Resolved
-from turret.training.run_folder import MetricsLog, RunFolder
-from turret.training.samples import draw_samples
+from turret.training.run.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
+from turret.training.run.folder import MetricsLog, RunFolder
+from turret.training.run.provenance import FILE, check_same_run, describe_run
+from turret.training.run.samples import draw_samples
+from turret.training.settings.config_file import render_config
+from turret.training.settings.resolve import Resolved
 
 # Told every line of metrics.jsonl.
 Listener = Callable[[dict[str, Any]], None]

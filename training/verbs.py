@@ -99,7 +99,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
 
 
 def _init(args: argparse.Namespace) -> None:
-    from turret.training.config_file import render_commented
+    from turret.training.settings.config_file import render_commented
 
     with args.file.open("x", encoding="utf-8") as file:
         file.write(render_commented())
@@ -114,7 +114,7 @@ def _ranks(text: str) -> tuple[int, ...]:
 
 
 def _read(args: argparse.Namespace) -> Any:
-    from turret.training.config_file import read_config
+    from turret.training.settings.config_file import read_config
 
     overrides = list(args.set)
     for flag, (key, _) in _FLAGS.items():
@@ -125,7 +125,7 @@ def _read(args: argparse.Namespace) -> Any:
 
 
 def _resolve(args: argparse.Namespace) -> Any:
-    from turret.training.resolve import resolve
+    from turret.training.settings.resolve import resolve
 
     resolved = resolve(_read(args), args.config.parent)
     for note in resolved.notes:
@@ -145,7 +145,7 @@ def _sweep(args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from turret.training.progress import training_progress
+    from turret.training.run.progress import training_progress
     from turret.training.sweep import sweep
 
     table = Table("rank", "validation loss", "trained weights", "adapter", "products", "seconds")
@@ -162,8 +162,8 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
-    from turret.training.progress import training_progress
     from turret.training.report.html_report import write_report
+    from turret.training.run.progress import training_progress
     from turret.training.trainer import Trainer
 
     resolved = _resolve(args)
@@ -175,6 +175,6 @@ def _run(args: argparse.Namespace) -> None:
 
 def _report(args: argparse.Namespace) -> None:
     from turret.training.report.html_report import write_report
-    from turret.training.run_folder import RunFolder
+    from turret.training.run.folder import RunFolder
 
     print(write_report(RunFolder(args.run)))

@@ -1,0 +1,1 @@
+"""The base model: architecture, NF4 weights, decoder, KV cache."""

@@ -1,0 +1,1 @@
+"""gRPC: listeners, interceptor, servicers, status."""

@@ -41,7 +41,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_rates_count_the_tokens_after_the_first(bench: Any):
-    batch = bench("batch")
+    batch = bench("common.batch")
     # The second request's first token comes when the first request has three.
     answers = [
         batch.Answer((1, 2, 3, 4, 5), (1.0, 1.5, 2.0, 2.5, 3.0), 0),
@@ -66,7 +66,7 @@ def test_random_adapters_load(bench: Any, tmp_path: Path):
         num_key_value_heads=2,
         vocab_size=128,
     )
-    names = bench("random_lora").write_random_loras(
+    names = bench("common.random_lora").write_random_loras(
         tmp_path, 2, arch=read_arch(config), base_model="tiny", rank=4
     )
     assert names == ["lora-00", "lora-01"]
@@ -84,7 +84,7 @@ def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
     model = tiny_llama()
     modules = linear_modules(model)
     norms = {name: module.weight.detach().norm(dim=1) for name, module in modules.items()}
-    made = bench("random_methods")
+    made = bench("common.random_methods")
     names = made.write_random_methods(
         tmp_path, 12, arch=read_arch(model.config), base_model="tiny", rank=3, norms=norms
     )
@@ -124,7 +124,7 @@ def test_every_timed_part_exists(bench: Any):
 
 
 def test_stopwatch_gives_every_part_its_own_time(bench: Any):
-    watch = bench("stopwatch").Stopwatch()
+    watch = bench("common.stopwatch").Stopwatch()
     inner = watch.timed("inner", lambda: time.sleep(0.02))
 
     def body() -> None:
@@ -140,7 +140,7 @@ def test_stopwatch_gives_every_part_its_own_time(bench: Any):
 
 
 def test_stopwatch_puts_the_functions_back(bench: Any):
-    stopwatch = bench("stopwatch")
+    stopwatch = bench("common.stopwatch")
     part = stopwatch.Part("turret.server.engine.sampler:Sampler.draw", "sampling")
     owner, attribute = part.locate()
     original = getattr(owner, attribute)
@@ -157,7 +157,7 @@ def test_stopwatch_puts_the_functions_back(bench: Any):
 
 def test_the_load_of_others_leaves_out_ones_own(bench: Any, monkeypatch: pytest.MonkeyPatch):
     """Two seconds on a two-core machine: 3 busy core-seconds, 1 of them the benchmark's."""
-    machine = bench("machine")
+    machine = bench("common.machine")
     Times = namedtuple("Times", "user system idle")
     now = 0
 
@@ -182,7 +182,7 @@ def test_the_load_of_others_leaves_out_ones_own(bench: Any, monkeypatch: pytest.
 
 
 def test_names_of_result_files(bench: Any):
-    assert bench("machine").slug("AMD EPYC(TM) 9655") == "amd-epyc-tm-9655"
+    assert bench("common.machine").slug("AMD EPYC(TM) 9655") == "amd-epyc-tm-9655"
 
 
 async def test_fusing_compares_windows_with_and_without_a_fusion(bench: Any):

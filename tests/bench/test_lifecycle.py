@@ -32,7 +32,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 @pytest.mark.parametrize("cv", [0.5, 1.0, 3.0])
 def test_a_trace_has_the_gaps_it_was_asked_for(bench: Any, cv: float) -> None:
-    workload = bench("workload")
+    workload = bench("scale.workload")
     asked = workload.Workload(num_requests=20_000, rate=8.0, cv=cv)
     trace = workload.draw(asked, ["a"])
     times = [0.0, *(arrival.seconds for arrival in trace)]
@@ -45,7 +45,7 @@ def test_a_trace_has_the_gaps_it_was_asked_for(bench: Any, cv: float) -> None:
 
 
 def test_popularity_follows_the_power_law(bench: Any) -> None:
-    workload = bench("workload")
+    workload = bench("scale.workload")
     names = [f"{number}" for number in range(100)]
     trace = workload.draw(workload.Workload(num_requests=50_000, rate=1.0), names)
     counts = Counter(arrival.adapter for arrival in trace)
@@ -64,7 +64,7 @@ def test_many_adapters_differ_and_share_files(bench: Any, tmp_path: Path) -> Non
         num_key_value_heads=2,
         vocab_size=128,
     )
-    many = bench("many_loras")
+    many = bench("scale.many_loras")
     names = many.write_many_loras(tmp_path / "root", 40, arch=read_arch(config), base_model="tiny")
     root = AdapterRoot(tmp_path / "root")
     read = [read_checkpoint(root, name, max_elements=1 << 20) for name in names]
@@ -78,7 +78,7 @@ def test_many_adapters_differ_and_share_files(bench: Any, tmp_path: Path) -> Non
 def test_requests_have_the_same_mean_rank_for_any_number_of_adapters(
     bench: Any, count: int
 ) -> None:
-    ranks = bench("many_loras").RANKS
+    ranks = bench("scale.many_loras").RANKS
     weights = [1 / number for number in range(1, count + 1)]
     total = sum(weight * ranks[i % len(ranks)] for i, weight in enumerate(weights))
     assert total / sum(weights) == pytest.approx(sum(ranks) / len(ranks), rel=0.1)
@@ -86,7 +86,7 @@ def test_requests_have_the_same_mean_rank_for_any_number_of_adapters(
 
 def test_ranks_are_dealt_out_in_the_order_given(bench: Any) -> None:
     lifecycle = bench("lifecycle")
-    assert lifecycle.parse_args([]).ranks == list(bench("many_loras").RANKS)
+    assert lifecycle.parse_args([]).ranks == list(bench("scale.many_loras").RANKS)
     assert lifecycle.parse_args(["--ranks", "64,8,32"]).ranks == [64, 8, 32]
 
 
@@ -94,7 +94,7 @@ def test_the_watch_sees_the_most_that_each_tier_held(bench: Any) -> None:
     metrics = Metrics()
     server = MetricsServer(metrics, "127.0.0.1:0")
     try:
-        with bench("memory_watch").MemoryWatch(server.address, os.getpid()) as watch:
+        with bench("scale.memory_watch").MemoryWatch(server.address, os.getpid()) as watch:
             metrics.adapter_bytes(host=3 << 20, device=2 << 20)
             watch._look()
             metrics.adapter_bytes(host=1 << 20, device=1 << 20)
@@ -170,7 +170,7 @@ def document(rates: dict[int, float], **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_a_bar_that_is_missed_is_named(bench: Any, changes: Any, missed: int) -> None:
-    bars = bench("bars").bars_of(document({5: 10.0, 10: 10.0, 1000: 9.6, 2000: 9.5}, **changes))
+    bars = bench("scale.bars").bars_of(document({5: 10.0, 10: 10.0, 1000: 9.6, 2000: 9.5}, **changes))
     assert len(bars) == 10
     assert sum(not bar.passed for bar in bars) == missed
 
@@ -185,7 +185,7 @@ def test_a_bar_that_is_missed_is_named(bench: Any, changes: Any, missed: int) ->
     ],
 )
 def test_throughput_must_hold(bench: Any, rates: Any, missed: list[int]) -> None:
-    bars = bench("bars").bars_of(document(rates))
+    bars = bench("scale.bars").bars_of(document(rates))
     failed = [bar.name for bar in bars if not bar.passed]
     assert len(failed) == len(missed)
     assert all(f" {number} adapters" in name for name, number in zip(failed, missed, strict=True))
@@ -199,7 +199,7 @@ def test_the_share_that_s_lora_kept_is_that_of_the_same_ranks(
     bench: Any, ranks: list[int], kept: float, limit: float | None
 ) -> None:
     rates = {5: 10.0, 10: 10.0, 1000: 10.0, 2000: 10 * kept}
-    bars = bench("bars").bars_of(document(rates, scenario__ranks=ranks))
+    bars = bench("scale.bars").bars_of(document(rates, scenario__ranks=ranks))
     found = [bar for bar in bars if "requests/s at 2000" in bar.name]
     assert [bar.limit for bar in found] == ([] if limit is None else [limit])
     assert all(bar.passed == (kept >= bar.limit) for bar in found)
@@ -218,5 +218,5 @@ def test_the_plot_is_well_formed_and_shows_every_number(bench: Any) -> None:
 
 
 def test_quantiles_are_values_that_were_seen(bench: Any) -> None:
-    quantile = bench("fairness").quantile
+    quantile = bench("scale.fairness").quantile
     assert [quantile([3.0, 1.0, 2.0], q) for q in (0.01, 0.5, 0.99)] == [1.0, 2.0, 3.0]

@@ -17,7 +17,7 @@ from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
 from servers.fake_turret import FakeInference, FakeTurret, abort, fake_turret
 
-from turret.clients.answer_metrics import (
+from turret.clients.evaluation.answer_metrics import (
     estimate,
     exact_match,
     mean,
@@ -25,7 +25,7 @@ from turret.clients.answer_metrics import (
     perplexity,
     token_f1,
 )
-from turret.clients.eval_set import EvalExample, EvalSetError, read_eval_set
+from turret.clients.evaluation.eval_set import EvalExample, EvalSetError, read_eval_set
 from turret.clients.verbs import add_verbs
 from turret.v1 import inference_pb2
 

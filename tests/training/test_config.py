@@ -11,10 +11,15 @@ from typing import Any
 import pytest
 from builders.training import write_jsonl
 
-from turret.training.config import TrainConfig
-from turret.training.config_file import build_config, read_config, render_commented, render_config
 from turret.training.data.example import Example, read_examples
 from turret.training.errors import ConfigError, DataError
+from turret.training.settings.config import TrainConfig
+from turret.training.settings.config_file import (
+    build_config,
+    read_config,
+    render_commented,
+    render_config,
+)
 
 MINIMAL = {"data": {"train": "train.jsonl"}}
 

@@ -10,12 +10,12 @@ import pytest
 from builders.tiny_models import EOS, tiny_tokenizer
 from builders.training import resolve_tiny, write_jsonl
 
-from turret.training.config import DataConfig
 from turret.training.data.batch import IGNORED, BatchStream, make_batch, pack_rows, single_rows
 from turret.training.data.dataset import split
 from turret.training.data.encode import Encoded, encode, encode_all
 from turret.training.data.example import Example
 from turret.training.errors import DataError
+from turret.training.settings.config import DataConfig
 
 CHAT = (
     "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}"

@@ -16,11 +16,11 @@ from builders.tiny_models import save_tiny_model
 from builders.training import resolve_tiny, write_words
 
 from turret.training.base_model import find_base, load_model
-from turret.training.config_file import render_config
 from turret.training.data.batch import make_batch, pack_rows
 from turret.training.errors import RunError
 from turret.training.loss import HEAD_ROWS, LossFunction
-from turret.training.run_folder import read_metrics
+from turret.training.run.folder import read_metrics
+from turret.training.settings.config_file import render_config
 from turret.training.trainer import Trainer
 
 EXACT = "base.dtype=float32"

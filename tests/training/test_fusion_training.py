@@ -19,10 +19,10 @@ from torch import nn
 
 from turret.server.errors import AdapterCheckpointError
 from turret.training.errors import ConfigError
-from turret.training.fusion_components import read_components
-from turret.training.fusion_layer import FusionLayer
-from turret.training.fusion_model import FusionModel
-from turret.training.resolve import Resolved
+from turret.training.fusion.components import read_components
+from turret.training.fusion.layer import FusionLayer
+from turret.training.fusion.model import FusionModel
+from turret.training.settings.resolve import Resolved
 from turret.training.trainer import Trainer, attach
 
 INNER, OUT, D_K = 24, 16, 5

@@ -13,8 +13,8 @@ from builders.tiny_models import BOS, EOS, VOCAB_SIZE, tiny_tokenizer
 from builders.training import resolve_tiny, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from turret.training.live_bytes import LiveBytes
-from turret.training.memory_estimate import estimate_memory
+from turret.training.memory.estimate import estimate_memory
+from turret.training.memory.live_bytes import LiveBytes
 from turret.training.methods import METHODS
 from turret.training.trainer import attach, trainable
 

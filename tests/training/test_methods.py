@@ -14,16 +14,16 @@ from peft import PeftModel
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.training.base_model import load_model
-from turret.training.config import OptimizerConfig
-from turret.training.config_file import build_config
 from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction
 from turret.training.methods import METHODS
 from turret.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from turret.training.peft_warnings import without_peft_warnings
-from turret.training.resolve import Resolved
-from turret.training.run_folder import read_metrics
+from turret.training.run.folder import read_metrics
 from turret.training.serving_cost import serving_cost
+from turret.training.settings.config import OptimizerConfig
+from turret.training.settings.config_file import build_config
+from turret.training.settings.resolve import Resolved
 from turret.training.sweep import sweep
 from turret.training.trainer import Trainer, attach, pad_token, trainable, validation_loss
 

@@ -14,7 +14,7 @@ from builders.training import resolve_tiny, write_jsonl
 from turret.server.cli import main
 from turret.training.report.curves import Curve, curves_svg, smoothed
 from turret.training.report.html_report import render_report
-from turret.training.run_folder import RunFolder, read_metrics
+from turret.training.run.folder import RunFolder, read_metrics
 from turret.training.trainer import Trainer
 
 VOID = {"meta", "line", "circle", "polyline"}

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turret.training.base_model import TrainingBase
-from turret.training.config import DataConfig
 from turret.training.data.batch import Row, pack_rows, single_rows
 from turret.training.data.encode import Encoded, EncodedSet, encode_all
 from turret.training.data.example import Example, data_digest, read_examples
 from turret.training.errors import ConfigError, DataError
+from turret.training.settings.config import DataConfig
 
 
 @dataclass(frozen=True, slots=True)

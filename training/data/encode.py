@@ -10,9 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from turret.training.config import DataConfig
 from turret.training.data.example import Example
 from turret.training.errors import DataError
+from turret.training.settings.config import DataConfig
 
 
 @dataclass(frozen=True, slots=True)

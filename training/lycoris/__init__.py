@@ -1,0 +1,1 @@
+"""LoHa and LoKr on NF4 modules, whose layers PEFT lacks."""

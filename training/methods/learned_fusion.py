@@ -12,13 +12,13 @@ from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
 from turret.server.errors import TurretError
 from turret.training.adapter_folder import write_adapter
 from turret.training.base_model import TrainingBase
-from turret.training.config import MethodConfig
 from turret.training.errors import ConfigError
-from turret.training.fusion_components import component_directories, read_components
-from turret.training.fusion_loss import FusionLoss
-from turret.training.fusion_model import FusionModel
+from turret.training.fusion.components import component_directories, read_components
+from turret.training.fusion.loss import FusionLoss
+from turret.training.fusion.model import FusionModel
 from turret.training.loss import LossFunction
 from turret.training.methods.method import fill_in
+from turret.training.settings.config import MethodConfig
 
 _KEY = "method.components"
 

@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import peft
 
 from turret.training.base_model import TrainingBase
-from turret.training.config import MethodConfig
 from turret.training.errors import ConfigError
 from turret.training.lycoris.nf4_layers import register_nf4_layers
 from turret.training.methods.method import PeftMethod, Settings
-from turret.training.presets import expand_targets
+from turret.training.settings.config import MethodConfig
+from turret.training.settings.presets import expand_targets
 
 register_nf4_layers()
 

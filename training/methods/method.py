@@ -16,11 +16,11 @@ import torch
 
 from turret.training.adapter_folder import write_adapter
 from turret.training.base_model import TrainingBase
-from turret.training.config import MethodConfig
 from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction
 from turret.training.peft_warnings import without_peft_warnings
-from turret.training.presets import expand_targets
+from turret.training.settings.config import MethodConfig
+from turret.training.settings.presets import expand_targets
 
 # A ``MethodConfig`` whose keys are filled in, for as many as the method's defaults name before the
 # one being asked for: None is out of the question, which its own types cannot say.

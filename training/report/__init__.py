@@ -1,0 +1,1 @@
+"""The page about a run: config, curves, answers before and after."""

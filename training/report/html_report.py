@@ -10,7 +10,7 @@ from typing import Any
 
 from turret.server.adapters.checkpoint.reader import TENSORS_FILE
 from turret.training.report.curves import Curve, curves_svg, smoothed
-from turret.training.run_folder import RunFolder, read_metrics
+from turret.training.run.folder import RunFolder, read_metrics
 
 _STYLE = """
 :root{--ink:#1d2329;--soft:#68727d;--line:#dfe3e8;--back:#fff;--card:#f6f8fa;--a:#2f6db3;--b:#d1622b}

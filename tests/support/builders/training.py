@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from turret.training.config_file import build_config
-from turret.training.resolve import Resolved, resolve
+from turret.training.settings.config_file import build_config
+from turret.training.settings.resolve import Resolved, resolve
 
 WORDS = ("red", "green", "blue", "black", "white", "amber", "pink", "grey")
 

@@ -8,10 +8,10 @@ import typing
 
 from checkout import ROOT
 
-from turret.training.config import TrainConfig
-from turret.training.config_file import render_value
 from turret.training.methods import METHODS
 from turret.training.methods.method import PeftMethod
+from turret.training.settings.config import TrainConfig
+from turret.training.settings.config_file import render_value
 
 PAGE = ROOT / "docs" / "training.md"
 

@@ -1,0 +1,105 @@
+"""Sends one batch of requests and times its tokens, as a client sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from common.prompts import Chat
+
+from turret.clients.aio import AsyncTurretClient
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One request's tokens; ``times[i]`` is when token ``i`` arrived, seconds from the start."""
+
+    token_ids: tuple[int, ...]
+    times: tuple[float, ...]
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class BatchTiming:
+    """What a batch took.
+
+    Attributes:
+        first_seconds: From the start until every request had its first token.
+        total_seconds: From the start until every request had its last.
+        mean_first_seconds: Mean over the requests of the time to the first token.
+        decode_rate: ``batch · (tokens − 1) / (total_seconds − first_seconds)``, tokens/s.
+        late_rate: As ``decode_rate``, counting only the tokens that did arrive after
+            ``first_seconds``: lower where some requests decode while others still prefill.
+    """
+
+    first_seconds: float
+    total_seconds: float
+    mean_first_seconds: float
+    decode_rate: float
+    late_rate: float
+
+    @classmethod
+    def of(cls, answers: Sequence[Answer]) -> BatchTiming:
+        firsts = [answer.times[0] for answer in answers]
+        first, total = max(firsts), max(answer.times[-1] for answer in answers)
+        span = total - first
+        after_first = sum(len(answer.times) - 1 for answer in answers)
+        late = sum(moment > first for answer in answers for moment in answer.times)
+        return cls(
+            first_seconds=first,
+            total_seconds=total,
+            mean_first_seconds=sum(firsts) / len(firsts),
+            decode_rate=after_first / span if span else 0.0,
+            late_rate=late / span if span else 0.0,
+        )
+
+
+def send_batch(
+    address: str, prompts: Sequence[Chat], adapters: Sequence[str | None], new_tokens: int
+) -> list[Answer]:
+    """Send all prompts at once, one adapter (or None) each; greedy, ``new_tokens`` each.
+
+    Raises:
+        TurretRpcError: A request failed.
+        ValueError: An answer has another length.
+    """
+
+    async def send() -> list[Answer]:
+        async with AsyncTurretClient(address) as client:
+            # The connection is no part of what is timed.
+            await client.get_model()
+            start = time.perf_counter()
+            requests = zip(prompts, adapters, strict=True)
+            return await asyncio.gather(
+                *(_send_one(client, start, *request, new_tokens) for request in requests)
+            )
+
+    return asyncio.run(send())
+
+
+async def _send_one(
+    client: AsyncTurretClient, start: float, prompt: Chat, adapter: str | None, new_tokens: int
+) -> Answer:
+    token_ids: list[int] = []
+    times: list[float] = []
+    cached_tokens = 0
+    stream = client.chat_stream(
+        prompt,
+        adapters=() if adapter is None else adapter,
+        temperature=0.0,
+        max_tokens=new_tokens,
+        ignore_eos=True,
+        token_ids=True,
+    )
+    async with stream:
+        async for chunk in stream:
+            now = time.perf_counter() - start
+            token_ids += chunk.token_ids
+            times += [now] * len(chunk.token_ids)
+            if chunk.usage is not None:
+                cached_tokens = chunk.usage.cached_tokens
+    if len(token_ids) != new_tokens:
+        raise ValueError(f"asked for {new_tokens} tokens, got {len(token_ids)}")
+    return Answer(tuple(token_ids), tuple(times), cached_tokens)

@@ -1,0 +1,122 @@
+"""What the numbers were measured on, and whether it was idle."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+
+import turret
+
+ROOT = Path(__file__).resolve().parents[2]
+# Other processes may take this part of the machine before a measurement is worthless.
+BUSY_SHARE = 0.1
+EXIT_BUSY = 3
+_PACKAGES = ("torch", "bitsandbytes", "transformers", "grpcio", "protobuf")
+
+
+def cpu_name() -> str:
+    """Model name of the processor."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = re.search(r"^model name\s*:\s*(.+)$", info.read_text(), re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def slug(text: str) -> str:
+    """``AMD EPYC 9655`` → ``amd-epyc-9655``, for file names."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def commit() -> str:
+    """Short hash of HEAD, with ``+`` behind it if files differ from it; empty outside git."""
+
+    def git(*args: str) -> str:
+        command = ["git", "-C", str(ROOT), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "--short", "HEAD") + ("+" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def describe() -> dict[str, Any]:
+    """The part of a result that says where it comes from."""
+    return {
+        "commit": commit(),
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "machine": {
+            "cpu": cpu_name(),
+            "cores": os.cpu_count(),
+            "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
+            "omp_num_threads": os.environ.get("OMP_NUM_THREADS"),
+        },
+        "versions": {
+            "turret": turret.__version__,
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in _PACKAGES},
+        },
+    }
+
+
+class CpuMeter:
+    """Measures which share of the machine's cores others than these processes take.
+
+    Args:
+        pids: Processes that do not count as others, beside this one.
+    """
+
+    def __init__(self, *pids: int) -> None:
+        self._own = [psutil.Process(pid) for pid in (os.getpid(), *pids)]
+        self.restart()
+
+    def restart(self) -> None:
+        """Start anew."""
+        self._wall = time.perf_counter()
+        self._before = self._foreign_seconds()
+
+    def foreign_share(self) -> float:
+        """Core-seconds of others over all core-seconds since the start, 0 to 1."""
+        seconds = time.perf_counter() - self._wall
+        foreign = self._foreign_seconds() - self._before
+        return min(max(foreign / (seconds * (os.cpu_count() or 1)), 0.0), 1.0)
+
+    def _foreign_seconds(self) -> float:
+        total = psutil.cpu_times()
+        busy = sum(total) - total.idle - getattr(total, "iowait", 0.0)
+        # Linux counts a guest's time in user time too.
+        busy -= getattr(total, "guest", 0.0) + getattr(total, "guest_nice", 0.0)
+        own = [process.cpu_times() for process in self._own]
+        return busy - sum(times.user + times.system for times in own)
+
+
+def require_idle(console: Console, is_forced: bool) -> float:
+    """Watch the machine; returns the share of it that others take.
+
+    Raises:
+        SystemExit: It is too large to measure anything, and nobody said to go on all the same.
+    """
+    load = measure_load()
+    if load > BUSY_SHARE and not is_forced:
+        console.print(f"others take {load:.0%} of this machine's cores: wait, or --force")
+        raise SystemExit(EXIT_BUSY)
+    return load
+
+
+def measure_load(seconds: float = 3.0) -> float:
+    """Watch the machine for a while; returns the share that others take, 0 to 1."""
+    meter = CpuMeter()
+    time.sleep(seconds)
+    return meter.foreign_share()

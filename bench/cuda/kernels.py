@@ -1,0 +1,189 @@
+"""Single kernels at a model's shapes: correctness against float64, then rates against floors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from cuda.setting import Setting
+from cuda.step import KV_BLOCK, DecodeStep, random_nf4
+
+from turret.kernels.gpu.hadamard_expand import hadamard_expand
+from turret.kernels.gpu.hadamard_shrink import hadamard_shrink
+from turret.kernels.gpu.kronecker import kronecker
+from turret.kernels.gpu.nf4_matmul import nf4_matmul
+from turret.kernels.gpu.paged_attention import paged_attention
+from turret.kernels.gpu.rms_norm import residual_rms_norm
+from turret.kernels.gpu.row_table import RowTable
+from turret.kernels.gpu.silu_mul import silu_mul
+from turret.kernels.nf4_matmul import Nf4Matrix
+
+
+def _rate(num_bytes: int, milliseconds: float) -> float:
+    return num_bytes / milliseconds / 1e6
+
+
+def copy_bandwidth(setting: Setting) -> None:
+    """What the memory gives: a large read (the floor of everything below)."""
+    words = 1 << (28 if setting.device.type == "cuda" else 10)
+    source = torch.ones(words, dtype=torch.float32, device=setting.device)
+    timing = setting.stopwatch.time(source.sum)
+    setting.report.add(
+        "memory read", f"{words * 4 >> 20} MiB", timing, gb_s=_rate(4 * words, timing.p50)
+    )
+
+
+def nf4(setting: Setting) -> None:
+    """The base product, ours against a dense product and bitsandbytes where it is installed."""
+    for name, (inner, outs) in setting.model.groups.items():
+        weight = random_nf4(sum(outs), inner, setting.device)
+        dense = weight.dequantize(setting.dtype)
+        assert isinstance(weight.absmax, torch.Tensor)
+        size = weight.packed.nbytes + weight.absmax.nbytes
+        for rows in setting.row_counts:
+            x = setting.random(rows, inner)
+            error = setting.check(nf4_matmul(x, weight), x.double() @ dense.double().T)
+            shape = f"{name} {rows} rows"
+            timing = setting.stopwatch.time(lambda x=x, w=weight: nf4_matmul(x, w))
+            library = setting.stopwatch.time(lambda x=x, w=dense: F.linear(x, w))
+            setting.report.add(
+                "nf4_matmul", shape, timing,
+                gb_s=_rate(size, timing.p50), error=error, dense_over_ours=library.p50 / timing.p50,
+            )  # fmt: skip
+            _bitsandbytes(setting, shape, weight, x, timing.p50)
+
+
+def _bitsandbytes(
+    setting: Setting, shape: str, weight: Nf4Matrix, x: torch.Tensor, ours_ms: float
+) -> None:
+    try:
+        import bitsandbytes.functional as bnb_functional
+        from bitsandbytes.autograd._functions import matmul_4bit
+    except ImportError:
+        if shape.startswith("qkv 1 "):
+            print("bitsandbytes is not installed: its product is not timed")
+        return
+    if setting.device.type != "cuda":
+        return
+    state = bnb_functional.QuantState(
+        absmax=weight.absmax,
+        shape=torch.Size((weight.out_features, weight.in_features)),
+        dtype=setting.dtype,
+        blocksize=64,
+        code=bnb_functional.get_4bit_type("nf4", device=str(setting.device)),
+        quant_type="nf4",
+    )
+    packed = weight.packed.view(-1, 1)
+    timing = setting.stopwatch.time(lambda: matmul_4bit(x, packed.t(), quant_state=state))
+    setting.report.add("bitsandbytes 4-bit", shape, timing, over_ours=timing.p50 / ours_ms)
+
+
+def attention(setting: Setting) -> None:
+    """Decode attention over every row's context."""
+    step = DecodeStep(
+        setting.model, 1, setting.rows, setting.context, setting.dtype, setting.device
+    )
+    model = setting.model
+    q = setting.random(setting.rows, model.heads, model.head_dim)
+    k, v = step.cache.keys[0], step.cache.values[0]
+    table = step.attention_table()
+    scale = model.head_dim**-0.5
+    out = paged_attention(q, k, v, table, scale=scale)
+    blocks = -(-(setting.context + 1) // KV_BLOCK)
+    seen = slice(1, 1 + blocks)
+    keys, values = (c[seen].flatten(0, 1)[: setting.context + 1].double() for c in (k, v))
+    per_head = model.heads // model.kv_heads
+    keys, values = (t.transpose(0, 1).repeat_interleave(per_head, 0) for t in (keys, values))
+    scores = (keys @ q[0].double().unsqueeze(2)).squeeze(2) * scale
+    exact = (scores.softmax(1).unsqueeze(1) @ values).squeeze(1)
+    error = setting.check(out[0], exact)
+    timing = setting.stopwatch.time(lambda: paged_attention(q, k, v, table, scale=scale))
+    num_bytes = 2 * setting.rows * setting.context * model.kv_heads * model.head_dim * q.itemsize
+    setting.report.add(
+        "paged_attention", f"{setting.rows} rows x {setting.context}", timing,
+        gb_s=_rate(num_bytes, timing.p50), error=error,
+    )  # fmt: skip
+
+
+def _by_slot(
+    setting: Setting, name: str, shape: str, run: Callable[[torch.Tensor], object],
+    exact: torch.Tensor, num_bytes: int,
+) -> None:  # fmt: skip
+    """Check row 0 of an update in place and time it."""
+    y = torch.zeros(setting.rows, exact.shape[0], dtype=setting.dtype, device=setting.device)
+    run(y)
+    error = setting.check(y[0], exact)
+    timing = setting.stopwatch.time(lambda: run(y))
+    setting.report.add(name, shape, timing, gb_s=_rate(num_bytes, timing.p50), error=error)
+
+
+def _row_table(setting: Setting, slots: int) -> RowTable:
+    table = RowTable(setting.rows, setting.device)
+    rows = list(range(setting.rows))
+    table.load(rows, [row % slots for row in rows], [1.0] * len(rows))
+    return table
+
+
+def hadamard(setting: Setting) -> None:
+    """LoHa over the qkv projection, every row one of 8 adapters."""
+    inner, outs = setting.model.groups["qkv"]
+    slots, rank = 8, setting.rank
+    w1b, w2b = (setting.random(slots, len(outs), rank, inner) * inner**-0.5 for _ in range(2))
+    w1a, w2a = ([setting.random(slots, out, rank) for out in outs] for _ in range(2))
+    x = setting.random(setting.rows, inner)
+    table = _row_table(setting, slots)
+
+    def run(y: torch.Tensor) -> None:
+        hadamard_expand(y, hadamard_shrink(x, w1b, w2b, table), w1a, w2a, table)
+
+    exact = []
+    for s in range(len(outs)):
+        left = w1a[s][0].double() @ w1b[0, s].double()
+        right = w2a[s][0].double() @ w2b[0, s].double()
+        exact.append((left * right) @ x[0].double())
+    size = sum(t.nbytes for t in (w1b, w2b, *w1a, *w2a))
+    _by_slot(setting, "hadamard", f"qkv 8 adapters r={rank}", run, torch.cat(exact), size)
+
+
+def kron(setting: Setting) -> None:
+    """LoKr over the o projection, every row one of 8 adapters."""
+    inner, (out,) = setting.model.groups["o"]
+    slots = 8
+    factor = 64 if inner % 64 == 0 and inner >= 4096 else 8
+    small = setting.random(slots, factor, factor) * factor**-0.5
+    large = setting.random(slots, out // factor, inner // factor) * (inner // factor) ** -0.5
+    x = setting.random(setting.rows, inner)
+    table = _row_table(setting, slots)
+    exact = torch.kron(small[0].double(), large[0].double()) @ x[0].double()
+    _by_slot(
+        setting, "kronecker", f"o 8 adapters {factor}x{factor}",
+        lambda y: kronecker(x, y, small, large, table), exact, small.nbytes + large.nbytes,
+    )  # fmt: skip
+
+
+def between(setting: Setting) -> None:
+    """The small fused kernels."""
+    model = setting.model
+    residual, update = (setting.random(setting.rows, model.hidden) for _ in range(2))
+    weight = setting.random(model.hidden)
+    total = residual + update
+    exact = F.rms_norm(total.double(), (model.hidden,), weight.double(), 1e-5)
+    error = setting.check(residual_rms_norm(residual, update, weight, 1e-5), exact)
+    timing = setting.stopwatch.time(lambda: residual_rms_norm(residual, update, weight, 1e-5))
+    setting.report.add("residual_rms_norm", f"{setting.rows} rows", timing, error=error)
+    gate_up = setting.random(setting.rows, 2 * model.inner)
+    gate, up = gate_up.double().chunk(2, dim=1)
+    error = setting.check(silu_mul(gate_up), gate * gate.sigmoid() * up)
+    timing = setting.stopwatch.time(lambda: silu_mul(gate_up))
+    setting.report.add("silu_mul", f"{setting.rows} rows", timing, error=error)
+
+
+KERNELS: dict[str, Callable[[Setting], None]] = {
+    "memory": copy_bandwidth,
+    "nf4": nf4,
+    "attention": attention,
+    "hadamard": hadamard,
+    "kronecker": kron,
+    "between": between,
+}

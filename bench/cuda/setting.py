@@ -1,0 +1,94 @@
+"""Shapes, device and report that the parts of the GPU benchmark share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from cuda.kernel_launches import MODELS, Model
+from cuda.timing import Report, Stopwatch
+
+# RMS of the error over RMS of the exact result: one rounding, and sums in another order.
+MAX_ERROR = {torch.bfloat16: 4e-3, torch.float16: 6e-4}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is measured on what.
+
+    Attributes:
+        model: Shapes.
+        num_layers: Layers of the decode step.
+        rows: Sequences of the decode step.
+        context: Tokens before the step.
+        dtype: Of activations and adapters.
+        adapters: How many distinct adapters the scenarios use.
+        rank: Rank of uniform scenarios.
+        row_counts: Rows of the base product.
+        stopwatch: Times on the device.
+        report: Collects rows.
+    """
+
+    model: Model
+    num_layers: int
+    rows: int
+    context: int
+    dtype: torch.dtype
+    adapters: tuple[int, ...]
+    rank: int
+    row_counts: tuple[int, ...]
+    stopwatch: Stopwatch
+    report: Report
+
+    @classmethod
+    def full(cls) -> Setting:
+        """Llama-3.1-8B on the GPU."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        return cls(
+            model=MODELS["Llama-3.1-8B"],
+            num_layers=32,
+            rows=64,
+            context=512,
+            dtype=torch.bfloat16,
+            adapters=(1, 8, 32, 64),
+            rank=16,
+            row_counts=(1, 4, 16, 32, 64),
+            stopwatch=Stopwatch(device),
+            report=Report(device),
+        )
+
+    @classmethod
+    def tiny(cls) -> Setting:
+        """A toy model in the interpreter, which has no bf16 products."""
+        device = torch.device("cpu")
+        return cls(
+            model=Model(hidden=64, heads=4, kv_heads=2, head_dim=16, inner=128),
+            num_layers=1,
+            rows=4,
+            context=20,
+            dtype=torch.float16,
+            adapters=(1, 4),
+            rank=8,
+            row_counts=(1, 4),
+            stopwatch=Stopwatch(device),
+            report=Report(device),
+        )
+
+    @property
+    def device(self) -> torch.device:
+        return self.stopwatch.device
+
+    def random(self, *shape: int) -> torch.Tensor:
+        """Normal values in the setting's dtype, on its device."""
+        return torch.randn(shape, dtype=self.dtype, device=self.device)
+
+    def check(self, actual: torch.Tensor, exact: torch.Tensor) -> float:
+        """Error ratio of a result.
+
+        Raises:
+            AssertionError: It is over the bound, or something is not finite.
+        """
+        difference = actual.double() - exact.double()
+        ratio = float(difference.norm() / exact.double().norm())
+        assert ratio < MAX_ERROR[self.dtype], f"error ratio {ratio:.3g}"
+        return ratio

@@ -1,0 +1,266 @@
+"""A whole decode step as the server runs it, at a model's shapes.
+
+The server's own decoder, adapter pack and executor, CUDA graphs included, over random NF4 weights
+made in place and random adapters; what is left out is sampling and everything before the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from cuda.kernel_launches import Model
+
+from turret.kernels.gpu.attention_table import AttentionTable
+from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
+from turret.kernels.paged_attention import SequenceSpan
+from turret.server.adapters.device.gpu_store import GpuStore
+from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.adapters.operators import (
+    AdapterOperators,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    ModuleOperators,
+)
+from turret.server.engine.decode_graphs import capture_for
+from turret.server.engine.executor import Computed
+from turret.server.engine.gpu_executor import GpuExecutor
+from turret.server.engine.request import Request
+from turret.server.engine.scheduler import Scheduled, Step
+from turret.server.engine.sequence import Sequence
+from turret.server.models.adapted_linear import AdaptedLinear
+from turret.server.models.arch import Arch
+from turret.server.models.decoder import DecoderLayer
+from turret.server.models.gpu_decoder import GpuDecoder
+from turret.server.models.kv_cache import KvCache
+from turret.server.models.nf4_gpu import Nf4Product
+
+KV_BLOCK = 16
+# No budget: what fits is what the device has.
+_NO_LIMIT = 1 << 50
+
+
+def random_nf4(out_features: int, in_features: int, device: torch.device) -> Nf4Matrix:
+    """Random codes with maxima that make a result about as large as the input."""
+    size = out_features * in_features
+    packed = torch.randint(0, 256, (size // 2,), dtype=torch.uint8, device=device)
+    absmax = torch.rand(size // BLOCK, device=device).mul_(2 * in_features**-0.5)
+    return Nf4Matrix(packed, absmax, out_features, in_features)
+
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Who uses which adapter.
+
+    Attributes:
+        name: As printed.
+        slot_of_row: Slot per row, 0 for the base model alone.
+        ranks: Ranks of slots 1, 2, …
+        method: ``lora``, ``dora``, ``loha`` or ``lokr``.
+    """
+
+    name: str
+    slot_of_row: tuple[int, ...]
+    ranks: tuple[int, ...]
+    method: str = "lora"
+
+
+@dataclass(slots=True)
+class _Base:
+    """A fused projection of random weights."""
+
+    product: Nf4Product
+    widths: tuple[int, ...]
+    in_features: int
+
+
+@dataclass(slots=True)
+class Adapter:
+    """A resident adapter."""
+
+    key: str
+    operators: AdapterOperators
+    bytes_device: int = 0
+    num_soft_tokens: int = 0
+    num_prefix_positions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Mix:
+    components: tuple[tuple[Adapter, float], ...]
+
+    @property
+    def key(self) -> tuple[tuple[str, int, float], ...]:
+        return tuple((adapter.key, 1, weight) for adapter, weight in self.components)
+
+    def ensure_host(self, callback: Callable[[Any], None]) -> bool:
+        return True
+
+
+class DecodeStep:
+    """The model, its cache and one decode step of ``num_rows`` sequences.
+
+    Attributes:
+        base_bytes: Bytes a step must read at least: weights, maxima, head, keys and values.
+        cache: The KV cache.
+        spans: The sequences, as attention sees them.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        num_layers: int,
+        num_rows: int,
+        context: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.num_rows, self.context, self.dtype, self.device = num_rows, context, dtype, device
+        self._model = model
+        self._arch = _arch(model, num_layers, context)
+        blocks = -(-(context + 1) // KV_BLOCK)
+        self.cache = KvCache(self._arch, num_rows * blocks + 1, KV_BLOCK, dtype, device)
+        self.cache.keys.normal_()
+        self.cache.values.normal_()
+        self._blocks = [list(range(1 + i * blocks, 1 + (i + 1) * blocks)) for i in range(num_rows)]
+        self.spans = [SequenceSpan(i, 1, context, b) for i, b in enumerate(self._blocks)]
+        self.base_bytes = 0
+        self._decoder = self._make_decoder()
+        per_token = 2 * model.kv_heads * model.head_dim * dtype.itemsize
+        self.base_bytes += num_layers * num_rows * context * per_token
+        self._capture = capture_for(device)
+        self.forget()
+
+    def forget(self) -> None:
+        """Give the adapters' memory and the captured graphs back."""
+        groups = {
+            name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
+            for name, slices in self._arch.linears().items()
+        }
+        layout = ProjectionLayout(self._arch.num_layers, groups)
+        self._executor = None
+        self._executor = GpuExecutor(
+            self._decoder,
+            self.cache,
+            GpuStore(layout, self.dtype, self.device, _NO_LIMIT),
+            max_num_seqs=self.num_rows,
+            max_num_batched_tokens=self.num_rows,
+            capture=self._capture,
+        )
+
+    def attention_table(self) -> AttentionTable:
+        """The step's sequences on the device."""
+        table = AttentionTable(
+            max_records=self.num_rows * (self.context // 512 + 2),
+            max_blocks=self.num_rows * len(self._blocks[0]),
+            queries_per_head=self._arch.queries_per_head,
+            window=self._model.window,
+            device=self.device,
+        )
+        table.load(self.spans)
+        return table
+
+    def plan(self, adapter_of_row: list[Adapter | None]) -> Step:
+        """A step in which every sequence generates one token."""
+        scheduled = []
+        for row, adapter in enumerate(adapter_of_row):
+            request = Request(request_id=str(row), prompt_token_ids=(1,) * self.context)
+            mix = _Mix(() if adapter is None else ((adapter, 1.0),))
+            sequence = Sequence(request, mix, 0.0)
+            sequence.tokens.append(row % self._arch.vocab_size)
+            sequence.num_computed = self.context
+            sequence.blocks = self._blocks[row]
+            scheduled.append(Scheduled(sequence, 1))
+        return Step(tuple(scheduled), (), 0)
+
+    def run(self, step: Step) -> Computed:
+        """Compute a step, metadata to logits."""
+        assert self._executor is not None
+        with torch.inference_mode():
+            return self._executor.run(step)
+
+    def adapters(self, scenario: Scenario) -> list[Adapter]:
+        """An adapter per slot; those of one rank share their numbers, but not their memory."""
+        made: dict[int, AdapterOperators] = {}
+        for rank in scenario.ranks:
+            if rank not in made:
+                made[rank] = AdapterOperators(dict(self._modules(scenario.method, rank)))
+        return [Adapter(f"a{i}", made[rank]) for i, rank in enumerate(scenario.ranks)]
+
+    def _modules(self, method: str, rank: int) -> Iterator[tuple[str, ModuleOperators]]:
+        for layer in range(self._arch.num_layers):
+            for slices in self._arch.linears().values():
+                for path, out, inner in slices:
+                    name = f"model.layers.{layer}.{path}"
+                    yield name, self._operators(method, rank, out, inner)
+
+    def _operators(self, method: str, rank: int, out: int, inner: int) -> ModuleOperators:
+        if method == "loha":
+            narrow = [self._factor(rank, inner) for _ in range(2)]
+            wide = [self._factor(out, rank) for _ in range(2)]
+            return ModuleOperators(hadamard=Hadamard(wide[0], narrow[0], wide[1], narrow[1]))
+        if method == "lokr":
+            size = next(f for f in (64, 32, 16, 8, 4) if inner % f == 0 and out % f == 0)
+            second = self._factor(out // size, inner // size)
+            return ModuleOperators(kronecker=Kronecker(self._factor(size, size), second))
+        low_rank = LowRank(self._factor(rank, inner), self._factor(rank, out).mul_(0.1))
+        gain = None
+        if method == "dora":
+            gain = torch.rand(out, device=self.device).mul_(0.1).add_(1.0)
+        return ModuleOperators(low_rank=low_rank, gain=gain)
+
+    def _factor(self, *shape: int) -> torch.Tensor:
+        made = torch.randn(shape, dtype=self.dtype, device=self.device)
+        return made.mul_(shape[-1] ** -0.5)
+
+    def _make_decoder(self) -> GpuDecoder:
+        arch, like = self._arch, {"dtype": self.dtype, "device": self.device}
+        layers = []
+        for number in range(arch.num_layers):
+            linears: dict[str, Any] = {}
+            for group, slices in arch.linears().items():
+                widths = tuple(out for _, out, _ in slices)
+                weight = random_nf4(sum(widths), slices[0][2], self.device)
+                assert isinstance(weight.absmax, torch.Tensor)
+                self.base_bytes += weight.packed.nbytes + weight.absmax.nbytes
+                base = _Base(Nf4Product(weight, self.dtype), widths, slices[0][2])
+                linears[group] = AdaptedLinear(number, group, base, None)  # type: ignore[arg-type]
+            norms = [torch.ones(arch.hidden_size, **like) for _ in range(2)]
+            layers.append(
+                DecoderLayer(
+                    input_norm=norms[0],
+                    post_attention_norm=norms[1],
+                    q_norm=None,
+                    k_norm=None,
+                    **linears,
+                )
+            )
+        table = torch.randn(arch.vocab_size, arch.hidden_size, **like).mul_(arch.hidden_size**-0.5)
+        self.base_bytes += table.nbytes
+        norm = torch.ones(arch.hidden_size, **like)
+        return GpuDecoder(arch, embedding=table, layers=layers, norm=norm, head=table)
+
+
+def _arch(model: Model, num_layers: int, context: int) -> Arch:
+    exponents = torch.arange(0, model.head_dim, 2).float() / model.head_dim
+    return Arch(
+        model_type="llama",
+        vocab_size=model.vocab,
+        hidden_size=model.hidden,
+        intermediate_size=model.inner,
+        num_layers=num_layers,
+        num_heads=model.heads,
+        num_kv_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        rms_norm_eps=1e-5,
+        max_model_len=context + KV_BLOCK,
+        tie_word_embeddings=True,
+        qk_norm=False,
+        windows=(model.window,) * num_layers,
+        rotary=(True,) * num_layers,
+        inv_freq=1.0 / 500000.0**exponents,
+        rope_scaling=1.0,
+    )

@@ -1,0 +1,119 @@
+"""What a cold adapter costs its own request, and what it costs the others."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from scale.replay import Served, median_ms, replay
+from scale.workload import Arrival, Workload, draw
+
+from turret.clients.client import TurretClient
+
+_PROMPT_TOKENS = 32
+# Requests per second for the adapter that is there, and as many for the others.
+_RATE = 4.0
+_PAIRS = 9
+# Of prompts that are played twice: behind another first token, no block of theirs is cached.
+_FIRST_TOKEN = 700
+
+
+def cold_among(address: str, names: Sequence[str]) -> list[str]:
+    """Those that are on disk alone, in their order."""
+    with TurretClient(address) as client:
+        cold = {adapter.name for adapter in client.adapters.list(residency="disk", page_size=1000)}
+    return [name for name in names if name in cold]
+
+
+def probe_cold(address: str, names: Sequence[str]) -> dict[str, Any]:
+    """What one request pays for its own cold adapter, with nothing else to do for the server.
+
+    Args:
+        address: Of the server.
+        names: Adapters of the rank in question; each that is cold is asked twice, one request
+            after the other, so that the second finds it there.
+    """
+    penalties, loads = [], []
+    for number, name in enumerate(cold_among(address, names)):
+        # Prompts of their own: the prefix cache must not help.
+        firsts = [2000 + 2 * _PROMPT_TOKENS * number, 2000 + 2 * _PROMPT_TOKENS * number + 33]
+        cold, warm = (
+            replay(address, [Arrival(0.0, name, tuple(range(at, at + _PROMPT_TOKENS)), 1)])[0]
+            for at in firsts
+        )
+        if cold.is_cold and not warm.is_cold:
+            penalties.append(cold.seconds_to_first - warm.seconds_to_first)
+            loads.append(cold.load_seconds)
+    return {
+        "probes": len(penalties),
+        "penalty_ms": median_ms(penalties),
+        "penalty_ms_each": [round(1e3 * seconds, 2) for seconds in penalties],
+        "load_ms": median_ms(loads),
+    }
+
+
+def measure_interference(
+    address: str, resident: str, others: Sequence[str], count: int
+) -> dict[str, Any]:
+    """Time to first token of a resident adapter while others are asked that are cold, or are not.
+
+    The same requests at the same times, for the same other adapters, are played twice, a prompt
+    token apart: the first time each of these adapters is cold and read for its request, the second
+    time it is there. Nothing differs but the reads.
+
+    Args:
+        address: Of the server.
+        resident: The adapter whose requests are timed; it is pinned meanwhile.
+        others: Adapters of which enough are cold.
+        count: Requests for each kind in a run.
+    """
+    first: dict[bool, list[float]] = {True: [], False: []}
+    num_cold = 0
+    workload = Workload(
+        num_requests=count,
+        rate=_RATE,
+        prompt_tokens=(_PROMPT_TOKENS, _PROMPT_TOKENS),
+        new_tokens=(4, 4),
+    )
+    with TurretClient(address) as client:
+        client.adapters.pin(resident)
+        cold = iter(cold_among(address, others))
+        for pair in range(_PAIRS):
+            names = list(itertools.islice(cold, count))
+            if len(names) < count:
+                break
+            timed = draw(replace(workload, seed=2 * pair), [resident])
+            beside = draw(replace(workload, seed=2 * pair + 1), names)
+            # Each of them once, whatever was drawn.
+            beside = [replace(a, adapter=n) for a, n in zip(beside, names, strict=True)]
+            trace = sorted(timed + beside, key=lambda a: a.seconds)
+            for are_cold in (True, False):
+                served = replay(address, [_begin_with(_FIRST_TOKEN + are_cold, a) for a in trace])
+                ours, rest = _split(served, resident)
+                first[are_cold] += [answer.seconds_to_first for answer in ours]
+                if are_cold:
+                    num_cold += sum(answer.is_cold for answer in rest)
+        client.adapters.unpin(resident)
+    ratio = None
+    if first[True]:
+        ratio = round(statistics.median(first[True]) / statistics.median(first[False]), 3)
+    return {
+        "requests": len(first[True]),
+        "cold_loads": num_cold,
+        "ttft_beside_cold_ms": median_ms(first[True]),
+        "ttft_beside_warm_ms": median_ms(first[False]),
+        "ratio": ratio,
+    }
+
+
+def _begin_with(token: int, arrival: Arrival) -> Arrival:
+    """The same request with a prompt that has no prefix in common with any drawn one."""
+    return replace(arrival, prompt=(token, *arrival.prompt[1:]))
+
+
+def _split(served: Sequence[Served], adapter: str) -> tuple[list[Served], list[Served]]:
+    mine = [answer for answer in served if answer.adapter == adapter]
+    return mine, [answer for answer in served if answer.adapter != adapter]

@@ -1,0 +1,62 @@
+"""Thousands of different adapters that share a few tensor files on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from common.random_lora import ALL, write_random_lora
+
+from turret.server.models.arch import Arch
+
+# In this order the popular adapters have about the mean rank of all, so that traces for few and for
+# many differ in the number alone: by popularity 27 of five, 29 of ten, 30 of more. Ascending, five
+# have 19.
+RANKS = (16, 64, 8, 32)
+_FILES_PER_RANK = 4
+_TENSORS, _CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def write_many_loras(
+    root: Path,
+    count: int,
+    *,
+    arch: Arch,
+    base_model: str,
+    targets: Sequence[str] = ALL,
+    ranks: Sequence[int] = RANKS,
+) -> list[str]:
+    """Write ``count`` adapters of the ranks in turn; each has a config, and so a digest, its own.
+
+    Tensor files are hard links to a few: an adapter is still read, hashed and lowered in full, but
+    from the page cache once its file has been read.
+
+    Returns:
+        Their names, which are their directories too.
+    """
+    originals = []
+    for number in range(min(count, _FILES_PER_RANK * len(ranks))):
+        folder = root / f"file-{number:02}"
+        write_random_lora(
+            folder,
+            arch=arch,
+            base_model=base_model,
+            rank=ranks[number % len(ranks)],
+            seed=number,
+            targets=targets,
+        )
+        originals.append(folder)
+    names = []
+    for number in range(count):
+        original = originals[number % len(originals)]
+        folder = root / f"many-{number:05}"
+        folder.mkdir()
+        os.link(original / _TENSORS, folder / _TENSORS)
+        config = json.loads((original / _CONFIG).read_text())
+        # A scale of its own: no two adapters give the same answers.
+        config["lora_alpha"] = config["r"] * (1.0 + number / 10_000)
+        (folder / _CONFIG).write_text(json.dumps(config))
+        names.append(folder.name)
+    return names

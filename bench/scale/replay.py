@@ -1,0 +1,91 @@
+"""Plays a trace to a server and times its answers, as a client sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from scale.workload import Arrival
+
+from turret.clients.aio import AsyncTurretClient
+from turret.clients.results import AdapterUse
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One answered request.
+
+    Attributes:
+        adapter: Which it named.
+        seconds_to_first: From sending it to its first token.
+        finished: When its last token came, seconds from the start of the trace.
+        is_cold: Whether its adapter had to be read for it.
+        load_seconds: How long that took; 0 if it was not cold.
+        queue_seconds: How long the server let it wait, by the server's clock.
+    """
+
+    adapter: str
+    seconds_to_first: float
+    finished: float
+    is_cold: bool
+    load_seconds: float
+    queue_seconds: float
+
+
+def replay(address: str, trace: Sequence[Arrival]) -> list[Served]:
+    """Send every request at its time, whatever became of those before.
+
+    Raises:
+        TurretRpcError: A request failed.
+        ValueError: An answer has another length than was asked for.
+    """
+
+    async def play() -> list[Served]:
+        async with AsyncTurretClient(address) as client:
+            # The connection is no part of what is timed.
+            await client.get_model()
+            start = time.perf_counter()
+            return await asyncio.gather(*(_send(client, start, arrival) for arrival in trace))
+
+    return asyncio.run(play())
+
+
+async def _send(client: AsyncTurretClient, start: float, arrival: Arrival) -> Served:
+    await asyncio.sleep(max(start + arrival.seconds - time.perf_counter(), 0.0))
+    sent = time.perf_counter()
+    first, count = 0.0, 0
+    uses: list[AdapterUse] = []
+    queued = 0.0
+    stream = client.generate_stream(
+        list(arrival.prompt),
+        adapters=arrival.adapter,
+        temperature=0.0,
+        max_tokens=arrival.new_tokens,
+        ignore_eos=True,
+        token_ids=True,
+    )
+    async with stream:
+        async for chunk in stream:
+            if chunk.token_ids and not count:
+                first = time.perf_counter() - sent
+            count += len(chunk.token_ids)
+            uses += chunk.adapters_used
+            queued = queued if chunk.timing is None else chunk.timing.queue
+    if count != arrival.new_tokens:
+        raise ValueError(f"asked for {arrival.new_tokens} tokens, got {count}")
+    return Served(
+        adapter=arrival.adapter,
+        seconds_to_first=first,
+        finished=time.perf_counter() - start,
+        is_cold=uses[0].cold_start,
+        load_seconds=uses[0].load_ms / 1e3,
+        queue_seconds=queued,
+    )
+
+
+def median_ms(values: Sequence[float]) -> float | None:
+    """Median of seconds, in milliseconds; None of nothing."""
+    return round(1e3 * statistics.median(values), 2) if values else None

@@ -1,0 +1,258 @@
+"""Judges a base model, adapters and mixes on a test set, through a running server.
+
+What is judged is what is served: answers come from ``Generate`` (greedy), perplexities from
+``Score`` on the tokens of the right answers, given the prompts.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from turret.clients.client import TurretClient
+from turret.clients.errors import TurretRpcError
+from turret.clients.evaluation.answer_metrics import (
+    Estimate,
+    estimate,
+    exact_match,
+    mean,
+    named_label,
+    perplexity,
+    token_f1,
+)
+from turret.clients.evaluation.eval_set import EvalExample
+from turret.clients.mix import AdapterWeight
+
+METRICS = ("perplexity", "exact_match", "token_f1", "label_accuracy")
+_MOST_RETRIES = 30
+
+Mix = tuple[AdapterWeight, ...]
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalOptions:
+    """How to judge.
+
+    Attributes:
+        metrics: Of ``METRICS``.
+        labels: What ``label_accuracy`` looks for in an answer.
+        max_tokens: Longest answer.
+        concurrency: Calls under way at once; the server batches them.
+        timeout: Deadline of a call in seconds, None for the client's.
+    """
+
+    metrics: tuple[str, ...]
+    labels: tuple[str, ...] = ()
+    max_tokens: int = 128
+    concurrency: int = 16
+    timeout: float | None = None
+
+    @property
+    def is_answer_needed(self) -> bool:
+        """Whether any metric looks at an answer."""
+        return any(metric != "perplexity" for metric in self.metrics)
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """One example's outcome with one mix.
+
+    Attributes:
+        line: The example's line in the test set.
+        answer: What was generated; None if no metric asked for it.
+        logprob: Natural log probability of the right answer's tokens, None if not asked for.
+        tokens: How many those are.
+        scores: Per metric but perplexity, in [0, 1].
+    """
+
+    line: int
+    answer: str | None
+    logprob: float | None
+    tokens: int
+    scores: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class MixReport:
+    """One mix's figures over the test set, and its examples in the file's order."""
+
+    mix: str
+    examples: int
+    metrics: dict[str, Estimate]
+    judged: tuple[Judged, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """The tokens of an example: those of the prompt, and those of the right answer."""
+
+    prompt: tuple[int, ...]
+    reference: tuple[int, ...]
+
+
+def mix_name(mix: Mix) -> str:
+    """How a mix is written on the command line; ``base`` where it is empty."""
+    return "+".join(map(str, mix)) or "base"
+
+
+def evaluate(
+    client: TurretClient,
+    examples: Sequence[EvalExample],
+    mixes: Sequence[Mix],
+    options: EvalOptions,
+    *,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[MixReport]:
+    """Judge every mix on every example; calls of all mixes are under way together.
+
+    Args:
+        client: Of the server.
+        examples: The test set, not empty.
+        mixes: What to judge; an empty one is the base model alone.
+        options: How to judge.
+        on_progress: Called with the number of examples judged and to judge, over all mixes.
+
+    Raises:
+        TurretRpcError: A call failed; the message names the test set's line and the mix.
+        ValueError: A right answer has no tokens.
+    """
+    with ThreadPoolExecutor(options.concurrency) as pool:
+        try:
+            encoded = _encode(client, pool, examples, options)
+            # Example by example: mixes then share batches from the first to the last call.
+            calls = [
+                partial(_judge, client, example, tokens, mix, options)
+                for example, tokens in zip(examples, encoded, strict=True)
+                for mix in mixes
+            ]
+            judged = list(_run(pool, calls, on_progress))
+        except BaseException:
+            # What has not begun never will; the with statement then waits for the rest only.
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+    return [
+        _report(mix, judged[index :: len(mixes)], options.metrics)
+        for index, mix in enumerate(mixes)
+    ]
+
+
+def _run(
+    pool: ThreadPoolExecutor,
+    calls: Sequence[Callable[[], _T]],
+    on_progress: Callable[[int, int], None],
+) -> Iterator[_T]:
+    """Results in the order of the calls; the first failure ends it."""
+    futures = [pool.submit(call) for call in calls]
+    pending = set(futures)
+    while pending:
+        done, pending = wait(pending, return_when=FIRST_COMPLETED)
+        for future in done:
+            future.result()
+        on_progress(len(futures) - len(pending), len(futures))
+    yield from (future.result() for future in futures)
+
+
+def _encode(
+    client: TurretClient,
+    pool: ThreadPoolExecutor,
+    examples: Sequence[EvalExample],
+    options: EvalOptions,
+) -> list[_Encoded | None]:
+    """The tokens of all examples; None each where no perplexity is asked for."""
+    if "perplexity" not in options.metrics:
+        return [None] * len(examples)
+    before, after = _special_tokens(client, options.timeout)
+    calls = [partial(_encode_one, client, e, before, after, options.timeout) for e in examples]
+    return list(_run(pool, calls, lambda done, total: None))
+
+
+def _special_tokens(client: TurretClient, timeout: float | None) -> tuple[int, int]:
+    """How many tokens the tokenizer puts before and after a text: what two texts share there."""
+    first, second = (client.tokenize(text, timeout=timeout).token_ids for text in ("a", "b"))
+    before = next((i for i, (x, y) in enumerate(zip(first, second, strict=False)) if x != y), 0)
+    reversed_pairs = zip(reversed(first), reversed(second), strict=False)
+    after = next((i for i, (x, y) in enumerate(reversed_pairs) if x != y), 0)
+    return before, after
+
+
+def _encode_one(
+    client: TurretClient, example: EvalExample, before: int, after: int, timeout: float | None
+) -> _Encoded:
+    def ask() -> _Encoded:
+        prompt = client.tokenize(example.prompt, timeout=timeout).token_ids
+        if isinstance(example.prompt, str):
+            prompt = prompt[: len(prompt) - after]
+        # By itself, as trainers encode it: the answer's first token never merges with the prompt.
+        reference = client.tokenize(example.reference, timeout=timeout).token_ids
+        reference = reference[before : len(reference) - after]
+        if not reference:
+            raise ValueError(f"line {example.line}: the right answer has no tokens")
+        return _Encoded(prompt, reference)
+
+    return _called(f"line {example.line}", ask)
+
+
+def _judge(
+    client: TurretClient,
+    example: EvalExample,
+    encoded: _Encoded | None,
+    mix: Mix,
+    options: EvalOptions,
+) -> Judged:
+    place = f"line {example.line}, {mix_name(mix)}"
+    logprob, answer = None, None
+    if encoded is not None:
+        tokens = (*encoded.prompt, *encoded.reference)
+        score = _called(place, partial(client.score, tokens, adapters=mix, timeout=options.timeout))
+        asked = score.tokens[len(encoded.prompt) :]
+        logprob = sum(token.logprob for token in asked if token.logprob is not None)
+    if options.is_answer_needed:
+        generate = partial(
+            client.generate,
+            example.prompt,
+            adapters=mix,
+            temperature=0.0,
+            max_tokens=options.max_tokens,
+            timeout=options.timeout,
+        )
+        answer = _called(place, generate).text
+    scores = {} if answer is None else _compare(answer, example.reference, options)
+    tokens = 0 if encoded is None else len(encoded.reference)
+    return Judged(example.line, answer, logprob, tokens, scores)
+
+
+def _compare(answer: str, reference: str, options: EvalOptions) -> dict[str, float]:
+    scores = {
+        "exact_match": lambda: exact_match(answer, reference),
+        "token_f1": lambda: token_f1(answer, reference),
+        "label_accuracy": lambda: float(named_label(answer, options.labels) == reference),
+    }
+    return {name: scores[name]() for name in options.metrics if name in scores}
+
+
+def _called(place: str, call: Callable[[], _T]) -> _T:
+    """The call's result; waits and asks again while the server's queue is full."""
+    for attempt in range(_MOST_RETRIES + 1):
+        try:
+            return call()
+        except TurretRpcError as error:
+            if error.reason != "QUEUE_FULL" or attempt == _MOST_RETRIES:
+                raise error.at(place) from None
+            time.sleep(error.retry_delay or 1.0)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _report(mix: Mix, judged: Sequence[Judged], metrics: Sequence[str]) -> MixReport:
+    figures: dict[str, Estimate] = {}
+    for metric in metrics:
+        if metric == "perplexity":
+            scored = [(j.logprob, j.tokens) for j in judged if j.logprob is not None]
+            figures[metric] = estimate(scored, perplexity)
+        else:
+            figures[metric] = estimate([j.scores[metric] for j in judged], mean)
+    return MixReport(mix_name(mix), len(judged), figures, tuple(judged))

@@ -1,0 +1,203 @@
+"""``turret adapters``: administer a server's adapters."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from turret.clients.client import TurretClient
+from turret.clients.verbs.command import (
+    adapter_parser,
+    connection_parser,
+    json_parser,
+    print_json,
+    with_client,
+)
+from turret.clients.verbs.tables import (
+    print_adapter,
+    print_adapters,
+    print_fusion,
+    print_merge_state,
+)
+
+_COMBINATIONS = (
+    "exact",
+    "svd",
+    "linear",
+    "cat",
+    "ties",
+    "ties_svd",
+    "dare_linear",
+    "dare_linear_svd",
+    "dare_ties",
+    "dare_ties_svd",
+    "magnitude_prune",
+    "magnitude_prune_svd",
+)
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb and its actions."""
+    parser = subparsers.add_parser("adapters", help="administer adapters")
+    actions = parser.add_subparsers(metavar="ACTION", required=True)
+    _add_lifecycle(actions)
+    _add_transfers(actions)
+    _add_combinations(actions)
+
+
+def _action(
+    actions: argparse._SubParsersAction[argparse.ArgumentParser],
+    name: str,
+    text: str,
+    func: Callable[[argparse.Namespace, TurretClient], None],
+    *,
+    named: bool = True,
+    mix: bool = False,
+) -> argparse.ArgumentParser:
+    parents = [json_parser(), connection_parser()]
+    if mix:
+        parents.insert(0, adapter_parser(required=True))
+    parser = actions.add_parser(name, help=text, description=text.capitalize(), parents=parents)
+    if named:
+        parser.add_argument("name", metavar="NAME")
+    parser.set_defaults(func=with_client(func))
+    return parser
+
+
+def _add_lifecycle(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    listing = _action(actions, "list", "list what is registered", _list, named=False)
+    listing.add_argument("--method", metavar="METHOD", help="this method alone")
+    listing.add_argument("--residency", choices=("disk", "host", "device"), help="this tier alone")
+    _action(actions, "get", "show one adapter", _get)
+    load = _action(actions, "load", "register a directory of the server's", _load)
+    load.add_argument("path", metavar="PATH", help="relative to the server's adapter root")
+    load.add_argument("--pin", action="store_true", help="pin it at once")
+    unload = _action(actions, "unload", "unregister an adapter", _unload)
+    unload.add_argument("--force", action="store_true", help="abort the requests that use it")
+    unload.add_argument(
+        "--wait", type=float, metavar="SECONDS", help="longest wait for them (default: 30)"
+    )
+    _action(actions, "pin", "keep an adapter resident", _pin)
+    _action(actions, "unpin", "let an adapter be evicted and unloaded", _unpin)
+
+
+def _add_transfers(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    upload = _action(actions, "upload", "send an adapter and register it", _upload)
+    upload.add_argument("directory", type=Path, metavar="DIR", help="in PEFT's layout")
+    upload.add_argument("--pin", action="store_true", help="pin it at once")
+    upload.add_argument("--replace", action="store_true", help="as a new generation of NAME")
+    replace = _action(actions, "replace", "make a directory the new generation", _replace)
+    replace.add_argument("path", metavar="PATH", help="relative to the server's adapter root")
+    export = _action(actions, "export", "write an adapter to a new directory", _export)
+    export.add_argument("directory", type=Path, metavar="DIR")
+    export.add_argument("--generation", type=int, metavar="N", help="default: the newest")
+
+
+def _add_combinations(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    fuse = _action(actions, "fuse", "make a new adapter of a mix", _fuse, mix=True)
+    fuse.add_argument("--combination", choices=_COMBINATIONS, help="default: exact")
+    fuse.add_argument("--rank", type=int, metavar="N", help="largest rank (svd combinations)")
+    fuse.add_argument(
+        "--energy",
+        type=float,
+        metavar="X",
+        help="share of the squared singular values to keep, instead of --rank",
+    )
+    fuse.add_argument(
+        "--density",
+        type=float,
+        metavar="X",
+        help="share of entries that ties, dare and magnitude_prune keep",
+    )
+    fuse.add_argument(
+        "--majority-sign-method", choices=("total", "frequency"), help="for ties (default: total)"
+    )
+    fuse.add_argument("--seed", type=int, metavar="N", help="for dare (default: 0)")
+    merge = _action(actions, "merge", "merge a mix into the base", _merge, named=False, mix=True)
+    merge.add_argument("--precision", choices=("nf4", "bf16"), default="nf4", help="default: nf4")
+    _action(actions, "unmerge", "restore the base", _unmerge, named=False)
+    _action(actions, "merge-state", "show what is merged", _merge_state, named=False)
+
+
+def _list(args: argparse.Namespace, client: TurretClient) -> None:
+    adapters = list(
+        client.adapters.list(method=args.method, residency=args.residency, timeout=args.timeout)
+    )
+    print_json(adapters) if args.json else print_adapters(adapters)
+
+
+def _get(args: argparse.Namespace, client: TurretClient) -> None:
+    adapter = client.adapters.get(args.name, timeout=args.timeout)
+    print_json(adapter) if args.json else print_adapter(adapter)
+
+
+def _load(args: argparse.Namespace, client: TurretClient) -> None:
+    adapter = client.adapters.load(args.name, args.path, pinned=args.pin, timeout=args.timeout)
+    print_json(adapter) if args.json else print_adapter(adapter)
+
+
+def _unload(args: argparse.Namespace, client: TurretClient) -> None:
+    mode = "force" if args.force else "drain"
+    client.adapters.unload(args.name, mode=mode, drain_seconds=args.wait, timeout=args.timeout)
+    print_json({"unloaded": args.name}) if args.json else print(f"unloaded {args.name}")
+
+
+def _pin(args: argparse.Namespace, client: TurretClient) -> None:
+    adapter = client.adapters.pin(args.name, timeout=args.timeout)
+    print_json(adapter) if args.json else print(f"pinned {adapter.name}")
+
+
+def _unpin(args: argparse.Namespace, client: TurretClient) -> None:
+    adapter = client.adapters.unpin(args.name, timeout=args.timeout)
+    print_json(adapter) if args.json else print(f"unpinned {adapter.name}")
+
+
+def _upload(args: argparse.Namespace, client: TurretClient) -> None:
+    adapter = client.adapters.upload(
+        args.name, args.directory, pinned=args.pin, replace=args.replace, timeout=args.timeout
+    )
+    print_json(adapter) if args.json else print_adapter(adapter)
+
+
+def _replace(args: argparse.Namespace, client: TurretClient) -> None:
+    adapter = client.adapters.replace(args.name, args.path, timeout=args.timeout)
+    print_json(adapter) if args.json else print_adapter(adapter)
+
+
+def _export(args: argparse.Namespace, client: TurretClient) -> None:
+    adapter = client.adapters.export(
+        args.name, args.directory, generation=args.generation, timeout=args.timeout
+    )
+    line = f"exported {adapter.name}@{adapter.generation} to {args.directory}"
+    print_json(adapter) if args.json else print(line)
+
+
+def _fuse(args: argparse.Namespace, client: TurretClient) -> None:
+    fusion = client.adapters.fuse(
+        args.name,
+        args.adapters,
+        combination=args.combination,
+        rank=args.rank,
+        energy=args.energy,
+        density=args.density,
+        majority_sign_method=args.majority_sign_method,
+        seed=args.seed,
+        timeout=args.timeout,
+    )
+    print_json(fusion) if args.json else print_fusion(fusion)
+
+
+def _merge(args: argparse.Namespace, client: TurretClient) -> None:
+    state = client.adapters.merge(args.adapters, precision=args.precision, timeout=args.timeout)
+    print_json(state) if args.json else print_merge_state(state)
+
+
+def _unmerge(args: argparse.Namespace, client: TurretClient) -> None:
+    state = client.adapters.unmerge(timeout=args.timeout)
+    print_json(state) if args.json else print_merge_state(state)
+
+
+def _merge_state(args: argparse.Namespace, client: TurretClient) -> None:
+    state = client.adapters.get_merge_state(timeout=args.timeout)
+    print_json(state) if args.json else print_merge_state(state)

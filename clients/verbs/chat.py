@@ -1,0 +1,130 @@
+"""``turret chat``: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass, field
+
+from turret.clients.client import TurretClient
+from turret.clients.errors import TurretRpcError
+from turret.clients.mix import AdapterWeight
+from turret.clients.requests import GenerateOptions
+from turret.clients.verbs.command import adapter_parser, connection_parser, print_error, with_client
+from turret.clients.verbs.flags import generation_options, generation_parser
+from turret.clients.verbs.generate import summary
+
+_HELP = """\
+/adapter NAME[@GENERATION][=WEIGHT] ...   answer with this mix from now on
+/adapter                                  answer with the base model alone
+/adapters                                 list what the server has
+/system TEXT                              set the system message (none without TEXT)
+/reset                                    forget the conversation
+/stats                                    what the last answer took
+/quit                                     leave, as Ctrl-D does
+Ctrl-C stops the answer, or leaves if there is none."""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "chat",
+        help="talk to the model",
+        description="Talk to the model; /help lists what else can be typed.",
+        parents=[adapter_parser(), generation_parser(), connection_parser()],
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message")
+    parser.set_defaults(func=with_client(_chat))
+
+
+def _chat(args: argparse.Namespace, client: TurretClient) -> None:
+    conversation = Conversation(
+        client,
+        options=generation_options(args),
+        adapters=args.adapters,
+        system=args.system,
+        timeout=args.timeout,
+    )
+    model = client.get_model(timeout=args.timeout)
+    try:
+        print(f"{model.name} ({model.quantization}). /help for help.")
+        while (line := input(conversation.prompt).strip()) != "/quit":
+            try:
+                conversation.take(line)
+            except (TurretRpcError, ValueError) as error:
+                print_error(error)
+    except (EOFError, KeyboardInterrupt):
+        # The usual ways to leave; the shell's prompt starts on its own line.
+        print()
+
+
+@dataclass
+class Conversation:
+    """What has been said, and with which adapters to go on."""
+
+    client: TurretClient
+    options: GenerateOptions
+    adapters: list[AdapterWeight]
+    system: str | None
+    timeout: float | None
+    turns: list[tuple[str, str]] = field(default_factory=list)
+    last_summary: str = "nothing yet"
+
+    @property
+    def prompt(self) -> str:
+        """What stands before the user's input; names the mix. Empty where no one reads it."""
+        mix = " + ".join(map(str, self.adapters)) or "base"
+        return f"[{mix}] > " if sys.stdin.isatty() else ""
+
+    def take(self, line: str) -> None:
+        """Act on a line: a command, or a message to answer.
+
+        Raises:
+            TurretRpcError: The server refused or failed.
+            ValueError: The command makes no sense.
+        """
+        command, _, rest = line.partition(" ")
+        match command:
+            case "":
+                return
+            case "/help":
+                print(_HELP)
+            case "/adapter":
+                self.adapters = [AdapterWeight.parse(word) for word in rest.split()]
+            case "/adapters":
+                for adapter in self.client.adapters.list(timeout=self.timeout):
+                    print(f"{adapter.name}@{adapter.generation}  {adapter.method}")
+            case "/system":
+                self.system = rest.strip() or None
+            case "/reset":
+                self.turns.clear()
+            case "/stats":
+                print(self.last_summary)
+            case _ if command.startswith("/"):
+                raise ValueError(f"unknown command {command}; /help lists them")
+            case _:
+                self._answer(line)
+
+    def _answer(self, message: str) -> None:
+        """Stream the answer and remember both turns; a failed one leaves no trace.
+
+        An interrupted answer counts as far as it went: the user has read it.
+        """
+        turns = [*self.turns, ("user", message)]
+        system = [] if self.system is None else [("system", self.system)]
+        options: GenerateOptions = {**self.options, "adapters": self.adapters}
+        parts: list[str] = []
+        stream = self.client.chat_stream([*system, *turns], timeout=self.timeout, **options)
+        try:
+            with stream:
+                for chunk in stream:
+                    parts.append(chunk.text)
+                    print(chunk.text, end="", flush=True)
+                    if chunk.finish_reason is not None:
+                        self.last_summary = summary(chunk)
+        except KeyboardInterrupt:
+            self.last_summary = "interrupted"
+        finally:
+            if parts:
+                print()
+        self.turns = [*turns, ("assistant", "".join(parts))]

@@ -1,0 +1,202 @@
+"""``turret eval``: judge the base model, adapters and mixes on a test set, as they are served."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from turret.clients.client import TurretClient
+from turret.clients.evaluation.answer_metrics import Estimate
+from turret.clients.evaluation.eval_set import EvalExample, EvalSetError, read_eval_set
+from turret.clients.evaluation.evaluate import (
+    METRICS,
+    EvalOptions,
+    Mix,
+    MixReport,
+    evaluate,
+    mix_name,
+)
+from turret.clients.evaluation.plot import eval_svg
+from turret.clients.verbs.command import (
+    adapter_weight,
+    connection_parser,
+    json_parser,
+    print_json,
+    with_client,
+)
+
+_DESCRIPTION = """\
+Judge the base model, adapters and mixes on a test set through a running server. A line of the file
+is {"messages": [...]}, whose last turn is the right answer, or {"prompt": ..., "completion": ...}.
+"""
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "eval",
+        help="judge adapters on a test set",
+        description=_DESCRIPTION,
+        parents=[json_parser(), connection_parser()],
+    )
+    parser.add_argument("data", type=Path, metavar="FILE", help="the test set, JSON Lines")
+    parser.add_argument(
+        "-m",
+        "--mix",
+        dest="mixes",
+        action="append",
+        type=_mix,
+        default=[],
+        metavar="NAME[=WEIGHT][+NAME...]",
+        help="an adapter or a mix to judge; repeat for more",
+    )
+    parser.add_argument("--no-base", action="store_true", help="leave the base model out")
+    parser.add_argument(
+        "--metric",
+        dest="metrics",
+        action="append",
+        choices=METRICS,
+        help="what to measure; repeat for more (default: all that can be)",
+    )
+    parser.add_argument(
+        "--labels",
+        type=_labels,
+        default=(),
+        metavar="A,B,...",
+        help="label accuracy: the first of these that an answer names must be the right one",
+    )
+    parser.add_argument(
+        "--raw", action="store_true", help='send "prompt" as it is, not as a user\'s message'
+    )
+    parser.add_argument("--limit", type=_positive, metavar="N", help="judge the first N lines only")
+    parser.add_argument(
+        "--max-tokens",
+        type=_positive,
+        default=128,
+        metavar="N",
+        help="longest answer (%(default)s)",
+    )
+    parser.add_argument(
+        "--concurrency", type=_positive, default=16, metavar="N", help="calls at once (%(default)s)"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the figures as SVG")
+    parser.add_argument(
+        "--answers", type=Path, metavar="FILE", help="write every answer and its scores, JSON Lines"
+    )
+    parser.set_defaults(func=with_client(_eval))
+
+
+def _eval(args: argparse.Namespace, client: TurretClient) -> None:
+    mixes: list[Mix] = [*([] if args.no_base else [()]), *args.mixes]
+    if not mixes:
+        raise ValueError("nothing to judge: --no-base needs at least one --mix")
+    if len({mix_name(mix) for mix in mixes}) < len(mixes):
+        raise ValueError("--mix: each mix may be judged once")
+    examples = read_eval_set(args.data, is_raw=args.raw, limit=args.limit)
+    options = EvalOptions(
+        metrics=_metrics(args.metrics, args.labels),
+        labels=args.labels,
+        max_tokens=args.max_tokens,
+        concurrency=args.concurrency,
+        timeout=args.timeout,
+    )
+    if "label_accuracy" in options.metrics:
+        _check_labels(args.data, examples, options.labels)
+    columns = (TextColumn("judging"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task("judging", total=None)
+        reports = evaluate(
+            client,
+            examples,
+            mixes,
+            options,
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total),
+        )
+    if args.plot is not None:
+        args.plot.write_text(eval_svg(reports, args.data.name), encoding="utf-8")
+    if args.answers is not None:
+        args.answers.write_text(_answers(reports, examples), encoding="utf-8")
+    if args.json:
+        print_json([{"mix": r.mix, "examples": r.examples, "metrics": r.metrics} for r in reports])
+    else:
+        Console().print(_table(reports))
+
+
+def _metrics(asked: Sequence[str] | None, labels: Sequence[str]) -> tuple[str, ...]:
+    if asked is None:
+        return METRICS if labels else METRICS[:-1]
+    if "label_accuracy" in asked and not labels:
+        raise ValueError("--metric label_accuracy needs --labels")
+    return tuple(metric for metric in METRICS if metric in asked)
+
+
+def _check_labels(path: Path, examples: Sequence[EvalExample], labels: Sequence[str]) -> None:
+    for example in examples:
+        if example.reference not in labels:
+            problem = f"the right answer {example.reference!r} is none of --labels"
+            raise EvalSetError(path, example.line, "completion", problem)
+
+
+def _table(reports: Sequence[MixReport]) -> Table:
+    table = Table(caption=f"{reports[0].examples} examples; in brackets: 95 % intervals")
+    table.add_column("mix", overflow="fold")
+    for metric in reports[0].metrics:
+        table.add_column(metric.replace("_", " "), justify="right")
+    for report in reports:
+        # Text and not str: rich would read brackets as markup.
+        cells = [Text(_cell(metric, figure)) for metric, figure in report.metrics.items()]
+        table.add_row(Text(report.mix), *cells)
+    return table
+
+
+def _cell(metric: str, figure: Estimate) -> str:
+    if metric == "perplexity":
+        return f"{figure.value:.4g} [{figure.low:.3g}, {figure.high:.3g}]"
+    return f"{figure.value:.1%} [{figure.low:.0%}, {figure.high:.0%}]"
+
+
+def _answers(reports: Sequence[MixReport], examples: Sequence[EvalExample]) -> str:
+    rows = []
+    for index, example in enumerate(examples):
+        for report in reports:
+            judged = report.judged[index]
+            row = {
+                "line": example.line,
+                "mix": report.mix,
+                "prompt": example.prompt,
+                "reference": example.reference,
+                "answer": judged.answer,
+                "logprob": judged.logprob,
+                "tokens": judged.tokens,
+                **judged.scores,
+            }
+            rows.append(json.dumps(row, ensure_ascii=False))
+    return "\n".join(rows) + "\n"
+
+
+def _mix(text: str) -> Mix:
+    return tuple(adapter_weight(member.strip()) for member in text.split("+"))
+
+
+def _labels(text: str) -> tuple[str, ...]:
+    labels = tuple(label.strip() for label in text.split(","))
+    if not all(labels) or len(set(labels)) < len(labels):
+        raise argparse.ArgumentTypeError("labels must differ and not be empty")
+    return labels
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value

@@ -1,0 +1,92 @@
+"""``turret generate``: complete one prompt."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from turret.clients.client import TurretClient
+from turret.clients.requests import Prompt
+from turret.clients.results import Chunk
+from turret.clients.verbs.command import (
+    adapter_parser,
+    connection_parser,
+    json_parser,
+    print_json,
+    text_argument,
+    with_client,
+)
+from turret.clients.verbs.flags import generation_options, generation_parser
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the verb."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="complete a prompt",
+        description="Complete a prompt and print the answer as it grows.",
+        parents=[adapter_parser(), generation_parser(), json_parser(), connection_parser()],
+    )
+    parser.add_argument("prompt", metavar="PROMPT", help="text; - reads standard input")
+    parser.add_argument(
+        "--chat", action="store_true", help="send the prompt as a user's message to the chat model"
+    )
+    parser.add_argument("--system", metavar="TEXT", help="system message; implies --chat")
+    parser.add_argument("--echo", action="store_true", help="print the prompt first")
+    parser.add_argument("--logprobs", action="store_true", help="with --json: log probabilities")
+    parser.add_argument("--top-n", type=int, metavar="N", help="with --json: alternatives")
+    parser.add_argument("--token-ids", action="store_true", help="with --json: token ids")
+    parser.add_argument("--request-id", metavar="ID", help="names the request in the server's log")
+    parser.add_argument(
+        "--stats", action="store_true", help="print usage and timing to standard error"
+    )
+    parser.set_defaults(func=with_client(_generate))
+
+
+def _generate(args: argparse.Namespace, client: TurretClient) -> None:
+    options = generation_options(args)
+    options["adapters"] = args.adapters
+    options["echo"] = args.echo
+    options["request_id"] = args.request_id
+    prompt = _prompt(args)
+    if args.json:
+        options["logprobs"] = args.logprobs or None
+        options["top_n"] = args.top_n
+        options["token_ids"] = args.token_ids
+        print_json(client.generate(prompt, timeout=args.timeout, **options))
+        return
+    last: Chunk | None = None
+    with client.generate_stream(prompt, timeout=args.timeout, **options) as stream:
+        for last in stream:
+            print(last.text, end="", flush=True)
+    print()
+    if args.stats and last is not None:
+        print(summary(last), file=sys.stderr)
+
+
+def _prompt(args: argparse.Namespace) -> Prompt:
+    text = text_argument(args.prompt)
+    if args.system is not None:
+        return [("system", args.system), ("user", text)]
+    return [("user", text)] if args.chat else text
+
+
+def summary(last: Chunk) -> str:
+    """One line on what an answer took, from its last chunk."""
+    parts = [last.finish_reason or "unfinished"]
+    if last.usage is not None:
+        usage = last.usage
+        parts.append(
+            f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), "
+            f"{usage.completion_tokens} generated"
+        )
+    if last.timing is not None:
+        timing = last.timing
+        parts.append(
+            f"queued {timing.queue:.3f} s, first token after {timing.ttft:.3f} s, "
+            f"total {timing.total:.3f} s"
+        )
+    for use in last.adapters_used:
+        loaded = f", loaded in {use.load_ms:.0f} ms" if use.cold_start else ""
+        parts.append(f"{use.name}@{use.generation}={use.weight:g}{loaded}")
+    return "; ".join(parts)

@@ -1,0 +1,1 @@
+"""Learned fusion in training: frozen components, a gate per module, its loss."""

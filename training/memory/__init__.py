@@ -1,0 +1,1 @@
+"""What a run takes of memory: estimated before, rehearsed, measured."""

@@ -1,0 +1,144 @@
+"""How much memory a run will need, from one step on the meta device.
+
+The step runs on shapes alone, with the method attached and the model called as in training, while
+every tensor that comes to life is counted: so the estimate follows the method, the architecture and
+the lengths of the data without a formula for any of them. It costs a few seconds and no memory,
+whatever the model's size. Attention is taken to keep its inputs and its result, as PyTorch's fused
+kernels do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from turret.server.models.model_source import weight_files
+from turret.training.base_model import DTYPES, empty_model
+from turret.training.data.batch import Batch, make_batch
+from turret.training.loss import LossFunction
+from turret.training.memory.live_bytes import LiveBytes
+from turret.training.memory.peak import resident_bytes
+from turret.training.settings.resolve import Resolved
+from turret.training.trainer import attach_to, make_stream, pad_token, trainable
+
+# Of AdamW per weight: two fp32 moments, or two of 8 bits.
+_STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged-adamw8bit": 2}
+_ATTENTION = "turret_shapes"
+
+
+class _FusedAttention(torch.autograd.Function):
+    """The shapes of attention that never holds the scores."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Any, key: Any, value: Any) -> torch.Tensor:
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[torch.Tensor, ...]:
+        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+
+
+def _attention(
+    module: Any, query: Any, key: Any, value: Any, attention_mask: Any, **keywords: Any
+) -> tuple[torch.Tensor, None]:
+    return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+
+# A name without a mask function: transformers makes no mask for it.
+AttentionInterface.register(_ATTENTION, _attention)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryEstimate:
+    """Bytes, by what takes them.
+
+    Attributes:
+        process: This process with its libraries and data (CPU only; a GPU does not hold them).
+        base: The base model's weights.
+        adapter: Trained weights (fp32) and the optimizer's states.
+        step: Activations and gradients at their peak, in the largest batch of the run.
+        num_parameters: Trained weights.
+    """
+
+    process: int
+    base: int
+    adapter: int
+    step: int
+    num_parameters: int
+
+    @property
+    def total(self) -> int:
+        return self.process + self.base + self.adapter + self.step
+
+
+def estimate_memory(resolved: Resolved) -> MemoryEstimate:
+    """Estimate the peak of a run."""
+    config = resolved.config
+    base = config.base
+    assert base.weights is not None
+    assert base.dtype is not None
+    assert base.device is not None
+    process = resident_bytes() if base.device == "cpu" else 0
+    model = empty_model(resolved.base, base.weights, DTYPES[base.dtype])
+    model.set_attn_implementation(_ATTENTION)
+    model = attach_to(model, resolved)
+    step = _step_bytes(resolved, model)
+    num_parameters = sum(parameter.numel() for parameter in trainable(model).values())
+    states = _STATE_BYTES[config.optimizer.name] * num_parameters
+    return MemoryEstimate(
+        process=process,
+        base=_base_bytes(resolved, model),
+        adapter=4 * num_parameters + states,
+        step=step,
+        num_parameters=num_parameters,
+    )
+
+
+def largest_batches(resolved: Resolved) -> tuple[Batch, Batch | None]:
+    """The training batch and the validation batch of a run that take the most room."""
+    config = resolved.config
+    assert config.run.steps is not None
+    stream = make_stream(resolved)
+    count = config.run.steps * config.run.gradient_accumulation
+    train = max((stream.batch(index) for index in range(count)), key=_room)
+    rows, size = resolved.dataset.validation, config.run.batch_size
+    pad = pad_token(resolved.base.tokenizer)
+    validation = [
+        make_batch(rows[start : start + size], pad=pad, is_packed=False)
+        for start in range(0, len(rows), size)
+    ]
+    return train, max(validation, key=_room, default=None)
+
+
+def _room(batch: Batch) -> tuple[int, int]:
+    return batch.tokens.numel(), batch.num_targets
+
+
+def _step_bytes(resolved: Resolved, model: Any) -> int:
+    train, validation = largest_batches(resolved)
+    head = model.get_base_model().get_output_embeddings()
+    loss = LossFunction(model, head, "meta")
+    with LiveBytes() as live:
+        model.train()
+        # The gradients of the first pass are there while the second one runs.
+        for _ in range(min(2, resolved.config.run.gradient_accumulation)):
+            loss(train).backward()
+        model.eval()
+        for parameter in trainable(model).values():
+            parameter.grad = None
+        if validation is not None:
+            with torch.no_grad():
+                loss(validation)
+    return live.peak
+
+
+def _base_bytes(resolved: Resolved, model: Any) -> int:
+    if resolved.config.base.weights == "nf4":
+        return sum(path.stat().st_size for path in weight_files(resolved.base.source.weights))
+    frozen = [p for p in model.parameters() if not p.requires_grad]
+    return sum(parameter.nbytes for parameter in frozen)

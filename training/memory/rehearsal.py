@@ -1,0 +1,67 @@
+"""Measures a run's peak memory: two steps on its largest batch, in a process of their own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from turret.training.errors import RunError
+from turret.training.memory.estimate import largest_batches
+from turret.training.memory.peak import peak_memory_bytes
+from turret.training.optimizer import make_optimizer, set_learning_rate
+from turret.training.settings.config_file import read_config, render_config
+from turret.training.settings.resolve import Resolved, resolve
+from turret.training.trainer import attach, trainable
+
+_STEPS = 2
+
+
+def measure_peak(resolved: Resolved, scratch: Path) -> int:
+    """Peak bytes, of the kind that ``memory_peak`` tells.
+
+    Args:
+        resolved: The run; nothing of it is written.
+        scratch: An empty directory.
+
+    Raises:
+        RunError: The process failed, for want of memory perhaps; holds the end of what it said.
+    """
+    config = scratch / "config.toml"
+    config.write_text(render_config(resolved.config), encoding="utf-8")
+    command = [sys.executable, "-m", "turret.training.memory.rehearsal", str(config)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RunError(f"the measuring process failed:\n{done.stderr[-2000:]}")
+    return int(done.stdout)
+
+
+def rehearse(config_file: Path) -> int:
+    """Run the steps and the validation's largest batch here; returns the peak in bytes."""
+    resolved = resolve(read_config(config_file), config_file.parent)
+    config = resolved.config
+    assert config.base.device is not None
+    assert config.optimizer.learning_rate is not None
+    model = attach(resolved)
+    parameters = trainable(model)
+    optimizer = make_optimizer(parameters.items(), config.optimizer)
+    loss = resolved.method.loss(model, config.method, config.base.device)
+    train, validation = largest_batches(resolved)
+    model.train()
+    for _ in range(_STEPS):
+        for _ in range(min(2, config.run.gradient_accumulation)):
+            (loss(train) / train.num_targets).backward()
+        set_learning_rate(optimizer, config.optimizer.learning_rate)
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    if validation is not None:
+        with torch.no_grad():
+            loss(validation)
+    return peak_memory_bytes(config.base.device)
+
+
+if __name__ == "__main__":
+    print(rehearse(Path(sys.argv[1])))

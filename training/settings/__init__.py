@@ -1,0 +1,1 @@
+"""What a person who trains can set, and what is filled in."""

@@ -1,0 +1,155 @@
+"""The config as a TOML file: read strictly, overridden by key, written with or without comments."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import textwrap
+import tomllib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from turret.training.errors import ConfigError
+from turret.training.settings.config import TrainConfig
+
+_COMMENT_COLUMNS = 96
+
+
+def read_config(path: Path, overrides: Iterable[str] = ()) -> TrainConfig:
+    """Read a file.
+
+    Args:
+        path: TOML, with a table per field of :class:`TrainConfig`.
+        overrides: ``TABLE.KEY=VALUE``, the value in TOML or as a bare string; later ones win.
+
+    Raises:
+        ConfigError: Not readable, unknown keys (all of them named), wrong types, bad values.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+    return build_config(tables, overrides)
+
+
+def build_config(tables: Mapping[str, Any], overrides: Iterable[str] = ()) -> TrainConfig:
+    """Make a config of what a TOML file holds; arguments and errors as in :func:`read_config`."""
+    merged = {
+        table: dict(keys) if isinstance(keys, dict) else keys for table, keys in tables.items()
+    }
+    for override in overrides:
+        name, equals, text = override.partition("=")
+        table, dot, key = name.strip().partition(".")
+        if not (equals and dot and table and key):
+            raise ConfigError(f"{override!r} is not TABLE.KEY=VALUE")
+        keys = merged.setdefault(table, {})
+        if isinstance(keys, dict):
+            keys[key] = _parse_value(text)
+    kinds = typing.get_type_hints(TrainConfig)
+    unknown = [table for table in merged if table not in kinds]
+    for table, kind in kinds.items():
+        keys = merged.get(table, {})
+        if not isinstance(keys, dict):
+            raise ConfigError.of(table, "must be a table")
+        known = {entry.name for entry in dataclasses.fields(kind)}
+        unknown += [f"{table}.{key}" for key in keys if key not in known]
+    if unknown:
+        raise ConfigError("unknown keys: " + ", ".join(sorted(unknown)))
+    return TrainConfig(
+        **{table: _build_table(table, kind, merged.get(table, {})) for table, kind in kinds.items()}
+    )
+
+
+def _parse_value(text: str) -> Any:
+    text = text.strip()
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build_table(table: str, kind: type, keys: Mapping[str, Any]) -> Any:
+    hints = typing.get_type_hints(kind)
+    values = {key: _convert(f"{table}.{key}", value, hints[key]) for key, value in keys.items()}
+    for entry in dataclasses.fields(kind):
+        if entry.default is dataclasses.MISSING and entry.name not in values:
+            raise ConfigError.of(f"{table}.{entry.name}", "is required")
+    return kind(**values)
+
+
+def _convert(key: str, value: Any, hint: Any) -> Any:
+    """The value in the field's type; TOML's own types are strict but for whole floats."""
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        hint = next(option for option in typing.get_args(hint) if option is not type(None))
+    if typing.get_origin(hint) is typing.Literal:
+        choices = typing.get_args(hint)
+        if value not in choices:
+            raise ConfigError.of(key, f"must be one of {', '.join(choices)}, not {value!r:.60}")
+        return value
+    if typing.get_origin(hint) is tuple:
+        items = [value] if isinstance(value, str) else value
+        if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
+            raise ConfigError.of(key, f"must be a list of strings, not {value!r:.60}")
+        return tuple(items)
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    if hint is float and (is_whole or isinstance(value, float)):
+        return float(value)
+    if (hint is int and is_whole) or (hint in (bool, str) and isinstance(value, hint)):
+        return value
+    name = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[hint]
+    raise ConfigError.of(key, f"must be {name}, not {value!r:.60}")
+
+
+def render_value(value: Any) -> str:
+    """A value in TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's strings are TOML's, but for DEL.
+        return json.dumps(value).replace("\x7f", "\\u007f")
+    if isinstance(value, tuple):
+        return "[" + ", ".join(render_value(item) for item in value) + "]"
+    return repr(value)
+
+
+def render_config(config: TrainConfig) -> str:
+    """Every key that has a value, without comments: what a run records."""
+    lines = []
+    for table in dataclasses.fields(config):
+        part = getattr(config, table.name)
+        lines += ["", f"[{table.name}]"]
+        for entry in dataclasses.fields(part):
+            value = getattr(part, entry.name)
+            if value is not None:
+                lines.append(f"{entry.name} = {render_value(value)}")
+    return "\n".join(lines[1:]) + "\n"
+
+
+def render_commented() -> str:
+    """The file of ``turret train init``: every key, its default, what it means, who chooses it."""
+    lines = [
+        "# What to train, for `turret train plan|run|sweep`. Keys that are commented out are",
+        "# chosen for you, by method and machine: `turret train plan` shows the choices.",
+    ]
+    for table, kind in typing.get_type_hints(TrainConfig).items():
+        summary = (kind.__doc__ or "").replace("``", "`").split("\n\n")
+        lines += ["", *_comment(" ".join(part.replace("\n", " ") for part in summary))]
+        lines.append(f"[{table}]")
+        for entry in dataclasses.fields(kind):
+            chosen = entry.metadata["chosen"]
+            note = f" (left out: {chosen})" if chosen else ""
+            lines += _comment(entry.metadata["help"] + note)
+            is_required = entry.default is dataclasses.MISSING
+            mark = "# " if entry.default is None else ""
+            shown = entry.metadata["sample"] if mark or is_required else entry.default
+            lines.append(f"{mark}{entry.name} = {render_value(shown)}")
+    return "\n".join(lines) + "\n"
+
+
+def _comment(text: str) -> list[str]:
+    return [f"# {line}" for line in textwrap.wrap(" ".join(text.split()), _COMMENT_COLUMNS)]

@@ -1,0 +1,137 @@
+"""Fills in what the config leaves open: by method, by base model, by machine."""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from bitsandbytes.functional import has_avx512bf16
+
+from turret.training.base_model import TrainingBase, find_base
+from turret.training.data.dataset import Dataset, load_dataset
+from turret.training.errors import ConfigError
+from turret.training.fusion.components import component_directories
+from turret.training.methods import method_named
+from turret.training.methods.method import Method
+from turret.training.settings.config import BaseConfig, MethodConfig, OptimizerConfig, TrainConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A run before it starts.
+
+    Attributes:
+        config: Nothing that the method or the loop reads is None any more; paths are absolute.
+        method: Of ``config.method.name``.
+        base: Found, not loaded.
+        dataset: Read and encoded.
+        notes: What was chosen against what the config says, or drops data; shown to the user.
+    """
+
+    config: TrainConfig
+    method: Method
+    base: TrainingBase
+    dataset: Dataset
+    notes: tuple[str, ...]
+
+
+def resolve(config: TrainConfig, folder: Path) -> Resolved:
+    """Fill in the config and read what it names.
+
+    Args:
+        config: As read.
+        folder: Its paths are relative to this.
+
+    Raises:
+        TrainingError: The config, the data or both together make no run.
+        InvalidRequestError: The base is no model that is served.
+    """
+    folder = folder.resolve()
+    notes: list[str] = []
+    method = method_named(config.method.name)
+    directory = None if config.base.model is None else folder / config.base.model
+    base = find_base(directory)
+    settings = _resolve_base(config.base, directory)
+    config = replace(
+        config,
+        base=settings,
+        method=method.resolve(_rooted(config.method, folder), base),
+        optimizer=_resolve_optimizer(config.optimizer, method, str(settings.device), notes),
+    )
+    _check_fit(config, method)
+    dataset = load_dataset(config.data, folder, base, config.run.seed)
+    if dataset.num_dropped:
+        notes.append(f"{dataset.num_dropped} examples over data.max_length were left out")
+    if dataset.num_truncated:
+        notes.append(f"{dataset.num_truncated} examples were cut to data.max_length")
+    validation = config.data.validation
+    config = replace(
+        config,
+        data=replace(
+            config.data,
+            train=str(folder / config.data.train),
+            validation=None if validation is None else str(folder / validation),
+        ),
+        run=replace(
+            config.run,
+            output=os.path.normpath(folder / config.run.output),
+            steps=_num_steps(config, dataset),
+        ),
+    )
+    return Resolved(config, method, base, dataset, tuple(notes))
+
+
+def _rooted(config: MethodConfig, folder: Path) -> MethodConfig:
+    """The method with its components' directories absolute."""
+    if config.components is None:
+        return config
+    directories = component_directories(config.components, folder)
+    if len(directories) < len(config.components):
+        raise ConfigError.of("method.components", "two have the same name; write NAME=DIRECTORY")
+    return replace(config, components=tuple(f"{n}={path}" for n, path in directories.items()))
+
+
+def _resolve_base(config: BaseConfig, directory: Path | None) -> BaseConfig:
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise ConfigError.of("base.device", "there is no CUDA device")
+    device = config.device or ("cuda" if has_cuda else "cpu")
+    has_bf16 = torch.cuda.is_bf16_supported() if device == "cuda" else has_avx512bf16()
+    return replace(
+        config,
+        model=None if directory is None else str(directory),
+        device=device,
+        weights=config.weights or "nf4",
+        dtype=config.dtype or ("bfloat16" if has_bf16 else "float32"),
+    )
+
+
+def _resolve_optimizer(
+    config: OptimizerConfig, method: Method, device: str, notes: list[str]
+) -> OptimizerConfig:
+    if config.lora_plus_ratio is not None and not method.has_factors:
+        raise ConfigError.of("optimizer.lora_plus_ratio", f"has no meaning for {method.name}")
+    if config.name == "paged-adamw8bit" and device != "cuda":
+        notes.append("paged-adamw8bit needs CUDA: adamw8bit takes its place")
+        config = replace(config, name="adamw8bit")
+    return replace(config, learning_rate=config.learning_rate or method.learning_rate)
+
+
+def _check_fit(config: TrainConfig, method: Method) -> None:
+    if config.data.packing and method.is_prompt:
+        problem = f"{method.name} stands before one text, not before each of several in a row"
+        raise ConfigError.of("data.packing", problem)
+    if config.run.gradient_checkpointing and method.name == "prefix_tuning":
+        problem = "prefix_tuning passes its keys and values in a cache, which it switches off"
+        raise ConfigError.of("run.gradient_checkpointing", problem)
+
+
+def _num_steps(config: TrainConfig, dataset: Dataset) -> int:
+    run = config.run
+    if run.steps is not None:
+        return run.steps
+    rows_per_step = run.batch_size * run.gradient_accumulation
+    return max(1, math.ceil(run.epochs * len(dataset.train) / rows_per_step))
