@@ -170,7 +170,9 @@ def document(rates: dict[int, float], **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_a_bar_that_is_missed_is_named(bench: Any, changes: Any, missed: int) -> None:
-    bars = bench("scale.bars").bars_of(document({5: 10.0, 10: 10.0, 1000: 9.6, 2000: 9.5}, **changes))
+    bars = bench("scale.bars").bars_of(
+        document({5: 10.0, 10: 10.0, 1000: 9.6, 2000: 9.5}, **changes)
+    )
     assert len(bars) == 10
     assert sum(not bar.passed for bar in bars) == missed
 

