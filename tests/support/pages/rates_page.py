@@ -1,0 +1,74 @@
+"""The rates that README.md and docs/choosing.md quote, from the newest rows of ``make bench``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from checkout import ROOT
+
+RESULTS = ROOT / "bench" / "results" / "amd-epyc.jsonl"
+# Scenario of bench/decode.py → how README calls it.
+SHOWN = {
+    "base, 1 request": "base, 1 request",
+    "base, 16 requests": "base, 16 requests",
+    "one adapter, 1 request": "one adapter, 1 request",
+    "same adapter, 16 requests": "same adapter, 16 requests",
+    "16 adapters, 16 requests": "16 different adapters, 16 requests",
+    "mixed methods, 16 requests": "16 adapters of 11 methods at rank 8, 16 requests",
+}
+
+
+def newest_rates(results: Path = RESULTS) -> dict[str, float]:
+    """Decode tokens/s by scenario, of the last whole run in a file of results."""
+    rates: dict[str, float] = {}
+    for line in results.read_text().splitlines():
+        row = json.loads(line)
+        name = row["scenario"]["name"]
+        if row["bench"] == "decode" and name in SHOWN:
+            rates[name] = row["values"]["decode_tokens_per_second"]
+    assert rates.keys() == SHOWN.keys()
+    return rates
+
+
+def render_rates() -> str:
+    lines = ["| | tokens/s |", "|---|---|"]
+    lines += [f"| {SHOWN[name]} | {rate:.0f} |" for name, rate in newest_rates().items()]
+    return "\n".join(lines)
+
+
+def render_costs() -> str:
+    """What rank-16 LoRAs take off the base's rate."""
+    rates = newest_rates()
+
+    def lost(name: str, base: str) -> str:
+        return f"{100.0 * (1.0 - rates[name] / rates[base]):.0f} %"
+
+    return (
+        "- Serving cost grows with rank: one rank-16 LoRA on all modules takes"
+        f" {lost('one adapter, 1 request', 'base, 1 request')} off the base's rate\n"
+        "  at one request, the same one in sixteen requests"
+        f" {lost('same adapter, 16 requests', 'base, 16 requests')}, sixteen different ones"
+        f" {lost('16 adapters, 16 requests', 'base, 16 requests')}\n"
+        "  (SmolLM2-135M on a CPU, `make bench`; docs/performance.md)."
+    )
+
+
+PAGES = {
+    ROOT / "README.md": ("rates", render_rates),
+    ROOT / "docs" / "choosing.md": ("costs", render_costs),
+}
+
+
+def rendered(path: Path, page: str) -> str:
+    """A page with its generated part made anew."""
+    name, render = PAGES[path]
+    begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
+    assert page.count(begin) == page.count(end) == 1, name
+    head, _, rest = page.partition(begin)
+    return f"{head}{begin}\n{render()}\n{end}{rest.partition(end)[2]}"
+
+
+if __name__ == "__main__":
+    for path in PAGES:
+        path.write_text(rendered(path, path.read_text()))
