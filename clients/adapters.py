@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc
 
-from turret.clients.adapter_files import ExportWriter, upload_messages
-from turret.clients.adapter_requests import (
+from turret.clients.calls import call
+from turret.clients.channel import CallSettings, stream_timeout
+from turret.clients.errors import TurretRpcError
+from turret.clients.messages.adapter_files import ExportWriter, upload_messages
+from turret.clients.messages.adapter_requests import (
     fuse_request,
     list_request,
     merge_request,
     unload_request,
 )
-from turret.clients.adapter_results import Adapter, Fusion, MergeState
-from turret.clients.channel import CallSettings, stream_timeout
-from turret.clients.errors import TurretRpcError
-from turret.clients.mix import AdapterLike
+from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState
+from turret.clients.messages.mix import AdapterLike
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 
 
@@ -53,13 +55,18 @@ class AdaptersClient:
         Raises:
             FileNotFoundError: The directory holds no adapter.
         """
-        messages = upload_messages(name, directory, pinned=pinned, replace=replace)
-        return Adapter.from_proto(self._unary(self._stub.UploadAdapter, messages, timeout))
+
+        def messages() -> object:
+            return upload_messages(name, directory, pinned=pinned, replace=replace)
+
+        return Adapter.from_proto(call(self._stub.UploadAdapter, messages, self._settings, timeout))
 
     def replace(self, name: str, path: str, *, timeout: float | None = None) -> Adapter:
         """Make the weights in ``path`` (as in :meth:`load`) the adapter's new generation."""
         request = adapters_pb2.ReplaceAdapterRequest(name=name, path=path)
-        return Adapter.from_proto(self._unary(self._stub.ReplaceAdapter, request, timeout))
+        return Adapter.from_proto(
+            self._unary(self._stub.ReplaceAdapter, request, timeout, repeatable=False)
+        )
 
     def get(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Return one adapter."""
@@ -118,7 +125,7 @@ class AdaptersClient:
             ValueError: The mode is unknown.
         """
         request = unload_request(name, mode, drain_seconds)
-        self._unary(self._stub.UnloadAdapter, request, timeout)
+        self._unary(self._stub.UnloadAdapter, request, timeout, repeatable=False)
 
     def pin(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Keep an adapter resident and registered."""
@@ -169,12 +176,16 @@ class AdaptersClient:
             ValueError: The precision is unknown.
         """
         request = merge_request(adapters, precision)
-        return MergeState.from_proto(self._unary(self._stub.MergeAdapters, request, timeout))
+        return MergeState.from_proto(
+            self._unary(self._stub.MergeAdapters, request, timeout, repeatable=False)
+        )
 
     def unmerge(self, *, timeout: float | None = None) -> MergeState:
         """Restore the base model."""
         request = adapters_pb2.UnmergeAdaptersRequest()
-        return MergeState.from_proto(self._unary(self._stub.UnmergeAdapters, request, timeout))
+        return MergeState.from_proto(
+            self._unary(self._stub.UnmergeAdapters, request, timeout, repeatable=False)
+        )
 
     def get_merge_state(self, *, timeout: float | None = None) -> MergeState:
         """Return what is merged."""
@@ -209,12 +220,7 @@ class AdaptersClient:
                 call.cancel()
             return Adapter.from_proto(writer.finish())
 
-    def _unary(self, method, request: object, timeout: float | None):
-        try:
-            return method(
-                request,
-                timeout=self._settings.unary_timeout(timeout),
-                metadata=self._settings.metadata,
-            )
-        except grpc.RpcError as error:
-            raise TurretRpcError.from_grpc(error) from None
+    def _unary(
+        self, method: Any, request: object, timeout: float | None, *, repeatable: bool = True
+    ) -> Any:
+        return call(method, lambda: request, self._settings, timeout, repeatable=repeatable)

@@ -14,12 +14,13 @@ awaits a call stops the request on the server.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Self, Unpack
+from collections.abc import Sequence
+from typing import Any, Self, Unpack
 
 import grpc.aio
 
 from turret.clients.aio_adapters import AsyncAdaptersClient
+from turret.clients.calls import call_async
 from turret.clients.channel import (
     DEFAULT_ADDRESS,
     CallSettings,
@@ -28,8 +29,8 @@ from turret.clients.channel import (
     stream_timeout,
 )
 from turret.clients.errors import TurretRpcError
-from turret.clients.mix import AdapterLike, AdapterWeight
-from turret.clients.requests import (
+from turret.clients.messages.mix import AdapterLike, AdapterWeight
+from turret.clients.messages.requests import (
     GenerateOptions,
     MessageLike,
     Prompt,
@@ -38,41 +39,12 @@ from turret.clients.requests import (
     score_request,
     tokenize_request,
 )
-from turret.clients.results import Chunk, Completion, Model, Score, Tokens
+from turret.clients.messages.results import Completion, Model, Score, Tokens
+from turret.clients.retries import RetryPolicy
+from turret.clients.streams import AsyncGenerationStream
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 __all__ = ["AdapterWeight", "AsyncGenerationStream", "AsyncTurretClient", "Tls", "TurretRpcError"]
-
-
-class AsyncGenerationStream(AsyncIterator[Chunk]):
-    """An answer as it grows. Closing it, or leaving its ``async with``, stops the request."""
-
-    def __init__(self, call: grpc.aio.UnaryStreamCall) -> None:
-        self._call = call
-        self._responses = aiter(call)
-        self._closed = False
-
-    def __aiter__(self) -> Self:
-        return self
-
-    async def __anext__(self) -> Chunk:
-        if self._closed:
-            raise StopAsyncIteration
-        try:
-            return Chunk.from_proto(await anext(self._responses))
-        except grpc.aio.AioRpcError as error:
-            raise TurretRpcError.from_grpc(error) from None
-
-    async def aclose(self) -> None:
-        """Stop the request. Idempotent; iteration then ends."""
-        self._closed = True
-        self._call.cancel()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *exc_info: object) -> None:
-        await self.aclose()
 
 
 class AsyncTurretClient:
@@ -89,8 +61,9 @@ class AsyncTurretClient:
         tls: Tls | None = None,
         admin_address: str | None = None,
         timeout: float | None = 600.0,
+        max_retries: int | RetryPolicy = 2,
     ) -> None:
-        self._settings = CallSettings.of(token, timeout)
+        self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries))
         self._channel = open_aio_channel(address, tls)
         self._admin_channel = (
             self._channel if admin_address is None else open_aio_channel(admin_address, tls)
@@ -121,11 +94,12 @@ class AsyncTurretClient:
     ) -> AsyncGenerationStream:
         """Complete a prompt, chunk by chunk, as ``TurretClient.generate_stream``."""
         request = generate_request(prompt, options)
-        return AsyncGenerationStream(
-            self._stub.GenerateStream(
-                request, timeout=stream_timeout(timeout), metadata=self._settings.metadata
-            )
-        )
+        settings = self._settings
+
+        def start(seconds: float | None) -> grpc.aio.UnaryStreamCall:
+            return self._stub.GenerateStream(request, timeout=seconds, metadata=settings.metadata)
+
+        return AsyncGenerationStream(start, settings.policy.begin(stream_timeout(timeout)))
 
     async def chat(
         self,
@@ -170,12 +144,5 @@ class AsyncTurretClient:
         request = inference_pb2.GetModelRequest()
         return Model.from_proto(await self._unary(self._stub.GetModel, request, timeout))
 
-    async def _unary(self, method, request: object, timeout: float | None):
-        try:
-            return await method(
-                request,
-                timeout=self._settings.unary_timeout(timeout),
-                metadata=self._settings.metadata,
-            )
-        except grpc.aio.AioRpcError as error:
-            raise TurretRpcError.from_grpc(error) from None
+    async def _unary(self, method: Any, request: object, timeout: float | None) -> Any:
+        return await call_async(method, lambda: request, self._settings, timeout)

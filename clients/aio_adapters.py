@@ -6,20 +6,22 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grpc.aio
 
-from turret.clients.adapter_files import ExportWriter, upload_messages
-from turret.clients.adapter_requests import (
+from turret.clients.calls import call_async
+from turret.clients.channel import CallSettings, stream_timeout
+from turret.clients.errors import TurretRpcError
+from turret.clients.messages.adapter_files import ExportWriter, upload_messages
+from turret.clients.messages.adapter_requests import (
     fuse_request,
     list_request,
     merge_request,
     unload_request,
 )
-from turret.clients.adapter_results import Adapter, Fusion, MergeState
-from turret.clients.channel import CallSettings, stream_timeout
-from turret.clients.errors import TurretRpcError
-from turret.clients.mix import AdapterLike
+from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState
+from turret.clients.messages.mix import AdapterLike
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 
 
@@ -55,13 +57,20 @@ class AsyncAdaptersClient:
         Raises:
             FileNotFoundError: The directory holds no adapter.
         """
-        messages = upload_messages(name, directory, pinned=pinned, replace=replace)
-        return Adapter.from_proto(await self._unary(self._stub.UploadAdapter, messages, timeout))
+
+        def messages() -> object:
+            return upload_messages(name, directory, pinned=pinned, replace=replace)
+
+        return Adapter.from_proto(
+            await call_async(self._stub.UploadAdapter, messages, self._settings, timeout)
+        )
 
     async def replace(self, name: str, path: str, *, timeout: float | None = None) -> Adapter:
         """Make the weights in ``path`` (as in :meth:`load`) the adapter's new generation."""
         request = adapters_pb2.ReplaceAdapterRequest(name=name, path=path)
-        return Adapter.from_proto(await self._unary(self._stub.ReplaceAdapter, request, timeout))
+        return Adapter.from_proto(
+            await self._unary(self._stub.ReplaceAdapter, request, timeout, repeatable=False)
+        )
 
     async def get(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Return one adapter."""
@@ -121,7 +130,7 @@ class AsyncAdaptersClient:
             ValueError: The mode is unknown.
         """
         request = unload_request(name, mode, drain_seconds)
-        await self._unary(self._stub.UnloadAdapter, request, timeout)
+        await self._unary(self._stub.UnloadAdapter, request, timeout, repeatable=False)
 
     async def pin(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Keep an adapter resident and registered."""
@@ -172,13 +181,15 @@ class AsyncAdaptersClient:
             ValueError: The precision is unknown.
         """
         request = merge_request(adapters, precision)
-        return MergeState.from_proto(await self._unary(self._stub.MergeAdapters, request, timeout))
+        return MergeState.from_proto(
+            await self._unary(self._stub.MergeAdapters, request, timeout, repeatable=False)
+        )
 
     async def unmerge(self, *, timeout: float | None = None) -> MergeState:
         """Restore the base model."""
         request = adapters_pb2.UnmergeAdaptersRequest()
         return MergeState.from_proto(
-            await self._unary(self._stub.UnmergeAdapters, request, timeout)
+            await self._unary(self._stub.UnmergeAdapters, request, timeout, repeatable=False)
         )
 
     async def get_merge_state(self, *, timeout: float | None = None) -> MergeState:
@@ -214,12 +225,9 @@ class AsyncAdaptersClient:
                 call.cancel()
             return Adapter.from_proto(writer.finish())
 
-    async def _unary(self, method, request: object, timeout: float | None):
-        try:
-            return await method(
-                request,
-                timeout=self._settings.unary_timeout(timeout),
-                metadata=self._settings.metadata,
-            )
-        except grpc.aio.AioRpcError as error:
-            raise TurretRpcError.from_grpc(error) from None
+    async def _unary(
+        self, method: Any, request: object, timeout: float | None, *, repeatable: bool = True
+    ) -> Any:
+        return await call_async(
+            method, lambda: request, self._settings, timeout, repeatable=repeatable
+        )

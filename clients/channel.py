@@ -9,6 +9,8 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from turret.clients.retries import RetryPolicy
+
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 # Logprobs with alternatives for a long prompt exceed gRPC's own limit of 4 MiB.
 _MAX_RECEIVE_BYTES = 64 << 20
@@ -86,15 +88,18 @@ class CallSettings:
     Attributes:
         metadata: Sent with each call; holds the token.
         timeout: Deadline in seconds of calls that return one response and set none themselves.
+        policy: Which failed calls are tried again.
     """
 
     metadata: tuple[tuple[str, str], ...]
     timeout: float | None
+    policy: RetryPolicy
 
     @classmethod
-    def of(cls, token: str | None, timeout: float | None) -> CallSettings:
+    def of(cls, token: str | None, timeout: float | None, policy: RetryPolicy) -> CallSettings:
         metadata = (("authorization", f"Bearer {token}"),) if token else ()
-        return cls(metadata, timeout)
+        stream_timeout(timeout)
+        return cls(metadata, timeout, policy)
 
     def unary_timeout(self, timeout: float | None) -> float | None:
         """The deadline of a call with one response."""
@@ -102,5 +107,11 @@ class CallSettings:
 
 
 def stream_timeout(timeout: float | None) -> float | None:
-    """The deadline of a stream: None and infinity mean none."""
+    """The deadline of a stream: None and infinity mean none.
+
+    Raises:
+        TypeError: It is no number of seconds.
+    """
+    if not (timeout is None or isinstance(timeout, int | float)):
+        raise TypeError(f"timeout: seconds, not {timeout!r}")
     return None if timeout is None or math.isinf(timeout) else timeout

@@ -12,12 +12,11 @@ Every failed call raises :class:`~turret.clients.errors.TurretRpcError`. The cli
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Self, Unpack
-
-import grpc
+from collections.abc import Sequence
+from typing import Any, Self, Unpack
 
 from turret.clients.adapters import AdaptersClient
+from turret.clients.calls import call
 from turret.clients.channel import (
     DEFAULT_ADDRESS,
     CallSettings,
@@ -26,8 +25,8 @@ from turret.clients.channel import (
     stream_timeout,
 )
 from turret.clients.errors import TurretRpcError
-from turret.clients.mix import AdapterLike, AdapterWeight
-from turret.clients.requests import (
+from turret.clients.messages.mix import AdapterLike, AdapterWeight
+from turret.clients.messages.requests import (
     GenerateOptions,
     MessageLike,
     Prompt,
@@ -36,44 +35,12 @@ from turret.clients.requests import (
     score_request,
     tokenize_request,
 )
-from turret.clients.results import Chunk, Completion, Model, Score, Tokens
+from turret.clients.messages.results import Completion, Model, Score, Tokens
+from turret.clients.retries import RetryPolicy
+from turret.clients.streams import GenerationStream
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 __all__ = ["AdapterWeight", "GenerationStream", "Tls", "TurretClient", "TurretRpcError"]
-
-
-class GenerationStream(Iterator[Chunk]):
-    """An answer as it grows. Closing it, or leaving its ``with`` block, stops the request."""
-
-    def __init__(self, call: grpc.Call) -> None:
-        # What a stub returns for a stream is a Call and an iterator of responses.
-        self._call = call
-        self._responses = iter(call)  # type: ignore[call-overload]
-        self._closed = False
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Chunk:
-        if self._closed:
-            raise StopIteration
-        try:
-            return Chunk.from_proto(next(self._responses))
-        except grpc.RpcError as error:
-            if self._closed:
-                raise StopIteration from None
-            raise TurretRpcError.from_grpc(error) from None
-
-    def close(self) -> None:
-        """Stop the request. Idempotent, also from another thread; iteration then ends."""
-        self._closed = True
-        self._call.cancel()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.close()
 
 
 class TurretClient:
@@ -86,6 +53,9 @@ class TurretClient:
         admin_address: Where the ``Adapters`` service listens; None means ``address``.
         timeout: Deadline in seconds of calls with one response that set none themselves; None
             means none. Streams have a deadline only if the call sets one.
+        max_retries: How often a call is tried again that the server asked to send later, or that
+            reached no server: after 0.5 s, 1 s and so on, or when the server says. A stream that
+            has given text is not.
 
     Every method's ``timeout`` is in seconds; ``math.inf`` means no deadline.
     """
@@ -98,8 +68,9 @@ class TurretClient:
         tls: Tls | None = None,
         admin_address: str | None = None,
         timeout: float | None = 600.0,
+        max_retries: int | RetryPolicy = 2,
     ) -> None:
-        self._settings = CallSettings.of(token, timeout)
+        self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries))
         self._channel = open_channel(address, tls)
         self._admin_channel = (
             self._channel if admin_address is None else open_channel(admin_address, tls)
@@ -126,7 +97,7 @@ class TurretClient:
         Args:
             prompt: Text, used as it is; token ids; or the turns of a conversation.
             timeout: Deadline in seconds.
-            **options: See :class:`~turret.clients.requests.GenerateOptions`.
+            **options: See :class:`~turret.clients.messages.requests.GenerateOptions`.
 
         Raises:
             TurretRpcError: The server refused or failed.
@@ -145,11 +116,12 @@ class TurretClient:
         iteration.
         """
         request = generate_request(prompt, options)
-        return GenerationStream(
-            self._stub.GenerateStream(
-                request, timeout=stream_timeout(timeout), metadata=self._settings.metadata
-            )
-        )
+        settings = self._settings
+
+        def start(seconds: float | None) -> Any:
+            return self._stub.GenerateStream(request, timeout=seconds, metadata=settings.metadata)
+
+        return GenerationStream(start, settings.policy.begin(stream_timeout(timeout)))
 
     def chat(
         self,
@@ -205,12 +177,5 @@ class TurretClient:
         request = inference_pb2.GetModelRequest()
         return Model.from_proto(self._unary(self._stub.GetModel, request, timeout))
 
-    def _unary(self, method: grpc.UnaryUnaryMultiCallable, request: object, timeout: float | None):
-        try:
-            return method(
-                request,
-                timeout=self._settings.unary_timeout(timeout),
-                metadata=self._settings.metadata,
-            )
-        except grpc.RpcError as error:
-            raise TurretRpcError.from_grpc(error) from None
+    def _unary(self, method: Any, request: object, timeout: float | None) -> Any:
+        return call(method, lambda: request, self._settings, timeout)

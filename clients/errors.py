@@ -1,9 +1,25 @@
-"""The one error that a failed call raises, with the details that the server sent."""
+"""What a failed call raises: a class for each kind, with the details that the server sent.
+
+TurretRpcError
+├── InvalidArgumentError      a field breaks its documented range, or a checkpoint is refused
+├── AuthenticationError       no token, or an unknown one
+├── PermissionDeniedError     the token lacks the role
+├── NotFoundError             no adapter of that name (or generation)
+├── AlreadyExistsError        the name is taken by other weights
+├── FailedPreconditionError   not as things are: in use, pinned, another base, a merge is active
+├── RateLimitedError          a queue or a budget is full; ``retry_delay`` may say how long
+├── DeadlineExceededError     the deadline passed first
+├── AbortedError              the adapter was unloaded by force meanwhile
+├── CallCancelledError        the call was cancelled
+├── UnavailableError          no server, or one that starts or stops
+└── ServerError               anything else: a fault of the server
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Self
 
 import grpc
 from google.protobuf import message
@@ -73,11 +89,15 @@ class TurretRpcError(Exception):
             parts.append(f"retry in {self.retry_delay:g} s")
         return f"{head}: " + "; ".join(part for part in parts if part)
 
-    def at(self, place: str) -> TurretRpcError:
+    def at(self, place: str) -> Self:
         """The same error with the place that it concerns in front of its message."""
-        return TurretRpcError(
+        return self.with_message(f"{place}: {self.message}")
+
+    def with_message(self, message: str) -> Self:
+        """The same error in other words."""
+        return type(self)(
             self.code,
-            f"{place}: {self.message}",
+            message,
             reason=self.reason,
             metadata=self.metadata,
             violations=self.violations,
@@ -85,9 +105,9 @@ class TurretRpcError(Exception):
             request_id=self.request_id,
         )
 
-    @classmethod
-    def from_grpc(cls, error: grpc.RpcError) -> TurretRpcError:
-        """Convert gRPC's error, of a synchronous or an asyncio call."""
+    @staticmethod
+    def from_grpc(error: grpc.RpcError) -> TurretRpcError:
+        """Convert gRPC's error, of a synchronous or an asyncio call, to the class of its status."""
         # Every error that grpc raises for a call is also a grpc.Call; its base class is not.
         code = error.code()  # type: ignore[attr-defined]
         text = error.details() or ""  # type: ignore[attr-defined]
@@ -104,7 +124,7 @@ class TurretRpcError(Exception):
                 ]
             else:
                 retry_delay = detail.retry_delay.ToTimedelta().total_seconds()
-        return cls(
+        return _CLASSES.get(code, ServerError)(
             code,
             text,
             reason=reason,
@@ -113,6 +133,69 @@ class TurretRpcError(Exception):
             retry_delay=retry_delay,
             request_id=str(trailing.get(_REQUEST_ID_KEY, "")),
         )
+
+
+class InvalidArgumentError(TurretRpcError):
+    """A field breaks its documented range, or a checkpoint is refused; see ``violations``."""
+
+
+class AuthenticationError(TurretRpcError):
+    """The server wants a token, and got none or an unknown one."""
+
+
+class PermissionDeniedError(TurretRpcError):
+    """The token lacks the role that the call needs."""
+
+
+class NotFoundError(TurretRpcError):
+    """No adapter of that name, or of that generation, is registered."""
+
+
+class AlreadyExistsError(TurretRpcError):
+    """The name is taken by other weights."""
+
+
+class FailedPreconditionError(TurretRpcError):
+    """Not as things are: an adapter in use, pinned, or made for another base; an active merge."""
+
+
+class RateLimitedError(TurretRpcError):
+    """A queue or a budget is full; where waiting helps, ``retry_delay`` says how long."""
+
+
+class DeadlineExceededError(TurretRpcError):
+    """The call's deadline passed before its end."""
+
+
+class AbortedError(TurretRpcError):
+    """An adapter of the request was unloaded by force meanwhile."""
+
+
+class CallCancelledError(TurretRpcError):
+    """The call was cancelled."""
+
+
+class UnavailableError(TurretRpcError):
+    """A server that is starting or stopping; without ``reason``, none was reached at all."""
+
+
+class ServerError(TurretRpcError):
+    """A fault of the server, or a status that it does not send on purpose."""
+
+
+_CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidArgumentError,
+    grpc.StatusCode.UNAUTHENTICATED: AuthenticationError,
+    grpc.StatusCode.PERMISSION_DENIED: PermissionDeniedError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
+    grpc.StatusCode.FAILED_PRECONDITION: FailedPreconditionError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: RateLimitedError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceededError,
+    grpc.StatusCode.ABORTED: AbortedError,
+    grpc.StatusCode.CANCELLED: CallCancelledError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+}
 
 
 def _details(payload: object) -> Iterable:

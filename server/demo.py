@@ -21,8 +21,8 @@ from rich.text import Text
 import turret
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.errors import TurretRpcError
-from turret.clients.mix import AdapterWeight
-from turret.clients.results import Usage
+from turret.clients.messages.mix import AdapterWeight
+from turret.clients.messages.results import Usage
 from turret.server.server_process import ServerProcess, ServerProcessError
 
 _MAX_TOKENS = 64

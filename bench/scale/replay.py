@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from scale.workload import Arrival
 
 from turret.clients.aio import AsyncTurretClient
-from turret.clients.results import AdapterUse
+from turret.clients.messages.results import AdapterUse
 
 
 @dataclass(frozen=True, slots=True)

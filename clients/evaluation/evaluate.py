@@ -25,7 +25,7 @@ from turret.clients.evaluation.answer_metrics import (
     token_f1,
 )
 from turret.clients.evaluation.eval_set import EvalExample
-from turret.clients.mix import AdapterWeight
+from turret.clients.messages.mix import AdapterWeight
 
 METRICS = ("perplexity", "exact_match", "token_f1", "label_accuracy")
 _MOST_RETRIES = 30

@@ -15,8 +15,10 @@ from turret.clients.verbs.command import (
     with_client,
 )
 from turret.clients.verbs.tables import (
+    mix_text,
     print_adapter,
     print_adapters,
+    print_change,
     print_fusion,
     print_merge_state,
 )
@@ -124,7 +126,8 @@ def _list(args: argparse.Namespace, client: TurretClient) -> None:
     adapters = list(
         client.adapters.list(method=args.method, residency=args.residency, timeout=args.timeout)
     )
-    print_json(adapters) if args.json else print_adapters(adapters)
+    filtered = args.method is not None or args.residency is not None
+    print_json(adapters) if args.json else print_adapters(adapters, filtered=filtered)
 
 
 def _get(args: argparse.Namespace, client: TurretClient) -> None:
@@ -134,7 +137,7 @@ def _get(args: argparse.Namespace, client: TurretClient) -> None:
 
 def _load(args: argparse.Namespace, client: TurretClient) -> None:
     adapter = client.adapters.load(args.name, args.path, pinned=args.pin, timeout=args.timeout)
-    print_json(adapter) if args.json else print_adapter(adapter)
+    print_json(adapter) if args.json else print_change("loaded", adapter)
 
 
 def _unload(args: argparse.Namespace, client: TurretClient) -> None:
@@ -157,12 +160,12 @@ def _upload(args: argparse.Namespace, client: TurretClient) -> None:
     adapter = client.adapters.upload(
         args.name, args.directory, pinned=args.pin, replace=args.replace, timeout=args.timeout
     )
-    print_json(adapter) if args.json else print_adapter(adapter)
+    print_json(adapter) if args.json else print_change("uploaded", adapter)
 
 
 def _replace(args: argparse.Namespace, client: TurretClient) -> None:
     adapter = client.adapters.replace(args.name, args.path, timeout=args.timeout)
-    print_json(adapter) if args.json else print_adapter(adapter)
+    print_json(adapter) if args.json else print_change("replaced", adapter)
 
 
 def _export(args: argparse.Namespace, client: TurretClient) -> None:
@@ -194,8 +197,12 @@ def _merge(args: argparse.Namespace, client: TurretClient) -> None:
 
 
 def _unmerge(args: argparse.Namespace, client: TurretClient) -> None:
+    before = client.adapters.get_merge_state(timeout=args.timeout)
     state = client.adapters.unmerge(timeout=args.timeout)
-    print_json(state) if args.json else print_merge_state(state)
+    if args.json:
+        print_json(state)
+    else:
+        print(f"took {mix_text(before)} out of the base; base generation {state.base_generation}")
 
 
 def _merge_state(args: argparse.Namespace, client: TurretClient) -> None:

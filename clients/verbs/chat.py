@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
-from turret.clients.mix import AdapterWeight
-from turret.clients.requests import GenerateOptions
+from turret.clients.messages.mix import AdapterWeight
+from turret.clients.messages.requests import GenerateOptions
 from turret.clients.verbs.command import adapter_parser, connection_parser, print_error, with_client
 from turret.clients.verbs.flags import generation_options, generation_parser
 from turret.clients.verbs.generate import summary

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable
 from datetime import datetime
@@ -13,10 +14,15 @@ from typing import Any
 
 from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.client import TurretClient
-from turret.clients.errors import TurretRpcError
-from turret.clients.mix import AdapterWeight
+from turret.clients.errors import AuthenticationError, TurretRpcError, UnavailableError
+from turret.clients.messages.mix import AdapterWeight
+from turret.clients.retries import RetryPolicy
 
 _DEFAULT_TIMEOUT_SECONDS = 600.0
+# Environment variables that stand for the flags of the same name; the flags win.
+ADDRESS_VARIABLE = "TURRET_ADDRESS"
+TOKEN_VARIABLE = "TURRET_TOKEN"
+TLS_CA_VARIABLE = "TURRET_TLS_CA"
 
 
 def connection_parser() -> argparse.ArgumentParser:
@@ -24,13 +30,25 @@ def connection_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(add_help=False)
     group = parser.add_argument_group("connection")
     group.add_argument(
-        "--address", default=DEFAULT_ADDRESS, metavar="HOST:PORT", help="default: %(default)s"
+        "--address",
+        default=os.environ.get(ADDRESS_VARIABLE) or DEFAULT_ADDRESS,
+        metavar="HOST:PORT",
+        help=f"default: ${ADDRESS_VARIABLE}, or {DEFAULT_ADDRESS}",
     )
     token = group.add_mutually_exclusive_group()
-    token.add_argument("--token", help="bearer token (process lists may show it to other users)")
+    token.add_argument(
+        "--token",
+        help=f"bearer token; process lists may show it to other users (default: ${TOKEN_VARIABLE})",
+    )
     token.add_argument("--token-from", type=Path, metavar="FILE", help="file that holds the token")
     group.add_argument("--tls", action="store_true", help="use TLS, with the system's roots")
-    group.add_argument("--tls-ca", type=Path, metavar="FILE", help="PEM roots; implies --tls")
+    group.add_argument(
+        "--tls-ca",
+        type=Path,
+        default=os.environ.get(TLS_CA_VARIABLE) or None,
+        metavar="FILE",
+        help=f"PEM roots; implies --tls (default: ${TLS_CA_VARIABLE})",
+    )
     group.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate to show")
     group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM key of --tls-cert")
     group.add_argument("--tls-server-name", metavar="NAME", help="name in the server's certificate")
@@ -89,7 +107,10 @@ def with_client(
         try:
             with _connect(args) as client:
                 verb(args, client)
-        except (TurretRpcError, OSError) as error:
+        except TurretRpcError as error:
+            print_error(_with_next_step(error, args))
+            return 1
+        except OSError as error:
             print_error(error)
             return 1
         except (TypeError, ValueError) as error:
@@ -102,6 +123,20 @@ def with_client(
         return 0
 
     return run
+
+
+def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRpcError:
+    """The error with what its reader may do about it, where that is not the server's to say."""
+    if isinstance(error, UnavailableError) and not error.reason:
+        return error.with_message(
+            f"no turret server answers at {args.address} ({error.message}); `turret serve` starts"
+            f" one, --address or {ADDRESS_VARIABLE} names another"
+        )
+    if isinstance(error, AuthenticationError):
+        return error.with_message(
+            f"{error.message}; give it with --token, --token-from or {TOKEN_VARIABLE}"
+        )
+    return error
 
 
 def print_error(error: Exception) -> None:
@@ -134,7 +169,7 @@ def _positive_seconds(text: str) -> float:
 
 
 def _connect(args: argparse.Namespace) -> TurretClient:
-    token = args.token
+    token = args.token or os.environ.get(TOKEN_VARIABLE)
     if args.token_from is not None:
         token = args.token_from.read_text(encoding="utf-8").strip()
     tls = None
@@ -146,4 +181,6 @@ def _connect(args: argparse.Namespace) -> TurretClient:
             server_name=args.tls_server_name,
         )
     timeout = _DEFAULT_TIMEOUT_SECONDS if args.timeout is None else args.timeout
-    return TurretClient(args.address, token=token, tls=tls, timeout=timeout)
+    # Who types a command wants to know at once that no server is there.
+    policy = RetryPolicy(2, unreached=False)
+    return TurretClient(args.address, token=token, tls=tls, timeout=timeout, max_retries=policy)

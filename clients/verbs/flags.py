@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from turret.clients.requests import GenerateOptions
+from turret.clients.messages.requests import GenerateOptions
 
 _FLOATS = {
     "temperature": "0 is greedy (default: 1)",

@@ -6,8 +6,8 @@ import argparse
 import sys
 
 from turret.clients.client import TurretClient
-from turret.clients.requests import Prompt
-from turret.clients.results import Chunk
+from turret.clients.messages.requests import Prompt
+from turret.clients.messages.results import Chunk
 from turret.clients.verbs.command import (
     adapter_parser,
     connection_parser,

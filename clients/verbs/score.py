@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turret.clients.client import TurretClient
-from turret.clients.results import Score
+from turret.clients.messages.results import Score
 from turret.clients.verbs.command import (
     adapter_parser,
     connection_parser,

@@ -2,38 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import os
+import sys
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from turret.clients.adapter_results import Adapter, Fusion, MergeState, ModuleError
+from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState, ModuleError
 
 # From this share of the change on, its rounding error is worth a warning.
 _LOST = 0.5
 
 
-def print_adapters(adapters: Iterable[Adapter]) -> None:
-    """One row per adapter."""
+def print_adapters(adapters: Sequence[Adapter], *, filtered: bool) -> None:
+    """One row per adapter.
+
+    Args:
+        adapters: What there is to show.
+        filtered: Whether others may be registered.
+    """
+    if not adapters:
+        print(
+            "no such adapter is registered"
+            if filtered
+            else "no adapter is registered; `turret adapters load NAME PATH` registers one"
+        )
+        return
     table = Table()
-    for heading in ("name", "method", "ranks", "state", "residency"):
-        table.add_column(heading)
-    for heading in ("generation", "in flight", "size"):
+    # A name that is cut is of no use: it folds onto the next line instead.
+    table.add_column("name", overflow="fold")
+    table.add_column("method", no_wrap=True)
+    table.add_column("ranks")
+    table.add_column("where", no_wrap=True)
+    for heading in ("gen.", "in use"):
         table.add_column(heading, justify="right")
+    table.add_column("size", justify="right", no_wrap=True)
     for adapter in adapters:
         table.add_row(
             Text(adapter.name),
             Text(adapter.method),
             _ranks(adapter),
-            adapter.state.lower(),
-            adapter.residency.lower() + (", pinned" if adapter.pinned else ""),
+            _where(adapter),
             str(adapter.generation),
             str(adapter.in_flight),
             _bytes(adapter.bytes_disk),
         )
-    Console().print(table)
+    _console().print(table)
+
+
+def print_change(verb: str, adapter: Adapter) -> None:
+    """One line on an adapter that was registered or replaced, and one per warning."""
+    ranks = f" of rank {_ranks(adapter)}" if adapter.ranks else ""
+    print(
+        f"{verb} {adapter.name}@{adapter.generation}: {adapter.method}{ranks},"
+        f" {_bytes(adapter.bytes_disk)}, {_where(adapter)}"
+    )
+    for warning in adapter.warnings:
+        print(f"warning: {warning}")
 
 
 def print_adapter(adapter: Adapter) -> None:
@@ -48,7 +76,7 @@ def print_adapter(adapter: Adapter) -> None:
         "ranks": _ranks(adapter),
         "target modules": ", ".join(adapter.target_modules),
         "state": adapter.state.lower(),
-        "residency": adapter.residency.lower() + (", pinned" if adapter.pinned else ""),
+        "residency": _where(adapter),
         "size": f"disk {_bytes(adapter.bytes_disk)}, host {_bytes(adapter.bytes_host)}, "
         f"device {_bytes(adapter.bytes_device)}",
         "in flight": str(adapter.in_flight),
@@ -71,10 +99,9 @@ def print_merge_state(state: MergeState) -> None:
     if not state.active:
         print(f"nothing is merged; base generation {state.base_generation}")
         return
-    mix = ", ".join(f"{a.name}@{a.generation}={a.weight:g}" for a in state.adapters)
     time = state.merge_time
     rows = {
-        "merged": mix,
+        "merged": mix_text(state),
         "precision": state.precision.lower(),
         "base generation": str(state.base_generation),
         "since": "" if time is None else time.isoformat(sep=" ", timespec="seconds"),
@@ -88,6 +115,11 @@ def print_merge_state(state: MergeState) -> None:
         print(f"warning: most of it is lost{advice}")
 
 
+def mix_text(state: MergeState) -> str:
+    """The mix that is merged, as one writes it."""
+    return ", ".join(f"{a.name}@{a.generation}={a.weight:g}" for a in state.adapters)
+
+
 def _print_rows(rows: dict[str, str]) -> None:
     table = Table(show_header=False)
     table.add_column(style="bold")
@@ -97,11 +129,11 @@ def _print_rows(rows: dict[str, str]) -> None:
         if value:
             # Text and not str: what a checkpoint says may look like rich's markup.
             table.add_row(name, Text(value))
-    Console().print(table)
+    _console().print(table)
 
 
 def _print_errors(relative_error: float, modules: tuple[ModuleError, ...]) -> None:
-    console = Console()
+    console = _console()
     console.print(f"relative error {relative_error:.3g} over {len(modules)} modules")
     if modules:
         worst = max(modules, key=lambda module: module.relative_error)
@@ -127,7 +159,22 @@ def _print_kinds(modules: Iterable[ModuleError]) -> None:
             f"{median(errors):.3g}",
             f"{max(errors):.3g}",
         )
-    Console().print(table)
+    _console().print(table)
+
+
+def _console() -> Console:
+    """The terminal; a file or a pipe takes lines of any length."""
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=10_000)
+
+
+def _where(adapter: Adapter) -> str:
+    """The best tier that an adapter is in, and what else concerns its staying there."""
+    parts = [adapter.residency.lower()]
+    if adapter.pinned:
+        parts.append("pinned")
+    if adapter.state not in ("", "ACTIVE"):
+        parts.append(adapter.state.lower())
+    return ", ".join(parts)
 
 
 def _ranks(adapter: Adapter) -> str:

@@ -9,13 +9,14 @@ from datetime import UTC, datetime
 
 import grpc
 import pytest
-from servers.fake_turret import FOREVER, PEFT_FILES, FakeTurret, fake_turret
+from servers.fake_turret import FOREVER, PEFT_FILES, FakeAdapters, FakeTurret, fake_turret
 
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.channel import Tls
 from turret.clients.client import AdapterWeight, TurretClient, TurretRpcError
 from turret.clients.errors import FieldViolation
 from turret.v1 import adapters_pb2
+from turret.v1.adapters_pb2_grpc import AdaptersServicer
 
 
 @pytest.fixture
@@ -185,8 +186,14 @@ def test_error_carries_what_the_server_said(client: TurretClient):
     assert (raised.value.reason, raised.value.retry_delay) == ("QUEUE_FULL", 0.5)
 
 
-def test_error_without_details_keeps_its_status(client: TurretClient):
-    with pytest.raises(TurretRpcError) as raised:
+def test_error_without_details_keeps_its_status(monkeypatch: pytest.MonkeyPatch):
+    """As an older server answers that does not know the call."""
+    monkeypatch.setattr(FakeAdapters, "GetMergeState", AdaptersServicer.GetMergeState)
+    with (
+        fake_turret() as older,
+        TurretClient(older.address) as client,
+        pytest.raises(TurretRpcError) as raised,
+    ):
         client.adapters.get_merge_state()
     assert raised.value.code == grpc.StatusCode.UNIMPLEMENTED
     assert raised.value.reason == ""

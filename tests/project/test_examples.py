@@ -17,7 +17,7 @@ from servers.server_under_test import start_server
 from turret.clients.client import TurretClient
 from turret.clients.evaluation.eval_set import read_eval_set
 from turret.clients.evaluation.evaluate import EvalOptions, evaluate
-from turret.clients.mix import AdapterWeight
+from turret.clients.messages.mix import AdapterWeight
 
 EXAMPLES = ROOT / "examples"
 MAX_TOTAL_BYTES = 6_000_000

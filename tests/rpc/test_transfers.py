@@ -14,7 +14,7 @@ from builders import registries
 from builders.registries import Registries
 from servers.rpc_fakes import Harness, failure_of, harness
 
-from turret.clients.adapter_files import ExportWriter, upload_messages
+from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.rpc import adapters, uploads
 from turret.v1 import adapters_pb2 as pb

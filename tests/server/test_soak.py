@@ -18,7 +18,7 @@ from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.errors import TurretRpcError
-from turret.clients.mix import AdapterWeight
+from turret.clients.messages.mix import AdapterWeight
 
 NUM_REQUESTS = 1000
 WARM_UP_REQUESTS = 200

@@ -22,7 +22,7 @@ from gpu_path import FakeCapture, use_coarse_tiles
 from method_oracle import prompt_of, twin
 
 from turret.clients.aio import AdapterWeight, AsyncTurretClient
-from turret.clients.results import Completion
+from turret.clients.messages.results import Completion
 from turret.kernels.gpu import tuning as tuning_module
 from turret.server.app import App
 from turret.server.build import build_engine

@@ -19,7 +19,7 @@ ROOMS = (
         )
     ),
     *("kernels/cpu", "kernels/gpu"),
-    *("clients/verbs", "clients/evaluation"),
+    *("clients/messages", "clients/verbs", "clients/evaluation"),
     *(
         f"training/{name}"
         for name in ("settings", "data", "methods", "lycoris", "fusion", "memory", "run", "report")

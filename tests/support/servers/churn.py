@@ -18,10 +18,10 @@ import psutil
 from servers.churn_requests import Answer, Mix, Shape, ask
 from servers.server_under_test import ServerUnderTest
 
-from turret.clients.adapter_files import upload_messages
-from turret.clients.adapter_results import Adapter
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.errors import TurretRpcError
+from turret.clients.messages.adapter_files import upload_messages
+from turret.clients.messages.adapter_results import Adapter
 
 NUM_CLIENTS = 24
 NUM_ADMINS = 4

@@ -10,8 +10,8 @@ from typing import Any
 from builders.tiny_models import VOCAB_SIZE
 
 from turret.clients.aio import AsyncTurretClient
-from turret.clients.mix import AdapterWeight
-from turret.clients.results import AdapterUse, TokenLogprob
+from turret.clients.messages.mix import AdapterWeight
+from turret.clients.messages.results import AdapterUse, TokenLogprob
 
 # (what answered, weight) in the request's order; what answered is a name or a checkpoint.
 Mix = tuple[tuple[str, float], ...]

@@ -41,12 +41,16 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         self.requests: list = []
         self.metadata: dict[str, object] = {}
         self.time_remaining: float | None = None
+        self.wants_token = False
         # Of the newest stream: set once the call is over, which FOREVER never is by itself.
         self.stream_ended = threading.Event()
 
     def _accept(self, request, context: grpc.ServicerContext) -> None:
         self.requests.append(request)
         self.metadata = dict(context.invocation_metadata())
+        if self.wants_token:
+            info = error_details_pb2.ErrorInfo(reason="UNAUTHENTICATED", domain="turret")
+            abort(context, grpc.StatusCode.UNAUTHENTICATED, "the token is unknown", info)
         # grpc reports the largest integer of nanoseconds where there is no deadline.
         remaining = context.time_remaining()
         self.time_remaining = None if remaining is None or remaining > 1e9 else remaining
@@ -143,6 +147,7 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
         self.files: dict[str, bytes] = {}
         self.requests: list = []
         self.garble = False
+        self.merged = adapters_pb2.MergeState(base_generation=1)
 
     def _add(self, name: str, *, pinned: bool = False) -> adapters_pb2.Adapter:
         self.adapters[name] = adapters_pb2.Adapter(
@@ -241,10 +246,15 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
         for a in request.adapters:
             state.adapters.add(name=a.name, generation=1, weight=a.weight)
         state.merge_time.FromSeconds(86_400)
+        self.merged = state
         return state
 
+    def GetMergeState(self, request, context):
+        return self.merged
+
     def UnmergeAdapters(self, request, context):
-        return adapters_pb2.MergeState(base_generation=3)
+        self.merged = adapters_pb2.MergeState(base_generation=3)
+        return self.merged
 
     def ExportAdapter(self, request, context):
         header = adapters_pb2.ExportHeader(adapter=self._get(request, context))

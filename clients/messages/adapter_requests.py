@@ -8,8 +8,8 @@ from typing import Any
 from google.protobuf import duration_pb2
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
-from turret.clients.mix import AdapterLike, to_mix
-from turret.clients.requests import fill
+from turret.clients.messages.mix import AdapterLike, to_mix
+from turret.clients.messages.requests import fill
 from turret.v1 import adapters_pb2 as pb
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
-from turret.clients.mix import AdapterLike, to_mix
+from turret.clients.messages.mix import AdapterLike, to_mix
 from turret.v1 import inference_pb2
 
 # {"role": "user", "content": "hi"}, ("user", "hi"), or the message itself.
@@ -70,15 +70,14 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     if unknown:
         raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
     values: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
-    request = inference_pb2.GenerateRequest(
-        adapters=to_mix(values.get("adapters", ())), request_id=values.get("request_id", "")
-    )
+    request = inference_pb2.GenerateRequest(adapters=to_mix(values.get("adapters", ())))
+    fill(request, ("request_id",), values)
     set_input(request, prompt)
     fill(request.sampling, _SAMPLING, values)
     _each("logit_bias", request.sampling.logit_bias.update, values.get("logit_bias", {}))
     fill(request.stop, _STOP, values)
     stop = values.get("stop", ())
-    request.stop.stop_strings.extend([stop] if isinstance(stop, str) else stop)
+    _each("stop", request.stop.stop_strings.extend, [stop] if isinstance(stop, str) else stop)
     _each("stop_token_ids", request.stop.stop_token_ids.extend, values.get("stop_token_ids", ()))
     if values.get("top_n"):
         values.setdefault("logprobs", True)
@@ -90,9 +89,9 @@ def score_request(
     prompt: Prompt, *, adapters: AdapterLike | Sequence[AdapterLike], top_n: int, request_id: str
 ) -> inference_pb2.ScoreRequest:
     """Build the request of ``Score``; errors as in :func:`generate_request`."""
-    request = inference_pb2.ScoreRequest(adapters=to_mix(adapters), request_id=request_id)
+    request = inference_pb2.ScoreRequest(adapters=to_mix(adapters))
     set_input(request, prompt)
-    fill(request, ("top_n",), {"top_n": top_n})
+    fill(request, ("top_n", "request_id"), {"top_n": top_n, "request_id": request_id})
     return request
 
 
@@ -111,7 +110,7 @@ def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatM
     """
     if isinstance(chat, str):
         return [inference_pb2.ChatMessage(role="user", content=chat)]
-    return [_to_message(message) for message in chat]
+    return [_to_message(message) for message in _items("messages", chat)]
 
 
 def set_input(
@@ -129,12 +128,18 @@ def set_input(
     if isinstance(prompt, str):
         request.prompt = prompt
         return
-    items = list(prompt)
+    items = _items("prompt", prompt)
     if all(isinstance(item, int) for item in items):
         request.token_ids.SetInParent()
         _each("token_ids", request.token_ids.ids.extend, items)
     else:
         request.chat.messages.extend(_to_message(item) for item in items)
+
+
+def _items(name: str, value: Any) -> list[Any]:
+    if isinstance(value, Iterable) and not isinstance(value, bytes | Mapping):
+        return list(value)
+    raise TypeError(f"{name}: text, token ids or the turns of a conversation, not {value!r}")
 
 
 def _to_message(message: object) -> inference_pb2.ChatMessage:
@@ -145,7 +150,7 @@ def _to_message(message: object) -> inference_pb2.ChatMessage:
             return inference_pb2.ChatMessage(role=role, content=content)
         case (str() as role, str() as content):
             return inference_pb2.ChatMessage(role=role, content=content)
-    raise TypeError(f"a message is a role and a content, not {message!r}")
+    raise TypeError(f"messages: a message is a role and a content, not {message!r}")
 
 
 def fill(message: Any, names: Iterable[str], values: Mapping[str, Any]) -> None:

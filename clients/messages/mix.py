@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from turret.v1 import adapters_pb2
@@ -43,6 +43,7 @@ class AdapterWeight:
         return f"{self.name}{generation}" + ("" if self.weight == 1.0 else f"={self.weight:g}")
 
 
+_FORMS = 'an adapter is "name", ("name", weight) or an AdapterWeight'
 # "sql", ("json", -0.5), AdapterWeight("json", generation=2), or the message itself.
 AdapterLike = str | tuple[str, float] | AdapterWeight | adapters_pb2.AdapterWeight
 
@@ -56,6 +57,8 @@ def to_mix(adapters: AdapterLike | Sequence[AdapterLike]) -> list[adapters_pb2.A
     match adapters:
         case str() | AdapterWeight() | adapters_pb2.AdapterWeight() | (str(), int() | float()):
             return [_to_proto(adapters)]
+    if not isinstance(adapters, Iterable):
+        raise TypeError(f"adapters: {_FORMS}, or several, not {adapters!r}")
     return [_to_proto(adapter) for adapter in adapters]
 
 
@@ -69,4 +72,4 @@ def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
             return adapters_pb2.AdapterWeight(name=name, weight=weight, generation=generation)
         case (str() as name, int() | float() as weight):
             return adapters_pb2.AdapterWeight(name=name, weight=weight)
-    raise TypeError(f'an adapter is "name", ("name", weight) or an AdapterWeight, not {adapter!r}')
+    raise TypeError(f"adapters: {_FORMS}, not {adapter!r}")

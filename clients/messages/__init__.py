@@ -1,0 +1,1 @@
+"""From plain Python values to messages, and from messages back to values."""

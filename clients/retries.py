@@ -1,0 +1,87 @@
+"""When a failed call is tried again, and after how long."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+
+from turret.clients.errors import RateLimitedError, TurretRpcError, UnavailableError
+
+_FIRST_DELAY_SECONDS = 0.5
+_MAX_DELAY_SECONDS = 8.0
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often a call is tried again.
+
+    Tried again is what the server refused with a delay to wait for (``RetryInfo``: a full queue, a
+    server that is starting or stopping) and, of calls that change nothing, what did not reach it.
+
+    Attributes:
+        max_retries: Most further tries; 0 means none.
+        unreached: Whether calls that reached no server count, too.
+    """
+
+    max_retries: int
+    unreached: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_retries, int):
+            raise TypeError(f"max_retries: a number of tries, not {self.max_retries!r}")
+        if self.max_retries < 0:
+            raise ValueError(f"max_retries: must be at least 0, not {self.max_retries}")
+
+    @classmethod
+    def of(cls, max_retries: int | RetryPolicy) -> RetryPolicy:
+        """A policy as it is, or the usual one with so many tries."""
+        return max_retries if isinstance(max_retries, RetryPolicy) else cls(max_retries)
+
+    def begin(self, timeout: float | None, *, repeatable: bool = True) -> Retries:
+        """The tries of one call.
+
+        Args:
+            timeout: Deadline in seconds of all tries together; None means none.
+            repeatable: Whether a second execution of the call does no harm.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return Retries(self.max_retries, deadline, unreached=self.unreached and repeatable)
+
+
+class Retries:
+    """The tries of one call that are left."""
+
+    def __init__(self, count: int, deadline: float | None, *, unreached: bool) -> None:
+        self._left = count
+        self._deadline = deadline
+        self._unreached = unreached
+        self._delay = _FIRST_DELAY_SECONDS
+
+    def timeout(self) -> float | None:
+        """What is left of the deadline, in seconds, for the next try."""
+        if self._deadline is None:
+            return None
+        return max(self._deadline - time.monotonic(), 0.0)
+
+    def delay_after(self, error: TurretRpcError) -> float | None:
+        """Seconds to wait before the next try; None if there is none, and the error stands."""
+        if not self._left or not self._may_help(error):
+            return None
+        # Clients that were refused together must not come back together.
+        delay = self._delay * random.uniform(0.75, 1.0)
+        if error.retry_delay is not None:
+            delay = max(delay, error.retry_delay)
+        if self._deadline is not None and time.monotonic() + delay >= self._deadline:
+            return None
+        self._left -= 1
+        self._delay = min(2.0 * self._delay, _MAX_DELAY_SECONDS)
+        return delay
+
+    def _may_help(self, error: TurretRpcError) -> bool:
+        if isinstance(error, RateLimitedError):
+            return error.retry_delay is not None
+        if isinstance(error, UnavailableError):
+            # The server says with a reason that it did nothing; gRPC knows no reason.
+            return bool(error.reason) or self._unreached
+        return False

@@ -1,0 +1,258 @@
+"""Which calls the clients try again, how long they wait, and which exception ends them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent import futures
+from contextlib import contextmanager
+from typing import Any
+
+import grpc
+import pytest
+from google.protobuf import any_pb2, duration_pb2
+from google.rpc import error_details_pb2, status_pb2
+
+from turret.clients import errors
+from turret.clients.aio import AsyncTurretClient
+from turret.clients.client import TurretClient
+from turret.clients.errors import RateLimitedError, TurretRpcError, UnavailableError
+from turret.clients.retries import RetryPolicy
+from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+
+class Moody(inference_pb2_grpc.InferenceServicer, adapters_pb2_grpc.AdaptersServicer):
+    """Fails as often as it is told before it answers.
+
+    Attributes:
+        failures: How many further calls fail.
+        calls: Calls so far, failed ones included.
+    """
+
+    def __init__(self) -> None:
+        self.failures = 0
+        self.calls = 0
+        self.code = grpc.StatusCode.RESOURCE_EXHAUSTED
+        self.reason = "QUEUE_FULL"
+        self.delay: float | None = 0.01
+        self.chunks_first = 0
+
+    def _fail(self, context: grpc.ServicerContext) -> None:
+        self.calls += 1
+        if not self.failures:
+            return
+        self.failures -= 1
+        details: list[Any] = []
+        if self.reason:
+            details.append(error_details_pb2.ErrorInfo(reason=self.reason, domain="turret"))
+        if self.delay is not None:
+            wait = duration_pb2.Duration()
+            wait.FromNanoseconds(round(self.delay * 1e9))
+            details.append(error_details_pb2.RetryInfo(retry_delay=wait))
+        status = status_pb2.Status(code=self.code.value[0], message="no")
+        for detail in details:
+            packed = any_pb2.Any()
+            packed.Pack(detail)
+            status.details.append(packed)
+        context.set_trailing_metadata((("grpc-status-details-bin", status.SerializeToString()),))
+        context.abort(self.code, "no")
+
+    def Generate(self, request: Any, context: Any) -> inference_pb2.GenerateResponse:
+        self._fail(context)
+        return inference_pb2.GenerateResponse(text="yes")
+
+    def GenerateStream(self, request: Any, context: Any) -> Iterator[inference_pb2.GenerateChunk]:
+        for _ in range(self.chunks_first):
+            yield inference_pb2.GenerateChunk(text="a")
+        self._fail(context)
+        yield inference_pb2.GenerateChunk(text="yes")
+
+    def MergeAdapters(self, request: Any, context: Any) -> adapters_pb2.MergeState:
+        self._fail(context)
+        return adapters_pb2.MergeState()
+
+    def GetAdapter(self, request: Any, context: Any) -> adapters_pb2.Adapter:
+        self._fail(context)
+        return adapters_pb2.Adapter(name="a")
+
+
+@contextmanager
+def moody() -> Iterator[tuple[Moody, str]]:
+    server = grpc.server(futures.ThreadPoolExecutor(4))
+    servicer = Moody()
+    inference_pb2_grpc.add_InferenceServicer_to_server(servicer, server)
+    adapters_pb2_grpc.add_AdaptersServicer_to_server(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield servicer, f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[Moody, str]]:
+    with moody() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("turret.clients.retries._FIRST_DELAY_SECONDS", 0.02)
+
+
+def test_a_full_queue_is_asked_again(server: tuple[Moody, str]) -> None:
+    servicer, address = server
+    with TurretClient(address) as client:
+        servicer.failures = 2
+        assert client.generate("x").text == "yes"
+        assert servicer.calls == 3
+        servicer.failures = 3
+        with pytest.raises(RateLimitedError):
+            client.generate("x")
+        servicer.failures = 0
+    with TurretClient(address, max_retries=0) as client:
+        servicer.failures = 1
+        with pytest.raises(RateLimitedError):
+            client.generate("x")
+
+
+async def test_asyncio_does_the_same(server: tuple[Moody, str]) -> None:
+    servicer, address = server
+    async with AsyncTurretClient(address) as client:
+        servicer.failures = 2
+        assert (await client.generate("x")).text == "yes"
+        servicer.failures = 2
+        assert [chunk.text async for chunk in client.generate_stream("x")] == ["yes"]
+        assert servicer.calls == 6
+        servicer.failures, servicer.chunks_first = 1, 1
+        with pytest.raises(RateLimitedError):
+            async for _ in client.generate_stream("x"):
+                pass
+        servicer.failures = 3
+        with pytest.raises(RateLimitedError):
+            await client.adapters.get("a")
+
+
+def test_the_server_says_how_long(server: tuple[Moody, str]) -> None:
+    servicer, address = server
+    servicer.failures, servicer.delay = 1, 0.4
+    with TurretClient(address) as client:
+        before = time.monotonic()
+        client.generate("x")
+        assert time.monotonic() - before >= 0.4
+        # No room for the delay before the deadline: the refusal stands, at once.
+        servicer.failures = 1
+        before = time.monotonic()
+        with pytest.raises(RateLimitedError):
+            client.generate("x", timeout=0.3)
+        assert time.monotonic() - before < 0.3
+
+
+def test_what_waiting_does_not_help_is_final(server: tuple[Moody, str]) -> None:
+    servicer, address = server
+    for code, reason, delay in (
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "BUDGET_EXCEEDED", None),
+        (grpc.StatusCode.INVALID_ARGUMENT, "INVALID_REQUEST", 0.01),
+        (grpc.StatusCode.INTERNAL, "INTERNAL", 0.01),
+        (grpc.StatusCode.ABORTED, "ADAPTER_UNLOADED", 0.01),
+    ):
+        servicer.code, servicer.reason, servicer.delay = code, reason, delay
+        servicer.failures, servicer.calls = 1, 0
+        with TurretClient(address) as client, pytest.raises(TurretRpcError):
+            client.generate("x")
+        assert servicer.calls == 1, code
+
+
+def test_a_stream_is_sent_again_only_before_its_text(server: tuple[Moody, str]) -> None:
+    servicer, address = server
+    with TurretClient(address) as client:
+        servicer.failures = 2
+        assert [chunk.text for chunk in client.generate_stream("x")] == ["yes"]
+        servicer.failures, servicer.chunks_first, servicer.calls = 1, 2, 0
+        seen = []
+        with pytest.raises(RateLimitedError):
+            seen.extend(chunk.text for chunk in client.generate_stream("x"))
+        assert servicer.calls == 1
+
+
+def test_a_closed_stream_does_not_come_back(server: tuple[Moody, str]) -> None:
+    servicer, address = server
+    servicer.failures, servicer.delay = 5, 30.0
+    with TurretClient(address) as client, futures.ThreadPoolExecutor(1) as pool:
+        stream = client.generate_stream("x")
+        answer = pool.submit(list, stream)
+        time.sleep(0.2)
+        before = time.monotonic()
+        stream.close()
+        assert answer.result(5) == []
+        assert time.monotonic() - before < 2
+        assert servicer.calls == 1
+
+
+def test_a_change_is_not_made_twice(server: tuple[Moody, str]) -> None:
+    """A merge that reached nobody is not repeated: gRPC cannot tell whether it ran."""
+    servicer, address = server
+    servicer.code, servicer.reason, servicer.delay = grpc.StatusCode.UNAVAILABLE, "", None
+    with TurretClient(address) as client:
+        servicer.failures = 1
+        with pytest.raises(UnavailableError):
+            client.adapters.merge("a")
+        assert servicer.calls == 1
+        servicer.failures, servicer.calls = 1, 0
+        assert client.adapters.get("a").name == "a"
+        assert servicer.calls == 2
+        # The server itself said that it did nothing.
+        servicer.reason, servicer.failures, servicer.calls = "UNAVAILABLE", 1, 0
+        client.adapters.merge("a")
+        assert servicer.calls == 2
+
+
+def test_every_status_has_its_exception() -> None:
+    kinds = errors._CLASSES
+    assert len(set(kinds.values())) == len(kinds)
+    assert all(issubclass(kind, TurretRpcError) for kind in kinds.values())
+    moved = kinds[grpc.StatusCode.NOT_FOUND](grpc.StatusCode.NOT_FOUND, "no", reason="R").at("x")
+    assert (type(moved), moved.message, moved.reason) == (errors.NotFoundError, "x: no", "R")
+
+
+def test_a_refused_number_of_retries_names_itself() -> None:
+    with pytest.raises(ValueError, match="max_retries"):
+        RetryPolicy(-1)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"),
+    [
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": None}, "prompt"),
+        ({"prompt": b"x"}, "prompt"),
+        ({"prompt": "x", "adapters": 5}, "adapters"),
+        ({"prompt": "x", "adapters": [("a", "b")]}, "adapters"),
+        ({"prompt": "x", "stop": 5}, "stop"),
+        ({"prompt": "x", "stop": [5]}, "stop"),
+        ({"prompt": "x", "request_id": 5}, "request_id"),
+        ({"prompt": "x", "temperature": "hot"}, "temperature"),
+        ({"prompt": "x", "logit_bias": {1: "a"}}, "logit_bias"),
+        ({"prompt": "x", "timeout": "1"}, "timeout"),
+        ({"prompt": [{"role": "user"}]}, "messages"),
+    ],
+)
+def test_a_wrong_type_names_its_argument(wrong: dict[str, Any], named: str) -> None:
+    with TurretClient("127.0.0.1:1") as client, pytest.raises(TypeError, match=f"^{named}: "):
+        client.generate(**wrong)
+
+
+def test_the_client_comes_from_the_package_without_torch() -> None:
+    code = (
+        "import sys\n"
+        "from turret import AdapterWeight, AsyncTurretClient, Tls, TurretClient, TurretRpcError\n"
+        "import turret\n"
+        "assert set(turret.__all__) <= set(dir(turret))\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules)\n"
+        "try:\n    turret.nothing\nexcept AttributeError as e:\n    print(e)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.stdout == "module 'turret' has no attribute 'nothing'\n", result.stderr
