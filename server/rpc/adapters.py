@@ -47,6 +47,14 @@ _RESIDENCIES = {
 }
 
 
+def _sendable(text: str) -> str:
+    """The text with a question mark for each half of a surrogate pair, which no message can hold.
+
+    Reading refuses such text, but a state directory may hold what an earlier version let in.
+    """
+    return text.encode("utf-8", "replace").decode()
+
+
 def adapter_message(record: Any) -> adapters_pb2.Adapter:
     """A registry record, as the API shows it."""
     ranks = record.ranks.values() if isinstance(record.ranks, Mapping) else record.ranks
@@ -54,18 +62,18 @@ def adapter_message(record: Any) -> adapters_pb2.Adapter:
         name=record.name,
         uuid=record.uuid,
         generation=record.generation,
-        digest=record.digest,
-        method=record.method,
+        digest=_sendable(record.digest),
+        method=_sendable(record.method),
         ranks=sorted(set(ranks)),
-        target_modules=record.target_modules,
+        target_modules=map(_sendable, record.target_modules),
         bytes_disk=record.bytes_disk,
         bytes_host=record.bytes_host,
         bytes_device=record.bytes_device,
         residency=_RESIDENCIES[record.residency],
         pinned=record.pinned,
         in_flight=record.in_flight,
-        base_model=record.base_model or "",
-        warnings=record.warnings,
+        base_model=_sendable(record.base_model or ""),
+        warnings=map(_sendable, record.warnings),
         state=record.state,
     )
     if record.last_used_time is not None:

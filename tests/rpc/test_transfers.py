@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import grpc
 import pytest
 from builders import registries
+from builders.adapters import edit_config
 from builders.registries import Registries
 from servers.rpc_fakes import Harness, failure_of, harness
 
@@ -80,6 +82,55 @@ async def test_replace(server: Harness) -> None:
     ):
         assert (await failure_of(replace(request))).code is code
     assert await server.adapters.GetAdapter(pb.GetAdapterRequest(name="a")) == new
+
+
+async def test_text_that_no_answer_can_hold_registers_nothing(
+    server: Harness, tmp_path: Path
+) -> None:
+    folder = tmp_path / "root" / "a"
+    edit_config(folder, base_model_name_or_path="\ud800")
+    load = server.adapters.LoadAdapter
+    await load(pb.LoadAdapterRequest(name="good", path="b"))
+    for failure in (
+        await failure_of(load(pb.LoadAdapterRequest(name="bad", path="a"))),
+        await failure_of(upload(server, folder)),
+        await failure_of(
+            server.adapters.ReplaceAdapter(pb.ReplaceAdapterRequest(name="good", path="a"))
+        ),
+    ):
+        assert failure.code is Code.INVALID_ARGUMENT
+        assert "'base_model_name_or_path' holds half of a surrogate pair" in failure.message
+        assert list(failure.violations) == [CONFIG]
+    listed = await server.adapters.ListAdapters(pb.ListAdaptersRequest())
+    assert [(a.name, a.generation) for a in listed.adapters] == [("good", 1)]
+    await until(lambda: not leftovers(tmp_path))
+
+
+async def test_a_restored_adapter_with_such_text_is_listed(tmp_path: Path) -> None:
+    registries = Registries(tmp_path)
+    first = registries(state=StateDir(tmp_path / "state", 1 << 20), load="ab")
+    first.close()
+    path = tmp_path / "state" / "adapters" / "a.json"
+    saved = json.loads(path.read_text())
+    saved["facts"] |= {
+        "base_model": "x\ud800",
+        "method": "\udfff",
+        "warnings": ["made for \udc00"],
+        "target_modules": ["q\ud801"],
+    }
+    path.write_text(json.dumps(saved))
+    registry = registries(state=StateDir(tmp_path / "state", 1 << 20))
+    registry.restore()
+    async with harness(registry=registry) as server:
+        listed = await server.adapters.ListAdapters(pb.ListAdaptersRequest())
+        got = await server.adapters.GetAdapter(pb.GetAdapterRequest(name="a"))
+        await server.adapters.UnloadAdapter(pb.UnloadAdapterRequest(name="a"))
+    registries.close()
+    bad, good = listed.adapters
+    assert got == bad
+    assert (bad.base_model, bad.method, list(bad.warnings)) == ("x?", "?", ["made for ?"])
+    assert list(bad.target_modules) == ["q?"]
+    assert good.name == "b"
 
 
 async def test_upload_then_export_gives_the_same_files(server: Harness, tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ from turret.server.errors import BudgetExceededError
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
+# Names that stay in memory and on disk, and go to every client that lists adapters.
+_NAMES = ("base_model_name_or_path", "revision")
+MAX_NAME_CHARS = 512
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Enters every digest: change it when the digest's definition changes.
 _DIGEST_DOMAIN = b"turret-adapter-1\0"
@@ -133,7 +136,7 @@ def parse_config(data: bytes, path: str) -> dict[str, Any]:
     """``adapter_config.json`` of the adapter ``path``.
 
     Raises:
-        AdapterCheckpointError: Too long, or no JSON object.
+        AdapterCheckpointError: It or a name in it is too long, or it is no JSON object.
     """
     violations = Violations()
     config: dict[str, Any] = {}
@@ -144,6 +147,11 @@ def parse_config(data: bytes, path: str) -> dict[str, Any]:
             config = parse_object(data)
         except ValueError as error:
             violations.add(CONFIG_FILE, str(error))
+    for key in _NAMES:
+        value = config.get(key)
+        if isinstance(value, str) and len(value) > MAX_NAME_CHARS:
+            why = f"has {len(value)} characters, at most {MAX_NAME_CHARS} are served"
+            violations.add(key, why)
     violations.raise_if_any(path)
     return config
 

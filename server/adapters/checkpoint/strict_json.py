@@ -1,9 +1,12 @@
-"""JSON as these files need it: one object, no repeated key, no NaN."""
+"""JSON as these files need it: one object, no repeated key, no NaN, nothing that is not text."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
+
+# Of the outermost object: these keys are repeated in messages, and no format has longer ones.
+MAX_KEY_CHARS = 512
 
 
 class _Repeated(ValueError):
@@ -14,7 +17,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in pairs:
         if key in result:
-            raise _Repeated(f"key {key!r} appears twice")
+            raise _Repeated(f"key {key!r:.80} appears twice")
         result[key] = value
     return result
 
@@ -25,6 +28,9 @@ def _constant(name: str) -> Any:
 
 def parse_object(data: bytes) -> dict[str, Any]:
     """Parses UTF-8 JSON whose top level is an object.
+
+    Returns:
+        The object. Every string in it can be encoded as UTF-8, so it can be sent to a client.
 
     Raises:
         ValueError: Anything else; the text is fit for a client.
@@ -39,4 +45,29 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise ValueError(f"is not valid JSON: {error}") from None
     if not isinstance(value, dict):
         raise ValueError("must hold a JSON object")
+    for key in value:
+        if len(key) > MAX_KEY_CHARS:
+            raise ValueError(f"key {key[:60]!r}… is longer than {MAX_KEY_CHARS} characters")
+    # UTF-8 itself has no surrogates: only an escape can write one.
+    if b"\\u" in data:
+        for key, item in value.items():
+            if not (_is_text(key) and _is_text(item)):
+                raise ValueError(f"key {key!r} holds half of a surrogate pair, which is not text")
     return value
+
+
+def _is_text(value: Any) -> bool:
+    """Whether UTF-8 can encode every string in a parsed value."""
+    waiting = [value]
+    while waiting:
+        part = waiting.pop()
+        if isinstance(part, str):
+            try:
+                part.encode()
+            except UnicodeEncodeError:
+                return False
+        elif isinstance(part, dict):
+            waiting += (*part.keys(), *part.values())
+        elif isinstance(part, list):
+            waiting += part
+    return True

@@ -197,6 +197,57 @@ def test_two_spellings_of_one_tensor_are_refused(root: Path) -> None:
     assert "is the same parameter as" in str(refusal_of(root))
 
 
+@pytest.mark.parametrize("escape", [r"\ud800", r"\uDC00 x", r"\udc00\ud800"])
+@pytest.mark.parametrize(
+    ("key", "template"),
+    [
+        ("base_model_name_or_path", '"%s"'),
+        ("rank_pattern", '{"%s": 4}'),
+        ("target_modules", '["q_proj", "%s"]'),
+        ("loftq_config", '{"a": [[{"b": "%s"}]]}'),
+    ],
+)
+def test_half_a_surrogate_pair_is_refused_by_key(
+    root: Path, key: str, template: str, escape: str
+) -> None:
+    config = json.loads((root / "a" / CONFIG_FILE).read_text())
+    config.pop(key, None)
+    text = json.dumps(config)[:-1] + f', "{key}": {template % escape}}}'
+    (root / "a" / CONFIG_FILE).write_text(text)
+    error = refusal_of(root)
+    assert [field for field, _ in error.violations] == [CONFIG_FILE]
+    assert f"key {key!r} holds half of a surrogate pair" in str(error)
+
+
+def test_half_a_surrogate_pair_in_a_key_or_a_tensors_name_is_refused(root: Path) -> None:
+    write_raw(root, rb'{"\ud800":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}', b"1234")
+    assert r"key '\ud800' holds half" in str(refusal_of(root))
+    (root / "a" / CONFIG_FILE).write_text(r'{"r": 1, "\udfff": 2}')
+    assert r"key '\udfff' holds half" in str(refusal_of(root))
+
+
+def test_a_whole_surrogate_pair_is_text(root: Path) -> None:
+    edit_config(root / "a", base_model_name_or_path="org/🦙 äöü")
+    assert r"\ud83e" in (root / "a" / CONFIG_FILE).read_text()
+    assert read_adapter(root).config["base_model_name_or_path"] == "org/🦙 äöü"
+
+
+@pytest.mark.parametrize("key", ["base_model_name_or_path", "revision"])
+def test_names_have_a_longest_length(root: Path, key: str) -> None:
+    edit_config(root / "a", **{key: "x" * 512})
+    assert read_adapter(root).config[key] == "x" * 512
+    edit_config(root / "a", **{key: "x" * 513})
+    assert refusal_of(root).violations == ((key, "has 513 characters, at most 512 are served"),)
+
+
+def test_keys_have_a_longest_length(root: Path) -> None:
+    edit_config(root / "a", **{"k" * 513: 1})
+    error = refusal_of(root)
+    assert error.violations[0][0] == CONFIG_FILE
+    assert "longer than 512 characters" in str(error)
+    assert len(str(error)) < 300
+
+
 @pytest.mark.parametrize(
     "text", ["", "[]", "{", '{"r": NaN}', '{"r": 1, "r": 2}', "\ufeff{}", "x" * (1 << 21)]
 )
