@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from turret.server.adapters.checkpoint.reader import CONFIG_FILE, TENSORS_FILE
+from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.training.errors import RunError
 
 

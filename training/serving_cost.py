@@ -14,10 +14,11 @@ import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.reader import TENSORS_FILE, read_checkpoint
+from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import method_for
 from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.source import TENSORS_FILE
 from turret.training.base_model import DTYPES, TrainingBase, empty_model
 from turret.training.settings.resolve import Resolved
 from turret.training.trainer import attach_to

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# The two files of an adapter, as PEFT names them.
+CONFIG_FILE = "adapter_config.json"
+TENSORS_FILE = "adapter_model.safetensors"
+MAX_CONFIG_BYTES = 1 << 20
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+    """A directory with ``CONFIG_FILE`` and ``TENSORS_FILE``.
 
     Attributes:
         path: Relative to the adapter root, or to the state directory if ``is_upload``.

@@ -7,15 +7,14 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
+from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
 from turret.server.api.violations import Violations
 from turret.server.config import ADAPTER_NAME
 from turret.server.errors import DeadlineExceededError, InvalidRequestError
 from turret.v1 import adapters_pb2
 
 # What a checkpoint is read from; anything else would be kept for nothing.
-CONFIG_FILE = "adapter_config.json"
-UPLOAD_FILES = (CONFIG_FILE, "adapter_model.safetensors")
-MAX_CONFIG_BYTES = 1 << 20
+UPLOAD_FILES = (CONFIG_FILE, TENSORS_FILE)
 MAX_CHUNK_BYTES = 1 << 20
 # A client that says nothing for so long has gone, or keeps a place that others wait for.
 IDLE_SECONDS = 60.0

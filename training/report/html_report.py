@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from turret.server.adapters.checkpoint.reader import TENSORS_FILE
+from turret.server.adapters.source import TENSORS_FILE
 from turret.training.report.curves import Curve, curves_svg, smoothed
 from turret.training.run.folder import RunFolder, read_metrics
 

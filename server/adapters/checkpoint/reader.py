@@ -2,7 +2,7 @@
 
 Each byte is read once: the same bytes are hashed, checked and turned into tensors, so a file that
 changes underneath can fail the load but never slip past a check. Of files that are not hashed again
-(``known_files.py``), the state is compared before and after. What the keys and tensors *mean*
+(``digest_cache.py``), the state is compared before and after. What the keys and tensors *mean*
 is the methods' business.
 """
 
@@ -21,17 +21,15 @@ import torch
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.digest_cache import DigestCache, stamp_of
-from turret.server.adapters.checkpoint.findings import Violations
+from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.safetensors_header import TensorEntry, read_header
 from turret.server.adapters.checkpoint.strict_json import parse_object
 from turret.server.adapters.checkpoint.tensor_names import canonical_names
 from turret.server.adapters.component import FindComponent, find_no_component
+from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
 from turret.server.errors import BudgetExceededError
 
-CONFIG_FILE = "adapter_config.json"
-TENSORS_FILE = "adapter_model.safetensors"
-MAX_CONFIG_BYTES = 1 << 20
 # Names that stay in memory and on disk, and go to every client that lists adapters.
 _NAMES = ("base_model_name_or_path", "revision")
 MAX_NAME_CHARS = 512
@@ -95,9 +93,9 @@ def read_checkpoint(
         unhashed = hashed if digest is None else None
         tensors = _read_tensors(file, file_bytes, path, unhashed, max_elements)
         if digest is not None and stamp_of(config_file.fileno(), file.fileno()) != stamp:
-            violations = Violations()
-            violations.add(TENSORS_FILE, "changed while it was read")
-            violations.raise_if_any(path)
+            findings = Findings(path)
+            findings.add(TENSORS_FILE, "changed while it was read")
+            findings.raise_if_any()
     if digest is None:
         digest = hashed.hexdigest()
         if known is not None:
@@ -114,13 +112,13 @@ def read_checkpoint(
 def _refuse_pickle(directory: Path, path: str) -> None:
     if (directory / TENSORS_FILE).exists():
         return  # whatever lies beside it is never opened
-    violations = Violations()
+    findings = Findings(path)
     for name in sorted(os.listdir(directory)):
         if name.endswith(PICKLE_SUFFIXES):
-            violations.add(
+            findings.add(
                 name, f"pickle files are never read; save the adapter again as {TENSORS_FILE}"
             )
-    violations.raise_if_any(path)
+    findings.raise_if_any()
 
 
 def begin_digest(config: Mapping[str, Any]) -> Any:
@@ -138,33 +136,33 @@ def parse_config(data: bytes, path: str) -> dict[str, Any]:
     Raises:
         AdapterCheckpointError: It or a name in it is too long, or it is no JSON object.
     """
-    violations = Violations()
+    findings = Findings(path)
     config: dict[str, Any] = {}
     if len(data) > MAX_CONFIG_BYTES:
-        violations.add(CONFIG_FILE, f"is larger than {MAX_CONFIG_BYTES} bytes")
+        findings.add(CONFIG_FILE, f"is larger than {MAX_CONFIG_BYTES} bytes")
     else:
         try:
             config = parse_object(data)
         except ValueError as error:
-            violations.add(CONFIG_FILE, str(error))
+            findings.add(CONFIG_FILE, str(error))
     for key in _NAMES:
         value = config.get(key)
         if isinstance(value, str) and len(value) > MAX_NAME_CHARS:
             why = f"has {len(value)} characters, at most {MAX_NAME_CHARS} are served"
-            violations.add(key, why)
-    violations.raise_if_any(path)
+            findings.add(key, why)
+    findings.raise_if_any()
     return config
 
 
 def _read_tensors(
     file: BinaryIO, file_bytes: int, path: str, digest: Any | None, max_elements: int
 ) -> dict[str, torch.Tensor]:
-    violations = Violations()
+    findings = Findings(path)
     try:
         header = read_header(file, file_bytes)
     except ValueError as error:
-        violations.add(TENSORS_FILE, str(error))
-        violations.raise_if_any(path)
+        findings.add(TENSORS_FILE, str(error))
+        findings.raise_if_any()
         raise
     if header.num_elements > max_elements:
         raise BudgetExceededError(
@@ -172,27 +170,28 @@ def _read_tensors(
             " the host budget",
             metadata={"path": path, "elements": str(header.num_elements)},
         )
-    names = canonical_names([entry.name for entry in header.entries], violations)
+    names = canonical_names([entry.name for entry in header.entries], findings)
     data = _read_data(file, header.entries[-1].end if header.entries else 0)
     if data is None or file.read(1):
-        violations.add(TENSORS_FILE, "changed while it was read")
-        violations.raise_if_any(path)
+        findings.add(TENSORS_FILE, "changed while it was read")
+        findings.raise_if_any()
     assert data is not None
     if digest is not None:
         digest.update(header.raw)
         digest.update(data.numpy().data)
     tensors: dict[str, torch.Tensor] = {}
-    for entry, tensor in _tensors_in(data, header.entries, violations):
+    for entry, tensor in _tensors_in(data, header.entries, findings):
         if entry.name in names:
             tensors[names[entry.name]] = tensor
-    violations.raise_if_any(path)
+    findings.raise_if_any()
     return tensors
 
 
 def _read_data(file: BinaryIO, num_bytes: int) -> torch.Tensor | None:
     """``[num_bytes]`` uint8, or None if there is less. Memory of its own, never the file's mapping.
 
-    In one piece: who reads hundreds of small tensors holds the interpreter that engine steps need.
+    One read takes it all: reading hundreds of small tensors would hold the GIL, which engine steps
+    need.
     """
     data = torch.empty(num_bytes, dtype=torch.uint8)
     view = data.numpy().data
@@ -206,7 +205,7 @@ def _read_data(file: BinaryIO, num_bytes: int) -> torch.Tensor | None:
 
 
 def _tensors_in(
-    data: torch.Tensor, entries: Sequence[TensorEntry], violations: Violations
+    data: torch.Tensor, entries: Sequence[TensorEntry], findings: Findings
 ) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
     """The tensors, views of the data, each with its entry; names those that are not finite."""
     for dtype, group in groupby(entries, lambda entry: entry.dtype):
@@ -218,5 +217,5 @@ def _tensors_in(
         is_finite = all_finite(values)
         for entry, flat in zip(run, values.split([e.num_elements for e in run]), strict=True):
             if not is_finite and not all_finite(flat):
-                violations.add(entry.name, "holds NaN or Inf")
+                findings.add(entry.name, "holds NaN or Inf")
             yield entry, flat.view(entry.shape)

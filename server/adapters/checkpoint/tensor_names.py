@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from turret.server.adapters.checkpoint.findings import Violations
+from turret.server.adapters.checkpoint.findings import Findings
 
 PEFT_PREFIX = "base_model.model."
 # Inserted by torch.compile, FSDP and activation checkpointing around an unchanged module: the
 # parameter is the same one, so dropping the component cannot change what it means.
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # A raw state dict keeps the adapter's name behind the parameter (lora_A.default.weight).
-ADAPTER_NAME = "default"
+DEFAULT_NAME = "default"
 
 
 def canonical_name(name: str) -> str:
@@ -20,7 +20,7 @@ def canonical_name(name: str) -> str:
     ``base_model.model.model.layers.0.q_proj.lora_A.default.weight`` becomes
     ``model.layers.0.q_proj.lora_A.weight``.
     """
-    if ADAPTER_NAME not in name and not any(wrapper in name for wrapper in WRAPPERS):
+    if DEFAULT_NAME not in name and not any(wrapper in name for wrapper in WRAPPERS):
         return name.removeprefix(PEFT_PREFIX)
     parts = [part for part in name.split(".") if part not in WRAPPERS]
     joined = ".".join(parts).removeprefix(PEFT_PREFIX)
@@ -28,19 +28,19 @@ def canonical_name(name: str) -> str:
     kept = [
         part
         for i, part in enumerate(parts)
-        if not (part == ADAPTER_NAME and i > 0 and parts[i - 1].startswith("lora_"))
+        if not (part == DEFAULT_NAME and i > 0 and parts[i - 1].startswith("lora_"))
     ]
     return ".".join(kept)
 
 
-def canonical_names(names: Sequence[str], violations: Violations) -> dict[str, str]:
-    """Maps each name to its canonical form; two that meet are a violation that names both."""
+def canonical_names(names: Sequence[str], findings: Findings) -> dict[str, str]:
+    """Maps each name to its canonical form; two that meet are a fault that names both."""
     result: dict[str, str] = {}
     first: dict[str, str] = {}
     for name in names:
         canonical = canonical_name(name)
         if canonical in first:
-            violations.add(name, f"is the same parameter as {first[canonical]!r}")
+            findings.add(name, f"is the same parameter as {first[canonical]!r}")
             continue
         first[canonical] = name
         result[name] = canonical

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.reader import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.fuse.module_fuser import FusedModule
+from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 
 # The method that reads what is written here.

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.findings import Violations
+from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.arena import in_one_block
@@ -80,11 +80,11 @@ def finish_modules(
     """
     modules, is_finite = in_one_block(operators)
     if not is_finite:
-        violations = Violations()
+        findings = Findings(path)
         for name, module in modules.items():
             if not all(map(all_finite, module.tensors())):
-                violations.add(name, f"is not finite once scaled and rounded to {base.dtype}")
-        violations.raise_if_any(path)
+                findings.add(name, f"is not finite once scaled and rounded to {base.dtype}")
+        findings.raise_if_any()
     return Lowered(
         operators=AdapterOperators(MappingProxyType(modules)),
         ranks=tuple(sorted(set(ranks))),
@@ -102,10 +102,10 @@ def finish_prompt(prompt: SoftPrompt, checkpoint: AdapterCheckpoint, base: BaseM
     Raises:
         AdapterCheckpointError: A value is not finite in the serving dtype.
     """
-    violations = Violations()
+    findings = Findings(checkpoint.path)
     if not all(map(all_finite, prompt.tensors())):
-        violations.add(EMBEDDINGS, f"is not finite once rounded to {base.dtype}")
-    violations.raise_if_any(checkpoint.path)
+        findings.add(EMBEDDINGS, f"is not finite once rounded to {base.dtype}")
+    findings.raise_if_any()
     base_model = checkpoint.config.get("base_model_name_or_path") or ""
     warning = base_name_warning(base_model, base.name)
     is_prefix = prompt.prefix is not None

@@ -19,12 +19,12 @@ def lower_soft_tokens(checkpoint: AdapterCheckpoint, base: BaseModel, rules: Rul
         AdapterCheckpointError: A key or tensor is unsupported or inconsistent (names all).
         AdapterMismatchError: The embeddings are not as wide as the base's.
     """
-    findings = Findings()
+    findings = Findings(checkpoint.path, base.name)
     tensor = read_prompt(checkpoint, rules, 1, findings)
     if tensor is not None and tensor.shape[1] != base.hidden_size:
         why = f"is {tensor.shape[1]}, the base model's hidden size is {base.hidden_size}"
-        findings.mismatches.append(("token_dim", why))
-    findings.raise_if_any(checkpoint.path, base.name)
-    assert tensor is not None  # or there was a violation
+        findings.mismatch("token_dim", why)
+    findings.raise_if_any()
+    assert tensor is not None  # or there was a fault
     soft_tokens = tensor.to(base.dtype).contiguous()
     return finish_prompt(SoftPrompt(soft_tokens=soft_tokens), checkpoint, base)

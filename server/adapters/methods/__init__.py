@@ -75,17 +75,17 @@ def lower_checkpoint(
     """
     method = method_for(checkpoint)
     part = take_vocabulary(checkpoint, base)
-    violations = part.findings.violations
+    findings = part.findings
     lowered = None
     try:
         lowered = method.lower(part.rest, part.base, max_rank)
     except AdapterCheckpointError as error:
-        if not violations:
+        if not findings.fields:
             raise
         for field, why in error.violations:
-            violations.add(field, why)
-    part.findings.raise_if_any(checkpoint.path, base.name)
-    assert lowered is not None  # or there was a violation
+            findings.add(field, why)
+    findings.raise_if_any()
+    assert lowered is not None  # or there was a fault
     check_rank_budget(checkpoint.path, part.rank, max_rank)
     return method.name, _joined(lowered, part)
 

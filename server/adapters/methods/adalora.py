@@ -86,7 +86,7 @@ ADALORA_RULES: Rules = {
 def _check(name: str, roles: Roles, module: BaseModule, _rank: int, findings: Findings) -> None:
     missing = [role for role in _ROLES if role not in roles]
     for role in missing:
-        findings.violations.add(f"{name}.{role}", "is missing; other factors are there")
+        findings.add(f"{name}.{role}", "is missing; other factors are there")
     if missing:
         return
     a, b, e = (roles[role] for role in _ROLES)
@@ -116,9 +116,9 @@ class AdaloraMethod:
         self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
     ) -> Lowered:
         found = read_module_checkpoint(checkpoint, base, self.form)
-        findings = Findings()
+        findings = Findings(checkpoint.path, base.name)
         _check_masks(checkpoint.config, found, findings)
-        findings.raise_if_any(checkpoint.path, base.name)
+        findings.raise_if_any()
         modules = tuple(
             _module(name, roles, checkpoint.config)
             for name, roles in found.modules.items()
@@ -146,17 +146,17 @@ def _check_masks(config: Mapping[str, Any], found: ModuleCheckpoint, findings: F
     for key, mask in (config.get("rank_pattern") or {}).items():
         name = key.removesuffix(".default").removesuffix(".lora_E")
         if name not in ranks:
-            findings.violations.add("rank_pattern", f"{key!r:.120} is no adapted module's lora_E")
+            findings.add("rank_pattern", f"{key!r:.120} is no adapted module's lora_E")
         elif len(mask) != start:
             why = f"{key!r:.120} masks {len(mask)} ranks, init_r is {start}"
-            findings.violations.add("rank_pattern", why)
+            findings.add("rank_pattern", why)
         else:
             ranks[name] = sum(mask)
     for name, rank in ranks.items():
         there = len(found.modules[name]["lora_E"])
         if there != rank:
             why = f"has rank {there}, the config says {rank}"
-            findings.violations.add(f"{name}.lora_E", why)
+            findings.add(f"{name}.lora_E", why)
 
 
 def _module(name: str, roles: Roles, config: Mapping[str, Any]) -> LoraModule:

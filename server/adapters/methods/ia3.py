@@ -63,7 +63,7 @@ class Ia3Method:
         self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
     ) -> Lowered:
         found = read_module_checkpoint(checkpoint, base, self.form)
-        findings = Findings()
+        findings = Findings(checkpoint.path, base.name)
         is_feedforward = _feedforward(checkpoint.config, list(found.modules), findings)
         operators = {}
         for name, roles in found.modules.items():
@@ -72,10 +72,10 @@ class Ia3Method:
             if tuple(vector.shape) != shape:
                 # A vector for the other side: the config and the tensor tell different stories.
                 why = f"has shape {list(vector.shape)}, by feedforward_modules it is {list(shape)}"
-                findings.violations.add(f"{name}.{_ROLE}", why)
+                findings.add(f"{name}.{_ROLE}", why)
                 continue
             operators[name] = _operators(vector, module, name in is_feedforward)
-        findings.raise_if_any(checkpoint.path, base.name)
+        findings.raise_if_any()
         return finish_modules(
             operators,
             base,
@@ -90,14 +90,14 @@ class Ia3Method:
 def _feedforward(config: Mapping[str, Any], names: list[str], findings: Findings) -> frozenset[str]:
     """The modules whose input is scaled, by PEFT's rule: a listed name is any ending."""
     if "feedforward_modules" not in config:
-        findings.violations.add("feedforward_modules", "is required")
+        findings.add("feedforward_modules", "is required")
         return frozenset()
     chosen = config["feedforward_modules"]
     if not isinstance(chosen, str):
         return frozenset(name for name in names if name.endswith(tuple(chosen)))
     (result,) = match_all([Pattern("fullmatch", chosen, chosen)], names)
     if result.error is not None:
-        findings.violations.add("feedforward_modules", f"{chosen!r:.120} {result.error}")
+        findings.add("feedforward_modules", f"{chosen!r:.120} {result.error}")
     return frozenset(
         name for name, hit in zip(names, result.matches, strict=True) if hit is not None
     )

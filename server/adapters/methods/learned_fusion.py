@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from turret.kernels.fusion_gate import GATE_MULTIPLE
 from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.findings import Findings, Violations
+from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import (
     COMPONENTS_KEY,
@@ -68,10 +68,10 @@ def _check(name: str, roles: Roles, module: BaseModule, d_k: int, findings: Find
     for role, features in (("query", module.in_features), ("key", module.out_features)):
         tensor, label = roles.get(role), f"{name}.fusion_{role}.weight"
         if tensor is None:
-            findings.violations.add(label, "is missing; the other one is there")
+            findings.add(label, "is missing; the other one is there")
         elif tensor.ndim != 2 or (d_k and tensor.shape[0] != d_k):
             why = f"has shape {list(tensor.shape)}, expected [{d_k}, {features}]"
-            findings.violations.add(label, why)
+            findings.add(label, why)
         elif d_k:
             findings.check_shape(label, tensor, (d_k, features))
 
@@ -152,16 +152,16 @@ def check_fusable(components: Sequence[Component], path: str) -> None:
     Raises:
         AdapterCheckpointError: Some do not; names all, and why. ``path`` is the fusion's.
     """
-    violations = Violations()
+    findings = Findings(path)
     for component in components:
         others = _other_operators(component)
         if others:
-            violations.add(
+            findings.add(
                 COMPONENTS_KEY,
                 f"{component.ref.name!r} ({component.method}) has {' and '.join(others)}; only"
                 " low-rank updates can be fused (LoRA, rsLoRA, AdaLoRA, VeRA without biases)",
             )
-    violations.raise_if_any(path)
+    findings.raise_if_any()
 
 
 def _other_operators(component: Component) -> list[str]:
@@ -184,15 +184,15 @@ def _other_operators(component: Component) -> list[str]:
 def _operators(
     modules: Mapping[str, Roles], components: Sequence[Component], base: BaseModel, path: str
 ) -> dict[str, ModuleOperators]:
-    violations = Violations()
+    findings = Findings(path)
     operators = {}
     for name, roles in modules.items():
         updates = [_update(component, name) for component in components]
         if any(update is not None for update in updates):
             operators[name] = ModuleOperators(gate=_gate(roles, updates, base.dtype))
         else:
-            violations.add(f"{name}.fusion_query.weight", "is there, but no component adapts it")
-    violations.raise_if_any(path)
+            findings.add(f"{name}.fusion_query.weight", "is there, but no component adapts it")
+    findings.raise_if_any()
     return operators
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.findings import MAX_REPORTED, Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish_modules
 from turret.server.adapters.lowering.lowered import Lowered
@@ -40,20 +40,20 @@ def _check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Fin
     for role in _ROLES:
         tensor = roles.get(role)
         if tensor is None:
-            findings.violations.add(f"{name}.{role}", "is missing; other factors are there")
+            findings.add(f"{name}.{role}", "is missing; other factors are there")
         elif tensor.ndim != 2:
-            findings.violations.add(f"{name}.{role}", f"must be 2-D, not {list(tensor.shape)}")
+            findings.add(f"{name}.{role}", f"must be 2-D, not {list(tensor.shape)}")
         elif rank:
             rows, columns = tensor.shape
             of_rank, size = (columns, rows) if role.endswith("_a") else (rows, columns)
             served = module.out_features if role.endswith("_a") else module.in_features
             if of_rank != rank:
                 why = f"has rank {of_rank}, the config says {rank}"
-                findings.violations.add(f"{name}.{role}", why)
+                findings.add(f"{name}.{role}", why)
             elif size != served:
                 side = "outputs" if role.endswith("_a") else "inputs"
                 why = f"is for {size} {side}, the base model has {served}"
-                findings.mismatches.append((f"{name}.{role}", why))
+                findings.mismatch(f"{name}.{role}", why)
 
 
 class LohaMethod:
@@ -112,7 +112,9 @@ def _check_cost(path: str, ranks: Mapping[str, int], base: BaseModel) -> None:
         f" in · out, which does not hold for {shown}; convert the adapter with PEFT's save_as_lora,"
         " or train it with a smaller rank there",
         metadata={"path": path, "rank": str(rank), "modules": str(len(over))},
-        violations=[(name, f"rank {ranks[name]} is too large for its size") for name in over[:64]],
+        violations=[
+            (name, f"rank {ranks[name]} is too large for its size") for name in over[:MAX_REPORTED]
+        ],
     )
 
 

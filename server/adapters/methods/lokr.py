@@ -40,7 +40,7 @@ def _check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Fin
     is_2d = True
     for role, tensor in roles.items():
         if tensor.ndim != 2:
-            findings.violations.add(f"{name}.{role}", f"must be 2-D, not {list(tensor.shape)}")
+            findings.add(f"{name}.{role}", f"must be 2-D, not {list(tensor.shape)}")
             is_2d = False
     shapes = [_factor_shape(name, which, roles, rank, findings) for which in ("w1", "w2")]
     if not is_2d or not rank or None in shapes:
@@ -49,10 +49,10 @@ def _check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Fin
     if out_l * out_k != module.out_features or in_m * in_n != module.in_features:
         adapter = f"{in_m}·{in_n} -> {out_l}·{out_k}"
         served = f"{module.in_features} -> {module.out_features}"
-        findings.mismatches.append((name, f"the adapter maps {adapter}, the base model {served}"))
+        findings.mismatch(name, f"the adapter maps {adapter}, the base model {served}")
     elif "lokr_w1" not in roles and out_l * in_m > out_k * in_n:
         # It is multiplied out; PEFT never makes it the larger one.
-        findings.violations.add(f"{name}.lokr_w1_a", "decomposes the larger factor; swap the two")
+        findings.add(f"{name}.lokr_w1_a", "decomposes the larger factor; swap the two")
 
 
 def _factor_shape(
@@ -63,18 +63,18 @@ def _factor_shape(
     field = f"{name}.lokr_{which}"
     if whole is not None:
         if left is not None or right is not None:
-            findings.violations.add(field, "is there whole and decomposed")
+            findings.add(field, "is there whole and decomposed")
             return None
         return (whole.shape[0], whole.shape[1]) if whole.ndim == 2 else None
     if left is None or right is None:
         missing = field if left is right else f"{field}_{'a' if left is None else 'b'}"
-        findings.violations.add(missing, "is missing; other factors are there")
+        findings.add(missing, "is missing; other factors are there")
         return None
     if left.ndim != 2 or right.ndim != 2:
         return None
     if rank and not left.shape[1] == right.shape[0] == rank:
         why = f"has ranks {left.shape[1]} and {right.shape[0]}, the config says {rank}"
-        findings.violations.add(f"{field}_a", why)
+        findings.add(f"{field}_a", why)
         return None
     return left.shape[0], right.shape[1]
 

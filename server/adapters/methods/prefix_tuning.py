@@ -47,13 +47,13 @@ class PrefixTuningMethod:
     def lower(
         self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
     ) -> Lowered:
-        findings = Findings()
+        findings = Findings(checkpoint.path, base.name)
         _check_sizes(checkpoint.config, base, findings)
         # The width is the base's unless the sizes above already disagree.
-        layers = base.num_layers if not findings.mismatches else _layers(checkpoint)
+        layers = base.num_layers if not findings.mismatched else _layers(checkpoint)
         tensor = read_prompt(checkpoint, self.rules, 2 * layers, findings)
-        findings.raise_if_any(checkpoint.path, base.name)
-        assert tensor is not None  # or there was a violation
+        findings.raise_if_any()
+        assert tensor is not None  # or there was a fault
         stored = tensor.to(base.dtype).view(
             -1, base.num_layers, 2, base.num_kv_heads, base.head_dim
         )
@@ -78,7 +78,7 @@ def _check_sizes(config: Mapping[str, Any], base: BaseModel, findings: Findings)
         value = config.get(key)
         # Wrong types are the rules' business.
         if isinstance(value, int) and value != served:
-            findings.mismatches.append((key, f"is {value}, the base model's is {served}"))
+            findings.mismatch(key, f"is {value}, the base model's is {served}")
 
 
 METHOD = PrefixTuningMethod()

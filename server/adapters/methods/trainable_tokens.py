@@ -13,7 +13,7 @@ import torch
 
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import TENSORS_FILE, AdapterCheckpoint
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.peft_format.base_name import base_name_warning
@@ -27,6 +27,7 @@ from turret.server.adapters.peft_format.rules import (
 from turret.server.adapters.peft_format.targets import is_optional_module_selector, resolve_targets
 from turret.server.adapters.peft_format.vocabulary_rows import read_rows
 from turret.server.adapters.peft_format.vocabulary_rules import is_token_list
+from turret.server.adapters.source import TENSORS_FILE
 from turret.server.adapters.vocabulary import VocabularyOperators, VocabularyRows
 
 _SUFFIX = ".trainable_tokens_delta"
@@ -52,13 +53,13 @@ class TrainableTokensMethod:
     def lower(
         self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
     ) -> Lowered:
-        config, findings = checkpoint.config, Findings()
-        check_config(config, self.rules, findings.violations)
+        config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
+        check_config(config, self.rules, findings)
         if "token_indices" not in config:
-            findings.violations.add("token_indices", "is required")
+            findings.add("token_indices", "is required")
         targeted = _targeted(config, base, findings)
         rows = _read(checkpoint, targeted, base, findings)
-        findings.raise_if_any(checkpoint.path, base.name)
+        findings.raise_if_any()
         base_model = config.get("base_model_name_or_path") or ""
         warning = base_name_warning(base_model, base.name)
         return Lowered(
@@ -75,25 +76,24 @@ class TrainableTokensMethod:
 
 def _targeted(config: Mapping[str, Any], base: BaseModel, findings: Findings) -> frozenset[str]:
     """Modules with trained rows: the embedding unless the config says otherwise."""
-    violations = findings.violations
-    if "target_modules" in violations.fields:
+    if "target_modules" in findings.fields:
         return frozenset()
     chosen = config.get("target_modules") or [EMBEDDING]
     selection = {"target_modules": chosen, "r": 1, "lora_alpha": 1}
     linear = [name for name in base.modules if name != HEAD]
     others = [HEAD, EMBEDDING, *sorted(base.other_modules - {EMBEDDING})]
-    targeted = resolve_targets(selection, linear, others, violations).targeted
+    targeted = resolve_targets(selection, linear, others, findings).targeted
     for name in sorted(targeted - {EMBEDDING, HEAD}):
-        violations.add("target_modules", f"{name!r} has no row per token")
+        findings.add("target_modules", f"{name!r} has no row per token")
     if not targeted:
-        violations.add("target_modules", "selects neither embed_tokens nor lm_head")
+        findings.add("target_modules", "selects neither embed_tokens nor lm_head")
     return targeted & {EMBEDDING, HEAD}
 
 
 def _read(
     checkpoint: AdapterCheckpoint, targeted: frozenset[str], base: BaseModel, findings: Findings
 ) -> dict[str, VocabularyRows]:
-    violations, rows = findings.violations, {}
+    rows = {}
     left = dict(checkpoint.tensors)
     is_tied = base.vocabulary.is_tied and EMBEDDING in targeted
     for module in (EMBEDDING, HEAD):
@@ -106,16 +106,16 @@ def _read(
             name = module + _SUFFIX
             tensor = left.pop(name, None)
             if tensor is None:
-                violations.add(name, "is missing; the config targets the module")
-            elif "token_indices" not in violations.fields:
+                findings.add(name, "is missing; the config targets the module")
+            elif "token_indices" not in findings.fields:
                 ids = checkpoint.config["token_indices"]
                 found = read_rows(name, tensor, ids, base.vocabulary, findings)
                 if found is not None:
                     rows[module] = found
     for name in left:
-        violations.add(name, "is not a tensor this method knows; every tensor must be used")
+        findings.add(name, "is not a tensor this method knows; every tensor must be used")
     if not checkpoint.tensors:
-        violations.add(TENSORS_FILE, "holds no tensors of this method")
+        findings.add(TENSORS_FILE, "holds no tensors of this method")
     return rows
 
 
@@ -125,7 +125,7 @@ def _drop_copies(
     for name in _COPIES:
         copy = left.pop(name, None)
         if copy is not None and (shared is None or not torch.equal(copy, shared)):
-            findings.violations.add(name, "differs from the embedding's rows, which it is tied to")
+            findings.add(name, "differs from the embedding's rows, which it is tied to")
 
 
 METHOD = TrainableTokensMethod()

@@ -59,7 +59,7 @@ def _check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Fin
     lambda_b, lambda_d = roles.get(_LAMBDA_B), roles.get(_LAMBDA_D)
     for role, tensor in ((_LAMBDA_B, lambda_b), (_LAMBDA_D, lambda_d)):
         if tensor is None:
-            findings.violations.add(f"{name}.{role}", "is missing; its partner is there")
+            findings.add(f"{name}.{role}", "is missing; its partner is there")
     if lambda_b is not None:
         findings.check_shape(f"{name}.{_LAMBDA_B}", lambda_b, (module.out_features,))
     if lambda_d is not None and rank:
@@ -87,9 +87,9 @@ class VeraMethod:
         config = checkpoint.config
         found = read_module_checkpoint(checkpoint, base, self.form)
         check_rank_budget(checkpoint.path, config["r"], max_rank)
-        findings = Findings()
+        findings = Findings(checkpoint.path, base.name)
         a, b = _projections(config, found, base, findings)
-        findings.raise_if_any(checkpoint.path, base.name)
+        findings.raise_if_any()
         # The folded factors are large: one module's at a time, and only the result is kept.
         operators = {
             name: ModuleOperators(
@@ -124,17 +124,17 @@ def _projections(
     if config.get("save_projection", True):
         for name in (_A, _B):
             if name not in found.shared:
-                findings.violations.add(name, "is missing; save_projection is true")
-        if findings.violations:
+                findings.add(name, "is missing; save_projection is true")
+        if findings.fields:
             return torch.empty(0), torch.empty(0)
         a, b = found.shared[_A], found.shared[_B]
         findings.check_shape(_A, a, (rank, inputs))
         findings.check_shape(_B, b, (outputs, rank))
         return a, b
     for name in found.shared:
-        findings.violations.add(name, "is there, but save_projection is false")
+        findings.add(name, "is there, but save_projection is false")
     if "projection_prng_key" not in config:
-        findings.violations.add("projection_prng_key", "is required; save_projection is false")
+        findings.add("projection_prng_key", "is required; save_projection is false")
         return torch.empty(0), torch.empty(0)
     return draw_projections(config["projection_prng_key"], rank, inputs, outputs)
 

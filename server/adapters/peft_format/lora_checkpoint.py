@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.findings import Violations
+from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.peft_format.base_name import base_name_warning
 from turret.server.adapters.peft_format.lora_rules import LORA_RULES, check_required
 from turret.server.adapters.peft_format.rules import check_config
 from turret.server.adapters.peft_format.targets import Targets, resolve_targets
-from turret.server.errors import AdapterMismatchError, BudgetExceededError
+from turret.server.adapters.source import TENSORS_FILE
+from turret.server.errors import BudgetExceededError
 
 A, B, LORA_BIAS, MAGNITUDE, BIAS = "lora_A", "lora_B", "lora_B.bias", "magnitude", "bias"
 
@@ -35,38 +36,29 @@ _ROLES = (
 )
 
 
-@dataclass(slots=True)
-class LoraTensors:
-    """Tensors per module path and role, plus what does not fit this base model.
-
-    Attributes:
-        modules: ``{module path: {role: tensor}}``; only modules of ``base.modules``.
-        mismatches: ``(tensor or module name, why)`` that point at another base model.
-    """
-
-    modules: dict[str, dict[str, torch.Tensor]] = field(default_factory=dict)
-    mismatches: list[tuple[str, str]] = field(default_factory=list)
+# ``{module path: {role: tensor}}``; only modules of ``base.modules``.
+LoraTensors = dict[str, dict[str, torch.Tensor]]
 
 
 def sort_tensors(
-    tensors: Mapping[str, torch.Tensor], base: BaseModel, violations: Violations
+    tensors: Mapping[str, torch.Tensor], base: BaseModel, findings: Findings
 ) -> LoraTensors:
-    """Gives every tensor a module and a role, or a violation, or a mismatch."""
-    result = LoraTensors()
+    """Gives every tensor a module and a role, or a fault, or a mismatch."""
+    result: LoraTensors = {}
     for name, tensor in tensors.items():
         module, role = _split(name)
         if role is None:
-            violations.add(name, _advice(name))
+            findings.add(name, _advice(name))
         elif module in base.other_modules:
-            violations.add(name, f"{module!r} cannot be adapted by this version")
+            findings.add(name, f"{module!r} cannot be adapted by this version")
         elif module not in base.modules:
-            result.mismatches.append((name, f"the base model has no module {module!r}"))
-        elif role in result.modules.setdefault(module, {}):
-            violations.add(name, f"is a second {role} of {module!r}")
+            findings.mismatch(name, f"the base model has no module {module!r}")
+        elif role in result.setdefault(module, {}):
+            findings.add(name, f"is a second {role} of {module!r}")
         else:
-            result.modules[module][role] = tensor
-    for module, roles in result.modules.items():
-        _check_shapes(module, roles, base, violations, result.mismatches)
+            result[module][role] = tensor
+    for module, roles in result.items():
+        _check_shapes(module, roles, base, findings)
     return result
 
 
@@ -87,29 +79,26 @@ def _check_shapes(
     name: str,
     roles: Mapping[str, torch.Tensor],
     base: BaseModel,
-    violations: Violations,
-    mismatches: list[tuple[str, str]],
+    findings: Findings,
 ) -> None:
     module = base.modules[name]
     a, b = roles.get(A), roles.get(B)
     if (a is None) != (b is None):
         missing = "lora_A" if a is None else "lora_B"
-        violations.add(f"{name}.{missing}.weight", "is missing; its partner is there")
+        findings.add(f"{name}.{missing}.weight", "is missing; its partner is there")
     if a is None and b is None and {LORA_BIAS, MAGNITUDE} & roles.keys():
-        violations.add(f"{name}.lora_A.weight", "is missing; other LoRA tensors are there")
+        findings.add(f"{name}.lora_A.weight", "is missing; other LoRA tensors are there")
     for role, tensor in ((A, a), (B, b)):
         if tensor is not None and tensor.ndim != 2:
-            violations.add(f"{name}.{role}.weight", f"must be 2-D, not {list(tensor.shape)}")
+            findings.add(f"{name}.{role}.weight", f"must be 2-D, not {list(tensor.shape)}")
             return
     if a is not None and b is not None:
         if a.shape[0] != b.shape[1]:
-            violations.add(
-                f"{name}.lora_B.weight", f"has rank {b.shape[1]}, lora_A has {a.shape[0]}"
-            )
+            findings.add(f"{name}.lora_B.weight", f"has rank {b.shape[1]}, lora_A has {a.shape[0]}")
         if a.shape[1] != module.in_features or b.shape[0] != module.out_features:
             adapter = f"{a.shape[1]} -> {b.shape[0]}"
             served = f"{module.in_features} -> {module.out_features}"
-            mismatches.append((name, f"the adapter maps {adapter}, the base model {served}"))
+            findings.mismatch(name, f"the adapter maps {adapter}, the base model {served}")
             return
     out = module.out_features
     shapes = {
@@ -120,9 +109,9 @@ def _check_shapes(
     for role, allowed in shapes.items():
         if role in roles and tuple(roles[role].shape) not in allowed:
             shape = list(roles[role].shape)
-            mismatches.append((f"{name} {role}", f"has shape {shape}, the base has {out} outputs"))
+            findings.mismatch(f"{name} {role}", f"has shape {shape}, the base has {out} outputs")
     if BIAS in roles and module.bias is None:
-        mismatches.append((f"{name} bias", "the base model has no bias there"))
+        findings.mismatch(f"{name} bias", "the base model has no bias there")
 
 
 _TARGET_KEYS = frozenset(
@@ -185,30 +174,29 @@ def read_lora_layout(
         AdapterMismatchError: Sound, but for another base; lists every module that does not fit.
         BudgetExceededError: A rank over ``max_rank``.
     """
-    config, violations = checkpoint.config, Violations()
-    check_config(config, LORA_RULES, violations)
-    check_required(config, violations)
-    tensors = sort_tensors(checkpoint.tensors, base, violations)
+    config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
+    check_config(config, LORA_RULES, findings)
+    check_required(config, findings)
+    tensors = sort_tensors(checkpoint.tensors, base, findings)
     targets = None
-    if not violations.fields & _TARGET_KEYS:
+    if not findings.fields & _TARGET_KEYS:
         linear, other = list(base.modules), sorted(base.other_modules)
-        targets = resolve_targets(config, linear, other, violations)
+        targets = resolve_targets(config, linear, other, findings)
         # A pattern that could not be matched says nothing about the modules.
-        if not violations.fields & _TARGET_KEYS:
-            _check_targets(targets, tensors, base, violations)
-    _check_switches(config, targets, tensors, base, violations)
-    is_empty = not any(A in roles for roles in tensors.modules.values())
-    if is_empty and not tensors.mismatches and not checkpoint.is_partial:
-        violations.add("adapter_model.safetensors", "holds no LoRA tensors")
-    violations.raise_if_any(checkpoint.path)
-    _raise_mismatches(checkpoint.path, tensors, base)
-    assert targets is not None  # its keys had no violation
+        if not findings.fields & _TARGET_KEYS:
+            _check_targets(targets, tensors, base, findings)
+    _check_switches(config, targets, tensors, base, findings)
+    is_empty = not any(A in roles for roles in tensors.values())
+    if is_empty and not findings.mismatched and not checkpoint.is_partial:
+        findings.add(TENSORS_FILE, "holds no LoRA tensors")
+    findings.raise_if_any()
+    assert targets is not None  # its keys had no fault
     _check_budget(checkpoint.path, tensors, max_rank)
     base_model = config.get("base_model_name_or_path") or ""
     name_warning = base_name_warning(base_model, base.name)
     return LoraLayout(
         modules=tuple(_module(name, tensors, targets, config) for name in _adapted(tensors, base)),
-        biases={n: roles[BIAS] for n, roles in tensors.modules.items() if BIAS in roles},
+        biases={n: roles[BIAS] for n, roles in tensors.items() if BIAS in roles},
         base_model=base_model,
         warnings=targets.warnings + ((name_warning,) if name_warning else ()),
     )
@@ -216,13 +204,13 @@ def read_lora_layout(
 
 def _adapted(tensors: LoraTensors, base: BaseModel) -> list[str]:
     """Modules with LoRA, in the base's order."""
-    return [name for name in base.modules if A in tensors.modules.get(name, {})]
+    return [name for name in base.modules if A in tensors.get(name, {})]
 
 
 def _module(
     name: str, tensors: LoraTensors, targets: Targets, config: Mapping[str, Any]
 ) -> LoraModule:
-    roles = tensors.modules[name]
+    roles = tensors[name]
     rank, alpha = targets.ranks[name], targets.alphas[name]
     magnitude = roles.get(MAGNITUDE)
     return LoraModule(
@@ -236,22 +224,22 @@ def _module(
 
 
 def _check_targets(
-    targets: Targets, tensors: LoraTensors, base: BaseModel, violations: Violations
+    targets: Targets, tensors: LoraTensors, base: BaseModel, findings: Findings
 ) -> None:
     for name in sorted(targets.targeted & base.other_modules):
-        violations.add("target_modules", f"{name!r} cannot be adapted by this version")
+        findings.add("target_modules", f"{name!r} cannot be adapted by this version")
     # Of a module that does not fit the base, the mismatch is the news, not its absence.
-    misfits = {name for name, _ in tensors.mismatches}
+    misfits = findings.mismatched
     for name in base.modules:
-        tensor = tensors.modules.get(name, {}).get(A)
+        tensor = tensors.get(name, {}).get(A)
         if tensor is None and name in targets.targeted and not misfits:
-            if B not in tensors.modules.get(name, {}):
-                violations.add(f"{name}.lora_A.weight", "is missing; the config targets the module")
+            if B not in tensors.get(name, {}):
+                findings.add(f"{name}.lora_A.weight", "is missing; the config targets the module")
         elif tensor is not None and name not in targets.targeted:
-            violations.add(f"{name}.lora_A.weight", "is there, but the config leaves it out")
+            findings.add(f"{name}.lora_A.weight", "is there, but the config leaves it out")
         elif tensor is not None and tensor.ndim == 2 and tensor.shape[0] != targets.ranks[name]:
             why = f"has rank {tensor.shape[0]}, the config says {targets.ranks[name]}"
-            violations.add(f"{name}.lora_A.weight", why)
+            findings.add(f"{name}.lora_A.weight", why)
 
 
 def _check_switches(
@@ -259,7 +247,7 @@ def _check_switches(
     targets: Targets | None,
     tensors: LoraTensors,
     base: BaseModel,
-    violations: Violations,
+    findings: Findings,
 ) -> None:
     """``use_dora``, ``lora_bias`` and ``bias`` against the tensors they promise or rule out."""
     for key, role, label in (
@@ -267,38 +255,24 @@ def _check_switches(
         ("lora_bias", LORA_BIAS, "lora_B.bias"),
     ):
         is_on = config.get(key) is True
-        for name, roles in tensors.modules.items():
+        for name, roles in tensors.items():
             if role in roles and not is_on:
-                violations.add(f"{name}.{label}", f"is there, but {key} is not true")
+                findings.add(f"{name}.{label}", f"is there, but {key} is not true")
             if role not in roles and is_on and A in roles:
-                violations.add(f"{name}.{label}", f"is missing; {key} is true")
+                findings.add(f"{name}.{label}", f"is missing; {key} is true")
     bias = config.get("bias", "none")
     for name, module in base.modules.items():
         is_targeted = targets is not None and name in targets.targeted
-        is_there = BIAS in tensors.modules.get(name, {})
+        is_there = BIAS in tensors.get(name, {})
         may_be_there = bias == "all" or (bias == "lora_only" and is_targeted)
         if is_there and not may_be_there and targets is not None:
-            violations.add(f"{name}.bias", f"is there, but bias is {bias!r:.20}")
-        if may_be_there and not is_there and module.bias is not None and not tensors.mismatches:
-            violations.add(f"{name}.bias", f"is missing; bias is {bias!r:.20}")
-
-
-def _raise_mismatches(path: str, tensors: LoraTensors, base: BaseModel) -> None:
-    if not tensors.mismatches:
-        return
-    shown = tensors.mismatches[:64]
-    text = "; ".join(f"{name}: {why}" for name, why in shown)
-    more = len(tensors.mismatches) - len(shown)
-    raise AdapterMismatchError(
-        f"adapter {path!r} does not fit base model {base.name!r}: {text}"
-        + (f"; and {more} more" if more else ""),
-        metadata={"path": path, "base_model": base.name},
-        violations=shown,
-    )
+            findings.add(f"{name}.bias", f"is there, but bias is {bias!r:.20}")
+        if may_be_there and not is_there and module.bias is not None and not findings.mismatched:
+            findings.add(f"{name}.bias", f"is missing; bias is {bias!r:.20}")
 
 
 def _check_budget(path: str, tensors: LoraTensors, max_rank: int | None) -> None:
-    ranks = {roles[A].shape[0] for roles in tensors.modules.values() if A in roles}
+    ranks = {roles[A].shape[0] for roles in tensors.values() if A in roles}
     if max_rank is not None and max(ranks, default=0) > max_rank:
         raise BudgetExceededError(
             f"adapter {path!r} has rank {max(ranks)}, the server allows {max_rank}",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from turret.server.adapters.checkpoint.findings import Violations
+from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.peft_format.rules import (
     COMMON_RULES,
     Irrelevant,
@@ -108,10 +108,10 @@ LORA_RULES: Rules = {
 REQUIRED = ("r", "lora_alpha", "target_modules")
 
 
-def check_required(config: Mapping[str, Any], violations: Violations) -> None:
+def check_required(config: Mapping[str, Any], findings: Findings) -> None:
     """Keys without which scale or selection would be a guess."""
     for key in REQUIRED:
         if key not in config:
-            violations.add(key, "is required")
+            findings.add(key, "is required")
     if config.get("use_dora") is True and config.get("lora_bias") is True:
-        violations.add("lora_bias", "cannot be combined with use_dora")
+        findings.add("lora_bias", "cannot be combined with use_dora")

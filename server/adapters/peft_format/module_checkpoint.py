@@ -14,11 +14,12 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.findings import Findings, Violations
-from turret.server.adapters.checkpoint.reader import TENSORS_FILE, AdapterCheckpoint
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.peft_format.base_name import base_name_warning
 from turret.server.adapters.peft_format.rules import Rules, check_config
 from turret.server.adapters.peft_format.targets import Targets, resolve_targets
+from turret.server.adapters.source import TENSORS_FILE
 from turret.server.errors import BudgetExceededError
 
 BIAS = "bias"
@@ -100,25 +101,24 @@ def read_module_checkpoint(
         AdapterCheckpointError: Unsupported or inconsistent; lists every key and tensor at fault.
         AdapterMismatchError: Sound, but for another base; lists every module that does not fit.
     """
-    config, findings = checkpoint.config, Findings()
-    violations = findings.violations
-    check_config(config, form.rules, violations)
+    config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
+    check_config(config, form.rules, findings)
     for key in form.required:
         if key not in config:
-            violations.add(key, "is required")
+            findings.add(key, "is required")
     tensors, shared = _sort(checkpoint.tensors, base, form, findings)
     adapted = {name: roles for name, roles in tensors.items() if roles.keys() - {BIAS}}
-    if not adapted and not findings.mismatches:
-        violations.add(TENSORS_FILE, "holds no tensors of this method")
-    targets = _resolve(config, form, base, violations)
+    if not adapted and not findings.mismatched:
+        findings.add(TENSORS_FILE, "holds no tensors of this method")
+    targets = _resolve(config, form, base, findings)
     if targets is not None:
         _check_targets(targets, adapted, base, form, findings)
         for name, roles in adapted.items():
             form.check(name, roles, base.modules[name], targets.ranks.get(name, 0), findings)
         if form.bias_only is not None:
             _check_biases(config, form.bias_only, targets, tensors, base, findings)
-    findings.raise_if_any(checkpoint.path, base.name)
-    assert targets is not None  # its keys had no violation
+    findings.raise_if_any()
+    assert targets is not None  # its keys had no fault
     base_model = config.get("base_model_name_or_path") or ""
     name_warning = base_name_warning(base_model, base.name)
     return ModuleCheckpoint(
@@ -147,7 +147,7 @@ def check_rank_budget(path: str, rank: int, max_rank: int | None) -> None:
 def _sort(
     tensors: Roles, base: BaseModel, form: ModuleFormat, findings: Findings
 ) -> tuple[dict[str, dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
-    """Gives every tensor a module and a role, or a violation, or a mismatch."""
+    """Gives every tensor a module and a role, or a fault, or a mismatch."""
     modules: dict[str, dict[str, torch.Tensor]] = {}
     shared: dict[str, torch.Tensor] = {}
     for full_name, tensor in tensors.items():
@@ -156,13 +156,13 @@ def _sort(
             continue
         name, role = _split(full_name, form)
         if role is None or full_name.startswith(_LYCORIS_PREFIXES):
-            findings.violations.add(full_name, _advice(full_name))
+            findings.add(full_name, _advice(full_name))
         elif name in base.other_modules:
-            findings.violations.add(full_name, f"{name!r} cannot be adapted by this version")
+            findings.add(full_name, f"{name!r} cannot be adapted by this version")
         elif name not in base.modules:
-            findings.mismatches.append((full_name, f"the base model has no module {name!r}"))
+            findings.mismatch(full_name, f"the base model has no module {name!r}")
         elif role in modules.setdefault(name, {}):
-            findings.violations.add(full_name, f"is a second {role} of {name!r}")
+            findings.add(full_name, f"is a second {role} of {name!r}")
         else:
             modules[name][role] = tensor
     return modules, shared
@@ -192,7 +192,7 @@ def _advice(name: str) -> str:
 
 
 def _resolve(
-    config: Mapping[str, Any], form: ModuleFormat, base: BaseModel, violations: Violations
+    config: Mapping[str, Any], form: ModuleFormat, base: BaseModel, findings: Findings
 ) -> Targets | None:
     """The modules that the config selects, or None if a key it takes is at fault."""
     keys = {
@@ -200,14 +200,14 @@ def _resolve(
         *("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save"),
         *(("rank_pattern", "alpha_pattern") if form.has_patterns else ()),
     }
-    if violations.fields & keys:
+    if findings.fields & keys:
         return None
     selection = {key: config[key] for key in keys if key in config}
     selection["r"] = 1 if form.rank_key is None else config[form.rank_key]
     selection["lora_alpha"] = 1 if form.alpha_key is None else config[form.alpha_key]
     linear, other = list(base.modules), sorted(base.other_modules)
-    targets = resolve_targets(selection, linear, other, violations)
-    return None if violations.fields & keys else targets
+    targets = resolve_targets(selection, linear, other, findings)
+    return None if findings.fields & keys else targets
 
 
 def _check_targets(
@@ -218,16 +218,16 @@ def _check_targets(
     findings: Findings,
 ) -> None:
     for name in sorted(targets.targeted & base.other_modules):
-        findings.violations.add("target_modules", f"{name!r} cannot be adapted by this version")
+        findings.add("target_modules", f"{name!r} cannot be adapted by this version")
     first = next(iter(form.roles))
     # Of a module that does not fit the base, the mismatch is the news, not its absence.
-    misfits = bool(findings.mismatches)
+    misfits = bool(findings.mismatched)
     for name in base.modules:
         if name in adapted and name not in targets.targeted:
             role = next(suffix for suffix, role in form.roles.items() if role in adapted[name])
-            findings.violations.add(f"{name}{role}", "is there, but the config leaves it out")
+            findings.add(f"{name}{role}", "is there, but the config leaves it out")
         elif name in targets.targeted and name not in adapted and not misfits:
-            findings.violations.add(f"{name}{first}", "is missing; the config targets the module")
+            findings.add(f"{name}{first}", "is missing; the config targets the module")
 
 
 def _check_biases(
@@ -244,11 +244,11 @@ def _check_biases(
         found = tensors.get(name, {}).get(BIAS)
         is_promised = bias == "all" or (bias == only and name in targets.targeted)
         if found is None:
-            if is_promised and module.bias is not None and not findings.mismatches:
-                findings.violations.add(f"{name}.bias", f"is missing; bias is {bias!r:.20}")
+            if is_promised and module.bias is not None and not findings.mismatched:
+                findings.add(f"{name}.bias", f"is missing; bias is {bias!r:.20}")
         elif not is_promised:
-            findings.violations.add(f"{name}.bias", f"is there, but bias is {bias!r:.20}")
+            findings.add(f"{name}.bias", f"is there, but bias is {bias!r:.20}")
         elif module.bias is None:
-            findings.mismatches.append((f"{name}.bias", "the base model has no bias there"))
+            findings.mismatch(f"{name}.bias", "the base model has no bias there")
         else:
             findings.check_shape(f"{name}.bias", found, (module.out_features,))

@@ -46,19 +46,19 @@ def read_prompt(
     Returns:
         ``[num_virtual_tokens, width_per_dim · token_dim]`` in the file's dtype, or None.
     """
-    config, violations = checkpoint.config, findings.violations
-    check_config(config, rules, violations)
+    config = checkpoint.config
+    check_config(config, rules, findings)
     for key in _REQUIRED:
         if key not in config:
-            violations.add(key, "is required")
+            findings.add(key, "is required")
     for name in checkpoint.tensors:
         if name != EMBEDDINGS:
-            violations.add(name, f"is not a tensor this method knows; the file holds {EMBEDDINGS}")
+            findings.add(name, f"is not a tensor this method knows; the file holds {EMBEDDINGS}")
     tensor = checkpoint.tensors.get(EMBEDDINGS)
     if tensor is None:
-        violations.add(EMBEDDINGS, "is missing")
+        findings.add(EMBEDDINGS, "is missing")
         return None
-    if violations.fields & set(_REQUIRED):
+    if findings.fields & set(_REQUIRED):
         return None
     shape = config["num_virtual_tokens"], width_per_dim * config["token_dim"]
     return tensor if findings.check_shape(EMBEDDINGS, tensor, shape, of_base=False) else None

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.adapters.checkpoint.findings import Violations
+from turret.server.adapters.checkpoint.findings import Findings
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,22 +92,22 @@ COMMON_RULES: Rules = {
 }
 
 
-def check_config(config: Mapping[str, Any], rules: Rules, violations: Violations) -> None:
-    """Adds a violation for every key that is unknown, malformed or not served."""
+def check_config(config: Mapping[str, Any], rules: Rules, findings: Findings) -> None:
+    """Adds a fault for every key that is unknown, malformed or not served."""
     for key, value in config.items():
         rule = rules.get(key)
         match rule:
             case None:
-                violations.add(
+                findings.add(
                     key,
                     "is unknown to this version; if it does not change the forward pass, remove it",
                 )
             case Used(check):
                 problem = check(value)
                 if problem is not None:
-                    violations.add(key, problem)
+                    findings.add(key, problem)
             case Rejected(off, advice):
                 if not any(same(value, one) for one in off):
-                    violations.add(key, advice)
+                    findings.add(key, advice)
             case Irrelevant():
                 pass

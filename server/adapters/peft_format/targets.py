@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from turret.server.adapters.base import HEAD
-from turret.server.adapters.checkpoint.findings import Violations
+from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.peft_format.pattern_match import Pattern, PatternResult, match_all
 from turret.server.adapters.peft_format.rules import is_number, is_rank
 
@@ -90,9 +90,9 @@ is_alpha_pattern = is_pattern_of(is_number)
 class _Patterns:
     """Collects all patterns of a config, so that they are matched in one go."""
 
-    def __init__(self, names: Sequence[str], violations: Violations) -> None:
+    def __init__(self, names: Sequence[str], findings: Findings) -> None:
         self._names = names
-        self._violations = violations
+        self._findings = findings
         self._wanted: dict[tuple[str, Pattern], None] = {}
         self._index = {name: i for i, name in enumerate(names)}
         self._results: dict[Pattern, PatternResult] = {}
@@ -107,7 +107,7 @@ class _Patterns:
         for (field, pattern), result in zip(wanted, results, strict=True):
             self._results[pattern] = result
             if result.error is not None:
-                self._violations.add(field, f"{pattern.plain!r:.120} {result.error}")
+                self._findings.add(field, f"{pattern.plain!r:.120} {result.error}")
 
     def group(self, pattern: Pattern, name: str) -> str | None:
         """None without a match; else the layer index captured, or ""."""
@@ -136,22 +136,22 @@ def _keyed_patterns(
     return {key: patterns.want(field, Pattern("match", rf"(.*\.)?({key})$", key)) for key in table}
 
 
-def _check_combination(config: Mapping[str, Any], violations: Violations) -> None:
+def _check_combination(config: Mapping[str, Any], findings: Findings) -> None:
     is_regex = isinstance(config.get("target_modules"), str)
     layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
     if is_regex and layers is not None:
-        violations.add("layers_to_transform", "has no effect with a target_modules string")
+        findings.add("layers_to_transform", "has no effect with a target_modules string")
     if is_regex and pattern is not None:
-        violations.add("layers_pattern", "has no effect with a target_modules string")
+        findings.add("layers_pattern", "has no effect with a target_modules string")
     if pattern and layers is None:
-        violations.add("layers_pattern", "needs layers_to_transform")
+        findings.add("layers_pattern", "needs layers_to_transform")
 
 
 def resolve_targets(
     config: Mapping[str, Any],
     linear_names: Sequence[str],
     other_names: Sequence[str],
-    violations: Violations,
+    findings: Findings,
 ) -> Targets:
     """Applies the selection keys of a config to a base model's module names.
 
@@ -160,14 +160,14 @@ def resolve_targets(
             ``target_modules``, ``r`` and ``lora_alpha``, which must be there.
         linear_names: Linear modules.
         other_names: Modules that exist but are not linear.
-        violations: Receives bad patterns and contradictory keys.
+        findings: Receives bad patterns and contradictory keys.
 
     Returns:
-        The outcome; meaningless if a violation was added.
+        The outcome; meaningless if a fault was added.
     """
-    _check_combination(config, violations)
+    _check_combination(config, findings)
     names = [*linear_names, *other_names]
-    patterns = _Patterns(names, violations)
+    patterns = _Patterns(names, findings)
     targets, excludes = config["target_modules"], config.get("exclude_modules")
     target_regex = None
     is_all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
-from turret.server.adapters.checkpoint.findings import Findings, Violations
+from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.peft_format.lora_rules import LORA_RULES
 from turret.server.adapters.peft_format.rules import Used
@@ -93,7 +93,7 @@ class VocabularyPart:
 
 def take_vocabulary(checkpoint: AdapterCheckpoint, base: BaseModel) -> VocabularyPart:
     """Splits a checkpoint; nothing raises, the findings say what is wrong."""
-    config, findings = checkpoint.config, Findings()
+    config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
     found: dict[str, _Found] = {EMBEDDING: {}, HEAD: {}}
     rest = {}
     for name, tensor in checkpoint.tensors.items():
@@ -101,7 +101,7 @@ def take_vocabulary(checkpoint: AdapterCheckpoint, base: BaseModel) -> Vocabular
         if module is None or role is None:
             rest[name] = tensor
         elif role in found[module]:
-            findings.violations.add(name, f"is a second {role} of {module!r}")
+            findings.add(name, f"is a second {role} of {module!r}")
         else:
             found[module][role] = (name, tensor)
     rows = _trained_rows(config, found, base, findings)
@@ -120,7 +120,7 @@ def take_vocabulary(checkpoint: AdapterCheckpoint, base: BaseModel) -> Vocabular
         base = replace(base, other_modules=base.other_modules - {EMBEDDING})
     else:
         for name, _ in (found[EMBEDDING][role] for role in _LOW_RANK if role in found[EMBEDDING]):
-            findings.violations.add(name, "is part of a LoRA, the config names another method")
+            findings.add(name, "is part of a LoRA, the config names another method")
     embedding, head = rows.get(EMBEDDING), rows.get(HEAD)
     operators = None
     if embedding is not None or head is not None or low_rank is not None:
@@ -166,9 +166,9 @@ def _trained_rows(
         if tensor is not None and ids is not None:
             rows[module] = read_rows(name, tensor, ids, base.vocabulary, findings)
         elif tensor is not None:
-            findings.violations.add(name, "is there, but trainable_token_indices leaves it out")
+            findings.add(name, "is there, but trainable_token_indices leaves it out")
         elif ids is not None:
-            findings.violations.add(name, "is missing; trainable_token_indices names the module")
+            findings.add(name, "is missing; trainable_token_indices names the module")
     return rows
 
 
@@ -193,7 +193,7 @@ def _whole_matrices(
         name, tensor = found[module].get(_WHOLE, (f"{module}.weight", None))
         if module in saved:
             if tensor is None:
-                findings.violations.add(name, "is missing; modules_to_save names the module")
+                findings.add(name, "is missing; modules_to_save names the module")
                 continue
             _check_alone(module, found[module], findings)
             same = found[EMBEDDING].get(_WHOLE, (name, tensor))[1]
@@ -213,7 +213,7 @@ def _check_alone(module: str, found: _Found, findings: Findings) -> None:
     for role in (_ROWS, *_LOW_RANK):
         if role in found:
             name = found[role][0]
-            findings.violations.add(name, f"is there beside a whole {module!r}: which one counts?")
+            findings.add(name, f"is there beside a whole {module!r}: which one counts?")
 
 
 def _check_unchanged(
@@ -225,7 +225,7 @@ def _check_unchanged(
         changed_rows(tensor, matrix)
     ):
         why = "differs from the base model's; if it was trained, name the module in modules_to_save"
-        findings.violations.add(name, why)
+        findings.add(name, why)
 
 
 def _low_rank(
@@ -243,7 +243,7 @@ def _low_rank(
     if EMBEDDING not in targets.targeted:
         for role in _LOW_RANK:
             if role in found:
-                findings.violations.add(found[role][0], "is there, but the config leaves it out")
+                findings.add(found[role][0], "is there, but the config leaves it out")
         return None, {}
     changes = {}
     is_tied = config.get("ensure_weight_tying") is True and base.vocabulary.is_tied
@@ -252,11 +252,11 @@ def _low_rank(
         is_regex = isinstance(chosen, str)
         changes["target_modules"] = f"(?:{chosen}|{HEAD})" if is_regex else [*chosen, HEAD]
     if _ROWS in found:
-        findings.violations.add(found[_ROWS][0], "cannot be combined with LoRA on the embedding")
+        findings.add(found[_ROWS][0], "cannot be combined with LoRA on the embedding")
     b = found.get(_B, (f"{EMBEDDING}.lora_embedding_B", None))
     for role_name, tensor in ((name, a), b):
         if tensor is None:
-            findings.violations.add(role_name, "is missing; the config targets the module")
+            findings.add(role_name, "is missing; the config targets the module")
     if a is None or b[1] is None:
         return None, changes
     rank = targets.ranks[EMBEDDING]
@@ -268,7 +268,7 @@ def _low_rank(
     gain = None
     if (_MAGNITUDE in found) != (config.get("use_dora") is True):
         why = "use_dora and the tensor go together; one of them is missing"
-        findings.violations.add(f"{EMBEDDING}.lora_magnitude_vector", why)
+        findings.add(f"{EMBEDDING}.lora_magnitude_vector", why)
         is_fit = False
     if not is_fit:
         return None, changes
@@ -284,7 +284,7 @@ def _low_rank(
         a.T.to(base.dtype).contiguous(), scaled.to(base.dtype).contiguous(), gain
     )
     if not all(bool(torch.isfinite(tensor).all()) for tensor in result.tensors()):
-        findings.violations.add(name, f"is not finite once scaled and rounded to {base.dtype}")
+        findings.add(name, f"is not finite once scaled and rounded to {base.dtype}")
         return None, changes
     return result, changes
 
@@ -298,9 +298,9 @@ def _targets(config: Mapping[str, Any]) -> Targets | None:
             return None
     if not {"r", "lora_alpha", "target_modules"} <= config.keys():
         return None
-    violations = Violations()
-    targets = resolve_targets(config, [HEAD], [EMBEDDING], violations)
-    return None if violations else targets
+    findings = Findings("")
+    targets = resolve_targets(config, [HEAD], [EMBEDDING], findings)
+    return None if findings.fields else targets
 
 
 def _dora_gain(

@@ -20,7 +20,7 @@ def check_vocabulary(name: str, rows: int, base: BaseVocabulary, findings: Findi
         f"has {rows} rows, the base model has {base.size} tokens: a resized vocabulary is not"
         " served; serve the resized model as the base"
     )
-    findings.mismatches.append((name, why))
+    findings.mismatch(name, why)
     return False
 
 
@@ -34,7 +34,7 @@ def read_rows(
             f"is trained for token {over[0]}, the base model has {base.size} tokens: a resized"
             " vocabulary is not served; serve the resized model as the base"
         )
-        findings.mismatches.append((name, why))
+        findings.mismatch(name, why)
         return None
     if not findings.check_shape(name, tensor, (len(ids), base.embedding.shape[1])):
         return None
@@ -52,7 +52,7 @@ def read_matrix(
 ) -> VocabularyRows | None:
     """The rows of a whole matrix that differ from the base's; None if all are the same."""
     if tensor.ndim != 2:
-        findings.violations.add(name, f"must be 2-D, not {list(tensor.shape)}")
+        findings.add(name, f"must be 2-D, not {list(tensor.shape)}")
         return None
     if not check_vocabulary(name, tensor.shape[0], base, findings):
         return None
@@ -87,5 +87,5 @@ def _owned(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 def _finite(name: str, rows: VocabularyRows, findings: Findings) -> VocabularyRows | None:
     if bool(torch.isfinite(rows.values).all()):
         return rows
-    findings.violations.add(name, f"is not finite once rounded to {rows.values.dtype}")
+    findings.add(name, f"is not finite once rounded to {rows.values.dtype}")
     return None

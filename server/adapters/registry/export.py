@@ -10,14 +10,9 @@ from typing import BinaryIO, Self
 
 from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.reader import (
-    CONFIG_FILE,
-    TENSORS_FILE,
-    begin_digest,
-    parse_config,
-)
+from turret.server.adapters.checkpoint.reader import begin_digest, parse_config
 from turret.server.adapters.residency.loader import changed
-from turret.server.adapters.source import Source
+from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE, Source
 from turret.server.errors import AdapterChangedError
 
 CHUNK_BYTES = 256 << 10

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +35,7 @@ from turret.server.adapters.source import Source
 from turret.server.adapters.state.ledger import Ledger
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 from turret.server.adapters.state.state_dir import StateDir
+from turret.server.config import ADAPTER_NAME
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterNotFoundError,
@@ -44,8 +44,6 @@ from turret.server.errors import (
 )
 
 _log = logging.getLogger(__name__)
-
-NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
 
 
 class AdapterRegistry:
@@ -215,8 +213,8 @@ class AdapterRegistry:
     @contextmanager
     def _changing(self, name: str) -> Iterator[None]:
         """The only change of the name for now, counted as a load."""
-        if NAME_PATTERN.fullmatch(name) is None:
-            raise InvalidRequestError.of("name", f"must match {NAME_PATTERN.pattern}")
+        if ADAPTER_NAME.fullmatch(name) is None:
+            raise InvalidRequestError.of("name", f"must match {ADAPTER_NAME.pattern}")
         start = time.monotonic()
         try:
             with self._names.only(name):

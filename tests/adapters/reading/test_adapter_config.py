@@ -23,12 +23,12 @@ from builders.adapters import (
 from peft import LoraConfig, PeftType
 from safetensors.torch import save_file
 
-from turret.server.adapters.checkpoint.findings import MAX_REPORTED, Violations
-from turret.server.adapters.checkpoint.reader import TENSORS_FILE
+from turret.server.adapters.checkpoint.findings import MAX_REPORTED, Findings
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.peft_format.base_name import base_name_warning, normalise_base_name
 from turret.server.adapters.peft_format.lora_rules import LORA_RULES
 from turret.server.adapters.peft_format.rules import Irrelevant, Rejected, Used
+from turret.server.adapters.source import TENSORS_FILE
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -261,14 +261,30 @@ def test_an_adapter_without_lora_tensors_is_refused(root: Path) -> None:
     assert TENSORS_FILE in {field for field, _ in refusal_of(root).violations}
 
 
-def test_a_flood_of_violations_stays_small() -> None:
-    violations = Violations()
+@pytest.mark.parametrize(
+    ("kind", "error"), [("add", AdapterCheckpointError), ("mismatch", AdapterMismatchError)]
+)
+def test_a_flood_of_findings_stays_small(
+    kind: str, error: type[AdapterCheckpointError | AdapterMismatchError]
+) -> None:
+    findings = Findings("a", "the base")
     for i in range(10 * MAX_REPORTED):
-        violations.add(f"key{i}", "is wrong")
-    with pytest.raises(AdapterCheckpointError) as caught:
-        violations.raise_if_any("a")
+        getattr(findings, kind)(f"key{i}", "is wrong")
+        getattr(findings, kind)(f"key{i}", "is wrong")
+    with pytest.raises(error) as caught:
+        findings.raise_if_any()
     assert len(caught.value.violations) == MAX_REPORTED + 1
     assert f"and {9 * MAX_REPORTED} more" in str(caught.value)
+
+
+def test_faults_of_the_checkpoint_come_before_what_does_not_fit() -> None:
+    findings = Findings("a", "the base")
+    findings.raise_if_any()
+    findings.mismatch("q", "is another size")
+    findings.add("r", "is required")
+    assert (findings.fields, findings.mismatched) == ({"r"}, {"q"})
+    with pytest.raises(AdapterCheckpointError, match="r: is required"):
+        findings.raise_if_any()
 
 
 # Base names

@@ -22,7 +22,7 @@ from builders.adapters import (
 )
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.reader import CONFIG_FILE, TENSORS_FILE
+from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.errors import AdapterCheckpointError, BudgetExceededError
 
 Q = "model.layers.0.self_attn.q_proj"

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import _ExcludedModule as ExcludedModule
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from turret.server.adapters.checkpoint.findings import Violations
+from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.peft_format import pattern_match
 from turret.server.adapters.peft_format.pattern_match import Pattern, match_all
 from turret.server.adapters.peft_format.targets import Targets, resolve_targets
@@ -25,10 +25,10 @@ LINEAR = list(BASE.modules)
 OTHER = sorted(BASE.other_modules)
 
 
-def resolve(**config: Any) -> tuple[Targets, Violations]:
-    violations = Violations()
+def resolve(**config: Any) -> tuple[Targets, Findings]:
+    findings = Findings("a")
     config = {"r": 4, "lora_alpha": 8, **config}
-    return resolve_targets(config, LINEAR, OTHER, violations), violations
+    return resolve_targets(config, LINEAR, OTHER, findings), findings
 
 
 def peft_targets(**config: Any) -> set[str]:
@@ -96,8 +96,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_selects_what_peft_selects(case: str) -> None:
-    found, violations = resolve(**CASES[case])
-    assert not violations
+    found, findings = resolve(**CASES[case])
+    assert not findings.fields
     assert found.targeted == peft_targets(**CASES[case])
 
 
@@ -139,8 +139,8 @@ def test_selects_what_peft_selects_on_random_configs(
     config = {"target_modules": targets, "exclude_modules": excludes, "layers_to_transform": layers}
     if layers is not None:
         config["layers_pattern"] = layers_pattern
-    found, violations = resolve(**config)
-    assert not violations
+    found, findings = resolve(**config)
+    assert not findings.fields
     assert found.targeted == peft_targets(**config)
 
 
@@ -150,10 +150,8 @@ def test_selects_what_peft_selects_on_random_configs(
     alphas=st.dictionaries(pattern_keys, st.floats(0.5, 64), max_size=4),
 )
 def test_patterns_resolve_as_in_peft(ranks: dict[str, int], alphas: dict[str, float]) -> None:
-    found, violations = resolve(
-        target_modules="all-linear", rank_pattern=ranks, alpha_pattern=alphas
-    )
-    assert not violations
+    found, findings = resolve(target_modules="all-linear", rank_pattern=ranks, alpha_pattern=alphas)
+    assert not findings.fields
     assert len(found.targeted) == len(LINEAR) - 1
     for name in found.targeted:
         assert found.ranks[name] == ranks.get(get_pattern_key(list(ranks), name), 4)
@@ -173,20 +171,20 @@ def test_patterns_resolve_as_in_peft(ranks: dict[str, int], alphas: dict[str, fl
     ],
 )
 def test_contradictions_and_broken_patterns_are_named(config: dict[str, Any], field: str) -> None:
-    _, violations = resolve(**config)
-    assert violations.fields == {field}
+    _, findings = resolve(**config)
+    assert findings.fields == {field}
 
 
 def test_a_catastrophic_pattern_is_stopped_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pattern_match, "TIMEOUT_SECONDS", 1.0)
     start = time.monotonic()
-    _, violations = resolve(
+    _, findings = resolve(
         target_modules=["q_proj"],
         exclude_modules=r".*k_proj",
         rank_pattern={r"(([a-z._0-9]+)+)+X": 3},
     )
     assert time.monotonic() - start < 5.0
-    assert violations.fields == {"rank_pattern"}
+    assert findings.fields == {"rank_pattern"}
 
 
 def test_results_keep_the_order_of_the_patterns() -> None:
