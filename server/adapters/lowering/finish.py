@@ -8,7 +8,7 @@ from types import MappingProxyType
 
 import torch
 
-from turret.server.adapters.base import BaseModel
+from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
@@ -16,45 +16,91 @@ from turret.server.adapters.lowering.arena import in_one_block
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.peft_format.base_name import base_name_warning
-from turret.server.adapters.peft_format.lora_checkpoint import LoraLayout
+from turret.server.adapters.peft_format.module_checkpoint import ModuleCheckpoint
 from turret.server.adapters.peft_format.prompt_checkpoint import EMBEDDINGS
 from turret.server.adapters.soft_prompt import SoftPrompt
+from turret.server.adapters.vocabulary import VocabularyOperators
+
+_NOTHING: Mapping[str, ModuleOperators] = MappingProxyType({})
 
 
 def finish(
-    layout: LoraLayout,
-    operators: Mapping[str, ModuleOperators],
+    checkpoint: AdapterCheckpoint,
     base: BaseModel,
-    path: str,
+    modules: Mapping[str, ModuleOperators] = _NOTHING,
     *,
-    depends_on_base: bool,
+    found: ModuleCheckpoint | None = None,
+    prompt: SoftPrompt | None = None,
+    tokens: VocabularyOperators | None = None,
+    ranks: Iterable[int] | None = None,
+    scalings: Mapping[str, float] = MappingProxyType({}),
+    components: tuple[str, ...] = (),
+    warnings: Iterable[str] = (),
+    depends_on_base: bool = True,
 ) -> Lowered:
-    """Adds the replaced biases, checks that nothing overflowed, and sums up.
+    """Puts the operators into a block of memory, checks that nothing overflowed, and sums up.
+
+    Args:
+        checkpoint: What was lowered.
+        base: The base it was lowered for.
+        modules: What it does to linear modules, by path; tensors may be views of anything.
+        found: What ``read_module_checkpoint`` made of it, if that read it: its ranks and warnings
+            count, and biases that replace the base's are added to the operators.
+        prompt: What it puts before the prompt.
+        tokens: What it does to rows of embedding and head.
+        ranks: Instead of those in ``found``.
+        scalings: See ``Lowered``.
+        components: See ``Lowered``.
+        warnings: Beside those in ``found``.
+        depends_on_base: Whether weights or biases of the base went into the operators. Biases that
+            replace the base's always do. True costs a second reading whenever a merge changes the
+            base; False is wrong where the base went in.
 
     Raises:
-        AdapterCheckpointError: A value is not finite in the serving dtype (names every module).
+        AdapterCheckpointError: A value is not finite in the serving dtype (names everything).
     """
-    result = with_biases(operators, layout.biases, base)
-    return finish_modules(
-        result,
-        base,
-        path,
-        ranks={module.rank for module in layout.modules},
-        base_model=layout.base_model,
-        warnings=layout.warnings,
-        scalings={module.name: module.scaling for module in layout.modules},
-        depends_on_base=depends_on_base or bool(layout.biases),
+    biases = {} if found is None else found.biases
+    blocked, is_finite = in_one_block(_with_biases(modules, biases, base))
+    findings = Findings(checkpoint.path, base.name)
+    if not is_finite:
+        for name, module in blocked.items():
+            if not all(map(all_finite, module.tensors())):
+                findings.add(name, f"is not finite once scaled and rounded to {base.dtype}")
+    if prompt is not None and not all(map(all_finite, prompt.tensors())):
+        findings.add(EMBEDDINGS, f"is not finite once rounded to {base.dtype}")
+    findings.raise_if_any()
+    base_model = checkpoint.config.get("base_model_name_or_path") or ""
+    name_warning = base_name_warning(base_model, base.name)
+    if ranks is None:
+        ranks = () if found is None else found.ranks.values()
+    positions = 0 if prompt is None else prompt.num_positions
+    is_prefix = prompt is not None and prompt.prefix is not None
+    return Lowered(
+        operators=AdapterOperators(MappingProxyType(blocked), prompt, tokens=tokens),
+        ranks=tuple(sorted(set(ranks) - {0})),
+        target_modules=tuple(sorted({*_leaves(blocked), *_leaves(_vocabulary_modules(tokens))})),
+        base_model=base_model,
+        warnings=(
+            *(() if found is None else found.targets.warnings),
+            *((name_warning,) if name_warning else ()),
+            *warnings,
+        ),
+        num_soft_tokens=0 if is_prefix else positions,
+        num_prefix_positions=positions if is_prefix else 0,
+        scalings=scalings,
+        components=components,
+        depends_on_base=depends_on_base or bool(biases),
     )
 
 
-def with_biases(
+def _with_biases(
     operators: Mapping[str, ModuleOperators], biases: Mapping[str, torch.Tensor], base: BaseModel
 ) -> dict[str, ModuleOperators]:
     """Adds whole biases that replace those of the base, which has one wherever they do."""
     result = dict(operators)
     for name, bias in biases.items():
         served = base.modules[name].bias
-        assert served is not None  # the layout checked it
+        assert served is not None  # the reader checked it
         # The file holds the whole bias; operators add, so only the difference goes in.
         change = bias.to(torch.float32) - served.to(torch.float32).cpu()
         before = result.get(name, ModuleOperators())
@@ -62,60 +108,13 @@ def with_biases(
     return result
 
 
-def finish_modules(
-    operators: Mapping[str, ModuleOperators],
-    base: BaseModel,
-    path: str,
-    *,
-    ranks: Iterable[int],
-    base_model: str,
-    warnings: tuple[str, ...],
-    scalings: Mapping[str, float] = MappingProxyType({}),
-    depends_on_base: bool = True,
-) -> Lowered:
-    """Puts the operators into a block of memory, checks that nothing overflowed, and sums up.
-
-    Raises:
-        AdapterCheckpointError: A value is not finite in the serving dtype (names every module).
-    """
-    modules, is_finite = in_one_block(operators)
-    if not is_finite:
-        findings = Findings(path)
-        for name, module in modules.items():
-            if not all(map(all_finite, module.tensors())):
-                findings.add(name, f"is not finite once scaled and rounded to {base.dtype}")
-        findings.raise_if_any()
-    return Lowered(
-        operators=AdapterOperators(MappingProxyType(modules)),
-        ranks=tuple(sorted(set(ranks))),
-        target_modules=tuple(sorted({name.rsplit(".", 1)[-1] for name in operators})),
-        base_model=base_model,
-        warnings=warnings,
-        scalings=scalings,
-        depends_on_base=depends_on_base,
-    )
+def _vocabulary_modules(tokens: VocabularyOperators | None) -> list[str]:
+    if tokens is None:
+        return []
+    is_embedding = tokens.embedding is not None or tokens.low_rank is not None
+    return [EMBEDDING] * is_embedding + [HEAD] * (tokens.head is not None)
 
 
-def finish_prompt(prompt: SoftPrompt, checkpoint: AdapterCheckpoint, base: BaseModel) -> Lowered:
-    """Checks that nothing overflowed, and sums up.
-
-    Raises:
-        AdapterCheckpointError: A value is not finite in the serving dtype.
-    """
-    findings = Findings(checkpoint.path)
-    if not all(map(all_finite, prompt.tensors())):
-        findings.add(EMBEDDINGS, f"is not finite once rounded to {base.dtype}")
-    findings.raise_if_any()
-    base_model = checkpoint.config.get("base_model_name_or_path") or ""
-    warning = base_name_warning(base_model, base.name)
-    is_prefix = prompt.prefix is not None
-    return Lowered(
-        operators=AdapterOperators({}, prompt),
-        ranks=(),
-        target_modules=(),
-        base_model=base_model,
-        warnings=(warning,) if warning else (),
-        num_soft_tokens=0 if is_prefix else prompt.num_positions,
-        num_prefix_positions=prompt.num_positions if is_prefix else 0,
-        depends_on_base=False,
-    )
+def _leaves(names: Iterable[str]) -> set[str]:
+    """The last components of modules' paths."""
+    return {name.rpartition(".")[2] for name in names}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -46,27 +46,13 @@ class Lowered:
         return self.operators.num_bytes
 
 
-class Method(Protocol):
-    """One adapter method. A file in ``methods/`` binds an instance to the name ``METHOD``.
+class Lower(Protocol):
+    """Turns a checkpoint into operators for the base as served."""
 
-    Attributes:
-        name: As clients see it, e.g. ``lora``.
-        peft_types: The ``peft_type`` values (upper case) it may accept.
-        rules: A rule for every key that its config may have.
-    """
-
-    name: str
-    peft_types: frozenset[str]
-    rules: Rules
-
-    def accepts(self, config: Mapping[str, Any]) -> bool:
-        """Whether this method, among those of the same ``peft_type``, is the one meant."""
-        ...
-
-    def lower(
-        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
+    def __call__(
+        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, /
     ) -> Lowered:
-        """Turns the checkpoint into operators for the base as served.
+        """Lowers it.
 
         Raises:
             AdapterCheckpointError: A key or tensor is unsupported or inconsistent (names all).
@@ -75,3 +61,26 @@ class Method(Protocol):
             BudgetExceededError: A rank over ``max_rank``.
         """
         ...
+
+
+def _accepts_all(config: Mapping[str, Any]) -> bool:
+    return True
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One adapter method. A file in ``methods/`` binds one to the name ``METHOD``.
+
+    Attributes:
+        name: As clients see it, e.g. ``lora``.
+        peft_types: The ``peft_type`` values (upper case) it may accept.
+        rules: A rule for every key that its config may have.
+        lower: Makes the operators.
+        accepts: Whether this method, among those of the same ``peft_type``, is the one meant.
+    """
+
+    name: str
+    peft_types: Set[str]
+    rules: Rules
+    lower: Lower
+    accepts: Callable[[Mapping[str, Any]], bool] = _accepts_all

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish_prompt
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering.finish import finish
+from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.peft_format.prompt_checkpoint import read_prompt
 from turret.server.adapters.peft_format.rules import Rules
 from turret.server.adapters.soft_prompt import SoftPrompt
 
 
-def lower_soft_tokens(checkpoint: AdapterCheckpoint, base: BaseModel, rules: Rules) -> Lowered:
-    """Takes ``prompt_embeddings``, ``[num_virtual_tokens, hidden]``, as soft tokens.
+def soft_tokens_method(name: str, peft_type: str, rules: Rules) -> Method:
+    """A method whose file holds ``prompt_embeddings``, ``[num_virtual_tokens, hidden]``."""
+    return Method(name, {peft_type}, rules, functools.partial(_lower, rules))
 
-    Raises:
-        AdapterCheckpointError: A key or tensor is unsupported or inconsistent (names all).
-        AdapterMismatchError: The embeddings are not as wide as the base's.
-    """
+
+def _lower(
+    rules: Rules, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
+) -> Lowered:
     findings = Findings(checkpoint.path, base.name)
     tensor = read_prompt(checkpoint, rules, 1, findings)
     if tensor is not None and tensor.shape[1] != base.hidden_size:
@@ -26,5 +29,5 @@ def lower_soft_tokens(checkpoint: AdapterCheckpoint, base: BaseModel, rules: Rul
         findings.mismatch("token_dim", why)
     findings.raise_if_any()
     assert tensor is not None  # or there was a fault
-    soft_tokens = tensor.to(base.dtype).contiguous()
-    return finish_prompt(SoftPrompt(soft_tokens=soft_tokens), checkpoint, base)
+    prompt = SoftPrompt(soft_tokens=tensor.to(base.dtype).contiguous())
+    return finish(checkpoint, base, prompt=prompt, depends_on_base=False)

@@ -11,7 +11,7 @@ from typing import Any
 from turret.server.adapters.base import HEAD, BaseModel
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.peft_format.module_checkpoint import check_rank_budget
+from turret.server.adapters.peft_format.module_checkpoint import check_rank
 from turret.server.adapters.peft_format.unserved import UNSERVED
 from turret.server.adapters.peft_format.vocabulary_checkpoint import VocabularyPart, take_vocabulary
 from turret.server.errors import AdapterCheckpointError
@@ -86,7 +86,7 @@ def lower_checkpoint(
             findings.add(field, why)
     findings.raise_if_any()
     assert lowered is not None  # or there was a fault
-    check_rank_budget(checkpoint.path, part.rank, max_rank)
+    check_rank(checkpoint.path, part.rank, max_rank)
     return method.name, _joined(lowered, part)
 
 

@@ -14,17 +14,15 @@ import torch
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish_modules, with_biases
+from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.lora_checkpoint import LoraModule
 from turret.server.adapters.peft_format.lora_rules import LORA_RULES
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleCheckpoint,
     ModuleFormat,
     Roles,
-    check_rank_budget,
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.rules import (
@@ -96,47 +94,34 @@ def _check(name: str, roles: Roles, module: BaseModule, _rank: int, findings: Fi
         findings.check_shape(f"{name}.lora_B", b, (module.out_features, rank))
 
 
-class AdaloraMethod:
-    name = "adalora"
-    peft_types = frozenset({"ADALORA"})
-    rules = ADALORA_RULES
-    form = ModuleFormat(
-        rules=ADALORA_RULES,
-        roles={f".{role}": role for role in _ROLES},
-        check=_check,
-        rank_key="init_r",
-        alpha_key="lora_alpha",
-        bias_only="lora_only",
-    )
+_FORMAT = ModuleFormat(
+    rules=ADALORA_RULES,
+    roles={f".{role}": role for role in _ROLES},
+    check=_check,
+    rank_key="init_r",
+    # What pruning left.
+    rank_of=lambda roles, _rank: len(roles["lora_E"]),
+    alpha_key="lora_alpha",
+    bias_only="lora_only",
+)
 
-    def accepts(self, config: Mapping[str, Any]) -> bool:
-        return True
 
-    def lower(
-        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
-    ) -> Lowered:
-        found = read_module_checkpoint(checkpoint, base, self.form)
-        findings = Findings(checkpoint.path, base.name)
-        _check_masks(checkpoint.config, found, findings)
-        findings.raise_if_any()
-        modules = tuple(
-            _module(name, roles, checkpoint.config)
-            for name, roles in found.modules.items()
-            if len(roles["lora_E"])
-        )
-        check_rank_budget(checkpoint.path, max((m.rank for m in modules), default=0), max_rank)
-        operators = {
-            module.name: ModuleOperators(low_rank=fold(module, base.dtype)) for module in modules
-        }
-        return finish_modules(
-            with_biases(operators, found.biases, base),
-            base,
-            checkpoint.path,
-            ranks={module.rank for module in modules},
-            base_model=found.base_model,
-            warnings=found.warnings,
-            depends_on_base=bool(found.biases),
-        )
+def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+    config = checkpoint.config
+    found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
+    findings = Findings(checkpoint.path, base.name)
+    _check_masks(config, found, findings)
+    findings.raise_if_any()
+    scaling = config["lora_alpha"] / (config["init_r"] + _EPSILON)
+    operators = {}
+    for name, rank in found.ranks.items():
+        if rank:
+            a, b, e = (found.modules[name][role] for role in _ROLES)
+            wide = torch.promote_types(a.dtype, torch.float32)
+            # E goes where the scaling goes, so that both factors are rounded once.
+            b = b.to(wide) * e.to(wide).reshape(1, -1)
+            operators[name] = ModuleOperators(fold(a, b, scaling, base.dtype))
+    return finish(checkpoint, base, operators, found=found, depends_on_base=False)
 
 
 def _check_masks(config: Mapping[str, Any], found: ModuleCheckpoint, findings: Findings) -> None:
@@ -153,24 +138,10 @@ def _check_masks(config: Mapping[str, Any], found: ModuleCheckpoint, findings: F
         else:
             ranks[name] = sum(mask)
     for name, rank in ranks.items():
-        there = len(found.modules[name]["lora_E"])
+        there = found.ranks[name]
         if there != rank:
             why = f"has rank {there}, the config says {rank}"
             findings.add(f"{name}.lora_E", why)
 
 
-def _module(name: str, roles: Roles, config: Mapping[str, Any]) -> LoraModule:
-    a, b, e = (roles[role] for role in _ROLES)
-    wide = torch.promote_types(a.dtype, torch.float32)
-    return LoraModule(
-        name=name,
-        a=a,
-        # E goes where the scaling goes, so that both factors are rounded once.
-        b=b.to(wide) * e.to(wide).reshape(1, -1),
-        scaling=config["lora_alpha"] / (config["init_r"] + _EPSILON),
-        lora_bias=None,
-        magnitude=None,
-    )
-
-
-METHOD = AdaloraMethod()
+METHOD = Method("adalora", {"ADALORA"}, ADALORA_RULES, lower)

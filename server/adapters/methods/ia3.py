@@ -14,10 +14,9 @@ import torch
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish_modules
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering.finish import finish
+from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.lora_rules import LORA_RULES
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
@@ -25,7 +24,7 @@ from turret.server.adapters.peft_format.module_checkpoint import (
 )
 from turret.server.adapters.peft_format.pattern_match import Pattern, match_all
 from turret.server.adapters.peft_format.rules import Irrelevant, Rules, Used
-from turret.server.adapters.peft_format.selection_rules import SELECTION_RULES
+from turret.server.adapters.peft_format.selection_rules import CONV1D_RULES, SELECTION_RULES
 from turret.server.adapters.peft_format.targets import is_optional_module_selector
 
 _ROLE = "ia3_l"
@@ -39,8 +38,8 @@ def _is_feedforward_selector(value: Any) -> str | None:
 
 IA3_RULES: Rules = {
     **SELECTION_RULES,
+    **CONV1D_RULES,
     "feedforward_modules": Used(_is_feedforward_selector),
-    "fan_in_fan_out": LORA_RULES["fan_in_fan_out"],
     "init_ia3_weights": Irrelevant("sets the starting point of training"),
 }
 
@@ -50,41 +49,26 @@ def _check(name: str, roles: Roles, module: BaseModule, _rank: int, findings: Fi
     findings.check_shape(f"{name}.{_ROLE}", roles[_ROLE], *shapes)
 
 
-class Ia3Method:
-    name = "ia3"
-    peft_types = frozenset({"IA3"})
-    rules = IA3_RULES
-    form = ModuleFormat(rules=IA3_RULES, roles={f".{_ROLE}": _ROLE}, check=_check, rank_key=None)
+_FORMAT = ModuleFormat(rules=IA3_RULES, roles={f".{_ROLE}": _ROLE}, check=_check, rank_key=None)
 
-    def accepts(self, config: Mapping[str, Any]) -> bool:
-        return True
 
-    def lower(
-        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
-    ) -> Lowered:
-        found = read_module_checkpoint(checkpoint, base, self.form)
-        findings = Findings(checkpoint.path, base.name)
-        is_feedforward = _feedforward(checkpoint.config, list(found.modules), findings)
-        operators = {}
-        for name, roles in found.modules.items():
-            module, vector = base.modules[name], roles[_ROLE]
-            shape = (1, module.in_features) if name in is_feedforward else (module.out_features, 1)
-            if tuple(vector.shape) != shape:
-                # A vector for the other side: the config and the tensor tell different stories.
-                why = f"has shape {list(vector.shape)}, by feedforward_modules it is {list(shape)}"
-                findings.add(f"{name}.{_ROLE}", why)
-                continue
-            operators[name] = _operators(vector, module, name in is_feedforward)
-        findings.raise_if_any()
-        return finish_modules(
-            operators,
-            base,
-            checkpoint.path,
-            ranks=(),
-            base_model=found.base_model,
-            warnings=found.warnings,
-            depends_on_base=any(o.bias is not None for o in operators.values()),
-        )
+def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+    found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
+    findings = Findings(checkpoint.path, base.name)
+    is_feedforward = _feedforward(checkpoint.config, list(found.modules), findings)
+    operators = {}
+    for name, roles in found.modules.items():
+        module, vector = base.modules[name], roles[_ROLE]
+        shape = (1, module.in_features) if name in is_feedforward else (module.out_features, 1)
+        if tuple(vector.shape) != shape:
+            # A vector for the other side: the config and the tensor tell different stories.
+            why = f"has shape {list(vector.shape)}, by feedforward_modules it is {list(shape)}"
+            findings.add(f"{name}.{_ROLE}", why)
+            continue
+        operators[name] = _operators(vector, module, name in is_feedforward)
+    findings.raise_if_any()
+    depends_on_base = any(o.bias is not None for o in operators.values())
+    return finish(checkpoint, base, operators, found=found, depends_on_base=depends_on_base)
 
 
 def _feedforward(config: Mapping[str, Any], names: list[str], findings: Findings) -> frozenset[str]:
@@ -112,4 +96,4 @@ def _operators(vector: torch.Tensor, module: BaseModule, is_feedforward: bool) -
     return ModuleOperators(gain=gain, bias=(gain - 1.0) * module.bias.to(torch.float32).cpu())
 
 
-METHOD = Ia3Method()
+METHOD = Method("ia3", {"IA3"}, IA3_RULES, lower)

@@ -15,9 +15,8 @@ The checkpoint holds ``…fusion_query.weight`` ``[d_k, in]`` and ``…fusion_ke
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields
 from itertools import accumulate
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +31,8 @@ from turret.server.adapters.component import (
     component_refs,
     is_components,
 )
-from turret.server.adapters.lowering.finish import finish_modules
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering.finish import finish
+from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import Gate, LowRank, ModuleOperators
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
@@ -42,7 +41,7 @@ from turret.server.adapters.peft_format.module_checkpoint import (
 )
 from turret.server.adapters.peft_format.rules import Rules, Used, is_rank
 from turret.server.adapters.peft_format.selection_rules import LAYER_RULES, SELECTION_RULES
-from turret.server.errors import AdapterComponentError, BudgetExceededError
+from turret.server.errors import AdapterComponentError
 
 FUSION_RULES: Rules = {
     **SELECTION_RULES,
@@ -76,49 +75,31 @@ def _check(name: str, roles: Roles, module: BaseModule, d_k: int, findings: Find
             findings.check_shape(label, tensor, (d_k, features))
 
 
-class LearnedFusionMethod:
-    name = "learned_fusion"
-    peft_types = frozenset({"TURRET_FUSION"})
-    rules = FUSION_RULES
-    form = ModuleFormat(
-        rules=FUSION_RULES,
-        roles={".fusion_query.weight": "query", ".fusion_key.weight": "key"},
-        check=_check,
-        rank_key="d_k",
-        also_required=(COMPONENTS_KEY,),
+_FORMAT = ModuleFormat(
+    rules=FUSION_RULES,
+    roles={".fusion_query.weight": "query", ".fusion_key.weight": "key"},
+    check=_check,
+    # A query costs what a factor A of rank d_k does.
+    rank_key="d_k",
+    rank_name="d_k",
+    also_required=(COMPONENTS_KEY,),
+)
+
+
+def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+    found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
+    components = _find_components(checkpoint)
+    operators = _operators(found.modules, components, base, checkpoint.path)
+    return finish(
+        checkpoint,
+        base,
+        operators,
+        found=found,
+        ranks={rank for component in components for rank in component.ranks},
+        components=tuple(component.ref.digest for component in components),
+        warnings=_left_out(components, operators),
+        depends_on_base=False,
     )
-
-    def accepts(self, config: Mapping[str, Any]) -> bool:
-        return True
-
-    def lower(
-        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
-    ) -> Lowered:
-        found = read_module_checkpoint(checkpoint, base, self.form)
-        _check_cost(checkpoint, max_rank)
-        components = _find_components(checkpoint)
-        operators = _operators(found.modules, components, base, checkpoint.path)
-        lowered = finish_modules(
-            operators,
-            base,
-            checkpoint.path,
-            ranks={rank for component in components for rank in component.ranks},
-            base_model=found.base_model,
-            warnings=(*found.warnings, *_left_out(components, operators)),
-            depends_on_base=False,
-        )
-        digests = tuple(component.ref.digest for component in components)
-        return replace(lowered, components=digests)
-
-
-def _check_cost(checkpoint: AdapterCheckpoint, max_rank: int | None) -> None:
-    """A query costs what a factor ``A`` of rank ``d_k`` does."""
-    d_k = checkpoint.config["d_k"]
-    if max_rank is not None and d_k > max_rank:
-        raise BudgetExceededError(
-            f"adapter {checkpoint.path!r} has d_k {d_k}, the server allows {max_rank}",
-            metadata={"path": checkpoint.path, "d_k": str(d_k), "max_rank": str(max_rank)},
-        )
 
 
 def _find_components(checkpoint: AdapterCheckpoint) -> list[Component]:
@@ -227,4 +208,4 @@ def _left_out(
     return [f"components adapt {count} modules that the fusion does not target: these stay as is"]
 
 
-METHOD = LearnedFusionMethod()
+METHOD = Method("learned_fusion", {"TURRET_FUSION"}, FUSION_RULES, lower)

@@ -8,20 +8,18 @@ token where a dense update needs ``in · out``. For a square module the first is
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import MAX_REPORTED, Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish_modules
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering.finish import finish
+from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import Hadamard, ModuleOperators
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
-    check_rank_budget,
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.selection_rules import LYCORIS_RULES
@@ -56,41 +54,23 @@ def _check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Fin
                 findings.mismatch(f"{name}.{role}", why)
 
 
-class LohaMethod:
-    name = "loha"
-    peft_types = frozenset({"LOHA"})
-    rules = LYCORIS_RULES
-    form = ModuleFormat(
-        rules=LYCORIS_RULES,
-        roles={f".{role}": role for role in _ROLES},
-        check=_check,
-        alpha_key="alpha",
-        has_patterns=True,
-    )
+_FORMAT = ModuleFormat(
+    rules=LYCORIS_RULES,
+    roles={f".{role}": role for role in _ROLES},
+    check=_check,
+    alpha_key="alpha",
+    has_patterns=True,
+)
 
-    def accepts(self, config: Mapping[str, Any]) -> bool:
-        return True
 
-    def lower(
-        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
-    ) -> Lowered:
-        found = read_module_checkpoint(checkpoint, base, self.form)
-        ranks = {name: found.targets.ranks[name] for name in found.modules}
-        check_rank_budget(checkpoint.path, max(ranks.values()), max_rank)
-        _check_cost(checkpoint.path, ranks, base)
-        operators = {
-            name: ModuleOperators(hadamard=_fold(roles, found.scaling(name), base.dtype))
-            for name, roles in found.modules.items()
-        }
-        return finish_modules(
-            operators,
-            base,
-            checkpoint.path,
-            ranks=ranks.values(),
-            base_model=found.base_model,
-            warnings=found.warnings,
-            depends_on_base=False,
-        )
+def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+    found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
+    _check_cost(checkpoint.path, found.ranks, base)
+    operators = {
+        name: ModuleOperators(hadamard=_fold(roles, found.targets.scaling(name), base.dtype))
+        for name, roles in found.modules.items()
+    }
+    return finish(checkpoint, base, operators, found=found, depends_on_base=False)
 
 
 def _fold(roles: Roles, scaling: float, dtype: torch.dtype) -> Hadamard:
@@ -118,4 +98,4 @@ def _check_cost(path: str, ranks: Mapping[str, int], base: BaseModel) -> None:
     )
 
 
-METHOD = LohaMethod()
+METHOD = Method("loha", {"LOHA"}, LYCORIS_RULES, lower)

@@ -6,21 +6,17 @@ Either factor may itself be a product of two. Which is so is decided by the tens
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish_modules
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering.finish import finish
+from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import Kronecker, ModuleOperators
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
-    check_rank_budget,
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.rules import Irrelevant, Rules
@@ -79,45 +75,28 @@ def _factor_shape(
     return left.shape[0], right.shape[1]
 
 
-class LokrMethod:
-    name = "lokr"
-    peft_types = frozenset({"LOKR"})
-    rules = LOKR_RULES
-    form = ModuleFormat(
-        rules=LOKR_RULES,
-        roles={f".{role}": role for role in _ROLES},
-        check=_check,
-        alpha_key="alpha",
-        has_patterns=True,
-    )
+def _rank(roles: Roles, rank: int) -> int:
+    """Where both factors are whole, the rank is no more than a divisor of alpha."""
+    return 0 if {"lokr_w1", "lokr_w2"} <= roles.keys() else rank
 
-    def accepts(self, config: Mapping[str, Any]) -> bool:
-        return True
 
-    def lower(
-        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
-    ) -> Lowered:
-        found = read_module_checkpoint(checkpoint, base, self.form)
-        # Of a module whose factors are whole, the rank is no more than a divisor of alpha.
-        ranks = [
-            found.targets.ranks[name]
-            for name, roles in found.modules.items()
-            if not {"lokr_w1", "lokr_w2"} <= roles.keys()
-        ]
-        check_rank_budget(checkpoint.path, max(ranks, default=0), max_rank)
-        operators = {
-            name: ModuleOperators(kronecker=_fold(roles, found.scaling(name), base.dtype))
-            for name, roles in found.modules.items()
-        }
-        return finish_modules(
-            operators,
-            base,
-            checkpoint.path,
-            ranks=ranks,
-            base_model=found.base_model,
-            warnings=found.warnings,
-            depends_on_base=False,
-        )
+_FORMAT = ModuleFormat(
+    rules=LOKR_RULES,
+    roles={f".{role}": role for role in _ROLES},
+    check=_check,
+    rank_of=_rank,
+    alpha_key="alpha",
+    has_patterns=True,
+)
+
+
+def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+    found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
+    operators = {
+        name: ModuleOperators(kronecker=_fold(roles, found.targets.scaling(name), base.dtype))
+        for name, roles in found.modules.items()
+    }
+    return finish(checkpoint, base, operators, found=found, depends_on_base=False)
 
 
 def _fold(roles: Roles, scaling: float, dtype: torch.dtype) -> Kronecker:
@@ -139,4 +118,4 @@ def _fold(roles: Roles, scaling: float, dtype: torch.dtype) -> Kronecker:
     return Kronecker(w1, factor("w2").to(dtype).contiguous())
 
 
-METHOD = LokrMethod()
+METHOD = Method("lokr", {"LOKR"}, LOKR_RULES, lower)

@@ -6,45 +6,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.low_rank import fold_all
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering.low_rank import Factors, fold_all
+from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.lora_checkpoint import LoraModule, read_lora_layout
+from turret.server.adapters.peft_format.lora_checkpoint import LORA_BIAS, A, B, read_lora
 from turret.server.adapters.peft_format.lora_rules import LORA_RULES
+from turret.server.adapters.peft_format.module_checkpoint import Roles
 
 
-class LoraMethod:
-    name = "lora"
-    peft_types = frozenset({"LORA"})
-    rules = LORA_RULES
-
-    def accepts(self, config: Mapping[str, Any]) -> bool:
-        return config.get("use_dora") is not True
-
-    def lower(
-        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
-    ) -> Lowered:
-        layout = read_lora_layout(checkpoint, base, max_rank)
-        folded = fold_all(layout.modules, base.dtype)
-        operators = {
-            module.name: ModuleOperators(low_rank=folded[module.name], bias=_scaled_bias(module))
-            for module in layout.modules
-        }
-        return finish(layout, operators, base, checkpoint.path, depends_on_base=False)
+def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+    found = read_lora(checkpoint, base, max_rank)
+    scalings = {name: found.targets.scaling(name) for name in found.modules}
+    factors = {
+        name: Factors(roles[A], roles[B], scalings[name]) for name, roles in found.modules.items()
+    }
+    operators = {
+        name: ModuleOperators(low_rank, bias=_scaled(found.modules[name], scalings[name]))
+        for name, low_rank in fold_all(factors, base.dtype).items()
+    }
+    return finish(
+        checkpoint, base, operators, found=found, scalings=scalings, depends_on_base=False
+    )
 
 
-def _scaled_bias(module: LoraModule) -> torch.Tensor | None:
-    if module.lora_bias is None:
-        return None
-    return module.lora_bias.to(torch.float32) * module.scaling
+def _scaled(roles: Roles, scaling: float) -> torch.Tensor | None:
+    """The bias inside ``lora_B``, if there is one."""
+    bias = roles.get(LORA_BIAS)
+    return None if bias is None else bias.to(torch.float32) * scaling
 
 
-METHOD = LoraMethod()
+METHOD = Method(
+    "lora", {"LORA"}, LORA_RULES, lower, accepts=lambda config: config.get("use_dora") is not True
+)

@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from turret.server.adapters.base import BaseModel
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.lowering.soft_tokens import lower_soft_tokens
+from turret.server.adapters.lowering.soft_tokens import soft_tokens_method
 from turret.server.adapters.peft_format.prompt_checkpoint import PROMPT_RULES
 from turret.server.adapters.peft_format.rules import Irrelevant, Rules
 
@@ -22,19 +16,4 @@ P_TUNING_RULES: Rules = {
     "encoder_dropout": _ENCODER,
 }
 
-
-class PTuningMethod:
-    name = "p_tuning"
-    peft_types = frozenset({"P_TUNING"})
-    rules = P_TUNING_RULES
-
-    def accepts(self, config: Mapping[str, Any]) -> bool:
-        return True
-
-    def lower(
-        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
-    ) -> Lowered:
-        return lower_soft_tokens(checkpoint, base, self.rules)
-
-
-METHOD = PTuningMethod()
+METHOD = soft_tokens_method("p_tuning", "P_TUNING", P_TUNING_RULES)

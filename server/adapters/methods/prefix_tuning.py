@@ -13,8 +13,8 @@ from typing import Any
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish_prompt
-from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.lowering.finish import finish
+from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.peft_format.prompt_checkpoint import PROMPT_RULES, read_prompt
 from turret.server.adapters.peft_format.rules import Irrelevant, Rules, Used, is_rank
 from turret.server.adapters.peft_format.vocabulary_rules import is_modules_to_save
@@ -36,30 +36,18 @@ PREFIX_TUNING_RULES: Rules = {
 }
 
 
-class PrefixTuningMethod:
-    name = "prefix_tuning"
-    peft_types = frozenset({"PREFIX_TUNING"})
-    rules = PREFIX_TUNING_RULES
-
-    def accepts(self, config: Mapping[str, Any]) -> bool:
-        return True
-
-    def lower(
-        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
-    ) -> Lowered:
-        findings = Findings(checkpoint.path, base.name)
-        _check_sizes(checkpoint.config, base, findings)
-        # The width is the base's unless the sizes above already disagree.
-        layers = base.num_layers if not findings.mismatched else _layers(checkpoint)
-        tensor = read_prompt(checkpoint, self.rules, 2 * layers, findings)
-        findings.raise_if_any()
-        assert tensor is not None  # or there was a fault
-        stored = tensor.to(base.dtype).view(
-            -1, base.num_layers, 2, base.num_kv_heads, base.head_dim
-        )
-        keys, values = stored.permute(2, 1, 0, 3, 4)
-        prefix = PrefixKv(keys.contiguous(), values.contiguous())
-        return finish_prompt(SoftPrompt(prefix=prefix), checkpoint, base)
+def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+    findings = Findings(checkpoint.path, base.name)
+    _check_sizes(checkpoint.config, base, findings)
+    # The width is the base's unless the sizes above already disagree.
+    layers = base.num_layers if not findings.mismatched else _layers(checkpoint)
+    tensor = read_prompt(checkpoint, PREFIX_TUNING_RULES, 2 * layers, findings)
+    findings.raise_if_any()
+    assert tensor is not None  # or there was a fault
+    stored = tensor.to(base.dtype).view(-1, base.num_layers, 2, base.num_kv_heads, base.head_dim)
+    keys, values = stored.permute(2, 1, 0, 3, 4)
+    prompt = SoftPrompt(prefix=PrefixKv(keys.contiguous(), values.contiguous()))
+    return finish(checkpoint, base, prompt=prompt, depends_on_base=False)
 
 
 def _layers(checkpoint: AdapterCheckpoint) -> int:
@@ -81,4 +69,4 @@ def _check_sizes(config: Mapping[str, Any], base: BaseModel, findings: Findings)
             findings.mismatch(key, f"is {value}, the base model's is {served}")
 
 
-METHOD = PrefixTuningMethod()
+METHOD = Method("prefix_tuning", {"PREFIX_TUNING"}, PREFIX_TUNING_RULES, lower)

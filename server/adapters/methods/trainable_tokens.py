@@ -14,9 +14,8 @@ import torch
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.operators import AdapterOperators
-from turret.server.adapters.peft_format.base_name import base_name_warning
+from turret.server.adapters.lowering.finish import finish
+from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.peft_format.rules import (
     COMMON_RULES,
     Irrelevant,
@@ -42,36 +41,15 @@ TRAINABLE_TOKENS_RULES: Rules = {
 }
 
 
-class TrainableTokensMethod:
-    name = "trainable_tokens"
-    peft_types = frozenset({"TRAINABLE_TOKENS"})
-    rules = TRAINABLE_TOKENS_RULES
-
-    def accepts(self, config: Mapping[str, Any]) -> bool:
-        return True
-
-    def lower(
-        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
-    ) -> Lowered:
-        config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
-        check_config(config, self.rules, findings)
-        if "token_indices" not in config:
-            findings.add("token_indices", "is required")
-        targeted = _targeted(config, base, findings)
-        rows = _read(checkpoint, targeted, base, findings)
-        findings.raise_if_any()
-        base_model = config.get("base_model_name_or_path") or ""
-        warning = base_name_warning(base_model, base.name)
-        return Lowered(
-            operators=AdapterOperators(
-                {}, tokens=VocabularyOperators(embedding=rows.get(EMBEDDING), head=rows.get(HEAD))
-            ),
-            ranks=(),
-            target_modules=tuple(sorted(name.rpartition(".")[2] for name in rows)),
-            base_model=base_model,
-            warnings=(warning,) if warning else (),
-            depends_on_base=False,
-        )
+def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+    config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
+    check_config(config, TRAINABLE_TOKENS_RULES, findings)
+    if "token_indices" not in config:
+        findings.add("token_indices", "is required")
+    rows = _read(checkpoint, _targeted(config, base, findings), base, findings)
+    findings.raise_if_any()
+    tokens = VocabularyOperators(embedding=rows.get(EMBEDDING), head=rows.get(HEAD))
+    return finish(checkpoint, base, tokens=tokens, depends_on_base=False)
 
 
 def _targeted(config: Mapping[str, Any], base: BaseModel, findings: Findings) -> frozenset[str]:
@@ -128,4 +106,4 @@ def _drop_copies(
             findings.add(name, "differs from the embedding's rows, which it is tied to")
 
 
-METHOD = TrainableTokensMethod()
+METHOD = Method("trainable_tokens", {"TRAINABLE_TOKENS"}, TRAINABLE_TOKENS_RULES, lower)

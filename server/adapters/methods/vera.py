@@ -15,21 +15,23 @@ import torch
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.lowering.finish import finish_modules, with_biases
+from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
-from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.lora_checkpoint import LoraModule
-from turret.server.adapters.peft_format.lora_rules import LORA_RULES
+from turret.server.adapters.lowering.lowered import Lowered, Method
+from turret.server.adapters.operators import LowRank, ModuleOperators
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleCheckpoint,
     ModuleFormat,
     Roles,
-    check_rank_budget,
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.rules import Irrelevant, Rules, Used, is_bool, is_one_of
-from turret.server.adapters.peft_format.selection_rules import LAYER_RULES, SELECTION_RULES
+from turret.server.adapters.peft_format.selection_rules import (
+    CONV1D_RULES,
+    LAYER_RULES,
+    RANK,
+    SELECTION_RULES,
+)
 
 _LAMBDA_B, _LAMBDA_D = "vera_lambda_b", "vera_lambda_d"
 _A, _B = "base_model.vera_A", "base_model.vera_B"
@@ -44,11 +46,11 @@ def _is_seed(value: Any) -> str | None:
 VERA_RULES: Rules = {
     **SELECTION_RULES,
     **LAYER_RULES,
-    "r": LORA_RULES["r"],
+    **CONV1D_RULES,
+    "r": RANK,
     "bias": Used(is_one_of("none", "all", "vera_only")),
     "save_projection": Used(is_bool),
     "projection_prng_key": Used(_is_seed),
-    "fan_in_fan_out": LORA_RULES["fan_in_fan_out"],
     "vera_dropout": Irrelevant("dropout is off at inference"),
     "d_initial": Irrelevant("sets the starting point of training"),
     "init_weights": Irrelevant("sets the starting point of training"),
@@ -66,52 +68,34 @@ def _check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Fin
         findings.check_shape(f"{name}.{_LAMBDA_D}", lambda_d, (rank,), of_base=False)
 
 
-class VeraMethod:
-    name = "vera"
-    peft_types = frozenset({"VERA"})
-    rules = VERA_RULES
-    form = ModuleFormat(
-        rules=VERA_RULES,
-        roles={f".{_LAMBDA_B}": _LAMBDA_B, f".{_LAMBDA_D}": _LAMBDA_D},
-        check=_check,
-        bias_only="vera_only",
-        shared=frozenset({_A, _B}),
+_FORMAT = ModuleFormat(
+    rules=VERA_RULES,
+    roles={f".{_LAMBDA_B}": _LAMBDA_B, f".{_LAMBDA_D}": _LAMBDA_D},
+    check=_check,
+    bias_only="vera_only",
+    shared=frozenset({_A, _B}),
+)
+
+
+def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+    config = checkpoint.config
+    found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
+    findings = Findings(checkpoint.path, base.name)
+    a, b = _projections(config, found, base, findings)
+    findings.raise_if_any()
+    # The folded factors are large: one module's at a time, and only the result is kept.
+    operators = {
+        name: ModuleOperators(_low_rank(roles, base.modules[name], a, b, base.dtype))
+        for name, roles in found.modules.items()
+    }
+    drawn = (
+        "vera_A and vera_B are not in the file; they were drawn again from projection_prng_key,"
+        " as PEFT does"
     )
-
-    def accepts(self, config: Mapping[str, Any]) -> bool:
-        return True
-
-    def lower(
-        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
-    ) -> Lowered:
-        config = checkpoint.config
-        found = read_module_checkpoint(checkpoint, base, self.form)
-        check_rank_budget(checkpoint.path, config["r"], max_rank)
-        findings = Findings(checkpoint.path, base.name)
-        a, b = _projections(config, found, base, findings)
-        findings.raise_if_any()
-        # The folded factors are large: one module's at a time, and only the result is kept.
-        operators = {
-            name: ModuleOperators(
-                low_rank=fold(_module(name, roles, base.modules[name], a, b), base.dtype)
-            )
-            for name, roles in found.modules.items()
-        }
-        warnings = found.warnings
-        if config.get("save_projection") is False:
-            warnings += (
-                "vera_A and vera_B are not in the file; they were drawn again from"
-                " projection_prng_key, as PEFT does",
-            )
-        return finish_modules(
-            with_biases(operators, found.biases, base),
-            base,
-            checkpoint.path,
-            ranks=(config["r"],),
-            base_model=found.base_model,
-            warnings=warnings,
-            depends_on_base=bool(found.biases),
-        )
+    warnings = (drawn,) if config.get("save_projection") is False else ()
+    return finish(
+        checkpoint, base, operators, found=found, warnings=warnings, depends_on_base=False
+    )
 
 
 def _projections(
@@ -153,21 +137,14 @@ def draw_projections(
     return a, draw(outputs, rank)
 
 
-def _module(
-    name: str, roles: Roles, module: BaseModule, a: torch.Tensor, b: torch.Tensor
-) -> LoraModule:
+def _low_rank(
+    roles: Roles, module: BaseModule, a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype
+) -> LowRank:
     wide = torch.promote_types(a.dtype, torch.float32)
     lambda_b, lambda_d = (roles[role].to(wide) for role in (_LAMBDA_B, _LAMBDA_D))
     # Both vectors go into b: a is then rounded as PEFT rounds it, and b once.
     b = lambda_b[:, None] * b[: module.out_features].to(wide) * lambda_d
-    return LoraModule(
-        name=name,
-        a=a[:, : module.in_features],
-        b=b,
-        scaling=1.0,
-        lora_bias=None,
-        magnitude=None,
-    )
+    return fold(a[:, : module.in_features], b, 1.0, dtype)
 
 
-METHOD = VeraMethod()
+METHOD = Method("vera", {"VERA"}, VERA_RULES, lower)

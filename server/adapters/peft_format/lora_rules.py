@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.peft_format.rules import (
-    COMMON_RULES,
     Irrelevant,
     Rejected,
     Rules,
     Used,
     is_bool,
-    is_number,
     is_one_of,
     is_optional_bool,
-    is_rank,
 )
-from turret.server.adapters.peft_format.targets import (
-    is_alpha_pattern,
-    is_layer_indexes,
-    is_module_selector,
-    is_optional_module_selector,
-    is_rank_pattern,
+from turret.server.adapters.peft_format.selection_rules import (
+    ALPHA,
+    CONV1D_RULES,
+    LAYER_RULES,
+    PATTERN_RULES,
+    RANK,
+    SELECTION_RULES,
 )
-from turret.server.adapters.peft_format.vocabulary_rules import is_modules_to_save, is_token_indices
+from turret.server.adapters.peft_format.vocabulary_rules import is_token_indices
 
 # Initialisations that leave the base weights as they were; they only set the starting point.
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})
@@ -55,25 +51,17 @@ def is_served_init(value: Any) -> str | None:
 _VARIANT = "is not served by this version; train the adapter without it"
 
 LORA_RULES: Rules = {
-    **COMMON_RULES,
-    "r": Used(is_rank),
-    "lora_alpha": Used(is_number),
+    **SELECTION_RULES,
+    **LAYER_RULES,
+    **PATTERN_RULES,
+    **CONV1D_RULES,
+    "r": RANK,
+    "lora_alpha": ALPHA,
     "use_rslora": Used(is_bool),
     "use_dora": Used(is_bool),
     "lora_bias": Used(is_bool),
     "bias": Used(is_one_of("none", "all", "lora_only")),
-    "target_modules": Used(is_module_selector),
-    "exclude_modules": Used(is_optional_module_selector),
-    "layers_to_transform": Used(is_layer_indexes),
-    "layers_pattern": Used(is_optional_module_selector),
-    "rank_pattern": Used(is_rank_pattern),
-    "alpha_pattern": Used(is_alpha_pattern),
     "init_lora_weights": Used(is_served_init),
-    "fan_in_fan_out": Rejected(
-        (False, None),
-        "is for Conv1D bases such as GPT-2; no base model served here stores weights that way",
-    ),
-    "modules_to_save": Used(is_modules_to_save),
     "trainable_token_indices": Used(is_token_indices),
     "ensure_weight_tying": Used(is_optional_bool),
     "target_parameters": Rejected(
@@ -104,14 +92,3 @@ LORA_RULES: Rules = {
     "megatron_core": Irrelevant("picks the layer class in Megatron training"),
     "merge_weights": Irrelevant("merging behaviour of early PEFT versions in training"),
 }
-
-REQUIRED = ("r", "lora_alpha", "target_modules")
-
-
-def check_required(config: Mapping[str, Any], findings: Findings) -> None:
-    """Keys without which scale or selection would be a guess."""
-    for key in REQUIRED:
-        if key not in config:
-            findings.add(key, "is required")
-    if config.get("use_dora") is True and config.get("lora_bias") is True:
-        findings.add("lora_bias", "cannot be combined with use_dora")

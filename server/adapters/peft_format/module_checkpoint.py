@@ -1,8 +1,9 @@
 """A PEFT checkpoint that adapts linear modules, with config, tensors and base in agreement.
 
-What LoHa, LoKr, IA3, AdaLoRA and VeRA have in common: a method states its keys and tensors as a
-``ModuleFormat``. The tensors say what exists, the config says how it is scaled; where the two
-disagree, nobody knows which function was trained, so the checkpoint is refused.
+A method states its keys and tensors as a ``ModuleFormat``, and one reader reads them all. The
+tensors say what exists, the config says how it is scaled; where the two disagree, nobody knows
+which function was trained, so the checkpoint is refused. The reader also keeps the server's limit
+on ranks.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ import torch
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.peft_format.base_name import base_name_warning
 from turret.server.adapters.peft_format.rules import Rules, check_config
 from turret.server.adapters.peft_format.targets import Targets, resolve_targets
 from turret.server.adapters.source import TENSORS_FILE
@@ -43,7 +43,11 @@ class ModuleFormat:
             configured rank and the findings to add to. Must reject incomplete sets and wrong
             shapes.
         rank_key: Config key of the rank, or None (no rank).
+        rank_name: What messages call the rank.
+        rank_of: Called per adapted module with its tensors by role and the configured rank; gives
+            the rank that is served, which is not the configured one where the tensors decide.
         alpha_key: Config key of alpha, or None (not scaled by it).
+        root_key: Config key that is true where alpha is divided by the root of the rank, or None.
         has_patterns: Whether ``rank_pattern`` and ``alpha_pattern`` are regular expressions for
             ranks and alphas, as in LoRA.
         bias_only: Value of ``bias`` that means the targeted modules, or None (no such key).
@@ -55,7 +59,10 @@ class ModuleFormat:
     roles: Mapping[str, str]
     check: Callable[[str, Roles, BaseModule, int, Findings], None]
     rank_key: str | None = "r"
+    rank_name: str = "rank"
+    rank_of: Callable[[Roles, int], int] = lambda _roles, rank: rank
     alpha_key: str | None = None
+    root_key: str | None = None
     has_patterns: bool = False
     bias_only: str | None = None
     shared: frozenset[str] = frozenset()
@@ -76,30 +83,25 @@ class ModuleCheckpoint:
         biases: Whole biases that replace the base's, by module path.
         shared: The format's shared tensors that are there.
         targets: Configured rank and alpha of every adapted module.
-        base_model: The base the config names, or "".
-        warnings: For the operator.
+        ranks: Rank that is served, by module path; empty for a method without ranks.
     """
 
     modules: Mapping[str, Roles]
     biases: Mapping[str, torch.Tensor]
     shared: Mapping[str, torch.Tensor]
     targets: Targets
-    base_model: str
-    warnings: tuple[str, ...]
-
-    def scaling(self, name: str) -> float:
-        """``alpha / r`` of a module."""
-        return self.targets.alphas[name] / self.targets.ranks[name]
+    ranks: Mapping[str, int]
 
 
 def read_module_checkpoint(
-    checkpoint: AdapterCheckpoint, base: BaseModel, form: ModuleFormat
+    checkpoint: AdapterCheckpoint, base: BaseModel, form: ModuleFormat, max_rank: int | None
 ) -> ModuleCheckpoint:
-    """Checks a checkpoint against itself and the base.
+    """Checks a checkpoint against itself, the base and the server's limit.
 
     Raises:
         AdapterCheckpointError: Unsupported or inconsistent; lists every key and tensor at fault.
         AdapterMismatchError: Sound, but for another base; lists every module that does not fit.
+        BudgetExceededError: A rank over ``max_rank``.
     """
     config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
     check_config(config, form.rules, findings)
@@ -108,7 +110,7 @@ def read_module_checkpoint(
             findings.add(key, "is required")
     tensors, shared = _sort(checkpoint.tensors, base, form, findings)
     adapted = {name: roles for name, roles in tensors.items() if roles.keys() - {BIAS}}
-    if not adapted and not findings.mismatched:
+    if not (adapted or findings.mismatched or checkpoint.is_partial):
         findings.add(TENSORS_FILE, "holds no tensors of this method")
     targets = _resolve(config, form, base, findings)
     if targets is not None:
@@ -119,28 +121,30 @@ def read_module_checkpoint(
             _check_biases(config, form.bias_only, targets, tensors, base, findings)
     findings.raise_if_any()
     assert targets is not None  # its keys had no fault
-    base_model = config.get("base_model_name_or_path") or ""
-    name_warning = base_name_warning(base_model, base.name)
+    modules = {name: adapted[name] for name in base.modules if name in adapted}
+    ranks: dict[str, int] = {}
+    if form.rank_key is not None:
+        ranks = {n: form.rank_of(roles, targets.ranks[n]) for n, roles in modules.items()}
+    check_rank(checkpoint.path, max(ranks.values(), default=0), max_rank, name=form.rank_name)
     return ModuleCheckpoint(
-        modules={name: adapted[name] for name in base.modules if name in adapted},
+        modules=modules,
         biases={name: roles[BIAS] for name, roles in tensors.items() if BIAS in roles},
         shared=shared,
         targets=targets,
-        base_model=base_model,
-        warnings=targets.warnings + ((name_warning,) if name_warning else ()),
+        ranks=ranks,
     )
 
 
-def check_rank_budget(path: str, rank: int, max_rank: int | None) -> None:
-    """Refuses a rank over the server's limit.
+def check_rank(path: str, rank: int, max_rank: int | None, *, name: str = "rank") -> None:
+    """Refuses a rank over the server's limit; ``name`` is what the message calls it.
 
     Raises:
         BudgetExceededError: It is over.
     """
     if max_rank is not None and rank > max_rank:
         raise BudgetExceededError(
-            f"adapter {path!r} has rank {rank}, the server allows {max_rank}",
-            metadata={"path": path, "rank": str(rank), "max_rank": str(max_rank)},
+            f"adapter {path!r} has {name} {rank}, the server allows {max_rank}",
+            metadata={"path": path, name: str(rank), "max_rank": str(max_rank)},
         )
 
 
@@ -186,7 +190,7 @@ def _advice(name: str) -> str:
         )
     if name.endswith((".hada_t1", ".hada_t2", ".lokr_t2")):
         return "belongs to a convolution; the models served have none"
-    if name.endswith(".weight"):
+    if name.endswith(".weight") and ".lora_" not in name:
         return "is a whole weight; only those of embed_tokens and lm_head are served"
     return "is not a tensor this method knows; every tensor must be used"
 
@@ -205,6 +209,7 @@ def _resolve(
     selection = {key: config[key] for key in keys if key in config}
     selection["r"] = 1 if form.rank_key is None else config[form.rank_key]
     selection["lora_alpha"] = 1 if form.alpha_key is None else config[form.alpha_key]
+    selection["use_rslora"] = form.root_key is not None and config.get(form.root_key)
     linear, other = list(base.modules), sorted(base.other_modules)
     targets = resolve_targets(selection, linear, other, findings)
     return None if findings.fields & keys else targets
@@ -220,7 +225,7 @@ def _check_targets(
     for name in sorted(targets.targeted & base.other_modules):
         findings.add("target_modules", f"{name!r} cannot be adapted by this version")
     first = next(iter(form.roles))
-    # Of a module that does not fit the base, the mismatch is the news, not its absence.
+    # A module that does not fit the base was reported as that; it is not missing as well.
     misfits = bool(findings.mismatched)
     for name in base.modules:
         if name in adapted and name not in targets.targeted:

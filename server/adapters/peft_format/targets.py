@@ -7,6 +7,7 @@ exact name in ``target_modules`` skips ``layers_to_transform``, and the first ma
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,12 +31,19 @@ class Targets:
         ranks: Configured rank per targeted name.
         alphas: Configured alpha per targeted name.
         warnings: Ambiguities worth telling the operator about.
+        is_rank_stabilised: Whether alpha is divided by the root of the rank (rsLoRA).
     """
 
     targeted: frozenset[str]
     ranks: Mapping[str, int]
     alphas: Mapping[str, float]
     warnings: tuple[str, ...] = ()
+    is_rank_stabilised: bool = False
+
+    def scaling(self, name: str) -> float:
+        """``alpha / r`` of a module, or ``alpha / sqrt(r)``."""
+        rank = self.ranks[name]
+        return self.alphas[name] / (math.sqrt(rank) if self.is_rank_stabilised else rank)
 
 
 def _is_string_list(value: Any) -> bool:
@@ -197,7 +205,7 @@ def resolve_targets(
             name, config.get("layers_to_transform"), layer_regexes, patterns
         )
 
-    # Of the linear modules, "all-linear" leaves out the one that makes logits.
+    # "all-linear" means all linear modules but the one that makes logits.
     linear = frozenset(linear_names) - {HEAD}
     targeted = [name for name in names if not is_excluded(name) and is_targeted(name)]
     warnings: list[str] = []
@@ -216,7 +224,8 @@ def resolve_targets(
 
     ranks = values("rank_pattern", rank_regexes, config["r"])
     alphas = values("alpha_pattern", alpha_regexes, config["lora_alpha"])
-    return Targets(frozenset(targeted), ranks, alphas, tuple(warnings))
+    is_rank_stabilised = config.get("use_rslora") is True
+    return Targets(frozenset(targeted), ranks, alphas, tuple(warnings), is_rank_stabilised)
 
 
 def _layer_patterns(patterns: _Patterns, config: Mapping[str, Any]) -> list[Pattern]:

@@ -6,7 +6,6 @@ reads the rest. LoRA on ``lm_head`` is the method's business: the head is a line
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,8 +15,15 @@ import torch
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.peft_format.lora_rules import LORA_RULES
-from turret.server.adapters.peft_format.rules import Used
+from turret.server.adapters.peft_format.dora_gain import dora_gain
+from turret.server.adapters.peft_format.rules import Rules, check_config
+from turret.server.adapters.peft_format.selection_rules import (
+    ALPHA,
+    LAYER_RULES,
+    PATTERN_RULES,
+    RANK,
+    SELECTION_RULES,
+)
 from turret.server.adapters.peft_format.targets import Targets, resolve_targets
 from turret.server.adapters.peft_format.vocabulary_rows import (
     changed_rows,
@@ -55,16 +61,15 @@ _BY_NAME = {
     "embed_tokens.weight": (EMBEDDING, _WHOLE),
     f"base_model.{HEAD}.weight": (HEAD, _WHOLE),
 }
-_TARGET_KEYS = (
-    "r",
-    "lora_alpha",
-    "target_modules",
-    "exclude_modules",
-    "layers_to_transform",
-    "layers_pattern",
-    "rank_pattern",
-    "alpha_pattern",
-)
+# What decides whether and how LoRA adapts the embedding.
+_TARGET_RULES: Rules = {
+    "r": RANK,
+    "lora_alpha": ALPHA,
+    "target_modules": SELECTION_RULES["target_modules"],
+    "exclude_modules": SELECTION_RULES["exclude_modules"],
+    **LAYER_RULES,
+    **PATTERN_RULES,
+}
 
 # Role → (name in the file, tensor).
 _Found = dict[str, tuple[str, torch.Tensor]]
@@ -272,13 +277,16 @@ def _low_rank(
         is_fit = False
     if not is_fit:
         return None, changes
-    root = math.sqrt(rank) if config.get("use_rslora") is True else rank
+    scaling = targets.scaling(EMBEDDING)
     wide = torch.promote_types(base.dtype, torch.float32)
-    scaled = b[1].to(wide) * (targets.alphas[EMBEDDING] / root)
+    scaled = b[1].to(wide) * scaling
     if _MAGNITUDE in found:
-        gain = _dora_gain(*found[_MAGNITUDE], a, scaled, base, findings)
-        if gain is None:
+        magnitude_name, magnitude = found[_MAGNITUDE]
+        shapes = (hidden,), (1, hidden), (hidden, 1)
+        if not findings.check_shape(magnitude_name, magnitude, *shapes):
             return None, changes
+        # A column of the embedding is what a row of a linear module's weight is.
+        gain = dora_gain(magnitude, a, b[1], scaling, base.vocabulary.embedding.cpu().T)
         scaled = scaled * gain.to(wide)[:, None]
     result = EmbeddingLowRank(
         a.T.to(base.dtype).contiguous(), scaled.to(base.dtype).contiguous(), gain
@@ -291,34 +299,13 @@ def _low_rank(
 
 def _targets(config: Mapping[str, Any]) -> Targets | None:
     """Whether and how the config targets the embedding; None if a key it takes is at fault."""
-    for key in _TARGET_KEYS:
-        rule = LORA_RULES[key]
-        assert isinstance(rule, Used)
-        if key in config and rule.check(config[key]) is not None:
-            return None
     if not {"r", "lora_alpha", "target_modules"} <= config.keys():
         return None
+    # The method's reader reports what is wrong here.
     findings = Findings("")
+    taken = {key: config[key] for key in _TARGET_RULES if key in config}
+    check_config(taken, _TARGET_RULES, findings)
+    if findings.fields:
+        return None
     targets = resolve_targets(config, [HEAD], [EMBEDDING], findings)
     return None if findings.fields else targets
-
-
-def _dora_gain(
-    name: str,
-    magnitude: torch.Tensor,
-    a: torch.Tensor,
-    scaled_b: torch.Tensor,
-    base: BaseModel,
-    findings: Findings,
-) -> torch.Tensor | None:
-    """``m / ‖E + s·(B A)ᵀ‖`` per column of the embedding, ``[hidden]`` fp32."""
-    hidden = scaled_b.shape[0]
-    if not findings.check_shape(name, magnitude, (hidden,), (1, hidden), (hidden, 1)):
-        return None
-    squares = torch.zeros(hidden, dtype=torch.float64)
-    embedding = base.vocabulary.embedding.cpu()
-    for start in range(0, len(embedding), 4096):
-        rows = slice(start, start + 4096)
-        update = a[:, rows].T.to(scaled_b.dtype) @ scaled_b.T
-        squares += (embedding[rows].to(scaled_b.dtype) + update).double().square().sum(0)
-    return (magnitude.reshape(-1).double() / squares.sqrt()).to(torch.float32)
