@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -26,7 +26,6 @@ from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.safetensors_header import TensorEntry, read_header
 from turret.server.adapters.checkpoint.strict_json import parse_object
 from turret.server.adapters.checkpoint.tensor_names import canonical_names
-from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
 from turret.server.errors import BudgetExceededError
 
@@ -50,8 +49,6 @@ class AdapterCheckpoint:
         digest: SHA-256, hex, over the config (canonical JSON) and every byte of the tensor file.
         bytes_disk: Size of the two files.
         is_partial: Whether tensors were taken out that the method must not miss.
-        find_component: Finds an adapter that the config names as a component; raises
-            AdapterComponentError if it cannot.
     """
 
     path: str
@@ -60,7 +57,6 @@ class AdapterCheckpoint:
     digest: str
     bytes_disk: int
     is_partial: bool = False
-    find_component: FindComponent = field(default=find_no_component, repr=False)
 
 
 def read_checkpoint(

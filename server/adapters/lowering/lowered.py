@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.peft_format.rules import Rules
 
@@ -50,9 +51,21 @@ class Lower(Protocol):
     """Turns a checkpoint into operators for the base as served."""
 
     def __call__(
-        self, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, /
+        self,
+        checkpoint: AdapterCheckpoint,
+        base: BaseModel,
+        max_rank: int | None = None,
+        find_component: FindComponent = find_no_component,
+        /,
     ) -> Lowered:
         """Lowers it.
+
+        Args:
+            checkpoint: As read.
+            base: As served.
+            max_rank: Largest rank served; None is any.
+            find_component: Finds an adapter that the config names as a component; raises
+                AdapterComponentError if it cannot. Most methods have none and ignore it.
 
         Raises:
             AdapterCheckpointError: A key or tensor is unsupported or inconsistent (names all).

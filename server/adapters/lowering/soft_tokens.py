@@ -19,9 +19,7 @@ def soft_tokens_method(name: str, peft_type: str, rules: Rules) -> Method:
     return Method(name, {peft_type}, rules, functools.partial(_lower, rules))
 
 
-def _lower(
-    rules: Rules, checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
-) -> Lowered:
+def _lower(rules: Rules, checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered:
     findings = Findings(checkpoint.path, base.name)
     tensor = read_prompt(checkpoint, rules, 1, findings)
     if tensor is not None and tensor.shape[1] != base.hidden_size:

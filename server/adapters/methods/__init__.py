@@ -10,6 +10,7 @@ from typing import Any
 
 from turret.server.adapters.base import HEAD, BaseModel
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.peft_format.module_checkpoint import check_rank
 from turret.server.adapters.peft_format.unserved import UNSERVED
@@ -61,9 +62,12 @@ def _peft_type(config: Mapping[str, Any]) -> str:
 
 
 def lower_checkpoint(
-    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
+    checkpoint: AdapterCheckpoint,
+    base: BaseModel,
+    max_rank: int | None = None,
+    find_component: FindComponent = find_no_component,
 ) -> tuple[str, Lowered]:
-    """Chooses the method and makes the operators.
+    """Chooses the method and makes the operators; see ``Lower`` for the arguments.
 
     Returns:
         The method's name, and what was made.
@@ -71,6 +75,7 @@ def lower_checkpoint(
     Raises:
         AdapterCheckpointError: Unsupported or inconsistent (names everything at fault).
         AdapterMismatchError: Made for another base.
+        AdapterComponentError: An adapter it is built from is not registered (names all).
         BudgetExceededError: A rank over ``max_rank``.
     """
     method = method_for(checkpoint)
@@ -78,7 +83,7 @@ def lower_checkpoint(
     findings = part.findings
     lowered = None
     try:
-        lowered = method.lower(part.rest, part.base, max_rank)
+        lowered = method.lower(part.rest, part.base, max_rank, find_component)
     except AdapterCheckpointError as error:
         if not findings.fields:
             raise
@@ -86,8 +91,10 @@ def lower_checkpoint(
             findings.add(field, why)
     findings.raise_if_any()
     assert lowered is not None  # or there was a fault
-    check_rank(checkpoint.path, part.rank, max_rank)
-    return method.name, _joined(lowered, part)
+    joined = _joined(lowered, part)
+    # The reader checked the modules' ranks before anything was computed; this is for all others.
+    check_rank(checkpoint.path, max(joined.ranks, default=0), max_rank)
+    return method.name, joined
 
 
 def _joined(lowered: Lowered, part: VocabularyPart) -> Lowered:

@@ -106,7 +106,9 @@ _FORMAT = ModuleFormat(
 )
 
 
-def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+def lower(
+    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
+) -> Lowered:
     config = checkpoint.config
     found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
     findings = Findings(checkpoint.path, base.name)

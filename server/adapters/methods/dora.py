@@ -18,7 +18,9 @@ from turret.server.adapters.peft_format.lora_checkpoint import MAGNITUDE, A, B, 
 from turret.server.adapters.peft_format.lora_rules import LORA_RULES
 
 
-def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+def lower(
+    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
+) -> Lowered:
     found = read_lora(checkpoint, base, max_rank)
     scalings = {name: found.targets.scaling(name) for name in found.modules}
     operators = {}

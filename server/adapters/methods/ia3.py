@@ -52,7 +52,9 @@ def _check(name: str, roles: Roles, module: BaseModule, _rank: int, findings: Fi
 _FORMAT = ModuleFormat(rules=IA3_RULES, roles={f".{_ROLE}": _ROLE}, check=_check, rank_key=None)
 
 
-def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+def lower(
+    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
+) -> Lowered:
     found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
     findings = Findings(checkpoint.path, base.name)
     is_feedforward = _feedforward(checkpoint.config, list(found.modules), findings)

@@ -28,7 +28,9 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import (
     COMPONENTS_KEY,
     Component,
+    FindComponent,
     component_refs,
+    find_no_component,
     is_components,
 )
 from turret.server.adapters.lowering.finish import finish
@@ -86,9 +88,14 @@ _FORMAT = ModuleFormat(
 )
 
 
-def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+def lower(
+    checkpoint: AdapterCheckpoint,
+    base: BaseModel,
+    max_rank: int | None = None,
+    find_component: FindComponent = find_no_component,
+) -> Lowered:
     found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
-    components = _find_components(checkpoint)
+    components = _find_components(checkpoint, find_component)
     operators = _operators(found.modules, components, base, checkpoint.path)
     return finish(
         checkpoint,
@@ -102,7 +109,9 @@ def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None =
     )
 
 
-def _find_components(checkpoint: AdapterCheckpoint) -> list[Component]:
+def _find_components(
+    checkpoint: AdapterCheckpoint, find_component: FindComponent
+) -> list[Component]:
     """All of them, in the config's order, each with low-rank updates only.
 
     Raises:
@@ -113,7 +122,7 @@ def _find_components(checkpoint: AdapterCheckpoint) -> list[Component]:
     missing: list[tuple[str, str]] = []
     for ref in component_refs(checkpoint.config):
         try:
-            components.append(checkpoint.find_component(ref))
+            components.append(find_component(ref))
         except AdapterComponentError as error:
             missing += error.violations
     if missing:

@@ -63,7 +63,9 @@ _FORMAT = ModuleFormat(
 )
 
 
-def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+def lower(
+    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
+) -> Lowered:
     found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
     _check_cost(checkpoint.path, found.ranks, base)
     operators = {

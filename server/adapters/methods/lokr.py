@@ -90,7 +90,9 @@ _FORMAT = ModuleFormat(
 )
 
 
-def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+def lower(
+    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
+) -> Lowered:
     found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
     operators = {
         name: ModuleOperators(kronecker=_fold(roles, found.targets.scaling(name), base.dtype))

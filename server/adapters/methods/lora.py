@@ -19,7 +19,9 @@ from turret.server.adapters.peft_format.lora_rules import LORA_RULES
 from turret.server.adapters.peft_format.module_checkpoint import Roles
 
 
-def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+def lower(
+    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
+) -> Lowered:
     found = read_lora(checkpoint, base, max_rank)
     scalings = {name: found.targets.scaling(name) for name in found.modules}
     factors = {

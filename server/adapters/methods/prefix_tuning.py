@@ -36,7 +36,7 @@ PREFIX_TUNING_RULES: Rules = {
 }
 
 
-def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered:
     findings = Findings(checkpoint.path, base.name)
     _check_sizes(checkpoint.config, base, findings)
     # The width is the base's unless the sizes above already disagree.

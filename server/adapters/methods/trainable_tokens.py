@@ -41,7 +41,7 @@ TRAINABLE_TOKENS_RULES: Rules = {
 }
 
 
-def lower(checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None) -> Lowered:
+def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered:
     config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
     check_config(config, TRAINABLE_TOKENS_RULES, findings)
     if "token_indices" not in config:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from turret.server.adapters.base import BaseModel
@@ -99,9 +99,7 @@ class AdapterLoader:
         compute_on_this_thread()
         # Read once: a lowering that began on one base ends on it.
         base = self.base
-        method, lowered = lower_checkpoint(
-            replace(checkpoint, find_component=self._read_component), base, self._max_rank
-        )
+        method, lowered = lower_checkpoint(checkpoint, base, self._max_rank, self._read_component)
         if lowered.num_bytes > self._host_bytes:
             raise BudgetExceededError(
                 f"adapter {checkpoint.path!r} needs {lowered.num_bytes} bytes of host memory, the"
@@ -143,8 +141,8 @@ class AdapterLoader:
 
     def reread(self, source: Source, digest: str, base: BaseModel) -> Lowered:
         """As ``reload``, for a base of another dtype than the one served."""
-        checkpoint = replace(self._read_same(source, digest), find_component=self._read_component)
-        return lower_checkpoint(checkpoint, base, self._max_rank)[1]
+        checkpoint = self._read_same(source, digest)
+        return lower_checkpoint(checkpoint, base, self._max_rank, self._read_component)[1]
 
     def _read_same(self, source: Source, digest: str) -> AdapterCheckpoint:
         checkpoint = self.read(source)

@@ -40,7 +40,7 @@ def _check(name, roles, module, rank, findings):
 FORMAT = ModuleFormat(SELECTION_RULES, {".sign": "sign"}, _check, rank_key=None)
 
 
-def lower(checkpoint, base, max_rank=None):
+def lower(checkpoint, base, max_rank=None, *_):
     found = read_module_checkpoint(checkpoint, base, FORMAT, max_rank)
     operators = {
         name: ModuleOperators(gain=roles["sign"].to(torch.float32))
@@ -81,7 +81,7 @@ def _check(name, roles, module, rank, findings):
 FORMAT = ModuleFormat(RULES, {".down": "down", ".up": "up"}, _check, has_patterns=True)
 
 
-def lower(checkpoint, base, max_rank=None):
+def lower(checkpoint, base, max_rank=None, *_):
     found = read_module_checkpoint(checkpoint, base, FORMAT, max_rank)
     operators = {
         name: ModuleOperators(fold(roles["down"], roles["up"], 1.0, base.dtype))
