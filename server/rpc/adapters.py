@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import functools
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf import duration_pb2, timestamp_pb2
 
+from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.fuse.interrupt import Interrupt
 from turret.server.adapters.merge.state import MergeState
 from turret.server.adapters.state.staged_upload import UploadedFile
@@ -55,25 +56,25 @@ def _sendable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def adapter_message(record: Any) -> adapters_pb2.Adapter:
+def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
     """A registry record, as the API shows it."""
-    ranks = record.ranks.values() if isinstance(record.ranks, Mapping) else record.ranks
+    facts = record.facts
     message = adapters_pb2.Adapter(
         name=record.name,
         uuid=record.uuid,
         generation=record.generation,
-        digest=_sendable(record.digest),
-        method=_sendable(record.method),
-        ranks=sorted(set(ranks)),
-        target_modules=map(_sendable, record.target_modules),
-        bytes_disk=record.bytes_disk,
+        digest=_sendable(facts.digest),
+        method=_sendable(facts.method),
+        ranks=facts.ranks,
+        target_modules=map(_sendable, facts.target_modules),
+        bytes_disk=facts.bytes_disk,
         bytes_host=record.bytes_host,
         bytes_device=record.bytes_device,
         residency=_RESIDENCIES[record.residency],
         pinned=record.pinned,
         in_flight=record.in_flight,
-        base_model=_sendable(record.base_model or ""),
-        warnings=map(_sendable, record.warnings),
+        base_model=_sendable(facts.base_model),
+        warnings=map(_sendable, facts.warnings),
         state=record.state,
     )
     if record.last_used_time is not None:
@@ -237,7 +238,7 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
         records = [
             record
             for record in await asyncio.to_thread(registry.list)
-            if request.method in ("", record.method)
+            if request.method in ("", record.facts.method)
             and request.residency in (0, _RESIDENCIES[record.residency])
         ]
         rest = sorted((r for r in records if r.name > after), key=lambda r: r.name)

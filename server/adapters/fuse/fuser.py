@@ -246,10 +246,10 @@ class Fuser:
         except AdapterNotFoundError:
             return
         changed = sorted({path.rsplit(".", 1)[-1] for path in paths})
-        if record.method != METHOD or list(record.target_modules) != changed:
+        if record.facts.method != METHOD or list(record.facts.target_modules) != changed:
             raise AdapterExistsError(
                 f"adapter name {name!r} is taken by other weights; unload it or choose another",
-                metadata={"adapter": name, "digest": record.digest},
+                metadata={"adapter": name, "digest": record.facts.digest},
             )
 
     def _install(self, name: str, files: FusedFiles, interrupt: Interrupt) -> AdapterInfo:

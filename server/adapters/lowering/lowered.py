@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import FindComponent, find_no_component
+from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.peft_format.rules import Rules
 
@@ -45,6 +46,22 @@ class Lowered:
     @property
     def num_bytes(self) -> int:
         return self.operators.num_bytes
+
+    def facts(self, checkpoint: AdapterCheckpoint, method: str) -> AdapterFacts:
+        """What is kept of it, and of the checkpoint it was made from, without its weights."""
+        return AdapterFacts(
+            digest=checkpoint.digest,
+            method=method,
+            ranks=self.ranks,
+            target_modules=self.target_modules,
+            base_model=self.base_model,
+            warnings=self.warnings,
+            num_soft_tokens=self.num_soft_tokens,
+            num_prefix_positions=self.num_prefix_positions,
+            bytes_disk=checkpoint.bytes_disk,
+            bytes_host=self.num_bytes,
+            components=self.components,
+        )
 
 
 class Lower(Protocol):

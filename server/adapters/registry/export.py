@@ -99,8 +99,8 @@ class AdapterExport:
         file.seek(0)
         while data := file.read(CHUNK_BYTES):
             digest.update(data)
-        if digest.hexdigest() != self.record.digest:
-            raise changed(self._source, self.record.digest, digest.hexdigest())
+        if digest.hexdigest() != self.record.facts.digest:
+            raise changed(self._source, self.record.facts.digest, digest.hexdigest())
 
 
 def _describe(name: str, file: BinaryIO) -> ExportedFile:

@@ -57,23 +57,17 @@ class Registration:
 
     def record(self) -> AdapterInfo:
         """A snapshot of the name and its newest generation."""
-        adapter, facts = self.current, self.current.facts
+        adapter = self.current
         return AdapterInfo(
             name=self.name,
             uuid=self.uuid,
             generation=adapter.generation,
-            digest=facts.digest,
-            method=facts.method,
-            ranks=facts.ranks,
-            target_modules=facts.target_modules,
-            bytes_disk=facts.bytes_disk,
+            facts=adapter.facts,
             bytes_host=adapter.host_bytes_needed if adapter.is_resident else 0,
             bytes_device=adapter.bytes_device,
             residency=adapter.residency,
             pinned=adapter.pinned,
             in_flight=self.in_flight,
             last_used_time=self.last_used_time,
-            base_model=facts.base_model,
-            warnings=facts.warnings,
             state=self.state,
         )

@@ -106,21 +106,8 @@ class AdapterLoader:
                 f" budget for all adapters is {self._host_bytes}",
                 metadata={"path": checkpoint.path, "bytes": str(lowered.num_bytes)},
             )
-        facts = AdapterFacts(
-            digest=checkpoint.digest,
-            method=method,
-            ranks=lowered.ranks,
-            target_modules=lowered.target_modules,
-            base_model=lowered.base_model,
-            warnings=lowered.warnings,
-            num_soft_tokens=lowered.num_soft_tokens,
-            num_prefix_positions=lowered.num_prefix_positions,
-            bytes_disk=checkpoint.bytes_disk,
-            bytes_host=lowered.num_bytes,
-            components=lowered.components,
-        )
         generation = base.generation if lowered.depends_on_base else None
-        return LoadedAdapter(facts, lowered.operators, generation)
+        return LoadedAdapter(lowered.facts(checkpoint, method), lowered.operators, generation)
 
     def _read_component(self, ref: ComponentRef) -> Component:
         checkpoint = self._read_same(self._find_source(ref), ref.digest)

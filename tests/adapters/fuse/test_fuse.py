@@ -74,7 +74,7 @@ def test_all_methods_at_once(fusions: Fusions) -> None:
     pruned = fusions.fuse(mix, how="dare_ties_svd", density=0.5, rank=64, seed=3)
     again = fusions.fuse(mix, how="dare_ties_svd", density=0.5, rank=64, seed=3)
     other = fusions.fuse(mix, how="dare_ties_svd", density=0.5, rank=64, seed=4)
-    assert pruned.record.digest == again.record.digest != other.record.digest
+    assert pruned.record.facts.digest == again.record.facts.digest != other.record.facts.digest
     assert pruned.relative_error == again.relative_error > 0.1
 
 
@@ -93,7 +93,7 @@ def test_a_weight_of_zero_takes_up_no_rank(fusions: Fusions) -> None:
     assert {module.rank for module in result.modules} == {4}
     nothing = fusions.fuse({"lora": 0.0, "narrow": 0.0})
     assert all((delta == 0).all() for delta in fusions.deltas(nothing).values())
-    assert (nothing.relative_error, nothing.record.ranks) == (0.0, (1,))
+    assert (nothing.relative_error, nothing.record.facts.ranks) == (0.0, (1,))
 
 
 def test_energy_keeps_the_least_rank_that_suffices(fusions: Fusions) -> None:
@@ -126,7 +126,7 @@ def test_biases_add_up(tmp_path: Path) -> None:
     mix = {"a": 0.5, "b": -1.5}
     refs = [AdapterRef(name=name, weight=weight) for name, weight in mix.items()]
     fused = registry.fuser.start("c", refs, Combination(), Interrupt()).result(60)
-    assert fused.record.target_modules == ("k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
+    assert fused.record.facts.target_modules == ("k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
     held = registry.acquire([*refs, AdapterRef(name="c")])
     a, b, c = (adapter.operators for adapter, _ in held.components)
     registry.release(held)
@@ -150,9 +150,9 @@ def test_the_result_is_a_plain_lora(fusions: Fusions) -> None:
     assert (config["r"], config["lora_alpha"]) == (4, 4)
     assert config["rank_pattern"] == config["alpha_pattern"] == dict.fromkeys(paths, 6)
     record = result.record
-    assert (record.method, record.ranks, record.warnings) == ("lora", (4, 6), ())
+    assert (record.facts.method, record.facts.ranks, record.facts.warnings) == ("lora", (4, 6), ())
     # PEFT saves the names of models that have a directory; these have none.
-    assert record.base_model == BASE_NAME
+    assert record.facts.base_model == BASE_NAME
     # It is an input like any other.
     twice = fusions.fuse({record.name: 2.0, "lora": -2.0})
     assert difference(fusions.deltas(twice), fusions.exact({"narrow": 1.0, "lora": 0.0})) < CLOSE

@@ -125,14 +125,14 @@ def test_unload_waits_for_it_or_ends_it(fusions: Fusions, monkeypatch: pytest.Mo
 def test_a_member_that_is_replaced_meanwhile_is_fused_as_it_was(
     fusions: Fusions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = fusions.fuse(MIX).record.digest
+    before = fusions.fuse(MIX).record.facts.digest
     turnstile = Turnstile(monkeypatch)
     running = fusions.start(MIX)
     turnstile.wait()
     fusions.registry.replace("a", "b")
     turnstile.opened.set()
-    assert running.result(WAIT_SECONDS).record.digest == before
-    assert fusions.fuse(MIX).record.digest != before
+    assert running.result(WAIT_SECONDS).record.facts.digest == before
+    assert fusions.fuse(MIX).record.facts.digest != before
 
 
 def test_closing_ends_it(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,7 +169,7 @@ def test_the_result_survives_a_restart_and_goes_with_its_name(fusions: Fusions) 
     )
     assert registry.restore() == 3
     record = registry.pin("both")
-    assert (record.digest, record.uuid) == (result.record.digest, result.record.uuid)
+    assert (record.facts.digest, record.uuid) == (result.record.facts.digest, result.record.uuid)
     assert fusions.deltas(result).keys() == exact.keys()
     registry.unpin("both")
     registry.unload("both")

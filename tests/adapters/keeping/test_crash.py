@@ -113,7 +113,7 @@ def workers(make: Registries, tmp_path: Path) -> Iterator[subprocess.Popen[str]]
 def test_a_kill_leaves_the_state_before_or_after_each_operation(
     make: Registries, tmp_path: Path, workers: subprocess.Popen[str]
 ) -> None:
-    digests = {path: make().load(path, path).digest for path in "abcd"}
+    digests = {path: make().load(path, path).facts.digest for path in "abcd"}
     allowed: list[State] = [{}]
     done: Counter[str] = Counter()
     cut: Counter[str] = Counter()
@@ -168,7 +168,7 @@ class PowerCut(BaseException):
 def test_every_step_on_the_disk_may_be_the_last(
     make: Registries, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    digests = {path: make().load(path, path).digest for path in "ab"}
+    digests = {path: make().load(path, path).facts.digest for path in "ab"}
     operation = Operation(kind, "x", "b" if "replace" in kind else "a")
     is_new = kind in ("load", "upload")
     outcomes, was_cut = [], True

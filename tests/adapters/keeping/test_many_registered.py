@@ -69,7 +69,7 @@ def test_registering_is_quick_and_small(tmp_path: Path) -> None:
     # They are there, and none of them is in memory.
     records = registry.list()
     assert [record.generation for record in records[:4]] == [1, 2, 3, 1]
-    assert records[17].digest == saved(17).facts.digest
+    assert records[17].facts.digest == saved(17).facts.digest
     mix = registry.acquire(refs([records[4999].name]))
     assert mix.components[0][0].operators is None
     registry.release(mix)

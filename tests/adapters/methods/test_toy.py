@@ -129,7 +129,7 @@ async def test_a_method_in_one_file_is_served(
     async with EngineHarness.start(base.folder, root, adapters=["a"]) as harness:
         answer = await harness.run(make_request(prompt, "a"))
         plain = await harness.run(make_request(prompt))
-        assert harness.registry.get("a").method == "flip"
+        assert harness.registry.get("a").facts.method == "flip"
     check_greedy(answer, oracle, prompt, "flip")
     assert plain.token_ids != answer.token_ids
 

@@ -92,10 +92,10 @@ def fields_of(error: TurretError) -> list[str]:
 
 def test_a_fusion_is_a_registered_adapter(open_registry: Any) -> None:
     record = open_registry("abf").get("f")
-    assert (record.method, record.ranks) == ("learned_fusion", (4, 6))
-    assert record.target_modules == ("down_proj", "q_proj", "v_proj")
+    assert (record.facts.method, record.facts.ranks) == ("learned_fusion", (4, 6))
+    assert record.facts.target_modules == ("down_proj", "q_proj", "v_proj")
     assert record.residency == "host"
-    assert record.warnings == ()
+    assert record.facts.warnings == ()
     # Its own tensors and copies of the components' factors, padded.
     assert record.bytes_host > open_registry("ab").get("a").bytes_host
 
@@ -103,7 +103,7 @@ def test_a_fusion_is_a_registered_adapter(open_registry: Any) -> None:
 def test_components_are_found_by_digest_under_any_name(open_registry: Any) -> None:
     registry = open_registry("a")
     registry.load("other", "b")
-    assert registry.load("f", "f").method == "learned_fusion"
+    assert registry.load("f", "f").facts.method == "learned_fusion"
 
 
 def test_missing_components_are_all_named(open_registry: Any, root: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_module_that_no_component_adapts_is_refused(open_registry: Any, root: 
 def test_modules_left_out_are_a_warning(open_registry: Any, root: Path) -> None:
     save_fusion(tiny_llama(), root, "g", ("a", "b"), ("v_proj",))
     registry = open_registry("ab")
-    assert "4 modules that the fusion does not target" in registry.load("g", "g").warnings[0]
+    assert "4 modules that the fusion does not target" in registry.load("g", "g").facts.warnings[0]
 
 
 def test_another_base_s_fusion_is_a_mismatch(open_registry: Any, root: Path) -> None:

@@ -49,11 +49,11 @@ def make(tmp_path: Path) -> Iterator[Registries]:
 
 def test_a_record_says_what_was_loaded(make: Registries) -> None:
     record = make().load("sql-1.0_x", "a")
-    assert (record.name, record.generation, record.method) == ("sql-1.0_x", 1, "lora")
-    assert record.ranks == (4,)
-    assert record.target_modules == ("q_proj", "v_proj")
+    assert (record.name, record.generation, record.facts.method) == ("sql-1.0_x", 1, "lora")
+    assert record.facts.ranks == (4,)
+    assert record.facts.target_modules == ("q_proj", "v_proj")
     assert record.bytes_host == adapter_bytes()
-    assert record.bytes_disk == sum(
+    assert record.facts.bytes_disk == sum(
         (make.root / "a" / f).stat().st_size
         for f in ("adapter_config.json", "adapter_model.safetensors")
     )
@@ -79,7 +79,7 @@ def test_the_same_content_is_idempotent_and_other_content_is_not(make: Registrie
     assert registry.load("x", "copy").uuid == first.uuid
     with pytest.raises(AdapterExistsError):
         registry.load("x", "b")
-    assert registry.get("x").digest == first.digest
+    assert registry.get("x").facts.digest == first.facts.digest
     # The newest path that was seen to hold the content is the one that reloads.
     shutil.rmtree(make.root / "a")
     registry._cache._leave(registry._table.find("x").current)

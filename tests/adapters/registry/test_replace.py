@@ -50,7 +50,7 @@ def test_later_requests_get_the_new_generation_and_running_ones_keep_theirs(
     running = registry.acquire(refs("a"))
     after = registry.replace("a", "b")
     assert (after.uuid, after.generation) == (before.uuid, 2)
-    assert after.digest == make(load="b").get("b").digest
+    assert after.facts.digest == make(load="b").get("b").facts.digest
     later = registry.acquire(refs("a"))
     assert running.key == ((before.uuid, 1, 1.0),)
     assert later.key == ((before.uuid, 2, 1.0),)

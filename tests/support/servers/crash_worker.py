@@ -45,7 +45,7 @@ class Operation(NamedTuple):
 
 
 def entry_of(record: AdapterInfo) -> Entry:
-    return Entry(record.uuid, record.generation, record.digest, record.pinned)
+    return Entry(record.uuid, record.generation, record.facts.digest, record.pinned)
 
 
 def open_registry(root: Path, state_path: Path) -> AdapterRegistry:

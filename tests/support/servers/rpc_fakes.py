@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
 from turret.server.api.gate import Backend, Gate
 from turret.server.api.tokens import TokenTable
@@ -186,26 +187,31 @@ class FakeRegistry:
     def load(self, name: str, path: str, pinned: bool = False) -> SimpleNamespace:
         digest = f"digest of {path}"
         if name in self.records:
-            if self.records[name].digest != digest:
+            if self.records[name].facts.digest != digest:
                 raise AdapterExistsError(f"{name!r} is taken", metadata={"adapter": name})
             return self.records[name]
         self.records[name] = SimpleNamespace(
             name=name,
             uuid=f"uuid-{name}",
             generation=1,
-            digest=digest,
-            method="dora" if name.endswith("-dora") else "lora",
-            ranks=(8, 4),
-            target_modules=("q_proj",),
-            bytes_disk=100,
+            facts=AdapterFacts(
+                digest=digest,
+                method="dora" if name.endswith("-dora") else "lora",
+                ranks=(4, 8),
+                target_modules=("q_proj",),
+                base_model="base",
+                warnings=(),
+                num_soft_tokens=0,
+                num_prefix_positions=0,
+                bytes_disk=100,
+                bytes_host=50,
+            ),
             bytes_host=50,
             bytes_device=0,
             residency="disk" if name.startswith("cold") else "host",
             pinned=pinned,
             in_flight=0,
             last_used_time=1_700_000_000.5 if pinned else None,
-            base_model="base",
-            warnings=(),
             state="ACTIVE",
         )
         return self.records[name]
