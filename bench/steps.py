@@ -31,7 +31,7 @@ from rich.console import Console
 
 from turret.server.adapters.ref import AdapterRef
 from turret.server.background import compute_on_this_thread
-from turret.server.build import build_engine
+from turret.server.build import build_backend
 from turret.server.config import AdapterConfig, Config, ModelConfig, SchedulerConfig
 from turret.server.engine.engine import Engine
 from turret.server.engine.loop import EngineLoop
@@ -184,7 +184,8 @@ async def measure(args: argparse.Namespace, root: Path, cases: list[Scenario]) -
         adapters=AdapterConfig(adapter_root=root, max_rank=max(128, args.rank)),
         scheduler=SchedulerConfig(max_num_seqs=max(64, args.batch)),
     )
-    engine, registry, *_ = build_engine(config, Metrics())
+    backend = build_backend(config, Metrics())
+    engine, registry = backend.engine, backend.registry
     await engine.start()
     try:
         for name in {name for case in cases for name in case.adapters if name is not None}:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar
 
 import turret
 from turret.server import log
-from turret.server.api.gate import Backend, Gate
+from turret.server.api.backend import Backend
+from turret.server.api.gate import Gate
 from turret.server.api.tokens import TokenTable
 from turret.server.config import Config, is_local_address
 from turret.server.errors import AdapterExistsError, TurretError
 from turret.server.metrics import Metrics, MetricsServer
 from turret.server.rpc.server import RpcServer
+
+if TYPE_CHECKING:
+    from turret.server.adapters.adapter_info import AdapterInfo
+    from turret.server.adapters.registry.registry import AdapterRegistry
 
 _log = logging.getLogger(__name__)
 
@@ -27,23 +33,18 @@ EXIT_FAILED = 1
 # How long answers that are complete, or refusals, get to reach their clients at the very end.
 _FLUSH_SECONDS = 2.0
 
-Build = Callable[[Config, Metrics], tuple[Any, Any, Any, Any, Any]]
+Build = Callable[[Config, Metrics], Backend]
+_T = TypeVar("_T")
 
 
-def _build(config: Config, metrics: Metrics) -> tuple[Any, Any, Any, Any, Any]:
+def _build(config: Config, metrics: Metrics) -> Backend:
     # torch and transformers take seconds to import; the server already listens by then.
-    from turret.server.build import build_engine
+    from turret.server.build import build_backend
 
-    return build_engine(config, metrics)
-
-
-def _served_methods() -> tuple[str, ...]:
-    from turret.server.build import served_methods
-
-    return served_methods()
+    return build_backend(config, metrics)
 
 
-def _preload(registry: Any, name: str, path: str) -> Any:
+def _preload(registry: AdapterRegistry, name: str, path: str) -> AdapterInfo:
     """What the command line asks for wins over what was registered before a restart."""
     try:
         return registry.load(name, path)
@@ -57,7 +58,6 @@ class App:
     Args:
         config: The resolved configuration.
         build: Loads the model and makes the engine; blocks.
-        methods: Names of the adapter methods to report; asked once the model is loaded.
         on_loaded: Called when everything that stays for the life of the process is there.
     """
 
@@ -65,7 +65,6 @@ class App:
         self,
         config: Config,
         build: Build = _build,
-        methods: Callable[[], tuple[str, ...]] = _served_methods,
         on_loaded: Callable[[], None] = lambda: None,
     ) -> None:
         self.config = config
@@ -74,10 +73,8 @@ class App:
         self.rpc: RpcServer | None = None
         self.metrics_server: MetricsServer | None = None
         self._build = build
-        self._methods = methods
         self._on_loaded = on_loaded
-        self._engine: Any = None
-        self._registry: Any = None
+        self._backend: Backend | None = None
         self._stop = asyncio.Event()
 
     async def run(self) -> int:
@@ -122,101 +119,88 @@ class App:
             _log.info("metrics", extra=log.fields(address=self.metrics_server.address))
         self.rpc = rpc
         await rpc.start()
-        parts = await self._unless_stopped(lambda: self._build(config, self.metrics), "model")
-        if parts is None:
+        backend = await self._unless_stopped(lambda: self._build(config, self.metrics), "model")
+        if backend is None:
             return
-        engine, registry, merger, tokenizer, model_info = parts
-        self._registry = registry
-        await engine.start()
-        self._engine = engine
+        await backend.engine.start()
+        self._backend = backend
         for name, path in config.adapters.preload:
             record = await self._unless_stopped(
-                lambda name=name, path=path: _preload(registry, name, path), f"adapter {name}"
+                lambda name=name, path=path: _preload(backend.registry, name, path),
+                f"adapter {name}",
             )
             if record is None:
                 return
+        model = backend.model_info
         self.metrics.info(
             {
                 "version": turret.__version__,
-                "model": model_info.name,
-                "dtype": model_info.dtype,
-                "quantization": model_info.quantization,
+                "model": model.name,
+                "dtype": model.dtype,
+                "quantization": model.quantization,
             }
         )
         self._on_loaded()
-        self.gate.open(
-            Backend(
-                engine=engine,
-                registry=registry,
-                merger=merger,
-                tokenizer=tokenizer,
-                model_info=model_info,
-                methods=self._methods(),
-            )
-        )
+        self.gate.open(backend)
         rpc.health.set_serving(True)
-        _log.info("serving", extra=log.fields(model=model_info.name, address=rpc.address))
+        _log.info("serving", extra=log.fields(model=model.name, address=rpc.address))
 
     async def main_loop(self) -> int:
         """Wait for a stop or for the engine's death; the exit code says which it was."""
-        if self._engine is None:
+        if self._backend is None:
             return EXIT_OK
+        engine = self._backend.engine
         stop = asyncio.ensure_future(self._stop.wait())
-        dead = asyncio.ensure_future(self._engine.dead.wait())
+        dead = asyncio.ensure_future(engine.dead.wait())
         try:
             await asyncio.wait((stop, dead), return_when=asyncio.FIRST_COMPLETED)
         finally:
             stop.cancel()
             dead.cancel()
-        if self._engine.is_dead:
+        if engine.is_dead:
             _log.error("the engine died")
             return EXIT_FAILED
         return EXIT_OK
 
     async def shutdown(self) -> None:
         """Refuse new calls, let running ones finish up to the grace period, close everything."""
-        is_dead = self._engine is not None and self._engine.is_dead
+        backend = self._backend
+        is_dead = backend is not None and backend.engine.is_dead
         self.gate.close("the engine is dead" if is_dead else "the server is shutting down")
         if self.rpc is not None:
             self.rpc.health.set_serving(False)
-        if self._engine is not None:
+        if backend is not None:
             grace = self.config.lifecycle.grace_seconds
             if not is_dead:
                 _log.info("draining", extra=log.fields(grace_seconds=grace))
             # A dead engine has nothing to finish; this ends its streams and joins its thread.
-            await self._engine.drain(0.0 if is_dead else grace)
-        if self._registry is not None:
-            await asyncio.to_thread(self._registry.close)
+            await backend.engine.drain(0.0 if is_dead else grace)
+            await asyncio.to_thread(backend.registry.close)
         if self.rpc is not None:
             await self.rpc.stop(_FLUSH_SECONDS)
         if self.metrics_server is not None:
             await asyncio.to_thread(self.metrics_server.close)
 
-    async def _unless_stopped(self, work: Callable[[], Any], what: str) -> Any:
+    async def _unless_stopped(self, work: Callable[[], _T], what: str) -> _T | None:
         """Run blocking work in a thread; None if a stop is asked for first.
 
         The thread is a daemon: a stop during a long load must not wait for the load.
         """
         loop = asyncio.get_running_loop()
-        done: asyncio.Future[Any] = loop.create_future()
+        done: asyncio.Future[_T] = loop.create_future()
 
-        def settle(result: Any, error: BaseException | None) -> None:
-            if done.done():
-                return
-            if error is None:
-                done.set_result(result)
-            else:
-                done.set_exception(error)
+        def settle(finish: Callable[[], None]) -> None:
+            if not done.done():
+                finish()
 
         def body() -> None:
-            result, error = None, None
             try:
-                result = work()
-            except BaseException as raised:
-                error = raised
+                finish = functools.partial(done.set_result, work())
+            except BaseException as error:
+                finish = functools.partial(done.set_exception, error)
             # The loop is closed if the process stopped meanwhile: nobody waits for this any more.
             with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(settle, result, error)
+                loop.call_soon_threadsafe(settle, finish)
 
         threading.Thread(target=body, name=f"load {what}", daemon=True).start()
         stop = asyncio.ensure_future(self._stop.wait())

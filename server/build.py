@@ -14,8 +14,10 @@ from turret.server.adapters.device.cpu_store import CpuStore
 from turret.server.adapters.device.packed_store import PackedStore
 from turret.server.adapters.device.store import AdapterStore
 from turret.server.adapters.merge.merger import Merger
+from turret.server.adapters.methods import METHODS
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
+from turret.server.api.backend import Backend
 from turret.server.config import AdapterConfig, Config, ModelConfig
 from turret.server.engine.block_pool import BlockPool
 from turret.server.engine.engine import Engine
@@ -39,10 +41,8 @@ _log = logging.getLogger(__name__)
 # Positions per KV block; divides the attention tile.
 BLOCK_SIZE = 16
 
-Parts = tuple[Engine, AdapterRegistry, Merger, Tokenizer, ModelInfo]
 
-
-def build_engine(config: Config, metrics: Metrics, *, triton: bool | None = None) -> Parts:
+def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = None) -> Backend:
     """Load the model. Blocks for as long as that takes; runs in a thread of its own.
 
     Args:
@@ -52,7 +52,7 @@ def build_engine(config: Config, metrics: Metrics, *, triton: bool | None = None
             only Triton's interpreter could run them).
 
     Returns:
-        ``(engine, registry, merger, tokenizer, model_info)``. The engine is not started.
+        What answers requests. Its engine is not started.
 
     Raises:
         InvalidRequestError: The model cannot be served.
@@ -94,14 +94,14 @@ def build_engine(config: Config, metrics: Metrics, *, triton: bool | None = None
         exchange=engine.exchange,
         metrics=metrics,
     )
-    return engine, registry, merger, tokenizer, _model_info(decoder, source, engine)
-
-
-def served_methods() -> tuple[str, ...]:
-    """The adapter methods that this build can load, sorted."""
-    from turret.server.adapters.methods import METHODS
-
-    return tuple(sorted(METHODS))
+    return Backend(
+        engine=engine,
+        registry=registry,
+        merger=merger,
+        tokenizer=tokenizer,
+        model_info=_model_info(decoder, source, engine),
+        methods=tuple(sorted(METHODS)),
+    )
 
 
 def _store_type(kernels: str) -> type[PackedStore] | type[CpuStore]:

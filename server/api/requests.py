@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from turret.server.adapters.ref import AdapterRef
 from turret.server.api.call import is_request_id
-from turret.server.api.gate import TokenizerLike
 from turret.server.api.violations import Violations
 from turret.server.config import ADAPTER_NAME
 from turret.server.engine.request import Request, ResponseOptions, SamplingParams, StopConditions
 from turret.server.errors import InvalidRequestError
 from turret.v1 import adapters_pb2, inference_pb2
+
+if TYPE_CHECKING:
+    from turret.server.models.tokenizer import Tokenizer
 
 # More members than this are refused before their names are looked up.
 MAX_MIX_MEMBERS = 64
@@ -149,7 +151,7 @@ def check_request_id(request_id: str, violations: Violations) -> None:
     )
 
 
-async def input_token_ids(message: Any, tokenizer: TokenizerLike) -> list[int]:
+async def input_token_ids(message: Any, tokenizer: Tokenizer) -> list[int]:
     """The tokens of a checked ``input``; long texts are tokenised off the event loop."""
     which = message.WhichOneof("input")
     if which == "token_ids":
@@ -168,7 +170,7 @@ async def input_token_ids(message: Any, tokenizer: TokenizerLike) -> list[int]:
 
 async def generate_request(
     message: inference_pb2.GenerateRequest,
-    tokenizer: TokenizerLike,
+    tokenizer: Tokenizer,
     *,
     vocab_size: int,
     request_id: str,
@@ -218,7 +220,7 @@ async def generate_request(
 
 async def score_request(
     message: inference_pb2.ScoreRequest,
-    tokenizer: TokenizerLike,
+    tokenizer: Tokenizer,
     *,
     vocab_size: int,
     request_id: str,

@@ -7,14 +7,13 @@ import functools
 import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import grpc
 from google.protobuf import duration_pb2, timestamp_pb2
 
 from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.fuse.interrupt import Interrupt
-from turret.server.adapters.merge.state import MergeState
 from turret.server.adapters.state.staged_upload import UploadedFile
 from turret.server.api.call import current_call
 from turret.server.api.gate import Gate
@@ -30,6 +29,11 @@ from turret.server.rpc.merges import checked_merge_request, merge_state_message
 from turret.server.rpc.paging import make_page_token, page_length, read_page_token
 from turret.server.rpc.uploads import checked_header, next_message, receive_chunks
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
+
+if TYPE_CHECKING:
+    from turret.server.adapters.adapter_info import AdapterInfo
+    from turret.server.adapters.merge.state import MergeState
+    from turret.server.adapters.registry.registry import AdapterRegistry
 
 DEFAULT_UNLOAD_SECONDS = 30.0
 MAX_UNLOAD_SECONDS = 3600.0
@@ -187,7 +191,7 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
             self._num_uploads -= 1
 
     async def _receive(
-        self, registry: Any, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]
+        self, registry: AdapterRegistry, messages: AsyncIterator[adapters_pb2.UploadAdapterRequest]
     ) -> adapters_pb2.Adapter:
         header = checked_header(await next_message(messages))
         current_call().adapters = (header.name,)
@@ -280,8 +284,8 @@ class AdaptersServicer(adapters_pb2_grpc.AdaptersServicer):
 
     async def _pin(self, name: str, verb: str) -> adapters_pb2.Adapter:
         registry = self._gate.enter().registry
-        await self._in_slow_thread(getattr(registry, verb), name)
-        return adapter_message(await asyncio.to_thread(registry.get, name))
+        change = registry.pin if verb == "pin" else registry.unpin
+        return adapter_message(await self._in_slow_thread(change, name))
 
     async def ExportAdapter(
         self, request: adapters_pb2.ExportAdapterRequest, context: _Context

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.ref import AdapterRef
@@ -11,6 +11,9 @@ from turret.server.api.violations import Violations
 from turret.server.config import ADAPTER_NAME
 from turret.server.errors import InvalidRequestError
 from turret.v1 import adapters_pb2
+
+if TYPE_CHECKING:
+    from turret.server.adapters.fuse.result import FuseResult
 
 _OPTIONAL = ("rank", "energy", "density", "seed")
 
@@ -50,7 +53,9 @@ def checked_fuse_request(
     return request.name, refs, combination
 
 
-def fuse_response(result: Any, adapter: adapters_pb2.Adapter) -> adapters_pb2.FuseAdaptersResponse:
+def fuse_response(
+    result: FuseResult, adapter: adapters_pb2.Adapter
+) -> adapters_pb2.FuseAdaptersResponse:
     """A ``FuseResult``, as the API shows it."""
     response = adapters_pb2.FuseAdaptersResponse(
         adapter=adapter, relative_error=result.relative_error

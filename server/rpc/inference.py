@@ -11,8 +11,9 @@ import grpc
 
 import turret
 from turret.server.api.answers import finish_fields, token_logprobs, usage_fields
+from turret.server.api.backend import Backend
 from turret.server.api.call import current_call
-from turret.server.api.gate import Backend, Gate
+from turret.server.api.gate import Gate
 from turret.server.api.requests import check_input, generate_request, input_token_ids, score_request
 from turret.server.api.violations import Violations
 from turret.server.engine.request import FinishReason, Output, Request
@@ -171,14 +172,14 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
             name=info.name,
             model_type=info.model_type,
             digest=info.digest,
-            dtype=str(info.dtype).removeprefix("torch."),
+            dtype=info.dtype,
             quantization=info.quantization,
             vocab_size=info.vocab_size,
             max_model_len=info.max_model_len,
             num_layers=info.num_layers,
             hidden_size=info.hidden_size,
             server_version=turret.__version__,
-            methods=sorted(backend.methods),
+            methods=backend.methods,
         )
 
 

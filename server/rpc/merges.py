@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from google.protobuf import timestamp_pb2
 
-from turret.server.adapters.base import Precision
-from turret.server.adapters.merge.state import MergeState
 from turret.server.adapters.ref import AdapterRef
 from turret.server.api.requests import adapter_refs
 from turret.server.api.violations import Violations
 from turret.v1 import adapters_pb2
+
+if TYPE_CHECKING:
+    from turret.server.adapters.base import Precision
+    from turret.server.adapters.merge.state import MergeState
 
 _Request = adapters_pb2.MergeAdaptersRequest
 _PRECISIONS: dict[int, Precision] = {

@@ -242,6 +242,18 @@ def test_help_of_serve_imports_neither_torch_nor_grpc() -> None:
     assert "loaded []" in done.stdout
 
 
+def test_the_server_listens_before_torch_is_loaded() -> None:
+    script = (
+        "import sys\nimport turret.server.app\n"
+        "print('loaded', [m for m in ('torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert done.stdout == "loaded []\n"
+
+
 def test_a_log_record_is_one_line_with_its_request_id() -> None:
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)

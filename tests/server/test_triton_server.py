@@ -25,7 +25,7 @@ from turret.clients.aio import AdapterWeight, AsyncTurretClient
 from turret.clients.messages.results import Completion
 from turret.kernels.gpu import tuning as tuning_module
 from turret.server.app import App
-from turret.server.build import build_engine
+from turret.server.build import build_backend
 from turret.server.config import (
     AdapterConfig,
     CacheConfig,
@@ -94,7 +94,7 @@ async def answers(root: Path, *, triton: bool) -> list[Completion]:
         adapters=AdapterConfig(adapter_root=root, preload=tuple((n, n) for n in names)),
         listen=ListenConfig(address="127.0.0.1:0", metrics_address=None),
     )
-    app = App(config, build=lambda c, m: build_engine(c, m, triton=triton))
+    app = App(config, build=lambda c, m: build_backend(c, m, triton=triton))
     await app.startup()
     assert app.rpc is not None
     try:

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
@@ -121,7 +122,8 @@ async def test_the_device_budget_holds_and_what_exceeds_it_alone_is_refused(
     async with EngineHarness.start(
         model, tmp_path / "adapters", adapters=names, adapter_device_bytes=2 * one
     ) as harness:
-        pack = harness.engine._loop._runner._store
+        runner: Any = harness.engine._loop._runner
+        pack = runner._store
 
         def look(_count: int) -> None:
             seen.append(pack.adapter_bytes)

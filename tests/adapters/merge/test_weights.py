@@ -129,7 +129,8 @@ def contents(linear: Any) -> dict[str, torch.Tensor]:
 
 
 def decoder_of(server: EngineHarness) -> Any:
-    return server.engine._loop._runner._executor._decoder
+    runner: Any = server.engine._loop._runner
+    return runner._executor._decoder
 
 
 def snapshot(server: EngineHarness) -> list[Any]:

@@ -7,13 +7,13 @@ import threading
 from typing import Any
 
 from servers.rpc_fakes import (
-    MODEL_INFO,
     FakeEngine,
     FakeMerger,
     FakeRegistry,
-    FakeTokenizer,
+    fake_backend,
 )
 
+from turret.server.api.backend import Backend
 from turret.server.app import App
 from turret.server.config import Config, LifecycleConfig, ListenConfig
 
@@ -35,14 +35,14 @@ class Parts:
         # Set once the build runs, which is after the server began to listen.
         self.building = asyncio.Event()
 
-    def build(self, config: Config, metrics: Any) -> tuple[Any, Any, Any, Any, Any]:
+    def build(self, config: Config, metrics: Any) -> Backend:
         self.loop.call_soon_threadsafe(self.building.set)
         self.may_finish.wait(20)
         if self.error is not None:
             raise self.error
-        return self.engine, self.registry, FakeMerger(), FakeTokenizer(), MODEL_INFO
+        return fake_backend(self.engine, self.registry, FakeMerger())
 
 
 def make_app(parts: Parts, **sections: Any) -> App:
     config = Config(**({"listen": LISTEN, "lifecycle": GRACE} | sections))
-    return App(config, build=parts.build, methods=lambda: ("lora",))
+    return App(config, build=parts.build)

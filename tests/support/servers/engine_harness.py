@@ -13,7 +13,8 @@ from typing import Any
 from unittest.mock import patch
 
 from turret.server.adapters.ref import AdapterRef
-from turret.server.build import build_engine
+from turret.server.api.backend import Backend
+from turret.server.build import build_backend
 from turret.server.config import (
     AdapterConfig,
     CacheConfig,
@@ -78,15 +79,13 @@ def make_request(
 
 
 class EngineHarness:
-    """A started engine. ``registry`` and ``metrics`` are those it runs on."""
+    """A backend whose engine is started. ``metrics`` are those it feeds."""
 
-    def __init__(
-        self, engine: Any, registry: Any, merger: Any, tokenizer: Any, metrics: Metrics
-    ) -> None:
-        self.engine = engine
-        self.registry = registry
-        self.merger = merger
-        self.tokenizer = tokenizer
+    def __init__(self, backend: Backend, metrics: Metrics) -> None:
+        self.engine = backend.engine
+        self.registry = backend.registry
+        self.merger = backend.merger
+        self.tokenizer = backend.tokenizer
         self.metrics = metrics
 
     @classmethod
@@ -118,16 +117,16 @@ class EngineHarness:
         # What is made of a test's model goes beside it, not into the user's cache.
         cache = {} if model is None else {"XDG_CACHE_HOME": str(model.parent / "cache")}
         with patch.dict(os.environ, cache):
-            engine, registry, merger, tokenizer, _ = build_engine(config, metrics)
+            backend = build_backend(config, metrics)
         for name in adapters:
-            registry.load(name, name)
-        await engine.start()
+            backend.registry.load(name, name)
+        await backend.engine.start()
         try:
-            yield cls(engine, registry, merger, tokenizer, metrics)
+            yield cls(backend, metrics)
         finally:
-            await engine.drain(0.0)
-            registry.close()
-        assert not engine.is_dead, "the engine failed"
+            await backend.engine.drain(0.0)
+            backend.registry.close()
+        assert not backend.engine.is_dead, "the engine failed"
 
     async def run(
         self,

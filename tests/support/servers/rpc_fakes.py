@@ -9,15 +9,16 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass, field, replace
-from types import SimpleNamespace
 from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
 
+from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
-from turret.server.api.gate import Backend, Gate
+from turret.server.api.backend import Backend
+from turret.server.api.gate import Gate
 from turret.server.api.tokens import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.engine.request import (
@@ -37,11 +38,12 @@ from turret.server.errors import (
     NotMergedError,
 )
 from turret.server.metrics import Metrics
+from turret.server.models.model_info import ModelInfo
 from turret.server.rpc.server import RpcServer
 from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc
 
 VOCAB_SIZE = 256
-MODEL_INFO = SimpleNamespace(
+MODEL_INFO = ModelInfo(
     name="fake",
     model_type="llama",
     digest="ab" * 32,
@@ -180,17 +182,17 @@ class FakeEngine:
 class FakeRegistry:
     """Adapters by name, without weights."""
 
-    records: dict[str, SimpleNamespace] = field(default_factory=dict)
+    records: dict[str, AdapterInfo] = field(default_factory=dict)
     unloads: list[tuple[str, str, float]] = field(default_factory=list)
     is_closed: bool = False
 
-    def load(self, name: str, path: str, pinned: bool = False) -> SimpleNamespace:
+    def load(self, name: str, path: str, pinned: bool = False) -> AdapterInfo:
         digest = f"digest of {path}"
         if name in self.records:
             if self.records[name].facts.digest != digest:
                 raise AdapterExistsError(f"{name!r} is taken", metadata={"adapter": name})
             return self.records[name]
-        self.records[name] = SimpleNamespace(
+        self.records[name] = AdapterInfo(
             name=name,
             uuid=f"uuid-{name}",
             generation=1,
@@ -216,12 +218,12 @@ class FakeRegistry:
         )
         return self.records[name]
 
-    def get(self, name: str) -> SimpleNamespace:
+    def get(self, name: str) -> AdapterInfo:
         if name not in self.records:
             raise AdapterNotFoundError(f"no adapter {name!r}", metadata={"adapter": name})
         return self.records[name]
 
-    def list(self) -> list[SimpleNamespace]:
+    def list(self) -> list[AdapterInfo]:
         return list(self.records.values())
 
     def unload(self, name: str, mode: str, timeout_seconds: float) -> None:
@@ -230,11 +232,12 @@ class FakeRegistry:
         self.unloads.append((name, mode, timeout_seconds))
         del self.records[name]
 
-    def pin(self, name: str) -> None:
-        self.get(name).pinned = True
+    def pin(self, name: str, pinned: bool = True) -> AdapterInfo:
+        self.records[name] = replace(self.get(name), pinned=pinned)
+        return self.records[name]
 
-    def unpin(self, name: str) -> None:
-        self.get(name).pinned = False
+    def unpin(self, name: str) -> AdapterInfo:
+        return self.pin(name, False)
 
     def close(self) -> None:
         self.is_closed = True
@@ -271,6 +274,19 @@ class FakeMerger:
             raise NotMergedError("no merge is active")
         self.state = MergeState(self.state.base_generation + 1)
         return self.state
+
+
+def fake_backend(engine: Any, registry: Any, merger: Any) -> Backend:
+    """A backend of stand-ins; this is where they pass for the real parts."""
+    tokenizer: Any = FakeTokenizer()
+    return Backend(
+        engine=engine,
+        registry=registry,
+        merger=merger,
+        tokenizer=tokenizer,
+        model_info=MODEL_INFO,
+        methods=("dora", "lora"),
+    )
 
 
 @dataclass
@@ -321,14 +337,7 @@ async def harness(
         tokens=tokens,
     )
     await rpc.start()
-    backend = Backend(
-        engine=engine,
-        registry=registry,
-        merger=merger,
-        tokenizer=FakeTokenizer(),
-        model_info=MODEL_INFO,
-        methods=("lora", "dora"),
-    )
+    backend = fake_backend(engine, registry, merger)
     if serving:
         gate.open(backend)
         rpc.health.set_serving(True)

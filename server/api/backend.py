@@ -1,0 +1,35 @@
+"""What answers requests once the model is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # Doors open before torch is loaded, which takes seconds.
+    from turret.server.adapters.merge.merger import Merger
+    from turret.server.adapters.registry.registry import AdapterRegistry
+    from turret.server.engine.engine import Engine
+    from turret.server.models.model_info import ModelInfo
+    from turret.server.models.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """The parts of a server; ``server/build.py`` makes them.
+
+    Attributes:
+        engine: Runs requests.
+        registry: Holds the adapters.
+        merger: Merges adapters into the base.
+        tokenizer: Of the base model.
+        model_info: What clients may know of the base model.
+        methods: Adapter methods that this build can load, sorted.
+    """
+
+    engine: Engine
+    registry: AdapterRegistry
+    merger: Merger
+    tokenizer: Tokenizer
+    model_info: ModelInfo
+    methods: tuple[str, ...]
