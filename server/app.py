@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, TypeVar
 
 import turret
 from turret.server import log
+from turret.server.api.adapters import Adapters
 from turret.server.api.backend import Backend
 from turret.server.api.gate import Gate
+from turret.server.api.inference import Inference
 from turret.server.api.tokens import TokenTable
 from turret.server.config import Config, is_local_address
 from turret.server.errors import AdapterExistsError, TurretError
@@ -70,6 +72,7 @@ class App:
         self.config = config
         self.metrics = Metrics()
         self.gate = Gate()
+        self._adapters = Adapters(self.gate)
         self.rpc: RpcServer | None = None
         self.metrics_server: MetricsServer | None = None
         self._build = build
@@ -112,7 +115,12 @@ class App:
         token_file = config.security.token_file
         tokens = TokenTable.read(token_file) if token_file is not None else None
         rpc = RpcServer(
-            config.listen, config.security, gate=self.gate, metrics=self.metrics, tokens=tokens
+            config.listen,
+            config.security,
+            inference=Inference(self.gate),
+            adapters=self._adapters,
+            metrics=self.metrics,
+            tokens=tokens,
         )
         if config.listen.metrics_address is not None:
             self.metrics_server = MetricsServer(self.metrics, config.listen.metrics_address)
@@ -176,6 +184,7 @@ class App:
             # A dead engine has nothing to finish; this ends its streams and joins its thread.
             await backend.engine.drain(0.0 if is_dead else grace)
             await asyncio.to_thread(backend.registry.close)
+        self._adapters.close()
         if self.rpc is not None:
             await self.rpc.stop(_FLUSH_SECONDS)
         if self.metrics_server is not None:

@@ -1,6 +1,6 @@
 """Prometheus metrics in a registry of their own, with a bounded ``adapter`` label.
 
-The engine, the adapter registry and the RPC layer call the small methods of ``Metrics``; none of
+The engine, the adapter registry and the doors call the small methods of ``Metrics``; none of
 them sees a Prometheus type. All methods are safe to call from any thread and never raise for a
 name they do not know.
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 
-import grpc
 from prometheus_client import (
     CollectorRegistry,
     Counter,
@@ -21,6 +20,7 @@ from prometheus_client import (
     start_http_server,
 )
 
+from turret.server.codes import Code
 from turret.server.config import split_address
 
 # Adapters with a label value of their own; later ones share "other".
@@ -28,7 +28,7 @@ MAX_ADAPTER_LABELS = 100
 BASE = "base"
 OTHER = "other"
 
-_CODES = tuple(code.name for code in grpc.StatusCode)
+_CODES = tuple(code.name for code in Code)
 _TIERS = ("disk", "host", "device")
 _LATENCY = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 _TOKEN_GAP = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
@@ -118,7 +118,7 @@ class Metrics:
     # Requests
 
     def request_finished(self, adapter_names: Sequence[str], code: str) -> None:
-        """Count a finished call under its gRPC status code name, such as ``OK``."""
+        """Count a finished call under its code's name (see ``codes.py``), such as ``OK``."""
         with self._lock:
             for label in self._labels_of(adapter_names):
                 self._requests.labels(label, code).inc()

@@ -1,13 +1,18 @@
-"""The RPC being answered: what the interceptor and the servicer tell each other about it."""
+"""One call, through whichever door it came: its id, what it used, and how it ended."""
 
 from __future__ import annotations
 
-import contextvars
+import logging
+import time
 import uuid
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 
 from turret.server import log
+from turret.server.codes import Code
+from turret.server.metrics import Metrics
+
+_log = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
 MAX_REQUEST_ID_CHARS = 128
@@ -18,12 +23,16 @@ def is_request_id(text: str) -> bool:
     return 0 < len(text) <= MAX_REQUEST_ID_CHARS and text.isascii() and text.isprintable()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, kw_only=True)
 class Call:
-    """One RPC.
+    """A door begins it and finishes it; what answers it notes what is counted in the end.
 
-    The servicer notes what the interceptor counts in the end, however the call ends: ``adapters``
-    is None until the request's mix is known, the token counts are 0 until the engine has answered.
+    Attributes:
+        method: What was called, as the log shows it.
+        request_id: Every line that the current task logs carries it.
+        adapters: Names that the call is about; None until they are known.
+        prompt_tokens: 0 until the engine has answered.
+        generated_tokens: So far.
     """
 
     method: str
@@ -31,14 +40,40 @@ class Call:
     adapters: tuple[str, ...] | None = None
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    _metrics: Metrics
+    _is_counted: bool
+    _level: int
+    _started: float = field(default_factory=time.monotonic)
+    _at_end: list[Callable[[], None]] = field(default_factory=list)
 
     @classmethod
-    def begin(cls, method: str, metadata: Iterable[tuple[str, str | bytes]]) -> Call:
-        """The call of the current task, under the id that the client sent or a new one."""
-        sent = (value for key, value in metadata if key == REQUEST_ID_KEY)
-        usable = (value for value in sent if isinstance(value, str) and is_request_id(value))
-        call = cls(method, next(usable, None) or uuid.uuid4().hex)
-        _current.set(call)
+    def begin(
+        cls,
+        method: str,
+        sent_ids: Iterable[str | bytes],
+        metrics: Metrics,
+        *,
+        is_counted: bool = False,
+        level: int = logging.INFO,
+    ) -> Call:
+        """Begin a call in the current task.
+
+        Args:
+            method: What was called.
+            sent_ids: What the client sent as ``x-request-id``; the first usable one becomes the
+                call's id. Without one the id is made up.
+            metrics: Where it is counted.
+            is_counted: Whether ``turret_requests_total`` counts it: calls that run on adapters.
+            level: Of the line that is logged in the end.
+        """
+        usable = (sent for sent in sent_ids if isinstance(sent, str) and is_request_id(sent))
+        call = cls(
+            method=method,
+            request_id=next(usable, None) or uuid.uuid4().hex,
+            _metrics=metrics,
+            _is_counted=is_counted,
+            _level=level,
+        )
         log.request_id.set(call.request_id)
         return call
 
@@ -47,13 +82,31 @@ class Call:
         self.request_id = request_id
         log.request_id.set(request_id)
 
+    def at_end(self, release: Callable[[], None]) -> None:
+        """Have ``finish`` call ``release``, however the call ends; it must not raise."""
+        self._at_end.append(release)
 
-_current: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
-
-
-def current_call() -> Call:
-    """The call that the current task answers; a fresh one outside any RPC."""
-    try:
-        return _current.get()
-    except LookupError:
-        return Call.begin("", ())
+    def finish(self, code: Code) -> None:
+        """Count the call and log its end; once, and last."""
+        for release in self._at_end:
+            release()
+        self._at_end.clear()
+        names = self.adapters or ()
+        if self._is_counted:
+            self._metrics.request_finished(names, code.name)
+            if self.prompt_tokens:
+                self._metrics.tokens(
+                    names, prompt=self.prompt_tokens, generated=self.generated_tokens
+                )
+        _log.log(
+            self._level,
+            "call finished",
+            extra=log.fields(
+                method=self.method,
+                code=code.name,
+                seconds=f"{time.monotonic() - self._started:.3f}",
+                adapters=",".join(names),
+                prompt_tokens=self.prompt_tokens,
+                generated_tokens=self.generated_tokens,
+            ),
+        )

@@ -1,12 +1,12 @@
-"""What surrounds every RPC: request id, authorisation, error mapping, metric, log line."""
+"""What surrounds every RPC: authorisation, the call's beginning and end, errors as statuses."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import dataclasses
 import logging
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
@@ -14,12 +14,14 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from turret.server import log
+from turret.server.api.auth import SERVICE_ROLES, authorize
 from turret.server.api.call import REQUEST_ID_KEY, Call
+from turret.server.api.faults import fault_of
 from turret.server.api.tokens import TokenTable
+from turret.server.codes import Code
 from turret.server.errors import InvalidRequestError, TurretError
 from turret.server.metrics import Metrics
-from turret.server.rpc.auth import authorize
-from turret.server.rpc.status import DETAILS_KEY, row_of, to_rich_status
+from turret.server.rpc.status import DETAILS_KEY, to_rich_status
 
 _log = logging.getLogger(__name__)
 
@@ -31,6 +33,13 @@ COUNTED = frozenset(
 # A client whose deadline passes resets the call, and by this machine's clock that can be a little
 # before the deadline: a cancellation so close to it was the deadline's.
 DEADLINE_SLACK_SECONDS = 0.1
+
+_current: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
+
+
+def current_call() -> Call:
+    """The call that the current task answers: gRPC has no other way to hand it to a servicer."""
+    return _current.get()
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -90,7 +99,9 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         method = handler_call_details.method
         try:
-            authorize(self._tokens, method, handler_call_details.invocation_metadata or ())
+            metadata = handler_call_details.invocation_metadata or ()
+            token = next((value for key, value in metadata if key == "authorization"), None)
+            authorize(self._tokens, _service_of(method), token)
         except TurretError as error:
             return self._refusal(method, error)
         behaviour, factory = _parts(handler)
@@ -141,31 +152,38 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         the exception's frames keep the context and the request, a cycle that holds the request's
         memory until the next full garbage collection.
         """
-        metadata = tuple(context.invocation_metadata() or ())
-        call = Call.begin(method, metadata)
-        started = time.monotonic()
-        code = grpc.StatusCode.INTERNAL
+        sent_ids = (v for k, v in context.invocation_metadata() or () if k == REQUEST_ID_KEY)
+        call = Call.begin(
+            method,
+            sent_ids,
+            self._metrics,
+            is_counted=method in COUNTED,
+            level=logging.INFO if _service_of(method) in SERVICE_ROLES else logging.DEBUG,
+        )
+        _current.set(call)
+        code = Code.INTERNAL
         try:
             response = await body()
             context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
             # Health sets a status itself.
-            code = context.code() or grpc.StatusCode.OK
+            code = _code(context.code() or grpc.StatusCode.OK)
             return response
         except asyncio.CancelledError:
             remaining = context.time_remaining()
             is_late = remaining is not None and remaining <= DEADLINE_SLACK_SECONDS
-            code = grpc.StatusCode.DEADLINE_EXCEEDED if is_late else grpc.StatusCode.CANCELLED
+            code = Code.DEADLINE_EXCEEDED if is_late else Code.CANCELLED
             raise
         except grpc.aio.AbortError:
             # The handler has set a status itself (health and reflection do).
-            code = context.code() or grpc.StatusCode.UNKNOWN
+            code = _code(context.code() or grpc.StatusCode.UNKNOWN)
             raise
         except Exception as error:
-            code = row_of(error).code
-            if code is grpc.StatusCode.INTERNAL or not isinstance(error, TurretError):
+            fault = fault_of(error)
+            code = fault.code
+            if code is Code.INTERNAL:
                 _log.exception("internal error", extra=log.fields(method=method))
-            status = to_rich_status(error)
-            context.set_code(code)
+            status = to_rich_status(fault)
+            context.set_code(grpc.StatusCode[code.name])
             context.set_details(status.message)
             context.set_trailing_metadata(
                 (
@@ -175,29 +193,16 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             )
             return None
         finally:
-            self._finish(call, code, time.monotonic() - started)
+            call.finish(code)
 
-    def _finish(self, call: Call, code: grpc.StatusCode, seconds: float) -> None:
-        if call.method in COUNTED:
-            names = call.adapters or ()
-            self._metrics.request_finished(names, code.name)
-            if call.prompt_tokens:
-                self._metrics.tokens(
-                    names, prompt=call.prompt_tokens, generated=call.generated_tokens
-                )
-        level = logging.INFO if call.method.startswith("/turret.") else logging.DEBUG
-        _log.log(
-            level,
-            "call finished",
-            extra=log.fields(
-                method=call.method,
-                code=code.name,
-                seconds=f"{seconds:.3f}",
-                adapters=",".join(call.adapters or ()),
-                prompt_tokens=call.prompt_tokens,
-                generated_tokens=call.generated_tokens,
-            ),
-        )
+
+def _service_of(method: str) -> str:
+    """``package.Service`` of ``/package.Service/Method``; empty for any other path."""
+    return method.split("/")[1] if method.count("/") == 2 else ""
+
+
+def _code(status: grpc.StatusCode) -> Code:
+    return Code[status.name]
 
 
 def _parts(handler: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:

@@ -11,7 +11,8 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from turret.server import log
-from turret.server.api.gate import Gate
+from turret.server.api.adapters import Adapters
+from turret.server.api.inference import Inference
 from turret.server.api.tokens import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
@@ -40,9 +41,9 @@ _OPTIONS = (
     ("grpc.max_send_message_length", _UNLIMITED),
     # A second server on the same port would take half of the calls in silence.
     ("grpc.so_reuseport", 0),
-    # Find out within a minute and a half that a client is gone, even if it said nothing.
     ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
+    # Find out within a minute and a half that a client is gone, even if it said nothing.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
     # Clients may ping idle connections every 10 s, as their load balancers like to.
@@ -81,7 +82,8 @@ class RpcServer:
     Args:
         listen: Addresses. Without an admin address the Adapters service shares the main one.
         security: TLS files; its token file is read by the caller.
-        gate: Lets RPCs pass once there is a backend.
+        inference: Answers the data plane.
+        adapters: Answers the control plane.
         metrics: Counts calls.
         tokens: Accepted bearer tokens; None lets every caller in.
     """
@@ -91,7 +93,8 @@ class RpcServer:
         listen: ListenConfig,
         security: SecurityConfig,
         *,
-        gate: Gate,
+        inference: Inference,
+        adapters: Adapters,
         metrics: Metrics,
         tokens: TokenTable | None,
     ) -> None:
@@ -99,8 +102,8 @@ class RpcServer:
         self._listen = listen
         self._credentials = read_credentials(security)
         self._interceptor = CallInterceptor(metrics, tokens)
-        self._inference = InferenceServicer(gate)
-        self._adapters = AdaptersServicer(gate)
+        self._inference = InferenceServicer(inference)
+        self._adapters = AdaptersServicer(adapters)
         self._listeners: list[_Listener] = []
 
     @property
@@ -156,5 +159,4 @@ class RpcServer:
     async def stop(self, grace_seconds: float) -> None:
         """Take no further call; cancel those that still run after the grace period."""
         self.health.close()
-        self._adapters.close()
         await asyncio.gather(*(each.server.stop(grace_seconds) for each in self._listeners))

@@ -28,7 +28,7 @@ MAX_FUNCTION_LINES = 70
 # Modules directly in server/ that any layer may use. They use each other and nothing else.
 LEAVES = frozenset(
     f"server.{name}"
-    for name in ("errors", "log", "config", "metrics", "background", "durable_file")
+    for name in ("errors", "codes", "log", "config", "metrics", "background", "durable_file")
 )
 # The ``turret`` command. It alone may name the verbs of training, and nothing imports it.
 COMMAND = "server.cli"
@@ -63,9 +63,7 @@ BELOW = {
     "server.api": NOUNS
     | {"server.engine", "server.models", "v1"}
     | {f"server.adapters.{name}" for name in ("registry", "fuse", "merge", "state")},
-    "server.rpc": NOUNS
-    | {"server.api", "server.engine", "v1"}
-    | {f"server.adapters.{name}" for name in ("registry", "fuse", "merge", "state")},
+    "server.rpc": {"server.api", "leaf", "v1"},
 }
 MAY_IMPORT = {layer: {layer, *below} for layer, below in BELOW.items()}
 MAY_IMPORT["server"] = {"server", *BELOW}
@@ -77,6 +75,7 @@ MAY_IMPORT["training"] = {"training", "server", *BELOW} - {
 NEVER_LOADS = {
     "clients": ("torch", "transformers", "bitsandbytes"),
     "v1": ("torch",),
+    "leaf": ("grpc", "transformers", "bitsandbytes"),
     "server.rpc": ("torch", "transformers", "bitsandbytes"),
     "server.api": ("grpc", "torch", "transformers", "bitsandbytes"),
     "server.engine": ("grpc", "transformers", "bitsandbytes"),

@@ -12,7 +12,7 @@ import grpc
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
-from servers.rpc_fakes import failure_of, harness
+from servers.rpc_harness import failure_of, harness
 
 from turret.server.api.tokens import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig

@@ -7,7 +7,7 @@ from typing import Any
 import grpc
 import pytest
 from google.protobuf import duration_pb2
-from servers.rpc_fakes import Harness, failure_of, harness
+from servers.rpc_harness import Harness, failure_of, harness
 
 from turret.v1 import adapters_pb2 as pb
 

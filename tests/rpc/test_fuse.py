@@ -14,7 +14,7 @@ from builders.fuse import Fusions, Turnstile
 from builders.methods import load_adapter, make_config, save_adapter
 from method_oracle import check_close, oracle_logprobs, prompt_of, twin
 from servers.command import parse_and_run
-from servers.rpc_fakes import Harness, failure_of, harness
+from servers.rpc_harness import Harness, failure_of, harness
 from servers.server_under_test import start_server
 
 from turret.clients.client import TurretClient

@@ -10,7 +10,8 @@ from typing import Any
 
 import grpc
 import pytest
-from servers.rpc_fakes import VOCAB_SIZE, endless, failure_of, finish, harness, soon
+from servers.fakes import VOCAB_SIZE, endless, finish
+from servers.rpc_harness import failure_of, harness, soon
 
 from turret.server.engine.request import FinishReason, Output, Request
 from turret.v1 import adapters_pb2, inference_pb2

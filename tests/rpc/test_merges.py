@@ -6,7 +6,7 @@ import asyncio
 
 import grpc
 import pytest
-from servers.rpc_fakes import failure_of, harness
+from servers.rpc_harness import failure_of, harness
 
 from turret.server.adapters.ref import AdapterRef
 from turret.server.errors import InvalidRequestError, MergeActiveError

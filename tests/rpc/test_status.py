@@ -7,10 +7,13 @@ import logging
 
 import grpc
 import pytest
-from servers.rpc_fakes import failing, failure_of, harness
+from servers.fakes import failing
+from servers.rpc_harness import failure_of, harness
 
 from turret.server import errors
-from turret.server.rpc.status import TABLE, row_of, to_rich_status
+from turret.server.api.faults import TABLE, fault_of, row_of
+from turret.server.codes import Code
+from turret.server.rpc.status import to_rich_status
 from turret.v1 import inference_pb2
 
 CLASSES = [
@@ -121,12 +124,18 @@ async def test_an_error_of_any_size_fits_the_headers_a_client_accepts() -> None:
     assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
     assert "config.key_0" in failure.violations
     assert failure.violations["*"].endswith("more")
-    assert to_rich_status(error).ByteSize() < 6000
+    assert to_rich_status(fault_of(error)).ByteSize() < 6000
+
+
+def test_the_codes_are_those_of_grpc() -> None:
+    assert {code.name: code.value for code in Code} == {
+        status.name: status.value[0] for status in grpc.StatusCode
+    }
 
 
 def test_a_subclass_gets_the_row_of_its_parent() -> None:
     class Special(errors.QueueFullError):
         pass
 
-    assert row_of(Special("x")).code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert row_of(KeyError("x")).code is grpc.StatusCode.INTERNAL
+    assert row_of(Special("x")).code is Code.RESOURCE_EXHAUSTED
+    assert row_of(KeyError("x")).code is Code.INTERNAL

@@ -14,11 +14,11 @@ import pytest
 from builders import registries
 from builders.adapters import edit_config
 from builders.registries import Registries
-from servers.rpc_fakes import Harness, failure_of, harness
+from servers.rpc_harness import Harness, failure_of, harness
 
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.server.adapters.state.state_dir import StateDir
-from turret.server.rpc import adapters, uploads
+from turret.server.api import adapters, uploads
 from turret.v1 import adapters_pb2 as pb
 
 Code = grpc.StatusCode

@@ -20,10 +20,7 @@ import grpc
 import pytest
 from checkout import ROOT
 from servers.app_parts import Parts, make_app
-from servers.rpc_fakes import (
-    failure_of,
-    soon,
-)
+from servers.rpc_harness import failure_of, soon
 
 import turret
 from turret.server import log

@@ -8,7 +8,7 @@ import urllib.request
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from servers.rpc_fakes import harness
+from servers.rpc_harness import harness
 
 from turret.server.metrics import Metrics, MetricsServer
 from turret.v1 import adapters_pb2, inference_pb2

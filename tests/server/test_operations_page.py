@@ -6,10 +6,10 @@ import re
 
 from pages.operations_page import PAGE, meanings, rendered
 
+from turret.server.api.adapters import MAX_UPLOADS
+from turret.server.api.faults import TABLE
+from turret.server.api.uploads import IDLE_SECONDS, MAX_CONFIG_BYTES
 from turret.server.metrics import MAX_ADAPTER_LABELS, Metrics
-from turret.server.rpc.adapters import MAX_UPLOADS
-from turret.server.rpc.status import TABLE
-from turret.server.rpc.uploads import IDLE_SECONDS, MAX_CONFIG_BYTES
 from turret.v1 import adapters_pb2
 
 

@@ -19,6 +19,7 @@ from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.interrupt import Interrupt
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
+from turret.server.api.faults import row_of
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,
@@ -29,7 +30,6 @@ from turret.server.errors import (
     InvalidRequestError,
     TurretError,
 )
-from turret.server.rpc.status import row_of
 
 COMPONENTS: dict[str, tuple[str, dict[str, Any]]] = {
     "a": ("lora", {"target_modules": ["q_proj", "v_proj"]}),

@@ -8,9 +8,9 @@ import re
 from checkout import ROOT
 
 from turret.server import errors
+from turret.server.api.faults import TABLE
 from turret.server.flags import add_flags
 from turret.server.metrics import Metrics
-from turret.server.rpc.status import TABLE
 
 PAGE = ROOT / "docs" / "operations.md"
 

@@ -6,12 +6,7 @@ import asyncio
 import threading
 from typing import Any
 
-from servers.rpc_fakes import (
-    FakeEngine,
-    FakeMerger,
-    FakeRegistry,
-    fake_backend,
-)
+from servers.fakes import FakeEngine, FakeMerger, FakeRegistry, fake_backend
 
 from turret.server.api.backend import Backend
 from turret.server.app import App

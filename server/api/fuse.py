@@ -1,4 +1,4 @@
-"""``FuseAdapters``: the request, checked, and the reply."""
+"""Fusions, proto to domain and back."""
 
 from __future__ import annotations
 

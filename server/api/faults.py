@@ -1,0 +1,99 @@
+"""What a client may know of an error: a code, a text, and when to try again.
+
+``TABLE`` is the one table from error class to code. A door adds how its protocol says a code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from turret.server import errors
+from turret.server.codes import Code
+
+
+class Row(NamedTuple):
+    """The code of an error class, and how long a client should wait before a retry."""
+
+    code: Code
+    # None: a retry of the same call fails the same way, unless the error itself says otherwise.
+    retry_after_seconds: float | None = None
+
+
+TABLE: dict[type[errors.TurretError], Row] = {
+    errors.TurretError: Row(Code.INTERNAL),
+    errors.InvalidRequestError: Row(Code.INVALID_ARGUMENT),
+    errors.PromptTooLongError: Row(Code.INVALID_ARGUMENT),
+    errors.AdapterError: Row(Code.FAILED_PRECONDITION),
+    errors.AdapterNotFoundError: Row(Code.NOT_FOUND),
+    errors.AdapterExistsError: Row(Code.ALREADY_EXISTS),
+    errors.AdapterCheckpointError: Row(Code.INVALID_ARGUMENT),
+    # Nothing is wrong with the call: the server's files are.
+    errors.AdapterChangedError: Row(Code.FAILED_PRECONDITION),
+    errors.AdapterMismatchError: Row(Code.FAILED_PRECONDITION),
+    errors.AdapterComponentError: Row(Code.FAILED_PRECONDITION),
+    errors.AdapterInUseError: Row(Code.FAILED_PRECONDITION),
+    errors.AdapterUnloadedError: Row(Code.ABORTED),
+    errors.StateDirRequiredError: Row(Code.FAILED_PRECONDITION),
+    errors.MergeActiveError: Row(Code.FAILED_PRECONDITION),
+    errors.NotMergedError: Row(Code.FAILED_PRECONDITION),
+    errors.ResourceError: Row(Code.RESOURCE_EXHAUSTED, 1.0),
+    errors.QueueFullError: Row(Code.RESOURCE_EXHAUSTED, 1.0),
+    # A rank or size over its limit stays over it; what frees up by itself says so in the error.
+    errors.BudgetExceededError: Row(Code.RESOURCE_EXHAUSTED),
+    errors.StorageFullError: Row(Code.RESOURCE_EXHAUSTED),
+    errors.UnauthenticatedError: Row(Code.UNAUTHENTICATED),
+    errors.PermissionDeniedError: Row(Code.PERMISSION_DENIED),
+    errors.UnavailableError: Row(Code.UNAVAILABLE, 1.0),
+    errors.DeadlineExceededError: Row(Code.DEADLINE_EXCEEDED),
+}
+
+
+def row_of(error: BaseException) -> Row:
+    """The row of the nearest class in the table; INTERNAL for what turret did not raise."""
+    for kind in type(error).__mro__:
+        if kind in TABLE:
+            return TABLE[kind]
+    return Row(Code.INTERNAL)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fault:
+    """An error as clients see it.
+
+    Attributes:
+        code: Its kind.
+        reason: A constant for programs, such as ``ADAPTER_NOT_FOUND``.
+        message: For people.
+        metadata: Names and numbers that the message speaks of.
+        violations: ``(field path, description)`` of what is wrong with the request.
+        retry_after_seconds: When to try again; None if that would not help.
+    """
+
+    code: Code
+    reason: str
+    message: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    violations: tuple[tuple[str, str], ...] = ()
+    retry_after_seconds: float | None = None
+
+
+def fault_of(error: BaseException) -> Fault:
+    """What may be told of an error.
+
+    What turret did not raise on purpose becomes INTERNAL "internal error": its text may hold
+    anything, so it stays in the log, and the door has to write it there.
+    """
+    row = row_of(error)
+    if row.code is Code.INTERNAL or not isinstance(error, errors.TurretError):
+        return Fault(code=Code.INTERNAL, reason="INTERNAL", message="internal error")
+    delay = error.retry_after_seconds
+    return Fault(
+        code=row.code,
+        reason=error.reason,
+        message=error.message,
+        metadata=error.metadata,
+        violations=error.violations,
+        retry_after_seconds=row.retry_after_seconds if delay is None else delay,
+    )

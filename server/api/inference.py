@@ -1,0 +1,181 @@
+"""What the Inference service does, whoever asks: messages in, messages out, TurretError.
+
+A door parses what came to it into a message, begins a ``Call``, and iterates. It need not count,
+nor tell the engine that a caller has gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import turret
+from turret.server.api.answers import finish_fields, token_logprobs, usage_fields
+from turret.server.api.backend import Backend
+from turret.server.api.call import Call
+from turret.server.api.gate import Gate
+from turret.server.api.requests import check_input, generate_request, input_token_ids, score_request
+from turret.server.api.violations import Violations
+from turret.server.engine.request import FinishReason, Output, Request
+from turret.server.errors import DeadlineExceededError
+from turret.v1 import inference_pb2
+
+
+class Inference:
+    """Answers on behalf of the backend behind the gate.
+
+    Every method raises UnavailableError while the gate is closed and InvalidRequestError for a
+    message with offending fields (all of them listed); what else it raises is the engine's (see
+    ``Engine.submit``). ``deadline`` is a ``time.monotonic()`` value in seconds, or None.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+
+    async def generate(
+        self, message: inference_pb2.GenerateRequest, call: Call, deadline: float | None
+    ) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
+        """The answer, chunk by chunk; the last one carries ``finish_reason``.
+
+        Close the generator if you leave it early. To cancel the task that iterates is enough too.
+
+        Raises:
+            DeadlineExceededError: After the last chunk, if the deadline ended the request.
+        """
+        backend = self._gate.enter()
+        request = await generate_request(
+            message,
+            backend.tokenizer,
+            vocab_size=backend.model_info.vocab_size,
+            request_id=call.request_id,
+            deadline=deadline,
+        )
+        is_echo_due = request.options.echo
+        async with contextlib.aclosing(_outputs(backend, request, call)) as outputs:
+            async for output in outputs:
+                fields = _grown(request, output)
+                if is_echo_due:
+                    is_echo_due = False
+                    prompt = _echo(request, backend, output)
+                    fields = {key: _joined(prompt[key], fields[key]) for key in fields}
+                if output.finish is not None:
+                    fields |= finish_fields(output.finish, request.stop.stop_token_ids)
+                yield inference_pb2.GenerateChunk(request_id=request.request_id, **fields)
+
+    async def generate_whole(
+        self, message: inference_pb2.GenerateRequest, call: Call, deadline: float | None
+    ) -> inference_pb2.GenerateResponse:
+        """The chunks of ``generate`` in one message."""
+        response = inference_pb2.GenerateResponse()
+        texts: list[str] = []
+        async with contextlib.aclosing(self.generate(message, call, deadline)) as chunks:
+            async for chunk in chunks:
+                texts.append(chunk.text)
+                chunk.ClearField("text")
+                # Both messages have the same fields under the same numbers: joining the chunks is
+                # what the wire format calls a merge.
+                response.MergeFromString(chunk.SerializeToString())
+        response.text = "".join(texts)
+        return response
+
+    async def score(
+        self, message: inference_pb2.ScoreRequest, call: Call, deadline: float | None
+    ) -> inference_pb2.ScoreResponse:
+        """The logprobs of a prompt.
+
+        Raises:
+            DeadlineExceededError: The deadline passed first.
+        """
+        backend = self._gate.enter()
+        request = await score_request(
+            message,
+            backend.tokenizer,
+            vocab_size=backend.model_info.vocab_size,
+            request_id=call.request_id,
+            deadline=deadline,
+        )
+        response = inference_pb2.ScoreResponse(request_id=request.request_id)
+        async with contextlib.aclosing(_outputs(backend, request, call)) as outputs:
+            async for output in outputs:
+                response.tokens.extend(token_logprobs(output.prompt_logprobs))
+                if output.finish is not None:
+                    response.MergeFrom(inference_pb2.ScoreResponse(**usage_fields(output.finish)))
+        return response
+
+    async def tokenize(
+        self, message: inference_pb2.TokenizeRequest
+    ) -> inference_pb2.TokenizeResponse:
+        """The tokens of a prompt, a chat or token ids, and their text."""
+        backend = self._gate.enter()
+        violations = Violations()
+        check_input(message, backend.model_info.vocab_size, violations)
+        violations.raise_if_any()
+        ids = await input_token_ids(message, backend.tokenizer)
+        return inference_pb2.TokenizeResponse(
+            token_ids=ids,
+            token_texts=[backend.tokenizer.token_text(token_id) for token_id in ids],
+            text=backend.tokenizer.decode(ids, special=True),
+        )
+
+    def model(self) -> inference_pb2.GetModelResponse:
+        """The base model, this build, and the adapter methods it can load."""
+        backend = self._gate.enter()
+        info = backend.model_info
+        return inference_pb2.GetModelResponse(
+            name=info.name,
+            model_type=info.model_type,
+            digest=info.digest,
+            dtype=info.dtype,
+            quantization=info.quantization,
+            vocab_size=info.vocab_size,
+            max_model_len=info.max_model_len,
+            num_layers=info.num_layers,
+            hidden_size=info.hidden_size,
+            server_version=turret.__version__,
+            methods=backend.methods,
+        )
+
+
+async def _outputs(backend: Backend, request: Request, call: Call) -> AsyncGenerator[Output, None]:
+    """Run a request on behalf of a call; however the call ends, the engine lets go of it.
+
+    Raises:
+        DeadlineExceededError: After the last output, if the deadline ended the request.
+    """
+    call.rename(request.request_id)
+    call.adapters = tuple(ref.name for ref in request.adapters)
+    stream = await backend.engine.submit(request)
+    # Also covers a call that dies while nobody iterates.
+    call.at_end(stream.cancel)
+    try:
+        async for output in stream:
+            call.prompt_tokens = len(request.prompt_token_ids)
+            call.generated_tokens += len(output.token_ids)
+            yield output
+            if output.finish is not None and output.finish.reason is FinishReason.DEADLINE:
+                raise DeadlineExceededError("the deadline passed before the request finished")
+    finally:
+        stream.cancel()
+
+
+def _echo(request: Request, backend: Backend, first: Output) -> dict[str, Any]:
+    """The prompt's part of the answer; its logprobs come with the first output."""
+    ids = request.prompt_token_ids
+    return {
+        "text": backend.tokenizer.decode(ids, special=True),
+        "token_ids": ids if request.options.token_ids else (),
+        "logprobs": token_logprobs(first.prompt_logprobs) if request.options.logprobs else [],
+    }
+
+
+def _grown(request: Request, output: Output) -> dict[str, Any]:
+    return {
+        "text": output.text,
+        "token_ids": output.token_ids if request.options.token_ids else (),
+        "logprobs": token_logprobs(output.logprobs) if request.options.logprobs else [],
+    }
+
+
+def _joined(first: Any, second: Any) -> Any:
+    return first + second if isinstance(first, str) else [*first, *second]

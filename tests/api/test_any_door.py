@@ -1,0 +1,211 @@
+"""What a door gets from ``server/api``, without any: answers, counts, log lines, errors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from checkout import ROOT
+from servers.fakes import FakeEngine, FakeMerger, FakeRegistry, endless, fake_backend, finish
+
+from turret.server import errors, log
+from turret.server.api.adapters import Adapters
+from turret.server.api.auth import authorize
+from turret.server.api.call import Call
+from turret.server.api.faults import fault_of
+from turret.server.api.gate import Gate
+from turret.server.api.inference import Inference
+from turret.server.api.tokens import TokenTable
+from turret.server.codes import Code
+from turret.server.engine.request import FinishReason, Output, Request
+from turret.server.metrics import Metrics
+from turret.v1 import adapters_pb2 as pb
+from turret.v1 import inference_pb2
+
+Generate = inference_pb2.GenerateRequest
+
+
+@dataclass
+class House:
+    """Everything behind the doors."""
+
+    gate: Gate = field(default_factory=Gate)
+    engine: FakeEngine = field(default_factory=FakeEngine)
+    registry: FakeRegistry = field(default_factory=FakeRegistry)
+    merger: FakeMerger = field(default_factory=FakeMerger)
+    metrics: Metrics = field(default_factory=Metrics)
+
+    def __post_init__(self) -> None:
+        self.inference, self.adapters = Inference(self.gate), Adapters(self.gate)
+        self.gate.open(fake_backend(self.engine, self.registry, self.merger))
+
+    def begin(self, *sent_ids: str | bytes, is_counted: bool = True) -> Call:
+        return Call.begin("POST /v1/x", sent_ids, self.metrics, is_counted=is_counted)
+
+    def sample(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(name, labels)
+
+
+@pytest.fixture
+async def house() -> AsyncIterator[House]:
+    made = House()
+    yield made
+    made.adapters.close()
+
+
+def test_no_door_is_loaded_with_the_house() -> None:
+    script = (
+        "import sys\nimport turret.server.api.inference, turret.server.api.adapters\n"
+        "import turret.server.api.auth\n"
+        "print([m for m in ('grpc', 'torch', 'transformers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )
+    assert done.stdout == "[]\n"
+
+
+async def test_an_answer_is_counted_and_logged_when_its_call_is_finished(
+    house: House, caplog: pytest.LogCaptureFixture
+) -> None:
+    house.metrics.adapter_registered("sql")
+    call = house.begin("r-1")
+    message = Generate(prompt="abc", adapters=[pb.AdapterWeight(name="sql")])
+    deadline = time.monotonic() + 60
+    texts = [chunk.text async for chunk in house.inference.generate(message, call, deadline)]
+    assert texts == ["H", "i"]
+    (request,) = house.engine.requests
+    assert (request.request_id, request.deadline) == ("r-1", deadline)
+    labels = {"adapter": "sql", "code": "OK"}
+    assert house.sample("turret_requests_total", **labels) is None
+    with caplog.at_level(logging.INFO, "turret.server.api"):
+        call.finish(Code.OK)
+    assert house.sample("turret_requests_total", **labels) == 1
+    assert house.sample("turret_prompt_tokens_total", adapter="sql") == 3
+    assert house.sample("turret_generated_tokens_total", adapter="sql") == 2
+    (record,) = caplog.records
+    said: dict[str, Any] = record.__dict__["fields"]
+    assert record.message == "call finished"
+    assert (said["method"], said["code"], said["adapters"]) == ("POST /v1/x", "OK", "sql")
+    assert (said["prompt_tokens"], said["generated_tokens"]) == (3, 2)
+
+
+async def test_a_call_that_is_not_counted_is_logged_alone(house: House) -> None:
+    call = house.begin(is_counted=False)
+    answer = await house.inference.tokenize(inference_pb2.TokenizeRequest(prompt="a"))
+    assert list(answer.token_ids) == [97]
+    call.finish(Code.OK)
+    assert house.sample("turret_requests_total", adapter="base", code="OK") is None
+
+
+async def test_a_message_names_its_call_anew(house: House) -> None:
+    call = house.begin(b"\xff", "bad\nid", "", "good")
+    assert call.request_id == log.request_id.get() == "good"
+    await house.inference.generate_whole(Generate(prompt="a", request_id="own"), call, None)
+    assert call.request_id == log.request_id.get() == "own"
+    assert len(house.begin().request_id) == 32
+
+
+@pytest.mark.parametrize("how", ["close", "cancel", "finish"])
+async def test_the_engine_lets_go_of_a_call_that_ends_early(house: House, how: str) -> None:
+    house.engine.script = endless
+    call = house.begin()
+    chunks = house.inference.generate(Generate(prompt="a"), call, None)
+    assert (await anext(chunks)).text == "H"
+    stream = house.engine.streams[0]
+    assert not stream.cancelled.is_set()
+    if how == "close":
+        await chunks.aclose()
+    elif how == "cancel":
+        waiting = asyncio.ensure_future(anext(chunks))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+    else:
+        # Nobody iterates and nobody closes.
+        call.finish(Code.CANCELLED)
+    assert stream.cancelled.is_set()
+    if how != "finish":
+        call.finish(Code.CANCELLED)
+    else:
+        await chunks.aclose()
+    assert house.sample("turret_requests_total", adapter="base", code="CANCELLED") == 1
+
+
+async def test_a_deadline_is_an_error_after_the_last_chunk(house: House) -> None:
+    async def late(request: Request) -> AsyncIterator[Output]:
+        yield Output(text="H", finish=finish(request, FinishReason.DEADLINE))
+
+    house.engine.script = late
+    chunks = house.inference.generate(Generate(prompt="a"), house.begin(), 0.0)
+    assert (await anext(chunks)).finish_reason == inference_pb2.GenerateResponse.DEADLINE
+    with pytest.raises(errors.DeadlineExceededError):
+        await anext(chunks)
+
+
+async def test_a_closed_gate_and_a_bad_message_are_errors_of_turret(house: House) -> None:
+    with pytest.raises(errors.InvalidRequestError) as bad:
+        await house.inference.score(inference_pb2.ScoreRequest(top_n=21), house.begin(), None)
+    assert {path for path, _ in fault_of(bad.value).violations} == {"input", "top_n"}
+    house.gate.close("the server is shutting down")
+    with pytest.raises(errors.UnavailableError) as closed:
+        house.inference.model()
+    fault = fault_of(closed.value)
+    assert (fault.code, fault.retry_after_seconds) == (Code.UNAVAILABLE, 1.0)
+    with pytest.raises(errors.UnavailableError):
+        await house.adapters.pin(pb.PinAdapterRequest(name="a"), house.begin())
+
+
+async def test_adapters_are_loaded_listed_pinned_and_unloaded(house: House) -> None:
+    call = house.begin(is_counted=False)
+    for name in ("a", "b", "c"):
+        await house.adapters.load(pb.LoadAdapterRequest(name=name, path=name), call)
+    assert call.adapters == ("c",)
+    page = await house.adapters.list_page(pb.ListAdaptersRequest(page_size=2))
+    assert [a.name for a in page.adapters] == ["a", "b"]
+    token = page.next_page_token
+    page = await house.adapters.list_page(pb.ListAdaptersRequest(page_size=2, page_token=token))
+    assert ([a.name for a in page.adapters], page.total_size) == (["c"], 3)
+    assert (await house.adapters.pin(pb.PinAdapterRequest(name="b"), call)).pinned
+    await house.adapters.unload(pb.UnloadAdapterRequest(name="a"), call)
+    assert house.registry.unloads == [("a", "DRAIN", 30.0)]
+    state = await house.adapters.merge(
+        pb.MergeAdaptersRequest(adapters=[pb.AdapterWeight(name="b")]), call
+    )
+    assert state == house.adapters.merge_state()
+
+
+async def test_a_caller_that_goes_away_withdraws_its_merge(house: House) -> None:
+    house.merger.is_slow = True
+    message = pb.MergeAdaptersRequest(adapters=[pb.AdapterWeight(name="b")])
+    merging = asyncio.ensure_future(house.adapters.merge(message, house.begin()))
+    assert await asyncio.to_thread(house.merger.begun.wait, 5)
+    merging.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await merging
+    assert await asyncio.to_thread(house.merger.withdrawn.wait, 5)
+
+
+def test_a_service_asks_for_its_role_and_others_for_none() -> None:
+    tokens = TokenTable([("t", frozenset({"inference"}))])
+    authorize(tokens, "turret.v1.Inference", "Bearer t")
+    authorize(None, "turret.v1.Adapters", None)
+    authorize(tokens, "grpc.health.v1.Health", None)
+    with pytest.raises(errors.PermissionDeniedError):
+        authorize(tokens, "turret.v1.Adapters", "bearer t")
+    for sent in (None, b"Bearer t", "t", "Basic t", "Bearer u"):
+        with pytest.raises(errors.UnauthenticatedError):
+            authorize(tokens, "turret.v1.Inference", sent)

@@ -1,0 +1,141 @@
+"""An in-process gRPC server around stand-ins, and what its failures say."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from google.rpc import error_details_pb2, status_pb2
+from servers.fakes import FakeEngine, FakeMerger, FakeRegistry, fake_backend
+
+from turret.server.api.adapters import Adapters
+from turret.server.api.backend import Backend
+from turret.server.api.gate import Gate
+from turret.server.api.inference import Inference
+from turret.server.api.tokens import TokenTable
+from turret.server.config import ListenConfig, SecurityConfig
+from turret.server.metrics import Metrics
+from turret.server.rpc.server import RpcServer
+from turret.v1 import adapters_pb2_grpc, inference_pb2_grpc
+
+
+@dataclass
+class Harness:
+    """A running server, what is behind it, and a client channel."""
+
+    rpc: RpcServer
+    gate: Gate
+    engine: FakeEngine
+    registry: Any
+    merger: FakeMerger
+    metrics: Metrics
+    backend: Backend
+    channel: grpc.aio.Channel
+
+    @property
+    def inference(self) -> Any:
+        return inference_pb2_grpc.InferenceStub(self.channel)  # type: ignore[arg-type]
+
+    @property
+    def adapters(self) -> Any:
+        return adapters_pb2_grpc.AdaptersStub(self.channel)  # type: ignore[arg-type]
+
+    def sample(self, name: str, **labels: str) -> float | None:
+        return self.metrics.registry.get_sample_value(name, labels)
+
+
+@contextlib.asynccontextmanager
+async def harness(
+    *,
+    listen: ListenConfig | None = None,
+    security: SecurityConfig | None = None,
+    tokens: TokenTable | None = None,
+    serving: bool = True,
+    registry: Any = None,
+    merger: FakeMerger | None = None,
+) -> AsyncIterator[Harness]:
+    """A server on a free port, serving fakes, or a registry that the caller brings and closes."""
+    gate, metrics = Gate(), Metrics()
+    adapters = Adapters(gate)
+    engine = FakeEngine()
+    registry = FakeRegistry() if registry is None else registry
+    merger = FakeMerger() if merger is None else merger
+    rpc = RpcServer(
+        listen or ListenConfig(address="127.0.0.1:0"),
+        security or SecurityConfig(),
+        inference=Inference(gate),
+        adapters=adapters,
+        metrics=metrics,
+        tokens=tokens,
+    )
+    await rpc.start()
+    backend = fake_backend(engine, registry, merger)
+    if serving:
+        gate.open(backend)
+        rpc.health.set_serving(True)
+    try:
+        async with grpc.aio.insecure_channel(rpc.address) as channel:
+            yield Harness(rpc, gate, engine, registry, merger, metrics, backend, channel)
+    finally:
+        adapters.close()
+        await rpc.stop(0)
+
+
+@dataclass
+class Failure:
+    """A failed call, taken apart."""
+
+    code: grpc.StatusCode
+    message: str
+    reason: str
+    metadata: dict[str, str]
+    violations: dict[str, str]
+    retry_seconds: float | None
+    request_id: str
+
+
+async def failure_of(call: Any) -> Failure:
+    """Await a call (or drain a stream) that must fail."""
+    try:
+        if hasattr(call, "__aiter__"):
+            async for _ in call:
+                pass
+        else:
+            await call
+    except grpc.aio.AioRpcError as error:
+        trailers = dict(error.trailing_metadata() or ())
+        rich = status_pb2.Status()
+        rich.ParseFromString(trailers.get("grpc-status-details-bin", b""))  # type: ignore[arg-type]
+        if rich.code and (rich.code, rich.message) != (error.code().value[0], error.details()):
+            raise AssertionError("status and rich status disagree") from error
+        info, bad = error_details_pb2.ErrorInfo(), error_details_pb2.BadRequest()
+        retry = error_details_pb2.RetryInfo()
+        for detail in rich.details:
+            for message in (info, bad, retry):
+                detail.Unpack(message)
+        if rich.details and info.domain != "turret":
+            raise AssertionError("no ErrorInfo of turret") from error
+        return Failure(
+            code=error.code(),
+            message=error.details() or "",
+            reason=info.reason,
+            metadata=dict(info.metadata),
+            violations={v.field: v.description for v in bad.field_violations},
+            retry_seconds=retry.retry_delay.ToTimedelta().total_seconds()
+            if retry.HasField("retry_delay")
+            else None,
+            request_id=str(trailers.get("x-request-id", "")),
+        )
+    raise AssertionError("the call succeeded")
+
+
+async def soon(event: asyncio.Event, seconds: float = 5.0) -> float:
+    """Wait for an event that must come; returns how long it took."""
+    started = time.monotonic()
+    await asyncio.wait_for(event.wait(), seconds)
+    return time.monotonic() - started
