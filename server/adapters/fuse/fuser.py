@@ -36,8 +36,9 @@ from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser, P
 from turret.server.adapters.fuse.result import FuseResult, ModuleReport
 from turret.server.adapters.mix import Mix, MixRef
 from turret.server.adapters.residency.loader import AdapterLoader
-from turret.server.adapters.state.ledger import Ledger
+from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
+from turret.server.adapters.state.state_dir import StateDir
 from turret.server.background import work_in_background
 from turret.server.errors import (
     AdapterExistsError,
@@ -78,7 +79,7 @@ class Fuser:
     Args:
         registry: Where members come from and results go.
         loader: Reads the members; knows the base.
-        ledger: Knows whether there is a place for results.
+        state: Where the files of results go.
         host_bytes: Most bytes that the members may take in fp32 while they are fused.
         max_rank: Largest rank of a result.
     """
@@ -87,14 +88,14 @@ class Fuser:
         self,
         registry: Registry,
         loader: AdapterLoader,
-        ledger: Ledger,
+        state: StateDir | NoStateDir,
         *,
         host_bytes: int,
         max_rank: int,
     ) -> None:
         self._registry = registry
         self._loader = loader
-        self._ledger = ledger
+        self._state = state
         self._host_bytes = host_bytes
         self._max_rank = max_rank
         self._lock = threading.Lock()
@@ -171,7 +172,7 @@ class Fuser:
         try:
             if name in {ref.name for ref in refs}:
                 raise InvalidRequestError.of("name", f"{name!r} is a member of the mix")
-            self._ledger.require_place()
+            self._state.check_room(0)
             with self._lock:
                 mix = job.mix = self._registry.acquire(refs)
             base = replace(self._loader.base, dtype=torch.float32)
@@ -235,7 +236,7 @@ class Fuser:
             module = fused[path] = fuser.fuse(parts, base.modules[path])
             num_bytes += module.a.nbytes + module.b.nbytes
             # Rather than when everything is computed.
-            self._ledger.require_place().check_room(num_bytes)
+            self._state.check_room(num_bytes)
             progress.report(len(fused))
         return fused
 

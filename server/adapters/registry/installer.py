@@ -15,8 +15,9 @@ from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.residency.host_cache import HostCache
 from turret.server.adapters.residency.loader import AdapterLoader, LoadedAdapter
 from turret.server.adapters.source import Source
-from turret.server.adapters.state.ledger import Ledger
+from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.staged_upload import StagedUpload
+from turret.server.adapters.state.state_dir import StateDir
 from turret.server.errors import AdapterExistsError, TurretError
 
 _log = logging.getLogger(__name__)
@@ -31,13 +32,13 @@ class Installer:
         table: NameTable,
         *,
         cache: HostCache,
-        ledger: Ledger,
+        state: StateDir | NoStateDir,
         pins: Pins,
     ) -> None:
         self._loader = loader
         self._table = table
         self._cache = cache
-        self._ledger = ledger
+        self._state = state
         self._pins = pins
 
     def install(
@@ -117,7 +118,7 @@ class Installer:
         self._table.check_active(registration)
         if source != adapter.source and not (source.is_upload or adapter.source.is_upload):
             # Known to hold the content; the old path may be gone.
-            self._ledger.save(adapter, pinned=adapter.pinned, source=source)
+            self._state.save(adapter, pinned=adapter.pinned, source=source)
             adapter.source = source
         if pinned:
             self._pins.pin(registration)
@@ -136,10 +137,10 @@ class Installer:
             if pinned:
                 self._pins.hold(adapter)
             if staged is not None:
-                self._ledger.adopt(staged, adapter)
+                self._state.adopt(staged, adapter)
             if replaced is not None:
                 self._table.check_active(replaced)
-            self._ledger.save(adapter, pinned=pinned)
+            self._state.save(adapter, pinned=pinned)
         except BaseException:
             self._withdraw(adapter, replaced)
             raise
@@ -149,10 +150,10 @@ class Installer:
         self._cache.pump()
         try:
             if replaced is None:
-                self._ledger.remove(adapter.name)
+                self._state.remove(adapter.name)
             else:
-                self._ledger.save(replaced.current, pinned=replaced.current.pinned)
+                self._state.save(replaced.current, pinned=replaced.current.pinned)
         except (OSError, TurretError) as error:
             # The write that failed has most likely changed nothing, so that this one is not missed.
             _log.warning("cannot undo", extra=log.fields(adapter=adapter.name, reason=error))
-        self._ledger.discard(adapter.source)
+        self._state.discard(adapter.source)

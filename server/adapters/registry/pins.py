@@ -9,7 +9,8 @@ from turret.server.adapters.mix import HostResult, Mix
 from turret.server.adapters.registry.name_table import NameTable
 from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.residency.host_cache import HostCache
-from turret.server.adapters.state.ledger import Ledger
+from turret.server.adapters.state.no_state_dir import NoStateDir
+from turret.server.adapters.state.state_dir import StateDir
 from turret.server.errors import BudgetExceededError
 
 PIN_TIMEOUT_SECONDS = 60.0
@@ -19,10 +20,10 @@ RETRY_SECONDS = 1.0
 class Pins:
     """Call every method under the name's lock, so that the newest generation stays the newest."""
 
-    def __init__(self, table: NameTable, cache: HostCache, ledger: Ledger) -> None:
+    def __init__(self, table: NameTable, cache: HostCache, state: StateDir | NoStateDir) -> None:
         self._table = table
         self._cache = cache
-        self._ledger = ledger
+        self._state = state
 
     def pin(self, registration: Registration) -> None:
         """Pins the newest generation; see ``AdapterRegistry.pin``."""
@@ -31,7 +32,7 @@ class Pins:
         mix = self._wait_until_resident(adapter)
         try:
             self._table.check_active(registration)
-            self._ledger.save(adapter, pinned=True)
+            self._state.save(adapter, pinned=True)
             self._cache.set_pinned(adapter, True)
         finally:
             self._table.release(mix)
@@ -50,7 +51,7 @@ class Pins:
         """Undoes ``pin``."""
         adapter = registration.current
         if adapter.pinned:
-            self._ledger.save(adapter, pinned=False)
+            self._state.save(adapter, pinned=False)
             self._cache.set_pinned(adapter, False)
             self._cache.pump()
 

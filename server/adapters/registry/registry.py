@@ -32,7 +32,7 @@ from turret.server.adapters.residency.host_cache import HostCache
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.adapters.residency.metrics import AdapterMetrics, NoAdapterMetrics
 from turret.server.adapters.source import Source
-from turret.server.adapters.state.ledger import Ledger
+from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.config import ADAPTER_NAME
@@ -80,11 +80,10 @@ class AdapterRegistry:
         on_unloaded: Callable[[str], None] | None = None,
         load_threads: int = 2,
     ) -> None:
-        uploads = None if state is None else state.path
+        self._state = kept = NoStateDir() if state is None else state
         self._loader = loader = AdapterLoader(
-            root, base, host_bytes, max_rank, uploads, lambda ref: self._table.source_of(ref)
+            root, base, host_bytes, max_rank, kept.path, lambda ref: self._table.source_of(ref)
         )
-        self._ledger = ledger = Ledger(state)
         self._lock = lock = threading.RLock()
         self._metrics: AdapterMetrics = metrics or NoAdapterMetrics()
         self._cache = cache = HostCache(
@@ -95,13 +94,13 @@ class AdapterRegistry:
             load_threads=load_threads,
         )
         self._table = table = NameTable(lock, cache, self._metrics, self._on_retired_gone)
-        self._pins = pins = Pins(table, cache, ledger)
-        self._installer = Installer(loader, table, cache=cache, ledger=ledger, pins=pins)
+        self._pins = pins = Pins(table, cache, kept)
+        self._installer = Installer(loader, table, cache=cache, state=kept, pins=pins)
         self._names = names = NameLocks()
         self._unloads = Unloads(
-            lock, table, names, ledger, end_users=self._end_users, on_gone=self._notify_gone
+            lock, table, names, kept, end_users=self._end_users, on_gone=self._notify_gone
         )
-        self.fuser = Fuser(self, loader, ledger, host_bytes=host_bytes, max_rank=max_rank)
+        self.fuser = Fuser(self, loader, kept, host_bytes=host_bytes, max_rank=max_rank)
         self.on_force_unload = on_force_unload
         self.on_unloaded = on_unloaded
         # Removes files; whoever lets go of a generation last may be the engine thread.
@@ -139,7 +138,7 @@ class AdapterRegistry:
         Raises:
             OSError: The directory cannot be read.
         """
-        found = self._ledger.read()
+        found = self._state.read()
         for saved in found:
             self._table.add(
                 Registration(
@@ -197,13 +196,13 @@ class AdapterRegistry:
             StateDirRequiredError: The server has no state directory.
             BudgetExceededError, StorageFullError: Too large.
         """
-        return self._ledger.stage(files)
+        return self._state.stage(files)
 
     def upload(
         self, name: str, staged: StagedUpload, pinned: bool = False, replace: bool = False
     ) -> AdapterInfo:
         """Registers finished files; as ``load`` does, or with ``replace`` as ``replace`` does."""
-        source = self._ledger.staged_source(staged)
+        source = self._state.staged_source(staged)
         with self._changing(name):
             registration = self._installer.install(
                 name, source, staged=staged, pinned=pinned, replace=replace
@@ -328,7 +327,7 @@ class AdapterRegistry:
         if adapter.source.is_upload:
             # At the end of the process the files stay, and are swept at the next start.
             with contextlib.suppress(RuntimeError):
-                self._janitor.submit(self._ledger.discard, adapter.source)
+                self._janitor.submit(self._state.discard, adapter.source)
 
     def _notify_gone(self, adapter: Adapter) -> None:
         if self.on_unloaded is not None:
@@ -358,4 +357,4 @@ class AdapterRegistry:
         self.fuser.close()
         self._cache.shutdown()
         self._janitor.shutdown(wait=True)
-        self._ledger.close()
+        self._state.close()

@@ -12,7 +12,8 @@ from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.registry.name_locks import NameLocks
 from turret.server.adapters.registry.name_table import NameTable, in_use
 from turret.server.adapters.registry.registration import Registration
-from turret.server.adapters.state.ledger import Ledger
+from turret.server.adapters.state.no_state_dir import NoStateDir
+from turret.server.adapters.state.state_dir import StateDir
 from turret.server.errors import InvalidRequestError
 
 UnloadMode = Literal["DRAIN", "FORCE"]
@@ -27,7 +28,7 @@ class Unloads:
         lock: The registry's.
         table: Who is registered and in flight.
         names: One change of a name at a time.
-        ledger: Forgets names, removes files.
+        state: Forgets names, removes files.
         end_users: Called with the uuid of an adapter whose users must end now; they still have to
             release their mixes.
         on_gone: Called with a generation that nobody will use any more.
@@ -38,7 +39,7 @@ class Unloads:
         lock: threading.RLock,
         table: NameTable,
         names: NameLocks,
-        ledger: Ledger,
+        state: StateDir | NoStateDir,
         *,
         end_users: Callable[[str], None],
         on_gone: Callable[[Adapter], None],
@@ -46,7 +47,7 @@ class Unloads:
         self._lock = lock
         self._table = table
         self._names = names
-        self._ledger = ledger
+        self._state = state
         self._end_users = end_users
         self._on_gone = on_gone
 
@@ -99,7 +100,7 @@ class Unloads:
             if registration.current.pinned:
                 raise in_use(name, "was pinned meanwhile; unpin it first")
         # Nobody can take it up: it is being deleted, and changes of the name wait.
-        self._ledger.remove(name)
+        self._state.remove(name)
         self._table.remove(registration)
         self._on_gone(registration.current)
-        self._ledger.discard(registration.current.source)
+        self._state.discard(registration.current.source)

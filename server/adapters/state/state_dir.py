@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.server import log
+from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
@@ -66,7 +67,7 @@ class StateDir:
             directory.mkdir(exist_ok=True, mode=0o700)
 
     def close(self) -> None:
-        """Lets another server use the directory."""
+        """Lets another server use the directory; nothing may be written any more."""
         if self._lock >= 0:
             os.close(self._lock)
             self._lock = -1
@@ -119,12 +120,25 @@ class StateDir:
                     remove_directory(path)
         return found
 
-    def save(self, saved: SavedRegistration) -> None:
-        """Writes a registration over the one of the same name.
+    def save(self, adapter: Adapter, *, pinned: bool, source: Source | None = None) -> None:
+        """Makes this generation what its name stands for after a restart.
+
+        Args:
+            adapter: The generation.
+            pinned: Whether it is to be pinned then.
+            source: Where its files will be; None for where they are.
 
         Raises:
-            StorageFullError: No room.
+            StorageFullError: The disk is full; what was saved before still holds.
         """
+        saved = SavedRegistration(
+            name=adapter.name,
+            uuid=adapter.uuid,
+            generation=adapter.generation,
+            pinned=pinned,
+            source=source or adapter.source,
+            facts=adapter.facts,
+        )
         with reporting_full_disk():
             replace_file(self._adapters / f"{saved.name}.json", saved.to_json())
 
@@ -161,16 +175,16 @@ class StateDir:
         """Where a staged upload can be read from until it is adopted."""
         return Source(str(staged.directory.relative_to(self.path)), is_upload=True)
 
-    def adopt(self, staged: StagedUpload, key: str) -> Source:
-        """Moves a finished upload to its place. ``key`` is ``Adapter.key``."""
-        target = self._files / key
+    def adopt(self, staged: StagedUpload, adapter: Adapter) -> None:
+        """Moves a finished upload to its place and points the adapter there."""
+        target = self._files / adapter.key
         staged.move(target)
-        return Source(str(target.relative_to(self.path)), is_upload=True)
+        adapter.source = Source(str(target.relative_to(self.path)), is_upload=True)
 
     def discard(self, source: Source) -> None:
-        """Removes the files of an uploaded generation that nobody needs any more."""
-        assert source.is_upload
-        remove_directory(self.path / source.path)
+        """Removes a generation's files if they were uploaded; others belong to the operator."""
+        if source.is_upload:
+            remove_directory(self.path / source.path)
 
 
 def _lock(path: Path) -> int:

@@ -183,7 +183,7 @@ def test_every_step_on_the_disk_may_be_the_last(
             monkeypatch, stop_at, functools.partial(perform, registry, make.root, operation)
         )
         # The process is gone, and with it the lock of the directory.
-        registry._ledger.close()
+        registry._state.close()
         again = open_registry(make.root, state_path)
         again.restore()
         found = entries_of(again)
