@@ -142,7 +142,8 @@ class ModuleOperators:
         gate: Low-rank updates weighted per token, or None.
         gain: ``g``, ``[out_features]``, fp32, applied to the bias-free base result, or None (1).
         input_gain: ``l``, ``[in_features]``, fp32: the base multiplies ``l ⊙ x`` instead of ``x``
-            (IA3 on feed-forward inputs); other operators see ``x``. None is 1.
+            (IA3 on feed-forward inputs); other operators see ``x``. None is 1. Not beside a gain:
+            the sum above does not say whether that would scale what the input gain changes.
         bias: Added to the base bias, ``[out_features]``, fp32, or None (0).
     """
 
@@ -153,6 +154,9 @@ class ModuleOperators:
     gain: torch.Tensor | None = None
     input_gain: torch.Tensor | None = None
     bias: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        assert self.gain is None or self.input_gain is None, "a module has one kind of gain"
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Every tensor, in the order of the fields and of their own tensors."""

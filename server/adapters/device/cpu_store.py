@@ -7,7 +7,7 @@ Kronecker updates. Learned fusions, embeddings and heads are in ``unstacked.py``
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
@@ -34,14 +34,16 @@ from turret.server.adapters.operators import AdapterOperators, Hadamard, Kroneck
 class _Entry:
     """An adapter in the store.
 
-    ``groups`` are those with an update, gain or bias in some layer; ``input_gains`` those with an
-    input gain. ``operators`` are held because the table points into them.
+    ``groups`` are those with an update, gain or bias in some layer; ``gains`` those with a gain,
+    ``input_gains`` those with an input gain. ``operators`` are held because the table points into
+    them.
     """
 
     adapter: Resident
     operators: AdapterOperators
     table: ModuleTable
     groups: frozenset[str]
+    gains: frozenset[str]
     input_gains: frozenset[str]
     last_step: int
 
@@ -81,14 +83,7 @@ class CpuStore(StoredAdapters[_Entry]):
         assert isinstance(self._unstacked, TorchExtras)
         segments = self._segments(members)
         entries = {key: self._entries[key] for segment in segments for key, _ in segment[2]}
-        input_gains: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        for group in frozenset().union(*(e.input_gains for e in entries.values())):
-            places, numbers = [], []
-            for number, (start, end, mix) in enumerate(segments):
-                if any(group in entries[key].input_gains for key, _ in mix):
-                    places.extend(range(start, end))
-                    numbers.extend([number] * (end - start))
-            input_gains[group] = torch.tensor(places), torch.tensor(numbers)
+        scaled, changed = self._input_gains(segments)
         rows = RowAdapters(
             [
                 RowSegment(start, end, [(entries[key].table, weight) for key, weight in mix])
@@ -102,10 +97,33 @@ class CpuStore(StoredAdapters[_Entry]):
             rows=rows,
             projections=self._projections,
             groups=frozenset().union(*(e.groups for e in entries.values())),
-            input_gains=input_gains,
+            scaled=scaled,
+            changed=changed,
             others=slice(len(members.short), long[0][0] if long else None),
             unstacked=self._unstacked.bind(members),
         )
+
+    def _input_gains(
+        self, segments: Sequence[tuple[int, int, Members]]
+    ) -> tuple[dict[str, SegmentRows], dict[str, SegmentRows]]:
+        """The rows with input gains per group: of one-input mixes, and of the others.
+
+        One input cannot serve slices with input gains of their own. Nor may a gain in the mix scale
+        what another member's input gain changes. Which way a row goes depends on its own mix alone.
+        """
+        scaled: dict[str, SegmentRows] = {}
+        changed: dict[str, SegmentRows] = {}
+        mixes = [[self._entries[key] for key, _ in mix] for _, _, mix in segments]
+        for group in frozenset().union(*(e.input_gains for mix in mixes for e in mix)):
+            has_slices = len(self._projections.columns(group)) > 1
+            gained = [n for n, mix in enumerate(mixes) if any(group in e.input_gains for e in mix)]
+            sums = [n for n in gained if has_slices or any(group in e.gains for e in mixes[n])]
+            inputs = [n for n in gained if n not in sums]
+            if inputs:
+                scaled[group] = SegmentRows.of(segments, inputs)
+            if sums:
+                changed[group] = SegmentRows.of(segments, sums)
+        return scaled, changed
 
     @staticmethod
     def _segments(members: StepMembers) -> list[tuple[int, int, Members]]:
@@ -128,7 +146,7 @@ class CpuStore(StoredAdapters[_Entry]):
 
     def _store(self, adapter: Resident, operators: AdapterOperators) -> None:
         table = ModuleTable(self._projections.num_modules)
-        groups, input_gains = set(), set()
+        groups, gains, input_gains = set(), set(), set()
         for name in self._layout.groups:
             for layer, s, ops in self._layout.of(operators, name):
                 low_rank, hadamard, kronecker = ops.low_rank, ops.hadamard, ops.kronecker
@@ -145,11 +163,19 @@ class CpuStore(StoredAdapters[_Entry]):
                 parts = (low_rank, hadamard, kronecker, ops.gain, ops.bias)
                 if any(part is not None for part in parts):
                     groups.add(name)
+                if ops.gain is not None:
+                    gains.add(name)
                 if ops.input_gain is not None:
                     input_gains.add(name)
         table.close()
         self._entries[adapter.key] = _Entry(
-            adapter, operators, table, frozenset(groups), frozenset(input_gains), self._step
+            adapter=adapter,
+            operators=operators,
+            table=table,
+            groups=frozenset(groups),
+            gains=frozenset(gains),
+            input_gains=frozenset(input_gains),
+            last_step=self._step,
         )
 
     def _drop_evicted(self) -> None:
@@ -222,6 +248,27 @@ class Projections:
         return self._columns[group]
 
 
+@dataclass(frozen=True, slots=True)
+class SegmentRows:
+    """Rows of some segments.
+
+    Attributes:
+        rows: Their numbers, ``[n]`` int64.
+        segments: The number of each row's segment, ``[n]`` int64.
+    """
+
+    rows: torch.Tensor
+    segments: torch.Tensor
+
+    @classmethod
+    def of(cls, segments: Sequence[tuple[int, int, Members]], chosen: Sequence[int]) -> SegmentRows:
+        """The rows of the chosen segments, from (first row, end row, mix) of all."""
+        rows = [row for number in chosen for row in range(*segments[number][:2])]
+        counts = [segments[number][1] - segments[number][0] for number in chosen]
+        numbers = [n for n, count in zip(chosen, counts, strict=True) for _ in range(count)]
+        return cls(torch.tensor(rows), torch.tensor(numbers))
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuStep:
     """See ``AdapterStep``.
@@ -230,7 +277,8 @@ class CpuStep:
         rows: The segments.
         projections: Of the model.
         groups: Those in which some adapter of the step has an update, gain or bias.
-        input_gains: Per group with input gains, their rows and each row's segment.
+        scaled: Per group, the rows whose input gains are multiplied into the input.
+        changed: Per group, the rows whose input gains are a product of their own, added last.
         others: Rows of the base model alone.
         unstacked: The other operators.
     """
@@ -238,7 +286,8 @@ class CpuStep:
     rows: RowAdapters
     projections: Projections
     groups: frozenset[str]
-    input_gains: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
+    scaled: Mapping[str, SegmentRows]
+    changed: Mapping[str, SegmentRows]
     others: slice
     unstacked: StepExtras
 
@@ -250,25 +299,26 @@ class CpuStep:
         bias: torch.Tensor | None,
         base: BaseProduct,
     ) -> torch.Tensor:
-        gained, columns = self.input_gains.get(group), self.projections.columns(group)
         first = self.projections.module(layer, group)
         ahead = self.rows.ahead(first)
-        if gained is not None and len(columns) == 1:
-            scaled = self.rows.input_gain(first, x, *gained, start=1.0)
-            y = base(x.index_copy(0, gained[0], scaled), ahead)
-            gained = None
-        else:
+        scaled, changed = self.scaled.get(group), self.changed.get(group)
+        if scaled is None:
             y = base(x, ahead)
+        else:
+            gained = self.rows.input_gain(first, x, scaled.rows, scaled.segments, start=1.0)
+            y = base(x.index_copy(0, scaled.rows, gained), ahead)
         if group in self.groups:
             self.rows.adapt(self.projections.shape(layer, group), x, y, bias)
             if bias is not None:
                 y[self.others] += bias
         elif bias is not None:
             y += bias
-        if gained is not None:
-            # Each slice has a gain of its own: W (l ⊙ x) = W x + W ((l − 1) ⊙ x).
-            for s, those in enumerate(columns):
-                scaled = self.rows.input_gain(first + s, x, *gained, start=0.0)
-                y[:, those].index_add_(0, gained[0], base(scaled)[:, those])
+        if changed is not None:
+            # W (l ⊙ x) = W x + W ((l − 1) ⊙ x), and each slice has a gain of its own.
+            for s, columns in enumerate(self.projections.columns(group)):
+                change = self.rows.input_gain(
+                    first + s, x, changed.rows, changed.segments, start=0.0
+                )
+                y[:, columns].index_add_(0, changed.rows, base(change)[:, columns])
         self.unstacked.apply(layer, group, x, y)
         return y

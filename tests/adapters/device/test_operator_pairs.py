@@ -1,0 +1,238 @@
+"""Every pair of operators in one mix and in one adapter, on every path, against float64.
+
+The sum is that of ``docs/adapters.md``: ``y = G ⊙ (W x) + b + Σ_k w_k Δ_k(x)``. All pairs are rows
+of one step, as single rows and as segments, so each is computed beside all others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import accumulate, combinations, combinations_with_replacement, pairwise
+from typing import Any
+
+import pytest
+import torch
+from gpu_path import use_coarse_tiles
+from kernel_traffic import error_ratio
+from torch import Tensor
+
+from turret.kernels.cpu.native import library
+from turret.kernels.gpu import tuning as tuning_module
+from turret.kernels.gpu.row_table import RowTable
+from turret.kernels.gpu.segment_table import SegmentTable
+from turret.server.adapters.device.cpu_store import CpuStore
+from turret.server.adapters.device.gpu_store import GpuStore
+from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.adapters.device.members import Members, StepMembers
+from turret.server.adapters.device.packed_store import PackedStore
+from turret.server.adapters.operators import (
+    AdapterOperators,
+    Gate,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    ModuleOperators,
+)
+
+CPU = torch.device("cpu")
+INNER = 64
+OUTS = {"gate_up": (96, 32), "down": (64,)}
+LAYOUT = ProjectionLayout(
+    1,
+    {
+        name: tuple(SliceShape(f"{name}.{s}", out, INNER) for s, out in enumerate(outs))
+        for name, outs in OUTS.items()
+    },
+)
+KINDS = ("low_rank", "hadamard", "kronecker", "gate", "gain", "input_gain", "bias")
+# Rows of each mix that are a segment: more than a short one has.
+SEGMENT = 9
+
+
+def operators_of(kind: str, out: int, dtype: torch.dtype) -> Any:
+    def noise(*shape: int) -> Tensor:
+        return (torch.randn(shape) / shape[-1] ** 0.5).to(dtype)
+
+    if kind == "low_rank":
+        return LowRank(noise(5, INNER), noise(5, out))
+    if kind == "hadamard":
+        return Hadamard(noise(out, 3), noise(3, INNER), noise(out, 3), noise(3, INNER))
+    if kind == "kronecker":
+        return Kronecker(noise(8, 4), (noise(out // 8, 2), noise(2, INNER // 4)))
+    if kind == "gate":
+        keys = torch.randn(16, 4)
+        return Gate(noise(16, INNER), noise(16, out), noise(4, INNER), keys, (0, 6, 16))
+    if kind == "bias":
+        return torch.randn(out)
+    return 1 + 0.5 * torch.randn(INNER if kind == "input_gain" else out)
+
+
+def adapter_of(kinds: Sequence[str], dtype: torch.dtype) -> AdapterOperators:
+    return AdapterOperators(
+        {
+            LAYOUT.module(0, f"{name}.{s}"): ModuleOperators(
+                **{kind: operators_of(kind, out, dtype) for kind in kinds}
+            )
+            for name, outs in OUTS.items()
+            for s, out in enumerate(outs)
+        }
+    )
+
+
+@dataclasses.dataclass(eq=False)
+class Resident:
+    key: str
+    operators: AdapterOperators
+    bytes_device: int = 0
+
+
+def residents(dtype: torch.dtype) -> dict[str, Resident]:
+    """Two adapters with each operator, and one with each two that an adapter may have together."""
+    kinds = {f"{kind} {number}": (kind,) for kind in KINDS for number in (1, 2)}
+    kinds |= {
+        " and ".join(pair): pair
+        for pair in combinations(KINDS, 2)
+        if pair != ("gain", "input_gain")
+    }
+    return {key: Resident(key, adapter_of(pair, dtype)) for key, pair in kinds.items()}
+
+
+def mixes(adapters: dict[str, Resident]) -> list[Members]:
+    pairs = combinations_with_replacement(KINDS, 2)
+    two = [((f"{a} 1", 0.7), (f"{b} 2", -0.6)) for a, b in pairs]
+    return [*two, *(((key, 0.8),) for key in adapters if " and " in key)]
+
+
+def in_float64(
+    weight: Tensor, bias: Tensor, mix: Sequence[tuple[ModuleOperators, float]], x: Tensor
+) -> Tensor:
+    """The documented sum for one module."""
+    weight, x = weight.double(), x.double()
+    y = x @ weight.T
+    gain = sum((w * (ops.gain.double() - 1) for ops, w in mix if ops.gain is not None), 1.0)
+    return gain * y + bias.double() + sum(w * _change(weight, ops, x) for ops, w in mix)
+
+
+def _change(weight: Tensor, ops: ModuleOperators, x: Tensor) -> Tensor:
+    total = torch.zeros(len(x), len(weight), dtype=torch.float64)
+    if ops.low_rank is not None:
+        total += x @ (ops.low_rank.b.double().T @ ops.low_rank.a.double()).T
+    if ops.hadamard is not None:
+        w1a, w1b, w2a, w2b = (factor.double() for factor in ops.hadamard.tensors())
+        total += x @ ((w1a @ w1b) * (w2a @ w2b)).T
+    if ops.kronecker is not None:
+        w1, left, right = (factor.double() for factor in ops.kronecker.tensors())
+        total += x @ torch.kron(w1, left @ right).T
+    if ops.gate is not None:
+        a, b, query, keys = (tensor.double() for tensor in ops.gate.tensors())
+        parts = [slice(*ends) for ends in pairwise(ops.gate.rank_indptr)]
+        v, q = x @ a.T, x @ query.T
+        alphas = torch.stack([(v[:, p] @ keys[p] * q).sum(1) for p in parts], 1).softmax(1)
+        for k, p in enumerate(parts):
+            total += alphas[:, k : k + 1] * (v[:, p] @ b[p])
+    if ops.input_gain is not None:
+        total += (x * (ops.input_gain.double() - 1)) @ weight.T
+    return total if ops.bias is None else total + ops.bias.double()
+
+
+class Tables:
+    """The tables of one step."""
+
+    def load_segments(self, runs: Any) -> SegmentTable:
+        table = self.fusion_table("", 64, 4)
+        table.load(runs)
+        return table
+
+    def row_table(self, key: Hashable) -> RowTable:
+        return RowTable(1024, CPU)
+
+    def fusion_table(self, key: str, ranks: int, components: int) -> SegmentTable:
+        return SegmentTable(
+            max_rows=1024, max_row_rank=ranks, max_components=components, device=CPU
+        )
+
+
+def project(
+    store: Any, name: str, members: StepMembers, x: Tensor, weight: Tensor, bias: Tensor
+) -> Tensor:
+    def base(x: Tensor, ahead: object = None) -> Tensor:
+        # One row at a time: a row's bits are its own.
+        return torch.cat([row @ weight.T for row in x.split(1)])
+
+    if not isinstance(store, GpuStore):
+        return store.step(members).project(0, name, x, bias, base)
+    runs = [(row, row + 1, mix) for row, mix in enumerate(members.short)]
+    y = base(x)
+    store.bind([*runs, *members.long], Tables()).apply(0, name, x, y, bias, base)
+    return y
+
+
+@pytest.fixture
+def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    use_coarse_tiles(monkeypatch)
+    yield
+    monkeypatch.undo()
+    tuning_module.tuning.cache_clear()
+
+
+NEEDS_COMPILER = pytest.mark.skipif(library() is None, reason="there is no C compiler")
+# Store, serving dtype, bound of the error. In bf16 each summand is rounded: about 3e-3.
+PATHS = [
+    pytest.param(PackedStore, torch.float32, 1e-6, id="torch-fp32"),
+    pytest.param(PackedStore, torch.bfloat16, 1e-2, id="torch-bf16"),
+    pytest.param(CpuStore, torch.bfloat16, 1e-2, id="cpu-bf16", marks=NEEDS_COMPILER),
+    pytest.param(GpuStore, torch.float32, 1e-6, id="gpu-fp32"),
+]
+
+
+@pytest.mark.usefixtures("coarse_tiles")
+@pytest.mark.parametrize("name", OUTS)
+@pytest.mark.parametrize(("store", "dtype", "bound"), PATHS)
+def test_pairs_of_operators_add_up_as_documented(
+    store: Any, dtype: torch.dtype, bound: float, name: str
+) -> None:
+    torch.manual_seed(7)
+    adapters = residents(dtype)
+    chosen = mixes(adapters)
+    held = store(LAYOUT, dtype, CPU, 1 << 30)
+    held.prepare(adapters.values())
+    firsts = range(len(chosen), len(chosen) * (SEGMENT + 1), SEGMENT)
+    long = [(first, first + SEGMENT, mix) for first, mix in zip(firsts, chosen, strict=True)]
+    x = torch.randn(len(chosen) * (SEGMENT + 1), INNER).to(dtype)
+    width = sum(OUTS[name])
+    weight, bias = (torch.randn(width, INNER) / 8).to(dtype), torch.randn(width).to(dtype)
+    members = StepMembers(short=chosen, long=long)
+    found = project(held, name, members, x, weight, bias)
+    columns = [slice(*ends) for ends in pairwise([0, *accumulate(OUTS[name])])]
+    wrong = {}
+    for row, (start, end, mix) in enumerate(long):
+        rows = [row, *range(start, end)]
+        for s, those in enumerate(columns):
+            path = LAYOUT.module(0, f"{name}.{s}")
+            operators = [(adapters[key].operators.modules[path], w) for key, w in mix]
+            expected = in_float64(weight[those], bias[those], operators, x[rows])
+            error = error_ratio(found[rows][:, those], expected)
+            if error > bound:
+                wrong[mix, s] = error
+    assert wrong == {}
+
+
+@pytest.mark.parametrize("name", OUTS)
+@pytest.mark.parametrize(("store", "dtype", "bound"), PATHS[:-1])
+def test_a_pair_has_the_bits_that_it_has_alone(
+    store: Any, dtype: torch.dtype, bound: float, name: str
+) -> None:
+    torch.manual_seed(8)
+    adapters = residents(dtype)
+    chosen = mixes(adapters)
+    held = store(LAYOUT, dtype, CPU, 1 << 30)
+    held.prepare(adapters.values())
+    x = torch.randn(len(chosen), INNER).to(dtype)
+    width = sum(OUTS[name])
+    weight, bias = (torch.randn(width, INNER) / 8).to(dtype), torch.randn(width).to(dtype)
+    together = project(held, name, StepMembers(short=chosen, long=[]), x, weight, bias)
+    for row, mix in enumerate(chosen):
+        one = x[row : row + 1]
+        alone = project(held, name, StepMembers(short=[mix], long=[]), one, weight, bias)
+        assert torch.equal(alone[0], together[row]), mix
