@@ -92,6 +92,8 @@ class BlockPoolMachine(RuleBasedStateMachine):
         assert self.pool.num_free == NUM_BLOCKS - 1 - len(held)
         cached = [block for block in self.content.values() if block not in held]
         assert self.pool.num_cached == len(cached)
+        # The count that is carried along, and a walk over what is free.
+        assert self.pool.num_cached == sum(b in self.pool._key_of for b in self.pool._free)
 
     def teardown(self) -> None:
         for blocks in self.holders:
