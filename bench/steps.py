@@ -46,8 +46,9 @@ REST = "all else"
 # name, the compiled formulation and torch's, one runs.
 PARTS = (
     Part("turret.server.models.nf4:Nf4Linear.__call__", "base matmuls"),
-    Part("turret.server.adapters.device.cpu_store:CpuStep.project", "adapters"),
-    Part("turret.server.adapters.device.packed_store:PackedStep.project", "adapters"),
+    Part("turret.server.adapters.device.cpu_store:CpuStep.inputs", "adapters"),
+    Part("turret.server.adapters.device.cpu_store:CpuStep.apply", "adapters"),
+    Part("turret.server.adapters.device.packed_store:PackedStep.apply", "adapters"),
     Part("turret.server.models.cpu_layer_ops:CpuLayerOps.attend", "attention"),
     Part("turret.server.models.layer_ops:TorchLayerOps.attend", "attention"),
     Part("turret.server.models.cpu_layer_ops:CpuLayerOps.add_rms_norm", "norms, residuals"),

@@ -33,8 +33,8 @@ def row_combine(table: torch.Tensor, plan: SegmentPlan, num_rows: int) -> torch.
             out.index_copy_(0, rows, out.index_select(0, rows).add_(values))
     for segment in plan.long:
         block = out[segment.start : segment.end]
-        for c in segment.components:
-            block.add_(table[c.slot] * c.weight)
+        for member in segment.members:
+            block.add_(table[member.slot] * member.weight)
     return out
 
 

@@ -1,7 +1,7 @@
 """Add every row's adapter updates to the base result: ``y += Σ_k w_k · v_k B_kᵀ``.
 
 Semantics, per row and per slice ``s`` (columns ``[offset_s, offset_s + out_s)`` of ``y``), over the
-components of the row's mix in the request's order::
+members of the row's mix in the request's order::
 
     y[row, s] += w_k · v[row, lo_k:hi_k, s] @ b_s[lo_k:hi_k]
 
@@ -68,12 +68,12 @@ def segmented_expand_reference(
                     short_pass,
                     present,
                 )
-    for segment, components in zip(plan.long, v.long, strict=True):
-        for c, activations in zip(segment.components, components, strict=True):
-            if c.weight != 1.0:
-                activations = (activations * c.weight).to(activations.dtype)
-            for start, end in _windows(c.rank_start, c.rank_end, y.dtype):
-                part = activations[:, start - c.rank_start : end - c.rank_start]
+    for segment, by_member in zip(plan.long, v.long, strict=True):
+        for m, activations in zip(segment.members, by_member, strict=True):
+            if m.weight != 1.0:
+                activations = (activations * m.weight).to(activations.dtype)
+            for start, end in _windows(m.rank_start, m.rank_end, y.dtype):
+                part = activations[:, start - m.rank_start : end - m.rank_start]
                 for s, (view, slice_b) in enumerate(zip(views, b, strict=True)):
                     if present[s]:
                         rows = view[segment.start : segment.end]

@@ -25,7 +25,7 @@ class RankActivations:
     Attributes:
         short: ``[num_short, span, num_slices]`` for the plan's rank span; a row's foreign ranks
             hold garbage.
-        long: Per long segment, per mix component, ``[rows, rank, num_slices]``.
+        long: Per long segment, per member of its mix, ``[rows, rank, num_slices]``.
     """
 
     short: torch.Tensor | None
@@ -52,8 +52,8 @@ def segmented_shrink_reference(
         short = _project(x[: plan.num_short], a[plan.rank_start : plan.rank_end])
     long = tuple(
         tuple(
-            _project(x[segment.start : segment.end], a[c.rank_start : c.rank_end])
-            for c in segment.components
+            _project(x[segment.start : segment.end], a[m.rank_start : m.rank_end])
+            for m in segment.members
         )
         for segment in plan.long
     )

@@ -7,7 +7,7 @@ Base rows are touched by no operator. Adapters of the step live side by side in 
 one wide product whose foreign columns are masked to zero (few, wide calls win on a CPU), while a
 long segment multiplies only its own ranks.
 
-A mix is summed component by component in the request's order (*pass* 0, 1, …), never in the
+A mix is summed member by member in the request's order (*pass* 0, 1, …), never in the
 order in which the pack happens to hold the adapters: that keeps results bit-identical in any batch.
 """
 
@@ -20,15 +20,15 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class ShortPass:
-    """The ``j``-th mix component of the short rows.
+    """The ``j``-th member of the short rows' mixes.
 
     Attributes:
-        rows: Row numbers that have a ``j``-th component, ``[n_j]`` int64, or None for all of them.
-        foreign: ``[n_j, span]`` bool, True on the ranks that are not the component's: their values
+        rows: Row numbers whose mix has a ``j``-th member, ``[n_j]`` int64, or None for all of them.
+        foreign: ``[n_j, span]`` bool, True on the ranks that are not the member's: their values
             are cleared, not multiplied by zero, since another adapter may overflow on these rows
-            and ``inf · 0`` would poison them. All True for a component of weight 0. None where
+            and ``inf · 0`` would poison them. All True for a member of weight 0. None where
             every row owns the whole span.
-        slots: Pack slot of the component, ``[n_j]`` int64 (for gains and biases).
+        slots: Pack slot of the member, ``[n_j]`` int64 (for gains and biases).
         slot_weights: Mix weight, ``[n_j, 1]`` fp32.
         plain: True where every weight is 1, so that masking alone is exact.
     """
@@ -41,7 +41,7 @@ class ShortPass:
 
 
 @dataclass(frozen=True, slots=True)
-class Component:
+class SegmentMember:
     """One adapter of a long segment's mix: its ranks in the pack, its slot and its weight."""
 
     rank_start: int
@@ -56,7 +56,7 @@ class LongSegment:
 
     start: int
     end: int
-    components: tuple[Component, ...]
+    members: tuple[SegmentMember, ...]
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -12,7 +13,7 @@ from turret.server import log
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.device.cpu_store import CpuStore
 from turret.server.adapters.device.packed_store import PackedStore
-from turret.server.adapters.device.store import AdapterStore
+from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.merge.merger import Merger
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.registry.registry import AdapterRegistry
@@ -78,7 +79,7 @@ def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = Non
         on_moved=lambda adapter: metrics.adapter_residency(adapter.name, adapter.residency),
     )
     registry = _build_registry(config.adapters, base, metrics)
-    engine = _build_engine(config, metrics, decoder, store, registry, tokenizer, kernels)
+    engine = _build_engine(config, metrics, decoder, store, registry, tokenizer)
     _log.info(
         "model loaded",
         extra=log.fields(
@@ -104,7 +105,7 @@ def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = Non
     )
 
 
-def _store_type(kernels: str) -> type[PackedStore] | type[CpuStore]:
+def _store_type(kernels: str) -> Callable[..., AdapterStore]:
     if kernels != "triton":
         return CpuStore if kernels == "compiled" else PackedStore
     # Imported where it is used: Triton is not everywhere where the CPU path runs.
@@ -114,9 +115,9 @@ def _store_type(kernels: str) -> type[PackedStore] | type[CpuStore]:
 
 
 def _build_executor(
-    config: Config, decoder: Decoder, cache: KvCache, store: AdapterStore, kernels: str
+    config: Config, decoder: Decoder, cache: KvCache, store: AdapterStore
 ) -> Executor:
-    if kernels != "triton":
+    if isinstance(store, StepStore):
         return TorchExecutor(decoder, cache, store)
     from turret.server.adapters.device.gpu_store import GpuStore
     from turret.server.engine.decode_graphs import capture_for
@@ -170,7 +171,6 @@ def _build_engine(
     store: AdapterStore,
     registry: AdapterRegistry,
     tokenizer: Tokenizer,
-    kernels: str,
 ) -> Engine:
     arch = decoder.arch
     per_block = KvCache.block_bytes(arch, BLOCK_SIZE, decoder.dtype)
@@ -178,7 +178,7 @@ def _build_engine(
     if num_blocks < 2:
         raise InvalidRequestError.of("kv-cache-bytes", f"must be at least {2 * per_block}")
     cache = KvCache(arch, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
-    executor = _build_executor(config, decoder, cache, store, kernels)
+    executor = _build_executor(config, decoder, cache, store)
     runner = Runner(executor, tokenizer.eos_token_ids)
 
     engine: Engine

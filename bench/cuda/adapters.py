@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from turret.kernels.gpu.segment_table import SegmentTable
-from turret.kernels.segments import Component, LongSegment
+from turret.kernels.segments import LongSegment, SegmentMember
 
 # Ranks of the mixed scenario, dealt in turn.
 MIXED_RANKS = (8, 16, 32, 64, 128)
@@ -77,7 +77,7 @@ def make_table(
     runs = []
     for row, slot in enumerate(slot_of_row):
         low, high = bounds[slot]
-        mix = (Component(low, high, slot, 1.0),) if slot else ()
+        mix = (SegmentMember(low, high, slot, 1.0),) if slot else ()
         runs.append(LongSegment(row, row + 1, mix))
     table.load(runs)
     return table

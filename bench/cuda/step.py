@@ -76,6 +76,9 @@ class _Base:
     widths: tuple[int, ...]
     in_features: int
 
+    def __call__(self, x: torch.Tensor, ahead: Any = None, num_decode: int = 0) -> torch.Tensor:
+        return self.product(x, num_decode)
+
 
 @dataclass(slots=True)
 class Adapter:
@@ -136,11 +139,11 @@ class DecodeStep:
 
     def forget(self) -> None:
         """Give the adapters' memory and the captured graphs back."""
-        groups = {
+        projections = {
             name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
             for name, slices in self._arch.linears().items()
         }
-        layout = ProjectionLayout(self._arch.num_layers, groups)
+        layout = ProjectionLayout(self._arch.num_layers, projections)
         self._executor = None
         self._executor = GpuExecutor(
             self._decoder,
@@ -221,13 +224,13 @@ class DecodeStep:
         layers = []
         for number in range(arch.num_layers):
             linears: dict[str, Any] = {}
-            for group, slices in arch.linears().items():
+            for name, slices in arch.linears().items():
                 widths = tuple(out for _, out, _ in slices)
                 weight = random_nf4(sum(widths), slices[0][2], self.device)
                 assert isinstance(weight.absmax, torch.Tensor)
                 self.base_bytes += weight.packed.nbytes + weight.absmax.nbytes
                 base = _Base(Nf4Product(weight, self.dtype), widths, slices[0][2])
-                linears[group] = AdaptedLinear(number, group, base, None)  # type: ignore[arg-type]
+                linears[name] = AdaptedLinear(number, name, base, None)  # type: ignore[arg-type]
             norms = [torch.ones(arch.hidden_size, **like) for _ in range(2)]
             layers.append(
                 DecoderLayer(

@@ -1,13 +1,13 @@
 """Updates, gains and biases of every row's own adapters, read where they lie.
 
-Semantics, per row and slice ``s`` of a fused projection, over the components ``k`` of its mix::
+Semantics, per row and slice ``s`` of a fused projection, over the members ``k`` of its mix::
 
     y ← G ⊙ y + bias + Σ_k w_k (b_k + Δ_k(x))      G = 1 + Σ_k w_k (g_k − 1)
 
     Δ(x) = B (A x) + ((w1a w1b) ⊙ (w2a w2b)) x + kron(w1, w2) x
 
 in fp32 with one rounding. Nothing is packed: a step is a list of row segments, each with its
-components, and a component is a pointer to its adapter's table of modules. The gathering is that of
+members, and a member is a pointer to its adapter's table of modules. The gathering is that of
 Punica (arXiv 2310.18547, section 4); all products run in one call, since on a CPU the call costs
 more than the products of one row.
 """
@@ -174,7 +174,7 @@ class RowSegment:
 
     start: int
     end: int
-    components: Sequence[tuple[ModuleTable, float]]
+    members: Sequence[tuple[ModuleTable, float]]
 
 
 class ModuleSizes:
@@ -219,26 +219,26 @@ class RowAdapters:
     """
 
     def __init__(self, segments: Sequence[RowSegment], max_slices: int, sizes: ModuleSizes) -> None:
-        rows, components, weights = [], [], []
+        rows, members, weights = [], [], []
         size = 0
         for segment in segments:
-            first = len(components)
-            for table, weight in segment.components:
-                components.append([table.address, size, table.width, 0])
+            first = len(members)
+            for table, weight in segment.members:
+                members.append([table.address, size, table.width, 0])
                 weights.append(weight)
                 size += (segment.end - segment.start) * max_slices * table.width
-            rows.append([segment.start, segment.end, first, len(components)])
-        self._tables = {table for segment in segments for table, _ in segment.components}
+            rows.append([segment.start, segment.end, first, len(members)])
+        self._tables = {table for segment in segments for table, _ in segment.members}
         self._segments = torch.tensor(rows, dtype=torch.int64)
-        self._components = torch.tensor(components, dtype=torch.int64).view(-1, 4)
-        self._components.view(torch.float64)[:, 3] = torch.tensor(weights, dtype=torch.float64)
+        self._members = torch.tensor(members, dtype=torch.int64).view(-1, 4)
+        self._members.view(torch.float64)[:, 3] = torch.tensor(weights, dtype=torch.float64)
         self._scratch = torch.empty(size)
         num_threads = torch.get_num_threads()
         self._marks = torch.zeros(num_threads, 7, dtype=torch.int64)
         self._sizes = sizes
         self._step = (ctypes.c_int64 * 10)(
             self._segments.data_ptr(),
-            self._components.data_ptr(),
+            self._members.data_ptr(),
             self._scratch.data_ptr(),
             len(rows),
             num_threads,

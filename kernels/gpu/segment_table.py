@@ -28,7 +28,7 @@ from collections.abc import Sequence
 import torch
 
 from turret.kernels.gpu.staged_buffer import StagedBuffer
-from turret.kernels.segments import Component, LongSegment
+from turret.kernels.segments import LongSegment, SegmentMember
 
 RANK_TILE = 16
 # Rows per chunk. One size for all steps: every row goes through the same MMA instruction.
@@ -92,9 +92,9 @@ class SegmentTable:
         self._staged.load(self._words(runs))
 
     def _words(self, runs: Sequence[LongSegment]) -> list[int]:
-        segments: dict[tuple[Component, ...], list[int]] = {}
+        segments: dict[tuple[SegmentMember, ...], list[int]] = {}
         for run in runs:
-            segments.setdefault(run.components, []).extend(range(run.start, run.end))
+            segments.setdefault(run.members, []).extend(range(run.start, run.end))
         rows: list[int] = []
         components: list[int] = []
         lists: dict[int, tuple[list[int], list[int]]] = {TILES: ([], []), ONE_ROW: ([], [])}
@@ -120,7 +120,7 @@ class SegmentTable:
         return self._assemble(rows, components, lists)
 
     @staticmethod
-    def _add_components(components: list[int], mix: tuple[Component, ...]) -> list[int]:
+    def _add_components(components: list[int], mix: tuple[SegmentMember, ...]) -> list[int]:
         offsets, offset = [], 0
         for c in mix:
             (weight,) = struct.unpack("<i", struct.pack("<f", c.weight))
@@ -130,7 +130,7 @@ class SegmentTable:
         return offsets
 
     def _check(
-        self, num_rows: int, ranks: int, segments: dict[tuple[Component, ...], list[int]]
+        self, num_rows: int, ranks: int, segments: dict[tuple[SegmentMember, ...], list[int]]
     ) -> None:
         if num_rows > self.max_rows:
             raise ValueError(f"the step has {num_rows} rows; {self.max_rows} are allocated")

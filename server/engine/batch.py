@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from turret.server.adapters.device.members import Members, StepMembers
-from turret.server.adapters.device.store import AdapterStep, AdapterStore
+from turret.server.adapters.device.store import AdapterStep, StepStore
 from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.engine.scheduler import Scheduled, Step
 from turret.server.engine.sequence import Sequence
@@ -38,7 +38,7 @@ class BatchBuilder:
         arch: Arch,
         ops: LayerOps,
         block_size: int,
-        store: AdapterStore,
+        store: StepStore,
         device: torch.device,
     ) -> None:
         self._arch = arch

@@ -1,4 +1,4 @@
-"""Where a scheduled step is computed: the seam between the engine and the two compute paths."""
+"""Where a scheduled step is computed: the seam between the engine and the compute paths."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from turret.server.adapters.device.store import AdapterStore
+from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.soft_prompt import soft_prompt_of
 from turret.server.engine.batch import BatchBuilder
 from turret.server.engine.scheduler import Step
@@ -66,9 +66,9 @@ def sampled_rows(placed: SequenceOf[Placed]) -> list[tuple[Sequence, range]]:
 
 
 class TorchExecutor:
-    """Torch and compiled kernels on the CPU."""
+    """The torch and the cpu path."""
 
-    def __init__(self, decoder: Decoder, cache: KvCache, store: AdapterStore) -> None:
+    def __init__(self, decoder: Decoder, cache: KvCache, store: StepStore) -> None:
         self.store = store
         self._decoder = decoder
         self._cache = cache

@@ -1,4 +1,4 @@
-"""Computes steps as Triton kernels, decode steps as CUDA graphs.
+"""The gpu path: steps as Triton kernels, decode steps as CUDA graphs.
 
 All metadata of a step goes to the device in a few asynchronous copies before its first kernel;
 nothing waits for the device until the sampler reads the tokens.
@@ -25,13 +25,13 @@ from turret.server.models.kv_cache import KvCache
 
 
 class GpuExecutor:
-    """The Triton path.
+    """Computes steps on the gpu path.
 
     Args:
         decoder: The model.
         cache: Its KV cache. Blocks are not cleared when they change owner: the kernels read no
             position that was not written.
-        pack: The adapters.
+        store: The adapters.
         max_num_seqs: Sequences of a step at most.
         max_num_batched_tokens: Rows of a step at most.
         capture: Captures decode steps, or None to launch every kernel of every step.
@@ -41,13 +41,13 @@ class GpuExecutor:
         self,
         decoder: GpuDecoder,
         cache: KvCache,
-        pack: GpuStore,
+        store: GpuStore,
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         capture: Capture | None,
     ) -> None:
-        self.store: GpuStore = pack
+        self.store: GpuStore = store
         self._decoder = decoder
         self._cache = cache
         self._buckets = buckets(max_num_seqs)

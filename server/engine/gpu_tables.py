@@ -18,7 +18,7 @@ from turret.server.models.arch import Arch
 _MAX_SPREAD_RECORDS = 2048
 # Of one row's mix; the segment table grows when a step needs more.
 _FIRST_ROW_RANK = 256
-_FIRST_COMPONENTS = 8
+_FIRST_MEMBERS = 8
 # Fusions come and go by key; a table is some kilobytes.
 _MAX_FUSION_TABLES = 64
 
@@ -58,7 +58,7 @@ class StepTables:
         self._row_tables: dict[Hashable, RowTable] = {}
         # In the order of their last use.
         self._fusion_tables: dict[tuple[str, int, int], SegmentTable] = {}
-        self._row_rank, self._components = _FIRST_ROW_RANK, _FIRST_COMPONENTS
+        self._row_rank, self._members = _FIRST_ROW_RANK, _FIRST_MEMBERS
         self._segments = self._make_segments()
         spread = min(max_seqs * -(-max_len // SPLIT), _MAX_SPREAD_RECORDS)
 
@@ -115,14 +115,14 @@ class StepTables:
         return self._segments
 
     def _fit_segments(self, runs: Sequence[LongSegment]) -> None:
-        ranks = max((sum(c.rank_end - c.rank_start for c in r.components) for r in runs), default=0)
-        components = max((len(run.components) for run in runs), default=0)
-        if ranks <= self._row_rank and components <= self._components:
+        ranks = max((sum(m.rank_end - m.rank_start for m in r.members) for r in runs), default=0)
+        most = max((len(run.members) for run in runs), default=0)
+        if ranks <= self._row_rank and most <= self._members:
             return
         while self._row_rank < ranks:
             self._row_rank *= 2
-        while self._components < components:
-            self._components *= 2
+        while self._members < most:
+            self._members *= 2
         self._segments = self._make_segments()
         self.epoch += 1
 
@@ -153,6 +153,6 @@ class StepTables:
         return SegmentTable(
             max_rows=self.max_rows,
             max_row_rank=self._row_rank,
-            max_components=self._components,
+            max_components=self._members,
             device=self._device,
         )

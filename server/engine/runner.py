@@ -43,7 +43,7 @@ class Runner:
         self._executor = executor
         self._store = executor.store
         self._sampler = Sampler()
-        # By adapter key, until it is forgotten: what the banks add is summed over every module.
+        # By adapter key, until it is forgotten: what the shelves add is summed over every module.
         self._stored_bytes: dict[str, int] = {}
         self._stop_token_ids = stop_token_ids
 

@@ -24,10 +24,19 @@ class BaseLinear(Protocol):
     widths: tuple[int, ...]
     in_features: int
 
-    def __call__(self, x: torch.Tensor, ahead: Ahead | None = None) -> torch.Tensor:
-        """Multiply ``[rows, in]`` → ``[rows, sum(widths)]``, dtype of ``x``.
+    def __call__(
+        self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
+    ) -> torch.Tensor:
+        """Multiply.
 
-        ``ahead`` is what may be brought into the cache meanwhile.
+        Args:
+            x: ``[rows, in]``.
+            ahead: What may be brought into the cache meanwhile.
+            num_decode: How many rows, the first ones, are of sequences that decode; None for all.
+                The gpu path multiplies them in another way than rows of prompts.
+
+        Returns:
+            ``[rows, sum(widths)]``, dtype of ``x``.
         """
         ...
 
@@ -58,7 +67,9 @@ class DenseLinear:
         self._slices = weight.split(widths)
         self._weight = weight
 
-    def __call__(self, x: torch.Tensor, ahead: Ahead | None = None) -> torch.Tensor:
+    def __call__(
+        self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
+    ) -> torch.Tensor:
         return row_linear(x, self._weight)
 
     def dequantize(self, index: int) -> torch.Tensor:
@@ -87,8 +98,10 @@ class MixedLinear:
         self._parts = parts
         self._places = [(part, i) for part in parts for i in range(len(part.widths))]
 
-    def __call__(self, x: torch.Tensor, ahead: Ahead | None = None) -> torch.Tensor:
-        return torch.cat([part(x, ahead) for part in self._parts], dim=1)
+    def __call__(
+        self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
+    ) -> torch.Tensor:
+        return torch.cat([part(x, ahead, num_decode) for part in self._parts], dim=1)
 
     def dequantize(self, index: int) -> torch.Tensor:
         part, inner = self._places[index]

@@ -14,11 +14,11 @@ from turret.server.models.model_source import ModelSource
 
 def projections(decoder: Decoder) -> Iterator[tuple[AdaptedLinear, tuple[str, ...]]]:
     """Every fused projection in layer order, with the full paths of its slices."""
-    groups = decoder.arch.linears()
+    linears = decoder.arch.linears()
     for number, layer in enumerate(decoder.layers):
-        for group, slices in groups.items():
+        for name, slices in linears.items():
             paths = tuple(f"{LAYER_PREFIX}.{number}.{path}" for path, _, _ in slices)
-            yield getattr(layer, group), paths
+            yield getattr(layer, name), paths
 
 
 def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) -> BaseModel:
@@ -35,7 +35,7 @@ def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) ->
                 in_features=base.in_features,
                 out_features=out,
                 bias=None if part is None else part.float().cpu(),
-                # Of these weights, whatever takes their place later.
+                # Bound now: it is of these weights, whatever takes their place later.
                 dequantize=lambda base=base, index=index: base.dequantize(index),
             )
     head = decoder.head
@@ -64,9 +64,9 @@ def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) ->
 
 
 def describe_projections(arch: Arch) -> ProjectionLayout:
-    """The base model as the adapter pack sees it."""
-    groups: Mapping[str, tuple[SliceShape, ...]] = {
-        group: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
-        for group, slices in arch.linears().items()
+    """The base model as stores of adapters see it."""
+    projections: Mapping[str, tuple[SliceShape, ...]] = {
+        name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
+        for name, slices in arch.linears().items()
     }
-    return ProjectionLayout(num_layers=arch.num_layers, groups=groups, layer_prefix=LAYER_PREFIX)
+    return ProjectionLayout(arch.num_layers, projections, layer_prefix=LAYER_PREFIX)

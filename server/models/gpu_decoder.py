@@ -19,10 +19,8 @@ from turret.kernels.gpu.rope_kv_write import rope_kv_write
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.server.adapters.device.gpu_store import GpuAdapterStep
 from turret.server.adapters.device.vocabulary import VocabularyGroup, change_embeddings
-from turret.server.models.adapted_linear import AdaptedLinear
 from turret.server.models.decoder import Decoder, DecoderLayer
 from turret.server.models.kv_cache import KvCache
-from turret.server.models.nf4_gpu import Nf4Product
 
 # Libraries choose their algorithm by shape: the head's product always has this many rows.
 _HEAD_ROWS = 64
@@ -89,8 +87,8 @@ class GpuDecoder(Decoder):
             turn = rotation if arch.rotary[number] else still
             update = self._attention(number, layer, normed, turn, step, cache)
             normed = residual_rms_norm(hidden, update, layer.post_attention_norm, arch.rms_norm_eps)
-            inner = silu_mul(self._project(layer.gate_up, normed, step))
-            update = self._project(layer.down, inner, step)
+            inner = silu_mul(layer.gate_up(normed, step.adapters, step.num_decode))
+            update = layer.down(inner, step.adapters, step.num_decode)
         hidden = residual_rms_norm(hidden, update, self.norm, arch.rms_norm_eps)
         return hidden, self.logits(hidden.index_select(0, step.sample_rows), step.heads)
 
@@ -112,7 +110,7 @@ class GpuDecoder(Decoder):
         arch = self.arch
         keys, values = cache.keys[number], cache.values[number]
         q = rope_kv_write(
-            self._project(layer.qkv, normed, step),
+            layer.qkv(normed, step.adapters, step.num_decode),
             *rotation,
             step.kv_slots,
             keys,
@@ -123,26 +121,4 @@ class GpuDecoder(Decoder):
         )
         table = step.attention[arch.windows[number]]
         attended = paged_attention(q, keys, values, table, scale=arch.head_dim**-0.5)
-        return self._project(layer.o, attended.flatten(1), step)
-
-    @staticmethod
-    def _project(linear: AdaptedLinear, x: torch.Tensor, step: GpuStep) -> torch.Tensor:
-        base = linear.base
-        product: Nf4Product | None = getattr(base, "product", None)
-
-        def multiply(x: torch.Tensor) -> torch.Tensor:
-            # Merged weights that are not 4-bit know no kinds of rows.
-            return base(x) if product is None else product(x, step.num_decode)
-
-        y = multiply(x)
-        if step.adapters is None:
-            return y if linear.bias is None else y.add_(linear.bias)
-        step.adapters.apply(
-            linear.layer,
-            linear.group,
-            x,
-            y,
-            linear.bias,
-            multiply,
-        )
-        return y
+        return layer.o(attended.flatten(1), step.adapters, step.num_decode)

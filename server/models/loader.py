@@ -127,7 +127,7 @@ def _load_layer(
         return tensors.get(f"{prefix}.{name}").to(dtype=dtype, device=device)
 
     projections = {}
-    for group, slices in arch.linears().items():
+    for name, slices in arch.linears().items():
         weights = [
             tensors.weight(f"{prefix}.{path}.weight", (out, inner)) for path, out, inner in slices
         ]
@@ -138,9 +138,9 @@ def _load_layer(
             for path, out, _ in slices
         ]
         has_bias = any(tensors.has(f"{prefix}.{path}.bias") for path, _, _ in slices)
-        projections[group] = AdaptedLinear(
+        projections[name] = AdaptedLinear(
             number,
-            group,
+            name,
             Nf4Linear(weights, dtype, device, triton=triton),
             torch.cat(biases) if has_bias else None,
         )

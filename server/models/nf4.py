@@ -172,15 +172,14 @@ class Nf4Linear:
         absmax = torch.cat([weight.absmax() for weight in slices])
         return Nf4Matrix(packed.to(self._device), absmax.to(self._device), *self._shape)
 
-    def __call__(self, x: torch.Tensor, ahead: Ahead | None = None) -> torch.Tensor:
-        """Multiply ``[rows, in]`` → ``[rows, sum(widths)]``, dtype of ``x``.
-
-        ``ahead`` is what may be brought into the cache meanwhile.
-        """
+    def __call__(
+        self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
+    ) -> torch.Tensor:
+        """See ``BaseLinear``."""
         if self._dense is not None:
             return row_linear(x, self._dense)
         if self.product is not None:
-            return self.product(x, x.shape[0])
+            return self.product(x, x.shape[0] if num_decode is None else num_decode)
         assert self._code is not None
         return nf4_product(x, self._packed, self._absmax, self._code, self._shape, ahead)
 

@@ -74,7 +74,10 @@ class _Base:
     def __init__(self, out: int, inner: int) -> None:
         packed = torch.empty(out * inner // 2, dtype=torch.uint8, device=META)
         absmax = torch.empty(out * inner // 64, device=META)
-        self.product = Nf4Product(Nf4Matrix(packed, absmax, out, inner), DTYPE)
+        self._product = Nf4Product(Nf4Matrix(packed, absmax, out, inner), DTYPE)
+
+    def __call__(self, x: torch.Tensor, ahead: Any = None, num_decode: int = 0) -> torch.Tensor:
+        return self._product(x, num_decode)
 
 
 class _Adapter:
@@ -98,11 +101,11 @@ def _decoder() -> GpuDecoder:
     layers = []
     for number in range(ARCH.num_layers):
         linears: dict[str, Any] = {}
-        for group, slices in ARCH.linears().items():
+        for name, slices in ARCH.linears().items():
             out = sum(width for _, width, _ in slices)
             base: Any = _Base(out, slices[0][2])
-            bias = empty(out) if group == "qkv" else None
-            linears[group] = AdaptedLinear(number, group, base, bias)
+            bias = empty(out) if name == "qkv" else None
+            linears[name] = AdaptedLinear(number, name, base, bias)
         norms = {"input_norm": empty(hidden), "post_attention_norm": empty(hidden)}
         layers.append(DecoderLayer(**norms, q_norm=None, k_norm=None, **linears))
     table = empty(ARCH.vocab_size, hidden)
@@ -110,14 +113,14 @@ def _decoder() -> GpuDecoder:
 
 
 def _executor(capture: Any = None) -> GpuExecutor:
-    groups = {
-        group: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
-        for group, slices in ARCH.linears().items()
+    projections = {
+        name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
+        for name, slices in ARCH.linears().items()
     }
     return GpuExecutor(
         _decoder(),
         KvCache(ARCH, 64, 16, DTYPE, META),
-        GpuStore(ProjectionLayout(ARCH.num_layers, groups), DTYPE, META, 1 << 30),
+        GpuStore(ProjectionLayout(ARCH.num_layers, projections), DTYPE, META, 1 << 30),
         max_num_seqs=8,
         max_num_batched_tokens=48,
         capture=capture,
@@ -290,7 +293,7 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
             computed = executor.run(step)
     assert copies.waits == []
     # One per table: a copy per row, layer or request would be noticed.
-    shelves = len(executor.store._unstacked._banks.ordered())
+    shelves = len(executor.store._shelves.ordered())
     assert 2 <= copies.uploads <= 9 + shelves
     assert computed.logits is not None
     assert len(computed.logits) == sum(item.samples for item in step.scheduled)
@@ -358,7 +361,7 @@ def test_buffers_keep_their_addresses():
     seen = []
 
     def compute(step: Any, cache: Any) -> Any:
-        bound = [pair for pairs in step.adapters.banks.by_group.values() for pair in pairs]
+        bound = [pair for pairs in step.adapters.shelves.by_projection.values() for pair in pairs]
         tables = [*step.attention.values(), step.adapters.table]
         tables += [table for _, tables in bound for table in tables]
         rows = (step.token_ids, step.positions, step.kv_slots, step.sample_rows)

@@ -35,7 +35,7 @@ def gates_in_float64(pack, runs, x, q, keys, gated):
         for row in range(run.start, run.end):
             for s in range(len(OUTS)):
                 scores = {}
-                for i, c in enumerate(run.components):
+                for i, c in enumerate(run.members):
                     if gated[c.slot]:
                         n = int(pack.slice_ranks[c.slot, s])
                         v = pack.a[c.rank_start : c.rank_start + n, s].double() @ x[row].double()
@@ -67,7 +67,7 @@ def test_gates(gemv):
     gates = fusion_gate(q, v, keys, gated, table)
     expected = gates_in_float64(pack, runs, x, q, keys, gated)
     for run in runs:
-        count = len(run.components)
+        count = len(run.members)
         rows = slice(run.start, run.end)
         assert error_ratio(gates[rows, :, :count], expected[rows, :, :count]) < 1e-4
 

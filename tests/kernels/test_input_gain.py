@@ -40,12 +40,12 @@ def test_rows_are_scaled_by_their_mix(dtype, gemv):
         out = input_gain(x, delta, table)
         for run in runs:
             total = torch.zeros(INNER, dtype=torch.float64, device=DEVICE)
-            for c in run.components:
+            for c in run.members:
                 total += c.weight * delta[c.slot].double()
             expected = x[run.start : run.end].double() * total
             found = out[run.start : run.end]
-            assert not run.components or error_ratio(found, expected) < MAX_ERROR[dtype], name
-            assert run.components or not found.any(), name
+            assert not run.members or error_ratio(found, expected) < MAX_ERROR[dtype], name
+            assert run.members or not found.any(), name
 
 
 def test_an_infinite_activation_stays_out_of_rows_without_a_gain():

@@ -7,8 +7,8 @@ Planted faults, and how many of the tests here each one fails (tried by hand):
 - hadamard: every slice written to the first one's columns: 2
 - kronecker: weight dropped: 4
 - kronecker: last rows and columns of the padded result instead of the first: 4
-- bank: any slots taken for a run: 7
-- bank: a run of slots taken one too early: 7
+- shelves: any slots taken for a run: 7
+- shelves: a run of slots taken one too early: 7
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from turret.server.adapters.device.extras import TorchExtras
 from turret.server.adapters.device.hadamard_shelf import HadamardShelves
 from turret.server.adapters.device.kronecker_shelf import KroneckerShelves
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import StepMembers
-from turret.server.adapters.device.shelves import Shelves
+from turret.server.adapters.device.shelves import TorchShelves
 from turret.server.adapters.operators import (
     AdapterOperators,
     Hadamard,
@@ -44,28 +43,30 @@ def random(*shape: int) -> torch.Tensor:
 
 def stored(
     layout: ProjectionLayout, make: Any
-) -> tuple[TorchExtras, list[dict[int, tuple[ModuleOperators, torch.Tensor]]]]:
+) -> tuple[TorchShelves, list[dict[int, tuple[ModuleOperators, torch.Tensor]]]]:
     """Adapters that ``make(slice)`` makes, with each one's dense updates."""
     like = (layout, torch.device("cpu"))
-    store = TorchExtras(*like, Shelves((HadamardShelves(*like), KroneckerShelves(*like)), like[1]))
+    store = TorchShelves((HadamardShelves(*like), KroneckerShelves(*like)), like[1])
     made = []
     for number in range(NUM_ADAPTERS):
-        parts = {s: make(s) for s in range(len(layout.groups["g"]))}
+        parts = {s: make(s) for s in range(len(layout.projections["g"]))}
         modules = {layout.module(0, str(s)): ops for s, (ops, _) in parts.items()}
         store.insert(f"a{number}", AdapterOperators(modules))
         made.append(parts)
     return store, made
 
 
-def added(store: TorchExtras, short: Any, long: Any, x: torch.Tensor, width: int) -> torch.Tensor:
+def added(store: TorchShelves, short: Any, long: Any, x: torch.Tensor, width: int) -> torch.Tensor:
     y = torch.zeros(len(x), width)
-    store.bind(StepMembers(short, long)).apply(0, "g", x, y)
+    bound = store.bind(StepMembers(short, long))
+    assert bound is not None
+    bound.apply(0, "g", x, y)
     return y
 
 
 def check(layout: ProjectionLayout, make: Any) -> None:
     store, made = stored(layout, make)
-    shapes = layout.groups["g"]
+    shapes = layout.projections["g"]
     x, width = random(9, shapes[0].in_features), sum(s.out_features for s in shapes)
     # A run of slots that begins past 0, gaps, an adapter on two rows, a mix, a row without any.
     mixes = [

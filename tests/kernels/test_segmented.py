@@ -68,7 +68,7 @@ def run(pack: Pack, table: SegmentTable, x: torch.Tensor, y: torch.Tensor, **ext
 
 
 def rows_of(runs: list[LongSegment]) -> list[int]:
-    return [row for run in runs if run.components for row in range(run.start, run.end)]
+    return [row for run in runs if run.members for row in range(run.start, run.end)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,7 +164,7 @@ def test_gain_biases_and_gates(gemv):
         for row in range(segment.start, segment.end):
             gain = torch.ones(sum(OUTS), dtype=torch.float64, device=DEVICE)
             added = base_bias.double()
-            for i, c in enumerate(segment.components):
+            for i, c in enumerate(segment.members):
                 gain += c.weight * pack.gain_delta[c.slot].double()
                 alone = [LongSegment(row, row + 1, pack.mix((c.slot, 1.0)))]
                 delta = update_in_float64(pack, alone, x, OUTS)[row]
@@ -198,7 +198,7 @@ def test_a_row_has_the_same_bits_in_any_batch():
     for segment in runs:
         for start in range(segment.start, segment.end, 16):
             end = min(start + 16, segment.end)
-            table.load([LongSegment(start, end, segment.components)])
+            table.load([LongSegment(start, end, segment.members)])
             alone = run(pack, table, x, y)
             assert torch.equal(alone[start:end], together[start:end]), (start, end)
 

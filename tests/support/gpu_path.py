@@ -1,14 +1,18 @@
-"""The Triton path where there is no GPU: large tiles for the interpreter, and a fake CUDA graph."""
+"""The gpu path where there is no GPU: large tiles for the interpreter, and a fake CUDA graph."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import pytest
+import torch
 
 from turret.kernels.gpu import tuning as tuning_module
+from turret.kernels.gpu.row_table import RowTable
+from turret.kernels.gpu.segment_table import SegmentTable
 from turret.kernels.gpu.tuning import Tuning
+from turret.kernels.segments import LongSegment
 from turret.server.engine.decode_graphs import Body, Outputs
 
 # The interpreter's time goes by operations, not by their size. Several splits and passes still.
@@ -64,3 +68,27 @@ class FakeCapture:
             is_fresh = False
 
         return replay, outputs
+
+
+class OneStepTables:
+    """The tables of one step, made when they are asked for (``GpuTables``)."""
+
+    def __init__(self, max_rows: int, device: torch.device) -> None:
+        self._max_rows = max_rows
+        self._device = device
+
+    def load_segments(self, runs: Sequence[LongSegment]) -> SegmentTable:
+        table = self.fusion_table("", 64, 4)
+        table.load(runs)
+        return table
+
+    def row_table(self, key: Hashable) -> RowTable:
+        return RowTable(self._max_rows, self._device)
+
+    def fusion_table(self, key: str, ranks: int, components: int) -> SegmentTable:
+        return SegmentTable(
+            max_rows=self._max_rows,
+            max_row_rank=ranks,
+            max_components=components,
+            device=self._device,
+        )

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from turret.kernels.segments import Component, LongSegment
+from turret.kernels.segments import LongSegment, SegmentMember
 
 RANKS = (1, 3, 8, 16, 64, 128)
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -60,12 +60,12 @@ class Pack:
     gain_delta: torch.Tensor
     bias: torch.Tensor
 
-    def mix(self, *weighted: tuple[int, float]) -> tuple[Component, ...]:
+    def mix(self, *weighted: tuple[int, float]) -> tuple[SegmentMember, ...]:
         """Components of ``(slot, weight)`` pairs, as the engine makes them."""
         made = []
         for slot, weight in weighted:
             low, high = self.bounds[slot]
-            made.append(Component(low, high if weight else low, slot, weight))
+            made.append(SegmentMember(low, high if weight else low, slot, weight))
         return tuple(made)
 
 
@@ -150,7 +150,7 @@ def update_in_float64(
     total = torch.zeros(x.shape[0], sum(outs), dtype=torch.float64, device=x.device)
     for run in runs:
         rows = x[run.start : run.end].double()
-        for c in run.components:
+        for c in run.members:
             if c.weight == 0.0:
                 continue
             start = 0

@@ -1,54 +1,26 @@
-"""The running adapters where they lie in host memory, for the compiled CPU kernels.
+"""The cpu path's store: the running adapters where they lie in host memory.
 
-An adapter's entry is a table of pointers to its operators, and each row of a step reads the factors
-of its own adapters. Copied are only the factors that the kernels read transposed, of Hadamard and
-Kronecker updates. Learned fusions, embeddings and heads are in ``unstacked.py``.
+Nothing is packed: each row of a step reads the factors of its own adapters, through the tables of
+``cpu_tables.py``. Learned fusions are computed by torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 
 import torch
 
-from turret.kernels.cpu.row_adapters import (
-    HadamardFactors,
-    KroneckerFactors,
-    ModuleSizes,
-    ModuleTable,
-    ProjectionShape,
-    RowAdapters,
-    RowSegment,
-)
-from turret.server.adapters.device.extras import StepExtras, TorchExtras
+from turret.kernels.cpu.row_adapters import Ahead, RowAdapters, RowSegment
+from turret.server.adapters.device.cpu_tables import AdapterTables, ModuleNumbers
+from turret.server.adapters.device.gates import Gates
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, StepMembers
-from turret.server.adapters.device.shelves import Shelves
-from turret.server.adapters.device.store import BaseProduct, OnMoved, Resident, StoredAdapters
-from turret.server.adapters.operators import AdapterOperators, Hadamard, Kronecker
+from turret.server.adapters.device.part import StepPart
+from turret.server.adapters.device.store import BaseProduct, OnMoved, Resident, StepStore
 
 
-@dataclass(slots=True)
-class _Entry:
-    """An adapter in the store.
-
-    ``groups`` are those with an update, gain or bias in some layer; ``gains`` those with a gain,
-    ``input_gains`` those with an input gain. ``operators`` are held because the table points into
-    them.
-    """
-
-    adapter: Resident
-    operators: AdapterOperators
-    table: ModuleTable
-    groups: frozenset[str]
-    gains: frozenset[str]
-    input_gains: frozenset[str]
-    last_step: int
-
-
-class CpuStore(StoredAdapters[_Entry]):
+class CpuStore(StepStore):
     """See ``AdapterStore``.
 
     Args:
@@ -67,62 +39,56 @@ class CpuStore(StoredAdapters[_Entry]):
         max_bytes: int,
         on_moved: OnMoved = lambda _: None,
     ) -> None:
-        unstacked = TorchExtras(layout, device, Shelves((), device))
-        super().__init__(max_bytes, unstacked, on_moved)
         self._layout = layout
-        self._projections = Projections(layout)
-
-    def stored_bytes(self, operators: AdapterOperators) -> int:
-        """Bytes an adapter takes: of its operators, and of the factors that are copied."""
-        modules = operators.modules.values()
-        copied = [_transposed(ops.hadamard) for ops in modules if ops.hadamard is not None]
-        copied += [_transposed(ops.kronecker) for ops in modules if ops.kronecker is not None]
-        return operators.num_bytes + sum(tensor.nbytes for found in copied for tensor in found)
+        self._numbers = ModuleNumbers(layout)
+        self._tables = AdapterTables(layout, self._numbers)
+        self._gates = Gates(layout, device)
+        super().__init__((self._tables, self._gates), device, max_bytes, on_moved)
 
     def step(self, members: StepMembers) -> CpuStep:
-        assert isinstance(self._unstacked, TorchExtras)
         segments = self._segments(members)
-        entries = {key: self._entries[key] for segment in segments for key, _ in segment[2]}
+        tables = {key: self._tables[key] for _, _, mix in segments for key, _ in mix}
         scaled, changed = self._input_gains(segments)
         rows = RowAdapters(
             [
-                RowSegment(start, end, [(entries[key].table, weight) for key, weight in mix])
+                RowSegment(start, end, [(tables[key].modules, weight) for key, weight in mix])
                 for start, end, mix in segments
             ],
-            self._projections.max_slices,
-            self._projections.sizes,
+            self._numbers.max_slices,
+            self._numbers.sizes,
         )
-        long = members.long
+        long, gates = members.long, self._gates.bind(members)
         return CpuStep(
             rows=rows,
-            projections=self._projections,
-            groups=frozenset().union(*(e.groups for e in entries.values())),
+            layout=self._layout,
+            numbers=self._numbers,
+            updates=frozenset().union(*(table.updates for table in tables.values())),
             scaled=scaled,
             changed=changed,
-            others=slice(len(members.short), long[0][0] if long else None),
-            unstacked=self._unstacked.bind(members),
+            base_rows=slice(len(members.short), long[0][0] if long else None),
+            others=() if gates is None else (gates,),
         )
 
     def _input_gains(
         self, segments: Sequence[tuple[int, int, Members]]
     ) -> tuple[dict[str, SegmentRows], dict[str, SegmentRows]]:
-        """The rows with input gains per group: of one-input mixes, and of the others.
+        """``CpuStep.scaled`` and ``CpuStep.changed``.
 
         One input cannot serve slices with input gains of their own. Nor may a gain in the mix scale
         what another member's input gain changes. Which way a row goes depends on its own mix alone.
         """
         scaled: dict[str, SegmentRows] = {}
         changed: dict[str, SegmentRows] = {}
-        mixes = [[self._entries[key] for key, _ in mix] for _, _, mix in segments]
-        for group in frozenset().union(*(e.input_gains for mix in mixes for e in mix)):
-            has_slices = len(self._projections.columns(group)) > 1
-            gained = [n for n, mix in enumerate(mixes) if any(group in e.input_gains for e in mix)]
-            sums = [n for n in gained if has_slices or any(group in e.gains for e in mixes[n])]
+        mixes = [[self._tables[key] for key, _ in mix] for _, _, mix in segments]
+        for name in frozenset().union(*(t.input_gains for mix in mixes for t in mix)):
+            has_slices = len(self._layout.columns(name)) > 1
+            gained = [n for n, mix in enumerate(mixes) if any(name in t.input_gains for t in mix)]
+            sums = [n for n in gained if has_slices or any(name in t.gains for t in mixes[n])]
             inputs = [n for n in gained if n not in sums]
             if inputs:
-                scaled[group] = SegmentRows.of(segments, inputs)
+                scaled[name] = SegmentRows.of(segments, inputs)
             if sums:
-                changed[group] = SegmentRows.of(segments, sums)
+                changed[name] = SegmentRows.of(segments, sums)
         return scaled, changed
 
     @staticmethod
@@ -136,116 +102,23 @@ class CpuStore(StoredAdapters[_Entry]):
                 segments.append((row, row + 1, mix))
         return [*segments, *members.long]
 
-    def _is_current(self, entry: _Entry) -> bool:
-        """Whether the tensors that it points to are those that are in host memory now."""
-        return entry.operators is entry.adapter.operators
+    def _is_current(self, adapter: Resident) -> bool:
+        """Whether the tensors that its table points to are those that are in host memory now."""
+        return self._tables[adapter.key].operators is adapter.operators
 
     def _insert(self, adapter: Resident) -> None:
         self._drop_evicted()
         super()._insert(adapter)
-
-    def _store(self, adapter: Resident, operators: AdapterOperators) -> None:
-        table = ModuleTable(self._projections.num_modules)
-        groups, gains, input_gains = set(), set(), set()
-        for name in self._layout.groups:
-            for layer, s, ops in self._layout.of(operators, name):
-                low_rank, hadamard, kronecker = ops.low_rank, ops.hadamard, ops.kronecker
-                table.put(
-                    self._projections.module(layer, name) + s,
-                    a=None if low_rank is None else low_rank.a,
-                    b=None if low_rank is None else low_rank.b,
-                    gain=ops.gain,
-                    bias=ops.bias,
-                    input_gain=ops.input_gain,
-                    hadamard=None if hadamard is None else _hadamard(hadamard),
-                    kronecker=None if kronecker is None else _kronecker(kronecker),
-                )
-                parts = (low_rank, hadamard, kronecker, ops.gain, ops.bias)
-                if any(part is not None for part in parts):
-                    groups.add(name)
-                if ops.gain is not None:
-                    gains.add(name)
-                if ops.input_gain is not None:
-                    input_gains.add(name)
-        table.close()
-        self._entries[adapter.key] = _Entry(
-            adapter=adapter,
-            operators=operators,
-            table=table,
-            groups=frozenset(groups),
-            gains=frozenset(gains),
-            input_gains=frozenset(input_gains),
-            last_step=self._step,
-        )
 
     def _drop_evicted(self) -> None:
         """Let go of adapters that left host memory: the store alone would keep their tensors."""
         gone = [
             key
             for key, entry in self._entries.items()
-            if entry.adapter.operators is not entry.operators and entry.last_step < self._step
+            if not self._is_current(entry.adapter) and entry.last_step < self._step
         ]
         for key in gone:
             self.drop(key)
-
-
-def _transposed(factors: Hadamard | Kronecker) -> tuple[torch.Tensor, ...]:
-    """The factors that the kernels read the other way round."""
-    if isinstance(factors, Hadamard):
-        return factors.w1a, factors.w2a
-    return (factors.w2 if isinstance(factors.w2, torch.Tensor) else factors.w2[0],)
-
-
-def _hadamard(factors: Hadamard) -> HadamardFactors:
-    w1a, w2a = (factor.T.contiguous() for factor in _transposed(factors))
-    return HadamardFactors(w1a, factors.w1b, w2a, factors.w2b)
-
-
-def _kronecker(factors: Kronecker) -> KroneckerFactors:
-    (w2,) = (factor.T.contiguous() for factor in _transposed(factors))
-    if isinstance(factors.w2, torch.Tensor):
-        return KroneckerFactors(factors.w1, w2)
-    return KroneckerFactors(factors.w1, (factors.w2[1], w2))
-
-
-class Projections:
-    """The fused projections of all layers, as the kernels number their modules."""
-
-    def __init__(self, layout: ProjectionLayout) -> None:
-        self._modules_per_layer = 0
-        self._first_module: dict[str, int] = {}
-        self._columns: dict[str, list[slice]] = {}
-        for name, slices in layout.groups.items():
-            self._first_module[name] = self._modules_per_layer
-            self._modules_per_layer += len(slices)
-            ends = [0, *accumulate(shape.out_features for shape in slices)]
-            self._columns[name] = [slice(*pair) for pair in pairwise(ends)]
-        self.num_modules = layout.num_layers * self._modules_per_layer
-        self.sizes = ModuleSizes(
-            [(s.in_features, s.out_features) for slices in layout.groups.values() for s in slices],
-            layout.num_layers,
-        )
-        self.max_slices = max(len(slices) for slices in layout.groups.values())
-        self._shapes = {
-            (layer, name): ProjectionShape(
-                slices[0].in_features,
-                [shape.out_features for shape in slices],
-                self.module(layer, name),
-            )
-            for layer in range(layout.num_layers)
-            for name, slices in layout.groups.items()
-        }
-
-    def module(self, layer: int, group: str) -> int:
-        """Number of the group's first module."""
-        return layer * self._modules_per_layer + self._first_module[group]
-
-    def shape(self, layer: int, group: str) -> ProjectionShape:
-        return self._shapes[layer, group]
-
-    def columns(self, group: str) -> list[slice]:
-        """The columns of each slice in a fused result."""
-        return self._columns[group]
 
 
 @dataclass(frozen=True, slots=True)
@@ -275,50 +148,58 @@ class CpuStep:
 
     Attributes:
         rows: The segments.
-        projections: Of the model.
-        groups: Those in which some adapter of the step has an update, gain or bias.
-        scaled: Per group, the rows whose input gains are multiplied into the input.
-        changed: Per group, the rows whose input gains are a product of their own, added last.
-        others: Rows of the base model alone.
-        unstacked: The other operators.
+        layout: Of the model.
+        numbers: Of its modules.
+        updates: Projections in which some adapter of the step has an update, gain or bias.
+        scaled: By projection, the rows whose input gains are multiplied into the input.
+        changed: By projection, the rows whose input gains are a product of their own, added last.
+        base_rows: Rows of the base model alone.
+        others: Rows of the operators that torch computes.
     """
 
     rows: RowAdapters
-    projections: Projections
-    groups: frozenset[str]
+    layout: ProjectionLayout
+    numbers: ModuleNumbers
+    updates: frozenset[str]
     scaled: Mapping[str, SegmentRows]
     changed: Mapping[str, SegmentRows]
-    others: slice
-    unstacked: StepExtras
+    base_rows: slice
+    others: tuple[StepPart, ...]
 
-    def project(
+    def inputs(
+        self, layer: int, projection: str, x: torch.Tensor
+    ) -> tuple[torch.Tensor, Ahead | None]:
+        first = self.numbers.first(layer, projection)
+        scaled = self.scaled.get(projection)
+        if scaled is not None:
+            gained = self.rows.input_gain(first, x, scaled.rows, scaled.segments, start=1.0)
+            x = x.index_copy(0, scaled.rows, gained)
+        return x, self.rows.ahead(first)
+
+    def apply(
         self,
         layer: int,
-        group: str,
+        projection: str,
         x: torch.Tensor,
+        y: torch.Tensor,
+        *,
         bias: torch.Tensor | None,
         base: BaseProduct,
-    ) -> torch.Tensor:
-        first = self.projections.module(layer, group)
-        ahead = self.rows.ahead(first)
-        scaled, changed = self.scaled.get(group), self.changed.get(group)
-        if scaled is None:
-            y = base(x, ahead)
-        else:
-            gained = self.rows.input_gain(first, x, scaled.rows, scaled.segments, start=1.0)
-            y = base(x.index_copy(0, scaled.rows, gained), ahead)
-        if group in self.groups:
-            self.rows.adapt(self.projections.shape(layer, group), x, y, bias)
+    ) -> None:
+        if projection in self.updates:
+            self.rows.adapt(self.numbers.shape(layer, projection), x, y, bias)
             if bias is not None:
-                y[self.others] += bias
+                y[self.base_rows] += bias
         elif bias is not None:
             y += bias
+        changed = self.changed.get(projection)
         if changed is not None:
             # W (l ⊙ x) = W x + W ((l − 1) ⊙ x), and each slice has a gain of its own.
-            for s, columns in enumerate(self.projections.columns(group)):
+            first = self.numbers.first(layer, projection)
+            for s, columns in enumerate(self.layout.columns(projection)):
                 change = self.rows.input_gain(
                     first + s, x, changed.rows, changed.segments, start=0.0
                 )
                 y[:, columns].index_add_(0, changed.rows, base(change)[:, columns])
-        self.unstacked.apply(layer, group, x, y)
-        return y
+        for part in self.others:
+            part.apply(layer, projection, x, y)

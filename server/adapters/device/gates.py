@@ -16,6 +16,7 @@ from turret.kernels.fusion_gate import fusion_gate_reference
 from turret.kernels.row_linear import max_reduction, row_addmm_, row_linear
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, Rows, StepMembers
+from turret.server.adapters.device.part import Part
 from turret.server.adapters.operators import AdapterOperators, Gate
 
 
@@ -49,7 +50,7 @@ class _GatedSlice:
 
 
 @dataclass(frozen=True, slots=True)
-class _GatedGroup:
+class _GatedProjection:
     """An adapter in one fused projection of one layer.
 
     ``down`` is ``[Σ (ranks + d_k), in_features]``: per slice, the factors ``a`` and the query.
@@ -66,41 +67,42 @@ class _GatedGroup:
         rows.put(y, part)
 
 
-_Place = tuple[int, str]  # layer, group
+_Place = tuple[int, str]  # layer, projection
+_Run = tuple[dict[_Place, _GatedProjection], Rows]
 
 
 @dataclass(frozen=True, slots=True)
 class StepGates:
     """A step's rows of every gated adapter, position by position in their mixes."""
 
-    runs: Sequence[tuple[dict[_Place, _GatedGroup], Rows]]
+    runs: Sequence[_Run]
 
-    def apply(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
+    def apply(self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the updates of one layer's fused projection to ``y``, in place."""
         for places, rows in self.runs:
-            gated = places.get((layer, group))
+            gated = places.get((layer, projection))
             if gated is not None:
                 gated.apply(rows, x, y)
 
 
-class Gates:
-    """The gated adapters of the pack, by key."""
+class Gates(Part):
+    """The gated adapters of the torch and cpu paths, by key."""
 
     def __init__(self, layout: ProjectionLayout, device: torch.device) -> None:
         self._layout = layout
         self._device = device
-        self._adapters: dict[str, dict[_Place, _GatedGroup]] = {}
+        self._adapters: dict[str, dict[_Place, _GatedProjection]] = {}
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
         """Take up an adapter if it has gates."""
         found: dict[_Place, list[tuple[int, Gate]]] = {}
-        for group in self._layout.groups:
-            for layer, s, ops in self._layout.of(operators, group):
+        for projection in self._layout.projections:
+            for layer, s, ops in self._layout.of(operators, projection):
                 if ops.gate is not None:
-                    found.setdefault((layer, group), []).append((s, ops.gate))
+                    found.setdefault((layer, projection), []).append((s, ops.gate))
         if found:
             self._adapters[key] = {
-                (layer, group): self._group(group, gates) for (layer, group), gates in found.items()
+                place: self._gated(place[1], gates) for place, gates in found.items()
             }
 
     def remove(self, key: str) -> None:
@@ -119,7 +121,7 @@ class Gates:
         ]
         return StepGates(runs) if runs else None
 
-    def _short_runs(self, short: Sequence[Members]) -> list[tuple[dict[_Place, _GatedGroup], Rows]]:
+    def _short_runs(self, short: Sequence[Members]) -> list[_Run]:
         runs = []
         gated = [[member for member in mix if member[0] in self._adapters] for mix in short]
         for j in range(max((len(mix) for mix in gated), default=0)):
@@ -133,10 +135,8 @@ class Gates:
                 runs.append((self._adapters[key], Rows(rows, 0, weights)))
         return runs
 
-    def _group(self, group: str, gates: Sequence[tuple[int, Gate]]) -> _GatedGroup:
-        ends = [0]
-        for shape in self._layout.groups[group]:
-            ends.append(ends[-1] + shape.out_features)
+    def _gated(self, projection: str, gates: Sequence[tuple[int, Gate]]) -> _GatedProjection:
+        columns = self._layout.columns(projection)
         slices, down, cursor = [], [], 0
         for s, gate in gates:
             moved = gate.with_tensors(tensor.to(self._device) for tensor in gate.tensors())
@@ -147,13 +147,13 @@ class Gates:
                     gate=moved,
                     ranks=slice(cursor, split),
                     query=slice(split, end),
-                    columns=slice(ends[s], ends[s + 1]),
+                    columns=columns[s],
                     component_of_rank=_component_of_rank(moved),
                 )
             )
             down += (moved.a, moved.query)
             cursor = end
-        return _GatedGroup(torch.cat(down), tuple(slices))
+        return _GatedProjection(torch.cat(down), tuple(slices))
 
 
 def _component_of_rank(gate: Gate) -> torch.Tensor:

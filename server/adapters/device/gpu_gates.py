@@ -1,7 +1,8 @@
-"""Learned fusions on the Triton path: shrink, gate and expand over a pack of each fusion's own.
+"""Learned fusions on the gpu path: shrink, gate and expand over a pack of each fusion's own.
 
-The components of a fusion are components of a segment: the rows of a request that uses it have the
-fusion's ranks in their mix, each component a slot, and ``fusion_gate`` weighs them per row.
+To the kernels, the components of a fusion are members of a segment: the rows of a request that uses
+it have the fusion's ranks in their mix, each component a slot, and ``fusion_gate`` weighs them per
+row.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -19,27 +19,21 @@ from turret.kernels.gpu.segment_table import SegmentTable
 from turret.kernels.gpu.segmented_expand import segmented_expand
 from turret.kernels.gpu.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.staged_buffer import upload
-from turret.kernels.segments import Component, LongSegment
+from turret.kernels.segments import LongSegment, SegmentMember
+from turret.server.adapters.device.gpu_tables import GpuTables
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
+from turret.server.adapters.device.part import Part
 from turret.server.adapters.operators import AdapterOperators, Gate
 
 # Libraries choose their algorithm by shape: queries are multiplied in pieces of one shape.
 _QUERY_ROWS = 64
 
-_Place = tuple[int, str]  # layer, group
-
-
-class GateTables(Protocol):
-    """Segment tables of fixed address."""
-
-    def fusion_table(self, key: str, ranks: int, components: int) -> SegmentTable:
-        """The table of a fusion; the same one for the same arguments."""
-        ...
+_Place = tuple[int, str]  # layer, projection
 
 
 @dataclass(frozen=True, slots=True)
-class _GatedGroup:
+class _GatedProjection:
     """A fusion in one fused projection of one layer; what a slice lacks is zero.
 
     Attributes:
@@ -76,12 +70,12 @@ class _Fusion:
     Attributes:
         bounds: First rank and end of each component in the fusion's pack.
         gated: Ones, ``[K]`` int32: every slot of the pack belongs to the fusion.
-        groups: Where it has gates.
+        places: Where it has gates.
     """
 
     bounds: tuple[tuple[int, int], ...]
     gated: torch.Tensor
-    groups: dict[_Place, _GatedGroup]
+    places: dict[_Place, _GatedProjection]
 
     @property
     def ranks(self) -> int:
@@ -89,8 +83,8 @@ class _Fusion:
 
     def segment(self, start: int, end: int, weight: float) -> LongSegment:
         """Rows that use it."""
-        components = (Component(*bound, k, weight) for k, bound in enumerate(self.bounds))
-        return LongSegment(start, end, tuple(components))
+        members = (SegmentMember(*bound, k, weight) for k, bound in enumerate(self.bounds))
+        return LongSegment(start, end, tuple(members))
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +99,16 @@ class GpuStepGates:
     runs: tuple[tuple[_Fusion, SegmentTable], ...]
     signature: tuple[Hashable, ...]
 
-    def apply(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
+    def apply(self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the updates of one layer's fused projection to ``y``, in place."""
         for fusion, table in self.runs:
-            gated = fusion.groups.get((layer, group))
+            gated = fusion.places.get((layer, projection))
             if gated is not None:
                 gated.add(table, fusion.gated, x, y)
 
 
-class GpuGates:
-    """The gated adapters of the pack, by key."""
+class GpuGates(Part):
+    """The gated adapters of the gpu path, by key."""
 
     def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
         self._layout = layout
@@ -124,10 +118,10 @@ class GpuGates:
     def insert(self, key: str, operators: AdapterOperators) -> None:
         """Take up an adapter if it has gates; its tensors are on the device."""
         found: dict[_Place, dict[int, Gate]] = {}
-        for group in self._layout.groups:
-            for layer, s, ops in self._layout.of(operators, group):
+        for projection in self._layout.projections:
+            for layer, s, ops in self._layout.of(operators, projection):
                 if ops.gate is not None:
-                    found.setdefault((layer, group), {})[s] = ops.gate
+                    found.setdefault((layer, projection), {})[s] = ops.gate
         if not found:
             return
         gates = [gate for slices in found.values() for gate in slices.values()]
@@ -138,7 +132,7 @@ class GpuGates:
             bounds,
             torch.ones(len(bounds), dtype=torch.int32, device=self._device),
             {
-                place: self._group(place[1], slices, bounds, ranks)
+                place: self._gated(place[1], slices, bounds, ranks)
                 for (place, slices), ranks in zip(found.items(), slice_ranks, strict=True)
             },
         )
@@ -146,7 +140,7 @@ class GpuGates:
     def remove(self, key: str) -> None:
         self._fusions.pop(key, None)
 
-    def bind(self, runs: Sequence[tuple[int, int, Members]], tables: GateTables) -> GpuStepGates:
+    def bind(self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables) -> GpuStepGates:
         """Load a step's tables.
 
         Args:
@@ -171,7 +165,7 @@ class GpuGates:
     def addresses(self) -> list[object]:
         """Where the tensors of every fusion are."""
         return [
-            (key, [(place, g.a.data_ptr(), g.query.data_ptr()) for place, g in f.groups.items()])
+            (key, [(place, g.a.data_ptr(), g.query.data_ptr()) for place, g in f.places.items()])
             for key, f in sorted(self._fusions.items())
         ]
 
@@ -180,8 +174,8 @@ class GpuGates:
     ) -> tuple[torch.Tensor, ...]:
         """``[K, slices]`` int32 per place, by one copy."""
         values, shapes = [], []
-        for (_, group), slices in found.items():
-            count = len(self._layout.groups[group])
+        for (_, projection), slices in found.items():
+            count = len(self._layout.projections[projection])
             none = (0,) * num_components
             columns = [_ranks_of(slices[s]) if s in slices else none for s in range(count)]
             values += [rank for row in zip(*columns, strict=True) for rank in row]
@@ -191,14 +185,14 @@ class GpuGates:
         # Copies: kernels want each at the start of an allocation.
         return tuple(p.clone().view(shape) for p, shape in zip(parts, shapes, strict=True))
 
-    def _group(
+    def _gated(
         self,
-        group: str,
+        projection: str,
         slices: dict[int, Gate],
         bounds: tuple[tuple[int, int], ...],
         slice_ranks: torch.Tensor,
-    ) -> _GatedGroup:
-        shapes, ranks = self._layout.groups[group], bounds[-1][1]
+    ) -> _GatedProjection:
+        shapes, ranks = self._layout.projections[projection], bounds[-1][1]
         d_k = max(gate.query.shape[0] for gate in slices.values())
         like = {"dtype": self._dtype, "device": self._device}
         a = torch.zeros(ranks, len(shapes), shapes[0].in_features, **like)
@@ -213,7 +207,7 @@ class GpuGates:
                 a[place, s] = gate.a[first:end]
                 b[s][place] = gate.b[first:end]
                 keys[place, s, :width] = gate.keys[first:end]
-        return _GatedGroup(a, b, keys, query.flatten(0, 1), slice_ranks)
+        return _GatedProjection(a, b, keys, query.flatten(0, 1), slice_ranks)
 
 
 def _ranks_of(gate: Gate) -> tuple[int, ...]:

@@ -1,8 +1,9 @@
-"""Hadamard and Kronecker factors on the Triton path: tables by slot, in the serving dtype."""
+"""Hadamard and Kronecker updates on the gpu path: tables by slot, in the serving dtype."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -10,15 +11,18 @@ from turret.kernels.gpu.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.hadamard_shrink import hadamard_shrink
 from turret.kernels.gpu.kronecker import kronecker
 from turret.kernels.gpu.row_table import RowTable
+from turret.server.adapters.device.gpu_tables import GpuTables
 from turret.server.adapters.device.hadamard_shelf import grown
 from turret.server.adapters.device.layout import ProjectionLayout
+from turret.server.adapters.device.members import Members
+from turret.server.adapters.device.shelves import Shelves
 from turret.server.adapters.operators import AdapterOperators, Kronecker, ModuleOperators
 
 _Shapes = tuple[tuple[int, ...], ...]
 
 
 class GpuHadamardShelves:
-    """Makes a shelf per (group, rank); slices of other ranks are zero there."""
+    """Makes a shelf per (projection, rank); slices of other ranks are zero there."""
 
     def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
         self._layout = layout
@@ -27,14 +31,14 @@ class GpuHadamardShelves:
     def shelves_of(
         self, operators: AdapterOperators
     ) -> Iterable[tuple[Hashable, Callable[[], GpuHadamardShelf]]]:
-        for group in self._layout.groups:
-            found = self._layout.of(operators, group)
+        for projection in self._layout.projections:
+            found = self._layout.of(operators, projection)
             ranks = {ops.hadamard.rank for _, _, ops in found if ops.hadamard is not None}
             for rank in sorted(ranks):
                 yield (
-                    ("hadamard", group, rank),
-                    lambda group=group, rank=rank: GpuHadamardShelf(
-                        self._layout, group, rank, self._dtype, self._device
+                    ("hadamard", projection, rank),
+                    lambda projection=projection, rank=rank: GpuHadamardShelf(
+                        self._layout, projection, rank, self._dtype, self._device
                     ),
                 )
 
@@ -45,21 +49,21 @@ class GpuHadamardShelves:
 
 
 class GpuHadamardShelf:
-    """Factors of one group and rank, ``[layers, slots, …]``, as the kernels take them."""
+    """Factors of one projection and rank, ``[layers, slots, …]``, as the kernels take them."""
 
     def __init__(
         self,
         layout: ProjectionLayout,
-        group: str,
+        projection: str,
         rank: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.group = group
+        self.projection = projection
         self.layers: set[int] = set()
         self._layout = layout
         self._rank = rank
-        slices = layout.groups[group]
+        slices = layout.projections[projection]
         inner = (0, len(slices), rank, slices[0].in_features)
         like = {"dtype": dtype, "device": device}
         self.w1b = torch.zeros(layout.num_layers, *inner, **like)
@@ -74,10 +78,10 @@ class GpuHadamardShelf:
         self.w2a = [grown(table, num_slots) for table in self.w2a]
 
     def put(self, slot: int, operators: AdapterOperators) -> None:
-        """Copy an adapter's factors of this group and rank into a slot."""
+        """Copy an adapter's factors of this projection and rank into a slot."""
         for table in (self.w1b, self.w2b, *self.w1a, *self.w2a):
             table[:, slot] = 0
-        for layer, s, ops in self._layout.of(operators, self.group):
+        for layer, s, ops in self._layout.of(operators, self.projection):
             factors = ops.hadamard
             if factors is not None and factors.rank == self._rank:
                 self.layers.add(layer)
@@ -99,7 +103,7 @@ class GpuHadamardShelf:
 
 
 class GpuKroneckerShelves:
-    """Makes a shelf per (group, slice, shapes of the factors)."""
+    """Makes a shelf per (projection, slice, shapes of the factors)."""
 
     def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
         self._layout = layout
@@ -108,17 +112,17 @@ class GpuKroneckerShelves:
     def shelves_of(
         self, operators: AdapterOperators
     ) -> Iterable[tuple[Hashable, Callable[[], GpuKroneckerShelf]]]:
-        for group in self._layout.groups:
+        for projection in self._layout.projections:
             keys = {
                 (s, _shapes(ops.kronecker))
-                for _, s, ops in self._layout.of(operators, group)
+                for _, s, ops in self._layout.of(operators, projection)
                 if ops.kronecker is not None
             }
             for s, shapes in sorted(keys):
                 yield (
-                    ("kronecker", group, s, shapes),
-                    lambda group=group, s=s, shapes=shapes: GpuKroneckerShelf(
-                        self._layout, group, s, shapes, self._dtype, self._device
+                    ("kronecker", projection, s, shapes),
+                    lambda projection=projection, s=s, shapes=shapes: GpuKroneckerShelf(
+                        self._layout, projection, s, shapes, self._dtype, self._device
                     ),
                 )
 
@@ -138,19 +142,18 @@ class GpuKroneckerShelf:
     def __init__(
         self,
         layout: ProjectionLayout,
-        group: str,
+        projection: str,
         index: int,
         shapes: _Shapes,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.group = group
+        self.projection = projection
         self.layers: set[int] = set()
         self._layout = layout
         self._index = index
         self._shapes = shapes
-        widths = [shape.out_features for shape in layout.groups[group]]
-        self.columns = slice(sum(widths[:index]), sum(widths[: index + 1]))
+        self.columns = layout.columns(projection)[index]
         self.tables = [
             torch.zeros(layout.num_layers, 0, *shape, dtype=dtype, device=device)
             for shape in shapes
@@ -164,7 +167,7 @@ class GpuKroneckerShelf:
         """Copy an adapter's factors of this shape into a slot."""
         for table in self.tables:
             table[:, slot] = 0
-        for layer, s, ops in self._layout.of(operators, self.group):
+        for layer, s, ops in self._layout.of(operators, self.projection):
             factors = ops.kronecker
             if factors is None or s != self._index or _shapes(factors) != self._shapes:
                 continue
@@ -184,3 +187,63 @@ class GpuKroneckerShelf:
 
 
 GpuShelf = GpuHadamardShelf | GpuKroneckerShelf
+
+
+@dataclass(frozen=True, slots=True)
+class GpuStepShelves:
+    """A step's rows of every shelf, by fused projection.
+
+    Attributes:
+        by_projection: Shelves with the tables of their rows, by position in the mixes.
+        signature: Names the shelves and how many tables each has: the launches of a step.
+    """
+
+    by_projection: dict[str, list[tuple[GpuShelf, list[RowTable]]]]
+    signature: tuple[tuple[Hashable, int], ...]
+
+    def apply(self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add the updates of one layer's fused projection to ``y``, in place."""
+        for shelf, tables in self.by_projection.get(projection, ()):
+            if layer in shelf.layers:
+                for table in tables:
+                    shelf.apply_table(layer, table, x, y)
+
+
+class GpuShelves(Shelves[GpuShelf]):
+    """The shelves of the gpu path."""
+
+    def bind(self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables) -> GpuStepShelves:
+        """Load a step's tables.
+
+        Args:
+            runs: Runs of rows: first, end, and their mix.
+            tables: Hold the row tables.
+        """
+        by_projection: dict[str, list[tuple[GpuShelf, list[RowTable]]]] = {}
+        signature = []
+        for shape, held in self.ordered():
+            found = [
+                [(held.slots[key], w) for key, w in mix if key in held.slots] for _, _, mix in runs
+            ]
+            bound = []
+            for j in range(max((len(places) for places in found), default=0)):
+                rows: list[int] = []
+                chosen: list[tuple[int, float]] = []
+                for (start, end, _), places in zip(runs, found, strict=True):
+                    if len(places) > j:
+                        rows.extend(range(start, end))
+                        chosen.extend([places[j]] * (end - start))
+                table = tables.row_table((shape, j))
+                table.load(rows, [slot for slot, _ in chosen], [weight for _, weight in chosen])
+                bound.append(table)
+            if bound:
+                by_projection.setdefault(held.shelf.projection, []).append((held.shelf, bound))
+                signature.append((shape, len(bound)))
+        return GpuStepShelves(by_projection, tuple(signature))
+
+    def addresses(self) -> list[object]:
+        """Everything a captured graph knows of the shelves."""
+        known: list[object] = []
+        for shape, held in self.ordered():
+            known += [shape, sorted(held.shelf.layers), held.shelf.addresses()]
+        return known

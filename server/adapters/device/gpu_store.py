@@ -1,17 +1,18 @@
-"""The adapter pack on the Triton path: the same placement, applied by kernels.
+"""The gpu path's store: adapters packed as on the torch path, applied by Triton kernels.
 
 A step's metadata is in tables of fixed address, so what a step launches depends only on which kinds
-of operators it has (``GpuAdapterStep.signature``) and on where the pack's tensors are
+of operators it has (``GpuAdapterStep.signature``) and on where the store's tensors are
 (``GpuStore.epoch``): as long as both stay the same, a captured CUDA graph stays valid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.gpu.hadamard_shrink import MAX_RANK as MAX_HADAMARD_RANK
 from turret.kernels.gpu.input_gain import input_gain
 from turret.kernels.gpu.kronecker import MAX_IN_M, MAX_RANK
@@ -19,20 +20,26 @@ from turret.kernels.gpu.segment_table import SegmentTable
 from turret.kernels.gpu.segmented_expand import segmented_expand
 from turret.kernels.gpu.segmented_shrink import rank_activations, segmented_shrink
 from turret.kernels.segments import LongSegment
-from turret.server.adapters.device.gpu_extras import GpuExtras, GpuStepShelves, GpuTables
-from turret.server.adapters.device.gpu_gates import GpuStepGates
+from turret.server.adapters.device.gpu_gates import GpuGates, GpuStepGates
+from turret.server.adapters.device.gpu_shelves import (
+    GpuHadamardShelves,
+    GpuKroneckerShelves,
+    GpuShelves,
+    GpuStepShelves,
+)
+from turret.server.adapters.device.gpu_tables import GpuTables
 from turret.server.adapters.device.gpu_upload import on_device
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
+from turret.server.adapters.device.pack import Pack, PackedKinds
 from turret.server.adapters.device.packed_projection import PackedProjection
-from turret.server.adapters.device.packed_store import PackedStore
-from turret.server.adapters.device.segments import components_of
-from turret.server.adapters.device.store import OnMoved, Resident
+from turret.server.adapters.device.segments import segment_members
+from turret.server.adapters.device.store import AdapterStore, BaseProduct, OnMoved, Resident
 from turret.server.adapters.operators import AdapterOperators
 
 
 class GpuPackedProjection(PackedProjection):
-    """A packed group that also knows how many ranks every adapter has in every module.
+    """A packed projection that also knows how many ranks every adapter has in every module.
 
     Attributes:
         slice_ranks: ``[layers, slots, slices]`` int32.
@@ -73,55 +80,50 @@ class GpuAdapterStep:
     """The adapters of one step, as kernels apply them.
 
     Attributes:
-        groups: The pack's groups.
+        projections: The pack's matrices.
         table: The step's segments; every row of the step is in it.
-        present: Groups with a low-rank update.
-        gains: Groups with a gain; ``input_gains`` and ``biases`` likewise.
-        banks: Rows of the shelves.
-        fusions: Rows of learned fusions.
+        kinds: Which packed operators the step's adapters have.
+        low_rank: Projections with a low-rank update.
+        shelves: Rows of the shelves.
+        gates: Rows of learned fusions.
     """
 
-    groups: Mapping[str, GpuPackedProjection]
+    projections: Mapping[str, GpuPackedProjection]
     table: SegmentTable
-    present: frozenset[str]
-    gains: frozenset[str]
-    input_gains: frozenset[str]
-    biases: frozenset[str]
-    banks: GpuStepShelves
-    fusions: GpuStepGates
+    kinds: PackedKinds
+    low_rank: frozenset[str]
+    shelves: GpuStepShelves
+    gates: GpuStepGates
 
     @property
     def signature(self) -> Hashable:
         """What the step launches; see the module."""
-        kinds = (self.present, self.gains, self.input_gains, self.biases)
-        return (kinds, self.banks.signature, self.fusions.signature)
+        kinds = (self.low_rank, self.kinds.gains, self.kinds.input_gains, self.kinds.biases)
+        return (kinds, self.shelves.signature, self.gates.signature)
+
+    def inputs(
+        self, layer: int, projection: str, x: torch.Tensor
+    ) -> tuple[torch.Tensor, Ahead | None]:
+        return x, None
 
     def apply(
         self,
         layer: int,
-        group: str,
+        projection: str,
         x: torch.Tensor,
         y: torch.Tensor,
+        *,
         bias: torch.Tensor | None,
-        base: Callable[[torch.Tensor], torch.Tensor],
+        base: BaseProduct,
     ) -> None:
-        """Make the bias-free base results ``y`` of ``x`` the adapted projection, in place.
-
-        Args:
-            layer: Layer number.
-            group: Fused projection.
-            x: ``[rows, in]``.
-            y: ``[rows, out]``.
-            bias: The base's bias, ``[out]``, or None.
-            base: The base product, for input gains.
-        """
-        packed, table = self.groups[group], self.table
-        gain = packed.gain_delta if group in self.gains else None
-        delta = packed.bias if group in self.biases else None
-        if bias is not None or gain is not None or delta is not None or group in self.present:
+        packed, table, kinds = self.projections[projection], self.table, self.kinds
+        gain = packed.gain_delta if projection in kinds.gains else None
+        delta = packed.bias if projection in kinds.biases else None
+        has_ranks = projection in self.low_rank
+        if bias is not None or gain is not None or delta is not None or has_ranks:
             a, b = packed.layers[layer]
             ranks = packed.slice_ranks[layer]
-            if group in self.present:
+            if has_ranks:
                 v = segmented_shrink(x, a, ranks, table)
             else:
                 # Nothing of it is read: no adapter of the step has ranks here.
@@ -136,20 +138,27 @@ class GpuAdapterStep:
                 bias=None if delta is None else delta[layer],
                 base_bias=bias,
             )
-        if group in self.input_gains:
+        if projection in kinds.input_gains:
             assert packed.input_gain_delta is not None
             for s, columns in enumerate(packed.columns):
                 scaled = input_gain(x, packed.input_gain_delta[layer, :, s], table)
                 y[:, columns] += base(scaled)[:, columns]
-        self.banks.apply(layer, group, x, y)
-        self.fusions.apply(layer, group, x, y)
+        self.shelves.apply(layer, projection, x, y)
+        self.gates.apply(layer, projection, x, y)
 
 
-class GpuStore(PackedStore):
-    """An adapter pack whose steps run as kernels.
+class GpuStore(AdapterStore):
+    """A store whose steps run as kernels; see ``AdapterStore``.
+
+    Args:
+        layout: Shape of the base.
+        dtype: Serving dtype.
+        device: Where the kernels run.
+        max_bytes: Budget of the copies.
+        on_moved: Told of every adapter that was packed or forgotten.
 
     Attributes:
-        epoch: Moves whenever tensors of the pack do, so that what was captured must be forgotten.
+        epoch: Moves whenever its tensors do, so that what was captured must be forgotten.
     """
 
     def __init__(
@@ -160,16 +169,16 @@ class GpuStore(PackedStore):
         max_bytes: int,
         on_moved: OnMoved = lambda _: None,
     ) -> None:
-        super().__init__(layout, dtype, device, max_bytes, on_moved)
+        like = (dtype, device)
+        self._pack = Pack(
+            layout, {name: GpuPackedProjection(layout, name, *like) for name in layout.projections}
+        )
+        kinds = GpuHadamardShelves(layout, *like), GpuKroneckerShelves(layout, *like)
+        self._shelves = GpuShelves(kinds)
+        self._gates = GpuGates(layout, *like)
+        super().__init__((self._pack, self._shelves, self._gates), device, max_bytes, on_moved)
         self.epoch = 0
-        self._rebuild(0)
         self._known = self._addresses()
-
-    def _make_group(self, name: str) -> GpuPackedProjection:
-        return GpuPackedProjection(self._layout, name, self._dtype, self._device)
-
-    def _make_unstacked(self) -> GpuExtras:
-        return GpuExtras(self._layout, self._dtype, self._device)
 
     def _operators(self, adapter: Resident) -> AdapterOperators:
         return on_device(super()._operators(adapter), self._device)
@@ -194,14 +203,10 @@ class GpuStore(PackedStore):
             self.epoch += 1
             self._known = known
 
-    def _addresses(self) -> list[list[object]]:
-        """Everything a captured graph knows of the pack."""
-        assert isinstance(self._unstacked, GpuExtras)
-        groups = [group.addresses() for group in self._gpu_groups().values()]
-        return [*groups, self._unstacked.addresses()]
-
-    def _gpu_groups(self) -> dict[str, GpuPackedProjection]:
-        return {name: g for name, g in self._groups.items() if isinstance(g, GpuPackedProjection)}
+    def _addresses(self) -> list[object]:
+        """Everything a captured graph knows of the store."""
+        packed = [projection.addresses() for projection in self._pack.projections.values()]
+        return [*packed, *self._shelves.addresses(), *self._gates.addresses()]
 
     def bind(self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables) -> GpuAdapterStep:
         """Load a step's tables.
@@ -210,20 +215,16 @@ class GpuStore(PackedStore):
             runs: All rows of the step: first row, end row, mix (empty for the base model's).
             tables: Where the metadata goes.
         """
-        assert isinstance(self._unstacked, GpuExtras)
-        entries = [self._entries[key] for key in {key for _, _, mix in runs for key, _ in mix}]
+        kinds = self._pack.kinds({key for _, _, mix in runs for key, _ in mix})
         segments = [
-            LongSegment(start, end, tuple(components_of(mix, self._entries)))
+            LongSegment(start, end, tuple(segment_members(mix, self._pack.places)))
             for start, end, mix in runs
         ]
-        banks, fusions = self._unstacked.bind_tables(runs, tables)
         return GpuAdapterStep(
-            groups=self._gpu_groups(),
+            projections=self._pack.projections,
             table=tables.load_segments(segments),
-            present=frozenset(group for e in entries for group, _ in e.present),
-            gains=frozenset().union(*(e.gains for e in entries)),
-            input_gains=frozenset().union(*(e.input_gains for e in entries)),
-            biases=frozenset().union(*(e.biases for e in entries)),
-            banks=banks,
-            fusions=fusions,
+            kinds=kinds,
+            low_rank=frozenset(projection for projection, _ in kinds.low_rank),
+            shelves=self._shelves.bind(runs, tables),
+            gates=self._gates.bind(runs, tables),
         )

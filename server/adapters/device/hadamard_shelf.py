@@ -1,4 +1,4 @@
-"""Tables of Hadamard factors (LoHa), per group and rank."""
+"""Tables of Hadamard factors (LoHa), per projection and rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 
 
 class HadamardShelves:
-    """Makes a shelf per (group, rank); slices of other ranks are zero there."""
+    """Makes a shelf per (projection, rank); slices of other ranks are zero there."""
 
     def __init__(self, layout: ProjectionLayout, device: torch.device) -> None:
         self._layout = layout
@@ -23,14 +23,14 @@ class HadamardShelves:
     def shelves_of(
         self, operators: AdapterOperators
     ) -> Iterable[tuple[Hashable, Callable[[], HadamardShelf]]]:
-        for group in self._layout.groups:
-            found = self._layout.of(operators, group)
+        for projection in self._layout.projections:
+            found = self._layout.of(operators, projection)
             ranks = {ops.hadamard.rank for _, _, ops in found if ops.hadamard is not None}
             for rank in sorted(ranks):
                 yield (
-                    ("hadamard", group, rank),
-                    lambda group=group, rank=rank: HadamardShelf(
-                        self._layout, group, rank, self._device
+                    ("hadamard", projection, rank),
+                    lambda projection=projection, rank=rank: HadamardShelf(
+                        self._layout, projection, rank, self._device
                     ),
                 )
 
@@ -46,16 +46,19 @@ class HadamardShelves:
 
 
 class HadamardShelf:
-    """Factors of one group and rank, ``[layers, slots, …]``; see ``kernels/hadamard_rows.py``."""
+    """Factors of one projection and rank, as ``kernels/hadamard_rows.py`` takes them.
+
+    Each table is ``[layers, slots, …]``.
+    """
 
     def __init__(
-        self, layout: ProjectionLayout, group: str, rank: int, device: torch.device
+        self, layout: ProjectionLayout, projection: str, rank: int, device: torch.device
     ) -> None:
-        self.group = group
+        self.projection = projection
         self.layers: set[int] = set()
         self._layout = layout
         self._rank = rank
-        slices = layout.groups[group]
+        slices = layout.projections[projection]
         self._widths = [s.out_features for s in slices]
         i, j, inner = padded(rank, COLUMNS), padded(rank, ROWS), slices[0].in_features
         wide = [padded(width, COLUMNS) for width in self._widths]
@@ -75,11 +78,11 @@ class HadamardShelf:
         self._w2a = [grown(table, num_slots) for table in self._w2a]
 
     def put(self, slot: int, operators: AdapterOperators) -> None:
-        """Copy an adapter's factors of this group and rank into a slot."""
+        """Copy an adapter's factors of this projection and rank into a slot."""
         for table in (self._w1b, self._w2b, *self._w1a, *self._w2a):
             table[:, slot] = 0
         rank = self._rank
-        for layer, s, ops in self._layout.of(operators, self.group):
+        for layer, s, ops in self._layout.of(operators, self.projection):
             factors = ops.hadamard
             if factors is not None and factors.rank == rank:
                 self.layers.add(layer)

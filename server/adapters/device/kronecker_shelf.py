@@ -1,4 +1,4 @@
-"""Tables of Kronecker factors (LoKr), per group, slice and factor shapes."""
+"""Tables of Kronecker factors (LoKr), per projection, slice and factor shapes."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _Signature = tuple[_Shapes | None, ...]
 
 
 class KroneckerShelves:
-    """Makes a shelf per (group, shapes of its slices' factors)."""
+    """Makes a shelf per (projection, shapes of its slices' factors)."""
 
     def __init__(self, layout: ProjectionLayout, device: torch.device) -> None:
         self._layout = layout
@@ -28,13 +28,13 @@ class KroneckerShelves:
     def shelves_of(
         self, operators: AdapterOperators
     ) -> Iterable[tuple[Hashable, Callable[[], KroneckerShelf]]]:
-        for group in self._layout.groups:
-            found = set(signatures(self._layout, operators, group).values())
+        for projection in self._layout.projections:
+            found = set(signatures(self._layout, operators, projection).values())
             for signature in sorted(found, key=repr):
                 yield (
-                    ("kronecker", group, signature),
-                    lambda group=group, signature=signature: KroneckerShelf(
-                        self._layout, group, signature, self._device
+                    ("kronecker", projection, signature),
+                    lambda projection=projection, signature=signature: KroneckerShelf(
+                        self._layout, projection, signature, self._device
                     ),
                 )
 
@@ -48,18 +48,19 @@ class KroneckerShelves:
 
 
 def signatures(
-    layout: ProjectionLayout, operators: AdapterOperators, group: str
+    layout: ProjectionLayout, operators: AdapterOperators, projection: str
 ) -> dict[int, _Signature]:
     """The shapes of each layer's factors, of layers with any."""
+    count = len(layout.projections[projection])
     found: dict[int, list[_Shapes | None]] = {}
-    for layer, s, ops in layout.of(operators, group):
+    for layer, s, ops in layout.of(operators, projection):
         if ops.kronecker is not None:
-            found.setdefault(layer, [None] * len(layout.groups[group]))[s] = _shapes(ops.kronecker)
+            found.setdefault(layer, [None] * count)[s] = _shapes(ops.kronecker)
     return {layer: tuple(shapes) for layer, shapes in found.items()}
 
 
 def _padded_shapes(shapes: _Shapes) -> list[tuple[int, int]]:
-    """Of ``w1``, and of the factors of ``w2ᵀ`` from the input on."""
+    """The padded shape of ``w1``, and those of the factors of ``w2ᵀ`` from the input on."""
     (out_l, in_m), *second = shapes
     transposed = [(inner, outer) for outer, inner in reversed(second)]
     return [
@@ -73,12 +74,15 @@ def _shapes(factors: Kronecker) -> _Shapes:
 
 
 class KroneckerShelf:
-    """Factors of one group and shape, ``[layers, slots, …]``; see ``kernels/kronecker_rows.py``."""
+    """Factors of one projection and shape, as ``kernels/kronecker_rows.py`` takes them.
+
+    Each table is ``[layers, slots, …]``.
+    """
 
     def __init__(
-        self, layout: ProjectionLayout, group: str, signature: _Signature, device: torch.device
+        self, layout: ProjectionLayout, projection: str, signature: _Signature, device: torch.device
     ) -> None:
-        self.group = group
+        self.projection = projection
         self.layers: set[int] = set()
         self._layout = layout
         self._signature = signature
@@ -87,10 +91,8 @@ class KroneckerShelf:
             for s, shapes in enumerate(signature)
             if shapes is not None
         ]
-        offsets = [0]
-        for shape in layout.groups[group]:
-            offsets.append(offsets[-1] + shape.out_features)
-        self._columns = [slice(offsets[one.index], offsets[one.index + 1]) for one in self._slices]
+        columns = layout.columns(projection)
+        self._columns = [columns[one.index] for one in self._slices]
 
     def grow(self, num_slots: int) -> None:
         """Make room for ``num_slots`` adapters."""
@@ -102,9 +104,9 @@ class KroneckerShelf:
         for one in self._slices:
             for table in one.tables:
                 table[:, slot] = 0
-        there = signatures(self._layout, operators, self.group)
+        there = signatures(self._layout, operators, self.projection)
         slices = {one.index: one for one in self._slices}
-        for layer, s, ops in self._layout.of(operators, self.group):
+        for layer, s, ops in self._layout.of(operators, self.projection):
             if ops.kronecker is not None and there[layer] == self._signature:
                 self.layers.add(layer)
                 slices[s].put(layer, slot, ops.kronecker)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 
@@ -19,20 +20,38 @@ class SliceShape:
 
 @dataclass(frozen=True, slots=True)
 class ProjectionLayout:
-    """Shape of the base as the pack sees it: per group the slices; ``num_layers`` deep."""
+    """Shape of the base as stores see it: the slices of each fused projection, in every layer."""
 
     num_layers: int
-    groups: Mapping[str, tuple[SliceShape, ...]]
+    projections: Mapping[str, tuple[SliceShape, ...]]
     layer_prefix: str = "model.layers"
+    _columns: Mapping[str, tuple[slice, ...]] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        columns = {}
+        for name, slices in self.projections.items():
+            ends = accumulate((shape.out_features for shape in slices), initial=0)
+            columns[name] = tuple(slice(*pair) for pair in pairwise(ends))
+        object.__setattr__(self, "_columns", columns)
 
     def module(self, layer: int, path: str) -> str:
         return f"{self.layer_prefix}.{layer}.{path}"
 
-    def of(self, operators: AdapterOperators, group: str) -> list[tuple[int, int, ModuleOperators]]:
-        """An adapter's operators in one group, as (layer, slice, operators)."""
+    def columns(self, projection: str) -> tuple[slice, ...]:
+        """The columns of each slice in the projection's result."""
+        return self._columns[projection]
+
+    def width(self, projection: str) -> int:
+        """Columns of the projection's result."""
+        return self._columns[projection][-1].stop
+
+    def of(
+        self, operators: AdapterOperators, projection: str
+    ) -> list[tuple[int, int, ModuleOperators]]:
+        """An adapter's operators in one projection, as (layer, slice, operators)."""
         found = []
         for layer in range(self.num_layers):
-            for s, shape in enumerate(self.groups[group]):
+            for s, shape in enumerate(self.projections[projection]):
                 ops = operators.modules.get(self.module(layer, shape.path))
                 if ops is not None:
                     found.append((layer, s, ops))

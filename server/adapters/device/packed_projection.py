@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
+from collections.abc import Iterable
 
 import torch
 
@@ -14,6 +14,7 @@ class PackedProjection:
     """Low-rank matrices stacked along the rank axis, and per-slot tables.
 
     Attributes:
+        columns: Of each slice in a fused result.
         a: ``[layers, pack_rank, slices, in]``: an adapter's ranks are one run for all slices.
         b: Per slice ``[layers, pack_rank, out]``.
         layers: Per layer, its views of ``a`` and ``b``.
@@ -26,39 +27,50 @@ class PackedProjection:
         self, layout: ProjectionLayout, name: str, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.name = name
-        self.slices = layout.groups[name]
+        self.slices = layout.projections[name]
+        self.columns = layout.columns(name)
+        self.dtype = dtype
         self._layout = layout
-        self._dtype, self._device = dtype, device
-        self._offsets = [0]
-        for shape in self.slices:
-            self._offsets.append(self._offsets[-1] + shape.out_features)
-        self.a = torch.empty(0)
-        self.b: list[torch.Tensor] = []
-        self.layers: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+        self._device = device
+        self.a, self.b = self._make_a(0), [self._make_b(s, 0) for s in range(len(self.slices))]
+        self.layers = self._layers()
         self.gain_delta: torch.Tensor | None = None
         self.input_gain_delta: torch.Tensor | None = None
         self.bias: torch.Tensor | None = None
 
-    @property
-    def columns(self) -> list[slice]:
-        """The columns of each slice in a fused result."""
-        return [slice(start, end) for start, end in pairwise(self._offsets)]
+    def grow(self, rank: int, moves: Iterable[tuple[int, int, int]]) -> None:
+        """Make matrices of ``rank`` ranks.
 
-    def allocate(self, rank: int) -> None:
-        """Make empty matrices of ``rank`` ranks."""
-        layers = self._layout.num_layers
-        shape = (layers, rank, len(self.slices), self.slices[0].in_features)
-        self.a = torch.zeros(shape, dtype=self._dtype, device=self._device)
-        self.b = [
-            torch.zeros(layers, rank, s.out_features, dtype=self._dtype, device=self._device)
-            for s in self.slices
-        ]
-        self.layers = [(self.a[i], [b[i] for b in self.b]) for i in range(layers)]
+        Args:
+            rank: How many.
+            moves: What of the old ones goes where: first rank and end, first rank in the new ones.
+        """
+        # One matrix after the other, since the old and the new one are there at once.
+        self.layers = []
+        old, self.a = self.a, self._make_a(rank)
+        for start, end, first in moves:
+            self.a[:, first : first + end - start] = old[:, start:end]
+        for s in range(len(self.slices)):
+            old, self.b[s] = self.b[s], self._make_b(s, rank)
+            for start, end, first in moves:
+                self.b[s][:, first : first + end - start] = old[:, start:end]
+        self.layers = self._layers()
+
+    def _make_a(self, rank: int) -> torch.Tensor:
+        shape = (self._layout.num_layers, rank, len(self.slices), self.slices[0].in_features)
+        return torch.zeros(shape, dtype=self.dtype, device=self._device)
+
+    def _make_b(self, s: int, rank: int) -> torch.Tensor:
+        shape = (self._layout.num_layers, rank, self.slices[s].out_features)
+        return torch.zeros(shape, dtype=self.dtype, device=self._device)
+
+    def _layers(self) -> list[tuple[torch.Tensor, list[torch.Tensor]]]:
+        return [(self.a[i], [b[i] for b in self.b]) for i in range(self._layout.num_layers)]
 
     def put_low_rank(self, operators: AdapterOperators, start: int, end: int) -> None:
         """Copy an adapter's factors into ranks ``[start, end)``; unused ones become zero."""
         if start == end:
-            return  # no low-rank update; there may be no matrices yet
+            return
         self.a[:, start:end] = 0
         for b in self.b:
             b[:, start:end] = 0
@@ -71,7 +83,7 @@ class PackedProjection:
     def put_tables(self, operators: AdapterOperators, slot: int, num_slots: int) -> None:
         """Copy an adapter's gains and biases into its slot; clears what the slot held."""
         found = self._layout.of(operators, self.name)
-        width, inner = self._offsets[-1], (len(self.slices), self.slices[0].in_features)
+        width, inner = self._layout.width(self.name), (len(self.slices), self.slices[0].in_features)
         # A table that exists covers every slot: rows of adapters that are not in it read zeros.
         if self.gain_delta is not None or any(ops.gain is not None for _, _, ops in found):
             self.gain_delta = self._grown(self.gain_delta, num_slots, width)

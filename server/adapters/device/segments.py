@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
 
 import torch
 
-from turret.kernels.segments import Component, LongSegment, SegmentPlan, ShortPass
+from turret.kernels.segments import LongSegment, SegmentMember, SegmentPlan, ShortPass
 from turret.server.adapters.device.members import Members, StepMembers
-
-
-class Place(Protocol):
-    """Where the pack holds an adapter."""
-
-    rank_start: int
-    rank_end: int
-    slot: int
+from turret.server.adapters.device.placement import Place
 
 
 def plan_segments(
@@ -29,25 +21,25 @@ def plan_segments(
         places: Place of every adapter in them.
         device: Where the metadata goes.
     """
-    rows = [components_of(mix, places) for mix in members.short]
-    chosen = [c for components in rows for c in components if c.rank_end > c.rank_start]
-    low = min((c.rank_start for c in chosen), default=0)
-    high = max((c.rank_end for c in chosen), default=0)
+    rows = [segment_members(mix, places) for mix in members.short]
+    chosen = [m for found in rows for m in found if m.rank_end > m.rank_start]
+    low = min((m.rank_start for m in chosen), default=0)
+    high = max((m.rank_end for m in chosen), default=0)
     long = tuple(
-        LongSegment(start, end, tuple(components_of(mix, places)))
+        LongSegment(start, end, tuple(segment_members(mix, places)))
         for start, end, mix in members.long
     )
     return SegmentPlan(len(rows), low, high, _passes(rows, low, high, device), long)
 
 
-def components_of(mix: Members, places: Mapping[str, Place]) -> list[Component]:
+def segment_members(mix: Members, places: Mapping[str, Place]) -> list[SegmentMember]:
     """The places of a mix's adapters and their weights, in the request's order."""
     found = ((places[key], weight) for key, weight in mix)
-    return [Component(p.rank_start, p.rank_end, p.slot, weight) for p, weight in found]
+    return [SegmentMember(p.rank_start, p.rank_end, p.slot, weight) for p, weight in found]
 
 
 def _passes(
-    rows: Sequence[Sequence[Component]], low: int, high: int, device: torch.device
+    rows: Sequence[Sequence[SegmentMember]], low: int, high: int, device: torch.device
 ) -> tuple[ShortPass, ...]:
     """One pass per position in the mixes, over the ranks ``[low, high)``."""
     passes = []
@@ -56,19 +48,19 @@ def _passes(
     def tensor(values: list[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int64, device=device)
 
-    for j in range(max((len(components) for components in rows), default=0)):
-        numbers = [i for i, components in enumerate(rows) if len(components) > j]
+    for j in range(max((len(found) for found in rows), default=0)):
+        numbers = [i for i, found in enumerate(rows) if len(found) > j]
         chosen = [rows[i][j] for i in numbers]
-        start = tensor([c.rank_start for c in chosen]).unsqueeze(1)
-        end = tensor([c.rank_end for c in chosen]).unsqueeze(1)
+        start = tensor([m.rank_start for m in chosen]).unsqueeze(1)
+        end = tensor([m.rank_end for m in chosen]).unsqueeze(1)
         foreign = (ranks < start) | (ranks >= end)
         passes.append(
             ShortPass(
                 rows=None if len(numbers) == len(rows) else tensor(numbers),
                 foreign=foreign if bool(foreign.any()) else None,
-                slots=tensor([c.slot for c in chosen]),
-                slot_weights=torch.tensor([[c.weight] for c in chosen], device=device),
-                plain=all(c.weight == 1.0 for c in chosen),
+                slots=tensor([m.slot for m in chosen]),
+                slot_weights=torch.tensor([[m.weight] for m in chosen], device=device),
+                plain=all(m.weight == 1.0 for m in chosen),
             )
         )
     return tuple(passes)

@@ -1,71 +1,160 @@
 """Operators that are gathered per row: one table per shape, a slot per adapter.
 
 Hadamard and Kronecker updates do not stack along a rank axis as low-rank ones do; each row
-multiplies the factors of its own adapter, picked from a table by slot.
+multiplies the factors of its own adapter, picked from a table by slot. A *shelf* is the tables of
+one kind of operator and one shape in one fused projection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from turret.server.adapters.device.members import Rows, StepMembers
+from turret.server.adapters.device.part import Part
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 
 
 class Shelf(Protocol):
-    """The tables of adapters with one shape in one group."""
+    """Tables by slot, and the layers in which some adapter has the operator."""
 
-    group: str
+    projection: str
     layers: set[int]
 
-    def grow(self, num_slots: int) -> None: ...
-    def put(self, slot: int, operators: AdapterOperators) -> None: ...
-    def apply(self, layer: int, rows: Rows, x: torch.Tensor, y: torch.Tensor) -> None: ...
+    def grow(self, num_slots: int) -> None:
+        """Make room for ``num_slots`` adapters."""
+        ...
+
+    def put(self, slot: int, operators: AdapterOperators) -> None:
+        """Copy an adapter's factors of the shelf's shape into a slot."""
+        ...
 
 
-class ShelfSlots:
-    """A shelf with the slots its adapters hold."""
+S = TypeVar("S", bound=Shelf)
+S_co = TypeVar("S_co", bound=Shelf, covariant=True)
 
-    def __init__(self, shelf: Shelf) -> None:
+
+class ShelfKind(Protocol[S_co]):
+    """What a kind of operator brings: the shelves that an adapter needs."""
+
+    def shelves_of(
+        self, operators: AdapterOperators
+    ) -> Iterable[tuple[Hashable, Callable[[], S_co]]]:
+        """(shape, function that makes the shelf) for every shape the adapter has."""
+        ...
+
+    def extra_bytes(self, ops: ModuleOperators) -> int:
+        """Bytes a module takes on its shelf past those it takes in host memory."""
+        ...
+
+
+class ShelfSlots(Generic[S]):
+    """A shelf with the slots its adapters hold.
+
+    Attributes:
+        slots: By adapter key.
+    """
+
+    def __init__(self, shelf: S) -> None:
         self.shelf = shelf
-        self._slots: dict[str, int] = {}
+        self.slots: dict[str, int] = {}
         self._capacity = 0
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
-        taken = set(self._slots.values())
+        taken = set(self.slots.values())
         slot = next(i for i in range(len(taken) + 1) if i not in taken)
         if slot >= self._capacity:
             self._capacity = max(4, 2 * self._capacity)
             self.shelf.grow(self._capacity)
-        self._slots[key] = slot
+        self.slots[key] = slot
         self.shelf.put(slot, operators)
 
+
+class Shelves(Part, Generic[S]):
+    """All shelves of some kinds of operators; made when an adapter needs them."""
+
+    def __init__(self, kinds: Sequence[ShelfKind[S]]) -> None:
+        self._kinds = kinds
+        self._shelves: dict[Hashable, ShelfSlots[S]] = {}
+
+    def insert(self, key: str, operators: AdapterOperators) -> None:
+        for kind in self._kinds:
+            for shape, make in kind.shelves_of(operators):
+                if shape not in self._shelves:
+                    self._shelves[shape] = ShelfSlots(make())
+                self._shelves[shape].insert(key, operators)
+
     def remove(self, key: str) -> None:
-        self._slots.pop(key, None)
+        for shelf in self._shelves.values():
+            shelf.slots.pop(key, None)
 
-    def slot(self, key: str) -> int | None:
-        """The slot of an adapter, or None if it is not on this shelf."""
-        return self._slots.get(key)
+    def extra_bytes(self, operators: AdapterOperators) -> int:
+        modules = operators.modules.values()
+        return sum(kind.extra_bytes(ops) for ops in modules for kind in self._kinds)
 
-    def bind(self, members: StepMembers, device: torch.device) -> list[Rows]:
-        """The step's rows by position among the members that are on this shelf."""
-        bound: list[Rows] = []
-        per_row = [
-            [(self._slots[u], w) for u, w in row if u in self._slots] for row in members.short
-        ]
-        for j in range(max((len(found) for found in per_row), default=0)):
-            users = [(*found[j], i) for i, found in enumerate(per_row) if len(found) > j]
-            bound.append(_short_rows(sorted(users, key=lambda user: user[0]), device))
-        for start, end, mix in members.long:
-            for key, weight in mix:
-                if key in self._slots:
-                    slot = self._slots[key]
-                    bound.append(Rows(slice(start, end), slot, weight, slice(slot, slot + 1)))
-        return bound
+    def ordered(self) -> list[tuple[Hashable, ShelfSlots[S]]]:
+        """All shelves in the order of their shapes, not of their making.
+
+        Sums must not depend on what the store has held before.
+        """
+        return sorted(self._shelves.items(), key=lambda item: repr(item[0]))
+
+
+class TorchShelf(Shelf, Protocol):
+    """A shelf whose updates torch computes."""
+
+    def apply(self, layer: int, rows: Rows, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add the updates of these rows to ``y``, in place."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StepShelves:
+    """A step's rows of every shelf, by fused projection."""
+
+    by_projection: dict[str, list[tuple[TorchShelf, list[Rows]]]]
+
+    def apply(self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add the updates of one layer's fused projection to ``y``, in place."""
+        for shelf, bound in self.by_projection.get(projection, ()):
+            if layer in shelf.layers:
+                for rows in bound:
+                    shelf.apply(layer, rows, x, y)
+
+
+class TorchShelves(Shelves[TorchShelf]):
+    """The shelves of the torch path."""
+
+    def __init__(self, kinds: Sequence[ShelfKind[TorchShelf]], device: torch.device) -> None:
+        super().__init__(kinds)
+        self._device = device
+
+    def bind(self, members: StepMembers) -> StepShelves | None:
+        """The step's rows, or None if no row needs a shelf."""
+        found: dict[str, list[tuple[TorchShelf, list[Rows]]]] = {}
+        for _, held in self.ordered():
+            bound = _rows_of(held.slots, members, self._device)
+            if bound:
+                found.setdefault(held.shelf.projection, []).append((held.shelf, bound))
+        return StepShelves(found) if found else None
+
+
+def _rows_of(slots: Mapping[str, int], members: StepMembers, device: torch.device) -> list[Rows]:
+    """The step's rows by position among the members that are on a shelf."""
+    bound: list[Rows] = []
+    per_row = [[(slots[key], w) for key, w in row if key in slots] for row in members.short]
+    for j in range(max((len(found) for found in per_row), default=0)):
+        users = [(*found[j], i) for i, found in enumerate(per_row) if len(found) > j]
+        bound.append(_short_rows(sorted(users, key=lambda user: user[0]), device))
+    for start, end, mix in members.long:
+        for key, weight in mix:
+            if key in slots:
+                slot = slots[key]
+                bound.append(Rows(slice(start, end), slot, weight, slice(slot, slot + 1)))
+    return bound
 
 
 def _short_rows(users: list[tuple[int, float, int]], device: torch.device) -> Rows:
@@ -79,69 +168,3 @@ def _short_rows(users: list[tuple[int, float, int]], device: torch.device) -> Ro
     is_run = slots == list(range(slots[0], slots[-1] + 1))
     run = slice(slots[0], slots[-1] + 1) if is_run else None
     return Rows(rows, torch.tensor(slots, device=device), mixed, run)
-
-
-@dataclass(frozen=True, slots=True)
-class StepShelves:
-    """A step's rows of every shelf, by group."""
-
-    by_group: dict[str, list[tuple[Shelf, list[Rows]]]]
-
-    def apply(self, layer: int, group: str, x: torch.Tensor, y: torch.Tensor) -> None:
-        """Add the updates of one layer's fused projection to ``y``, in place."""
-        for shelf, bound in self.by_group.get(group, ()):
-            if layer in shelf.layers:
-                for rows in bound:
-                    shelf.apply(layer, rows, x, y)
-
-
-class Bank(Protocol):
-    """What a kind of operator brings: the shelves an adapter needs, made on demand."""
-
-    def shelves_of(self, operators: AdapterOperators) -> Iterable[tuple[Hashable, Any]]:
-        """(shape, function that makes the shelf) for every shape the adapter has."""
-        ...
-
-    def extra_bytes(self, ops: ModuleOperators) -> int:
-        """Bytes a module takes on its shelf past those it takes in host memory."""
-        ...
-
-
-class Shelves:
-    """All shelves of all banks."""
-
-    def __init__(self, banks: Sequence[Bank], device: torch.device) -> None:
-        self._banks = banks
-        self._device = device
-        self._shelves: dict[Hashable, ShelfSlots] = {}
-
-    def insert(self, key: str, operators: AdapterOperators) -> None:
-        for bank in self._banks:
-            for shape, make in bank.shelves_of(operators):
-                if shape not in self._shelves:
-                    self._shelves[shape] = ShelfSlots(make())
-                self._shelves[shape].insert(key, operators)
-
-    def remove(self, key: str) -> None:
-        for slots in self._shelves.values():
-            slots.remove(key)
-
-    def extra_bytes(self, operators: AdapterOperators) -> int:
-        """Bytes an adapter takes on its shelves past those it takes in host memory."""
-        return sum(b.extra_bytes(ops) for ops in operators.modules.values() for b in self._banks)
-
-    def ordered(self) -> list[tuple[Hashable, ShelfSlots]]:
-        """All shelves in the order of their shapes, not of their making.
-
-        Sums must not depend on what the pack has held before.
-        """
-        return sorted(self._shelves.items(), key=lambda item: repr(item[0]))
-
-    def bind(self, members: StepMembers) -> StepShelves | None:
-        """The step's rows, or None if no row needs a shelf."""
-        by_group: dict[str, list[tuple[Shelf, list[Rows]]]] = {}
-        for _, slots in self.ordered():
-            bound = slots.bind(members, self._device)
-            if bound:
-                by_group.setdefault(slots.shelf.group, []).append((slots.shelf, bound))
-        return StepShelves(by_group) if by_group else None

@@ -1,17 +1,18 @@
-"""What the engine and the model need of whatever holds the running adapters' weights."""
+"""What holds the running adapters' weights: the base class of all stores."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any, Generic, Protocol, TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from turret.kernels.cpu.row_adapters import Ahead
-from turret.server.adapters.device.extras import Extras
 from turret.server.adapters.device.members import StepMembers
-from turret.server.adapters.device.vocabulary import VocabularyChange
+from turret.server.adapters.device.part import Part
+from turret.server.adapters.device.vocabulary import VocabularyChange, vocabulary_change
 from turret.server.adapters.operators import AdapterOperators
 
 # Told of every adapter that entered or left a store.
@@ -36,127 +37,96 @@ class BaseProduct(Protocol):
 
 
 class AdapterStep(Protocol):
-    """The adapters of one step, as the model's layers apply them."""
+    """The adapters of one step, as the layers' projections apply them (see ``AdaptedLinear``)."""
 
-    def project(
-        self,
-        layer: int,
-        group: str,
-        x: torch.Tensor,
-        bias: torch.Tensor | None,
-        base: BaseProduct,
-    ) -> torch.Tensor:
-        """``y = G ⊙ base(x) + b + Σ_k w_k Δ_k(x)`` for every row of the step.
+    def inputs(
+        self, layer: int, projection: str, x: torch.Tensor
+    ) -> tuple[torch.Tensor, Ahead | None]:
+        """What the base multiplies in place of ``x``, and what it may bring in meanwhile.
 
         Args:
             layer: Layer number.
-            group: Fused projection (``qkv``, ``o``, ``gate_up``, ``down``).
+            projection: Fused projection (``qkv``, ``o``, ``gate_up``, ``down``).
             x: Its input, ``[rows, in]``; not changed.
-            bias: The base's, ``[sum(out)]``, or None.
-            base: Multiplies ``[rows, in]`` by the base weight, ``[rows, sum(out)]``.
+        """
+        ...
 
-        Returns:
-            ``[rows, sum(out)]``.
+    def apply(
+        self,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
+        base: BaseProduct,
+    ) -> None:
+        """Make ``y`` the adapted projection ``G ⊙ (W x) + b + Σ_k w_k Δ_k(x)``, in place.
+
+        Args:
+            layer: Layer number.
+            projection: Fused projection.
+            x: Its input, ``[rows, in]``; not changed.
+            y: What the base made of ``inputs``, ``[rows, sum(out)]``, contiguous.
+            bias: The base's, ``[sum(out)]``, or None.
+            base: Multiplies ``[rows, in]`` by the base weight, for input gains.
         """
         ...
 
 
-class AdapterStore(Protocol):
-    """Holds the adapters that run, ready for the device. The engine thread owns it.
-
-    Attributes:
-        max_bytes: Budget of the adapters in it.
-    """
-
-    max_bytes: int
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Bytes of the adapters that are in it."""
-        ...
-
-    def stored_bytes(self, operators: AdapterOperators) -> int:
-        """Bytes an adapter takes in it."""
-        ...
-
-    def unserved(self, operators: AdapterOperators) -> str | None:
-        """Why its kernels do not serve an adapter, or None."""
-        ...
-
-    def prepare(self, adapters: Iterable[Resident]) -> None:
-        """Make sure every adapter of a step is in it; idle ones may have to leave."""
-        ...
-
-    def drop(self, key: str) -> None:
-        """Forget an adapter (unloaded or replaced). Unknown ones are ignored."""
-        ...
-
-    def vocabulary(self, key: str) -> VocabularyChange | None:
-        """What a stored adapter does to embedding and head."""
-        ...
-
-    def step(self, members: StepMembers) -> AdapterStep:
-        """Bind a step's rows to their adapters, all of them prepared."""
-        ...
-
-
-class Entry(Protocol):
+@dataclass(slots=True)
+class _Entry:
     """An adapter in a store."""
 
-    @property
-    def adapter(self) -> Resident: ...
-
+    adapter: Resident
     last_step: int
 
 
-E = TypeVar("E", bound=Entry)
-
-
-class StoredAdapters(ABC, Generic[E]):
-    """The bookkeeping that all stores share; see ``AdapterStore``.
+class AdapterStore:
+    """Holds the adapters that run, ready for the device. The engine thread owns it.
 
     Adapters that left the batch keep their place until it is needed, so a popular adapter is stored
     once.
 
     Args:
+        parts: What holds the operators of the layers' projections.
+        device: Where they are applied.
         max_bytes: Budget of what is in the store. The scheduler keeps what runs together within
             it; idle adapters give way.
-        unstacked: Holds the operators that are no low-rank products.
         on_moved: Told of every adapter that entered or left.
     """
 
-    def __init__(self, max_bytes: int, unstacked: Extras, on_moved: OnMoved) -> None:
+    def __init__(
+        self, parts: Sequence[Part], device: torch.device, max_bytes: int, on_moved: OnMoved
+    ) -> None:
         self.max_bytes = max_bytes
-        self._unstacked = unstacked
+        self._parts = parts
+        self._device = device
         self._on_moved = on_moved
-        self._entries: dict[str, E] = {}
+        self._entries: dict[str, _Entry] = {}
+        self._vocabularies: dict[str, VocabularyChange] = {}
         self._step = 0
 
     @property
     def adapter_bytes(self) -> int:
+        """Bytes of the adapters that are in it."""
         return sum(entry.adapter.bytes_device for entry in self._entries.values())
 
-    @abstractmethod
-    def stored_bytes(self, operators: AdapterOperators) -> int: ...
-
-    @abstractmethod
-    def _store(self, adapter: Resident, operators: AdapterOperators) -> None:
-        """Make the adapter's entry; there is room for it."""
-
-    def _operators(self, adapter: Resident) -> AdapterOperators:
-        """What goes into the store."""
-        assert adapter.operators is not None, "an adapter is resident while it is in use"
-        return adapter.operators
+    def stored_bytes(self, operators: AdapterOperators) -> int:
+        """Bytes an adapter takes in it."""
+        return operators.num_bytes + sum(part.extra_bytes(operators) for part in self._parts)
 
     def unserved(self, operators: AdapterOperators) -> str | None:
+        """Why its kernels do not serve an adapter, or None."""
         return None
 
     def prepare(self, adapters: Iterable[Resident]) -> None:
+        """Make sure every adapter of a step is in it; idle ones may have to leave."""
         self._step += 1
         missing = []
         for adapter in adapters:
             entry = self._entries.get(adapter.key)
-            if entry is not None and self._is_current(entry):
+            if entry is not None and self._is_current(adapter):
                 entry.last_step = self._step
             else:
                 missing.append(adapter)
@@ -164,28 +134,46 @@ class StoredAdapters(ABC, Generic[E]):
             self._insert(adapter)
 
     def drop(self, key: str) -> None:
+        """Forget an adapter (unloaded or replaced). Unknown ones are ignored."""
         entry = self._entries.pop(key, None)
         if entry is not None:
             entry.adapter.bytes_device = 0
-            self._unstacked.remove(key)
+            for part in self._parts:
+                part.remove(key)
+            self._vocabularies.pop(key, None)
             self._on_moved(entry.adapter)
 
     def vocabulary(self, key: str) -> VocabularyChange | None:
-        return self._unstacked.vocabulary(key)
+        """What a stored adapter does to embedding and head."""
+        return self._vocabularies.get(key)
 
-    def _is_current(self, entry: E) -> bool:
-        """Whether an entry can be used as it is."""
+    def _operators(self, adapter: Resident) -> AdapterOperators:
+        """What goes into the store."""
+        assert adapter.operators is not None, "an adapter is resident while it is in use"
+        return adapter.operators
+
+    def _is_current(self, adapter: Resident) -> bool:
+        """Whether what is stored of an adapter can be used as it is."""
         return True
 
     def _insert(self, adapter: Resident) -> None:
         operators = self._operators(adapter)
         num_bytes = self.stored_bytes(operators)
-        while self.adapter_bytes + num_bytes > self.max_bytes and self._drop_idle():
+        while not self._has_room(operators, num_bytes) and self._drop_idle():
             pass
-        self._store(adapter, operators)
-        self._unstacked.insert(adapter.key, operators)
+        for part in self._parts:
+            part.insert(adapter.key, operators)
+        change = vocabulary_change(operators, self._device)
+        if change is not None:
+            self._vocabularies[adapter.key] = change
+        self._entries[adapter.key] = _Entry(adapter, self._step)
         adapter.bytes_device = num_bytes
         self._on_moved(adapter)
+
+    def _has_room(self, operators: AdapterOperators, num_bytes: int) -> bool:
+        if self.adapter_bytes + num_bytes > self.max_bytes:
+            return False
+        return all(part.has_room(operators) for part in self._parts)
 
     def _drop_idle(self) -> bool:
         """Forget the adapter that was used longest ago and not in this step, if there is one."""
@@ -193,3 +181,11 @@ class StoredAdapters(ABC, Generic[E]):
         if idle:
             self.drop(min(idle, key=lambda e: e.last_step).adapter.key)
         return bool(idle)
+
+
+class StepStore(AdapterStore, ABC):
+    """A store whose steps are bound by their members alone: those of the torch and cpu paths."""
+
+    @abstractmethod
+    def step(self, members: StepMembers) -> AdapterStep:
+        """Bind a step's rows to their adapters, all of them prepared."""

@@ -173,25 +173,11 @@ def _windows(rank: int, size: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + size, rank)
 
 
-class Vocabularies:
-    """By adapter key. On the CPU the tensors are those of the host, not copies."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._changes: dict[str, VocabularyChange] = {}
-
-    def insert(self, key: str, operators: AdapterOperators) -> None:
-        """Keep what an adapter does to the vocabulary, if it does anything."""
-        if operators.changes_vocabulary:
-            change = VocabularyChange(head=operators.head, tokens=operators.tokens)
-            self._changes[key] = _moved(change, self._device, {})
-
-    def remove(self, key: str) -> None:
-        """Forget an adapter; unknown ones are ignored."""
-        self._changes.pop(key, None)
-
-    def get(self, key: str) -> VocabularyChange | None:
-        return self._changes.get(key)
+def vocabulary_change(operators: AdapterOperators, device: torch.device) -> VocabularyChange | None:
+    """What an adapter does to the vocabulary, if anything; on the CPU, the host's own tensors."""
+    if not operators.changes_vocabulary:
+        return None
+    return _moved(VocabularyChange(head=operators.head, tokens=operators.tokens), device, {})
 
 
 def _moved(value: Any, device: torch.device, done: dict[int, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""The bank of gated adapters: a row gets the same bits in any company and kind of segment."""
+"""Gated adapters on the torch path: a row gets the same bits in any company and kind of segment."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     row_multiple.cache_clear()
 
 
-def bank_of(dtype: torch.dtype) -> tuple[Gates, dict[str, dict[str, Gate]]]:
-    bank, gates = Gates(LAYOUT, torch.device("cpu")), gates_of(dtype)
+def held_of(dtype: torch.dtype) -> tuple[Gates, dict[str, dict[str, Gate]]]:
+    held, gates = Gates(LAYOUT, torch.device("cpu")), gates_of(dtype)
     for key, modules in gates.items():
-        bank.insert(key, operators_of(modules))
-    return bank, gates
+        held.insert(key, operators_of(modules))
+    return held, gates
 
 
-def apply(bank: Gates, members: StepMembers, x: Tensor, y: Tensor) -> Tensor:
+def apply(held: Gates, members: StepMembers, x: Tensor, y: Tensor) -> Tensor:
     y = y.clone()
-    bound = bank.bind(members)
+    bound = held.bind(members)
     assert bound is not None
     bound.apply(0, "qkv", x, y)
     return y
@@ -45,41 +45,41 @@ def apply(bank: Gates, members: StepMembers, x: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.usefixtures("threads")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_row_keeps_its_bits_in_any_company(dtype: torch.dtype) -> None:
-    bank, _ = bank_of(dtype)
+    held, _ = held_of(dtype)
     x, y = torch.randn(NUM_ROWS, INNER).to(dtype), torch.randn(NUM_ROWS, WIDTH).to(dtype)
     mixes = [MIXES[i % len(MIXES)] for i in range(NUM_ROWS)]
-    together = apply(bank, StepMembers(short=mixes, long=[]), x, y)
+    together = apply(held, StepMembers(short=mixes, long=[]), x, y)
     for i in range(NUM_ROWS):
         if mixes[i] == (("other", 1.0),):
             assert torch.equal(together[i], y[i])
             continue
         row = slice(i, i + 1)
-        alone = apply(bank, StepMembers(short=[mixes[i]], long=[]), x[row], y[row])
+        alone = apply(held, StepMembers(short=[mixes[i]], long=[]), x[row], y[row])
         assert torch.equal(alone[0], together[i]), i
     for mix in (MIXES[0], MIXES[3], MIXES[5]):
         segment = StepMembers(short=[], long=[(5, 84, mix)])
-        long = apply(bank, segment, x, y)
+        long = apply(held, segment, x, y)
         assert torch.equal(long[:5], y[:5])
         assert torch.equal(long[84:], y[84:])
         for i in (5, 6, 40, 83):
             row = slice(i, i + 1)
-            alone = apply(bank, StepMembers(short=[mix], long=[]), x[row], y[row])
+            alone = apply(held, StepMembers(short=[mix], long=[]), x[row], y[row])
             assert torch.equal(alone[0], long[i]), (mix, i)
 
 
 def test_rows_get_the_formula() -> None:
-    bank, gates = bank_of(torch.float32)
+    held, gates = held_of(torch.float32)
     x, y = torch.randn(3, INNER), torch.randn(3, WIDTH)
     mix = MIXES[3]
-    found = apply(bank, StepMembers(short=[mix] * 3, long=[]), x, y)
+    found = apply(held, StepMembers(short=[mix] * 3, long=[]), x, y)
     expected = in_float64(gates, mix, x, y)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_removed_adapter_is_gone() -> None:
-    bank, _ = bank_of(torch.float32)
+    held, _ = held_of(torch.float32)
     members = StepMembers(short=[(("a", 1.0),)], long=[])
-    assert bank.bind(members) is not None
-    bank.remove("a")
-    bank.remove("never there")
-    assert bank.bind(members) is None
+    assert held.bind(members) is not None
+    held.remove("a")
+    held.remove("never there")
+    assert held.bind(members) is None

@@ -20,11 +20,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 from builders.gates import INNER, LAYOUT, MIXES, WIDTH, gates_of, in_float64, operators_of
-from gpu_path import use_coarse_tiles
+from gpu_path import OneStepTables, use_coarse_tiles
 from kernel_traffic import DEVICE, error_ratio
 
 from turret.kernels.gpu import tuning as tuning_module
-from turret.kernels.gpu.segment_table import SegmentTable
 from turret.server.adapters.device.gpu_gates import GpuGates
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
@@ -40,21 +39,16 @@ def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tuning_module.tuning.cache_clear()
 
 
-class Tables:
-    """A table per fusion, as large as it must be."""
-
-    def fusion_table(self, key: str, ranks: int, components: int) -> SegmentTable:
-        return SegmentTable(
-            max_rows=NUM_ROWS, max_row_rank=ranks, max_components=components, device=DEVICE
-        )
+def tables() -> OneStepTables:
+    return OneStepTables(NUM_ROWS, DEVICE)
 
 
-def bank_of(dtype: torch.dtype, gates) -> GpuGates:
-    bank = GpuGates(LAYOUT, dtype, DEVICE)
+def held_of(dtype: torch.dtype, gates) -> GpuGates:
+    held = GpuGates(LAYOUT, dtype, DEVICE)
     for key, modules in gates.items():
         moved = {n: g.with_tensors(t.to(DEVICE) for t in g.tensors()) for n, g in modules.items()}
-        bank.insert(key, operators_of(moved))
-    return bank
+        held.insert(key, operators_of(moved))
+    return held
 
 
 def runs_of() -> list[tuple[int, int, Members]]:
@@ -67,11 +61,11 @@ def runs_of() -> list[tuple[int, int, Members]]:
 def test_rows_get_the_formula(dtype: torch.dtype, bound: float) -> None:
     torch.manual_seed(3)
     gates = gates_of(dtype)
-    bank = bank_of(dtype, gates)
+    held = held_of(dtype, gates)
     x = torch.randn(NUM_ROWS, INNER).to(DEVICE, dtype)
     y = torch.randn(NUM_ROWS, WIDTH).to(DEVICE, dtype)
     found = y.clone()
-    bound_fusions = bank.bind(runs_of(), Tables())
+    bound_fusions = held.bind(runs_of(), tables())
     assert bound_fusions.signature == ("a", "b", "c")
     bound_fusions.apply(0, "qkv", x, found)
     for start, end, mix in runs_of():
@@ -93,23 +87,23 @@ def test_a_row_does_not_depend_on_its_batch_mates() -> None:
     """Not in the interpreter: numpy's products round a row by its place."""
     torch.manual_seed(4)
     gates = gates_of(torch.float32)
-    bank = bank_of(torch.float32, gates)
+    held = held_of(torch.float32, gates)
     x, y = torch.randn(NUM_ROWS, INNER).to(DEVICE), torch.randn(NUM_ROWS, WIDTH).to(DEVICE)
     found = y.clone()
-    bank.bind(runs_of(), Tables()).apply(0, "qkv", x, found)
+    held.bind(runs_of(), tables()).apply(0, "qkv", x, found)
     for row in (0, 3, 5, 12):
         mix = next(mix for start, end, mix in runs_of() if start <= row < end)
         alone = y[row : row + 1].clone()
-        bank.bind([(0, 1, mix)], Tables()).apply(0, "qkv", x[row : row + 1], alone)
+        held.bind([(0, 1, mix)], tables()).apply(0, "qkv", x[row : row + 1], alone)
         assert torch.equal(alone[0], found[row]), row
 
 
 def test_adapters_without_gates_and_removed_ones_are_passed_over() -> None:
-    bank = bank_of(torch.float32, gates_of(torch.float32))
-    bank.insert("plain", AdapterOperators({"model.layers.0.q": ModuleOperators()}))
-    assert bank.bind([(0, 1, (("plain", 1.0),))], Tables()).runs == ()
-    before = bank.addresses()
-    bank.remove("b")
-    bank.remove("never there")
-    assert bank.bind([(0, 1, MIXES[1])], Tables()).runs == ()
-    assert bank.addresses() != before
+    held = held_of(torch.float32, gates_of(torch.float32))
+    held.insert("plain", AdapterOperators({"model.layers.0.q": ModuleOperators()}))
+    assert held.bind([(0, 1, (("plain", 1.0),))], tables()).runs == ()
+    before = held.addresses()
+    held.remove("b")
+    held.remove("never there")
+    assert held.bind([(0, 1, MIXES[1])], tables()).runs == ()
+    assert held.addresses() != before

@@ -7,20 +7,18 @@ of one step, as single rows and as segments, so each is computed beside all othe
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import accumulate, combinations, combinations_with_replacement, pairwise
 from typing import Any
 
 import pytest
 import torch
-from gpu_path import use_coarse_tiles
+from gpu_path import OneStepTables, use_coarse_tiles
 from kernel_traffic import error_ratio
 from torch import Tensor
 
 from turret.kernels.cpu.native import library
 from turret.kernels.gpu import tuning as tuning_module
-from turret.kernels.gpu.row_table import RowTable
-from turret.kernels.gpu.segment_table import SegmentTable
 from turret.server.adapters.device.cpu_store import CpuStore
 from turret.server.adapters.device.gpu_store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
@@ -34,6 +32,7 @@ from turret.server.adapters.operators import (
     LowRank,
     ModuleOperators,
 )
+from turret.server.models.adapted_linear import AdaptedLinear
 
 CPU = torch.device("cpu")
 INNER = 64
@@ -136,36 +135,31 @@ def _change(weight: Tensor, ops: ModuleOperators, x: Tensor) -> Tensor:
     return total if ops.bias is None else total + ops.bias.double()
 
 
-class Tables:
-    """The tables of one step."""
+class Base:
+    """A dense weight, ``[out, in]``; one row at a time, so that a row's bits are its own."""
 
-    def load_segments(self, runs: Any) -> SegmentTable:
-        table = self.fusion_table("", 64, 4)
-        table.load(runs)
-        return table
+    def __init__(self, weight: Tensor) -> None:
+        self.widths, self.in_features = (len(weight),), weight.shape[1]
+        self._weight = weight
 
-    def row_table(self, key: Hashable) -> RowTable:
-        return RowTable(1024, CPU)
+    def __call__(self, x: Tensor, ahead: object = None, num_decode: int | None = None) -> Tensor:
+        return torch.cat([row @ self._weight.T for row in x.split(1)])
 
-    def fusion_table(self, key: str, ranks: int, components: int) -> SegmentTable:
-        return SegmentTable(
-            max_rows=1024, max_row_rank=ranks, max_components=components, device=CPU
-        )
+    def dequantize(self, index: int) -> Tensor:
+        return self._weight.float()
+
+    def part(self, index: int) -> Base:
+        return self
 
 
 def project(
     store: Any, name: str, members: StepMembers, x: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    def base(x: Tensor, ahead: object = None) -> Tensor:
-        # One row at a time: a row's bits are its own.
-        return torch.cat([row @ weight.T for row in x.split(1)])
-
+    linear = AdaptedLinear(0, name, Base(weight), bias)
     if not isinstance(store, GpuStore):
-        return store.step(members).project(0, name, x, bias, base)
+        return linear(x, store.step(members))
     runs = [(row, row + 1, mix) for row, mix in enumerate(members.short)]
-    y = base(x)
-    store.bind([*runs, *members.long], Tables()).apply(0, name, x, y, bias, base)
-    return y
+    return linear(x, store.bind([*runs, *members.long], OneStepTables(1024, CPU)), len(runs))
 
 
 @pytest.fixture

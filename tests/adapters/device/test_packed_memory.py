@@ -38,7 +38,7 @@ def make_adapter(key: str, rank: int) -> Adapter:
             b=torch.ones(rank, WIDTH, dtype=torch.bfloat16),
         )
     )
-    paths = [slice_.path for group in LAYOUT.groups.values() for slice_ in group]
+    paths = [slice_.path for slices in LAYOUT.projections.values() for slice_ in slices]
     return Adapter(
         key,
         AdapterOperators(MappingProxyType({LAYOUT.module(0, path): module for path in paths})),
@@ -46,7 +46,7 @@ def make_adapter(key: str, rank: int) -> Adapter:
 
 
 def allocated(pack: PackedStore) -> int:
-    matrices = [m for group in pack._groups.values() for m in (group.a, *group.b)]
+    matrices = [m for packed in pack._pack.projections.values() for m in (packed.a, *packed.b)]
     return sum(matrix.numel() * matrix.element_size() for matrix in matrices)
 
 

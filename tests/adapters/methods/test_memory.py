@@ -20,6 +20,8 @@ from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.device.packed_store import PackedStore
 from turret.server.adapters.operators import AdapterOperators
+from turret.server.models.adapted_linear import AdaptedLinear
+from turret.server.models.base_linear import DenseLinear
 
 SIZE = 2048
 NAME = "model.layers.0.self_attn.o_proj"
@@ -134,6 +136,8 @@ def test_no_tensor_is_as_large_as_a_weight(
     write(tmp_path / "a", config, tensors)
     x = random(ROWS, SIZE).to(dtype)
     layout = ProjectionLayout(1, {"o": (SliceShape("self_attn.o_proj", SIZE, SIZE),)})
+    # A weight of zeros that takes no memory.
+    nothing = DenseLinear(torch.zeros(1, 1, dtype=dtype).expand(SIZE, SIZE), (SIZE,))
     with LargestTensor() as largest:
         operators = lower_adapter(tmp_path, base(dtype)).operators
         pack = store(layout, dtype, torch.device("cpu"), 1 << 30)
@@ -141,7 +145,7 @@ def test_no_tensor_is_as_large_as_a_weight(
         # Half of the rows one by one, half of them as a segment.
         half = ROWS // 2
         members = StepMembers([[("a", 1.0)]] * half, [(half, ROWS, [("a", 1.0)])])
-        y = pack.step(members).project(0, "o", x, None, lambda x, ahead=None: torch.zeros_like(x))
+        y = AdaptedLinear(0, "o", nothing, None)(x, pack.step(members))
     expected = x.float() @ dense_delta(kind, tensors).T
     assert float((y.float() - expected).abs().max()) < bound * float(expected.abs().max())
     # A quarter of a weight's elements would already be a tile of ΔW.

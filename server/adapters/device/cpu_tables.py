@@ -1,0 +1,162 @@
+"""Where the running adapters' tensors lie in host memory, for the compiled CPU kernels.
+
+An adapter's entry is a table of pointers to its operators. Copied are only the factors that the
+kernels read transposed, of Hadamard and Kronecker updates.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from turret.kernels.cpu.row_adapters import (
+    HadamardFactors,
+    KroneckerFactors,
+    ModuleSizes,
+    ModuleTable,
+    ProjectionShape,
+)
+from turret.server.adapters.device.layout import ProjectionLayout
+from turret.server.adapters.device.part import Part
+from turret.server.adapters.operators import (
+    AdapterOperators,
+    Hadamard,
+    Kronecker,
+    ModuleOperators,
+)
+
+
+class ModuleNumbers:
+    """The fused projections of all layers, as the kernels number their modules.
+
+    Attributes:
+        num_modules: Of all layers.
+        sizes: Of all modules.
+        max_slices: Most slices that a projection has.
+    """
+
+    def __init__(self, layout: ProjectionLayout) -> None:
+        self._per_layer = 0
+        self._first: dict[str, int] = {}
+        for name, slices in layout.projections.items():
+            self._first[name] = self._per_layer
+            self._per_layer += len(slices)
+        self.num_modules = layout.num_layers * self._per_layer
+        self.sizes = ModuleSizes(
+            [
+                (s.in_features, s.out_features)
+                for slices in layout.projections.values()
+                for s in slices
+            ],
+            layout.num_layers,
+        )
+        self.max_slices = max(len(slices) for slices in layout.projections.values())
+        self._shapes = {
+            (layer, name): ProjectionShape(
+                slices[0].in_features,
+                [shape.out_features for shape in slices],
+                self.first(layer, name),
+            )
+            for layer in range(layout.num_layers)
+            for name, slices in layout.projections.items()
+        }
+
+    def first(self, layer: int, projection: str) -> int:
+        """Number of the projection's first module."""
+        return layer * self._per_layer + self._first[projection]
+
+    def shape(self, layer: int, projection: str) -> ProjectionShape:
+        return self._shapes[layer, projection]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterTable:
+    """An adapter's operators and the table that points to them.
+
+    Attributes:
+        operators: Held because the table points into them.
+        modules: The table.
+        updates: Projections with an update, gain or bias in some layer.
+        gains: Projections with a gain in some layer.
+        input_gains: Projections with an input gain in some layer.
+    """
+
+    operators: AdapterOperators
+    modules: ModuleTable
+    updates: frozenset[str]
+    gains: frozenset[str]
+    input_gains: frozenset[str]
+
+
+class AdapterTables(Part):
+    """The tables of the adapters in the cpu path's store, by key."""
+
+    def __init__(self, layout: ProjectionLayout, numbers: ModuleNumbers) -> None:
+        self._layout = layout
+        self._numbers = numbers
+        self._tables: dict[str, AdapterTable] = {}
+
+    def __getitem__(self, key: str) -> AdapterTable:
+        return self._tables[key]
+
+    def insert(self, key: str, operators: AdapterOperators) -> None:
+        modules = ModuleTable(self._numbers.num_modules)
+        updates, gains, input_gains = set(), set(), set()
+        for name in self._layout.projections:
+            for layer, s, ops in self._layout.of(operators, name):
+                _put(modules, self._numbers.first(layer, name) + s, ops)
+                parts = (ops.low_rank, ops.hadamard, ops.kronecker, ops.gain, ops.bias)
+                if any(part is not None for part in parts):
+                    updates.add(name)
+                if ops.gain is not None:
+                    gains.add(name)
+                if ops.input_gain is not None:
+                    input_gains.add(name)
+        modules.close()
+        self._tables[key] = AdapterTable(
+            operators, modules, frozenset(updates), frozenset(gains), frozenset(input_gains)
+        )
+
+    def remove(self, key: str) -> None:
+        self._tables.pop(key, None)
+
+    def extra_bytes(self, operators: AdapterOperators) -> int:
+        """Bytes of the factors that are copied."""
+        modules = operators.modules.values()
+        copied = [_transposed(ops.hadamard) for ops in modules if ops.hadamard is not None]
+        copied += [_transposed(ops.kronecker) for ops in modules if ops.kronecker is not None]
+        return sum(tensor.nbytes for found in copied for tensor in found)
+
+
+def _put(table: ModuleTable, module: int, ops: ModuleOperators) -> None:
+    low_rank, hadamard, kronecker = ops.low_rank, ops.hadamard, ops.kronecker
+    table.put(
+        module,
+        a=None if low_rank is None else low_rank.a,
+        b=None if low_rank is None else low_rank.b,
+        gain=ops.gain,
+        bias=ops.bias,
+        input_gain=ops.input_gain,
+        hadamard=None if hadamard is None else _hadamard(hadamard),
+        kronecker=None if kronecker is None else _kronecker(kronecker),
+    )
+
+
+def _transposed(factors: Hadamard | Kronecker) -> tuple[torch.Tensor, ...]:
+    """The factors that the kernels read the other way round."""
+    if isinstance(factors, Hadamard):
+        return factors.w1a, factors.w2a
+    return (factors.w2 if isinstance(factors.w2, torch.Tensor) else factors.w2[0],)
+
+
+def _hadamard(factors: Hadamard) -> HadamardFactors:
+    w1a, w2a = (factor.T.contiguous() for factor in _transposed(factors))
+    return HadamardFactors(w1a, factors.w1b, w2a, factors.w2b)
+
+
+def _kronecker(factors: Kronecker) -> KroneckerFactors:
+    (w2,) = (factor.T.contiguous() for factor in _transposed(factors))
+    if isinstance(factors.w2, torch.Tensor):
+        return KroneckerFactors(factors.w1, w2)
+    return KroneckerFactors(factors.w1, (factors.w2[1], w2))

@@ -1,0 +1,26 @@
+"""What the gpu path's parts load a step's metadata into."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Protocol
+
+from turret.kernels.gpu.row_table import RowTable
+from turret.kernels.gpu.segment_table import SegmentTable
+from turret.kernels.segments import LongSegment
+
+
+class GpuTables(Protocol):
+    """Tables of fixed address, of the kind of step at hand."""
+
+    def load_segments(self, runs: Sequence[LongSegment]) -> SegmentTable:
+        """Load and return the segment table."""
+        ...
+
+    def row_table(self, key: Hashable) -> RowTable:
+        """The table of a shelf and a position in the mixes; the same one for the same key."""
+        ...
+
+    def fusion_table(self, key: str, ranks: int, components: int) -> SegmentTable:
+        """The table of a learned fusion; the same one for the same arguments."""
+        ...
