@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from google.protobuf import duration_pb2
@@ -71,7 +71,7 @@ def usage_fields(finish: Finish) -> dict[str, Any]:
     }
 
 
-def finish_fields(finish: Finish, stop_token_ids: Sequence[int]) -> dict[str, Any]:
+def finish_fields(finish: Finish, stop_token_ids: frozenset[int]) -> dict[str, Any]:
     """``usage_fields`` and why the answer ended.
 
     The API reports only a stop that the request itself named, so not the model's own end token.

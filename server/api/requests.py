@@ -119,7 +119,7 @@ def stop_conditions(
     values["stop_strings"] = tuple(message.stop_strings)
     path = "stop.stop_token_ids"
     if violations.check_count(len(message.stop_token_ids), MAX_STOP_TOKEN_IDS, path):
-        values["stop_token_ids"] = tuple(message.stop_token_ids)
+        values["stop_token_ids"] = frozenset(message.stop_token_ids)
         _check_ids(message.stop_token_ids, vocab_size, violations, path)
     return _build(StopConditions, values, violations, "stop")
 

@@ -42,10 +42,9 @@ class Runner:
     def __init__(self, executor: Executor, stop_token_ids: frozenset[int]) -> None:
         self._executor = executor
         self._store = executor.store
-        self._sampler = Sampler()
+        self._sampler = Sampler(stop_token_ids)
         # By adapter key, until it is forgotten: what the shelves add is summed over every module.
         self._stored_bytes: dict[str, int] = {}
-        self._stop_token_ids = stop_token_ids
 
     def run(self, step: Step) -> StepResult:
         """Compute a step. Keys and values of its tokens are in the cache afterwards."""
@@ -111,15 +110,8 @@ class Runner:
         if computed.logits is None:
             return
         sequences = [placed.item.sequence for placed in computed.placed if placed.samples]
-        banned = [self._banned(sequence) for sequence in sequences]
-        draws = self._sampler.draw(computed.logits, sequences, banned)
+        draws = self._sampler.draw(computed.logits, sequences)
         result.draws = dict(zip(sequences, draws, strict=True))
-
-    def _banned(self, sequence: Sequence) -> frozenset[int]:
-        stop = sequence.request.stop
-        if sequence.num_generated >= stop.min_tokens:
-            return frozenset()
-        return self._stop_token_ids.union(stop.stop_token_ids)
 
     def _score(self, placed: Placed, hidden: torch.Tensor, result: StepResult) -> None:
         sequence = placed.item.sequence

@@ -7,12 +7,12 @@ is consumed per token.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
 
+from turret.server.engine.adjustment import Adjustment
 from turret.server.engine.request import SamplingParams
 from turret.server.engine.sequence import Sequence
 
@@ -30,31 +30,32 @@ class Draw:
 
 
 class Sampler:
-    """Keeps each running sequence's random generator."""
+    """Keeps each running sequence's random generator and what changes its logits.
 
-    def __init__(self) -> None:
+    Args:
+        stop_token_ids: The model's end tokens, not drawn while under ``min_tokens``.
+    """
+
+    def __init__(self, stop_token_ids: frozenset[int] = frozenset()) -> None:
+        self._stop_token_ids = stop_token_ids
         self._generators: dict[Sequence, torch.Generator] = {}
+        self._adjustments: dict[Sequence, Adjustment] = {}
 
     def forget(self, sequence: Sequence) -> None:
         """Drop a finished sequence's state."""
         self._generators.pop(sequence, None)
+        self._adjustments.pop(sequence, None)
 
-    def draw(
-        self,
-        logits: torch.Tensor,
-        sequences: SequenceOf[Sequence],
-        banned: SequenceOf[frozenset[int]],
-    ) -> list[Draw]:
+    def draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Draw]:
         """Draw one token per row.
 
         Args:
             logits: ``[rows, vocab]`` fp32; modified in place.
             sequences: Whose row it is.
-            banned: Token ids that must not be drawn (stops, while under ``min_tokens``).
         """
         reports = self._report(logits, sequences)
-        for row, sequence, ids in zip(logits, sequences, banned, strict=True):
-            _adjust(row, sequence, ids)
+        for row, sequence in zip(logits, sequences, strict=True):
+            self._adjustment(sequence, logits.device).apply(row)
         greedy = logits.argmax(-1).tolist()
         draws = []
         for i, (sequence, report) in enumerate(zip(sequences, reports, strict=True)):
@@ -66,6 +67,13 @@ class Sampler:
                 logprobs, top = report
                 draws.append(Draw(token, float(logprobs[token]), top))
         return draws
+
+    def _adjustment(self, sequence: Sequence, device: torch.device) -> Adjustment:
+        found = self._adjustments.get(sequence)
+        if found is None:
+            found = Adjustment(sequence, self._stop_token_ids, device)
+            self._adjustments[sequence] = found
+        return found
 
     def _report(
         self, logits: torch.Tensor, sequences: SequenceOf[Sequence]
@@ -111,28 +119,6 @@ def top_of(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
         return ()
     values, ids = logprobs.topk(min(count, logprobs.shape[0]))
     return tuple(zip(ids.tolist(), values.tolist(), strict=True))
-
-
-def _adjust(row: torch.Tensor, sequence: Sequence, banned: frozenset[int]) -> None:
-    """Apply penalties, logit bias and bans to one row, in place."""
-    params = sequence.request.sampling
-    if params.repetition_penalty != 1.0:
-        # CTRL (arXiv 1909.05858), over prompt and output, as transformers does.
-        text = sequence.tokens[sequence.num_virtual :]
-        seen = torch.tensor(sorted(set(text)), device=row.device)
-        values = row[seen]
-        factor = params.repetition_penalty
-        row[seen] = torch.where(values > 0, values / factor, values * factor)
-    if params.presence_penalty or params.frequency_penalty:
-        counts = Counter(sequence.tokens[sequence.prompt_end :])
-        if counts:
-            ids = torch.tensor(list(counts), device=row.device)
-            times = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
-            row[ids] -= params.presence_penalty + params.frequency_penalty * times
-    for token_id, bias in params.logit_bias.items():
-        row[token_id] += bias
-    if banned:
-        row[torch.tensor(sorted(banned), device=row.device)] = float("-inf")
 
 
 def _sample_filtered(scaled: torch.Tensor, params: SamplingParams, uniform: float) -> int:

@@ -82,7 +82,11 @@ async def test_a_tokenizer_larger_than_the_model_cannot_reach_past_it(tmp_path: 
     outside = [
         {"prompt_token_ids": (1, VOCAB_SIZE)},
         {"sampling": SamplingParams(logit_bias={VOCAB_SIZE + 1: 1.0})},
-        {"stop": StopConditions(stop_token_ids=(VOCAB_SIZE,), min_tokens=1, max_tokens=2)},
+        {
+            "stop": StopConditions(
+                stop_token_ids=frozenset({VOCAB_SIZE}), min_tokens=1, max_tokens=2
+            )
+        },
     ]
     async with EngineHarness.start(model) as harness:
         for changes in outside:
@@ -128,5 +132,5 @@ def test_a_temperature_near_zero_draws_the_likeliest_token(
             sampling=SamplingParams(temperature=temperature, seed=seed, **filters),
         )
         sequence = Sequence(request, None, 0.0)  # type: ignore[arg-type]
-        (draw,) = Sampler().draw(logits.clone(), [sequence], [frozenset()])
+        (draw,) = Sampler().draw(logits.clone(), [sequence])
         assert draw.token_id == int(logits.argmax())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from turret.server.engine.request import StopConditions
 from turret.server.engine.sampler import Draw, Sampler
 from turret.server.engine.sequence import Sequence
 
@@ -25,11 +27,8 @@ def logits_of(seed: int = 0, scale: float = 2.0) -> torch.Tensor:
     return torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed)) * scale
 
 
-def draw(
-    logits: torch.Tensor, sequence: Sequence, banned: frozenset[int] = frozenset(), **kept: Any
-) -> Draw:
-    sampler = kept.get("sampler") or Sampler()
-    return sampler.draw(logits.clone().unsqueeze(0), [sequence], [banned])[0]
+def draw(logits: torch.Tensor, sequence: Sequence, sampler: Sampler | None = None) -> Draw:
+    return (sampler or Sampler()).draw(logits.clone().unsqueeze(0), [sequence])[0]
 
 
 def drawn(logits: torch.Tensor, count: int = 400, **params: Any) -> Counter[int]:
@@ -112,8 +111,88 @@ def test_bias_and_bans_apply_to_greedy_draws() -> None:
     best = int(logits.argmax())
     other = (best + 1) % VOCAB
     assert draw(logits, sequence_with(temperature=0.0, logit_bias={other: 100.0})).token_id == other
-    banned = draw(logits, sequence_with(temperature=0.0), frozenset({best}))
-    assert banned.token_id != best
+    for stop_token_ids, own in ((frozenset({best}), ()), (frozenset(), {best})):
+        stop = StopConditions(min_tokens=2, stop_token_ids=frozenset(own))
+        sequence, sampler = sequence_with(temperature=0.0, stop=stop), Sampler(stop_token_ids)
+        drawn_ids = []
+        for _ in range(3):
+            drawn_ids.append(draw(logits, sequence, sampler).token_id)
+            sequence.tokens.append(drawn_ids[-1])
+        assert best not in drawn_ids[:2]
+        assert drawn_ids[2] == best
+
+
+class OneRow(Sampler):
+    """Keeps the logits that it drew from."""
+
+    def adjusted(self, logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+        rows = logits.clone().unsqueeze(0)
+        self.draw(rows, [sequence])
+        return rows[0]
+
+
+def adjusted_one_by_one(logits: torch.Tensor, sequence: Sequence) -> torch.Tensor:
+    """Penalties and biases written token by token, from the whole text."""
+    row, params = logits.clone(), sequence.request.sampling
+    for token in set(sequence.tokens):
+        factor = params.repetition_penalty
+        row[token] = row[token] / factor if row[token] > 0 else row[token] * factor
+    for token, times in Counter(sequence.tokens[sequence.prompt_end :]).items():
+        row[token] -= params.presence_penalty + params.frequency_penalty * torch.tensor(
+            float(times)
+        )
+    for token, bias in params.logit_bias.items():
+        row[token] += bias
+    return row
+
+
+def test_what_is_kept_between_steps_changes_no_bit() -> None:
+    """300 tokens one by one, with a jump in between: more than the first tensors hold."""
+    vocab = 1000
+    generator = torch.Generator().manual_seed(3)
+    bias = {i: float(torch.randn((), generator=generator)) * 20 for i in range(0, vocab, 3)}
+    sequence = sequence_with(
+        temperature=0.0,
+        repetition_penalty=1.3,
+        presence_penalty=0.7,
+        frequency_penalty=0.1,
+        logit_bias=bias,
+    )
+    sampler = OneRow()
+    for step in range(300):
+        logits = torch.randn(vocab, generator=generator) * 4
+        expected = adjusted_one_by_one(logits, sequence)
+        assert torch.equal(sampler.adjusted(logits, sequence), expected), step
+        count = 40 if step == 150 else 1
+        sequence.tokens += torch.randint(vocab, (count,), generator=generator).tolist()
+
+
+class CountedBiases(dict[int, float]):
+    """Counts how often it is walked."""
+
+    walks = 0
+
+    def __iter__(self) -> Iterator[int]:
+        self.walks += 1
+        return super().__iter__()
+
+    def values(self) -> Any:
+        self.walks += 1
+        return super().values()
+
+    def items(self) -> Any:
+        self.walks += 1
+        return super().items()
+
+
+def test_biases_are_walked_once_for_a_request() -> None:
+    biases = CountedBiases(dict.fromkeys(range(VOCAB), 0.5))
+    sequence, sampler = sequence_with(temperature=0.0, logit_bias=biases), Sampler()
+    draw(logits_of(), sequence, sampler)
+    walks = biases.walks
+    for _ in range(20):
+        draw(logits_of(), sequence, sampler)
+    assert biases.walks == walks > 0
 
 
 def test_logprobs_are_those_of_the_unmodified_distribution() -> None:
@@ -134,7 +213,7 @@ def test_a_seed_repeats_and_ignores_the_batch() -> None:
         sampler, sequences = Sampler(), [sequence_with(seed=i) for i in numbers]
         found: list[list[int]] = [[] for _ in numbers]
         for _ in range(6):
-            draws = sampler.draw(rows[numbers].clone(), sequences, [frozenset()] * len(numbers))
+            draws = sampler.draw(rows[numbers].clone(), sequences)
             for row, item in zip(found, draws, strict=True):
                 row.append(item.token_id)
         return found

@@ -41,7 +41,7 @@ def shares(logits: torch.Tensor, **params: Any) -> torch.Tensor:
     sampler, sequence = SweptSampler(), sequence_with((7, 8, 8), **params)
     found: Counter[int] = Counter()
     for _ in range(NUM_UNIFORMS):
-        (draw,) = sampler.draw(logits.clone().unsqueeze(0), [sequence], [frozenset()])
+        (draw,) = sampler.draw(logits.clone().unsqueeze(0), [sequence])
         found[draw.token_id] += 1
     return torch.tensor([found[i] / NUM_UNIFORMS for i in range(logits.shape[0])])
 

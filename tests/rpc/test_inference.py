@@ -82,7 +82,7 @@ async def test_unset_scalars_are_defaults_and_set_zeros_are_zeros() -> None:
     assert (explicit.sampling.temperature, explicit.sampling.seed) == (0.0, 0)
     assert explicit.sampling.logit_bias == {5: -2.0}
     assert (explicit.stop.max_tokens, explicit.stop.stop_strings) == (3, ("x",))
-    assert (explicit.stop.stop_token_ids, explicit.stop.ignore_eos) == ((7,), True)
+    assert (explicit.stop.stop_token_ids, explicit.stop.ignore_eos) == ({7}, True)
 
 
 async def test_a_text_a_chat_and_token_ids_become_tokens() -> None:

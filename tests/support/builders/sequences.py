@@ -57,12 +57,16 @@ def make_scheduler(**limits: Any) -> Scheduler:
 
 
 def sequence_with(
-    generated: tuple[int, ...] = (), logprobs: bool = False, **params: Any
+    generated: tuple[int, ...] = (),
+    logprobs: bool = False,
+    stop: StopConditions | None = None,
+    **params: Any,
 ) -> Sequence:
     request = Request(
         request_id="r",
         prompt_token_ids=(3, 4, 5),
         sampling=SamplingParams(**params),
+        stop=stop or StopConditions(),
         options=ResponseOptions(logprobs=logprobs, top_n=2 if logprobs else 0),
     )
     sequence = Sequence(request, mix_of(""), 0.0)
