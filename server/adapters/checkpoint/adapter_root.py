@@ -1,15 +1,31 @@
-"""The one directory adapters are loaded from, and the only way to open a file below it."""
+"""The one directory adapters are loaded from, and the only way to open a file below it.
+
+Paths are walked one name at a time, each opened relative to the directory before it and never
+through a link: a link is read and its text walked in turn. So a directory that is swapped for a
+link at any moment leads nowhere that a link put there before would not, and nothing is checked by
+one look-up and opened by another. (``openat2`` with RESOLVE_BENEATH would refuse absolute links
+to places inside the root, which Hugging Face caches and people make.)
+"""
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from types import TracebackType
+from typing import BinaryIO, Self
 
 from turret.server.errors import AdapterCheckpointError
 
 MAX_PATH_CHARS = 1024
+# Names walked for one path, links included; ends loops of links too.
+_MAX_STEPS = 2048
+# O_PATH needs no right to list the directory.
+_DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
+# NONBLOCK keeps a FIFO from hanging.
+_FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+_LEAVES = "leaves the adapter root through a symbolic link"
 
 
 def _refuse(path: str, why: str) -> AdapterCheckpointError:
@@ -17,6 +33,76 @@ def _refuse(path: str, why: str) -> AdapterCheckpointError:
     return AdapterCheckpointError(
         f"path {shown!r} {why}", metadata={"path": shown}, violations=[("path", why)]
     )
+
+
+class AdapterDirectory:
+    """An open directory below the root; what becomes of its name meanwhile does not matter.
+
+    Use it as a context manager.
+
+    Args:
+        root: Where links in it may lead.
+        descriptor: Of the directory; closed with this object.
+        parts: Its path below the root, free of links when it was walked.
+        path: As the caller gave it, for messages.
+    """
+
+    def __init__(self, root: AdapterRoot, descriptor: int, parts: list[str], path: str) -> None:
+        self._root = root
+        self._descriptor = descriptor
+        self._parts = parts
+        self._path = path
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        os.close(self._descriptor)
+
+    def has(self, name: str) -> bool:
+        """Whether the directory has such a name, be it a link that leads nowhere."""
+        try:
+            os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+        except OSError:
+            return False
+        return True
+
+    def names(self) -> list[str]:
+        """Names in the directory, in order. Links are names like any other."""
+        readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._descriptor)
+        try:
+            return sorted(os.listdir(readable))
+        finally:
+            os.close(readable)
+
+    def open_file(self, name: str) -> BinaryIO:
+        """Opens a regular file of the directory for reading.
+
+        A link to a file elsewhere *inside* the root is followed (Hugging Face caches use them).
+
+        Raises:
+            AdapterCheckpointError: Missing, outside the root, or not a regular file.
+        """
+        shown = f"{self._path}/{name}"
+        try:
+            opened = _open_or_read_link(self._descriptor, name, _FILE)
+            if isinstance(opened, str):
+                opened, _ = self._root.walk(self._parts, opened, _FILE, shown)
+        except FileNotFoundError:
+            raise _refuse(shown, "does not exist") from None
+        except OSError as error:
+            is_loop = error.errno == errno.ELOOP
+            why = "does not exist" if is_loop else f"cannot be read: {error.strerror}"
+            raise _refuse(shown, why) from None
+        if not stat.S_ISREG(os.fstat(opened).st_mode):
+            os.close(opened)
+            raise _refuse(shown, "is not a regular file")
+        return os.fdopen(opened, "rb")
 
 
 class AdapterRoot:
@@ -28,8 +114,8 @@ class AdapterRoot:
     def __init__(self, root: Path | None) -> None:
         self._root = None if root is None else root.resolve()
 
-    def directory(self, path: str) -> Path:
-        """Resolves ``path``, relative to the root, to an existing directory inside it.
+    def open_directory(self, path: str) -> AdapterDirectory:
+        """Opens ``path``, relative to the root, which must be a directory inside it.
 
         Raises:
             AdapterCheckpointError: Empty, absolute, with ``..`` or control characters, leading
@@ -45,38 +131,84 @@ class AdapterRoot:
         if self._root is None:
             raise _refuse(path, "cannot be loaded: the server was started without --adapter-root")
         try:
-            resolved = (self._root / pure).resolve(strict=True)
-        except (OSError, ValueError, RuntimeError):  # RuntimeError: a loop of links, before 3.13
+            descriptor, parts = self.walk([], str(pure), _DIRECTORY, path)
+        except NotADirectoryError:
+            raise _refuse(path, "is not a directory") from None
+        except (OSError, ValueError):
             raise _refuse(path, "does not exist under the adapter root") from None
-        if not resolved.is_relative_to(self._root):
-            raise _refuse(path, "leaves the adapter root through a symbolic link")
-        if not resolved.is_dir():
-            raise _refuse(path, "is not a directory")
-        return resolved
+        return AdapterDirectory(self, descriptor, parts, path)
 
-    def open_file(self, directory: Path, name: str, path: str) -> BinaryIO:
-        """Opens a regular file of a resolved directory for reading.
+    def walk(self, start: list[str], rest: str, flags: int, shown: str) -> tuple[int, list[str]]:
+        """Opens the place that ``rest`` names as seen from the directory ``start``.
 
-        A link to a file elsewhere *inside* the root is followed (Hugging Face caches use them).
+        Args:
+            start: A directory's path below the root.
+            rest: A path or the text of a link: relative, or absolute.
+            flags: Of the last name's opening.
+            shown: The whole path, for messages.
+
+        Returns:
+            The descriptor, and the path below the root that has no link in it.
 
         Raises:
-            AdapterCheckpointError: Missing, outside the root, or not a regular file.
+            AdapterCheckpointError: It leads out of the root.
+            OSError: A name is missing, or the links never end.
         """
-        shown = f"{path}/{name}"
-        assert self._root is not None, "the directory was resolved below it"
+        assert self._root is not None
+        pending = self._names_below(start, rest, shown)
+        walked: list[str] = []
+        current = os.open(self._root, _DIRECTORY)
         try:
-            resolved = (directory / name).resolve(strict=True)
-        except (OSError, RuntimeError):
-            raise _refuse(shown, "does not exist") from None
-        if not resolved.is_relative_to(self._root):
-            raise _refuse(shown, "leaves the adapter root through a symbolic link")
-        # NOFOLLOW closes the gap between resolving and opening; NONBLOCK keeps a FIFO from hanging.
-        flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+            for _ in range(_MAX_STEPS):
+                if not pending:
+                    return os.dup(current), walked
+                name = pending.pop(0)
+                if name == "..":
+                    # By the names walked, not by the system, which would go where the directory
+                    # has been moved to.
+                    if not walked:
+                        raise _refuse(shown, _LEAVES)
+                    pending[:0] = walked[:-1]
+                    opened = os.open(self._root, _DIRECTORY)
+                    walked = []
+                else:
+                    opened = _open_or_read_link(current, name, _DIRECTORY if pending else flags)
+                    if isinstance(opened, str):
+                        pending[:0] = self._names_below(walked, opened, shown)
+                        opened = os.open(self._root, _DIRECTORY)
+                        walked = []
+                    else:
+                        walked.append(name)
+                os.close(current)
+                current = opened
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        finally:
+            os.close(current)
+
+    def _names_below(self, start: list[str], rest: str, shown: str) -> list[str]:
+        """The names to walk from the root to where ``rest`` leads from ``start``."""
+        assert self._root is not None
+        if not rest.startswith("/"):
+            return [*start, *_names(rest)]
+        # Only names are taken from this look-up; they are walked like any others.
+        for target in (Path(rest), Path(os.path.realpath(rest))):
+            if target.is_relative_to(self._root):
+                return _names(str(target.relative_to(self._root)))
+        raise _refuse(shown, _LEAVES)
+
+
+def _names(path: str) -> list[str]:
+    return [name for name in path.split("/") if name not in ("", ".")]
+
+
+def _open_or_read_link(directory: int, name: str, flags: int) -> int | str:
+    """A descriptor of ``name`` in an open directory or, if that is a link, its text."""
+    try:
+        return os.open(name, flags | os.O_NOFOLLOW, dir_fd=directory)
+    except OSError as error:
+        if error.errno not in (errno.ELOOP, errno.ENOTDIR):
+            raise
         try:
-            descriptor = os.open(resolved, flags)
-        except OSError as error:
-            raise _refuse(shown, f"cannot be read: {error.strerror}") from None
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            os.close(descriptor)
-            raise _refuse(shown, "is not a regular file")
-        return os.fdopen(descriptor, "rb")
+            return os.readlink(name, dir_fd=directory)
+        except OSError:
+            raise error from None

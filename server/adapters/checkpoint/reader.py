@@ -14,12 +14,11 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
-from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, AdapterRoot
 from turret.server.adapters.checkpoint.digest_cache import DigestCache, stamp_of
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
@@ -74,12 +73,15 @@ def read_checkpoint(
         AdapterCheckpointError: Path, file, header or values are refused.
         BudgetExceededError: More than ``max_elements``.
     """
-    directory = root.directory(path)
-    _refuse_pickle(directory, path)
-    with (
-        root.open_file(directory, CONFIG_FILE, path) as config_file,
-        root.open_file(directory, TENSORS_FILE, path) as file,
-    ):
+    with root.open_directory(path) as directory:
+        _refuse_pickle(directory, path)
+        config_file = directory.open_file(CONFIG_FILE)
+        try:
+            file = directory.open_file(TENSORS_FILE)
+        except BaseException:
+            config_file.close()
+            raise
+    with config_file, file:
         stamp = None if known is None else stamp_of(config_file.fileno(), file.fileno())
         digest = None if known is None else known.find(stamp)
         config_bytes = config_file.read(MAX_CONFIG_BYTES + 1)
@@ -105,11 +107,11 @@ def read_checkpoint(
     )
 
 
-def _refuse_pickle(directory: Path, path: str) -> None:
-    if (directory / TENSORS_FILE).exists():
+def _refuse_pickle(directory: AdapterDirectory, path: str) -> None:
+    if directory.has(TENSORS_FILE):
         return  # whatever lies beside it is never opened
     findings = Findings(path)
-    for name in sorted(os.listdir(directory)):
+    for name in directory.names():
         if name.endswith(PICKLE_SUFFIXES):
             findings.add(
                 name, f"pickle files are never read; save the adapter again as {TENSORS_FILE}"

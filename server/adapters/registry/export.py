@@ -46,11 +46,11 @@ class AdapterExport:
     def __init__(self, root: AdapterRoot, source: Source, record: AdapterInfo) -> None:
         self.record = record
         self._source = source
-        directory = root.directory(source.path)
         self._files: dict[str, BinaryIO] = {}
         try:
-            for name in (CONFIG_FILE, TENSORS_FILE):
-                self._files[name] = root.open_file(directory, name, source.path)
+            with root.open_directory(source.path) as directory:
+                for name in (CONFIG_FILE, TENSORS_FILE):
+                    self._files[name] = directory.open_file(name)
             self.files = tuple(_describe(name, file) for name, file in self._files.items())
             self._check_digest()
         except BaseException:

@@ -55,7 +55,7 @@ def test_links_may_be_used_inside_the_root_but_not_to_leave_it(tmp_path: Path) -
     (root / "escape").symlink_to(outside / "a")
     assert "symbolic link" in str(refusal_of(root, "escape"))
     with pytest.raises(AdapterCheckpointError, match="symbolic link"):
-        AdapterRoot(root).directory("escape")
+        AdapterRoot(root).open_directory("escape")
     (root / "file_escape").mkdir()
     (root / "inside").mkdir()
     for name in (CONFIG_FILE, TENSORS_FILE):
