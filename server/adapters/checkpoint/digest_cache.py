@@ -1,7 +1,8 @@
 """Which files have which digest, so that an adapter that is read again is not hashed again.
 
 A file is known by what the system says of it: device, inode, size, and the times of its last change
-of content and of itself. Writing to a file moves the latter, which no program can set back. A file
+of content and of itself. Writing to a file moves the latter, which no program can set back; writing
+to a mapping of it may not, so only files that nobody else can open for writing belong here. A file
 that changed just before it was read is not remembered: a second change within the same tick of the
 clock would not show.
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +45,10 @@ class LoadedAdapter:
 
 
 class AdapterLoader:
-    """Remembers which files it has hashed, and nothing else; safe to use from several threads.
+    """Remembers which uploads it has hashed, and nothing else; safe to use from several threads.
+
+    Of files below the adapter root the system tells too little: a program that has mapped one and
+    written to it just before can write again without moving any of its times.
 
     Attributes:
         base: The base model as served; may be set at any time.
@@ -72,7 +77,8 @@ class AdapterLoader:
         self._host_bytes = host_bytes
         self._max_rank = max_rank
         self._find_source = find_source
-        self._known = DigestCache()
+        is_private = uploads is not None and _is_private(uploads)
+        self._known = DigestCache() if is_private else None
 
     def root_of(self, source: Source) -> AdapterRoot:
         """The only directory that the source's files may be opened in."""
@@ -84,7 +90,10 @@ class AdapterLoader:
         # Operators take at least one serving element per weight, so more cannot fit.
         max_elements = self._host_bytes // self.base.dtype.itemsize
         return read_checkpoint(
-            self.root_of(source), source.path, max_elements=max_elements, known=self._known
+            self.root_of(source),
+            source.path,
+            max_elements=max_elements,
+            known=self._known if source.is_upload else None,
         )
 
     def lower(self, checkpoint: AdapterCheckpoint) -> LoadedAdapter:
@@ -136,6 +145,15 @@ class AdapterLoader:
         if checkpoint.digest != digest:
             raise changed(source, digest, checkpoint.digest)
         return checkpoint
+
+
+def _is_private(directory: Path) -> bool:
+    """Whether nobody but this server can write in a directory (if it exists)."""
+    try:
+        status = directory.stat()
+    except OSError:
+        return False
+    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def changed(source: Source, digest: str, found: str) -> AdapterChangedError:

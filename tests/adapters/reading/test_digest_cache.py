@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import mmap
 import os
+import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 import torch
+from builders.registries import tiny_base
 from safetensors.torch import save_file
 
 from turret.server.adapters.checkpoint import digest_cache as known_files
@@ -16,7 +20,9 @@ from turret.server.adapters.checkpoint import reader as reader
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.digest_cache import DigestCache, stamp_of
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
-from turret.server.errors import AdapterCheckpointError
+from turret.server.adapters.residency.loader import AdapterLoader
+from turret.server.adapters.source import Source
+from turret.server.errors import AdapterChangedError, AdapterCheckpointError
 
 TENSORS = "adapter_model.safetensors"
 
@@ -116,6 +122,56 @@ def test_another_config_is_seen(tmp_path: Path, hashed: list[int]) -> None:
     first = read(tmp_path / "a", known)
     (tmp_path / "a" / "adapter_config.json").write_text(json.dumps({"alpha": 2}))
     assert read(tmp_path / "a", known).digest != first.digest
+
+
+def loader_of(folder: Path) -> AdapterLoader:
+    for name in ("root", "state"):
+        (folder / name).mkdir(mode=0o700)
+        write(folder / name / "a", 0)
+    return AdapterLoader(folder / "root", tiny_base(), 1 << 20, 8, uploads=folder / "state")
+
+
+def test_only_uploads_are_known(tmp_path: Path, hashed: list[int]) -> None:
+    loader = loader_of(tmp_path)
+    for is_upload, is_hashed_again in ((True, False), (False, True)):
+        source = Source("a", is_upload=is_upload)
+        loader.read(source)
+        hashed.clear()
+        loader.read(source)
+        assert bool(hashed) is is_hashed_again, source
+
+
+def test_uploads_are_not_known_where_others_may_write(tmp_path: Path, hashed: list[int]) -> None:
+    for name in ("root", "state"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "state").chmod(0o770)
+    write(tmp_path / "state" / "a", 0)
+    loader = AdapterLoader(None, tiny_base(), 1 << 20, 8, uploads=tmp_path / "state")
+    loader.read(Source("a", is_upload=True))
+    hashed.clear()
+    loader.read(Source("a", is_upload=True))
+    assert hashed
+
+
+@pytest.mark.parametrize("place", ["disk", "memory"])
+def test_weights_changed_through_a_mapping_are_seen(
+    tmp_path: Path, hashed: list[int], place: str
+) -> None:
+    """Pages that were written to before can be written to again, and no time of the file moves."""
+    with contextlib.ExitStack() as stack:
+        folder = tmp_path
+        if place == "memory":
+            name = stack.enter_context(tempfile.TemporaryDirectory(dir="/dev/shm"))
+            folder = Path(name)
+        loader = loader_of(folder)
+        source = Source("a")
+        file = stack.enter_context((folder / "root" / "a" / TENSORS).open("r+b"))
+        mapping = stack.enter_context(mmap.mmap(file.fileno(), 0))
+        mapping[-1] = mapping[-1]
+        digest = loader.read(source).digest
+        mapping[-1] ^= 1
+        with pytest.raises(AdapterChangedError):
+            loader.reload(source, digest)
 
 
 def test_files_that_changed_just_now_have_no_stamp(tmp_path: Path) -> None:
