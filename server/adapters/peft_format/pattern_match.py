@@ -2,27 +2,40 @@
 
 Python's ``re`` has no time limit and keeps the interpreter lock while it backtracks: one hostile
 pattern would stop the whole server. Plain patterns are matched here; anything that can backtrack
-is matched by a child interpreter that is killed when it takes too long.
+is matched by a child interpreter with a limit of processor time and memory, one child at a time.
+What was too slow once is not tried again: a config's patterns are matched more than once.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
+import threading
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-TIMEOUT_SECONDS = 5.0
+# Of processor time, so that a busy machine refuses no pattern that an idle one takes.
+CPU_SECONDS = 2
+# If the child gets hardly any of it.
+TIMEOUT_SECONDS = 30.0
+MAX_CHILD_BYTES = 256 << 20
+_MAX_SLOW = 256
 MAX_PATTERN_CHARS = 8192
 # Without these characters a pattern has no repetition, group, class or alternative, so matching
 # takes at most one step per character.
 _BACKTRACKING = frozenset("*+?{}()[]|\\")
 _CHILD = """
-import json, re, sys, warnings
+import json, re, resource, sys, warnings
+cpu_seconds, num_bytes = map(int, sys.argv[1:])
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+resource.setrlimit(resource.RLIMIT_CPU, (cpu_seconds, cpu_seconds + 1))
+resource.setrlimit(resource.RLIMIT_AS, (num_bytes, num_bytes))
 warnings.simplefilter("ignore")
 jobs, names = json.load(sys.stdin)
 for mode, pattern in jobs:
@@ -35,6 +48,13 @@ for mode, pattern in jobs:
     row = [None if m is None else m.groupdict().get("idx") or "" for m in found]
     print(json.dumps(row), flush=True)
 """
+# Exit codes of a child that met a limit; Python's own for what nobody caught is 1.
+_OVER_LIMIT = (-signal.SIGXCPU, 1)
+
+
+_one_child = threading.Lock()
+# Patterns that went over a limit, the last of them; guarded by the lock.
+_too_slow: OrderedDict[Pattern, None] = OrderedDict()
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,31 +117,47 @@ def _match_here(pattern: Pattern, names: Sequence[str]) -> PatternResult:
 
 def _match_in_child(patterns: Sequence[Pattern], names: Sequence[str]) -> list[PatternResult]:
     """Runs one isolated interpreter (standard library only) over the patterns in order."""
+    nothing: tuple[None, ...] = (None,) * len(names)
+    slow = PatternResult(nothing, "cannot be matched in reasonable time and memory")
+    unknown = PatternResult(nothing, "was not checked: another pattern is too slow")
+    with _one_child:
+        if not _too_slow.keys().isdisjoint(patterns):
+            return [slow if pattern in _too_slow else unknown for pattern in patterns]
+        output, is_over_limit = _run_child(patterns, names)
+        rows: list[PatternResult] = []
+        for line in output.splitlines(keepends=True)[: len(patterns)]:
+            if not line.endswith("\n"):
+                break  # the child was stopped while it wrote this
+            row = json.loads(line)
+            if isinstance(row, dict):
+                rows.append(PatternResult(nothing, f"is not a regular expression: {row['error']}"))
+            else:
+                rows.append(PatternResult(tuple(row)))
+        # The child works in order and reports as it goes: the first without an answer is at fault.
+        if len(rows) < len(patterns):
+            if is_over_limit:
+                _too_slow[patterns[len(rows)]] = None
+            if len(_too_slow) > _MAX_SLOW:
+                _too_slow.popitem(last=False)
+            rows += [slow] + [unknown] * (len(patterns) - len(rows) - 1)
+        return rows
+
+
+def _run_child(patterns: Sequence[Pattern], names: Sequence[str]) -> tuple[str, bool]:
+    """What the child printed until it ended, and whether a limit ended it."""
     jobs = [(pattern.mode, pattern.regex) for pattern in patterns]
+    limits = [str(CPU_SECONDS), str(MAX_CHILD_BYTES)]
     process = subprocess.Popen(
-        [sys.executable, "-I", "-S", "-c", _CHILD],
+        [sys.executable, "-I", "-S", "-c", _CHILD, *limits],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
+        encoding="utf-8",
     )
     try:
         output, _ = process.communicate(json.dumps([jobs, list(names)]), timeout=TIMEOUT_SECONDS)
     except subprocess.TimeoutExpired:
         process.kill()
         output, _ = process.communicate()
-    rows: list[PatternResult] = []
-    for line in output.splitlines()[: len(patterns)]:
-        row = json.loads(line)
-        if isinstance(row, dict):
-            rows.append(
-                PatternResult((None,) * len(names), f"is not a regular expression: {row['error']}")
-            )
-        else:
-            rows.append(PatternResult(tuple(row)))
-    # The child works in order and reports as it goes: the first without an answer is the culprit.
-    slow = PatternResult((None,) * len(names), "cannot be matched in reasonable time")
-    unknown = PatternResult((None,) * len(names), "was not checked: another pattern is too slow")
-    while len(rows) < len(patterns):
-        rows.append(slow if slow not in rows else unknown)
-    return rows
+    return output, process.returncode in _OVER_LIMIT
