@@ -2,11 +2,13 @@
 #
 #   docker build -t turret .
 #   docker run -p 50051:50051 -v ./adapters:/adapters:ro -v ./secrets:/secrets:ro turret \
-#       serve --adapter-root /adapters --address 0.0.0.0:50051 --metrics-address 0.0.0.0:9464 \
+#       serve --adapter-root /adapters --address 0.0.0.0:50051 \
 #       --tls-cert /secrets/cert.pem --tls-key /secrets/key.pem --token-file /secrets/tokens
 #
 # The default command listens on 0.0.0.0:50051 and therefore refuses to start until it is given
-# TLS and tokens, or --insecure. With TLS, set TURRET_HEALTH_FLAGS="--tls-ca /secrets/ca.pem".
+# TLS and tokens, or --insecure. Metrics stay inside the container (127.0.0.1:9464), where a sidecar
+# reads them; to have them read from outside give a token the role metrics and add
+# --metrics-address 0.0.0.0:9464. With TLS, set TURRET_HEALTH_FLAGS="--tls-ca /secrets/ca.pem".
 # For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128. To build from
 # a mirror or a pinned digest, --build-arg PYTHON_IMAGE=python:3.12-slim@sha256:...
 
@@ -36,11 +38,11 @@ USER 10001
 # The embedded model's NF4 weights, so that the first start is as fast as every other.
 RUN python -c "from turret.server.models.model_source import default_cache_dir, resolve_model; \
     resolve_model(None, default_cache_dir())"
-EXPOSE 50051 9464
+EXPOSE 50051
 STOPSIGNAL SIGTERM
 # The shell form: TURRET_HEALTH_FLAGS may hold several words.
 # hadolint ignore=DL3025
 HEALTHCHECK --interval=10s --timeout=6s --start-period=60s \
     CMD turret health --address 127.0.0.1:50051 $TURRET_HEALTH_FLAGS
 ENTRYPOINT ["turret"]
-CMD ["serve", "--adapter-root", "/adapters", "--address", "0.0.0.0:50051", "--metrics-address", "0.0.0.0:9464"]
+CMD ["serve", "--adapter-root", "/adapters", "--address", "0.0.0.0:50051", "--metrics-address", "127.0.0.1:9464"]

@@ -21,7 +21,9 @@ from turret.server.api.inference import Inference
 from turret.server.api.tokens import TokenTable
 from turret.server.config import Config, is_local_address
 from turret.server.errors import AdapterExistsError, TurretError
-from turret.server.metrics import Metrics, MetricsServer
+from turret.server.metrics import Metrics
+from turret.server.metrics_server import ROLE as METRICS_ROLE
+from turret.server.metrics_server import MetricsServer
 from turret.server.rpc.server import RpcServer
 
 if TYPE_CHECKING:
@@ -111,9 +113,9 @@ class App:
                 is not usable.
         """
         config = self.config
-        self._warn_if_exposed()
         token_file = config.security.token_file
         tokens = TokenTable.read(token_file) if token_file is not None else None
+        self._warn_if_exposed(tokens)
         rpc = RpcServer(
             config.listen,
             config.security,
@@ -123,7 +125,7 @@ class App:
             tokens=tokens,
         )
         if config.listen.metrics_address is not None:
-            self.metrics_server = MetricsServer(self.metrics, config.listen.metrics_address)
+            self.metrics_server = MetricsServer(self.metrics, config.listen.metrics_address, tokens)
             _log.info("metrics", extra=log.fields(address=self.metrics_server.address))
         self.rpc = rpc
         await rpc.start()
@@ -223,7 +225,7 @@ class App:
         _log.info("stopped while loading", extra=log.fields(what=what))
         return None
 
-    def _warn_if_exposed(self) -> None:
+    def _warn_if_exposed(self, tokens: TokenTable | None) -> None:
         listen = self.config.listen
         exposed = [a for a in listen.rpc_addresses if not is_local_address(a)]
         if exposed and not self.config.security.is_complete:
@@ -232,7 +234,8 @@ class App:
                 extra=log.fields(addresses=",".join(exposed)),
             )
         metrics = listen.metrics_address
-        if metrics is not None and not is_local_address(metrics):
+        is_guarded = tokens is not None and tokens.has_role(METRICS_ROLE)
+        if metrics is not None and not is_local_address(metrics) and not is_guarded:
             _log.warning("metrics are readable without a token", extra=log.fields(address=metrics))
 
     @contextlib.contextmanager

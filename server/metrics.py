@@ -17,11 +17,9 @@ from prometheus_client import (
     Histogram,
     Info,
     ProcessCollector,
-    start_http_server,
 )
 
 from turret.server.codes import Code
-from turret.server.config import split_address
 
 # Adapters with a label value of their own; later ones share "other".
 MAX_ADAPTER_LABELS = 100
@@ -247,26 +245,3 @@ class Metrics:
         if tier is not None:
             self._tiers[name] = tier
             self._residency.labels(label, tier).inc()
-
-
-class MetricsServer:
-    """Serves a registry as text over HTTP, in a daemon thread.
-
-    Args:
-        address: ``HOST:PORT``; port 0 picks a free one.
-
-    Raises:
-        OSError: The address cannot be bound.
-    """
-
-    def __init__(self, metrics: Metrics, address: str) -> None:
-        host, port = split_address(address)
-        self._server, self._thread = start_http_server(port, host, metrics.registry)
-        shown = f"[{host}]" if ":" in host else host
-        self.address = f"{shown}:{self._server.server_port}"
-
-    def close(self) -> None:
-        """Stop listening and wait for the thread."""
-        self._server.shutdown()
-        self._server.server_close()
-        self._thread.join()

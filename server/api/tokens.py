@@ -11,7 +11,7 @@ from pathlib import Path
 
 _log = logging.getLogger(__name__)
 
-ROLES = ("inference", "admin")
+ROLES = ("inference", "admin", "metrics")
 
 
 def _digest(token: str) -> bytes:
@@ -58,6 +58,10 @@ class TokenTable:
         if not entries:
             raise ValueError("--token-file holds no token")
         return cls(entries.items())
+
+    def has_role(self, role: str) -> bool:
+        """Whether any token has the role."""
+        return any(role in roles for _, roles in self._entries)
 
     def roles_of(self, token: str) -> frozenset[str] | None:
         """The roles of a token; None if it is unknown. Takes the same time for every token."""

@@ -10,7 +10,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from servers.rpc_harness import harness
 
-from turret.server.metrics import Metrics, MetricsServer
+from turret.server.metrics import Metrics
+from turret.server.metrics_server import MetricsServer
 from turret.v1 import adapters_pb2, inference_pb2
 
 # The names and labels of the design.

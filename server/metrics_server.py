@@ -1,0 +1,139 @@
+"""Serves the metrics as text over HTTP.
+
+A thread with an event loop of its own answers, so that neither a busy engine's event loop delays a
+scrape nor a scrape the calls. Whoever connects gets a few seconds and a few kilobytes, and only so
+many connections are open at once: nothing is held for ever.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import threading
+from collections.abc import Mapping
+from http import HTTPStatus
+
+from prometheus_client.exposition import choose_encoder
+
+from turret.server.api.tokens import TokenTable
+from turret.server.config import split_address
+from turret.server.metrics import Metrics
+
+PATH = "/metrics"
+ROLE = "metrics"
+MAX_CONNECTIONS = 16
+MAX_REQUEST_BYTES = 8192
+# From the connection to the last byte of the answer.
+TIMEOUT_SECONDS = 5.0
+
+
+class MetricsServer:
+    """Answers ``GET /metrics`` from a thread of its own.
+
+    Args:
+        metrics: What is served.
+        address: ``HOST:PORT``; port 0 picks a free one.
+        tokens: If one of them has the role ``metrics``, only such tokens may read.
+
+    Raises:
+        OSError: The address cannot be bound.
+    """
+
+    def __init__(self, metrics: Metrics, address: str, tokens: TokenTable | None = None) -> None:
+        host, port = split_address(address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._socket = socket.create_server((host, port), family=family)
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"{shown}:{self._socket.getsockname()[1]}"
+        self._metrics = metrics
+        self._tokens = tokens
+        self._open: set[asyncio.Task[None]] = set()
+        self._loop = asyncio.new_event_loop()
+        self._stop = asyncio.Event()
+        self._thread = threading.Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop listening, drop what is open and wait for the thread."""
+        self._loop.call_soon_threadsafe(self._stop.set)
+        self._thread.join()
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:
+            runner.run(self._listen())
+
+    async def _listen(self) -> None:
+        server = await asyncio.start_server(
+            self._accept, sock=self._socket, limit=MAX_REQUEST_BYTES, backlog=MAX_CONNECTIONS
+        )
+        try:
+            await self._stop.wait()
+        finally:
+            server.close()
+            for task in self._open:
+                task.cancel()
+            await asyncio.gather(*self._open, return_exceptions=True)
+
+    async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        try:
+            if len(self._open) >= MAX_CONNECTIONS:
+                return
+            self._open.add(task)
+            # A client that goes away, stays silent or sends no HTTP gets no answer.
+            gone = (OSError, EOFError, TimeoutError, asyncio.LimitOverrunError)
+            with contextlib.suppress(*gone):
+                async with asyncio.timeout(TIMEOUT_SECONDS):
+                    head = await reader.readuntil(b"\r\n\r\n")
+                    # So that drain waits until the system has it all.
+                    writer.transport.set_write_buffer_limits(0)
+                    writer.write(self._answer(head))
+                    await writer.drain()
+                    writer.close()
+                    await writer.wait_closed()
+        finally:
+            self._open.discard(task)
+            writer.transport.abort()
+
+    def _answer(self, head: bytes) -> bytes:
+        lines = head.decode("latin-1").split("\r\n")
+        words = lines[0].split(" ")
+        if len(words) != 3 or not words[2].startswith("HTTP/1."):
+            return _response(HTTPStatus.BAD_REQUEST)
+        headers: dict[str, str] = {}
+        for line in lines[1:]:
+            name, _, value = line.partition(":")
+            headers.setdefault(name.strip().lower(), value.strip())
+        if words[0] not in ("GET", "HEAD"):
+            return _response(HTTPStatus.METHOD_NOT_ALLOWED, {"Allow": "GET, HEAD"})
+        if words[1].partition("?")[0] != PATH:
+            return _response(HTTPStatus.NOT_FOUND)
+        refusal = self._refusal(headers.get("authorization", ""))
+        if refusal is not None:
+            return refusal
+        encode, content_type = choose_encoder(headers.get("accept", ""))
+        body = encode(self._metrics.registry)
+        answer = _response(HTTPStatus.OK, {"Content-Type": content_type}, body)
+        return answer.partition(b"\r\n\r\n")[0] + b"\r\n\r\n" if words[0] == "HEAD" else answer
+
+    def _refusal(self, authorization: str) -> bytes | None:
+        if self._tokens is None or not self._tokens.has_role(ROLE):
+            return None
+        scheme, _, token = authorization.partition(" ")
+        roles = self._tokens.roles_of(token.strip()) if scheme.lower() == "bearer" else None
+        if roles is None:
+            return _response(HTTPStatus.UNAUTHORIZED, {"WWW-Authenticate": "Bearer"})
+        if ROLE not in roles:
+            return _response(HTTPStatus.FORBIDDEN)
+        return None
+
+
+def _response(
+    status: HTTPStatus, headers: Mapping[str, str] | None = None, body: bytes | None = None
+) -> bytes:
+    body = f"{status.phrase}\n".encode() if body is None else body
+    lines = [f"HTTP/1.1 {status.value} {status.phrase}", f"Content-Length: {len(body)}"]
+    lines += [f"{name}: {value}" for name, value in (headers or {}).items()]
+    return "\r\n".join([*lines, "Connection: close", "", ""]).encode("latin-1") + body
