@@ -17,7 +17,8 @@ from transformers import LlamaConfig
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
-from turret.server.metrics import Metrics, MetricsServer
+from turret.server.metrics import Metrics
+from turret.server.metrics_server import MetricsServer
 from turret.server.models.arch import read_arch
 
 BENCH = ROOT / "bench"
