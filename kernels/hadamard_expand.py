@@ -15,9 +15,6 @@ from turret.kernels.row_product import row_product, select_slot
 
 # fp32 elements of the temporary, per piece of rows: 4 MiB stay in cache.
 _PIECE_ELEMENTS = 1 << 20
-# The sum over the second rank goes in groups of this many, then group by group: a table that is
-# padded further adds whole groups of zeros and changes no bit.
-_SUM_GROUP = 16
 
 
 def hadamard_expand_reference(
@@ -58,13 +55,10 @@ def _expand(
     left, right = select_slot(w1a, slots), select_slot(w2a, slots)
     # w1a · u transposed, [rows, r, out]: wide rows, and a shared w1a is the product's weight.
     product = row_product(u.transpose(1, 2), left)
-    rows, r, out_features = product.shape
-    terms = product.new_empty(rows, -(-r // _SUM_GROUP), _SUM_GROUP, out_features)
-    flat = terms.view(rows, -1, out_features)
-    torch.mul(product, right.transpose(-1, -2), out=flat[:, :r])
-    flat[:, r:] = 0.0
-    groups = terms.sum(2)
-    total = groups[:, 0]
-    for g in range(1, groups.shape[1]):
-        total = total + groups[:, g]
+    r = product.shape[1]
+    terms = product * right.transpose(-1, -2)
+    total = terms[:, 0]
+    # One by one: the order of a library's sum is its own affair, and zeros change nothing.
+    for number in range(1, r):
+        total = total + terms[:, number]
     return total

@@ -83,15 +83,21 @@ def _delta(x: torch.Tensor, tables: HadamardTables, widths: Sequence[int]) -> to
     slices, j = tables.w2b.shape[1:3]
     rows = x.shape[0]
     left = x.view(rows, 1, 1, -1) * tables.w2b  # [rows, slices, j, in]
+    out_shape = (rows, slices, j, tables.w1b.shape[3])
     if tables.w1b.shape[0] == rows:
-        u = torch.bmm(left.flatten(0, 1), tables.w1b.flatten(0, 1)).view(rows, slices, j, -1)
+        u = table_product(left.flatten(0, 1), tables.w1b.flatten(0, 1)).view(out_shape)
     else:
-        flat = left.transpose(0, 1).reshape(slices, rows * j, -1)
-        u = torch.bmm(flat, tables.w1b[0]).view(slices, rows, j, -1).transpose(0, 1)
+        u = x.new_empty(out_shape)
+        for s in range(slices):
+            u[:, s] = table_product(left[:, s], tables.w1b[:, s])
     out = x.new_empty(rows, sum(widths))
     offset = 0
     for s, width in enumerate(widths):
         terms = table_product(u[:, s], tables.w1a[s]).mul_(tables.w2a[s])  # [rows, j, out]
-        torch.sum(terms[:, :, :width], 1, out=out[:, offset : offset + width])
+        total = out[:, offset : offset + width]
+        total.copy_(terms[:, 0, :width])
+        # One by one: the order of a library's sum is its own affair.
+        for number in range(1, j):
+            total += terms[:, number, :width]
         offset += width
     return out

@@ -60,7 +60,7 @@ def kronecker_rows_(
         for table in tables.second:
             inner = table_product(inner, table[one])
         w1 = tables.w1[one]
-        delta = torch.bmm(w1.expand(count, -1, -1), inner)[:, :out_l, :out_k]
+        delta = table_product(w1.expand(count, -1, -1), inner)[:, :out_l, :out_k]
         if isinstance(weights, torch.Tensor):
             delta = delta * weights[rows].unsqueeze(1)
         elif weights != 1.0:

@@ -16,8 +16,11 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.row_exp import row_exp_
+from turret.kernels.row_tables import prepare_products, table_product
+
 TILE = 128
-# Query rows are padded to a multiple of this: MKL's sgemm rounds differently for 1-3 rows.
+# Query rows are padded to a multiple of this, the least number of rows in a product's call.
 _ROW_MULTIPLE = 4
 # Finite, so that a row whose tile is fully masked (sliding window) needs no special case: the next
 # tile's rescaling by e^(MASKED − m) = 0 wipes what such a tile added.
@@ -160,6 +163,12 @@ def _padded(rows: int) -> int:
     return -(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE
 
 
+def prepare_attention(head_dim: int, device: torch.device) -> None:
+    """Have the products of attention tried now, not by a request, where that has to be done."""
+    prepare_products(head_dim, TILE, device)
+    prepare_products(TILE, head_dim + _ONES, device)
+
+
 def paged_attention_reference(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -213,18 +222,18 @@ def _attend(
     for t, tile in enumerate(group.tiles):
         size = tile.num_sequences * kv_heads
         keys, values = _gather(k_cache, v_cache, tile, head_dim)
-        scores = torch.bmm(queries[:size], keys.transpose(1, 2))
+        scores = table_product(queries[:size], keys)
         if tile.mask is not None:
             scores.view(tile.num_sequences, kv_heads, query_rows, TILE).add_(tile.mask)
         top = scores.amax(-1, keepdim=True)
         if t == 0:
             best = top
-            acc = torch.bmm(scores.sub_(best).exp_(), values)
+            acc = table_product(row_exp_(scores.sub_(best)), values)
             continue
         top = torch.maximum(top, best[:size])
-        acc[:size].mul_(best[:size].sub_(top).exp_())
+        acc[:size].mul_(row_exp_(best[:size].sub_(top)))
         best[:size] = top
-        acc[:size] += torch.bmm(scores.sub_(top).exp_(), values)
+        acc[:size] += table_product(row_exp_(scores.sub_(top)), values)
     result = acc[..., :head_dim] / acc[..., head_dim : head_dim + 1]
     result = result.view(n, kv_heads, query_rows, head_dim)[:, :, : m * per_head]
     result = result.reshape(n, kv_heads, m, per_head, head_dim).transpose(1, 2)
@@ -234,13 +243,13 @@ def _attend(
 def _gather(
     k_cache: torch.Tensor, v_cache: torch.Tensor, tile: _Tile, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys ``[n·kv_heads, TILE, head_dim]`` and values with columns of ones behind, both fp32."""
+    """Keys ``[n·kv_heads, head_dim, TILE]`` and values with columns of ones behind, both fp32."""
     kv_heads = k_cache.shape[2]
     n = tile.num_sequences
     shape = (n, TILE, kv_heads, head_dim)
-    keys = torch.empty(n, kv_heads, TILE, head_dim, device=k_cache.device)
-    keys.copy_(k_cache.index_select(0, tile.blocks).view(shape).transpose(1, 2))
+    keys = torch.empty(n, kv_heads, head_dim, TILE, device=k_cache.device)
+    keys.copy_(k_cache.index_select(0, tile.blocks).view(shape).permute(0, 2, 3, 1))
     values = torch.empty(n, kv_heads, TILE, head_dim + _ONES, device=k_cache.device)
     values[..., :head_dim] = v_cache.index_select(0, tile.blocks).view(shape).transpose(1, 2)
     values[..., head_dim:] = 1.0
-    return keys.view(n * kv_heads, TILE, -1), values.view(n * kv_heads, TILE, -1)
+    return keys.view(n * kv_heads, -1, TILE), values.view(n * kv_heads, TILE, -1)

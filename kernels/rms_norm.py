@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from turret.kernels.row_trial import SAMPLE_ROWS, by_rows
+
 
 def residual_rms_norm_reference(
     residual: torch.Tensor, update: torch.Tensor | None, weight: torch.Tensor, eps: float
@@ -26,4 +28,28 @@ def residual_rms_norm_reference(
     """
     if update is not None:
         residual += update
-    return F.rms_norm(residual, weight.shape, weight, eps)
+    return row_rms_norm(residual, weight, eps)
+
+
+def row_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm by torch.
+
+    Args:
+        x: ``[num_rows, width]``, fp16, bf16 or fp32.
+        weight: ``[width]``, same dtype.
+        eps: Added to the mean square.
+
+    Returns:
+        ``[num_rows, width]``, dtype of ``x``; on a CPU a row's bits are the same in any batch.
+    """
+
+    def compute(rows: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(rows, weight.shape, weight, eps)
+
+    def sample() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(SAMPLE_ROWS, x.shape[1], generator=generator).to(x.dtype)
+
+    if x.device.type != "cpu":
+        return compute(x)
+    return by_rows("norm", (x.dtype, x.shape[1]), compute, x, sample)

@@ -1,22 +1,17 @@
 """``x wᵀ`` per row for a small matrix per row, the bits of a row the same in any batch.
 
 Where ``row_linear`` multiplies vectors, this multiplies ``[m, k]`` matrices: one per row of the
-step, by a weight of its own or by a shared one. MKL's sgemm rounds a row of a product differently
-when the product has 1-3 rows, fewer than 16 columns, an odd edge, or a short reduction. Over shapes
-that are multiples of 4 rows, 16 columns and a reduction of 16 the bits were the same for every
-batch, every zero padding and for the batched and the flat call (measured: m 1-64, n 16-1024,
-k 24-14336, 1-4 threads). So operands are padded up to such multiples with zeros.
+step, by a weight of its own or by a shared one. On a CPU the order of every sum is ours
+(``cpu/products.c``, or ``ordered_product.py`` where there are no compiled kernels).
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 
-_ROW_MULTIPLE = 4
-_COLUMN_MULTIPLE = 16
-_SHORT_REDUCTION = 128
-_REDUCTION_MULTIPLE = 16
+from turret.kernels.cpu.native import has_kernels
+from turret.kernels.cpu.products import dot_products
+from turret.kernels.ordered_product import ordered_product
 
 
 def row_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
@@ -28,21 +23,21 @@ def row_product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
             columns changes no bit of the rest.
 
     Returns:
-        ``[num_rows, m, n]``, fp32; a view if something was padded.
+        ``[num_rows, m, n]``, fp32. Bits are kept on the CPU; elsewhere this is a library's product.
     """
-    num_rows, m, k = x.shape
-    n = w.shape[-2]
-    more_k = -k % _REDUCTION_MULTIPLE if k < _SHORT_REDUCTION else 0
-    more_m, more_n = -m % _ROW_MULTIPLE, -n % _COLUMN_MULTIPLE
-    if more_k or more_m:
-        x = F.pad(x, (0, more_k, 0, more_m))
-    if more_k or more_n:
-        w = F.pad(w, (0, more_k, 0, more_n))
+    num_rows, m, _ = x.shape
+    if has_kernels(x.device):
+        if w.dim() == 3:
+            return dot_products(x, w)
+        return dot_products(x.reshape(1, num_rows * m, -1), w.unsqueeze(0)).view(num_rows, m, -1)
+    if x.device.type != "cpu":
+        return x @ w.transpose(-1, -2)
     if w.dim() == 2:
-        out = F.linear(x.reshape(-1, x.shape[2]), w).view(num_rows, x.shape[1], -1)
-    else:
-        out = torch.bmm(x, w.transpose(1, 2))
-    return out[:, :m, :n]
+        return ordered_product(x.reshape(num_rows * m, -1), w).view(num_rows, m, -1)
+    out = x.new_empty(num_rows, m, w.shape[1])
+    for row in range(num_rows):
+        out[row] = ordered_product(x[row], w[row])
+    return out
 
 
 def select_slot(table: torch.Tensor, slots: torch.Tensor | int) -> torch.Tensor:

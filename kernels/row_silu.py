@@ -1,8 +1,8 @@
 """``silu(x) = x / (1 + e^−x)`` whose bits do not depend on the batch.
 
 torch computes it with vector instructions and the last few elements of every thread's share with
-scalar ones, which round differently. Where a share ends depends on the size of the whole tensor, so
-tensors whose shares would not end at whole vectors are computed in blocks that one thread does.
+scalar ones, which round differently. Where a share ends depends on the size of the whole tensor: so
+rows are filled up to whole vectors and computed in calls that were tried (``row_trial.py``).
 """
 
 from __future__ import annotations
@@ -10,19 +10,19 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-# torch gives a thread at least this many elements.
-_SERIAL_ELEMENTS = 32768
-# Elements that the longest vector loop takes at once (AVX-512, 16-bit, unrolled twice).
-_VECTOR_ELEMENTS = 64
+from turret.kernels.row_exp import VECTOR_ELEMENTS
+from turret.kernels.row_trial import SAMPLE_ROWS, by_rows
 
 
 def row_silu(x: torch.Tensor) -> torch.Tensor:
     """Apply silu to ``[num_rows, width]``, each row bit-identical in any batch; dtype of ``x``."""
-    count = x.numel()
-    if x.device.type != "cpu" or count <= _SERIAL_ELEMENTS:
+    if x.device.type != "cpu":
         return F.silu(x)
-    share = -(-count // torch.get_num_threads())
-    if share % _VECTOR_ELEMENTS == 0 and x.shape[1] % _VECTOR_ELEMENTS == 0:
-        return F.silu(x)
-    rows = max(1, _SERIAL_ELEMENTS // x.shape[1])
-    return torch.cat([F.silu(block) for block in x.split(rows)])
+    width, dtype = x.shape[1], x.dtype
+    wide = F.pad(x, (0, -width % VECTOR_ELEMENTS)).contiguous()
+
+    def sample() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(SAMPLE_ROWS, wide.shape[1], generator=generator).mul_(4.0).to(dtype)
+
+    return by_rows("silu", (dtype, wide.shape[1]), F.silu, wide, sample)[:, :width]

@@ -30,6 +30,7 @@ from turret.server.metrics import Metrics
 from turret.server.models.base_edit import BaseEdit
 from turret.server.models.decoder import Decoder
 from turret.server.models.describe import describe_base, describe_projections
+from turret.server.models.formulations import formulations
 from turret.server.models.kv_cache import KvCache
 from turret.server.models.loader import eos_token_ids, load_decoder
 from turret.server.models.model_info import ModelInfo
@@ -86,6 +87,7 @@ def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = Non
             model=source.name,
             seconds=round(time.monotonic() - started, 2),
             kernels=kernels,
+            **formulations(decoder),
         ),
     )
     merger = Merger(

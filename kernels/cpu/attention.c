@@ -5,7 +5,7 @@
  * KV heads of its positions side by side, so a row's heads walk the blocks together and memory is
  * read as it lies; while a block is computed with, the next one comes into the cache.
  */
-#include "vec.h"
+#include "elements.h"
 
 #include <math.h>
 #include <omp.h>
@@ -27,19 +27,19 @@ typedef struct {
 
 typedef struct {
     const float *q;  /* [rows, heads, head_dim], rotated */
-    const bf16 *k, *v; /* [blocks, block_size, kv_heads, head_dim] */
-    bf16 *out;       /* [rows, heads, head_dim] */
+    const element *k, *v; /* [blocks, block_size, kv_heads, head_dim] */
+    element *out;       /* [rows, heads, head_dim] */
     int64_t heads, kv_heads, head_dim, block_size;
     double scale;
 } Heads;
 
 /* Positions of a block, of one KV head; `next` is where the same head of the next block lies. */
 typedef struct {
-    const bf16 *at, *next;
+    const element *at, *next;
     int64_t stride, count;
 } Slice;
 
-INLINE void prefetch_head(const bf16 *p, int64_t vectors) {
+INLINE void prefetch_head(const element *p, int64_t vectors) {
     for (int64_t d = 0; d < vectors; d += 2) __builtin_prefetch(p + d * LANES);
 }
 
@@ -50,14 +50,14 @@ INLINE void score(const float *q, int64_t vectors, int64_t group, const Slice *k
     int64_t dim = vectors * LANES;
     for (int64_t t = 0; t < k->count; t += LANES) {
         int64_t some = k->count - t < LANES ? k->count - t : LANES;
-        const bf16 *first = k->at + t * k->stride, *next = k->next + t * k->stride;
+        const element *first = k->at + t * k->stride, *next = k->next + t * k->stride;
         for (int64_t g = 0; g < group; g += HEADS) {
             int64_t heads = group - g < HEADS ? group - g : HEADS;
             f32x16 parts[HEADS][LANES];
             for (int64_t i = 0; i < some; i++) {
-                const bf16 *row = first + i * k->stride;
+                const element *row = first + i * k->stride;
                 f32x16 key[MAX_VECTORS];
-                for (int64_t d = 0; d < vectors; d++) key[d] = load_bf16(row + d * LANES);
+                for (int64_t d = 0; d < vectors; d++) key[d] = load_element(row + d * LANES);
                 prefetch_head(next + i * k->stride, vectors);
                 for (int64_t j = 0; j < heads; j++) {
                     f32x16 s = {0};
@@ -100,11 +100,11 @@ INLINE void gather(const float *p, int64_t p_stride, int64_t vectors, const int 
     f32x16 sums[HEADS][MAX_VECTORS];
     for (int j = 0; j < heads; j++)
         for (int64_t d = 0; d < vectors; d++) sums[j][d] = load_f32(acc + j * dim + d * LANES);
-    const bf16 *at = v->at, *next = v->next;
+    const element *at = v->at, *next = v->next;
     for (int64_t i = 0; i < v->count; i++, at += v->stride, next += v->stride) {
         prefetch_head(next, vectors);
         for (int64_t d = 0; d < vectors; d++) {
-            f32x16 value = load_bf16(at + d * LANES);
+            f32x16 value = load_element(at + d * LANES);
             for (int j = 0; j < heads; j++) sums[j][d] += p[j * p_stride + i] * value;
         }
     }
@@ -133,11 +133,11 @@ typedef struct {
 } Row;
 
 /* The part of the block that holds position t, up to `end`: of KV head `kv`, in keys or values. */
-INLINE Slice slice_of(const Heads *h, const Span *span, const bf16 *cache, int64_t t, int64_t end,
+INLINE Slice slice_of(const Heads *h, const Span *span, const element *cache, int64_t t, int64_t end,
                       int64_t kv) {
     int64_t size = h->block_size, stride = h->kv_heads * h->head_dim;
     int64_t stop = (t / size + 1) * size < end ? (t / size + 1) * size : end;
-    const bf16 *at = cache + (span->blocks[t / size] * size + t % size) * stride + kv * h->head_dim;
+    const element *at = cache + (span->blocks[t / size] * size + t % size) * stride + kv * h->head_dim;
     return (Slice){at, at, stride, stop - t};
 }
 
@@ -181,7 +181,7 @@ INLINE void attend(const Plan *plan, const Heads *h, const Row *row, float *scra
         }
     for (int64_t g = 0; g < heads; g++)
         for (int64_t d = 0; d < vectors; d++)
-            store_bf16(h->out + place + g * dim + d * LANES,
+            store_element(h->out + place + g * dim + d * LANES,
                        load_f32(acc + g * dim + d * LANES) / sums[g]);
 }
 
@@ -194,7 +194,7 @@ KERNEL static void attend_row(const Plan *plan, const Heads *h, const Row *row, 
     }
 }
 
-EXPORT void turret_attend(const Plan *plan, const Heads *heads) {
+EXPORT void EXPORTED(turret_attend)(const Plan *plan, const Heads *heads) {
 #pragma omp parallel num_threads(plan->num_threads)
     {
         int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();

@@ -12,6 +12,7 @@
 #define TILE 4
 #define STEP 32 /* inputs at a time: 16 pairs */
 #define CHUNK 64 /* outputs a thread takes together, for all rows */
+#define ROW_BLOCK 64 /* rows that stay in the cache while they are walked */
 
 typedef struct {
     const bf16 *x, *w;
@@ -20,7 +21,7 @@ typedef struct {
 } Product;
 
 /* Rows [row, row + rows) of outputs [out, out + count), count at most TILE. */
-AVX512_BF16 INLINE void multiply(const Product *p, int64_t row, const int rows, int64_t out,
+INLINE void multiply(const Product *p, int64_t row, const int rows, int64_t out,
                                  int64_t count) {
     const bf16 *x = p->x + row * p->x_stride, *w[TILE];
     int64_t n = p->in_features, tail = n % STEP;
@@ -53,16 +54,21 @@ AVX512_BF16 INLINE void multiply(const Product *p, int64_t row, const int rows, 
             memcpy(y, found + r * TILE, count * sizeof(bf16));
 }
 
-AVX512_BF16 static void multiply_chunk(const Product *p, int64_t rows, int64_t low, int64_t high) {
+static void multiply_rows(const Product *p, int64_t row, int64_t end, int64_t low, int64_t high) {
     for (int64_t out = low; out < high; out += TILE) {
-        int64_t count = high - out < TILE ? high - out : TILE, row = 0;
-        for (; row + TILE <= rows; row += TILE) multiply(p, row, TILE, out, count);
-        switch (rows - row) {
-            case 3: multiply(p, row, 3, out, count); break;
-            case 2: multiply(p, row, 2, out, count); break;
-            case 1: multiply(p, row, 1, out, count); break;
+        int64_t count = high - out < TILE ? high - out : TILE, r = row;
+        for (; r + TILE <= end; r += TILE) multiply(p, r, TILE, out, count);
+        switch (end - r) {
+            case 3: multiply(p, r, 3, out, count); break;
+            case 2: multiply(p, r, 2, out, count); break;
+            case 1: multiply(p, r, 1, out, count); break;
         }
     }
+}
+
+static void multiply_chunk(const Product *p, int64_t rows, int64_t low, int64_t high) {
+    for (int64_t row = 0; row < rows; row += ROW_BLOCK)
+        multiply_rows(p, row, row + ROW_BLOCK < rows ? row + ROW_BLOCK : rows, low, high);
 }
 
 /* x: [rows, in], rows x_stride apart; w: [out, in]; y: [rows, out]. */

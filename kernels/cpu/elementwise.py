@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from turret.kernels.cpu.native import functions
+from turret.kernels.cpu.native import by_element
 
 
 def add_rms_norm(
@@ -13,17 +13,17 @@ def add_rms_norm(
     """``hidden += delta`` in place, then RMSNorm (arXiv 1910.07467) of the sum.
 
     Args:
-        hidden: ``[rows, width]`` bf16, contiguous.
-        delta: Same shape, contiguous, or None.
-        weight: ``[width]`` bf16.
+        hidden: ``[rows, width]`` bf16 or fp32, contiguous.
+        delta: Same shape and dtype, contiguous, or None.
+        weight: ``[width]``, same dtype.
         eps: Added to the mean square.
 
     Returns:
-        ``[rows, width]`` bf16, from fp32 by one rounding.
+        ``[rows, width]``, same dtype, from fp32 by one rounding.
     """
     rows, width = hidden.shape
     out = torch.empty_like(hidden)
-    functions().turret_add_rms_norm(
+    by_element("turret_add_rms_norm", hidden.dtype)(
         hidden.data_ptr(),
         None if delta is None else delta.data_ptr(),
         weight.data_ptr(),
@@ -37,10 +37,13 @@ def add_rms_norm(
 
 
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """``silu(gate) · up`` (arXiv 2002.05202): ``[rows, 2·width]`` bf16 → ``[rows, width]``."""
+    """``silu(gate) · up`` (arXiv 2002.05202): ``[rows, 2·width]`` → ``[rows, width]``.
+
+    bf16 or fp32, contiguous.
+    """
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype)
-    functions().turret_silu_mul(
+    by_element("turret_silu_mul", gate_up.dtype)(
         gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads()
     )
     return out
@@ -57,12 +60,13 @@ def rope_kv_write(
     """Rotate queries and keys (RoFormer, arXiv 2104.09864); store keys and values.
 
     Args:
-        qkv: ``[rows, heads + 2·kv_heads, head_dim]`` bf16, contiguous; head_dim a multiple of 32.
+        qkv: ``[rows, heads + 2·kv_heads, head_dim]`` bf16 or fp32,
+            contiguous; head_dim a multiple of 32.
         cos: ``[rows, head_dim / 2]`` fp32, contiguous; ones where a layer has no rotary positions.
         sin: Same shape.
         slots: ``block · block_size + offset`` per row, ``[rows]`` int64.
-        k_cache: One layer's, ``[num_blocks, block_size, kv_heads, head_dim]`` bf16.
-        v_cache: Same shape.
+        k_cache: One layer's, ``[num_blocks, block_size, kv_heads, head_dim]``, dtype of ``qkv``.
+        v_cache: Same shape and dtype.
 
     Returns:
         Rotated queries, ``[rows, heads, head_dim]`` fp32.
@@ -71,7 +75,7 @@ def rope_kv_write(
     kv_heads = k_cache.shape[2]
     heads = total - 2 * kv_heads
     q = torch.empty(rows, heads, head_dim)
-    functions().turret_rope_kv_write(
+    by_element("turret_rope_kv_write", qkv.dtype)(
         qkv.data_ptr(),
         cos.data_ptr(),
         sin.data_ptr(),

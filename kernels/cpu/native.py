@@ -1,11 +1,13 @@
-"""The compiled CPU kernels: a plain C library, called through ctypes.
+"""The compiled CPU kernels: plain C libraries, called through ctypes.
 
 Built with the package where there is a C compiler (``kernels/cpu/*.c``, OpenMP; no Python or torch
-headers). Without it, or with ``TURRET_NATIVE=0`` in the environment, the torch formulations of
-``kernels/*.py`` serve: the same results within rounding, slower.
+headers), once for any processor and once for each of ``ISAS`` that the compiler knows. The best
+that this processor has serves; ``TURRET_ISA`` in the environment names the best that may. Without
+a compiler, or with ``TURRET_NATIVE=0``, the torch formulations of ``kernels/*.py`` serve: the same
+results within rounding, slower.
 
-The library leaves OpenMP's symbols to the process, so it shares torch's thread pool: a second pool
-would make every parallel region sleep at its barrier.
+The libraries leave OpenMP's symbols to the process, so they share torch's thread pool: a second
+pool would make every parallel region sleep at its barrier.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import functools
 import logging
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -34,6 +37,12 @@ _SIGNATURES = {
     "turret_dense_product": (_pointer, _int, _int, _pointer, _pointer, _int, _int, _int),
     "turret_has_products": (),
     "turret_ahead": (_pointer, *(_int,) * 4, _pointer, _int),
+    "turret_dots": (_pointer,),
+    "turret_columns": (_pointer,),
+    "turret_exp_f32": (_pointer, _int),
+}
+# Those that are there for bf16, and for fp32 under the name's other form.
+_BY_ELEMENT = {
     "turret_attend": (_pointer, _pointer),
     "turret_add_rms_norm": (
         *(_pointer, _pointer, _pointer, _double, _pointer),
@@ -42,36 +51,98 @@ _SIGNATURES = {
     "turret_silu_mul": (_pointer, _pointer, _int, _int, _int),
     "turret_rope_kv_write": (*(_pointer,) * 7, *(_int,) * 5),
 }
+_SUFFIXES = {torch.bfloat16: "", torch.float32: "_f32"}
 _COUNTS = ("turret_has_products", "turret_ahead")
+
+# Each has all that those before it have. For those without a library of their own, the one before
+# serves. x86-64-v1 or the like, -v3, -v4, -v4 with AVX512-BF16, that with AMX.
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernels, or None where they were not built or are switched off."""
+    """The compiled kernels, or None where they were not built or are switched off.
+
+    Raises:
+        ValueError: ``TURRET_ISA`` is none of ``ISAS``.
+    """
+    wanted = os.environ.get("TURRET_ISA", ISAS[-1])
+    if wanted not in ISAS:
+        raise ValueError(f"TURRET_ISA is {wanted!r}, not one of {', '.join(ISAS)}")
     if os.environ.get("TURRET_NATIVE", "1") == "0":
         return None
-    found = sorted(Path(__file__).parent.glob("_native*.so"))
-    if not found:
-        return None
+    for isa in reversed(usable_isas()):
+        if ISAS.index(isa) <= ISAS.index(wanted):
+            try:
+                return load(isa)
+            except (OSError, AttributeError) as error:
+                _log.warning("compiled CPU kernels (%s) do not load: %s", isa, error)
+    return None
+
+
+def usable_isas() -> tuple[str, ...]:
+    """The instruction sets that this processor has and that there is a library for, best last."""
+    if _path("baseline") is None:
+        return ()
     try:
-        library = ctypes.CDLL(str(found[0]))
-        for name, arguments in _SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes = arguments
-            function.restype = _int if name in _COUNTS else None
+        probe = ctypes.CDLL(str(_path("baseline"))).turret_isa
     except (OSError, AttributeError) as error:
         _log.warning("the compiled CPU kernels do not load, torch serves instead: %s", error)
-        return None
+        return ()
+    probe.restype = _int
+    return tuple(isa for isa in ISAS[: probe() + 1] if _path(isa) is not None)
+
+
+def load(isa: str) -> ctypes.CDLL:
+    """The library for one of ``usable_isas``; running it on less than that ends the process."""
+    library = ctypes.CDLL(str(_path(isa)))
+    by_element = {
+        name + suffix: arguments
+        for name, arguments in _BY_ELEMENT.items()
+        for suffix in _SUFFIXES.values()
+    }
+    for name, arguments in {**_SIGNATURES, **by_element}.items():
+        function = getattr(library, name)
+        function.argtypes = arguments
+        function.restype = _int if name in _COUNTS else None
+    library.isa = isa  # type: ignore[attr-defined]
     return library
 
 
+def _path(isa: str) -> Path | None:
+    name = "_native" if isa == "baseline" else f"_native_{isa}"
+    found = sorted(Path(__file__).parent.glob(f"{name}.*so"))
+    return found[0] if found else None
+
+
+def isa() -> str | None:
+    """Which instruction set's library serves, or None."""
+    found = library()
+    return None if found is None else str(found.isa)
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether there are compiled kernels for tensors on a device."""
+    return device.type == "cpu" and library() is not None
+
+
 def has_native(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the compiled kernels serve tensors of this kind."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and library() is not None
+    """Whether the compiled kernels apply adapters to tensors of this kind."""
+    return dtype == torch.bfloat16 and has_kernels(device)
+
+
+def has_layer_ops(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the compiled kernels compute what is between a layer's products."""
+    return dtype in _SUFFIXES and has_kernels(device)
+
+
+def by_element(name: str, dtype: torch.dtype) -> Any:
+    """The form of a function that is for activations of this dtype."""
+    return getattr(functions(), name + _SUFFIXES[dtype])
 
 
 def has_native_products() -> bool:
-    """Whether the compiled products of bf16 rows serve, which need AVX512-BF16."""
+    """Whether the compiled NF4 product serves, which needs AVX512-BF16."""
     found = library()
     return found is not None and bool(found.turret_has_products())
 

@@ -60,13 +60,13 @@ static const uint16_t VALUES[32] = {
 };
 
 /* One pair of inputs for 32 outputs. */
-AVX512_BF16 INLINE void look_up(const uint8_t *packed, __m512i values, __m512i *w) {
+INLINE void look_up(const uint8_t *packed, __m512i values, __m512i *w) {
     __m512i words = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)packed));
     w[0] = _mm512_permutexvar_epi16(words, values);
     w[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(words, 4), values);
 }
 
-AVX512_BF16 INLINE __m512bh pair_of(const bf16 *x) {
+INLINE __m512bh pair_of(const bf16 *x) {
     int32_t pair;
     memcpy(&pair, x, sizeof pair);
     return (__m512bh)_mm512_set1_epi32(pair);
@@ -74,7 +74,7 @@ AVX512_BF16 INLINE __m512bh pair_of(const bf16 *x) {
 
 /* sums[r] += absmax * (W x_r). Codes are looked up while earlier products are summed, and may be kept
  * for the groups after this one in `kept`, [PAIRS, 2]. */
-AVX512_BF16 INLINE void add_block(const int rows, const enum Codes codes, const Block *block,
+INLINE void add_block(const int rows, const enum Codes codes, const Block *block,
                                   __m512i *kept) {
     const __m512i values = _mm512_loadu_si512(VALUES);
     const uint8_t *packed = block->packed;
@@ -109,7 +109,7 @@ AVX512_BF16 INLINE void add_block(const int rows, const enum Codes codes, const 
 #define CASE(rows) \
     case rows: add_block(rows, codes, block, kept); break
 #define ADD(name, kind) \
-    AVX512_BF16 static void name(int64_t rows, const Block *block, __m512i *kept) { \
+    static void name(int64_t rows, const Block *block, __m512i *kept) { \
         const enum Codes codes = kind; \
         switch (rows) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8); } \
     }
@@ -117,13 +117,13 @@ ADD(add_alone, LOOK_UP)
 ADD(add_first, LOOK_UP_AND_KEEP)
 ADD(add_later, KEPT)
 
-AVX512_BF16 INLINE __m512 widen(const bf16 *p) {
+INLINE __m512 widen(const bf16 *p) {
     return (__m512)_mm512_slli_epi32(
         _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)), 16);
 }
 
 /* Outputs of one tile for rows [first, first + rows), at most ROW_BLOCK. */
-AVX512_BF16 static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t rows,
+static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t rows,
                                       Walk *walk) {
     float sums[ROW_BLOCK * TILE_OUT] __attribute__((aligned(64)));
     __m512i kept[2 * PAIRS];
@@ -157,7 +157,7 @@ AVX512_BF16 static void multiply_tile(const Product *p, int64_t tile, int64_t fi
     }
 }
 
-EXPORT int64_t turret_has_products(void) { return __builtin_cpu_supports("avx512bf16") != 0; }
+EXPORT int64_t turret_has_products(void) { return 1; }
 
 /* y is contiguous. `step` has the adapters to ask for ahead, the next ones being those of projection
  * `module`; or is null. */

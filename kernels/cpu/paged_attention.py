@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.cpu.native import functions
+from turret.kernels.cpu.native import by_element
 from turret.kernels.paged_attention import SequenceSpan
 
 _LANES = 16
@@ -82,13 +82,14 @@ def paged_attention(
 
     Args:
         q: Rotated queries, ``[num_rows, num_heads, head_dim]`` fp32, contiguous.
-        k_cache: Keys of one layer, ``[num_blocks, block_size, num_kv_heads, head_dim]`` bf16.
-        v_cache: Values, same shape.
+        k_cache: Keys of one layer, ``[num_blocks, block_size, num_kv_heads, head_dim]``, bf16 or
+            fp32.
+        v_cache: Values, same shape and dtype.
         plan: Of the step.
         scale: Multiplied into the queries.
 
     Returns:
-        ``[num_rows, num_heads, head_dim]`` bf16.
+        ``[num_rows, num_heads, head_dim]``, dtype of the cache.
     """
     _, block_size, kv_heads, head_dim = k_cache.shape
     out = torch.empty(q.shape, dtype=k_cache.dtype)
@@ -103,5 +104,5 @@ def paged_attention(
         block_size,
         scale,
     )
-    functions().turret_attend(plan.address, ctypes.addressof(heads))
+    by_element("turret_attend", k_cache.dtype)(plan.address, ctypes.addressof(heads))
     return out

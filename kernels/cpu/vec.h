@@ -1,7 +1,7 @@
 /* Sixteen fp32 lanes, bf16 in and out, and a vectorised exp.
  *
  * GCC's vector types compile to whatever the machine has (one AVX-512 register, two of AVX2, four of
- * SSE), and the order of every sum is written out. Nothing here depends on how many rows a call
+ * SSE or NEON), and the order of every sum is written out. Nothing here depends on how many rows a call
  * has: that is what keeps a row's bits the same in any batch.
  */
 #ifndef TURRET_VEC_H
@@ -13,18 +13,12 @@
 #define LANES 16
 #define INLINE static inline __attribute__((always_inline))
 
-/* One clone per instruction set, chosen when the library is loaded. */
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && !defined(__clang__)
-#define KERNEL __attribute__((noinline, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
 #define KERNEL __attribute__((noinline))
-#endif
-/* Products of bf16 pairs by VDPBF16PS: compiled where the compiler knows it, called where
- * turret_has_products says that the processor does. */
-#if defined(__x86_64__) && defined(__linux__) && (defined(__clang__) || __GNUC__ >= 10)
+/* The library is compiled once per instruction set (pyproject.toml) and native.py takes the best that
+ * the processor has. Products of bf16 pairs by VDPBF16PS are in those that have it. */
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
 #include <immintrin.h>
 #define HAS_AVX512_BF16 1
-#define AVX512_BF16 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")))
 #else
 #define HAS_AVX512_BF16 0
 #endif

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from turret.kernels.row_log_softmax import row_log_softmax
 from turret.server.adapters.device.store import Resident
 from turret.server.engine.executor import Computed, Executor
 from turret.server.engine.sampler import Draw, Sampler, top_of
@@ -127,7 +128,7 @@ class Runner:
             first = placed.row_start + low - start
             logits = self._executor.logits(sequence, hidden[first : first + high - low])
             # To the host at once: what follows reads every row.
-            rows = logits.log_softmax(-1).cpu()
+            rows = row_log_softmax(logits).cpu()
             targets = sequence.tokens[low + 1 : high + 1]
             position = low + 1 - sequence.num_virtual
             out.extend(self._scored(rows, targets, position, sequence.request.options.top_n))

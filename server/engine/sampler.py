@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.row_log_softmax import row_log_softmax
 from turret.server.engine.adjustment import Adjustment
 from turret.server.engine.request import SamplingParams
 from turret.server.engine.sequence import Sequence
@@ -83,7 +84,7 @@ class Sampler:
         for row, sequence in zip(logits, sequences, strict=True):
             options = sequence.request.options
             if options.logprobs:
-                logprobs = row.log_softmax(-1)
+                logprobs = row_log_softmax(row.unsqueeze(0))[0]
                 out.append((logprobs, top_of(logprobs, options.top_n)))
             else:
                 out.append(None)

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 
 from turret.kernels.cpu.row_adapters import Ahead
-from turret.kernels.row_linear import row_linear
+from turret.kernels.row_linear import prepare_linear, row_linear
 from turret.server.models.nf4 import Nf4Linear
 
 
@@ -66,6 +66,7 @@ class DenseLinear:
         self.in_features = weight.shape[1]
         self._slices = weight.split(widths)
         self._weight = weight
+        prepare_linear(weight)
 
     def __call__(
         self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None

@@ -1,4 +1,4 @@
-"""Layer operations by the compiled CPU kernels (bf16)."""
+"""Layer operations by the compiled CPU kernels (bf16 and fp32)."""
 
 from __future__ import annotations
 

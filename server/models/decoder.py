@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.cpu.dense_product import dense_product, serves_dense
 from turret.kernels.row_linear import row_linear
 from turret.server.adapters.device.store import AdapterStep
 from turret.server.adapters.device.vocabulary import (
@@ -25,6 +24,7 @@ from turret.server.models.adapted_linear import AdaptedLinear
 from turret.server.models.arch import Arch
 from turret.server.models.kv_cache import KvCache
 from turret.server.models.layer_ops import choose_layer_ops
+from turret.server.models.rotary_angles import RotaryAngles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +96,7 @@ class Decoder:
         self.epoch = 0
         self.ops = choose_layer_ops(arch, self.dtype, self.device)
         self._inv_freq = arch.inv_freq.to(self.device)
+        self._angles = RotaryAngles(self._inv_freq, arch.rope_scaling)
 
     def forward(self, step: StepInput, cache: KvCache) -> torch.Tensor:
         """Run a step and write its keys and values.
@@ -104,9 +105,7 @@ class Decoder:
             Final-norm hidden states, ``[rows, hidden]``.
         """
         ops = self.ops
-        phases = step.positions[:, None].float() * self._inv_freq
-        # [rows, head_dim / 2] fp32, shared by all layers.
-        angles = phases.cos() * self.arch.rope_scaling, phases.sin() * self.arch.rope_scaling
+        angles = self._angles.at(step.positions)
         hidden = F.embedding(step.token_ids, self.embedding)
         change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
         if step.soft_rows is not None and step.soft_values is not None:
@@ -139,8 +138,6 @@ class Decoder:
         return change_logits(hidden, self._head(hidden), self._head, changes)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
-        if serves_dense(self.head):
-            return dense_product(hidden, self.head)
         return row_linear(hidden, self.head)
 
     def _heads(self, layer: DecoderLayer, qkv: torch.Tensor) -> torch.Tensor:
@@ -150,7 +147,9 @@ class Decoder:
         if layer.q_norm is None or layer.k_norm is None:
             return qkv
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
-        eps = self.arch.rms_norm_eps
-        q = F.rms_norm(q, layer.q_norm.shape, layer.q_norm, eps)
-        k = F.rms_norm(k, layer.k_norm.shape, layer.k_norm, eps)
-        return torch.cat((q, k, v), dim=1)
+        return torch.cat((self._norm(q, layer.q_norm), self._norm(k, layer.k_norm), v), dim=1)
+
+    def _norm(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMSNorm of every head, ``[rows, heads, head_dim]``."""
+        flat = heads.reshape(-1, self.arch.head_dim)
+        return self.ops.add_rms_norm(flat, None, weight).view(heads.shape)

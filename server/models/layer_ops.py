@@ -9,14 +9,15 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 
-from turret.kernels.cpu.native import has_native
+from turret.kernels.cpu.native import has_layer_ops
 from turret.kernels.paged_attention import (
     SequenceSpan,
     paged_attention_reference,
     plan_attention,
+    prepare_attention,
 )
+from turret.kernels.rms_norm import residual_rms_norm_reference
 from turret.kernels.row_silu import row_silu
 from turret.server.models.arch import Arch
 from turret.server.models.cpu_layer_ops import CpuLayerOps
@@ -75,8 +76,9 @@ class LayerOps(Protocol):
 
 def choose_layer_ops(arch: Arch, dtype: torch.dtype, device: torch.device) -> LayerOps:
     """The fastest that serves this model here."""
-    if has_native(dtype, device) and CpuLayerOps.serves(arch):
+    if has_layer_ops(dtype, device) and CpuLayerOps.serves(arch):
         return CpuLayerOps(arch)
+    prepare_attention(arch.head_dim, device)
     return TorchLayerOps(arch)
 
 
@@ -107,9 +109,7 @@ class TorchLayerOps:
     def add_rms_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
     ) -> torch.Tensor:
-        if delta is not None:
-            hidden += delta
-        return F.rms_norm(hidden, weight.shape, weight, self._arch.rms_norm_eps)
+        return residual_rms_norm_reference(hidden, delta, weight, self._arch.rms_norm_eps)
 
     def attend(
         self,
@@ -149,6 +149,7 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tens
     first, second = x.chunk(2, dim=-1)
     out = torch.empty_like(x)
     out_first, out_second = out.chunk(2, dim=-1)
-    torch.mul(first, cos, out=out_first).addcmul_(second, sin, value=-1)
-    torch.mul(second, cos, out=out_second).addcmul_(first, sin)
+    # Product and sum on their own are rounded alike in vectors and in the elements after them.
+    torch.mul(first, cos, out=out_first).sub_(second * sin)
+    torch.mul(second, cos, out=out_second).add_(first * sin)
     return out

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from turret.kernels.cpu.dense_product import serves_dense
-from turret.kernels.row_linear import row_multiple
+from turret.kernels.row_linear import prepare_linear
 from turret.server.errors import InvalidRequestError
 from turret.server.models.adapted_linear import AdaptedLinear
 from turret.server.models.arch import LAYER_PREFIX, Arch, read_arch
@@ -98,9 +97,8 @@ def load_decoder(
     if unread:
         raise InvalidRequestError.of("model", f"unexpected tensors: {', '.join(unread[:8])}")
     progress("Loading layers", arch.num_layers, arch.num_layers)
-    if not (triton or serves_dense(head)):
-        # Probed here, once, rather than by the first request.
-        row_multiple(dtype, *head.shape)
+    if not triton:
+        prepare_linear(head)
     return _decoder_type(triton)(arch, embedding=embedding, layers=layers, norm=norm, head=head)
 
 

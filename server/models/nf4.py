@@ -16,9 +16,9 @@ import torch
 
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.nf4_matmul import Nf4Matrix
-from turret.kernels.row_linear import row_linear
+from turret.kernels.row_linear import linear_formulation, prepare_linear, row_linear
 from turret.server.errors import InvalidRequestError
-from turret.server.models.nf4_cpu import nf4_product
+from turret.server.models.nf4_cpu import has_nf4_product, nf4_formulation, nf4_product
 
 # It warns at import that an optional kernel of the Hugging Face hub is not installed.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -110,9 +110,8 @@ class Nf4Linear:
     """A fused projection without bias: slices of NF4 weights that share their input.
 
     On a CPU with AVX512-BF16 and a bf16 model, a fused dequantise-multiply runs on bitsandbytes'
-    packed weight (its rows are batch-invariant; absmax is bf16 there). Elsewhere on the CPU
-    (float32, or no AVX512-BF16) the weight is held dequantised. On the Triton path ``product``
-    multiplies.
+    packed weight (absmax is bf16 there). Elsewhere on the CPU (float32, or no AVX512-BF16) the
+    weight is held dequantised. On the Triton path ``product`` multiplies.
     """
 
     def __init__(
@@ -141,12 +140,13 @@ class Nf4Linear:
         else:
             parts = [weight.dequantize(dtype) for weight in slices]
             self._dense = torch.cat(parts).to(device)
+            prepare_linear(self._dense)
 
     def _packs_on_cpu(self, slices: Sequence[Nf4Weight]) -> bool:
         return (
             self._device.type == "cpu"
             and self._dtype == torch.bfloat16
-            and bool(bnb_functional.has_avx512bf16())
+            and has_nf4_product()
             and all(
                 weight.shape[0] % _CPU_TILE_ROWS == 0 and weight.shape[1] % BLOCKSIZE == 0
                 for weight in slices
@@ -182,6 +182,12 @@ class Nf4Linear:
             return self.product(x, x.shape[0] if num_decode is None else num_decode)
         assert self._code is not None
         return nf4_product(x, self._packed, self._absmax, self._code, self._shape, ahead)
+
+    def formulation(self) -> str:
+        """What multiplies, in words."""
+        if self._dense is not None:
+            return linear_formulation(self._dense)
+        return "triton" if self._code is None else nf4_formulation(self._shape, self._code)
 
     def _rows(self, index: int) -> slice:
         start = sum(self.widths[:index])

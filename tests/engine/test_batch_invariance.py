@@ -18,8 +18,9 @@ from builders.tiny_models import VOCAB_SIZE, save_tiny_model
 from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.kernels.cpu import native
-from turret.kernels.row_linear import max_reduction, row_addmm_, row_linear, row_multiple
+from turret.kernels.row_linear import max_reduction, row_addmm_, row_linear
 from turret.kernels.row_silu import row_silu
+from turret.kernels.row_trial import forget_choices
 from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.request import FinishReason, Request, SamplingParams
 from turret.server.engine.scheduler import Scheduler
@@ -106,8 +107,6 @@ def threads() -> Iterator[Any]:
 
     def use(count: int) -> None:
         torch.set_num_threads(count)
-        # What was probed with another number of threads does not hold.
-        row_multiple.cache_clear()
 
     before = torch.get_num_threads()
     yield use
@@ -177,15 +176,17 @@ async def test_a_mixed_batch_answers_each_request_as_if_alone(
     assert_same(got, expected)
 
 
-async def test_the_torch_formulation_is_batch_invariant_in_bfloat16_too(
-    tiny: Any, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+async def test_the_torch_formulation_is_batch_invariant_too(
+    tiny: Any, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a server runs where the kernels were not compiled (and in float32, tested above)."""
+    """What a server runs where the kernels were not compiled."""
     monkeypatch.setattr(native, "library", lambda: None)
+    forget_choices()
     model, root = tiny("qwen2")
     requests = mixed_requests()
-    expected = await each_alone(model, root, requests, dtype="bfloat16")
-    async with EngineHarness.start(model, root, dtype="bfloat16", adapters=NAMES) as harness:
+    expected = await each_alone(model, root, requests, dtype=dtype)
+    async with EngineHarness.start(model, root, dtype=dtype, adapters=NAMES) as harness:
         got = await in_company(harness, requests)
     assert_same(got, expected)
 

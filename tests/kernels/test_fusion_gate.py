@@ -22,7 +22,6 @@ from turret.kernels.fusion_gate import fusion_gate_reference
 from turret.kernels.gpu.fusion_gate import fusion_gate
 from turret.kernels.gpu.segment_table import SegmentTable
 from turret.kernels.gpu.segmented_shrink import segmented_shrink
-from turret.kernels.row_linear import row_multiple
 from turret.kernels.segments import LongSegment
 
 INNER, OUTS, D_K = 60, (24, 12), 40
@@ -93,7 +92,6 @@ def test_reference():
 def test_reference_ignores_other_rows_and_the_row_s_place(num_threads):
     before = torch.get_num_threads()
     torch.set_num_threads(num_threads)
-    row_multiple.cache_clear()
     try:
         for d_k in (1, 3, 8, 16, 40, 100):
             for ranks in ([4, 8], [8, 0, 4], [1, 1], [3, 5, 7], [16] * 4, [64, 128], [1] * 9):
@@ -107,7 +105,6 @@ def test_reference_ignores_other_rows_and_the_row_s_place(num_threads):
                     assert torch.equal(got, whole[rows]), (d_k, ranks, start, count)
     finally:
         torch.set_num_threads(before)
-        row_multiple.cache_clear()
 
 
 def test_a_component_without_ranks_scores_zero():

@@ -9,7 +9,6 @@ import torch
 from builders.gates import INNER, LAYOUT, MIXES, WIDTH, gates_of, in_float64, operators_of
 from torch import Tensor
 
-from turret.kernels.row_linear import row_multiple
 from turret.server.adapters.device.gates import Gates
 from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.operators import Gate
@@ -21,10 +20,8 @@ NUM_ROWS = 90
 def threads(request: pytest.FixtureRequest) -> Iterator[None]:
     before = torch.get_num_threads()
     torch.set_num_threads(request.param)
-    row_multiple.cache_clear()
     yield
     torch.set_num_threads(before)
-    row_multiple.cache_clear()
 
 
 def held_of(dtype: torch.dtype) -> tuple[Gates, dict[str, dict[str, Gate]]]:

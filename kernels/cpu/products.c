@@ -1,0 +1,102 @@
+/* Products of fp32 rows with fp32, bf16 or fp16 weights, the order of every sum written out.
+ *
+ *     dots:     y[b, r, o]  = sum_k x[b, r, k] w[b, o, k]    16 sums, k modulo 16, then as sum_each adds
+ *     columns:  y[b, r, o] += sum_k x[b, r, k] w[b, k, o]    one sum, k by k
+ *
+ * How many rows, columns or batches are computed together, by which thread, changes no bit, nor do
+ * zeros appended to the inner dimension (for columns: zeros anywhere in it). Tiles are computed alike
+ * whatever is in them: what a library does not promise is what these are for (kernels/row_linear.py).
+ */
+#include "vec.h"
+
+#include <omp.h>
+
+#define TILE 4 /* rows and outputs of dots that are taken together */
+#if defined(__AVX512F__)
+#define SIDE 4 /* of those, how many have their sums in registers at once */
+#define WIDE 4 /* rows and vectors of columns */
+#else
+#define SIDE 2
+#define WIDE 2
+#endif
+#define ROW_BLOCK 64    /* rows that stay in the cache while outputs are walked */
+#define COLUMN_BLOCK 64 /* outputs a thread takes together */
+#define SMALL 16384     /* products that one thread computes sooner than two begin */
+
+enum Kind { F32, BF16, F16 };
+
+typedef struct {
+    const float *x;
+    const void *w;
+    float *y;
+    int64_t batches, rows, columns, inner;
+    int64_t x_batch, x_row, w_batch, w_row, y_batch, y_row; /* strides, in elements */
+    int64_t kind;    /* of w */
+    int64_t adds;    /* columns: to what y holds */
+    int64_t threads;
+} Product;
+
+typedef struct {
+    int64_t batch, row, row_end, column, column_end;
+} Part;
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* Exact; infinities and NaN stay. */
+INLINE f32x16 load_f16(const uint16_t *p) {
+    u32x16 bits = __builtin_convertvector(*(const u16x16 *)p, u32x16);
+    u32x16 sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
+    u32x16 found = (u32x16)((f32x16)(rest << 13) * 0x1p112f);
+    u32x16 special = (u32x16)(rest >= 0x7c00u) & 0x7f800000u;
+    return (f32x16)(found | special | sign);
+}
+
+INLINE f32x16 load_some_f32(const float *p, int64_t count) {
+    float some[LANES] = {0};
+    memcpy(some, p, count * sizeof(float));
+    return load_f32(some);
+}
+
+#define ELEMENT float
+#define LOAD load_f32
+#define NAME(name) name##_of_f32
+#include "products.h"
+
+#define ELEMENT bf16
+#define LOAD load_bf16
+#define NAME(name) name##_of_bf16
+#include "products.h"
+
+#define ELEMENT uint16_t
+#define LOAD load_f16
+#define NAME(name) name##_of_f16
+#include "products.h"
+
+typedef void Kernel(const Product *, const Part *);
+
+static void in_parts(const Product *p, Kernel *kernel) {
+    int64_t row_blocks = (p->rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    int64_t column_blocks = (p->columns + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
+    int64_t parts = p->batches * row_blocks * column_blocks;
+    int64_t work = p->batches * p->rows * p->columns * p->inner;
+#pragma omp parallel for num_threads(p->threads) schedule(static) if (parts > 1 && work > SMALL)
+    for (int64_t i = 0; i < parts; i++) {
+        int64_t row = i % row_blocks * ROW_BLOCK;
+        int64_t column = i / row_blocks % column_blocks * COLUMN_BLOCK;
+        Part part = {i / row_blocks / column_blocks, row, least(row + ROW_BLOCK, p->rows), column,
+                     least(column + COLUMN_BLOCK, p->columns)};
+        kernel(p, &part);
+    }
+}
+
+/* w: [batches, columns, inner]. */
+EXPORT void turret_dots(const Product *p) {
+    static Kernel *const kernels[] = {dots_of_f32, dots_of_bf16, dots_of_f16};
+    in_parts(p, kernels[p->kind]);
+}
+
+/* w: [batches, inner, columns]. */
+EXPORT void turret_columns(const Product *p) {
+    static Kernel *const kernels[] = {columns_of_f32, columns_of_bf16, columns_of_f16};
+    in_parts(p, kernels[p->kind]);
+}

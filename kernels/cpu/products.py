@@ -1,0 +1,89 @@
+"""Products whose sums run in an order of ours; see ``products.c``.
+
+Every bit of a result depends on its own row, its own column and the length of the sum alone. Rows
+are fp32; weights may be bf16 or fp16, which are exact in fp32.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from turret.kernels.cpu.native import functions
+
+_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class _Product(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("x", "w", "y")),
+        *((name, ctypes.c_int64) for name in ("batches", "rows", "columns", "inner")),
+        *((name, ctypes.c_int64) for name in ("x_batch", "x_row", "w_batch", "w_row")),
+        *((name, ctypes.c_int64) for name in ("y_batch", "y_row", "kind", "adds", "threads")),
+    )
+
+
+def dot_products(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """``x wᵀ`` for each matrix of a batch. Zeros appended to the inner dimension change no bit.
+
+    Args:
+        x: ``[batches, rows, inner]`` fp32.
+        w: ``[batches, columns, inner]``, or ``[1, columns, inner]`` for all; fp32, bf16 or fp16.
+
+    Returns:
+        ``[batches, rows, columns]`` fp32.
+    """
+    x, w = _with_rows(x), _with_rows(w)
+    y = torch.empty(x.shape[0], x.shape[1], w.shape[1])
+    functions().turret_dots(ctypes.byref(_product(x, w, y, adds=False)))
+    return y
+
+
+def column_products(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    """``x w`` for each matrix of a batch. Zeros anywhere in the inner dimension change no bit.
+
+    Args:
+        x: ``[batches, rows, inner]`` fp32.
+        w: ``[batches, inner, columns]``, or ``[1, inner, columns]`` for all; fp32, bf16 or fp16.
+
+    Returns:
+        ``[batches, rows, columns]`` fp32.
+    """
+    x, w = _with_rows(x), _with_rows(w)
+    y = torch.empty(x.shape[0], x.shape[1], w.shape[2])
+    functions().turret_columns(ctypes.byref(_product(x, w, y, adds=False)))
+    return y
+
+
+def add_column_products_(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> None:
+    """``y += x w`` in place, the sum beginning at ``y``.
+
+    Args:
+        y: ``[rows, columns]`` fp32, rows may be strided.
+        x: ``[rows, inner]`` fp32.
+        w: ``[inner, columns]``, fp32, bf16 or fp16.
+    """
+    assert y.stride(1) == 1, y.stride()
+    x, w = _with_rows(x.unsqueeze(0)), _with_rows(w.unsqueeze(0))
+    functions().turret_columns(ctypes.byref(_product(x, w, y.unsqueeze(0), adds=True)))
+
+
+def _with_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """With each row in one run of memory."""
+    return tensor if tensor.stride(2) == 1 or tensor.shape[2] <= 1 else tensor.contiguous()
+
+
+def _product(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *, adds: bool) -> _Product:
+    assert x.dtype == y.dtype == torch.float32, (x.dtype, y.dtype)
+    assert w.shape[0] in (1, x.shape[0]), (x.shape, w.shape)
+    return _Product(
+        x.data_ptr(),
+        w.data_ptr(),
+        y.data_ptr(),
+        *(x.shape[0], x.shape[1], y.shape[2], x.shape[2]),
+        *(x.stride(0), x.stride(1)),
+        *(w.stride(0) if w.shape[0] == x.shape[0] else 0, w.stride(1)),
+        *(y.stride(0), y.stride(1)),
+        *(_KINDS[w.dtype], int(adds), torch.get_num_threads()),
+    )

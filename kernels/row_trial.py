@@ -1,0 +1,176 @@
+"""Which formulation of an operation gives a row the same bits alone and in company, by trial.
+
+A library promises no bits. Its kernel and its blocking of a sum follow from the whole shape, so
+row 0 of a 1-row product and row 0 of a 16-row one may differ, or rows at different places. So rows
+go to a library in calls of a few sizes only (the last call filled up with zeros), every one of
+those calls was tried for this operation, shape, dtype and number of threads, and where a row's
+bits moved, the next set of sizes is tried. What is left when none holds is a formulation whose
+order of sums is written out. A choice is made once, before its first use, and kept.
+
+Trials use operands whose exact products are 0: what is left of them is the order of the sum, in
+the leading bits of the result.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+
+_log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Compute = Callable[[torch.Tensor], torch.Tensor]
+Sizes = tuple[int, ...]
+
+SAMPLE_ROWS = 64
+# Rows of the largest call.
+LARGEST = 512
+# Numbers of rows: powers of two from 1, 4, 16 or 64 on; 16, 64, or 1 alone.
+_SETS: tuple[Sizes, ...] = (
+    *(tuple(s for k in range(10) if (s := 1 << k) >= least) for least in (1, 4, 16, 64)),
+    (16,),
+    (64,),
+    (1,),
+)
+
+
+class Formulation(NamedTuple):
+    """One way to compute something, and how the log calls it."""
+
+    name: str
+    call: Callable[..., torch.Tensor]
+
+
+_choices: dict[Hashable, Formulation] = {}
+
+
+def forget_choices() -> None:
+    """Try everything again at its next use, as after the libraries have been exchanged."""
+    _choices.clear()
+
+
+def choices() -> dict[str, str]:
+    """Operation → how it is computed; several where shapes differ. Of this process so far."""
+    found: dict[str, set[str]] = {}
+    for key, formulation in _choices.items():
+        assert isinstance(key, tuple)
+        found.setdefault(str(key[0]), set()).add(formulation.name)
+    return {op: "/".join(sorted(names)) for op, names in sorted(found.items())}
+
+
+def choose(
+    op: str,
+    key: Hashable,
+    formulations: Callable[[], Sequence[Formulation]],
+    holds: Callable[[Formulation], bool],
+) -> Formulation:
+    """The first formulation that holds; the last one needs no trial.
+
+    Args:
+        op: Name of the operation.
+        key: What else its bits may depend on; the number of threads is added.
+        formulations: In the order of preference.
+        holds: The trial.
+    """
+    place = (op, key, torch.get_num_threads())
+    found = _choices.get(place)
+    if found is None:
+        *tried, last = formulations()
+        with torch.inference_mode():
+            found = next((one for one in tried if holds(one)), last)
+        _choices[place] = found
+        _log.debug("%s %s: %s", op, key, found.name)
+    return found
+
+
+def by_rows(
+    op: str,
+    key: Hashable,
+    compute: Compute,
+    x: torch.Tensor,
+    sample: Callable[[], torch.Tensor],
+) -> torch.Tensor:
+    """Compute rows so that each has the bits that it has alone.
+
+    Args:
+        op: Name of the operation.
+        key: Everything that ``compute`` depends on: dtype, widths, constants.
+        compute: Of ``[n, …]``, n results row by row.
+        x: ``[num_rows, …]``.
+        sample: Makes ``SAMPLE_ROWS`` rows to try.
+    """
+
+    def holds(formulation: Formulation) -> bool:
+        return keeps_rows(lambda rows: formulation.call(compute, rows), sample(), most_sizes())
+
+    return choose(op, key, size_formulations, holds).call(compute, x)
+
+
+def most_sizes(largest: int = LARGEST) -> Sizes:
+    """Numbers of rows that hold every call there is up to a size, and some that are filled up."""
+    return (*(1 << k for k in range(largest.bit_length())), 3, 7)
+
+
+def size_formulations(largest: int = LARGEST) -> list[Formulation]:
+    """Calls ``(compute, x)`` by sets of sizes. The last is one row at a time: always one call."""
+
+    def of(sizes: Sizes) -> Formulation:
+        few = tuple(size for size in sizes if size <= largest)
+        return Formulation(_name(sizes), lambda compute, x: in_sizes(compute, x, few))
+
+    return [of(sizes) for sizes in _SETS]
+
+
+def _name(sizes: Sizes) -> str:
+    if sizes == (1,):
+        return "one row at a time"
+    return f"{sizes[0]} rows" if len(sizes) == 1 else f"{sizes[0]} rows or more"
+
+
+def in_sizes(compute: Compute, x: torch.Tensor, sizes: Sizes) -> torch.Tensor:
+    """Compute in calls of these numbers of rows, rising, the last call filled up with zeros."""
+    parts, start, num_rows = [], 0, x.shape[0]
+    if num_rows == 0:
+        return compute(x)
+    while start < num_rows:
+        left = num_rows - start
+        size = max((s for s in sizes if s <= left), default=sizes[0])
+        # A copy where it is a part: a library may go by where a row lies in memory.
+        part = x if size == num_rows else x[start : start + size].clone()
+        missing = size - part.shape[0]
+        if missing > 0:
+            part = F.pad(part, (0, 0) * (x.dim() - 1) + (0, missing))
+        parts.append(compute(part)[: min(size, left)])
+        start += size
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def keeps_rows(compute: Compute, rows: torch.Tensor, counts: Sizes) -> bool:
+    """Whether each row has the bits that it has alone, in these numbers of rows, at any place."""
+    total = rows.shape[0]
+    alone = torch.cat([compute(rows[i : i + 1].clone()) for i in range(total)])
+    for count in counts:
+        for first in {0, 1, count // 2}:
+            places = (torch.arange(count) + first) % total
+            if not torch.equal(compute(rows[places]), alone[places]):
+                return False
+    return True
+
+
+def cancelling(
+    rows: int, columns: int, inner: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``x [rows, inner]`` and ``w [columns, inner]`` of which every product is exactly 0."""
+    generator = torch.Generator().manual_seed(inner)
+    half = inner // 2
+    a = torch.randn(rows, half, generator=generator)
+    b = torch.randn(columns, half, generator=generator)
+    order = torch.randperm(inner, generator=generator)
+    rest_x, rest_w = torch.zeros(rows, inner % 2), torch.zeros(columns, inner % 2)
+    x = torch.cat((a, a, rest_x), dim=1)[:, order]
+    w = torch.cat((b, -b, rest_w), dim=1)[:, order]
+    return x.to(dtype), w.to(dtype)

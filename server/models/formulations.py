@@ -1,0 +1,42 @@
+"""What computes each part of a step on this machine, in words for the log."""
+
+from __future__ import annotations
+
+import torch
+
+from turret.kernels.cpu import native
+from turret.kernels.row_linear import linear_formulation
+from turret.kernels.row_trial import choices
+from turret.server.models.base_linear import BaseLinear
+from turret.server.models.cpu_layer_ops import CpuLayerOps
+from turret.server.models.decoder import Decoder
+from turret.server.models.nf4 import Nf4Linear
+
+
+def formulations(decoder: Decoder) -> dict[str, str]:
+    """Part → ``native``, or ``torch`` and in which calls it keeps a row's bits; empty off the CPU.
+
+    ``isa`` is the instruction set that native kernels are compiled for. What has not been used or
+    tried yet says ``torch`` alone.
+    """
+    if decoder.device.type != "cpu":
+        return {}
+    found = {} if native.isa() is None else {"isa": str(native.isa())}
+    attention = "torch" if native.isa() is None else "native products, torch"
+    if isinstance(decoder.ops, CpuLayerOps):
+        attention = "native"
+    elif "matrices" in choices():
+        attention = f"torch {choices()['matrices']}"
+    adapters = "native" if native.has_native(decoder.dtype, decoder.device) else "native products"
+    return found | {
+        "products": _product(decoder.layers[0].qkv.base),
+        "head": linear_formulation(decoder.head),
+        "adapters": adapters if native.isa() is not None else "torch",
+        "attention": attention,
+    }
+
+
+def _product(base: BaseLinear) -> str:
+    if not isinstance(base, Nf4Linear):
+        return "native" if native.has_kernels(torch.device("cpu")) else "torch"
+    return base.formulation()

@@ -1,0 +1,391 @@
+/* Checks of the compiled CPU kernels without Python: every exported function against plain loops in
+ * double precision, and every row alone against the same row in company. Built and run by
+ * test_native_checks.py, for this machine and for others under an emulator. Exits with 1 on a failure.
+ */
+#include "adapters.h"
+
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+#define MAX_ROWS 11
+static int failures, threads;
+
+static uint64_t state = 1;
+static float noise(void) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    return (float)((double)(state >> 40) / (1 << 24) * 2 - 1);
+}
+static float *floats(int64_t n) {
+    float *p = aligned_alloc(64, (n * sizeof(float) / 64 + 2) * 64);
+    for (int64_t i = 0; i < n; i++) p[i] = noise();
+    return p;
+}
+static bf16 *halves(int64_t n) {
+    bf16 *p = aligned_alloc(64, (n * sizeof(bf16) / 64 + 2) * 64);
+    for (int64_t i = 0; i < n; i++) p[i] = to_bf16(noise());
+    return p;
+}
+static void fail(const char *name, const char *what, int64_t at, double found, double expected) {
+    failures++;
+    if (failures < 20) printf("FAILED %s: %s at %ld: %.9g, not %.9g\n", name, what, (long)at, found, expected);
+}
+static void near(const char *name, const float *y, const double *expected, int64_t n, double error) {
+    double most = 0;
+    for (int64_t i = 0; i < n; i++) most = fmax(most, fabs(expected[i]));
+    for (int64_t i = 0; i < n; i++)
+        if (!(fabs(y[i] - expected[i]) <= error * most)) fail(name, "value", i, y[i], expected[i]);
+}
+static void near_bf16(const char *name, const bf16 *y, const double *expected, int64_t n) {
+    float *wide = floats(n);
+    for (int64_t i = 0; i < n; i++) wide[i] = to_f32(y[i]);
+    near(name, wide, expected, n, 8e-3);
+    free(wide);
+}
+static void same(const char *name, const void *a, const void *b, int64_t bytes) {
+    if (memcmp(a, b, bytes)) fail(name, "a row alone has other bits", bytes, 0, 0);
+}
+
+typedef struct {
+    const float *x;
+    const void *w;
+    float *y;
+    int64_t batches, rows, columns, inner, x_batch, x_row, w_batch, w_row, y_batch, y_row, kind, adds,
+        threads;
+} Product;
+void turret_dots(const Product *);
+void turret_columns(const Product *);
+void turret_dense_product(const bf16 *, int64_t, int64_t, const bf16 *, bf16 *, int64_t, int64_t, int64_t);
+void turret_nf4_product(const bf16 *, int64_t, int64_t, const uint8_t *, const bf16 *, bf16 *, int64_t,
+                        int64_t, int64_t, const Step *, int64_t);
+int64_t turret_has_products(void);
+void turret_add_rms_norm(bf16 *, const bf16 *, const bf16 *, double, bf16 *, int64_t, int64_t, int64_t);
+void turret_add_rms_norm_f32(float *, const float *, const float *, double, float *, int64_t, int64_t,
+                             int64_t);
+void turret_silu_mul(const bf16 *, bf16 *, int64_t, int64_t, int64_t);
+void turret_silu_mul_f32(const float *, float *, int64_t, int64_t, int64_t);
+void turret_exp_f32(float *, int64_t);
+void turret_rope_kv_write_f32(const float *, const float *, const float *, const int64_t *, float *, float *,
+                              float *, int64_t, int64_t, int64_t, int64_t, int64_t);
+void turret_attend(const void *, const void *);
+void turret_attend_f32(const void *, const void *);
+void turret_adapt(const Step *, const int64_t *, const bf16 *, int64_t, bf16 *, int64_t, const bf16 *);
+void turret_input_gain(const Step *, int64_t, int64_t, const bf16 *, int64_t, const int64_t *,
+                       const int64_t *, int64_t, double, bf16 *);
+
+static float of_f16(uint16_t h) {
+    int exponent = h >> 10 & 31;
+    float value = exponent ? ldexpf(1024 + (h & 1023), exponent - 25) : ldexpf(h & 1023, -24);
+    return h >> 15 ? -value : value;
+}
+static float element(const void *w, int64_t kind, int64_t i) {
+    if (kind == 0) return ((const float *)w)[i];
+    return kind == 1 ? to_f32(((const bf16 *)w)[i]) : of_f16(((const uint16_t *)w)[i]);
+}
+
+/* dots and columns; `first` columns alone must have the same bits as well. */
+static void check_products(int64_t columns, int64_t inner, int64_t kind, int by_columns) {
+    const char *name = by_columns ? "columns" : "dots";
+    float *x = floats(2 * MAX_ROWS * inner), *y = floats(2 * MAX_ROWS * columns), *one = floats(columns);
+    uint32_t *w = (uint32_t *)floats(2 * columns * inner);
+    if (kind == 1) {
+        free(w);
+        w = (uint32_t *)halves(2 * columns * inner);
+    } else if (kind == 2)
+        for (int64_t i = 0; i < 2 * columns * inner; i++) ((uint16_t *)w)[i] = rand() % 0x3c00 | rand() % 2 << 15;
+    int64_t w_row = by_columns ? columns : inner;
+    Product p = {x, w, y, 2, MAX_ROWS, columns, inner, MAX_ROWS * inner, inner, columns * inner, w_row,
+                 MAX_ROWS * columns, columns, kind, 0, threads};
+    void (*multiply)(const Product *) = by_columns ? turret_columns : turret_dots;
+    multiply(&p);
+    double *expected = calloc(2 * MAX_ROWS * columns, sizeof(double));
+    for (int64_t b = 0; b < 2; b++)
+        for (int64_t r = 0; r < MAX_ROWS; r++)
+            for (int64_t c = 0; c < columns; c++)
+                for (int64_t k = 0; k < inner; k++)
+                    expected[(b * MAX_ROWS + r) * columns + c] +=
+                        (double)x[(b * MAX_ROWS + r) * inner + k] *
+                        element(w, kind, b * columns * inner + (by_columns ? k * columns + c : c * inner + k));
+    near(name, y, expected, 2 * MAX_ROWS * columns, 1e-5);
+    for (int64_t r = 0; r < MAX_ROWS; r++) {
+        Product alone = p;
+        alone.x = x + r * inner, alone.y = one, alone.batches = 1, alone.rows = 1;
+        multiply(&alone);
+        same(name, one, y + r * columns, columns * sizeof(float));
+        if (columns < 3) continue;
+        alone.columns = columns - 2;
+        multiply(&alone);
+        same("fewer columns", one, y + r * columns, (columns - 2) * sizeof(float));
+    }
+    if (by_columns) { /* zeros before and after, and a sum that begins at y */
+        Product wide = p;
+        float *zeros = calloc(MAX_ROWS * (inner + 5), sizeof(float)), *more = floats((inner + 5) * columns);
+        for (int64_t r = 0; r < MAX_ROWS; r++) memcpy(zeros + r * (inner + 5) + 2, x + r * inner, inner * 4);
+        for (int64_t i = 0; i < inner * columns; i++) more[2 * columns + i] = element(w, kind, i);
+        float *found = calloc(MAX_ROWS * columns, sizeof(float));
+        wide.x = zeros, wide.w = more, wide.y = found, wide.x_row = wide.inner = inner + 5;
+        wide.batches = 1, wide.kind = 0, wide.adds = 1;
+        multiply(&wide);
+        same("zeros among the terms", found, y, MAX_ROWS * columns * sizeof(float));
+        free(zeros), free(more), free(found);
+    }
+    free(x), free(y), free(one), free(w), free(expected);
+}
+
+static void check_dense(int64_t out, int64_t in) {
+    if (!turret_has_products()) return;
+    bf16 *x = halves(MAX_ROWS * in), *w = halves(out * in), *y = halves(MAX_ROWS * out), *one = halves(out);
+    double *expected = calloc(MAX_ROWS * out, sizeof(double));
+    for (int64_t r = 0; r < MAX_ROWS; r++)
+        for (int64_t o = 0; o < out; o++)
+            for (int64_t k = 0; k < in; k++)
+                expected[r * out + o] += (double)to_f32(x[r * in + k]) * to_f32(w[o * in + k]);
+    turret_dense_product(x, in, MAX_ROWS, w, y, out, in, threads);
+    near_bf16("dense", y, expected, MAX_ROWS * out);
+    for (int64_t r = 0; r < MAX_ROWS; r++) {
+        turret_dense_product(x + r * in, in, 1, w, one, out, in, threads);
+        same("dense", one, y + r * out, out * sizeof(bf16));
+    }
+    free(x), free(w), free(y), free(one), free(expected);
+}
+
+static void check_nf4(int64_t out, int64_t in) {
+    static const double values[16] = {-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343,
+                                      -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524,
+                                      0.44070983, 0.562617, 0.72295684, 1.0};
+    if (!turret_has_products()) return;
+    bf16 *x = halves(MAX_ROWS * in), *scale = halves(in / 64 * out), *y = halves(MAX_ROWS * out);
+    bf16 *one = halves(out);
+    uint8_t *packed = malloc(out * in / 2 + 256);
+    for (int64_t i = 0; i < out * in / 2; i++) packed[i] = rand();
+    double *expected = calloc(MAX_ROWS * out, sizeof(double));
+    for (int64_t r = 0; r < MAX_ROWS; r++)
+        for (int64_t o = 0; o < out; o++)
+            for (int64_t k = 0; k < in; k++) {
+                /* Low nibbles are outputs 0 to 15, high ones 16 to 31; inputs lie in pairs. */
+                uint8_t byte = packed[o / 32 * 16 * in + k / 2 * 32 + o % 16 * 2 + k % 2];
+                double w = values[o % 32 < 16 ? byte & 15 : byte >> 4];
+                expected[r * out + o] += to_f32(x[r * in + k]) * w * to_f32(scale[k / 64 * out + o]);
+            }
+    turret_nf4_product(x, in, MAX_ROWS, packed, scale, y, out, in, threads, 0, 0);
+    near_bf16("nf4", y, expected, MAX_ROWS * out);
+    for (int64_t r = 0; r < MAX_ROWS; r++) {
+        turret_nf4_product(x + r * in, in, 1, packed, scale, one, out, in, threads, 0, 0);
+        same("nf4", one, y + r * out, out * sizeof(bf16));
+    }
+    free(x), free(scale), free(y), free(one), free(packed), free(expected);
+}
+
+/* Norm, silu, exponential and rotation; in bf16 as well, from the same values. */
+static void check_elementwise(int64_t width) {
+    float *x = floats(MAX_ROWS * 2 * width), *w = floats(width), *y = floats(MAX_ROWS * width);
+    float *one = floats(width), *sum = floats(MAX_ROWS * width), *delta = floats(MAX_ROWS * width);
+    bf16 *hx = halves(MAX_ROWS * 2 * width), *hw = halves(width), *hy = halves(MAX_ROWS * width);
+    bf16 *hone = halves(width), *hsum = halves(MAX_ROWS * width);
+    double *expected = calloc(MAX_ROWS * width, sizeof(double)), *hexpected = calloc(MAX_ROWS * width, 8);
+    memcpy(sum, x, MAX_ROWS * width * sizeof(float));
+    memcpy(hsum, hx, MAX_ROWS * width * sizeof(bf16));
+    for (int64_t r = 0; r < MAX_ROWS; r++) {
+        double squares = 0, hsquares = 0;
+        for (int64_t i = 0; i < width; i++) {
+            double v = (double)x[r * width + i] + delta[r * width + i], h = to_f32(hx[r * width + i]);
+            squares += v * v, hsquares += h * h;
+        }
+        for (int64_t i = 0; i < width; i++) {
+            double v = (double)x[r * width + i] + delta[r * width + i], h = to_f32(hx[r * width + i]);
+            expected[r * width + i] = v / sqrt(squares / width + 1e-6) * w[i];
+            hexpected[r * width + i] = h / sqrt(hsquares / width + 1e-6) * to_f32(hw[i]);
+        }
+    }
+    turret_add_rms_norm_f32(sum, delta, w, 1e-6, y, MAX_ROWS, width, threads);
+    turret_add_rms_norm(hsum, 0, hw, 1e-6, hy, MAX_ROWS, width, threads);
+    near("norm", y, expected, MAX_ROWS * width, 1e-5);
+    near_bf16("norm", hy, hexpected, MAX_ROWS * width);
+    for (int64_t r = 0; r < MAX_ROWS; r++) {
+        memcpy(one, x + r * width, width * sizeof(float));
+        float *result = floats(width);
+        turret_add_rms_norm_f32(one, delta + r * width, w, 1e-6, result, 1, width, threads);
+        same("norm", result, y + r * width, width * sizeof(float));
+        free(result);
+        turret_add_rms_norm(hsum + r * width, 0, hw, 1e-6, hone, 1, width, threads);
+        same("norm in bf16", hone, hy + r * width, width * sizeof(bf16));
+    }
+    for (int64_t r = 0; r < MAX_ROWS; r++)
+        for (int64_t i = 0; i < width; i++) {
+            double gate = x[r * 2 * width + i], hgate = to_f32(hx[r * 2 * width + i]);
+            expected[r * width + i] = gate / (1 + exp(-gate)) * x[(r * 2 + 1) * width + i];
+            hexpected[r * width + i] = hgate / (1 + exp(-hgate)) * to_f32(hx[(r * 2 + 1) * width + i]);
+        }
+    turret_silu_mul_f32(x, y, MAX_ROWS, width, threads);
+    turret_silu_mul(hx, hy, MAX_ROWS, width, threads);
+    near("silu", y, expected, MAX_ROWS * width, 1e-5);
+    near_bf16("silu", hy, hexpected, MAX_ROWS * width);
+    for (int64_t r = 0; r < MAX_ROWS; r++) {
+        turret_silu_mul_f32(x + r * 2 * width, one, 1, width, threads);
+        same("silu", one, y + r * width, width * sizeof(float));
+        turret_silu_mul(hx + r * 2 * width, hone, 1, width, threads);
+        same("silu in bf16", hone, hy + r * width, width * sizeof(bf16));
+    }
+    for (int64_t i = 0; i < width; i++) one[i] = 80 * noise(), expected[i] = exp(one[i]);
+    memcpy(y, one, width * sizeof(float));
+    turret_exp_f32(y, width);
+    for (int64_t i = 0; i < width; i++) {
+        if (!(fabs(y[i] / expected[i] - 1) < 1e-5)) fail("exp", "value", i, y[i], expected[i]);
+        turret_exp_f32(one + i, 1);
+    }
+    same("exp", one, y, width * sizeof(float));
+    free(x), free(w), free(y), free(one), free(sum), free(delta), free(hx), free(hw), free(hy), free(hone);
+    free(hsum), free(expected), free(hexpected);
+}
+
+typedef struct {
+    int64_t first_row, num_new, num_context, num_padding;
+    const int64_t *blocks;
+} Span;
+typedef struct {
+    const Span *spans;
+    float *scratch;
+    int64_t num_spans, scratch_stride, num_threads, window;
+} Plan;
+typedef struct {
+    const void *q, *k, *v;
+    void *out;
+    int64_t heads, kv_heads, head_dim, block_size;
+    double scale;
+} Heads;
+#define POSITIONS 80
+
+/* Rotation into the cache, then attention over it: prompts of several lengths, then each row alone. */
+static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_t window) {
+    int64_t blocks[POSITIONS / 16], slots[POSITIONS], rows = 20, per = heads + 2 * kv_heads;
+    float *k = floats(POSITIONS * kv_heads * dim), *v = floats(POSITIONS * kv_heads * dim);
+    float *qkv = floats(rows * per * dim), *cos = floats(rows * dim / 2), *sin = floats(rows * dim / 2);
+    float *q = floats(rows * heads * dim), *out = floats(rows * heads * dim), *one = floats(rows * heads * dim);
+    float *scratch = floats(threads * heads * (2 * dim + POSITIONS + 32));
+    double *expected = calloc(rows * heads * dim, sizeof(double));
+    for (int64_t i = 0; i < POSITIONS / 16; i++) blocks[i] = (i * 3 + 1) % (POSITIONS / 16);
+    Span spans[2] = {{0, 13, 45, 2, blocks}, {13, 7, 0, 0, blocks + 4}};
+    for (int64_t i = 0; i < 13; i++) slots[i] = blocks[(45 + i) / 16] * 16 + (45 + i) % 16;
+    for (int64_t i = 0; i < 7; i++) slots[13 + i] = blocks[4] * 16 + i;
+    turret_rope_kv_write_f32(qkv, cos, sin, slots, q, k, v, rows, heads, kv_heads, dim, threads);
+    for (int64_t r = 0; r < rows; r++)
+        for (int64_t h = 0; h < heads + kv_heads; h++)
+            for (int64_t i = 0; i < dim / 2; i++) {
+                const float *head = qkv + (r * per + h) * dim;
+                double first = head[i] * (double)cos[r * dim / 2 + i] - head[dim / 2 + i] * (double)sin[r * dim / 2 + i];
+                float found = h < heads ? q[(r * heads + h) * dim + i] : k[(slots[r] * kv_heads + h - heads) * dim + i];
+                if (!(fabs(found - first) < 1e-5)) fail("rope", "value", i, found, first);
+            }
+    for (int s = 0; s < 2; s++)
+        for (int64_t n = 0; n < spans[s].num_new; n++)
+            for (int64_t h = 0; h < heads; h++) {
+                int64_t end = spans[s].num_context + n + 1, low = spans[s].num_padding, row = spans[s].first_row + n;
+                if (window && end - window > low) low = end - window;
+                double total = 0, *to = expected + (row * heads + h) * dim;
+                for (int64_t t = low; t < end; t++) {
+                    int64_t at = ((spans[s].blocks[t / 16] * 16 + t % 16) * kv_heads + h / (heads / kv_heads)) * dim;
+                    double score = 0;
+                    for (int64_t i = 0; i < dim; i++) score += (double)q[(row * heads + h) * dim + i] * k[at + i];
+                    total += score = exp(score * 0.125);
+                    for (int64_t i = 0; i < dim; i++) to[i] += score * v[at + i];
+                }
+                for (int64_t i = 0; i < dim; i++) to[i] /= total;
+            }
+    Plan plan = {spans, scratch, 2, heads * (2 * dim + POSITIONS + 32), threads, window};
+    Heads of = {q, k, v, out, heads, kv_heads, dim, 16, 0.125};
+    turret_attend_f32(&plan, &of);
+    near("attention", out, expected, rows * heads * dim, 1e-5);
+    bf16 *hk = halves(POSITIONS * kv_heads * dim), *hv = halves(POSITIONS * kv_heads * dim);
+    bf16 *hout = halves(rows * heads * dim), *hone = halves(rows * heads * dim);
+    for (int64_t i = 0; i < POSITIONS * kv_heads * dim; i++) hk[i] = to_bf16(k[i]), hv[i] = to_bf16(v[i]);
+    Heads half = {q, hk, hv, hout, heads, kv_heads, dim, 16, 0.125};
+    turret_attend(&plan, &half);
+    near_bf16("attention", hout, expected, rows * heads * dim);
+    of.out = one, half.out = hone;
+    for (int s = 0; s < 2; s++)
+        for (int64_t n = 0; n < spans[s].num_new; n++) {
+            Span alone = {spans[s].first_row + n, 1, spans[s].num_context + n, spans[s].num_padding, spans[s].blocks};
+            plan.spans = &alone, plan.num_spans = 1;
+            turret_attend_f32(&plan, &of);
+            turret_attend(&plan, &half);
+            int64_t at = alone.first_row * heads * dim;
+            same("attention", one + at, out + at, heads * dim * sizeof(float));
+            same("attention in bf16", hone + at, hout + at, heads * dim * sizeof(bf16));
+        }
+    free(k), free(v), free(qkv), free(cos), free(sin), free(q), free(out), free(one), free(scratch);
+    free(expected), free(hk), free(hv), free(hout), free(hone);
+}
+
+/* One module with every operator, for rows of one segment; then each row in a segment of its own. */
+static void check_adapters(int64_t in, int64_t out, int64_t rank, int64_t side) {
+    int64_t in_m = 4, out_l = 3, in_n = in / 4, out_k = out / 3;
+    bf16 *a = halves(rank * in), *b = halves(rank * out), *x = halves(MAX_ROWS * in), *y = halves(MAX_ROWS * out);
+    float *gain = floats(out), *bias = floats(out), *l = floats(in);
+    Hadamard h = {halves(side * out), halves(side * out), halves(side * in), halves(side * in), side};
+    Kronecker k = {halves(out_l * in_m), halves(in_n * out_k), 0, 0, out_l, in_m, out_k, in_n, 0};
+    Module module = {a, b, gain, bias, l, rank, &h, &k};
+    double *expected = calloc(MAX_ROWS * out, sizeof(double)), weight = -0.75;
+    for (int64_t r = 0; r < MAX_ROWS; r++) {
+        double *e = expected + r * out;
+#define X(i) (double)to_f32(x[r * in + (i)])
+        for (int64_t o = 0; o < out; o++)
+            e[o] = to_f32(y[r * out + o]) * (1 + weight * (gain[o] - 1.0)) + weight * bias[o];
+        for (int64_t j = 0; j < rank; j++) {
+            double v = 0;
+            for (int64_t i = 0; i < in; i++) v += X(i) * to_f32(a[j * in + i]);
+            for (int64_t o = 0; o < out; o++) e[o] += weight * v * to_f32(b[j * out + o]);
+        }
+        for (int64_t j = 0; j < side; j++)
+            for (int64_t i = 0; i < side; i++) {
+                double u = 0;
+                for (int64_t n = 0; n < in; n++) u += X(n) * to_f32(h.w2b[j * in + n]) * to_f32(h.w1b[i * in + n]);
+                for (int64_t o = 0; o < out; o++)
+                    e[o] += weight * u * to_f32(h.w2a[j * out + o]) * to_f32(h.w1a[i * out + o]);
+            }
+        for (int64_t m = 0; m < in_m; m++)
+            for (int64_t c = 0; c < out_k; c++) {
+                double z = 0;
+                for (int64_t n = 0; n < in_n; n++) z += X(m * in_n + n) * to_f32(k.w2[n * out_k + c]);
+                for (int64_t o = 0; o < out_l; o++) e[o * out_k + c] += weight * z * to_f32(k.w1[o * in_m + m]);
+            }
+    }
+    int64_t width = PADDED(rank) + PADDED(PADDED(side) * side) + in_m * PADDED(out_k);
+    float *scratch = floats(MAX_ROWS * width);
+    Component component = {&module, 0, width, weight};
+    Segment segment = {0, MAX_ROWS, 0, 1};
+    Step step = {&segment, &component, scratch, 1, threads, 0, 1, 1, 0, 0};
+    int64_t shape[] = {in, 1, 0, out};
+    bf16 *start = halves(MAX_ROWS * out), *gained = halves(MAX_ROWS * in);
+    memcpy(start, y, MAX_ROWS * out * sizeof(bf16));
+    turret_adapt(&step, shape, x, in, y, out, 0);
+    near_bf16("adapters", y, expected, MAX_ROWS * out);
+    for (int64_t r = 0; r < MAX_ROWS; r++) {
+        Segment alone = {r, r + 1, 0, 1};
+        int64_t zero = 0;
+        step.segments = &alone;
+        turret_adapt(&step, shape, x, in, start, out, 0);
+        same("adapters", start + r * out, y + r * out, out * sizeof(bf16));
+        turret_input_gain(&step, 0, in, x, in, &r, &zero, 1, 1.0, gained);
+        for (int64_t i = 0; i < in; i++) {
+            double g = X(i) * (1 + weight * (l[i] - 1.0));
+            if (!(fabs(to_f32(gained[i]) - g) < 2e-2)) fail("input gain", "value", i, to_f32(gained[i]), g);
+        }
+    }
+}
+
+int main(int count, char **arguments) {
+    threads = count > 1 ? atoi(arguments[1]) : 1;
+    static const int64_t sizes[][2] = {{1, 1}, {5, 17}, {16, 16}, {33, 100}, {70, 192}, {130, 576}};
+    for (int i = 0; i < 6; i++)
+        for (int64_t kind = 0; kind < 3; kind++) {
+            check_products(sizes[i][0], sizes[i][1], kind, 0);
+            check_products(sizes[i][0], sizes[i][1], kind, 1);
+        }
+    check_dense(70, 100), check_dense(131, 576), check_nf4(64, 64), check_nf4(96, 192);
+    check_elementwise(7), check_elementwise(64), check_elementwise(100);
+    check_attention(3, 1, 64, 0), check_attention(8, 2, 32, 20), check_attention(9, 3, 96, 0);
+    check_adapters(40, 24, 3, 1), check_adapters(64, 192, 16, 8), check_adapters(100, 219, 9, 5);
+    printf("%s with %d threads: %d failures\n", turret_has_products() ? "bf16 pairs" : "no bf16 pairs", threads,
+           failures);
+    return failures != 0;
+}

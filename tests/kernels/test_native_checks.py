@@ -1,0 +1,105 @@
+"""The C kernels without Python, for every instruction set of this machine and for aarch64 (qemu).
+
+``native_checks.c`` holds each exported function against loops in double precision, and each row
+alone against the same row in company. Faults that were planted, one a build, are below: a check
+that finds none of them is no check.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from turret.kernels.cpu import native
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "kernels" / "cpu"
+CHECKS = Path(__file__).parent / "native_checks.c"
+EXTENSIONS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+    "ext-modules"
+]
+BY_ISA = {
+    one["name"].rpartition("._native")[2].removeprefix("_") or "baseline": one for one in EXTENSIONS
+}
+
+needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+AARCH64 = "aarch64-linux-gnu-gcc"
+QEMU = next((name for name in ("qemu-aarch64", "qemu-aarch64-static") if shutil.which(name)), None)
+
+
+def build(out: Path, *, isa: str = "baseline", compiler: str = "cc", folder: Path = FOLDER) -> Path:
+    """The checks and all kernels, with the flags of an instruction set's library."""
+    flags = [flag for flag in BY_ISA[isa]["extra-compile-args"] if "visibility" not in flag]
+    sources = [CHECKS, *sorted(folder.glob("*.c"))]
+    static = ["-static"] if compiler == AARCH64 else []
+    command = [compiler, *flags, *static, f"-I{folder}", *map(str, sources), "-o", str(out), "-lm"]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return out
+
+
+def assert_no_failures(*command: str) -> None:
+    for threads in ("1", "3"):
+        result = subprocess.run(
+            [*command, threads], capture_output=True, text=True, check=False, timeout=300
+        )
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "0 failures" in result.stdout
+
+
+@needs_cc
+@pytest.mark.parametrize("isa", BY_ISA)
+def test_the_checks_pass_natively(isa: str, tmp_path: Path) -> None:
+    if isa not in native.usable_isas():
+        pytest.skip(f"this processor or compiler does not have {isa}")
+    assert_no_failures(str(build(tmp_path / "checks", isa=isa)))
+
+
+@pytest.mark.skipif(shutil.which(AARCH64) is None, reason=f"{AARCH64} is not installed")
+@pytest.mark.skipif(QEMU is None, reason="qemu-user is not installed")
+def test_the_checks_pass_on_aarch64(tmp_path: Path) -> None:
+    assert QEMU is not None
+    assert_no_failures(QEMU, str(build(tmp_path / "checks", compiler=AARCH64)))
+
+
+FAULTS = {
+    "a row beside another": ("products.h", "xs[i] = x + (i < rows ? i : rows - 1) * p->x_row;",
+                             "xs[i] = x + (i < rows ? i / 2 * 2 : rows - 1) * p->x_row;"),
+    "a last vector in another order": ("products.h", "if (k == n) return;",
+                                       "if (k == n || SIDE > n) return;"),
+    "a norm without its last elements": ("elementwise.c", "for (; i < width; i++) {", "if (0) {"),
+    "a window one too long": ("attention.c", "low = end - plan->window;",
+                              "low = end - plan->window - 1;"),
+    "a mix weight left out": ("low_rank.c", "float c = w * rows->v", "float c = rows->v"),
+}  # fmt: skip
+
+
+@needs_cc
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
+    name, right, wrong = FAULTS[fault]
+    copy = tmp_path / "cpu"
+    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("*.so", "*.py", "__pycache__"))
+    text = (copy / name).read_text()
+    assert right in text
+    (copy / name).write_text(text.replace(right, wrong))
+    checks = build(tmp_path / "checks", folder=copy)
+    assert subprocess.run([str(checks), "1"], capture_output=True, check=False).returncode == 1
+
+
+def test_every_library_is_made_of_the_same_sources() -> None:
+    """Only the first has ``isa.c``, which asks what the others may be used for."""
+    assert set(BY_ISA) <= set(native.ISAS)
+    assert next(iter(BY_ISA)) == "baseline"
+    expected = {f"kernels/cpu/{path.name}" for path in FOLDER.glob("*.c")}
+    headers = {f"kernels/cpu/{path.name}" for path in FOLDER.glob("*.h")}
+    for isa, extension in BY_ISA.items():
+        isa_file = set() if isa == "baseline" else {"kernels/cpu/isa.c"}
+        assert set(extension["sources"]) == expected - isa_file, isa
+        assert set(extension["depends"]) == headers, isa
+        assert extension["optional"] is True
