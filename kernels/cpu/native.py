@@ -82,20 +82,20 @@ def library() -> ctypes.CDLL | None:
 
 def usable_isas() -> tuple[str, ...]:
     """The instruction sets that this processor has and that there is a library for, best last."""
-    if _path("baseline") is None:
+    if path_of("baseline") is None:
         return ()
     try:
-        probe = ctypes.CDLL(str(_path("baseline"))).turret_isa
+        probe = ctypes.CDLL(str(path_of("baseline"))).turret_isa
     except (OSError, AttributeError) as error:
         _log.warning("the compiled CPU kernels do not load, torch serves instead: %s", error)
         return ()
     probe.restype = _int
-    return tuple(isa for isa in ISAS[: probe() + 1] if _path(isa) is not None)
+    return tuple(isa for isa in ISAS[: probe() + 1] if path_of(isa) is not None)
 
 
 def load(isa: str) -> ctypes.CDLL:
     """The library for one of ``usable_isas``; running it on less than that ends the process."""
-    library = ctypes.CDLL(str(_path(isa)))
+    library = ctypes.CDLL(str(path_of(isa)))
     by_element = {
         name + suffix: arguments
         for name, arguments in _BY_ELEMENT.items()
@@ -109,7 +109,8 @@ def load(isa: str) -> ctypes.CDLL:
     return library
 
 
-def _path(isa: str) -> Path | None:
+def path_of(isa: str) -> Path | None:
+    """The library for an instruction set, or None where it was not built."""
     name = "_native" if isa == "baseline" else f"_native_{isa}"
     found = sorted(Path(__file__).parent.glob(f"{name}.*so"))
     return found[0] if found else None

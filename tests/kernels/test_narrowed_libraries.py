@@ -1,0 +1,114 @@
+"""The torch formulations with the libraries on other processors' paths: bits must be kept there too.
+
+Each case is a process of its own, since a library looks at its variables once. What they narrow was
+seen to change bits: MKL on its path for Intel processors multiplies 8 rows of 192 inputs, and 15 of
+576, in another order than 16, and with AVX2 most numbers of rows in an order of their own.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+# MKL asks these of itself, and a process may answer for it.
+_INTEL = (
+    "int mkl_serv_intel_cpu_true(void) { return 1; }\nint mkl_serv_intel_cpu(void) { return 1; }"
+)
+
+CASES = {
+    "as it is": {},
+    "torch without vectors": {"ATEN_CPU_CAPABILITY": "default"},
+    "torch and oneDNN with AVX2": {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    "oneDNN with AVX-512": {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE"},
+    "MKL as on any processor": {"MKL_CBWR": "COMPATIBLE"},
+    "MKL as on Intel": {"LD_PRELOAD": "intel.so"},
+    "MKL as on Intel with AVX2": {"LD_PRELOAD": "intel.so", "MKL_ENABLE_INSTRUCTIONS": "AVX2"},
+}
+
+# What the promise rests on; where the libraries break it at its plainest is printed first.
+SCRIPT = """
+import torch
+import torch.nn.functional as F
+from turret.kernels.hadamard_rows import HadamardTables, hadamard_rows_
+from turret.kernels.rms_norm import row_rms_norm
+from turret.kernels.row_exp import row_exp_
+from turret.kernels.row_linear import max_reduction, row_addmm_, row_linear
+from turret.kernels.row_silu import row_silu
+from turret.kernels.row_tables import table_product
+from turret.kernels.row_trial import cancelling, choices
+
+torch.set_num_threads(1)
+
+def same(compute, x):
+    alone = torch.cat([compute(x[i : i + 1]) for i in range(len(x))])
+    for first, last in ((0, 2), (0, 8), (3, 12), (1, 40), (0, 40), (33, 40)):
+        assert torch.equal(compute(x[first:last]), alone[first:last]), (compute, first, last)
+
+x, w = cancelling(40, 96, 576, torch.float32)
+whole = F.linear(x, w)
+print("broken", sum(not torch.equal(F.linear(x[:n], w), whole[:n]) for n in range(1, 40)))
+for dtype in (torch.float32, torch.bfloat16):
+    for inner in (64, 192, 576):
+        x, w = cancelling(40, 96, inner, dtype)
+        same(lambda rows: row_linear(rows, w), x)
+        same(lambda rows: row_linear(rows, w, probe=False), x)
+        assert torch.equal(row_linear(x, w[8:70], probe=False), row_linear(x, w, probe=False)[:, 8:70])
+    v, b = torch.zeros(40, 128, dtype=dtype), torch.randn(128, 192).to(dtype)
+    v[:, 40:56] = torch.randn(40, 16)
+    found, own = torch.zeros(2, 40, 192, dtype=dtype)
+    row_addmm_(found, v, b)
+    row_addmm_(own, v[:, 40:56], b[40:56])
+    assert torch.equal(found, own)
+    weight = torch.ones(100, dtype=dtype)
+    same(lambda rows: row_rms_norm(rows, weight, 1e-6), torch.randn(40, 100).to(dtype))
+    same(row_silu, torch.randn(40, 100).to(dtype))
+same(lambda rows: row_exp_(rows.clone()), torch.randn(40, 7))
+table = torch.randn(1, 100, 48)
+same(lambda rows: table_product(rows, table), torch.randn(40, 12, 100))
+tables = HadamardTables(
+    torch.randn(1, 1, 100, 16), torch.randn(1, 1, 4, 100), [torch.randn(1, 16, 80)],
+    [torch.randn(1, 4, 80)],
+)
+def hadamard(rows):
+    y = torch.zeros(len(rows), 70)
+    hadamard_rows_(rows, y, tables, [70], 1.0)
+    return y
+same(hadamard, torch.randn(40, 100))
+print(choices())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="libraries are exchanged as Linux does")
+@pytest.mark.parametrize("case", CASES)
+def test_bits_are_kept(case: str, tmp_path: Path) -> None:
+    variables = dict(CASES[case])
+    if "LD_PRELOAD" in variables:
+        if shutil.which("cc") is None or not torch.backends.mkl.is_available():
+            pytest.skip("there is no C compiler, or no MKL")
+        library = tmp_path / variables["LD_PRELOAD"]
+        (tmp_path / "intel.c").write_text(_INTEL)
+        command = ["cc", "-shared", "-fPIC", str(tmp_path / "intel.c"), "-o", str(library)]
+        subprocess.run(command, check=True)
+        variables["LD_PRELOAD"] = str(library)
+    paths = [path for path in sys.path if path]
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        env={
+            **os.environ,
+            **variables,
+            "TURRET_NATIVE": "0",
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(paths),
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=500,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr

@@ -1,0 +1,53 @@
+"""Libraries whose products break the promise of equal bits, each in a way of its own.
+
+``plant`` puts one in the place of what torch multiplies with. Rows that it spoils are summed in the
+other order, as another kernel of a real library would.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+Spoils = Callable[[int], list[bool]]
+_calls = itertools.count()
+
+# By number of rows: which of them come out in other bits.
+LIBRARIES: dict[str, Spoils] = {
+    "others for 8 rows than for 16": lambda rows: [rows < 16] * rows,
+    "others for odd places": lambda rows: [i % 2 == 1 for i in range(rows)],
+    "others for the last rows": lambda rows: [i >= rows - rows % 6 for i in range(rows)],
+    "others with two threads": lambda rows: [rows > 3 and torch.get_num_threads() == 2] * rows,
+    "others for rows in company": lambda rows: [rows > 1] * rows,
+    "others every time": lambda rows: [next(_calls) % 3 == 0] * rows,
+}
+
+_linear, _mm, _bmm = F.linear, torch.mm, torch.bmm
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
+    """Multiply by one of ``LIBRARIES`` until the test ends."""
+    spoils = LIBRARIES[library]
+
+    def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return _spoilt(_linear(x, w), _linear(x.flip(1), w.flip(1)), spoils)
+
+    def mm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return _spoilt(_mm(x, w), _mm(x.flip(1), w.flip(0)), spoils)
+
+    def bmm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        right, wrong = _bmm(x, w), _bmm(x.flip(2), w.flip(1))
+        return torch.stack([_spoilt(*pair, spoils) for pair in zip(right, wrong, strict=True)])
+
+    monkeypatch.setattr(F, "linear", linear)
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(torch, "bmm", bmm)
+
+
+def _spoilt(right: torch.Tensor, wrong: torch.Tensor, spoils: Spoils) -> torch.Tensor:
+    chosen = torch.tensor(spoils(right.shape[0]), dtype=torch.bool).unsqueeze(1)
+    return torch.where(chosen, wrong, right)
