@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from turret.kernels.row_exp import row_exp_
 from turret.kernels.row_linear import row_linear
 
-# Sides are filled up to multiples of this: shapes that fewer trials are needed for.
+# Sides are filled up to multiples of this: fewer shapes, fewer trials.
 GATE_MULTIPLE = 16
 
 
