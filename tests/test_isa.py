@@ -5,6 +5,7 @@ A library of a lesser set runs on any better processor, so all but the best are 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,29 @@ async def test_answers_are_those_given_alone(
         assert [answer.bits for answer in await harness.run_all(requests)] == alone
 
 
+async def test_the_log_says_what_serves(
+    tiny: tuple[Path, Path], caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def said() -> dict[str, str]:
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "turret"):
+            async with EngineHarness.start(*tiny):
+                pass
+        (record,) = [r for r in caplog.records if r.message == "model loaded"]
+        return record.fields  # type: ignore[attr-defined]
+
+    native_fields = await said()
+    assert native_fields["isa"] == native.isa()
+    assert native_fields["products"] == native_fields["head"] == "native"
+    assert native_fields["attention"] == "native"
+    monkeypatch.setattr(native, "library", lambda: None)
+    fields = await said()
+    assert "isa" not in fields
+    assert fields["products"].startswith("torch ")
+    assert fields["head"].startswith("torch ")
+    assert fields["attention"].startswith("torch ")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_products_keep_their_bits(isa: str, dtype: torch.dtype) -> None:
     for inner, columns in ((64, 48), (200, 33), (577, 100)):
@@ -114,17 +138,24 @@ def test_fused_multiply_adds_give_the_same_bits_on_all_that_have_them(
         assert torch.equal(other, found[0])
 
 
+def chosen() -> str:
+    """The instruction set that a new process would take."""
+    found = native.library.__wrapped__()
+    assert found is not None
+    return str(found.isa)
+
+
 def test_the_variable_names_the_best_that_may_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     usable = native.usable_isas()
     for wanted in native.ISAS:
         monkeypatch.setenv("TURRET_ISA", wanted)
         expected = [i for i in usable if native.ISAS.index(i) <= native.ISAS.index(wanted)][-1]
-        assert native.library.__wrapped__().isa == expected
+        assert chosen() == expected
     monkeypatch.setenv("TURRET_ISA", "avx9")
     with pytest.raises(ValueError, match=r"TURRET_ISA is 'avx9', not one of baseline, avx2"):
         native.library.__wrapped__()
     monkeypatch.delenv("TURRET_ISA")
-    assert native.library.__wrapped__().isa == usable[-1]
+    assert chosen() == usable[-1]
 
 
 def test_a_library_that_does_not_load_is_passed_over(
@@ -140,5 +171,5 @@ def test_a_library_that_does_not_load_is_passed_over(
         return load(isa)
 
     monkeypatch.setattr(native, "load", broken)
-    assert native.library.__wrapped__().isa == native.usable_isas()[-2]
+    assert chosen() == native.usable_isas()[-2]
     assert "do not load: truncated" in caplog.text
