@@ -177,10 +177,9 @@ def resolve_targets(
     names = [*linear_names, *other_names]
     patterns = _Patterns(names, findings)
     targets, excludes = config["target_modules"], config.get("exclude_modules")
-    target_regex = None
     is_all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
-    if not is_all_linear:
-        target_regex = _selector_pattern(patterns, "target_modules", targets)
+    named = None if is_all_linear else targets
+    target_regex = _selector_pattern(patterns, "target_modules", named)
     exclude_regex = _selector_pattern(patterns, "exclude_modules", excludes)
     layer_regexes = _layer_patterns(patterns, config)
     rank_regexes = _keyed_patterns(patterns, "rank_pattern", config)

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from engine_harness import EngineHarness, make_request
-from random_adapters import ALL, AdapterSpec, arch_of, write_adapter
-from tiny_models import VOCAB_SIZE, save_tiny_model
+from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
+from builders.tiny_models import VOCAB_SIZE, save_tiny_model
+from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.cpu import native
 from turret.kernels.row_exp import row_exp_

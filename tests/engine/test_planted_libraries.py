@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from engine_harness import Answer, EngineHarness, make_request
+from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
+from builders.tiny_models import VOCAB_SIZE, save_tiny_model
 from planted_libraries import LIBRARIES, plant
-from random_adapters import ALL, AdapterSpec, arch_of, write_adapter
-from tiny_models import VOCAB_SIZE, save_tiny_model
+from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.kernels.cpu import native
 from turret.kernels.row_linear import row_addmm_, row_linear
