@@ -178,8 +178,8 @@ def resolve_targets(
     patterns = _Patterns(names, findings)
     targets, excludes = config["target_modules"], config.get("exclude_modules")
     is_all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
-    named = None if is_all_linear else targets
-    target_regex = _selector_pattern(patterns, "target_modules", named)
+    chosen = None if is_all_linear else targets
+    target_regex = _selector_pattern(patterns, "target_modules", chosen)
     exclude_regex = _selector_pattern(patterns, "exclude_modules", excludes)
     layer_regexes = _layer_patterns(patterns, config)
     rank_regexes = _keyed_patterns(patterns, "rank_pattern", config)

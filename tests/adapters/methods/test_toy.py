@@ -37,7 +37,9 @@ def _check(name, roles, module, rank, findings):
     findings.check_shape(f"{name}.sign", roles["sign"], (module.out_features,))
 
 
-FORMAT = ModuleFormat(SELECTION_RULES, {".sign": "sign"}, _check, rank_key=None)
+FORMAT = ModuleFormat(
+    rules=SELECTION_RULES, roles={".sign": "sign"}, check=_check, rank_key=None
+)
 
 
 def lower(checkpoint, base, max_rank=None, *_):
@@ -78,7 +80,9 @@ def _check(name, roles, module, rank, findings):
     findings.check_shape(f"{name}.up", roles["up"], (module.out_features, rank))
 
 
-FORMAT = ModuleFormat(RULES, {".down": "down", ".up": "up"}, _check, has_patterns=True)
+FORMAT = ModuleFormat(
+    rules=RULES, roles={".down": "down", ".up": "up"}, check=_check, has_patterns=True
+)
 
 
 def lower(checkpoint, base, max_rank=None, *_):
