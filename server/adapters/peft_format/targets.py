@@ -19,6 +19,10 @@ from turret.server.adapters.peft_format.rules import is_number, is_rank
 
 ALL_LINEAR = "all-linear"
 MAX_LIST_ITEMS = 4096
+# A config of a megabyte can have thousands of patterns that all match every module; what is said of
+# them stays in memory and goes to every client that lists adapters.
+_MAX_WARNINGS = 16
+_SHOWN_PATTERNS = 4
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 
@@ -218,13 +222,25 @@ def resolve_targets(
                 result[name] = table[hits[0]]
             if len({table[key] for key in hits}) > 1:
                 # PEFT sorts the keys when it saves: training may have seen another order.
-                warnings.append(f"{field}: {hits} all match {name!r}; the first one counts")
+                warnings.append(_ambiguity(field, hits, name))
         return result
 
     ranks = values("rank_pattern", rank_regexes, config["r"])
     alphas = values("alpha_pattern", alpha_regexes, config["lora_alpha"])
-    is_rank_stabilised = config.get("use_rslora") is True
-    return Targets(frozenset(targeted), ranks, alphas, tuple(warnings), is_rank_stabilised)
+    is_root = config.get("use_rslora") is True
+    return Targets(frozenset(targeted), ranks, alphas, _few(warnings), is_root)
+
+
+def _few(warnings: Sequence[str]) -> tuple[str, ...]:
+    hidden = len(warnings) - _MAX_WARNINGS
+    more = (f"and {hidden} more of these warnings",) if hidden > 0 else ()
+    return (*warnings[:_MAX_WARNINGS], *more)
+
+
+def _ambiguity(field: str, hits: Sequence[str], name: str) -> str:
+    shown = ", ".join(f"{hit!r:.60}" for hit in hits[:_SHOWN_PATTERNS])
+    more = f" and {len(hits) - _SHOWN_PATTERNS} more" if len(hits) > _SHOWN_PATTERNS else ""
+    return f"{field}: {shown}{more} all match {name!r:.120}; the first one counts"
 
 
 def _layer_patterns(patterns: _Patterns, config: Mapping[str, Any]) -> list[Pattern]:

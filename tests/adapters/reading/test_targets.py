@@ -260,3 +260,17 @@ def test_an_ambiguous_pattern_warns_and_the_first_counts() -> None:
     assert len(found.warnings) == 2
     same, _ = resolve(target_modules=["q_proj"], alpha_pattern={"q_proj": 3, ".q_proj": 3})
     assert same.warnings == ()
+
+
+def test_warnings_stay_few_and_short() -> None:
+    many = {f"q_proj|{'x' * 200}{i}": i for i in range(300)}
+    found, findings = resolve(target_modules=["q_proj", "v_proj"], alpha_pattern=many)
+    assert not findings.fields
+    assert set(found.alphas.values()) == {0, 8}
+    assert all(len(warning) < 512 for warning in found.warnings)
+    assert "and 296 more all match" in found.warnings[0]
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(30)]
+    config = {"target_modules": ["q_proj"], "r": 4, "lora_alpha": 10, "alpha_pattern": many}
+    targets = resolve_targets(config, names, [], Findings("a"))
+    assert len(targets.warnings) == 17
+    assert targets.warnings[-1] == "and 14 more of these warnings"
