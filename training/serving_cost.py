@@ -29,16 +29,16 @@ _CACHE_DTYPE_BYTES = 2
 
 @dataclass(frozen=True, slots=True)
 class ServingCost:
-    """Of one adapter on a server in bfloat16.
+    """What one adapter costs a server that computes in bfloat16.
 
     Attributes:
-        file_bytes: Of ``adapter_model.safetensors``.
-        host_bytes: Of its operators in memory.
+        file_bytes: Size of ``adapter_model.safetensors``.
+        host_bytes: What its operators take in memory.
         multiply_adds: Added to each token.
         relative_multiply_adds: The same, over those of the base's linear modules.
         num_soft_tokens: Computed before each prompt that the prefix cache does not hold.
         num_prefix_positions: Attended to by every token, and held once for all requests.
-        cache_bytes: Of the KV cache that these positions take.
+        cache_bytes: What these positions take of the KV cache.
     """
 
     file_bytes: int
@@ -87,7 +87,7 @@ def _cost(lowered: Lowered, base: TrainingBase, file_bytes: int) -> ServingCost:
 
 
 def _multiply_adds(operators: ModuleOperators) -> int:
-    """Of one module and one token; see ``docs/adapters.md`` for the formulas."""
+    """Products per token of one module; see ``docs/adapters.md`` for the formulas."""
     count = 0
     if operators.low_rank is not None:
         count += operators.low_rank.a.numel() + operators.low_rank.b.numel()

@@ -17,7 +17,7 @@ class AdapterInfo:
 
     Attributes:
         name: Registered name.
-        uuid: Of this registration; a name loaded again after an unload has another one.
+        uuid: Identifies this registration; a name loaded again after an unload has another one.
         generation: From 1; a replacement under the same registration is the next one.
         facts: What its files told.
         bytes_host: Bytes of operators held in host memory now.

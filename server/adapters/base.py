@@ -38,8 +38,8 @@ class BaseVocabulary:
     """The matrices that have a row per token, ``[vocab, hidden]`` in the serving dtype.
 
     Attributes:
-        embedding: Of the input.
-        head: Of the output.
+        embedding: The input's matrix.
+        head: The output's matrix.
         is_tied: Whether the checkpoint declares them to be one (``tie_word_embeddings``).
     """
 
@@ -59,8 +59,9 @@ class BaseModel:
     Attributes:
         name: Model id as its config or directory names it (compared, loosely, with
             ``base_model_name_or_path``).
-        model_type: ``llama``, ``mistral``, ``qwen2``, ``qwen3``.
-        digest: SHA-256 over the served weights' identity; KV keys and provenance use it.
+        model_type: ``llama``, ``mistral``, ``qwen2``, ``qwen3``, ``smollm3``.
+        digest: SHA-256 that identifies the weights as they were loaded; a merge leaves it as it is.
+            State directories and provenance name the base by it.
         dtype: Serving dtype of activations and operators.
         modules: The quantised linear modules of the decoder layers, by full path, in layer order,
             and ``lm_head`` behind them.
@@ -93,7 +94,7 @@ class BaseChange:
     """The base has other weights now.
 
     Attributes:
-        generation: Of these weights.
+        generation: The generation of the new weights.
         stale: Keys of adapters that were computed from those before, so that copies of their
             operators have to go.
     """

@@ -43,7 +43,7 @@ class LowRank:
         return (self.a, self.b)
 
     def with_tensors(self, tensors: Iterator[torch.Tensor]) -> LowRank:
-        """The same of other tensors, in the order of ``tensors()``; so for all operators."""
+        """This operator with other tensors, which come in the order of ``tensors()``."""
         return LowRank(next(tensors), next(tensors))
 
 
@@ -168,7 +168,7 @@ class ModuleOperators:
         return tuple(found)
 
     def with_tensors(self, tensors: Iterator[torch.Tensor]) -> ModuleOperators:
-        """The same operators of other tensors, given in the order of ``tensors()``."""
+        """These operators with other tensors, which come in the order of ``tensors()``."""
 
         def like(part: torch.Tensor | None) -> torch.Tensor | None:
             return None if part is None else next(tensors)
@@ -203,9 +203,9 @@ class AdapterOperators:
         soft_prompt: What it puts before the prompt, or None.
         head: What it does to the output head as a linear module, or None.
         tokens: What it does to rows of the embedding and the head, or None.
-        num_bytes: Of all tensors.
-        num_low_rank_bytes: Of the low-rank updates among them.
-        rank: Of the largest low-rank update, or 0.
+        num_bytes: Bytes of all tensors.
+        num_low_rank_bytes: Bytes of the low-rank updates among them.
+        rank: Rank of the largest low-rank update, or 0.
     """
 
     modules: Mapping[str, ModuleOperators]

@@ -1,9 +1,9 @@
 """Reads a PEFT adapter directory: ``adapter_config.json`` and ``adapter_model.safetensors``.
 
 Each byte is read once: the same bytes are hashed, checked and turned into tensors, so a file that
-changes underneath can fail the load but never slip past a check. Of files that are not hashed again
-(``digest_cache.py``), the state is compared before and after. What the keys and tensors *mean*
-is the methods' business.
+changes underneath can fail the load but never slip past a check. Uploads whose digest is known
+(``digest_cache.py``) are not hashed again, but they must look the same before and after. What the
+keys and tensors *mean* is the methods' business.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from turret.server.errors import BudgetExceededError
 _NAMES = ("base_model_name_or_path", "revision")
 MAX_NAME_CHARS = 512
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# Enters every digest: change it when the digest's definition changes.
+# Every digest begins with it. Change it when the definition of the digest changes.
 _DIGEST_DOMAIN = b"turret-adapter-1\0"
 
 

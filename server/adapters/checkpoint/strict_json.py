@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-# Of the outermost object: these keys are repeated in messages, and no format has longer ones.
+# Most characters of a key of the outermost object: messages repeat it, and no format needs more.
 MAX_KEY_CHARS = 512
 
 

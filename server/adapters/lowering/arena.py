@@ -14,7 +14,7 @@ import torch
 from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.operators import ModuleOperators
 
-# Of every group of tensors: a cache line.
+# Every group of tensors begins on a cache line.
 _ALIGNMENT = 64
 
 

@@ -64,7 +64,7 @@ def fold(
     Args:
         a: ``[rank, in_features]``, in the file's dtype.
         b: ``[out_features, rank]``, likewise.
-        scaling: Of the update.
+        scaling: What the update is multiplied by.
         dtype: Serving dtype.
         gain: ``[out_features]`` fp32, or None.
     """

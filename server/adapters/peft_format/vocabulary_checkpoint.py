@@ -81,7 +81,7 @@ class VocabularyPart:
 
     Attributes:
         operators: None if the checkpoint leaves the vocabulary alone.
-        rank: Of the embedding's low-rank update; 0 without one.
+        rank: Rank of the embedding's low-rank update; 0 without one.
         modules: Which of ``embed_tokens`` and ``lm_head`` it changes.
         rest: The checkpoint without it.
         base: The base as the method should see it.

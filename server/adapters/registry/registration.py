@@ -11,7 +11,7 @@ class Registration:
 
     Attributes:
         name: As requests use it.
-        uuid: Of this registration; a name that is unloaded and loaded again has another one.
+        uuid: Identifies this registration; a name that is loaded again has another one.
         current: The generation that new requests get.
         retired: Earlier generations that mixes still hold.
         state: ``DELETING`` refuses new requests.
