@@ -46,6 +46,8 @@ NEW = (
     "trainable_tokens",
 )
 BUILT = (*NEW, "lora", "rslora", "dora")
+# Methods that one reader reads.
+LINEAR = ("lora", "dora", "loha", "lokr", "ia3", "adalora", "vera")
 # tiny_llama's k and v are 64 -> 32.
 SMALL = {"loha": {"r": 3}}
 
@@ -143,7 +145,7 @@ def _rename(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], dict[str,
     return lambda tensors: {key.replace(old, new): value for key, value in tensors.items()}
 
 
-@pytest.mark.parametrize("method", ["loha", "lokr", "ia3", "adalora", "vera"])
+@pytest.mark.parametrize("method", LINEAR)
 def test_modules_that_only_one_side_names_are_refused(method: str, tmp_path: Path) -> None:
     directory = save(tmp_path, method, target_modules=["q_proj", "down_proj"])
     edit_config(directory, target_modules=["q_proj", "up_proj"])
@@ -156,7 +158,7 @@ def test_modules_that_only_one_side_names_are_refused(method: str, tmp_path: Pat
     assert any(field.startswith("lm_head.") for field in named(refusal_of(tmp_path)))
 
 
-@pytest.mark.parametrize("method", ["loha", "lokr", "ia3", "adalora", "vera"])
+@pytest.mark.parametrize("method", LINEAR)
 def test_another_base_is_a_mismatch_that_names_the_modules(method: str, tmp_path: Path) -> None:
     directory = save(tmp_path, method)
     edit_tensors(directory, _rename("layers.1.", "layers.7."))
@@ -195,6 +197,7 @@ def test_ranks_must_be_those_of_the_config(tmp_path: Path) -> None:
         ("lokr", {"r": 1}, "lokr_w2_a"),
         ("adalora", {"init_r": 6}, "lora_E"),
         ("vera", {"r": 15}, "vera_lambda_d"),
+        ("lora", {"r": 15}, "lora_A.weight"),
     ):
         root = tmp_path / method
         directory = save(root, method)
@@ -217,7 +220,8 @@ def test_a_loha_rank_past_the_bound_says_what_to_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("method", "rank"), [("loha", 3), ("lokr", 2), ("adalora", None), ("vera", 16)]
+    ("method", "rank"),
+    [("lora", 4), ("dora", 4), ("loha", 3), ("lokr", 2), ("adalora", None), ("vera", 16)],
 )
 def test_rank_over_the_limit_is_a_budget_error(
     method: str, rank: int | None, tmp_path: Path
