@@ -9,13 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import Future
+from collections.abc import AsyncGenerator, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import duration_pb2
 
-from turret.server.adapters.fuse.interrupt import Interrupt
 from turret.server.adapters.state.staged_upload import UploadedFile
 from turret.server.api.adapter_message import RESIDENCIES, adapter_message
 from turret.server.api.call import Call
@@ -26,6 +24,7 @@ from turret.server.api.paging import make_page_token, page_length, read_page_tok
 from turret.server.api.slow_calls import SlowCalls
 from turret.server.api.uploads import Messages, checked_header, next_message, receive_chunks
 from turret.server.api.violations import Violations
+from turret.server.cancellation import Cancellation
 from turret.server.config import ADAPTER_NAME
 from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
 from turret.v1 import adapters_pb2
@@ -123,13 +122,10 @@ class Adapters:
         registry = self._gate.enter().registry
         name, refs, combination = checked_fuse_request(message)
         call.adapters = (name,)
-        interrupt = Interrupt()
-        fusing = registry.fuser.start(name, refs, combination, interrupt)
-        try:
+        cancellation = Cancellation()
+        fusing = registry.fuser.start(name, refs, combination, cancellation)
+        with _cancelling(cancellation):
             result = await asyncio.wrap_future(fusing)
-        except asyncio.CancelledError:
-            interrupt.set(UnavailableError("the caller went away"))
-            raise
         return fuse_response(result, adapter_message(result.record))
 
     # What there is
@@ -249,17 +245,24 @@ class Adapters:
     async def _change_base(
         self, change: Callable[..., MergeState], *args: Any
     ) -> adapters_pb2.MergeState:
-        cancelled: Future[None] = Future()
-        try:
-            state = await self._slow.run(change, *args, cancelled)
-        except asyncio.CancelledError:
-            cancelled.set_result(None)
-            raise
+        cancellation = Cancellation()
+        with _cancelling(cancellation):
+            state = await self._slow.run(change, *args, cancellation)
         return merge_state_message(state)
 
     def merge_state(self) -> adapters_pb2.MergeState:
         """What is merged now."""
         return merge_state_message(self._gate.enter().merger.state)
+
+
+@contextlib.contextmanager
+def _cancelling(work: Cancellation) -> Iterator[None]:
+    """Ends the work on another thread if the task that waits for it is cancelled."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        work.set(UnavailableError("the caller went away"))
+        raise
 
 
 def _check_name(name: str, violations: Violations) -> None:

@@ -28,7 +28,16 @@ MAX_FUNCTION_LINES = 70
 # Modules directly in server/ that any layer may use. They use each other and nothing else.
 LEAVES = frozenset(
     f"server.{name}"
-    for name in ("errors", "codes", "log", "config", "metrics", "background", "durable_file")
+    for name in (
+        "errors",
+        "cancellation",
+        "codes",
+        "log",
+        "config",
+        "metrics",
+        "background",
+        "durable_file",
+    )
 )
 # The ``turret`` command. It alone may name the verbs of training, and nothing imports it.
 COMMAND = "server.cli"

@@ -10,8 +10,9 @@ from typing import Any
 import grpc
 import pytest
 from builders import registries
-from builders.fuse import Fusions, Turnstile
+from builders.fuse import Fusions, Turnstile, cancellations
 from builders.methods import load_adapter, make_config, save_adapter
+from builders.registries import WAIT_SECONDS
 from method_oracle import check_close, oracle_logprobs, prompt_of, twin
 from servers.command import parse_and_run
 from servers.rpc_harness import Harness, failure_of, harness
@@ -109,7 +110,7 @@ async def test_other_refusals(server: Harness) -> None:
 async def test_a_caller_that_goes_away_ends_it(
     server: Harness, fusions: Fusions, monkeypatch: pytest.MonkeyPatch, goes: str
 ) -> None:
-    turnstile = Turnstile(monkeypatch)
+    turnstile, cancelled = Turnstile(monkeypatch), cancellations(monkeypatch)
     timeout = 1.5 if goes == "deadline" else None
     call = server.adapters.FuseAdapters(fuse(combination="svd"), timeout=timeout)
     await asyncio.to_thread(turnstile.wait)
@@ -122,8 +123,7 @@ async def test_a_caller_that_goes_away_ends_it(
             await call
     else:
         assert (await failure_of(call)).code is Code.DEADLINE_EXCEEDED
-    interrupt = fusions.registry.fuser._job.interrupt  # type: ignore[union-attr]
-    await asyncio.to_thread(registries.until, lambda: interrupt._error is not None)
+    assert await asyncio.to_thread(cancelled.wait, WAIT_SECONDS)
     turnstile.opened.set()
     await asyncio.to_thread(registries.until, lambda: fusions.registry.fuser._job is None)
     assert turnstile.passed == 3

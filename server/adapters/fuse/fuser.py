@@ -24,7 +24,6 @@ from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.factors import ratio
-from turret.server.adapters.fuse.interrupt import Interrupt
 from turret.server.adapters.fuse.lora_files import METHOD, FusedFiles
 from turret.server.adapters.fuse.member import (
     Member,
@@ -40,6 +39,7 @@ from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.background import work_in_background
+from turret.server.cancellation import Cancellation
 from turret.server.errors import (
     AdapterExistsError,
     AdapterNotFoundError,
@@ -69,7 +69,7 @@ class Registry(Protocol):
 class _Job:
     """The fusion under way, and the members it holds, once it does."""
 
-    interrupt: Interrupt
+    cancellation: Cancellation
     mix: Mix | None = None
 
 
@@ -105,7 +105,11 @@ class Fuser:
         )
 
     def start(
-        self, name: str, refs: Sequence[MixRef], combination: Combination, interrupt: Interrupt
+        self,
+        name: str,
+        refs: Sequence[MixRef],
+        combination: Combination,
+        cancellation: Cancellation,
     ) -> Future[FuseResult]:
         """Starts to fuse a mix into a new LoRA under ``name``; returns at once.
 
@@ -113,7 +117,7 @@ class Fuser:
             name: Well-formed.
             refs: The mix, not empty.
             combination: What to make of it.
-            interrupt: Ends the fusion with its error at the next module; nothing is left of it.
+            cancellation: Ends the fusion with its error at the next module; nothing is left of it.
 
         Returns:
             Of the result, or of an error: InvalidRequestError (the combination cannot represent
@@ -125,7 +129,7 @@ class Fuser:
             QueueFullError: Another fusion is under way.
             UnavailableError: The server is shutting down.
         """
-        job = _Job(interrupt)
+        job = _Job(cancellation)
         with self._lock:
             if self._job is not None:
                 raise QueueFullError("a fusion is under way already, and one runs at a time")
@@ -147,7 +151,7 @@ class Fuser:
             found = [] if mix is None else [a for a, _ in mix.components if a.uuid == uuid]
             if found and self._job is not None:
                 name = found[0].name
-                self._job.interrupt.set(
+                self._job.cancellation.set(
                     AdapterUnloadedError(
                         f"adapter {name!r} was unloaded while it was fused",
                         metadata={"adapter": name},
@@ -158,7 +162,7 @@ class Fuser:
         """Ends the fusion under way; blocks until it has come to the end of its module."""
         with self._lock:
             if self._job is not None:
-                self._job.interrupt.set(_shutting_down())
+                self._job.cancellation.set(_shutting_down())
         self._thread.shutdown(wait=True)
 
     def _end(self, job: _Job) -> None:
@@ -177,18 +181,18 @@ class Fuser:
                 mix = job.mix = self._registry.acquire(refs)
             base = replace(self._loader.base, dtype=torch.float32)
             try:
-                members = self._read(mix, base, combination, job.interrupt)
-                modules = self._fuse(name, members, base, combination, job.interrupt)
+                members = self._read(mix, base, combination, job.cancellation)
+                modules = self._fuse(name, members, base, combination, job.cancellation)
             finally:
                 self._registry.release(mix)
             named = [member.lowered.base_model for member in members if member.lowered.base_model]
             files = FusedFiles(modules, base, named[0] if named else base.name)
-            return _result(self._install(name, files, job.interrupt), modules)
+            return _result(self._install(name, files, job.cancellation), modules)
         finally:
             self._end(job)
 
     def _read(
-        self, mix: Mix, base: BaseModel, combination: Combination, interrupt: Interrupt
+        self, mix: Mix, base: BaseModel, combination: Combination, cancellation: Cancellation
     ) -> list[Member]:
         check_prompts([adapter for adapter, _ in mix.components])
         served = self._loader.base.dtype.itemsize
@@ -201,7 +205,7 @@ class Fuser:
             )
         members = []
         for adapter, weight in mix.components:
-            interrupt.check()
+            cancellation.check()
             lowered = self._loader.reread(adapter.source, adapter.digest, base)
             members.append(Member(adapter, weight, lowered))
         check_operators(members, combination)
@@ -213,7 +217,7 @@ class Fuser:
         members: Sequence[Member],
         base: BaseModel,
         combination: Combination,
-        interrupt: Interrupt,
+        cancellation: Cancellation,
     ) -> dict[str, FusedModule]:
         work = _work(members, base)
         self._check_free(name, list(work))
@@ -232,7 +236,7 @@ class Fuser:
         num_bytes = 0
         progress = _Progress(name, combination.name, len(work))
         for path, parts in work.items():
-            interrupt.check()
+            cancellation.check()
             module = fused[path] = fuser.fuse(parts, base.modules[path])
             num_bytes += module.a.nbytes + module.b.nbytes
             # Rather than when everything is computed.
@@ -253,10 +257,10 @@ class Fuser:
                 metadata={"adapter": name, "digest": record.facts.digest},
             )
 
-    def _install(self, name: str, files: FusedFiles, interrupt: Interrupt) -> AdapterInfo:
+    def _install(self, name: str, files: FusedFiles, cancellation: Cancellation) -> AdapterInfo:
         staged = self._registry.stage(files.announced())
         try:
-            files.write(staged, interrupt.check)
+            files.write(staged, cancellation.check)
             return self._registry.upload(name, staged)
         finally:
             staged.discard()

@@ -12,8 +12,8 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
-from typing import Any, Protocol
+from concurrent.futures import Future
+from typing import Protocol
 
 import torch
 
@@ -25,6 +25,7 @@ from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.weight_update import add_delta, beyond_updates
 from turret.server.background import compute_on_this_thread
+from turret.server.cancellation import Cancellation
 from turret.server.errors import InvalidRequestError, MergeActiveError, NotMergedError
 
 _log = logging.getLogger(__name__)
@@ -83,7 +84,7 @@ class Merger:
         return self._state
 
     def merge(
-        self, refs: Sequence[MixRef], precision: Precision, cancelled: Future[None]
+        self, refs: Sequence[MixRef], precision: Precision, cancellation: Cancellation
     ) -> MergeState:
         """Makes ``W + Σ w_k ΔW_k`` (and the biases likewise) the base of every later request.
 
@@ -93,8 +94,8 @@ class Merger:
         Args:
             refs: The mix.
             precision: How the merged weights are stored.
-            cancelled: Done when nobody waits for the merge any more; until the weights are
-                exchanged, that undoes it.
+            cancellation: Set when nobody waits for the merge any more; until the weights have
+                changed, that undoes it.
 
         Raises:
             InvalidRequestError: Empty, or a member does more than change weights and biases, or a
@@ -103,7 +104,7 @@ class Merger:
             AdapterNotFoundError, BudgetExceededError, AdapterCheckpointError: The adapters cannot
                 be used.
             UnavailableError: The server stops.
-            concurrent.futures.CancelledError: ``cancelled`` was done first.
+            TurretError: The one that ``cancellation`` was set with.
         """
         with self._only_change():
             if self._state.merge is not None:
@@ -112,10 +113,10 @@ class Merger:
                 raise InvalidRequestError.of("adapters", "at least one member")
             mix = self._registry.acquire(refs)
             try:
-                _wait_until_resident(mix, cancelled)
+                _wait_until_resident(mix, cancellation)
                 _check_mergeable(mix)
                 edit = self._edit(precision)
-                report = _build(edit, self._registry.base, mix, cancelled)
+                report = _build(edit, self._registry.base, mix, cancellation)
                 merge = Merge(
                     adapters=tuple(
                         MergedAdapter(a.name, a.uuid, a.generation, weight)
@@ -125,23 +126,23 @@ class Merger:
                     time=time.time(),
                     report=report,
                 )
-                self._change(edit, merge, cancelled)
+                self._change(edit, merge, cancellation)
             finally:
                 self._registry.release(mix)
         return self._state
 
-    def unmerge(self, cancelled: Future[None]) -> MergeState:
+    def unmerge(self, cancellation: Cancellation) -> MergeState:
         """Puts the base's own weights back: the same memory as before the merge.
 
         Raises:
             NotMergedError: No merge is active.
             MergeActiveError: Another change is under way.
-            UnavailableError, concurrent.futures.CancelledError: As ``merge``.
+            UnavailableError, TurretError: As ``merge``.
         """
         with self._only_change():
             if self._active is None:
                 raise NotMergedError("no merge is active")
-            self._change(self._active, None, cancelled)
+            self._change(self._active, None, cancellation)
         return self._state
 
     @contextlib.contextmanager
@@ -153,7 +154,7 @@ class Merger:
         finally:
             self._turn.release()
 
-    def _change(self, edit: Edit, merge: Merge | None, cancelled: Future[None]) -> None:
+    def _change(self, edit: Edit, merge: Merge | None, cancellation: Cancellation) -> None:
         state = MergeState(self._state.base_generation + 1, merge)
 
         def change() -> BaseChange:
@@ -163,9 +164,8 @@ class Merger:
             return self._registry.move_base(self._describe(state.base_generation))
 
         exchange = self._exchange(change)
-        wait({exchange, cancelled}, return_when=FIRST_COMPLETED)
-        if not exchange.done() and exchange.cancel():
-            raise CancelledError
+        if not cancellation.wait(exchange) and exchange.cancel():
+            cancellation.check()
         exchange.result()
         members = () if merge is None else tuple(a.name for a in merge.adapters)
         _log.info(
@@ -174,14 +174,13 @@ class Merger:
         )
 
 
-def _wait_until_resident(mix: Mix, cancelled: Future[Any]) -> None:
-    answer: Future[Any] = Future()
+def _wait_until_resident(mix: Mix, cancellation: Cancellation) -> None:
+    answer: Future[HostResult] = Future()
     if mix.ensure_host(answer.set_result):
         return
-    wait({answer, cancelled}, return_when=FIRST_COMPLETED)
-    if not answer.done():
-        raise CancelledError
-    result: HostResult = answer.result()
+    if not cancellation.wait(answer):
+        cancellation.check()
+    result = answer.result()
     if result.error is not None:
         raise result.error
 
@@ -208,12 +207,12 @@ def _check_mergeable(mix: Mix) -> None:
         raise InvalidRequestError("; ".join(reasons), violations=[("adapters", r) for r in reasons])
 
 
-def _build(edit: Edit, base: BaseModel, mix: Mix, cancelled: Future[None]) -> MergeReport:
+def _build(edit: Edit, base: BaseModel, mix: Mix, cancellation: Cancellation) -> MergeReport:
     """Stores every changed module in ``edit``.
 
     Raises:
         InvalidRequestError: A merged weight is not finite (names every such module).
-        concurrent.futures.CancelledError: ``cancelled`` was done.
+        TurretError: The one that ``cancellation`` was set with.
     """
     compute_on_this_thread()
     members = _operators(mix)
@@ -221,8 +220,7 @@ def _build(edit: Edit, base: BaseModel, mix: Mix, cancelled: Future[None]) -> Me
     squares = {"error": 0.0, "exact": 0.0, "update": 0.0}
     overflown = []
     for path, module in base.modules.items():
-        if cancelled.done():
-            raise CancelledError
+        cancellation.check()
         ops = [(o.modules[path], weight) for o, weight in members if path in o.modules]
         if not ops:
             continue

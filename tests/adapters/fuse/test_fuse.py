@@ -19,12 +19,12 @@ from builders.methods import make_config, save_adapter
 from turret.server.adapters.fuse import module_fuser as fused_module
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.factors import Factors, energy_rank, ratio, side_by_side
-from turret.server.adapters.fuse.interrupt import Interrupt
 from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.adapters.weight_update import beyond_low_rank, beyond_updates
+from turret.server.cancellation import Cancellation
 from turret.server.errors import (
     AdapterChangedError,
     AdapterExistsError,
@@ -125,7 +125,7 @@ def test_biases_add_up(tmp_path: Path) -> None:
         registry.load(name, name)
     mix = {"a": 0.5, "b": -1.5}
     refs = [AdapterRef(name=name, weight=weight) for name, weight in mix.items()]
-    fused = registry.fuser.start("c", refs, Combination(), Interrupt()).result(60)
+    fused = registry.fuser.start("c", refs, Combination(), Cancellation()).result(60)
     assert fused.record.facts.target_modules == ("k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
     held = registry.acquire([*refs, AdapterRef(name="c")])
     a, b, c = (adapter.operators for adapter, _ in held.components)
@@ -269,10 +269,11 @@ def test_members_must_fit_the_budget_in_fp32(tmp_path: Path) -> None:
     refs = [AdapterRef(name=name) for name in "ab"]
     # One of them is just as large in fp32 as the budget; in bf16 both fit.
     assert (
-        tight.fuser.start("c", refs[:1], Combination(), Interrupt()).result(60).record.name == "c"
+        tight.fuser.start("c", refs[:1], Combination(), Cancellation()).result(60).record.name
+        == "c"
     )
     with pytest.raises(BudgetExceededError, match="in fp32"):
-        tight.fuser.start("d", refs, Combination(), Interrupt()).result(60)
+        tight.fuser.start("d", refs, Combination(), Cancellation()).result(60)
     tight.close()
 
 
@@ -281,7 +282,7 @@ def test_fusing_needs_a_state_directory(tmp_path: Path) -> None:
     registry = AdapterRegistry(tmp_path, base_of(tiny_llama()), 1 << 28, 64)
     registry.load("a", "a")
     with pytest.raises(StateDirRequiredError, match="--state-dir"):
-        registry.fuser.start("b", [AdapterRef(name="a")], Combination(), Interrupt()).result(60)
+        registry.fuser.start("b", [AdapterRef(name="a")], Combination(), Cancellation()).result(60)
     registry.close()
 
 

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 from builders.adapters import base_of
-from builders.fuse import Fusions, Turnstile, model
+from builders.fuse import Fusions, Turnstile, cancellations, model
 from builders.registries import WAIT_SECONDS, in_thread, until
 
-from turret.server.adapters.fuse.interrupt import Interrupt
 from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
+from turret.server.cancellation import Cancellation
 from turret.server.errors import (
     AdapterExistsError,
     AdapterInUseError,
@@ -52,15 +52,15 @@ def check_nothing_is_left(fusions: Fusions) -> None:
     ]
 
 
-def test_an_interrupt_ends_it_between_modules(
+def test_a_cancellation_ends_it_between_modules(
     fusions: Fusions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    turnstile, interrupt = Turnstile(monkeypatch), Interrupt()
-    running = fusions.start(MIX, interrupt=interrupt)
+    turnstile, cancellation = Turnstile(monkeypatch), Cancellation()
+    running = fusions.start(MIX, cancellation=cancellation)
     turnstile.wait()
     assert {record.in_flight for record in fusions.registry.list()} == {1}
-    interrupt.set(UnavailableError("enough"))
-    interrupt.set(InvalidRequestError("the first one counts"))
+    cancellation.set(UnavailableError("enough"))
+    cancellation.set(InvalidRequestError("the first one counts"))
     turnstile.opened.set()
     with pytest.raises(UnavailableError, match="enough"):
         running.result(WAIT_SECONDS)
@@ -69,10 +69,10 @@ def test_an_interrupt_ends_it_between_modules(
     assert fusions.fuse(MIX).relative_error < 1e-6
 
 
-def test_an_interrupt_ends_it_while_it_writes(
+def test_a_cancellation_ends_it_while_it_writes(
     fusions: Fusions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    interrupt = Interrupt()
+    cancellation = Cancellation()
     stage = fusions.registry.stage
 
     def staged(files: Any) -> Any:
@@ -82,14 +82,14 @@ def test_an_interrupt_ends_it_while_it_writes(
         def one_and_no_more(name: str, data: bytes) -> None:
             write(name, data)
             if name.endswith(".safetensors"):
-                interrupt.set(UnavailableError("enough"))
+                cancellation.set(UnavailableError("enough"))
 
         upload.write = one_and_no_more
         return upload
 
     monkeypatch.setattr(fusions.registry, "stage", staged)
     with pytest.raises(UnavailableError, match="enough"):
-        fusions.start(MIX, interrupt=interrupt).result(WAIT_SECONDS)
+        fusions.start(MIX, cancellation=cancellation).result(WAIT_SECONDS)
     check_nothing_is_left(fusions)
 
 
@@ -139,8 +139,9 @@ def test_closing_ends_it(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) -> N
     turnstile = Turnstile(monkeypatch)
     running = fusions.start(MIX)
     turnstile.wait()
+    asked = cancellations(monkeypatch)
     thread, _ = in_thread(fusions.registry.close)
-    until(lambda: fusions.registry.fuser._thread._shutdown)
+    assert asked.wait(WAIT_SECONDS)
     turnstile.opened.set()
     with pytest.raises(UnavailableError, match="shutting down"):
         running.result(WAIT_SECONDS)

@@ -6,7 +6,6 @@ import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from builders.registries import Gate, until
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.merge.state import MergeState
+from turret.server.cancellation import Cancellation
 from turret.server.errors import UnavailableError
 
 
@@ -112,15 +112,15 @@ async def test_who_gives_up_while_it_drains_changes_nothing(server: EngineHarnes
     running = Stream(server, tokens=150)
     await running.begun.wait()
     brake.hold()
-    cancelled: Future[None] = Future()
-    merging = asyncio.ensure_future(merge(server, "other", cancelled=cancelled))
+    cancellation = Cancellation()
+    merging = asyncio.ensure_future(merge(server, "other", cancellation=cancellation))
     await brake.until_exchange()
     brake.release()
     late = asyncio.ensure_future(score(server))
     await asyncio.sleep(0.05)
     assert not late.done()
-    cancelled.set_result(None)
-    with pytest.raises(asyncio.CancelledError):
+    cancellation.set(UnavailableError("enough"))
+    with pytest.raises(UnavailableError, match="enough"):
         await merging
     # At once, beside the one that runs.
     assert (await late).bits == before.bits

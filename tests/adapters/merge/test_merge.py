@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Sequence
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,13 @@ from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.server.adapters.merge.state import MergeState
 from turret.server.adapters.ref import AdapterRef
+from turret.server.cancellation import Cancellation
 from turret.server.errors import (
     AdapterNotFoundError,
     InvalidRequestError,
     MergeActiveError,
     NotMergedError,
+    UnavailableError,
 )
 from turret.server.models.base_edit import BaseEdit
 
@@ -136,7 +137,7 @@ async def test_a_cached_prefix_is_never_used_on_another_base(server: EngineHarne
 async def test_a_weight_of_zero_changes_nothing(server: EngineHarness) -> None:
     before = await score(server)
     mix = [AdapterRef(name="lora", weight=0.0)]
-    state = await asyncio.to_thread(server.merger.merge, mix, "NF4", Future())
+    state = await asyncio.to_thread(server.merger.merge, mix, "NF4", Cancellation())
     assert state.merge is not None
     assert (state.merge.report.modules, state.merge.report.update_error) == ((), 0.0)
     assert (await score(server)).bits == before.bits
@@ -194,19 +195,19 @@ async def test_a_failure_half_way_leaves_the_base_as_it_was(
 async def test_a_merge_that_nobody_waits_for_stops_at_the_next_module(
     server: EngineHarness, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cancelled: Future[None] = Future()
+    cancellation = Cancellation()
     put = BaseEdit.put_weight
     calls: list[str] = []
 
     def cancel(self: BaseEdit, path: str, weight: torch.Tensor) -> torch.Tensor:
         calls.append(path)
         if len(calls) == 3:
-            cancelled.set_result(None)
+            cancellation.set(UnavailableError("enough"))
         return put(self, path, weight)
 
     monkeypatch.setattr(BaseEdit, "put_weight", cancel)
-    with pytest.raises(asyncio.CancelledError):
-        await merge(server, "lora", cancelled=cancelled)
+    with pytest.raises(UnavailableError, match="enough"):
+        await merge(server, "lora", cancellation=cancellation)
     assert len(calls) == 3
     assert server.merger.state == MergeState(1)
 
@@ -219,7 +220,7 @@ async def test_what_overflows_is_refused_by_module(server: EngineHarness, root: 
     server.registry.load("huge", "huge")
     mix = [AdapterRef(name="huge", weight=100.0)]
     with pytest.raises(InvalidRequestError, match=r"not finite in model\.layers\.0.*o_proj"):
-        await asyncio.to_thread(server.merger.merge, mix, "BF16", Future())
+        await asyncio.to_thread(server.merger.merge, mix, "BF16", Cancellation())
     assert server.merger.state == MergeState(1)
 
 

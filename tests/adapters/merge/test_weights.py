@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from servers.engine_harness import EngineHarness
 
 from turret.server.adapters.base import Precision
 from turret.server.adapters.ref import AdapterRef
+from turret.server.cancellation import Cancellation
 from turret.server.models.base_linear import DenseLinear, MixedLinear, join_linears
 from turret.server.models.nf4 import Nf4Linear, Nf4Weight
 
@@ -94,7 +94,7 @@ async def test_stores_the_exact_weights_rounded_once(root: Path, precision: Prec
         for mix in MIXES:
             names = [ref.name for ref in mix]
             before = server.registry.base.modules
-            state = server.merger.merge(mix, precision, Future())
+            state = server.merger.merge(mix, precision, Cancellation())
             errors: dict[str, float] = {}
             squares = torch.zeros(3, dtype=torch.float64)
             for path, (exact, bias) in merged_mix(root, mix).items():
@@ -118,7 +118,7 @@ async def test_stores_the_exact_weights_rounded_once(root: Path, precision: Prec
             assert report.relative_error == pytest.approx(error / exact_size, rel=1e-3)
             assert report.update_error == pytest.approx(error / update_size, rel=1e-3)
             assert report.relative_error < (0.12 if precision == "NF4" else 0.003)
-            server.merger.unmerge(Future())
+            server.merger.unmerge(Cancellation())
 
 
 def contents(linear: Any) -> dict[str, torch.Tensor]:
@@ -154,12 +154,12 @@ async def test_unmerge_brings_back_every_byte(root: Path, dtype: str, precision:
         epochs = [decoder.epoch]
         for _ in range(2):
             for name in METHODS:
-                server.merger.merge([AdapterRef(name=name)], precision, Future())
+                server.merger.merge([AdapterRef(name=name)], precision, Cancellation())
                 epochs.append(decoder.epoch)
                 merged = snapshot(server)
                 assert len(merged) == len(before)
                 assert not any(_equal(a, b) for a, b in zip(merged, before, strict=True))
-                server.merger.unmerge(Future())
+                server.merger.unmerge(Cancellation())
                 epochs.append(decoder.epoch)
         after = snapshot(server)
         assert len(set(epochs)) == len(epochs), "a captured step would read freed weights"

@@ -20,12 +20,13 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from turret.server.adapters.fuse.combination import Combination
-from turret.server.adapters.fuse.interrupt import Interrupt
 from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser
 from turret.server.adapters.fuse.result import FuseResult
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
+from turret.server.cancellation import Cancellation
+from turret.server.errors import TurretError
 
 TENSORS = "adapter_model.safetensors"
 Deltas = Mapping[str, torch.Tensor]
@@ -65,7 +66,7 @@ class Fusions:
         *,
         how: str = "exact",
         name: str | None = None,
-        interrupt: Interrupt | None = None,
+        cancellation: Cancellation | None = None,
         **settings: Any,
     ) -> Future[FuseResult]:
         """Starts a fusion under a new name; ``settings`` are those of ``Combination``."""
@@ -73,7 +74,7 @@ class Fusions:
             name or f"fused-{next(self._numbers)}",
             [AdapterRef(name=member, weight=weight) for member, weight in mix.items()],
             Combination(name=how, **settings),
-            interrupt or Interrupt(),
+            cancellation or Cancellation(),
         )
 
     def fuse(self, mix: Mapping[str, float], **settings: Any) -> FuseResult:
@@ -183,3 +184,15 @@ class Turnstile:
 
     def wait(self) -> None:
         assert self.reached.wait(WAIT_SECONDS)
+
+
+def cancellations(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Set once any work was asked to end."""
+    asked, ask = threading.Event(), Cancellation.set
+
+    def noting(cancellation: Cancellation, error: TurretError) -> None:
+        ask(cancellation, error)
+        asked.set()
+
+    monkeypatch.setattr(Cancellation, "set", noting)
+    return asked

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from concurrent.futures import Future
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
-from typing import Any
 
 from builders.methods import make_config, save_adapter
 from method_oracle import prompt_of, twin
@@ -15,6 +13,7 @@ from servers.engine_harness import Answer, EngineHarness, make_request
 from turret.server.adapters.base import Precision
 from turret.server.adapters.merge.state import MergeState
 from turret.server.adapters.ref import AdapterRef
+from turret.server.cancellation import Cancellation
 
 ARCHITECTURE = "qwen2"
 NAMES = ("lora", "dora", "ia3", "other", "prefix_tuning", "prompt_tuning")
@@ -39,14 +38,17 @@ def refs(*names: str) -> list[AdapterRef]:
 
 
 async def merge(
-    server: EngineHarness, *names: str, precision: Precision = "BF16", cancelled: Any = None
+    server: EngineHarness,
+    *names: str,
+    precision: Precision = "BF16",
+    cancellation: Cancellation | None = None,
 ) -> MergeState:
-    cancelled = Future() if cancelled is None else cancelled
-    return await asyncio.to_thread(server.merger.merge, refs(*names), precision, cancelled)
+    cancellation = cancellation or Cancellation()
+    return await asyncio.to_thread(server.merger.merge, refs(*names), precision, cancellation)
 
 
 async def unmerge(server: EngineHarness) -> MergeState:
-    return await asyncio.to_thread(server.merger.unmerge, Future())
+    return await asyncio.to_thread(server.merger.unmerge, Cancellation())
 
 
 async def score(server: EngineHarness, *adapters: str) -> Answer:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
 from turret.server.api.backend import Backend
+from turret.server.cancellation import Cancellation
 from turret.server.engine.request import (
     AdapterUse,
     Finish,
@@ -243,22 +244,22 @@ class FakeMerger:
         self.begun = threading.Event()
         self.withdrawn = threading.Event()
 
-    def merge(self, refs: Any, precision: Any, cancelled: Future[None]) -> MergeState:
+    def merge(self, refs: Any, precision: Any, cancellation: Cancellation) -> MergeState:
         self.calls.append((refs, precision))
         self.begun.set()
         if self.error is not None:
             raise self.error
         if self.is_slow:
-            cancelled.result(20)
+            cancellation.wait(Future())
             self.withdrawn.set()
-            raise CancelledError
+            cancellation.check()
         members = tuple(MergedAdapter(r.name, f"uuid-{r.name}", 3, r.weight) for r in refs)
         report = MergeReport(0.125, 0.75, (("layers.0.q_proj", 0.25), ("layers.1.q_proj", 0.0)))
         merge = Merge(adapters=members, precision=precision, time=86_400.5, report=report)
         self.state = MergeState(self.state.base_generation + 1, merge)
         return self.state
 
-    def unmerge(self, cancelled: Future[None]) -> MergeState:
+    def unmerge(self, cancellation: Cancellation) -> MergeState:
         if self.state.merge is None:
             raise NotMergedError("no merge is active")
         self.state = MergeState(self.state.base_generation + 1)
