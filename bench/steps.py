@@ -202,7 +202,7 @@ async def measure(args: argparse.Namespace, root: Path, cases: list[Scenario]) -
         return results
     finally:
         await engine.drain(0.0)
-        registry.close()
+        backend.close()
 
 
 def show(

@@ -185,7 +185,7 @@ class App:
                 _log.info("draining", extra=log.fields(grace_seconds=grace))
             # A dead engine has nothing to finish; this ends its streams and joins its thread.
             await backend.engine.drain(0.0 if is_dead else grace)
-            await asyncio.to_thread(backend.registry.close)
+            await asyncio.to_thread(backend.close)
         self._adapters.close()
         if self.rpc is not None:
             await self.rpc.stop(_FLUSH_SECONDS)

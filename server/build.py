@@ -14,6 +14,7 @@ from turret.server.adapters.base import BaseModel
 from turret.server.adapters.device.cpu_store import CpuStore
 from turret.server.adapters.device.packed_store import PackedStore
 from turret.server.adapters.device.store import AdapterStore, StepStore
+from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.merge.merger import Merger
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.registry.registry import AdapterRegistry
@@ -90,6 +91,11 @@ def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = Non
             **formulations(decoder),
         ),
     )
+    fuser = Fuser(
+        registry,
+        host_bytes=config.adapters.adapter_host_bytes,
+        max_rank=config.adapters.max_rank,
+    )
     merger = Merger(
         registry,
         edit=lambda precision: BaseEdit(decoder, precision),
@@ -100,6 +106,7 @@ def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = Non
     return Backend(
         engine=engine,
         registry=registry,
+        fuser=fuser,
         merger=merger,
         tokenizer=tokenizer,
         model_info=_model_info(decoder, source, engine),

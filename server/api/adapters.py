@@ -119,11 +119,11 @@ class Adapters:
         self, message: adapters_pb2.FuseAdaptersRequest, call: Call
     ) -> adapters_pb2.FuseAdaptersResponse:
         """Fuse a mix into a new adapter. Cancelling the task ends the fusion."""
-        registry = self._gate.enter().registry
+        fuser = self._gate.enter().fuser
         name, refs, combination = checked_fuse_request(message)
         call.adapters = (name,)
         cancellation = Cancellation()
-        fusing = registry.fuser.start(name, refs, combination, cancellation)
+        fusing = fuser.start(name, refs, combination, cancellation)
         with _cancelling(cancellation):
             result = await asyncio.wrap_future(fusing)
         return fuse_response(result, adapter_message(result.record))

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     # Doors open before torch is loaded, which takes seconds.
+    from turret.server.adapters.fuse.fuser import Fuser
     from turret.server.adapters.merge.merger import Merger
     from turret.server.adapters.registry.registry import AdapterRegistry
     from turret.server.engine.engine import Engine
@@ -21,6 +22,7 @@ class Backend:
     Attributes:
         engine: Runs requests.
         registry: Holds the adapters.
+        fuser: Makes new adapters of those there are.
         merger: Merges adapters into the base.
         tokenizer: Of the base model.
         model_info: What clients may know of the base model.
@@ -29,7 +31,13 @@ class Backend:
 
     engine: Engine
     registry: AdapterRegistry
+    fuser: Fuser
     merger: Merger
     tokenizer: Tokenizer
     model_info: ModelInfo
     methods: tuple[str, ...]
+
+    def close(self) -> None:
+        """Stop fusing and reading; who waits for either is told. Blocks; drain the engine first."""
+        self.fuser.close()
+        self.registry.close()

@@ -86,7 +86,7 @@ class Engine:
             metrics=metrics,
             send=self._send,
         )
-        adapters.on_force_unload = lambda uuid: loop.post(lambda: loop.force_unload(uuid))
+        adapters.on_force_unload.append(lambda uuid: loop.post(lambda: loop.force_unload(uuid)))
         adapters.on_unloaded = lambda key: loop.post(lambda: loop.forget_adapter(key))
         self._draining = False
         self._thread: threading.Thread | None = None

@@ -27,7 +27,7 @@ class Runs(Protocol):
 class Adapters(Protocol):
     """What the engine needs of the adapter registry."""
 
-    on_force_unload: Callable[[str], None] | None
+    on_force_unload: list[Callable[[str], None]]
     on_unloaded: Callable[[str], None] | None
 
     def acquire(self, refs: SequenceOf[AdapterRef]) -> Any: ...

@@ -14,7 +14,15 @@ from typing import Any
 
 import pytest
 from checkout import ROOT
-from servers.fakes import FakeEngine, FakeMerger, FakeRegistry, endless, fake_backend, finish
+from servers.fakes import (
+    FakeEngine,
+    FakeFuser,
+    FakeMerger,
+    FakeRegistry,
+    endless,
+    fake_backend,
+    finish,
+)
 
 from turret.server import errors, log
 from turret.server.api.adapters import Adapters
@@ -45,7 +53,7 @@ class House:
 
     def __post_init__(self) -> None:
         self.inference, self.adapters = Inference(self.gate), Adapters(self.gate)
-        self.gate.open(fake_backend(self.engine, self.registry, self.merger))
+        self.gate.open(fake_backend(self.engine, self.registry, self.merger, FakeFuser()))
 
     def begin(self, *sent_ids: str | bytes, is_counted: bool = True) -> Call:
         return Call.begin("POST /v1/x", sent_ids, self.metrics, is_counted=is_counted)

@@ -34,9 +34,9 @@ def fusions(tmp_path: Path) -> Fusions:
 
 @pytest.fixture
 async def server(fusions: Fusions) -> AsyncIterator[Harness]:
-    async with harness(registry=fusions.registry) as running:
+    async with harness(registry=fusions.registry, fuser=fusions.fuser) as running:
         yield running
-    fusions.registry.close()
+    fusions.close()
 
 
 def fuse(name: str = "both", members: str = "ab", **fields: Any) -> pb.FuseAdaptersRequest:
@@ -125,7 +125,7 @@ async def test_a_caller_that_goes_away_ends_it(
         assert (await failure_of(call)).code is Code.DEADLINE_EXCEEDED
     assert await asyncio.to_thread(cancelled.wait, WAIT_SECONDS)
     turnstile.opened.set()
-    await asyncio.to_thread(registries.until, lambda: fusions.registry.fuser._job is None)
+    await asyncio.to_thread(registries.until, lambda: not fusions.fuser.is_busy)
     assert turnstile.passed == 3
     assert [record.name for record in fusions.registry.list()] == ["a", "b"]
     assert list((fusions.state / "files").iterdir()) == []

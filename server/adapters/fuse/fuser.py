@@ -15,7 +15,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 
@@ -34,10 +33,7 @@ from turret.server.adapters.fuse.member import (
 from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser, Part
 from turret.server.adapters.fuse.result import FuseResult, ModuleReport
 from turret.server.adapters.mix import Mix, MixRef
-from turret.server.adapters.residency.loader import AdapterLoader
-from turret.server.adapters.state.no_state_dir import NoStateDir
-from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
-from turret.server.adapters.state.state_dir import StateDir
+from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.background import work_in_background
 from turret.server.cancellation import Cancellation
 from turret.server.errors import (
@@ -55,16 +51,6 @@ _log = logging.getLogger(__name__)
 REPORT_SECONDS = 5.0
 
 
-class Registry(Protocol):
-    """What a fusion needs of ``AdapterRegistry``."""
-
-    def get(self, name: str) -> AdapterInfo: ...
-    def acquire(self, refs: Sequence[MixRef]) -> Mix: ...
-    def release(self, mix: Mix) -> None: ...
-    def stage(self, files: Sequence[UploadedFile]) -> StagedUpload: ...
-    def upload(self, name: str, staged: StagedUpload) -> AdapterInfo: ...
-
-
 @dataclass(eq=False, slots=True)
 class _Job:
     """The fusion under way, and the members it holds, once it does."""
@@ -77,25 +63,19 @@ class Fuser:
     """Thread-safe.
 
     Args:
-        registry: Where members come from and results go.
-        loader: Reads the members; knows the base.
-        state: Where the files of results go.
+        registry: Where members come from and results go. Tells when a member has to be given up.
         host_bytes: Most bytes that the members may take in fp32 while they are fused.
         max_rank: Largest rank of a result.
     """
 
     def __init__(
         self,
-        registry: Registry,
-        loader: AdapterLoader,
-        state: StateDir | NoStateDir,
+        registry: AdapterRegistry,
         *,
         host_bytes: int,
         max_rank: int,
     ) -> None:
         self._registry = registry
-        self._loader = loader
-        self._state = state
         self._host_bytes = host_bytes
         self._max_rank = max_rank
         self._lock = threading.Lock()
@@ -103,6 +83,12 @@ class Fuser:
         self._thread = ThreadPoolExecutor(
             1, thread_name_prefix="adapter-fuse", initializer=work_in_background
         )
+        registry.on_force_unload.append(self._abort)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a fusion is under way."""
+        return self._job is not None
 
     def start(
         self,
@@ -144,7 +130,7 @@ class Fuser:
         future.add_done_callback(lambda _: self._end(job))
         return future
 
-    def abort(self, uuid: str) -> None:
+    def _abort(self, uuid: str) -> None:
         """Ends the fusion under way if it holds this registration."""
         with self._lock:
             mix = None if self._job is None else self._job.mix
@@ -176,10 +162,10 @@ class Fuser:
         try:
             if name in {ref.name for ref in refs}:
                 raise InvalidRequestError.of("name", f"{name!r} is a member of the mix")
-            self._state.check_room(0)
+            self._registry.check_room(0)
             with self._lock:
                 mix = job.mix = self._registry.acquire(refs)
-            base = replace(self._loader.base, dtype=torch.float32)
+            base = replace(self._registry.base, dtype=torch.float32)
             try:
                 members = self._read(mix, base, combination, job.cancellation)
                 modules = self._fuse(name, members, base, combination, job.cancellation)
@@ -195,7 +181,7 @@ class Fuser:
         self, mix: Mix, base: BaseModel, combination: Combination, cancellation: Cancellation
     ) -> list[Member]:
         check_prompts([adapter for adapter, _ in mix.components])
-        served = self._loader.base.dtype.itemsize
+        served = self._registry.base.dtype.itemsize
         needed = sum(a.host_bytes_needed * 4 // served for a, _ in mix.components)
         if needed > self._host_bytes:
             raise BudgetExceededError(
@@ -206,7 +192,7 @@ class Fuser:
         members = []
         for adapter, weight in mix.components:
             cancellation.check()
-            lowered = self._loader.reread(adapter.source, adapter.digest, base)
+            lowered = self._registry.reread(adapter, base)
             members.append(Member(adapter, weight, lowered))
         check_operators(members, combination)
         return members
@@ -240,7 +226,7 @@ class Fuser:
             module = fused[path] = fuser.fuse(parts, base.modules[path])
             num_bytes += module.a.nbytes + module.b.nbytes
             # Rather than when everything is computed.
-            self._state.check_room(num_bytes)
+            self._registry.check_room(num_bytes)
             progress.report(len(fused))
         return fused
 

@@ -19,7 +19,7 @@ from turret.server import log
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.base import BaseChange, BaseModel
-from turret.server.adapters.fuse.fuser import Fuser
+from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.mix import Mix, MixRef
 from turret.server.adapters.registry.export import AdapterExport
 from turret.server.adapters.registry.installer import Installer
@@ -57,14 +57,13 @@ class AdapterRegistry:
         max_rank: Largest rank served.
         metrics: Receives counts; see ``AdapterMetrics``.
         state: Where registrations survive a restart and uploads live. None: neither.
-        on_force_unload: Called with the uuid of an adapter whose running requests must end now;
-            they still have to release their mixes. May be set later.
         on_unloaded: Called with the key of a generation that is gone (unloaded, or replaced and no
             longer in use), so that copies of its operators can go too. May be set later.
         load_threads: Background reads at a time.
 
     Attributes:
-        fuser: Makes new adapters of those there are.
+        on_force_unload: Listeners, called with the uuid of an adapter whose users must end now;
+            they still have to release their mixes. Whoever acquires mixes adds one.
     """
 
     def __init__(
@@ -76,7 +75,6 @@ class AdapterRegistry:
         metrics: AdapterMetrics | None = None,
         *,
         state: StateDir | None = None,
-        on_force_unload: Callable[[str], None] | None = None,
         on_unloaded: Callable[[str], None] | None = None,
         load_threads: int = 2,
     ) -> None:
@@ -100,8 +98,7 @@ class AdapterRegistry:
         self._unloads = Unloads(
             lock, table, names, kept, end_users=self._end_users, on_gone=self._notify_gone
         )
-        self.fuser = Fuser(self, loader, kept, host_bytes=host_bytes, max_rank=max_rank)
-        self.on_force_unload = on_force_unload
+        self.on_force_unload: list[Callable[[str], None]] = []
         self.on_unloaded = on_unloaded
         # Removes files; whoever lets go of a generation last may be the engine thread.
         self._janitor = ThreadPoolExecutor(1, thread_name_prefix="adapter-files")
@@ -198,6 +195,10 @@ class AdapterRegistry:
         """
         return self._state.stage(files)
 
+    def check_room(self, num_bytes: int) -> None:
+        """Raises what ``stage`` raises for files of this size."""
+        self._state.check_room(num_bytes)
+
     def upload(
         self, name: str, staged: StagedUpload, pinned: bool = False, replace: bool = False
     ) -> AdapterInfo:
@@ -270,6 +271,15 @@ class AdapterRegistry:
                 if is_current and self._table.get(name) is registration:
                     raise
 
+    def reread(self, adapter: Adapter, base: BaseModel) -> Lowered:
+        """Lowers a generation from its files, for a base of another dtype than the one served.
+
+        Raises:
+            AdapterChangedError: The files have changed since.
+            AdapterCheckpointError: They are gone.
+        """
+        return self._loader.reread(adapter.source, adapter.digest, base)
+
     # Pins
 
     def pin(self, name: str) -> AdapterInfo:
@@ -318,9 +328,8 @@ class AdapterRegistry:
         self._unloads.unload(name, mode, timeout_seconds)
 
     def _end_users(self, uuid: str) -> None:
-        self.fuser.abort(uuid)
-        if self.on_force_unload is not None:
-            self.on_force_unload(uuid)
+        for end in self.on_force_unload:
+            end(uuid)
 
     def _on_retired_gone(self, adapter: Adapter) -> None:
         self._notify_gone(adapter)
@@ -353,8 +362,7 @@ class AdapterRegistry:
         self._table.release(mix)
 
     def close(self) -> None:
-        """Stops background reads and fusing; who waits for one is told UnavailableError."""
-        self.fuser.close()
+        """Stops background reads; who waits for one is told UnavailableError."""
         self._cache.shutdown()
         self._janitor.shutdown(wait=True)
         self._state.close()

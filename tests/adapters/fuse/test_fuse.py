@@ -19,6 +19,7 @@ from builders.methods import make_config, save_adapter
 from turret.server.adapters.fuse import module_fuser as fused_module
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.factors import Factors, energy_rank, ratio, side_by_side
+from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
@@ -50,7 +51,7 @@ def fusions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
     save_fusion(tiny_llama(), made.root, "gated", ("lora", "narrow"), ["q_proj"])
     made.registry.load("gated", "gated")
     yield made
-    made.registry.close()
+    made.close()
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -125,7 +126,8 @@ def test_biases_add_up(tmp_path: Path) -> None:
         registry.load(name, name)
     mix = {"a": 0.5, "b": -1.5}
     refs = [AdapterRef(name=name, weight=weight) for name, weight in mix.items()]
-    fused = registry.fuser.start("c", refs, Combination(), Cancellation()).result(60)
+    fuser = Fuser(registry, host_bytes=1 << 28, max_rank=64)
+    fused = fuser.start("c", refs, Combination(), Cancellation()).result(60)
     assert fused.record.facts.target_modules == ("k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
     held = registry.acquire([*refs, AdapterRef(name="c")])
     a, b, c = (adapter.operators for adapter, _ in held.components)
@@ -139,6 +141,7 @@ def test_biases_add_up(tmp_path: Path) -> None:
     )
     directory = tmp_path / "state" / "files" / f"{fused.record.uuid}.1"
     torch.testing.assert_close(logits(load_with_peft(base, directory)), expected, atol=1e-4, rtol=0)
+    fuser.close()
     registry.close()
 
 
@@ -250,13 +253,13 @@ def test_ranks_over_the_limit_are_refused_before_the_work(tmp_path: Path) -> Non
         assert raised.value.violations[0][0] == field
         assert raised.value.metadata["max_rank"] == "8"
     assert list((tmp_path / "state" / "files").iterdir()) == []
-    fusions.registry.close()
+    fusions.close()
 
 
 def test_members_must_fit_the_budget_in_fp32(tmp_path: Path) -> None:
     fusions = Fusions(tmp_path)
     size = fusions.registry.get(fusions.add("a")).bytes_host
-    fusions.registry.close()
+    fusions.close()
     tight = AdapterRegistry(
         fusions.root,
         base_of(tiny_llama(), dtype=torch.bfloat16),
@@ -267,13 +270,12 @@ def test_members_must_fit_the_budget_in_fp32(tmp_path: Path) -> None:
     for name in "ab":
         tight.load(name, "a")
     refs = [AdapterRef(name=name) for name in "ab"]
+    fuser = Fuser(tight, host_bytes=size, max_rank=64)
     # One of them is just as large in fp32 as the budget; in bf16 both fit.
-    assert (
-        tight.fuser.start("c", refs[:1], Combination(), Cancellation()).result(60).record.name
-        == "c"
-    )
+    assert fuser.start("c", refs[:1], Combination(), Cancellation()).result(60).record.name == "c"
     with pytest.raises(BudgetExceededError, match="in fp32"):
-        tight.fuser.start("d", refs, Combination(), Cancellation()).result(60)
+        fuser.start("d", refs, Combination(), Cancellation()).result(60)
+    fuser.close()
     tight.close()
 
 
@@ -281,8 +283,10 @@ def test_fusing_needs_a_state_directory(tmp_path: Path) -> None:
     save_adapter(tiny_llama(), make_config("lora"), tmp_path / "a")
     registry = AdapterRegistry(tmp_path, base_of(tiny_llama()), 1 << 28, 64)
     registry.load("a", "a")
+    fuser = Fuser(registry, host_bytes=1 << 28, max_rank=64)
     with pytest.raises(StateDirRequiredError, match="--state-dir"):
-        registry.fuser.start("b", [AdapterRef(name="a")], Combination(), Cancellation()).result(60)
+        fuser.start("b", [AdapterRef(name="a")], Combination(), Cancellation()).result(60)
+    fuser.close()
     registry.close()
 
 
@@ -292,7 +296,7 @@ def test_files_that_changed_are_not_fused(tmp_path: Path) -> None:
     save_adapter(tiny_llama(), make_config("lora"), fusions.root / "a", seed=2)
     with pytest.raises(AdapterChangedError):
         fusions.fuse({"a": 1.0})
-    fusions.registry.close()
+    fusions.close()
 
 
 def test_what_has_no_weight_update_is_found_by_exclusion() -> None:

@@ -38,7 +38,7 @@ def fusions(tmp_path: Path) -> Iterator[Fusions]:
     for seed, name in enumerate(MIX):
         made.add(name, seed=seed)
     yield made
-    made.registry.close()
+    made.close()
 
 
 def check_nothing_is_left(fusions: Fusions) -> None:
@@ -140,7 +140,7 @@ def test_closing_ends_it(fusions: Fusions, monkeypatch: pytest.MonkeyPatch) -> N
     running = fusions.start(MIX)
     turnstile.wait()
     asked = cancellations(monkeypatch)
-    thread, _ = in_thread(fusions.registry.close)
+    thread, _ = in_thread(fusions.close)
     assert asked.wait(WAIT_SECONDS)
     turnstile.opened.set()
     with pytest.raises(UnavailableError, match="shutting down"):
@@ -164,7 +164,7 @@ def test_a_retry_finds_the_result_and_other_content_is_refused(fusions: Fusions)
 def test_the_result_survives_a_restart_and_goes_with_its_name(fusions: Fusions) -> None:
     result = fusions.fuse(MIX, name="both")
     exact = fusions.exact(MIX)
-    fusions.registry.close()
+    fusions.close()
     registry = AdapterRegistry(
         fusions.root, base_of(model()), 1 << 28, 64, state=StateDir(fusions.state, 1 << 24)
     )
@@ -205,4 +205,4 @@ def test_a_result_too_large_ends_the_work_at_once(
         fusions.fuse({"a": 1.0})
     # Of rank 4 and fp32, the first two modules have 2048 and 1536 bytes, the third 1536.
     assert turnstile.passed == 3
-    fusions.registry.close()
+    fusions.close()

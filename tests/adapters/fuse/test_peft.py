@@ -31,7 +31,7 @@ def fusions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
     made.add("b", seed=2, lora_alpha=2)
     made.add("c", seed=3, lora_alpha=4, target_modules=["q_proj", "v_proj", "down_proj"])
     yield made
-    made.registry.close()
+    made.close()
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_peft_scales_a_mix_of_rslora_wrongly(tmp_path: Path) -> None:
     assert difference(peft, exact) > FAR
     assert difference({n: d / 12**0.5 for n, d in peft.items()}, exact) < CLOSE
     assert difference(fusions.deltas(fusions.fuse(mix, how="cat")), exact) < CLOSE
-    fusions.registry.close()
+    fusions.close()
 
 
 def test_peft_loses_the_magnitudes_of_dora(tmp_path: Path) -> None:
@@ -120,7 +120,7 @@ def test_peft_loses_the_magnitudes_of_dora(tmp_path: Path) -> None:
     found = fusions.deltas(result)
     assert difference(_only_v(found), _only_v(exact)) < CLOSE
     assert difference(found, truncated(exact, 32)) < 1e-4
-    fusions.registry.close()
+    fusions.close()
 
 
 def _only_v(deltas: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -148,7 +148,7 @@ def test_peft_drops_the_biases_of_lora(tmp_path: Path) -> None:
     expected = 0.5 * scaling["a"] * bias["a"] - 2.0 * scaling["b"] * bias["b"]  # type: ignore[index]
     assert (scaling["fused"] * bias["fused"] - expected).norm() < CLOSE * expected.norm()  # type: ignore[index]
     assert (bias["peft"] == 0.0).all()
-    fusions.registry.close()
+    fusions.close()
 
 
 def test_ranks_may_differ_where_members_do_not_meet(tmp_path: Path) -> None:
@@ -163,4 +163,4 @@ def test_ranks_may_differ_where_members_do_not_meet(tmp_path: Path) -> None:
     assert result.relative_error < CLOSE
     assert {module.rank for module in result.modules} == {2, 6}
     assert difference(fusions.deltas(result), fusions.exact(mix)) < CLOSE
-    fusions.registry.close()
+    fusions.close()

@@ -16,6 +16,7 @@ from builders.methods import make_config, save_adapter
 from builders.registries import Waiter, in_thread, refs, stage_directory, tiny_base
 
 from turret.server.adapters.fuse.combination import Combination
+from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.api.faults import row_of
@@ -336,6 +337,8 @@ def test_a_component_on_its_way_out_is_not_there(open_registry: Any) -> None:
 def test_a_learned_fusion_cannot_be_fused_into_a_lora(open_registry: Any, tmp_path: Path) -> None:
     registry = open_registry("abf", state=StateDir(tmp_path / "state", 1 << 24))
     combination = Combination(name="svd", rank=4)
-    future = registry.fuser.start("g", refs("af"), combination, Cancellation())
+    fuser = Fuser(registry, host_bytes=1 << 28, max_rank=64)
+    future = fuser.start("g", refs("af"), combination, Cancellation())
     error = refusal(lambda: future.result(60), InvalidRequestError, "INVALID_ARGUMENT")
     assert "'f' (learned_fusion) has a gate, no weight update" in error.message
+    fuser.close()

@@ -223,7 +223,7 @@ def test_drain_that_times_out_serves_on(make: Registries) -> None:
 def test_force_ends_running_requests(make: Registries) -> None:
     registry = make(load="ab")
     mixes = {registry.get(name).uuid: registry.acquire(refs(name)) for name in "ab"}
-    registry.on_force_unload = lambda uuid: registry.release(mixes[uuid])
+    registry.on_force_unload.append(lambda uuid: registry.release(mixes[uuid]))
     registry.unload("a", "FORCE", WAIT_SECONDS)
     assert [(r.name, r.in_flight) for r in registry.list()] == [("b", 1)]
 
@@ -239,7 +239,7 @@ def test_force_also_ends_a_request_that_the_engine_had_not_seen(make: Registries
         if len(told) == 2:
             registry.release(mix)
 
-    registry.on_force_unload = end
+    registry.on_force_unload.append(end)
     registry.unload("a", mode="FORCE", timeout_seconds=10)
     assert len(told) == 2
 
@@ -249,7 +249,7 @@ def test_force_overtakes_a_drain(make: Registries) -> None:
     mix = registry.acquire(refs("a"))
     thread, results = in_thread(lambda: registry.unload("a", "DRAIN", None))
     until(lambda: registry.get("a").state == "DELETING")
-    registry.on_force_unload = lambda uuid: registry.release(mix)
+    registry.on_force_unload.append(lambda uuid: registry.release(mix))
     registry.unload("a", "FORCE", WAIT_SECONDS)
     thread.join(WAIT_SECONDS)
     assert results == [None]

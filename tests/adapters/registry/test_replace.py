@@ -224,7 +224,7 @@ def test_force_ends_the_requests_of_every_generation(make: Registries) -> None:
             assert mix.key[0][0] == uuid
             registry.release(mix)
 
-    registry.on_force_unload = end
+    registry.on_force_unload.append(end)
     registry.unload("a", "FORCE", WAIT_SECONDS)
     assert registry.host_bytes_used == 0
 

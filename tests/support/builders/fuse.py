@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
 from turret.server.adapters.fuse.combination import Combination
+from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser
 from turret.server.adapters.fuse.result import FuseResult
 from turret.server.adapters.ref import AdapterRef
@@ -54,6 +55,12 @@ class Fusions:
             state=StateDir(self.state, max_upload_bytes),
         )
 
+        self.fuser = Fuser(self.registry, host_bytes=1 << 28, max_rank=max_rank)
+
+    def close(self) -> None:
+        self.fuser.close()
+        self.registry.close()
+
     def add(self, name: str, method: str = "lora", seed: int = 1, **changes: Any) -> str:
         """Makes an adapter with PEFT and registers it; returns its name."""
         save_adapter(model(), make_config(method, **changes), self.root / name, seed=seed)
@@ -70,7 +77,7 @@ class Fusions:
         **settings: Any,
     ) -> Future[FuseResult]:
         """Starts a fusion under a new name; ``settings`` are those of ``Combination``."""
-        return self.registry.fuser.start(
+        return self.fuser.start(
             name or f"fused-{next(self._numbers)}",
             [AdapterRef(name=member, weight=weight) for member, weight in mix.items()],
             Combination(name=how, **settings),

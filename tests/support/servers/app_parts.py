@@ -6,7 +6,7 @@ import asyncio
 import threading
 from typing import Any
 
-from servers.fakes import FakeEngine, FakeMerger, FakeRegistry, fake_backend
+from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.server.api.backend import Backend
 from turret.server.app import App
@@ -35,7 +35,7 @@ class Parts:
         self.may_finish.wait(20)
         if self.error is not None:
             raise self.error
-        return fake_backend(self.engine, self.registry, FakeMerger())
+        return fake_backend(self.engine, self.registry, FakeMerger(), FakeFuser())
 
 
 def make_app(parts: Parts, **sections: Any) -> App:

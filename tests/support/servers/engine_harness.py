@@ -125,7 +125,7 @@ class EngineHarness:
             yield cls(backend, metrics)
         finally:
             await backend.engine.drain(0.0)
-            backend.registry.close()
+            backend.close()
         assert not backend.engine.is_dead, "the engine failed"
 
     async def run(

@@ -266,12 +266,20 @@ class FakeMerger:
         return self.state
 
 
-def fake_backend(engine: Any, registry: Any, merger: Any) -> Backend:
+class FakeFuser:
+    """Fuses nothing."""
+
+    def close(self) -> None:
+        pass
+
+
+def fake_backend(engine: Any, registry: Any, merger: Any, fuser: Any) -> Backend:
     """A backend of stand-ins; this is where they pass for the real parts."""
     tokenizer: Any = FakeTokenizer()
     return Backend(
         engine=engine,
         registry=registry,
+        fuser=fuser,
         merger=merger,
         tokenizer=tokenizer,
         model_info=MODEL_INFO,

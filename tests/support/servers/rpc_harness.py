@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2
-from servers.fakes import FakeEngine, FakeMerger, FakeRegistry, fake_backend
+from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.server.api.adapters import Adapters
 from turret.server.api.backend import Backend
@@ -58,6 +58,7 @@ async def harness(
     serving: bool = True,
     registry: Any = None,
     merger: FakeMerger | None = None,
+    fuser: Any = None,
 ) -> AsyncIterator[Harness]:
     """A server on a free port, serving fakes, or a registry that the caller brings and closes."""
     gate, metrics = Gate(), Metrics()
@@ -65,6 +66,7 @@ async def harness(
     engine = FakeEngine()
     registry = FakeRegistry() if registry is None else registry
     merger = FakeMerger() if merger is None else merger
+    fuser = FakeFuser() if fuser is None else fuser
     rpc = RpcServer(
         listen or ListenConfig(address="127.0.0.1:0"),
         security or SecurityConfig(),
@@ -74,7 +76,7 @@ async def harness(
         tokens=tokens,
     )
     await rpc.start()
-    backend = fake_backend(engine, registry, merger)
+    backend = fake_backend(engine, registry, merger, fuser)
     if serving:
         gate.open(backend)
         rpc.health.set_serving(True)
