@@ -67,7 +67,8 @@ class Mix:
         Returns:
             True if they are there now and stay until release; the callback is not called. False
             if they are being read or wait for room: the callback is called once, from whichever
-            thread finishes the work, so it must only hand the result over; never after release.
+            thread finishes the work and perhaps under the registry's lock, so it must only hand the
+            result over; never after release.
 
         Raises:
             BudgetExceededError: They can never be resident together.

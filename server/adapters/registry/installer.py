@@ -12,7 +12,7 @@ from turret.server.adapters.component import component_refs
 from turret.server.adapters.registry.name_table import NameTable
 from turret.server.adapters.registry.pins import Pins
 from turret.server.adapters.registry.registration import Registration
-from turret.server.adapters.residency.host_cache import HostCache
+from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.residency.loader import AdapterLoader, LoadedAdapter
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.no_state_dir import NoStateDir
@@ -31,13 +31,13 @@ class Installer:
         loader: AdapterLoader,
         table: NameTable,
         *,
-        cache: HostCache,
+        leases: Leases,
         state: StateDir | NoStateDir,
         pins: Pins,
     ) -> None:
         self._loader = loader
         self._table = table
-        self._cache = cache
+        self._leases = leases
         self._state = state
         self._pins = pins
 
@@ -109,7 +109,6 @@ class Installer:
             adapter = Adapter(name, old.uuid, old.generation + 1, source, loaded.facts)
             self._admit(adapter, loaded, staged, pinned or old.pinned, replaced=registration)
             self._table.swap(registration, adapter)
-        self._cache.pump()
         return registration
 
     def _confirm(self, registration: Registration, source: Source, pinned: bool) -> None:
@@ -133,7 +132,7 @@ class Installer:
     ) -> None:
         """Memory first, because it may refuse; then the disk. The name is the caller's."""
         try:
-            self._cache.insert(adapter, loaded)
+            self._leases.insert(adapter, loaded)
             if pinned:
                 self._pins.hold(adapter)
             if staged is not None:
@@ -146,8 +145,7 @@ class Installer:
             raise
 
     def _withdraw(self, adapter: Adapter, replaced: Registration | None) -> None:
-        self._cache.forget(adapter, "error")
-        self._cache.pump()
+        self._leases.forget(adapter, "error")
         try:
             if replaced is None:
                 self._state.remove(adapter.name)

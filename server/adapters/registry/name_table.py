@@ -13,7 +13,7 @@ from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.component import COMPONENTS_KEY, ComponentRef
 from turret.server.adapters.mix import BASE_MIX, Mix, MixRef
 from turret.server.adapters.registry.registration import Registration
-from turret.server.adapters.residency.host_cache import HostCache
+from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.residency.metrics import AdapterMetrics
 from turret.server.adapters.source import Source
 from turret.server.errors import (
@@ -38,8 +38,8 @@ class NameTable:
     """Names, generations and the mixes that hold them.
 
     Args:
-        lock: Shared with ``cache``; re-entrant.
-        cache: What is in memory.
+        lock: Shared with ``leases``; re-entrant.
+        leases: Who may use what is in memory.
         metrics: Learns which names there are.
         on_gone: Called, without the lock, with a generation that no request will use any more.
     """
@@ -47,12 +47,12 @@ class NameTable:
     def __init__(
         self,
         lock: threading.RLock,
-        cache: HostCache,
+        leases: Leases,
         metrics: AdapterMetrics,
         on_gone: Callable[[Adapter], None],
     ) -> None:
         self._changed = threading.Condition(lock)
-        self._cache = cache
+        self._leases = leases
         self._metrics = metrics
         self._on_gone = on_gone
         self._by_name: dict[str, Registration] = {}
@@ -108,10 +108,10 @@ class NameTable:
         with self._changed:
             before, registration.current = registration.current, adapter
             before.is_retired = True
-            self._cache.set_pinned(before, False)
             registration.retired += (before,)
             self._metrics.adapter_residency(registration.name, adapter.residency)
             gone = self._forget_retired(registration)
+            self._leases.set_pinned(before, False)
         self._part_with(gone)
 
     def remove(self, registration: Registration) -> None:
@@ -119,9 +119,8 @@ class NameTable:
         with self._changed:
             assert registration.in_flight == 0
             del self._by_name[registration.name]
-            self._cache.forget(registration.current, "unload")
+            self._leases.forget(registration.current, "unload")
             self._metrics.adapter_removed(registration.name)
-        self._cache.pump()
 
     # Components: what a fusion is built from stays registered for as long as the fusion is.
 
@@ -226,9 +225,9 @@ class NameTable:
         with self._changed:
             for adapter, _ in components:
                 adapter.in_flight += 1
-            mix = Mix(tuple(components), self._cache.ensure_host)
+            mix = Mix(tuple(components), self._leases.ensure_host)
             self._mixes.add(mix)
-            self._cache.open(mix)
+            self._leases.open_lease(mix)
             return mix
 
     def release(self, mix: Mix) -> None:
@@ -238,7 +237,7 @@ class NameTable:
                 return
             self._mixes.remove(mix)
         # First the hold, then the count: who sees 0 in flight may forget the adapter.
-        self._cache.close_lease(mix)
+        self._leases.close_lease(mix)
         gone: list[Adapter] = []
         with self._changed:
             for adapter, _ in mix.components:
@@ -251,13 +250,11 @@ class NameTable:
     def _forget_retired(self, registration: Registration) -> list[Adapter]:
         gone = [adapter for adapter in registration.retired if adapter.in_flight == 0]
         for adapter in gone:
-            self._cache.forget(adapter, "replace")
+            self._leases.forget(adapter, "replace")
         registration.retired = tuple(a for a in registration.retired if a.in_flight)
         return gone
 
     def _part_with(self, gone: Sequence[Adapter]) -> None:
-        if gone:
-            self._cache.pump()
         for adapter in gone:
             self._on_gone(adapter)
 

@@ -8,7 +8,7 @@ from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.mix import HostResult, Mix
 from turret.server.adapters.registry.name_table import NameTable
 from turret.server.adapters.registry.registration import Registration
-from turret.server.adapters.residency.host_cache import HostCache
+from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.errors import BudgetExceededError
@@ -20,9 +20,9 @@ RETRY_SECONDS = 1.0
 class Pins:
     """Call every method under the name's lock, so that the newest generation stays the newest."""
 
-    def __init__(self, table: NameTable, cache: HostCache, state: StateDir | NoStateDir) -> None:
+    def __init__(self, table: NameTable, leases: Leases, state: StateDir | NoStateDir) -> None:
         self._table = table
-        self._cache = cache
+        self._leases = leases
         self._state = state
 
     def pin(self, registration: Registration) -> None:
@@ -33,7 +33,7 @@ class Pins:
         try:
             self._table.check_active(registration)
             self._state.save(adapter, pinned=True)
-            self._cache.set_pinned(adapter, True)
+            self._leases.set_pinned(adapter, True)
         finally:
             self._table.release(mix)
 
@@ -44,7 +44,7 @@ class Pins:
             BudgetExceededError: No room for it.
         """
         mix = self._wait_until_resident(adapter)
-        self._cache.set_pinned(adapter, True)
+        self._leases.set_pinned(adapter, True)
         self._table.release(mix)
 
     def unpin(self, registration: Registration) -> None:
@@ -52,8 +52,7 @@ class Pins:
         adapter = registration.current
         if adapter.pinned:
             self._state.save(adapter, pinned=False)
-            self._cache.set_pinned(adapter, False)
-            self._cache.pump()
+            self._leases.set_pinned(adapter, False)
 
     def _wait_until_resident(self, adapter: Adapter) -> Mix:
         """A mix that holds the adapter in memory; release it."""

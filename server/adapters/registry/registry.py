@@ -28,7 +28,7 @@ from turret.server.adapters.registry.name_table import NameTable
 from turret.server.adapters.registry.pins import Pins
 from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.registry.unloads import UnloadMode, Unloads
-from turret.server.adapters.residency.host_cache import HostCache
+from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.adapters.residency.metrics import AdapterMetrics, NoAdapterMetrics
 from turret.server.adapters.source import Source
@@ -84,16 +84,16 @@ class AdapterRegistry:
         )
         self._lock = lock = threading.RLock()
         self._metrics: AdapterMetrics = metrics or NoAdapterMetrics()
-        self._cache = cache = HostCache(
+        self._leases = leases = Leases(
             host_bytes,
             self._loader.reload,
             lock=lock,
             metrics=self._metrics,
             load_threads=load_threads,
         )
-        self._table = table = NameTable(lock, cache, self._metrics, self._on_retired_gone)
-        self._pins = pins = Pins(table, cache, kept)
-        self._installer = Installer(loader, table, cache=cache, state=kept, pins=pins)
+        self._table = table = NameTable(lock, leases, self._metrics, self._on_retired_gone)
+        self._pins = pins = Pins(table, leases, kept)
+        self._installer = Installer(loader, table, leases=leases, state=kept, pins=pins)
         self._names = names = NameLocks()
         self._unloads = Unloads(
             lock, table, names, kept, end_users=self._end_users, on_gone=self._notify_gone
@@ -106,7 +106,7 @@ class AdapterRegistry:
     @property
     def host_bytes_used(self) -> int:
         """Bytes of operators in host memory, those being read included."""
-        return self._cache.used_bytes
+        return self._leases.used_bytes
 
     @property
     def base(self) -> BaseModel:
@@ -120,8 +120,7 @@ class AdapterRegistry:
         those that nobody holds when they are next asked for.
         """
         self._loader.base = base
-        stale = self._cache.move_base(base.generation)
-        self._cache.pump()
+        stale = self._leases.change_base(base.generation)
         return BaseChange(base.generation, stale)
 
     def restore(self) -> int:
@@ -363,6 +362,6 @@ class AdapterRegistry:
 
     def close(self) -> None:
         """Stops background reads; who waits for one is told UnavailableError."""
-        self._cache.shutdown()
+        self._leases.shutdown()
         self._janitor.shutdown(wait=True)
         self._state.close()

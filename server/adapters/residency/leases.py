@@ -1,15 +1,40 @@
-"""A mix's claim on host memory, and the reads it waits for; both belong to ``HostCache``."""
+"""Who may use adapters in host memory: leases, the line for them, and the reads they wait for.
+
+A mix is granted all its adapters at once or waits holding none, so two mixes can never each hold
+what the other needs. Grants are first come, first served; a mix that finds everything resident may
+overtake, but only until the first in line has waited ``PATIENCE_SECONDS``: popular adapters cannot
+keep a cold one out for ever.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 from turret.server.adapters.adapter import Adapter
-from turret.server.adapters.mix import Mix, OnHost
+from turret.server.adapters.mix import HostResult, Mix, OnHost
+from turret.server.adapters.residency.host_memory import HostMemory
+from turret.server.adapters.residency.loader import LoadedAdapter
+from turret.server.adapters.residency.metrics import AdapterMetrics
+from turret.server.adapters.source import Source
+from turret.server.errors import BudgetExceededError, TurretError, UnavailableError
+
+PATIENCE_SECONDS = 1.0
+_log = logging.getLogger(__name__)
+
+Reload = Callable[[Source, str], LoadedAdapter]
+# Calls of ``OnHost`` that a change has made due.
+_Answers = list[Callable[[], None]]
 
 
 @dataclass(eq=False, slots=True)
-class Lease:
+class _Lease:
     """A mix's claim on its adapters."""
 
     mix: Mix
@@ -26,9 +51,314 @@ class Lease:
 
 
 @dataclass(eq=False, slots=True)
-class Load:
+class _Load:
     """A read under way. ``is_abandoned``: nobody will use the adapter any more."""
 
     adapter: Adapter
-    leases: list[Lease] = field(default_factory=list)
+    leases: list[_Lease] = field(default_factory=list)
     is_abandoned: bool = False
+
+
+class Leases:
+    """Thread-safe. Owns ``Adapter.holds``.
+
+    Whatever changes what is held or in memory serves, before it returns, the mixes that wait; their
+    callbacks may run under a lock that the caller holds.
+
+    Args:
+        host_bytes: The budget; resident and arriving adapters never exceed it.
+        reload: ``(source, digest) → adapter``; runs on threads of this object, without the lock.
+        lock: The registry's lock, re-entrant; every method takes it.
+        metrics: Receives residency, bytes, loads and evictions.
+        load_threads: Reads at a time.
+    """
+
+    def __init__(
+        self,
+        host_bytes: int,
+        reload: Reload,
+        *,
+        lock: threading.RLock,
+        metrics: AdapterMetrics,
+        load_threads: int = 2,
+    ) -> None:
+        self._memory = HostMemory(host_bytes, metrics)
+        self._reload = reload
+        self._lock = lock
+        self._metrics = metrics
+        self._loads: dict[str, _Load] = {}
+        self._leases: dict[Mix, _Lease] = {}
+        self._line: deque[_Lease] = deque()
+        self._executor = ThreadPoolExecutor(load_threads, thread_name_prefix="adapter-load")
+        self._is_closed = False
+
+    @property
+    def used_bytes(self) -> int:
+        """Of resident and arriving adapters."""
+        return self._memory.used_bytes
+
+    def insert(self, adapter: Adapter, loaded: LoadedAdapter) -> bool:
+        """Takes freshly lowered operators if there is room; False leaves the adapter on disk."""
+        with self._lock:
+            # Mixes that wait for room come before an adapter nobody has asked for yet.
+            if self._line or self._memory.is_stale(loaded.base_generation):
+                return False
+            if not self._memory.make_room_for([adapter]):
+                return False
+            self._memory.enter(adapter)
+            self._memory.fill(adapter, loaded)
+            self._memory.report(adapter)
+            return True
+
+    def change_base(self, generation: int) -> frozenset[str]:
+        """The base has other weights now: adapters computed from those before are stale.
+
+        One that a mix holds or that is pinned is read again at once, into the room it has, and
+        its mixes wait for it (``ensure_host`` has to be asked again); any other is dropped.
+
+        Returns:
+            Keys of the adapters whose operators are gone.
+        """
+        with self._change():
+            stale = self._memory.change_base(generation)
+            for adapter in stale:
+                if adapter.holds or adapter.pinned:
+                    self._read_again(adapter)
+                else:
+                    self._memory.leave(adapter)
+                self._memory.report(adapter)
+            return frozenset(adapter.key for adapter in stale)
+
+    def forget(self, adapter: Adapter, reason: str) -> None:
+        """Drops an adapter that no mix holds or will hold again."""
+        with self._change():
+            assert adapter.in_flight == 0, adapter
+            self._memory.set_pinned(adapter, False)
+            load = self._loads.get(adapter.key)
+            if load is not None:
+                load.is_abandoned = True
+            elif adapter in self._memory:
+                self._memory.leave(adapter, reason)
+                self._metrics.adapter_bytes(host=self._memory.used_bytes)
+
+    def set_pinned(self, adapter: Adapter, pinned: bool) -> None:
+        """Pins an adapter that is in memory or coming back to it, or unpins one."""
+        with self._change():
+            self._memory.set_pinned(adapter, pinned)
+
+    def open_lease(self, mix: Mix) -> None:
+        """Starts a mix's claim; grants it at once if everything is resident."""
+        with self._lock:
+            adapters = tuple(adapter for adapter, _ in mix.components)
+            lease = self._leases[mix] = _Lease(mix, adapters)
+            if lease.is_resident and not self._must_wait(lease):
+                self._grant(lease)
+
+    def ensure_host(self, mix: Mix, callback: OnHost) -> bool:
+        """See ``Mix.ensure_host``."""
+        with self._lock:
+            lease = self._leases.get(mix)
+            assert lease is not None, "the mix was released"
+            assert lease.callback is None, "ensure_host was called and has not answered"
+            if lease.is_granted:
+                if lease.pending:
+                    lease.callback = callback
+                return not lease.pending
+            error = _shutting_down() if self._is_closed else self._infeasible(lease)
+            if error is not None:
+                raise error
+            lease.callback = callback
+            lease.waiting_since = time.monotonic()
+            if self._must_wait(lease) or not self._memory.make_room_for(lease.adapters):
+                self._line.append(lease)
+                return False
+            self._grant(lease)
+            if lease.pending:
+                return False
+            lease.callback = None
+            return True
+
+    def close_lease(self, mix: Mix) -> None:
+        """Ends a mix's claim, whatever its state. Unknown mixes are ignored."""
+        with self._change():
+            lease = self._leases.pop(mix, None)
+            if lease is not None:
+                self._withdraw(lease)
+
+    def shutdown(self) -> None:
+        """Stops reading; every waiting mix is told. Blocks for reads under way."""
+        with self._change() as answers:
+            self._is_closed = True
+            waiting = [lease for lease in self._leases.values() if lease.callback is not None]
+            for lease in waiting:
+                self._fail(lease, _shutting_down(), answers)
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+    @contextlib.contextmanager
+    def _change(self) -> Iterator[_Answers]:
+        """Under the lock; afterwards grants what can be granted, in order, and answers.
+
+        Yields:
+            Takes the answers that the change itself makes due.
+        """
+        answers: _Answers = []
+        with self._lock:
+            yield answers
+            self._serve_line(answers)
+        for answer in answers:
+            try:
+                answer()
+            except Exception:
+                _log.exception("an adapter callback failed")
+
+    # The methods below run under the lock.
+
+    def _serve_line(self, answers: _Answers) -> None:
+        while self._line and not self._is_closed:
+            lease = self._line[0]
+            error = self._infeasible(lease)
+            if error is not None:
+                self._fail(lease, error, answers)
+            elif self._memory.make_room_for(lease.adapters):
+                self._line.popleft()
+                self._grant(lease)
+                self._answer_if_ready(lease, answers)
+            else:
+                break
+
+    def _infeasible(self, lease: _Lease) -> BudgetExceededError | None:
+        needed = sum(a.host_bytes_needed for a in lease.adapters if not a.pinned)
+        free = self._memory.unpinned_bytes
+        if needed <= free:
+            return None
+        return BudgetExceededError(
+            f"the mix needs {needed} bytes of host memory, {free} are not taken by pinned adapters",
+            metadata={"bytes": str(needed), "free_bytes": str(free)},
+        )
+
+    def _must_wait(self, lease: _Lease) -> bool:
+        if not self._line:
+            return False
+        waited = time.monotonic() - self._line[0].waiting_since
+        return not lease.is_resident or waited > PATIENCE_SECONDS
+
+    def _grant(self, lease: _Lease) -> None:
+        """Holds every adapter of the lease and starts the reads it needs; there is room."""
+        lease.is_granted = True
+        for adapter in lease.adapters:
+            adapter.holds += 1
+            if adapter not in self._memory:
+                self._memory.enter(adapter)
+                self._start_read(adapter)
+            self._memory.touch(adapter)
+            load = self._loads.get(adapter.key)
+            if load is not None:
+                load.leases.append(lease)
+                lease.pending.add(adapter.key)
+
+    def _start_read(self, adapter: Adapter) -> _Load:
+        load = self._loads[adapter.key] = _Load(adapter)
+        self._executor.submit(self._read, adapter)
+        return load
+
+    def _read_again(self, adapter: Adapter) -> None:
+        load = self._start_read(adapter)
+        for lease in self._leases.values():
+            if lease.is_granted and adapter in lease.adapters:
+                load.leases.append(lease)
+                lease.pending.add(adapter.key)
+
+    def _withdraw(self, lease: _Lease) -> None:
+        """Takes back what a lease holds or waits for; its callback will not be called."""
+        lease.callback = None
+        lease.pending.clear()
+        lease.load_seconds.clear()
+        if lease in self._line:
+            self._line.remove(lease)
+        if lease.is_granted:
+            lease.is_granted = False
+            for adapter in lease.adapters:
+                adapter.holds -= 1
+                load = self._loads.get(adapter.key)
+                if load is not None:
+                    load.leases.remove(lease)
+
+    def _fail(self, lease: _Lease, error: TurretError, answers: _Answers) -> None:
+        callback, result = lease.callback, HostResult(lease.mix, error)
+        self._withdraw(lease)
+        if callback is not None:
+            answers.append(lambda: callback(result))
+
+    def _answer_if_ready(self, lease: _Lease, answers: _Answers) -> None:
+        callback = lease.callback
+        if lease.pending or callback is None:
+            return
+        lease.callback = None
+        result = HostResult(lease.mix, None, dict(lease.load_seconds))
+        answers.append(lambda: callback(result))
+
+    # On a loader thread, without the lock until the read is over.
+
+    def _read(self, adapter: Adapter) -> None:
+        start = time.monotonic()
+        while True:
+            outcome = self._try_reload(adapter)
+            seconds = time.monotonic() - start
+            with self._change() as answers:
+                # The base may have changed under the read.
+                if not (
+                    isinstance(outcome, LoadedAdapter)
+                    and self._memory.is_stale(outcome.base_generation)
+                ):
+                    self._finish_load(adapter, outcome, seconds, answers)
+                    return
+
+    def _try_reload(self, adapter: Adapter) -> LoadedAdapter | TurretError:
+        try:
+            return self._reload(adapter.source, adapter.digest)
+        except TurretError as error:
+            return error
+        except Exception:
+            _log.exception("reading adapter %r failed", adapter.name)
+            return TurretError(f"reading adapter {adapter.name!r} failed")
+
+    def _finish_load(
+        self,
+        adapter: Adapter,
+        outcome: LoadedAdapter | TurretError,
+        seconds: float,
+        answers: _Answers,
+    ) -> None:
+        load = self._loads.pop(adapter.key)
+        self._metrics.adapter_load("read", seconds)
+        is_error = isinstance(outcome, TurretError)
+        self._metrics.adapter_loaded("error" if is_error else "ok")
+        if isinstance(outcome, TurretError) or load.is_abandoned:
+            self._give_up(load, outcome, answers)
+        else:
+            self._memory.fill(adapter, outcome)
+            for lease in load.leases:
+                lease.pending.discard(adapter.key)
+                lease.load_seconds[adapter.key] = seconds
+                self._answer_if_ready(lease, answers)
+        if load.is_abandoned:
+            self._metrics.adapter_bytes(host=self._memory.used_bytes)
+        else:
+            self._memory.report(adapter)
+
+    def _give_up(
+        self, load: _Load, outcome: LoadedAdapter | TurretError, answers: _Answers
+    ) -> None:
+        adapter = load.adapter
+        if adapter.pinned:
+            # Pinned, read again for a new base, and its files are gone.
+            _log.error("adapter %r is no longer pinned: %s", adapter.name, outcome)
+            self._memory.set_pinned(adapter, False)
+        self._memory.leave(adapter)
+        for lease in load.leases:
+            assert isinstance(outcome, TurretError), "an abandoned adapter has no leases"
+            self._fail(lease, outcome, answers)
+
+
+def _shutting_down() -> UnavailableError:
+    return UnavailableError("the server is shutting down")

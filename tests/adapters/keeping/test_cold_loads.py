@@ -35,7 +35,7 @@ async def engine(tmp_path: Path) -> AsyncIterator[EngineHarness]:
 def make_cold(engine: EngineHarness) -> Gate:
     """Evicts ``cold``; it is read again once the gate is opened."""
     registry = engine.registry
-    registry._cache._leave(registry._table.find("cold").current)
+    registry._leases._memory.leave(registry._table.find("cold").current)
     return Gate(registry)
 
 

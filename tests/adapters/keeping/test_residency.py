@@ -24,7 +24,7 @@ from builders.registries import (
 from turret.server.adapters.mix import HostResult
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry import pins
-from turret.server.adapters.residency import host_cache
+from turret.server.adapters.residency import leases
 from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.adapters.source import Source
 from turret.server.errors import (
@@ -151,7 +151,7 @@ def test_an_unexpected_failure_of_a_read_is_reported(
     def explode(source: Source, digest: str) -> LoadedAdapter:
         raise MemoryError(source.path)
 
-    registry._cache._reload = explode
+    registry._leases._reload = explode
     error = Waiter(registry.acquire(refs("a"))).wait().error
     assert type(error) is TurretError
     assert "MemoryError" in caplog.text
@@ -185,13 +185,13 @@ def test_popular_adapters_do_not_starve_a_cold_one(
 ) -> None:
     registry = make(1, load="ab")
     now = 100.0
-    monkeypatch.setattr(host_cache.time, "monotonic", lambda: now)
+    monkeypatch.setattr(leases.time, "monotonic", lambda: now)
     running = registry.acquire(refs("b"))
     cold = Waiter(registry.acquire(refs("a")))
     # At first, requests for what is there overtake; after a second they line up behind.
     overtaking = registry.acquire(refs("b"))
     assert Waiter(overtaking).was_resident
-    now += host_cache.PATIENCE_SECONDS + 0.1
+    now += leases.PATIENCE_SECONDS + 0.1
     late = Waiter(registry.acquire(refs("b")))
     assert not late.was_resident
     registry.release(running)

@@ -82,7 +82,7 @@ def test_the_same_content_is_idempotent_and_other_content_is_not(make: Registrie
     assert registry.get("x").facts.digest == first.facts.digest
     # The newest path that was seen to hold the content is the one that reloads.
     shutil.rmtree(make.root / "a")
-    registry._cache._leave(registry._table.find("x").current)
+    registry._leases._memory.leave(registry._table.find("x").current)
     assert Waiter(registry.acquire(refs("x"))).wait().error is None
 
 

@@ -177,7 +177,7 @@ class RegistryMachine(RuleBasedStateMachine):
 
     def _is_next(self, held: Held) -> bool:
         """Whether the mix is being read for, or first in line."""
-        queue = self.registry._cache._queue
+        queue = self.registry._leases._line
         return all(lease.mix is not held.mix for lease in queue) or queue[0].mix is held.mix
 
 

@@ -82,7 +82,7 @@ def test_the_same_content_makes_no_generation(make: Registries) -> None:
     shutil.copytree(make.root / "a", make.root / "copy")
     assert registry.replace("a", "copy") == before
     shutil.rmtree(make.root / "a")
-    registry._cache._leave(registry._table.find("a").current)
+    registry._leases._memory.leave(registry._table.find("a").current)
     assert Waiter(registry.acquire(refs("a"))).wait().error is None
 
 

@@ -114,11 +114,11 @@ class Gate:
     """Stops background reads until it is opened, and counts them."""
 
     def __init__(self, registry: AdapterRegistry) -> None:
-        self._reload = registry._cache._reload
+        self._reload = registry._leases._reload
         self._open = threading.Event()
         self.entered = threading.Semaphore(0)
         self.reads: list[str] = []
-        registry._cache._reload = self._read
+        registry._leases._reload = self._read
 
     def _read(self, source: Source, digest: str) -> LoadedAdapter:
         self.reads.append(source.path)
