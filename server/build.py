@@ -100,7 +100,7 @@ def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = Non
         registry,
         edit=lambda precision: BaseEdit(decoder, precision),
         describe=lambda generation: describe_base(decoder, source, generation),
-        exchange=engine.exchange,
+        change_base=engine.change_base,
         metrics=metrics,
     )
     return Backend(

@@ -93,11 +93,11 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class _Mix:
-    components: tuple[tuple[Adapter, float], ...]
+    members: tuple[tuple[Adapter, float], ...]
 
     @property
     def key(self) -> tuple[tuple[str, int, float], ...]:
-        return tuple((adapter.key, 1, weight) for adapter, weight in self.components)
+        return tuple((adapter.key, 1, weight) for adapter, weight in self.members)
 
     def ensure_host(self, callback: Callable[[Any], None]) -> bool:
         return True
@@ -171,7 +171,7 @@ class DecodeStep:
         scheduled = []
         for row, adapter in enumerate(adapter_of_row):
             request = Request(request_id=str(row), prompt_token_ids=(1,) * self.context)
-            mix = _Mix(() if adapter is None else ((adapter, 1.0),))
+            mix: Any = _Mix(() if adapter is None else ((adapter, 1.0),))
             sequence = Sequence(request, mix, 0.0)
             sequence.tokens.append(row % self._arch.vocab_size)
             sequence.num_computed = self.context

@@ -90,7 +90,7 @@ class BaseModel:
 
 
 @dataclass(frozen=True, slots=True)
-class BaseChange:
+class ChangedBase:
     """The base has other weights now.
 
     Attributes:

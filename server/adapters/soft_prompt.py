@@ -61,7 +61,7 @@ def soft_prompt_of(mix: Any) -> SoftPrompt:
     """The soft prompt of a resident mix that has one (a mix holds at most one)."""
     found = [
         adapter.operators.soft_prompt
-        for adapter, _ in mix.components
+        for adapter, _ in mix.members
         if adapter.num_soft_tokens or adapter.num_prefix_positions
     ]
     assert len(found) == 1

@@ -51,7 +51,7 @@ class BatchBuilder:
         """Order the rows (short adapted ones by mix, base, long adapted ones); prepare metadata."""
         short, base, long = [], [], []
         for item in step.scheduled:
-            if not item.sequence.mix.components:
+            if not item.sequence.mix.members:
                 base.append(item)
             elif item.num_new <= MAX_SHORT_ROWS:
                 short.append(item)
@@ -100,7 +100,7 @@ class BatchBuilder:
 
     def _bind_adapters(self, short: list[Scheduled], long: list[Placed]) -> AdapterStep:
         sequences = [item.sequence for item in short] + [p.item.sequence for p in long]
-        adapters = {a.key: a for sequence in sequences for a, _ in sequence.mix.components}
+        adapters = {a.key: a for sequence in sequences for a, _ in sequence.mix.members}
         self._store.prepare(adapters.values())
         return self._store.step(
             StepMembers(
@@ -118,4 +118,4 @@ class BatchBuilder:
 
 def members_of(sequence: Sequence) -> Members:
     """Key and weight of each adapter that adds something."""
-    return [(a.key, weight) for a, weight in sequence.mix.components if weight != 0.0]
+    return [(a.key, weight) for a, weight in sequence.mix.members if weight != 0.0]

@@ -15,7 +15,7 @@ from typing import Protocol
 
 from turret.server.adapters.mix import Mix
 from turret.server.engine.answer import Answer
-from turret.server.engine.base_swap import BaseSwap, Change
+from turret.server.engine.base_change import BaseChange, Change
 from turret.server.engine.detokenizer import Detokenizer, TextStream
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
@@ -144,7 +144,7 @@ class Engine:
         self._loop.submit(answer)
         return answer.stream
 
-    def exchange(self, change: Change) -> Future[None]:
+    def change_base(self, change: Change) -> Future[None]:
         """Run ``change`` on the engine thread once no request runs; callable from any thread.
 
         Requests that run finish first and those that wait go on afterwards, on other base weights.
@@ -159,11 +159,11 @@ class Engine:
         """
         if self._draining or self._thread is None or self.is_dead:
             raise UnavailableError("the server is shutting down")
-        exchange = BaseSwap(change)
+        waiting = BaseChange(change)
         # Wakes the loop, which may have nothing else to do.
-        exchange.outcome.add_done_callback(lambda _: self._loop.post(lambda: None))
-        self._loop.post(lambda: self._loop.exchange(exchange))
-        return exchange.outcome
+        waiting.outcome.add_done_callback(lambda _: self._loop.post(lambda: None))
+        self._loop.post(lambda: self._loop.change_base(waiting))
+        return waiting.outcome
 
     async def drain(self, grace_seconds: float) -> None:
         """Refuse new requests, let running ones finish, cancel what is left, stop the thread."""
@@ -200,7 +200,7 @@ class Engine:
         """Lay out the positions before the prompt that an adapter of the mix fills."""
         soft = [
             (adapter, weight)
-            for adapter, weight in mix.components
+            for adapter, weight in mix.members
             if adapter.num_soft_tokens or adapter.num_prefix_positions
         ]
         if not soft:

@@ -139,7 +139,7 @@ class GpuExecutor:
 
     def _adapters(self, tables: StepTables, placed: SequenceOf[Placed]) -> GpuAdapterStep | None:
         mixes = [place.item.sequence.mix for place in placed]
-        adapters = {a.key: a for mix in mixes for a, _ in mix.components}
+        adapters = {a.key: a for mix in mixes for a, _ in mix.members}
         if not adapters:
             return None
         self.store.prepare(adapters.values())

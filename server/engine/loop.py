@@ -14,7 +14,7 @@ from collections.abc import Callable
 from turret.server import log
 from turret.server.adapters.mix import HostResult
 from turret.server.engine.answer import Answer
-from turret.server.engine.base_swap import BaseSwap
+from turret.server.engine.base_change import BaseChange
 from turret.server.engine.observer import LoopObserver
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
 from turret.server.engine.request import AdapterUse, FinishReason, Output
@@ -71,7 +71,7 @@ class EngineLoop:
         self._num_submitted = self._num_taken = 0
         self._has_work = False
         self._stopping = False
-        self._exchange: BaseSwap | None = None
+        self._change: BaseChange | None = None
 
     # Callable from any thread, but for ``submit``.
 
@@ -138,20 +138,20 @@ class EngineLoop:
         self._runner.forget_adapter(key)
         self._observer.adapter_bytes()
 
-    def exchange(self, exchange: BaseSwap) -> None:
+    def change_base(self, change: BaseChange) -> None:
         """Change the base weights once no request runs; those that wait stay in the line."""
         if self._stopping or self.is_dead:
-            exchange.refuse()
+            change.refuse()
             return
-        assert self._exchange is None, "one change at a time"
-        self._exchange = exchange
+        assert self._change is None, "one change at a time"
+        self._change = change
         self._scheduler.is_draining = True
 
     def stop(self) -> None:
         """End every request and leave ``run``."""
         self.cancel_all()
         self._stopping = True
-        self._refuse_exchange()
+        self._refuse_change()
 
     # The loop.
 
@@ -161,7 +161,7 @@ class EngineLoop:
             while not self._stopping:
                 self._read_inbox()
                 self._expire(time.monotonic())
-                self._try_exchange()
+                self._try_change()
                 self._flush()
                 if not self._stopping:
                     self._step()
@@ -203,30 +203,30 @@ class EngineLoop:
                 return
             command()
 
-    def _try_exchange(self) -> None:
+    def _try_change(self) -> None:
         """Make the change that waits for running requests, if the last of them has ended."""
-        exchange = self._exchange
-        if exchange is None or not (exchange.is_withdrawn or self._scheduler.is_drained):
+        change = self._change
+        if change is None or not (change.is_withdrawn or self._scheduler.is_drained):
             return
-        self._exchange = None
-        change = exchange.make()
+        self._change = None
+        base = change.make()
         self._scheduler.is_draining = False
-        if change is None:
+        if base is None:
             return
-        self._scheduler.move_base(change.generation)
-        for key in change.stale:
+        self._scheduler.change_base(base.generation)
+        for key in base.stale:
             self.forget_adapter(key)
         for sequence in list(self._ready):
-            if any(adapter.key in change.stale for adapter, _ in sequence.mix.components):
+            if any(adapter.key in base.stale for adapter, _ in sequence.mix.members):
                 self._ready.discard(sequence)
                 answer = self._answers[sequence]
                 self._guard(answer, lambda answer=answer: self._await_adapters(answer))
-        exchange.complete()
+        change.complete()
 
-    def _refuse_exchange(self) -> None:
-        if self._exchange is not None:
-            self._exchange.refuse()
-            self._exchange = None
+    def _refuse_change(self) -> None:
+        if self._change is not None:
+            self._change.refuse()
+            self._change = None
 
     def _await_adapters(self, answer: Answer) -> None:
         """Have a request start once its adapters are resident, which they may be already."""
@@ -376,7 +376,7 @@ class EngineLoop:
                 cold_start=adapter.key in seconds,
                 load_ms=1000.0 * seconds.get(adapter.key, 0.0),
             )
-            for adapter, weight in sequence.mix.components
+            for adapter, weight in sequence.mix.members
         )
 
     def _flush(self) -> None:
@@ -390,5 +390,5 @@ class EngineLoop:
             self._outbox.append((answer.stream, UnavailableError("the engine has failed")))
             self._adapters.release(answer.sequence.mix)
         self._answers.clear()
-        self._refuse_exchange()
+        self._refuse_change()
         self._flush()

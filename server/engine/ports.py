@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from typing import Any, Protocol
+from typing import Protocol
 
+from turret.server.adapters.mix import Mix
 from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.runner import StepResult
 from turret.server.engine.scheduler import Step
@@ -30,8 +31,8 @@ class Adapters(Protocol):
     on_force_unload: list[Callable[[str], None]]
     on_unloaded: Callable[[str], None] | None
 
-    def acquire(self, refs: SequenceOf[AdapterRef]) -> Any: ...
-    def release(self, mix: Any) -> None: ...
+    def acquire(self, refs: SequenceOf[AdapterRef]) -> Mix: ...
+    def release(self, mix: Mix) -> None: ...
 
 
 class EngineMetrics(Protocol):

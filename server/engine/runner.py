@@ -64,7 +64,7 @@ class Runner:
 
     def refusal(self, sequence: Sequence) -> BudgetExceededError | None:
         """Why a sequence could not even run alone, or None."""
-        for adapter, _ in sequence.mix.components:
+        for adapter, _ in sequence.mix.members:
             operators = adapter.operators
             why = None if operators is None else self._store.unserved(operators)
             if why is not None:
@@ -83,7 +83,7 @@ class Runner:
 
     def _needed_bytes(self, sequences: Iterable[Sequence]) -> int:
         """Bytes that their adapters take when stored together; each counts once."""
-        distinct = {a.key: a for s in sequences for a, _ in s.mix.components}
+        distinct = {a.key: a for s in sequences for a, _ in s.mix.members}
         return sum(self._bytes_of(adapter) for adapter in distinct.values())
 
     def _bytes_of(self, adapter: Resident) -> int:

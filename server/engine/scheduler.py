@@ -57,7 +57,7 @@ class Scheduler:
     """Waiting and running sequences, and the blocks they hold.
 
     Attributes:
-        base_generation: Counts the base weights; part of every KV key. Set by ``move_base``.
+        base_generation: Counts the base weights; part of every KV key. Set by ``change_base``.
         is_draining: While True, what runs (preempted sequences included) is brought to its end
             and nothing else is admitted.
 
@@ -102,7 +102,7 @@ class Scheduler:
         """Take in a new sequence."""
         self.waiting.push(sequence)
 
-    def move_base(self, generation: int) -> None:
+    def change_base(self, generation: int) -> None:
         """The base weights have changed: no block computed before is found again."""
         assert self.is_drained, "a sequence is computed with one base"
         self.base_generation = generation

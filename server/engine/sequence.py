@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING
 
 from turret.server.engine.block_pool import next_key
 from turret.server.engine.request import Request
+
+if TYPE_CHECKING:
+    # The scheduler and its tests go without torch.
+    from turret.server.adapters.mix import Mix
 
 
 class SequenceState(enum.Enum):
@@ -21,16 +24,6 @@ class SequenceState(enum.Enum):
 
 # Stands for a position that has no token: a soft token, a prefix position or its padding.
 PLACEHOLDER = -1
-
-
-class Mix(Protocol):
-    """What the engine needs of a request's adapters (see ``server/adapters/mix.py``)."""
-
-    @property
-    def key(self) -> tuple[tuple[str, int, float], ...]: ...
-    @property
-    def components(self) -> tuple[tuple[Any, float], ...]: ...
-    def ensure_host(self, callback: Callable[[Any], None]) -> bool: ...
 
 
 @dataclass(slots=True, eq=False)

@@ -84,7 +84,7 @@ class BaseEdit:
         return total.to(self._dtype)
 
     def swap(self) -> None:
-        """BaseSwap the weights; only where nothing runs on them. Cannot fail half-way."""
+        """Exchange the weights; only where nothing runs on them. Cannot fail half-way."""
         before = [(linear, linear.base, linear.bias) for linear, _, _ in self._others]
         for linear, base, bias in self._others:
             linear.base, linear.bias = base, bias

@@ -33,7 +33,8 @@ def scheduled(number: int, num_new: int, *mix: tuple[str, float]) -> Scheduled:
     """A sequence whose token ids all are its number."""
     adapters = tuple((SimpleNamespace(key=name), weight) for name, weight in mix)
     sequence = sequence_of([number] * num_new)
-    sequence.mix = FakeMix(tuple((name, 1, weight) for name, weight in mix), adapters)
+    mixed: Any = FakeMix(tuple((name, 1, weight) for name, weight in mix), adapters)
+    sequence.mix = mixed
     sequence.blocks = [number, number + 100]
     return Scheduled(sequence, num_new)
 
@@ -87,7 +88,7 @@ def test_rows_of_one_mix_lie_side_by_side() -> None:
         count = len(sequence.request.prompt_token_ids)
         assert token_ids[row : row + count] == [number] * count
         row += count
-        expected = [(adapter.key, weight) for adapter, weight in sequence.mix.components]
+        expected = [(adapter.key, weight) for adapter, weight in sequence.mix.members]
         if number not in (1, 2):
             assert list(store.members.short[start:row]) == [expected] * count
     assert store.members.long == [(9, 9 + long, [("b", 1.0)])]

@@ -173,8 +173,8 @@ def _adapters() -> dict[str, _Adapter]:
 def _sequence(
     first_block: int, computed: int, *mix: tuple[_Adapter, float], prompt: int = 6
 ) -> Sequence:
-    components: Any = mix
-    made = Mix(components)
+    members: Any = mix
+    made = Mix(members)
     request = Request(request_id="r", prompt_token_ids=tuple(range(prompt)))
     virtual = sum(a.num_soft_tokens + a.num_prefix_positions for a, _ in mix)
     padding = 0

@@ -32,7 +32,8 @@ from turret.server.adapters.fuse.member import (
 )
 from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser, Part
 from turret.server.adapters.fuse.result import FuseResult, ModuleReport
-from turret.server.adapters.mix import Mix, MixRef
+from turret.server.adapters.mix import Mix
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.background import work_in_background
 from turret.server.cancellation import Cancellation
@@ -93,7 +94,7 @@ class Fuser:
     def start(
         self,
         name: str,
-        refs: Sequence[MixRef],
+        refs: Sequence[AdapterRef],
         combination: Combination,
         cancellation: Cancellation,
     ) -> Future[FuseResult]:
@@ -134,7 +135,7 @@ class Fuser:
         """Ends the fusion under way if it holds this registration."""
         with self._lock:
             mix = None if self._job is None else self._job.mix
-            found = [] if mix is None else [a for a, _ in mix.components if a.uuid == uuid]
+            found = [] if mix is None else [a for a, _ in mix.members if a.uuid == uuid]
             if found and self._job is not None:
                 name = found[0].name
                 self._job.cancellation.set(
@@ -157,7 +158,7 @@ class Fuser:
                 self._job = None
 
     def _run(
-        self, job: _Job, name: str, refs: Sequence[MixRef], combination: Combination
+        self, job: _Job, name: str, refs: Sequence[AdapterRef], combination: Combination
     ) -> FuseResult:
         try:
             if name in {ref.name for ref in refs}:
@@ -180,9 +181,9 @@ class Fuser:
     def _read(
         self, mix: Mix, base: BaseModel, combination: Combination, cancellation: Cancellation
     ) -> list[Member]:
-        check_prompts([adapter for adapter, _ in mix.components])
+        check_prompts([adapter for adapter, _ in mix.members])
         served = self._registry.base.dtype.itemsize
-        needed = sum(a.host_bytes_needed * 4 // served for a, _ in mix.components)
+        needed = sum(a.host_bytes_needed * 4 // served for a, _ in mix.members)
         if needed > self._host_bytes:
             raise BudgetExceededError(
                 f"the members take {needed} bytes in fp32, the budget for adapters is"
@@ -190,7 +191,7 @@ class Fuser:
                 metadata={"bytes": str(needed), "host_bytes": str(self._host_bytes)},
             )
         members = []
-        for adapter, weight in mix.components:
+        for adapter, weight in mix.members:
             cancellation.check()
             lowered = self._registry.reread(adapter, base)
             members.append(Member(adapter, weight, lowered))

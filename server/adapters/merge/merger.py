@@ -1,8 +1,8 @@
 """Merges a mix into the base and takes it out again, while the server serves.
 
 The merged weights are made beside those that serve, module by module, on the caller's thread. Only
-then do requests wait: those that run finish, the weights are exchanged between two steps, and those
-that wait go on with the new base. Whatever ends a merge before the exchange leaves no trace.
+then do requests wait: those that run finish, the weights change between two steps, and those
+that wait go on with the new base. Whatever ends a merge before that leaves no trace.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from typing import Protocol
 import torch
 
 from turret.server import log
-from turret.server.adapters.base import BaseChange, BaseModel, Precision
+from turret.server.adapters.base import BaseModel, ChangedBase, Precision
 from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
-from turret.server.adapters.mix import HostResult, Mix, MixRef
+from turret.server.adapters.mix import HostResult, Mix
 from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.weight_update import add_delta, beyond_updates
 from turret.server.background import compute_on_this_thread
@@ -30,8 +31,8 @@ from turret.server.errors import InvalidRequestError, MergeActiveError, NotMerge
 
 _log = logging.getLogger(__name__)
 
-# Has the engine make a change once no request runs; see ``Engine.exchange``.
-Exchange = Callable[[Callable[[], BaseChange]], "Future[None]"]
+# Has the engine make a change once no request runs; see ``Engine.change_base``.
+ChangeBase = Callable[[Callable[[], ChangedBase]], "Future[None]"]
 
 
 class Edit(Protocol):
@@ -56,7 +57,7 @@ class Merger:
         registry: Of the adapters.
         edit: Begins an edit of the base as loaded.
         describe: The base with the weights that it has now, as this generation.
-        exchange: See ``Exchange``.
+        change_base: See ``ChangeBase``.
         metrics: Learns whether a merge is active.
     """
 
@@ -66,13 +67,13 @@ class Merger:
         *,
         edit: Callable[[Precision], Edit],
         describe: Callable[[int], BaseModel],
-        exchange: Exchange,
+        change_base: ChangeBase,
         metrics: MergeMetrics,
     ) -> None:
         self._registry = registry
         self._edit = edit
         self._describe = describe
-        self._exchange = exchange
+        self._change_base = change_base
         self._metrics = metrics
         self._turn = threading.Lock()
         self._state = MergeState(registry.base.generation)
@@ -84,7 +85,7 @@ class Merger:
         return self._state
 
     def merge(
-        self, refs: Sequence[MixRef], precision: Precision, cancellation: Cancellation
+        self, refs: Sequence[AdapterRef], precision: Precision, cancellation: Cancellation
     ) -> MergeState:
         """Makes ``W + Σ w_k ΔW_k`` (and the biases likewise) the base of every later request.
 
@@ -120,13 +121,13 @@ class Merger:
                 merge = Merge(
                     adapters=tuple(
                         MergedAdapter(a.name, a.uuid, a.generation, weight)
-                        for a, weight in mix.components
+                        for a, weight in mix.members
                     ),
                     precision=precision,
                     time=time.time(),
                     report=report,
                 )
-                self._change(edit, merge, cancellation)
+                self._make(edit, merge, cancellation)
             finally:
                 self._registry.release(mix)
         return self._state
@@ -142,7 +143,7 @@ class Merger:
         with self._only_change():
             if self._active is None:
                 raise NotMergedError("no merge is active")
-            self._change(self._active, None, cancellation)
+            self._make(self._active, None, cancellation)
         return self._state
 
     @contextlib.contextmanager
@@ -154,19 +155,19 @@ class Merger:
         finally:
             self._turn.release()
 
-    def _change(self, edit: Edit, merge: Merge | None, cancellation: Cancellation) -> None:
+    def _make(self, edit: Edit, merge: Merge | None, cancellation: Cancellation) -> None:
         state = MergeState(self._state.base_generation + 1, merge)
 
-        def change() -> BaseChange:
+        def change() -> ChangedBase:
             edit.swap()
             self._state, self._active = state, None if merge is None else edit
             self._metrics.merge_active(merge is not None)
-            return self._registry.move_base(self._describe(state.base_generation))
+            return self._registry.change_base(self._describe(state.base_generation))
 
-        exchange = self._exchange(change)
-        if not cancellation.wait(exchange) and exchange.cancel():
+        outcome = self._change_base(change)
+        if not cancellation.wait(outcome) and outcome.cancel():
             cancellation.check()
-        exchange.result()
+        outcome.result()
         members = () if merge is None else tuple(a.name for a in merge.adapters)
         _log.info(
             "base changed",
@@ -187,7 +188,7 @@ def _wait_until_resident(mix: Mix, cancellation: Cancellation) -> None:
 
 def _operators(mix: Mix) -> list[tuple[AdapterOperators, float]]:
     found = []
-    for adapter, weight in mix.components:
+    for adapter, weight in mix.members:
         assert adapter.operators is not None, "a held adapter stays resident"
         found.append((adapter.operators, weight))
     return found
@@ -195,7 +196,7 @@ def _operators(mix: Mix) -> list[tuple[AdapterOperators, float]]:
 
 def _check_mergeable(mix: Mix) -> None:
     reasons = []
-    for adapter, _ in mix.components:
+    for adapter, _ in mix.members:
         assert adapter.operators is not None, "a held adapter stays resident"
         beyond = beyond_updates(adapter.operators)
         if beyond:

@@ -11,7 +11,8 @@ from contextlib import contextmanager
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.component import COMPONENTS_KEY, ComponentRef
-from turret.server.adapters.mix import BASE_MIX, Mix, MixRef
+from turret.server.adapters.mix import BASE_MIX, Mix
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.residency.metrics import AdapterMetrics
@@ -24,7 +25,7 @@ from turret.server.errors import (
 )
 
 
-def in_use(name: str, why: str) -> AdapterInUseError:
+def in_use_error(name: str, why: str) -> AdapterInUseError:
     return AdapterInUseError(f"adapter {name!r} {why}", metadata={"adapter": name})
 
 
@@ -94,7 +95,7 @@ class NameTable:
             if self._by_name.get(registration.name) is not registration:
                 raise _not_found([registration.name])
             if registration.state != "ACTIVE":
-                raise in_use(registration.name, "is being unloaded")
+                raise in_use_error(registration.name, "is being unloaded")
 
     def add(self, registration: Registration) -> None:
         """Lets requests name it."""
@@ -186,14 +187,14 @@ class NameTable:
             if not fusions and self._awaited[digest] == 0:
                 return
         which = ", ".join(map(repr, fusions)) or "an adapter that is being loaded"
-        raise in_use(registration.name, f"is a component of {which}; unload that first")
+        raise in_use_error(registration.name, f"is a component of {which}; unload that first")
 
     def wait_until_unheld(self, registration: Registration, timeout_seconds: float | None) -> None:
         """Returns when no mix holds it, or after the timeout; the caller looks which."""
         with self._changed:
             self._changed.wait_for(lambda: registration.in_flight == 0, timeout_seconds)
 
-    def acquire(self, refs: Sequence[MixRef]) -> Mix:
+    def acquire(self, refs: Sequence[AdapterRef]) -> Mix:
         """See ``AdapterRegistry.acquire``."""
         if not refs:
             return BASE_MIX
@@ -220,12 +221,12 @@ class NameTable:
                 registration.last_used_time = now
             return self.open([(registration.current, weight) for registration, weight in found])
 
-    def open(self, components: Sequence[tuple[Adapter, float]]) -> Mix:
+    def open(self, members: Sequence[tuple[Adapter, float]]) -> Mix:
         """A mix of these generations; ``release`` ends it."""
         with self._changed:
-            for adapter, _ in components:
+            for adapter, _ in members:
                 adapter.in_flight += 1
-            mix = Mix(tuple(components), self._leases.ensure_host)
+            mix = Mix(tuple(members), self._leases.ensure_host)
             self._mixes.add(mix)
             self._leases.open_lease(mix)
             return mix
@@ -240,7 +241,7 @@ class NameTable:
         self._leases.close_lease(mix)
         gone: list[Adapter] = []
         with self._changed:
-            for adapter, _ in mix.components:
+            for adapter, _ in mix.members:
                 adapter.in_flight -= 1
                 if adapter.is_retired and adapter.in_flight == 0:
                     gone += self._forget_retired(self._by_name[adapter.name])
@@ -259,7 +260,7 @@ class NameTable:
             self._on_gone(adapter)
 
 
-def _why_missing(ref: MixRef, registration: Registration | None) -> str | None:
+def _why_missing(ref: AdapterRef, registration: Registration | None) -> str | None:
     """None if the ref resolves; else what to say behind its name."""
     if registration is None:
         return ""

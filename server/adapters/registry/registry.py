@@ -18,9 +18,10 @@ from pathlib import Path
 from turret.server import log
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_info import AdapterInfo
-from turret.server.adapters.base import BaseChange, BaseModel
+from turret.server.adapters.base import BaseModel, ChangedBase
 from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.mix import Mix, MixRef
+from turret.server.adapters.mix import Mix
+from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.export import AdapterExport
 from turret.server.adapters.registry.installer import Installer
 from turret.server.adapters.registry.name_locks import NameLocks
@@ -113,7 +114,7 @@ class AdapterRegistry:
         """The base model as served now."""
         return self._loader.base
 
-    def move_base(self, base: BaseModel) -> BaseChange:
+    def change_base(self, base: BaseModel) -> ChangedBase:
         """Makes later reads lower to another base; call it between two steps.
 
         Adapters that were computed from the base before (DoRA's gains are) are computed again,
@@ -121,7 +122,7 @@ class AdapterRegistry:
         """
         self._loader.base = base
         stale = self._leases.change_base(base.generation)
-        return BaseChange(base.generation, stale)
+        return ChangedBase(base.generation, stale)
 
     def restore(self) -> int:
         """Registers what the state directory knows, without reading weights; call it first.
@@ -343,7 +344,7 @@ class AdapterRegistry:
 
     # Requests
 
-    def acquire(self, refs: Sequence[MixRef]) -> Mix:
+    def acquire(self, refs: Sequence[AdapterRef]) -> Mix:
         """Resolves a request's adapters, all or none, and counts them in flight.
 
         The mix must be given to ``release`` once. Before the operators are used,

@@ -10,7 +10,7 @@ from typing import Literal
 
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.registry.name_locks import NameLocks
-from turret.server.adapters.registry.name_table import NameTable, in_use
+from turret.server.adapters.registry.name_table import NameTable, in_use_error
 from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.state_dir import StateDir
@@ -58,7 +58,7 @@ class Unloads:
         with self._lock:
             registration = self._table.find(name)
             if registration.current.pinned:
-                raise in_use(name, "is pinned; unpin it first")
+                raise in_use_error(name, "is pinned; unpin it first")
             self._table.check_not_component(registration)
             registration.state = "DELETING"
             registration.unloaders += 1
@@ -92,13 +92,13 @@ class Unloads:
             if self._table.get(name) is not registration:
                 return  # another unload got there first
             if registration.in_flight:
-                raise in_use(
+                raise in_use_error(
                     name,
                     f"is still held by {registration.in_flight} requests after {timeout_seconds}"
                     " seconds" + ("" if mode == "FORCE" else "; FORCE ends them"),
                 )
             if registration.current.pinned:
-                raise in_use(name, "was pinned meanwhile; unpin it first")
+                raise in_use_error(name, "was pinned meanwhile; unpin it first")
         # Nobody can take it up: it is being deleted, and changes of the name wait.
         self._state.remove(name)
         self._table.remove(registration)

@@ -149,7 +149,7 @@ class Leases:
     def open_lease(self, mix: Mix) -> None:
         """Starts a mix's claim; grants it at once if everything is resident."""
         with self._lock:
-            adapters = tuple(adapter for adapter, _ in mix.components)
+            adapters = tuple(adapter for adapter, _ in mix.members)
             lease = self._leases[mix] = _Lease(mix, adapters)
             if lease.is_resident and not self._must_wait(lease):
                 self._grant(lease)

@@ -130,7 +130,7 @@ def test_biases_add_up(tmp_path: Path) -> None:
     fused = fuser.start("c", refs, Combination(), Cancellation()).result(60)
     assert fused.record.facts.target_modules == ("k_proj", "o_proj", "q_proj", "up_proj", "v_proj")
     held = registry.acquire([*refs, AdapterRef(name="c")])
-    a, b, c = (adapter.operators for adapter, _ in held.components)
+    a, b, c = (adapter.operators for adapter, _ in held.members)
     registry.release(held)
     assert a is not None
     assert b is not None

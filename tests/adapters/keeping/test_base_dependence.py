@@ -106,7 +106,7 @@ def residencies(registry: AdapterRegistry) -> dict[str, str]:
 def test_idle_adapters_of_another_base_are_dropped(registry: AdapterRegistry) -> None:
     keys = {name: registry._table.find(name).current.key for name in ("dora", "ia3")}
     used = registry.host_bytes_used
-    change = registry.move_base(make_base(2))
+    change = registry.change_base(make_base(2))
     assert (change.generation, change.stale) == (2, frozenset(keys.values()))
     assert residencies(registry) == {"dora": "disk", "ia3": "disk", "lora": "host"}
     assert registry.host_bytes_used < used
@@ -116,7 +116,7 @@ def test_idle_adapters_of_another_base_are_dropped(registry: AdapterRegistry) ->
     waiter.wait()
     assert (generation_of(registry, "dora"), generation_of(registry, "lora")) == (2, None)
     registry.release(waiter.mix)
-    assert registry.move_base(make_base(3)).stale == {keys["dora"]}
+    assert registry.change_base(make_base(3)).stale == {keys["dora"]}
 
 
 def test_what_a_request_holds_is_read_again_before_it_is_resident(
@@ -127,7 +127,7 @@ def test_what_a_request_holds_is_read_again_before_it_is_resident(
     assert held.was_resident
     used = registry.host_bytes_used
     gate = Gate(registry)
-    registry.move_base(make_base(2))
+    registry.change_base(make_base(2))
     # What is read again keeps its room.
     assert registry.host_bytes_used == used - _bytes(registry, "ia3")
     again = Waiter(held.mix)
@@ -148,7 +148,7 @@ def _bytes(registry: AdapterRegistry, name: str) -> int:
 def test_a_request_that_goes_away_meanwhile_leaves_nothing(registry: AdapterRegistry) -> None:
     held = Waiter(registry.acquire(refs(["dora"])))
     gate = Gate(registry)
-    registry.move_base(make_base(2))
+    registry.change_base(make_base(2))
     registry.release(held.mix)
     registry.unload("dora", "DRAIN", 0.0)
     gate.open()
@@ -158,11 +158,11 @@ def test_a_request_that_goes_away_meanwhile_leaves_nothing(registry: AdapterRegi
 def test_a_pinned_adapter_is_read_again_at_once(registry: AdapterRegistry) -> None:
     registry.pin("dora")
     gate = Gate(registry)
-    registry.move_base(make_base(2))
+    registry.change_base(make_base(2))
     gate.entered.acquire()
     assert (registry.get("dora").pinned, residencies(registry)["dora"]) == (True, "disk")
     # The base moves on while it is read: what was begun is of no use.
-    registry.move_base(make_base(3))
+    registry.change_base(make_base(3))
     gate.open()
     until(lambda: residencies(registry)["dora"] == "host")
     assert generation_of(registry, "dora") == 3
@@ -175,7 +175,7 @@ def test_a_pinned_adapter_whose_files_are_gone_loses_its_pin(
     registry.pin("dora")
     (root / "dora").rename(root / "away")
     try:
-        registry.move_base(make_base(2))
+        registry.change_base(make_base(2))
         until(lambda: not registry.get("dora").pinned)
         assert registry.host_bytes_used == _bytes(registry, "lora")
         assert Waiter(registry.acquire(refs(["lora"]))).was_resident
@@ -189,7 +189,7 @@ def test_a_load_that_the_base_overtakes_is_not_kept(registry: AdapterRegistry) -
 
     def overtaken(checkpoint: object) -> LoadedAdapter:
         loaded = lower(checkpoint)  # type: ignore[arg-type]
-        registry.move_base(make_base(2))
+        registry.change_base(make_base(2))
         return loaded
 
     loader.lower = overtaken  # type: ignore[method-assign]

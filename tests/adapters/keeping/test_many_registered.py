@@ -71,7 +71,7 @@ def test_registering_is_quick_and_small(tmp_path: Path) -> None:
     assert [record.generation for record in records[:4]] == [1, 2, 3, 1]
     assert records[17].facts.digest == saved(17).facts.digest
     mix = registry.acquire(refs([records[4999].name]))
-    assert mix.components[0][0].operators is None
+    assert mix.members[0][0].operators is None
     registry.release(mix)
     assert registry.host_bytes_used == 0
     registry.close()

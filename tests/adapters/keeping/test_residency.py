@@ -59,9 +59,9 @@ def test_the_least_recently_used_is_evicted(make: Registries) -> None:
 def test_a_cold_adapter_is_read_again_once_for_all_who_wait(make: Registries) -> None:
     registry = make(1, load="ab")
     kept = registry.acquire(refs("b"))
-    kept_operators = kept.components[0][0].operators
+    kept_operators = kept.members[0][0].operators
     assert kept_operators is not None
-    kept_operators = kept.components[0][0].operators
+    kept_operators = kept.members[0][0].operators
     assert kept_operators is not None
     expected = {k: v.low_rank for k, v in kept_operators.modules.items()}
     registry.release(kept)
@@ -72,11 +72,11 @@ def test_a_cold_adapter_is_read_again_once_for_all_who_wait(make: Registries) ->
     gate.open()
     results = [waiter.wait() for waiter in waiters]
     assert gate.reads == ["b"]
-    key = waiters[0].mix.components[0][0].key
+    key = waiters[0].mix.members[0][0].key
     for result in results:
         assert result.error is None
         assert result.load_seconds[key] > 0
-    operators = waiters[0].mix.components[0][0].operators
+    operators = waiters[0].mix.members[0][0].operators
     assert operators is not None
     for name, low_rank in expected.items():
         again = operators.modules[name].low_rank
@@ -114,7 +114,7 @@ def test_adapters_in_flight_are_not_evicted(make: Registries) -> None:
     mix = registry.acquire(refs("a"))
     registry.load("c", "c")
     registry.load("d", "d")
-    assert mix.components[0][0].operators is not None
+    assert mix.members[0][0].operators is not None
     other = registry.acquire(refs("b"))
     assert Waiter(other).wait().error is None
     assert resident(registry) == "ab"
@@ -132,7 +132,7 @@ def test_changed_files_fail_the_request_and_no_other(make: Registries) -> None:
     error = waiter.wait().error
     assert isinstance(error, AdapterCheckpointError)
     assert "changed on disk" in str(error)
-    assert other.components[0][0].operators is not None
+    assert other.members[0][0].operators is not None
     registry.release(waiter.mix)
     shutil.rmtree(make.root / "a")
     missing = Waiter(registry.acquire(refs("a")))
@@ -168,7 +168,7 @@ def test_two_mixes_never_hold_what_the_other_needs(make: Registries) -> None:
     for waiter in (first, second, third):
         if not waiter.was_resident:
             assert waiter.wait().error is None
-        assert all(adapter.operators is not None for adapter, _ in waiter.mix.components)
+        assert all(adapter.operators is not None for adapter, _ in waiter.mix.members)
         registry.release(waiter.mix)
 
 
@@ -345,7 +345,7 @@ def test_many_threads_lose_no_request_and_leak_no_byte(make: Registries) -> None
                 waiter = Waiter(mix)
                 if not waiter.was_resident:
                     assert waiter.wait().error is None
-                assert all(adapter.operators is not None for adapter, _ in mix.components)
+                assert all(adapter.operators is not None for adapter, _ in mix.members)
                 registry.release(mix)
         except BaseException as error:
             failures.append(error)

@@ -52,12 +52,12 @@ class Brake:
         self._open, self._posted = threading.Event(), threading.Event()
         self._open.set()
         runner = server.engine._loop._runner
-        self._run, self._exchange = runner.run, server.merger._exchange
-        runner.run, server.merger._exchange = self._slowly, self._noted
+        self._run, self._change_base = runner.run, server.merger._change_base
+        runner.run, server.merger._change_base = self._slowly, self._noted
         self.hold, self.release = self._open.clear, self._open.set
 
-    async def until_exchange(self) -> None:
-        """A merge has asked for its exchange: the engine will read that next."""
+    async def until_change(self) -> None:
+        """A merge has asked for its change of the base: the engine will read that next."""
         assert await asyncio.to_thread(self._posted.wait, 20)
 
     def _slowly(self, step: Any) -> Any:
@@ -66,7 +66,7 @@ class Brake:
         return self._run(step)
 
     def _noted(self, change: Any) -> Any:
-        outcome = self._exchange(change)
+        outcome = self._change_base(change)
         self._posted.set()
         return outcome
 
@@ -82,7 +82,7 @@ async def test_running_requests_finish_first_and_others_wait(server: EngineHarne
         await stream.begun.wait()
     brake.hold()
     merging = asyncio.ensure_future(merge(server, "other"))
-    await brake.until_exchange()
+    await brake.until_change()
     late = [Stream(server, *mix, tokens=4) for mix in ((), ("dora",), ("prefix_tuning",))]
     await asyncio.to_thread(until, lambda: server.engine._loop.num_waiting == len(late))
     gate = Gate(server.registry)
@@ -114,7 +114,7 @@ async def test_who_gives_up_while_it_drains_changes_nothing(server: EngineHarnes
     brake.hold()
     cancellation = Cancellation()
     merging = asyncio.ensure_future(merge(server, "other", cancellation=cancellation))
-    await brake.until_exchange()
+    await brake.until_change()
     brake.release()
     late = asyncio.ensure_future(score(server))
     await asyncio.sleep(0.05)
@@ -139,7 +139,7 @@ async def test_a_stop_while_it_drains_ends_the_merge(root: Path) -> None:
         await running.begun.wait()
         brake.hold()
         merging = asyncio.ensure_future(merge(server, "other"))
-        await brake.until_exchange()
+        await brake.until_change()
         brake.release()
         # Both are cut short: the stop does not wait.
         server.engine._loop.post(server.engine._loop.stop)

@@ -153,7 +153,7 @@ def test_a_mix_keeps_order_weights_and_identity(make: Registries) -> None:
         [AdapterRef(name="b", weight=-0.5), AdapterRef(name="a", generation=1, weight=0.0)]
     )
     uuids = {name: registry.get(name).uuid for name in "ab"}
-    assert [(a.name, w) for a, w in mix.components] == [("b", -0.5), ("a", 0.0)]
+    assert [(a.name, w) for a, w in mix.members] == [("b", -0.5), ("a", 0.0)]
     assert mix.key == ((uuids["b"], 1, -0.5), (uuids["a"], 1, 0.0))
     assert not mix.is_base
     assert registry.get("a").in_flight == 1
@@ -202,7 +202,7 @@ def test_drain_refuses_new_requests_and_waits_for_running_ones(make: Registries)
     with pytest.raises(AdapterInUseError, match="being unloaded"):
         registry.pin("a")
     assert thread.is_alive()
-    assert mix.components[0][0].operators is not None
+    assert mix.members[0][0].operators is not None
     registry.release(mix)
     thread.join(WAIT_SECONDS)
     assert results == [None]

@@ -155,7 +155,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def what_was_granted_stays_resident(self) -> None:
         for held in self.held:
             if held.is_ready:
-                assert all(adapter.operators is not None for adapter, _ in held.mix.components)
+                assert all(adapter.operators is not None for adapter, _ in held.mix.members)
 
     def teardown(self) -> None:
         for name in self.pinned:

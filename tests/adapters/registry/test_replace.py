@@ -54,7 +54,7 @@ def test_later_requests_get_the_new_generation_and_running_ones_keep_theirs(
     later = registry.acquire(refs("a"))
     assert running.key == ((before.uuid, 1, 1.0),)
     assert later.key == ((before.uuid, 2, 1.0),)
-    assert running.components[0][0].operators is not None
+    assert running.members[0][0].operators is not None
     assert registry.get("a").in_flight == 2
     assert registry.host_bytes_used == 2 * adapter_bytes()
     assert gone == []
@@ -124,7 +124,7 @@ def test_without_room_the_new_generation_waits_on_disk(make: Registries) -> None
     assert registry.replace("a", "b").residency == "disk"
     later = Waiter(registry.acquire(refs("a")))
     assert not later.is_answered
-    assert running.components[0][0].operators is not None
+    assert running.members[0][0].operators is not None
     registry.release(running)
     assert later.wait().error is None
     assert registry.host_bytes_used == adapter_bytes()
@@ -140,7 +140,7 @@ def test_a_waiting_request_is_served_the_generation_it_named(make: Registries) -
     result = waiting.wait()
     assert result.error is None
     assert waiting.mix.key[0][1] == 1
-    assert result.mix.components[0][0].operators is not None
+    assert result.mix.members[0][0].operators is not None
     registry.release(waiting.mix)
     assert Waiter(registry.acquire(refs("a"))).wait().error is None
 
@@ -263,7 +263,7 @@ def test_replacing_under_load_fails_no_request_and_leaks_no_byte(make: Registrie
                 if not waiter.was_resident:
                     result = waiter.wait()
                     assert result.error is None, result.error
-                assert all(a.operators is not None for a, _ in waiter.mix.components)
+                assert all(a.operators is not None for a, _ in waiter.mix.members)
                 generations.update(g for _, g, _ in waiter.mix.key)
                 registry.release(waiter.mix)
         except BaseException as error:

@@ -202,7 +202,8 @@ def queue_times(
                     prompt_token_ids=(1, 2, 3),
                     stop=StopConditions(max_tokens=10),
                 )
-                sequence = Sequence(request, FakeMix(name), 0.0)
+                mix: Any = FakeMix(name)
+                sequence = Sequence(request, mix, 0.0)
                 arrived[sequence] = name, now
                 scheduler.add(sequence)
         step = scheduler.schedule()
@@ -224,7 +225,7 @@ class FakeMix:
     """A mix of one adapter."""
 
     name: str
-    components: tuple[Any, ...] = ()
+    members: tuple[Any, ...] = ()
 
     @property
     def key(self) -> tuple[tuple[str, int, float], ...]:
@@ -260,7 +261,8 @@ def test_admissions_of_one_step_alternate_between_mixes() -> None:
     for name in ("popular", "rare"):
         for _ in range(10):
             request = Request(request_id="r", prompt_token_ids=(1, 2, 3))
-            scheduler.add(Sequence(request, FakeMix(name), 0.0))
+            mix: Any = FakeMix(name)
+            scheduler.add(Sequence(request, mix, 0.0))
     step = scheduler.schedule()
     names = [item.sequence.mix.key[0][0] for item in step.scheduled]
     assert names == ["popular", "rare"] * 4

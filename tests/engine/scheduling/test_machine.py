@@ -81,7 +81,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule()
     def change_base(self) -> None:
         if self.scheduler.is_draining and self.scheduler.is_drained:
-            self.scheduler.move_base(self.scheduler.base_generation + 1)
+            self.scheduler.change_base(self.scheduler.base_generation + 1)
             self.scheduler.is_draining = False
 
     @rule()

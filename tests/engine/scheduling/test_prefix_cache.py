@@ -30,7 +30,7 @@ weights = st.sampled_from([1.0, 1.0, 0.5])
 @dataclass(frozen=True)
 class FakeMix:
     key: MixKey
-    components: tuple[tuple[Any, float], ...] = ()
+    members: tuple[tuple[Any, float], ...] = ()
 
     def ensure_host(self, callback: Any) -> bool:
         return True
@@ -70,7 +70,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
             prompt_token_ids=tuple(prompt),
             stop=StopConditions(max_tokens=max_tokens),
         )
-        sequence = Sequence(request, FakeMix(key), 0.0)
+        mix: Any = FakeMix(key)
+        sequence = Sequence(request, mix, 0.0)
         self.live[sequence] = self.scheduler.base_generation
         self.scheduler.add(sequence)
 

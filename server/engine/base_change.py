@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import Future
 
-from turret.server.adapters.base import BaseChange
+from turret.server.adapters.base import ChangedBase
 from turret.server.errors import UnavailableError
 
-Change = Callable[[], BaseChange]
+Change = Callable[[], ChangedBase]
 
 
-class BaseSwap:
+class BaseChange:
     """Made once, on the engine thread, or never.
 
     Args:
-        change: Exchanges the weights.
+        change: Gives the model its other weights.
 
     Attributes:
         outcome: Done when the engine goes on with the new weights; UnavailableError if it ends
@@ -30,7 +30,7 @@ class BaseSwap:
     def is_withdrawn(self) -> bool:
         return self.outcome.cancelled()
 
-    def make(self) -> BaseChange | None:
+    def make(self) -> ChangedBase | None:
         """Change the weights, unless it was withdrawn: then None.
 
         What ``change`` raises is a failure of the engine: nobody knows which weights it has.

@@ -15,7 +15,7 @@ def test_a_prefix_is_not_found_after_the_base_changed() -> None:
     first = sequence_of(prompt, "a")
     run_alone(scheduler, first)
     scheduler.finish(first)
-    scheduler.move_base(2)
+    scheduler.change_base(2)
     again = sequence_of(prompt, "a")
     scheduler.add(again)
     scheduler.schedule()
@@ -34,7 +34,7 @@ def test_a_sequence_that_found_no_room_starts_with_the_base_of_its_time() -> Non
     scheduler.is_draining = True
     scheduler.finish(hog)
     assert scheduler.schedule().scheduled == ()
-    scheduler.move_base(2)
+    scheduler.change_base(2)
     scheduler.is_draining = False
     scheduler.complete(scheduler.schedule())
     assert late.keys[0] == root_key(2, late.mix.key)
