@@ -17,15 +17,15 @@ class Adapter:
 
     Attributes:
         name: Registered name.
-        uuid: Of the registration; all its generations have it.
+        uuid: Identifies the registration; all its generations have it.
         generation: From 1.
         key: Names this generation and no other, for as long as its uuid lives.
         facts: What its files told.
         source: Where its files are.
         operators: By module path; None while on disk. While a mix that was granted residency (see
             ``Mix.ensure_host``) holds the adapter, it stays as it is, unless the base changes.
-        base_generation: Of the base weights that ``operators`` were computed from; None if they
-            are the same on any.
+        base_generation: The generation of the base weights that ``operators`` were computed from;
+            None if they are the same on any.
         host_bytes_needed: What it takes in host memory when it is there.
         in_flight: Mixes that hold the adapter.
         holds: Those of them that were granted residency; an adapter with holds is not evicted.

@@ -38,8 +38,8 @@ class BaseVocabulary:
     """The matrices that have a row per token, ``[vocab, hidden]`` in the serving dtype.
 
     Attributes:
-        embedding: The input's matrix.
-        head: The output's matrix.
+        embedding: Turns input tokens into vectors.
+        head: Turns the last hidden states into logits.
         is_tied: Whether the checkpoint declares them to be one (``tie_word_embeddings``).
     """
 
@@ -94,7 +94,7 @@ class ChangedBase:
     """The base has other weights now.
 
     Attributes:
-        generation: The generation of the new weights.
+        generation: The number of these weights.
         stale: Keys of adapters that were computed from those before, so that copies of their
             operators have to go.
     """

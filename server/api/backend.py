@@ -24,7 +24,7 @@ class Backend:
         registry: Holds the adapters.
         fuser: Makes new adapters of those there are.
         merger: Merges adapters into the base.
-        tokenizer: Of the base model.
+        tokenizer: Turns text into the base model's tokens and back.
         model_info: What clients may know of the base model.
         methods: Adapter methods that this build can load, sorted.
     """

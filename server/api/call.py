@@ -64,7 +64,7 @@ class Call:
                 call's id. Without one the id is made up.
             metrics: Where it is counted.
             is_counted: Whether ``turret_requests_total`` counts it: calls that run on adapters.
-            level: Of the line that is logged in the end.
+            level: The level of the line that is logged in the end.
         """
         usable = (sent for sent in sent_ids if isinstance(sent, str) and is_request_id(sent))
         call = cls(

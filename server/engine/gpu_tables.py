@@ -16,7 +16,8 @@ from turret.server.models.arch import Arch
 
 # Attention scratch of a decode step is bounded: longer contexts share a program.
 _MAX_SPREAD_RECORDS = 2048
-# Of one row's mix; the segment table grows when a step needs more.
+# The ranks and members of one row's mix that the first segment table has room for; it grows when
+# a step needs more.
 _FIRST_ROW_RANK = 256
 _FIRST_MEMBERS = 8
 # Fusions come and go by key; a table is some kilobytes.

@@ -184,7 +184,7 @@ class EngineLoop:
         """Run posted commands; wait for one if there was nothing to compute.
 
         Nothing but a command or a deadline changes that. The line of those who wait does not tell:
-        whoever is ready may still have to wait for others.
+        a sequence that is ready may still have to wait for others.
         """
         if not self._has_work:
             deadlines = [f.sequence.request.deadline for f in self._with_deadline]

@@ -18,7 +18,7 @@ from turret.server.engine.fair_queue import FairQueue
 from turret.server.engine.length_forecast import LengthForecast
 from turret.server.engine.sequence import Sequence, SequenceState
 
-# Of the blocks, for answers that become longer than was forecast.
+# The share of the blocks that is kept for answers that become longer than was forecast.
 _SPARE_SHARE = 0.05
 
 

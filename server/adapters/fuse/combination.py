@@ -31,7 +31,7 @@ class Combination:
         energy: Share of the squared singular values to keep, in (0, 1]; instead of ``rank``.
         density: Share of the entries that pruning keeps, in (0, 1].
         majority_sign_method: How TIES elects a sign: ``total`` (the default) or ``frequency``.
-        seed: Of DARE's random pruning; 0 by default.
+        seed: Seeds DARE's random pruning; 0 by default.
 
     Raises:
         InvalidRequestError: A value breaks its range or belongs to other combinations; lists all.

@@ -107,10 +107,10 @@ class Fuser:
             cancellation: Ends the fusion with its error at the next module; nothing is left of it.
 
         Returns:
-            Of the result, or of an error: InvalidRequestError (the combination cannot represent
-            the mix; names the members), BudgetExceededError (rank or bytes), StateDirRequiredError
-            (there is no place for files), what ``AdapterRegistry.acquire`` and ``upload`` raise,
-            or UnavailableError.
+            A future of the result, or of an error: InvalidRequestError (the combination cannot
+            represent the mix; names the members), BudgetExceededError (rank or bytes),
+            StateDirRequiredError (there is no place for files), what ``AdapterRegistry.acquire``
+            and ``upload`` raise, or UnavailableError.
 
         Raises:
             QueueFullError: Another fusion is under way.

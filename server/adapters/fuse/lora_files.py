@@ -1,7 +1,7 @@
 """Writes a result as a LoRA in PEFT's layout: a config and a safetensors file.
 
 Written by hand, tensor by tensor, because the format is simple and a library's one call would build
-the whole file in memory under the interpreter lock, while requests are served.
+the whole file in memory while holding the GIL, while requests are served.
 """
 
 from __future__ import annotations

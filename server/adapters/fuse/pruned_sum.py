@@ -29,7 +29,7 @@ def combine(
         weights: One per tensor.
         combination: Says how ``p`` prunes and whether signs are elected. Votes are cast by the
             unweighted tensors, as in PEFT: a negative weight does not turn a vote round.
-        generator: Of DARE's masks.
+        generator: Draws DARE's masks.
 
     Returns:
         A new tensor, fp32.

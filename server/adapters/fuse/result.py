@@ -14,7 +14,7 @@ class ModuleReport:
     Attributes:
         module: Full path in the base.
         relative_error: ``‖ΔW_out − Σ w_k ΔW_k‖ / ‖Σ w_k ΔW_k‖``, Frobenius.
-        rank: Of the result.
+        rank: The rank of the result.
     """
 
     module: str

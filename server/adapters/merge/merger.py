@@ -54,7 +54,7 @@ class Merger:
     """Knows what is merged. Thread-safe; every method but ``state`` blocks.
 
     Args:
-        registry: Of the adapters.
+        registry: Where the adapters are.
         edit: Begins an edit of the base as loaded.
         describe: The base with the weights that it has now, as this generation.
         change_base: See ``ChangeBase``.
@@ -127,7 +127,7 @@ class Merger:
                     time=time.time(),
                     report=report,
                 )
-                self._make(edit, merge, cancellation)
+                self._apply(edit, merge, cancellation)
             finally:
                 self._registry.release(mix)
         return self._state
@@ -143,7 +143,7 @@ class Merger:
         with self._only_change():
             if self._active is None:
                 raise NotMergedError("no merge is active")
-            self._make(self._active, None, cancellation)
+            self._apply(self._active, None, cancellation)
         return self._state
 
     @contextlib.contextmanager
@@ -155,7 +155,7 @@ class Merger:
         finally:
             self._turn.release()
 
-    def _make(self, edit: Edit, merge: Merge | None, cancellation: Cancellation) -> None:
+    def _apply(self, edit: Edit, merge: Merge | None, cancellation: Cancellation) -> None:
         state = MergeState(self._state.base_generation + 1, merge)
 
         def change() -> ChangedBase:

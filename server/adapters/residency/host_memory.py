@@ -21,7 +21,7 @@ class HostMemory:
         metrics: Receives residency, bytes and evictions.
 
     Attributes:
-        used_bytes: Of resident and arriving adapters.
+        used_bytes: What resident and arriving adapters take.
     """
 
     def __init__(self, budget_bytes: int, metrics: AdapterMetrics) -> None:
@@ -66,7 +66,7 @@ class HostMemory:
     def make_room_for(self, adapters: Iterable[Adapter]) -> bool:
         """Evicts adapters until those of these that are not in memory fit, or evicts none.
 
-        Of ``adapters`` themselves, none is evicted.
+        None of ``adapters`` themselves is evicted.
         """
         adapters = tuple(adapters)
         needed = sum(adapter.host_bytes_needed for adapter in adapters if adapter not in self)

@@ -94,7 +94,7 @@ class Leases:
 
     @property
     def used_bytes(self) -> int:
-        """Of resident and arriving adapters."""
+        """Bytes that resident and arriving adapters take."""
         return self._memory.used_bytes
 
     def insert(self, adapter: Adapter, loaded: LoadedAdapter) -> bool:
