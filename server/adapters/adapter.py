@@ -12,7 +12,7 @@ from turret.server.adapters.source import Source
 class Adapter:
     """The weights that a name stood for at some time.
 
-    The identity never changes. Everything else belongs to the registry and its cache and changes
+    The identity never changes. Everything else belongs to the registry and its leases and changes
     under their lock; reading single attributes without the lock is safe.
 
     Attributes:
