@@ -215,7 +215,7 @@ def test_a_catastrophic_pattern_is_stopped_and_named_and_not_tried_again(
     assert "rank_pattern" in findings.fields
     assert len(children) == 1
     _, findings = resolve(target_modules=["q_proj"], exclude_modules=r".*k_proj")
-    assert not findings
+    assert not findings.fields
 
 
 def test_a_pattern_cannot_fill_the_memory(

@@ -15,6 +15,7 @@ from builders.fusions import PREFIX, save_fusion
 from builders.methods import make_config, save_adapter
 from builders.registries import Waiter, in_thread, refs, stage_directory, tiny_base
 
+from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.registry.registry import AdapterRegistry
@@ -318,7 +319,9 @@ def test_components_stay_while_a_fusion_of_them_is_loading(open_registry: Any) -
     refusal(lambda: registry.replace("b", "dora"), AdapterInUseError, "FAILED_PRECONDITION")
     proceed.set()
     thread.join(10)
-    assert getattr(results[0], "method", None) == "learned_fusion"
+    (loaded,) = results
+    assert isinstance(loaded, AdapterInfo), loaded
+    assert loaded.facts.method == "learned_fusion"
 
 
 def test_a_component_on_its_way_out_is_not_there(open_registry: Any) -> None:
