@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from turret.clients.client import TurretClient
-from turret.server.models.arch import read_arch
+from turret.server.models.families import read_arch
 from turret.server.models.model_source import default_cache_dir, resolve_model
 from turret.server.progress import progress_bar
 from turret.server.server_process import ServerProcess, ServerProcessError

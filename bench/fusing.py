@@ -26,7 +26,7 @@ from common.report import append_rows, make_console, print_rows
 from scale.workload import TOKEN_IDS
 
 from turret.clients.aio import AdapterWeight, AsyncTurretClient
-from turret.server.models.arch import read_arch
+from turret.server.models.families import read_arch
 from turret.server.models.model_source import default_cache_dir, resolve_model
 from turret.server.server_process import ServerProcess
 

@@ -37,7 +37,8 @@ from turret.server.engine.engine import Engine
 from turret.server.engine.loop import EngineLoop
 from turret.server.engine.request import Request, SamplingParams, StopConditions
 from turret.server.metrics import Metrics
-from turret.server.models.arch import Arch, read_arch
+from turret.server.models.arch import Arch
+from turret.server.models.families import read_arch
 from turret.server.models.model_source import default_cache_dir, resolve_model
 
 ENGINE = "engine"
@@ -53,8 +54,8 @@ PARTS = (
     Part("turret.server.models.layer_ops:TorchLayerOps.attend", "attention"),
     Part("turret.server.models.cpu_layer_ops:CpuLayerOps.add_rms_norm", "norms, residuals"),
     Part("turret.server.models.layer_ops:TorchLayerOps.add_rms_norm", "norms, residuals"),
-    Part("turret.server.models.cpu_layer_ops:CpuLayerOps.silu_mul", "activation"),
-    Part("turret.server.models.layer_ops:TorchLayerOps.silu_mul", "activation"),
+    Part("turret.server.models.cpu_layer_ops:CpuLayerOps.gated_activation", "activation"),
+    Part("turret.server.models.layer_ops:TorchLayerOps.gated_activation", "activation"),
     Part("turret.server.adapters.device.hadamard_shelf:HadamardShelf.apply", "Hadamard"),
     Part("turret.server.adapters.device.kronecker_shelf:KroneckerShelf.apply", "Kronecker"),
     Part("turret.server.models.decoder:Decoder.logits", "head"),

@@ -19,7 +19,7 @@ from typing import Any, Literal
 MIB = 1 << 20
 GIB = 1 << 30
 
-# The one spelling of an adapter name (registry, RPCs and --preload).
+# What an adapter may be called, by RPC and by --preload.
 ADAPTER_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
 
 _BYTE_UNITS = {

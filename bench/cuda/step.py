@@ -32,7 +32,7 @@ from turret.server.engine.request import Request
 from turret.server.engine.scheduler import Scheduled, Step
 from turret.server.engine.sequence import Sequence
 from turret.server.models.adapted_linear import AdaptedLinear
-from turret.server.models.arch import Arch
+from turret.server.models.arch import Arch, Rope
 from turret.server.models.decoder import DecoderLayer
 from turret.server.models.gpu_decoder import GpuDecoder
 from turret.server.models.kv_cache import KvCache
@@ -234,8 +234,8 @@ class DecodeStep:
             norms = [torch.ones(arch.hidden_size, **like) for _ in range(2)]
             layers.append(
                 DecoderLayer(
-                    input_norm=norms[0],
-                    post_attention_norm=norms[1],
+                    norm_before_attention=norms[0],
+                    norm_before_mlp=norms[1],
                     q_norm=None,
                     k_norm=None,
                     **linears,
@@ -261,9 +261,9 @@ def _arch(model: Model, num_layers: int, context: int) -> Arch:
         rms_norm_eps=1e-5,
         max_model_len=context + KV_BLOCK,
         tie_word_embeddings=True,
-        qk_norm=False,
+        activation="silu",
+        attention_scale=model.head_dim**-0.5,
         windows=(model.window,) * num_layers,
-        rotary=(True,) * num_layers,
-        inv_freq=1.0 / 500000.0**exponents,
-        rope_scaling=1.0,
+        ropes={"all": Rope(1.0 / 500000.0**exponents)},
+        rope_of_layer=("all",) * num_layers,
     )

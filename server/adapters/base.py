@@ -59,9 +59,9 @@ class BaseModel:
     Attributes:
         name: Model id as its config or directory names it (compared, loosely, with
             ``base_model_name_or_path``).
-        model_type: ``llama``, ``mistral``, ``qwen2``, ``qwen3``, ``smollm3``.
-        digest: SHA-256 that identifies the weights as they were loaded; a merge leaves it as it is.
-            State directories and provenance name the base by it.
+        model_type: As the checkpoint's config names it.
+        digest: SHA-256 over the weights as loaded: what an adapter was trained on. A merge does not
+            change it; ``generation`` tells the weights served.
         dtype: Serving dtype of activations and operators.
         modules: The quantised linear modules of the decoder layers, by full path, in layer order,
             and ``lm_head`` behind them.

@@ -1,10 +1,10 @@
-"""The architecture of a decoder, read from its Hugging Face config."""
+"""The architecture of a decoder, as data. Families read it from Hugging Face configs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Literal
 
 import torch
 
@@ -12,16 +12,63 @@ from turret.server.errors import InvalidRequestError
 
 # Where the modules of a layer are in a checkpoint: ``model.layers.0.self_attn.q_proj``.
 LAYER_PREFIX = "model.layers"
-SUPPORTED_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "smollm3")
-_SUPPORTED_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+# Activations of the gate that every path has a kernel for.
+ACTIVATIONS = ("silu",)
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary positions (RoFormer, arXiv 2104.09864) of one kind of layer.
+
+    Attributes:
+        inv_freq: Radians per position, ``[rotated features of a head / 2]`` fp32.
+        scaling: Multiplies cosines and sines.
+    """
+
+    inv_freq: torch.Tensor
+    scaling: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorms:
+    """Where a layer has norms, by the name of each one's module in the layer; None for nowhere.
+
+    A norm *after* attention or MLP is applied to its result before that is added to the residual.
+    """
+
+    before_attention: str | None = "input_layernorm"
+    after_attention: str | None = None
+    before_mlp: str | None = "post_attention_layernorm"
+    after_mlp: str | None = None
+
+    def names(self) -> tuple[str, ...]:
+        """Those there are, in the order in which a layer applies them."""
+        places = (self.before_attention, self.after_attention, self.before_mlp, self.after_mlp)
+        return tuple(name for name in places if name is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arch:
     """What the one decoder needs to know. Sizes are per model, not per shard.
 
-    ``windows`` holds each layer's sliding window in tokens, or None; ``rotary`` whether each layer
-    rotates queries and keys (SmolLM3 leaves every fourth layer without).
+    The decoders read most of this; ``check_served`` refuses the values that no kernel computes yet.
+
+    Attributes:
+        model_type: As the config names it. Information: nothing is decided by it.
+        head_dim: Width of one head.
+        activation: Of the MLP's gate, as Hugging Face names it.
+        attention_scale: Multiplies the scores.
+        embedding_scale: Multiplies what the embedding gives.
+        residual_scale: Multiplies what attention and MLP add.
+        logit_scale: Multiplies the logits.
+        norm_offset: Added to the weights of all norms (1 where a norm is ``1 + w``).
+        norms: The norms of a layer.
+        qk_norm: Whether queries and keys are normed, head by head or the whole projection at once.
+        attention_softcap: ``c · tanh(score / c)`` where it is not None.
+        logit_softcap: The same of logits.
+        windows: Each layer's sliding window in tokens, or None.
+        ropes: Rotary positions by kind of layer.
+        rope_of_layer: Each layer's kind, or None for a layer that does not rotate.
     """
 
     model_type: str
@@ -35,18 +82,26 @@ class Arch:
     rms_norm_eps: float
     max_model_len: int
     tie_word_embeddings: bool
-    qk_norm: bool
+    activation: str
+    attention_scale: float
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_scale: float = 1.0
+    norm_offset: float = 0.0
+    norms: LayerNorms = LayerNorms()
+    qk_norm: Literal["head", "projection"] | None = None
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
     windows: tuple[int | None, ...]
-    rotary: tuple[bool, ...]
-    inv_freq: torch.Tensor
-    rope_scaling: float
+    ropes: Mapping[str, Rope]
+    rope_of_layer: tuple[str | None, ...]
 
     @property
     def queries_per_head(self) -> int:
         return self.num_heads // self.num_kv_heads
 
     def linears(self) -> dict[str, tuple[tuple[str, int, int], ...]]:
-        """Fused projections of a layer: group → (module path in the layer, out, in) per slice."""
+        """Fused projections of a layer: (module path in the layer, out, in) per slice, by name."""
         hidden, head = self.hidden_size, self.head_dim
         q, kv = self.num_heads * head, self.num_kv_heads * head
         inner = self.intermediate_size
@@ -62,76 +117,40 @@ class Arch:
         }
 
 
-def read_arch(config: Any) -> Arch:
-    """Turn a transformers config into an ``Arch``.
+# The one value of each of these that the decoders compute.
+_ONLY = {
+    "embedding_scale": 1.0,
+    "residual_scale": 1.0,
+    "logit_scale": 1.0,
+    "norm_offset": 0.0,
+    "attention_softcap": None,
+    "logit_softcap": None,
+}
 
-    Args:
-        config: A ``PretrainedConfig`` of one of ``SUPPORTED_MODEL_TYPES``.
+
+def check_served(arch: Arch) -> None:
+    """Checks that the decoders compute what an architecture says.
 
     Raises:
-        InvalidRequestError: The model type, rope type or activation is not supported; names what
-            is.
+        InvalidRequestError: They do not; names everything that is missing.
     """
-    if config.model_type not in SUPPORTED_MODEL_TYPES:
+    missing = [
+        f"{name} {getattr(arch, name)}"
+        for name, value in _ONLY.items()
+        if getattr(arch, name) != value
+    ]
+    if arch.activation not in ACTIVATIONS:
+        missing.append(f"activation {arch.activation!r} (there is {', '.join(ACTIVATIONS)})")
+    norms = arch.norms
+    if norms.before_attention is None or norms.before_mlp is None:
+        missing.append("layers without a norm before attention and MLP")
+    if norms.after_attention is not None or norms.after_mlp is not None:
+        missing.append("norms after attention or MLP")
+    if arch.qk_norm == "projection":
+        missing.append("norms over all heads of queries and keys at once")
+    if any(2 * len(rope.inv_freq) != arch.head_dim for rope in arch.ropes.values()):
+        missing.append("heads that rotate in part")
+    if missing:
         raise InvalidRequestError.of(
-            "model",
-            f"model_type {config.model_type!r} is not supported; supported: "
-            + ", ".join(SUPPORTED_MODEL_TYPES),
+            "model", f"{arch.model_type} needs what is not served yet: {'; '.join(missing)}"
         )
-    if config.hidden_act != "silu":
-        raise InvalidRequestError.of("model", f"hidden_act {config.hidden_act!r} is not supported")
-    heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
-    inv_freq, scaling = _read_rope(config, head_dim)
-    layers = config.num_hidden_layers
-    return Arch(
-        model_type=config.model_type,
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=head_dim,
-        rms_norm_eps=config.rms_norm_eps,
-        max_model_len=config.max_position_embeddings,
-        tie_word_embeddings=bool(config.tie_word_embeddings),
-        qk_norm=config.model_type == "qwen3",
-        windows=_read_windows(config, layers),
-        rotary=_read_rotary(config, layers),
-        inv_freq=inv_freq,
-        rope_scaling=scaling,
-    )
-
-
-def _read_rope(config: Any, head_dim: int) -> tuple[torch.Tensor, float]:
-    parameters: Mapping[str, Any] = config.rope_parameters or {}
-    kind = parameters.get("rope_type", "default")
-    if kind not in _SUPPORTED_ROPE_TYPES:
-        raise InvalidRequestError.of(
-            "model",
-            f"rope_type {kind!r} is not supported; supported: {', '.join(_SUPPORTED_ROPE_TYPES)}",
-        )
-    if kind == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-        return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
-    # The long tail of scaling formulas is transformers' business.
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    return inv_freq.float(), float(scaling)
-
-
-def _read_windows(config: Any, layers: int) -> tuple[int | None, ...]:
-    window = getattr(config, "sliding_window", None)
-    kinds = getattr(config, "layer_types", None)
-    if window is None or getattr(config, "use_sliding_window", True) is False:
-        return (None,) * layers
-    if kinds is None:
-        return (window,) * layers
-    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
-
-
-def _read_rotary(config: Any, layers: int) -> tuple[bool, ...]:
-    flags = getattr(config, "no_rope_layers", None)
-    return tuple(bool(flag) for flag in flags) if flags else (True,) * layers

@@ -1,4 +1,4 @@
-"""Layer operations by the compiled CPU kernels (bf16 and fp32)."""
+"""Layer operations of the cpu path: the compiled kernels (bf16 and fp32)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from turret.server.models.arch import Arch
 from turret.server.models.kv_cache import KvCache
 
 _HEAD_DIM_MULTIPLE = 32
+# By their names in ``Arch``: kernels that multiply the activation by ``up`` in the same pass.
+_GATED_ACTIVATIONS = {"silu": silu_mul}
 
 
 class CpuLayerOps:
@@ -20,11 +22,13 @@ class CpuLayerOps:
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
+        self._gated_activation = _GATED_ACTIVATIONS[arch.activation]
 
     @staticmethod
     def serves(arch: Arch) -> bool:
-        """Whether the kernels know the model's head size."""
-        return arch.head_dim % _HEAD_DIM_MULTIPLE == 0 and arch.head_dim <= MAX_HEAD_DIM
+        """Whether the kernels know the model's head size and activation."""
+        is_head_known = arch.head_dim % _HEAD_DIM_MULTIPLE == 0 and arch.head_dim <= MAX_HEAD_DIM
+        return is_head_known and arch.activation in _GATED_ACTIVATIONS
 
     def plan_attention(
         self,
@@ -61,8 +65,8 @@ class CpuLayerOps:
             angles = ones, torch.zeros_like(ones)
         keys, values = cache.keys[number], cache.values[number]
         q = rope_kv_write(qkv, *angles, slots, keys, values)
-        out = paged_attention(q, keys, values, plan, scale=self._arch.head_dim**-0.5)
+        out = paged_attention(q, keys, values, plan, scale=self._arch.attention_scale)
         return out.view(qkv.shape[0], -1)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return silu_mul(gate_up)
+    def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._gated_activation(gate_up)

@@ -56,8 +56,8 @@ class StepInput:
 class DecoderLayer:
     """Weights of one layer. Norm weights are ``[hidden]`` (``[head_dim]`` for q and k)."""
 
-    input_norm: torch.Tensor
-    post_attention_norm: torch.Tensor
+    norm_before_attention: torch.Tensor
+    norm_before_mlp: torch.Tensor
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     qkv: AdaptedLinear
@@ -71,10 +71,10 @@ class Decoder:
 
     Attributes:
         arch: Its architecture.
-        layers: Its layers; adapters see their linear modules through ``server/models/base.py``.
+        layers: Its layers; adapters see their linear modules as ``describe_base`` does.
         dtype: Dtype of activations.
         ops: How this device computes what is between the projections.
-        epoch: Moves when a merge exchanges weights: what was captured of them is void.
+        epoch: Moves when a merge exchanges weights. Graphs that were captured before are void.
     """
 
     def __init__(
@@ -95,8 +95,10 @@ class Decoder:
         self.device = embedding.device
         self.epoch = 0
         self.ops = choose_layer_ops(arch, self.dtype, self.device)
-        self._inv_freq = arch.inv_freq.to(self.device)
-        self._angles = RotaryAngles(self._inv_freq, arch.rope_scaling)
+        self._angles = {
+            kind: RotaryAngles(rope.inv_freq.to(self.device), rope.scaling)
+            for kind, rope in arch.ropes.items()
+        }
 
     def forward(self, step: StepInput, cache: KvCache) -> torch.Tensor:
         """Run a step and write its keys and values.
@@ -105,28 +107,35 @@ class Decoder:
             Final-norm hidden states, ``[rows, hidden]``.
         """
         ops = self.ops
-        angles = self._angles.at(step.positions)
+        rotations = self._rotations(step.positions)
         hidden = F.embedding(step.token_ids, self.embedding)
         change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
         if step.soft_rows is not None and step.soft_values is not None:
             hidden.index_copy_(0, step.soft_rows, step.soft_values.to(hidden.dtype))
         delta = None
         for number, layer in enumerate(self.layers):
-            normed = ops.add_rms_norm(hidden, delta, layer.input_norm)
+            normed = ops.add_rms_norm(hidden, delta, layer.norm_before_attention)
             qkv = self._heads(layer, layer.qkv(normed, step.adapters))
             attended = ops.attend(
                 number,
                 qkv,
-                angles if self.arch.rotary[number] else None,
+                rotations[self.arch.rope_of_layer[number]],
                 step.kv_slots,
                 cache,
                 step.attention[self.arch.windows[number]],
             )
             delta = layer.o(attended, step.adapters)
-            normed = ops.add_rms_norm(hidden, delta, layer.post_attention_norm)
-            gated = ops.silu_mul(layer.gate_up(normed, step.adapters))
+            normed = ops.add_rms_norm(hidden, delta, layer.norm_before_mlp)
+            gated = ops.gated_activation(layer.gate_up(normed, step.adapters))
             delta = layer.down(gated, step.adapters)
         return ops.add_rms_norm(hidden, delta, self.norm)
+
+    def _rotations(
+        self, positions: torch.Tensor
+    ) -> dict[str | None, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Cosines and sines by kind of layer, ``[rows, head_dim / 2]`` fp32 each."""
+        made = {kind: angles.at(positions) for kind, angles in self._angles.items()}
+        return {None: None, **made}
 
     def logits(self, hidden: torch.Tensor, changes: Sequence[VocabularyGroup] = ()) -> torch.Tensor:
         """Project ``[rows, hidden]`` onto the vocabulary, ``[rows, vocab]`` fp32.

@@ -41,12 +41,11 @@ def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) ->
     head = decoder.head
     modules[HEAD] = BaseModule(HEAD, arch.hidden_size, head.shape[0], None, lambda: head.float())
     others = {EMBEDDING, "model.norm"}
+    names = [*arch.norms.names()]
+    if arch.qk_norm is not None:
+        names += ["self_attn.q_norm", "self_attn.k_norm"]
     for number in range(arch.num_layers):
-        others |= {
-            f"{LAYER_PREFIX}.{number}.{n}" for n in ("input_layernorm", "post_attention_layernorm")
-        }
-        if arch.qk_norm:
-            others |= {f"{LAYER_PREFIX}.{number}.self_attn.{n}" for n in ("q_norm", "k_norm")}
+        others |= {f"{LAYER_PREFIX}.{number}.{name}" for name in names}
     return BaseModel(
         name=source.name,
         model_type=arch.model_type,

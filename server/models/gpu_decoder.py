@@ -1,4 +1,4 @@
-"""The decoder on the Triton path.
+"""The decoder of the gpu path.
 
 The same layers as ``decoder.py``, every operation a kernel of ``kernels/gpu`` or a torch operation
 that a CUDA graph can hold: nothing here reads a value from the device or copies from the host.
@@ -24,6 +24,8 @@ from turret.server.models.kv_cache import KvCache
 
 # Libraries choose their algorithm by shape: the head's product always has this many rows.
 _HEAD_ROWS = 64
+# By their names in ``Arch``: kernels that multiply the activation by ``up`` in the same pass.
+_GATED_ACTIVATIONS = {"silu": silu_mul}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,23 +75,29 @@ class GpuDecoder(Decoder):
             ``[samples, vocab]`` fp32.
         """
         arch = self.arch
-        angles = step.positions[:, None].float() * self._inv_freq
-        rotation = (angles.cos() * arch.rope_scaling, angles.sin() * arch.rope_scaling)
-        # Layers without rotary positions turn by 0.
-        still = (torch.ones_like(angles), torch.zeros_like(angles))
+        rotations = self._rotations(step.positions)
+        if None in arch.rope_of_layer:
+            # Layers without rotary positions turn by 0.
+            ones = torch.ones(len(step.positions), arch.head_dim // 2, device=self.device)
+            rotations[None] = ones, torch.zeros_like(ones)
         hidden = F.embedding(step.token_ids, self.embedding)
         change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
         if step.soft_rows is not None and step.soft_values is not None:
             hidden.index_copy_(0, step.soft_rows, step.soft_values.to(hidden.dtype))
+        eps = arch.rms_norm_eps
+        gated_activation = _GATED_ACTIVATIONS[arch.activation]
         update: torch.Tensor | None = None
         for number, layer in enumerate(self.layers):
-            normed = residual_rms_norm(hidden, update, layer.input_norm, arch.rms_norm_eps)
-            turn = rotation if arch.rotary[number] else still
-            update = self._attention(number, layer, normed, turn, step, cache)
-            normed = residual_rms_norm(hidden, update, layer.post_attention_norm, arch.rms_norm_eps)
-            inner = silu_mul(layer.gate_up(normed, step.adapters, step.num_decode))
+            normed = residual_rms_norm(
+                hidden, update, layer.norm_before_attention, arch.rms_norm_eps
+            )
+            rotation = rotations[arch.rope_of_layer[number]]
+            assert rotation is not None, "every kind of layer turns by something"
+            update = self._attention(number, layer, normed, rotation, step, cache)
+            normed = residual_rms_norm(hidden, update, layer.norm_before_mlp, eps)
+            inner = gated_activation(layer.gate_up(normed, step.adapters, step.num_decode))
             update = layer.down(inner, step.adapters, step.num_decode)
-        hidden = residual_rms_norm(hidden, update, self.norm, arch.rms_norm_eps)
+        hidden = residual_rms_norm(hidden, update, self.norm, eps)
         return hidden, self.logits(hidden.index_select(0, step.sample_rows), step.heads)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -120,5 +128,5 @@ class GpuDecoder(Decoder):
             eps=arch.rms_norm_eps,
         )
         table = step.attention[arch.windows[number]]
-        attended = paged_attention(q, keys, values, table, scale=arch.head_dim**-0.5)
+        attended = paged_attention(q, keys, values, table, scale=arch.attention_scale)
         return layer.o(attended.flatten(1), step.adapters, step.num_decode)

@@ -69,8 +69,8 @@ class LayerOps(Protocol):
         """
         ...
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """``silu(gate) · up``, ``[rows, 2·width]`` → ``[rows, width]``."""
+    def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """``activation(gate) · up``, ``[rows, 2·width]`` → ``[rows, width]``."""
         ...
 
 
@@ -82,11 +82,16 @@ def choose_layer_ops(arch: Arch, dtype: torch.dtype, device: torch.device) -> La
     return TorchLayerOps(arch)
 
 
+# By their names in ``Arch``.
+_ACTIVATIONS = {"silu": row_silu}
+
+
 class TorchLayerOps:
-    """Plain torch, on any device and dtype."""
+    """The torch path, on any device and dtype."""
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
+        self._activation = _ACTIVATIONS[arch.activation]
 
     def plan_attention(
         self,
@@ -130,13 +135,13 @@ class TorchLayerOps:
             cache.keys[number],
             cache.values[number],
             plan,
-            scale=self._arch.head_dim**-0.5,
+            scale=self._arch.attention_scale,
         )
         return attended.view(qkv.shape[0], -1)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
-        return row_silu(gate).mul_(up)
+        return self._activation(gate).mul_(up)
 
 
 def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

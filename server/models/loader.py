@@ -11,8 +11,9 @@ from safetensors import safe_open
 from turret.kernels.row_linear import prepare_linear
 from turret.server.errors import InvalidRequestError
 from turret.server.models.adapted_linear import AdaptedLinear
-from turret.server.models.arch import LAYER_PREFIX, Arch, read_arch
+from turret.server.models.arch import LAYER_PREFIX, Arch
 from turret.server.models.decoder import Decoder, DecoderLayer
+from turret.server.models.families import read_arch
 from turret.server.models.model_source import ModelSource, Progress, no_progress, weight_files
 from turret.server.models.nf4 import Nf4Linear, Nf4Weight
 
@@ -143,8 +144,8 @@ def _load_layer(
             torch.cat(biases) if has_bias else None,
         )
     return DecoderLayer(
-        input_norm=dense("input_layernorm.weight"),
-        post_attention_norm=dense("post_attention_layernorm.weight"),
+        norm_before_attention=dense(f"{arch.norms.before_attention}.weight"),
+        norm_before_mlp=dense(f"{arch.norms.before_mlp}.weight"),
         q_norm=dense("self_attn.q_norm.weight") if arch.qk_norm else None,
         k_norm=dense("self_attn.k_norm.weight") if arch.qk_norm else None,
         **projections,

@@ -28,7 +28,7 @@ from transformers import LlamaConfig
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.methods import METHODS, method_for
-from turret.server.models.arch import read_arch
+from turret.server.models.families import read_arch
 
 BENCH = ROOT / "bench"
 

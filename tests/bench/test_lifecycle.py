@@ -19,7 +19,7 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.metrics import Metrics
 from turret.server.metrics_server import MetricsServer
-from turret.server.models.arch import read_arch
+from turret.server.models.families import read_arch
 
 BENCH = ROOT / "bench"
 

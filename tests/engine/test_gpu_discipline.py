@@ -37,8 +37,8 @@ from turret.server.engine.runner import Runner
 from turret.server.engine.scheduler import Scheduled, Step
 from turret.server.engine.sequence import Sequence
 from turret.server.models.adapted_linear import AdaptedLinear
-from turret.server.models.arch import read_arch
 from turret.server.models.decoder import DecoderLayer
+from turret.server.models.families import read_arch
 from turret.server.models.gpu_decoder import GpuDecoder
 from turret.server.models.kv_cache import KvCache
 from turret.server.models.nf4_gpu import Nf4Product
@@ -106,7 +106,7 @@ def _decoder() -> GpuDecoder:
             base: Any = _Base(out, slices[0][2])
             bias = empty(out) if name == "qkv" else None
             linears[name] = AdaptedLinear(number, name, base, bias)
-        norms = {"input_norm": empty(hidden), "post_attention_norm": empty(hidden)}
+        norms = {"norm_before_attention": empty(hidden), "norm_before_mlp": empty(hidden)}
         layers.append(DecoderLayer(**norms, q_norm=None, k_norm=None, **linears))
     table = empty(ARCH.vocab_size, hidden)
     return GpuDecoder(ARCH, embedding=table, layers=layers, norm=empty(hidden), head=table)

@@ -1,0 +1,7 @@
+"""Llama, and what is saved as one: SmolLM, SmolLM2, TinyLlama."""
+
+from __future__ import annotations
+
+from turret.server.models.family import Family, read_decoder
+
+FAMILY = Family(("llama",), read_decoder)
