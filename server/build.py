@@ -68,12 +68,12 @@ def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = Non
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     with progress_bar() as progress:
         source = resolve_model(config.model.model, default_cache_dir(), progress)
-        decoder = load_decoder(source, dtype=dtype, device=device, triton=triton, progress=progress)
+        decoder = load_decoder(source, dtype=dtype, device=device, gpu=triton, progress=progress)
     tokenizer = Tokenizer.load(source.files, eos_token_ids(source.files), decoder.arch.vocab_size)
     base = describe_base(decoder, source)
     layout = describe_projections(decoder.arch)
-    kernels = "triton" if triton else "compiled" if has_native(dtype, device) else "torch"
-    store = _store_type(kernels)(
+    path = "gpu" if triton else "cpu" if has_native(dtype, device) else "torch"
+    store = _store_type(path)(
         layout,
         dtype,
         device,
@@ -87,7 +87,7 @@ def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = Non
         extra=log.fields(
             model=source.name,
             seconds=round(time.monotonic() - started, 2),
-            kernels=kernels,
+            path=path,
             **formulations(decoder),
         ),
     )
@@ -114,10 +114,10 @@ def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = Non
     )
 
 
-def _store_type(kernels: str) -> Callable[..., AdapterStore]:
-    if kernels != "triton":
-        return CpuStore if kernels == "compiled" else PackedStore
-    # Imported where it is used: Triton is not everywhere where the CPU path runs.
+def _store_type(path: str) -> Callable[..., AdapterStore]:
+    if path != "gpu":
+        return CpuStore if path == "cpu" else PackedStore
+    # Imported where it is used: the other paths run where Triton is not installed.
     from turret.server.adapters.device.gpu_store import GpuStore
 
     return GpuStore

@@ -23,10 +23,11 @@ import torch
 
 from turret.kernels.cpu.native import functions
 
-# Of a thread's cache, for what comes ahead. The weights of the base pass through it too.
+# How much of a thread's cache is for what comes ahead. The weights of the base pass through it too.
 _AHEAD_BYTES = 3 << 19
-# However much that is: from a layer's last projection to q, k and v of the next. What comes too
-# early is in the shared cache still, and memory would else be idle.
+# A step asks at least this many modules ahead, however much that is: from a layer's last projection
+# to q, k and v of the next. What comes too early is still in the shared cache, and memory would
+# otherwise be idle.
 _LEAST_REACH = 4
 _LANES = 16  # of vec.h: activations of an operator begin at multiples of it
 
@@ -80,7 +81,7 @@ class ModuleTable:
 
     Attributes:
         width: Floats of scratch memory that a row takes, of the module that takes most.
-        num_low_rank_bytes: Of all ``a`` and ``b``.
+        num_low_rank_bytes: Bytes of all ``a`` and ``b``.
     """
 
     def __init__(self, num_modules: int) -> None:
@@ -156,7 +157,7 @@ class ModuleTable:
         return [*map(self._address_of, (w1, *parts)), *w1.shape, out_k, in_n, rank]
 
     def _address_of(self, tensor: torch.Tensor | None) -> int:
-        """Of a tensor, which is kept; 0 for none."""
+        """The address of a tensor, which is kept alive; 0 for none."""
         if tensor is None:
             return 0
         assert tensor.is_contiguous()
@@ -215,7 +216,7 @@ class RowAdapters:
     Args:
         segments: The adapted rows; no row twice.
         max_slices: Most slices a fused projection has.
-        sizes: Of the base's modules.
+        sizes: Sizes of the base's modules.
     """
 
     def __init__(self, segments: Sequence[RowSegment], max_slices: int, sizes: ModuleSizes) -> None:
@@ -261,7 +262,7 @@ class RowAdapters:
         """Apply one fused projection's adapters to the segments' rows of ``y``, in place.
 
         Args:
-            shape: Of the projection.
+            shape: Shape of the projection.
             x: ``[rows, in]`` bf16, rows may be strided.
             y: Bias-free base results, ``[rows, sum(out)]`` bf16, rows may be strided.
             bias: The base's, ``[sum(out)]`` bf16, or None.

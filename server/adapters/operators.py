@@ -43,7 +43,10 @@ class LowRank:
         return (self.a, self.b)
 
     def with_tensors(self, tensors: Iterator[torch.Tensor]) -> LowRank:
-        """This operator with other tensors, which come in the order of ``tensors()``."""
+        """The same operator with other tensors, which are given in the order of ``tensors()``.
+
+        Every operator has this method.
+        """
         return LowRank(next(tensors), next(tensors))
 
 
@@ -168,7 +171,7 @@ class ModuleOperators:
         return tuple(found)
 
     def with_tensors(self, tensors: Iterator[torch.Tensor]) -> ModuleOperators:
-        """These operators with other tensors, which come in the order of ``tensors()``."""
+        """The same operators with other tensors, given in the order of ``tensors()``."""
 
         def like(part: torch.Tensor | None) -> torch.Tensor | None:
             return None if part is None else next(tensors)

@@ -26,7 +26,7 @@ class Computed:
     Attributes:
         placed: Its sequences and their rows.
         hidden: Final-norm hidden states, ``[at least all rows, hidden]``.
-        logits: Of the last row of every placed sequence that samples, in their order,
+        logits: The logits of the last row of every placed sequence that samples, in their order,
             ``[samples, vocab]`` fp32; None if none does. The next step may overwrite it.
     """
 

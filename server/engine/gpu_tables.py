@@ -16,8 +16,7 @@ from turret.server.models.arch import Arch
 
 # Attention scratch of a decode step is bounded: longer contexts share a program.
 _MAX_SPREAD_RECORDS = 2048
-# The ranks and members of one row's mix that the first segment table has room for; it grows when
-# a step needs more.
+# How much room one row's mix has in the first segment table; it grows when a step needs more.
 _FIRST_ROW_RANK = 256
 _FIRST_MEMBERS = 8
 # Fusions come and go by key; a table is some kilobytes.
@@ -25,10 +24,18 @@ _MAX_FUSION_TABLES = 64
 
 
 class StepTables:
-    """Everything that a step's kernels read, at fixed addresses.
+    """Everything that a step's kernels read, at fixed addresses (``GpuTables``).
+
+    Args:
+        arch: The model.
+        max_rows: Most rows of a step.
+        max_seqs: Most sequences of a step.
+        max_len: Most positions of a sequence.
+        block_size: Positions per KV block.
+        device: Where the kernels run.
 
     Attributes:
-        max_rows: Rows of a step at most.
+        max_rows: See above.
         epoch: Moves when a table is replaced by a larger one.
     """
 
@@ -42,22 +49,12 @@ class StepTables:
         block_size: int,
         device: torch.device,
     ) -> None:
-        """Allocate.
-
-        Args:
-            arch: The model.
-            max_rows: Rows of a step.
-            max_seqs: Sequences of a step.
-            max_len: Positions of a sequence.
-            block_size: Positions per KV block.
-            device: Where the kernels run.
-        """
         self.max_rows = max_rows
         self.epoch = 0
         self._device = device
         self._rows = StagedBuffer(4 * max_rows, torch.int64, device)
         self._row_tables: dict[Hashable, RowTable] = {}
-        # In the order of their last use.
+        # The one that was used last comes last.
         self._fusion_tables: dict[tuple[str, int, int], SegmentTable] = {}
         self._row_rank, self._members = _FIRST_ROW_RANK, _FIRST_MEMBERS
         self._segments = self._make_segments()

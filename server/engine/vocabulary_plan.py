@@ -17,9 +17,9 @@ def plan_vocabulary(
     """Groups rows by what their mixes do to the vocabulary.
 
     Args:
-        rows: Sequences and their rows; what their mixes name is packed.
+        rows: Sequences and their rows; the store holds what their mixes name.
         store: Holds the adapters.
-        device: Of the step.
+        device: Where the step is computed.
 
     Returns:
         One group per mix that changes anything; none for most steps.

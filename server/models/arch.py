@@ -56,7 +56,7 @@ class Arch:
     Attributes:
         model_type: As the config names it. Information: nothing is decided by it.
         head_dim: Width of one head.
-        activation: Of the MLP's gate, as Hugging Face names it.
+        activation: What the MLP's gate goes through, as Hugging Face names it.
         attention_scale: Multiplies the scores.
         embedding_scale: Multiplies what the embedding gives.
         residual_scale: Multiplies what attention and MLP add.

@@ -73,7 +73,7 @@ class Decoder:
         arch: Its architecture.
         layers: Its layers; adapters see their linear modules as ``describe_base`` does.
         dtype: Dtype of activations.
-        ops: How this device computes what is between the projections.
+        ops: How this path computes what is between the projections.
         epoch: Moves when a merge exchanges weights. Graphs that were captured before are void.
     """
 

@@ -35,7 +35,7 @@ def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) ->
                 in_features=base.in_features,
                 out_features=out,
                 bias=None if part is None else part.float().cpu(),
-                # Bound now: it is of these weights, whatever takes their place later.
+                # Bound now: it must stay that of these weights when a merge puts others in place.
                 dequantize=lambda base=base, index=index: base.dequantize(index),
             )
     head = decoder.head

@@ -65,7 +65,7 @@ class GpuStep:
 
 
 class GpuDecoder(Decoder):
-    """A decoder whose linears were loaded with ``triton=True``."""
+    """A decoder whose linears were loaded with ``gpu=True``."""
 
     def compute(self, step: GpuStep, cache: KvCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a step and write its keys and values.

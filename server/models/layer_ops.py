@@ -1,6 +1,7 @@
 """What a decoder layer does between its projections, and how attention is planned.
 
-The seam between the decoder and a device: the decoder says what happens, one of these says how.
+The seam between the decoder and a compute path: the decoder says what happens, one of these says
+how.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from turret.server.models.kv_cache import KvCache
 
 
 class LayerOps(Protocol):
-    """One device's way to compute a layer. Tokens are packed, ``[rows, …]``."""
+    """One path's way to compute a layer. Tokens are packed, ``[rows, …]``."""
 
     def plan_attention(
         self,
@@ -57,7 +58,7 @@ class LayerOps(Protocol):
         """Rotate, store keys and values, attend.
 
         Args:
-            number: Of the layer.
+            number: The layer's number.
             qkv: ``[rows, heads + 2·kv_heads, head_dim]``.
             angles: Cosines and sines, ``[rows, head_dim / 2]`` fp32 each, or None (no rotation).
             slots: Where each row's keys and values go, ``[rows]`` int64.

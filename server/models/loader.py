@@ -58,7 +58,7 @@ def load_decoder(
     *,
     dtype: torch.dtype,
     device: torch.device,
-    triton: bool = False,
+    gpu: bool = False,
     progress: Progress = no_progress,
 ) -> Decoder:
     """Load a model.
@@ -67,7 +67,7 @@ def load_decoder(
         source: Result of ``resolve_model``.
         dtype: Dtype of activations, embeddings, norms and head.
         device: Where it is served.
-        triton: Whether the layers run as Triton kernels (a ``GpuDecoder``).
+        gpu: Whether the gpu path serves it (a ``GpuDecoder``, whose layers run as Triton kernels).
         progress: Told how far loading is.
 
     Raises:
@@ -86,7 +86,7 @@ def load_decoder(
     layers = []
     for number in range(arch.num_layers):
         progress("Loading layers", number, arch.num_layers)
-        layers.append(_load_layer(tensors, arch, number, dtype, device, triton))
+        layers.append(_load_layer(tensors, arch, number, dtype, device, gpu))
     norm = dense("model.norm.weight")
     if tensors.has("lm_head.weight") and not arch.tie_word_embeddings:
         head = dense("lm_head.weight")
@@ -98,15 +98,15 @@ def load_decoder(
     if unread:
         raise InvalidRequestError.of("model", f"unexpected tensors: {', '.join(unread[:8])}")
     progress("Loading layers", arch.num_layers, arch.num_layers)
-    if not triton:
+    if not gpu:
         prepare_linear(head)
-    return _decoder_type(triton)(arch, embedding=embedding, layers=layers, norm=norm, head=head)
+    return _decoder_type(gpu)(arch, embedding=embedding, layers=layers, norm=norm, head=head)
 
 
-def _decoder_type(triton: bool) -> type[Decoder]:
-    if not triton:
+def _decoder_type(gpu: bool) -> type[Decoder]:
+    if not gpu:
         return Decoder
-    # Imported where it is used: Triton is not everywhere where the CPU path runs.
+    # Imported where it is used: the other paths run where Triton is not installed.
     from turret.server.models.gpu_decoder import GpuDecoder
 
     return GpuDecoder
@@ -118,7 +118,7 @@ def _load_layer(
     number: int,
     dtype: torch.dtype,
     device: torch.device,
-    triton: bool,
+    gpu: bool,
 ) -> DecoderLayer:
     prefix = f"{LAYER_PREFIX}.{number}"
 
@@ -140,7 +140,7 @@ def _load_layer(
         projections[name] = AdaptedLinear(
             number,
             name,
-            Nf4Linear(weights, dtype, device, triton=triton),
+            Nf4Linear(weights, dtype, device, gpu=gpu),
             torch.cat(biases) if has_bias else None,
         )
     return DecoderLayer(

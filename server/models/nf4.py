@@ -110,8 +110,8 @@ class Nf4Linear:
     """A fused projection without bias: slices of NF4 weights that share their input.
 
     On a CPU with AVX512-BF16 and a bf16 model, a fused dequantise-multiply runs on bitsandbytes'
-    packed weight (absmax is bf16 there). Elsewhere on the CPU (float32, or no AVX512-BF16) the
-    weight is held dequantised. On the Triton path ``product`` multiplies.
+        packed weight (absmax is bf16 there). Elsewhere on the CPU (float32, or no AVX512-BF16) the
+    weight is held dequantised. On the gpu path ``product`` multiplies.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class Nf4Linear:
         device: torch.device,
         *,
         packs: bool | None = None,
-        triton: bool = False,
+        gpu: bool = False,
     ):
         self.widths = tuple(weight.shape[0] for weight in slices)
         self.in_features = slices[0].shape[1]
@@ -130,11 +130,11 @@ class Nf4Linear:
         self._dense: torch.Tensor | None = None
         self._code: torch.Tensor | None = None
         self.product: Nf4Product | None = None
-        if triton:
-            # Imported where it is used: Triton is not everywhere where the CPU path runs.
+        if gpu:
+            # Imported where it is used: the other paths run where Triton is not installed.
             from turret.server.models.nf4_gpu import Nf4Product
 
-            self.product = Nf4Product(self._fuse_triton(slices), dtype)
+            self.product = Nf4Product(self._fuse_gpu(slices), dtype)
         elif self._packs_on_cpu(slices) if packs is None else packs:
             self._fuse_cpu(slices)
         else:
@@ -167,7 +167,7 @@ class Nf4Linear:
         self._packed = torch.cat(packed)
         self._absmax = torch.cat(absmax, dim=1).contiguous()
 
-    def _fuse_triton(self, slices: Sequence[Nf4Weight]) -> Nf4Matrix:
+    def _fuse_gpu(self, slices: Sequence[Nf4Weight]) -> Nf4Matrix:
         packed = torch.cat([weight.packed.view(-1) for weight in slices])
         absmax = torch.cat([weight.absmax() for weight in slices])
         return Nf4Matrix(packed.to(self._device), absmax.to(self._device), *self._shape)
@@ -215,8 +215,8 @@ class Nf4Linear:
     def stored_alike(self, weight: Nf4Weight) -> Nf4Linear:
         """Another weight alone, in the layout and on the device of this projection."""
         packs = self._dense is None and self._code is not None
-        triton = self.product is not None
-        return Nf4Linear([weight], self._dtype, self._device, packs=packs, triton=triton)
+        gpu = self.product is not None
+        return Nf4Linear([weight], self._dtype, self._device, packs=packs, gpu=gpu)
 
     @classmethod
     def join(cls, parts: Sequence[Nf4Linear]) -> Nf4Linear:

@@ -1,4 +1,4 @@
-"""The base projection on the Triton path: NF4 weights on the device, multiplied in two ways.
+"""The base projection on the gpu path: NF4 weights on the device, multiplied in two ways.
 
 Rows of sequences that decode go through ``nf4_matmul``, rows of prompts through the weight written
 out once and a library's product. Which way a row goes, and the shape of the product it is in,
@@ -27,7 +27,7 @@ class Nf4Product:
     Args:
         weight: The weight, its maxima plain, every tensor on the device; or written out,
             ``[out_features, in_features]``.
-        dtype: Of activations.
+        dtype: The dtype of activations.
     """
 
     def __init__(self, weight: Nf4Matrix | torch.Tensor, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""What the Triton path promises of a step: fixed buffers, and no wait for the device.
+"""What the gpu path promises of a step: fixed buffers, and no wait for the device.
 
 The whole step runs on meta tensors with the launches left out: a meta tensor has no values, so
 whatever reads one fails, and every copy from the host is seen by ``_Copies``.

@@ -1,4 +1,4 @@
-"""The Triton path's base product: rows keep their bits, slices can be taken apart and joined."""
+"""The gpu path's base product: rows keep their bits, slices can be taken apart and joined."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def make(in_features: int) -> tuple[Nf4Linear, torch.Tensor]:
     parts = [Nf4Matrix(w.packed.view(-1), w.absmax(), *w.shape).dequantize(DTYPE) for w in slices]
     whole = torch.cat(parts)
     assert (whole - torch.cat(dense)).norm() < 0.1 * whole.norm()
-    return Nf4Linear(slices, DTYPE, CPU, triton=True), whole
+    return Nf4Linear(slices, DTYPE, CPU, gpu=True), whole
 
 
 # 96: quantisation blocks span rows.

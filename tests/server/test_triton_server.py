@@ -1,4 +1,4 @@
-"""The whole server on the Triton path, in Triton's interpreter, against itself on plain torch.
+"""The whole server on the gpu path, in Triton's interpreter, against itself on plain torch.
 
 Real gRPC, a tiny float32 model, one batch with every adapter method and mixes across them. Decode
 steps go through captured bodies (``gpu_path.FakeCapture``).

@@ -1,1 +1,1 @@
-"""The adapters of the running steps, where they compute: torch, compiled C, Triton."""
+"""The adapters of the running steps, where they compute: on the torch, cpu or gpu path."""

@@ -148,8 +148,8 @@ class CpuStep:
 
     Attributes:
         rows: The segments.
-        layout: Of the model.
-        numbers: Of its modules.
+        layout: Shape of the base.
+        numbers: The numbers of its modules.
         updates: Projections in which some adapter of the step has an update, gain or bias.
         scaled: By projection, the rows whose input gains are multiplied into the input.
         changed: By projection, the rows whose input gains are a product of their own, added last.

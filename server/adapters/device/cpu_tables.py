@@ -31,8 +31,8 @@ class ModuleNumbers:
     """The fused projections of all layers, as the kernels number their modules.
 
     Attributes:
-        num_modules: Of all layers.
-        sizes: Of all modules.
+        num_modules: Modules of all layers.
+        sizes: Their sizes.
         max_slices: Most slices that a projection has.
     """
 

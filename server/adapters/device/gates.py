@@ -24,8 +24,8 @@ from turret.server.adapters.operators import AdapterOperators, Gate
 class _GatedSlice:
     """One module of a fused projection: its gate and the columns it has in ``x downᵀ`` and ``y``.
 
-    ``component_of_rank`` is ``[ranks]`` int64; of a rank that is none's it says 0, where the
-    activation is 0.
+    ``component_of_rank`` is ``[ranks]`` int64. A rank that belongs to no component counts as the
+    first one's; its activation is 0.
     """
 
     gate: Gate

@@ -1,4 +1,4 @@
-"""An adapter's operators on the device: one transfer, nothing waited for."""
+"""Copies an adapter's operators to the device by one transfer, and does not wait for it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from turret.kernels.gpu.staged_buffer import upload
 from turret.server.adapters.operators import AdapterOperators
 
-# Of every tensor in the transfer; a view needs its dtype's alignment.
+# Every tensor in the transfer begins at a multiple of this: a view needs its dtype's alignment.
 _ALIGNMENT = 16
 
 

@@ -14,7 +14,7 @@ class PackedProjection:
     """Low-rank matrices stacked along the rank axis, and per-slot tables.
 
     Attributes:
-        columns: Of each slice in a fused result.
+        columns: The columns of each slice in a fused result.
         a: ``[layers, pack_rank, slices, in]``: an adapter's ranks are one run for all slices.
         b: Per slice ``[layers, pack_rank, out]``.
         layers: Per layer, its views of ``a`` and ``b``.

@@ -119,7 +119,7 @@ STORES = [
     pytest.param(PackedStore, torch.float32, 1e-4, id="torch"),
     pytest.param(
         *(CpuStore, torch.bfloat16, 2e-2),
-        id="compiled",
+        id="cpu",
         marks=pytest.mark.skipif(library() is None, reason="there is no C compiler"),
     ),
 ]
