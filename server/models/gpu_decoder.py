@@ -88,9 +88,7 @@ class GpuDecoder(Decoder):
         gated_activation = _GATED_ACTIVATIONS[arch.activation]
         update: torch.Tensor | None = None
         for number, layer in enumerate(self.layers):
-            normed = residual_rms_norm(
-                hidden, update, layer.norm_before_attention, arch.rms_norm_eps
-            )
+            normed = residual_rms_norm(hidden, update, layer.norm_before_attention, eps)
             rotation = rotations[arch.rope_of_layer[number]]
             assert rotation is not None, "every kind of layer turns by something"
             update = self._attention(number, layer, normed, rotation, step, cache)
