@@ -90,3 +90,8 @@ def _add_hadamard(total: torch.Tensor, factors: Hadamard, weight: float) -> None
         rows = slice(start, start + _ROWS_PER_BLOCK)
         first, second = w1a[rows] @ w1b, w2a[rows] @ w2b
         total[rows].addcmul_(first, second, value=weight)
+
+
+def frobenius_norm(matrix: torch.Tensor) -> float:
+    """The root of the sum of all squares, summed in float64."""
+    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))

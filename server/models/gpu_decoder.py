@@ -19,7 +19,7 @@ from turret.kernels.gpu.rope_kv_write import rope_kv_write
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.server.adapters.device.gpu_store import GpuAdapterStep
 from turret.server.adapters.device.vocabulary import VocabularyGroup, change_embeddings
-from turret.server.models.decoder import Decoder, DecoderLayer
+from turret.server.models.decoder import Decoder, DecoderLayer, StepInput
 from turret.server.models.kv_cache import KvCache
 
 # Libraries choose their algorithm by shape: the head's product always has this many rows.
@@ -29,33 +29,21 @@ _GATED_ACTIVATIONS = {"silu": silu_mul}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class GpuStep:
-    """One step's work, everything on the device.
+class GpuStep(StepInput):
+    """One step's work, everything on the device: a ``StepInput`` and what a captured step needs.
 
     Attributes:
-        token_ids: ``[rows]`` int64; any valid id where ``soft_rows`` says so.
-        positions: Position of each row in its sequence, ``[rows]`` int64.
-        kv_slots: Where each row's keys and values go, ``[rows]`` int64.
-        sample_rows: Rows whose logits are wanted, ``[samples]`` int64.
-        num_decode: The first rows, of sequences that generate; see ``nf4_gpu.py``.
         attention: Loaded table per distinct window (None is full attention).
         adapters: The step's adapters, or None where every row is the base model's.
-        soft_rows: Rows whose embedding is not a token's, ``[m]`` int64, or None.
-        soft_values: Their embeddings, ``[m, hidden]``, or None.
-        embeddings: Rows whose adapters change the embedding.
+        sample_rows: Rows whose logits are wanted, ``[samples]`` int64.
+        num_decode: The first rows, of sequences that generate; see ``nf4_gpu.py``.
         heads: Sampled rows, by their place in ``sample_rows``, whose adapters change the head.
     """
 
-    token_ids: torch.Tensor
-    positions: torch.Tensor
-    kv_slots: torch.Tensor
-    sample_rows: torch.Tensor
-    num_decode: int
     attention: Mapping[int | None, AttentionTable]
     adapters: GpuAdapterStep | None
-    soft_rows: torch.Tensor | None = None
-    soft_values: torch.Tensor | None = None
-    embeddings: Sequence[VocabularyGroup] = ()
+    sample_rows: torch.Tensor
+    num_decode: int
     heads: Sequence[VocabularyGroup] = ()
 
     @property

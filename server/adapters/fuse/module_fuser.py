@@ -17,7 +17,7 @@ from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.factors import Factors, energy_rank, side_by_side, truncated_svd
 from turret.server.adapters.fuse.pruned_sum import combine
 from turret.server.adapters.operators import LowRank, ModuleOperators
-from turret.server.adapters.weight_update import add_delta, has_update, is_low_rank
+from turret.server.adapters.weight_update import add_delta, frobenius_norm, has_update, is_low_rank
 from turret.server.errors import BudgetExceededError, InvalidRequestError
 
 
@@ -116,8 +116,8 @@ class ModuleFuser:
             for part in parts:
                 add_delta(dense, part.operators, module, part.weight)
             fused = self._combined(parts, module) or truncated_svd(dense, self._choose(module))
-            reference = _norm(dense)
-            error = _norm(dense.addmm_(fused.b, fused.a, alpha=-1.0))
+            reference = frobenius_norm(dense)
+            error = frobenius_norm(dense.addmm_(fused.b, fused.a, alpha=-1.0))
         return FusedModule(fused.a.contiguous(), fused.b.contiguous(), bias, error, reference)
 
     def _kept(self, exact: Factors, module: BaseModule) -> Factors:
@@ -177,10 +177,6 @@ def _with_update(parts: Sequence[Part]) -> list[Part]:
 
 def _zeros(module: BaseModule) -> torch.Tensor:
     return torch.zeros(module.out_features, module.in_features)
-
-
-def _norm(matrix: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
 def _unscaled_b(part: Part) -> torch.Tensor:

@@ -24,7 +24,7 @@ from turret.server.adapters.mix import HostResult, Mix
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
-from turret.server.adapters.weight_update import add_delta, beyond_updates
+from turret.server.adapters.weight_update import add_delta, beyond_updates, frobenius_norm
 from turret.server.background import compute_on_this_thread
 from turret.server.cancellation import Cancellation
 from turret.server.errors import InvalidRequestError, MergeActiveError, NotMergedError
@@ -232,7 +232,7 @@ def _build(edit: Edit, base: BaseModel, mix: Mix, cancellation: Cancellation) ->
         exact = weight.clone()
         for operators, factor in ops:
             add_delta(exact, operators, module, factor)
-        update = _norm(exact - weight)
+        update = frobenius_norm(exact - weight)
         del weight
         if update == 0.0:
             continue  # quantising it anew would change it all the same
@@ -240,7 +240,7 @@ def _build(edit: Edit, base: BaseModel, mix: Mix, cancellation: Cancellation) ->
         if not bool(torch.isfinite(stored).all()):
             overflown.append(path)
             continue
-        size, error = _norm(exact), _norm(stored - exact)
+        size, error = frobenius_norm(exact), frobenius_norm(stored - exact)
         errors.append((path, error / size))
         squares["error"] += error**2
         squares["exact"] += size**2
@@ -256,10 +256,6 @@ def _build(edit: Edit, base: BaseModel, mix: Mix, cancellation: Cancellation) ->
         update_error=_ratio(squares["error"], squares["update"]),
         modules=tuple(errors),
     )
-
-
-def _norm(matrix: torch.Tensor) -> float:
-    return float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
 
 
 def _ratio(squares: float, reference: float) -> float:
