@@ -5,7 +5,7 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 JOBS := 2
 
-.PHONY: setup proto lint test test-gpu soak bench demo pages clean
+.PHONY: setup proto lint test test-gpu long soak bench demo pages clean
 
 setup: $(INSTALLED)
 
@@ -28,6 +28,10 @@ test: setup
 
 test-gpu: setup
 	$(BIN)/python -m pytest --timeout 600 -m gpu $(ARGS)
+
+# The compiled kernels in the emulator at models' widths.
+long: setup
+	$(BIN)/python -m pytest --timeout 3000 -n $(JOBS) -m long $(ARGS)
 
 soak: setup
 	$(BIN)/python -m pytest -s --timeout 3000 --soak-seconds 600 tests/server/test_churn.py $(ARGS)

@@ -53,3 +53,13 @@ def check_contiguous(name: str, tensor: torch.Tensor) -> None:
     """
     if not tensor.is_contiguous():
         raise ValueError(f"{name} is not contiguous: strides {tensor.stride()}")
+
+
+def check_length(name: str, tensor: torch.Tensor, count: int) -> None:
+    """Require a number of elements.
+
+    Raises:
+        ValueError: It has another.
+    """
+    if tensor.numel() != count:
+        raise ValueError(f"{name} has {tensor.numel()} elements; {count} are needed")

@@ -16,7 +16,13 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
+from turret.kernels.gpu.contract import (
+    check_contiguous,
+    check_float,
+    check_length,
+    check_rows,
+    check_shape,
+)
 from turret.kernels.gpu.dots import dot
 from turret.kernels.gpu.tuning import tuning
 from turret.kernels.nf4_matmul import BLOCK, CODE, GROUP, Nf4Matrix
@@ -117,8 +123,7 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
         ("absmax", absmax, size // BLOCK),
     ):
         check_contiguous(name, values)
-        if values.numel() != count:
-            raise ValueError(f"{name} has {values.numel()} elements; {count} are needed")
+        check_length(name, values, count)
     tuned = tuning(x.device)
     y = torch.empty(num_rows, weight.out_features, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(weight.out_features, tuned.nf4_block_n), triton.cdiv(num_rows, 16))

@@ -1,0 +1,125 @@
+"""Faults planted in the compiled kernels: the emulator reports each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from kernel_traffic import HALF, make_pack, traffic
+from ptx.fault import Fault
+from ptx.launcher import emulated
+
+from turret.kernels.gpu import nf4_matmul as nf4
+from turret.kernels.gpu.segment_table import SegmentTable
+from turret.kernels.gpu.segmented_shrink import segmented_shrink
+from turret.kernels.nf4_matmul import Nf4Matrix
+
+DEVICE = torch.device("cpu")
+
+
+def base_product(missing_bytes: int = 0) -> None:
+    """``nf4_matmul`` at a small shape, its weight too short by some bytes."""
+    out, inner = 64, 512
+    packed = torch.randint(0, 256, (out * inner // 2 - missing_bytes,), dtype=torch.uint8)
+    matrix = Nf4Matrix(packed, torch.rand(out * inner // 64), out, inner)
+    nf4.nf4_matmul(torch.randn(5, inner).to(HALF), matrix)
+
+
+def shrink() -> None:
+    """``segmented_shrink`` of a few rows."""
+    pack = make_pack(1024, (40,), HALF)
+    table = SegmentTable(max_rows=64, max_row_rank=256, max_components=4, device=DEVICE)
+    table.load(next(runs for name, runs, _ in traffic(pack) if name == "mixes"))
+    segmented_shrink(torch.randn(5, 1024).to(HALF), pack.a, pack.slice_ranks, table)
+
+
+def without(pattern: str, number: int) -> Callable[[str], str]:
+    """Takes the ``number``-th match out of a kernel's text."""
+
+    def edit(ptx: str) -> str:
+        place = list(re.finditer(pattern, ptx))[number]
+        return ptx[: place.start()] + ptx[place.end() :]
+
+    return edit
+
+
+def count(launch: Callable[[], None], pattern: str) -> int:
+    """Matches in the text of the kernel that ``launch`` launches."""
+    found: list[int] = []
+
+    def edit(ptx: str) -> str:
+        found.append(len(re.findall(pattern, ptx)))
+        return ptx
+
+    with emulated("sm_90", edit=edit):
+        launch()
+    return found[0]
+
+
+BARRIER = r"bar\.sync\s+0;"
+WAIT = r"cp\.async\.wait_group\s+\d+;"
+
+
+@pytest.mark.parametrize("launch", [base_product, shrink])
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+def test_the_kernels_as_they_are_pass(launch, target):
+    with emulated(target):
+        launch()
+
+
+def test_a_dropped_barrier():
+    """Any of those in the kernel."""
+    barriers = count(shrink, BARRIER)
+    assert barriers > 0
+    for number in range(barriers):
+        with emulated("sm_90", edit=without(BARRIER, number)), pytest.raises(Fault, match="race"):
+            shrink()
+
+
+def test_dropped_barriers():
+    """All at once: where the compiler puts two in a row, either can be spared."""
+    without_any = emulated("sm_90", edit=lambda ptx: re.sub(BARRIER, "", ptx))
+    with without_any, pytest.raises(Fault, match="race"):
+        base_product()
+
+
+@pytest.mark.parametrize("launch", [base_product, shrink])
+def test_a_dropped_wait(launch):
+    waits = count(launch, WAIT)
+    assert waits > 0
+    caught = 0
+    for number in range(waits):
+        with emulated("sm_90", edit=without(WAIT, number)):
+            try:
+                launch()
+            except Fault:
+                caught += 1
+    # The last wait of a kernel may find nothing left to wait for.
+    assert caught >= max(1, waits - 1)
+
+
+def test_a_weight_too_short(monkeypatch):
+    monkeypatch.setattr(nf4, "check_contiguous", lambda name, values: None)
+    monkeypatch.setattr(nf4, "check_length", lambda *arguments: None)
+    with emulated("sm_90"), pytest.raises(Fault, match=r"load of \d+ bytes at \d+, out of bounds"):
+        base_product(missing_bytes=16)
+
+
+def test_shared_memory_read_before_it_is_written():
+    with (
+        emulated("sm_90", edit=lambda ptx: re.sub(r"(@%p\d+ )?cp\.async\.c[ag][^;]*;", "", ptx)),
+        pytest.raises(Fault, match="uninitialised"),
+    ):
+        shrink()
+
+
+def test_scratch_that_no_program_wrote_is_not_a_number():
+    """What the fixture ``poisoned_scratch`` fills with NaN shows in the result."""
+    pack = make_pack(64, (40,), HALF)
+    table = SegmentTable(max_rows=64, max_row_rank=256, max_components=4, device=DEVICE)
+    table.load(next(runs for name, runs, _ in traffic(pack) if name == "mixes"))
+    with emulated("sm_90", edit=lambda ptx: re.sub(r"(@%p\d+ )?st\.global[^;]*;", "", ptx)):
+        v = segmented_shrink(torch.randn(5, 64).to(HALF), pack.a, pack.slice_ranks, table)
+    assert torch.isnan(v).all()

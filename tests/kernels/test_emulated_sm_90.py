@@ -1,0 +1,19 @@
+"""The kernel tests on code compiled for sm_90, executed without a GPU."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from emulation import KERNEL_TESTS, run_emulated
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="beside a GPU's tests"),
+]
+
+
+@pytest.mark.parametrize(("dtype", "tiles"), [("bfloat16", "small"), ("float16", "device")])
+def test_kernels(dtype, tiles):
+    options = ("--emulate=sm_90", f"--emulated-dtype={dtype}", f"--emulated-tiles={tiles}")
+    run_emulated(*options, *KERNEL_TESTS)

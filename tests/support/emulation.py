@@ -1,0 +1,86 @@
+"""pytest plugin: kernel tests on the compiled kernels, executed without a GPU.
+
+``pytest -p emulation --emulate sm_90 --emulated-dtype bfloat16 tests/kernels/…``, with
+``TRITON_INTERPRET=0`` and ``PYTHONPATH=tests`` in the environment. ``run_emulated`` does that.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+_FILES = ("nf4_matmul", "segmented", "input_gain", "fusion_gate", "by_slot", "between")
+# What runs compiled: every kernel's own tests, and tests/emulated.
+KERNEL_TESTS = (
+    *(f"tests/kernels/test_{name}.py" for name in (*_FILES, "paged_attention_triton")),
+    "tests/emulated",
+)
+
+
+def run_emulated(*arguments: str) -> str:
+    """Run pytest in a process of its own, where triton compiles, and return its output.
+
+    Raises:
+        AssertionError: A test failed, or none was found.
+    """
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "CUDA_VISIBLE_DEVICES": "",
+        "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), os.environ.get("PYTHONPATH", ""))),
+    }
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "emulation", "-p", "no:xdist"]
+    done = subprocess.run(
+        [*command, *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--emulate", choices=["sm_80", "sm_90"], default="sm_90")
+    parser.addoption("--emulated-tiles", choices=["small", "device"], default="device")
+    parser.addoption("--emulated-dtype", choices=["bfloat16", "float16"], default="bfloat16")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    import kernel_traffic
+    import torch
+
+    dtype = getattr(torch, str(config.getoption("--emulated-dtype")))
+    kernel_traffic.HALF = dtype
+    kernel_traffic.DTYPES[:] = [dtype]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what is parametrised by fp32 in the test itself."""
+    import torch
+
+    items[:] = [item for item in items if torch.float32 not in _parameters(item)]
+
+
+def _parameters(item: pytest.Item) -> list[object]:
+    specification: Any = getattr(item, "callspec", None)
+    return [] if specification is None else list(specification.params.values())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _emulator(request: pytest.FixtureRequest) -> Iterator[None]:
+    from ptx.launcher import emulated
+
+    target, tiles = (request.config.getoption(f"--{o}") for o in ("emulate", "emulated-tiles"))
+    with emulated(str(target), tiles=str(tiles)):
+        yield

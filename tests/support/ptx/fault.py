@@ -1,0 +1,7 @@
+"""What a kernel did wrong."""
+
+from __future__ import annotations
+
+
+class Fault(Exception):
+    """A kernel broke a rule of the machine."""

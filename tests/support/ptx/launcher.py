@@ -1,0 +1,130 @@
+"""Launches of Triton kernels on CPU tensors, compiled for a GPU and executed by the emulator."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from ptx.cta import Cta, Launch
+from ptx.fault import Fault
+from ptx.global_memory import GlobalMemory
+from ptx.program import parse
+from ptx.translation import Translation
+from triton.runtime.jit import JITFunction
+
+from turret.kernels.gpu import tuning
+
+# Tiles of the interpreter's tests, so that small shapes take several steps; or a GPU's own. Few
+# programs in both, so that they go round their work lists.
+TILES = {
+    "small": tuning.tuning(torch.device("cpu")),
+    "device": tuning.Tuning(programs=3),
+}
+
+
+def bench_module(name: str) -> Any:
+    """A module of bench/, which is a folder of scripts."""
+    folder = str(Path(__file__).resolve().parents[3] / "bench")
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    return importlib.import_module(name)
+
+
+class Launcher:
+    """Takes the place of Triton's launcher.
+
+    Attributes:
+        edit: Changes the PTX before it is executed; for faults that tests plant.
+        launches: How often each kernel was launched.
+    """
+
+    def __init__(self, target: str, edit: Callable[[str], str] | None = None) -> None:
+        """Emulate ``target``: ``sm_80`` or ``sm_90``."""
+        self._compilations = bench_module("compilations")
+        self._target = self._compilations.TARGETS[target]
+        self.edit = edit
+        self.launches: dict[str, int] = {}
+        self._compiled: dict[Any, tuple[Translation, int, int]] = {}
+
+    def launch(self, function: Any, args: tuple[Any, ...], grid: Any, keywords: Any) -> None:
+        """Compile what the arguments ask for, and run every program of the grid in turn.
+
+        Raises:
+            Fault: The kernel broke a rule; the message names kernel, program and instruction.
+        """
+        compilation = self._compilations.record(function, args, keywords)
+        if compilation not in self._compiled:
+            self._compiled[compilation] = self._translate(compilation)
+        translation, threads, shared_bytes = self._compiled[compilation]
+        name = function.__name__
+        self.launches[name] = self.launches.get(name, 0) + 1
+        values = self._compilations.bound(function, args, keywords)
+        memory = GlobalMemory()
+        bases: dict[int, int] = {}
+        kinds = dict(compilation.signature)
+        raw = [_bits(values[p], kinds[p], memory, bases) for p in kinds]
+        # Triton's own two: scratch for kernels that ask for it.
+        raw += [0] * 4
+        sizes: Any = grid(values) if callable(grid) else grid
+        x, y, z = (*sizes, 1, 1)[:3]
+        launch = Launch((x, y, z), raw, memory, threads, shared_bytes)
+        with np.errstate(all="ignore"):
+            for number, place in enumerate(itertools.product(range(z), range(y), range(x))):
+                cta = Cta(launch, number, (place[2], place[1], place[0]))
+                try:
+                    translation.run(cta)
+                except Fault as fault:
+                    raise Fault(f"{name}, program {place[::-1]}: {fault}") from fault
+
+    def _translate(self, compilation: Any) -> tuple[Translation, int, int]:
+        compiled = compilation.compile(self._target)
+        ptx = compiled.asm["ptx"]
+        program = parse(ptx if self.edit is None else self.edit(ptx))
+        return Translation(program), program.num_threads, max(16, int(compiled.metadata.shared))
+
+
+def _bits(value: Any, kind: str, memory: GlobalMemory, bases: dict[int, int]) -> int:
+    """An argument as the kernel gets it."""
+    if not isinstance(value, torch.Tensor):
+        if kind == "fp32":
+            return struct.unpack("<I", struct.pack("<f", value))[0]
+        return int(value)
+    storage = value.untyped_storage()
+    key = storage.data_ptr()
+    if key not in bases:
+        view = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+        bases[key] = memory.add(view.numpy())
+    return bases[key] + int(value.storage_offset()) * value.itemsize
+
+
+@contextmanager
+def emulated(
+    target: str, *, tiles: str = "device", edit: Callable[[str], str] | None = None
+) -> Iterator[Launcher]:
+    """Run the kernels that are launched inside on CPU tensors in the emulator.
+
+    Args:
+        target: ``sm_80`` or ``sm_90``.
+        tiles: ``small`` or ``device``.
+        edit: See ``Launcher``.
+    """
+    launcher = Launcher(target, edit)
+
+    def run(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
+        launcher.launch(self, args, grid, keywords)
+
+    with patch.object(JITFunction, "run", run), patch.object(tuning, "_INTERPRETER", TILES[tiles]):
+        tuning.tuning.cache_clear()
+        try:
+            yield launcher
+        finally:
+            tuning.tuning.cache_clear()

@@ -1,0 +1,169 @@
+"""Python expressions for instructions that only compute: registers in, one register out.
+
+``expression`` gets operands as Python text; names are those of ``numbers.py``.
+"""
+
+from __future__ import annotations
+
+import re
+
+_COMPARE = {
+    "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
+    "lo": "<", "ls": "<=", "hi": ">", "hs": ">=",
+}  # fmt: skip
+_BITWISE = {"and": "&", "or": "|", "xor": "^"}
+_ARITHMETIC = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+_FLOAT = {
+    "neg": "-{}", "abs": "np.abs({})", "ex2": "np.exp2({})", "lg2": "np.log2({})",
+    "sqrt": "np.sqrt({})", "rcp": "f4(1) / {}", "rsqrt": "f4(1) / np.sqrt({})",
+    "tanh": "np.tanh({})",
+}  # fmt: skip
+_ROUNDINGS = ("rn", "rz", "rzi", "rni", "rmi", "rpi", "rna")
+_HALVES = ("bf16", "f16", "bf16x2", "f16x2")
+
+
+def bits_of(kind: str) -> int:
+    """Width of a type in bits."""
+    if kind.endswith("x2"):
+        return 32
+    return int(re.sub(r"\D", "", kind.replace("bf", "f")))
+
+
+def expression(opcode: str, operands: list[str]) -> str:
+    """The value of the destination.
+
+    Args:
+        opcode: With suffixes.
+        operands: Sources.
+
+    Raises:
+        NotImplementedError: An opcode that no kernel had so far.
+    """
+    name, *parts = opcode.split(".")
+    kind = parts[-1]
+    if name == "cvt":
+        return _convert(parts, operands)
+    if name == "setp":
+        return _compare(parts[0], kind, operands)
+    if name == "selp":
+        return f"np.where({operands[2]}, {operands[0]}, {operands[1]})"
+    if name == "not":
+        return f"~{operands[0]}"
+    if name in _BITWISE:
+        return f"{operands[0]} {_BITWISE[name]} {operands[1]}"
+    if kind in _HALVES:
+        return _half(name, kind, operands)
+    if kind == "f32":
+        return _float(name, parts, operands)
+    return _integer(name, parts, operands)
+
+
+def _view(operand: str, kind: str) -> str:
+    if kind == "f32":
+        return f"{operand}.view(f4)"
+    return f"{operand}.view(i{bits_of(kind) // 8})" if kind[0] == "s" else operand
+
+
+def _compare(test: str, kind: str, operands: list[str]) -> str:
+    a, b = (_view(operand, kind) for operand in operands[:2])
+    if kind == "f32":
+        ordered = f"~(np.isnan({a}) | np.isnan({b}))"
+        if test == "nan":
+            return f"~({ordered})"
+        if test == "num":
+            return ordered
+        if test.endswith("u") and test[:-1] in _COMPARE:
+            return f"({a} {_COMPARE[test[:-1]]} {b}) | ~({ordered})"
+        return f"({a} {_COMPARE[test]} {b}) & {ordered}"
+    return f"{a} {_COMPARE[test]} {b}"
+
+
+def _convert(parts: list[str], operands: list[str]) -> str:
+    to, source = [p for p in parts if p not in (*_ROUNDINGS, "ftz", "sat", "satfinite")]
+    a = operands[0]
+    if to in ("bf16x2", "f16x2"):
+        # The first source goes to the upper half.
+        low, high = (f"to_half({x}.view(f4), {to!r})" for x in (operands[1], a))
+        return f"pack({low}, {high})"
+    if to in _HALVES and source == "f32":
+        return f"to_half({a}.view(f4), {to!r})"
+    if to == "f32" and source in _HALVES:
+        return f"from_half({a}, {source!r}).view(u4)"
+    if to == "f32":
+        return f"{_view(a, source)}.astype(f4).view(u4)"
+    if source == "f32":
+        rounded = "np.rint" if "rni" in parts else "np.trunc"
+        return f"{rounded}({a}.view(f4)).astype(i8).astype(u{bits_of(to) // 8})"
+    width = bits_of(to) // 8
+    narrowed = f"{a}.astype({'i' if source[0] == 's' else 'u'}{bits_of(source) // 8})"
+    if source[0] == "s":
+        narrowed = f"{narrowed}.astype(i{width}).view(u{width})"
+    return f"{narrowed}.astype(u{max(width, 2)})"
+
+
+def _float(name: str, parts: list[str], operands: list[str]) -> str:
+    if name == "fma":
+        return f"fma({', '.join(operands)})"
+    views = [f"{operand}.view(f4)" for operand in operands]
+    if name in _FLOAT:
+        value = _FLOAT[name].format(*views)
+    elif name in _ARITHMETIC:
+        value = f"{views[0]} {_ARITHMETIC[name]} {views[1]}"
+    elif name in ("max", "min"):
+        function = f"np.{name}imum" if "NaN" in parts else f"np.f{name}"
+        value = f"{function}({', '.join(views)})"
+    else:
+        raise NotImplementedError(f"{name}.{'.'.join(parts)}")
+    return f"({value}).view(u4)"
+
+
+def _half(name: str, kind: str, operands: list[str]) -> str:
+    def on(sources: list[str]) -> str:
+        if name == "fma":
+            a, b, c = (f"{s}.astype(f8)" for s in sources)
+            return f"({a} * {b} + {c}).astype(f4)"
+        if name == "neg":
+            return f"-{sources[0]}"
+        if name in ("max", "min"):
+            return f"np.f{name}({', '.join(sources)})"
+        if name in ("add", "sub", "mul"):
+            return f"{sources[0]} {_ARITHMETIC[name]} {sources[1]}"
+        raise NotImplementedError(f"{name}.{kind}")
+
+    if not kind.endswith("x2"):
+        return f"to_half({on([f'from_half({o}, {kind!r})' for o in operands])}, {kind!r})"
+    low = on([f"from_half({o} & u4(0xFFFF), {kind!r})" for o in operands])
+    high = on([f"from_half({o} >> u4(16), {kind!r})" for o in operands])
+    return f"pack(to_half({low}, {kind!r}), to_half({high}, {kind!r}))"
+
+
+def _integer(name: str, parts: list[str], operands: list[str]) -> str:
+    kind = parts[-1]
+    signed = kind[0] == "s"
+    a, b, *rest = (*operands, "")
+    if name == "lop3":
+        return f"logic({', '.join(operands[:3])}, {operands[3]})"
+    if name == "prmt":
+        return f"permute_bytes({', '.join(operands)})"
+    bits = bits_of(kind)
+    if name in ("mul", "mad"):
+        product = f"multiply({a}, {b}, {bits}, {parts[0]!r}, {signed})"
+        return f"{product} + {rest[0]}" if name == "mad" else product
+    if name in ("div", "rem"):
+        return f"divide({a}, {b}, {bits}, {signed}, {name == 'rem'})"
+    if name in ("add", "sub"):
+        return f"{a} {_ARITHMETIC[name]} {b}"
+    if name == "shl":
+        return f"shift_left({a}, {b}, {bits})"
+    if name == "shr":
+        return f"shift_right({a}, {b}, {bits}, {signed})"
+    if name == "bfe":
+        return f"extract_bits({a}, {b}, {rest[0]}, {signed})"
+    if name in ("min", "max"):
+        chosen = f"np.{name}imum({_view(a, kind)}, {_view(b, kind)})"
+        return f"{chosen}.view(u{bits // 8})"
+    if name == "neg":
+        return f"~{a} + u{bits // 8}(1)"
+    if name == "abs":
+        return f"np.abs({_view(a, kind)}).view(u{bits // 8})"
+    raise NotImplementedError(f"{name}.{'.'.join(parts)}")
