@@ -57,6 +57,8 @@ class Compilation:
         """Compile for a target."""
         names = self.function.arg_names
         constants = dict(self.constants)
+        if target.backend == "hip" and "PTX" in constants:
+            constants["PTX"] = False
         source = ASTSource(
             fn=self.function,
             signature={**dict(self.signature), **dict.fromkeys(constants, "constexpr")},

@@ -142,7 +142,8 @@ def _base(inner: int, outs: tuple[int, ...]) -> None:
         _empty(groups, dtype=torch.float32),
     )
     for absmax in (plain, nested):
-        nf4_matmul(_empty(_ROWS, inner), Nf4Matrix(packed, absmax, width, inner))
+        for rows in (16, 32, _ROWS):
+            nf4_matmul(_empty(rows, inner), Nf4Matrix(packed, absmax, width, inner))
 
 
 def _attention(model: Model) -> None:

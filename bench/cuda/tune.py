@@ -22,7 +22,7 @@ LOW_RANK = {
     "shrink_block_k": (128, 256),
     "expand_block_n": (64, 128),
 }
-BASE = {"nf4_block_n": (16, 32, 64), "nf4_groups": (1, 2, 4)}
+BASE = {"nf4_block_n": (64, 128), "nf4_part_blocks": (8, 16, 32)}
 
 
 def tune(setting: Setting) -> None:

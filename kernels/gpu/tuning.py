@@ -12,8 +12,8 @@ import torch
 class Tuning:
     """Launch parameters.
 
-    Those that decide the order of a sum (``*_splits``, ``shrink_block_k``) are fixed per device
-    and never depend on the step: a row's bits must not.
+    Those that decide the order of a sum (``*_splits``, ``shrink_block_k``, ``nf4_*``) are fixed per
+    device and never depend on the step: a row's bits must not.
 
     Attributes:
         programs: Programs of the kernels that loop over a device-side work list.
@@ -25,9 +25,11 @@ class Tuning:
         hadamard_block_n: Output columns per tile; halved at rank 64.
         kronecker_block_l: Columns of ``w2`` per step of its reduction.
         nf4_block_n: Output columns per program.
-        nf4_groups: Quantisation blocks of 64 per step of the reduction.
+        nf4_programs: Programs up to which a narrow weight's input features are cut into parts.
+        nf4_part_blocks: Quantisation blocks of a part at least.
         nf4_pass_rows: Decoding rows per call of ``nf4_matmul``, at most 64; 0 where writing the
-            weight out and a library's product is faster (that is what bitsandbytes does).
+            weight out and a library's product is faster.
+        inline_ptx: Whether kernels may hold PTX: on NVIDIA devices.
     """
 
     programs: int = 528
@@ -38,9 +40,11 @@ class Tuning:
     hadamard_block_k: int = 128
     hadamard_block_n: int = 64
     kronecker_block_l: int = 32
-    nf4_block_n: int = 32
-    nf4_groups: int = 2
+    nf4_block_n: int = 128
+    nf4_programs: int = 512
+    nf4_part_blocks: int = 16
     nf4_pass_rows: int = 64
+    inline_ptx: bool = torch.version.hip is None
 
 
 # By torch.cuda.get_device_name; devices that are not listed take the default.
@@ -56,7 +60,11 @@ _INTERPRETER = Tuning(
     hadamard_block_k=32,
     hadamard_block_n=32,
     kronecker_block_l=32,
+    nf4_block_n=32,
+    nf4_programs=16,
+    nf4_part_blocks=1,
     nf4_pass_rows=4,
+    inline_ptx=False,
 )
 
 

@@ -26,8 +26,10 @@ COARSE = Tuning(
     hadamard_block_n=256,
     kronecker_block_l=64,
     nf4_block_n=256,
-    nf4_groups=4,
+    nf4_programs=2,
+    nf4_part_blocks=1,
     nf4_pass_rows=5,
+    inline_ptx=False,
 )
 
 

@@ -8,6 +8,7 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -26,7 +27,7 @@ from turret.kernels.gpu import tuning
 # Tiles of the interpreter's tests, so that small shapes take several steps; or a GPU's own. Few
 # programs in both, so that they go round their work lists.
 TILES = {
-    "small": tuning.tuning(torch.device("cpu")),
+    "small": replace(tuning.tuning(torch.device("cpu")), inline_ptx=True),
     "device": tuning.Tuning(programs=3),
 }
 
