@@ -22,6 +22,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+# What wrappers choose on AMD devices, where ``Tuning`` differs.
+_ON_HIP = {"paged_attention_kernel": {"num_stages": 3}}
 _POINTER = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -57,15 +59,17 @@ class Compilation:
         """Compile for a target."""
         names = self.function.arg_names
         constants = dict(self.constants)
-        if target.backend == "hip" and "PTX" in constants:
-            constants["PTX"] = False
+        options = dict(self.options)
+        if target.backend == "hip":
+            options.update(_ON_HIP.get(self.function.__name__, {}))
+            constants.update({"PTX": False} if "PTX" in constants else {})
         source = ASTSource(
             fn=self.function,
             signature={**dict(self.signature), **dict.fromkeys(constants, "constexpr")},
             constexprs={(names.index(k),): v for k, v in constants.items()},
             attrs={(names.index(k),): [["tt.divisibility", 16]] for k in self.aligned},
         )
-        return triton.compile(source, target=target, options=dict(self.options))
+        return triton.compile(source, target=target, options=options)
 
 
 def bound(function: Any, args: tuple[Any, ...], keywords: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from cuda.kernel_launches import Model
 
-from turret.kernels.gpu.attention_table import AttentionTable
+from turret.kernels.gpu.attention_table import SPLIT, AttentionTable
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 from turret.kernels.paged_attention import SequenceSpan
 from turret.server.adapters.device.gpu_store import GpuStore
@@ -157,7 +157,7 @@ class DecodeStep:
     def attention_table(self) -> AttentionTable:
         """The step's sequences on the device."""
         table = AttentionTable(
-            max_records=self.num_rows * (self.context // 512 + 2),
+            max_records=self.num_rows * (self.context // SPLIT + 2),
             max_blocks=self.num_rows * len(self._blocks[0]),
             queries_per_head=self._arch.queries_per_head,
             window=self._model.window,

@@ -25,7 +25,7 @@ HEADER = 4
 RECORD = 8
 ITEM = 4
 # Positions per split, a multiple of the kernel's tile and of every block size.
-SPLIT = 512
+SPLIT = 256
 
 
 class AttentionTable:

@@ -19,7 +19,7 @@ from turret.kernels.gpu.contract import check_contiguous, check_float, check_row
 from turret.kernels.gpu.dots import dot
 from turret.kernels.gpu.tuning import tuning
 
-TILE = 32
+TILE = 64
 _HEADER = tl.constexpr(HEADER)
 _RECORD = tl.constexpr(RECORD)
 _ITEM = tl.constexpr(ITEM)
@@ -41,7 +41,7 @@ def _merge(best, total, acc, other_best, other_total, other_acc):
 
 @triton.jit
 def _attend_split(
-    q,  # [BLOCK_M, BLOCK_D], scaled for exp2
+    q,  # [BLOCK_M, BLOCK_D], as it came: scaled and rounded again it would lose as much as it has
     k_ptr,  # [num_blocks, block_size, kv_heads, head_dim], at the head
     v_ptr,
     blocks_ptr,  # block numbers of the sequence
@@ -51,7 +51,9 @@ def _attend_split(
     start,  # of the split
     row_elements,  # kv_heads * head_dim
     head_dim,
-    block_size,
+    scale,  # times log2(e)
+    BLOCK_SIZE: tl.constexpr,
+    WIDE: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -65,15 +67,17 @@ def _attend_split(
         keys = t + tl.arange(0, _TILE)
         # Blocks are not cleared when they change owner: nothing unwritten may be read.
         exists = (keys >= first) & (keys <= last)
-        block = tl.load(blocks_ptr + keys // block_size, mask=exists, other=0).to(tl.int64)
-        at = (block * block_size + keys % block_size) * row_elements
+        block = tl.load(blocks_ptr + keys // BLOCK_SIZE, mask=exists, other=0)
+        if WIDE:
+            block = block.to(tl.int64)
+        at = (block * BLOCK_SIZE + keys % BLOCK_SIZE) * row_elements
         keep = exists[:, None] & (d < head_dim)[None, :]
         k = tl.load(k_ptr + at[:, None] + d[None, :], mask=keep, other=0.0)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, _TILE), dtype=tl.float32))
         visible = (keys[None, :] <= positions[:, None]) & exists[None, :]
         if WINDOW > 0:
             visible = visible & (keys[None, :] > positions[:, None] - WINDOW)
-        scores = tl.where(visible, scores, _MASKED)
+        scores = tl.where(visible, scores * scale, _MASKED)
         top = tl.maximum(best, tl.max(scores, axis=1))
         # A row that sees nothing of the tile adds nothing.
         weights = tl.where(visible, tl.exp2(scores - top[:, None]), 0.0)
@@ -97,8 +101,9 @@ def paged_attention_kernel(
     q_stride,
     kv_heads,
     head_dim,
-    block_size,
     PER_HEAD: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WIDE: tl.constexpr,
     WINDOW: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -120,8 +125,7 @@ def paged_attention_kernel(
         q_head = head * PER_HEAD + m % PER_HEAD
         q_at = (row * q_stride + q_head * head_dim)[:, None] + d[None, :]
         keep = live[:, None] & (d < head_dim)[None, :]
-        q = tl.load(q_ptr + q_at, mask=keep, other=0.0).to(tl.float32) * scale
-        q = q.to(k_ptr.dtype.element_ty)
+        q = tl.load(q_ptr + q_at, mask=keep, other=0.0).to(k_ptr.dtype.element_ty)
         best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
@@ -130,7 +134,7 @@ def paged_attention_kernel(
                 q, k_ptr + head * head_dim, v_ptr + head * head_dim,
                 table_ptr + tl.load(record_ptr + 3), positions, tl.load(record_ptr + 4),
                 first_position + tokens - 1, split * _SPLIT, kv_heads * head_dim, head_dim,
-                block_size, WINDOW, BLOCK_M, BLOCK_D,
+                scale, BLOCK_SIZE, WIDE, WINDOW, BLOCK_M, BLOCK_D,
             )  # fmt: skip
             best, total, acc = _merge(best, total, acc, split_best, split_total, split_acc)
         at = (record * kv_heads + head).to(tl.int64) * BLOCK_M + m
@@ -191,7 +195,7 @@ def paged_attention(
         q: Rotated queries, ``[num_rows, num_heads, head_dim]``, fp16, bf16 or fp32; rows may be
             strided, heads not.
         k_cache: Rotated keys of one layer, ``[num_blocks, block_size, kv_heads, head_dim]``,
-            contiguous; the new tokens' keys are already written. ``block_size`` divides 32.
+            contiguous; the new tokens' keys are already written. ``block_size`` divides 64.
         v_cache: Values, same shape and dtype.
         table: The step's sequences, loaded.
         scale: Multiplied into the scores, usually ``head_dim ** -0.5``.
@@ -222,13 +226,14 @@ def paged_attention(
         q.stride(0),
         kv_heads,
         head_dim,
-        block_size,
         PER_HEAD=per_head,
+        BLOCK_SIZE=block_size,
+        WIDE=k_cache.numel() >= 1 << 31,
         WINDOW=table.window or 0,
         BLOCK_M=table.tile_rows,
         BLOCK_D=block_d,
         num_warps=4,
-        num_stages=3,
+        num_stages=tuned.attention_stages,
         enable_fp_fusion=True,
     )
     paged_attention_merge_kernel[(tuned.programs,)](

@@ -29,6 +29,8 @@ class Tuning:
         nf4_part_blocks: Quantisation blocks of a part at least.
         nf4_pass_rows: Decoding rows per call of ``nf4_matmul``, at most 64; 0 where writing the
             weight out and a library's product is faster.
+        attention_stages: Depth of the pipeline over keys. Block numbers come before their keys: 5
+            keep two tiles of keys and values under way, 3 none.
         inline_ptx: Whether kernels may hold PTX: on NVIDIA devices.
     """
 
@@ -44,6 +46,8 @@ class Tuning:
     nf4_programs: int = 512
     nf4_part_blocks: int = 16
     nf4_pass_rows: int = 64
+    # Two tiles under way do not fit in an AMD device's 64 KiB of shared memory.
+    attention_stages: int = 5 if torch.version.hip is None else 3
     inline_ptx: bool = torch.version.hip is None
 
 
