@@ -20,7 +20,7 @@ LOW_RANK = {
     "programs": (264, 528, 1056),
     "shrink_splits": (2, 4, 8),
     "shrink_block_k": (128, 256),
-    "expand_block_n": (64, 128),
+    "expand_block_n": (128, 256),
 }
 BASE = {"nf4_block_n": (64, 128), "nf4_part_blocks": (8, 16, 32)}
 

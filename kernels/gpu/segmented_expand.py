@@ -33,22 +33,12 @@ _RECORD = tl.constexpr(RECORD)
 
 
 @triton.jit
-def _gain(gain_delta_ptr, components_ptr, begin, end, cols, inside, width, BLOCK_N: tl.constexpr):
-    """``1 + Σ_k w_k (g_k − 1)``, ``[BLOCK_N]``: a chunk's rows share their mix."""
-    gain = tl.full((BLOCK_N,), 1.0, dtype=tl.float32)
-    for c in range(begin, end):
-        slot = tl.load(components_ptr + c * _RECORD + 2)
-        weight = tl.load(components_ptr + c * _RECORD + 4).to(tl.float32, bitcast=True)
-        delta = tl.load(gain_delta_ptr + slot * width + cols, mask=inside, other=0.0)
-        gain += weight * delta
-    return gain
-
-
-@triton.jit
-def _update(
+def _add_update(
+    acc,
     v_ptr,  # rank activations of the chunk's first row in this slice
     v_stride,
     row_stride,
+    scale,  # [BLOCK_M] fp32: mix weight, times the row's gate
     b_ptr,  # [pack_rank, out] at this component's first rank
     out,
     num_ranks,
@@ -58,32 +48,32 @@ def _update(
     NUM_SLICES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """``v b`` of one component, ``[BLOCK_M, BLOCK_N]`` fp32."""
+    """``acc + (scale v) b`` of one component, ``[BLOCK_M, BLOCK_N]`` fp32."""
     m = tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
-    part = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for j in range(0, num_ranks, BLOCK_R):
         ranks = j + r
         held = ranks < num_ranks
+        b = tl.load(
+            b_ptr + ranks[:, None] * out + cols[None, :],
+            mask=held[:, None] & inside[None, :],
+            other=0.0,
+        )
         # Small offsets from a 64-bit base: half the registers of 64-bit ones.
         at = (m[:, None] * row_stride + ranks[None, :]) * NUM_SLICES
         keep = live[:, None] & held[None, :]
         v = tl.load(v_ptr + at, mask=keep, other=0.0)
         for split in tl.static_range(1, SPLITS):
             v += tl.load(v_ptr + split * v_stride + at, mask=keep, other=0.0)
-        b = tl.load(
-            b_ptr + ranks[:, None] * out + cols[None, :],
-            mask=held[:, None] & inside[None, :],
-            other=0.0,
-        )
+        # Sixteen ranks a row are fewer products than a tile of columns.
+        v *= scale[:, None]
         if BLOCK_M == 1:
-            part += tl.sum(tl.trans(v) * b.to(tl.float32), axis=0)[None, :]
+            acc += tl.sum(tl.trans(v) * b.to(tl.float32), axis=0)[None, :]
         else:
-            part = split_dot(v, b, part)
-    return part
+            acc = split_dot(v, b, acc)
+    return acc
 
 
 @triton.jit
@@ -197,15 +187,12 @@ def _expand_tile(
         cols = start + tl.arange(0, BLOCK_N)
         inside = cols < out
         y_cols = first_column + cols
-        y_rows = y_ptr + rows * y_stride
+        y_at = (y_ptr + rows * y_stride)[:, None] + y_cols[None, :]
         keep = live[:, None] & inside[None, :]
-        acc = tl.load(y_rows[:, None] + y_cols[None, :], mask=keep, other=0.0).to(tl.float32)
-        if gain_delta_ptr is not None:
-            gain = _gain(gain_delta_ptr, components_ptr, begin, end, y_cols, inside, width, BLOCK_N)
-            acc = acc * gain[None, :]
-        if base_bias_ptr is not None:
-            base_bias = tl.load(base_bias_ptr + y_cols, mask=inside, other=0.0)
-            acc += base_bias.to(tl.float32)[None, :]
+        # Asked for first, used last.
+        base = tl.load(y_at, mask=keep, other=0.0)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        gain = tl.full((BLOCK_N,), 1.0, dtype=tl.float32)
         v_base = tl.load(chunk_ptr + 4).to(tl.int64)
         row_stride = tl.load(chunk_ptr + 5)
         for c in range(begin, end):
@@ -215,19 +202,29 @@ def _expand_tile(
             weight = tl.load(component_ptr + 4).to(tl.float32, bitcast=True)
             held = tl.load(slice_ranks_ptr + slot * NUM_SLICES + s)
             num_ranks = tl.minimum((tl.load(component_ptr + 1) - rank).to(tl.int32), held)
-            v_at = v_ptr + (v_base + tl.load(component_ptr + 3)) * NUM_SLICES + s
-            b_at = b_ptr + rank * out
-            part = _update(
-                v_at, v_stride, row_stride, b_at, out, num_ranks, live, cols, inside,
-                NUM_SLICES, SPLITS, BLOCK_M, BLOCK_N, BLOCK_R,
-            )  # fmt: skip
-            if bias_ptr is not None:
-                part += tl.load(bias_ptr + slot * width + y_cols, mask=inside, other=0.0)[None, :]
+            scale = tl.zeros((BLOCK_M,), dtype=tl.float32) + weight
             if gates_ptr is not None:
                 gate_at = gates_ptr + rows * gates_stride + s * gates_slice_stride + (c - begin)
-                part *= tl.load(gate_at, mask=live, other=0.0)[:, None]
-            acc += weight * part
-        tl.store(y_rows[:, None] + y_cols[None, :], acc.to(y_ptr.dtype.element_ty), mask=keep)
+                scale *= tl.load(gate_at, mask=live, other=0.0)
+            if gain_delta_ptr is not None:
+                delta = tl.load(gain_delta_ptr + slot * width + y_cols, mask=inside, other=0.0)
+                gain += weight * delta
+            if bias_ptr is not None:
+                bias = tl.load(bias_ptr + slot * width + y_cols, mask=inside, other=0.0)
+                acc += scale[:, None] * bias[None, :]
+            v_at = v_ptr + (v_base + tl.load(component_ptr + 3)) * NUM_SLICES + s
+            acc = _add_update(
+                acc, v_at, v_stride, row_stride, scale, b_ptr + rank * out, out, num_ranks, live,
+                cols, inside, NUM_SLICES, SPLITS, BLOCK_M, BLOCK_R,
+            )  # fmt: skip
+        base = base.to(tl.float32)
+        if gain_delta_ptr is not None:
+            # A chunk's rows share their mix.
+            base = base * gain[None, :]
+        if base_bias_ptr is not None:
+            base_bias = tl.load(base_bias_ptr + y_cols, mask=inside, other=0.0)
+            base += base_bias.to(tl.float32)[None, :]
+        tl.store(y_at, (base + acc).to(y_ptr.dtype.element_ty), mask=keep)
 
 
 def segmented_expand(
@@ -296,7 +293,7 @@ def segmented_expand(
             BLOCK_N=tuned.expand_block_n,
             BLOCK_R=RANK_TILE,
             num_warps=4,
-            num_stages=2,
+            num_stages=1,
             enable_fp_fusion=True,
         )
 

@@ -37,7 +37,7 @@ class Tuning:
     programs: int = 528
     shrink_splits: int = 4
     shrink_block_k: int = 256
-    expand_block_n: int = 64
+    expand_block_n: int = 256
     hadamard_splits: int = 4
     hadamard_block_k: int = 128
     hadamard_block_n: int = 64
