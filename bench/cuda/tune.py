@@ -18,7 +18,7 @@ from turret.kernels.gpu.tuning import Tuning
 
 LOW_RANK = {
     "programs": (264, 528, 1056),
-    "shrink_splits": (2, 4, 8),
+    "shrink_split_k": (512, 1024, 2048),
     "shrink_block_k": (128, 256),
     "expand_block_n": (128, 256),
 }

@@ -98,21 +98,20 @@ def fusion_gate_kernel(
         begin = tl.load(chunk_ptr + 2)
         end = tl.load(chunk_ptr + 3)
         live = m < tl.load(chunk_ptr + 1)
-        # 32 bits: rows of a step times a few hundred scores and queries stay far below 2³¹, and
-        # tiles of 64-bit addresses would not fit in registers.
+        # 32 bits everywhere: the wrapper holds sizes below 2³¹, and 64 would not fit in registers.
         rows = tl.load(rows_ptr + tl.load(chunk_ptr) + m, mask=live, other=0)
-        v_base = tl.load(chunk_ptr + 4).to(tl.int64)
+        v_base = tl.load(chunk_ptr + 4)
         row_stride = tl.load(chunk_ptr + 5)
         scores = tl.full((BLOCK_M, BLOCK_C), float("-inf"), dtype=tl.float32)
         for c in range(begin, end):
             component_ptr = components_ptr + c * _RECORD
-            rank = tl.load(component_ptr).to(tl.int64)
+            rank = tl.load(component_ptr)
             if tl.load(gated_ptr + tl.load(component_ptr + 2)) != 0:
                 score = _score(
                     q_ptr + s * d_k, rows, live,
                     v_ptr + (v_base + tl.load(component_ptr + 3)) * NUM_SLICES + s,
                     v_stride, row_stride, keys_ptr + (rank * NUM_SLICES + s) * d_k,
-                    (tl.load(component_ptr + 1) - rank).to(tl.int32), d_k,
+                    tl.load(component_ptr + 1) - rank, d_k,
                     NUM_SLICES, SPLITS, BLOCK_M, BLOCK_R, BLOCK_D,
                 )  # fmt: skip
                 scores = tl.where(columns[None, :] == c - begin, score[:, None], scores)
@@ -164,6 +163,9 @@ def fusion_gate(
         check_contiguous(name, values)
     if gated.dtype != torch.int32:
         raise ValueError(f"gated is {gated.dtype}; torch.int32 is needed")
+    for name, values in (("q", q), ("v", v), ("keys", keys)):
+        if values.numel() >= 1 << 31:
+            raise ValueError(f"{name} has {values.numel()} elements; 2³¹ are too many")
     shape = (q.shape[0], num_slices, table.max_components)
     gates = torch.empty(shape, dtype=torch.float32, device=q.device)
     for position in (TILES, ONE_ROW) if table.gemv else (TILES,):

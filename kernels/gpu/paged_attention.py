@@ -19,12 +19,13 @@ from turret.kernels.gpu.contract import check_contiguous, check_float, check_row
 from turret.kernels.gpu.dots import dot
 from turret.kernels.gpu.tuning import tuning
 
-TILE = 64
+# Keys at a time, by query rows of a tile; more do not fit in registers.
+_TILES = {16: 64, 32: 32}
+MAX_BLOCK = 32
 _HEADER = tl.constexpr(HEADER)
 _RECORD = tl.constexpr(RECORD)
 _ITEM = tl.constexpr(ITEM)
 _SPLIT = tl.constexpr(SPLIT)
-_TILE = tl.constexpr(TILE)
 _MASKED = tl.constexpr(-1e30)
 
 
@@ -55,6 +56,7 @@ def _attend_split(
     BLOCK_SIZE: tl.constexpr,
     WIDE: tl.constexpr,
     WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -63,8 +65,8 @@ def _attend_split(
     best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    for t in range(start, tl.minimum(start + _SPLIT, last + 1), _TILE):
-        keys = t + tl.arange(0, _TILE)
+    for t in range(start, tl.minimum(start + _SPLIT, last + 1), TILE):
+        keys = t + tl.arange(0, TILE)
         # Blocks are not cleared when they change owner: nothing unwritten may be read.
         exists = (keys >= first) & (keys <= last)
         block = tl.load(blocks_ptr + keys // BLOCK_SIZE, mask=exists, other=0)
@@ -73,7 +75,7 @@ def _attend_split(
         at = (block * BLOCK_SIZE + keys % BLOCK_SIZE) * row_elements
         keep = exists[:, None] & (d < head_dim)[None, :]
         k = tl.load(k_ptr + at[:, None] + d[None, :], mask=keep, other=0.0)
-        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, _TILE), dtype=tl.float32))
+        scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, TILE), dtype=tl.float32))
         visible = (keys[None, :] <= positions[:, None]) & exists[None, :]
         if WINDOW > 0:
             visible = visible & (keys[None, :] > positions[:, None] - WINDOW)
@@ -105,6 +107,7 @@ def paged_attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     WIDE: tl.constexpr,
     WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -134,7 +137,7 @@ def paged_attention_kernel(
                 q, k_ptr + head * head_dim, v_ptr + head * head_dim,
                 table_ptr + tl.load(record_ptr + 3), positions, tl.load(record_ptr + 4),
                 first_position + tokens - 1, split * _SPLIT, kv_heads * head_dim, head_dim,
-                scale, BLOCK_SIZE, WIDE, WINDOW, BLOCK_M, BLOCK_D,
+                scale, BLOCK_SIZE, WIDE, WINDOW, TILE, BLOCK_M, BLOCK_D,
             )  # fmt: skip
             best, total, acc = _merge(best, total, acc, split_best, split_total, split_acc)
         at = (record * kv_heads + head).to(tl.int64) * BLOCK_M + m
@@ -195,7 +198,7 @@ def paged_attention(
         q: Rotated queries, ``[num_rows, num_heads, head_dim]``, fp16, bf16 or fp32; rows may be
             strided, heads not.
         k_cache: Rotated keys of one layer, ``[num_blocks, block_size, kv_heads, head_dim]``,
-            contiguous; the new tokens' keys are already written. ``block_size`` divides 64.
+            contiguous; the new tokens' keys are already written. ``block_size`` divides 32.
         v_cache: Values, same shape and dtype.
         table: The step's sequences, loaded.
         scale: Multiplied into the scores, usually ``head_dim ** -0.5``.
@@ -230,6 +233,7 @@ def paged_attention(
         BLOCK_SIZE=block_size,
         WIDE=k_cache.numel() >= 1 << 31,
         WINDOW=table.window or 0,
+        TILE=_TILES[table.tile_rows],
         BLOCK_M=table.tile_rows,
         BLOCK_D=block_d,
         num_warps=4,
@@ -264,5 +268,5 @@ def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, per_he
     check_shape("v_cache", v_cache, *k_cache.shape)
     check_contiguous("k_cache", k_cache)
     check_contiguous("v_cache", v_cache)
-    if TILE % block_size:
-        raise ValueError(f"block_size is {block_size}; a divisor of {TILE} is needed")
+    if MAX_BLOCK % block_size:
+        raise ValueError(f"block_size is {block_size}; a divisor of {MAX_BLOCK} is needed")

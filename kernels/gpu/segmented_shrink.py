@@ -25,6 +25,8 @@ from turret.kernels.gpu.segment_table import (
 )
 from turret.kernels.gpu.tuning import tuning
 
+# Expand reads a rank once per part.
+_MAX_SPLITS = 16
 _RECORD = tl.constexpr(RECORD)
 
 
@@ -95,9 +97,8 @@ def segmented_shrink_kernel(
 
 
 def rank_activations(table: SegmentTable, num_slices: int, device: torch.device) -> torch.Tensor:
-    """Room for what ``segmented_shrink`` returns, undefined."""
-    width = table.rank_capacity * num_slices
-    return torch.empty(tuning(device).shrink_splits, width, dtype=torch.float32, device=device)
+    """Rank activations of which nothing is read, for a step without ranks: one undefined part."""
+    return torch.empty(1, table.rank_capacity * num_slices, dtype=torch.float32, device=device)
 
 
 def segmented_shrink(
@@ -129,8 +130,10 @@ def segmented_shrink(
     _check(x, a, slice_ranks)
     num_slices, in_features = a.shape[1:]
     tuned = tuning(x.device)
-    v = rank_activations(table, num_slices, x.device)
-    width = v.shape[1]
+    # Of the projection's width alone: the order of a row's sum may not depend on the step.
+    splits = min(_MAX_SPLITS, triton.cdiv(in_features, tuned.shrink_split_k))
+    width = table.rank_capacity * num_slices
+    v = torch.empty(splits, width, dtype=torch.float32, device=x.device)
     for position, block_m in ((TILES, TILE_ROWS), (ONE_ROW, 1)):
         if position == ONE_ROW and not table.gemv:
             continue
@@ -144,12 +147,13 @@ def segmented_shrink(
             in_features,
             width,
             NUM_SLICES=num_slices,
-            SPLITS=tuned.shrink_splits,
+            SPLITS=splits,
             LIST=position,
             BLOCK_M=block_m,
             BLOCK_R=RANK_TILE,
             BLOCK_K=tuned.shrink_block_k,
-            num_warps=4,
+            # Two tiles of eight ranks: more warps would repeat their products.
+            num_warps=2,
             num_stages=3,
             enable_fp_fusion=True,
         )

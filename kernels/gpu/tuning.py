@@ -12,15 +12,15 @@ import torch
 class Tuning:
     """Launch parameters.
 
-    Those that decide the order of a sum (``*_splits``, ``shrink_block_k``, ``nf4_*``) are fixed per
+    Those that decide the order of a sum (``*_split*``, ``shrink_block_k``, ``nf4_*``) are fixed per
     device and never depend on the step: a row's bits must not.
 
     Attributes:
         programs: Programs of the kernels that loop over a device-side work list.
-        shrink_splits: Parts of the reduction over the input features.
+        shrink_split_k: Input features per part of the reduction over them, about; at most 16 parts.
         shrink_block_k: Input features per step of that reduction.
         expand_block_n: Output columns per tile.
-        hadamard_splits: As ``shrink_splits``.
+        hadamard_splits: Parts of the reduction over the input features.
         hadamard_block_k: As ``shrink_block_k``, at rank 16; halved as the rank doubles.
         hadamard_block_n: Output columns per tile; halved at rank 64.
         kronecker_block_l: Columns of ``w2`` per step of its reduction.
@@ -35,7 +35,7 @@ class Tuning:
     """
 
     programs: int = 528
-    shrink_splits: int = 4
+    shrink_split_k: int = 1024
     shrink_block_k: int = 256
     expand_block_n: int = 256
     hadamard_splits: int = 4
@@ -57,7 +57,7 @@ _TABLE: dict[str, Tuning] = {}
 # Few programs and small tiles, so that loops over work lists and splits are exercised.
 _INTERPRETER = Tuning(
     programs=3,
-    shrink_splits=2,
+    shrink_split_k=64,
     shrink_block_k=32,
     expand_block_n=32,
     hadamard_splits=2,

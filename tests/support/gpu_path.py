@@ -18,7 +18,7 @@ from turret.server.engine.decode_graphs import Body, Outputs
 # The interpreter's time goes by operations, not by their size. Several splits and passes still.
 COARSE = Tuning(
     programs=1,
-    shrink_splits=2,
+    shrink_split_k=64,
     shrink_block_k=128,
     expand_block_n=256,
     hadamard_splits=2,
