@@ -2,9 +2,9 @@
 
 The wrappers run on meta tensors of real models' shapes, with the launch replaced by a recorder:
 what is compiled is what they would launch. Needs no GPU. ``kernels/registers.json`` holds the
-result::
+results of several versions of Triton; this replaces the installed one's::
 
-    python bench/aot.py > kernels/registers.json
+    python bench/aot.py --write kernels/registers.json
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 import triton
 from cuda.compilations import TARGETS, Compilation, recorded
 from cuda.kernel_launches import LAUNCHES
+from cuda.work_units import work
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 
@@ -66,17 +67,41 @@ def table(only: str, report: Callable[[str], None]) -> dict[str, Any]:
     return {"triton": triton.__version__, "kernels": rows}
 
 
-def _row(compilation: Compilation) -> dict[str, dict[str, int]]:
-    return {k: resources(compilation.compile(target), target) for k, target in TARGETS.items()}
+def _row(compilation: Compilation) -> dict[str, dict[str, Any]]:
+    row = {}
+    for name, target in TARGETS.items():
+        compiled = compilation.compile(target)
+        row[name] = resources(compiled, target)
+        if target.backend == "cuda":
+            row[name].update(work(compilation, compiled))
+    return row
+
+
+def write(path: Path, result: dict[str, Any]) -> None:
+    """Put a version's results into the file, a line per kernel and target."""
+    versions = json.loads(path.read_text()) if path.exists() else {}
+    versions[result["triton"]] = result["kernels"]
+    lines = []
+    for version, kernels in sorted(versions.items()):
+        rows = []
+        for name, targets in kernels.items():
+            inner = [f"   {json.dumps(k)}: {json.dumps(used)}" for k, used in targets.items()]
+            rows.append(f"  {json.dumps(name)}: {{\n" + ",\n".join(inner) + "\n  }")
+        lines.append(f" {json.dumps(version)}: {{\n" + ",\n".join(rows) + "\n }")
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compile every Triton kernel ahead of time.")
     parser.add_argument("--only", default="", help="compile only names that contain this")
+    parser.add_argument("--write", type=Path, help="a file to put the results into")
     args = parser.parse_args()
     result = table(args.only, lambda line: print(line, file=sys.stderr))
-    json.dump(result, sys.stdout, indent=1)
-    print()
+    if args.write:
+        write(args.write, result)
+    else:
+        json.dump(result, sys.stdout, indent=1)
+        print()
 
 
 if __name__ == "__main__":

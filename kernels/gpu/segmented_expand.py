@@ -149,31 +149,15 @@ def segmented_expand_kernel(
 
 @triton.jit
 def _expand_tile(
-    y_ptr,
-    v_ptr,
-    b_ptr,
-    slice_ranks_ptr,
-    gain_delta_ptr,
-    bias_ptr,
-    base_bias_ptr,
-    gates_ptr,
-    table_ptr,
-    chunk_ptr,
-    y_stride,
-    v_stride,
-    gates_stride,
-    gates_slice_stride,
-    width,
+    y_ptr, v_ptr, b_ptr, slice_ranks_ptr, gain_delta_ptr, bias_ptr, base_bias_ptr, gates_ptr,
+    table_ptr, chunk_ptr, y_stride, v_stride, gates_stride, gates_slice_stride, width,
     s,  # slice
     first_column,  # of the slice in y
     out,  # columns of the slice
     start,  # of the tile in the slice
-    NUM_SLICES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    NUM_SLICES: tl.constexpr, SPLITS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-):
+):  # fmt: skip
     """Finish one chunk of rows in one tile of columns of one slice."""
     begin = tl.load(chunk_ptr + 2)
     end = tl.load(chunk_ptr + 3)

@@ -131,7 +131,7 @@ def segmented_shrink(
     num_slices, in_features = a.shape[1:]
     tuned = tuning(x.device)
     # Of the projection's width alone: the order of a row's sum may not depend on the step.
-    splits = min(_MAX_SPLITS, triton.cdiv(in_features, tuned.shrink_split_k))
+    splits = max(2, min(_MAX_SPLITS, triton.cdiv(in_features, tuned.shrink_split_k)))
     width = table.rank_capacity * num_slices
     v = torch.empty(splits, width, dtype=torch.float32, device=x.device)
     for position, block_m in ((TILES, TILE_ROWS), (ONE_ROW, 1)):

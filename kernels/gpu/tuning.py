@@ -17,7 +17,7 @@ class Tuning:
 
     Attributes:
         programs: Programs of the kernels that loop over a device-side work list.
-        shrink_split_k: Input features per part of the reduction over them, about; at most 16 parts.
+        shrink_split_k: Input features per part of the reduction over them, about; 2 to 16 parts.
         shrink_block_k: Input features per step of that reduction.
         expand_block_n: Output columns per tile.
         hadamard_splits: Parts of the reduction over the input features.

@@ -1,7 +1,8 @@
 """Every Triton kernel compiles for GPUs that are not here, within a known budget.
 
-``kernels/registers.json`` lists registers, shared memory and spills per kernel and target at the
-shapes of Llama-3.1-8B, Qwen2.5-0.5B and SmolLM2-135M; ``python bench/aot.py`` writes it.
+``kernels/registers.json`` lists registers, shared memory, spills and instructions per unit of work,
+per version of Triton, kernel and target, at the shapes of Llama-3.1-8B, Qwen2.5-0.5B and
+SmolLM2-135M; ``python bench/aot.py --write kernels/registers.json`` writes it.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 
 import pytest
 from checkout import ROOT
@@ -36,32 +38,111 @@ def compiled() -> dict:
 
 @pytest.fixture(scope="module")
 def recorded() -> dict:
+    """Kernels by version of Triton."""
     return json.loads((ROOT / "kernels" / "registers.json").read_text())
+
+
+def rows_of(versions: dict, kernel: str = "") -> list[tuple[str, str, dict]]:
+    """Name, target and numbers of every form of a kernel."""
+    return [
+        (f"{version} {name}", target, used)
+        for version, kernels in versions.items()
+        for name, targets in kernels.items()
+        for target, used in targets.items()
+        if name.startswith(kernel)
+    ]
+
+
+def over(versions: dict, kernel: str, allowed: Callable[[str], float]) -> dict[str, float]:
+    """Forms of a kernel that take more instructions per unit of work than allowed."""
+    rows = [row for row in rows_of(versions, f"{kernel}[") if row[1].startswith("sm_")]
+    assert rows
+    return {
+        f"{name} {target}": used["instructions"]
+        for name, target, used in rows
+        if used["instructions"] > allowed(name)
+    }
+
+
+def nf4_limit(name: str) -> float:
+    """Of plain maxima, which the server has; nested ones cost their look-up."""
+    nested = 0.5 * ("no code2" not in name)
+    return {"1": 7.0, "2": 8.5, "4": 11.0}[name.split("TILES=")[1][0]] + nested
+
+
+def one_row(name: str) -> bool:
+    return "BLOCK_M=1;" in name
+
+
+def expand_limit(name: str) -> float:
+    """Two and a half times fewer than with tiles of 64 columns."""
+    before = (59.9, 54.0)
+    if "no gates" in name:
+        before = (84.3, 72.4)
+    elif "gates" in name.split("16 |")[0]:
+        before = (54.5, 50.8)
+    return before[one_row(name)] / 2.5
 
 
 @pytest.mark.slow
 def test_nothing_spills_and_everything_fits(compiled):
-    over = {}
+    found = {}
     for name, targets in compiled["kernels"].items():
         assert set(targets) == set(MAX_SHARED_BYTES), name
         for target, used in targets.items():
             if used["spills"] or used["shared_bytes"] > MAX_SHARED_BYTES[target]:
-                over[f"{name} {target}"] = used
-    assert over == {}
+                found[f"{name} {target}"] = used
+    assert found == {}
+
+
+@pytest.mark.slow
+def test_work_per_unit_is_within_bounds(compiled):
+    versions = {compiled["triton"]: compiled["kernels"]}
+    assert over(versions, "nf4_matmul", nf4_limit) == {}
+    assert over(versions, "segmented_expand", expand_limit) == {}
 
 
 @pytest.mark.slow
 def test_the_table_is_current(compiled, recorded):
-    assert list(compiled["kernels"]) == list(recorded["kernels"]), "run bench/aot.py"
-    if compiled["triton"] == recorded["triton"]:
-        assert compiled["kernels"] == recorded["kernels"]
+    kernels = recorded.get(compiled["triton"])
+    for known in recorded.values():
+        assert set(known) <= set(compiled["kernels"]), "run bench/aot.py"
+    if kernels is not None:
+        assert compiled["kernels"] == kernels
+    assert any(len(known) == len(compiled["kernels"]) for known in recorded.values())
 
 
 def test_the_table_holds_no_spill(recorded):
     """The committed one, without compiling anything."""
-    rows = [used for targets in recorded["kernels"].values() for used in targets.values()]
-    assert len(rows) > 200
-    assert not any(used["spills"] for used in rows)
+    rows = rows_of(recorded)
+    assert len(rows) > 400
+    spilled = [(name, target, used["spills"]) for name, target, used in rows if used["spills"]]
+    # Eight bytes of one form that no supported model has: 32 queries per KV head, on sm_80.
+    known = [row for row in spilled if row[0].startswith("3.6.0 paged") and "PER_HEAD=32" in row[0]]
+    assert [row[1:] for row in known] == [("sm_80", 8)]
+    assert spilled == known
+
+
+def test_the_table_keeps_to_the_bounds(recorded):
+    assert over(recorded, "nf4_matmul", nf4_limit) == {}
+    assert over(recorded, "segmented_expand", expand_limit) == {}
+    assert (
+        over(recorded, "segmented_shrink", lambda name: 5.5 if "BLOCK_M=1;" in name else 3.5) == {}
+    )
+
+
+def test_a_bound_is_a_bound():
+    """The checks above see a form that takes too much."""
+    row = {"sm_90": {"instructions": 11.1}}
+    versions = {"x": {"nf4_matmul[TILES=4; no code2]": row, "nf4_sum[PARTS=2]": {"sm_90": {}}}}
+    assert list(over(versions, "nf4_matmul", nf4_limit).values()) == [11.1]
+
+
+def test_attention_loads_keys_while_it_multiplies(recorded):
+    """At least two groups of copies are not waited for in the loop over keys."""
+    rows = [row for row in rows_of(recorded, "paged_attention[") if row[1].startswith("sm_")]
+    assert len(rows) >= 8
+    assert [row for row in rows if row[2]["copies_under_way"] < 2] == []
 
 
 def test_every_kernel_is_in_the_table(recorded):
@@ -71,4 +152,5 @@ def test_every_kernel_is_in_the_table(recorded):
             if line.startswith("def ") and line.split("(")[0].endswith("_kernel"):
                 defined.add(line.split("(")[0].removeprefix("def ").removesuffix("_kernel"))
     assert len(defined) > 10
-    assert {name.split("[")[0] for name in recorded["kernels"]} == defined
+    newest = max(recorded, key=lambda version: [int(part) for part in version.split(".")])
+    assert {name.split("[")[0] for name in recorded[newest]} == defined

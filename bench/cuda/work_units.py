@@ -1,0 +1,75 @@
+"""What kernels execute per unit of their work, counted in the machine code of a loop."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from cuda.compilations import Compilation
+from cuda.sass import Loop, disassemble, loops
+
+_LANES = 32
+
+
+def work(compilation: Compilation, compiled: Any) -> dict[str, Any]:
+    """Instructions and memory wavefronts per unit of work, times the lanes of a warp.
+
+    ``nf4_matmul``: per weight. ``segmented_shrink``: per rank and input feature.
+    ``segmented_expand``: per rank and column, the whole item of one component of 16 ranks.
+    ``paged_attention``: per key; also how many groups of copies may be under way while the loop
+    multiplies. Empty for other kernels and targets.
+
+    Args:
+        compilation: The kernel's form.
+        compiled: What Triton made of it for an NVIDIA target.
+    """
+    unit = _unit(compilation)
+    if unit is None:
+        return {}
+    name, units, whole_item = unit
+    found = loops(disassemble(compiled.asm["cubin"]))
+    # The first loop to end is the innermost; the last one goes over the work list.
+    loop: Loop = max(found, key=lambda each: each.instructions) if whole_item else found[0]
+    lanes = _LANES * dict(compilation.options)["num_warps"] / units
+    result = {
+        "unit": name,
+        "instructions": round(loop.instructions * lanes, 2),
+        "wavefronts": round(loop.wavefronts * lanes, 2),
+    }
+    if name == "key":
+        result["copies_under_way"] = copies_under_way(compiled.asm["ptx"])
+    return result
+
+
+def _unit(compilation: Compilation) -> tuple[str, int, bool] | None:
+    """Name of the unit, units in a turn of the loop, and whether that is the loop over items."""
+    constants = dict(compilation.constants)
+    kernel = compilation.function.__name__
+    if kernel == "nf4_matmul_kernel":
+        return "weight", constants["BLOCK_N"] * 64, False
+    if kernel == "segmented_shrink_kernel":
+        return "rank and input", constants["BLOCK_R"] * constants["BLOCK_K"], False
+    if kernel == "segmented_expand_kernel":
+        return "rank and column", constants["BLOCK_R"] * constants["BLOCK_N"], True
+    if kernel == "paged_attention_kernel":
+        return "key", constants["TILE"], False
+    return None
+
+
+def copies_under_way(ptx: str) -> int:
+    """Groups of asynchronous copies that the first loop with products never waits for.
+
+    Zero means that each turn waits for its own loads.
+    """
+    labels: dict[str, int] = {}
+    lines = ptx.splitlines()
+    for number, line in enumerate(lines):
+        if label := re.match(r"(\$L\w+):", line):
+            labels[label[1]] = number
+        branch = re.search(r"\bbra(?:\.uni)?\s+(\$L\w+)", line)
+        if branch and branch[1] in labels:
+            body = "\n".join(lines[labels[branch[1]] : number])
+            if "mma" in body:
+                waits = re.findall(r"cp\.async\.wait_group\s+(\d+)", body)
+                return min((int(wait) for wait in waits), default=0)
+    return 0
