@@ -193,7 +193,7 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
     )
     if parts > 1:
         nf4_sum_kernel[(triton.cdiv(y.numel(), _SUM_BLOCK),)](
-            result, y, y.numel(), PARTS=parts, BLOCK=_SUM_BLOCK, num_warps=4
+            result, y, y.numel(), PARTS=parts, BLOCK=_SUM_BLOCK, num_warps=4, enable_fp_fusion=True
         )
     return y
 

@@ -45,7 +45,7 @@ def test_a_step_repeats_its_bits_and_leaves_base_rows_alone(method):
         assert not torch.equal(first[row], alone[row])
 
 
-@pytest.mark.parametrize("hidden", [64, 320])
+@pytest.mark.parametrize("hidden", [64, 320, pytest.param(1024, marks=pytest.mark.long)])
 def test_a_step_against_float64(hidden):
     step = make_step(hidden)
     adapters = adapters_of(step, "lora")

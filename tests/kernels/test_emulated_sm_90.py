@@ -17,3 +17,9 @@ pytestmark = [
 def test_kernels(dtype, tiles):
     options = ("--emulate=sm_90", f"--emulated-dtype={dtype}", f"--emulated-tiles={tiles}")
     run_emulated(*options, *KERNEL_TESTS)
+
+
+@pytest.mark.long
+def test_a_wide_step():
+    """Many turns of every loop with a GPU's own tiles."""
+    run_emulated("--emulate=sm_90", "-m", "long", "tests/emulated")
