@@ -1,7 +1,7 @@
 """pytest plugin: kernel tests on the compiled kernels, executed without a GPU.
 
 ``pytest -p emulation --emulate sm_90 --emulated-dtype bfloat16 tests/kernels/…``, with
-``TRITON_INTERPRET=0`` and ``PYTHONPATH=tests`` in the environment. ``run_emulated`` does that.
+``TRITON_INTERPRET=0`` and ``PYTHONPATH=tests/support`` in the environment. ``run_emulated`` does that.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def run_emulated(*arguments: str) -> str:
         **os.environ,
         "TRITON_INTERPRET": "0",
         "CUDA_VISIBLE_DEVICES": "",
-        "PYTHONPATH": os.pathsep.join((str(ROOT / "tests"), os.environ.get("PYTHONPATH", ""))),
+        "PYTHONPATH": os.pathsep.join(
+            (str(ROOT / "tests" / "support"), os.environ.get("PYTHONPATH", ""))
+        ),
     }
     command = [sys.executable, "-m", "pytest", "-q", "-p", "emulation", "-p", "no:xdist"]
     done = subprocess.run(
