@@ -18,12 +18,14 @@ from turret.server.api.adapters import Adapters
 from turret.server.api.backend import Backend
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
+from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
 from turret.server.config import Config, is_local_address
 from turret.server.errors import AdapterExistsError, TurretError
 from turret.server.metrics import Metrics
 from turret.server.metrics_server import ROLE as METRICS_ROLE
 from turret.server.metrics_server import MetricsServer
+from turret.server.reloading import TokenReloader
 from turret.server.rpc.server import RpcServer
 
 if TYPE_CHECKING:
@@ -36,6 +38,8 @@ EXIT_OK = 0
 EXIT_FAILED = 1
 # How long answers that are complete, or refusals, get to reach their clients at the very end.
 _FLUSH_SECONDS = 2.0
+# How long a server whose engine has failed still answers health checks, with NOT_SERVING.
+_DEAD_SECONDS = 1.0
 
 Build = Callable[[Config, Metrics], Backend]
 _T = TypeVar("_T")
@@ -81,6 +85,8 @@ class App:
         self._on_loaded = on_loaded
         self._backend: Backend | None = None
         self._stop = asyncio.Event()
+        self._reloader: TokenReloader | None = None
+        self._watching: asyncio.Future[None] | None = None
 
     async def run(self) -> int:
         """Serve until told to stop or until the engine dies; returns the exit code."""
@@ -116,6 +122,7 @@ class App:
         token_file = config.security.token_file
         tokens = TokenTable.read(token_file) if token_file is not None else None
         self._warn_if_exposed(tokens)
+        limits = config.scheduler
         rpc = RpcServer(
             config.listen,
             config.security,
@@ -123,7 +130,11 @@ class App:
             adapters=self._adapters,
             metrics=self.metrics,
             tokens=tokens,
+            shares=Shares(limits.max_requests_per_token, limits.max_requests_per_peer),
         )
+        if token_file is not None and tokens is not None:
+            self._reloader = TokenReloader(token_file, tokens)
+            self._watching = asyncio.ensure_future(self._reloader.run())
         if config.listen.metrics_address is not None:
             self.metrics_server = MetricsServer(self.metrics, config.listen.metrics_address, tokens)
             _log.info("metrics", extra=log.fields(address=self.metrics_server.address))
@@ -177,8 +188,13 @@ class App:
         backend = self._backend
         is_dead = backend is not None and backend.engine.is_dead
         self.gate.close("the engine is dead" if is_dead else "the server is shutting down")
+        if self._watching is not None:
+            self._watching.cancel()
         if self.rpc is not None:
             self.rpc.health.set_serving(False)
+            if is_dead:
+                # Whoever polls hears it before the listener goes.
+                await asyncio.sleep(_DEAD_SECONDS)
         if backend is not None:
             grace = self.config.lifecycle.grace_seconds
             if not is_dead:
@@ -252,10 +268,19 @@ class App:
             _log.info("stopping", extra=log.fields(signal=kind.name))
             self._stop.set()
 
+        def reload() -> None:
+            if self._reloader is not None:
+                self._reloader.reload()
+
         for kind in kinds:
             loop.add_signal_handler(kind, received, kind)
+        reloads = is_main and self.config.security.token_file is not None
+        if reloads:
+            loop.add_signal_handler(signal.SIGHUP, reload)
         try:
             yield
         finally:
             for kind in kinds:
                 loop.remove_signal_handler(kind)
+            if reloads:
+                loop.remove_signal_handler(signal.SIGHUP)

@@ -197,6 +197,7 @@ def _build_engine(
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         is_ready=lambda sequence: engine.is_ready(sequence),
         fits=runner.fits,
+        preempt_after_seconds=config.scheduler.preempt_after_seconds or None,
     )
     engine = Engine(
         scheduler=scheduler,
@@ -206,6 +207,7 @@ def _build_engine(
         metrics=metrics,
         max_model_len=arch.max_model_len,
         max_queued_requests=config.scheduler.max_queued_requests,
+        max_queued_bytes=config.scheduler.max_queued_bytes,
     )
     return engine
 

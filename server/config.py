@@ -134,9 +134,30 @@ class SchedulerConfig:
     max_queued_requests: int = _flag(
         1024, "requests waiting before new ones get RESOURCE_EXHAUSTED", unit="requests"
     )
+    max_queued_bytes: int = _flag(
+        512 * MIB,
+        "memory of requests that wait or run, messages and unread answers too, before new get"
+        " RESOURCE_EXHAUSTED",
+        unit="bytes",
+    )
+
+    preempt_after_seconds: float = _flag(
+        5.0,
+        "how long a request waits before a mix that was served more yields a place; 0 is for ever",
+        unit="seconds",
+    )
+    max_requests_per_token: int = _flag(
+        0, "waiting and running requests of one bearer token; 0 is no limit", unit="requests"
+    )
+    max_requests_per_peer: int = _flag(
+        0, "waiting and running requests of one client address; 0 is no limit", unit="requests"
+    )
 
     def __post_init__(self) -> None:
+        _at_least(self, 0, "preempt_after_seconds", "max_requests_per_token")
+        _at_least(self, 0, "max_requests_per_peer")
         _at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "max_queued_requests")
+        _at_least(self, MIB, "max_queued_bytes")
         if self.max_num_batched_tokens < self.max_num_seqs:
             raise ValueError(
                 "--max-num-batched-tokens must be at least --max-num-seqs: every running sequence "

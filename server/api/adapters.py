@@ -19,10 +19,17 @@ from turret.server.api.adapter_message import RESIDENCIES, adapter_message
 from turret.server.api.call import Call
 from turret.server.api.fuse import checked_fuse_request, fuse_response
 from turret.server.api.gate import Gate
+from turret.server.api.limits import MAX_PAGE_TOKEN_CHARS, MAX_PATH_CHARS, MAX_WORD_CHARS
 from turret.server.api.merges import checked_merge_request, merge_state_message
 from turret.server.api.paging import make_page_token, page_length, read_page_token
 from turret.server.api.slow_calls import SlowCalls
-from turret.server.api.uploads import Messages, checked_header, next_message, receive_chunks
+from turret.server.api.uploads import (
+    Messages,
+    checked_header,
+    most_seconds,
+    next_message,
+    receive_chunks,
+)
 from turret.server.api.violations import Violations
 from turret.server.cancellation import Cancellation
 from turret.server.config import ADAPTER_NAME
@@ -39,6 +46,7 @@ MAX_UNLOAD_SECONDS = 3600.0
 # Each may take up to --max-upload-bytes of the disk before it is known to be any good.
 MAX_UPLOADS = 8
 _SLOW_CALLS = 32
+_DRAINS = 32
 
 
 class Adapters:
@@ -54,10 +62,13 @@ class Adapters:
         self._gate = gate
         self._num_uploads = 0
         self._slow = SlowCalls(_SLOW_CALLS)
+        # Drains wait up to an hour for other people's requests: never in the threads that load.
+        self._drains = SlowCalls(_DRAINS)
 
     def close(self) -> None:
         """Start no further call; those that run end by themselves."""
         self._slow.close()
+        self._drains.close()
 
     # New weights
 
@@ -104,7 +115,9 @@ class Adapters:
         )
         try:
             await receive_chunks(
-                messages, lambda name, data: self._slow.run(staged.write, name, data)
+                messages,
+                lambda name, data: self._slow.run(staged.write, name, data),
+                most_seconds(header),
             )
             await self._slow.run(staged.finish)
             record = await self._slow.run(
@@ -142,8 +155,11 @@ class Adapters:
     ) -> adapters_pb2.ListAdaptersResponse:
         """One page of all adapters, by name, and the token of the next."""
         registry = self._gate.enter().registry
-        filters = f"{message.method}\0{message.residency}"
         violations = Violations()
+        violations.check_chars(message.method, MAX_WORD_CHARS, "method")
+        violations.check_chars(message.page_token, MAX_PAGE_TOKEN_CHARS, "page_token")
+        violations.raise_if_any()
+        filters = f"{message.method}\0{message.residency}"
         length, after = 0, ""
         try:
             length = page_length(message.page_size)
@@ -225,7 +241,8 @@ class Adapters:
         call.adapters = (message.name,)
         is_forced = message.mode == adapters_pb2.UnloadAdapterRequest.FORCE
         mode: UnloadMode = "FORCE" if is_forced else "DRAIN"
-        await self._slow.run(registry.unload, message.name, mode=mode, timeout_seconds=seconds)
+        threads = self._slow if is_forced else self._drains
+        await threads.run(registry.unload, message.name, mode=mode, timeout_seconds=seconds)
 
     # The base
 
@@ -285,6 +302,7 @@ def _checked_source(
     violations = Violations()
     _check_name(message.name, violations)
     violations.check(message.path != "", "path", "must be set")
+    violations.check_chars(message.path, MAX_PATH_CHARS, "path")
     violations.check("\0" not in message.path, "path", "must not hold a NUL character")
     violations.raise_if_any()
     call.adapters = (message.name,)

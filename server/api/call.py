@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from turret.server import log
+from turret.server.api.limits import MAX_REQUEST_ID_CHARS
 from turret.server.codes import Code
 from turret.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
-MAX_REQUEST_ID_CHARS = 128
 
 
 def is_request_id(text: str) -> bool:
@@ -33,6 +33,7 @@ class Call:
         adapters: Names that the call is about; None until they are known.
         prompt_tokens: 0 until the engine has answered.
         generated_tokens: So far.
+        message_bytes: Size of the request message as it came; 0 if it came in parts.
     """
 
     method: str
@@ -40,6 +41,7 @@ class Call:
     adapters: tuple[str, ...] | None = None
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    message_bytes: int = 0
     _metrics: Metrics
     _is_counted: bool
     _level: int

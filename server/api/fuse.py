@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.ref import AdapterRef
+from turret.server.api.limits import MAX_WORD_CHARS
 from turret.server.api.requests import adapter_refs
 from turret.server.api.violations import Violations
 from turret.server.config import ADAPTER_NAME
@@ -38,11 +39,10 @@ def checked_fuse_request(
         field: getattr(request, field) for field in _OPTIONAL if request.HasField(field)
     }
     # The empty string is the default of both.
-    for field, text in (
-        ("name", request.combination),
-        ("majority_sign_method", request.majority_sign_method),
-    ):
-        if text:
+    for field, path in (("name", "combination"), ("majority_sign_method",) * 2):
+        text = getattr(request, path)
+        violations.check_chars(text, MAX_WORD_CHARS, path)
+        if text and len(text) <= MAX_WORD_CHARS:
             values[field] = text
     combination = Combination()
     try:

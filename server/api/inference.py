@@ -6,20 +6,33 @@ nor tell the engine that a caller has gone.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
-from typing import Any
+import functools
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, TypeVar
 
 import turret
 from turret.server.api.answers import finish_fields, token_logprobs, usage_fields
 from turret.server.api.backend import Backend
 from turret.server.api.call import Call
 from turret.server.api.gate import Gate
-from turret.server.api.requests import check_input, generate_request, input_token_ids, score_request
+from turret.server.api.limits import InputLimits
+from turret.server.api.requests import (
+    check_input,
+    check_length,
+    generate_request,
+    input_token_ids,
+    score_request,
+)
 from turret.server.api.violations import Violations
 from turret.server.engine.request import FinishReason, Output, Request
 from turret.server.errors import DeadlineExceededError
 from turret.v1 import inference_pb2
+
+_T = TypeVar("_T")
+# More tokens than these take over a millisecond to turn into a message.
+_INLINE_TOKENS = 128
 
 
 class Inference:
@@ -47,21 +60,19 @@ class Inference:
         request = await generate_request(
             message,
             backend.tokenizer,
-            vocab_size=backend.model_info.vocab_size,
+            limits=InputLimits.of(backend),
             request_id=call.request_id,
             deadline=deadline,
+            message_bytes=call.message_bytes,
         )
-        is_echo_due = request.options.echo
+        # Nobody else keeps it: its memory is free while the request waits and runs.
+        del message
+        echoed = backend if request.options.echo else None
         async with contextlib.aclosing(_outputs(backend, request, call)) as outputs:
             async for output in outputs:
-                fields = _grown(request, output)
-                if is_echo_due:
-                    is_echo_due = False
-                    prompt = _echo(request, backend, output)
-                    fields = {key: _joined(prompt[key], fields[key]) for key in fields}
-                if output.finish is not None:
-                    fields |= finish_fields(output.finish, request.stop.stop_token_ids)
-                yield inference_pb2.GenerateChunk(request_id=request.request_id, **fields)
+                size = 0 if echoed is None else len(request.prompt_token_ids)
+                yield await _converted(size, functools.partial(_chunk, request, output, echoed))
+                echoed = None
 
     async def generate_whole(
         self, message: inference_pb2.GenerateRequest, call: Call, deadline: float | None
@@ -69,7 +80,9 @@ class Inference:
         """The chunks of ``generate`` in one message."""
         response = inference_pb2.GenerateResponse()
         texts: list[str] = []
-        async with contextlib.aclosing(self.generate(message, call, deadline)) as chunks:
+        answer = self.generate(message, call, deadline)
+        del message
+        async with contextlib.aclosing(answer) as chunks:
             async for chunk in chunks:
                 texts.append(chunk.text)
                 chunk.ClearField("text")
@@ -91,14 +104,19 @@ class Inference:
         request = await score_request(
             message,
             backend.tokenizer,
-            vocab_size=backend.model_info.vocab_size,
+            limits=InputLimits.of(backend),
             request_id=call.request_id,
             deadline=deadline,
+            message_bytes=call.message_bytes,
         )
+        del message
         response = inference_pb2.ScoreResponse(request_id=request.request_id)
         async with contextlib.aclosing(_outputs(backend, request, call)) as outputs:
             async for output in outputs:
-                response.tokens.extend(token_logprobs(output.prompt_logprobs))
+                tokens = output.prompt_logprobs
+                response.tokens.extend(
+                    await _converted(len(tokens), functools.partial(token_logprobs, tokens))
+                )
                 if output.finish is not None:
                     response.MergeFrom(inference_pb2.ScoreResponse(**usage_fields(output.finish)))
         return response
@@ -109,13 +127,18 @@ class Inference:
         """The tokens of a prompt, a chat or token ids, and their text."""
         backend = self._gate.enter()
         violations = Violations()
-        check_input(message, backend.model_info.vocab_size, violations)
+        limits = InputLimits.of(backend).for_tokenize()
+        check_input(message, limits, violations)
         violations.raise_if_any()
         ids = await input_token_ids(message, backend.tokenizer)
-        return inference_pb2.TokenizeResponse(
-            token_ids=ids,
-            token_texts=[backend.tokenizer.token_text(token_id) for token_id in ids],
-            text=backend.tokenizer.decode(ids, special=True),
+        check_length(len(ids), limits.max_tokens, "tokens")
+        return await _converted(
+            len(ids),
+            lambda: inference_pb2.TokenizeResponse(
+                token_ids=ids,
+                token_texts=[backend.tokenizer.token_text(token_id) for token_id in ids],
+                text=backend.tokenizer.decode(ids, special=True),
+            ),
         )
 
     def model(self) -> inference_pb2.GetModelResponse:
@@ -175,6 +198,22 @@ def _grown(request: Request, output: Output) -> dict[str, Any]:
         "token_ids": output.token_ids if request.options.token_ids else (),
         "logprobs": token_logprobs(output.logprobs) if request.options.logprobs else [],
     }
+
+
+def _chunk(request: Request, output: Output, echoed: Backend | None) -> inference_pb2.GenerateChunk:
+    """One part of an answer; the first one with the prompt, if it is to be echoed."""
+    fields = _grown(request, output)
+    if echoed is not None:
+        prompt = _echo(request, echoed, output)
+        fields = {key: _joined(prompt[key], fields[key]) for key in fields}
+    if output.finish is not None:
+        fields |= finish_fields(output.finish, request.stop.stop_token_ids)
+    return inference_pb2.GenerateChunk(request_id=request.request_id, **fields)
+
+
+async def _converted(size: int, convert: Callable[[], _T]) -> _T:
+    """What ``convert`` makes; off the event loop if it is about more than a few tokens."""
+    return convert() if size <= _INLINE_TOKENS else await asyncio.to_thread(convert)
 
 
 def _joined(first: Any, second: Any) -> Any:

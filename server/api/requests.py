@@ -3,29 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from turret.server.adapters.ref import AdapterRef
 from turret.server.api.call import is_request_id
+from turret.server.api.limits import (
+    MAX_CHAT_MESSAGES,
+    MAX_LOGIT_BIASES,
+    MAX_MIX_MEMBERS,
+    MAX_ROLE_CHARS,
+    MAX_STOP_TOKEN_IDS,
+    InputLimits,
+)
 from turret.server.api.violations import Violations
 from turret.server.config import ADAPTER_NAME
-from turret.server.engine.request import Request, ResponseOptions, SamplingParams, StopConditions
-from turret.server.errors import InvalidRequestError
+from turret.server.engine.request import (
+    MAX_STOP_STRINGS,
+    Request,
+    ResponseOptions,
+    SamplingParams,
+    StopConditions,
+)
+from turret.server.errors import InvalidRequestError, PromptTooLongError
 from turret.v1 import adapters_pb2, inference_pb2
 
 if TYPE_CHECKING:
     from turret.server.models.tokenizer import Tokenizer
 
-# More members than this are refused before their names are looked up.
-MAX_MIX_MEMBERS = 64
-# Messages of a chat, entries of logit_bias and of stop_token_ids: each costs time at every step or
-# before the first, and no client of the field sends as many.
-MAX_CHAT_MESSAGES = 4096
-MAX_LOGIT_BIASES = 1024
-MAX_STOP_TOKEN_IDS = 1024
 # Text that takes longer than about a millisecond to tokenise leaves the event loop.
 _INLINE_CHARS = 4096
+# What a turn costs beside its characters, in characters.
+_TURN_CHARS = 32
 
 _SAMPLING_SCALARS = (
     "temperature",
@@ -116,7 +126,8 @@ def stop_conditions(
 ) -> StopConditions:
     """Unset scalars keep the domain's defaults."""
     values = {name: getattr(message, name) for name in _STOP_SCALARS if message.HasField(name)}
-    values["stop_strings"] = tuple(message.stop_strings)
+    if violations.check_count(len(message.stop_strings), MAX_STOP_STRINGS, "stop.stop_strings"):
+        values["stop_strings"] = tuple(message.stop_strings)
     path = "stop.stop_token_ids"
     if violations.check_count(len(message.stop_token_ids), MAX_STOP_TOKEN_IDS, path):
         values["stop_token_ids"] = frozenset(message.stop_token_ids)
@@ -124,22 +135,51 @@ def stop_conditions(
     return _build(StopConditions, values, violations, "stop")
 
 
-def check_input(message: Any, vocab_size: int, violations: Violations) -> None:
-    """Check a message's ``input`` oneof (prompt, chat or token_ids) as far as it can be unread."""
+def check_input(message: Any, limits: InputLimits, violations: Violations) -> None:
+    """Check a message's ``input`` oneof (prompt, chat or token_ids) as far as it can be unread.
+
+    Raises:
+        PromptTooLongError: It cannot be as few tokens as the limit, whatever they are.
+    """
     which = message.WhichOneof("input")
     if which is None:
         violations.add("input", "set one of prompt, chat and token_ids")
     elif which == "chat":
-        violations.check(len(message.chat.messages) > 0, "chat.messages", "at least one")
-        if not violations.check_count(
-            len(message.chat.messages), MAX_CHAT_MESSAGES, "chat.messages"
-        ):
-            return
-        for index, turn in enumerate(message.chat.messages):
-            violations.check(turn.role != "", f"chat.messages[{index}].role", "must be set")
+        _check_chat(message.chat.messages, limits, violations)
     elif which == "token_ids":
-        violations.check(len(message.token_ids.ids) > 0, "token_ids.ids", "at least one")
-        _check_ids(message.token_ids.ids, vocab_size, violations, "token_ids.ids")
+        ids = message.token_ids.ids
+        violations.check(len(ids) > 0, "token_ids.ids", "at least one")
+        check_length(len(ids), limits.max_tokens, "tokens")
+        _check_ids(ids, limits.vocab_size, violations, "token_ids.ids")
+    else:
+        check_length(len(message.prompt), limits.max_chars, "characters")
+
+
+def _check_chat(turns: Sequence[Any], limits: InputLimits, violations: Violations) -> None:
+    violations.check(len(turns) > 0, "chat.messages", "at least one")
+    if not violations.check_count(len(turns), MAX_CHAT_MESSAGES, "chat.messages"):
+        return
+    for index, turn in enumerate(turns):
+        violations.check(
+            1 <= len(turn.role) <= MAX_ROLE_CHARS,
+            f"chat.messages[{index}].role",
+            "must be set" if not turn.role else f"at most {MAX_ROLE_CHARS} characters",
+        )
+    check_length(sum(len(turn.content) for turn in turns), limits.max_chars, "characters")
+
+
+def check_length(length: int, limit: int, unit: str) -> None:
+    """Refuse what is longer than the model can read.
+
+    Raises:
+        PromptTooLongError: It is.
+    """
+    if length > limit:
+        raise PromptTooLongError(
+            f"prompt of {length} {unit} exceeds the {limit} that there may be",
+            metadata={"length": str(length), "limit": str(limit), "unit": unit},
+            violations=[("input", f"at most {limit} {unit}")],
+        )
 
 
 def check_request_id(request_id: str, violations: Violations) -> None:
@@ -158,8 +198,9 @@ async def input_token_ids(message: Any, tokenizer: Tokenizer) -> list[int]:
         return list(message.token_ids.ids)
     if which == "chat":
         turns = [{"role": m.role, "content": m.content} for m in message.chat.messages]
-        size = sum(len(m.role) + len(m.content) for m in message.chat.messages)
-        encode, argument = tokenizer.encode_chat, turns
+        size = sum(_TURN_CHARS + len(m.content) for m in message.chat.messages)
+        special = message.chat.special_tokens
+        encode, argument = functools.partial(tokenizer.encode_chat, special=special), turns
     else:
         size = len(message.prompt)
         encode, argument = tokenizer.encode, message.prompt
@@ -172,27 +213,29 @@ async def generate_request(
     message: inference_pb2.GenerateRequest,
     tokenizer: Tokenizer,
     *,
-    vocab_size: int,
+    limits: InputLimits,
     request_id: str,
     deadline: float | None,
+    message_bytes: int = 0,
 ) -> Request:
     """A domain request.
 
     Args:
         message: What the client sent.
         tokenizer: Turns a prompt or chat into tokens.
-        vocab_size: Bound of every token id in the message.
+        limits: What the model bounds.
         request_id: Used where the message carries none.
         deadline: ``time.monotonic()`` seconds, or None.
+        message_bytes: Size of the message as it was sent.
 
     Raises:
         InvalidRequestError: Lists every offending field.
     """
     violations = Violations()
-    check_input(message, vocab_size, violations)
+    check_input(message, limits, violations)
     refs = adapter_refs(message.adapters, violations)
-    sampling = sampling_params(message.sampling, vocab_size, violations)
-    stop = stop_conditions(message.stop, vocab_size, violations)
+    sampling = sampling_params(message.sampling, limits.vocab_size, violations)
+    stop = stop_conditions(message.stop, limits.vocab_size, violations)
     asked = message.options
     options = _build(
         ResponseOptions,
@@ -215,6 +258,7 @@ async def generate_request(
         stop=stop,
         options=options,
         deadline=deadline,
+        message_bytes=message_bytes,
     )
 
 
@@ -222,13 +266,14 @@ async def score_request(
     message: inference_pb2.ScoreRequest,
     tokenizer: Tokenizer,
     *,
-    vocab_size: int,
+    limits: InputLimits,
     request_id: str,
     deadline: float | None,
+    message_bytes: int = 0,
 ) -> Request:
     """As ``generate_request``, for prompt logprobs alone."""
     violations = Violations()
-    check_input(message, vocab_size, violations)
+    check_input(message, limits, violations)
     refs = adapter_refs(message.adapters, violations)
     values = {"logprobs": True, "top_n": message.top_n}
     options = _build(ResponseOptions, values, violations, "")
@@ -240,5 +285,6 @@ async def score_request(
         adapters=refs,
         options=options,
         deadline=deadline,
+        message_bytes=message_bytes,
         score=True,
     )

@@ -59,6 +59,10 @@ class TokenTable:
             raise ValueError("--token-file holds no token")
         return cls(entries.items())
 
+    def replace(self, other: TokenTable) -> None:
+        """Accept another table's tokens instead, from the next call on."""
+        self._entries = other._entries
+
     def has_role(self, role: str) -> bool:
         """Whether any token has the role."""
         return any(role in roles for _, roles in self._entries)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
+from turret.server.api.limits import MAX_UPLOAD_FILES, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
 from turret.server.config import ADAPTER_NAME
 from turret.server.errors import DeadlineExceededError, InvalidRequestError
@@ -18,6 +19,9 @@ UPLOAD_FILES = (CONFIG_FILE, TENSORS_FILE)
 MAX_CHUNK_BYTES = 1 << 20
 # A client that says nothing for so long has gone, or keeps a place that others wait for.
 IDLE_SECONDS = 60.0
+# Of a whole upload: so long, and what its bytes take at this rate.
+BASE_SECONDS = 120.0
+LEAST_BYTES_PER_SECOND = 128 << 10
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -54,10 +58,12 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
         "header.name",
         f"must match {ADAPTER_NAME.pattern}",
     )
-    names = [file.path for file in header.files]
+    violations.check_count(len(header.files), MAX_UPLOAD_FILES, "header.files")
+    files = header.files[: MAX_UPLOAD_FILES + 1]
+    names = [file.path for file in files]
     for required in UPLOAD_FILES:
         violations.check(required in names, "header.files", f"must hold {required}")
-    for index, file in enumerate(header.files[: len(UPLOAD_FILES) + 1]):
+    for index, file in enumerate(files):
         where = f"header.files[{index}]"
         violations.check(
             file.path in UPLOAD_FILES, f"{where}.path", f"must be one of {', '.join(UPLOAD_FILES)}"
@@ -81,16 +87,40 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
     return header
 
 
-async def receive_chunks(messages: Messages, write: Callable[[str, bytes], Awaitable[Any]]) -> None:
+def most_seconds(header: adapters_pb2.UploadHeader) -> float:
+    """How long the files of an upload may take to come."""
+    return BASE_SECONDS + sum(f.size_bytes for f in header.files) / LEAST_BYTES_PER_SECOND
+
+
+async def receive_chunks(
+    messages: Messages, write: Callable[[str, bytes], Awaitable[Any]], seconds: float
+) -> None:
     """Hands every chunk to ``write``, in order, until the client is done.
+
+    Args:
+        messages: What follows the header.
+        write: Takes a chunk.
+        seconds: Most that all of it may take; trickles of bytes keep a place, too.
 
     Raises:
         InvalidRequestError: A message is no chunk, or too large a one.
-        DeadlineExceededError: See ``next_message``.
+        DeadlineExceededError: See ``next_message``; or it took longer than ``seconds``.
     """
+    try:
+        async with asyncio.timeout(seconds):
+            await _receive_all(messages, write)
+    except TimeoutError:
+        raise DeadlineExceededError(f"the upload took longer than {seconds:.0f} seconds") from None
+
+
+async def _receive_all(messages: Messages, write: Callable[[str, bytes], Awaitable[Any]]) -> None:
     while (message := await next_message(messages)) is not None:
         if message.WhichOneof("part") != "chunk":
             raise InvalidRequestError.of("chunk", "must be every message after the first")
         if len(message.chunk.data) > MAX_CHUNK_BYTES:
             raise InvalidRequestError.of("chunk.data", f"must be at most {MAX_CHUNK_BYTES} bytes")
+        if len(message.chunk.path) > MAX_WORD_CHARS:
+            raise InvalidRequestError.of(
+                "chunk.path", f"must be at most {MAX_WORD_CHARS} characters"
+            )
         await write(message.chunk.path, message.chunk.data)

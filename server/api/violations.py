@@ -30,6 +30,10 @@ class Violations:
         self.check(count <= limit, path, f"at most {limit} entries, not {count}")
         return count <= limit
 
+    def check_chars(self, text: str, limit: int, path: str) -> None:
+        """Note a text of more than ``limit`` characters."""
+        self.check(len(text) <= limit, path, f"at most {limit} characters, not {len(text)}")
+
     def check(self, ok: bool, path: str, description: str) -> None:
         if not ok:
             self.add(path, description)

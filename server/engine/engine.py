@@ -55,6 +55,8 @@ class Engine:
         metrics: Counts.
         max_model_len: Most tokens (prompt and output) of one sequence.
         max_queued_requests: Most requests waiting; one more is refused.
+        max_queued_bytes: Most memory of requests that wait or run and of answers that wait to be
+            read; a request that comes to more is refused, unless it is alone.
 
     Attributes:
         is_dead: The thread failed; nothing will be served any more.
@@ -72,10 +74,13 @@ class Engine:
         metrics: EngineMetrics,
         max_model_len: int,
         max_queued_requests: int,
+        max_queued_bytes: int,
     ) -> None:
         self._adapters = adapters
         self._text = text
         self._max_queued_requests = max_queued_requests
+        self._max_queued_bytes = max_queued_bytes
+        self._held_bytes = 0  # counted on the event loop
         self._block_size = scheduler.blocks.block_size
         self._capacity = (scheduler.blocks.num_blocks - 1) * self._block_size
         self.max_model_len = min(max_model_len, self._capacity)
@@ -115,7 +120,7 @@ class Engine:
 
         Raises:
             UnavailableError: Not started, draining or dead.
-            QueueFullError: Too many requests wait.
+            QueueFullError: Too many requests wait, or they take too much memory.
             PromptTooLongError, InvalidRequestError: The request cannot run on this model.
             AdapterNotFoundError, BudgetExceededError: Its adapters cannot be used.
         """
@@ -131,6 +136,14 @@ class Engine:
             raise QueueFullError(
                 f"{self._max_queued_requests} requests are waiting already",
                 metadata={"max_queued_requests": str(self._max_queued_requests)},
+                retry_after_seconds=_RETRY_SECONDS,
+            )
+        held = self._held_bytes
+        if held and held + request.num_bytes > self._max_queued_bytes:
+            raise QueueFullError(
+                f"requests take {held} bytes of memory already, and with this one more than"
+                f" {self._max_queued_bytes}",
+                metadata={"max_queued_bytes": str(self._max_queued_bytes)},
                 retry_after_seconds=_RETRY_SECONDS,
             )
         mix = self._adapters.acquire(request.adapters)
@@ -183,7 +196,9 @@ class Engine:
         sequence = self._make_sequence(request, mix, arrival)
         max_tokens = self._check_length(request, sequence.num_virtual)
         loop = self._loop
-        stream = Stream(lambda: loop.post(lambda: loop.cancel(sequence)))
+        stream = Stream(
+            lambda: loop.post(lambda: loop.cancel(sequence)), self._hold, request.num_bytes
+        )
         detokenizer = Detokenizer(
             self._text.stream(), request.stop.stop_strings, request.stop.include_stop
         )
@@ -228,8 +243,10 @@ class Engine:
             ("sampling.logit_bias", request.sampling.logit_bias),
             ("stop.stop_token_ids", request.stop.stop_token_ids),
         ):
-            wrong = next((token for token in ids if not 0 <= token < size), None)
-            if wrong is not None:
+            # A pass each in C; a prompt may have a hundred thousand.
+            low, high = min(ids, default=0), max(ids, default=0)
+            if low < 0 or high >= size:
+                wrong = low if low < 0 else high
                 raise InvalidRequestError.of(name, f"{wrong} is not in the vocabulary of {size}")
 
     def _check_length(self, request: Request, num_virtual: int) -> int:
@@ -248,6 +265,9 @@ class Engine:
                 violations=[("input", "the prompt and stop.max_tokens exceed the context")],
             )
         return limit - prompt if wanted is None else wanted
+
+    def _hold(self, num_bytes: int) -> None:
+        self._held_bytes += num_bytes
 
     def _deliver(self, outbox: Outbox) -> None:
         for stream, item in outbox:

@@ -67,6 +67,14 @@ class FairQueue(Generic[T]):
                 best = next(filter(ready, line), best)
         return best
 
+    def served(self, group: Hashable) -> float:
+        """A busy group's counter: of two, the one with the higher was served more."""
+        return self._served[group]
+
+    def num_running(self, group: Hashable) -> int:
+        """Items of a group that run."""
+        return self._running.get(group, 0)
+
     def remove(self, item: T) -> None:
         """Take an item out, wherever it stands. Raises ValueError if it is not waiting."""
         line = self._lines.get(item.group)

@@ -238,7 +238,7 @@ class EngineLoop:
 
     def _step(self) -> None:
         start = time.monotonic()
-        step = self._scheduler.schedule()
+        step = self._scheduler.schedule(start)
         self._has_work = bool(step.scheduled) or step.num_preempted > 0
         if step.num_preempted:
             self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)

@@ -13,6 +13,11 @@ from turret.server.errors import InvalidRequestError
 MAX_TOP_N = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 256
+# About what a request takes in memory: a token is an int object in two lists, a bias a dictionary's
+# entry and two numbers in tensors, a stop a set's entry.
+_TOKEN_BYTES, _BIAS_BYTES, _STOP_BYTES, _FIXED_BYTES = 48, 120, 72, 4096
+# Of an answer: a token with its logprob, and what surrounds each step's part.
+_LOGPROB_BYTES, _OUTPUT_BYTES = 160, 256
 
 
 class FinishReason(enum.Enum):
@@ -121,7 +126,8 @@ class Request:
     """A tokenised request, checked but not yet admitted.
 
     ``deadline`` is a ``time.monotonic()`` value in seconds. ``score`` asks for prompt logprobs
-    only: nothing is generated.
+    only: nothing is generated. ``message_bytes`` is the size of the message that asks, which is
+    kept while the request waits or runs.
     """
 
     request_id: str
@@ -132,9 +138,23 @@ class Request:
     options: ResponseOptions = field(default_factory=ResponseOptions)
     deadline: float | None = None
     score: bool = False
+    message_bytes: int = 0
 
     def __post_init__(self) -> None:
         _check(len(self.prompt_token_ids) > 0, "input", "the prompt has no tokens")
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes in memory until it ends."""
+        stop = self.stop
+        return (
+            _FIXED_BYTES
+            + self.message_bytes
+            + _TOKEN_BYTES * len(self.prompt_token_ids)
+            + _BIAS_BYTES * len(self.sampling.logit_bias)
+            + _STOP_BYTES * (len(stop.stop_token_ids) + len(stop.stop_strings))
+            + 4 * sum(map(len, stop.stop_strings))
+        )
 
     @property
     def wants_prompt_logprobs(self) -> bool:
@@ -215,3 +235,10 @@ class Output:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     finish: Finish | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """About what it takes in memory until it is read."""
+        told = (*self.logprobs, *self.prompt_logprobs)
+        each = sum(_LOGPROB_BYTES * (1 + len(logprob.top)) for logprob in told)
+        return _OUTPUT_BYTES + len(self.text) + _TOKEN_BYTES * len(self.token_ids) + each

@@ -6,6 +6,10 @@ admitted if all that run with it will probably find room for their answers too (
 When blocks run out all the same, the sequence that was admitted last is preempted: its blocks are
 freed and it is recomputed later (its tokens are kept). A waiting sequence whose adapters are still
 loading is passed over and delays nobody.
+
+Places are shared too, not admissions alone: who has waited ``preempt_after_seconds`` at the head of
+the least served mix takes the place of the most served one's latest sequence, if that mix was
+served more and holds more places. Time is told with each call.
 """
 
 from __future__ import annotations
@@ -67,6 +71,7 @@ class Scheduler:
         max_num_batched_tokens: Most tokens computed in a step.
         is_ready: Whether a waiting sequence's adapters are resident.
         fits: Whether a sequence's adapters fit beside those of the running ones.
+        preempt_after_seconds: How long places that others hold are waited for; None for ever.
     """
 
     def __init__(
@@ -77,6 +82,7 @@ class Scheduler:
         max_num_batched_tokens: int,
         is_ready: Callable[[Sequence], bool] = lambda _: True,
         fits: Callable[[Sequence, list[Sequence]], bool] = lambda _s, _r: True,
+        preempt_after_seconds: float | None = None,
     ) -> None:
         self.blocks = blocks
         self.waiting: FairQueue[Sequence] = FairQueue()
@@ -88,6 +94,9 @@ class Scheduler:
         self._max_num_batched_tokens = max_num_batched_tokens
         self._is_ready = is_ready
         self._fits = fits
+        self._preempt_after_seconds = preempt_after_seconds
+        # Who was next in the last step and found no room.
+        self._blocked: Sequence | None = None
 
     @property
     def has_work(self) -> bool:
@@ -111,8 +120,13 @@ class Scheduler:
             # One that was considered once, and found no room, has its root key already.
             sequence.keys.clear()
 
-    def schedule(self) -> Step:
-        """Choose the next step's work and reserve its blocks."""
+    def schedule(self, now: float = 0.0) -> Step:
+        """Choose the next step's work and reserve its blocks.
+
+        Args:
+            now: Seconds on the clock of the sequences' ``arrival``.
+        """
+        num_yielded = self._make_room(now)
         budget = self._max_num_batched_tokens
         scheduled: list[Scheduled] = []
         new_blocks: list[int] = []
@@ -138,11 +152,12 @@ class Scheduler:
                         budget += item.num_new
                         del scheduled[i]
                         break
-                self._preempt(victim)
+                self._preempt(victim, now)
         for item in scheduled:
             self.waiting.charge(item.sequence.group, item.num_new)
         if num_preempted == 0:
             self._admit(budget, scheduled, new_blocks, presets)
+        num_preempted += num_yielded
         return Step(tuple(scheduled), tuple(new_blocks), num_preempted, tuple(presets))
 
     def complete(self, step: Step) -> None:
@@ -178,12 +193,36 @@ class Scheduler:
         new_blocks.extend(more)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _make_room(self, now: float) -> int:
+        """Take a place from the most served mix for one that has waited long enough."""
+        after = self._preempt_after_seconds
+        if after is None or self.is_draining or not len(self.waiting):
+            return 0
+        is_full = len(self.running) >= self._max_num_seqs
+        blocked = self.waiting.peek(self._may_start) if is_full else self._blocked
+        if (
+            blocked is None
+            or blocked.state is not SequenceState.WAITING
+            or now - blocked.waiting_since < after
+        ):
+            return 0
+        # The last of the most served mix, as it has the least to compute again. A mix that holds no
+        # more places than the one that waits keeps them.
+        served, held = self.waiting.served, self.waiting.num_running
+        richer = [s for s in reversed(self.running) if held(s.group) > held(blocked.group)]
+        most = max(richer, key=lambda s: served(s.group), default=None)
+        if most is None or served(most.group) <= served(blocked.group):
+            return 0
+        self._preempt(most, now)
+        return 1
+
+    def _preempt(self, sequence: Sequence, now: float) -> None:
         self.running.remove(sequence)
         self.waiting.stop(sequence)
         self._free(sequence)
         sequence.state = SequenceState.WAITING
         sequence.num_preemptions += 1
+        sequence.waiting_since = now
         self.waiting.push_front(sequence)
 
     def _free(self, sequence: Sequence) -> None:
@@ -198,11 +237,13 @@ class Scheduler:
         new_blocks: list[int],
         presets: list[tuple[Sequence, int]],
     ) -> None:
+        self._blocked = None
         while budget > 0 and len(self.running) < self._max_num_seqs:
             sequence = self.waiting.peek(self._may_start)
             # One that does not fit beside the running ones waits for them, and so does whoever
             # comes after it: passing it over could starve it.
             if sequence is None or not self._fits(sequence, self.running):
+                self._blocked = sequence
                 return
             self._find_prefix(sequence)
             # Room for all tokens known so far, not only the first chunk: admitting a sequence
@@ -210,6 +251,7 @@ class Scheduler:
             missing = self.blocks.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
             if missing > self.blocks.num_free or self._will_run_out(sequence):
                 self._free(sequence)
+                self._blocked = sequence
                 return
             self._preset(sequence, new_blocks, presets)
             num_new = min(len(sequence.tokens) - sequence.num_computed, budget)

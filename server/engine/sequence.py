@@ -44,6 +44,7 @@ class Sequence:
         num_cached: Prompt tokens that came from the prefix cache at first admission.
         blocks: KV blocks in position order.
         keys: Chain keys of the full blocks that were named so far; ``keys[0]`` is the root.
+        waiting_since: ``time.monotonic()`` seconds when it joined the line, the last time.
         forecast: How many tokens it is taken to generate (``LengthForecast``).
     """
 
@@ -62,9 +63,11 @@ class Sequence:
     scheduled_at: float | None = None
     first_token_at: float | None = None
     num_preemptions: int = 0
+    waiting_since: float = 0.0
     forecast: int = 0
 
     def __post_init__(self) -> None:
+        self.waiting_since = self.arrival
         assert self.num_preset <= self.num_virtual
         self.tokens = [PLACEHOLDER] * self.num_virtual
         self.tokens += self.request.prompt_token_ids

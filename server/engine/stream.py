@@ -7,28 +7,55 @@ from collections import deque
 from collections.abc import Callable
 
 from turret.server.engine.request import Output
-from turret.server.errors import TurretError
+from turret.server.errors import BudgetExceededError, TurretError
+
+# Of one answer, beside the part that is to be read next, which may be a long prompt's logprobs.
+MAX_UNREAD_BYTES = 8 << 20
 
 
 class Stream:
     """Outputs of one request, in order; the last carries ``finish``.
 
-    Iterating raises the request's ``TurretError`` if it failed. Belongs to one event loop.
+    Iterating raises the request's ``TurretError`` if it failed, a ``BudgetExceededError`` if more
+    of the answer waits to be read than ``MAX_UNREAD_BYTES``. Belongs to one event loop.
+
+    Args:
+        cancel: Ends the request.
+        hold: Told of bytes that the request and what is unread of its answer take (negative:
+            no longer take).
+        num_bytes: What the request itself takes.
     """
 
-    def __init__(self, cancel: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        cancel: Callable[[], None],
+        hold: Callable[[int], None] = lambda _: None,
+        num_bytes: int = 0,
+    ) -> None:
         self._cancel = cancel
-        self._items: deque[Output | TurretError] = deque()
+        self._hold = hold
+        self._held = 0
+        self._items: deque[tuple[Output | TurretError, int]] = deque()
         self._arrived = asyncio.Event()
         self._ended = False
+        self._overflowed = False
+        self._own_bytes = num_bytes
+        self._keep(num_bytes)
 
     def deliver(self, item: Output | TurretError) -> None:
         """Add an item; called on the event loop."""
-        self._items.append(item)
+        if self._overflowed:
+            return
+        num_bytes = item.num_bytes if isinstance(item, Output) else 0
+        self._items.append((item, num_bytes))
+        self._keep(num_bytes)
+        if self._held - self._own_bytes - self._items[0][1] > MAX_UNREAD_BYTES:
+            self._overflow()
         self._arrived.set()
 
     def cancel(self) -> None:
         """Stop the request at the engine's next step. Idempotent; harmless when finished."""
+        self._let_go()
         self._cancel()
 
     def __aiter__(self) -> Stream:
@@ -40,9 +67,36 @@ class Stream:
         while not self._items:
             self._arrived.clear()
             await self._arrived.wait()
-        item = self._items.popleft()
+        item, num_bytes = self._items.popleft()
+        self._keep(-num_bytes)
         if isinstance(item, TurretError):
-            self._ended = True
+            self._end()
             raise item
-        self._ended = item.finish is not None
+        if item.finish is not None:
+            self._end()
         return item
+
+    def _overflow(self) -> None:
+        self._overflowed = True
+        self._items.clear()
+        error = BudgetExceededError(
+            f"more than {MAX_UNREAD_BYTES} bytes of the answer wait to be read",
+            metadata={"max_unread_bytes": str(MAX_UNREAD_BYTES)},
+        )
+        self._items.append((error, 0))
+        self.cancel()
+
+    def _end(self) -> None:
+        self._ended = True
+        self._let_go()
+
+    def _keep(self, num_bytes: int) -> None:
+        self._held += num_bytes
+        self._hold(num_bytes)
+
+    def _let_go(self) -> None:
+        """Hold nothing any more, whatever still comes."""
+        self._hold(-self._held)
+        self._held = 0
+        self._own_bytes = 0
+        self._hold = lambda _: None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,17 +19,24 @@ class Tokenizer:
     Attributes:
         vocab_size: Token ids below it exist here and in the model: tokenizers may hold added tokens
             that the model has no row for.
+        longest_token: Characters of the longest one; a text is no fewer tokens than its length by
+            this.
     """
 
     def __init__(self, inner: Any, eos_token_ids: frozenset[int], model_vocab_size: int) -> None:
         self._inner = inner
         backend = inner.backend_tokenizer
         self._backend = backend
+        self.longest_token = max(map(len, backend.get_vocab()), default=1)
         self.vocab_size: int = min(backend.get_vocab_size(), model_vocab_size)
         own = inner.eos_token_id
         ends = eos_token_ids | (frozenset() if own is None else {own})
         self.eos_token_ids = frozenset(token for token in ends if token < model_vocab_size)
         self._special = frozenset(inner.all_special_ids)
+        # Special tokens' texts, and what they are as ordinary text.
+        self._as_text = _special_as_text(backend)
+        longest_first = sorted(self._as_text, key=len, reverse=True)
+        self._any_special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @classmethod
     def load(cls, files: Path, eos_token_ids: frozenset[int], model_vocab_size: int) -> Tokenizer:
@@ -57,14 +66,33 @@ class Tokenizer:
         """Tokenise a raw prompt; the tokenizer's own BOS rule applies."""
         return self._inner(text)["input_ids"]
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[dict[str, str]], *, special: bool = False
+    ) -> list[int]:
         """Apply the chat template and open the assistant's turn.
+
+        Special tokens come from the template alone: in roles and contents their texts are text, as
+        with ``split_special_tokens`` in transformers, unless ``special``. So nobody whose words
+        are put into a turn can end it and begin another.
 
         Raises:
             InvalidRequestError: No chat template, or the template refuses the messages.
         """
         if not getattr(self._inner, "chat_template", None):
             raise InvalidRequestError.of("chat", "this model has no chat template; send a prompt")
+        held: list[str] = []
+        # Letters and digits: whatever a template does to a text leaves them as they are.
+        mark = f"turret{uuid.uuid4().hex}x"
+        if not special:
+
+            def hold(found: re.Match[str]) -> str:
+                held.append(found[0])
+                return f"{mark}{len(held) - 1}x"
+
+            messages = [
+                {key: self._any_special.sub(hold, text) for key, text in message.items()}
+                for message in messages
+            ]
         try:
             text = self._inner.apply_chat_template(
                 list(messages), add_generation_prompt=True, tokenize=False
@@ -72,7 +100,16 @@ class Tokenizer:
         except Exception as error:
             # jinja raises many kinds; all of them are about the messages the client sent.
             raise InvalidRequestError.of("chat.messages", f"chat template: {error}") from error
-        return self._inner(text, add_special_tokens=False)["input_ids"]
+        if not held:
+            return self._inner(text, add_special_tokens=False)["input_ids"]
+        # Text, number of a held token, text, ...
+        parts = re.split(f"{mark}(\\d+)x", text)
+        encoded = self._backend.encode_batch(parts[::2], add_special_tokens=False)
+        ids = list(encoded[0].ids)
+        for number, piece in zip(parts[1::2], encoded[1:], strict=True):
+            ids += self._as_text[held[int(number)]]
+            ids += piece.ids
+        return ids
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """Text of a whole sequence, with special tokens if ``special``."""
@@ -85,6 +122,19 @@ class Tokenizer:
     def stream(self) -> TokenStream:
         """An incremental decoder for one sequence."""
         return TokenStream(self._backend)
+
+
+def _special_as_text(backend: Any) -> dict[str, list[int]]:
+    """Every special token's text, with the ids that it has as ordinary text."""
+    tokens = backend.get_added_tokens_decoder().values()
+    texts = [token.content for token in tokens if token.special]
+    # The switch belongs to the tokenizer, so this is done before anybody else uses it.
+    before = backend.encode_special_tokens
+    backend.encode_special_tokens = True
+    try:
+        return {text: backend.encode(text, add_special_tokens=False).ids for text in texts}
+    finally:
+        backend.encode_special_tokens = before
 
 
 class TokenStream:

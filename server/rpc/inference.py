@@ -36,7 +36,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Generate(
         self, request: inference_pb2.GenerateRequest, context: _Context
     ) -> inference_pb2.GenerateResponse:
-        return await self._inference.generate_whole(request, current_call(), _deadline(context))
+        answer = self._inference.generate_whole(request, current_call(), _deadline(context))
+        # Whoever converts it decides how long it is kept.
+        del request
+        return await answer
 
     def GenerateStream(
         self, request: inference_pb2.GenerateRequest, context: _Context
@@ -46,7 +49,10 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     async def Score(
         self, request: inference_pb2.ScoreRequest, context: _Context
     ) -> inference_pb2.ScoreResponse:
-        return await self._inference.score(request, current_call(), _deadline(context))
+        answer = self._inference.score(request, current_call(), _deadline(context))
+        # Whoever converts it decides how long it is kept.
+        del request
+        return await answer
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: _Context

@@ -7,7 +7,7 @@ import contextlib
 import contextvars
 import dataclasses
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 import grpc
@@ -17,6 +17,7 @@ from turret.server import log
 from turret.server.api.auth import SERVICE_ROLES, authorize
 from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.faults import fault_of
+from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
 from turret.server.codes import Code
 from turret.server.errors import InvalidRequestError, TurretError
@@ -42,39 +43,56 @@ def current_call() -> Call:
     return _current.get()
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Malformed:
-    """Stands for a message that is no valid protobuf (such as a string that is not UTF-8)."""
+@dataclasses.dataclass(slots=True)
+class _Received:
+    """A message on its way from gRPC, which keeps this until the call ends, to the handler.
+
+    ``parsed`` is None for what is no valid protobuf (such as a string that is not UTF-8).
+    """
+
+    parsed: Any
+    num_bytes: int
+
+    def take(self) -> Any:
+        """The message, once: who takes it decides how long it is kept.
+
+        Raises:
+            InvalidRequestError: It is malformed.
+        """
+        parsed, self.parsed = self.parsed, None
+        if parsed is None:
+            raise InvalidRequestError(
+                "the message is malformed: no valid protobuf, or a string that is not UTF-8"
+            )
+        return parsed
 
 
-def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], _Received]:
     """A deserialiser that lets the handler answer for bad bytes.
 
     gRPC itself would report a bug of the server.
     """
 
-    def parse(data: bytes) -> Any:
-        if deserialize is None:
-            return data
+    def parse(data: bytes) -> _Received:
         try:
-            return deserialize(data)
+            return _Received(data if deserialize is None else deserialize(data), len(data))
         except DecodeError:
-            return _Malformed()
+            return _Received(None, len(data))
 
     return parse
 
 
-def _checked(request: Any) -> Any:
-    if isinstance(request, _Malformed):
-        raise InvalidRequestError(
-            "the message is malformed: no valid protobuf, or a string that is not UTF-8"
-        )
-    return request
-
-
-async def _checked_stream(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+async def _taken_stream(requests: AsyncIterator[_Received]) -> AsyncIterator[Any]:
     async for request in requests:
-        yield _checked(request)
+        yield request.take()
+
+
+def _taken(request: Any, handler: Any) -> Any:
+    """What the handler's behaviour gets: the message, or an iterator of them."""
+    if handler.request_streaming:
+        return _taken_stream(request)
+    current_call().message_bytes = request.num_bytes
+    return request.take()
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -83,11 +101,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
     Args:
         metrics: Counts finished inference calls.
         tokens: Accepted bearer tokens; None lets every caller in.
+        shares: Limits the inference calls of one party.
     """
 
-    def __init__(self, metrics: Metrics, tokens: TokenTable | None) -> None:
+    def __init__(self, metrics: Metrics, tokens: TokenTable | None, shares: Shares) -> None:
         self._metrics = metrics
         self._tokens = tokens
+        self._shares = shares
 
     async def intercept_service(
         self,
@@ -100,8 +120,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         method = handler_call_details.method
         try:
             metadata = handler_call_details.invocation_metadata or ()
-            token = next((value for key, value in metadata if key == "authorization"), None)
-            authorize(self._tokens, _service_of(method), token)
+            authorize(self._tokens, _service_of(method), _authorization(metadata))
         except TurretError as error:
             return self._refusal(method, error)
         behaviour, factory = _parts(handler)
@@ -110,8 +129,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return await self._run(method, context, lambda: once(request, context))
 
         async def once(request: Any, context: Any) -> Any:
-            argument = _checked_stream(request) if handler.request_streaming else _checked(request)
-            return await behaviour(argument, context)
+            return await behaviour(_taken(request, handler), context)
 
         async def answer_stream(request: Any, context: Any) -> None:
             await self._run(method, context, lambda: stream(request, context))
@@ -119,8 +137,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         # Written rather than yielded: a cancelled call then raises inside the handler, which frees
         # what it holds at once and not when its generator is collected.
         async def stream(request: Any, context: Any) -> None:
-            argument = _checked_stream(request) if handler.request_streaming else _checked(request)
-            async with contextlib.aclosing(behaviour(argument, context)) as responses:
+            responses = behaviour(_taken(request, handler), context)
+            async with contextlib.aclosing(responses):
                 async for response in responses:
                     await context.write(response)
 
@@ -163,7 +181,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         _current.set(call)
         code = Code.INTERNAL
         try:
-            response = await body()
+            held = contextlib.nullcontext()
+            if method in COUNTED:
+                metadata = context.invocation_metadata() or ()
+                held = self._shares.hold(_authorization(metadata), context.peer())
+            with held:
+                response = await body()
             context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
             # Health sets a status itself.
             code = _code(context.code() or grpc.StatusCode.OK)
@@ -194,6 +217,10 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return None
         finally:
             call.finish(code)
+
+
+def _authorization(metadata: Iterable[tuple[str, str | bytes]]) -> str | bytes | None:
+    return next((value for key, value in metadata if key == "authorization"), None)
 
 
 def _service_of(method: str) -> str:

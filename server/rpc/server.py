@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health, health_pb2_grpc
@@ -12,7 +13,9 @@ from grpc_reflection.v1alpha import reflection
 
 from turret.server import log
 from turret.server.api.adapters import Adapters
+from turret.server.api.file_stamp import stamp_of
 from turret.server.api.inference import Inference
+from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
@@ -43,6 +46,15 @@ _OPTIONS = (
     ("grpc.so_reuseport", 0),
     ("grpc.server.max_pending_requests", _MAX_PENDING_CALLS),
     ("grpc.server.max_pending_requests_hard_limit", _MAX_PENDING_CALLS),
+    # Calls of one connection. Clients that have not heard of the limit yet send more, and those end
+    # with UNAVAILABLE: so it is far above any burst that is meant to be answered.
+    ("grpc.max_concurrent_streams", 1 << 14),
+    # Connections without a call for so long are closed; clients connect again by themselves.
+    ("grpc.max_connection_idle_ms", 300_000),
+    # Of TLS and of the first bytes of HTTP/2.
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.absolute_max_metadata_size", 16 << 10),
     # Find out within a minute and a half that a client is gone, even if it said nothing.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -58,8 +70,20 @@ class _Listener:
     address: str
 
 
+def _certificates(security: SecurityConfig) -> Any:
+    assert security.tls_cert is not None
+    assert security.tls_key is not None
+    authorities = security.tls_client_ca
+    return grpc.ssl_server_certificate_configuration(
+        [(security.tls_key.read_bytes(), security.tls_cert.read_bytes())],
+        root_certificates=authorities.read_bytes() if authorities else None,
+    )
+
+
 def read_credentials(security: SecurityConfig) -> grpc.ServerCredentials | None:
     """TLS credentials, mutual with ``--tls-client-ca``; None for plain text.
+
+    The files are read again when they have changed, at the next connection.
 
     Raises:
         OSError: A file cannot be read.
@@ -67,10 +91,26 @@ def read_credentials(security: SecurityConfig) -> grpc.ServerCredentials | None:
     if security.tls_cert is None or security.tls_key is None:
         return None
     authorities = security.tls_client_ca
-    return grpc.ssl_server_credentials(
-        [(security.tls_key.read_bytes(), security.tls_cert.read_bytes())],
-        root_certificates=authorities.read_bytes() if authorities else None,
-        require_client_auth=authorities is not None,
+    paths = [p for p in (security.tls_cert, security.tls_key, authorities) if p is not None]
+    seen = stamp_of(paths)
+
+    def fetch() -> Any:
+        """What the next connection is to see; None for what the last one saw."""
+        nonlocal seen
+        stamp = stamp_of(paths)
+        if stamp is None or stamp == seen:
+            return None
+        seen = stamp
+        try:
+            found = _certificates(security)
+        except OSError as error:
+            _log.error("certificates stay as they were", extra=log.fields(reason=error))
+            return None
+        _log.info("certificates read again")
+        return found
+
+    return grpc.dynamic_ssl_server_credentials(
+        _certificates(security), fetch, require_client_authentication=authorities is not None
     )
 
 
@@ -86,6 +126,7 @@ class RpcServer:
         adapters: Answers the control plane.
         metrics: Counts calls.
         tokens: Accepted bearer tokens; None lets every caller in.
+        shares: Limits the inference calls of one party; without them there is none.
     """
 
     def __init__(
@@ -97,11 +138,12 @@ class RpcServer:
         adapters: Adapters,
         metrics: Metrics,
         tokens: TokenTable | None,
+        shares: Shares | None = None,
     ) -> None:
         self.health = HealthServicer((INFERENCE_SERVICE, ADAPTERS_SERVICE))
         self._listen = listen
         self._credentials = read_credentials(security)
-        self._interceptor = CallInterceptor(metrics, tokens)
+        self._interceptor = CallInterceptor(metrics, tokens, shares or Shares())
         self._inference = InferenceServicer(inference)
         self._adapters = AdaptersServicer(adapters)
         self._listeners: list[_Listener] = []

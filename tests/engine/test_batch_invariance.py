@@ -225,9 +225,9 @@ async def test_preemption_leaves_answers_unchanged(
     preempted = []
     preempt = Scheduler._preempt
 
-    def counted(self: Scheduler, sequence: Any) -> None:
+    def counted(self: Scheduler, sequence: Any, now: float) -> None:
         preempted.append(sequence)
-        preempt(self, sequence)
+        preempt(self, sequence, now)
 
     monkeypatch.setattr(Scheduler, "_preempt", counted)
     requests = [r for r in mixed_requests(max_tokens=48) if len(r.prompt_token_ids) < 100]

@@ -49,9 +49,9 @@ async def test_prompt_logprobs_come_once_though_preempted(
     preempted = []
     preempt = Scheduler._preempt
 
-    def counted(self: Scheduler, sequence: Sequence) -> None:
+    def counted(self: Scheduler, sequence: Sequence, now: float) -> None:
         preempted.append(sequence.num_generated)
-        preempt(self, sequence)
+        preempt(self, sequence, now)
 
     monkeypatch.setattr(Scheduler, "_preempt", counted)
     async with EngineHarness.start(model, kv_cache_bytes=1 << 20) as harness:

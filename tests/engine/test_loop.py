@@ -77,9 +77,9 @@ class Driven:
         )
         schedule = self.scheduler.schedule
 
-        def counted() -> Step:
+        def counted(now: float) -> Step:
             self.num_schedules += 1
-            return schedule()
+            return schedule(now)
 
         self.scheduler.schedule = counted  # type: ignore[method-assign]
         self.loop = EngineLoop(

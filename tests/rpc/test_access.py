@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
+import socket
+import ssl
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -275,6 +278,41 @@ async def test_tls(certificates: Path) -> None:
         # The harness' own channel speaks plain text.
         plain = server.inference.GetModel(inference_pb2.GetModelRequest(), timeout=10)
         assert (await failure_of(plain)).code is grpc.StatusCode.UNAVAILABLE
+
+
+def _shown_certificate(address: str) -> str:
+    """PEM of what the server shows to a new connection."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_alpn_protocols(["h2"])
+    host, _, port = address.rpartition(":")
+    with (
+        socket.create_connection((host, int(port)), timeout=10) as plain,
+        context.wrap_socket(plain) as secured,
+    ):
+        shown = secured.getpeercert(binary_form=True)
+    assert shown is not None
+    return ssl.DER_cert_to_PEM_cert(shown)
+
+
+async def test_certificates_change_without_a_restart(certificates: Path, tmp_path: Path) -> None:
+    def install(name: str) -> None:
+        for end in ("pem", "key"):
+            shutil.copy(certificates / f"{name}.{end}", tmp_path / f"server.{end}")
+
+    install("server")
+    security = SecurityConfig(tls_cert=tmp_path / "server.pem", tls_key=tmp_path / "server.key")
+    async with harness(security=security) as server:
+        address = server.rpc.address
+        first = await asyncio.to_thread(_shown_certificate, address)
+        assert first.split() == (certificates / "server.pem").read_text().split()
+        install("client")
+        second = await asyncio.to_thread(_shown_certificate, address)
+        assert second.split() == (certificates / "client.pem").read_text().split()
+        # Half of a change is none.
+        (tmp_path / "server.key").unlink()
+        assert await asyncio.to_thread(_shown_certificate, address) == second
 
 
 async def test_mtls(certificates: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -167,3 +170,159 @@ def test_refused_messages_leave_nothing_behind(guarded: ServerUnderTest) -> None
             _request(), metadata=_bearer(INFERENCE)
         )
         assert polite.usage.completion_tokens == 2
+
+
+def _padded(num_bytes: int, max_tokens: int) -> bytes:
+    """A legal request in a large message: a field that this version does not know."""
+    request = _request()
+    request.stop.max_tokens = max_tokens
+    request.stop.ignore_eos = True
+    length = inference_pb2.GenerateRequest(prompt="x" * num_bytes).SerializeToString()
+    # Field 1000, with the length and the bytes of the prompt's field.
+    return request.SerializeToString() + b"\xc2\x3e" + length[1:]
+
+
+def test_requests_that_wait_take_a_bounded_amount_of_memory(model: Path, tmp_path: Path) -> None:
+    """Forty messages of 3 MB, of which one runs: the line is full by bytes, not by number."""
+    flags = ("--model", str(model), "--max-num-seqs", "1", "--max-queued-bytes", "16MiB")
+    with start_server(tmp_path, *flags) as server, grpc.insecure_channel(server.address) as channel:
+        call = channel.unary_unary(
+            GENERATE,
+            request_serializer=None,
+            response_deserializer=inference_pb2.GenerateResponse.FromString,
+        )
+        call(_padded(LARGE, 2), timeout=60)
+        before = _rss_mib(server)
+        message = _padded(LARGE, 400)
+        calls: list[Any] = []
+        for _ in range(40):
+            # One by one: what is on its way in the transport is not counted.
+            calls.append(call.future(message, timeout=120))
+            time.sleep(0.05)
+        assert _rss_mib(server) - before < 16 + 2 * LASTING_MIB
+        codes = [future.code() for future in calls]
+        refused = codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED)
+        assert refused > 20, codes
+        assert codes.count(grpc.StatusCode.OK) == 40 - refused >= 4
+        # What ended holds nothing any more.
+        for _ in range(10):
+            call(_padded(LARGE, 2), timeout=60)
+
+
+def test_one_party_has_no_more_than_its_share(model: Path, tmp_path: Path) -> None:
+    """Two tokens from one address: each has its own limit, and ended requests are not counted."""
+    tokens = tmp_path / "tokens"
+    tokens.write_text("first inference\nsecond inference\n")
+    tokens.chmod(0o600)
+    limits = ("--max-requests-per-token", "3", "--max-requests-per-peer", "5")
+    flags = ("--model", str(model), "--token-file", str(tokens), *limits)
+    with start_server(tmp_path, *flags) as server, grpc.insecure_channel(server.address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        long = _request()
+        long.stop.max_tokens = 400
+        long.stop.ignore_eos = True
+
+        def open_streams(token: str, count: int) -> list[Any]:
+            streams = [stub.GenerateStream(long, metadata=_bearer(token)) for _ in range(count)]
+            for stream in streams:
+                next(stream)
+            return streams
+
+        def refusal(token: str) -> str:
+            with pytest.raises(grpc.RpcError) as caught:
+                stub.Generate(_request(), metadata=_bearer(token))
+            error: Any = caught.value
+            assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+            return error.details()
+
+        first = open_streams("first", 3)
+        assert "token" in refusal("first")
+        second = open_streams("second", 2)
+        assert "peer" in refusal("second")
+        for stream in (*first, *second):
+            stream.cancel()
+        deadline = time.monotonic() + 30
+        while time.monotonic() < deadline:
+            try:
+                stub.Generate(_request(), metadata=_bearer("first"))
+                break
+            except grpc.RpcError:
+                time.sleep(0.05)
+        else:
+            pytest.fail("cancelled requests are counted still")
+
+
+def test_half_a_handshake_is_not_waited_for(model: Path, tmp_path: Path) -> None:
+    preface = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+    with start_server(tmp_path, "--model", str(model)) as server:
+        host, _, port = server.address.rpartition(":")
+        clients = [socket.create_connection((host, int(port)), timeout=30) for _ in range(50)]
+        for client in clients:
+            client.sendall(preface[: len(preface) // 2])
+        start = time.monotonic()
+        for client in clients:
+            # Closed by the server: whatever it has said by then, nothing more comes.
+            while client.recv(4096):
+                pass
+            client.close()
+        assert time.monotonic() - start < 25
+        with grpc.insecure_channel(server.address) as channel:
+            assert inference_pb2_grpc.InferenceStub(channel).Generate(_request()).text is not None
+
+
+def test_tokens_change_without_a_restart(model: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens"
+    tokens.write_text("old inference\n")
+    tokens.chmod(0o600)
+    flags = ("--model", str(model), "--token-file", str(tokens))
+    with start_server(tmp_path, *flags) as server, grpc.insecure_channel(server.address) as channel:
+        stub = inference_pb2_grpc.InferenceStub(channel)
+
+        def is_accepted(token: str) -> bool:
+            try:
+                stub.Generate(_request(), metadata=_bearer(token), timeout=60)
+            except grpc.RpcError:
+                return False
+            return True
+
+        def becomes(token: str, expected: bool) -> bool:
+            deadline = time.monotonic() + 20
+            while is_accepted(token) is not expected and time.monotonic() < deadline:
+                time.sleep(0.1)
+            return is_accepted(token) is expected
+
+        assert is_accepted("old")
+        tokens.write_text("new inference\n")
+        server.process.send_signal(signal.SIGHUP)
+        assert becomes("new", True)
+        assert not is_accepted("old")
+        # A file that is no good changes nothing; the next good one is noticed without a signal.
+        tokens.write_text("nonsense\n")
+        server.process.send_signal(signal.SIGHUP)
+        time.sleep(1)
+        assert is_accepted("new")
+        tokens.write_text("third inference\n")
+        assert becomes("third", True)
+        assert not is_accepted("new")
+
+
+def test_streams_that_fill_the_server_yield_to_another_mix(model: Path, tmp_path: Path) -> None:
+    flags = ("--model", str(model), "--max-num-seqs", "2", "--preempt-after-seconds", "0.5")
+    write_adapter(tmp_path / "adapters", arch_of(model), AdapterSpec("polite", rank=4), 0)
+    with start_server(tmp_path, *flags) as server, grpc.insecure_channel(server.address) as channel:
+        adapters_pb2_grpc.AdaptersStub(channel).LoadAdapter(
+            adapters_pb2.LoadAdapterRequest(name="polite", path="polite")
+        )
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        long = _request()
+        long.stop.max_tokens = 480
+        long.stop.ignore_eos = True
+        streams = [stub.GenerateStream(long) for _ in range(60)]
+        next(streams[0])
+        polite = _request(adapters=[adapters_pb2.AdapterWeight(name="polite")])
+        answer = stub.Generate(polite, timeout=120)
+        # Without yielding it would wait for 480 steps at least.
+        assert server.metric("turret_preemptions_total") >= 1
+        assert answer.usage.completion_tokens == 2
+        for stream in streams:
+            stream.cancel()

@@ -252,6 +252,24 @@ async def test_a_silent_client_is_given_up(
     await until(lambda: leftovers(tmp_path) == [])
 
 
+async def test_a_trickle_of_chunks_is_given_up(
+    server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client that sends an empty chunk now and then is never silent for long."""
+    monkeypatch.setattr(uploads, "BASE_SECONDS", 0.3)
+    monkeypatch.setattr(uploads, "LEAST_BYTES_PER_SECOND", 1 << 40)
+
+    async def messages() -> AsyncIterator[pb.UploadAdapterRequest]:
+        yield header(announced(tmp_path / "root" / "a"))
+        while True:
+            await asyncio.sleep(0.01)
+            yield pb.UploadAdapterRequest(chunk=pb.FileChunk(path=CONFIG))
+
+    failure = await failure_of(server.adapters.UploadAdapter(messages()))
+    assert failure.code is Code.DEADLINE_EXCEEDED
+    await until(lambda: leftovers(tmp_path) == [])
+
+
 async def test_uploads_at_a_time_are_limited(
     server: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -124,6 +124,24 @@ async def test_a_dead_engine_ends_the_process_with_an_error() -> None:
     assert parts.engine.drained == [0]
 
 
+async def test_health_says_so_before_a_dead_engine_ends_the_process() -> None:
+    parts = Parts()
+    app = make_app(parts)
+    running = asyncio.ensure_future(app.run())
+    await soon(parts.engine.started)
+    assert app.rpc is not None
+    heard: list[tuple[bool, str]] = []
+    # The engine of these parts has started before the listener says that it serves.
+    while not heard or not heard[-1][0]:
+        heard.append(await asyncio.to_thread(is_serving, app.rpc.address))
+    parts.engine.dead.set()
+    while heard[-1][0]:
+        heard.append(await asyncio.to_thread(is_serving, app.rpc.address))
+    assert heard[-1] == (False, "NOT_SERVING")
+    assert not running.done()
+    assert await asyncio.wait_for(running, 10) == 1
+
+
 @pytest.mark.parametrize("error", [OSError("no such model"), ZeroDivisionError("a bug")])
 async def test_a_build_that_fails_ends_the_process_with_an_error(
     error: Exception, caplog: pytest.LogCaptureFixture

@@ -1,7 +1,7 @@
 """pytest plugin: kernel tests on the compiled kernels, executed without a GPU.
 
 ``pytest -p emulation --emulate sm_90 --emulated-dtype bfloat16 tests/kernels/…``, with
-``TRITON_INTERPRET=0`` and ``PYTHONPATH=tests/support`` in the environment. ``run_emulated`` does that.
+``TRITON_INTERPRET=0`` and ``PYTHONPATH=tests/support`` in the environment (``run_emulated``).
 """
 
 from __future__ import annotations

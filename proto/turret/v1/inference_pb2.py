@@ -26,7 +26,7 @@ from google.protobuf import duration_pb2 as google_dot_protobuf_dot_duration__pb
 from turret.v1 import adapters_pb2 as turret_dot_v1_dot_adapters__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19turret/v1/inference.proto\x12\tturret.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18turret/v1/adapters.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"0\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.turret.v1.ChatMessage\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc2\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12<\n\nlogit_bias\x18\t \x03(\x0b\x32(.turret.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xe2\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x17\n\nignore_eos\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x19\n\x0cinclude_stop\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_include_stop\"S\n\x0fResponseOptions\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\r\n\x05top_n\x18\x02 \x01(\r\x12\x0c\n\x04\x65\x63ho\x18\x03 \x01(\x08\x12\x11\n\ttoken_ids\x18\x04 \x01(\x08\"\xba\x02\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.turret.v1.ChatH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.turret.v1.TokenIdsH\x00\x12*\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x18.turret.v1.AdapterWeight\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.turret.v1.SamplingParams\x12\'\n\x04stop\x18\x06 \x01(\x0b\x32\x19.turret.v1.StopConditions\x12+\n\x07options\x18\x07 \x01(\x0b\x32\x1a.turret.v1.ResponseOptions\x12\x12\n\nrequest_id\x18\x08 \x01(\tB\x07\n\x05input\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"t\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\"\n\x03top\x18\x04 \x03(\x0b\x32\x15.turret.v1.TopLogprobB\n\n\x08_logprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"q\n\nAdapterUse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0e\n\x06weight\x18\x04 \x01(\x02\x12\x12\n\ncold_start\x18\x05 \x01(\x08\x12\x0f\n\x07load_ms\x18\x06 \x01(\x01\"\x85\x01\n\x06Timing\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04ttft\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xbf\x03\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.turret.v1.TokenLogprob\x12?\n\rfinish_reason\x18\x04 \x01(\x0e\x32(.turret.v1.GenerateResponse.FinishReason\x12\x15\n\x0bstop_string\x18\x05 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x06 \x01(\rH\x00\x12\x1f\n\x05usage\x18\x07 \x01(\x0b\x32\x10.turret.v1.Usage\x12,\n\radapters_used\x18\x08 \x03(\x0b\x32\x15.turret.v1.AdapterUse\x12!\n\x06timing\x18\t \x01(\x0b\x32\x11.turret.v1.Timing\x12\x12\n\nrequest_id\x18\n \x01(\t\"`\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x12\r\n\tCANCELLED\x10\x03\x12\x0c\n\x08\x44\x45\x41\x44LINE\x10\x04\x42\x06\n\x04stop\"\xda\x02\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.turret.v1.TokenLogprob\x12?\n\rfinish_reason\x18\x04 \x01(\x0e\x32(.turret.v1.GenerateResponse.FinishReason\x12\x15\n\x0bstop_string\x18\x05 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x06 \x01(\rH\x00\x12\x1f\n\x05usage\x18\x07 \x01(\x0b\x32\x10.turret.v1.Usage\x12,\n\radapters_used\x18\x08 \x03(\x0b\x32\x15.turret.v1.AdapterUse\x12!\n\x06timing\x18\t \x01(\x0b\x32\x11.turret.v1.Timing\x12\x12\n\nrequest_id\x18\n \x01(\tB\x06\n\x04stop\"\xc3\x01\n\x0cScoreRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.turret.v1.ChatH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.turret.v1.TokenIdsH\x00\x12*\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x18.turret.v1.AdapterWeight\x12\r\n\x05top_n\x18\x05 \x01(\r\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x07\n\x05input\"\xbe\x01\n\rScoreResponse\x12\'\n\x06tokens\x18\x01 \x03(\x0b\x32\x17.turret.v1.TokenLogprob\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.turret.v1.Usage\x12,\n\radapters_used\x18\x03 \x03(\x0b\x32\x15.turret.v1.AdapterUse\x12!\n\x06timing\x18\x04 \x01(\x0b\x32\x11.turret.v1.Timing\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"w\n\x0fTokenizeRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.turret.v1.ChatH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.turret.v1.TokenIdsH\x00\x42\x07\n\x05input\"H\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x13\n\x0btoken_texts\x18\x02 \x03(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x11\n\x0fGetModelRequest\"\xe6\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\x13\n\x0bhidden_size\x18\t \x01(\r\x12\x16\n\x0eserver_version\x18\n \x01(\t\x12\x0f\n\x07methods\x18\x0b \x03(\t2\xe0\x02\n\tInference\x12\x43\n\x08Generate\x12\x1a.turret.v1.GenerateRequest\x1a\x1b.turret.v1.GenerateResponse\x12H\n\x0eGenerateStream\x12\x1a.turret.v1.GenerateRequest\x1a\x18.turret.v1.GenerateChunk0\x01\x12:\n\x05Score\x12\x17.turret.v1.ScoreRequest\x1a\x18.turret.v1.ScoreResponse\x12\x43\n\x08Tokenize\x12\x1a.turret.v1.TokenizeRequest\x1a\x1b.turret.v1.TokenizeResponse\x12\x43\n\x08GetModel\x12\x1a.turret.v1.GetModelRequest\x1a\x1b.turret.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19turret/v1/inference.proto\x12\tturret.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x18turret/v1/adapters.proto\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"H\n\x04\x43hat\x12(\n\x08messages\x18\x01 \x03(\x0b\x32\x16.turret.v1.ChatMessage\x12\x16\n\x0especial_tokens\x18\x02 \x01(\x08\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\r\"\xc2\x03\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_k\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x12\n\x05top_p\x18\x03 \x01(\x02H\x02\x88\x01\x01\x12\x12\n\x05min_p\x18\x04 \x01(\x02H\x03\x88\x01\x01\x12\x1f\n\x12repetition_penalty\x18\x05 \x01(\x02H\x04\x88\x01\x01\x12\x1d\n\x10presence_penalty\x18\x06 \x01(\x02H\x05\x88\x01\x01\x12\x1e\n\x11\x66requency_penalty\x18\x07 \x01(\x02H\x06\x88\x01\x01\x12\x11\n\x04seed\x18\x08 \x01(\x04H\x07\x88\x01\x01\x12<\n\nlogit_bias\x18\t \x03(\x0b\x32(.turret.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_kB\x08\n\x06_top_pB\x08\n\x06_min_pB\x15\n\x13_repetition_penaltyB\x13\n\x11_presence_penaltyB\x14\n\x12_frequency_penaltyB\x07\n\x05_seed\"\xe2\x01\n\x0eStopConditions\x12\x17\n\nmax_tokens\x18\x01 \x01(\rH\x00\x88\x01\x01\x12\x17\n\nmin_tokens\x18\x02 \x01(\rH\x01\x88\x01\x01\x12\x14\n\x0cstop_strings\x18\x03 \x03(\t\x12\x16\n\x0estop_token_ids\x18\x04 \x03(\r\x12\x17\n\nignore_eos\x18\x05 \x01(\x08H\x02\x88\x01\x01\x12\x19\n\x0cinclude_stop\x18\x06 \x01(\x08H\x03\x88\x01\x01\x42\r\n\x0b_max_tokensB\r\n\x0b_min_tokensB\r\n\x0b_ignore_eosB\x0f\n\r_include_stop\"S\n\x0fResponseOptions\x12\x10\n\x08logprobs\x18\x01 \x01(\x08\x12\r\n\x05top_n\x18\x02 \x01(\r\x12\x0c\n\x04\x65\x63ho\x18\x03 \x01(\x08\x12\x11\n\ttoken_ids\x18\x04 \x01(\x08\"\xba\x02\n\x0fGenerateRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.turret.v1.ChatH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.turret.v1.TokenIdsH\x00\x12*\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x18.turret.v1.AdapterWeight\x12+\n\x08sampling\x18\x05 \x01(\x0b\x32\x19.turret.v1.SamplingParams\x12\'\n\x04stop\x18\x06 \x01(\x0b\x32\x19.turret.v1.StopConditions\x12+\n\x07options\x18\x07 \x01(\x0b\x32\x1a.turret.v1.ResponseOptions\x12\x12\n\nrequest_id\x18\x08 \x01(\tB\x07\n\x05input\"=\n\nTopLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x0f\n\x07logprob\x18\x03 \x01(\x02\"t\n\x0cTokenLogprob\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0c\n\x04text\x18\x02 \x01(\t\x12\x14\n\x07logprob\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\"\n\x03top\x18\x04 \x03(\x0b\x32\x15.turret.v1.TopLogprobB\n\n\x08_logprob\"P\n\x05Usage\x12\x15\n\rprompt_tokens\x18\x01 \x01(\r\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x19\n\x11\x63ompletion_tokens\x18\x03 \x01(\r\"q\n\nAdapterUse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04uuid\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x0e\n\x06weight\x18\x04 \x01(\x02\x12\x12\n\ncold_start\x18\x05 \x01(\x08\x12\x0f\n\x07load_ms\x18\x06 \x01(\x01\"\x85\x01\n\x06Timing\x12(\n\x05queue\x18\x01 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\'\n\x04ttft\x18\x02 \x01(\x0b\x32\x19.google.protobuf.Duration\x12(\n\x05total\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\"\xbf\x03\n\x10GenerateResponse\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.turret.v1.TokenLogprob\x12?\n\rfinish_reason\x18\x04 \x01(\x0e\x32(.turret.v1.GenerateResponse.FinishReason\x12\x15\n\x0bstop_string\x18\x05 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x06 \x01(\rH\x00\x12\x1f\n\x05usage\x18\x07 \x01(\x0b\x32\x10.turret.v1.Usage\x12,\n\radapters_used\x18\x08 \x03(\x0b\x32\x15.turret.v1.AdapterUse\x12!\n\x06timing\x18\t \x01(\x0b\x32\x11.turret.v1.Timing\x12\x12\n\nrequest_id\x18\n \x01(\t\"`\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x08\n\x04STOP\x10\x01\x12\n\n\x06LENGTH\x10\x02\x12\r\n\tCANCELLED\x10\x03\x12\x0c\n\x08\x44\x45\x41\x44LINE\x10\x04\x42\x06\n\x04stop\"\xda\x02\n\rGenerateChunk\x12\x0c\n\x04text\x18\x01 \x01(\t\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12)\n\x08logprobs\x18\x03 \x03(\x0b\x32\x17.turret.v1.TokenLogprob\x12?\n\rfinish_reason\x18\x04 \x01(\x0e\x32(.turret.v1.GenerateResponse.FinishReason\x12\x15\n\x0bstop_string\x18\x05 \x01(\tH\x00\x12\x17\n\rstop_token_id\x18\x06 \x01(\rH\x00\x12\x1f\n\x05usage\x18\x07 \x01(\x0b\x32\x10.turret.v1.Usage\x12,\n\radapters_used\x18\x08 \x03(\x0b\x32\x15.turret.v1.AdapterUse\x12!\n\x06timing\x18\t \x01(\x0b\x32\x11.turret.v1.Timing\x12\x12\n\nrequest_id\x18\n \x01(\tB\x06\n\x04stop\"\xc3\x01\n\x0cScoreRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.turret.v1.ChatH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.turret.v1.TokenIdsH\x00\x12*\n\x08\x61\x64\x61pters\x18\x04 \x03(\x0b\x32\x18.turret.v1.AdapterWeight\x12\r\n\x05top_n\x18\x05 \x01(\r\x12\x12\n\nrequest_id\x18\x06 \x01(\tB\x07\n\x05input\"\xbe\x01\n\rScoreResponse\x12\'\n\x06tokens\x18\x01 \x03(\x0b\x32\x17.turret.v1.TokenLogprob\x12\x1f\n\x05usage\x18\x02 \x01(\x0b\x32\x10.turret.v1.Usage\x12,\n\radapters_used\x18\x03 \x03(\x0b\x32\x15.turret.v1.AdapterUse\x12!\n\x06timing\x18\x04 \x01(\x0b\x32\x11.turret.v1.Timing\x12\x12\n\nrequest_id\x18\x05 \x01(\t\"w\n\x0fTokenizeRequest\x12\x10\n\x06prompt\x18\x01 \x01(\tH\x00\x12\x1f\n\x04\x63hat\x18\x02 \x01(\x0b\x32\x0f.turret.v1.ChatH\x00\x12(\n\ttoken_ids\x18\x03 \x01(\x0b\x32\x13.turret.v1.TokenIdsH\x00\x42\x07\n\x05input\"H\n\x10TokenizeResponse\x12\x11\n\ttoken_ids\x18\x01 \x03(\r\x12\x13\n\x0btoken_texts\x18\x02 \x03(\t\x12\x0c\n\x04text\x18\x03 \x01(\t\"\x11\n\x0fGetModelRequest\"\xe6\x01\n\x10GetModelResponse\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x12\n\nmodel_type\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x14\n\x0cquantization\x18\x05 \x01(\t\x12\x12\n\nvocab_size\x18\x06 \x01(\r\x12\x15\n\rmax_model_len\x18\x07 \x01(\r\x12\x12\n\nnum_layers\x18\x08 \x01(\r\x12\x13\n\x0bhidden_size\x18\t \x01(\r\x12\x16\n\x0eserver_version\x18\n \x01(\t\x12\x0f\n\x07methods\x18\x0b \x03(\t2\xe0\x02\n\tInference\x12\x43\n\x08Generate\x12\x1a.turret.v1.GenerateRequest\x1a\x1b.turret.v1.GenerateResponse\x12H\n\x0eGenerateStream\x12\x1a.turret.v1.GenerateRequest\x1a\x18.turret.v1.GenerateChunk0\x01\x12:\n\x05Score\x12\x17.turret.v1.ScoreRequest\x1a\x18.turret.v1.ScoreResponse\x12\x43\n\x08Tokenize\x12\x1a.turret.v1.TokenizeRequest\x1a\x1b.turret.v1.TokenizeResponse\x12\x43\n\x08GetModel\x12\x1a.turret.v1.GetModelRequest\x1a\x1b.turret.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,47 +38,47 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHATMESSAGE']._serialized_start=98
   _globals['_CHATMESSAGE']._serialized_end=142
   _globals['_CHAT']._serialized_start=144
-  _globals['_CHAT']._serialized_end=192
-  _globals['_TOKENIDS']._serialized_start=194
-  _globals['_TOKENIDS']._serialized_end=217
-  _globals['_SAMPLINGPARAMS']._serialized_start=220
-  _globals['_SAMPLINGPARAMS']._serialized_end=670
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=501
-  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=549
-  _globals['_STOPCONDITIONS']._serialized_start=673
-  _globals['_STOPCONDITIONS']._serialized_end=899
-  _globals['_RESPONSEOPTIONS']._serialized_start=901
-  _globals['_RESPONSEOPTIONS']._serialized_end=984
-  _globals['_GENERATEREQUEST']._serialized_start=987
-  _globals['_GENERATEREQUEST']._serialized_end=1301
-  _globals['_TOPLOGPROB']._serialized_start=1303
-  _globals['_TOPLOGPROB']._serialized_end=1364
-  _globals['_TOKENLOGPROB']._serialized_start=1366
-  _globals['_TOKENLOGPROB']._serialized_end=1482
-  _globals['_USAGE']._serialized_start=1484
-  _globals['_USAGE']._serialized_end=1564
-  _globals['_ADAPTERUSE']._serialized_start=1566
-  _globals['_ADAPTERUSE']._serialized_end=1679
-  _globals['_TIMING']._serialized_start=1682
-  _globals['_TIMING']._serialized_end=1815
-  _globals['_GENERATERESPONSE']._serialized_start=1818
-  _globals['_GENERATERESPONSE']._serialized_end=2265
-  _globals['_GENERATERESPONSE_FINISHREASON']._serialized_start=2161
-  _globals['_GENERATERESPONSE_FINISHREASON']._serialized_end=2257
-  _globals['_GENERATECHUNK']._serialized_start=2268
-  _globals['_GENERATECHUNK']._serialized_end=2614
-  _globals['_SCOREREQUEST']._serialized_start=2617
-  _globals['_SCOREREQUEST']._serialized_end=2812
-  _globals['_SCORERESPONSE']._serialized_start=2815
-  _globals['_SCORERESPONSE']._serialized_end=3005
-  _globals['_TOKENIZEREQUEST']._serialized_start=3007
-  _globals['_TOKENIZEREQUEST']._serialized_end=3126
-  _globals['_TOKENIZERESPONSE']._serialized_start=3128
-  _globals['_TOKENIZERESPONSE']._serialized_end=3200
-  _globals['_GETMODELREQUEST']._serialized_start=3202
-  _globals['_GETMODELREQUEST']._serialized_end=3219
-  _globals['_GETMODELRESPONSE']._serialized_start=3222
-  _globals['_GETMODELRESPONSE']._serialized_end=3452
-  _globals['_INFERENCE']._serialized_start=3455
-  _globals['_INFERENCE']._serialized_end=3807
+  _globals['_CHAT']._serialized_end=216
+  _globals['_TOKENIDS']._serialized_start=218
+  _globals['_TOKENIDS']._serialized_end=241
+  _globals['_SAMPLINGPARAMS']._serialized_start=244
+  _globals['_SAMPLINGPARAMS']._serialized_end=694
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=525
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=573
+  _globals['_STOPCONDITIONS']._serialized_start=697
+  _globals['_STOPCONDITIONS']._serialized_end=923
+  _globals['_RESPONSEOPTIONS']._serialized_start=925
+  _globals['_RESPONSEOPTIONS']._serialized_end=1008
+  _globals['_GENERATEREQUEST']._serialized_start=1011
+  _globals['_GENERATEREQUEST']._serialized_end=1325
+  _globals['_TOPLOGPROB']._serialized_start=1327
+  _globals['_TOPLOGPROB']._serialized_end=1388
+  _globals['_TOKENLOGPROB']._serialized_start=1390
+  _globals['_TOKENLOGPROB']._serialized_end=1506
+  _globals['_USAGE']._serialized_start=1508
+  _globals['_USAGE']._serialized_end=1588
+  _globals['_ADAPTERUSE']._serialized_start=1590
+  _globals['_ADAPTERUSE']._serialized_end=1703
+  _globals['_TIMING']._serialized_start=1706
+  _globals['_TIMING']._serialized_end=1839
+  _globals['_GENERATERESPONSE']._serialized_start=1842
+  _globals['_GENERATERESPONSE']._serialized_end=2289
+  _globals['_GENERATERESPONSE_FINISHREASON']._serialized_start=2185
+  _globals['_GENERATERESPONSE_FINISHREASON']._serialized_end=2281
+  _globals['_GENERATECHUNK']._serialized_start=2292
+  _globals['_GENERATECHUNK']._serialized_end=2638
+  _globals['_SCOREREQUEST']._serialized_start=2641
+  _globals['_SCOREREQUEST']._serialized_end=2836
+  _globals['_SCORERESPONSE']._serialized_start=2839
+  _globals['_SCORERESPONSE']._serialized_end=3029
+  _globals['_TOKENIZEREQUEST']._serialized_start=3031
+  _globals['_TOKENIZEREQUEST']._serialized_end=3150
+  _globals['_TOKENIZERESPONSE']._serialized_start=3152
+  _globals['_TOKENIZERESPONSE']._serialized_end=3224
+  _globals['_GETMODELREQUEST']._serialized_start=3226
+  _globals['_GETMODELREQUEST']._serialized_end=3243
+  _globals['_GETMODELRESPONSE']._serialized_start=3246
+  _globals['_GETMODELRESPONSE']._serialized_end=3476
+  _globals['_INFERENCE']._serialized_start=3479
+  _globals['_INFERENCE']._serialized_end=3831
 # @@protoc_insertion_point(module_scope)

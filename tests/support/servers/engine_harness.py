@@ -100,6 +100,7 @@ class EngineHarness:
         kv_cache_bytes: int = 64 << 20,
         max_num_batched_tokens: int = 64,
         max_num_seqs: int = 32,
+        preempt_after_seconds: float = 5.0,
         adapter_device_bytes: int = 512 << 20,
     ) -> AsyncIterator[EngineHarness]:
         """Build and start an engine, load ``adapters`` (each from the directory of its name)."""
@@ -107,7 +108,9 @@ class EngineHarness:
             model=ModelConfig(model=model, device="cpu", dtype=dtype),
             cache=CacheConfig(kv_cache_bytes=kv_cache_bytes),
             scheduler=SchedulerConfig(
-                max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+                max_num_seqs=max_num_seqs,
+                max_num_batched_tokens=max_num_batched_tokens,
+                preempt_after_seconds=preempt_after_seconds,
             ),
             adapters=AdapterConfig(
                 adapter_root=adapter_root, adapter_device_bytes=adapter_device_bytes

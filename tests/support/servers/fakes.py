@@ -47,12 +47,16 @@ MODEL_INFO = ModelInfo(
 
 
 class FakeTokenizer:
-    """A byte is a token."""
+    """A byte is a token; texts of any length are let through to it."""
+
+    longest_token = 1 << 16
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
-    def encode_chat(self, messages: Sequence[dict[str, str]]) -> list[int]:
+    def encode_chat(
+        self, messages: Sequence[dict[str, str]], *, special: bool = False
+    ) -> list[int]:
         return self.encode("".join(f"{m['role']}:{m['content']};" for m in messages))
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:

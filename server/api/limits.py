@@ -1,0 +1,136 @@
+"""What a request may hold: every text, list and block of bytes of the API, with its limit.
+
+The checks themselves are where the fields are read; ``docs/security.md`` shows this table, and a
+test compares it with the proto files and their comments.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from turret.server.engine.request import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
+
+# More members than this are refused before their names are looked up.
+MAX_MIX_MEMBERS = 64
+MAX_NAME_CHARS = 128
+# Messages of a chat, entries of logit_bias and of stop_token_ids: each costs time at every step or
+# before the first, and no client of the field sends as many.
+MAX_CHAT_MESSAGES = 4096
+MAX_ROLE_CHARS = 64
+MAX_LOGIT_BIASES = 1024
+MAX_STOP_TOKEN_IDS = 1024
+MAX_REQUEST_ID_CHARS = 128
+# Of Tokenize, which may be asked about more than the model can read.
+MAX_TOKENIZED = 1 << 17
+MAX_PATH_CHARS = 1024
+MAX_PAGE_TOKEN_CHARS = 256
+# Names of methods, combinations and files, digests in hex.
+MAX_WORD_CHARS = 64
+MAX_UPLOAD_FILES = 2
+
+_REQUESTS, _ADAPTERS = "server/api/requests.py", "server/api/adapters.py"
+_UPLOADS, _FUSE = "server/api/uploads.py", "server/api/fuse.py"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """The most that a field may hold.
+
+    Attributes:
+        field: ``Message.field``.
+        most: What; the comment in the proto file says the same number.
+        number: The number in ``most``, or None where the model sets it.
+        checked_in: The file with the check.
+    """
+
+    field: str
+    most: str
+    number: int | None
+    checked_in: str
+
+
+def _chars(field: str, number: int, checked_in: str = _ADAPTERS) -> Limit:
+    return Limit(field, f"{number} characters", number, checked_in)
+
+
+def _entries(field: str, number: int, checked_in: str = _REQUESTS) -> Limit:
+    return Limit(field, f"{number} entries", number, checked_in)
+
+
+def _text(field: str) -> Limit:
+    return Limit(field, "the characters that the model's context can hold", None, _REQUESTS)
+
+
+_NAMED = ("LoadAdapter", "ReplaceAdapter", "GetAdapter", "UnloadAdapter", "PinAdapter")
+LIMITS = (
+    _text("GenerateRequest.prompt"),
+    _text("ScoreRequest.prompt"),
+    _text("TokenizeRequest.prompt"),
+    _text("ChatMessage.content"),
+    _chars("ChatMessage.role", MAX_ROLE_CHARS, _REQUESTS),
+    _entries("Chat.messages", MAX_CHAT_MESSAGES),
+    Limit("TokenIds.ids", f"the model's context; {MAX_TOKENIZED} in Tokenize", None, _REQUESTS),
+    _entries("SamplingParams.logit_bias", MAX_LOGIT_BIASES),
+    Limit(
+        "StopConditions.stop_strings",
+        f"{MAX_STOP_STRINGS} entries of {MAX_STOP_STRING_CHARS} characters",
+        MAX_STOP_STRINGS,
+        "server/engine/request.py",
+    ),
+    _entries("StopConditions.stop_token_ids", MAX_STOP_TOKEN_IDS),
+    *(
+        _entries(f"{message}.adapters", MAX_MIX_MEMBERS)
+        for message in (
+            *("GenerateRequest", "ScoreRequest"),
+            *("FuseAdaptersRequest", "MergeAdaptersRequest"),
+        )
+    ),
+    *(
+        _chars(f"{message}.request_id", MAX_REQUEST_ID_CHARS, "server/api/call.py")
+        for message in ("GenerateRequest", "ScoreRequest")
+    ),
+    _chars("AdapterWeight.name", MAX_NAME_CHARS, _REQUESTS),
+    *(_chars(f"{call}Request.name", MAX_NAME_CHARS) for call in _NAMED),
+    _chars("UnpinAdapterRequest.name", MAX_NAME_CHARS),
+    _chars("ExportAdapterRequest.name", MAX_NAME_CHARS),
+    _chars("FuseAdaptersRequest.name", MAX_NAME_CHARS, _FUSE),
+    _chars("FuseAdaptersRequest.combination", MAX_WORD_CHARS, _FUSE),
+    _chars("FuseAdaptersRequest.majority_sign_method", MAX_WORD_CHARS, _FUSE),
+    _chars("LoadAdapterRequest.path", MAX_PATH_CHARS),
+    _chars("ReplaceAdapterRequest.path", MAX_PATH_CHARS),
+    _chars("ListAdaptersRequest.page_token", MAX_PAGE_TOKEN_CHARS),
+    _chars("ListAdaptersRequest.method", MAX_WORD_CHARS),
+    _chars("UploadHeader.name", MAX_NAME_CHARS, _UPLOADS),
+    _entries("UploadHeader.files", MAX_UPLOAD_FILES, _UPLOADS),
+    _chars("FileInfo.path", MAX_WORD_CHARS, _UPLOADS),
+    _chars("FileInfo.sha256", MAX_WORD_CHARS, _UPLOADS),
+    _chars("FileChunk.path", MAX_WORD_CHARS, _UPLOADS),
+    Limit("FileChunk.data", "1 MiB", 1, _UPLOADS),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class InputLimits:
+    """Bounds of a prompt that follow from the model.
+
+    Attributes:
+        vocab_size: Token ids are below it.
+        max_tokens: Most tokens of a prompt.
+        max_chars: Longest text: more characters cannot be so few tokens.
+    """
+
+    vocab_size: int
+    max_tokens: int
+    max_chars: int
+
+    @classmethod
+    def of(cls, backend: Any) -> InputLimits:
+        """Those of the served model."""
+        info = backend.model_info
+        most = info.max_model_len
+        return cls(info.vocab_size, most, most * backend.tokenizer.longest_token)
+
+    def for_tokenize(self) -> InputLimits:
+        """Those of ``Tokenize``: the same texts, but more tokens may come of them."""
+        return InputLimits(self.vocab_size, max(self.max_tokens, MAX_TOKENIZED), self.max_chars)

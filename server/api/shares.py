@@ -1,0 +1,63 @@
+"""How many requests one party may have waiting and running at once."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections import Counter
+from collections.abc import Iterator
+
+from turret.server.errors import QueueFullError
+
+_RETRY_SECONDS = 1.0
+
+
+def peer_address(peer: str) -> str:
+    """The address of a gRPC peer without its port: ``ipv4:10.0.0.1``; a unix socket is one peer."""
+    return peer.rpartition(":")[0] if peer.startswith("ip") else peer.partition(":")[0]
+
+
+class Shares:
+    """Counts open requests by bearer token and by client address. Belongs to one event loop.
+
+    Args:
+        per_token: Most of one token; 0 is no limit.
+        per_peer: Most of one client address; 0 is no limit.
+    """
+
+    def __init__(self, per_token: int = 0, per_peer: int = 0) -> None:
+        self._limits = {"token": per_token, "peer": per_peer}
+        self._open: Counter[tuple[str, str]] = Counter()
+
+    @contextlib.contextmanager
+    def hold(self, authorization: str | bytes | None, peer: str) -> Iterator[None]:
+        """Count a request while the block runs.
+
+        Args:
+            authorization: The header; it tells whose the request is.
+            peer: Where the client is, as gRPC says it: ``ipv4:10.0.0.1:4711``.
+
+        Raises:
+            QueueFullError: The token or the address has as many as it may.
+        """
+        parties = [("peer", peer_address(peer))]
+        if isinstance(authorization, str):
+            # Kept as a digest, as in the token table.
+            parties.append(("token", hashlib.sha256(authorization.encode()).hexdigest()))
+        counted = [party for party in parties if self._limits[party[0]]]
+        for party in counted:
+            limit = self._limits[party[0]]
+            if self._open[party] >= limit:
+                raise QueueFullError(
+                    f"this {party[0]} has {limit} requests waiting or running already",
+                    metadata={f"max_requests_per_{party[0]}": str(limit)},
+                    retry_after_seconds=_RETRY_SECONDS,
+                )
+        self._open.update(counted)
+        try:
+            yield
+        finally:
+            for party in counted:
+                self._open[party] -= 1
+                if not self._open[party]:
+                    del self._open[party]

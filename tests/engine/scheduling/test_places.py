@@ -1,0 +1,161 @@
+"""Places are shared: a mix that fills the server yields to one that waits, on a simulated clock."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+from builders.sequences import BLOCK_SIZE, mix_of
+
+from turret.server.engine.block_pool import BlockPool
+from turret.server.engine.request import Request, StopConditions
+from turret.server.engine.scheduler import Scheduler
+from turret.server.engine.sequence import Sequence
+
+STEP_SECONDS = 0.05
+AFTER_SECONDS = 5.0
+SLOTS = 8
+LONG, SHORT = 400, 4
+_numbers = itertools.count()
+
+
+class Clock:
+    """A scheduler whose steps take ``STEP_SECONDS`` each."""
+
+    def __init__(self, num_blocks: int = 4096, **limits: Any) -> None:
+        settings: dict[str, Any] = {
+            "max_num_seqs": SLOTS,
+            "max_num_batched_tokens": 64,
+            "preempt_after_seconds": AFTER_SECONDS,
+            **limits,
+        }
+        self.scheduler = Scheduler(BlockPool(num_blocks, BLOCK_SIZE), **settings)
+        self.now = 0.0
+        self.num_preempted = 0
+        self.started: dict[Sequence, float] = {}
+        self.ended: dict[Sequence, float] = {}
+
+    def ask(self, name: str, max_tokens: int) -> Sequence:
+        request = Request(
+            request_id="r",
+            prompt_token_ids=(1, 2, next(_numbers)),
+            stop=StopConditions(max_tokens=max_tokens),
+        )
+        sequence = Sequence(request, mix_of(name), self.now)
+        self.scheduler.add(sequence)
+        return sequence
+
+    def step(self) -> None:
+        step = self.scheduler.schedule(self.now)
+        self.num_preempted += step.num_preempted
+        self.now += STEP_SECONDS
+        for item in step.scheduled:
+            self.started.setdefault(item.sequence, self.now)
+        drawing = [item.sequence for item in step.scheduled if item.samples]
+        self.scheduler.complete(step)
+        for sequence in drawing:
+            sequence.tokens.append(1)
+            if sequence.num_generated == sequence.request.stop.max_tokens:
+                self.scheduler.finish(sequence)
+                self.ended[sequence] = self.now
+
+    def run_until_ended(self, sequences: Iterable[Sequence], most_seconds: float) -> None:
+        wanted = set(sequences)
+        until = self.now + most_seconds
+        while not wanted <= self.ended.keys():
+            assert self.now < until, "it did not end in time"
+            self.step()
+
+    def waited(self, sequence: Sequence) -> float:
+        return self.started[sequence] - sequence.arrival
+
+
+def test_a_mix_that_fills_all_places_yields_one() -> None:
+    clock = Clock()
+    hogs = [clock.ask("hog", LONG) for _ in range(100)]
+    for _ in range(20):
+        clock.step()
+    polite = clock.ask("polite", SHORT)
+    clock.run_until_ended([polite], 10.0)
+    assert clock.waited(polite) <= AFTER_SECONDS + 2 * STEP_SECONDS
+    assert clock.num_preempted == 1
+    # Whoever yielded ends too, with all of its tokens.
+    clock.run_until_ended(hogs, 100 * LONG * STEP_SECONDS / SLOTS * 1.5)
+    assert all(hog.num_generated == LONG for hog in hogs)
+
+
+def test_without_a_wait_stated_nobody_yields() -> None:
+    clock = Clock(preempt_after_seconds=None)
+    for _ in range(SLOTS):
+        clock.ask("hog", LONG)
+    clock.step()
+    polite = clock.ask("polite", SHORT)
+    clock.run_until_ended([polite], 30.0)
+    assert clock.num_preempted == 0
+    assert clock.waited(polite) > LONG * STEP_SECONDS / 2
+
+
+def test_several_mixes_each_get_a_place_a_step_after_the_other() -> None:
+    clock = Clock()
+    for _ in range(100):
+        clock.ask("hog", LONG)
+    for _ in range(20):
+        clock.step()
+    polite = [clock.ask(f"polite {number}", SHORT) for number in range(20)]
+    clock.run_until_ended(polite, 30.0)
+    for position, waited in enumerate(sorted(map(clock.waited, polite))):
+        assert waited <= AFTER_SECONDS + (2 + position) * STEP_SECONDS
+
+
+def test_a_mix_that_was_served_less_does_not_yield() -> None:
+    clock = Clock(max_num_seqs=2)
+    clock.ask("popular", LONG)
+    for _ in range(40):
+        clock.step()
+    # Both places are taken, one of them by a mix that was served hardly anything.
+    rare = clock.ask("rare", LONG)
+    clock.step()
+    clock.ask("popular", LONG)
+    for _ in range(int(3 * AFTER_SECONDS / STEP_SECONDS)):
+        clock.step()
+    assert rare.num_preemptions == 0
+
+
+def test_two_mixes_that_want_everything_take_turns() -> None:
+    clock = Clock()
+    names = ("a", "b")
+    asked = {name: [clock.ask(name, LONG) for _ in range(60)] for name in names}
+    for _ in range(2000):
+        clock.step()
+    served = {name: sum(s.num_generated for s in sequences) for name, sequences in asked.items()}
+    assert max(served.values()) < 1.2 * min(served.values())
+    # Yielding is rare beside the work: once in the stated wait for each place.
+    assert clock.num_preempted <= SLOTS * clock.now / AFTER_SECONDS
+
+
+def test_blocks_are_places_too() -> None:
+    """There are places left, but the cache is full of another mix's long answers."""
+    clock = Clock(num_blocks=4 * (LONG // BLOCK_SIZE) + 8, max_num_seqs=64)
+    for _ in range(40):
+        clock.ask("hog", LONG)
+    for _ in range(200):
+        clock.step()
+    polite = clock.ask("polite", LONG)
+    before = clock.now
+    while polite not in clock.started:
+        clock.step()
+        assert clock.now - before < AFTER_SECONDS + 20 * STEP_SECONDS
+
+
+@pytest.mark.parametrize("after", [None, AFTER_SECONDS])
+def test_nobody_yields_while_the_base_is_about_to_change(after: float | None) -> None:
+    clock = Clock(preempt_after_seconds=after)
+    hogs = [clock.ask("hog", LONG) for _ in range(SLOTS)]
+    clock.step()
+    clock.ask("polite", SHORT)
+    clock.scheduler.is_draining = True
+    clock.run_until_ended(hogs, 1.1 * LONG * STEP_SECONDS)
+    assert clock.num_preempted == 0
+    assert clock.scheduler.is_drained

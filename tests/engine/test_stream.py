@@ -1,0 +1,87 @@
+"""What a stream holds of a request and its answer is counted, bounded and let go."""
+
+from __future__ import annotations
+
+import pytest
+
+from turret.server.engine.request import Finish, FinishReason, Output, Timing, TokenLogprob, Usage
+from turret.server.engine.stream import MAX_UNREAD_BYTES, Stream
+from turret.server.errors import BudgetExceededError, UnavailableError
+
+REQUEST_BYTES = 1000
+FINISH = Finish(
+    reason=FinishReason.STOP,
+    usage=Usage(prompt_tokens=1, cached_tokens=0, completion_tokens=1),
+    adapters_used=(),
+    timing=Timing(queue_seconds=0.0, time_to_first_token_seconds=0.0, total_seconds=0.0),
+)
+
+
+class Held:
+    """A stream and what it says it holds."""
+
+    def __init__(self) -> None:
+        self.num_bytes = 0
+        self.num_cancels = 0
+        self.stream = Stream(self._cancelled, self._hold, REQUEST_BYTES)
+
+    def _cancelled(self) -> None:
+        self.num_cancels += 1
+
+    def _hold(self, num_bytes: int) -> None:
+        self.num_bytes += num_bytes
+
+
+async def test_what_is_unread_is_held_and_the_end_frees_all() -> None:
+    held = Held()
+    assert held.num_bytes == REQUEST_BYTES
+    output = Output(text="x" * 500)
+    held.stream.deliver(output)
+    held.stream.deliver(Output(finish=FINISH))
+    assert held.num_bytes > REQUEST_BYTES + 500
+    assert await anext(held.stream) is output
+    assert REQUEST_BYTES < held.num_bytes < REQUEST_BYTES + 500
+    await anext(held.stream)
+    assert held.num_bytes == 0
+    held.stream.cancel()
+    assert held.num_bytes == 0
+
+
+async def test_an_error_and_a_cancellation_free_all() -> None:
+    failed, cancelled = Held(), Held()
+    failed.stream.deliver(UnavailableError("gone"))
+    with pytest.raises(UnavailableError):
+        await anext(failed.stream)
+    assert failed.num_bytes == 0
+    cancelled.stream.deliver(Output(text="x"))
+    cancelled.stream.cancel()
+    assert cancelled.num_bytes == 0
+    # The engine still says how it ended.
+    cancelled.stream.deliver(Output(finish=FINISH))
+    assert [output.finish async for output in cancelled.stream] == [None, FINISH]
+    assert cancelled.num_bytes == 0
+
+
+async def test_an_answer_that_nobody_reads_ends() -> None:
+    held = Held()
+    part = Output(text="x" * (MAX_UNREAD_BYTES // 4))
+    for _ in range(100):
+        held.stream.deliver(part)
+    assert held.num_cancels == 1
+    assert held.num_bytes == 0
+    with pytest.raises(BudgetExceededError, match="wait to be read"):
+        await anext(held.stream)
+    with pytest.raises(StopAsyncIteration):
+        await anext(held.stream)
+
+
+async def test_one_large_part_is_no_backlog() -> None:
+    """A long prompt's logprobs come in one piece, and the first token while they are converted."""
+    held = Held()
+    logprob = TokenLogprob(token_id=1, text="a", logprob=-1.0)
+    large = Output(prompt_logprobs=(logprob,) * 100_000)
+    assert large.num_bytes > MAX_UNREAD_BYTES
+    held.stream.deliver(large)
+    held.stream.deliver(Output(text="x"))
+    assert await anext(held.stream) is large
+    assert held.num_cancels == 0

@@ -1,0 +1,42 @@
+"""Requests that yield their places get the bits that they get alone."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from builders.random_adapters import AdapterSpec, arch_of, write_adapter
+from builders.tiny_models import save_tiny_model
+from servers.engine_harness import EngineHarness, make_request
+
+from turret.server.engine.request import SamplingParams
+
+LONG, SHORT = 120, 4
+
+
+async def test_who_yields_a_place_gets_equal_bits(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model")
+    write_adapter(tmp_path / "adapters", arch_of(model), AdapterSpec("polite", rank=4), 0)
+    sampled = SamplingParams(temperature=0.9, seed=7, repetition_penalty=1.2, presence_penalty=0.3)
+    hogs = [
+        make_request([5, 6, 7 + number], max_tokens=LONG, sampling=sampled) for number in range(4)
+    ]
+    polite = [make_request([9, number], "polite", max_tokens=SHORT) for number in range(6)]
+    async with EngineHarness.start(
+        model,
+        tmp_path / "adapters",
+        adapters=("polite",),
+        max_num_seqs=2,
+        preempt_after_seconds=0.001,
+    ) as harness:
+        alone = [await harness.run(request) for request in (*hogs, *polite)]
+        before = harness.metrics.registry.get_sample_value("turret_preemptions_total") or 0.0
+        running = [asyncio.ensure_future(harness.run(request)) for request in hogs]
+        answers = []
+        for request in polite:
+            await asyncio.sleep(0.02)
+            answers.append(await harness.run(request))
+        together = [*await asyncio.gather(*running), *answers]
+        after = harness.metrics.registry.get_sample_value("turret_preemptions_total") or 0.0
+    assert after > before
+    assert [answer.bits for answer in together] == [answer.bits for answer in alone]
