@@ -64,12 +64,14 @@ class Placement:
     def grow(self, width: int) -> list[tuple[int, int, int]]:
         """Make room for ``width`` more ranks, behind all adapters, which become neighbours.
 
+        The widest come first: the narrow ones then fill what is left of a window.
+
         Returns:
             What moved: first rank and end, and the first rank from now on. Moves are to be made
             from the matrices as they were.
         """
         cursor, moves = 0, []
-        for place in self._places.values():
+        for place in sorted(self._places.values(), key=lambda p: p.rank_start - p.rank_end):
             size = place.rank_end - place.rank_start
             start = self._fit(cursor, size)
             moves.append((place.rank_start, place.rank_end, start))
