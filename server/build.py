@@ -141,7 +141,7 @@ def _build_executor(
         store,
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-        capture=capture_for(decoder.device),
+        capture=capture_for(decoder.device, decoder.dtype),
     )
 
 

@@ -134,7 +134,6 @@ class DecodeStep:
         self._decoder = self._make_decoder()
         per_token = 2 * model.kv_heads * model.head_dim * dtype.itemsize
         self.base_bytes += num_layers * num_rows * context * per_token
-        self._capture = capture_for(device)
         self.forget()
 
     def forget(self) -> None:
@@ -151,7 +150,7 @@ class DecodeStep:
             GpuStore(layout, self.dtype, self.device, _NO_LIMIT),
             max_num_seqs=self.num_rows,
             max_num_batched_tokens=self.num_rows,
-            capture=self._capture,
+            capture=capture_for(self.device, self.dtype),
         )
 
     def attention_table(self) -> AttentionTable:

@@ -3,22 +3,46 @@
 A step's launches depend on its bucket (the number of rows, rounded up) and on the kinds of
 operators in it; everything else is data in buffers of fixed address. A shape that is seen for the
 first time runs as it is, which also compiles what it needs; the second time it is captured.
+
+Graphs are dropped all together, never one alone: from torch 2.12 on, the end of a graph frees the
+cuBLAS workspace that all graphs captured on its stream multiply in.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Hashable
+from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
+
+_log = logging.getLogger(__name__)
 
 # What a step returns; the tensors keep their addresses, and a replay overwrites them.
 Outputs = tuple[torch.Tensor, torch.Tensor]
 Body = Callable[[], Outputs]
-# Captures a body without running it: what replays it, and where its results will be.
-Capture = Callable[[Body], tuple[Callable[[], None], Outputs]]
 
 _BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _LARGE_BUCKET = 64
+# Any product makes cuBLAS allocate its workspace; this one costs nothing.
+_SMALL_PRODUCT = 16
+
+
+class Capture(Protocol):
+    """How bodies are captured."""
+
+    def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
+        """Capture a body without running it.
+
+        Returns:
+            What replays it, and where its results will be.
+        """
+        ...
+
+    def forget(self) -> None:
+        """Told when every graph that it captured has been dropped."""
+        ...
 
 
 def buckets(max_rows: int) -> tuple[int, ...]:
@@ -29,22 +53,47 @@ def buckets(max_rows: int) -> tuple[int, ...]:
 
 
 class CudaCapture:
-    """Captures with one memory pool for all graphs, of which one runs at a time."""
+    """Captures with one memory pool for all graphs that are alive, of which one runs at a time.
 
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
+    Args:
+        device: Where the bodies run.
+        dtype: Of the products in them.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        self._operand = torch.zeros(_SMALL_PRODUCT, _SMALL_PRODUCT, dtype=dtype, device=device)
+        self._stream = torch.cuda.Stream(device)
+        self._pool: Any = None
 
     def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
+        if self._pool is None:
+            self._make_workspace()
+            self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads (adapter loads) may use the device meanwhile.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        ):
             outputs = body()
         return graph.replay, outputs
 
+    def forget(self) -> None:
+        """The next capture takes a pool of its own.
 
-def capture_for(device: torch.device) -> Capture | None:
+        A pool that still holds memory but no graph cannot be captured into again (torch 2.11).
+        """
+        self._pool = None
+
+    def _make_workspace(self) -> None:
+        """Have cuBLAS allocate what it needs on the capturing stream, outside every pool."""
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            F.linear(self._operand, self._operand)
+
+
+def capture_for(device: torch.device, dtype: torch.dtype) -> Capture | None:
     """How steps are captured on a device; None where there are no graphs."""
-    return CudaCapture() if device.type == "cuda" else None
+    return CudaCapture(device, dtype) if device.type == "cuda" else None
 
 
 class DecodeGraphs:
@@ -52,7 +101,7 @@ class DecodeGraphs:
 
     Args:
         capture: Captures a body, or None to run every step as it is.
-        capacity: Graphs kept; the one that was captured first makes room.
+        capacity: Graphs kept; one more, and all of them are captured anew as they are needed.
     """
 
     def __init__(self, capture: Capture | None, capacity: int = 128) -> None:
@@ -73,7 +122,7 @@ class DecodeGraphs:
         if self._capture is None:
             return body()
         if epoch != self._epoch:
-            self._graphs.clear()
+            self.drop()
             self._seen.clear()
             self._epoch = epoch
         if key not in self._graphs:
@@ -81,8 +130,34 @@ class DecodeGraphs:
                 self._seen.add(key)
                 return body()
             if len(self._graphs) == self._capacity:
-                del self._graphs[next(iter(self._graphs))]
-            self._graphs[key] = self._capture(body)
+                self.drop()
+            if not self._add(self._capture, key, body):
+                return body()
         replay, outputs = self._graphs[key]
         replay()
         return outputs
+
+    def drop(self) -> None:
+        """Forget all graphs and give their memory back."""
+        self._graphs.clear()
+        if self._capture is not None:
+            self._capture.forget()
+
+    def _add(self, capture: Capture, key: Hashable, body: Body) -> bool:
+        """Capture a body; whether it worked.
+
+        If memory ran out, what the other graphs held is free now; after any other failure no step
+        is captured any more.
+        """
+        try:
+            self._graphs[key] = capture(body)
+        except torch.OutOfMemoryError:
+            _log.warning("no memory to capture a decode step; dropping all CUDA graphs")
+            self.drop()
+            return False
+        except RuntimeError:
+            _log.exception("a decode step could not be captured; going on without CUDA graphs")
+            self.drop()
+            self._capture = None
+            return False
+        return True

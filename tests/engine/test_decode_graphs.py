@@ -6,9 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from fake_cuda import FakeCuda
 from gpu_path import FakeCapture
 
 from turret.server.engine.decode_graphs import CudaCapture, DecodeGraphs, buckets
+
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("most", [1, 7, 64, 200])
@@ -42,7 +46,7 @@ def test_a_body_is_captured_the_second_time_and_replayed_from_then_on():
     for key in ("b", "b", "c", "c"):
         graphs.run(0, key, lambda key=key: body(key))
     assert capture.num_captures == 3
-    # "a" made room.
+    # There was no room for "c": all were dropped.
     graphs.run(0, "a", lambda: body("a"))
     assert capture.num_captures == 4
     graphs.run(1, "a", lambda: body("a"))
@@ -57,6 +61,105 @@ def test_without_capture_every_step_runs():
     assert len({id(hidden) for hidden, _ in results}) == 3
 
 
+def multiply() -> tuple[torch.Tensor, torch.Tensor]:
+    """A body that needs a workspace, as every step's does."""
+    return F.linear(torch.ones(1, 4), torch.ones(4, 4)), torch.zeros(1)
+
+
+@pytest.mark.parametrize("frees_workspaces", [False, True])
+def test_steps_are_captured_again_after_an_epoch_and_beyond_the_capacity(frees_workspaces: bool):
+    """With what torch 2.11 and its followers do to pools and workspaces."""
+    cuda = FakeCuda(frees_workspaces=frees_workspaces)
+    with cuda.installed():
+        graphs = DecodeGraphs(CudaCapture(CPU, torch.float32), capacity=2)
+        for epoch in range(3):
+            for key in "aabbccabcabc":
+                graphs.run(epoch, key, multiply)
+        # In every epoch "a", "b" and "c" run once as they are; then there is room for two of them.
+        assert cuda.num_captures == 3 * 9
+        assert cuda.workspaces_outside_pools
+        kept = graphs._graphs
+        for key in list(kept):
+            graphs.run(2, key, lambda: pytest.fail("a captured step is replayed"))
+
+
+@pytest.mark.parametrize("frees_workspaces", [False, True])
+def test_the_fake_breaks_what_torch_breaks(frees_workspaces: bool):
+    """One pool for ever, and graphs that end one by one."""
+    cuda = FakeCuda(frees_workspaces=frees_workspaces)
+    with cuda.installed():
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        graphs = []
+        for _ in range(2):
+            graphs.append(torch.cuda.CUDAGraph())
+            with torch.cuda.graph(graphs[-1], pool=pool, stream=stream):
+                multiply()
+        del graphs[0]
+        if frees_workspaces:
+            with pytest.raises(RuntimeError, match="illegal memory access"):
+                graphs[0].replay()
+            return
+        graphs[0].replay()
+        graphs.clear()
+        with (
+            pytest.raises(RuntimeError, match="use_count"),
+            torch.cuda.graph(torch.cuda.CUDAGraph(), pool=pool, stream=stream),
+        ):
+            multiply()
+
+
+def test_without_graphs_it_goes_on_where_capturing_fails(caplog: pytest.LogCaptureFixture):
+    class Broken(FakeCapture):
+        def __call__(self, body: Any) -> Any:
+            super().__call__(body)
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    capture = Broken()
+    graphs = DecodeGraphs(capture)
+    results = [graphs.run(0, "a", multiply)[0] for _ in range(4)]
+    assert all(torch.equal(result, results[0]) for result in results)
+    assert capture.num_captures == 1
+    assert "without CUDA graphs" in caplog.text
+
+
+def test_graphs_make_room_when_memory_ends_and_are_captured_again():
+    class Full(FakeCapture):
+        fails = False
+
+        def __call__(self, body: Any) -> Any:
+            if self.fails:
+                self.fails = False
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return super().__call__(body)
+
+    capture = Full()
+    graphs = DecodeGraphs(capture)
+    for key in "aabbc":
+        graphs.run(0, key, multiply)
+    capture.fails = True
+    graphs.run(0, "c", multiply)
+    assert graphs._graphs == {}
+    for key in "cb":
+        graphs.run(0, key, multiply)
+    assert set(graphs._graphs) == {"b", "c"}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_real_graphs_are_captured_again_after_an_epoch():
+    device = torch.device("cuda")
+    weight = torch.ones(64, 64, device=device)
+
+    def body() -> tuple[torch.Tensor, torch.Tensor]:
+        return F.linear(weight, weight), weight + 1.0
+
+    graphs = DecodeGraphs(CudaCapture(device, torch.float32), capacity=2)
+    for epoch in range(3):
+        for key in "aabbccabcabc":
+            product, _ = graphs.run(epoch, key, body)
+            assert float(product[0, 0]) == 64.0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_real_graph_reads_its_buffers_anew():
@@ -65,7 +168,7 @@ def test_a_real_graph_reads_its_buffers_anew():
     def body() -> tuple[torch.Tensor, torch.Tensor]:
         return buffer * 2.0, buffer + 1.0
 
-    graphs = DecodeGraphs(CudaCapture())
+    graphs = DecodeGraphs(CudaCapture(torch.device("cuda"), torch.float32))
     graphs.run(0, "a", body)
     doubled, _ = graphs.run(0, "a", body)
     assert doubled.tolist() == [2.0] * 4

@@ -127,7 +127,7 @@ async def test_every_method_in_one_batch_as_on_plain_torch(tmp_path: Path) -> No
     save_fusion(model, tmp_path, "fusion-2", ("rslora", "lora"), ("q_proj", "up_proj"), seed=1)
     expected = await answers(tmp_path, triton=False)
     capture = FakeCapture()
-    with patch.object(decode_graphs, "capture_for", lambda device: capture):
+    with patch.object(decode_graphs, "capture_for", lambda device, dtype: capture):
         found = await answers(tmp_path, triton=True)
     for mix, one, two in zip(MIXES, found, expected, strict=True):
         assert len(one.logprobs) == tokens_of(mix)

@@ -71,6 +71,9 @@ class FakeCapture:
 
         return replay, outputs
 
+    def forget(self) -> None:
+        """Nothing is kept."""
+
 
 class OneStepTables:
     """The tables of one step, made when they are asked for (``GpuTables``)."""
