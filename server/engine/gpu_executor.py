@@ -12,6 +12,7 @@ import torch
 
 from turret.kernels.gpu.staged_buffer import upload
 from turret.server.adapters.device.gpu_store import GpuAdapterStep, GpuStore
+from turret.server.adapters.device.streams import UploadTurns
 from turret.server.engine.batch import members_of
 from turret.server.engine.decode_graphs import Capture, DecodeGraphs, buckets
 from turret.server.engine.executor import Computed, fill_prefix, sampled_rows
@@ -52,6 +53,7 @@ class GpuExecutor:
         self._cache = cache
         self._buckets = buckets(max_num_seqs)
         self._graphs = DecodeGraphs(capture)
+        self._turns = UploadTurns(decoder.device)
 
         def tables(max_rows: int) -> StepTables:
             return StepTables(
@@ -114,12 +116,15 @@ class GpuExecutor:
         samples: list[int] | None,
     ) -> GpuStep:
         """Start copying a step's metadata; ``samples`` None stands for every row."""
+        self._turns.begin()
         rows = collect_rows(placed, self._cache.block_size)
         ids, places, slots, sample_rows = tables.load_rows(
             rows.token_ids, rows.positions, rows.kv_slots, samples or ()
         )
         adapters = self._adapters(tables, placed)
         its_rows = [(p.item.sequence, range(p.row_start, p.last_row + 1)) for p in placed]
+        attention = tables.load_attention(rows.spans)
+        self._turns.end()
         device = self._decoder.device
         return GpuStep(
             token_ids=ids[:num_rows],
@@ -129,7 +134,7 @@ class GpuExecutor:
             if samples is None
             else sample_rows[: len(samples)],
             num_decode=num_decode,
-            attention=tables.load_attention(rows.spans),
+            attention=attention,
             adapters=adapters,
             soft_rows=upload(torch.tensor(rows.soft_rows), device) if rows.soft_rows else None,
             soft_values=upload(torch.cat(rows.soft_values), device) if rows.soft_rows else None,

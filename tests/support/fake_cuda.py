@@ -204,7 +204,8 @@ class _LateCopies(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func.overloadpacket.__name__ == "copy_" and len(args) > 2 and args[2]:
+        is_copy = func.overloadpacket.__name__ == "copy_"
+        if is_copy and (args[2] if len(args) > 2 else kwargs.get("non_blocking", False)):
             target, source = args[0], args[1]
             self._cuda.launch(lambda: func(target, source))
             return target
