@@ -50,6 +50,10 @@ class _GatedProjection:
     query: torch.Tensor
     slice_ranks: torch.Tensor
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything that a launch reads of it."""
+        return (self.a, *self.b, self.keys, self.query, self.slice_ranks)
+
     def add(
         self, table: SegmentTable, gated: torch.Tensor, x: torch.Tensor, y: torch.Tensor
     ) -> None:
@@ -163,10 +167,16 @@ class GpuGates(Part):
         return GpuStepGates(tuple(bound), tuple(sorted(users)))
 
     def addresses(self) -> list[object]:
-        """Where the tensors of every fusion are."""
+        """Where the tensors of every fusion are, and how large."""
         return [
-            (key, [(place, g.a.data_ptr(), g.query.data_ptr()) for place, g in f.places.items()])
-            for key, f in sorted(self._fusions.items())
+            (
+                (key, fusion.bounds, fusion.gated.data_ptr()),
+                [
+                    (place, [(t.data_ptr(), t.shape) for t in gated.tensors()])
+                    for place, gated in fusion.places.items()
+                ],
+            )
+            for key, fusion in sorted(self._fusions.items())
         ]
 
     def _upload_ranks(

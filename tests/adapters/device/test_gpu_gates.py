@@ -15,6 +15,7 @@ That every slice has the ranks of the first fails none: the factors past a slice
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 
 import pytest
@@ -107,3 +108,23 @@ def test_adapters_without_gates_and_removed_ones_are_passed_over() -> None:
     held.remove("never there")
     assert held.bind([(0, 1, MIXES[1])], tables()).runs == ()
     assert held.addresses() != before
+
+
+def test_a_fusion_that_comes_back_elsewhere_is_noticed() -> None:
+    """Whichever of its tensors moved: a captured graph reads all of them."""
+    held = held_of(torch.float32, gates_of(torch.float32))
+    before = held.addresses()
+    assert held.addresses() == before
+    fusion = held._fusions["a"]
+    place, gated = next(iter(fusion.places.items()))
+    moved = [dataclasses.replace(fusion, gated=fusion.gated.clone())]
+    for name in ("a", "b", "keys", "query", "slice_ranks"):
+        value = getattr(gated, name)
+        other = (*value[:-1], value[-1].clone()) if name == "b" else value.clone()
+        changed = dataclasses.replace(gated, **{name: other})
+        moved.append(dataclasses.replace(fusion, places={**fusion.places, place: changed}))
+    for other in moved:
+        held._fusions["a"] = other
+        assert held.addresses() != before
+    held._fusions["a"] = fusion
+    assert held.addresses() == before
