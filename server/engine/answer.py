@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
+from turret.server.adapters.mix import HostResult, Mix
 from turret.server.engine.detokenizer import Detokenizer
 from turret.server.engine.request import (
     AdapterUse,
@@ -20,6 +21,22 @@ from turret.server.engine.runner import PromptLogprob
 from turret.server.engine.sampler import Draw
 from turret.server.engine.sequence import Sequence
 from turret.server.engine.stream import Stream
+
+
+def uses_of(mix: Mix, cold: HostResult | None) -> tuple[AdapterUse, ...]:
+    """How a request's adapters were used; ``cold`` tells which were read for it."""
+    seconds = {} if cold is None else cold.load_seconds
+    return tuple(
+        AdapterUse(
+            name=adapter.name,
+            uuid=adapter.uuid,
+            generation=adapter.generation,
+            weight=weight,
+            cold_start=adapter.key in seconds,
+            load_ms=1000.0 * seconds.get(adapter.key, 0.0),
+        )
+        for adapter, weight in mix.members
+    )
 
 
 class Answer:

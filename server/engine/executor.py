@@ -49,6 +49,10 @@ class Executor(Protocol):
         """Project hidden states of one sequence, ``[rows, hidden]`` → ``[rows, vocab]`` fp32."""
         ...
 
+    def free_memory(self) -> None:
+        """Give back what is kept to be faster: a step found no memory."""
+        ...
+
 
 def fill_prefix(cache: KvCache, sequence: Sequence, start: int) -> None:
     """Write an adapter's prefix into the sequence's blocks from ``start`` on."""
@@ -95,3 +99,6 @@ class TorchExecutor:
         """Project hidden states of one sequence, ``[rows, hidden]`` → ``[rows, vocab]`` fp32."""
         rows = [(sequence, range(hidden.shape[0]))]
         return self._decoder.logits(hidden, changed_heads(rows, self.store, hidden.device))
+
+    def free_memory(self) -> None:
+        """Nothing is kept."""

@@ -92,6 +92,12 @@ class GpuExecutor:
         rows = [(sequence, range(hidden.shape[0]))]
         return self._decoder.logits(hidden, changed_heads(rows, self.store, hidden.device))
 
+    def free_memory(self) -> None:
+        """Give back captured steps and what torch's allocator holds."""
+        self._graphs.drop()
+        if self._decoder.device.type == "cuda":
+            torch.cuda.empty_cache()
+
     def _run_decode(self, placed: SequenceOf[Placed]) -> tuple[torch.Tensor, torch.Tensor]:
         """One new token of every sequence: padded to a bucket, captured if it can be."""
         tables = self._decode

@@ -13,16 +13,21 @@ from collections.abc import Callable
 
 from turret.server import log
 from turret.server.adapters.mix import HostResult
-from turret.server.engine.answer import Answer
+from turret.server.engine.answer import Answer, uses_of
 from turret.server.engine.base_change import BaseChange
 from turret.server.engine.observer import LoopObserver
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
-from turret.server.engine.request import AdapterUse, FinishReason, Output
-from turret.server.engine.runner import StepResult
-from turret.server.engine.scheduler import Scheduler
+from turret.server.engine.request import FinishReason, Output
+from turret.server.engine.runner import DeviceFullError, StepResult
+from turret.server.engine.scheduler import Scheduler, Step
 from turret.server.engine.sequence import Sequence, SequenceState
 from turret.server.engine.stream import Stream
-from turret.server.errors import AdapterUnloadedError, TurretError, UnavailableError
+from turret.server.errors import (
+    AdapterUnloadedError,
+    BudgetExceededError,
+    TurretError,
+    UnavailableError,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -250,7 +255,11 @@ class EngineLoop:
         for item in step.scheduled:
             self._ready.discard(item.sequence)
             self._observer.scheduled(item.sequence, start)
-        result = self._runner.run(step)
+        try:
+            result = self._runner.run(step)
+        except DeviceFullError as error:
+            self._abandon(step, str(error))
+            return
         self._scheduler.complete(step)
         now = time.monotonic()
         for item in step.scheduled:
@@ -259,6 +268,17 @@ class EngineLoop:
                 self._guard(answer, lambda answer=answer: self._advance(answer, result, now))
         self._flush()
         self._observer.step(step, now - start)
+
+    def _abandon(self, step: Step, reason: str) -> None:
+        """Go on after a step that the device had no memory for, with smaller ones."""
+        num_preempted = self._scheduler.abandon(step, time.monotonic())
+        _log.warning("the device has no memory for a step", extra=log.fields(reason=reason))
+        if num_preempted is None:
+            error = BudgetExceededError("the device has no memory to run this request")
+            self._fail(self._answers[step.scheduled[0].sequence], error)
+            return
+        self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)
+        self._observer.preempted(num_preempted)
 
     def _advance(self, answer: Answer, result: StepResult, now: float) -> None:
         """Hand out what a step produced for one request."""
@@ -335,7 +355,8 @@ class EngineLoop:
         output: Output,
         now: float,
     ) -> None:
-        finish = answer.finish(reason, stop, self._uses(answer.sequence), now)
+        uses = uses_of(answer.sequence.mix, self._cold.get(answer.sequence))
+        finish = answer.finish(reason, stop, uses, now)
         last = Output(
             text=output.text,
             token_ids=output.token_ids,
@@ -363,21 +384,6 @@ class EngineLoop:
             self._scheduler.finish(sequence)
         self._runner.forget(sequence)
         self._adapters.release(sequence.mix)
-
-    def _uses(self, sequence: Sequence) -> tuple[AdapterUse, ...]:
-        cold = self._cold.get(sequence)
-        seconds = {} if cold is None else cold.load_seconds
-        return tuple(
-            AdapterUse(
-                name=adapter.name,
-                uuid=adapter.uuid,
-                generation=adapter.generation,
-                weight=weight,
-                cold_start=adapter.key in seconds,
-                load_ms=1000.0 * seconds.get(adapter.key, 0.0),
-            )
-            for adapter, weight in sequence.mix.members
-        )
 
     def _flush(self) -> None:
         if self._outbox:

@@ -21,6 +21,10 @@ from turret.server.errors import BudgetExceededError
 _PROMPT_LOGIT_ROWS = 64
 
 
+class DeviceFullError(Exception):
+    """The device had no memory for a step. Nothing was drawn; its keys and values are unknown."""
+
+
 @dataclass(frozen=True, slots=True)
 class PromptLogprob:
     """Logprob of the prompt token at ``position`` (from 0), given those before it."""
@@ -48,7 +52,22 @@ class Runner:
         self._stored_bytes: dict[str, int] = {}
 
     def run(self, step: Step) -> StepResult:
-        """Compute a step. Keys and values of its tokens are in the cache afterwards."""
+        """Compute a step. Keys and values of its tokens are in the cache afterwards.
+
+        Raises:
+            DeviceFullError: Not even with what could be freed; a smaller step may succeed.
+        """
+        reason = ""
+        for _ in range(2):
+            try:
+                return self._compute(step)
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+            # Not before: what was caught keeps alive what the step had made.
+            self._executor.free_memory()
+        raise DeviceFullError(reason)
+
+    def _compute(self, step: Step) -> StepResult:
         with torch.inference_mode():
             computed = self._executor.run(step)
             result = StepResult()

@@ -41,11 +41,15 @@ class Sampler:
         self._stop_token_ids = stop_token_ids
         self._generators: dict[Sequence, torch.Generator] = {}
         self._adjustments: dict[Sequence, Adjustment] = {}
+        # The last random number, and for how many tokens it was drawn: a step that is computed
+        # again, because there was no memory for it, draws the same token.
+        self._uniforms: dict[Sequence, tuple[int, float]] = {}
 
     def forget(self, sequence: Sequence) -> None:
         """Drop a finished sequence's state."""
         self._generators.pop(sequence, None)
         self._adjustments.pop(sequence, None)
+        self._uniforms.pop(sequence, None)
 
     def draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Draw]:
         """Draw one token per row.
@@ -103,6 +107,9 @@ class Sampler:
         return _sample_filtered(scaled, params, uniform)
 
     def _uniform(self, sequence: Sequence, params: SamplingParams) -> float:
+        count, uniform = self._uniforms.get(sequence, (None, 0.0))
+        if count == len(sequence.tokens):
+            return uniform
         generator = self._generators.get(sequence)
         if generator is None:
             generator = torch.Generator()
@@ -111,7 +118,9 @@ class Sampler:
             else:
                 generator.manual_seed(params.seed)
             self._generators[sequence] = generator
-        return float(torch.rand((), generator=generator, dtype=torch.float64))
+        uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+        self._uniforms[sequence] = len(sequence.tokens), uniform
+        return uniform
 
 
 def top_of(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:

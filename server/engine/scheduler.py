@@ -92,6 +92,9 @@ class Scheduler:
         self._lengths = LengthForecast()
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        # Below those two after a step that the device had no memory for (see ``abandon``).
+        self._num_seqs = max_num_seqs
+        self._num_tokens = max_num_batched_tokens
         self._is_ready = is_ready
         self._fits = fits
         self._preempt_after_seconds = preempt_after_seconds
@@ -127,7 +130,7 @@ class Scheduler:
             now: Seconds on the clock of the sequences' ``arrival``.
         """
         num_yielded = self._make_room(now)
-        budget = self._max_num_batched_tokens
+        budget = self._num_tokens
         scheduled: list[Scheduled] = []
         new_blocks: list[int] = []
         presets: list[tuple[Sequence, int]] = []
@@ -171,6 +174,33 @@ class Scheduler:
             for index in range(before // size, sequence.num_computed // size):
                 self.blocks.register(sequence.blocks[index], sequence.keys[index + 1])
 
+    def abandon(self, step: Step, now: float = 0.0) -> int | None:
+        """Undo a step that the device had no memory for: nothing of it was computed.
+
+        The sequence that was admitted last is preempted, and later steps are smaller: half the
+        tokens, one sequence less. With every sequence that ends, that is loosened.
+
+        Returns:
+            How many sequences were preempted; None if no step could be smaller than this one, of
+            one sequence: it cannot run.
+        """
+        sequences = [item.sequence for item in step.scheduled]
+        tokens = sum(item.num_new for item in step.scheduled)
+        if len(sequences) == 1 and tokens <= self._max_num_seqs:
+            return None
+        # A decode step of all sequences stays possible.
+        self._num_tokens = max(tokens // 2, self._max_num_seqs)
+        self._num_seqs = max(len(self.running) - 1, 1)
+        victims = {max(sequences, key=self.running.index)} if len(sequences) > 1 else set()
+        if step.presets:
+            # Their prefixes can be found, and may not have been filled.
+            self.blocks.forget_cached()
+            victims |= {sequence for sequence in sequences if sequence.num_preset}
+        # The one that was admitted first comes first again.
+        for sequence in sorted(victims, key=self.running.index, reverse=True):
+            self._preempt(sequence, now)
+        return len(victims)
+
     def finish(self, sequence: Sequence) -> None:
         """Let a sequence go, whatever its state, and free its blocks. Idempotent."""
         if sequence.state is SequenceState.FINISHED:
@@ -183,6 +213,8 @@ class Scheduler:
             self.waiting.remove(sequence)
         self._free(sequence)
         sequence.state = SequenceState.FINISHED
+        self._num_seqs = min(self._num_seqs + 1, self._max_num_seqs)
+        self._num_tokens = min(2 * self._num_tokens, self._max_num_batched_tokens)
 
     def _reserve(self, sequence: Sequence, num_new: int, new_blocks: list[int]) -> bool:
         total = self.blocks.blocks_for(sequence.num_computed + num_new)
@@ -198,7 +230,7 @@ class Scheduler:
         after = self._preempt_after_seconds
         if after is None or self.is_draining or not len(self.waiting):
             return 0
-        is_full = len(self.running) >= self._max_num_seqs
+        is_full = len(self.running) >= self._num_seqs
         blocked = self.waiting.peek(self._may_start) if is_full else self._blocked
         if (
             blocked is None
@@ -238,7 +270,7 @@ class Scheduler:
         presets: list[tuple[Sequence, int]],
     ) -> None:
         self._blocked = None
-        while budget > 0 and len(self.running) < self._max_num_seqs:
+        while budget > 0 and len(self.running) < self._num_seqs:
             sequence = self.waiting.peek(self._may_start)
             # One that does not fit beside the running ones waits for them, and so does whoever
             # comes after it: passing it over could starve it.

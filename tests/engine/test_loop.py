@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 from builders.registries import Gate, Registries, refs, until
@@ -16,12 +17,12 @@ from turret.server.engine.block_pool import BlockPool
 from turret.server.engine.detokenizer import Detokenizer
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.request import Request, StopConditions
-from turret.server.engine.runner import StepResult
+from turret.server.engine.runner import DeviceFullError, StepResult
 from turret.server.engine.sampler import Draw
 from turret.server.engine.scheduler import Scheduler, Step
 from turret.server.engine.sequence import Sequence
 from turret.server.engine.stream import Stream
-from turret.server.errors import TurretError
+from turret.server.errors import BudgetExceededError, TurretError
 from turret.server.metrics import Metrics
 
 MAX_STEPS = 200
@@ -156,6 +157,46 @@ def make(tmp_path: Path) -> Iterator[Registries]:
     registries = Registries(tmp_path)
     yield registries
     registries.close()
+
+
+def test_requests_survive_a_device_without_memory(make: Registries) -> None:
+    """Steps of over twelve tokens fail: everybody is served in the end, and nobody's death."""
+    driven = Driven(make(2, load="a"))
+    runner = FakeRunner()
+    sizes = []
+
+    def run(step: Step) -> StepResult:
+        sizes.append(sum(item.num_new for item in step.scheduled))
+        if sizes[-1] > 12:
+            raise DeviceFullError("CUDA out of memory")
+        return FakeRunner.run(runner, step)
+
+    with patch.object(driven.loop._runner, "run", run):
+        for number in range(8):
+            driven.ask(f"{number}", "a", max_tokens=3)
+        driven.finish(*map(str, range(8)))
+    assert driven.errors == {}
+    assert sizes[0] == 8 * 3
+    # It tries larger steps again as requests end, and not more often.
+    assert sum(size > 12 for size in sizes) <= 8
+    assert not driven.loop.is_dead
+
+
+def test_a_request_that_never_fits_ends_alone(make: Registries) -> None:
+    driven = Driven(make(2, load="a"))
+    runner = FakeRunner()
+
+    def run(step: Step) -> StepResult:
+        if any(item.sequence.mix.members for item in step.scheduled):
+            raise DeviceFullError("CUDA out of memory")
+        return FakeRunner.run(runner, step)
+
+    with patch.object(driven.loop._runner, "run", run):
+        driven.ask("small", "", max_tokens=9)
+        driven.ask("large", "a", max_tokens=3)
+        driven.finish("small", "large")
+    assert set(driven.errors) == {"large"}
+    assert isinstance(driven.errors["large"], BudgetExceededError)
 
 
 def test_a_ready_request_does_not_wait_for_one_of_its_mix_that_is_not(make: Registries) -> None:

@@ -67,8 +67,9 @@ class ShelfSlots(Generic[S]):
         taken = set(self.slots.values())
         slot = next(i for i in range(len(taken) + 1) if i not in taken)
         if slot >= self._capacity:
-            self._capacity = max(4, 2 * self._capacity)
-            self.shelf.grow(self._capacity)
+            capacity = max(4, 2 * self._capacity)
+            self.shelf.grow(capacity)
+            self._capacity = capacity
         self.slots[key] = slot
         self.shelf.put(slot, operators)
 

@@ -161,9 +161,15 @@ class AdapterStore:
         num_bytes = self.stored_bytes(operators)
         while not self._has_room(operators, num_bytes) and self._drop_idle():
             pass
-        for part in self._parts:
-            part.insert(adapter.key, operators)
-        change = vocabulary_change(operators, self._device)
+        try:
+            for part in self._parts:
+                part.insert(adapter.key, operators)
+            change = vocabulary_change(operators, self._device)
+        except torch.OutOfMemoryError:
+            # Nothing may know of an adapter that is not in: the step may come again.
+            for part in self._parts:
+                part.remove(adapter.key)
+            raise
         if change is not None:
             self._vocabularies[adapter.key] = change
         self._entries[adapter.key] = _Entry(adapter, self._step)
