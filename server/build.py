@@ -20,10 +20,22 @@ from turret.server.adapters.methods import METHODS
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.api.backend import Backend
-from turret.server.config import AdapterConfig, Config, ModelConfig
+from turret.server.config import (
+    ADAPTER_DEVICE_BYTES,
+    KV_CACHE_BYTES,
+    AdapterConfig,
+    Config,
+    ModelConfig,
+)
 from turret.server.engine.block_pool import BlockPool
 from turret.server.engine.engine import Engine
 from turret.server.engine.executor import Executor, TorchExecutor
+from turret.server.engine.memory_plan import (
+    adapter_bytes,
+    kv_cache_bytes,
+    largest_step,
+    measure,
+)
 from turret.server.engine.runner import Runner
 from turret.server.engine.scheduler import Scheduler
 from turret.server.errors import InvalidRequestError
@@ -71,15 +83,8 @@ def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = Non
         decoder = load_decoder(source, dtype=dtype, device=device, gpu=triton, progress=progress)
     tokenizer = Tokenizer.load(source.files, eos_token_ids(source.files), decoder.arch.vocab_size)
     base = describe_base(decoder, source)
-    layout = describe_projections(decoder.arch)
     path = "gpu" if triton else "cpu" if has_native(dtype, device) else "torch"
-    store = _store_type(path)(
-        layout,
-        dtype,
-        device,
-        config.adapters.adapter_device_bytes,
-        on_moved=lambda adapter: metrics.adapter_residency(adapter.name, adapter.residency),
-    )
+    store = _build_store(path, config.adapters, decoder, metrics)
     registry = _build_registry(config.adapters, base, metrics)
     engine = _build_engine(config, metrics, decoder, store, registry, tokenizer)
     _log.info(
@@ -88,6 +93,7 @@ def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = Non
             model=source.name,
             seconds=round(time.monotonic() - started, 2),
             path=path,
+            adapter_device_bytes=store.max_bytes,
             **formulations(decoder),
         ),
     )
@@ -114,6 +120,21 @@ def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = Non
     )
 
 
+def _build_store(
+    path: str, config: AdapterConfig, decoder: Decoder, metrics: Metrics
+) -> AdapterStore:
+    budget, device = config.adapter_device_bytes, decoder.device
+    if budget is None:
+        budget = adapter_bytes(device) if device.type == "cuda" else ADAPTER_DEVICE_BYTES
+    return _store_type(path)(
+        describe_projections(decoder.arch),
+        decoder.dtype,
+        device,
+        budget,
+        on_moved=lambda adapter: metrics.adapter_residency(adapter.name, adapter.residency),
+    )
+
+
 def _store_type(path: str) -> Callable[..., AdapterStore]:
     if path != "gpu":
         return CpuStore if path == "cpu" else PackedStore
@@ -135,12 +156,13 @@ def _build_executor(
 
     assert isinstance(store, GpuStore)
     assert isinstance(decoder, GpuDecoder)
+    max_num_seqs, max_num_batched_tokens = config.scheduler.sizes(decoder.device.type)
     return GpuExecutor(
         decoder,
         cache,
         store,
-        max_num_seqs=config.scheduler.max_num_seqs,
-        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
         capture=capture_for(decoder.device, decoder.dtype),
     )
 
@@ -183,7 +205,8 @@ def _build_engine(
 ) -> Engine:
     arch = decoder.arch
     per_block = KvCache.block_bytes(arch, BLOCK_SIZE, decoder.dtype)
-    num_blocks = config.cache.kv_cache_bytes // per_block
+    max_num_seqs, max_num_batched_tokens = config.scheduler.sizes(decoder.device.type)
+    num_blocks = _kv_bytes(config, decoder, store) // per_block
     if num_blocks < 2:
         raise InvalidRequestError.of("kv-cache-bytes", f"must be at least {2 * per_block}")
     cache = KvCache(arch, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
@@ -193,8 +216,8 @@ def _build_engine(
     engine: Engine
     scheduler = Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE),
-        max_num_seqs=config.scheduler.max_num_seqs,
-        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
         is_ready=lambda sequence: engine.is_ready(sequence),
         fits=runner.fits,
         preempt_after_seconds=config.scheduler.preempt_after_seconds or None,
@@ -210,6 +233,26 @@ def _build_engine(
         max_queued_bytes=config.scheduler.max_queued_bytes,
     )
     return engine
+
+
+def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore) -> int:
+    """Size of the KV cache: as configured, or what the largest step leaves of a CUDA device."""
+    wanted, device = config.cache.kv_cache_bytes, decoder.device
+    if wanted is not None:
+        return wanted
+    if device.type != "cuda":
+        return KV_CACHE_BYTES
+    max_num_seqs, max_num_batched_tokens = config.scheduler.sizes(device.type)
+    step = largest_step(max_num_batched_tokens, max_num_seqs, BLOCK_SIZE)
+    cache = KvCache(decoder.arch, 2, BLOCK_SIZE, decoder.dtype, device)
+    runner = Runner(_build_executor(config, decoder, cache, store), frozenset())
+    taken = measure(runner.run, step, device)
+    left = kv_cache_bytes(device, taken)
+    # More than every sequence at its longest, twice over, would only be prefixes nobody asks for.
+    arch = decoder.arch
+    most = 2 * max_num_seqs * KvCache.block_bytes(arch, arch.max_model_len, decoder.dtype)
+    _log.info("memory planned", extra=log.fields(step_bytes=taken, kv_cache_bytes=min(left, most)))
+    return min(left, most)
 
 
 def _model_info(decoder: Decoder, source: ModelSource, engine: Engine) -> ModelInfo:

@@ -18,6 +18,9 @@ from typing import Any, Literal
 
 MIB = 1 << 20
 GIB = 1 << 30
+# Defaults on a CPU; on CUDA they follow from what is free.
+KV_CACHE_BYTES = 256 * MIB
+ADAPTER_DEVICE_BYTES = 512 * MIB
 
 # What an adapter may be called, by RPC and by --preload.
 ADAPTER_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
@@ -98,7 +101,7 @@ def _at_least(config: object, least: float, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         # Written so that NaN fails too.
-        if not value >= least:
+        if value is not None and not value >= least:
             raise ValueError(f"--{name.replace('_', '-')} must be at least {least}, not {value}")
 
 
@@ -119,7 +122,11 @@ class ModelConfig:
 class CacheConfig:
     """Memory of the sequences in flight."""
 
-    kv_cache_bytes: int = _flag(256 * MIB, "size of the paged KV cache", unit="bytes")
+    kv_cache_bytes: int | None = _flag(
+        None,
+        "size of the paged KV cache (default: 256MiB; on CUDA what the largest step leaves free)",
+        unit="bytes",
+    )
 
     def __post_init__(self) -> None:
         _at_least(self, MIB, "kv_cache_bytes")
@@ -129,8 +136,12 @@ class CacheConfig:
 class SchedulerConfig:
     """How many requests wait, run and fit into one step."""
 
-    max_num_seqs: int = _flag(64, "sequences running at once", unit="sequences")
-    max_num_batched_tokens: int = _flag(512, "tokens computed in one step", unit="tokens")
+    max_num_seqs: int | None = _flag(
+        None, "sequences running at once (default: 64; on CUDA 256)", unit="sequences"
+    )
+    max_num_batched_tokens: int | None = _flag(
+        None, "tokens computed in one step (default: 512; on CUDA 2048)", unit="tokens"
+    )
     max_queued_requests: int = _flag(
         1024, "requests waiting before new ones get RESOURCE_EXHAUSTED", unit="requests"
     )
@@ -158,11 +169,24 @@ class SchedulerConfig:
         _at_least(self, 0, "max_requests_per_peer")
         _at_least(self, 1, "max_num_seqs", "max_num_batched_tokens", "max_queued_requests")
         _at_least(self, MIB, "max_queued_bytes")
-        if self.max_num_batched_tokens < self.max_num_seqs:
+        tokens, seqs = self.max_num_batched_tokens, self.max_num_seqs
+        if tokens is not None and seqs is not None and tokens < seqs:
             raise ValueError(
                 "--max-num-batched-tokens must be at least --max-num-seqs: every running sequence "
-                f"decodes one token a step ({self.max_num_batched_tokens} < {self.max_num_seqs})"
+                f"decodes one token a step ({tokens} < {seqs})"
             )
+
+    def sizes(self, device_type: str) -> tuple[int, int]:
+        """``max_num_seqs`` and ``max_num_batched_tokens``, with a device's defaults.
+
+        One that was set and one that was not never contradict each other.
+        """
+        seqs, tokens = (256, 2048) if device_type == "cuda" else (64, 512)
+        if self.max_num_seqs is not None:
+            seqs, tokens = self.max_num_seqs, max(tokens, self.max_num_seqs)
+        if self.max_num_batched_tokens is not None:
+            tokens = self.max_num_batched_tokens
+        return min(seqs, tokens), tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,7 +203,11 @@ class AdapterConfig:
     )
     max_upload_bytes: int = _flag(2 * GIB, "most bytes of one uploaded adapter", unit="bytes")
     adapter_host_bytes: int = _flag(GIB, "host memory for adapter weights", unit="bytes")
-    adapter_device_bytes: int = _flag(512 * MIB, "device memory for adapter weights", unit="bytes")
+    adapter_device_bytes: int | None = _flag(
+        None,
+        "device memory for adapter weights (default: 512MiB; on CUDA an eighth of what is free)",
+        unit="bytes",
+    )
     max_rank: int = _flag(128, "highest rank of an adapter", unit="rank")
     preload: tuple[tuple[str, str], ...] = _flag(
         (), "adapter to load before serving, path relative to --adapter-root; repeatable"
@@ -294,11 +322,13 @@ class Config:
         for section in dataclasses.fields(self):
             part = getattr(self, section.name)
             for entry in dataclasses.fields(part):
-                value = getattr(part, entry.name)
-                if entry.metadata.get("unit") == "bytes":
+                value: Any = getattr(part, entry.name)
+                if value is None:
+                    value = "auto" if "unit" in entry.metadata else "-"
+                elif entry.metadata.get("unit") == "bytes":
                     value = format_byte_size(value)
                 elif entry.name == "preload":
                     value = " ".join(f"{name}={path}" for name, path in value)
-                shown = "-" if value is None or value == "" else value
+                shown = "-" if value == "" else value
                 lines.append(f"{section.name}.{entry.name} = {shown}")
         return "\n".join(lines)

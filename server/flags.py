@@ -37,7 +37,7 @@ def _argument(entry: dataclasses.Field[Any], annotation: Any) -> dict[str, Any]:
     inner = next(o for o in options if o is not type(None)) if is_optional else annotation
     unit = entry.metadata.get("unit")
     default: Any = entry.default
-    shown = format_byte_size(default) if unit == "bytes" else default
+    shown = format_byte_size(default) if unit == "bytes" and default is not None else default
     note = "" if default in (None, ()) or annotation is bool else f" (default: {shown})"
     keywords: dict[str, Any] = {"help": entry.metadata["help"] + note, "default": default}
     if annotation is bool:

@@ -32,6 +32,7 @@ from turret.server.adapters.operators import (
 )
 from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.engine.gpu_executor import GpuExecutor
+from turret.server.engine.memory_plan import largest_step
 from turret.server.engine.request import Request
 from turret.server.engine.runner import Runner
 from turret.server.engine.scheduler import Scheduled, Step
@@ -302,6 +303,18 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     adapted = {"segmented_shrink_kernel", "hadamard_expand_kernel", "kronecker_kernel"}
     adapted |= {"fusion_gate_kernel"}
     assert (adapted | {"input_gain_kernel"} <= kernels) == (name != "decode, base only")
+
+
+def test_the_step_that_memory_is_planned_by_runs_on_a_cache_of_two_blocks(no_launches: list[str]):
+    executor = _executor()
+    executor._cache = KvCache(ARCH, 2, 16, DTYPE, META)
+    step = largest_step(48, 8, 16)
+    with torch.no_grad():
+        computed = executor.run(step)
+    assert computed.logits is not None
+    assert computed.logits.shape == (8, ARCH.vocab_size)
+    assert computed.hidden.shape[0] == 48
+    assert "paged_attention_kernel" in no_launches
 
 
 @pytest.mark.parametrize(

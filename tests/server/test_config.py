@@ -28,11 +28,11 @@ DEFAULTS = {
     "metrics_address": "127.0.0.1:9464",
     "device": "auto",
     "dtype": "bfloat16",
-    "max_num_seqs": 64,
-    "max_num_batched_tokens": 512,
-    "kv_cache_bytes": 256 << 20,
+    "max_num_seqs": None,
+    "max_num_batched_tokens": None,
+    "kv_cache_bytes": None,
     "adapter_host_bytes": 1 << 30,
-    "adapter_device_bytes": 512 << 20,
+    "adapter_device_bytes": None,
     "max_rank": 128,
     "max_queued_requests": 1024,
     "max_queued_bytes": 512 << 20,
@@ -171,7 +171,7 @@ def test_describe_shows_every_value_once() -> None:
     text = parse("--adapter-root", "r", "--preload", "a=b", "--token-file", "t").describe()
     lines = text.splitlines()
     assert len(lines) == len(DEFAULTS)
-    assert "cache.kv_cache_bytes = 256MiB" in lines
+    assert "cache.kv_cache_bytes = auto" in lines
     assert "adapters.preload = a=b" in lines
     assert "security.token_file = t" in lines
     assert "model.model = -" in lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -42,7 +43,7 @@ class Adapter:
     bytes_device: int = 0
 
 
-def low_rank(key: str, rank: int = 8, **more: torch.Tensor) -> Adapter:
+def low_rank(key: str, rank: int = 8, **more: Any) -> Adapter:
     def module() -> ModuleOperators:
         return ModuleOperators(LowRank(torch.randn(rank, WIDTH), torch.randn(rank, WIDTH)), **more)
 

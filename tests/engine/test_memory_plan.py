@@ -1,0 +1,71 @@
+"""How a CUDA device's memory is divided, with the device's numbers made up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+import torch
+
+from turret.server.config import GIB, SchedulerConfig
+from turret.server.engine.memory_plan import adapter_bytes, kv_cache_bytes, largest_step, measure
+
+DEVICE = torch.device("cuda", 0)
+
+
+class _Memory:
+    """80 GiB, of which a model holds ``allocated``; a step's peak is not lasting."""
+
+    def __init__(self, allocated: int) -> None:
+        self.allocated = self.peak = allocated
+
+    def take(self, size: int) -> None:
+        self.peak = max(self.peak, self.allocated + size)
+
+
+@pytest.fixture
+def memory() -> Iterator[_Memory]:
+    held = _Memory(16 * GIB)
+
+    def reset(device: torch.device) -> None:
+        held.peak = held.allocated
+
+    names = {
+        "mem_get_info": lambda device: (80 * GIB - held.allocated, 80 * GIB),
+        "synchronize": lambda device: None,
+        "empty_cache": lambda: None,
+        "reset_peak_memory_stats": reset,
+        "memory_allocated": lambda device: held.allocated,
+        "max_memory_allocated": lambda device: held.peak,
+    }
+    with patch.multiple(torch.cuda, **names):
+        yield held
+
+
+def test_the_step_and_a_reserve_are_kept_free(memory: _Memory):
+    assert adapter_bytes(DEVICE) == 8 * GIB
+    memory.take(40 * GIB)  # While the model was loaded; gone.
+    taken = measure(lambda step: memory.take(3 * GIB), largest_step(64, 4, 16), DEVICE)
+    assert taken == 3 * GIB
+    assert kv_cache_bytes(DEVICE, taken) == (64 - 3 - 4) * GIB
+    memory.allocated = 79 * GIB
+    assert kv_cache_bytes(DEVICE, 0) < 0
+
+
+@pytest.mark.parametrize(("tokens", "seqs"), [(64, 4), (67, 8), (5, 5), (3, 8)])
+def test_the_largest_step_has_all_rows_and_samples(tokens: int, seqs: int):
+    step = largest_step(tokens, seqs, 16)
+    assert sum(item.num_new for item in step.scheduled) == tokens
+    assert sum(item.samples for item in step.scheduled) == min(tokens, seqs)
+    for item in step.scheduled:
+        assert len(item.sequence.blocks) * 16 >= item.num_new
+        assert set(item.sequence.blocks) == {1}
+
+
+def test_defaults_follow_the_device_and_what_was_set():
+    assert SchedulerConfig().sizes("cpu") == (64, 512)
+    assert SchedulerConfig().sizes("cuda") == (256, 2048)
+    assert SchedulerConfig(max_num_seqs=1000).sizes("cpu") == (1000, 1000)
+    assert SchedulerConfig(max_num_batched_tokens=32).sizes("cuda") == (32, 32)
+    assert SchedulerConfig(max_num_seqs=8, max_num_batched_tokens=40).sizes("cuda") == (8, 40)
