@@ -39,8 +39,9 @@ from turret.server.models.kv_cache import KvCache
 from turret.server.models.nf4_gpu import Nf4Product
 
 KV_BLOCK = 16
-# No budget: what fits is what the device has.
-_NO_LIMIT = 1 << 50
+# Of a device's memory; in the interpreter, of nothing in particular.
+_ADAPTER_SHARE = 0.2
+_INTERPRETER_BYTES = 64 << 20
 
 
 def random_nf4(out_features: int, in_features: int, device: torch.device) -> Nf4Matrix:
@@ -147,11 +148,16 @@ class DecodeStep:
         self._executor = GpuExecutor(
             self._decoder,
             self.cache,
-            GpuStore(layout, self.dtype, self.device, _NO_LIMIT),
+            GpuStore(layout, self.dtype, self.device, self._adapter_bytes()),
             max_num_seqs=self.num_rows,
             max_num_batched_tokens=self.num_rows,
             capture=capture_for(self.device, self.dtype),
         )
+
+    def _adapter_bytes(self) -> int:
+        if self.device.type != "cuda":
+            return _INTERPRETER_BYTES
+        return int(_ADAPTER_SHARE * torch.cuda.mem_get_info(self.device)[1])
 
     def attention_table(self) -> AttentionTable:
         """The step's sequences on the device."""

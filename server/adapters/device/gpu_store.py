@@ -21,6 +21,7 @@ from turret.kernels.gpu.segmented_expand import segmented_expand
 from turret.kernels.gpu.segmented_shrink import rank_activations, segmented_shrink
 from turret.kernels.segments import LongSegment
 from turret.server.adapters.device.gpu_gates import GpuGates, GpuStepGates
+from turret.server.adapters.device.gpu_pack import GpuPack, GpuPackedProjection
 from turret.server.adapters.device.gpu_shelves import (
     GpuHadamardShelves,
     GpuKroneckerShelves,
@@ -31,48 +32,10 @@ from turret.server.adapters.device.gpu_tables import GpuTables
 from turret.server.adapters.device.gpu_upload import on_device
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
-from turret.server.adapters.device.pack import Pack, PackedKinds
-from turret.server.adapters.device.packed_projection import PackedProjection
+from turret.server.adapters.device.pack import PackedKinds
 from turret.server.adapters.device.segments import segment_members
 from turret.server.adapters.device.store import AdapterStore, BaseProduct, OnMoved, Resident
 from turret.server.adapters.operators import AdapterOperators
-
-
-class GpuPackedProjection(PackedProjection):
-    """A packed projection that also knows how many ranks every adapter has in every module.
-
-    Attributes:
-        slice_ranks: ``[layers, slots, slices]`` int32.
-    """
-
-    def __init__(
-        self, layout: ProjectionLayout, name: str, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__(layout, name, dtype, device)
-        self.slice_ranks = self._ranks(1)
-
-    def _ranks(self, num_slots: int) -> torch.Tensor:
-        shape = (self._layout.num_layers, num_slots, len(self.slices))
-        return torch.zeros(shape, dtype=torch.int32, device=self._device)
-
-    def put_tables(self, operators: AdapterOperators, slot: int, num_slots: int) -> None:
-        """Copy an adapter's gains, biases and ranks into its slot; clears what the slot held."""
-        super().put_tables(operators, slot, num_slots)
-        if self.slice_ranks.shape[1] < num_slots:
-            grown = self._ranks(num_slots)
-            grown[:, : self.slice_ranks.shape[1]] = self.slice_ranks
-            self.slice_ranks = grown
-        self.slice_ranks[:, slot] = 0
-        for layer, s, ops in self._layout.of(operators, self.name):
-            self.slice_ranks[layer, slot, s].fill_(ops.rank)
-
-    def addresses(self) -> list[object]:
-        """Where its tensors are, and how large; None for a table that does not exist."""
-        tables = (self.gain_delta, self.input_gain_delta, self.bias)
-        return [
-            None if t is None else (t.data_ptr(), t.shape)
-            for t in (self.a, *self.b, self.slice_ranks, *tables)
-        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,8 +133,10 @@ class GpuStore(AdapterStore):
         on_moved: OnMoved = lambda _: None,
     ) -> None:
         like = (dtype, device)
-        self._pack = Pack(
-            layout, {name: GpuPackedProjection(layout, name, *like) for name in layout.projections}
+        self._pack = GpuPack(
+            layout,
+            {name: GpuPackedProjection(layout, name, *like) for name in layout.projections},
+            max_bytes,
         )
         kinds = GpuHadamardShelves(layout, *like), GpuKroneckerShelves(layout, *like)
         self._shelves = GpuShelves(kinds)

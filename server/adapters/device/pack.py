@@ -66,15 +66,19 @@ class Pack(Part, Generic[P]):
         layout: Shape of the base.
         projections: The matrices, by name, as their constructor made them.
 
+        window: See ``Placement``; None for that of the libraries' products.
+
     Attributes:
         projections: See above.
     """
 
-    def __init__(self, layout: ProjectionLayout, projections: Mapping[str, P]) -> None:
+    def __init__(
+        self, layout: ProjectionLayout, projections: Mapping[str, P], window: int | None = None
+    ) -> None:
         self.projections = projections
         self._layout = layout
         (dtype,) = {projection.dtype for projection in projections.values()}
-        self._placement = Placement(rank_window(dtype))
+        self._placement = Placement(rank_window(dtype) if window is None else window)
         self._kinds: dict[str, PackedKinds] = {}
         # Bytes that one rank takes over all modules.
         self._rank_bytes = dtype.itemsize * sum(
@@ -107,14 +111,17 @@ class Pack(Part, Generic[P]):
     def insert(self, key: str, operators: AdapterOperators) -> None:
         width = Placement.width_of(operators.rank)
         if not self._placement.has_room(width):
-            moves = self._placement.grow(width)
-            for projection in self.projections.values():
-                projection.grow(self._placement.capacity, moves)
+            self._make_room(width)
         place = self._placement.put(key, width)
         self._kinds[key] = PackedKinds.of(self._layout, operators)
         for projection in self.projections.values():
             projection.put_low_rank(operators, place.rank_start, place.rank_end)
             projection.put_tables(operators, place.slot, self._placement.num_slots)
+
+    def _make_room(self, width: int) -> None:
+        moves = self._placement.grow(width)
+        for projection in self.projections.values():
+            projection.grow(self._placement.capacity, moves)
 
     def remove(self, key: str) -> None:
         self._placement.remove(key)

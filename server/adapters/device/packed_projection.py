@@ -56,6 +56,18 @@ class PackedProjection:
                 self.b[s][:, first : first + end - start] = old[:, start:end]
         self.layers = self._layers()
 
+    def move(self, moves: Iterable[tuple[int, int, int]]) -> None:
+        """Move ranks down within the matrices.
+
+        Args:
+            moves: As for ``grow``; no range moves up, and lower ones come first.
+        """
+        for start, end, first in moves:
+            if first != start:
+                for matrix in (self.a, *self.b):
+                    # A copy: what moves may overlap where it goes.
+                    matrix[:, first : first + end - start] = matrix[:, start:end].clone()
+
     def _make_a(self, rank: int) -> torch.Tensor:
         shape = (self._layout.num_layers, rank, len(self.slices), self.slices[0].in_features)
         return torch.zeros(shape, dtype=self.dtype, device=self._device)

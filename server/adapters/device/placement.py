@@ -51,6 +51,16 @@ class Placement:
         """Whether ``width`` ranks are free side by side."""
         return self._find(width) is not None
 
+    @property
+    def has_slot(self) -> bool:
+        """Whether a slot is free, so that no table has to grow."""
+        return len(self._places) < self.num_slots - 1
+
+    def reserve(self, capacity: int, num_slots: int) -> None:
+        """Start with places for so many ranks, and slots besides slot 0."""
+        assert not self._places
+        self.capacity, self.num_slots = capacity, num_slots + 1
+
     def put(self, key: str, width: int) -> Place:
         """Place an adapter, first fit; there is room for it."""
         start = self._find(width)
@@ -78,6 +88,21 @@ class Placement:
             place.rank_start = start
             cursor = place.rank_end = start + size
         self.capacity = max(self.capacity, _rounded(self._fit(cursor, width) + width))
+        return moves
+
+    def compact(self) -> list[tuple[int, int, int]]:
+        """Bring all adapters together at the front; there are no windows.
+
+        Returns:
+            What moved, as from ``grow``. No adapter moves up, and made in this order within the
+            same matrices no move overwrites what a later one takes.
+        """
+        cursor, moves = 0, []
+        for place in sorted(self._places.values(), key=lambda place: place.rank_start):
+            size = place.rank_end - place.rank_start
+            moves.append((place.rank_start, place.rank_end, cursor))
+            place.rank_start = cursor
+            cursor = place.rank_end = cursor + size
         return moves
 
     def _find(self, width: int) -> int | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
@@ -91,3 +92,72 @@ def test_an_adapter_that_found_no_memory_can_come_again() -> None:
                 assert factors.hadamard is not None
                 stored = held.shelf.w1b[1, held.slots[adapter.key], 0]
                 assert torch.equal(stored, factors.hadamard.w1b)
+
+
+def lies_right(store: GpuStore, adapters: list[Adapter]) -> None:
+    """Every factor is where the tables say."""
+    for adapter in adapters:
+        place = store._pack.places[adapter.key]
+        for layer in range(LAYOUT.num_layers):
+            for name, slices in LAYOUT.projections.items():
+                packed = store._pack.projections[name]
+                for s, slice_ in enumerate(slices):
+                    ops = adapter.operators.modules[LAYOUT.module(layer, slice_.path)]
+                    assert ops.low_rank is not None
+                    ranks = slice(place.rank_start, place.rank_start + ops.low_rank.rank)
+                    assert torch.equal(packed.a[layer, ranks, s], ops.low_rank.a)
+                    assert torch.equal(packed.b[s][layer, ranks], ops.low_rank.b)
+                    assert packed.slice_ranks[layer, place.slot, s] == ops.low_rank.rank
+
+
+def budget_of(ranks: int) -> int:
+    return ranks // 8 * store_of().stored_bytes(low_rank("r", 8).operators)
+
+
+def test_an_adapter_that_is_there_costs_nothing_and_nothing_moves() -> None:
+    store = store_of(budget_of(64))
+    adapters = [low_rank(f"{number}") for number in range(8)]
+    for adapter in adapters:
+        store.prepare([adapter])
+    assert all(adapter.bytes_device for adapter in adapters), "idle adapters stay"
+    entered = []
+    with patch.object(store, "_insert", lambda adapter: entered.append(adapter.key)):
+        for adapter in adapters * 3:
+            store.prepare([adapter])
+    assert entered == []
+    lies_right(store, adapters)
+    store.prepare([adapters[1]])
+    store.prepare([low_rank("new")])
+    assert [a.key for a in adapters if not a.bytes_device] == ["0"], "the least recently used left"
+    assert store.epoch == 0
+
+
+def test_scattered_ranks_come_together_in_place() -> None:
+    store = store_of(budget_of(64))
+    generator = random.Random(3)
+    for _ in range(60):
+        left, batch = 64, []
+        while left >= 8 and generator.random() < 0.9:
+            rank = generator.randint(1, left)
+            batch.append(low_rank(f"{generator.random()}", rank))
+            left -= -(-rank // 8) * 8
+        store.prepare(batch)
+        lies_right(store, batch)
+    assert store.epoch == 0
+
+
+def test_tables_of_gains_are_made_once() -> None:
+    store = store_of(budget_of(256))
+    epochs = []
+    for number in range(12):
+        store.prepare([low_rank(f"{number}", gain=torch.rand(WIDTH))])
+        epochs.append(store.epoch)
+    assert epochs == [1] * 12
+
+
+def test_more_adapters_in_a_batch_than_slots() -> None:
+    store = store_of(budget_of(64))
+    modules = {path: ModuleOperators(gain=torch.rand(WIDTH)) for path in PATHS}
+    gains = [Adapter(f"{number}", AdapterOperators(modules)) for number in range(20)]
+    store.prepare(gains)
+    assert len({place.slot for place in store._pack.places.values()} - {0}) == 20
