@@ -2,7 +2,8 @@
 
 One command, under nine minutes, on a bare machine with Python, torch and triton (``bench/gpu.sh``
 sets the paths and also runs the kernel tests). Each part first checks its result against float64
-and reports nothing if that fails. Rows go to ``bench/results/<gpu>.jsonl``::
+and is not timed if that fails; the others run all the same. Rows go to
+``bench/results/<gpu>.jsonl`` as they come::
 
     bench/gpu.sh                     everything
     python bench/gpu.py --only step  one part
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 
@@ -58,12 +60,27 @@ def main(argv: list[str] | None = None) -> int:
     if args.tune:
         tune(setting)
         return 0
+    setting.report.folder = args.results
+    failed = run_parts(setting, args.only, args.budget_seconds)
+    rows = len(setting.report.rows)
+    print(f"{rows} rows in {setting.report.path(args.results)}")
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def run_parts(setting: Setting, only: str | None, budget_seconds: float) -> list[str]:
+    """Run the parts, each whatever became of those before it.
+
+    Returns:
+        Those that failed. After a fault that leaves the device unusable, no more are run.
+    """
     start, failed = time.monotonic(), []
     for name, part in PARTS.items():
-        if args.only not in (None, name):
+        if only not in (None, name):
             continue
-        if time.monotonic() - start > args.budget_seconds:
-            print(f"{name}: skipped, over {args.budget_seconds:.0f} s")
+        if time.monotonic() - start > budget_seconds:
+            print(f"{name}: skipped, over {budget_seconds:.0f} s")
             continue
         torch.manual_seed(0)
         try:
@@ -71,11 +88,25 @@ def main(argv: list[str] | None = None) -> int:
         except AssertionError as error:
             failed.append(name)
             print(f"{name}: WRONG, not timed: {error}", file=sys.stderr)
-    if failed:
-        print(f"wrong results in {', '.join(failed)}; nothing written", file=sys.stderr)
-        return 1
-    print(f"{len(setting.report.rows)} rows in {setting.report.write(args.results)}")
-    return 0
+        except Exception:
+            failed.append(name)
+            print(f"{name}: failed", file=sys.stderr)
+            traceback.print_exc()
+            if not _is_usable(setting.device):
+                print("the device is unusable now: no more parts", file=sys.stderr)
+                break
+    return failed
+
+
+def _is_usable(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return True
+    try:
+        torch.cuda.empty_cache()
+        torch.cuda.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -97,10 +97,18 @@ def _command(*args: str) -> str:
 
 @dataclass(slots=True)
 class Report:
-    """Collects rows, prints them as they come and writes them at the end."""
+    """Prints rows and appends them to the file of this device, each as it comes.
+
+    Attributes:
+        device: What is measured.
+        folder: Where the file is; None keeps the rows in memory alone.
+        rows: What was measured.
+    """
 
     device: torch.device
+    folder: Path | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
+    _where: dict[str, str] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -112,26 +120,30 @@ class Report:
         row = {"scenario": scenario, "shape": shape}
         row |= {"p20_ms": timing.p20, "p50_ms": timing.p50, "p80_ms": timing.p80, **facts}
         self.rows.append(row)
+        if self.folder is not None:
+            self._write(self.folder, row)
         shown = "  ".join(f"{k} {_shown(v)}" for k, v in facts.items())
         print(f"{scenario:<34}{shape:<26}{timing.p50:>9.4f} ms  {shown}", flush=True)
 
-    def write(self, folder: Path) -> Path:
-        """Append the rows to the file of this device; returns its path."""
-        where = {
-            "commit": _command("git", "rev-parse", "--short", "HEAD"),
-            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-            "gpu": self.name,
-            "driver": _command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-            "torch": torch.__version__,
-            "triton": triton.__version__,
-        }
+    def path(self, folder: Path) -> Path:
+        """The file of this device."""
         slug = re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
-        path = folder / f"{slug}.jsonl"
+        return folder / f"{slug}.jsonl"
+
+    def _write(self, folder: Path, row: dict[str, Any]) -> None:
+        if not self._where:
+            query = ("--query-gpu=driver_version", "--format=csv,noheader")
+            self._where = {
+                "commit": _command("git", "rev-parse", "--short", "HEAD"),
+                "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+                "gpu": self.name,
+                "driver": _command("nvidia-smi", *query),
+                "torch": torch.__version__,
+                "triton": triton.__version__,
+            }
         folder.mkdir(parents=True, exist_ok=True)
-        with path.open("a", encoding="utf-8") as file:
-            for row in self.rows:
-                file.write(json.dumps(where | row, sort_keys=True) + "\n")
-        return path
+        with self.path(folder).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(self._where | row, sort_keys=True) + "\n")
 
 
 def _shown(value: Any) -> str:

@@ -6,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,3 +56,50 @@ def test_without_a_gpu_it_says_so():
     done = run()
     assert done.returncode == 2
     assert "--dry-run" in done.stderr
+
+
+# A part that is wrong, one that fails and one that measures, in a process of their own because the
+# benchmark's modules are not importable from here.
+PARTS = """
+import sys
+sys.path.insert(0, "bench")
+import gpu
+from cuda.timing import Timing
+
+def wrong(setting):
+    raise AssertionError("error ratio 1")
+
+def broken(setting):
+    setting.report.add("first half", "shape", Timing(1.0, 2.0, 3.0))
+    raise RuntimeError("no kernel image")
+
+def right(setting):
+    setting.report.add("right", "shape", Timing(1.0, 2.0, 3.0))
+
+gpu.PARTS = {"wrong": wrong, "broken": broken, "right": right}
+sys.exit(gpu.main(["--dry-run", "--results", sys.argv[1]]))
+"""
+
+
+@WITHOUT_GPU
+def test_a_part_that_fails_costs_no_other_its_rows(tmp_path: Path):
+    environment: dict[str, Any] = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = f"src{os.pathsep}tests/support"
+    command = [sys.executable, "-c", PARTS, str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "failed: wrong, broken" in done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "interpreter.jsonl").read_text().splitlines()]
+    assert [row["scenario"] for row in rows] == ["first half", "right"]
+
+
+@WITHOUT_GPU
+def test_the_tests_it_names_are_there_and_are_no_reference_tests():
+    """A renamed file would end pytest before its first test."""
+    script = (ROOT / "bench" / "gpu.sh").read_text()
+    named = [word for word in script.split() if word.startswith("tests/") and ".py" in word]
+    assert len(named) == 8
+    for path in named:
+        assert (ROOT / path).is_file(), path
