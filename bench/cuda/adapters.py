@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.gpu.segment_table import SegmentTable
+from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.segments import LongSegment, SegmentMember
 
 # Ranks of the mixed scenario, dealt in turn.

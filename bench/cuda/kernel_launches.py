@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.gpu.attention_table import AttentionTable
 from turret.kernels.gpu.fusion_gate import fusion_gate
 from turret.kernels.gpu.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.hadamard_shrink import hadamard_shrink
@@ -18,11 +17,12 @@ from turret.kernels.gpu.nf4_matmul import nf4_matmul
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import rope_kv_write
-from turret.kernels.gpu.row_table import RowTable
-from turret.kernels.gpu.segment_table import SegmentTable
 from turret.kernels.gpu.segmented_expand import segmented_expand
 from turret.kernels.gpu.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.silu_mul import silu_mul
+from turret.kernels.gpu.tables.attention_table import AttentionTable
+from turret.kernels.gpu.tables.row_table import RowTable
+from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.nf4_matmul import BLOCK, GROUP, NestedAbsmax, Nf4Matrix
 
 Launches = Iterable[Callable[[], object]]

@@ -15,8 +15,8 @@ from turret.kernels.gpu.kronecker import kronecker
 from turret.kernels.gpu.nf4_matmul import nf4_matmul
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
-from turret.kernels.gpu.row_table import RowTable
 from turret.kernels.gpu.silu_mul import silu_mul
+from turret.kernels.gpu.tables.row_table import RowTable
 from turret.kernels.nf4_matmul import Nf4Matrix
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from cuda.kernel_launches import Model
 
-from turret.kernels.gpu.attention_table import SPLIT, AttentionTable
+from turret.kernels.gpu.tables.attention_table import SPLIT, AttentionTable
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 from turret.kernels.paged_attention import SequenceSpan
 from turret.server.adapters.device.gpu_store import GpuStore

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
 from turret.kernels.gpu.dots import dot_split
-from turret.kernels.gpu.row_table import HEADER, RowTable
+from turret.kernels.gpu.tables.row_table import HEADER, RowTable
 from turret.kernels.gpu.tuning import tuning
 
 _HEADER = tl.constexpr(HEADER)

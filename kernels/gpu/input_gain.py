@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from turret.kernels.gpu.contract import check_float, check_rows, check_shape
-from turret.kernels.gpu.segment_table import ONE_ROW, RECORD, TILE_ROWS, TILES, SegmentTable
+from turret.kernels.gpu.tables.segment_table import ONE_ROW, RECORD, TILE_ROWS, TILES, SegmentTable
 from turret.kernels.gpu.tuning import tuning
 
 _RECORD = tl.constexpr(RECORD)

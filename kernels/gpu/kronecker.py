@@ -15,7 +15,7 @@ import triton.language as tl
 
 from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
 from turret.kernels.gpu.dots import dot, dot_split, split_dot
-from turret.kernels.gpu.row_table import HEADER, RowTable
+from turret.kernels.gpu.tables.row_table import HEADER, RowTable
 from turret.kernels.gpu.tuning import tuning
 from turret.kernels.kronecker import SecondFactor
 

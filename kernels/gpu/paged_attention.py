@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.attention_table import HEADER, ITEM, RECORD, SPLIT, AttentionTable
 from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
 from turret.kernels.gpu.dots import dot
+from turret.kernels.gpu.tables.attention_table import HEADER, ITEM, RECORD, SPLIT, AttentionTable
 from turret.kernels.gpu.tuning import tuning
 
 # Keys at a time, by query rows of a tile; more do not fit in registers.

@@ -15,7 +15,7 @@ import triton.language as tl
 
 from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
 from turret.kernels.gpu.dots import dot
-from turret.kernels.gpu.segment_table import (
+from turret.kernels.gpu.tables.segment_table import (
     ONE_ROW,
     RANK_TILE,
     RECORD,

@@ -10,7 +10,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
-from turret.kernels.gpu.staged_buffer import upload
+from turret.kernels.gpu.tables.staged_buffer import upload
 from turret.server.adapters.device.gpu_store import GpuAdapterStep, GpuStore
 from turret.server.adapters.device.streams import UploadTurns
 from turret.server.engine.batch import members_of

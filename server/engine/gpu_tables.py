@@ -6,10 +6,10 @@ from collections.abc import Hashable, Sequence
 
 import torch
 
-from turret.kernels.gpu.attention_table import SPLIT, AttentionTable
-from turret.kernels.gpu.row_table import RowTable
-from turret.kernels.gpu.segment_table import SegmentTable
-from turret.kernels.gpu.staged_buffer import StagedBuffer
+from turret.kernels.gpu.tables.attention_table import SPLIT, AttentionTable
+from turret.kernels.gpu.tables.row_table import RowTable
+from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.tables.staged_buffer import StagedBuffer
 from turret.kernels.paged_attention import SequenceSpan
 from turret.kernels.segments import LongSegment
 from turret.server.models.arch import Arch

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.gpu.attention_table import AttentionTable
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import rope_kv_write
 from turret.kernels.gpu.silu_mul import silu_mul
+from turret.kernels.gpu.tables.attention_table import AttentionTable
 from turret.server.adapters.device.gpu_store import GpuAdapterStep
 from turret.server.adapters.device.vocabulary import VocabularyGroup, change_embeddings
 from turret.server.models.decoder import Decoder, DecoderLayer, StepInput

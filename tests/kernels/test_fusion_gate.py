@@ -20,8 +20,8 @@ from kernel_traffic import DEVICE, HALF, error_ratio, make_pack
 
 from turret.kernels.fusion_gate import fusion_gate_reference
 from turret.kernels.gpu.fusion_gate import fusion_gate
-from turret.kernels.gpu.segment_table import SegmentTable
 from turret.kernels.gpu.segmented_shrink import segmented_shrink
+from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.segments import LongSegment
 
 INNER, OUTS, D_K = 60, (24, 12), 40

@@ -16,7 +16,7 @@ import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio, make_pack, traffic
 
 from turret.kernels.gpu.input_gain import input_gain
-from turret.kernels.gpu.segment_table import SegmentTable
+from turret.kernels.gpu.tables.segment_table import SegmentTable
 
 INNER = 200
 OUTS = (48,)

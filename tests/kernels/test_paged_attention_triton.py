@@ -19,8 +19,8 @@ import pytest
 import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, error_ratio
 
-from turret.kernels.gpu.attention_table import AttentionTable
 from turret.kernels.gpu.paged_attention import paged_attention
+from turret.kernels.gpu.tables.attention_table import AttentionTable
 from turret.kernels.paged_attention import SequenceSpan, paged_attention_reference, plan_attention
 
 BLOCK = 16

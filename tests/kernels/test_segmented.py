@@ -37,9 +37,9 @@ from kernel_traffic import (
     update_in_float64,
 )
 
-from turret.kernels.gpu.segment_table import SegmentTable
 from turret.kernels.gpu.segmented_expand import segmented_expand
 from turret.kernels.gpu.segmented_shrink import segmented_shrink
+from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.segments import LongSegment
 
 INNER, OUTS = 100, (70, 33, 5)

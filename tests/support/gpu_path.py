@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from turret.kernels.gpu import tuning as tuning_module
-from turret.kernels.gpu.row_table import RowTable
-from turret.kernels.gpu.segment_table import SegmentTable
+from turret.kernels.gpu.tables.row_table import RowTable
+from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.gpu.tuning import Tuning
 from turret.kernels.segments import LongSegment
 from turret.server.engine.decode_graphs import Body, Outputs

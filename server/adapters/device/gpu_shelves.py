@@ -10,7 +10,7 @@ import torch
 from turret.kernels.gpu.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.hadamard_shrink import hadamard_shrink
 from turret.kernels.gpu.kronecker import kronecker
-from turret.kernels.gpu.row_table import RowTable
+from turret.kernels.gpu.tables.row_table import RowTable
 from turret.server.adapters.device.gpu_tables import GpuTables
 from turret.server.adapters.device.hadamard_shelf import grown
 from turret.server.adapters.device.layout import ProjectionLayout

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import torch
 
-from turret.kernels.gpu.staged_buffer import upload
+from turret.kernels.gpu.tables.staged_buffer import upload
 from turret.server.adapters.operators import AdapterOperators
 
 # Every tensor in the transfer begins at a multiple of this: a view needs its dtype's alignment.

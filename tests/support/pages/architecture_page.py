@@ -19,7 +19,7 @@ ROOMS = (
             *("state", "residency", "fuse", "registry", "merge", "device"),
         )
     ),
-    *("kernels/cpu", "kernels/gpu"),
+    *("kernels/cpu", "kernels/gpu", "kernels/gpu/tables"),
     *("clients/messages", "clients/verbs", "clients/evaluation"),
     *(
         f"training/{name}"

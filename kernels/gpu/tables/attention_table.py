@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.gpu.staged_buffer import StagedBuffer
+from turret.kernels.gpu.tables.staged_buffer import StagedBuffer
 from turret.kernels.paged_attention import SequenceSpan
 
 HEADER = 4

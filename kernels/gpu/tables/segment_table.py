@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.gpu.staged_buffer import StagedBuffer
+from turret.kernels.gpu.tables.staged_buffer import StagedBuffer
 from turret.kernels.segments import LongSegment, SegmentMember
 
 RANK_TILE = 16

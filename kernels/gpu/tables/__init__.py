@@ -1,0 +1,1 @@
+"""What differs between two steps of a shape, in device buffers of fixed address."""
