@@ -38,6 +38,7 @@ from turret.server.engine.memory_plan import (
 )
 from turret.server.engine.runner import Runner
 from turret.server.engine.scheduler import Scheduler
+from turret.server.engine.sequence import Sequence
 from turret.server.errors import InvalidRequestError
 from turret.server.metrics import Metrics
 from turret.server.models.base_edit import BaseEdit
@@ -213,12 +214,16 @@ def _build_engine(
     executor = _build_executor(config, decoder, cache, store)
     runner = Runner(executor, tokenizer.eos_token_ids)
 
+    def is_ready(sequence: Sequence) -> bool:
+        # Alone, it waits for its adapters in its first step: there is nobody to delay.
+        return engine.is_ready(sequence) and (not scheduler.running or runner.is_near(sequence))
+
     engine: Engine
     scheduler = Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
-        is_ready=lambda sequence: engine.is_ready(sequence),
+        is_ready=is_ready,
         fits=runner.fits,
         preempt_after_seconds=config.scheduler.preempt_after_seconds or None,
     )

@@ -81,6 +81,15 @@ class Runner:
         """Whether a sequence's adapters, which are in host memory, fit beside the running ones."""
         return self._needed_bytes((sequence, *running)) <= self._store.max_bytes
 
+    def is_near(self, sequence: Sequence) -> bool:
+        """Whether a sequence's adapters, which are in host memory, are on the device or almost.
+
+        Copies of those that are not run beside the steps of others.
+        """
+        # All of them are asked, so that their copies run side by side.
+        near = [self._store.is_near(adapter) for adapter, _ in sequence.mix.members]
+        return all(near)
+
     def refusal(self, sequence: Sequence) -> BudgetExceededError | None:
         """Why a sequence could not even run alone, or None."""
         for adapter, _ in sequence.mix.members:

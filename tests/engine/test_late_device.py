@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
@@ -12,11 +13,14 @@ from fake_cuda import FakeCuda
 from transformers import LlamaConfig
 
 from turret.server.adapters.device import streams
+from turret.server.adapters.device import uploads as uploads_module
 from turret.server.adapters.device.gpu_store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.mix import Mix
+from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
 from turret.server.engine.gpu_executor import GpuExecutor
 from turret.server.engine.request import Request
+from turret.server.engine.runner import Runner
 from turret.server.engine.scheduler import Scheduled, Step
 from turret.server.engine.sequence import Sequence
 from turret.server.models.families import read_arch
@@ -62,26 +66,34 @@ class _Decoder:
 def cuda() -> Iterator[FakeCuda]:
     """A late device on which the server uses streams and events."""
     fake = FakeCuda()
-    with fake.installed(), patch.object(streams, "has_streams", lambda device: True):
+    with (
+        fake.installed(),
+        patch.object(streams, "has_streams", lambda device: True),
+        patch.object(uploads_module, "has_streams", lambda device: True),
+    ):
         yield fake
 
 
-def test_chunks_of_a_prompt_that_nobody_waits_for(cuda: FakeCuda):
-    """No chunk but the last samples, so the host could be far ahead of the device."""
+def _executor(cuda: FakeCuda) -> tuple[GpuExecutor, _Decoder]:
     decoder: Any = _Decoder(cuda)
     projections = {
         name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
         for name, slices in ARCH.linears().items()
     }
-    store = GpuStore(ProjectionLayout(1, projections), torch.float32, CPU, 1 << 20)
     executor = GpuExecutor(
         decoder,
         KvCache(ARCH, 32, 16, torch.float32, CPU),
-        store,
+        GpuStore(ProjectionLayout(1, projections), torch.float32, CPU, 1 << 20),
         max_num_seqs=2,
         max_num_batched_tokens=CHUNK,
         capture=None,
     )
+    return executor, decoder
+
+
+def test_chunks_of_a_prompt_that_nobody_waits_for(cuda: FakeCuda):
+    """No chunk but the last samples, so the host could be far ahead of the device."""
+    executor, decoder = _executor(cuda)
     expected = []
     for number in range(6):
         prompt = tuple(range(1000 * number % 4000, 1000 * number % 4000 + 9 * CHUNK))
@@ -93,3 +105,35 @@ def test_chunks_of_a_prompt_that_nobody_waits_for(cuda: FakeCuda):
         expected.append(([prompt[row] for row in rows], list(rows), sequence.blocks[0]))
     cuda.default.synchronize()
     assert decoder.seen == expected
+
+
+class _Adapter:
+    """A resident adapter."""
+
+    generation = 1
+    bytes_device = num_soft_tokens = num_prefix_positions = 0
+
+    def __init__(self, key: str) -> None:
+        self.key = self.uuid = self.name = key
+        low_rank = LowRank(torch.randn(8, 64), torch.randn(8, 64))
+        path = "model.layers.0.self_attn.q_proj"
+        self.operators = AdapterOperators({path: ModuleOperators(low_rank)})
+
+
+def test_adapters_of_a_mix_come_side_by_side_and_once(cuda: FakeCuda):
+    executor, _ = _executor(cuda)
+    runner = Runner(executor, frozenset())
+    adapters: Any = [_Adapter(key) for key in "ab"]
+    mix = Mix(tuple((adapter, 1.0) for adapter in adapters))
+    sequence = Sequence(Request(request_id="r", prompt_token_ids=(1, 2)), mix, 0.0)
+    assert not runner.is_near(sequence)
+    uploads = executor.store._uploads
+    assert set(uploads._staged) == {"a", "b"}
+    stream: Any = uploads._stream
+    stream.synchronize()
+    assert runner.is_near(sequence)
+    executor.store.prepare(adapters)
+    cuda.default.synchronize()
+    assert runner.is_near(sequence)
+    assert uploads._staged == {}
+    assert stream.pending == deque()

@@ -29,13 +29,16 @@ from turret.server.adapters.device.gpu_shelves import (
     GpuStepShelves,
 )
 from turret.server.adapters.device.gpu_tables import GpuTables
-from turret.server.adapters.device.gpu_upload import on_device
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.pack import PackedKinds
 from turret.server.adapters.device.segments import segment_members
 from turret.server.adapters.device.store import AdapterStore, BaseProduct, OnMoved, Resident
+from turret.server.adapters.device.uploads import Uploads
 from turret.server.adapters.operators import AdapterOperators
+
+# Of the budget, what may be on its way to the device besides.
+_STAGED_SHARE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -141,12 +144,22 @@ class GpuStore(AdapterStore):
         kinds = GpuHadamardShelves(layout, *like), GpuKroneckerShelves(layout, *like)
         self._shelves = GpuShelves(kinds)
         self._gates = GpuGates(layout, *like)
+        self._uploads = Uploads(device, max_bytes // _STAGED_SHARE)
         super().__init__((self._pack, self._shelves, self._gates), device, max_bytes, on_moved)
         self.epoch = 0
         self._known = self._addresses()
 
     def _operators(self, adapter: Resident) -> AdapterOperators:
-        return on_device(super()._operators(adapter), self._device)
+        return self._uploads.take(adapter.key, super()._operators(adapter))
+
+    def is_near(self, adapter: Resident) -> bool:
+        if adapter.key in self._entries:
+            return True
+        return self._uploads.is_near(adapter.key, super()._operators(adapter))
+
+    def drop(self, key: str) -> None:
+        super().drop(key)
+        self._uploads.drop(key)
 
     def unserved(self, operators: AdapterOperators) -> str | None:
         for path, ops in operators.modules.items():
@@ -163,6 +176,7 @@ class GpuStore(AdapterStore):
 
     def _insert(self, adapter: Resident) -> None:
         super()._insert(adapter)
+        self._uploads.taken()
         known = self._addresses()
         if known != self._known:
             self.epoch += 1

@@ -120,6 +120,13 @@ class AdapterStore:
         """Why its kernels do not serve an adapter, or None."""
         return None
 
+    def is_near(self, adapter: Resident) -> bool:
+        """Whether a step that uses an adapter can begin without waiting for a copy of it.
+
+        If not, the copy has been started. Asked before a request joins others that run.
+        """
+        return True
+
     def prepare(self, adapters: Iterable[Resident]) -> None:
         """Make sure every adapter of a step is in it; idle ones may have to leave."""
         self._step += 1

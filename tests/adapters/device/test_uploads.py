@@ -1,0 +1,130 @@
+"""Adapters on their way to a device that is as late as its streams allow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest.mock import patch
+
+import pytest
+import torch
+from fake_cuda import FakeCuda
+
+from turret.server.adapters.device import uploads as uploads_module
+from turret.server.adapters.device.uploads import PinnedRing, Uploads
+from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
+
+CPU = torch.device("cpu")
+
+
+class _Clock:
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def cuda() -> Iterator[FakeCuda]:
+    fake = FakeCuda()
+    with fake.installed(), patch.object(uploads_module, "has_streams", lambda device: True):
+        yield fake
+
+
+def operators(seed: int, rank: int = 5) -> AdapterOperators:
+    torch.manual_seed(seed)
+
+    def module(width: int) -> ModuleOperators:
+        factors = LowRank(torch.randn(rank, width).half(), torch.randn(rank, 7).half())
+        return ModuleOperators(factors, gain=torch.randn(width))
+
+    return AdapterOperators({f"{width}": module(width) for width in (3, 16, 33, 40)})
+
+
+def tensors(of: AdapterOperators) -> list[torch.Tensor]:
+    return [tensor for module in of.modules.values() for tensor in module.tensors()]
+
+
+def uploads(max_bytes: int = 1 << 16, clock: _Clock | None = None) -> Uploads:
+    """With a ring so small that an adapter goes around it more than once."""
+    return Uploads(CPU, max_bytes, clock or _Clock(), PinnedRing(CPU, chunk_bytes=64, num_chunks=3))
+
+
+def test_the_first_use_comes_after_the_copy(cuda: FakeCuda):
+    held, wanted = uploads(), [operators(seed) for seed in range(4)]
+    for number, adapter in enumerate(wanted):
+        assert not held.is_near(f"{number}", adapter)
+    used: list[torch.Tensor] = []
+    for number, adapter in enumerate(wanted):
+        taken = tensors(held.take(f"{number}", adapter))
+        cuda.launch(lambda taken=taken: used.extend(t.clone() for t in taken))
+        held.taken()
+    cuda.default.synchronize()
+    expected = [tensor for adapter in wanted for tensor in tensors(adapter)]
+    assert len(used) == len(expected)
+    for one, two in zip(used, expected, strict=True):
+        assert one.dtype == two.dtype
+        assert torch.equal(one, two)
+
+
+def test_one_has_arrived_when_its_copy_is_over(cuda: FakeCuda):
+    clock = _Clock()
+    held = uploads(clock=clock)
+    assert not held.is_near("a", operators(0))
+    assert not held.is_near("a", operators(0))
+    stream = held._stream
+    assert stream is not None
+    stream.synchronize()
+    assert held.is_near("a", operators(0))
+
+
+def test_nobody_waits_for_longer_than_a_second(cuda: FakeCuda):
+    clock = _Clock()
+    held = uploads(clock=clock)
+    assert not held.is_near("a", operators(0))
+    clock.now = 1.1
+    assert held.is_near("a", operators(0))
+
+
+def test_what_does_not_fit_is_not_waited_for_and_what_is_unused_goes(cuda: FakeCuda):
+    clock = _Clock()
+    size = sum(-(-t.nbytes // 16) * 16 for t in tensors(operators(0)))
+    held = uploads(2 * size, clock)
+    assert held.is_near("large", operators(0, rank=50))
+    assert not held.is_near("a", operators(0))
+    assert not held.is_near("b", operators(1))
+    assert held.is_near("c", operators(2))
+    held.drop("b")
+    assert not held.is_near("c", operators(2))
+    clock.now = 5.0
+    assert not held.is_near("d", operators(3))
+    assert set(held._staged) == {"d"}
+
+
+def test_a_device_without_memory_leaves_it_to_the_step(cuda: FakeCuda):
+    held = uploads()
+    with patch.object(torch, "empty", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
+        assert held.is_near("a", operators(0))
+    assert not held.is_near("a", operators(0))
+
+
+def test_memory_that_steps_read_outlives_them(cuda: FakeCuda):
+    held = uploads()
+    for number in range(3):
+        held.is_near(f"{number}", operators(number))
+        held.take(f"{number}", operators(number))
+        cuda.launch(lambda: None)
+        held.taken()
+    assert len(held._leaving) == 3
+    cuda.default.synchronize()
+    held.is_near("last", operators(9))
+    held.take("last", operators(9))
+    held.taken()
+    assert len(held._leaving) == 1
+
+
+def test_without_streams_an_adapter_goes_by_one_copy():
+    held = Uploads(torch.device("meta"), 1 << 16)
+    assert held.is_near("a", operators(0))
+    taken = tensors(held.take("a", operators(0)))
+    assert {t.device.type for t in taken} == {"meta"}
+    assert [t.shape for t in taken] == [t.shape for t in tensors(operators(0))]
