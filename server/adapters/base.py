@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 
 EMBEDDING = "model.embed_tokens"
 HEAD = "lm_head"
+
+
+class WeightRows(Protocol):
+    """A weight, ``[out_features, in_features]``, that need not be there as a whole."""
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def __getitem__(self, rows: slice, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +37,7 @@ class BaseModule:
         dequantize: Returns the weight actually served, ``[out_features, in_features]`` fp32. Costs
             a full dequantisation per call: call it for one module at a time and drop the result.
             Do not write to it: it may be the very memory that is served.
+        served: The same weight in any dtype, by rows and where it is kept; None for ``dequantize``.
     """
 
     name: str
@@ -31,6 +45,11 @@ class BaseModule:
     out_features: int
     bias: torch.Tensor | None
     dequantize: Callable[[], torch.Tensor]
+    served: Callable[[], WeightRows] | None = None
+
+    def rows(self) -> WeightRows:
+        """The weight, to be read block by block."""
+        return self.dequantize() if self.served is None else self.served()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +92,7 @@ class BaseModel:
         num_kv_heads: Heads of keys and values per layer.
         head_dim: Width of one head.
         generation: Counts the weights, from 1: a merge and an unmerge each make other ones.
+        beside: Inside ``with base.beside():`` a thread's work on the device goes beside the steps.
     """
 
     name: str
@@ -87,6 +107,7 @@ class BaseModel:
     num_kv_heads: int
     head_dim: int
     generation: int = 1
+    beside: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclass(frozen=True, slots=True)

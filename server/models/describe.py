@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.adapters.device.streams import beside_steps
 from turret.server.models.adapted_linear import AdaptedLinear
 from turret.server.models.arch import LAYER_PREFIX, Arch
 from turret.server.models.decoder import Decoder
 from turret.server.models.model_source import ModelSource
+from turret.server.models.nf4 import Nf4Linear
 
 
 def projections(decoder: Decoder) -> Iterator[tuple[AdaptedLinear, tuple[str, ...]]]:
@@ -37,9 +39,19 @@ def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) ->
                 bias=None if part is None else part.float().cpu(),
                 # Bound now: it must stay that of these weights when a merge puts others in place.
                 dequantize=lambda base=base, index=index: base.dequantize(index),
+                served=(lambda base=base, index=index: base.served(index))
+                if isinstance(base, Nf4Linear)
+                else None,
             )
     head = decoder.head
-    modules[HEAD] = BaseModule(HEAD, arch.hidden_size, head.shape[0], None, lambda: head.float())
+    modules[HEAD] = BaseModule(
+        name=HEAD,
+        in_features=arch.hidden_size,
+        out_features=head.shape[0],
+        bias=None,
+        dequantize=lambda: head.float(),
+        served=lambda: head,
+    )
     others = {EMBEDDING, "model.norm"}
     names = [*arch.norms.names()]
     if arch.qk_norm is not None:
@@ -59,6 +71,7 @@ def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) ->
         hidden_size=arch.hidden_size,
         num_kv_heads=arch.num_kv_heads,
         head_dim=arch.head_dim,
+        beside=lambda: beside_steps(decoder.device),
     )
 
 

@@ -17,6 +17,7 @@ import torch
 from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.kernels.row_linear import linear_formulation, prepare_linear, row_linear
+from turret.server.adapters.base import WeightRows
 from turret.server.errors import InvalidRequestError
 from turret.server.models.nf4_cpu import has_nf4_product, nf4_formulation, nf4_product
 
@@ -231,6 +232,18 @@ class Nf4Linear:
             products = [part.product for part in parts if part.product is not None]
             joined.product = products[0].join(products)
         return joined
+
+    def served(self, index: int) -> WeightRows:
+        """The weight of slice ``index`` as multiplied, ``[out, in]``, by rows.
+
+        On the gpu path they are written out on the device, a block at a time.
+        """
+        if self.product is None:
+            return self.dequantize(index)
+        from turret.server.models.served_rows import ServedRows
+
+        like = self._dtype, self._device
+        return ServedRows(self.product, self._rows(index), self.in_features, like)
 
     def dequantize(self, index: int) -> torch.Tensor:
         """The weight of slice ``index`` as actually multiplied, ``[out, in]`` fp32, on the CPU.

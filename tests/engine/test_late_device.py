@@ -137,3 +137,12 @@ def test_adapters_of_a_mix_come_side_by_side_and_once(cuda: FakeCuda):
     assert runner.is_near(sequence)
     assert uploads._staged == {}
     assert stream.pending == deque()
+
+
+def test_work_beside_the_steps_begins_after_them_and_is_over_at_the_end(cuda: FakeCuda):
+    order: list[str] = []
+    cuda.launch(lambda: order.append("merged weights"))
+    with streams.beside_steps(CPU):
+        cuda.launch(lambda: order.append("norms"))
+        assert order == []
+    assert order == ["merged weights", "norms"]

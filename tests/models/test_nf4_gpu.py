@@ -8,6 +8,7 @@ from gpu_path import use_coarse_tiles
 
 from turret.kernels.gpu import tuning as tuning_module
 from turret.kernels.nf4_matmul import Nf4Matrix
+from turret.server.adapters.peft_format.dora_gain import dora_gain
 from turret.server.models.nf4 import Nf4Linear, Nf4Weight
 
 DTYPE = torch.float32
@@ -61,3 +62,22 @@ def test_parts_and_what_they_are_joined_to(in_features):
     assert other.product is not None
     both = Nf4Linear.join([other, parts[1]])
     assert torch.equal(both(x)[:, 48:], linear(x)[:, 48:])
+
+
+@pytest.mark.parametrize("in_features", [128, 96])
+def test_rows_are_written_out_where_they_are_and_no_more_of_them(in_features):
+    """What a DoRA adapter's norms are computed from."""
+    linear, whole = make(in_features)
+    assert linear.product is not None
+    start = 0
+    for index, width in enumerate(linear.widths):
+        served, expected = linear.served(index), whole[start : start + width]
+        assert tuple(served.shape) == (width, linear.in_features)
+        assert served.dtype == DTYPE
+        blocks = [served[low : low + 24] for low in range(0, width, 24)]
+        assert max(len(block) for block in blocks) <= 24
+        torch.testing.assert_close(torch.cat(blocks).float(), expected.float(), rtol=0, atol=0)
+        start += width
+    magnitude, a, b = torch.rand(32) + 0.5, torch.randn(4, in_features), torch.randn(32, 4)
+    gain = dora_gain(magnitude, a, b, 2.0, linear.served(1))
+    assert torch.equal(gain, dora_gain(magnitude, a, b, 2.0, whole[48:]))

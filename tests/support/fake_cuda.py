@@ -126,6 +126,7 @@ class FakeCuda:
             "Stream": lambda *_, **__: self._make_stream(),
             "Event": lambda **_: FakeEvent(),
             "stream": self._use,
+            "default_stream": lambda *_: self.default,
             "current_stream": lambda *_: self._current,
             "synchronize": lambda *_: self._current.synchronize(),
             "graph_pool_handle": self._make_pool,

@@ -24,11 +24,12 @@ def lower(
     found = read_lora(checkpoint, base, max_rank)
     scalings = {name: found.targets.scaling(name) for name in found.modules}
     operators = {}
-    for name, roles in found.modules.items():
-        a, b, scaling = roles[A], roles[B], scalings[name]
-        # One dequantised weight at a time: it is dropped before the next is made.
-        gain = dora_gain(roles[MAGNITUDE], a, b, scaling, base.modules[name].dequantize())
-        operators[name] = ModuleOperators(fold(a, b, scaling, base.dtype, gain), gain=gain)
+    with base.beside():
+        for name, roles in found.modules.items():
+            a, b, scaling = roles[A], roles[B], scalings[name]
+            # One dequantised weight at a time: it is dropped before the next is made.
+            gain = dora_gain(roles[MAGNITUDE], a, b, scaling, base.modules[name].rows())
+            operators[name] = ModuleOperators(fold(a, b, scaling, base.dtype, gain), gain=gain)
     return finish(checkpoint, base, operators, found=found, scalings=scalings)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from turret.server.adapters.base import WeightRows
+
 # Rows of W + sBA held at once: 1024 x 14336 in fp32 is 59 MB. An embedding has a column per token,
 # so fewer rows of it are.
 _ROWS_PER_BLOCK = 1024
@@ -11,7 +13,7 @@ _ELEMENTS_PER_BLOCK = 1 << 24
 
 
 def dora_gain(
-    magnitude: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, weight: torch.Tensor
+    magnitude: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float, weight: WeightRows
 ) -> torch.Tensor:
     """``m / ‖W + s·B A‖`` per output row.
 
@@ -20,7 +22,8 @@ def dora_gain(
         a: ``[rank, in_features]``.
         b: ``[out_features, rank]``, unscaled.
         scaling: ``s``.
-        weight: ``W`` as it is served, ``[out_features, in_features]``; not modified.
+        weight: ``W`` as it is served, ``[out_features, in_features]``; not modified. The norms are
+            computed where it is, a block of rows at a time.
 
     Returns:
         ``[out_features]``, fp32, on the CPU. Rows of norm 0 give inf or NaN, which the caller
