@@ -19,7 +19,7 @@ _MAX_SPREAD_RECORDS = 2048
 # How much room one row's mix has in the first segment table; it grows when a step needs more.
 _FIRST_ROW_RANK = 256
 _FIRST_MEMBERS = 8
-# Fusions come and go by key; a table is some kilobytes.
+# Fusions come and go by key; a table of 8,192 rows is 6 MB on the device and 13 MB pinned.
 _MAX_FUSION_TABLES = 64
 
 
@@ -30,7 +30,7 @@ class StepTables:
         arch: The model.
         max_rows: Most rows of a step.
         max_seqs: Most sequences of a step.
-        max_len: Most positions of a sequence.
+        max_len: Most positions of a sequence without a prefix.
         block_size: Positions per KV block.
         device: Where the kernels run.
 
@@ -58,23 +58,10 @@ class StepTables:
         self._fusion_tables: dict[tuple[str, int, int], SegmentTable] = {}
         self._row_rank, self._members = _FIRST_ROW_RANK, _FIRST_MEMBERS
         self._segments = self._make_segments()
-        spread = min(max_seqs * -(-max_len // SPLIT), _MAX_SPREAD_RECORDS)
-
-        def tables(records: int, spread: bool) -> dict[int | None, AttentionTable]:
-            return {
-                window: AttentionTable(
-                    max_records=records,
-                    max_blocks=max_seqs * -(-max_len // block_size),
-                    queries_per_head=arch.queries_per_head,
-                    window=window,
-                    device=device,
-                    spread=spread,
-                )
-                for window in set(arch.windows)
-            }
-
-        self._spread_records = spread
-        self._whole, self._spread = tables(max_rows, False), tables(spread, True)
+        self._arch = arch
+        self._spread_records = min(max_seqs * -(-max_len // SPLIT), _MAX_SPREAD_RECORDS)
+        self._max_blocks = max_seqs * -(-max_len // block_size)
+        self._make_attention()
 
     def load_rows(
         self,
@@ -97,7 +84,16 @@ class StepTables:
         return ids, places, slots, samples
 
     def load_attention(self, spans: Sequence[SequenceSpan]) -> dict[int | None, AttentionTable]:
-        """Load the tables of every window; the choice between them depends on the contexts."""
+        """Load the tables of every window; the choice between them depends on the contexts.
+
+        Larger ones are made if sequences are longer than the model's context: an adapter's prefix
+        comes on top of it.
+        """
+        num_blocks = sum(len(span.blocks) for span in spans)
+        if num_blocks > self._max_blocks:
+            self._max_blocks = max(num_blocks, 2 * self._max_blocks)
+            self._make_attention()
+            self.epoch += 1
         is_decode = all(span.num_new == 1 for span in spans)
         records = sum(-(-(span.num_context + 1) // SPLIT) for span in spans)
         spread = is_decode and records <= self._spread_records
@@ -146,6 +142,23 @@ class StepTables:
             )
         self._fusion_tables[place] = table
         return table
+
+    def _make_attention(self) -> None:
+        def tables(records: int, spread: bool) -> dict[int | None, AttentionTable]:
+            return {
+                window: AttentionTable(
+                    max_records=records,
+                    max_blocks=self._max_blocks,
+                    queries_per_head=self._arch.queries_per_head,
+                    window=window,
+                    device=self._device,
+                    spread=spread,
+                )
+                for window in set(self._arch.windows)
+            }
+
+        self._whole = tables(self.max_rows, False)
+        self._spread = tables(self._spread_records, True)
 
     def _make_segments(self) -> SegmentTable:
         return SegmentTable(

@@ -12,6 +12,7 @@ import torch
 from fake_cuda import FakeCuda
 from transformers import LlamaConfig
 
+from turret.kernels.paged_attention import SequenceSpan
 from turret.server.adapters.device import streams
 from turret.server.adapters.device import uploads as uploads_module
 from turret.server.adapters.device.gpu_store import GpuStore
@@ -19,6 +20,7 @@ from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
 from turret.server.engine.gpu_executor import GpuExecutor
+from turret.server.engine.gpu_tables import StepTables
 from turret.server.engine.request import Request
 from turret.server.engine.runner import Runner
 from turret.server.engine.scheduler import Scheduled, Step
@@ -146,3 +148,15 @@ def test_work_beside_the_steps_begins_after_them_and_is_over_at_the_end(cuda: Fa
         cuda.launch(lambda: order.append("norms"))
         assert order == []
     assert order == ["merged weights", "norms"]
+
+
+def test_a_prefix_comes_on_top_of_the_longest_context():
+    """Alone in the step, at the end of the context, behind three blocks of a prefix."""
+    tables = StepTables(ARCH, max_rows=1, max_seqs=1, max_len=256, block_size=16, device=CPU)
+    before = tables.load_attention([SequenceSpan(0, 1, 255, list(range(1, 17)))])
+    assert tables.epoch == 0
+    after = tables.load_attention([SequenceSpan(0, 1, 255 + 48, list(range(1, 20)))])
+    assert after is not before
+    assert tables.epoch == 1
+    assert after[None].buffer[4:23].tolist() == list(range(1, 20))
+    assert tables.load_attention([SequenceSpan(0, 1, 300, list(range(1, 20)))]) is after
