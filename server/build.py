@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable
 
@@ -170,11 +171,35 @@ def _build_executor(
 
 def _choose_device(model: ModelConfig) -> torch.device:
     wanted = model.device
+    if wanted.startswith("cuda:"):
+        _see_only(int(wanted.removeprefix("cuda:")))
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise InvalidRequestError.of("device", "cuda was asked for, but torch sees no CUDA device")
-    return torch.device(wanted)
+    if wanted == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InvalidRequestError.of(
+            "device", f"{model.device} was asked for, but torch sees no such CUDA device"
+        )
+    return torch.device("cuda", 0)
+
+
+def _see_only(number: int) -> None:
+    """Make one CUDA device the only one of this process.
+
+    Every thread and every library has device 0 as its current one, so the one that serves is made
+    that. It works before CUDA is first used.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        names = [name.strip() for name in visible.split(",") if name.strip()]
+        if number >= len(names):
+            raise InvalidRequestError.of(
+                "device", f"cuda:{number} was asked for, but CUDA_VISIBLE_DEVICES is {visible!r}"
+            )
+        os.environ["CUDA_VISIBLE_DEVICES"] = names[number]
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = str(number)
 
 
 def _build_registry(config: AdapterConfig, base: BaseModel, metrics: Metrics) -> AdapterRegistry:

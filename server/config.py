@@ -37,6 +37,7 @@ _BYTE_UNITS = {
     "GIB": GIB,
     "TIB": 1 << 40,
 }
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
 _BYTE_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
@@ -112,10 +113,18 @@ class ModelConfig:
     model: Path | None = _flag(
         None, "base model directory in Hugging Face format (default: the embedded model)"
     )
-    device: Literal["auto", "cpu", "cuda"] = _flag("auto", "where the model runs")
+    device: str = _flag(
+        "auto",
+        "where the model runs: auto, cpu, cuda or cuda:N, the N-th visible device from 0",
+        unit="device",
+    )
     dtype: Literal["bfloat16", "float16", "float32"] = _flag(
         "bfloat16", "dtype of activations and of the weights that are not 4-bit"
     )
+
+    def __post_init__(self) -> None:
+        if not _DEVICE.fullmatch(self.device):
+            raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
