@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything there is to measure on a GPU, in one command under nine minutes: correctness and timings
-# of every kernel and of whole decode steps, then the tests of the Triton kernels and of real CUDA
-# graphs on the device. Every part runs, whatever became of the others; rows are written as they come.
+# of every kernel and of whole decode steps, then the tests of the Triton kernels, of real CUDA
+# graphs and of copies beside a busy stream. Every part runs, whatever became of the others; rows are written as they come.
 # The exit status is not 0 if any part failed.
 # Needs Python 3.11 or newer with torch 2.11+ and triton 3.6+ (PYTHON=... chooses it); pytest and
 # bitsandbytes are used if they are there. Arguments go to bench/gpu.py; with --only or --tune no
@@ -31,7 +31,8 @@ fi
 timeout 200 "$PYTHON" -m pytest -q -c /dev/null --rootdir . --noconftest -p no:cacheprovider \
     --import-mode=importlib -W "ignore::pytest.PytestUnknownMarkWarning" \
     -k "not reference and not torch_path" \
-    tests/engine/test_decode_graphs.py tests/kernels/test_nf4_matmul.py tests/kernels/test_segmented.py \
+    tests/engine/test_decode_graphs.py tests/adapters/device/test_uploads.py \
+    tests/kernels/test_nf4_matmul.py tests/kernels/test_segmented.py \
     tests/kernels/test_paged_attention_triton.py tests/kernels/test_between.py \
     tests/kernels/test_by_slot.py tests/kernels/test_fusion_gate.py tests/kernels/test_input_gain.py
 tested=$?

@@ -128,3 +128,23 @@ def test_without_streams_an_adapter_goes_by_one_copy():
     taken = tensors(held.take("a", operators(0)))
     assert {t.device.type for t in taken} == {"meta"}
     assert [t.shape for t in taken] == [t.shape for t in tensors(operators(0))]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_real_copies_beside_a_busy_stream():
+    """Many adapters through a small ring while the steps' stream multiplies."""
+    device = torch.device("cuda", 0)
+    busy = torch.randn(2048, 2048, device=device)
+    held = Uploads(device, 1 << 20, ring=PinnedRing(device, chunk_bytes=256, num_chunks=3))
+    wanted = [operators(seed) for seed in range(40)]
+    used = []
+    for number, adapter in enumerate(wanted):
+        held.is_near(f"{number}", adapter)
+        for _ in range(10):
+            busy = (busy @ busy).clamp(-1.0, 1.0)
+        used.append([t.clone() for t in tensors(held.take(f"{number}", adapter))])
+        held.taken()
+    for found, adapter in zip(used, wanted, strict=True):
+        for one, two in zip(found, tensors(adapter), strict=True):
+            assert torch.equal(one.cpu(), two)
