@@ -31,6 +31,7 @@ from turret.server.rpc.server import RpcServer
 if TYPE_CHECKING:
     from turret.server.adapters.adapter_info import AdapterInfo
     from turret.server.adapters.registry.registry import AdapterRegistry
+    from turret.server.http.server import HttpServer
 
 _log = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ class App:
         self.gate = Gate()
         self._adapters = Adapters(self.gate)
         self.rpc: RpcServer | None = None
+        self.http: HttpServer | None = None
         self.metrics_server: MetricsServer | None = None
         self._build = build
         self._on_loaded = on_loaded
@@ -123,14 +125,17 @@ class App:
         tokens = TokenTable.read(token_file) if token_file is not None else None
         self._warn_if_exposed(tokens)
         limits = config.scheduler
+        # Through whichever door its requests come, a party has one share.
+        shares = Shares(limits.max_requests_per_token, limits.max_requests_per_peer)
+        inference = Inference(self.gate)
         rpc = RpcServer(
             config.listen,
             config.security,
-            inference=Inference(self.gate),
+            inference=inference,
             adapters=self._adapters,
             metrics=self.metrics,
             tokens=tokens,
-            shares=Shares(limits.max_requests_per_token, limits.max_requests_per_peer),
+            shares=shares,
         )
         if token_file is not None and tokens is not None:
             self._reloader = TokenReloader(token_file, tokens)
@@ -140,6 +145,8 @@ class App:
             _log.info("metrics", extra=log.fields(address=self.metrics_server.address))
         self.rpc = rpc
         await rpc.start()
+        if config.listen.http_address is not None:
+            self.http = await self._start_http(inference, tokens, shares)
         backend = await self._unless_stopped(lambda: self._build(config, self.metrics), "model")
         if backend is None:
             return
@@ -165,6 +172,25 @@ class App:
         self.gate.open(backend)
         rpc.health.set_serving(True)
         _log.info("serving", extra=log.fields(model=model.name, address=rpc.address))
+
+    async def _start_http(
+        self, inference: Inference, tokens: TokenTable | None, shares: Shares
+    ) -> HttpServer:
+        # Starlette and uvicorn are loaded only where they are used.
+        from turret.server.http.server import HttpServer
+
+        http = HttpServer(
+            self.config.listen,
+            self.config.security,
+            inference=inference,
+            adapters=self._adapters,
+            metrics=self.metrics,
+            tokens=tokens,
+            shares=shares,
+        )
+        await http.start()
+        _log.info("http", extra=log.fields(address=http.address))
+        return http
 
     async def main_loop(self) -> int:
         """Wait for a stop or for the engine's death; the exit code says which it was."""
@@ -203,8 +229,8 @@ class App:
             await backend.engine.drain(0.0 if is_dead else grace)
             await asyncio.to_thread(backend.close)
         self._adapters.close()
-        if self.rpc is not None:
-            await self.rpc.stop(_FLUSH_SECONDS)
+        doors = [door for door in (self.rpc, self.http) if door is not None]
+        await asyncio.gather(*(door.stop(_FLUSH_SECONDS) for door in doors))
         if self.metrics_server is not None:
             await asyncio.to_thread(self.metrics_server.close)
 
@@ -243,7 +269,7 @@ class App:
 
     def _warn_if_exposed(self, tokens: TokenTable | None) -> None:
         listen = self.config.listen
-        exposed = [a for a in listen.rpc_addresses if not is_local_address(a)]
+        exposed = [a for a in listen.call_addresses if not is_local_address(a)]
         if exposed and not self.config.security.is_complete:
             _log.warning(
                 "serving other machines without TLS or without tokens",

@@ -25,6 +25,9 @@ ADAPTER_DEVICE_BYTES = 512 * MIB
 # What an adapter may be called, by RPC and by --preload.
 ADAPTER_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
 
+# What browsers send as Origin: no path, no slash at the end.
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
+
 _BYTE_UNITS = {
     "": 1,
     "B": 1,
@@ -246,16 +249,38 @@ class ListenConfig:
     metrics_address: str | None = _flag(
         "127.0.0.1:9464", "HOST:PORT of the Prometheus endpoint, or 'none'"
     )
+    http_address: str | None = _flag(
+        None, "HOST:PORT of the OpenAI-compatible HTTP server (default: none)"
+    )
+    http_cors_origin: tuple[str, ...] = _flag(
+        (),
+        "origin whose pages may call the HTTP server, as https://example.org, or '*'; repeatable",
+        metavar="ORIGIN",
+    )
 
     def __post_init__(self) -> None:
-        for name in ("address", "admin_address", "metrics_address"):
+        for name in ("address", "admin_address", "metrics_address", "http_address"):
             value = getattr(self, name)
-            if value is None or (value.startswith("unix:") and name != "metrics_address"):
+            takes_path = name in ("address", "admin_address")
+            if value is None or (takes_path and value.startswith("unix:")):
                 continue
             try:
                 split_address(value)
             except ValueError as error:
                 raise ValueError(f"--{name.replace('_', '-')}: {error}") from None
+        if self.http_cors_origin and self.http_address is None:
+            raise ValueError("--http-cors-origin needs --http-address")
+        for origin in self.http_cors_origin:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(
+                    f"--http-cors-origin: {origin!r} is neither '*' nor SCHEME://HOST[:PORT]"
+                )
+
+    @property
+    def call_addresses(self) -> tuple[str, ...]:
+        """Every address that answers calls, through whichever door."""
+        http = self.http_address
+        return self.rpc_addresses if http is None else (*self.rpc_addresses, http)
 
     @property
     def rpc_addresses(self) -> tuple[str, ...]:
@@ -318,7 +343,7 @@ class Config:
     def __post_init__(self) -> None:
         if self.security.is_complete or self.security.insecure:
             return
-        exposed = [a for a in self.listen.rpc_addresses if not is_local_address(a)]
+        exposed = [a for a in self.listen.call_addresses if not is_local_address(a)]
         if exposed:
             raise ValueError(
                 f"{', '.join(exposed)} is reachable from other machines: set --tls-cert, --tls-key "
@@ -338,6 +363,8 @@ class Config:
                     value = format_byte_size(value)
                 elif entry.name == "preload":
                     value = " ".join(f"{name}={path}" for name, path in value)
+                elif isinstance(value, tuple):
+                    value = " ".join(value)
                 shown = "-" if value == "" else value
                 lines.append(f"{section.name}.{entry.name} = {shown}")
         return "\n".join(lines)

@@ -45,10 +45,11 @@ def _argument(entry: dataclasses.Field[Any], annotation: Any) -> dict[str, Any]:
     if typing.get_origin(annotation) is typing.Literal:
         return keywords | {"choices": options}
     if typing.get_origin(annotation) is tuple:
+        is_pair = typing.get_origin(options[0]) is tuple
         return keywords | {
             "action": "append",
-            "type": _preload,
-            "metavar": "NAME=PATH",
+            "type": _preload if is_pair else str,
+            "metavar": "NAME=PATH" if is_pair else entry.metadata["metavar"],
             "default": None,
         }
     if unit == "bytes":
@@ -81,7 +82,9 @@ def config_from_args(args: argparse.Namespace) -> Config:
     parts: dict[str, Any] = {}
     for section, kind in typing.get_type_hints(Config).items():
         values = {entry.name: getattr(args, entry.name) for entry in dataclasses.fields(kind)}
-        if "preload" in values:
-            values["preload"] = tuple(values["preload"] or ())
+        for entry in dataclasses.fields(kind):
+            # A flag that may be repeated makes a list, and none if it is not given.
+            if entry.default == ():
+                values[entry.name] = tuple(values[entry.name] or ())
         parts[section] = kind(**values)
     return Config(**parts)

@@ -7,6 +7,7 @@ name they do not know.
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -34,6 +35,20 @@ _STEP_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _STEP_ADAPTERS = (0, 1, 2, 4, 8, 16, 32, 64, 128)
 
 
+def _counter(registry: CollectorRegistry, name: str, text: str, *labels: str) -> Counter:
+    return Counter(name, text, labels, registry=registry)
+
+
+def _gauge(registry: CollectorRegistry, name: str, text: str, *labels: str) -> Gauge:
+    return Gauge(name, text, labels, registry=registry)
+
+
+def _histogram(
+    registry: CollectorRegistry, name: str, text: str, buckets: Sequence[float], *labels: str
+) -> Histogram:
+    return Histogram(name, text, labels, buckets=buckets, registry=registry)
+
+
 class Metrics:
     """Every series of one server.
 
@@ -51,19 +66,19 @@ class Metrics:
         self._labels: dict[str, str] = {}
         self._tiers: dict[str, str] = {}
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, registry=registry)
-
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(name, text, labels, registry=registry)
-
-        def histogram(name: str, text: str, buckets: Sequence[float], *labels: str) -> Histogram:
-            return Histogram(name, text, labels, buckets=buckets, registry=registry)
-
+        counter = functools.partial(_counter, registry)
+        gauge = functools.partial(_gauge, registry)
+        histogram = functools.partial(_histogram, registry)
         self._requests = counter(
             "turret_requests_total",
-            "Finished Generate, GenerateStream and Score calls; a mix counts for each member.",
+            "Finished calls that run on adapters, of both doors; a mix counts for each member.",
             "adapter",
+            "code",
+        )
+        self._calls = counter(
+            "turret_calls_total",
+            "The same calls, each once, by door (grpc or http); one may ask for several answers.",
+            "protocol",
             "code",
         )
         self._prompt_tokens = counter(
@@ -120,6 +135,10 @@ class Metrics:
         with self._lock:
             for label in self._labels_of(adapter_names):
                 self._requests.labels(label, code).inc()
+
+    def call_finished(self, protocol: str, code: str) -> None:
+        """Count a finished call for its door, ``grpc`` or ``http``."""
+        self._calls.labels(protocol, code).inc()
 
     def tokens(self, adapter_names: Sequence[str], *, prompt: int, generated: int) -> None:
         """Count the tokens of a finished request, for each member of its mix."""

@@ -6,7 +6,12 @@ from turret.server.api.tokens import TokenTable
 from turret.server.errors import PermissionDeniedError, UnauthenticatedError
 
 # Services that are not listed (health, reflection) are open: they tell nothing about the content.
-SERVICE_ROLES = {"turret.v1.Inference": "inference", "turret.v1.Adapters": "admin"}
+SERVICE_ROLES = {
+    "turret.v1.Inference": "inference",
+    "turret.v1.Adapters": "admin",
+    # No service of turret.v1: a door may serve the metrics too.
+    "metrics": "metrics",
+}
 
 
 def authorize(tokens: TokenTable | None, service: str, authorization: object) -> None:

@@ -29,14 +29,16 @@ class Call:
 
     Attributes:
         method: What was called, as the log shows it.
+        protocol: The door it came through: ``grpc`` or ``http``.
         request_id: Every line that the current task logs carries it.
         adapters: Names that the call is about; None until they are known.
-        prompt_tokens: 0 until the engine has answered.
+        prompt_tokens: 0 until the engine has answered; of all prompts of the call together.
         generated_tokens: So far.
         message_bytes: Size of the request message as it came; 0 if it came in parts.
     """
 
     method: str
+    protocol: str
     request_id: str
     adapters: tuple[str, ...] | None = None
     prompt_tokens: int = 0
@@ -55,6 +57,7 @@ class Call:
         sent_ids: Iterable[str | bytes],
         metrics: Metrics,
         *,
+        protocol: str = "grpc",
         is_counted: bool = False,
         level: int = logging.INFO,
     ) -> Call:
@@ -65,12 +68,14 @@ class Call:
             sent_ids: What the client sent as ``x-request-id``; the first usable one becomes the
                 call's id. Without one the id is made up.
             metrics: Where it is counted.
+            protocol: The door it came through.
             is_counted: Whether ``turret_requests_total`` counts it: calls that run on adapters.
             level: The level of the line that is logged in the end.
         """
         usable = (sent for sent in sent_ids if isinstance(sent, str) and is_request_id(sent))
         call = cls(
             method=method,
+            protocol=protocol,
             request_id=next(usable, None) or uuid.uuid4().hex,
             _metrics=metrics,
             _is_counted=is_counted,
@@ -96,6 +101,7 @@ class Call:
         names = self.adapters or ()
         if self._is_counted:
             self._metrics.request_finished(names, code.name)
+            self._metrics.call_finished(self.protocol, code.name)
             if self.prompt_tokens:
                 self._metrics.tokens(
                     names, prompt=self.prompt_tokens, generated=self.generated_tokens

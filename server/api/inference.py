@@ -171,9 +171,13 @@ async def _outputs(backend: Backend, request: Request, call: Call) -> AsyncGener
     stream = await backend.engine.submit(request)
     # Also covers a call that dies while nobody iterates.
     call.at_end(stream.cancel)
+    is_counted = False
     try:
         async for output in stream:
-            call.prompt_tokens = len(request.prompt_token_ids)
+            # A call may ask for several answers.
+            if not is_counted:
+                call.prompt_tokens += len(request.prompt_token_ids)
+                is_counted = True
             call.generated_tokens += len(output.token_ids)
             yield output
             if output.finish is not None and output.finish.reason is FinishReason.DEADLINE:

@@ -29,6 +29,11 @@ class Shares:
         self._limits = {"token": per_token, "peer": per_peer}
         self._open: Counter[tuple[str, str]] = Counter()
 
+    @property
+    def least(self) -> int:
+        """The most that any party may have open at once; 0 is no limit."""
+        return min((limit for limit in self._limits.values() if limit), default=0)
+
     @contextlib.contextmanager
     def hold(self, authorization: str | bytes | None, peer: str) -> Iterator[None]:
         """Count a request while the block runs.

@@ -76,12 +76,13 @@ BELOW = {
     | {"server.engine", "server.models", "v1"}
     | {f"server.adapters.{name}" for name in ("registry", "fuse", "merge", "state")},
     "server.rpc": {"server.api", "leaf", "v1"},
+    "server.http": {"server.api", "leaf", "v1"},
 }
 MAY_IMPORT = {layer: {layer, *below} for layer, below in BELOW.items()}
 MAY_IMPORT["server"] = {"server", *BELOW}
 MAY_IMPORT["command"] = {"server", "clients", "training", "leaf"}
 MAY_IMPORT["training"] = {"training", "server", *BELOW} - {
-    *("server.rpc", "server.api", "server.engine")
+    *("server.rpc", "server.http", "server.api", "server.engine")
 }
 # Third-party modules that a layer may not load, whoever asks.
 NEVER_LOADS = {
@@ -89,7 +90,8 @@ NEVER_LOADS = {
     "v1": ("torch",),
     "leaf": ("grpc", "transformers", "bitsandbytes"),
     "server.rpc": ("torch", "transformers", "bitsandbytes"),
-    "server.api": ("grpc", "torch", "transformers", "bitsandbytes"),
+    "server.http": ("grpc", "torch", "transformers", "bitsandbytes"),
+    "server.api": ("grpc", "starlette", "uvicorn", "torch", "transformers", "bitsandbytes"),
     "server.engine": ("grpc", "transformers", "bitsandbytes"),
     "server.adapters": ("grpc", "transformers", "peft"),
     "server.models": ("grpc", "peft"),
@@ -194,6 +196,10 @@ def test_no_module_imports_upward():
         ("server.engine.engine", "import grpc.aio"),
         ("server.rpc.server", "from turret.server.app import App"),
         ("server.rpc.server", "import torch.nn"),
+        ("server.http.chat", "import grpc"),
+        ("server.http.chat", "from turret.server.rpc.status import to_rich_status"),
+        ("server.http.chat", "from turret.server.engine.request import Request"),
+        ("server.api.inference", "from starlette.requests import Request"),
         ("server.api.inference", "import grpc"),
         ("server.api.inference", "from turret.server.rpc.status import row_of"),
         ("server.errors", "import turret.server.engine.request"),

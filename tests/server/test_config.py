@@ -26,6 +26,8 @@ DEFAULTS = {
     "address": "127.0.0.1:50051",
     "admin_address": None,
     "metrics_address": "127.0.0.1:9464",
+    "http_address": None,
+    "http_cors_origin": (),
     "device": "auto",
     "dtype": "bfloat16",
     "max_num_seqs": None,
@@ -126,6 +128,12 @@ def test_no_byte_sizes(text: str) -> None:
         (["--address", "localhost"], "--address: 'localhost' is not HOST:PORT"),
         (["--address", "localhost:65536"], "--address"),
         (["--metrics-address", "::1:9"], "--metrics-address: .* in brackets"),
+        (["--http-address", "unix:/x"], "--http-address: 'unix:/x' is not HOST:PORT"),
+        (["--http-cors-origin", "*"], "--http-cors-origin needs --http-address"),
+        (
+            ["--http-address", "[::1]:1", "--http-cors-origin", "https://a.example/"],
+            "--http-cors-origin: 'https://a.example/' is neither",
+        ),
         (["--preload", "a=b"], "--preload needs --adapter-root"),
         (["--adapter-root", "r", "--preload", "A=b"], "not an adapter name"),
         (["--adapter-root", "r", "--preload", "a=b", "--preload", "a=c"], "given twice"),
@@ -151,7 +159,7 @@ def test_a_malformed_flag_is_a_usage_error(
     assert arguments[0] in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("flag", ["--address", "--admin-address"])
+@pytest.mark.parametrize("flag", ["--address", "--admin-address", "--http-address"])
 @pytest.mark.parametrize("address", ["0.0.0.0:1", "[::]:1", "10.0.0.5:1", "example.org:1"])
 def test_an_exposed_address_needs_tls_and_tokens(flag: str, address: str) -> None:
     for missing in ([], TLS, ["--token-file", "t"]):
@@ -159,6 +167,13 @@ def test_an_exposed_address_needs_tls_and_tokens(flag: str, address: str) -> Non
             parse(flag, address, *missing)
     parse(flag, address, *TLS, "--token-file", "t")
     parse(flag, address, "--insecure")
+
+
+def test_a_flag_that_is_given_twice_counts_twice() -> None:
+    origins = ["--http-cors-origin", "https://a.example", "--http-cors-origin", "http://b:8"]
+    config = parse("--http-address", "localhost:1", *origins)
+    assert config.listen.http_cors_origin == ("https://a.example", "http://b:8")
+    assert "listen.http_cors_origin = https://a.example http://b:8" in config.describe()
 
 
 def test_local_addresses() -> None:

@@ -17,6 +17,7 @@ from turret.v1 import adapters_pb2, inference_pb2
 # The names and labels of the design.
 SERIES = {
     "turret_requests_total": {"adapter", "code"},
+    "turret_calls_total": {"protocol", "code"},
     "turret_prompt_tokens_total": {"adapter"},
     "turret_generated_tokens_total": {"adapter"},
     "turret_time_to_first_token_seconds_count": set(),
@@ -44,6 +45,7 @@ def exercise(metrics: Metrics) -> None:
     metrics.adapter_registered("sql")
     metrics.adapter_residency("sql", "host")
     metrics.request_finished(["sql"], "OK")
+    metrics.call_finished("grpc", "OK")
     metrics.tokens(["sql"], prompt=5, generated=7)
     metrics.queued(0.01)
     metrics.first_token(0.02)

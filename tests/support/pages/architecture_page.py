@@ -10,8 +10,8 @@ PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- generated: rooms -->", "<!-- end: rooms -->"
 # In the order in which one reads them; what is in none of them is a mistake.
 ROOMS = (
-    *("server/rpc", "server/api", "server/engine", "server/models", "server/models/families"),
-    "server/adapters",
+    *("server/rpc", "server/http", "server/api", "server/engine", "server/models"),
+    *("server/models/families", "server/adapters"),
     *(
         f"server/adapters/{name}"
         for name in (

@@ -18,7 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 _START_SECONDS = 240.0
 _STOP_SECONDS = 60.0
-_ADDRESS = re.compile(r"turret\.server\.app (metrics|serving) .*?address=(\S+)")
+_ADDRESS = re.compile(r"turret\.server\.app (metrics|http|serving) .*?address=(\S+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class ServerUnderTest:
     Attributes:
         address: ``HOST:PORT`` of the gRPC service.
         metrics_address: ``HOST:PORT`` of the Prometheus endpoint.
+        http_address: ``HOST:PORT`` of the OpenAI-compatible server; empty without its flag.
         adapter_root: Directory that adapters are loaded from.
         process: The process; ``start_server`` stops it.
         log: File with everything it wrote.
@@ -35,6 +36,7 @@ class ServerUnderTest:
 
     address: str
     metrics_address: str
+    http_address: str
     adapter_root: Path
     process: subprocess.Popen[bytes]
     log: Path
@@ -86,7 +88,8 @@ def start_server(
     try:
         is_up.wait(_START_SECONDS)
         assert "serving" in addresses, f"the server did not start:\n{log.read_text()}"
-        yield ServerUnderTest(addresses["serving"], addresses["metrics"], root, process, log)
+        http = addresses.get("http", "")
+        yield ServerUnderTest(addresses["serving"], addresses["metrics"], http, root, process, log)
         process.send_signal(signal.SIGTERM)
         code = process.wait(_STOP_SECONDS)
         assert code == 0, f"exit code {code} after SIGTERM:\n{log.read_text()[-4000:]}"

@@ -1,0 +1,1 @@
+"""HTTP: the OpenAI-compatible door, on Starlette and uvicorn."""

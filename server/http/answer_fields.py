@@ -1,0 +1,134 @@
+"""Parts of an answer that both generation endpoints have, from turret.v1 to OpenAI's JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from turret.v1 import inference_pb2
+
+_Response = inference_pb2.GenerateResponse
+Ended = inference_pb2.GenerateResponse | inference_pb2.GenerateChunk
+
+FINISH_REASONS = {_Response.STOP: "stop", _Response.LENGTH: "length"}
+# JSON has no infinity; OpenAI's own API says this of a token that cannot be.
+LEAST_LOGPROB = -9999.0
+_REPLACEMENT = "\ufffd"
+
+
+def head(
+    answer_id: str, kind: str, model: str, info: inference_pb2.GetModelResponse
+) -> dict[str, Any]:
+    """The fields that every answer and every event begins with."""
+    return {
+        "id": answer_id,
+        "object": kind,
+        "created": int(time.time()),
+        "model": model,
+        "system_fingerprint": f"fp_{info.digest[:12]}",
+    }
+
+
+def stop_reason(answer: Ended) -> str | int | None:
+    """The stop string or token of the request that ended an answer, as vLLM tells it."""
+    which = answer.WhichOneof("stop")
+    return None if which is None else getattr(answer, which)
+
+
+def usage_of(ended: Sequence[Ended], num_choices: int) -> dict[str, Any]:
+    """What the answers cost together. Answers to one prompt follow each other; it counts once."""
+    firsts = ended[::num_choices]
+    prompt = sum(answer.usage.prompt_tokens for answer in firsts)
+    completion = sum(answer.usage.completion_tokens for answer in ended)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(answer.usage.cached_tokens for answer in firsts)
+        },
+    }
+
+
+def adapters_of(ended: Sequence[Ended]) -> list[dict[str, Any]]:
+    """Which weights answered (the first of the answers): turret's own field."""
+    return [
+        {
+            "name": use.name,
+            "generation": use.generation,
+            # The shortest number that is the same in single precision.
+            "weight": float(f"{use.weight:.7g}"),
+            "cold_start": use.cold_start,
+            "load_ms": use.load_ms,
+        }
+        for use in ended[0].adapters_used
+    ]
+
+
+def finite(logprob: float) -> float:
+    return max(logprob, LEAST_LOGPROB)
+
+
+def _bytes_of(text: str) -> list[int] | None:
+    # A token that is part of a character has no text of its own, so its bytes are not known here.
+    return None if _REPLACEMENT in text else list(text.encode())
+
+
+def chat_logprobs(tokens: Iterable[inference_pb2.TokenLogprob]) -> dict[str, Any]:
+    """Logprobs as /v1/chat/completions has them."""
+    return {
+        "content": [
+            {
+                "token": token.text,
+                "logprob": finite(token.logprob),
+                "bytes": _bytes_of(token.text),
+                "top_logprobs": [
+                    {
+                        "token": top.text,
+                        "logprob": finite(top.logprob),
+                        "bytes": _bytes_of(top.text),
+                    }
+                    for top in token.top
+                ],
+            }
+            for token in tokens
+        ],
+        "refusal": None,
+    }
+
+
+class CompletionLogprobs:
+    """Logprobs as /v1/completions has them: parallel lists, with each token's place in the text."""
+
+    def __init__(self) -> None:
+        self._offset = 0
+
+    def render(self, tokens: Iterable[inference_pb2.TokenLogprob]) -> dict[str, Any]:
+        """The lists of the tokens that come next."""
+        lists: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
+        }
+        for token in tokens:
+            lists["tokens"].append(token.text)
+            lists["text_offset"].append(self._offset)
+            self._offset += len(token.text)
+            # The first token of a prompt follows nothing.
+            known = token.HasField("logprob")
+            lists["token_logprobs"].append(finite(token.logprob) if known else None)
+            lists["top_logprobs"].append(_by_text(token) if known else None)
+        return lists
+
+
+def _by_text(token: inference_pb2.TokenLogprob) -> dict[str, float]:
+    """The likeliest tokens and the token itself; of tokens with one text the likeliest counts."""
+    found: dict[str, float] = {}
+    for text, logprob in (
+        *((top.text, top.logprob) for top in token.top),
+        (token.text, token.logprob),
+    ):
+        found.setdefault(text, finite(logprob))
+    return found

@@ -1,0 +1,164 @@
+"""Runs the answers that one request asks for beside each other."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from typing import Any, TypeVar
+
+from turret.server.api.inference import Inference
+from turret.server.errors import UnavailableError
+from turret.server.http.endpoint import Exchange
+from turret.v1 import inference_pb2
+
+Chunk = inference_pb2.GenerateChunk
+_T = TypeVar("_T")
+
+# Answers of one request that are with the engine at a time: a list of a thousand prompts must not
+# fill the queue that others wait in.
+MAX_AT_A_TIME = 64
+
+
+def at_a_time(exchange: Exchange) -> int:
+    """How many answers of a request are with the engine at once: no more than its party may."""
+    return min(exchange.shares.least or MAX_AT_A_TIME, MAX_AT_A_TIME)
+
+
+class Choices:
+    """The answers to some prompts, ``num_choices`` to each.
+
+    Of the answers to one prompt the first goes ahead until its first token is there: the others
+    then find the prompt in the prefix cache.
+
+    Args:
+        inference: Answers.
+        exchange: On whose behalf.
+        deadline: ``time.monotonic()`` seconds, or None.
+        make_message: The request for an answer, by its index; answers to one prompt follow each
+            other. Called when its turn comes: a long prompt in 128 messages would fill the memory.
+        count: Of all answers.
+        num_choices: Of answers to one prompt.
+    """
+
+    def __init__(
+        self,
+        inference: Inference,
+        exchange: Exchange,
+        deadline: float | None,
+        *,
+        make_message: Callable[[int], inference_pb2.GenerateRequest],
+        count: int,
+        num_choices: int,
+    ) -> None:
+        self._inference = inference
+        self._exchange = exchange
+        self._deadline = deadline
+        self._make_message = make_message
+        self._count = count
+        self._num_choices = num_choices
+
+    async def whole(self) -> list[inference_pb2.GenerateResponse]:
+        """All answers, in the order of the requests.
+
+        Raises:
+            TurretError: What the first of them to fail raised; the others end.
+        """
+        answers = [inference_pb2.GenerateResponse() for _ in range(self._count)]
+        texts: list[list[str]] = [[] for _ in range(self._count)]
+        async with contextlib.aclosing(self.chunks()) as chunks:
+            async for index, chunk in chunks:
+                texts[index].append(chunk.text)
+                chunk.ClearField("text")
+                # Both messages have the same fields under the same numbers.
+                answers[index].MergeFromString(chunk.SerializeToString())
+        for answer, parts in zip(answers, texts, strict=True):
+            answer.text = "".join(parts)
+        return answers
+
+    async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
+        """The chunks of all answers as they come, each with its answer's index.
+
+        Close the generator if you leave it early; all answers end then.
+
+        Raises:
+            TurretError: What the first of them to fail raised; the others end.
+        """
+        if self._count == 1:
+            async with contextlib.aclosing(self._one(0)) as chunks:
+                async for chunk in chunks:
+                    yield 0, chunk
+            return
+        async with contextlib.aclosing(self._many()) as pairs:
+            async for pair in pairs:
+                yield pair
+
+    async def _one(self, index: int) -> AsyncGenerator[Chunk, None]:
+        message = self._make_message(index)
+        answer = self._inference.generate(message, self._exchange.call, self._deadline)
+        # Whoever converts it decides how long it is kept.
+        del message
+        with self._exchange.hold():
+            async with contextlib.aclosing(answer) as chunks:
+                async for chunk in chunks:
+                    if chunk.finish_reason == inference_pb2.GenerateResponse.CANCELLED:
+                        # OpenAI's API has no word for half an answer.
+                        raise UnavailableError("the server is shutting down: it ended the request")
+                    yield chunk
+
+    async def _many(self) -> AsyncGenerator[tuple[int, Chunk], None]:
+        # None ends an answer.
+        arrived: asyncio.Queue[tuple[int, Chunk | BaseException | None]] = asyncio.Queue()
+        places = asyncio.Semaphore(at_a_time(self._exchange))
+        begun = [asyncio.Event() for _ in range(0, self._count, self._num_choices)]
+
+        async def run(index: int) -> None:
+            prompt, choice = divmod(index, self._num_choices)
+            try:
+                if choice:
+                    await begun[prompt].wait()
+                async with places, contextlib.aclosing(self._one(index)) as chunks:
+                    async for chunk in chunks:
+                        arrived.put_nowait((index, chunk))
+                        begun[prompt].set()
+                arrived.put_nowait((index, None))
+            except Exception as error:
+                arrived.put_nowait((index, error))
+
+        tasks = [asyncio.ensure_future(run(index)) for index in range(self._count)]
+        try:
+            num_open = len(tasks)
+            while num_open:
+                index, item = await arrived.get()
+                if isinstance(item, BaseException):
+                    raise item
+                if item is None:
+                    num_open -= 1
+                else:
+                    yield index, item
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def together(work: Sequence[Coroutine[Any, Any, _T]], at_a_time: int) -> list[_T]:
+    """What each returns, in order, with so many of them running at a time.
+
+    What the first of them to fail raises is raised; the others are cancelled, and have ended.
+    """
+    places = asyncio.Semaphore(at_a_time)
+
+    async def run(one: Coroutine[Any, Any, _T]) -> _T:
+        async with places:
+            return await one
+
+    tasks = [asyncio.ensure_future(run(one)) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for one in work:
+            one.close()

@@ -1,0 +1,201 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+from turret.server.api.inference import Inference
+from turret.server.api.violations import Violations
+from turret.server.http.answer_fields import (
+    FINISH_REASONS,
+    CompletionLogprobs,
+    Ended,
+    adapters_of,
+    head,
+    stop_reason,
+    usage_of,
+)
+from turret.server.http.choices import Choices, at_a_time, together
+from turret.server.http.endpoint import Exchange
+from turret.server.http.fields import Fields, is_token_id, why_no_text
+from turret.server.http.generation import Asked, numbered, read_asked
+from turret.server.http.unsupported import refuse_unsupported
+from turret.v1 import inference_pb2
+
+MAX_PROMPTS = 2048
+# What OpenAI's API says where max_tokens is not set.
+DEFAULT_MAX_TOKENS = 16
+
+_Prompt = inference_pb2.GenerateRequest
+
+
+class Completions:
+    """Continues prompts.
+
+    Args:
+        inference: What answers.
+    """
+
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
+
+    async def __call__(self, exchange: Exchange) -> None:
+        info = self._inference.model()
+        violations = Violations()
+        fields = Fields(exchange.take_body(), violations)
+        asked = read_asked(fields, info.name)
+        refuse_unsupported(fields, is_chat=False)
+        _read_options(fields, asked.message)
+        prompts = read_prompts(fields)
+        is_scored = asked.message.stop.max_tokens == 0
+        if is_scored and asked.is_stream:
+            fields.refuse("stream", "needs max_tokens of at least 1")
+        violations.raise_if_any()
+        del fields
+        # Each answer counts its share of what was sent.
+        exchange.call.message_bytes //= len(prompts) * asked.num_choices
+        answer_id = f"cmpl-{exchange.call.request_id}"
+        body = head(answer_id, "text_completion", asked.model, info)
+        if is_scored:
+            answers = await self._score(exchange, asked, prompts)
+        else:
+            choices = Choices(
+                self._inference,
+                exchange,
+                asked.deadline,
+                make_message=lambda index: numbered(
+                    asked, prompts[index // asked.num_choices], index % asked.num_choices
+                ),
+                count=len(prompts) * asked.num_choices,
+                num_choices=asked.num_choices,
+            )
+            if asked.is_stream:
+                await _send_events(exchange, asked, choices, body)
+                return
+            answers = await choices.whole()
+        body["choices"] = [_choice(asked, index, answer) for index, answer in enumerate(answers)]
+        body["usage"] = usage_of(answers, asked.num_choices)
+        body["adapters_used"] = adapters_of(answers)
+        await exchange.reply.json(body)
+
+    async def _score(
+        self, exchange: Exchange, asked: Asked, prompts: Sequence[_Prompt]
+    ) -> list[inference_pb2.GenerateResponse]:
+        """Answers of no token: ``max_tokens`` 0 asks for the prompt, and for its logprobs."""
+        scored = await together(
+            [self._score_one(exchange, asked, prompt) for prompt in prompts],
+            at_a_time(exchange),
+        )
+        return [answer for answer in scored for _ in range(asked.num_choices)]
+
+    async def _score_one(
+        self, exchange: Exchange, asked: Asked, prompt: _Prompt
+    ) -> inference_pb2.GenerateResponse:
+        options = asked.message.options
+        question = inference_pb2.ScoreRequest(adapters=asked.message.adapters, top_n=options.top_n)
+        # The input has the same field numbers in both messages.
+        question.MergeFromString(prompt.SerializeToString())
+        with exchange.hold():
+            scored = await self._inference.score(question, exchange.call, asked.deadline)
+        answer = inference_pb2.GenerateResponse(
+            finish_reason=inference_pb2.GenerateResponse.LENGTH,
+            usage=scored.usage,
+            adapters_used=scored.adapters_used,
+        )
+        if options.echo:
+            ids = [token.token_id for token in scored.tokens]
+            read = inference_pb2.TokenizeRequest(token_ids=inference_pb2.TokenIds(ids=ids))
+            answer.text = (await self._inference.tokenize(read)).text
+            answer.logprobs.extend(scored.tokens)
+        return answer
+
+
+def _choice(asked: Asked, index: int, answer: Ended) -> dict[str, Any]:
+    logprobs = None
+    if asked.message.options.logprobs:
+        logprobs = CompletionLogprobs().render(answer.logprobs)
+    return {
+        "index": index,
+        "text": answer.text,
+        "logprobs": logprobs,
+        "finish_reason": FINISH_REASONS[answer.finish_reason],
+        "stop_reason": stop_reason(answer),
+    }
+
+
+async def _send_events(
+    exchange: Exchange, asked: Asked, choices: Choices, first: dict[str, Any]
+) -> None:
+    nothing = {"usage": None} if asked.includes_usage else {}
+    ended: dict[int, Ended] = {}
+    offsets: defaultdict[int, CompletionLogprobs] = defaultdict(CompletionLogprobs)
+    async with contextlib.aclosing(choices.chunks()) as chunks:
+        async for index, chunk in chunks:
+            is_last = chunk.finish_reason in FINISH_REASONS
+            if is_last:
+                ended[index] = chunk
+            elif not (chunk.text or chunk.logprobs):
+                continue
+            logprobs = None
+            if asked.message.options.logprobs:
+                logprobs = offsets[index].render(chunk.logprobs)
+            choice = {
+                "index": index,
+                "text": chunk.text,
+                "logprobs": logprobs,
+                "finish_reason": FINISH_REASONS[chunk.finish_reason] if is_last else None,
+                "stop_reason": stop_reason(chunk),
+            }
+            await exchange.reply.event({**first, "choices": [choice], **nothing})
+    if asked.includes_usage:
+        answers = [ended[index] for index in sorted(ended)]
+        end = {"usage": usage_of(answers, asked.num_choices), "adapters_used": adapters_of(answers)}
+        await exchange.reply.event({**first, "choices": [], **end})
+    await exchange.reply.end_events()
+
+
+def _read_options(fields: Fields, message: inference_pb2.GenerateRequest) -> None:
+    options = message.options
+    options.echo = fields.flag("echo")
+    top = fields.integer("logprobs")
+    options.logprobs = top is not None
+    options.top_n = top or 0
+    if not message.stop.HasField("max_tokens"):
+        message.stop.max_tokens = DEFAULT_MAX_TOKENS
+
+
+def read_prompts(fields: Fields) -> list[_Prompt]:
+    """The prompts: a string, a list of strings, token ids, or a list of lists of token ids."""
+    prompt = fields.get("prompt")
+    if prompt is None:
+        fields.refuse("prompt", "must be set")
+        return []
+    # A list of integers is one prompt; an empty list is none.
+    is_one = isinstance(prompt, str) or (
+        isinstance(prompt, list) and (not prompt or not isinstance(prompt[0], str | list))
+    )
+    values = [prompt] if is_one else prompt
+    if not isinstance(values, list):
+        fields.refuse("prompt", "must be a string, token ids, or a list of either")
+        return []
+    if len(values) > MAX_PROMPTS:
+        fields.refuse("prompt", f"at most {MAX_PROMPTS} prompts, not {len(values)}")
+        return []
+    read = []
+    for index, value in enumerate(values):
+        path = "prompt" if is_one else f"prompt[{index}]"
+        if isinstance(value, str):
+            why = why_no_text(value)
+            if why is not None:
+                fields.refuse(path, why)
+                return []
+            read.append(_Prompt(prompt=value))
+        elif isinstance(value, list) and value and all(map(is_token_id, value)):
+            read.append(_Prompt(token_ids=inference_pb2.TokenIds(ids=value)))
+        else:
+            fields.refuse(path, "must be a string or token ids, at least one")
+            return []
+    return read

@@ -1,0 +1,121 @@
+"""Typed access to the fields of a JSON object; everything wrong is noted, nothing raises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from turret.server.api.violations import Violations
+
+UINT32 = (1 << 32) - 1
+
+
+class Fields:
+    """One object of a request. A field that is null is as good as absent.
+
+    Args:
+        body: The object.
+        violations: Takes in what is wrong.
+        path: Where the object lies in the request, with a dot at the end; empty for the whole.
+    """
+
+    def __init__(self, body: Mapping[str, Any], violations: Violations, path: str = "") -> None:
+        self._body = body
+        self._path = path
+        self.violations = violations
+
+    def get(self, name: str) -> Any:
+        """The value as it was sent, or None."""
+        return self._body.get(name)
+
+    def refuse(self, name: str, description: str) -> None:
+        """Note that a field is wrong."""
+        self.violations.add(self._path + name, description)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        value = self.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self.refuse(name, "must be true or false")
+            return default
+        return value
+
+    def text(self, name: str) -> str | None:
+        value = self.get(name)
+        if value is None:
+            return None
+        why = why_no_text(value)
+        if why is not None:
+            self.refuse(name, why)
+            return None
+        return value
+
+    def number(self, name: str) -> float | None:
+        value = self.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.refuse(name, "must be a number")
+            return None
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf
+
+    def integer(self, name: str, least: int = 0, most: int = UINT32) -> int | None:
+        value = self.get(name)
+        if value is None:
+            return None
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if isinstance(value, bool) or not isinstance(value, int):
+            self.refuse(name, "must be an integer")
+            return None
+        if not least <= value <= most:
+            self.refuse(name, f"must be in [{least}, {most}]")
+            return None
+        return value
+
+    def array(self, name: str) -> list[Any] | None:
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, list):
+            self.refuse(name, "must be a list")
+            return None
+        return value
+
+    def object(self, name: str) -> dict[str, Any] | None:
+        value = self.get(name)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            self.refuse(name, "must be an object")
+            return None
+        return value
+
+    def inner(self, name: str) -> Fields:
+        """The fields of an object in a field; of an empty one if there is none."""
+        return Fields(self.object(name) or {}, self.violations, f"{self._path}{name}.")
+
+
+def why_no_text(value: Any) -> str | None:
+    """What keeps a value from being text, or None.
+
+    JSON can write halves of surrogate pairs, which are no characters and which no message holds.
+    """
+    if not isinstance(value, str):
+        return "must be a string"
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            return "holds half of a surrogate pair"
+    return None
+
+
+def is_token_id(value: Any) -> bool:
+    """Whether a value is an integer that a message can hold as a token id."""
+    return type(value) is int and 0 <= value <= UINT32

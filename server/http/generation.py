@@ -1,0 +1,167 @@
+"""The fields that /v1/chat/completions and /v1/completions share, to a GenerateRequest."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from turret.server.http.fields import Fields, is_token_id, why_no_text
+from turret.server.http.model_names import mix_of
+from turret.v1 import inference_pb2
+
+# As OpenAI's.
+MAX_CHOICES = 128
+# No request runs for as long as this.
+MAX_TIMEOUT_SECONDS = 30 * 86400.0
+
+_NUMBERS = (
+    *("temperature", "top_p", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty"),
+)
+# Paths of turret.v1 by the names that clients of this door know.
+NAMES = {
+    "sampling.": "",
+    "stop.": "",
+    "stop.stop_strings": "stop",
+    "stop.include_stop": "include_stop_str_in_output",
+}
+CHAT_NAMES = {
+    **NAMES,
+    "input": "messages",
+    "chat": "messages",
+    "chat.messages": "messages",
+    "options.top_n": "top_logprobs",
+}
+COMPLETION_NAMES = {
+    **NAMES,
+    "input": "prompt",
+    "token_ids.ids": "prompt",
+    "options.top_n": "logprobs",
+    "top_n": "logprobs",
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class Asked:
+    """What a request asks for, whatever its prompt.
+
+    Attributes:
+        model: The name that it gives, as it stands in the answer.
+        message: Everything but the input.
+        num_choices: Answers to each prompt.
+        is_stream: Whether the answer comes in events.
+        includes_usage: Whether the last event tells what it cost.
+        deadline: ``time.monotonic()`` seconds, or None.
+    """
+
+    model: str
+    message: inference_pb2.GenerateRequest
+    num_choices: int
+    is_stream: bool
+    includes_usage: bool
+    deadline: float | None
+
+
+def read_asked(fields: Fields, base_name: str) -> Asked:
+    """Read the fields that both endpoints have; what is wrong is noted in their violations.
+
+    Raises:
+        AdapterNotFoundError: See ``mix_of``.
+    """
+    message = inference_pb2.GenerateRequest()
+    message.adapters.extend(mix_of(fields, base_name))
+    _read_sampling(fields, message.sampling)
+    _read_stop(fields, message.stop)
+    num_choices = fields.integer("n", 1, MAX_CHOICES)
+    num_choices = 1 if num_choices is None else num_choices
+    best_of = fields.integer("best_of", 1, MAX_CHOICES)
+    if best_of is not None and best_of != num_choices:
+        fields.refuse("best_of", "must be n: answers are not ranked")
+    is_stream = fields.flag("stream")
+    options = fields.inner("stream_options")
+    return Asked(
+        model=str(fields.get("model")),
+        message=message,
+        num_choices=num_choices,
+        is_stream=is_stream,
+        includes_usage=options.flag("include_usage") and is_stream,
+        deadline=read_deadline(fields),
+    )
+
+
+def read_deadline(fields: Fields) -> float | None:
+    """``timeout``, seconds from now, as a ``time.monotonic()`` value; None if there is none."""
+    seconds = fields.number("timeout")
+    if seconds is None:
+        return None
+    if not 0 < seconds <= MAX_TIMEOUT_SECONDS:
+        fields.refuse("timeout", f"must be in (0, {MAX_TIMEOUT_SECONDS:.0f}] seconds")
+        return None
+    return time.monotonic() + seconds
+
+
+def _read_sampling(fields: Fields, sampling: inference_pb2.SamplingParams) -> None:
+    for name in _NUMBERS:
+        number = fields.number(name)
+        if number is not None:
+            setattr(sampling, name, number)
+    # -1 is off in vLLM, and 0 is here.
+    top_k = fields.integer("top_k", least=-1)
+    if top_k is not None:
+        sampling.top_k = max(top_k, 0)
+    seed = fields.integer("seed", -(1 << 63), (1 << 64) - 1)
+    if seed is not None:
+        sampling.seed = seed % (1 << 64)
+    for key, bias in (fields.object("logit_bias") or {}).items():
+        is_id = key.isascii() and key.isdecimal() and len(key) <= 10 and is_token_id(int(key))
+        if not is_id or isinstance(bias, bool) or not isinstance(bias, int | float):
+            fields.refuse("logit_bias", "must map token ids to numbers")
+            return
+        # What no float holds is out of range all the same, as is any number over 100.
+        sampling.logit_bias[int(key)] = max(-1000, min(bias, 1000))
+
+
+def _read_stop(fields: Fields, stop: inference_pb2.StopConditions) -> None:
+    limit = fields.integer("max_completion_tokens")
+    limit = fields.integer("max_tokens") if limit is None else limit
+    if limit is not None:
+        stop.max_tokens = limit
+    least = fields.integer("min_tokens")
+    if least is not None:
+        stop.min_tokens = least
+    stop.ignore_eos = fields.flag("ignore_eos")
+    stop.include_stop = fields.flag("include_stop_str_in_output") or fields.flag("include_stop")
+    texts = fields.get("stop")
+    texts = [texts] if isinstance(texts, str) else texts
+    if texts is not None and not isinstance(texts, list):
+        fields.refuse("stop", "must be a string or a list of strings")
+        texts = None
+    for index, text in enumerate(texts or []):
+        why = why_no_text(text)
+        if why is not None:
+            fields.refuse(f"stop[{index}]", why)
+            return
+        stop.stop_strings.append(text)
+    ids = fields.array("stop_token_ids") or []
+    if all(map(is_token_id, ids)):
+        stop.stop_token_ids.extend(ids)
+    else:
+        fields.refuse("stop_token_ids", "must be a list of token ids")
+
+
+def numbered(
+    asked: Asked, prompt: inference_pb2.GenerateRequest, choice: int
+) -> inference_pb2.GenerateRequest:
+    """The request for one of a prompt's answers: of those with a seed, each has its own.
+
+    Args:
+        asked: What is asked for.
+        prompt: The input alone.
+        choice: Which of the answers, from 0, which keeps the seed that was sent.
+    """
+    message = inference_pb2.GenerateRequest()
+    message.CopyFrom(asked.message)
+    message.MergeFrom(prompt)
+    if choice and message.sampling.HasField("seed"):
+        message.sampling.seed = (message.sampling.seed + choice) % (1 << 64)
+    return message

@@ -1,0 +1,55 @@
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, with vLLM's fields."""
+
+from __future__ import annotations
+
+from turret.server.api.adapters import Adapters
+from turret.server.api.violations import Violations
+from turret.server.http.endpoint import Exchange
+from turret.server.http.fields import Fields
+from turret.v1 import adapters_pb2
+
+NAMES = {"name": "lora_name", "path": "lora_path"}
+_TEXT = {"content-type": "text/plain; charset=utf-8"}
+
+
+class Lora:
+    """Loads and unloads adapters of every method.
+
+    Args:
+        adapters: What does it.
+    """
+
+    def __init__(self, adapters: Adapters) -> None:
+        self._adapters = adapters
+
+    async def load(self, exchange: Exchange) -> None:
+        """Register ``lora_path``, below the adapter root, as ``lora_name``."""
+        violations = Violations()
+        fields = Fields(exchange.take_body(), violations)
+        name = fields.text("lora_name") or ""
+        path = fields.text("lora_path") or ""
+        replaces, pinned = fields.flag("load_inplace"), fields.flag("pinned")
+        if replaces and pinned:
+            fields.refuse("pinned", "a new generation is pinned if the one before was")
+        violations.raise_if_any()
+        if replaces:
+            new = adapters_pb2.ReplaceAdapterRequest(name=name, path=path)
+            await self._adapters.replace(new, exchange.call)
+        else:
+            first = adapters_pb2.LoadAdapterRequest(name=name, path=path, pinned=pinned)
+            await self._adapters.load(first, exchange.call)
+        await _say(exchange, f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def unload(self, exchange: Exchange) -> None:
+        """Remove ``lora_name`` once no request holds it."""
+        violations = Violations()
+        fields = Fields(exchange.take_body(), violations)
+        name = fields.text("lora_name") or ""
+        violations.raise_if_any()
+        question = adapters_pb2.UnloadAdapterRequest(name=name)
+        await self._adapters.unload(question, exchange.call)
+        await _say(exchange, f"Success: LoRA adapter '{name}' removed successfully.")
+
+
+async def _say(exchange: Exchange, text: str) -> None:
+    await exchange.reply.whole(text.encode(), 200, _TEXT)

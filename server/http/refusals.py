@@ -1,0 +1,142 @@
+"""A failed request as OpenAI's API says it: a status, and JSON with one ``error``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from turret.server.api.faults import Fault, fault_of
+from turret.server.codes import Code
+
+
+class Row(NamedTuple):
+    """How HTTP says a code: the status, and the ``type`` of the error."""
+
+    status: int
+    kind: str
+
+
+TABLE: dict[Code, Row] = {
+    Code.OK: Row(200, ""),
+    # The status that proxies log for a client that went away; no client sees it.
+    Code.CANCELLED: Row(499, "server_error"),
+    Code.UNKNOWN: Row(500, "server_error"),
+    Code.INVALID_ARGUMENT: Row(400, "invalid_request_error"),
+    Code.DEADLINE_EXCEEDED: Row(504, "timeout_error"),
+    Code.NOT_FOUND: Row(404, "invalid_request_error"),
+    Code.ALREADY_EXISTS: Row(409, "conflict_error"),
+    Code.PERMISSION_DENIED: Row(403, "permission_error"),
+    Code.RESOURCE_EXHAUSTED: Row(429, "rate_limit_error"),
+    Code.FAILED_PRECONDITION: Row(409, "conflict_error"),
+    Code.ABORTED: Row(409, "conflict_error"),
+    Code.OUT_OF_RANGE: Row(400, "invalid_request_error"),
+    Code.UNIMPLEMENTED: Row(501, "not_implemented_error"),
+    Code.INTERNAL: Row(500, "server_error"),
+    Code.UNAVAILABLE: Row(503, "server_error"),
+    Code.DATA_LOSS: Row(500, "server_error"),
+    Code.UNAUTHENTICATED: Row(401, "authentication_error"),
+}
+# Reasons that OpenAI's API has a word for; the others are turret's own, in lower case.
+OPENAI_CODES = {
+    "ADAPTER_NOT_FOUND": "model_not_found",
+    "PROMPT_TOO_LONG": "context_length_exceeded",
+    "UNAUTHENTICATED": "invalid_api_key",
+    "QUEUE_FULL": "rate_limit_exceeded",
+}
+# Where a fault names no field, its reason does.
+_PARAMS = {"ADAPTER_NOT_FOUND": "model"}
+# A page of text is enough; a message repeats what the client sent.
+MAX_MESSAGE_CHARS = 4000
+
+
+class HttpRefusal(Exception):
+    """What only this door refuses: a path, a method, a size, a media type.
+
+    Args:
+        status: The HTTP status.
+        code: What the log and the metrics call it.
+        message: For people.
+        reason: For programs: the ``code`` of the error.
+        param: The field to blame, or None.
+    """
+
+    def __init__(
+        self, status: int, code: Code, message: str, *, reason: str, param: str | None = None
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+        self.message = message
+        self.reason = reason
+        self.param = param
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """What is sent: ``body`` as JSON after ``status`` and ``headers``."""
+
+    status: int
+    code: Code
+    body: dict[str, Any]
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+
+def refusal_of(error: BaseException, names: Mapping[str, str] | None = None) -> Refusal:
+    """How a request that raised is answered.
+
+    Args:
+        error: What was raised. What turret did not raise on purpose becomes "internal error".
+        names: Field paths of turret.v1, or beginnings of paths that end in a dot, to the names
+            that the client knows them by.
+    """
+    if isinstance(error, HttpRefusal):
+        kind = "invalid_request_error" if error.status < 500 else TABLE[error.code].kind
+        body = _body(error.message, kind, error.param, error.reason)
+        return Refusal(
+            status=error.status, code=error.code, body=body, headers={"x-should-retry": "false"}
+        )
+    fault = fault_of(error)
+    row = TABLE[fault.code]
+    message, param = _said(fault, names or {})
+    reason = OPENAI_CODES.get(fault.reason, fault.reason.lower())
+    headers = {"x-should-retry": "false"}
+    if fault.retry_after_seconds is not None:
+        seconds = str(max(1, round(fault.retry_after_seconds)))
+        headers = {"x-should-retry": "true", "retry-after": seconds}
+    if fault.code is Code.UNAUTHENTICATED:
+        headers["www-authenticate"] = "Bearer"
+    return Refusal(
+        status=row.status,
+        code=fault.code,
+        body=_body(message, row.kind, param, reason),
+        headers=headers,
+    )
+
+
+def _body(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:
+    if len(message) > MAX_MESSAGE_CHARS:
+        message = message[:MAX_MESSAGE_CHARS] + "..."
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _said(fault: Fault, names: Mapping[str, str]) -> tuple[str, str | None]:
+    """The message in the client's own field names, and the first field to blame."""
+    if not fault.violations:
+        return fault.message, _PARAMS.get(fault.reason)
+    renamed = [(renamed_path(path, names), why) for path, why in fault.violations]
+    message = fault.message
+    if message == "; ".join(f"{path}: {why}" for path, why in fault.violations):
+        message = "; ".join(f"{path}: {why}" for path, why in renamed)
+    return message, renamed[0][0]
+
+
+def renamed_path(path: str, names: Mapping[str, str]) -> str:
+    """The longest entry of ``names`` that begins the path, exchanged for what it stands for."""
+    for start in sorted(names, key=len, reverse=True):
+        if start.endswith("."):
+            if path.startswith(start):
+                return names[start] + path[len(start) :]
+        elif path == start or path.startswith((f"{start}[", f"{start}.")):
+            return names[start] + path[len(start) :]
+    return path

@@ -1,0 +1,247 @@
+"""The HTTP listener: what is answered where, TLS, limits, start and stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import Iterator, Mapping
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route as StarletteRoute
+
+from turret.server.api.adapters import Adapters
+from turret.server.api.call import REQUEST_ID_KEY
+from turret.server.api.inference import Inference
+from turret.server.api.shares import Shares
+from turret.server.api.tokens import TokenTable
+from turret.server.codes import Code
+from turret.server.config import ListenConfig, SecurityConfig, split_address
+from turret.server.http import generation, lora
+from turret.server.http import tokens as token_routes
+from turret.server.http.chat import ChatCompletions
+from turret.server.http.completions import Completions
+from turret.server.http.connection import MAX_HEAD_BYTES, Connection, tls_context
+from turret.server.http.endpoint import Endpoint, Handler, Route
+from turret.server.http.models import Models
+from turret.server.http.probes import Probes, embeddings
+from turret.server.http.refusals import HttpRefusal, refusal_of
+from turret.server.http.reply import dumps
+from turret.server.metrics import Metrics
+
+INFERENCE = "turret.v1.Inference"
+ADAPTERS = "turret.v1.Adapters"
+METRICS = "metrics"
+NO_NAMES: Mapping[str, str] = {}
+
+# Clients keep connections for later; what they find closed just then fails their next request.
+KEEP_ALIVE_SECONDS = 75
+BACKLOG = 1024
+_LAST_WORD_SECONDS = 1.0
+
+
+def routes(
+    inference: Inference, adapters: Adapters, metrics: Metrics, *, has_admin: bool
+) -> list[Route]:
+    """Everything that is answered.
+
+    Args:
+        inference: Answers the data plane.
+        adapters: Answers the control plane.
+        metrics: What is counted.
+        has_admin: Whether adapters can be loaded and unloaded here.
+    """
+    models, probes = Models(inference, adapters), Probes(inference, metrics)
+    texts, admin = token_routes.Tokens(inference), lora.Lora(adapters)
+    made = [
+        Route(
+            method="POST",
+            path="/v1/chat/completions",
+            handler=ChatCompletions(inference),
+            service=INFERENCE,
+            names=generation.CHAT_NAMES,
+            is_counted=True,
+        ),
+        Route(
+            method="POST",
+            path="/v1/completions",
+            handler=Completions(inference),
+            service=INFERENCE,
+            names=generation.COMPLETION_NAMES,
+            is_counted=True,
+        ),
+        _get("/v1/models", models.list, INFERENCE),
+        # A model's name may hold slashes.
+        _get("/v1/models/{model:path}", models.get, INFERENCE),
+        _post("/v1/embeddings", embeddings, INFERENCE),
+        _post("/tokenize", texts.tokenize, INFERENCE, token_routes.NAMES),
+        _post("/detokenize", texts.detokenize, INFERENCE, token_routes.NAMES),
+        _get("/health", probes.health, "", logging.DEBUG),
+        _get("/metrics", probes.metrics, METRICS, logging.DEBUG),
+    ]
+    if has_admin:
+        made += [
+            _post("/v1/load_lora_adapter", admin.load, ADAPTERS, lora.NAMES),
+            _post("/v1/unload_lora_adapter", admin.unload, ADAPTERS, lora.NAMES),
+        ]
+    return made
+
+
+def _get(path: str, handler: Handler, service: str, level: int = logging.INFO) -> Route:
+    return Route(method="GET", path=path, handler=handler, service=service, level=level)
+
+
+def _post(path: str, handler: Handler, service: str, names: Mapping[str, str] = NO_NAMES) -> Route:
+    return Route(method="POST", path=path, handler=handler, service=service, names=names)
+
+
+class _Uvicorn(uvicorn.Server):
+    """A server inside a process that has its own signal handlers."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.is_up = asyncio.Event()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.is_up.set()
+
+
+class HttpServer:
+    """Everything that answers HTTP. Starts before the model is loaded and says so.
+
+    Must be made and used inside the running event loop.
+
+    Args:
+        listen: The address, and the origins of pages that may call.
+        security: TLS files; its token file is read by the caller.
+        inference: Answers the data plane.
+        adapters: Answers the control plane, unless that has an address of its own.
+        metrics: Counts calls.
+        tokens: Accepted bearer tokens; None lets every caller in.
+        shares: Limits the answers of one party; without them there is none.
+
+    Raises:
+        OSError: A TLS file cannot be read, or the files do not fit together.
+    """
+
+    def __init__(
+        self,
+        listen: ListenConfig,
+        security: SecurityConfig,
+        *,
+        inference: Inference,
+        adapters: Adapters,
+        metrics: Metrics,
+        tokens: TokenTable | None,
+        shares: Shares | None = None,
+    ) -> None:
+        assert listen.http_address is not None
+        self.address = listen.http_address
+        has_admin = listen.admin_address is None
+        shares = shares or Shares()
+        answered = [
+            StarletteRoute(
+                route.path, Endpoint(route, metrics, tokens, shares), methods=[route.method]
+            )
+            for route in routes(inference, adapters, metrics, has_admin=has_admin)
+        ]
+        app = _application(answered, listen.http_cors_origin)
+        self._server = _Uvicorn(_configuration(app, security))
+        self._serving: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Bind and listen; ``address`` then has the actual port.
+
+        Raises:
+            OSError: The address cannot be bound.
+        """
+        host, port = split_address(self.address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        try:
+            bound = socket.create_server((host, port), family=family, backlog=BACKLOG)
+        except OSError as error:
+            raise OSError(f"cannot listen on {self.address}: {error}") from None
+        shown = f"[{host}]" if ":" in host else host
+        self.address = f"{shown}:{bound.getsockname()[1]}"
+        self._serving = asyncio.ensure_future(self._server.serve(sockets=[bound]))
+        up = asyncio.ensure_future(self._server.is_up.wait())
+        await asyncio.wait((self._serving, up), return_when=asyncio.FIRST_COMPLETED)
+        if not up.done():
+            up.cancel()
+            await self._serving
+
+    async def stop(self, grace_seconds: float) -> None:
+        """Take no further request; cancel those that still run after the grace period."""
+        if self._serving is None:
+            return
+        server = self._server
+        server.config.timeout_graceful_shutdown = grace_seconds  # type: ignore[assignment]
+        server.should_exit = True
+        await self._serving
+        # Cancelled just now: each has a last word to say, but not to a client that does not read.
+        tasks = list(server.server_state.tasks)
+        if tasks:
+            await asyncio.wait(tasks, timeout=_LAST_WORD_SECONDS)
+        for connection in list(server.server_state.connections):
+            connection.transport.abort()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _configuration(app: Starlette, security: SecurityConfig) -> uvicorn.Config:
+    context = tls_context(security)
+    return uvicorn.Config(
+        app,
+        http=Connection,
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        # What goes wrong is answered and logged by the endpoints.
+        log_level="critical",
+        access_log=False,
+        server_header=False,
+        proxy_headers=False,
+        h11_max_incomplete_event_size=MAX_HEAD_BYTES,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        ssl_context_factory=None if context is None else lambda _config, _default: context,
+    )
+
+
+def _application(answered: list[StarletteRoute], origins: tuple[str, ...]) -> Starlette:
+    middleware = []
+    if origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=[REQUEST_ID_KEY, "retry-after"],
+            )
+        )
+    return Starlette(
+        routes=answered,
+        middleware=middleware,
+        exception_handlers={HTTPException: _no_route},
+    )
+
+
+async def _no_route(request: Request, error: Exception) -> Response:
+    """What Starlette itself refuses: a path or a method that is not there."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    code = Code.NOT_FOUND if status == 404 else Code.UNIMPLEMENTED
+    text = f"{request.method} {request.url.path} is not served here"
+    refusal = refusal_of(HttpRefusal(status, code, text, reason="unknown_url"))
+    headers = {**refusal.headers, **(getattr(error, "headers", None) or {})}
+    return Response(dumps(refusal.body), status, headers=headers, media_type="application/json")

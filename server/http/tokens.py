@@ -1,0 +1,68 @@
+"""POST /tokenize and /detokenize, with vLLM's fields."""
+
+from __future__ import annotations
+
+from turret.server.api.inference import Inference
+from turret.server.api.violations import Violations
+from turret.server.http.chat import read_messages
+from turret.server.http.endpoint import Exchange
+from turret.server.http.fields import Fields, is_token_id
+from turret.server.http.unsupported import refuse_unsupported
+from turret.v1 import inference_pb2
+
+NAMES = {"input": "prompt", "token_ids.ids": "tokens", "chat": "messages"}
+
+
+class Tokens:
+    """Turns text into tokens and back.
+
+    Args:
+        inference: Has the tokenizer.
+    """
+
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
+
+    async def tokenize(self, exchange: Exchange) -> None:
+        """The tokens of ``prompt``, or of ``messages`` as the chat template renders them."""
+        info = self._inference.model()
+        violations = Violations()
+        fields = Fields(exchange.take_body(), violations)
+        is_chat = fields.get("messages") is not None
+        refuse_unsupported(fields, is_chat=is_chat)
+        message = inference_pb2.TokenizeRequest()
+        if is_chat:
+            message.chat.CopyFrom(read_messages(fields))
+            if fields.get("prompt") is not None:
+                fields.refuse("prompt", "send either prompt or messages")
+        else:
+            if fields.get("prompt") is None:
+                fields.refuse("prompt", "must be set, or messages")
+            message.prompt = fields.text("prompt") or ""
+        wants_texts = fields.flag("return_token_strs")
+        violations.raise_if_any()
+        answer = await self._inference.tokenize(message)
+        await exchange.reply.json(
+            {
+                "count": len(answer.token_ids),
+                "max_model_len": info.max_model_len,
+                "tokens": list(answer.token_ids),
+                "token_strs": list(answer.token_texts) if wants_texts else None,
+            }
+        )
+
+    async def detokenize(self, exchange: Exchange) -> None:
+        """The text of ``tokens``, special tokens included."""
+        self._inference.model()
+        violations = Violations()
+        fields = Fields(exchange.take_body(), violations)
+        ids = fields.array("tokens")
+        if ids is None or not all(map(is_token_id, ids)):
+            fields.refuse("tokens", "must be a list of token ids")
+        violations.raise_if_any()
+        if not ids:
+            await exchange.reply.json({"prompt": ""})
+            return
+        message = inference_pb2.TokenizeRequest(token_ids=inference_pb2.TokenIds(ids=ids))
+        answer = await self._inference.tokenize(message)
+        await exchange.reply.json({"prompt": answer.text})

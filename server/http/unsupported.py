@@ -1,0 +1,79 @@
+"""Fields that ask for what turret does not do: refused, unless their value asks for nothing.
+
+A field that is listed nowhere is ignored: clients send many, and most of them are for other
+servers. One that is listed would change the answer, so to ignore it would be a wrong answer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from turret.server.http.fields import Fields
+
+_NO_CONSTRAINT = "constrained output is not supported"
+_NO_TOOLS = "tools are not supported"
+_NO_TEMPLATE = "the chat template is the model's own"
+_OFF = "is not supported"
+
+# Field → values that ask for nothing (null does so everywhere), and what to say of others.
+_EVERYWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
+    "response_format": (({"type": "text"},), _NO_CONSTRAINT),
+    **dict.fromkeys(
+        (
+            *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+            *("structured_outputs", "json_schema", "regex", "ebnf", "structural_tag"),
+        ),
+        ((), _NO_CONSTRAINT),
+    ),
+    "use_beam_search": ((False,), _OFF),
+    "length_penalty": ((1, 1.0), _OFF),
+    "prompt_logprobs": ((), "echo with logprobs reports the prompt's"),
+    "truncate_prompt_tokens": ((), _OFF),
+    "allowed_token_ids": ((), _OFF),
+    "bad_words": (([],), _OFF),
+    "logits_processors": (([],), _OFF),
+    "skip_special_tokens": ((True,), "special tokens are never part of the text"),
+    "return_token_ids": ((False,), _OFF),
+    "return_tokens_as_token_ids": ((False,), _OFF),
+    "priority": ((0,), _OFF),
+    "lora_path": ((), "name the adapter in model"),
+}
+_CHAT: dict[str, tuple[tuple[Any, ...], str]] = {
+    "tools": (([],), _NO_TOOLS),
+    "tool_choice": (("none", "auto"), _NO_TOOLS),
+    "functions": (([],), _NO_TOOLS),
+    "function_call": (("none", "auto"), _NO_TOOLS),
+    "modalities": ((["text"],), "answers are text"),
+    "audio": ((), "answers are text"),
+    "prediction": ((), _OFF),
+    "web_search_options": ((), _OFF),
+    "reasoning_effort": (("none",), _OFF),
+    "echo": ((False,), "is for /v1/completions"),
+    "add_generation_prompt": ((True,), _NO_TEMPLATE),
+    "continue_final_message": ((False,), _NO_TEMPLATE),
+    "add_special_tokens": ((False,), _NO_TEMPLATE),
+    "chat_template": ((), _NO_TEMPLATE),
+    "chat_template_kwargs": (({},), _NO_TEMPLATE),
+    "documents": (([],), _NO_TEMPLATE),
+}
+_COMPLETIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "suffix": (("",), _OFF),
+    "prompt_embeds": ((), _OFF),
+    "add_special_tokens": ((True,), "send token ids to have none added"),
+}
+
+
+def refuse_unsupported(fields: Fields, *, is_chat: bool) -> None:
+    """Note every field whose meaning would be lost."""
+    own = _CHAT if is_chat else _COMPLETIONS
+    for name, (neutral, why) in (_EVERYWHERE | own).items():
+        value = fields.get(name)
+        # Compared with its type: True is no 1.
+        if value is None or any(type(value) is type(n) and value == n for n in neutral):
+            continue
+        fields.refuse(name, why)
+
+
+def refused_fields() -> list[str]:
+    """Every field that may be refused, sorted."""
+    return sorted(_EVERYWHERE.keys() | _CHAT.keys() | _COMPLETIONS.keys())

@@ -1,0 +1,197 @@
+"""Chat and completions over HTTP: what the engine is asked, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from servers.http_harness import HttpHarness, http_harness
+
+from turret.server.adapters.ref import AdapterRef
+from turret.server.engine.request import Request
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+TURNS = [{"role": "user", "content": "hi"}]
+
+
+async def asked(server: HttpHarness, path: str = COMPLETIONS, **body: Any) -> Request:
+    """What the engine gets of a request that is answered."""
+    given = {"messages": TURNS} if path == CHAT else {"prompt": "a"}
+    answer = await server.post(path, {"model": "base", **given, **body})
+    assert answer.status_code == 200, answer.text
+    return server.engine.requests[-1]
+
+
+async def test_every_field_reaches_the_engine() -> None:
+    async with http_harness() as server:
+        request = await asked(
+            server,
+            temperature=0.5,
+            top_p=0.25,
+            top_k=7,
+            min_p=0.125,
+            seed=-1,
+            presence_penalty=-1,
+            frequency_penalty=1.5,
+            repetition_penalty=2,
+            logit_bias={"5": -100, "7": 1.5},
+            max_tokens=9,
+            min_tokens=3,
+            stop=["x", "y"],
+            stop_token_ids=[3],
+            ignore_eos=True,
+            include_stop_str_in_output=True,
+            logprobs=2,
+            echo=True,
+        )
+        sampling, stop, options = request.sampling, request.stop, request.options
+        assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.5, 0.25, 7)
+        assert (sampling.min_p, sampling.seed) == (0.125, (1 << 64) - 1)
+        assert (sampling.presence_penalty, sampling.frequency_penalty) == (-1, 1.5)
+        assert (sampling.repetition_penalty, sampling.logit_bias) == (2, {5: -100, 7: 1.5})
+        assert (stop.max_tokens, stop.min_tokens, stop.stop_strings) == (9, 3, ("x", "y"))
+        assert (stop.stop_token_ids, stop.ignore_eos, stop.include_stop) == ({3}, True, True)
+        assert (options.logprobs, options.top_n, options.echo) == (True, 2, True)
+
+
+async def test_what_is_not_sent_has_the_defaults_of_both_worlds() -> None:
+    async with http_harness() as server:
+        request = await asked(server, temperature=None, stop=None, logit_bias=None, n=None)
+        assert (request.sampling.temperature, request.sampling.seed) == (1.0, None)
+        assert request.stop.max_tokens == 16
+        request = await asked(server, CHAT, top_k=-1, stop="x", foo={"bar": [1]}, user="me")
+        assert request.stop.max_tokens is None
+        assert (request.stop.stop_strings, request.sampling.top_k) == (("x",), 0)
+        request = await asked(server, CHAT, max_tokens=3, max_completion_tokens=4)
+        assert request.stop.max_tokens == 4
+        request = await asked(server, CHAT, logprobs=True, top_logprobs=3)
+        assert (request.options.logprobs, request.options.top_n) == (True, 3)
+
+
+@pytest.mark.parametrize(
+    ("model", "refs"),
+    [
+        ("base", ()),
+        ("fake", ()),
+        ("sql", (("sql", 1.0),)),
+        ("fake:sql", (("sql", 1.0),)),
+        ("base:sql*0.5", (("sql", 0.5),)),
+        ("sql+json*-0.5", (("sql", 1.0), ("json", -0.5))),
+        ("a*.5 + b*2.", (("a", 0.5), ("b", 2.0))),
+        ("fake:base", (("base", 1.0),)),
+    ],
+)
+async def test_a_model_is_a_mix(model: str, refs: tuple[tuple[str, float], ...]) -> None:
+    async with http_harness() as server:
+        request = await asked(server, CHAT, model=model)
+        assert request.adapters == tuple(AdapterRef(name=n, weight=w) for n, w in refs)
+
+
+async def test_adapters_may_be_typed() -> None:
+    async with http_harness() as server:
+        adapters = [{"name": "sql"}, {"name": "json", "weight": -0.5, "generation": 2}]
+        request = await asked(server, CHAT, model="fake", adapters=adapters)
+        assert request.adapters == (
+            AdapterRef(name="sql"),
+            AdapterRef(name="json", weight=-0.5, generation=2),
+        )
+        for path, body, param in (
+            (CHAT, {"model": "sql", "adapters": adapters}, "adapters"),
+            (CHAT, {"model": "base", "adapters": ["sql"]}, "adapters[0]"),
+            (CHAT, {"model": "base", "adapters": [{"weight": 1}]}, "adapters[0].name"),
+            (CHAT, {"model": "sql*101"}, "adapters[0].weight"),
+            (CHAT, {"model": "sql+sql"}, "adapters[1].name"),
+            (CHAT, {}, "model"),
+            (CHAT, {"model": 3}, "model"),
+        ):
+            refused = await server.refused(path, {"messages": TURNS, **body})
+            assert (refused.status, refused.param) == (400, param), body
+        for model in (
+            "",
+            "SQL",
+            "sql*",
+            "sql*x",
+            "sql+",
+            "+sql",
+            "sql*1e3",
+            "other:sql",
+            "x" * 999,
+        ):
+            refused = await server.refused(CHAT, {"messages": TURNS, "model": model})
+            assert (refused.status, refused.code) == (404, "model_not_found"), model
+            assert refused.param == "model"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"modalities": ["text", "audio"]}, "modalities"),
+        ({"chat_template": "x"}, "chat_template"),
+        ({"use_beam_search": True}, "use_beam_search"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"best_of": 2}, "best_of"),
+        ({"stream": 1}, "stream"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"temperature": 1e300}, "temperature"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": 1 << 40}, "max_tokens"),
+        ({"seed": 1 << 64}, "seed"),
+        ({"stop": 3}, "stop"),
+        ({"stop": ["a", 3]}, "stop[1]"),
+        ({"stop": "\ud800"}, "stop[0]"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"1": 10**400}}, "logit_bias"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"messages": []}, "messages"),
+        ({"messages": None}, "messages"),
+        ({"messages": ["hi"]}, "messages[0]"),
+        ({"messages": [{"content": "hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "tool", "content": "hi"}]}, "messages[0].role"),
+        ({"messages": [{"role": "user", "content": 3}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": "\udc00"}]}, "messages[0].content"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            "messages[0].content[0]",
+        ),
+    ],
+)
+async def test_what_cannot_be_done_is_refused(body: dict[str, Any], param: str) -> None:
+    async with http_harness() as server:
+        sent = {"model": "base", "messages": TURNS, **body}
+        answer = await server.client.post(
+            CHAT, content=json.dumps(sent), headers={"content-type": "application/json"}
+        )
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (400, param), error
+        assert server.engine.requests == []
+
+
+async def test_what_asks_for_nothing_is_let_pass() -> None:
+    async with http_harness() as server:
+        await asked(
+            server, CHAT, tools=[], tool_choice="auto", response_format={"type": "text"},
+            modalities=["text"], use_beam_search=False, guided_json=None, best_of=1,
+            stream_options=None, parallel_tool_calls=True, metadata={"a": "b"}, store=True,
+        )  # fmt: skip
+        await asked(server, suffix="", add_special_tokens=True, length_penalty=1.0)
+
+
+async def test_a_chat_is_rendered_by_its_turns() -> None:
+    async with http_harness() as server:
+        parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+        turns = [
+            {"role": "developer", "content": "s"},
+            {"role": "user", "content": parts, "name": "me"},
+            {"role": "assistant", "content": None},
+        ]
+        request = await asked(server, CHAT, messages=turns)
+        assert bytes(request.prompt_token_ids) == b"system:s;user:ab;assistant:;"

@@ -1,0 +1,304 @@
+"""What surrounds every request over HTTP: access, limits, errors, ids, the drain."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from checkout import ROOT
+from servers.fakes import endless
+from servers.http_harness import Refused, http_harness
+
+from turret.server import errors
+from turret.server.api.adapters import Adapters
+from turret.server.api.auth import SERVICE_ROLES
+from turret.server.api.faults import TABLE as FAULTS
+from turret.server.api.gate import Gate
+from turret.server.api.inference import Inference
+from turret.server.api.tokens import TokenTable
+from turret.server.codes import Code
+from turret.server.config import ListenConfig
+from turret.server.engine.request import Output, Request
+from turret.server.http.body import BODY_SECONDS, MAX_BODY_BYTES, MAX_DEPTH, parse
+from turret.server.http.choices import MAX_AT_A_TIME
+from turret.server.http.completions import MAX_PROMPTS
+from turret.server.http.generation import MAX_CHOICES
+from turret.server.http.refusals import TABLE, refusal_of, renamed_path
+from turret.server.http.server import routes
+from turret.server.http.unsupported import refused_fields
+from turret.server.metrics import Metrics
+
+TOKENS = TokenTable(
+    [
+        ("ask", frozenset({"inference"})),
+        ("rule", frozenset({"admin"})),
+        ("watch", frozenset({"metrics"})),
+    ]
+)
+PROMPT = {"model": "base", "prompt": "a"}
+COMPLETIONS = "/v1/completions"
+
+
+def test_every_code_has_a_status() -> None:
+    assert TABLE.keys() == set(Code)
+    for kind in FAULTS:
+        refusal = refusal_of(kind("why"))
+        assert refusal.status == TABLE[refusal.code].status
+        assert refusal.body["error"]["message"] == (
+            "internal error" if refusal.code is Code.INTERNAL else "why"
+        )
+    assert refusal_of(ValueError("secret")).body["error"]["message"] == "internal error"
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "code", "retry"),
+    [
+        (errors.QueueFullError("x"), 429, "rate_limit_exceeded", "1"),
+        (errors.BudgetExceededError("x"), 429, "budget_exceeded", None),
+        (errors.AdapterNotFoundError("x"), 404, "model_not_found", None),
+        (errors.AdapterUnloadedError("x"), 409, "adapter_unloaded", None),
+        (errors.PromptTooLongError("x"), 400, "context_length_exceeded", None),
+        (errors.UnavailableError("x", retry_after_seconds=7.4), 503, "unavailable", "7"),
+        (errors.DeadlineExceededError("x"), 504, "deadline_exceeded", None),
+    ],
+)
+async def test_an_error_of_the_engine_becomes_a_status(
+    error: errors.TurretError, status: int, code: str, retry: str | None
+) -> None:
+    async with http_harness() as server:
+        server.engine.refuse = error
+        refused = await server.refused(COMPLETIONS, PROMPT)
+        assert (refused.status, refused.code, refused.message) == (status, code, "x")
+        assert refused.headers.get("retry-after") == retry
+        assert refused.headers["x-should-retry"] == ("false" if retry is None else "true")
+        counted = refusal_of(error).code.name
+        assert await server.sample("turret_requests_total", adapter="base", code=counted) == 1
+        assert await server.sample("turret_calls_total", protocol="http", code=counted) == 1
+
+
+async def test_a_bug_is_told_to_the_log_alone(caplog: pytest.LogCaptureFixture) -> None:
+    async with http_harness() as server:
+        server.engine.refuse = RuntimeError("secret")
+        refused = await server.refused(COMPLETIONS, PROMPT)
+        assert (refused.status, refused.message) == (500, "internal error")
+    assert any(r.exc_info and "secret" in str(r.exc_info[1]) for r in caplog.records)
+
+
+async def test_fields_are_named_as_the_client_knows_them() -> None:
+    async with http_harness() as server:
+        body = {"temperature": -3, "stop": [""], "logprobs": 21, "model": "base", "prompt": "a"}
+        refused = await server.refused(COMPLETIONS, body)
+        assert (refused.status, refused.kind) == (400, "invalid_request_error")
+        assert refused.param == "temperature"
+        assert refused.message == (
+            "temperature: must be in [0, 100]; 0 is greedy; stop: must not contain an empty "
+            "string; logprobs: must be in [0, 20]"
+        )
+    assert renamed_path("stop.stop_strings[2]", {"stop.": "", "stop.stop_strings": "stop"}) == (
+        "stop[2]"
+    )
+
+
+async def test_a_role_opens_its_paths_and_no_others() -> None:
+    asks: list[tuple[str, Any]] = [
+        (COMPLETIONS, PROMPT),
+        ("/v1/load_lora_adapter", {"lora_name": "a", "lora_path": "a"}),
+        ("/metrics", None),
+        ("/v1/models", None),
+        ("/health", None),
+    ]
+    statuses = {
+        "ask": [200, 403, 403, 200, 200],
+        "rule": [403, 200, 403, 403, 200],
+        "watch": [403, 403, 200, 403, 200],
+        "other": [401, 401, 401, 401, 200],
+        "": [401, 401, 401, 401, 200],
+    }
+    async with http_harness(tokens=TOKENS) as server:
+        for token, expected in statuses.items():
+            headers = {"authorization": f"Bearer {token}"} if token else {}
+            seen = []
+            for path, body in asks:
+                method = "GET" if body is None else "POST"
+                answer = await server.client.request(method, path, json=body, headers=headers)
+                seen.append(answer.status_code)
+                if answer.status_code == 401:
+                    assert answer.headers["www-authenticate"] == "Bearer"
+                    assert Refused.of(answer).code == "invalid_api_key"
+            assert seen == expected, token
+
+
+async def test_no_byte_is_read_of_who_may_not_call() -> None:
+    async with http_harness(tokens=TOKENS) as server:
+        answer = await server.client.post(COMPLETIONS, content=b"no json")
+        assert answer.status_code == 401
+
+
+async def test_a_request_has_the_id_that_was_sent(caplog: pytest.LogCaptureFixture) -> None:
+    async with http_harness() as server:
+        with caplog.at_level(logging.INFO, "turret"):
+            answer = await server.post(COMPLETIONS, PROMPT, {"x-request-id": "r-1"})
+            await server.settle()
+        assert answer.headers["x-request-id"] == "r-1"
+        assert answer.json()["id"] == "cmpl-r-1"
+        assert server.engine.requests[0].request_id == "r-1"
+        made = (await server.post(COMPLETIONS, PROMPT)).headers["x-request-id"]
+        assert len(made) == 32
+        refused = await server.refused(COMPLETIONS, {}, {"x-request-id": "r-2"})
+        assert refused.headers["x-request-id"] == "r-2"
+    (line,) = [r for r in caplog.records if r.message == "call finished"]
+    said = line.__dict__["fields"]
+    assert (said["method"], said["code"]) == ("POST /v1/completions", "OK")
+
+
+async def test_a_body_has_limits() -> None:
+    async with http_harness() as server:
+        send = server.client.post
+        json_type = {"content-type": "application/json"}
+
+        async def parts() -> AsyncIterator[bytes]:
+            for _ in range(MAX_BODY_BYTES // 65536 + 1):
+                yield b" " * 65536
+
+        contents: list[Any] = [b" " * (MAX_BODY_BYTES + 1), parts()]
+        for content in contents:
+            refused = Refused.of(await send(COMPLETIONS, content=content, headers=json_type))
+            assert (refused.status, refused.code) == (413, "request_too_large")
+        for content in (b"", b"{", b"[]", b"\xff", b'{"a": NaN}', b'{"a": ' + b"9" * 5000 + b"}"):
+            refused = Refused.of(await send(COMPLETIONS, content=content, headers=json_type))
+            assert (refused.status, refused.kind) == (400, "invalid_request_error"), content
+        text = {"content-type": "text/plain"}
+        refused = Refused.of(await send(COMPLETIONS, content=json.dumps(PROMPT), headers=text))
+        assert (refused.status, refused.code) == (415, "unsupported_media_type")
+        assert server.engine.requests == []
+
+
+def test_nesting_has_a_limit() -> None:
+    def nested(depth: int) -> bytes:
+        return b'{"a":' * (depth - 1) + b'{"b":"[[[[{{{{"}' + b"}" * (depth - 1)
+
+    assert "a" in parse(nested(MAX_DEPTH))
+    with pytest.raises(errors.InvalidRequestError, match="nested more than"):
+        parse(nested(MAX_DEPTH + 1))
+    for data in (b"[" * 1_000_000, b'"' + b"[" * 1_000_000, b'{"a' + b'"' * 99 + b"[" * 100_000):
+        with pytest.raises(errors.InvalidRequestError):
+            parse(data)
+
+
+async def test_other_paths_and_methods_are_refused_in_the_same_form() -> None:
+    async with http_harness() as server:
+        refused = await server.refused("/v1/nothing", {})
+        assert (refused.status, refused.code) == (404, "unknown_url")
+        answer = await server.client.get(COMPLETIONS)
+        assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+        refused = await server.refused("/v1/embeddings", {"model": "base", "input": "a"})
+        assert (refused.status, refused.code) == (501, "not_implemented")
+        for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+            assert (await server.refused(path, {})).status == 400
+    apart = ListenConfig(http_address="127.0.0.1:0", admin_address="127.0.0.1:0")
+    async with http_harness(listen=apart) as server:
+        body = {"lora_name": "a", "lora_path": "a"}
+        assert (await server.refused("/v1/load_lora_adapter", body)).status == 404
+
+
+async def test_a_closed_gate_is_said_and_health_shows_it() -> None:
+    async with http_harness(serving=False) as server:
+        answer = await server.client.get("/health")
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        for path in ("/v1/chat/completions", COMPLETIONS, "/tokenize", "/detokenize"):
+            refused = await server.refused(path, PROMPT)
+            assert (refused.status, refused.code) == (503, "unavailable"), path
+
+
+async def test_a_page_of_another_origin_needs_leave() -> None:
+    asked = {
+        "origin": "https://a.example",
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "authorization,content-type",
+    }
+    async with http_harness(tokens=TOKENS) as server:
+        answer = await server.client.options(COMPLETIONS, headers=asked)
+        assert "access-control-allow-origin" not in answer.headers
+    listen = ListenConfig(http_address="127.0.0.1:0", http_cors_origin=("https://a.example",))
+    async with http_harness(tokens=TOKENS, listen=listen) as server:
+        answer = await server.client.options(COMPLETIONS, headers=asked)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+        other = asked | {"origin": "https://b.example"}
+        answer = await server.client.options(COMPLETIONS, headers=other)
+        assert "access-control-allow-origin" not in answer.headers
+        sent = {"origin": "https://a.example", "authorization": "Bearer ask"}
+        answer = await server.post(COMPLETIONS, PROMPT, sent)
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+
+
+async def test_a_timeout_is_the_deadline_of_the_request() -> None:
+    async with http_harness() as server:
+        before = asyncio.get_running_loop().time()
+        await server.post(COMPLETIONS, PROMPT | {"timeout": 2.5})
+        (request,) = server.engine.requests
+        assert request.deadline is not None
+        assert 2.4 < request.deadline - before < 2.5 + 5
+        for bad in (0, -1, 1e300, "1"):
+            refused = await server.refused(COMPLETIONS, PROMPT | {"timeout": bad})
+            assert (refused.status, refused.param) == (400, "timeout")
+
+
+def test_the_page_names_every_path_field_and_status() -> None:
+    page = (ROOT / "docs" / "openai.md").read_text()
+    made = routes(Inference(Gate()), Adapters(Gate()), Metrics(), has_admin=True)
+    for route in made:
+        path = route.path.replace("{model:path}", "{model}")
+        assert f"{route.method} {path}`" in page, path
+        role = SERVICE_ROLES.get(route.service, "none")
+        (line,) = [line for line in page.splitlines() if f"{route.method} {path}`" in line]
+        assert line.split("|")[2].strip() == role, path
+    for name in refused_fields():
+        assert f"`{name}`" in page, name
+    for row in TABLE.values():
+        if row.status not in (200, 499):
+            assert f"| {row.status} | `{row.kind}` |" in page, row
+    assert f"nested at most {MAX_DEPTH} deep" in page
+    assert f"`n` is at most {MAX_CHOICES}" in page
+    assert f"a list of prompts at most {MAX_PROMPTS} long" in page.replace("\n", " ")
+    assert f"answered {MAX_AT_A_TIME} at a time" in page
+    assert (MAX_BODY_BYTES, BODY_SECONDS) == (4 << 20, 60)
+
+
+async def test_a_stop_waits_a_little_and_then_ends_what_runs() -> None:
+    async with http_harness() as server:
+        server.engine.script = endless
+        asking = asyncio.ensure_future(server.post(COMPLETIONS, PROMPT))
+        await asyncio.wait_for(server.engine.submitted.wait(), 10)
+        await asyncio.wait_for(server.server.stop(0.1), 10)
+        assert server.engine.streams[0].cancelled.is_set()
+        assert await server.sample("turret_calls_total", protocol="http", code="CANCELLED") == 1
+        refused = Refused.of(await asking)
+        assert (refused.status, refused.code) == (503, "unavailable")
+
+
+async def test_a_stop_does_not_wait_for_who_does_not_read() -> None:
+    """A client that asks for a long stream and takes none of it holds nobody up."""
+
+    async def flood(request: Request) -> AsyncIterator[Output]:
+        while True:
+            yield Output(text="x" * 65536, token_ids=(1,))
+            await asyncio.sleep(0)
+
+    async with http_harness() as server:
+        server.engine.script = flood
+        host, _, port = server.server.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        body = json.dumps(PROMPT | {"stream": True}).encode()
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
+        await reader.readexactly(100)
+        reader._transport.pause_reading()  # type: ignore[attr-defined]
+        await asyncio.sleep(0.2)
+        await asyncio.wait_for(server.server.stop(0.1), 10)
+        assert server.engine.streams[0].cancelled.is_set()
+        writer.transport.abort()

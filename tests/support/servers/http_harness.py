@@ -1,0 +1,126 @@
+"""An in-process HTTP server around stand-ins, and a client of it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import httpx2
+from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
+
+from turret.server.api.adapters import Adapters
+from turret.server.api.gate import Gate
+from turret.server.api.inference import Inference
+from turret.server.api.shares import Shares
+from turret.server.api.tokens import TokenTable
+from turret.server.config import ListenConfig, SecurityConfig
+from turret.server.http.server import HttpServer
+from turret.server.metrics import Metrics
+
+NOTHING: Mapping[str, str] = {}
+ANSWER_SECONDS = 20.0
+
+
+@dataclass
+class HttpHarness:
+    """A running server, what is behind it, and a client."""
+
+    server: HttpServer
+    gate: Gate
+    engine: FakeEngine
+    registry: FakeRegistry
+    metrics: Metrics
+    client: httpx2.AsyncClient
+
+    async def settle(self) -> None:
+        """Wait for what a call does after its last byte: it is counted and logged."""
+        while tasks := self.server._server.server_state.tasks:
+            await asyncio.wait(list(tasks))
+
+    async def sample(self, name: str, **labels: str) -> float | None:
+        await self.settle()
+        return self.metrics.registry.get_sample_value(name, labels)
+
+    async def post(
+        self, path: str, body: Any, headers: Mapping[str, str] = NOTHING
+    ) -> httpx2.Response:
+        return await self.client.post(path, json=body, headers=dict(headers))
+
+    async def refused(self, path: str, body: Any, headers: Mapping[str, str] = NOTHING) -> Refused:
+        """Post what must be refused; an error in OpenAI's form comes back."""
+        return Refused.of(await self.post(path, body, headers))
+
+    async def events(self, path: str, body: Any) -> list[Any]:
+        """The events of a stream; ``[DONE]`` as text."""
+        answer = await self.post(path, {**body, "stream": True})
+        assert answer.status_code == 200, answer.text
+        assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+        parts = answer.text.split("\n\n")
+        assert parts.pop() == ""
+        data = [part.removeprefix("data: ") for part in parts]
+        return [one if one == "[DONE]" else json.loads(one) for one in data]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """A refusal, taken apart."""
+
+    status: int
+    message: str
+    kind: str
+    param: str | None
+    code: str
+    headers: Mapping[str, str]
+
+    @classmethod
+    def of(cls, answer: httpx2.Response) -> Refused:
+        body = answer.json()
+        assert body.keys() == {"error"}
+        error = body["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        return cls(
+            answer.status_code,
+            error["message"],
+            error["type"],
+            error["param"],
+            error["code"],
+            answer.headers,
+        )
+
+
+@contextlib.asynccontextmanager
+async def http_harness(
+    *,
+    listen: ListenConfig | None = None,
+    security: SecurityConfig | None = None,
+    tokens: TokenTable | None = None,
+    shares: Shares | None = None,
+    serving: bool = True,
+) -> AsyncIterator[HttpHarness]:
+    """A server on a free port, serving fakes."""
+    gate, metrics = Gate(), Metrics()
+    adapters = Adapters(gate)
+    engine, registry = FakeEngine(), FakeRegistry()
+    server = HttpServer(
+        listen or ListenConfig(http_address="127.0.0.1:0"),
+        security or SecurityConfig(),
+        inference=Inference(gate),
+        adapters=adapters,
+        metrics=metrics,
+        tokens=tokens,
+        shares=shares,
+    )
+    await server.start()
+    if serving:
+        gate.open(fake_backend(engine, registry, FakeMerger(), FakeFuser()))
+    try:
+        base = f"http://{server.address}"
+        async with httpx2.AsyncClient(base_url=base, timeout=ANSWER_SECONDS) as client:
+            yield HttpHarness(server, gate, engine, registry, metrics, client)
+    finally:
+        adapters.close()
+        await server.stop(0.2)
