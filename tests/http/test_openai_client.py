@@ -151,6 +151,22 @@ def test_n_answers(client: openai.OpenAI) -> None:
     ]
 
 
+def test_answers_to_one_prompt_share_it(server: ServerUnderTest, client: openai.OpenAI) -> None:
+    """The first computes the prompt, and the other three find all whole blocks of it."""
+    prompt = " ".join(f"number {index}" for index in range(60))
+    before = _samples(server)
+    answer = client.completions.create(model="sql", prompt=prompt, n=4, max_tokens=2, seed=1)
+    after = _samples(server)
+    assert answer.usage is not None
+    length = answer.usage.prompt_tokens
+    hit = 'turret_prefix_cache_tokens_total{result="hit"}'
+    found = after.get(hit, 0) - before.get(hit, 0)
+    # A block is 16 tokens; the last token is always computed.
+    assert found == 3 * ((length - 1) // 16 * 16) > 0
+    counted = 'turret_prompt_tokens_total{adapter="sql"}'
+    assert after[counted] - before.get(counted, 0) == 4 * length
+
+
 def test_completions_with_echo_and_logprobs(client: openai.OpenAI, rpc: TurretClient) -> None:
     scores = rpc.score(PROMPT, top_n=1).tokens
     expected = [token.logprob for token in scores]
@@ -327,17 +343,19 @@ async def test_streams_that_are_dropped_leave_nothing(server: ServerUnderTest) -
         # Answered behind all of them, so what they left would still be there.
         after = sync.completions.create(model="json", prompt=PROMPT, **GREEDY).choices[0].text
     assert after == before
-    assert _sequences(server) == {"running": 0.0, "waiting": 0.0}
+    samples = _samples(server)
+    assert samples['turret_sequences{state="running"}'] == 0
+    assert samples['turret_sequences{state="waiting"}'] == 0
 
 
-def _sequences(server: ServerUnderTest) -> dict[str, float]:
-    """Sequences by state."""
+def _samples(server: ServerUnderTest) -> dict[str, float]:
+    """One scrape: series with its labels → value."""
     url = f"http://{server.metrics_address}/metrics"
     question = urllib.request.Request(url, headers={"authorization": "Bearer watch"})
     with urllib.request.urlopen(question, timeout=30) as answer:
         lines = answer.read().decode().splitlines()
-    found = {}
-    for line in lines:
-        if line.startswith("turret_sequences{"):
-            found[line.split('"')[1]] = float(line.split()[-1])
-    return found
+    return {
+        line.rpartition(" ")[0]: float(line.rpartition(" ")[2])
+        for line in lines
+        if not line.startswith("#")
+    }
