@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
+import socket
 import ssl
 import subprocess
 from pathlib import Path
@@ -38,6 +39,17 @@ async def test_a_head_that_does_not_come_closes_the_connection(
         reader, writer = await opened(server.server.address)
         writer.write(sent)
         await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+
+
+async def test_a_small_write_waits_for_nothing() -> None:
+    async with http_harness() as server:
+        reader, writer = await opened(server.server.address)
+        writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        await asyncio.wait_for(reader.readuntil(b"}"), 10)
+        (accepted,) = server.server._server.server_state.connections
+        found = accepted.transport.get_extra_info("socket")
+        assert found.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
         writer.close()
 
 

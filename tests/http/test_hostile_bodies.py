@@ -1,0 +1,73 @@
+"""Bodies of any shape get an answer or a refusal, and never make a bug visible."""
+
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+from servers.http_harness import http_harness
+
+from turret.server.http.unsupported import refused_fields
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+TURNS = [{"role": "user", "content": "a"}]
+ADAPTER = {"lora_name": "a", "lora_path": "a"}
+# Path → bodies that are right.
+PATHS: dict[str, tuple[dict[str, Any], ...]] = {
+    CHAT: ({"model": "base", "messages": TURNS},),
+    COMPLETIONS: ({"model": "base", "prompt": "a"},),
+    "/tokenize": ({"prompt": "a"}, {"messages": TURNS}),
+    "/detokenize": ({"tokens": [1]},),
+    "/v1/load_lora_adapter": (ADAPTER,),
+    "/v1/unload_lora_adapter": (ADAPTER,),
+    "/v1/embeddings": ({"model": "base", "input": "a"},),
+}
+FIELDS = (
+    *("model", "adapters", "messages", "prompt", "tokens", "n", "best_of", "stream"),
+    *("stream_options", "timeout", "temperature", "top_p", "top_k", "min_p", "seed"),
+    *("presence_penalty", "frequency_penalty", "repetition_penalty", "logit_bias"),
+    *("max_tokens", "max_completion_tokens", "min_tokens", "stop", "stop_token_ids"),
+    *("ignore_eos", "include_stop_str_in_output", "logprobs", "top_logprobs", "echo"),
+    *("lora_name", "lora_path", "load_inplace", "pinned", "return_token_strs"),
+    *refused_fields(),
+)
+SCALARS: tuple[Any, ...] = (
+    *(None, True, False, 0, 1, -1, 2, 16, 255, 256, 1 << 31, 1 << 32, 1 << 63, 1 << 64, 10**400),
+    *(0.0, -0.0, 0.5, 1.0, 1.5, -1e308, 1e308, 5e-324),
+    *("", "a", "base", "sql", "sql+json*-0.5", "\ud800", "\x00", "é" * 300, "x" * 5000, "../a"),
+)
+_KEYS = (*("role", "content", "type", "text", "name", "weight", "generation"), "1", "-1", "a")
+
+
+def any_value(source: random.Random, depth: int = 0) -> Any:
+    kind = source.random()
+    if depth > 3 or kind < 0.6:
+        return source.choice(SCALARS)
+    if kind < 0.8:
+        return [any_value(source, depth + 1) for _ in range(source.randint(0, 3))]
+    if kind < 0.9:
+        roles = ("user", "system", "tool", "developer", "")
+        return [{"role": source.choice(roles), "content": any_value(source, depth + 1)}]
+    return {source.choice(_KEYS): any_value(source, depth + 1) for _ in range(source.randint(0, 3))}
+
+
+async def test_any_body_is_answered_or_refused() -> None:
+    source = random.Random(11)
+    statuses: dict[str, set[int]] = {path: set() for path in PATHS}
+    async with http_harness() as server:
+        for _ in range(1500):
+            path = source.choice(list(PATHS))
+            body = dict(source.choice(PATHS[path]))
+            for _ in range(source.choice((1, 1, 1, 2, 4))):
+                body[source.choice(FIELDS)] = any_value(source)
+            answer = await server.client.post(
+                path, content=json.dumps(body), headers={"content-type": "application/json"}
+            )
+            statuses[path].add(answer.status_code)
+            assert answer.status_code in (200, 400, 404, 409, 501), (path, body, answer.text)
+            if answer.status_code >= 400:
+                assert answer.json()["error"]["message"]
+    assert statuses.pop("/v1/embeddings") == {501}
+    for path, seen in statuses.items():
+        assert {200, 400} <= seen, path
