@@ -59,13 +59,13 @@ _log = logging.getLogger(__name__)
 BLOCK_SIZE = 16
 
 
-def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = None) -> Backend:
+def build_backend(config: Config, metrics: Metrics, *, gpu: bool | None = None) -> Backend:
     """Load the model. Blocks for as long as that takes; runs in a thread of its own.
 
     Args:
         config: The resolved configuration.
         metrics: Counts.
-        triton: Whether steps run as Triton kernels; None for what the device wants (on the CPU
+        gpu: Whether steps run as Triton kernels; None for what the device wants (on the CPU
             only Triton's interpreter could run them).
 
     Returns:
@@ -78,14 +78,14 @@ def build_backend(config: Config, metrics: Metrics, *, triton: bool | None = Non
     """
     started = time.monotonic()
     device = _choose_device(config.model)
-    triton = device.type == "cuda" if triton is None else triton
+    gpu = device.type == "cuda" if gpu is None else gpu
     dtype: torch.dtype = getattr(torch, config.model.dtype)
     with progress_bar() as progress:
         source = resolve_model(config.model.model, default_cache_dir(), progress)
-        decoder = load_decoder(source, dtype=dtype, device=device, gpu=triton, progress=progress)
+        decoder = load_decoder(source, dtype=dtype, device=device, gpu=gpu, progress=progress)
     tokenizer = Tokenizer.load(source.files, eos_token_ids(source.files), decoder.arch.vocab_size)
     base = describe_base(decoder, source)
-    path = "gpu" if triton else "cpu" if has_native(dtype, device) else "torch"
+    path = "gpu" if gpu else "cpu" if has_native(dtype, device) else "torch"
     store = _build_store(path, config.adapters, decoder, metrics)
     registry = _build_registry(config.adapters, base, metrics)
     engine = _build_engine(config, metrics, decoder, store, registry, tokenizer)

@@ -188,7 +188,7 @@ class Nf4Linear:
         """What multiplies, in words."""
         if self._dense is not None:
             return linear_formulation(self._dense)
-        return "triton" if self._code is None else nf4_formulation(self._shape, self._code)
+        return "gpu" if self._code is None else nf4_formulation(self._shape, self._code)
 
     def _rows(self, index: int) -> slice:
         start = sum(self.widths[:index])

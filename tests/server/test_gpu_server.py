@@ -84,7 +84,7 @@ def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tuning_module.tuning.cache_clear()
 
 
-async def answers(root: Path, *, triton: bool) -> list[Completion]:
+async def answers(root: Path, *, gpu: bool) -> list[Completion]:
     """Serve every mix at once over gRPC."""
     names = (*ADAPTERS, "fusion", "fusion-2")
     config = Config(
@@ -94,7 +94,7 @@ async def answers(root: Path, *, triton: bool) -> list[Completion]:
         adapters=AdapterConfig(adapter_root=root, preload=tuple((n, n) for n in names)),
         listen=ListenConfig(address="127.0.0.1:0", metrics_address=None),
     )
-    app = App(config, build=lambda c, m: build_backend(c, m, triton=triton))
+    app = App(config, build=lambda c, m: build_backend(c, m, gpu=gpu))
     await app.startup()
     assert app.rpc is not None
     try:
@@ -125,10 +125,10 @@ async def test_every_method_in_one_batch_as_on_plain_torch(tmp_path: Path) -> No
         save_adapter(model, make_config(method, **keys), tmp_path / name, seed=seed)
     save_fusion(model, tmp_path, "fusion", ("lora", "rslora"), ("q_proj", "down_proj"))
     save_fusion(model, tmp_path, "fusion-2", ("rslora", "lora"), ("q_proj", "up_proj"), seed=1)
-    expected = await answers(tmp_path, triton=False)
+    expected = await answers(tmp_path, gpu=False)
     capture = FakeCapture()
     with patch.object(decode_graphs, "capture_for", lambda device, dtype: capture):
-        found = await answers(tmp_path, triton=True)
+        found = await answers(tmp_path, gpu=True)
     for mix, one, two in zip(MIXES, found, expected, strict=True):
         assert len(one.logprobs) == tokens_of(mix)
         assert one.token_ids == two.token_ids, mix
