@@ -188,7 +188,7 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
         BLOCK_N=tuned.nf4_block_n,
         PTX=tuned.inline_ptx,
         num_warps=4,
-        num_stages=4,
+        num_stages=tuned.nf4_stages,
         enable_fp_fusion=True,
     )
     if parts > 1:

@@ -31,6 +31,7 @@ class Tuning:
             weight out and a library's product is faster.
         attention_stages: Depth of the pipeline over keys. Block numbers come before their keys: 5
             keep two tiles of keys and values under way, 3 none.
+        nf4_stages: Depth of the pipeline of ``nf4_matmul``; four do not fit in an AMD device's memory.
         inline_ptx: Whether kernels may hold PTX: on NVIDIA devices.
     """
 
@@ -48,6 +49,7 @@ class Tuning:
     nf4_pass_rows: int = 64
     # Two tiles under way do not fit in an AMD device's 64 KiB of shared memory.
     attention_stages: int = 5 if torch.version.hip is None else 3
+    nf4_stages: int = 4 if torch.version.hip is None else 3
     inline_ptx: bool = torch.version.hip is None
 
 

@@ -18,16 +18,16 @@ BOUND = {torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}
 
 
 def make_step(hidden: int) -> Any:
-    model = bench_module("kernel_launches").Model(
+    model = bench_module("cuda.kernel_launches").Model(
         hidden=hidden, heads=4, kv_heads=2, head_dim=hidden // 4, inner=3 * hidden, vocab=128
     )
-    make = bench_module("gpu_step").DecodeStep
+    make = bench_module("cuda.step").DecodeStep
     return make(model, 1, len(SLOT_OF_ROW), CONTEXT, HALF, torch.device("cpu"))
 
 
 def adapters_of(step: Any, method: str) -> list[Any]:
     """An adapter or None per row."""
-    scenario = bench_module("gpu_step").Scenario(method, SLOT_OF_ROW, (12, 64), method)
+    scenario = bench_module("cuda.step").Scenario(method, SLOT_OF_ROW, (12, 64), method)
     made = step.adapters(scenario)
     return [made[slot - 1] if slot else None for slot in SLOT_OF_ROW]
 

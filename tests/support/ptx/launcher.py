@@ -50,7 +50,7 @@ class Launcher:
 
     def __init__(self, target: str, edit: Callable[[str], str] | None = None) -> None:
         """Emulate ``target``: ``sm_80`` or ``sm_90``."""
-        self._compilations = bench_module("compilations")
+        self._compilations = bench_module("cuda.compilations")
         self._target = self._compilations.TARGETS[target]
         self.edit = edit
         self.launches: dict[str, int] = {}
