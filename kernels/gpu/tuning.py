@@ -31,7 +31,7 @@ class Tuning:
             weight out and a library's product is faster.
         attention_stages: Depth of the pipeline over keys. Block numbers come before their keys: 5
             keep two tiles of keys and values under way, 3 none.
-        nf4_stages: Depth of the pipeline of ``nf4_matmul``; four do not fit in an AMD device's memory.
+        nf4_stages: Depth of the pipeline of ``nf4_matmul``; four do not fit in 64 KiB (AMD).
         inline_ptx: Whether kernels may hold PTX: on NVIDIA devices.
     """
 

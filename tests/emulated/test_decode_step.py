@@ -72,7 +72,8 @@ def exact_row(step: Any, row: int, adapter: Any) -> torch.Tensor:
     def norm(x: torch.Tensor) -> torch.Tensor:
         return x * (x.pow(2).mean() + arch.rms_norm_eps).rsqrt()
 
-    angles = CONTEXT * decoder._inv_freq.double()
+    (rope,) = arch.ropes.values()
+    angles = CONTEXT * rope.inv_freq.double()
 
     def turn(heads: torch.Tensor) -> torch.Tensor:
         first, second = heads.chunk(2, dim=-1)
