@@ -35,9 +35,9 @@ from turret.server.build import build_backend
 from turret.server.config import AdapterConfig, Config, ModelConfig, SchedulerConfig
 from turret.server.engine.engine import Engine
 from turret.server.engine.loop import EngineLoop
-from turret.server.engine.request import Request, SamplingParams, StopConditions
+from turret.server.engine.scheduling.request import Request, SamplingParams, StopConditions
 from turret.server.metrics import Metrics
-from turret.server.models.arch import Arch
+from turret.server.models.decoding.arch import Arch
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import default_cache_dir, resolve_model
 
@@ -46,22 +46,24 @@ REST = "all else"
 # Innermost wins: the time of a part is without that of the parts that it calls. Of two with one
 # name, the compiled formulation and torch's, one runs.
 PARTS = (
-    Part("turret.server.models.nf4:Nf4Linear.__call__", "base matmuls"),
+    Part("turret.server.models.weights.nf4:Nf4Linear.__call__", "base matmuls"),
     Part("turret.server.adapters.device.cpu_store:CpuStep.inputs", "adapters"),
     Part("turret.server.adapters.device.cpu_store:CpuStep.apply", "adapters"),
-    Part("turret.server.adapters.device.packed_store:PackedStep.apply", "adapters"),
-    Part("turret.server.models.cpu_layer_ops:CpuLayerOps.attend", "attention"),
-    Part("turret.server.models.layer_ops:TorchLayerOps.attend", "attention"),
-    Part("turret.server.models.cpu_layer_ops:CpuLayerOps.add_rms_norm", "norms, residuals"),
-    Part("turret.server.models.layer_ops:TorchLayerOps.add_rms_norm", "norms, residuals"),
-    Part("turret.server.models.cpu_layer_ops:CpuLayerOps.gated_activation", "activation"),
-    Part("turret.server.models.layer_ops:TorchLayerOps.gated_activation", "activation"),
+    Part("turret.server.adapters.device.packed.store:PackedStep.apply", "adapters"),
+    Part("turret.server.models.decoding.cpu_layer_ops:CpuLayerOps.attend", "attention"),
+    Part("turret.server.models.decoding.layer_ops:TorchLayerOps.attend", "attention"),
+    Part(
+        "turret.server.models.decoding.cpu_layer_ops:CpuLayerOps.add_rms_norm", "norms, residuals"
+    ),
+    Part("turret.server.models.decoding.layer_ops:TorchLayerOps.add_rms_norm", "norms, residuals"),
+    Part("turret.server.models.decoding.cpu_layer_ops:CpuLayerOps.gated_activation", "activation"),
+    Part("turret.server.models.decoding.layer_ops:TorchLayerOps.gated_activation", "activation"),
     Part("turret.server.adapters.device.hadamard_shelf:HadamardShelf.apply", "Hadamard"),
     Part("turret.server.adapters.device.kronecker_shelf:KroneckerShelf.apply", "Kronecker"),
-    Part("turret.server.models.decoder:Decoder.logits", "head"),
-    Part("turret.server.engine.sampler:Sampler.draw", "sampling"),
-    Part("turret.server.engine.batch:BatchBuilder.build", "batch metadata"),
-    Part("turret.server.engine.runner:Runner.run", REST),
+    Part("turret.server.models.decoding.decoder:Decoder.logits", "head"),
+    Part("turret.server.engine.step.sampler:Sampler.draw", "sampling"),
+    Part("turret.server.engine.step.batch:BatchBuilder.build", "batch metadata"),
+    Part("turret.server.engine.step.runner:Runner.run", REST),
 )
 _NF4_BYTES = 0.5 + 2 / 64  # a code, and its share of a block's bf16 absmax
 _BF16_BYTES = 2

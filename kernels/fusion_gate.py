@@ -17,8 +17,8 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.row_exp import row_exp_
-from turret.kernels.row_linear import row_linear
+from turret.kernels.rows.exp import row_exp_
+from turret.kernels.rows.linear import row_linear
 
 # Sides are filled up to multiples of this: fewer shapes, fewer trials.
 GATE_MULTIPLE = 16

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.row_product import row_product, select_slot
+from turret.kernels.rows.product import row_product, select_slot
 
 # fp32 elements of the temporary, per piece of rows: 4 MiB stay in cache.
 _PIECE_ELEMENTS = 1 << 20

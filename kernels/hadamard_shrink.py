@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import torch
 
-from turret.kernels.row_product import row_product
+from turret.kernels.rows.product import row_product
 
 # fp32 elements of the temporary, per piece of rows: 4 MiB stay in cache.
 _PIECE_ELEMENTS = 1 << 20

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from turret.kernels.row_product import row_product, select_slot
+from turret.kernels.rows.product import row_product, select_slot
 
 # fp32 elements of the temporaries, per piece of rows: 4 MiB stay in cache.
 _PIECE_ELEMENTS = 1 << 20

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.row_exp import row_exp_
-from turret.kernels.row_tables import prepare_products, table_product
+from turret.kernels.rows.exp import row_exp_
+from turret.kernels.rows.tables import prepare_products, table_product
 
 TILE = 128
 # Query rows are padded to a multiple of this, the least number of rows in a product's call.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.row_trial import SAMPLE_ROWS, by_rows
+from turret.kernels.rows.trial import SAMPLE_ROWS, by_rows
 
 
 def residual_rms_norm_reference(

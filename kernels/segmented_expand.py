@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from turret.kernels.row_linear import max_reduction, row_addmm_
+from turret.kernels.rows.linear import max_reduction, row_addmm_
 from turret.kernels.segmented_shrink import RankActivations
 from turret.kernels.segments import SegmentPlan, ShortPass
 

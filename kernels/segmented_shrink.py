@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.row_linear import row_linear
+from turret.kernels.rows.linear import row_linear
 from turret.kernels.segments import SegmentPlan
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import turret
 from turret.server import log
-from turret.server.api.adapters import Adapters
+from turret.server.api.admin.adapters import Adapters
 from turret.server.api.backend import Backend
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference

@@ -13,7 +13,7 @@ from turret.kernels.cpu.native import has_native
 from turret.server import log
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.device.cpu_store import CpuStore
-from turret.server.adapters.device.packed_store import PackedStore
+from turret.server.adapters.device.packed.store import PackedStore
 from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.merge.merger import Merger
@@ -28,25 +28,25 @@ from turret.server.config import (
     Config,
     ModelConfig,
 )
-from turret.server.engine.block_pool import BlockPool
 from turret.server.engine.engine import Engine
-from turret.server.engine.executor import Executor, TorchExecutor
-from turret.server.engine.memory_plan import (
+from turret.server.engine.scheduling.block_pool import BlockPool
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.executor import Executor, TorchExecutor
+from turret.server.engine.step.memory_plan import (
     adapter_bytes,
     kv_cache_bytes,
     largest_step,
     measure,
 )
-from turret.server.engine.runner import Runner
-from turret.server.engine.scheduler import Scheduler
-from turret.server.engine.sequence import Sequence
+from turret.server.engine.step.runner import Runner
 from turret.server.errors import InvalidRequestError
 from turret.server.metrics import Metrics
 from turret.server.models.base_edit import BaseEdit
-from turret.server.models.decoder import Decoder
+from turret.server.models.decoding.decoder import Decoder
+from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.describe import describe_base, describe_projections
 from turret.server.models.formulations import formulations
-from turret.server.models.kv_cache import KvCache
 from turret.server.models.loader import eos_token_ids, load_decoder
 from turret.server.models.model_info import ModelInfo
 from turret.server.models.model_source import ModelSource, default_cache_dir, resolve_model
@@ -141,7 +141,7 @@ def _store_type(path: str) -> Callable[..., AdapterStore]:
     if path != "gpu":
         return CpuStore if path == "cpu" else PackedStore
     # Imported where it is used: the other paths run where Triton is not installed.
-    from turret.server.adapters.device.gpu_store import GpuStore
+    from turret.server.adapters.device.gpu.store import GpuStore
 
     return GpuStore
 
@@ -151,10 +151,10 @@ def _build_executor(
 ) -> Executor:
     if isinstance(store, StepStore):
         return TorchExecutor(decoder, cache, store)
-    from turret.server.adapters.device.gpu_store import GpuStore
-    from turret.server.engine.decode_graphs import capture_for
-    from turret.server.engine.gpu_executor import GpuExecutor
-    from turret.server.models.gpu_decoder import GpuDecoder
+    from turret.server.adapters.device.gpu.store import GpuStore
+    from turret.server.engine.step.decode_graphs import capture_for
+    from turret.server.engine.step.gpu_executor import GpuExecutor
+    from turret.server.models.decoding.gpu_decoder import GpuDecoder
 
     assert isinstance(store, GpuStore)
     assert isinstance(decoder, GpuDecoder)

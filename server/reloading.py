@@ -7,7 +7,7 @@ import logging
 from pathlib import Path
 
 from turret.server import log
-from turret.server.api.file_stamp import stamp_of
+from turret.server.api.file_stamp import file_stamp
 from turret.server.api.tokens import TokenTable
 
 _log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class TokenReloader:
     def __init__(self, path: Path, tokens: TokenTable) -> None:
         self._path = path
         self._tokens = tokens
-        self._seen = stamp_of((path,))
+        self._seen = file_stamp((path,))
         self._asked = asyncio.Event()
 
     def reload(self) -> None:
@@ -44,7 +44,7 @@ class TokenReloader:
             except TimeoutError:
                 pass
             self._asked.clear()
-            stamp = await asyncio.to_thread(stamp_of, (self._path,))
+            stamp = await asyncio.to_thread(file_stamp, (self._path,))
             if stamp == self._seen:
                 continue
             self._seen = stamp

@@ -20,7 +20,7 @@ import pytest
 from servers.server_under_test import ServerUnderTest, start_server
 
 # Modules whose scratch memory must be written before it is read.
-_POISONED = ("turret.kernels.", "turret.server.models.decoder")
+_POISONED = ("turret.kernels.", "turret.server.models.decoding.decoder")
 
 
 class _PoisonedTorch:

@@ -18,11 +18,11 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from turret.server.models.arch import Arch
+from turret.server.models.decoding.arch import Arch
 from turret.server.models.embedded import find_gguf, read_gguf
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import ModelSource, default_cache_dir, resolve_model
-from turret.server.models.nf4 import Nf4Weight
+from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.progress import progress_bar
 from turret.training.errors import ConfigError
 

@@ -74,7 +74,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
         from turret.server.errors import TurretError
         from turret.training.errors import TrainingError
 
-        # peft imports it first: see ``server/models/nf4.py``.
+        # peft imports it first: see ``server/models/weights/nf4.py``.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         try:
             verb(args)

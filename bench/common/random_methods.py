@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from turret.server.models.arch import Arch
+from turret.server.models.decoding.arch import Arch
 from turret.server.models.describe import describe_base
 from turret.server.models.loader import load_decoder
 from turret.server.models.model_source import ModelSource

@@ -12,7 +12,7 @@ from cuda.step import DecodeStep, Scenario
 
 from turret.kernels.gpu.segmented_expand import segmented_expand
 from turret.kernels.gpu.segmented_shrink import segmented_shrink
-from turret.server.engine.scheduler import Step
+from turret.server.engine.scheduling.scheduler import Step
 
 
 def scenarios(setting: Setting) -> list[Scenario]:

@@ -16,7 +16,7 @@ from cuda.kernel_launches import Model
 from turret.kernels.gpu.tables.attention_table import SPLIT, AttentionTable
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 from turret.kernels.paged_attention import SequenceSpan
-from turret.server.adapters.device.gpu_store import GpuStore
+from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.operators import (
     AdapterOperators,
@@ -25,18 +25,18 @@ from turret.server.adapters.operators import (
     LowRank,
     ModuleOperators,
 )
-from turret.server.engine.decode_graphs import capture_for
-from turret.server.engine.executor import Computed
-from turret.server.engine.gpu_executor import GpuExecutor
-from turret.server.engine.request import Request
-from turret.server.engine.scheduler import Scheduled, Step
-from turret.server.engine.sequence import Sequence
-from turret.server.models.adapted_linear import AdaptedLinear
-from turret.server.models.arch import Arch, Rope
-from turret.server.models.decoder import DecoderLayer
-from turret.server.models.gpu_decoder import GpuDecoder
-from turret.server.models.kv_cache import KvCache
-from turret.server.models.nf4_gpu import Nf4Product
+from turret.server.engine.scheduling.request import Request
+from turret.server.engine.scheduling.scheduler import Scheduled, Step
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.decode_graphs import capture_for
+from turret.server.engine.step.executor import Computed
+from turret.server.engine.step.gpu_executor import GpuExecutor
+from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.arch import Arch, Rope
+from turret.server.models.decoding.decoder import DecoderLayer
+from turret.server.models.decoding.gpu_decoder import GpuDecoder
+from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.weights.nf4_gpu import Nf4Product
 
 KV_BLOCK = 16
 # Of a device's memory; in the interpreter, of nothing in particular.

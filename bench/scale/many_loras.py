@@ -9,7 +9,7 @@ from pathlib import Path
 
 from common.random_lora import ALL, write_random_lora
 
-from turret.server.models.arch import Arch
+from turret.server.models.decoding.arch import Arch
 
 # In this order the popular adapters have about the mean rank of all, so that traces for few and for
 # many differ in the number alone: by popularity 27 of five, 29 of ten, 30 of more. Ascending, five

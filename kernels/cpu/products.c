@@ -5,7 +5,7 @@
  *
  * How many rows, columns or batches are computed together, by which thread, changes no bit, nor do
  * zeros appended to the inner dimension (for columns: zeros anywhere in it). Tiles are computed alike
- * whatever is in them: what a library does not promise is what these are for (kernels/row_linear.py).
+ * whatever is in them: what a library does not promise is what these are for (kernels/rows/linear.py).
  */
 #include "vec.h"
 

@@ -1,7 +1,7 @@
 """Triton form of the input gain: ``x ⊙ Σ_k w_k (l_k − 1)`` per row (IA3, arXiv 2205.05638).
 
 What the base multiplies on top of ``x``: ``W (l ⊙ x) = W x + W ((l − 1) ⊙ x)``, exact beside any
-other operator of the mix. The reference is ``row_combine`` in ``kernels/row_gain.py``.
+other operator of the mix. The reference is ``row_combine`` in ``kernels/rows/gain.py``.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false

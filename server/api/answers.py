@@ -7,7 +7,7 @@ from typing import Any
 
 from google.protobuf import duration_pb2
 
-from turret.server.engine.request import Finish, FinishReason, Timing, TokenLogprob
+from turret.server.engine.scheduling.request import Finish, FinishReason, Timing, TokenLogprob
 from turret.v1 import inference_pb2
 
 FINISH_REASONS = {

@@ -8,7 +8,7 @@ from pathlib import Path
 Stamp = tuple[tuple[int, int, int], ...]
 
 
-def stamp_of(paths: Sequence[Path]) -> Stamp | None:
+def file_stamp(paths: Sequence[Path]) -> Stamp | None:
     """What changes when a file is written or replaced; None while one is missing."""
     try:
         stats = [path.stat() for path in paths]

@@ -26,7 +26,7 @@ from turret.server.api.requests import (
     score_request,
 )
 from turret.server.api.violations import Violations
-from turret.server.engine.request import FinishReason, Output, Request
+from turret.server.engine.scheduling.request import FinishReason, Output, Request
 from turret.server.errors import DeadlineExceededError
 from turret.v1 import inference_pb2
 

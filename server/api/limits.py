@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.engine.request import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
+from turret.server.engine.scheduling.request import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
 
 # More members than this are refused before their names are looked up.
 MAX_MIX_MEMBERS = 64
@@ -29,8 +29,8 @@ MAX_PAGE_TOKEN_CHARS = 256
 MAX_WORD_CHARS = 64
 MAX_UPLOAD_FILES = 2
 
-_REQUESTS, _ADAPTERS = "server/api/requests.py", "server/api/adapters.py"
-_UPLOADS, _FUSE = "server/api/uploads.py", "server/api/fuse.py"
+_REQUESTS, _ADAPTERS = "server/api/requests.py", "server/api/admin/adapters.py"
+_UPLOADS, _FUSE = "server/api/admin/uploads.py", "server/api/admin/fuse.py"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +76,7 @@ LIMITS = (
         "StopConditions.stop_strings",
         f"{MAX_STOP_STRINGS} entries of {MAX_STOP_STRING_CHARS} characters",
         MAX_STOP_STRINGS,
-        "server/engine/request.py",
+        "server/engine/scheduling/request.py",
     ),
     _entries("StopConditions.stop_token_ids", MAX_STOP_TOKEN_IDS),
     *(

@@ -19,7 +19,7 @@ from turret.server.api.limits import (
 )
 from turret.server.api.violations import Violations
 from turret.server.config import ADAPTER_NAME
-from turret.server.engine.request import (
+from turret.server.engine.scheduling.request import (
     MAX_STOP_STRINGS,
     Request,
     ResponseOptions,

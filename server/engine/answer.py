@@ -7,7 +7,7 @@ from collections.abc import Sequence as SequenceOf
 
 from turret.server.adapters.mix import HostResult, Mix
 from turret.server.engine.detokenizer import Detokenizer
-from turret.server.engine.request import (
+from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,
     FinishReason,
@@ -17,9 +17,9 @@ from turret.server.engine.request import (
     TopLogprob,
     Usage,
 )
-from turret.server.engine.runner import PromptLogprob
-from turret.server.engine.sampler import Draw
-from turret.server.engine.sequence import Sequence
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.runner import PromptLogprob
+from turret.server.engine.step.sampler import Draw
 from turret.server.engine.stream import Stream
 
 

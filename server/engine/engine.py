@@ -19,9 +19,9 @@ from turret.server.engine.base_change import BaseChange, Change
 from turret.server.engine.detokenizer import Detokenizer, TextStream
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
-from turret.server.engine.request import Request
-from turret.server.engine.scheduler import Scheduler
-from turret.server.engine.sequence import Sequence
+from turret.server.engine.scheduling.request import Request
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.stream import Stream
 from turret.server.errors import (
     InvalidRequestError,

@@ -17,10 +17,10 @@ from turret.server.engine.answer import Answer, uses_of
 from turret.server.engine.base_change import BaseChange
 from turret.server.engine.observer import LoopObserver
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
-from turret.server.engine.request import FinishReason, Output
-from turret.server.engine.runner import DeviceFullError, StepResult
-from turret.server.engine.scheduler import Scheduler, Step
-from turret.server.engine.sequence import Sequence, SequenceState
+from turret.server.engine.scheduling.request import FinishReason, Output
+from turret.server.engine.scheduling.scheduler import Scheduler, Step
+from turret.server.engine.scheduling.sequence import Sequence, SequenceState
+from turret.server.engine.step.runner import DeviceFullError, StepResult
 from turret.server.engine.stream import Stream
 from turret.server.errors import (
     AdapterUnloadedError,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from turret.server.engine.answer import Answer
 from turret.server.engine.ports import EngineMetrics, Runs
-from turret.server.engine.scheduler import Scheduler, Step
-from turret.server.engine.sequence import Sequence
+from turret.server.engine.scheduling.scheduler import Scheduler, Step
+from turret.server.engine.scheduling.sequence import Sequence
 
 
 class LoopObserver:

@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 from collections.abc import Callable
 
-from turret.server.engine.request import Output
+from turret.server.engine.scheduling.request import Output
 from turret.server.errors import BudgetExceededError, TurretError
 
 # Of one answer, beside the part that is to be read next, which may be a long prompt's logprobs.

@@ -17,7 +17,7 @@ from turret.server.http.answer_fields import (
     usage_of,
 )
 from turret.server.http.choices import Choices
-from turret.server.http.endpoint import Exchange
+from turret.server.http.exchange.endpoint import Exchange
 from turret.server.http.fields import Fields, why_no_text
 from turret.server.http.generation import Asked, numbered, read_asked
 from turret.server.http.unsupported import refuse_unsupported

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from turret.server.api.inference import Inference
 from turret.server.errors import UnavailableError
-from turret.server.http.endpoint import Exchange
+from turret.server.http.exchange.endpoint import Exchange
 from turret.v1 import inference_pb2
 
 Chunk = inference_pb2.GenerateChunk

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from turret.server.api.adapters import Adapters
+from turret.server.api.admin.adapters import Adapters
 from turret.server.api.violations import Violations
-from turret.server.http.endpoint import Exchange
+from turret.server.http.exchange.endpoint import Exchange
 from turret.server.http.fields import Fields
 from turret.v1 import adapters_pb2
 

@@ -8,8 +8,8 @@ from prometheus_client.exposition import choose_encoder
 
 from turret.server.api.inference import Inference
 from turret.server.codes import Code
-from turret.server.http.endpoint import Exchange
-from turret.server.http.refusals import HttpRefusal
+from turret.server.http.exchange.endpoint import Exchange
+from turret.server.http.exchange.refusals import HttpRefusal
 from turret.server.metrics import Metrics
 
 

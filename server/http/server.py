@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route as StarletteRoute
 
-from turret.server.api.adapters import Adapters
+from turret.server.api.admin.adapters import Adapters
 from turret.server.api.call import REQUEST_ID_KEY
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares
@@ -28,12 +28,12 @@ from turret.server.http import generation, lora
 from turret.server.http import tokens as token_routes
 from turret.server.http.chat import ChatCompletions
 from turret.server.http.completions import Completions
-from turret.server.http.connection import MAX_HEAD_BYTES, Connection, tls_context
-from turret.server.http.endpoint import Endpoint, Handler, Route
+from turret.server.http.exchange.connection import MAX_HEAD_BYTES, Connection, tls_context
+from turret.server.http.exchange.endpoint import Endpoint, Handler, Route
+from turret.server.http.exchange.refusals import HttpRefusal, refusal_of
+from turret.server.http.exchange.reply import dumps
 from turret.server.http.models import Models
 from turret.server.http.probes import Probes, embeddings
-from turret.server.http.refusals import HttpRefusal, refusal_of
-from turret.server.http.reply import dumps
 from turret.server.metrics import Metrics
 
 INFERENCE = "turret.v1.Inference"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from turret.server.api.inference import Inference
 from turret.server.api.violations import Violations
 from turret.server.http.chat import read_messages
-from turret.server.http.endpoint import Exchange
+from turret.server.http.exchange.endpoint import Exchange
 from turret.server.http.fields import Fields, is_token_id
 from turret.server.http.unsupported import refuse_unsupported
 from turret.v1 import inference_pb2

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from turret.server.adapters.base import Precision
-from turret.server.models.adapted_linear import AdaptedLinear
-from turret.server.models.base_linear import BaseLinear, DenseLinear, join_linears
-from turret.server.models.decoder import Decoder
+from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.describe import projections
-from turret.server.models.nf4 import Nf4Linear, Nf4Weight
+from turret.server.models.weights.base_linear import BaseLinear, DenseLinear, join_linears
+from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
 
 
 class BaseEdit:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel, BaseModule, BaseVocabulary
+from turret.server.adapters.device.gpu.streams import beside_steps
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
-from turret.server.adapters.device.streams import beside_steps
-from turret.server.models.adapted_linear import AdaptedLinear
-from turret.server.models.arch import LAYER_PREFIX, Arch
-from turret.server.models.decoder import Decoder
+from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.arch import LAYER_PREFIX, Arch
+from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.model_source import ModelSource
-from turret.server.models.nf4 import Nf4Linear
+from turret.server.models.weights.nf4 import Nf4Linear
 
 
 def projections(decoder: Decoder) -> Iterator[tuple[AdaptedLinear, tuple[str, ...]]]:

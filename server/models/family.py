@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from turret.server.errors import InvalidRequestError
-from turret.server.models.arch import Arch, Rope
+from turret.server.models.decoding.arch import Arch, Rope
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 # Kind of all layers where a model has one.

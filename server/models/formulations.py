@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 
 from turret.kernels.cpu import native
-from turret.kernels.row_linear import linear_formulation
-from turret.kernels.row_trial import choices
-from turret.server.models.base_linear import BaseLinear
-from turret.server.models.cpu_layer_ops import CpuLayerOps
-from turret.server.models.decoder import Decoder
-from turret.server.models.nf4 import Nf4Linear
+from turret.kernels.rows.linear import linear_formulation
+from turret.kernels.rows.trial import choices
+from turret.server.models.decoding.cpu_layer_ops import CpuLayerOps
+from turret.server.models.decoding.decoder import Decoder
+from turret.server.models.weights.base_linear import BaseLinear
+from turret.server.models.weights.nf4 import Nf4Linear
 
 
 def formulations(decoder: Decoder) -> dict[str, str]:

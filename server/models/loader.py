@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from turret.kernels.row_linear import prepare_linear
+from turret.kernels.rows.linear import prepare_linear
 from turret.server.errors import InvalidRequestError
-from turret.server.models.adapted_linear import AdaptedLinear
-from turret.server.models.arch import LAYER_PREFIX, Arch
-from turret.server.models.decoder import Decoder, DecoderLayer
+from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.arch import LAYER_PREFIX, Arch
+from turret.server.models.decoding.decoder import Decoder, DecoderLayer
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import ModelSource, Progress, no_progress, weight_files
-from turret.server.models.nf4 import Nf4Linear, Nf4Weight
+from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
 
 
 class _Tensors:
@@ -107,7 +107,7 @@ def _decoder_type(gpu: bool) -> type[Decoder]:
     if not gpu:
         return Decoder
     # Imported where it is used: the other paths run where Triton is not installed.
-    from turret.server.models.gpu_decoder import GpuDecoder
+    from turret.server.models.decoding.gpu_decoder import GpuDecoder
 
     return GpuDecoder
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models.embedded import MODEL_NAME, find_gguf, read_gguf
-from turret.server.models.nf4 import Nf4Weight
+from turret.server.models.weights.nf4 import Nf4Weight
 
 # Part of the cache key: raise it when what is written changes.
 _FORMAT = "2"

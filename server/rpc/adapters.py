@@ -7,7 +7,7 @@ from typing import Any
 
 import grpc
 
-from turret.server.api.adapters import Adapters
+from turret.server.api.admin.adapters import Adapters
 from turret.server.rpc.interceptor import current_call
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 

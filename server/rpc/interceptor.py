@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError
+from google.protobuf.message import DecodeError, Message
 
 from turret.server import log
 from turret.server.api.auth import SERVICE_ROLES, authorize
@@ -50,10 +50,10 @@ class _Received:
     ``parsed`` is None for what is no valid protobuf (such as a string that is not UTF-8).
     """
 
-    parsed: Any
+    parsed: Message | bytes | None
     num_bytes: int
 
-    def take(self) -> Any:
+    def take(self) -> Message | bytes:
         """The message, once: who takes it decides how long it is kept.
 
         Raises:

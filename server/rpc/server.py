@@ -12,8 +12,8 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from turret.server import log
-from turret.server.api.adapters import Adapters
-from turret.server.api.file_stamp import stamp_of
+from turret.server.api.admin.adapters import Adapters
+from turret.server.api.file_stamp import file_stamp
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
@@ -92,12 +92,12 @@ def read_credentials(security: SecurityConfig) -> grpc.ServerCredentials | None:
         return None
     authorities = security.tls_client_ca
     paths = [p for p in (security.tls_cert, security.tls_key, authorities) if p is not None]
-    seen = stamp_of(paths)
+    seen = file_stamp(paths)
 
     def fetch() -> Any:
         """What the next connection is to see; None for what the last one saw."""
         nonlocal seen
-        stamp = stamp_of(paths)
+        stamp = file_stamp(paths)
         if stamp is None or stamp == seen:
             return None
         seen = stamp

@@ -141,7 +141,7 @@ def test_stopwatch_gives_every_part_its_own_time(bench: Any):
 
 def test_stopwatch_puts_the_functions_back(bench: Any):
     stopwatch = bench("common.stopwatch")
-    part = stopwatch.Part("turret.server.engine.sampler:Sampler.draw", "sampling")
+    part = stopwatch.Part("turret.server.engine.step.sampler:Sampler.draw", "sampling")
     owner, attribute = part.locate()
     original = getattr(owner, attribute)
     with stopwatch.Stopwatch().watching([part]):

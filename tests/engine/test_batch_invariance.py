@@ -18,12 +18,12 @@ from builders.tiny_models import VOCAB_SIZE, save_tiny_model
 from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.kernels.cpu import native
-from turret.kernels.row_linear import max_reduction, row_addmm_, row_linear
-from turret.kernels.row_silu import row_silu
-from turret.kernels.row_trial import forget_choices
+from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
+from turret.kernels.rows.silu import row_silu
+from turret.kernels.rows.trial import forget_choices
 from turret.server.adapters.ref import AdapterRef
-from turret.server.engine.request import FinishReason, Request, SamplingParams
-from turret.server.engine.scheduler import Scheduler
+from turret.server.engine.scheduling.request import FinishReason, Request, SamplingParams
+from turret.server.engine.scheduling.scheduler import Scheduler
 
 QV = ("q_proj", "v_proj")
 SPECS = (

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from builders.sequences import FakeMix, sequence_of
 
-from turret.server.engine.batch import MAX_SHORT_ROWS, BatchBuilder
-from turret.server.engine.scheduler import Scheduled, Step
-from turret.server.engine.sequence import Sequence
+from turret.server.engine.scheduling.scheduler import Scheduled, Step
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.batch import MAX_SHORT_ROWS, BatchBuilder
 
 
 class Recorder:

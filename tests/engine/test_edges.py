@@ -11,16 +11,16 @@ from builders.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_tokenizer
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.ref import AdapterRef
-from turret.server.engine.request import (
+from turret.server.engine.scheduling.request import (
     FinishReason,
     Request,
     ResponseOptions,
     SamplingParams,
     StopConditions,
 )
-from turret.server.engine.sampler import Sampler
-from turret.server.engine.scheduler import Scheduler
-from turret.server.engine.sequence import Sequence
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.sampler import Sampler
 from turret.server.errors import AdapterNotFoundError, InvalidRequestError, PromptTooLongError
 
 ECHO = ResponseOptions(logprobs=True, echo=True)

@@ -13,10 +13,10 @@ from builders.methods import make_config, save_adapter
 from method_oracle import prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.engine.executor import TorchExecutor
-from turret.server.engine.request import SamplingParams
-from turret.server.engine.sampler import Sampler
-from turret.server.engine.scheduler import Step
+from turret.server.engine.scheduling.request import SamplingParams
+from turret.server.engine.scheduling.scheduler import Step
+from turret.server.engine.step.executor import TorchExecutor
+from turret.server.engine.step.sampler import Sampler
 
 SEEDED = SamplingParams(temperature=1.0, seed=5)
 PREFIX = {"num_virtual_tokens": 3}

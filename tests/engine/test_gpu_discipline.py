@@ -19,7 +19,7 @@ from transformers import LlamaConfig
 from triton.runtime.interpreter import InterpretedFunction
 
 from turret.kernels.nf4_matmul import Nf4Matrix
-from turret.server.adapters.device.gpu_store import GpuStore
+from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators import (
@@ -31,18 +31,18 @@ from turret.server.adapters.operators import (
     ModuleOperators,
 )
 from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
-from turret.server.engine.gpu_executor import GpuExecutor
-from turret.server.engine.memory_plan import largest_step
-from turret.server.engine.request import Request
-from turret.server.engine.runner import Runner
-from turret.server.engine.scheduler import Scheduled, Step
-from turret.server.engine.sequence import Sequence
-from turret.server.models.adapted_linear import AdaptedLinear
-from turret.server.models.decoder import DecoderLayer
+from turret.server.engine.scheduling.request import Request
+from turret.server.engine.scheduling.scheduler import Scheduled, Step
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.gpu_executor import GpuExecutor
+from turret.server.engine.step.memory_plan import largest_step
+from turret.server.engine.step.runner import Runner
+from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.decoder import DecoderLayer
+from turret.server.models.decoding.gpu_decoder import GpuDecoder
+from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.families import read_arch
-from turret.server.models.gpu_decoder import GpuDecoder
-from turret.server.models.kv_cache import KvCache
-from turret.server.models.nf4_gpu import Nf4Product
+from turret.server.models.weights.nf4_gpu import Nf4Product
 
 META = torch.device("meta")
 DTYPE = torch.float16

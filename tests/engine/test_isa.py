@@ -17,10 +17,10 @@ from builders.tiny_models import VOCAB_SIZE, save_tiny_model
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.cpu import native
-from turret.kernels.row_exp import row_exp_
-from turret.kernels.row_linear import row_addmm_, row_linear
-from turret.kernels.row_product import row_product
-from turret.kernels.row_tables import table_product
+from turret.kernels.rows.exp import row_exp_
+from turret.kernels.rows.linear import row_addmm_, row_linear
+from turret.kernels.rows.product import row_product
+from turret.kernels.rows.tables import table_product
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 

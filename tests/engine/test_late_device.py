@@ -13,20 +13,20 @@ from fake_cuda import FakeCuda
 from transformers import LlamaConfig
 
 from turret.kernels.paged_attention import SequenceSpan
-from turret.server.adapters.device import streams
-from turret.server.adapters.device import uploads as uploads_module
-from turret.server.adapters.device.gpu_store import GpuStore
+from turret.server.adapters.device.gpu import streams
+from turret.server.adapters.device.gpu import uploads as uploads_module
+from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
-from turret.server.engine.gpu_executor import GpuExecutor
-from turret.server.engine.gpu_tables import StepTables
-from turret.server.engine.request import Request
-from turret.server.engine.runner import Runner
-from turret.server.engine.scheduler import Scheduled, Step
-from turret.server.engine.sequence import Sequence
+from turret.server.engine.scheduling.request import Request
+from turret.server.engine.scheduling.scheduler import Scheduled, Step
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.gpu_executor import GpuExecutor
+from turret.server.engine.step.gpu_tables import StepTables
+from turret.server.engine.step.runner import Runner
+from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.families import read_arch
-from turret.server.models.kv_cache import KvCache
 
 CPU = torch.device("cpu")
 ARCH = read_arch(

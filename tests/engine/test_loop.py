@@ -13,14 +13,14 @@ from builders.registries import Gate, Registries, refs, until
 
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.engine.answer import Answer
-from turret.server.engine.block_pool import BlockPool
 from turret.server.engine.detokenizer import Detokenizer
 from turret.server.engine.loop import EngineLoop, Outbox
-from turret.server.engine.request import Request, StopConditions
-from turret.server.engine.runner import DeviceFullError, StepResult
-from turret.server.engine.sampler import Draw
-from turret.server.engine.scheduler import Scheduler, Step
-from turret.server.engine.sequence import Sequence
+from turret.server.engine.scheduling.block_pool import BlockPool
+from turret.server.engine.scheduling.request import Request, StopConditions
+from turret.server.engine.scheduling.scheduler import Scheduler, Step
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.runner import DeviceFullError, StepResult
+from turret.server.engine.step.sampler import Draw
 from turret.server.engine.stream import Stream
 from turret.server.errors import BudgetExceededError, TurretError
 from turret.server.metrics import Metrics

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from turret.server.config import GIB, SchedulerConfig
-from turret.server.engine.memory_plan import adapter_bytes, kv_cache_bytes, largest_step, measure
+from turret.server.engine.step.memory_plan import (
+    adapter_bytes,
+    kv_cache_bytes,
+    largest_step,
+    measure,
+)
 
 DEVICE = torch.device("cuda", 0)
 

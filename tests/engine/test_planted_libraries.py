@@ -14,11 +14,11 @@ from planted_libraries import LIBRARIES, plant
 from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.kernels.cpu import native
-from turret.kernels.row_linear import row_addmm_, row_linear
-from turret.kernels.row_tables import table_product
-from turret.kernels.row_trial import cancelling, choices, forget_choices
-from turret.server.models import nf4_cpu
-from turret.server.models.nf4 import Nf4Linear, Nf4Weight
+from turret.kernels.rows.linear import row_addmm_, row_linear
+from turret.kernels.rows.tables import table_product
+from turret.kernels.rows.trial import cancelling, choices, forget_choices
+from turret.server.models.weights import nf4_cpu
+from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
 
 pytestmark = pytest.mark.usefixtures("torch_only")
 
@@ -138,7 +138,7 @@ async def test_without_the_trial_answers_would_differ(
 ) -> None:
     """The engine test above can fail: here everything passes its trial."""
     plant(monkeypatch, "others for 8 rows than for 16")
-    monkeypatch.setattr("turret.kernels.row_linear.keeps_rows", lambda *_: True)
+    monkeypatch.setattr("turret.kernels.rows.linear.keeps_rows", lambda *_: True)
     alone = await answers(tiny, together=False)
     assert [a.bits for a in await answers(tiny, together=True)] != [a.bits for a in alone]
 

@@ -16,9 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from turret.server.engine.request import StopConditions
-from turret.server.engine.sampler import Draw, Sampler
-from turret.server.engine.sequence import Sequence
+from turret.server.engine.scheduling.request import StopConditions
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.sampler import Draw, Sampler
 
 VOCAB = 50
 

@@ -17,9 +17,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from turret.server.engine.request import SamplingParams
-from turret.server.engine.sampler import Sampler
-from turret.server.engine.sequence import Sequence
+from turret.server.engine.scheduling.request import SamplingParams
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.sampler import Sampler
 
 NUM_UNIFORMS = 1000
 

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from turret.server.engine.request import Finish, FinishReason, Output, Timing, TokenLogprob, Usage
+from turret.server.engine.scheduling.request import (
+    Finish,
+    FinishReason,
+    Output,
+    Timing,
+    TokenLogprob,
+    Usage,
+)
 from turret.server.engine.stream import MAX_UNREAD_BYTES, Stream
 from turret.server.errors import BudgetExceededError, UnavailableError
 

@@ -9,7 +9,7 @@ from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from builders.tiny_models import save_tiny_model
 from servers.engine_harness import EngineHarness, make_request
 
-from turret.server.engine.request import SamplingParams
+from turret.server.engine.scheduling.request import SamplingParams
 
 LONG, SHORT = 120, 4
 

@@ -11,7 +11,7 @@ import pytest
 from servers.fakes import FakeEngine, endless, failing, finish
 from servers.http_harness import http_harness
 
-from turret.server.engine.request import (
+from turret.server.engine.scheduling.request import (
     FinishReason,
     Output,
     Request,

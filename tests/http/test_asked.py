@@ -9,7 +9,7 @@ import pytest
 from servers.http_harness import HttpHarness, http_harness
 
 from turret.server.adapters.ref import AdapterRef
-from turret.server.engine.request import Request
+from turret.server.engine.scheduling.request import Request
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TURNS = [{"role": "user", "content": "hi"}]

@@ -12,7 +12,7 @@ from servers.fakes import hello
 from servers.rpc_harness import soon
 
 from turret.server.config import ListenConfig
-from turret.server.engine.request import Output, Request
+from turret.server.engine.scheduling.request import Output, Request
 
 LISTEN = ListenConfig(address="127.0.0.1:0", metrics_address=None, http_address="127.0.0.1:0")
 BODY = {"model": "base", "prompt": "a"}

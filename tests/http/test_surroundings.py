@@ -14,7 +14,7 @@ from servers.fakes import endless
 from servers.http_harness import Refused, http_harness
 
 from turret.server import errors
-from turret.server.api.adapters import Adapters
+from turret.server.api.admin.adapters import Adapters
 from turret.server.api.auth import SERVICE_ROLES
 from turret.server.api.faults import TABLE as FAULTS
 from turret.server.api.gate import Gate
@@ -22,12 +22,12 @@ from turret.server.api.inference import Inference
 from turret.server.api.tokens import TokenTable
 from turret.server.codes import Code
 from turret.server.config import ListenConfig
-from turret.server.engine.request import Output, Request
-from turret.server.http.body import BODY_SECONDS, MAX_BODY_BYTES, MAX_DEPTH, parse
+from turret.server.engine.scheduling.request import Output, Request
 from turret.server.http.choices import MAX_AT_A_TIME
 from turret.server.http.completions import MAX_PROMPTS
+from turret.server.http.exchange.body import BODY_SECONDS, MAX_BODY_BYTES, MAX_DEPTH, parse
+from turret.server.http.exchange.refusals import TABLE, refusal_of, renamed_path
 from turret.server.http.generation import MAX_CHOICES
-from turret.server.http.refusals import TABLE, refusal_of, renamed_path
 from turret.server.http.server import routes
 from turret.server.http.unsupported import refused_fields
 from turret.server.metrics import Metrics

@@ -35,13 +35,13 @@ CASES = {
 SCRIPT = """
 import torch
 import torch.nn.functional as F
-from turret.kernels.hadamard_rows import HadamardTables, hadamard_rows_
+from turret.kernels.rows.hadamard import HadamardTables, hadamard_rows_
 from turret.kernels.rms_norm import row_rms_norm
-from turret.kernels.row_exp import row_exp_
-from turret.kernels.row_linear import max_reduction, row_addmm_, row_linear
-from turret.kernels.row_silu import row_silu
-from turret.kernels.row_tables import table_product
-from turret.kernels.row_trial import cancelling, choices
+from turret.kernels.rows.exp import row_exp_
+from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
+from turret.kernels.rows.silu import row_silu
+from turret.kernels.rows.tables import table_product
+from turret.kernels.rows.trial import cancelling, choices
 
 torch.set_num_threads(1)
 

@@ -24,9 +24,10 @@ from transformers import (
 )
 
 from turret.server.errors import InvalidRequestError
-from turret.server.models import families, gpu_decoder, layer_ops
-from turret.server.models.arch import ACTIVATIONS, LayerNorms, Rope, check_served
-from turret.server.models.cpu_layer_ops import _GATED_ACTIVATIONS as CPU_ACTIVATIONS
+from turret.server.models import families
+from turret.server.models.decoding import gpu_decoder, layer_ops
+from turret.server.models.decoding.arch import ACTIVATIONS, LayerNorms, Rope, check_served
+from turret.server.models.decoding.cpu_layer_ops import _GATED_ACTIVATIONS as CPU_ACTIVATIONS
 from turret.server.models.families import FAMILIES, read_arch
 
 SIZES: dict[str, Any] = {
@@ -178,7 +179,11 @@ def test_every_path_has_every_activation() -> None:
 
 
 def test_families_see_nothing_of_the_models_but_what_they_fill_in() -> None:
-    allowed = ("turret.server.models.arch", "turret.server.models.family", "turret.server.errors")
+    allowed = (
+        "turret.server.models.decoding.arch",
+        "turret.server.models.family",
+        "turret.server.errors",
+    )
     for path in FOLDER.glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("turret"):

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from turret.kernels.cpu.native import has_native_products, library
-from turret.server.models.nf4 import BLOCKSIZE, Nf4Linear, Nf4Weight
-from turret.server.models.nf4_cpu import nf4_product
+from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Linear, Nf4Weight
+from turret.server.models.weights.nf4_cpu import nf4_product
 
 needs_avx512bf16 = pytest.mark.skipif(
     not bnb_functional.has_avx512bf16(), reason="bitsandbytes packs only for AVX512-BF16"

@@ -47,6 +47,12 @@ READING = {
     f"server.adapters.{name}" for name in ("checkpoint", "peft_format", "lowering", "methods")
 }
 KEEPING = {f"server.adapters.{name}" for name in ("state", "residency")}
+DEVICE = {f"server.adapters.device{room}" for room in ("", ".packed", ".gpu")}
+MODELS = {f"server.models{room}" for room in ("", ".families", ".decoding", ".weights")}
+BEHIND_API = {
+    *("server.engine", "server.engine.scheduling", "server.models", "v1"),
+    *(f"server.adapters.{name}" for name in ("registry", "fuse", "merge", "state")),
+}
 # Layer → what of turret it may import beside itself. ``server`` stands for the other modules
 # directly in server/, which put the parts together. The package's own __init__ (its version) is
 # open to all.
@@ -67,22 +73,28 @@ BELOW = {
     "server.adapters.fuse": NOUNS | READING | {"server.adapters.registry", "server.adapters.state"},
     "server.adapters.merge": NOUNS | {"server.adapters.registry"},
     "server.adapters.device": NOUNS | {"kernels"},
-    "server.models": NOUNS | {"server.models.families", "server.adapters.device", "kernels"},
+    "server.adapters.device.packed": NOUNS | {"server.adapters.device", "kernels"},
+    "server.adapters.device.gpu": NOUNS | DEVICE - {"server.adapters.device.gpu"} | {"kernels"},
+    "server.models.weights": NOUNS | {"kernels"},
+    "server.models.decoding": NOUNS | DEVICE | {"server.models.weights", "kernels"},
+    "server.models": NOUNS | DEVICE | MODELS - {"server.models"} | {"kernels"},
     # Of models, only what tests/models/test_families.py lets it import.
-    "server.models.families": {"leaf", "server.models"},
-    "server.engine": NOUNS | {"server.models", "server.adapters.device", "kernels"},
+    "server.models.families": {"leaf", "server.models", "server.models.decoding"},
+    "server.engine.scheduling": NOUNS,
+    "server.engine.step": NOUNS | DEVICE | MODELS | {"server.engine.scheduling", "kernels"},
+    "server.engine": NOUNS | {"server.engine.scheduling", "server.engine.step"},
     # Of the parts behind it, the types alone: see NEVER_LOADS and test_app.
-    "server.api": NOUNS
-    | {"server.engine", "server.models", "v1"}
-    | {f"server.adapters.{name}" for name in ("registry", "fuse", "merge", "state")},
-    "server.rpc": {"server.api", "leaf", "v1"},
-    "server.http": {"server.api", "leaf", "v1"},
+    "server.api": NOUNS | BEHIND_API,
+    "server.api.admin": NOUNS | BEHIND_API | {"server.api"},
+    "server.rpc": {"server.api", "server.api.admin", "leaf", "v1"},
+    "server.http.exchange": {"server.api", "leaf", "v1"},
+    "server.http": {"server.http.exchange", "server.api", "server.api.admin", "leaf", "v1"},
 }
 MAY_IMPORT = {layer: {layer, *below} for layer, below in BELOW.items()}
 MAY_IMPORT["server"] = {"server", *BELOW}
 MAY_IMPORT["command"] = {"server", "clients", "training", "leaf"}
 MAY_IMPORT["training"] = {"training", "server", *BELOW} - {
-    *("server.rpc", "server.http", "server.api", "server.engine")
+    layer for layer in BELOW if layer.split(".")[1:2] in (["rpc"], ["http"], ["api"], ["engine"])
 }
 # Third-party modules that a layer may not load, whoever asks.
 NEVER_LOADS = {
@@ -101,11 +113,11 @@ KERNELS_LOAD = ("torch", "triton")
 
 
 def layer_of(module: str) -> str:
-    """The layer of a module named below ``turret``, such as ``server.engine.runner``."""
+    """The layer of a module named below ``turret``, such as ``server.engine.step``."""
     parts = module.split(".")
     if parts[0] != "server":
         return parts[0]
-    for depth in (3, 2):
+    for depth in (4, 3, 2):
         if len(parts) >= depth and ROOT.joinpath(*parts[:depth]).is_dir():
             return ".".join(parts[:depth])
     name = ".".join(parts[:2])
@@ -184,13 +196,13 @@ def test_no_module_imports_upward():
         ("server.adapters.device.packed_store", "from turret.server.models import decoder"),
         (
             "server.adapters.device.packed_store",
-            "def f():\n    from turret.server.engine.batch import Batch",
+            "def f():\n    from turret.server.engine.step.batch import Batch",
         ),
         (
             "server.adapters.registry.registry",
             "from turret.server.adapters.fuse.fuser import Fuser",
         ),
-        ("server.models.decoder", "from turret.server.engine.batch import Batch"),
+        ("server.models.decoding.decoder", "from turret.server.engine.step.batch import Batch"),
         ("server.engine.engine", "from turret.server import rpc"),
         ("server.engine.engine", "from turret.v1 import inference_pb2"),
         ("server.engine.engine", "import grpc.aio"),
@@ -198,11 +210,11 @@ def test_no_module_imports_upward():
         ("server.rpc.server", "import torch.nn"),
         ("server.http.chat", "import grpc"),
         ("server.http.chat", "from turret.server.rpc.status import to_rich_status"),
-        ("server.http.chat", "from turret.server.engine.request import Request"),
+        ("server.http.chat", "from turret.server.engine.scheduling.request import Request"),
         ("server.api.inference", "from starlette.requests import Request"),
         ("server.api.inference", "import grpc"),
         ("server.api.inference", "from turret.server.rpc.status import row_of"),
-        ("server.errors", "import turret.server.engine.request"),
+        ("server.errors", "import turret.server.engine.scheduling.request"),
         ("server.errors", "from turret.server.cli import main"),
         ("clients.client", "from turret.server.errors import TurretError"),
         ("clients.client", "import torch"),
@@ -221,7 +233,10 @@ def test_a_forbidden_import_is_found(module: str, source: str):
     ("module", "source"),
     [
         ("kernels.shrink", "import math\nimport torch\nfrom turret.kernels.segments import A"),
-        ("server.engine.engine", "import torch\nfrom turret.server.models.decoder import Decoder"),
+        (
+            "server.engine.step.runner",
+            "import torch\nfrom turret.server.models.decoding.decoder import Decoder",
+        ),
         ("server.rpc.server", "from turret.server.errors import TurretError"),
         ("clients.client", "import grpc\nfrom turret.v1 import inference_pb2"),
         ("server.cli", "from turret import __version__\nimport turret.clients.verbs"),

@@ -13,7 +13,7 @@ import pytest
 from servers.fakes import VOCAB_SIZE, endless, finish
 from servers.rpc_harness import failure_of, harness, soon
 
-from turret.server.engine.request import FinishReason, Output, Request
+from turret.server.engine.scheduling.request import FinishReason, Output, Request
 from turret.v1 import adapters_pb2, inference_pb2
 
 Generate = inference_pb2.GenerateRequest

@@ -18,7 +18,7 @@ from servers.rpc_harness import Harness, failure_of, harness
 
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.server.adapters.state.state_dir import StateDir
-from turret.server.api import adapters, uploads
+from turret.server.api.admin import adapters, uploads
 from turret.v1 import adapters_pb2 as pb
 
 Code = grpc.StatusCode

@@ -27,7 +27,7 @@ from turret.server import log
 from turret.server.app import App
 from turret.server.cli import main
 from turret.server.config import AdapterConfig
-from turret.server.engine.request import Output, Request
+from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import AdapterCheckpointError
 from turret.server.probe import is_serving
 from turret.v1 import inference_pb2, inference_pb2_grpc

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from turret.server.models.arch import Arch
+from turret.server.models.decoding.arch import Arch
 from turret.training.errors import ConfigError
 
 _ATTENTION_GROUPS = ("qkv", "o")

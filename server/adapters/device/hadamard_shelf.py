@@ -6,8 +6,8 @@ from collections.abc import Callable, Hashable, Iterable
 
 import torch
 
-from turret.kernels.hadamard_rows import HadamardTables, hadamard_rows_
-from turret.kernels.row_tables import COLUMNS, ROWS, padded
+from turret.kernels.rows.hadamard import HadamardTables, hadamard_rows_
+from turret.kernels.rows.tables import COLUMNS, ROWS, padded
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Rows
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
@@ -46,7 +46,7 @@ class HadamardShelves:
 
 
 class HadamardShelf:
-    """Factors of one projection and rank, as ``kernels/hadamard_rows.py`` takes them.
+    """Factors of one projection and rank, as ``kernels/rows/hadamard.py`` takes them.
 
     Each table is ``[layers, slots, …]``.
     """

@@ -6,8 +6,8 @@ from collections.abc import Callable, Hashable, Iterable
 
 import torch
 
-from turret.kernels.kronecker_rows import KroneckerTables, kronecker_rows_
-from turret.kernels.row_tables import COLUMNS, ROWS, padded
+from turret.kernels.rows.kronecker import KroneckerTables, kronecker_rows_
+from turret.kernels.rows.tables import COLUMNS, ROWS, padded
 from turret.server.adapters.device.hadamard_shelf import grown
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Rows
@@ -74,7 +74,7 @@ def _shapes(factors: Kronecker) -> _Shapes:
 
 
 class KroneckerShelf:
-    """Factors of one projection and shape, as ``kernels/kronecker_rows.py`` takes them.
+    """Factors of one projection and shape, as ``kernels/rows/kronecker.py`` takes them.
 
     Each table is ``[layers, slots, …]``.
     """

@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from turret.kernels.hadamard_expand import hadamard_expand_reference
 from turret.kernels.hadamard_shrink import hadamard_shrink_reference
 from turret.kernels.kronecker import kronecker_reference
-from turret.kernels.row_linear import max_reduction, row_addmm_, row_linear
-from turret.kernels.row_product import row_product
+from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
+from turret.kernels.rows.product import row_product
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.vocabulary import EmbeddingLowRank, VocabularyOperators, VocabularyRows
 

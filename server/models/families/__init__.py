@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turret.server.errors import InvalidRequestError
-from turret.server.models.arch import Arch, check_served
+from turret.server.models.decoding.arch import Arch, check_served
 from turret.server.models.family import Family
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from turret.server.models.arch import Arch
+from turret.server.models.decoding.arch import Arch
 from turret.server.models.family import Family, read_decoder, read_windows
 
 

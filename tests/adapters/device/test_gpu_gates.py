@@ -25,7 +25,7 @@ from gpu_path import OneStepTables, use_coarse_tiles
 from kernel_traffic import DEVICE, error_ratio
 
 from turret.kernels.gpu import tuning as tuning_module
-from turret.server.adapters.device.gpu_gates import GpuGates
+from turret.server.adapters.device.gpu.gates import GpuGates
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 

@@ -10,8 +10,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from turret.server.adapters.device.gpu_shelves import GpuHadamardShelf
-from turret.server.adapters.device.gpu_store import GpuStore
+from turret.server.adapters.device.gpu.shelves import GpuHadamardShelf
+from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.operators import (
     AdapterOperators,

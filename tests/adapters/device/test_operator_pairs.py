@@ -20,10 +20,10 @@ from torch import Tensor
 from turret.kernels.cpu.native import library
 from turret.kernels.gpu import tuning as tuning_module
 from turret.server.adapters.device.cpu_store import CpuStore
-from turret.server.adapters.device.gpu_store import GpuStore
+from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import Members, StepMembers
-from turret.server.adapters.device.packed_store import PackedStore
+from turret.server.adapters.device.packed.store import PackedStore
 from turret.server.adapters.operators import (
     AdapterOperators,
     Gate,
@@ -32,7 +32,7 @@ from turret.server.adapters.operators import (
     LowRank,
     ModuleOperators,
 )
-from turret.server.models.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.adapted_linear import AdaptedLinear
 
 CPU = torch.device("cpu")
 INNER = 64

@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
-from turret.server.adapters.device.packed_store import PackedStore
+from turret.server.adapters.device.packed.store import PackedStore
 from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
 
 WIDTH = 16

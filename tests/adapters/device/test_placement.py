@@ -8,9 +8,9 @@ from types import MappingProxyType
 import torch
 
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
-from turret.server.adapters.device.pack import Pack
-from turret.server.adapters.device.packed_projection import PackedProjection
-from turret.server.adapters.device.placement import RANK_ALIGNMENT, Placement
+from turret.server.adapters.device.packed.pack import Pack
+from turret.server.adapters.device.packed.placement import RANK_ALIGNMENT, Placement
+from turret.server.adapters.device.packed.projection import PackedProjection
 from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
 
 WINDOW = 64

@@ -9,8 +9,8 @@ import pytest
 import torch
 from fake_cuda import FakeCuda
 
-from turret.server.adapters.device import uploads as uploads_module
-from turret.server.adapters.device.uploads import PinnedRing, Uploads
+from turret.server.adapters.device.gpu import uploads as uploads_module
+from turret.server.adapters.device.gpu.uploads import PinnedRing, Uploads
 from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
 
 CPU = torch.device("cpu")

@@ -17,8 +17,8 @@ from servers.engine_harness import EngineHarness
 from turret.server.adapters.base import Precision
 from turret.server.adapters.ref import AdapterRef
 from turret.server.cancellation import Cancellation
-from turret.server.models.base_linear import DenseLinear, MixedLinear, join_linears
-from turret.server.models.nf4 import Nf4Linear, Nf4Weight
+from turret.server.models.weights.base_linear import DenseLinear, MixedLinear, join_linears
+from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
 
 # Qwen2 has biases; q and o are square.
 ARCHITECTURE = "qwen2"

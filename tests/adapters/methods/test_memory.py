@@ -18,9 +18,9 @@ from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.device.cpu_store import CpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import StepMembers
-from turret.server.adapters.device.packed_store import PackedStore
+from turret.server.adapters.device.packed.store import PackedStore
 from turret.server.adapters.operators import AdapterOperators
-from turret.server.models.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.adapted_linear import AdaptedLinear
 
 SIZE = 2048
 NAME = "model.layers.0.self_attn.o_proj"

@@ -17,7 +17,7 @@ from torch import nn
 
 from turret.kernels.cpu import native
 from turret.server.adapters.ref import AdapterRef
-from turret.server.engine.request import Request
+from turret.server.engine.scheduling.request import Request
 
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {}),

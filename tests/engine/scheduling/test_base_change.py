@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from builders.sequences import BLOCK_SIZE, make_scheduler, run_alone, sequence_of
 
-from turret.server.engine.block_pool import BlockPool, root_key
-from turret.server.engine.scheduler import Scheduler
-from turret.server.engine.sequence import SequenceState
+from turret.server.engine.scheduling.block_pool import BlockPool, root_key
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import SequenceState
 
 
 def test_a_prefix_is_not_found_after_the_base_changed() -> None:

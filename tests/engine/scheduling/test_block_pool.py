@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from turret.server.engine.block_pool import BlockPool, next_key, root_key
+from turret.server.engine.scheduling.block_pool import BlockPool, next_key, root_key
 
 NUM_BLOCKS = 9
 KEYS = [root_key(0, ())]

@@ -12,11 +12,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from turret.server.engine.block_pool import BlockPool
-from turret.server.engine.fair_queue import FairQueue
-from turret.server.engine.request import Request, StopConditions
-from turret.server.engine.scheduler import Scheduler
-from turret.server.engine.sequence import Sequence
+from turret.server.engine.scheduling.block_pool import BlockPool
+from turret.server.engine.scheduling.fair_queue import FairQueue
+from turret.server.engine.scheduling.request import Request, StopConditions
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Sequence
 
 GROUPS = ("a", "b", "c")
 

@@ -10,10 +10,10 @@ from builders.sequences import BLOCK_SIZE, sequence_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from turret.server.engine.block_pool import BlockPool
-from turret.server.engine.length_forecast import LengthForecast
-from turret.server.engine.scheduler import Scheduler
-from turret.server.engine.sequence import Sequence, SequenceState
+from turret.server.engine.scheduling.block_pool import BlockPool
+from turret.server.engine.scheduling.length_forecast import LengthForecast
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Sequence, SequenceState
 
 
 def answered(count: int, prompt: int = 3, max_tokens: int = 10_000) -> Sequence:

@@ -11,10 +11,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from turret.server.engine.block_pool import BlockPool, next_key, root_key
-from turret.server.engine.fair_queue import FairQueue
-from turret.server.engine.scheduler import Scheduler, Step
-from turret.server.engine.sequence import PLACEHOLDER, Sequence, SequenceState
+from turret.server.engine.scheduling.block_pool import BlockPool, next_key, root_key
+from turret.server.engine.scheduling.fair_queue import FairQueue
+from turret.server.engine.scheduling.scheduler import Scheduler, Step
+from turret.server.engine.scheduling.sequence import PLACEHOLDER, Sequence, SequenceState
 
 NUM_BLOCKS = 14
 MAX_SEQS = 4

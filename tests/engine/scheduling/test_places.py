@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from builders.sequences import BLOCK_SIZE, mix_of
 
-from turret.server.engine.block_pool import BlockPool
-from turret.server.engine.request import Request, StopConditions
-from turret.server.engine.scheduler import Scheduler
-from turret.server.engine.sequence import Sequence
+from turret.server.engine.scheduling.block_pool import BlockPool
+from turret.server.engine.scheduling.request import Request, StopConditions
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Sequence
 
 STEP_SECONDS = 0.05
 AFTER_SECONDS = 5.0

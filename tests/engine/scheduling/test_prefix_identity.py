@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.server.adapters.ref import AdapterRef
-from turret.server.engine.block_pool import next_key, root_key
+from turret.server.engine.scheduling.block_pool import next_key, root_key
 
 uuids = st.text("0123456789abcdef", min_size=32, max_size=32) | st.sampled_from(
     ["0" * 32, "1" * 32, "01" * 16]

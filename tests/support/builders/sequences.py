@@ -6,10 +6,15 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.engine.block_pool import BlockPool
-from turret.server.engine.request import Request, ResponseOptions, SamplingParams, StopConditions
-from turret.server.engine.scheduler import Scheduler
-from turret.server.engine.sequence import Sequence
+from turret.server.engine.scheduling.block_pool import BlockPool
+from turret.server.engine.scheduling.request import (
+    Request,
+    ResponseOptions,
+    SamplingParams,
+    StopConditions,
+)
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Sequence
 
 BLOCK_SIZE = 4
 

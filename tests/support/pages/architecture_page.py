@@ -10,16 +10,19 @@ PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- generated: rooms -->", "<!-- end: rooms -->"
 # In the order in which one reads them; what is in none of them is a mistake.
 ROOMS = (
-    *("server/rpc", "server/http", "server/api", "server/engine", "server/models"),
-    *("server/models/families", "server/adapters"),
+    *("server/rpc", "server/http", "server/http/exchange", "server/api", "server/api/admin"),
+    *("server/engine", "server/engine/scheduling", "server/engine/step"),
+    *("server/models", "server/models/families", "server/models/decoding"),
+    *("server/models/weights", "server/adapters"),
     *(
         f"server/adapters/{name}"
         for name in (
             *("checkpoint", "peft_format", "lowering", "methods"),
-            *("state", "residency", "fuse", "registry", "merge", "device"),
+            *("state", "residency", "fuse", "registry", "merge"),
+            *("device", "device/packed", "device/gpu"),
         )
     ),
-    *("kernels/cpu", "kernels/gpu", "kernels/gpu/tables"),
+    *("kernels/rows", "kernels/cpu", "kernels/gpu", "kernels/gpu/tables"),
     *("clients/messages", "clients/verbs", "clients/evaluation"),
     *(
         f"training/{name}"

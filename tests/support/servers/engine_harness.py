@@ -22,7 +22,7 @@ from turret.server.config import (
     ModelConfig,
     SchedulerConfig,
 )
-from turret.server.engine.request import (
+from turret.server.engine.scheduling.request import (
     Finish,
     Request,
     ResponseOptions,

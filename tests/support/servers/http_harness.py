@@ -12,7 +12,7 @@ from typing import Any
 import httpx2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
-from turret.server.api.adapters import Adapters
+from turret.server.api.admin.adapters import Adapters
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares

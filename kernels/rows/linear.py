@@ -1,0 +1,205 @@
+"""``y = x Wᵀ`` whose rows do not depend on how many rows are computed together.
+
+A request's tokens must not depend on its batch mates, and a library promises no bits. On a CPU the
+order of every sum is ours where there are compiled kernels (``cpu/products.c``,
+``cpu/dense_product.c``). Elsewhere a library product serves in calls that were tried on this
+machine (``trial.py``), or else a product of elementwise operations (``ordered_product.py``).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from turret.kernels.cpu.dense_product import dense_product, serves_dense
+from turret.kernels.cpu.native import has_kernels
+from turret.kernels.cpu.products import add_column_products_, dot_products
+from turret.kernels.rows.ordered_product import ordered_columns, ordered_product
+from turret.kernels.rows.trial import (
+    LARGEST,
+    SAMPLE_ROWS,
+    Formulation,
+    cancelling,
+    choose,
+    keeps_rows,
+    most_sizes,
+    size_formulations,
+)
+
+# Columns of one library product where a weight's shape changes from step to step.
+_COLUMNS = 64
+# A weight with more elements than this is tried with fewer rows, in smaller calls: it takes time.
+_LARGE_WEIGHT, _LARGE_WEIGHT_ROWS, _LARGE_WEIGHT_SAMPLE = 1 << 22, 64, 8
+# The longest reduction of ``row_addmm_``: a library's product has this length whatever is in it.
+# Longer ones are cut into blocks by the libraries, and zeros would move what is in a block.
+_MAX_REDUCTION = {torch.bfloat16: 128, torch.float16: 128, torch.float32: 128}
+
+
+def row_linear(x: torch.Tensor, weight: torch.Tensor, *, probe: bool = True) -> torch.Tensor:
+    """Multiply rows by a dense weight, each row bit-identical in any batch.
+
+    Args:
+        x: ``[num_rows, in_features]``, dtype of ``weight``.
+        weight: ``[out_features, in_features]``, contiguous.
+        probe: Whether a library product is tried for just this shape, once. Pass False where the
+            shape changes from step to step: then a column's bits do not depend on the columns
+            beside it either.
+
+    Returns:
+        ``[num_rows, out_features]``, dtype of ``x``. On devices other than the CPU this is a plain
+        ``linear``.
+    """
+    if x.device.type != "cpu":
+        return F.linear(x, weight)
+    if serves_dense(weight):
+        return dense_product(x, weight)
+    if has_kernels(x.device):
+        return dot_products(x.float().unsqueeze(0), weight.unsqueeze(0))[0].to(x.dtype)
+    if probe:
+        return _prepare(weight).call(x, weight)
+    out = [
+        _prepare_tile(weight.dtype, weight.shape[1]).call(x, tile)
+        for tile in F.pad(weight, (0, 0, 0, -weight.shape[0] % _COLUMNS)).split(_COLUMNS)
+    ]
+    return torch.cat(out, dim=1)[:, : weight.shape[0]] if out else x.new_empty(x.shape[0], 0)
+
+
+def row_addmm_(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
+    """``y += v b`` in place, each row bit-identical in any batch and at any place among zeros.
+
+    The second half is what lets adapters share one product: a row of ``v`` that is zero outside
+    ranks ``[lo, hi)`` adds the bits that ``v[:, lo:hi] b[lo:hi]`` would, ``lo`` a multiple of 8.
+
+    Args:
+        y: ``[num_rows, out_features]``, rounded once; rows may be strided (a slice of a fused
+            projection).
+        v: ``[num_rows, rank]``, dtype of ``y``, rank at most ``max_reduction(dtype)``.
+        b: ``[rank, out_features]``, dtype of ``y``.
+    """
+    rank = v.shape[1]
+    assert rank <= max_reduction(v.dtype), rank
+    if v.device.type != "cpu":
+        y.addmm_(v, b)
+    elif has_kernels(v.device):
+        total = y if y.dtype == torch.float32 and y.stride(1) == 1 else y.float()
+        add_column_products_(total, v.float(), b)
+        if total is not y:
+            y.copy_(total)
+    else:
+        more = max_reduction(v.dtype) - rank
+        update = _prepare_update(v.dtype, b.shape[1])
+        y.copy_(y.float() + update.call(F.pad(v, (0, more)), F.pad(b, (0, 0, 0, more))))
+
+
+def max_reduction(dtype: torch.dtype) -> int:
+    """The longest reduction that ``row_addmm_`` takes."""
+    return _MAX_REDUCTION[dtype]
+
+
+def prepare_linear(weight: torch.Tensor) -> None:
+    """Have a weight ready for ``row_linear``: what has to be tried is tried now, not by a request.
+
+    Some milliseconds for a weight of a layer, once per shape; nothing where compiled kernels serve.
+    """
+    if weight.device.type == "cpu" and not has_kernels(weight.device):
+        _prepare(weight)
+
+
+def linear_formulation(weight: torch.Tensor) -> str:
+    """How rows are multiplied by a weight on the CPU, in words."""
+    return "native" if has_kernels(weight.device) else f"torch {_prepare(weight).name}"
+
+
+def _prepare(weight: torch.Tensor) -> Formulation:
+    """Choose how to multiply by a weight of this shape without compiled kernels."""
+    (out_features, in_features), dtype = weight.shape, weight.dtype
+
+    largest, sample = LARGEST, SAMPLE_ROWS
+    if out_features * in_features > _LARGE_WEIGHT:
+        largest, sample = _LARGE_WEIGHT_ROWS, _LARGE_WEIGHT_SAMPLE
+
+    def holds(formulation: Formulation) -> bool:
+        x, weight = cancelling(sample, out_features, in_features, dtype)
+        return keeps_rows(lambda x: formulation.call(x, weight), x, most_sizes(largest))
+
+    key = dtype, out_features, in_features
+    return choose("linear", key, lambda: _linears(largest), holds)
+
+
+def _linears(largest: int = LARGEST) -> list[Formulation]:
+    """Calls ``(x, weight)``."""
+
+    def of(sizes: Formulation) -> Formulation:
+        return Formulation(
+            sizes.name, lambda x, weight: sizes.call(lambda rows: F.linear(rows, weight), x)
+        )
+
+    def ordered(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return ordered_product(x, weight).to(x.dtype)
+
+    return [*map(of, size_formulations(largest)), Formulation("ordered sums", ordered)]
+
+
+def _prepare_tile(dtype: torch.dtype, in_features: int) -> Formulation:
+    """The same for ``_COLUMNS`` columns whose places among each other must not matter."""
+
+    def holds(formulation: Formulation) -> bool:
+        x, weight = cancelling(SAMPLE_ROWS, _COLUMNS, in_features, dtype)
+        if not keeps_rows(lambda x: formulation.call(x, weight), x, most_sizes()):
+            return False
+        for rows in most_sizes():
+            if rows > SAMPLE_ROWS:
+                break
+            expected = formulation.call(x[:rows], weight)
+            for shift in (1, 2, 3, 8, 13, 16, 31, 32, 48):
+                moved = formulation.call(x[:rows], weight.roll(shift, 0))
+                if not torch.equal(moved, expected.roll(shift, 1)):
+                    return False
+            some = weight.clone()
+            some[5:] = 0
+            if not torch.equal(formulation.call(x[:rows], some)[:, :5], expected[:, :5]):
+                return False
+        return True
+
+    return choose("columns", (dtype, in_features), _linears, holds)
+
+
+def _prepare_update(dtype: torch.dtype, out_features: int) -> Formulation:
+    """How ``[rows, max_reduction] [max_reduction, out_features]`` is multiplied, fp32 result."""
+
+    def of(sizes: Formulation) -> Formulation:
+        def call(v: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+            wide = b.float()
+            return sizes.call(lambda rows: torch.mm(rows.float(), wide), v)
+
+        return Formulation(sizes.name, call)
+
+    def formulations() -> list[Formulation]:
+        return [*map(of, size_formulations()), Formulation("ordered sums", ordered_columns)]
+
+    def holds(formulation: Formulation) -> bool:
+        return _keeps_zeros(formulation, dtype, out_features)
+
+    return choose("updates", (dtype, out_features), formulations, holds)
+
+
+def _keeps_zeros(formulation: Formulation, dtype: torch.dtype, out_features: int) -> bool:
+    """Whether rows keep their bits in any number and wherever their ranks lie among zeros."""
+    span = max_reduction(dtype)
+    generator = torch.Generator().manual_seed(span)
+    part = torch.randn(8, out_features, generator=generator)
+    # Pairs of eight ranks cancel, wherever a row's ranks begin.
+    b = torch.cat([part if i % 2 else -part for i in range(span // 8)]).to(dtype)
+    for rank in (16, 32, 96, span):
+        own = torch.randn(SAMPLE_ROWS, 8, generator=generator).to(dtype).repeat(1, rank // 8)
+        for low in {0, 8, 16, (span - rank) // 16 * 8, span - rank}:
+            if low + rank > span:
+                continue
+            v = F.pad(own, (low, span - rank - low))
+            alone = F.pad(own, (0, span - rank))
+            alone_b = F.pad(b[low : low + rank], (0, 0, 0, span - rank))
+            expected = formulation.call(alone, alone_b)
+            if not torch.equal(formulation.call(v, b), expected):
+                return False
+    v = torch.randn(SAMPLE_ROWS, 8, generator=generator).to(dtype).repeat(1, span // 8)
+    return keeps_rows(lambda v: formulation.call(v, b), v, most_sizes())

@@ -1,0 +1,224 @@
+"""Learned fusions on the gpu path: shrink, gate and expand over a pack of each fusion's own.
+
+To the kernels, the components of a fusion are members of a segment: the rows of a request that uses
+it have the fusion's ranks in their mix, each component a slot, and ``fusion_gate`` weighs them per
+row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+import torch.nn.functional as F
+
+from turret.kernels.gpu.fusion_gate import fusion_gate
+from turret.kernels.gpu.segmented_expand import segmented_expand
+from turret.kernels.gpu.segmented_shrink import segmented_shrink
+from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.tables.staged_buffer import upload
+from turret.kernels.segments import LongSegment, SegmentMember
+from turret.server.adapters.device.gpu.tables import GpuTables
+from turret.server.adapters.device.layout import ProjectionLayout
+from turret.server.adapters.device.members import Members
+from turret.server.adapters.device.part import Part
+from turret.server.adapters.operators import AdapterOperators, Gate
+
+# Libraries choose their algorithm by shape: queries are multiplied in pieces of one shape.
+_QUERY_ROWS = 64
+
+_Place = tuple[int, str]  # layer, projection
+
+
+@dataclass(frozen=True, slots=True)
+class _GatedProjection:
+    """A fusion in one fused projection of one layer; what a slice lacks is zero.
+
+    Attributes:
+        a: ``[ranks, slices, in]``.
+        b: Per slice ``[ranks, out]``.
+        keys: ``[ranks, slices, d_k]`` fp32.
+        query: ``[slices · d_k, in]``.
+        slice_ranks: Ranks of each component in each slice, ``[K, slices]`` int32.
+    """
+
+    a: torch.Tensor
+    b: tuple[torch.Tensor, ...]
+    keys: torch.Tensor
+    query: torch.Tensor
+    slice_ranks: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Everything that a launch reads of it."""
+        return (self.a, *self.b, self.keys, self.query, self.slice_ranks)
+
+    def add(
+        self, table: SegmentTable, gated: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+    ) -> None:
+        """Add the gated updates of the table's rows to ``y``, in place."""
+        num_rows, (_, slices, d_k) = x.shape[0], self.keys.shape
+        v = segmented_shrink(x, self.a, self.slice_ranks, table)
+        padded = F.pad(x, (0, 0, 0, -num_rows % _QUERY_ROWS))
+        pieces = [F.linear(piece, self.query) for piece in padded.split(_QUERY_ROWS)]
+        q = torch.cat(pieces)[:num_rows].float().view(num_rows, slices, d_k)
+        gates = fusion_gate(q, v, self.keys, gated, table)
+        segmented_expand(y, v, self.b, self.slice_ranks, table, gates=gates)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fusion:
+    """A gated adapter.
+
+    Attributes:
+        bounds: First rank and end of each component in the fusion's pack.
+        gated: Ones, ``[K]`` int32: every slot of the pack belongs to the fusion.
+        places: Where it has gates.
+    """
+
+    bounds: tuple[tuple[int, int], ...]
+    gated: torch.Tensor
+    places: dict[_Place, _GatedProjection]
+
+    @property
+    def ranks(self) -> int:
+        return self.bounds[-1][1]
+
+    def segment(self, start: int, end: int, weight: float) -> LongSegment:
+        """Rows that use it."""
+        members = (SegmentMember(*bound, k, weight) for k, bound in enumerate(self.bounds))
+        return LongSegment(start, end, tuple(members))
+
+
+@dataclass(frozen=True, slots=True)
+class GpuStepGates:
+    """A step's rows of every fusion.
+
+    Attributes:
+        runs: Fusions with the tables of their rows.
+        signature: Names the fusions: the launches of a step.
+    """
+
+    runs: tuple[tuple[_Fusion, SegmentTable], ...]
+    signature: tuple[Hashable, ...]
+
+    def apply(self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add the updates of one layer's fused projection to ``y``, in place."""
+        for fusion, table in self.runs:
+            gated = fusion.places.get((layer, projection))
+            if gated is not None:
+                gated.add(table, fusion.gated, x, y)
+
+
+class GpuGates(Part):
+    """The gated adapters of the gpu path, by key."""
+
+    def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
+        self._layout = layout
+        self._dtype, self._device = dtype, device
+        self._fusions: dict[str, _Fusion] = {}
+
+    def insert(self, key: str, operators: AdapterOperators) -> None:
+        """Take up an adapter if it has gates; its tensors are on the device."""
+        found: dict[_Place, dict[int, Gate]] = {}
+        for projection in self._layout.projections:
+            for layer, s, ops in self._layout.of(operators, projection):
+                if ops.gate is not None:
+                    found.setdefault((layer, projection), {})[s] = ops.gate
+        if not found:
+            return
+        gates = [gate for slices in found.values() for gate in slices.values()]
+        most = [max(ranks) for ranks in zip(*map(_ranks_of, gates), strict=True)]
+        bounds = tuple(pairwise([0, *accumulate(most)]))
+        slice_ranks = self._upload_ranks(found, len(bounds))
+        self._fusions[key] = _Fusion(
+            bounds,
+            torch.ones(len(bounds), dtype=torch.int32, device=self._device),
+            {
+                place: self._gated(place[1], slices, bounds, ranks)
+                for (place, slices), ranks in zip(found.items(), slice_ranks, strict=True)
+            },
+        )
+
+    def remove(self, key: str) -> None:
+        self._fusions.pop(key, None)
+
+    def bind(self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables) -> GpuStepGates:
+        """Load a step's tables.
+
+        Args:
+            runs: Runs of rows: first, end, and their mix.
+            tables: Hold the segment tables.
+        """
+        users: dict[str, list[LongSegment]] = {}
+        for start, end, mix in runs:
+            for key, weight in mix:
+                fusion = self._fusions.get(key)
+                if fusion is not None:
+                    users.setdefault(key, []).append(fusion.segment(start, end, weight))
+        bound = []
+        # In an order of their own: what a row adds up must not depend on its batch mates.
+        for key in sorted(users):
+            fusion = self._fusions[key]
+            table = tables.fusion_table(key, fusion.ranks, len(fusion.bounds))
+            table.load(users[key])
+            bound.append((fusion, table))
+        return GpuStepGates(tuple(bound), tuple(sorted(users)))
+
+    def addresses(self) -> list[object]:
+        """Where the tensors of every fusion are, and how large."""
+        return [
+            (
+                (key, fusion.bounds, fusion.gated.data_ptr()),
+                [
+                    (place, [(t.data_ptr(), t.shape) for t in gated.tensors()])
+                    for place, gated in fusion.places.items()
+                ],
+            )
+            for key, fusion in sorted(self._fusions.items())
+        ]
+
+    def _upload_ranks(
+        self, found: dict[_Place, dict[int, Gate]], num_components: int
+    ) -> tuple[torch.Tensor, ...]:
+        """``[K, slices]`` int32 per place, by one copy."""
+        values, shapes = [], []
+        for (_, projection), slices in found.items():
+            count = len(self._layout.projections[projection])
+            none = (0,) * num_components
+            columns = [_ranks_of(slices[s]) if s in slices else none for s in range(count)]
+            values += [rank for row in zip(*columns, strict=True) for rank in row]
+            shapes.append((num_components, count))
+        moved = upload(torch.tensor(values, dtype=torch.int32), self._device)
+        parts = moved.split([rows * columns for rows, columns in shapes])
+        # Copies: kernels want each at the start of an allocation.
+        return tuple(p.clone().view(shape) for p, shape in zip(parts, shapes, strict=True))
+
+    def _gated(
+        self,
+        projection: str,
+        slices: dict[int, Gate],
+        bounds: tuple[tuple[int, int], ...],
+        slice_ranks: torch.Tensor,
+    ) -> _GatedProjection:
+        shapes, ranks = self._layout.projections[projection], bounds[-1][1]
+        d_k = max(gate.query.shape[0] for gate in slices.values())
+        like = {"dtype": self._dtype, "device": self._device}
+        a = torch.zeros(ranks, len(shapes), shapes[0].in_features, **like)
+        b = tuple(torch.zeros(ranks, shape.out_features, **like) for shape in shapes)
+        keys = torch.zeros(ranks, len(shapes), d_k, device=self._device)
+        query = torch.zeros(len(shapes), d_k, shapes[0].in_features, **like)
+        for s, gate in slices.items():
+            width = gate.query.shape[0]
+            query[s, :width] = gate.query
+            for (start, _), (first, end) in zip(bounds, pairwise(gate.rank_indptr), strict=True):
+                place = slice(start, start + end - first)
+                a[place, s] = gate.a[first:end]
+                b[s][place] = gate.b[first:end]
+                keys[place, s, :width] = gate.keys[first:end]
+        return _GatedProjection(a, b, keys, query.flatten(0, 1), slice_ranks)
+
+
+def _ranks_of(gate: Gate) -> tuple[int, ...]:
+    return tuple(end - start for start, end in pairwise(gate.rank_indptr))

@@ -1,0 +1,209 @@
+"""The gpu path's store: adapters packed as on the torch path, applied by Triton kernels.
+
+A step's metadata is in tables of fixed address, so what a step launches depends only on which kinds
+of operators it has (``GpuAdapterStep.signature``) and on where the store's tensors are
+(``GpuStore.epoch``): as long as both stay the same, a captured CUDA graph stays valid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from turret.kernels.cpu.row_adapters import Ahead
+from turret.kernels.gpu.hadamard_shrink import MAX_RANK as MAX_HADAMARD_RANK
+from turret.kernels.gpu.input_gain import input_gain
+from turret.kernels.gpu.kronecker import MAX_IN_M, MAX_RANK
+from turret.kernels.gpu.segmented_expand import segmented_expand
+from turret.kernels.gpu.segmented_shrink import rank_activations, segmented_shrink
+from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.segments import LongSegment
+from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
+from turret.server.adapters.device.gpu.pack import GpuPack, GpuPackedProjection
+from turret.server.adapters.device.gpu.shelves import (
+    GpuHadamardShelves,
+    GpuKroneckerShelves,
+    GpuShelves,
+    GpuStepShelves,
+)
+from turret.server.adapters.device.gpu.tables import GpuTables
+from turret.server.adapters.device.gpu.uploads import Uploads
+from turret.server.adapters.device.layout import ProjectionLayout
+from turret.server.adapters.device.members import Members
+from turret.server.adapters.device.packed.pack import PackedKinds
+from turret.server.adapters.device.packed.segments import segment_members
+from turret.server.adapters.device.store import AdapterStore, BaseProduct, OnMoved, Resident
+from turret.server.adapters.operators import AdapterOperators
+
+# Of the budget, what may be on its way to the device besides.
+_STAGED_SHARE = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuAdapterStep:
+    """The adapters of one step, as kernels apply them.
+
+    Attributes:
+        projections: The pack's matrices.
+        table: The step's segments; every row of the step is in it.
+        kinds: Which packed operators the step's adapters have.
+        low_rank: Projections with a low-rank update.
+        shelves: Rows of the shelves.
+        gates: Rows of learned fusions.
+    """
+
+    projections: Mapping[str, GpuPackedProjection]
+    table: SegmentTable
+    kinds: PackedKinds
+    low_rank: frozenset[str]
+    shelves: GpuStepShelves
+    gates: GpuStepGates
+
+    @property
+    def signature(self) -> Hashable:
+        """What the step launches; see the module."""
+        kinds = (self.low_rank, self.kinds.gains, self.kinds.input_gains, self.kinds.biases)
+        return (kinds, self.shelves.signature, self.gates.signature)
+
+    def inputs(
+        self, layer: int, projection: str, x: torch.Tensor
+    ) -> tuple[torch.Tensor, Ahead | None]:
+        return x, None
+
+    def apply(
+        self,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
+        base: BaseProduct,
+    ) -> None:
+        packed, table, kinds = self.projections[projection], self.table, self.kinds
+        gain = packed.gain_delta if projection in kinds.gains else None
+        delta = packed.bias if projection in kinds.biases else None
+        has_ranks = projection in self.low_rank
+        if bias is not None or gain is not None or delta is not None or has_ranks:
+            a, b = packed.layers[layer]
+            ranks = packed.slice_ranks[layer]
+            if has_ranks:
+                v = segmented_shrink(x, a, ranks, table)
+            else:
+                # Nothing of it is read: no adapter of the step has ranks here.
+                v = rank_activations(table, len(b), x.device)
+            segmented_expand(
+                y,
+                v,
+                b,
+                ranks,
+                table,
+                gain_delta=None if gain is None else gain[layer],
+                bias=None if delta is None else delta[layer],
+                base_bias=bias,
+            )
+        if projection in kinds.input_gains:
+            assert packed.input_gain_delta is not None
+            for s, columns in enumerate(packed.columns):
+                scaled = input_gain(x, packed.input_gain_delta[layer, :, s], table)
+                y[:, columns] += base(scaled)[:, columns]
+        self.shelves.apply(layer, projection, x, y)
+        self.gates.apply(layer, projection, x, y)
+
+
+class GpuStore(AdapterStore):
+    """A store whose steps run as kernels; see ``AdapterStore``.
+
+    Args:
+        layout: Shape of the base.
+        dtype: Serving dtype.
+        device: Where the kernels run.
+        max_bytes: Budget of the copies.
+        on_moved: Told of every adapter that was packed or forgotten.
+
+    Attributes:
+        epoch: Moves whenever its tensors do, so that what was captured must be forgotten.
+    """
+
+    def __init__(
+        self,
+        layout: ProjectionLayout,
+        dtype: torch.dtype,
+        device: torch.device,
+        max_bytes: int,
+        on_moved: OnMoved = lambda _: None,
+    ) -> None:
+        like = (dtype, device)
+        self._pack = GpuPack(
+            layout,
+            {name: GpuPackedProjection(layout, name, *like) for name in layout.projections},
+            max_bytes,
+        )
+        kinds = GpuHadamardShelves(layout, *like), GpuKroneckerShelves(layout, *like)
+        self._shelves = GpuShelves(kinds)
+        self._gates = GpuGates(layout, *like)
+        self._uploads = Uploads(device, max_bytes // _STAGED_SHARE)
+        super().__init__((self._pack, self._shelves, self._gates), device, max_bytes, on_moved)
+        self.epoch = 0
+        self._known = self._addresses()
+
+    def _operators(self, adapter: Resident) -> AdapterOperators:
+        return self._uploads.take(adapter.key, super()._operators(adapter))
+
+    def is_near(self, adapter: Resident) -> bool:
+        if adapter.key in self._entries:
+            return True
+        return self._uploads.is_near(adapter.key, super()._operators(adapter))
+
+    def drop(self, key: str) -> None:
+        super().drop(key)
+        self._uploads.drop(key)
+
+    def unserved(self, operators: AdapterOperators) -> str | None:
+        for path, ops in operators.modules.items():
+            if ops.hadamard is not None and ops.hadamard.rank > MAX_HADAMARD_RANK:
+                return f"{path}: Hadamard rank {ops.hadamard.rank} is over {MAX_HADAMARD_RANK}"
+            if ops.kronecker is not None:
+                in_m, rank = ops.kronecker.w1.shape[1], ops.kronecker.rank
+                if in_m > MAX_IN_M or rank > MAX_RANK:
+                    return (
+                        f"{path}: a Kronecker product of {in_m} columns and rank {rank} is over "
+                        f"{MAX_IN_M} and {MAX_RANK}"
+                    )
+        return None
+
+    def _insert(self, adapter: Resident) -> None:
+        super()._insert(adapter)
+        self._uploads.taken()
+        known = self._addresses()
+        if known != self._known:
+            self.epoch += 1
+            self._known = known
+
+    def _addresses(self) -> list[object]:
+        """Everything a captured graph knows of the store."""
+        packed = [projection.addresses() for projection in self._pack.projections.values()]
+        return [*packed, *self._shelves.addresses(), *self._gates.addresses()]
+
+    def bind(self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables) -> GpuAdapterStep:
+        """Load a step's tables.
+
+        Args:
+            runs: All rows of the step: first row, end row, mix (empty for the base model's).
+            tables: Where the metadata goes.
+        """
+        kinds = self._pack.kinds({key for _, _, mix in runs for key, _ in mix})
+        segments = [
+            LongSegment(start, end, tuple(segment_members(mix, self._pack.places)))
+            for start, end, mix in runs
+        ]
+        return GpuAdapterStep(
+            projections=self._pack.projections,
+            table=tables.load_segments(segments),
+            kinds=kinds,
+            low_rank=frozenset(projection for projection, _ in kinds.low_rank),
+            shelves=self._shelves.bind(runs, tables),
+            gates=self._gates.bind(runs, tables),
+        )

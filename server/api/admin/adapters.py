@@ -1,0 +1,319 @@
+"""What the Adapters service does, whoever asks: messages in, messages out, TurretError.
+
+The control plane loads, replaces, lists, pins, fuses, merges and unloads adapters while traffic
+flows. A door parses what came to it into a message, begins a ``Call``, and awaits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from google.protobuf import duration_pb2
+
+from turret.server.adapters.state.staged_upload import UploadedFile
+from turret.server.api.admin.adapter_message import RESIDENCIES, adapter_message
+from turret.server.api.admin.fuse import checked_fuse_request, fuse_response
+from turret.server.api.admin.merges import checked_merge_request, merge_state_message
+from turret.server.api.admin.paging import make_page_token, page_length, read_page_token
+from turret.server.api.admin.slow_calls import SlowCalls
+from turret.server.api.admin.uploads import (
+    Messages,
+    checked_header,
+    most_seconds,
+    next_message,
+    receive_chunks,
+)
+from turret.server.api.call import Call
+from turret.server.api.gate import Gate
+from turret.server.api.limits import MAX_PAGE_TOKEN_CHARS, MAX_PATH_CHARS, MAX_WORD_CHARS
+from turret.server.api.violations import Violations
+from turret.server.cancellation import Cancellation
+from turret.server.config import ADAPTER_NAME
+from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
+from turret.v1 import adapters_pb2
+
+if TYPE_CHECKING:
+    from turret.server.adapters.merge.state import MergeState
+    from turret.server.adapters.registry.registry import AdapterRegistry
+    from turret.server.adapters.registry.unloads import UnloadMode
+
+DEFAULT_UNLOAD_SECONDS = 30.0
+MAX_UNLOAD_SECONDS = 3600.0
+# Each may take up to --max-upload-bytes of the disk before it is known to be any good.
+MAX_UPLOADS = 8
+_SLOW_CALLS = 32
+_DRAINS = 32
+
+
+class Adapters:
+    """Answers on behalf of the registry behind the gate; doors share one.
+
+    Every method raises UnavailableError while the gate is closed and InvalidRequestError for a
+    message with offending fields (all of them listed); what else it raises is the registry's, the
+    fuser's or the merger's, whose methods have the same names. Each notes in the call which
+    adapters it is about.
+    """
+
+    def __init__(self, gate: Gate) -> None:
+        self._gate = gate
+        self._num_uploads = 0
+        self._slow = SlowCalls(_SLOW_CALLS)
+        # Drains wait up to an hour for other people's requests: never in the threads that load.
+        self._drains = SlowCalls(_DRAINS)
+
+    def close(self) -> None:
+        """Start no further call; those that run end by themselves."""
+        self._slow.close()
+        self._drains.close()
+
+    # New weights
+
+    async def load(
+        self, message: adapters_pb2.LoadAdapterRequest, call: Call
+    ) -> adapters_pb2.Adapter:
+        registry = self._gate.enter().registry
+        name, path = _checked_source(message, call)
+        return adapter_message(
+            await self._slow.run(registry.load, name, path, pinned=message.pinned)
+        )
+
+    async def replace(
+        self, message: adapters_pb2.ReplaceAdapterRequest, call: Call
+    ) -> adapters_pb2.Adapter:
+        registry = self._gate.enter().registry
+        name, path = _checked_source(message, call)
+        return adapter_message(await self._slow.run(registry.replace, name, path))
+
+    async def upload(self, messages: Messages, call: Call) -> adapters_pb2.Adapter:
+        """Take in the files of an adapter: a header, then chunks in the order of its files.
+
+        Raises:
+            QueueFullError: ``MAX_UPLOADS`` are under way.
+            DeadlineExceededError: The client was silent for too long.
+        """
+        registry = self._gate.enter().registry
+        if self._num_uploads >= MAX_UPLOADS:
+            raise QueueFullError(f"{MAX_UPLOADS} uploads are under way already")
+        self._num_uploads += 1
+        try:
+            return await self._receive(registry, messages, call)
+        finally:
+            self._num_uploads -= 1
+
+    async def _receive(
+        self, registry: AdapterRegistry, messages: Messages, call: Call
+    ) -> adapters_pb2.Adapter:
+        header = checked_header(await next_message(messages))
+        call.adapters = (header.name,)
+        files = [UploadedFile(file.path, file.size_bytes, file.sha256) for file in header.files]
+        staged = await self._slow.open(
+            lambda: registry.stage(files), lambda opened: opened.discard()
+        )
+        try:
+            await receive_chunks(
+                messages,
+                lambda name, data: self._slow.run(staged.write, name, data),
+                most_seconds(header),
+            )
+            await self._slow.run(staged.finish)
+            record = await self._slow.run(
+                registry.upload, header.name, staged, pinned=header.pinned, replace=header.replace
+            )
+        finally:
+            # In a thread of its own: the pool refuses work while the server stops.
+            threading.Thread(target=staged.discard, name="discard upload").start()
+        return adapter_message(record)
+
+    async def fuse(
+        self, message: adapters_pb2.FuseAdaptersRequest, call: Call
+    ) -> adapters_pb2.FuseAdaptersResponse:
+        """Fuse a mix into a new adapter. Cancelling the task ends the fusion."""
+        fuser = self._gate.enter().fuser
+        name, refs, combination = checked_fuse_request(message)
+        call.adapters = (name,)
+        cancellation = Cancellation()
+        fusing = fuser.start(name, refs, combination, cancellation)
+        with _cancelling(cancellation):
+            result = await asyncio.wrap_future(fusing)
+        return fuse_response(result, adapter_message(result.record))
+
+    # What there is
+
+    async def get(
+        self, message: adapters_pb2.GetAdapterRequest, call: Call
+    ) -> adapters_pb2.Adapter:
+        registry = self._gate.enter().registry
+        name = _checked_name(message.name, call)
+        return adapter_message(await asyncio.to_thread(registry.get, name))
+
+    async def list_page(
+        self, message: adapters_pb2.ListAdaptersRequest
+    ) -> adapters_pb2.ListAdaptersResponse:
+        """One page of all adapters, by name, and the token of the next."""
+        registry = self._gate.enter().registry
+        violations = Violations()
+        violations.check_chars(message.method, MAX_WORD_CHARS, "method")
+        violations.check_chars(message.page_token, MAX_PAGE_TOKEN_CHARS, "page_token")
+        violations.raise_if_any()
+        filters = f"{message.method}\0{message.residency}"
+        length, after = 0, ""
+        try:
+            length = page_length(message.page_size)
+        except InvalidRequestError as error:
+            violations.found.extend(error.violations)
+        try:
+            after = read_page_token(message.page_token, filters)
+        except InvalidRequestError as error:
+            violations.found.extend(error.violations)
+        violations.check(
+            message.residency in adapters_pb2.Adapter.Residency.values(),
+            "residency",
+            "is no value of Residency",
+        )
+        violations.raise_if_any()
+        records = [
+            record
+            for record in await asyncio.to_thread(registry.list)
+            if message.method in ("", record.facts.method)
+            and message.residency in (0, RESIDENCIES[record.residency])
+        ]
+        rest = sorted((r for r in records if r.name > after), key=lambda r: r.name)
+        page = rest[:length]
+        return adapters_pb2.ListAdaptersResponse(
+            adapters=[adapter_message(record) for record in page],
+            next_page_token=make_page_token(page[-1].name, filters) if len(rest) > length else "",
+            total_size=len(records),
+        )
+
+    async def export(
+        self, message: adapters_pb2.ExportAdapterRequest, call: Call
+    ) -> AsyncGenerator[adapters_pb2.ExportAdapterResponse, None]:
+        """The files of an adapter as they were loaded: a header, then chunks.
+
+        Close the generator if you leave it early.
+        """
+        registry = self._gate.enter().registry
+        generation = message.generation if message.HasField("generation") else None
+        name = _checked_name(message.name, call)
+        export = await self._slow.open(
+            lambda: registry.export(name, generation), lambda opened: opened.close()
+        )
+        with contextlib.closing(export):
+            header = adapters_pb2.ExportHeader(adapter=adapter_message(export.record))
+            for file in export.files:
+                header.files.add(path=file.name, size_bytes=file.size_bytes, sha256=file.sha256)
+            yield adapters_pb2.ExportAdapterResponse(header=header)
+            chunks = export.chunks()
+            while part := await self._slow.run(lambda: next(chunks, None)):
+                path, data = part
+                chunk = adapters_pb2.FileChunk(path=path, data=data)
+                yield adapters_pb2.ExportAdapterResponse(chunk=chunk)
+
+    # Pins, and the end
+
+    async def pin(
+        self, message: adapters_pb2.PinAdapterRequest, call: Call
+    ) -> adapters_pb2.Adapter:
+        name = _checked_name(message.name, call)
+        return adapter_message(await self._slow.run(self._gate.enter().registry.pin, name))
+
+    async def unpin(
+        self, message: adapters_pb2.UnpinAdapterRequest, call: Call
+    ) -> adapters_pb2.Adapter:
+        name = _checked_name(message.name, call)
+        return adapter_message(await self._slow.run(self._gate.enter().registry.unpin, name))
+
+    async def unload(self, message: adapters_pb2.UnloadAdapterRequest, call: Call) -> None:
+        """Remove an adapter once no request holds it, or (FORCE) end the requests that do."""
+        registry = self._gate.enter().registry
+        modes = adapters_pb2.UnloadAdapterRequest.Mode
+        violations = Violations()
+        _check_name(message.name, violations)
+        violations.check(message.mode in modes.values(), "mode", "is no value of Mode")
+        seconds = DEFAULT_UNLOAD_SECONDS
+        if message.HasField("timeout"):
+            seconds = _unload_seconds(message.timeout, violations)
+        violations.raise_if_any()
+        call.adapters = (message.name,)
+        is_forced = message.mode == adapters_pb2.UnloadAdapterRequest.FORCE
+        mode: UnloadMode = "FORCE" if is_forced else "DRAIN"
+        threads = self._slow if is_forced else self._drains
+        await threads.run(registry.unload, message.name, mode=mode, timeout_seconds=seconds)
+
+    # The base
+
+    async def merge(
+        self, message: adapters_pb2.MergeAdaptersRequest, call: Call
+    ) -> adapters_pb2.MergeState:
+        """Make a mix a part of the base. Cancelling the task withdraws the merge."""
+        merger = self._gate.enter().merger
+        refs, precision = checked_merge_request(message)
+        call.adapters = tuple(ref.name for ref in refs)
+        return await self._change_base(merger.merge, refs, precision)
+
+    async def unmerge(self) -> adapters_pb2.MergeState:
+        """Put the base's own weights back. Cancelling the task withdraws it."""
+        return await self._change_base(self._gate.enter().merger.unmerge)
+
+    async def _change_base(
+        self, change: Callable[..., MergeState], *args: Any
+    ) -> adapters_pb2.MergeState:
+        cancellation = Cancellation()
+        with _cancelling(cancellation):
+            state = await self._slow.run(change, *args, cancellation)
+        return merge_state_message(state)
+
+    def merge_state(self) -> adapters_pb2.MergeState:
+        """What is merged now."""
+        return merge_state_message(self._gate.enter().merger.state)
+
+
+@contextlib.contextmanager
+def _cancelling(work: Cancellation) -> Iterator[None]:
+    """Ends the work on another thread if the task that waits for it is cancelled."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        work.set(UnavailableError("the caller went away"))
+        raise
+
+
+def _check_name(name: str, violations: Violations) -> None:
+    violations.check(
+        ADAPTER_NAME.fullmatch(name) is not None, "name", f"must match {ADAPTER_NAME.pattern}"
+    )
+
+
+def _checked_name(name: str, call: Call) -> str:
+    violations = Violations()
+    _check_name(name, violations)
+    violations.raise_if_any()
+    call.adapters = (name,)
+    return name
+
+
+def _checked_source(
+    message: adapters_pb2.LoadAdapterRequest | adapters_pb2.ReplaceAdapterRequest, call: Call
+) -> tuple[str, str]:
+    violations = Violations()
+    _check_name(message.name, violations)
+    violations.check(message.path != "", "path", "must be set")
+    violations.check_chars(message.path, MAX_PATH_CHARS, "path")
+    violations.check("\0" not in message.path, "path", "must not hold a NUL character")
+    violations.raise_if_any()
+    call.adapters = (message.name,)
+    return message.name, message.path
+
+
+def _unload_seconds(timeout: duration_pb2.Duration, violations: Violations) -> float:
+    seconds = timeout.seconds + timeout.nanos / 1e9
+    violations.check(
+        0 <= seconds <= MAX_UNLOAD_SECONDS and abs(timeout.nanos) < 1_000_000_000,
+        "timeout",
+        f"must be in [0, {MAX_UNLOAD_SECONDS:.0f}] seconds",
+    )
+    return seconds

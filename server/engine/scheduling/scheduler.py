@@ -1,0 +1,352 @@
+"""Decides what each step computes. Pure Python: no torch, no clock, no threads.
+
+Continuous batching with chunked prefill: running sequences first (a decode token each, then the
+rest of their prompts), then waiting ones by ``FairQueue``, until ``max_num_batched_tokens``. One is
+admitted if all that run with it will probably find room for their answers too (``LengthForecast``).
+When blocks run out all the same, the sequence that was admitted last is preempted: its blocks are
+freed and it is recomputed later (its tokens are kept). A waiting sequence whose adapters are still
+loading is passed over and delays nobody.
+
+Places are shared too, not admissions alone: who has waited ``preempt_after_seconds`` at the head of
+the least served mix takes the place of the most served one's latest sequence, if that mix was
+served more and holds more places. Time is told with each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from turret.server.engine.scheduling.block_pool import BlockPool, root_key
+from turret.server.engine.scheduling.fair_queue import FairQueue
+from turret.server.engine.scheduling.length_forecast import LengthForecast
+from turret.server.engine.scheduling.sequence import Sequence, SequenceState
+
+# The share of the blocks that is kept for answers that become longer than was forecast.
+_SPARE_SHARE = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """Compute ``num_new`` tokens of a sequence, from its ``num_computed`` on."""
+
+    sequence: Sequence
+    num_new: int
+
+    @property
+    def samples(self) -> bool:
+        """Whether this completes the tokens known so far, so that a next one can be drawn."""
+        return self.sequence.num_computed + self.num_new == len(self.sequence.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One engine iteration.
+
+    Attributes:
+        scheduled: What to compute.
+        new_blocks: Blocks that changed owner, to be zeroed first.
+        num_preempted: Sequences that lost their blocks.
+        presets: Then to be filled from the sequence's adapter: its blocks from this index up to
+            its ``num_preset`` positions.
+    """
+
+    scheduled: tuple[Scheduled, ...]
+    new_blocks: tuple[int, ...]
+    num_preempted: int
+    presets: tuple[tuple[Sequence, int], ...] = ()
+
+
+class Scheduler:
+    """Waiting and running sequences, and the blocks they hold.
+
+    Attributes:
+        base_generation: Counts the base weights; part of every KV key. Set by ``change_base``.
+        is_draining: While True, what runs (preempted sequences included) is brought to its end
+            and nothing else is admitted.
+
+    Args:
+        blocks: The KV blocks.
+        max_num_seqs: Most sequences running at once.
+        max_num_batched_tokens: Most tokens computed in a step.
+        is_ready: Whether a waiting sequence's adapters are resident.
+        fits: Whether a sequence's adapters fit beside those of the running ones.
+        preempt_after_seconds: How long places that others hold are waited for; None for ever.
+    """
+
+    def __init__(
+        self,
+        blocks: BlockPool,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        is_ready: Callable[[Sequence], bool] = lambda _: True,
+        fits: Callable[[Sequence, list[Sequence]], bool] = lambda _s, _r: True,
+        preempt_after_seconds: float | None = None,
+    ) -> None:
+        self.blocks = blocks
+        self.waiting: FairQueue[Sequence] = FairQueue()
+        self.running: list[Sequence] = []
+        self.base_generation = 1
+        self.is_draining = False
+        self._lengths = LengthForecast()
+        self._max_num_seqs = max_num_seqs
+        self._max_num_batched_tokens = max_num_batched_tokens
+        # Below those two after a step that the device had no memory for (see ``abandon``).
+        self._num_seqs = max_num_seqs
+        self._num_tokens = max_num_batched_tokens
+        self._is_ready = is_ready
+        self._fits = fits
+        self._preempt_after_seconds = preempt_after_seconds
+        # Who was next in the last step and found no room.
+        self._blocked: Sequence | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running) or len(self.waiting) > 0
+
+    @property
+    def is_drained(self) -> bool:
+        """Whether no sequence has begun, so that the base weights may change."""
+        return not self.running and not any(s.num_preemptions for s in self.waiting)
+
+    def add(self, sequence: Sequence) -> None:
+        """Take in a new sequence."""
+        self.waiting.push(sequence)
+
+    def change_base(self, generation: int) -> None:
+        """The base weights have changed: no block computed before is found again."""
+        assert self.is_drained, "a sequence is computed with one base"
+        self.base_generation = generation
+        self.blocks.forget_cached()
+        for sequence in self.waiting:
+            # One that was considered once, and found no room, has its root key already.
+            sequence.keys.clear()
+
+    def schedule(self, now: float = 0.0) -> Step:
+        """Choose the next step's work and reserve its blocks.
+
+        Args:
+            now: Seconds on the clock of the sequences' ``arrival``.
+        """
+        num_yielded = self._make_room(now)
+        budget = self._num_tokens
+        scheduled: list[Scheduled] = []
+        new_blocks: list[int] = []
+        presets: list[tuple[Sequence, int]] = []
+        num_preempted = 0
+        # Decodes before prompts, so that a long prompt never delays a token that is due.
+        order = sorted(self.running, key=lambda s: len(s.tokens) - s.num_computed > 1)
+        for sequence in order:
+            if sequence.state is not SequenceState.RUNNING:
+                continue
+            num_new = min(len(sequence.tokens) - sequence.num_computed, budget)
+            if num_new == 0:
+                continue
+            while sequence.state is SequenceState.RUNNING:
+                if self._reserve(sequence, num_new, new_blocks):
+                    scheduled.append(Scheduled(sequence, num_new))
+                    budget -= num_new
+                    break
+                victim = self.running[-1]
+                num_preempted += 1
+                for i, item in enumerate(scheduled):
+                    if item.sequence is victim:
+                        budget += item.num_new
+                        del scheduled[i]
+                        break
+                self._preempt(victim, now)
+        for item in scheduled:
+            self.waiting.charge(item.sequence.group, item.num_new)
+        if num_preempted == 0:
+            self._admit(budget, scheduled, new_blocks, presets)
+        num_preempted += num_yielded
+        return Step(tuple(scheduled), tuple(new_blocks), num_preempted, tuple(presets))
+
+    def complete(self, step: Step) -> None:
+        """Record that a step was computed: its tokens' keys and values are in the cache."""
+        size = self.blocks.block_size
+        for item in step.scheduled:
+            sequence = item.sequence
+            before = sequence.num_computed
+            sequence.num_computed += item.num_new
+            sequence.extend_keys(sequence.num_computed, size)
+            for index in range(before // size, sequence.num_computed // size):
+                self.blocks.register(sequence.blocks[index], sequence.keys[index + 1])
+
+    def abandon(self, step: Step, now: float = 0.0) -> int | None:
+        """Undo a step that the device had no memory for: nothing of it was computed.
+
+        The sequence that was admitted last is preempted, and later steps are smaller: half the
+        tokens, one sequence less. With every sequence that ends, that is loosened.
+
+        Returns:
+            How many sequences were preempted; None if no step could be smaller than this one, of
+            one sequence: it cannot run.
+        """
+        sequences = [item.sequence for item in step.scheduled]
+        tokens = sum(item.num_new for item in step.scheduled)
+        if len(sequences) == 1 and tokens <= self._max_num_seqs:
+            return None
+        # A decode step of all sequences stays possible.
+        self._num_tokens = max(tokens // 2, self._max_num_seqs)
+        self._num_seqs = max(len(self.running) - 1, 1)
+        victims = {max(sequences, key=self.running.index)} if len(sequences) > 1 else set()
+        if step.presets:
+            # Their prefixes can be found, and may not have been filled.
+            self.blocks.forget_cached()
+            victims |= {sequence for sequence in sequences if sequence.num_preset}
+        # The one that was admitted first comes first again.
+        for sequence in sorted(victims, key=self.running.index, reverse=True):
+            self._preempt(sequence, now)
+        return len(victims)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Let a sequence go, whatever its state, and free its blocks. Idempotent."""
+        if sequence.state is SequenceState.FINISHED:
+            return
+        if sequence.state is SequenceState.RUNNING:
+            self.running.remove(sequence)
+            self.waiting.stop(sequence)
+            self._lengths.ended(sequence)
+        else:
+            self.waiting.remove(sequence)
+        self._free(sequence)
+        sequence.state = SequenceState.FINISHED
+        self._num_seqs = min(self._num_seqs + 1, self._max_num_seqs)
+        self._num_tokens = min(2 * self._num_tokens, self._max_num_batched_tokens)
+
+    def _reserve(self, sequence: Sequence, num_new: int, new_blocks: list[int]) -> bool:
+        total = self.blocks.blocks_for(sequence.num_computed + num_new)
+        more = self.blocks.allocate(max(total - len(sequence.blocks), 0))
+        if more is None:
+            return False
+        sequence.blocks.extend(more)
+        new_blocks.extend(more)
+        return True
+
+    def _make_room(self, now: float) -> int:
+        """Take a place from the most served mix for one that has waited long enough."""
+        after = self._preempt_after_seconds
+        if after is None or self.is_draining or not len(self.waiting):
+            return 0
+        is_full = len(self.running) >= self._num_seqs
+        blocked = self.waiting.peek(self._may_start) if is_full else self._blocked
+        if (
+            blocked is None
+            or blocked.state is not SequenceState.WAITING
+            or now - blocked.waiting_since < after
+        ):
+            return 0
+        # The last of the most served mix, as it has the least to compute again. A mix that holds no
+        # more places than the one that waits keeps them.
+        served, held = self.waiting.served, self.waiting.num_running
+        richer = [s for s in reversed(self.running) if held(s.group) > held(blocked.group)]
+        most = max(richer, key=lambda s: served(s.group), default=None)
+        if most is None or served(most.group) <= served(blocked.group):
+            return 0
+        self._preempt(most, now)
+        return 1
+
+    def _preempt(self, sequence: Sequence, now: float) -> None:
+        self.running.remove(sequence)
+        self.waiting.stop(sequence)
+        self._free(sequence)
+        sequence.state = SequenceState.WAITING
+        sequence.num_preemptions += 1
+        sequence.waiting_since = now
+        self.waiting.push_front(sequence)
+
+    def _free(self, sequence: Sequence) -> None:
+        self.blocks.release(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = 0
+
+    def _admit(
+        self,
+        budget: int,
+        scheduled: list[Scheduled],
+        new_blocks: list[int],
+        presets: list[tuple[Sequence, int]],
+    ) -> None:
+        self._blocked = None
+        while budget > 0 and len(self.running) < self._num_seqs:
+            sequence = self.waiting.peek(self._may_start)
+            # One that does not fit beside the running ones waits for them, and so does whoever
+            # comes after it: passing it over could starve it.
+            if sequence is None or not self._fits(sequence, self.running):
+                self._blocked = sequence
+                return
+            self._find_prefix(sequence)
+            # Room for all tokens known so far, not only the first chunk: admitting a sequence
+            # that cannot finish its prompt would only preempt another.
+            missing = self.blocks.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+            if missing > self.blocks.num_free or self._will_run_out(sequence):
+                self._free(sequence)
+                self._blocked = sequence
+                return
+            self._preset(sequence, new_blocks, presets)
+            num_new = min(len(sequence.tokens) - sequence.num_computed, budget)
+            reserved = self._reserve(sequence, num_new, new_blocks)
+            assert reserved, "there was room for all of it"
+            # In this order: a group that neither waits nor runs is forgotten.
+            self.waiting.start(sequence)
+            self.waiting.remove(sequence)
+            sequence.state = SequenceState.RUNNING
+            self.running.append(sequence)
+            scheduled.append(Scheduled(sequence, num_new))
+            # At once: the next one to admit may be another group's turn.
+            self.waiting.charge(sequence.group, num_new)
+            budget -= num_new
+
+    def _will_run_out(self, sequence: Sequence) -> bool:
+        """Whether blocks would probably run out later, were it admitted now."""
+        if not self.running:
+            return False
+        together = [*self.running, sequence]
+        peak = self._lengths.peak_tokens(together, self.blocks.block_size)
+        # Counted for each that holds it.
+        repeated = sum(len(s.blocks) for s in together) - self.blocks.num_active
+        most = (1 - _SPARE_SHARE) * (self.blocks.num_blocks - 1)
+        return self.blocks.blocks_for(peak) - repeated > most
+
+    def _may_start(self, sequence: Sequence) -> bool:
+        has_begun = sequence.num_preemptions > 0
+        return self._is_ready(sequence) and (has_begun or not self.is_draining)
+
+    def _find_prefix(self, sequence: Sequence) -> None:
+        size = self.blocks.block_size
+        if not sequence.keys:
+            sequence.keys.append(root_key(self.base_generation, sequence.mix.key))
+        # The last token is always computed: its logits are needed.
+        usable = (len(sequence.tokens) - 1) // size
+        if sequence.request.wants_prompt_logprobs:
+            # Every prompt position needs logits, so nothing of the prompt may be skipped.
+            usable = sequence.num_preset // size
+        sequence.extend_keys(usable * size, size)
+        sequence.blocks = self.blocks.share(sequence.keys[1 : usable + 1])
+        sequence.num_computed = len(sequence.blocks) * size
+        if sequence.num_preemptions == 0:
+            cached = min(sequence.num_computed, sequence.prompt_end) - sequence.num_virtual
+            sequence.num_cached = max(cached, 0)
+
+    def _preset(
+        self,
+        sequence: Sequence,
+        new_blocks: list[int],
+        presets: list[tuple[Sequence, int]],
+    ) -> None:
+        """Reserve prefix blocks that no other request of the adapter holds."""
+        size = self.blocks.block_size
+        start, count = len(sequence.blocks), sequence.num_preset // size
+        if start >= count:
+            return
+        fresh = self.blocks.allocate(count - start)
+        assert fresh is not None, "there was room for all of it"
+        sequence.blocks.extend(fresh)
+        new_blocks.extend(fresh)
+        presets.append((sequence, start))
+        for index in range(start, count):
+            # Findable at once: the step fills them before anything reads them.
+            self.blocks.register(sequence.blocks[index], sequence.keys[index + 1])
+        sequence.num_computed = sequence.num_preset

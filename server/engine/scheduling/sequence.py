@@ -1,0 +1,98 @@
+"""A request while it is served: its tokens, its blocks and how far it is. No torch."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from turret.server.engine.scheduling.block_pool import next_key
+from turret.server.engine.scheduling.request import Request
+
+if TYPE_CHECKING:
+    # The scheduler and its tests go without torch.
+    from turret.server.adapters.mix import Mix
+
+
+class SequenceState(enum.Enum):
+    """Preempted sequences are waiting again."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+# Stands for a position that has no token: a soft token, a prefix position or its padding.
+PLACEHOLDER = -1
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One request while it is served.
+
+    Attributes:
+        request: What was asked.
+        mix: Its adapters, references held until it finishes.
+        arrival: ``time.monotonic()`` seconds when the request was received.
+        num_virtual: Positions before the prompt that an adapter fills: soft tokens (computed like
+            any token) or a prefix (keys and values come from the adapter).
+        num_preset: Those of them whose keys and values come from the adapter: whole blocks.
+        num_padding: Leading positions of a prefix that are not seen: it ends, not begins, at a
+            block boundary, so that all requests share all of its blocks.
+        tokens: A placeholder per virtual position, then prompt and generated token ids.
+        num_computed: Leading tokens whose keys and values are in the cache.
+        num_cached: Prompt tokens that came from the prefix cache at first admission.
+        blocks: KV blocks in position order.
+        keys: Chain keys of the full blocks that were named so far; ``keys[0]`` is the root.
+        waiting_since: ``time.monotonic()`` seconds when it joined the line, the last time.
+        forecast: How many tokens it is taken to generate (``LengthForecast``).
+    """
+
+    request: Request
+    mix: Mix
+    arrival: float
+    num_virtual: int = 0
+    num_preset: int = 0
+    num_padding: int = 0
+    tokens: list[int] = field(default_factory=list)
+    state: SequenceState = SequenceState.WAITING
+    num_computed: int = 0
+    num_cached: int = 0
+    blocks: list[int] = field(default_factory=list)
+    keys: list[bytes] = field(default_factory=list)
+    scheduled_at: float | None = None
+    first_token_at: float | None = None
+    num_preemptions: int = 0
+    waiting_since: float = 0.0
+    forecast: int = 0
+
+    def __post_init__(self) -> None:
+        self.waiting_since = self.arrival
+        assert self.num_preset <= self.num_virtual
+        self.tokens = [PLACEHOLDER] * self.num_virtual
+        self.tokens += self.request.prompt_token_ids
+
+    @property
+    def num_prompt(self) -> int:
+        """Prompt tokens, virtual positions not counted."""
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def prompt_end(self) -> int:
+        """Positions before the first generated token."""
+        return self.num_virtual + self.num_prompt
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - self.prompt_end
+
+    @property
+    def group(self) -> tuple[tuple[str, int, float], ...]:
+        """Fairness is between distinct mixes."""
+        return self.mix.key
+
+    def extend_keys(self, num_tokens: int, block_size: int) -> None:
+        """Name every full block within the first ``num_tokens`` tokens."""
+        while len(self.keys) * block_size <= num_tokens:
+            start = (len(self.keys) - 1) * block_size
+            self.keys.append(next_key(self.keys[-1], self.tokens[start : start + block_size]))

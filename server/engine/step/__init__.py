@@ -1,0 +1,1 @@
+"""From a scheduled step to the tokens drawn: rows, batch, compute path, sampler."""

@@ -1,0 +1,113 @@
+"""What a request's sampling parameters do to a row of logits: penalties, biases and bans.
+
+Biases and bans are tensors made once for a request; of the penalties' tokens only those that came
+since the last step are looked at. So a step costs no Python work per bias, stop or earlier token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from turret.server.engine.scheduling.sequence import Sequence
+
+_FIRST_CAPACITY = 64
+
+
+class _TokenCounts:
+    """Distinct tokens of a growing text and how often each occurs, as tensors.
+
+    Args:
+        device: Where the tensors are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._index: dict[int, int] = {}
+        self._ids = torch.zeros(_FIRST_CAPACITY, dtype=torch.int64, device=device)
+        self._times = torch.zeros(_FIRST_CAPACITY, dtype=torch.float32, device=device)
+        self._num_read = 0
+
+    def read(self, text: list[int], start: int) -> None:
+        """Take in the tokens of ``text`` from ``start`` on that were not there the last time."""
+        fresh = text[start + self._num_read :]
+        if not fresh:
+            return
+        self._num_read += len(fresh)
+        first = len(self._index)
+        places = [self._index.setdefault(token, len(self._index)) for token in fresh]
+        self._grow(len(self._index))
+        # In the order of their places, which is that of their first occurrence.
+        new = [token for token in dict.fromkeys(fresh) if self._index[token] >= first]
+        if new:
+            self._ids[first : len(self._index)] = torch.tensor(new)
+        where = torch.tensor(places, device=self._times.device)
+        self._times.index_add_(0, where, torch.ones(len(places), device=self._times.device))
+
+    def _grow(self, size: int) -> None:
+        if size <= self._ids.shape[0]:
+            return
+        more = max(size, 2 * self._ids.shape[0]) - self._ids.shape[0]
+        self._ids = torch.cat((self._ids, self._ids.new_zeros(more)))
+        self._times = torch.cat((self._times, self._times.new_zeros(more)))
+
+    @property
+    def ids(self) -> torch.Tensor:
+        """``[distinct]`` int64 token ids."""
+        return self._ids[: len(self._index)]
+
+    @property
+    def times(self) -> torch.Tensor:
+        """``[distinct]`` fp32: how often each of ``ids`` occurs."""
+        return self._times[: len(self._index)]
+
+
+def _id_tensor(ids: Iterable[int], device: torch.device) -> torch.Tensor:
+    return torch.tensor(list(ids), dtype=torch.int64, device=device)
+
+
+class Adjustment:
+    """Changes the logits of one sequence, step after step.
+
+    Args:
+        sequence: Whose logits; its tokens may only grow.
+        stop_token_ids: The model's end tokens, banned with the request's own under ``min_tokens``.
+        device: Where the logits are.
+    """
+
+    def __init__(
+        self, sequence: Sequence, stop_token_ids: frozenset[int], device: torch.device
+    ) -> None:
+        self._sequence = sequence
+        params, stop = sequence.request.sampling, sequence.request.stop
+        self._biases: tuple[torch.Tensor, torch.Tensor] | None = None
+        if params.logit_bias:
+            values = list(params.logit_bias.values())
+            biases = torch.tensor(values, dtype=torch.float32, device=device)
+            self._biases = _id_tensor(params.logit_bias, device), biases
+        self._banned = None
+        if stop.min_tokens > 0 and (stop_token_ids or stop.stop_token_ids):
+            self._banned = _id_tensor(stop_token_ids | stop.stop_token_ids, device)
+        self._seen = _TokenCounts(device) if params.repetition_penalty != 1.0 else None
+        is_counted = params.presence_penalty or params.frequency_penalty
+        self._generated = _TokenCounts(device) if is_counted else None
+
+    def apply(self, row: torch.Tensor) -> None:
+        """Change ``row``, ``[vocab]`` fp32, in place."""
+        sequence = self._sequence
+        params = sequence.request.sampling
+        if self._seen is not None:
+            # CTRL (arXiv 1909.05858), over prompt and output, as transformers does.
+            self._seen.read(sequence.tokens, sequence.num_virtual)
+            values = row[self._seen.ids]
+            factor = params.repetition_penalty
+            row[self._seen.ids] = torch.where(values > 0, values / factor, values * factor)
+        if self._generated is not None:
+            self._generated.read(sequence.tokens, sequence.prompt_end)
+            penalty = params.presence_penalty + params.frequency_penalty * self._generated.times
+            row[self._generated.ids] -= penalty
+        if self._biases is not None:
+            ids, biases = self._biases
+            row[ids] += biases
+        if self._banned is not None and sequence.num_generated < sequence.request.stop.min_tokens:
+            row[self._banned] = float("-inf")

@@ -1,0 +1,104 @@
+"""Where a scheduled step is computed: the seam between the engine and the compute paths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from turret.server.adapters.device.store import AdapterStore, StepStore
+from turret.server.adapters.soft_prompt import soft_prompt_of
+from turret.server.engine.scheduling.scheduler import Step
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.batch import BatchBuilder
+from turret.server.engine.step.rows import Placed
+from turret.server.engine.step.vocabulary_plan import changed_heads
+from turret.server.models.decoding.decoder import Decoder
+from turret.server.models.decoding.kv_cache import KvCache
+
+
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What a step computed.
+
+    Attributes:
+        placed: Its sequences and their rows.
+        hidden: Final-norm hidden states, ``[at least all rows, hidden]``.
+        logits: The logits of the last row of every placed sequence that samples, in their order,
+            ``[samples, vocab]`` fp32; None if none does. The next step may overwrite it.
+    """
+
+    placed: tuple[Placed, ...]
+    hidden: torch.Tensor
+    logits: torch.Tensor | None
+
+
+class Executor(Protocol):
+    """Computes steps. One thread only."""
+
+    @property
+    def store(self) -> AdapterStore: ...
+
+    def run(self, step: Step) -> Computed:
+        """Compute a step. Keys and values of its tokens are in the cache afterwards."""
+        ...
+
+    def logits(self, sequence: Sequence, hidden: torch.Tensor) -> torch.Tensor:
+        """Project hidden states of one sequence, ``[rows, hidden]`` → ``[rows, vocab]`` fp32."""
+        ...
+
+    def free_memory(self) -> None:
+        """Give back what is kept to be faster: a step found no memory."""
+        ...
+
+
+def fill_prefix(cache: KvCache, sequence: Sequence, start: int) -> None:
+    """Write an adapter's prefix into the sequence's blocks from ``start`` on."""
+    size = cache.block_size
+    prefix = soft_prompt_of(sequence.mix).prefix
+    assert prefix is not None
+    blocks = sequence.blocks[start : sequence.num_preset // size]
+    cache.fill(blocks, prefix.keys, prefix.values, start * size - sequence.num_padding)
+
+
+def sampled_rows(placed: SequenceOf[Placed]) -> list[tuple[Sequence, range]]:
+    """The sequences that sample, and the row of each among their logits."""
+    sequences = [place.item.sequence for place in placed if place.samples]
+    return [(sequence, range(i, i + 1)) for i, sequence in enumerate(sequences)]
+
+
+class TorchExecutor:
+    """The torch and the cpu path."""
+
+    def __init__(self, decoder: Decoder, cache: KvCache, store: StepStore) -> None:
+        self.store = store
+        self._decoder = decoder
+        self._cache = cache
+        self._builder = BatchBuilder(
+            decoder.arch, decoder.ops, cache.block_size, store, decoder.device
+        )
+
+    def run(self, step: Step) -> Computed:
+        """Compute a step. Keys and values of its tokens are in the cache afterwards."""
+        self._cache.clear(step.new_blocks)
+        for sequence, start in step.presets:
+            fill_prefix(self._cache, sequence, start)
+        batch = self._builder.build(step)
+        hidden = self._decoder.forward(batch.input, self._cache)
+        rows = [placed.last_row for placed in batch.placed if placed.samples]
+        logits = None
+        if rows:
+            index = torch.tensor(rows, device=hidden.device)
+            changes = changed_heads(sampled_rows(batch.placed), self.store, hidden.device)
+            logits = self._decoder.logits(hidden.index_select(0, index), changes)
+        return Computed(batch.placed, hidden, logits)
+
+    def logits(self, sequence: Sequence, hidden: torch.Tensor) -> torch.Tensor:
+        """Project hidden states of one sequence, ``[rows, hidden]`` → ``[rows, vocab]`` fp32."""
+        rows = [(sequence, range(hidden.shape[0]))]
+        return self._decoder.logits(hidden, changed_heads(rows, self.store, hidden.device))
+
+    def free_memory(self) -> None:
+        """Nothing is kept."""

@@ -1,0 +1,67 @@
+"""How a CUDA device's memory is divided: measured once, at the start, by the largest step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from turret.server.adapters.mix import Mix
+from turret.server.engine.scheduling.request import Request
+from turret.server.engine.scheduling.scheduler import Scheduled, Step
+from turret.server.engine.scheduling.sequence import Sequence
+
+# Of what is free beside the model.
+_ADAPTER_SHARE = 0.125
+# Of the device: captured steps, adapters being loaded, a merge's second copy of a projection.
+_SPARE_SHARE = 0.05
+
+
+def adapter_bytes(device: torch.device) -> int:
+    """What adapters may take where nobody said, the model being loaded."""
+    return int(_ADAPTER_SHARE * torch.cuda.mem_get_info(device)[0])
+
+
+def kv_cache_bytes(device: torch.device, step_bytes: int) -> int:
+    """What is left for the KV cache, everything else being allocated.
+
+    Args:
+        device: The device.
+        step_bytes: What the largest step takes while it runs.
+
+    Returns:
+        Bytes; 0 or less if the step alone does not fit.
+    """
+    free, total = torch.cuda.mem_get_info(device)
+    return free - step_bytes - int(_SPARE_SHARE * total)
+
+
+def largest_step(num_tokens: int, num_seqs: int, block_size: int) -> Step:
+    """A step of prompts with as many rows and as many samples as a step may have.
+
+    All its sequences lie in KV block 1. It uses no adapters.
+    """
+    num_seqs = min(num_seqs, num_tokens)
+    scheduled = []
+    for i in range(num_seqs):
+        length = num_tokens // num_seqs + (i < num_tokens % num_seqs)
+        request = Request(request_id=f"rehearsal {i}", prompt_token_ids=(0,) * length)
+        sequence = Sequence(request, Mix(()), 0.0)
+        sequence.blocks = [1] * -(-length // block_size)
+        scheduled.append(Scheduled(sequence, length))
+    return Step(tuple(scheduled), (), 0)
+
+
+def measure(run: Callable[[Step], object], step: Step, device: torch.device) -> int:
+    """Bytes that a step takes at its worst moment, beside what is allocated before it.
+
+    What it compiled and cached on its way is free again afterwards.
+    """
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run(step)
+    torch.cuda.synchronize(device)
+    taken = torch.cuda.max_memory_allocated(device) - before
+    torch.cuda.empty_cache()
+    return taken

@@ -1,0 +1,171 @@
+"""Runs a scheduled step and draws its tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+
+from turret.kernels.rows.log_softmax import row_log_softmax
+from turret.server.adapters.device.store import Resident
+from turret.server.engine.scheduling.scheduler import Step
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.executor import Computed, Executor
+from turret.server.engine.step.rows import Placed
+from turret.server.engine.step.sampler import Draw, Sampler, top_of
+from turret.server.errors import BudgetExceededError
+
+# Vocabulary logits of prompt positions are made this many rows at a time: 64 rows of a 150,000
+# token vocabulary are 38 MB in fp32.
+_PROMPT_LOGIT_ROWS = 64
+
+
+class DeviceFullError(Exception):
+    """The device had no memory for a step. Nothing was drawn; its keys and values are unknown."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprob:
+    """Logprob of the prompt token at ``position`` (from 0), given those before it."""
+
+    position: int
+    draw: Draw
+
+
+@dataclass(slots=True)
+class StepResult:
+    """What a step produced: a drawn token per sampling sequence, and prompt logprobs."""
+
+    draws: dict[Sequence, Draw] = field(default_factory=dict)
+    prompt_logprobs: dict[Sequence, list[PromptLogprob]] = field(default_factory=dict)
+
+
+class Runner:
+    """Owns what computes steps, and the sampler. One thread only."""
+
+    def __init__(self, executor: Executor, stop_token_ids: frozenset[int]) -> None:
+        self._executor = executor
+        self._store = executor.store
+        self._sampler = Sampler(stop_token_ids)
+        # By adapter key, until it is forgotten: what the shelves add is summed over every module.
+        self._stored_bytes: dict[str, int] = {}
+
+    def run(self, step: Step) -> StepResult:
+        """Compute a step. Keys and values of its tokens are in the cache afterwards.
+
+        Raises:
+            DeviceFullError: Not even with what could be freed; a smaller step may succeed.
+        """
+        reason = ""
+        for _ in range(2):
+            try:
+                return self._compute(step)
+            except torch.OutOfMemoryError as error:
+                reason = str(error)
+            # Not before: what was caught keeps alive what the step had made.
+            self._executor.free_memory()
+        raise DeviceFullError(reason)
+
+    def _compute(self, step: Step) -> StepResult:
+        with torch.inference_mode():
+            computed = self._executor.run(step)
+            result = StepResult()
+            self._sample(computed, result)
+            for placed in computed.placed:
+                if placed.item.sequence.request.wants_prompt_logprobs:
+                    self._score(placed, computed.hidden, result)
+            return result
+
+    def fits(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
+        """Whether a sequence's adapters, which are in host memory, fit beside the running ones."""
+        return self._needed_bytes((sequence, *running)) <= self._store.max_bytes
+
+    def is_near(self, sequence: Sequence) -> bool:
+        """Whether a sequence's adapters, which are in host memory, are on the device or almost.
+
+        Copies of those that are not run beside the steps of others.
+        """
+        # All of them are asked, so that their copies run side by side.
+        near = [self._store.is_near(adapter) for adapter, _ in sequence.mix.members]
+        return all(near)
+
+    def refusal(self, sequence: Sequence) -> BudgetExceededError | None:
+        """Why a sequence could not even run alone, or None."""
+        for adapter, _ in sequence.mix.members:
+            operators = adapter.operators
+            why = None if operators is None else self._store.unserved(operators)
+            if why is not None:
+                return BudgetExceededError(
+                    f"adapter {adapter.name!r} is not served on this device: {why}",
+                    metadata={"adapter": adapter.name},
+                )
+        if self.fits(sequence, ()):
+            return None
+        needed = self._needed_bytes((sequence,))
+        return BudgetExceededError(
+            f"the mix needs {needed} bytes of device memory, the budget for all adapters is"
+            f" {self._store.max_bytes}",
+            metadata={"bytes": str(needed), "budget_bytes": str(self._store.max_bytes)},
+        )
+
+    def _needed_bytes(self, sequences: Iterable[Sequence]) -> int:
+        """Bytes that their adapters take when stored together; each counts once."""
+        distinct = {a.key: a for s in sequences for a, _ in s.mix.members}
+        return sum(self._bytes_of(adapter) for adapter in distinct.values())
+
+    def _bytes_of(self, adapter: Resident) -> int:
+        known = self._stored_bytes.get(adapter.key)
+        if known is None:
+            assert adapter.operators is not None, "its request is ready or runs"
+            known = self._stored_bytes[adapter.key] = self._store.stored_bytes(adapter.operators)
+        return known
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of the adapters on the device."""
+        return self._store.adapter_bytes
+
+    def forget_adapter(self, key: str) -> None:
+        """Drop an adapter that is gone."""
+        self._stored_bytes.pop(key, None)
+        self._store.drop(key)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what is kept for a sequence."""
+        self._sampler.forget(sequence)
+
+    def _sample(self, computed: Computed, result: StepResult) -> None:
+        if computed.logits is None:
+            return
+        sequences = [placed.item.sequence for placed in computed.placed if placed.samples]
+        draws = self._sampler.draw(computed.logits, sequences)
+        result.draws = dict(zip(sequences, draws, strict=True))
+
+    def _score(self, placed: Placed, hidden: torch.Tensor, result: StepResult) -> None:
+        sequence = placed.item.sequence
+        start = sequence.num_computed
+        # Row of position p tells about the token at p + 1.
+        end = min(start + placed.item.num_new, sequence.prompt_end - 1)
+        # The last virtual position tells about the first prompt token, which has no logprob: no
+        # text comes before it.
+        skipped = max(sequence.num_virtual - start, 0)
+        out = result.prompt_logprobs.setdefault(sequence, [])
+        for low in range(start + skipped, end, _PROMPT_LOGIT_ROWS):
+            high = min(low + _PROMPT_LOGIT_ROWS, end)
+            first = placed.row_start + low - start
+            logits = self._executor.logits(sequence, hidden[first : first + high - low])
+            # To the host at once: what follows reads every row.
+            rows = row_log_softmax(logits).cpu()
+            targets = sequence.tokens[low + 1 : high + 1]
+            position = low + 1 - sequence.num_virtual
+            out.extend(self._scored(rows, targets, position, sequence.request.options.top_n))
+
+    @staticmethod
+    def _scored(
+        rows: torch.Tensor, targets: list[int], position: int, top_n: int
+    ) -> Iterable[PromptLogprob]:
+        for offset, (row, token) in enumerate(zip(rows, targets, strict=True)):
+            yield PromptLogprob(
+                position + offset, Draw(token, float(row[token]), top_of(row, top_n))
+            )

@@ -1,0 +1,164 @@
+"""Draws the next token of every sequence from the step's logits.
+
+Each row is treated on its own: penalties, temperature, filters and the random number come from its
+own request, so a request's tokens under a seed do not depend on its batch mates. One uniform number
+is consumed per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
+
+import torch
+
+from turret.kernels.rows.log_softmax import row_log_softmax
+from turret.server.engine.scheduling.request import SamplingParams
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.adjustment import Adjustment
+
+# Filters look at this many of the likeliest tokens first; a full sort is the exception.
+_FIRST_CANDIDATES = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A drawn token and, if asked for, logprobs under the unmodified distribution (natural log)."""
+
+    token_id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class Sampler:
+    """Keeps each running sequence's random generator and what changes its logits.
+
+    Args:
+        stop_token_ids: The model's end tokens, not drawn while under ``min_tokens``.
+    """
+
+    def __init__(self, stop_token_ids: frozenset[int] = frozenset()) -> None:
+        self._stop_token_ids = stop_token_ids
+        self._generators: dict[Sequence, torch.Generator] = {}
+        self._adjustments: dict[Sequence, Adjustment] = {}
+        # The last random number, and for how many tokens it was drawn: a step that is computed
+        # again, because there was no memory for it, draws the same token.
+        self._uniforms: dict[Sequence, tuple[int, float]] = {}
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop a finished sequence's state."""
+        self._generators.pop(sequence, None)
+        self._adjustments.pop(sequence, None)
+        self._uniforms.pop(sequence, None)
+
+    def draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Draw]:
+        """Draw one token per row.
+
+        Args:
+            logits: ``[rows, vocab]`` fp32; modified in place.
+            sequences: Whose row it is.
+        """
+        reports = self._report(logits, sequences)
+        for row, sequence in zip(logits, sequences, strict=True):
+            self._adjustment(sequence, logits.device).apply(row)
+        greedy = logits.argmax(-1).tolist()
+        draws = []
+        for i, (sequence, report) in enumerate(zip(sequences, reports, strict=True)):
+            params = sequence.request.sampling
+            token = greedy[i] if params.is_greedy else self._sample(logits[i], sequence, params)
+            if report is None:
+                draws.append(Draw(token))
+            else:
+                logprobs, top = report
+                draws.append(Draw(token, float(logprobs[token]), top))
+        return draws
+
+    def _adjustment(self, sequence: Sequence, device: torch.device) -> Adjustment:
+        found = self._adjustments.get(sequence)
+        if found is None:
+            found = Adjustment(sequence, self._stop_token_ids, device)
+            self._adjustments[sequence] = found
+        return found
+
+    def _report(
+        self, logits: torch.Tensor, sequences: SequenceOf[Sequence]
+    ) -> list[tuple[torch.Tensor, tuple[tuple[int, float], ...]] | None]:
+        """Logprobs before any sampling parameter touches them."""
+        out: list[tuple[torch.Tensor, tuple[tuple[int, float], ...]] | None] = []
+        for row, sequence in zip(logits, sequences, strict=True):
+            options = sequence.request.options
+            if options.logprobs:
+                logprobs = row_log_softmax(row.unsqueeze(0))[0]
+                out.append((logprobs, top_of(logprobs, options.top_n)))
+            else:
+                out.append(None)
+        return out
+
+    def _sample(self, row: torch.Tensor, sequence: Sequence, params: SamplingParams) -> int:
+        uniform = self._uniform(sequence, params)
+        # Relative to the likeliest token, which stays at 0 however small the temperature is.
+        scaled = (row - row.max()) / params.temperature
+        if params.top_k == 0 and params.top_p == 1.0:
+            if params.min_p > 0.0:
+                # p >= min_p * p_max  <=>  logit >= max logit + log(min_p)
+                limit = scaled.max() + torch.log(torch.tensor(params.min_p))
+                scaled = scaled.masked_fill(scaled < limit, float("-inf"))
+            return _invert(scaled.softmax(-1), uniform)
+        return _sample_filtered(scaled, params, uniform)
+
+    def _uniform(self, sequence: Sequence, params: SamplingParams) -> float:
+        count, uniform = self._uniforms.get(sequence, (None, 0.0))
+        if count == len(sequence.tokens):
+            return uniform
+        generator = self._generators.get(sequence)
+        if generator is None:
+            generator = torch.Generator()
+            if params.seed is None:
+                generator.seed()
+            else:
+                generator.manual_seed(params.seed)
+            self._generators[sequence] = generator
+        uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+        self._uniforms[sequence] = len(sequence.tokens), uniform
+        return uniform
+
+
+def top_of(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:
+    """The ``count`` likeliest (token id, logprob) of ``[vocab]``, likeliest first."""
+    if count == 0:
+        return ()
+    values, ids = logprobs.topk(min(count, logprobs.shape[0]))
+    return tuple(zip(ids.tolist(), values.tolist(), strict=True))
+
+
+def _sample_filtered(scaled: torch.Tensor, params: SamplingParams, uniform: float) -> int:
+    """Top-k, then top-p, then min-p, on candidates in falling order of probability."""
+    vocab = scaled.shape[0]
+    probabilities = scaled.softmax(-1)
+    size = min(params.top_k or _FIRST_CANDIDATES, vocab)
+    while True:
+        values, ids = probabilities.topk(size)
+        cumulative = values.double().cumsum(0)
+        if params.top_k or size == vocab or float(cumulative[-1]) >= params.top_p:
+            break
+        size = min(size * 8, vocab)
+    if params.top_k:
+        # top-p counts the mass that top-k left.
+        values = values / values.sum()
+        cumulative = values.double().cumsum(0)
+    keep = cumulative - values < params.top_p
+    keep[0] = True
+    if params.min_p > 0.0:
+        keep &= values >= params.min_p * values[0]
+    kept = torch.where(keep, values, torch.zeros_like(values))
+    return int(ids[_invert(kept, uniform)])
+
+
+def _invert(weights: torch.Tensor, uniform: float) -> int:
+    """Index where the running sum of (unnormalised) ``weights`` passes ``uniform`` of the total."""
+    cumulative = weights.double().cumsum(0)
+    index = int(torch.searchsorted(cumulative, uniform * cumulative[-1], right=True))
+    # uniform * total may round up to the total: take the last index that has mass.
+    if index >= weights.shape[0] or float(weights[index]) == 0.0:
+        index = int(weights.nonzero()[-1])
+    return index

@@ -1,0 +1,119 @@
+"""Reads the JSON of a request within limits of size, time and depth."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NoReturn
+
+from starlette.types import Receive
+
+from turret.server.codes import Code
+from turret.server.errors import InvalidRequestError
+from turret.server.http.exchange.refusals import HttpRefusal
+
+# As much as the gRPC door takes in one message.
+MAX_BODY_BYTES = 4 << 20
+# Objects and lists inside each other; what the API defines needs five.
+MAX_DEPTH = 64
+# A client that sends its body slower than this has gone, or keeps a place that others wait for.
+BODY_SECONDS = 60.0
+# Parsing more than this takes longer than a millisecond or so, and leaves the event loop.
+_INLINE_BYTES = 32 << 10
+
+# Strings are skipped whole: what looks like a bracket in them is text.
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[{]|[\]}]', re.DOTALL)
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its request was complete."""
+
+
+async def read_json(receive: Receive, headers: Mapping[str, str]) -> tuple[dict[str, Any], int]:
+    """The object that the request's body holds, and the body's size in bytes.
+
+    Raises:
+        HttpRefusal: It is too large, too slow, or declared to be no JSON.
+        InvalidRequestError: It is no JSON object, or nested too deeply.
+        ClientGoneError: It never arrived in full.
+    """
+    # A page of another origin may send any other media type without asking; JSON it may send
+    # only after a preflight, which --http-cors-origin answers.
+    media_type = headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise HttpRefusal(
+            415,
+            Code.INVALID_ARGUMENT,
+            "the body must be JSON, with the header content-type: application/json",
+            reason="unsupported_media_type",
+        )
+    data = await read_body(receive, headers)
+    if len(data) <= _INLINE_BYTES:
+        return parse(data), len(data)
+    return await asyncio.to_thread(parse, data), len(data)
+
+
+async def read_body(receive: Receive, headers: Mapping[str, str]) -> bytes:
+    """The bytes of a request's body; see ``read_json`` for what it raises."""
+    length = headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > MAX_BODY_BYTES:
+        raise _too_large()
+    parts = bytearray()
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            while True:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGoneError
+                parts += message.get("body", b"")
+                if len(parts) > MAX_BODY_BYTES:
+                    raise _too_large()
+                if not message.get("more_body", False):
+                    return bytes(parts)
+    except TimeoutError:
+        raise HttpRefusal(
+            408,
+            Code.DEADLINE_EXCEEDED,
+            f"the body did not arrive within {BODY_SECONDS:.0f} seconds",
+            reason="request_timeout",
+        ) from None
+
+
+def parse(data: bytes) -> dict[str, Any]:
+    """The object that the bytes hold.
+
+    Raises:
+        InvalidRequestError: They hold none, or one that is nested too deeply.
+    """
+    depth = 0
+    for match in _BRACKETS.finditer(data):
+        first = match[0][:1]
+        if first in b"[{":
+            depth += 1
+            if depth > MAX_DEPTH:
+                raise InvalidRequestError(f"the body is nested more than {MAX_DEPTH} deep")
+        elif first in b"]}":
+            depth -= 1
+    try:
+        body = json.loads(data.decode("utf-8"), parse_constant=_refuse_constant)
+    # Deep nesting in what is no JSON (an open string hides brackets from the loop above).
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequestError(f"the body is no JSON: {error}") from None
+    if not isinstance(body, dict):
+        raise InvalidRequestError("the body must be a JSON object")
+    return body
+
+
+def _refuse_constant(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON number")
+
+
+def _too_large() -> HttpRefusal:
+    return HttpRefusal(
+        413,
+        Code.INVALID_ARGUMENT,
+        f"the body must be at most {MAX_BODY_BYTES} bytes",
+        reason="request_too_large",
+    )

@@ -1,0 +1,198 @@
+"""What surrounds every request: authorisation, the call's beginning and end, errors as answers."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import Receive, Scope, Send
+
+from turret.server import log
+from turret.server.api.auth import authorize
+from turret.server.api.call import REQUEST_ID_KEY, Call
+from turret.server.api.shares import Shares
+from turret.server.api.tokens import TokenTable
+from turret.server.codes import Code
+from turret.server.errors import UnavailableError
+from turret.server.http.exchange.body import ClientGoneError, read_body, read_json
+from turret.server.http.exchange.connection import MAX_HEAD_BYTES
+from turret.server.http.exchange.refusals import HttpRefusal, refusal_of
+from turret.server.http.exchange.reply import Reply
+from turret.server.metrics import Metrics
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, kw_only=True)
+class Exchange:
+    """One request and where its answer goes.
+
+    Attributes:
+        call: Its id, and what is counted in the end.
+        path: Parts of the path, by name.
+        headers: What the client sent.
+        reply: Writes the answer.
+        peer: Where the client is (see ``Shares.hold``).
+        shares: Limits how many answers one party may wait for.
+    """
+
+    call: Call
+    path: Mapping[str, str]
+    headers: Mapping[str, str]
+    reply: Reply
+    peer: str
+    shares: Shares
+    _body: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def take_body(self) -> dict[str, Any]:
+        """The object that was sent, once: nobody keeps it while the answer is made."""
+        body, self._body = self._body, {}
+        return body
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Count one answer as its party's while the block runs.
+
+        Raises:
+            QueueFullError: The party has as many as it may.
+        """
+        return self.shares.hold(self.headers.get("authorization"), self.peer)
+
+
+Handler = Callable[[Exchange], Awaitable[None]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """What is answered where.
+
+    Attributes:
+        method: ``GET`` or ``POST``; a POST has a JSON body.
+        path: With ``{name}`` for parts that vary.
+        handler: Answers.
+        service: The service of turret.v1 whose role is asked for (see ``authorize``); empty for
+            what everyone may ask.
+        names: See ``refusal_of``.
+        is_counted: Whether it runs on adapters.
+        level: Of the line that is logged in the end.
+    """
+
+    method: str
+    path: str
+    handler: Handler
+    service: str = ""
+    names: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    is_counted: bool = False
+    level: int = logging.INFO
+
+
+class Endpoint:
+    """A route as an ASGI application.
+
+    Args:
+        route: What it answers.
+        metrics: Counts calls.
+        tokens: Accepted bearer tokens; None lets every caller in.
+        shares: Limits the answers of one party.
+    """
+
+    def __init__(
+        self, route: Route, metrics: Metrics, tokens: TokenTable | None, shares: Shares
+    ) -> None:
+        self._route = route
+        self._metrics = metrics
+        self._tokens = tokens
+        self._shares = shares
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        route = self._route
+        headers = Headers(scope=scope)
+        call = Call.begin(
+            f"{route.method} {route.path}",
+            headers.getlist(REQUEST_ID_KEY),
+            self._metrics,
+            protocol="http",
+            is_counted=route.is_counted,
+            level=route.level,
+        )
+        reply = Reply(send, call)
+        code = Code.CANCELLED
+        try:
+            _check_head(scope)
+            authorize(self._tokens, route.service, headers.get("authorization"))
+            exchange = Exchange(
+                call=call,
+                path=scope["path_params"],
+                headers=headers,
+                reply=reply,
+                peer=_peer(scope),
+                shares=self._shares,
+            )
+            if route.method == "POST":
+                exchange._body, call.message_bytes = await read_json(receive, headers)
+            else:
+                await read_body(receive, headers)
+            code = await _answer(route.handler, exchange, receive)
+        except ClientGoneError:
+            pass
+        except asyncio.CancelledError:
+            # The listener stops. Nothing waits for this task but the client, who is told.
+            why = UnavailableError("the server is shutting down: it ended the request")
+            await reply.refuse(refusal_of(why))
+        except Exception as error:
+            refusal = refusal_of(error, route.names)
+            code = refusal.code
+            if code is Code.INTERNAL:
+                _log.exception("internal error", extra=log.fields(method=route.path))
+            await reply.refuse(refusal)
+        finally:
+            call.finish(code)
+
+
+def _check_head(scope: Scope) -> None:
+    size = len(scope["raw_path"]) + len(scope["query_string"])
+    if size + sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEAD_BYTES:
+        raise HttpRefusal(
+            431,
+            Code.INVALID_ARGUMENT,
+            f"path and headers must be at most {MAX_HEAD_BYTES} bytes",
+            reason="head_too_large",
+        )
+
+
+def _peer(scope: Scope) -> str:
+    """Where the client is, in gRPC's words: through either door it is the same party."""
+    host, port = scope.get("client") or ("", 0)
+    return f"ipv6:[{host}]:{port}" if ":" in host else f"ipv4:{host}:{port}"
+
+
+async def _answer(handler: Handler, exchange: Exchange, receive: Receive) -> Code:
+    """Run a handler for as long as its client stays.
+
+    Returns:
+        OK, or CANCELLED if the client went away; the handler has ended then.
+    """
+    # A task of its own: a handler that waits for the engine learns of nothing else.
+    work = asyncio.ensure_future(handler(exchange))
+    gone = asyncio.ensure_future(_disconnect(receive))
+    try:
+        await asyncio.wait((work, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not (work.done() or exchange.reply.is_ended):
+            return Code.CANCELLED
+        await work
+        return Code.OK
+    finally:
+        gone.cancel()
+        work.cancel()
+        await asyncio.gather(work, gone, return_exceptions=True)
+
+
+async def _disconnect(receive: Receive) -> None:
+    # What is left of the body has been read; the server may say so more than once.
+    while (await receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,79 @@
+"""What is written to a client: one JSON answer, or a stream of server-sent events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from starlette.types import Send
+
+from turret.server.api.call import REQUEST_ID_KEY, Call
+from turret.server.http.exchange.refusals import Refusal
+
+_DONE = b"data: [DONE]\n\n"
+_EVENTS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    # Proxies that buffer would hold the answer back until its end.
+    "x-accel-buffering": "no",
+}
+
+
+def dumps(value: Any) -> bytes:
+    """JSON as UTF-8, on one line."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+class Reply:
+    """The answer to one request.
+
+    Attributes:
+        is_begun: The status has been sent and cannot be changed any more.
+        is_ended: The last byte has been sent.
+    """
+
+    def __init__(self, send: Send, call: Call) -> None:
+        self._send = send
+        self._call = call
+        self.is_begun = False
+        self.is_ended = False
+
+    async def json(
+        self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None
+    ) -> None:
+        """Send a value as the whole answer."""
+        content = {"content-type": "application/json", **(headers or {})}
+        await self.whole(dumps(value), status, content)
+
+    async def whole(self, body: bytes, status: int, headers: Mapping[str, str]) -> None:
+        """Send bytes as the whole answer."""
+        await self._begin(status, {**headers, "content-length": str(len(body))})
+        await self._write(body, is_last=True)
+
+    async def event(self, value: Any) -> None:
+        """Send an event; the first begins the answer."""
+        if not self.is_begun:
+            await self._begin(200, _EVENTS)
+        await self._write(b"data: %b\n\n" % dumps(value))
+
+    async def end_events(self) -> None:
+        """End the stream as OpenAI's does."""
+        await self._write(_DONE, is_last=True)
+
+    async def refuse(self, refusal: Refusal) -> None:
+        """Send an error: as a status, or after the first event as the last one."""
+        if not self.is_begun:
+            await self.json(refusal.body, refusal.status, refusal.headers)
+        elif not self.is_ended:
+            await self._write(b"data: %b\n\n" % dumps(refusal.body), is_last=True)
+
+    async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
+        self.is_begun = True
+        every = {**headers, REQUEST_ID_KEY: self._call.request_id}
+        raw = [(name.encode("latin-1"), text.encode("latin-1")) for name, text in every.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+    async def _write(self, body: bytes, is_last: bool = False) -> None:
+        self.is_ended = is_last
+        await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})

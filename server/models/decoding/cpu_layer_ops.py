@@ -1,0 +1,72 @@
+"""Layer operations of the cpu path: the compiled kernels (bf16 and fp32)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from turret.kernels.cpu.elementwise import add_rms_norm, rope_kv_write, silu_mul
+from turret.kernels.cpu.paged_attention import MAX_HEAD_DIM, NativeAttentionPlan, paged_attention
+from turret.kernels.paged_attention import SequenceSpan
+from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding.kv_cache import KvCache
+
+_HEAD_DIM_MULTIPLE = 32
+# By their names in ``Arch``: kernels that multiply the activation by ``up`` in the same pass.
+_GATED_ACTIVATIONS = {"silu": silu_mul}
+
+
+class CpuLayerOps:
+    """See ``LayerOps``."""
+
+    def __init__(self, arch: Arch) -> None:
+        self._arch = arch
+        self._gated_activation = _GATED_ACTIVATIONS[arch.activation]
+
+    @staticmethod
+    def serves(arch: Arch) -> bool:
+        """Whether the kernels know the model's head size and activation."""
+        is_head_known = arch.head_dim % _HEAD_DIM_MULTIPLE == 0 and arch.head_dim <= MAX_HEAD_DIM
+        return is_head_known and arch.activation in _GATED_ACTIVATIONS
+
+    def plan_attention(
+        self,
+        spans: Sequence[SequenceSpan],
+        *,
+        num_rows: int,
+        block_size: int,
+        window: int | None,
+        device: torch.device,
+    ) -> NativeAttentionPlan:
+        return NativeAttentionPlan(
+            spans,
+            num_heads=self._arch.num_heads,
+            head_dim=self._arch.head_dim,
+            window=window,
+        )
+
+    def add_rms_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        return add_rms_norm(hidden, delta, weight, self._arch.rms_norm_eps)
+
+    def attend(
+        self,
+        number: int,
+        qkv: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        slots: torch.Tensor,
+        cache: KvCache,
+        plan: NativeAttentionPlan,
+    ) -> torch.Tensor:
+        if angles is None:
+            ones = torch.ones(qkv.shape[0], self._arch.head_dim // 2)
+            angles = ones, torch.zeros_like(ones)
+        keys, values = cache.keys[number], cache.values[number]
+        q = rope_kv_write(qkv, *angles, slots, keys, values)
+        out = paged_attention(q, keys, values, plan, scale=self._arch.attention_scale)
+        return out.view(qkv.shape[0], -1)
+
+    def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._gated_activation(gate_up)

@@ -1,0 +1,164 @@
+"""One decoder for every supported model, driven by its ``Arch``.
+
+Tokens of all sequences are packed ``[num_rows, hidden]``; there is no batch axis. Pre-norm
+transformer with RMSNorm, rotary positions, grouped-query attention and a gated MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from turret.kernels.rows.linear import row_linear
+from turret.server.adapters.device.store import AdapterStep
+from turret.server.adapters.device.vocabulary import (
+    VocabularyGroup,
+    change_embeddings,
+    change_logits,
+)
+from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.layer_ops import choose_layer_ops
+from turret.server.models.decoding.rotary_angles import RotaryAngles
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInput:
+    """One step's work on the device.
+
+    Attributes:
+        token_ids: ``[rows]`` int64; any valid id where ``soft_rows`` says so.
+        positions: Position of each row in its sequence, ``[rows]`` int64.
+        kv_slots: Where each row's keys and values go, ``[rows]`` int64.
+        attention: Plan of the decoder's ``ops`` per distinct window (None is full attention).
+        adapters: The step's adapters, or None where every row is the base model's.
+        soft_rows: Rows whose embedding is not a token's, ``[m]`` int64, or None.
+        soft_values: Their embeddings, ``[m, hidden]``, or None.
+        embeddings: Rows whose adapters change the embedding.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    kv_slots: torch.Tensor
+    attention: Mapping[int | None, Any]
+    adapters: AdapterStep | None
+    soft_rows: torch.Tensor | None = None
+    soft_values: torch.Tensor | None = None
+    embeddings: Sequence[VocabularyGroup] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class DecoderLayer:
+    """Weights of one layer. Norm weights are ``[hidden]`` (``[head_dim]`` for q and k)."""
+
+    norm_before_attention: torch.Tensor
+    norm_before_mlp: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    qkv: AdaptedLinear
+    o: AdaptedLinear
+    gate_up: AdaptedLinear
+    down: AdaptedLinear
+
+
+class Decoder:
+    """The base model: embeddings, layers, final norm and head.
+
+    Attributes:
+        arch: Its architecture.
+        layers: Its layers; adapters see their linear modules as ``describe_base`` does.
+        dtype: Dtype of activations.
+        ops: How this path computes what is between the projections.
+        epoch: Moves when a merge exchanges weights. Graphs that were captured before are void.
+    """
+
+    def __init__(
+        self,
+        arch: Arch,
+        *,
+        embedding: torch.Tensor,
+        layers: list[DecoderLayer],
+        norm: torch.Tensor,
+        head: torch.Tensor,
+    ) -> None:
+        self.arch = arch
+        self.embedding = embedding
+        self.layers = layers
+        self.norm = norm
+        self.head = head
+        self.dtype = embedding.dtype
+        self.device = embedding.device
+        self.epoch = 0
+        self.ops = choose_layer_ops(arch, self.dtype, self.device)
+        self._angles = {
+            kind: RotaryAngles(rope.inv_freq.to(self.device), rope.scaling)
+            for kind, rope in arch.ropes.items()
+        }
+
+    def forward(self, step: StepInput, cache: KvCache) -> torch.Tensor:
+        """Run a step and write its keys and values.
+
+        Returns:
+            Final-norm hidden states, ``[rows, hidden]``.
+        """
+        ops = self.ops
+        rotations = self._rotations(step.positions)
+        hidden = F.embedding(step.token_ids, self.embedding)
+        change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
+        if step.soft_rows is not None and step.soft_values is not None:
+            hidden.index_copy_(0, step.soft_rows, step.soft_values.to(hidden.dtype))
+        delta = None
+        for number, layer in enumerate(self.layers):
+            normed = ops.add_rms_norm(hidden, delta, layer.norm_before_attention)
+            qkv = self._heads(layer, layer.qkv(normed, step.adapters))
+            attended = ops.attend(
+                number,
+                qkv,
+                rotations[self.arch.rope_of_layer[number]],
+                step.kv_slots,
+                cache,
+                step.attention[self.arch.windows[number]],
+            )
+            delta = layer.o(attended, step.adapters)
+            normed = ops.add_rms_norm(hidden, delta, layer.norm_before_mlp)
+            gated = ops.gated_activation(layer.gate_up(normed, step.adapters))
+            delta = layer.down(gated, step.adapters)
+        return ops.add_rms_norm(hidden, delta, self.norm)
+
+    def _rotations(
+        self, positions: torch.Tensor
+    ) -> dict[str | None, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Cosines and sines by kind of layer, ``[rows, head_dim / 2]`` fp32 each."""
+        made = {kind: angles.at(positions) for kind, angles in self._angles.items()}
+        return {None: None, **made}
+
+    def logits(self, hidden: torch.Tensor, changes: Sequence[VocabularyGroup] = ()) -> torch.Tensor:
+        """Project ``[rows, hidden]`` onto the vocabulary, ``[rows, vocab]`` fp32.
+
+        Args:
+            hidden: Final-norm hidden states.
+            changes: Rows whose adapters change the head.
+        """
+        return change_logits(hidden, self._head(hidden), self._head, changes)
+
+    def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return row_linear(hidden, self.head)
+
+    def _heads(self, layer: DecoderLayer, qkv: torch.Tensor) -> torch.Tensor:
+        """As ``[rows, heads + 2·kv_heads, head_dim]``, normed where the model says so."""
+        heads, kv_heads = self.arch.num_heads, self.arch.num_kv_heads
+        qkv = qkv.view(qkv.shape[0], heads + 2 * kv_heads, self.arch.head_dim)
+        if layer.q_norm is None or layer.k_norm is None:
+            return qkv
+        q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+        return torch.cat((self._norm(q, layer.q_norm), self._norm(k, layer.k_norm), v), dim=1)
+
+    def _norm(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """RMSNorm of every head, ``[rows, heads, head_dim]``."""
+        flat = heads.reshape(-1, self.arch.head_dim)
+        return self.ops.add_rms_norm(flat, None, weight).view(heads.shape)

@@ -1,0 +1,161 @@
+"""What a decoder layer does between its projections, and how attention is planned.
+
+The seam between the decoder and a compute path: the decoder says what happens, one of these says
+how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from turret.kernels.cpu.native import has_layer_ops
+from turret.kernels.paged_attention import (
+    SequenceSpan,
+    paged_attention_reference,
+    plan_attention,
+    prepare_attention,
+)
+from turret.kernels.rms_norm import residual_rms_norm_reference
+from turret.kernels.rows.silu import row_silu
+from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding.cpu_layer_ops import CpuLayerOps
+from turret.server.models.decoding.kv_cache import KvCache
+
+
+class LayerOps(Protocol):
+    """One path's way to compute a layer. Tokens are packed, ``[rows, …]``."""
+
+    def plan_attention(
+        self,
+        spans: Sequence[SequenceSpan],
+        *,
+        num_rows: int,
+        block_size: int,
+        window: int | None,
+        device: torch.device,
+    ) -> Any:
+        """Prepare a step's attention for the layers with this window; ``attend`` takes it."""
+        ...
+
+    def add_rms_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """``hidden += delta`` in place; returns the RMSNorm of the sum, ``[rows, hidden]``."""
+        ...
+
+    def attend(
+        self,
+        number: int,
+        qkv: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        slots: torch.Tensor,
+        cache: KvCache,
+        plan: Any,
+    ) -> torch.Tensor:
+        """Rotate, store keys and values, attend.
+
+        Args:
+            number: The layer's number.
+            qkv: ``[rows, heads + 2·kv_heads, head_dim]``.
+            angles: Cosines and sines, ``[rows, head_dim / 2]`` fp32 each, or None (no rotation).
+            slots: Where each row's keys and values go, ``[rows]`` int64.
+            cache: Written to, then read.
+            plan: Result of ``plan_attention`` for the layer's window.
+
+        Returns:
+            ``[rows, heads · head_dim]``.
+        """
+        ...
+
+    def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """``activation(gate) · up``, ``[rows, 2·width]`` → ``[rows, width]``."""
+        ...
+
+
+def choose_layer_ops(arch: Arch, dtype: torch.dtype, device: torch.device) -> LayerOps:
+    """The fastest that serves this model here."""
+    if has_layer_ops(dtype, device) and CpuLayerOps.serves(arch):
+        return CpuLayerOps(arch)
+    prepare_attention(arch.head_dim, device)
+    return TorchLayerOps(arch)
+
+
+# By their names in ``Arch``.
+_ACTIVATIONS = {"silu": row_silu}
+
+
+class TorchLayerOps:
+    """The torch path, on any device and dtype."""
+
+    def __init__(self, arch: Arch) -> None:
+        self._arch = arch
+        self._activation = _ACTIVATIONS[arch.activation]
+
+    def plan_attention(
+        self,
+        spans: Sequence[SequenceSpan],
+        *,
+        num_rows: int,
+        block_size: int,
+        window: int | None,
+        device: torch.device,
+    ) -> Any:
+        return plan_attention(
+            spans,
+            num_rows=num_rows,
+            block_size=block_size,
+            queries_per_head=self._arch.queries_per_head,
+            window=window,
+            device=device,
+        )
+
+    def add_rms_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        return residual_rms_norm_reference(hidden, delta, weight, self._arch.rms_norm_eps)
+
+    def attend(
+        self,
+        number: int,
+        qkv: torch.Tensor,
+        angles: tuple[torch.Tensor, torch.Tensor] | None,
+        slots: torch.Tensor,
+        cache: KvCache,
+        plan: Any,
+    ) -> torch.Tensor:
+        heads, kv_heads = self._arch.num_heads, self._arch.num_kv_heads
+        qk, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
+        if angles is not None:
+            qk = _rotate(qk, *angles)
+        cache.write(number, slots, qk[:, heads:], values)
+        attended = paged_attention_reference(
+            qk[:, :heads],
+            cache.keys[number],
+            cache.values[number],
+            plan,
+            scale=self._arch.attention_scale,
+        )
+        return attended.view(qkv.shape[0], -1)
+
+    def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self._activation(gate).mul_(up)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions (RoFormer, arXiv 2104.09864) on ``[rows, heads, head_dim]``; fp32 result.
+
+    Pairs are (i, i + head_dim / 2), as Hugging Face checkpoints lay them out.
+    """
+    x = x.float()
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    first, second = x.chunk(2, dim=-1)
+    out = torch.empty_like(x)
+    out_first, out_second = out.chunk(2, dim=-1)
+    # Product and sum on their own are rounded alike in vectors and in the elements after them.
+    torch.mul(first, cos, out=out_first).sub_(second * sin)
+    torch.mul(second, cos, out=out_second).add_(first * sin)
+    return out

@@ -1,0 +1,1 @@
+"""How projections store their weights, and multiply by them."""

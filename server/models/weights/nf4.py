@@ -1,0 +1,265 @@
+"""NF4 weights (QLoRA, arXiv 2305.14314) as bitsandbytes stores them, and fused linears on them.
+
+Every HF module is quantised on its own: block 64, double quantisation. Fusing q·k·v and gate·up
+joins the *packed* rows, so the served model equals its bitsandbytes-4bit checkpoint.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from turret.kernels.cpu.row_adapters import Ahead
+from turret.kernels.nf4_matmul import Nf4Matrix
+from turret.kernels.rows.linear import linear_formulation, prepare_linear, row_linear
+from turret.server.adapters.base import WeightRows
+from turret.server.errors import InvalidRequestError
+from turret.server.models.weights.nf4_cpu import has_nf4_product, nf4_formulation, nf4_product
+
+# It warns at import that an optional kernel of the Hugging Face hub is not installed.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+import bitsandbytes.functional as bnb_functional  # noqa: E402
+
+if TYPE_CHECKING:
+    from turret.server.models.weights.nf4_gpu import Nf4Product
+
+BLOCKSIZE = 64
+# Rows per tile of bitsandbytes' packed CPU layout.
+_CPU_TILE_ROWS = 32
+_IDENTITY_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Nf4Weight:
+    """One module's quantised weight.
+
+    Attributes:
+        packed: Two 4-bit codes a byte, ``[out·in/2, 1]`` uint8.
+        state: bitsandbytes' quantisation state (absmax, possibly nested; code; shape).
+    """
+
+    packed: torch.Tensor
+    state: bnb_functional.QuantState
+
+    @classmethod
+    def quantize(cls, weight: torch.Tensor) -> Nf4Weight:
+        """Quantise ``[out, in]`` as bitsandbytes does, with double quantisation."""
+        packed, state = bnb_functional.quantize_4bit(
+            weight.contiguous(), blocksize=BLOCKSIZE, quant_type="nf4", compress_statistics=True
+        )
+        return cls(packed, state)
+
+    @classmethod
+    def from_tensors(cls, name: str, tensors: Mapping[str, torch.Tensor]) -> Nf4Weight:
+        """Take a weight from a bitsandbytes-4bit checkpoint as it is.
+
+        Args:
+            name: The weight's name; ``tensors`` holds it and ``{name}.absmax`` and so on.
+            tensors: At least this weight's tensors.
+
+        Raises:
+            InvalidRequestError: Not NF4, or not block 64.
+        """
+        parts = {
+            key.removeprefix(f"{name}."): value
+            for key, value in tensors.items()
+            if key.startswith(f"{name}.")
+        }
+        state = bnb_functional.QuantState.from_dict(parts, device=torch.device("cpu"))
+        if state.quant_type != "nf4" or state.blocksize != BLOCKSIZE:
+            raise InvalidRequestError.of(
+                "model",
+                f"{name} is {state.quant_type} with block {state.blocksize}; turret serves nf4 "
+                f"with block {BLOCKSIZE}",
+            )
+        return cls(tensors[name], state)
+
+    def to_tensors(self, name: str) -> dict[str, torch.Tensor]:
+        """Name the tensors as a bitsandbytes-4bit checkpoint does."""
+        extra = {f"{name}.{k}": v for k, v in self.state.as_dict(packed=True).items()}
+        return {name: self.packed, **extra}
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        shape = self.state.shape
+        assert shape is not None
+        out_features, in_features = shape
+        return out_features, in_features
+
+    def absmax(self) -> torch.Tensor:
+        """Block maxima, flat fp32, the nested quantisation undone."""
+        if not self.state.nested:
+            return self.state.absmax.float()
+        flat = bnb_functional.dequantize_blockwise(self.state.absmax, self.state.state2)
+        offset = self.state.offset
+        assert offset is not None
+        return (flat + offset).float()
+
+    def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
+        """``[out, in]`` in ``dtype``."""
+        return torch.ops.bitsandbytes.dequantize_4bit(
+            self.packed, self.absmax(), BLOCKSIZE, "nf4", self.shape, dtype
+        )
+
+
+class Nf4Linear:
+    """A fused projection without bias: slices of NF4 weights that share their input.
+
+    On a CPU with AVX512-BF16 and a bf16 model, a fused dequantise-multiply runs on bitsandbytes'
+        packed weight (absmax is bf16 there). Elsewhere on the CPU (float32, or no AVX512-BF16) the
+    weight is held dequantised. On the gpu path ``product`` multiplies.
+    """
+
+    def __init__(
+        self,
+        slices: Sequence[Nf4Weight],
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        packs: bool | None = None,
+        gpu: bool = False,
+    ):
+        self.widths = tuple(weight.shape[0] for weight in slices)
+        self.in_features = slices[0].shape[1]
+        self._shape = (sum(self.widths), self.in_features)
+        self._dtype, self._device = dtype, device
+        self._dense: torch.Tensor | None = None
+        self._code: torch.Tensor | None = None
+        self.product: Nf4Product | None = None
+        if gpu:
+            # Imported where it is used: the other paths run where Triton is not installed.
+            from turret.server.models.weights.nf4_gpu import Nf4Product
+
+            self.product = Nf4Product(self._fuse_gpu(slices), dtype)
+        elif self._packs_on_cpu(slices) if packs is None else packs:
+            self._fuse_cpu(slices)
+        else:
+            parts = [weight.dequantize(dtype) for weight in slices]
+            self._dense = torch.cat(parts).to(device)
+            prepare_linear(self._dense)
+
+    def _packs_on_cpu(self, slices: Sequence[Nf4Weight]) -> bool:
+        return (
+            self._device.type == "cpu"
+            and self._dtype == torch.bfloat16
+            and has_nf4_product()
+            and all(
+                weight.shape[0] % _CPU_TILE_ROWS == 0 and weight.shape[1] % BLOCKSIZE == 0
+                for weight in slices
+            )
+        )
+
+    def _fuse_cpu(self, slices: Sequence[Nf4Weight]) -> None:
+        packed, absmax = [], []
+        for weight in slices:
+            part, state = bnb_functional._convert_weight_packed_for_cpu(
+                weight.packed, copy.deepcopy(weight.state)
+            )
+            packed.append(part)
+            absmax.append(state.absmax)
+            self._code = state.code
+        # Tiles of 32 rows, tile-major: joining along rows is joining the bytes. absmax is
+        # [in / 64, out] in this layout.
+        self._packed = torch.cat(packed)
+        self._absmax = torch.cat(absmax, dim=1).contiguous()
+
+    def _fuse_gpu(self, slices: Sequence[Nf4Weight]) -> Nf4Matrix:
+        packed = torch.cat([weight.packed.view(-1) for weight in slices])
+        absmax = torch.cat([weight.absmax() for weight in slices])
+        return Nf4Matrix(packed.to(self._device), absmax.to(self._device), *self._shape)
+
+    def __call__(
+        self, x: torch.Tensor, ahead: Ahead | None = None, num_decode: int | None = None
+    ) -> torch.Tensor:
+        """See ``BaseLinear``."""
+        if self._dense is not None:
+            return row_linear(x, self._dense)
+        if self.product is not None:
+            return self.product(x, x.shape[0] if num_decode is None else num_decode)
+        assert self._code is not None
+        return nf4_product(x, self._packed, self._absmax, self._code, self._shape, ahead)
+
+    def formulation(self) -> str:
+        """What multiplies, in words."""
+        if self._dense is not None:
+            return linear_formulation(self._dense)
+        return "gpu" if self._code is None else nf4_formulation(self._shape, self._code)
+
+    def _rows(self, index: int) -> slice:
+        start = sum(self.widths[:index])
+        return slice(start, start + self.widths[index])
+
+    def _like(self, widths: tuple[int, ...]) -> Nf4Linear:
+        other = copy.copy(self)
+        other.widths = widths
+        other._shape = (sum(widths), self.in_features)
+        return other
+
+    def part(self, index: int) -> Nf4Linear:
+        """Slice ``index`` alone, on the memory of the whole where its layout allows."""
+        part, rows = self._like((self.widths[index],)), self._rows(index)
+        if self._dense is not None:
+            part._dense = self._dense[rows]
+        elif self._code is not None:
+            part._packed = self._packed[rows]
+            part._absmax = self._absmax[:, rows].contiguous()
+        else:
+            assert self.product is not None
+            part.product = self.product.part(rows)
+        return part
+
+    def stored_alike(self, weight: Nf4Weight) -> Nf4Linear:
+        """Another weight alone, in the layout and on the device of this projection."""
+        packs = self._dense is None and self._code is not None
+        gpu = self.product is not None
+        return Nf4Linear([weight], self._dtype, self._device, packs=packs, gpu=gpu)
+
+    @classmethod
+    def join(cls, parts: Sequence[Nf4Linear]) -> Nf4Linear:
+        """Fuse projections that are stored alike, in this order; copies their packed weights."""
+        joined = parts[0]._like(tuple(width for part in parts for width in part.widths))
+        if parts[0]._dense is not None:
+            joined._dense = torch.cat([part._dense for part in parts if part._dense is not None])
+        elif parts[0]._code is not None:
+            joined._packed = torch.cat([part._packed for part in parts])
+            joined._absmax = torch.cat([part._absmax for part in parts], dim=1).contiguous()
+        else:
+            products = [part.product for part in parts if part.product is not None]
+            joined.product = products[0].join(products)
+        return joined
+
+    def served(self, index: int) -> WeightRows:
+        """The weight of slice ``index`` as multiplied, ``[out, in]``, by rows.
+
+        On the gpu path they are written out on the device, a block at a time.
+        """
+        if self.product is None:
+            return self.dequantize(index)
+        from turret.server.models.weights.served_rows import ServedRows
+
+        like = self._dtype, self._device
+        return ServedRows(self.product, self._rows(index), self.in_features, like)
+
+    def dequantize(self, index: int) -> torch.Tensor:
+        """The weight of slice ``index`` as actually multiplied, ``[out, in]`` fp32, on the CPU.
+
+        The fused CPU op rounds absmax and products to bf16 inside; multiplying by the identity
+        shows exactly the weight it uses.
+        """
+        rows = self._rows(index)
+        if self.product is not None:
+            return self.product.dequantize(self._dtype)[rows].float().cpu()
+        if self._dense is not None:
+            return self._dense[rows].float().cpu()
+        columns = []
+        for low in range(0, self.in_features, _IDENTITY_ROWS):
+            high = min(low + _IDENTITY_ROWS, self.in_features)
+            identity = torch.zeros(high - low, self.in_features, dtype=torch.bfloat16)
+            identity[torch.arange(high - low), torch.arange(low, high)] = 1.0
+            columns.append(self(identity)[:, rows].float().cpu().T)
+        return torch.cat(columns, dim=1).contiguous()
