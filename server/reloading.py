@@ -1,16 +1,12 @@
-"""Tokens and certificates that change while the server runs."""
+"""Tokens that change while the server runs."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 from pathlib import Path
 
-from turret.server import log
-from turret.server.api.file_stamp import file_stamp
 from turret.server.api.tokens import TokenTable
-
-_log = logging.getLogger(__name__)
+from turret.server.api.watched_files import WatchedFiles
 
 # How soon a changed token file is noticed without SIGHUP.
 POLL_SECONDS = 5.0
@@ -21,18 +17,17 @@ class TokenReloader:
 
     Args:
         path: The file.
-        tokens: What was read from it at the start.
+        tokens: Accepts what was read last.
     """
 
     def __init__(self, path: Path, tokens: TokenTable) -> None:
-        self._path = path
+        self._files = WatchedFiles((path,), lambda: TokenTable.read(path), "tokens")
         self._tokens = tokens
-        self._seen = file_stamp((path,))
         self._asked = asyncio.Event()
 
     def reload(self) -> None:
         """Look at once, changed or not."""
-        self._seen = None
+        self._files.forget()
         self._asked.set()
 
     async def run(self) -> None:
@@ -44,13 +39,5 @@ class TokenReloader:
             except TimeoutError:
                 pass
             self._asked.clear()
-            stamp = await asyncio.to_thread(file_stamp, (self._path,))
-            if stamp == self._seen:
-                continue
-            self._seen = stamp
-            try:
-                self._tokens.replace(await asyncio.to_thread(TokenTable.read, self._path))
-            except (OSError, ValueError) as error:
-                _log.error("tokens stay as they were", extra=log.fields(reason=error))
-            else:
-                _log.info("tokens read again")
+            if await asyncio.to_thread(self._files.look):
+                self._tokens.replace(self._files.newest)

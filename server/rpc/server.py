@@ -13,10 +13,10 @@ from grpc_reflection.v1alpha import reflection
 
 from turret.server import log
 from turret.server.api.admin.adapters import Adapters
-from turret.server.api.file_stamp import file_stamp
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
+from turret.server.api.watched_files import WatchedFiles
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
 from turret.server.rpc.adapters import AdaptersServicer
@@ -92,25 +92,14 @@ def read_credentials(security: SecurityConfig) -> grpc.ServerCredentials | None:
         return None
     authorities = security.tls_client_ca
     paths = [p for p in (security.tls_cert, security.tls_key, authorities) if p is not None]
-    seen = file_stamp(paths)
+    files = WatchedFiles(paths, lambda: _certificates(security), "certificates")
 
     def fetch() -> Any:
         """What the next connection is to see; None for what the last one saw."""
-        nonlocal seen
-        stamp = file_stamp(paths)
-        if stamp is None or stamp == seen:
-            return None
-        seen = stamp
-        try:
-            found = _certificates(security)
-        except OSError as error:
-            _log.error("certificates stay as they were", extra=log.fields(reason=error))
-            return None
-        _log.info("certificates read again")
-        return found
+        return files.newest if files.look() else None
 
     return grpc.dynamic_ssl_server_credentials(
-        _certificates(security), fetch, require_client_authentication=authorities is not None
+        files.newest, fetch, require_client_authentication=authorities is not None
     )
 
 

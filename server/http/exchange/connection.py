@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import socket
 import ssl
 from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from turret.server import log
-from turret.server.api.file_stamp import file_stamp
+from turret.server.api.watched_files import WatchedFiles
 from turret.server.config import SecurityConfig
-
-_log = logging.getLogger(__name__)
 
 # From the connection, or from the first byte of a later request, to the end of its head.
 HEAD_SECONDS = 10.0
@@ -73,23 +69,14 @@ def tls_context(security: SecurityConfig) -> ssl.SSLContext | None:
     paths = [security.tls_cert, security.tls_key]
     if security.tls_client_ca is not None:
         paths.append(security.tls_client_ca)
-    seen = file_stamp(paths)
-    first = newest = _context(security)
+    files = WatchedFiles(paths, lambda: _context(security), "certificates")
 
     def choose(connection: Any, name: str | None, context: ssl.SSLContext) -> None:
         """Called in every handshake, before a certificate is shown."""
-        nonlocal seen, newest
-        stamp = file_stamp(paths)
-        if stamp is not None and stamp != seen:
-            seen = stamp
-            try:
-                newest = _context(security)
-            except OSError as error:
-                _log.error("certificates stay as they were", extra=log.fields(reason=error))
-            else:
-                _log.info("certificates read again")
-        connection.context = newest
+        files.look()
+        connection.context = files.newest
 
+    first = files.newest
     first.sni_callback = choose
     return first
 
