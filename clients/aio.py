@@ -40,6 +40,7 @@ from turret.clients.messages.requests import (
     tokenize_request,
 )
 from turret.clients.messages.results import Completion, Model, Score, Tokens
+from turret.clients.progress import AnswerProgress
 from turret.clients.retries import RetryPolicy
 from turret.clients.streams import AsyncGenerationStream
 from turret.v1 import inference_pb2, inference_pb2_grpc
@@ -62,7 +63,9 @@ class AsyncTurretClient:
         admin_address: str | None = None,
         timeout: float | None = 600.0,
         max_retries: int | RetryPolicy = 2,
+        resume: bool = True,
     ) -> None:
+        self._resume = resume
         self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries))
         self._channel = open_aio_channel(address, tls)
         self._admin_channel = (
@@ -87,19 +90,22 @@ class AsyncTurretClient:
     ) -> Completion:
         """Complete a prompt, as ``TurretClient.generate``."""
         request = generate_request(prompt, options)
-        return Completion.from_proto(await self._unary(self._stub.Generate, request, timeout))
+        settings = self._settings.routed(request.adapters)
+        answer = await call_async(self._stub.Generate, lambda: request, settings, timeout)
+        return Completion.from_proto(answer)
 
     def generate_stream(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
     ) -> AsyncGenerationStream:
         """Complete a prompt, chunk by chunk, as ``TurretClient.generate_stream``."""
         request = generate_request(prompt, options)
-        settings = self._settings
+        settings = self._settings.routed(request.adapters)
 
-        def start(seconds: float | None) -> grpc.aio.UnaryStreamCall:
-            return self._stub.GenerateStream(request, timeout=seconds, metadata=settings.metadata)
+        def start(message: Any, seconds: float | None) -> grpc.aio.UnaryStreamCall:
+            return self._stub.GenerateStream(message, timeout=seconds, metadata=settings.metadata)
 
-        return AsyncGenerationStream(start, settings.policy.begin(stream_timeout(timeout)))
+        retries = settings.policy.begin(stream_timeout(timeout))
+        return AsyncGenerationStream(start, AnswerProgress(request, retries, resume=self._resume))
 
     async def chat(
         self,
@@ -132,7 +138,9 @@ class AsyncTurretClient:
     ) -> Score:
         """Compute the log probability of every token of a prompt, as ``TurretClient.score``."""
         request = score_request(prompt, adapters=adapters, top_n=top_n, request_id=request_id)
-        return Score.from_proto(await self._unary(self._stub.Score, request, timeout))
+        settings = self._settings.routed(request.adapters)
+        scored = await call_async(self._stub.Score, lambda: request, settings, timeout)
+        return Score.from_proto(scored)
 
     async def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> Tokens:
         """Convert text or a conversation to token ids, or token ids to text."""

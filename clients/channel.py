@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
 import grpc.aio
 
+from turret.clients.messages.mix import routing_key
 from turret.clients.retries import RetryPolicy
+from turret.v1 import adapters_pb2
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
+# Metadata of a call that runs on adapters: requests of one mix go to one server as far as they can.
+ROUTING_KEY = "x-turret-mix"
 # Logprobs with alternatives for a long prompt exceed gRPC's own limit of 4 MiB.
 _MAX_RECEIVE_BYTES = 64 << 20
 
@@ -100,6 +105,14 @@ class CallSettings:
         metadata = (("authorization", f"Bearer {token}"),) if token else ()
         stream_timeout(timeout)
         return cls(metadata, timeout, policy)
+
+    def routed(self, mix: Iterable[adapters_pb2.AdapterWeight]) -> CallSettings:
+        """Those of a call that runs on a mix."""
+        key = routing_key(mix)
+        # Others are no adapters' names, and no metadata either: the server says so.
+        if not (key and key.isascii() and key.isprintable()):
+            return self
+        return replace(self, metadata=(*self.metadata, (ROUTING_KEY, key)))
 
     def unary_timeout(self, timeout: float | None) -> float | None:
         """The deadline of a call with one response."""

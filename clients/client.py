@@ -36,6 +36,7 @@ from turret.clients.messages.requests import (
     tokenize_request,
 )
 from turret.clients.messages.results import Completion, Model, Score, Tokens
+from turret.clients.progress import AnswerProgress
 from turret.clients.retries import RetryPolicy
 from turret.clients.streams import GenerationStream
 from turret.v1 import inference_pb2, inference_pb2_grpc
@@ -54,8 +55,11 @@ class TurretClient:
         timeout: Deadline in seconds of calls with one response that set none themselves; None
             means none. Streams have a deadline only if the call sets one.
         max_retries: How often a call is tried again that the server asked to send later, or that
-            reached no server: after 0.5 s, 1 s and so on, or when the server says. A stream that
-            has given text is not.
+            reached no server: after 0.5 s, 1 s and so on, or when the server says.
+        resume: Whether a stream that breaks off goes on where it broke off, as often as it brings
+            another token; otherwise it raises once it has given text. Greedily, or with a seed, the
+            answer is that of one that never broke. It fails with NotFoundError if the weights that
+            it began with are gone.
 
     Every method's ``timeout`` is in seconds; ``math.inf`` means no deadline.
     """
@@ -69,7 +73,9 @@ class TurretClient:
         admin_address: str | None = None,
         timeout: float | None = 600.0,
         max_retries: int | RetryPolicy = 2,
+        resume: bool = True,
     ) -> None:
+        self._resume = resume
         self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries))
         self._channel = open_channel(address, tls)
         self._admin_channel = (
@@ -105,7 +111,9 @@ class TurretClient:
             ValueError: A value does not fit its field.
         """
         request = generate_request(prompt, options)
-        return Completion.from_proto(self._unary(self._stub.Generate, request, timeout))
+        settings = self._settings.routed(request.adapters)
+        answer = call(self._stub.Generate, lambda: request, settings, timeout)
+        return Completion.from_proto(answer)
 
     def generate_stream(
         self, prompt: Prompt, *, timeout: float | None = None, **options: Unpack[GenerateOptions]
@@ -116,12 +124,13 @@ class TurretClient:
         iteration.
         """
         request = generate_request(prompt, options)
-        settings = self._settings
+        settings = self._settings.routed(request.adapters)
 
-        def start(seconds: float | None) -> Any:
-            return self._stub.GenerateStream(request, timeout=seconds, metadata=settings.metadata)
+        def start(message: Any, seconds: float | None) -> Any:
+            return self._stub.GenerateStream(message, timeout=seconds, metadata=settings.metadata)
 
-        return GenerationStream(start, settings.policy.begin(stream_timeout(timeout)))
+        retries = settings.policy.begin(stream_timeout(timeout))
+        return GenerationStream(start, AnswerProgress(request, retries, resume=self._resume))
 
     def chat(
         self,
@@ -165,7 +174,9 @@ class TurretClient:
             timeout: Deadline in seconds.
         """
         request = score_request(prompt, adapters=adapters, top_n=top_n, request_id=request_id)
-        return Score.from_proto(self._unary(self._stub.Score, request, timeout))
+        settings = self._settings.routed(request.adapters)
+        scored = call(self._stub.Score, lambda: request, settings, timeout)
+        return Score.from_proto(scored)
 
     def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> Tokens:
         """Convert text or a conversation to token ids, or token ids to text."""

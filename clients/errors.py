@@ -124,6 +124,8 @@ class TurretRpcError(Exception):
                 ]
             else:
                 retry_delay = detail.retry_delay.ToTimedelta().total_seconds()
+        if not reason and _is_lost(code, text):
+            code, text = grpc.StatusCode.UNAVAILABLE, f"the connection broke: {text}"
         return _CLASSES.get(code, ServerError)(
             code,
             text,
@@ -176,7 +178,15 @@ class CallCancelledError(TurretRpcError):
 
 
 class UnavailableError(TurretRpcError):
-    """A server that is starting or stopping; without ``reason``, none was reached at all."""
+    """A server that is starting or stopping; without ``reason``, none was reached, or it was lost.
+
+    A connection that broke, a proxy's word that it did included, is this too.
+    """
+
+    @classmethod
+    def made_here(cls, message: str) -> UnavailableError:
+        """One that no status tells."""
+        return cls(grpc.StatusCode.UNAVAILABLE, message)
 
 
 class ServerError(TurretRpcError):
@@ -196,6 +206,20 @@ _CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {
     grpc.StatusCode.CANCELLED: CallCancelledError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
 }
+
+
+# What gRPC says when the caller itself has ended a call.
+_OWN_DOING = ("Locally cancelled", "Channel closed", "Channel is closed")
+# What it says when the other end, or a proxy before it, has gone without a status.
+_LOST = ("RST_STREAM", "Stream removed", "GOAWAY", "Connection reset", "Socket closed")
+
+
+def _is_lost(code: grpc.StatusCode, text: str) -> bool:
+    """Whether a status that no server set says that the connection broke."""
+    if code is grpc.StatusCode.CANCELLED:
+        return not any(words in text for words in _OWN_DOING)
+    is_vague = code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
+    return is_vague and any(words in text for words in _LOST)
 
 
 def _details(payload: object) -> Iterable:

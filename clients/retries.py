@@ -53,7 +53,7 @@ class Retries:
     """The tries of one call that are left."""
 
     def __init__(self, count: int, deadline: float | None, *, unreached: bool) -> None:
-        self._left = count
+        self._count = self._left = count
         self._deadline = deadline
         self._unreached = unreached
         self._delay = _FIRST_DELAY_SECONDS
@@ -63,6 +63,10 @@ class Retries:
         if self._deadline is None:
             return None
         return max(self._deadline - time.monotonic(), 0.0)
+
+    def renew(self) -> None:
+        """Have all tries again, since the last one has brought something."""
+        self._left, self._delay = self._count, _FIRST_DELAY_SECONDS
 
     def delay_after(self, error: TurretRpcError) -> float | None:
         """Seconds to wait before the next try; None if there is none, and the error stands."""

@@ -10,29 +10,27 @@ from typing import Any, Self
 import grpc
 import grpc.aio
 
-from turret.clients.errors import TurretRpcError
+from turret.clients.errors import TurretRpcError, UnavailableError
 from turret.clients.messages.results import Chunk
-from turret.clients.retries import Retries
+from turret.clients.progress import AnswerProgress
 
 
 class GenerationStream(Iterator[Chunk]):
     """An answer as it grows. Closing it, or leaving its ``with`` block, stops the request.
 
-    A request that fails before its first chunk is sent again where that may help; one that fails
-    later is not, since text has been seen.
+    A request that fails is sent again where that may help, and goes on where it broke off.
 
     Args:
-        start: Sends the request, with what is left of its deadline in seconds, and returns its
+        start: Sends a request, with what is left of its deadline in seconds, and returns its
             responses, which are a ``grpc.Call`` too.
-        retries: The tries that are left.
+        progress: What has come of the answer.
     """
 
-    def __init__(self, start: Callable[[float | None], Any], retries: Retries) -> None:
+    def __init__(self, start: Callable[[Any, float | None], Any], progress: AnswerProgress) -> None:
         self._start = start
-        self._retries = retries
-        self._has_begun = False
+        self._progress = progress
         self._closed = threading.Event()
-        self._call = start(retries.timeout())
+        self._call = start(progress.request(), progress.timeout())
 
     def __iter__(self) -> Self:
         return self
@@ -42,21 +40,26 @@ class GenerationStream(Iterator[Chunk]):
             if self._closed.is_set():
                 raise StopIteration
             try:
-                chunk = Chunk.from_proto(next(self._call))
+                return self._progress.take(next(self._call))
             except grpc.RpcError as error:
                 if self._closed.is_set():
                     raise StopIteration from None
-                self._restart(TurretRpcError.from_grpc(error))
-            else:
-                self._has_begun = True
-                return chunk
+                failure = TurretRpcError.from_grpc(error)
+            except UnavailableError as error:
+                failure = error
+            if self._progress.is_whole and isinstance(failure, UnavailableError):
+                raise StopIteration
+            delay = self._progress.delay_after(failure)
+            if delay is None:
+                self.close()
+                if self._progress.cut is None:
+                    raise failure
+                return self._progress.cut
+            self._restart(delay)
 
-    def _restart(self, failure: TurretRpcError) -> None:
-        delay = None if self._has_begun else self._retries.delay_after(failure)
-        if delay is None:
-            raise failure
+    def _restart(self, delay: float) -> None:
         if not self._closed.wait(delay):
-            self._call = self._start(self._retries.timeout())
+            self._call = self._start(self._progress.request(), self._progress.timeout())
             if self._closed.is_set():
                 self._call.cancel()
 
@@ -79,12 +82,14 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
     """
 
     def __init__(
-        self, start: Callable[[float | None], grpc.aio.UnaryStreamCall], retries: Retries
+        self,
+        start: Callable[[Any, float | None], grpc.aio.UnaryStreamCall],
+        progress: AnswerProgress,
     ) -> None:
         self._start = start
-        self._retries = retries
-        self._has_begun = self._is_closed = False
-        self._call = start(retries.timeout())
+        self._progress = progress
+        self._is_closed = False
+        self._call = start(progress.request(), progress.timeout())
         self._responses = aiter(self._call)
 
     def __aiter__(self) -> Self:
@@ -95,20 +100,25 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
             if self._is_closed:
                 raise StopAsyncIteration
             try:
-                chunk = Chunk.from_proto(await anext(self._responses))
+                return self._progress.take(await anext(self._responses))
             except grpc.aio.AioRpcError as error:
-                await self._restart(TurretRpcError.from_grpc(error))
-            else:
-                self._has_begun = True
-                return chunk
+                failure = TurretRpcError.from_grpc(error)
+            except UnavailableError as error:
+                failure = error
+            if self._progress.is_whole and isinstance(failure, UnavailableError):
+                raise StopAsyncIteration
+            delay = self._progress.delay_after(failure)
+            if delay is None:
+                await self.aclose()
+                if self._progress.cut is None:
+                    raise failure
+                return self._progress.cut
+            await self._restart(delay)
 
-    async def _restart(self, failure: TurretRpcError) -> None:
-        delay = None if self._has_begun else self._retries.delay_after(failure)
-        if delay is None:
-            raise failure
+    async def _restart(self, delay: float) -> None:
         await asyncio.sleep(delay)
         if not self._is_closed:
-            self._call = self._start(self._retries.timeout())
+            self._call = self._start(self._progress.request(), self._progress.timeout())
             self._responses = aiter(self._call)
 
     async def aclose(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from turret.v1 import inference_pb2 as pb
 
@@ -135,7 +135,7 @@ class Chunk:
         finish_reason: As in :class:`Completion`; None in every chunk but the last.
         stop: As in :class:`Completion`.
         usage: None in every chunk but the last.
-        adapters_used: Empty in every chunk but the last.
+        adapters_used: Empty in every chunk but the last and that of the first token.
         timing: None in every chunk but the last.
         request_id: The request's id.
     """
@@ -149,6 +149,9 @@ class Chunk:
     adapters_used: tuple[AdapterUse, ...]
     timing: Timing | None
     request_id: str
+
+    def without_token_ids(self) -> Chunk:
+        return replace(self, token_ids=())
 
     @classmethod
     def from_proto(cls, proto: pb.GenerateChunk) -> Chunk:

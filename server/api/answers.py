@@ -7,7 +7,13 @@ from typing import Any
 
 from google.protobuf import duration_pb2
 
-from turret.server.engine.scheduling.request import Finish, FinishReason, Timing, TokenLogprob
+from turret.server.engine.scheduling.request import (
+    AdapterUse,
+    Finish,
+    FinishReason,
+    Timing,
+    TokenLogprob,
+)
 from turret.v1 import inference_pb2
 
 FINISH_REASONS = {
@@ -48,6 +54,20 @@ def timing(spans: Timing) -> inference_pb2.Timing:
     )
 
 
+def adapter_uses(uses: Iterable[AdapterUse]) -> list[inference_pb2.AdapterUse]:
+    return [
+        inference_pb2.AdapterUse(
+            name=use.name,
+            uuid=use.uuid,
+            generation=use.generation,
+            weight=use.weight,
+            cold_start=use.cold_start,
+            load_ms=use.load_ms,
+        )
+        for use in uses
+    ]
+
+
 def usage_fields(finish: Finish) -> dict[str, Any]:
     """The fields that every finished answer has, by name."""
     return {
@@ -56,17 +76,7 @@ def usage_fields(finish: Finish) -> dict[str, Any]:
             cached_tokens=finish.usage.cached_tokens,
             completion_tokens=finish.usage.completion_tokens,
         ),
-        "adapters_used": [
-            inference_pb2.AdapterUse(
-                name=use.name,
-                uuid=use.uuid,
-                generation=use.generation,
-                weight=use.weight,
-                cold_start=use.cold_start,
-                load_ms=use.load_ms,
-            )
-            for use in finish.adapters_used
-        ],
+        "adapters_used": adapter_uses(finish.adapters_used),
         "timing": timing(finish.timing),
     }
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar
 
 import turret
-from turret.server.api.answers import finish_fields, token_logprobs, usage_fields
+from turret.server.api.answers import adapter_uses, finish_fields, token_logprobs, usage_fields
 from turret.server.api.backend import Backend
 from turret.server.api.call import Call
 from turret.server.api.gate import Gate
@@ -67,12 +67,15 @@ class Inference:
         )
         # Nobody else keeps it: its memory is free while the request waits and runs.
         del message
-        echoed = backend if request.options.echo else None
+        is_echoed = not request.options.echo
         async with contextlib.aclosing(_outputs(backend, request, call)) as outputs:
             async for output in outputs:
-                size = 0 if echoed is None else len(request.prompt_token_ids)
-                yield await _converted(size, functools.partial(_chunk, request, output, echoed))
-                echoed = None
+                if not is_echoed:
+                    is_echoed = True
+                    size = len(request.prompt_token_ids)
+                    prompt = functools.partial(_prompt_chunk, request, output, backend)
+                    yield await _converted(size, prompt)
+                yield _chunk(request, output)
 
     async def generate_whole(
         self, message: inference_pb2.GenerateRequest, call: Call, deadline: float | None
@@ -86,6 +89,9 @@ class Inference:
             async for chunk in chunks:
                 texts.append(chunk.text)
                 chunk.ClearField("text")
+                if not chunk.HasField("usage"):
+                    # The first tells it, and the last again.
+                    chunk.ClearField("adapters_used")
                 # Both messages have the same fields under the same numbers: joining the chunks is
                 # what the wire format calls a merge.
                 response.MergeFromString(chunk.SerializeToString())
@@ -186,39 +192,34 @@ async def _outputs(backend: Backend, request: Request, call: Call) -> AsyncGener
         stream.cancel()
 
 
-def _echo(request: Request, backend: Backend, first: Output) -> dict[str, Any]:
-    """The prompt's part of the answer; its logprobs come with the first output."""
-    ids = request.prompt_token_ids
-    return {
-        "text": backend.tokenizer.decode(ids, special=True),
-        "token_ids": ids if request.options.token_ids else (),
-        "logprobs": token_logprobs(first.prompt_logprobs) if request.options.logprobs else [],
-    }
+def _prompt_chunk(request: Request, first: Output, backend: Backend) -> inference_pb2.GenerateChunk:
+    """The prompt, if it is to be echoed; its logprobs come with the first output."""
+    options, ids = request.options, request.prompt_token_ids
+    return inference_pb2.GenerateChunk(
+        request_id=request.request_id,
+        text=backend.tokenizer.decode(ids, special=True),
+        token_ids=ids if options.token_ids else (),
+        logprobs=token_logprobs(first.prompt_logprobs) if options.logprobs else [],
+    )
 
 
-def _grown(request: Request, output: Output) -> dict[str, Any]:
-    return {
-        "text": output.text,
-        "token_ids": output.token_ids if request.options.token_ids else (),
-        "logprobs": token_logprobs(output.logprobs) if request.options.logprobs else [],
-    }
-
-
-def _chunk(request: Request, output: Output, echoed: Backend | None) -> inference_pb2.GenerateChunk:
-    """One part of an answer; the first one with the prompt, if it is to be echoed."""
-    fields = _grown(request, output)
-    if echoed is not None:
-        prompt = _echo(request, echoed, output)
-        fields = {key: _joined(prompt[key], fields[key]) for key in fields}
+def _chunk(request: Request, output: Output) -> inference_pb2.GenerateChunk:
+    """One part of an answer."""
+    options = request.options
+    fields: dict[str, Any] = {}
     if output.finish is not None:
-        fields |= finish_fields(output.finish, request.stop.stop_token_ids)
-    return inference_pb2.GenerateChunk(request_id=request.request_id, **fields)
+        fields = finish_fields(output.finish, request.stop.stop_token_ids)
+    elif output.adapters_used:
+        fields["adapters_used"] = adapter_uses(output.adapters_used)
+    return inference_pb2.GenerateChunk(
+        request_id=request.request_id,
+        text=output.text,
+        token_ids=output.token_ids if options.token_ids else (),
+        logprobs=token_logprobs(output.logprobs) if options.logprobs else [],
+        **fields,
+    )
 
 
 async def _converted(size: int, convert: Callable[[], _T]) -> _T:
     """What ``convert`` makes; off the event loop if it is about more than a few tokens."""
     return convert() if size <= _INLINE_TOKENS else await asyncio.to_thread(convert)
-
-
-def _joined(first: Any, second: Any) -> Any:
-    return first + second if isinstance(first, str) else [*first, *second]

@@ -71,6 +71,7 @@ LIMITS = (
     _chars("ChatMessage.role", MAX_ROLE_CHARS, _REQUESTS),
     _entries("Chat.messages", MAX_CHAT_MESSAGES),
     Limit("TokenIds.ids", f"the model's context; {MAX_TOKENIZED} in Tokenize", None, _REQUESTS),
+    Limit("GenerateRequest.answer_so_far", "the model's context", None, _REQUESTS),
     _entries("SamplingParams.logit_bias", MAX_LOGIT_BIASES),
     Limit(
         "StopConditions.stop_strings",

@@ -248,6 +248,9 @@ async def generate_request(
         violations,
         "options",
     )
+    so_far = message.answer_so_far
+    if violations.check_count(len(so_far), limits.max_tokens, "answer_so_far"):
+        _check_ids(so_far, limits.vocab_size, violations, "answer_so_far")
     check_request_id(message.request_id, violations)
     violations.raise_if_any()
     return Request(
@@ -259,6 +262,7 @@ async def generate_request(
         options=options,
         deadline=deadline,
         message_bytes=message_bytes,
+        answer_so_far=tuple(message.answer_so_far),
     )
 
 

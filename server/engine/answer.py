@@ -6,7 +6,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
 from turret.server.adapters.mix import HostResult, Mix
-from turret.server.engine.detokenizer import Detokenizer
+from turret.server.engine.answer_text import AnswerText
 from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,
@@ -45,8 +45,7 @@ class Answer:
     Args:
         sequence: Its tokens.
         stream: Where outputs go.
-        detokenizer: Its text.
-        eos_token_ids: The model's end-of-sequence tokens.
+        text: Its text, which has taken in what the request says was answered before.
         token_text: Text of a single token, for logprobs.
         max_tokens: Most tokens to generate, resolved against the context.
     """
@@ -55,17 +54,15 @@ class Answer:
         self,
         sequence: Sequence,
         stream: Stream,
-        detokenizer: Detokenizer,
+        text: AnswerText,
         *,
-        eos_token_ids: frozenset[int],
         token_text: Callable[[int], str],
         max_tokens: int,
     ) -> None:
         self.sequence = sequence
         self.stream = stream
         self.last_token_at: float | None = None
-        self._detokenizer = detokenizer
-        self._eos_token_ids = eos_token_ids
+        self._text = text
         self._token_text = token_text
         self._max_tokens = max_tokens
         self._prompt_logprobs: list[TokenLogprob] = []
@@ -82,37 +79,33 @@ class Answer:
             if item.position == len(self._prompt_logprobs):
                 self._prompt_logprobs.append(self._logprob(item.draw))
 
-    def accept(self, draw: Draw) -> tuple[Output, FinishReason | None, str | int | None]:
+    def accept(
+        self, draw: Draw, cold: HostResult | None = None
+    ) -> tuple[Output, FinishReason | None, str | int | None]:
         """Add a drawn token.
+
+        Args:
+            draw: The token.
+            cold: What was read for the request, which the first output tells.
 
         Returns:
             The output it makes certain, and why (and by what) the sequence ends, if it does.
         """
-        sequence, stop = self.sequence, self.sequence.request.stop
-        token = draw.token_id
-        sequence.tokens.append(token)
-        may_stop = sequence.num_generated >= stop.min_tokens
-        ended: FinishReason | None = None
-        by: str | int | None = None
-        is_eos = token in self._eos_token_ids and not stop.ignore_eos
-        if may_stop and (token in stop.stop_token_ids or is_eos):
-            ended, by = FinishReason.STOP, token
-        # An end token is no text of the answer, unless the client wants to see it.
-        text = "" if ended and not stop.include_stop else self._detokenizer.push(
-            token, may_stop=may_stop
-        )  # fmt: skip
-        if ended is None and self._detokenizer.stopped_by is not None:
-            ended, by = FinishReason.STOP, self._detokenizer.stopped_by
+        sequence = self.sequence
+        options = sequence.request.options
+        is_first = sequence.num_generated == len(sequence.request.answer_so_far)
+        sequence.tokens.append(draw.token_id)
+        text, by = self._text.push(draw.token_id), self._text.stopped_by
+        ended = None if by is None else FinishReason.STOP
         if ended is None and sequence.num_generated >= self._max_tokens:
             ended = FinishReason.LENGTH
-        if ended is not None and self._detokenizer.stopped_by is None:
-            text += self._detokenizer.flush()
-        options = sequence.request.options
+            text += self._text.flush()
         output = Output(
             text=text,
-            token_ids=(token,),
+            token_ids=(draw.token_id,),
             logprobs=(self._logprob(draw),) if options.logprobs else (),
             prompt_logprobs=self.take_prompt_logprobs(),
+            adapters_used=uses_of(sequence.mix, cold) if is_first else (),
         )
         return output, ended, by
 
@@ -127,7 +120,7 @@ class Answer:
 
     def flush(self) -> str:
         """Held-back text, for a request that ends early."""
-        return self._detokenizer.flush()
+        return self._text.flush()
 
     def finish(
         self,

@@ -15,8 +15,9 @@ from typing import Protocol
 
 from turret.server.adapters.mix import Mix
 from turret.server.engine.answer import Answer
+from turret.server.engine.answer_text import AnswerText
 from turret.server.engine.base_change import BaseChange, Change
-from turret.server.engine.detokenizer import Detokenizer, TextStream
+from turret.server.engine.detokenizer import TextStream
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
 from turret.server.engine.scheduling.request import Request
@@ -32,6 +33,8 @@ from turret.server.errors import (
 )
 
 _RETRY_SECONDS = 1.0
+# More than these take over a millisecond to turn into text, and leave the event loop.
+_INLINE_TOKENS = 128
 
 
 class Text(Protocol):
@@ -132,6 +135,7 @@ class Engine:
                 "the server is shutting down", retry_after_seconds=_RETRY_SECONDS
             )
         self._check_token_ids(request)
+        text = await self._begin_text(request)
         if self._loop.num_waiting >= self._max_queued_requests:
             raise QueueFullError(
                 f"{self._max_queued_requests} requests are waiting already",
@@ -148,7 +152,7 @@ class Engine:
             )
         mix = self._adapters.acquire(request.adapters)
         try:
-            answer = self._make_answer(request, mix, arrival)
+            answer = self._make_answer(request, text, mix, arrival)
         except TurretError:
             self._adapters.release(mix)
             raise
@@ -192,24 +196,30 @@ class Engine:
         self._loop.post(self._loop.stop)
         await asyncio.to_thread(self._thread.join)
 
-    def _make_answer(self, request: Request, mix: Mix, arrival: float) -> Answer:
+    def _make_answer(self, request: Request, text: AnswerText, mix: Mix, arrival: float) -> Answer:
         sequence = self._make_sequence(request, mix, arrival)
         max_tokens = self._check_length(request, sequence.num_virtual)
         loop = self._loop
         stream = Stream(
             lambda: loop.post(lambda: loop.cancel(sequence)), self._hold, request.num_bytes
         )
-        detokenizer = Detokenizer(
-            self._text.stream(), request.stop.stop_strings, request.stop.include_stop
-        )
         return Answer(
             sequence,
             stream,
-            detokenizer,
-            eos_token_ids=self._text.eos_token_ids,
+            text,
             token_text=self._text.token_text,
             max_tokens=max_tokens,
         )
+
+    async def _begin_text(self, request: Request) -> AnswerText:
+        """The answer's text, with what was answered before taken in."""
+        text = AnswerText(self._text.stream(), request.stop, self._text.eos_token_ids)
+        so_far = request.answer_so_far
+        if len(so_far) <= _INLINE_TOKENS:
+            text.replay(so_far)
+        else:
+            await asyncio.to_thread(text.replay, so_far)
+        return text
 
     def _make_sequence(self, request: Request, mix: Mix, arrival: float) -> Sequence:
         """Lay out the positions before the prompt that an adapter of the mix fills."""
@@ -240,6 +250,7 @@ class Engine:
         size = self._text.vocab_size
         for name, ids in (
             ("input.token_ids", request.prompt_token_ids),
+            ("answer_so_far", request.answer_so_far),
             ("sampling.logit_bias", request.sampling.logit_bias),
             ("stop.stop_token_ids", request.stop.stop_token_ids),
         ):
@@ -256,7 +267,7 @@ class Engine:
         wanted = request.stop.max_tokens
         if request.score:
             wanted = 0
-        least = 1 if wanted is None else wanted
+        least = len(request.answer_so_far) + 1 if wanted is None else wanted
         if prompt + least > limit:
             asked = f" + max_tokens {wanted}" if wanted else ""
             raise PromptTooLongError(

@@ -293,7 +293,7 @@ class EngineLoop:
                 self._end(answer, FinishReason.STOP, None, output, now)
             return
         self._observer.token(answer, now)
-        output, reason, stop = answer.accept(draw)
+        output, reason, stop = answer.accept(draw, self._cold.get(sequence))
         if reason is None:
             self._outbox.append((answer.stream, output))
         else:

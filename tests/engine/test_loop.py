@@ -13,7 +13,7 @@ from builders.registries import Gate, Registries, refs, until
 
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.engine.answer import Answer
-from turret.server.engine.detokenizer import Detokenizer
+from turret.server.engine.answer_text import AnswerText
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Request, StopConditions
@@ -98,7 +98,7 @@ class Driven:
         adapters: str,
         max_tokens: int = 1,
         *,
-        detokenizer: Detokenizer | None = None,
+        text: AnswerText | None = None,
         deadline: float | None = None,
     ) -> Sequence:
         """Post a request for these one-letter adapters."""
@@ -113,8 +113,7 @@ class Driven:
         answer = Answer(
             sequence,
             stream,
-            detokenizer or Detokenizer(FakeText(), (), False),
-            eos_token_ids=frozenset(),
+            text or AnswerText(FakeText(), request.stop, frozenset()),
             token_text=str,
             max_tokens=max_tokens,
         )
@@ -261,14 +260,14 @@ def test_only_requests_count_as_waiting(make: Registries) -> None:
     assert driven.loop.num_waiting == 0
 
 
-class BrokenDetokenizer(Detokenizer):
+class BrokenText(AnswerText):
     """Cannot say what a token means, or what is left at the end."""
 
     def __init__(self, broken: str) -> None:
-        super().__init__(FakeText(), (), False)
+        super().__init__(FakeText(), StopConditions(), frozenset())
         self._broken = broken
 
-    def push(self, token_id: int, *, may_stop: bool = True) -> str:
+    def push(self, token: int) -> str:
         if self._broken == "push":
             raise OverflowError("push")
         return ""
@@ -292,7 +291,7 @@ def test_a_fault_in_one_request_ends_that_request_alone(
         "bad",
         "b",
         max_tokens=2 if broken == "flush" else 50,
-        detokenizer=BrokenDetokenizer(broken),
+        text=BrokenText(broken),
         deadline=time.monotonic() + 0.05 if broken == "late" else None,
     )
     with monkeypatch.context() as patch:

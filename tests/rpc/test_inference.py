@@ -34,8 +34,8 @@ async def test_generate_joins_what_generate_stream_streams() -> None:
     async with harness() as server:
         chunks = [chunk async for chunk in server.inference.GenerateStream(message)]
         whole = await server.inference.Generate(message)
-    assert [chunk.text for chunk in chunks] == ["abH", "i"]
-    assert [chunk.finish_reason for chunk in chunks] == [0, inference_pb2.GenerateResponse.STOP]
+    assert [chunk.text for chunk in chunks] == ["ab", "H", "i"]
+    assert [chunk.finish_reason for chunk in chunks] == [0, 0, inference_pb2.GenerateResponse.STOP]
     assert {chunk.request_id for chunk in chunks} == {"mine"}
     assert whole.text == "abHi"
     assert list(whole.token_ids) == [97, 98, 72, 105]

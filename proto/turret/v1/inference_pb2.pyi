@@ -91,7 +91,7 @@ class ResponseOptions(_message.Message):
     def __init__(self, logprobs: bool = ..., top_n: _Optional[int] = ..., echo: bool = ..., token_ids: bool = ...) -> None: ...
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompt", "chat", "token_ids", "adapters", "sampling", "stop", "options", "request_id")
+    __slots__ = ("prompt", "chat", "token_ids", "adapters", "sampling", "stop", "options", "request_id", "answer_so_far")
     PROMPT_FIELD_NUMBER: _ClassVar[int]
     CHAT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
@@ -100,6 +100,7 @@ class GenerateRequest(_message.Message):
     STOP_FIELD_NUMBER: _ClassVar[int]
     OPTIONS_FIELD_NUMBER: _ClassVar[int]
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    ANSWER_SO_FAR_FIELD_NUMBER: _ClassVar[int]
     prompt: str
     chat: Chat
     token_ids: TokenIds
@@ -108,7 +109,8 @@ class GenerateRequest(_message.Message):
     stop: StopConditions
     options: ResponseOptions
     request_id: str
-    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[_adapters_pb2.AdapterWeight, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopConditions, _Mapping]] = ..., options: _Optional[_Union[ResponseOptions, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+    answer_so_far: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., adapters: _Optional[_Iterable[_Union[_adapters_pb2.AdapterWeight, _Mapping]]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., stop: _Optional[_Union[StopConditions, _Mapping]] = ..., options: _Optional[_Union[ResponseOptions, _Mapping]] = ..., request_id: _Optional[str] = ..., answer_so_far: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class TopLogprob(_message.Message):
     __slots__ = ("token_id", "text", "logprob")

@@ -127,7 +127,8 @@ class Request:
 
     ``deadline`` is a ``time.monotonic()`` value in seconds. ``score`` asks for prompt logprobs
     only: nothing is generated. ``message_bytes`` is the size of the message that asks, which is
-    kept while the request waits or runs.
+    kept while the request waits or runs. ``answer_so_far`` are tokens that an earlier answer began
+    with: this one goes on after them.
     """
 
     request_id: str
@@ -139,9 +140,21 @@ class Request:
     deadline: float | None = None
     score: bool = False
     message_bytes: int = 0
+    answer_so_far: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check(len(self.prompt_token_ids) > 0, "input", "the prompt has no tokens")
+        most, so_far = self.stop.max_tokens, len(self.answer_so_far)
+        _check(
+            most is None or so_far < most,
+            "answer_so_far",
+            f"has {so_far} tokens already, and stop.max_tokens is {most}",
+        )
+        _check(
+            not (so_far and self.options.echo),
+            "options.echo",
+            "the prompt came with the beginning of the answer; leave it out with answer_so_far",
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -150,7 +163,7 @@ class Request:
         return (
             _FIXED_BYTES
             + self.message_bytes
-            + _TOKEN_BYTES * len(self.prompt_token_ids)
+            + _TOKEN_BYTES * (len(self.prompt_token_ids) + len(self.answer_so_far))
             + _BIAS_BYTES * len(self.sampling.logit_bias)
             + _STOP_BYTES * (len(stop.stop_token_ids) + len(stop.stop_strings))
             + 4 * sum(map(len, stop.stop_strings))
@@ -227,13 +240,15 @@ class Output:
     """What one step adds to a request; the last one carries ``finish``.
 
     ``text`` holds only characters that can no longer change (no half UTF-8 sequence, no possible
-    beginning of a stop string). ``prompt_logprobs`` comes once, before or with the first token.
+    beginning of a stop string). ``prompt_logprobs`` comes once, before or with the first token, and
+    ``adapters_used`` with the first.
     """
 
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    adapters_used: tuple[AdapterUse, ...] = ()
     finish: Finish | None = None
 
     @property

@@ -39,7 +39,8 @@ class Sequence:
         num_preset: Those of them whose keys and values come from the adapter: whole blocks.
         num_padding: Leading positions of a prefix that are not seen: it ends, not begins, at a
             block boundary, so that all requests share all of its blocks.
-        tokens: A placeholder per virtual position, then prompt and generated token ids.
+        tokens: A placeholder per virtual position, then prompt and generated token ids, those that
+            an earlier answer began with included.
         num_computed: Leading tokens whose keys and values are in the cache.
         num_cached: Prompt tokens that came from the prefix cache at first admission.
         blocks: KV blocks in position order.
@@ -71,6 +72,7 @@ class Sequence:
         assert self.num_preset <= self.num_virtual
         self.tokens = [PLACEHOLDER] * self.num_virtual
         self.tokens += self.request.prompt_token_ids
+        self.tokens += self.request.answer_so_far
 
     @property
     def num_prompt(self) -> int:

@@ -117,10 +117,17 @@ class Sampler:
                 generator.seed()
             else:
                 generator.manual_seed(params.seed)
+                # An answer that goes on has had a number for each of its tokens.
+                for _ in range(sequence.num_generated):
+                    _next_uniform(generator)
             self._generators[sequence] = generator
-        uniform = float(torch.rand((), generator=generator, dtype=torch.float64))
+        uniform = _next_uniform(generator)
         self._uniforms[sequence] = len(sequence.tokens), uniform
         return uniform
+
+
+def _next_uniform(generator: torch.Generator) -> float:
+    return float(torch.rand((), generator=generator, dtype=torch.float64))
 
 
 def top_of(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:

@@ -1,0 +1,87 @@
+"""How far an answer has come, and how the rest of it is asked for when it breaks off."""
+
+from __future__ import annotations
+
+from turret.clients.errors import TurretRpcError, UnavailableError
+from turret.clients.messages.results import Chunk
+from turret.clients.retries import Retries
+from turret.v1 import inference_pb2
+
+
+class AnswerProgress:
+    """What has come of a streamed answer.
+
+    Args:
+        request: What was asked. A copy is kept, and changed.
+        retries: The tries that are left; all of them again after each token that comes.
+        resume: Whether an answer that breaks off goes on where it broke off. The server computes it
+            as if nothing had happened, so no text comes twice and none is missing; with a seed, or
+            greedily, it is also the same text.
+
+    Attributes:
+        is_whole: The last part has come; only the call's status is missing.
+        cut: The last part of an answer that a server ended before its end, if none has gone on.
+    """
+
+    def __init__(
+        self, request: inference_pb2.GenerateRequest, retries: Retries, *, resume: bool
+    ) -> None:
+        self._request = inference_pb2.GenerateRequest()
+        self._request.CopyFrom(request)
+        self._retries = retries
+        self._resume = resume
+        self._wants_token_ids = request.options.token_ids
+        self._has_begun = False
+        self.is_whole = False
+        self.cut: Chunk | None = None
+        if resume:
+            self._request.options.token_ids = True
+
+    def request(self) -> inference_pb2.GenerateRequest:
+        """What to send: the request, with what was answered so far."""
+        return self._request
+
+    def timeout(self) -> float | None:
+        """What is left of the deadline, in seconds, for the next try."""
+        return self._retries.timeout()
+
+    def take(self, proto: inference_pb2.GenerateChunk) -> Chunk:
+        """Note a part of the answer; returns it as the caller asked for it.
+
+        Raises:
+            UnavailableError: It says that the server ends the request, and another may go on.
+        """
+        chunk = Chunk.from_proto(proto)
+        if not self._wants_token_ids:
+            chunk = chunk.without_token_ids()
+        if self._resume and proto.finish_reason == inference_pb2.GenerateResponse.CANCELLED:
+            self.cut = chunk
+            raise UnavailableError.made_here("the server ended the request before its end")
+        self._note(proto)
+        self.is_whole = chunk.finish_reason is not None
+        return chunk
+
+    def delay_after(self, failure: TurretRpcError) -> float | None:
+        """Seconds to wait before the request is sent again; None if the failure stands."""
+        if self._has_begun and not self._resume:
+            return None
+        return self._retries.delay_after(failure)
+
+    def _note(self, proto: inference_pb2.GenerateChunk) -> None:
+        request = self._request
+        self.cut = None
+        is_prompt = request.options.echo and not self._has_begun
+        self._has_begun = True
+        if is_prompt:
+            # It came, and is not wanted again.
+            request.options.echo = False
+            return
+        # The same weights go on, or nothing does.
+        for member, use in zip(request.adapters, proto.adapters_used, strict=False):
+            member.generation = use.generation
+        if proto.text and not (proto.token_ids or request.answer_so_far):
+            # From a server that does not tell the tokens: it could not go on either.
+            self._resume = False
+        if self._resume and proto.token_ids:
+            request.answer_so_far.extend(proto.token_ids)
+            self._retries.renew()

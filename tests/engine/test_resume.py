@@ -1,0 +1,134 @@
+"""An answer that goes on after the tokens it began with: the bits of one that never broke off."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+from builders.methods import make_config, save_adapter
+from method_oracle import twin
+from servers.engine_harness import GREEDY, EngineHarness, make_request
+
+from turret.server.engine.scheduling.request import (
+    Request,
+    ResponseOptions,
+    SamplingParams,
+    StopConditions,
+)
+from turret.server.errors import InvalidRequestError, PromptTooLongError
+
+PROMPT = (5, 9, 2, 7, 30, 11)
+NUM_TOKENS = 24
+ADAPTERS = ("lora", "prefix_tuning", "prompt_tuning")
+SEEDED = SamplingParams(temperature=1.5, seed=7)
+SHAPES = {
+    "greedy": GREEDY,
+    "seeded": SEEDED,
+    "filtered": SamplingParams(temperature=2.0, top_k=40, top_p=0.9, min_p=0.01, seed=3),
+    "penalised": SamplingParams(
+        temperature=1.2,
+        seed=11,
+        repetition_penalty=1.3,
+        presence_penalty=0.5,
+        frequency_penalty=0.7,
+        logit_bias={4: 3.0, 8: -5.0},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    base, root = twin("llama"), tmp_path_factory.mktemp("resume")
+    for method in ADAPTERS:
+        save_adapter(base.model, make_config(method), root / method)
+    return root
+
+
+@pytest_asyncio.fixture
+async def engine(root: Path) -> AsyncIterator[EngineHarness]:
+    async with EngineHarness.start(twin("llama").folder, root, adapters=ADAPTERS) as running:
+        yield running
+
+
+async def check_all_cuts(engine: EngineHarness, request: Request) -> None:
+    """The request, broken off after each of its tokens, all side by side."""
+    whole = await engine.run(request)
+    assert len(whole.token_ids) > 3
+    cuts = range(1, len(whole.token_ids))
+    rest = await engine.run_all(
+        [replace(request, answer_so_far=whole.token_ids[:cut]) for cut in cuts]
+    )
+    texts = await prefixes(engine, request, len(whole.token_ids))
+    for cut, answer in zip(cuts, rest, strict=True):
+        assert answer.token_ids == whole.token_ids[cut:]
+        assert answer.logprobs == whole.logprobs[cut:]
+        assert answer.top == whole.top[cut:]
+        assert texts[cut] + answer.text == whole.text
+        assert answer.finish.reason == whole.finish.reason
+        assert answer.finish.stop == whole.finish.stop
+        assert answer.finish.usage.completion_tokens == len(whole.token_ids)
+        assert answer.finish.usage.prompt_tokens == len(PROMPT)
+
+
+async def prefixes(engine: EngineHarness, request: Request, count: int) -> list[str]:
+    """The text that was certain after so many tokens, from none to all."""
+    texts = [""]
+    stream = await engine.engine.submit(request)
+    async for output in stream:
+        texts.append(texts[-1] + output.text)
+    assert len(texts) == count + 1
+    return texts
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+async def test_the_rest_has_the_bits_of_the_whole(engine: EngineHarness, shape: str) -> None:
+    for adapters in ((), *((name,) for name in ADAPTERS)):
+        request = make_request(PROMPT, *adapters, max_tokens=NUM_TOKENS, sampling=SHAPES[shape])
+        await check_all_cuts(engine, request)
+
+
+async def test_stops_and_least_lengths_count_from_the_beginning(engine: EngineHarness) -> None:
+    plain = make_request(PROMPT, max_tokens=NUM_TOKENS, sampling=SEEDED)
+    whole = await engine.run(plain)
+    # A stop string that spans tokens, one of which would be held back at a cut.
+    texts = await prefixes(engine, plain, NUM_TOKENS)
+    stop = whole.text[len(texts[9]) - 2 : len(texts[11])]
+    assert len(stop) > 2
+    for conditions in (
+        StopConditions(max_tokens=NUM_TOKENS, ignore_eos=True, stop_strings=(stop,)),
+        StopConditions(
+            max_tokens=NUM_TOKENS, ignore_eos=True, stop_strings=(stop,), include_stop=True
+        ),
+        StopConditions(
+            max_tokens=NUM_TOKENS,
+            min_tokens=6,
+            stop_token_ids=frozenset({whole.token_ids[2], whole.token_ids[12]}),
+        ),
+    ):
+        await check_all_cuts(engine, replace(plain, stop=conditions))
+
+
+async def test_an_answer_that_has_ended_does_not_go_on(engine: EngineHarness) -> None:
+    request = make_request(PROMPT, max_tokens=NUM_TOKENS)
+    whole = await engine.run(request)
+    token = whole.token_ids[4]
+    first = whole.token_ids.index(token)
+    stopped = replace(
+        request, stop=StopConditions(stop_token_ids=frozenset({token}), ignore_eos=True)
+    )
+    with pytest.raises(InvalidRequestError, match=f"ends at its token {first}"):
+        await engine.run(replace(stopped, answer_so_far=whole.token_ids))
+    with pytest.raises(InvalidRequestError, match="max_tokens"):
+        replace(request, answer_so_far=whole.token_ids)
+    with pytest.raises(InvalidRequestError, match="prompt"):
+        replace(request, answer_so_far=(1,), options=ResponseOptions(echo=True))
+    with pytest.raises(InvalidRequestError, match="vocabulary"):
+        await engine.run(replace(request, answer_so_far=(1 << 20,)))
+    endless = replace(request, stop=StopConditions(ignore_eos=True))
+    with pytest.raises(PromptTooLongError):
+        await engine.run(replace(endless, answer_so_far=(1,) * engine.engine.max_model_len))
+    # Nothing is left of the refused ones.
+    assert (await engine.run(request)).bits == whole.bits
