@@ -151,9 +151,11 @@ def _attention(model: Model) -> None:
     table = AttentionTable(
         max_records=_ROWS,
         max_blocks=1024,
+        kv_heads=model.kv_heads,
         queries_per_head=model.heads // model.kv_heads,
         window=model.window,
         device=_META,
+        spread_records=_ROWS,
     )
     q = _empty(_ROWS, model.heads, model.head_dim)
     paged_attention(q, cache, cache, table, scale=model.head_dim**-0.5)

@@ -161,12 +161,15 @@ class DecodeStep:
 
     def attention_table(self) -> AttentionTable:
         """The step's sequences on the device."""
+        spread = self.num_rows * (self.context // SPLIT + 2)
         table = AttentionTable(
-            max_records=self.num_rows * (self.context // SPLIT + 2),
+            max_records=self.num_rows + spread,
             max_blocks=self.num_rows * len(self._blocks[0]),
+            kv_heads=self._model.kv_heads,
             queries_per_head=self._arch.queries_per_head,
             window=self._model.window,
             device=self.device,
+            spread_records=spread,
         )
         table.load(self.spans)
         return table

@@ -2,7 +2,7 @@
 
 Query heads that share a KV head, and neighbouring tokens of a chunk, are rows of one tile: keys and
 values are read once for all of them. Within a split the softmax runs over tiles; splits start
-afresh and are added up in order, in the same program or by the second kernel (see
+afresh and are added up in order, in the same program or by the last one of an item to be done (see
 ``attention_table``).
 """
 
@@ -16,28 +16,52 @@ import triton.language as tl
 
 from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
 from turret.kernels.gpu.dots import dot
-from turret.kernels.gpu.tables.attention_table import HEADER, ITEM, RECORD, SPLIT, AttentionTable
+from turret.kernels.gpu.last_program import is_last
+from turret.kernels.gpu.tables.attention_table import RECORD, SPLIT, AttentionTable
 from turret.kernels.gpu.tuning import tuning
 
 # Keys at a time, by query rows of a tile; more do not fit in registers.
 _TILES = {16: 64, 32: 32}
 MAX_BLOCK = 32
-_HEADER = tl.constexpr(HEADER)
+# NVIDIA's assembler would rather spill two registers than give a program more than 168.
+_LIMITS = {True: {"maxnreg": 255}, False: {}}
 _RECORD = tl.constexpr(RECORD)
-_ITEM = tl.constexpr(ITEM)
 _SPLIT = tl.constexpr(SPLIT)
 _MASKED = tl.constexpr(-1e30)
 
 
 @triton.jit
 def _merge(best, total, acc, other_best, other_total, other_acc):
-    """Add a later split's softmax state to the running one."""
+    """Add a later split's softmax state to the running one; fused alike wherever it is compiled."""
     top = tl.maximum(best, other_best)
     mine = tl.exp2(best - top)
     theirs = tl.exp2(other_best - top)
-    total = total * mine + other_total * theirs
-    acc = acc * mine[:, None] + other_acc * theirs[:, None]
+    total = tl.fma(total, mine, other_total * theirs)
+    mine = tl.broadcast_to(mine[:, None], acc.shape)
+    acc = tl.fma(acc, mine, other_acc * theirs[:, None])
     return top, total, acc
+
+
+@triton.jit
+def _merge_records(
+    state_ptr, acc_ptr, first, count, head, live, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Softmax state of a spread item, from that of its records in their order."""
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    keep = live[:, None] & (d < HEAD_DIM)[None, :]
+    best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
+    for record in tl.range(first, first + count, num_stages=1):
+        at = (record * KV_HEADS + head).to(tl.int64) * BLOCK_M + m
+        other_best = tl.load(state_ptr + at * 2, mask=live, other=_MASKED, cache_modifier=".cg")
+        other_total = tl.load(state_ptr + at * 2 + 1, mask=live, other=0.0, cache_modifier=".cg")
+        at_acc = acc_ptr + at[:, None] * HEAD_DIM + d[None, :]
+        other_acc = tl.load(at_acc, mask=keep, other=0.0, cache_modifier=".cg")
+        best, total, acc = _merge(best, total, acc, other_best, other_total, other_acc)
+    return total, acc
 
 
 @triton.jit
@@ -50,9 +74,9 @@ def _attend_split(
     first,  # first visible position of the sequence
     last,  # last position any row sees
     start,  # of the split
-    row_elements,  # kv_heads * head_dim
-    head_dim,
+    row_elements: tl.constexpr,  # KV_HEADS * HEAD_DIM
     scale,  # times log2(e)
+    HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WIDE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -73,7 +97,7 @@ def _attend_split(
         if WIDE:
             block = block.to(tl.int64)
         at = (block * BLOCK_SIZE + keys % BLOCK_SIZE) * row_elements
-        keep = exists[:, None] & (d < head_dim)[None, :]
+        keep = exists[:, None] & (d < HEAD_DIM)[None, :]
         k = tl.load(k_ptr + at[:, None] + d[None, :], mask=keep, other=0.0)
         scores = dot(q, tl.trans(k), tl.zeros((BLOCK_M, TILE), dtype=tl.float32))
         visible = (keys[None, :] <= positions[:, None]) & exists[None, :]
@@ -92,17 +116,52 @@ def _attend_split(
 
 
 @triton.jit
+def _finish(
+    out_ptr, state_ptr, acc_ptr, counters_ptr, record_ptr, record, head, best, total, acc,
+    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Store a whole item's result, or a spread one's state; its last program stores the result."""
+    m = tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    # Read again, not kept in registers through the loop over keys.
+    live = m // PER_HEAD < tl.load(record_ptr + 1, volatile=True)
+    keep = live[:, None] & (d < HEAD_DIM)[None, :]
+    count = tl.load(record_ptr + 8)
+    done = count == 1
+    if count > 1:
+        at = (record * KV_HEADS + head).to(tl.int64) * BLOCK_M + m
+        tl.store(state_ptr + at * 2, best, mask=live)
+        tl.store(state_ptr + at * 2 + 1, total, mask=live)
+        tl.store(acc_ptr + at[:, None] * HEAD_DIM + d[None, :], acc, mask=keep)
+        first = tl.load(record_ptr + 7)
+        done = is_last(counters_ptr + first * KV_HEADS + head, count)
+        if done:
+            total, acc = _merge_records(
+                state_ptr, acc_ptr, first, count, head, live, KV_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D
+            )
+    if done:
+        result = acc / tl.where(live, total, 1.0)[:, None]
+        row = (tl.load(record_ptr, volatile=True) + m // PER_HEAD).to(tl.int64)
+        out_head = row * (KV_HEADS * PER_HEAD) + head * PER_HEAD + m % PER_HEAD
+        out_at = out_ptr + (out_head * HEAD_DIM)[:, None] + d[None, :]
+        tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
 def paged_attention_kernel(
     q_ptr,  # [num_rows, num_heads, head_dim]
     k_ptr,  # [num_blocks, block_size, kv_heads, head_dim]
     v_ptr,
-    state_ptr,  # [max_records, kv_heads, BLOCK_M, 2] fp32
-    acc_ptr,  # [max_records, kv_heads, BLOCK_M, head_dim] fp32
+    out_ptr,  # [num_rows, num_heads, head_dim]
+    state_ptr,  # [spread_records, kv_heads, BLOCK_M, 2] fp32
+    acc_ptr,  # [spread_records, kv_heads, BLOCK_M, head_dim] fp32
+    counters_ptr,  # [spread_records, kv_heads] int32
     table_ptr,
     scale,  # times log2(e)
     q_stride,
-    kv_heads,
-    head_dim,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
     PER_HEAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WIDE: tl.constexpr,
@@ -111,13 +170,13 @@ def paged_attention_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    num_work = tl.load(table_ptr) * kv_heads
+    num_work = tl.load(table_ptr) * KV_HEADS
     records_ptr = table_ptr + tl.load(table_ptr + 1)
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
-        head = work % kv_heads
-        record = work // kv_heads
+        head = work % KV_HEADS
+        record = work // KV_HEADS
         record_ptr = records_ptr + record * _RECORD
         tokens = tl.load(record_ptr + 1)
         token = m // PER_HEAD
@@ -126,62 +185,24 @@ def paged_attention_kernel(
         positions = first_position + tl.minimum(token, tokens - 1)
         row = (tl.load(record_ptr) + token).to(tl.int64)
         q_head = head * PER_HEAD + m % PER_HEAD
-        q_at = (row * q_stride + q_head * head_dim)[:, None] + d[None, :]
-        keep = live[:, None] & (d < head_dim)[None, :]
+        q_at = (row * q_stride + q_head * HEAD_DIM)[:, None] + d[None, :]
+        keep = live[:, None] & (d < HEAD_DIM)[None, :]
         q = tl.load(q_ptr + q_at, mask=keep, other=0.0).to(k_ptr.dtype.element_ty)
         best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
         acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
         for split in range(tl.load(record_ptr + 5), tl.load(record_ptr + 6)):
             split_best, split_total, split_acc = _attend_split(
-                q, k_ptr + head * head_dim, v_ptr + head * head_dim,
+                q, k_ptr + head * HEAD_DIM, v_ptr + head * HEAD_DIM,
                 table_ptr + tl.load(record_ptr + 3), positions, tl.load(record_ptr + 4),
-                first_position + tokens - 1, split * _SPLIT, kv_heads * head_dim, head_dim,
-                scale, BLOCK_SIZE, WIDE, WINDOW, TILE, BLOCK_M, BLOCK_D,
+                first_position + tokens - 1, split * _SPLIT, KV_HEADS * HEAD_DIM, scale,
+                HEAD_DIM, BLOCK_SIZE, WIDE, WINDOW, TILE, BLOCK_M, BLOCK_D,
             )  # fmt: skip
             best, total, acc = _merge(best, total, acc, split_best, split_total, split_acc)
-        at = (record * kv_heads + head).to(tl.int64) * BLOCK_M + m
-        tl.store(state_ptr + at * 2, best, mask=live)
-        tl.store(state_ptr + at * 2 + 1, total, mask=live)
-        tl.store(acc_ptr + at[:, None] * head_dim + d[None, :], acc, mask=keep)
-
-
-@triton.jit
-def paged_attention_merge_kernel(
-    state_ptr,
-    acc_ptr,
-    out_ptr,  # [num_rows, num_heads, head_dim]
-    table_ptr,
-    kv_heads,
-    head_dim,
-    PER_HEAD: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-):
-    num_work = tl.load(table_ptr + 2) * kv_heads
-    items_ptr = table_ptr + tl.load(table_ptr + 3)
-    m = tl.arange(0, BLOCK_M)
-    d = tl.arange(0, BLOCK_D)
-    for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
-        head = work % kv_heads
-        item_ptr = items_ptr + (work // kv_heads) * _ITEM
-        live = m // PER_HEAD < tl.load(item_ptr + 1)
-        keep = live[:, None] & (d < head_dim)[None, :]
-        best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
-        total = tl.zeros((BLOCK_M,), dtype=tl.float32)
-        acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-        for record in range(tl.load(item_ptr + 2), tl.load(item_ptr + 3)):
-            at = (record * kv_heads + head).to(tl.int64) * BLOCK_M + m
-            other_best = tl.load(state_ptr + at * 2, mask=live, other=_MASKED)
-            other_total = tl.load(state_ptr + at * 2 + 1, mask=live, other=0.0)
-            at_acc = acc_ptr + at[:, None] * head_dim + d[None, :]
-            other_acc = tl.load(at_acc, mask=keep, other=0.0)
-            best, total, acc = _merge(best, total, acc, other_best, other_total, other_acc)
-        result = acc / tl.where(live, total, 1.0)[:, None]
-        row = (tl.load(item_ptr) + m // PER_HEAD).to(tl.int64)
-        out_row = row * kv_heads * PER_HEAD + head * PER_HEAD + m % PER_HEAD
-        out_at = out_ptr + out_row[:, None] * head_dim + d[None, :]
-        tl.store(out_at, result.to(out_ptr.dtype.element_ty), mask=keep)
+        _finish(
+            out_ptr, state_ptr, acc_ptr, counters_ptr, record_ptr, record, head, best, total, acc,
+            KV_HEADS, HEAD_DIM, PER_HEAD, BLOCK_M, BLOCK_D,
+        )  # fmt: skip
 
 
 def paged_attention(
@@ -211,9 +232,9 @@ def paged_attention(
     """
     block_size, kv_heads, head_dim = k_cache.shape[1:]
     per_head = table.queries_per_head
-    _check(q, k_cache, v_cache, per_head)
+    _check(q, k_cache, v_cache, table)
     tuned = tuning(q.device)
-    lead = (table.max_records, kv_heads, table.tile_rows)
+    lead = (max(1, table.spread_records), kv_heads, table.tile_rows)
     state = torch.empty(*lead, 2, dtype=torch.float32, device=q.device)
     acc = torch.empty(*lead, head_dim, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=k_cache.dtype, device=q.device)
@@ -222,13 +243,15 @@ def paged_attention(
         q,
         k_cache,
         v_cache,
+        out,
         state,
         acc,
+        table.counters,
         table.buffer,
         scale * 1.4426950408889634,
         q.stride(0),
-        kv_heads,
-        head_dim,
+        KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
         PER_HEAD=per_head,
         BLOCK_SIZE=block_size,
         WIDE=k_cache.numel() >= 1 << 31,
@@ -238,28 +261,20 @@ def paged_attention(
         BLOCK_D=block_d,
         num_warps=4,
         num_stages=tuned.attention_stages,
-        enable_fp_fusion=True,
-    )
-    paged_attention_merge_kernel[(tuned.programs,)](
-        state,
-        acc,
-        out,
-        table.buffer,
-        kv_heads,
-        head_dim,
-        PER_HEAD=per_head,
-        BLOCK_M=table.tile_rows,
-        BLOCK_D=block_d,
-        num_warps=4,
+        **_LIMITS[tuned.inline_ptx],
         enable_fp_fusion=True,
     )
     return out
 
 
-def _check(q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, per_head: int) -> None:
+def _check(
+    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table: AttentionTable
+) -> None:
     block_size, kv_heads, head_dim = k_cache.shape[1:]
     check_float("q", q)
-    check_shape("q", q, -1, kv_heads * per_head, head_dim)
+    check_shape("q", q, -1, kv_heads * table.queries_per_head, head_dim)
+    if kv_heads != table.kv_heads:
+        raise ValueError(f"k_cache has {kv_heads} heads; the table was made for {table.kv_heads}")
     check_rows("q", q)
     if q.stride(1) != head_dim:
         raise ValueError(f"the heads of q are {q.stride(1)} apart; {head_dim} is needed")

@@ -12,9 +12,12 @@ from ptx.fault import Fault
 from ptx.launcher import emulated
 
 from turret.kernels.gpu import nf4_matmul as nf4
+from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.segmented_shrink import segmented_shrink
+from turret.kernels.gpu.tables.attention_table import AttentionTable
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.nf4_matmul import Nf4Matrix
+from turret.kernels.paged_attention import SequenceSpan
 
 DEVICE = torch.device("cpu")
 
@@ -33,6 +36,18 @@ def shrink() -> None:
     table = SegmentTable(max_rows=64, max_row_rank=256, max_components=4, device=DEVICE)
     table.load(next(runs for name, runs, _ in traffic(pack) if name == "mixes"))
     segmented_shrink(torch.randn(5, 1024).to(HALF), pack.a, pack.slice_ranks, table)
+
+
+def attention() -> torch.Tensor:
+    """``paged_attention`` of two rows whose contexts are two splits each."""
+    torch.manual_seed(0)
+    table = AttentionTable(
+        max_records=8, max_blocks=40, kv_heads=1, queries_per_head=2, window=None, device=DEVICE,
+        spread_records=4,
+    )  # fmt: skip
+    table.load([SequenceSpan(row, 1, 260, list(range(17))) for row in range(2)])
+    keys, values = torch.randn(2, 17, 16, 1, 16).to(HALF)
+    return paged_attention(torch.randn(2, 2, 16).to(HALF), keys, values, table, scale=0.25)
 
 
 def without(pattern: str, number: int) -> Callable[[str], str]:
@@ -105,6 +120,39 @@ def test_a_dropped_wait(launch):
                 caught += 1
     # The last wait of a kernel may find nothing left to wait for.
     assert caught >= max(1, waits - 1)
+
+
+@pytest.mark.parametrize("launch", [attention])
+def test_the_result_does_not_depend_on_who_is_last(launch):
+    with emulated("sm_90") as launcher:
+        forwards = launch()
+        launcher.backwards = True
+        assert torch.equal(launch(), forwards)
+
+
+def relaxed(ptx: str) -> str:
+    """A counter that orders nothing."""
+    assert ptx.count("gpu.acq_rel") == 1
+    return ptx.replace("gpu.acq_rel", "gpu.relaxed")
+
+
+def not_behind_a_barrier(ptx: str) -> str:
+    """A counter that one warp raises while others still write."""
+    head, tail = ptx.split("atom.global")
+    last_store = head.rindex("st.global")
+    between, found = re.subn(BARRIER, "", head[last_store:])
+    assert found
+    return f"{head[:last_store]}{between}atom.global{tail}"
+
+
+@pytest.mark.parametrize("edit", [relaxed, not_behind_a_barrier])
+@pytest.mark.parametrize("launch", [attention])
+def test_parts_that_were_not_released(launch, edit):
+    with (
+        emulated("sm_90", edit=edit),
+        pytest.raises(Fault, match=r"race: .*(another|two programs)"),
+    ):
+        launch()
 
 
 def test_a_weight_too_short(monkeypatch):

@@ -20,7 +20,7 @@ import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, error_ratio
 
 from turret.kernels.gpu.paged_attention import paged_attention
-from turret.kernels.gpu.tables.attention_table import AttentionTable
+from turret.kernels.gpu.tables.attention_table import RECORD, AttentionTable
 from turret.kernels.paged_attention import SequenceSpan, paged_attention_reference, plan_attention
 
 BLOCK = 16
@@ -55,14 +55,15 @@ class Step:
         self.q = torch.randn(row, self.kv_heads * self.per_head, self.head_dim).to(DEVICE, dtype)
         self.scale = self.head_dim**-0.5
 
-    def table(self, spread=True, spans=None) -> AttentionTable:
+    def table(self, spread=60, spans=None) -> AttentionTable:
         table = AttentionTable(
             max_records=120,
             max_blocks=NUM_BLOCKS,
+            kv_heads=self.kv_heads,
             queries_per_head=self.per_head,
             window=self.window,
             device=DEVICE,
-            spread=spread,
+            spread_records=spread,
         )
         table.load(self.spans if spans is None else spans)
         return table
@@ -102,7 +103,7 @@ def test_decode_and_prefill(shape, dtype):
     exact = step.exact()
     step.poison_padding()
     assert error_ratio(step.attend(step.table()), exact) < BOUND[dtype]
-    assert error_ratio(step.attend(step.table(spread=False)), exact) < BOUND[dtype]
+    assert error_ratio(step.attend(step.table(spread=0)), exact) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -135,7 +136,28 @@ def test_large_scores_are_scaled_after_the_product():
 
 def test_splits_add_up_to_the_same_bits_in_one_program_or_many():
     step = Step(SHAPES[0], HALF)
-    assert torch.equal(step.attend(step.table(spread=True)), step.attend(step.table(spread=False)))
+    whole = step.attend(step.table(spread=0))
+    # Enough for the longest sequence alone, and for all.
+    for spread in (3, 60):
+        table = step.table(spread)
+        assert torch.equal(step.attend(table), whole), spread
+        # The next launch finds its counters as this one did.
+        assert not table.counters.any()
+        assert torch.equal(step.attend(table), whole), spread
+
+
+def test_decoding_rows_are_spread_beside_a_prompt():
+    """A long context is walked by many programs, whatever else is in the step."""
+    step = Step((2, 4, 32, None), HALF, [(1, 700, 0), (33, 270, 0), (1, 300, 0)])
+    table = step.table(spread=5)
+    words = table.buffer.tolist()
+    records = [words[words[1] + RECORD * i :][:RECORD] for i in range(words[0])]
+    assert [r[0] for r in records if r[8] == 3] == [0, 0, 0]
+    assert [r[0] for r in records if r[8] == 2] == [34, 34]
+    # The prompt's items take two splits each, in one record.
+    assert [(r[5], r[6]) for r in records if r[8] == 1] == [(0, 2)] * 9
+    exact = step.exact()
+    assert error_ratio(step.attend(table), exact) < BOUND[HALF]
 
 
 def test_a_sequence_has_the_same_bits_alone():
@@ -187,7 +209,13 @@ def test_breaches_of_the_contract_are_refused():
     with pytest.raises(ValueError, match="33 queries"):
         Step((1, 33, 16, None), HALF).table()
     small = AttentionTable(
-        max_records=1, max_blocks=4, queries_per_head=4, window=None, device=DEVICE
+        max_records=1,
+        max_blocks=4,
+        kv_heads=2,
+        queries_per_head=4,
+        window=None,
+        device=DEVICE,
+        spread_records=0,
     )
     with pytest.raises(ValueError, match="2 records"):
         small.load([SequenceSpan(0, 8, 0, [1])])

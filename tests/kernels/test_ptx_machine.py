@@ -204,6 +204,34 @@ def test_programs_of_a_launch_do_not_share_what_is_written(body, message):
         run(body, WORDS, programs=2)
 
 
+# Programs write a word each; the last to arrive at word 63 reads that of the first.
+ARRIVE = (
+    "setp.eq.s32 %p1, %r0, 0; mov.u32 %r1, %ctaid.x; mul.wide.u32 %rd5, %r1, 4;"
+    " add.s64 %rd6, %rd0, %rd5; @%p1 st.global.b32 [ %rd6 ], {{ %r1 }}; {before}"
+    " setp.eq.s32 %p2, %r0, 32; mov.u32 %r2, 1; mov.u32 %r3, 0;"
+    " @%p2 atom.global.gpu.{semantics}.add.u32 %r3, [ %rd0 + 252 ], %r2;"
+    " @%p2 st.shared.b32 [ global_smem ], {{ %r3 }}; bar.sync 0;"
+    " ld.shared.b32 {{ %r4 }}, [ global_smem ]; setp.ne.s32 %p3, %r4, 1; @%p3 bra $L__end;"
+    " ld.global.b32 %r9, [ %rd0 ]; ld.global.b32 %r9, [ %rd0 + 4 ];"
+    " @%p1 st.global.b32 [ %rd0 + 252 ], {{ %r4 }}; $L__end:"
+)
+
+
+def test_the_last_to_arrive_may_read_what_all_have_written():
+    body = ARRIVE.format(before="bar.sync 0;", semantics="acq_rel")
+    found = run(body, np.zeros(THREADS, dtype=np.uint32), programs=2)
+    assert found[[1, 63]].tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("before", "semantics"), [("", "acq_rel"), ("bar.sync 0;", "relaxed"), ("", "relaxed")]
+)
+def test_without_barrier_or_release_it_may_not(before, semantics):
+    body = ARRIVE.format(before=before, semantics=semantics)
+    with pytest.raises(Fault, match="reads what another"):
+        run(body, np.zeros(THREADS, dtype=np.uint32), programs=2)
+
+
 def test_an_instruction_that_is_not_known_is_refused():
     with pytest.raises(NotImplementedError, match=r"popc"):
         run("popc.b32 %r9, %r0;", WORDS)

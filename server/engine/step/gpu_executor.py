@@ -106,10 +106,9 @@ class GpuExecutor:
         if not inputs.is_fixed:
             return self._decoder.compute(inputs, self._cache)
         adapters = None if inputs.adapters is None else inputs.adapters.signature
-        spread = next(iter(inputs.attention.values())).spread
         return self._graphs.run(
             (self.store.epoch, tables.epoch, self._decoder.epoch),
-            (bucket, spread, adapters),
+            (bucket, adapters),
             lambda: self._decoder.compute(inputs, self._cache),
         )
 

@@ -14,7 +14,7 @@ from turret.kernels.paged_attention import SequenceSpan
 from turret.kernels.segments import LongSegment
 from turret.server.models.decoding.arch import Arch
 
-# Attention scratch of a decode step is bounded: longer contexts share a program.
+# Attention scratch is bounded: of many long contexts, some are walked by one program each.
 _MAX_SPREAD_RECORDS = 2048
 # How much room one row's mix has in the first segment table; it grows when a step needs more.
 _FIRST_ROW_RANK = 256
@@ -84,7 +84,7 @@ class StepTables:
         return ids, places, slots, samples
 
     def load_attention(self, spans: Sequence[SequenceSpan]) -> dict[int | None, AttentionTable]:
-        """Load the tables of every window; the choice between them depends on the contexts.
+        """Load the tables of every window.
 
         Larger ones are made if sequences are longer than the model's context: an adapter's prefix
         comes on top of it.
@@ -94,13 +94,9 @@ class StepTables:
             self._max_blocks = max(num_blocks, 2 * self._max_blocks)
             self._make_attention()
             self.epoch += 1
-        is_decode = all(span.num_new == 1 for span in spans)
-        records = sum(-(-(span.num_context + 1) // SPLIT) for span in spans)
-        spread = is_decode and records <= self._spread_records
-        tables = self._spread if spread else self._whole
-        for table in tables.values():
+        for table in self._attention.values():
             table.load(spans)
-        return tables
+        return self._attention
 
     def load_segments(self, runs: Sequence[LongSegment]) -> SegmentTable:
         """Load the segment table; a larger one if a mix is larger than it was made for."""
@@ -144,21 +140,18 @@ class StepTables:
         return table
 
     def _make_attention(self) -> None:
-        def tables(records: int, spread: bool) -> dict[int | None, AttentionTable]:
-            return {
-                window: AttentionTable(
-                    max_records=records,
-                    max_blocks=self._max_blocks,
-                    queries_per_head=self._arch.queries_per_head,
-                    window=window,
-                    device=self._device,
-                    spread=spread,
-                )
-                for window in set(self._arch.windows)
-            }
-
-        self._whole = tables(self.max_rows, False)
-        self._spread = tables(self._spread_records, True)
+        self._attention = {
+            window: AttentionTable(
+                max_records=self.max_rows + self._spread_records,
+                max_blocks=self._max_blocks,
+                kv_heads=self._arch.num_kv_heads,
+                queries_per_head=self._arch.queries_per_head,
+                window=window,
+                device=self._device,
+                spread_records=self._spread_records,
+            )
+            for window in set(self._arch.windows)
+        }
 
     def _make_segments(self) -> SegmentTable:
         return SegmentTable(

@@ -58,8 +58,15 @@ class Cta:
         self.laneid = self.tid % u4(32)
         self._warps = np.arange(launch.threads) // 32
         self.shared = SharedMemory(launch.shared_bytes)
+        self._barriers = 0
 
     # Threads
+
+    def barrier(self) -> None:
+        """``bar.sync`` of all threads."""
+        self._barriers += 1
+        self._memory.barrier(self._number)
+        self.shared.barrier()
 
     def spread(self, value: Value) -> np.ndarray:
         """One value per thread."""
@@ -146,7 +153,22 @@ class Cta:
         if space == "shared":
             self.shared.store(at.astype(i8), data, size, self._warps[chosen])
         else:
-            self._memory.store(at, data, size, self._number)
+            self._memory.store(at, data, size, self._number, self._barriers)
+
+    def add_to_word(
+        self, address: Value, value: Value, guard: Value, old: Value, semantics: str
+    ) -> Value:
+        """``atom.add`` of one thread; the others keep ``old``."""
+        active = self._active(guard)
+        if active is None or active.sum() > 1:
+            raise NotImplementedError("an atomic addition of several threads")
+        result = np.array(self.spread(old), dtype=u4)
+        for thread in np.flatnonzero(active):
+            where, what = self.spread(address)[thread], self.spread(value)[thread]
+            result[thread] = self._memory.add_to_word(
+                int(where), int(what), self._number, self._barriers, semantics
+            )
+        return result
 
     def copy(self, to: Value, source: Value, size: int, held: Value, guard: Value) -> None:
         """``cp.async``: ``held`` of ``size`` bytes are read, the others are zeros."""

@@ -22,7 +22,9 @@ class Storage:
         base: Address of the first byte.
         data: ``[bytes]`` uint8, the memory itself.
         writer: Program that wrote a pair of bytes, -1 if none did; None before the first write.
-        reader: The same for reads, -2 for several programs.
+        written: How many barriers the writer had passed by then.
+        reader: As ``writer`` for reads, -2 for several programs.
+        counters: Programs that added to the word at an offset atomically.
     """
 
     def __init__(self, base: int, data: np.ndarray) -> None:
@@ -33,7 +35,9 @@ class Storage:
         for size in (2, 4, 8):
             self.views[size] = data[: data.size // size * size].view(UNSIGNED[8 * size])
         self.writer: np.ndarray | None = None
+        self.written = np.zeros(0, dtype=np.int32)
         self.reader: np.ndarray | None = None
+        self.counters: dict[int, set[int]] = {}
 
     def pairs(self) -> np.ndarray:
         """Room for a program number per two bytes."""
@@ -41,12 +45,22 @@ class Storage:
 
 
 class GlobalMemory:
-    """Loads and stores with checks: bounds, alignment, no two programs of a launch in conflict."""
+    """Loads and stores with checks: bounds, alignment, no two programs of a launch in conflict.
+
+    A program may read what another wrote if an atomic addition that releases, after a barrier
+    behind the write, came before one of its own to the same word that acquires.
+    """
 
     def __init__(self) -> None:
         self._storages: list[Storage] = []
         self._bases: list[int] = []
         self._next = _FIRST
+        # Barriers behind which each program knows of another's writes: by program, by other.
+        self._known: dict[int, dict[int, int]] = {}
+        # What one thread of a program acquired; the others know it behind the next barrier.
+        self._acquired: dict[int, dict[int, int]] = {}
+        # What the releases of a word made known, by its address.
+        self._released: dict[int, dict[int, int]] = {}
 
     def add(self, data: np.ndarray) -> int:
         """Map bytes and return their address, a multiple of 4096."""
@@ -76,10 +90,8 @@ class GlobalMemory:
         """``count`` elements of ``size`` bytes per thread, ``[threads]`` unsigned each."""
         storage, offset = self._at(address, size * count, "load")
         pairs = _pairs(offset, size * count)
-        if storage.writer is not None:
-            writer = storage.writer[pairs]
-            if ((writer >= 0) & (writer != program)).any():
-                raise Fault("race: a program reads what another program of the launch wrote")
+        if self._is_foreign(storage, pairs, program):
+            raise Fault("race: a program reads what another program of the launch wrote")
         if storage.reader is None:
             storage.reader = storage.pairs()
         old = storage.reader[pairs]
@@ -87,25 +99,86 @@ class GlobalMemory:
         at = offset // size
         return [storage.views[size][at + i] for i in range(count)]
 
-    def store(self, address: np.ndarray, values: list[np.ndarray], size: int, program: int) -> None:
-        """Write elements of ``size`` bytes, one array per element."""
+    def store(
+        self,
+        address: np.ndarray,
+        values: list[np.ndarray],
+        size: int,
+        program: int,
+        barriers: int = 0,
+    ) -> None:
+        """Write elements of ``size`` bytes, one array per element, after so many barriers."""
         if size == 1:
             raise Fault("a store of one byte: races are followed in pairs of bytes")
         storage, offset = self._at(address, size * len(values), "store")
         pairs = _pairs(offset, size * len(values))
-        if storage.writer is None:
-            storage.writer = storage.pairs()
-        writer = storage.writer[pairs]
-        if ((writer >= 0) & (writer != program)).any():
+        if self._is_foreign(storage, pairs, program):
             raise Fault("race: two programs of the launch write the same place")
+        if storage.writer is None:
+            storage.writer, storage.written = storage.pairs(), storage.pairs()
         if storage.reader is not None:
             reader = storage.reader[pairs]
             if ((reader != -1) & (reader != program)).any():
                 raise Fault("race: a program writes what another program of the launch read")
         storage.writer[pairs] = program
+        storage.written[pairs] = barriers
         at = offset // size
         for i, value in enumerate(values):
             storage.views[size][at + i] = value
+
+    def add_to_word(
+        self, address: int, value: int, program: int, barriers: int, semantics: str
+    ) -> int:
+        """Add to 4 bytes atomically and return what they held.
+
+        Args:
+            address: Of the word.
+            value: To add.
+            program: Who adds.
+            barriers: How many it has passed.
+            semantics: ``relaxed`` or ``acq_rel``.
+        """
+        storage, offset = self._at(np.array([address], dtype=u8), 4, "atomic addition")
+        at = int(offset[0])
+        if self._is_foreign(storage, _pairs(offset, 4), program, counted=False):
+            raise Fault("race: an atomic addition to what another program of the launch wrote")
+        storage.counters.setdefault(at, set()).add(program)
+        if semantics == "acq_rel":
+            released = self._released.setdefault(address, {})
+            _join(self._acquired.setdefault(program, {}), released)
+            _join(released, self._known.get(program, {}))
+            released[program] = barriers
+        old = int(storage.views[4][at // 4])
+        storage.views[4][at // 4] = (old + value) & 0xFFFFFFFF
+        return old
+
+    def barrier(self, program: int) -> None:
+        """All threads of a program know what one of them acquired."""
+        if acquired := self._acquired.pop(program, None):
+            _join(self._known.setdefault(program, {}), acquired)
+
+    def _is_foreign(
+        self, storage: Storage, pairs: np.ndarray, program: int, counted: bool = True
+    ) -> bool:
+        """Whether another program wrote there (or counted) that this one need not know of."""
+        known = self._known.get(program, {})
+        if storage.writer is not None:
+            writer = storage.writer[pairs]
+            foreign = (writer >= 0) & (writer != program)
+            if foreign.any():
+                behind = np.array([known.get(int(w), 0) for w in writer[foreign]])
+                if (storage.written[pairs][foreign] >= behind).any():
+                    return True
+        if counted and storage.counters:
+            for at in set((np.unique(pairs) * 2 // 4 * 4).tolist()):
+                if storage.counters.get(at, set()) - {program} - known.keys():
+                    return True
+        return False
+
+
+def _join(known: dict[int, int], more: dict[int, int]) -> None:
+    for program, barriers in more.items():
+        known[program] = max(known.get(program, 0), barriers)
 
 
 def _pairs(offset: np.ndarray, size: int) -> np.ndarray:

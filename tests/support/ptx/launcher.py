@@ -45,6 +45,7 @@ class Launcher:
 
     Attributes:
         edit: Changes the PTX before it is executed; for faults that tests plant.
+        backwards: Run the programs of a grid from the last to the first.
         launches: How often each kernel was launched.
     """
 
@@ -53,6 +54,7 @@ class Launcher:
         self._compilations = bench_module("cuda.compilations")
         self._target = self._compilations.TARGETS[target]
         self.edit = edit
+        self.backwards = False
         self.launches: dict[str, int] = {}
         self._compiled: dict[Any, tuple[Translation, int, int]] = {}
 
@@ -79,7 +81,8 @@ class Launcher:
         x, y, z = (*sizes, 1, 1)[:3]
         launch = Launch((x, y, z), raw, memory, threads, shared_bytes)
         with np.errstate(all="ignore"):
-            for number, place in enumerate(itertools.product(range(z), range(y), range(x))):
+            places = list(enumerate(itertools.product(range(z), range(y), range(x))))
+            for number, place in reversed(places) if self.backwards else places:
                 cta = Cta(launch, number, (place[2], place[1], place[0]))
                 try:
                     translation.run(cta)

@@ -124,6 +124,14 @@ class Translation:
 
     # Statements
 
+    def _is_written(self, register: str) -> bool:
+        """Whether any instruction of the program writes it."""
+        return any(
+            register in re.findall(r"%?\w+", instruction.operands[0])
+            for instruction in self._program.instructions
+            if instruction.operands
+        )
+
     def _assign(self, register: str, value: str, guard: str) -> str:
         if register == "_":
             return value
@@ -161,13 +169,15 @@ class Translation:
         elif name == "ret":
             yield "return" if ins.guard is None else f"if cta.taken({self._guard(ins)}): return"
         elif name in ("bar", "barrier"):
-            yield "cta.shared.barrier()"
+            yield "cta.barrier()"
         elif name == "fence":
             yield "cta.shared.fence()"
         elif name in ("ld", "st"):
             yield self._memory(ins, name, rest)
         elif name == "cp":
             yield self._copy(ins)
+        elif name == "atom":
+            yield self._atomic(ins)
         elif name in ("ldmatrix", "stmatrix", "mma", "wgmma"):
             if ins.guard is not None:
                 raise NotImplementedError(f"{ins}: guarded")
@@ -193,6 +203,12 @@ class Translation:
         elif name == "mad" and "wide" in kinds:
             widths[2] = 2 * bits
         texts = [self._operand(o, w) for o, w in zip(sources, widths, strict=True)]
+        if name == "prmt":
+            # Compilers pack bytes that matter with registers that nothing wrote, for those that
+            # do not.
+            for i, source in enumerate(sources[:2]):
+                if self._program.is_register(source) and not self._is_written(source):
+                    texts[i] = "cta.never_written(32)"
         if name == "lop3":
             texts[3] = str(int(sources[3].rstrip("U"), 0))
         return self._assign(to, opcodes.expression(ins.opcode, texts), self._guard(ins))
@@ -253,6 +269,16 @@ class Translation:
         return self._assign_all(
             registers, loaded if width == size else f"[{widen} for x in {loaded}]"
         )
+
+    def _atomic(self, ins: Instruction) -> str:
+        parts, (to, address, value) = ins.opcode.split("."), ins.operands
+        semantics = next((p for p in parts if p in ("relaxed", "acq_rel")), None)
+        if semantics is None or not {"global", "gpu", "add", "u32"} <= set(parts):
+            raise NotImplementedError(str(ins))
+        (old,) = self._old((to,)).strip("[]").split(", ")[:1]
+        arguments = f"{self._address(address)}, {self._operand(value, 32)}, {self._guard(ins)}"
+        self._written.add(self._register(to))
+        return f"{self._register(to)} = cta.add_to_word({arguments}, {old}, {semantics!r})"
 
     def _copy(self, ins: Instruction) -> str:
         if "commit_group" in ins.opcode:
