@@ -24,6 +24,8 @@ from turret.server.codes import Code
 
 # Adapters with a label value of their own; later ones share "other".
 MAX_ADAPTER_LABELS = 100
+# Names in a label that lists adapters.
+MAX_LISTED_ADAPTERS = 100
 BASE = "base"
 OTHER = "other"
 
@@ -93,6 +95,18 @@ class Metrics:
         self._inter_token = histogram(
             "turret_inter_token_seconds", "Between two tokens of one request.", _TOKEN_GAP
         )
+        self._adapter_first_token = histogram(
+            "turret_adapter_time_to_first_token_seconds",
+            "The same by adapter; a mix counts for each member.",
+            _LATENCY,
+            "adapter",
+        )
+        self._adapter_inter_token = histogram(
+            "turret_adapter_inter_token_seconds",
+            "Between two tokens, by adapter; a mix counts for each member.",
+            _TOKEN_GAP,
+            "adapter",
+        )
         self._queue = histogram(
             "turret_queue_seconds", "From receipt until first scheduled.", _LATENCY
         )
@@ -107,6 +121,17 @@ class Metrics:
         )
         self._sequences = gauge("turret_sequences", "Sequences by state.", "state")
         self._kv_blocks = gauge("turret_kv_blocks", "KV cache blocks by state.", "state")
+        self._kv_usage = gauge(
+            "turret_kv_usage_ratio", "KV cache blocks that requests hold, of all: 0 to 1."
+        )
+        self._adapters_info = gauge(
+            "turret_adapters_info",
+            "Adapters of running and waiting requests, for routers; the value is the time.",
+            "max_lora",
+            "running_lora_adapters",
+            "waiting_lora_adapters",
+        )
+        self._listed: tuple[str, str, str] | None = None
         self._preemptions = counter("turret_preemptions_total", "Sequences that lost their blocks.")
         self._prefix_tokens = counter(
             "turret_prefix_cache_tokens_total", "Prompt tokens looked up in the cache.", "result"
@@ -151,13 +176,19 @@ class Metrics:
         """Record how long a request waited before it was first scheduled."""
         self._queue.observe(seconds)
 
-    def first_token(self, seconds: float) -> None:
-        """Record a request's time to first token."""
+    def first_token(self, seconds: float, adapter_names: Sequence[str] = ()) -> None:
+        """Record a request's time to first token, for itself and for each member of its mix."""
         self._first_token.observe(seconds)
+        with self._lock:
+            for label in self._labels_of(adapter_names):
+                self._adapter_first_token.labels(label).observe(seconds)
 
-    def inter_token(self, seconds: float) -> None:
-        """Record the gap between two tokens of one request."""
+    def inter_token(self, seconds: float, adapter_names: Sequence[str] = ()) -> None:
+        """Record the gap between two tokens of one request, as ``first_token`` does."""
         self._inter_token.observe(seconds)
+        with self._lock:
+            for label in self._labels_of(adapter_names):
+                self._adapter_inter_token.labels(label).observe(seconds)
 
     # Engine
 
@@ -173,9 +204,29 @@ class Metrics:
             self._sequences.labels(state).set(count)
 
     def kv_blocks(self, **counts: int) -> None:
-        """Set the number of KV blocks by state: ``kv_blocks(free=90, used=8, cached=2)``."""
+        """Set the number of KV blocks by state: ``kv_blocks(free=90, used=8, cached=2)``.
+
+        Those that only the prefix cache holds (``cached``) are free for whoever needs them.
+        """
         for state, count in counts.items():
             self._kv_blocks.labels(state).set(count)
+        self._kv_usage.set(counts.get("used", 0) / max(sum(counts.values()), 1))
+
+    def adapters_in_use(self, *, most: int, running: Iterable[str], waiting: Iterable[str]) -> None:
+        """Set which adapters requests run on and wait for; one thread calls it.
+
+        Args:
+            most: Adapters that can run at once.
+            running: Names, each once; the first ``MAX_LISTED_ADAPTERS`` by name are listed.
+            waiting: The same of waiting requests.
+        """
+        names = (",".join(sorted(some)[:MAX_LISTED_ADAPTERS]) for some in (running, waiting))
+        listed = (str(most), next(names), next(names))
+        before, self._listed = self._listed, listed
+        # The new series comes before the old one goes: a scrape finds one at any time.
+        self._adapters_info.labels(*listed).set_to_current_time()
+        if before is not None and before != listed:
+            self._adapters_info.remove(*before)
 
     def preempted(self, count: int) -> None:
         """Count sequences that lost their KV blocks."""
@@ -216,8 +267,11 @@ class Metrics:
                 return
             for code in _CODES:
                 self._requests.remove(label, code)
-            for counter in (self._prompt_tokens, self._generated_tokens):
-                counter.remove(label)
+            for series in (
+                *(self._prompt_tokens, self._generated_tokens),
+                *(self._adapter_first_token, self._adapter_inter_token),
+            ):
+                series.remove(label)
             for tier in _TIERS:
                 self._residency.remove(label, tier)
 

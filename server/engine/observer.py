@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable
+
 from turret.server.engine.answer import Answer
 from turret.server.engine.ports import EngineMetrics, Runs
 from turret.server.engine.scheduling.scheduler import Scheduler, Step
 from turret.server.engine.scheduling.sequence import Sequence
+
+# How old the lists of adapters in use may be: a thousand waiting requests are not walked each step.
+_LISTED_SECONDS = 0.25
 
 
 class LoopObserver:
@@ -21,6 +27,9 @@ class LoopObserver:
         self._scheduler = scheduler
         self._runner = runner
         self._metrics = metrics
+        self._listed_at = 0.0
+        # Whoever watches sees an idle server before its first step.
+        self.state()
 
     def preempted(self, count: int) -> None:
         """So many sequences gave up their blocks in one step."""
@@ -38,11 +47,12 @@ class LoopObserver:
     def token(self, answer: Answer, now: float) -> None:
         """A request has got a token; stamps it."""
         sequence = answer.sequence
+        names = [adapter.name for adapter, _ in sequence.mix.members]
         if sequence.first_token_at is None:
             sequence.first_token_at = now
-            self._metrics.first_token(now - sequence.arrival)
+            self._metrics.first_token(now - sequence.arrival, names)
         elif answer.last_token_at is not None:
-            self._metrics.inter_token(now - answer.last_token_at)
+            self._metrics.inter_token(now - answer.last_token_at, names)
         answer.last_token_at = now
 
     def step(self, step: Step, seconds: float) -> None:
@@ -55,7 +65,7 @@ class LoopObserver:
         self.state()
 
     def state(self) -> None:
-        """What is there now: sequences, blocks, bytes of adapters."""
+        """What is there now: sequences, blocks, adapters in use, bytes of adapters."""
         blocks = self._scheduler.blocks
         self._metrics.sequences(
             waiting=len(self._scheduler.waiting), running=len(self._scheduler.running)
@@ -67,6 +77,24 @@ class LoopObserver:
             used=blocks.num_active,
         )
 
+        self._list_adapters()
+
+    def _list_adapters(self) -> None:
+        """Which adapters requests run on and wait for: now and then, and when the last one ends."""
+        scheduler, now = self._scheduler, time.monotonic()
+        if scheduler.has_work and now < self._listed_at + _LISTED_SECONDS:
+            return
+        self._listed_at = now
+        self._metrics.adapters_in_use(
+            most=scheduler.max_num_seqs,
+            running=_names(scheduler.running),
+            waiting=_names(scheduler.waiting),
+        )
+
     def adapter_bytes(self) -> None:
         """What adapters take of the device's memory."""
         self._metrics.adapter_bytes(device=self._runner.adapter_bytes)
+
+
+def _names(sequences: Iterable[Sequence]) -> set[str]:
+    return {adapter.name for sequence in sequences for adapter, _ in sequence.mix.members}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import time
 import urllib.error
 import urllib.request
@@ -313,6 +314,12 @@ def test_metrics_know_the_door(server: ServerUnderTest, client: openai.OpenAI) -
         text = answer.read().decode()
     assert 'turret_calls_total{code="OK",protocol="http"}' in text
     assert 'turret_requests_total{adapter="sql",code="OK"}' in text
+    # Twelve tokens have eleven gaps.
+    gaps = r'^turret_adapter_inter_token_seconds_count{adapter="sql"} (\S+)$'
+    found = re.search(gaps, text, re.M)
+    assert found is not None
+    assert float(found[1]) >= 11
+    assert re.search(r'^turret_adapters_info{max_lora="64",running_lora_adapters="",', text, re.M)
 
 
 async def test_streams_that_are_dropped_leave_nothing(server: ServerUnderTest) -> None:

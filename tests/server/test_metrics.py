@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import urllib.error
 import urllib.request
 
@@ -22,12 +23,16 @@ SERIES = {
     "turret_generated_tokens_total": {"adapter"},
     "turret_time_to_first_token_seconds_count": set(),
     "turret_inter_token_seconds_count": set(),
+    "turret_adapter_time_to_first_token_seconds_count": {"adapter"},
+    "turret_adapter_inter_token_seconds_count": {"adapter"},
     "turret_queue_seconds_count": set(),
     "turret_step_seconds_count": {"phase"},
     "turret_step_tokens_count": set(),
     "turret_step_adapters_count": set(),
     "turret_sequences": {"state"},
     "turret_kv_blocks": {"state"},
+    "turret_kv_usage_ratio": set(),
+    "turret_adapters_info": {"max_lora", "running_lora_adapters", "waiting_lora_adapters"},
     "turret_preemptions_total": set(),
     "turret_prefix_cache_tokens_total": {"result"},
     "turret_adapter_residency": {"adapter", "tier"},
@@ -48,11 +53,12 @@ def exercise(metrics: Metrics) -> None:
     metrics.call_finished("grpc", "OK")
     metrics.tokens(["sql"], prompt=5, generated=7)
     metrics.queued(0.01)
-    metrics.first_token(0.02)
-    metrics.inter_token(0.003)
+    metrics.first_token(0.02, ["sql"])
+    metrics.inter_token(0.003, ["sql"])
     metrics.step("decode", seconds=0.004, num_tokens=8, num_adapters=2)
     metrics.sequences(waiting=1, running=2)
     metrics.kv_blocks(free=3, used=4)
+    metrics.adapters_in_use(most=8, running=["sql", "json"], waiting=[])
     metrics.preempted(2)
     metrics.prefix_cache(hit=16, miss=4)
     metrics.adapter_bytes(host=100, device=50)
@@ -84,6 +90,9 @@ def test_every_series_is_exposed_with_its_labels() -> None:
     values = {(s.name, *sorted(s.labels.values())): s.value for s in samples}
     assert values["turret_generated_tokens_total", "sql"] == 7
     assert values["turret_kv_blocks", "used"] == 4
+    assert values["turret_kv_usage_ratio",] == 4 / 7
+    assert abs(values["turret_adapters_info", "", "8", "json,sql"] - time.time()) < 60
+    assert values["turret_adapter_inter_token_seconds_count", "sql"] == 1
     assert values["turret_preemptions_total",] == 2
     assert values["turret_prefix_cache_tokens_total", "hit"] == 16
     assert values["turret_adapter_residency", "host", "sql"] == 1
@@ -137,6 +146,46 @@ def test_a_mix_counts_once_per_label() -> None:
     assert _requests(metrics) == {"a": 1, "b": 1, "other": 1}
 
 
+def test_times_of_a_mix_count_once_in_all_and_once_for_each_member() -> None:
+    metrics = Metrics(max_adapter_labels=2)
+    for name in ("a", "b", "c", "d"):
+        metrics.adapter_registered(name)
+    for names in ([], ["a"], ["a", "b"], ["c", "d", "unknown"]):
+        metrics.first_token(0.5, names)
+        metrics.inter_token(0.5, names)
+    for series in ("time_to_first_token", "inter_token"):
+        count = f"turret_{series}_seconds_count"
+        assert metrics.registry.get_sample_value(count) == 4
+        counts = {
+            label: metrics.registry.get_sample_value(
+                count.replace("turret_", "turret_adapter_"), {"adapter": label}
+            )
+            for label in ("base", "a", "b", "c", "other")
+        }
+        assert counts == {"base": 1, "a": 2, "b": 1, "c": None, "other": 1}
+
+
+def test_adapters_in_use_are_one_series_of_bounded_length() -> None:
+    metrics = Metrics()
+
+    def labels() -> list[dict[str, str]]:
+        families = metrics.registry.collect()
+        (family,) = (f for f in families if f.name == "turret_adapters_info")
+        return [sample.labels for sample in family.samples]
+
+    assert labels() == []
+    metrics.adapters_in_use(most=64, running={"b", "a"}, waiting={"c"})
+    first = {"max_lora": "64", "running_lora_adapters": "a,b", "waiting_lora_adapters": "c"}
+    assert labels() == [first]
+    metrics.adapters_in_use(most=64, running={"b", "a"}, waiting={"c"})
+    assert labels() == [first]
+    metrics.adapters_in_use(most=64, running=(f"n{i:04}" for i in range(900)), waiting=())
+    (label,) = labels()
+    assert label["running_lora_adapters"].split(",") == [f"n{i:04}" for i in range(100)]
+    metrics.adapters_in_use(most=64, running=(), waiting=())
+    assert [label["running_lora_adapters"] for label in labels()] == [""]
+
+
 def test_unload_removes_every_series_of_an_adapter_and_frees_its_label() -> None:
     metrics = Metrics(max_adapter_labels=1)
     for name in ("first", "second"):
@@ -144,6 +193,8 @@ def test_unload_removes_every_series_of_an_adapter_and_frees_its_label() -> None
         for code in ("OK", "CANCELLED", "INVALID_ARGUMENT"):
             metrics.request_finished([name], code)
         metrics.tokens([name], prompt=1, generated=1)
+        metrics.first_token(0.1, [name])
+        metrics.inter_token(0.1, [name])
     metrics.adapter_residency("first", "device")
     metrics.adapter_removed("first")
     metrics.adapter_removed("first")

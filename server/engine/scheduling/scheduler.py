@@ -102,6 +102,11 @@ class Scheduler:
         self._blocked: Sequence | None = None
 
     @property
+    def max_num_seqs(self) -> int:
+        """Most sequences running at once."""
+        return self._max_num_seqs
+
+    @property
     def has_work(self) -> bool:
         return bool(self.running) or len(self.waiting) > 0
 
