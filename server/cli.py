@@ -1,4 +1,4 @@
-"""The ``turret`` command. Imports are lazy: a client verb loads no torch."""
+"""The ``turret`` command. Imports are lazy: a verb loads what it needs, and its help nothing."""
 
 from __future__ import annotations
 
@@ -12,27 +12,48 @@ import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import turret
+from turret.server.command.parser import EXIT_USAGE, CommandParser
 
-EXIT_USAGE = 2
-_OWN_VERBS = ("serve", "health", "demo")
+EXIT_FAILED = 1
+# In the order of the help.
+_OWN_VERBS = {
+    "serve": "run the server",
+    "demo": "serve the example adapters and send them one mixed batch",
+    "completion": "print what makes a shell complete this command",
+}
+_TRAIN = {"train": "train an adapter"}
 
 
 def _serve(args: argparse.Namespace) -> int:
     from turret.server import log
-    from turret.server.flags import config_from_args
+    from turret.server.command.flags import read_settings
+    from turret.server.command.preflight import problems
 
     try:
-        config = config_from_args(args)
-    except ValueError as error:
-        print(f"turret serve: error: {error}", file=sys.stderr)
+        settings = read_settings(args, os.environ)
+        config = settings.config()
+    except OSError as error:
+        _complain(f"--config: {error.filename}: {error.strerror}")
         return EXIT_USAGE
-    log.configure(logging.DEBUG if args.verbose else logging.INFO)
+    except ValueError as error:
+        _complain(str(error))
+        return EXIT_USAGE
+    for note in settings.notes:
+        print(f"turret serve: note: {note}", file=sys.stderr)
+    if found := problems(config):
+        _complain(*found)
+        return EXIT_FAILED
+    level = logging.DEBUG if config.log.verbose else logging.INFO
+    log.configure(level, log_format=config.log.log_format)
     if hasattr(signal, "SIGUSR1"):
         # For a server that hangs: says where, and goes on.
         faulthandler.register(signal.SIGUSR1, all_threads=True)
-    print(f"turret {turret.__version__}\n{config.describe()}", file=sys.stderr, flush=True)
+    said = config.describe() if config.log.verbose else settings.describe(config)
+    if config.log.log_format == "text":
+        print(f"turret {turret.__version__}\n{said}".rstrip(), file=sys.stderr, flush=True)
 
     import asyncio
 
@@ -52,22 +73,9 @@ def _serve(args: argparse.Namespace) -> int:
     return code
 
 
-def _health(args: argparse.Namespace) -> int:
-    from turret.server.probe import is_serving
-
-    try:
-        serving, detail = is_serving(
-            args.address,
-            args.service,
-            timeout_seconds=args.timeout,
-            tls_ca=args.tls_ca,
-            tls_cert=args.tls_cert,
-            tls_key=args.tls_key,
-        )
-    except OSError as error:
-        serving, detail = False, str(error)
-    print(detail, file=sys.stdout if serving else sys.stderr)
-    return 0 if serving else 1
+def _complain(*problems: str) -> None:
+    for problem in problems:
+        print(f"turret serve: error: {problem}", file=sys.stderr)
 
 
 def _demo(args: argparse.Namespace) -> int:
@@ -79,6 +87,13 @@ def _demo(args: argparse.Namespace) -> int:
         metrics_address=args.metrics_address,
         is_once=args.once,
     )
+
+
+def _completion(args: argparse.Namespace) -> int:
+    from turret.server.command.completion import script
+
+    print(script(build_parser(None), args.shell), end="")
+    return 0
 
 
 def _freeze_heap() -> None:
@@ -93,37 +108,22 @@ def _freeze_heap() -> None:
 
 
 def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    from turret.server.flags import add_flags
+    from turret.server.command.flags import add_flags
 
     parser = subparsers.add_parser(
-        "serve", help="run the server", description="Run the server until SIGTERM or SIGINT."
+        "serve",
+        help=_OWN_VERBS["serve"],
+        description="Run the server until SIGTERM or SIGINT. Every flag is also a key of --config"
+        " and a variable: --max-rank is max_rank in the table [adapters], and TURRET_MAX_RANK.",
     )
     add_flags(parser)
-    parser.add_argument("--verbose", action="store_true", help="log details too")
     parser.set_defaults(func=_serve)
-
-
-def _add_health(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = subparsers.add_parser(
-        "health",
-        help="exit 0 if a server is serving, 1 if not",
-        description="Ask a server's health service; for container health checks.",
-    )
-    parser.add_argument("--address", default="127.0.0.1:50051", metavar="HOST:PORT")
-    parser.add_argument(
-        "--service", default="", help="full service name (default: the whole server)"
-    )
-    parser.add_argument("--timeout", type=float, default=5.0, metavar="SECONDS")
-    parser.add_argument("--tls-ca", metavar="PATH", help="PEM authorities; turns TLS on")
-    parser.add_argument("--tls-cert", metavar="PATH", help="PEM client certificate (mTLS)")
-    parser.add_argument("--tls-key", metavar="PATH", help="PEM client key (mTLS)")
-    parser.set_defaults(func=_health)
 
 
 def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "demo",
-        help="serve the example adapters and send them one mixed batch",
+        help=_OWN_VERBS["demo"],
         description="Start a server with the example adapters on the embedded model, send one "
         "batch that mixes all of them, show answers and metrics, and serve on until Ctrl-C.",
     )
@@ -146,29 +146,50 @@ def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.set_defaults(func=_demo)
 
 
+def _add_completion(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = subparsers.add_parser(
+        "completion",
+        help=_OWN_VERBS["completion"],
+        description="Print a script for a shell, for example: source <(turret completion bash).",
+    )
+    parser.add_argument("shell", choices=("bash", "zsh", "fish"))
+    parser.set_defaults(func=_completion)
+
+
 def build_parser(verb: str | None) -> argparse.ArgumentParser:
-    """The parser of the whole command, or of one of the server's own verbs where that suffices."""
-    parser = argparse.ArgumentParser(
+    """The command's parser.
+
+    Args:
+        verb: The one whose flags are needed; the others are names with a line of help. None for all
+            flags of all verbs.
+    """
+    from turret.clients.verbs import VERBS, add_verb
+
+    parser = CommandParser(
         prog="turret", description="Many adapters of many methods on one 4-bit base model."
     )
     parser.add_argument("--version", action="version", version=f"turret {turret.__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
-    _add_serve(subparsers)
-    _add_health(subparsers)
-    _add_demo(subparsers)
-    if verb not in _OWN_VERBS:
-        from turret.clients.verbs import add_verbs
-        from turret.training.verbs import add_parser as add_train
+    subparsers: Any = parser.add_subparsers(metavar="COMMAND", required=True)
+    own = {"serve": _add_serve, "demo": _add_demo, "completion": _add_completion}
+    for name, text in {**_OWN_VERBS, **VERBS, **_TRAIN}.items():
+        if verb not in (None, name):
+            subparsers.add_parser(name, help=text)
+        elif name in own:
+            own[name](subparsers)
+        elif name in VERBS:
+            add_verb(subparsers, name)
+        else:
+            from turret.training.verbs import add_parser as add_train
 
-        add_verbs(subparsers)
-        add_train(subparsers)
+            add_train(subparsers)
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    args = build_parser(arguments[0] if arguments else None).parse_args(arguments)
+    verb = arguments[0] if arguments else ""
+    args = build_parser(verb).parse_args(arguments)
     return args.func(args)
 
 

@@ -1,8 +1,8 @@
 """What an operator can set: one frozen dataclass per concern.
 
-Each field carries its help text (with the unit) as metadata; ``server/flags.py`` derives the
-command line from it. ``__post_init__`` rejects a bad value with a ``ValueError`` that names the
-flag.
+Each field carries its help text (with the unit) as metadata; ``server/command`` derives flags, the
+file's keys and the variables from it. ``__post_init__`` rejects a bad value with a ``ValueError``
+that names the flag.
 """
 
 # ruff: noqa: RUF009 -- `_flag` only calls `dataclasses.field`.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import ipaddress
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -325,6 +326,16 @@ class LifecycleConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LogConfig:
+    """What is written to standard error."""
+
+    log_format: Literal["text", "json"] = _flag(
+        "text", "text: a line for people, with key=value; json: an object a line"
+    )
+    verbose: bool = _flag(False, "log details too, and every setting at the start")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """The whole server, resolved.
 
@@ -339,6 +350,7 @@ class Config:
     listen: ListenConfig = field(default_factory=ListenConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
     lifecycle: LifecycleConfig = field(default_factory=LifecycleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
         if self.security.is_complete or self.security.insecure:
@@ -352,11 +364,18 @@ class Config:
 
     def describe(self) -> str:
         """The resolved values, one ``section.field = value`` a line."""
-        lines = []
+        return "\n".join(line for line, _ in self._lines())
+
+    def changes(self) -> list[str]:
+        """The lines of :meth:`describe` whose values are not the defaults."""
+        return [line for line, is_default in self._lines() if not is_default]
+
+    def _lines(self) -> Iterator[tuple[str, bool]]:
         for section in dataclasses.fields(self):
             part = getattr(self, section.name)
             for entry in dataclasses.fields(part):
                 value: Any = getattr(part, entry.name)
+                is_default = value == entry.default
                 if value is None:
                     value = "auto" if "unit" in entry.metadata else "-"
                 elif entry.metadata.get("unit") == "bytes":
@@ -366,5 +385,4 @@ class Config:
                 elif isinstance(value, tuple):
                     value = " ".join(value)
                 shown = "-" if value == "" else value
-                lines.append(f"{section.name}.{entry.name} = {shown}")
-        return "\n".join(lines)
+                yield f"{section.name}.{entry.name} = {shown}", is_default

@@ -1,5 +1,6 @@
 """One-line logs: ``time level logger message key=value …``, with the request id where there is one.
 
+Or the same as a JSON object: ``time``, ``level``, ``logger``, ``message``, and the fields.
 Callers log ids, names, counts and durations; never prompts, completions or bearer tokens.
 """
 
@@ -11,7 +12,7 @@ import logging
 import re
 import sys
 import time
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 request_id: contextvars.ContextVar[str] = contextvars.ContextVar("request_id", default="")
 
@@ -29,25 +30,61 @@ def _quoted(value: Any) -> str:
     return text if _PLAIN.fullmatch(text) else json.dumps(text)
 
 
+def _stamp(record: logging.LogRecord) -> str:
+    stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+    return f"{stamp}.{int(record.msecs):03d}Z"
+
+
+def _fields_of(formatter: logging.Formatter, record: logging.LogRecord) -> dict[str, Any]:
+    values = dict(getattr(record, "fields", {}))
+    if current := request_id.get():
+        values.setdefault("request_id", current)
+    if record.exc_info:
+        values["traceback"] = formatter.formatException(record.exc_info)
+    return values
+
+
 class LineFormatter(logging.Formatter):
     """Renders a record, its fields and its traceback as exactly one line."""
 
     def format(self, record: logging.LogRecord) -> str:
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
-        head = f"{stamp}.{int(record.msecs):03d}Z {record.levelname} {record.name} {message}"
-        values = dict(getattr(record, "fields", {}))
-        if current := request_id.get():
-            values.setdefault("request_id", current)
-        if record.exc_info:
-            values["traceback"] = self.formatException(record.exc_info)
+        head = f"{_stamp(record)} {record.levelname} {record.name} {message}"
+        values = _fields_of(self, record)
         return " ".join([head, *(f"{key}={_quoted(value)}" for key, value in values.items())])
 
 
-def configure(level: int = logging.INFO, stream: TextIO | None = None) -> None:
+class JsonFormatter(logging.Formatter):
+    """Renders the same as a JSON object on one line; numbers and truth values stay what they are.
+
+    A field that is called like one of the record's own gets an underscore behind it.
+    """
+
+    def format(self, record: logging.LogRecord) -> str:
+        own = {
+            "time": _stamp(record),
+            "level": record.levelname,
+            "logger": record.name,
+            "message": record.getMessage(),
+        }
+        values = {
+            f"{key}_" if key in own else key: value
+            for key, value in _fields_of(self, record).items()
+        }
+        return json.dumps(own | values, default=str, ensure_ascii=False)
+
+
+_FORMATTERS = {"text": LineFormatter, "json": JsonFormatter}
+
+
+def configure(
+    level: int = logging.INFO,
+    stream: TextIO | None = None,
+    log_format: Literal["text", "json"] = "text",
+) -> None:
     """Send everything under ``turret`` and warnings of others to ``stream`` (stderr)."""
     handler = logging.StreamHandler(stream or sys.stderr)
-    handler.setFormatter(LineFormatter())
+    handler.setFormatter(_FORMATTERS[log_format]())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

@@ -56,6 +56,8 @@ class ServerProcess:
         # A server that writes to a terminal draws progress bars.
         reader, writer = os.openpty() if echo and sys.stderr.isatty() else os.pipe()
         ports = ["--address", "127.0.0.1:0", "--metrics-address", "127.0.0.1:0"]
+        # Read here, whatever the environment says.
+        ports += ["--log-format", "text"]
         command = [sys.executable, "-m", "turret.server.cli", "serve", *ports, *flags]
         try:
             self.process = subprocess.Popen(

@@ -106,7 +106,9 @@ class Trainer:
             RunError: The directory holds a run and neither was asked for; or the run there is
                 finished or another one; or the loss is not finite any more.
         """
-        self._check_folder(resume=resume, overwrite=overwrite)
+        self._folder.check(resume=resume, overwrite=overwrite)
+        if overwrite and self._folder.facts.exists():
+            shutil.rmtree(self._folder.path)
         model = attach(self._resolved)
         parameters = trainable(model)
         optimizer = make_optimizer(parameters.items(), self._config.optimizer)
@@ -152,19 +154,6 @@ class Trainer:
         now = describe_run(self._resolved, facts["num_parameters"])
         check_same_run(facts, now, self._folder.path)
         return Result(self._folder, **facts["result"])
-
-    def _check_folder(self, *, resume: bool, overwrite: bool) -> None:
-        folder = self._folder
-        if overwrite and folder.facts.exists():
-            shutil.rmtree(folder.path)
-        if folder.is_finished:
-            raise RunError(f"{folder.path} holds a finished run; --overwrite trains anew")
-        if folder.facts.exists() and not resume:
-            raise RunError(f"{folder.path} holds an unfinished run; --resume or --overwrite it")
-        if resume and not folder.facts.exists():
-            raise RunError(f"{folder.path} holds no run to resume")
-        if not resume and folder.path.exists() and any(folder.path.iterdir()):
-            raise RunError(f"{folder.path} is not empty, and no run")
 
     def _write_samples(self, model: Any) -> None:
         rows = self._resolved.dataset.validation[: self._config.run.samples]

@@ -115,33 +115,42 @@ def _ranks(text: str) -> tuple[int, ...]:
 
 def _read(args: argparse.Namespace) -> Any:
     from turret.training.settings.config_file import read_config
+    from turret.training.settings.inputs import check_inputs
 
     overrides = list(args.set)
     for flag, (key, _) in _FLAGS.items():
         value = getattr(args, flag[2:].replace("-", "_"))
         if value is not None:
             overrides.append(f"{key}={value}")
-    return read_config(args.config, overrides)
+    config = read_config(args.config, overrides)
+    check_inputs(config, args.config.parent)
+    return config
 
 
 def _resolve(args: argparse.Namespace) -> Any:
+    config = _read(args)
+
     from turret.training.settings.resolve import resolve
 
-    resolved = resolve(_read(args), args.config.parent)
+    resolved = resolve(config, args.config.parent)
     for note in resolved.notes:
         print(f"note: {note}", file=sys.stderr)
     return resolved
 
 
 def _plan(args: argparse.Namespace) -> None:
+    resolved = _resolve(args)
+
     from rich.console import Console
 
     from turret.training.plan import print_plan
 
-    print_plan(_resolve(args), Console(highlight=False), measure=args.measure)
+    print_plan(resolved, Console(highlight=False), measure=args.measure)
 
 
 def _sweep(args: argparse.Namespace) -> None:
+    config = _read(args)
+
     from rich.console import Console
     from rich.table import Table
 
@@ -149,7 +158,7 @@ def _sweep(args: argparse.Namespace) -> None:
     from turret.training.sweep import sweep
 
     table = Table("rank", "validation loss", "trained weights", "adapter", "products", "seconds")
-    for result in sweep(_read(args), args.config.parent, args.ranks, training_progress):
+    for result in sweep(config, args.config.parent, args.ranks, training_progress):
         table.add_row(
             str(result.rank),
             f"{result.validation_loss:.4f}",
@@ -162,11 +171,17 @@ def _sweep(args: argparse.Namespace) -> None:
 
 
 def _run(args: argparse.Namespace) -> None:
+    from turret.training.run.folder import RunFolder
+
+    config = _read(args)
+    output = RunFolder((args.config.parent / config.run.output).resolve())
+    output.check(resume=args.resume, overwrite=args.overwrite)
+    resolved = _resolve(args)
+
     from turret.training.report.html_report import write_report
     from turret.training.run.progress import training_progress
     from turret.training.trainer import Trainer
 
-    resolved = _resolve(args)
     with training_progress(resolved.config.run.steps) as listen:
         result = Trainer(resolved, listen).run(resume=args.resume, overwrite=args.overwrite)
     print(result.folder.adapter)

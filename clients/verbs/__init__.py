@@ -7,11 +7,26 @@ sense, 130 if interrupted.
 from __future__ import annotations
 
 import argparse
+import importlib
 
-from turret.clients.verbs import adapters, chat, eval, generate, score
+# Each is a module here with ``add_parser``, loaded when it is wanted: what is left out costs a
+# command nothing.
+VERBS = {
+    "generate": "complete a prompt",
+    "chat": "talk to the model",
+    "score": "log probabilities of a prompt",
+    "eval": "judge adapters on a test set",
+    "adapters": "administer adapters",
+    "health": "exit 0 if a server is serving, 1 if not",
+}
+
+
+def add_verb(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], name: str) -> None:
+    """Add one of ``VERBS`` to a command's parser."""
+    importlib.import_module(f"{__name__}.{name}").add_parser(subparsers)
 
 
 def add_verbs(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    """Add the verbs to a command's parser."""
-    for verb in (generate, chat, score, eval, adapters):
-        verb.add_parser(subparsers)
+    """Add all of them."""
+    for name in VERBS:
+        add_verb(subparsers, name)

@@ -168,19 +168,42 @@ def _positive_seconds(text: str) -> float:
     return seconds
 
 
-def _connect(args: argparse.Namespace) -> TurretClient:
-    token = args.token or os.environ.get(TOKEN_VARIABLE)
+def given_token(args: argparse.Namespace) -> str | None:
+    """The token of the flags, else of the environment.
+
+    Raises:
+        OSError: Its file cannot be read.
+    """
     if args.token_from is not None:
-        token = args.token_from.read_text(encoding="utf-8").strip()
-    tls = None
+        return args.token_from.read_text(encoding="utf-8").strip()
+    return args.token or os.environ.get(TOKEN_VARIABLE)
+
+
+def given_tls(args: argparse.Namespace) -> Tls | None:
+    """What the flags say of TLS; None is none.
+
+    Raises:
+        OSError: A file cannot be read.
+        ValueError: They do not fit together.
+    """
     if args.tls or args.tls_ca or args.tls_cert or args.tls_key or args.tls_server_name:
-        tls = Tls.from_files(
+        return Tls.from_files(
             ca=args.tls_ca,
             certificate=args.tls_cert,
             key=args.tls_key,
             server_name=args.tls_server_name,
         )
+    return None
+
+
+def _connect(args: argparse.Namespace) -> TurretClient:
     timeout = _DEFAULT_TIMEOUT_SECONDS if args.timeout is None else args.timeout
     # Who types a command wants to know at once that no server is there.
     policy = RetryPolicy(2, unreached=False)
-    return TurretClient(args.address, token=token, tls=tls, timeout=timeout, max_retries=policy)
+    return TurretClient(
+        args.address,
+        token=given_token(args),
+        tls=given_tls(args),
+        timeout=timeout,
+        max_retries=policy,
+    )

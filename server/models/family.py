@@ -6,8 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Arch, Rope
 
@@ -80,6 +78,9 @@ def read_rope(config: Any, parameters: Mapping[str, Any], head_dim: int) -> Rope
         raise InvalidRequestError.of(
             "model", f"rope_type {kind!r} is not served; served are {', '.join(_ROPE_TYPES)}"
         )
+    # Here, so that which families there are is known without it.
+    import torch
+
     if kind == "default":
         exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
         return Rope(1.0 / (parameters["rope_theta"] ** exponents))

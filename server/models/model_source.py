@@ -20,13 +20,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from turret.server.errors import InvalidRequestError
 from turret.server.models.embedded import MODEL_NAME, find_gguf, read_gguf
+from turret.server.models.model_directory import WEIGHTS, check_model_directory, weight_files
 from turret.server.models.weights.nf4 import Nf4Weight
 
 # Part of the cache key: raise it when what is written changes.
 _FORMAT = "2"
-_WEIGHTS = "model.safetensors"
 _MANIFEST = "turret.json"
 
 # Called with (description, done, total).
@@ -83,21 +82,9 @@ def resolve_model(
                 tokenizer.save_pretrained(build)  # type: ignore[attr-defined]
                 _quantize(tensors, total, build, MODEL_NAME, progress)
         return _read_cached(target, target)
-    config_file = model / "config.json"
-    if not config_file.is_file():
-        raise InvalidRequestError.of("model", f"{model} has no config.json")
-    config = json.loads(config_file.read_text())
+    config, config_file = check_model_directory(model), model / "config.json"
     shards = weight_files(model)
-    quantization = config.get("quantization_config")
-    if quantization is not None:
-        if quantization.get("quant_method") != "bitsandbytes" or not quantization.get(
-            "load_in_4bit", quantization.get("_load_in_4bit")
-        ):
-            raise InvalidRequestError.of(
-                "model",
-                f"{model} is quantised with {quantization.get('quant_method')!r}; turret serves "
-                "plain checkpoints and bitsandbytes 4-bit ones",
-            )
+    if config.get("quantization_config") is not None:
         return ModelSource(_name(model, config), model, model, _digest(shards))
     target = cache_dir / f"nf4-{_key([config_file, *shards])}"
     if not (target / _MANIFEST).exists():
@@ -105,23 +92,6 @@ def resolve_model(
             tensors = read_tensors(shards)
             _quantize(tensors, _count(shards), build, _name(model, config), progress)
     return _read_cached(target, model)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, sharded or not.
-
-    Raises:
-        InvalidRequestError: There are none (pickle files are not read).
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [folder / name for name in names]
-    if (folder / _WEIGHTS).is_file():
-        return [folder / _WEIGHTS]
-    raise InvalidRequestError.of(
-        "model", f"{folder} has no model.safetensors; only safetensors is read"
-    )
 
 
 def read_tensors(shards: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -153,8 +123,8 @@ def _quantize(
         else:
             out[key] = tensor.contiguous().clone()
     progress("Quantising to NF4", total, total)
-    save_file(out, build / _WEIGHTS, metadata={"format": "pt"})
-    manifest = {"name": name, "digest": _digest([build / _WEIGHTS]), "format": _FORMAT}
+    save_file(out, build / WEIGHTS, metadata={"format": "pt"})
+    manifest = {"name": name, "digest": _digest([build / WEIGHTS]), "format": _FORMAT}
     (build / _MANIFEST).write_text(json.dumps(manifest))
 
 

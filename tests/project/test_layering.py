@@ -37,6 +37,7 @@ LEAVES = frozenset(
         "metrics",
         "background",
         "durable_file",
+        "closest",
     )
 )
 # The ``turret`` command. It alone may name the verbs of training, and nothing imports it.
@@ -87,12 +88,14 @@ BELOW = {
     "server.api": NOUNS | BEHIND_API,
     "server.api.admin": NOUNS | BEHIND_API | {"server.api"},
     "server.rpc": {"server.api", "server.api.admin", "leaf", "v1"},
+    # Before torch: see test_command.
+    "server.command": NOUNS | {"server.adapters.checkpoint", "server.models"},
     "server.http.exchange": {"server.api", "leaf", "v1"},
     "server.http": {"server.http.exchange", "server.api", "server.api.admin", "leaf", "v1"},
 }
 MAY_IMPORT = {layer: {layer, *below} for layer, below in BELOW.items()}
 MAY_IMPORT["server"] = {"server", *BELOW}
-MAY_IMPORT["command"] = {"server", "clients", "training", "leaf"}
+MAY_IMPORT["command"] = {"server", "server.command", "clients", "training", "leaf"}
 MAY_IMPORT["training"] = {"training", "server", *BELOW} - {
     layer for layer in BELOW if layer.split(".")[1:2] in (["rpc"], ["http"], ["api"], ["engine"])
 }
@@ -103,6 +106,7 @@ NEVER_LOADS = {
     "leaf": ("grpc", "transformers", "bitsandbytes"),
     "server.rpc": ("torch", "transformers", "bitsandbytes"),
     "server.http": ("grpc", "torch", "transformers", "bitsandbytes"),
+    "server.command": ("grpc", "torch", "transformers", "bitsandbytes"),
     "server.api": ("grpc", "starlette", "uvicorn", "torch", "transformers", "bitsandbytes"),
     "server.engine": ("grpc", "transformers", "bitsandbytes"),
     "server.adapters": ("grpc", "transformers", "peft"),

@@ -17,9 +17,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from servers.rpc_harness import failure_of, harness
 
+from turret.clients.channel import Tls
+from turret.clients.probe import is_serving
 from turret.server.api.tokens import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
-from turret.server.probe import is_serving
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 TOKENS = """
@@ -272,8 +273,8 @@ async def test_tls(certificates: Path) -> None:
     )
     async with harness(security=security) as server:
         assert await _model_over_tls(server.rpc.address, certificates, None) == "fake"
-        ca = str(certificates / "ca.pem")
-        probed = await asyncio.to_thread(is_serving, server.rpc.address, tls_ca=ca)
+        tls = Tls.from_files(ca=certificates / "ca.pem")
+        probed = await asyncio.to_thread(is_serving, server.rpc.address, tls=tls, token="t")
         assert probed == (True, "SERVING")
         # The harness' own channel speaks plain text.
         plain = server.inference.GetModel(inference_pb2.GetModelRequest(), timeout=10)

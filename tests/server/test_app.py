@@ -23,13 +23,13 @@ from servers.app_parts import Parts, make_app
 from servers.rpc_harness import failure_of, soon
 
 import turret
+from turret.clients.probe import is_serving
 from turret.server import log
 from turret.server.app import App
 from turret.server.cli import main
 from turret.server.config import AdapterConfig
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import AdapterCheckpointError
-from turret.server.probe import is_serving
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from turret.server.command.flags import add_flags, config_from_args
 from turret.server.config import (
     Config,
     ListenConfig,
@@ -17,7 +18,6 @@ from turret.server.config import (
     parse_byte_size,
     split_address,
 )
-from turret.server.flags import add_flags, config_from_args
 
 # Every flag of the design, with its default.
 DEFAULTS = {
@@ -50,6 +50,8 @@ DEFAULTS = {
     "tls_client_ca": None,
     "insecure": False,
     "grace_seconds": 30.0,
+    "log_format": "text",
+    "verbose": False,
 }
 TLS = ["--tls-cert", "c", "--tls-key", "k"]
 
@@ -57,7 +59,7 @@ TLS = ["--tls-cert", "c", "--tls-key", "k"]
 def parse(*arguments: str) -> Config:
     parser = argparse.ArgumentParser()
     add_flags(parser)
-    return config_from_args(parser.parse_args(arguments))
+    return config_from_args(parser.parse_args(arguments), {})
 
 
 def test_every_flag_has_its_default() -> None:

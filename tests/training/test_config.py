@@ -13,7 +13,8 @@ from builders.training import write_jsonl
 
 from turret.training.data.example import Example, read_examples
 from turret.training.errors import ConfigError, DataError
-from turret.training.settings.config import TrainConfig
+from turret.training.methods import METHODS as TRAINED
+from turret.training.settings.config import METHOD_NAMES, TrainConfig
 from turret.training.settings.config_file import (
     build_config,
     read_config,
@@ -59,10 +60,23 @@ def test_later_overrides_win_and_bare_words_are_strings():
     assert config.method.targets == ("attention",)
 
 
+METHODS = "method.name: {!r} is none of " + ", ".join(METHOD_NAMES)
+
+
+def test_the_names_of_methods_are_those_that_there_are():
+    assert tuple(TRAINED) == METHOD_NAMES
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method.rnak=8", "runs.steps=1"], "unknown keys: method.rnak, runs"),
+        (
+            ["method.rnak=8", "runs.steps=1", "run.rank=1", "x.y=1"],
+            "unknown keys: method.rnak (did you mean 'rank'?), run.rank (did you mean"
+            " method.rank?), runs (did you mean 'run'?), x",
+        ),
+        (["method.name=lorra"], f"{METHODS}; did you mean 'lora'?".format("lorra")),
+        (["method.name=P-Tuning"], f"{METHODS}; did you mean 'p_tuning'?".format("P-Tuning")),
         (["method.rank=0"], "method.rank: must be at least 1"),
         (["method.rank=8.5"], "method.rank: must be a whole number, not 8.5"),
         (["method.rank=true"], "method.rank: must be a whole number, not True"),

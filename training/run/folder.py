@@ -75,6 +75,33 @@ class RunFolder:
     def is_finished(self) -> bool:
         return self.adapter.is_dir()
 
+    def check(self, *, resume: bool, overwrite: bool) -> None:
+        """Whether a run may begin, or go on, here.
+
+        Args:
+            resume: It goes on with the run in the directory.
+            overwrite: It removes a run that is there.
+
+        Raises:
+            RunError: It may not; says which flag would let it.
+        """
+        has_run = self.facts.exists()
+        if overwrite and has_run:
+            return
+        if self.is_finished:
+            raise RunError(f"{self.path} holds a finished run; --overwrite trains anew")
+        if has_run and not resume:
+            raise RunError(
+                f"{self.path} holds an unfinished run; --resume goes on with it, --overwrite"
+                " begins anew"
+            )
+        if resume and not has_run:
+            raise RunError(f"{self.path} holds no run to resume; leave --resume out to begin one")
+        if not resume and self.path.exists() and any(self.path.iterdir()):
+            raise RunError(
+                f"{self.path} is not empty, and no run; --output DIR writes somewhere else"
+            )
+
     def read_facts(self) -> dict[str, Any]:
         """``run.json``.
 

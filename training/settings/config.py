@@ -12,7 +12,15 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from turret.server.closest import did_you_mean
 from turret.training.errors import ConfigError
+
+# The methods of ``training/methods``; a test compares. Here, so that a wrong name is refused before
+# torch is loaded.
+METHOD_NAMES = (
+    *("lora", "rslora", "dora", "loha", "lokr", "ia3"),
+    *("prefix_tuning", "prompt_tuning", "p_tuning", "learned_fusion"),
+)
 
 
 def _key(help: str, default: Any = dataclasses.MISSING, *, chosen: str = "", sample: Any = None):
@@ -134,6 +142,14 @@ class MethodConfig:
     )
 
     def __post_init__(self) -> None:
+        if self.name not in METHOD_NAMES:
+            # p-tuning, P_Tuning and the like are the same word.
+            plain = self.name.lower().replace("-", "_")
+            meant = did_you_mean(plain, METHOD_NAMES)
+            if plain in METHOD_NAMES:
+                meant = f"; did you mean {plain!r}?"
+            problem = f"{self.name!r:.60} is none of {', '.join(METHOD_NAMES)}{meant}"
+            raise ConfigError.of("method.name", problem)
         sizes = ("rank", "num_virtual_tokens", "encoder_hidden_size", "d_k")
         _check_at_least("method", self, 1, *sizes)
         _check("method.alpha", self.alpha is None or self.alpha > 0, "must be more than 0")

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from turret.server.closest import did_you_mean
 from turret.training.errors import ConfigError
 from turret.training.settings.config import TrainConfig
 
@@ -51,18 +52,36 @@ def build_config(tables: Mapping[str, Any], overrides: Iterable[str] = ()) -> Tr
         if isinstance(keys, dict):
             keys[key] = _parse_value(text)
     kinds = typing.get_type_hints(TrainConfig)
-    unknown = [table for table in merged if table not in kinds]
+    unknown = [f"{t}{_aside(did_you_mean(t, kinds))}" for t in merged if t not in kinds]
     for table, kind in kinds.items():
         keys = merged.get(table, {})
         if not isinstance(keys, dict):
             raise ConfigError.of(table, "must be a table")
         known = {entry.name for entry in dataclasses.fields(kind)}
-        unknown += [f"{table}.{key}" for key in keys if key not in known]
+        unknown += [
+            f"{table}.{key}{_aside(did_you_mean(key, known) or _elsewhere(key, kinds))}"
+            for key in keys
+            if key not in known
+        ]
     if unknown:
         raise ConfigError("unknown keys: " + ", ".join(sorted(unknown)))
     return TrainConfig(
         **{table: _build_table(table, kind, merged.get(table, {})) for table, kind in kinds.items()}
     )
+
+
+def _elsewhere(key: str, kinds: Mapping[str, type]) -> str:
+    """The table that has the key."""
+    tables = [
+        table
+        for table, kind in kinds.items()
+        if key in {entry.name for entry in dataclasses.fields(kind)}
+    ]
+    return f"; did you mean {tables[0]}.{key}?" if tables else ""
+
+
+def _aside(text: str) -> str:
+    return text and f" ({text.removeprefix('; ')})"
 
 
 def _parse_value(text: str) -> Any:
@@ -89,7 +108,9 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if typing.get_origin(hint) is typing.Literal:
         choices = typing.get_args(hint)
         if value not in choices:
-            raise ConfigError.of(key, f"must be one of {', '.join(choices)}, not {value!r:.60}")
+            meant = did_you_mean(str(value), choices)
+            problem = f"must be one of {', '.join(choices)}, not {value!r:.60}{meant}"
+            raise ConfigError.of(key, problem)
         return value
     if typing.get_origin(hint) is tuple:
         items = [value] if isinstance(value, str) else value

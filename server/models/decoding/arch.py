@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
-
-import torch
+from typing import TYPE_CHECKING, Literal
 
 from turret.server.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    import torch
 
 # Where the modules of a layer are in a checkpoint: ``model.layers.0.self_attn.q_proj``.
 LAYER_PREFIX = "model.layers"

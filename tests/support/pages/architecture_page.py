@@ -10,6 +10,7 @@ PAGE = ROOT / "docs" / "architecture.md"
 BEGIN, END = "<!-- generated: rooms -->", "<!-- end: rooms -->"
 # In the order in which one reads them; what is in none of them is a mistake.
 ROOMS = (
+    "server/command",
     *("server/rpc", "server/http", "server/http/exchange", "server/api", "server/api/admin"),
     *("server/engine", "server/engine/scheduling", "server/engine/step"),
     *("server/models", "server/models/families", "server/models/decoding"),

@@ -9,7 +9,7 @@ from checkout import ROOT
 
 from turret.server import errors
 from turret.server.api.faults import TABLE
-from turret.server.flags import add_flags
+from turret.server.command.flags import add_flags
 from turret.server.metrics import Metrics
 
 PAGE = ROOT / "docs" / "operations.md"

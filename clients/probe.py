@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from turret.clients.channel import CallSettings, Tls, open_channel
+from turret.clients.retries import RetryPolicy
 
 
 def is_serving(
@@ -14,30 +16,22 @@ def is_serving(
     service: str = "",
     *,
     timeout_seconds: float = 5.0,
-    tls_ca: str | None = None,
-    tls_cert: str | None = None,
-    tls_key: str | None = None,
+    tls: Tls | None = None,
+    token: str | None = None,
 ) -> tuple[bool, str]:
     """Whether ``service`` (empty: the whole server) answers SERVING in time, and what it answered.
 
-    Raises:
-        OSError: A TLS file cannot be read.
+    A turret server asks for no token here; a proxy before it may.
     """
-    if tls_ca is None:
-        channel = grpc.insecure_channel(address)
-    else:
-        credentials = grpc.ssl_channel_credentials(
-            Path(tls_ca).read_bytes(),
-            Path(tls_key).read_bytes() if tls_key else None,
-            Path(tls_cert).read_bytes() if tls_cert else None,
-        )
-        channel = grpc.secure_channel(address, credentials)
-    with channel:
+    call = CallSettings.of(token, timeout_seconds, RetryPolicy(0))
+    with open_channel(address, tls) as channel:
         try:
             # The generated stub sets its methods in a way that type checkers do not follow.
             stub: Any = health_pb2_grpc.HealthStub(channel)
             answer = stub.Check(
-                health_pb2.HealthCheckRequest(service=service), timeout=timeout_seconds
+                health_pb2.HealthCheckRequest(service=service),
+                timeout=call.timeout,
+                metadata=call.metadata,
             )
         except grpc.RpcError as error:
             code = error.code().name if isinstance(error, grpc.Call) else "UNKNOWN"

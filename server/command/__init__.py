@@ -1,0 +1,1 @@
+"""What the ``turret`` command does before torch is there: flags, settings, checks, completion."""

@@ -1,0 +1,130 @@
+"""Scripts with which a shell completes the ``turret`` command, made from its parser."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+_FILES = "<file>"
+
+
+@dataclass(frozen=True, slots=True)
+class _Verb:
+    """What may follow a path of verbs, such as ``adapters load``."""
+
+    path: str
+    verbs: dict[str, str]
+    flags: dict[str, str]
+    choices: dict[str, tuple[str, ...]]
+
+
+def script(parser: argparse.ArgumentParser, shell: str) -> str:
+    """The script.
+
+    Args:
+        parser: With all flags of all verbs.
+        shell: ``bash``, ``zsh`` or ``fish``.
+    """
+    verbs = list(_walk(parser, ""))
+    return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](verbs)
+
+
+def _walk(parser: argparse.ArgumentParser, path: str) -> Iterator[_Verb]:
+    below: dict[str, argparse.ArgumentParser] = {}
+    helps: dict[str, str] = {}
+    flags: dict[str, str] = {}
+    choices: dict[str, tuple[str, ...]] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            below = dict(action.choices)
+            helps = {choice.dest: choice.help or "" for choice in action._choices_actions}
+            continue
+        names = [name for name in action.option_strings if name.startswith("--")]
+        for name in names:
+            flags[name] = (action.help or "").partition(" (default")[0].replace("%%", "%")
+            takes_value = action.nargs != 0
+            if takes_value:
+                choices[name] = tuple(map(str, action.choices or (_FILES,)))
+        if not action.option_strings and action.choices:
+            helps |= dict.fromkeys(map(str, action.choices), "")
+    yield _Verb(path, {name: helps.get(name, "") for name in below or helps}, flags, choices)
+    for name, child in below.items():
+        yield from _walk(child, f"{path} {name}".strip())
+
+
+def _bash(verbs: list[_Verb]) -> str:
+    words = "\n".join(
+        f"    {shlex.quote(verb.path)}) words={shlex.quote(' '.join([*verb.verbs, *verb.flags]))};;"
+        for verb in verbs
+    )
+    values = "\n".join(
+        f"    {shlex.quote(f'{verb.path}:{flag}')}) values={shlex.quote(' '.join(choices))} ;;"
+        for verb in verbs
+        for flag, choices in verb.choices.items()
+    )
+    paths = " ".join(shlex.quote(verb.path) for verb in verbs if verb.path)
+    return f"""\
+# bash completion of turret; load it with: source <(turret completion bash)
+_turret() {{
+  local current=${{COMP_WORDS[COMP_CWORD]}} last=${{COMP_WORDS[COMP_CWORD-1]}}
+  local path="" word words="" values="" known
+  for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
+    for known in {paths}; do
+      if [[ $known == "${{path:+$path }}$word" ]]; then path=$known; break; fi
+    done
+  done
+  case "$path:$last" in
+{values}
+  esac
+  if [[ $values == '{_FILES}' ]]; then COMPREPLY=($(compgen -f -- "$current")); return; fi
+  if [[ -n $values ]]; then COMPREPLY=($(compgen -W "$values" -- "$current")); return; fi
+  case "$path" in
+{words}
+  esac
+  COMPREPLY=($(compgen -W "$words" -- "$current"))
+  if [[ $current != -* && ${{#COMPREPLY[@]}} -eq 0 ]]; then
+    COMPREPLY=($(compgen -f -- "$current"))
+  fi
+}}
+complete -o filenames -F _turret turret
+"""
+
+
+def _zsh(verbs: list[_Verb]) -> str:
+    return (
+        "#compdef turret\n"
+        "# zsh completion of turret; load it with: source <(turret completion zsh)\n"
+        "autoload -U +X compinit bashcompinit\n"
+        "(( ${+functions[compdef]} )) || compinit\n"
+        "bashcompinit\n" + _bash(verbs).partition("\n")[2]
+    )
+
+
+def _fish(verbs: list[_Verb]) -> str:
+    lines = ["# fish completion of turret; load it with: turret completion fish | source"]
+    lines.append("complete -c turret -f")
+    for verb in verbs:
+        words = verb.path.split()
+        tests = [f"__fish_seen_subcommand_from {word}" for word in words]
+        if verb.verbs:
+            tests.append(f"not __fish_seen_subcommand_from {' '.join(verb.verbs)}")
+        condition = shlex.quote("; and ".join(tests)) if tests else ""
+        start = f"complete -c turret{f' -n {condition}' if condition else ''}"
+        for name, text in verb.verbs.items():
+            lines.append(f"{start} -a {name} -d {_fish_text(text)}")
+        for flag, text in verb.flags.items():
+            line = f"{start} -l {flag.removeprefix('--')} -d {_fish_text(text)}"
+            choices = verb.choices.get(flag)
+            if choices == (_FILES,):
+                line += " -r -F"
+            elif choices:
+                line += f" -x -a {_fish_text(' '.join(choices))}"
+            lines.append(line)
+    return "\n".join(lines) + "\n"
+
+
+def _fish_text(text: str) -> str:
+    """A single-quoted word of fish, which knows two escapes."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,0 +1,98 @@
+"""The command line of ``turret serve``, derived from the dataclasses in ``server/config.py``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from turret.server.command.settings import (
+    Setting,
+    Settings,
+    from_text,
+    read_environment,
+    read_file,
+    settings,
+    unknown_variables,
+)
+from turret.server.config import Config, format_byte_size
+
+CONFIG_VARIABLE = "TURRET_CONFIG"
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """One group a concern, one kebab-case flag a field.
+
+    A flag that is not given leaves no trace in the namespace: a file or a variable may set it.
+    """
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="PATH",
+        default=argparse.SUPPRESS,
+        help=f"TOML file of settings; flags and variables win (default: ${CONFIG_VARIABLE})",
+    )
+    sections = typing.get_type_hints(Config)
+    groups = {
+        name: parser.add_argument_group(name, kind.__doc__) for name, kind in sections.items()
+    }
+    for setting in settings():
+        groups[setting.section].add_argument(
+            setting.flag, dest=setting.name, default=argparse.SUPPRESS, **_argument(setting)
+        )
+
+
+def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Settings:
+    """What the file, the environment and the flags say, each winning over those before it.
+
+    Raises:
+        ValueError: A file or variable that makes no sense; names it.
+        OSError: The file cannot be read.
+    """
+    given = vars(args)
+    found = Settings(notes=unknown_variables(environ))
+    file = given.get("config") or environ.get(CONFIG_VARIABLE)
+    if file:
+        found.update(read_file(Path(file)))
+    found.update(read_environment(environ))
+    for setting in settings():
+        if setting.name in given:
+            value = given[setting.name]
+            found.put(setting, tuple(value) if setting.is_repeated else value, "")
+    return found
+
+
+def config_from_args(args: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Config:
+    """The checked configuration; errors as in :func:`read_settings` and ``Settings.config``."""
+    return read_settings(args, environ).config()
+
+
+def _argument(setting: Setting) -> dict[str, Any]:
+    """What ``add_argument`` needs for one setting, from its type, default and metadata."""
+    default = setting.default
+    shown = default
+    if setting.unit == "bytes" and default is not None:
+        shown = format_byte_size(default)
+    note = "" if default in (None, ()) or setting.type is bool else f" (default: {shown})"
+    keywords: dict[str, Any] = {"help": setting.help + note}
+    if setting.type is bool:
+        # --no-… undoes what a file or a variable says.
+        return keywords | {"action": argparse.BooleanOptionalAction}
+    if setting.choices:
+        return keywords | {"choices": setting.choices}
+    keywords |= {"type": _converter(setting), "metavar": setting.metavar}
+    return keywords | ({"action": "append"} if setting.is_repeated else {})
+
+
+def _converter(setting: Setting) -> Any:
+    def convert(text: str) -> Any:
+        try:
+            return from_text(setting, text)
+        except ValueError as error:
+            # argparse hides the text of a ValueError.
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert

@@ -1,0 +1,155 @@
+"""What can be told to be wrong before torch is imported and the model is read.
+
+A start takes many seconds. What the file system and the ports already say is said in the first one,
+all of it at once. The parts that own these things check them again when they open them.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
+from turret.server.closest import did_you_mean
+from turret.server.config import AdapterConfig, Config, ListenConfig, SecurityConfig, split_address
+from turret.server.errors import AdapterCheckpointError, InvalidRequestError
+from turret.server.models.model_directory import check_model_directory
+
+_MOST_SHOWN = 20
+
+
+def problems(config: Config) -> list[str]:
+    """One line for each thing that would keep the server from starting, named by its flag."""
+    return [
+        *_model(config.model.model),
+        *_adapters(config.adapters),
+        *_files(config.security),
+        *_addresses(config.listen),
+    ]
+
+
+def _model(model: Path | None) -> Iterator[str]:
+    if model is not None:
+        try:
+            check_model_directory(model)
+        except InvalidRequestError as error:
+            yield f"--{error.message}"
+        except OSError as error:
+            yield f"--model: {error.filename}: {error.strerror}"
+
+
+def _adapters(config: AdapterConfig) -> Iterator[str]:
+    root = config.adapter_root
+    if root is not None and not root.is_dir():
+        what = "is no directory" if root.exists() else "does not exist"
+        yield f"--adapter-root: {root} {what}; it is the directory that holds the adapters' own"
+    elif root is not None:
+        for name, path in config.preload:
+            yield from _preload(root, name, path)
+    if config.state_dir is not None:
+        yield from _state_dir(config.state_dir)
+
+
+def _preload(root: Path, name: str, path: str) -> Iterator[str]:
+    where = f"--preload {name}={path}:"
+    try:
+        with AdapterRoot(root).open_directory(path) as directory:
+            names = directory.names()
+            lacking = [file for file in (CONFIG_FILE, TENSORS_FILE) if not directory.has(file)]
+    except AdapterCheckpointError as error:
+        is_absent = "does not exist" in error.message
+        yield f"{where} {error.message}{_there(root, path) if is_absent else ''}"
+        return
+    if CONFIG_FILE in lacking and (below := _adapters_below(root / path)):
+        yield f"{where} that directory is no adapter, but {below} in it is"
+    elif lacking == [TENSORS_FILE] and (pickles := [n for n in names if n.endswith(".bin")]):
+        yield (
+            f"{where} {pickles[0]} is a pickle, which can run code and is not read; PEFT writes"
+            f" {TENSORS_FILE} where save_pretrained is called with safe_serialization=True"
+        )
+    elif lacking:
+        yield f"{where} there is no {' and no '.join(lacking)}"
+
+
+def _there(root: Path, path: str) -> str:
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
+    holds = f"holds {', '.join(names[:_MOST_SHOWN])}" if names else "is empty"
+    return did_you_mean(path, names) or f"; {root} {holds}"
+
+
+def _adapters_below(folder: Path) -> str:
+    found = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+    return found[-1] if found else ""
+
+
+def _state_dir(path: Path) -> Iterator[str]:
+    lock = path / "LOCK"
+    if path.exists() and not path.is_dir():
+        yield f"--state-dir: {path} is a file"
+    elif lock.exists():
+        try:
+            with lock.open("rb+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield (
+                f"--state-dir: another server uses {path}; stop it, or give this one a directory of"
+                " its own"
+            )
+        except OSError as error:
+            yield f"--state-dir: {lock}: {error.strerror}"
+
+
+def _files(config: SecurityConfig) -> Iterator[str]:
+    for flag in ("token_file", "tls_cert", "tls_key", "tls_client_ca"):
+        path: Path | None = getattr(config, flag)
+        if path is None:
+            continue
+        try:
+            path.read_bytes()
+        except OSError as error:
+            yield f"--{flag.replace('_', '-')}: {path}: {error.strerror}"
+
+
+def _addresses(config: ListenConfig) -> Iterator[str]:
+    taken: dict[tuple[str, int], str] = {}
+    for name in ("address", "admin_address", "metrics_address", "http_address"):
+        address: str | None = getattr(config, name)
+        flag = f"--{name.replace('_', '-')}"
+        if address is None:
+            continue
+        if address.startswith("unix:"):
+            folder = Path(address.removeprefix("unix:")).parent
+            if not folder.is_dir():
+                yield f"{flag}: {folder} is no directory"
+            continue
+        host, port = split_address(address)
+        if port and (host, port) in taken:
+            yield f"{flag}: {address} is that of {taken[host, port]} already"
+        elif problem := _bind(host, port):
+            yield f"{flag}: {address} {problem}"
+        taken[host, port] = flag
+
+
+def _bind(host: str, port: int) -> str:
+    """What keeps a listener from an address; empty if nothing does."""
+    try:
+        kind, _, _, _, where = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError:
+        return f"has a host that this machine cannot look up: {host}"
+    try:
+        with socket.socket(kind, socket.SOCK_STREAM) as listener:
+            # As the listeners do: connections that only just ended do not count.
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(where)
+            listener.listen()
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            return "is taken: another process listens there; port 0 picks a free one"
+        if error.errno == errno.EADDRNOTAVAIL:
+            return "is no address of this machine; 0.0.0.0 stands for all that it has"
+        return f"cannot be had: {error.strerror}"
+    return ""

@@ -1,0 +1,302 @@
+"""Settings of ``turret serve`` from a TOML file and from ``TURRET_…`` variables.
+
+A file has a table a section of ``server/config.py``, and in it the flags' names with underscores:
+``[listen]`` holds ``http_address``. A variable is called after the flag: ``TURRET_HTTP_ADDRESS``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from turret.server.closest import did_you_mean
+from turret.server.config import Config, parse_byte_size
+
+PREFIX = "TURRET_"
+# Variables of the same prefix that are no settings of the server: the clients', the kernels', the
+# image's.
+_OTHERS = frozenset(
+    PREFIX + name for name in ("CONFIG", "TOKEN", "TLS_CA", "ISA", "NATIVE", "HEALTH_FLAGS")
+)
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+_FLAG = re.compile(r"--([a-z][a-z-]*)")
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One field of the configuration.
+
+    Attributes:
+        section: Field of ``Config`` that holds it.
+        name: In its dataclass, in a file, and with dashes as a flag.
+        type: What a value is, without None; of a tuple, what a member is.
+        choices: The only values, if there are few.
+        default: Of the dataclass.
+        is_optional: Whether None is a value; written ``none``.
+        is_repeated: Whether it is a tuple; a flag then adds a member each time.
+        help: For the reader, with the unit.
+        unit: ``bytes``, ``seconds`` …; empty where there is none.
+        metavar: Stands for the value in the flag's help.
+    """
+
+    section: str
+    name: str
+    type: type
+    choices: tuple[str, ...]
+    default: Any
+    is_optional: bool
+    is_repeated: bool
+    help: str
+    unit: str
+    metavar: str
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def variable(self) -> str:
+        return PREFIX + self.name.upper()
+
+    @property
+    def is_pairs(self) -> bool:
+        """Whether a member is ``NAME=PATH``."""
+        return self.type is tuple
+
+
+@dataclass(slots=True)
+class Settings:
+    """Values that were given, by the setting's name, and where.
+
+    Attributes:
+        values: Of the settings that were given.
+        origins: The file or variable that gave each; empty for a flag.
+        notes: What looks like a mistake and changes nothing.
+    """
+
+    values: dict[str, Any] = field(default_factory=dict)
+    origins: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def put(self, setting: Setting, value: Any, origin: str) -> None:
+        self.values[setting.name] = value
+        self.origins[setting.name] = origin
+
+    def update(self, other: Settings) -> None:
+        self.values |= other.values
+        self.origins |= other.origins
+
+    def config(self) -> Config:
+        """The checked configuration.
+
+        Raises:
+            ValueError: A value is out of range or two do not fit together; names the flag, and the
+                file or variable that set it.
+        """
+        parts: dict[str, Any] = {}
+        try:
+            for section, kind in typing.get_type_hints(Config).items():
+                names = [entry.name for entry in dataclasses.fields(kind)]
+                given = {name: self.values[name] for name in names if name in self.values}
+                parts[section] = kind(**given)
+            return Config(**parts)
+        except ValueError as error:
+            raise ValueError(f"{error}{self._blame(str(error))}") from None
+
+    def describe(self, config: Config) -> str:
+        """What differs from the defaults, one ``section.field = value`` a line, and who says so."""
+        lines = []
+        for line in config.changes():
+            origin = self.origins.get(line.split(" ", 1)[0].partition(".")[2])
+            lines.append(f"{line}  ({origin})" if origin else line)
+        return "\n".join(lines)
+
+    def _blame(self, message: str) -> str:
+        names = [name.replace("-", "_") for name in _FLAG.findall(message)]
+        given = {name: self.origins[name] for name in names if self.origins.get(name)}
+        if not given:
+            return ""
+        return f" ({', '.join(f'{name} is from {origin}' for name, origin in given.items())})"
+
+
+@functools.cache
+def settings() -> tuple[Setting, ...]:
+    """Every setting, in the order of the flags."""
+    return tuple(
+        _setting(section, entry, typing.get_type_hints(kind)[entry.name])
+        for section, kind in typing.get_type_hints(Config).items()
+        for entry in dataclasses.fields(kind)
+    )
+
+
+def _setting(section: str, entry: dataclasses.Field[Any], annotation: Any) -> Setting:
+    options = typing.get_args(annotation)
+    is_optional = isinstance(annotation, types.UnionType) and type(None) in options
+    kind: Any = next(o for o in options if o is not type(None)) if is_optional else annotation
+    is_choice = typing.get_origin(kind) is typing.Literal
+    is_repeated = typing.get_origin(kind) is tuple
+    if is_repeated:
+        kind = tuple if typing.get_origin(options[0]) is tuple else options[0]
+    unit = entry.metadata.get("unit", "")
+    by_type = {Path: "PATH", str: "ADDRESS", tuple: "NAME=PATH"}
+    metavar = by_type.get(kind) or (unit or entry.name).upper()
+    return Setting(
+        section=section,
+        name=entry.name,
+        type=str if is_choice else kind,
+        choices=options if is_choice else (),
+        default=entry.default,
+        is_optional=is_optional,
+        is_repeated=is_repeated,
+        help=entry.metadata["help"],
+        unit=unit,
+        metavar=entry.metadata.get("metavar", metavar),
+    )
+
+
+def from_text(setting: Setting, text: str) -> Any:
+    """A value as a flag gives it; of a repeated setting, one member.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if setting.is_pairs:
+        name, equals, path = text.partition("=")
+        if not (equals and name and path):
+            raise ValueError(f"{text!r} is not NAME=PATH")
+        return name, path
+    if setting.is_optional and text == "none":
+        return None
+    if setting.unit == "bytes":
+        return parse_byte_size(text)
+    if setting.type is bool:
+        if text.lower() not in (*_TRUE, *_FALSE):
+            raise ValueError(f"{text!r} is neither true nor false")
+        return text.lower() in _TRUE
+    if setting.choices and text not in setting.choices:
+        meant = did_you_mean(text, setting.choices)
+        raise ValueError(f"{text!r} is none of {', '.join(setting.choices)}{meant}")
+    try:
+        return setting.type(text)
+    except ValueError:
+        kind = "a whole number" if setting.type is int else "a number"
+        raise ValueError(f"{text!r} is not {kind}") from None
+
+
+def read_environment(environ: Mapping[str, str]) -> Settings:
+    """The variables that are set; empty ones are not. Commas divide repeated ones.
+
+    Raises:
+        ValueError: A value makes no sense; names the variable.
+    """
+    found = Settings()
+    for setting in settings():
+        text = environ.get(setting.variable, "")
+        if not text:
+            continue
+        try:
+            value = (
+                tuple(from_text(setting, part.strip()) for part in text.split(","))
+                if setting.is_repeated
+                else from_text(setting, text)
+            )
+        except ValueError as error:
+            raise ValueError(f"{setting.variable}: {error}") from None
+        found.put(setting, value, setting.variable)
+    return found
+
+
+def unknown_variables(environ: Mapping[str, str]) -> tuple[str, ...]:
+    """A note for each ``TURRET_…`` variable that looks like a misspelt one."""
+    known = {setting.variable for setting in settings()} | _OTHERS
+    notes = []
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and name not in known and (meant := did_you_mean(name, known)):
+            notes.append(f"{name} is no setting{meant}")
+    return tuple(notes)
+
+
+def read_file(path: Path) -> Settings:
+    """A TOML file; paths in it are relative to the directory that it is in.
+
+    Raises:
+        ValueError: No TOML, or a key or value that makes no sense; names file and key.
+        OSError: It cannot be read.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"{path}: {error}") from None
+    known = {(setting.section, setting.name): setting for setting in settings()}
+    sections = list(dict.fromkeys(section for section, _ in known))
+    found = Settings()
+    for section, keys in tables.items():
+        if section not in sections:
+            raise ValueError(f"{path}: {_unknown_table(section, sections)}")
+        if not isinstance(keys, dict):
+            raise ValueError(f"{path}: {section} must be a table: [{section}]")
+        for key, value in keys.items():
+            setting = known.get((section, key))
+            if setting is None:
+                raise ValueError(f"{path}: {_unknown_key(section, key)}")
+            try:
+                converted = _from_toml(setting, value, path.parent)
+            except ValueError as error:
+                raise ValueError(f"{path}: {section}.{key}: {error}") from None
+            found.put(setting, converted, str(path))
+    return found
+
+
+def _unknown_table(section: str, sections: list[str]) -> str:
+    for setting in settings():
+        if setting.name == section:
+            return f"{section} belongs into the table [{setting.section}]"
+    meant = did_you_mean(section, sections)
+    return f"there is no table [{section}]{meant or '; there are ' + ', '.join(sections)}"
+
+
+def _unknown_key(section: str, key: str) -> str:
+    for setting in settings():
+        if key in (setting.name, setting.flag.removeprefix("--")):
+            right = f"[{setting.section}] {setting.name}"
+            return f"[{section}] {key} is no setting; did you mean {right}?"
+    meant = did_you_mean(key, [s.name for s in settings() if s.section == section])
+    return f"[{section}] {key} is no setting{meant or '; `turret serve --help` lists them'}"
+
+
+def _from_toml(setting: Setting, value: Any, folder: Path) -> Any:
+    if setting.is_pairs and isinstance(value, dict):
+        value = [f"{name}={path}" for name, path in value.items()]
+    if setting.is_repeated:
+        if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
+            raise ValueError(f"must be a list of strings, not {value!r:.60}")
+        return tuple(from_text(setting, part) for part in value)
+    if isinstance(value, bool) or setting.type is bool:
+        if type(value) is not setting.type:
+            raise ValueError(f"must be {_kind(setting)}, not {value!r:.60}")
+        return value
+    if setting.type is Path and isinstance(value, str):
+        return folder / value
+    is_text = setting.unit == "bytes" or setting.type is str
+    if is_text and isinstance(value, str):
+        return from_text(setting, value)
+    if setting.type is float and isinstance(value, int | float):
+        return float(value)
+    if setting.type is int and isinstance(value, int):
+        return value
+    raise ValueError(f"must be {_kind(setting)}, not {value!r:.60}")
+
+
+def _kind(setting: Setting) -> str:
+    if setting.unit == "bytes":
+        return "a size such as '512MiB'"
+    names = {bool: "true or false", int: "a whole number", float: "a number"}
+    return names.get(setting.type, "a string")

@@ -1,0 +1,118 @@
+"""Whether a directory can be a base model, told from its names and its config, without torch."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from turret.server.errors import InvalidRequestError
+from turret.server.models import families
+
+WEIGHTS = "model.safetensors"
+_INDEX = "model.safetensors.index.json"
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+def check_model_directory(model: Path) -> dict[str, Any]:
+    """Refuse what is no model that can be served.
+
+    Args:
+        model: A directory in Hugging Face format.
+
+    Returns:
+        Its ``config.json``.
+
+    Raises:
+        InvalidRequestError: Says what is there instead, and what to do.
+    """
+    if not model.exists():
+        raise _refuse(_absent(model))
+    if not model.is_dir():
+        raise _refuse(
+            f"{model} is a file; a model is a directory in Hugging Face format, with config.json,"
+            " the tokenizer's files and *.safetensors"
+        )
+    config = _read_config(model)
+    kind = config.get("model_type")
+    if kind not in families.FAMILIES:
+        raise _refuse(
+            f"model_type {kind!r} is not served; served are {', '.join(sorted(families.FAMILIES))}"
+        )
+    quantization = config.get("quantization_config")
+    if quantization is not None and not _is_4bit(quantization):
+        raise _refuse(
+            f"{model} is quantised with {quantization.get('quant_method')!r}; turret serves plain"
+            " checkpoints, which it quantises itself, and bitsandbytes 4-bit ones"
+        )
+    weight_files(model)
+    return config
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, sharded or not.
+
+    Raises:
+        InvalidRequestError: There are none (pickle files are not read), or some are missing.
+    """
+    index = folder / _INDEX
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise _refuse(
+                f"{folder} lacks {len(missing)} of the {len(names)} files that {_INDEX} names, such"
+                f" as {missing[0]}: the download is not complete"
+            )
+        return [folder / name for name in names]
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    pickles = sorted(path.name for path in folder.glob("*.bin"))
+    if pickles:
+        raise _refuse(
+            f"{folder} has {pickles[0]} and no {WEIGHTS}; only safetensors is read, since a pickle"
+            " can run code. transformers converts: AutoModelForCausalLM.from_pretrained(DIR)"
+            ".save_pretrained(NEW)"
+        )
+    raise _refuse(f"{folder} has no {WEIGHTS}; only safetensors is read")
+
+
+def _absent(model: Path) -> str:
+    text = str(model)
+    if _HUB_ID.fullmatch(text):
+        name = model.name
+        return (
+            f"there is no directory {text}. turret downloads no models; if {text} is one of the"
+            f" Hugging Face hub: hf download {text} --local-dir models/{name}, then --model"
+            f" models/{name}"
+        )
+    return f"{model} does not exist; a model is a directory in Hugging Face format"
+
+
+def _read_config(model: Path) -> dict[str, Any]:
+    path = model / "config.json"
+    if not path.is_file():
+        if (model / "adapter_config.json").is_file():
+            raise _refuse(
+                f"{model} is an adapter, not a base model: --adapter-root is the directory that"
+                " adapters lie in"
+            )
+        raise _refuse(f"{model} has no config.json; a model is a directory in Hugging Face format")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise _refuse(f"{path} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise _refuse(f"{path} is no JSON object")
+    return config
+
+
+def _is_4bit(quantization: Any) -> bool:
+    return quantization.get("quant_method") == "bitsandbytes" and bool(
+        quantization.get("load_in_4bit", quantization.get("_load_in_4bit"))
+    )
+
+
+def _refuse(why: str) -> InvalidRequestError:
+    return InvalidRequestError.of("model", why)
