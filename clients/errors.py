@@ -27,6 +27,8 @@ from google.rpc import error_details_pb2, status_pb2
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _REQUEST_ID_KEY = "x-request-id"
+# Fields that a message names; ``violations`` has all.
+_MOST_TOLD = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,11 +82,10 @@ class TurretRpcError(Exception):
         """One line: status, reason, message, and what the message leaves out."""
         head = f"{self.code.name} ({self.reason})" if self.reason else self.code.name
         parts = [" ".join(self.message.split())]
-        parts += [
-            f"{v.field}: {v.description}"
-            for v in self.violations
-            if v.description not in self.message
-        ]
+        untold = [v for v in self.violations if v.description not in self.message]
+        parts += [f"{v.field}: {v.description}" for v in untold[:_MOST_TOLD]]
+        if len(untold) > _MOST_TOLD:
+            parts.append(f"and {len(untold) - _MOST_TOLD} more, see violations")
         if self.retry_delay is not None:
             parts.append(f"retry in {self.retry_delay:g} s")
         return f"{head}: " + "; ".join(part for part in parts if part)

@@ -214,6 +214,7 @@ def _build_registry(config: AdapterConfig, base: BaseModel, metrics: Metrics) ->
         config.max_rank,
         metrics,
         state=state,
+        allow_other_base=config.allow_other_base,
     )
     count = registry.restore()
     if state is not None:

@@ -222,6 +222,9 @@ class AdapterConfig:
         unit="bytes",
     )
     max_rank: int = _flag(128, "highest rank of an adapter", unit="rank")
+    allow_other_base: bool = _flag(
+        False, "serve adapters that say they were trained for another base model, if shapes fit"
+    )
     preload: tuple[tuple[str, str], ...] = _flag(
         (), "adapter to load before serving, path relative to --adapter-root; repeatable"
     )

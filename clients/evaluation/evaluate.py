@@ -14,7 +14,13 @@ from functools import partial
 from typing import TypeVar
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import TurretRpcError
+from turret.clients.errors import (
+    AuthenticationError,
+    NotFoundError,
+    PermissionDeniedError,
+    TurretRpcError,
+    UnavailableError,
+)
 from turret.clients.evaluation.answer_metrics import (
     Estimate,
     estimate,
@@ -29,6 +35,8 @@ from turret.clients.messages.mix import AdapterWeight
 
 METRICS = ("perplexity", "exact_match", "token_f1", "label_accuracy")
 _MOST_RETRIES = 30
+# Failures that every line would have had.
+_NOBODYS_LINE = (AuthenticationError, NotFoundError, PermissionDeniedError, UnavailableError)
 
 Mix = tuple[AdapterWeight, ...]
 _T = TypeVar("_T")
@@ -241,6 +249,8 @@ def _called(place: str, call: Callable[[], _T]) -> _T:
         try:
             return call()
         except TurretRpcError as error:
+            if isinstance(error, _NOBODYS_LINE):
+                raise
             if error.reason != "QUEUE_FULL" or attempt == _MOST_RETRIES:
                 raise error.at(place) from None
             time.sleep(error.retry_delay or 1.0)

@@ -31,15 +31,28 @@ def upload_messages(
     directory = Path(directory)
     paths = [directory / "adapter_config.json", *sorted(directory.glob("*.safetensors"))]
     if not paths[0].is_file() or len(paths) == 1:
-        raise FileNotFoundError(
-            f"{directory}: adapter_config.json and a .safetensors file are needed"
-        )
+        raise FileNotFoundError(f"{directory}: {_lacking(directory)}")
     header = adapters_pb2.UploadHeader(name=name, pinned=pinned, replace=replace)
     for path in paths:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             header.files.add(path=path.name, size_bytes=file.tell(), sha256=digest)
     return _messages(header, paths)
+
+
+def _lacking(directory: Path) -> str:
+    """Why a directory is no adapter, and what to do."""
+    pickles = sorted(path.name for path in directory.glob("*.bin"))
+    if pickles:
+        return (
+            f"{pickles[0]} is a pickle, which can run code, and no server reads it; PEFT's"
+            " save_pretrained(DIR, safe_serialization=True) writes adapter_model.safetensors"
+        )
+    below = sorted(path.parent.name for path in directory.glob("*/adapter_config.json"))
+    if below:
+        return f"is no adapter; {', '.join(below[-3:])} in it are"
+    what = "adapter_config.json and a .safetensors file are needed"
+    return what if directory.is_dir() else f"is no directory; one with {what}"
 
 
 def _messages(

@@ -19,6 +19,8 @@ from turret.clients.messages.mix import AdapterWeight
 from turret.clients.retries import RetryPolicy
 
 _DEFAULT_TIMEOUT_SECONDS = 600.0
+# More than so many are only counted, unless --details is given.
+_FEW_VIOLATIONS = 8
 # Environment variables that stand for the flags of the same name; the flags win.
 ADDRESS_VARIABLE = "TURRET_ADDRESS"
 TOKEN_VARIABLE = "TURRET_TOKEN"
@@ -52,6 +54,9 @@ def connection_parser() -> argparse.ArgumentParser:
     group.add_argument("--tls-cert", type=Path, metavar="FILE", help="PEM certificate to show")
     group.add_argument("--tls-key", type=Path, metavar="FILE", help="PEM key of --tls-cert")
     group.add_argument("--tls-server-name", metavar="NAME", help="name in the server's certificate")
+    group.add_argument(
+        "--details", action="store_true", help="of a refusal, print a line for every field at fault"
+    )
     group.add_argument(
         "--timeout",
         type=_positive_seconds,
@@ -109,6 +114,7 @@ def with_client(
                 verb(args, client)
         except TurretRpcError as error:
             print_error(_with_next_step(error, args))
+            _print_details(error, args.details)
             return 1
         except OSError as error:
             print_error(error)
@@ -137,6 +143,16 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
             f"{error.message}; give it with --token, --token-from or {TOKEN_VARIABLE}"
         )
     return error
+
+
+def _print_details(error: TurretRpcError, wanted: bool) -> None:
+    if wanted:
+        for violation in error.violations:
+            print(f"  {violation.field}: {violation.description}", file=sys.stderr)
+        if error.request_id:
+            print(f"  request id: {error.request_id}", file=sys.stderr)
+    elif len(error.violations) > _FEW_VIOLATIONS:
+        print(f"  --details lists all {len(error.violations)} fields at fault", file=sys.stderr)
 
 
 def print_error(error: Exception) -> None:

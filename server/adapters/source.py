@@ -8,6 +8,8 @@ from dataclasses import dataclass
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
+# Beside them where ``turret train`` made the adapter; read where it is there.
+PROVENANCE_FILE = "provenance.json"
 
 
 @dataclass(frozen=True, slots=True)

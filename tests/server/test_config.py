@@ -36,6 +36,7 @@ DEFAULTS = {
     "adapter_host_bytes": 1 << 30,
     "adapter_device_bytes": None,
     "max_rank": 128,
+    "allow_other_base": False,
     "max_queued_requests": 1024,
     "max_queued_bytes": 512 << 20,
     "preempt_after_seconds": 5.0,

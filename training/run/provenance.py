@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import turret
+from turret.server.adapters.source import PROVENANCE_FILE
 from turret.training.errors import RunError
 from turret.training.fusion.components import component_digests
 from turret.training.settings.resolve import Resolved
 
-FILE = "provenance.json"
+FILE = PROVENANCE_FILE
 _PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 

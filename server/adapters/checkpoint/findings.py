@@ -8,6 +8,10 @@ from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 
 # A hostile file can break thousands of rules; the answer stays readable and small.
 MAX_REPORTED = 64
+# Of the findings in a message, beyond the first; all that are reported are its violations.
+_MOST_CHARS = 400
+# Of the keys at fault that come after these.
+_MOST_NAMES = 600
 
 
 class Findings:
@@ -21,6 +25,8 @@ class Findings:
     def __init__(self, path: str, base: str = "") -> None:
         self._path = path
         self._base = base
+        # Said first of a mismatch: one cause stands behind many lines of shapes.
+        self.cause = ""
         # Dictionaries, as ordered sets: a fault that two checks see is told once.
         self._faults: dict[tuple[str, str], None] = {}
         self._mismatches: dict[tuple[str, str], None] = {}
@@ -58,12 +64,12 @@ class Findings:
         """Raises what was found; faults of the checkpoint itself come first.
 
         Raises:
-            AdapterCheckpointError: Unsupported or inconsistent; its message and ``violations`` name
-                everything at fault (past ``MAX_REPORTED``, how many more there are).
+            AdapterCheckpointError: Unsupported or inconsistent; ``violations`` name everything at
+                fault (past ``MAX_REPORTED``, how many more there are), the message the beginning.
             AdapterMismatchError: Sound, but for another base; likewise.
         """
         if self._faults:
-            shown, text = _summary(self._faults)
+            shown, text = _summary(self._faults, _MOST_NAMES)
             raise AdapterCheckpointError(
                 f"adapter {self._path!r} cannot be served: {text}",
                 metadata={"path": self._path, "violation_count": str(len(self._faults))},
@@ -71,17 +77,40 @@ class Findings:
             )
         if self._mismatches:
             shown, text = _summary(self._mismatches)
+            cause = self.cause and f"{self.cause}; "
             raise AdapterMismatchError(
-                f"adapter {self._path!r} does not fit base model {self._base!r}: {text}",
+                f"adapter {self._path!r} does not fit base model {self._base!r}: {cause}{text}",
                 metadata={"path": self._path, "base_model": self._base},
                 violations=shown,
             )
 
 
-def _summary(found: dict[tuple[str, str], None]) -> tuple[list[tuple[str, str]], str]:
-    """The findings to report, and all of them as one sentence."""
+def _summary(
+    found: dict[tuple[str, str], None], most_names: int = 0
+) -> tuple[list[tuple[str, str]], str]:
+    """The findings to report, and as one sentence the first of them and the fields of others.
+
+    Args:
+        found: All of them.
+        most_names: Characters of those fields.
+    """
     shown = list(found)[:MAX_REPORTED]
-    hidden = len(found) - len(shown)
-    if hidden:
-        shown.append(("", f"and {hidden} more"))
-    return shown, "; ".join(f"{field}: {why}" if field else why for field, why in shown)
+    text, told = "", 0
+    for field, why in shown:
+        line = f"{field}: {why}" if field else why
+        if told and len(text) + len(line) > _MOST_CHARS:
+            break
+        text += f"; {line}" if told else line
+        told += 1
+    named = 0
+    for field, _ in shown[told:]:
+        if named + len(field) > most_names:
+            break
+        text += f"{', ' if named else '; also '}{field}"
+        named += len(field)
+        told += 1
+    if hidden := len(found) - told:
+        text += f"; and {hidden} more"
+    if len(found) > len(shown):
+        shown.append(("", f"and {len(found) - len(shown)} more"))
+    return shown, text

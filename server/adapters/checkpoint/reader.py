@@ -25,8 +25,13 @@ from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.safetensors_header import TensorEntry, read_header
 from turret.server.adapters.checkpoint.strict_json import parse_object
 from turret.server.adapters.checkpoint.tensor_names import canonical_names
-from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
-from turret.server.errors import BudgetExceededError
+from turret.server.adapters.source import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    PROVENANCE_FILE,
+    TENSORS_FILE,
+)
+from turret.server.errors import AdapterCheckpointError, BudgetExceededError
 
 # Names that stay in memory and on disk, and go to every client that lists adapters.
 _NAMES = ("base_model_name_or_path", "revision")
@@ -41,13 +46,14 @@ class AdapterCheckpoint:
     """A directory's content, structurally sound and finite, not yet interpreted.
 
     Attributes:
-        path: As the caller gave it, relative to the adapter root.
+        path: As the caller gave it, relative to the adapter root; of an upload, its name.
         config: ``adapter_config.json``.
         tensors: By canonical name (module path and PEFT's parameter name, without wrapper
             prefixes), in the file's dtype; views of one buffer, which is not the file's mapping.
         digest: SHA-256, hex, over the config (canonical JSON) and every byte of the tensor file.
         bytes_disk: Size of the two files.
         is_partial: Whether tensors were taken out that the method must not miss.
+        base_digest: Of the base model, as ``provenance.json`` beside the files has it; "" without.
     """
 
     path: str
@@ -56,10 +62,16 @@ class AdapterCheckpoint:
     digest: str
     bytes_disk: int
     is_partial: bool = False
+    base_digest: str = ""
 
 
 def read_checkpoint(
-    root: AdapterRoot, path: str, *, max_elements: int, known: DigestCache | None = None
+    root: AdapterRoot,
+    path: str,
+    *,
+    max_elements: int,
+    known: DigestCache | None = None,
+    shown: str = "",
 ) -> AdapterCheckpoint:
     """Reads the adapter in directory ``path``.
 
@@ -68,6 +80,7 @@ def read_checkpoint(
         path: Directory, relative to the root.
         max_elements: Most tensor elements to read, all tensors together.
         known: Files that were hashed before and need not be again; learns those that were now.
+        shown: What errors call the adapter; "" is its path.
 
     Raises:
         AdapterCheckpointError: Path, file, header or values are refused.
@@ -81,6 +94,8 @@ def read_checkpoint(
         except BaseException:
             config_file.close()
             raise
+        base_digest = _base_digest(directory)
+    path = shown or path
     with config_file, file:
         stamp = None if known is None else stamp_of(config_file.fileno(), file.fileno())
         digest = None if known is None else known.find(stamp)
@@ -104,7 +119,20 @@ def read_checkpoint(
         tensors=tensors,
         digest=digest,
         bytes_disk=len(config_bytes) + file_bytes,
+        base_digest=base_digest,
     )
+
+
+def _base_digest(directory: AdapterDirectory) -> str:
+    """What ``turret train`` wrote of the base; "" if nothing readable is there."""
+    if not directory.has(PROVENANCE_FILE):
+        return ""
+    try:
+        with directory.open_file(PROVENANCE_FILE) as file:
+            digest = parse_object(file.read(MAX_CONFIG_BYTES))["base"]["digest"]
+    except (AdapterCheckpointError, OSError, ValueError, LookupError, TypeError):
+        return ""
+    return digest if isinstance(digest, str) else ""
 
 
 def _refuse_pickle(directory: AdapterDirectory, path: str) -> None:
@@ -114,7 +142,9 @@ def _refuse_pickle(directory: AdapterDirectory, path: str) -> None:
     for name in directory.names():
         if name.endswith(PICKLE_SUFFIXES):
             findings.add(
-                name, f"pickle files are never read; save the adapter again as {TENSORS_FILE}"
+                name,
+                "pickle files are never read; PEFT's save_pretrained(…, safe_serialization=True)"
+                f" writes {TENSORS_FILE}",
             )
     findings.raise_if_any()
 

@@ -210,7 +210,7 @@ class Fuser:
         self._check_free(name, list(work))
         rank = rank_of_result(members, combination)
         if rank > self._max_rank:
-            why = f"is {rank}, the server allows {self._max_rank}"
+            why = f"is {rank}, the server allows {self._max_rank} (--max-rank)"
             raise BudgetExceededError(
                 f"rank: {why}",
                 metadata={"rank": str(rank), "max_rank": str(self._max_rank)},

@@ -10,14 +10,22 @@ _REPACKAGED = re.compile(
 )
 _EXTENSION = re.compile(r"\.(gguf|safetensors)$")
 _GGUF_TYPE = re.compile(r"[-_.](q[2-8]_[0-9k](_[sml])?|f16|f32|bf16)$")
+# ~/.cache/huggingface/hub/models--ORG--NAME/snapshots/COMMIT
+_HUB_CACHE = re.compile(r"(?:^|/)models--[^/]*?--([^/]+)(?:/|$)")
+# A name that says how large the model is names a model; "model" or "checkpoint" name a folder.
+_SIZE = re.compile(r"(?:^|[-_.x])\d+(?:\.\d+)?[bm](?:$|[-_.])")
+_LOCAL = re.compile(r"^(?:[/~.]|[a-z]:/)|/.*/", re.IGNORECASE)
 
 
 def normalise_base_name(name: str) -> str:
     """``unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit`` → ``llama-3.1-8b-instruct``.
 
-    The publisher, a leading ``meta-`` and suffixes that name only a storage format are dropped.
+    The publisher, a leading ``meta-`` and suffixes that name only a storage format are dropped; of
+    a place in the hub's cache the model's name stays.
     """
-    text = name.rstrip("/").replace("\\", "/").rsplit("/", 1)[-1].lower()
+    text = name.rstrip("/").replace("\\", "/")
+    cached = _HUB_CACHE.search(text)
+    text = (cached[1] if cached else text.rsplit("/", 1)[-1]).lower()
     text = _EXTENSION.sub("", text)
     while True:
         shorter = _GGUF_TYPE.sub("", _REPACKAGED.sub("", text))
@@ -28,7 +36,7 @@ def normalise_base_name(name: str) -> str:
 
 
 def base_name_warning(adapter_base: str, served_base: str) -> str | None:
-    """A warning when the names differ; shapes, which are checked, decide whether it loads."""
+    """A warning when the names differ."""
     if not adapter_base or not served_base:
         return None
     if normalise_base_name(adapter_base) == normalise_base_name(served_base):
@@ -37,3 +45,16 @@ def base_name_warning(adapter_base: str, served_base: str) -> str | None:
         f"trained for base model {adapter_base!r:.200}, served on {served_base!r:.200}:"
         " shapes fit, the weights may not"
     )
+
+
+def is_other_base(adapter_base: str, served_base: str) -> bool:
+    """Whether the names prove that these are two models.
+
+    They do where both say how large the model is and yet differ. A path on the machine that trained
+    proves nothing, unless it is one of the hub's cache.
+    """
+    text = adapter_base.replace("\\", "/")
+    if _LOCAL.search(text) and not _HUB_CACHE.search(text):
+        return False
+    names = normalise_base_name(adapter_base), normalise_base_name(served_base)
+    return names[0] != names[1] and all(_SIZE.search(name) for name in names)

@@ -17,6 +17,7 @@ import torch
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.peft_format.base_mismatch import cause_of_mismatch
 from turret.server.adapters.peft_format.rules import Rules, check_config
 from turret.server.adapters.peft_format.targets import Targets, resolve_targets
 from turret.server.adapters.source import TENSORS_FILE
@@ -119,6 +120,8 @@ def read_module_checkpoint(
             form.check(name, roles, base.modules[name], targets.ranks.get(name, 0), findings)
         if form.bias_only is not None:
             _check_biases(config, form.bias_only, targets, tensors, base, findings)
+    if findings.mismatched:
+        findings.cause = cause_of_mismatch(config, checkpoint.tensors, base)
     findings.raise_if_any()
     assert targets is not None  # its keys had no fault
     modules = {name: adapted[name] for name in base.modules if name in adapted}
@@ -143,7 +146,8 @@ def check_rank(path: str, rank: int, max_rank: int | None, *, name: str = "rank"
     """
     if max_rank is not None and rank > max_rank:
         raise BudgetExceededError(
-            f"adapter {path!r} has {name} {rank}, the server allows {max_rank}",
+            f"adapter {path!r} has {name} {rank}, the server allows {max_rank};"
+            f" `turret serve --max-rank {rank}` allows it",
             metadata={"path": path, name: str(rank), "max_rank": str(max_rank)},
         )
 

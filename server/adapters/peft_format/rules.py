@@ -98,10 +98,10 @@ def check_config(config: Mapping[str, Any], rules: Rules, findings: Findings) ->
         rule = rules.get(key)
         match rule:
             case None:
-                findings.add(
-                    key,
-                    "is unknown to this version; if it does not change the forward pass, remove it",
-                )
+                # Newer versions of PEFT write keys that older ones lack; null switches one off.
+                if value is not None:
+                    why = "is unknown to this version; if it does not change the forward pass,"
+                    findings.add(key, f"{why} remove it")
             case Used(check):
                 problem = check(value)
                 if problem is not None:

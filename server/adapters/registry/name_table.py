@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections import Counter
@@ -17,6 +18,7 @@ from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.residency.metrics import AdapterMetrics
 from turret.server.adapters.source import Source
+from turret.server.closest import did_you_mean
 from turret.server.errors import (
     AdapterComponentError,
     AdapterInUseError,
@@ -24,14 +26,19 @@ from turret.server.errors import (
     InvalidRequestError,
 )
 
+# Names that one is compared with that is not there.
+_MOST_COMPARED = 256
+
 
 def in_use_error(name: str, why: str) -> AdapterInUseError:
     return AdapterInUseError(f"adapter {name!r} {why}", metadata={"adapter": name})
 
 
-def _not_found(missing: Sequence[str]) -> AdapterNotFoundError:
+def _not_found(missing: Sequence[str], names: Sequence[str] = ()) -> AdapterNotFoundError:
+    meant = did_you_mean(missing[0], names) if len(missing) == 1 else ""
     return AdapterNotFoundError(
-        f"adapter not found: {', '.join(missing)}", metadata={"adapters": ",".join(missing)}
+        f"adapter not found: {', '.join(missing)}{meant}",
+        metadata={"adapters": ",".join(missing)},
     )
 
 
@@ -70,8 +77,13 @@ class NameTable:
         with self._changed:
             registration = self._by_name.get(name)
         if registration is None:
-            raise _not_found([name])
+            raise _not_found([name], self._some_names())
         return registration
+
+    def _some_names(self) -> list[str]:
+        """What a name that is not there may have been meant for; not all, a call looks at them."""
+        with self._changed:
+            return list(itertools.islice(self._by_name, _MOST_COMPARED))
 
     def get(self, name: str) -> Registration | None:
         with self._changed:
@@ -215,7 +227,7 @@ class NameTable:
                 else:
                     found.append((registration, ref.weight))
             if missing:
-                raise _not_found(missing)
+                raise _not_found(missing, self._some_names())
             now = time.time()
             for registration, _ in found:
                 registration.last_used_time = now

@@ -61,6 +61,7 @@ class AdapterRegistry:
         on_unloaded: Called with the key of a generation that is gone (unloaded, or replaced and no
             longer in use), so that copies of its operators can go too. May be set later.
         load_threads: Background reads at a time.
+        allow_other_base: Take adapters whose base is another one by name.
 
     Attributes:
         on_force_unload: Listeners, called with the uuid of an adapter whose users must end now;
@@ -78,10 +79,17 @@ class AdapterRegistry:
         state: StateDir | None = None,
         on_unloaded: Callable[[str], None] | None = None,
         load_threads: int = 2,
+        allow_other_base: bool = False,
     ) -> None:
         self._state = kept = NoStateDir() if state is None else state
         self._loader = loader = AdapterLoader(
-            root, base, host_bytes, max_rank, kept.path, lambda ref: self._table.source_of(ref)
+            root,
+            base,
+            host_bytes,
+            max_rank,
+            kept.path,
+            find_source=lambda ref: self._table.source_of(ref),
+            allow_other_base=allow_other_base,
         )
         self._lock = lock = threading.RLock()
         self._metrics: AdapterMetrics = metrics or NoAdapterMetrics()

@@ -22,11 +22,13 @@ from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.peft_format.base_name import is_other_base
 from turret.server.adapters.source import Source
 from turret.server.background import compute_on_this_thread
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,
+    AdapterMismatchError,
     BudgetExceededError,
 )
 
@@ -60,6 +62,7 @@ class AdapterLoader:
         max_rank: Largest rank served.
         uploads: The directory that the paths of uploads are relative to.
         find_source: Where the files of a registered component are; raises AdapterComponentError.
+        allow_other_base: Take adapters whose base is another one by name.
     """
 
     def __init__(
@@ -69,7 +72,9 @@ class AdapterLoader:
         host_bytes: int,
         max_rank: int,
         uploads: Path | None = None,
+        *,
         find_source: Callable[[ComponentRef], Source] = find_no_component,
+        allow_other_base: bool = False,
     ) -> None:
         self._root = AdapterRoot(root)
         self._uploads = AdapterRoot(uploads)
@@ -77,6 +82,7 @@ class AdapterLoader:
         self._host_bytes = host_bytes
         self._max_rank = max_rank
         self._find_source = find_source
+        self._allow_other_base = allow_other_base
         is_private = uploads is not None and _is_private(uploads)
         self._known = DigestCache() if is_private else None
 
@@ -84,8 +90,13 @@ class AdapterLoader:
         """The only directory that the source's files may be opened in."""
         return self._uploads if source.is_upload else self._root
 
-    def read(self, source: Source) -> AdapterCheckpoint:
-        """Reads and hashes; see ``read_checkpoint`` for the errors."""
+    def read(self, source: Source, name: str = "") -> AdapterCheckpoint:
+        """Reads and hashes; see ``read_checkpoint`` for the errors.
+
+        Args:
+            source: Where the files are.
+            name: What errors call the adapter; "" is its path.
+        """
         compute_on_this_thread()
         # Operators take at least one serving element per weight, so more cannot fit.
         max_elements = self._host_bytes // self.base.dtype.itemsize
@@ -94,6 +105,7 @@ class AdapterLoader:
             source.path,
             max_elements=max_elements,
             known=self._known if source.is_upload else None,
+            shown=name,
         )
 
     def lower(self, checkpoint: AdapterCheckpoint) -> LoadedAdapter:
@@ -115,6 +127,8 @@ class AdapterLoader:
                 f" budget for all adapters is {self._host_bytes}",
                 metadata={"path": checkpoint.path, "bytes": str(lowered.num_bytes)},
             )
+        if not self._allow_other_base:
+            check_same_base(checkpoint, base)
         generation = base.generation if lowered.depends_on_base else None
         return LoadedAdapter(lowered.facts(checkpoint, method), lowered.operators, generation)
 
@@ -145,6 +159,25 @@ class AdapterLoader:
         if checkpoint.digest != digest:
             raise changed(source, digest, checkpoint.digest)
         return checkpoint
+
+
+def check_same_base(checkpoint: AdapterCheckpoint, base: BaseModel) -> None:
+    """Refuses an adapter that fits in shape and says that its base is another one.
+
+    Raises:
+        AdapterMismatchError: Another base, by name, and its provenance does not say otherwise.
+    """
+    trained = checkpoint.config.get("base_model_name_or_path") or ""
+    if checkpoint.base_digest == base.digest or not is_other_base(trained, base.name):
+        return
+    raise AdapterMismatchError(
+        f"adapter {checkpoint.path!r} was trained for {trained!r:.200}, served is"
+        f" {base.name!r:.200}: the shapes fit, but on other weights its answers are wrong; serve"
+        " the base that it was trained for, or, if both are the same weights, let turret serve"
+        " --allow-other-base take it",
+        metadata={"path": checkpoint.path, "base_model": base.name, "trained_for": trained[:200]},
+        violations=[("base_model_name_or_path", f"is {trained!r:.200}")],
+    )
 
 
 def _is_private(directory: Path) -> bool:

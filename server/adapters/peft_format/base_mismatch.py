@@ -1,0 +1,65 @@
+"""Why an adapter does not fit a base model, as one sentence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from turret.server.adapters.base import BaseModel
+
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_A = (".lora_A.weight", ".hada_w1_b", ".lora_A")
+# What wrappers of several models put before the language model's own names.
+_WRAPPED = ("model.language_model.", "language_model.", "base_model.language_model.")
+
+
+def cause_of_mismatch(
+    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], base: BaseModel
+) -> str:
+    """The likeliest cause, and what the adapter was trained for; "" if nothing stands out.
+
+    Args:
+        config: ``adapter_config.json``.
+        tensors: By canonical name.
+        base: The base model as served.
+    """
+    causes = (_wrapped(tensors), _layers(tensors, base), _width(tensors, base))
+    cause = next((text for text in causes if text), "")
+    trained = config.get("base_model_name_or_path")
+    names = f"trained for {trained!r:.200}, served is {base.name!r:.200}" if trained else ""
+    return "; ".join(text for text in (cause, names) if text)
+
+
+def _wrapped(names: Iterable[str]) -> str:
+    for prefix in _WRAPPED:
+        if any(name.startswith(prefix) for name in names):
+            return (
+                f"its keys lie below {prefix.removesuffix('.')!r}: it was trained on a model of"
+                " text and images, and this base is the language model alone"
+            )
+    return ""
+
+
+def _layers(names: Iterable[str], base: BaseModel) -> str:
+    found = [int(match[1]) for name in names if (match := _LAYER.search(name))]
+    count = max(found, default=-1) + 1
+    if count <= base.num_layers:
+        return ""
+    return f"it is for a model of at least {count} layers, the base has {base.num_layers}"
+
+
+def _width(tensors: Mapping[str, torch.Tensor], base: BaseModel) -> str:
+    for name, tensor in tensors.items():
+        for suffix in _A:
+            module = base.modules.get(name.removesuffix(suffix))
+            if not name.endswith(suffix) or module is None or tensor.ndim != 2:
+                continue
+            if tensor.shape[1] != module.in_features:
+                leaf = module.name.rpartition(".")[2]
+                return (
+                    f"its {leaf} takes {tensor.shape[1]} features, the base's {module.in_features}"
+                )
+    return ""

@@ -1,0 +1,140 @@
+"""What is said of an adapter for another base, and which names mean another one."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import (
+    base_of,
+    edit_config,
+    edit_tensors,
+    lora_config,
+    save_peft_adapter,
+    tiny_llama,
+)
+
+from turret.server.adapters.peft_format.base_mismatch import cause_of_mismatch
+from turret.server.adapters.peft_format.base_name import is_other_base
+from turret.server.adapters.residency.loader import AdapterLoader
+from turret.server.adapters.source import Source
+from turret.server.errors import (
+    AdapterCheckpointError,
+    AdapterMismatchError,
+    BudgetExceededError,
+)
+
+BASE: Any = SimpleNamespace(
+    name="org/Small-1B",
+    num_layers=24,
+    modules={
+        "model.layers.0.self_attn.q_proj": SimpleNamespace(
+            name="model.layers.0.self_attn.q_proj", in_features=576
+        )
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "cause"),
+    [
+        ("model.layers.29.mlp.up_proj.lora_A.weight", (8, 576), "at least 30 layers, the base has"),
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", (8, 2048), "q_proj takes 2048 features"),
+        ("model.language_model.layers.0.x.lora_A.weight", (8, 4), "below 'model.language_model'"),
+        ("model.layers.0.self_attn.q_proj.lora_A.weight", (8, 576), "trained for 'org/Large-9B'"),
+    ],
+)
+def test_the_cause_comes_first(name: str, shape: tuple[int, ...], cause: str) -> None:
+    config = {"base_model_name_or_path": "org/Large-9B"}
+    text = cause_of_mismatch(config, {name: torch.empty(shape)}, BASE)
+    assert cause in text
+    assert text.endswith("trained for 'org/Large-9B', served is 'org/Small-1B'")
+
+
+@pytest.mark.parametrize(
+    ("trained", "served", "is_other"),
+    [
+        ("org/Llama-3.1-8B", "org/Llama-3.1-8B-Instruct", True),
+        ("Qwen/Qwen2.5-0.5B", "Qwen/Qwen2.5-1.5B", True),
+        ("unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit", "meta-llama/Llama-3.1-8B-Instruct", False),
+        ("unsloth/llama-3-8b-bnb-4bit", "meta-llama/Meta-Llama-3-8B", False),
+        ("/home/me/models/llama-3-8b-tuned", "meta-llama/Meta-Llama-3-8B", False),
+        ("./out/llama-3-8b-merged", "meta-llama/Meta-Llama-3-8B", False),
+        ("C:\\models\\Other-7B", "meta-llama/Meta-Llama-3-8B", False),
+        ("/c/hub/models--org--Llama-3.1-8B/snapshots/0a1", "org/Llama-3.1-8B", False),
+        ("/c/hub/models--org--Llama-3.1-8B/snapshots/0a1", "org/Llama-3.1-8B-Instruct", True),
+        ("org/Llama-3.1-8B", "model", False),
+        ("my-model", "org/Llama-3.1-8B", False),
+        ("", "org/Llama-3.1-8B", False),
+    ],
+)
+def test_which_names_prove_another_base(trained: str, served: str, is_other: bool) -> None:
+    assert is_other_base(trained, served) is is_other
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    save_peft_adapter(tiny_llama(), lora_config(), tmp_path / "a")
+    edit_config(tmp_path / "a", base_model_name_or_path="org/Other-7B")
+    return tmp_path / "a"
+
+
+def load(directory: Path, *, max_rank: int = 128, name: str = "", allow: bool = False) -> Any:
+
+    base = dataclasses.replace(base_of(tiny_llama()), name="org/Tiny-1B", digest="d" * 64)
+    loader = AdapterLoader(directory.parent, base, 1 << 30, max_rank, allow_other_base=allow)
+    return loader.lower(loader.read(Source(directory.name), name))
+
+
+def test_another_base_of_the_same_shapes_is_refused_unless_it_is_allowed(directory: Path) -> None:
+    with pytest.raises(AdapterMismatchError, match="--allow-other-base"):
+        load(directory)
+    assert any("org/Other-7B" in line for line in load(directory, allow=True).facts.warnings)
+
+
+def test_the_digest_of_the_base_says_more_than_names(directory: Path) -> None:
+    provenance = directory / "provenance.json"
+    provenance.write_text(json.dumps({"base": {"name": "x", "digest": "d" * 64}}))
+    load(directory)
+    for text in (json.dumps({"base": {"digest": "e" * 64}}), "{", "[]", '{"base": 3}'):
+        provenance.write_text(text)
+        with pytest.raises(AdapterMismatchError):
+            load(directory)
+
+
+def test_a_rank_over_the_limit_says_which_flag(directory: Path) -> None:
+    with pytest.raises(BudgetExceededError, match="turret serve --max-rank"):
+        load(directory, max_rank=1, allow=True)
+
+
+def test_an_upload_is_called_by_its_name(directory: Path) -> None:
+    edit_config(directory, base_model_name_or_path="", r="x")
+    with pytest.raises(AdapterCheckpointError, match="adapter 'mine' cannot be served: r: "):
+        load(directory, name="mine")
+
+
+def test_an_unknown_key_that_is_null_passes(directory: Path) -> None:
+    edit_config(directory, base_model_name_or_path="", a_key_of_tomorrow=None)
+    load(directory)
+    edit_config(directory, a_key_of_tomorrow=False)
+    with pytest.raises(AdapterCheckpointError, match="a_key_of_tomorrow: is unknown"):
+        load(directory)
+
+
+def test_a_message_is_a_line_that_can_be_read(directory: Path) -> None:
+    def elsewhere(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name.replace(".layers.", ".layers.9"): tensor for name, tensor in tensors.items()}
+
+    edit_tensors(directory, elsewhere)
+    with pytest.raises(AdapterMismatchError) as caught:
+        load(directory)
+    message = caught.value.message
+    assert "it is for a model of at least 92 layers, the base has 2; trained for" in message
+    assert message.endswith(" more")
+    assert len(message) < 900
+    assert len(caught.value.violations) > 4
