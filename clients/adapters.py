@@ -48,6 +48,7 @@ class AdaptersClient:
         *,
         pinned: bool = False,
         replace: bool = False,
+        expected_generation: int | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Send an adapter's files and register it, or with ``replace`` its new generation.
@@ -57,13 +58,32 @@ class AdaptersClient:
         """
 
         def messages() -> object:
-            return upload_messages(name, directory, pinned=pinned, replace=replace)
+            return upload_messages(
+                name,
+                directory,
+                pinned=pinned,
+                replace=replace,
+                expected_generation=expected_generation,
+            )
 
         return Adapter.from_proto(call(self._stub.UploadAdapter, messages, self._settings, timeout))
 
-    def replace(self, name: str, path: str, *, timeout: float | None = None) -> Adapter:
-        """Make the weights in ``path`` (as in :meth:`load`) the adapter's new generation."""
-        request = adapters_pb2.ReplaceAdapterRequest(name=name, path=path)
+    def replace(
+        self,
+        name: str,
+        path: str,
+        *,
+        expected_generation: int | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
+        """Make the weights in ``path`` (as in :meth:`load`) the adapter's new generation.
+
+        With ``expected_generation`` only if the name has that one: of two who replace the same
+        generation, the second gets :class:`~turret.clients.errors.FailedPreconditionError`.
+        """
+        request = adapters_pb2.ReplaceAdapterRequest(
+            name=name, path=path, expected_generation=expected_generation
+        )
         return Adapter.from_proto(
             self._unary(self._stub.ReplaceAdapter, request, timeout, repeatable=False)
         )
@@ -111,6 +131,7 @@ class AdaptersClient:
         *,
         mode: str = "drain",
         drain_seconds: float | None = None,
+        expected_generation: int | None = None,
         timeout: float | None = None,
     ) -> None:
         """Unregister an adapter.
@@ -119,12 +140,13 @@ class AdaptersClient:
             name: A registered name.
             mode: ``drain`` lets the requests that use it finish, ``force`` aborts them.
             drain_seconds: Longest wait for them; None means the server's default.
+            expected_generation: As in :meth:`replace`.
             timeout: Deadline in seconds.
 
         Raises:
             ValueError: The mode is unknown.
         """
-        request = unload_request(name, mode, drain_seconds)
+        request = unload_request(name, mode, drain_seconds, expected_generation)
         self._unary(self._stub.UnloadAdapter, request, timeout, repeatable=False)
 
     def pin(self, name: str, *, timeout: float | None = None) -> Adapter:

@@ -50,6 +50,7 @@ class AsyncAdaptersClient:
         *,
         pinned: bool = False,
         replace: bool = False,
+        expected_generation: int | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Send an adapter's files and register it, or with ``replace`` its new generation.
@@ -59,15 +60,30 @@ class AsyncAdaptersClient:
         """
 
         def messages() -> object:
-            return upload_messages(name, directory, pinned=pinned, replace=replace)
+            return upload_messages(
+                name,
+                directory,
+                pinned=pinned,
+                replace=replace,
+                expected_generation=expected_generation,
+            )
 
         return Adapter.from_proto(
             await call_async(self._stub.UploadAdapter, messages, self._settings, timeout)
         )
 
-    async def replace(self, name: str, path: str, *, timeout: float | None = None) -> Adapter:
+    async def replace(
+        self,
+        name: str,
+        path: str,
+        *,
+        expected_generation: int | None = None,
+        timeout: float | None = None,
+    ) -> Adapter:
         """Make the weights in ``path`` (as in :meth:`load`) the adapter's new generation."""
-        request = adapters_pb2.ReplaceAdapterRequest(name=name, path=path)
+        request = adapters_pb2.ReplaceAdapterRequest(
+            name=name, path=path, expected_generation=expected_generation
+        )
         return Adapter.from_proto(
             await self._unary(self._stub.ReplaceAdapter, request, timeout, repeatable=False)
         )
@@ -116,6 +132,7 @@ class AsyncAdaptersClient:
         *,
         mode: str = "drain",
         drain_seconds: float | None = None,
+        expected_generation: int | None = None,
         timeout: float | None = None,
     ) -> None:
         """Unregister an adapter.
@@ -124,12 +141,13 @@ class AsyncAdaptersClient:
             name: A registered name.
             mode: ``drain`` lets the requests that use it finish, ``force`` aborts them.
             drain_seconds: Longest wait for them; None means the server's default.
+            expected_generation: As in :meth:`replace`.
             timeout: Deadline in seconds.
 
         Raises:
             ValueError: The mode is unknown.
         """
-        request = unload_request(name, mode, drain_seconds)
+        request = unload_request(name, mode, drain_seconds, expected_generation)
         await self._unary(self._stub.UnloadAdapter, request, timeout, repeatable=False)
 
     async def pin(self, name: str, *, timeout: float | None = None) -> Adapter:

@@ -104,6 +104,12 @@ class AdapterInUseError(AdapterError):
     reason = "ADAPTER_IN_USE"
 
 
+class AdapterGenerationError(AdapterError):
+    """The name has another generation than the caller expected."""
+
+    reason = "ADAPTER_GENERATION"
+
+
 class AdapterUnloadedError(AdapterError):
     reason = "ADAPTER_UNLOADED"
 

@@ -18,7 +18,12 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 def upload_messages(
-    name: str, directory: str | Path, *, pinned: bool, replace: bool
+    name: str,
+    directory: str | Path,
+    *,
+    pinned: bool,
+    replace: bool,
+    expected_generation: int | None = None,
 ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
     """Return the messages of one upload: the header, then the files in pieces.
 
@@ -32,7 +37,9 @@ def upload_messages(
     paths = [directory / "adapter_config.json", *sorted(directory.glob("*.safetensors"))]
     if not paths[0].is_file() or len(paths) == 1:
         raise FileNotFoundError(f"{directory}: {_lacking(directory)}")
-    header = adapters_pb2.UploadHeader(name=name, pinned=pinned, replace=replace)
+    header = adapters_pb2.UploadHeader(
+        name=name, pinned=pinned, replace=replace, expected_generation=expected_generation
+    )
     for path in paths:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()

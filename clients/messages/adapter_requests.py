@@ -25,11 +25,14 @@ def list_request(
     )
 
 
-def unload_request(name: str, mode: str, drain_seconds: float | None) -> pb.UnloadAdapterRequest:
+def unload_request(
+    name: str, mode: str, drain_seconds: float | None, expected_generation: int | None
+) -> pb.UnloadAdapterRequest:
     """Raises ``ValueError`` for an unknown mode."""
     request = pb.UnloadAdapterRequest(
         name=name,
         mode=_enum_value(pb.UnloadAdapterRequest.Mode, "mode", mode),  # type: ignore[arg-type]
+        expected_generation=expected_generation,
     )
     if drain_seconds is not None:
         request.timeout.CopyFrom(_duration(drain_seconds))

@@ -80,8 +80,15 @@ def _add_lifecycle(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     unload.add_argument(
         "--wait", type=float, metavar="SECONDS", help="longest wait for them (default: 30)"
     )
+    _add_expected(unload)
     _action(actions, "pin", "keep an adapter resident", _pin)
     _action(actions, "unpin", "let an adapter be evicted and unloaded", _unpin)
+
+
+def _add_expected(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--expected-generation", type=int, metavar="N", help="refuse if NAME has another one"
+    )
 
 
 def _add_transfers(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -91,6 +98,8 @@ def _add_transfers(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     upload.add_argument("--replace", action="store_true", help="as a new generation of NAME")
     replace = _action(actions, "replace", "make a directory the new generation", _replace)
     replace.add_argument("path", metavar="PATH", help="relative to the server's adapter root")
+    _add_expected(upload)
+    _add_expected(replace)
     export = _action(actions, "export", "write an adapter to a new directory", _export)
     export.add_argument("directory", type=Path, metavar="DIR")
     export.add_argument("--generation", type=int, metavar="N", help="default: the newest")
@@ -142,7 +151,13 @@ def _load(args: argparse.Namespace, client: TurretClient) -> None:
 
 def _unload(args: argparse.Namespace, client: TurretClient) -> None:
     mode = "force" if args.force else "drain"
-    client.adapters.unload(args.name, mode=mode, drain_seconds=args.wait, timeout=args.timeout)
+    client.adapters.unload(
+        args.name,
+        mode=mode,
+        drain_seconds=args.wait,
+        expected_generation=args.expected_generation,
+        timeout=args.timeout,
+    )
     print_json({"unloaded": args.name}) if args.json else print(f"unloaded {args.name}")
 
 
@@ -158,13 +173,23 @@ def _unpin(args: argparse.Namespace, client: TurretClient) -> None:
 
 def _upload(args: argparse.Namespace, client: TurretClient) -> None:
     adapter = client.adapters.upload(
-        args.name, args.directory, pinned=args.pin, replace=args.replace, timeout=args.timeout
+        args.name,
+        args.directory,
+        pinned=args.pin,
+        replace=args.replace,
+        expected_generation=args.expected_generation,
+        timeout=args.timeout,
     )
     print_json(adapter) if args.json else print_change("uploaded", adapter)
 
 
 def _replace(args: argparse.Namespace, client: TurretClient) -> None:
-    adapter = client.adapters.replace(args.name, args.path, timeout=args.timeout)
+    adapter = client.adapters.replace(
+        args.name,
+        args.path,
+        expected_generation=args.expected_generation,
+        timeout=args.timeout,
+    )
     print_json(adapter) if args.json else print_change("replaced", adapter)
 
 

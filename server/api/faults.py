@@ -34,6 +34,7 @@ TABLE: dict[type[errors.TurretError], Row] = {
     errors.AdapterMismatchError: Row(Code.FAILED_PRECONDITION),
     errors.AdapterComponentError: Row(Code.FAILED_PRECONDITION),
     errors.AdapterInUseError: Row(Code.FAILED_PRECONDITION),
+    errors.AdapterGenerationError: Row(Code.FAILED_PRECONDITION),
     errors.AdapterUnloadedError: Row(Code.ABORTED),
     errors.StateDirRequiredError: Row(Code.FAILED_PRECONDITION),
     errors.MergeActiveError: Row(Code.FAILED_PRECONDITION),

@@ -32,6 +32,7 @@ CODES = {
     "AdapterChangedError": "FAILED_PRECONDITION",
     "AdapterMismatchError": "FAILED_PRECONDITION",
     "AdapterComponentError": "FAILED_PRECONDITION",
+    "AdapterGenerationError": "FAILED_PRECONDITION",
     "AdapterInUseError": "FAILED_PRECONDITION",
     "AdapterUnloadedError": "ABORTED",
     "StateDirRequiredError": "FAILED_PRECONDITION",

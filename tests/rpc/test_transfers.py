@@ -79,6 +79,10 @@ async def test_replace(server: Harness) -> None:
         (pb.ReplaceAdapterRequest(name="x", path="b"), Code.NOT_FOUND),
         (pb.ReplaceAdapterRequest(name="a", path="../a"), Code.INVALID_ARGUMENT),
         (pb.ReplaceAdapterRequest(name="a", path="none"), Code.INVALID_ARGUMENT),
+        (
+            pb.ReplaceAdapterRequest(name="a", path="a", expected_generation=1),
+            Code.FAILED_PRECONDITION,
+        ),
     ):
         assert (await failure_of(replace(request))).code is code
     assert await server.adapters.GetAdapter(pb.GetAdapterRequest(name="a")) == new
@@ -147,7 +151,13 @@ async def test_upload_then_export_gives_the_same_files(server: Harness, tmp_path
     assert again == first
     taken = await failure_of(upload(server, tmp_path / "root" / "b"))
     assert taken.code is Code.ALREADY_EXISTS
-    second = await upload(server, tmp_path / "root" / "b", replace=True)
+    late = await failure_of(
+        upload(server, tmp_path / "root" / "b", replace=True, expected_generation=2)
+    )
+    assert late.code is Code.FAILED_PRECONDITION
+    vain = await failure_of(upload(server, tmp_path / "root" / "b", expected_generation=1))
+    assert vain.code is Code.INVALID_ARGUMENT
+    second = await upload(server, tmp_path / "root" / "b", replace=True, expected_generation=1)
     assert (second.uuid, second.generation, second.pinned) == (first.uuid, 2, True)
     missing = await failure_of(upload(server, source, "nobody", replace=True))
     assert missing.code is Code.NOT_FOUND

@@ -21,6 +21,7 @@ from turret.server.adapters.source import Source
 from turret.server.closest import did_you_mean
 from turret.server.errors import (
     AdapterComponentError,
+    AdapterGenerationError,
     AdapterInUseError,
     AdapterNotFoundError,
     InvalidRequestError,
@@ -187,6 +188,18 @@ class NameTable:
         finally:
             with self._changed:
                 registration.is_replacing = False
+
+    def check_generation(self, name: str, expected: int | None) -> None:
+        """Raises AdapterGenerationError if the name has another; None accepts any."""
+        if expected is None:
+            return
+        with self._changed:
+            found = self.find(name).current.generation
+        if found != expected:
+            raise AdapterGenerationError(
+                f"adapter {name!r} has generation {found}, not {expected}",
+                metadata={"adapter": name, "generation": str(found)},
+            )
 
     def check_not_component(self, registration: Registration) -> None:
         """Raises AdapterInUseError if a fusion needs its weights and no other name has them."""

@@ -177,7 +177,7 @@ class AdapterRegistry:
             registration = self._installer.install(name, Source(path), pinned=pinned)
             return self._record(registration)
 
-    def replace(self, name: str, path: str) -> AdapterInfo:
+    def replace(self, name: str, path: str, expected_generation: int | None = None) -> AdapterInfo:
         """Makes the adapter in ``path`` the next generation of a registered name.
 
         Requests that hold the generation before finish on it; it is freed after the last of them.
@@ -186,11 +186,13 @@ class AdapterRegistry:
 
         Raises:
             AdapterNotFoundError: Not registered.
+            AdapterGenerationError: It has another generation than the expected one.
             AdapterInUseError: Being unloaded, or a component of a fusion.
             AdapterCheckpointError, AdapterMismatchError, AdapterComponentError,
                 BudgetExceededError, StorageFullError: As ``load`` does.
         """
         with self._changing(name):
+            self._table.check_generation(name, expected_generation)
             registration = self._installer.install(name, Source(path), replace=True)
             return self._record(registration)
 
@@ -208,11 +210,17 @@ class AdapterRegistry:
         self._state.check_room(num_bytes)
 
     def upload(
-        self, name: str, staged: StagedUpload, pinned: bool = False, replace: bool = False
+        self,
+        name: str,
+        staged: StagedUpload,
+        pinned: bool = False,
+        replace: bool = False,
+        expected_generation: int | None = None,
     ) -> AdapterInfo:
         """Registers finished files; as ``load`` does, or with ``replace`` as ``replace`` does."""
         source = self._state.staged_source(staged)
         with self._changing(name):
+            self._table.check_generation(name, expected_generation)
             registration = self._installer.install(
                 name, source, staged=staged, pinned=pinned, replace=replace
             )
@@ -320,7 +328,11 @@ class AdapterRegistry:
     # Unloading
 
     def unload(
-        self, name: str, mode: UnloadMode = "DRAIN", timeout_seconds: float | None = 30.0
+        self,
+        name: str,
+        mode: UnloadMode = "DRAIN",
+        timeout_seconds: float | None = 30.0,
+        expected_generation: int | None = None,
     ) -> None:
         """Removes an adapter, all generations, once no request holds it; blocks until then.
 
@@ -330,10 +342,11 @@ class AdapterRegistry:
 
         Raises:
             AdapterNotFoundError: Not registered.
+            AdapterGenerationError: It has another generation than the expected one.
             AdapterInUseError: Pinned, a component of a fusion, or still held after the timeout.
             InvalidRequestError: Unknown mode.
         """
-        self._unloads.unload(name, mode, timeout_seconds)
+        self._unloads.unload(name, mode, timeout_seconds, expected_generation)
 
     def _end_users(self, uuid: str) -> None:
         for end in self.on_force_unload:

@@ -51,12 +51,19 @@ class Unloads:
         self._end_users = end_users
         self._on_gone = on_gone
 
-    def unload(self, name: str, mode: UnloadMode, timeout_seconds: float | None) -> None:
+    def unload(
+        self,
+        name: str,
+        mode: UnloadMode,
+        timeout_seconds: float | None,
+        expected_generation: int | None,
+    ) -> None:
         """See ``AdapterRegistry.unload``."""
         if mode not in ("DRAIN", "FORCE"):
             raise InvalidRequestError.of("mode", "must be DRAIN or FORCE")
         with self._lock:
             registration = self._table.find(name)
+            self._table.check_generation(name, expected_generation)
             if registration.current.pinned:
                 raise in_use_error(name, "is pinned; unpin it first")
             self._table.check_not_component(registration)

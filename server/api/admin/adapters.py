@@ -86,7 +86,10 @@ class Adapters:
     ) -> adapters_pb2.Adapter:
         registry = self._gate.enter().registry
         name, path = _checked_source(message, call)
-        return adapter_message(await self._slow.run(registry.replace, name, path))
+        expected = _expected_generation(message)
+        return adapter_message(
+            await self._slow.run(registry.replace, name, path, expected_generation=expected)
+        )
 
     async def upload(self, messages: Messages, call: Call) -> adapters_pb2.Adapter:
         """Take in the files of an adapter: a header, then chunks in the order of its files.
@@ -121,7 +124,12 @@ class Adapters:
             )
             await self._slow.run(staged.finish)
             record = await self._slow.run(
-                registry.upload, header.name, staged, pinned=header.pinned, replace=header.replace
+                registry.upload,
+                header.name,
+                staged,
+                pinned=header.pinned,
+                replace=header.replace,
+                expected_generation=_expected_generation(header),
             )
         finally:
             # In a thread of its own: the pool refuses work while the server stops.
@@ -242,7 +250,13 @@ class Adapters:
         is_forced = message.mode == adapters_pb2.UnloadAdapterRequest.FORCE
         mode: UnloadMode = "FORCE" if is_forced else "DRAIN"
         threads = self._slow if is_forced else self._drains
-        await threads.run(registry.unload, message.name, mode=mode, timeout_seconds=seconds)
+        await threads.run(
+            registry.unload,
+            message.name,
+            mode=mode,
+            timeout_seconds=seconds,
+            expected_generation=_expected_generation(message),
+        )
 
     # The base
 
@@ -294,6 +308,10 @@ def _checked_name(name: str, call: Call) -> str:
     violations.raise_if_any()
     call.adapters = (name,)
     return name
+
+
+def _expected_generation(message: Any) -> int | None:
+    return message.expected_generation if message.HasField("expected_generation") else None
 
 
 def _checked_source(

@@ -58,6 +58,11 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
         "header.name",
         f"must match {ADAPTER_NAME.pattern}",
     )
+    violations.check(
+        header.replace or not header.HasField("expected_generation"),
+        "header.expected_generation",
+        "needs replace",
+    )
     violations.check_count(len(header.files), MAX_UPLOAD_FILES, "header.files")
     files = header.files[: MAX_UPLOAD_FILES + 1]
     names = [file.path for file in files]

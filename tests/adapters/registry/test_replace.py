@@ -25,6 +25,7 @@ from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry import pins
 from turret.server.errors import (
     AdapterCheckpointError,
+    AdapterGenerationError,
     AdapterInUseError,
     AdapterNotFoundError,
     BudgetExceededError,
@@ -116,6 +117,27 @@ def test_what_cannot_be_replaced(make: Registries) -> None:
         registry.replace("a", "b")
     registry.release(mix)
     thread.join(WAIT_SECONDS)
+
+
+def test_of_two_who_expect_the_same_generation_one_changes_it(make: Registries) -> None:
+    registry = make(3, load="a")
+    with ThreadPoolExecutor(4) as pool:
+        tries = [pool.submit(registry.replace, "a", path, 1) for path in ("b", "c")]
+    failures = [done.exception() for done in tries]
+    assert [type(failure) for failure in failures if failure] == [AdapterGenerationError]
+    assert registry.get("a").generation == 2
+    for refused in (
+        lambda: registry.replace("a", "b", 1),
+        lambda: registry.unload("a", expected_generation=3),
+    ):
+        with pytest.raises(AdapterGenerationError, match="has generation 2"):
+            refused()
+    with pytest.raises(AdapterNotFoundError):
+        registry.replace("nobody", "b", 1)
+    # A refusal changes nothing: it still serves.
+    registry.release(registry.acquire(refs("a")))
+    registry.unload("a", expected_generation=2)
+    assert not list(registry.list())
 
 
 def test_without_room_the_new_generation_waits_on_disk(make: Registries) -> None:

@@ -220,7 +220,9 @@ class FakeRegistry:
     def list(self) -> list[AdapterInfo]:
         return list(self.records.values())
 
-    def unload(self, name: str, mode: str, timeout_seconds: float) -> None:
+    def unload(
+        self, name: str, mode: str, timeout_seconds: float, expected_generation: int | None
+    ) -> None:
         if self.get(name).pinned:
             raise AdapterInUseError(f"{name!r} is pinned")
         self.unloads.append((name, mode, timeout_seconds))
