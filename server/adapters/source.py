@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 # The two files of an adapter, as PEFT names them.
 CONFIG_FILE = "adapter_config.json"
@@ -19,7 +19,14 @@ class Source:
     Attributes:
         path: Relative to the adapter root, or to the state directory if ``is_upload``.
         is_upload: The server wrote the files itself and removes them when nobody needs them.
+        adapter: Of an upload, the adapter's name.
     """
 
     path: str
     is_upload: bool = False
+    adapter: str = field(default="", compare=False)
+
+    @property
+    def shown(self) -> str:
+        """What messages say for the path: where the server keeps uploads is nobody's business."""
+        return self.adapter or self.path

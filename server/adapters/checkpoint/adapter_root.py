@@ -44,7 +44,7 @@ class AdapterDirectory:
         root: Where links in it may lead.
         descriptor: Of the directory; closed with this object.
         parts: Its path below the root, free of links when it was walked.
-        path: As the caller gave it, for messages.
+        path: As messages show it.
     """
 
     def __init__(self, root: AdapterRoot, descriptor: int, parts: list[str], path: str) -> None:
@@ -114,29 +114,35 @@ class AdapterRoot:
     def __init__(self, root: Path | None) -> None:
         self._root = None if root is None else root.resolve()
 
-    def open_directory(self, path: str) -> AdapterDirectory:
+    def open_directory(self, path: str, shown: str | None = None) -> AdapterDirectory:
         """Opens ``path``, relative to the root, which must be a directory inside it.
+
+        Args:
+            path: From the root.
+            shown: What messages say for it; None for the path itself.
 
         Raises:
             AdapterCheckpointError: Empty, absolute, with ``..`` or control characters, leading
                 out of the root through a link, or not a directory.
         """
+        shown = path if shown is None else shown
         if not path or len(path) > MAX_PATH_CHARS:
-            raise _refuse(path, f"must have 1 to {MAX_PATH_CHARS} characters")
+            raise _refuse(shown, f"must have 1 to {MAX_PATH_CHARS} characters")
         if any(ord(char) < 32 or char in "\\\x7f" for char in path):
-            raise _refuse(path, "must not contain control characters or backslashes")
+            raise _refuse(shown, "must not contain control characters or backslashes")
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts:
-            raise _refuse(path, "must be relative to the adapter root and stay inside it")
+            raise _refuse(shown, "must be relative to the adapter root and stay inside it")
         if self._root is None:
-            raise _refuse(path, "cannot be loaded: the server was started without --adapter-root")
+            raise _refuse(shown, "cannot be loaded: the server was started without --adapter-root")
         try:
-            descriptor, parts = self.walk([], str(pure), _DIRECTORY, path)
+            descriptor, parts = self.walk([], str(pure), _DIRECTORY, shown)
         except NotADirectoryError:
-            raise _refuse(path, "is not a directory") from None
+            raise _refuse(shown, "is not a directory") from None
         except (OSError, ValueError):
-            raise _refuse(path, "does not exist under the adapter root") from None
-        return AdapterDirectory(self, descriptor, parts, path)
+            where = "under the adapter root" if shown == path else "any more"
+            raise _refuse(shown, f"does not exist {where}") from None
+        return AdapterDirectory(self, descriptor, parts, shown)
 
     def walk(self, start: list[str], rest: str, flags: int, shown: str) -> tuple[int, list[str]]:
         """Opens the place that ``rest`` names as seen from the directory ``start``.

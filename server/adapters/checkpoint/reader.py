@@ -46,7 +46,8 @@ class AdapterCheckpoint:
     """A directory's content, structurally sound and finite, not yet interpreted.
 
     Attributes:
-        path: As the caller gave it, relative to the adapter root; of an upload, its name.
+        path: What messages call the adapter: its path below the adapter root, or the name of one
+            that was uploaded.
         config: ``adapter_config.json``.
         tensors: By canonical name (module path and PEFT's parameter name, without wrapper
             prefixes), in the file's dtype; views of one buffer, which is not the file's mapping.
@@ -71,7 +72,7 @@ def read_checkpoint(
     *,
     max_elements: int,
     known: DigestCache | None = None,
-    shown: str = "",
+    shown: str | None = None,
 ) -> AdapterCheckpoint:
     """Reads the adapter in directory ``path``.
 
@@ -80,13 +81,14 @@ def read_checkpoint(
         path: Directory, relative to the root.
         max_elements: Most tensor elements to read, all tensors together.
         known: Files that were hashed before and need not be again; learns those that were now.
-        shown: What errors call the adapter; "" is its path.
+        shown: What messages call the adapter; None for its path.
 
     Raises:
         AdapterCheckpointError: Path, file, header or values are refused.
         BudgetExceededError: More than ``max_elements``.
     """
-    with root.open_directory(path) as directory:
+    place, path = path, path if shown is None else shown
+    with root.open_directory(place, path) as directory:
         _refuse_pickle(directory, path)
         config_file = directory.open_file(CONFIG_FILE)
         try:
@@ -95,7 +97,6 @@ def read_checkpoint(
             config_file.close()
             raise
         base_digest = _base_digest(directory)
-    path = shown or path
     with config_file, file:
         stamp = None if known is None else stamp_of(config_file.fileno(), file.fileno())
         digest = None if known is None else known.find(stamp)

@@ -12,7 +12,7 @@ from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import begin_digest, parse_config
 from turret.server.adapters.residency.loader import changed
-from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE, Source
+from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE, Source
 from turret.server.errors import AdapterChangedError
 
 CHUNK_BYTES = 256 << 10
@@ -48,7 +48,7 @@ class AdapterExport:
         self._source = source
         self._files: dict[str, BinaryIO] = {}
         try:
-            with root.open_directory(source.path) as directory:
+            with root.open_directory(source.path, source.shown) as directory:
                 for name in (CONFIG_FILE, TENSORS_FILE):
                     self._files[name] = directory.open_file(name)
             self.files = tuple(_describe(name, file) for name, file in self._files.items())
@@ -87,14 +87,14 @@ class AdapterExport:
                 yield announced.name, data
             if digest.hexdigest() != announced.sha256:
                 raise AdapterChangedError(
-                    f"{self._source.path}/{announced.name} changed while it was exported",
-                    metadata={"path": self._source.path},
+                    f"{self._source.shown}/{announced.name} changed while it was exported",
+                    metadata={"path": self._source.shown},
                 )
 
     def _check_digest(self) -> None:
         config = self._files[CONFIG_FILE]
         config.seek(0)
-        digest = begin_digest(parse_config(config.read(), self._source.path))
+        digest = begin_digest(parse_config(config.read(MAX_CONFIG_BYTES + 1), self._source.shown))
         file = self._files[TENSORS_FILE]
         file.seek(0)
         while data := file.read(CHUNK_BYTES):

@@ -69,7 +69,7 @@ class Installer:
         before = self._table.find(name) if replace else self._table.get(name)
         if before is not None:
             self._table.check_active(before)
-        checkpoint = self._loader.read(source, name if source.is_upload else "")
+        checkpoint = self._loader.read(source)
         if before is not None and before.current.digest == checkpoint.digest:
             self._confirm(before, source, pinned)
             return before

@@ -218,7 +218,7 @@ class AdapterRegistry:
         expected_generation: int | None = None,
     ) -> AdapterInfo:
         """Registers finished files; as ``load`` does, or with ``replace`` as ``replace`` does."""
-        source = self._state.staged_source(staged)
+        source = self._state.staged_source(staged, name)
         with self._changing(name):
             self._table.check_generation(name, expected_generation)
             registration = self._installer.install(

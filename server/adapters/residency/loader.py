@@ -90,13 +90,8 @@ class AdapterLoader:
         """The only directory that the source's files may be opened in."""
         return self._uploads if source.is_upload else self._root
 
-    def read(self, source: Source, name: str = "") -> AdapterCheckpoint:
-        """Reads and hashes; see ``read_checkpoint`` for the errors.
-
-        Args:
-            source: Where the files are.
-            name: What errors call the adapter; "" is its path.
-        """
+    def read(self, source: Source) -> AdapterCheckpoint:
+        """Reads and hashes; see ``read_checkpoint`` for the errors."""
         compute_on_this_thread()
         # Operators take at least one serving element per weight, so more cannot fit.
         max_elements = self._host_bytes // self.base.dtype.itemsize
@@ -105,7 +100,7 @@ class AdapterLoader:
             source.path,
             max_elements=max_elements,
             known=self._known if source.is_upload else None,
-            shown=name,
+            shown=source.shown,
         )
 
     def lower(self, checkpoint: AdapterCheckpoint) -> LoadedAdapter:
@@ -192,8 +187,8 @@ def _is_private(directory: Path) -> bool:
 def changed(source: Source, digest: str, found: str) -> AdapterChangedError:
     """The files are no longer those that were registered."""
     return AdapterChangedError(
-        f"adapter {source.path!r} changed on disk since it was loaded; replace the adapter to serve"
-        " the new files",
-        metadata={"path": source.path, "digest": digest, "found_digest": found},
+        f"adapter {source.shown!r} changed on disk since it was loaded; replace the adapter to"
+        " serve the new files",
+        metadata={"path": source.shown, "digest": digest, "found_digest": found},
         violations=[("path", "changed on disk since it was loaded")],
     )

@@ -38,7 +38,7 @@ class NoStateDir:
     def check_room(self, num_bytes: int) -> NoReturn:
         raise _required()
 
-    def staged_source(self, staged: StagedUpload) -> NoReturn:
+    def staged_source(self, staged: StagedUpload, name: str) -> NoReturn:
         raise _required()
 
     def adopt(self, staged: StagedUpload, adapter: Adapter) -> NoReturn:

@@ -36,7 +36,9 @@ class SavedRegistration:
     facts: AdapterFacts
 
     def to_json(self) -> bytes:
-        fields = dataclasses.asdict(self) | {"version": _VERSION}
+        fields: dict[str, Any] = {**dataclasses.asdict(self), "version": _VERSION}
+        # The name is there already.
+        del fields["source"]["adapter"]
         return json.dumps(fields, indent=1).encode()
 
     @classmethod
@@ -51,6 +53,8 @@ class SavedRegistration:
             raise ValueError(f"is no registration of version {_VERSION} or before")
         try:
             source = Source(**_typed(Source, fields.pop("source")))
+            if source.is_upload:
+                source = dataclasses.replace(source, adapter=fields["name"])
             facts = AdapterFacts(**_typed(AdapterFacts, fields.pop("facts")))
             return cls(source=source, facts=facts, **_typed(cls, fields))
         except (KeyError, TypeError) as error:

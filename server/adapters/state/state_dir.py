@@ -171,15 +171,16 @@ class StateDir:
                 metadata={"bytes": str(num_bytes)},
             )
 
-    def staged_source(self, staged: StagedUpload) -> Source:
-        """Where a staged upload can be read from until it is adopted."""
-        return Source(str(staged.directory.relative_to(self.path)), is_upload=True)
+    def staged_source(self, staged: StagedUpload, name: str) -> Source:
+        """Where a staged upload of the adapter ``name`` can be read from until it is adopted."""
+        return Source(str(staged.directory.relative_to(self.path)), is_upload=True, adapter=name)
 
     def adopt(self, staged: StagedUpload, adapter: Adapter) -> None:
         """Moves a finished upload to its place and points the adapter there."""
         target = self._files / adapter.key
         staged.move(target)
-        adapter.source = Source(str(target.relative_to(self.path)), is_upload=True)
+        path = str(target.relative_to(self.path))
+        adapter.source = Source(path, is_upload=True, adapter=adapter.name)
 
     def discard(self, source: Source) -> None:
         """Removes a generation's files if they were uploaded; others belong to the operator."""

@@ -106,6 +106,10 @@ class FairQueue(Generic[T]):
             self._served[group] += num_tokens
             self._fair_share += num_tokens / len(self._served)
 
+    def refund(self, group: Hashable, num_tokens: int) -> None:
+        """Take back a charge for tokens that were not computed after all, at once."""
+        self.charge(group, -num_tokens)
+
     def _line(self, group: Hashable) -> deque[T]:
         line = self._lines.get(group)
         if line is None:

@@ -189,6 +189,9 @@ class Scheduler:
             How many sequences were preempted; None if no step could be smaller than this one, of
             one sequence: it cannot run.
         """
+        for item in step.scheduled:
+            # Before anybody is preempted: the same groups are busy as when they were charged.
+            self.waiting.refund(item.sequence.group, item.num_new)
         sequences = [item.sequence for item in step.scheduled]
         tokens = sum(item.num_new for item in step.scheduled)
         if len(sequences) == 1 and tokens <= self._max_num_seqs:

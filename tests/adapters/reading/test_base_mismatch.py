@@ -88,7 +88,7 @@ def load(directory: Path, *, max_rank: int = 128, name: str = "", allow: bool = 
 
     base = dataclasses.replace(base_of(tiny_llama()), name="org/Tiny-1B", digest="d" * 64)
     loader = AdapterLoader(directory.parent, base, 1 << 30, max_rank, allow_other_base=allow)
-    return loader.lower(loader.read(Source(directory.name), name))
+    return loader.lower(loader.read(Source(directory.name, adapter=name)))
 
 
 def test_another_base_of_the_same_shapes_is_refused_unless_it_is_allowed(directory: Path) -> None:

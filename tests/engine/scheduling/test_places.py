@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
-from builders.sequences import BLOCK_SIZE, mix_of
+from builders.sequences import BLOCK_SIZE, make_scheduler, mix_of, sequence_of
 
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Request, StopConditions
@@ -159,3 +159,24 @@ def test_nobody_yields_while_the_base_is_about_to_change(after: float | None) ->
     clock.run_until_ended(hogs, 1.1 * LONG * STEP_SECONDS)
     assert clock.num_preempted == 0
     assert clock.scheduler.is_drained
+
+
+def test_a_step_that_was_not_computed_is_charged_to_nobody() -> None:
+    """On a device without memory a mix would else pay for the same tokens again and again."""
+    scheduler = make_scheduler()
+    for name in ("a", "b"):
+        for _ in range(2):
+            scheduler.add(sequence_of([1] * 9, name))
+    lines = scheduler.waiting
+    scheduler.complete(scheduler.schedule())
+    for sequence in scheduler.running:
+        sequence.tokens.append(1)
+    groups = {sequence.group for sequence in scheduler.running}
+    served = {group: lines.served(group) for group in groups}
+    floor = lines._floor()
+    for _ in range(3):
+        step = scheduler.schedule()
+        assert sum(item.num_new for item in step.scheduled) > 0
+        scheduler.abandon(step)
+        assert {group: lines.served(group) for group in groups} == served
+        assert lines._floor() == pytest.approx(floor)

@@ -1,0 +1,56 @@
+"""What messages call an adapter whose files the server keeps itself."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from builders.registries import Registries, stage_directory
+
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state.state_dir import StateDir
+from turret.server.errors import AdapterChangedError, AdapterCheckpointError, TurretError
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Registries]:
+    registries = Registries(tmp_path)
+    yield registries
+    registries.close()
+
+
+def test_messages_name_an_upload_and_not_where_it_is_kept(make: Registries, tmp_path: Path) -> None:
+    """While it is checked, when its files are gone, and after a restart."""
+
+    def start() -> AdapterRegistry:
+        registry = make(state=StateDir(tmp_path / "state", 1 << 20))
+        registry.restore()
+        return registry
+
+    registry = start()
+    config = make.root / "a" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "r": 3}))
+    with pytest.raises(AdapterCheckpointError, match="'wrong'") as refused:
+        registry.upload("wrong", stage_directory(registry, make.root / "a"))
+    errors: list[TurretError] = [refused.value]
+    registry.upload("up", stage_directory(registry, make.root / "b"))
+    for _ in range(2):
+        shutil.move(tmp_path / "state" / "files", tmp_path / "elsewhere")
+        (tmp_path / "state" / "files").mkdir()
+        with pytest.raises(AdapterCheckpointError, match="'up' does not exist") as gone:
+            registry.export("up")
+        errors.append(gone.value)
+        shutil.rmtree(tmp_path / "state" / "files")
+        shutil.move(tmp_path / "elsewhere", tmp_path / "state" / "files")
+        registry.close()
+        registry = start()
+    kept = next((tmp_path / "state" / "files").iterdir())
+    shutil.copy(make.root / "c" / "adapter_model.safetensors", kept)
+    with pytest.raises(AdapterChangedError, match="'up' changed") as changed:
+        registry.export("up")
+    for error in (*errors, changed.value):
+        told = f"{error.message} {dict(error.metadata)} {error.violations}"
+        assert not any(word in told for word in ("incoming", "files/", str(tmp_path))), told
