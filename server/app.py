@@ -16,6 +16,7 @@ import turret
 from turret.server import log
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.backend import Backend
+from turret.server.api.connection_limit import most_connections
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares
@@ -128,6 +129,7 @@ class App:
         # Through whichever door its requests come, a party has one share.
         shares = Shares(limits.max_requests_per_token, limits.max_requests_per_peer)
         inference = Inference(self.gate)
+        most = most_connections(len(config.listen.call_addresses))
         rpc = RpcServer(
             config.listen,
             config.security,
@@ -136,6 +138,7 @@ class App:
             metrics=self.metrics,
             tokens=tokens,
             shares=shares,
+            most_connections=most,
         )
         if token_file is not None and tokens is not None:
             self._reloader = TokenReloader(token_file, tokens)
@@ -146,7 +149,7 @@ class App:
         self.rpc = rpc
         await rpc.start()
         if config.listen.http_address is not None:
-            self.http = await self._start_http(inference, tokens, shares)
+            self.http = await self._start_http(inference, tokens, shares, most)
         backend = await self._unless_stopped(lambda: self._build(config, self.metrics), "model")
         if backend is None:
             return
@@ -174,7 +177,7 @@ class App:
         _log.info("serving", extra=log.fields(model=model.name, address=rpc.address))
 
     async def _start_http(
-        self, inference: Inference, tokens: TokenTable | None, shares: Shares
+        self, inference: Inference, tokens: TokenTable | None, shares: Shares, most: int
     ) -> HttpServer:
         # Starlette and uvicorn are loaded only where they are used.
         from turret.server.http.server import HttpServer
@@ -187,6 +190,7 @@ class App:
             metrics=self.metrics,
             tokens=tokens,
             shares=shares,
+            most_connections=most,
         )
         await http.start()
         _log.info("http", extra=log.fields(address=http.address))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import socket
+import ssl
 from collections.abc import Iterator, Mapping
 
 import uvicorn
@@ -19,6 +21,7 @@ from starlette.routing import Route as StarletteRoute
 
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.call import REQUEST_ID_KEY
+from turret.server.api.connection_limit import MOST_CONNECTIONS
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
@@ -30,6 +33,7 @@ from turret.server.http.chat import ChatCompletions
 from turret.server.http.completions import Completions
 from turret.server.http.exchange.connection import MAX_HEAD_BYTES, Connection, tls_context
 from turret.server.http.exchange.endpoint import Endpoint, Handler, Route
+from turret.server.http.exchange.listener import Listener
 from turret.server.http.exchange.refusals import HttpRefusal, refusal_of
 from turret.server.http.exchange.reply import dumps
 from turret.server.http.models import Models
@@ -131,6 +135,7 @@ class HttpServer:
         metrics: Counts calls.
         tokens: Accepted bearer tokens; None lets every caller in.
         shares: Limits the answers of one party; without them there is none.
+        most_connections: Open at once; what comes beyond them is closed.
 
     Raises:
         OSError: A TLS file cannot be read, or the files do not fit together.
@@ -146,6 +151,7 @@ class HttpServer:
         metrics: Metrics,
         tokens: TokenTable | None,
         shares: Shares | None = None,
+        most_connections: int = MOST_CONNECTIONS,
     ) -> None:
         assert listen.http_address is not None
         self.address = listen.http_address
@@ -158,7 +164,11 @@ class HttpServer:
             for route in routes(inference, adapters, metrics, has_admin=has_admin)
         ]
         app = _application(answered, listen.http_cors_origin)
-        self._server = _Uvicorn(_configuration(app, security))
+        context = tls_context(security)
+        host, _ = split_address(self.address)
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        self._listener = Listener(family, most_connections)
+        self._server = _Uvicorn(_configuration(app, context, self._listener))
         self._serving: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -168,14 +178,19 @@ class HttpServer:
             OSError: The address cannot be bound.
         """
         host, port = split_address(self.address)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listener = self._listener
         try:
-            bound = socket.create_server((host, port), family=family, backlog=BACKLOG)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if listener.family == socket.AF_INET6:
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listener.bind((host, port))
+            listener.listen(BACKLOG)
         except OSError as error:
+            listener.close()
             raise OSError(f"cannot listen on {self.address}: {error}") from None
         shown = f"[{host}]" if ":" in host else host
-        self.address = f"{shown}:{bound.getsockname()[1]}"
-        self._serving = asyncio.ensure_future(self._server.serve(sockets=[bound]))
+        self.address = f"{shown}:{listener.getsockname()[1]}"
+        self._serving = asyncio.ensure_future(self._server.serve(sockets=[listener]))
         up = asyncio.ensure_future(self._server.is_up.wait())
         await asyncio.wait((self._serving, up), return_when=asyncio.FIRST_COMPLETED)
         if not up.done():
@@ -185,6 +200,7 @@ class HttpServer:
     async def stop(self, grace_seconds: float) -> None:
         """Take no further request; cancel those that still run after the grace period."""
         if self._serving is None:
+            self._listener.close()
             return
         server = self._server
         server.config.timeout_graceful_shutdown = grace_seconds  # type: ignore[assignment]
@@ -199,11 +215,12 @@ class HttpServer:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _configuration(app: Starlette, security: SecurityConfig) -> uvicorn.Config:
-    context = tls_context(security)
+def _configuration(
+    app: Starlette, context: ssl.SSLContext | None, listener: Listener
+) -> uvicorn.Config:
     return uvicorn.Config(
         app,
-        http=Connection,
+        http=functools.partial(Connection, listener),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,

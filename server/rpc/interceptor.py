@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import dataclasses
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import grpc
-from google.protobuf.message import DecodeError, Message
 
 from turret.server import log
 from turret.server.api.auth import SERVICE_ROLES, authorize
@@ -20,8 +18,10 @@ from turret.server.api.faults import fault_of
 from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
 from turret.server.codes import Code
-from turret.server.errors import InvalidRequestError, TurretError
+from turret.server.errors import TurretError
 from turret.server.metrics import Metrics
+from turret.server.rpc.messages import MESSAGE_SECONDS, all_messages, one_message, tolerant
+from turret.server.rpc.open_calls import OpenCalls
 from turret.server.rpc.status import DETAILS_KEY, to_rich_status
 
 _log = logging.getLogger(__name__)
@@ -35,64 +35,14 @@ COUNTED = frozenset(
 # before the deadline: a cancellation so close to it was the deadline's.
 DEADLINE_SLACK_SECONDS = 0.1
 
+_ONE_ANSWER = grpc.stream_unary_rpc_method_handler
+
 _current: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
 
 
 def current_call() -> Call:
     """The call that the current task answers: gRPC has no other way to hand it to a servicer."""
     return _current.get()
-
-
-@dataclasses.dataclass(slots=True)
-class _Received:
-    """A message on its way from gRPC, which keeps this until the call ends, to the handler.
-
-    ``parsed`` is None for what is no valid protobuf (such as a string that is not UTF-8).
-    """
-
-    parsed: Message | bytes | None
-    num_bytes: int
-
-    def take(self) -> Message | bytes:
-        """The message, once: who takes it decides how long it is kept.
-
-        Raises:
-            InvalidRequestError: It is malformed.
-        """
-        parsed, self.parsed = self.parsed, None
-        if parsed is None:
-            raise InvalidRequestError(
-                "the message is malformed: no valid protobuf, or a string that is not UTF-8"
-            )
-        return parsed
-
-
-def _tolerant(deserialize: Callable[[bytes], Any] | None) -> Callable[[bytes], _Received]:
-    """A deserialiser that lets the handler answer for bad bytes.
-
-    gRPC itself would report a bug of the server.
-    """
-
-    def parse(data: bytes) -> _Received:
-        try:
-            return _Received(data if deserialize is None else deserialize(data), len(data))
-        except DecodeError:
-            return _Received(None, len(data))
-
-    return parse
-
-
-async def _taken_stream(requests: AsyncIterator[_Received]) -> AsyncIterator[Any]:
-    async for request in requests:
-        yield request.take()
-
-
-def _taken(request: Any, handler: Any) -> Any:
-    """What the handler's behaviour gets: the message, or an iterator of them."""
-    if handler.request_streaming:
-        return _taken_stream(request)
-    current_call().message_bytes = request.num_bytes
-    return request.take()
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -108,6 +58,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._tokens = tokens
         self._shares = shares
+        self._open_calls = OpenCalls()
 
     async def intercept_service(
         self,
@@ -123,28 +74,45 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             authorize(self._tokens, _service_of(method), _authorization(metadata))
         except TurretError as error:
             return self._refusal(method, error)
-        behaviour, factory = _parts(handler)
+        return self._answer(method, handler)
 
-        async def answer_once(request: Any, context: Any) -> Any:
-            return await self._run(method, context, lambda: once(request, context))
+    def _answer(self, method: str, handler: Any) -> Any:
+        """A handler that does what the servicer's does, within ``_run``.
 
-        async def once(request: Any, context: Any) -> Any:
-            return await behaviour(_taken(request, handler), context)
+        One of a single message is made one of a stream of them, which starts before the message
+        has arrived: what has begun is counted, and a message is not waited for for ever.
+        """
+        behaviour = _behaviour(handler)
+        is_open = _service_of(method) not in SERVICE_ROLES
 
-        async def answer_stream(request: Any, context: Any) -> None:
-            await self._run(method, context, lambda: stream(request, context))
+        async def requested(requests: Any) -> Any:
+            if handler.request_streaming:
+                return all_messages(requests, MESSAGE_SECONDS if is_open else None)
+            message, current_call().message_bytes = await one_message(requests)
+            return message
+
+        async def answer_once(requests: Any, context: Any) -> Any:
+            return await self._run(method, context, lambda: once(requests, context))
+
+        async def once(requests: Any, context: Any) -> Any:
+            return await behaviour(await requested(requests), context)
+
+        async def answer_stream(requests: Any, context: Any) -> None:
+            await self._run(method, context, lambda: stream(requests, context))
 
         # Written rather than yielded: a cancelled call then raises inside the handler, which frees
         # what it holds at once and not when its generator is collected.
-        async def stream(request: Any, context: Any) -> None:
-            responses = behaviour(_taken(request, handler), context)
+        async def stream(requests: Any, context: Any) -> None:
+            responses = behaviour(await requested(requests), context)
             async with contextlib.aclosing(responses):
                 async for response in responses:
                     await context.write(response)
 
+        is_stream = handler.response_streaming
+        factory = grpc.stream_stream_rpc_method_handler if is_stream else _ONE_ANSWER
         return factory(
-            answer_stream if handler.response_streaming else answer_once,
-            request_deserializer=_tolerant(handler.request_deserializer),
+            answer_stream if is_stream else answer_once,
+            request_deserializer=tolerant(handler.request_deserializer),
             response_serializer=handler.response_serializer,
         )
 
@@ -185,7 +153,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             if method in COUNTED:
                 metadata = context.invocation_metadata() or ()
                 held = self._shares.hold(_authorization(metadata), context.peer())
-            with held:
+            with self._open_calls.hold(is_open=_service_of(method) not in SERVICE_ROLES), held:
                 response = await body()
             context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))
             # Health sets a status itself.
@@ -232,12 +200,8 @@ def _code(status: grpc.StatusCode) -> Code:
     return Code[status.name]
 
 
-def _parts(handler: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """The handler's behaviour and the function that makes a handler of the same shape."""
-    if handler.request_streaming and handler.response_streaming:
-        return handler.stream_stream, grpc.stream_stream_rpc_method_handler
+def _behaviour(handler: Any) -> Callable[..., Any]:
+    """The servicer's method that a handler calls."""
     if handler.request_streaming:
-        return handler.stream_unary, grpc.stream_unary_rpc_method_handler
-    if handler.response_streaming:
-        return handler.unary_stream, grpc.unary_stream_rpc_method_handler
-    return handler.unary_unary, grpc.unary_unary_rpc_method_handler
+        return handler.stream_stream if handler.response_streaming else handler.stream_unary
+    return handler.unary_stream if handler.response_streaming else handler.unary_unary

@@ -13,6 +13,7 @@ from grpc_reflection.v1alpha import reflection
 
 from turret.server import log
 from turret.server.api.admin.adapters import Adapters
+from turret.server.api.connection_limit import MOST_CONNECTIONS
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
@@ -116,6 +117,7 @@ class RpcServer:
         metrics: Counts calls.
         tokens: Accepted bearer tokens; None lets every caller in.
         shares: Limits the inference calls of one party; without them there is none.
+        most_connections: Open at once on each address; what comes beyond them is closed.
     """
 
     def __init__(
@@ -128,7 +130,9 @@ class RpcServer:
         metrics: Metrics,
         tokens: TokenTable | None,
         shares: Shares | None = None,
+        most_connections: int = MOST_CONNECTIONS,
     ) -> None:
+        self._options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections))
         self.health = HealthServicer((INFERENCE_SERVICE, ADAPTERS_SERVICE))
         self._listen = listen
         self._credentials = read_credentials(security)
@@ -164,7 +168,7 @@ class RpcServer:
             raise
 
     async def _serve(self, address: str, services: tuple[str, ...]) -> None:
-        server = grpc.aio.server(interceptors=[self._interceptor], options=_OPTIONS)
+        server = grpc.aio.server(interceptors=[self._interceptor], options=self._options)
         if INFERENCE_SERVICE in services:
             inference_pb2_grpc.add_InferenceServicer_to_server(self._inference, server)
         if ADAPTERS_SERVICE in services:

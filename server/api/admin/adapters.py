@@ -236,7 +236,11 @@ class Adapters:
         return adapter_message(await self._slow.run(self._gate.enter().registry.unpin, name))
 
     async def unload(self, message: adapters_pb2.UnloadAdapterRequest, call: Call) -> None:
-        """Remove an adapter once no request holds it, or (FORCE) end the requests that do."""
+        """Remove an adapter once no request holds it, or (FORCE) end the requests that do.
+
+        Raises:
+            QueueFullError: ``_DRAINS`` others wait for requests to end already.
+        """
         registry = self._gate.enter().registry
         modes = adapters_pb2.UnloadAdapterRequest.Mode
         violations = Violations()
@@ -249,8 +253,9 @@ class Adapters:
         call.adapters = (message.name,)
         is_forced = message.mode == adapters_pb2.UnloadAdapterRequest.FORCE
         mode: UnloadMode = "FORCE" if is_forced else "DRAIN"
-        threads = self._slow if is_forced else self._drains
-        await threads.run(
+        # A drain that had to wait for its turn would wait for other people's requests.
+        run = self._slow.run if is_forced else self._drains.run_now
+        await run(
             registry.unload,
             message.name,
             mode=mode,

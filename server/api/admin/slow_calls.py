@@ -8,6 +8,8 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from turret.server.errors import QueueFullError
+
 _T = TypeVar("_T")
 
 
@@ -19,6 +21,8 @@ class SlowCalls:
     """
 
     def __init__(self, num_threads: int) -> None:
+        self._num_threads = num_threads
+        self._num_running = 0
         self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="turret-adapters")
 
     def close(self) -> None:
@@ -29,6 +33,24 @@ class SlowCalls:
         """What ``call`` returns or raises. It goes on if the caller is cancelled meanwhile."""
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(self._threads, functools.partial(call, *args, **kwargs))
+
+    async def run_now(self, call: Callable[..., _T], *args: Any, **kwargs: Any) -> _T:
+        """As ``run``, but waits for no turn.
+
+        Raises:
+            QueueFullError: All threads are taken.
+        """
+        if self._num_running >= self._num_threads:
+            raise QueueFullError(f"{self._num_threads} such calls are under way already")
+
+        def ended(_: Any) -> None:
+            self._num_running -= 1
+
+        self._num_running += 1
+        running = asyncio.ensure_future(self.run(call, *args, **kwargs))
+        # The thread goes on if the caller is cancelled, and is counted until it is done.
+        running.add_done_callback(ended)
+        return await asyncio.shield(running)
 
     async def open(self, call: Callable[[], _T], undo: Callable[[_T], object]) -> _T:
         """As ``run``; if the caller is cancelled meanwhile, what was opened is closed again."""

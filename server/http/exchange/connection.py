@@ -11,6 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from turret.server.api.watched_files import WatchedFiles
 from turret.server.config import SecurityConfig
+from turret.server.http.exchange.listener import Listener
 
 # From the connection, or from the first byte of a later request, to the end of its head.
 HEAD_SECONDS = 10.0
@@ -19,9 +20,18 @@ MAX_HEAD_BYTES = 16 << 10
 
 
 class Connection(H11Protocol):
-    """A connection that is closed if the head of a request takes too long to arrive."""
+    """A connection that is closed if the head of a request takes too long to arrive.
+
+    Args:
+        listener: Where it came in.
+        arguments: What uvicorn gives every connection.
+    """
 
     _head_timer: asyncio.TimerHandle | None = None
+
+    def __init__(self, listener: Listener, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._listener = listener
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
@@ -29,6 +39,7 @@ class Connection(H11Protocol):
         # small write waits for the client's acknowledgement of the one before: 40 ms an event.
         accepted = transport.get_extra_info("socket")
         accepted.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._listener.met(accepted.fileno())
         self._await_head()
 
     def data_received(self, data: bytes) -> None:

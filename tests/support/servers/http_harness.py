@@ -13,6 +13,7 @@ import httpx2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.server.api.admin.adapters import Adapters
+from turret.server.api.connection_limit import MOST_CONNECTIONS
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares
@@ -100,6 +101,7 @@ async def http_harness(
     tokens: TokenTable | None = None,
     shares: Shares | None = None,
     serving: bool = True,
+    most_connections: int = MOST_CONNECTIONS,
 ) -> AsyncIterator[HttpHarness]:
     """A server on a free port, serving fakes."""
     gate, metrics = Gate(), Metrics()
@@ -113,6 +115,7 @@ async def http_harness(
         metrics=metrics,
         tokens=tokens,
         shares=shares,
+        most_connections=most_connections,
     )
     await server.start()
     if serving:

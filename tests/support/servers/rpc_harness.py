@@ -15,6 +15,7 @@ from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_
 
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.backend import Backend
+from turret.server.api.connection_limit import MOST_CONNECTIONS
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
 from turret.server.api.tokens import TokenTable
@@ -59,6 +60,7 @@ async def harness(
     registry: Any = None,
     merger: FakeMerger | None = None,
     fuser: Any = None,
+    most_connections: int = MOST_CONNECTIONS,
 ) -> AsyncIterator[Harness]:
     """A server on a free port, serving fakes, or a registry that the caller brings and closes."""
     gate, metrics = Gate(), Metrics()
@@ -74,6 +76,7 @@ async def harness(
         adapters=adapters,
         metrics=metrics,
         tokens=tokens,
+        most_connections=most_connections,
     )
     await rpc.start()
     backend = fake_backend(engine, registry, merger, fuser)

@@ -1,0 +1,173 @@
+"""Connections and calls that are only held open: they have bounds and an end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import resource
+import threading
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from grpc import StatusCode as Code
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from servers.http_harness import http_harness
+from servers.rpc_harness import failure_of, harness
+
+from turret.server.api import connection_limit
+from turret.server.api.admin.slow_calls import SlowCalls
+from turret.server.api.connection_limit import MOST_CONNECTIONS, most_connections
+from turret.server.errors import QueueFullError
+from turret.server.http.exchange import listener
+from turret.server.rpc import messages, open_calls
+from turret.v1 import inference_pb2
+
+MOST = 4
+
+
+@contextlib.asynccontextmanager
+async def grpc_door() -> AsyncIterator[str]:
+    async with harness(most_connections=MOST) as server:
+        yield server.rpc.address
+
+
+@contextlib.asynccontextmanager
+async def http_door() -> AsyncIterator[str]:
+    async with http_harness(most_connections=MOST) as server:
+        yield server.server.address
+
+
+async def is_kept(reader: asyncio.StreamReader) -> bool:
+    """Whether a connection is still open after what was sent on it: a gRPC server greets."""
+    try:
+        async with asyncio.timeout(0.5):
+            while await reader.read(1000):
+                pass
+    except TimeoutError:
+        return True
+    except ConnectionError:
+        return False
+    return False
+
+
+@pytest.mark.parametrize("door", [grpc_door, http_door])
+async def test_connections_beyond_the_bound_are_closed(door: Any) -> None:
+    async with door() as address:
+        host, _, port = address.rpartition(":")
+        opened = [await asyncio.open_connection(host, int(port)) for _ in range(MOST + 3)]
+        kept = await asyncio.gather(*(is_kept(reader) for reader, _ in opened))
+        assert sorted(kept) == [False] * 3 + [True] * MOST
+        for _, writer in opened:
+            writer.close()
+        # Places come back: more than the bound, one after the other.
+        for _ in range(3 * MOST):
+            found = False
+            for _ in range(100):
+                reader, writer = await asyncio.open_connection(host, int(port))
+                found = await is_kept(reader)
+                writer.close()
+                if found:
+                    break
+            assert found
+
+
+def test_all_doors_together_leave_descriptors_for_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits = [0, 0]
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limits[0], limits[1]))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, pair: limits.__setitem__(0, pair[0]))
+    reserved = connection_limit.RESERVED_DESCRIPTORS
+    for soft, hard in ((1024, 4096), (1024, 1 << 20), (64, 64), (-1, -1), (20_000, 20_000)):
+        limits[:] = soft, hard
+        most = most_connections(3)
+        assert 16 <= most <= MOST_CONNECTIONS
+        if hard > reserved + 48:
+            assert 3 * most + reserved <= limits[0] <= hard
+    assert most_connections(3) == MOST_CONNECTIONS
+
+
+async def test_a_handshake_that_never_ends_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection is accepted, and nothing is made of it."""
+    monkeypatch.setattr(listener, "HANDSHAKE_SECONDS", 0.1)
+    with listener.Listener(listener.socket.AF_INET, MOST) as accepting:
+        accepting.bind(("127.0.0.1", 0))
+        accepting.listen()
+        reader, writer = await asyncio.open_connection(*accepting.getsockname())
+        accepted, _ = accepting.accept()
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+        assert accepting.num_open == 1
+        accepted.close()
+        accepted.close()
+        assert accepting.num_open == 0
+        writer.close()
+
+
+@pytest.mark.parametrize(
+    "method", ["/grpc.health.v1.Health/Check", "/turret.v1.Inference/Generate"]
+)
+async def test_a_call_without_its_message_ends(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    monkeypatch.setattr(messages, "MESSAGE_SECONDS", 0.2)
+
+    async def silent() -> AsyncIterator[bytes]:
+        await asyncio.Event().wait()
+        yield b""
+
+    async with harness() as server:
+        failure = await failure_of(server.channel.stream_unary(method)(silent()))
+        assert failure.code is Code.DEADLINE_EXCEEDED
+        assert "no message" in failure.message
+
+        async def nothing() -> AsyncIterator[bytes]:
+            return
+            yield b""
+
+        failure = await failure_of(server.channel.stream_unary(method)(nothing()))
+        assert failure.code is Code.INVALID_ARGUMENT
+
+
+async def test_calls_that_need_no_token_have_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_calls, "MOST_OPEN_CALLS", 2)
+    async with harness() as server:
+        stub: Any = health_pb2_grpc.HealthStub(server.channel)  # type: ignore[arg-type]
+        watches = [stub.Watch(health_pb2.HealthCheckRequest()) for _ in range(2)]
+        for watch in watches:
+            assert isinstance(await watch.read(), health_pb2.HealthCheckResponse)
+        failure = await failure_of(stub.Check(health_pb2.HealthCheckRequest()))
+        assert failure.code is Code.RESOURCE_EXHAUSTED
+        assert failure.retry_seconds is not None
+        # Other services have places of their own.
+        await server.inference.GetModel(inference_pb2.GetModelRequest())
+        watches[0].cancel()
+        for _ in range(100):
+            try:
+                await stub.Check(health_pb2.HealthCheckRequest())
+                break
+            except grpc.aio.AioRpcError:
+                await asyncio.sleep(0.05)
+        else:
+            pytest.fail("a call that ended is counted still")
+        watches[1].cancel()
+
+
+async def test_a_call_that_may_not_wait_for_its_turn_is_refused() -> None:
+    slow, go = SlowCalls(2), threading.Event()
+    waiting = [asyncio.ensure_future(slow.run_now(go.wait)) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(QueueFullError):
+        await slow.run_now(go.wait)
+    # The thread of one whose caller went away is taken still.
+    waiting[0].cancel()
+    await asyncio.wait(waiting[:1])
+    with pytest.raises(QueueFullError):
+        await slow.run_now(go.wait)
+    go.set()
+    assert await waiting[1]
+    for _ in range(500):
+        if slow._num_running == 0:
+            break
+        await asyncio.sleep(0.01)
+    assert await slow.run_now(lambda: 5) == 5
+    slow.close()
