@@ -5,7 +5,9 @@ BIN := .venv/bin
 INSTALLED := .venv/.installed
 JOBS := 2
 
-.PHONY: setup proto lint test test-gpu long soak bench demo pages clean
+FUZZ_SECONDS := 600
+
+.PHONY: setup proto lint test test-gpu long fuzz soak bench demo pages clean
 
 setup: $(INSTALLED)
 
@@ -32,6 +34,12 @@ test-gpu: setup
 # The compiled kernels in the emulator at models' widths.
 long: setup
 	$(BIN)/python -m pytest --timeout 3000 -n $(JOBS) -m long $(ARGS)
+
+# Any bytes at every parser, guided by coverage, then at a server beside a polite client. What breaks
+# something is left in build/findings.
+fuzz: setup
+	cd tests/support && ../../$(BIN)/python -m fuzz.guided $(FUZZ_SECONDS) ../../build/findings
+	$(BIN)/python -m pytest -s --timeout 3000 -m long --fuzz-seconds $(FUZZ_SECONDS) tests/fuzz/test_beside.py
 
 soak: setup
 	$(BIN)/python -m pytest -s --timeout 3000 --soak-seconds 600 tests/server/test_churn.py $(ARGS)

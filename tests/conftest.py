@@ -46,11 +46,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--soak-seconds", type=float, default=12.0, help="how long test_churn.py keeps traffic up"
     )
+    parser.addoption(
+        "--fuzz-seconds", type=float, default=20.0, help="how long test_beside.py sends anything"
+    )
 
 
 @pytest.fixture
 def soak_seconds(request: pytest.FixtureRequest) -> float:
     return float(request.config.getoption("--soak-seconds") or 0.0)
+
+
+@pytest.fixture
+def fuzz_seconds(request: pytest.FixtureRequest) -> float:
+    return float(request.config.getoption("--fuzz-seconds") or 0.0)
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,152 @@
+"""A polite client beside one that sends anything, to a real server through both doors."""
+
+from __future__ import annotations
+
+import http.client
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import grpc
+import pytest
+from builders.random_adapters import AdapterSpec, arch_of, write_adapter
+from builders.tiny_models import save_tiny_model
+from fuzz.corpus import seeds
+from fuzz.doors import METHODS, PATHS
+from fuzz.mutation import mutated
+from servers.server_under_test import ServerUnderTest, start_server
+
+from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
+
+NUM_FUZZERS = 3
+LEAST_RATE = 0.5
+MOST_SECONDS = 1.0
+# What a server may never say; of gRPC's own words CANCELLED is the client's.
+BUGS = ("INTERNAL", "UNKNOWN", "DATA_LOSS", "500")
+
+
+class Fuzzers:
+    """Threads that send damaged seeds until they are told to stop, one every few milliseconds."""
+
+    def __init__(self, server: ServerUnderTest) -> None:
+        self.seen: Counter[str] = Counter()
+        self._server = server
+        self._over = threading.Event()
+        by_target: dict[str, list[bytes]] = {"message": [], "http": []}
+        for name, data in seeds():
+            if name in by_target:
+                by_target[name].append(data)
+        self._corpus = by_target
+        self._threads = [
+            threading.Thread(target=self._run, args=(number,)) for number in range(NUM_FUZZERS)
+        ]
+
+    def __enter__(self) -> Fuzzers:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, number: int) -> None:
+        source = random.Random(number)
+        with grpc.insecure_channel(self._server.address) as channel:
+            while not self._over.wait(0.005):
+                name = source.choice(("message", "message", "http"))
+                data = mutated(source, self._corpus[name]) or b"\0"
+                send = self._post if name == "http" else self._call
+                self.seen[send(channel, data)] += 1
+
+    def _call(self, channel: grpc.Channel, data: bytes) -> str:
+        method = METHODS[data[0] % len(METHODS)]
+        path = f"/{method.containing_service.full_name}/{method.name}"
+        parts, rest = [], data[1:]
+        while rest:
+            end = 2 + int.from_bytes(rest[:2], "little")
+            parts.append(rest[2:end])
+            rest = rest[end:]
+        call = channel.stream_stream(path, request_serializer=None, response_deserializer=None)(
+            iter(parts[:50]), timeout=2.0
+        )
+        try:
+            for _ in call:
+                pass
+        except grpc.RpcError:
+            return call.code().name
+        return "OK"
+
+    def _post(self, _: grpc.Channel, data: bytes) -> str:
+        connection = http.client.HTTPConnection(self._server.http_address, timeout=2)
+        try:
+            path = PATHS[data[0] % len(PATHS)]
+            connection.request("POST", path, data[1:], {"content-type": "application/json"})
+            answer = connection.getresponse()
+            answer.read()
+            return str(answer.status)
+        except TimeoutError:
+            return "DEADLINE_EXCEEDED"
+        finally:
+            connection.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[ServerUnderTest]:
+    model = save_tiny_model("llama", tmp_path / "model")
+    for seed, name in enumerate(("a", "b", "c", "polite")):
+        write_adapter(tmp_path / "adapters", arch_of(model), AdapterSpec(name, rank=4), seed)
+    flags = ("--model", str(model), "--http-address", "127.0.0.1:0")
+    with start_server(tmp_path, *flags, "--state-dir", str(tmp_path / "state")) as started:
+        yield started
+
+
+def _latencies(ask: Callable[[], object], seconds: float) -> list[float]:
+    found, end = [], time.monotonic() + seconds
+    while time.monotonic() < end:
+        start = time.monotonic()
+        ask()
+        found.append(time.monotonic() - start)
+    return found
+
+
+@pytest.mark.long
+def test_a_polite_client_is_served_beside_any_bytes(
+    server: ServerUnderTest, fuzz_seconds: float
+) -> None:
+    """Half of its rate at least, and p99 under a second; nothing that is sent shows a bug."""
+    with grpc.insecure_channel(server.address) as channel:
+        admin = adapters_pb2_grpc.AdaptersStub(channel)
+        admin.LoadAdapter(adapters_pb2.LoadAdapterRequest(name="polite", path="polite"))
+        stub = inference_pb2_grpc.InferenceStub(channel)
+        request = inference_pb2.GenerateRequest(prompt="a b c")
+        request.adapters.add(name="polite")
+        request.stop.max_tokens = 4
+        request.stop.ignore_eos = True
+
+        def ask() -> None:
+            assert stub.Generate(request, timeout=60).usage.completion_tokens == 4
+
+        _latencies(ask, 1.0)
+        alone: list[float] = []
+        beside: list[float] = []
+        seen: Counter[str] = Counter()
+        # In turns, since a machine has good and bad minutes.
+        for _ in range(4):
+            alone += _latencies(ask, fuzz_seconds / 8)
+            with Fuzzers(server) as fuzzers:
+                beside += _latencies(ask, fuzz_seconds / 8)
+            seen += fuzzers.seen
+    beside.sort()
+    p99 = beside[int(0.99 * len(beside))]
+    rate = len(beside) / len(alone)
+    print(f"\n{dict(seen)}; rate {rate:.2f}, p99 {p99:.3f} s, longest {beside[-1]:.3f} s")
+    assert not any(seen[code] for code in BUGS), seen
+    assert sum(seen.values()) > 50
+    assert rate >= LEAST_RATE
+    assert p99 < MOST_SECONDS
+    assert "internal error" not in server.log.read_text()

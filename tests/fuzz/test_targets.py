@@ -1,0 +1,83 @@
+"""Any bytes, any messages: an error of the table or none. ``make fuzz`` goes on from here."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from fuzz.corpus import CORPUS, encoded, right, seeds
+from fuzz.doors import METHODS
+from fuzz.messages import messages_of
+from fuzz.mutation import mutated
+from fuzz.targets import Targets, opened
+from google.protobuf.descriptor import MethodDescriptor
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+
+class Sent(bytes):
+    """What is fed to a target; hypothesis shows all of what it draws."""
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} bytes: {bytes(self[:300])!r}…>"
+
+
+NAMES = ("header", "config", "folder", "tokens", "message", "http", "registration")
+# Inputs tried in every run; the folder's cost a whole load each.
+COUNTS = {"folder": 60, "message": 120, "http": 120}
+EXAMPLES = 12
+
+
+@pytest.fixture(scope="module")
+def targets() -> Iterator[Targets]:
+    with opened() as made:
+        yield made
+
+
+def test_every_target_has_seeds_and_they_are_those_of_the_code(targets: Targets) -> None:
+    assert {name for name, _ in seeds()} == set(targets.by_name) == set(NAMES)
+    names = {str(path.relative_to(CORPUS)) for path in CORPUS.glob("*/*")}
+    assert {name for name, _ in right()} <= names, "run `python -m fuzz.corpus` in tests/support"
+
+
+def test_seeds_break_nothing(targets: Targets) -> None:
+    """Those that are right, and those that broke something once."""
+    for name, data in seeds():
+        targets.by_name[name](data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_damaged_seeds_break_nothing(targets: Targets, name: str) -> None:
+    source = random.Random(5)
+    corpus = [data for target, data in seeds() if target == name]
+    for _ in range(COUNTS.get(name, 400)):
+        data = mutated(source, corpus)
+        try:
+            targets.by_name[name](data)
+        except Exception as error:
+            error.add_note(f"{name}: {data!r}")
+            raise
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_messages_of_any_content_break_nothing(targets: Targets, method: MethodDescriptor) -> None:
+    """Drawn by descriptors, so a field that is new is drawn too."""
+    most = 3 if method.client_streaming else 1
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(
+        st.lists(messages_of(method.input_type), min_size=1, max_size=most).map(
+            lambda messages: Sent(encoded(messages, method.name))
+        )
+    )
+    def try_it(data: Sent) -> None:
+        targets.message(data)
+
+    try_it()

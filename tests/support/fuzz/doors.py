@@ -1,0 +1,213 @@
+"""Both doors without sockets, in front of a real registry and fuser: bytes in, a code out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+from builders.registries import Registries
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
+from grpc_health.v1 import health_pb2
+from servers.fakes import FakeEngine, FakeMerger, fake_backend
+
+from turret.server.adapters.fuse.fuser import Fuser
+from turret.server.adapters.state.state_dir import StateDir
+from turret.server.api.admin.adapters import Adapters
+from turret.server.api.gate import Gate
+from turret.server.api.inference import Inference
+from turret.server.api.shares import Shares
+from turret.server.config import ListenConfig, SecurityConfig
+from turret.server.http.server import HttpServer
+from turret.server.metrics import Metrics
+from turret.server.rpc.adapters import AdaptersServicer
+from turret.server.rpc.health import HealthServicer
+from turret.server.rpc.inference import InferenceServicer
+from turret.server.rpc.interceptor import CallInterceptor
+from turret.v1 import adapters_pb2, inference_pb2
+
+CALL_SECONDS = 20.0
+# Everything that can be called, by what a fuzzer chooses with: its place in this order.
+METHODS: tuple[Any, ...] = tuple(
+    method
+    for file, name in (
+        (inference_pb2.DESCRIPTOR, "Inference"),
+        (adapters_pb2.DESCRIPTOR, "Adapters"),
+        (health_pb2.DESCRIPTOR, "Health"),
+    )
+    for method in file.services_by_name[name].methods
+    # It never ends, and says nothing of what it was sent.
+    if method.name != "Watch"
+)
+PATHS = (
+    *("/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/v1/embeddings"),
+    *("/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
+)
+
+
+class _Context:
+    """What a servicer asks of gRPC's context."""
+
+    def __init__(self) -> None:
+        self.status: grpc.StatusCode | None = None
+        self.details = ""
+        self.trailers: Any = ()
+        self.num_written = 0
+
+    def invocation_metadata(self) -> tuple[()]:
+        return ()
+
+    def time_remaining(self) -> float:
+        return CALL_SECONDS
+
+    def peer(self) -> str:
+        return "ipv4:10.0.0.1:1"
+
+    def code(self) -> grpc.StatusCode | None:
+        return self.status
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.status = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+    def set_trailing_metadata(self, trailers: Any) -> None:
+        self.trailers = trailers
+
+    async def write(self, message: Message) -> None:
+        message.SerializeToString()
+        self.num_written += 1
+
+
+class Doors:
+    """Answers what comes to it, one after the other. Close it in the end.
+
+    Args:
+        folder: For the adapters and the state directory.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._registries = Registries(folder)
+        state = StateDir(folder / "state", 1 << 20)
+        self.registry = self._registries(load="ab", state=state)
+        gate, metrics = Gate(), Metrics()
+        self._fuser = Fuser(self.registry, host_bytes=1 << 26, max_rank=64)
+        self._adapters = Adapters(gate)
+        inference = Inference(gate)
+        gate.open(fake_backend(FakeEngine(), self.registry, FakeMerger(), self._fuser))
+        self._servicers: dict[str, Any] = {
+            "Inference": InferenceServicer(inference),
+            "Adapters": AdaptersServicer(self._adapters),
+        }
+        listen = ListenConfig(http_address="127.0.0.1:0")
+        doors: dict[str, Any] = {"metrics": metrics, "tokens": None}
+        doors |= {"inference": inference, "adapters": self._adapters}
+
+        async def make() -> HttpServer:
+            return HttpServer(listen, SecurityConfig(), **doors)
+
+        self._http = self._loop.run_until_complete(make())
+        self._servicers["Health"] = HealthServicer(("turret.v1.Inference",))
+        self._interceptor = CallInterceptor(metrics, None, Shares())
+        self._app: Any = self._http._server.config.app
+
+    def close(self) -> None:
+        """Ends everything that was begun."""
+        self._loop.run_until_complete(self._http.stop(0))
+        self._adapters.close()
+        self._fuser.close()
+        self._registries.close()
+        self._loop.run_until_complete(self._loop.shutdown_default_executor())
+        self._loop.close()
+
+    def call(self, method: MethodDescriptor, messages: Iterable[bytes | Message]) -> str:
+        """The name of the status that a gRPC call ends with.
+
+        Args:
+            method: Of ``METHODS``.
+            messages: As sent; more than one only for a method that takes a stream.
+        """
+        return self._loop.run_until_complete(self._call(method, iter(messages)))
+
+    async def _call(self, method: MethodDescriptor, messages: Iterator[bytes | Message]) -> str:
+        kind: Any = GetMessageClass(method.input_type)
+
+        servicer = self._servicers[method.containing_service.name]
+        behaviour = getattr(servicer, method.name)
+        handler = _handler(method, behaviour, kind.FromString)
+        answer = self._interceptor._answer(f"/{method.containing_service.full_name}/x", handler)
+        context = _Context()
+        deserialize = answer.request_deserializer
+
+        async def received() -> AsyncIterator[Any]:
+            for each in messages:
+                yield deserialize(each if isinstance(each, bytes) else each.SerializeToString())
+
+        act = answer.stream_stream if answer.response_streaming else answer.stream_unary
+        async with asyncio.timeout(CALL_SECONDS):
+            result = await act(received(), context)
+        if result is not None:
+            result.SerializeToString()
+        return (context.status or grpc.StatusCode.OK).name
+
+    def post(self, path: str, body: bytes) -> int:
+        """The status that a POST over HTTP ends with."""
+        return self._loop.run_until_complete(self._post(path, body))
+
+    async def _post(self, path: str, body: bytes) -> int:
+        statuses: list[int] = []
+        waiting = [{"type": "http.request", "body": body, "more_body": False}]
+        gone = asyncio.Event()
+
+        async def receive() -> dict[str, Any]:
+            if waiting:
+                return waiting.pop()
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        scope = {
+            "type": "http",
+            "asgi": {"version": "3.0"},
+            "http_version": "1.1",
+            "method": "POST",
+            "scheme": "http",
+            "path": path,
+            "raw_path": path.encode(),
+            "root_path": "",
+            "query_string": b"",
+            "headers": [(b"content-type", b"application/json")],
+            "client": ("10.0.0.1", 1),
+            "server": ("10.0.0.2", 80),
+        }
+        async with asyncio.timeout(CALL_SECONDS):
+            await self._app(scope, receive, send)
+        assert len(statuses) == 1, "one request, one answer"
+        return statuses[0]
+
+    def is_listed(self) -> bool:
+        """Whether every adapter that was let in can be told to clients, and read again."""
+        list_all = next(method for method in METHODS if method.name == "ListAdapters")
+        start = time.monotonic()
+        code = self.call(list_all, [b""])
+        return code == "OK" and time.monotonic() - start < CALL_SECONDS
+
+
+def _handler(method: MethodDescriptor, behaviour: Any, parse: Any) -> Any:
+    """As grpcio's generated code makes it."""
+    is_many, answers_many = method.client_streaming, method.server_streaming
+    one = {(False, False): "unary_unary", (False, True): "unary_stream"}
+    many = {(True, False): "stream_unary", (True, True): "stream_stream"}
+    name = {**one, **many}[is_many, answers_many]
+    make = getattr(grpc, f"{name}_rpc_method_handler")
+    return make(behaviour, request_deserializer=parse, response_serializer=None)

@@ -1,0 +1,97 @@
+"""Fuzzes all targets, guided by coverage where atheris is installed, at random where it is not.
+
+cd tests/support && python -m fuzz.guided SECONDS FINDINGS
+
+Starts from the committed corpus. An input that breaks something is written to FINDINGS, with what
+it broke; copy it to ``tests/fuzz/corpus/<target>/`` together with the mending, and it is tried for
+ever. Exits with 1 if there is one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import random
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+ORDER = ("header", "config", "folder", "tokens", "message", "http", "registration")
+
+
+def _note(findings: Path, name: str, data: bytes) -> None:
+    findings.mkdir(parents=True, exist_ok=True)
+    text = traceback.format_exc()
+    kept = findings / f"{name}-{abs(hash(data)):x}"
+    kept.write_bytes(data)
+    kept.with_suffix(".txt").write_text(text)
+    print(f"{kept}:\n{text}", file=sys.stderr, flush=True)
+
+
+def at_random(seconds: float, findings: Path) -> int:
+    """The targets in turn, with damaged seeds. Returns how many findings there were."""
+    from fuzz.corpus import seeds
+    from fuzz.mutation import mutated
+    from fuzz.targets import opened
+
+    source, found, tried = random.Random(), 0, 0
+    corpus = {name: [data for each, data in seeds() if each == name] for name in ORDER}
+    end = time.monotonic() + seconds
+    with opened() as targets:
+        while time.monotonic() < end and found < 10:
+            name = ORDER[tried % len(ORDER)]
+            tried += 1
+            data = mutated(source, corpus[name])
+            try:
+                targets.by_name[name](data)
+            except Exception:
+                found += 1
+                _note(findings, name, data)
+    print(f"{tried} inputs at random, {found} findings")
+    return found
+
+
+def guided(seconds: float, findings: Path) -> int:
+    """The same with libFuzzer, which ends the process; a leading byte chooses the target."""
+    atheris: Any = importlib.import_module("atheris")
+
+    with atheris.instrument_imports(include=["turret.server"], enable_loader_override=False):
+        from fuzz.corpus import seeds
+        from fuzz.targets import MAX_BYTES, Targets
+
+    folder, corpus = Path(tempfile.mkdtemp()), Path(tempfile.mkdtemp())
+    targets = Targets(folder)
+    for number, (name, data) in enumerate(seeds()):
+        (corpus / str(number)).write_bytes(bytes([ORDER.index(name)]) + data)
+
+    def one(data: bytes) -> None:
+        name = ORDER[data[0] % len(ORDER)] if data else ORDER[0]
+        try:
+            targets.by_name[name](data[1:])
+        except Exception:
+            _note(findings, name, data[1:])
+            raise
+
+    arguments = [
+        *(sys.argv[0], f"-max_total_time={seconds:.0f}", f"-max_len={MAX_BYTES}"),
+        *("-timeout=30", "-rss_limit_mb=4096", "-print_final_stats=1", "-verbosity=0"),
+        *(f"-artifact_prefix={folder}/", str(corpus)),
+    ]
+    atheris.Setup(arguments, one)
+    atheris.Fuzz()
+    return 0
+
+
+def main() -> int:
+    seconds, findings = float(sys.argv[1]), Path(sys.argv[2])
+    if importlib.util.find_spec("atheris") is None:
+        print("atheris is not installed: no coverage guides", file=sys.stderr)
+        return min(at_random(seconds, findings), 1)
+    return guided(seconds, findings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,154 @@
+"""What is fed any bytes at all, and must answer with an error of its table or none.
+
+A target raises only where something is broken: an exception that nobody promised, a status that
+says "internal error", an adapter that was let in and cannot be told to clients.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from builders.registries import tiny_base
+from fuzz.doors import METHODS, PATHS, Doors
+
+from turret.server.adapters.checkpoint.reader import parse_config
+from turret.server.adapters.checkpoint.safetensors_header import read_header
+from turret.server.adapters.residency.loader import AdapterLoader
+from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE, Source
+from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.api.tokens import TokenTable
+from turret.server.errors import TurretError
+from turret.v1 import adapters_pb2
+
+MAX_BYTES = 1 << 16
+_HTTP = frozenset((200, 400, 404, 409, 413, 415, 429, 501))
+_GRPC = frozenset(
+    (
+        *("OK", "INVALID_ARGUMENT", "NOT_FOUND", "ALREADY_EXISTS", "FAILED_PRECONDITION"),
+        *("RESOURCE_EXHAUSTED", "ABORTED", "UNAVAILABLE"),
+    )
+)
+
+
+class Broken(AssertionError):
+    """An answer that no client may get."""
+
+
+class Targets:
+    """Everything that is fuzzed, by name.
+
+    Args:
+        folder: For files.
+
+    Attributes:
+        by_name: Name → what takes the bytes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        (folder / "fuzzed").mkdir()
+        self._loader = AdapterLoader(folder, tiny_base(), 1 << 26, 64)
+        self._doors = Doors(folder)
+        self.by_name: dict[str, Callable[[bytes], None]] = {
+            "header": self.header,
+            "config": self.config,
+            "folder": self.folder,
+            "tokens": self.tokens,
+            "message": self.message,
+            "http": self.http,
+            "registration": self.registration,
+        }
+
+    def close(self) -> None:
+        self._doors.close()
+
+    def header(self, data: bytes) -> None:
+        """The beginning of a tensor file."""
+        with contextlib.suppress(ValueError):
+            read_header(io.BytesIO(data), len(data))
+
+    def config(self, data: bytes) -> None:
+        """An adapter's config alone."""
+        with contextlib.suppress(TurretError):
+            parse_config(data, "x")
+
+    def folder(self, data: bytes) -> None:
+        """Both files of an adapter: two bytes that say how long the config is, then the two."""
+        split = 2 + int.from_bytes(data[:2], "little")
+        place = self._folder / "fuzzed"
+        (place / CONFIG_FILE).write_bytes(data[2:split])
+        (place / TENSORS_FILE).write_bytes(data[split:])
+        try:
+            loaded = self._loader.lower(self._loader.read(Source("fuzzed")))
+        except TurretError:
+            return
+        saved = SavedRegistration(
+            name="x",
+            uuid="u",
+            generation=1,
+            pinned=False,
+            source=Source("fuzzed"),
+            facts=loaded.facts,
+        )
+        if SavedRegistration.from_json(saved.to_json()) != saved:
+            raise Broken("the registration does not survive a restart")
+        facts = loaded.facts
+        adapters_pb2.Adapter(
+            digest=facts.digest,
+            method=facts.method,
+            ranks=facts.ranks,
+            target_modules=facts.target_modules,
+            base_model=facts.base_model,
+            warnings=facts.warnings,
+        ).SerializeToString()
+
+    def registration(self, data: bytes) -> None:
+        """A file of the state directory: whoever wrote it, the server starts."""
+        with contextlib.suppress(ValueError):
+            SavedRegistration.from_json(data).to_json()
+
+    def tokens(self, data: bytes) -> None:
+        """A token file."""
+        path = self._folder / "tokens"
+        path.write_bytes(data)
+        path.chmod(0o600)
+        with contextlib.suppress(ValueError):
+            TokenTable.read(path).roles_of("x")
+
+    def message(self, data: bytes) -> None:
+        """A byte that chooses the method, then its messages: two bytes of length before each."""
+        method = METHODS[data[0] % len(METHODS)] if data else METHODS[0]
+        code = self._doors.call(method, _parts(data[1:]))
+        if code not in _GRPC:
+            raise Broken(f"{method.full_name}: {code}")
+        if method.containing_service.name == "Adapters" and not self._doors.is_listed():
+            raise Broken(f"{method.full_name}: adapters cannot be listed any more")
+
+    def http(self, data: bytes) -> None:
+        """A byte that chooses the path, then the body."""
+        path = PATHS[data[0] % len(PATHS)] if data else PATHS[0]
+        status = self._doors.post(path, data[1:])
+        if status not in _HTTP:
+            raise Broken(f"{path}: {status}")
+
+
+def _parts(data: bytes) -> Iterator[bytes]:
+    while data:
+        end = 2 + int.from_bytes(data[:2], "little")
+        yield data[2:end]
+        data = data[end:]
+
+
+@contextlib.contextmanager
+def opened() -> Iterator[Targets]:
+    """The targets, in a folder of their own."""
+    with tempfile.TemporaryDirectory() as name:
+        targets = Targets(Path(name))
+        try:
+            yield targets
+        finally:
+            targets.close()
