@@ -1,0 +1,107 @@
+"""Thousands of histories of one server, drawn, on a simulated clock: its promises hold in each."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+from simulation.parts import Clock
+from simulation.world import World
+
+from turret.server.adapters.mix import HostResult
+from turret.server.adapters.registry import name_table, unloads
+from turret.server.adapters.residency import leases
+from turret.server.engine import loop
+from turret.server.engine.loop import EngineLoop
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Sequence
+
+NUM_HISTORIES = 2000
+NUM_ACTIONS = 50
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    for module in (loop, leases, name_table, unloads):
+        monkeypatch.setattr(module, "time", clock)
+    return clock
+
+
+def live(seed: int, clock: Clock) -> World:
+    """One history, from the first action to the last answer."""
+    world = World(seed, clock)
+    try:
+        for _ in range(NUM_ACTIONS):
+            world.act()
+        world.finish()
+    except BaseException as error:
+        error.add_note(f"seed {seed}")
+        raise
+    return world
+
+
+def _live_many(count: int, clock: Clock) -> None:
+    for seed in range(count):
+        live(seed, clock)
+
+
+def test_every_history_keeps_the_promises(clock: Clock) -> None:
+    endings: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
+    start = time.monotonic()
+    for seed in range(NUM_HISTORIES):
+        world = live(seed, clock)
+        endings.update(world.ended.values())
+        counts.update(world.counts)
+        counts["full"] += world.runner.num_full
+        counts["preempted"] += sum(a.sequence.num_preemptions for a in world.requests)
+    print(f"\n{dict(endings)} {dict(counts)} in {time.monotonic() - start:.1f} s")
+    # Everything that can happen has happened, or the histories say little.
+    assert endings.keys() >= {
+        *("LENGTH", "STOP", "CANCELLED", "DEADLINE", "AdapterUnloadedError"),
+        *("AdapterCheckpointError", "BudgetExceededError"),
+    }
+    assert counts.keys() >= {
+        *("loaded", "replaced", "unloaded", "kept", "pinned", "merged", "blocked"),
+        *("full", "preempted"),
+    }
+
+
+def test_a_seed_is_a_history(clock: Clock) -> None:
+    first, second = (live(7, clock) for _ in range(2))
+    assert list(first.ended.values()) == list(second.ended.values())
+    assert first.counts == second.counts
+
+
+def _keep_blocks(self: Scheduler, sequence: Sequence) -> None:
+    sequence.blocks, sequence.num_computed = [], 0
+
+
+def _trust(self: EngineLoop, sequence: Sequence, result: HostResult) -> None:
+    """Starts a request without asking again whether its adapters are still there."""
+    answer = self._answers.get(sequence)
+    if answer is not None and result.error is None:
+        self._make_ready(answer)
+    elif answer is not None and result.error is not None:
+        self._fail(answer, result.error)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "broken"),
+    [
+        (Scheduler, "_free", _keep_blocks),
+        (Scheduler, "_make_room", lambda self, now: 0),
+        (EngineLoop, "_loaded", _trust),
+        (leases.Leases, "close_lease", lambda self, mix: None),
+        (leases.Leases, "change_base", lambda self, generation: frozenset()),
+    ],
+)
+def test_a_fault_shows_within_few_histories(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, broken: Any
+) -> None:
+    monkeypatch.setattr(owner, name, broken)
+    with pytest.raises(AssertionError):
+        _live_many(200, clock)

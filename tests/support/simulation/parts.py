@@ -1,0 +1,173 @@
+"""What surrounds engine and registry in a simulation: a clock, threads, files, a model, metrics."""
+
+from __future__ import annotations
+
+import queue
+import random
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any
+
+from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.facts import AdapterFacts
+from turret.server.adapters.residency.loader import LoadedAdapter
+from turret.server.adapters.source import Source
+from turret.server.engine.scheduling.scheduler import Step
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.runner import DeviceFullError, StepResult
+from turret.server.engine.step.sampler import Draw
+from turret.server.errors import AdapterCheckpointError, TurretError
+
+
+class Clock:
+    """Stands for the module ``time``; moves when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def time(self) -> float:
+        return self.now
+
+
+class Inbox:
+    """The engine's queue of commands, which waits for none."""
+
+    def __init__(self) -> None:
+        self._commands: deque[Callable[[], None]] = deque()
+
+    def put(self, command: Callable[[], None]) -> None:
+        self._commands.append(command)
+
+    def empty(self) -> bool:
+        return not self._commands
+
+    def get(self, timeout: float | None = None) -> Callable[[], None]:
+        return self.get_nowait()
+
+    def get_nowait(self) -> Callable[[], None]:
+        if not self._commands:
+            raise queue.Empty
+        return self._commands.popleft()
+
+
+class Threads:
+    """An executor whose work is done when ``run_one`` says so, in any order."""
+
+    def __init__(self, source: random.Random) -> None:
+        self._source = source
+        self._work: list[Callable[[], object]] = []
+
+    def __len__(self) -> int:
+        return len(self._work)
+
+    def submit(self, work: Callable[..., object], *args: Any) -> Future[Any]:
+        self._work.append(lambda: work(*args))
+        return Future()
+
+    def run_one(self) -> None:
+        self._work.pop(self._source.randrange(len(self._work)))()
+
+    def shutdown(self, wait: bool = True, cancel_futures: bool = False) -> None:
+        self._work.clear()
+
+
+@dataclass(frozen=True)
+class Operators:
+    """An adapter's weights, as far as residency sees them."""
+
+    num_bytes: int
+    base_generation: int
+
+
+def facts_of(digest: str, num_bytes: int) -> AdapterFacts:
+    return AdapterFacts(
+        digest=digest,
+        method="lora",
+        ranks=(num_bytes,),
+        target_modules=(),
+        base_model="",
+        warnings=(),
+        num_soft_tokens=0,
+        num_prefix_positions=0,
+        bytes_disk=num_bytes,
+        bytes_host=num_bytes,
+    )
+
+
+class Files:
+    """Reads adapters: their size is in the digest. Now and then one cannot be read."""
+
+    def __init__(self, source: random.Random) -> None:
+        self._source = source
+        self.base_generation = 1
+
+    def reload(self, place: Source, digest: str) -> LoadedAdapter:
+        if self._source.random() < 0.05:
+            raise AdapterCheckpointError(f"{place.path} is gone")
+        size = int(digest.partition("-")[0])
+        # Adapters of odd content are computed from the base, as DoRA's are.
+        depends = digest.endswith(("1", "3"))
+        operators: Any = Operators(size, self.base_generation)
+        generation = self.base_generation if depends else None
+        return LoadedAdapter(facts_of(digest, size), operators, generation)
+
+
+class Runner:
+    """Draws tokens without a model, and checks that what it needs is there."""
+
+    def __init__(self, source: random.Random, files: Files) -> None:
+        self._source = source
+        self._files = files
+        self.num_full = 0
+
+    def run(self, step: Step) -> StepResult:
+        result = StepResult()
+        for item in step.scheduled:
+            sequence = item.sequence
+            for adapter, _ in sequence.mix.members:
+                self._check(adapter)
+            if item.samples:
+                result.draws[sequence] = Draw(self._source.randrange(3, 9))
+        if self._source.random() < 0.02:
+            self.num_full += 1
+            raise DeviceFullError("the device is full")
+        return result
+
+    def _check(self, adapter: Adapter) -> None:
+        operators: Any = adapter.operators
+        assert operators is not None, f"{adapter} is computed with, and is not in memory"
+        assert adapter.holds > 0, f"{adapter} is computed with, and nobody holds it"
+        if adapter.base_generation is not None:
+            assert adapter.base_generation == self._files.base_generation, f"{adapter} is stale"
+
+    def forget(self, sequence: Sequence) -> None:
+        pass
+
+    def forget_adapter(self, key: str) -> None:
+        pass
+
+    def refusal(self, sequence: Sequence) -> TurretError | None:
+        return None
+
+    @property
+    def adapter_bytes(self) -> int:
+        return 0
+
+
+class Silent:
+    """Metrics that nobody reads."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **keywords: None
+
+
+class Letters:
+    """Text of tokens."""
+
+    def push(self, token_id: int) -> str:
+        return chr(96 + token_id)
