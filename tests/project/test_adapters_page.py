@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from turret.server.adapters.base import BaseModule
 from turret.server.adapters.methods import METHODS
-from turret.server.adapters.methods.loha import is_rank_served
+from turret.server.adapters.methods.structured.loha import is_rank_served
 
 
 def test_the_tables_are_those_of_the_code() -> None:

@@ -47,6 +47,10 @@ NOUNS = {"server.adapters", "leaf"}
 READING = {
     f"server.adapters.{name}" for name in ("checkpoint", "peft_format", "lowering", "methods")
 }
+METHOD_ROOMS = [
+    f"server.adapters.methods.{name}"
+    for name in ("lora", "low_rank", "structured", "vectors", "prompts", "gated")
+]
 KEEPING = {f"server.adapters.{name}" for name in ("state", "residency")}
 DEVICE = {f"server.adapters.device{room}" for room in ("", ".packed", ".gpu")}
 MODELS = {f"server.models{room}" for room in ("", ".families", ".decoding", ".weights")}
@@ -66,7 +70,9 @@ BELOW = {
     "server.adapters.checkpoint": NOUNS,
     "server.adapters.peft_format": NOUNS | {"server.adapters.checkpoint"},
     "server.adapters.lowering": NOUNS | READING - {"server.adapters.methods"},
-    "server.adapters.methods": NOUNS | READING | {"kernels"},
+    "server.adapters.methods": NOUNS | READING,
+    # A method knows no other room's methods, and not how it is found.
+    **{room: NOUNS | READING - {"server.adapters.methods"} | {"kernels"} for room in METHOD_ROOMS},
     "server.adapters.state": NOUNS,
     "server.adapters.residency": NOUNS | READING,
     "server.adapters.registry": NOUNS | READING | KEEPING,

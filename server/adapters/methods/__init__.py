@@ -1,10 +1,10 @@
-"""The adapter methods, one file each: a new file here that binds ``METHOD`` is served."""
+"""The adapter methods, one file each: a new file in a room here that binds ``METHOD`` is served."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,11 +20,21 @@ from turret.server.errors import AdapterCheckpointError
 
 def _discover() -> dict[str, Method]:
     methods: dict[str, Method] = {}
-    for info in sorted(pkgutil.iter_modules(__path__), key=lambda info: info.name):
-        method: Method = importlib.import_module(f"{__name__}.{info.name}").METHOD
+    for name in _files(__name__, __path__):
+        method: Method = importlib.import_module(name).METHOD
         assert method.name not in methods, f"two methods are called {method.name!r}"
         methods[method.name] = method
-    return methods
+    return dict(sorted(methods.items()))
+
+
+def _files(package: str, path: Iterable[str]) -> Iterator[str]:
+    """Full names of the modules in a package and in the rooms below it."""
+    for info in pkgutil.iter_modules(path):
+        name = f"{package}.{info.name}"
+        if info.ispkg:
+            yield from _files(name, importlib.import_module(name).__path__)
+        else:
+            yield name
 
 
 METHODS: Mapping[str, Method] = _discover()

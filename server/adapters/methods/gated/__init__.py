@@ -1,0 +1,1 @@
+"""Methods that weigh other adapters, token by token."""

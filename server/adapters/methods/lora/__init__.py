@@ -1,0 +1,1 @@
+"""LoRA, and its variants that share a checkpoint's keys and factors."""

@@ -1,0 +1,1 @@
+"""Methods that learn vectors: scales of channels, biases, rows of the vocabulary."""
