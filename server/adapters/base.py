@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -53,6 +53,21 @@ class BaseModule:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseNorm:
+    """A norm of the base whose result goes into linear modules and nowhere else.
+
+    Attributes:
+        weight: As the checkpoint has it, ``[hidden]`` fp32.
+        offset: What the model adds to it before it multiplies.
+        feeds: The modules that take its result, by path.
+    """
+
+    weight: torch.Tensor
+    offset: float
+    feeds: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class BaseVocabulary:
     """The matrices that have a row per token, ``[vocab, hidden]`` in the serving dtype.
 
@@ -86,6 +101,7 @@ class BaseModel:
             and ``lm_head`` behind them.
         other_modules: Paths that exist but are not linear modules (norms, ``model.embed_tokens``):
             a method that does not serve one names it in an error, not a silent skip.
+        norms: Those of them that are norms and feed linear modules alone, by path.
         vocabulary: Embedding and head.
         num_layers: Decoder layers.
         hidden_size: Width of an embedding.
@@ -106,6 +122,7 @@ class BaseModel:
     hidden_size: int
     num_kv_heads: int
     head_dim: int
+    norms: Mapping[str, BaseNorm] = field(default_factory=dict)
     generation: int = 1
     beside: Callable[[], AbstractContextManager[object]] = nullcontext
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel, BaseModule, BaseVocabulary
+import torch
+
+from turret.server.adapters.base import (
+    EMBEDDING,
+    HEAD,
+    BaseModel,
+    BaseModule,
+    BaseNorm,
+    BaseVocabulary,
+)
 from turret.server.adapters.device.gpu.streams import beside_steps
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
@@ -12,6 +21,8 @@ from turret.server.models.decoding.arch import LAYER_PREFIX, Arch
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.model_source import ModelSource
 from turret.server.models.weights.nf4 import Nf4Linear
+
+_FINAL_NORM = "model.norm"
 
 
 def projections(decoder: Decoder) -> Iterator[tuple[AdaptedLinear, tuple[str, ...]]]:
@@ -52,7 +63,7 @@ def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) ->
         dequantize=lambda: head.float(),
         served=lambda: head,
     )
-    others = {EMBEDDING, "model.norm"}
+    others = {EMBEDDING, _FINAL_NORM}
     names = [*arch.norms.names()]
     if arch.qk_norm is not None:
         names += ["self_attn.q_norm", "self_attn.k_norm"]
@@ -66,6 +77,7 @@ def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) ->
         dtype=decoder.dtype,
         modules=modules,
         other_modules=frozenset(others),
+        norms=_norms(decoder),
         vocabulary=BaseVocabulary(decoder.embedding, head, arch.tie_word_embeddings),
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
@@ -73,6 +85,27 @@ def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) ->
         head_dim=arch.head_dim,
         beside=lambda: beside_steps(decoder.device),
     )
+
+
+def _norms(decoder: Decoder) -> dict[str, BaseNorm]:
+    """The norms before attention and MLP, and the one before the head."""
+    arch, norms = decoder.arch, {}
+
+    def norm(weight: torch.Tensor, *feeds: str) -> BaseNorm:
+        return BaseNorm(weight.detach().float().cpu() - arch.norm_offset, arch.norm_offset, feeds)
+
+    linears = arch.linears()
+    for number, layer in enumerate(decoder.layers):
+        prefix = f"{LAYER_PREFIX}.{number}"
+        for name, weight, projection in (
+            (arch.norms.before_attention, layer.norm_before_attention, "qkv"),
+            (arch.norms.before_mlp, layer.norm_before_mlp, "gate_up"),
+        ):
+            if name is not None:
+                feeds = [f"{prefix}.{path}" for path, _, _ in linears[projection]]
+                norms[f"{prefix}.{name}"] = norm(weight, *feeds)
+    norms[_FINAL_NORM] = norm(decoder.norm, HEAD)
+    return norms
 
 
 def describe_projections(arch: Arch) -> ProjectionLayout:

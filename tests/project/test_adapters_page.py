@@ -11,6 +11,7 @@ import torch
 from builders.adapters import base_of, linear_modules, lower_adapter, tiny_llama
 from builders.methods import make_config, save_adapter
 from pages.adapters_page import PAGE, rendered
+from peft import PeftType
 from safetensors.torch import load_file, save_file
 
 from turret.server.adapters.base import BaseModule
@@ -84,6 +85,9 @@ def test_its_converter_keeps_the_function(
         assert all(torch.equal(one, other) for one, other in tensors[1:])
 
 
-def test_every_method_is_in_the_page() -> None:
-    header = next(line for line in PAGE.read_text().splitlines() if line.startswith("| key | adal"))
-    assert header == "| key | " + " | ".join(METHODS) + " |"
+def test_every_type_is_in_the_page() -> None:
+    page = PAGE.read_text()
+    for kind in PeftType:
+        assert f"| `{kind.value}` | " in page, kind
+    for name in METHODS:
+        assert f"` | {name} | " in page, name

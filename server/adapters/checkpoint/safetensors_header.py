@@ -25,12 +25,17 @@ MAX_EXTENT = 1 << 31
 _MAX_SHARED_BYTES = 256 << 10
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
-# Weights only. Integer and 8-bit float tensors mean a format this server does not know.
+# Weights, and indices where a method has some. 8-bit floats mean a format not known here.
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
 }
 
 

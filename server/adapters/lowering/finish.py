@@ -21,6 +21,7 @@ from turret.server.adapters.peft_format.prompt_checkpoint import EMBEDDINGS
 from turret.server.adapters.soft_prompt import SoftPrompt
 from turret.server.adapters.vocabulary import VocabularyOperators
 
+_NO_CONV1D = "fan_in_fan_out is true; the base model's modules are linear, where it has no effect"
 _NOTHING: Mapping[str, ModuleOperators] = MappingProxyType({})
 
 
@@ -83,6 +84,7 @@ def finish(
         warnings=(
             *(() if found is None else found.targets.warnings),
             *((name_warning,) if name_warning else ()),
+            *((_NO_CONV1D,) if checkpoint.config.get("fan_in_fan_out") is True else ()),
             *warnings,
         ),
         num_soft_tokens=0 if is_prefix else positions,

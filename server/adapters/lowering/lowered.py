@@ -107,6 +107,8 @@ class Method:
         rules: A rule for every key that its config may have.
         lower: Makes the operators.
         accepts: Whether this method, among those of the same ``peft_type``, is the one meant.
+        integers: Last components of the names of tensors that may hold integers; every other tensor
+            holds floating-point numbers.
     """
 
     name: str
@@ -114,3 +116,4 @@ class Method:
     rules: Rules
     lower: Lower
     accepts: Callable[[Mapping[str, Any]], bool] = _accepts_all
+    integers: tuple[str, ...] = ()

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from turret.server.adapters.base import HEAD, BaseModel
+from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.lowering.lowered import Lowered, Method
@@ -89,6 +90,7 @@ def lower_checkpoint(
         BudgetExceededError: A rank over ``max_rank``.
     """
     method = method_for(checkpoint)
+    _check_integers(checkpoint, method)
     part = take_vocabulary(checkpoint, base)
     findings = part.findings
     lowered = None
@@ -105,6 +107,14 @@ def lower_checkpoint(
     # The reader checked the modules' ranks before anything was computed; this is for all others.
     check_rank(checkpoint.path, max(joined.ranks, default=0), max_rank)
     return method.name, joined
+
+
+def _check_integers(checkpoint: AdapterCheckpoint, method: Method) -> None:
+    findings = Findings(checkpoint.path)
+    for name, tensor in checkpoint.tensors.items():
+        if not tensor.is_floating_point() and name.rpartition(".")[2] not in method.integers:
+            findings.add(name, f"holds integers ({tensor.dtype}), which {method.name} does not")
+    findings.raise_if_any()
 
 
 def _joined(lowered: Lowered, part: VocabularyPart) -> Lowered:

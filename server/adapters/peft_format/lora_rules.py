@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from turret.server.adapters.peft_format.rules import (
@@ -12,15 +13,18 @@ from turret.server.adapters.peft_format.rules import (
     is_bool,
     is_one_of,
     is_optional_bool,
+    is_rank,
 )
 from turret.server.adapters.peft_format.selection_rules import (
     ALPHA,
     CONV1D_RULES,
+    DROPOUT,
     LAYER_RULES,
     PATTERN_RULES,
     RANK,
     SELECTION_RULES,
 )
+from turret.server.adapters.peft_format.targets import MAX_LIST_ITEMS, is_module_selector
 from turret.server.adapters.peft_format.vocabulary_rules import is_token_indices
 
 # Initialisations that leave the base weights as they were; they only set the starting point.
@@ -49,6 +53,52 @@ def is_served_init(value: Any) -> str | None:
 
 
 _VARIANT = "is not served by this version; train the adapter without it"
+# Keys that each make LoRA another method; PEFT allows one of them at a time.
+VARIANTS = (
+    "use_dora",
+    "use_bdlora",
+    "use_qalora",
+    "kasa_config",
+    "velora_config",
+    "monteclora_config",
+)
+_MONTECLORA_KEYS = (
+    *("sample_scaler", "kl_loss_weight", "buffer_size"),
+    *("num_samples", "dirichlet_prior", "use_entropy"),
+)
+_BD_LORA_LISTS = ("target_modules_bd_a", "target_modules_bd_b")
+
+
+def _is_names(value: Any) -> str | None:
+    is_list = isinstance(value, list) and len(value) <= MAX_LIST_ITEMS
+    if value is None or (is_list and all(isinstance(name, str) and name for name in value)):
+        return None
+    return "must be a list of names or null"
+
+
+def _is_selector(value: Any) -> str | None:
+    return None if value == [] else is_module_selector(value)
+
+
+def _is_object_of(*keys: str) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        if value is None or (isinstance(value, dict) and value.keys() <= set(keys)):
+            return None
+        return f"must be null or an object with no other keys than {', '.join(keys)}"
+
+    return check
+
+
+def _is_bd_lora(value: Any) -> str | None:
+    if value is False:
+        return None
+    problem = _is_object_of(*_BD_LORA_LISTS, "nblocks", "match_strict")(value)
+    if value is None or problem is not None:
+        return problem
+    for key in _BD_LORA_LISTS:
+        problem = problem or _is_names(value.get(key))
+    return problem or is_rank(value.get("nblocks"))
+
 
 LORA_RULES: Rules = {
     **SELECTION_RULES,
@@ -64,26 +114,25 @@ LORA_RULES: Rules = {
     "init_lora_weights": Used(is_served_init),
     "trainable_token_indices": Used(is_token_indices),
     "ensure_weight_tying": Used(is_optional_bool),
-    "target_parameters": Rejected(
-        (None, []), "LoRA on bare parameters (experts) is not served; target linear modules"
-    ),
+    "target_modules": Used(_is_selector),
+    "target_parameters": Used(_is_names),
     "layer_replication": Rejected(
         (None, []), "changes the base model's depth; serve the replicated model as its own base"
     ),
     "alora_invocation_tokens": Rejected(
         (None,), "an activated LoRA switches on within the prompt, which is not served"
     ),
-    "use_qalora": Rejected((False, None), "pools the input of lora_A; " + _VARIANT),
-    "use_bdlora": Rejected((None, False), "makes the factors block-diagonal; " + _VARIANT),
+    "use_qalora": Used(is_optional_bool),
+    "use_bdlora": Used(_is_bd_lora),
+    "kasa_config": Used(_is_object_of("beta", "gamma")),
+    "velora_config": Used(_is_object_of("num_groups", "scale", "init_type")),
+    "monteclora_config": Used(_is_object_of(*_MONTECLORA_KEYS)),
     "arrow_config": Rejected((None,), "routes between adapters per token; " + _VARIANT),
-    "kasa_config": Rejected((None,), "adds a diagonal between the factors; " + _VARIANT),
-    "velora_config": Rejected((None,), _VARIANT),
-    "monteclora_config": Rejected((None,), "samples the weights; " + _VARIANT),
     "enable_lora": Rejected(
         (None,), "adapts slices of a fused projection; save the adapter with a current PEFT"
     ),
-    "lora_dropout": Irrelevant("dropout is off at inference"),
-    "qalora_group_size": Irrelevant("read only with use_qalora, which is refused"),
+    "lora_dropout": DROPOUT,
+    "qalora_group_size": Irrelevant("read only with use_qalora"),
     "loftq_config": Irrelevant("read only at initialisation, which init_lora_weights names"),
     "eva_config": Irrelevant("read only at initialisation, which init_lora_weights names"),
     "corda_config": Irrelevant("read only at initialisation, which init_lora_weights names"),

@@ -54,6 +54,8 @@ class ModuleFormat:
         bias_only: Value of ``bias`` that means the targeted modules, or None (no such key).
         shared: Tensors that belong to no module, by canonical name.
         also_required: Config keys that must be there beside those of rank, alpha and targets.
+        needs_tensors: Whether an adapted module has tensors of its own. Where it has none, all its
+            values follow from shared ones.
     """
 
     rules: Rules
@@ -68,6 +70,7 @@ class ModuleFormat:
     bias_only: str | None = None
     shared: frozenset[str] = frozenset()
     also_required: tuple[str, ...] = ()
+    needs_tensors: bool = True
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -111,9 +114,11 @@ def read_module_checkpoint(
             findings.add(key, "is required")
     tensors, shared = _sort(checkpoint.tensors, base, form, findings)
     adapted = {name: roles for name, roles in tensors.items() if roles.keys() - {BIAS}}
-    if not (adapted or findings.mismatched or checkpoint.is_partial):
+    if form.needs_tensors and not (adapted or findings.mismatched or checkpoint.is_partial):
         findings.add(TENSORS_FILE, "holds no tensors of this method")
     targets = _resolve(config, form, base, findings)
+    if targets is not None and not form.needs_tensors:
+        adapted = {name: {} for name in base.modules if name in targets.targeted} | adapted
     if targets is not None:
         _check_targets(targets, adapted, base, form, findings)
         for name, roles in adapted.items():

@@ -35,6 +35,8 @@ class Rejected:
     advice: str
 
 
+_MAX_SEED = 2**63
+
 Rule = Used | Irrelevant | Rejected
 Rules = Mapping[str, Rule]
 
@@ -55,6 +57,16 @@ def is_optional_bool(value: Any) -> str | None:
 def is_rank(value: Any) -> str | None:
     ok = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     return None if ok else f"must be an integer >= 1, not {value!r:.60}"
+
+
+def is_count(value: Any) -> str | None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return None if ok else f"must be an integer >= 0, not {value!r:.60}"
+
+
+def is_seed(value: Any) -> str | None:
+    ok = isinstance(value, int) and not isinstance(value, bool) and -_MAX_SEED <= value < _MAX_SEED
+    return None if ok else f"must be a 64-bit integer, not {value!r:.60}"
 
 
 def is_number(value: Any) -> str | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from turret.server.adapters.peft_format.rules import (
     COMMON_RULES,
     Irrelevant,
-    Rejected,
     Rules,
     Used,
     is_number,
+    is_one_of,
+    is_optional_bool,
     is_rank,
 )
 from turret.server.adapters.peft_format.targets import (
@@ -22,11 +23,15 @@ from turret.server.adapters.peft_format.vocabulary_rules import is_modules_to_sa
 
 RANK, ALPHA = Used(is_rank), Used(is_number)
 
-SELECTION_RULES: Rules = {
+TARGET_RULES: Rules = {
     **COMMON_RULES,
     "target_modules": Used(is_module_selector),
-    "exclude_modules": Used(is_optional_module_selector),
     "modules_to_save": Used(is_modules_to_save),
+}
+
+SELECTION_RULES: Rules = {
+    **TARGET_RULES,
+    "exclude_modules": Used(is_optional_module_selector),
 }
 
 LAYER_RULES: Rules = {
@@ -39,12 +44,18 @@ PATTERN_RULES: Rules = {
     "alpha_pattern": Used(is_alpha_pattern),
 }
 
-CONV1D_RULES: Rules = {
-    "fan_in_fan_out": Rejected(
-        (False, None),
-        "is for Conv1D bases such as GPT-2; no base model served here stores weights that way",
-    ),
-}
+# For Conv1D bases such as GPT-2. On linear modules PEFT sets it to false, and so loads what it
+# would without it; ``finish`` warns.
+CONV1D_RULES: Rules = {"fan_in_fan_out": Used(is_optional_bool)}
+
+DROPOUT = Irrelevant("dropout is off at inference")
+START = Irrelevant("sets the starting point of training")
+
+
+def bias_rules(only: str) -> Rules:
+    """The ``bias`` key; ``only`` is its value for the targeted modules' biases."""
+    return {"bias": Used(is_one_of("none", "all", only))}
+
 
 # Written by PEFT's configs for LyCORIS methods; both methods ignore the last four at inference.
 LYCORIS_RULES: Rules = {
@@ -53,8 +64,8 @@ LYCORIS_RULES: Rules = {
     **PATTERN_RULES,
     "r": RANK,
     "alpha": ALPHA,
-    "rank_dropout": Irrelevant("dropout is off at inference"),
-    "module_dropout": Irrelevant("dropout is off at inference"),
-    "init_weights": Irrelevant("sets the starting point of training"),
+    "rank_dropout": DROPOUT,
+    "module_dropout": DROPOUT,
+    "init_weights": START,
     "use_effective_conv2d": Irrelevant("read for convolutions; the models served have none"),
 }

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-_CONVERT = "convert it with PEFT's save_as_lora and load the LoRA that makes"
-_MERGE = (
-    "merge it into its base with PEFT's merge_and_unload and serve the result as the base model, or"
-    " train one of the served methods"
+CONVERT = (
+    "convert it with PEFT's save_as_lora, with its own rank and on the base model it was trained"
+    " on, and load the LoRA that makes"
+)
+MERGE = (
+    "merge it with PEFT's merge_and_unload into the base model it was trained on and serve the"
+    " result as the base model, or train one of the served methods"
 )
 _PROMPT = "train PROMPT_TUNING instead"
 
@@ -16,22 +19,18 @@ def _all(kinds: str, advice: str) -> dict[str, str]:
     return dict.fromkeys(kinds.split(), advice)
 
 
-# ``peft_type`` → advice. The first group has a conversion in PEFT that is exact or close, as its
-# reply says; the second can only be merged.
+# ``peft_type`` → advice; tests follow it with the PEFT installed.
 UNSERVED: Mapping[str, str] = {
-    **_all(
-        "C3A DELORA FOURIERFT GRALORA HIRA MISS PSOFT RANDLORA SHIRA TINYLORA UNILORA VBLORA"
-        " WAVEFT",
-        _CONVERT,
+    **_all("BOFT C3A FOURIERFT HIRA OFT RANDLORA ROAD SHIRA SUPERTUNING WAVEFT", MERGE),
+    **_all("FROD OSF", f"its update needs the weights it was trained on; {MERGE}"),
+    "ADAMSS": f"the clusters of rows it adapts are not in its file; {MERGE}",
+    "PSOFT": f"the factors it turns are not in its file; {CONVERT}",
+    "LILY": (
+        "its routers average over all tokens of a call, so that no token has a result of its own;"
+        " train one of the served methods"
     ),
-    **_all(
-        "ADAMSS BEFT BOFT DEFT FROD GLORA HRA LILY LN_TUNING OFT OSF PEANUT PVERA ROAD SHADOW"
-        " SUPERTUNING",
-        _MERGE,
-    ),
+    "SHADOW": "it is a second model beside the base; train one of the served methods",
     "ADAPTION_PROMPT": "its gate has no operator here; train PREFIX_TUNING instead",
-    "CARTRIDGE": "train PREFIX_TUNING instead, which also stores keys and values",
-    "CPT": f"its embeddings carry label masks; {_PROMPT}",
     "MULTITASK_PROMPT_TUNING": f"a request would have to name a task; {_PROMPT}, one per task",
     "POLY": "it routes between LoRAs by task; train one LORA per task",
     "XLORA": "its gate needs a pass of its own; load its LoRAs and request a weighted mix of them",

@@ -37,6 +37,11 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "whole": ("lora", {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
     "low-rank": ("lora", {"target_modules": [*ALL, "embed_tokens", "lm_head"]}),
 }
+# Those that need no operator of their own: on one tiny model.
+MADE_OF_OTHERS = (
+    *("bd_lora", "kasa", "beft", "ln_tuning", "pvera", "vblora", "unilora", "tinylora"),
+    *("delora", "miss", "gralora", "hra", "deft", "peanut", "glora", "cartridge"),
+)
 # One draw says little where an error is that of a few hidden states, as of soft prompts that all
 # tokens attend to (of six, the ratio was 1.8 once and 0.7 to 1.04 else), or of the largest update
 # (rsLoRA's: 1.2 or 1.3, by the order in which attention sums), so several are averaged.
@@ -81,8 +86,10 @@ async def check_bf16(
         encode = harness.tokenizer.encode
         prompts = [encode(text) if isinstance(text, str) else text for text in texts]
         for name in ("", *names):
-            exact = load_adapter(exact_base, root / name, share=True) if name else exact_base
-            peer = load_adapter(half, root / name, share=True) if name else half
+            # KaSA changes the base's own weights.
+            share = name != "kasa"
+            exact = load_adapter(exact_base, root / name, share=share) if name else exact_base
+            peer = load_adapter(half, root / name, share=share) if name else half
             expected = scores(exact, prompts)
             theirs = float((scores(peer, prompts) - expected).abs().mean())
             ours = float((await served_scores(harness, name, prompts) - expected).abs().mean())
@@ -96,7 +103,7 @@ async def check_bf16(
 
 def save_all(model: Any, root: Path, strength: float, names: Sequence[str]) -> None:
     for seed, name in enumerate(names):
-        method, keys = METHODS[name]
+        method, keys = METHODS.get(name, (name, {}))
         for draw in range(DRAWS.get(name, 1)):
             folder = root / (f"{name}-draw-{draw}" if draw else name)
             chosen = draw if name in DRAWS else seed
@@ -109,6 +116,14 @@ async def test_nf4_tiny_models_in_bf16(architecture: str, tmp_path: Path) -> Non
     base = load_oracle(folder, served_weights(folder, torch.bfloat16))
     save_all(base, tmp_path / "adapters", 0.3, list(METHODS))
     prompts = [prompt_of(length, length) for length in (60, 150, 200, 97)]
+    await check_bf16(folder, base, tmp_path / "adapters", prompts)
+
+
+async def test_methods_made_of_others_in_bf16(tmp_path: Path) -> None:
+    folder = save_tiny_model("qwen2", tmp_path / "model")
+    base = load_oracle(folder, served_weights(folder, torch.bfloat16))
+    save_all(base, tmp_path / "adapters", 0.3, MADE_OF_OTHERS)
+    prompts = [prompt_of(length, length) for length in (60, 150, 200)]
     await check_bf16(folder, base, tmp_path / "adapters", prompts)
 
 

@@ -44,10 +44,17 @@ NEW = (
     "prompt_tuning",
     "p_tuning",
     "trainable_tokens",
+    *("beft", "ln_tuning", "pvera", "vblora", "unilora", "tinylora", "delora", "miss"),
+    *("gralora", "hra", "deft", "peanut", "glora", "cpt", "cartridge"),
 )
-BUILT = (*NEW, "lora", "rslora", "dora")
+# Variants of LoRA, whose rules test_adapter_config.py has.
+VARIANTS = ("dora", "bd_lora", "kasa")
+BUILT = (*NEW, "lora", "rslora", *VARIANTS)
 # Methods that one reader reads.
-LINEAR = ("lora", "dora", "loha", "lokr", "ia3", "adalora", "vera")
+LINEAR = (
+    *("lora", *VARIANTS, "loha", "lokr", "ia3", "adalora", "vera"),
+    *("beft", "pvera", "vblora", "delora", "miss", "gralora", "hra", "deft", "peanut", "glora"),
+)
 # tiny_llama's k and v are 64 -> 32.
 SMALL = {"loha": {"r": 3}}
 
@@ -74,9 +81,10 @@ def test_every_key_that_peft_writes_has_a_rule(method: str, tmp_path: Path) -> N
 
 
 def test_every_method_has_a_checkpoint_here() -> None:
-    # PEFT makes no learned fusions: test_fusion_registry.py has theirs.
+    # PEFT makes no learned fusions: test_fusion_registry.py has theirs; and QA-LoRA only on GPTQ
+    # layers: test_lora_variants.py has its.
     built = {SERVED.get(name, name) for name in BUILT}
-    assert built == METHODS.keys() - {"learned_fusion"}
+    assert built == METHODS.keys() - {"learned_fusion", "qalora"}
 
 
 @pytest.mark.parametrize("method", NEW)
@@ -314,8 +322,8 @@ def test_other_layouts_say_what_to_do(method: str, name: str, tmp_path: Path) ->
     assert "convolution" in text or "docs/adapters.md" in text
 
 
-# IA3's gains are fp32 whatever the serving dtype.
-@pytest.mark.parametrize("method", [name for name in NEW if name != "ia3"])
+# Vectors are fp32 whatever the serving dtype, and a reflection has no length.
+@pytest.mark.parametrize("method", [n for n in NEW if n not in ("ia3", "beft", "ln_tuning", "hra")])
 def test_overflow_of_the_serving_dtype_is_refused(method: str, tmp_path: Path) -> None:
     directory = save(tmp_path, method)
 

@@ -57,13 +57,13 @@ UNSUPPORTED: dict[str, Any] = {
     "target_parameters": ["experts.weight"],
     "layer_replication": [[0, 1], [0, 1]],
     "alora_invocation_tokens": [5, 6],
-    "use_qalora": True,
+    "use_qalora": "yes",
     "use_bdlora": {"target_modules_bd_a": ["q_proj"]},
     "arrow_config": {"top_k": 3},
-    "kasa_config": {"beta": 0.1},
-    "velora_config": {"num_groups": 2},
-    "monteclora_config": {"num_samples": 2},
-    "fan_in_fan_out": True,
+    "kasa_config": {"beta": 0.1, "alpha": 1},
+    "velora_config": [2],
+    "monteclora_config": {"samples": 2},
+    "fan_in_fan_out": "yes",
     "enable_lora": [True, False, True],
     "init_lora_weights": "pissa_niter_4",
     "task_type": "SEQ_CLS",
@@ -94,11 +94,11 @@ def test_each_unsupported_key_is_refused_by_name(root: Path, key: str) -> None:
 
 def test_one_answer_names_every_bad_key_and_tensor(root: Path) -> None:
     edit_config(root / "a", **UNSUPPORTED)
-    stray = f"{PREFIX}{Q}.lora_diag"
+    stray = f"{PREFIX}{Q}.lora_stray"
     edit_tensors(root / "a", lambda tensors: {**tensors, stray: torch.ones(4)})
     error = refusal_of(root)
     named = {field for field, _ in error.violations}
-    assert UNSUPPORTED.keys() | {f"{Q}.lora_diag"} <= named
+    assert UNSUPPORTED.keys() | {f"{Q}.lora_stray"} <= named
     assert all(key in str(error) for key in UNSUPPORTED)
 
 

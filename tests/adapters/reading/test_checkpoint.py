@@ -107,7 +107,7 @@ BAD_FILES: dict[str, Callable[[Path], Any]] = {
     "twice": lambda root: write_raw(
         root, b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{}}', b"1234"
     ),
-    "dtype": lambda root: write_raw(root, {"a": entry([4], 0, 4, "I8")}, b"1234"),
+    "dtype": lambda root: write_raw(root, {"a": entry([4], 0, 4, "F8_E4M3")}, b"1234"),
     "dtype type": lambda root: write_raw(root, {"a": entry([4], 0, 4, [])}, b"1234"),
     "wrong size": lambda root: write_raw(root, {"a": entry([2], 0, 4)}, b"1234"),
     "negative": lambda root: write_raw(root, {"a": entry([-1, -1], 0, 4)}, b"1234"),

@@ -15,7 +15,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel, BaseModule, BaseVocabulary
+from turret.server.adapters.base import (
+    EMBEDDING,
+    HEAD,
+    BaseModel,
+    BaseModule,
+    BaseNorm,
+    BaseVocabulary,
+)
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
@@ -95,12 +102,30 @@ def base_of(
         dtype=served,
         modules={path: module_of(path, linear) for path, linear in linears.items()},
         other_modules=frozenset(leaves - linears.keys()),
+        norms=norms_of(model),
         vocabulary=BaseVocabulary(embedding.to(served), head.to(served), is_tied=embedding is head),
         num_layers=2,
         hidden_size=64,
         num_kv_heads=2,
         head_dim=16,
     )
+
+
+def norms_of(model: nn.Module) -> dict[str, BaseNorm]:
+    """The norms of a Llama by path, with the modules that take their results."""
+    feeds = {
+        "input_layernorm": [f"self_attn.{name}_proj" for name in "qkv"],
+        "post_attention_layernorm": ["mlp.gate_proj", "mlp.up_proj"],
+    }
+    norms = {}
+    for name, module in model.named_modules():
+        layer, _, leaf = name.rpartition(".")
+        weight = getattr(module, "weight", None)
+        if leaf in feeds and weight is not None:
+            paths = tuple(f"{layer}.{path}" for path in feeds[leaf])
+            norms[name] = BaseNorm(weight.detach().float(), 0.0, paths)
+    final = model.get_parameter("model.norm.weight").detach().float()
+    return {**norms, "model.norm": BaseNorm(final, 0.0, (HEAD,))}
 
 
 def randomise_adapter(peft_model: PeftModel, seed: int = 1) -> None:

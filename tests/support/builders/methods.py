@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,24 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import (
-    AdaLoraConfig,
-    IA3Config,
-    LoHaConfig,
-    LoKrConfig,
-    LoraConfig,
-    PeftConfig,
-    PeftModel,
-    PrefixTuningConfig,
-    PromptEncoderConfig,
-    PromptTuningConfig,
-    TrainableTokensConfig,
-    VeraConfig,
-    get_peft_model,
-)
+from builders.method_kinds import ALL, KINDS, Drawn, redraw
+from peft import AdaLoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+__all__ = ["ALL", "load_adapter", "make_config", "quiet", "randomise", "save_adapter"]
+
 CAUSAL: dict[str, Any] = {"task_type": "CAUSAL_LM"}
 
 
@@ -42,29 +29,9 @@ def quiet() -> Iterator[None]:
 
 def make_config(method: str, **changes: Any) -> PeftConfig:
     """A config of the method, adapting every linear module unless told otherwise."""
-    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
-        "lora": (LoraConfig, {"r": 4, "lora_alpha": 6, "target_modules": ALL}),
-        "rslora": (
-            LoraConfig,
-            {"r": 6, "lora_alpha": 3, "target_modules": ALL, "use_rslora": True},
-        ),
-        "dora": (LoraConfig, {"r": 4, "lora_alpha": 6, "target_modules": ALL, "use_dora": True}),
-        "loha": (LoHaConfig, {"r": 4, "alpha": 5, "target_modules": ALL}),
-        "lokr": (LoKrConfig, {"r": 2, "alpha": 3, "target_modules": ALL}),
-        "ia3": (IA3Config, {"target_modules": ALL, "feedforward_modules": ["down_proj"]}),
-        "adalora": (
-            AdaLoraConfig,
-            {"init_r": 5, "lora_alpha": 8, "target_modules": ALL, "total_step": 10},
-        ),
-        "vera": (VeraConfig, {"r": 16, "target_modules": ALL, "projection_prng_key": 3}),
-        "prefix_tuning": (PrefixTuningConfig, {"num_virtual_tokens": 5}),
-        "prompt_tuning": (PromptTuningConfig, {"num_virtual_tokens": 5}),
-        "trainable_tokens": (TrainableTokensConfig, {"token_indices": [7, 2, 65, 40]}),
-        "p_tuning": (PromptEncoderConfig, {"num_virtual_tokens": 5, "encoder_hidden_size": 16}),
-    }
-    kind, values = kinds[method]
+    kind, values = KINDS[method]
     with quiet():
-        return kind(**{**CAUSAL, **values, **changes})
+        return kind(**{**CAUSAL, **copy.deepcopy(values), **changes})
 
 
 def randomise(peft_model: nn.Module, seed: int, strength: float = 0.5) -> None:
@@ -75,33 +42,7 @@ def randomise(peft_model: nn.Module, seed: int, strength: float = 0.5) -> None:
             if not parameter.requires_grad:
                 continue
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            columns = parameter.shape[-1] or 1
-            if "lora_magnitude_vector" in name:
-                value = parameter * (1.0 + 0.6 * strength * noise)
-            elif "trainable_tokens_delta" in name or "modules_to_save" in name:
-                # A row with some of the old one in it.
-                value = parameter + strength * noise * parameter.std()
-            elif "lora_embedding_A" in name:
-                value = noise
-            elif "lora_embedding_B" in name:
-                value = strength * noise / 4
-            elif "ia3_l" in name:
-                value = 1.0 + strength * noise
-            elif "vera_lambda_b" in name:
-                value = strength * noise / 4
-            elif ".hada_" in name:
-                # The entries of a product are multiplied by those of another.
-                value = (
-                    noise * math.sqrt(strength) / (columns**0.25 if "_b" in name else columns**0.5)
-                )
-            elif "bias" in name:
-                value = parameter + 0.3 * noise
-            elif "prompt_encoder" in name:
-                value = strength * noise
-            elif "lora_E" in name or "vera_lambda_d" in name:
-                value = noise
-            else:  # lora_A, lora_B, lokr_*
-                value = noise * math.sqrt(strength) / columns**0.5
+            value = redraw(name, Drawn(parameter, noise, strength))
             parameter.copy_(value.to(parameter.dtype))
 
 

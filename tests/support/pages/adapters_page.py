@@ -2,27 +2,17 @@
 
 from __future__ import annotations
 
+import ast
 import re
 
 from checkout import ROOT
 
+from turret.server.adapters.lowering.lowered import Method
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.peft_format.rules import Irrelevant, Rejected, Rule, Used
 from turret.server.adapters.peft_format.unserved import UNSERVED
 
 PAGE = ROOT / "docs" / "adapters.md"
-
-
-def _mark(rule: Rule | None) -> str:
-    match rule:
-        case Used():
-            return "used"
-        case Irrelevant():
-            return "–"
-        case Rejected():
-            return "**no**"
-        case None:
-            return ""
 
 
 def _keys() -> list[str]:
@@ -31,12 +21,21 @@ def _keys() -> list[str]:
     return sorted(keys, key=lambda key: (-sum(key in m.rules for m in METHODS.values()), key))
 
 
+def _names(methods: list[str]) -> str:
+    return "all" if len(methods) == len(METHODS) else ", ".join(methods)
+
+
 def render_keys() -> str:
-    names = list(METHODS)
-    lines = ["| key | " + " | ".join(names) + " |", "|---|" + "---|" * len(names)]
+    """Which methods read a key, which do without it, which refuse it."""
+    kinds: tuple[type[Rule], ...] = (Used, Irrelevant, Rejected)
+    lines = [
+        "| key | used | no part in the forward pass | refused unless off |",
+        "|---|---|---|---|",
+    ]
     for key in _keys():
-        marks = " | ".join(_mark(METHODS[name].rules.get(key)) for name in names)
-        lines.append(f"| `{key}` | {marks} |")
+        rules = {name: method.rules.get(key) for name, method in METHODS.items()}
+        cells = [_names([n for n, rule in rules.items() if isinstance(rule, k)]) for k in kinds]
+        lines.append(f"| `{key}` | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -54,15 +53,31 @@ def render_reasons() -> str:
                 methods_of.setdefault((key, "rejected", why), []).append(name)
     lines = ["| key | methods | | why |", "|---|---|---|---|"]
     for (key, kind, why), names in methods_of.items():
-        shown = "all" if len(names) == len(METHODS) else ", ".join(names)
-        lines.append(f"| `{key}` | {shown} | {kind} | {why} |")
+        lines.append(f"| `{key}` | {_names(names)} | {kind} | {why} |")
     return "\n".join(lines)
 
 
-def render_unserved() -> str:
-    lines = ["| `peft_type` | what to do |", "|---|---|"]
-    lines += [f"| `{kind}` | {advice} |" for kind, advice in sorted(UNSERVED.items())]
+def render_types() -> str:
+    """Every ``peft_type``: the methods it is served as and what they compute, or what to do."""
+    served: dict[str, list[str]] = {}
+    for name, method in METHODS.items():
+        for kind in method.peft_types:
+            served.setdefault(kind, []).append(name)
+    lines = ["| `peft_type` | served as | |", "|---|---|---|"]
+    for kind in sorted({*served, *UNSERVED}):
+        if kind in UNSERVED:
+            lines.append(f"| `{kind}` | **no** | {UNSERVED[kind]} |")
+        for name in served.get(kind, ()):
+            lines.append(f"| `{kind}` | {name} | {_summary(METHODS[name])} |")
     return "\n".join(lines)
+
+
+def _summary(method: Method) -> str:
+    """The first line of a method's file; formulas in code."""
+    path = method.name
+    (file,) = (ROOT / "server" / "adapters" / "methods").rglob(f"{path}.py")
+    text = ast.get_docstring(ast.parse(file.read_text())) or ""
+    return text.partition("\n")[0].replace("``", "`").rstrip(".")
 
 
 def rendered(page: str) -> str:
@@ -70,7 +85,7 @@ def rendered(page: str) -> str:
     for name, text in (
         ("keys", render_keys()),
         ("reasons", render_reasons()),
-        ("unserved", render_unserved()),
+        ("types", render_types()),
     ):
         begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
         assert page.count(begin) == page.count(end) == 1, name

@@ -19,8 +19,8 @@ ROOMS = (
         f"server/adapters/{name}"
         for name in (
             *("checkpoint", "peft_format", "lowering", "methods"),
-            *("methods/lora", "methods/low_rank", "methods/structured", "methods/vectors"),
-            *("methods/prompts", "methods/gated"),
+            *("methods/lora", "methods/low_rank", "methods/transforms", "methods/structured"),
+            *("methods/vectors", "methods/prompts", "methods/gated"),
             *("state", "residency", "fuse", "registry", "merge"),
             *("device", "device/packed", "device/gpu"),
         )

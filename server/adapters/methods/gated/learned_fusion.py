@@ -149,7 +149,7 @@ def check_fusable(components: Sequence[Component], path: str) -> None:
             findings.add(
                 COMPONENTS_KEY,
                 f"{component.ref.name!r} ({component.method}) has {' and '.join(others)}; only"
-                " low-rank updates can be fused (LoRA, rsLoRA, AdaLoRA, VeRA without biases)",
+                " low-rank updates can be fused, and those without biases",
             )
     findings.raise_if_any()
 

@@ -18,7 +18,7 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.lora_rules import LORA_RULES
+from turret.server.adapters.peft_format.lora_rules import LORA_RULES, VARIANTS
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleCheckpoint,
     ModuleFormat,
@@ -33,6 +33,7 @@ from turret.server.adapters.peft_format.rules import (
     is_number,
     is_rank,
 )
+from turret.server.adapters.peft_format.selection_rules import SELECTION_RULES
 from turret.server.adapters.peft_format.targets import MAX_LIST_ITEMS
 
 _ROLES = ("lora_A", "lora_B", "lora_E")
@@ -70,6 +71,13 @@ ADALORA_RULES: Rules = {
     "alpha_pattern": Irrelevant("AdaLoRA's layers do not read it"),
     "use_dora": Rejected((False, None), "cannot be combined with AdaLoRA"),
     "lora_bias": Rejected((False, None), "has no effect on AdaLoRA; train without it"),
+    **{
+        key: Rejected((False, None), "cannot be combined with AdaLoRA")
+        for key in VARIANTS
+        if key != "use_dora"
+    },
+    "target_parameters": Rejected((None, []), "cannot be combined with AdaLoRA"),
+    "target_modules": SELECTION_RULES["target_modules"],
     "target_r": Irrelevant("aim of the pruning; the tensors show the result"),
     "tinit": Irrelevant("schedule of the pruning"),
     "tfinal": Irrelevant("schedule of the pruning"),

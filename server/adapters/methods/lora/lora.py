@@ -1,10 +1,14 @@
 """LoRA (arXiv 2106.09685) and rsLoRA (arXiv 2312.03732): ``Δ(x) = s·B A x``.
 
 ``s`` is alpha/r, or alpha/√r for rsLoRA, with each module's own r and alpha. A bias inside
-``lora_B`` is scaled with it; biases that PEFT saved whole become differences to the base's.
+``lora_B`` is scaled with it; biases that PEFT saved whole become differences to the base's. VeLoRA
+and MonteCLoRA are LoRA at inference: what they add is for training.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -42,6 +46,12 @@ def _scaled(roles: Roles, scaling: float) -> torch.Tensor | None:
     return None if bias is None else bias.to(torch.float32) * scaling
 
 
-METHOD = Method(
-    "lora", {"LORA"}, LORA_RULES, lower, accepts=lambda config: config.get("use_dora") is not True
-)
+def _is_plain(config: Mapping[str, Any]) -> bool:
+    """Whether no other method is meant; values at fault are reported here."""
+    flags = any(config.get(key) is True for key in ("use_dora", "use_qalora"))
+    return not flags and not any(
+        isinstance(config.get(key), Mapping) for key in ("use_bdlora", "kasa_config")
+    )
+
+
+METHOD = Method("lora", {"LORA"}, LORA_RULES, lower, accepts=_is_plain)

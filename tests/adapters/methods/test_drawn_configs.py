@@ -1,0 +1,236 @@
+"""Configs drawn at random that PEFT itself accepts, of the methods made of other operators' parts.
+
+The oracle is PEFT's own module. ``test_random_configs.py`` does the same for the older methods.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import apply_operators, base_of, linear_modules, lower_adapter, tiny_llama
+from builders.methods import ALL, make_config, save_adapter
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from peft.tuners.lora.config import BdLoraConfig
+from transformers import LlamaForCausalLM
+
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.operators import ModuleOperators
+
+EXAMPLES = 20
+# A failure names its config; looking for a smaller one would take minutes.
+DRAWING = settings(
+    max_examples=EXAMPLES,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+)
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+
+
+@functools.cache
+def model() -> tuple[LlamaForCausalLM, BaseModel]:
+    built = tiny_llama(attention_bias=True, dtype=torch.float64)
+    return built, base_of(built)
+
+
+def selection(draw: Draw, *, layers: bool = True, exclude: bool = True) -> dict[str, Any]:
+    """Target keys in one of the forms PEFT takes."""
+    some = draw(st.lists(st.sampled_from(ALL), min_size=1, max_size=7, unique=True))
+    kind = draw(st.integers(0, 3))
+    if kind == 0:
+        return {"target_modules": "all-linear"}
+    if kind == 1:
+        layer = draw(st.integers(0, 1))
+        return {"target_modules": rf".*\.layers\.{layer}\..*({'|'.join(some)})"}
+    keys: dict[str, Any] = {"target_modules": some}
+    if layers and draw(st.booleans()):
+        keys["layers_to_transform"] = draw(st.sampled_from([0, 1, [1], [0, 1]]))
+    elif exclude and len(some) > 1 and draw(st.booleans()):
+        keys["exclude_modules"] = [some[0]]
+    return keys
+
+
+def bias(draw: Draw, only: str) -> dict[str, Any]:
+    return {"bias": draw(st.sampled_from(["none", "none", "all", only]))}
+
+
+def ranks(draw: Draw, largest: int) -> int:
+    return draw(st.integers(1, largest))
+
+
+def bd_lora(draw: Draw) -> dict[str, Any]:
+    blocks = draw(st.sampled_from([1, 2, 4]))
+    a, b = ["o_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
+    names = {"target_modules_bd_a": a, "target_modules_bd_b": b}
+    if draw(st.booleans()):
+        names = {"target_modules_bd_a": [*b, *a[:1]], "target_modules_bd_b": None}
+    config = BdLoraConfig(**names, nblocks=blocks, match_strict=False)
+    rank = blocks * ranks(draw, 3)
+    return {**selection(draw), "r": rank, "use_bdlora": config, **bias(draw, "lora_only")}
+
+
+def kasa(draw: Draw) -> dict[str, Any]:
+    return {**selection(draw), "r": ranks(draw, 9), **bias(draw, "lora_only")}
+
+
+def vblora(draw: Draw) -> dict[str, Any]:
+    vectors = draw(st.sampled_from([8, 16, 300]))
+    kept = draw(st.booleans())
+    keys = {"num_vectors": vectors, "vector_length": draw(st.sampled_from([8, 16, 32]))}
+    keys |= {"topk": draw(st.integers(2 if kept else 1, 4)), "save_only_topk_weights": kept}
+    return {**selection(draw), "r": ranks(draw, 6), **keys, **bias(draw, "vblora_only")}
+
+
+def unilora(draw: Draw) -> dict[str, Any]:
+    keys = {"theta_d_length": draw(st.sampled_from([1, 7, 64, 999, 1 << 16]))}
+    keys |= {"proj_seed": draw(st.integers(0, 1 << 20)), "save_indices": draw(st.booleans())}
+    chosen = selection(draw, exclude=False)
+    return {**chosen, "r": ranks(draw, 6), **keys, **bias(draw, "unilora_only")}
+
+
+def tinylora(draw: Draw) -> dict[str, Any]:
+    keys = {"u": draw(st.integers(1, 9)), "weight_tying": draw(st.sampled_from([0.0, 0.3, 0.5, 1]))}
+    keys |= {"projection_seed": draw(st.integers(0, 99)), "save_projection": draw(st.booleans())}
+    chosen = selection(draw, exclude=False)
+    return {**chosen, "r": ranks(draw, 6), **keys, **bias(draw, "tinylora_only")}
+
+
+def delora(draw: Draw) -> dict[str, Any]:
+    keys = {"r": ranks(draw, 9), **bias(draw, "delora_only")}
+    if draw(st.booleans()):
+        # In the order in which PEFT saves them.
+        keys["rank_pattern"] = {r"layers\.1\..*": ranks(draw, 9), "q_proj": ranks(draw, 9)}
+    return {**selection(draw), **keys}
+
+
+def miss(draw: Draw) -> dict[str, Any]:
+    keys = {"init_weights": draw(st.sampled_from([True, False, "mini"]))}
+    keys["mini_r"] = draw(st.sampled_from([1, 2, 8]))
+    return {**selection(draw), "r": ranks(draw, 32), **keys, **bias(draw, "MiSS_only")}
+
+
+def pvera(draw: Draw) -> dict[str, Any]:
+    keys = {"save_projection": draw(st.booleans()), "projection_prng_key": draw(st.integers(0, 99))}
+    chosen = selection(draw, exclude=False)
+    return {**chosen, "r": ranks(draw, 24), **keys, **bias(draw, "pvera_only")}
+
+
+def gralora(draw: Draw) -> dict[str, Any]:
+    blocks = draw(st.sampled_from([1, 2, 4]))
+    keys = {"gralora_k": blocks, "r": blocks * ranks(draw, 3), "hybrid_r": draw(st.integers(0, 3))}
+    keys["alpha"] = draw(st.sampled_from([1, 3, 64]))
+    return {**selection(draw, exclude=False), **keys, **bias(draw, "gralora_only")}
+
+
+def hra(draw: Draw) -> dict[str, Any]:
+    keys = {"r": ranks(draw, 12), "apply_GS": draw(st.booleans())}
+    return {**selection(draw), **keys, **bias(draw, "hra_only")}
+
+
+def deft(draw: Draw) -> dict[str, Any]:
+    keys = {"r": ranks(draw, 40), "para": draw(st.booleans())}
+    keys["decomposition_method"] = draw(st.sampled_from(["relu", "qr"]))
+    keys["alpha"] = draw(st.sampled_from([None, 1, 6]))
+    return {**selection(draw), **keys, **bias(draw, "deft_only")}
+
+
+def peanut(draw: Draw) -> dict[str, Any]:
+    keys = {"r": ranks(draw, 9), "depth": draw(st.integers(0, 3))}
+    keys["act_fn"] = draw(st.sampled_from(["relu", "gelu", "silu", "tanh", "sigmoid", "linear"]))
+    return {**selection(draw), **keys, "scaling": draw(st.sampled_from([1.0, 0.5, -2.0]))}
+
+
+def glora(draw: Draw) -> dict[str, Any]:
+    keys = {"config_A_B": draw(st.sampled_from(["vector", "constant", "none"]))}
+    keys["config_C"] = draw(st.sampled_from(["lora", "vector", "none"]))
+    keys["config_D_E"] = draw(st.sampled_from(["vector", "constant", "none"]))
+    return {**selection(draw, layers=False, exclude=False), "r": ranks(draw, 6), **keys}
+
+
+def beft(draw: Draw) -> dict[str, Any]:
+    return selection(draw, layers=False, exclude=False)
+
+
+DRAWN: dict[str, Callable[[Draw], dict[str, Any]]] = {
+    one.__name__: one
+    for one in (bd_lora, kasa, vblora, unilora, tinylora, delora, miss, pvera, gralora, hra, deft)
+} | {one.__name__: one for one in (peanut, glora, beft)}
+
+
+@torch.no_grad()
+def check_modules(method: str, keys: dict[str, Any], seed: int) -> int:
+    """Compares every module's output with PEFT's; gives how many modules the adapter moves."""
+    plain, base = model()
+    with tempfile.TemporaryDirectory() as folder:
+        directory, config = Path(folder) / "a", make_config(method, **keys)
+        # KaSA changes the base's own weights, and a trained bias is the base's own.
+        leaves_base = method != "kasa" and keys.get("bias", "none") == "none"
+        oracle = save_adapter(plain, config, directory, seed=seed, share=leaves_base).eval()
+        lowered = lower_adapter(Path(folder), base)
+    moved = 0
+    for path, linear in linear_modules(plain).items():
+        operators = lowered.operators.modules.get(path, ModuleOperators())
+        generator = torch.Generator().manual_seed(len(path))
+        x = torch.randn(1, 5, linear.in_features, generator=generator, dtype=torch.float64)
+        expected = oracle.get_submodule(f"base_model.model.{path}")(x)
+        found = apply_operators(linear, [(operators, 1.0)], x)
+        error = float((found - expected).abs().max() / expected.abs().max())
+        # What PEFT computes in fp32 whatever the model's dtype is, such as a QR, is that exact.
+        assert error < 2e-6, (keys, path, error)
+        moved += bool((found - linear(x)).abs().max() > 1e-3)
+    return moved
+
+
+@pytest.mark.parametrize("method", DRAWN)
+def test_drawn_configs_compute_what_peft_computes(method: str) -> None:
+    moved: list[int] = []
+
+    @DRAWING
+    @given(data=st.data(), seed=st.integers(0, 99))
+    def check(data: st.DataObject, seed: int) -> None:
+        moved.append(check_modules(method, DRAWN[method](data.draw), seed))
+
+    check()
+    # Agreement on adapters that do nothing would prove nothing.
+    assert len(moved) >= EXAMPLES
+    assert sum(moved) > len(moved)
+
+
+@DRAWING
+@given(
+    targets=st.lists(
+        st.sampled_from(["input_layernorm", "layers.1.post_attention_layernorm", "model.norm"]),
+        min_size=1,
+        unique=True,
+    ),
+    seed=st.integers(0, 99),
+)
+@torch.no_grad()
+def test_drawn_norms_are_the_gains_of_what_they_feed(targets: list[str], seed: int) -> None:
+    plain, base = model()
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config("ln_tuning", target_modules=targets)
+        oracle = save_adapter(plain, config, Path(folder) / "a", seed=seed, share=True).eval()
+        operators = lower_adapter(Path(folder), base).operators
+    x = torch.randn(5, 64, dtype=torch.float64)
+    fed = {"lm_head": operators.head} | dict(operators.modules)
+    for path, norm in base.norms.items():
+        before, after = (
+            plain.get_submodule(path)(x),
+            oracle.get_submodule(f"base_model.model.{path}")(x),
+        )
+        for name in norm.feeds:
+            module = fed.get(name)
+            gain = None if module is None else module.input_gain
+            found = before if gain is None else before * gain.double()
+            torch.testing.assert_close(found, after, rtol=1e-6, atol=1e-6)
+    assert any(module is not None for module in fed.values())

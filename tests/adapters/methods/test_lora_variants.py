@@ -1,0 +1,185 @@
+"""LoRA's variants by config switch: what PEFT's own classes give, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import (
+    base_of,
+    edit_config,
+    edit_tensors,
+    linear_modules,
+    lower_adapter,
+    read_adapter,
+    refusal_of,
+    tiny_llama,
+)
+from builders.methods import make_config, save_adapter
+from peft.tuners.lora.variants import QALoraLinearVariant
+
+from turret.server.adapters.methods import method_for
+from turret.server.errors import AdapterMismatchError
+
+Q = "model.layers.0.self_attn.q_proj"
+KEY = f"base_model.model.{Q}"
+
+
+def save(root: Path, method: str = "lora", **changes: Any) -> Path:
+    save_adapter(tiny_llama(), make_config(method, **changes), root / "a")
+    return root / "a"
+
+
+def named(root: Path) -> set[str]:
+    return {field for field, _ in refusal_of(root).violations}
+
+
+def save_qalora(root: Path, group: int) -> Path:
+    """A LoRA whose first factors take pooled inputs; PEFT makes them on GPTQ layers alone."""
+    directory = save(root, target_modules=["q_proj", "down_proj"])
+    edit_config(directory, use_qalora=True, qalora_group_size=group)
+
+    def pool(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: tensor[:, ::group].contiguous() if "lora_A" in name else tensor
+            for name, tensor in tensors.items()
+        }
+
+    edit_tensors(directory, pool)
+    return directory
+
+
+def test_qalora_is_what_pefts_own_class_computes(tmp_path: Path) -> None:
+    group, model = 8, tiny_llama(dtype=torch.float64)
+    save_qalora(tmp_path, group)
+    checkpoint = read_adapter(tmp_path)
+    assert method_for(checkpoint).name == "qalora"
+    lowered = lower_adapter(tmp_path, base_of(model))
+    for path, operators in lowered.operators.modules.items():
+        inputs = linear_modules(model)[path].in_features
+        factors = [
+            SimpleNamespace(weight=checkpoint.tensors[f"{path}.lora_{factor}.weight"].double())
+            for factor in "AB"
+        ]
+        module = SimpleNamespace(
+            lora_A={"a": factors[0]},
+            lora_B={"a": factors[1]},
+            lora_dropout={"a": torch.nn.Identity()},
+            scaling={"a": 6 / 4},
+            qalora_group_size={"a": group},
+            training=False,
+            in_features=inputs,
+        )
+        x = torch.randn(2, 5, inputs, dtype=torch.float64)
+        zero = torch.zeros(2, 5, len(factors[1].weight), dtype=torch.float64)
+        expected = QALoraLinearVariant.forward(module, active_adapter="a", x=x, result=zero)  # type: ignore[arg-type]
+        assert operators.low_rank is not None
+        found = x @ operators.low_rank.a.T @ operators.low_rank.b
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert expected.abs().max() > 0.1
+    assert len(lowered.operators.modules) == 4
+
+
+def test_qalora_groups_must_divide_the_inputs(tmp_path: Path) -> None:
+    directory = save_qalora(tmp_path, 8)
+    edit_config(directory, qalora_group_size=7)
+    with pytest.raises(AdapterMismatchError, match="which 7 does not divide"):
+        lower_adapter(tmp_path, base_of(tiny_llama()))
+    edit_config(directory, qalora_group_size=...)
+    assert named(tmp_path) == {"qalora_group_size"}
+
+
+def test_what_training_adds_is_dropped_and_needs_its_switch(tmp_path: Path) -> None:
+    base = base_of(tiny_llama())
+    for method, key, part in (
+        ("velora", "velora_config", "lora_velora_embed"),
+        ("monteclora", "monteclora_config", "lora_monteclora_sampler.std_prior"),
+    ):
+        # MonteCLoRA's sampler takes PEFT a while to make.
+        directory = save(tmp_path, method, target_modules=["layers.0.self_attn.q_proj"])
+        checkpoint = read_adapter(tmp_path)
+        assert f"{Q}.{part}" in checkpoint.tensors
+        assert method_for(checkpoint).name == "lora"
+        (module,) = lower_adapter(tmp_path, base).operators.modules.values()
+        low_rank = module.low_rank
+        assert low_rank is not None
+        assert torch.equal(low_rank.a, checkpoint.tensors[f"{Q}.lora_A.weight"])
+        assert torch.equal(low_rank.b.T, checkpoint.tensors[f"{Q}.lora_B.weight"] * 1.5)
+        edit_config(directory, **{key: None})
+        assert f"{Q}.{part}" in named(tmp_path)
+
+
+@pytest.mark.parametrize("key", ["use_qalora", "use_bdlora", "kasa_config", "velora_config"])
+def test_one_variant_at_a_time(key: str, tmp_path: Path) -> None:
+    directory = save(tmp_path, "dora", target_modules=["q_proj"])
+    values = {"use_qalora": True, "use_bdlora": {"nblocks": 1, "match_strict": False}}
+    if key == "kasa_config":
+        diagonals = {
+            KEY.replace("layers.0", f"layers.{n}") + ".lora_diag": torch.ones(4) for n in (0, 1)
+        }
+        edit_tensors(directory, lambda tensors: {**tensors, **diagonals})
+    edit_config(directory, **{key: values.get(key, {})})
+    if key.endswith("_config"):
+        edit_config(directory, **{key: {"beta": 1.0} if key[0] == "k" else {"scale": 1.0}})
+    assert key in named(tmp_path)
+
+
+def test_kasa_needs_its_diagonal_and_a_rank_below_the_weights(tmp_path: Path) -> None:
+    directory = save(tmp_path, "kasa", target_modules=["k_proj"])
+    edit_tensors(directory, lambda t: {n: x for n, x in t.items() if "lora_diag" not in n})
+    assert named(tmp_path) == {
+        f"model.layers.{layer}.self_attn.k_proj.lora_diag" for layer in (0, 1)
+    }
+    save(tmp_path, "lora", r=32, target_modules=["k_proj"])
+    edit_config(directory, kasa_config={"beta": 1e-4, "gamma": 1e-3})
+
+    def add_diagonal(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        more = {n.replace("lora_A.weight", "lora_diag"): torch.ones(32) for n in tensors}
+        return {**{n: t for n, t in more.items() if "lora_diag" in n}, **tensors}
+
+    edit_tensors(directory, add_diagonal)
+    with pytest.raises(AdapterMismatchError, match="32 singular values"):
+        lower_adapter(tmp_path, base_of(tiny_llama()))
+
+
+def test_block_diagonal_factors_must_fit_their_config(tmp_path: Path) -> None:
+    directory = save(tmp_path, "bd_lora")
+    lists = {"target_modules_bd_a": ["q_proj"], "target_modules_bd_b": ["q_proj"]}
+    for value in ({"nblocks": 3}, {"nblocks": 2, **lists}, {"nblocks": 2, "match": 1}, True):
+        edit_config(directory, use_bdlora=value)
+        # Without a list of names, the factors are not blocked.
+        fields = named(tmp_path)
+        assert "use_bdlora" in fields or f"{Q}.lora_B.weight" in fields
+
+
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
+        ({"target_parameters": ["q_proj.bias"]}, "target_parameters"),
+        ({"target_modules": ["q_proj"]}, "target_modules"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"exclude_modules": ["q_proj"]}, "exclude_modules"),
+        ({"bias": "lora_only"}, "bias"),
+        ({"target_parameters": []}, "target_modules"),
+    ],
+)
+def test_parameters_that_are_no_modules_weights_are_refused(
+    changes: dict[str, Any], field: str, tmp_path: Path
+) -> None:
+    directory = save(tmp_path, target_modules=[], target_parameters=["q_proj.weight"])
+    assert lower_adapter(tmp_path, base_of(tiny_llama())).target_modules == ("q_proj",)
+    edit_config(directory, **changes)
+    assert field in named(tmp_path)
+
+
+def test_a_conv1d_flag_warns(tmp_path: Path) -> None:
+    directory = save(tmp_path)
+    base = base_of(tiny_llama())
+    assert lower_adapter(tmp_path, base).warnings == ()
+    edit_config(directory, fan_in_fan_out=True)
+    (warning,) = lower_adapter(tmp_path, base).warnings
+    assert "fan_in_fan_out" in warning

@@ -1,0 +1,192 @@
+"""Files of single methods that do not agree with themselves: each is refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import (
+    base_of,
+    edit_config,
+    edit_tensors,
+    lower_adapter,
+    refusal_of,
+    tiny_llama,
+)
+from builders.methods import make_config, save_adapter
+from transformers.activations import ACT2FN
+
+from turret.server.adapters.methods import METHODS
+from turret.server.adapters.methods.transforms.peanut import ACTIVATIONS
+from turret.server.errors import AdapterMismatchError
+
+Q = "model.layers.0.self_attn.q_proj"
+KEY = f"base_model.model.{Q}"
+Tensors = dict[str, torch.Tensor]
+
+
+def save(root: Path, method: str, **changes: Any) -> Path:
+    save_adapter(tiny_llama(), make_config(method, **changes), root / "a")
+    return root / "a"
+
+
+def put(name: str, value: torch.Tensor) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {**tensors, name: value}
+
+
+TOPK = {"save_only_topk_weights": True, "topk": 3}
+INDICES = f"{KEY}.vblora_logits_A_topk_indices"
+# Method, its config, an edit of the tensors or changes of the config, and what the answer names.
+BROKEN: dict[str, tuple[str, dict[str, Any], Any, str]] = {
+    "vblora: index past the bank": (
+        "vblora",
+        TOPK,
+        put(INDICES, torch.full((3, 4, 3), 16, dtype=torch.uint8)),
+        "topk_indices",
+    ),
+    "vblora: a vector twice": (
+        "vblora",
+        TOPK,
+        put(INDICES, torch.zeros(3, 4, 3, dtype=torch.uint8)),
+        "topk_indices",
+    ),
+    "vblora: indices that are no integers": (
+        "vblora",
+        TOPK,
+        put(INDICES, torch.zeros(3, 4, 3)),
+        "topk_indices",
+    ),
+    "vblora: more than there are": ("vblora", {}, {"topk": 17}, "topk"),
+    "vblora: another bank": ("vblora", {}, {"num_vectors": 17}, "vblora"),
+    "unilora: index past the values": (
+        "unilora",
+        {"save_indices": True},
+        put(f"{KEY}.unilora_indices_A", torch.full((3, 64), 64)),
+        "unilora_indices_A",
+    ),
+    "unilora: another length": ("unilora", {}, {"theta_d_length": 65}, "unilora_theta_d"),
+    "unilora: nothing chosen": ("unilora", {}, {"target_modules": ["nowhere"]}, "target_modules"),
+    "unilora: indices that are announced": (
+        "unilora",
+        {"target_modules": ["q_proj"]},
+        {"save_indices": True},
+        "unilora_indices_A",
+    ),
+    "tinylora: other groups": ("tinylora", {}, {"weight_tying": 0.5}, "tinylora_v"),
+    "tinylora: matrices that are to be drawn": (
+        "tinylora",
+        {},
+        {"save_projection": False},
+        "tinylora_P",
+    ),
+    "tinylora: share": ("tinylora", {}, {"weight_tying": 1.5}, "weight_tying"),
+    "miss: bat": ("miss", {"init_weights": "bat"}, {}, "init_weights"),
+    "miss: another start": ("miss", {}, {"init_weights": "mini", "mini_r": 4}, "miss_block"),
+    "pvera: sampled": ("pvera", {}, {"sample_at_inference": True}, "sample_at_inference"),
+    "gralora: blocks": ("gralora", {}, {"gralora_k": 3}, "r"),
+    "gralora: whole part": ("gralora", {}, {"hybrid_r": 0}, "gralora_A_general.weight"),
+    "hra: no direction": ("hra", {}, put(f"{KEY}.hra_u", torch.zeros(64, 4)), "hra_u"),
+    "deft: nothing to fill": ("deft", {}, {"para": True}, "deft_R"),
+    "peanut: activation": ("peanut", {}, {"act_fn": "hardtanh"}, "act_fn"),
+    "peanut: depth": ("peanut", {}, {"depth": 0}, "peanut_encoders.0.weight"),
+    "glora: lora": ("glora", {"config_A_B": "lora"}, {}, "config_A_B"),
+    "glora: zeros": (
+        "glora",
+        {"config_A_B": "none"},
+        put(f"{KEY}.glora_A.zeros", torch.ones(64, 64)),
+        "glora_A.zeros",
+    ),
+    "glora: biases": ("glora", {}, {"bias": "all"}, "bias"),
+    "ln_tuning: norms of heads": (
+        "ln_tuning",
+        {},
+        {"target_modules": ["q_proj"]},
+        "target_modules",
+    ),
+    "ln_tuning: left out": ("ln_tuning", {}, {"target_modules": ["norm"]}, "input_layernorm"),
+    "lora: integers": ("lora", {}, put(f"{KEY}.lora_A.weight", torch.ones(4, 64).int()), "lora_A"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_what_does_not_agree_is_named(kind: str, tmp_path: Path) -> None:
+    method, changes, edit, named = BROKEN[kind]
+    directory = save(tmp_path, method, **changes)
+    if isinstance(edit, dict):
+        edit_config(directory, **edit)
+    else:
+        edit_tensors(directory, edit)
+    fields = [field for field, _ in refusal_of(tmp_path).violations]
+    assert any(named in field for field in fields), fields
+
+
+@pytest.mark.parametrize(
+    ("method", "changes"), [("vblora", {"vector_length": 8}), ("gralora", {"r": 4, "gralora_k": 4})]
+)
+def test_pieces_must_fit_the_base(method: str, changes: dict[str, Any], tmp_path: Path) -> None:
+    directory = save(tmp_path, method, **changes)
+    lower_adapter(tmp_path, base_of(tiny_llama()))
+    key = "vector_length" if method == "vblora" else "gralora_k"
+    edit_config(directory, **{key: 48 if method == "vblora" else 128, "r": 128})
+    with pytest.raises(AdapterMismatchError, match="does not divide"):
+        lower_adapter(tmp_path, base_of(tiny_llama()))
+
+
+def test_a_norm_of_zeros_has_no_gain(tmp_path: Path) -> None:
+    save(tmp_path, "ln_tuning")
+    model = tiny_llama()
+    with torch.no_grad():
+        model.model.norm.weight[3] = 0.0
+    with pytest.raises(AdapterMismatchError, match="no gain changes"):
+        lower_adapter(tmp_path, base_of(model))
+
+
+def test_an_old_bone_is_a_miss(tmp_path: Path) -> None:
+    directory = save(tmp_path, "miss", r=6)
+    base = base_of(tiny_llama())
+    before = lower_adapter(tmp_path, base).operators.modules
+    edit_config(directory, peft_type="BONE", mini_r=..., miss_dropout=...)
+    edit_tensors(
+        directory, lambda t: {n.replace("miss_block", "bone_block"): x for n, x in t.items()}
+    )
+    after = lower_adapter(tmp_path, base).operators.modules
+    assert before.keys() == after.keys()
+    for name, module in before.items():
+        pairs = zip(module.tensors(), after[name].tensors(), strict=True)
+        assert all(torch.equal(one, other) for one, other in pairs)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_are_those_that_transformers_names(name: str) -> None:
+    x = torch.linspace(-8, 8, 97)
+    torch.testing.assert_close(ACTIVATIONS[name](x), ACT2FN[name](x))
+
+
+def test_nearly_equal_reflections_lose_nothing_to_rounding(tmp_path: Path) -> None:
+    """Training starts from pairs of equal reflections, which cancel."""
+    model = tiny_llama(dtype=torch.float64)
+    directory = save(tmp_path, "hra", r=4, target_modules=["q_proj"])
+
+    def pair(tensors: Tensors) -> Tensors:
+        generator = torch.Generator().manual_seed(1)
+        for tensor in tensors.values():
+            noise = torch.randn(64, 2, generator=generator)
+            tensor[:, 1::2] = tensor[:, ::2] + 0.003 * noise
+        return tensors
+
+    edit_tensors(directory, pair)
+    exact = lower_adapter(tmp_path, base_of(model)).operators.modules[Q].low_rank
+    rounded = lower_adapter(tmp_path, base_of(model, dtype=torch.bfloat16)).operators.modules[Q]
+    assert exact is not None
+    assert rounded.low_rank is not None
+    change = exact.b.T @ exact.a
+    error = rounded.low_rank.b.double().T @ rounded.low_rank.a.double() - change
+    assert error.norm() < 0.005 * change.norm()
+
+
+def test_only_indices_may_be_integers() -> None:
+    with_integers = {name for name, method in METHODS.items() if method.integers}
+    assert with_integers == {"vblora", "unilora"}

@@ -1,0 +1,132 @@
+"""For every method: PEFT's config, and what to draw for the tensors it trains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import peft
+import torch
+from peft.tuners.lora.config import BdLoraConfig, KasaConfig, MontecloraConfig, VeloraConfig
+
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+_ALL: dict[str, Any] = {"target_modules": ALL}
+_LORA: dict[str, Any] = {"r": 4, "lora_alpha": 6, **_ALL}
+_BD_LORA = BdLoraConfig(
+    target_modules_bd_a=["o_proj", "down_proj"],
+    target_modules_bd_b=["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"],
+    nblocks=2,
+)
+_NORMS = ["input_layernorm", "post_attention_layernorm", "norm"]
+_CPT: dict[str, Any] = {"cpt_mask": [1] * 5, "cpt_tokens_type_mask": [1, 2, 3, 4, 4]}
+
+# Method → PEFT's config and the values of a small adapter, on every linear module where it can be.
+KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "lora": (peft.LoraConfig, _LORA),
+    "rslora": (peft.LoraConfig, {"r": 6, "lora_alpha": 3, **_ALL, "use_rslora": True}),
+    "dora": (peft.LoraConfig, {**_LORA, "use_dora": True}),
+    "bd_lora": (peft.LoraConfig, {**_LORA, "use_bdlora": _BD_LORA}),
+    "kasa": (peft.LoraConfig, {**_LORA, "kasa_config": KasaConfig()}),
+    "velora": (peft.LoraConfig, {**_LORA, "velora_config": VeloraConfig(num_groups=4)}),
+    "monteclora": (peft.LoraConfig, {**_LORA, "monteclora_config": MontecloraConfig()}),
+    "adalora": (
+        peft.AdaLoraConfig,
+        {"init_r": 5, "lora_alpha": 8, **_ALL, "total_step": 10},
+    ),
+    "loha": (peft.LoHaConfig, {"r": 4, "alpha": 5, **_ALL}),
+    "lokr": (peft.LoKrConfig, {"r": 2, "alpha": 3, **_ALL}),
+    "ia3": (peft.IA3Config, {**_ALL, "feedforward_modules": ["down_proj"]}),
+    "beft": (peft.BeftConfig, _ALL),
+    "ln_tuning": (peft.LNTuningConfig, {"target_modules": _NORMS}),
+    "vera": (peft.VeraConfig, {"r": 16, **_ALL, "projection_prng_key": 3}),
+    "pvera": (peft.PveraConfig, {"r": 16, **_ALL, "projection_prng_key": 3}),
+    "vblora": (peft.VBLoRAConfig, {"r": 3, **_ALL, "num_vectors": 16, "vector_length": 16}),
+    "unilora": (peft.UniLoraConfig, {"r": 3, **_ALL, "theta_d_length": 64}),
+    "tinylora": (peft.TinyLoraConfig, {"r": 2, "u": 8, **_ALL}),
+    "delora": (peft.DeloraConfig, {"r": 4, **_ALL}),
+    "miss": (peft.MissConfig, {"r": 8, **_ALL}),
+    "gralora": (peft.GraloraConfig, {"r": 4, "hybrid_r": 2, "alpha": 4, **_ALL}),
+    "hra": (peft.HRAConfig, {"r": 4, **_ALL}),
+    "deft": (peft.DeftConfig, {"r": 4, **_ALL}),
+    "peanut": (peft.PeanutConfig, {"r": 4, "depth": 1, **_ALL}),
+    "glora": (peft.GloraConfig, {"r": 4, "config_A_B": "vector", **_ALL}),
+    "prefix_tuning": (peft.PrefixTuningConfig, {"num_virtual_tokens": 5}),
+    "cartridge": (peft.CartridgeConfig, {"num_virtual_tokens": 5, "num_frozen_tokens": 2}),
+    "prompt_tuning": (peft.PromptTuningConfig, {"num_virtual_tokens": 5}),
+    "cpt": (peft.CPTConfig, {"cpt_token_ids": [9, 8, 7, 6, 5], **_CPT}),
+    "trainable_tokens": (peft.TrainableTokensConfig, {"token_indices": [7, 2, 65, 40]}),
+    "p_tuning": (
+        peft.PromptEncoderConfig,
+        {"num_virtual_tokens": 5, "encoder_hidden_size": 16},
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One trained tensor to be replaced.
+
+    Attributes:
+        old: As PEFT initialised it.
+        noise: Standard normal values of its shape, fp64.
+        strength: How much the adapter should do.
+    """
+
+    old: torch.Tensor
+    noise: torch.Tensor
+    strength: float
+
+    @property
+    def columns(self) -> int:
+        return self.old.shape[-1] or 1
+
+    def around(self, share: float) -> torch.Tensor:
+        return self.old * (1.0 + share * self.strength * self.noise)
+
+    def scaled(self, factor: float) -> torch.Tensor:
+        return factor * self.noise
+
+
+def _product(drawn: Drawn, root: float) -> torch.Tensor:
+    """Entries of a product that are multiplied by those of another."""
+    return drawn.noise * math.sqrt(drawn.strength) / drawn.columns**root
+
+
+# Part of a parameter's name → its new value; the first that is found counts.
+DRAWS: tuple[tuple[str, Callable[[Drawn], torch.Tensor]], ...] = (
+    ("lora_magnitude_vector", lambda d: d.around(0.6)),
+    # A row with some of the old one in it.
+    ("trainable_tokens_delta", lambda d: d.old + d.strength * d.noise * d.old.std()),
+    ("modules_to_save", lambda d: d.old + d.strength * d.noise * d.old.std()),
+    ("lora_embedding_A", lambda d: d.noise),
+    ("lora_embedding_B", lambda d: d.scaled(d.strength / 4)),
+    ("ia3_l", lambda d: 1.0 + d.strength * d.noise),
+    ("vera_lambda_b", lambda d: d.scaled(d.strength / 4)),
+    ("hada_w1_b", lambda d: _product(d, 0.25)),
+    ("hada_w2_b", lambda d: _product(d, 0.25)),
+    ("beft_bias", lambda d: d.scaled(d.strength)),
+    ("bias", lambda d: d.old + 0.3 * d.noise),
+    ("prompt_encoder", lambda d: d.scaled(d.strength)),
+    ("lora_E", lambda d: d.noise),
+    ("lora_diag", lambda d: d.noise),
+    ("vera_lambda_d", lambda d: d.noise),
+    ("ln_tuning_layers", lambda d: d.around(1.0)),
+    ("vblora_logits", lambda d: d.noise),
+    ("vblora_vector_bank", lambda d: d.scaled(math.sqrt(d.strength) / 4)),
+    ("unilora_theta_d", lambda d: d.scaled(2.0 * d.strength)),
+    ("tinylora_v", lambda d: d.scaled(d.strength)),
+    ("delora_lambda", lambda d: 2.0 + d.noise.abs()),
+    ("miss_block", lambda d: d.scaled(d.strength / 8)),
+    ("hra_u", lambda d: d.noise),
+    ("deft_P", lambda d: d.scaled(0.7 / d.old.shape[0] ** 0.5)),
+    ("glora_B", lambda d: d.scaled(0.1 * d.strength)),
+    ("glora_", lambda d: d.scaled(0.6 * d.strength / d.columns**0.5)),
+    # lora_A, lora_B, lokr_*, hada_*_a and the like.
+    ("", lambda d: _product(d, 0.5)),
+)
+
+
+def redraw(name: str, drawn: Drawn) -> torch.Tensor:
+    return next(draw(drawn) for part, draw in DRAWS if part in name)
