@@ -26,8 +26,8 @@ from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.engine.answer import Answer
+from turret.server.engine.answer_text import AnswerText
 from turret.server.engine.base_change import BaseChange
-from turret.server.engine.detokenizer import Detokenizer
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Output, Request, StopConditions
@@ -195,8 +195,7 @@ class World:
         answer = Answer(
             Sequence(request, mix, self.clock.now),
             stream,
-            Detokenizer(Letters(), (), False),
-            eos_token_ids=frozenset((8,)),
+            AnswerText(Letters(), request.stop, frozenset((8,))),
             token_text=str,
             max_tokens=request.stop.max_tokens,
         )
@@ -246,7 +245,7 @@ class World:
     def _unload(self) -> None:
         mode: Any = self.random.choice(("DRAIN", "FORCE"))
         try:
-            self.unloads.unload(self.random.choice(NAMES), mode, 0.0)
+            self.unloads.unload(self.random.choice(NAMES), mode, 0.0, None)
             self.counts["unloaded"] += 1
         except TurretError:
             self.counts["kept"] += 1
@@ -373,5 +372,5 @@ class World:
         assert all(a.sequence.state is not SequenceState.RUNNING for a in self.requests)
         for name in NAMES:
             if self.table.get(name) is not None:
-                self.unloads.unload(name, "DRAIN", 0.0)
+                self.unloads.unload(name, "DRAIN", 0.0, None)
         assert self.leases.used_bytes == 0, "bytes of adapters that are gone"
