@@ -17,6 +17,7 @@ from turret.server import log
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.backend import Backend
 from turret.server.api.connection_limit import most_connections
+from turret.server.api.failures import Failures
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares
@@ -128,6 +129,7 @@ class App:
         limits = config.scheduler
         # Through whichever door its requests come, a party has one share.
         shares = Shares(limits.max_requests_per_token, limits.max_requests_per_peer)
+        failures = Failures()
         inference = Inference(self.gate)
         most = most_connections(len(config.listen.call_addresses))
         rpc = RpcServer(
@@ -139,6 +141,7 @@ class App:
             tokens=tokens,
             shares=shares,
             most_connections=most,
+            failures=failures,
         )
         if token_file is not None and tokens is not None:
             self._reloader = TokenReloader(token_file, tokens)
@@ -149,7 +152,7 @@ class App:
         self.rpc = rpc
         await rpc.start()
         if config.listen.http_address is not None:
-            self.http = await self._start_http(inference, tokens, shares, most)
+            self.http = await self._start_http(inference, tokens, shares, failures, most)
         backend = await self._unless_stopped(lambda: self._build(config, self.metrics), "model")
         if backend is None:
             return
@@ -177,7 +180,12 @@ class App:
         _log.info("serving", extra=log.fields(model=model.name, address=rpc.address))
 
     async def _start_http(
-        self, inference: Inference, tokens: TokenTable | None, shares: Shares, most: int
+        self,
+        inference: Inference,
+        tokens: TokenTable | None,
+        shares: Shares,
+        failures: Failures,
+        most: int,
     ) -> HttpServer:
         # Starlette and uvicorn are loaded only where they are used.
         from turret.server.http.server import HttpServer
@@ -191,6 +199,7 @@ class App:
             tokens=tokens,
             shares=shares,
             most_connections=most,
+            failures=failures,
         )
         await http.start()
         _log.info("http", extra=log.fields(address=http.address))

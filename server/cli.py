@@ -85,6 +85,7 @@ def _demo(args: argparse.Namespace) -> int:
         examples=args.examples,
         address=args.address,
         metrics_address=args.metrics_address,
+        http_address=args.http_address,
         is_once=args.once,
     )
 
@@ -133,7 +134,7 @@ def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -
         metavar="DIR",
         help="folder with adapters/ and prompts.jsonl (default: the checkout's)",
     )
-    for flag in ("--address", "--metrics-address"):
+    for flag in ("--address", "--metrics-address", "--http-address"):
         parser.add_argument(
             flag, default="127.0.0.1:0", metavar="HOST:PORT", help="default: a free port"
         )

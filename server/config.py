@@ -27,6 +27,7 @@ ADAPTER_DEVICE_BYTES = 512 * MIB
 ADAPTER_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
 
 # What browsers send as Origin: no path, no slash at the end.
+_HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.IGNORECASE)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
 
 _BYTE_UNITS = {
@@ -261,6 +262,12 @@ class ListenConfig:
         "origin whose pages may call the HTTP server, as https://example.org, or '*'; repeatable",
         metavar="ORIGIN",
     )
+    http_allowed_host: tuple[str, ...] = _flag(
+        (),
+        "host name that the HTTP server may be called by, beside localhost and addresses, or '*';"
+        " without tokens other names are refused; repeatable",
+        metavar="NAME",
+    )
 
     def __post_init__(self) -> None:
         for name in ("address", "admin_address", "metrics_address", "http_address"):
@@ -272,13 +279,15 @@ class ListenConfig:
                 split_address(value)
             except ValueError as error:
                 raise ValueError(f"--{name.replace('_', '-')}: {error}") from None
-        if self.http_cors_origin and self.http_address is None:
-            raise ValueError("--http-cors-origin needs --http-address")
-        for origin in self.http_cors_origin:
-            if origin != "*" and not _ORIGIN.fullmatch(origin):
-                raise ValueError(
-                    f"--http-cors-origin: {origin!r} is neither '*' nor SCHEME://HOST[:PORT]"
-                )
+        for flag, values, form, shown in (
+            ("--http-cors-origin", self.http_cors_origin, _ORIGIN, "SCHEME://HOST[:PORT]"),
+            ("--http-allowed-host", self.http_allowed_host, _HOST, "a name without a port"),
+        ):
+            if values and self.http_address is None:
+                raise ValueError(f"{flag} needs --http-address")
+            for value in values:
+                if value != "*" and not form.fullmatch(value):
+                    raise ValueError(f"{flag}: {value!r} is neither '*' nor {shown}")
 
     @property
     def call_addresses(self) -> tuple[str, ...]:

@@ -126,13 +126,21 @@ def read_questions(examples: Path) -> list[Question]:
     return questions
 
 
-def run_demo(*, examples: Path | None, address: str, metrics_address: str, is_once: bool) -> int:
+def run_demo(
+    *,
+    examples: Path | None,
+    address: str,
+    metrics_address: str,
+    http_address: str,
+    is_once: bool,
+) -> int:
     """Run the demonstration; returns the exit code.
 
     Args:
         examples: Folder with ``adapters/`` and ``prompts.jsonl``; None means the checkout's.
         address: Where the server listens, ``HOST:PORT``; port 0 picks a free one.
         metrics_address: The same for its metrics.
+        http_address: The same for OpenAI's API and the console.
         is_once: Stop when everything is shown, instead of serving on until Ctrl-C.
     """
     console = Console()
@@ -144,6 +152,7 @@ def run_demo(*, examples: Path | None, address: str, metrics_address: str, is_on
         Console(stderr=True, soft_wrap=True).print(f"turret demo: error: {error}", markup=False)
         return 2
     flags = ["--address", address, "--metrics-address", metrics_address]
+    flags += ["--http-address", http_address]
     flags += ["--adapter-root", str(folder / "adapters")]
     for path in sorted((folder / "adapters").iterdir()):
         if (path / "adapter_config.json").is_file():
@@ -182,7 +191,9 @@ def _converse(
     if is_once:
         return 0
     console.print(
-        f"Serving on {server.address} until Ctrl-C. Try, in another terminal:\n"
+        f"Serving on {server.address} until Ctrl-C. Look at it in a browser:\n"
+        f"  http://{server.http_address}/\n"
+        "or try, in another terminal:\n"
         f"  turret chat --address {server.address} -a pirate\n"
         f"  turret adapters list --address {server.address}",
         highlight=False,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from prometheus_client import (
     CollectorRegistry,
@@ -67,10 +67,18 @@ class Metrics:
         # Both keyed by registered name.
         self._labels: dict[str, str] = {}
         self._tiers: dict[str, str] = {}
-
+        self._listed: tuple[str, str, str] | None = None
         counter = functools.partial(_counter, registry)
         gauge = functools.partial(_gauge, registry)
         histogram = functools.partial(_histogram, registry)
+        self._make_request_series(counter, histogram)
+        self._make_engine_series(counter, gauge, histogram)
+        self._make_adapter_series(counter, gauge, histogram)
+        self._info = Info("turret", "What is served.", registry=registry)
+
+    def _make_request_series(
+        self, counter: Callable[..., Counter], histogram: Callable[..., Histogram]
+    ) -> None:
         self._requests = counter(
             "turret_requests_total",
             "Finished calls that run on adapters, of both doors; a mix counts for each member.",
@@ -110,6 +118,13 @@ class Metrics:
         self._queue = histogram(
             "turret_queue_seconds", "From receipt until first scheduled.", _LATENCY
         )
+
+    def _make_engine_series(
+        self,
+        counter: Callable[..., Counter],
+        gauge: Callable[..., Gauge],
+        histogram: Callable[..., Histogram],
+    ) -> None:
         self._step = histogram(
             "turret_step_seconds", "Duration of an engine step.", _TOKEN_GAP, "phase"
         )
@@ -131,11 +146,17 @@ class Metrics:
             "running_lora_adapters",
             "waiting_lora_adapters",
         )
-        self._listed: tuple[str, str, str] | None = None
         self._preemptions = counter("turret_preemptions_total", "Sequences that lost their blocks.")
         self._prefix_tokens = counter(
             "turret_prefix_cache_tokens_total", "Prompt tokens looked up in the cache.", "result"
         )
+
+    def _make_adapter_series(
+        self,
+        counter: Callable[..., Counter],
+        gauge: Callable[..., Gauge],
+        histogram: Callable[..., Histogram],
+    ) -> None:
         self._residency = gauge(
             "turret_adapter_residency",
             "Registered adapters by their fastest tier.",
@@ -151,7 +172,6 @@ class Metrics:
             "turret_adapter_evictions_total", "Adapter evictions.", "tier", "reason"
         )
         self._merge_active = gauge("turret_merge_active", "1 while a merge changes the base model.")
-        self._info = Info("turret", "What is served.", registry=registry)
 
     # Requests
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Self
 
 _METRICS = re.compile(rb"turret\.server\.app metrics address=(\S+)")
+_HTTP = re.compile(rb"turret\.server\.app http address=(\S+)")
 _SERVING = re.compile(rb"turret\.server\.app serving .*address=(\S+)")
 _TAIL_LINES = 20
 _READ_BYTES = 4096
@@ -38,6 +39,7 @@ class ServerProcess:
             parent alone, which then stops the child in order.
         address: ``HOST:PORT`` of the gRPC server; empty until ``wait`` returns.
         metrics_address: ``HOST:PORT`` of the metrics; empty until ``wait`` returns.
+        http_address: ``HOST:PORT`` of the HTTP server; empty without its flag.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class ServerProcess:
     ) -> None:
         self.address = ""
         self.metrics_address = ""
+        self.http_address = ""
         self._echo = echo
         self._tail: collections.deque[bytes] = collections.deque(maxlen=_TAIL_LINES)
         # Set when the server serves, or when it has closed its standard error.
@@ -143,6 +146,8 @@ class ServerProcess:
         self._tail.append(line)
         if found := _METRICS.search(line):
             self.metrics_address = found[1].decode()
+        if found := _HTTP.search(line):
+            self.http_address = found[1].decode()
         if found := _SERVING.search(line):
             self.address = found[1].decode()
             self._settled.set()

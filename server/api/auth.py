@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turret.server.api.tokens import TokenTable
+from turret.server.api.tokens import ROLES, TokenTable
 from turret.server.errors import PermissionDeniedError, UnauthenticatedError
 
 # Services that are not listed (health, reflection) are open: they tell nothing about the content.
@@ -29,16 +29,27 @@ def authorize(tokens: TokenTable | None, service: str, authorization: object) ->
         PermissionDeniedError: The token lacks the service's role.
     """
     role = SERVICE_ROLES.get(service)
-    if tokens is None or role is None:
+    if role is None:
         return
+    if role not in roles_of(tokens, authorization):
+        raise PermissionDeniedError(
+            f"{service} needs a token with the role {role!r}",
+            metadata={"service": service, "role": role},
+        )
+
+
+def roles_of(tokens: TokenTable | None, authorization: object) -> frozenset[str]:
+    """The roles of a caller; arguments as for ``authorize``.
+
+    Raises:
+        UnauthenticatedError: No token, or an unknown one.
+    """
+    if tokens is None:
+        return frozenset(ROLES)
     if not isinstance(authorization, str):
         raise UnauthenticatedError("the call carries no 'authorization: Bearer TOKEN'")
     scheme, _, token = authorization.partition(" ")
     roles = tokens.roles_of(token.strip()) if scheme.lower() == "bearer" else None
     if roles is None:
         raise UnauthenticatedError("the token is unknown")
-    if role not in roles:
-        raise PermissionDeniedError(
-            f"{service} needs a token with the role {role!r}",
-            metadata={"service": service, "role": role},
-        )
+    return roles

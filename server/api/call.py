@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from turret.server import log
+from turret.server.api.failures import MAX_MESSAGE_CHARS, Failure, Failures
 from turret.server.api.limits import MAX_REQUEST_ID_CHARS
 from turret.server.codes import Code
 from turret.server.metrics import Metrics
@@ -45,10 +46,12 @@ class Call:
     generated_tokens: int = 0
     message_bytes: int = 0
     _metrics: Metrics
+    _failures: Failures | None
     _is_counted: bool
     _level: int
     _started: float = field(default_factory=time.monotonic)
     _at_end: list[Callable[[], None]] = field(default_factory=list)
+    _told: tuple[str, str] | None = None
 
     @classmethod
     def begin(
@@ -58,6 +61,7 @@ class Call:
         metrics: Metrics,
         *,
         protocol: str = "grpc",
+        failures: Failures | None = None,
         is_counted: bool = False,
         level: int = logging.INFO,
     ) -> Call:
@@ -69,6 +73,7 @@ class Call:
                 call's id. Without one the id is made up.
             metrics: Where it is counted.
             protocol: The door it came through.
+            failures: Takes it in if it fails; None keeps nothing.
             is_counted: Whether ``turret_requests_total`` counts it: calls that run on adapters.
             level: The level of the line that is logged in the end.
         """
@@ -78,6 +83,7 @@ class Call:
             protocol=protocol,
             request_id=next(usable, None) or uuid.uuid4().hex,
             _metrics=metrics,
+            _failures=failures,
             _is_counted=is_counted,
             _level=level,
         )
@@ -88,6 +94,10 @@ class Call:
         """Take the id that the request message itself carries."""
         self.request_id = request_id
         log.request_id.set(request_id)
+
+    def fail(self, reason: str, message: str) -> None:
+        """Note what the client is told of an error, before ``finish``."""
+        self._told = (reason, message)
 
     def at_end(self, release: Callable[[], None]) -> None:
         """Have ``finish`` call ``release``, however the call ends; it must not raise."""
@@ -106,6 +116,19 @@ class Call:
                 self._metrics.tokens(
                     names, prompt=self.prompt_tokens, generated=self.generated_tokens
                 )
+        if self._failures is not None and self._told is not None:
+            reason, message = self._told
+            self._failures.add(
+                Failure(
+                    method=self.method,
+                    protocol=self.protocol,
+                    request_id=self.request_id,
+                    code=code.name,
+                    reason=reason,
+                    message=message[:MAX_MESSAGE_CHARS],
+                    adapters=names,
+                )
+            )
         _log.log(
             self._level,
             "call finished",

@@ -1,4 +1,4 @@
-"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, with vLLM's fields."""
+"""POST /v1/load_lora_adapter and /v1/unload_lora_adapter, with vLLM's fields, and pins."""
 
 from __future__ import annotations
 
@@ -42,13 +42,31 @@ class Lora:
 
     async def unload(self, exchange: Exchange) -> None:
         """Remove ``lora_name`` once no request holds it."""
-        violations = Violations()
-        fields = Fields(exchange.take_body(), violations)
-        name = fields.text("lora_name") or ""
-        violations.raise_if_any()
+        name = _named(exchange)
         question = adapters_pb2.UnloadAdapterRequest(name=name)
         await self._adapters.unload(question, exchange.call)
         await _say(exchange, f"Success: LoRA adapter '{name}' removed successfully.")
+
+    async def pin(self, exchange: Exchange) -> None:
+        """Keep ``lora_name`` in memory."""
+        name = _named(exchange)
+        await self._adapters.pin(adapters_pb2.PinAdapterRequest(name=name), exchange.call)
+        await _say(exchange, f"Success: LoRA adapter '{name}' pinned.")
+
+    async def unpin(self, exchange: Exchange) -> None:
+        """Let ``lora_name`` leave memory again."""
+        name = _named(exchange)
+        await self._adapters.unpin(adapters_pb2.UnpinAdapterRequest(name=name), exchange.call)
+        await _say(exchange, f"Success: LoRA adapter '{name}' unpinned.")
+
+
+def _named(exchange: Exchange) -> str:
+    """The name in a body that holds nothing else."""
+    violations = Violations()
+    fields = Fields(exchange.take_body(), violations)
+    name = fields.text("lora_name") or ""
+    violations.raise_if_any()
+    return name
 
 
 async def _say(exchange: Exchange, text: str) -> None:

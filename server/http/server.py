@@ -9,6 +9,7 @@ import logging
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -22,6 +23,7 @@ from starlette.routing import Route as StarletteRoute
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.call import REQUEST_ID_KEY
 from turret.server.api.connection_limit import MOST_CONNECTIONS
+from turret.server.api.failures import Failures
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
@@ -31,8 +33,11 @@ from turret.server.http import generation, lora
 from turret.server.http import tokens as token_routes
 from turret.server.http.chat import ChatCompletions
 from turret.server.http.completions import Completions
+from turret.server.http.console.page import Page
+from turret.server.http.console.state import State
 from turret.server.http.exchange.connection import MAX_HEAD_BYTES, Connection, tls_context
 from turret.server.http.exchange.endpoint import Endpoint, Handler, Route
+from turret.server.http.exchange.hosts import HostCheck
 from turret.server.http.exchange.listener import Listener
 from turret.server.http.exchange.refusals import HttpRefusal, refusal_of
 from turret.server.http.exchange.reply import dumps
@@ -52,7 +57,12 @@ _LAST_WORD_SECONDS = 1.0
 
 
 def routes(
-    inference: Inference, adapters: Adapters, metrics: Metrics, *, has_admin: bool
+    inference: Inference,
+    adapters: Adapters,
+    *,
+    metrics: Metrics,
+    failures: Failures,
+    has_admin: bool,
 ) -> list[Route]:
     """Everything that is answered.
 
@@ -60,8 +70,11 @@ def routes(
         inference: Answers the data plane.
         adapters: Answers the control plane.
         metrics: What is counted.
+        failures: The last calls that failed.
         has_admin: Whether adapters can be loaded and unloaded here.
     """
+    page = Page()
+    state = State(inference, adapters, metrics=metrics, failures=failures, has_admin=has_admin)
     models, probes = Models(inference, adapters), Probes(inference, metrics)
     texts, admin = token_routes.Tokens(inference), lora.Lora(adapters)
     made = [
@@ -89,11 +102,17 @@ def routes(
         _post("/detokenize", texts.detokenize, INFERENCE, token_routes.NAMES),
         _get("/health", probes.health, "", logging.DEBUG),
         _get("/metrics", probes.metrics, METRICS, logging.DEBUG),
+        _get("/", page.index, "", logging.DEBUG),
+        # Answers each role; whoever has none is refused there.
+        _get("/console/state", state, "", logging.DEBUG),
+        _get("/console/{file}", page.file, "", logging.DEBUG),
     ]
     if has_admin:
         made += [
             _post("/v1/load_lora_adapter", admin.load, ADAPTERS, lora.NAMES),
             _post("/v1/unload_lora_adapter", admin.unload, ADAPTERS, lora.NAMES),
+            _post("/v1/pin_lora_adapter", admin.pin, ADAPTERS, lora.NAMES),
+            _post("/v1/unpin_lora_adapter", admin.unpin, ADAPTERS, lora.NAMES),
         ]
     return made
 
@@ -136,6 +155,7 @@ class HttpServer:
         tokens: Accepted bearer tokens; None lets every caller in.
         shares: Limits the answers of one party; without them there is none.
         most_connections: Open at once; what comes beyond them is closed.
+        failures: Takes in the calls that fail, and the console shows them.
 
     Raises:
         OSError: A TLS file cannot be read, or the files do not fit together.
@@ -152,18 +172,29 @@ class HttpServer:
         tokens: TokenTable | None,
         shares: Shares | None = None,
         most_connections: int = MOST_CONNECTIONS,
+        failures: Failures | None = None,
     ) -> None:
         assert listen.http_address is not None
         self.address = listen.http_address
         has_admin = listen.admin_address is None
-        shares = shares or Shares()
+        failures = failures or Failures()
+        made = routes(inference, adapters, metrics=metrics, failures=failures, has_admin=has_admin)
+        around: Any = {"metrics": metrics, "tokens": tokens, "failures": failures}
+        around["shares"] = shares or Shares()
         answered = [
-            StarletteRoute(
-                route.path, Endpoint(route, metrics, tokens, shares), methods=[route.method]
-            )
-            for route in routes(inference, adapters, metrics, has_admin=has_admin)
+            StarletteRoute(route.path, Endpoint(route, **around), methods=[route.method])
+            for route in made
         ]
-        app = _application(answered, listen.http_cors_origin)
+        middleware = _cross_origin(listen.http_cors_origin)
+        if tokens is None or listen.http_allowed_host:
+            # A token is what no page of another name has.
+            names = (split_address(self.address)[0], *listen.http_allowed_host)
+            middleware.insert(0, Middleware(HostCheck, names=names))
+        app = Starlette(
+            routes=answered,
+            middleware=middleware,
+            exception_handlers={HTTPException: _no_route},
+        )
         context = tls_context(security)
         host, _ = split_address(self.address)
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -235,23 +266,19 @@ def _configuration(
     )
 
 
-def _application(answered: list[StarletteRoute], origins: tuple[str, ...]) -> Starlette:
-    middleware = []
-    if origins:
-        middleware.append(
-            Middleware(
-                CORSMiddleware,
-                allow_origins=list(origins),
-                allow_methods=["GET", "POST"],
-                allow_headers=["*"],
-                expose_headers=[REQUEST_ID_KEY, "retry-after"],
-            )
+def _cross_origin(origins: tuple[str, ...]) -> list[Middleware]:
+    """What lets pages of other origins call."""
+    if not origins:
+        return []
+    return [
+        Middleware(
+            CORSMiddleware,
+            allow_origins=list(origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[REQUEST_ID_KEY, "retry-after"],
         )
-    return Starlette(
-        routes=answered,
-        middleware=middleware,
-        exception_handlers={HTTPException: _no_route},
-    )
+    ]
 
 
 async def _no_route(request: Request, error: Exception) -> Response:

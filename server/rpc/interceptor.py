@@ -14,6 +14,7 @@ import grpc
 from turret.server import log
 from turret.server.api.auth import SERVICE_ROLES, authorize
 from turret.server.api.call import REQUEST_ID_KEY, Call
+from turret.server.api.failures import Failures
 from turret.server.api.faults import fault_of
 from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
@@ -52,10 +53,18 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         metrics: Counts finished inference calls.
         tokens: Accepted bearer tokens; None lets every caller in.
         shares: Limits the inference calls of one party.
+        failures: Takes in what fails.
     """
 
-    def __init__(self, metrics: Metrics, tokens: TokenTable | None, shares: Shares) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        tokens: TokenTable | None,
+        shares: Shares,
+        failures: Failures | None = None,
+    ) -> None:
         self._metrics = metrics
+        self._failures = failures
         self._tokens = tokens
         self._shares = shares
         self._open_calls = OpenCalls()
@@ -143,6 +152,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             method,
             sent_ids,
             self._metrics,
+            failures=self._failures,
             is_counted=method in COUNTED,
             level=logging.INFO if _service_of(method) in SERVICE_ROLES else logging.DEBUG,
         )
@@ -171,6 +181,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         except Exception as error:
             fault = fault_of(error)
             code = fault.code
+            call.fail(fault.reason, fault.message)
             if code is Code.INTERNAL:
                 _log.exception("internal error", extra=log.fields(method=method))
             status = to_rich_status(fault)

@@ -14,6 +14,7 @@ from grpc_reflection.v1alpha import reflection
 from turret.server import log
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.connection_limit import MOST_CONNECTIONS
+from turret.server.api.failures import Failures
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
@@ -118,6 +119,7 @@ class RpcServer:
         tokens: Accepted bearer tokens; None lets every caller in.
         shares: Limits the inference calls of one party; without them there is none.
         most_connections: Open at once on each address; what comes beyond them is closed.
+        failures: Takes in the calls that fail; None keeps nothing.
     """
 
     def __init__(
@@ -131,12 +133,13 @@ class RpcServer:
         tokens: TokenTable | None,
         shares: Shares | None = None,
         most_connections: int = MOST_CONNECTIONS,
+        failures: Failures | None = None,
     ) -> None:
         self._options = (*_OPTIONS, ("grpc.max_allowed_incoming_connections", most_connections))
         self.health = HealthServicer((INFERENCE_SERVICE, ADAPTERS_SERVICE))
         self._listen = listen
         self._credentials = read_credentials(security)
-        self._interceptor = CallInterceptor(metrics, tokens, shares or Shares())
+        self._interceptor = CallInterceptor(metrics, tokens, shares or Shares(), failures)
         self._inference = InferenceServicer(inference)
         self._adapters = AdaptersServicer(adapters)
         self._listeners: list[_Listener] = []

@@ -264,7 +264,7 @@ async def test_a_client_that_goes_away_leaves_nothing() -> None:
                 b'"content":"a"}]}' % (source.choice((1, 1, 4)), source.choice((b"true", b"false")))
             )
             path = source.choice((CHAT, COMPLETIONS)).encode()
-            head = b"POST %b HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n" % path
+            head = b"POST %b HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n" % path
             data = head + b"content-length: %d\r\n\r\n" % len(body) + body
             cut = source.choice((len(data), len(data), len(data) - 5))
             reader, writer = await asyncio.open_connection(host, int(port))

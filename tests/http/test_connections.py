@@ -45,7 +45,7 @@ async def test_a_head_that_does_not_come_closes_the_connection(
 async def test_a_small_write_waits_for_nothing() -> None:
     async with http_harness() as server:
         reader, writer = await opened(server.server.address)
-        writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n")
+        writer.write(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
         await asyncio.wait_for(reader.readuntil(b"}"), 10)
         (accepted,) = server.server._server.server_state.connections
         found = accepted.transport.get_extra_info("socket")
@@ -67,7 +67,7 @@ async def test_a_head_has_a_limit_of_bytes() -> None:
 async def test_only_heads_are_hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not an answer that takes long, nor a connection that waits for its next request."""
     monkeypatch.setattr(connection, "HEAD_SECONDS", 0.2)
-    ask = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+    ask = b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
     async with http_harness() as server:
         reader, writer = await opened(server.server.address)
         for _ in range(2):

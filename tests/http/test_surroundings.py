@@ -16,6 +16,7 @@ from servers.http_harness import Refused, http_harness
 from turret.server import errors
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.auth import SERVICE_ROLES
+from turret.server.api.failures import Failures
 from turret.server.api.faults import TABLE as FAULTS
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
@@ -250,9 +251,18 @@ async def test_a_timeout_is_the_deadline_of_the_request() -> None:
 
 def test_the_page_names_every_path_field_and_status() -> None:
     page = (ROOT / "docs" / "openai.md").read_text()
-    made = routes(Inference(Gate()), Adapters(Gate()), Metrics(), has_admin=True)
+    made = routes(
+        Inference(Gate()),
+        Adapters(Gate()),
+        metrics=Metrics(),
+        failures=Failures(),
+        has_admin=True,
+    )
     for route in made:
         path = route.path.replace("{model:path}", "{model}")
+        if path == "/console/{file}":
+            # The page's own files.
+            continue
         assert f"{route.method} {path}`" in page, path
         role = SERVICE_ROLES.get(route.service, "none")
         (line,) = [line for line in page.splitlines() if f"{route.method} {path}`" in line]
@@ -294,7 +304,7 @@ async def test_a_stop_does_not_wait_for_who_does_not_read() -> None:
         host, _, port = server.server.address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
         body = json.dumps(PROMPT | {"stream": True}).encode()
-        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
+        head = f"POST {COMPLETIONS} HTTP/1.1\r\nhost: [::1]\r\ncontent-type: application/json\r\n"
         writer.write(f"{head}content-length: {len(body)}\r\n\r\n".encode() + body)
         await reader.readexactly(100)
         reader._transport.pause_reading()  # type: ignore[attr-defined]

@@ -97,7 +97,13 @@ BELOW = {
     # Before torch: see test_command.
     "server.command": NOUNS | {"server.adapters.checkpoint", "server.models"},
     "server.http.exchange": {"server.api", "leaf", "v1"},
-    "server.http": {"server.http.exchange", "server.api", "server.api.admin", "leaf", "v1"},
+    "server.http.console": {
+        *("server.http.exchange", "server.api", "server.api.admin", "leaf", "v1"),
+    },
+    "server.http": {
+        *("server.http.console", "server.http.exchange"),
+        *("server.api", "server.api.admin", "leaf", "v1"),
+    },
 }
 MAY_IMPORT = {layer: {layer, *below} for layer, below in BELOW.items()}
 MAY_IMPORT["server"] = {"server", *BELOW}

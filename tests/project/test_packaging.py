@@ -40,7 +40,8 @@ def expected_files() -> dict[str, bytes]:
         # Not through the links in src/turret: the folders behind them are listed themselves.
         paths = base.glob("*") if folder == "src/turret" else base.rglob("*")
         for path in paths:
-            if path.is_file() and (path.suffix in SHIPPED or path.name == "py.typed"):
+            is_shipped = path.suffix in SHIPPED or path.parent.name == "static"
+            if path.is_file() and (is_shipped or path.name == "py.typed"):
                 found[f"{target}/{path.relative_to(base).as_posix()}"] = path.read_bytes()
     return found
 

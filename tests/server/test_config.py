@@ -28,6 +28,7 @@ DEFAULTS = {
     "metrics_address": "127.0.0.1:9464",
     "http_address": None,
     "http_cors_origin": (),
+    "http_allowed_host": (),
     "device": "auto",
     "dtype": "bfloat16",
     "max_num_seqs": None,

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,13 @@ def test_demo_serves_on_until_it_is_stopped():
             line = next(line for line in process.stdout if "until Ctrl-C" in line)
             address = line.split()[2]
             assert main(["health", "--address", address]) == 0
+            console = next(line for line in process.stdout if "http://" in line).strip()
+            with urllib.request.urlopen(console, timeout=30) as page:
+                assert b"<title>turret</title>" in page.read()
+            with urllib.request.urlopen(f"{console}console/state", timeout=30) as answer:
+                shown = json.load(answer)["adapters"]["shown"]
+            folders = {path.parent.name for path in EXAMPLES.glob("adapters/*/adapter_config.json")}
+            assert {adapter["name"] for adapter in shown} == folders != set()
             process.send_signal(signal.SIGINT)
             assert process.wait(60) == 0
         finally:

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from google.protobuf import duration_pb2
@@ -47,6 +48,15 @@ MAX_UNLOAD_SECONDS = 3600.0
 MAX_UPLOADS = 8
 _SLOW_CALLS = 32
 _DRAINS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Adapters that match, of all; no more of them than were asked for."""
+
+    shown: list[adapters_pb2.Adapter]
+    num_matching: int
+    num_all: int
 
 
 class Adapters:
@@ -195,6 +205,17 @@ class Adapters:
             adapters=[adapter_message(record) for record in page],
             next_page_token=make_page_token(page[-1].name, filters) if len(rest) > length else "",
             total_size=len(records),
+        )
+
+    async def find(self, text: str, most: int) -> Found:
+        """The first ``most`` adapters, by name, whose names hold a text; nothing is checked."""
+        registry = self._gate.enter().registry
+        records = await asyncio.to_thread(registry.list)
+        matching = sorted((r for r in records if text in r.name), key=lambda r: r.name)
+        return Found(
+            shown=[adapter_message(record) for record in matching[:most]],
+            num_matching=len(matching),
+            num_all=len(records),
         )
 
     async def export(

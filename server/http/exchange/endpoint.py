@@ -10,12 +10,13 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.types import Receive, Scope, Send
 
 from turret.server import log
-from turret.server.api.auth import authorize
+from turret.server.api.auth import authorize, roles_of
 from turret.server.api.call import REQUEST_ID_KEY, Call
+from turret.server.api.failures import Failures
 from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
 from turret.server.codes import Code
@@ -36,6 +37,7 @@ class Exchange:
     Attributes:
         call: Its id, and what is counted in the end.
         path: Parts of the path, by name.
+        query: The path's query, by name; of repeated names the last counts.
         headers: What the client sent.
         reply: Writes the answer.
         peer: Where the client is (see ``Shares.hold``).
@@ -44,16 +46,26 @@ class Exchange:
 
     call: Call
     path: Mapping[str, str]
+    query: Mapping[str, str]
     headers: Mapping[str, str]
     reply: Reply
     peer: str
     shares: Shares
+    _tokens: TokenTable | None = None
     _body: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def take_body(self) -> dict[str, Any]:
         """The object that was sent, once: nobody keeps it while the answer is made."""
         body, self._body = self._body, {}
         return body
+
+    def roles(self) -> frozenset[str]:
+        """The client's roles.
+
+        Raises:
+            UnauthenticatedError: No token, or an unknown one.
+        """
+        return roles_of(self._tokens, self.headers.get("authorization"))
 
     def hold(self) -> AbstractContextManager[None]:
         """Count one answer as its party's while the block runs.
@@ -99,12 +111,20 @@ class Endpoint:
         metrics: Counts calls.
         tokens: Accepted bearer tokens; None lets every caller in.
         shares: Limits the answers of one party.
+        failures: Takes in what fails.
     """
 
     def __init__(
-        self, route: Route, metrics: Metrics, tokens: TokenTable | None, shares: Shares
+        self,
+        route: Route,
+        *,
+        metrics: Metrics,
+        tokens: TokenTable | None,
+        shares: Shares,
+        failures: Failures | None,
     ) -> None:
         self._route = route
+        self._failures = failures
         self._metrics = metrics
         self._tokens = tokens
         self._shares = shares
@@ -117,6 +137,8 @@ class Endpoint:
             headers.getlist(REQUEST_ID_KEY),
             self._metrics,
             protocol="http",
+            # What asks every second would leave no room for others.
+            failures=self._failures if route.level > logging.DEBUG else None,
             is_counted=route.is_counted,
             level=route.level,
         )
@@ -128,10 +150,12 @@ class Endpoint:
             exchange = Exchange(
                 call=call,
                 path=scope["path_params"],
+                query=QueryParams(scope["query_string"]),
                 headers=headers,
                 reply=reply,
                 peer=_peer(scope),
                 shares=self._shares,
+                _tokens=self._tokens,
             )
             if route.method == "POST":
                 exchange._body, call.message_bytes = await read_json(receive, headers)
@@ -147,6 +171,8 @@ class Endpoint:
         except Exception as error:
             refusal = refusal_of(error, route.names)
             code = refusal.code
+            said = refusal.body["error"]
+            call.fail(said["code"].upper(), said["message"])
             if code is Code.INTERNAL:
                 _log.exception("internal error", extra=log.fields(method=route.path))
             await reply.refuse(refusal)

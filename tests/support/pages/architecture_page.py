@@ -11,7 +11,8 @@ BEGIN, END = "<!-- generated: rooms -->", "<!-- end: rooms -->"
 # In the order in which one reads them; what is in none of them is a mistake.
 ROOMS = (
     "server/command",
-    *("server/rpc", "server/http", "server/http/exchange", "server/api", "server/api/admin"),
+    *("server/rpc", "server/http", "server/http/console", "server/http/exchange"),
+    *("server/api", "server/api/admin"),
     *("server/engine", "server/engine/scheduling", "server/engine/step"),
     *("server/models", "server/models/families", "server/models/decoding"),
     *("server/models/weights", "server/adapters"),

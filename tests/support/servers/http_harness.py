@@ -14,6 +14,7 @@ from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_
 
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.connection_limit import MOST_CONNECTIONS
+from turret.server.api.failures import Failures
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares
@@ -35,6 +36,7 @@ class HttpHarness:
     engine: FakeEngine
     registry: FakeRegistry
     metrics: Metrics
+    failures: Failures
     client: httpx2.AsyncClient
 
     async def settle(self) -> None:
@@ -104,7 +106,7 @@ async def http_harness(
     most_connections: int = MOST_CONNECTIONS,
 ) -> AsyncIterator[HttpHarness]:
     """A server on a free port, serving fakes."""
-    gate, metrics = Gate(), Metrics()
+    gate, metrics, failures = Gate(), Metrics(), Failures()
     adapters = Adapters(gate)
     engine, registry = FakeEngine(), FakeRegistry()
     server = HttpServer(
@@ -116,6 +118,7 @@ async def http_harness(
         tokens=tokens,
         shares=shares,
         most_connections=most_connections,
+        failures=failures,
     )
     await server.start()
     if serving:
@@ -123,7 +126,7 @@ async def http_harness(
     try:
         base = f"http://{server.address}"
         async with httpx2.AsyncClient(base_url=base, timeout=ANSWER_SECONDS) as client:
-            yield HttpHarness(server, gate, engine, registry, metrics, client)
+            yield HttpHarness(server, gate, engine, registry, metrics, failures, client)
     finally:
         adapters.close()
         await server.stop(0.2)

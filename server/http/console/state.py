@@ -1,0 +1,119 @@
+"""GET /console/state: what the console shows, as far as the visitor's roles reach."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+from turret.server.api.admin.adapters import Adapters
+from turret.server.api.failures import Failures
+from turret.server.api.inference import Inference
+from turret.server.http.console.figures import figures
+from turret.server.http.exchange.endpoint import Exchange
+from turret.server.metrics import Metrics
+from turret.v1 import adapters_pb2
+
+# Rows of the table; a search finds the others.
+MAX_ADAPTERS = 200
+MAX_SEARCH_CHARS = 128
+
+
+class State:
+    """Tells each role what the other paths tell it too, in one answer.
+
+    Args:
+        inference: Knows the base model.
+        adapters: Knows the adapters.
+        metrics: What is counted.
+        failures: The last calls that failed.
+        has_admin: Whether adapters can be managed here.
+    """
+
+    def __init__(
+        self,
+        inference: Inference,
+        adapters: Adapters,
+        *,
+        metrics: Metrics,
+        failures: Failures,
+        has_admin: bool,
+    ) -> None:
+        self._inference = inference
+        self._adapters = adapters
+        self._metrics = metrics
+        self._failures = failures
+        self._has_admin = has_admin
+
+    async def __call__(self, exchange: Exchange) -> None:
+        """Everything; ``find`` in the query narrows the adapters to those whose name holds it.
+
+        Raises:
+            UnauthenticatedError: There are tokens, and the client sent none of them.
+            UnavailableError: The server is starting, draining or dead.
+        """
+        roles = exchange.roles()
+        is_admin = "admin" in roles and self._has_admin
+        state: dict[str, Any] = {
+            "time": time.time(),
+            "roles": sorted(roles),
+            "manages_adapters": self._has_admin,
+            "model": None,
+            "adapters": None,
+            "figures": None,
+            "failures": None,
+        }
+        info = self._inference.model()
+        if "inference" in roles:
+            state["model"] = {
+                "name": info.name,
+                "dtype": info.dtype,
+                "quantization": info.quantization,
+                "max_model_len": info.max_model_len,
+                "server_version": info.server_version,
+            }
+        if is_admin or "inference" in roles:
+            text = exchange.query.get("find", "")[:MAX_SEARCH_CHARS]
+            found = await self._adapters.find(text.strip().lower(), MAX_ADAPTERS)
+            state["adapters"] = {
+                "shown": [_row(adapter, is_admin) for adapter in found.shown],
+                "matching": found.num_matching,
+                "total": found.num_all,
+            }
+        if "metrics" in roles:
+            state["figures"] = await asyncio.to_thread(figures, self._metrics)
+        if is_admin:
+            state["failures"] = [
+                {
+                    "time": failure.time,
+                    "method": failure.method,
+                    "protocol": failure.protocol,
+                    "request_id": failure.request_id,
+                    "code": failure.code,
+                    "reason": failure.reason,
+                    "message": failure.message,
+                    "adapters": list(failure.adapters),
+                }
+                for failure in self._failures.newest()
+            ]
+        await exchange.reply.json(state, headers={"cache-control": "no-store"})
+
+
+def _row(adapter: adapters_pb2.Adapter, is_admin: bool) -> dict[str, Any]:
+    """What /v1/models tells of an adapter; to an administrator what ListAdapters tells."""
+    row = {
+        "name": adapter.name,
+        "method": adapter.method,
+        "generation": adapter.generation,
+        "residency": adapters_pb2.Adapter.Residency.Name(adapter.residency).lower(),
+    }
+    if not is_admin:
+        return row
+    return row | {
+        "ranks": list(adapter.ranks),
+        "bytes": max(adapter.bytes_device, adapter.bytes_host, adapter.bytes_disk),
+        "pinned": adapter.pinned,
+        "in_flight": adapter.in_flight,
+        "warnings": list(adapter.warnings),
+        "last_used": adapter.last_used_time.seconds if adapter.HasField("last_used_time") else None,
+    }

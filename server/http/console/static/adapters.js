@@ -1,0 +1,195 @@
+// The table of adapters, and what an administrator does with them.
+
+import { Sparkline, announce, byId, bytes, count, make, rate, say, tell } from "./dom.js";
+import { post } from "./api.js";
+import { Growth } from "./live.js";
+
+const SHARED = ["base", "other"];
+const rows = new Map();
+const growth = new Map();
+let state = null;
+let onChange = () => {};
+let onChoose = () => {};
+
+const isAdmin = () => state.manages_adapters && state.roles.includes("admin");
+/** The label that the metrics count an adapter under. */
+const labelOf = (name) => (SHARED.includes(name) ? `adapter:${name}` : name);
+
+export function start(changed, chosen) {
+  onChange = changed;
+  onChoose = chosen;
+  byId("load-open").addEventListener("click", () => {
+    tell(byId("load-failed"), "");
+    byId("load-dialog").showModal();
+  });
+  act("load", async () => {
+    const name = byId("load-name").value.trim();
+    const body = { lora_name: name, lora_path: byId("load-path").value.trim() };
+    await post("v1/load_lora_adapter", { ...body, pinned: byId("load-pinned").checked });
+    byId("load-form").reset();
+    return `Loaded ${name}`;
+  });
+  act("unload", async () => {
+    const name = byId("unload-name").textContent;
+    await post("v1/unload_lora_adapter", { lora_name: name });
+    return `Unloaded ${name}`;
+  });
+}
+
+/** Have a dialog's form do its work, and stay open with the reason where that fails. */
+function act(kind, work) {
+  byId(`${kind}-form`).addEventListener("submit", async (event) => {
+    event.preventDefault();
+    const button = byId(`${kind}-go`);
+    button.disabled = true;
+    tell(byId(`${kind}-failed`), "");
+    try {
+      announce(await work());
+      byId(`${kind}-dialog`).close();
+    } catch (error) {
+      tell(byId(`${kind}-failed`), error.message);
+    } finally {
+      button.disabled = false;
+      onChange();
+    }
+  });
+}
+
+export function show(next) {
+  state = next;
+  const found = state.adapters;
+  const searched = byId("find").value.trim();
+  byId("load-open").hidden = !isAdmin();
+  say(byId("adapters-count"), found ? count(found.total) : "");
+  byId("adapters-scroll").hidden = !found || found.shown.length === 0;
+  tell(byId("adapters-empty"), found ? whyNone(found, searched) : "Adapters need a token with the role inference.");
+  byId("find").parentElement.hidden = !found || (found.total < 2 && !searched);
+  const isCut = found && found.matching > found.shown.length;
+  tell(byId("adapters-more"), isCut
+    ? `The first ${count(found.shown.length)} of ${count(found.matching)} by name: find narrows them down.` : "");
+  if (!found) return;
+  if (state.figures) countTraffic(state.time, state.figures.traffic);
+  const body = byId("adapters-rows");
+  const names = new Set(found.shown.map((adapter) => adapter.name));
+  for (const [name, row] of rows) {
+    if (!names.has(name)) {
+      row.element.remove();
+      rows.delete(name);
+    }
+  }
+  let before = null;
+  for (const adapter of found.shown) {
+    let row = rows.get(adapter.name);
+    if (!row) {
+      row = new Row(adapter.name);
+      rows.set(adapter.name, row);
+    }
+    const place = before ? before.nextSibling : body.firstChild;
+    if (place !== row.element) body.insertBefore(row.element, place);
+    row.show(adapter);
+    before = row.element;
+  }
+}
+
+function whyNone(found, searched) {
+  if (found.shown.length) return "";
+  if (searched && found.total) return `No adapter's name holds “${searched}”.`;
+  if (!state.manages_adapters) return "No adapters yet. They are loaded on the server's --admin-address.";
+  if (!isAdmin()) return "No adapters yet. To load one, use a token with the role admin.";
+  return "No adapters yet. Load one from a directory below --adapter-root, or start the server with --preload NAME=DIRECTORY.";
+}
+
+function countTraffic(time, traffic) {
+  for (const label of growth.keys()) if (!(label in traffic)) growth.delete(label);
+  for (const [label, counts] of Object.entries(traffic)) {
+    if (!growth.has(label)) growth.set(label, new Growth(60));
+    growth.get(label).add(time, counts.tokens);
+  }
+}
+
+const RESIDENCY = { device: "device", host: "host memory", disk: "disk" };
+
+class Row {
+  constructor(name) {
+    this.name = name;
+    const cell = (className = "") => make("td", { className });
+    const number = () => cell("number");
+    this.plot = new Sparkline(96, 20, 60);
+    this.rate = make("span", { className: "number" });
+    this.pinned = make("span", { className: "pin", hidden: true }, "pinned");
+    this.note = make("span", { className: "warn", hidden: true });
+    this.title = make("button", { type: "button", className: "name", onclick: () => onChoose(name) }, name);
+    this.title.setAttribute("aria-label", `Ask ${name} in the playground`);
+    this.cells = {
+      method: cell(), rank: number(), residency: cell(), size: number(),
+      running: number(), requests: number(), tokens: number(),
+    };
+    this.pin = make("button", { type: "button", onclick: () => this.togglePin() });
+    this.unload = make("button", { type: "button", onclick: () => this.askUnload() }, "Unload");
+    this.unload.setAttribute("aria-label", `Unload ${name}`);
+    this.actions = make("td", { className: "acts" }, this.pin, this.unload);
+    this.element = make(
+      "tr", {},
+      make("th", { scope: "row" }, this.title, this.pinned, this.note),
+      ...Object.values(this.cells),
+      make("td", { className: "trace" }, this.plot.element, this.rate),
+      this.actions,
+    );
+  }
+
+  show(adapter) {
+    const { cells } = this;
+    const label = labelOf(this.name);
+    const traffic = state.figures?.traffic?.[label];
+    this.adapter = adapter;
+    this.pinned.hidden = !adapter.pinned;
+    const warnings = adapter.warnings || [];
+    tell(this.note, warnings.length ? `${warnings.length} warning${warnings.length > 1 ? "s" : ""}` : "");
+    this.note.title = warnings.join("\n");
+    say(cells.method, adapter.method);
+    say(cells.rank, ranks(adapter.ranks));
+    say(cells.residency, RESIDENCY[adapter.residency] || adapter.residency);
+    cells.residency.dataset.tier = adapter.residency;
+    say(cells.size, adapter.bytes === undefined ? "–" : bytes(adapter.bytes));
+    say(cells.running, adapter.in_flight === undefined ? "–" : count(adapter.in_flight));
+    say(cells.requests, traffic ? count(traffic.requests) : state.figures ? "0" : "–");
+    say(cells.tokens, traffic ? count(traffic.tokens) : state.figures ? "0" : "–");
+    for (const cell of Object.values(cells)) {
+      cell.classList.toggle("none", cell.textContent === "–");
+      cell.classList.toggle("zero", cell.textContent === "0");
+    }
+    const seen = growth.get(label);
+    this.plot.draw(seen ? seen.rates : []);
+    say(this.rate, seen && seen.recent > 0 ? rate(seen.recent) : "");
+    this.actions.hidden = !isAdmin();
+    say(this.pin, adapter.pinned ? "Unpin" : "Pin");
+    this.pin.setAttribute("aria-label", `${adapter.pinned ? "Unpin" : "Pin"} ${this.name}`);
+  }
+
+  async togglePin() {
+    const verb = this.adapter.pinned ? "unpin" : "pin";
+    this.pin.disabled = true;
+    try {
+      await post(`v1/${verb}_lora_adapter`, { lora_name: this.name });
+      announce(`${this.name} is ${verb}ned`);
+    } catch (error) {
+      onChange(error);
+    } finally {
+      this.pin.disabled = false;
+      onChange();
+    }
+  }
+
+  askUnload() {
+    say(byId("unload-name"), this.name);
+    tell(byId("unload-failed"), "");
+    byId("unload-dialog").showModal();
+  }
+}
+
+function ranks(values) {
+  if (!values || !values.length) return "–";
+  const least = Math.min(...values);
+  const most = Math.max(...values);
+  return least === most ? `${most}` : `${least}–${most}`;
+}

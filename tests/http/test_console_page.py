@@ -1,0 +1,315 @@
+"""The console in a real browser, in front of stand-ins."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import pytest
+from servers.fakes import finish
+from servers.http_harness import HttpHarness, http_harness
+
+from turret.server.api.tokens import TokenTable
+from turret.server.engine.scheduling.request import Output, Request, TokenLogprob, TopLogprob
+from turret.server.errors import AdapterCheckpointError
+
+pytest.importorskip("selenium")
+
+from selenium.webdriver.common.keys import Keys
+from servers.browser import Browser, needs_chromium, start_browser
+
+pytestmark = needs_chromium
+
+EVIL = "<img src=x onerror=\"document.title='pwned'\"><script>document.title='pwned'</script>"
+TOKENS = TokenTable([("looker", frozenset({"inference"})), ("all", frozenset(
+    {"inference", "admin", "metrics"}))])  # fmt: skip
+_T = TypeVar("_T")
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    with start_browser(tmp_path_factory.mktemp("chromium")) as started:
+        started.size(1280, 1000)
+        yield started
+
+
+@pytest.fixture
+async def visit(browser: Browser) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
+    """Runs what a visitor does in a thread: the server answers in this one."""
+
+    async def go(do: Callable[..., _T], *args: Any) -> _T:
+        return await asyncio.to_thread(do, browser, *args)
+
+    yield go
+    # A tab that was left open asks on.
+    await go(lambda tab: tab.driver.get("about:blank"))
+
+
+def open_page(tab: Browser, http: HttpHarness) -> None:
+    tab.driver.get(f"http://{http.server.address}/icon")
+    tab.run("sessionStorage.clear()")
+    tab.driver.get(f"http://{http.server.address}/")
+    tab.complaints()
+
+
+def status(tab: Browser, text: str) -> None:
+    tab.until(lambda: tab.text("#status") == text, text)
+
+
+def names(tab: Browser) -> list[str]:
+    return [element.text for element in tab.all("#adapters-rows .name")]
+
+
+def scripted(*texts: str) -> Callable[[Request], AsyncIterator[Output]]:
+    """Answers with these tokens, each of another probability, and the mix as the last one."""
+
+    async def script(request: Request) -> AsyncIterator[Output]:
+        mix = "+".join(f"{ref.name}*{ref.weight:g}" for ref in request.adapters) or "base"
+        for place, text in enumerate((*texts, mix)):
+            top = (TopLogprob(token_id=9, text=EVIL, logprob=-0.125),)
+            token = TokenLogprob(token_id=place, text=text, logprob=-1.5 * place, top=top)
+            end = finish(request) if place == len(texts) else None
+            yield Output(text=text, token_ids=(place,), logprobs=(token,), finish=end)
+
+    return script
+
+
+def ask(tab: Browser, prompt: str) -> list[str]:
+    """Ask all three; their answers come back."""
+    tab.find("#prompt").send_keys(prompt, Keys.ENTER)
+    tab.until(lambda: "answered" in (tab.find("#said").get_attribute("textContent") or ""), "ends")
+    return [element.text for element in tab.all(".pane .text")]
+
+
+async def test_three_answers_beside_each_other(visit: Callable[..., Awaitable[Any]]) -> None:
+    async with http_harness() as http:
+        for name in ("json", "pirate", "sql"):
+            http.registry.load(name, name)
+        http.engine.script = scripted("A", " b")
+
+        def do(tab: Browser) -> None:
+            open_page(tab, http)
+            status(tab, "Serving")
+            tab.until(lambda: names(tab) == ["json", "pirate", "sql"], "adapters")
+            # The name in the table puts the adapter into the second pane.
+            tab.all("#adapters-rows .name")[2].click()
+            assert tab.run("return document.activeElement.id") == "prompt"
+            slider = tab.find("input[aria-label='Weight of pirate']")
+            slider.send_keys(*[Keys.ARROW_LEFT] * 10)
+            assert tab.text(".member:nth-child(2) output") == "0.50"
+            answers = ask(tab, "hello")
+            assert answers == ["A bbase", "A bsql*1", "A bjson*1+pirate*0.5"]
+            spans = tab.all(".pane:first-child .text span")
+            kinds = [span.get_attribute("class") for span in spans]
+            assert kinds == ["q1", "q4", "q5"]
+            assert tab.text(".pane:first-child .facts").startswith("2 tokens")
+            # By keyboard: what else was likely.
+            text = tab.find(".pane:first-child .text")
+            text.send_keys(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT)
+            assert tab.text(".pane:first-child .detail").startswith("␣b 22 % — else <img␣src")
+            tab.find("#colour").click()
+            assert tab.run("return document.querySelector('.coloured')") is None
+            assert tab.complaints() == []
+
+        await visit(do)
+        bodies = [request.prompt_token_ids for request in http.engine.requests]
+        assert len(bodies) == 3
+        assert len(set(bodies)) == 1
+
+
+async def test_hostile_texts_stay_texts(visit: Callable[..., Awaitable[Any]]) -> None:
+    """Names, methods, warnings, answers and errors are others' input."""
+    async with http_harness() as http:
+        record = http.registry.load("a", "a")
+        facts = replace(record.facts, method=EVIL, warnings=(EVIL,))
+        http.registry.records = {EVIL: replace(record, name=EVIL, facts=facts)}
+        http.engine.script = scripted(EVIL, "\u202e</div>")
+        await http.post("/v1/completions", {"model": EVIL, "prompt": "a"})
+        await http.settle()
+
+        def do(tab: Browser) -> None:
+            open_page(tab, http)
+            tab.until(lambda: names(tab) == [EVIL], "the name")
+            tab.until(lambda: "<img src=x" in tab.text("#failures-list .message"), "the failure")
+            answers = ask(tab, EVIL)
+            assert answers[0].startswith(EVIL)
+            tab.find(".pane:first-child .text").send_keys(Keys.ARROW_RIGHT)
+            tab.find("#adapters-rows .acts button:last-child").click()
+            assert tab.text("#unload-name") == EVIL
+            assert tab.all("main img, main script, dialog img") == []
+            assert tab.driver.title == "turret"
+            assert tab.complaints() == []
+
+        await visit(do)
+
+
+async def test_an_administrator_loads_pins_and_unloads(
+    visit: Callable[..., Awaitable[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with http_harness(tokens=TOKENS) as http:
+        http.metrics.sequences(waiting=3, running=2)
+        http.metrics.kv_blocks(free=3, used=1)
+
+        def give(tab: Browser, token: str) -> None:
+            tab.find("#token-open").click()
+            tab.find("#token").clear()
+            tab.find("#token").send_keys(token, Keys.ENTER)
+
+        def do(tab: Browser) -> None:
+            open_page(tab, http)
+            status(tab, "Locked")
+            assert "asks for a token" in tab.text("#notice")
+            give(tab, "wrong")
+            tab.until(lambda: "does not know this token" in tab.text("#notice"), "the refusal")
+            give(tab, "looker")
+            status(tab, "Serving")
+            assert "a token with the role metrics" in tab.text("#live-empty")
+            assert "a token with the role admin" in tab.text("#adapters-empty")
+            assert "a token with the role admin" in tab.text("#failures-empty")
+            assert not tab.find("#load-open").is_displayed()
+            give(tab, "all")
+            tab.until(lambda: tab.text("#running") == "2", "figures")
+            assert (tab.text("#waiting"), tab.text("#kv")) == ("3 waiting", "25 %")
+            assert "--preload" in tab.text("#adapters-empty")
+            tab.find("#load-open").click()
+            tab.find("#load-name").send_keys("No Name")
+            tab.find("#load-path").send_keys("sql", Keys.ENTER)
+            tab.until(lambda: "lora_name: must match" in tab.text("#load-failed"), "the reason")
+            tab.find("#load-name").clear()
+            tab.find("#load-name").send_keys("sql", Keys.ENTER)
+            tab.until(lambda: names(tab) == ["sql"], "the adapter")
+            assert not tab.find("#load-dialog").is_displayed()
+            tab.find("#adapters-rows .acts button").click()
+            tab.until(lambda: tab.text("#adapters-rows .pin") == "pinned", "the pin")
+            assert http.registry.get("sql").pinned
+            tab.find("button[aria-label='Unload sql']").click()
+            tab.find("#unload-go").click()
+            tab.until(lambda: "is pinned" in tab.text("#unload-failed"), "why not")
+            tab.find("#unload-dialog [data-close]").click()
+            tab.find("button[aria-label='Unpin sql']").click()
+            tab.until(lambda: not http.registry.get("sql").pinned, "no pin")
+            tab.find("button[aria-label='Unload sql']").click()
+            tab.find("#unload-go").click()
+            tab.until(lambda: names(tab) == [], "no adapter")
+            # The token lives in this tab alone, and goes when it is told to.
+            assert tab.run("return Object.keys(localStorage).length") == 0
+            assert tab.driver.get_cookies() == []
+            tab.find("#token-open").click()
+            tab.find("#token-forget").click()
+            status(tab, "Locked")
+
+        await visit(do)
+        assert http.registry.unloads[0][:2] == ("sql", "DRAIN")
+
+
+async def test_a_server_that_starts_stops_or_refuses_says_so(
+    visit: Callable[..., Awaitable[Any]],
+) -> None:
+    async with http_harness(serving=False) as http:
+        await visit(open_page, http)
+        await visit(status, "Not serving")
+        assert "not loaded yet" in await visit(lambda tab: tab.text("#notice"))
+    await visit(status, "Unreachable")
+    assert "looks again" in await visit(lambda tab: tab.text("#notice"))
+    async with http_harness() as http:
+        http.engine.refuse = AdapterCheckpointError("no such weights")
+
+        def do(tab: Browser) -> None:
+            open_page(tab, http)
+            status(tab, "Serving")
+            tab.find("#prompt").send_keys("a", Keys.ENTER)
+            tab.until(lambda: tab.text(".pane .failed") == "no such weights", "the reason")
+            advice = [element.text for element in tab.all(".pane .empty")]
+            assert "Load an adapter to ask it." in advice
+
+        await visit(do)
+
+
+async def test_an_answer_can_be_stopped(visit: Callable[..., Awaitable[Any]]) -> None:
+    async def slow(request: Request) -> AsyncIterator[Output]:
+        while True:
+            yield Output(text="H", token_ids=(72,))
+            await asyncio.sleep(0.01)
+
+    async with http_harness() as http:
+        http.engine.script = slow
+
+        def do(tab: Browser) -> None:
+            open_page(tab, http)
+            status(tab, "Serving")
+            tab.find("#prompt").send_keys("a", Keys.ENTER)
+            tab.until(lambda: len(tab.text(".pane .text")) > 5, "a beginning")
+            tab.find("#stop").click()
+            tab.until(lambda: "stopped" in tab.text(".pane .facts"), "its end")
+
+        await visit(do)
+        await asyncio.wait_for(http.engine.streams[0].cancelled.wait(), 20)
+
+
+@pytest.mark.parametrize("dark", [False, True])
+@pytest.mark.parametrize("width", [1280, 360])
+async def test_it_fits_and_can_be_read(
+    visit: Callable[..., Awaitable[Any]], width: int, dark: bool
+) -> None:
+    """No sideways scrolling, names for all controls, and contrast as WCAG AA asks for it."""
+    async with http_harness() as http:
+        for name in ("json", "x" * 128):
+            http.registry.load(name, name, pinned=True)
+        http.engine.script = scripted("A", " b", " c")
+        await http.post("/v1/completions", {"model": "base", "prompt": "a", "temperature": -1})
+
+        def do(tab: Browser) -> None:
+            tab.size(width, 900, dark=dark)
+            try:
+                open_page(tab, http)
+                tab.until(lambda: len(names(tab)) == 2, "adapters")
+                ask(tab, "hello")
+                assert tab.run("return document.documentElement.scrollWidth") <= width
+                unnamed = tab.run(_UNNAMED)
+                assert unnamed == []
+                assert tab.run(_TOO_FAINT) == []
+            finally:
+                tab.size(1280, 1000)
+
+        await visit(do)
+
+
+# Controls that a screen reader has no name for.
+_UNNAMED = """
+return [...document.querySelectorAll("button, input, select, textarea, meter, [tabindex]")]
+  .filter((e) => !(e.getAttribute("aria-label")
+    || (e.labels && e.labels.length && e.labels[0].textContent.trim())
+    || (e.tagName === "BUTTON" && e.textContent.trim().length > 0)))
+  .map((e) => e.outerHTML);
+"""
+# Texts whose contrast with what is behind them is below 4.5.
+_TOO_FAINT = """
+const parse = (text) => {
+  const numbers = text.match(/[\\d.]+/g).map(Number);
+  return numbers.length > 3 ? numbers : [...numbers, 1];
+};
+const over = (top, under) => under.map((c, i) => (i < 3 ? top[i] * top[3] + c * (1 - top[3]) : 1));
+const behind = (element) => {
+  const chain = [];
+  for (let e = element; e; e = e.parentElement) {
+    chain.unshift(parse(getComputedStyle(e).backgroundColor));
+  }
+  return chain.reduce((under, top) => over(top, under), [255, 255, 255, 1]);
+};
+const light = ([r, g, b]) => [r, g, b].map((c) => c / 255)
+  .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4))
+  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
+const found = [];
+for (const element of document.querySelectorAll("body *")) {
+  const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+  if (!own || !element.offsetParent || element.closest("noscript")) continue;
+  const under = behind(element);
+  const [a, b] = [light(over(parse(getComputedStyle(element).color), under)), light(under)];
+  const contrast = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  const what = `${element.className || element.tagName} ${element.textContent.slice(0, 30)}`;
+  if (contrast < 4.5 && !element.disabled) found.push(`${what}: ${contrast.toFixed(2)}`);
+}
+return found;
+"""
