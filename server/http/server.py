@@ -29,7 +29,7 @@ from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
 from turret.server.codes import Code
 from turret.server.config import ListenConfig, SecurityConfig, split_address
-from turret.server.http import generation, lora
+from turret.server.http import generation, lora, response_fields
 from turret.server.http import tokens as token_routes
 from turret.server.http.chat import ChatCompletions
 from turret.server.http.completions import Completions
@@ -43,6 +43,7 @@ from turret.server.http.exchange.refusals import HttpRefusal, refusal_of
 from turret.server.http.exchange.reply import dumps
 from turret.server.http.models import Models
 from turret.server.http.probes import Probes, embeddings
+from turret.server.http.responses import Responses
 from turret.server.metrics import Metrics
 
 INFERENCE = "turret.v1.Inference"
@@ -92,6 +93,14 @@ def routes(
             handler=Completions(inference),
             service=INFERENCE,
             names=generation.COMPLETION_NAMES,
+            is_counted=True,
+        ),
+        Route(
+            method="POST",
+            path="/v1/responses",
+            handler=Responses(inference),
+            service=INFERENCE,
+            names=response_fields.NAMES,
             is_counted=True,
         ),
         _get("/v1/models", models.list, INFERENCE),

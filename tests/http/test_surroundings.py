@@ -24,6 +24,7 @@ from turret.server.api.tokens import TokenTable
 from turret.server.codes import Code
 from turret.server.config import ListenConfig
 from turret.server.engine.scheduling.request import Output, Request
+from turret.server.http import response_fields
 from turret.server.http.choices import MAX_AT_A_TIME
 from turret.server.http.completions import MAX_PROMPTS
 from turret.server.http.exchange.body import BODY_SECONDS, MAX_BODY_BYTES, MAX_DEPTH, parse
@@ -267,7 +268,7 @@ def test_the_page_names_every_path_field_and_status() -> None:
         role = SERVICE_ROLES.get(route.service, "none")
         (line,) = [line for line in page.splitlines() if f"{route.method} {path}`" in line]
         assert line.split("|")[2].strip() == role, path
-    for name in refused_fields():
+    for name in (*refused_fields(), *response_fields.REFUSED):
         assert f"`{name}`" in page, name
     for row in TABLE.values():
         if row.status not in (200, 499):

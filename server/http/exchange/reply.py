@@ -51,11 +51,12 @@ class Reply:
         await self._begin(status, {**headers, "content-length": str(len(body))})
         await self._write(body, is_last=True)
 
-    async def event(self, value: Any) -> None:
-        """Send an event; the first begins the answer."""
+    async def event(self, value: Any, name: str = "") -> None:
+        """Send an event, with a name if it has one; the first begins the answer."""
         if not self.is_begun:
             await self._begin(200, _EVENTS)
-        await self._write(b"data: %b\n\n" % dumps(value))
+        named = b"event: %b\n" % name.encode() if name else b""
+        await self._write(b"%bdata: %b\n\n" % (named, dumps(value)))
 
     async def end_events(self) -> None:
         """End the stream as OpenAI's does."""
