@@ -189,7 +189,7 @@ class AdaptersClient:
         self,
         adapters: AdapterLike | Sequence[AdapterLike],
         *,
-        precision: str = "nf4",
+        precision: str = "auto",
         timeout: float | None = None,
     ) -> MergeState:
         """Merge a mix into the base model, stored as ``nf4`` or ``bf16``.

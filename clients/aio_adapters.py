@@ -190,7 +190,7 @@ class AsyncAdaptersClient:
         self,
         adapters: AdapterLike | Sequence[AdapterLike],
         *,
-        precision: str = "nf4",
+        precision: str = "auto",
         timeout: float | None = None,
     ) -> MergeState:
         """Merge a mix into the base model, stored as ``nf4`` or ``bf16``.

@@ -9,7 +9,6 @@ import logging
 import os
 import signal
 import sys
-import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -64,13 +63,12 @@ def _serve(args: argparse.Namespace) -> int:
 
     code = asyncio.run(serve())
     # A thread in the middle of a load or of a read from a dead disk must neither keep a stopped
-    # server alive nor be torn down under its feet.
-    if threading.active_count() > 1:
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    return code
+    # server alive nor be torn down under its feet; and libraries that count their objects as the
+    # interpreter goes (nanobind's do) would end the log with what they found.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _complain(*problems: str) -> None:

@@ -126,7 +126,12 @@ def _add_combinations(actions: argparse._SubParsersAction[argparse.ArgumentParse
     )
     fuse.add_argument("--seed", type=int, metavar="N", help="for dare (default: 0)")
     merge = _action(actions, "merge", "merge a mix into the base", _merge, named=False, mix=True)
-    merge.add_argument("--precision", choices=("nf4", "bf16"), default="nf4", help="default: nf4")
+    merge.add_argument(
+        "--precision",
+        choices=("auto", "nf4", "bf16"),
+        default="auto",
+        help="default: auto, which is nf4 where that keeps what the adapters change, else bf16",
+    )
     _action(actions, "unmerge", "restore the base", _unmerge, named=False)
     _action(actions, "merge-state", "show what is merged", _merge_state, named=False)
 

@@ -86,7 +86,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument(
         "--concurrency", type=_positive, default=16, metavar="N", help="calls at once (%(default)s)"
     )
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="write the figures as SVG")
+    parser.add_argument(
+        "--plot", type=_svg, metavar="FILE.svg", help="write the figures as a picture, SVG"
+    )
     parser.add_argument(
         "--answers", type=Path, metavar="FILE", help="write every answer and its scores, JSON Lines"
     )
@@ -193,6 +195,14 @@ def _labels(text: str) -> tuple[str, ...]:
     if not all(labels) or len(set(labels)) < len(labels):
         raise argparse.ArgumentTypeError("labels must differ and not be empty")
     return labels
+
+
+def _svg(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() != ".svg":
+        meant = path.with_suffix(".svg")
+        raise argparse.ArgumentTypeError(f"{text}: only SVG is written; name it {meant}")
+    return path
 
 
 def _positive(text: str) -> int:

@@ -42,13 +42,13 @@ async def test_a_merge_its_state_and_its_end() -> None:
         assert failure.reason == "NOT_MERGED"
 
 
-async def test_the_precision_is_nf4_unless_told_otherwise() -> None:
+async def test_the_precision_is_the_merge_s_choice_unless_told_otherwise() -> None:
     async with harness() as server:
-        for precision in (Merge.PRECISION_UNSPECIFIED, Merge.NF4):
+        for precision in (Merge.PRECISION_UNSPECIFIED, Merge.AUTO, Merge.NF4):
             await server.adapters.MergeAdapters(
                 Merge(adapters=[pb.AdapterWeight(name="a")], precision=precision)
             )
-        assert [precision for _, precision in server.merger.calls] == ["NF4", "NF4"]
+        assert [precision for _, precision in server.merger.calls] == [None, None, "NF4"]
 
 
 async def test_every_bad_field_is_named() -> None:

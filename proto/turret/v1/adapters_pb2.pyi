@@ -250,9 +250,11 @@ class MergeAdaptersRequest(_message.Message):
         PRECISION_UNSPECIFIED: _ClassVar[MergeAdaptersRequest.Precision]
         NF4: _ClassVar[MergeAdaptersRequest.Precision]
         BF16: _ClassVar[MergeAdaptersRequest.Precision]
+        AUTO: _ClassVar[MergeAdaptersRequest.Precision]
     PRECISION_UNSPECIFIED: MergeAdaptersRequest.Precision
     NF4: MergeAdaptersRequest.Precision
     BF16: MergeAdaptersRequest.Precision
+    AUTO: MergeAdaptersRequest.Precision
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
     PRECISION_FIELD_NUMBER: _ClassVar[int]
     adapters: _containers.RepeatedCompositeFieldContainer[AdapterWeight]

@@ -16,14 +16,16 @@ if TYPE_CHECKING:
     from turret.server.adapters.merge.state import MergeState
 
 _Request = adapters_pb2.MergeAdaptersRequest
-_PRECISIONS: dict[int, Precision] = {
-    _Request.PRECISION_UNSPECIFIED: "NF4",
+# None leaves the choice to the merge.
+_PRECISIONS: dict[int, Precision | None] = {
+    _Request.PRECISION_UNSPECIFIED: None,
+    _Request.AUTO: None,
     _Request.NF4: "NF4",
     _Request.BF16: "BF16",
 }
 
 
-def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Precision]:
+def checked_merge_request(request: _Request) -> tuple[tuple[AdapterRef, ...], Precision | None]:
     """The mix and how it is stored.
 
     Raises:

@@ -15,6 +15,7 @@ from method_oracle import twin
 from servers.engine_harness import EngineHarness
 
 from turret.server.adapters.base import Precision
+from turret.server.adapters.merge.merger import KEPT_ERROR
 from turret.server.adapters.ref import AdapterRef
 from turret.server.cancellation import Cancellation
 from turret.server.models.weights.base_linear import DenseLinear, MixedLinear, join_linears
@@ -118,6 +119,17 @@ async def test_stores_the_exact_weights_rounded_once(root: Path, precision: Prec
             assert report.relative_error == pytest.approx(error / exact_size, rel=1e-3)
             assert report.update_error == pytest.approx(error / update_size, rel=1e-3)
             assert report.relative_error < (0.12 if precision == "NF4" else 0.003)
+            server.merger.unmerge(Cancellation())
+
+
+async def test_auto_is_nf4_only_where_that_keeps_the_update(root: Path) -> None:
+    """An update as large as the weights survives 16 levels; a small one does not."""
+    async with EngineHarness.start(twin(ARCHITECTURE).folder, root, adapters=["lora"]) as server:
+        for weight, precision, most in ((1.0, "BF16", 0.5), (100.0, "NF4", KEPT_ERROR)):
+            mix = [AdapterRef(name="lora", weight=weight)]
+            merge = server.merger.merge(mix, None, Cancellation()).merge
+            assert merge is not None
+            assert (merge.precision, merge.report.update_error < most) == (precision, True)
             server.merger.unmerge(Cancellation())
 
 
