@@ -34,7 +34,8 @@ timeout 200 "$PYTHON" -m pytest -q -c /dev/null --rootdir . --noconftest -p no:c
     tests/engine/test_decode_graphs.py tests/adapters/device/test_uploads.py \
     tests/kernels/test_nf4_matmul.py tests/kernels/test_segmented.py \
     tests/kernels/test_paged_attention_triton.py tests/kernels/test_between.py \
-    tests/kernels/test_by_slot.py tests/kernels/test_fusion_gate.py tests/kernels/test_input_gain.py
+    tests/kernels/test_by_slot.py tests/kernels/test_fusion_gate.py tests/kernels/test_input_gain.py \
+    tests/kernels/test_sample_rows.py
 tested=$?
 if [ "$tested" = 124 ]; then
     echo "the kernel tests took over 200 s and were stopped"

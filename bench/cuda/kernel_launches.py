@@ -17,11 +17,13 @@ from turret.kernels.gpu.nf4_matmul import nf4_matmul
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import rope_kv_write
+from turret.kernels.gpu.sample_rows import sample_rows
 from turret.kernels.gpu.segmented_expand import segmented_expand
 from turret.kernels.gpu.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.gpu.tables.attention_table import AttentionTable
 from turret.kernels.gpu.tables.row_table import RowTable
+from turret.kernels.gpu.tables.sampling_table import SamplingTable
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.nf4_matmul import BLOCK, GROUP, NestedAbsmax, Nf4Matrix
 
@@ -150,7 +152,7 @@ def _attention(model: Model) -> None:
     cache = _empty(256, 16, model.kv_heads, model.head_dim)
     table = AttentionTable(
         max_records=_ROWS,
-        max_blocks=1024,
+        blocks=1024,
         kv_heads=model.kv_heads,
         queries_per_head=model.heads // model.kv_heads,
         window=model.window,
@@ -174,6 +176,8 @@ def _between(model: Model) -> None:
     residual_rms_norm(hidden, hidden, _empty(model.hidden), 1e-5)
     residual_rms_norm(hidden, None, _empty(model.hidden), 1e-5)
     silu_mul(_empty(_ROWS, 2 * model.inner))
+    logits = _empty(_ROWS, model.vocab, dtype=torch.float32)
+    sample_rows(logits, SamplingTable(_ROWS, _META).buffer, _empty(_ROWS, dtype=torch.int64))
 
 
 def _all() -> Iterator[Callable[[], object]]:

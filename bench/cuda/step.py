@@ -164,7 +164,7 @@ class DecodeStep:
         spread = self.num_rows * (self.context // SPLIT + 2)
         table = AttentionTable(
             max_records=self.num_rows + spread,
-            max_blocks=self.num_rows * len(self._blocks[0]),
+            blocks=self.num_rows * len(self._blocks[0]),
             kv_heads=self._model.kv_heads,
             queries_per_head=self._arch.queries_per_head,
             window=self._model.window,

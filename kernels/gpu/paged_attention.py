@@ -158,6 +158,7 @@ def paged_attention_kernel(
     acc_ptr,  # [spread_records, kv_heads, BLOCK_M, head_dim] fp32
     counters_ptr,  # [spread_records, kv_heads] int32
     table_ptr,
+    blocks_ptr,  # block numbers of all sequences
     scale,  # times log2(e)
     q_stride,
     KV_HEADS: tl.constexpr,
@@ -194,7 +195,7 @@ def paged_attention_kernel(
         for split in range(tl.load(record_ptr + 5), tl.load(record_ptr + 6)):
             split_best, split_total, split_acc = _attend_split(
                 q, k_ptr + head * HEAD_DIM, v_ptr + head * HEAD_DIM,
-                table_ptr + tl.load(record_ptr + 3), positions, tl.load(record_ptr + 4),
+                blocks_ptr + tl.load(record_ptr + 3), positions, tl.load(record_ptr + 4),
                 first_position + tokens - 1, split * _SPLIT, KV_HEADS * HEAD_DIM, scale,
                 HEAD_DIM, BLOCK_SIZE, WIDE, WINDOW, TILE, BLOCK_M, BLOCK_D,
             )  # fmt: skip
@@ -216,8 +217,7 @@ def paged_attention(
     """Attend the new tokens of a step to their sequences.
 
     Args:
-        q: Rotated queries, ``[num_rows, num_heads, head_dim]``, fp16, bf16 or fp32; rows may be
-            strided, heads not.
+        q: Rotated, ``[num_rows, num_heads, head_dim]``, floats; rows may be strided, heads not.
         k_cache: Rotated keys of one layer, ``[num_blocks, block_size, kv_heads, head_dim]``,
             contiguous; the new tokens' keys are already written. ``block_size`` divides 32.
         v_cache: Values, same shape and dtype.
@@ -248,6 +248,7 @@ def paged_attention(
         acc,
         table.counters,
         table.buffer,
+        table.blocks,
         scale * 1.4426950408889634,
         q.stride(0),
         KV_HEADS=kv_heads,

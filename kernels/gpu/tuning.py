@@ -32,6 +32,7 @@ class Tuning:
         attention_stages: Depth of the pipeline over keys. Block numbers come before their keys: 5
             keep two tiles of keys and values under way, 3 none.
         nf4_stages: Depth of the pipeline of ``nf4_matmul``; four do not fit in 64 KiB (AMD).
+        sample_block: Tokens of the vocabulary that the sampler looks at together.
         inline_ptx: Whether kernels may hold PTX: on NVIDIA devices.
     """
 
@@ -50,6 +51,7 @@ class Tuning:
     # Two tiles under way do not fit in an AMD device's 64 KiB of shared memory.
     attention_stages: int = 5 if torch.version.hip is None else 3
     nf4_stages: int = 4 if torch.version.hip is None else 3
+    sample_block: int = 4096
     inline_ptx: bool = torch.version.hip is None
 
 
@@ -70,6 +72,7 @@ _INTERPRETER = Tuning(
     nf4_programs=16,
     nf4_part_blocks=1,
     nf4_pass_rows=4,
+    sample_block=64,
     inline_ptx=False,
 )
 

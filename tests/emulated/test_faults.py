@@ -42,7 +42,7 @@ def attention() -> torch.Tensor:
     """``paged_attention`` of two rows whose contexts are two splits each."""
     torch.manual_seed(0)
     table = AttentionTable(
-        max_records=8, max_blocks=40, kv_heads=1, queries_per_head=2, window=None, device=DEVICE,
+        max_records=8, blocks=40, kv_heads=1, queries_per_head=2, window=None, device=DEVICE,
         spread_records=4,
     )  # fmt: skip
     table.load([SequenceSpan(row, 1, 260, list(range(17))) for row in range(2)])

@@ -293,9 +293,9 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
         with watched() as copies:
             computed = executor.run(step)
     assert copies.waits == []
-    # One per table: a copy per row, layer or request would be noticed.
-    shelves = len(executor.store._shelves.ordered())
-    assert 2 <= copies.uploads <= 9 + shelves
+    # The rows'; the adapters' have come with the first. A prompt step brings both, a fusion's
+    # table, soft tokens and where they go, and a prefix with its places.
+    assert copies.uploads <= (8 if name == "prompts" else 1)
     assert computed.logits is not None
     assert len(computed.logits) == sum(item.samples for item in step.scheduled)
     kernels = set(no_launches)

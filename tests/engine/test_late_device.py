@@ -12,7 +12,8 @@ import torch
 from fake_cuda import FakeCuda
 from transformers import LlamaConfig
 
-from turret.kernels.paged_attention import SequenceSpan
+from turret.kernels.gpu.tables import staged_buffer
+from turret.kernels.gpu.tables.attention_table import HEADER
 from turret.server.adapters.device.gpu import streams
 from turret.server.adapters.device.gpu import uploads as uploads_module
 from turret.server.adapters.device.gpu.store import GpuStore
@@ -22,8 +23,8 @@ from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOp
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.block_tables import BlockTables
 from turret.server.engine.step.gpu_executor import GpuExecutor
-from turret.server.engine.step.gpu_tables import StepTables
 from turret.server.engine.step.runner import Runner
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.families import read_arch
@@ -55,10 +56,12 @@ class _Decoder:
         self._cuda = cuda
 
     def compute(self, step: Any, cache: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        table = step.attention[None].buffer
+        table = step.attention[None]
 
         def work() -> None:
-            self.seen.append((step.token_ids.tolist(), step.positions.tolist(), int(table[4])))
+            # Of the first record: where the sequence's block numbers begin.
+            block = int(table.blocks[int(table.buffer[HEADER + 3])])
+            self.seen.append((step.token_ids.tolist(), step.positions.tolist(), block))
 
         self._cuda.launch(work)
         return torch.zeros(CHUNK, 1), torch.zeros(0, 1)
@@ -67,9 +70,15 @@ class _Decoder:
 @pytest.fixture
 def cuda() -> Iterator[FakeCuda]:
     """A late device on which the server uses streams and events."""
-    fake = FakeCuda()
+    fake, write = FakeCuda(), BlockTables.write
+
+    def late_write(tables: BlockTables, places: torch.Tensor, numbers: torch.Tensor) -> None:
+        fake.launch(lambda: write(tables, places, numbers))
+
     with (
         fake.installed(),
+        patch.object(BlockTables, "write", late_write),
+        patch.object(staged_buffer, "has_streams", lambda device: True),
         patch.object(streams, "has_streams", lambda device: True),
         patch.object(uploads_module, "has_streams", lambda device: True),
     ):
@@ -107,6 +116,23 @@ def test_chunks_of_a_prompt_that_nobody_waits_for(cuda: FakeCuda):
         expected.append(([prompt[row] for row in rows], list(rows), sequence.blocks[0]))
     cuda.default.synchronize()
     assert decoder.seen == expected
+
+
+def test_a_step_that_failed_is_sent_again_whole(cuda: FakeCuda):
+    """Block numbers that a failed step was to bring come with the next one."""
+    executor, decoder = _executor(cuda)
+    sequence = Sequence(Request(request_id="r", prompt_token_ids=tuple(range(9))), Mix(()), 0.0)
+    sequence.blocks = [7]
+    step = Step((Scheduled(sequence, CHUNK),), (), 0)
+    with (
+        patch.object(decoder, "compute", side_effect=torch.OutOfMemoryError("full")),
+        patch.object(BlockTables, "write", lambda *_: None),
+        pytest.raises(torch.OutOfMemoryError),
+    ):
+        executor.run(step)
+    executor.run(step)
+    cuda.default.synchronize()
+    assert decoder.seen == [(list(range(CHUNK)), list(range(CHUNK)), 7)]
 
 
 class _Adapter:
@@ -148,15 +174,3 @@ def test_work_beside_the_steps_begins_after_them_and_is_over_at_the_end(cuda: Fa
         cuda.launch(lambda: order.append("norms"))
         assert order == []
     assert order == ["merged weights", "norms"]
-
-
-def test_a_prefix_comes_on_top_of_the_longest_context():
-    """Alone in the step, at the end of the context, behind three blocks of a prefix."""
-    tables = StepTables(ARCH, max_rows=1, max_seqs=1, max_len=256, block_size=16, device=CPU)
-    before = tables.load_attention([SequenceSpan(0, 1, 255, list(range(1, 17)))])
-    assert tables.epoch == 0
-    after = tables.load_attention([SequenceSpan(0, 1, 255 + 48, list(range(1, 20)))])
-    assert after is not before
-    assert tables.epoch == 1
-    assert after[None].buffer[4:23].tolist() == list(range(1, 20))
-    assert tables.load_attention([SequenceSpan(0, 1, 300, list(range(1, 20)))]) is after

@@ -58,7 +58,7 @@ class Step:
     def table(self, spread=60, spans=None) -> AttentionTable:
         table = AttentionTable(
             max_records=120,
-            max_blocks=NUM_BLOCKS,
+            blocks=NUM_BLOCKS,
             kv_heads=self.kv_heads,
             queries_per_head=self.per_head,
             window=self.window,
@@ -210,7 +210,7 @@ def test_breaches_of_the_contract_are_refused():
         Step((1, 33, 16, None), HALF).table()
     small = AttentionTable(
         max_records=1,
-        max_blocks=4,
+        blocks=4,
         kv_heads=2,
         queries_per_head=4,
         window=None,

@@ -16,7 +16,10 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-_FILES = ("nf4_matmul", "segmented", "input_gain", "fusion_gate", "by_slot", "between")
+_FILES = (
+    *("nf4_matmul", "segmented", "input_gain", "fusion_gate", "by_slot", "between"),
+    "sample_rows",
+)
 # What runs compiled: every kernel's own tests, and tests/emulated.
 KERNEL_TESTS = (
     *(f"tests/kernels/test_{name}.py" for name in (*_FILES, "paged_attention_triton")),

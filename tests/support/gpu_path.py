@@ -29,6 +29,7 @@ COARSE = Tuning(
     nf4_programs=2,
     nf4_part_blocks=1,
     nf4_pass_rows=5,
+    sample_block=256,
     inline_ptx=False,
 )
 

@@ -13,23 +13,27 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.gpu.tables.staged_buffer import StagedBuffer
+from turret.kernels.gpu.tables.staged_buffer import StagedMemory
 
 HEADER = 4
 
 
 class RowTable:
-    """Owns the device buffer. Not thread-safe.
+    """Owns its part of the device memory. Not thread-safe.
 
     Attributes:
         buffer: ``[HEADER + 3 · capacity]`` int32 on the device; its address never changes.
         capacity: Rows at most.
     """
 
-    def __init__(self, capacity: int, device: torch.device) -> None:
+    def __init__(
+        self, capacity: int, device: torch.device, memory: StagedMemory | None = None
+    ) -> None:
+        """Allocate, as a part of ``memory`` if that is given."""
         self.capacity = capacity
-        self._staged = StagedBuffer(HEADER + 3 * capacity, torch.int32, device)
-        self.buffer = self._staged.buffer
+        memory = StagedMemory(device, 0) if memory is None else memory
+        self._part = memory.part(HEADER + 3 * capacity, torch.int32)
+        self.buffer = self._part.buffer
 
     def load(self, rows: Sequence[int], slots: Sequence[int], weights: Sequence[float]) -> None:
         """Name the step's rows (each at most once), their slots and mix weights.
@@ -45,4 +49,4 @@ class RowTable:
         padding = [0] * (self.capacity - len(rows))
         bits = struct.unpack(f"<{len(rows)}i", struct.pack(f"<{len(rows)}f", *weights))
         header = (len(rows), 0, 0, 0)
-        self._staged.load((*header, *rows, *padding, *slots, *padding, *bits))
+        self._part.load((*header, *rows, *padding, *slots, *padding, *bits))

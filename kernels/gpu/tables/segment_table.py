@@ -27,7 +27,7 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.gpu.tables.staged_buffer import StagedBuffer
+from turret.kernels.gpu.tables.staged_buffer import StagedMemory
 from turret.kernels.segments import LongSegment, SegmentMember
 
 RANK_TILE = 16
@@ -41,7 +41,7 @@ ONE_ROW = 8
 
 
 class SegmentTable:
-    """Owns the device buffer. Not thread-safe.
+    """Owns its part of the device memory. Not thread-safe.
 
     Attributes:
         buffer: ``[capacity]`` int32 on the device; its address never changes.
@@ -58,6 +58,7 @@ class SegmentTable:
         max_components: int,
         device: torch.device,
         gemv: bool = False,
+        memory: StagedMemory | None = None,
     ) -> None:
         """Allocate for the largest step.
 
@@ -67,6 +68,7 @@ class SegmentTable:
             max_components: Components of one row's mix.
             device: Where the kernels run.
             gemv: See the class.
+            memory: What the table is a part of; None for one of its own.
         """
         self.gemv = gemv
         self.max_rows = max_rows
@@ -76,8 +78,9 @@ class SegmentTable:
         max_row_items = max_components + max_row_rank // RANK_TILE
         records = max_rows * (max_components + 1 + max_row_items)
         capacity = HEADER + max_rows + RECORD * records
-        self._staged = StagedBuffer(capacity, torch.int32, device)
-        self.buffer = self._staged.buffer
+        memory = StagedMemory(device, 0) if memory is None else memory
+        self._part = memory.part(capacity, torch.int32)
+        self.buffer = self._part.buffer
 
     def load(self, runs: Sequence[LongSegment]) -> None:
         """Describe a step and start copying the description to the device.
@@ -89,7 +92,7 @@ class SegmentTable:
         Raises:
             ValueError: The step is over a capacity given at construction.
         """
-        self._staged.load(self._words(runs))
+        self._part.load(self._words(runs))
 
     def _words(self, runs: Sequence[LongSegment]) -> list[int]:
         segments: dict[tuple[SegmentMember, ...], list[int]] = {}

@@ -2,9 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from array import array
+from collections.abc import Iterator, Sequence
 
 import torch
+
+# Parts of a memory begin at multiples of this, so that kernels may read them in wide words.
+_ALIGNMENT = 256
+_CHUNK_BYTES = 1 << 18
+# Parts that were loaded travel in one copy if no more than this lies between them.
+_MAX_GAP_BYTES = 1 << 16
+
+
+def has_streams(device: torch.device) -> bool:
+    """Whether a device works behind the host's back."""
+    return device.type == "cuda"
+
+
+_CODES = {torch.int32: "i", torch.int64: "q", torch.float32: "f"}
+
+
+def host_tensor(values: Sequence[int] | Sequence[float], dtype: torch.dtype) -> torch.Tensor:
+    """``[len(values)]`` on the host, for int32, int64 and fp32; a step makes many of them.
+
+    ``torch.tensor`` takes several times as long.
+    """
+    if not values:
+        return torch.empty(0, dtype=dtype)
+    return torch.frombuffer(array(_CODES[dtype], values), dtype=dtype)
 
 
 def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -17,32 +43,149 @@ def upload(values: torch.Tensor, device: torch.device) -> torch.Tensor:
     return values.to(device, non_blocking=True)
 
 
-class StagedBuffer:
-    """A device buffer of fixed address, filled by one asynchronous copy a step.
+class _Chunk:
+    """Device memory, and pinned memory of the same layout for each of two steps.
+
+    Attributes:
+        used: Bytes that parts take.
+        loaded: Begin and end of what the step at hand has written, in bytes.
+    """
+
+    def __init__(self, num_bytes: int, device: torch.device) -> None:
+        pinned = device.type == "cuda"
+        self.memory = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+        self.staging = [
+            torch.zeros(num_bytes, dtype=torch.uint8, pin_memory=pinned) for _ in range(2)
+        ]
+        self.used = 0
+        self.loaded: list[tuple[int, int]] = []
+
+    def send(self, half: int) -> int:
+        """Start copying what was loaded; what lies between is copied along, and read by nobody.
+
+        Returns:
+            How many copies that took.
+        """
+        runs: list[list[int]] = []
+        for begin, end in sorted(self.loaded):
+            if runs and begin - runs[-1][1] <= _MAX_GAP_BYTES:
+                runs[-1][1] = max(runs[-1][1], end)
+            else:
+                runs.append([begin, end])
+        for begin, end in runs:
+            self.memory[begin:end].copy_(self.staging[half][begin:end], non_blocking=True)
+        self.loaded.clear()
+        return len(runs)
+
+
+class StagedMemory:
+    """Device buffers of fixed addresses that a step fills together: by one copy, as a rule.
+
+    A step calls ``begin``, loads parts, and calls ``send``. There are two staging areas, so that
+    the next step can be prepared while this one's copy is under way; ``begin`` waits for the copy
+    of the step before the last, which read the same area. A part holds what it was given in the
+    last step that loaded any part of its memory, or nothing that may be read.
 
     Not thread-safe.
 
+    Args:
+        device: Where the buffers are.
+        chunk_bytes: Parts share allocations of at least this.
+
     Attributes:
-        buffer: ``[capacity]`` on the device.
+        num_copies: Copies started since it was made.
     """
 
-    def __init__(self, capacity: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.buffer = torch.zeros(capacity, dtype=dtype, device=device)
-        pinned = device.type == "cuda"
-        # Two, so that a copy still under way is not overwritten by the next step's preparation.
-        self._staging = [torch.zeros(capacity, dtype=dtype, pin_memory=pinned) for _ in range(2)]
-        self._step = 0
+    def __init__(self, device: torch.device, chunk_bytes: int = _CHUNK_BYTES) -> None:
+        self.num_copies = 0
+        self._device = device
+        self._chunk_bytes = chunk_bytes
+        self._chunks: list[_Chunk] = []
+        self._half = 0
+        self._is_open = False
+        self._events = [torch.cuda.Event() for _ in range(2)] if has_streams(device) else []
+
+    def part(self, count: int, dtype: torch.dtype) -> StagedPart:
+        """Reserve a buffer of ``count`` elements. Its address never changes."""
+        size = count * dtype.itemsize
+        chunk = next((c for c in self._chunks if c.used + size <= c.memory.numel()), None)
+        if chunk is None:
+            chunk = _Chunk(max(size, self._chunk_bytes), self._device)
+            self._chunks.append(chunk)
+        begin = chunk.used
+        chunk.used = -(-(begin + size) // _ALIGNMENT) * _ALIGNMENT
+        return StagedPart(self, chunk, begin, count, dtype)
+
+    def begin(self) -> None:
+        """Begin a step; waits until its staging area was copied."""
+        self._half = 1 - self._half
+        if self._events:
+            self._events[self._half].synchronize()
+        self._is_open = True
+
+    def staging_of(self, halves: Sequence[torch.Tensor]) -> torch.Tensor:
+        """That of two staging areas which the open step writes to."""
+        assert self._is_open, "outside a step the device may be reading it"
+        return halves[self._half]
+
+    def send(self) -> None:
+        """Start the step's copies, on the current stream."""
+        for chunk in self._chunks:
+            self.num_copies += chunk.send(self._half)
+        if self._events:
+            self._events[self._half].record(torch.cuda.current_stream())
+        self._is_open = False
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """``begin`` and ``send`` around what loads parts; part of an open step if there is one."""
+        if self._is_open:
+            yield
+            return
+        self.begin()
+        try:
+            yield
+        finally:
+            self.send()
+
+
+class StagedPart:
+    """A buffer in a ``StagedMemory``.
+
+    Attributes:
+        buffer: ``[count]`` on the device; its address never changes.
+    """
+
+    def __init__(
+        self, memory: StagedMemory, chunk: _Chunk, begin: int, count: int, dtype: torch.dtype
+    ) -> None:
+        self._memory = memory
+        self._chunk = chunk
+        self._begin = begin
+        self._item_bytes = dtype.itemsize
+        where = slice(begin, begin + count * dtype.itemsize)
+        self.buffer = chunk.memory[where].view(dtype)
+        self._staging = [staging[where].view(dtype) for staging in chunk.staging]
 
     def load(self, words: Sequence[int]) -> None:
-        """Start copying ``words`` to the front of the buffer; the rest keeps what it held.
+        """Write to the front of the buffer; the rest holds nothing that may be read.
+
+        It is on its way with the step's ``send``, or at once where no step is open.
 
         Raises:
-            ValueError: More words than the capacity.
+            ValueError: More elements than the buffer has.
         """
-        staging = self._staging[self._step % 2]
-        self._step += 1
         size = len(words)
-        if size > staging.numel():
-            raise ValueError(f"the step needs {size} words; {staging.numel()} are allocated")
-        staging[:size] = torch.tensor(words, dtype=staging.dtype)
-        self.buffer[:size].copy_(staging[:size], non_blocking=True)
+        with self._memory.step():
+            self.staged(size).copy_(host_tensor(words, self.buffer.dtype))
+
+    def staged(self, size: int) -> torch.Tensor:
+        """The front of the open step's staging area, to be written to.
+
+        Raises:
+            ValueError: More elements than the buffer has.
+        """
+        if size > self.buffer.numel():
+            raise ValueError(f"the step needs {size} words; {self.buffer.numel()} are allocated")
+        self._chunk.loaded.append((self._begin, self._begin + size * self._item_bytes))
+        return self._memory.staging_of(self._staging)[:size]

@@ -43,10 +43,12 @@ class Sequence:
             an earlier answer began with included.
         num_computed: Leading tokens whose keys and values are in the cache.
         num_cached: Prompt tokens that came from the prefix cache at first admission.
-        blocks: KV blocks in position order.
+        blocks: KV blocks in position order. The list only grows; once they were freed it is another
+            list.
         keys: Chain keys of the full blocks that were named so far; ``keys[0]`` is the root.
         waiting_since: ``time.monotonic()`` seconds when it joined the line, the last time.
         forecast: How many tokens it is taken to generate (``LengthForecast``).
+        prompt_end: Positions before the first generated token.
     """
 
     request: Request
@@ -66,9 +68,11 @@ class Sequence:
     num_preemptions: int = 0
     waiting_since: float = 0.0
     forecast: int = 0
+    prompt_end: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.waiting_since = self.arrival
+        self.prompt_end = self.num_virtual + self.num_prompt
         assert self.num_preset <= self.num_virtual
         self.tokens = [PLACEHOLDER] * self.num_virtual
         self.tokens += self.request.prompt_token_ids
@@ -78,11 +82,6 @@ class Sequence:
     def num_prompt(self) -> int:
         """Prompt tokens, virtual positions not counted."""
         return len(self.request.prompt_token_ids)
-
-    @property
-    def prompt_end(self) -> int:
-        """Positions before the first generated token."""
-        return self.num_virtual + self.num_prompt
 
     @property
     def num_generated(self) -> int:

@@ -6,7 +6,7 @@ since the last step are looked at. So a step costs no Python work per bias, stop
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -67,7 +67,7 @@ def _id_tensor(ids: Iterable[int], device: torch.device) -> torch.Tensor:
 
 
 class Adjustment:
-    """Changes the logits of one sequence, step after step.
+    """Changes the logits of one sequence, step after step, in the order of the methods below.
 
     Args:
         sequence: Whose logits; its tokens may only grow.
@@ -79,6 +79,7 @@ class Adjustment:
         self, sequence: Sequence, stop_token_ids: frozenset[int], device: torch.device
     ) -> None:
         self._sequence = sequence
+        self._params = sequence.request.sampling
         params, stop = sequence.request.sampling, sequence.request.stop
         self._biases: tuple[torch.Tensor, torch.Tensor] | None = None
         if params.logit_bias:
@@ -94,20 +95,37 @@ class Adjustment:
 
     def apply(self, row: torch.Tensor) -> None:
         """Change ``row``, ``[vocab]`` fp32, in place."""
-        sequence = self._sequence
-        params = sequence.request.sampling
-        if self._seen is not None:
+        for ids, factor in self.factors():
             # CTRL (arXiv 1909.05858), over prompt and output, as transformers does.
-            self._seen.read(sequence.tokens, sequence.num_virtual)
-            values = row[self._seen.ids]
-            factor = params.repetition_penalty
-            row[self._seen.ids] = torch.where(values > 0, values / factor, values * factor)
+            values = row[ids]
+            row[ids] = torch.where(values > 0, values / factor, values * factor)
+        for ids, amounts in self.penalties():
+            row[ids] -= amounts
+        for ids, amounts in self.biases():
+            row[ids] += amounts
+        for ids in self.bans():
+            row[ids] = float("-inf")
+
+    def factors(self) -> Iterator[tuple[torch.Tensor, float]]:
+        """Tokens whose logits shrink by a factor, in this step, if there are any."""
+        if self._seen is not None:
+            self._seen.read(self._sequence.tokens, self._sequence.num_virtual)
+            yield self._seen.ids, self._params.repetition_penalty
+
+    def penalties(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Tokens, and what is taken from the logit of each, in this step."""
         if self._generated is not None:
-            self._generated.read(sequence.tokens, sequence.prompt_end)
-            penalty = params.presence_penalty + params.frequency_penalty * self._generated.times
-            row[self._generated.ids] -= penalty
+            self._generated.read(self._sequence.tokens, self._sequence.prompt_end)
+            times = self._params.frequency_penalty * self._generated.times
+            yield self._generated.ids, self._params.presence_penalty + times
+
+    def biases(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Tokens, and what is added to the logit of each."""
         if self._biases is not None:
-            ids, biases = self._biases
-            row[ids] += biases
-        if self._banned is not None and sequence.num_generated < sequence.request.stop.min_tokens:
-            row[self._banned] = float("-inf")
+            yield self._biases
+
+    def bans(self) -> Iterator[torch.Tensor]:
+        """Tokens that may not be drawn in this step."""
+        stop = self._sequence.request.stop
+        if self._banned is not None and self._sequence.num_generated < stop.min_tokens:
+            yield self._banned

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.paged_attention import SequenceSpan
 from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.store import AdapterStep, StepStore
 from turret.server.adapters.device.vocabulary import VocabularyGroup
@@ -73,9 +74,10 @@ class BatchBuilder:
         self, placed: list[Placed], num_rows: int, adapters: AdapterStep | None
     ) -> StepInput:
         rows = collect_rows(placed, self._block_size)
+        spans = [self._span(place) for place in placed]
         attention = {
             window: self._ops.plan_attention(
-                rows.spans,
+                spans,
                 num_rows=num_rows,
                 block_size=self._block_size,
                 window=window,
@@ -93,6 +95,12 @@ class BatchBuilder:
             soft_values=torch.cat(rows.soft_values).to(self._device) if rows.soft_rows else None,
             embeddings=self._changed_embeddings(placed),
         )
+
+    def _span(self, place: Placed) -> SequenceSpan:
+        sequence, num_new = place.item.sequence, place.item.num_new
+        context = sequence.num_computed
+        used = sequence.blocks[: -(-(context + num_new) // self._block_size)]
+        return SequenceSpan(place.row_start, num_new, context, used, sequence.num_padding)
 
     def _changed_embeddings(self, placed: list[Placed]) -> list[VocabularyGroup]:
         rows = [(p.item.sequence, range(p.row_start, p.last_row + 1)) for p in placed]

@@ -14,6 +14,7 @@ from turret.server.engine.scheduling.scheduler import Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.batch import BatchBuilder
 from turret.server.engine.step.rows import Placed
+from turret.server.engine.step.sampler import Draw, Sampler
 from turret.server.engine.step.vocabulary_plan import changed_heads
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.decoding.kv_cache import KvCache
@@ -35,6 +36,23 @@ class Computed:
     logits: torch.Tensor | None
 
 
+class Draws(Protocol):
+    """A sampler. One thread only."""
+
+    def draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Draw]:
+        """Draw one token per row of the step that has just run.
+
+        Args:
+            logits: ``[rows, vocab]`` fp32; modified in place.
+            sequences: Whose row it is.
+        """
+        ...
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop a finished sequence's state."""
+        ...
+
+
 class Executor(Protocol):
     """Computes steps. One thread only."""
 
@@ -47,6 +65,22 @@ class Executor(Protocol):
 
     def logits(self, sequence: Sequence, hidden: torch.Tensor) -> torch.Tensor:
         """Project hidden states of one sequence, ``[rows, hidden]`` → ``[rows, vocab]`` fp32."""
+        ...
+
+    def sampler(self, stop_token_ids: frozenset[int]) -> Draws:
+        """What draws the tokens of its steps, asked for once, before the first.
+
+        Args:
+            stop_token_ids: The model's end tokens, not drawn while under ``min_tokens``.
+        """
+        ...
+
+    def look_ahead(self) -> None:
+        """Use the time until the step's results are there, where they are waited for."""
+        ...
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what is kept for a sequence."""
         ...
 
     def free_memory(self) -> None:
@@ -99,6 +133,16 @@ class TorchExecutor:
         """Project hidden states of one sequence, ``[rows, hidden]`` → ``[rows, vocab]`` fp32."""
         rows = [(sequence, range(hidden.shape[0]))]
         return self._decoder.logits(hidden, changed_heads(rows, self.store, hidden.device))
+
+    def sampler(self, stop_token_ids: frozenset[int]) -> Sampler:
+        """One that goes from row to row."""
+        return Sampler(stop_token_ids)
+
+    def look_ahead(self) -> None:
+        """The results are there."""
+
+    def forget(self, sequence: Sequence) -> None:
+        """Nothing is kept."""
 
     def free_memory(self) -> None:
         """Nothing is kept."""

@@ -1,28 +1,88 @@
 """The gpu path: steps as Triton kernels, decode steps as CUDA graphs.
 
-All metadata of a step goes to the device in a few asynchronous copies before its first kernel;
-nothing waits for the device until the sampler reads the tokens.
+All metadata of a step goes to the device before its first kernel, in one copy, or two where the
+adapters of its rows are not those of the step before; nothing waits for the device until the
+sampler reads the tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass
 
 import torch
 
 from turret.kernels.gpu.tables.staged_buffer import upload
 from turret.server.adapters.device.gpu.store import GpuAdapterStep, GpuStore
-from turret.server.adapters.device.gpu.streams import UploadTurns
+from turret.server.adapters.device.store import Resident
+from turret.server.adapters.device.vocabulary import VocabularyGroup
+from turret.server.adapters.mix import Mix
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.batch import members_of
-from turret.server.engine.step.decode_graphs import Capture, DecodeGraphs, buckets
+from turret.server.engine.step.block_tables import BlockTables
+from turret.server.engine.step.decode_graphs import Body, Capture, DecodeGraphs, buckets
 from turret.server.engine.step.executor import Computed, fill_prefix, sampled_rows
-from turret.server.engine.step.gpu_tables import StepTables
-from turret.server.engine.step.rows import Placed, collect_rows
+from turret.server.engine.step.gpu_sampler import GpuSampler
+from turret.server.engine.step.gpu_tables import AttentionWords, StepTables
+from turret.server.engine.step.rows import (
+    Placed,
+    collect_decode_rows,
+    collect_rows,
+    decode_spans,
+)
 from turret.server.engine.step.vocabulary_plan import changed_embeddings, changed_heads
 from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
 from turret.server.models.decoding.kv_cache import KvCache
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound:
+    """What the rows of a decode step do with adapters: the same until another sequence comes.
+
+    Attributes:
+        mixes: Of every row. Held, so that none is mistaken for a later one.
+        adapters: What the store was asked to hold.
+        version: Of the store, when the tables were loaded.
+        step: The tables; None where every row is the base model's.
+        embeddings: Rows with another embedding.
+        heads: Rows with another head.
+    """
+
+    mixes: tuple[Mix, ...]
+    adapters: tuple[Resident, ...]
+    version: int
+    step: GpuAdapterStep | None
+    embeddings: list[VocabularyGroup]
+    heads: list[VocabularyGroup]
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """The part of a decode step that does not depend on the tokens of the step before.
+
+    Attributes:
+        sequences: One row each.
+        computed: How many tokens of each are in the cache before the step.
+        begins: Where the block numbers of each begin on the device.
+        positions: Of every row.
+        attention: What attention is told.
+        numbers: How tokens are drawn; empty without a sampler.
+    """
+
+    sequences: list[Sequence]
+    computed: list[int]
+    begins: list[int]
+    positions: list[int]
+    attention: AttentionWords
+    numbers: list[float]
+
+    def fits(self, sequences: list[Sequence], begins: list[int]) -> bool:
+        """Whether it is of a step of these sequences as they are now."""
+        if self.sequences != sequences or self.begins != begins:
+            return False
+        return self.computed == [sequence.num_computed for sequence in sequences]
 
 
 class GpuExecutor:
@@ -51,46 +111,65 @@ class GpuExecutor:
         self.store: GpuStore = store
         self._decoder = decoder
         self._cache = cache
+        self._max_num_seqs = max_num_seqs
         self._buckets = buckets(max_num_seqs)
         self._graphs = DecodeGraphs(capture)
-        self._turns = UploadTurns(decoder.device)
+        self._sampler: GpuSampler | None = None
+        device, max_len = decoder.device, decoder.arch.max_model_len
+        self._blocks = BlockTables(max_num_seqs, -(-max_len // cache.block_size), device)
 
         def tables(max_rows: int) -> StepTables:
             return StepTables(
                 decoder.arch,
+                self._blocks,
                 max_rows=max_rows,
                 max_seqs=max_num_seqs,
-                max_len=decoder.arch.max_model_len,
-                block_size=cache.block_size,
-                device=decoder.device,
+                max_len=max_len,
+                device=device,
             )
 
         self._decode, self._mixed = tables(max_num_seqs), tables(max_num_batched_tokens)
-        self._every_row = torch.arange(max_num_seqs, device=decoder.device)
+        self._every_row = torch.arange(max_num_seqs, device=device)
+        self._bound: _Bound | None = None
+        # The last step's sequences, if they may all go on, and what was prepared for their next.
+        self._last: list[Sequence] | None = None
+        self._prepared: _Prepared | None = None
+
+    def sampler(self, stop_token_ids: frozenset[int]) -> GpuSampler:
+        """What draws; from now on every step does, as a part of its launches."""
+        device = self._decoder.device
+        self._sampler = GpuSampler(stop_token_ids, self._max_num_seqs, device)
+        return self._sampler
 
     def run(self, step: Step) -> Computed:
         """Compute a step. Keys and values of its tokens are in the cache afterwards."""
-        for sequence, start in step.presets:
-            fill_prefix(self._cache, sequence, start)
-        # Rows of sequences that generate come first (see ``models/nf4_gpu.py``).
-        order = sorted(step.scheduled, key=lambda item: not _generates(item))
-        placed, row = [], 0
-        for item in order:
-            placed.append(Placed(item, row))
-            row += item.num_new
-        num_decode = sum(item.num_new for item in order if _generates(item))
-        samples = [place.last_row for place in placed if place.samples]
-        if num_decode == row == len(samples):
-            hidden, logits = self._run_decode(placed)
-        else:
-            inputs = self._load(self._mixed, placed, num_decode, row, samples)
-            hidden, logits = self._decoder.compute(inputs, self._cache)
-        return Computed(tuple(placed), hidden, logits[: len(samples)] if samples else None)
+        try:
+            return self._run(step)
+        except BaseException:
+            # Tables may not have been sent: whatever the device was taken to know, it may not.
+            self._blocks.clear()
+            self._bound = self._last = self._prepared = None
+            raise
 
     def logits(self, sequence: Sequence, hidden: torch.Tensor) -> torch.Tensor:
         """Project hidden states of one sequence, ``[rows, hidden]`` → ``[rows, vocab]`` fp32."""
         rows = [(sequence, range(hidden.shape[0]))]
         return self._decoder.logits(hidden, changed_heads(rows, self.store, hidden.device))
+
+    def look_ahead(self) -> None:
+        """Prepare the next step while the device computes this one.
+
+        It is taken to be a decode step of the same sequences, each a token further; if it is
+        another, it is prepared when it comes.
+        """
+        if self._last is not None:
+            sequences, begins = self._last, self._blocks.begins(self._last)
+            self._prepared = self._prepare(sequences, begins, ahead=1)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what is kept for a sequence."""
+        self._blocks.forget(sequence)
+        self._last = self._prepared = None
 
     def free_memory(self) -> None:
         """Give back captured steps and what torch's allocator holds."""
@@ -98,67 +177,161 @@ class GpuExecutor:
         if self._decoder.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _run_decode(self, placed: SequenceOf[Placed]) -> tuple[torch.Tensor, torch.Tensor]:
-        """One new token of every sequence: padded to a bucket, captured if it can be."""
-        tables = self._decode
-        bucket = next(size for size in self._buckets if size >= len(placed))
-        inputs = self._load(tables, placed, bucket, bucket, None)
-        if not inputs.is_fixed:
-            return self._decoder.compute(inputs, self._cache)
-        adapters = None if inputs.adapters is None else inputs.adapters.signature
-        return self._graphs.run(
-            (self.store.epoch, tables.epoch, self._decoder.epoch),
-            (bucket, adapters),
-            lambda: self._decoder.compute(inputs, self._cache),
-        )
+    def _run(self, step: Step) -> Computed:
+        for sequence, start in step.presets:
+            fill_prefix(self._cache, sequence, start)
+        scheduled = step.scheduled
+        if all(item.num_new == 1 and _generates(item.sequence) for item in scheduled):
+            placed = tuple(map(Placed, scheduled, range(len(scheduled))))
+            hidden, logits = self._run_decode([item.sequence for item in scheduled])
+            return Computed(placed, hidden, logits[: len(scheduled)])
+        # Rows of sequences that generate come first (see ``models/nf4_gpu.py``).
+        order = sorted(step.scheduled, key=_is_prompt)
+        placed, row, num_decode = [], 0, 0
+        for item in order:
+            placed.append(Placed(item, row))
+            row += item.num_new
+            if not _is_prompt(item):
+                num_decode = row
+        samples = [place.last_row for place in placed if place.samples]
+        hidden, logits = self._run_mixed(placed, num_decode, row, samples)
+        return Computed(tuple(placed), hidden, logits[: len(samples)] if samples else None)
 
-    def _load(
-        self,
-        tables: StepTables,
-        placed: SequenceOf[Placed],
-        num_decode: int,
-        num_rows: int,
-        samples: list[int] | None,
-    ) -> GpuStep:
-        """Start copying a step's metadata; ``samples`` None stands for every row."""
-        self._turns.begin()
-        rows = collect_rows(placed, self._cache.block_size)
-        ids, places, slots, sample_rows = tables.load_rows(
-            rows.token_ids, rows.positions, rows.kv_slots, samples or ()
-        )
-        adapters = self._adapters(tables, placed)
+    def _run_mixed(
+        self, placed: list[Placed], num_decode: int, num_rows: int, samples: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step with prompts: launched as it is."""
+        tables, device = self._mixed, self._decoder.device
+        members = {a.key: a for p in placed for a, _ in p.item.sequence.mix.members}
         its_rows = [(p.item.sequence, range(p.row_start, p.last_row + 1)) for p in placed]
-        attention = tables.load_attention(rows.spans)
-        self._turns.end()
-        device = self._decoder.device
-        return GpuStep(
+        adapters = None
+        if members:
+            self.store.prepare(members.values())
+            adapters = self._bind(tables, its_rows)
+        updates = self._blocks.update([place.item.sequence for place in placed])
+        rows = collect_rows(placed, self._cache.block_size, updates.begins)
+        with tables.step():
+            if self._sampler is not None:
+                drawn = [place.item.sequence for place in placed if place.samples]
+                self._sampler.load(self._sampler.numbers(drawn), tables.sampling)
+            attention = tables.attention_words(rows.spans)
+            loaded = tables.load_rows(rows, samples, updates, attention)
+        ids, positions, slots, sample_rows = loaded
+        self._last = self._prepared = None
+        inputs = GpuStep(
             token_ids=ids[:num_rows],
-            positions=places[:num_rows],
+            positions=positions[:num_rows],
             kv_slots=slots[:num_rows],
-            sample_rows=self._every_row[:num_rows]
-            if samples is None
-            else sample_rows[: len(samples)],
+            sample_rows=sample_rows[: len(samples)],
             num_decode=num_decode,
-            attention=attention,
+            attention=tables.attention,
             adapters=adapters,
             soft_rows=upload(torch.tensor(rows.soft_rows), device) if rows.soft_rows else None,
             soft_values=upload(torch.cat(rows.soft_values), device) if rows.soft_rows else None,
             embeddings=changed_embeddings(its_rows, self.store, device),
             heads=changed_heads(sampled_rows(placed), self.store, device),
         )
+        return self._body(tables, inputs)()
 
-    def _adapters(self, tables: StepTables, placed: SequenceOf[Placed]) -> GpuAdapterStep | None:
-        mixes = [place.item.sequence.mix for place in placed]
-        adapters = {a.key: a for mix in mixes for a, _ in mix.members}
-        if not adapters:
-            return None
-        self.store.prepare(adapters.values())
-        runs = [
-            (place.row_start, place.last_row + 1, members_of(place.item.sequence))
-            for place in placed
-        ]
-        return self.store.bind(runs, tables)
+    def _run_decode(self, sequences: list[Sequence]) -> tuple[torch.Tensor, torch.Tensor]:
+        """One new token of every sequence: padded to a bucket, captured if it can be."""
+        tables = self._decode
+        bucket = next(size for size in self._buckets if size >= len(sequences))
+        bound = self._bound_to(sequences)
+        updates = self._blocks.update(sequences)
+        prepared = self._prepared
+        if prepared is None or not prepared.fits(sequences, updates.begins):
+            prepared = self._prepare(sequences, updates.begins)
+        rows = collect_decode_rows(sequences, self._cache.block_size, prepared.positions)
+        with tables.step():
+            if self._sampler is not None:
+                self._sampler.load(prepared.numbers, tables.sampling)
+            loaded = tables.load_rows(rows, (), updates, prepared.attention)
+        ids, positions, slots, _ = loaded
+        self._last, self._prepared = sequences, None
+        inputs = GpuStep(
+            token_ids=ids[:bucket],
+            positions=positions[:bucket],
+            kv_slots=slots[:bucket],
+            sample_rows=self._every_row[:bucket],
+            num_decode=bucket,
+            attention=tables.attention,
+            adapters=bound.step,
+            embeddings=bound.embeddings,
+            heads=bound.heads,
+        )
+        body = self._body(tables, inputs)
+        return (
+            self._graphs.run(self._epoch(), self._key(inputs), body) if inputs.is_fixed else body()
+        )
+
+    def _epoch(self) -> Hashable:
+        """Changes when something has moved that every captured step reads."""
+        return self.store.epoch, self._decode.epoch, self._blocks.epoch, self._decoder.epoch
+
+    @staticmethod
+    def _key(inputs: GpuStep) -> Hashable:
+        """What a decode step launches, and on which adapters' tables."""
+        adapters = None if inputs.adapters is None else inputs.adapters.signature
+        return len(inputs.token_ids), adapters
+
+    def _body(self, tables: StepTables, inputs: GpuStep) -> Body:
+        """Everything that a step has the device do once its tables are there."""
+
+        def body() -> tuple[torch.Tensor, torch.Tensor]:
+            tables.write_blocks(len(inputs.token_ids))
+            hidden, logits = self._decoder.compute(inputs, self._cache)
+            if self._sampler is not None:
+                self._sampler.launch(logits, tables.sampling)
+            return hidden, logits
+
+        return body
+
+    def _prepare(self, sequences: list[Sequence], begins: list[int], ahead: int = 0) -> _Prepared:
+        """What a decode step needs beside its tokens, their slots and their adapters."""
+        positions, spans = decode_spans(sequences, begins, ahead)
+        return _Prepared(
+            sequences,
+            [sequence.num_computed + ahead for sequence in sequences],
+            begins,
+            positions,
+            self._decode.attention_words(spans),
+            [] if self._sampler is None else self._sampler.numbers(sequences, ahead),
+        )
+
+    def _bound_to(self, sequences: list[Sequence]) -> _Bound:
+        """A decode step's adapters; their tables are loaded only where something has changed."""
+        mixes = tuple([sequence.mix for sequence in sequences])
+        bound = self._bound
+        if bound is not None and bound.mixes == mixes:
+            self.store.prepare(bound.adapters)
+            if bound.version == self.store.version:
+                return bound
+        members = {a.key: a for mix in mixes for a, _ in mix.members}
+        adapters, device = tuple(members.values()), self._decoder.device
+        self.store.prepare(adapters)
+        its_rows = [(sequence, range(row, row + 1)) for row, sequence in enumerate(sequences)]
+        self._bound = None
+        self._bound = _Bound(
+            mixes,
+            adapters,
+            self.store.version,
+            self._bind(self._decode, its_rows) if adapters else None,
+            changed_embeddings(its_rows, self.store, device),
+            changed_heads(its_rows, self.store, device),
+        )
+        return self._bound
+
+    def _bind(self, tables: StepTables, rows: SequenceOf[tuple[Sequence, range]]) -> GpuAdapterStep:
+        runs = [(its.start, its.stop, members_of(sequence)) for sequence, its in rows]
+        with tables.adapters():
+            return self.store.bind(runs, tables)
 
 
-def _generates(item: Scheduled) -> bool:
-    return item.sequence.num_computed >= item.sequence.prompt_end
+def _is_prompt(item: Scheduled) -> bool:
+    return item.sequence.num_computed < item.sequence.prompt_end
+
+
+def _generates(sequence: Sequence) -> bool:
+    """Whether its one new row is the last generated token's, so that the next is drawn from it."""
+    return sequence.prompt_end <= sequence.num_computed == len(sequence.tokens) - 1

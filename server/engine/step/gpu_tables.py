@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+import contextlib
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 
 from turret.kernels.gpu.tables.attention_table import SPLIT, AttentionTable
 from turret.kernels.gpu.tables.row_table import RowTable
+from turret.kernels.gpu.tables.sampling_table import SamplingTable
 from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.kernels.gpu.tables.staged_buffer import StagedBuffer
-from turret.kernels.paged_attention import SequenceSpan
+from turret.kernels.gpu.tables.staged_buffer import StagedMemory, host_tensor
 from turret.kernels.segments import LongSegment
+from turret.server.engine.step.block_tables import BlockTables, BlockUpdates
+from turret.server.engine.step.rows import StepRows
 from turret.server.models.decoding.arch import Arch
+
+AttentionWords = dict[int | None, torch.Tensor]
 
 # Attention scratch is bounded: of many long contexts, some are walked by one program each.
 _MAX_SPREAD_RECORDS = 2048
@@ -26,77 +31,122 @@ _MAX_FUSION_TABLES = 64
 class StepTables:
     """Everything that a step's kernels read, at fixed addresses (``GpuTables``).
 
+    There are two memories: what every step changes (rows, attention, how tokens are drawn), and
+    what changes with the adapters of the rows. Either is filled by one copy, as a rule.
+
     Args:
         arch: The model.
+        blocks: The sequences' block numbers, which all kinds of steps share.
         max_rows: Most rows of a step.
         max_seqs: Most sequences of a step.
         max_len: Most positions of a sequence without a prefix.
-        block_size: Positions per KV block.
         device: Where the kernels run.
 
     Attributes:
         max_rows: See above.
-        epoch: Moves when a table is replaced by a larger one.
+        sampling: How tokens are drawn.
+        attention: Table per distinct window (None is full attention).
+        epoch: Moves when a table that captured steps read has been freed.
     """
 
     def __init__(
         self,
         arch: Arch,
+        blocks: BlockTables,
         *,
         max_rows: int,
         max_seqs: int,
         max_len: int,
-        block_size: int,
         device: torch.device,
     ) -> None:
         self.max_rows = max_rows
         self.epoch = 0
         self._device = device
-        self._rows = StagedBuffer(4 * max_rows, torch.int64, device)
+        self._blocks = blocks
+        self._memory = StagedMemory(device)
+        self._rows = self._memory.part(4 * max_rows, torch.int64)
+        self._places = self._memory.part(max_rows, torch.int64)
+        self._numbers = self._memory.part(max_rows, torch.int32)
+        self.sampling = SamplingTable(max_seqs, device, self._memory)
+        self.attention = self._make_attention(arch, max_seqs, max_len)
+        self._adapter_memory = StagedMemory(device)
         self._row_tables: dict[Hashable, RowTable] = {}
         # The one that was used last comes last.
         self._fusion_tables: dict[tuple[str, int, int], SegmentTable] = {}
         self._row_rank, self._members = _FIRST_ROW_RANK, _FIRST_MEMBERS
         self._segments = self._make_segments()
-        self._arch = arch
-        self._spread_records = min(max_seqs * -(-max_len // SPLIT), _MAX_SPREAD_RECORDS)
-        self._max_blocks = max_seqs * -(-max_len // block_size)
-        self._make_attention()
+
+    @property
+    def num_copies(self) -> int:
+        """Copies to the device since it was made, fusions' tables left out."""
+        return self._memory.num_copies + self._adapter_memory.num_copies
+
+    @contextlib.contextmanager
+    def step(self) -> Iterator[None]:
+        """Around what loads a step's rows, attention and sampling; then they are sent."""
+        with self._memory.step():
+            yield
+
+    @contextlib.contextmanager
+    def adapters(self) -> Iterator[None]:
+        """Around what loads the tables of the rows' adapters; then they are sent."""
+        with self._adapter_memory.step():
+            yield
+
+    def attention_words(self, spans: Sequence[int]) -> AttentionWords:
+        """What attention is told of a step, by window, on the host."""
+        return {window: table.words(spans) for window, table in self.attention.items()}
 
     def load_rows(
         self,
-        token_ids: Sequence[int],
-        positions: Sequence[int],
-        kv_slots: Sequence[int],
+        rows: StepRows,
         sample_rows: Sequence[int],
+        updates: BlockUpdates,
+        attention: AttentionWords,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Start copying; missing rows are zero.
+        """Load a step's rows and their attention; missing rows are zero.
+
+        Args:
+            rows: The rows.
+            sample_rows: Rows that tokens are drawn from.
+            updates: Block numbers to be written; see ``write_blocks``.
+            attention: As ``attention_words`` gives it.
 
         Returns:
-            Views of the whole buffer, each ``[max_rows]`` int64.
+            Token ids, positions, KV slots and sample rows, views of the whole buffer, each
+            ``[max_rows]`` int64.
         """
-        words: list[int] = []
-        for values in (token_ids, positions, kv_slots, sample_rows):
-            words.extend(values)
-            words.extend([0] * (self.max_rows - len(values)))
-        self._rows.load(words)
+        staged = self._rows.staged(4 * self.max_rows).view(4, self.max_rows)
+        staged.zero_()
+        columns = (rows.token_ids, rows.positions, rows.kv_slots, sample_rows)
+        for target, values in zip(staged, columns, strict=True):
+            target[: len(values)] = host_tensor(values, torch.int64)
+        self._load_updates(updates)
+        for window, table in self.attention.items():
+            table.blocks = self._blocks.buffer
+            table.load_words(attention[window])
         ids, places, slots, samples = self._rows.buffer.view(4, self.max_rows).unbind()
         return ids, places, slots, samples
 
-    def load_attention(self, spans: Sequence[SequenceSpan]) -> dict[int | None, AttentionTable]:
-        """Load the tables of every window.
+    def _load_updates(self, updates: BlockUpdates) -> None:
+        places, numbers = updates.places, updates.numbers
+        if len(places) > self.max_rows:
+            # A long prompt that was found in the prefix cache.
+            self._blocks.write_at_once(updates)
+            places = numbers = []
+        for part, values in ((self._places, places), (self._numbers, numbers)):
+            staged = part.staged(self.max_rows)
+            # What is left over writes a 0 to place 0, which nobody reads.
+            staged.zero_()
+            staged[: len(values)] = host_tensor(values, staged.dtype)
 
-        Larger ones are made if sequences are longer than the model's context: an adapter's prefix
-        comes on top of it.
+    def write_blocks(self, num_rows: int) -> None:
+        """Write the step's new block numbers, on the device, before its attention.
+
+        Args:
+            num_rows: The step's rows, of which each has a block at most that is new.
         """
-        num_blocks = sum(len(span.blocks) for span in spans)
-        if num_blocks > self._max_blocks:
-            self._max_blocks = max(num_blocks, 2 * self._max_blocks)
-            self._make_attention()
-            self.epoch += 1
-        for table in self._attention.values():
-            table.load(spans)
-        return self._attention
+        self._blocks.write(self._places.buffer[:num_rows], self._numbers.buffer[:num_rows])
 
     def load_segments(self, runs: Sequence[LongSegment]) -> SegmentTable:
         """Load the segment table; a larger one if a mix is larger than it was made for."""
@@ -113,13 +163,13 @@ class StepTables:
             self._row_rank *= 2
         while self._members < most:
             self._members *= 2
+        # The old one stays where it is: steps that were captured with it are not replayed again.
         self._segments = self._make_segments()
-        self.epoch += 1
 
     def row_table(self, key: Hashable) -> RowTable:
         """The table of a shelf and position; the same one for the same key."""
         if key not in self._row_tables:
-            self._row_tables[key] = RowTable(self.max_rows, self._device)
+            self._row_tables[key] = RowTable(self.max_rows, self._device, self._adapter_memory)
         return self._row_tables[key]
 
     def fusion_table(self, key: str, ranks: int, components: int) -> SegmentTable:
@@ -130,6 +180,7 @@ class StepTables:
             if len(self._fusion_tables) >= _MAX_FUSION_TABLES:
                 self._fusion_tables.pop(next(iter(self._fusion_tables)))
                 self.epoch += 1
+            # In memory of its own, which goes with it.
             table = SegmentTable(
                 max_rows=self.max_rows,
                 max_row_rank=ranks,
@@ -139,18 +190,22 @@ class StepTables:
         self._fusion_tables[place] = table
         return table
 
-    def _make_attention(self) -> None:
-        self._attention = {
+    def _make_attention(
+        self, arch: Arch, max_seqs: int, max_len: int
+    ) -> dict[int | None, AttentionTable]:
+        spread = min(max_seqs * -(-max_len // SPLIT), _MAX_SPREAD_RECORDS)
+        return {
             window: AttentionTable(
-                max_records=self.max_rows + self._spread_records,
-                max_blocks=self._max_blocks,
-                kv_heads=self._arch.num_kv_heads,
-                queries_per_head=self._arch.queries_per_head,
+                max_records=self.max_rows + spread,
+                blocks=self._blocks.buffer,
+                kv_heads=arch.num_kv_heads,
+                queries_per_head=arch.queries_per_head,
                 window=window,
                 device=self._device,
-                spread_records=self._spread_records,
+                spread_records=spread,
+                memory=self._memory,
             )
-            for window in set(self._arch.windows)
+            for window in set(arch.windows)
         }
 
     def _make_segments(self) -> SegmentTable:
@@ -159,4 +214,5 @@ class StepTables:
             max_row_rank=self._row_rank,
             max_components=self._members,
             device=self._device,
+            memory=self._adapter_memory,
         )

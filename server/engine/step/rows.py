@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
-from turret.kernels.paged_attention import SequenceSpan
 from turret.server.adapters.soft_prompt import soft_prompt_of
 from turret.server.engine.scheduling.scheduler import Scheduled
+from turret.server.engine.scheduling.sequence import Sequence
 
 
-@dataclass(frozen=True, slots=True)
-class Placed:
+class Placed(NamedTuple):
     """A scheduled sequence and the first of its rows."""
 
     item: Scheduled
@@ -37,7 +37,9 @@ class StepRows:
         token_ids: Any valid id where ``soft_rows`` says so.
         positions: Position of each row in its sequence.
         kv_slots: Where each row's keys and values go.
-        spans: The sequences, for attention.
+        spans: One behind the other five numbers of each sequence: its first row, new tokens, tokens
+            before them, where its block numbers begin (as ``collect_rows`` was told), and leading
+            positions that are not seen.
         soft_rows: Rows whose embedding is not a token's.
         soft_values: Their embeddings, on the host, piece by piece.
     """
@@ -45,36 +47,76 @@ class StepRows:
     token_ids: list[int] = field(default_factory=list)
     positions: list[int] = field(default_factory=list)
     kv_slots: list[int] = field(default_factory=list)
-    spans: list[SequenceSpan] = field(default_factory=list)
+    spans: list[int] = field(default_factory=list)
     soft_rows: list[int] = field(default_factory=list)
     soft_values: list[torch.Tensor] = field(default_factory=list)
 
+    def add(self, place: Placed, block_size: int, blocks_at: int) -> None:
+        """Add a sequence's new rows; soft tokens may be among them."""
+        sequence, start = place.item.sequence, place.item.sequence.num_computed
+        end = start + place.item.num_new
+        self.token_ids.extend(max(token, 0) for token in sequence.tokens[start:end])
+        self.positions.extend(p - sequence.num_padding for p in range(start, end))
+        self.kv_slots.extend(
+            sequence.blocks[p // block_size] * block_size + p % block_size
+            for p in range(start, end)
+        )
+        self.spans += (place.row_start, place.item.num_new, start, blocks_at)
+        self.spans.append(sequence.num_padding)
+        if start < sequence.num_virtual:
+            stop = min(end, sequence.num_virtual)
+            self.soft_rows.extend(range(place.row_start, place.row_start + stop - start))
+            soft_tokens = soft_prompt_of(sequence.mix).soft_tokens
+            assert soft_tokens is not None
+            self.soft_values.append(soft_tokens[start:stop])
 
-def collect_rows(placed: SequenceOf[Placed], block_size: int) -> StepRows:
+
+def collect_rows(
+    placed: SequenceOf[Placed], block_size: int, blocks_at: SequenceOf[int] | None = None
+) -> StepRows:
     """Go through the new tokens of a step's sequences, in the order of their rows.
 
     Args:
         placed: Every row belongs to one of them.
         block_size: Positions per KV block.
+        blocks_at: Where each sequence's block numbers begin; None where that is nobody's business.
     """
     rows = StepRows()
-    for place in placed:
-        sequence, start = place.item.sequence, place.item.sequence.num_computed
-        end = start + place.item.num_new
-        rows.token_ids.extend(max(token, 0) for token in sequence.tokens[start:end])
-        rows.positions.extend(p - sequence.num_padding for p in range(start, end))
-        rows.kv_slots.extend(
-            sequence.blocks[p // block_size] * block_size + p % block_size
-            for p in range(start, end)
-        )
-        used = sequence.blocks[: -(-end // block_size)]
-        rows.spans.append(
-            SequenceSpan(place.row_start, place.item.num_new, start, used, sequence.num_padding)
-        )
-        if start < sequence.num_virtual:
-            stop = min(end, sequence.num_virtual)
-            rows.soft_rows.extend(range(place.row_start, place.row_start + stop - start))
-            soft_tokens = soft_prompt_of(sequence.mix).soft_tokens
-            assert soft_tokens is not None
-            rows.soft_values.append(soft_tokens[start:stop])
+    for number, place in enumerate(placed):
+        rows.add(place, block_size, 0 if blocks_at is None else blocks_at[number])
     return rows
+
+
+def collect_decode_rows(
+    sequences: SequenceOf[Sequence], block_size: int, positions: list[int]
+) -> StepRows:
+    """As ``collect_rows``, for sequences that have one new row each, a generated token's.
+
+    What does not depend on that token may have been collected before (``decode_spans``).
+    """
+    rows = StepRows(positions=positions)
+    ids, slots = rows.token_ids, rows.kv_slots
+    for sequence in sequences:
+        start = sequence.num_computed
+        ids.append(sequence.tokens[start])
+        slots.append(sequence.blocks[start // block_size] * block_size + start % block_size)
+    return rows
+
+
+def decode_spans(
+    sequences: SequenceOf[Sequence], blocks_at: SequenceOf[int], ahead: int = 0
+) -> tuple[list[int], list[int]]:
+    """Positions and spans of a decode step, as ``StepRows`` has them.
+
+    Args:
+        sequences: One new row each.
+        blocks_at: Where each one's block numbers begin.
+        ahead: How many tokens of each are still to come before.
+    """
+    positions: list[int] = []
+    spans: list[int] = []
+    for row, (sequence, at) in enumerate(zip(sequences, blocks_at, strict=True)):
+        start, padding = sequence.num_computed + ahead, sequence.num_padding
+        positions.append(start - padding)
+        spans += (row, 1, start, at, padding)
+    return positions, spans

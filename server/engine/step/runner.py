@@ -13,7 +13,7 @@ from turret.server.engine.scheduling.scheduler import Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.executor import Computed, Executor
 from turret.server.engine.step.rows import Placed
-from turret.server.engine.step.sampler import Draw, Sampler, top_of
+from turret.server.engine.step.sampler import Draw, top_of
 from turret.server.errors import BudgetExceededError
 
 # Vocabulary logits of prompt positions are made this many rows at a time: 64 rows of a 150,000
@@ -47,7 +47,7 @@ class Runner:
     def __init__(self, executor: Executor, stop_token_ids: frozenset[int]) -> None:
         self._executor = executor
         self._store = executor.store
-        self._sampler = Sampler(stop_token_ids)
+        self._sampler = executor.sampler(stop_token_ids)
         # By adapter key, until it is forgotten: what the shelves add is summed over every module.
         self._stored_bytes: dict[str, int] = {}
 
@@ -70,6 +70,7 @@ class Runner:
     def _compute(self, step: Step) -> StepResult:
         with torch.inference_mode():
             computed = self._executor.run(step)
+            self._executor.look_ahead()
             result = StepResult()
             self._sample(computed, result)
             for placed in computed.placed:
@@ -134,6 +135,7 @@ class Runner:
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence."""
         self._sampler.forget(sequence)
+        self._executor.forget(sequence)
 
     def _sample(self, computed: Computed, result: StepResult) -> None:
         if computed.logits is None:

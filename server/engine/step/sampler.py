@@ -1,8 +1,9 @@
 """Draws the next token of every sequence from the step's logits.
 
 Each row is treated on its own: penalties, temperature, filters and the random number come from its
-own request, so a request's tokens under a seed do not depend on its batch mates. One uniform number
-is consumed per token.
+own request, so a request's tokens under a seed do not depend on its batch mates. This is the way of
+the torch and cpu paths, one row after the other; the gpu path draws all rows at once
+(``gpu_sampler.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from turret.kernels.rows.log_softmax import row_log_softmax
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.adjustment import Adjustment
+from turret.server.engine.step.uniforms import Uniforms
 
 # Filters look at this many of the likeliest tokens first; a full sort is the exception.
 _FIRST_CANDIDATES = 256
@@ -39,17 +41,13 @@ class Sampler:
 
     def __init__(self, stop_token_ids: frozenset[int] = frozenset()) -> None:
         self._stop_token_ids = stop_token_ids
-        self._generators: dict[Sequence, torch.Generator] = {}
         self._adjustments: dict[Sequence, Adjustment] = {}
-        # The last random number, and for how many tokens it was drawn: a step that is computed
-        # again, because there was no memory for it, draws the same token.
-        self._uniforms: dict[Sequence, tuple[int, float]] = {}
+        self._uniforms = Uniforms()
 
     def forget(self, sequence: Sequence) -> None:
         """Drop a finished sequence's state."""
-        self._generators.pop(sequence, None)
         self._adjustments.pop(sequence, None)
-        self._uniforms.pop(sequence, None)
+        self._uniforms.forget(sequence)
 
     def draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Draw]:
         """Draw one token per row.
@@ -61,6 +59,8 @@ class Sampler:
         reports = self._report(logits, sequences)
         for row, sequence in zip(logits, sequences, strict=True):
             self._adjustment(sequence, logits.device).apply(row)
+        # Masks of the tokens that a request allows belong here: after what a request asks of
+        # logits, before anything is drawn. On a device: ``GpuSampler._change``.
         greedy = logits.argmax(-1).tolist()
         draws = []
         for i, (sequence, report) in enumerate(zip(sequences, reports, strict=True)):
@@ -107,27 +107,7 @@ class Sampler:
         return _sample_filtered(scaled, params, uniform)
 
     def _uniform(self, sequence: Sequence, params: SamplingParams) -> float:
-        count, uniform = self._uniforms.get(sequence, (None, 0.0))
-        if count == len(sequence.tokens):
-            return uniform
-        generator = self._generators.get(sequence)
-        if generator is None:
-            generator = torch.Generator()
-            if params.seed is None:
-                generator.seed()
-            else:
-                generator.manual_seed(params.seed)
-                # An answer that goes on has had a number for each of its tokens.
-                for _ in range(sequence.num_generated):
-                    _next_uniform(generator)
-            self._generators[sequence] = generator
-        uniform = _next_uniform(generator)
-        self._uniforms[sequence] = len(sequence.tokens), uniform
-        return uniform
-
-
-def _next_uniform(generator: torch.Generator) -> float:
-    return float(torch.rand((), generator=generator, dtype=torch.float64))
+        return self._uniforms.next(sequence)
 
 
 def top_of(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 import torch
 
+from turret.kernels.gpu.tables.staged_buffer import upload
 from turret.server.adapters.device.store import AdapterStore
 from turret.server.adapters.device.vocabulary import VocabularyChange, VocabularyGroup
 from turret.server.engine.scheduling.sequence import Sequence
@@ -38,7 +39,7 @@ def plan_vocabulary(
             numbers.setdefault(mix, []).extend(its_rows)
             members[mix] = [(change, weight) for _, weight, change in found]
     return [
-        VocabularyGroup(torch.tensor(numbers[mix], device=device), members[mix]) for mix in numbers
+        VocabularyGroup(upload(torch.tensor(numbers[mix]), device), members[mix]) for mix in numbers
     ]
 
 

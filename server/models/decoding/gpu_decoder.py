@@ -88,9 +88,10 @@ class GpuDecoder(Decoder):
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         num_rows = hidden.shape[0]
-        padded = F.pad(hidden, (0, 0, 0, -num_rows % _HEAD_ROWS))
+        missing = -num_rows % _HEAD_ROWS
+        padded = F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
         pieces = [F.linear(piece, self.head) for piece in padded.split(_HEAD_ROWS)]
-        return torch.cat(pieces)[:num_rows]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:num_rows]
 
     def _attention(
         self,

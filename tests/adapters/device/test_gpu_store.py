@@ -9,6 +9,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from gpu_path import OneStepTables
 
 from turret.server.adapters.device.gpu.shelves import GpuHadamardShelf
 from turret.server.adapters.device.gpu.store import GpuStore
@@ -146,13 +147,21 @@ def test_scattered_ranks_come_together_in_place() -> None:
     assert store.epoch == 0
 
 
-def test_tables_of_gains_are_made_once() -> None:
+def test_tables_of_gains_are_made_once_and_void_no_step_without_gains() -> None:
     store = store_of(budget_of(256))
-    epochs = []
+    store.prepare([low_rank("plain")])
+    tables = OneStepTables(4, CPU)
+    table = tables.load_segments([])
+    tables.load_segments = lambda runs: table  # type: ignore[method-assign]
+    plain = store.bind([(0, 1, [("plain", 1.0)])], tables).signature
+    gains = []
     for number in range(12):
         store.prepare([low_rank(f"{number}", gain=torch.rand(WIDTH))])
-        epochs.append(store.epoch)
-    assert epochs == [1] * 12
+        gains.append(store.bind([(0, 1, [(f"{number}", 1.0)])], tables).signature)
+    assert set(gains) == {gains[0]}
+    assert gains[0] != plain
+    assert store.bind([(0, 1, [("plain", 1.0)])], tables).signature == plain
+    assert store.epoch == 0
 
 
 def test_more_adapters_in_a_batch_than_slots() -> None:

@@ -96,9 +96,22 @@ class Cta:
         lane = source.astype(i8) & 31
         if mode == "bfly":
             lane = self.laneid.astype(i8) ^ lane
+        elif mode == "up":
+            # From below the first lane: the thread's own.
+            own = self.laneid.astype(i8)
+            lane = np.where(own >= lane, own - lane, own)
         elif mode != "idx":
             raise NotImplementedError(f"shfl.{mode}")
         return value[self._warps * 32 + lane]
+
+    def reduce_warps(self, value: Value, mask: Value, name: str, signed: bool) -> Value:
+        """``redux.sync`` of all lanes: sum, least or largest of each warp, in all its threads."""
+        if np.any(np.asarray(mask) != 0xFFFFFFFF):
+            raise NotImplementedError("redux of some lanes of a warp")
+        lanes = np.broadcast_to(value, self.tid.shape).reshape(-1, 32)
+        numbers = lanes.view(np.int32) if signed else lanes
+        reduce = {"add": np.sum, "min": np.min, "max": np.max}[name]
+        return np.repeat(reduce(numbers, axis=1).astype(numbers.dtype), 32).view(np.uint32)
 
     # Memory. Guards and addresses may be scalars.
 

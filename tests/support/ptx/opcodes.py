@@ -19,6 +19,7 @@ _FLOAT = {
     "tanh": "np.tanh({})",
 }  # fmt: skip
 _ROUNDINGS = ("rn", "rz", "rzi", "rni", "rmi", "rpi", "rna")
+_TO_WHOLE = {"rni": "np.rint", "rzi": "np.trunc", "rpi": "np.ceil", "rmi": "np.floor"}
 _HALVES = ("bf16", "f16", "bf16x2", "f16x2")
 
 
@@ -89,10 +90,10 @@ def _convert(parts: list[str], operands: list[str]) -> str:
         return f"to_half({a}.view(f4), {to!r})"
     if to == "f32" and source in _HALVES:
         return f"from_half({a}, {source!r}).view(u4)"
+    rounded = next((_TO_WHOLE[p] for p in parts if p in _TO_WHOLE), "")
     if to == "f32":
-        return f"{_view(a, source)}.astype(f4).view(u4)"
+        return f"{rounded}({_view(a, source)}).astype(f4).view(u4)"
     if source == "f32":
-        rounded = "np.rint" if "rni" in parts else "np.trunc"
         return f"{rounded}({a}.view(f4)).astype(i8).astype(u{bits_of(to) // 8})"
     width = bits_of(to) // 8
     narrowed = f"{a}.astype({'i' if source[0] == 's' else 'u'}{bits_of(source) // 8})"

@@ -194,6 +194,10 @@ class Translation:
             value, source = (self._operand(o, 32) for o in sources[:2])
             shuffled = f"cta.shuffle({value}, {source}, {kinds[2]!r})"
             return self._assign(to.split("|")[0], shuffled, self._guard(ins))
+        if name == "redux":
+            value, mask = (self._operand(o, 32) for o in sources)
+            reduced = f"cta.reduce_warps({value}, {mask}, {kinds[2]!r}, {kinds[3][0] == 's'})"
+            return self._assign(to, reduced, self._guard(ins))
         bits = 1 if kinds[-1] == "pred" else opcodes.bits_of(kinds[-1])
         widths = [bits] * len(sources)
         if name in ("shl", "shr"):

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.packed.pack import Pack
+from turret.server.adapters.device.packed.pack import Pack, PackedKinds
 from turret.server.adapters.device.packed.placement import RANK_ALIGNMENT
 from turret.server.adapters.device.packed.projection import PackedProjection
 from turret.server.adapters.operators import AdapterOperators
@@ -53,12 +53,17 @@ class GpuPackedProjection(PackedProjection):
             self.slice_ranks[layer, slot, s].fill_(ops.rank)
 
     def addresses(self) -> list[object]:
-        """Where its tensors are, and how large; None for a table that does not exist."""
-        tables = (self.gain_delta, self.input_gain_delta, self.bias)
-        return [
-            None if t is None else (t.data_ptr(), t.shape)
-            for t in (self.a, *self.b, self.slice_ranks, *tables)
-        ]
+        """Where its matrices are, and how large."""
+        return [(t.data_ptr(), t.shape) for t in (self.a, *self.b, self.slice_ranks)]
+
+    def optional_addresses(self, kinds: PackedKinds) -> list[object]:
+        """Where the tables are that adapters of some kinds read, and how large."""
+        tables = (
+            self.gain_delta if self.name in kinds.gains else None,
+            self.input_gain_delta if self.name in kinds.input_gains else None,
+            self.bias if self.name in kinds.biases else None,
+        )
+        return [None if t is None else (t.data_ptr(), t.shape) for t in tables]
 
 
 class GpuPack(Pack[GpuPackedProjection]):

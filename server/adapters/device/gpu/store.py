@@ -1,8 +1,10 @@
 """The gpu path's store: adapters packed as on the torch path, applied by Triton kernels.
 
 A step's metadata is in tables of fixed address, so what a step launches depends only on which kinds
-of operators it has (``GpuAdapterStep.signature``) and on where the store's tensors are
-(``GpuStore.epoch``): as long as both stay the same, a captured CUDA graph stays valid.
+of operators it has and on where the tables of those kinds are (``GpuAdapterStep.signature``), and
+on where the pack is, which never moves but where more adapters come together than it has slots for
+(``GpuStore.epoch``): as long as both stay the same, a captured CUDA graph stays valid. The first
+adapter of a kind voids no graph that does without that kind.
 """
 
 from __future__ import annotations
@@ -52,6 +54,7 @@ class GpuAdapterStep:
         low_rank: Projections with a low-rank update.
         shelves: Rows of the shelves.
         gates: Rows of learned fusions.
+        addresses: Where tables lie that the step reads and not every step with adapters does.
     """
 
     projections: Mapping[str, GpuPackedProjection]
@@ -60,12 +63,13 @@ class GpuAdapterStep:
     low_rank: frozenset[str]
     shelves: GpuStepShelves
     gates: GpuStepGates
+    addresses: Hashable
 
     @property
     def signature(self) -> Hashable:
-        """What the step launches; see the module."""
+        """What the step launches, and where what it reads lies; see the module."""
         kinds = (self.low_rank, self.kinds.gains, self.kinds.input_gains, self.kinds.biases)
-        return (kinds, self.shelves.signature, self.gates.signature)
+        return (kinds, self.shelves.signature, self.gates.signature, self.addresses)
 
     def inputs(
         self, layer: int, projection: str, x: torch.Tensor
@@ -124,7 +128,9 @@ class GpuStore(AdapterStore):
         on_moved: Told of every adapter that was packed or forgotten.
 
     Attributes:
-        epoch: Moves whenever its tensors do, so that what was captured must be forgotten.
+        epoch: Moves whenever the pack does, so that what was captured must be forgotten.
+        version: Moves whenever an adapter enters or leaves: tables that were loaded before may say
+            wrong places.
     """
 
     def __init__(
@@ -146,7 +152,7 @@ class GpuStore(AdapterStore):
         self._gates = GpuGates(layout, *like)
         self._uploads = Uploads(device, max_bytes // _STAGED_SHARE)
         super().__init__((self._pack, self._shelves, self._gates), device, max_bytes, on_moved)
-        self.epoch = 0
+        self.epoch = self.version = 0
         self._known = self._addresses()
 
     def _operators(self, adapter: Resident) -> AdapterOperators:
@@ -159,6 +165,7 @@ class GpuStore(AdapterStore):
 
     def drop(self, key: str) -> None:
         super().drop(key)
+        self.version += 1
         self._uploads.drop(key)
 
     def unserved(self, operators: AdapterOperators) -> str | None:
@@ -175,6 +182,8 @@ class GpuStore(AdapterStore):
         return None
 
     def _insert(self, adapter: Resident) -> None:
+        # Even if it fails: others may have moved or left.
+        self.version += 1
         super()._insert(adapter)
         self._uploads.taken()
         known = self._addresses()
@@ -183,9 +192,8 @@ class GpuStore(AdapterStore):
             self._known = known
 
     def _addresses(self) -> list[object]:
-        """Everything a captured graph knows of the store."""
-        packed = [projection.addresses() for projection in self._pack.projections.values()]
-        return [*packed, *self._shelves.addresses(), *self._gates.addresses()]
+        """What every captured step with adapters knows of the store."""
+        return [projection.addresses() for projection in self._pack.projections.values()]
 
     def bind(self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables) -> GpuAdapterStep:
         """Load a step's tables.
@@ -199,11 +207,21 @@ class GpuStore(AdapterStore):
             LongSegment(start, end, tuple(segment_members(mix, self._pack.places)))
             for start, end, mix in runs
         ]
+        table = tables.load_segments(segments)
+        shelves, gates = self._shelves.bind(runs, tables), self._gates.bind(runs, tables)
+        projections = self._pack.projections
+        known = [
+            (table.buffer.data_ptr(), table.rank_capacity, table.max_components),
+            [projection.optional_addresses(kinds) for projection in projections.values()],
+            self._shelves.addresses() if shelves.signature else None,
+            self._gates.addresses() if gates.signature else None,
+        ]
         return GpuAdapterStep(
-            projections=self._pack.projections,
-            table=tables.load_segments(segments),
+            projections=projections,
+            table=table,
             kinds=kinds,
             low_rank=frozenset(projection for projection, _ in kinds.low_rank),
-            shelves=self._shelves.bind(runs, tables),
-            gates=self._gates.bind(runs, tables),
+            shelves=shelves,
+            gates=gates,
+            addresses=repr(known),
         )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from turret.server.adapters.device.gpu.streams import has_streams
+from turret.kernels.gpu.tables.staged_buffer import has_streams
 from turret.server.adapters.operators import AdapterOperators
 
 # Every tensor in a transfer begins at a multiple of this: a view needs its dtype's alignment.

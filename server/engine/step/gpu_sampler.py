@@ -1,0 +1,228 @@
+"""Draws the tokens of a step on the device, all rows at once, with one wait.
+
+The kernel that draws is part of the step's launches, so a captured step draws too; its parameters
+travel with the step's tables. Rows that ask for more than the kernel knows (penalties, biases,
+bans) are drawn once more after their logits were changed; the host still waits only once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence as SequenceOf
+
+import torch
+
+from turret.kernels.gpu.sample_rows import sample_rows
+from turret.kernels.gpu.tables.sampling_table import SamplingTable
+from turret.kernels.gpu.tables.staged_buffer import has_streams, upload
+from turret.server.engine.scheduling.request import SamplingParams, StopConditions
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.adjustment import Adjustment
+from turret.server.engine.step.sampler import Draw
+from turret.server.engine.step.uniforms import UniformStream
+
+_HOST = torch.device("cpu")
+# Larger ones are exact in fp32 no more, and larger than any vocabulary.
+_MAX_TOP_K = 1 << 24
+# Temperature, top-p, distance and top-k, as ``SamplingTable`` has them.
+_Row = tuple[float, float, float, float]
+
+
+class GpuSampler:
+    """Keeps each running sequence's random numbers and what changes its logits.
+
+    Args:
+        stop_token_ids: The model's end tokens, not drawn while under ``min_tokens``.
+        max_seqs: Sequences of a step at most.
+        device: Where the logits are.
+    """
+
+    def __init__(self, stop_token_ids: frozenset[int], max_seqs: int, device: torch.device) -> None:
+        self._stop_token_ids = stop_token_ids
+        self._device = device
+        # Random numbers, but for greedy requests, and what a row is drawn by beside its number.
+        self._rows: dict[Sequence, tuple[UniformStream | None, _Row]] = {}
+        self._adjustments: dict[Sequence, Adjustment] = {}
+        self._table: SamplingTable | None = None
+        self._tokens = torch.zeros(max_seqs, dtype=torch.int64, device=device)
+        self._host = torch.zeros(max_seqs, dtype=torch.int64, pin_memory=has_streams(device))
+        self._read = torch.cuda.Event() if has_streams(device) else None
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop a finished sequence's state."""
+        self._rows.pop(sequence, None)
+        self._adjustments.pop(sequence, None)
+
+    def load(self, numbers: SequenceOf[float], table: SamplingTable) -> None:
+        """Put into a step's tables how its rows are drawn.
+
+        Args:
+            numbers: As ``numbers`` gives them, in the order of the step's logits.
+            table: Of the step; ``draw`` uses it until the next ``load``.
+        """
+        self._table = table
+        table.load(numbers)
+
+    def numbers(self, sequences: SequenceOf[Sequence], ahead: int = 0) -> list[float]:
+        """How rows of these sequences are drawn, as ``SamplingTable`` has it.
+
+        Args:
+            sequences: Those that sample.
+            ahead: How many tokens of each are still to come before.
+        """
+        numbers: list[float] = []
+        for sequence in sequences:
+            row = self._rows.get(sequence)
+            if row is None:
+                row = self._rows[sequence] = _row(sequence.request.sampling)
+            stream, params = row
+            # The n-th token takes the n-th number, as in ``Uniforms``.
+            numbers.append(stream.at(sequence.num_generated + ahead) if stream else 0.0)
+            numbers += params
+        return numbers
+
+    def launch(self, logits: torch.Tensor, table: SamplingTable) -> None:
+        """Have the device draw a token of every row of ``logits``, ``[rows, vocab]`` fp32."""
+        sample_rows(logits, table.buffer, self._tokens)
+
+    def draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Draw]:
+        """What was drawn, waiting for the device; ``launch`` has been part of the step.
+
+        Args:
+            logits: ``[rows, vocab]`` fp32; modified in place.
+            sequences: Whose row it is, as they were loaded.
+        """
+        top_n = [s.request.options.top_n for s in sequences if s.request.options.logprobs]
+        # Before any sampling parameter touches them.
+        logprobs = logits.log_softmax(-1) if top_n else None
+        if self._change(logits, sequences):
+            assert self._table is not None, "its step has loaded it"
+            self.launch(logits, self._table)
+        tokens = self._tokens[: len(sequences)]
+        reports: tuple[torch.Tensor, ...] = ()
+        if logprobs is not None:
+            values, ids = logprobs.topk(min(max(top_n), logprobs.shape[1]), dim=-1)
+            reports = (logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1), values, ids)
+        drawn, *reported = self._to_host(tokens, *reports)
+        if not reported:
+            return [Draw(token) for token in drawn.tolist()]
+        chosen, values, ids = (part.tolist() for part in reported)
+        return [
+            _reported(sequence, token, chosen[i], list(zip(ids[i], values[i], strict=True)))
+            for i, (sequence, token) in enumerate(zip(sequences, drawn.tolist(), strict=True))
+        ]
+
+    def _to_host(self, tokens: torch.Tensor, *reports: torch.Tensor) -> list[torch.Tensor]:
+        """Copies on the host: the only wait of a step."""
+        if self._read is None:
+            return [tokens, *reports]
+        targets = [self._host[: len(tokens)]]
+        targets += [torch.empty(r.shape, dtype=r.dtype, pin_memory=True) for r in reports]
+        for target, source in zip(targets, (tokens, *reports), strict=True):
+            target.copy_(source, non_blocking=True)
+        self._read.record(torch.cuda.current_stream())
+        self._read.synchronize()
+        return targets
+
+    def _change(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> bool:
+        """Apply what the requests ask of their rows, in place; whether there was anything.
+
+        The order is that of ``Adjustment``; every kind is one operation for all rows, by flat
+        places in ``logits``, which no two rows share.
+        """
+        rows = [(i, s) for i, s in enumerate(sequences) if _is_adjusted(s)]
+        if not rows:
+            return False
+        changes = _Changes(logits.shape[1])
+        for i, sequence in rows:
+            changes.add(i, self._adjustment(sequence))
+        changes.apply(logits)
+        # Masks of the tokens that a request allows belong here, likewise for all rows at once;
+        # their rows count as adjusted.
+        return True
+
+    def _adjustment(self, sequence: Sequence) -> Adjustment:
+        found = self._adjustments.get(sequence)
+        if found is None:
+            # Its tensors stay on the host, where what is new is read: they travel together.
+            found = Adjustment(sequence, self._stop_token_ids, _HOST)
+            self._adjustments[sequence] = found
+        return found
+
+
+class _Changes:
+    """Changes of a step's logits, collected on the host.
+
+    Args:
+        vocab: Logits of a row.
+    """
+
+    def __init__(self, vocab: int) -> None:
+        self._vocab = vocab
+        # By kind, in the order in which they are applied: places, and a number for each.
+        self._places: list[list[torch.Tensor]] = [[] for _ in range(4)]
+        self._numbers: list[list[torch.Tensor]] = [[] for _ in range(4)]
+
+    def add(self, row: int, adjustment: Adjustment) -> None:
+        """Take in what a row's request asks for."""
+        for ids, factor in adjustment.factors():
+            self._put(0, row, ids, torch.full(ids.shape, factor))
+        for ids, amounts in adjustment.penalties():
+            self._put(1, row, ids, amounts)
+        for ids, amounts in adjustment.biases():
+            self._put(2, row, ids, amounts)
+        for ids in adjustment.bans():
+            self._put(3, row, ids, torch.zeros(ids.shape))
+
+    def _put(self, kind: int, row: int, ids: torch.Tensor, numbers: torch.Tensor) -> None:
+        self._places[kind].append(ids + row * self._vocab)
+        self._numbers[kind].append(numbers)
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """Change ``[rows, vocab]`` fp32 in place: two copies to the device, whatever the rows."""
+        sizes = [sum(map(len, places)) for places in self._places]
+        if not any(sizes):
+            return
+        places = [part for kind in self._places for part in kind]
+        numbers = [part for kind in self._numbers for part in kind]
+        where = upload(torch.cat(places), logits.device).split(sizes)
+        what = upload(torch.cat(numbers), logits.device).split(sizes)
+        flat = logits.view(-1)
+        if sizes[0]:
+            values = flat.index_select(0, where[0])
+            shrunk = torch.where(values > 0, values / what[0], values * what[0])
+            flat.index_copy_(0, where[0], shrunk)
+        if sizes[1]:
+            flat.index_add_(0, where[1], what[1], alpha=-1.0)
+        if sizes[2]:
+            flat.index_add_(0, where[2], what[2])
+        if sizes[3]:
+            flat.index_fill_(0, where[3], float("-inf"))
+
+
+def _row(params: SamplingParams) -> tuple[UniformStream | None, _Row]:
+    """Random numbers of a request, and how its rows are drawn."""
+    # Not -0, whose bits are no distance's.
+    distance = 0.0 - math.log(params.min_p) if params.min_p > 0.0 else math.inf
+    top_k = float(min(params.top_k, _MAX_TOP_K))
+    row = (params.temperature, params.top_p, distance, top_k)
+    return None if params.is_greedy else UniformStream(params.seed), row
+
+
+def _is_adjusted(sequence: Sequence) -> bool:
+    params: SamplingParams = sequence.request.sampling
+    stop: StopConditions = sequence.request.stop
+    return bool(
+        params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or params.logit_bias
+        or sequence.num_generated < stop.min_tokens
+    )
+
+
+def _reported(sequence: Sequence, token: int, logprob: float, top: list[tuple[int, float]]) -> Draw:
+    options = sequence.request.options
+    if not options.logprobs:
+        return Draw(token)
+    return Draw(token, logprob, tuple(top[: options.top_n]))

@@ -1,0 +1,306 @@
+"""What a decode step costs the host and the device's queue, counted: launches, copies, memory.
+
+On meta tensors with Triton's launches left out. The captured step is a stand-in whose replay does
+nothing, so what is counted there is what the host does for every step; launches are counted while
+it is captured, where every operation on device tensors is one (views and empty tensors are none).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig
+from triton.runtime.interpreter import InterpretedFunction
+
+from turret.kernels.nf4_matmul import Nf4Matrix
+from turret.server.adapters.device.gpu.store import GpuStore
+from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.adapters.mix import Mix
+from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
+from turret.server.engine.scheduling.request import Request, SamplingParams
+from turret.server.engine.scheduling.scheduler import Scheduled, Step
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.decode_graphs import Body, DecodeGraphs, Outputs
+from turret.server.engine.step.gpu_executor import GpuExecutor
+from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.decoder import DecoderLayer
+from turret.server.models.decoding.gpu_decoder import GpuDecoder
+from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.families import read_arch
+from turret.server.models.weights.nf4_gpu import Nf4Product
+
+META, DTYPE = torch.device("meta"), torch.float16
+# Llama-3.1-8B: which launches a product takes depends on its width. Ranks do not matter.
+NUM_LAYERS, HIDDEN, VOCAB, RANK = 32, 4096, 128256, 1
+ROWS, CONTEXT, BLOCK_SIZE = 64, 4096, 16
+# These may only fall. Of a step of 32 layers, drawing tokens included.
+MAX_LAUNCHES = {"base": 429, "lora": 685}
+MAX_COPIES = 1
+# At 64 rows of 4,096 tokens, in milliseconds, on the fastest of many steps of an idle machine.
+MAX_HOST_MS = 0.3
+ARCH = read_arch(
+    LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=14336,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=2 * CONTEXT,
+    )
+)
+# Operations that only describe memory, or reserve it; the tests' own fixture fills what is fresh.
+NO_LAUNCH = {
+    *("view", "_unsafe_view", "reshape", "slice", "select", "split", "split_with_sizes", "unbind"),
+    *("detach", "alias", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze"),
+    *("as_strided", "empty", "new_empty", "empty_like", "empty_strided", "fill_"),
+}
+MAKES_MEMORY = {"empty", "new_empty", "empty_like", "empty_strided", "zeros", "full", "arange"}
+
+
+class Counting(TorchDispatchMode):
+    """Counts operations on the device.
+
+    Attributes:
+        launches: Names of those that launch something.
+        copies: Copies from the host.
+        memory: Names of those that need device memory.
+        waits: Names of those that read from the device.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.launches: list[str] = []
+        self.memory: list[str] = []
+        self.waits: list[str] = []
+        self.copies = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        before = {t for t in args if isinstance(t, torch.Tensor)}
+        if name == "copy_" and args[0].device != META and args[1].device == META:
+            self.waits.append(name)
+        result = func(*args, **(kwargs or {}))
+        made = result if isinstance(result, (list, tuple)) else [result]
+        on_device = [t for t in made if isinstance(t, torch.Tensor) and t.device == META]
+        if name == "copy_" and args[1].device != META and args[0].device == META:
+            self.copies += 1
+        elif not on_device and any(t.device == META for t in before):
+            self.waits.append(name)
+        elif on_device and name not in NO_LAUNCH:
+            self.launches.append(name)
+        own = [t for t in on_device if t not in before and t._base is None]
+        if own and name not in NO_LAUNCH - MAKES_MEMORY and not name.endswith("_"):
+            self.memory.append(name)
+        return result
+
+
+class Capture:
+    """Counts what a captured body launches; its replay costs the host nothing."""
+
+    def __init__(self, launched: list[str]) -> None:
+        self.num_captures = 0
+        self.launches: list[str] = []
+        self._launched = launched
+
+    def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
+        self.num_captures += 1
+        self._launched.clear()
+        with Counting() as counting:
+            outputs = body()
+        self.launches = [*self._launched, *counting.launches]
+        return (lambda: None), outputs
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+
+@pytest.fixture
+def launched() -> Iterator[list[str]]:
+    """Leaves Triton's launches out and lists them."""
+    names: list[str] = []
+
+    def launch(kernel: Any, grid: Any) -> Any:
+        return lambda *_, **__: names.append(kernel.fn.__name__)
+
+    with patch.object(InterpretedFunction, "__getitem__", launch, create=True):
+        yield names
+
+
+class _Base:
+    def __init__(self, out: int, inner: int) -> None:
+        packed = torch.empty(out * inner // 2, dtype=torch.uint8, device=META)
+        absmax = torch.empty(out * inner // 64, device=META)
+        self._product = Nf4Product(Nf4Matrix(packed, absmax, out, inner), DTYPE)
+
+    def __call__(self, x: torch.Tensor, ahead: Any = None, num_decode: int = 0) -> torch.Tensor:
+        return self._product(x, num_decode)
+
+
+class _Adapter:
+    """A LoRA on every projection."""
+
+    generation = 1
+    bytes_device = num_soft_tokens = num_prefix_positions = 0
+
+    def __init__(self, key: str) -> None:
+        self.key = self.uuid = self.name = key
+        self.operators = AdapterOperators(
+            {
+                f"model.layers.{layer}.{path}": ModuleOperators(
+                    LowRank(torch.zeros(RANK, inner).half(), torch.zeros(RANK, out).half())
+                )
+                for layer in range(NUM_LAYERS)
+                for slices in ARCH.linears().values()
+                for path, out, inner in slices
+            }
+        )
+
+
+def make_executor(capture: Capture) -> GpuExecutor:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=DTYPE, device=META)
+
+    layers = []
+    for number in range(NUM_LAYERS):
+        linears: dict[str, Any] = {
+            name: AdaptedLinear(number, name, _base(slices), None)
+            for name, slices in ARCH.linears().items()
+        }
+        norms = {"norm_before_attention": empty(HIDDEN), "norm_before_mlp": empty(HIDDEN)}
+        layers.append(DecoderLayer(**norms, q_norm=None, k_norm=None, **linears))
+    table = empty(VOCAB, HIDDEN)
+    projections = {
+        name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
+        for name, slices in ARCH.linears().items()
+    }
+    return GpuExecutor(
+        GpuDecoder(ARCH, embedding=table, layers=layers, norm=empty(HIDDEN), head=table),
+        KvCache(ARCH, 8, BLOCK_SIZE, DTYPE, META),
+        GpuStore(ProjectionLayout(NUM_LAYERS, projections), DTYPE, META, 1 << 28),
+        max_num_seqs=ROWS,
+        max_num_batched_tokens=256,
+        capture=capture,
+    )
+
+
+def _base(slices: Any) -> Any:
+    return _Base(sum(out for _, out, _ in slices), slices[0][2])
+
+
+class Decoding:
+    """Sequences that generate, and their steps one after the other."""
+
+    def __init__(self, kind: str) -> None:
+        adapters: list[Any] = [_Adapter(f"a{i}") for i in range(2)] if kind == "lora" else []
+        self.sequences = []
+        for row in range(ROWS):
+            mix = Mix(((adapters[row % 2], 1.0),) if adapters else ())
+            # Not all at the end of a block in the same step.
+            request = Request(
+                request_id=str(row),
+                prompt_token_ids=(1,) * (CONTEXT - row),
+                sampling=SamplingParams(temperature=row % 2, top_p=0.9, seed=row),
+            )
+            self.sequences.append(Sequence(request, mix, 0.0))
+        self.advance()
+
+    def advance(self) -> None:
+        """Draw a token for each."""
+        for row, sequence in enumerate(self.sequences):
+            sequence.num_computed = len(sequence.tokens)
+            sequence.tokens.append(1)
+            while len(sequence.blocks) * BLOCK_SIZE <= sequence.num_computed:
+                sequence.blocks.append(1 + (7 * row + len(sequence.blocks)) % 7)
+
+    def run(self, executor: GpuExecutor) -> Step:
+        step = Step(tuple(Scheduled(sequence, 1) for sequence in self.sequences), (), 0)
+        executor.run(step)
+        executor.look_ahead()
+        self.advance()
+        return step
+
+
+@pytest.mark.parametrize("kind", ["base", "lora"])
+def test_a_decode_step(kind: str, launched: list[str]):
+    capture = Capture(launched)
+    executor, decoding = make_executor(capture), Decoding(kind)
+    executor.sampler(frozenset())
+    with torch.no_grad():
+        for _ in range(2):
+            decoding.run(executor)
+        assert capture.num_captures == 1
+        assert len(capture.launches) <= MAX_LAUNCHES[kind], sorted(set(capture.launches))
+        assert "sample_rows_kernel" in capture.launches
+        launched.clear()
+        epoch = executor._epoch()
+        for _ in range(20):
+            with Counting() as counting:
+                decoding.run(executor)
+            assert counting.copies <= MAX_COPIES
+            assert counting.memory == []
+            assert counting.waits == []
+            assert [*counting.launches, *launched] == [], "beside the captured step"
+    assert capture.num_captures == 1
+    assert executor._epoch() == epoch
+    assert executor._prepared is not None
+
+
+def test_the_count_sees_everything():
+    """What the bounds above are about, on purpose."""
+    host, device = torch.ones(4), torch.empty(4, device=META)
+    with Counting() as counting:
+        device.copy_(host, non_blocking=True)
+        counted = device + 1
+        device.view(2, 2)[0].add_(1)
+        torch.empty(3, device=META)
+        with contextlib.suppress(RuntimeError, NotImplementedError):
+            host.copy_(device)
+    assert counted.shape == (4,)
+    assert counting.waits == ["copy_"]
+    assert (counting.copies, counting.launches) == (1, ["add", "add_"])
+    assert counting.memory == ["add", "empty"]
+
+
+def test_host_work_before_the_first_launch(launched: list[str]):
+    """Of the fastest of many steps: others share this machine."""
+    executor, decoding = make_executor(Capture(launched)), Decoding("lora")
+    executor.sampler(frozenset())
+    fastest = 1.0
+    with torch.inference_mode(), patch.object(DecodeGraphs, "run", _stamped):
+        for _ in range(150):
+            step = Step(tuple(Scheduled(sequence, 1) for sequence in decoding.sequences), (), 0)
+            start = time.perf_counter()
+            executor.run(step)
+            fastest = min(fastest, _stamp[0] - start)
+            executor.look_ahead()
+            decoding.advance()
+    assert fastest <= 1e-3 * MAX_HOST_MS * _slowness()
+
+
+_stamp = [0.0]
+
+
+def _stamped(graphs: Any, epoch: Any, key: Any, body: Any) -> Outputs:
+    """Stands for the replay of a captured step."""
+    _stamp[0] = time.perf_counter()
+    return torch.empty(ROWS, HIDDEN, device=META), torch.empty(ROWS, VOCAB, device=META)
+
+
+def _slowness() -> float:
+    """How much longer than a current server's core this one takes for plain Python; at least 1."""
+    best = 1.0
+    for _ in range(20):
+        start = time.perf_counter()
+        total = 0
+        for i in range(20_000):
+            total += i % 7
+        best = min(best, time.perf_counter() - start)
+    return max(best / 1.2e-3, 1.0)

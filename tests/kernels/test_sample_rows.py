@@ -1,0 +1,165 @@
+"""Triton's ``sample_rows`` against a sorted float64 reference, over every uniform number.
+
+Planted faults, and how many of the tests here each one fails (tried by hand):
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from kernel_traffic import DEVICE
+
+from turret.kernels.gpu.sample_rows import sample_rows
+from turret.kernels.gpu.tables.sampling_table import SamplingTable
+
+INF = float("inf")
+# The interpreter takes a while for each.
+COUNT = 8
+# Off powers of two; more than a block, and one token.
+VOCABS = [150, 1]
+
+
+def draw(logits: torch.Tensor, rows: list[tuple[float, float, float, float, float]]) -> list[int]:
+    table = SamplingTable(len(rows) + 3, DEVICE)
+    table.load([number for row in rows for number in row])
+    tokens = torch.full((len(rows) + 2,), -7, dtype=torch.int64, device=DEVICE)
+    sample_rows(logits, table.buffer, tokens)
+    assert tokens[len(rows) :].tolist() == [-7, -7], "more rows than there are"
+    return tokens[: len(rows)].tolist()
+
+
+def how(
+    uniform: float,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+) -> tuple[float, float, float, float, float]:
+    distance = 0.0 - math.log(min_p) if min_p else INF
+    return uniform, temperature, top_p, distance, float(top_k)
+
+
+def swept(logits: torch.Tensor, **params: Any) -> list[int]:
+    """The token for every one of ``COUNT`` uniform numbers, each in a row of its own."""
+    rows = [how((i + 0.5) / COUNT, **params) for i in range(COUNT)]
+    return draw(logits.expand(COUNT, -1), rows)
+
+
+def exact(logits: torch.Tensor, **params: Any) -> torch.Tensor:
+    """Probabilities, float64, by sorting: what falls out is 0."""
+    _, temperature, top_p, distance, top_k = how(0.0, **params)
+    scaled = logits.double() / temperature
+    # Stable: of equals the lower id comes first.
+    order = scaled.argsort(descending=True, stable=True)
+    p = scaled.softmax(-1)[order]
+    if top_k:
+        p[int(top_k) :] = 0.0
+        p = p / p.sum()
+    before = p.cumsum(0) - p
+    p[(before >= top_p) & (torch.arange(len(p)) > 0)] = 0.0
+    p[scaled[order] < scaled.max() - distance] = 0.0
+    return torch.zeros_like(p).index_copy_(0, order, p / p.sum())
+
+
+PARAMS: list[dict[str, Any]] = [
+    {},
+    {"temperature": 0.3},
+    {"top_k": 5},
+    {"top_k": 149},
+    {"top_p": 0.6},
+    {"top_p": 0.999},
+    {"min_p": 0.2},
+    {"top_k": 12, "top_p": 0.7, "temperature": 1.4},
+    {"top_k": 30, "top_p": 0.95, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("vocab", VOCABS)
+@pytest.mark.parametrize("params", PARAMS, ids=str)
+def test_every_uniform_number_leads_to_its_token(params: dict[str, Any], vocab: int):
+    torch.manual_seed(vocab)
+    logits = torch.randn(vocab) * 2
+    found, ends = swept(logits.to(DEVICE), **params), exact(logits, **params).cumsum(0)
+    for i, token in enumerate(found):
+        uniform = (i + 0.5) / COUNT
+        low = 0.0 if token == 0 else float(ends[token - 1])
+        assert low - 1e-5 <= uniform <= float(ends[token]) + 1e-5
+        assert float(ends[token]) > low, "a token that was filtered out"
+
+
+@pytest.mark.parametrize(
+    "params", [{"top_k": 4}, {"top_p": 0.31}, {"top_k": 6, "top_p": 0.45}, {"min_p": 1.0}], ids=str
+)
+def test_of_equals_the_first_are_kept(params: dict[str, Any]):
+    """Ten likeliest tokens that are equal, over two blocks; 100 that are not as likely."""
+    logits = torch.full((110,), -1.0)
+    best = torch.tensor([3, 7, 20, 60, 61, 66, 70, 90, 100, 109])
+    logits[best] = 2.0
+    kept = exact(logits, **params).nonzero().flatten().tolist()
+    found = set(swept(logits.to(DEVICE), **params))
+    assert found <= set(kept)
+    assert {kept[0], kept[-1]} <= found
+
+
+def test_equals_below_the_likeliest_are_cut_too():
+    logits = torch.full((90,), -3.0)
+    logits[50], logits[[10, 30, 70, 80]] = 3.0, 2.5
+    found = set(swept(logits.to(DEVICE), top_k=3))
+    assert found == {50, 10, 30}
+    # 50 has 1, each of the others 0.61 of what the five have: 3.43.
+    assert set(swept(logits.to(DEVICE), top_k=5, top_p=0.6)) == {50, 10, 30}
+
+
+def test_greedy_and_hopeless_rows():
+    torch.manual_seed(0)
+    logits = torch.randn(5, 150).to(DEVICE)
+    logits[1, [20, 130]] = 9.0
+    logits[2] = -INF
+    logits[3, :149] = -INF
+    logits[4] = float("nan")
+    greedy = [how(0.7, temperature=0.0)] * 5
+    tokens = draw(logits, greedy)
+    assert tokens[0] == int(logits[0].argmax())
+    assert tokens[1:4] == [20, 0, 149]
+    sampled = draw(logits, [how(0.999999)] * 5)
+    assert sampled[2:4] == [0, 149]
+    assert all(0 <= token < 150 for token in tokens + sampled)
+
+
+def test_the_ends_of_the_uniform_numbers():
+    logits = torch.full((1, 150), -INF)
+    logits[0, [5, 64, 101]] = 0.0
+    for uniform, token in ((0.0, 5), (1.0 - 2**-30, 101), (0.34, 64)):
+        assert draw(logits.to(DEVICE), [how(uniform)]) == [token]
+        assert draw(logits.to(DEVICE), [how(uniform, top_p=0.99999)]) == [token]
+
+
+def test_a_row_does_not_depend_on_its_mates():
+    torch.manual_seed(1)
+    logits = (torch.randn(7, 150) * 3).to(DEVICE)
+    rows = [how((i + 0.3) / 7, **PARAMS[i]) for i in range(7)]
+    together = draw(logits, rows)
+    assert together == [draw(logits[i : i + 1], rows[i : i + 1])[0] for i in range(7)]
+    wide = torch.zeros(7, 400, device=DEVICE)
+    wide[:, 20:170] = logits
+    assert draw(wide[:, 20:170], rows) == together
+
+
+def test_breaches_of_the_contract_are_refused():
+    table = SamplingTable(2, DEVICE)
+    tokens = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    logits = torch.zeros(3, 8, device=DEVICE)
+    with pytest.raises(ValueError, match="3 rows"):
+        sample_rows(logits, table.buffer, tokens)
+    with pytest.raises(ValueError, match="fp32"):
+        sample_rows(logits[:2].half(), table.buffer, tokens)
+    with pytest.raises(ValueError, match="stride"):
+        sample_rows(logits.t()[:2], table.buffer, tokens)
+    with pytest.raises(ValueError, match="int64"):
+        sample_rows(logits[:2], table.buffer, tokens.int())
+    with pytest.raises(ValueError, match="3 rows"):
+        table.load(how(0.0) * 3)
