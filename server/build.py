@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -13,6 +14,7 @@ from turret.kernels.cpu.native import has_native
 from turret.server import log
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.device.cpu_store import CpuStore
+from turret.server.adapters.device.gpu.streams import StepStream
 from turret.server.adapters.device.packed.store import PackedStore
 from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.fuse.fuser import Fuser
@@ -21,6 +23,7 @@ from turret.server.adapters.methods import METHODS
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.api.backend import Backend
+from turret.server.background import compute_on_this_thread
 from turret.server.config import (
     ADAPTER_DEVICE_BYTES,
     KV_CACHE_BYTES,
@@ -35,6 +38,7 @@ from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.executor import Executor, TorchExecutor
 from turret.server.engine.step.memory_plan import (
     adapter_bytes,
+    captured_bytes,
     kv_cache_bytes,
     largest_step,
     measure,
@@ -239,6 +243,9 @@ def _build_engine(
     cache = KvCache(arch, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
     executor = _build_executor(config, decoder, cache, store)
     runner = Runner(executor, tokenizer.eos_token_ids)
+    stream = StepStream(decoder.device)
+    if decoder.device.type == "cuda":
+        _warm_up(executor, stream)
 
     def is_ready(sequence: Sequence) -> bool:
         # Alone, it waits for its adapters in its first step: there is nobody to delay.
@@ -262,8 +269,32 @@ def _build_engine(
         max_model_len=arch.max_model_len,
         max_queued_requests=config.scheduler.max_queued_requests,
         max_queued_bytes=config.scheduler.max_queued_bytes,
+        on_thread=lambda: _on_stream(stream, decoder.device),
     )
     return engine
+
+
+@contextlib.contextmanager
+def _on_stream(stream: StepStream, device: torch.device) -> Iterator[None]:
+    """What the engine's thread works in."""
+    if device.type == "cuda":
+        # What is left to the processor is small: a team of threads would only wait for itself.
+        compute_on_this_thread()
+    with stream.entered():
+        yield
+
+
+def _warm_up(executor: Executor, stream: StepStream) -> None:
+    from turret.server.engine.step.gpu_executor import GpuExecutor
+    from turret.server.engine.step.warm_up import warm_up
+
+    assert isinstance(executor, GpuExecutor)
+    started = time.monotonic()
+    with stream.entered(), progress_bar() as progress:
+        warm_up(executor, BLOCK_SIZE, progress)
+    torch.cuda.synchronize()
+    seconds = round(time.monotonic() - started, 2)
+    _log.info("decode steps captured", extra=log.fields(seconds=seconds))
 
 
 def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore) -> int:
@@ -273,11 +304,17 @@ def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore) -> int:
         return wanted
     if device.type != "cuda":
         return KV_CACHE_BYTES
+    from turret.server.engine.step.gpu_executor import GpuExecutor
+
     max_num_seqs, max_num_batched_tokens = config.scheduler.sizes(device.type)
     step = largest_step(max_num_batched_tokens, max_num_seqs, BLOCK_SIZE)
     cache = KvCache(decoder.arch, 2, BLOCK_SIZE, decoder.dtype, device)
-    runner = Runner(_build_executor(config, decoder, cache, store), frozenset())
+    executor = _build_executor(config, decoder, cache, store)
+    runner = Runner(executor, frozenset())
     taken = measure(runner.run, step, device)
+    assert isinstance(executor, GpuExecutor)
+    rows = [bucket for bucket, _ in executor.forms()]
+    taken += captured_bytes(rows, decoder.arch.vocab_size)
     left = kv_cache_bytes(device, taken)
     # More than every sequence at its longest, twice over, would only be prefixes nobody asks for.
     arch = decoder.arch

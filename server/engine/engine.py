@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from turret.server.adapters.mix import Mix
@@ -60,6 +61,7 @@ class Engine:
         max_queued_requests: Most requests waiting; one more is refused.
         max_queued_bytes: Most memory of requests that wait or run and of answers that wait to be
             read; a request that comes to more is refused, unless it is alone.
+        on_thread: What the thread does all its work in.
 
     Attributes:
         is_dead: The thread failed; nothing will be served any more.
@@ -78,7 +80,9 @@ class Engine:
         max_model_len: int,
         max_queued_requests: int,
         max_queued_bytes: int,
+        on_thread: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
+        self._on_thread = on_thread
         self._adapters = adapters
         self._text = text
         self._max_queued_requests = max_queued_requests
@@ -291,7 +295,8 @@ class Engine:
     # On the engine thread.
 
     def _run(self) -> None:
-        self._loop.run()
+        with self._on_thread():
+            self._loop.run()
         if self.is_dead:
             self._call(self._bury)
 

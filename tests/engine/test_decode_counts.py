@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
 from typing import Any
 from unittest.mock import patch
 
@@ -29,6 +30,7 @@ from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.decode_graphs import Body, DecodeGraphs, Outputs
 from turret.server.engine.step.gpu_executor import GpuExecutor
+from turret.server.engine.step.warm_up import warm_up
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.decoder import DecoderLayer
 from turret.server.models.decoding.gpu_decoder import GpuDecoder
@@ -145,26 +147,27 @@ class _Base:
 
 
 class _Adapter:
-    """A LoRA on every projection."""
+    """A LoRA on every projection, or on some."""
 
     generation = 1
     bytes_device = num_soft_tokens = num_prefix_positions = 0
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, *projections: str) -> None:
         self.key = self.uuid = self.name = key
+        names = projections or tuple(ARCH.linears())
         self.operators = AdapterOperators(
             {
                 f"model.layers.{layer}.{path}": ModuleOperators(
                     LowRank(torch.zeros(RANK, inner).half(), torch.zeros(RANK, out).half())
                 )
                 for layer in range(NUM_LAYERS)
-                for slices in ARCH.linears().values()
-                for path, out, inner in slices
+                for name in names
+                for path, out, inner in ARCH.linears()[name]
             }
         )
 
 
-def make_executor(capture: Capture) -> GpuExecutor:
+def make_executor(capture: Capture, rows: int = ROWS) -> GpuExecutor:
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=DTYPE, device=META)
 
@@ -185,7 +188,7 @@ def make_executor(capture: Capture) -> GpuExecutor:
         GpuDecoder(ARCH, embedding=table, layers=layers, norm=empty(HIDDEN), head=table),
         KvCache(ARCH, 8, BLOCK_SIZE, DTYPE, META),
         GpuStore(ProjectionLayout(NUM_LAYERS, projections), DTYPE, META, 1 << 28),
-        max_num_seqs=ROWS,
+        max_num_seqs=rows,
         max_num_batched_tokens=256,
         capture=capture,
     )
@@ -198,11 +201,10 @@ def _base(slices: Any) -> Any:
 class Decoding:
     """Sequences that generate, and their steps one after the other."""
 
-    def __init__(self, kind: str) -> None:
-        adapters: list[Any] = [_Adapter(f"a{i}") for i in range(2)] if kind == "lora" else []
+    def __init__(self, adapters: SequenceOf[Any] = (), rows: int = ROWS) -> None:
         self.sequences = []
-        for row in range(ROWS):
-            mix = Mix(((adapters[row % 2], 1.0),) if adapters else ())
+        for row in range(rows):
+            mix = Mix(((adapters[row % len(adapters)], 1.0),) if adapters else ())
             # Not all at the end of a block in the same step.
             request = Request(
                 request_id=str(row),
@@ -231,7 +233,8 @@ class Decoding:
 @pytest.mark.parametrize("kind", ["base", "lora"])
 def test_a_decode_step(kind: str, launched: list[str]):
     capture = Capture(launched)
-    executor, decoding = make_executor(capture), Decoding(kind)
+    adapters = [_Adapter(f"a{i}") for i in range(2)] if kind == "lora" else []
+    executor, decoding = make_executor(capture), Decoding(adapters)
     executor.sampler(frozenset())
     with torch.no_grad():
         for _ in range(2):
@@ -253,6 +256,42 @@ def test_a_decode_step(kind: str, launched: list[str]):
     assert executor._prepared is not None
 
 
+def test_after_the_start_common_steps_are_neither_compiled_nor_captured(launched: list[str]):
+    capture = Capture(launched)
+    executor = make_executor(capture, rows=4)
+    executor.sampler(frozenset())
+    told: list[tuple[str, int, int]] = []
+    warm_up(executor, BLOCK_SIZE, lambda *report: told.append(report))
+    forms = len(executor.forms())
+    assert capture.num_captures == forms == 4 * 3
+    assert told[0] == ("Compiling", 0, 1)
+    assert told[-1] == ("Capturing decode steps", forms, forms)
+    epoch = executor._epoch()
+    everywhere = [_Adapter("all"), _Adapter("attention", "qkv", "o"), _Adapter("qkv", "qkv")]
+    with torch.no_grad():
+        for adapters in ([], everywhere, everywhere[1:], everywhere[2:], everywhere[::2]):
+            for rows in (1, 3, 4):
+                decoding = Decoding(adapters, rows)
+                launched.clear()
+                # The store's work, where adapters are new.
+                executor.store.prepare(adapters)
+                # Brings all their block numbers, which a prompt's step would have brought.
+                decoding.run(executor)
+                with Counting() as counting:
+                    decoding.run(executor)
+                assert [*counting.launches, *launched] == []
+    assert capture.num_captures == forms
+    assert executor._epoch() == epoch
+
+
+def test_a_start_without_memory_goes_on_with_less(launched: list[str]):
+    executor = make_executor(Capture(launched), rows=2)
+    with patch.object(GpuExecutor, "capture", side_effect=torch.OutOfMemoryError("full")):
+        warm_up(executor, BLOCK_SIZE, lambda *_: None)
+    with torch.no_grad():
+        Decoding(rows=2).run(executor)
+
+
 def test_the_count_sees_everything():
     """What the bounds above are about, on purpose."""
     host, device = torch.ones(4), torch.empty(4, device=META)
@@ -271,7 +310,7 @@ def test_the_count_sees_everything():
 
 def test_host_work_before_the_first_launch(launched: list[str]):
     """Of the fastest of many steps: others share this machine."""
-    executor, decoding = make_executor(Capture(launched)), Decoding("lora")
+    executor, decoding = make_executor(Capture(launched)), Decoding([_Adapter("a")])
     executor.sampler(frozenset())
     fastest = 1.0
     with torch.inference_mode(), patch.object(DecodeGraphs, "run", _stamped):

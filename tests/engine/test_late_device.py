@@ -167,6 +167,24 @@ def test_adapters_of_a_mix_come_side_by_side_and_once(cuda: FakeCuda):
     assert stream.pending == deque()
 
 
+def test_steps_have_a_stream_of_their_own(cuda: FakeCuda):
+    """After what was there before them, and before what comes after them."""
+    order: list[str] = []
+    stream = streams.StepStream(CPU)
+    cuda.launch(lambda: order.append("loaded weights"))
+    with stream.entered():
+        assert cuda.current is not cuda.default
+        cuda.launch(lambda: order.append("step"))
+        steps = cuda.current
+    cuda.launch(lambda: order.append("after"))
+    steps.synchronize()
+    assert order == ["loaded weights", "step"]
+    cuda.default.synchronize()
+    assert order == ["loaded weights", "step", "after"]
+    with stream.entered():
+        assert cuda.current is steps
+
+
 def test_work_beside_the_steps_begins_after_them_and_is_over_at_the_end(cuda: FakeCuda):
     order: list[str] = []
     cuda.launch(lambda: order.append("merged weights"))

@@ -115,6 +115,11 @@ class FakeCuda:
         """Whether no pool of graphs holds memory that outlives its graphs."""
         return all(workspace.pool is None for workspace in self._workspaces.values())
 
+    @property
+    def current(self) -> FakeStream:
+        """The current stream."""
+        return self._current
+
     def launch(self, work: Callable[[], None]) -> None:
         """Put work on the current stream."""
         self._current.pending.append(work)

@@ -127,7 +127,7 @@ class AttentionTable:
             ValueError: The step is over a capacity given at construction.
         """
         # In operations on whole columns: a step of 64 long contexts has a thousand records.
-        table = host_tensor(spans, torch.int32).view(-1, 5)
+        table = host_tensor(spans, torch.int32).view(len(spans) // 5, 5)
         num_new, size = table[:, 1], self.tile_rows // self.queries_per_head
         counts = (num_new + (size - 1)) // size
         spread = self._spread(table, counts)

@@ -41,7 +41,7 @@ class SamplingTable:
         Raises:
             ValueError: More rows than there are.
         """
-        rows = host_tensor(numbers, torch.float32).view(-1, 5)
+        rows = host_tensor(numbers, torch.float32).view(len(numbers) // 5, 5)
         if len(rows) > len(self.buffer):
             raise ValueError(f"{len(rows)} rows are drawn; {len(self.buffer)} are allocated")
         with self._memory.step():

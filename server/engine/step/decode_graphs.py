@@ -1,8 +1,9 @@
 """Decode steps as CUDA graphs: captured once per shape of step, replayed from then on.
 
 A step's launches depend on its bucket (the number of rows, rounded up) and on the kinds of
-operators in it; everything else is data in buffers of fixed address. A shape that is seen for the
-first time runs as it is, which also compiles what it needs; the second time it is captured.
+operators in it; everything else is data in buffers of fixed address. The common shapes are captured
+at the start. Another that is seen for the first time runs as it is, which also compiles what it
+needs; the second time it is captured.
 
 Graphs are dropped all together, never one alone: from torch 2.12 on, the end of a graph frees the
 cuBLAS workspace that all graphs captured on its stream multiply in.
@@ -121,10 +122,7 @@ class DecodeGraphs:
         """
         if self._capture is None:
             return body()
-        if epoch != self._epoch:
-            self.drop()
-            self._seen.clear()
-            self._epoch = epoch
+        self._enter(epoch)
         if key not in self._graphs:
             if key not in self._seen:
                 self._seen.add(key)
@@ -137,11 +135,34 @@ class DecodeGraphs:
         replay()
         return outputs
 
+    def prepare(self, epoch: Hashable, key: Hashable, body: Body) -> None:
+        """Capture a step before it is needed; runs it once as it is, which compiles it.
+
+        Args:
+            epoch: See ``run``.
+            key: See ``run``.
+            body: The step, on data that may be overwritten.
+        """
+        if self._capture is None:
+            return
+        self._enter(epoch)
+        self._seen.add(key)
+        body()
+        # Not so many that the first ones are dropped again.
+        if key not in self._graphs and len(self._graphs) < self._capacity:
+            self._add(self._capture, key, body)
+
     def drop(self) -> None:
         """Forget all graphs and give their memory back."""
         self._graphs.clear()
         if self._capture is not None:
             self._capture.forget()
+
+    def _enter(self, epoch: Hashable) -> None:
+        if epoch != self._epoch:
+            self.drop()
+            self._seen.clear()
+            self._epoch = epoch
 
     def _add(self, capture: Capture, key: Hashable, body: Body) -> bool:
         """Capture a body; whether it worked.

@@ -21,13 +21,14 @@ from turret.server.adapters.mix import Mix
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.batch import members_of
-from turret.server.engine.step.block_tables import BlockTables
+from turret.server.engine.step.block_tables import BlockTables, BlockUpdates
 from turret.server.engine.step.decode_graphs import Body, Capture, DecodeGraphs, buckets
 from turret.server.engine.step.executor import Computed, fill_prefix, sampled_rows
 from turret.server.engine.step.gpu_sampler import GpuSampler
 from turret.server.engine.step.gpu_tables import AttentionWords, StepTables
 from turret.server.engine.step.rows import (
     Placed,
+    StepRows,
     collect_decode_rows,
     collect_rows,
     decode_spans,
@@ -141,6 +142,40 @@ class GpuExecutor:
         self._sampler = GpuSampler(stop_token_ids, self._max_num_seqs, device)
         return self._sampler
 
+    def forms(self) -> list[tuple[int, frozenset[str]]]:
+        """The decode steps to be captured at the start, the largest first.
+
+        Returns:
+            Buckets, and the projections with low-rank updates: those of the base model alone, and
+            of LoRA on what PEFT's defaults, attention or all modules come to.
+        """
+        projections = frozenset(self._decoder.arch.linears())
+        kinds = [frozenset[str](), frozenset({"qkv"}), frozenset({"qkv", "o"}), projections]
+        return [(bucket, kind) for bucket in reversed(self._buckets) for kind in kinds]
+
+    def capture(self, bucket: int, low_rank: frozenset[str]) -> None:
+        """Capture a decode step before it is needed.
+
+        It is run on padding alone, whose keys and values go to block 0, which nobody reads.
+
+        Args:
+            bucket: Its rows.
+            low_rank: Projections in which its adapters have low-rank updates; none for a step of
+                the base model alone.
+        """
+        tables, adapters = self._decode, None
+        if low_rank:
+            with tables.adapters():
+                adapters = self.store.bind_form(low_rank, tables)
+        self._bound = None
+        with tables.step():
+            if self._sampler is not None:
+                self._sampler.load((), tables.sampling)
+            nothing = BlockUpdates([], [], [])
+            loaded = tables.load_rows(StepRows(), (), nothing, tables.attention_words(()))
+        inputs = self._decode_inputs(loaded, bucket, adapters)
+        self._graphs.prepare(self._epoch(), self._key(inputs), self._body(tables, inputs))
+
     def run(self, step: Step) -> Computed:
         """Compute a step. Keys and values of its tokens are in the cache afterwards."""
         try:
@@ -247,22 +282,33 @@ class GpuExecutor:
             if self._sampler is not None:
                 self._sampler.load(prepared.numbers, tables.sampling)
             loaded = tables.load_rows(rows, (), updates, prepared.attention)
-        ids, positions, slots, _ = loaded
         self._last, self._prepared = sequences, None
-        inputs = GpuStep(
+        inputs = self._decode_inputs(loaded, bucket, bound.step, bound.embeddings, bound.heads)
+        body = self._body(tables, inputs)
+        return (
+            self._graphs.run(self._epoch(), self._key(inputs), body) if inputs.is_fixed else body()
+        )
+
+    def _decode_inputs(
+        self,
+        loaded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+        bucket: int,
+        adapters: GpuAdapterStep | None,
+        embeddings: SequenceOf[VocabularyGroup] = (),
+        heads: SequenceOf[VocabularyGroup] = (),
+    ) -> GpuStep:
+        """A decode step whose rows have been loaded."""
+        ids, positions, slots, _ = loaded
+        return GpuStep(
             token_ids=ids[:bucket],
             positions=positions[:bucket],
             kv_slots=slots[:bucket],
             sample_rows=self._every_row[:bucket],
             num_decode=bucket,
-            attention=tables.attention,
-            adapters=bound.step,
-            embeddings=bound.embeddings,
-            heads=bound.heads,
-        )
-        body = self._body(tables, inputs)
-        return (
-            self._graphs.run(self._epoch(), self._key(inputs), body) if inputs.is_fixed else body()
+            attention=self._decode.attention,
+            adapters=adapters,
+            embeddings=embeddings,
+            heads=heads,
         )
 
     def _epoch(self) -> Hashable:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -34,6 +34,16 @@ def kv_cache_bytes(device: torch.device, step_bytes: int) -> int:
     """
     free, total = torch.cuda.mem_get_info(device)
     return free - step_bytes - int(_SPARE_SHARE * total)
+
+
+def captured_bytes(rows: Iterable[int], vocab_size: int) -> int:
+    """What the logits of captured steps take, which stay where they are.
+
+    Args:
+        rows: Of each captured step.
+        vocab_size: Logits of a row.
+    """
+    return sum(rows) * vocab_size * torch.float32.itemsize
 
 
 def largest_step(num_tokens: int, num_seqs: int, block_size: int) -> Step:

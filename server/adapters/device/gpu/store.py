@@ -209,6 +209,28 @@ class GpuStore(AdapterStore):
         ]
         table = tables.load_segments(segments)
         shelves, gates = self._shelves.bind(runs, tables), self._gates.bind(runs, tables)
+        return self._bound(table, kinds, shelves, gates)
+
+    def bind_form(self, low_rank: frozenset[str], tables: GpuTables) -> GpuAdapterStep:
+        """What steps launch whose adapters have low-rank updates in some projections, and no more.
+
+        Args:
+            low_rank: Those projections.
+            tables: Where the metadata goes: of no rows.
+        """
+        of_slices = frozenset((name, 0) for name in low_rank)
+        none: frozenset[str] = frozenset()
+        kinds = PackedKinds(of_slices, none, none, none)
+        shelves, gates = self._shelves.bind((), tables), self._gates.bind((), tables)
+        return self._bound(tables.load_segments(()), kinds, shelves, gates)
+
+    def _bound(
+        self,
+        table: SegmentTable,
+        kinds: PackedKinds,
+        shelves: GpuStepShelves,
+        gates: GpuStepGates,
+    ) -> GpuAdapterStep:
         projections = self._pack.projections
         known = [
             (table.buffer.data_ptr(), table.rank_capacity, table.max_components),
