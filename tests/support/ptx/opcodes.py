@@ -146,6 +146,8 @@ def _integer(name: str, parts: list[str], operands: list[str]) -> str:
         return f"logic({', '.join(operands[:3])}, {operands[3]})"
     if name == "prmt":
         return f"permute_bytes({', '.join(operands)})"
+    if name == "popc":
+        return f"np.bitwise_count({a}).astype(u4)"
     bits = bits_of(kind)
     if name in ("mul", "mad"):
         product = f"multiply({a}, {b}, {bits}, {parts[0]!r}, {signed})"
