@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from builders.sequences import sequence_with
+from fake_cuda import FakeCuda, FakeEvent
 
 from turret.kernels.gpu.tables.sampling_table import SamplingTable
 from turret.server.engine.scheduling.request import StopConditions
@@ -74,6 +75,31 @@ def test_a_step_that_is_computed_again_draws_the_same():
     now = sampler.numbers([sequence], ahead=1)
     sequence.tokens.append(1)
     assert sampler.numbers([sequence]) == now
+
+
+def test_a_late_device_is_waited_for_once(monkeypatch: pytest.MonkeyPatch):
+    """Parameters, the kernel and the tokens' copy come when somebody waits for them."""
+    sequences = [sequence_with((7, 8), **REQUESTS[i]) for i in (0, 1, 3, 5)]
+    logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(1))
+    expected = Sampler().draw(logits.clone(), sequences)
+    cuda = FakeCuda()
+    kernel = gpu_sampler.sample_rows
+    monkeypatch.setattr(gpu_sampler, "has_streams", lambda device: True)
+    monkeypatch.setattr(
+        gpu_sampler, "sample_rows", lambda *args: cuda.launch(lambda: kernel(*args))
+    )
+    with cuda.installed():
+        waits = []
+        synchronize = FakeEvent.synchronize
+
+        def waited(event: FakeEvent) -> None:
+            waits.append(event)
+            synchronize(event)
+
+        monkeypatch.setattr(FakeEvent, "synchronize", waited)
+        found = drawn(GpuSampler(frozenset(), 4, CPU), logits, sequences)
+    assert len(waits) == 1
+    assert found == expected
 
 
 def test_changes_of_all_rows_take_two_copies(monkeypatch: pytest.MonkeyPatch):

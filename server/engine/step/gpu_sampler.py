@@ -45,7 +45,8 @@ class GpuSampler:
         self._adjustments: dict[Sequence, Adjustment] = {}
         self._table: SamplingTable | None = None
         self._tokens = torch.zeros(max_seqs, dtype=torch.int64, device=device)
-        self._host = torch.zeros(max_seqs, dtype=torch.int64, pin_memory=has_streams(device))
+        self._pin = device.type == "cuda"
+        self._host = torch.zeros(max_seqs, dtype=torch.int64, pin_memory=self._pin)
         self._read = torch.cuda.Event() if has_streams(device) else None
 
     def forget(self, sequence: Sequence) -> None:
@@ -117,7 +118,7 @@ class GpuSampler:
         if self._read is None:
             return [tokens, *reports]
         targets = [self._host[: len(tokens)]]
-        targets += [torch.empty(r.shape, dtype=r.dtype, pin_memory=True) for r in reports]
+        targets += [torch.empty(r.shape, dtype=r.dtype, pin_memory=self._pin) for r in reports]
         for target, source in zip(targets, (tokens, *reports), strict=True):
             target.copy_(source, non_blocking=True)
         self._read.record(torch.cuda.current_stream())
