@@ -31,6 +31,7 @@ from turret.server.config import (
     Config,
     ModelConfig,
 )
+from turret.server.constraints.compiler import ConstraintCompiler
 from turret.server.engine.engine import Engine
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.scheduler import Scheduler
@@ -121,6 +122,7 @@ def build_backend(config: Config, metrics: Metrics, *, gpu: bool | None = None) 
         fuser=fuser,
         merger=merger,
         tokenizer=tokenizer,
+        constraints=ConstraintCompiler(tokenizer),
         model_info=_model_info(decoder, source, engine),
         methods=tuple(sorted(METHODS)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
@@ -43,6 +44,12 @@ class GenerateOptions(TypedDict, total=False):
     echo: bool | None
     token_ids: bool | None
     request_id: str | None
+    # What the answer must match: one of these.
+    json_schema: Mapping[str, Any] | str | None
+    json_object: bool | None
+    regex: str | None
+    grammar: str | None
+    choice: Sequence[str] | None
 
 
 _SAMPLING = (
@@ -56,6 +63,7 @@ _SAMPLING = (
     "seed",
 )
 _STOP = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
+_CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 _RESPONSE = ("logprobs", "top_n", "echo", "token_ids")
 
 
@@ -82,7 +90,24 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     if values.get("top_n"):
         values.setdefault("logprobs", True)
     fill(request.options, _RESPONSE, values)
+    _set_constraint(request, values)
     return request
+
+
+def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str, Any]) -> None:
+    given = [name for name in _CONSTRAINTS if name in values]
+    if len(given) > 1:
+        raise TypeError(f"an answer has one constraint, not several: {', '.join(given)}")
+    schema = values.get("json_schema")
+    if isinstance(schema, Mapping):
+        values = {**values, "json_schema": json.dumps(schema, ensure_ascii=False)}
+    fill(request, _CONSTRAINTS[:-1], values)
+    choice = values.get("choice")
+    if isinstance(choice, str):
+        raise TypeError("choice: several texts, not one")
+    if choice is not None:
+        request.choice.SetInParent()
+        _each("choice", request.choice.texts.extend, choice)
 
 
 def score_request(

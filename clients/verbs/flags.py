@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from turret.clients.messages.requests import GenerateOptions
 
@@ -46,7 +47,33 @@ def generation_parser() -> argparse.ArgumentParser:
         ("--include-stop", "keep the stop text in the answer"),
     ):
         group.add_argument(name, action="store_true", default=None, help=text)
+    _add_constraints(parser)
     return parser
+
+
+def _add_constraints(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what the answer must be, one of")
+    one = group.add_mutually_exclusive_group()
+    one.add_argument(
+        "--json-schema", type=_text_or_file, metavar="FILE", help="JSON that this schema describes"
+    )
+    one.add_argument("--json-object", action="store_true", default=None, help="a JSON object")
+    one.add_argument("--regex", metavar="REGEX", help="text that it matches as a whole")
+    one.add_argument(
+        "--grammar", type=_file, metavar="FILE", help="what a Lark or GBNF grammar makes"
+    )
+    one.add_argument("--choice", action="append", metavar="TEXT", help="one of these; repeatable")
+
+
+def _text_or_file(text: str) -> str:
+    return text if text.lstrip().startswith("{") else _file(text)
+
+
+def _file(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
 
 
 def generation_options(args: argparse.Namespace) -> GenerateOptions:
@@ -66,4 +93,9 @@ def generation_options(args: argparse.Namespace) -> GenerateOptions:
         stop_token_ids=args.stop_token_ids,
         ignore_eos=args.ignore_eos,
         include_stop=args.include_stop,
+        json_schema=args.json_schema,
+        json_object=args.json_object,
+        regex=args.regex,
+        grammar=args.grammar,
+        choice=args.choice,
     )

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from turret.server.adapters.fuse.fuser import Fuser
     from turret.server.adapters.merge.merger import Merger
     from turret.server.adapters.registry.registry import AdapterRegistry
+    from turret.server.constraints.compiler import ConstraintCompiler
     from turret.server.engine.engine import Engine
     from turret.server.models.model_info import ModelInfo
     from turret.server.models.tokenizer import Tokenizer
@@ -25,6 +26,7 @@ class Backend:
         fuser: Makes new adapters of those there are.
         merger: Merges adapters into the base.
         tokenizer: Turns text into the base model's tokens and back.
+        constraints: Compiles what answers must match.
         model_info: What clients may know of the base model.
         methods: Adapter methods that this build can load, sorted.
     """
@@ -34,10 +36,12 @@ class Backend:
     fuser: Fuser
     merger: Merger
     tokenizer: Tokenizer
+    constraints: ConstraintCompiler
     model_info: ModelInfo
     methods: tuple[str, ...]
 
     def close(self) -> None:
         """Stop fusing and reading; who waits for either is told. Blocks; drain the engine first."""
+        self.constraints.close()
         self.fuser.close()
         self.registry.close()

@@ -60,6 +60,7 @@ class Inference:
         request = await generate_request(
             message,
             backend.tokenizer,
+            backend.constraints,
             limits=InputLimits.of(backend),
             request_id=call.request_id,
             deadline=deadline,

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from turret.server.constraints.spec import MAX_CHOICES, MAX_CONSTRAINT_CHARS
 from turret.server.engine.scheduling.request import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
 
 # More members than this are refused before their names are looked up.
@@ -80,6 +81,16 @@ LIMITS = (
         "server/engine/scheduling/request.py",
     ),
     _entries("StopConditions.stop_token_ids", MAX_STOP_TOKEN_IDS),
+    *(
+        _chars(f"GenerateRequest.{kind}", MAX_CONSTRAINT_CHARS, _REQUESTS)
+        for kind in ("json_schema", "regex", "grammar")
+    ),
+    Limit(
+        "Choice.texts",
+        f"{MAX_CHOICES} entries, {MAX_CONSTRAINT_CHARS} characters",
+        MAX_CHOICES,
+        _REQUESTS,
+    ),
     *(
         _entries(f"{message}.adapters", MAX_MIX_MEMBERS)
         for message in (

@@ -19,6 +19,7 @@ from turret.server.api.limits import (
 )
 from turret.server.api.violations import Violations
 from turret.server.config import ADAPTER_NAME
+from turret.server.constraints.spec import MAX_CHOICES, MAX_CONSTRAINT_CHARS, ConstraintSpec
 from turret.server.engine.scheduling.request import (
     MAX_STOP_STRINGS,
     Request,
@@ -30,6 +31,7 @@ from turret.server.errors import InvalidRequestError, PromptTooLongError
 from turret.v1 import adapters_pb2, inference_pb2
 
 if TYPE_CHECKING:
+    from turret.server.constraints.compiler import ConstraintCompiler
     from turret.server.models.tokenizer import Tokenizer
 
 # Text that takes longer than about a millisecond to tokenise leaves the event loop.
@@ -135,6 +137,28 @@ def stop_conditions(
     return _build(StopConditions, values, violations, "stop")
 
 
+def constraint_spec(
+    message: inference_pb2.GenerateRequest, violations: Violations
+) -> ConstraintSpec | None:
+    """What the answer must match, not yet compiled; None for any text."""
+    kind = message.WhichOneof("constraint")
+    if kind is None or (kind == "json_object" and not message.json_object):
+        return None
+    if kind == "json_object":
+        return ConstraintSpec(kind)
+    if kind == "choice":
+        texts, path = tuple(message.choice.texts), "choice.texts"
+        violations.check(len(texts) > 0, path, "at least one")
+        violations.check_count(len(texts), MAX_CHOICES, path)
+        violations.check(all(texts), path, "must not contain an empty string")
+    else:
+        texts, path = (getattr(message, kind),), kind
+    spec = ConstraintSpec(kind, texts)
+    is_short = spec.num_chars <= MAX_CONSTRAINT_CHARS
+    violations.check(is_short, path, f"at most {MAX_CONSTRAINT_CHARS} characters")
+    return spec
+
+
 def check_input(message: Any, limits: InputLimits, violations: Violations) -> None:
     """Check a message's ``input`` oneof (prompt, chat or token_ids) as far as it can be unread.
 
@@ -212,6 +236,7 @@ async def input_token_ids(message: Any, tokenizer: Tokenizer) -> list[int]:
 async def generate_request(
     message: inference_pb2.GenerateRequest,
     tokenizer: Tokenizer,
+    constraints: ConstraintCompiler,
     *,
     limits: InputLimits,
     request_id: str,
@@ -223,6 +248,7 @@ async def generate_request(
     Args:
         message: What the client sent.
         tokenizer: Turns a prompt or chat into tokens.
+        constraints: Compiles what the answer must match.
         limits: What the model bounds.
         request_id: Used where the message carries none.
         deadline: ``time.monotonic()`` seconds, or None.
@@ -230,9 +256,11 @@ async def generate_request(
 
     Raises:
         InvalidRequestError: Lists every offending field.
+        QueueFullError, BudgetExceededError: See ``ConstraintCompiler.compile``.
     """
     violations = Violations()
     check_input(message, limits, violations)
+    spec = constraint_spec(message, violations)
     refs = adapter_refs(message.adapters, violations)
     sampling = sampling_params(message.sampling, limits.vocab_size, violations)
     stop = stop_conditions(message.stop, limits.vocab_size, violations)
@@ -253,6 +281,7 @@ async def generate_request(
         _check_ids(so_far, limits.vocab_size, violations, "answer_so_far")
     check_request_id(message.request_id, violations)
     violations.raise_if_any()
+    constraint = None if spec is None else await constraints.compile(spec)
     return Request(
         request_id=message.request_id or request_id,
         prompt_token_ids=tuple(await input_token_ids(message, tokenizer)),
@@ -263,6 +292,7 @@ async def generate_request(
         deadline=deadline,
         message_bytes=message_bytes,
         answer_so_far=tuple(message.answer_so_far),
+        constraint=constraint,
     )
 
 

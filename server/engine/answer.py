@@ -90,7 +90,12 @@ class Answer:
 
         Returns:
             The output it makes certain, and why (and by what) the sequence ends, if it does.
+
+        Raises:
+            TurretError: None was drawn.
         """
+        if draw.error is not None:
+            raise draw.error
         sequence = self.sequence
         options = sequence.request.options
         is_first = sequence.num_generated == len(sequence.request.answer_so_far)

@@ -16,15 +16,22 @@ class AnswerText:
         stream: Decodes token by token.
         stop: When the answer ends; ``max_tokens`` is not looked at.
         eos_token_ids: The model's end-of-sequence tokens.
+        is_constrained: They are drawn only where the answer is complete, and always end it.
 
     Attributes:
         stopped_by: The stop string or token that has ended the answer, or None.
     """
 
     def __init__(
-        self, stream: TextStream, stop: StopConditions, eos_token_ids: frozenset[int]
+        self,
+        stream: TextStream,
+        stop: StopConditions,
+        eos_token_ids: frozenset[int],
+        *,
+        is_constrained: bool = False,
     ) -> None:
         self._stop = stop
+        self._always = eos_token_ids if is_constrained else frozenset()
         self._ends = stop.stop_token_ids | (frozenset() if stop.ignore_eos else eos_token_ids)
         self._detokenizer = Detokenizer(stream, stop.stop_strings, stop.include_stop)
         self._num_tokens = 0
@@ -34,7 +41,7 @@ class AnswerText:
         """Add a token; returns the text that it makes final."""
         self._num_tokens += 1
         may_stop = self._num_tokens >= self._stop.min_tokens
-        if may_stop and token in self._ends:
+        if token in self._always or (may_stop and token in self._ends):
             self.stopped_by = token
             # An end token is no text of the answer, unless the client wants to see it.
             text = self._detokenizer.push(token) if self._stop.include_stop else ""

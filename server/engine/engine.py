@@ -217,7 +217,12 @@ class Engine:
 
     async def _begin_text(self, request: Request) -> AnswerText:
         """The answer's text, with what was answered before taken in."""
-        text = AnswerText(self._text.stream(), request.stop, self._text.eos_token_ids)
+        text = AnswerText(
+            self._text.stream(),
+            request.stop,
+            self._text.eos_token_ids,
+            is_constrained=request.constraint is not None,
+        )
         so_far = request.answer_so_far
         if len(so_far) <= _INLINE_TOKENS:
             text.replay(so_far)

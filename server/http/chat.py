@@ -46,6 +46,7 @@ class ChatCompletions:
         refuse_unsupported(fields, is_chat=True)
         _read_logprobs(fields, asked.message.options)
         prompt = inference_pb2.GenerateRequest(chat=read_messages(fields))
+        exchange.names.update(asked.names)
         violations.raise_if_any()
         del fields
         # Each answer counts its share of what was sent.

@@ -53,6 +53,7 @@ class Completions:
         is_scored = asked.message.stop.max_tokens == 0
         if is_scored and asked.is_stream:
             fields.refuse("stream", "needs max_tokens of at least 1")
+        exchange.names.update(asked.names)
         violations.raise_if_any()
         del fields
         # Each answer counts its share of what was sent.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from turret.server.http.constraints import read_constraint
 from turret.server.http.fields import Fields, is_token_id, why_no_text
 from turret.server.http.model_names import mix_of
 from turret.v1 import inference_pb2
@@ -52,6 +54,7 @@ class Asked:
         is_stream: Whether the answer comes in events.
         includes_usage: Whether the last event tells what it cost.
         deadline: ``time.monotonic()`` seconds, or None.
+        names: Names that the client has for fields of the message, beside those of the endpoint.
     """
 
     model: str
@@ -60,6 +63,7 @@ class Asked:
     is_stream: bool
     includes_usage: bool
     deadline: float | None
+    names: Mapping[str, str]
 
 
 def read_asked(fields: Fields, base_name: str) -> Asked:
@@ -86,6 +90,7 @@ def read_asked(fields: Fields, base_name: str) -> Asked:
         is_stream=is_stream,
         includes_usage=options.flag("include_usage") and is_stream,
         deadline=read_deadline(fields),
+        names=read_constraint(fields, message),
     )
 
 

@@ -10,21 +10,14 @@ from typing import Any
 
 from turret.server.http.fields import Fields
 
-_NO_CONSTRAINT = "constrained output is not supported"
 _NO_TOOLS = "tools are not supported"
 _NO_TEMPLATE = "the chat template is the model's own"
 _OFF = "is not supported"
 
 # Field → values that ask for nothing (null does so everywhere), and what to say of others.
 _EVERYWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
-    "response_format": (({"type": "text"},), _NO_CONSTRAINT),
-    **dict.fromkeys(
-        (
-            *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
-            *("structured_outputs", "json_schema", "regex", "ebnf", "structural_tag"),
-        ),
-        ((), _NO_CONSTRAINT),
-    ),
+    "structural_tag": ((), "send a constraint of another kind"),
+    "guided_whitespace_pattern": ((), _OFF),
     "use_beam_search": ((False,), _OFF),
     "length_penalty": ((1, 1.0), _OFF),
     "prompt_logprobs": ((), "echo with logprobs reports the prompt's"),

@@ -62,6 +62,13 @@ class Tokenizer:
             ) from error
         return cls(inner, eos_token_ids, model_vocab_size)
 
+    def serialized(self) -> str:
+        """The tokenizer as ``tokenizer.json`` holds it, without rules of padding and length."""
+        copy = type(self._backend).from_str(self._backend.to_str())
+        copy.no_padding()
+        copy.no_truncation()
+        return copy.to_str()
+
     def encode(self, text: str) -> list[int]:
         """Tokenise a raw prompt; the tokenizer's own BOS rule applies."""
         return self._inner(text)["input_ids"]

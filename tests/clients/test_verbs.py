@@ -63,6 +63,31 @@ def test_generate_json_and_chat(run: Run, server: FakeTurret):
     assert answer["logprobs"][0]["top"][0]["token_id"] == 6
 
 
+def test_generate_asks_for_a_constraint(run: Run, server: FakeTurret, tmp_path):
+    schema, grammar = tmp_path / "schema.json", tmp_path / "answer.lark"
+    schema.write_text('{"type": "null"}')
+    grammar.write_text('start: "a"')
+    for flags, kind, value in (
+        (["--json-schema", str(schema)], "json_schema", '{"type": "null"}'),
+        (["--json-schema", ' {"type": "null"}'], "json_schema", ' {"type": "null"}'),
+        (["--grammar", str(grammar)], "grammar", 'start: "a"'),
+        (["--regex", "a+"], "regex", "a+"),
+        (["--json-object"], "json_object", True),
+    ):
+        assert run("generate", "a", *flags)[0] == 0
+        request = server.inference.requests[-1]
+        assert request.WhichOneof("constraint") == kind
+        assert getattr(request, kind) == value
+    assert run("generate", "a", "--choice", "x", "--choice", "y z")[0] == 0
+    assert list(server.inference.requests[-1].choice.texts) == ["x", "y z"]
+    assert run("generate", "a")[0] == 0
+    assert server.inference.requests[-1].WhichOneof("constraint") is None
+    for wrong in (["--regex", "a", "--json-object"], ["--grammar", str(tmp_path / "none")]):
+        with pytest.raises(SystemExit) as ended:
+            run("generate", "a", *wrong)
+        assert ended.value.code == 2
+
+
 def test_prompt_from_standard_input(run: Run, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("from stdin"))
     assert run("generate", "-")[1] == "fromstdin\n"

@@ -9,6 +9,7 @@ import pytest
 from servers.http_harness import HttpHarness, http_harness
 
 from turret.server.adapters.ref import AdapterRef
+from turret.server.constraints.spec import ConstraintSpec
 from turret.server.engine.scheduling.request import Request
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -127,8 +128,19 @@ async def test_adapters_may_be_typed() -> None:
     ("body", "param"),
     [
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"structured_outputs": {"regex": "a"}}, "structured_outputs"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": "json_object"}, "response_format"),
+        ({"structured_outputs": {"regex": 3}}, "structured_outputs.regex"),
+        ({"structured_outputs": {"choice": []}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"choice": ["a", ""]}}, "structured_outputs.choice"),
+        ({"structured_outputs": {"structural_tag": "{}"}}, "structured_outputs.structural_tag"),
+        ({"structured_outputs": {"json": 3}}, "structured_outputs.json"),
+        ({"guided_json": {}, "guided_regex": "a"}, "guided_regex"),
+        ({"guided_choice": ["x" * 40000] * 2}, "guided_choice"),
+        ({"guided_grammar": "x" * 70000}, "guided_grammar"),
+        ({"guided_whitespace_pattern": " "}, "guided_whitespace_pattern"),
+        ({"structural_tag": {}}, "structural_tag"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"chat_template": "x"}, "chat_template"),
@@ -195,3 +207,41 @@ async def test_a_chat_is_rendered_by_its_turns() -> None:
         ]
         request = await asked(server, CHAT, messages=turns)
         assert bytes(request.prompt_token_ids) == b"system:s;user:ab;assistant:;"
+
+
+@pytest.mark.parametrize(
+    ("body", "spec"),
+    [
+        ({"response_format": {"type": "json_object"}}, ("json_object",)),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {
+                "name": "x", "strict": True, "schema": {"type": "string", "pattern": "\u00e9"}
+            }}},
+            ("json_schema", '{"type": "string", "pattern": "\u00e9"}'),
+        ),
+        ({"structured_outputs": {"json": {"type": "null"}}}, ("json_schema", '{"type": "null"}')),
+        ({"structured_outputs": {"json": "{}"}}, ("json_schema", "{}")),
+        ({"structured_outputs": {"json_object": True}}, ("json_object",)),
+        ({"structured_outputs": {"regex": "a+", "disable_any_whitespace": False}}, ("regex", "a+")),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, ("choice", "a", "b")),
+        ({"structured_outputs": {"grammar": 'start: "a"'}}, ("grammar", 'start: "a"')),
+        ({"guided_json": {"type": "null"}}, ("json_schema", '{"type": "null"}')),
+        ({"guided_regex": "a", "guided_choice": None}, ("regex", "a")),
+        ({"regex": "a", "response_format": {"type": "text"}}, ("regex", "a")),
+        ({"guided_choice": ["a"]}, ("choice", "a")),
+        ({"guided_grammar": "x"}, ("grammar", "x")),
+        ({"json_schema": "{}"}, ("json_schema", "{}")),
+        ({"regex": "b"}, ("regex", "b")),
+        ({"ebnf": "root ::= b"}, ("grammar", "root ::= b")),
+        ({"structured_outputs": {"json_object": False}}, None),
+        ({"structured_outputs": {}, "response_format": None}, None),
+    ],
+)  # fmt: skip
+async def test_constraints_in_every_form(
+    body: dict[str, Any], spec: tuple[Any, ...] | None
+) -> None:
+    expected = None if spec is None else ConstraintSpec(spec[0], spec[1:])
+    async with http_harness() as server:
+        for path, prompt in ((CHAT, {"messages": TURNS}), (COMPLETIONS, {"prompt": "a"})):
+            request = await asked(server, path, **prompt, **body)
+            assert request.constraint == expected

@@ -238,7 +238,7 @@ def test_refusals_are_the_clients_exceptions(
     for wrong, param in (
         ({"temperature": -1}, "temperature"),
         ({"tools": [tool]}, "tools"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
         ({"messages": []}, "messages"),
     ):
         with pytest.raises(openai.BadRequestError) as bad:

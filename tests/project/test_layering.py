@@ -55,7 +55,7 @@ KEEPING = {f"server.adapters.{name}" for name in ("state", "residency")}
 DEVICE = {f"server.adapters.device{room}" for room in ("", ".packed", ".gpu")}
 MODELS = {f"server.models{room}" for room in ("", ".families", ".decoding", ".weights")}
 BEHIND_API = {
-    *("server.engine", "server.engine.scheduling", "server.models", "v1"),
+    *("server.engine", "server.engine.scheduling", "server.constraints", "server.models", "v1"),
     *(f"server.adapters.{name}" for name in ("registry", "fuse", "merge", "state")),
 }
 # Layer → what of turret it may import beside itself. ``server`` stands for the other modules
@@ -87,8 +87,12 @@ BELOW = {
     "server.models": NOUNS | DEVICE | MODELS - {"server.models"} | {"kernels"},
     # Of models, only what tests/models/test_families.py lets it import.
     "server.models.families": {"leaf", "server.models", "server.models.decoding"},
-    "server.engine.scheduling": NOUNS,
-    "server.engine.step": NOUNS | DEVICE | MODELS | {"server.engine.scheduling", "kernels"},
+    "server.constraints": {"leaf"},
+    "server.engine.scheduling": NOUNS | {"server.constraints"},
+    "server.engine.step": NOUNS
+    | DEVICE
+    | MODELS
+    | {"server.engine.scheduling", "server.constraints", "kernels"},
     "server.engine": NOUNS | {"server.engine.scheduling", "server.engine.step"},
     # Of the parts behind it, the types alone: see NEVER_LOADS and test_app.
     "server.api": NOUNS | BEHIND_API,

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from turret.server.adapters.ref import AdapterRef
+from turret.server.constraints.constraint import MATCHER_BYTES, Constraint
 from turret.server.errors import InvalidRequestError
 
 MAX_TOP_N = 20
@@ -128,7 +129,7 @@ class Request:
     ``deadline`` is a ``time.monotonic()`` value in seconds. ``score`` asks for prompt logprobs
     only: nothing is generated. ``message_bytes`` is the size of the message that asks, which is
     kept while the request waits or runs. ``answer_so_far`` are tokens that an earlier answer began
-    with: this one goes on after them.
+    with: this one goes on after them. ``constraint`` is what the answer must match.
     """
 
     request_id: str
@@ -141,6 +142,7 @@ class Request:
     score: bool = False
     message_bytes: int = 0
     answer_so_far: tuple[int, ...] = ()
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         _check(len(self.prompt_token_ids) > 0, "input", "the prompt has no tokens")
@@ -159,9 +161,10 @@ class Request:
     @property
     def num_bytes(self) -> int:
         """About what it takes in memory until it ends."""
-        stop = self.stop
+        stop, constraint = self.stop, self.constraint
         return (
             _FIXED_BYTES
+            + (0 if constraint is None else MATCHER_BYTES)
             + self.message_bytes
             + _TOKEN_BYTES * (len(self.prompt_token_ids) + len(self.answer_so_far))
             + _BIAS_BYTES * len(self.sampling.logit_bias)

@@ -87,7 +87,9 @@ class Adjustment:
             biases = torch.tensor(values, dtype=torch.float32, device=device)
             self._biases = _id_tensor(params.logit_bias, device), biases
         self._banned = None
-        if stop.min_tokens > 0 and (stop_token_ids or stop.stop_token_ids):
+        # A constraint's mask says it, which knows whether another token may come.
+        is_free = sequence.request.constraint is None
+        if is_free and stop.min_tokens > 0 and (stop_token_ids or stop.stop_token_ids):
             self._banned = _id_tensor(stop_token_ids | stop.stop_token_ids, device)
         self._seen = _TokenCounts(device) if params.repetition_penalty != 1.0 else None
         is_counted = params.presence_penalty or params.frequency_penalty

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,6 +14,7 @@ from turret.server.adapters.soft_prompt import soft_prompt_of
 from turret.server.engine.scheduling.scheduler import Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.batch import BatchBuilder
+from turret.server.engine.step.masks import TokenMask
 from turret.server.engine.step.rows import Placed
 from turret.server.engine.step.sampler import Draw, Sampler
 from turret.server.engine.step.vocabulary_plan import changed_heads
@@ -39,12 +41,18 @@ class Computed:
 class Draws(Protocol):
     """A sampler. One thread only."""
 
-    def draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Draw]:
+    def draw(
+        self,
+        logits: torch.Tensor,
+        sequences: SequenceOf[Sequence],
+        masks: Mapping[Sequence, TokenMask],
+    ) -> list[Draw]:
         """Draw one token per row of the step that has just run.
 
         Args:
             logits: ``[rows, vocab]`` fp32; modified in place.
             sequences: Whose row it is.
+            masks: Of the sequences with a constraint.
         """
         ...
 

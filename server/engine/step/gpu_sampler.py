@@ -8,6 +8,7 @@ bans) are drawn once more after their logits were changed; the host still waits 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 
 import torch
@@ -15,10 +16,12 @@ import torch
 from turret.kernels.gpu.sample_rows import sample_rows
 from turret.kernels.gpu.tables.sampling_table import SamplingTable
 from turret.kernels.gpu.tables.staged_buffer import has_streams, upload
+from turret.kernels.token_mask import apply_token_mask
 from turret.server.engine.scheduling.request import SamplingParams, StopConditions
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.adjustment import Adjustment
-from turret.server.engine.step.sampler import Draw
+from turret.server.engine.step.masks import TokenMask
+from turret.server.engine.step.sampler import NO_MASKS, Draw, masked_rows
 from turret.server.engine.step.uniforms import UniformStream
 
 _HOST = torch.device("cpu")
@@ -86,17 +89,26 @@ class GpuSampler:
         """Have the device draw a token of every row of ``logits``, ``[rows, vocab]`` fp32."""
         sample_rows(logits, table.buffer, self._tokens)
 
-    def draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Draw]:
+    def draw(
+        self,
+        logits: torch.Tensor,
+        sequences: SequenceOf[Sequence],
+        masks: Mapping[Sequence, TokenMask] = NO_MASKS,
+    ) -> list[Draw]:
         """What was drawn, waiting for the device; ``launch`` has been part of the step.
 
         Args:
             logits: ``[rows, vocab]`` fp32; modified in place.
             sequences: Whose row it is, as they were loaded.
+            masks: Of the sequences with a constraint.
         """
         top_n = [s.request.options.top_n for s in sequences if s.request.options.logprobs]
         # Before any sampling parameter touches them.
         logprobs = logits.log_softmax(-1) if top_n else None
-        if self._change(logits, sequences):
+        is_changed = self._change(logits, sequences)
+        if (masked := masked_rows(sequences, masks)) is not None:
+            apply_token_mask(logits, *(upload(part, logits.device) for part in masked))
+        if is_changed or masked is not None:
             assert self._table is not None, "its step has loaded it"
             self.launch(logits, self._table)
         tokens = self._tokens[: len(sequences)]
@@ -105,13 +117,18 @@ class GpuSampler:
             values, ids = logprobs.topk(min(max(top_n), logprobs.shape[1]), dim=-1)
             reports = (logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1), values, ids)
         drawn, *reported = self._to_host(tokens, *reports)
-        if not reported:
-            return [Draw(token) for token in drawn.tolist()]
-        chosen, values, ids = (part.tolist() for part in reported)
-        return [
-            _reported(sequence, token, chosen[i], list(zip(ids[i], values[i], strict=True)))
-            for i, (sequence, token) in enumerate(zip(sequences, drawn.tolist(), strict=True))
-        ]
+        draws = [Draw(token) for token in drawn.tolist()]
+        if reported:
+            chosen, values, ids = (part.tolist() for part in reported)
+            draws = [
+                _reported(sequence, token, chosen[i], list(zip(ids[i], values[i], strict=True)))
+                for i, (sequence, token) in enumerate(zip(sequences, drawn.tolist(), strict=True))
+            ]
+        for i, sequence in enumerate(sequences):
+            mask = masks.get(sequence)
+            if mask is not None and mask.error is not None:
+                draws[i] = Draw(-1, error=mask.error)
+        return draws
 
     def _to_host(self, tokens: torch.Tensor, *reports: torch.Tensor) -> list[torch.Tensor]:
         """Copies on the host: the only wait of a step."""
@@ -138,8 +155,6 @@ class GpuSampler:
         for i, sequence in rows:
             changes.add(i, self._adjustment(sequence))
         changes.apply(logits)
-        # Masks of the tokens that a request allows belong here, likewise for all rows at once;
-        # their rows count as adjusted.
         return True
 
     def _adjustment(self, sequence: Sequence) -> Adjustment:

@@ -12,6 +12,7 @@ from turret.server.adapters.device.store import Resident
 from turret.server.engine.scheduling.scheduler import Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.executor import Computed, Executor
+from turret.server.engine.step.masks import Masks
 from turret.server.engine.step.rows import Placed
 from turret.server.engine.step.sampler import Draw, top_of
 from turret.server.errors import BudgetExceededError
@@ -48,6 +49,7 @@ class Runner:
         self._executor = executor
         self._store = executor.store
         self._sampler = executor.sampler(stop_token_ids)
+        self._masks = Masks(stop_token_ids)
         # By adapter key, until it is forgotten: what the shelves add is summed over every module.
         self._stored_bytes: dict[str, int] = {}
 
@@ -68,6 +70,7 @@ class Runner:
         raise DeviceFullError(reason)
 
     def _compute(self, step: Step) -> StepResult:
+        self._masks.begin([item.sequence for item in step.scheduled if item.samples])
         with torch.inference_mode():
             computed = self._executor.run(step)
             self._executor.look_ahead()
@@ -136,12 +139,13 @@ class Runner:
         """Drop what is kept for a sequence."""
         self._sampler.forget(sequence)
         self._executor.forget(sequence)
+        self._masks.forget(sequence)
 
     def _sample(self, computed: Computed, result: StepResult) -> None:
         if computed.logits is None:
             return
         sequences = [placed.item.sequence for placed in computed.placed if placed.samples]
-        draws = self._sampler.draw(computed.logits, sequences)
+        draws = self._sampler.draw(computed.logits, sequences, self._masks.take())
         result.draws = dict(zip(sequences, draws, strict=True))
 
     def _score(self, placed: Placed, hidden: torch.Tensor, result: StepResult) -> None:

@@ -8,28 +8,38 @@ the torch and cpu paths, one row after the other; the gpu path draws all rows at
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from turret.kernels.rows.log_softmax import row_log_softmax
+from turret.kernels.token_mask import apply_token_mask
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.adjustment import Adjustment
+from turret.server.engine.step.masks import TokenMask
 from turret.server.engine.step.uniforms import Uniforms
+from turret.server.errors import TurretError
 
+NO_MASKS: Mapping[Sequence, TokenMask] = {}
 # Filters look at this many of the likeliest tokens first; a full sort is the exception.
 _FIRST_CANDIDATES = 256
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A drawn token and, if asked for, logprobs under the unmodified distribution (natural log)."""
+    """A drawn token and, if asked for, logprobs under the unmodified distribution (natural log).
+
+    With an ``error`` nothing was drawn, and the request ends with it.
+    """
 
     token_id: int
     logprob: float | None = None
     top: tuple[tuple[int, float], ...] = ()
+    error: TurretError | None = None
 
 
 class Sampler:
@@ -49,21 +59,31 @@ class Sampler:
         self._adjustments.pop(sequence, None)
         self._uniforms.forget(sequence)
 
-    def draw(self, logits: torch.Tensor, sequences: SequenceOf[Sequence]) -> list[Draw]:
+    def draw(
+        self,
+        logits: torch.Tensor,
+        sequences: SequenceOf[Sequence],
+        masks: Mapping[Sequence, TokenMask] = NO_MASKS,
+    ) -> list[Draw]:
         """Draw one token per row.
 
         Args:
             logits: ``[rows, vocab]`` fp32; modified in place.
             sequences: Whose row it is.
+            masks: Of the sequences with a constraint.
         """
         reports = self._report(logits, sequences)
         for row, sequence in zip(logits, sequences, strict=True):
             self._adjustment(sequence, logits.device).apply(row)
-        # Masks of the tokens that a request allows belong here: after what a request asks of
-        # logits, before anything is drawn. On a device: ``GpuSampler._change``.
+        if (masked := masked_rows(sequences, masks)) is not None:
+            apply_token_mask(logits, *masked)
         greedy = logits.argmax(-1).tolist()
         draws = []
         for i, (sequence, report) in enumerate(zip(sequences, reports, strict=True)):
+            mask = masks.get(sequence)
+            if mask is not None and mask.error is not None:
+                draws.append(Draw(-1, error=mask.error))
+                continue
             params = sequence.request.sampling
             token = greedy[i] if params.is_greedy else self._sample(logits[i], sequence, params)
             if report is None:
@@ -108,6 +128,24 @@ class Sampler:
 
     def _uniform(self, sequence: Sequence, params: SamplingParams) -> float:
         return self._uniforms.next(sequence)
+
+
+def masked_rows(
+    sequences: SequenceOf[Sequence], masks: Mapping[Sequence, TokenMask]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Rows with a mask, ``[rows]`` int64, and the masks, ``[rows, words]`` int32, on the host.
+
+    They rule out what constraints forbid, after everything else that changes the logits.
+    """
+    rows, words = [], []
+    for row, sequence in enumerate(sequences):
+        mask = masks.get(sequence)
+        if mask is not None and mask.words is not None:
+            rows.append(row)
+            words.append(mask.words)
+    if not rows:
+        return None
+    return torch.tensor(rows), torch.from_numpy(np.stack(words))
 
 
 def top_of(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:

@@ -42,6 +42,7 @@ class Exchange:
         reply: Writes the answer.
         peer: Where the client is (see ``Shares.hold``).
         shares: Limits how many answers one party may wait for.
+        names: Field paths of turret.v1 to what this client calls them, from the route's on.
     """
 
     call: Call
@@ -51,6 +52,7 @@ class Exchange:
     reply: Reply
     peer: str
     shares: Shares
+    names: dict[str, str]
     _tokens: TokenTable | None = None
     _body: dict[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -144,6 +146,7 @@ class Endpoint:
         )
         reply = Reply(send, call)
         code = Code.CANCELLED
+        names = dict(route.names)
         try:
             _check_head(scope)
             authorize(self._tokens, route.service, headers.get("authorization"))
@@ -156,6 +159,7 @@ class Endpoint:
                 peer=_peer(scope),
                 shares=self._shares,
                 _tokens=self._tokens,
+                names=names,
             )
             if route.method == "POST":
                 exchange._body, call.message_bytes = await read_json(receive, headers)
@@ -169,7 +173,7 @@ class Endpoint:
             why = UnavailableError("the server is shutting down: it ended the request")
             await reply.refuse(refusal_of(why))
         except Exception as error:
-            refusal = refusal_of(error, route.names)
+            refusal = refusal_of(error, names)
             code = refusal.code
             said = refusal.body["error"]
             call.fail(said["code"].upper(), said["message"])

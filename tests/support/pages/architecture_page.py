@@ -13,7 +13,7 @@ ROOMS = (
     "server/command",
     *("server/rpc", "server/http", "server/http/console", "server/http/exchange"),
     *("server/api", "server/api/admin"),
-    *("server/engine", "server/engine/scheduling", "server/engine/step"),
+    *("server/engine", "server/engine/scheduling", "server/engine/step", "server/constraints"),
     *("server/models", "server/models/families", "server/models/decoding"),
     *("server/models/weights", "server/adapters"),
     *(

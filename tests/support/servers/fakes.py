@@ -279,15 +279,27 @@ class FakeFuser:
         pass
 
 
+class FakeConstraints:
+    """Compiles nothing, and gives back what it was asked to compile."""
+
+    async def compile(self, spec: Any) -> Any:
+        return spec
+
+    def close(self) -> None:
+        pass
+
+
 def fake_backend(engine: Any, registry: Any, merger: Any, fuser: Any) -> Backend:
     """A backend of stand-ins; this is where they pass for the real parts."""
     tokenizer: Any = FakeTokenizer()
+    constraints: Any = FakeConstraints()
     return Backend(
         engine=engine,
         registry=registry,
         fuser=fuser,
         merger=merger,
         tokenizer=tokenizer,
+        constraints=constraints,
         model_info=MODEL_INFO,
         methods=("dora", "lora"),
     )

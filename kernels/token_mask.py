@@ -1,0 +1,37 @@
+"""Keep rows of logits to the tokens that may come next."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+
+def apply_token_mask(logits: torch.Tensor, rows: torch.Tensor, words: torch.Tensor) -> None:
+    """Rule out tokens of some rows, in place. Other rows are not touched.
+
+    Semantics:
+        logits[rows[i], t] = -inf where bit t % 32 of words[i, t // 32] is 0, or where there is no
+        such bit
+
+    Args:
+        logits: ``[n, vocab]`` fp32, below infinity.
+        rows: ``[rows]`` int64, distinct rows of ``logits``, on its device.
+        words: ``[rows, at least 1]`` int32, contiguous, on the device of ``logits``.
+    """
+    vocab, size = logits.shape[1], 32 * words.shape[1]
+    # The time of this does not depend on the mask, as that of a fill of scattered places does.
+    codes = words.view(torch.uint8).flatten().int()
+    bias = _biases(words.device).index_select(0, codes).view(words.shape[0], size)
+    if size < vocab:
+        # What lies beyond the last word stands for tokens that nobody has named.
+        bias = torch.nn.functional.pad(bias, (0, vocab - size), value=float("-inf"))
+    logits.index_add_(0, rows, bias[:, :vocab])
+
+
+@functools.cache
+def _biases(device: torch.device) -> torch.Tensor:
+    """``[256, 8]`` fp32: for each byte, its bits from the lowest on: 0 for 1, -inf for 0."""
+    # Words of 32 bits hold their lowest byte first, as on every machine that torch runs on.
+    bits = (torch.arange(256).unsqueeze(-1) >> torch.arange(8)) & 1
+    return torch.zeros(256, 8).masked_fill_(bits == 0, float("-inf")).to(device)

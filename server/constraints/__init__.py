@@ -1,0 +1,1 @@
+"""What an answer must match: read, compiled by llguidance, followed token by token."""

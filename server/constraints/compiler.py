@@ -1,0 +1,151 @@
+"""Compiles constraints off the event loop, and keeps what was compiled lately."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import threading
+from collections import OrderedDict
+from typing import Protocol
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from turret.server.background import work_in_background
+from turret.server.constraints.constraint import Constraint
+from turret.server.constraints.grammar import grammar_of, refusal
+from turret.server.constraints.matcher import words_of
+from turret.server.constraints.spec import ConstraintSpec
+from turret.server.constraints.threads import roomy_executor
+from turret.server.errors import BudgetExceededError, InvalidRequestError, QueueFullError
+
+NUM_THREADS = 2
+# Compiled or waited for, at a time.
+MAX_RUNNING = 64
+# The worst that the limits below let through took half a second here.
+COMPILE_SECONDS = 20.0
+MAX_CACHED = 64
+MAX_CACHED_BYTES = 64 << 20
+_RETRY_SECONDS = 1.0
+# About what a compiled constraint takes: measured up to 9 MB for a schema of 90,000 characters.
+_FIXED_BYTES, _CHAR_BYTES = 1 << 20, 128
+# Of a lexer, which is shared by the answers that follow one constraint: 45 MB at worst.
+_MAX_LEXER_STATES = 1 << 15
+
+
+class TokenSource(Protocol):
+    """What is needed of the tokenizer."""
+
+    eos_token_ids: frozenset[int]
+    vocab_size: int
+
+    def serialized(self) -> str:
+        """As ``tokenizer.json`` holds it."""
+        ...
+
+
+class ConstraintCompiler:
+    """Compiles constraints for one tokenizer. ``compile`` belongs to one event loop.
+
+    Args:
+        tokens: The model's tokenizer. It is read on a thread, from now on: half a second and more.
+    """
+
+    def __init__(self, tokens: TokenSource) -> None:
+        self._tokens = tokens
+        self._lock = threading.Lock()
+        self._native: LLTokenizer | InvalidRequestError | None = None
+        self._executor = roomy_executor(NUM_THREADS, "constraints", work_in_background)
+        self._executor.submit(self._tokenizer)
+        self._cached: OrderedDict[bytes, Constraint] = OrderedDict()
+        self._cached_bytes = 0
+        self._running: dict[bytes, asyncio.Future[Constraint]] = {}
+
+    def close(self) -> None:
+        """Compile nothing more."""
+        self._executor.shutdown(wait=False, cancel_futures=True)
+
+    async def compile(self, spec: ConstraintSpec) -> Constraint:
+        """The compiled form of a constraint, of as many characters as there may be.
+
+        Raises:
+            InvalidRequestError: It cannot be read or met; names the parts that are to blame.
+            QueueFullError: Too many others are being compiled.
+            BudgetExceededError: It took too long.
+        """
+        key = spec.digest
+        found = self._cached.get(key)
+        if found is not None:
+            self._cached.move_to_end(key)
+            return found
+        future = self._running.get(key)
+        if future is None:
+            if len(self._running) >= MAX_RUNNING:
+                raise QueueFullError(
+                    f"{MAX_RUNNING} constraints are being compiled already",
+                    retry_after_seconds=_RETRY_SECONDS,
+                )
+            loop = asyncio.get_running_loop()
+            future = loop.run_in_executor(self._executor, self._compile, spec)
+            self._running[key] = future
+            future.add_done_callback(functools.partial(self._keep, key))
+        try:
+            # Shielded: others may wait for it, and the next one to ask will find it.
+            async with asyncio.timeout(COMPILE_SECONDS):
+                return await asyncio.shield(future)
+        except TimeoutError:
+            raise BudgetExceededError(
+                f"the constraint was not compiled within {COMPILE_SECONDS:.0f} seconds"
+            ) from None
+
+    def _keep(self, key: bytes, future: asyncio.Future[Constraint]) -> None:
+        del self._running[key]
+        if future.cancelled() or future.exception() is not None:
+            return
+        constraint = future.result()
+        self._cached[key] = constraint
+        self._cached_bytes += constraint.num_bytes
+        while len(self._cached) > MAX_CACHED or self._cached_bytes > MAX_CACHED_BYTES:
+            _, oldest = self._cached.popitem(last=False)
+            self._cached_bytes -= oldest.num_bytes
+
+    # On the threads.
+
+    def _compile(self, spec: ConstraintSpec) -> Constraint:
+        tokenizer = self._tokenizer()
+        if isinstance(tokenizer, InvalidRequestError):
+            raise InvalidRequestError.of(spec.kind, tokenizer.message)
+        grammar = grammar_of(spec)
+
+        def make() -> LLMatcher:
+            limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
+            made = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+            if made.is_error():
+                raise refusal(spec, made.get_error())
+            return made
+
+        num_words = (tokenizer.vocab_size + 31) // 32
+        drawable = words_of(range(self._tokens.vocab_size), num_words)
+        num_bytes = _FIXED_BYTES + _CHAR_BYTES * spec.num_chars
+        constraint = Constraint(make, drawable, num_bytes)
+        # A grammar that nothing matches, or too wide to begin with, shows at its first token.
+        try:
+            constraint.matcher().mask()
+        except BudgetExceededError as error:
+            raise InvalidRequestError.of(spec.kind, error.message) from None
+        return constraint
+
+    def _tokenizer(self) -> LLTokenizer | InvalidRequestError:
+        """The tokenizer as llguidance has it, or why there is none."""
+        with self._lock:
+            if self._native is None:
+                self._native = self._read_tokenizer()
+            return self._native
+
+    def _read_tokenizer(self) -> LLTokenizer | InvalidRequestError:
+        ends = sorted(self._tokens.eos_token_ids)
+        if not ends:
+            return InvalidRequestError("this model has no end token, so no answer can be complete")
+        try:
+            return LLTokenizer(self._tokens.serialized(), eos_token=ends)
+        except Exception as error:
+            return InvalidRequestError(f"this model's tokenizer cannot be followed: {error}")

@@ -1,0 +1,40 @@
+"""What a client asks an answer to match, before it is compiled."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["json_schema", "json_object", "regex", "grammar", "choice"]
+
+# Of the text of a constraint. Compiling and following one costs time and stack in proportion to it.
+MAX_CONSTRAINT_CHARS = 1 << 16
+MAX_CHOICES = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ConstraintSpec:
+    """What to compile.
+
+    Attributes:
+        kind: How ``texts`` is to be read; the name of the field that it came in.
+        texts: A schema, a regular expression, a grammar, or the texts to choose from.
+    """
+
+    kind: Kind
+    texts: tuple[str, ...] = ()
+
+    @property
+    def num_chars(self) -> int:
+        return sum(map(len, self.texts))
+
+    @property
+    def digest(self) -> bytes:
+        """Names what is asked for: equal ones have one compiled form."""
+        digest = hashlib.sha256(self.kind.encode())
+        for text in self.texts:
+            data = text.encode()
+            digest.update(b"%d:" % len(data))
+            digest.update(data)
+        return digest.digest()

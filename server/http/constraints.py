@@ -1,0 +1,137 @@
+"""What an answer must match, in the several forms in which clients of this API ask for it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from turret.server.http.fields import Fields, why_no_text
+from turret.v1 import inference_pb2
+
+_Message = inference_pb2.GenerateRequest
+_Set = Callable[[_Message, Any], str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Form:
+    """How a field asks for a constraint.
+
+    Attributes:
+        path: The field, from the body on; its last name holds the value.
+        kind: The field of the message.
+        read: Puts the value into the message; returns what is wrong with it.
+    """
+
+    path: tuple[str, ...]
+    kind: str
+    read: _Set
+
+
+def _schema(message: _Message, value: Any) -> str | None:
+    if isinstance(value, dict):
+        value = json.dumps(value, ensure_ascii=False)
+    why = why_no_text(value)
+    if why is None:
+        message.json_schema = value
+        return None
+    return "must be an object" if why == "must be a string" else why
+
+
+def _any_object(message: _Message, value: Any) -> str | None:
+    if not isinstance(value, bool):
+        return "must be true or false"
+    message.json_object = value
+    return None
+
+
+def _text(kind: str) -> _Set:
+    def read(message: _Message, value: Any) -> str | None:
+        why = why_no_text(value)
+        if why is None:
+            setattr(message, kind, value)
+        return why
+
+    return read
+
+
+def _choice(message: _Message, value: Any) -> str | None:
+    if not isinstance(value, list) or not value:
+        return "must be a list of strings, at least one"
+    for text in value:
+        why = why_no_text(text)
+        if why is not None:
+            return why
+    message.choice.texts.extend(value)
+    return None
+
+
+_BY_NAME: dict[str, tuple[str, _Set]] = {
+    "json": ("json_schema", _schema),
+    "json_object": ("json_object", _any_object),
+    "regex": ("regex", _text("regex")),
+    "grammar": ("grammar", _text("grammar")),
+    "choice": ("choice", _choice),
+}
+_FORMS = (
+    # vLLM's newer form, its older one, and what other servers of the field read.
+    *(_Form(("structured_outputs", name), *how) for name, how in _BY_NAME.items()),
+    *(_Form((f"guided_{name}",), *how) for name, how in _BY_NAME.items()),
+    _Form(("json_schema",), *_BY_NAME["json"]),
+    _Form(("regex",), *_BY_NAME["regex"]),
+    _Form(("ebnf",), *_BY_NAME["grammar"]),
+)
+# They would change what is allowed.
+_REFUSED = (
+    *("structural_tag", "whitespace_pattern", "disable_any_whitespace"),
+    "disable_additional_properties",
+)
+
+
+def read_constraint(fields: Fields, message: _Message) -> dict[str, str]:
+    """Read the one constraint that a request may have; what is wrong is noted.
+
+    Returns:
+        The client's name of the constraint's field, by that of the message.
+    """
+    found: list[tuple[str, str]] = []
+    for form in _FORMS:
+        *outer, name = form.path
+        inside = fields.inner(outer[0]) if outer else fields
+        value = inside.get(name)
+        # false asks for nothing, as null does.
+        if value is None or value is False:
+            continue
+        found.append((form.kind, ".".join(form.path)))
+        why = form.read(message, value)
+        if why is not None:
+            inside.refuse(name, why)
+    outputs = fields.inner("structured_outputs")
+    for name in _REFUSED:
+        if outputs.get(name) not in (None, False):
+            outputs.refuse(name, "is not supported")
+    found += _read_response_format(fields, message)
+    if len(found) > 1:
+        names = ", ".join(name for _, name in found)
+        fields.refuse(found[1][1], f"an answer has one constraint, not several: {names}")
+    # A choice is a list here, not an object with one.
+    return {(f"{kind}.texts" if kind == "choice" else kind): name for kind, name in found[:1]}
+
+
+def _read_response_format(fields: Fields, message: _Message) -> list[tuple[str, str]]:
+    asked = fields.inner("response_format")
+    kind = asked.text("type")
+    if kind == "json_object":
+        message.json_object = True
+        return [("json_object", "response_format")]
+    if kind == "json_schema":
+        inner = asked.inner("json_schema")
+        schema = inner.get("schema")
+        why = "must be set" if schema is None else _schema(message, schema)
+        if why is not None:
+            inner.refuse("schema", why)
+        return [("json_schema", "response_format.json_schema.schema")]
+    if kind != "text" and fields.get("response_format") is not None:
+        asked.refuse("type", "must be text, json_object or json_schema")
+    return []

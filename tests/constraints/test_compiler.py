@@ -1,0 +1,265 @@
+"""Constraints are compiled to what they say, refused with their path, kept, and bounded."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from builders.constraints import compiled, is_followed, make_tokenizer, tokens_of
+from builders.tiny_models import EOS
+
+from turret.server.constraints import compiler as compiler_module
+from turret.server.constraints.compiler import ConstraintCompiler
+from turret.server.constraints.constraint import Constraint
+from turret.server.constraints.spec import ConstraintSpec, Kind
+from turret.server.errors import BudgetExceededError, InvalidRequestError, QueueFullError
+from turret.server.models.tokenizer import Tokenizer
+
+PERSON: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "age": {"type": "integer", "minimum": 0, "maximum": 130},
+        "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2},
+    },
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return make_tokenizer()
+
+
+@pytest.fixture
+def compiler(tokenizer: Tokenizer) -> Iterator[ConstraintCompiler]:
+    made = ConstraintCompiler(tokenizer)
+    yield made
+    made.close()
+
+
+def schema(value: Any) -> ConstraintSpec:
+    return ConstraintSpec("json_schema", (json.dumps(value),))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text", "good", "bad"),
+    [
+        ("regex", "[a-c]{2,3}x", ["abx", "cccx"], ["ax", "abcax", "abx "]),
+        ("regex", "^(yes|no)$", ["yes", "no"], ["yesno", ""]),
+        ("regex", "é|漢", ["é", "漢"], ["e"]),
+        ("grammar", 'start: "a" b\nb: "b" | b "b"', ["ab", "abbb"], ["a", "b"]),
+        ("grammar", 'root ::= "a" ("b" | [0-9]+)', ["ab", "a12"], ["a", "abb"]),
+        ("json_object", "", ["{}", '{"a": [1, null]}', '{\n "a": "\\né"}'], ["[]", '{"a":}']),
+        (
+            "json_schema", json.dumps(PERSON),
+            ['{"name":"Bo","age":3}', '{ "name": "Bo",\n "age": 130, "tags": ["a", "b"] }'],
+            ['{"age":3,"name":"Bo"}', '{"name":"Bo","age":131}', '{"name":"Bo"}', "{" + 40 * " "],
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_let_through(
+    tokenizer: Tokenizer, kind: Kind, text: str, good: list[str], bad: list[str]
+) -> None:
+    constraint = compiled(kind, *([text] if text else []))
+    for answer in good:
+        assert is_followed(constraint, tokenizer.encode(answer)), answer
+    for answer in bad:
+        assert not is_followed(constraint, tokenizer.encode(answer)), answer
+
+
+def test_choices_are_taken_literally(tokenizer: Tokenizer) -> None:
+    texts = ("a.b", "(x)|[y]", "$5 & ~#-/\\", 'say "hi"\n', "ünï", "a")
+    constraint = compiled("choice", *texts)
+    for text in texts:
+        assert is_followed(constraint, tokenizer.encode(text)), text
+    for text in ("axb", "", "x", "a.", "ü"):
+        assert not is_followed(constraint, tokenizer.encode(text)), text
+
+
+def test_random_walks_through_a_schema_give_what_it_describes(tokenizer: Tokenizer) -> None:
+    constraint = compiled("json_schema", json.dumps(PERSON))
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        matcher, answer = constraint.matcher(), []
+        while (allowed := tokens_of(matcher)) != {EOS}:
+            assert EOS not in allowed
+            # Blanks are bounded, but a walk would mostly be blanks.
+            wanted = sorted(allowed - set(tokenizer.encode(" \n\t\r"))) or sorted(allowed)
+            answer.append(int(rng.choice(wanted)))
+            matcher.advance(answer[-1])
+        text = tokenizer.decode(answer)
+        person = json.loads(text)
+        assert [*person] in (["name", "age"], ["name", "age", "tags"])
+        assert len(person["name"]) <= 8
+        assert person["age"] in range(131)
+        assert set(person.get("tags", [])) <= {"a", "b"}
+        assert len(person.get("tags", [])) <= 2
+
+
+@pytest.mark.parametrize(
+    ("spec", "paths", "said"),
+    [
+        (schema({"uniqueItems": True}), ["json_schema.uniqueItems"], "not supported"),
+        (
+            schema({"properties": {"a": {"items": {"not": {}}}}, "$defs": {"b": {"if": {}}}}),
+            ["json_schema.properties.a.items.not"], "not supported",
+        ),
+        (
+            schema({"anyOf": [{}, {"type": "object", "propertyNames": {}, "minContains": 2}]}),
+            ["json_schema.anyOf[1].propertyNames", "json_schema.anyOf[1].minContains"], "supported",
+        ),
+        # A property's name is no keyword.
+        (
+            schema({"properties": {"not": {"type": "string", "format": "bogus"}}}),
+            ["json_schema.properties.not.format"], "'bogus'",
+        ),
+        (
+            schema({"properties": {"a": {"type": "string", "pattern": "(?=x)y"}}}),
+            ["json_schema.properties.a.pattern"], "look-around",
+        ),
+        (schema({"allOf": [{"$ref": "#/$defs/x"}]}), ["json_schema.allOf[0].$ref"], "nothing"),
+        (schema({"$ref": "https://example.org/x"}), ["json_schema.$ref"], "nothing"),
+        (
+            schema({"oneOf": [{"type": "string"}, {"type": "string", "maxLength": 3}]}),
+            ["json_schema.oneOf"], "anyOf",
+        ),
+        (schema({"type": "foo"}), ["json_schema"], "Invalid type"),
+        (schema({"type": "integer", "minimum": 5, "maximum": 1}), ["json_schema"], "greater"),
+        (schema({"$ref": "#"}), ["json_schema"], "too complex"),
+        (schema([1]), ["json_schema"], "must be an object"),
+        (ConstraintSpec("json_schema", ("{",)), ["json_schema"], "no JSON"),
+        (ConstraintSpec("json_schema", ("[" * 60_000,)), ["json_schema"], "no JSON"),
+        (ConstraintSpec("json_schema", ('{"minimum": NaN}',)), ["json_schema"], "no JSON"),
+        (ConstraintSpec("regex", ("(a",)), ["regex"], "unclosed group"),
+        (ConstraintSpec("regex", (r"\bx",)), ["regex"], "not supported"),
+        (ConstraintSpec("grammar", ('foo: "a"',)), ["grammar"], "::="),
+        (ConstraintSpec("grammar", ("start: start",)), ["grammar"], "too complex"),
+        (ConstraintSpec("grammar", ("root ::= ((",)), ["grammar"], "GBNF"),
+        (ConstraintSpec("grammar", ("start: @other",)), ["grammar"], "unknown grammar"),
+    ],
+)  # fmt: skip
+async def test_what_cannot_be_met_is_refused_with_its_path(
+    compiler: ConstraintCompiler, spec: ConstraintSpec, paths: list[str], said: str
+) -> None:
+    with pytest.raises(InvalidRequestError, match=re.escape(said)) as refused:
+        await compiler.compile(spec)
+    assert sorted(path for path, _ in refused.value.violations) == sorted(paths)
+    assert all(len(why) < 400 for _, why in refused.value.violations)
+
+
+async def test_equal_constraints_are_compiled_once(
+    compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compilations = []
+    compile_one = ConstraintCompiler._compile
+
+    def counted(self: ConstraintCompiler, spec: ConstraintSpec) -> Constraint:
+        compilations.append(spec)
+        return compile_one(self, spec)
+
+    monkeypatch.setattr(ConstraintCompiler, "_compile", counted)
+    spec = ConstraintSpec("regex", ("a+",))
+    first, *others = await asyncio.gather(*(compiler.compile(spec) for _ in range(5)))
+    assert all(other is first for other in others)
+    assert await compiler.compile(ConstraintSpec("regex", ("a+",))) is first
+    assert len(compilations) == 1
+    # Two texts are not one, and a grammar is no regular expression.
+    for other in (("choice", "a", "+"), ("choice", "a+"), ("grammar", 'start: "a+"')):
+        assert await compiler.compile(ConstraintSpec(other[0], other[1:])) is not first  # type: ignore[arg-type]
+    monkeypatch.setattr(compiler_module, "MAX_CACHED", 2)
+    for i in range(3):
+        await compiler.compile(ConstraintSpec("regex", (f"b{i}",)))
+    assert len(compiler._cached) == 2
+    assert await compiler.compile(spec) is not first
+    monkeypatch.setattr(compiler_module, "MAX_CACHED_BYTES", 1)
+    await compiler.compile(ConstraintSpec("regex", ("c",)))
+    assert (len(compiler._cached), compiler._cached_bytes) == (0, 0)
+
+
+async def test_a_caller_that_leaves_takes_nothing_from_the_others(
+    compiler: ConstraintCompiler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_go_on = threading.Event()
+    compile_one = ConstraintCompiler._compile
+
+    def waiting(self: ConstraintCompiler, spec: ConstraintSpec) -> Constraint:
+        may_go_on.wait(30)
+        return compile_one(self, spec)
+
+    monkeypatch.setattr(ConstraintCompiler, "_compile", waiting)
+    monkeypatch.setattr(compiler_module, "MAX_RUNNING", 1)
+    spec = ConstraintSpec("regex", ("a",))
+    left, stays = (asyncio.ensure_future(compiler.compile(spec)) for _ in range(2))
+    await asyncio.sleep(0)
+    left.cancel()
+    with pytest.raises(QueueFullError):
+        await compiler.compile(ConstraintSpec("regex", ("b",)))
+    may_go_on.set()
+    assert isinstance(await stays, Constraint)
+    monkeypatch.setattr(compiler_module, "COMPILE_SECONDS", 0.01)
+    may_go_on.clear()
+    with pytest.raises(BudgetExceededError, match="not compiled within"):
+        await compiler.compile(ConstraintSpec("regex", ("b",)))
+    may_go_on.set()
+
+
+async def test_tokenizers_that_cannot_be_followed() -> None:
+    class Odd:
+        eos_token_ids: frozenset[int] = frozenset()
+        vocab_size = 5
+
+        def serialized(self) -> str:
+            return "{}"
+
+    odd = Odd()
+    for ends, said in ((frozenset[int](), "no end token"), (frozenset({1}), "cannot be followed")):
+        odd.eos_token_ids = ends
+        made = ConstraintCompiler(odd)
+        with pytest.raises(InvalidRequestError, match=said) as refused:
+            await made.compile(ConstraintSpec("json_object"))
+        assert refused.value.violations[0][0] == "json_object"
+        made.close()
+
+
+def test_an_answer_does_not_depend_on_who_filled_the_lexer(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler_module, "_MAX_LEXER_STATES", 400)
+    constraint = compiled("regex", "[ab]*a[ab]{12}")
+    renewals: list[Constraint] = []
+    renew = Constraint._renew
+
+    def noted(self: Constraint) -> None:
+        renewals.append(self)
+        renew(self)
+
+    monkeypatch.setattr(Constraint, "_renew", noted)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        text = "".join(rng.choice(list("ab"), 40))
+        matcher = constraint.matcher()
+        for token in tokenizer.encode(text):
+            assert token in tokens_of(matcher)
+            matcher.advance(token)
+    assert renewals, "the lexer never filled up"
+
+
+def test_what_takes_too_long_ends_its_own_request_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    constraint = compiled("regex", "a*")
+    clock = iter(range(0, 1000, 1))
+    slow = constraint.matcher()
+    monkeypatch.setattr("turret.server.constraints.matcher.time.thread_time", lambda: next(clock))
+    for _ in range(2):
+        slow.mask()
+    with pytest.raises(BudgetExceededError, match="too long"):
+        slow.mask()
+    monkeypatch.undo()
+    assert EOS in tokens_of(constraint.matcher())

@@ -1,0 +1,231 @@
+"""Constrained requests on a real engine: what they answer, and that nobody else notices."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from builders.constraints import compiled, make_tokenizer
+from builders.sequences import mix_of
+from builders.tiny_models import EOS, VOCAB_SIZE, save_tiny_model
+from servers.engine_harness import GREEDY, EngineHarness, make_request
+
+from turret.kernels.token_mask import apply_token_mask
+from turret.server.constraints.constraint import Constraint
+from turret.server.engine.scheduling.request import FinishReason, SamplingParams, StopConditions
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.executor import TorchExecutor
+from turret.server.engine.step.masks import Masks
+from turret.server.errors import BudgetExceededError
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["cat", "dog"]}, "count": {"type": "integer", "maximum": 99}},
+    "required": ["kind", "count"],
+    "additionalProperties": False,
+}
+PROMPT = list(range(40, 60))
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model("llama", tmp_path_factory.mktemp("constraints") / "model")
+
+
+@pytest.fixture(scope="module")
+def schema() -> Constraint:
+    return compiled("json_schema", json.dumps(SCHEMA))
+
+
+def stop(max_tokens: int = 200, **changes: Any) -> StopConditions:
+    return StopConditions(max_tokens=max_tokens, **changes)
+
+
+def constrained(constraint: Constraint, **changes: Any) -> Any:
+    return make_request(PROMPT, constraint=constraint, **{"stop": stop(), **changes})
+
+
+async def test_answers_match_whatever_shapes_the_draw(model: Path, schema: Constraint) -> None:
+    drawn = SamplingParams(temperature=1.5, seed=3, top_k=20, top_p=0.9, repetition_penalty=1.3)
+    pushed = SamplingParams(temperature=0.7, seed=4, logit_bias={EOS: 100.0, 5: -100.0})
+    flat = SamplingParams(temperature=100.0, seed=5, min_p=0.0, presence_penalty=2.0)
+    async with EngineHarness.start(model) as harness:
+        requests = [constrained(schema, sampling=s) for s in (GREEDY, drawn, pushed, flat)]
+        for answer in await harness.run_all(requests):
+            value = json.loads(answer.text)
+            assert value["kind"] in ("cat", "dog")
+            assert value["count"] <= 99
+            assert answer.finish.reason is FinishReason.STOP
+            assert answer.token_ids[-1] == EOS
+        # Under one seed one answer, whatever runs beside it; the seed matters.
+        crowd = [constrained(schema, sampling=drawn), *requests, make_request(PROMPT)]
+        first, *_ = await harness.run_all(crowd)
+        alone = await harness.run(constrained(schema, sampling=drawn))
+        assert first.bits == alone.bits
+        other = SamplingParams(temperature=1.5, seed=8, top_k=20, top_p=0.9)
+        assert (await harness.run(constrained(schema, sampling=other))).bits != alone.bits
+
+
+async def test_others_get_the_same_bits_beside_constrained_requests(
+    model: Path, schema: Constraint
+) -> None:
+    free = [make_request([i, *PROMPT], max_tokens=30) for i in range(4)]
+    free.append(make_request(PROMPT, max_tokens=30, sampling=SamplingParams(seed=1)))
+    async with EngineHarness.start(model) as harness:
+        alone = [await harness.run(request) for request in free]
+        crowd = [constrained(schema), *free, constrained(compiled("regex", "[a-f]{60}"))]
+        together = await harness.run_all(crowd)
+        for mine, other in zip(alone, together[1:-1], strict=True):
+            assert mine.bits == other.bits
+
+
+async def test_logprobs_are_those_of_the_model_alone(model: Path, schema: Constraint) -> None:
+    async with EngineHarness.start(model) as harness:
+        answer = await harness.run(constrained(schema))
+        scored = await harness.run(make_request([*PROMPT, *answer.token_ids], score=True))
+        assert answer.logprobs == scored.prompt_logprobs[len(PROMPT) :]
+        # The likeliest tokens are shown though they may not come.
+        likeliest = [top[0][0] for top in answer.top]
+        assert likeliest != list(answer.token_ids)
+
+
+@pytest.mark.parametrize(
+    ("regex", "conditions", "text", "reason"),
+    [
+        ("a{3}", {}, "aaa", FinishReason.STOP),
+        # The end token where nothing else may come, whatever is said of end tokens.
+        ("a{3}", {"ignore_eos": True}, "aaa", FinishReason.STOP),
+        ("a{3}", {"min_tokens": 50}, "aaa", FinishReason.STOP),
+        ("a{0,5}", {"ignore_eos": True}, "aaaaa", FinishReason.STOP),
+        ("a{0,9}", {"min_tokens": 9}, "aaaaaaaaa", FinishReason.STOP),
+        ("a*", {"ignore_eos": True, "max_tokens": 7}, "aaaaaaa", FinishReason.LENGTH),
+        ("", {"min_tokens": 3}, "", FinishReason.STOP),
+        # Other stops may cut what is not complete.
+        ("a{9}", {"max_tokens": 4}, "aaaa", FinishReason.LENGTH),
+        ("abcdef", {"stop_strings": ("de",)}, "abc", FinishReason.STOP),
+        ("abcdef", {"stop_strings": ("bc",), "min_tokens": 5}, "abcdef", FinishReason.STOP),
+        ("abcdef", {"stop_strings": ("cd",), "include_stop": True}, "abcd", FinishReason.STOP),
+    ],
+)
+async def test_ends(
+    model: Path, regex: str, conditions: dict[str, Any], text: str, reason: FinishReason
+) -> None:
+    # As unlikely as can be: what is forbidden must not come because it is wanted.
+    push = SamplingParams(temperature=0.0, logit_bias={EOS: 100.0})
+    wanted = stop(**{"max_tokens": 60, **conditions})
+    async with EngineHarness.start(model) as harness:
+        request = constrained(compiled("regex", regex), stop=wanted, sampling=push)
+        answer = await harness.run(request)
+        assert (answer.text, answer.finish.reason) == (text, reason)
+
+
+async def test_a_stop_token_that_must_come_is_let_through_early(model: Path) -> None:
+    constraint = compiled("regex", "ab+c")
+    (b,) = make_tokenizer().encode("b")
+    wanted = stop(max_tokens=20, min_tokens=6, stop_token_ids=frozenset({b}))
+    async with EngineHarness.start(model) as harness:
+        answer = await harness.run(constrained(constraint, stop=wanted))
+        # Only b may follow a; after it, c, so that b does not stop before its time.
+        assert answer.text == "abc"
+
+
+async def test_preemption_keeps_the_place(
+    model: Path, schema: Constraint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preempted: list[int] = []
+    preempt = Scheduler._preempt
+
+    def counted(self: Scheduler, sequence: Sequence, now: float) -> None:
+        preempted.append(sequence.num_generated)
+        preempt(self, sequence, now)
+
+    monkeypatch.setattr(Scheduler, "_preempt", counted)
+    long = compiled("regex", "([a-c]{9}-){9}")
+    sampling = [SamplingParams(seed=i, temperature=2.0) for i in range(12)]
+    requests = [
+        make_request([i, *range(60)], constraint=long, stop=stop(), sampling=sampling[i])
+        for i in range(12)
+    ]
+    async with EngineHarness.start(model, kv_cache_bytes=1 << 20) as harness:
+        together = await harness.run_all(requests)
+    assert max(preempted) > 0, "no answer was interrupted after its first token"
+    assert all(re.fullmatch("([a-c]{9}-){9}", answer.text) for answer in together)
+    async with EngineHarness.start(model) as harness:
+        assert (await harness.run(requests[3])).bits == together[3].bits
+
+
+async def test_a_step_that_is_computed_again_draws_the_same(
+    model: Path, schema: Constraint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = constrained(schema, sampling=SamplingParams(seed=2))
+    async with EngineHarness.start(model) as harness:
+        expected = await harness.run(request)
+        calls = []
+        run = TorchExecutor.run
+
+        def failing(self: TorchExecutor, step: Any) -> Any:
+            calls.append(step)
+            if len(calls) % 3 == 2:
+                raise torch.OutOfMemoryError("planted")
+            return run(self, step)
+
+        monkeypatch.setattr(TorchExecutor, "run", failing)
+        assert (await harness.run(request)).bits == expected.bits
+        assert len(calls) > 10
+
+
+async def test_what_cannot_be_followed_ends_its_own_request_alone(model: Path) -> None:
+    # Wide only from the second character on.
+    names = [f"B{i}" for i in range(2100)]
+    rules = [f"{name}: /[b-y]{{1,9}}{name}/" for name in names]
+    wide = compiled("grammar", "\n".join([f"start: /a/ ({' | '.join(names)})", *rules]))
+    async with EngineHarness.start(model) as harness:
+        beside = make_request(PROMPT, max_tokens=20)
+        alone = await harness.run(beside)
+        failing = constrained(wide, sampling=GREEDY)
+        with pytest.raises(BudgetExceededError, match="too complex"):
+            await harness.run(failing)
+        assert (await harness.run(beside)).bits == alone.bits
+
+
+def test_a_fault_of_the_library_is_no_fault_of_the_engine(
+    schema: Constraint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Panic(BaseException):
+        pass
+
+    def panic(self: Constraint) -> Any:
+        raise Panic
+
+    monkeypatch.setattr(Constraint, "matcher", panic)
+    sequence = Sequence(constrained(schema), mix_of(""), 0.0)
+    masks = Masks(frozenset({EOS}))
+    masks.begin([sequence])
+    (mask,) = masks.take().values()
+    assert mask.error is not None
+    assert mask.error.message == "internal error"
+    assert masks.take() == {}
+
+
+@pytest.mark.parametrize("vocab", [1, 31, 32, 33, VOCAB_SIZE, 1000])
+def test_the_kernel_changes_its_own_rows_alone(vocab: int) -> None:
+    generator = np.random.default_rng(0)
+    for num_words in (1, 2, (vocab + 31) // 32, (vocab + 31) // 32 + 1):
+        logits = torch.randn(5, vocab)
+        before, rows = logits.clone(), [3, 0]
+        words = generator.integers(-(2**31), 2**31, (2, num_words), dtype=np.int32)
+        apply_token_mask(logits, torch.tensor(rows), torch.from_numpy(words))
+        for row in (1, 2, 4):
+            assert torch.equal(logits[row], before[row])
+        for row, mask in zip(rows, words, strict=True):
+            for token in range(vocab):
+                word = token // 32
+                is_allowed = word < num_words and bool(int(mask[word]) >> (token % 32) & 1)
+                expected = float(before[row, token]) if is_allowed else float("-inf")
+                assert float(logits[row, token]) == expected

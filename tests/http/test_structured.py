@@ -1,0 +1,165 @@
+"""Constrained answers through OpenAI's client, from a real server on a tiny model.
+
+The model is random: what makes sense in its answers comes from the constraints.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from collections.abc import Iterator
+from enum import Enum
+from typing import Any, Literal
+
+import openai
+import pydantic
+import pytest
+from builders.tiny_models import save_tiny_model
+from servers.server_under_test import ServerUnderTest, start_server
+
+from turret.clients.aio import AsyncTurretClient
+from turret.clients.client import TurretClient
+from turret.clients.errors import InvalidArgumentError
+from turret.server.constraints.spec import MAX_CONSTRAINT_CHARS
+
+ASK: Any = [{"role": "user", "content": "hi"}]
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+class Color(Enum):
+    red = "red"
+    blue = "blue"
+
+
+class Part(pydantic.BaseModel, extra="forbid"):
+    color: Color
+    sold: bool
+
+
+class Order(pydantic.BaseModel, extra="forbid"):
+    kind: Literal["cup", "plate"]
+    parts: list[Part] = pydantic.Field(max_length=2)
+    note: Literal["fragile"] | None
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest]:
+    folder = tmp_path_factory.mktemp("structured")
+    model = save_tiny_model("llama", folder / "model")
+    (model / "chat_template.jinja").write_text(TEMPLATE)
+    flags = ["--http-address", "127.0.0.1:0", "--model", str(model), "--dtype", "float32"]
+    environment = {"XDG_CACHE_HOME": str(folder / "cache")}
+    with start_server(folder, *flags, environment=environment) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerUnderTest) -> Iterator[openai.OpenAI]:
+    url = f"http://{server.http_address}/v1"
+    with openai.OpenAI(base_url=url, api_key="none", max_retries=0, timeout=120) as connected:
+        yield connected
+
+
+@pytest.fixture(scope="module")
+def rpc(server: ServerUnderTest) -> Iterator[TurretClient]:
+    with TurretClient(server.address) as connected:
+        yield connected
+
+
+def test_parse_gives_pydantic_objects(client: openai.OpenAI) -> None:
+    kinds = set()
+    for seed in range(3):
+        answer = client.chat.completions.parse(
+            model="base", messages=ASK, response_format=Order, seed=seed, max_tokens=400
+        )
+        (choice,) = answer.choices
+        assert isinstance(choice.message.parsed, Order)
+        assert choice.finish_reason == "stop"
+        kinds.add(choice.message.content)
+    assert len(kinds) > 1
+
+
+def test_answers_are_streamed_and_several(client: openai.OpenAI) -> None:
+    with client.chat.completions.stream(
+        model="base", messages=ASK, response_format=Order, seed=1, max_tokens=400
+    ) as stream:
+        contents = [event.delta for event in stream if event.type == "content.delta"]
+        final = stream.get_final_completion().choices[0].message
+    assert len(contents) > 5
+    assert isinstance(final.parsed, Order)
+    several = client.completions.create(
+        model="base", prompt=["a", "b"], n=2, seed=3, logprobs=2, max_tokens=30, stop=["z"],
+        extra_body={"structured_outputs": {"regex": "[a-y]{4,8}z?[0-9]"}},
+    )  # fmt: skip
+    for choice in several.choices:
+        assert re.fullmatch("[a-y]{4,8}[0-9]?", choice.text), choice.text
+
+
+def test_every_kind_over_grpc(rpc: TurretClient) -> None:
+    schema = json.dumps(Order.model_json_schema())
+    options: Any = {"seed": 2, "max_tokens": 400, "min_tokens": 2, "ignore_eos": True}
+    Order.model_validate_json(rpc.chat(ASK, json_schema=schema, **options).text)
+    Order.model_validate_json(rpc.chat(ASK, json_schema=Order.model_json_schema(), **options).text)
+    assert rpc.generate("a", regex="[ab]{5}c", **options).text[5] == "c"
+    assert rpc.generate("a", grammar='start: "x"~3 | "yyyy"', **options).text in ("xxx", "yyyy")
+    assert rpc.generate("a", choice=["left", "right"], **options).text in ("left", "right")
+    empty = rpc.generate("a", json_object=True, logit_bias={92: 100.0}, **options).text
+    assert isinstance(json.loads(empty), dict)
+    free = rpc.generate("a", json_object=False, seed=2, max_tokens=4)
+    assert free.text == rpc.generate("a", seed=2, max_tokens=4).text
+
+
+def test_a_schema_that_cannot_be_met_is_refused_by_both_doors(
+    client: openai.OpenAI, rpc: TurretClient
+) -> None:
+    schema = {"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}}
+    with pytest.raises(InvalidArgumentError) as refused:
+        rpc.chat(ASK, json_schema=schema)
+    path = "json_schema.properties.tags.uniqueItems"
+    assert refused.value.violations[0].field == path
+    asked: Any = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(model="base", messages=ASK, response_format=asked)
+    assert (
+        bad.value.param == f"response_format.json_schema.schema{path.removeprefix('json_schema')}"
+    )
+    assert "is not supported" in bad.value.message
+    for constraint, param in (
+        ({"guided_json": schema}, f"guided_json{path.removeprefix('json_schema')}"),
+        ({"guided_regex": "(a"}, "guided_regex"),
+        ({"structured_outputs": {"grammar": "start: x"}}, "structured_outputs.grammar"),
+        ({"guided_choice": [""]}, "guided_choice"),
+    ):
+        with pytest.raises(openai.BadRequestError) as bad:
+            client.completions.create(model="base", prompt="a", extra_body=constraint)
+        assert bad.value.param == param
+
+
+async def test_hostile_grammars_beside_a_polite_client(server: ServerUnderTest) -> None:
+    chain = "".join(f"r{i}: r{i + 1}\n" for i in range(5000))
+    hostile: list[dict[str, Any]] = [
+        {"grammar": f'start: r0\n{chain}r5000: "z"'},
+        {"grammar": "start: " + "(" * 60_000},
+        {"regex": "((a{0,1000}){0,1000}){0,1000}"},
+        {"regex": "(.|\n)*a(.|\n){2000}"},
+        {"regex": "a" * (MAX_CONSTRAINT_CHARS + 1)},
+        {"json_schema": '{"items":' * 7000},
+        {"json_schema": {"enum": [f"v{i}" for i in range(5000)]}},
+        {"choice": ["x"] * 1025},
+    ]
+    async with AsyncTurretClient(server.address) as client:
+        polite = {"seed": 1, "max_tokens": 60, "ignore_eos": True}
+        alone = await client.generate("ab", **polite)
+        tasks = [
+            asyncio.ensure_future(client.generate("a", max_tokens=40, **one)) for one in hostile
+        ]
+        together = await client.generate("ab", **polite)
+        await asyncio.gather(*tasks, return_exceptions=True)
+        refused = [isinstance(task.exception(), InvalidArgumentError) for task in tasks]
+        assert refused == [False, True, False, False, True, True, False, True]
+        assert together.text == alone.text
+        assert (await client.generate("ab", **polite)).text == alone.text

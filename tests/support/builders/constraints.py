@@ -1,0 +1,45 @@
+"""Constraints over the tokens of the tiny models: a byte is a token."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import numpy as np
+from builders.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
+
+from turret.server.constraints.compiler import ConstraintCompiler
+from turret.server.constraints.constraint import Constraint
+from turret.server.constraints.matcher import Matcher
+from turret.server.constraints.spec import ConstraintSpec, Kind
+from turret.server.models.tokenizer import Tokenizer
+
+
+def make_tokenizer() -> Tokenizer:
+    return Tokenizer(tiny_tokenizer(), frozenset({EOS}), VOCAB_SIZE)
+
+
+def compiled(kind: Kind, *texts: str) -> Constraint:
+    """A constraint of the tiny models, compiled here and now; raises what that raises."""
+    return _compiler()._compile(ConstraintSpec(kind, texts))
+
+
+@functools.cache
+def _compiler() -> ConstraintCompiler:
+    return ConstraintCompiler(make_tokenizer())
+
+
+def tokens_of(matcher: Matcher) -> set[int]:
+    """The tokens that may come next."""
+    bits = np.unpackbits(matcher.mask().view(np.uint8), bitorder="little")
+    return set(bits.nonzero()[0].tolist())
+
+
+def is_followed(constraint: Constraint, token_ids: Iterable[int]) -> bool:
+    """Whether an answer may be these tokens, and then end."""
+    matcher = constraint.matcher()
+    for token in token_ids:
+        if token not in tokens_of(matcher):
+            return False
+        matcher.advance(token)
+    return EOS in tokens_of(matcher)
