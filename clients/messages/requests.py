@@ -9,8 +9,9 @@ from typing import Any, TypedDict
 from turret.clients.messages.mix import AdapterLike, to_mix
 from turret.v1 import inference_pb2
 
-# {"role": "user", "content": "hi"}, ("user", "hi"), or the message itself.
-MessageLike = Mapping[str, str] | tuple[str, str] | inference_pb2.ChatMessage
+# {"role": "user", "content": "hi"}, ("user", "hi"), or the message itself. A mapping may have
+# tool_calls and tool_call_id in OpenAI's form.
+MessageLike = Mapping[str, Any] | tuple[str, str] | inference_pb2.ChatMessage
 # Text, token ids, or the turns of a conversation.
 Prompt = str | Sequence[int] | Sequence[MessageLike]
 
@@ -50,6 +51,8 @@ class GenerateOptions(TypedDict, total=False):
     regex: str | None
     grammar: str | None
     choice: Sequence[str] | None
+    # Of a conversation: what the model may ask to have called, in OpenAI's form.
+    tools: Sequence[Mapping[str, Any]] | None
 
 
 _SAMPLING = (
@@ -64,6 +67,7 @@ _SAMPLING = (
 )
 _STOP = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
+_TURN_FIELDS = {"content", "tool_calls", "tool_call_id"}
 _RESPONSE = ("logprobs", "top_n", "echo", "token_ids")
 
 
@@ -91,6 +95,10 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
         values.setdefault("logprobs", True)
     fill(request.options, _RESPONSE, values)
     _set_constraint(request, values)
+    for tool in values.get("tools", ()):
+        if request.WhichOneof("input") != "chat":
+            raise TypeError("tools: only a conversation has tools")
+        request.chat.tools.append(_to_tool(tool))
     return request
 
 
@@ -171,11 +179,35 @@ def _to_message(message: object) -> inference_pb2.ChatMessage:
     match message:
         case inference_pb2.ChatMessage():
             return message
-        case {"role": str() as role, "content": str() as content, **rest} if not rest:
-            return inference_pb2.ChatMessage(role=role, content=content)
+        case {"role": str() as role, **rest} if rest.keys() <= _TURN_FIELDS:
+            return inference_pb2.ChatMessage(
+                role=role,
+                content=rest.get("content") or "",
+                tool_calls=[_to_call(call) for call in rest.get("tool_calls") or ()],
+                tool_call_id=rest.get("tool_call_id") or "",
+            )
         case (str() as role, str() as content):
             return inference_pb2.ChatMessage(role=role, content=content)
     raise TypeError(f"messages: a message is a role and a content, not {message!r}")
+
+
+def _to_call(call: object) -> inference_pb2.ToolCall:
+    match call:
+        case {"function": {"name": str() as name, "arguments": str() as arguments}, **rest}:
+            return inference_pb2.ToolCall(id=rest.get("id"), name=name, arguments=arguments)
+    raise TypeError(f"tool_calls: a call has a function with name and arguments, not {call!r}")
+
+
+def _to_tool(tool: object) -> inference_pb2.Tool:
+    match tool:
+        case {"function": {"name": str() as name, **function}}:
+            parameters = function.get("parameters")
+            return inference_pb2.Tool(
+                name=name,
+                description=function.get("description"),
+                parameters=json.dumps(parameters, ensure_ascii=False) if parameters else "",
+            )
+    raise TypeError(f"tools: a tool has a function with a name, not {tool!r}")
 
 
 def fill(message: Any, names: Iterable[str], values: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from turret.server.api.requests import (
 from turret.server.api.violations import Violations
 from turret.server.engine.scheduling.request import FinishReason, Output, Request
 from turret.server.errors import DeadlineExceededError
+from turret.server.models.chat_format import ChatFormat
 from turret.v1 import inference_pb2
 
 _T = TypeVar("_T")
@@ -45,6 +46,10 @@ class Inference:
 
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
+
+    def chat_format(self) -> ChatFormat:
+        """How answers to conversations are to be read."""
+        return self._gate.enter().tokenizer.chat_format
 
     async def generate(
         self, message: inference_pb2.GenerateRequest, call: Call, deadline: float | None

@@ -19,6 +19,8 @@ MAX_NAME_CHARS = 128
 # before the first, and no client of the field sends as many.
 MAX_CHAT_MESSAGES = 4096
 MAX_ROLE_CHARS = 64
+MAX_TOOLS = MAX_TOOL_CALLS = 128
+MAX_TOOL_NAME_CHARS = 64
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_REQUEST_ID_CHARS = 128
@@ -31,6 +33,7 @@ MAX_WORD_CHARS = 64
 MAX_UPLOAD_FILES = 2
 
 _REQUESTS, _ADAPTERS = "server/api/requests.py", "server/api/admin/adapters.py"
+_CHATS = "server/api/chats.py"
 _UPLOADS, _FUSE = "server/api/admin/uploads.py", "server/api/admin/fuse.py"
 
 
@@ -59,8 +62,8 @@ def _entries(field: str, number: int, checked_in: str = _REQUESTS) -> Limit:
     return Limit(field, f"{number} entries", number, checked_in)
 
 
-def _text(field: str) -> Limit:
-    return Limit(field, "the characters that the model's context can hold", None, _REQUESTS)
+def _text(field: str, checked_in: str = _REQUESTS) -> Limit:
+    return Limit(field, "the characters that the model's context can hold", None, checked_in)
 
 
 _NAMED = ("LoadAdapter", "ReplaceAdapter", "GetAdapter", "UnloadAdapter", "PinAdapter")
@@ -68,9 +71,18 @@ LIMITS = (
     _text("GenerateRequest.prompt"),
     _text("ScoreRequest.prompt"),
     _text("TokenizeRequest.prompt"),
-    _text("ChatMessage.content"),
-    _chars("ChatMessage.role", MAX_ROLE_CHARS, _REQUESTS),
-    _entries("Chat.messages", MAX_CHAT_MESSAGES),
+    _text("ChatMessage.content", _CHATS),
+    _chars("ChatMessage.role", MAX_ROLE_CHARS, _CHATS),
+    _entries("Chat.messages", MAX_CHAT_MESSAGES, _CHATS),
+    _entries("Chat.tools", MAX_TOOLS, _CHATS),
+    _entries("ChatMessage.tool_calls", MAX_TOOL_CALLS, _CHATS),
+    *(
+        _chars(field, MAX_TOOL_NAME_CHARS, _CHATS)
+        for field in ("ChatMessage.tool_call_id", "ToolCall.id", "ToolCall.name", "Tool.name")
+    ),
+    _text("ToolCall.arguments", _CHATS),
+    _text("Tool.description", _CHATS),
+    _chars("Tool.parameters", MAX_CONSTRAINT_CHARS, _CHATS),
     Limit("TokenIds.ids", f"the model's context; {MAX_TOKENIZED} in Tokenize", None, _REQUESTS),
     Limit("GenerateRequest.answer_so_far", "the model's context", None, _REQUESTS),
     _entries("SamplingParams.logit_bias", MAX_LOGIT_BIASES),

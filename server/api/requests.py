@@ -9,11 +9,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from turret.server.adapters.ref import AdapterRef
 from turret.server.api.call import is_request_id
+from turret.server.api.chats import chat_size, check_chat, check_length, encode_chat
 from turret.server.api.limits import (
-    MAX_CHAT_MESSAGES,
     MAX_LOGIT_BIASES,
     MAX_MIX_MEMBERS,
-    MAX_ROLE_CHARS,
     MAX_STOP_TOKEN_IDS,
     InputLimits,
 )
@@ -27,7 +26,7 @@ from turret.server.engine.scheduling.request import (
     SamplingParams,
     StopConditions,
 )
-from turret.server.errors import InvalidRequestError, PromptTooLongError
+from turret.server.errors import InvalidRequestError
 from turret.v1 import adapters_pb2, inference_pb2
 
 if TYPE_CHECKING:
@@ -36,8 +35,6 @@ if TYPE_CHECKING:
 
 # Text that takes longer than about a millisecond to tokenise leaves the event loop.
 _INLINE_CHARS = 4096
-# What a turn costs beside its characters, in characters.
-_TURN_CHARS = 32
 
 _SAMPLING_SCALARS = (
     "temperature",
@@ -169,7 +166,7 @@ def check_input(message: Any, limits: InputLimits, violations: Violations) -> No
     if which is None:
         violations.add("input", "set one of prompt, chat and token_ids")
     elif which == "chat":
-        _check_chat(message.chat.messages, limits, violations)
+        check_chat(message.chat, limits, violations)
     elif which == "token_ids":
         ids = message.token_ids.ids
         violations.check(len(ids) > 0, "token_ids.ids", "at least one")
@@ -177,33 +174,6 @@ def check_input(message: Any, limits: InputLimits, violations: Violations) -> No
         _check_ids(ids, limits.vocab_size, violations, "token_ids.ids")
     else:
         check_length(len(message.prompt), limits.max_chars, "characters")
-
-
-def _check_chat(turns: Sequence[Any], limits: InputLimits, violations: Violations) -> None:
-    violations.check(len(turns) > 0, "chat.messages", "at least one")
-    if not violations.check_count(len(turns), MAX_CHAT_MESSAGES, "chat.messages"):
-        return
-    for index, turn in enumerate(turns):
-        violations.check(
-            1 <= len(turn.role) <= MAX_ROLE_CHARS,
-            f"chat.messages[{index}].role",
-            "must be set" if not turn.role else f"at most {MAX_ROLE_CHARS} characters",
-        )
-    check_length(sum(len(turn.content) for turn in turns), limits.max_chars, "characters")
-
-
-def check_length(length: int, limit: int, unit: str) -> None:
-    """Refuse what is longer than the model can read.
-
-    Raises:
-        PromptTooLongError: It is.
-    """
-    if length > limit:
-        raise PromptTooLongError(
-            f"prompt of {length} {unit} exceeds the {limit} that there may be",
-            metadata={"length": str(length), "limit": str(limit), "unit": unit},
-            violations=[("input", f"at most {limit} {unit}")],
-        )
 
 
 def check_request_id(request_id: str, violations: Violations) -> None:
@@ -221,10 +191,8 @@ async def input_token_ids(message: Any, tokenizer: Tokenizer) -> list[int]:
     if which == "token_ids":
         return list(message.token_ids.ids)
     if which == "chat":
-        turns = [{"role": m.role, "content": m.content} for m in message.chat.messages]
-        size = sum(_TURN_CHARS + len(m.content) for m in message.chat.messages)
-        special = message.chat.special_tokens
-        encode, argument = functools.partial(tokenizer.encode_chat, special=special), turns
+        size = chat_size(message.chat)
+        encode, argument = functools.partial(encode_chat, tokenizer=tokenizer), message.chat
     else:
         size = len(message.prompt)
         encode, argument = tokenizer.encode, message.prompt

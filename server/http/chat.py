@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from turret.server.api.inference import Inference
@@ -18,14 +19,13 @@ from turret.server.http.answer_fields import (
 )
 from turret.server.http.choices import Choices
 from turret.server.http.exchange.endpoint import Exchange
-from turret.server.http.fields import Fields, why_no_text
+from turret.server.http.fields import Fields
 from turret.server.http.generation import Asked, numbered, read_asked
+from turret.server.http.messages import read_messages
+from turret.server.http.tool_fields import read_tools
+from turret.server.http.tools.reader import AnswerReader, message_of
 from turret.server.http.unsupported import refuse_unsupported
 from turret.v1 import inference_pb2
-
-# OpenAI's newer word for what templates call the system's turn.
-_ROLES = {"developer": "system"}
-_NO_ROLES = ("tool", "function")
 
 
 class ChatCompletions:
@@ -47,6 +47,7 @@ class ChatCompletions:
         _read_logprobs(fields, asked.message.options)
         prompt = inference_pb2.GenerateRequest(chat=read_messages(fields))
         exchange.names.update(asked.names)
+        make_reader = self._read_tools(fields, asked, prompt, exchange)
         violations.raise_if_any()
         del fields
         # Each answer counts its share of what was sent.
@@ -62,31 +63,62 @@ class ChatCompletions:
         answer_id = f"chatcmpl-{exchange.call.request_id}"
         if asked.is_stream:
             first = head(answer_id, "chat.completion.chunk", asked.model, info)
-            await _send_events(exchange, asked, choices, first)
+            await _send_events(exchange, asked, choices, first, make_reader)
             return
         answers = await choices.whole()
         body = head(answer_id, "chat.completion", asked.model, info)
-        body["choices"] = [
-            {
-                "index": index,
-                "message": {"role": "assistant", "content": answer.text, "refusal": None},
-                "logprobs": _logprobs(asked, answer),
-                "finish_reason": FINISH_REASONS[answer.finish_reason],
-                "stop_reason": stop_reason(answer),
-            }
-            for index, answer in enumerate(answers)
-        ]
+        body["choices"] = []
+        for index, answer in enumerate(answers):
+            reader = make_reader()
+            body["choices"].append(
+                {
+                    "index": index,
+                    "message": message_of(reader, answer.text),
+                    "logprobs": _logprobs(asked, answer),
+                    "finish_reason": _finish_reason(answer, reader),
+                    "stop_reason": stop_reason(answer),
+                }
+            )
         body["usage"] = usage_of(answers, asked.num_choices)
         body["adapters_used"] = adapters_of(answers)
         await exchange.reply.json(body)
 
+    def _read_tools(
+        self,
+        fields: Fields,
+        asked: Asked,
+        prompt: inference_pb2.GenerateRequest,
+        exchange: Exchange,
+    ) -> Callable[[], AnswerReader]:
+        """Take in what is said of tools; returns what reads each answer."""
+        use = read_tools(fields, prompt.chat)
+        chat_format = self._inference.chat_format()
+        form: str | None = chat_format.tools
+        if use.names and asked.message.WhichOneof("constraint") is not None:
+            fields.refuse("tools", "an answer has one constraint: send tool_choice none with it")
+        elif use.must_call and form is not None:
+            asked.message.grammar = use.grammar(form)
+            exchange.names["grammar"] = "tools"
+        is_free = asked.message.WhichOneof("constraint") is None
+        return lambda: AnswerReader(
+            form,
+            use.names,
+            is_parallel=use.is_parallel,
+            has_reasoning=is_free and chat_format.has_reasoning,
+            is_open=chat_format.opens_reasoning,
+        )
+
 
 async def _send_events(
-    exchange: Exchange, asked: Asked, choices: Choices, first: dict[str, Any]
+    exchange: Exchange,
+    asked: Asked,
+    choices: Choices,
+    first: dict[str, Any],
+    make_reader: Callable[[], AnswerReader],
 ) -> None:
     nothing = {"usage": None} if asked.includes_usage else {}
     ended: dict[int, Ended] = {}
-    begun: set[int] = set()
+    readers: dict[int, AnswerReader] = {}
 
     async def send(index: int, delta: dict[str, Any], logprobs: Any, **end: Any) -> None:
         choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
@@ -94,20 +126,30 @@ async def _send_events(
 
     async with contextlib.aclosing(choices.chunks()) as chunks:
         async for index, chunk in chunks:
-            if index not in begun:
-                begun.add(index)
+            if index not in readers:
+                readers[index] = make_reader()
                 await send(index, {"role": "assistant", "content": ""}, None)
-            if chunk.text or chunk.logprobs:
-                await send(index, {"content": chunk.text}, _logprobs(asked, chunk))
-            if chunk.finish_reason in FINISH_REASONS:
+            reader, is_last = readers[index], chunk.finish_reason in FINISH_REASONS
+            deltas = reader.feed(chunk.text) + (reader.finish() if is_last else [])
+            # Logprobs are told when their tokens are there, whatever becomes of the text.
+            logprobs = _logprobs(asked, chunk) if chunk.logprobs else None
+            for delta in deltas or ([{"content": ""}] if logprobs else []):
+                await send(index, delta, logprobs)
+                logprobs = None
+            if is_last:
                 ended[index] = chunk
-                reason = FINISH_REASONS[chunk.finish_reason]
+                reason = _finish_reason(chunk, reader)
                 await send(index, {}, None, finish_reason=reason, stop_reason=stop_reason(chunk))
     if asked.includes_usage:
         answers = [ended[index] for index in sorted(ended)]
         end = {"usage": usage_of(answers, asked.num_choices), "adapters_used": adapters_of(answers)}
         await exchange.reply.event({**first, "choices": [], **end})
     await exchange.reply.end_events()
+
+
+def _finish_reason(answer: Ended, reader: AnswerReader) -> str:
+    reason = FINISH_REASONS[answer.finish_reason]
+    return "tool_calls" if reason == "stop" and reader.num_calls else reason
 
 
 def _logprobs(asked: Asked, answer: Ended) -> dict[str, Any] | None:
@@ -120,45 +162,3 @@ def _read_logprobs(fields: Fields, options: inference_pb2.ResponseOptions) -> No
     if top and not options.logprobs:
         fields.refuse("top_logprobs", "needs logprobs")
     options.top_n = top or 0
-
-
-def read_messages(fields: Fields) -> inference_pb2.Chat:
-    """The conversation; what is wrong with it is noted."""
-    chat = inference_pb2.Chat()
-    turns = fields.array("messages")
-    if turns is None and fields.get("messages") is None:
-        fields.refuse("messages", "must be set")
-    for index, turn in enumerate(turns or []):
-        path = f"messages[{index}]"
-        if not isinstance(turn, dict):
-            fields.refuse(path, "must be an object with role and content")
-            continue
-        entry = Fields(turn, fields.violations, f"{path}.")
-        role = entry.text("role")
-        if entry.get("role") is None:
-            entry.refuse("role", "must be set")
-        if role in _NO_ROLES or entry.get("tool_calls") or entry.get("function_call"):
-            entry.refuse("role", "tools are not supported")
-        chat.messages.add(role=_ROLES.get(role or "", role or ""), content=_content(entry))
-    return chat
-
-
-def _content(entry: Fields) -> str:
-    """A turn's text: a string, or parts of type ``text``."""
-    content = entry.get("content")
-    if content is None:
-        return ""
-    if not isinstance(content, list):
-        return entry.text("content") or ""
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text":
-            entry.refuse(f"content[{index}]", "must be of type text: the model reads nothing else")
-            return ""
-        why = why_no_text(part.get("text"))
-        if why is not None:
-            entry.refuse(f"content[{index}].text", why)
-            return ""
-        texts.append(part["text"])
-    return "".join(texts)

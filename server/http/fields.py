@@ -100,6 +100,10 @@ class Fields:
         """The fields of an object in a field; of an empty one if there is none."""
         return Fields(self.object(name) or {}, self.violations, f"{self._path}{name}.")
 
+    def nested(self, path: str, value: Mapping[str, Any]) -> Fields:
+        """The fields of an object that lies at ``path`` within this one."""
+        return Fields(value, self.violations, f"{self._path}{path}.")
+
 
 def why_no_text(value: Any) -> str | None:
     """What keeps a value from being text, or None.

@@ -32,6 +32,7 @@ CHAT_NAMES = {
     "input": "messages",
     "chat": "messages",
     "chat.messages": "messages",
+    "chat.tools": "tools",
     "options.top_n": "top_logprobs",
 }
 COMPLETION_NAMES = {

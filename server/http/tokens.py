@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from turret.server.api.inference import Inference
 from turret.server.api.violations import Violations
-from turret.server.http.chat import read_messages
 from turret.server.http.exchange.endpoint import Exchange
 from turret.server.http.fields import Fields, is_token_id
+from turret.server.http.messages import read_messages
+from turret.server.http.tool_fields import read_tools
 from turret.server.http.unsupported import refuse_unsupported
 from turret.v1 import inference_pb2
 
-NAMES = {"input": "prompt", "token_ids.ids": "tokens", "chat": "messages"}
+NAMES = {
+    "input": "prompt",
+    "token_ids.ids": "tokens",
+    "chat": "messages",
+    "chat.messages": "messages",
+    "chat.tools": "tools",
+}
 
 
 class Tokens:
@@ -33,6 +40,7 @@ class Tokens:
         message = inference_pb2.TokenizeRequest()
         if is_chat:
             message.chat.CopyFrom(read_messages(fields))
+            read_tools(fields, message.chat)
             if fields.get("prompt") is not None:
                 fields.refuse("prompt", "send either prompt or messages")
         else:

@@ -10,7 +10,7 @@ from typing import Any
 
 from turret.server.http.fields import Fields
 
-_NO_TOOLS = "tools are not supported"
+_OLD_TOOLS = "send tools and tool_choice"
 _NO_TEMPLATE = "the chat template is the model's own"
 _OFF = "is not supported"
 
@@ -32,10 +32,8 @@ _EVERYWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "lora_path": ((), "name the adapter in model"),
 }
 _CHAT: dict[str, tuple[tuple[Any, ...], str]] = {
-    "tools": (([],), _NO_TOOLS),
-    "tool_choice": (("none", "auto"), _NO_TOOLS),
-    "functions": (([],), _NO_TOOLS),
-    "function_call": (("none", "auto"), _NO_TOOLS),
+    "functions": (([],), _OLD_TOOLS),
+    "function_call": (("none", "auto"), _OLD_TOOLS),
     "modalities": ((["text"],), "answers are text"),
     "audio": ((), "answers are text"),
     "prediction": ((), _OFF),
@@ -50,6 +48,7 @@ _CHAT: dict[str, tuple[tuple[Any, ...], str]] = {
     "documents": (([],), _NO_TEMPLATE),
 }
 _COMPLETIONS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "tools": (([],), "is for /v1/chat/completions"),
     "suffix": (("",), _OFF),
     "prompt_embeds": ((), _OFF),
     "add_special_tokens": ((True,), "send token ids to have none added"),

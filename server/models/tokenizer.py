@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
 from turret.server.errors import InvalidRequestError
+from turret.server.models.chat_format import NO_TOOLS, ChatFormat
 
 
 class Tokenizer:
@@ -21,6 +22,7 @@ class Tokenizer:
             that the model has no row for.
         longest_token: Characters of the longest one; a text is no fewer tokens than its length by
             this.
+        chat_format: What the chat template knows beside turns.
     """
 
     def __init__(self, inner: Any, eos_token_ids: frozenset[int], model_vocab_size: int) -> None:
@@ -33,6 +35,7 @@ class Tokenizer:
         ends = eos_token_ids | (frozenset() if own is None else {own})
         self.eos_token_ids = frozenset(token for token in ends if token < model_vocab_size)
         self._special = frozenset(inner.all_special_ids)
+        self.chat_format = ChatFormat.of(getattr(inner, "chat_template", None))
         # Special tokens' texts, and what they are as ordinary text.
         self._as_text = _special_as_text(backend)
         longest_first = sorted(self._as_text, key=len, reverse=True)
@@ -74,38 +77,51 @@ class Tokenizer:
         return self._inner(text)["input_ids"]
 
     def encode_chat(
-        self, messages: Sequence[dict[str, str]], *, special: bool = False
+        self,
+        messages: Sequence[dict[str, Any]],
+        tools: Sequence[dict[str, Any]] = (),
+        *,
+        special: bool = False,
     ) -> list[int]:
         """Apply the chat template and open the assistant's turn.
 
-        Special tokens come from the template alone: in roles and contents their texts are text, as
-        with ``split_special_tokens`` in transformers, unless ``special``. So nobody whose words
-        are put into a turn can end it and begin another.
+        Special tokens come from the template alone: in roles, contents and tools their texts are
+        text, as with ``split_special_tokens`` in transformers, unless ``special``. So nobody whose
+        words are put into a turn can end it and begin another.
 
         Raises:
-            InvalidRequestError: No chat template, or the template refuses the messages.
+            InvalidRequestError: No chat template, one that knows no tools though there are some, or
+                the template refuses the messages.
         """
         if not getattr(self._inner, "chat_template", None):
             raise InvalidRequestError.of("chat", "this model has no chat template; send a prompt")
+        if self.chat_format.tools is None:
+            if tools:
+                raise InvalidRequestError.of("chat.tools", NO_TOOLS)
+            if any("tool_calls" in m or m["role"] == "tool" for m in messages):
+                raise InvalidRequestError.of("chat.messages", NO_TOOLS)
         held: list[str] = []
         # Letters and digits: whatever a template does to a text leaves them as they are.
         mark = f"turret{uuid.uuid4().hex}x"
-        if not special:
 
-            def hold(found: re.Match[str]) -> str:
-                held.append(found[0])
-                return f"{mark}{len(held) - 1}x"
+        def hold(found: re.Match[str]) -> str:
+            held.append(found[0])
+            return f"{mark}{len(held) - 1}x"
 
-            messages = [
-                {key: self._any_special.sub(hold, text) for key, text in message.items()}
-                for message in messages
-            ]
+        def without(value: Any) -> Any:
+            return _each_text(value, lambda text: self._any_special.sub(hold, text))
+
         try:
+            if not special:
+                messages, tools = without(list(messages)), without(list(tools))
             text = self._inner.apply_chat_template(
-                list(messages), add_generation_prompt=True, tokenize=False
+                list(messages),
+                tools=list(tools) or None,
+                add_generation_prompt=True,
+                tokenize=False,
             )
         except Exception as error:
-            # jinja raises many kinds; all of them are about the messages the client sent.
+            # jinja raises many kinds, and nesting has an end; all are about what the client sent.
             raise InvalidRequestError.of("chat.messages", f"chat template: {error}") from error
         if not held:
             return self._inner(text, add_special_tokens=False)["input_ids"]
@@ -129,6 +145,17 @@ class Tokenizer:
     def stream(self) -> TokenStream:
         """An incremental decoder for one sequence."""
         return TokenStream(self._backend)
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """A value as of JSON with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [_each_text(one, change) for one in value]
+    if isinstance(value, dict):
+        return {change(key): _each_text(one, change) for key, one in value.items()}
+    return value
 
 
 def _special_as_text(backend: Any) -> dict[str, list[int]]:

@@ -61,6 +61,30 @@ def test_zero_is_sent_and_unset_is_not(client: TurretClient, server: FakeTurret)
     assert not request.adapters[0].HasField("generation")
 
 
+def test_tools_and_calls_reach_their_fields(client: TurretClient, server: FakeTurret):
+    function = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+    turns = [
+        ("user", "hi"),
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "r", "tool_call_id": "1"},
+    ]
+    client.chat(turns, tools=[{"type": "function", "function": function}])
+    chat = server.inference.requests[-1].chat
+    (tool,) = chat.tools
+    assert (tool.name, tool.description, tool.parameters) == ("f", "d", '{"type": "object"}')
+    (made,) = chat.messages[1].tool_calls
+    assert (made.id, made.name, made.arguments) == ("1", "f", "{}")
+    assert (chat.messages[2].role, chat.messages[2].tool_call_id) == ("tool", "1")
+    for wrong in ({"tools": ["f"]}, {"tools": [{"function": {}}]}):
+        with pytest.raises(TypeError, match="tools"):
+            client.chat("hi", **wrong)
+    with pytest.raises(TypeError, match="only a conversation"):
+        client.generate("hi", tools=[{"function": {"name": "f"}}])
+    with pytest.raises(TypeError, match="tool_calls"):
+        client.chat([{"role": "assistant", "tool_calls": [{}]}])
+
+
 def test_every_option_reaches_its_field(client: TurretClient, server: FakeTurret):
     client.generate(
         [3, 4],

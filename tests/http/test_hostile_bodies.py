@@ -30,6 +30,8 @@ FIELDS = (
     *("max_tokens", "max_completion_tokens", "min_tokens", "stop", "stop_token_ids"),
     *("ignore_eos", "include_stop_str_in_output", "logprobs", "top_logprobs", "echo"),
     *("lora_name", "lora_path", "load_inplace", "pinned", "return_token_strs"),
+    *("response_format", "structured_outputs", "guided_json", "guided_choice", "regex"),
+    *("tools", "tool_choice", "parallel_tool_calls"),
     *refused_fields(),
 )
 SCALARS: tuple[Any, ...] = (
@@ -37,7 +39,20 @@ SCALARS: tuple[Any, ...] = (
     *(0.0, -0.0, 0.5, 1.0, 1.5, -1e308, 1e308, 5e-324),
     *("", "a", "base", "sql", "sql+json*-0.5", "\ud800", "\x00", "é" * 300, "x" * 5000, "../a"),
 )
-_KEYS = (*("role", "content", "type", "text", "name", "weight", "generation"), "1", "-1", "a")
+_KEYS = (
+    *("role", "content", "type", "text", "name", "weight", "generation"),
+    *(
+        "json",
+        "choice",
+        "schema",
+        "json_schema",
+        "function",
+        "parameters",
+        "tool_calls",
+        "arguments",
+    ),
+    *("1", "-1", "a"),
+)
 
 
 def any_value(source: random.Random, depth: int = 0) -> Any:
@@ -46,6 +61,9 @@ def any_value(source: random.Random, depth: int = 0) -> Any:
         return source.choice(SCALARS)
     if kind < 0.8:
         return [any_value(source, depth + 1) for _ in range(source.randint(0, 3))]
+    if kind < 0.85:
+        function = {source.choice(_KEYS): any_value(source, depth + 1), "name": "f"}
+        return [{"type": "function", "id": any_value(source, depth + 1), "function": function}]
     if kind < 0.9:
         roles = ("user", "system", "tool", "developer", "")
         return [{"role": source.choice(roles), "content": any_value(source, depth + 1)}]

@@ -25,6 +25,7 @@ from turret.server.constraints.spec import MAX_CONSTRAINT_CHARS
 
 ASK: Any = [{"role": "user", "content": "hi"}]
 TEMPLATE = (
+    "{% for t in tools or [] %}{{ t | tojson }} <tool_call>\n{% endfor %}"
     "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
@@ -163,3 +164,44 @@ async def test_hostile_grammars_beside_a_polite_client(server: ServerUnderTest) 
         assert refused == [False, True, False, False, True, True, False, True]
         assert together.text == alone.text
         assert (await client.generate("ab", **polite)).text == alone.text
+
+
+def test_forced_calls_are_streamed_and_answered(client: openai.OpenAI) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"enum": [1, 2]}},
+        "required": ["city", "days"],
+        "additionalProperties": False,
+    }
+    tool: Any = {"type": "function", "function": {"name": "weather", "parameters": parameters}}
+    asked: Any = {"model": "base", "tools": [tool], "seed": 4, "max_tokens": 150}
+    asked["parallel_tool_calls"] = False
+    choice: Any = {"type": "function", "function": {"name": "weather"}}
+    whole = client.chat.completions.create(messages=ASK, tool_choice=choice, **asked).choices[0]
+    assert whole.finish_reason == "tool_calls"
+    assert whole.message.tool_calls is not None
+    (call,) = whole.message.tool_calls
+    assert call.type == "function"
+    arguments = json.loads(call.function.arguments)
+    assert arguments["city"] in ("Oslo", "Rome")
+    assert arguments["days"] in (1, 2)
+    with client.chat.completions.stream(messages=ASK, tool_choice="required", **asked) as stream:
+        deltas = [e for e in stream if e.type == "tool_calls.function.arguments.delta"]
+        final = stream.get_final_completion().choices[0]
+    assert len(deltas) > 5
+    assert final.message.tool_calls is not None
+    assert final.message.tool_calls[0].function.arguments == call.function.arguments
+    assert final.finish_reason == "tool_calls"
+    turns: Any = [
+        *ASK,
+        whole.message.to_dict(),
+        {"role": "tool", "tool_call_id": call.id, "content": "sunny"},
+    ]
+    end = client.chat.completions.create(messages=turns, tool_choice="none", **asked).choices[0]
+    assert end.message.tool_calls is None
+    broken = {"name": "weather", "parameters": {**parameters, "not": {}}}
+    asked["tools"] = [{"type": "function", "function": broken}]
+    with pytest.raises(openai.BadRequestError) as bad:
+        client.chat.completions.create(messages=ASK, tool_choice="required", **asked)
+    assert bad.value.param == "tools"
+    assert "not" in bad.value.message

@@ -104,8 +104,9 @@ BELOW = {
     "server.http.console": {
         *("server.http.exchange", "server.api", "server.api.admin", "leaf", "v1"),
     },
+    "server.http.tools": set(),
     "server.http": {
-        *("server.http.console", "server.http.exchange"),
+        *("server.http.console", "server.http.exchange", "server.http.tools"),
         *("server.api", "server.api.admin", "leaf", "v1"),
     },
 }

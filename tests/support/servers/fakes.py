@@ -30,6 +30,7 @@ from turret.server.errors import (
     AdapterNotFoundError,
     NotMergedError,
 )
+from turret.server.models.chat_format import ChatFormat
 from turret.server.models.model_info import ModelInfo
 
 VOCAB_SIZE = 256
@@ -54,8 +55,10 @@ class FakeTokenizer:
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
 
+    chat_format = ChatFormat()
+
     def encode_chat(
-        self, messages: Sequence[dict[str, str]], *, special: bool = False
+        self, messages: Sequence[dict[str, Any]], tools: Any = (), *, special: bool = False
     ) -> list[int]:
         return self.encode("".join(f"{m['role']}:{m['content']};" for m in messages))
 

@@ -1,0 +1,139 @@
+"""Conversations, proto to what the chat template takes: turns, tools and calls of them."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from turret.server.api.limits import (
+    MAX_CHAT_MESSAGES,
+    MAX_ROLE_CHARS,
+    MAX_TOOL_CALLS,
+    MAX_TOOL_NAME_CHARS,
+    MAX_TOOLS,
+    InputLimits,
+)
+from turret.server.api.violations import Violations
+from turret.server.constraints.spec import MAX_CONSTRAINT_CHARS
+from turret.server.errors import PromptTooLongError
+from turret.v1 import inference_pb2
+
+if TYPE_CHECKING:
+    from turret.server.models.tokenizer import Tokenizer
+
+TOOL_NAME = re.compile(rf"[A-Za-z0-9_.-]{{1,{MAX_TOOL_NAME_CHARS}}}")
+# What a turn costs beside its characters, in characters.
+_TURN_CHARS = 32
+
+
+def check_chat(chat: inference_pb2.Chat, limits: InputLimits, violations: Violations) -> None:
+    """Check a conversation as far as it can be unread.
+
+    Raises:
+        PromptTooLongError: It cannot be as few tokens as the limit, whatever they are.
+    """
+    turns = chat.messages
+    violations.check(len(turns) > 0, "chat.messages", "at least one")
+    if not violations.check_count(len(turns), MAX_CHAT_MESSAGES, "chat.messages"):
+        return
+    # Before anything in it is read.
+    check_length(_num_chars(chat), limits.max_chars, "characters")
+    for index, turn in enumerate(turns):
+        path = f"chat.messages[{index}]"
+        violations.check(
+            1 <= len(turn.role) <= MAX_ROLE_CHARS,
+            f"{path}.role",
+            "must be set" if not turn.role else f"at most {MAX_ROLE_CHARS} characters",
+        )
+        violations.check_chars(turn.tool_call_id, MAX_TOOL_NAME_CHARS, f"{path}.tool_call_id")
+        if violations.check_count(len(turn.tool_calls), MAX_TOOL_CALLS, f"{path}.tool_calls"):
+            for number, call in enumerate(turn.tool_calls):
+                _check_call(call, violations, f"{path}.tool_calls[{number}]")
+    if violations.check_count(len(chat.tools), MAX_TOOLS, "chat.tools"):
+        for index, tool in enumerate(chat.tools):
+            _check_tool(tool, violations, f"chat.tools[{index}]")
+        names = [tool.name for tool in chat.tools]
+        violations.check(len(set(names)) == len(names), "chat.tools", "names must differ")
+
+
+def _check_call(call: inference_pb2.ToolCall, violations: Violations, path: str) -> None:
+    violations.check_chars(call.id, MAX_TOOL_NAME_CHARS, f"{path}.id")
+    is_name = TOOL_NAME.fullmatch(call.name) is not None
+    violations.check(is_name, f"{path}.name", f"must match {TOOL_NAME.pattern}")
+    _check_object(call.arguments, violations, f"{path}.arguments")
+
+
+def _check_tool(tool: inference_pb2.Tool, violations: Violations, path: str) -> None:
+    is_name = TOOL_NAME.fullmatch(tool.name) is not None
+    violations.check(is_name, f"{path}.name", f"must match {TOOL_NAME.pattern}")
+    violations.check_chars(tool.parameters, MAX_CONSTRAINT_CHARS, f"{path}.parameters")
+    _check_object(tool.parameters, violations, f"{path}.parameters")
+
+
+def _check_object(text: str, violations: Violations, path: str) -> None:
+    try:
+        is_object = text == "" or isinstance(json.loads(text), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    violations.check(is_object, path, "must be a JSON object")
+
+
+def _num_chars(chat: inference_pb2.Chat) -> int:
+    said = sum(len(turn.content) for turn in chat.messages)
+    called = sum(len(call.arguments) for turn in chat.messages for call in turn.tool_calls)
+    told = sum(len(tool.description) + len(tool.parameters) for tool in chat.tools)
+    return said + called + told
+
+
+def chat_size(chat: inference_pb2.Chat) -> int:
+    """About how many characters the template makes of a conversation."""
+    return _num_chars(chat) + _TURN_CHARS * (len(chat.messages) + len(chat.tools))
+
+
+def check_length(length: int, limit: int, unit: str) -> None:
+    """Refuse what is longer than the model can read.
+
+    Raises:
+        PromptTooLongError: It is.
+    """
+    if length > limit:
+        raise PromptTooLongError(
+            f"prompt of {length} {unit} exceeds the {limit} that there may be",
+            metadata={"length": str(length), "limit": str(limit), "unit": unit},
+            violations=[("input", f"at most {limit} {unit}")],
+        )
+
+
+def encode_chat(chat: inference_pb2.Chat, *, tokenizer: Tokenizer) -> list[int]:
+    """The tokens of a checked conversation; errors are those of ``Tokenizer.encode_chat``."""
+    turns = [_turn(message) for message in chat.messages]
+    tools = [_tool(tool) for tool in chat.tools]
+    return tokenizer.encode_chat(turns, tools, special=chat.special_tokens)
+
+
+def _turn(message: inference_pb2.ChatMessage) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": message.role, "content": message.content}
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            {
+                "id": call.id,
+                "type": "function",
+                "function": {"name": call.name, "arguments": _object(call.arguments)},
+            }
+            for call in message.tool_calls
+        ]
+    if message.tool_call_id:
+        turn["tool_call_id"] = message.tool_call_id
+    return turn
+
+
+def _tool(tool: inference_pb2.Tool) -> dict[str, Any]:
+    """A tool in the form that templates are written for, which is OpenAI's."""
+    parameters = _object(tool.parameters) or {"type": "object", "properties": {}}
+    function = {"name": tool.name, "description": tool.description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+def _object(text: str) -> dict[str, Any]:
+    return json.loads(text) if text else {}

@@ -1,0 +1,169 @@
+"""Takes calls of tools from a growing answer, in each of the forms that models write them in."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from turret.server.http.tools.call_reader import CallReader
+from turret.server.http.tools.pieces import Piece, Said, possible_start
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a model writes calls.
+
+    Attributes:
+        begin: Before the first call of an answer, or each one.
+        end: After it.
+        separators: What else may stand between two calls.
+        is_bare: Calls may come without ``begin`` where the answer begins with them: it is a special
+            token, whose text an answer does not show.
+        is_list: Calls are entries of a JSON list.
+        parameters: What the field with the arguments is called.
+    """
+
+    begin: str
+    end: str
+    separators: str
+    is_bare: bool
+    is_list: bool
+    parameters: str = "arguments"
+
+
+FORMS = {
+    "hermes": Form("<tool_call>", "</tool_call>", "", is_bare=False, is_list=False),
+    "llama3": Form("<|python_tag|>", "", ";", is_bare=True, is_list=False, parameters="parameters"),
+    "mistral": Form("[TOOL_CALLS]", "", ",", is_bare=True, is_list=True),
+}
+
+
+class Calls:
+    """Splits a growing text into what is said and calls of tools.
+
+    What looks like a call and is none, or calls a tool that there is not, is something said.
+
+    Args:
+        form: How the model writes calls: a key of ``FORMS``.
+        names: Of the tools there are.
+    """
+
+    def __init__(self, form: str, names: Collection[str]) -> None:
+        self._form = FORMS[form]
+        self._names = names
+        self._held = ""
+        # Of what was taken as the beginning of a call, should it be none.
+        self._skipped = ""
+        self._reader: CallReader | None = None
+        # begin: of the answer; text; call: where one may begin; after: behind one.
+        self._state = "begin" if self._form.is_bare else "text"
+        self.count = 0
+
+    def feed(self, text: str) -> list[Piece]:
+        """What becomes certain with more text."""
+        self._held += text
+        pieces: list[Piece] = []
+        while True:
+            before = self._state, len(self._held), self._reader
+            pieces += getattr(self, f"_in_{self._state}")()
+            if before == (self._state, len(self._held), self._reader):
+                return pieces
+
+    def finish(self) -> list[Piece]:
+        """What is left when the answer has ended."""
+        held = self._skipped
+        if self._reader is not None and not self._reader.is_begun:
+            held += self._reader.held
+        if self._reader is None:
+            held += "" if self._state == "after" and not self._held.strip() else self._held
+        self._held = self._skipped = ""
+        return [Said(held)] if held else []
+
+    def _in_begin(self) -> list[Piece]:
+        begun = self._held.lstrip()
+        opening = "[" if self._form.is_list else "{"
+        if begun.startswith(self._form.begin):
+            self._to_call(len(self._held) - len(begun) + len(self._form.begin))
+        elif begun.startswith(opening) and not self._form.begin.startswith(begun):
+            self._to_call(len(self._held) - len(begun))
+        elif begun and not self._form.begin.startswith(begun):
+            self._state = "text"
+        return []
+
+    def _in_text(self) -> list[Piece]:
+        said, found, _ = self._held.partition(self._form.begin)
+        if found:
+            self._held = self._held[len(said) :]
+            self._to_call(len(found))
+        else:
+            size = len(said) - possible_start(said, self._form.begin)
+            said, self._held = said[:size], said[size:]
+        return [Said(said)] if said else []
+
+    def _to_call(self, size: int) -> None:
+        self._skipped, self._held = self._skipped + self._held[:size], self._held[size:]
+        self._state = "call"
+
+    def _in_call(self) -> list[Piece]:
+        if self._reader is None:
+            rest = self._held.lstrip()
+            if self._form.is_list and not self.count and "[" not in self._after_mark():
+                if rest.startswith("["):
+                    self._to_call(len(self._held) - len(rest) + 1)
+                elif rest:
+                    return self._take_back("")
+                return []
+            if not rest:
+                return []
+            if not rest.startswith("{"):
+                return self._take_back("")
+            self._skipped += self._held[: len(self._held) - len(rest)]
+            self._held = rest
+            self._reader = CallReader(self.count, self._names)
+        held, self._held = self._held, ""
+        pieces = self._reader.feed(held)
+        if self._reader.is_begun:
+            self._skipped = ""
+        if self._reader.is_none:
+            held = self._reader.held
+            self._reader = None
+            return self._take_back(held)
+        if self._reader.is_done:
+            self._held, self._reader = self._reader.held, None
+            self.count += 1
+            self._state = "after"
+        return pieces
+
+    def _after_mark(self) -> str:
+        return self._skipped.rpartition(self._form.begin)[2]
+
+    def _take_back(self, read: str) -> list[Piece]:
+        """What was taken for a call is none: it was said."""
+        said, self._skipped = self._skipped + read, ""
+        self._state = "text"
+        return [Said(said)] if said else []
+
+    def _in_after(self) -> list[Piece]:
+        form, rest = self._form, self._held.lstrip()
+        if form.end:
+            if rest.startswith(form.end):
+                self._held, self._state = rest.removeprefix(form.end).lstrip(), "between"
+            elif rest and not form.end.startswith(rest):
+                self._state = "text"
+            return []
+        if rest and rest[0] in form.separators:
+            self._held, self._state = rest[1:], "call"
+        elif rest.startswith("{") and not form.is_list:
+            self._held, self._state = rest, "call"
+        elif rest.startswith("]") and form.is_list:
+            self._held, self._state = rest[1:], "between"
+        elif rest:
+            self._state = "text"
+        return []
+
+    def _in_between(self) -> list[Piece]:
+        """Blanks between calls are nothing that was said."""
+        self._held = self._held.lstrip()
+        if self._held:
+            self._state = "text"
+        return []

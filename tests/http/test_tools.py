@@ -1,0 +1,342 @@
+"""Tool calls and reasoning: what the template and the engine get, how answers are taken apart."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import pytest
+from builders.constraints import compiled, make_tokenizer
+from builders.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
+from servers.fakes import FakeTokenizer, finish
+from servers.http_harness import HttpHarness, http_harness
+
+from turret.server.engine.scheduling.request import Output, Request
+from turret.server.errors import InvalidRequestError
+from turret.server.http.tool_fields import ToolUse
+from turret.server.http.tools.reader import AnswerReader, message_of
+from turret.server.models.chat_format import ChatFormat
+from turret.server.models.tokenizer import Tokenizer
+
+CHAT = "/v1/chat/completions"
+TURNS: list[dict[str, Any]] = [{"role": "user", "content": "hi"}]
+PARAMETERS = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+CLOCK = {"type": "function", "function": {"name": "clock", "description": "tells the time"}}
+NAMES = ("weather", "clock")
+# Form, answer, what is said, calls.
+ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
+    ("hermes", "hi", "hi", []),
+    (
+        "hermes",
+        'Sure.\n<tool_call>\n{"name": "weather", "arguments": {"city": "}<\\""}}\n</tool_call>\n'
+        '<tool_call>\n{"arguments": {"b": [1]}, "name": "clock"}\n</tool_call>',
+        "Sure.\n",
+        [("weather", '{"city": "}<\\""}'), ("clock", '{"b": [1]}')],
+    ),
+    (
+        "hermes",
+        '<tool_call>{"name":"clock","arguments":{}}</tool_call> bye',
+        "bye",
+        [("clock", "{}")],
+    ),
+    ("hermes", "<tool_call>oops</tool_call>", "<tool_call>oops</tool_call>", []),
+    (
+        "hermes",
+        '<tool_call>{"name": "rm", "arguments": {}}',
+        '<tool_call>{"name": "rm", "arguments": {}}',
+        [],
+    ),
+    ("hermes", "a <tool b", "a <tool b", []),
+    ("hermes", '<tool_call>\n{"name": "clock", "arguments": {"a": "x', "", [("clock", '{"a": "x')]),
+    ("hermes", '<tool_call>\n{"name": "clo', '<tool_call>\n{"name": "clo', []),
+    ("llama3", "hi { there", "hi { there", []),
+    ("llama3", '{"name": "clock", "parameters": {"a": 1}}', "", [("clock", '{"a": 1}')]),
+    (
+        "llama3",
+        '<|python_tag|>{"name": "clock", "parameters": {}}; {"name": "weather", "parameters": {}}',
+        "",
+        [("clock", "{}"), ("weather", "{}")],
+    ),
+    (
+        "llama3",
+        ' {"type": "function", "name": "clock", "parameters": {"x": 1}}',
+        "",
+        [("clock", '{"x": 1}')],
+    ),
+    ("llama3", '{"a": 3} is JSON', '{"a": 3} is JSON', []),
+    (
+        "mistral",
+        '[TOOL_CALLS] [{"name": "clock", "arguments": {"a": 1}},'
+        ' {"name": "weather", "arguments": {}}]',
+        "",
+        [("clock", '{"a": 1}'), ("weather", "{}")],
+    ),
+    ("mistral", '[{"name": "clock", "arguments": {}}]', "", [("clock", "{}")]),
+    ("mistral", "[1, 2]", "[1, 2]", []),
+    ("mistral", "well [TO", "well [TO", []),
+    ("mistral", "[TOOL_CALLS] nothing", "[TOOL_CALLS] nothing", []),
+]
+
+
+def put_together(reader: AnswerReader, parts: list[str]) -> tuple[str, str, list[tuple[str, str]]]:
+    """What is thought, said and called, from deltas as a client would join them."""
+    thought, said, calls = "", "", []
+    for delta in [*(d for part in parts for d in reader.feed(part)), *reader.finish()]:
+        thought += delta.get("reasoning_content", "")
+        said += delta.get("content", "")
+        for part in delta.get("tool_calls", ()):
+            if "id" in part:
+                assert part["index"] == len(calls)
+                calls.append((part["function"]["name"], ""))
+            name, arguments = calls[part["index"]]
+            calls[part["index"]] = name, arguments + part["function"]["arguments"]
+    return thought, said, calls
+
+
+def cut(text: str, rng: random.Random) -> list[str]:
+    places = sorted(rng.choices(range(len(text) + 1), k=6))
+    return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
+
+
+@pytest.mark.parametrize(("form", "text", "said", "calls"), ANSWERS)
+def test_calls_are_found_however_the_text_is_cut(
+    form: str, text: str, said: str, calls: list[tuple[str, str]]
+) -> None:
+    rng = random.Random(0)
+    for parts in ([text], list(text), *(cut(text, rng) for _ in range(30))):
+        assert put_together(AnswerReader(form, NAMES), parts) == ("", said, calls), parts
+    message = message_of(AnswerReader(form, NAMES), text)
+    assert message["content"] == (said or None if calls else said)
+    assert [c["function"]["name"] for c in message.get("tool_calls", [])] == [n for n, _ in calls]
+    first = message_of(AnswerReader(form, NAMES, is_parallel=False), text)
+    assert len(first.get("tool_calls", [])) == min(len(calls), 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open", "thought", "said"),
+    [
+        ("<think>\nab\n</think>\n\nhi", False, "\nab\n", "hi"),
+        ("hi <think>x</think>", False, "", "hi <think>x</think>"),
+        ("ab</think>\n\nyes", True, "ab", "yes"),
+        (" <thi", False, "", " <thi"),
+        ("<think>a</thin", False, "a</thin", ""),
+        ("  x", False, "", "  x"),
+    ],
+)
+def test_reasoning_is_set_apart(text: str, is_open: bool, thought: str, said: str) -> None:
+    def reader() -> AnswerReader:
+        return AnswerReader("hermes", NAMES, has_reasoning=True, is_open=is_open)
+
+    for parts in ([text], list(text)):
+        assert put_together(reader(), parts) == (thought, said, [])
+    call = '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
+    if said == "hi":
+        assert put_together(reader(), list(text + call))[1:] == ("hi", [("clock", "{}")])
+
+
+@pytest.mark.parametrize("form", ["hermes", "llama3", "mistral"])
+def test_forced_calls_are_what_the_parser_reads(form: str) -> None:
+    parameters = {"weather": PARAMETERS, "clock": {}}
+    tokenizer = make_tokenizer()
+    for is_parallel in (True, False):
+        use = ToolUse(NAMES, True, is_parallel, parameters)
+        constraint = compiled("grammar", use.grammar(form))
+        rng, counts = random.Random(1), set()
+        for _ in range(12):
+            matcher, answer = constraint.matcher(), []
+            while len(answer) < 400:
+                words = matcher.mask()
+                allowed = [t for t in range(VOCAB_SIZE) if int(words[t // 32]) >> (t % 32) & 1]
+                if allowed == [EOS] or (EOS in allowed and rng.random() < 0.5):
+                    break
+                blanks = {*tokenizer.encode(" \n\t\r"), EOS}
+                answer.append(rng.choice([t for t in allowed if t not in blanks] or allowed))
+                matcher.advance(answer[-1])
+            _, said, calls = put_together(AnswerReader(form, NAMES), [tokenizer.decode(answer)])
+            assert (said.strip(), bool(calls)) == ("", True)
+            counts.add(len(calls))
+            for name, arguments in calls:
+                city = json.loads(arguments).get("city")
+                assert city in ("Oslo", "Rome") if name == "weather" else arguments == "{}"
+        assert (max(counts) > 1) is is_parallel
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (None, ChatFormat()),
+        ("{{ messages }}", ChatFormat()),
+        ("{% if tools %}<tool_call>{% endif %}", ChatFormat("hermes")),
+        ("{%- for t in tools %}[TOOL_CALLS]{% endfor %}", ChatFormat("mistral")),
+        ("{% if tools %}<|python_tag|>{% endif %}", ChatFormat("llama3")),
+        ("{% if tools %}call them as you like{% endif %}", ChatFormat()),
+        ("{% if tools %}<tool_call><function=f>{% endif %}", ChatFormat()),
+        ({"default": "x", "tool_use": "{{ tools }}<tool_call>"}, ChatFormat("hermes")),
+        ("a <think> b</think>{% if add_generation_prompt %}x{% endif %}", ChatFormat(None, True)),
+        (
+            "{% if add_generation_prompt %}{{ 'assistant: <think>\\n' }}{% endif %}",
+            ChatFormat(None, True, True),
+        ),
+        # Thinking is turned off by a block that is empty.
+        (
+            "{% if add_generation_prompt %}{{ '<think>\\n</think>' }}{% endif %}",
+            ChatFormat(None, True, False),
+        ),
+    ],
+)
+def test_templates_say_what_they_know(template: Any, expected: ChatFormat) -> None:
+    assert ChatFormat.of(template) == expected
+
+
+def test_the_template_gets_tools_and_calls_and_no_special_tokens() -> None:
+    inner: Any = tiny_tokenizer()
+    inner.chat_template = (
+        "{% for t in tools %}{{ t | tojson }}<tool_call>{% endfor %}{% for m in messages %}"
+        "{{ m.role }}:{{ m.content }}{{ m.tool_call_id }}{% for c in m.tool_calls %}"
+        "{{ c.function.arguments.city }}{% endfor %}{% endfor %}<bos>"
+    )
+    tokenizer = Tokenizer(inner, frozenset({EOS}), VOCAB_SIZE)
+    function = {"name": "f", "arguments": {"city": "Oslo<eos>"}}
+    turns = [
+        {"role": "assistant", "content": "", "tool_calls": [{"id": "1", "function": function}]},
+        {"role": "tool", "content": "r<eos>", "tool_call_id": "1"},
+    ]
+    ids = tokenizer.encode_chat(turns, [{"description": "<eos>"}])
+    assert EOS not in ids
+    text = '{"description": "<eos>"}<tool_call>assistant:Oslo<eos>tool:r<eos>1<bos>'
+    assert tokenizer.decode(ids, special=True) == text
+    deep: Any = {}
+    for _ in range(3000):
+        deep = {"a": deep}
+    with pytest.raises(InvalidRequestError, match="recursion"):
+        tokenizer.encode_chat(TURNS, [deep])
+    inner.chat_template = "{{ messages }}"
+    plain = Tokenizer(inner, frozenset({EOS}), VOCAB_SIZE)
+    for messages, tools, path in ((TURNS, [{}], "chat.tools"), (turns, [], "chat.messages")):
+        with pytest.raises(InvalidRequestError, match="knows no tools") as refused:
+            plain.encode_chat(messages, tools)
+        assert refused.value.violations[0][0] == path
+
+
+def saying(*parts: str) -> Callable[[Request], AsyncIterator[Output]]:
+    async def script(request: Request) -> AsyncIterator[Output]:
+        for part in parts[:-1]:
+            yield Output(text=part, token_ids=(72,))
+        yield Output(text=parts[-1], token_ids=(72,), finish=finish(request))
+
+    return script
+
+
+def knows(monkeypatch: pytest.MonkeyPatch, *what: Any) -> list[tuple[Any, Any]]:
+    """Give the stand-in tokenizer a template; returns what it will have been given to render."""
+    rendered: list[tuple[Any, Any]] = []
+
+    def encode(self: Any, messages: Any, tools: Any = (), *, special: bool = False) -> list[int]:
+        rendered.append((messages, tools))
+        return [1]
+
+    monkeypatch.setattr(FakeTokenizer, "chat_format", ChatFormat(*what))
+    monkeypatch.setattr(FakeTokenizer, "encode_chat", encode)
+    return rendered
+
+
+async def answered(server: HttpHarness, **body: Any) -> dict[str, Any]:
+    answer = await server.post(CHAT, {"model": "base", "messages": TURNS, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]
+
+
+async def test_a_conversation_with_tools(monkeypatch: pytest.MonkeyPatch) -> None:
+    rendered = knows(monkeypatch, "hermes", True)
+    call = {
+        "id": "a1",
+        "type": "function",
+        "function": {"name": "weather", "arguments": '{"city": "Oslo"}'},
+    }
+    turns = [
+        *TURNS,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "a1", "content": "sunny"},
+    ]
+    text = '<think>hm</think>Well. <tool_call>{"name": "clock", "arguments": {}}</tool_call>'
+    async with http_harness() as server:
+        server.engine.script = saying(*text)
+        choice = await answered(server, messages=turns, tools=[WEATHER, CLOCK])
+        assert choice["finish_reason"] == "tool_calls"
+        message = choice["message"]
+        assert (message["reasoning_content"], message["content"]) == ("hm", "Well. ")
+        (made,) = message["tool_calls"]
+        assert made["function"] == {"name": "clock", "arguments": "{}"}
+        assert (made["type"], len(made["id"]) > 5) == ("function", True)
+        (messages, tools), *_ = rendered
+        function = {"name": "weather", "arguments": {"city": "Oslo"}}
+        assert messages[1]["tool_calls"] == [{**call, "function": function}]
+        assert messages[2] == {"role": "tool", "content": "sunny", "tool_call_id": "a1"}
+        assert [tool["function"]["name"] for tool in tools] == ["weather", "clock"]
+        assert tools[0]["function"]["parameters"] == PARAMETERS
+        # Nothing is forced, and with none the model is not told.
+        assert server.engine.requests[-1].constraint is None
+        choice = await answered(server, tools=[CLOCK], tool_choice="none")
+        assert "tool_calls" not in choice["message"]
+        assert choice["finish_reason"] == "stop"
+        assert rendered[-1][1] == []
+        for choice_sent, names in (
+            ("required", {"weather", "clock"}),
+            ({"type": "function", "function": {"name": "clock"}}, {"clock"}),
+        ):
+            await answered(server, tools=[WEATHER, CLOCK], tool_choice=choice_sent)
+            spec: Any = server.engine.requests[-1].constraint
+            assert spec.kind == "grammar"
+            assert {name for name in NAMES if json.dumps(name)[1:-1] in spec.texts[0]} == names
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tools": 3}, "tools"),
+        ({"tools": [{"type": "retrieval"}]}, "tools[0]"),
+        ({"tools": [{"type": "function", "function": {}}]}, "tools[0].function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].name"),
+        ({"tools": [CLOCK, CLOCK]}, "tools"),
+        ({"tools": [CLOCK] * 129}, "tools"),
+        ({"tools": [CLOCK], "tool_choice": "always"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        (
+            {"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+            "tool_choice",
+        ),
+        ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "tools"),
+        ({"functions": [{"name": "f"}]}, "functions"),
+        ({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "messages[0].tool_calls[0]"),
+        (
+            {
+                "messages": [
+                    {
+                        "role": "assistant",
+                        "tool_calls": [{"id": "1", "function": {"name": "f", "arguments": "[1]"}}],
+                    }
+                ]
+            },
+            "messages[0].tool_calls[0].arguments",
+        ),
+        (
+            {"messages": [{"role": "tool", "content": "x", "tool_call_id": "1" * 65}]},
+            "messages[0].tool_call_id",
+        ),
+    ],
+)
+async def test_what_makes_no_sense_is_refused(
+    monkeypatch: pytest.MonkeyPatch, body: dict[str, Any], param: str
+) -> None:
+    knows(monkeypatch, "hermes")
+    async with http_harness() as server:
+        refused = await server.refused(CHAT, {"model": "base", "messages": TURNS, **body})
+        assert (refused.status, refused.param) == (400, param)
