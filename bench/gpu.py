@@ -21,6 +21,7 @@ from pathlib import Path
 
 import torch
 from cuda.kernels import KERNELS
+from cuda.sampling import time_sampling
 from cuda.scenarios import time_projection, time_step
 from cuda.setting import Setting
 from cuda.timing import ROOT
@@ -28,6 +29,7 @@ from cuda.tune import tune
 
 PARTS: dict[str, Callable[[Setting], None]] = {
     **KERNELS,
+    "sampling": time_sampling,
     "projection": time_projection,
     "step": time_step,
 }

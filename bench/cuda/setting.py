@@ -62,7 +62,7 @@ class Setting:
         """A toy model in the interpreter, which has no bf16 products."""
         device = torch.device("cpu")
         return cls(
-            model=Model(hidden=64, heads=4, kv_heads=2, head_dim=16, inner=128),
+            model=Model(hidden=64, heads=4, kv_heads=2, head_dim=16, inner=128, vocab=100),
             num_layers=1,
             rows=4,
             context=20,

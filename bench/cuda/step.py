@@ -1,7 +1,8 @@
 """A whole decode step as the server runs it, at a model's shapes.
 
-The server's own decoder, adapter pack and executor, CUDA graphs included, over random NF4 weights
-made in place and random adapters; what is left out is sampling and everything before the step.
+The server's own decoder, adapter pack and executor, CUDA graphs and the draw of tokens included,
+over random NF4 weights made in place and random adapters; what is left out is everything before the
+step, and reading the tokens.
 """
 
 from __future__ import annotations
@@ -153,6 +154,7 @@ class DecodeStep:
             max_num_batched_tokens=self.num_rows,
             capture=capture_for(self.device, self.dtype),
         )
+        self._executor.sampler(frozenset())
 
     def _adapter_bytes(self) -> int:
         if self.device.type != "cuda":

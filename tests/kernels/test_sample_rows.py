@@ -17,9 +17,9 @@ from turret.kernels.gpu.tables.sampling_table import SamplingTable
 
 INF = float("inf")
 # The interpreter takes a while for each.
-COUNT = 8
-# Off powers of two; more than a block, and one token.
-VOCABS = [150, 1]
+COUNT = 5
+# Off powers of two; more than two blocks.
+VOCAB = 150
 
 
 def draw(logits: torch.Tensor, rows: list[tuple[float, float, float, float, float]]) -> list[int]:
@@ -78,11 +78,10 @@ PARAMS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("vocab", VOCABS)
 @pytest.mark.parametrize("params", PARAMS, ids=str)
-def test_every_uniform_number_leads_to_its_token(params: dict[str, Any], vocab: int):
-    torch.manual_seed(vocab)
-    logits = torch.randn(vocab) * 2
+def test_every_uniform_number_leads_to_its_token(params: dict[str, Any]):
+    torch.manual_seed(3)
+    logits = torch.randn(VOCAB) * 2
     found, ends = swept(logits.to(DEVICE), **params), exact(logits, **params).cumsum(0)
     for i, token in enumerate(found):
         uniform = (i + 0.5) / COUNT
@@ -100,9 +99,10 @@ def test_of_equals_the_first_are_kept(params: dict[str, Any]):
     best = torch.tensor([3, 7, 20, 60, 61, 66, 70, 90, 100, 109])
     logits[best] = 2.0
     kept = exact(logits, **params).nonzero().flatten().tolist()
-    found = set(swept(logits.to(DEVICE), **params))
-    assert found <= set(kept)
-    assert {kept[0], kept[-1]} <= found
+    rows = [how(uniform, **params) for uniform in (0.0, 0.4, 0.7, 0.999)]
+    found = draw(logits.to(DEVICE).expand(4, -1), rows)
+    assert set(found) <= set(kept)
+    assert (found[0], found[-1]) == (kept[0], kept[-1])
 
 
 def test_equals_below_the_likeliest_are_cut_too():
@@ -112,6 +112,11 @@ def test_equals_below_the_likeliest_are_cut_too():
     assert found == {50, 10, 30}
     # 50 has 1, each of the others 0.61 of what the five have: 3.43.
     assert set(swept(logits.to(DEVICE), top_k=5, top_p=0.6)) == {50, 10, 30}
+
+
+def test_a_vocabulary_of_one():
+    rows = [how(0.5, **params) for params in PARAMS]
+    assert set(draw(torch.randn(len(rows), 1, device=DEVICE), rows)) == {0}
 
 
 def test_greedy_and_hopeless_rows():
