@@ -316,7 +316,7 @@ def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore) -> int:
     taken = measure(runner.run, step, device)
     assert isinstance(executor, GpuExecutor)
     rows = [bucket for bucket, _ in executor.forms()]
-    taken += captured_bytes(rows, decoder.arch.vocab_size)
+    taken += captured_bytes(rows, decoder.arch.hidden_size * decoder.dtype.itemsize)
     left = kv_cache_bytes(device, taken)
     # More than every sequence at its longest, twice over, would only be prefixes nobody asks for.
     arch = decoder.arch

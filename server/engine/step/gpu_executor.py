@@ -131,6 +131,9 @@ class GpuExecutor:
 
         self._decode, self._mixed = tables(max_num_seqs), tables(max_num_batched_tokens)
         self._every_row = torch.arange(max_num_seqs, device=device)
+        # Of all decode steps: captured ones keep what they return.
+        size = (max_num_seqs, decoder.arch.vocab_size)
+        self._logits = torch.empty(size, dtype=torch.float32, device=device)
         self._bound: _Bound | None = None
         # The last step's sequences, if they may all go on, and what was prepared for their next.
         self._last: list[Sequence] | None = None
@@ -308,6 +311,7 @@ class GpuExecutor:
             attention=self._decode.attention,
             adapters=adapters,
             embeddings=embeddings,
+            logits=self._logits,
             heads=heads,
         )
 

@@ -36,14 +36,14 @@ def kv_cache_bytes(device: torch.device, step_bytes: int) -> int:
     return free - step_bytes - int(_SPARE_SHARE * total)
 
 
-def captured_bytes(rows: Iterable[int], vocab_size: int) -> int:
-    """What the logits of captured steps take, which stay where they are.
+def captured_bytes(rows: Iterable[int], row_bytes: int) -> int:
+    """What captured steps return and keep; their logits are in memory that all share.
 
     Args:
         rows: Of each captured step.
-        vocab_size: Logits of a row.
+        row_bytes: Of a row's final hidden state.
     """
-    return sum(rows) * vocab_size * torch.float32.itemsize
+    return sum(rows) * row_bytes
 
 
 def largest_step(num_tokens: int, num_seqs: int, block_size: int) -> Step:

@@ -37,6 +37,8 @@ class GpuStep(StepInput):
         adapters: The step's adapters, or None where every row is the base model's.
         sample_rows: Rows whose logits are wanted, ``[samples]`` int64.
         num_decode: The first rows, of sequences that generate; see ``nf4_gpu.py``.
+        logits: Where logits go, ``[at least samples, vocab]`` fp32, unless adapters change the
+            head; None for memory of their own.
         heads: Sampled rows, by their place in ``sample_rows``, whose adapters change the head.
     """
 
@@ -44,6 +46,7 @@ class GpuStep(StepInput):
     adapters: GpuAdapterStep | None
     sample_rows: torch.Tensor
     num_decode: int
+    logits: torch.Tensor | None = None
     heads: Sequence[VocabularyGroup] = ()
 
     @property
@@ -84,7 +87,10 @@ class GpuDecoder(Decoder):
             inner = gated_activation(layer.gate_up(normed, step.adapters, step.num_decode))
             update = layer.down(inner, step.adapters, step.num_decode)
         hidden = residual_rms_norm(hidden, update, self.norm, eps)
-        return hidden, self.logits(hidden.index_select(0, step.sample_rows), step.heads)
+        sampled = hidden.index_select(0, step.sample_rows)
+        if step.logits is None or step.heads:
+            return hidden, self.logits(sampled, step.heads)
+        return hidden, step.logits[: len(sampled)].copy_(self._head(sampled))
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         num_rows = hidden.shape[0]
