@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from turret.server.errors import StorageFullError
+from turret.server.errors import StorageFailedError, StorageFullError
+
+_log = logging.getLogger(__name__)
 
 # Written beside its target; whatever has this suffix at the start is left over from a crash.
 PARTIAL_SUFFIX = ".partial"
@@ -63,15 +66,18 @@ def remove_directory(path: Path) -> None:
 
 
 @contextmanager
-def reporting_full_disk() -> Iterator[None]:
-    """Tells a full disk from a broken one.
+def reporting_disk_faults() -> Iterator[None]:
+    """Tells clients what the disk told the server, without its paths.
 
     Raises:
         StorageFullError: A call in the block found no room.
+        StorageFailedError: One failed otherwise.
     """
     try:
         yield
     except OSError as error:
         if error.errno in _FULL:
             raise StorageFullError("the server's disk is full") from error
-        raise
+        _log.exception("the disk failed")
+        why = os.strerror(error.errno) if error.errno else "unknown"
+        raise StorageFailedError(f"the server cannot use its disk: {why}") from error

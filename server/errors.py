@@ -142,6 +142,12 @@ class StorageFullError(ResourceError):
     reason = "STORAGE_FULL"
 
 
+class StorageFailedError(TurretError):
+    """The server's disk is there, and cannot be used (read-only, broken, no descriptor left)."""
+
+    reason = "STORAGE_FAILED"
+
+
 class UnauthenticatedError(TurretError):
     reason = "UNAUTHENTICATED"
 

@@ -47,6 +47,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--soak-seconds", type=float, default=12.0, help="how long test_churn.py keeps traffic up"
     )
     parser.addoption(
+        "--chaos-kills", type=int, default=5, help="how often test_kills.py kills its server"
+    )
+    parser.addoption(
         "--fuzz-seconds", type=float, default=20.0, help="how long test_beside.py sends anything"
     )
 
@@ -54,6 +57,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.fixture
 def soak_seconds(request: pytest.FixtureRequest) -> float:
     return float(request.config.getoption("--soak-seconds") or 0.0)
+
+
+@pytest.fixture
+def chaos_kills(request: pytest.FixtureRequest) -> int:
+    return int(request.config.getoption("--chaos-kills") or 0)
 
 
 @pytest.fixture

@@ -44,6 +44,8 @@ TABLE: dict[type[errors.TurretError], Row] = {
     # A rank or size over its limit stays over it; what frees up by itself says so in the error.
     errors.BudgetExceededError: Row(Code.RESOURCE_EXHAUSTED),
     errors.StorageFullError: Row(Code.RESOURCE_EXHAUSTED),
+    # An operator has to act; until then the same call fails the same way.
+    errors.StorageFailedError: Row(Code.UNAVAILABLE),
     errors.UnauthenticatedError: Row(Code.UNAUTHENTICATED),
     errors.PermissionDeniedError: Row(Code.PERMISSION_DENIED),
     errors.UnavailableError: Row(Code.UNAVAILABLE, 1.0),

@@ -104,3 +104,25 @@ async def test_a_step_that_fits_once_memory_was_freed_preempts_nobody(tmp_path: 
             answer = await harness.run(make_request(prompt_of(4, 1)))
     assert failed == ["failed", "freed"]
     assert len(answer.token_ids) == 8
+
+
+async def test_a_processor_without_memory_is_a_device_without_memory(tmp_path: Path) -> None:
+    """Torch says it in a RuntimeError there, which any other fault is too."""
+    base = twin("llama")
+    told = "[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory: 5 bytes"
+    async with EngineHarness.start(base.folder, tmp_path) as harness:
+        run, errors = TorchExecutor.run, [RuntimeError(told), MemoryError()]
+        due = [errors.pop()]
+
+        def fails(executor: TorchExecutor, step: Step) -> Any:
+            if due:
+                raise due.pop()
+            return run(executor, step)
+
+        with patch.object(TorchExecutor, "run", fails):
+            for _ in range(2):
+                answer = await harness.run(make_request(prompt_of(4, 1)))
+                assert len(answer.token_ids) == 8
+                due += errors
+                errors.clear()
+    assert not due

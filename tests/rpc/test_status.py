@@ -42,6 +42,7 @@ CODES = {
     "QueueFullError": "RESOURCE_EXHAUSTED",
     "BudgetExceededError": "RESOURCE_EXHAUSTED",
     "StorageFullError": "RESOURCE_EXHAUSTED",
+    "StorageFailedError": "UNAVAILABLE",
     "UnauthenticatedError": "UNAUTHENTICATED",
     "PermissionDeniedError": "PERMISSION_DENIED",
     "UnavailableError": "UNAVAILABLE",

@@ -16,7 +16,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from turret.server.errors import AdapterCheckpointError
+from turret.server.errors import AdapterCheckpointError, StorageFailedError
 
 MAX_PATH_CHARS = 1024
 # Names walked for one path, links included; ends loops of links too.
@@ -25,6 +25,7 @@ _MAX_STEPS = 2048
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 # NONBLOCK keeps a FIFO from hanging.
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
+_EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 _LEAVES = "leaves the adapter root through a symbolic link"
 
 
@@ -33,6 +34,12 @@ def _refuse(path: str, why: str) -> AdapterCheckpointError:
     return AdapterCheckpointError(
         f"path {shown!r} {why}", metadata={"path": shown}, violations=[("path", why)]
     )
+
+
+def _raise_if_exhausted(error: OSError | ValueError) -> None:
+    """Raises StorageFailedError if nothing is wrong with the path."""
+    if isinstance(error, OSError) and error.errno in _EXHAUSTED:
+        raise StorageFailedError(f"no file can be opened now: {error.strerror}") from None
 
 
 class AdapterDirectory:
@@ -96,6 +103,7 @@ class AdapterDirectory:
         except FileNotFoundError:
             raise _refuse(shown, "does not exist") from None
         except OSError as error:
+            _raise_if_exhausted(error)
             is_loop = error.errno == errno.ELOOP
             why = "does not exist" if is_loop else f"cannot be read: {error.strerror}"
             raise _refuse(shown, why) from None
@@ -139,7 +147,8 @@ class AdapterRoot:
             descriptor, parts = self.walk([], str(pure), _DIRECTORY, shown)
         except NotADirectoryError:
             raise _refuse(shown, "is not a directory") from None
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            _raise_if_exhausted(error)
             where = "under the adapter root" if shown == path else "any more"
             raise _refuse(shown, f"does not exist {where}") from None
         return AdapterDirectory(self, descriptor, parts, shown)

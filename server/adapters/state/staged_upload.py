@@ -13,7 +13,7 @@ from typing import BinaryIO
 from turret.server.durable_file import (
     move_directory,
     remove_directory,
-    reporting_full_disk,
+    reporting_disk_faults,
     sync_directory,
 )
 from turret.server.errors import InvalidRequestError
@@ -62,7 +62,7 @@ class StagedUpload:
             InvalidRequestError: Not an announced file, out of order, or longer than announced.
             StorageFullError: The disk is full.
         """
-        with self._lock, reporting_full_disk():
+        with self._lock, reporting_disk_faults():
             self._check_open()
             if self._current is None or self._current.name != name:
                 self._begin(name)
@@ -84,7 +84,7 @@ class StagedUpload:
         Raises:
             InvalidRequestError: A file is missing or short.
         """
-        with self._lock:
+        with self._lock, reporting_disk_faults():
             self._check_open()
             for name in self._missing:
                 got = self._written if self._current and self._current.name == name else 0

@@ -33,7 +33,7 @@ from turret.server.durable_file import (
     remove_directory,
     remove_file,
     replace_file,
-    reporting_full_disk,
+    reporting_disk_faults,
 )
 from turret.server.errors import BudgetExceededError, StorageFullError
 
@@ -139,12 +139,13 @@ class StateDir:
             source=source or adapter.source,
             facts=adapter.facts,
         )
-        with reporting_full_disk():
+        with reporting_disk_faults():
             replace_file(self._adapters / f"{saved.name}.json", saved.to_json())
 
     def remove(self, name: str) -> None:
         """Forgets a registration; its files are the caller's to discard."""
-        remove_file(self._adapters / f"{name}.json")
+        with reporting_disk_faults():
+            remove_file(self._adapters / f"{name}.json")
 
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
         """Makes room for an upload.
@@ -154,7 +155,8 @@ class StateDir:
             StorageFullError: The disk has no room for it.
         """
         self.check_room(sum(file.size_bytes for file in files))
-        return StagedUpload(Path(tempfile.mkdtemp(dir=self._incoming)), files)
+        with reporting_disk_faults():
+            return StagedUpload(Path(tempfile.mkdtemp(dir=self._incoming)), files)
 
     def check_room(self, num_bytes: int) -> None:
         """Raises what ``stage`` raises for files of this size."""
@@ -164,7 +166,8 @@ class StateDir:
                 f"the files have {num_bytes} bytes, the server takes {self._max_upload_bytes}",
                 metadata=sizes,
             )
-        free = shutil.disk_usage(self.path).free
+        with reporting_disk_faults():
+            free = shutil.disk_usage(self.path).free
         if num_bytes + MIN_FREE_BYTES > free:
             raise StorageFullError(
                 f"the files have {num_bytes} bytes, the server's disk has {free} free",
@@ -178,7 +181,8 @@ class StateDir:
     def adopt(self, staged: StagedUpload, adapter: Adapter) -> None:
         """Moves a finished upload to its place and points the adapter there."""
         target = self._files / adapter.key
-        staged.move(target)
+        with reporting_disk_faults():
+            staged.move(target)
         path = str(target.relative_to(self.path))
         adapter.source = Source(path, is_upload=True, adapter=adapter.name)
 

@@ -42,6 +42,12 @@ class StepResult:
     prompt_logprobs: dict[Sequence, list[PromptLogprob]] = field(default_factory=dict)
 
 
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    # On a CPU torch says so in a plain RuntimeError.
+    is_plain = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return is_plain or isinstance(error, torch.OutOfMemoryError | MemoryError)
+
+
 class Runner:
     """Owns what computes steps, and the sampler. One thread only."""
 
@@ -63,7 +69,9 @@ class Runner:
         for _ in range(2):
             try:
                 return self._compute(step)
-            except torch.OutOfMemoryError as error:
+            except (RuntimeError, MemoryError) as error:
+                if not _is_out_of_memory(error):
+                    raise
                 reason = str(error)
             # Not before: what was caught keeps alive what the step had made.
             self._executor.free_memory()

@@ -141,6 +141,7 @@ class World:
             self._change_base: 0 if self._is_crowded else self._most_changes,
             self._withdraw_change: 1,
             self._wait: 1,
+            self._jump: 1,
         }
         (action,) = self.random.choices(list(actions), list(actions.values()))
         action()
@@ -150,6 +151,10 @@ class World:
         self.clock.now += self.random.choice((0.01, 0.5, 2.0))
         # What counts is what the engine could have done meanwhile.
         self._blocked = (None, self.clock.now)
+
+    def _jump(self) -> None:
+        """Somebody sets the wall clock."""
+        self.clock.offset = self.random.choice((0.0, 1.0, 1.7e9, 2.1e9))
 
     def _turn(self) -> None:
         """One iteration of the engine's thread."""
