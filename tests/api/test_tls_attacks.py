@@ -1,0 +1,197 @@
+"""TLS tried as an attacker would, at both doors: old versions, weak ciphers, wrong certificates."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import ssl
+import subprocess
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx2
+import pytest
+from grpc import StatusCode as Code
+from grpc import aio, ssl_channel_credentials
+from servers.http_harness import http_harness
+from servers.rpc_harness import failure_of, harness
+
+from turret.server.api.tokens import TokenTable
+from turret.server.config import SecurityConfig
+from turret.v1 import inference_pb2, inference_pb2_grpc
+
+_GREETING = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0"
+_GET = b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n"
+SECONDS = 10.0
+
+
+def _openssl(folder: Path, *arguments: str) -> None:
+    subprocess.run(("openssl", *arguments), cwd=folder, check=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``ca`` and ``other`` are authorities; the rest is signed by one of them, or by itself."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl is not installed")
+    folder = tmp_path_factory.mktemp("attacks")
+    for name in ("ca", "other", "alone"):
+        _openssl(
+            folder,
+            *(
+                "req",
+                "-x509",
+                "-newkey",
+                "rsa:2048",
+                "-nodes",
+                "-days",
+                "2",
+                "-subj",
+                f"/CN={name}",
+            ),
+            *("-keyout", f"{name}.key", "-out", f"{name}.crt"),
+        )
+    signed = {
+        "server": ("ca", "2", "serverAuth"),
+        "client": ("ca", "2", "clientAuth"),
+        "stranger": ("other", "2", "clientAuth"),
+        # Valid for no time at all.
+        "expired": ("ca", "0", "clientAuth"),
+        # A server's certificate: whoever runs another server of the same owner is no client.
+        "purpose": ("ca", "2", "serverAuth"),
+    }
+    for name, (authority, days, usage) in signed.items():
+        (folder / "ext").write_text(f"subjectAltName=IP:127.0.0.1\nextendedKeyUsage={usage}\n")
+        _openssl(
+            folder,
+            *("req", "-newkey", "rsa:2048", "-nodes", "-subj", f"/CN={name}"),
+            *("-keyout", f"{name}.key", "-out", f"{name}.csr"),
+        )
+        _openssl(
+            folder,
+            *("x509", "-req", "-in", f"{name}.csr", "-days", days, "-extfile", "ext"),
+            *("-CA", f"{authority}.crt", "-CAkey", f"{authority}.key", "-CAcreateserial"),
+            *("-out", f"{name}.crt"),
+        )
+    return folder
+
+
+@contextlib.asynccontextmanager
+async def grpc_door(security: SecurityConfig) -> AsyncIterator[str]:
+    async with harness(security=security) as server:
+        yield server.rpc.address
+
+
+@contextlib.asynccontextmanager
+async def http_door(security: SecurityConfig) -> AsyncIterator[str]:
+    async with http_harness(security=security) as server:
+        yield server.server.address
+
+
+DOORS = pytest.mark.parametrize("door", [grpc_door, http_door])
+
+
+def secured(pem: Path, *, mutual: bool) -> SecurityConfig:
+    authority = pem / "ca.crt" if mutual else None
+    return SecurityConfig(
+        tls_cert=pem / "server.crt", tls_key=pem / "server.key", tls_client_ca=authority
+    )
+
+
+def context_of(pem: Path, door: Any, certificate: str | None = None) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=str(pem / "ca.crt"))
+    context.set_alpn_protocols(["h2"] if door is grpc_door else ["http/1.1"])
+    if certificate is not None:
+        context.load_cert_chain(pem / f"{certificate}.crt", pem / f"{certificate}.key")
+    return context
+
+
+async def is_served(address: str, door: Any, context: ssl.SSLContext | None) -> bool:
+    """Whether the server says anything in its protocol to who connects so."""
+    host, _, port = address.rpartition(":")
+    name = host if context is not None else None
+    try:
+        async with asyncio.timeout(SECONDS):
+            reader, writer = await asyncio.open_connection(
+                host, int(port), ssl=context, server_hostname=name
+            )
+            try:
+                writer.write(_GREETING if door is grpc_door else _GET)
+                await writer.drain()
+                found = await reader.readexactly(9)
+            finally:
+                writer.transport.abort()
+    except (OSError, EOFError):
+        return False
+    # A SETTINGS frame, or the beginning of an answer; anything else may be an alert.
+    return found[3] == 4 if door is grpc_door else found == b"HTTP/1.1 "
+
+
+@DOORS
+async def test_only_new_versions_and_strong_ciphers_are_spoken(pem: Path, door: Any) -> None:
+    async with door(secured(pem, mutual=False)) as address:
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            context = context_of(pem, door)
+            context.minimum_version = context.maximum_version = version
+            assert await is_served(address, door, context), version
+        for version in (ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1):
+            context = context_of(pem, door)
+            context.set_ciphers("ALL:@SECLEVEL=0")
+            with pytest.warns(DeprecationWarning, match="TLSVersion"):
+                context.minimum_version = context.maximum_version = version
+            assert not await is_served(address, door, context), version
+        for ciphers in ("aNULL", "eNULL"):
+            context = context_of(pem, door)
+            context.maximum_version = ssl.TLSVersion.TLSv1_2
+            context.set_ciphers(f"{ciphers}:@SECLEVEL=0")
+            assert not await is_served(address, door, context), ciphers
+
+
+@DOORS
+async def test_plain_text_on_a_tls_port_is_not_answered(pem: Path, door: Any) -> None:
+    async with door(secured(pem, mutual=False)) as address:
+        assert not await is_served(address, door, None)
+        # Nor does it harm who comes next.
+        assert await is_served(address, door, context_of(pem, door))
+
+
+@DOORS
+async def test_only_certificates_of_the_authority_come_in(pem: Path, door: Any) -> None:
+    async with door(secured(pem, mutual=True)) as address:
+        assert await is_served(address, door, context_of(pem, door, "client"))
+        for refused in (None, "stranger", "alone", "expired", "purpose"):
+            context = context_of(pem, door, refused)
+            assert not await is_served(address, door, context), refused
+        assert await is_served(address, door, context_of(pem, door, "client"))
+
+
+async def test_a_certificate_gives_no_role(pem: Path, tmp_path: Path) -> None:
+    """Who has a certificate and no token, or a token of another role, may do nothing."""
+    path = tmp_path / "tokens"
+    path.write_text("operator admin\n")
+    path.chmod(0o600)
+    tokens, security = TokenTable.read(path), secured(pem, mutual=True)
+    own = [(pem / f"client.{kind}").read_bytes() for kind in ("key", "crt")]
+    credentials = ssl_channel_credentials((pem / "ca.crt").read_bytes(), *own)
+    expected = {None: Code.UNAUTHENTICATED, "guess": Code.UNAUTHENTICATED}
+    expected |= {"operator": Code.PERMISSION_DENIED}
+    async with (
+        harness(security=security, tokens=tokens) as server,
+        aio.secure_channel(server.rpc.address, credentials) as channel,
+    ):
+        stub: Any = inference_pb2_grpc.InferenceStub(channel)  # type: ignore[arg-type]
+        for token, code in expected.items():
+            metadata = () if token is None else (("authorization", f"Bearer {token}"),)
+            call = stub.GetModel(inference_pb2.GetModelRequest(), metadata=metadata)
+            assert (await failure_of(call)).code is code
+    async with http_harness(security=security, tokens=tokens) as server:
+        context = context_of(pem, http_door, "client")
+        async with httpx2.AsyncClient(verify=context) as client:
+            for token, status in ((None, 401), ("guess", 401), ("operator", 403)):
+                headers = {} if token is None else {"authorization": f"Bearer {token}"}
+                answer = await client.get(
+                    f"https://{server.server.address}/v1/models", headers=headers
+                )
+                assert answer.status_code == status
