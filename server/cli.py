@@ -30,6 +30,7 @@ def _serve(args: argparse.Namespace) -> int:
     from turret.server import log
     from turret.server.command.flags import read_settings
     from turret.server.command.preflight import problems
+    from turret.server.command.threads import use_threads
 
     try:
         settings = read_settings(args, os.environ)
@@ -45,6 +46,7 @@ def _serve(args: argparse.Namespace) -> int:
     if found := problems(config):
         _complain(*found)
         return EXIT_FAILED
+    use_threads(config.model.threads)
     level = logging.DEBUG if config.log.verbose else logging.INFO
     log.configure(level, log_format=config.log.log_format)
     if hasattr(signal, "SIGUSR1"):

@@ -127,7 +127,15 @@ class ModelConfig:
         "bfloat16", "dtype of activations and of the weights that are not 4-bit"
     )
 
+    threads: int | None = _flag(
+        None,
+        "threads that compute on a CPU (default: OMP_NUM_THREADS, else the processors that affinity"
+        " and the container's quota allow)",
+        unit="threads",
+    )
+
     def __post_init__(self) -> None:
+        _at_least(self, 1, "threads")
         if not _DEVICE.fullmatch(self.device):
             raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
 

@@ -20,7 +20,7 @@ from turret.training.trainer import Listener, Trainer
 class Announce(Protocol):
     """Shows the progress of one run of the sweep."""
 
-    def __call__(self, num_steps: int, title: str) -> AbstractContextManager[Listener]: ...
+    def __call__(self, num_steps: int | None, title: str) -> AbstractContextManager[Listener]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,11 +77,10 @@ def _run_rank(config: TrainConfig, folder: Path, rank: int, announce: Announce) 
         method=dataclasses.replace(config.method, rank=rank),
         run=dataclasses.replace(config.run, output=output),
     )
-    resolved = resolve(config, folder)
-    if not resolved.dataset.validation:
-        raise ConfigError.of("data.validation_fraction", "a sweep compares validation losses")
-    assert resolved.config.run.steps is not None
-    with announce(resolved.config.run.steps, f"rank {rank}") as listen:
+    with announce(None, f"rank {rank}") as listen:
+        resolved = resolve(config, folder)
+        if not resolved.dataset.validation:
+            raise ConfigError.of("data.validation_fraction", "a sweep compares validation losses")
         trainer = Trainer(resolved, listen)
         result = trainer.finished() or trainer.run(resume=trainer.is_started)
     if result.validation_loss is None:

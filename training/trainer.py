@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -25,7 +26,8 @@ from turret.training.run.samples import draw_samples
 from turret.training.settings.config_file import render_config
 from turret.training.settings.resolve import Resolved
 
-# Told every line of metrics.jsonl.
+# Told every line of metrics.jsonl, and what happens between them: ``kind`` is ``begin`` (with
+# ``steps``), ``phase`` (with ``text``: what is under way) or ``note`` (``text`` for the reader).
 Listener = Callable[[dict[str, Any]], None]
 
 
@@ -106,9 +108,12 @@ class Trainer:
             RunError: The directory holds a run and neither was asked for; or the run there is
                 finished or another one; or the loss is not finite any more.
         """
+        started = time.monotonic()
+        self._listen({"kind": "begin", "steps": self._num_steps})
         self._folder.check(resume=resume, overwrite=overwrite)
         if overwrite and self._folder.facts.exists():
             shutil.rmtree(self._folder.path)
+        self._say("loading the base model")
         model = attach(self._resolved)
         parameters = trainable(model)
         optimizer = make_optimizer(parameters.items(), self._config.optimizer)
@@ -124,6 +129,7 @@ class Trainer:
             self._folder.config.write_text(render_config(self._config), encoding="utf-8")
             self._folder.write_facts(facts)
         log = MetricsLog(self._folder.metrics, keep_up_to_step=step if step else -1)
+        before = log.seconds
         try:
             loop = _Loop(self._resolved, model, parameters, optimizer, log, self._listen)
             loss = loop.run(step, self._folder.checkpoints)
@@ -134,7 +140,11 @@ class Trainer:
         self._folder.write_facts(facts | {"result": result})
         # Last but for the samples: where there is an adapter, there is a result.
         self._write_adapter(model, facts | {"steps": self._num_steps, "validation_loss": loss})
+        self._listen({"kind": "note", "text": self._written()})
         self._write_samples(model)
+        # All that was waited for in this attempt, and the training of those before.
+        waited = before + time.monotonic() - started
+        self._folder.write_facts(facts | {"result": result, "waited_seconds": round(waited, 1)})
         return Result(self._folder, loss, log.seconds, memory)
 
     @property
@@ -155,10 +165,31 @@ class Trainer:
         check_same_run(facts, now, self._folder.path)
         return Result(self._folder, **facts["result"])
 
+    def _say(self, text: str) -> None:
+        self._listen({"kind": "phase", "text": text})
+
+    def _written(self) -> str:
+        """Where the adapter is, and the commands that serve it and ask it."""
+        folder = self._folder.path
+        base = self._config.base.model
+        model = "" if base is None else f" --model {shlex.quote(base)}"
+        root = shlex.quote(str(folder))
+        return (
+            f"adapter written: {self._folder.adapter}\n"
+            f"serve it:  turret serve{model} --adapter-root {root} --preload mine=adapter\n"
+            "ask it:    turret generate --chat -a mine 'YOUR PROMPT'"
+        )
+
     def _write_samples(self, model: Any) -> None:
         rows = self._resolved.dataset.validation[: self._config.run.samples]
         examples = [example for row in rows for example in row]
-        samples = draw_samples(model, self._resolved.base.tokenizer, examples, self._device)
+        count = len(examples)
+
+        def progress(done: int, total: int) -> None:
+            self._say(f"answering {count} samples {done + 1}/{total}")
+
+        tokenizer = self._resolved.base.tokenizer
+        samples = draw_samples(model, tokenizer, examples, self._device, progress)
         text = "".join(json.dumps(sample) + "\n" for sample in samples)
         self._folder.samples.write_text(text, encoding="utf-8")
 
@@ -260,7 +291,12 @@ class _Loop:
         if not self._validation:
             return None
         self._model.eval()
-        loss = validation_loss(self._loss, self._validation, self._config.run.batch_size, self._pad)
+
+        def progress(done: int, total: int) -> None:
+            self._listen({"kind": "phase", "text": f"validating {done + 1}/{total}"})
+
+        size = self._config.run.batch_size
+        loss = validation_loss(self._loss, self._validation, size, self._pad, progress)
         self._write({"kind": "validation", "step": step, "loss": loss})
         return loss
 
@@ -276,13 +312,22 @@ class _Loop:
 
 
 @torch.no_grad()
-def validation_loss(loss: LossFunction, rows: Sequence[Row], batch_size: int, pad: int) -> float:
-    """Mean loss per learned token, nats, over all rows."""
+def validation_loss(
+    loss: LossFunction,
+    rows: Sequence[Row],
+    batch_size: int,
+    pad: int,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> float:
+    """Mean loss per learned token, nats, over all rows; tells how many batches are done."""
     batches: list[Batch] = [
         make_batch(rows[start : start + batch_size], pad=pad, is_packed=False)
         for start in range(0, len(rows), batch_size)
     ]
-    total = sum(loss(batch).item() for batch in batches)
+    total = 0.0
+    for done, batch in enumerate(batches):
+        on_progress(done, len(batches))
+        total += loss(batch).item()
     return total / sum(batch.num_targets for batch in batches)
 
 

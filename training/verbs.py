@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+# A server beside it then comes first, and training takes what that leaves.
+_NICENESS = 5
 # Short flags for the keys that are changed most.
 _FLAGS = {
     "--model": ("base.model", "DIR"),
@@ -64,7 +66,29 @@ def _config_parser() -> argparse.ArgumentParser:
     )
     for flag, (key, metavar) in _FLAGS.items():
         parser.add_argument(flag, metavar=metavar, help=f"--set {key}={metavar}")
+    parser.add_argument(
+        "--threads",
+        type=_positive,
+        metavar="N",
+        help="threads that compute (default: OMP_NUM_THREADS, else the processors that affinity and"
+        " the container's quota allow)",
+    )
+    parser.add_argument(
+        "--nice",
+        type=int,
+        choices=range(20),
+        default=_NICENESS,
+        metavar="N",
+        help="how far to step back for others, a server above all; 0 to 19 (default: %(default)s)",
+    )
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
 
 
 def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
@@ -114,6 +138,7 @@ def _ranks(text: str) -> tuple[int, ...]:
 
 
 def _read(args: argparse.Namespace) -> Any:
+    from turret.server.command.threads import use_threads
     from turret.training.settings.config_file import read_config
     from turret.training.settings.inputs import check_inputs
 
@@ -123,6 +148,7 @@ def _read(args: argparse.Namespace) -> Any:
         if value is not None:
             overrides.append(f"{key}={value}")
     config = read_config(args.config, overrides)
+    use_threads(args.threads, is_background=True, niceness=args.nice)
     check_inputs(config, args.config.parent)
     return config
 
@@ -176,13 +202,16 @@ def _run(args: argparse.Namespace) -> None:
     config = _read(args)
     output = RunFolder((args.config.parent / config.run.output).resolve())
     output.check(resume=args.resume, overwrite=args.overwrite)
-    resolved = _resolve(args)
 
-    from turret.training.report.html_report import write_report
     from turret.training.run.progress import training_progress
-    from turret.training.trainer import Trainer
 
-    with training_progress(resolved.config.run.steps) as listen:
+    with training_progress(None) as listen:
+        listen({"kind": "phase", "text": "reading the base model and the data"})
+        resolved = _resolve(args)
+
+        from turret.training.report.html_report import write_report
+        from turret.training.trainer import Trainer
+
         result = Trainer(resolved, listen).run(resume=args.resume, overwrite=args.overwrite)
     print(result.folder.adapter)
     print(write_report(result.folder))

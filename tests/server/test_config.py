@@ -31,6 +31,7 @@ DEFAULTS = {
     "http_allowed_host": (),
     "device": "auto",
     "dtype": "bfloat16",
+    "threads": None,
     "max_num_seqs": None,
     "max_num_batched_tokens": None,
     "kv_cache_bytes": None,

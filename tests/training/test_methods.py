@@ -222,7 +222,7 @@ def test_a_sweep_compares_ranks(tiny_llama: Path, tmp_path: Path):
     trained: list[str] = []
 
     @contextmanager
-    def announce(num_steps: int, title: str):
+    def announce(num_steps: int | None, title: str):
         yield lambda row: trained.append(title) if row["kind"] == "step" else None
 
     first = list(sweep(config, tmp_path, (1, 4), announce))

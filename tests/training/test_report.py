@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+import torch
 from builders.tiny_models import save_tiny_model
 from builders.training import resolve_tiny, write_jsonl
 
 from turret.server.cli import main
+from turret.training.peft_warnings import without_peft_warnings
 from turret.training.report.curves import Curve, curves_svg, smoothed
 from turret.training.report.html_report import render_report
 from turret.training.run.folder import RunFolder, read_metrics
-from turret.training.trainer import Trainer
+from turret.training.run.progress import training_progress
+from turret.training.run.samples import draw_samples
+from turret.training.trainer import Trainer, attach, trainable
 
 VOID = {"meta", "line", "circle", "polyline"}
 
@@ -133,6 +138,60 @@ def test_every_way_of_adapting_can_be_sampled(method: str, tmp_path: Path, monke
     (sample,) = [json.loads(line) for line in folder.samples.read_text().splitlines()]
     assert sample["before"] != sample["after"]
     Page(render_report(folder))
+
+
+@pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "lora"])
+def test_the_cache_changes_no_answer(method: str, tmp_path: Path, monkeypatch):
+    """Against a pass over the whole text for every token, as training makes it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = save_tiny_model("llama", tmp_path / "model")
+    resolved = resolve_tiny(tmp_path, model, f"method.name={method}", "base.dtype=float32")
+    attached, tokenizer = attach(resolved).eval(), resolved.base.tokenizer
+    for parameter in trainable(attached).values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    (example,) = resolved.dataset.validation[0]
+    (sample,) = draw_samples(attached, tokenizer, [example], "cpu")
+    prompt = list(example.tokens[: example.learned.index(True)])
+    tokens = list(prompt)
+    with torch.no_grad():
+        while len(tokens) < len(prompt) + 64 and tokens[-1] != tokenizer.eos_token_id:
+            with without_peft_warnings():
+                output = attached(input_ids=torch.tensor([tokens]), use_cache=False)
+            tokens.append(int(output.logits[0, -1].argmax()))
+    whole = tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
+    assert sample["after"]
+    assert whole.startswith(sample["after"])
+
+
+def test_a_run_off_a_terminal_says_where_it_is(capsys: pytest.CaptureFixture[str]):
+    row = {"kind": "step", "step": 3, "loss": 1.5, "seconds": 1.0}
+    with training_progress(None, line_seconds=0.05) as listen:
+        listen({"kind": "begin", "steps": 9})
+        listen({"kind": "phase", "text": "answering 3 samples 1/6"})
+        deadline = time.monotonic() + 10
+        heard = ""
+        while heard.count("answering 3 samples 1/6") < 2 and time.monotonic() < deadline:
+            time.sleep(0.02)
+            heard += capsys.readouterr().err
+        listen(row)
+        listen({"kind": "note", "text": "adapter written: here"})
+    assert heard.startswith("training: starting")
+    assert heard.count("training: step 0/9  answering 3 samples 1/6") >= 2
+    assert "step 3/9  loss 1.500" in (last := capsys.readouterr().err)
+    assert "adapter written: here\n" in last
+
+
+def test_a_chat_is_shown_by_its_turns(run: RunFolder, tmp_path: Path):
+    for path in (run.config, run.facts, run.metrics):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    turns = [["system", "Be <brief>"], ["user", "When?"]]
+    sample = {"prompt": "<|im_start|>x", "turns": turns, "reference": "2026-11-24"}
+    line = json.dumps({**sample, "before": "b", "after": "a"})
+    (tmp_path / "samples.jsonl").write_text(line + "\n")
+    text = render_report(RunFolder(tmp_path))
+    assert "<|im_start|>" not in text
+    assert "systemBe <brief>\nuserWhen?" in Page(text).cells
+    assert "overflow-wrap:anywhere" not in text
 
 
 def test_no_samples_if_none_are_asked_for(tmp_path: Path, monkeypatch):

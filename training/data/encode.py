@@ -23,10 +23,13 @@ class Encoded:
         tokens: Token ids.
         learned: Per token, whether the loss asks for it. The first token never is: nothing
             precedes it.
+        turns: Role and content of what stands before the first answer, if it is a chat.
+        turns: Role and content of what stands before the first answer, if it is a chat.
     """
 
     tokens: tuple[int, ...]
     learned: tuple[bool, ...]
+    turns: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ def encode_all(
             if config.too_long == "error":
                 problem = f"{len(item.tokens)} tokens, data.max_length is {max_length}"
                 raise example.error("line", problem)
-            item = Encoded(item.tokens[:max_length], item.learned[:max_length])
+            item = Encoded(item.tokens[:max_length], item.learned[:max_length], item.turns)
             if config.too_long == "drop" or not any(item.learned):
                 dropped += 1
                 continue
@@ -82,8 +85,10 @@ def encode(tokenizer: Any, example: Example, config: DataConfig) -> Encoded:
         DataError: No chat template, or the template refuses the messages, or it renders an
             earlier turn differently once a later one follows.
     """
+    turns: Sequence[Mapping[str, str]] = ()
     if example.messages is not None:
-        pieces = _encode_chat(tokenizer, example, example.messages)
+        turns = example.messages
+        pieces = _encode_chat(tokenizer, example, turns)
     elif example.prompt is None:
         pieces = [(_with_end(tokenizer, tokenizer(example.completion)["input_ids"]), True)]
     elif config.template == "chat" or (config.template == "auto" and tokenizer.chat_template):
@@ -100,7 +105,16 @@ def encode(tokenizer: Any, example: Example, config: DataConfig) -> Encoded:
     is_all = config.loss_on == "all"
     learned = [is_answer or is_all for ids, is_answer in pieces for _ in ids]
     learned[:1] = [False] * len(learned[:1])
-    return Encoded(tokens, tuple(learned))
+    return Encoded(tokens, tuple(learned), _turns_before_answer(turns))
+
+
+def _turns_before_answer(messages: Sequence[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
+    turns = []
+    for message in messages:
+        if message["role"] == "assistant":
+            break
+        turns.append((message["role"], message["content"]))
+    return tuple(turns)
 
 
 def _encode_chat(

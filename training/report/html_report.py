@@ -22,7 +22,8 @@ dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:.6r
 dl div{background:var(--card);border-radius:6px;padding:.5rem .8rem}
 dt{color:var(--soft);font-size:13px}dd{margin:0;font-size:1.1rem}table{border-collapse:collapse;width:100%}
 th,td{text-align:left;vertical-align:top;border-bottom:1px solid var(--line);padding:.4rem .6rem}
-td,pre{overflow-wrap:anywhere;white-space:pre-wrap}pre{background:var(--card);padding:.8rem;
+td,pre{overflow-wrap:break-word;white-space:pre-wrap}td{min-width:7em}
+.role{color:var(--soft);font-size:12px;display:block}.samples{overflow-x:auto}pre{background:var(--card);padding:.8rem;
 border-radius:6px;font-size:13px}svg text{font-size:12px;fill:var(--soft)}.grid{stroke:var(--line)}
 polyline{fill:none;stroke-width:2;stroke:var(--soft)}.training{stroke:var(--a)}
 .each-batch{stroke:var(--a);stroke-width:1;opacity:.35}.validation{stroke:var(--b);fill:none}
@@ -74,7 +75,8 @@ def _tiles(
         tiles["validation loss"] = f"{first['loss']:.3f} → {last['loss']:.3f}"
     if rows:
         last = rows[-1]
-        tiles["time"] = _duration(last["seconds"])
+        tiles["time"] = _duration(facts.get("waited_seconds", last["seconds"]))
+        tiles["of it training"] = _duration(last["seconds"])
         tiles["tokens"] = f"{last['tokens']:,}"
         tiles["peak memory"] = _bytes(max(row["memory_bytes"] for row in rows))
     tiles["trained parameters"] = f"{facts['num_parameters']:,}"
@@ -106,12 +108,25 @@ def _samples(folder: RunFolder) -> str:
     rows = [json.loads(line) for line in folder.samples.read_text(encoding="utf-8").splitlines()]
     if not rows:
         return ""
-    keys = ("prompt", "reference", "before", "after")
+    keys = ("reference", "before", "after")
     head = "".join(f"<th>{key}</th>" for key in ("prompt", "right answer", "base model", "adapter"))
     body = "".join(
-        "<tr>" + "".join(f"<td>{escape(row[key])}</td>" for key in keys) + "</tr>" for row in rows
+        f"<tr><td>{_prompt(row)}</td>"
+        + "".join(f"<td>{escape(row[key])}</td>" for key in keys)
+        + "</tr>"
+        for row in rows
     )
-    return f"<h2>Samples</h2><table><tr>{head}</tr>{body}</table>"
+    return f'<h2>Samples</h2><div class="samples"><table><tr>{head}</tr>{body}</table></div>'
+
+
+def _prompt(row: Mapping[str, Any]) -> str:
+    """A chat turn by turn; a text as it is."""
+    turns = row.get("turns") or []
+    if not turns:
+        return escape(row["prompt"])
+    return "\n".join(
+        f'<span class="role">{escape(role)}</span>{escape(content)}' for role, content in turns
+    )
 
 
 def _made_of(facts: Mapping[str, Any]) -> str:

@@ -1,7 +1,13 @@
-"""The progress of a run on the terminal: a bar, or a line now and then where there is none."""
+"""The progress of a run on the terminal: a bar, or lines where there is none.
+
+Off a terminal a line comes at least every ten seconds, also while one step, a validation or the
+answers of the report take longer than that: whoever reads a log knows that it goes on, and where.
+"""
 
 from __future__ import annotations
 
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,14 +23,21 @@ from rich.progress import (
 )
 
 _LINES = 20
+LINE_SECONDS = 10.0
 
 
 @contextmanager
 def training_progress(
-    num_steps: int, title: str = "training"
+    num_steps: int | None, title: str = "training", *, line_seconds: float = LINE_SECONDS
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Yield a listener for the lines of ``metrics.jsonl``; draws on stderr."""
-    console = Console(stderr=True)
+    """Yield a listener for the lines of ``metrics.jsonl`` and the trainer's events; on stderr.
+
+    Args:
+        num_steps: Of the run; None until its event ``begin`` says so.
+        title: What the lines begin with.
+        line_seconds: Off a terminal, most seconds between two lines.
+    """
+    console = Console(stderr=True, highlight=False)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -35,16 +48,69 @@ def training_progress(
     )
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task(title, total=num_steps, losses="")
-        losses = {"step": "", "validation": ""}
+        shown = _Shown(console, title, num_steps, lambda **fields: bar.update(task, **fields))
+        done = threading.Event()
+        beating = threading.Thread(target=shown.beat, args=(done, line_seconds), daemon=True)
+        if not console.is_terminal:
+            shown.line("starting")
+            beating.start()
+        try:
+            yield shown.listen
+        finally:
+            done.set()
 
-        def listen(row: dict[str, Any]) -> None:
-            name = "loss" if row["kind"] == "step" else "validation"
-            losses[row["kind"]] = f"{name} {row['loss']:.3f}"
-            bar.update(task, completed=row["step"], losses="  ".join(filter(None, losses.values())))
-            is_due = row["kind"] == "validation" or row["step"] % max(1, num_steps // _LINES) == 0
-            if not console.is_terminal and is_due:
-                console.print(
-                    f"step {row['step']}/{num_steps}  {losses[row['kind']]}  {row['seconds']:.0f} s"
-                )
 
-        yield listen
+class _Shown:
+    """What the listener knows; lines come from it and from the thread that watches the clock."""
+
+    def __init__(
+        self, console: Console, title: str, num_steps: int | None, update: Callable[..., None]
+    ) -> None:
+        self._console = console
+        self._title = title
+        self._num_steps = num_steps
+        self._update = update
+        self._losses = {"step": "", "validation": ""}
+        self._step = 0
+        self._phase = "starting"
+        self._started = self._said = time.monotonic()
+        self._lock = threading.Lock()
+
+    def listen(self, row: dict[str, Any]) -> None:
+        kind = row["kind"]
+        if kind == "begin":
+            self._num_steps = row["steps"]
+            self._update(total=row["steps"])
+        elif kind == "phase":
+            self._phase = row["text"]
+            self._update(description=f"{self._title}: {self._phase}")
+        elif kind == "note":
+            self._console.print(row["text"], markup=False, soft_wrap=True)
+        else:
+            self._metrics(row)
+
+    def _metrics(self, row: dict[str, Any]) -> None:
+        name = "loss" if row["kind"] == "step" else "validation"
+        self._losses[row["kind"]] = f"{name} {row['loss']:.3f}"
+        self._step, self._phase = row["step"], ""
+        losses = "  ".join(filter(None, self._losses.values()))
+        self._update(completed=self._step, losses=losses, description=self._title)
+        every = max(1, (self._num_steps or 1) // _LINES)
+        is_due = row["kind"] == "validation" or self._step % every == 0
+        if not self._console.is_terminal and is_due:
+            self.line(self._losses[row["kind"]])
+
+    def line(self, text: str) -> None:
+        with self._lock:
+            self._said = time.monotonic()
+            where = f"step {self._step}/{self._num_steps}  " if self._num_steps else ""
+            seconds = self._said - self._started
+            self._console.print(
+                f"{self._title}: {where}{text}  {seconds:.0f} s", markup=False, soft_wrap=True
+            )
+
+    def beat(self, done: threading.Event, line_seconds: float) -> None:
+        """Say where it is whenever nothing else was said for so long."""
+        while not done.wait(max(0.0, self._said + line_seconds - time.monotonic())):
+            if time.monotonic() - self._said >= line_seconds:
+                self.line(self._phase or "working")

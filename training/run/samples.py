@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,9 +14,17 @@ from turret.training.peft_warnings import without_peft_warnings
 _MOST_TOKENS = 64
 
 
+def _nobody(done: int, total: int) -> None:
+    """Listens to nothing."""
+
+
 def draw_samples(
-    model: Any, tokenizer: Any, examples: Sequence[Encoded], device: str
-) -> list[dict[str, str]]:
+    model: Any,
+    tokenizer: Any,
+    examples: Sequence[Encoded],
+    device: str,
+    on_progress: Callable[[int, int], None] = _nobody,
+) -> list[dict[str, Any]]:
     """Answer greedily, each prompt on its own.
 
     Args:
@@ -25,18 +33,27 @@ def draw_samples(
         examples: Their tokens before the first one learned are the prompt, or where all are learned
             the first half of them.
         device: Of the model.
+        on_progress: Told how many answers of how many are there, before each.
 
     Returns:
-        Per example ``prompt``, ``reference`` (the right answer), ``before`` (the base model alone)
-        and ``after`` (with the adapter); answers are cut a little past the reference's length.
+        Per example ``prompt``, ``turns`` (the same as ``[role, content]`` each, if it is a chat),
+        ``reference`` (the right answer), ``before`` (the base model alone) and ``after`` (with the
+        adapter); answers are cut a little past the reference's length.
     """
     model.eval()
-    after = [_answer(model, tokenizer, example, device) for example in examples]
+    total = 2 * len(examples)
+    after, before = [], []
+    for example in examples:
+        on_progress(len(after), total)
+        after.append(_answer(model, tokenizer, example, device))
     with model.disable_adapter():
-        before = [_answer(model, tokenizer, example, device) for example in examples]
+        for example in examples:
+            on_progress(len(after) + len(before), total)
+            before.append(_answer(model, tokenizer, example, device))
     return [
         {
             "prompt": tokenizer.decode(_prompt(example)),
+            "turns": [list(turn) for turn in example.turns],
             "reference": tokenizer.decode(
                 example.tokens[len(_prompt(example)) :], skip_special_tokens=True
             ),
@@ -54,13 +71,22 @@ def _prompt(example: Encoded) -> tuple[int, ...]:
 
 @torch.no_grad()
 def _answer(model: Any, tokenizer: Any, example: Encoded, device: str) -> str:
-    """Greedy, by the call that training makes: PEFT's ``generate`` treats prompts differently."""
+    """Greedy, by the call that training makes: PEFT's ``generate`` treats prompts differently.
+
+    What a method puts before the prompt is in the cache after the first call, so the later ones go
+    to the base model: adapters inside its layers work there too.
+    """
     prompt = _prompt(example)
-    tokens = list(prompt)
+    answer: list[int] = []
+    call, tokens = model, list(prompt)
+    past: dict[str, Any] = {}
     for _ in range(min(_MOST_TOKENS, 2 * (len(example.tokens) - len(prompt)) + 8)):
         with without_peft_warnings():
-            output = model(input_ids=torch.tensor([tokens], device=device), use_cache=False)
-        tokens.append(int(output.logits[0, -1].argmax()))
-        if tokens[-1] == tokenizer.eos_token_id:
+            output = call(input_ids=torch.tensor([tokens], device=device), use_cache=True, **past)
+        answer.append(int(output.logits[0, -1].argmax()))
+        if answer[-1] == tokenizer.eos_token_id:
             break
-    return tokenizer.decode(tokens[len(prompt) :], skip_special_tokens=True)
+        # The name of late 5.x versions of transformers, and the one before.
+        name = "cache" if "cache" in output else "past_key_values"
+        call, tokens, past = model.get_base_model(), answer[-1:], {name: output[name]}
+    return tokenizer.decode(answer, skip_special_tokens=True)
