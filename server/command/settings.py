@@ -17,8 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from turret.server.byte_size import parse_byte_size
 from turret.server.closest import did_you_mean
-from turret.server.config import Config, parse_byte_size
+from turret.server.config import Config
 
 PREFIX = "TURRET_"
 # Variables of the same prefix that are no settings of the server: the clients', the kernels', the

@@ -38,6 +38,7 @@ LEAVES = frozenset(
         "background",
         "durable_file",
         "closest",
+        "byte_size",
     )
 )
 # The ``turret`` command. It alone may name the verbs of training, and nothing imports it.

@@ -102,6 +102,49 @@ def test_wheel_holds_the_checkout(wheel: Path):
     assert built == expected
 
 
+def test_the_wheel_is_for_every_python(wheel: Path):
+    """The libraries know nothing of Python; a tag of one would keep others from installing it."""
+    assert wheel.name.split("-")[2:4] == ["py3", "none"]
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if name.endswith(".so")]
+    assert all(Path(name).name.count(".") == 1 for name in libraries)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(platform.system() != "Linux", reason="manylinux is Linux")
+def test_the_wheel_needs_no_compiler(wheel: Path, tmp_path: Path):
+    """Retagged, installed into a new environment, and served from where there is no compiler."""
+    tools = Path(sys.executable).parent
+    environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
+    command = [str(tools / "auditwheel"), "repair", "--exclude", "libgomp.so.1"]
+    subprocess.run([*command, "-w", str(tmp_path), str(wheel)], env=environment, check=True)
+    (tagged,) = tmp_path.glob("turret-*manylinux*.whl")
+    bare = tmp_path / "bare"
+    subprocess.run([sys.executable, "-m", "venv", str(bare)], check=True)
+    python = bare / "bin" / "python"
+    subprocess.run(
+        [str(python), "-m", "pip", "install", "-q", "--no-deps", str(tagged)], check=True
+    )
+    # The dependencies come from this environment: they are gigabytes, and not what is tried.
+    (site,) = bare.glob("lib/*/site-packages")
+    (site / "dependencies.pth").write_text(str(Path(pytest.__file__).parents[1]))
+    code = (
+        "import turret, turret.kernels.cpu.native as native; print(turret.__file__, native.isa())"
+    )
+    environment = {"PATH": str(bare / "bin"), "HOME": str(tmp_path)}
+    assert shutil.which("cc", path=environment["PATH"]) is None
+    done = subprocess.run(
+        [str(python), "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    file, isa = done.stdout.split()
+    assert Path(file).is_relative_to(site)
+    assert isa != "None"
+    done = subprocess.run(
+        [str(bare / "bin" / "turret"), "--help"], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
 def test_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path):
     """The sdist has to hold files where the checkout has links."""
     with tarfile.open(build("sdist", source, tmp_path)) as archive:

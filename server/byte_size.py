@@ -1,0 +1,47 @@
+"""Sizes in bytes, as people write them."""
+
+from __future__ import annotations
+
+import re
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+_BYTE_UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 1 << 10,
+    "MIB": MIB,
+    "GIB": GIB,
+    "TIB": 1 << 40,
+}
+_BYTE_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
+
+
+def parse_byte_size(text: str) -> int:
+    """``512MiB``, ``2GB``, ``1.5GiB`` or a plain count, as bytes.
+
+    Raises:
+        ValueError: Not a number with one of the units B, kB, MB, GB, TB, KiB, MiB, GiB, TiB.
+    """
+    match = _BYTE_SIZE.fullmatch(text.strip())
+    unit = match[2].upper() if match else ""
+    if match is None or unit not in _BYTE_UNITS:
+        raise ValueError(f"{text!r} is not a byte size such as 512MiB, 2GB or 1048576")
+    return (
+        int(float(match[1]) * _BYTE_UNITS[unit])
+        if "." in match[1]
+        else (int(match[1]) * _BYTE_UNITS[unit])
+    )
+
+
+def format_byte_size(count: int) -> str:
+    """The shortest exact binary form: 268435456 → ``256MiB``."""
+    for unit, size in (("TiB", 1 << 40), ("GiB", GIB), ("MiB", MIB), ("KiB", 1 << 10)):
+        if count >= size and count % size == 0:
+            return f"{count // size}{unit}"
+    return str(count)
