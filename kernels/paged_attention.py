@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from turret.kernels.rows.exp import row_exp_
+from turret.kernels.rows.softcap import row_softcap_
 from turret.kernels.rows.tables import prepare_products, table_product
 
 TILE = 128
@@ -176,6 +177,7 @@ def paged_attention_reference(
     plan: AttentionPlan,
     *,
     scale: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attend by torch products; the CPU path as well as the Triton kernel's oracle.
 
@@ -186,6 +188,7 @@ def paged_attention_reference(
         v_cache: Values, same shape.
         plan: Made by ``plan_attention`` with this cache's block size.
         scale: Multiplied into the queries, usually ``head_dim ** -0.5``.
+        softcap: Scores become ``softcap · tanh(score / softcap)`` if it is given.
 
     Returns:
         ``[num_rows, num_heads, head_dim]``, dtype of the cache.
@@ -194,17 +197,18 @@ def paged_attention_reference(
     out = torch.zeros(num_rows, num_heads, head_dim, dtype=k_cache.dtype, device=q.device)
     for group in plan.groups:
         rows = q.index_select(0, group.rows)
-        out.index_copy_(0, group.rows, _attend(rows, k_cache, v_cache, group, scale))
+        out.index_copy_(0, group.rows, _attend(rows, (k_cache, v_cache), group, scale, softcap))
     return out
 
 
 def _attend(
     q: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    caches: tuple[torch.Tensor, torch.Tensor],
     group: _Group,
     scale: float,
+    softcap: float | None,
 ) -> torch.Tensor:
+    k_cache, v_cache = caches
     n, m = group.num_sequences, group.num_new
     num_heads, head_dim = q.shape[1:]
     kv_heads = k_cache.shape[2]
@@ -223,6 +227,8 @@ def _attend(
         size = tile.num_sequences * kv_heads
         keys, values = _gather(k_cache, v_cache, tile, head_dim)
         scores = table_product(queries[:size], keys)
+        if softcap is not None:
+            row_softcap_(scores, softcap)
         if tile.mask is not None:
             scores.view(tile.num_sequences, kv_heads, query_rows, TILE).add_(tile.mask)
         top = scores.amax(-1, keepdim=True)

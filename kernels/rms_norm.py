@@ -20,7 +20,7 @@ def residual_rms_norm_reference(
     Args:
         residual: ``[num_rows, width]``, fp16, bf16 or fp32; becomes the sum.
         update: Same shape and dtype, or None (only normalise).
-        weight: ``[width]``, same dtype.
+        weight: ``[width]``, same dtype or fp32.
         eps: Added to the mean square.
 
     Returns:
@@ -36,7 +36,7 @@ def row_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
 
     Args:
         x: ``[num_rows, width]``, fp16, bf16 or fp32.
-        weight: ``[width]``, same dtype.
+        weight: ``[width]``, same dtype or fp32.
         eps: Added to the mean square.
 
     Returns:
@@ -44,7 +44,9 @@ def row_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
     """
 
     def compute(rows: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(rows, weight.shape, weight, eps)
+        if rows.dtype == weight.dtype:
+            return F.rms_norm(rows, weight.shape, weight, eps)
+        return F.rms_norm(rows.float(), weight.shape, weight.float(), eps).to(rows.dtype)
 
     def sample() -> torch.Tensor:
         generator = torch.Generator().manual_seed(0)
@@ -52,4 +54,4 @@ def row_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Ten
 
     if x.device.type != "cpu":
         return compute(x)
-    return by_rows("norm", (x.dtype, x.shape[1]), compute, x, sample)
+    return by_rows("norm", (x.dtype, weight.dtype, x.shape[1]), compute, x, sample)

@@ -269,6 +269,7 @@ def _build_engine(
         text=tokenizer,
         metrics=metrics,
         max_model_len=arch.max_model_len,
+        long_from=arch.long_from,
         max_queued_requests=config.scheduler.max_queued_requests,
         max_queued_bytes=config.scheduler.max_queued_bytes,
         on_thread=lambda: _on_stream(stream, decoder.device),

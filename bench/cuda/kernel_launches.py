@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from turret.kernels.gpu.fusion_gate import fusion_gate
+from turret.kernels.gpu.gelu_mul import gelu_mul
 from turret.kernels.gpu.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.hadamard_shrink import hadamard_shrink
 from turret.kernels.gpu.input_gain import input_gain
@@ -65,6 +66,11 @@ MODELS = {
     "Qwen2.5-0.5B": Model(896, 14, 2, 64, 4864, head_norm=True, window=4096),
     "SmolLM2-135M": Model(576, 9, 3, 64, 1536),
 }
+# Those of which only some kernels have forms of their own.
+_GEMMA_2_9B = Model(3584, 16, 8, 256, 14336, window=4096)
+_GEMMA_3_1B = Model(1152, 4, 1, 256, 6912, head_norm=True, window=512)
+_PHI_4_MINI = Model(3072, 24, 8, 128, 8192)
+_GLM_4_9B = Model(4096, 32, 2, 128, 13696)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -148,7 +154,7 @@ def _base(inner: int, outs: tuple[int, ...]) -> None:
             nf4_matmul(_empty(rows, inner), Nf4Matrix(packed, absmax, width, inner))
 
 
-def _attention(model: Model) -> None:
+def _attention(model: Model, softcap: float | None = None) -> None:
     cache = _empty(256, 16, model.kv_heads, model.head_dim)
     table = AttentionTable(
         max_records=_ROWS,
@@ -160,21 +166,36 @@ def _attention(model: Model) -> None:
         spread_records=_ROWS,
     )
     q = _empty(_ROWS, model.heads, model.head_dim)
-    paged_attention(q, cache, cache, table, scale=model.head_dim**-0.5)
+    paged_attention(q, cache, cache, table, scale=model.head_dim**-0.5, softcap=softcap)
+
+
+def _rotation(model: Model, pairs: int, *, is_interleaved: bool = False) -> None:
+    cache = _empty(256, 16, model.kv_heads, model.head_dim)
+    angles = _empty(_ROWS, pairs, dtype=torch.float32)
+    norm = _empty(model.head_dim, dtype=torch.float32) if model.head_norm else None
+    qkv = _empty(_ROWS, (model.heads + 2 * model.kv_heads) * model.head_dim)
+    slots = _empty(_ROWS, dtype=torch.int64)
+    rope_kv_write(
+        qkv,
+        angles,
+        angles,
+        slots,
+        cache,
+        cache,
+        q_norm=norm,
+        k_norm=norm,
+        is_interleaved=is_interleaved,
+    )
 
 
 def _between(model: Model) -> None:
     """Attention and the small kernels around it."""
     _attention(model)
-    cache = _empty(256, 16, model.kv_heads, model.head_dim)
-    angles = _empty(_ROWS, model.head_dim // 2, dtype=torch.float32)
-    norm = _empty(model.head_dim) if model.head_norm else None
-    qkv = _empty(_ROWS, (model.heads + 2 * model.kv_heads) * model.head_dim)
-    slots = _empty(_ROWS, dtype=torch.int64)
-    rope_kv_write(qkv, angles, angles, slots, cache, cache, q_norm=norm, k_norm=norm)
+    _rotation(model, model.head_dim // 2)
     hidden = _empty(_ROWS, model.hidden)
-    residual_rms_norm(hidden, hidden, _empty(model.hidden), 1e-5)
-    residual_rms_norm(hidden, None, _empty(model.hidden), 1e-5)
+    norm = _empty(model.hidden, dtype=torch.float32)
+    residual_rms_norm(hidden, hidden, norm, 1e-5)
+    residual_rms_norm(hidden, None, norm, 1e-5)
     silu_mul(_empty(_ROWS, 2 * model.inner))
     logits = _empty(_ROWS, model.vocab, dtype=torch.float32)
     sample_rows(logits, SamplingTable(_ROWS, _META).buffer, _empty(_ROWS, dtype=torch.int64))
@@ -189,6 +210,12 @@ def _all() -> Iterator[Callable[[], object]]:
         yield lambda model=model: _between(model)
     # More queries per KV head than a tile of 16 rows holds.
     yield lambda: _attention(Model(4096, 32, 1, 128, 14336))
+    yield lambda: _attention(_GEMMA_2_9B, 50.0)
+    yield lambda: _attention(_GEMMA_3_1B)
+    yield lambda: gelu_mul(_empty(_ROWS, 2 * _GEMMA_2_9B.inner))
+    yield lambda: _rotation(_GEMMA_3_1B, 128)
+    yield lambda: _rotation(_PHI_4_MINI, 48)
+    yield lambda: _rotation(_GLM_4_9B, 32, is_interleaved=True)
 
 
 LAUNCHES: tuple[Callable[[], object], ...] = tuple(_all())

@@ -31,6 +31,7 @@ typedef struct {
     element *out;       /* [rows, heads, head_dim] */
     int64_t heads, kv_heads, head_dim, block_size;
     double scale;
+    double softcap; /* of the scores; 0: none */
 } Heads;
 
 /* Positions of a block, of one KV head; `next` is where the same head of the next block lies. */
@@ -72,6 +73,11 @@ INLINE void score(const float *q, int64_t vectors, int64_t group, const Slice *k
             }
         }
     }
+}
+
+/* cap * tanh(score / cap), in place. The buffer is padded to whole vectors. */
+INLINE void cap_scores(float *s, int64_t count, float cap) {
+    for (int64_t t = 0; t < count; t += LANES) store_f32(s + t, cap * tanh_vec(load_f32(s + t) / cap));
 }
 
 /* In place; returns the sum. The buffer is padded to whole vectors. */
@@ -168,6 +174,8 @@ INLINE void attend(const Plan *plan, const Heads *h, const Row *row, float *scra
                   scores_stride);
         }
     float sums[heads];
+    for (int64_t g = 0; g < heads && h->softcap > 0; g++)
+        cap_scores(scores + g * scores_stride, count, (float)h->softcap);
     for (int64_t g = 0; g < heads; g++) sums[g] = softmax(scores + g * scores_stride, count);
     for (int64_t t = low, stop; t < end; t = stop)
         for (int64_t kv = row->kv_low; kv < row->kv_high; kv++) {
@@ -190,6 +198,7 @@ KERNEL static void attend_row(const Plan *plan, const Heads *h, const Row *row, 
     switch (h->head_dim / LANES) {
     case 4: attend(plan, h, row, scratch, 4); break;
     case 8: attend(plan, h, row, scratch, 8); break;
+    case 16: attend(plan, h, row, scratch, 16); break;
     default: attend(plan, h, row, scratch, h->head_dim / LANES);
     }
 }

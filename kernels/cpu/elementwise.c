@@ -6,7 +6,7 @@
 
 /* hidden += delta (rounded to its type), then out = rms_norm(hidden) * weight, for [rows, width].
  * delta may be null. RMSNorm: arXiv 1910.07467. */
-KERNEL static void norm_row(element *hidden, const element *delta, const element *weight, float eps,
+KERNEL static void norm_row(element *hidden, const element *delta, const float *weight, float eps,
                             element *out, int64_t width) {
     f32x16 squares = {0};
     float rest = 0;
@@ -25,11 +25,11 @@ KERNEL static void norm_row(element *hidden, const element *delta, const element
     }
     float scale = 1.0f / sqrtf((sum_lanes(squares) + rest) / (float)width + eps);
     for (i = 0; i + LANES <= width; i += LANES)
-        store_element(out + i, load_element(hidden + i) * scale * load_element(weight + i));
-    for (; i < width; i++) out[i] = to_element(from_element(hidden[i]) * scale * from_element(weight[i]));
+        store_element(out + i, load_element(hidden + i) * scale * load_f32(weight + i));
+    for (; i < width; i++) out[i] = to_element(from_element(hidden[i]) * scale * weight[i]);
 }
 
-EXPORT void EXPORTED(turret_add_rms_norm)(element *hidden, const element *delta, const element *weight, double eps,
+EXPORT void EXPORTED(turret_add_rms_norm)(element *hidden, const element *delta, const float *weight, double eps,
                                 element *out, int64_t rows, int64_t width, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1)
     for (int64_t r = 0; r < rows; r++)
@@ -37,55 +37,89 @@ EXPORT void EXPORTED(turret_add_rms_norm)(element *hidden, const element *delta,
                  out + r * width, width);
 }
 
-/* out = silu(gate) * up, for gate_up [rows, 2 * width]. */
-KERNEL static void silu_row(const element *gate, const element *up, element *out, int64_t count) {
+/* x * sigmoid(x), or gelu by its tanh formula, which is x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)). */
+INLINE f32x16 activation(f32x16 x, const int is_gelu) {
+    f32x16 y = x;
+    if (is_gelu) y = 1.5957691216f * (x + 0.044715f * x * x * x);
+    return x / (1.0f + exp_vec(-y));
+}
+
+INLINE void gated_row(const element *gate, const element *up, element *out, int64_t count, const int is_gelu) {
     int64_t i = 0;
-    for (; i + LANES <= count; i += LANES) {
-        f32x16 x = load_element(gate + i);
-        store_element(out + i, x / (1.0f + exp_vec(-x)) * load_element(up + i));
-    }
+    for (; i + LANES <= count; i += LANES)
+        store_element(out + i, activation(load_element(gate + i), is_gelu) * load_element(up + i));
     if (i < count) {
         element g[LANES] = {0}, u[LANES] = {0}, o[LANES];
         memcpy(g, gate + i, (count - i) * sizeof(element));
         memcpy(u, up + i, (count - i) * sizeof(element));
-        f32x16 x = load_element(g);
-        store_element(o, x / (1.0f + exp_vec(-x)) * load_element(u));
+        store_element(o, activation(load_element(g), is_gelu) * load_element(u));
         memcpy(out + i, o, (count - i) * sizeof(element));
     }
 }
 
-EXPORT void EXPORTED(turret_silu_mul)(const element *gate_up, element *out, int64_t rows, int64_t width,
-                            int64_t threads) {
+KERNEL static void silu_row(const element *gate, const element *up, element *out, int64_t count) {
+    gated_row(gate, up, out, count, 0);
+}
+
+KERNEL static void gelu_row(const element *gate, const element *up, element *out, int64_t count) {
+    gated_row(gate, up, out, count, 1);
+}
+
+/* out = activation(gate) * up, for gate_up [rows, 2 * width]. */
+INLINE void gated_mul(const element *gate_up, element *out, int64_t rows, int64_t width, int64_t threads,
+                      void (*row)(const element *, const element *, element *, int64_t)) {
     int64_t half = (width / 2 + LANES - 1) / LANES * LANES;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t part = 0; part < 2 * rows; part++) {
         const element *gate = gate_up + part / 2 * 2 * width;
         int64_t low = part % 2 ? half : 0, high = part % 2 ? width : half < width ? half : width;
         if (low < high)
-            silu_row(gate + low, gate + width + low, out + part / 2 * width + low, high - low);
+            row(gate + low, gate + width + low, out + part / 2 * width + low, high - low);
     }
 }
 
-/* Rotary positions (arXiv 2104.09864), pairs (i, i + dim / 2). */
-INLINE void rotate(const element *x, const float *cos, const float *sin, float *first, float *second,
-                   int64_t half) {
-    for (int64_t i = 0; i < half; i += LANES) {
-        f32x16 a = load_element(x + i), b = load_element(x + half + i);
-        f32x16 c = load_f32(cos + i), s = load_f32(sin + i);
-        store_f32(first + i, a * c - b * s);
-        store_f32(second + i, b * c + a * s);
-    }
+EXPORT void EXPORTED(turret_silu_mul)(const element *gate_up, element *out, int64_t rows, int64_t width,
+                            int64_t threads) {
+    gated_mul(gate_up, out, rows, width, threads, silu_row);
 }
+
+EXPORT void EXPORTED(turret_gelu_mul)(const element *gate_up, element *out, int64_t rows, int64_t width,
+                            int64_t threads) {
+    gated_mul(gate_up, out, rows, width, threads, gelu_row);
+}
+
+/* Rotary positions (arXiv 2104.09864) of the first 2 * pairs features of a head: pairs are
+ * (i, i + pairs), or neighbours where they are interleaved. The other features pass. */
+INLINE void rotate(const element *x, const float *cos, const float *sin, float *out, int64_t dim,
+                   int64_t pairs, int64_t is_interleaved) {
+    int64_t i = 0, second = is_interleaved ? 1 : pairs, step = is_interleaved ? 2 : 1;
+    for (; !is_interleaved && i + LANES <= pairs; i += LANES) {
+        f32x16 a = load_element(x + i), b = load_element(x + pairs + i);
+        f32x16 c = load_f32(cos + i), s = load_f32(sin + i);
+        store_f32(out + i, a * c - b * s);
+        store_f32(out + pairs + i, b * c + a * s);
+    }
+    for (; i < pairs; i++) {
+        float a = from_element(x[step * i]), b = from_element(x[step * i + second]);
+        out[step * i] = a * cos[i] - b * sin[i];
+        out[step * i + second] = b * cos[i] + a * sin[i];
+    }
+    for (i = 2 * pairs; i < dim; i++) out[i] = from_element(x[i]);
+}
+
+typedef struct {
+    int64_t heads, kv_heads, dim, pairs, is_interleaved;
+} Shape;
 
 /* Queries come out in fp32; keys and values go to their slots of the cache. */
 KERNEL static void rope_row(const element *qkv, const float *cos, const float *sin, float *q, element *k,
-                            element *v, int64_t heads, int64_t kv_heads, int64_t dim) {
-    int64_t half = dim / 2;
+                            element *v, const Shape *shape) {
+    int64_t heads = shape->heads, kv_heads = shape->kv_heads, dim = shape->dim;
     for (int64_t h = 0; h < heads; h++)
-        rotate(qkv + h * dim, cos, sin, q + h * dim, q + h * dim + half, half);
+        rotate(qkv + h * dim, cos, sin, q + h * dim, dim, shape->pairs, shape->is_interleaved);
     for (int64_t h = 0; h < kv_heads; h++) {
         float key[512];
-        rotate(qkv + (heads + h) * dim, cos, sin, key, key + half, half);
+        rotate(qkv + (heads + h) * dim, cos, sin, key, dim, shape->pairs, shape->is_interleaved);
         for (int64_t i = 0; i < dim; i += LANES) store_element(k + h * dim + i, load_f32(key + i));
     }
     memcpy(v, qkv + (heads + kv_heads) * dim, kv_heads * dim * sizeof(element));
@@ -94,13 +128,13 @@ KERNEL static void rope_row(const element *qkv, const float *cos, const float *s
 EXPORT void EXPORTED(turret_rope_kv_write)(const element *qkv, const float *cos, const float *sin,
                                  const int64_t *slots, float *q, element *k_cache, element *v_cache,
                                  int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
-                                 int64_t threads) {
+                                 int64_t pairs, int64_t is_interleaved, int64_t threads) {
     int64_t width = kv_heads * dim;
+    Shape shape = {heads, kv_heads, dim, pairs, is_interleaved};
 #pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1)
     for (int64_t r = 0; r < rows; r++)
-        rope_row(qkv + r * (heads + 2 * kv_heads) * dim, cos + r * (dim / 2), sin + r * (dim / 2),
-                 q + r * heads * dim, k_cache + slots[r] * width, v_cache + slots[r] * width, heads,
-                 kv_heads, dim);
+        rope_row(qkv + r * (heads + 2 * kv_heads) * dim, cos + r * pairs, sin + r * pairs,
+                 q + r * heads * dim, k_cache + slots[r] * width, v_cache + slots[r] * width, &shape);
 }
 
 #ifdef ELEMENT_F32

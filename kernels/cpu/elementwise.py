@@ -15,12 +15,14 @@ def add_rms_norm(
     Args:
         hidden: ``[rows, width]`` bf16 or fp32, contiguous.
         delta: Same shape and dtype, contiguous, or None.
-        weight: ``[width]``, same dtype.
+        weight: ``[width]`` fp32, contiguous.
         eps: Added to the mean square.
 
     Returns:
         ``[rows, width]``, same dtype, from fp32 by one rounding.
     """
+    assert weight.dtype == torch.float32
+    assert hidden.is_contiguous()
     rows, width = hidden.shape
     out = torch.empty_like(hidden)
     by_element("turret_add_rms_norm", hidden.dtype)(
@@ -41,9 +43,18 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 
     bf16 or fp32, contiguous.
     """
+    return _gated_mul("turret_silu_mul", gate_up)
+
+
+def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """``gelu(gate) · up``, gelu by its tanh formula (arXiv 1606.08415); see ``silu_mul``."""
+    return _gated_mul("turret_gelu_mul", gate_up)
+
+
+def _gated_mul(name: str, gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype)
-    by_element("turret_silu_mul", gate_up.dtype)(
+    by_element(name, gate_up.dtype)(
         gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads()
     )
     return out
@@ -56,17 +67,21 @@ def rope_kv_write(
     slots: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,
+    *,
+    is_interleaved: bool = False,
 ) -> torch.Tensor:
     """Rotate queries and keys (RoFormer, arXiv 2104.09864); store keys and values.
 
     Args:
         qkv: ``[rows, heads + 2·kv_heads, head_dim]`` bf16 or fp32,
             contiguous; head_dim a multiple of 32.
-        cos: ``[rows, head_dim / 2]`` fp32, contiguous; ones where a layer has no rotary positions.
+        cos: ``[rows, pairs]`` fp32, contiguous; ones where a layer has no rotary positions. The
+            first ``2 · pairs`` features of a head rotate, the others pass.
         sin: Same shape.
         slots: ``block · block_size + offset`` per row, ``[rows]`` int64.
         k_cache: One layer's, ``[num_blocks, block_size, kv_heads, head_dim]``, dtype of ``qkv``.
         v_cache: Same shape and dtype.
+        is_interleaved: Whether neighbouring features make a pair, not (i, i + pairs).
 
     Returns:
         Rotated queries, ``[rows, heads, head_dim]`` fp32.
@@ -87,6 +102,8 @@ def rope_kv_write(
         heads,
         kv_heads,
         head_dim,
+        cos.shape[1],
+        is_interleaved,
         torch.get_num_threads(),
     )
     return q

@@ -49,7 +49,8 @@ _BY_ELEMENT = {
         *(_int, _int, _int),
     ),
     "turret_silu_mul": (_pointer, _pointer, _int, _int, _int),
-    "turret_rope_kv_write": (*(_pointer,) * 7, *(_int,) * 5),
+    "turret_gelu_mul": (_pointer, _pointer, _int, _int, _int),
+    "turret_rope_kv_write": (*(_pointer,) * 7, *(_int,) * 7),
 }
 _SUFFIXES = {torch.bfloat16: "", torch.float32: "_f32"}
 _COUNTS = ("turret_has_products", "turret_ahead")

@@ -67,6 +67,7 @@ class _Heads(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("q", "k", "v", "out")),
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "block_size")),
         ("scale", ctypes.c_double),
+        ("softcap", ctypes.c_double),
     )
 
 
@@ -77,6 +78,7 @@ def paged_attention(
     plan: NativeAttentionPlan,
     *,
     scale: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attend; every row of ``q`` belongs to a span.
 
@@ -87,6 +89,7 @@ def paged_attention(
         v_cache: Values, same shape and dtype.
         plan: Of the step.
         scale: Multiplied into the queries.
+        softcap: Scores become ``softcap · tanh(score / softcap)`` if it is given.
 
     Returns:
         ``[num_rows, num_heads, head_dim]``, dtype of the cache.
@@ -103,6 +106,7 @@ def paged_attention(
         head_dim,
         block_size,
         scale,
+        softcap or 0.0,
     )
     by_element("turret_attend", k_cache.dtype)(plan.address, ctypes.addressof(heads))
     return out

@@ -75,11 +75,12 @@ def _attend_split(
     last,  # last position any row sees
     start,  # of the split
     row_elements: tl.constexpr,  # KV_HEADS * HEAD_DIM
-    scale,  # times log2(e)
+    scale,  # times log2(e); times 2 / SOFTCAP as well where there is one
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     WIDE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -103,7 +104,12 @@ def _attend_split(
         visible = (keys[None, :] <= positions[:, None]) & exists[None, :]
         if WINDOW > 0:
             visible = visible & (keys[None, :] > positions[:, None] - WINDOW)
-        scores = tl.where(visible, scores * scale, _MASKED)
+        scores = scores * scale
+        if SOFTCAP > 0:
+            # c tanh(s / c) = c - 2 c / (e^(2 s / c) + 1), times log2(e) as all scores here.
+            capped = 1.4426950408889634 * SOFTCAP
+            scores = capped - 2 * capped / (tl.exp2(scores) + 1.0)
+        scores = tl.where(visible, scores, _MASKED)
         top = tl.maximum(best, tl.max(scores, axis=1))
         # A row that sees nothing of the tile adds nothing.
         weights = tl.where(visible, tl.exp2(scores - top[:, None]), 0.0)
@@ -159,7 +165,7 @@ def paged_attention_kernel(
     counters_ptr,  # [spread_records, kv_heads] int32
     table_ptr,
     blocks_ptr,  # block numbers of all sequences
-    scale,  # times log2(e)
+    scale,  # see _attend_split
     q_stride,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -167,6 +173,7 @@ def paged_attention_kernel(
     BLOCK_SIZE: tl.constexpr,
     WIDE: tl.constexpr,
     WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -197,7 +204,7 @@ def paged_attention_kernel(
                 q, k_ptr + head * HEAD_DIM, v_ptr + head * HEAD_DIM,
                 blocks_ptr + tl.load(record_ptr + 3), positions, tl.load(record_ptr + 4),
                 first_position + tokens - 1, split * _SPLIT, KV_HEADS * HEAD_DIM, scale,
-                HEAD_DIM, BLOCK_SIZE, WIDE, WINDOW, TILE, BLOCK_M, BLOCK_D,
+                HEAD_DIM, BLOCK_SIZE, WIDE, WINDOW, SOFTCAP, TILE, BLOCK_M, BLOCK_D,
             )  # fmt: skip
             best, total, acc = _merge(best, total, acc, split_best, split_total, split_acc)
         _finish(
@@ -213,6 +220,7 @@ def paged_attention(
     table: AttentionTable,
     *,
     scale: float,
+    softcap: float | None = None,
 ) -> torch.Tensor:
     """Attend the new tokens of a step to their sequences.
 
@@ -223,6 +231,7 @@ def paged_attention(
         v_cache: Values, same shape and dtype.
         table: The step's sequences, loaded.
         scale: Multiplied into the scores, usually ``head_dim ** -0.5``.
+        softcap: Scores become ``softcap · tanh(score / softcap)`` if it is given.
 
     Returns:
         ``[num_rows, num_heads, head_dim]``, dtype of the cache. Rows of no sequence are undefined.
@@ -249,7 +258,7 @@ def paged_attention(
         table.counters,
         table.buffer,
         table.blocks,
-        scale * 1.4426950408889634,
+        scale * 1.4426950408889634 * (1.0 if softcap is None else 2.0 / softcap),
         q.stride(0),
         KV_HEADS=kv_heads,
         HEAD_DIM=head_dim,
@@ -257,6 +266,7 @@ def paged_attention(
         BLOCK_SIZE=block_size,
         WIDE=k_cache.numel() >= 1 << 31,
         WINDOW=table.window or 0,
+        SOFTCAP=softcap or 0,
         TILE=_TILES[table.tile_rows],
         BLOCK_M=table.tile_rows,
         BLOCK_D=block_d,

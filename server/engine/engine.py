@@ -61,6 +61,7 @@ class Engine:
         max_queued_requests: Most requests waiting; one more is refused.
         max_queued_bytes: Most memory of requests that wait or run and of answers that wait to be
             read; a request that comes to more is refused, unless it is alone.
+        long_from: ``Arch.long_from`` of the model.
         on_thread: What the thread does all its work in.
 
     Attributes:
@@ -80,9 +81,11 @@ class Engine:
         max_model_len: int,
         max_queued_requests: int,
         max_queued_bytes: int,
+        long_from: int | None = None,
         on_thread: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._on_thread = on_thread
+        self._long_from = long_from
         self._adapters = adapters
         self._text = text
         self._max_queued_requests = max_queued_requests
@@ -203,6 +206,7 @@ class Engine:
     def _make_answer(self, request: Request, text: AnswerText, mix: Mix, arrival: float) -> Answer:
         sequence = self._make_sequence(request, mix, arrival)
         max_tokens = self._check_length(request, sequence.num_virtual)
+        max_tokens = self._choose_frequencies(sequence, max_tokens)
         loop = self._loop
         stream = Stream(
             lambda: loop.post(lambda: loop.cancel(sequence)), self._hold, request.num_bytes
@@ -285,6 +289,23 @@ class Engine:
                 violations=[("input", "the prompt and stop.max_tokens exceed the context")],
             )
         return limit - prompt if wanted is None else wanted
+
+    def _choose_frequencies(self, sequence: Sequence, max_tokens: int) -> int:
+        """Settle whether a sequence is long: at once, because keys are kept as they were rotated.
+
+        One that names no ``max_tokens`` and begins short stays short.
+
+        Returns:
+            The most tokens it may generate.
+        """
+        if self._long_from is None:
+            return max_tokens
+        start = sequence.prompt_end - sequence.num_padding
+        request = sequence.request
+        if request.stop.max_tokens is None and not request.score and start < self._long_from:
+            max_tokens = min(max_tokens, self._long_from - start)
+        sequence.is_long = start + max_tokens > self._long_from
+        return max_tokens
 
     def _hold(self, num_bytes: int) -> None:
         self._held_bytes += num_bytes

@@ -9,7 +9,7 @@ from typing import Any
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Arch, Rope
 
-_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 # Kind of all layers where a model has one.
 _ALL_LAYERS = "all"
 
@@ -52,23 +52,41 @@ def read_decoder(config: Any, **own: Any) -> Arch:
         "rms_norm_eps": config.rms_norm_eps,
         "max_model_len": config.max_position_embeddings,
         "tie_word_embeddings": bool(config.tie_word_embeddings),
-        "activation": config.hidden_act,
         "attention_scale": head_dim**-0.5,
         "windows": (None,) * layers,
         "rope_of_layer": (_ALL_LAYERS,) * layers,
     }
+    if "activation" not in own:
+        fields["activation"] = config.hidden_act
     if "ropes" not in own:
-        fields["ropes"] = {_ALL_LAYERS: read_rope(config, config.rope_parameters or {}, head_dim)}
+        parameters = config.rope_parameters or {}
+        fields["ropes"] = {_ALL_LAYERS: read_rope(config, parameters, head_dim)}
+        if parameters.get("rope_type") == "longrope":
+            fields["long_from"] = int(parameters["original_max_position_embeddings"])
     return Arch(**{**fields, **own})
 
 
-def read_rope(config: Any, parameters: Mapping[str, Any], head_dim: int) -> Rope:
+def read_ropes(config: Any) -> dict[str, Any]:
+    """The fields of ``Arch`` where each of ``layer_types`` has its own ``rope_parameters``."""
+    head_dim = getattr(config, "head_dim", None)
+    head_dim = head_dim or config.hidden_size // config.num_attention_heads
+    ropes = {
+        kind: read_rope(config, config.rope_parameters[kind], head_dim, kind)
+        for kind in dict.fromkeys(config.layer_types)
+    }
+    return {"ropes": ropes, "rope_of_layer": tuple(config.layer_types)}
+
+
+def read_rope(
+    config: Any, parameters: Mapping[str, Any], head_dim: int, kind_of_layer: str | None = None
+) -> Rope:
     """Rotary positions.
 
     Args:
         config: For the scaling formulas, which read more of it.
         parameters: ``rope_parameters``, or its part for one kind of layer.
-        head_dim: Features of a head; all rotate.
+        head_dim: Features of a head; ``partial_rotary_factor`` says how many rotate.
+        kind_of_layer: Whose part ``parameters`` is.
 
     Raises:
         InvalidRequestError: The rope type is not served; names those that are.
@@ -82,13 +100,23 @@ def read_rope(config: Any, parameters: Mapping[str, Any], head_dim: int) -> Rope
     import torch
 
     if kind == "default":
-        exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+        rotated = int(head_dim * parameters.get("partial_rotary_factor", 1.0))
+        exponents = torch.arange(0, rotated, 2, dtype=torch.int64).float() / rotated
         return Rope(1.0 / (parameters["rope_theta"] ** exponents))
     # The long tail of scaling formulas is transformers' business.
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    inv_freq, scaling = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"))
-    return Rope(inv_freq.float(), float(scaling))
+    def frequencies(length: int | None) -> tuple[torch.Tensor, float]:
+        where = {} if kind_of_layer is None else {"layer_type": kind_of_layer}
+        made = ROPE_INIT_FUNCTIONS[kind](config, torch.device("cpu"), seq_len=length, **where)
+        return made[0].float(), float(made[1])
+
+    inv_freq, scaling = frequencies(None)
+    if kind != "longrope":
+        return Rope(inv_freq, scaling)
+    # Past this length the other list of factors holds.
+    longer, _ = frequencies(int(parameters["original_max_position_embeddings"]) + 1)
+    return Rope(inv_freq, scaling, longer)
 
 
 def read_windows(config: Any) -> tuple[int | None, ...]:

@@ -88,7 +88,7 @@ def load_decoder(
     for number in range(arch.num_layers):
         progress("Loading layers", number, arch.num_layers)
         layers.append(_load_layer(tensors, arch, number, dtype, device, gpu))
-    norm = dense("model.norm.weight")
+    norm = _norm(tensors, arch, "model.norm", device)
     if tensors.has("lm_head.weight") and not arch.tie_word_embeddings:
         head = dense("lm_head.weight")
     else:
@@ -126,6 +126,9 @@ def _load_layer(
     def dense(name: str) -> torch.Tensor:
         return tensors.get(f"{prefix}.{name}").to(dtype=dtype, device=device)
 
+    def norm(name: str | None) -> torch.Tensor | None:
+        return None if name is None else _norm(tensors, arch, f"{prefix}.{name}", device)
+
     projections = {}
     for name, slices in arch.linears().items():
         weights = [
@@ -145,12 +148,19 @@ def _load_layer(
             torch.cat(biases) if has_bias else None,
         )
     return DecoderLayer(
-        norm_before_attention=dense(f"{arch.norms.before_attention}.weight"),
-        norm_before_mlp=dense(f"{arch.norms.before_mlp}.weight"),
-        q_norm=dense("self_attn.q_norm.weight") if arch.qk_norm else None,
-        k_norm=dense("self_attn.k_norm.weight") if arch.qk_norm else None,
+        norm_before_attention=norm(arch.norms.before_attention),
+        norm_after_attention=norm(arch.norms.after_attention),
+        norm_before_mlp=norm(arch.norms.before_mlp),
+        norm_after_mlp=norm(arch.norms.after_mlp),
+        q_norm=norm("self_attn.q_norm" if arch.qk_norm else None),
+        k_norm=norm("self_attn.k_norm" if arch.qk_norm else None),
         **projections,
     )
+
+
+def _norm(tensors: _Tensors, arch: Arch, name: str, device: torch.device) -> torch.Tensor:
+    """A norm's weight: fp32, because ``1 + w`` does not fit into 16 bits."""
+    return tensors.get(f"{name}.weight").float().add_(arch.norm_offset).to(device)
 
 
 def eos_token_ids(files: Path) -> frozenset[int]:

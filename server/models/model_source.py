@@ -104,7 +104,7 @@ def read_tensors(shards: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
 
 def is_quantized(name: str) -> bool:
     """Whether a tensor is the weight of a decoder layer's linear module."""
-    return ".layers." in name and name.endswith("_proj.weight")
+    return ".layers." in name and name.endswith(("_proj.weight", "_linear.weight"))
 
 
 def _quantize(

@@ -59,14 +59,16 @@ void turret_dense_product(const bf16 *, int64_t, int64_t, const bf16 *, bf16 *, 
 void turret_nf4_product(const bf16 *, int64_t, int64_t, const uint8_t *, const bf16 *, bf16 *, int64_t,
                         int64_t, int64_t, const Step *, int64_t);
 int64_t turret_has_products(void);
-void turret_add_rms_norm(bf16 *, const bf16 *, const bf16 *, double, bf16 *, int64_t, int64_t, int64_t);
+void turret_add_rms_norm(bf16 *, const bf16 *, const float *, double, bf16 *, int64_t, int64_t, int64_t);
 void turret_add_rms_norm_f32(float *, const float *, const float *, double, float *, int64_t, int64_t,
                              int64_t);
 void turret_silu_mul(const bf16 *, bf16 *, int64_t, int64_t, int64_t);
 void turret_silu_mul_f32(const float *, float *, int64_t, int64_t, int64_t);
+void turret_gelu_mul(const bf16 *, bf16 *, int64_t, int64_t, int64_t);
+void turret_gelu_mul_f32(const float *, float *, int64_t, int64_t, int64_t);
 void turret_exp_f32(float *, int64_t);
 void turret_rope_kv_write_f32(const float *, const float *, const float *, const int64_t *, float *, float *,
-                              float *, int64_t, int64_t, int64_t, int64_t, int64_t);
+                              float *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);
 void turret_attend(const void *, const void *);
 void turret_attend_f32(const void *, const void *);
 void turret_adapt(const Step *, const int64_t *, const bf16 *, int64_t, bf16 *, int64_t, const bf16 *);
@@ -176,11 +178,40 @@ static void check_nf4(int64_t out, int64_t in) {
     free(x), free(scale), free(y), free(one), free(packed), free(expected);
 }
 
-/* Norm, silu, exponential and rotation; in bf16 as well, from the same values. */
+/* Silu and gelu: each row alone must have the same bits as well. */
+static void check_gated(int64_t width, int is_gelu) {
+    const char *name = is_gelu ? "gelu" : "silu";
+    void (*exact)(const float *, float *, int64_t, int64_t, int64_t) = is_gelu ? turret_gelu_mul_f32 : turret_silu_mul_f32;
+    void (*half)(const bf16 *, bf16 *, int64_t, int64_t, int64_t) = is_gelu ? turret_gelu_mul : turret_silu_mul;
+    float *x = floats(MAX_ROWS * 2 * width), *y = floats(MAX_ROWS * width), *one = floats(width);
+    bf16 *hx = halves(MAX_ROWS * 2 * width), *hy = halves(MAX_ROWS * width), *hone = halves(width);
+    double *expected = calloc(MAX_ROWS * width, sizeof(double)), *hexpected = calloc(MAX_ROWS * width, 8);
+    for (int64_t r = 0; r < MAX_ROWS; r++)
+        for (int64_t i = 0; i < width; i++) {
+            double gate = x[r * 2 * width + i], hgate = to_f32(hx[r * 2 * width + i]);
+            double y = is_gelu ? 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) : gate;
+            double hy = is_gelu ? 1.5957691216057308 * (hgate + 0.044715 * hgate * hgate * hgate) : hgate;
+            expected[r * width + i] = gate / (1 + exp(-y)) * x[(r * 2 + 1) * width + i];
+            hexpected[r * width + i] = hgate / (1 + exp(-hy)) * to_f32(hx[(r * 2 + 1) * width + i]);
+        }
+    exact(x, y, MAX_ROWS, width, threads);
+    half(hx, hy, MAX_ROWS, width, threads);
+    near(name, y, expected, MAX_ROWS * width, 1e-5);
+    near_bf16(name, hy, hexpected, MAX_ROWS * width);
+    for (int64_t r = 0; r < MAX_ROWS; r++) {
+        exact(x + r * 2 * width, one, 1, width, threads);
+        same(name, one, y + r * width, width * sizeof(float));
+        half(hx + r * 2 * width, hone, 1, width, threads);
+        same(name, hone, hy + r * width, width * sizeof(bf16));
+    }
+    free(x), free(y), free(one), free(hx), free(hy), free(hone), free(expected), free(hexpected);
+}
+
+/* Norm and exponential; the norm in bf16 as well, from the same values. */
 static void check_elementwise(int64_t width) {
     float *x = floats(MAX_ROWS * 2 * width), *w = floats(width), *y = floats(MAX_ROWS * width);
     float *one = floats(width), *sum = floats(MAX_ROWS * width), *delta = floats(MAX_ROWS * width);
-    bf16 *hx = halves(MAX_ROWS * 2 * width), *hw = halves(width), *hy = halves(MAX_ROWS * width);
+    bf16 *hx = halves(MAX_ROWS * 2 * width), *hy = halves(MAX_ROWS * width);
     bf16 *hone = halves(width), *hsum = halves(MAX_ROWS * width);
     double *expected = calloc(MAX_ROWS * width, sizeof(double)), *hexpected = calloc(MAX_ROWS * width, 8);
     memcpy(sum, x, MAX_ROWS * width * sizeof(float));
@@ -194,11 +225,11 @@ static void check_elementwise(int64_t width) {
         for (int64_t i = 0; i < width; i++) {
             double v = (double)x[r * width + i] + delta[r * width + i], h = to_f32(hx[r * width + i]);
             expected[r * width + i] = v / sqrt(squares / width + 1e-6) * w[i];
-            hexpected[r * width + i] = h / sqrt(hsquares / width + 1e-6) * to_f32(hw[i]);
+            hexpected[r * width + i] = h / sqrt(hsquares / width + 1e-6) * w[i];
         }
     }
     turret_add_rms_norm_f32(sum, delta, w, 1e-6, y, MAX_ROWS, width, threads);
-    turret_add_rms_norm(hsum, 0, hw, 1e-6, hy, MAX_ROWS, width, threads);
+    turret_add_rms_norm(hsum, 0, w, 1e-6, hy, MAX_ROWS, width, threads);
     near("norm", y, expected, MAX_ROWS * width, 1e-5);
     near_bf16("norm", hy, hexpected, MAX_ROWS * width);
     for (int64_t r = 0; r < MAX_ROWS; r++) {
@@ -207,24 +238,8 @@ static void check_elementwise(int64_t width) {
         turret_add_rms_norm_f32(one, delta + r * width, w, 1e-6, result, 1, width, threads);
         same("norm", result, y + r * width, width * sizeof(float));
         free(result);
-        turret_add_rms_norm(hsum + r * width, 0, hw, 1e-6, hone, 1, width, threads);
+        turret_add_rms_norm(hsum + r * width, 0, w, 1e-6, hone, 1, width, threads);
         same("norm in bf16", hone, hy + r * width, width * sizeof(bf16));
-    }
-    for (int64_t r = 0; r < MAX_ROWS; r++)
-        for (int64_t i = 0; i < width; i++) {
-            double gate = x[r * 2 * width + i], hgate = to_f32(hx[r * 2 * width + i]);
-            expected[r * width + i] = gate / (1 + exp(-gate)) * x[(r * 2 + 1) * width + i];
-            hexpected[r * width + i] = hgate / (1 + exp(-hgate)) * to_f32(hx[(r * 2 + 1) * width + i]);
-        }
-    turret_silu_mul_f32(x, y, MAX_ROWS, width, threads);
-    turret_silu_mul(hx, hy, MAX_ROWS, width, threads);
-    near("silu", y, expected, MAX_ROWS * width, 1e-5);
-    near_bf16("silu", hy, hexpected, MAX_ROWS * width);
-    for (int64_t r = 0; r < MAX_ROWS; r++) {
-        turret_silu_mul_f32(x + r * 2 * width, one, 1, width, threads);
-        same("silu", one, y + r * width, width * sizeof(float));
-        turret_silu_mul(hx + r * 2 * width, hone, 1, width, threads);
-        same("silu in bf16", hone, hy + r * width, width * sizeof(bf16));
     }
     for (int64_t i = 0; i < width; i++) one[i] = 80 * noise(), expected[i] = exp(one[i]);
     memcpy(y, one, width * sizeof(float));
@@ -234,7 +249,7 @@ static void check_elementwise(int64_t width) {
         turret_exp_f32(one + i, 1);
     }
     same("exp", one, y, width * sizeof(float));
-    free(x), free(w), free(y), free(one), free(sum), free(delta), free(hx), free(hw), free(hy), free(hone);
+    free(x), free(w), free(y), free(one), free(sum), free(delta), free(hx), free(hy), free(hone);
     free(hsum), free(expected), free(hexpected);
 }
 
@@ -251,12 +266,12 @@ typedef struct {
     const void *q, *k, *v;
     void *out;
     int64_t heads, kv_heads, head_dim, block_size;
-    double scale;
+    double scale, softcap;
 } Heads;
 #define POSITIONS 80
 
 /* Rotation into the cache, then attention over it: prompts of several lengths, then each row alone. */
-static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_t window) {
+static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_t window, double cap) {
     int64_t blocks[POSITIONS / 16], slots[POSITIONS], rows = 20, per = heads + 2 * kv_heads;
     float *k = floats(POSITIONS * kv_heads * dim), *v = floats(POSITIONS * kv_heads * dim);
     float *qkv = floats(rows * per * dim), *cos = floats(rows * dim / 2), *sin = floats(rows * dim / 2);
@@ -267,7 +282,7 @@ static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_
     Span spans[2] = {{0, 13, 45, 2, blocks}, {13, 7, 0, 0, blocks + 4}};
     for (int64_t i = 0; i < 13; i++) slots[i] = blocks[(45 + i) / 16] * 16 + (45 + i) % 16;
     for (int64_t i = 0; i < 7; i++) slots[13 + i] = blocks[4] * 16 + i;
-    turret_rope_kv_write_f32(qkv, cos, sin, slots, q, k, v, rows, heads, kv_heads, dim, threads);
+    turret_rope_kv_write_f32(qkv, cos, sin, slots, q, k, v, rows, heads, kv_heads, dim, dim / 2, 0, threads);
     for (int64_t r = 0; r < rows; r++)
         for (int64_t h = 0; h < heads + kv_heads; h++)
             for (int64_t i = 0; i < dim / 2; i++) {
@@ -286,19 +301,20 @@ static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_
                     int64_t at = ((spans[s].blocks[t / 16] * 16 + t % 16) * kv_heads + h / (heads / kv_heads)) * dim;
                     double score = 0;
                     for (int64_t i = 0; i < dim; i++) score += (double)q[(row * heads + h) * dim + i] * k[at + i];
-                    total += score = exp(score * 0.125);
+                    score *= 0.125;
+                    total += score = exp(cap ? cap * tanh(score / cap) : score);
                     for (int64_t i = 0; i < dim; i++) to[i] += score * v[at + i];
                 }
                 for (int64_t i = 0; i < dim; i++) to[i] /= total;
             }
     Plan plan = {spans, scratch, 2, heads * (2 * dim + POSITIONS + 32), threads, window};
-    Heads of = {q, k, v, out, heads, kv_heads, dim, 16, 0.125};
+    Heads of = {q, k, v, out, heads, kv_heads, dim, 16, 0.125, cap};
     turret_attend_f32(&plan, &of);
     near("attention", out, expected, rows * heads * dim, 1e-5);
     bf16 *hk = halves(POSITIONS * kv_heads * dim), *hv = halves(POSITIONS * kv_heads * dim);
     bf16 *hout = halves(rows * heads * dim), *hone = halves(rows * heads * dim);
     for (int64_t i = 0; i < POSITIONS * kv_heads * dim; i++) hk[i] = to_bf16(k[i]), hv[i] = to_bf16(v[i]);
-    Heads half = {q, hk, hv, hout, heads, kv_heads, dim, 16, 0.125};
+    Heads half = {q, hk, hv, hout, heads, kv_heads, dim, 16, 0.125, cap};
     turret_attend(&plan, &half);
     near_bf16("attention", hout, expected, rows * heads * dim);
     of.out = one, half.out = hone;
@@ -383,7 +399,10 @@ int main(int count, char **arguments) {
         }
     check_dense(70, 100), check_dense(131, 576), check_nf4(64, 64), check_nf4(96, 192);
     check_elementwise(7), check_elementwise(64), check_elementwise(100);
-    check_attention(3, 1, 64, 0), check_attention(8, 2, 32, 20), check_attention(9, 3, 96, 0);
+    for (int is_gelu = 0; is_gelu < 2; is_gelu++)
+        check_gated(7, is_gelu), check_gated(64, is_gelu), check_gated(100, is_gelu);
+    check_attention(3, 1, 64, 0, 0), check_attention(8, 2, 32, 20, 0), check_attention(9, 3, 96, 0, 0);
+    check_attention(4, 2, 64, 0, 0.5), check_attention(2, 1, 256, 9, 2);
     check_adapters(40, 24, 3, 1), check_adapters(64, 192, 16, 8), check_adapters(100, 219, 9, 5);
     printf("%s with %d threads: %d failures\n", turret_has_products() ? "bf16 pairs" : "no bf16 pairs", threads,
            failures);

@@ -9,14 +9,22 @@ Planted faults, and how many of the tests here each one fails (tried by hand):
 - sine's sign: 8
 - key norm skipped: 4
 - values written a row further: all (the interpreter crashes)
+- the features that do not rotate left out: 12
+- pairs apart where they are neighbours: 12
+- gelu without its cube: 9
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 from kernel_traffic import DEVICE, DTYPES, HALF, error_ratio
 
+from turret.kernels.gelu_mul import gelu_mul_reference
+from turret.kernels.gpu.gelu_mul import gelu_mul
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import rope_kv_write
 from turret.kernels.gpu.silu_mul import silu_mul
@@ -31,7 +39,8 @@ BOUND = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_residual_rms_norm(width, dtype):
     residual, update = (torch.randn(5, width).to(DEVICE, dtype) for _ in range(2))
-    weight = torch.randn(width).to(DEVICE, dtype)
+    # The decoders' norms are fp32.
+    weight = torch.randn(width).to(DEVICE, torch.float32 if width == 100 else dtype)
     total = residual + update
     exact = total.double() * (total.double().pow(2).mean(1, keepdim=True) + 1e-5).rsqrt()
     exact = exact * weight.double()
@@ -56,6 +65,47 @@ def test_silu_mul(width, dtype):
     exact = gate * gate.sigmoid() * up
     assert error_ratio(silu_mul(gate_up), exact) < BOUND[dtype]
     assert error_ratio(silu_mul_reference(gate_up), exact) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("width", [33, 1024, 1500])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gelu_mul(width, dtype):
+    wide = torch.randn(3, 2 * width + 3).to(DEVICE, dtype)
+    gate_up = wide[:, : 2 * width]
+    gate, up = gate_up.double().chunk(2, dim=1)
+    exact = F.gelu(gate, approximate="tanh") * up
+    assert error_ratio(gelu_mul(gate_up), exact) < BOUND[dtype]
+    assert error_ratio(gelu_mul_reference(gate_up), exact) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("is_interleaved", [False, True])
+@pytest.mark.parametrize("pairs", [3, 16, 32])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_that_rotate_in_part(pairs, is_interleaved, dtype):
+    """Against complex numbers in float64; the reference as well."""
+    heads, kv_heads, rows, head_dim = 3, 1, 4, 64
+    qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim).to(DEVICE, dtype)
+    angles = torch.randn(rows, pairs, device=DEVICE)
+    slots = torch.tensor([3, 9, 15, 0], device=DEVICE)
+    norms = {k: torch.rand(head_dim, device=DEVICE) + 0.5 for k in ("q_norm", "k_norm")}
+    options: dict[str, Any] = {"is_interleaved": is_interleaved, **norms}
+    exact = qkv.double().view(rows, -1, head_dim)[:, : heads + kv_heads]
+    exact = exact * (exact.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+    exact[:, :heads] *= norms["q_norm"].double()
+    exact[:, heads:] *= norms["k_norm"].double()
+    turn = torch.polar(torch.ones_like(angles).double(), angles.double())
+    for i in range(pairs):
+        at = [2 * i, 2 * i + 1] if is_interleaved else [i, i + pairs]
+        both = torch.complex(exact[..., at[0]], exact[..., at[1]]) * turn[:, i, None]
+        exact[..., at] = torch.stack((both.real, both.imag), -1)
+    for kernel in (rope_kv_write, rope_kv_write_reference):
+        keys, values = (
+            torch.zeros(4, 4, kv_heads, head_dim, device=DEVICE, dtype=dtype) for _ in range(2)
+        )
+        cos, sin = angles.cos(), angles.sin()
+        q = kernel(qkv, cos, sin, slots, keys, values, **options)
+        assert error_ratio(q, exact[:, :heads]) < BOUND[dtype]
+        assert error_ratio(keys.flatten(0, 1)[slots], exact[:, heads:]) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("norms", [False, True])
@@ -92,6 +142,9 @@ def test_breaches_of_the_contract_are_refused():
         silu_mul(x[:, :7])
     cache = torch.zeros(2, 2, 1, 4, dtype=HALF)
     angles = torch.zeros(2, 2)
+    wide = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="a head has 4"):
+        rope_kv_write(torch.zeros(2, 16, dtype=HALF), wide, wide, torch.arange(2), cache, cache)
     with pytest.raises(ValueError, match="cos is"):
         rope_kv_write(
             torch.zeros(2, 16, dtype=HALF), angles[:1], angles, torch.arange(2), cache, cache

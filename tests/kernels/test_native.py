@@ -9,8 +9,9 @@ skipped, u transposed (16), ranks beyond the fours dropped (12); Kronecker: no w
 the columns of X w2ᵀ not written (6), one row of X for four (2) or of w1 for all (8), ranks beyond
 sixteen (4) or the fours (6) missing, narrow factors skipped (4), its activations on the Hadamard
 ones (18); a window one too long (10), padding ignored (20), one query head for a whole group (12),
-the newest key unseen (20), no scale (20), a sine of the other sign (10), the residual not written
-(6), a thousandfold eps (6), no up (6), truncation to bf16 (12), an unbounded exponential (6).
+the newest key unseen (20), no scale (20), no cap of the scores (10), a sine of the other sign (10),
+the residual not written (6), a thousandfold eps (6), no up (6), truncation to bf16 (12), an
+unbounded exponential (6).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,7 +28,7 @@ import torch.nn.functional as F
 from kernel_traffic import error_ratio
 
 from turret.kernels.cpu import native
-from turret.kernels.cpu.elementwise import add_rms_norm, rope_kv_write, silu_mul
+from turret.kernels.cpu.elementwise import add_rms_norm, gelu_mul, rope_kv_write, silu_mul
 from turret.kernels.cpu.paged_attention import NativeAttentionPlan, paged_attention
 from turret.kernels.cpu.row_adapters import (
     HadamardFactors,
@@ -295,10 +297,15 @@ def test_hadamard_and_kronecker_rows_equal_float64_and_the_rows_alone(
 HEADS = [(9, 3, 64), (4, 4, 32), (8, 1, 96), (2, 2, 128), (14, 2, 256)]
 
 
-@pytest.mark.parametrize("window", [None, 21])
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (21, None), (None, 0.7)])
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
 def test_attention_equals_float64_and_the_rows_alone(
-    heads: int, kv_heads: int, dim: int, window: int | None, threads: None
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    window: int | None,
+    softcap: float | None,
+    threads: None,
 ) -> None:
     size, scale = 16, dim**-0.5
     lengths = [(1, 0, 0), (1, 95, 0), (40, 0, 0), (7, 33, 5), (1, 16, 16)]
@@ -319,7 +326,7 @@ def test_attention_equals_float64_and_the_rows_alone(
 
     def attend(queries: torch.Tensor, spans: list[SequenceSpan]) -> torch.Tensor:
         plan = NativeAttentionPlan(spans, num_heads=heads, head_dim=dim, window=window)
-        return paged_attention(queries, keys, values, plan, scale=scale)
+        return paged_attention(queries, keys, values, plan, scale=scale, softcap=softcap)
 
     got = attend(q, spans)
     for span in spans:
@@ -330,6 +337,8 @@ def test_attention_equals_float64_and_the_rows_alone(
             low = max(span.num_padding, 0 if window is None else end - window)
             query = q[span.row_start + i].double().view(kv_heads, heads // kv_heads, dim)
             scores = torch.einsum("kgd,tkd->kgt", query, k[low:end]) * scale
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
             exact = torch.einsum("kgt,tkd->kgd", scores.softmax(-1), v[low:end]).reshape(heads, dim)
             row = span.row_start + i
             assert error_ratio(got[row], exact) < MAX_ERROR, (span, i)
@@ -341,7 +350,7 @@ def test_attention_equals_float64_and_the_rows_alone(
 def test_norm_adds_the_residual_and_rounds_once(width: int, threads: None) -> None:
     # Small enough for eps to matter.
     hidden, delta = ((3e-3 * torch.randn(9, width)).to(BF16) for _ in range(2))
-    weight = torch.randn(width).to(BF16)
+    weight = torch.randn(width)
     before = hidden.clone()
     out = add_rms_norm(hidden, delta, weight, 1e-5)
     assert torch.equal(hidden, before + delta)
@@ -353,14 +362,45 @@ def test_norm_adds_the_residual_and_rounds_once(width: int, threads: None) -> No
     assert torch.equal(add_rms_norm(before[3:4], delta[3:4], weight, 1e-5), out[3:4])
 
 
+@pytest.mark.parametrize(
+    ("kernel", "activation"),
+    [(silu_mul, F.silu), (gelu_mul, partial(F.gelu, approximate="tanh"))],
+    ids=["silu", "gelu"],
+)
 @pytest.mark.parametrize("width", [16, 40, 1536])
-def test_silu_mul(width: int, threads: None) -> None:
+def test_gated_activations(kernel: Any, activation: Any, width: int, threads: None) -> None:
     gate_up = (4 * torch.randn(5, 2 * width)).to(BF16)
     gate_up[0, :4] = torch.tensor([0.0, -120.0, 120.0, -88.0])
     gate, up = gate_up.double().chunk(2, -1)
-    out = silu_mul(gate_up)
-    assert error_ratio(out, F.silu(gate) * up) < MAX_ERROR
-    assert torch.equal(silu_mul(gate_up[2:3]), out[2:3])
+    out = kernel(gate_up)
+    assert error_ratio(out, activation(gate) * up) < MAX_ERROR
+    assert torch.equal(kernel(gate_up[2:3]), out[2:3])
+
+
+@pytest.mark.parametrize("is_interleaved", [False, True])
+@pytest.mark.parametrize("pairs", [5, 16, 24, 48])
+def test_heads_that_rotate_in_part(pairs: int, is_interleaved: bool, threads: None) -> None:
+    heads, kv_heads, dim = 3, 1, 96
+    qkv = torch.randn(6, heads + 2 * kv_heads, dim).to(BF16)
+    angles = 10 * torch.rand(6, pairs)
+    slots = torch.tensor([3, 5, 7, 11, 0, 2])
+    keys, values = (torch.zeros(1, 16, kv_heads, dim, dtype=BF16) for _ in range(2))
+    arguments = qkv, angles.cos(), angles.sin(), slots, keys, values
+    q = rope_kv_write(*arguments, is_interleaved=is_interleaved)
+    exact = qkv.double()
+    turned = torch.polar(torch.ones(6, 1, pairs).double(), angles.double().unsqueeze(1))
+    for i in range(pairs):
+        at = [2 * i, 2 * i + 1] if is_interleaved else [i, i + pairs]
+        both = torch.complex(exact[..., at[0]], exact[..., at[1]]) * turned[..., i]
+        exact[..., at] = torch.stack((both.real, both.imag), -1)
+    assert error_ratio(q, exact[:, :heads]) < 1e-6
+    assert torch.equal(q[..., 2 * pairs :], qkv[:, :heads, 2 * pairs :].float())
+    assert error_ratio(keys.flatten(0, 1)[slots], exact[:, heads : heads + kv_heads]) < MAX_ERROR
+    cos, sin = (each[2:3].contiguous() for each in arguments[1:3])
+    alone = rope_kv_write(
+        qkv[2:3], cos, sin, slots[2:3], keys, values, is_interleaved=is_interleaved
+    )
+    assert torch.equal(alone[0], q[2])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)

@@ -75,10 +75,10 @@ class Step:
                 block = span.blocks[position // BLOCK]
                 self.k[block, position % BLOCK] = self.v[block, position % BLOCK] = float("nan")
 
-    def attend(self, table: AttentionTable) -> torch.Tensor:
-        return paged_attention(self.q, self.k, self.v, table, scale=self.scale)
+    def attend(self, table: AttentionTable, softcap: float | None = None) -> torch.Tensor:
+        return paged_attention(self.q, self.k, self.v, table, scale=self.scale, softcap=softcap)
 
-    def exact(self) -> torch.Tensor:
+    def exact(self, softcap: float | None = None) -> torch.Tensor:
         """By plain loops in float64."""
         out = torch.zeros(self.q.shape, dtype=torch.float64, device=DEVICE)
         for span in self.spans:
@@ -92,6 +92,8 @@ class Step:
                     keys = k[first : position + 1, head // self.per_head]
                     values = v[first : position + 1, head // self.per_head]
                     scores = keys @ self.q[span.row_start + i, head].double() * self.scale
+                    if softcap is not None:
+                        scores = softcap * (scores / softcap).tanh()
                     out[span.row_start + i, head] = scores.softmax(0) @ values
         return out
 
@@ -123,6 +125,27 @@ def test_agrees_with_the_torch_path(shape):
         error_ratio(out, paged_attention_reference(step.q, k, v, plan, scale=step.scale))
         < BOUND[HALF]
     )
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_soft_caps(shape, dtype):
+    """In both kernels; a cap that is far off changes nothing much, so this one is near."""
+    step = Step(shape, dtype)
+    exact = step.exact(0.7)
+    step.poison_padding()
+    assert error_ratio(step.attend(step.table(), 0.7), exact) < BOUND[dtype]
+    plan = plan_attention(
+        step.spans,
+        num_rows=step.num_rows,
+        block_size=BLOCK,
+        queries_per_head=step.per_head,
+        window=step.window,
+        device=DEVICE,
+    )
+    k, v = step.k.nan_to_num(), step.v.nan_to_num()
+    out = paged_attention_reference(step.q, k, v, plan, scale=step.scale, softcap=0.7)
+    assert error_ratio(out, exact) < BOUND[dtype]
 
 
 def test_large_scores_are_scaled_after_the_product():

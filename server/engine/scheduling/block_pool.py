@@ -11,15 +11,20 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 
-def root_key(base_generation: int, mix: Sequence[tuple[str, int, float]]) -> bytes:
+def root_key(
+    base_generation: int, mix: Sequence[tuple[str, int, float]], *, is_long: bool = False
+) -> bytes:
     """First link of the chain: the weights that a sequence is computed with.
 
     Args:
         base_generation: Moves when the base weights change.
         mix: (adapter uuid, generation, weight) in the request's order; never names, which may be
             loaded again with other weights.
+        is_long: Whether its keys are rotated as those of long sequences.
     """
     parts = [str(base_generation), *(f"{uuid}:{gen}:{weight!r}" for uuid, gen, weight in mix)]
+    if is_long:
+        parts.append("long")
     return hashlib.blake2b("|".join(parts).encode(), digest_size=16).digest()
 
 

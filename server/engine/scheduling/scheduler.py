@@ -325,7 +325,8 @@ class Scheduler:
     def _find_prefix(self, sequence: Sequence) -> None:
         size = self.blocks.block_size
         if not sequence.keys:
-            sequence.keys.append(root_key(self.base_generation, sequence.mix.key))
+            is_long = sequence.is_long
+            sequence.keys.append(root_key(self.base_generation, sequence.mix.key, is_long=is_long))
         # The last token is always computed: its logits are needed.
         usable = (len(sequence.tokens) - 1) // size
         if sequence.request.wants_prompt_logprobs:

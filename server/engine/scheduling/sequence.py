@@ -39,6 +39,8 @@ class Sequence:
         num_preset: Those of them whose keys and values come from the adapter: whole blocks.
         num_padding: Leading positions of a prefix that are not seen: it ends, not begins, at a
             block boundary, so that all requests share all of its blocks.
+        is_long: Whether it may pass the length from which the model rotates by other frequencies
+            (``Arch.long_from``).
         tokens: A placeholder per virtual position, then prompt and generated token ids, those that
             an earlier answer began with included.
         num_computed: Leading tokens whose keys and values are in the cache.
@@ -57,6 +59,7 @@ class Sequence:
     num_virtual: int = 0
     num_preset: int = 0
     num_padding: int = 0
+    is_long: bool = False
     tokens: list[int] = field(default_factory=list)
     state: SequenceState = SequenceState.WAITING
     num_computed: int = 0

@@ -11,6 +11,7 @@ import torch
 from turret.server.adapters.soft_prompt import soft_prompt_of
 from turret.server.engine.scheduling.scheduler import Scheduled
 from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.models.decoding.arch import LONG
 
 
 class Placed(NamedTuple):
@@ -35,7 +36,7 @@ class StepRows:
 
     Attributes:
         token_ids: Any valid id where ``soft_rows`` says so.
-        positions: Position of each row in its sequence.
+        positions: Position of each row in its sequence, ``LONG`` more where it is a long one.
         kv_slots: Where each row's keys and values go.
         spans: One behind the other five numbers of each sequence: its first row, new tokens, tokens
             before them, where its block numbers begin (as ``collect_rows`` was told), and leading
@@ -56,7 +57,8 @@ class StepRows:
         sequence, start = place.item.sequence, place.item.sequence.num_computed
         end = start + place.item.num_new
         self.token_ids.extend(max(token, 0) for token in sequence.tokens[start:end])
-        self.positions.extend(p - sequence.num_padding for p in range(start, end))
+        first = _first_position(sequence)
+        self.positions.extend(range(first + start, first + end))
         self.kv_slots.extend(
             sequence.blocks[p // block_size] * block_size + p % block_size
             for p in range(start, end)
@@ -117,6 +119,11 @@ def decode_spans(
     spans: list[int] = []
     for row, (sequence, at) in enumerate(zip(sequences, blocks_at, strict=True)):
         start, padding = sequence.num_computed + ahead, sequence.num_padding
-        positions.append(start - padding)
+        positions.append(_first_position(sequence) + start)
         spans += (row, 1, start, at, padding)
     return positions, spans
+
+
+def _first_position(sequence: Sequence) -> int:
+    """What the model takes for the position of a sequence's first slot."""
+    return (LONG if sequence.is_long else 0) - sequence.num_padding

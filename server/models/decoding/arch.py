@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from turret.server.errors import InvalidRequestError
@@ -13,8 +13,17 @@ if TYPE_CHECKING:
 
 # Where the modules of a layer are in a checkpoint: ``model.layers.0.self_attn.q_proj``.
 LAYER_PREFIX = "model.layers"
+# The modules of a layer by fused projection, where each is a module of its own.
+MODULES: Mapping[str, tuple[str, ...]] = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+# Added to the positions of a sequence that is long: see ``Rope.long_inv_freq``.
+LONG = 1 << 32
 # Activations of the gate that every path has a kernel for.
-ACTIVATIONS = ("silu",)
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,12 +31,24 @@ class Rope:
     """Rotary positions (RoFormer, arXiv 2104.09864) of one kind of layer.
 
     Attributes:
-        inv_freq: Radians per position, ``[rotated features of a head / 2]`` fp32.
+        inv_freq: Radians per position, ``[pairs]`` fp32: the first ``2 · pairs`` features of a head
+            rotate, the others pass.
         scaling: Multiplies cosines and sines.
+        long_inv_freq: In place of ``inv_freq`` for sequences that may pass ``Arch.long_from``
+            (LongRoPE, arXiv 2402.13753), or None.
     """
 
     inv_freq: torch.Tensor
     scaling: float = 1.0
+    long_inv_freq: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QueryGrowth:
+    """``1 + beta · log(1 + ⌊position / length⌋)``, by which a query is multiplied."""
+
+    beta: float
+    length: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +73,16 @@ class LayerNorms:
 class Arch:
     """What the one decoder needs to know. Sizes are per model, not per shard.
 
-    The decoders read most of this; ``check_served`` refuses the values that no kernel computes yet.
+    The decoders read all of this but ``model_type``; ``check_served`` refuses the values that no
+    kernel computes.
 
     Attributes:
         model_type: As the config names it. Information: nothing is decided by it.
         head_dim: Width of one head.
         activation: What the MLP's gate goes through, as Hugging Face names it.
         attention_scale: Multiplies the scores.
-        embedding_scale: Multiplies what the embedding gives.
+        embedding_scale: Multiplies what the embedding gives, rounded to the dtype of activations.
+        scales_soft_tokens: Whether it multiplies the soft tokens of adapters as well.
         residual_scale: Multiplies what attention and MLP add.
         logit_scale: Multiplies the logits.
         norm_offset: Added to the weights of all norms (1 where a norm is ``1 + w``).
@@ -68,7 +91,14 @@ class Arch:
         attention_softcap: ``c · tanh(score / c)`` where it is not None.
         logit_softcap: The same of logits.
         windows: Each layer's sliding window in tokens, or None.
+        is_interleaved: Whether a pair that rotates is two neighbouring features of a head, not
+            (i, i + pairs).
+        query_growth: Multiplies queries by their position, or None.
         ropes: Rotary positions by kind of layer.
+        modules: The modules of a layer, by the projection that they make when they are fused. A
+            checkpoint may hold ``qkv`` or ``gate_up`` fused: then it is one module.
+        long_from: A sequence is long whose prompt and ``max_tokens`` are more tokens than this;
+            None where no ``Rope`` asks.
         rope_of_layer: Each layer's kind, or None for a layer that does not rotate.
     """
 
@@ -86,6 +116,7 @@ class Arch:
     activation: str
     attention_scale: float
     embedding_scale: float = 1.0
+    scales_soft_tokens: bool = False
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     norm_offset: float = 0.0
@@ -94,8 +125,12 @@ class Arch:
     attention_softcap: float | None = None
     logit_softcap: float | None = None
     windows: tuple[int | None, ...]
+    is_interleaved: bool = False
+    query_growth: QueryGrowth | None = None
     ropes: Mapping[str, Rope]
     rope_of_layer: tuple[str | None, ...]
+    modules: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: MODULES)
+    long_from: int | None = None
 
     @property
     def queries_per_head(self) -> int:
@@ -103,30 +138,20 @@ class Arch:
 
     def linears(self) -> dict[str, tuple[tuple[str, int, int], ...]]:
         """Fused projections of a layer: (module path in the layer, out, in) per slice, by name."""
-        hidden, head = self.hidden_size, self.head_dim
-        q, kv = self.num_heads * head, self.num_kv_heads * head
-        inner = self.intermediate_size
-        return {
-            "qkv": (
-                ("self_attn.q_proj", q, hidden),
-                ("self_attn.k_proj", kv, hidden),
-                ("self_attn.v_proj", kv, hidden),
-            ),
-            "o": (("self_attn.o_proj", hidden, q),),
-            "gate_up": (("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden)),
-            "down": (("mlp.down_proj", hidden, inner),),
+        hidden, inner = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        sizes = {
+            "qkv": ((q, kv, kv), hidden),
+            "o": ((hidden,), q),
+            "gate_up": ((inner, inner), hidden),
+            "down": ((hidden,), inner),
         }
-
-
-# The one value of each of these that the decoders compute.
-_ONLY = {
-    "embedding_scale": 1.0,
-    "residual_scale": 1.0,
-    "logit_scale": 1.0,
-    "norm_offset": 0.0,
-    "attention_softcap": None,
-    "logit_softcap": None,
-}
+        found = {}
+        for name, (widths, columns) in sizes.items():
+            paths = self.modules[name]
+            outs = widths if len(paths) > 1 else (sum(widths),)
+            found[name] = tuple((p, out, columns) for p, out in zip(paths, outs, strict=True))
+        return found
 
 
 def check_served(arch: Arch) -> None:
@@ -135,23 +160,12 @@ def check_served(arch: Arch) -> None:
     Raises:
         InvalidRequestError: They do not; names everything that is missing.
     """
-    missing = [
-        f"{name} {getattr(arch, name)}"
-        for name, value in _ONLY.items()
-        if getattr(arch, name) != value
-    ]
+    missing = []
     if arch.activation not in ACTIVATIONS:
         missing.append(f"activation {arch.activation!r} (there is {', '.join(ACTIVATIONS)})")
-    norms = arch.norms
-    if norms.before_attention is None or norms.before_mlp is None:
-        missing.append("layers without a norm before attention and MLP")
-    if norms.after_attention is not None or norms.after_mlp is not None:
-        missing.append("norms after attention or MLP")
-    if arch.qk_norm == "projection":
-        missing.append("norms over all heads of queries and keys at once")
-    if any(2 * len(rope.inv_freq) != arch.head_dim for rope in arch.ropes.values()):
-        missing.append("heads that rotate in part")
+    if any(2 * len(rope.inv_freq) > arch.head_dim for rope in arch.ropes.values()):
+        missing.append("heads that rotate more features than they have")
     if missing:
         raise InvalidRequestError.of(
-            "model", f"{arch.model_type} needs what is not served yet: {'; '.join(missing)}"
+            "model", f"{arch.model_type} needs what is not served: {'; '.join(missing)}"
         )

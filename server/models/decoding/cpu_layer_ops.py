@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.cpu.elementwise import add_rms_norm, rope_kv_write, silu_mul
+from turret.kernels.cpu.elementwise import add_rms_norm, gelu_mul, rope_kv_write, silu_mul
 from turret.kernels.cpu.paged_attention import MAX_HEAD_DIM, NativeAttentionPlan, paged_attention
 from turret.kernels.paged_attention import SequenceSpan
 from turret.server.models.decoding.arch import Arch
@@ -14,7 +14,7 @@ from turret.server.models.decoding.kv_cache import KvCache
 
 _HEAD_DIM_MULTIPLE = 32
 # By their names in ``Arch``: kernels that multiply the activation by ``up`` in the same pass.
-_GATED_ACTIVATIONS = {"silu": silu_mul}
+_GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}
 
 
 class CpuLayerOps:
@@ -59,13 +59,18 @@ class CpuLayerOps:
         slots: torch.Tensor,
         cache: KvCache,
         plan: NativeAttentionPlan,
+        growth: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        arch = self._arch
         if angles is None:
-            ones = torch.ones(qkv.shape[0], self._arch.head_dim // 2)
+            ones = torch.ones(qkv.shape[0], arch.head_dim // 2)
             angles = ones, torch.zeros_like(ones)
         keys, values = cache.keys[number], cache.values[number]
-        q = rope_kv_write(qkv, *angles, slots, keys, values)
-        out = paged_attention(q, keys, values, plan, scale=self._arch.attention_scale)
+        q = rope_kv_write(qkv, *angles, slots, keys, values, is_interleaved=arch.is_interleaved)
+        if growth is not None:
+            q *= growth
+        scale, softcap = arch.attention_scale, arch.attention_softcap
+        out = paged_attention(q, keys, values, plan, scale=scale, softcap=softcap)
         return out.view(qkv.shape[0], -1)
 
     def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,8 @@
 """One decoder for every supported model, driven by its ``Arch``.
 
-Tokens of all sequences are packed ``[num_rows, hidden]``; there is no batch axis. Pre-norm
-transformer with RMSNorm, rotary positions, grouped-query attention and a gated MLP.
+Tokens of all sequences are packed ``[num_rows, hidden]``; there is no batch axis. A transformer
+with RMSNorm before or after attention and MLP, rotary positions, grouped-query attention and a
+gated MLP.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from turret.kernels.rows.linear import row_linear
+from turret.kernels.rows.softcap import row_softcap_
 from turret.server.adapters.device.store import AdapterStep
 from turret.server.adapters.device.vocabulary import (
     VocabularyGroup,
@@ -24,7 +26,7 @@ from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.decoding.layer_ops import choose_layer_ops
-from turret.server.models.decoding.rotary_angles import RotaryAngles
+from turret.server.models.decoding.rotary_angles import GrowingQueries, RotaryAngles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,7 +35,8 @@ class StepInput:
 
     Attributes:
         token_ids: ``[rows]`` int64; any valid id where ``soft_rows`` says so.
-        positions: Position of each row in its sequence, ``[rows]`` int64.
+        positions: Position of each row in its sequence, ``[rows]`` int64; ``LONG`` more where the
+            sequence is long (``Arch.long_from``).
         kv_slots: Where each row's keys and values go, ``[rows]`` int64.
         attention: Plan of the decoder's ``ops`` per distinct window (None is full attention).
         adapters: The step's adapters, or None where every row is the base model's.
@@ -54,10 +57,15 @@ class StepInput:
 
 @dataclass(slots=True, kw_only=True)
 class DecoderLayer:
-    """Weights of one layer. Norm weights are ``[hidden]`` (``[head_dim]`` for q and k)."""
+    """Weights of one layer. Norms are fp32, ``Arch.norm_offset`` added to them; None is no norm.
 
-    norm_before_attention: torch.Tensor
-    norm_before_mlp: torch.Tensor
+    ``q_norm`` and ``k_norm`` are ``[head_dim]``, or as wide as all heads together.
+    """
+
+    norm_before_attention: torch.Tensor | None
+    norm_after_attention: torch.Tensor | None = None
+    norm_before_mlp: torch.Tensor | None
+    norm_after_mlp: torch.Tensor | None = None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
     qkv: AdaptedLinear
@@ -95,10 +103,12 @@ class Decoder:
         self.device = embedding.device
         self.epoch = 0
         self.ops = choose_layer_ops(arch, self.dtype, self.device)
-        self._angles = {
-            kind: RotaryAngles(rope.inv_freq.to(self.device), rope.scaling)
-            for kind, rope in arch.ropes.items()
-        }
+        self._angles = {kind: RotaryAngles(rope, self.device) for kind, rope in arch.ropes.items()}
+        self._growth = None
+        if arch.query_growth is not None:
+            self._growth = GrowingQueries(arch.query_growth, arch.max_model_len, self.device)
+        # As the checkpoints were trained: the factor has the dtype of what it multiplies.
+        self._embedding_scale = float(torch.tensor(arch.embedding_scale).to(self.dtype))
 
     def forward(self, step: StepInput, cache: KvCache) -> torch.Tensor:
         """Run a step and write its keys and values.
@@ -108,13 +118,11 @@ class Decoder:
         """
         ops = self.ops
         rotations = self._rotations(step.positions)
-        hidden = F.embedding(step.token_ids, self.embedding)
-        change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
-        if step.soft_rows is not None and step.soft_values is not None:
-            hidden.index_copy_(0, step.soft_rows, step.soft_values.to(hidden.dtype))
+        growth = self._growth_at(step.positions)
+        hidden = self._embed(step)
         delta = None
         for number, layer in enumerate(self.layers):
-            normed = ops.add_rms_norm(hidden, delta, layer.norm_before_attention)
+            normed = self._enter(hidden, delta, layer.norm_before_attention)
             qkv = self._heads(layer, layer.qkv(normed, step.adapters))
             attended = ops.attend(
                 number,
@@ -123,17 +131,59 @@ class Decoder:
                 step.kv_slots,
                 cache,
                 step.attention[self.arch.windows[number]],
+                growth,
             )
-            delta = layer.o(attended, step.adapters)
-            normed = ops.add_rms_norm(hidden, delta, layer.norm_before_mlp)
+            delta = self._leave(layer.o(attended, step.adapters), layer.norm_after_attention)
+            normed = self._enter(hidden, delta, layer.norm_before_mlp)
             gated = ops.gated_activation(layer.gate_up(normed, step.adapters))
-            delta = layer.down(gated, step.adapters)
+            delta = self._leave(layer.down(gated, step.adapters), layer.norm_after_mlp)
         return ops.add_rms_norm(hidden, delta, self.norm)
+
+    def _embed(self, step: StepInput) -> torch.Tensor:
+        """What the first layer gets, ``[rows, hidden]``."""
+        hidden = F.embedding(step.token_ids, self.embedding)
+        change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
+        is_scaled = self._embedding_scale != 1.0
+        if is_scaled and not self.arch.scales_soft_tokens:
+            hidden *= self._embedding_scale
+        if step.soft_rows is not None and step.soft_values is not None:
+            hidden.index_copy_(0, step.soft_rows, step.soft_values.to(hidden.dtype))
+        if is_scaled and self.arch.scales_soft_tokens:
+            hidden *= self._embedding_scale
+        return hidden
+
+    def _add_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        """``hidden += delta`` in place; the RMSNorm of the sum."""
+        return self.ops.add_rms_norm(hidden, delta, weight)
+
+    def _enter(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, norm: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Add what the last part computed; the next one's input, not to be written to."""
+        if norm is not None:
+            return self._add_norm(hidden, delta, norm)
+        if delta is not None:
+            hidden += delta
+        return hidden
+
+    def _leave(self, delta: torch.Tensor, norm: torch.Tensor | None) -> torch.Tensor:
+        """What attention or MLP adds to the residual stream, of its last projection's result."""
+        if norm is not None:
+            delta = self._add_norm(delta, None, norm)
+        if self.arch.residual_scale != 1.0:
+            delta *= self.arch.residual_scale
+        return delta
+
+    def _growth_at(self, positions: torch.Tensor) -> torch.Tensor | None:
+        """What multiplies each row's queries, ``[rows, 1, 1]`` fp32, or None."""
+        return None if self._growth is None else self._growth.at(positions)
 
     def _rotations(
         self, positions: torch.Tensor
     ) -> dict[str | None, tuple[torch.Tensor, torch.Tensor] | None]:
-        """Cosines and sines by kind of layer, ``[rows, head_dim / 2]`` fp32 each."""
+        """Cosines and sines by kind of layer, ``[rows, pairs]`` fp32 each."""
         made = {kind: angles.at(positions) for kind, angles in self._angles.items()}
         return {None: None, **made}
 
@@ -144,7 +194,12 @@ class Decoder:
             hidden: Final-norm hidden states.
             changes: Rows whose adapters change the head.
         """
-        return change_logits(hidden, self._head(hidden), self._head, changes)
+        logits = change_logits(hidden, self._head(hidden), self._head, changes)
+        if self.arch.logit_scale != 1.0:
+            logits = logits * self.arch.logit_scale
+        if self.arch.logit_softcap is not None:
+            logits = row_softcap_(logits, self.arch.logit_softcap)
+        return logits
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         return row_linear(hidden, self.head)
@@ -159,6 +214,6 @@ class Decoder:
         return torch.cat((self._norm(q, layer.q_norm), self._norm(k, layer.k_norm), v), dim=1)
 
     def _norm(self, heads: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """RMSNorm of every head, ``[rows, heads, head_dim]``."""
-        flat = heads.reshape(-1, self.arch.head_dim)
+        """RMSNorm of every head, or of all of a row at once: ``[rows, heads, head_dim]``."""
+        flat = heads.reshape(-1, weight.shape[0]).contiguous()
         return self.ops.add_rms_norm(flat, None, weight).view(heads.shape)

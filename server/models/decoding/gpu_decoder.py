@@ -12,20 +12,21 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from turret.kernels.gpu.gelu_mul import gelu_mul
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import rope_kv_write
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.gpu.tables.attention_table import AttentionTable
 from turret.server.adapters.device.gpu.store import GpuAdapterStep
-from turret.server.adapters.device.vocabulary import VocabularyGroup, change_embeddings
+from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer, StepInput
 from turret.server.models.decoding.kv_cache import KvCache
 
 # Libraries choose their algorithm by shape: the head's product always has this many rows.
 _HEAD_ROWS = 64
 # By their names in ``Arch``: kernels that multiply the activation by ``up`` in the same pass.
-_GATED_ACTIVATIONS = {"silu": silu_mul}
+_GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,26 +72,30 @@ class GpuDecoder(Decoder):
             # Layers without rotary positions turn by 0.
             ones = torch.ones(len(step.positions), arch.head_dim // 2, device=self.device)
             rotations[None] = ones, torch.zeros_like(ones)
-        hidden = F.embedding(step.token_ids, self.embedding)
-        change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
-        if step.soft_rows is not None and step.soft_values is not None:
-            hidden.index_copy_(0, step.soft_rows, step.soft_values.to(hidden.dtype))
-        eps = arch.rms_norm_eps
+        growth = self._growth_at(step.positions)
+        hidden = self._embed(step)
         gated_activation = _GATED_ACTIVATIONS[arch.activation]
         update: torch.Tensor | None = None
         for number, layer in enumerate(self.layers):
-            normed = residual_rms_norm(hidden, update, layer.norm_before_attention, eps)
+            normed = self._enter(hidden, update, layer.norm_before_attention)
             rotation = rotations[arch.rope_of_layer[number]]
             assert rotation is not None, "every kind of layer turns by something"
-            update = self._attention(number, layer, normed, rotation, step, cache)
-            normed = residual_rms_norm(hidden, update, layer.norm_before_mlp, eps)
+            attended = self._attention(number, normed, rotation, growth, step, cache)
+            update = self._leave(attended, layer.norm_after_attention)
+            normed = self._enter(hidden, update, layer.norm_before_mlp)
             inner = gated_activation(layer.gate_up(normed, step.adapters, step.num_decode))
-            update = layer.down(inner, step.adapters, step.num_decode)
-        hidden = residual_rms_norm(hidden, update, self.norm, eps)
-        sampled = hidden.index_select(0, step.sample_rows)
+            down = layer.down(inner, step.adapters, step.num_decode)
+            update = self._leave(down, layer.norm_after_mlp)
+        hidden = self._add_norm(hidden, update, self.norm)
+        logits = self.logits(hidden.index_select(0, step.sample_rows), step.heads)
         if step.logits is None or step.heads:
-            return hidden, self.logits(sampled, step.heads)
-        return hidden, step.logits[: len(sampled)].copy_(self._head(sampled))
+            return hidden, logits
+        return hidden, step.logits[: len(logits)].copy_(logits)
+
+    def _add_norm(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        return residual_rms_norm(hidden, delta, weight, self.arch.rms_norm_eps)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         num_rows = hidden.shape[0]
@@ -102,24 +107,41 @@ class GpuDecoder(Decoder):
     def _attention(
         self,
         number: int,
-        layer: DecoderLayer,
         normed: torch.Tensor,
         rotation: tuple[torch.Tensor, torch.Tensor],
+        growth: torch.Tensor | None,
         step: GpuStep,
         cache: KvCache,
     ) -> torch.Tensor:
-        arch = self.arch
+        arch, layer = self.arch, self.layers[number]
         keys, values = cache.keys[number], cache.values[number]
+        qkv = layer.qkv(normed, step.adapters, step.num_decode)
+        norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
+        if arch.qk_norm == "projection":
+            qkv, norms = self._norm_projections(layer, qkv), {}
         q = rope_kv_write(
-            layer.qkv(normed, step.adapters, step.num_decode),
+            qkv,
             *rotation,
             step.kv_slots,
             keys,
             values,
-            q_norm=layer.q_norm,
-            k_norm=layer.k_norm,
             eps=arch.rms_norm_eps,
+            is_interleaved=arch.is_interleaved,
+            **norms,
         )
+        if growth is not None:
+            q *= growth
         table = step.attention[arch.windows[number]]
-        attended = paged_attention(q, keys, values, table, scale=arch.attention_scale)
+        scale, softcap = arch.attention_scale, arch.attention_softcap
+        attended = paged_attention(q, keys, values, table, scale=scale, softcap=softcap)
         return layer.o(attended.flatten(1), step.adapters, step.num_decode)
+
+    def _norm_projections(self, layer: DecoderLayer, qkv: torch.Tensor) -> torch.Tensor:
+        """``[rows, (heads + 2·kv_heads) · head_dim]``, queries and keys normed each as a whole."""
+        assert layer.q_norm is not None
+        assert layer.k_norm is not None
+        widths = layer.q_norm.shape[0], layer.k_norm.shape[0], layer.k_norm.shape[0]
+        q, k, v = qkv.split(widths, dim=1)
+        return torch.cat(
+            (self._add_norm(q, None, layer.q_norm), self._add_norm(k, None, layer.k_norm), v), dim=1
+        )

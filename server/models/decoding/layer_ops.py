@@ -19,6 +19,8 @@ from turret.kernels.paged_attention import (
     prepare_attention,
 )
 from turret.kernels.rms_norm import residual_rms_norm_reference
+from turret.kernels.rope_kv_write import rotate_heads
+from turret.kernels.rows.gelu import row_gelu
 from turret.kernels.rows.silu import row_silu
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.cpu_layer_ops import CpuLayerOps
@@ -54,16 +56,18 @@ class LayerOps(Protocol):
         slots: torch.Tensor,
         cache: KvCache,
         plan: Any,
+        growth: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Rotate, store keys and values, attend.
 
         Args:
             number: The layer's number.
             qkv: ``[rows, heads + 2·kv_heads, head_dim]``.
-            angles: Cosines and sines, ``[rows, head_dim / 2]`` fp32 each, or None (no rotation).
+            angles: Cosines and sines, ``[rows, pairs]`` fp32 each, or None (no rotation).
             slots: Where each row's keys and values go, ``[rows]`` int64.
             cache: Written to, then read.
             plan: Result of ``plan_attention`` for the layer's window.
+            growth: Multiplies each row's queries, ``[rows, 1, 1]`` fp32, or None.
 
         Returns:
             ``[rows, heads · head_dim]``.
@@ -84,7 +88,7 @@ def choose_layer_ops(arch: Arch, dtype: torch.dtype, device: torch.device) -> La
 
 
 # By their names in ``Arch``.
-_ACTIVATIONS = {"silu": row_silu}
+_ACTIVATIONS = {"silu": row_silu, "gelu_pytorch_tanh": row_gelu}
 
 
 class TorchLayerOps:
@@ -125,37 +129,25 @@ class TorchLayerOps:
         slots: torch.Tensor,
         cache: KvCache,
         plan: Any,
+        growth: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        heads, kv_heads = self._arch.num_heads, self._arch.num_kv_heads
+        arch = self._arch
+        heads, kv_heads = arch.num_heads, arch.num_kv_heads
         qk, values = qkv[:, : heads + kv_heads], qkv[:, heads + kv_heads :]
         if angles is not None:
-            qk = _rotate(qk, *angles)
+            qk = rotate_heads(qk, *angles, is_interleaved=arch.is_interleaved)
         cache.write(number, slots, qk[:, heads:], values)
+        q = qk[:, :heads] if growth is None else qk[:, :heads].float() * growth
         attended = paged_attention_reference(
-            qk[:, :heads],
+            q,
             cache.keys[number],
             cache.values[number],
             plan,
-            scale=self._arch.attention_scale,
+            scale=arch.attention_scale,
+            softcap=arch.attention_softcap,
         )
         return attended.view(qkv.shape[0], -1)
 
     def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, dim=-1)
         return self._activation(gate).mul_(up)
-
-
-def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (RoFormer, arXiv 2104.09864) on ``[rows, heads, head_dim]``; fp32 result.
-
-    Pairs are (i, i + head_dim / 2), as Hugging Face checkpoints lay them out.
-    """
-    x = x.float()
-    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
-    first, second = x.chunk(2, dim=-1)
-    out = torch.empty_like(x)
-    out_first, out_second = out.chunk(2, dim=-1)
-    # Product and sum on their own are rounded alike in vectors and in the elements after them.
-    torch.mul(first, cos, out=out_first).sub_(second * sin)
-    torch.mul(second, cos, out=out_second).add_(first * sin)
-    return out

@@ -1,15 +1,24 @@
-"""Mistral 7B and its like: a sliding window in every layer, or in none."""
+"""Mistral and Ministral: windows in every layer, in none, or in some."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding.arch import Arch, QueryGrowth
 from turret.server.models.family import Family, read_decoder, read_windows
 
 
-def _read(config: Any) -> Arch:
-    return read_decoder(config, windows=read_windows(config))
+def _read(config: Any, **own: Any) -> Arch:
+    return read_decoder(config, windows=read_windows(config), **own)
 
 
-FAMILY = Family(("mistral",), _read)
+def _read_3(config: Any) -> Arch:
+    """Queries grow with their position, as in Llama 4."""
+    rope = config.rope_parameters
+    beta = rope.get("llama_4_scaling_beta")
+    growth = beta and QueryGrowth(float(beta), int(rope["original_max_position_embeddings"]))
+    return _read(config, query_growth=growth or None)
+
+
+_READERS = {"mistral": _read, "ministral": _read, "ministral3": _read_3}
+FAMILY = Family(tuple(_READERS), lambda config: _READERS[config.model_type](config))

@@ -11,8 +11,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    Glm4Config,
+    GraniteConfig,
+    GraniteMoeHybridConfig,
     LlamaConfig,
+    Ministral3Config,
+    MinistralConfig,
     MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen3Config,
@@ -69,6 +80,128 @@ def _smollm3(**sizes: Any) -> Any:
     return SmolLM3Config(**{**sizes, "num_hidden_layers": 4}, tie_word_embeddings=True)
 
 
+def _gemma(**sizes: Any) -> Any:
+    return GemmaConfig(**{**sizes, "head_dim": 64}, tie_word_embeddings=True)
+
+
+def _gemma2(**sizes: Any) -> Any:
+    """Both caps are reached; every second layer has a window."""
+    own = {
+        "head_dim": 64,
+        "query_pre_attn_scalar": 40,
+        "sliding_window": 24,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 6.0,
+        "layer_types": ["sliding_attention", "full_attention"],
+    }
+    return Gemma2Config(**{**sizes, **own}, tie_word_embeddings=True)
+
+
+def _gemma3(**sizes: Any) -> Any:
+    """Layers with a window rotate by other frequencies."""
+    ropes = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    }
+    own = {
+        "head_dim": 64,
+        "query_pre_attn_scalar": 40,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": ropes,
+    }
+    return Gemma3TextConfig(**{**sizes, **own}, tie_word_embeddings=True)
+
+
+_MULTIPLIERS: dict[str, Any] = {
+    "attention_multiplier": 0.3,
+    "embedding_multiplier": 12.0,
+    "residual_multiplier": 0.22,
+    "logits_scaling": 2.0,
+}
+
+
+def _granite(**sizes: Any) -> Any:
+    return GraniteConfig(**sizes, **_MULTIPLIERS, tie_word_embeddings=True)
+
+
+def _granite4(**sizes: Any) -> Any:
+    """What is dense of a family that has experts and Mamba layers; no rotary positions."""
+    own = {
+        "shared_intermediate_size": 192,
+        "num_local_experts": 0,
+        "num_experts_per_tok": 0,
+        "layer_types": ["full_attention"] * 2,
+        "position_embedding_type": "nope",
+        "mamba_n_heads": 8,
+    }
+    return GraniteMoeHybridConfig(**sizes, **own, **_MULTIPLIERS, tie_word_embeddings=True)
+
+
+def _ministral(**sizes: Any) -> Any:
+    kinds = ["sliding_attention", "full_attention"]
+    return MinistralConfig(**sizes, sliding_window=24, layer_types=kinds, head_dim=32)
+
+
+def _ministral3(**sizes: Any) -> Any:
+    """Queries grow three times within the tests' longest prompt."""
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 40,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.5,
+    }
+    return Ministral3Config(**sizes, head_dim=32, rope_parameters=yarn, tie_word_embeddings=True)
+
+
+def _olmo2(**sizes: Any) -> Any:
+    return Olmo2Config(**sizes, tie_word_embeddings=False)
+
+
+def _olmo3(**sizes: Any) -> Any:
+    yarn = {
+        "rope_type": "yarn",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "original_max_position_embeddings": 64,
+        "attention_factor": 1.2,
+    }
+    plain = {"rope_type": "default", "rope_theta": 100.0}
+    own = {
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_parameters": {"full_attention": yarn, "sliding_attention": plain},
+    }
+    return Olmo3Config(**sizes, **own, tie_word_embeddings=False)
+
+
+def _glm4(**sizes: Any) -> Any:
+    """Half of a head rotates, in neighbouring pairs; q, k and v have biases."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    own = {"head_dim": 32, "attention_bias": True, "rope_parameters": rope}
+    return Glm4Config(**sizes, **own, tie_word_embeddings=False)
+
+
+def _phi3(**sizes: Any) -> Any:
+    """12 pairs of a head's 32 features rotate, by other frequencies past 64 positions."""
+    pairs = range(12)
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "short_factor": [1.0 + 0.1 * i for i in pairs],
+        "long_factor": [2.0 + 0.9 * i for i in pairs],
+        "original_max_position_embeddings": 64,
+    }
+    own = {"rope_parameters": rope, "original_max_position_embeddings": 64, "sliding_window": 100}
+    return Phi3Config(**sizes, **own, tie_word_embeddings=False)
+
+
 _CONFIGS: dict[str, Callable[..., Any]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -77,20 +210,35 @@ _CONFIGS: dict[str, Callable[..., Any]] = {
     "smollm3": _smollm3,
 }
 ARCHITECTURES = tuple(_CONFIGS)
+# Those that differ from Llama in more than a window or a norm.
+_OTHERS: dict[str, Callable[..., Any]] = {
+    "gemma": _gemma,
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3,
+    "glm4": _glm4,
+    "granite": _granite,
+    "granitemoehybrid": _granite4,
+    "ministral": _ministral,
+    "ministral3": _ministral3,
+    "olmo2": _olmo2,
+    "olmo3": _olmo3,
+    "phi3": _phi3,
+}
+OTHER_ARCHITECTURES = tuple(_OTHERS)
 
 
 def save_tiny_model(architecture: str, folder: Path, *, seed: int = 0) -> Path:
     """Save a random bf16 checkpoint with a byte-level tokenizer.
 
     Args:
-        architecture: One of ``ARCHITECTURES``.
+        architecture: One of ``ARCHITECTURES`` or ``OTHER_ARCHITECTURES``.
         folder: Where; must be writable, is created.
         seed: Of the weights.
 
     Returns:
         ``folder``.
     """
-    config = _CONFIGS[architecture](
+    config = {**_CONFIGS, **_OTHERS}[architecture](
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         intermediate_size=192,

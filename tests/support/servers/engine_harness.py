@@ -102,8 +102,12 @@ class EngineHarness:
         max_num_seqs: int = 32,
         preempt_after_seconds: float = 5.0,
         adapter_device_bytes: int = 512 << 20,
+        gpu: bool = False,
     ) -> AsyncIterator[EngineHarness]:
-        """Build and start an engine, load ``adapters`` (each from the directory of its name)."""
+        """Build and start an engine, load ``adapters`` (each from the directory of its name).
+
+        ``gpu`` takes the gpu path, in Triton's interpreter.
+        """
         config = Config(
             model=ModelConfig(model=model, device="cpu", dtype=dtype),
             cache=CacheConfig(kv_cache_bytes=kv_cache_bytes),
@@ -120,7 +124,7 @@ class EngineHarness:
         # What is made of a test's model goes beside it, not into the user's cache.
         cache = {} if model is None else {"XDG_CACHE_HOME": str(model.parent / "cache")}
         with patch.dict(os.environ, cache):
-            backend = build_backend(config, metrics)
+            backend = build_backend(config, metrics, gpu=gpu)
         for name in adapters:
             backend.registry.load(name, name)
         await backend.engine.start()

@@ -1,0 +1,50 @@
+"""Gemma, Gemma 2 and Gemma 3: norms are 1 + w, embeddings times √hidden, the gate a gelu."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from turret.server.errors import InvalidRequestError
+from turret.server.models.decoding.arch import Arch, LayerNorms
+from turret.server.models.family import Family, read_decoder, read_ropes, read_windows
+
+
+def _read_1(config: Any, **own: Any) -> Arch:
+    fields: dict[str, Any] = {
+        "activation": "gelu_pytorch_tanh",
+        "embedding_scale": config.hidden_size**0.5,
+        "norm_offset": 1.0,
+    }
+    return read_decoder(config, **{**fields, **own})
+
+
+def _read_2(config: Any, **own: Any) -> Arch:
+    """Norms before and after, a scale of the scores that the config tells, soft caps."""
+    fields: dict[str, Any] = {
+        "activation": config.hidden_activation,
+        "attention_scale": config.query_pre_attn_scalar**-0.5,
+        "attention_softcap": config.attn_logit_softcapping,
+        "logit_softcap": config.final_logit_softcapping,
+        "norms": LayerNorms(
+            after_attention="post_attention_layernorm",
+            before_mlp="pre_feedforward_layernorm",
+            after_mlp="post_feedforward_layernorm",
+        ),
+        "windows": read_windows(config),
+    }
+    return _read_1(config, **{**fields, **own})
+
+
+def _read_3(config: Any) -> Arch:
+    """Normed heads of queries and keys, frequencies by kind of layer, no cap of the scores."""
+    if config.use_bidirectional_attention:
+        raise InvalidRequestError.of(
+            "model",
+            "a gemma3_text with use_bidirectional_attention embeds texts; models that generate"
+            " them are served",
+        )
+    return _read_2(config, qk_norm="head", attention_softcap=None, **read_ropes(config))
+
+
+_READERS = {"gemma": _read_1, "gemma2": _read_2, "gemma3_text": _read_3}
+FAMILY = Family(tuple(_READERS), lambda config: _READERS[config.model_type](config))

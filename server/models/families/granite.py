@@ -1,0 +1,47 @@
+"""Granite 3 and the dense models of Granite 4: four multipliers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from turret.server.errors import InvalidRequestError
+from turret.server.models.decoding.arch import MODULES, Arch
+from turret.server.models.family import Family, read_decoder, without_rope
+
+
+def _read(config: Any, **own: Any) -> Arch:
+    return read_decoder(
+        config,
+        attention_scale=config.attention_multiplier,
+        embedding_scale=config.embedding_multiplier,
+        scales_soft_tokens=True,
+        residual_scale=config.residual_multiplier,
+        logit_scale=1 / config.logits_scaling,
+        **own,
+    )
+
+
+def _read_4(config: Any) -> Arch:
+    """The MLP has other names and gate and up in one module; some models do not rotate."""
+    layers = config.num_hidden_layers
+    if config.num_local_experts or {*config.layer_types} & {"mamba", "linear_attention"}:
+        raise InvalidRequestError.of(
+            "model",
+            "a granitemoehybrid with experts or Mamba layers is not served; those that have"
+            " attention and an MLP in every layer are",
+        )
+    rotates = [config.position_embedding_type == "rope"] * layers
+    return _read(
+        config,
+        intermediate_size=config.shared_intermediate_size,
+        modules={
+            **MODULES,
+            "gate_up": ("shared_mlp.input_linear",),
+            "down": ("shared_mlp.output_linear",),
+        },
+        rope_of_layer=without_rope(rotates, layers),
+    )
+
+
+_READERS = {"granite": _read, "granitemoehybrid": _read_4}
+FAMILY = Family(tuple(_READERS), lambda config: _READERS[config.model_type](config))

@@ -1,0 +1,16 @@
+"""Phi-3, 3.5 and 4: modules fused in the checkpoint, LongRoPE, heads that rotate in part."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from turret.server.models.decoding.arch import MODULES, Arch
+from turret.server.models.family import Family, read_decoder, read_windows
+
+
+def _read(config: Any) -> Arch:
+    modules = {**MODULES, "qkv": ("self_attn.qkv_proj",), "gate_up": ("mlp.gate_up_proj",)}
+    return read_decoder(config, windows=read_windows(config), modules=modules)
+
+
+FAMILY = Family(("phi3",), _read)

@@ -1,0 +1,175 @@
+"""Every family beyond Llama's nearest kin against transformers and PEFT, all methods in one batch.
+
+The oracle is that of ``test_oracle_logits.py``. Prompts end before and after windows (24), lengths
+from which queries grow (40) and the switch of LongRoPE (64), blocks (16) and attention tiles (128).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from builders.methods import load_adapter, make_config, save_adapter
+from builders.tiny_models import OTHER_ARCHITECTURES
+from gpu_path import FakeCapture, use_coarse_tiles
+from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of, twin
+from servers.engine_harness import EngineHarness, make_request
+
+from turret.kernels.cpu import native
+from turret.kernels.gpu import tuning as tuning_module
+from turret.kernels.rows.trial import forget_choices
+from turret.server.engine.step import decode_graphs
+
+EVERY = {"target_modules": "all-linear"}
+# Name → method and changes to its config.
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {**EVERY, "rank_pattern": {r"layers\.1\..*": 7}, "lora_bias": True}),
+    "regex": ("rslora", {"target_modules": r".*\.layers\.1\..*(o_proj|down_proj|output_linear)"}),
+    "dora": ("dora", EVERY),
+    "loha": ("loha", EVERY),
+    "prompt": ("prompt_tuning", {"num_virtual_tokens": 3}),
+    "rows": ("trainable_tokens", {"token_indices": list(range(0, 250, 3))}),
+}
+# Prompt tokens; each is asked with the base and every adapter in turn.
+LENGTHS = (140, 17, 60, 1, 26, 90, 33)
+MAX_TOKENS = 4
+
+
+def some(few: Sequence[str]) -> list[Any]:
+    """All architectures; those that are not among the few only where time does not matter."""
+    return [
+        name if name in few else pytest.param(name, marks=pytest.mark.long)
+        for name in OTHER_ARCHITECTURES
+    ]
+
+
+def save_adapters(architecture: str, root: Path) -> None:
+    model = twin(architecture).model
+    for seed, (name, (method, changes)) in enumerate(ADAPTERS.items()):
+        save_adapter(model, make_config(method, **changes), root / name, seed=seed)
+
+
+def requests() -> list[tuple[str | None, list[int], Any]]:
+    """Adapter, prompt and request, scored and greedy."""
+    found = []
+    for number, name in enumerate((None, *ADAPTERS)):
+        for score in (True, False):
+            prompt = prompt_of(LENGTHS[(number + 3 * score) % len(LENGTHS)], number)
+            names = [name] if name else []
+            request = make_request(prompt, *names, score=score, max_tokens=MAX_TOKENS)
+            found.append((name, prompt, request))
+    return found
+
+
+async def run_together_and_alone(
+    model: Path, root: Path, dtype: str
+) -> list[tuple[str | None, list[int], Any]]:
+    """All requests in one batch, and each again by itself, to the same bits."""
+    async with EngineHarness.start(model, root, dtype=dtype, adapters=list(ADAPTERS)) as harness:
+        asked = requests()
+        together = await harness.run_all([request for _, _, request in asked])
+        for (name, _, request), answer in zip(asked, together, strict=True):
+            assert (await harness.run(request)).bits == answer.bits, name
+    return [(name, p, answer) for (name, p, _), answer in zip(asked, together, strict=True)]
+
+
+@pytest.mark.parametrize("architecture", OTHER_ARCHITECTURES)
+async def test_every_method_in_one_batch_equals_peft(architecture: str, tmp_path: Path) -> None:
+    base = twin(architecture)
+    save_adapters(architecture, tmp_path)
+    prompt = prompt_of(40)
+    plain = oracle_logprobs(base.model, prompt)
+    oracles: dict[str | None, Any] = {None: base.model}
+    for name in ADAPTERS:
+        oracles[name] = load_adapter(base.model, tmp_path / name)
+        # An adapter without effect would agree with anything.
+        assert (oracle_logprobs(oracles[name], prompt) - plain).abs().max() > 0.02, name
+    for name, prompt, answer in await run_together_and_alone(base.folder, tmp_path, "float32"):
+        what = f"{architecture} {name} {len(prompt)}"
+        if answer.token_ids:
+            check_greedy(answer, oracles[name], prompt, what)
+        else:
+            check_score(answer, oracles[name], prompt, what)
+
+
+@pytest.fixture
+def no_compiled_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("TURRET_NATIVE", "0")
+    native.library.cache_clear()
+    forget_choices()
+    yield
+    monkeypatch.undo()
+    native.library.cache_clear()
+    forget_choices()
+
+
+@pytest.fixture
+def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    use_coarse_tiles(monkeypatch)
+    yield
+    monkeypatch.undo()
+    tuning_module.tuning.cache_clear()
+
+
+async def check_few(architecture: str, root: Path, *, gpu: bool) -> None:
+    """The base and two adapters in one batch, to the end of a window and past a switch."""
+    base = twin(architecture)
+    names = [None, "dora", "loha"]
+    for seed, name in enumerate(names[1:]):
+        assert name is not None
+        save_adapter(base.model, make_config(name, **EVERY), root / name, seed=seed)
+    asked = [(name, prompt_of(n, n)) for name, n in zip(names, (70, 30, 5), strict=True)]
+    async with EngineHarness.start(
+        base.folder, root, adapters=["dora", "loha"], gpu=gpu, kv_cache_bytes=4 << 20
+    ) as harness:
+        answers = await harness.run_all(
+            [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
+        )
+    for (name, prompt), answer in zip(asked, answers, strict=True):
+        model = load_adapter(base.model, root / name) if name else base.model
+        check_greedy(answer, model, prompt, f"{architecture} {name}")
+
+
+@pytest.mark.usefixtures("no_compiled_kernels")
+@pytest.mark.parametrize("architecture", some(("gemma2", "glm4", "ministral3", "olmo2", "phi3")))
+async def test_the_torch_path_equals_peft(architecture: str, tmp_path: Path) -> None:
+    await check_few(architecture, tmp_path, gpu=False)
+
+
+# Rows that only pad a step to its bucket compute on scratch memory.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
+@pytest.mark.usefixtures("coarse_tiles")
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", OTHER_ARCHITECTURES)
+async def test_the_gpu_path_equals_peft(architecture: str, tmp_path: Path) -> None:
+    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
+        await check_few(architecture, tmp_path, gpu=True)
+
+
+@pytest.mark.parametrize(
+    "architecture", some(("gemma2", "gemma3_text", "granite", "olmo2", "phi3"))
+)
+async def test_bfloat16_is_as_exact_as_peft(architecture: str, tmp_path: Path) -> None:
+    """Within 1.3 times the error that transformers and PEFT make in bfloat16, over all of them."""
+    exact = twin(architecture, torch.bfloat16)
+    half = copy.deepcopy(exact.model).to(torch.bfloat16)
+    save_adapters(architecture, tmp_path)
+    ours, theirs = [], []
+    for name, prompt, answer in await run_together_and_alone(exact.folder, tmp_path, "bfloat16"):
+        if answer.token_ids or len(prompt) == 1:
+            continue
+        places = torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])
+        models = (load_adapter(m, tmp_path / name) if name else m for m in (exact.model, half))
+        expected, rough = (oracle_logprobs(m, prompt)[:-1].float()[places] for m in models)
+        found = torch.tensor([p for p in answer.prompt_logprobs[1:] if p is not None])
+        ours.append((found - expected).abs())
+        theirs.append((rough - expected).abs())
+    bound = 1.3 * float(torch.cat(theirs).mean())
+    assert bound > 0
+    assert float(torch.cat(ours).mean()) <= bound
