@@ -13,6 +13,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from turret.server.models.families import read_arch
 from turret.training.data.batch import IGNORED, Batch
 from turret.training.peft_warnings import without_peft_warnings
 
@@ -33,6 +34,8 @@ class LossFunction:
         self._model = model
         self._head = head
         self._device = device
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._arch = read_arch(base.config)
 
     def __call__(self, batch: Batch) -> torch.Tensor:
         """The sum, a scalar fp32 with gradient (nats)."""
@@ -83,4 +86,7 @@ class LossFunction:
     def _head_loss(
         self, states: torch.Tensor, targets: torch.Tensor, reduction: str = "sum"
     ) -> torch.Tensor:
-        return cross_entropy(self._head(states).float(), targets, reduction=reduction)
+        logits = self._head(states).float() * self._arch.logit_scale
+        if self._arch.logit_softcap is not None:
+            logits = self._arch.logit_softcap * (logits / self._arch.logit_softcap).tanh()
+        return cross_entropy(logits, targets, reduction=reduction)

@@ -1,0 +1,55 @@
+"""Scaled and capped logits, and modules that are fused: trained as they are served."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from builders.tiny_models import save_tiny_model
+from builders.training import resolve_tiny
+from safetensors import safe_open
+from servers.engine_harness import EngineHarness, make_request
+
+from turret.training.base_model import find_base, load_model
+from turret.training.data.batch import IGNORED, make_batch
+from turret.training.loss import LossFunction
+from turret.training.trainer import Trainer
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "granite"])
+def test_the_loss_is_that_of_the_models_own_logits(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = save_tiny_model(architecture, tmp_path / "model")
+    resolved = resolve_tiny(tmp_path, folder, "data.loss_on=all")
+    batch = make_batch(resolved.dataset.train[:3], pad=0, is_packed=False)
+    model = load_model(find_base(folder), "nf4-dense", torch.float32, "cpu")
+    found = LossFunction(model, model.get_output_embeddings(), "cpu")(batch)
+    with torch.no_grad():
+        logits = model(input_ids=batch.tokens).logits[:, -batch.targets.shape[1] :]
+    expected = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.targets.flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+    assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+async def test_one_factor_over_a_fused_module_is_trained_and_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = save_tiny_model("phi3", tmp_path / "model")
+    run = Trainer(resolve_tiny(tmp_path, folder, "method.targets=all-linear")).run().folder.path
+    adapter = run / "adapter"
+    targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+    assert set(targets) == {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"}
+    with safe_open(adapter / "adapter_model.safetensors", framework="pt") as file:
+        fused = file.get_tensor("base_model.model.model.layers.0.self_attn.qkv_proj.lora_B.weight")
+    assert fused.shape[0] == 128 + 2 * 64
+    async with EngineHarness.start(folder, run, adapters=["adapter"]) as harness:
+        answers = await harness.run_all(
+            [make_request([5, 6, 7]), make_request([5, 6, 7], "adapter")]
+        )
+    assert answers[0].logprobs != answers[1].logprobs
