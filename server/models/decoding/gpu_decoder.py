@@ -87,9 +87,12 @@ class GpuDecoder(Decoder):
             down = layer.down(inner, step.adapters, step.num_decode)
             update = self._leave(down, layer.norm_after_mlp)
         hidden = self._add_norm(hidden, update, self.norm)
-        logits = self.logits(hidden.index_select(0, step.sample_rows), step.heads)
+        sampled = hidden.index_select(0, step.sample_rows)
         if step.logits is None or step.heads:
-            return hidden, logits
+            return hidden, self.logits(sampled, step.heads)
+        # The copy makes them fp32: of a head whose product is all there is, no other does.
+        is_plain = arch.logit_scale == 1.0 and arch.logit_softcap is None
+        logits = self._head(sampled) if is_plain else self.logits(sampled)
         return hidden, step.logits[: len(logits)].copy_(logits)
 
     def _add_norm(
