@@ -35,10 +35,19 @@ class AdaptersClient:
         self._settings = settings
 
     def load(
-        self, name: str, path: str, *, pinned: bool = False, timeout: float | None = None
+        self,
+        name: str,
+        path: str,
+        *,
+        pinned: bool = False,
+        task: int | None = None,
+        timeout: float | None = None,
     ) -> Adapter:
-        """Register the adapter in ``path``, a directory relative to the server's adapter root."""
-        request = adapters_pb2.LoadAdapterRequest(name=name, path=path, pinned=pinned)
+        """Register the adapter in ``path``, a directory relative to the server's adapter root.
+
+        ``task`` says which one it is, where the files hold several.
+        """
+        request = adapters_pb2.LoadAdapterRequest(name=name, path=path, pinned=pinned, task=task)
         return Adapter.from_proto(self._unary(self._stub.LoadAdapter, request, timeout))
 
     def upload(
@@ -49,6 +58,7 @@ class AdaptersClient:
         pinned: bool = False,
         replace: bool = False,
         expected_generation: int | None = None,
+        task: int | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Send an adapter's files and register it, or with ``replace`` its new generation.
@@ -64,6 +74,7 @@ class AdaptersClient:
                 pinned=pinned,
                 replace=replace,
                 expected_generation=expected_generation,
+                task=task,
             )
 
         return Adapter.from_proto(call(self._stub.UploadAdapter, messages, self._settings, timeout))
@@ -74,6 +85,7 @@ class AdaptersClient:
         path: str,
         *,
         expected_generation: int | None = None,
+        task: int | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Make the weights in ``path`` (as in :meth:`load`) the adapter's new generation.
@@ -82,7 +94,7 @@ class AdaptersClient:
         generation, the second gets :class:`~turret.clients.errors.FailedPreconditionError`.
         """
         request = adapters_pb2.ReplaceAdapterRequest(
-            name=name, path=path, expected_generation=expected_generation
+            name=name, path=path, expected_generation=expected_generation, task=task
         )
         return Adapter.from_proto(
             self._unary(self._stub.ReplaceAdapter, request, timeout, repeatable=False)

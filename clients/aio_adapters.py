@@ -37,10 +37,19 @@ class AsyncAdaptersClient:
         self._settings = settings
 
     async def load(
-        self, name: str, path: str, *, pinned: bool = False, timeout: float | None = None
+        self,
+        name: str,
+        path: str,
+        *,
+        pinned: bool = False,
+        task: int | None = None,
+        timeout: float | None = None,
     ) -> Adapter:
-        """Register the adapter in ``path``, a directory relative to the server's adapter root."""
-        request = adapters_pb2.LoadAdapterRequest(name=name, path=path, pinned=pinned)
+        """Register the adapter in ``path``, a directory relative to the server's adapter root.
+
+        ``task`` says which one it is, where the files hold several.
+        """
+        request = adapters_pb2.LoadAdapterRequest(name=name, path=path, pinned=pinned, task=task)
         return Adapter.from_proto(await self._unary(self._stub.LoadAdapter, request, timeout))
 
     async def upload(
@@ -51,6 +60,7 @@ class AsyncAdaptersClient:
         pinned: bool = False,
         replace: bool = False,
         expected_generation: int | None = None,
+        task: int | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Send an adapter's files and register it, or with ``replace`` its new generation.
@@ -66,6 +76,7 @@ class AsyncAdaptersClient:
                 pinned=pinned,
                 replace=replace,
                 expected_generation=expected_generation,
+                task=task,
             )
 
         return Adapter.from_proto(
@@ -78,11 +89,12 @@ class AsyncAdaptersClient:
         path: str,
         *,
         expected_generation: int | None = None,
+        task: int | None = None,
         timeout: float | None = None,
     ) -> Adapter:
         """Make the weights in ``path`` (as in :meth:`load`) the adapter's new generation."""
         request = adapters_pb2.ReplaceAdapterRequest(
-            name=name, path=path, expected_generation=expected_generation
+            name=name, path=path, expected_generation=expected_generation, task=task
         )
         return Adapter.from_proto(
             await self._unary(self._stub.ReplaceAdapter, request, timeout, repeatable=False)

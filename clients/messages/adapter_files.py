@@ -24,6 +24,7 @@ def upload_messages(
     pinned: bool,
     replace: bool,
     expected_generation: int | None = None,
+    task: int | None = None,
 ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
     """Return the messages of one upload: the header, then the files in pieces.
 
@@ -38,7 +39,11 @@ def upload_messages(
     if not paths[0].is_file() or len(paths) == 1:
         raise FileNotFoundError(f"{directory}: {_lacking(directory)}")
     header = adapters_pb2.UploadHeader(
-        name=name, pinned=pinned, replace=replace, expected_generation=expected_generation
+        name=name,
+        pinned=pinned,
+        replace=replace,
+        expected_generation=expected_generation,
+        task=task,
     )
     for path in paths:
         with path.open("rb") as file:

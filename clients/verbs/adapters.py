@@ -48,6 +48,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     _add_combinations(actions)
 
 
+def _add_task(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--task", type=int, metavar="N", help="which one, from 0, where the files hold several"
+    )
+
+
 def _action(
     actions: argparse._SubParsersAction[argparse.ArgumentParser],
     name: str,
@@ -75,6 +81,7 @@ def _add_lifecycle(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     load = _action(actions, "load", "register a directory of the server's", _load)
     load.add_argument("path", metavar="PATH", help="relative to the server's adapter root")
     load.add_argument("--pin", action="store_true", help="pin it at once")
+    _add_task(load)
     unload = _action(actions, "unload", "unregister an adapter", _unload)
     unload.add_argument("--force", action="store_true", help="abort the requests that use it")
     unload.add_argument(
@@ -96,10 +103,12 @@ def _add_transfers(actions: argparse._SubParsersAction[argparse.ArgumentParser])
     upload.add_argument("directory", type=Path, metavar="DIR", help="in PEFT's layout")
     upload.add_argument("--pin", action="store_true", help="pin it at once")
     upload.add_argument("--replace", action="store_true", help="as a new generation of NAME")
+    _add_task(upload)
     replace = _action(actions, "replace", "make a directory the new generation", _replace)
     replace.add_argument("path", metavar="PATH", help="relative to the server's adapter root")
     _add_expected(upload)
     _add_expected(replace)
+    _add_task(replace)
     export = _action(actions, "export", "write an adapter to a new directory", _export)
     export.add_argument("directory", type=Path, metavar="DIR")
     export.add_argument("--generation", type=int, metavar="N", help="default: the newest")
@@ -150,7 +159,9 @@ def _get(args: argparse.Namespace, client: TurretClient) -> None:
 
 
 def _load(args: argparse.Namespace, client: TurretClient) -> None:
-    adapter = client.adapters.load(args.name, args.path, pinned=args.pin, timeout=args.timeout)
+    adapter = client.adapters.load(
+        args.name, args.path, pinned=args.pin, task=args.task, timeout=args.timeout
+    )
     print_json(adapter) if args.json else print_change("loaded", adapter)
 
 
@@ -183,6 +194,7 @@ def _upload(args: argparse.Namespace, client: TurretClient) -> None:
         pinned=args.pin,
         replace=args.replace,
         expected_generation=args.expected_generation,
+        task=args.task,
         timeout=args.timeout,
     )
     print_json(adapter) if args.json else print_change("uploaded", adapter)
@@ -193,6 +205,7 @@ def _replace(args: argparse.Namespace, client: TurretClient) -> None:
         args.name,
         args.path,
         expected_generation=args.expected_generation,
+        task=args.task,
         timeout=args.timeout,
     )
     print_json(adapter) if args.json else print_change("replaced", adapter)

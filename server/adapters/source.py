@@ -20,11 +20,13 @@ class Source:
         path: Relative to the adapter root, or to the state directory if ``is_upload``.
         is_upload: The server wrote the files itself and removes them when nobody needs them.
         adapter: Of an upload, the adapter's name.
+        task: Which task of the files it is, where they hold several; None where nobody said.
     """
 
     path: str
     is_upload: bool = False
     adapter: str = field(default="", compare=False)
+    task: int | None = None
 
     @property
     def shown(self) -> str:

@@ -39,6 +39,15 @@ async def test_load_get_pin_unload() -> None:
     assert (gone.code, gone.metadata) == (grpc.StatusCode.NOT_FOUND, {"adapter": "sql"})
 
 
+async def test_load_passes_the_task() -> None:
+    async with harness() as server:
+        for task in (None, 0, 2):
+            name = f"task-{task}".lower()
+            await server.adapters.LoadAdapter(Load(name=name, path="x", task=task))
+            of_task = "x" if task is None else f"task {task} of x"
+            assert server.registry.records[name].facts.digest == f"digest of {of_task}"
+
+
 async def test_unload_passes_mode_and_timeout() -> None:
     cases: list[tuple[dict[str, Any], tuple[str, float]]] = [
         ({}, ("DRAIN", 30.0)),

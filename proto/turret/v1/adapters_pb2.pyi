@@ -80,14 +80,16 @@ class AdapterWeight(_message.Message):
     def __init__(self, name: _Optional[str] = ..., generation: _Optional[int] = ..., weight: _Optional[float] = ...) -> None: ...
 
 class LoadAdapterRequest(_message.Message):
-    __slots__ = ("name", "path", "pinned")
+    __slots__ = ("name", "path", "pinned", "task")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     pinned: bool
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., pinned: bool = ...) -> None: ...
+    task: int
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., pinned: bool = ..., task: _Optional[int] = ...) -> None: ...
 
 class FileInfo(_message.Message):
     __slots__ = ("path", "size_bytes", "sha256")
@@ -108,18 +110,20 @@ class FileChunk(_message.Message):
     def __init__(self, path: _Optional[str] = ..., data: _Optional[bytes] = ...) -> None: ...
 
 class UploadHeader(_message.Message):
-    __slots__ = ("name", "pinned", "replace", "files", "expected_generation")
+    __slots__ = ("name", "pinned", "replace", "files", "expected_generation", "task")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PINNED_FIELD_NUMBER: _ClassVar[int]
     REPLACE_FIELD_NUMBER: _ClassVar[int]
     FILES_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
     name: str
     pinned: bool
     replace: bool
     files: _containers.RepeatedCompositeFieldContainer[FileInfo]
     expected_generation: int
-    def __init__(self, name: _Optional[str] = ..., pinned: bool = ..., replace: bool = ..., files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., expected_generation: _Optional[int] = ...) -> None: ...
+    task: int
+    def __init__(self, name: _Optional[str] = ..., pinned: bool = ..., replace: bool = ..., files: _Optional[_Iterable[_Union[FileInfo, _Mapping]]] = ..., expected_generation: _Optional[int] = ..., task: _Optional[int] = ...) -> None: ...
 
 class UploadAdapterRequest(_message.Message):
     __slots__ = ("header", "chunk")
@@ -130,14 +134,16 @@ class UploadAdapterRequest(_message.Message):
     def __init__(self, header: _Optional[_Union[UploadHeader, _Mapping]] = ..., chunk: _Optional[_Union[FileChunk, _Mapping]] = ...) -> None: ...
 
 class ReplaceAdapterRequest(_message.Message):
-    __slots__ = ("name", "path", "expected_generation")
+    __slots__ = ("name", "path", "expected_generation", "task")
     NAME_FIELD_NUMBER: _ClassVar[int]
     PATH_FIELD_NUMBER: _ClassVar[int]
     EXPECTED_GENERATION_FIELD_NUMBER: _ClassVar[int]
+    TASK_FIELD_NUMBER: _ClassVar[int]
     name: str
     path: str
     expected_generation: int
-    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., expected_generation: _Optional[int] = ...) -> None: ...
+    task: int
+    def __init__(self, name: _Optional[str] = ..., path: _Optional[str] = ..., expected_generation: _Optional[int] = ..., task: _Optional[int] = ...) -> None: ...
 
 class GetAdapterRequest(_message.Message):
     __slots__ = ("name",)

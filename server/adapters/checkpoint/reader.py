@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Any, BinaryIO
 
@@ -39,6 +39,7 @@ MAX_NAME_CHARS = 512
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Every digest begins with it. Change it when the definition of the digest changes.
 _DIGEST_DOMAIN = b"turret-adapter-1\0"
+_TASK_DOMAIN = b"turret-adapter-task-1\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ class AdapterCheckpoint:
         bytes_disk: Size of the two files.
         is_partial: Whether tensors were taken out that the method must not miss.
         base_digest: Of the base model, as ``provenance.json`` beside the files has it; "" without.
+        task: Which task of the files is meant, or None. The digest includes it.
     """
 
     path: str
@@ -64,6 +66,14 @@ class AdapterCheckpoint:
     bytes_disk: int
     is_partial: bool = False
     base_digest: str = ""
+    task: int | None = None
+
+    def of_task(self, task: int | None) -> AdapterCheckpoint:
+        """The same files as one of their tasks: another adapter, with a digest of its own."""
+        if task is None:
+            return self
+        digest = hashlib.sha256(_TASK_DOMAIN + bytes.fromhex(self.digest) + str(task).encode())
+        return replace(self, task=task, digest=digest.hexdigest())
 
 
 def read_checkpoint(

@@ -109,6 +109,7 @@ class Method:
         accepts: Whether this method, among those of the same ``peft_type``, is the one meant.
         integers: Last components of the names of tensors that may hold integers; every other tensor
             holds floating-point numbers.
+        has_tasks: Whether its files may hold several tasks, of which an adapter is one.
     """
 
     name: str
@@ -117,3 +118,4 @@ class Method:
     lower: Lower
     accepts: Callable[[Mapping[str, Any]], bool] = _accepts_all
     integers: tuple[str, ...] = ()
+    has_tasks: bool = False

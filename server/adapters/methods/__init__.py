@@ -91,6 +91,10 @@ def lower_checkpoint(
     """
     method = method_for(checkpoint)
     _check_integers(checkpoint, method)
+    if checkpoint.task is not None and not method.has_tasks:
+        findings = Findings(checkpoint.path)
+        findings.add("task", f"is {checkpoint.task}, but a {method.name} adapter has no tasks")
+        findings.raise_if_any()
     part = take_vocabulary(checkpoint, base)
     findings = part.findings
     lowered = None

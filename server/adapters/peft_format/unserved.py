@@ -12,7 +12,6 @@ MERGE = (
     "merge it with PEFT's merge_and_unload into the base model it was trained on and serve the"
     " result as the base model, or train one of the served methods"
 )
-_PROMPT = "train PROMPT_TUNING instead"
 
 
 def _all(kinds: str, advice: str) -> dict[str, str]:
@@ -31,7 +30,5 @@ UNSERVED: Mapping[str, str] = {
     ),
     "SHADOW": "it is a second model beside the base; train one of the served methods",
     "ADAPTION_PROMPT": "its gate has no operator here; train PREFIX_TUNING instead",
-    "MULTITASK_PROMPT_TUNING": f"a request would have to name a task; {_PROMPT}, one per task",
-    "POLY": "it routes between LoRAs by task; train one LORA per task",
     "XLORA": "its gate needs a pass of its own; load its LoRAs and request a weighted mix of them",
 }

@@ -7,6 +7,7 @@ steps may have to wait for is never held while a file is read or written.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import threading
 import time
@@ -160,7 +161,9 @@ class AdapterRegistry:
 
     # New weights
 
-    def load(self, name: str, path: str, pinned: bool = False) -> AdapterInfo:
+    def load(
+        self, name: str, path: str, pinned: bool = False, task: int | None = None
+    ) -> AdapterInfo:
         """Reads an adapter and registers it; blocks, so call it off the engine thread.
 
         The same content under the same name is accepted again and changes at most the pin.
@@ -174,10 +177,16 @@ class AdapterRegistry:
             StorageFullError: The registration cannot be written.
         """
         with self._changing(name):
-            registration = self._installer.install(name, Source(path), pinned=pinned)
+            registration = self._installer.install(name, Source(path, task=task), pinned=pinned)
             return self._record(registration)
 
-    def replace(self, name: str, path: str, expected_generation: int | None = None) -> AdapterInfo:
+    def replace(
+        self,
+        name: str,
+        path: str,
+        expected_generation: int | None = None,
+        task: int | None = None,
+    ) -> AdapterInfo:
         """Makes the adapter in ``path`` the next generation of a registered name.
 
         Requests that hold the generation before finish on it; it is freed after the last of them.
@@ -193,7 +202,7 @@ class AdapterRegistry:
         """
         with self._changing(name):
             self._table.check_generation(name, expected_generation)
-            registration = self._installer.install(name, Source(path), replace=True)
+            registration = self._installer.install(name, Source(path, task=task), replace=True)
             return self._record(registration)
 
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
@@ -216,9 +225,10 @@ class AdapterRegistry:
         pinned: bool = False,
         replace: bool = False,
         expected_generation: int | None = None,
+        task: int | None = None,
     ) -> AdapterInfo:
         """Registers finished files; as ``load`` does, or with ``replace`` as ``replace`` does."""
-        source = self._state.staged_source(staged, name)
+        source = dataclasses.replace(self._state.staged_source(staged, name), task=task)
         with self._changing(name):
             self._table.check_generation(name, expected_generation)
             registration = self._installer.install(

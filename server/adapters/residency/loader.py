@@ -101,7 +101,7 @@ class AdapterLoader:
             max_elements=max_elements,
             known=self._known if source.is_upload else None,
             shown=source.shown,
-        )
+        ).of_task(source.task)
 
     def lower(self, checkpoint: AdapterCheckpoint) -> LoadedAdapter:
         """Makes the operators.

@@ -13,9 +13,10 @@ from typing import Any
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.source import Source
 
-# Raise it when the fields change, and read the older ones still. 2: facts have components.
-_VERSION = 2
-_READ_VERSIONS = (1, 2)
+# Raise it when the fields change, and read the older ones still. 2: facts have components. 3: a
+# source has a task.
+_VERSION = 3
+_READ_VERSIONS = (1, 2, 3)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -63,6 +64,7 @@ class SavedRegistration:
 
 # The annotations are strings here, which is all that is needed to tell them apart.
 _TYPES: Mapping[str, Any] = {"str": str, "int": int, "bool": bool}
+_OPTIONAL = " | None"
 
 
 def _typed(kind: Any, values: Any) -> dict[str, Any]:
@@ -77,6 +79,8 @@ def _typed(kind: Any, values: Any) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for name, value in values.items():
         wanted = types.get(name, "")
+        if wanted.endswith(_OPTIONAL):
+            wanted = "" if value is None else wanted.removesuffix(_OPTIONAL)
         if wanted in _TYPES and type(value) is not _TYPES[wanted]:
             raise TypeError(f"{name} is no {wanted}")
         if wanted.startswith("tuple"):
@@ -84,7 +88,7 @@ def _typed(kind: Any, values: Any) -> dict[str, Any]:
             if not isinstance(value, list) or any(type(part) is not item for part in value):
                 raise TypeError(f"{name} is no list of {item.__name__}")
             value = _shared(tuple(value))
-        elif name in ("method", "base_model"):
+        elif name in ("method", "base_model") and isinstance(value, str):
             value = sys.intern(value)
         checked[name] = value
     return checked

@@ -13,6 +13,7 @@ and the registration last, so a crash leaves the state before it or the state af
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import logging
@@ -184,7 +185,7 @@ class StateDir:
         with reporting_disk_faults():
             staged.move(target)
         path = str(target.relative_to(self.path))
-        adapter.source = Source(path, is_upload=True, adapter=adapter.name)
+        adapter.source = dataclasses.replace(adapter.source, path=path)
 
     def discard(self, source: Source) -> None:
         """Removes a generation's files if they were uploaded; others belong to the operator."""

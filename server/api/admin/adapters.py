@@ -27,6 +27,7 @@ from turret.server.api.admin.uploads import (
     most_seconds,
     next_message,
     receive_chunks,
+    task_of,
 )
 from turret.server.api.call import Call
 from turret.server.api.gate import Gate
@@ -88,7 +89,9 @@ class Adapters:
         registry = self._gate.enter().registry
         name, path = _checked_source(message, call)
         return adapter_message(
-            await self._slow.run(registry.load, name, path, pinned=message.pinned)
+            await self._slow.run(
+                registry.load, name, path, pinned=message.pinned, task=task_of(message)
+            )
         )
 
     async def replace(
@@ -96,9 +99,14 @@ class Adapters:
     ) -> adapters_pb2.Adapter:
         registry = self._gate.enter().registry
         name, path = _checked_source(message, call)
-        expected = _expected_generation(message)
         return adapter_message(
-            await self._slow.run(registry.replace, name, path, expected_generation=expected)
+            await self._slow.run(
+                registry.replace,
+                name,
+                path,
+                expected_generation=_expected_generation(message),
+                task=task_of(message),
+            )
         )
 
     async def upload(self, messages: Messages, call: Call) -> adapters_pb2.Adapter:
@@ -140,6 +148,7 @@ class Adapters:
                 pinned=header.pinned,
                 replace=header.replace,
                 expected_generation=_expected_generation(header),
+                task=task_of(header),
             )
         finally:
             # In a thread of its own: the pool refuses work while the server stops.

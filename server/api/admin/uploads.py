@@ -43,6 +43,15 @@ async def next_message(messages: Messages) -> adapters_pb2.UploadAdapterRequest 
         ) from None
 
 
+def task_of(
+    message: adapters_pb2.LoadAdapterRequest
+    | adapters_pb2.ReplaceAdapterRequest
+    | adapters_pb2.UploadHeader,
+) -> int | None:
+    """The task that a message names, or None."""
+    return message.task if message.HasField("task") else None
+
+
 def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapters_pb2.UploadHeader:
     """The header, which the first message must be, with every field in its range.
 

@@ -46,6 +46,7 @@ NEW = (
     "trainable_tokens",
     *("beft", "ln_tuning", "pvera", "vblora", "unilora", "tinylora", "delora", "miss"),
     *("gralora", "hra", "deft", "peanut", "glora", "cpt", "cartridge"),
+    *("poly", "multitask_prompt"),
 )
 # Variants of LoRA, whose rules test_adapter_config.py has.
 VARIANTS = ("dora", "bd_lora", "kasa")
@@ -54,9 +55,10 @@ BUILT = (*NEW, "lora", "rslora", *VARIANTS)
 LINEAR = (
     *("lora", *VARIANTS, "loha", "lokr", "ia3", "adalora", "vera"),
     *("beft", "pvera", "vblora", "delora", "miss", "gralora", "hra", "deft", "peanut", "glora"),
+    "poly",
 )
 # tiny_llama's k and v are 64 -> 32.
-SMALL = {"loha": {"r": 3}}
+SMALL = {"loha": {"r": 3}, "poly": {"n_tasks": 1}, "multitask_prompt": {"num_tasks": 1}}
 
 
 def save(root: Path, method: str, **changes: Any) -> Path:
@@ -85,6 +87,7 @@ def test_every_method_has_a_checkpoint_here() -> None:
     # layers: test_lora_variants.py has its.
     built = {SERVED.get(name, name) for name in BUILT}
     assert built == METHODS.keys() - {"learned_fusion", "qalora"}
+    assert {name for name in NEW if METHODS[name].has_tasks} == {"poly", "multitask_prompt"}
 
 
 @pytest.mark.parametrize("method", NEW)
@@ -175,7 +178,9 @@ def test_another_base_is_a_mismatch_that_names_the_modules(method: str, tmp_path
     assert any("model.layers.7.mlp.up_proj" in field for field in named(caught.value))
 
 
-@pytest.mark.parametrize("method", ["prefix_tuning", "prompt_tuning", "p_tuning"])
+@pytest.mark.parametrize(
+    "method", ["prefix_tuning", "prompt_tuning", "p_tuning", "multitask_prompt"]
+)
 def test_prompts_of_another_size_are_mismatches(method: str, tmp_path: Path) -> None:
     base = base_of(tiny_llama())
     save(tmp_path, method)

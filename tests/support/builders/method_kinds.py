@@ -52,6 +52,14 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "deft": (peft.DeftConfig, {"r": 4, **_ALL}),
     "peanut": (peft.PeanutConfig, {"r": 4, "depth": 1, **_ALL}),
     "glora": (peft.GloraConfig, {"r": 4, "config_A_B": "vector", **_ALL}),
+    "poly": (
+        peft.PolyConfig,
+        {"r": 4, "n_tasks": 3, "n_skills": 2, "n_splits": 2, **_ALL},
+    ),
+    "multitask_prompt": (
+        peft.MultitaskPromptTuningConfig,
+        {"num_virtual_tokens": 5, "num_tasks": 3, "num_ranks": 2},
+    ),
     "prefix_tuning": (peft.PrefixTuningConfig, {"num_virtual_tokens": 5}),
     "cartridge": (peft.CartridgeConfig, {"num_virtual_tokens": 5, "num_frozen_tokens": 2}),
     "prompt_tuning": (peft.PromptTuningConfig, {"num_virtual_tokens": 5}),
@@ -108,6 +116,8 @@ DRAWS: tuple[tuple[str, Callable[[Drawn], torch.Tensor]], ...] = (
     ("hada_w2_b", lambda d: _product(d, 0.25)),
     ("beft_bias", lambda d: d.scaled(d.strength)),
     ("bias", lambda d: d.old + 0.3 * d.noise),
+    ("prefix_task_", lambda d: d.noise),
+    ("poly_router", lambda d: 2.0 * d.noise),
     ("prompt_encoder", lambda d: d.scaled(d.strength)),
     ("lora_E", lambda d: d.noise),
     ("lora_diag", lambda d: d.noise),

@@ -183,8 +183,10 @@ class FakeRegistry:
     unloads: list[tuple[str, str, float]] = field(default_factory=list)
     is_closed: bool = False
 
-    def load(self, name: str, path: str, pinned: bool = False) -> AdapterInfo:
-        digest = f"digest of {path}"
+    def load(
+        self, name: str, path: str, pinned: bool = False, task: int | None = None
+    ) -> AdapterInfo:
+        digest = f"digest of {path}" if task is None else f"digest of task {task} of {path}"
         if name in self.records:
             if self.records[name].facts.digest != digest:
                 raise AdapterExistsError(f"{name!r} is taken", metadata={"adapter": name})
