@@ -1,0 +1,45 @@
+"""Fusing the methods that are made of other operators' parts, against PEFT's merged weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from builders.fuse import Fusions, difference
+
+from turret.server.errors import InvalidRequestError
+
+LOW_RANK = (
+    *("bd_lora", "kasa", "delora", "miss", "gralora", "pvera", "vblora", "unilora", "tinylora"),
+    *("hra", "deft", "peanut"),
+)
+
+
+@pytest.fixture(scope="module")
+def fusions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
+    made = Fusions(tmp_path_factory.mktemp("fuse"), max_rank=96)
+    for seed, method in enumerate((*LOW_RANK, "glora")):
+        made.add(method, method, seed)
+    for method in ("ln_tuning", "cpt", "cartridge"):
+        made.add(method, method)
+    yield made
+    made.close()
+
+
+def test_concatenation_is_exact(fusions: Fusions) -> None:
+    mix = {method: (-1) ** number * 0.5 for number, method in enumerate(LOW_RANK)}
+    result = fusions.fuse(mix)
+    assert difference(fusions.deltas(result), fusions.exact(mix)) < 1e-5
+    assert result.relative_error < 1e-6
+
+
+def test_a_gain_goes_into_the_whole_update(fusions: Fusions) -> None:
+    mix = {"glora": 0.7, "hra": 1.0}
+    result = fusions.fuse(mix, how="svd", rank=64)
+    assert difference(fusions.deltas(result), fusions.exact(mix)) < 1e-5
+
+
+def test_prompts_are_no_updates(fusions: Fusions) -> None:
+    for name in ("cpt", "cartridge"):
+        with pytest.raises(InvalidRequestError, match=name):
+            fusions.fuse({name: 1.0, "hra": 1.0}, how="svd", rank=4)
