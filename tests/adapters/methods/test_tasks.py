@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from builders.adapters import base_of, lower_adapter, read_adapter, tiny_llama
-from builders.methods import load_adapter, make_config, quiet, save_adapter
+from builders.adapters import (
+    apply_operators,
+    base_of,
+    linear_modules,
+    lower_adapter,
+    read_adapter,
+    tiny_llama,
+)
+from builders.methods import ALL, load_adapter, make_config, quiet, save_adapter
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
 from method_oracle import check_close, oracle_logprobs, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
+from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.ref import AdapterRef
@@ -67,6 +79,60 @@ async def test_each_task_is_what_peft_computes(method: str, tmp_path: Path) -> N
     for i, one in enumerate(rows):
         for other in rows[:i]:
             assert max(abs(a - b) for a, b in zip(one, other, strict=True)) > 0.05
+
+
+@functools.cache
+def small() -> tuple[Any, BaseModel]:
+    built = tiny_llama(attention_bias=True, dtype=torch.float64)
+    return built, base_of(built)
+
+
+@settings(max_examples=20, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+@given(
+    counts=st.tuples(st.integers(1, 4), st.integers(1, 4), st.sampled_from([1, 2, 4])),
+    rank=st.integers(1, 9),
+    targets=st.lists(st.sampled_from(ALL), min_size=1, unique=True),
+    seed=st.integers(0, 99),
+)
+@torch.no_grad()
+def test_drawn_polys_compute_what_peft_computes(
+    counts: tuple[int, int, int], rank: int, targets: list[str], seed: int
+) -> None:
+    plain, base = small()
+    keys = dict(zip(("n_tasks", "n_skills", "n_splits"), counts, strict=True))
+    task = seed % keys["n_tasks"]
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config("poly", **keys, r=rank, target_modules=targets)
+        oracle = save_adapter(plain, config, Path(folder) / "a", seed=seed, share=True).eval()
+        _, lowered = lower_checkpoint(read_adapter(Path(folder)).of_task(task), base)
+    moved = 0
+    for path, operators in lowered.operators.modules.items():
+        linear = linear_modules(plain)[path]
+        x = torch.randn(1, 5, linear.in_features, dtype=torch.float64)
+        module = oracle.get_submodule(f"base_model.model.{path}")
+        expected = module(x, task_ids=torch.tensor([task]))
+        found = apply_operators(linear, [(operators, 1.0)], x)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        moved += bool((found - linear(x)).abs().max() > 1e-3)
+    assert moved == 2 * len(targets)
+
+
+@settings(max_examples=20, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+@given(tasks=st.integers(1, 4), rank=st.integers(1, 5), tokens=st.integers(1, 9))
+def test_drawn_prompts_are_those_of_their_task(tasks: int, rank: int, tokens: int) -> None:
+    plain, base = small()
+    keys = {"num_tasks": tasks, "num_ranks": rank, "num_virtual_tokens": tokens}
+    task = (rank + tokens) % tasks
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config("multitask_prompt", **keys)
+        oracle = save_adapter(plain, config, Path(folder) / "a", share=True).eval()
+        _, lowered = lower_checkpoint(read_adapter(Path(folder)).of_task(task), base)
+    with torch.no_grad():
+        expected = oracle.get_prompt(batch_size=1, task_ids=torch.tensor([task]))[0]
+    assert lowered.operators.soft_prompt is not None
+    found = lowered.operators.soft_prompt.soft_tokens
+    assert found is not None
+    torch.testing.assert_close(found.float(), expected.float(), rtol=1e-6, atol=1e-6)
 
 
 def test_a_task_is_part_of_the_digest(tmp_path: Path) -> None:
