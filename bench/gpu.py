@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from cuda.kernels import KERNELS
 from cuda.sampling import time_sampling
-from cuda.scenarios import time_projection, time_step
+from cuda.scenarios import one_step, time_projection, time_step
 from cuda.setting import Setting
 from cuda.timing import ROOT
 from cuda.tune import tune
@@ -33,6 +33,8 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "projection": time_projection,
     "step": time_step,
 }
+# Run by name alone.
+BY_NAME: dict[str, Callable[[Setting], None]] = {"one step": one_step}
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -40,7 +42,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         description="Check and time the Triton kernels on this GPU.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--only", choices=sorted(PARTS), help="run one part")
+    parser.add_argument("--only", choices=sorted(PARTS | BY_NAME), help="run one part")
     parser.add_argument(
         "--budget-seconds", type=float, default=480, help="start no part after this"
     )
@@ -78,7 +80,7 @@ def run_parts(setting: Setting, only: str | None, budget_seconds: float) -> list
         Those that failed. After a fault that leaves the device unusable, no more are run.
     """
     start, failed = time.monotonic(), []
-    for name, part in PARTS.items():
+    for name, part in PARTS.items() if only not in BY_NAME else BY_NAME.items():
         if only not in (None, name):
             continue
         if time.monotonic() - start > budget_seconds:

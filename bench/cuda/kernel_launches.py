@@ -135,8 +135,8 @@ def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]
     yield lambda: kron(outs[0])
 
 
-def _base(inner: int, outs: tuple[int, ...]) -> None:
-    """The base product over plain and nested absmax."""
+def _base(inner: int, outs: tuple[int, ...], gated: bool) -> None:
+    """The base product over plain and nested absmax; with the activation, as the server has it."""
     width = sum(outs)
     blocks = width * inner // BLOCK
     groups = -(-blocks // GROUP)
@@ -152,6 +152,8 @@ def _base(inner: int, outs: tuple[int, ...]) -> None:
     for absmax in (plain, nested):
         for rows in (16, 32, _ROWS):
             nf4_matmul(_empty(rows, inner), Nf4Matrix(packed, absmax, width, inner))
+    for rows in (16, 32, _ROWS) if gated else ():
+        nf4_matmul(_empty(rows, inner), Nf4Matrix(packed, plain, width, inner), gated=True)
 
 
 def _attention(model: Model, softcap: float | None = None) -> None:
@@ -203,10 +205,11 @@ def _between(model: Model) -> None:
 
 def _all() -> Iterator[Callable[[], object]]:
     for model in MODELS.values():
-        for inner, outs in model.groups.values():
+        for name, (inner, outs) in model.groups.items():
             yield from _low_rank(inner, outs)
             yield from _by_slot(inner, outs)
-            yield lambda inner=inner, outs=outs: _base(inner, outs)
+            gated = name == "gate_up"
+            yield lambda inner=inner, outs=outs, gated=gated: _base(inner, outs, gated)
         yield lambda model=model: _between(model)
     # More queries per KV head than a tile of 16 rows holds.
     yield lambda: _attention(Model(4096, 32, 1, 128, 14336))

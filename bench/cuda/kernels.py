@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
+from cuda import estimate
 from cuda.setting import Setting
 from cuda.step import KV_BLOCK, DecodeStep, random_nf4
+from cuda.tune import use
 
 from turret.kernels.gpu.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.hadamard_shrink import hadamard_shrink
 from turret.kernels.gpu.kronecker import kronecker
+from turret.kernels.gpu.library_products import keep_sums_whole
+from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
 from turret.kernels.gpu.nf4_matmul import nf4_matmul
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.gpu.tables.row_table import RowTable
+from turret.kernels.gpu.tuning import tuning
 from turret.kernels.nf4_matmul import Nf4Matrix
 
 
 def _rate(num_bytes: int, milliseconds: float) -> float:
     return num_bytes / milliseconds / 1e6
+
+
+def _by_bytes(setting: Setting, num_bytes: int, ms: float, launches: int = 1) -> dict[str, float]:
+    """What a kernel should take that does little but read and write."""
+    work = estimate.Work(num_bytes=num_bytes, launches=launches)
+    return estimate.facts([work], setting.card, ms)
 
 
 def copy_bandwidth(setting: Setting) -> None:
@@ -30,12 +42,30 @@ def copy_bandwidth(setting: Setting) -> None:
     source = torch.ones(words, dtype=torch.float32, device=setting.device)
     timing = setting.stopwatch.time(source.sum)
     setting.report.add(
-        "memory read", f"{words * 4 >> 20} MiB", timing, gb_s=_rate(4 * words, timing.p50)
-    )
+        "memory read", f"{words * 4 >> 20} MiB", timing,
+        gb_s=_rate(4 * words, timing.p50), **_by_bytes(setting, 4 * words, timing.p50),
+    )  # fmt: skip
+
+
+def library(setting: Setting) -> None:
+    """Whether a row of a library product has the same bits in any place of a piece."""
+    whole = keep_sums_whole(setting.device)
+    pieces = [(256, inner, sum(outs)) for inner, outs in setting.model.groups.values()]
+    for rows, inner, out in [*pieces, (64, setting.model.hidden, setting.model.vocab)]:
+        x, weight = setting.random(rows, inner), setting.random(out, inner)
+        y, order = F.linear(x, weight), torch.randperm(rows, device=setting.device)
+        same = torch.equal(F.linear(x[order], weight), y[order])
+        timing = setting.stopwatch.time(lambda x=x, w=weight: F.linear(x, w))
+        setting.report.add(
+            "library product", f"{rows} x {inner} x {out}", timing,
+            rows_keep_their_bits=same, sums_are_whole=whole,
+            tflops=2 * rows * inner * out / timing.p50 / 1e9,
+        )  # fmt: skip
+        assert same or setting.device.type != "cuda", "bits depend on a row's place"
 
 
 def nf4(setting: Setting) -> None:
-    """The base product, ours against a dense product and bitsandbytes where it is installed."""
+    """The base product, ours against a dense product, the weight written out, and bitsandbytes."""
     for name, (inner, outs) in setting.model.groups.items():
         weight = random_nf4(sum(outs), inner, setting.device)
         dense = weight.dequantize(setting.dtype)
@@ -47,10 +77,20 @@ def nf4(setting: Setting) -> None:
             shape = f"{name} {rows} rows"
             timing = setting.stopwatch.time(lambda x=x, w=weight: nf4_matmul(x, w))
             library = setting.stopwatch.time(lambda x=x, w=dense: F.linear(x, w))
+            written = setting.stopwatch.time(
+                lambda x=x, w=weight: F.linear(x, nf4_dequantize(w, x.dtype))
+            )
+            works = [] if setting.card is None else [
+                *estimate.nf4_work(sum(outs), inner, rows, setting.card)
+            ]  # fmt: skip
             setting.report.add(
                 "nf4_matmul", shape, timing,
                 gb_s=_rate(size, timing.p50), error=error, dense_over_ours=library.p50 / timing.p50,
+                **estimate.facts(works, setting.card, timing.p50),
             )  # fmt: skip
+            setting.report.add(
+                "nf4 written out, library", shape, written, over_ours=written.p50 / timing.p50
+            )
             _bitsandbytes(setting, shape, weight, x, timing.p50)
 
 
@@ -80,29 +120,45 @@ def _bitsandbytes(
 
 
 def attention(setting: Setting) -> None:
-    """Decode attention over every row's context."""
-    step = DecodeStep(
-        setting.model, 1, setting.rows, setting.context, setting.dtype, setting.device
-    )
+    """Decode attention over every row's context, few rows and many, with shallow pipelines too."""
+    tuned = tuning(setting.device)
+    for context in setting.contexts:
+        for rows in sorted({1, 8, setting.rows} & set(range(setting.rows + 1))):
+            for stages in sorted({3, tuned.attention_stages}):
+                use(setting, replace(tuned, attention_stages=stages))
+                try:
+                    _attention(setting, rows, context, stages)
+                except torch.cuda.OutOfMemoryError:
+                    print(f"attention {rows} x {context}: skipped, it does not fit")
+                finally:
+                    use(setting, tuned)
+
+
+def _attention(setting: Setting, rows: int, context: int, stages: int) -> None:
     model = setting.model
-    q = setting.random(setting.rows, model.heads, model.head_dim)
+    step = DecodeStep(model, 1, rows, context, setting.dtype, setting.device)
+    q = setting.random(rows, model.heads, model.head_dim)
     k, v = step.cache.keys[0], step.cache.values[0]
     table = step.attention_table()
     scale = model.head_dim**-0.5
     out = paged_attention(q, k, v, table, scale=scale)
-    blocks = -(-(setting.context + 1) // KV_BLOCK)
+    blocks = -(-(context + 1) // KV_BLOCK)
     seen = slice(1, 1 + blocks)
-    keys, values = (c[seen].flatten(0, 1)[: setting.context + 1].double() for c in (k, v))
+    keys, values = (c[seen].flatten(0, 1)[: context + 1].double() for c in (k, v))
     per_head = model.heads // model.kv_heads
     keys, values = (t.transpose(0, 1).repeat_interleave(per_head, 0) for t in (keys, values))
     scores = (keys @ q[0].double().unsqueeze(2)).squeeze(2) * scale
     exact = (scores.softmax(1).unsqueeze(1) @ values).squeeze(1)
     error = setting.check(out[0], exact)
     timing = setting.stopwatch.time(lambda: paged_attention(q, k, v, table, scale=scale))
-    num_bytes = 2 * setting.rows * setting.context * model.kv_heads * model.head_dim * q.itemsize
+    num_bytes = 2 * rows * context * model.kv_heads * model.head_dim * q.itemsize
+    works = [] if setting.card is None else [
+        estimate.attention_work(rows, context, setting.heads, setting.card)
+    ]  # fmt: skip
     setting.report.add(
-        "paged_attention", f"{setting.rows} rows x {setting.context}", timing,
+        "paged_attention", f"{rows} rows x {context}, {stages} stages", timing,
         gb_s=_rate(num_bytes, timing.p50), error=error,
+        **estimate.facts(works, setting.card, timing.p50),
     )  # fmt: skip
 
 
@@ -115,7 +171,10 @@ def _by_slot(
     run(y)
     error = setting.check(y[0], exact)
     timing = setting.stopwatch.time(lambda: run(y))
-    setting.report.add(name, shape, timing, gb_s=_rate(num_bytes, timing.p50), error=error)
+    setting.report.add(
+        name, shape, timing, gb_s=_rate(num_bytes, timing.p50), error=error,
+        **_by_bytes(setting, num_bytes, timing.p50, launches=2),
+    )  # fmt: skip
 
 
 def _row_table(setting: Setting, slots: int) -> RowTable:
@@ -171,16 +230,24 @@ def between(setting: Setting) -> None:
     exact = F.rms_norm(total.double(), (model.hidden,), weight.double(), 1e-5)
     error = setting.check(residual_rms_norm(residual, update, weight, 1e-5), exact)
     timing = setting.stopwatch.time(lambda: residual_rms_norm(residual, update, weight, 1e-5))
-    setting.report.add("residual_rms_norm", f"{setting.rows} rows", timing, error=error)
+    size = 4 * residual.nbytes
+    setting.report.add(
+        "residual_rms_norm", f"{setting.rows} rows", timing,
+        error=error, **_by_bytes(setting, size, timing.p50),
+    )  # fmt: skip
     gate_up = setting.random(setting.rows, 2 * model.inner)
     gate, up = gate_up.double().chunk(2, dim=1)
     error = setting.check(silu_mul(gate_up), gate * gate.sigmoid() * up)
     timing = setting.stopwatch.time(lambda: silu_mul(gate_up))
-    setting.report.add("silu_mul", f"{setting.rows} rows", timing, error=error)
+    setting.report.add(
+        "silu_mul", f"{setting.rows} rows", timing,
+        error=error, **_by_bytes(setting, gate_up.nbytes * 3 // 2, timing.p50),
+    )  # fmt: skip
 
 
 KERNELS: dict[str, Callable[[Setting], None]] = {
     "memory": copy_bandwidth,
+    "library": library,
     "nf4": nf4,
     "attention": attention,
     "hadamard": hadamard,

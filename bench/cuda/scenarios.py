@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import torch
+from cuda import estimate
 from cuda.adapters import MIXED_RANKS, exact_update, make_pack, make_table
 from cuda.baselines import Padded, PaddedTwoLaunch, gathered_bmm, torch_loop
 from cuda.setting import Setting
@@ -71,6 +73,9 @@ def time_projection(setting: Setting) -> None:
             "torch loop": lambda y, p=pack, r=rows_of_slot: torch_loop(p, r, x, y),
             "gathered bmm": lambda y, p=padded, s=slot_tensor: gathered_bmm(p, s, x, y),
         }
+        works = []
+        if setting.card is not None:
+            works = estimate.low_rank_work(inner, outs, _rows_of_rank(scenario), setting.card)
         first = 0.0
         for name, form in forms.items():
             y = torch.zeros_like(exact, dtype=setting.dtype)
@@ -84,11 +89,44 @@ def time_projection(setting: Setting) -> None:
                 f"qkv {name}", scenario.name.removeprefix("lora "), timing,
                 over_ours=timing.p50 / first, gb_s=num_bytes / timing.p50 / 1e6,
                 error=float(difference),
+                **(estimate.facts(works, setting.card, timing.p50) if name == "ours" else {}),
             )  # fmt: skip
 
 
+def _rows_of_rank(scenario: Scenario) -> list[tuple[int, int]]:
+    """Rank and number of rows of every adapter in use."""
+    counts = Counter(slot for slot in scenario.slot_of_row if slot)
+    return [(scenario.ranks[slot - 1], count) for slot, count in sorted(counts.items())]
+
+
+def _expected(setting: Setting, rows_of_rank: list[tuple[int, int]], ms: float) -> dict[str, float]:
+    """What a step should take, beside what it took."""
+    if setting.card is None:
+        return {}
+    works = estimate.step_work(
+        setting.model.groups,
+        num_layers=setting.num_layers,
+        rows=setting.rows,
+        context=setting.context,
+        heads=setting.heads,
+        vocab=setting.model.vocab,
+        rows_of_rank=rows_of_rank,
+        card=setting.card,
+    )
+    return estimate.facts(works, setting.card, ms)
+
+
+def one_step(setting: Setting) -> None:
+    """A single layer's step with adapters, untimed: for ``compute-sanitizer``."""
+    step = DecodeStep(setting.model, 1, setting.rows, 300, setting.dtype, setting.device)
+    scenario = scenarios(setting)[min(1, len(setting.adapters) - 1)]
+    adapters = step.adapters(scenario)
+    plan = step.plan([adapters[slot - 1] if slot else None for slot in scenario.slot_of_row])
+    assert torch.isfinite(_logits(step, plan)).all()
+
+
 def time_step(setting: Setting) -> None:
-    """The server's decode step: base alone, then every scenario against it."""
+    """The server's decode step: base alone, then every scenario against it; drawing tokens too."""
     step = DecodeStep(
         setting.model,
         setting.num_layers,
@@ -101,7 +139,12 @@ def time_step(setting: Setting) -> None:
     plain = step.plan([None] * setting.rows)
     assert torch.isfinite(_logits(step, plain)).all()
     base = setting.stopwatch.time(lambda: step.run(plain), cold=False)
-    setting.report.add("step base", shape, base, gb_s=step.base_bytes / base.p50 / 1e6)
+    setting.report.add(
+        "step base", shape, base,
+        gb_s=step.base_bytes / base.p50 / 1e6, **_expected(setting, [], base.p50),
+    )  # fmt: skip
+    drawn = setting.stopwatch.time(lambda: step.draw(plain), cold=False)
+    setting.report.add("step base, tokens drawn", shape, drawn, over_base=drawn.p50 / base.p50)
     for scenario in scenarios(setting):
         step.forget()
         if setting.device.type == "cuda":
@@ -124,6 +167,8 @@ def time_step(setting: Setting) -> None:
             f"step {scenario.name}", shape, timing,
             over_base=timing.p50 / base.p50,
             bytes_over_base=(step.base_bytes + sum(used.values())) / step.base_bytes,
+            **(_expected(setting, _rows_of_rank(scenario), timing.p50)
+               if scenario.method in ("lora", "dora") else {}),
         )  # fmt: skip
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from cuda import estimate
 from cuda.kernel_launches import MODELS, Model
 from cuda.timing import Report, Stopwatch
 
@@ -27,6 +28,8 @@ class Setting:
         row_counts: Rows of the base product.
         stopwatch: Times on the device.
         report: Collects rows.
+        contexts: Contexts of the attention sweep.
+        card: The device as its maker describes it, or None if it is not known.
     """
 
     model: Model
@@ -39,6 +42,8 @@ class Setting:
     row_counts: tuple[int, ...]
     stopwatch: Stopwatch
     report: Report
+    contexts: tuple[int, ...]
+    card: estimate.Card | None
 
     @classmethod
     def full(cls) -> Setting:
@@ -55,6 +60,8 @@ class Setting:
             row_counts=(1, 4, 16, 32, 64),
             stopwatch=Stopwatch(device),
             report=Report(device),
+            contexts=(512, 4096, 32768),
+            card=estimate.card_of(torch.cuda.get_device_name(device)),
         )
 
     @classmethod
@@ -72,11 +79,20 @@ class Setting:
             row_counts=(1, 4),
             stopwatch=Stopwatch(device),
             report=Report(device),
+            contexts=(20, 300),
+            # To see that there is something to print.
+            card=estimate.card_of("H100"),
         )
 
     @property
     def device(self) -> torch.device:
         return self.stopwatch.device
+
+    @property
+    def heads(self) -> tuple[int, int, int]:
+        """KV heads, queries per KV head and head dim."""
+        model = self.model
+        return model.kv_heads, model.heads // model.kv_heads, model.head_dim
 
     def random(self, *shape: int) -> torch.Tensor:
         """Normal values in the setting's dtype, on its device."""

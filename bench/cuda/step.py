@@ -32,6 +32,7 @@ from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.decode_graphs import capture_for
 from turret.server.engine.step.executor import Computed
 from turret.server.engine.step.gpu_executor import GpuExecutor
+from turret.server.engine.step.runner import Runner, StepResult
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch, Rope
 from turret.server.models.decoding.decoder import DecoderLayer
@@ -145,7 +146,8 @@ class DecodeStep:
             for name, slices in self._arch.linears().items()
         }
         layout = ProjectionLayout(self._arch.num_layers, projections)
-        self._executor = None
+        self._executor: GpuExecutor | None = None
+        self._runner: Runner | None = None
         self._executor = GpuExecutor(
             self._decoder,
             self.cache,
@@ -194,6 +196,13 @@ class DecodeStep:
         assert self._executor is not None
         with torch.inference_mode():
             return self._executor.run(step)
+
+    def draw(self, step: Step) -> StepResult:
+        """The same, and draw a token for every sequence, as the server does."""
+        assert self._executor is not None
+        if self._runner is None:
+            self._runner = Runner(self._executor, frozenset())
+        return self._runner.run(step)
 
     def adapters(self, scenario: Scenario) -> list[Adapter]:
         """An adapter per slot; those of one rank share their numbers, but not their memory."""

@@ -7,12 +7,16 @@ tiles of 16 rows share the decoded codes. Every row goes through the same tensor
 the same order, so its bits do not depend on how many rows there are.
 
 Where a weight has few columns, the input features are cut into parts at fixed places that depend on
-the weight's shape alone; a second kernel adds the parts in their order.
+the weight's shape alone; the last program of a tile of columns to be done adds the parts in their
+order. A weight of gates and ups can be finished further there: then all that is written is the
+activation of the gates times the ups.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
@@ -26,12 +30,17 @@ from turret.kernels.gpu.contract import (
     check_shape,
 )
 from turret.kernels.gpu.dots import dot
+from turret.kernels.gpu.last_program import is_last
 from turret.kernels.gpu.nf4_codes import code_on, code_pairs
+from turret.kernels.gpu.silu_mul import silu_product
 from turret.kernels.gpu.tuning import Tuning, tuning
 from turret.kernels.nf4_matmul import BLOCK, GROUP, Nf4Matrix
 
 MAX_ROWS = 64
-_SUM_BLOCK = 512
+# NVIDIA's assembler would rather spill two registers than give a program more than 168.
+_LIMITS = {True: {"maxnreg": 255}, False: {}}
+# Tiles of columns of a weight at most.
+_MAX_COUNTERS = 1 << 14
 _BLOCK = tl.constexpr(BLOCK)
 _HALF = tl.constexpr(BLOCK // 2)
 _GROUP = tl.constexpr(GROUP)
@@ -59,11 +68,45 @@ def _add_tile(acc, x_ptr, x_stride, first_row, num_rows, weight, absmax):
 
 
 @triton.jit
-def _store_tile(y_ptr, acc, first_row, num_rows, n, out_features):
+def _store_tile(y_ptr, acc, first_row, num_rows, n, inside, out_features):
     m = first_row + tl.arange(0, 16)
     y_at = y_ptr + m[:, None] * out_features + n[None, :]
-    keep = (m < num_rows)[:, None] & (n < out_features)[None, :]
+    keep = (m < num_rows)[:, None] & inside[None, :]
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def _sum_of_parts(
+    parts_ptr, m, n, keep, num_rows, out_features, dtype: tl.constexpr, SPLITS: tl.constexpr
+):
+    """Some rows and columns of the product, rounded to ``dtype``, as fp32."""
+    at = parts_ptr + m[:, None] * out_features + n[None, :]
+    total = tl.load(at, mask=keep, other=0.0, cache_modifier=".cg")
+    for split in tl.static_range(1, SPLITS):
+        part_at = at + split * num_rows * out_features
+        total += tl.load(part_at, mask=keep, other=0.0, cache_modifier=".cg")
+    return total.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def _finish(
+    y_ptr, parts_ptr, column, inside, num_rows, width, out_features, ROWS: tl.constexpr,
+    SPLITS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of columns of the result from the parts of all programs."""
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    for first in tl.range(0, num_rows, ROWS, num_stages=1):
+        m = first + tl.arange(0, ROWS)
+        keep = (m < num_rows)[:, None] & inside[None, :]
+        y = _sum_of_parts(
+            parts_ptr, m, column, keep, num_rows, out_features, dtype, SPLITS
+        )  # fmt: skip
+        if GATED:
+            up = _sum_of_parts(
+                parts_ptr, m, width + column, keep, num_rows, out_features, dtype, SPLITS
+            )
+            y = silu_product(y, up)
+        tl.store(y_ptr + m[:, None] * width + column[None, :], y.to(dtype), mask=keep)
 
 
 # One compiled form for every number of rows of the same number of tiles.
@@ -76,23 +119,34 @@ def nf4_matmul_kernel(
     code2_ptr,  # [256] fp32, or None
     absmax2_ptr,  # fp32, or None
     offset_ptr,  # fp32, or None
-    y_ptr,  # [num_rows, out_features]; or fp32 parts, [splits, num_rows, out_features]
+    y_ptr,  # [num_rows, out_features], GATED: half as wide
+    parts_ptr,  # [SPLITS, num_rows, out_features] fp32, or None
+    counters_ptr,  # [tiles of columns] int32
     num_rows,
     x_stride,
     in_features,
     out_features,
     part_blocks,  # quantisation blocks of a program
     TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PTX: tl.constexpr,
 ):
-    n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside_n = n < out_features
-    split = tl.program_id(1)
+    # Columns of the result; those of the ups come after those of the gates.
+    tile, width, shift = tl.program_id(0), out_features, 0
+    if GATED:
+        width = out_features // 2
+        tiles = tl.cdiv(width, BLOCK_N)
+        shift = tile // tiles * width
+        tile = tile % tiles
+    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    inside_n = column < width
+    n = shift + column
     blocks = in_features // _BLOCK
     first_block = n * blocks
     half = tl.arange(0, _HALF)
-    begin = split * part_blocks
+    begin = tl.program_id(1) * part_blocks
     end = tl.minimum(begin + part_blocks, blocks)
     acc0 = tl.zeros((16, BLOCK_N), dtype=tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
@@ -110,67 +164,66 @@ def nf4_matmul_kernel(
         if TILES > 2:
             acc2 = _add_tile(acc2, x_at, x_stride, 32, num_rows, weight, absmax)
             acc3 = _add_tile(acc3, x_at, x_stride, 48, num_rows, weight, absmax)
-    y_ptr += split.to(tl.int64) * num_rows * out_features
-    _store_tile(y_ptr, acc0, 0, num_rows, n, out_features)
+    to = y_ptr
+    if parts_ptr is not None:
+        to = parts_ptr + tl.program_id(1).to(tl.int64) * num_rows * out_features
+    _store_tile(to, acc0, 0, num_rows, n, inside_n, out_features)
     if TILES > 1:
-        _store_tile(y_ptr, acc1, 16, num_rows, n, out_features)
+        _store_tile(to, acc1, 16, num_rows, n, inside_n, out_features)
     if TILES > 2:
-        _store_tile(y_ptr, acc2, 32, num_rows, n, out_features)
-        _store_tile(y_ptr, acc3, 48, num_rows, n, out_features)
+        _store_tile(to, acc2, 32, num_rows, n, inside_n, out_features)
+        _store_tile(to, acc3, 48, num_rows, n, inside_n, out_features)
+    if parts_ptr is not None:
+        arrivals = 2 * SPLITS if GATED else SPLITS
+        if is_last(counters_ptr + tile, arrivals):
+            _finish(
+                y_ptr, parts_ptr, column, inside_n, num_rows, width, out_features,
+                16 if TILES == 1 else 32, SPLITS, GATED,
+            )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["count"])
-def nf4_sum_kernel(
-    parts_ptr,  # [PARTS, count] fp32
-    y_ptr,  # [count]
-    count,
-    PARTS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < count
-    total = tl.load(parts_ptr + at, mask=inside, other=0.0)
-    for part in tl.static_range(1, PARTS):
-        total += tl.load(parts_ptr + part * count + at, mask=inside, other=0.0)
-    tl.store(y_ptr + at, total.to(y_ptr.dtype.element_ty), mask=inside)
+@functools.cache
+def _counters_on(device: torch.device) -> torch.Tensor:
+    """Zero between launches; launches that follow each other on a stream may share them."""
+    return torch.zeros(_MAX_COUNTERS, dtype=torch.int32, device=device)
 
 
-def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
+def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> torch.Tensor:
     """Multiply by a quantised weight without writing it out.
+
+    Launches share counters: they have to follow each other on one stream.
 
     Args:
         x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided.
         weight: The weight; its tensors contiguous, on the device of ``x``.
+        gated: Multiply the silu of the first half of the outputs by the second half; the bits are
+            those of ``silu_mul`` on the product.
 
     Returns:
-        ``[num_rows, out_features]``, dtype of ``x``, one rounding from fp32. A weight is its value
-        of ``CODE``, rounded to the dtype of ``x``, times its block's maximum, not rounded.
+        ``[num_rows, out_features]`` (``gated``: half as many), dtype of ``x``, one rounding from
+        fp32 (and one after the activation). A weight is its value of ``CODE``, rounded to the dtype
+        of ``x``, times its block's maximum, not rounded.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract, or there are more than 64 rows
             (dequantise once and use a library product).
     """
-    num_rows, in_features = x.shape
-    check_float("x", x)
-    check_rows("x", x)
-    check_shape("x", x, -1, weight.in_features)
-    if not 1 <= num_rows <= MAX_ROWS:
-        raise ValueError(f"{num_rows} rows; 1 to {MAX_ROWS} are supported")
-    if in_features % BLOCK:
-        raise ValueError(f"in_features is {in_features}; a multiple of {BLOCK} is needed")
     nested = None if isinstance(weight.absmax, torch.Tensor) else weight.absmax
     absmax = weight.absmax if nested is None else nested.codes
-    _check_weight(weight, absmax)
+    _check(x, weight, absmax, gated)
+    num_rows, in_features = x.shape
     tuned = tuning(x.device)
     out_features = weight.out_features
+    width = out_features // 2 if gated else out_features
+    columns = triton.cdiv(width, tuned.nf4_block_n)
     tiles = triton.cdiv(num_rows, 16)
-    parts, part_blocks = _parts(out_features, in_features // BLOCK, tuned)
-    y = torch.empty(num_rows, out_features, dtype=x.dtype, device=x.device)
-    result = y
-    if parts > 1:
-        shape = (parts, num_rows, out_features)
-        result = torch.empty(shape, dtype=torch.float32, device=x.device)
-    nf4_matmul_kernel[(triton.cdiv(out_features, tuned.nf4_block_n), parts)](
+    splits, part_blocks = _parts(out_features, in_features // BLOCK, tuned)
+    y = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
+    parts = None
+    if splits > 1 or gated:
+        shape = (splits, num_rows, out_features)
+        parts = torch.empty(shape, dtype=torch.float32, device=x.device)
+    nf4_matmul_kernel[(2 * columns if gated else columns, splits)](
         x,
         weight.packed,
         code_on(x.device),
@@ -178,23 +231,24 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
         None if nested is None else nested.code2,
         None if nested is None else nested.absmax2,
         None if nested is None else nested.offset,
-        result,
+        y,
+        parts,
+        _counters_on(x.device),
         num_rows,
         x.stride(0),
         in_features,
         out_features,
         part_blocks,
         TILES=4 if tiles > 2 else tiles,
+        SPLITS=splits,
+        GATED=gated,
         BLOCK_N=tuned.nf4_block_n,
         PTX=tuned.inline_ptx,
         num_warps=4,
         num_stages=tuned.nf4_stages,
         enable_fp_fusion=True,
+        **_LIMITS[tuned.inline_ptx and tiles > 1],
     )
-    if parts > 1:
-        nf4_sum_kernel[(triton.cdiv(y.numel(), _SUM_BLOCK),)](
-            result, y, y.numel(), PARTS=parts, BLOCK=_SUM_BLOCK, num_warps=4, enable_fp_fusion=True
-        )
     return y
 
 
@@ -210,7 +264,19 @@ def _parts(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:
     return parts, triton.cdiv(blocks, parts)
 
 
-def _check_weight(weight: Nf4Matrix, absmax: torch.Tensor) -> None:
+def _check(x: torch.Tensor, weight: Nf4Matrix, absmax: torch.Tensor, gated: bool) -> None:
+    num_rows, in_features = x.shape
+    check_float("x", x)
+    check_rows("x", x)
+    check_shape("x", x, -1, weight.in_features)
+    if not 1 <= num_rows <= MAX_ROWS:
+        raise ValueError(f"{num_rows} rows; 1 to {MAX_ROWS} are supported")
+    if in_features % BLOCK:
+        raise ValueError(f"in_features is {in_features}; a multiple of {BLOCK} is needed")
+    if gated and weight.out_features % 2:
+        raise ValueError(f"out_features is {weight.out_features}; an even number is needed")
+    if weight.out_features > _MAX_COUNTERS * 16:
+        raise ValueError(f"out_features is {weight.out_features}; over {_MAX_COUNTERS * 16}")
     size = weight.out_features * weight.in_features
     check_contiguous("packed", weight.packed)
     check_length("packed", weight.packed, size // 2)

@@ -14,6 +14,12 @@ _BLOCK = 1024
 
 
 @triton.jit
+def silu_product(gate, up):
+    """``silu(gate) · up``, fp32."""
+    return gate / (1.0 + tl.exp(-gate)) * up
+
+
+@triton.jit
 def silu_mul_kernel(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -21,7 +27,7 @@ def silu_mul_kernel(gate_up_ptr, out_ptr, stride, width, BLOCK: tl.constexpr):
     gate_at = gate_up_ptr + row * stride + cols
     gate = tl.load(gate_at, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_at + width, mask=inside, other=0.0).to(tl.float32)
-    product = gate / (1.0 + tl.exp(-gate)) * up
+    product = silu_product(gate, up)
     tl.store(out_ptr + row * width + cols, product.to(out_ptr.dtype.element_ty), mask=inside)
 
 

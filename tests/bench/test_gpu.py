@@ -34,6 +34,7 @@ def test_dry_run(tmp_path):
     wanted = {
         *("memory read", "nf4_matmul", "paged_attention", "hadamard", "kronecker"),
         *("qkv ours", "qkv padded, atomics", "qkv torch loop", "qkv gathered bmm"),
+        *("library product", "nf4 written out, library", "step base, tokens drawn"),
         *("step base", "step lora 1 distinct", "step dora 4 distinct", "step loha 4 distinct"),
         *("step lokr 4 distinct", "step lora 4 distinct, ranks mixed"),
     }
@@ -41,6 +42,9 @@ def test_dry_run(tmp_path):
     for row in rows:
         assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
         assert {"gpu", "driver", "torch", "triton", "date", "commit"} <= set(row)
+        if row["scenario"] in ("nf4_matmul", "paged_attention", "qkv ours", "step base"):
+            # Beside the measured time what it should be, here on an H100's account.
+            assert 0 < row["floor_ms"] <= row["expected_ms"] < row["p50_ms"]
 
 
 @pytest.mark.slow
@@ -100,6 +104,6 @@ def test_the_tests_it_names_are_there_and_are_no_reference_tests():
     """A renamed file would end pytest before its first test."""
     script = (ROOT / "bench" / "gpu.sh").read_text()
     named = [word for word in script.split() if word.startswith("tests/") and ".py" in word]
-    assert len(named) == 10
+    assert len(named) == 11
     for path in named:
         assert (ROOT / path).is_file(), path

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.nn.functional as F
 from kernel_traffic import HALF, error_ratio
 from ptx.launcher import bench_module
+from triton.runtime.jit import JITFunction
 
 # Rows 0, 1 and 3 have adapters, two of them the same; row 2 is the base model's.
 SLOT_OF_ROW = (1, 2, 0, 1)
@@ -43,6 +47,32 @@ def test_a_step_repeats_its_bits_and_leaves_base_rows_alone(method):
     assert torch.equal(first[2], alone[2]), "a base row depends on its mates"
     for row in (0, 1, 3):
         assert not torch.equal(first[row], alone[row])
+
+
+def launches(run: Callable[[], object]) -> Counter[str]:
+    """How often ``run`` launches each kernel."""
+    counts: Counter[str] = Counter()
+    launch = JITFunction.run
+
+    def counting(self: Any, *args: Any, **keywords: Any) -> Any:
+        counts[self.__name__.removesuffix("_kernel")] += 1
+        return launch(self, *args, **keywords)
+
+    with patch.object(JITFunction, "run", counting):
+        run()
+    return counts
+
+
+def test_launches_of_a_layer():
+    """Eight for the base; two more for the adapters of a projection, and the activation's."""
+    step = make_step(64)
+    base = launches(lambda: step.run(step.plan([None] * len(SLOT_OF_ROW))))
+    # One of the norms is behind the last layer.
+    assert base == {
+        "nf4_matmul": 4, "residual_rms_norm": 3, "rope_kv_write": 1, "paged_attention": 1
+    }  # fmt: skip
+    adapted = launches(lambda: step.run(step.plan(adapters_of(step, "lora"))))
+    assert adapted - base == {"segmented_shrink": 4, "segmented_expand": 4, "silu_mul": 1}
 
 
 @pytest.mark.parametrize("hidden", [64, 320, pytest.param(1024, marks=pytest.mark.long)])

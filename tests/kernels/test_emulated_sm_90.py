@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from emulation import KERNEL_TESTS, run_emulated
+from emulation import FAULT_TESTS, KERNEL_TESTS, run_emulated
 
 pytestmark = [
     pytest.mark.slow,
@@ -17,6 +17,10 @@ pytestmark = [
 def test_kernels(dtype, tiles):
     options = ("--emulate=sm_90", f"--emulated-dtype={dtype}", f"--emulated-tiles={tiles}")
     run_emulated(*options, *KERNEL_TESTS)
+
+
+def test_planted_faults():
+    run_emulated("--emulated-dtype=bfloat16", FAULT_TESTS)
 
 
 @pytest.mark.long

@@ -19,6 +19,7 @@ from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio
 
 from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
 from turret.kernels.gpu.nf4_matmul import _parts, nf4_matmul
+from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.gpu.tuning import Tuning
 from turret.kernels.nf4_matmul import (
     BLOCK,
@@ -100,6 +101,18 @@ def test_product(num_rows, shape, dtype):
         assert torch.equal(nf4_matmul(x[1:2], matrix), y[1:2]), "a row depends on its mates"
 
 
+@pytest.mark.parametrize(("num_rows", "shape"), [(3, (300, 64)), (33, (96, 192))])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gated_product_has_the_bits_of_two_kernels(num_rows, shape, dtype):
+    """300 outputs: tiles of gates end where those of ups begin."""
+    matrix, _ = quantize(*shape)
+    assert isinstance(matrix.absmax, NestedAbsmax)
+    plain = Nf4Matrix(matrix.packed, matrix.absmax.flat(), *shape)
+    x = torch.randn(num_rows, shape[1]).to(DEVICE, dtype)
+    for _ in range(2):
+        assert torch.equal(nf4_matmul(x, plain, gated=True), silu_mul(nf4_matmul(x, plain)))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_weight_is_as_near_as_a_rounded_one(dtype):
     """Rounding the sixteen values costs what rounding every weight would."""
@@ -144,3 +157,5 @@ def test_breaches_of_the_contract_are_refused():
         nf4_matmul(x, Nf4Matrix(matrix.packed[1:], matrix.absmax, 48, 64))
     with pytest.raises(ValueError, match="multiple of 64"):
         nf4_matmul(torch.zeros(2, 60, dtype=HALF), Nf4Matrix(matrix.packed, matrix.absmax, 48, 60))
+    with pytest.raises(ValueError, match="even number"):
+        nf4_matmul(x, Nf4Matrix(matrix.packed, matrix.absmax, 47, 64), gated=True)

@@ -20,11 +20,13 @@ _FILES = (
     *("nf4_matmul", "segmented", "input_gain", "fusion_gate", "by_slot", "between"),
     "sample_rows",
 )
-# What runs compiled: every kernel's own tests, and tests/emulated.
+# What runs compiled: every kernel's own tests, and a whole step.
 KERNEL_TESTS = (
     *(f"tests/kernels/test_{name}.py" for name in (*_FILES, "paged_attention_triton")),
-    "tests/emulated",
+    "tests/emulated/test_decode_step.py",
 )
+# These choose target and tiles themselves.
+FAULT_TESTS = "tests/emulated/test_faults.py"
 
 
 def run_emulated(*arguments: str) -> str:

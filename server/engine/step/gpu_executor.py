@@ -37,6 +37,9 @@ from turret.server.engine.step.vocabulary_plan import changed_embeddings, change
 from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
 from turret.server.models.decoding.kv_cache import KvCache
 
+# Positions of a prompt that is multiplied as decoding rows are.
+_SHORT_PROMPT = 64
+
 
 @dataclass(frozen=True, slots=True)
 class _Bound:
@@ -223,13 +226,13 @@ class GpuExecutor:
             placed = tuple(map(Placed, scheduled, range(len(scheduled))))
             hidden, logits = self._run_decode([item.sequence for item in scheduled])
             return Computed(placed, hidden, logits[: len(scheduled)])
-        # Rows of sequences that generate come first (see ``models/nf4_gpu.py``).
-        order = sorted(step.scheduled, key=_is_prompt)
+        # Rows of sequences that generate and of short prompts come first (see ``nf4_gpu.py``).
+        order = sorted(step.scheduled, key=lambda item: not _is_fused(item))
         placed, row, num_decode = [], 0, 0
         for item in order:
             placed.append(Placed(item, row))
             row += item.num_new
-            if not _is_prompt(item):
+            if _is_fused(item):
                 num_decode = row
         samples = [place.last_row for place in placed if place.samples]
         hidden, logits = self._run_mixed(placed, num_decode, row, samples)
@@ -378,10 +381,16 @@ class GpuExecutor:
             return self.store.bind(runs, tables)
 
 
-def _is_prompt(item: Scheduled) -> bool:
-    return item.sequence.num_computed < item.sequence.prompt_end
-
-
 def _generates(sequence: Sequence) -> bool:
     """Whether its one new row is the last generated token's, so that the next is drawn from it."""
     return sequence.prompt_end <= sequence.num_computed == len(sequence.tokens) - 1
+
+
+def _is_fused(item: Scheduled) -> bool:
+    """Whether its rows go through ``nf4_matmul``: what decodes, and short prompts.
+
+    A step with any other row writes all weights out, which costs every row of it more than many
+    decode steps. The whole prompt decides, not the chunk: how a prompt is cut depends on the batch.
+    """
+    sequence = item.sequence
+    return sequence.num_computed >= sequence.prompt_end or sequence.prompt_end <= _SHORT_PROMPT

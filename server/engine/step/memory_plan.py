@@ -49,12 +49,13 @@ def captured_bytes(rows: Iterable[int], row_bytes: int) -> int:
 def largest_step(num_tokens: int, num_seqs: int, block_size: int) -> Step:
     """A step of prompts with as many rows and as many samples as a step may have.
 
-    All its sequences lie in KV block 1. It uses no adapters.
+    One prompt is as long as can be, since short ones are multiplied with less memory. All its
+    sequences lie in KV block 1. It uses no adapters.
     """
     num_seqs = min(num_seqs, num_tokens)
     scheduled = []
     for i in range(num_seqs):
-        length = num_tokens // num_seqs + (i < num_tokens % num_seqs)
+        length = 1 if i else num_tokens - num_seqs + 1
         request = Request(request_id=f"rehearsal {i}", prompt_token_ids=(0,) * length)
         sequence = Sequence(request, Mix(()), 0.0)
         sequence.blocks = [1] * -(-length // block_size)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from turret.kernels.gpu.gelu_mul import gelu_mul
+from turret.kernels.gpu.library_products import keep_sums_whole
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import rope_kv_write
@@ -20,6 +22,7 @@ from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.gpu.tables.attention_table import AttentionTable
 from turret.server.adapters.device.gpu.store import GpuAdapterStep
 from turret.server.adapters.device.vocabulary import VocabularyGroup
+from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer, StepInput
 from turret.server.models.decoding.kv_cache import KvCache
 
@@ -37,7 +40,8 @@ class GpuStep(StepInput):
         attention: Loaded table per distinct window (None is full attention).
         adapters: The step's adapters, or None where every row is the base model's.
         sample_rows: Rows whose logits are wanted, ``[samples]`` int64.
-        num_decode: The first rows, of sequences that generate; see ``nf4_gpu.py``.
+        num_decode: The first rows, of sequences that generate or whose prompt is short; see
+            ``nf4_gpu.py``.
         logits: Where logits go, ``[at least samples, vocab]`` fp32, unless adapters change the
             head; None for memory of their own.
         heads: Sampled rows, by their place in ``sample_rows``, whose adapters change the head.
@@ -59,6 +63,10 @@ class GpuStep(StepInput):
 class GpuDecoder(Decoder):
     """A decoder whose linears were loaded with ``gpu=True``."""
 
+    def __init__(self, arch: Arch, **weights: Any) -> None:
+        super().__init__(arch, **weights)
+        keep_sums_whole(self.device)
+
     def compute(self, step: GpuStep, cache: KvCache) -> tuple[torch.Tensor, torch.Tensor]:
         """Run a step and write its keys and values.
 
@@ -74,7 +82,6 @@ class GpuDecoder(Decoder):
             rotations[None] = ones, torch.zeros_like(ones)
         growth = self._growth_at(step.positions)
         hidden = self._embed(step)
-        gated_activation = _GATED_ACTIVATIONS[arch.activation]
         update: torch.Tensor | None = None
         for number, layer in enumerate(self.layers):
             normed = self._enter(hidden, update, layer.norm_before_attention)
@@ -83,7 +90,7 @@ class GpuDecoder(Decoder):
             attended = self._attention(number, normed, rotation, growth, step, cache)
             update = self._leave(attended, layer.norm_after_attention)
             normed = self._enter(hidden, update, layer.norm_before_mlp)
-            inner = gated_activation(layer.gate_up(normed, step.adapters, step.num_decode))
+            inner = self._gate_up(layer, normed, step)
             down = layer.down(inner, step.adapters, step.num_decode)
             update = self._leave(down, layer.norm_after_mlp)
         hidden = self._add_norm(hidden, update, self.norm)
@@ -94,6 +101,12 @@ class GpuDecoder(Decoder):
         is_plain = arch.logit_scale == 1.0 and arch.logit_softcap is None
         logits = self._head(sampled) if is_plain else self.logits(sampled)
         return hidden, step.logits[: len(logits)].copy_(logits)
+
+    def _gate_up(self, layer: DecoderLayer, normed: torch.Tensor, step: GpuStep) -> torch.Tensor:
+        adapters, num_decode = step.adapters, step.num_decode
+        if self.arch.activation == "silu":
+            return layer.gate_up.gated(normed, adapters, num_decode, silu_mul)
+        return _GATED_ACTIVATIONS[self.arch.activation](layer.gate_up(normed, adapters, num_decode))
 
     def _add_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor

@@ -1,8 +1,9 @@
 """The base projection on the gpu path: NF4 weights on the device, multiplied in two ways.
 
-Rows of sequences that decode go through ``nf4_matmul``, rows of prompts through the weight written
-out once and a library's product. Which way a row goes, and the shape of the product it is in,
-depends on its own sequence only, so its bits do not depend on who else is in the step.
+Rows of sequences that decode and of short prompts go through ``nf4_matmul``, rows of longer prompts
+through the weight written out once and a library's product. Which way a row goes, and the shape of
+the product it is in, depends on its own sequence only, so its bits do not depend on who else is in
+the step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 
 from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
 from turret.kernels.gpu.nf4_matmul import nf4_matmul
+from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.gpu.tuning import tuning
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
@@ -41,7 +43,7 @@ class Nf4Product:
         """Multiply.
 
         Args:
-            x: ``[rows, in_features]``, the rows of decoding sequences first.
+            x: ``[rows, in_features]``, the rows of decoding sequences and short prompts first.
             num_decode: How many those are.
 
         Returns:
@@ -56,6 +58,17 @@ class Nf4Product:
             num_decode = 0
         if num_decode < x.shape[0]:
             parts.append(self._multiply_prompts(x[num_decode:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def gated(self, x: torch.Tensor) -> torch.Tensor:
+        """``silu(gate) · up`` of decoding rows, for a weight of gates and then ups.
+
+        The bits are those of ``silu_mul`` on the product, ``[rows, out_features / 2]``.
+        """
+        weight, step = self._weight, tuning(x.device).nf4_pass_rows
+        if isinstance(weight, torch.Tensor) or not step:
+            return silu_mul(self(x, x.shape[0]))
+        parts = [nf4_matmul(piece, weight, gated=True) for piece in x.split(step)]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:

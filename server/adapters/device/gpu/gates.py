@@ -103,6 +103,10 @@ class GpuStepGates:
     runs: tuple[tuple[_Fusion, SegmentTable], ...]
     signature: tuple[Hashable, ...]
 
+    def changes(self, layer: int, projection: str) -> bool:
+        """Whether a fusion of the step has gates there."""
+        return any((layer, projection) in fusion.places for fusion, _ in self.runs)
+
     def apply(self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the updates of one layer's fused projection to ``y``, in place."""
         for fusion, table in self.runs:

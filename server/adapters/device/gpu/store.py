@@ -71,6 +71,16 @@ class GpuAdapterStep:
         kinds = (self.low_rank, self.kinds.gains, self.kinds.input_gains, self.kinds.biases)
         return (kinds, self.shelves.signature, self.gates.signature, self.addresses)
 
+    def changes(self, layer: int, projection: str) -> bool:
+        """Whether anything of the step is added to what the base multiplies."""
+        kinds = self.kinds
+        packed = self.low_rank | kinds.gains | kinds.input_gains | kinds.biases
+        return (
+            projection in packed
+            or projection in self.shelves.by_projection
+            or self.gates.changes(layer, projection)
+        )
+
     def inputs(
         self, layer: int, projection: str, x: torch.Tensor
     ) -> tuple[torch.Tensor, Ahead | None]:

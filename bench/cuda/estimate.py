@@ -1,0 +1,219 @@
+"""What a kernel or a step should take, from its bytes, instructions and launches.
+
+Printed beside every measured row, so that the first minutes on a card show where it is off. A
+kernel takes as long as the scarcest of four: memory bandwidth, instructions issued, passes through
+the load-store units, tensor-core operations. Instructions and passes are those of the machine code
+(``kernels/registers.json``). Not in the model: latency, caches, programs that end unevenly.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+_REGISTERS = Path(__file__).resolve().parents[2] / "kernels" / "registers.json"
+# Between two kernels of a CUDA graph; assumed, for a launch row of its own measures it.
+LAUNCH_MS = 1.2e-3
+_LANES = 32
+_SCHEDULERS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """A GPU as its maker describes it.
+
+    Attributes:
+        gb_s: Memory bandwidth, 10⁹ bytes a second.
+        tflops: Dense bf16 tensor-core operations, 10¹² a second.
+        sms: Streaming multiprocessors.
+        ghz: Boost clock.
+        target: What kernels are compiled for, as ``registers.json`` names it.
+    """
+
+    gb_s: float
+    tflops: float
+    sms: int
+    ghz: float
+    target: str
+
+
+# By words of torch.cuda.get_device_name; the first entry whose words are all in the name.
+# Sources: NVIDIA's data sheets and architecture white papers (H100: "H100 Tensor Core GPU
+# Architecture", 2022; H200: data sheet, 2023; A100: data sheet, 2021; L40S and L4: data sheets,
+# 2023; RTX 4090: "Ada GPU Architecture", 2022; RTX 3090: "Ampere GA102", 2020).
+CARDS: dict[tuple[str, ...], Card] = {
+    ("H200",): Card(4800, 989, 132, 1.755, "sm_90"),
+    ("H100", "PCIe"): Card(2000, 756, 114, 1.755, "sm_90"),
+    ("H100", "NVL"): Card(3900, 835, 132, 1.755, "sm_90"),
+    ("H100",): Card(3350, 989, 132, 1.755, "sm_90"),
+    ("A100", "40GB"): Card(1555, 312, 108, 1.41, "sm_80"),
+    ("A100",): Card(2039, 312, 108, 1.41, "sm_80"),
+    ("L40S",): Card(864, 362, 142, 2.52, "sm_80"),
+    ("L4",): Card(300, 121, 58, 2.04, "sm_80"),
+    ("4090",): Card(1008, 165, 128, 2.52, "sm_80"),
+    ("3090",): Card(936, 71, 82, 1.695, "sm_80"),
+}
+
+
+def card_of(name: str) -> Card | None:
+    """The card of a device's name, or None if it is not known."""
+    for words, card in CARDS.items():
+        if all(word in name for word in words):
+            return card
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What a kernel does.
+
+    Attributes:
+        num_bytes: Read from and written to memory.
+        instructions: Executed by threads.
+        wavefronts: Lanes times passes through the load-store units.
+        flops: Tensor-core operations.
+        launches: Kernels.
+    """
+
+    num_bytes: float = 0
+    instructions: float = 0
+    wavefronts: float = 0
+    flops: float = 0
+    launches: int = 1
+
+    def kernel_ms(self, card: Card) -> float:
+        """By the scarcest resource, without launches."""
+        lanes = card.sms * _LANES * card.ghz * 1e9
+        return 1e3 * max(
+            self.num_bytes / (card.gb_s * 1e9),
+            self.instructions / (_SCHEDULERS * lanes),
+            self.wavefronts / lanes,
+            self.flops / (card.tflops * 1e12),
+        )
+
+    def floor_ms(self, card: Card) -> float:
+        """By bytes alone."""
+        return self.num_bytes / card.gb_s / 1e6
+
+
+def expected_ms(works: list[Work], card: Card) -> float:
+    """Kernels one after the other."""
+    return sum(work.kernel_ms(card) + work.launches * LAUNCH_MS for work in works)
+
+
+def facts(works: list[Work], card: Card | None, measured_ms: float) -> dict[str, float]:
+    """What is printed beside a measured row; nothing for a card that is not known."""
+    if card is None:
+        return {}
+    expected = expected_ms(works, card)
+    return {
+        "expected_ms": expected,
+        "over_expected": measured_ms / expected,
+        "floor_ms": sum(work.floor_ms(card) for work in works),
+    }
+
+
+@functools.cache
+def _kernels() -> dict[str, Any]:
+    versions = json.loads(_REGISTERS.read_text(encoding="utf-8"))
+    newest = max(versions, key=lambda version: [int(part) for part in version.split(".")])
+    return versions[newest]
+
+
+def cost(kernel: str, target: str, *forms: str) -> tuple[float, float]:
+    """Instructions and wavefronts per unit of work, of the dearest form that has all of ``forms``.
+
+    Raises:
+        ValueError: The table has no such form.
+    """
+    found = [
+        targets[target]
+        for name, targets in _kernels().items()
+        if name.startswith(f"{kernel}[") and all(form in name for form in forms)
+    ]
+    if not found:
+        raise ValueError(f"no {kernel} with {forms} in {_REGISTERS.name}")
+    return max(row["instructions"] for row in found), max(row["wavefronts"] for row in found)
+
+
+def nf4_work(outputs: int, inner: int, rows: int, card: Card) -> list[Work]:
+    """``nf4_matmul`` over plain maxima, a launch per 64 rows."""
+    works, weights = [], outputs * inner
+    for start in range(0, rows, 64):
+        tiles = -(-min(64, rows - start) // 16)
+        tiles = 4 if tiles > 2 else tiles
+        instructions, wavefronts = cost("nf4_matmul", card.target, f"TILES={tiles};", "no code2")
+        works.append(
+            Work(
+                num_bytes=weights * (0.5 + 4 / 64),
+                instructions=weights * instructions,
+                wavefronts=weights * wavefronts,
+                flops=2 * weights * 16 * tiles,
+            )
+        )
+    return works
+
+
+def attention_work(rows: int, context: int, heads: tuple[int, int, int], card: Card) -> Work:
+    """Decode attention; ``heads`` is KV heads, queries per KV head and head dim."""
+    kv_heads, per_head, head_dim = heads
+    size = 16 if per_head <= 16 else 32
+    block = max(16, 1 << (head_dim - 1).bit_length())
+    forms = (f"BLOCK_M={size};", f"BLOCK_D={block};")
+    try:
+        instructions, wavefronts = cost("paged_attention", card.target, *forms)
+    except ValueError:
+        instructions, wavefronts = cost("paged_attention", card.target)
+    keys = rows * context * kv_heads
+    return Work(
+        num_bytes=4 * keys * head_dim,
+        instructions=keys * instructions,
+        wavefronts=keys * wavefronts,
+        flops=4 * keys * size * head_dim,
+    )
+
+
+def low_rank_work(
+    inner: int, outs: tuple[int, ...], rows_of_rank: list[tuple[int, int]], card: Card
+) -> list[Work]:
+    """Shrink and expand of adapters, each ``(rank, its rows)``."""
+    shrink = cost("segmented_shrink", card.target, "BLOCK_M=16;")
+    expand = cost("segmented_expand", card.target, "BLOCK_M=16;", "no gain_delta")
+    ranks = sum(rank for rank, _ in rows_of_rank)
+    # Sixteen ranks of sixteen rows at a time, whoever many there are.
+    tiles = sum(-(-rank // 16) * 16 * -(-rows // 16) for rank, rows in rows_of_rank)
+    units = tiles * len(outs) * inner, tiles * sum(outs)
+    sizes = 2 * ranks * len(outs) * inner, 2 * ranks * sum(outs)
+    return [
+        Work(num_bytes=size, instructions=unit * per[0], wavefronts=unit * per[1])
+        for size, unit, per in zip(sizes, units, (shrink, expand), strict=True)
+    ]
+
+
+def step_work(
+    groups: dict[str, tuple[int, tuple[int, ...]]],
+    *,
+    num_layers: int,
+    rows: int,
+    context: int,
+    heads: tuple[int, int, int],
+    vocab: int,
+    rows_of_rank: list[tuple[int, int]],
+    card: Card,
+) -> list[Work]:
+    """A decode step, without sampling; ``groups`` as ``Model.groups``."""
+    layer: list[Work] = [attention_work(rows, context, heads, card), Work()]
+    hidden = groups["qkv"][0]
+    layer += [Work(num_bytes=6 * rows * hidden)] * 2
+    for inner, outs in groups.values():
+        layer += nf4_work(sum(outs), inner, rows, card)
+        if rows_of_rank:
+            layer += low_rank_work(inner, outs, rows_of_rank, card)
+    if rows_of_rank:
+        # The activation is a launch of its own behind an expand.
+        layer.append(Work(num_bytes=6 * rows * groups["down"][0]))
+    head = Work(num_bytes=2 * vocab * hidden + 4 * rows * vocab, flops=2 * vocab * hidden * 64)
+    return layer * num_layers + [head, Work(launches=6)]

@@ -1,0 +1,39 @@
+"""Which product of the gpu path a sequence's rows go through: a choice of the sequence alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from turret.server.adapters.mix import Mix
+from turret.server.engine.scheduling.request import Request
+from turret.server.engine.scheduling.scheduler import Scheduled
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.gpu_executor import _is_fused
+from turret.server.engine.step.memory_plan import largest_step
+
+
+def scheduled(prompt: int, computed: int, num_new: int) -> Scheduled:
+    sequence = Sequence(Request(request_id="x", prompt_token_ids=(1,) * prompt), Mix(()), 0.0)
+    sequence.num_computed = computed
+    return Scheduled(sequence, num_new)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "computed", "fused"),
+    [(64, 0, True), (64, 63, True), (65, 0, False), (65, 64, False), (65, 65, True), (9, 30, True)],
+)
+def test_short_prompts_are_multiplied_as_decoding_rows_are(prompt, computed, fused):
+    """Whatever the chunk: how a prompt is cut depends on what else is in the step."""
+    for num_new in (1, 3):
+        assert _is_fused(scheduled(prompt, computed, num_new)) is fused
+
+
+@pytest.mark.parametrize(("tokens", "seqs"), [(512, 64), (8192, 64), (48, 8), (4, 8)])
+def test_memory_is_planned_by_a_long_prompt_beside_short_ones(tokens, seqs):
+    step = largest_step(tokens, seqs, 16)
+    sizes = [item.num_new for item in step.scheduled]
+    assert sum(sizes) == tokens
+    assert len(sizes) == min(tokens, seqs)
+    assert max(sizes) == tokens - len(sizes) + 1
+    # With a budget of a GPU's size the weights are written out.
+    assert tokens < 128 or not all(_is_fused(item) for item in step.scheduled)
