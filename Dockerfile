@@ -5,6 +5,9 @@
 #       serve --adapter-root /adapters --address 0.0.0.0:50051 \
 #       --tls-cert /secrets/cert.pem --tls-key /secrets/key.pem --token-file /secrets/tokens
 #
+# For OpenAI's API and the console, publish 8000 too and add --http-address 0.0.0.0:8000. With --insecure
+# and without tokens, clients must call it by an address, or --http-allowed-host names it.
+#
 # The default command listens on 0.0.0.0:50051 and therefore refuses to start until it is given
 # TLS and tokens, or --insecure. Metrics stay inside the container (127.0.0.1:9464), where a sidecar
 # reads them; to have them read from outside give a token the role metrics and add
@@ -38,7 +41,8 @@ USER 10001
 # The embedded model's NF4 weights, so that the first start is as fast as every other.
 RUN python -c "from turret.server.models.model_source import default_cache_dir, resolve_model; \
     resolve_model(None, default_cache_dir())"
-EXPOSE 50051
+# gRPC, and HTTP where --http-address asks for it.
+EXPOSE 50051 8000
 STOPSIGNAL SIGTERM
 # The shell form: TURRET_HEALTH_FLAGS may hold several words.
 # hadolint ignore=DL3025

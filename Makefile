@@ -7,7 +7,7 @@ JOBS := 2
 
 FUZZ_SECONDS := 600
 
-.PHONY: setup proto lint test test-gpu long fuzz chaos soak bench demo pages constraints wheel clean
+.PHONY: setup proto lint test test-gpu long fuzz chaos soak conformance bench demo pages constraints wheel clean
 
 setup: $(INSTALLED)
 
@@ -48,6 +48,12 @@ chaos: setup
 soak: setup
 	$(BIN)/python -m pytest -s --timeout 3000 --soak-seconds 600 tests/server/test_churn.py $(ARGS)
 
+# Other makers' clients, in a virtual environment of their own.
+conformance: setup
+	test -x .conformance/bin/python || $(PYTHON) -m venv .conformance
+	.conformance/bin/pip install -q -r tests/conformance/requirements.txt
+	$(BIN)/python -m pytest --timeout 3000 -m long $(ARGS) tests/conformance
+
 bench: setup
 	$(BIN)/python bench/decode.py $(ARGS)
 
@@ -70,5 +76,5 @@ wheel: setup
 	ls -l dist/turret-*.whl
 
 clean:
-	rm -rf .venv build dist src/turret.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .conformance build dist src/turret.egg-info .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import openai
+import psutil
 import pytest
 from checkout import ROOT
 from servers.server_under_test import ServerUnderTest, start_server
@@ -322,8 +323,9 @@ def test_metrics_know_the_door(server: ServerUnderTest, client: openai.OpenAI) -
     assert re.search(r'^turret_adapters_info{max_lora="64",running_lora_adapters="",', text, re.M)
 
 
-async def test_streams_that_are_dropped_leave_nothing(server: ServerUnderTest) -> None:
-    """Fifty streams, each dropped at a random time or read to its end, in a few adapters."""
+@pytest.mark.parametrize("count", [50, pytest.param(200, marks=pytest.mark.long)])
+async def test_streams_that_are_dropped_leave_nothing(server: ServerUnderTest, count: int) -> None:
+    """Streams that are dropped at random times, or read to their end, in a few adapters."""
     source = random.Random(3)
     url = f"http://{server.http_address}/v1"
     with connect(server) as sync:
@@ -346,16 +348,30 @@ async def test_streams_that_are_dropped_leave_nothing(server: ServerUnderTest) -
                 left -= 1
             await stream.close()
 
-        await asyncio.gather(*map(one, range(50)))
+        await asyncio.gather(*map(one, range(count)))
     with connect(server) as sync:
         # Answered behind all of them, so what they left would still be there.
         after = sync.completions.create(model="json", prompt=PROMPT, **GREEDY).choices[0].text
     assert after == before
     # The engine lets go at its next step, which comes after the client's last byte.
     states = [f'turret_sequences{{state="{state}"}}' for state in ("running", "waiting")]
+    states.append('turret_kv_blocks{state="used"}')
     end = time.monotonic() + 20
     while any(_samples(server)[state] for state in states):
         assert time.monotonic() < end, "sequences are left"
+        await asyncio.sleep(0.1)
+    with connect(server, "rule") as admin:
+        url = str(admin.base_url.copy_with(path="/console/state"))
+        state = admin.get(url, cast_to=dict[str, Any])
+    assert [adapter["in_flight"] for adapter in state["adapters"]["shown"]] == [0, 0]
+    # Connections close a moment after their clients have.
+    process = psutil.Process(server.process.pid)
+    port = int(server.http_address.rpartition(":")[2])
+    while True:
+        left = [one for one in process.net_connections() if one.laddr.port == port and one.raddr]
+        if len(left) <= 2:
+            break
+        assert time.monotonic() < end, f"{len(left)} connections are left"
         await asyncio.sleep(0.1)
 
 

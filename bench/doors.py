@@ -1,0 +1,130 @@
+"""The same streams through both doors of one server: does HTTP keep up with gRPC?
+
+    python bench/doors.py [--rounds 5] [--streams 16] [--tokens 64]
+
+Both doors run in every round, in alternating order, so that what else runs on the machine hits
+both alike; the ratio is what counts. Beside it stands what a token costs the server's event loop
+and the client, in processor time, which other people's load changes less. The HTTP client parses
+nothing but the last event, since it shares the machine with the server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Awaitable, Callable
+
+import grpc
+import httpx2
+import psutil
+
+from turret.server.server_process import ServerProcess
+from turret.v1 import inference_pb2
+
+_PROMPT = "Tell me a long story of a turret with many lenses, and of each lens."
+# What is asked of HTTP.
+LEAST_RATIO = 0.97
+
+
+async def through_grpc(address: str, streams: int, tokens: int) -> float:
+    """Tokens a second of all streams together."""
+    async with grpc.aio.insecure_channel(address) as channel:
+        call = channel.unary_stream(
+            "/turret.v1.Inference/GenerateStream",
+            request_serializer=inference_pb2.GenerateRequest.SerializeToString,
+            response_deserializer=inference_pb2.GenerateChunk.FromString,
+        )
+
+        async def one() -> int:
+            message = inference_pb2.GenerateRequest(prompt=_PROMPT)
+            message.stop.max_tokens = tokens
+            message.stop.ignore_eos = True
+            message.sampling.temperature = 0
+            return [chunk async for chunk in call(message)][-1].usage.completion_tokens
+
+        return await _rate(one, streams)
+
+
+async def through_http(address: str, streams: int, tokens: int) -> float:
+    """The same over HTTP, as server-sent events."""
+    body = {
+        "model": "base",
+        "prompt": _PROMPT,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    limits = httpx2.Limits(max_connections=streams)
+    url = f"http://{address}/v1/completions"
+    async with httpx2.AsyncClient(timeout=600, limits=limits) as client:
+
+        async def one() -> int:
+            last = b""
+            async with client.stream("POST", url, json=body) as answer:
+                async for part in answer.aiter_raw():
+                    last = (last + part)[-4096:]
+            event = last.rpartition(b"data: [DONE]")[0].rpartition(b"data: ")[2]
+            return json.loads(event)["usage"]["completion_tokens"]
+
+        return await _rate(one, streams)
+
+
+async def _rate(one: Callable[[], Awaitable[int]], streams: int) -> float:
+    start = time.perf_counter()
+    counts = await asyncio.gather(*(one() for _ in range(streams)))
+    return sum(counts) / (time.perf_counter() - start)
+
+
+def _loop_seconds(pid: int) -> float:
+    """Processor time of the server's main thread, which runs its event loop."""
+    threads = psutil.Process(pid).threads()
+    return sum(one.user_time + one.system_time for one in threads if one.id == pid)
+
+
+def main() -> int:
+    """Print the rates and their ratio; exit code 1 if HTTP stays behind."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--streams", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=64)
+    args = parser.parse_args()
+    rates: dict[str, list[float]] = {"gRPC": [], "HTTP": []}
+    costs: dict[str, list[tuple[float, float]]] = {"gRPC": [], "HTTP": []}
+    with ServerProcess(["--http-address", "127.0.0.1:0"]) as server:
+        server.wait()
+        doors = [
+            ("gRPC", lambda: through_grpc(server.address, args.streams, args.tokens)),
+            ("HTTP", lambda: through_http(server.http_address, args.streams, args.tokens)),
+        ]
+        for number in range(args.rounds + 1):
+            for name, run in doors if number % 2 else reversed(doors):
+                before = _loop_seconds(server.process.pid), sum(os.times()[:2])
+                rate = asyncio.run(run())
+                after = _loop_seconds(server.process.pid), sum(os.times()[:2])
+                # The first round warms the server up.
+                if number:
+                    rates[name].append(rate)
+                    spent = 1e6 / (args.streams * args.tokens)
+                    loop, client = ((b - a) * spent for a, b in zip(before, after, strict=True))
+                    costs[name].append((loop, client))
+    for name, found in rates.items():
+        shown = " ".join(f"{rate:.0f}" for rate in found)
+        loop, client = (statistics.median(kind) for kind in zip(*costs[name], strict=True))
+        print(f"{name}: median {statistics.median(found):.1f} tokens/s ({shown})")
+        print(f"    processor time a token: event loop {loop:.0f} µs, client {client:.0f} µs")
+    pairs = zip(rates["HTTP"], rates["gRPC"], strict=True)
+    by_round = statistics.median(http / rpc for http, rpc in pairs)
+    ratio = statistics.median(rates["HTTP"]) / statistics.median(rates["gRPC"])
+    print(f"HTTP / gRPC: {ratio:.3f} of medians, {by_round:.3f} median of rounds")
+    return 0 if max(ratio, by_round) >= LEAST_RATIO else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

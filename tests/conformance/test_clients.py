@@ -1,0 +1,156 @@
+"""Clients of OpenAI's API, as their makers ship them, against a real server: `make conformance`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from checkout import ROOT
+from servers.server_under_test import ServerUnderTest, start_server
+
+from turret.server.models.model_source import default_cache_dir, resolve_model
+
+HERE = Path(__file__).parent
+CLIENTS = Path(os.environ.get("TURRET_CLIENTS", ROOT / ".conformance" / "bin"))
+ASK = "JSON with name, age: Ann is 31 years old."
+NOTHING: Mapping[str, str] = {}
+
+pytestmark = pytest.mark.long
+needs_clients = pytest.mark.skipif(
+    not (CLIENTS / "python").exists(), reason="make conformance installs the clients"
+)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest]:
+    flags = ["--http-address", "127.0.0.1:0", "--adapter-root", str(ROOT / "examples/adapters")]
+    for name in ("sql", "json"):
+        flags += ["--preload", f"{name}={name}"]
+    with start_server(tmp_path_factory.mktemp("conformance"), *flags) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def url(server: ServerUnderTest) -> str:
+    return f"http://{server.http_address}/v1"
+
+
+def expected(url: str, model: str = "json", **more: Any) -> str:
+    """What OpenAI's Python client gets; tests/http has the tests of that one."""
+    with openai.OpenAI(base_url=url, api_key="none") as client:
+        answer = client.chat.completions.create(
+            model=model,
+            messages=[{"role": "user", "content": ASK}],
+            temperature=0,
+            max_tokens=6,
+            extra_body=more,
+        )
+    assert answer.choices[0].message.content
+    return answer.choices[0].message.content
+
+
+def run(
+    command: Sequence[str | Path], cwd: Path | None = None, environment: Mapping[str, str] = NOTHING
+) -> str:
+    """What a command prints; it must end with exit code 0."""
+    result = subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        env={**os.environ, "OPENAI_API_KEY": "none", **environment},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    return result.stdout
+
+
+def test_openai_for_node(url: str, tmp_path: Path) -> None:
+    if shutil.which("node") is None or shutil.which("npm") is None:
+        pytest.skip("node and npm are not installed")
+    for path in (HERE / "node").iterdir():
+        if path.is_file():
+            shutil.copy(path, tmp_path)
+    run(["npm", "ci", "--no-audit", "--no-fund", "--ignore-scripts"], tmp_path)
+    found = json.loads(run(["node", "client.mjs", url], tmp_path))
+    text = expected(url)
+    assert found["models"][1:] == ["json", "sql"]
+    assert [found[name] for name in ("whole", "stream", "helped", "response")] == [text] * 4
+    assert found["logprobs"] == found["usage"] == 6
+    assert found["kinds"][0] == "response.created"
+    assert found["kinds"][-1] == "response.incomplete"
+    assert found["refusal"] == {"name": "NotFoundError", "status": 404, "code": "model_not_found"}
+
+
+@needs_clients
+def test_langchain(url: str) -> None:
+    script = HERE / "ask_langchain.py"
+    found = json.loads(run([CLIENTS / "python", script, url, ASK]))
+    text = expected(url)
+    assert (found["whole"], found["stream"], found["batch"]) == (text, text, [text, text])
+    assert found["usage"] == 6
+    assert found["mixed"] == expected(url, "json+sql*-0.5")
+    assert found["completion"]
+
+
+@needs_clients
+def test_llm(url: str, tmp_path: Path) -> None:
+    models = [{"model_id": "t", "model_name": "json", "api_base": url}]
+    # YAML is a superset of JSON.
+    (tmp_path / "extra-openai-models.yaml").write_text(json.dumps(models))
+    options = ["-m", "t", "-o", "temperature", "0", "-o", "max_tokens", "6"]
+    for more in ([], ["--no-stream"]):
+        command = [CLIENTS / "llm", *options, *more, ASK]
+        said = run(command, environment={"LLM_USER_PATH": str(tmp_path)})
+        assert said.strip() == expected(url).strip()
+
+
+@needs_clients
+def test_lm_eval(server: ServerUnderTest, url: str, tmp_path: Path) -> None:
+    """Choices scored by echo and logprobs of the prompt; the tokens are the server's own."""
+    task = (HERE / "tasks" / "colours.yaml").read_text()
+    questions = HERE / "tasks" / "colours.jsonl"
+    (tmp_path / "colours.yaml").write_text(task.replace("COLOURS_JSONL", str(questions)))
+    arguments = f"model=base,base_url={url}/completions,num_concurrent=2,max_retries=1"
+    arguments += f",tokenizer_backend=huggingface,tokenizer={_tokenizer()},tokenized_requests=True"
+    command = [CLIENTS / "lm_eval", "--model", "local-completions", "--model_args", arguments]
+    command += ["--include_path", tmp_path, "--tasks", "colours", "--output_path", tmp_path / "out"]
+    quiet = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
+    run(command, environment=quiet)
+    (report,) = (tmp_path / "out").rglob("results_*.json")
+    scores = json.loads(report.read_text())["results"]["colours"]
+    assert scores["acc,none"] == 1.0
+
+
+def _tokenizer() -> Path:
+    """The embedded model's tokenizer, as the server has put it into its cache."""
+    return resolve_model(None, default_cache_dir()).files
+
+
+@needs_clients
+@pytest.mark.parametrize("form", ["openai-chat", "open-responses"])
+def test_llm_comply(url: str, form: str) -> None:
+    """Every check passes but those of what the embedded model cannot do, which a 400 refuses."""
+    command = [CLIENTS / "llm-comply", "-u", url, "-k", "none", "-m", "json", "--format", form]
+    # Its own exit code counts what cannot be done as well.
+    result = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=900)
+    results = json.loads(result.stdout)["results"]
+    by_status: dict[str, set[str]] = {"passed": set(), "failed": set(), "skipped": set()}
+    for check in results:
+        name = check["id"].removeprefix("chat-")
+        by_status[check["status"]].add(name)
+        if check["status"] == "failed":
+            assert check["errors"][0].startswith("HTTP 400"), check
+    assert by_status["failed"] <= {"tool-calling", "image-input"}
+    assert by_status["skipped"] <= {"reasoning-summary"}
+    assert by_status["passed"] >= {
+        *("basic-response", "system-prompt", "multi-turn", "error-handling"),
+        *("streaming-response", "streaming-usage"),
+    }
