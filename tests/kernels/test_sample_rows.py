@@ -1,6 +1,19 @@
 """Triton's ``sample_rows`` against a sorted float64 reference, over every uniform number.
 
 Planted faults, and how many of the tests here each one fails (tried by hand):
+
+- the limit itself left out of what is within it: 3
+- ties not cut: 4
+- ties not counted on from block to block: 4
+- top-p of all mass, not of what top-k left: 2
+- running mass not carried from block to block: 10
+- of equals the last: 1
+- no fallback where sums round: 1
+- temperature left out: 2
+- min-p left out: 3
+- one tie too few for top-p: 4
+
+That NaN is taken for near fails none: its bits are beyond those of infinity, where it is positive.
 """
 
 from __future__ import annotations
@@ -126,12 +139,16 @@ def test_greedy_and_hopeless_rows():
     logits[2] = -INF
     logits[3, :149] = -INF
     logits[4] = float("nan")
+    # NaN of either sign between tokens that are not.
+    logits[0, ::3] = float("nan")
+    logits[0, 1::3] = torch.tensor([-(1 << 22)], dtype=torch.int32).view(torch.float32).item()
     greedy = [how(0.7, temperature=0.0)] * 5
     tokens = draw(logits, greedy)
-    assert tokens[0] == int(logits[0].argmax())
+    assert tokens[0] == int(logits[0].nan_to_num(-INF).argmax())
     assert tokens[1:4] == [20, 0, 149]
     sampled = draw(logits, [how(0.999999)] * 5)
     assert sampled[2:4] == [0, 149]
+    assert tokens[0] % 3 == sampled[0] % 3 == 2
     assert all(0 <= token < 150 for token in tokens + sampled)
 
 
