@@ -99,6 +99,7 @@ def change_logits(
     y: torch.Tensor,
     head: Callable[[torch.Tensor], torch.Tensor],
     groups: Sequence[VocabularyGroup],
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Logits of a step whose adapters change the head.
 
@@ -107,11 +108,12 @@ def change_logits(
         y: The base's logits of them, ``[num_rows, vocab]``, dtype of ``x``.
         head: The base's head, ``[rows, hidden]`` → ``[rows, vocab]``.
         groups: Every row in at most one.
+        out: Where they go, ``[at least num_rows, vocab]`` fp32; None for memory of their own.
 
     Returns:
         ``[num_rows, vocab]`` fp32.
     """
-    logits = y.float()
+    logits = y.float() if out is None else out[: len(y)].copy_(y)
     for group in groups:
         inputs, base = x.index_select(0, group.rows), y.index_select(0, group.rows)
         total = base.to(torch.float32, copy=True)

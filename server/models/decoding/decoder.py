@@ -187,16 +187,22 @@ class Decoder:
         made = {kind: angles.at(positions) for kind, angles in self._angles.items()}
         return {None: None, **made}
 
-    def logits(self, hidden: torch.Tensor, changes: Sequence[VocabularyGroup] = ()) -> torch.Tensor:
+    def logits(
+        self,
+        hidden: torch.Tensor,
+        changes: Sequence[VocabularyGroup] = (),
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Project ``[rows, hidden]`` onto the vocabulary, ``[rows, vocab]`` fp32.
 
         Args:
             hidden: Final-norm hidden states.
             changes: Rows whose adapters change the head.
+            out: Where they go, ``[at least rows, vocab]`` fp32; None for memory of their own.
         """
-        logits = change_logits(hidden, self._head(hidden), self._head, changes)
+        logits = change_logits(hidden, self._head(hidden), self._head, changes, out)
         if self.arch.logit_scale != 1.0:
-            logits = logits * self.arch.logit_scale
+            logits *= self.arch.logit_scale
         if self.arch.logit_softcap is not None:
             logits = row_softcap_(logits, self.arch.logit_softcap)
         return logits

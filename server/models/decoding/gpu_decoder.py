@@ -42,8 +42,7 @@ class GpuStep(StepInput):
         sample_rows: Rows whose logits are wanted, ``[samples]`` int64.
         num_decode: The first rows, of sequences that generate or whose prompt is short; see
             ``nf4_gpu.py``.
-        logits: Where logits go, ``[at least samples, vocab]`` fp32, unless adapters change the
-            head; None for memory of their own.
+        logits: Where logits go, ``[at least samples, vocab]`` fp32; None for memory of their own.
         heads: Sampled rows, by their place in ``sample_rows``, whose adapters change the head.
     """
 
@@ -95,12 +94,7 @@ class GpuDecoder(Decoder):
             update = self._leave(down, layer.norm_after_mlp)
         hidden = self._add_norm(hidden, update, self.norm)
         sampled = hidden.index_select(0, step.sample_rows)
-        if step.logits is None or step.heads:
-            return hidden, self.logits(sampled, step.heads)
-        # The copy makes them fp32: of a head whose product is all there is, no other does.
-        is_plain = arch.logit_scale == 1.0 and arch.logit_softcap is None
-        logits = self._head(sampled) if is_plain else self.logits(sampled)
-        return hidden, step.logits[: len(logits)].copy_(logits)
+        return hidden, self.logits(sampled, step.heads, step.logits)
 
     def _gate_up(self, layer: DecoderLayer, normed: torch.Tensor, step: GpuStep) -> torch.Tensor:
         adapters, num_decode = step.adapters, step.num_decode
