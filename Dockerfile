@@ -33,7 +33,7 @@ RUN /opt/turret/bin/pip wheel --no-deps --wheel-dir /wheels /source \
     && /opt/turret/bin/pip install /wheels/turret-*.whl
 
 FROM ${PYTHON_IMAGE}
-RUN useradd --create-home --uid 10001 turret && install -d -o turret /adapters
+RUN useradd --create-home --uid 10001 turret && install -d -o turret /adapters /state
 COPY --from=build /opt/turret /opt/turret
 ENV PATH=/opt/turret/bin:$PATH TURRET_HEALTH_FLAGS=""
 # By number, so that Kubernetes can see that it is not root.

@@ -59,7 +59,7 @@ bench: setup
 
 # The tables and lists in docs/ that the code says better.
 pages: setup
-	cd tests/support && for page in adapters architecture operations rates security training; do \
+	cd tests/support && for page in adapters architecture operations python rates security training; do \
 		../../$(BIN)/python -m pages.$${page}_page || exit 1; done
 
 demo: setup

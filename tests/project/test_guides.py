@@ -1,0 +1,114 @@
+"""The pages for a first hour: their links, the files in deploy/, and the tutorial as it stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+
+from turret.server.command.settings import settings
+
+DOCS = ROOT / "docs"
+_LINK = re.compile(r"\]\(([^)#\s]+)(?:#([^)\s]*))?\)")
+
+
+@pytest.mark.parametrize("page", sorted(DOCS.glob("*.md")), ids=lambda path: path.stem)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in _LINK.findall(page.read_text()):
+        if "://" in target:
+            continue
+        path = (page.parent / target).resolve()
+        assert path.exists(), target
+        if anchor and path.suffix == ".md":
+            headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+            slugs = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+            assert anchor in slugs, f"{target}#{anchor}"
+
+
+def test_the_index_names_every_page() -> None:
+    named = {target for target, _ in _LINK.findall((DOCS / "README.md").read_text())}
+    pages = {path.name for path in DOCS.glob("*.md")} - {"README.md"}
+    assert pages <= named
+
+
+def test_the_service_and_the_compose_file_set_what_there_is() -> None:
+    known = {setting.variable for setting in settings()}
+    for name in ("turret.service", "compose.yaml"):
+        named = set(re.findall(r"\bTURRET_[A-Z_]+", (ROOT / "deploy" / name).read_text()))
+        assert named
+        assert named <= known
+
+
+def test_the_config_in_operations_is_one(tmp_path: Path) -> None:
+    from turret.server.command.settings import read_file
+
+    blocks = re.findall(r"```toml\n(.*?)```", (DOCS / "operations.md").read_text(), re.DOTALL)
+    assert blocks
+    for block in blocks:
+        tomllib.loads(block)
+        (tmp_path / "turret.toml").write_text(block)
+        assert read_file(tmp_path / "turret.toml").values
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def tutorial_blocks(http_port: int) -> list[str]:
+    text = (DOCS / "tutorial.md").read_text()
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    return [block.replace(":8000", f":{http_port}") for block in blocks]
+
+
+@pytest.mark.long
+def test_the_tutorial_makes_an_adapter_that_answers(tmp_path: Path) -> None:
+    port = free_port()
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "TURRET_ADDRESS": f"127.0.0.1:{port}",
+        "TURRET_METRICS_ADDRESS": "none",
+        "COLUMNS": "160",
+    }
+    data, train, serve, ask, judge = tutorial_blocks(free_port())
+
+    def run(script: str) -> str:
+        done = subprocess.run(
+            ["bash", "-euc", script], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout + done.stderr
+
+    run(data)
+    said = run(train)
+    assert "adapter written: " in said
+    assert "turret serve --adapter-root" in said
+    server = subprocess.Popen(
+        shlex.split(serve), cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
+    )
+    try:
+        deadline = time.monotonic() + 300
+        while subprocess.run(["turret", "health"], env=environment, capture_output=True).returncode:
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(1)
+        lines = [line for line in run(ask).splitlines() if line.strip()]
+        assert lines[0].strip() == "invoice"
+        reply = json.loads(next(line for line in lines if line.startswith("{")))
+        assert reply["choices"][0]["message"]["content"].strip() == "complaint"
+        rows = dict(re.findall(r"(base|hotel)\D+([\d.]+)%", run(judge)))
+        assert float(rows["hotel"]) >= 90 > float(rows["base"])
+    finally:
+        server.terminate()
+        assert server.wait(60) == 0
