@@ -11,6 +11,7 @@
     │   ├── AdapterMismatchError     trained for another base model
     │   ├── AdapterComponentError    an adapter it is built from is not registered
     │   ├── AdapterInUseError        pinned, in flight, or part of a fusion
+    │   ├── AdapterGenerationError   the name has another generation than expected
     │   ├── AdapterUnloadedError     force-unloaded under a running request or fusion
     │   ├── StateDirRequiredError    uploads and fused adapters need --state-dir
     │   ├── MergeActiveError         a merge is active, or a change of the base under way
