@@ -267,7 +267,8 @@ def paged_attention(
         WIDE=k_cache.numel() >= 1 << 31,
         WINDOW=table.window or 0,
         SOFTCAP=softcap or 0,
-        TILE=_TILES[table.tile_rows],
+        # Twice as wide a head has room for half as many keys.
+        TILE=_TILES[table.tile_rows] // max(1, block_d // 128),
         BLOCK_M=table.tile_rows,
         BLOCK_D=block_d,
         num_warps=4,

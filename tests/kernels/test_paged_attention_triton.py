@@ -30,6 +30,7 @@ BOUND = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 5e-3}
 LARGE = {torch.float16: 3e-4, torch.bfloat16: 2.3e-3}
 # KV heads, query heads per KV head, head dim, window.
 SHAPES = [(2, 4, 32, None), (1, 7, 24, None), (2, 3, 64, 40), (1, 1, 16, 600), (1, 20, 16, None)]
+WIDE = (1, 2, 160, 40)
 # New tokens, tokens before them, padding in front.
 STEP = [(1, 0, 0), (1, 700, 0), (9, 30, 5), (17, 270, 0), (1, 63, 16), (33, 0, 0)]
 
@@ -125,6 +126,14 @@ def test_agrees_with_the_torch_path(shape):
         error_ratio(out, paged_attention_reference(step.q, k, v, plan, scale=step.scale))
         < BOUND[HALF]
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_that_take_fewer_keys_at_a_time(dtype):
+    step = Step(WIDE, dtype)
+    exact = step.exact()
+    step.poison_padding()
+    assert error_ratio(step.attend(step.table()), exact) < BOUND[dtype]
 
 
 @pytest.mark.parametrize("shape", SHAPES[:3])
