@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,6 +24,7 @@ from servers.engine_harness import EngineHarness, make_request
 from turret.kernels.cpu import native
 from turret.kernels.gpu import tuning as tuning_module
 from turret.kernels.rows.trial import forget_choices
+from turret.server.engine.scheduling.request import FinishReason, StopConditions
 from turret.server.engine.step import decode_graphs
 
 EVERY = {"target_modules": "all-linear"}
@@ -95,6 +97,23 @@ async def test_every_method_in_one_batch_equals_peft(architecture: str, tmp_path
             check_greedy(answer, oracles[name], prompt, what)
         else:
             check_score(answer, oracles[name], prompt, what)
+
+
+async def test_a_longrope_request_keeps_its_frequencies(tmp_path: Path) -> None:
+    """By its prompt and ``max_tokens``; it shares no blocks with the other kind."""
+    prompt = prompt_of(50)
+    short, long = make_request(prompt, max_tokens=14), make_request(prompt, max_tokens=15)
+    unbounded = replace(short, request_id="u", stop=StopConditions(ignore_eos=True))
+    answers = []
+    for order in ((short, long, unbounded), (long, short)):
+        async with EngineHarness.start(twin("phi3").folder, tmp_path, dtype="bfloat16") as harness:
+            answers.append({r.stop.max_tokens: await harness.run(r) for r in order})
+    assert answers[0][14].bits == answers[1][14].bits
+    assert answers[0][15].bits == answers[1][15].bits
+    assert answers[0][15].logprobs[0] != answers[0][14].logprobs[0]
+    # Without max_tokens it begins short, and ends where it would not be short any more.
+    assert answers[0][None].bits == answers[0][14].bits
+    assert answers[0][None].finish.reason == FinishReason.LENGTH
 
 
 @pytest.fixture
