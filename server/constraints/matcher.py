@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
 from llguidance import LLMatcher
 
 from turret.server.constraints.grammar import shortened
-from turret.server.errors import BudgetExceededError
+from turret.server.errors import BudgetExceededError, InvalidRequestError
 
 # Processor time that the masks of one answer may take: at first, and for each token. Ordinary
 # grammars take 0.1 ms a token; a literal of 65536 characters takes 40.
@@ -48,6 +48,18 @@ class Matcher:
     def num_tokens(self) -> int:
         """Tokens taken in so far."""
         return len(self._tokens)
+
+    def check(self, token_ids: Sequence[int]) -> None:
+        """Refuse the beginning of an answer that the constraint does not allow.
+
+        Raises:
+            InvalidRequestError: It does not.
+        """
+        num_allowed = self._native.validate_tokens(list(token_ids))
+        if num_allowed < len(token_ids):
+            raise InvalidRequestError.of(
+                "answer_so_far", f"the constraint forbids its token {num_allowed}"
+            )
 
     def advance(self, token_id: int) -> None:
         """Take in a token, which the last mask allowed.

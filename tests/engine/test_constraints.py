@@ -22,7 +22,7 @@ from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.executor import TorchExecutor
 from turret.server.engine.step.masks import Masks
-from turret.server.errors import BudgetExceededError
+from turret.server.errors import BudgetExceededError, InvalidRequestError
 
 SCHEMA = {
     "type": "object",
@@ -158,6 +158,23 @@ async def test_preemption_keeps_the_place(
     assert all(re.fullmatch("([a-c]{9}-){9}", answer.text) for answer in together)
     async with EngineHarness.start(model) as harness:
         assert (await harness.run(requests[3])).bits == together[3].bits
+
+
+async def test_an_answer_that_broke_off_goes_on_in_its_place(
+    model: Path, schema: Constraint
+) -> None:
+    sampling = SamplingParams(seed=7, temperature=1.5)
+    async with EngineHarness.start(model) as harness:
+        whole = await harness.run(constrained(schema, sampling=sampling))
+        for count in (1, 5, len(whole.token_ids) - 1):
+            begun = whole.token_ids[:count]
+            rest = await harness.run(constrained(schema, sampling=sampling, answer_so_far=begun))
+            assert (*begun, *rest.token_ids) == whole.token_ids
+        begun = (*whole.token_ids[:3], whole.token_ids[0])
+        with pytest.raises(
+            InvalidRequestError, match="answer_so_far: the constraint forbids its token 3"
+        ):
+            await harness.run(constrained(schema, sampling=sampling, answer_so_far=begun))
 
 
 async def test_a_step_that_is_computed_again_draws_the_same(

@@ -62,6 +62,8 @@ class _Followed:
         try:
             if self._matcher is None:
                 self._matcher = self._constraint.matcher()
+                # All that is there before the first draw is what the client says of its answer.
+                self._matcher.check(fresh)
             for token in fresh:
                 self._matcher.advance(token)
             is_early = self._matcher.num_tokens < self._min_tokens
