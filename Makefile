@@ -6,8 +6,9 @@ INSTALLED := .venv/.installed
 JOBS := 2
 
 FUZZ_SECONDS := 600
+SOAK_SECONDS := 1800
 
-.PHONY: setup proto lint test test-gpu long fuzz chaos soak conformance bench demo pages constraints wheel clean
+.PHONY: setup proto lint test test-gpu long fuzz chaos audit soak conformance bench demo pages constraints wheel clean
 
 setup: $(INSTALLED)
 
@@ -41,12 +42,21 @@ fuzz: setup
 	cd tests/support && ../../$(BIN)/python -m fuzz.guided $(FUZZ_SECONDS) ../../build/findings
 	$(BIN)/python -m pytest -s --timeout 3000 -m long --fuzz-seconds $(FUZZ_SECONDS) tests/fuzz/test_beside.py
 
+# Known vulnerabilities of what the image installs. pip-audit itself passes what it cannot look up.
+audit: setup
+	@mkdir -p build && { test -x $(BIN)/pip-audit || $(BIN)/pip install -q pip-audit || true; }
+	@$(BIN)/pip-audit --disable-pip --require-hashes -r deploy/constraints.txt >build/audit.txt 2>&1; code=$$?; \
+		if ! test -x $(BIN)/pip-audit || grep -q "Connection\|Max retries" build/audit.txt || \
+			test "$$(grep -c 'could not be audited' build/audit.txt)" -ge "$$(grep -c == deploy/constraints.txt)"; \
+		then echo "audit: the data cannot be reached from here, nothing was checked"; \
+		else cat build/audit.txt; exit $$code; fi
+
 # kill -9 in admin calls, disks and limits that fail; a short form is part of the tests.
 chaos: setup
 	$(BIN)/python -m pytest -s --timeout 6000 --chaos-kills 200 tests/chaos $(ARGS)
 
 soak: setup
-	$(BIN)/python -m pytest -s --timeout 3000 --soak-seconds 600 tests/server/test_churn.py $(ARGS)
+	$(BIN)/python -m pytest -s --timeout 3000 --soak-seconds $(SOAK_SECONDS) tests/server/test_churn.py $(ARGS)
 
 # Other makers' clients, in a virtual environment of their own.
 conformance: setup

