@@ -16,6 +16,7 @@ from typing import Any
 import grpc
 import psutil
 from servers.churn_requests import Answer, Mix, Shape, ask
+from servers.harassment import Harassment
 from servers.server_under_test import ServerUnderTest
 
 from turret.clients.aio import AsyncTurretClient
@@ -103,6 +104,7 @@ class Churn:
         self._shapes = shapes
         self._scratch = scratch
         self._random = random.Random(seed)
+        self.harassment = Harassment(server.address, random.Random(seed))
         self._under_way: dict[object, tuple[str, float]] = {}
         self._num_exports = 0
 
@@ -115,6 +117,7 @@ class Churn:
         end = time.monotonic() + seconds
         workers = [asyncio.ensure_future(self._ask_until(end)) for _ in range(NUM_CLIENTS)]
         workers += [asyncio.ensure_future(self._administer_until(end)) for _ in range(NUM_ADMINS)]
+        workers.append(asyncio.ensure_future(self._harass_until(end)))
         watch = asyncio.ensure_future(self._watch())
         try:
             work = asyncio.gather(*workers)
@@ -175,6 +178,12 @@ class Churn:
             return shape, tuple((name, source.choice(WEIGHTS)) for name in names)
         shape = source.choice(self._shapes[: 2 if count == 2 else 1])
         return shape, tuple(zip(names, (1.0, -0.5, 0.5), strict=False))
+
+    async def _harass_until(self, end: float) -> None:
+        while time.monotonic() < end:
+            await self.harassment.once()
+            await asyncio.sleep(self._random.uniform(0.1, 0.5))
+        self.record.unexpected += self.harassment.bugs
 
     # Administration
 
