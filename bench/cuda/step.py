@@ -199,8 +199,10 @@ class DecodeStep:
 
     def draw(self, step: Step) -> StepResult:
         """The same, and draw a token for every sequence, as the server does."""
-        assert self._executor is not None
         if self._runner is None:
+            # What was captured so far draws nothing.
+            self.forget()
+            assert self._executor is not None
             self._runner = Runner(self._executor, frozenset())
         return self._runner.run(step)
 
