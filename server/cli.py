@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import turret
 from turret.server.command.parser import EXIT_USAGE, CommandParser
@@ -63,10 +63,16 @@ def _serve(args: argparse.Namespace) -> int:
     async def serve() -> int:
         return await App(config, on_loaded=_freeze_heap).run()
 
-    code = asyncio.run(serve())
-    # A thread in the middle of a load or of a read from a dead disk must neither keep a stopped
-    # server alive nor be torn down under its feet; and libraries that count their objects as the
-    # interpreter goes (nanobind's do) would end the log with what they found.
+    return asyncio.run(serve())
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process, without what the interpreter does on its way out.
+
+    A thread in the middle of a load or of a read from a dead disk must neither keep a stopped
+    server alive nor be torn down under its feet; and libraries that count their objects then
+    (nanobind's do) would end the log with what they found.
+    """
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -191,7 +197,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments else ""
     args = build_parser(verb).parse_args(arguments)
-    return args.func(args)
+    code: int = args.func(args)
+    # Given arguments, it is a call within somebody else's process.
+    if argv is None and (verb == "serve" or "torch" in sys.modules):
+        _leave(code)
+    return code
 
 
 if __name__ == "__main__":

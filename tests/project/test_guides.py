@@ -94,6 +94,7 @@ def test_the_tutorial_makes_an_adapter_that_answers(tmp_path: Path) -> None:
     said = run(train)
     assert "adapter written: " in said
     assert "turret serve --adapter-root" in said
+    assert "leaked" not in said
     server = subprocess.Popen(
         shlex.split(serve), cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL
     )
