@@ -20,6 +20,7 @@
     │   ├── QueueFullError           too many requests wait, or uploads or fusions run
     │   ├── BudgetExceededError      rank, byte or block budget
     │   └── StorageFullError         no room on the disk of --state-dir
+    ├── StorageFailedError           that disk is read-only or broken, or no file can be opened
     ├── UnauthenticatedError         no token, or an unknown one
     ├── PermissionDeniedError        the token lacks the role
     ├── UnavailableError             starting, draining, or the engine is dead
