@@ -90,7 +90,7 @@ def _loop_seconds(pid: int) -> float:
 
 def main() -> int:
     """Print the rates and their ratio; exit code 1 if HTTP stays behind."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64)

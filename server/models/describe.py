@@ -102,6 +102,7 @@ def _norms(decoder: Decoder) -> dict[str, BaseNorm]:
             (arch.norms.before_mlp, layer.norm_before_mlp, "gate_up"),
         ):
             if name is not None:
+                assert weight is not None, "a norm that has a name has a weight"
                 feeds = [f"{prefix}.{path}" for path, _, _ in linears[projection]]
                 norms[f"{prefix}.{name}"] = norm(weight, *feeds)
     norms[_FINAL_NORM] = norm(decoder.norm, HEAD)

@@ -6,6 +6,7 @@ import asyncio
 import math
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from typing import Any
 
 import grpc
 import pytest
@@ -76,9 +77,10 @@ def test_tools_and_calls_reach_their_fields(client: TurretClient, server: FakeTu
     (made,) = chat.messages[1].tool_calls
     assert (made.id, made.name, made.arguments) == ("1", "f", "{}")
     assert (chat.messages[2].role, chat.messages[2].tool_call_id) == ("tool", "1")
-    for wrong in ({"tools": ["f"]}, {"tools": [{"function": {}}]}):
+    wrong_tools: tuple[Any, ...] = (["f"], [{"function": {}}])
+    for wrong in wrong_tools:
         with pytest.raises(TypeError, match="tools"):
-            client.chat("hi", **wrong)
+            client.chat("hi", tools=wrong)
     with pytest.raises(TypeError, match="only a conversation"):
         client.generate("hi", tools=[{"function": {"name": "f"}}])
     with pytest.raises(TypeError, match="tool_calls"):

@@ -72,7 +72,7 @@ async def test_answers_are_those_of_a_device_with_memory(
     base = twin("llama")
     save_adapter(base.model, make_config("lora"), tmp_path / "lora")
     save_adapter(base.model, make_config("prefix_tuning", **PREFIX), tmp_path / "prefix")
-    sizes = {"max_num_seqs": 6, "max_num_batched_tokens": 24}
+    sizes: dict[str, Any] = {"max_num_seqs": 6, "max_num_batched_tokens": 24}
     async with EngineHarness.start(
         base.folder, tmp_path, adapters=("lora", "prefix"), **sizes
     ) as harness:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ async def answers(tiny: tuple[Path, Path], *, together: bool) -> list[Answer]:
         make_request(torch.randint(0, VOCAB_SIZE, (n,), generator=generator).tolist(), *mix)
         for n, mix in zip((3, 20, 33, 9), ([names[0]], names[1:], [names[2]], []), strict=True)
     ]
-    options = {"max_num_batched_tokens": 24, "max_num_seqs": 8}
+    options: dict[str, Any] = {"max_num_batched_tokens": 24, "max_num_seqs": 8}
     async with EngineHarness.start(*tiny, adapters=names, **options) as harness:
         if together:
             return await harness.run_all(requests)

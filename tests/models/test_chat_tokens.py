@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from turret.server.models.embedded import find_gguf
@@ -17,7 +19,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.load(resolve_model(None, default_cache_dir()).files, frozenset(), 1 << 20)
 
 
-def turns(tokenizer: Tokenizer, content: str, role: str = "user", **options: bool) -> list[int]:
+def turns(tokenizer: Tokenizer, content: str, role: str = "user", **options: Any) -> list[int]:
     return tokenizer.encode_chat([{"role": role, "content": content}], **options)
 
 
