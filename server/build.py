@@ -37,7 +37,7 @@ from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.executor import Executor, TorchExecutor
-from turret.server.engine.step.memory_plan import (
+from turret.server.engine.step.gpu.memory_plan import (
     adapter_bytes,
     captured_bytes,
     kv_cache_bytes,
@@ -158,8 +158,8 @@ def _build_executor(
     if isinstance(store, StepStore):
         return TorchExecutor(decoder, cache, store)
     from turret.server.adapters.device.gpu.store import GpuStore
-    from turret.server.engine.step.decode_graphs import capture_for
-    from turret.server.engine.step.gpu_executor import GpuExecutor
+    from turret.server.engine.step.gpu.decode_graphs import capture_for
+    from turret.server.engine.step.gpu.executor import GpuExecutor
     from turret.server.models.decoding.gpu_decoder import GpuDecoder
 
     assert isinstance(store, GpuStore)
@@ -288,8 +288,8 @@ def _on_stream(stream: StepStream, device: torch.device) -> Iterator[None]:
 
 
 def _warm_up(executor: Executor, stream: StepStream) -> None:
-    from turret.server.engine.step.gpu_executor import GpuExecutor
-    from turret.server.engine.step.warm_up import warm_up
+    from turret.server.engine.step.gpu.executor import GpuExecutor
+    from turret.server.engine.step.gpu.warm_up import warm_up
 
     assert isinstance(executor, GpuExecutor)
     started = time.monotonic()
@@ -307,7 +307,7 @@ def _kv_bytes(config: Config, decoder: Decoder, store: AdapterStore) -> int:
         return wanted
     if device.type != "cuda":
         return KV_CACHE_BYTES
-    from turret.server.engine.step.gpu_executor import GpuExecutor
+    from turret.server.engine.step.gpu.executor import GpuExecutor
 
     max_num_seqs, max_num_batched_tokens = config.scheduler.sizes(device.type)
     step = largest_step(max_num_batched_tokens, max_num_seqs, BLOCK_SIZE)

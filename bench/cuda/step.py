@@ -29,9 +29,9 @@ from turret.server.adapters.operators import (
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.decode_graphs import capture_for
 from turret.server.engine.step.executor import Computed
-from turret.server.engine.step.gpu_executor import GpuExecutor
+from turret.server.engine.step.gpu.decode_graphs import capture_for
+from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.engine.step.runner import Runner, StepResult
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch, Rope

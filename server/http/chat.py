@@ -8,7 +8,7 @@ from typing import Any
 
 from turret.server.api.inference import Inference
 from turret.server.api.violations import Violations
-from turret.server.http.answer_fields import (
+from turret.server.http.bodies.answer_fields import (
     FINISH_REASONS,
     Ended,
     adapters_of,
@@ -17,14 +17,14 @@ from turret.server.http.answer_fields import (
     stop_reason,
     usage_of,
 )
+from turret.server.http.bodies.fields import Fields
+from turret.server.http.bodies.generation import Asked, numbered, read_asked
+from turret.server.http.bodies.messages import read_messages
+from turret.server.http.bodies.tool_fields import read_tools
+from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.server.http.choices import Choices
 from turret.server.http.exchange.endpoint import Exchange
-from turret.server.http.fields import Fields
-from turret.server.http.generation import Asked, numbered, read_asked
-from turret.server.http.messages import read_messages
-from turret.server.http.tool_fields import read_tools
 from turret.server.http.tools.reader import AnswerReader, message_of
-from turret.server.http.unsupported import refuse_unsupported
 from turret.v1 import inference_pb2
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from turret.server.api.inference import Inference
 from turret.server.api.violations import Violations
-from turret.server.http.answer_fields import (
+from turret.server.http.bodies.answer_fields import (
     FINISH_REASONS,
     CompletionLogprobs,
     Ended,
@@ -18,11 +18,11 @@ from turret.server.http.answer_fields import (
     stop_reason,
     usage_of,
 )
+from turret.server.http.bodies.fields import Fields, is_token_id, why_no_text
+from turret.server.http.bodies.generation import Asked, numbered, read_asked
+from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.server.http.choices import Choices, at_a_time, together
 from turret.server.http.exchange.endpoint import Exchange
-from turret.server.http.fields import Fields, is_token_id, why_no_text
-from turret.server.http.generation import Asked, numbered, read_asked
-from turret.server.http.unsupported import refuse_unsupported
 from turret.v1 import inference_pb2
 
 MAX_PROMPTS = 2048

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.violations import Violations
+from turret.server.http.bodies.fields import Fields
 from turret.server.http.exchange.endpoint import Exchange
-from turret.server.http.fields import Fields
 from turret.v1 import adapters_pb2
 
 NAMES = {"name": "lora_name", "path": "lora_path"}

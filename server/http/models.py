@@ -8,8 +8,8 @@ from typing import Any
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.admin.paging import MAX_PAGE_SIZE
 from turret.server.api.inference import Inference
+from turret.server.http.bodies.model_names import BASE, no_model, parse_model
 from turret.server.http.exchange.endpoint import Exchange
-from turret.server.http.model_names import BASE, no_model, parse_model
 from turret.v1 import adapters_pb2
 
 OWNER = "turret"

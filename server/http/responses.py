@@ -7,14 +7,14 @@ from typing import Any
 
 from turret.server.api.inference import Inference
 from turret.server.api.violations import Violations
-from turret.server.http.answer_fields import FINISH_REASONS, Ended
+from turret.server.http.bodies.answer_fields import FINISH_REASONS, Ended
+from turret.server.http.bodies.fields import Fields
+from turret.server.http.bodies.generation import numbered, read_asked
+from turret.server.http.bodies.response_fields import NAMES, Response, read_input, read_sent
+from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.server.http.choices import Choices
 from turret.server.http.exchange.endpoint import Exchange
 from turret.server.http.exchange.refusals import refusal_of
-from turret.server.http.fields import Fields
-from turret.server.http.generation import numbered, read_asked
-from turret.server.http.response_fields import NAMES, Response, read_input, read_sent
-from turret.server.http.unsupported import refuse_unsupported
 from turret.v1 import inference_pb2
 
 

@@ -29,8 +29,9 @@ from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
 from turret.server.codes import Code
 from turret.server.config import ListenConfig, SecurityConfig, split_address
-from turret.server.http import generation, lora, response_fields
+from turret.server.http import lora
 from turret.server.http import tokens as token_routes
+from turret.server.http.bodies import generation, response_fields
 from turret.server.http.chat import ChatCompletions
 from turret.server.http.completions import Completions
 from turret.server.http.console.page import Page

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from turret.server.api.inference import Inference
 from turret.server.api.violations import Violations
+from turret.server.http.bodies.fields import Fields, is_token_id
+from turret.server.http.bodies.messages import read_messages
+from turret.server.http.bodies.tool_fields import read_tools
+from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.server.http.exchange.endpoint import Exchange
-from turret.server.http.fields import Fields, is_token_id
-from turret.server.http.messages import read_messages
-from turret.server.http.tool_fields import read_tools
-from turret.server.http.unsupported import refuse_unsupported
 from turret.v1 import inference_pb2
 
 NAMES = {

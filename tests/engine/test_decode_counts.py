@@ -28,9 +28,9 @@ from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOp
 from turret.server.engine.scheduling.request import Request, SamplingParams
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.decode_graphs import Body, DecodeGraphs, Outputs
-from turret.server.engine.step.gpu_executor import GpuExecutor
-from turret.server.engine.step.warm_up import warm_up
+from turret.server.engine.step.gpu.decode_graphs import Body, DecodeGraphs, Outputs
+from turret.server.engine.step.gpu.executor import GpuExecutor
+from turret.server.engine.step.gpu.warm_up import warm_up
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.decoder import DecoderLayer
 from turret.server.models.decoding.gpu_decoder import GpuDecoder

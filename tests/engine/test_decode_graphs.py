@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from fake_cuda import FakeCuda
 from gpu_path import FakeCapture
 
-from turret.server.engine.step.decode_graphs import CudaCapture, DecodeGraphs, buckets
+from turret.server.engine.step.gpu.decode_graphs import CudaCapture, DecodeGraphs, buckets
 
 CPU = torch.device("cpu")
 

@@ -34,8 +34,8 @@ from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.gpu_executor import GpuExecutor
-from turret.server.engine.step.memory_plan import largest_step
+from turret.server.engine.step.gpu.executor import GpuExecutor
+from turret.server.engine.step.gpu.memory_plan import largest_step
 from turret.server.engine.step.runner import Runner
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.decoder import DecoderLayer

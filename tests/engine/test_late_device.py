@@ -23,8 +23,8 @@ from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOp
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.block_tables import BlockTables
-from turret.server.engine.step.gpu_executor import GpuExecutor
+from turret.server.engine.step.gpu.block_tables import BlockTables
+from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.engine.step.runner import Runner
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.families import read_arch

@@ -8,7 +8,7 @@ from typing import Any
 
 from servers.http_harness import http_harness
 
-from turret.server.http.unsupported import refused_fields
+from turret.server.http.bodies.unsupported import refused_fields
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TURNS = [{"role": "user", "content": "a"}]

@@ -24,14 +24,14 @@ from turret.server.api.tokens import TokenTable
 from turret.server.codes import Code
 from turret.server.config import ListenConfig
 from turret.server.engine.scheduling.request import Output, Request
-from turret.server.http import response_fields
+from turret.server.http.bodies import response_fields
+from turret.server.http.bodies.generation import MAX_CHOICES
+from turret.server.http.bodies.unsupported import refused_fields
 from turret.server.http.choices import MAX_AT_A_TIME
 from turret.server.http.completions import MAX_PROMPTS
 from turret.server.http.exchange.body import BODY_SECONDS, MAX_BODY_BYTES, MAX_DEPTH, parse
 from turret.server.http.exchange.refusals import TABLE, refusal_of, renamed_path
-from turret.server.http.generation import MAX_CHOICES
 from turret.server.http.server import routes
-from turret.server.http.unsupported import refused_fields
 from turret.server.metrics import Metrics
 
 TOKENS = TokenTable(

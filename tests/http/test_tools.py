@@ -15,7 +15,7 @@ from servers.http_harness import HttpHarness, http_harness
 
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import InvalidRequestError
-from turret.server.http.tool_fields import ToolUse
+from turret.server.http.bodies.tool_fields import ToolUse
 from turret.server.http.tools.reader import AnswerReader, message_of
 from turret.server.models.chat_format import ChatFormat
 from turret.server.models.tokenizer import Tokenizer

@@ -25,7 +25,7 @@ from turret.kernels.cpu import native
 from turret.kernels.gpu import tuning as tuning_module
 from turret.kernels.rows.trial import forget_choices
 from turret.server.engine.scheduling.request import FinishReason, StopConditions
-from turret.server.engine.step import decode_graphs
+from turret.server.engine.step.gpu import decode_graphs
 
 EVERY = {"target_modules": "all-linear"}
 # Name → method and changes to its config.

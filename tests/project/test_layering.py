@@ -94,6 +94,10 @@ BELOW = {
     | DEVICE
     | MODELS
     | {"server.engine.scheduling", "server.constraints", "kernels"},
+    "server.engine.step.gpu": NOUNS
+    | DEVICE
+    | MODELS
+    | {"server.engine.scheduling", "server.engine.step", "kernels"},
     "server.engine": NOUNS | {"server.engine.scheduling", "server.engine.step"},
     # Of the parts behind it, the types alone: see NEVER_LOADS and test_app.
     "server.api": NOUNS | BEHIND_API,
@@ -106,8 +110,10 @@ BELOW = {
         *("server.http.exchange", "server.api", "server.api.admin", "leaf", "v1"),
     },
     "server.http.tools": set(),
+    "server.http.bodies": {"server.http.tools", "server.api", "leaf", "v1"},
     "server.http": {
-        *("server.http.console", "server.http.exchange", "server.http.tools"),
+        *("server.http.bodies", "server.http.console", "server.http.exchange"),
+        "server.http.tools",
         *("server.api", "server.api.admin", "leaf", "v1"),
     },
 }

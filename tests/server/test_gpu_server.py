@@ -34,7 +34,7 @@ from turret.server.config import (
     ModelConfig,
     SchedulerConfig,
 )
-from turret.server.engine.step import decode_graphs
+from turret.server.engine.step.gpu import decode_graphs
 
 # Of a logprob, relative where it is larger than 1: both paths sum in fp32, in different orders.
 MAX_DIFFERENCE = 1e-5

@@ -13,7 +13,7 @@ from turret.kernels.gpu.tables.row_table import RowTable
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.gpu.tuning import Tuning
 from turret.kernels.segments import LongSegment
-from turret.server.engine.step.decode_graphs import Body, Outputs
+from turret.server.engine.step.gpu.decode_graphs import Body, Outputs
 
 # The interpreter's time goes by operations, not by their size. Several splits and passes still.
 COARSE = Tuning(

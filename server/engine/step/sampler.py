@@ -3,7 +3,7 @@
 Each row is treated on its own: penalties, temperature, filters and the random number come from its
 own request, so a request's tokens under a seed do not depend on its batch mates. This is the way of
 the torch and cpu paths, one row after the other; the gpu path draws all rows at once
-(``gpu_sampler.py``).
+(``gpu/sampler.py``).
 """
 
 from __future__ import annotations

@@ -12,8 +12,9 @@ BEGIN, END = "<!-- generated: rooms -->", "<!-- end: rooms -->"
 ROOMS = (
     "server/command",
     *("server/rpc", "server/http", "server/http/console", "server/http/exchange"),
-    *("server/http/tools", "server/api", "server/api/admin"),
-    *("server/engine", "server/engine/scheduling", "server/engine/step", "server/constraints"),
+    *("server/http/bodies", "server/http/tools", "server/api", "server/api/admin"),
+    *("server/engine", "server/engine/scheduling", "server/engine/step", "server/engine/step/gpu"),
+    "server/constraints",
     *("server/models", "server/models/families", "server/models/decoding"),
     *("server/models/weights", "server/adapters"),
     *(

@@ -21,11 +21,11 @@ from turret.server.adapters.mix import Mix
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.batch import members_of
-from turret.server.engine.step.block_tables import BlockTables, BlockUpdates
-from turret.server.engine.step.decode_graphs import Body, Capture, DecodeGraphs, buckets
 from turret.server.engine.step.executor import Computed, fill_prefix, sampled_rows
-from turret.server.engine.step.gpu_sampler import GpuSampler
-from turret.server.engine.step.gpu_tables import AttentionWords, StepTables
+from turret.server.engine.step.gpu.block_tables import BlockTables, BlockUpdates
+from turret.server.engine.step.gpu.decode_graphs import Body, Capture, DecodeGraphs, buckets
+from turret.server.engine.step.gpu.sampler import GpuSampler
+from turret.server.engine.step.gpu.tables import AttentionWords, StepTables
 from turret.server.engine.step.rows import (
     Placed,
     StepRows,

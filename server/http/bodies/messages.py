@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from turret.server.http.fields import Fields, why_no_text
+from turret.server.http.bodies.fields import Fields, why_no_text
 from turret.v1 import inference_pb2
 
 # OpenAI's newer word for what templates call the system's turn.

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 import torch
 
-from turret.server.engine.step.gpu_executor import GpuExecutor
-from turret.server.engine.step.memory_plan import largest_step
+from turret.server.engine.step.gpu.executor import GpuExecutor
+from turret.server.engine.step.gpu.memory_plan import largest_step
 
 _log = logging.getLogger(__name__)
 

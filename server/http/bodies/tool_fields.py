@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.http.fields import Fields, why_no_text
+from turret.server.http.bodies.fields import Fields, why_no_text
 from turret.server.http.tools.calls import FORMS, Form
 from turret.v1 import inference_pb2
 

@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.http.answer_fields import Ended, adapters_of, chat_logprobs, usage_of
-from turret.server.http.fields import Fields, why_no_text
-from turret.server.http.generation import NAMES as SHARED_NAMES
-from turret.server.http.generation import Asked
+from turret.server.http.bodies.answer_fields import Ended, adapters_of, chat_logprobs, usage_of
+from turret.server.http.bodies.fields import Fields, why_no_text
+from turret.server.http.bodies.generation import NAMES as SHARED_NAMES
+from turret.server.http.bodies.generation import Asked
 from turret.v1 import inference_pb2
 
 NAMES = {

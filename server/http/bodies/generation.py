@@ -6,9 +6,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from turret.server.http.constraints import read_constraint
-from turret.server.http.fields import Fields, is_token_id, why_no_text
-from turret.server.http.model_names import mix_of
+from turret.server.http.bodies.constraints import read_constraint
+from turret.server.http.bodies.fields import Fields, is_token_id, why_no_text
+from turret.server.http.bodies.model_names import mix_of
 from turret.v1 import inference_pb2
 
 # As OpenAI's.

@@ -13,7 +13,7 @@ from turret.kernels.gpu.tables.sampling_table import SamplingTable
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.gpu.tables.staged_buffer import StagedMemory, host_tensor
 from turret.kernels.segments import LongSegment
-from turret.server.engine.step.block_tables import BlockTables, BlockUpdates
+from turret.server.engine.step.gpu.block_tables import BlockTables, BlockUpdates
 from turret.server.engine.step.rows import StepRows
 from turret.server.models.decoding.arch import Arch
 

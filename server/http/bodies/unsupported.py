@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from turret.server.http.fields import Fields
+from turret.server.http.bodies.fields import Fields
 
 _OLD_TOOLS = "send tools and tool_choice"
 _NO_TEMPLATE = "the chat template is the model's own"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from turret.server.http.fields import Fields, why_no_text
+from turret.server.http.bodies.fields import Fields, why_no_text
 from turret.v1 import inference_pb2
 
 _Message = inference_pb2.GenerateRequest

@@ -7,7 +7,7 @@ from typing import Any
 
 from turret.server.config import ADAPTER_NAME
 from turret.server.errors import AdapterNotFoundError
-from turret.server.http.fields import Fields
+from turret.server.http.bodies.fields import Fields
 from turret.v1 import adapters_pb2
 
 # The base model under any server, whatever its own name.
