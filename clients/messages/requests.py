@@ -179,7 +179,7 @@ def _to_message(message: object) -> inference_pb2.ChatMessage:
     match message:
         case inference_pb2.ChatMessage():
             return message
-        case {"role": str() as role, **rest} if rest.keys() <= _TURN_FIELDS:
+        case {"role": str() as role, **rest} if _is_turn(rest):
             return inference_pb2.ChatMessage(
                 role=role,
                 content=rest.get("content") or "",
@@ -189,6 +189,11 @@ def _to_message(message: object) -> inference_pb2.ChatMessage:
         case (str() as role, str() as content):
             return inference_pb2.ChatMessage(role=role, content=content)
     raise TypeError(f"messages: a message is a role and a content, not {message!r}")
+
+
+def _is_turn(rest: Mapping[str, Any]) -> bool:
+    """Whether a message beside its role says something, and nothing that is not known."""
+    return rest.keys() <= _TURN_FIELDS and bool(rest.keys() & {"content", "tool_calls"})
 
 
 def _to_call(call: object) -> inference_pb2.ToolCall:

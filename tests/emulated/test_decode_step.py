@@ -64,12 +64,13 @@ def launches(run: Callable[[], object]) -> Counter[str]:
 
 
 def test_launches_of_a_layer():
-    """Eight for the base; two more for the adapters of a projection, and the activation's."""
+    """Eight for the base, beside the draw; two for a projection's adapters; the activation's."""
     step = make_step(64)
     base = launches(lambda: step.run(step.plan([None] * len(SLOT_OF_ROW))))
     # One of the norms is behind the last layer.
     assert base == {
-        "nf4_matmul": 4, "residual_rms_norm": 3, "rope_kv_write": 1, "paged_attention": 1
+        "nf4_matmul": 4, "residual_rms_norm": 3, "rope_kv_write": 1, "paged_attention": 1,
+        "sample_rows": 1,
     }  # fmt: skip
     adapted = launches(lambda: step.run(step.plan(adapters_of(step, "lora"))))
     assert adapted - base == {"segmented_shrink": 4, "segmented_expand": 4, "silu_mul": 1}

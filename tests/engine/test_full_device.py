@@ -54,7 +54,7 @@ def rows_of(executor: TorchExecutor, step: Step) -> int:
     return sum(item.num_new for item in step.scheduled)
 
 
-def samples_of(sampler: Sampler, logits: torch.Tensor, sequences: Any) -> int:
+def samples_of(sampler: Sampler, logits: torch.Tensor, sequences: Any, masks: Any) -> int:
     return len(sequences)
 
 

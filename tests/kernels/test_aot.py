@@ -20,12 +20,12 @@ from checkout import ROOT
 MAX_SHARED_BYTES = {"sm_80": 163 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict:
-    """The compiler's output; in a process of its own, because here triton is an interpreter."""
+@pytest.fixture(scope="module", params=["sm_90", pytest.param("", marks=pytest.mark.long)])
+def compiled(request: pytest.FixtureRequest) -> dict:
+    """The compiler's output for one target or all; in its own process: here Triton interprets."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "bench/aot.py"],
+        [sys.executable, "bench/aot.py", *(["--target", request.param] if request.param else [])],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -88,7 +88,7 @@ def expand_limit(name: str) -> float:
 def test_nothing_spills_and_everything_fits(compiled):
     found = {}
     for name, targets in compiled["kernels"].items():
-        assert set(targets) == set(MAX_SHARED_BYTES), name
+        assert set(targets) in ({"sm_90"}, set(MAX_SHARED_BYTES)), name
         for target, used in targets.items():
             if used["spills"] or used["shared_bytes"] > MAX_SHARED_BYTES[target]:
                 found[f"{name} {target}"] = used
@@ -108,7 +108,8 @@ def test_the_table_is_current(compiled, recorded):
     for known in recorded.values():
         assert set(known) <= set(compiled["kernels"]), "run bench/aot.py"
     if kernels is not None:
-        assert compiled["kernels"] == kernels
+        for name, targets in compiled["kernels"].items():
+            assert targets == {target: kernels[name][target] for target in targets}, name
     assert any(len(known) == len(compiled["kernels"]) for known in recorded.values())
 
 

@@ -233,5 +233,5 @@ def test_without_barrier_or_release_it_may_not(before, semantics):
 
 
 def test_an_instruction_that_is_not_known_is_refused():
-    with pytest.raises(NotImplementedError, match=r"popc"):
-        run("popc.b32 %r9, %r0;", WORDS)
+    with pytest.raises(NotImplementedError, match=r"brev"):
+        run("brev.b32 %r9, %r0;", WORDS)

@@ -245,7 +245,7 @@ async def test_bfloat16_is_as_exact_as_peft(tiny: Any, architecture: str) -> Non
         assert ours <= 1.3 * theirs, (architecture, name, ours, theirs)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_the_example_adapters_are_as_exact_as_peft_in_bfloat16() -> None:
     # Those that change modules; test_method_bounds.py has soft prompts and prefixes.
     names = sorted(

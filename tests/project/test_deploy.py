@@ -50,6 +50,7 @@ def test_image_runs_commands_that_exist():
     assert build_parser("health").parse_args(health[1].split()).address == "127.0.0.1:50051"
 
 
+@pytest.mark.long
 def test_image_warms_the_cache_that_the_server_reads(tmp_path: Path):
     """The build step that prepares the embedded model, as it is written, in a home of its own."""
     found = re.search(r'^RUN python -c "(.+?)"$', DOCKERFILE.read_text(), re.MULTILINE | re.DOTALL)

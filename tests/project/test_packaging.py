@@ -146,6 +146,7 @@ def test_the_wheel_needs_no_compiler(wheel: Path, tmp_path: Path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.long
 def test_sdist_builds_the_same_wheel(source: Path, wheel: Path, tmp_path: Path):
     """The sdist has to hold files where the checkout has links."""
     with tarfile.open(build("sdist", source, tmp_path)) as archive:

@@ -136,7 +136,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     return model, root
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_smollm2_in_fp32(embedded: tuple[Any, Path]) -> None:
     """Within 1e-4 of PEFT's forward: a score and an answer."""
     model, root = embedded

@@ -9,7 +9,7 @@ from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.safetensors_header import DTYPES
 
 
-@pytest.mark.parametrize("dtype", DTYPES.values())
+@pytest.mark.parametrize("dtype", [d for d in DTYPES.values() if d.is_floating_point])
 @pytest.mark.parametrize("size", [1, 2, 7, 63, 64, 65, 1000])
 def test_finds_it_at_every_place(dtype: torch.dtype, size: int) -> None:
     limits = torch.finfo(dtype)

@@ -226,7 +226,7 @@ class FakeRegistry:
         return list(self.records.values())
 
     def unload(
-        self, name: str, mode: str, timeout_seconds: float, expected_generation: int | None
+        self, name: str, mode: str, timeout_seconds: float, expected_generation: int | None = None
     ) -> None:
         if self.get(name).pinned:
             raise AdapterInUseError(f"{name!r} is pinned")
