@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -145,7 +146,8 @@ def test_no_message_stops_the_event_loop(server: ServerUnderTest) -> None:
                 with Checks(server.address) as checks:
                     time.sleep(0.1)
                     _send(channel, message)
-                worst[name] = max(worst.get(name, 0.0), checks.worst)
+                # What the message itself does happens both times; other work of the machine not.
+                worst[name] = min(worst.get(name, math.inf), checks.worst)
     is_busy = os.getloadavg()[0] > (os.cpu_count() or 1)
     limit = BUSY_SECONDS if is_busy else IDLE_SECONDS
     assert {name: value for name, value in worst.items() if value > limit} == {}
