@@ -92,3 +92,27 @@ def finish_fields(finish: Finish, stop_token_ids: frozenset[int]) -> dict[str, A
     elif finish.stop is not None and finish.stop in stop_token_ids:
         fields["stop_token_id"] = finish.stop
     return fields
+
+
+class JoinedChunks:
+    """The chunks of an answer, on the way to one message."""
+
+    def __init__(self) -> None:
+        self._response = inference_pb2.GenerateResponse()
+        self._texts: list[str] = []
+
+    def add(self, chunk: inference_pb2.GenerateChunk) -> None:
+        """Take in the next one, which is changed."""
+        self._texts.append(chunk.text)
+        chunk.ClearField("text")
+        if not chunk.HasField("usage"):
+            # The first tells it, and the last again.
+            chunk.ClearField("adapters_used")
+        # Both messages have the same fields under the same numbers: joining the chunks is what the
+        # wire format calls a merge.
+        self._response.MergeFromString(chunk.SerializeToString())
+
+    def response(self) -> inference_pb2.GenerateResponse:
+        """All of them together."""
+        self._response.text = "".join(self._texts)
+        return self._response

@@ -13,7 +13,13 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar
 
 import turret
-from turret.server.api.answers import adapter_uses, finish_fields, token_logprobs, usage_fields
+from turret.server.api.answers import (
+    JoinedChunks,
+    adapter_uses,
+    finish_fields,
+    token_logprobs,
+    usage_fields,
+)
 from turret.server.api.backend import Backend
 from turret.server.api.call import Call
 from turret.server.api.gate import Gate
@@ -87,22 +93,13 @@ class Inference:
         self, message: inference_pb2.GenerateRequest, call: Call, deadline: float | None
     ) -> inference_pb2.GenerateResponse:
         """The chunks of ``generate`` in one message."""
-        response = inference_pb2.GenerateResponse()
-        texts: list[str] = []
+        whole = JoinedChunks()
         answer = self.generate(message, call, deadline)
         del message
         async with contextlib.aclosing(answer) as chunks:
             async for chunk in chunks:
-                texts.append(chunk.text)
-                chunk.ClearField("text")
-                if not chunk.HasField("usage"):
-                    # The first tells it, and the last again.
-                    chunk.ClearField("adapters_used")
-                # Both messages have the same fields under the same numbers: joining the chunks is
-                # what the wire format calls a merge.
-                response.MergeFromString(chunk.SerializeToString())
-        response.text = "".join(texts)
-        return response
+                whole.add(chunk)
+        return whole.response()
 
     async def score(
         self, message: inference_pb2.ScoreRequest, call: Call, deadline: float | None

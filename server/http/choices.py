@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from turret.server.api.answers import JoinedChunks
 from turret.server.api.inference import Inference
 from turret.server.errors import UnavailableError
 from turret.server.http.exchange.endpoint import Exchange
@@ -64,17 +65,11 @@ class Choices:
         Raises:
             TurretError: What the first of them to fail raised; the others end.
         """
-        answers = [inference_pb2.GenerateResponse() for _ in range(self._count)]
-        texts: list[list[str]] = [[] for _ in range(self._count)]
+        answers = [JoinedChunks() for _ in range(self._count)]
         async with contextlib.aclosing(self.chunks()) as chunks:
             async for index, chunk in chunks:
-                texts[index].append(chunk.text)
-                chunk.ClearField("text")
-                # Both messages have the same fields under the same numbers.
-                answers[index].MergeFromString(chunk.SerializeToString())
-        for answer, parts in zip(answers, texts, strict=True):
-            answer.text = "".join(parts)
-        return answers
+                answers[index].add(chunk)
+        return [answer.response() for answer in answers]
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """The chunks of all answers as they come, each with its answer's index.

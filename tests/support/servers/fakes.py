@@ -69,6 +69,21 @@ class FakeTokenizer:
         return self.decode([token_id])
 
 
+def uses(request: Request) -> tuple[AdapterUse, ...]:
+    """Which weights answer, as the first token and the end tell."""
+    return tuple(
+        AdapterUse(
+            name=ref.name,
+            uuid=f"uuid-{ref.name}",
+            generation=ref.generation or 1,
+            weight=ref.weight,
+            cold_start=False,
+            load_ms=0.0,
+        )
+        for ref in request.adapters
+    )
+
+
 def finish(request: Request, reason: FinishReason = FinishReason.STOP, stop: Any = None) -> Finish:
     """The end of a request, with numbers that a test can recognise."""
     return Finish(
@@ -77,17 +92,7 @@ def finish(request: Request, reason: FinishReason = FinishReason.STOP, stop: Any
         usage=Usage(
             prompt_tokens=len(request.prompt_token_ids), cached_tokens=1, completion_tokens=2
         ),
-        adapters_used=tuple(
-            AdapterUse(
-                name=ref.name,
-                uuid=f"uuid-{ref.name}",
-                generation=ref.generation or 1,
-                weight=ref.weight,
-                cold_start=False,
-                load_ms=0.0,
-            )
-            for ref in request.adapters
-        ),
+        adapters_used=uses(request),
         timing=Timing(queue_seconds=0.25, time_to_first_token_seconds=0.5, total_seconds=1.75),
     )
 
@@ -122,6 +127,7 @@ async def hello(request: Request) -> AsyncIterator[Output]:
         token_ids=(72,),
         logprobs=(logprob,),
         prompt_logprobs=scores if wants_prompt else (),
+        adapters_used=uses(request),
     )
     logprob = replace(logprob, token_id=105, text="i", logprob=-0.25)
     yield Output(text="i", token_ids=(105,), logprobs=(logprob,), finish=finish(request))
