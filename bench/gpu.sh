@@ -27,7 +27,7 @@ if $has_gpu && "$PYTHON" -c 'import pytest' 2>/dev/null; then
     timeout 120 "$PYTHON" -m pytest -q -c /dev/null --rootdir . --noconftest -p no:cacheprovider \
         --import-mode=importlib -W "ignore::pytest.PytestUnknownMarkWarning" \
         -k "not reference and not torch_path" \
-        tests/engine/test_decode_graphs.py tests/adapters/device/test_uploads.py \
+        tests/engine/gpu/test_decode_graphs.py tests/adapters/device/test_uploads.py \
         tests/kernels/test_library_products.py \
         tests/kernels/test_nf4_matmul.py tests/kernels/test_segmented.py \
         tests/kernels/test_paged_attention_triton.py tests/kernels/test_between.py \

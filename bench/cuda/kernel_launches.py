@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.gpu.fusion_gate import fusion_gate
+from turret.kernels.gpu.adapters.fusion_gate import fusion_gate
+from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
+from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
+from turret.kernels.gpu.adapters.input_gain import input_gain
+from turret.kernels.gpu.adapters.kronecker import kronecker
+from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
+from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.gelu_mul import gelu_mul
-from turret.kernels.gpu.hadamard_expand import hadamard_expand
-from turret.kernels.gpu.hadamard_shrink import hadamard_shrink
-from turret.kernels.gpu.input_gain import input_gain
-from turret.kernels.gpu.kronecker import kronecker
 from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
 from turret.kernels.gpu.nf4_matmul import nf4_matmul
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import rope_kv_write
 from turret.kernels.gpu.sample_rows import sample_rows
-from turret.kernels.gpu.segmented_expand import segmented_expand
-from turret.kernels.gpu.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.gpu.tables.attention_table import AttentionTable
 from turret.kernels.gpu.tables.row_table import RowTable

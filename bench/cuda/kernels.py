@@ -12,17 +12,17 @@ from cuda.setting import Setting
 from cuda.step import KV_BLOCK, DecodeStep, random_nf4
 from cuda.tune import use
 
-from turret.kernels.gpu.hadamard_expand import hadamard_expand
-from turret.kernels.gpu.hadamard_shrink import hadamard_shrink
-from turret.kernels.gpu.kronecker import kronecker
+from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
+from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
+from turret.kernels.gpu.adapters.kronecker import kronecker
 from turret.kernels.gpu.library_products import keep_sums_whole
 from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
 from turret.kernels.gpu.nf4_matmul import nf4_matmul
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
+from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.gpu.tables.row_table import RowTable
-from turret.kernels.gpu.tuning import tuning
 from turret.kernels.nf4_matmul import Nf4Matrix
 
 

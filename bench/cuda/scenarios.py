@@ -12,8 +12,8 @@ from cuda.baselines import Padded, PaddedTwoLaunch, gathered_bmm, torch_loop
 from cuda.setting import Setting
 from cuda.step import DecodeStep, Scenario
 
-from turret.kernels.gpu.segmented_expand import segmented_expand
-from turret.kernels.gpu.segmented_shrink import segmented_shrink
+from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
+from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.server.engine.scheduling.scheduler import Step
 
 

@@ -8,9 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.contract import check_float, check_rows, check_shape
-
-_BLOCK = 1024
+from turret.kernels.gpu.silu_mul import launch_gated
 
 
 @triton.jit
@@ -40,15 +38,4 @@ def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: A shape, dtype or stride breaks the contract.
     """
-    check_float("gate_up", gate_up)
-    check_rows("gate_up", gate_up)
-    check_shape("gate_up", gate_up, -1, -1)
-    num_rows, double = gate_up.shape
-    if double % 2:
-        raise ValueError(f"gate_up has {double} columns; an even number is needed")
-    width = double // 2
-    out = torch.empty(num_rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    gelu_mul_kernel[(num_rows, triton.cdiv(width, _BLOCK))](
-        gate_up, out, gate_up.stride(0), width, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True
-    )
-    return out
+    return launch_gated(gelu_mul_kernel, gate_up)

@@ -11,8 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.contract import check_contiguous
-from turret.kernels.gpu.nf4_codes import code_on
+from turret.kernels.gpu.shared.contract import check_contiguous
+from turret.kernels.gpu.shared.nf4_codes import code_on
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 _HALF = tl.constexpr(BLOCK // 2)

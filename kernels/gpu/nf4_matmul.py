@@ -22,18 +22,18 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.contract import (
+from turret.kernels.gpu.shared.contract import (
     check_contiguous,
     check_float,
     check_length,
     check_rows,
     check_shape,
 )
-from turret.kernels.gpu.dots import dot
-from turret.kernels.gpu.last_program import is_last
-from turret.kernels.gpu.nf4_codes import code_on, code_pairs
+from turret.kernels.gpu.shared.dots import dot
+from turret.kernels.gpu.shared.last_program import is_last
+from turret.kernels.gpu.shared.nf4_codes import code_on, code_pairs
+from turret.kernels.gpu.shared.tuning import Tuning, tuning
 from turret.kernels.gpu.silu_mul import silu_product
-from turret.kernels.gpu.tuning import Tuning, tuning
 from turret.kernels.nf4_matmul import BLOCK, GROUP, Nf4Matrix
 
 MAX_ROWS = 64

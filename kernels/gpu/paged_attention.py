@@ -14,11 +14,16 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
-from turret.kernels.gpu.dots import dot
-from turret.kernels.gpu.last_program import is_last
+from turret.kernels.gpu.shared.contract import (
+    check_contiguous,
+    check_float,
+    check_rows,
+    check_shape,
+)
+from turret.kernels.gpu.shared.dots import dot
+from turret.kernels.gpu.shared.last_program import is_last
+from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.tables.attention_table import RECORD, SPLIT, AttentionTable
-from turret.kernels.gpu.tuning import tuning
 
 # Keys at a time, by query rows of a tile; more do not fit in registers.
 _TILES = {16: 64, 32: 32}

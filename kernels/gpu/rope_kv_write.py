@@ -8,7 +8,12 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
+from turret.kernels.gpu.shared.contract import (
+    check_contiguous,
+    check_float,
+    check_rows,
+    check_shape,
+)
 
 
 @triton.jit

@@ -14,9 +14,9 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.contract import check_rows, check_shape
+from turret.kernels.gpu.shared.contract import check_rows, check_shape
+from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.tables.sampling_table import ROW
-from turret.kernels.gpu.tuning import tuning
 
 _ROW = tl.constexpr(ROW)
 _INFINITY_BITS = tl.constexpr(0x7F800000)

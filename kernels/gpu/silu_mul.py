@@ -4,11 +4,13 @@
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.contract import check_float, check_rows, check_shape
+from turret.kernels.gpu.shared.contract import check_float, check_rows, check_shape
 
 _BLOCK = 1024
 
@@ -44,6 +46,16 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: A shape, dtype or stride breaks the contract.
     """
+    return launch_gated(silu_mul_kernel, gate_up)
+
+
+def launch_gated(kernel: Any, gate_up: torch.Tensor) -> torch.Tensor:
+    """Launch a kernel that multiplies an activation of the gates by the ups.
+
+    Args:
+        kernel: Takes input, output, the input's stride, the width and BLOCK.
+        gate_up: As in ``silu_mul``, and so are the result and the errors.
+    """
     check_float("gate_up", gate_up)
     check_rows("gate_up", gate_up)
     check_shape("gate_up", gate_up, -1, -1)
@@ -52,7 +64,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"gate_up has {double} columns; an even number is needed")
     width = double // 2
     out = torch.empty(num_rows, width, dtype=gate_up.dtype, device=gate_up.device)
-    silu_mul_kernel[(num_rows, triton.cdiv(width, _BLOCK))](
+    kernel[(num_rows, triton.cdiv(width, _BLOCK))](
         gate_up, out, gate_up.stride(0), width, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True
     )
     return out

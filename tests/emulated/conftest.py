@@ -1,6 +1,6 @@
 """Tests here compile kernels: they need a process where triton is no interpreter.
 
-``tests/kernels/test_emulated_sm_80.py`` and its sibling start one and run them.
+``tests/kernels/compiled/test_emulated_sm_80.py`` and its sibling start one and run them.
 """
 
 from __future__ import annotations

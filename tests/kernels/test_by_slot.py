@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio
 
-from turret.kernels.gpu.hadamard_expand import hadamard_expand
-from turret.kernels.gpu.hadamard_shrink import hadamard_shrink
-from turret.kernels.gpu.kronecker import kronecker
+from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
+from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
+from turret.kernels.gpu.adapters.kronecker import kronecker
 from turret.kernels.gpu.tables.row_table import RowTable
 from turret.kernels.hadamard_expand import hadamard_expand_reference
 from turret.kernels.hadamard_shrink import hadamard_shrink_reference

@@ -15,7 +15,7 @@ import pytest
 import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio, make_pack, traffic
 
-from turret.kernels.gpu.input_gain import input_gain
+from turret.kernels.gpu.adapters.input_gain import input_gain
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 
 INNER = 200

@@ -19,8 +19,8 @@ from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio
 
 from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
 from turret.kernels.gpu.nf4_matmul import _parts, nf4_matmul
+from turret.kernels.gpu.shared.tuning import Tuning
 from turret.kernels.gpu.silu_mul import silu_mul
-from turret.kernels.gpu.tuning import Tuning
 from turret.kernels.nf4_matmul import (
     BLOCK,
     CODE,

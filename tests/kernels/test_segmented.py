@@ -37,8 +37,8 @@ from kernel_traffic import (
     update_in_float64,
 )
 
-from turret.kernels.gpu.segmented_expand import segmented_expand
-from turret.kernels.gpu.segmented_shrink import segmented_shrink
+from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
+from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.segments import LongSegment
 

@@ -46,7 +46,8 @@ COMMAND = "server.cli"
 # ``server.adapters`` stands for the files directly in it, the nouns that all its rooms share.
 NOUNS = {"server.adapters", "leaf"}
 READING = {
-    f"server.adapters.{name}" for name in ("checkpoint", "peft_format", "lowering", "methods")
+    f"server.adapters.{name}"
+    for name in ("checkpoint", "peft_format", "peft_format.config", "lowering", "methods")
 }
 METHOD_ROOMS = [
     f"server.adapters.methods.{name}"
@@ -69,7 +70,9 @@ BELOW = {
     "leaf": set(),
     "server.adapters": {"leaf"},
     "server.adapters.checkpoint": NOUNS,
-    "server.adapters.peft_format": NOUNS | {"server.adapters.checkpoint"},
+    "server.adapters.peft_format.config": NOUNS | {"server.adapters.checkpoint"},
+    "server.adapters.peft_format": NOUNS
+    | {"server.adapters.checkpoint", "server.adapters.peft_format.config"},
     "server.adapters.lowering": NOUNS | READING - {"server.adapters.methods"},
     "server.adapters.methods": NOUNS | READING,
     # A method knows no other room's methods, and not how it is found.

@@ -9,7 +9,7 @@ from typing import Any
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.peft_format.lora_rules import LORA_RULES, VARIANTS
+from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES, VARIANTS
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleCheckpoint,
     ModuleFormat,

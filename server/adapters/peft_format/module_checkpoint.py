@@ -18,8 +18,8 @@ from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.peft_format.base_mismatch import cause_of_mismatch
-from turret.server.adapters.peft_format.rules import Rules, check_config
-from turret.server.adapters.peft_format.targets import Targets, resolve_targets
+from turret.server.adapters.peft_format.config.rules import Rules, check_config
+from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
 from turret.server.adapters.source import TENSORS_FILE
 from turret.server.errors import BudgetExceededError
 

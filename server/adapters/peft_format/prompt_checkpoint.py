@@ -6,7 +6,7 @@ import torch
 
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.peft_format.rules import (
+from turret.server.adapters.peft_format.config.rules import (
     COMMON_RULES,
     Irrelevant,
     Rules,
@@ -15,7 +15,7 @@ from turret.server.adapters.peft_format.rules import (
     is_one_of,
     is_rank,
 )
-from turret.server.adapters.peft_format.vocabulary_rules import is_head_to_save
+from turret.server.adapters.peft_format.config.vocabulary_rules import is_head_to_save
 
 EMBEDDINGS = "prompt_embeddings"
 _REQUIRED = ("num_virtual_tokens", "token_dim")

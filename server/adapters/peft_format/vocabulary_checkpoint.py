@@ -15,27 +15,27 @@ import torch
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.peft_format.dora_gain import dora_gain
-from turret.server.adapters.peft_format.rules import Rules, check_config
-from turret.server.adapters.peft_format.selection_rules import (
+from turret.server.adapters.peft_format.config.rules import Rules, check_config
+from turret.server.adapters.peft_format.config.selection_rules import (
     ALPHA,
     LAYER_RULES,
     PATTERN_RULES,
     RANK,
     SELECTION_RULES,
 )
-from turret.server.adapters.peft_format.targets import Targets, resolve_targets
+from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
+from turret.server.adapters.peft_format.config.vocabulary_rules import (
+    is_modules_to_save,
+    is_token_indices,
+    token_ids_by_module,
+    vocabulary_module,
+)
+from turret.server.adapters.peft_format.dora_gain import dora_gain
 from turret.server.adapters.peft_format.vocabulary_rows import (
     changed_rows,
     check_vocabulary,
     read_matrix,
     read_rows,
-)
-from turret.server.adapters.peft_format.vocabulary_rules import (
-    is_modules_to_save,
-    is_token_indices,
-    token_ids_by_module,
-    vocabulary_module,
 )
 from turret.server.adapters.vocabulary import EmbeddingLowRank, VocabularyOperators, VocabularyRows
 

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 
 from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
 from turret.kernels.gpu.nf4_matmul import nf4_matmul
+from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.silu_mul import silu_mul
-from turret.kernels.gpu.tuning import tuning
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 # Libraries choose their algorithm by shape: prompts are multiplied in pieces of one shape.

@@ -24,7 +24,7 @@ from builders.gates import INNER, LAYOUT, MIXES, WIDTH, gates_of, in_float64, op
 from gpu_path import OneStepTables, use_coarse_tiles
 from kernel_traffic import DEVICE, error_ratio
 
-from turret.kernels.gpu import tuning as tuning_module
+from turret.kernels.gpu.shared import tuning as tuning_module
 from turret.server.adapters.device.gpu.gates import GpuGates
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators

@@ -22,7 +22,7 @@ from builders.methods import make_config, save_adapter
 from peft import PeftType
 
 from turret.server.adapters.methods import METHODS, method_for
-from turret.server.adapters.peft_format.rules import Irrelevant, Rejected, Used
+from turret.server.adapters.peft_format.config.rules import Irrelevant, Rejected, Used
 from turret.server.adapters.peft_format.unserved import UNSERVED
 from turret.server.errors import (
     AdapterCheckpointError,

@@ -30,7 +30,7 @@ from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     read_module_checkpoint,
 )
-from turret.server.adapters.peft_format.selection_rules import SELECTION_RULES
+from turret.server.adapters.peft_format.config.selection_rules import SELECTION_RULES
 
 
 def _check(name, roles, module, rank, findings):
@@ -66,7 +66,7 @@ from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     read_module_checkpoint,
 )
-from turret.server.adapters.peft_format.selection_rules import (
+from turret.server.adapters.peft_format.config.selection_rules import (
     PATTERN_RULES,
     RANK,
     SELECTION_RULES,

@@ -9,7 +9,7 @@ from checkout import ROOT
 
 from turret.server.adapters.lowering.lowered import Method
 from turret.server.adapters.methods import METHODS
-from turret.server.adapters.peft_format.rules import Irrelevant, Rejected, Rule, Used
+from turret.server.adapters.peft_format.config.rules import Irrelevant, Rejected, Rule, Used
 from turret.server.adapters.peft_format.unserved import UNSERVED
 
 PAGE = ROOT / "docs" / "adapters.md"

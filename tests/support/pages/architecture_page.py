@@ -20,14 +20,15 @@ ROOMS = (
     *(
         f"server/adapters/{name}"
         for name in (
-            *("checkpoint", "peft_format", "lowering", "methods"),
+            *("checkpoint", "peft_format/config", "peft_format", "lowering", "methods"),
             *("methods/lora", "methods/low_rank", "methods/transforms", "methods/structured"),
             *("methods/vectors", "methods/prompts", "methods/gated"),
             *("state", "residency", "fuse", "registry", "merge"),
             *("device", "device/packed", "device/gpu"),
         )
     ),
-    *("kernels/rows", "kernels/cpu", "kernels/gpu", "kernels/gpu/tables"),
+    *("kernels/rows", "kernels/cpu", "kernels/gpu", "kernels/gpu/adapters"),
+    *("kernels/gpu/tables", "kernels/gpu/shared"),
     *("clients/messages", "clients/verbs", "clients/evaluation"),
     *(
         f"training/{name}"

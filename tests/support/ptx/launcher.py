@@ -22,7 +22,7 @@ from ptx.program import parse
 from ptx.translation import Translation
 from triton.runtime.jit import JITFunction
 
-from turret.kernels.gpu import tuning
+from turret.kernels.gpu.shared import tuning
 
 # Tiles of the interpreter's tests, so that small shapes take several steps; or a GPU's own. Few
 # programs in both, so that they go round their work lists.

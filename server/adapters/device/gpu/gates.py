@@ -14,9 +14,9 @@ from itertools import accumulate, pairwise
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.gpu.fusion_gate import fusion_gate
-from turret.kernels.gpu.segmented_expand import segmented_expand
-from turret.kernels.gpu.segmented_shrink import segmented_shrink
+from turret.kernels.gpu.adapters.fusion_gate import fusion_gate
+from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
+from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.gpu.tables.staged_buffer import upload
 from turret.kernels.segments import LongSegment, SegmentMember

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.gpu.hadamard_expand import hadamard_expand
-from turret.kernels.gpu.hadamard_shrink import hadamard_shrink
-from turret.kernels.gpu.kronecker import kronecker
+from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
+from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
+from turret.kernels.gpu.adapters.kronecker import kronecker
 from turret.kernels.gpu.tables.row_table import RowTable
 from turret.server.adapters.device.gpu.tables import GpuTables
 from turret.server.adapters.device.hadamard_shelf import grown

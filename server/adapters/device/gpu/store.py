@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 
 from turret.kernels.cpu.row_adapters import Ahead
-from turret.kernels.gpu.hadamard_shrink import MAX_RANK as MAX_HADAMARD_RANK
-from turret.kernels.gpu.input_gain import input_gain
-from turret.kernels.gpu.kronecker import MAX_IN_M, MAX_RANK
-from turret.kernels.gpu.segmented_expand import segmented_expand
-from turret.kernels.gpu.segmented_shrink import rank_activations, segmented_shrink
+from turret.kernels.gpu.adapters.hadamard_shrink import MAX_RANK as MAX_HADAMARD_RANK
+from turret.kernels.gpu.adapters.input_gain import input_gain
+from turret.kernels.gpu.adapters.kronecker import MAX_IN_M, MAX_RANK
+from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
+from turret.kernels.gpu.adapters.segmented_shrink import rank_activations, segmented_shrink
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.segments import LongSegment
 from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates

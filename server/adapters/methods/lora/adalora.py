@@ -18,14 +18,8 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.lora_rules import LORA_RULES, VARIANTS
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleCheckpoint,
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.rules import (
+from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES, VARIANTS
+from turret.server.adapters.peft_format.config.rules import (
     Irrelevant,
     Rejected,
     Rules,
@@ -33,8 +27,14 @@ from turret.server.adapters.peft_format.rules import (
     is_number,
     is_rank,
 )
-from turret.server.adapters.peft_format.selection_rules import SELECTION_RULES
-from turret.server.adapters.peft_format.targets import MAX_LIST_ITEMS
+from turret.server.adapters.peft_format.config.selection_rules import SELECTION_RULES
+from turret.server.adapters.peft_format.config.targets import MAX_LIST_ITEMS
+from turret.server.adapters.peft_format.module_checkpoint import (
+    ModuleCheckpoint,
+    ModuleFormat,
+    Roles,
+    read_module_checkpoint,
+)
 
 _ROLES = ("lora_A", "lora_B", "lora_E")
 # PEFT adds it to the rank it divides by.

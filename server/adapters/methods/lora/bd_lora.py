@@ -18,6 +18,7 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES
 from turret.server.adapters.peft_format.lora_checkpoint import (
     LORA_BIAS,
     A,
@@ -25,7 +26,6 @@ from turret.server.adapters.peft_format.lora_checkpoint import (
     lora_format,
     read_lora,
 )
-from turret.server.adapters.peft_format.lora_rules import LORA_RULES
 from turret.server.adapters.peft_format.module_checkpoint import Roles
 from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
 

@@ -13,9 +13,9 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES
 from turret.server.adapters.peft_format.dora_gain import dora_gain
 from turret.server.adapters.peft_format.lora_checkpoint import MAGNITUDE, A, B, read_lora
-from turret.server.adapters.peft_format.lora_rules import LORA_RULES
 
 
 def lower(

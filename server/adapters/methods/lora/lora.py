@@ -18,8 +18,8 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import Factors, fold_all
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES
 from turret.server.adapters.peft_format.lora_checkpoint import LORA_BIAS, A, B, read_lora
-from turret.server.adapters.peft_format.lora_rules import LORA_RULES
 from turret.server.adapters.peft_format.module_checkpoint import Roles
 
 

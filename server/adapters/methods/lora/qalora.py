@@ -20,6 +20,8 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES
+from turret.server.adapters.peft_format.config.rules import Rules, Used, is_rank
 from turret.server.adapters.peft_format.lora_checkpoint import (
     LORA_BIAS,
     A,
@@ -27,10 +29,8 @@ from turret.server.adapters.peft_format.lora_checkpoint import (
     lora_format,
     read_lora,
 )
-from turret.server.adapters.peft_format.lora_rules import LORA_RULES
 from turret.server.adapters.peft_format.module_checkpoint import Roles
 from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
-from turret.server.adapters.peft_format.rules import Rules, Used, is_rank
 
 _GROUP = "qalora_group_size"
 

@@ -15,14 +15,8 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import LowRank, ModuleOperators
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.role_shapes import Served, check_roles
-from turret.server.adapters.peft_format.rules import Irrelevant, Rules
-from turret.server.adapters.peft_format.selection_rules import (
+from turret.server.adapters.peft_format.config.rules import Irrelevant, Rules
+from turret.server.adapters.peft_format.config.selection_rules import (
     DROPOUT,
     LAYER_RULES,
     PATTERN_RULES,
@@ -31,6 +25,12 @@ from turret.server.adapters.peft_format.selection_rules import (
     START,
     bias_rules,
 )
+from turret.server.adapters.peft_format.module_checkpoint import (
+    ModuleFormat,
+    Roles,
+    read_module_checkpoint,
+)
+from turret.server.adapters.peft_format.role_shapes import Served, check_roles
 
 _A, _B, _LAMBDA, _NORMS = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
 # PEFT clamps norms there.

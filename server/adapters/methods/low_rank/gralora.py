@@ -20,14 +20,8 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import LowRank, ModuleOperators
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
-from turret.server.adapters.peft_format.rules import Rules, Used, is_count, is_rank
-from turret.server.adapters.peft_format.selection_rules import (
+from turret.server.adapters.peft_format.config.rules import Rules, Used, is_count, is_rank
+from turret.server.adapters.peft_format.config.selection_rules import (
     ALPHA,
     CONV1D_RULES,
     DROPOUT,
@@ -37,6 +31,12 @@ from turret.server.adapters.peft_format.selection_rules import (
     TARGET_RULES,
     bias_rules,
 )
+from turret.server.adapters.peft_format.module_checkpoint import (
+    ModuleFormat,
+    Roles,
+    read_module_checkpoint,
+)
+from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
 
 _A, _B = "gralora_A", "gralora_B"
 _A_WHOLE, _B_WHOLE = "gralora_A_general.weight", "gralora_B_general.weight"

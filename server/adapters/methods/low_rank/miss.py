@@ -20,19 +20,19 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.peft_format.config.rules import Rules, Used, is_one_of, is_rank
+from turret.server.adapters.peft_format.config.selection_rules import (
+    DROPOUT,
+    LAYER_RULES,
+    RANK,
+    SELECTION_RULES,
+)
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
-from turret.server.adapters.peft_format.rules import Rules, Used, is_one_of, is_rank
-from turret.server.adapters.peft_format.selection_rules import (
-    DROPOUT,
-    LAYER_RULES,
-    RANK,
-    SELECTION_RULES,
-)
 from turret.server.adapters.peft_format.unserved import MERGE
 
 # Tensor of a module and value of ``bias`` for the targeted modules, by ``peft_type``.

@@ -19,14 +19,14 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import LowRank, ModuleOperators
+from turret.server.adapters.peft_format.config.rules import Rules, Used, is_one_of, is_rank
+from turret.server.adapters.peft_format.config.selection_rules import RANK, SELECTION_RULES, START
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
-from turret.server.adapters.peft_format.rules import Rules, Used, is_one_of, is_rank
-from turret.server.adapters.peft_format.selection_rules import RANK, SELECTION_RULES, START
 from turret.server.adapters.peft_format.tasks import check_task, task_warning
 
 _A, _B, _LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"

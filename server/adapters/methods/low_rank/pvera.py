@@ -19,13 +19,7 @@ from turret.server.adapters.lowering.shared_factors import (
     shared_projections,
 )
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.role_shapes import Served, check_roles
-from turret.server.adapters.peft_format.rules import (
+from turret.server.adapters.peft_format.config.rules import (
     Irrelevant,
     Rejected,
     Rules,
@@ -33,7 +27,7 @@ from turret.server.adapters.peft_format.rules import (
     is_bool,
     is_seed,
 )
-from turret.server.adapters.peft_format.selection_rules import (
+from turret.server.adapters.peft_format.config.selection_rules import (
     CONV1D_RULES,
     DROPOUT,
     LAYER_RULES,
@@ -42,6 +36,12 @@ from turret.server.adapters.peft_format.selection_rules import (
     TARGET_RULES,
     bias_rules,
 )
+from turret.server.adapters.peft_format.module_checkpoint import (
+    ModuleFormat,
+    Roles,
+    read_module_checkpoint,
+)
+from turret.server.adapters.peft_format.role_shapes import Served, check_roles
 
 _LAMBDA_B, _LAMBDA_D = "pvera_lambda_b", "pvera_lambda_d"
 _A, _B = "base_model.pvera_A", "base_model.pvera_B"

@@ -20,13 +20,7 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.role_shapes import Served, check_roles
-from turret.server.adapters.peft_format.rules import (
+from turret.server.adapters.peft_format.config.rules import (
     Rules,
     Used,
     is_bool,
@@ -34,7 +28,7 @@ from turret.server.adapters.peft_format.rules import (
     is_rank,
     is_seed,
 )
-from turret.server.adapters.peft_format.selection_rules import (
+from turret.server.adapters.peft_format.config.selection_rules import (
     CONV1D_RULES,
     DROPOUT,
     LAYER_RULES,
@@ -43,6 +37,12 @@ from turret.server.adapters.peft_format.selection_rules import (
     TARGET_RULES,
     bias_rules,
 )
+from turret.server.adapters.peft_format.module_checkpoint import (
+    ModuleFormat,
+    Roles,
+    read_module_checkpoint,
+)
+from turret.server.adapters.peft_format.role_shapes import Served, check_roles
 
 _A, _B, _P = "tinylora_A", "tinylora_B", "tinylora_P"
 _V = "base_model.tinylora_v."

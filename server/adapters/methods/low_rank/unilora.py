@@ -22,15 +22,8 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleCheckpoint,
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.role_shapes import Served, check_roles
-from turret.server.adapters.peft_format.rules import Rules, Used, is_bool, is_rank, is_seed
-from turret.server.adapters.peft_format.selection_rules import (
+from turret.server.adapters.peft_format.config.rules import Rules, Used, is_bool, is_rank, is_seed
+from turret.server.adapters.peft_format.config.selection_rules import (
     CONV1D_RULES,
     DROPOUT,
     LAYER_RULES,
@@ -39,6 +32,13 @@ from turret.server.adapters.peft_format.selection_rules import (
     TARGET_RULES,
     bias_rules,
 )
+from turret.server.adapters.peft_format.module_checkpoint import (
+    ModuleCheckpoint,
+    ModuleFormat,
+    Roles,
+    read_module_checkpoint,
+)
+from turret.server.adapters.peft_format.role_shapes import Served, check_roles
 
 _THETA = "base_model.unilora_theta_d"
 _INDICES, _SCALES = "unilora_indices_", "unilora_scales_"

@@ -19,14 +19,8 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
-from turret.server.adapters.peft_format.rules import Rules, Used, is_bool, is_rank
-from turret.server.adapters.peft_format.selection_rules import (
+from turret.server.adapters.peft_format.config.rules import Rules, Used, is_bool, is_rank
+from turret.server.adapters.peft_format.config.selection_rules import (
     CONV1D_RULES,
     DROPOUT,
     LAYER_RULES,
@@ -35,6 +29,12 @@ from turret.server.adapters.peft_format.selection_rules import (
     START,
     bias_rules,
 )
+from turret.server.adapters.peft_format.module_checkpoint import (
+    ModuleFormat,
+    Roles,
+    read_module_checkpoint,
+)
+from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
 
 _BANK = "base_model.vblora_vector_bank"
 _A, _B = "vblora_logits_A", "vblora_logits_B"

@@ -19,13 +19,8 @@ from turret.server.adapters.lowering.shared_factors import (
     shared_projections,
 )
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
-)
-from turret.server.adapters.peft_format.rules import Rules, Used, is_bool, is_seed
-from turret.server.adapters.peft_format.selection_rules import (
+from turret.server.adapters.peft_format.config.rules import Rules, Used, is_bool, is_seed
+from turret.server.adapters.peft_format.config.selection_rules import (
     CONV1D_RULES,
     DROPOUT,
     LAYER_RULES,
@@ -33,6 +28,11 @@ from turret.server.adapters.peft_format.selection_rules import (
     SELECTION_RULES,
     START,
     bias_rules,
+)
+from turret.server.adapters.peft_format.module_checkpoint import (
+    ModuleFormat,
+    Roles,
+    read_module_checkpoint,
 )
 
 _LAMBDA_B, _LAMBDA_D = "vera_lambda_b", "vera_lambda_d"

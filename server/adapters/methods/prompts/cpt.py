@@ -7,8 +7,8 @@ training's alone, so that inference is prompt tuning's.
 from __future__ import annotations
 
 from turret.server.adapters.lowering.soft_tokens import soft_tokens_method
+from turret.server.adapters.peft_format.config.rules import Irrelevant, Rules
 from turret.server.adapters.peft_format.prompt_checkpoint import PROMPT_RULES
-from turret.server.adapters.peft_format.rules import Irrelevant, Rules
 
 _LOSS = Irrelevant("weighs the loss in training")
 _PROJECTION = Irrelevant("bounds the steps of training")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from turret.server.adapters.lowering.prefix import PREFIX_RULES, prefix_method
-from turret.server.adapters.peft_format.rules import Irrelevant, Rules
+from turret.server.adapters.peft_format.config.rules import Irrelevant, Rules
 
 _PROJECTION = Irrelevant("the file holds the projection's output")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from turret.server.adapters.lowering.soft_tokens import soft_tokens_method
+from turret.server.adapters.peft_format.config.rules import Irrelevant, Rules
 from turret.server.adapters.peft_format.prompt_checkpoint import PROMPT_RULES
-from turret.server.adapters.peft_format.rules import Irrelevant, Rules
 
 PROMPT_TUNING_RULES: Rules = {
     **PROMPT_RULES,

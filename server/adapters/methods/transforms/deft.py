@@ -21,14 +21,14 @@ from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.lowering.weight_products import times_weight
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.module_checkpoint import (
-    ModuleFormat,
-    Roles,
-    read_module_checkpoint,
+from turret.server.adapters.peft_format.config.rules import (
+    Rules,
+    Used,
+    is_bool,
+    is_number,
+    is_one_of,
 )
-from turret.server.adapters.peft_format.role_shapes import Served, check_roles
-from turret.server.adapters.peft_format.rules import Rules, Used, is_bool, is_number, is_one_of
-from turret.server.adapters.peft_format.selection_rules import (
+from turret.server.adapters.peft_format.config.selection_rules import (
     CONV1D_RULES,
     DROPOUT,
     LAYER_RULES,
@@ -37,6 +37,12 @@ from turret.server.adapters.peft_format.selection_rules import (
     START,
     bias_rules,
 )
+from turret.server.adapters.peft_format.module_checkpoint import (
+    ModuleFormat,
+    Roles,
+    read_module_checkpoint,
+)
+from turret.server.adapters.peft_format.role_shapes import Served, check_roles
 
 _P, _R = "deft_P", "deft_R"
 

@@ -21,14 +21,14 @@ from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.lowering.weight_products import weight_times
 from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.peft_format.config.rules import Rejected, Rules, Used, is_one_of
+from turret.server.adapters.peft_format.config.selection_rules import RANK, START, TARGET_RULES
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.role_shapes import Served, check_roles
-from turret.server.adapters.peft_format.rules import Rejected, Rules, Used, is_one_of
-from turret.server.adapters.peft_format.selection_rules import RANK, START, TARGET_RULES
 from turret.server.adapters.peft_format.unserved import MERGE
 
 _PARTS = ("Xd", "Xu", "X", "zeros")

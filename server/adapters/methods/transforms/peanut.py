@@ -21,19 +21,19 @@ from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.lowering.weight_products import times_weight
 from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.peft_format.config.rules import Rules, Used, is_number
+from turret.server.adapters.peft_format.config.selection_rules import (
+    LAYER_RULES,
+    RANK,
+    SELECTION_RULES,
+    START,
+)
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.role_shapes import Served, check_roles
-from turret.server.adapters.peft_format.rules import Rules, Used, is_number
-from turret.server.adapters.peft_format.selection_rules import (
-    LAYER_RULES,
-    RANK,
-    SELECTION_RULES,
-    START,
-)
 
 _A, _B = "peanut_A.weight", "peanut_B.weight"
 _MAX_DEPTH = 64

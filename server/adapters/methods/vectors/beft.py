@@ -10,14 +10,14 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.peft_format.config.rules import Rules
+from turret.server.adapters.peft_format.config.selection_rules import START, TARGET_RULES
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.role_shapes import Served, check_roles
-from turret.server.adapters.peft_format.rules import Rules
-from turret.server.adapters.peft_format.selection_rules import START, TARGET_RULES
 
 _BETA = "beft_bias"
 

@@ -17,15 +17,15 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.peft_format.config.pattern_match import Pattern, match_all
+from turret.server.adapters.peft_format.config.rules import Irrelevant, Rules, Used
+from turret.server.adapters.peft_format.config.selection_rules import CONV1D_RULES, SELECTION_RULES
+from turret.server.adapters.peft_format.config.targets import is_optional_module_selector
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
     read_module_checkpoint,
 )
-from turret.server.adapters.peft_format.pattern_match import Pattern, match_all
-from turret.server.adapters.peft_format.rules import Irrelevant, Rules, Used
-from turret.server.adapters.peft_format.selection_rules import CONV1D_RULES, SELECTION_RULES
-from turret.server.adapters.peft_format.targets import is_optional_module_selector
 
 _ROLE = "ia3_l"
 

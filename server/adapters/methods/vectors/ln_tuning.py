@@ -17,9 +17,9 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.rules import Rules, check_config
-from turret.server.adapters.peft_format.selection_rules import SELECTION_RULES
-from turret.server.adapters.peft_format.targets import resolve_targets
+from turret.server.adapters.peft_format.config.rules import Rules, check_config
+from turret.server.adapters.peft_format.config.selection_rules import SELECTION_RULES
+from turret.server.adapters.peft_format.config.targets import resolve_targets
 from turret.server.adapters.source import TENSORS_FILE
 
 _SUFFIX = ".ln_tuning_layers.weight"

@@ -16,16 +16,19 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.peft_format.rules import (
+from turret.server.adapters.peft_format.config.rules import (
     COMMON_RULES,
     Irrelevant,
     Rules,
     Used,
     check_config,
 )
-from turret.server.adapters.peft_format.targets import is_optional_module_selector, resolve_targets
+from turret.server.adapters.peft_format.config.targets import (
+    is_optional_module_selector,
+    resolve_targets,
+)
+from turret.server.adapters.peft_format.config.vocabulary_rules import is_token_list
 from turret.server.adapters.peft_format.vocabulary_rows import read_rows
-from turret.server.adapters.peft_format.vocabulary_rules import is_token_list
 from turret.server.adapters.source import TENSORS_FILE
 from turret.server.adapters.vocabulary import VocabularyOperators, VocabularyRows
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turret.server.adapters.peft_format.rules import (
+from turret.server.adapters.peft_format.config.rules import (
     COMMON_RULES,
     Irrelevant,
     Rules,
@@ -12,14 +12,14 @@ from turret.server.adapters.peft_format.rules import (
     is_optional_bool,
     is_rank,
 )
-from turret.server.adapters.peft_format.targets import (
+from turret.server.adapters.peft_format.config.targets import (
     is_alpha_pattern,
     is_layer_indexes,
     is_module_selector,
     is_optional_module_selector,
     is_rank_pattern,
 )
-from turret.server.adapters.peft_format.vocabulary_rules import is_modules_to_save
+from turret.server.adapters.peft_format.config.vocabulary_rules import is_modules_to_save
 
 RANK, ALPHA = Used(is_rank), Used(is_number)
 

@@ -16,7 +16,7 @@ import pytest
 
 from turret.kernels.cpu import native
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 FOLDER = ROOT / "kernels" / "cpu"
 CHECKS = Path(__file__).parent / "native_checks.c"
 EXTENSIONS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][

@@ -16,8 +16,14 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
-from turret.kernels.gpu.dots import split_dot
+from turret.kernels.gpu.shared.contract import (
+    check_contiguous,
+    check_float,
+    check_rows,
+    check_shape,
+)
+from turret.kernels.gpu.shared.dots import split_dot
+from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.tables.segment_table import (
     ONE_ROW,
     RANK_TILE,
@@ -26,7 +32,6 @@ from turret.kernels.gpu.tables.segment_table import (
     TILES,
     SegmentTable,
 )
-from turret.kernels.gpu.tuning import tuning
 
 MAX_SLICES = 3
 _RECORD = tl.constexpr(RECORD)

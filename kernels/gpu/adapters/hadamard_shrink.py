@@ -12,10 +12,15 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
-from turret.kernels.gpu.dots import split_dot
+from turret.kernels.gpu.shared.contract import (
+    check_contiguous,
+    check_float,
+    check_rows,
+    check_shape,
+)
+from turret.kernels.gpu.shared.dots import split_dot
+from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.tables.row_table import HEADER, RowTable
-from turret.kernels.gpu.tuning import tuning
 
 MAX_RANK = 64
 _HEADER = tl.constexpr(HEADER)

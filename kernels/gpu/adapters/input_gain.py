@@ -12,9 +12,9 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.contract import check_float, check_rows, check_shape
+from turret.kernels.gpu.shared.contract import check_float, check_rows, check_shape
+from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.tables.segment_table import ONE_ROW, RECORD, TILE_ROWS, TILES, SegmentTable
-from turret.kernels.gpu.tuning import tuning
 
 _RECORD = tl.constexpr(RECORD)
 _BLOCK = 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from turret.server.adapters.peft_format.rules import (
+from turret.server.adapters.peft_format.config.rules import (
     Irrelevant,
     Rejected,
     Rules,
@@ -15,7 +15,7 @@ from turret.server.adapters.peft_format.rules import (
     is_optional_bool,
     is_rank,
 )
-from turret.server.adapters.peft_format.selection_rules import (
+from turret.server.adapters.peft_format.config.selection_rules import (
     ALPHA,
     CONV1D_RULES,
     DROPOUT,
@@ -24,8 +24,8 @@ from turret.server.adapters.peft_format.selection_rules import (
     RANK,
     SELECTION_RULES,
 )
-from turret.server.adapters.peft_format.targets import MAX_LIST_ITEMS, is_module_selector
-from turret.server.adapters.peft_format.vocabulary_rules import is_token_indices
+from turret.server.adapters.peft_format.config.targets import MAX_LIST_ITEMS, is_module_selector
+from turret.server.adapters.peft_format.config.vocabulary_rules import is_token_indices
 
 # Initialisations that leave the base weights as they were; they only set the starting point.
 PLAIN_INITS = frozenset({"gaussian", "eva", "orthogonal", "mica"})

@@ -13,10 +13,15 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
-from turret.kernels.gpu.dots import dot, dot_split, split_dot
+from turret.kernels.gpu.shared.contract import (
+    check_contiguous,
+    check_float,
+    check_rows,
+    check_shape,
+)
+from turret.kernels.gpu.shared.dots import dot, dot_split, split_dot
+from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.tables.row_table import HEADER, RowTable
-from turret.kernels.gpu.tuning import tuning
 from turret.kernels.kronecker import SecondFactor
 
 MAX_IN_M = 128

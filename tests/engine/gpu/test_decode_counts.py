@@ -43,7 +43,7 @@ META, DTYPE = torch.device("meta"), torch.float16
 NUM_LAYERS, HIDDEN, VOCAB, RANK = 32, 4096, 128256, 1
 ROWS, CONTEXT, BLOCK_SIZE = 64, 4096, 16
 # These may only fall. Of a step of 32 layers, drawing tokens included.
-MAX_LAUNCHES = {"base": 429, "lora": 685}
+MAX_LAUNCHES = {"base": 301, "lora": 557}
 MAX_COPIES = 1
 # At 64 rows of 4,096 tokens, in milliseconds, on the fastest of many steps of an idle machine.
 MAX_HOST_MS = 0.3

@@ -14,8 +14,12 @@ from typing import Any
 
 from turret.server.adapters.base import HEAD
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.peft_format.pattern_match import Pattern, PatternResult, match_all
-from turret.server.adapters.peft_format.rules import is_number, is_rank
+from turret.server.adapters.peft_format.config.pattern_match import (
+    Pattern,
+    PatternResult,
+    match_all,
+)
+from turret.server.adapters.peft_format.config.rules import is_number, is_rank
 
 ALL_LINEAR = "all-linear"
 MAX_LIST_ITEMS = 4096

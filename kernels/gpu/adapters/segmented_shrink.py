@@ -13,8 +13,14 @@ import torch
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.contract import check_contiguous, check_float, check_rows, check_shape
-from turret.kernels.gpu.dots import dot
+from turret.kernels.gpu.shared.contract import (
+    check_contiguous,
+    check_float,
+    check_rows,
+    check_shape,
+)
+from turret.kernels.gpu.shared.dots import dot
+from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.tables.segment_table import (
     ONE_ROW,
     RANK_TILE,
@@ -23,7 +29,6 @@ from turret.kernels.gpu.tables.segment_table import (
     TILES,
     SegmentTable,
 )
-from turret.kernels.gpu.tuning import tuning
 
 # Expand reads a rank once per part.
 _MAX_SPLITS = 16

@@ -1,0 +1,1 @@
+"""What adapters add to a projection, for the rows of a step at once."""

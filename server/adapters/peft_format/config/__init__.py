@@ -1,0 +1,1 @@
+"""What an adapter_config.json may say, and which modules it means."""
