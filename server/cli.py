@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import turret
 from turret.server.command.parser import EXIT_USAGE, CommandParser
@@ -172,11 +172,11 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """
     from turret.clients.verbs import VERBS, add_verb
 
-    parser = CommandParser(
+    parser: argparse.ArgumentParser = CommandParser(
         prog="turret", description="Many adapters of many methods on one 4-bit base model."
     )
     parser.add_argument("--version", action="version", version=f"turret {turret.__version__}")
-    subparsers: Any = parser.add_subparsers(metavar="COMMAND", required=True)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     own = {"serve": _add_serve, "demo": _add_demo, "completion": _add_completion}
     for name, text in {**_OWN_VERBS, **VERBS, **_TRAIN}.items():
         if verb not in (None, name):

@@ -9,7 +9,6 @@ import logging
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import uvicorn
 from starlette.applications import Starlette
@@ -189,10 +188,13 @@ class HttpServer:
         has_admin = listen.admin_address is None
         failures = failures or Failures()
         made = routes(inference, adapters, metrics=metrics, failures=failures, has_admin=has_admin)
-        around: Any = {"metrics": metrics, "tokens": tokens, "failures": failures}
-        around["shares"] = shares or Shares()
+        shares = shares or Shares()
         answered = [
-            StarletteRoute(route.path, Endpoint(route, **around), methods=[route.method])
+            StarletteRoute(
+                route.path,
+                Endpoint(route, metrics=metrics, tokens=tokens, shares=shares, failures=failures),
+                methods=[route.method],
+            )
             for route in made
         ]
         middleware = _cross_origin(listen.http_cors_origin)
