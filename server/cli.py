@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import turret
 from turret.server.command.parser import EXIT_USAGE, CommandParser
@@ -172,11 +172,13 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     """
     from turret.clients.verbs import VERBS, add_verb
 
-    parser: argparse.ArgumentParser = CommandParser(
+    parser = CommandParser(
         prog="turret", description="Many adapters of many methods on one 4-bit base model."
     )
     parser.add_argument("--version", action="version", version=f"turret {turret.__version__}")
-    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    # One of CommandParsers passes for none of ArgumentParsers with a type checker: the type is
+    # invariant, and the verbs ask for the latter.
+    subparsers: Any = parser.add_subparsers(metavar="COMMAND", required=True)
     own = {"serve": _add_serve, "demo": _add_demo, "completion": _add_completion}
     for name, text in {**_OWN_VERBS, **VERBS, **_TRAIN}.items():
         if verb not in (None, name):
