@@ -144,7 +144,7 @@ def test_attention_loads_keys_while_it_multiplies(recorded):
 
 def test_every_kernel_is_in_the_table(recorded):
     defined = set()
-    for path in (ROOT / "kernels" / "gpu").glob("*.py"):
+    for path in (ROOT / "kernels" / "gpu").rglob("*.py"):
         for line in path.read_text(encoding="utf-8").splitlines():
             if line.startswith("def ") and line.split("(")[0].endswith("_kernel"):
                 defined.add(line.split("(")[0].removeprefix("def ").removesuffix("_kernel"))
