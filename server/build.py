@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from turret.kernels.cpu.native import has_native
+from turret.kernels.cpu.native import has_native, has_native_products
+from turret.kernels.cpu.threads import use_own_threads
 from turret.server import log
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.device.cpu_store import CpuStore
@@ -272,16 +273,20 @@ def _build_engine(
         long_from=arch.long_from,
         max_queued_requests=config.scheduler.max_queued_requests,
         max_queued_bytes=config.scheduler.max_queued_bytes,
-        on_thread=lambda: _on_stream(stream, decoder.device),
+        on_thread=lambda: _on_stream(stream, decoder.dtype, decoder.device),
     )
     return engine
 
 
 @contextlib.contextmanager
-def _on_stream(stream: StepStream, device: torch.device) -> Iterator[None]:
+def _on_stream(stream: StepStream, dtype: torch.dtype, device: torch.device) -> Iterator[None]:
     """What the engine's thread works in."""
     if device.type == "cuda":
         # What is left to the processor is small: a team of threads would only wait for itself.
+        compute_on_this_thread()
+    elif has_native(dtype, device) and has_native_products():
+        # All that is large in a step is a compiled kernel.
+        use_own_threads()
         compute_on_this_thread()
     with stream.entered():
         yield

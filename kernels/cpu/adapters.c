@@ -5,8 +5,7 @@
  * units that are dealt to the threads by what they cost; which thread computes a unit changes no bit.
  */
 #include "adapters.h"
-
-#include <omp.h>
+#include "team.h"
 
 #define ROWS 32 /* rows of a segment that a unit takes together */
 /* What reading a unit's weights costs, in rows of computing with them. */
@@ -195,21 +194,36 @@ static void expand(const Step *step, const Projection *p, Share *share) {
     }
 }
 
+typedef struct {
+    const Step *step;
+    const Projection *projection;
+    Share shrinking, expanding; /* whole passes */
+    int64_t pieces;
+} Job;
+
+static void shrink_piece(const void *job, int64_t thread, int64_t piece) {
+    const Job *j = job;
+    Share own = next_walk(&j->shrinking, piece, j->pieces);
+    (void)thread;
+    shrink(j->step, j->projection, &own);
+}
+
+static void expand_piece(const void *job, int64_t thread, int64_t piece) {
+    const Job *j = job;
+    Share own = next_walk(&j->expanding, piece, j->pieces);
+    (void)thread;
+    expand(j->step, j->projection, &own);
+}
+
 EXPORT void turret_adapt(const Step *step, const int64_t *shape, const bf16 *x, int64_t x_stride,
                          bf16 *y, int64_t y_stride, const bf16 *bias) {
     Projection p = {x, y, bias, x_stride, y_stride, shape + 3, shape[0], shape[1], shape[2]};
-    Share shrinking = {0}, expanding = {0};
-    shrink(step, &p, &shrinking);
-    expand(step, &p, &expanding);
-#pragma omp parallel num_threads(step->num_threads)
-    {
-        int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
-        Share own = next_walk(&shrinking, part, parts);
-        shrink(step, &p, &own);
-#pragma omp barrier
-        own = next_walk(&expanding, part, parts);
-        expand(step, &p, &own);
-    }
+    int64_t threads = step->num_threads;
+    Job job = {step, &p, {0}, {0}, threads > 1 ? threads * PIECES_EACH : 1};
+    shrink(step, &p, &job.shrinking);
+    expand(step, &p, &job.expanding);
+    in_pieces(shrink_piece, &job, job.pieces, threads);
+    in_pieces(expand_piece, &job, job.pieces, threads);
 }
 
 /* out = x * (start + sum_k w_k (l_k - 1)) for the listed rows, [count, in]; module: of the slice. */

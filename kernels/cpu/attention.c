@@ -6,9 +6,9 @@
  * read as it lies; while a block is computed with, the next one comes into the cache.
  */
 #include "elements.h"
+#include "team.h"
 
 #include <math.h>
-#include <omp.h>
 
 #define MAX_VECTORS 16 /* of a head: up to 256 dimensions */
 #define HEADS 4        /* query heads taken together at most */
@@ -203,31 +203,39 @@ KERNEL static void attend_row(const Plan *plan, const Heads *h, const Row *row, 
     }
 }
 
-EXPORT void EXPORTED(turret_attend)(const Plan *plan, const Heads *heads) {
-#pragma omp parallel num_threads(plan->num_threads)
-    {
-        int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
-        float *scratch = plan->scratch + part * plan->scratch_stride;
-        /* Shares of equal numbers of keys, not of rows; a KV head of a row is not divided. */
-        int64_t total = 0, done = 0;
-        for (int64_t s = 0; s < plan->num_spans; s++) {
-            const Span *p = &plan->spans[s];
-            total += heads->kv_heads * p->num_new * (p->num_context + (p->num_new + 1) / 2);
-        }
-        int64_t low = total * part / parts, high = total * (part + 1) / parts;
-        for (int64_t s = 0; s < plan->num_spans; s++) {
-            const Span *p = &plan->spans[s];
-            int64_t cost = p->num_context + (p->num_new + 1) / 2;
-            for (int64_t i = 0; i < p->num_new; i++) {
-                const Span *following = i + 1 < p->num_new || s + 1 == plan->num_spans ? p : p + 1;
-                Row row = {p, following, i, heads->kv_heads, 0};
-                for (int64_t kv = 0; kv < heads->kv_heads; kv++, done += cost) {
-                    if (done < low || done >= high) continue;
-                    if (kv < row.kv_low) row.kv_low = kv;
-                    row.kv_high = kv + 1;
-                }
-                if (row.kv_low < row.kv_high) attend_row(plan, heads, &row, scratch);
+typedef struct {
+    const Plan *plan;
+    const Heads *heads;
+    int64_t total, pieces; /* keys to be read, in shares of equal numbers of them */
+} Job;
+
+/* A KV head of a row is not divided. */
+static void attend_piece(const void *job, int64_t thread, int64_t piece) {
+    const Job *j = job;
+    const Plan *plan = j->plan;
+    float *scratch = plan->scratch + thread * plan->scratch_stride;
+    int64_t low = j->total * piece / j->pieces, high = j->total * (piece + 1) / j->pieces, done = 0;
+    for (int64_t s = 0; s < plan->num_spans; s++) {
+        const Span *p = &plan->spans[s];
+        int64_t cost = p->num_context + (p->num_new + 1) / 2;
+        for (int64_t i = 0; i < p->num_new; i++) {
+            const Span *following = i + 1 < p->num_new || s + 1 == plan->num_spans ? p : p + 1;
+            Row row = {p, following, i, j->heads->kv_heads, 0};
+            for (int64_t kv = 0; kv < j->heads->kv_heads; kv++, done += cost) {
+                if (done < low || done >= high) continue;
+                if (kv < row.kv_low) row.kv_low = kv;
+                row.kv_high = kv + 1;
             }
+            if (row.kv_low < row.kv_high) attend_row(plan, j->heads, &row, scratch);
         }
     }
+}
+
+EXPORT void EXPORTED(turret_attend)(const Plan *plan, const Heads *heads) {
+    Job job = {plan, heads, 0, plan->num_threads > 1 ? plan->num_threads * PIECES_EACH : 1};
+    for (int64_t s = 0; s < plan->num_spans; s++) {
+        const Span *p = &plan->spans[s];
+        job.total += heads->kv_heads * p->num_new * (p->num_context + (p->num_new + 1) / 2);
+    }
+    in_pieces(attend_piece, &job, job.pieces, plan->num_threads);
 }

@@ -7,7 +7,7 @@
 #include "vec.h"
 
 #if HAS_AVX512_BF16
-#include <omp.h>
+#include "team.h"
 
 #define TILE 4
 #define STEP 32 /* inputs at a time: 16 pairs */
@@ -17,7 +17,7 @@
 typedef struct {
     const bf16 *x, *w;
     bf16 *y;
-    int64_t x_stride, out_features, in_features;
+    int64_t x_stride, rows, out_features, in_features;
 } Product;
 
 /* Rows [row, row + rows) of outputs [out, out + count), count at most TILE. */
@@ -66,18 +66,19 @@ static void multiply_rows(const Product *p, int64_t row, int64_t end, int64_t lo
     }
 }
 
-static void multiply_chunk(const Product *p, int64_t rows, int64_t low, int64_t high) {
-    for (int64_t row = 0; row < rows; row += ROW_BLOCK)
-        multiply_rows(p, row, row + ROW_BLOCK < rows ? row + ROW_BLOCK : rows, low, high);
+static void multiply_chunk(const void *job, int64_t thread, int64_t chunk) {
+    const Product *p = job;
+    int64_t low = chunk * CHUNK, high = low + CHUNK < p->out_features ? low + CHUNK : p->out_features;
+    (void)thread;
+    for (int64_t row = 0; row < p->rows; row += ROW_BLOCK)
+        multiply_rows(p, row, row + ROW_BLOCK < p->rows ? row + ROW_BLOCK : p->rows, low, high);
 }
 
 /* x: [rows, in], rows x_stride apart; w: [out, in]; y: [rows, out]. */
 EXPORT void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, const bf16 *w, bf16 *y,
                                  int64_t out_features, int64_t in_features, int64_t num_threads) {
-    Product p = {x, w, y, x_stride, out_features, in_features};
-#pragma omp parallel for num_threads(num_threads) schedule(static)
-    for (int64_t low = 0; low < out_features; low += CHUNK)
-        multiply_chunk(&p, rows, low, low + CHUNK < out_features ? low + CHUNK : out_features);
+    Product p = {x, w, y, x_stride, rows, out_features, in_features};
+    in_pieces(multiply_chunk, &p, (out_features + CHUNK - 1) / CHUNK, num_threads);
 }
 #else
 EXPORT void turret_dense_product(void) {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from turret.kernels.cpu.native import functions, has_native_products
+from turret.kernels.cpu.threads import num_threads
 
 
 def serves_dense(weight: torch.Tensor) -> bool:
@@ -33,6 +34,6 @@ def dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         weight.data_ptr(),
         y.data_ptr(),
         *weight.shape,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return y

@@ -1,8 +1,10 @@
 /* What a decoder layer does between its matrix products, one pass each. */
 #include "elements.h"
+#include "team.h"
 
 #include <math.h>
-#include <omp.h>
+
+#define SMALL 16384 /* elements that one thread computes sooner than two begin */
 
 /* hidden += delta (rounded to its type), then out = rms_norm(hidden) * weight, for [rows, width].
  * delta may be null. RMSNorm: arXiv 1910.07467. */
@@ -29,12 +31,26 @@ KERNEL static void norm_row(element *hidden, const element *delta, const float *
     for (; i < width; i++) out[i] = to_element(from_element(hidden[i]) * scale * weight[i]);
 }
 
+typedef struct {
+    element *hidden;
+    const element *delta;
+    const float *weight;
+    double eps;
+    element *out;
+    int64_t width;
+} Norm;
+
+static void norm_piece(const void *job, int64_t thread, int64_t r) {
+    const Norm *n = job;
+    (void)thread;
+    norm_row(n->hidden + r * n->width, n->delta ? n->delta + r * n->width : 0, n->weight,
+             (float)n->eps, n->out + r * n->width, n->width);
+}
+
 EXPORT void EXPORTED(turret_add_rms_norm)(element *hidden, const element *delta, const float *weight, double eps,
                                 element *out, int64_t rows, int64_t width, int64_t threads) {
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1)
-    for (int64_t r = 0; r < rows; r++)
-        norm_row(hidden + r * width, delta ? delta + r * width : 0, weight, (float)eps,
-                 out + r * width, width);
+    Norm norm = {hidden, delta, weight, eps, out, width};
+    in_pieces(norm_piece, &norm, rows, rows * width > SMALL ? threads : 1);
 }
 
 /* x * sigmoid(x), or gelu by its tanh formula, which is x * sigmoid(2 sqrt(2/pi) (x + 0.044715 x^3)). */
@@ -65,27 +81,34 @@ KERNEL static void gelu_row(const element *gate, const element *up, element *out
     gated_row(gate, up, out, count, 1);
 }
 
-/* out = activation(gate) * up, for gate_up [rows, 2 * width]. */
-INLINE void gated_mul(const element *gate_up, element *out, int64_t rows, int64_t width, int64_t threads,
-                      void (*row)(const element *, const element *, element *, int64_t)) {
-    int64_t half = (width / 2 + LANES - 1) / LANES * LANES;
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t part = 0; part < 2 * rows; part++) {
-        const element *gate = gate_up + part / 2 * 2 * width;
-        int64_t low = part % 2 ? half : 0, high = part % 2 ? width : half < width ? half : width;
-        if (low < high)
-            row(gate + low, gate + width + low, out + part / 2 * width + low, high - low);
-    }
+typedef struct {
+    const element *gate_up; /* [rows, 2 * width] */
+    element *out;
+    int64_t width;
+    void (*row)(const element *, const element *, element *, int64_t);
+} Gated;
+
+/* A row is two pieces. */
+static void gated_piece(const void *job, int64_t thread, int64_t piece) {
+    const Gated *g = job;
+    int64_t width = g->width, half = (width / 2 + LANES - 1) / LANES * LANES;
+    const element *gate = g->gate_up + piece / 2 * 2 * width;
+    int64_t low = piece % 2 ? half : 0, high = piece % 2 ? width : half < width ? half : width;
+    (void)thread;
+    if (low < high)
+        g->row(gate + low, gate + width + low, g->out + piece / 2 * width + low, high - low);
 }
 
 EXPORT void EXPORTED(turret_silu_mul)(const element *gate_up, element *out, int64_t rows, int64_t width,
                             int64_t threads) {
-    gated_mul(gate_up, out, rows, width, threads, silu_row);
+    Gated gated = {gate_up, out, width, silu_row};
+    in_pieces(gated_piece, &gated, 2 * rows, rows * width > SMALL ? threads : 1);
 }
 
 EXPORT void EXPORTED(turret_gelu_mul)(const element *gate_up, element *out, int64_t rows, int64_t width,
                             int64_t threads) {
-    gated_mul(gate_up, out, rows, width, threads, gelu_row);
+    Gated gated = {gate_up, out, width, gelu_row};
+    in_pieces(gated_piece, &gated, 2 * rows, rows * width > SMALL ? threads : 1);
 }
 
 /* Rotary positions (arXiv 2104.09864) of the first 2 * pairs features of a head: pairs are
@@ -125,16 +148,32 @@ KERNEL static void rope_row(const element *qkv, const float *cos, const float *s
     memcpy(v, qkv + (heads + kv_heads) * dim, kv_heads * dim * sizeof(element));
 }
 
+typedef struct {
+    const element *qkv;
+    const float *cos, *sin;
+    const int64_t *slots;
+    float *q;
+    element *k_cache, *v_cache;
+    Shape shape;
+} Rope;
+
+static void rope_piece(const void *job, int64_t thread, int64_t r) {
+    const Rope *p = job;
+    const Shape *s = &p->shape;
+    int64_t width = s->kv_heads * s->dim, slot = p->slots[r] * width;
+    (void)thread;
+    rope_row(p->qkv + r * (s->heads * s->dim + 2 * width), p->cos + r * s->pairs,
+             p->sin + r * s->pairs, p->q + r * s->heads * s->dim, p->k_cache + slot,
+             p->v_cache + slot, s);
+}
+
 EXPORT void EXPORTED(turret_rope_kv_write)(const element *qkv, const float *cos, const float *sin,
                                  const int64_t *slots, float *q, element *k_cache, element *v_cache,
                                  int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim,
                                  int64_t pairs, int64_t is_interleaved, int64_t threads) {
-    int64_t width = kv_heads * dim;
-    Shape shape = {heads, kv_heads, dim, pairs, is_interleaved};
-#pragma omp parallel for num_threads(threads) schedule(static) if (rows > 1)
-    for (int64_t r = 0; r < rows; r++)
-        rope_row(qkv + r * (heads + 2 * kv_heads) * dim, cos + r * pairs, sin + r * pairs,
-                 q + r * heads * dim, k_cache + slots[r] * width, v_cache + slots[r] * width, &shape);
+    Rope rope = {qkv, cos, sin, slots, q, k_cache, v_cache,
+                 {heads, kv_heads, dim, pairs, is_interleaved}};
+    in_pieces(rope_piece, &rope, rows, rows * heads * dim > SMALL ? threads : 1);
 }
 
 #ifdef ELEMENT_F32

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from turret.kernels.cpu.native import by_element
+from turret.kernels.cpu.threads import num_threads
 
 
 def add_rms_norm(
@@ -33,7 +34,7 @@ def add_rms_norm(
         out.data_ptr(),
         rows,
         width,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return out
 
@@ -54,9 +55,7 @@ def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def _gated_mul(name: str, gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype)
-    by_element(name, gate_up.dtype)(
-        gate_up.data_ptr(), out.data_ptr(), rows, width, torch.get_num_threads()
-    )
+    by_element(name, gate_up.dtype)(gate_up.data_ptr(), out.data_ptr(), rows, width, num_threads())
     return out
 
 
@@ -104,6 +103,6 @@ def rope_kv_write(
         head_dim,
         cos.shape[1],
         is_interleaved,
-        torch.get_num_threads(),
+        num_threads(),
     )
     return q

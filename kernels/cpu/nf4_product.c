@@ -21,7 +21,7 @@ EXPORT int64_t turret_ahead(const Step *step, int64_t module, int64_t rows, int6
 }
 
 #if HAS_AVX512_BF16
-#include <omp.h>
+#include "team.h"
 
 #define TILE_OUT 32 /* outputs of a tile: two vectors */
 #define BLOCK 64    /* inputs of an absmax */
@@ -157,6 +157,24 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
     }
 }
 
+typedef struct {
+    const Product *product;
+    Walk *walks; /* of the threads */
+    int64_t tiles, pieces;
+} Job;
+
+static void multiply_piece(const void *job, int64_t thread, int64_t piece) {
+    const Job *j = job;
+    const Product *p = j->product;
+    Walk walk = j->walks[thread];
+    for (int64_t tile = j->tiles * piece / j->pieces; tile < j->tiles * (piece + 1) / j->pieces; tile++)
+        for (int64_t first = 0; first < p->rows; first += ROW_BLOCK)
+            multiply_tile(p, tile, first,
+                          p->rows - first < ROW_BLOCK ? p->rows - first : ROW_BLOCK,
+                          &walk);
+    j->walks[thread] = walk;
+}
+
 EXPORT int64_t turret_has_products(void) { return 1; }
 
 /* y is contiguous. `step` has the adapters to ask for ahead, the next ones being those of projection
@@ -166,17 +184,14 @@ EXPORT void turret_nf4_product(const bf16 *x, int64_t x_stride, int64_t rows, co
                                int64_t in_features, int64_t num_threads, const Step *step,
                                int64_t module) {
     Product p = {x, packed, absmax, y, rows, x_stride, out_features, in_features};
-    int64_t tiles = out_features / TILE_OUT;
-#pragma omp parallel num_threads(num_threads)
-    {
-        int64_t part = omp_get_thread_num(), parts = omp_get_num_threads();
-        Walk walk = begin_ahead(step, module, part, parts);
-        for (int64_t tile = tiles * part / parts; tile < tiles * (part + 1) / parts; tile++)
-            for (int64_t first = 0; first < rows; first += ROW_BLOCK)
-                multiply_tile(&p, tile, first, rows - first < ROW_BLOCK ? rows - first : ROW_BLOCK,
-                              &walk);
-        end_ahead(&walk);
-    }
+    Walk walks[MOST_THREADS];
+    int64_t tiles = out_features / TILE_OUT, threads = num_threads;
+    if (threads > tiles) threads = tiles;
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    for (int64_t t = 0; t < threads; t++) walks[t] = begin_ahead(step, module, t, threads);
+    Job job = {&p, walks, tiles, threads * PIECES_EACH < tiles ? threads * PIECES_EACH : tiles};
+    in_pieces(multiply_piece, &job, job.pieces, threads);
+    for (int64_t t = 0; t < threads; t++) end_ahead(&walks[t]);
 }
 #else
 EXPORT int64_t turret_has_products(void) { return 0; }

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 
 from turret.kernels.cpu.native import by_element
+from turret.kernels.cpu.threads import num_threads
 from turret.kernels.paged_attention import SequenceSpan
 
 _LANES = 16
@@ -46,7 +47,7 @@ class NativeAttentionPlan:
             address += 8 * len(span.blocks)
             longest = max(longest, span.num_context + span.num_new)
         self._spans = (ctypes.c_int64 * len(values))(*values)
-        threads = torch.get_num_threads()
+        threads = num_threads()
         # Whole vectors are stored from any position on.
         padded = -(-longest // _LANES) * _LANES + _LANES
         stride = num_heads * (2 * head_dim + padded)

@@ -7,9 +7,8 @@
  * zeros appended to the inner dimension (for columns: zeros anywhere in it). Tiles are computed alike
  * whatever is in them: what a library does not promise is what these are for (kernels/rows/linear.py).
  */
+#include "team.h"
 #include "vec.h"
-
-#include <omp.h>
 
 #define TILE 4 /* rows and outputs of dots that are taken together */
 #if defined(__AVX512F__)
@@ -74,19 +73,29 @@ INLINE f32x16 load_some_f32(const float *p, int64_t count) {
 
 typedef void Kernel(const Product *, const Part *);
 
+typedef struct {
+    const Product *product;
+    Kernel *kernel;
+    int64_t row_blocks, column_blocks;
+} Job;
+
+static void compute_part(const void *job, int64_t thread, int64_t i) {
+    const Job *j = job;
+    const Product *p = j->product;
+    int64_t row = i % j->row_blocks * ROW_BLOCK;
+    int64_t column = i / j->row_blocks % j->column_blocks * COLUMN_BLOCK;
+    Part part = {i / j->row_blocks / j->column_blocks, row, least(row + ROW_BLOCK, p->rows), column,
+                 least(column + COLUMN_BLOCK, p->columns)};
+    (void)thread;
+    j->kernel(p, &part);
+}
+
 static void in_parts(const Product *p, Kernel *kernel) {
-    int64_t row_blocks = (p->rows + ROW_BLOCK - 1) / ROW_BLOCK;
-    int64_t column_blocks = (p->columns + COLUMN_BLOCK - 1) / COLUMN_BLOCK;
-    int64_t parts = p->batches * row_blocks * column_blocks;
+    Job job = {p, kernel, (p->rows + ROW_BLOCK - 1) / ROW_BLOCK,
+               (p->columns + COLUMN_BLOCK - 1) / COLUMN_BLOCK};
     int64_t work = p->batches * p->rows * p->columns * p->inner;
-#pragma omp parallel for num_threads(p->threads) schedule(static) if (parts > 1 && work > SMALL)
-    for (int64_t i = 0; i < parts; i++) {
-        int64_t row = i % row_blocks * ROW_BLOCK;
-        int64_t column = i / row_blocks % column_blocks * COLUMN_BLOCK;
-        Part part = {i / row_blocks / column_blocks, row, least(row + ROW_BLOCK, p->rows), column,
-                     least(column + COLUMN_BLOCK, p->columns)};
-        kernel(p, &part);
-    }
+    in_pieces(compute_part, &job, p->batches * job.row_blocks * job.column_blocks,
+              work > SMALL ? p->threads : 1);
 }
 
 /* w: [batches, columns, inner]. */

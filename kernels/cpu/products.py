@@ -11,6 +11,7 @@ import ctypes
 import torch
 
 from turret.kernels.cpu.native import functions
+from turret.kernels.cpu.threads import num_threads
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -85,5 +86,5 @@ def _product(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor, *, adds: bool) -
         *(x.stride(0), x.stride(1)),
         *(w.stride(0) if w.shape[0] == x.shape[0] else 0, w.stride(1)),
         *(y.stride(0), y.stride(1)),
-        *(_KINDS[w.dtype], int(adds), torch.get_num_threads()),
+        *(_KINDS[w.dtype], int(adds), num_threads()),
     )

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 
 from turret.kernels.cpu.native import functions
+from turret.kernels.cpu.threads import num_threads
 
 # How much of a thread's cache is for what comes ahead. The weights of the base pass through it too.
 _AHEAD_BYTES = 3 << 19
@@ -234,19 +235,19 @@ class RowAdapters:
         self._members = torch.tensor(members, dtype=torch.int64).view(-1, 4)
         self._members.view(torch.float64)[:, 3] = torch.tensor(weights, dtype=torch.float64)
         self._scratch = torch.empty(size)
-        num_threads = torch.get_num_threads()
-        self._marks = torch.zeros(num_threads, 7, dtype=torch.int64)
+        threads = num_threads()
+        self._marks = torch.zeros(threads, 7, dtype=torch.int64)
         self._sizes = sizes
         self._step = (ctypes.c_int64 * 10)(
             self._segments.data_ptr(),
             self._members.data_ptr(),
             self._scratch.data_ptr(),
             len(rows),
-            num_threads,
+            threads,
             sizes.address,
             sizes.per_layer,
             sizes.per_layer * sizes.num_layers,
-            sizes.reach(sum(t.num_low_rank_bytes for t in self._tables), num_threads),
+            sizes.reach(sum(t.num_low_rank_bytes for t in self._tables), threads),
             self._marks.data_ptr(),
         )
         self._address = ctypes.addressof(self._step)

@@ -10,6 +10,7 @@ import torch
 
 from turret.kernels.cpu.native import functions, has_kernels, has_native_products
 from turret.kernels.cpu.row_adapters import Ahead
+from turret.kernels.cpu.threads import num_threads
 from turret.kernels.rows.trial import (
     SAMPLE_ROWS,
     Formulation,
@@ -70,7 +71,7 @@ def nf4_product(
         out.data_ptr(),
         out_features,
         in_features,
-        torch.get_num_threads(),
+        num_threads(),
         step,
         module,
     )

@@ -59,6 +59,7 @@ void turret_dense_product(const bf16 *, int64_t, int64_t, const bf16 *, bf16 *, 
 void turret_nf4_product(const bf16 *, int64_t, int64_t, const uint8_t *, const bf16 *, bf16 *, int64_t,
                         int64_t, int64_t, const Step *, int64_t);
 int64_t turret_has_products(void);
+void turret_own_threads(int64_t are_wanted);
 void turret_add_rms_norm(bf16 *, const bf16 *, const float *, double, bf16 *, int64_t, int64_t, int64_t);
 void turret_add_rms_norm_f32(float *, const float *, const float *, double, float *, int64_t, int64_t,
                              int64_t);
@@ -391,6 +392,7 @@ static void check_adapters(int64_t in, int64_t out, int64_t rank, int64_t side) 
 
 int main(int count, char **arguments) {
     threads = count > 1 ? atoi(arguments[1]) : 1;
+    turret_own_threads(count > 2);
     static const int64_t sizes[][2] = {{1, 1}, {5, 17}, {16, 16}, {33, 100}, {70, 192}, {130, 576}};
     for (int i = 0; i < 6; i++)
         for (int64_t kind = 0; kind < 3; kind++) {

@@ -1,0 +1,240 @@
+"""Decode speed beside something else that wants the processors, against the same server idle.
+
+    python bench/neighbours.py [--repeats 3] [--only TEXT]
+
+Four settings, interleaved round by round with the idle one: a busy Python loop, a second server
+under the same load, a CFS quota of three quarters of the processors (cgroup v1 or v2, where root
+allows it), and nothing. The client runs on the same processors, as it does in ``decode.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import psutil
+from common.batch import BatchTiming, send_batch
+from common.machine import describe, require_idle
+from common.prompts import PromptSource
+from common.random_lora import write_random_loras
+from common.report import append_rows, make_console, print_rows
+
+from turret.clients.client import TurretClient
+from turret.server.models.families import read_arch
+from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.server_process import ServerProcess
+
+_BATCH = 16
+_RANK = 16
+_PROMPT_TOKENS = 64
+_NEW_TOKENS = 64
+_QUOTA_SHARE = 0.75
+_PERIOD_US = 100_000
+_IDLE_SECONDS = 5.0
+IDLE, BUSY, SERVERS, QUOTA = "idle", "busy loop", "two servers", "quota"
+
+
+@dataclass(slots=True)
+class Case:
+    """Requests at once, an adapter or None each, and the rates of its rounds by setting."""
+
+    name: str
+    adapters: list[str | None]
+    rates: dict[str, list[float]] = field(default_factory=dict)
+
+    def median(self, setting: str) -> float:
+        return statistics.median(self.rates[setting])
+
+
+def make_cases(loras: list[str]) -> list[Case]:
+    return [
+        Case("base, 1 request", [None]),
+        Case(f"base, {_BATCH} requests", [None] * _BATCH),
+        Case("one adapter, 1 request", [loras[0]]),
+        Case(f"{_BATCH} adapters, {_BATCH} requests", list(loras)),
+    ]
+
+
+class Served:
+    """A server with the adapters loaded, and its prompts."""
+
+    def __init__(self, root: Path, loras: list[str]) -> None:
+        flags = ["--adapter-root", str(root), "--max-num-seqs", "64", "--max-rank", "128"]
+        self.server = ServerProcess(flags)
+        self.server.wait()
+        self.pid = self.server.process.pid
+        self.client = TurretClient(self.server.address)
+        for name in loras:
+            self.client.adapters.load(name, name)
+        self.prompts = PromptSource(self.client, _PROMPT_TOKENS)
+
+    def rate(self, adapters: list[str | None], new_tokens: int = _NEW_TOKENS) -> float:
+        """Tokens per second of one batch."""
+        prompts = self.prompts.take(len(adapters))
+        answers = send_batch(self.server.address, prompts, adapters, new_tokens)
+        return BatchTiming.of(answers).decode_rate
+
+    def idle_share(self) -> float:
+        """Processor time that the server uses while nobody asks, of one processor."""
+        process = psutil.Process(self.pid)
+        before, start = process.cpu_times(), time.perf_counter()
+        time.sleep(_IDLE_SECONDS)
+        after = process.cpu_times()
+        used = after.user + after.system - before.user - before.system
+        return used / (time.perf_counter() - start)
+
+    def stop(self) -> None:
+        self.client.close()
+        self.server.stop()
+
+
+@contextlib.contextmanager
+def busy_loop() -> Iterator[None]:
+    """A process that computes without end."""
+    process = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@contextlib.contextmanager
+def load_on(other: Served, adapters: list[str | None]) -> Iterator[None]:
+    """The same batch, again and again, on another server."""
+    stopping = threading.Event()
+
+    def send() -> None:
+        while not stopping.is_set():
+            other.rate(adapters)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    time.sleep(0.5)
+    try:
+        yield
+    finally:
+        stopping.set()
+        thread.join()
+
+
+@contextlib.contextmanager
+def quota(pid: int) -> Iterator[None]:
+    """The server, not its client, in a control group with a quota.
+
+    Raises:
+        OSError: There is no controller, or no right to use it.
+    """
+    quota_us = int(_QUOTA_SHARE * (os.cpu_count() or 1) * _PERIOD_US)
+    old = Path("/sys/fs/cgroup/cpu")
+    parent = old if old.is_dir() else Path("/sys/fs/cgroup")
+    group = parent / f"turret-bench-{os.getpid()}"
+    group.mkdir()
+    try:
+        if parent == old:
+            (group / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
+            (group / "cpu.cfs_quota_us").write_text(str(quota_us))
+        else:
+            (group / "cpu.max").write_text(f"{quota_us} {_PERIOD_US}")
+        (group / "cgroup.procs").write_text(str(pid))
+        yield
+    finally:
+        (parent / "cgroup.procs").write_text(str(pid))
+        group.rmdir()
+
+
+def has_quota() -> bool:
+    try:
+        with subprocess.Popen(["sleep", "60"]) as process:
+            try:
+                with quota(process.pid):
+                    return True
+            finally:
+                process.kill()
+    except OSError:
+        return False
+
+
+def run_round(case: Case, served: Served, other: Served, settings: list[str]) -> None:
+    around = {
+        IDLE: contextlib.nullcontext,
+        BUSY: busy_loop,
+        SERVERS: lambda: load_on(other, case.adapters),
+        QUOTA: lambda: quota(served.pid),
+    }
+    for setting in settings:
+        with around[setting]():
+            case.rates.setdefault(setting, []).append(served.rate(case.adapters))
+        print(case.name, setting, case.rates[setting][-1], flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--repeats", type=int, default=3, help="rounds; the median counts")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases named so")
+    parser.add_argument("--setting", default="", metavar="TEXT", help="settings named so")
+    parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
+    parser.add_argument("--no-save", action="store_true", help="keep no results")
+    args = parser.parse_args(argv)
+    console = make_console()
+    load = require_idle(console, args.force)
+    from transformers import AutoConfig
+
+    model = resolve_model(None, default_cache_dir())
+    arch = read_arch(AutoConfig.from_pretrained(model.files))
+    settings = [IDLE, BUSY, SERVERS] + ([QUOTA] if has_quota() else [])
+    settings = [s for s in settings if s == IDLE or args.setting in s]
+    with (
+        tempfile.TemporaryDirectory(prefix="turret-bench-") as folder,
+        contextlib.ExitStack() as stack,
+    ):
+        root = Path(folder)
+        loras = write_random_loras(root, _BATCH, rank=_RANK, arch=arch, base_model=model.name)
+        cases = [case for case in make_cases(loras) if args.only in case.name]
+        servers = []
+        for _ in range(2):
+            servers.append(Served(root, loras))
+            stack.callback(servers[-1].stop)
+        idle_share = servers[0].idle_share()
+        for case in cases:
+            for served in servers:
+                served.rate(case.adapters, 8)
+        for _ in range(args.repeats):
+            for case in cases:
+                run_round(case, *servers, settings)
+    rows = []
+    for case in cases:
+        row = {"case": case.name, "idle, tokens/s": f"{case.median(IDLE):.0f}"}
+        for setting in settings[1:]:
+            share = case.median(setting) / case.median(IDLE)
+            all_rates = ", ".join(f"{rate:.0f}" for rate in case.rates[setting])
+            row[setting] = f"{share:.2f} ({all_rates})"
+        rows.append(row)
+    print_rows(console, "Decode beside others, of the idle rate; medians", rows)
+    console.print(f"a server that nobody asks uses {idle_share:.1%} of a processor")
+    if not args.no_save:
+        common = describe() | {"bench": "neighbours", "forced": args.force, "load_before": load}
+        saved = [
+            common
+            | {
+                "scenario": {"name": case.name, "model": model.name, "rank": _RANK},
+                "values": {"rates": {k: [round(r, 1) for r in v] for k, v in case.rates.items()}},
+            }
+            for case in cases
+        ]
+        console.print(f"results added to {append_rows(saved)}", soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

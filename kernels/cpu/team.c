@@ -1,0 +1,260 @@
+/* Threads of the library's own, or OpenMP's, which torch shares.
+ *
+ * OpenMP deals work out and waits at a barrier for every thread. Beside a process that wants a
+ * processor, the one it takes is missing at each of some 250 barriers of a decode step, for
+ * milliseconds each time. Threads of its own suit a process whose other libraries have none at work
+ * meanwhile: two teams that both spin while they wait take the processors from each other.
+ */
+#define _GNU_SOURCE
+#include "team.h"
+
+#include "vec.h"
+
+#include <omp.h>
+#include <stdatomic.h>
+
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+/* A thread's share, [next, end). Beside the number of the next piece is the number of the job, so that
+ * who is late claims nothing of a job it does not know. */
+typedef struct {
+    _Alignas(64) _Atomic uint64_t next;
+    _Atomic uint64_t end;
+} Share;
+
+#define PIECE_BITS 32
+#define PIECE(next) ((next) & ((1ull << PIECE_BITS) - 1))
+
+static void deal(Share *shares, uint64_t number, int64_t pieces, int64_t threads) {
+    for (int64_t t = 0; t < threads; t++) {
+        uint64_t start = number << PIECE_BITS, end = (uint64_t)(pieces * (t + 1) / threads);
+        /* Void before it has another end: who is late compares the old number with the new end. */
+        atomic_store_explicit(&shares[t].next, PIECE(start - 1) | start, memory_order_relaxed);
+        atomic_store_explicit(&shares[t].end, end, memory_order_release);
+        atomic_store_explicit(&shares[t].next, start | (uint64_t)(pieces * t / threads),
+                              memory_order_release);
+    }
+}
+
+/* The next piece of a share, or -1. */
+static int64_t claim(Share *share, uint64_t number) {
+    uint64_t next = atomic_load_explicit(&share->next, memory_order_acquire);
+    uint64_t end = atomic_load_explicit(&share->end, memory_order_acquire);
+    while (next >> PIECE_BITS == number && PIECE(next) < end)
+        if (atomic_compare_exchange_weak_explicit(&share->next, &next, next + 1,
+                                                  memory_order_acq_rel, memory_order_acquire))
+            return (int64_t)PIECE(next);
+    return -1;
+}
+
+/* Computes pieces until none is left, the own share's first; returns how many. */
+static int64_t compute(Share *shares, uint64_t number, int64_t threads, Work *work, const void *job,
+                       int64_t thread) {
+    int64_t done = 0;
+    for (int64_t i = 0; i < threads; i++) {
+        Share *share = &shares[(thread + i) % threads];
+        for (int64_t piece; (piece = claim(share, number)) >= 0; done++) work(job, thread, piece);
+    }
+    return done;
+}
+
+static void in_pieces_openmp(Work *work, const void *job, int64_t pieces, int64_t threads) {
+    Share shares[MOST_THREADS];
+    deal(shares, 0, pieces, threads);
+#pragma omp parallel num_threads((int)threads)
+    compute(shares, 0, threads, work, job, omp_get_thread_num());
+}
+
+#ifdef __linux__
+#include <linux/futex.h>
+#include <pthread.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <time.h>
+#include <unistd.h>
+
+/* Nanoseconds that a thread looks for work before it sleeps. A step's kernels follow each other within
+ * some 30 microseconds; who spins while another process wants the processor loses it for longer. */
+#define SPIN_ALONE 300000
+#define SPIN_BESIDE 30000
+/* A pause of that length in a loop that never waits: the system ran something else. */
+#define PUT_ASIDE 400000
+/* For how long the processors count as shared after that. */
+#define STAYS_SHARED 200000000
+/* Nanoseconds that the caller looks for the end of the last pieces before it sleeps. */
+#define SPIN_END 50000
+
+static struct {
+    Share shares[MOST_THREADS];
+    _Atomic uint32_t number; /* of the job; workers sleep on it */
+    _Atomic uint32_t done;   /* pieces; the caller sleeps on it */
+    _Atomic uint32_t sleepers, is_caller_asleep;
+    _Atomic int64_t pieces, threads;
+    _Atomic(Work *) work;
+    _Atomic(const void *) job;
+    _Atomic int64_t shared_until;
+    _Atomic int caller_cpu;
+    int64_t workers; /* there are */
+    pthread_mutex_t one; /* job at a time */
+} team = {.one = PTHREAD_MUTEX_INITIALIZER};
+static _Thread_local int has_own_threads;
+
+static void wait_while(_Atomic uint32_t *word, uint32_t value) {
+    syscall(SYS_futex, word, FUTEX_WAIT_PRIVATE, value, 0, 0, 0);
+}
+
+static void wake(_Atomic uint32_t *word, int count) {
+    syscall(SYS_futex, word, FUTEX_WAKE_PRIVATE, count, 0, 0, 0);
+}
+
+static int64_t now(void) {
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return t.tv_sec * 1000000000 + t.tv_nsec;
+}
+
+INLINE void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* Spins while *word is value, at most some time. Whether it is another value now. */
+static int spin(_Atomic uint32_t *word, uint32_t value, int64_t most) {
+    int64_t start = now(), last = start;
+    for (;;) {
+        for (int i = 0; i < 32; i++) {
+            if (atomic_load_explicit(word, memory_order_acquire) != value) return 1;
+            relax();
+        }
+        int64_t at = now();
+        if (at - last > PUT_ASIDE) {
+            atomic_store_explicit(&team.shared_until, at + STAYS_SHARED, memory_order_relaxed);
+            return 0;
+        }
+        if (at - start > most) return 0;
+        last = at;
+    }
+}
+
+static int is_shared(void) {
+    int64_t until = atomic_load_explicit(&team.shared_until, memory_order_relaxed);
+    return until && now() < until;
+}
+
+/* Off the caller's processor. A thread that was woken there while others were taken stays there: the
+ * system sees two threads with half a processor each and no reason to move one. */
+static void leave(int cpu) {
+    static _Thread_local cpu_set_t allowed;
+    static _Thread_local int is_known;
+    if (!is_known) is_known = sched_getaffinity(0, sizeof allowed, &allowed) == 0;
+    if (!is_known || CPU_COUNT(&allowed) < 2) return;
+    cpu_set_t others = allowed;
+    CPU_CLR(cpu, &others);
+    sched_setaffinity(0, sizeof others, &others);
+}
+
+static void finish(uint32_t pieces) {
+    uint32_t done = atomic_fetch_add(&team.done, pieces) + pieces;
+    if (done == (uint32_t)atomic_load_explicit(&team.pieces, memory_order_relaxed) &&
+        atomic_load(&team.is_caller_asleep))
+        wake(&team.done, 1);
+}
+
+static void *serve(void *argument) {
+    int64_t thread = (int64_t)argument;
+    uint32_t number = 0;
+    for (;;) {
+        if (!spin(&team.number, number, is_shared() ? SPIN_BESIDE : SPIN_ALONE)) {
+            atomic_fetch_add(&team.sleepers, 1);
+            while (atomic_load(&team.number) == number) wait_while(&team.number, number);
+            atomic_fetch_sub(&team.sleepers, 1);
+        }
+        number = atomic_load_explicit(&team.number, memory_order_acquire);
+        /* These may be those of a later job already; then nothing can be claimed. */
+        int64_t threads = atomic_load_explicit(&team.threads, memory_order_relaxed);
+        Work *work = atomic_load_explicit(&team.work, memory_order_relaxed);
+        const void *job = atomic_load_explicit(&team.job, memory_order_relaxed);
+        if (thread >= threads) continue;
+        int cpu = atomic_load_explicit(&team.caller_cpu, memory_order_relaxed);
+        if (sched_getcpu() == cpu) leave(cpu);
+        int64_t done = compute(team.shares, number, threads, work, job, thread);
+        if (done) finish((uint32_t)done);
+    }
+    return 0;
+}
+
+/* A child has none of its parent's threads. */
+static void after_fork(void) {
+    team.workers = 0;
+    atomic_store(&team.sleepers, 0);
+    pthread_mutex_init(&team.one, 0);
+}
+
+static int64_t start_workers(int64_t count) {
+    static int is_watching;
+    if (!is_watching) is_watching = !pthread_atfork(0, 0, after_fork);
+    while (team.workers < count) {
+        pthread_t thread;
+        pthread_attr_t attributes;
+        pthread_attr_init(&attributes);
+        pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+        int failed = pthread_create(&thread, &attributes, serve, (void *)(team.workers + 1));
+        pthread_attr_destroy(&attributes);
+        if (failed) break;
+        team.workers++;
+    }
+    return team.workers;
+}
+
+static void in_pieces_own(Work *work, const void *job, int64_t pieces, int64_t threads) {
+    threads = least(threads, start_workers(threads - 1) + 1);
+    uint32_t number = atomic_load_explicit(&team.number, memory_order_relaxed) + 1;
+    atomic_store_explicit(&team.done, 0, memory_order_relaxed);
+    atomic_store_explicit(&team.pieces, pieces, memory_order_relaxed);
+    atomic_store_explicit(&team.threads, threads, memory_order_relaxed);
+    atomic_store_explicit(&team.work, work, memory_order_relaxed);
+    atomic_store_explicit(&team.job, job, memory_order_relaxed);
+    atomic_store_explicit(&team.caller_cpu, sched_getcpu(), memory_order_relaxed);
+    deal(team.shares, number, pieces, threads);
+    atomic_store(&team.number, number);
+    uint32_t sleepers = atomic_load(&team.sleepers);
+    if (sleepers) wake(&team.number, (int)least(sleepers, threads - 1));
+    finish((uint32_t)compute(team.shares, number, threads, work, job, 0));
+    for (uint32_t done; (done = atomic_load(&team.done)) != (uint32_t)pieces;) {
+        if (spin(&team.done, done, SPIN_END)) continue;
+        atomic_store(&team.is_caller_asleep, 1);
+        if ((done = atomic_load(&team.done)) != (uint32_t)pieces) wait_while(&team.done, done);
+        atomic_store(&team.is_caller_asleep, 0);
+    }
+}
+
+/* Whether threads of the library's own compute what the calling thread asks for from now on. */
+EXPORT void turret_own_threads(int64_t are_wanted) { has_own_threads = are_wanted != 0; }
+
+void in_pieces(Work *work, const void *job, int64_t pieces, int64_t threads) {
+    threads = least(least(threads, pieces), MOST_THREADS);
+    if (threads <= 1) {
+        for (int64_t piece = 0; piece < pieces; piece++) work(job, 0, piece);
+    } else if (!has_own_threads) {
+        in_pieces_openmp(work, job, pieces, threads);
+    } else if (pthread_mutex_trylock(&team.one) == 0) {
+        in_pieces_own(work, job, pieces, threads);
+        pthread_mutex_unlock(&team.one);
+    } else { /* another thread's job is under way */
+        for (int64_t piece = 0; piece < pieces; piece++) work(job, 0, piece);
+    }
+}
+#else
+EXPORT void turret_own_threads(int64_t are_wanted) { (void)are_wanted; }
+
+void in_pieces(Work *work, const void *job, int64_t pieces, int64_t threads) {
+    threads = least(least(threads, pieces), MOST_THREADS);
+    if (threads <= 1)
+        for (int64_t piece = 0; piece < pieces; piece++) work(job, 0, piece);
+    else
+        in_pieces_openmp(work, job, pieces, threads);
+}
+#endif

@@ -1,0 +1,116 @@
+"""The threads that share a kernel's work: ``team_checks.c``, alone and under a race detector."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from turret.kernels.cpu import native
+from turret.kernels.cpu.threads import num_threads, use_own_threads
+from turret.server.background import compute_on_this_thread
+
+ROOT = Path(__file__).resolve().parents[3]
+FOLDER = ROOT / "kernels" / "cpu"
+CHECKS = Path(__file__).parent / "team_checks.c"
+
+pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
+
+
+def build(folder: Path, *flags: str, source: Path = FOLDER / "team.c") -> Path:
+    out = folder / "checks"
+    files = [str(CHECKS), str(source)]
+    command = ["cc", "-g", "-Wno-psabi", "-fopenmp", "-pthread", f"-I{FOLDER}", *flags, *files]
+    subprocess.run([*command, "-o", str(out)], check=True, capture_output=True, text=True)
+    return out
+
+
+def run(checks: Path, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    environment = {"TSAN_OPTIONS": "die_after_fork=0"}
+    return subprocess.run(
+        [str(checks), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+        env=environment,
+    )
+
+
+def test_every_piece_is_computed_once(tmp_path: Path) -> None:
+    checks = build(tmp_path, "-O2")
+    for threads in ("1", "2", "3", "8"):
+        result = run(checks, threads)
+        assert result.returncode == 0, result.stdout
+        assert f"team of {threads}: 0 failures" in result.stdout
+
+
+@pytest.fixture
+def sanitizer(tmp_path: Path) -> str:
+    try:
+        build(tmp_path, "-fsanitize=thread")
+    except subprocess.CalledProcessError:
+        pytest.skip("the compiler has no race detector")
+    return "-fsanitize=thread"
+
+
+def test_nothing_races(tmp_path: Path, sanitizer: str) -> None:
+    checks = build(tmp_path, "-O1", sanitizer)
+    for threads in ("2", "7"):
+        result = run(checks, threads, "own")
+        assert result.returncode == 0, result.stdout + result.stderr
+        assert "WARNING" not in result.stderr
+
+
+FAULTS = {
+    "two threads claim a piece": (
+        """    while (next >> PIECE_BITS == number && PIECE(next) < end)
+        if (atomic_compare_exchange_weak_explicit(&share->next, &next, next + 1,
+                                                  memory_order_acq_rel, memory_order_acquire))
+            return (int64_t)PIECE(next);""",
+        """    if (next >> PIECE_BITS == number && PIECE(next) < end) {
+        atomic_store(&share->next, next + 1);
+        return (int64_t)PIECE(next);
+    }""",
+    ),
+    "the caller does not wait": (
+        "(done = atomic_load(&team.done)) != (uint32_t)pieces;) {",
+        "(done = atomic_load(&team.done)) + 1 < (uint32_t)pieces;) {",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: str, tmp_path: Path, sanitizer: str) -> None:
+    right, wrong = FAULTS[fault]
+    text = (FOLDER / "team.c").read_text()
+    assert right in text
+    (tmp_path / "team.c").write_text(text.replace(right, wrong))
+    checks = build(tmp_path, "-O1", sanitizer, source=tmp_path / "team.c")
+    try:
+        result = run(checks, "7", "own", timeout=8)
+    except subprocess.TimeoutExpired:
+        return  # it waits for more pieces than there are
+    assert result.returncode != 0 or "WARNING" in result.stderr
+
+
+@pytest.mark.skipif(native.library() is None, reason="no compiled kernels")
+def test_a_thread_has_its_own_or_what_torch_has() -> None:
+    found: list[int] = []
+
+    def compute() -> None:
+        found.append(num_threads())
+        use_own_threads()
+        compute_on_this_thread()
+        found.extend((num_threads(), torch.get_num_threads()))
+
+    thread = threading.Thread(target=compute)
+    thread.start()
+    thread.join()
+    assert found == [torch.get_num_threads(), torch.get_num_threads(), 1]
+    assert num_threads() == torch.get_num_threads()
