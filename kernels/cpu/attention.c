@@ -5,6 +5,7 @@
  * KV heads of its positions side by side, so a row's heads walk the blocks together and memory is
  * read as it lies; while a block is computed with, the next one comes into the cache.
  */
+#include "attention.h"
 #include "elements.h"
 #include "team.h"
 
@@ -12,27 +13,6 @@
 
 #define MAX_VECTORS 16 /* of a head: up to 256 dimensions */
 #define HEADS 4        /* query heads taken together at most */
-
-typedef struct {
-    int64_t first_row, num_new, num_context, num_padding;
-    const int64_t *blocks;
-} Span;
-
-typedef struct {
-    const Span *spans;
-    float *scratch; /* [threads, scratch_stride]: queries, results and scores of a row's heads */
-    int64_t num_spans, scratch_stride, num_threads;
-    int64_t window; /* 0: none */
-} Plan;
-
-typedef struct {
-    const float *q;  /* [rows, heads, head_dim], rotated */
-    const element *k, *v; /* [blocks, block_size, kv_heads, head_dim] */
-    element *out;       /* [rows, heads, head_dim] */
-    int64_t heads, kv_heads, head_dim, block_size;
-    double scale;
-    double softcap; /* of the scores; 0: none */
-} Heads;
 
 /* Positions of a block, of one KV head; `next` is where the same head of the next block lies. */
 typedef struct {
@@ -189,7 +169,7 @@ INLINE void attend(const Plan *plan, const Heads *h, const Row *row, float *scra
         }
     for (int64_t g = 0; g < heads; g++)
         for (int64_t d = 0; d < vectors; d++)
-            store_element(h->out + place + g * dim + d * LANES,
+            store_element((element *)h->out + place + g * dim + d * LANES,
                        load_f32(acc + g * dim + d * LANES) / sums[g]);
 }
 

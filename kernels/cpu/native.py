@@ -37,6 +37,7 @@ _SIGNATURES = {
     "turret_dense_product": (_pointer, _int, _int, _pointer, _pointer, _int, _int, _int),
     "turret_has_products": (),
     "turret_own_threads": (_int,),
+    "turret_layers": (_pointer, _pointer),
     "turret_ahead": (_pointer, *(_int,) * 4, _pointer, _int),
     "turret_dots": (_pointer,),
     "turret_columns": (_pointer,),

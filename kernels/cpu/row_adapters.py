@@ -250,12 +250,12 @@ class RowAdapters:
             sizes.reach(sum(t.num_low_rank_bytes for t in self._tables), threads),
             self._marks.data_ptr(),
         )
-        self._address = ctypes.addressof(self._step)
+        self.address = ctypes.addressof(self._step)
         self._adapt = functions().turret_adapt
 
     def ahead(self, module: int) -> Ahead:
         """For the base's product of the projection whose first module that is."""
-        return Ahead(self._address, module)
+        return Ahead(self.address, module)
 
     def adapt(
         self, shape: ProjectionShape, x: torch.Tensor, y: torch.Tensor, bias: torch.Tensor | None
@@ -269,7 +269,7 @@ class RowAdapters:
             bias: The base's, ``[sum(out)]`` bf16, or None.
         """
         self._adapt(
-            self._address,
+            self.address,
             shape.address,
             x.data_ptr(),
             x.stride(0),
@@ -301,7 +301,7 @@ class RowAdapters:
         """
         out = torch.empty(rows.shape[0], x.shape[1], dtype=x.dtype)
         functions().turret_input_gain(
-            self._address,
+            self.address,
             module,
             x.shape[1],
             x.data_ptr(),

@@ -166,6 +166,11 @@ class CpuStep:
     base_rows: slice
     others: tuple[StepPart, ...]
 
+    @property
+    def is_native(self) -> bool:
+        """Whether ``rows`` is all that changes a projection."""
+        return not (self.scaled or self.changed or self.others)
+
     def inputs(
         self, layer: int, projection: str, x: torch.Tensor
     ) -> tuple[torch.Tensor, Ahead | None]:

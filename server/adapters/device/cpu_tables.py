@@ -6,10 +6,13 @@ kernels read transposed, of Hadamard and Kronecker updates.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.cpu.layers import PROJECTIONS, NativePlace
 from turret.kernels.cpu.row_adapters import (
     HadamardFactors,
     KroneckerFactors,
@@ -61,6 +64,19 @@ class ModuleNumbers:
             for layer in range(layout.num_layers)
             for name, slices in layout.projections.items()
         }
+
+        self._num_layers = layout.num_layers
+
+    @functools.cached_property
+    def places(self) -> ctypes.Array[NativePlace]:
+        """Of the projections of all layers, for ``turret.kernels.cpu.layers``."""
+        return (NativePlace * (self._num_layers * len(PROJECTIONS)))(
+            *(
+                NativePlace(self.shape(layer, name).address, self.first(layer, name))
+                for layer in range(self._num_layers)
+                for name in PROJECTIONS
+            )
+        )
 
     def first(self, layer: int, projection: str) -> int:
         """Number of the projection's first module."""

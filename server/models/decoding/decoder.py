@@ -16,6 +16,7 @@ import torch.nn.functional as F
 
 from turret.kernels.rows.linear import row_linear
 from turret.kernels.rows.softcap import row_softcap_
+from turret.server.adapters.device.cpu_store import CpuStep
 from turret.server.adapters.device.store import AdapterStep
 from turret.server.adapters.device.vocabulary import (
     VocabularyGroup,
@@ -24,6 +25,8 @@ from turret.server.adapters.device.vocabulary import (
 )
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding.cpu_layer_ops import CpuLayerOps
+from turret.server.models.decoding.cpu_layers import CpuLayers
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.decoding.layer_ops import choose_layer_ops
 from turret.server.models.decoding.rotary_angles import GrowingQueries, RotaryAngles
@@ -107,6 +110,8 @@ class Decoder:
         self._growth = None
         if arch.query_growth is not None:
             self._growth = GrowingQueries(arch.query_growth, arch.max_model_len, self.device)
+        # Of an epoch and a cache.
+        self._native: tuple[int, KvCache, CpuLayers | None] | None = None
         # As the checkpoints were trained: the factor has the dtype of what it multiplies.
         self._embedding_scale = float(torch.tensor(arch.embedding_scale).to(self.dtype))
 
@@ -120,6 +125,16 @@ class Decoder:
         rotations = self._rotations(step.positions)
         growth = self._growth_at(step.positions)
         hidden = self._embed(step)
+        native, adapters = self._in_one_call(cache), step.adapters
+        is_native = isinstance(adapters, CpuStep) and adapters.is_native
+        if native is not None and (adapters is None or is_native):
+            return native.run(
+                hidden,
+                rotations=rotations,
+                slots=step.kv_slots,
+                attention=step.attention,
+                adapters=adapters if isinstance(adapters, CpuStep) else None,
+            )
         delta = None
         for number, layer in enumerate(self.layers):
             normed = self._enter(hidden, delta, layer.norm_before_attention)
@@ -138,6 +153,16 @@ class Decoder:
             gated = ops.gated_activation(layer.gate_up(normed, step.adapters))
             delta = self._leave(layer.down(gated, step.adapters), layer.norm_after_mlp)
         return ops.add_rms_norm(hidden, delta, self.norm)
+
+    def _in_one_call(self, cache: KvCache) -> CpuLayers | None:
+        """All layers as one call, or None where some part of them is not a compiled kernel."""
+        if not isinstance(self.ops, CpuLayerOps) or self.dtype != torch.bfloat16:
+            return None
+        if self._native is None or self._native[:2] != (self.epoch, cache):
+            is_served = CpuLayers.serves(self.arch, self.layers)
+            made = CpuLayers(self.arch, self.layers, self.norm, cache) if is_served else None
+            self._native = self.epoch, cache, made
+        return self._native[2]
 
     def _embed(self, step: StepInput) -> torch.Tensor:
         """What the first layer gets, ``[rows, hidden]``."""

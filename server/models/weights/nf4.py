@@ -184,6 +184,13 @@ class Nf4Linear:
         assert self._code is not None
         return nf4_product(x, self._packed, self._absmax, self._code, self._shape, ahead)
 
+    @property
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The weight in bitsandbytes' packed CPU layout and its absmax, if that is what is held."""
+        return (
+            None if self._dense is not None or self._code is None else (self._packed, self._absmax)
+        )
+
     def formulation(self) -> str:
         """What multiplies, in words."""
         if self._dense is not None:

@@ -1,0 +1,29 @@
+/* What a step attends to, as kernels/cpu/paged_attention.py lays it out. */
+#ifndef TURRET_ATTENTION_H
+#define TURRET_ATTENTION_H
+
+#include <stdint.h>
+
+typedef struct {
+    int64_t first_row, num_new, num_context, num_padding;
+    const int64_t *blocks;
+} Span;
+
+typedef struct {
+    const Span *spans;
+    float *scratch; /* [threads, scratch_stride]: queries, results and scores of a row's heads */
+    int64_t num_spans, scratch_stride, num_threads;
+    int64_t window; /* 0: none */
+} Plan;
+
+/* For one layer; elements are bf16, or fp32 for turret_attend_f32. */
+typedef struct {
+    const float *q;    /* [rows, heads, head_dim], rotated */
+    const void *k, *v; /* [blocks, block_size, kv_heads, head_dim] */
+    void *out;         /* [rows, heads, head_dim] */
+    int64_t heads, kv_heads, head_dim, block_size;
+    double scale;
+    double softcap; /* of the scores; 0: none */
+} Heads;
+
+#endif

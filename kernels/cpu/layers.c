@@ -1,0 +1,191 @@
+/* All layers of a step in one call: the loop of server/models/decoding/decoder.py over the same kernels,
+ * so with the same bits. Called one by one from Python they cost a step of one row half as much again.
+ */
+#include "adapters.h"
+#include "attention.h"
+#include "team.h"
+
+/* Those of other files, which describe them. */
+void turret_nf4_product(const bf16 *x, int64_t x_stride, int64_t rows, const uint8_t *packed,
+                        const bf16 *absmax, bf16 *y, int64_t out_features, int64_t in_features,
+                        int64_t num_threads, const Step *step, int64_t module);
+void turret_adapt(const Step *step, const int64_t *shape, const bf16 *x, int64_t x_stride, bf16 *y,
+                  int64_t y_stride, const bf16 *bias);
+void turret_add_rms_norm(bf16 *hidden, const bf16 *delta, const float *weight, double eps, bf16 *out,
+                         int64_t rows, int64_t width, int64_t threads);
+void turret_silu_mul(const bf16 *gate_up, bf16 *out, int64_t rows, int64_t width, int64_t threads);
+void turret_gelu_mul(const bf16 *gate_up, bf16 *out, int64_t rows, int64_t width, int64_t threads);
+void turret_rope_kv_write(const bf16 *qkv, const float *cos, const float *sin, const int64_t *slots,
+                          float *q, bf16 *k_cache, bf16 *v_cache, int64_t rows, int64_t heads,
+                          int64_t kv_heads, int64_t dim, int64_t pairs, int64_t is_interleaved,
+                          int64_t threads);
+void turret_attend(const Plan *plan, const Heads *heads);
+
+#if HAS_AVX512_BF16
+#define SMALL 16384 /* elements that one thread computes sooner than two begin */
+
+enum Projection { QKV, O, GATE_UP, DOWN, PROJECTIONS };
+
+typedef struct {
+    const uint8_t *packed; /* see nf4_product.c */
+    const bf16 *absmax;
+    const bf16 *bias; /* [out], or null */
+    int64_t out_features, in_features;
+} Linear;
+
+/* Norms are [hidden], or null where there is none. */
+typedef struct {
+    const float *before_attention, *after_attention, *before_mlp, *after_mlp;
+    const float *q_norm, *k_norm; /* [head_dim], or as wide as all heads together */
+    bf16 *keys, *values;
+    int64_t rope, window; /* which of the pass's */
+    Linear linears[PROJECTIONS];
+} Layer;
+
+typedef struct {
+    const Layer *layers;
+    const float *norm; /* the last one */
+    int64_t num_layers, hidden, heads, kv_heads, head_dim, block_size;
+    int64_t q_norm_width, k_norm_width, is_interleaved, is_gelu;
+    double eps, residual_scale, attention_scale, attention_softcap;
+} Model;
+
+typedef struct {
+    const float *cos, *sin; /* [rows, pairs] */
+    int64_t pairs;
+} Rope;
+
+/* What an adapted projection needs of the step's adapters. */
+typedef struct {
+    const int64_t *shape;
+    int64_t module;
+} Place;
+
+typedef struct {
+    bf16 *hidden;  /* [rows, hidden]: in, and changed */
+    bf16 *out;     /* [rows, hidden] */
+    bf16 *normed;  /* [rows, hidden] */
+    bf16 *wide;    /* [rows, the most outputs]: of qkv and gate_up */
+    bf16 *narrow;  /* [rows, the most inputs]: of o and down */
+    bf16 *delta;   /* [rows, hidden] */
+    float *q;      /* [rows, heads, head_dim] */
+    const int64_t *slots; /* [rows] */
+    const Rope *ropes;
+    const Plan *const *plans; /* by window */
+    const Step *adapters;     /* or null */
+    const Place *places;      /* [layers, PROJECTIONS], with adapters */
+    int64_t updates;          /* bits: projections that adapters change */
+    int64_t base_low, base_high; /* rows of the base alone */
+    int64_t rows, threads;
+} Pass;
+
+typedef struct {
+    bf16 *x;
+    const bf16 *y; /* [width] or, by rows, [rows, width] */
+    int64_t width, y_stride;
+} Sum;
+
+KERNEL static void add_row(const void *job, int64_t thread, int64_t row) {
+    const Sum *s = job;
+    bf16 *x = s->x + row * s->width;
+    const bf16 *y = s->y + row * s->y_stride;
+    (void)thread;
+    for (int64_t i = 0; i < s->width; i++) x[i] = to_bf16(to_f32(x[i]) + to_f32(y[i]));
+}
+
+static void add(bf16 *x, const bf16 *y, int64_t rows, int64_t width, int64_t y_stride,
+                int64_t threads) {
+    Sum sum = {x, y, width, y_stride};
+    in_pieces(add_row, &sum, rows, rows * width > SMALL ? threads : 1);
+}
+
+/* y = G * (W x) + b + the adapters' updates. */
+static void project(const Model *model, const Pass *p, int64_t layer, int projection, const bf16 *x,
+                    bf16 *y) {
+    const Linear *w = &model->layers[layer].linears[projection];
+    const Place *place = p->adapters ? &p->places[layer * PROJECTIONS + projection] : 0;
+    turret_nf4_product(x, w->in_features, p->rows, w->packed, w->absmax, y, w->out_features,
+                       w->in_features, p->threads, p->adapters, place ? place->module : 0);
+    int64_t low = 0, high = p->rows;
+    if (place && p->updates >> projection & 1) {
+        turret_adapt(p->adapters, place->shape, x, w->in_features, y, w->out_features, w->bias);
+        low = p->base_low, high = p->base_high;
+    }
+    if (w->bias && low < high)
+        add(y + low * w->out_features, w->bias, high - low, w->out_features, 0, p->threads);
+}
+
+typedef struct {
+    bf16 *qkv;
+    const Model *model;
+    const Layer *layer;
+} HeadNorms;
+
+static void norm_heads(const void *job, int64_t thread, int64_t row) {
+    const HeadNorms *n = job;
+    const Model *m = n->model;
+    int64_t q = m->heads * m->head_dim, k = m->kv_heads * m->head_dim;
+    bf16 *at = n->qkv + row * (q + 2 * k);
+    (void)thread;
+    turret_add_rms_norm(at, 0, n->layer->q_norm, m->eps, at, q / m->q_norm_width, m->q_norm_width, 1);
+    at += q;
+    turret_add_rms_norm(at, 0, n->layer->k_norm, m->eps, at, k / m->k_norm_width, m->k_norm_width, 1);
+}
+
+/* Adds what the last part computed, if anything; the next one's input. */
+static const bf16 *enter(const Model *m, const Pass *p, const bf16 *delta, const float *norm) {
+    if (norm) {
+        turret_add_rms_norm(p->hidden, delta, norm, m->eps, p->normed, p->rows, m->hidden, p->threads);
+        return p->normed;
+    }
+    if (delta) add(p->hidden, delta, p->rows, m->hidden, m->hidden, p->threads);
+    return p->hidden;
+}
+
+/* What attention or MLP adds to the residual stream. */
+static void leave(const Model *m, const Pass *p, const float *norm) {
+    int64_t count = p->rows * m->hidden;
+    if (norm)
+        turret_add_rms_norm(p->delta, 0, norm, m->eps, p->delta, p->rows, m->hidden, p->threads);
+    if (m->residual_scale != 1.0)
+        for (int64_t i = 0; i < count; i++)
+            p->delta[i] = to_bf16(to_f32(p->delta[i]) * (float)m->residual_scale);
+}
+
+static void attend(const Model *m, const Pass *p, const Layer *layer) {
+    const Rope *rope = &p->ropes[layer->rope];
+    Heads heads = {p->q, layer->keys, layer->values, p->narrow, m->heads, m->kv_heads, m->head_dim,
+                   m->block_size, m->attention_scale, m->attention_softcap};
+    if (layer->q_norm) {
+        HeadNorms norms = {p->wide, m, layer};
+        int64_t elements = p->rows * m->heads * m->head_dim;
+        in_pieces(norm_heads, &norms, p->rows, elements > SMALL ? p->threads : 1);
+    }
+    turret_rope_kv_write(p->wide, rope->cos, rope->sin, p->slots, p->q, layer->keys, layer->values,
+                         p->rows, m->heads, m->kv_heads, m->head_dim, rope->pairs, m->is_interleaved,
+                         p->threads);
+    turret_attend(p->plans[layer->window], &heads);
+}
+
+EXPORT void turret_layers(const Model *m, const Pass *p) {
+    const bf16 *delta = 0;
+    for (int64_t n = 0; n < m->num_layers; n++) {
+        const Layer *layer = &m->layers[n];
+        const bf16 *normed = enter(m, p, delta, layer->before_attention);
+        project(m, p, n, QKV, normed, p->wide);
+        attend(m, p, layer);
+        project(m, p, n, O, p->narrow, p->delta);
+        leave(m, p, layer->after_attention);
+        normed = enter(m, p, p->delta, layer->before_mlp);
+        project(m, p, n, GATE_UP, normed, p->wide);
+        (m->is_gelu ? turret_gelu_mul : turret_silu_mul)(
+            p->wide, p->narrow, p->rows, layer->linears[DOWN].in_features, p->threads);
+        project(m, p, n, DOWN, p->narrow, p->delta);
+        leave(m, p, layer->after_mlp);
+        delta = p->delta;
+    }
+    turret_add_rms_norm(p->hidden, delta, m->norm, m->eps, p->out, p->rows, m->hidden, p->threads);
+}
+#else
+EXPORT void turret_layers(void) {}
+#endif

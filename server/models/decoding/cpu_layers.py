@@ -1,0 +1,222 @@
+"""The decoder's layers in one native call, where every part of them is a compiled kernel.
+
+Called one by one from Python, the kernels of a step of one row take half as long again: some 250
+calls, each with its checks, its result's memory and the interpreter's lock. The same kernels in the
+same order give the same bits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from turret.kernels.cpu.layers import (
+    PROJECTIONS,
+    NativeLayer,
+    NativeLinear,
+    NativeModel,
+    NativePass,
+    NativeRope,
+    run_layers,
+)
+from turret.kernels.cpu.native import has_native_products
+from turret.kernels.cpu.paged_attention import NativeAttentionPlan
+from turret.kernels.cpu.threads import num_threads
+from turret.server.adapters.device.cpu_store import CpuStep
+from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.weights.base_linear import BaseLinear
+from turret.server.models.weights.nf4 import Nf4Linear
+
+Rotation = tuple[torch.Tensor, torch.Tensor]
+
+
+class Layer(Protocol):
+    """What is read of a ``DecoderLayer``."""
+
+    @property
+    def norm_before_attention(self) -> torch.Tensor | None: ...
+    @property
+    def norm_after_attention(self) -> torch.Tensor | None: ...
+    @property
+    def norm_before_mlp(self) -> torch.Tensor | None: ...
+    @property
+    def norm_after_mlp(self) -> torch.Tensor | None: ...
+    @property
+    def q_norm(self) -> torch.Tensor | None: ...
+    @property
+    def k_norm(self) -> torch.Tensor | None: ...
+    @property
+    def qkv(self) -> AdaptedLinear: ...
+    @property
+    def o(self) -> AdaptedLinear: ...
+    @property
+    def gate_up(self) -> AdaptedLinear: ...
+    @property
+    def down(self) -> AdaptedLinear: ...
+
+
+class CpuLayers:
+    """A decoder's layers and its cache, as the kernels read them.
+
+    Args:
+        arch: ``serves`` it and the layers.
+        layers: The decoder's. Once their weights are exchanged, this is void.
+        norm: The last norm, ``[hidden]`` fp32.
+        cache: Where the layers' keys and values are.
+    """
+
+    def __init__(
+        self, arch: Arch, layers: Sequence[Layer], norm: torch.Tensor, cache: KvCache
+    ) -> None:
+        self._arch = arch
+        self._cache = cache
+        self._kinds = tuple(dict.fromkeys(arch.rope_of_layer))
+        self._windows = tuple(dict.fromkeys(arch.windows))
+        # What the structures point to.
+        self._kept = (layers, norm, cache.keys, cache.values)
+        self._layers = (NativeLayer * arch.num_layers)(
+            *(self._layer(number, layer) for number, layer in enumerate(layers))
+        )
+        first = layers[0]
+        self._widest = max(_width(first.qkv.base), _width(first.gate_up.base))
+        self._model = NativeModel(
+            layers=ctypes.addressof(self._layers),
+            norm=norm.data_ptr(),
+            num_layers=arch.num_layers,
+            hidden=arch.hidden_size,
+            heads=arch.num_heads,
+            kv_heads=arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            block_size=cache.block_size,
+            q_norm_width=0 if first.q_norm is None else first.q_norm.shape[0],
+            k_norm_width=0 if first.k_norm is None else first.k_norm.shape[0],
+            is_interleaved=arch.is_interleaved,
+            is_gelu=arch.activation != "silu",
+            eps=arch.rms_norm_eps,
+            residual_scale=arch.residual_scale,
+            attention_scale=arch.attention_scale,
+            attention_softcap=arch.attention_softcap or 0.0,
+        )
+
+    @staticmethod
+    def serves(arch: Arch, layers: Sequence[Layer]) -> bool:
+        """Whether every projection is a compiled kernel; ``CpuLayerOps`` are to be what is between.
+
+        The kernels of this file are for bf16.
+        """
+        bases = [projection.base for layer in layers for projection in _projections(layer)]
+        return (
+            has_native_products()
+            and arch.query_growth is None
+            and all(isinstance(base, Nf4Linear) and base.packed is not None for base in bases)
+        )
+
+    def run(
+        self,
+        hidden: torch.Tensor,
+        *,
+        rotations: Mapping[str | None, Rotation | None],
+        slots: torch.Tensor,
+        attention: Mapping[int | None, NativeAttentionPlan],
+        adapters: CpuStep | None,
+    ) -> torch.Tensor:
+        """Run a step and write its keys and values.
+
+        Args:
+            hidden: What the first layer gets, ``[rows, hidden]`` bf16; written to.
+            rotations: Cosines and sines by kind of layer.
+            slots: Where each row's keys and values go, ``[rows]`` int64.
+            attention: Plans by window.
+            adapters: Native alone, or None.
+
+        Returns:
+            Final-norm hidden states, ``[rows, hidden]``.
+        """
+        arch, rows = self._arch, hidden.shape[0]
+        angles = [_angles(rotations[kind], rows, arch) for kind in self._kinds]
+        ropes = (NativeRope * len(angles))(
+            *(NativeRope(cos.data_ptr(), sin.data_ptr(), cos.shape[1]) for cos, sin in angles)
+        )
+        plans = (ctypes.c_void_p * len(self._windows))(
+            *(attention[window].address for window in self._windows)
+        )
+        heads = arch.num_heads * arch.head_dim
+        sizes = (arch.hidden_size, arch.hidden_size, arch.hidden_size, self._widest)
+        narrow = max(heads, arch.intermediate_size)
+        out, normed, delta, wide = (hidden.new_empty(rows, size) for size in sizes)
+        between, q = hidden.new_empty(rows, narrow), torch.empty(rows, heads)
+        made = NativePass(
+            hidden=hidden.data_ptr(),
+            out=out.data_ptr(),
+            normed=normed.data_ptr(),
+            wide=wide.data_ptr(),
+            narrow=between.data_ptr(),
+            delta=delta.data_ptr(),
+            q=q.data_ptr(),
+            slots=slots.data_ptr(),
+            ropes=ctypes.addressof(ropes),
+            plans=ctypes.addressof(plans),
+            rows=rows,
+            threads=num_threads(),
+        )
+        if adapters is not None:
+            low, high, _ = adapters.base_rows.indices(rows)
+            made.base_low, made.base_high = low, high
+            made.adapters = adapters.rows.address
+            made.places = ctypes.addressof(adapters.numbers.places)
+            for number, name in enumerate(PROJECTIONS):
+                made.updates |= (name in adapters.updates) << number
+        run_layers(self._model, made)
+        return out
+
+    def _layer(self, number: int, layer: Layer) -> NativeLayer:
+        made = NativeLayer(
+            *(
+                None if norm is None else norm.data_ptr()
+                for norm in (
+                    layer.norm_before_attention,
+                    layer.norm_after_attention,
+                    layer.norm_before_mlp,
+                    layer.norm_after_mlp,
+                    layer.q_norm,
+                    layer.k_norm,
+                )
+            ),
+            self._cache.keys[number].data_ptr(),
+            self._cache.values[number].data_ptr(),
+            self._kinds.index(self._arch.rope_of_layer[number]),
+            self._windows.index(self._arch.windows[number]),
+        )
+        for place, projection in enumerate(_projections(layer)):
+            base, bias = projection.base, projection.bias
+            assert isinstance(base, Nf4Linear)
+            assert base.packed is not None
+            weight, absmax = base.packed
+            made.linears[place] = NativeLinear(
+                weight.data_ptr(),
+                absmax.data_ptr(),
+                None if bias is None else bias.data_ptr(),
+                _width(base),
+                base.in_features,
+            )
+        return made
+
+
+def _projections(layer: Layer) -> tuple[AdaptedLinear, ...]:
+    return layer.qkv, layer.o, layer.gate_up, layer.down
+
+
+def _width(base: BaseLinear) -> int:
+    return sum(base.widths)
+
+
+def _angles(rotation: Rotation | None, rows: int, arch: Arch) -> Rotation:
+    if rotation is not None:
+        return rotation
+    ones = torch.ones(rows, arch.head_dim // 2)
+    return ones, torch.zeros_like(ones)
