@@ -47,6 +47,7 @@ from turret.server.engine.step.gpu.memory_plan import (
 )
 from turret.server.engine.step.runner import Runner
 from turret.server.errors import InvalidRequestError
+from turret.server.hub.adapters import AdapterHub
 from turret.server.metrics import Metrics
 from turret.server.models.base_edit import BaseEdit
 from turret.server.models.decoding.decoder import Decoder
@@ -222,6 +223,7 @@ def _build_registry(config: AdapterConfig, base: BaseModel, metrics: Metrics) ->
         metrics,
         state=state,
         allow_other_base=config.allow_other_base,
+        hub=AdapterHub(config.adapter_hub, config.max_upload_bytes),
     )
     count = registry.restore()
     if state is not None:
@@ -343,4 +345,5 @@ def _model_info(decoder: Decoder, source: ModelSource, engine: Engine) -> ModelI
         max_model_len=engine.max_model_len,
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
+        commit=source.commit,
     )

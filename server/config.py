@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from turret.server.byte_size import GIB, MIB, format_byte_size
+from turret.server.hub_id import HUB_SCHEME, HubId
 
 # Defaults on a CPU; on CUDA they follow from what is free.
 KV_CACHE_BYTES = 256 * MIB
@@ -78,7 +79,11 @@ class ModelConfig:
     """Which base model, where and in which precision."""
 
     model: Path | None = _flag(
-        None, "base model directory in Hugging Face format (default: the embedded model)"
+        None,
+        "base model: a directory in Hugging Face format, org/name[@revision] of the hub, or a .gguf"
+        " file (default: the embedded model)",
+        metavar="DIR|ORG/NAME|FILE",
+        hub=True,
     )
     device: str = _flag(
         "auto",
@@ -185,7 +190,15 @@ class AdapterConfig:
         "directory that registrations survive a restart in, and that uploads and fused adapters are"
         " kept in; one server and one base model each (default: neither)",
     )
-    max_upload_bytes: int = _flag(2 * GIB, "most bytes of one uploaded adapter", unit="bytes")
+    adapter_hub: tuple[str, ...] = _flag(
+        (),
+        "organisation or user of the Hugging Face hub whose adapters may be loaded, as"
+        " hub:org/name[@revision], or '*' for all; repeatable",
+        metavar="ORG",
+    )
+    max_upload_bytes: int = _flag(
+        2 * GIB, "most bytes of one adapter that is uploaded or fetched from the hub", unit="bytes"
+    )
     adapter_host_bytes: int = _flag(GIB, "host memory for adapter weights", unit="bytes")
     adapter_device_bytes: int | None = _flag(
         None,
@@ -197,7 +210,9 @@ class AdapterConfig:
         False, "serve adapters that say they were trained for another base model, if shapes fit"
     )
     preload: tuple[tuple[str, str], ...] = _flag(
-        (), "adapter to load before serving, path relative to --adapter-root; repeatable"
+        (),
+        "adapter to load before serving, its path relative to --adapter-root or"
+        " hub:org/name[@revision]; repeatable",
     )
 
     def __post_init__(self) -> None:
@@ -209,8 +224,19 @@ class AdapterConfig:
                 raise ValueError(f"--preload: {name!r} is not an adapter name")
         if len(set(names)) < len(names):
             raise ValueError("--preload: a name is given twice")
-        if self.preload and self.adapter_root is None:
-            raise ValueError("--preload needs --adapter-root")
+        for org in self.adapter_hub:
+            if org != "*" and HubId.find(f"{org}/name") is None:
+                raise ValueError(f"--adapter-hub: {org!r} is neither '*' nor the name of one")
+        for name, path in self.preload:
+            if not path.startswith(HUB_SCHEME):
+                if self.adapter_root is None:
+                    raise ValueError("--preload needs --adapter-root")
+                continue
+            hub_id = HubId.find(path.removeprefix(HUB_SCHEME))
+            if hub_id is None:
+                raise ValueError(f"--preload {name}: {path!r} is not hub:org/name[@revision]")
+            if not {"*", hub_id.org} & set(self.adapter_hub):
+                raise ValueError(f"--preload {name}: {path!r} needs --adapter-hub {hub_id.org}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,6 +21,8 @@
     │   ├── BudgetExceededError      rank, byte or block budget
     │   └── StorageFullError         no room on the disk of --state-dir
     ├── StorageFailedError           that disk is read-only or broken, or no file can be opened
+    ├── HubError                     no such repository on the hub, or not for this machine
+    ├── HubUnavailableError          the hub does not answer, or too slowly
     ├── UnauthenticatedError         no token, or an unknown one
     ├── PermissionDeniedError        the token lacks the role
     ├── UnavailableError             starting, draining, or the engine is dead
@@ -148,6 +150,25 @@ class StorageFailedError(TurretError):
     """The server's disk is there, and cannot be used (read-only, broken, no descriptor left)."""
 
     reason = "STORAGE_FAILED"
+
+
+class HubError(TurretError):
+    """A repository or revision that the hub does not have, or does not show to this machine."""
+
+    reason = "HUB_REPOSITORY"
+
+    @classmethod
+    def about(cls, hub_id: object, description: str) -> HubError:
+        """One repository; the message is readable on its own."""
+        return cls(
+            description, metadata={"repository": str(hub_id)}, violations=[("path", description)]
+        )
+
+
+class HubUnavailableError(TurretError):
+    """The hub's end of a download; trying again may help."""
+
+    reason = "HUB_UNAVAILABLE"
 
 
 class UnauthenticatedError(TurretError):

@@ -19,9 +19,9 @@ from transformers import (
 from transformers.utils import logging
 
 from turret.server.models.decoding.arch import Arch
-from turret.server.models.embedded import find_gguf, read_gguf
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import ModelSource, default_cache_dir, resolve_model
+from turret.server.models.sources.embedded import find_gguf, read_gguf
 from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.progress import progress_bar
 from turret.training.errors import ConfigError
@@ -36,7 +36,7 @@ class TrainingBase:
 
     Attributes:
         source: Where it is, quantised, and its digest: what the server serves.
-        directory: As the config names it; None is the embedded model.
+        directory: As the config names it, or an id of the hub; None is the embedded model.
         config: transformers' config.
         arch: The server's reading of it.
         tokenizer: transformers' tokenizer.
@@ -176,7 +176,8 @@ def _load_full(base: TrainingBase, dtype: torch.dtype) -> Any:
         missing = model.load_state_dict(dict(tensors), strict=False).missing_keys
         assert set(missing) <= {"lm_head.weight"}, missing
         return model.to(dtype)
-    config = json.loads((base.directory / "config.json").read_text(encoding="utf-8"))
+    directory = base.source.files
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config") is not None:
-        raise ConfigError.of("base.weights", f"{base.directory} holds 4-bit weights only")
-    return AutoModelForCausalLM.from_pretrained(base.directory, dtype=dtype)
+        raise ConfigError.of("base.weights", f"{directory} holds 4-bit weights only")
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)

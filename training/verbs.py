@@ -13,7 +13,7 @@ from typing import Any
 _NICENESS = 5
 # Short flags for the keys that are changed most.
 _FLAGS = {
-    "--model": ("base.model", "DIR"),
+    "--model": ("base.model", "DIR|ORG/NAME"),
     "--method": ("method.name", "NAME"),
     "--rank": ("method.rank", "N"),
     "--train": ("data.train", "FILE"),

@@ -34,6 +34,7 @@ class Adapter:
         base_model: The base model that the checkpoint names.
         warnings: What looks wrong, for people to read.
         state: ``LOADING``, ``ACTIVE`` or ``DELETING``.
+        source: The path that it was loaded from, of the hub with its commit; "" if uploaded.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Adapter:
     base_model: str
     warnings: tuple[str, ...]
     state: str
+    source: str = ""
 
     @classmethod
     def from_proto(cls, proto: pb.Adapter) -> Adapter:
@@ -75,6 +77,7 @@ class Adapter:
             base_model=proto.base_model,
             warnings=tuple(proto.warnings),
             state=_enum_name(pb.Adapter.State, proto.state),
+            source=proto.source,
         )
 
 

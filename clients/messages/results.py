@@ -209,7 +209,7 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The base model and the server that serves it."""
+    """The base model and the server that serves it; ``commit`` is the hub's, or empty."""
 
     name: str
     model_type: str
@@ -222,6 +222,7 @@ class Model:
     hidden_size: int
     server_version: str
     methods: tuple[str, ...]
+    commit: str = ""
 
     @classmethod
     def from_proto(cls, proto: pb.GetModelResponse) -> Model:
@@ -237,6 +238,7 @@ class Model:
             proto.hidden_size,
             proto.server_version,
             tuple(proto.methods),
+            proto.commit,
         )
 
 

@@ -82,6 +82,7 @@ def print_adapter(adapter: Adapter) -> None:
         "in flight": str(adapter.in_flight),
         "last used": "never" if used is None else used.isoformat(sep=" ", timespec="seconds"),
         "base model": adapter.base_model,
+        "source": adapter.source or "uploaded",
         "warnings": "\n".join(adapter.warnings),
     }
     _print_rows(rows)

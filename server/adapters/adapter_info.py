@@ -27,6 +27,7 @@ class AdapterInfo:
         in_flight: Requests that hold it.
         last_used_time: Unix seconds of the last request, or None.
         state: ``DELETING`` refuses new requests.
+        source: The path that it was loaded from, with the hub's commit; "" if it was uploaded.
     """
 
     name: str
@@ -40,3 +41,4 @@ class AdapterInfo:
     in_flight: int
     last_used_time: float | None
     state: State
+    source: str = ""

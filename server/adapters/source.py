@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from turret.server.hub_id import HUB_SCHEME, HubId
+
 # The two files of an adapter, as PEFT names them.
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -17,7 +19,8 @@ class Source:
     """A directory with ``CONFIG_FILE`` and ``TENSORS_FILE``.
 
     Attributes:
-        path: Relative to the adapter root, or to the state directory if ``is_upload``.
+        path: Relative to the adapter root, or to the state directory if ``is_upload``; or
+            ``hub:org/name@commit``.
         is_upload: The server wrote the files itself and removes them when nobody needs them.
         adapter: Of an upload, the adapter's name.
         task: Which task of the files it is, where they hold several; None where nobody said.
@@ -27,6 +30,18 @@ class Source:
     is_upload: bool = False
     adapter: str = field(default="", compare=False)
     task: int | None = None
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether the files are those of a commit on the hub."""
+        return not self.is_upload and self.path.startswith(HUB_SCHEME)
+
+    @property
+    def place(self) -> str:
+        """The directory, relative to the one that the source's files are opened in."""
+        if not self.is_hub:
+            return self.path
+        return HubId.parse(self.path.removeprefix(HUB_SCHEME)).snapshot
 
     @property
     def shown(self) -> str:

@@ -46,6 +46,8 @@ TABLE: dict[type[errors.TurretError], Row] = {
     errors.StorageFullError: Row(Code.RESOURCE_EXHAUSTED),
     # An operator has to act; until then the same call fails the same way.
     errors.StorageFailedError: Row(Code.UNAVAILABLE),
+    errors.HubError: Row(Code.INVALID_ARGUMENT),
+    errors.HubUnavailableError: Row(Code.UNAVAILABLE, 10.0),
     errors.UnauthenticatedError: Row(Code.UNAUTHENTICATED),
     errors.PermissionDeniedError: Row(Code.PERMISSION_DENIED),
     errors.UnavailableError: Row(Code.UNAVAILABLE, 1.0),

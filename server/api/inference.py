@@ -166,6 +166,7 @@ class Inference:
             hidden_size=info.hidden_size,
             server_version=turret.__version__,
             methods=backend.methods,
+            commit=info.commit,
         )
 
 

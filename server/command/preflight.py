@@ -17,7 +17,8 @@ from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.closest import did_you_mean
 from turret.server.config import AdapterConfig, Config, ListenConfig, SecurityConfig, split_address
 from turret.server.errors import AdapterCheckpointError, InvalidRequestError
-from turret.server.models.model_directory import check_model_directory
+from turret.server.hub_id import HUB_SCHEME
+from turret.server.models.sources.check import check_model
 
 _MOST_SHOWN = 20
 
@@ -35,7 +36,7 @@ def problems(config: Config) -> list[str]:
 def _model(model: Path | None) -> Iterator[str]:
     if model is not None:
         try:
-            check_model_directory(model)
+            check_model(model)
         except InvalidRequestError as error:
             yield f"--{error.message}"
         except OSError as error:
@@ -44,11 +45,12 @@ def _model(model: Path | None) -> Iterator[str]:
 
 def _adapters(config: AdapterConfig) -> Iterator[str]:
     root = config.adapter_root
+    preload = [(name, path) for name, path in config.preload if not path.startswith(HUB_SCHEME)]
     if root is not None and not root.is_dir():
         what = "is no directory" if root.exists() else "does not exist"
         yield f"--adapter-root: {root} {what}; it is the directory that holds the adapters' own"
     elif root is not None:
-        for name, path in config.preload:
+        for name, path in preload:
             yield from _preload(root, name, path)
     if config.state_dir is not None:
         yield from _state_dir(config.state_dir)

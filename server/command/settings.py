@@ -20,6 +20,7 @@ from typing import Any
 from turret.server.byte_size import parse_byte_size
 from turret.server.closest import did_you_mean
 from turret.server.config import Config
+from turret.server.hub_id import HubId
 
 PREFIX = "TURRET_"
 # Variables of the same prefix that are no settings of the server: the clients', the kernels', the
@@ -46,6 +47,7 @@ class Setting:
         help: For the reader, with the unit.
         unit: ``bytes``, ``seconds`` …; empty where there is none.
         metavar: Stands for the value in the flag's help.
+        is_hub: Whether a path may be the id of a repository on the hub instead.
     """
 
     section: str
@@ -58,6 +60,7 @@ class Setting:
     help: str
     unit: str
     metavar: str
+    is_hub: bool = False
 
     @property
     def flag(self) -> str:
@@ -160,6 +163,7 @@ def _setting(section: str, entry: dataclasses.Field[Any], annotation: Any) -> Se
         help=entry.metadata["help"],
         unit=unit,
         metavar=entry.metadata.get("metavar", metavar),
+        is_hub=entry.metadata.get("hub", False),
     )
 
 
@@ -285,7 +289,8 @@ def _from_toml(setting: Setting, value: Any, folder: Path) -> Any:
             raise ValueError(f"must be {_kind(setting)}, not {value!r:.60}")
         return value
     if setting.type is Path and isinstance(value, str):
-        return folder / value
+        path = folder / value
+        return Path(value) if setting.is_hub and not path.exists() and HubId.find(value) else path
     is_text = setting.unit == "bytes" or setting.type is str
     if is_text and isinstance(value, str):
         return from_text(setting, value)

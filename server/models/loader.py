@@ -14,8 +14,8 @@ from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import LAYER_PREFIX, Arch
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer
 from turret.server.models.families import read_arch
-from turret.server.models.model_directory import weight_files
 from turret.server.models.model_source import ModelSource, Progress, no_progress
+from turret.server.models.sources.model_directory import weight_files
 from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
 
 

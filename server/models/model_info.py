@@ -7,7 +7,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """Identity and sizes of the base model. ``dtype`` is that of activations."""
+    """Identity and sizes of the base model.
+
+    ``dtype`` is that of activations, ``commit`` the hub's, where the model is from there.
+    """
 
     name: str
     model_type: str
@@ -18,3 +21,4 @@ class ModelInfo:
     max_model_len: int
     num_layers: int
     hidden_size: int
+    commit: str = ""

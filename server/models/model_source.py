@@ -7,12 +7,14 @@ already bitsandbytes-4bit is taken as it is.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,16 +22,19 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from turret.server.models.embedded import MODEL_NAME, find_gguf, read_gguf
-from turret.server.models.model_directory import WEIGHTS, check_model_directory, weight_files
+from turret.server.models.sources.embedded import MODEL_NAME, find_gguf, read_gguf
+from turret.server.models.sources.hub_model import Progress, fetch_hub_model, hub_model_id
+from turret.server.models.sources.model_directory import (
+    WEIGHTS,
+    check_model_directory,
+    weight_files,
+)
 from turret.server.models.weights.nf4 import Nf4Weight
 
 # Part of the cache key: raise it when what is written changes.
 _FORMAT = "2"
 _MANIFEST = "turret.json"
-
-# Called with (description, done, total).
-Progress = Callable[[str, int, int], None]
+_HUB_CACHE = re.compile(r".*/models--(.+?)--(.+)/snapshots/[0-9a-f]{40}")
 
 
 def no_progress(description: str, done: int, total: int) -> None:
@@ -41,16 +46,18 @@ class ModelSource:
     """Where a model is, ready to load.
 
     Attributes:
-        name: Model id as the checkpoint names itself, else the directory's name.
+        name: Model id on the hub or as the checkpoint names itself, else the directory's name.
         weights: Directory of a bitsandbytes-4bit checkpoint.
         files: Directory with config.json and the tokenizer.
         digest: SHA-256 of the weight files.
+        commit: Of a model from the hub.
     """
 
     name: str
     weights: Path
     files: Path
     digest: str
+    commit: str = ""
 
 
 def default_cache_dir() -> Path:
@@ -65,13 +72,23 @@ def resolve_model(
     """Find or make the 4-bit checkpoint of a model.
 
     Args:
-        model: A Hugging Face model directory, or None for the embedded model.
+        model: A Hugging Face model directory, ``org/name[@revision]`` of the hub, or None for the
+            embedded model.
         cache_dir: Where quantised checkpoints are kept.
         progress: Told how far quantisation is.
 
     Raises:
-        InvalidRequestError: Not a model directory, or in a format that is not served.
+        InvalidRequestError: None of these, or in a format that is not served.
     """
+    hub_id = None if model is None else hub_model_id(model)
+    if hub_id is not None:
+        folder, commit = fetch_hub_model(hub_id, progress)
+        source = _resolve(folder, cache_dir, progress)
+        return dataclasses.replace(source, name=hub_id.repository, commit=commit)
+    return _resolve(model, cache_dir, progress)
+
+
+def _resolve(model: Path | None, cache_dir: Path, progress: Progress) -> ModelSource:
     if model is None:
         gguf = find_gguf()
         target = cache_dir / f"nf4-{_key([gguf])}"
@@ -182,4 +199,9 @@ def _count(shards: Iterable[Path]) -> int:
 
 
 def _name(model: Path, config: dict) -> str:
-    return config.get("_name_or_path") or model.resolve().name
+    named = config.get("_name_or_path")
+    if named:
+        return named
+    # A snapshot in the hub's cache has a commit for its name.
+    cached = _HUB_CACHE.fullmatch(str(model.resolve()))
+    return "/".join(cached.groups()) if cached else model.resolve().name

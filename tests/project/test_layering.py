@@ -39,6 +39,7 @@ LEAVES = frozenset(
         "durable_file",
         "closest",
         "byte_size",
+        "hub_id",
     )
 )
 # The ``turret`` command. It alone may name the verbs of training, and nothing imports it.
@@ -55,7 +56,7 @@ METHOD_ROOMS = [
 ]
 KEEPING = {f"server.adapters.{name}" for name in ("state", "residency")}
 DEVICE = {f"server.adapters.device{room}" for room in ("", ".packed", ".gpu")}
-MODELS = {f"server.models{room}" for room in ("", ".families", ".decoding", ".weights")}
+MODELS = {f"server.models{room}" for room in ("", ".families", ".sources", ".decoding", ".weights")}
 BEHIND_API = {
     *("server.engine", "server.engine.scheduling", "server.constraints", "server.models", "v1"),
     *(f"server.adapters.{name}" for name in ("registry", "fuse", "merge", "state")),
@@ -78,8 +79,10 @@ BELOW = {
     # A method knows no other room's methods, and not how it is found.
     **{room: NOUNS | READING - {"server.adapters.methods"} | {"kernels"} for room in METHOD_ROOMS},
     "server.adapters.state": NOUNS,
-    "server.adapters.residency": NOUNS | READING,
-    "server.adapters.registry": NOUNS | READING | KEEPING,
+    # What the hub has; adapters and models alike come from there.
+    "server.hub": NOUNS,
+    "server.adapters.residency": NOUNS | READING | {"server.hub"},
+    "server.adapters.registry": NOUNS | READING | KEEPING | {"server.hub"},
     # Twins above the registry.
     "server.adapters.fuse": NOUNS | READING | {"server.adapters.registry", "server.adapters.state"},
     "server.adapters.merge": NOUNS | {"server.adapters.registry"},
@@ -91,6 +94,7 @@ BELOW = {
     "server.models": NOUNS | DEVICE | MODELS - {"server.models"} | {"kernels"},
     # Of models, only what tests/models/test_families.py lets it import.
     "server.models.families": {"leaf", "server.models", "server.models.decoding"},
+    "server.models.sources": {"leaf", "server.hub", "server.models.families"},
     "server.constraints": {"leaf"},
     "server.engine.scheduling": NOUNS | {"server.constraints"},
     "server.engine.step": NOUNS
@@ -107,7 +111,7 @@ BELOW = {
     "server.api.admin": NOUNS | BEHIND_API | {"server.api"},
     "server.rpc": {"server.api", "server.api.admin", "leaf", "v1"},
     # Before torch: see test_command.
-    "server.command": NOUNS | {"server.adapters.checkpoint", "server.models"},
+    "server.command": NOUNS | {"server.adapters.checkpoint", "server.models.sources"},
     "server.http.exchange": {"server.api", "leaf", "v1"},
     "server.http.console": {
         *("server.http.exchange", "server.api", "server.api.admin", "leaf", "v1"),

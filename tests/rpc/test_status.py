@@ -43,6 +43,8 @@ CODES = {
     "BudgetExceededError": "RESOURCE_EXHAUSTED",
     "StorageFullError": "RESOURCE_EXHAUSTED",
     "StorageFailedError": "UNAVAILABLE",
+    "HubError": "INVALID_ARGUMENT",
+    "HubUnavailableError": "UNAVAILABLE",
     "UnauthenticatedError": "UNAUTHENTICATED",
     "PermissionDeniedError": "PERMISSION_DENIED",
     "UnavailableError": "UNAVAILABLE",

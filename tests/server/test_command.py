@@ -203,7 +203,6 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
         assert problem.startswith("--model: ")
         return problem
 
-    assert "hf download org/name --local-dir models/name" in said("org/name")
     assert "does not exist" in said(tmp_path / "absent")
     assert "has no config.json" in said(tmp_path)
     assert "is an adapter, not a base model" in said(ADAPTERS / "json")

@@ -22,6 +22,7 @@ from turret.server.config import (
 DEFAULTS = {
     "model": None,
     "adapter_root": None,
+    "adapter_hub": (),
     "address": "127.0.0.1:50051",
     "admin_address": None,
     "metrics_address": "127.0.0.1:9464",

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from turret.server.models.model_directory import weight_files
+from turret.server.models.sources.model_directory import weight_files
 from turret.training.base_model import DTYPES, empty_model
 from turret.training.data.batch import Batch, make_batch
 from turret.training.loss import LossFunction

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from turret.server.models.model_directory import check_model_directory
+from turret.server.hub_id import HubId
+from turret.server.models.sources.check import check_model
 from turret.training.errors import ConfigError
-from turret.training.settings.config import TrainConfig
+from turret.training.settings.config import BaseConfig, TrainConfig
 
 
 def check_inputs(config: TrainConfig, folder: Path) -> None:
@@ -18,7 +19,7 @@ def check_inputs(config: TrainConfig, folder: Path) -> None:
 
     Raises:
         ConfigError: A file of examples is not there.
-        InvalidRequestError: The base is no directory of a model that is served.
+        InvalidRequestError: The base is no model that is served.
     """
     for key, name in (("train", config.data.train), ("validation", config.data.validation)):
         if name is None:
@@ -28,7 +29,14 @@ def check_inputs(config: TrainConfig, folder: Path) -> None:
             what = "is a directory" if path.is_dir() else "does not exist"
             problem = f"{path} {what}; it is a JSONL file of examples, relative to the config"
             raise ConfigError.of(f"data.{key}", problem)
-    if config.base.model is not None:
-        path = folder / config.base.model
-        # A name of the hub is told from a path by how it is written.
-        check_model_directory(path if path.exists() else Path(config.base.model))
+    place = base_place(config.base, folder)
+    if place is not None:
+        check_model(place)
+
+
+def base_place(config: BaseConfig, folder: Path) -> Path | None:
+    """Where the base is: below ``folder``, on the hub (a path that is its id), or None."""
+    if config.model is None:
+        return None
+    path = folder / config.model
+    return Path(config.model) if not path.exists() and HubId.find(config.model) else path

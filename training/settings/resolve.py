@@ -17,6 +17,7 @@ from turret.training.fusion.components import component_directories
 from turret.training.methods import method_named
 from turret.training.methods.method import Method
 from turret.training.settings.config import BaseConfig, MethodConfig, OptimizerConfig, TrainConfig
+from turret.training.settings.inputs import base_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +53,7 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
     folder = folder.resolve()
     notes: list[str] = []
     method = method_named(config.method.name)
-    directory = None if config.base.model is None else folder / config.base.model
+    directory = base_place(config.base, folder)
     base = find_base(directory)
     settings = _resolve_base(config.base, directory)
     config = replace(

@@ -327,7 +327,7 @@ class GetModelRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetModelResponse(_message.Message):
-    __slots__ = ("name", "model_type", "digest", "dtype", "quantization", "vocab_size", "max_model_len", "num_layers", "hidden_size", "server_version", "methods")
+    __slots__ = ("name", "model_type", "digest", "dtype", "quantization", "vocab_size", "max_model_len", "num_layers", "hidden_size", "server_version", "methods", "commit")
     NAME_FIELD_NUMBER: _ClassVar[int]
     MODEL_TYPE_FIELD_NUMBER: _ClassVar[int]
     DIGEST_FIELD_NUMBER: _ClassVar[int]
@@ -339,6 +339,7 @@ class GetModelResponse(_message.Message):
     HIDDEN_SIZE_FIELD_NUMBER: _ClassVar[int]
     SERVER_VERSION_FIELD_NUMBER: _ClassVar[int]
     METHODS_FIELD_NUMBER: _ClassVar[int]
+    COMMIT_FIELD_NUMBER: _ClassVar[int]
     name: str
     model_type: str
     digest: str
@@ -350,4 +351,5 @@ class GetModelResponse(_message.Message):
     hidden_size: int
     server_version: str
     methods: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., model_type: _Optional[str] = ..., digest: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., server_version: _Optional[str] = ..., methods: _Optional[_Iterable[str]] = ...) -> None: ...
+    commit: str
+    def __init__(self, name: _Optional[str] = ..., model_type: _Optional[str] = ..., digest: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., vocab_size: _Optional[int] = ..., max_model_len: _Optional[int] = ..., num_layers: _Optional[int] = ..., hidden_size: _Optional[int] = ..., server_version: _Optional[str] = ..., methods: _Optional[_Iterable[str]] = ..., commit: _Optional[str] = ...) -> None: ...

@@ -48,7 +48,7 @@ class AdapterExport:
         self._source = source
         self._files: dict[str, BinaryIO] = {}
         try:
-            with root.open_directory(source.path, source.shown) as directory:
+            with root.open_directory(source.place, source.shown) as directory:
                 for name in (CONFIG_FILE, TENSORS_FILE):
                     self._files[name] = directory.open_file(name)
             self.files = tuple(_describe(name, file) for name, file in self._files.items())

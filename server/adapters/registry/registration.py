@@ -70,4 +70,5 @@ class Registration:
             in_flight=self.in_flight,
             last_used_time=self.last_used_time,
             state=self.state,
+            source="" if adapter.source.is_upload else adapter.source.path,
         )

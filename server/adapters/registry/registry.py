@@ -33,7 +33,6 @@ from turret.server.adapters.registry.unloads import UnloadMode, Unloads
 from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.adapters.residency.metrics import AdapterMetrics, NoAdapterMetrics
-from turret.server.adapters.source import Source
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 from turret.server.adapters.state.state_dir import StateDir
@@ -44,6 +43,7 @@ from turret.server.errors import (
     InvalidRequestError,
     TurretError,
 )
+from turret.server.hub.adapters import AdapterHub
 
 _log = logging.getLogger(__name__)
 
@@ -52,8 +52,7 @@ class AdapterRegistry:
     """All adapters of one base model.
 
     Args:
-        root: Directory adapters are loaded from; nothing outside it is ever opened. None: nothing
-            is loaded at all.
+        root: Directory adapters are loaded from; nothing outside is ever opened. None: no such.
         base: The base model as served.
         host_bytes: Budget for operators in host memory, all adapters together.
         max_rank: Largest rank served.
@@ -63,6 +62,7 @@ class AdapterRegistry:
             longer in use), so that copies of its operators can go too. May be set later.
         load_threads: Background reads at a time.
         allow_other_base: Take adapters whose base is another one by name.
+        hub: Where paths that begin with ``hub:`` lead; None refuses them.
 
     Attributes:
         on_force_unload: Listeners, called with the uuid of an adapter whose users must end now;
@@ -81,6 +81,7 @@ class AdapterRegistry:
         on_unloaded: Callable[[str], None] | None = None,
         load_threads: int = 2,
         allow_other_base: bool = False,
+        hub: AdapterHub | None = None,
     ) -> None:
         self._state = kept = NoStateDir() if state is None else state
         self._loader = loader = AdapterLoader(
@@ -91,6 +92,7 @@ class AdapterRegistry:
             kept.path,
             find_source=lambda ref: self._table.source_of(ref),
             allow_other_base=allow_other_base,
+            hub=hub,
         )
         self._lock = lock = threading.RLock()
         self._metrics: AdapterMetrics = metrics or NoAdapterMetrics()
@@ -166,19 +168,20 @@ class AdapterRegistry:
     ) -> AdapterInfo:
         """Reads an adapter and registers it; blocks, so call it off the engine thread.
 
-        The same content under the same name is accepted again and changes at most the pin.
+        ``path`` is below the adapter root, or ``hub:org/name[@revision]``. The same content under
+        the same name is accepted again and changes at most the pin.
 
         Raises:
             InvalidRequestError: Malformed name.
-            AdapterExistsError: The name has other content.
-            AdapterInUseError: The name is being unloaded.
+            AdapterExistsError, AdapterInUseError: It has other content, or is being unloaded.
+            HubError, HubUnavailableError, QueueFullError: The hub's files cannot be had.
             AdapterCheckpointError, AdapterMismatchError, AdapterComponentError: See the loader.
             BudgetExceededError: Rank or bytes over the limits, or no room for a pinned adapter.
             StorageFullError: The registration cannot be written.
         """
         with self._changing(name):
-            registration = self._installer.install(name, Source(path, task=task), pinned=pinned)
-            return self._record(registration)
+            source = self._loader.find(path, task)
+            return self._record(self._installer.install(name, source, pinned=pinned))
 
     def replace(
         self,
@@ -202,8 +205,8 @@ class AdapterRegistry:
         """
         with self._changing(name):
             self._table.check_generation(name, expected_generation)
-            registration = self._installer.install(name, Source(path, task=task), replace=True)
-            return self._record(registration)
+            source = self._loader.find(path, task)
+            return self._record(self._installer.install(name, source, replace=True))
 
     def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
         """Begins an upload; give the finished object to ``upload``, and discard it in the end.
@@ -231,10 +234,9 @@ class AdapterRegistry:
         source = dataclasses.replace(self._state.staged_source(staged, name), task=task)
         with self._changing(name):
             self._table.check_generation(name, expected_generation)
-            registration = self._installer.install(
-                name, source, staged=staged, pinned=pinned, replace=replace
+            return self._record(
+                self._installer.install(name, source, staged=staged, pinned=pinned, replace=replace)
             )
-            return self._record(registration)
 
     @contextmanager
     def _changing(self, name: str) -> Iterator[None]:
@@ -327,8 +329,7 @@ class AdapterRegistry:
         """Lets an adapter be evicted and unloaded again.
 
         Raises:
-            AdapterNotFoundError: Not registered.
-            StorageFullError: It cannot be written.
+            AdapterNotFoundError, StorageFullError: Not registered; it cannot be written.
         """
         with self._names.only(name):
             registration = self._table.find(name)

@@ -31,6 +31,7 @@ from turret.server.errors import (
     AdapterMismatchError,
     BudgetExceededError,
 )
+from turret.server.hub.adapters import AdapterHub
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,7 @@ class AdapterLoader:
         uploads: The directory that the paths of uploads are relative to.
         find_source: Where the files of a registered component are; raises AdapterComponentError.
         allow_other_base: Take adapters whose base is another one by name.
+        hub: Where paths that begin with ``hub:`` lead; None refuses them.
     """
 
     def __init__(
@@ -75,8 +77,11 @@ class AdapterLoader:
         *,
         find_source: Callable[[ComponentRef], Source] = find_no_component,
         allow_other_base: bool = False,
+        hub: AdapterHub | None = None,
     ) -> None:
         self._root = AdapterRoot(root)
+        self._hub = hub or AdapterHub()
+        self._cache = AdapterRoot(self._hub.root)
         self._uploads = AdapterRoot(uploads)
         self.base = base
         self._host_bytes = host_bytes
@@ -88,16 +93,30 @@ class AdapterLoader:
 
     def root_of(self, source: Source) -> AdapterRoot:
         """The only directory that the source's files may be opened in."""
+        if source.is_hub:
+            return self._cache
         return self._uploads if source.is_upload else self._root
+
+    def find(self, path: str, task: int | None = None) -> Source:
+        """Where the files of a path are; those of the hub are fetched, which blocks.
+
+        Raises:
+            See ``AdapterHub.fetch``.
+        """
+        source = Source(path, task=task)
+        return Source(self._hub.fetch(path), task=task) if source.is_hub else source
 
     def read(self, source: Source) -> AdapterCheckpoint:
         """Reads and hashes; see ``read_checkpoint`` for the errors."""
         compute_on_this_thread()
+        if source.is_hub:
+            # Nothing, but where the cache was emptied.
+            self._hub.fetch(source.path)
         # Operators take at least one serving element per weight, so more cannot fit.
         max_elements = self._host_bytes // self.base.dtype.itemsize
         return read_checkpoint(
             self.root_of(source),
-            source.path,
+            source.place,
             max_elements=max_elements,
             known=self._known if source.is_upload else None,
             shown=source.shown,

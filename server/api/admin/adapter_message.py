@@ -46,6 +46,7 @@ def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
         base_model=_sendable(facts.base_model),
         warnings=map(_sendable, facts.warnings),
         state=record.state,
+        source=_sendable(record.source),
     )
     if record.last_used_time is not None:
         stamp = timestamp_pb2.Timestamp()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 import threading
 from collections.abc import Iterator
@@ -81,7 +82,7 @@ def test_the_same_content_makes_no_generation(make: Registries) -> None:
     registry = make(load="a")
     before = registry.get("a")
     shutil.copytree(make.root / "a", make.root / "copy")
-    assert registry.replace("a", "copy") == before
+    assert registry.replace("a", "copy") == dataclasses.replace(before, source="copy")
     shutil.rmtree(make.root / "a")
     registry._leases._memory.leave(registry._table.find("a").current)
     assert Waiter(registry.acquire(refs("a"))).wait().error is None

@@ -32,9 +32,9 @@ from transformers import (
 from transformers.utils import logging
 
 from turret.server.models.describe import describe_base
-from turret.server.models.embedded import find_gguf, read_gguf
 from turret.server.models.loader import load_decoder
 from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.sources.embedded import find_gguf, read_gguf
 
 BOS, EOS = 256, 257
 VOCAB_SIZE = 258

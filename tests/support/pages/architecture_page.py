@@ -15,8 +15,8 @@ ROOMS = (
     *("server/http/bodies", "server/http/tools", "server/api", "server/api/admin"),
     *("server/engine", "server/engine/scheduling", "server/engine/step", "server/engine/step/gpu"),
     "server/constraints",
-    *("server/models", "server/models/families", "server/models/decoding"),
-    *("server/models/weights", "server/adapters"),
+    *("server/hub", "server/models", "server/models/sources", "server/models/families"),
+    *("server/models/decoding", "server/models/weights", "server/adapters"),
     *(
         f"server/adapters/{name}"
         for name in (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,7 @@ from turret.server.errors import InvalidRequestError
 from turret.server.models import families
 
 WEIGHTS = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+INDEX = "model.safetensors.index.json"
 
 
 def check_model_directory(model: Path) -> dict[str, Any]:
@@ -28,13 +26,31 @@ def check_model_directory(model: Path) -> dict[str, Any]:
         InvalidRequestError: Says what is there instead, and what to do.
     """
     if not model.exists():
-        raise _refuse(_absent(model))
+        raise _refuse(
+            f"{model} does not exist; a model is a directory in Hugging Face format, a .gguf file"
+            " or org/name of the Hugging Face hub"
+        )
     if not model.is_dir():
         raise _refuse(
             f"{model} is a file; a model is a directory in Hugging Face format, with config.json,"
             " the tokenizer's files and *.safetensors"
         )
-    config = _read_config(model)
+    config = read_config(model)
+    check_config(config, model)
+    weight_files(model)
+    return config
+
+
+def check_config(config: dict[str, Any], model: Path | str) -> None:
+    """Refuse a ``config.json`` of what is not served.
+
+    Args:
+        config: Its content.
+        model: As messages call the model.
+
+    Raises:
+        InvalidRequestError: Says what is there instead, and what to do.
+    """
     kind = config.get("model_type")
     if kind not in families.FAMILIES:
         raise _refuse(
@@ -46,8 +62,6 @@ def check_model_directory(model: Path) -> dict[str, Any]:
             f"{model} is quantised with {quantization.get('quant_method')!r}; turret serves plain"
             " checkpoints, which it quantises itself, and bitsandbytes 4-bit ones"
         )
-    weight_files(model)
-    return config
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -56,13 +70,13 @@ def weight_files(folder: Path) -> list[Path]:
     Raises:
         InvalidRequestError: There are none (pickle files are not read), or some are missing.
     """
-    index = folder / _INDEX
+    index = folder / INDEX
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise _refuse(
-                f"{folder} lacks {len(missing)} of the {len(names)} files that {_INDEX} names, such"
+                f"{folder} lacks {len(missing)} of the {len(names)} files that {INDEX} names, such"
                 f" as {missing[0]}: the download is not complete"
             )
         return [folder / name for name in names]
@@ -78,19 +92,12 @@ def weight_files(folder: Path) -> list[Path]:
     raise _refuse(f"{folder} has no {WEIGHTS}; only safetensors is read")
 
 
-def _absent(model: Path) -> str:
-    text = str(model)
-    if _HUB_ID.fullmatch(text):
-        name = model.name
-        return (
-            f"there is no directory {text}. turret downloads no models; if {text} is one of the"
-            f" Hugging Face hub: hf download {text} --local-dir models/{name}, then --model"
-            f" models/{name}"
-        )
-    return f"{model} does not exist; a model is a directory in Hugging Face format"
+def read_config(model: Path) -> dict[str, Any]:
+    """The ``config.json`` of a directory.
 
-
-def _read_config(model: Path) -> dict[str, Any]:
+    Raises:
+        InvalidRequestError: There is none, or it is no JSON object.
+    """
     path = model / "config.json"
     if not path.is_file():
         if (model / "adapter_config.json").is_file():

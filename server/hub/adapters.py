@@ -1,0 +1,177 @@
+"""Adapters on the hub: which of them may be had, and their files in the cache."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from turret.server.adapters.source import CONFIG_FILE, PROVENANCE_FILE, TENSORS_FILE
+from turret.server.errors import (
+    AdapterCheckpointError,
+    BudgetExceededError,
+    HubUnavailableError,
+    QueueFullError,
+)
+from turret.server.hub.download import download
+from turret.server.hub.repository import Repository, cache_dir, find_repository
+from turret.server.hub_id import HUB_SCHEME, HubId
+
+# Of --adapter-hub: every organisation.
+ANY = "*"
+# Each may take up to the limit of the disk.
+MAX_DOWNLOADS = 8
+# How long a download may take: so long, and what its bytes take at a slow line's speed.
+LEAST_SECONDS = 60.0
+LEAST_BYTES_PER_SECOND = 1 << 20
+_NEEDED = (CONFIG_FILE, TENSORS_FILE)
+
+
+class _Stopped(Exception):
+    """Ends a download from within."""
+
+
+class AdapterHub:
+    """What paths that begin with ``hub:`` stand for. Safe to use from several threads.
+
+    Args:
+        allowed: Organisations and users whose adapters may be had; ``*`` is all of them, and
+            nothing is none.
+        max_bytes: Most bytes of one adapter's files.
+    """
+
+    def __init__(self, allowed: Sequence[str] = (), max_bytes: int = 0) -> None:
+        self._allowed = frozenset(allowed)
+        self._max_bytes = max_bytes
+        self._places = threading.BoundedSemaphore(MAX_DOWNLOADS)
+
+    @property
+    def root(self) -> Path | None:
+        """Where the files are; None where no adapter may be had."""
+        return cache_dir() if self._allowed else None
+
+    def fetch(self, path: str) -> str:
+        """Have an adapter's files in the cache.
+
+        Nothing is asked of the hub for a commit whose files are there. Blocks for as long as a
+        download may take, and no longer.
+
+        Args:
+            path: ``hub:org/name`` or ``hub:org/name@revision``.
+
+        Returns:
+            The same path with the commit as its revision.
+
+        Raises:
+            AdapterCheckpointError: Not such a path, an organisation that is not allowed, or no
+                adapter.
+            HubError: There is no such repository or revision, or not for this machine's token.
+            HubUnavailableError: The hub does not answer, or too slowly.
+            BudgetExceededError: Too large.
+            QueueFullError: ``MAX_DOWNLOADS`` are under way.
+        """
+        hub_id = self._checked(path)
+        if hub_id.is_commit and _is_there(hub_id):
+            return path
+        repository = find_repository(hub_id)
+        names = _names(path, repository.files)
+        found = f"{HUB_SCHEME}{repository.id}"
+        if not _is_there(repository.id):
+            size = sum(repository.files[name] for name in names)
+            if size > self._max_bytes:
+                raise BudgetExceededError(
+                    f"adapter {path!r} has {size} bytes, at most {self._max_bytes} are taken"
+                    " (--max-upload-bytes)",
+                    metadata={"path": path, "bytes": str(size)},
+                )
+            self._download(path, repository, names, size)
+        return found
+
+    def _checked(self, path: str) -> HubId:
+        if not self._allowed:
+            raise _refuse(
+                path,
+                "cannot be loaded: the server was started without --adapter-hub, which names the"
+                " organisations whose adapters it may fetch",
+            )
+        try:
+            hub_id = HubId.parse(path.removeprefix(HUB_SCHEME))
+        except ValueError:
+            raise _refuse(path, "is neither hub:org/name nor hub:org/name@revision") from None
+        if self._allowed.isdisjoint((ANY, hub_id.org)):
+            names = ", ".join(sorted(self._allowed))
+            raise _refuse(path, f"is of {hub_id.org}; --adapter-hub allows {names}")
+        return hub_id
+
+    def _download(self, path: str, repository: Repository, names: Sequence[str], size: int) -> None:
+        if not self._places.acquire(blocking=False):
+            raise QueueFullError(f"{MAX_DOWNLOADS} downloads from the hub are under way already")
+        seconds = LEAST_SECONDS + size / LEAST_BYTES_PER_SECOND
+        ends_at = time.monotonic() + seconds
+        left, failures = size, []
+
+        def on_bytes(count: int) -> None:
+            nonlocal left
+            left -= count
+            if left < 0 or time.monotonic() > ends_at:
+                raise _Stopped
+
+        def work() -> None:
+            try:
+                download(repository, names, on_bytes)
+            except BaseException as error:
+                failures.append(error)
+            finally:
+                self._places.release()
+
+        # A thread of its own: the library may hang where nothing can be raised, and then the
+        # caller goes, and the place stays taken until the library gives up.
+        thread = threading.Thread(target=work, name=f"download {repository.id}", daemon=True)
+        thread.start()
+        thread.join(seconds)
+        if left < 0:
+            raise HubUnavailableError(f"{path}: more bytes came than the hub announced")
+        if thread.is_alive() or (failures and isinstance(failures[0], _Stopped)):
+            raise HubUnavailableError(
+                f"{path}: {size - left} of {size} bytes came in {seconds:.0f} seconds; try again,"
+                f" or run hf download {repository.id.repository} on the server's machine"
+            )
+        if failures:
+            raise failures[0]
+
+
+def _is_there(hub_id: HubId) -> bool:
+    folder = cache_dir() / hub_id.snapshot
+    return all((folder / name).is_file() for name in _NEEDED)
+
+
+def _names(path: str, files: Mapping[str, int]) -> list[str]:
+    """The files to fetch.
+
+    Raises:
+        AdapterCheckpointError: The two that an adapter has are not there; says what is.
+    """
+    lacking = [name for name in _NEEDED if name not in files]
+    if not lacking:
+        return [name for name in (*_NEEDED, PROVENANCE_FILE) if name in files]
+    below = sorted(name for name in files if name.endswith(f"/{CONFIG_FILE}"))
+    pickles = sorted(name for name in files if "/" not in name and name.endswith(".bin"))
+    if CONFIG_FILE in lacking and below:
+        why = f"is no adapter, but {below[0].rpartition('/')[0]} in it is; load it from a directory"
+    elif CONFIG_FILE in lacking:
+        why = f"is no adapter: the repository has no {CONFIG_FILE}"
+    elif pickles:
+        why = (
+            f"has {pickles[0]} and no {TENSORS_FILE}: pickle files are never read; PEFT's"
+            f" save_pretrained(…, safe_serialization=True) writes {TENSORS_FILE}"
+        )
+    else:
+        why = f"has no {TENSORS_FILE}"
+    raise _refuse(path, why)
+
+
+def _refuse(path: str, why: str) -> AdapterCheckpointError:
+    return AdapterCheckpointError(
+        f"path {path!r:.200} {why}", metadata={"path": path[:200]}, violations=[("path", why)]
+    )

@@ -1,0 +1,89 @@
+"""Files of a repository, into the hub's cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from turret.server.errors import HubUnavailableError
+from turret.server.hub.faults import refusal
+from turret.server.hub.repository import ASK_SECONDS, Repository, cache_dir
+
+# Called with how many bytes came since the last call; what it raises ends the download.
+OnBytes = Callable[[int], None]
+
+
+def download(repository: Repository, names: Iterable[str], on_bytes: OnBytes) -> Path:
+    """Fetch files that the cache does not have yet.
+
+    A connection that breaks is taken up where it broke, five times without a byte at most
+    (``huggingface_hub`` sees to that). Each file is written beside its place and moved there, so
+    what lies in the cache is whole.
+
+    Args:
+        repository: At a commit.
+        names: Of its files.
+        on_bytes: Told of progress; files that are there already make none.
+
+    Returns:
+        The folder of the commit's files.
+
+    Raises:
+        HubError: The repository, or a file of it, is no longer there for this machine.
+        HubUnavailableError: The hub does not answer, or not with what it announced.
+    """
+    import httpx2
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    hub_id, bar = repository.id, _bar(on_bytes)
+    for name in names:
+        try:
+            hf_hub_download(
+                hub_id.repository,
+                name,
+                revision=repository.commit,
+                etag_timeout=ASK_SECONDS,
+                tqdm_class=bar,
+            )
+        except LocalEntryNotFoundError as error:
+            cause = error.__cause__
+            raise refusal(hub_id, cause if isinstance(cause, Exception) else error) from None
+        except (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled) as error:
+            raise refusal(hub_id, error) from None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            # Other bytes than were announced.
+            raise HubUnavailableError(f"{name} of {hub_id} did not arrive whole: {error}") from None
+    return cache_dir() / hub_id.snapshot
+
+
+def _bar(on_bytes: OnBytes) -> Any:
+    """What ``huggingface_hub`` takes for the class of a progress bar."""
+
+    class Bar:
+        """Counts what is written to disk; that has more parts than what comes over the network."""
+
+        total: int | None = None
+
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            pass
+
+        def __enter__(self) -> Bar:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+        def update(self, n: float | None = 1) -> None:
+            on_bytes(int(n or 0))
+
+        def ignore(self, *args: object, **kwargs: object) -> None:
+            pass
+
+        update_transfer = set_postfix_str = set_transfer_postfix_str = ignore
+        close = refresh = ignore
+
+    return Bar

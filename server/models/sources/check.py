@@ -1,0 +1,24 @@
+"""Whether ``--model`` names what can be served, told without torch and without its weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from turret.server.models.sources.hub_model import check_hub_model, hub_model_id
+from turret.server.models.sources.model_directory import check_model_directory
+
+
+def check_model(model: Path) -> None:
+    """Refuse what is no model that can be served.
+
+    Args:
+        model: A directory, or the id of a repository on the hub, which is asked.
+
+    Raises:
+        InvalidRequestError: Says what is there instead, and what to do.
+    """
+    hub_id = hub_model_id(model)
+    if hub_id is not None:
+        check_hub_model(hub_id)
+    else:
+        check_model_directory(model)

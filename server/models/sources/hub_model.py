@@ -1,0 +1,150 @@
+"""A base model on the Hugging Face hub: whether it can be served, and its files in the cache.
+
+Only safetensors is fetched, with the configs and the tokenizer beside it; never code.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+from turret.server.errors import HubError, HubUnavailableError, InvalidRequestError
+from turret.server.hub.download import download
+from turret.server.hub.repository import Repository, cache_dir, find_repository
+from turret.server.hub_id import HubId
+from turret.server.models.sources.model_directory import (
+    INDEX,
+    WEIGHTS,
+    check_config,
+    check_model_directory,
+    read_config,
+)
+
+# Configs, tokenizers and chat templates, at the top of the repository.
+_SMALL = ("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken")
+_CONFIG = "config.json"
+_ADAPTER_CONFIG = "adapter_config.json"
+
+# Called with (description, done, total).
+Progress = Callable[[str, int, int], None]
+
+
+def hub_model_id(model: Path) -> HubId | None:
+    """What ``--model`` names on the hub; None if it is a place on this machine."""
+    return None if model.exists() else HubId.find(str(model))
+
+
+def check_hub_model(hub_id: HubId) -> None:
+    """Refuse what is no model that can be served, before its weights are fetched.
+
+    Raises:
+        InvalidRequestError: Says what is there instead, and what to do.
+    """
+    try:
+        _describe(hub_id)
+    except (HubError, HubUnavailableError) as error:
+        raise _refuse(f"there is no directory {hub_id}, and {error.message}") from None
+
+
+def fetch_hub_model(hub_id: HubId, progress: Progress) -> tuple[Path, str]:
+    """Have a model's files in the hub's cache.
+
+    Args:
+        hub_id: The repository and the revision.
+        progress: Told how many MiB came.
+
+    Returns:
+        The directory, all of whose files are of one commit; that commit.
+
+    Raises:
+        InvalidRequestError: As ``check_hub_model``; or the hub does not answer.
+    """
+    try:
+        repository, folder = _describe(hub_id)
+        names = [*_small(repository.files), *_weights(repository, folder)]
+        if not repository.is_cached:
+            _download(repository, names, progress)
+    except (HubError, HubUnavailableError) as error:
+        raise _refuse(error.message) from None
+    check_model_directory(folder)
+    return folder, repository.commit
+
+
+def _describe(hub_id: HubId) -> tuple[Repository, Path]:
+    """The repository, and the folder that its config, which is served, lies in."""
+    repository = find_repository(hub_id)
+    files = repository.files
+    if repository.is_cached and not (_CONFIG in files and {WEIGHTS, INDEX} & set(files)):
+        raise _refuse(f"the cache has only some files of {hub_id}, and the hub cannot be asked")
+    if _CONFIG not in files:
+        raise _refuse(f"{hub_id} {_what_else(files)}")
+    _check_weights(hub_id, files)
+    wanted = [name for name in (_CONFIG, INDEX) if name in files]
+    folder = download(repository, wanted, lambda _: None)
+    check_config(read_config(folder), str(hub_id))
+    return repository, folder
+
+
+def _what_else(files: Mapping[str, int]) -> str:
+    if _ADAPTER_CONFIG in files:
+        return "is an adapter, not a base model: name its base here, and load it with --adapter-hub"
+    ggufs = [name for name in files if name.endswith(".gguf")]
+    if ggufs:
+        return (
+            f"holds GGUF files; fetch one (hf download …) and give --model the file, as {ggufs[0]}"
+        )
+    return "has no config.json, so it is no model in Hugging Face format"
+
+
+def _check_weights(hub_id: HubId, files: Iterable[str]) -> None:
+    files = set(files)
+    if not files.isdisjoint((WEIGHTS, INDEX)):
+        return
+    pickles = sorted(name for name in files if name.endswith((".bin", ".pth")))
+    has = f" and has {pickles[0]}: a pickle can run code and is not read" if pickles else ""
+    raise _refuse(f"{hub_id} has no {WEIGHTS}; only safetensors is read{has}")
+
+
+def _small(files: Iterable[str]) -> list[str]:
+    return [
+        name
+        for name in files
+        if "/" not in name and any(fnmatch.fnmatch(name, pattern) for pattern in _SMALL)
+    ]
+
+
+def _weights(repository: Repository, folder: Path) -> list[str]:
+    """The files that hold the weights: those that the index names, where there is one."""
+    if INDEX not in repository.files:
+        return [WEIGHTS]
+    names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    lacking = [name for name in names if name not in repository.files]
+    if lacking:
+        where = "the cache of " if repository.is_cached else ""
+        raise _refuse(f"{where}{repository.id} lacks {lacking[0]}, which its {INDEX} names")
+    return names
+
+
+def _download(repository: Repository, names: list[str], progress: Progress) -> None:
+    what = f"Downloading {repository.id.repository} (MiB)"
+    folder = cache_dir() / repository.id.snapshot
+    missing = [name for name in names if not (folder / name).is_file()]
+    if not missing:
+        return
+    total = sum(repository.files[name] for name in missing)
+    done = 0
+
+    def on_bytes(count: int) -> None:
+        nonlocal done
+        done += count
+        progress(what, done >> 20, max(total >> 20, 1))
+
+    on_bytes(0)
+    download(repository, missing, on_bytes)
+    progress(what, max(total >> 20, 1), max(total >> 20, 1))
+
+
+def _refuse(why: str) -> InvalidRequestError:
+    return InvalidRequestError.of("model", why)

@@ -1,0 +1,213 @@
+"""``hub:org/name``: allowed by organisation, held to limits before and while files come, kept."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from builders.registries import Registries, tiny_base
+from servers.fake_hub import TOKEN, FakeHub, Repo
+
+from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.adapters.state.state_dir import StateDir
+from turret.server.errors import (
+    AdapterCheckpointError,
+    BudgetExceededError,
+    HubError,
+    HubUnavailableError,
+    QueueFullError,
+    TurretError,
+)
+from turret.server.hub import adapters as hub_adapters
+from turret.server.hub.adapters import AdapterHub
+
+PATH = "hub:acme/a"
+_Make = Callable[..., AdapterRegistry]
+
+
+@pytest.fixture
+def checkpoints(tmp_path: Path) -> Iterator[Path]:
+    made = Registries(tmp_path)
+    yield made.root
+    made.close()
+
+
+@pytest.fixture
+def repo(hub: FakeHub, checkpoints: Path) -> Repo:
+    return hub.repo("acme/a", checkpoints / "a")
+
+
+@pytest.fixture
+def registry(hub: FakeHub, tmp_path: Path) -> Iterator[_Make]:
+    """Makes a registry that may fetch, with a state directory; the one before is closed."""
+    made: list[AdapterRegistry] = []
+
+    def make(*allowed: str, max_bytes: int = 1 << 20) -> AdapterRegistry:
+        while made:
+            made.pop().close()
+        state = StateDir(tmp_path / "state", 1 << 20)
+        state.bind("base", "digest")
+        hub_of = AdapterHub(allowed, max_bytes)
+        made.append(AdapterRegistry(None, tiny_base(), 1 << 30, 64, state=state, hub=hub_of))
+        made[-1].restore()
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+def refused(registry: AdapterRegistry, path: str, kind: type[TurretError]) -> str:
+    with pytest.raises(kind) as caught:
+        registry.load("a", path)
+    assert registry.list() == []
+    return caught.value.message
+
+
+def load_in_vain(registry: AdapterRegistry) -> None:
+    with pytest.raises(TurretError):
+        registry.load("b", PATH)
+
+
+def test_it_is_the_adapter_that_was_pushed(registry: _Make, repo: Repo, checkpoints: Path) -> None:
+    loaded = registry("acme").load("a", PATH)
+    local = AdapterRegistry(checkpoints, tiny_base(), 1 << 30, 64)
+    assert loaded.facts.digest == local.load("a", "a").facts.digest
+    local.close()
+    assert loaded.source == f"{PATH}@{repo.refs['main']}"
+
+
+def test_who_may_be_asked_for(registry: _Make, hub: FakeHub, repo: Repo) -> None:
+    said = refused(registry(), PATH, AdapterCheckpointError)
+    assert "started without --adapter-hub" in said
+    assert "--adapter-hub allows other" in refused(registry("other"), PATH, AdapterCheckpointError)
+    for path in ("hub:", "hub:a", "hub:acme/a/b", "hub:acme/../a", "hub:acme/a@"):
+        assert "is neither" in refused(registry("*"), path, AdapterCheckpointError)
+    assert hub.requests == []
+    assert registry("*").load("a", PATH).source
+
+
+def test_a_restart_serves_the_same_commit_and_asks_nobody(
+    registry: _Make, hub: FakeHub, repo: Repo, checkpoints: Path
+) -> None:
+    first = registry("acme").load("a", PATH)
+    repo.push({p.name: p.read_bytes() for p in (checkpoints / "b").iterdir()})
+    hub.requests.clear()
+    again = registry("acme")
+    assert again.get("a").source == first.source
+    again.pin("a")
+    assert again.get("a").facts.digest == first.facts.digest
+    assert hub.requests == []
+    with again.export("a") as export:
+        assert {file.name for file in export.files} == {
+            "adapter_config.json",
+            "adapter_model.safetensors",
+        }
+    # Asked for again by name, it is what it is now.
+    replaced = again.replace("a", PATH)
+    assert (replaced.generation, replaced.source) == (2, f"{PATH}@{repo.refs['main']}")
+    assert replaced.facts.digest != first.facts.digest
+
+
+def test_a_cache_that_was_emptied_is_filled_again(
+    registry: _Make, hub: FakeHub, repo: Repo, tmp_path: Path
+) -> None:
+    first = registry("acme").load("a", PATH)
+    repo.refs["main"] = "0" * 40
+    shutil.rmtree(tmp_path / "hub")
+    again = registry("acme")
+    hub.status = 503
+    with pytest.raises(HubUnavailableError, match="answered 503"):
+        again.pin("a")
+    hub.status = None
+    mix = again.acquire([AdapterRef(name="a")])
+    answered = threading.Event()
+    mix.ensure_host(lambda result: answered.set())
+    assert answered.wait(20)
+    assert again.get("a").residency == "host"
+    assert again.get("a").facts.digest == first.facts.digest
+    again.release(mix)
+
+
+def test_the_hubs_refusals_reach_the_caller(
+    registry: _Make, repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = registry("acme")
+    assert "has no model 'acme/b'" in refused(one, "hub:acme/b", HubError)
+    assert "has no revision 'v9'" in refused(one, f"{PATH}@v9", HubError)
+    repo.is_gated = True
+    assert "is gated" in refused(one, PATH, HubError)
+    repo.is_gated, repo.is_private = False, True
+    assert "set HF_TOKEN" in refused(one, PATH, HubError)
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert one.load("a", PATH).name == "a"
+
+
+def test_what_is_no_adapter(registry: _Make, repo: Repo) -> None:
+    one, files = registry("acme"), repo.commits[repo.refs["main"]]
+    repo.push({"config.json": b"{}"})
+    assert "has no adapter_config.json" in refused(one, PATH, AdapterCheckpointError)
+    repo.push({f"checkpoint-9/{name}": data for name, data in files.items()})
+    assert "checkpoint-9 in it is" in refused(one, PATH, AdapterCheckpointError)
+    repo.push({"adapter_config.json": b"{}", "adapter_model.bin": b""})
+    assert "pickle files are never read" in refused(one, PATH, AdapterCheckpointError)
+
+
+def test_files_pass_the_checks_of_local_ones(registry: _Make, repo: Repo) -> None:
+    files = repo.commits[repo.refs["main"]]
+    repo.push({**files, "adapter_config.json": b'{"peft_type": "LORA", "r": 4, "odd": 1}'})
+    assert "odd" in refused(registry("acme"), PATH, AdapterCheckpointError)
+    cut = files["adapter_model.safetensors"][:-1]
+    repo.push({**files, "adapter_model.safetensors": cut})
+    refused(registry("acme"), PATH, AdapterCheckpointError)
+
+
+def test_size_is_checked_before_a_byte_comes(registry: _Make, hub: FakeHub, repo: Repo) -> None:
+    one = registry("acme", max_bytes=1000)
+    assert "at most 1000 are taken" in refused(one, PATH, BudgetExceededError)
+    assert hub.downloads() == []
+
+
+def test_a_hub_that_sends_more_than_it_says(registry: _Make, hub: FakeHub, repo: Repo) -> None:
+    repo.lied_sizes["adapter_model.safetensors"] = 10
+    one = registry("acme", max_bytes=5000)
+    said = refused(one, PATH, HubUnavailableError)
+    assert "more bytes came than the hub announced" in said
+
+
+def test_a_slow_hub_does_not_hold_the_caller(
+    registry: _Make, hub: FakeHub, repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_adapters, "LEAST_SECONDS", 0.3)
+    one = registry("acme")
+    hub.seconds_per_chunk = 0.2
+    assert "bytes came in 0 seconds" in refused(one, PATH, HubUnavailableError)
+    hub.seconds_per_chunk = 0.0
+    monkeypatch.setattr(hub_adapters, "LEAST_SECONDS", 30.0)
+    assert one.load("a", PATH).name == "a"
+
+
+def test_downloads_are_few_at_a_time(
+    registry: _Make, repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hub_adapters, "MAX_DOWNLOADS", 1)
+    one = registry("acme")
+    going, go = threading.Event(), threading.Event()
+
+    def wait(*args: object) -> None:
+        going.set()
+        assert go.wait(20)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_adapters, "download", wait)
+        thread = threading.Thread(target=load_in_vain, args=(one,))
+        thread.start()
+        assert going.wait(20)
+        assert "1 downloads from the hub" in refused(one, PATH, QueueFullError)
+        go.set()
+        thread.join()
+    assert one.load("a", PATH).name == "a"

@@ -1,0 +1,203 @@
+"""``--model org/name``: resolved once, fetched into the hub's cache, or refused in a sentence."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from servers.fake_hub import TOKEN, FakeHub, Repo
+
+from turret.server.errors import InvalidRequestError
+from turret.server.hub_id import HubId
+from turret.server.models.model_source import ModelSource, resolve_model
+from turret.server.models.sources.check import check_model
+
+NAME = "acme/tiny"
+
+
+@pytest.fixture
+def repo(hub: FakeHub, tiny_llama: Path) -> Repo:
+    """The model, with what people leave beside one."""
+    repo = hub.repo(NAME, tiny_llama)
+    files = repo.commits[repo.refs["main"]]
+    beside = {"pytorch_model.bin": b"p", "modeling.py": b"m", "README.md": b"r", "a/b.json": b"{}"}
+    repo.push({**files, **beside, "consolidated.safetensors": b"c"})
+    return repo
+
+
+def resolved(tmp_path: Path, name: str = NAME) -> ModelSource:
+    return resolve_model(Path(name), tmp_path / "cache")
+
+
+def refused(name: str = NAME) -> str:
+    with pytest.raises(InvalidRequestError) as caught:
+        check_model(Path(name))
+    assert caught.value.message.startswith("model: ")
+    return caught.value.message
+
+
+def offline(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def test_what_is_an_id() -> None:
+    assert HubId.parse("a/b") == HubId("a", "b")
+    assert HubId.parse("a/b-1.5_x@refs/pr/3") == HubId("a", "b-1.5_x", "refs/pr/3")
+    assert str(HubId.parse("a/b@v1")) == "a/b@v1"
+    for text in ("a", "a/b/c", "/a/b", "a/", "../b", "a/b@", "a/b@../x", "a--b/c", "~/m", "a b/c"):
+        assert HubId.find(text) is None, text
+
+
+def test_only_what_is_served_is_fetched(hub: FakeHub, repo: Repo, tmp_path: Path) -> None:
+    reports: list[tuple[str, int, int]] = []
+    source = resolve_model(Path(NAME), tmp_path / "cache", lambda *said: reports.append(said))
+    assert source.name == NAME
+    assert source.commit == repo.refs["main"]
+    assert source.files.name == source.commit
+    assert len(list(source.files.iterdir())) == len(hub.downloads())
+    taken = set(hub.downloads())
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= taken
+    assert taken.isdisjoint(
+        {"pytorch_model.bin", "modeling.py", "README.md", "b.json", "consolidated.safetensors"}
+    )
+    what = [said for said in reports if said[0].startswith("Downloading")]
+    assert what[0][0] == f"Downloading {NAME} (MiB)"
+    assert what[-1][1] == what[-1][2]
+
+
+def test_it_is_the_directory_it_was_made_of(repo: Repo, tmp_path: Path, tiny_llama: Path) -> None:
+    assert resolved(tmp_path).digest == resolve_model(tiny_llama, tmp_path / "other").digest
+
+
+def test_a_second_start_fetches_nothing(hub: FakeHub, repo: Repo, tmp_path: Path) -> None:
+    first = resolved(tmp_path)
+    before = len(hub.downloads())
+    assert resolved(tmp_path) == first
+    assert len(hub.downloads()) == before
+
+
+def test_a_revision_is_one_commit(hub: FakeHub, repo: Repo, tmp_path: Path) -> None:
+    old = repo.refs["main"]
+    repo.refs["v1"] = old
+    files = repo.commits[old]
+    newer = repo.push({**files, "generation_config.json": b'{"eos_token_id": 3}'})
+    assert resolved(tmp_path).commit == newer
+    assert resolved(tmp_path, f"{NAME}@v1").commit == old
+    assert resolved(tmp_path, f"{NAME}@{old}").commit == old
+    assert "has no revision 'v2'" in refused(f"{NAME}@v2")
+
+
+def test_a_broken_connection_is_taken_up(
+    hub: FakeHub,
+    repo: Repo,
+    tmp_path: Path,
+    tiny_llama: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # What came of a chunk that is not whole is asked for again.
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    check_model(Path(NAME))
+    hub.cuts = 4
+    hub.requests.clear()
+    source = resolved(tmp_path)
+    assert hub.cuts == 0
+    assert sum("bytes=" in line for line in hub.requests) == 4
+    assert source.digest == resolve_model(tiny_llama, tmp_path / "other").digest
+
+
+def test_a_file_that_never_arrives_is_refused(
+    hub: FakeHub, repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    check_model(Path(NAME))
+    hub.cuts = 1000
+    with pytest.raises(InvalidRequestError, match="cannot be reached"):
+        resolved(tmp_path)
+    hub.cuts = 0
+    assert resolved(tmp_path).commit == repo.refs["main"]
+
+
+def test_sharded_weights_come_by_their_index(hub: FakeHub, repo: Repo, tmp_path: Path) -> None:
+    files = dict(repo.commits[repo.refs["main"]])
+    files["x-1.safetensors"] = files.pop("model.safetensors")
+    index = {"weight_map": {"model.embed_tokens.weight": "x-1.safetensors"}}
+    files["model.safetensors.index.json"] = json.dumps(index).encode()
+    repo.push(files)
+    assert resolved(tmp_path).commit == repo.refs["main"]
+    assert "x-1.safetensors" in hub.downloads()
+    del files["x-1.safetensors"]
+    repo.push(files)
+    with pytest.raises(InvalidRequestError, match=r"lacks x-1.safetensors, which its"):
+        resolved(tmp_path)
+
+
+def test_offline_the_cache_serves(
+    hub: FakeHub, repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = resolved(tmp_path).commit
+    repo.push({**repo.commits[commit], "more.json": b"{}"})
+    hub.requests.clear()
+    with monkeypatch.context() as patch:
+        offline(patch)
+        assert resolved(tmp_path).commit == commit
+        assert hub.requests == []
+        assert "HF_HUB_OFFLINE keeps it from being fetched" in refused("acme/other")
+    hub.status = 503
+    assert resolved(tmp_path).commit == commit
+    assert "answered 503" in refused("acme/other")
+
+
+def test_a_cache_with_half_of_a_model(
+    repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_model(Path(NAME))
+    offline(monkeypatch)
+    assert "the cache has only some files" in refused()
+
+
+def test_a_token_opens_what_is_private(
+    repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    repo.is_private = True
+    said = refused()
+    assert f"there is no directory {NAME}, and" in said
+    assert "has no model 'acme/tiny' that this machine may see" in said
+    assert "set HF_TOKEN or run hf auth login" in said
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    assert resolved(tmp_path).commit == repo.refs["main"]
+
+
+def test_refusals_say_what_to_do(hub: FakeHub, repo: Repo, tiny_llama: Path) -> None:
+    repo.is_gated = True
+    assert f"is gated: accept its terms at {hub.endpoint}/{NAME}" in refused()
+    repo.is_gated = False
+    assert "check its spelling" in refused("acme/tyni")
+    files = repo.commits[repo.refs["main"]]
+
+    def without(*names: str, **added: bytes) -> None:
+        kept = {name: data for name, data in files.items() if name not in names}
+        repo.push({**kept, **added})
+
+    without("model.safetensors")
+    assert "only safetensors is read and has pytorch_model.bin" in refused()
+    without("config.json")
+    assert "has no config.json" in refused()
+    repo.push({"adapter_config.json": b"{}"})
+    assert "is an adapter, not a base model" in refused()
+    repo.push({"tiny.Q4_0.gguf": b"GGUF"})
+    assert "give --model the file, as tiny.Q4_0.gguf" in refused()
+    repo.push({**files, "config.json": b'{"model_type": "bert"}'})
+    hub.requests.clear()
+    assert "'bert' is not served" in refused()
+    assert hub.downloads() == ["config.json"]
+
+
+def test_a_hub_that_is_not_there_fails_fast(hub: FakeHub) -> None:
+    hub.close()
+    started = time.monotonic()
+    assert "cannot be reached" in refused()
+    assert time.monotonic() - started < 20
