@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from transformers import (
 from transformers.utils import logging
 
 from turret.server.models.decoding.arch import Arch
-from turret.server.models.families import read_arch
+from turret.server.models.families import read_arch, text_config
 from turret.server.models.model_source import ModelSource, default_cache_dir, resolve_model
 from turret.server.models.sources.embedded import find_gguf, read_gguf
 from turret.server.models.weights.nf4 import Nf4Weight
@@ -63,8 +64,27 @@ def find_base(directory: Path | None) -> TrainingBase:
     with progress_bar() as report:
         source = resolve_model(directory, default_cache_dir(), report)
     config = AutoConfig.from_pretrained(source.files)
+    if text_config(config) is not config:
+        config = _text_part(config, source)
     tokenizer = AutoTokenizer.from_pretrained(source.files)
     return TrainingBase(source, directory, config, read_arch(config), tokenizer)
+
+
+def _text_part(config: Any, source: ModelSource) -> Any:
+    """The config of the language model that a model of text and images holds.
+
+    Raises:
+        ConfigError: transformers has no class for the language model alone, or the checkpoint's
+            tensors have the names of the whole.
+    """
+    text = text_config(config)
+    if type(text) not in AutoModelForCausalLM._model_mapping:
+        why = f"transformers has no language model alone for {config.model_type}"
+        raise ConfigError.of("base.model", why)
+    if source.weights == source.files:
+        why = "the text part of a checkpoint that is 4-bit already is not trained; take a plain one"
+        raise ConfigError.of("base.model", why)
+    return text
 
 
 def load_model(base: TrainingBase, weights: Weights, dtype: torch.dtype, device: str) -> Any:
@@ -123,7 +143,7 @@ class _EmptyLinear4bit(Linear4bit):
 
 
 def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
-    config = AutoConfig.from_pretrained(base.source.files)
+    config = copy.deepcopy(base.config)
     config.quantization_config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -178,6 +198,8 @@ def _load_full(base: TrainingBase, dtype: torch.dtype) -> Any:
         return model.to(dtype)
     directory = base.source.files
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    if config["model_type"] != base.config.model_type:
+        raise ConfigError.of("base.weights", "the text part of a model is trained on nf4 alone")
     if config.get("quantization_config") is not None:
         raise ConfigError.of("base.weights", f"{directory} holds 4-bit weights only")
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)

@@ -108,6 +108,8 @@ class BaseModel:
         num_kv_heads: Heads of keys and values per layer.
         head_dim: Width of one head.
         generation: Counts the weights, from 1: a merge and an unmerge each make other ones.
+        text_prefix: Of the adapter that is read, where it was trained on a model of text and images
+            (``tensor_names.text_prefix``).
         beside: Inside ``with base.beside():`` a thread's work on the device goes beside the steps.
     """
 
@@ -124,6 +126,7 @@ class BaseModel:
     head_dim: int
     norms: Mapping[str, BaseNorm] = field(default_factory=dict)
     generation: int = 1
+    text_prefix: str = ""
     beside: Callable[[], AbstractContextManager[object]] = nullcontext
 
 

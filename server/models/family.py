@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from turret.server.errors import InvalidRequestError
@@ -22,10 +22,13 @@ class Family:
         model_types: What ``model_type`` in ``config.json`` is for it.
         read: Turns a transformers config of one of them into an ``Arch``. Raises
             InvalidRequestError where the config asks for what the family's file does not read.
+        text_part_of: ``model_type`` of models of text and images whose ``text_config`` is one of
+            the family, and which of ``model_types`` that is where it does not say.
     """
 
     model_types: tuple[str, ...]
     read: Callable[[Any], Arch]
+    text_part_of: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_decoder(config: Any, **own: Any) -> Arch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,15 +17,22 @@ from turret.server.models.decoding.decoder import Decoder, DecoderLayer
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import ModelSource, Progress, no_progress
 from turret.server.models.sources.model_directory import weight_files
+from turret.server.models.text_part import text_name
 from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
 
 
 class _Tensors:
-    """Reads tensors by name across shards; knows which were read."""
+    """Reads tensors across shards, by the language model's names; knows which were read."""
 
     def __init__(self, folder: Path) -> None:
         self._files = [safe_open(path, framework="pt") for path in weight_files(folder)]
-        self._owner = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+        # Name → file, and what the file calls it.
+        self._owner = {
+            name: (file, stored)
+            for file in self._files
+            for stored in file.keys()  # noqa: SIM118 - safe_open is not a mapping
+            if (name := text_name(stored)) is not None
+        }
         self._read: set[str] = set()
 
     def has(self, name: str) -> bool:
@@ -35,7 +43,8 @@ class _Tensors:
             raise InvalidRequestError.of("model", f"the checkpoint lacks {name}")
         self._read.add(name)
         # A copy: the result must not keep the file mapped.
-        return self._owner[name].get_tensor(name).clone()
+        file, stored = self._owner[name]
+        return file.get_tensor(stored).clone()
 
     def weight(self, name: str, shape: tuple[int, int]) -> Nf4Weight:
         """A quantised weight; a plain one (a module bitsandbytes skipped) is quantised here."""
@@ -89,12 +98,12 @@ def load_decoder(
         progress("Loading layers", number, arch.num_layers)
         layers.append(_load_layer(tensors, arch, number, dtype, device, gpu))
     norm = _norm(tensors, arch, "model.norm", device)
-    if tensors.has("lm_head.weight") and not arch.tie_word_embeddings:
-        head = dense("lm_head.weight")
-    else:
-        head = embedding
-        if tensors.has("lm_head.weight"):
-            tensors.get("lm_head.weight")
+    head = embedding
+    if tensors.has("lm_head.weight"):
+        own = dense("lm_head.weight")
+        # Some configs say that the two are one, or leave it to a default, and have two.
+        if not (arch.tie_word_embeddings and torch.equal(own, embedding)):
+            head, arch = own, replace(arch, tie_word_embeddings=False)
     unread = tensors.unread()
     if unread:
         raise InvalidRequestError.of("model", f"unexpected tensors: {', '.join(unread[:8])}")
@@ -169,7 +178,10 @@ def eos_token_ids(files: Path) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         path = files / name
         if path.is_file():
-            value = json.loads(path.read_text()).get("eos_token_id")
+            config = json.loads(path.read_text())
+            value = config.get("eos_token_id")
+            if value is None:
+                value = (config.get("text_config") or {}).get("eos_token_id")
             if value is not None:
                 found.update([value] if isinstance(value, int) else value)
     return frozenset(found)

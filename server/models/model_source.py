@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +29,7 @@ from turret.server.models.sources.model_directory import (
     check_model_directory,
     weight_files,
 )
+from turret.server.models.text_part import text_name
 from turret.server.models.weights.nf4 import Nf4Weight
 
 # Part of the cache key: raise it when what is written changes.
@@ -106,17 +107,31 @@ def _resolve(model: Path | None, cache_dir: Path, progress: Progress) -> ModelSo
     target = cache_dir / f"nf4-{_key([config_file, *shards])}"
     if not (target / _MANIFEST).exists():
         with _new_directory(target) as build:
-            tensors = read_tensors(shards)
-            _quantize(tensors, _count(shards), build, _name(model, config), progress)
+            names = _text_names(shards)
+            tensors = read_tensors(shards, names)
+            _quantize(tensors, len(names), build, _name(model, config), progress)
     return _read_cached(target, model)
 
 
-def read_tensors(shards: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) one at a time."""
+def read_tensors(
+    shards: Iterable[Path], names: Mapping[str, str]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) one at a time, by ``names`` from what the files call them."""
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                yield name, file.get_tensor(name)
+            for stored in file.keys():  # noqa: SIM118 - safe_open is not a mapping
+                if stored in names:
+                    yield names[stored], file.get_tensor(stored)
+
+
+def _text_names(shards: Iterable[Path]) -> dict[str, str]:
+    """The language model's tensors, by what the files call them."""
+    names = {}
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            stored = file.keys()
+            names |= {key: name for key in stored if (name := text_name(key)) is not None}
+    return names
 
 
 def is_quantized(name: str) -> bool:
@@ -188,14 +203,6 @@ def _digest(files: Iterable[Path]) -> str:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def _count(shards: Iterable[Path]) -> int:
-    total = 0
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            total += len(file.keys())
-    return total
 
 
 def _name(model: Path, config: dict) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import Callable, Sequence
@@ -57,6 +58,8 @@ class Tokenizer:
 
         try:
             inner = AutoTokenizer.from_pretrained(files)
+            if not getattr(inner, "chat_template", None):
+                inner.chat_template = _processor_template(files)
             if not inner.is_fast:
                 raise ValueError("not a fast tokenizer")
         except (OSError, ValueError) as error:
@@ -145,6 +148,15 @@ class Tokenizer:
     def stream(self) -> TokenStream:
         """An incremental decoder for one sequence."""
         return TokenStream(self._backend)
+
+
+def _processor_template(files: Path) -> str | None:
+    """The chat template that a model of text and images keeps for its processor."""
+    try:
+        template = json.loads((files / "chat_template.json").read_text())["chat_template"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return template if isinstance(template, str) else None
 
 
 def _each_text(value: Any, change: Callable[[str], str]) -> Any:

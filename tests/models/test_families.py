@@ -104,9 +104,9 @@ def test_an_unknown_family_is_refused_in_one_sentence() -> None:
     with pytest.raises(InvalidRequestError) as refused:
         read_arch(CohereConfig(**SIZES))
     assert str(refused.value).endswith(
-        "model_type 'cohere' is not served; served are gemma, gemma2, gemma3_text, glm4, granite,"
-        " granitemoehybrid, llama, ministral, ministral3, mistral, olmo2, olmo3, phi3, qwen2,"
-        " qwen3, smollm3"
+        "model_type 'cohere' is not served; served are gemma, gemma2, gemma3, gemma3_text, glm4,"
+        " granite, granitemoehybrid, llama, ministral, ministral3, mistral, mistral3, olmo2, olmo3,"
+        " phi3, qwen2, qwen2_5_vl, qwen2_5_vl_text, qwen3, smollm3"
     )
 
 

@@ -14,6 +14,7 @@ from servers.engine_harness import EngineHarness, make_request
 
 from turret.training.base_model import find_base, load_model
 from turret.training.data.batch import IGNORED, make_batch
+from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction
 from turret.training.trainer import Trainer
 
@@ -53,3 +54,31 @@ async def test_one_factor_over_a_fused_module_is_trained_and_served(
             [make_request([5, 6, 7]), make_request([5, 6, 7], "adapter")]
         )
     assert answers[0].logprobs != answers[1].logprobs
+
+
+@pytest.mark.parametrize("architecture", ["gemma3", "mistral3"])
+async def test_the_text_part_of_a_model_is_trained_and_served(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = save_tiny_model(architecture, tmp_path / "model")
+    run = Trainer(resolve_tiny(tmp_path, folder)).run().folder.path
+    async with EngineHarness.start(folder, run, adapters=["adapter"]) as harness:
+        answers = await harness.run_all(
+            [make_request([5, 6, 7], *names, score=True) for names in ((), ("adapter",))]
+        )
+    assert answers[0].prompt_logprobs != answers[1].prompt_logprobs
+    with pytest.raises(ConfigError, match="is trained on nf4 alone"):
+        load_model(find_base(folder), "full", torch.float32, "cpu")
+
+
+def test_text_parts_that_are_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    with pytest.raises(ConfigError, match="no language model alone for qwen2_5_vl"):
+        find_base(save_tiny_model("qwen2_5_vl", tmp_path / "qwen"))
+    packed = save_tiny_model("gemma3", tmp_path / "packed")
+    config = json.loads((packed / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (packed / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="4-bit already"):
+        find_base(packed)

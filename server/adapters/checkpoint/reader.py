@@ -24,7 +24,7 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.safetensors_header import TensorEntry, read_header
 from turret.server.adapters.checkpoint.strict_json import parse_object
-from turret.server.adapters.checkpoint.tensor_names import canonical_names
+from turret.server.adapters.checkpoint.tensor_names import canonical_names, text_prefix
 from turret.server.adapters.source import (
     CONFIG_FILE,
     MAX_CONFIG_BYTES,
@@ -57,6 +57,8 @@ class AdapterCheckpoint:
         is_partial: Whether tensors were taken out that the method must not miss.
         base_digest: Of the base model, as ``provenance.json`` beside the files has it; "" without.
         task: Which task of the files is meant, or None. The digest includes it.
+        text_prefix: What stood before the language model's names where the adapter was trained
+            on a model of text and images; "" if nothing did.
     """
 
     path: str
@@ -67,6 +69,7 @@ class AdapterCheckpoint:
     is_partial: bool = False
     base_digest: str = ""
     task: int | None = None
+    text_prefix: str = ""
 
     def of_task(self, task: int | None) -> AdapterCheckpoint:
         """The same files as one of their tasks: another adapter, with a digest of its own."""
@@ -115,7 +118,7 @@ def read_checkpoint(
         hashed = begin_digest(config)
         file_bytes = os.fstat(file.fileno()).st_size
         unhashed = hashed if digest is None else None
-        tensors = _read_tensors(file, file_bytes, path, unhashed, max_elements)
+        tensors, prefix = _read_tensors(file, file_bytes, path, unhashed, max_elements)
         if digest is not None and stamp_of(config_file.fileno(), file.fileno()) != stamp:
             findings = Findings(path)
             findings.add(TENSORS_FILE, "changed while it was read")
@@ -131,6 +134,7 @@ def read_checkpoint(
         digest=digest,
         bytes_disk=len(config_bytes) + file_bytes,
         base_digest=base_digest,
+        text_prefix=prefix,
     )
 
 
@@ -195,7 +199,8 @@ def parse_config(data: bytes, path: str) -> dict[str, Any]:
 
 def _read_tensors(
     file: BinaryIO, file_bytes: int, path: str, digest: Any | None, max_elements: int
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], str]:
+    """Tensors by canonical name, and the names' ``text_prefix``."""
     findings = Findings(path)
     try:
         header = read_header(file, file_bytes)
@@ -223,7 +228,7 @@ def _read_tensors(
         if entry.name in names:
             tensors[names[entry.name]] = tensor
     findings.raise_if_any()
-    return tensors
+    return tensors, text_prefix(entry.name for entry in header.entries)
 
 
 def _read_data(file: BinaryIO, num_bytes: int) -> torch.Tensor | None:

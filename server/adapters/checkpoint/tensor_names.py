@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from turret.server.adapters.checkpoint.findings import Findings
 
@@ -12,14 +12,49 @@ PEFT_PREFIX = "base_model.model."
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 # A raw state dict keeps the adapter's name behind the parameter (lora_A.default.weight).
 DEFAULT_NAME = "default"
+# What models of text and images put before their language model's own names: those of today, and
+# those of transformers before 4.52. Of the language model alone it is "model.".
+TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
+_TEXT_HEAD = "language_model.lm_head."
 
 
 def canonical_name(name: str) -> str:
     """Drops ``base_model.model.``, wrapper components and the ``default`` adapter name.
 
     ``base_model.model.model.layers.0.q_proj.lora_A.default.weight`` becomes
-    ``model.layers.0.q_proj.lora_A.weight``.
+    ``model.layers.0.q_proj.lora_A.weight``, and so it does with ``language_model`` in it.
     """
+    return _own_name(_without_noise(name))
+
+
+def text_prefix(names: Iterable[str]) -> str:
+    """Which of ``TEXT_PREFIXES`` the names of a file's tensors have; "" for none."""
+    for name in names:
+        if "language_model." in name:
+            bare = _without_noise(name)
+            for prefix in TEXT_PREFIXES:
+                if bare.startswith(prefix):
+                    return prefix
+    return ""
+
+
+def name_in_training(module: str, prefix: str) -> str:
+    """What a module was called where the adapter was trained, by the file's ``text_prefix``."""
+    if not prefix:
+        return module
+    if module.startswith("model."):
+        return prefix + module.removeprefix("model.")
+    return f"language_model.{module}" if prefix == TEXT_PREFIXES[1] else module
+
+
+def _own_name(name: str) -> str:
+    for prefix in TEXT_PREFIXES:
+        if name.startswith(prefix):
+            return f"model.{name.removeprefix(prefix)}"
+    return name.removeprefix("language_model.") if name.startswith(_TEXT_HEAD) else name
+
+
+def _without_noise(name: str) -> str:
     if DEFAULT_NAME not in name and not any(wrapper in name for wrapper in WRAPPERS):
         return name.removeprefix(PEFT_PREFIX)
     parts = [part for part in name.split(".") if part not in WRAPPERS]

@@ -95,6 +95,7 @@ def lower_checkpoint(
         findings = Findings(checkpoint.path)
         findings.add("task", f"is {checkpoint.task}, but a {method.name} adapter has no tasks")
         findings.raise_if_any()
+    base = replace(base, text_prefix=checkpoint.text_prefix)
     part = take_vocabulary(checkpoint, base)
     findings = part.findings
     lowered = None

@@ -12,8 +12,8 @@ from turret.server.adapters.base import BaseModel
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _A = (".lora_A.weight", ".hada_w1_b", ".lora_A")
-# What wrappers of several models put before the language model's own names.
-_WRAPPED = ("model.language_model.", "language_model.", "base_model.language_model.")
+# Modules of models of text and images beside the language model, which alone is served.
+_VISION = ("vision_tower.", "visual.", "multi_modal_projector.", "vision_model.")
 
 
 def cause_of_mismatch(
@@ -26,19 +26,21 @@ def cause_of_mismatch(
         tensors: By canonical name.
         base: The base model as served.
     """
-    causes = (_wrapped(tensors), _layers(tensors, base), _width(tensors, base))
+    causes = (_vision(tensors), _layers(tensors, base), _width(tensors, base))
     cause = next((text for text in causes if text), "")
     trained = config.get("base_model_name_or_path")
     names = f"trained for {trained!r:.200}, served is {base.name!r:.200}" if trained else ""
     return "; ".join(text for text in (cause, names) if text)
 
 
-def _wrapped(names: Iterable[str]) -> str:
-    for prefix in _WRAPPED:
-        if any(name.startswith(prefix) for name in names):
+def _vision(names: Iterable[str]) -> str:
+    for name in names:
+        own = name.removeprefix("model.")
+        if own.startswith(_VISION):
             return (
-                f"its keys lie below {prefix.removesuffix('.')!r}: it was trained on a model of"
-                " text and images, and this base is the language model alone"
+                f"it adapts the {own.partition('.')[0]}, and only the language model of a model of"
+                " text and images is served: train with target_modules that leave the other out, as"
+                " Unsloth does with finetune_vision_layers=False"
             )
     return ""
 

@@ -220,7 +220,7 @@ def _resolve(
     selection["lora_alpha"] = 1 if form.alpha_key is None else config[form.alpha_key]
     selection["use_rslora"] = form.root_key is not None and config.get(form.root_key)
     linear, other = list(base.modules), sorted(base.other_modules)
-    targets = resolve_targets(selection, linear, other, findings)
+    targets = resolve_targets(selection, linear, other, findings, base.text_prefix)
     return None if findings.fields & keys else targets
 
 

@@ -241,7 +241,7 @@ def _low_rank(
     With ``ensure_weight_tying`` PEFT adapts the head of a tied base along with the embedding, and
     saves factors for it, without naming it in the config.
     """
-    targets = _targets(config)
+    targets = _targets(config, base)
     name, a = found.get(_A, (f"{EMBEDDING}.lora_embedding_A", None))
     if targets is None:
         return None, {}
@@ -297,7 +297,7 @@ def _low_rank(
     return result, changes
 
 
-def _targets(config: Mapping[str, Any]) -> Targets | None:
+def _targets(config: Mapping[str, Any], base: BaseModel) -> Targets | None:
     """Whether and how the config targets the embedding; None if a key it takes is at fault."""
     if not {"r", "lora_alpha", "target_modules"} <= config.keys():
         return None
@@ -307,5 +307,5 @@ def _targets(config: Mapping[str, Any]) -> Targets | None:
     check_config(taken, _TARGET_RULES, findings)
     if findings.fields:
         return None
-    targets = resolve_targets(config, [HEAD], [EMBEDDING], findings)
+    targets = resolve_targets(config, [HEAD], [EMBEDDING], findings, base.text_prefix)
     return None if findings.fields else targets

@@ -26,22 +26,59 @@ def _discover() -> dict[str, Family]:
 FAMILIES: Mapping[str, Family] = _discover()
 
 
+def served_types() -> list[str]:
+    """What ``model_type`` in ``config.json`` may be, in order."""
+    return sorted({*FAMILIES, *_text_parts()})
+
+
+def text_type(config: Mapping[str, Any]) -> Any:
+    """The ``model_type`` that a ``config.json`` is read by: its text part's, if it has one."""
+    kind, parts = config.get("model_type"), _text_parts()
+    if kind not in parts:
+        return kind
+    text = config.get("text_config")
+    return (text.get("model_type") if isinstance(text, dict) else None) or parts[kind]
+
+
+def text_config(config: Any) -> Any:
+    """A transformers config, or its text part where it is of text and images."""
+    if config.model_type not in _text_parts():
+        return config
+    text = config.text_config
+    # The whole's to say.
+    text.tie_word_embeddings = bool(config.tie_word_embeddings)
+    return text
+
+
 def read_arch(config: Any) -> Arch:
     """Turns a transformers config into an ``Arch``.
 
     Args:
-        config: A ``PretrainedConfig``.
+        config: A ``PretrainedConfig``; of one of text and images, the text part is read.
 
     Raises:
         InvalidRequestError: No family reads its ``model_type`` (lists those that are read), or it
             asks for what no kernel computes yet (names it).
     """
+    config = text_config(config)
     family = FAMILIES.get(config.model_type)
     if family is None:
-        served = ", ".join(sorted(FAMILIES))
-        raise InvalidRequestError.of(
-            "model", f"model_type {config.model_type!r} is not served; served are {served}"
-        )
+        raise not_served(config.model_type)
     arch = family.read(config)
     check_served(arch)
     return arch
+
+
+def not_served(kind: object) -> InvalidRequestError:
+    """The refusal of a ``model_type``, which lists those that are served."""
+    served = ", ".join(served_types())
+    return InvalidRequestError.of(
+        "model", f"model_type {kind!r} is not served; served are {served}"
+    )
+
+
+def _text_parts() -> dict[str, str]:
+    parts: dict[str, str] = {}
+    for family in FAMILIES.values():
+        parts |= family.text_part_of
+    return parts

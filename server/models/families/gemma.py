@@ -1,4 +1,7 @@
-"""Gemma, Gemma 2 and Gemma 3: norms are 1 + w, embeddings times √hidden, the gate a gelu."""
+"""Gemma, Gemma 2 and Gemma 3: norms are 1 + w, embeddings times √hidden, the gate a gelu.
+
+Gemma 3 from 4B on is released with a vision tower beside it.
+"""
 
 from __future__ import annotations
 
@@ -47,4 +50,8 @@ def _read_3(config: Any) -> Arch:
 
 
 _READERS = {"gemma": _read_1, "gemma2": _read_2, "gemma3_text": _read_3}
-FAMILY = Family(tuple(_READERS), lambda config: _READERS[config.model_type](config))
+FAMILY = Family(
+    tuple(_READERS),
+    lambda config: _READERS[config.model_type](config),
+    text_part_of={"gemma3": "gemma3_text"},
+)

@@ -1,4 +1,7 @@
-"""Mistral and Ministral: windows in every layer, in none, or in some."""
+"""Mistral and Ministral: windows in every layer, in none, or in some.
+
+Mistral Small 3.1 and later and Ministral 3 are released with a vision tower beside one of these.
+"""
 
 from __future__ import annotations
 
@@ -21,4 +24,8 @@ def _read_3(config: Any) -> Arch:
 
 
 _READERS = {"mistral": _read, "ministral": _read, "ministral3": _read_3}
-FAMILY = Family(tuple(_READERS), lambda config: _READERS[config.model_type](config))
+FAMILY = Family(
+    tuple(_READERS),
+    lambda config: _READERS[config.model_type](config),
+    text_part_of={"mistral3": "mistral"},
+)

@@ -1,4 +1,8 @@
-"""Qwen2 and Qwen2.5: biases on q, k and v, which the checkpoint tells; windows in some layers."""
+"""Qwen2 and Qwen2.5: biases on q, k and v, which the checkpoint tells; windows in some layers.
+
+The text part of Qwen2.5-VL is one too: its rotary positions have three axes, of time, height and
+width (M-RoPE, arXiv 2409.12191, section 2.1), which are equal in text.
+"""
 
 from __future__ import annotations
 
@@ -12,4 +16,4 @@ def _read(config: Any) -> Arch:
     return read_decoder(config, windows=read_windows(config))
 
 
-FAMILY = Family(("qwen2",), _read)
+FAMILY = Family(("qwen2", "qwen2_5_vl_text"), _read, text_part_of={"qwen2_5_vl": "qwen2_5_vl_text"})

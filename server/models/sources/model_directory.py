@@ -51,11 +51,9 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
     Raises:
         InvalidRequestError: Says what is there instead, and what to do.
     """
-    kind = config.get("model_type")
+    kind = families.text_type(config)
     if kind not in families.FAMILIES:
-        raise _refuse(
-            f"model_type {kind!r} is not served; served are {', '.join(sorted(families.FAMILIES))}"
-        )
+        raise families.not_served(kind)
     quantization = config.get("quantization_config")
     if quantization is not None and not _is_4bit(quantization):
         raise _refuse(

@@ -45,7 +45,8 @@ BASE: Any = SimpleNamespace(
     [
         ("model.layers.29.mlp.up_proj.lora_A.weight", (8, 576), "at least 30 layers, the base has"),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", (8, 2048), "q_proj takes 2048 features"),
-        ("model.language_model.layers.0.x.lora_A.weight", (8, 4), "below 'model.language_model'"),
+        ("model.vision_tower.layers.0.x.lora_A.weight", (8, 4), "it adapts the vision_tower"),
+        ("visual.blocks.0.attn.qkv.lora_A.weight", (8, 4), "it adapts the visual, and only"),
         ("model.layers.0.self_attn.q_proj.lora_A.weight", (8, 576), "trained for 'org/Large-9B'"),
     ],
 )

@@ -11,7 +11,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     Glm4Config,
@@ -20,11 +22,13 @@ from transformers import (
     LlamaConfig,
     Ministral3Config,
     MinistralConfig,
+    Mistral3Config,
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
     Phi3Config,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
     SmolLM3Config,
@@ -35,6 +39,7 @@ from turret.server.models.describe import describe_base
 from turret.server.models.loader import load_decoder
 from turret.server.models.model_source import default_cache_dir, resolve_model
 from turret.server.models.sources.embedded import find_gguf, read_gguf
+from turret.server.models.text_part import text_name
 
 BOS, EOS = 256, 257
 VOCAB_SIZE = 258
@@ -227,18 +232,65 @@ _OTHERS: dict[str, Callable[..., Any]] = {
 OTHER_ARCHITECTURES = tuple(_OTHERS)
 
 
+def _siglip() -> dict[str, Any]:
+    return {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+
+
+def _gemma3_vision(**sizes: Any) -> Any:
+    text = _gemma3(**sizes).to_dict()
+    return Gemma3Config(text_config=text, vision_config=_siglip(), mm_tokens_per_image=4)
+
+
+def _mistral3(**sizes: Any) -> Any:
+    """As Ministral 3 is released; the head is one of its own."""
+    text = {**_ministral3(**sizes).to_dict(), "tie_word_embeddings": False}
+    vision = {"model_type": "pixtral", **_siglip()}
+    return Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+
+
+def _qwen2_5_vl(**sizes: Any) -> Any:
+    """Positions have three axes, which are one in text."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "depth": 1,
+        "num_heads": 2,
+        "out_hidden_size": sizes["hidden_size"],
+    }
+    text = {**sizes, "rope_parameters": rope}
+    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True)
+
+
+# Models of text and images, whose text part is served.
+_MULTIMODAL: dict[str, Callable[..., Any]] = {
+    "gemma3": _gemma3_vision,
+    "mistral3": _mistral3,
+    "qwen2_5_vl": _qwen2_5_vl,
+}
+MULTIMODAL_ARCHITECTURES = tuple(_MULTIMODAL)
+
+
 def save_tiny_model(architecture: str, folder: Path, *, seed: int = 0) -> Path:
     """Save a random bf16 checkpoint with a byte-level tokenizer.
 
     Args:
-        architecture: One of ``ARCHITECTURES`` or ``OTHER_ARCHITECTURES``.
+        architecture: One of ``ARCHITECTURES``, ``OTHER_ARCHITECTURES`` or
+            ``MULTIMODAL_ARCHITECTURES``.
         folder: Where; must be writable, is created.
         seed: Of the weights.
 
     Returns:
         ``folder``.
     """
-    config = {**_CONFIGS, **_OTHERS}[architecture](
+    config = {**_CONFIGS, **_OTHERS, **_MULTIMODAL}[architecture](
         vocab_size=VOCAB_SIZE,
         hidden_size=128,
         intermediate_size=192,
@@ -251,7 +303,8 @@ def save_tiny_model(architecture: str, folder: Path, *, seed: int = 0) -> Path:
         pad_token_id=EOS,
     )
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config)
+    kind = AutoModelForImageTextToText if architecture in _MULTIMODAL else AutoModelForCausalLM
+    model = kind.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Large enough that attention is not flat and logits are far apart.
@@ -305,13 +358,13 @@ def load_oracle(model: Path | None, weights: dict[str, torch.Tensor]) -> Any:
         missing = oracle.load_state_dict(dict(tensors), strict=False).missing_keys
         assert missing == ["lm_head.weight"], missing
     else:
-        oracle = AutoModelForCausalLM.from_pretrained(
-            model, dtype=torch.float32, attn_implementation="eager"
-        )
+        is_text = AutoConfig.from_pretrained(model).model_type not in _MULTIMODAL
+        kind = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
+        oracle = kind.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
     linears = {
-        name: module
+        own: module
         for name, module in oracle.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in name
+        if isinstance(module, torch.nn.Linear) and ".layers." in (own := text_name(name) or "")
     }
     assert linears.keys() == weights.keys(), linears.keys() ^ weights.keys()
     with torch.no_grad():

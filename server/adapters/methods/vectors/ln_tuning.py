@@ -66,7 +66,7 @@ def _targeted(config: Mapping[str, Any], base: BaseModel, findings: Findings) ->
     keys = {"target_modules", "exclude_modules"} & config.keys()
     selection = {**{key: config[key] for key in keys}, "r": 1, "lora_alpha": 1}
     others = [*sorted(base.other_modules), *base.modules]
-    targeted = resolve_targets(selection, [], others, findings).targeted
+    targeted = resolve_targets(selection, [], others, findings, base.text_prefix).targeted
     for name in sorted(targeted - base.norms.keys()):
         why = f"{name!r} is no norm that feeds linear modules alone, and cannot be adapted"
         findings.add("target_modules", why)

@@ -63,7 +63,7 @@ def _targeted(config: Mapping[str, Any], base: BaseModel, findings: Findings) ->
     selection = {"target_modules": chosen, "r": 1, "lora_alpha": 1}
     linear = [name for name in base.modules if name != HEAD]
     others = [HEAD, EMBEDDING, *sorted(base.other_modules - {EMBEDDING})]
-    targeted = resolve_targets(selection, linear, others, findings).targeted
+    targeted = resolve_targets(selection, linear, others, findings, base.text_prefix).targeted
     for name in sorted(targeted - {EMBEDDING, HEAD}):
         findings.add("target_modules", f"{name!r} has no row per token")
     if not targeted:

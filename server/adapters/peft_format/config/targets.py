@@ -14,6 +14,7 @@ from typing import Any
 
 from turret.server.adapters.base import HEAD
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.tensor_names import name_in_training
 from turret.server.adapters.peft_format.config.pattern_match import (
     Pattern,
     PatternResult,
@@ -168,6 +169,7 @@ def resolve_targets(
     linear_names: Sequence[str],
     other_names: Sequence[str],
     findings: Findings,
+    text_prefix: str = "",
 ) -> Targets:
     """Applies the selection keys of a config to a base model's module names.
 
@@ -177,17 +179,17 @@ def resolve_targets(
         linear_names: Linear modules.
         other_names: Modules that exist but are not linear.
         findings: Receives bad patterns and contradictory keys.
+        text_prefix: Of the checkpoint: the config is about the names of its training.
 
     Returns:
-        The outcome; meaningless if a fault was added.
+        The outcome, by the base's names; meaningless if a fault was added.
     """
     _check_combination(config, findings)
-    names = [*linear_names, *other_names]
-    patterns = _Patterns(names, findings)
+    own_names = {name_in_training(n, text_prefix): n for n in (*linear_names, *other_names)}
+    patterns = _Patterns(list(own_names), findings)
     targets, excludes = config["target_modules"], config.get("exclude_modules")
     is_all_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
-    chosen = None if is_all_linear else targets
-    target_regex = _selector_pattern(patterns, "target_modules", chosen)
+    target_regex = _selector_pattern(patterns, "target_modules", None if is_all_linear else targets)
     exclude_regex = _selector_pattern(patterns, "exclude_modules", excludes)
     layer_regexes = _layer_patterns(patterns, config)
     rank_regexes = _keyed_patterns(patterns, "rank_pattern", config)
@@ -198,8 +200,7 @@ def resolve_targets(
     def is_excluded(name: str) -> bool:
         if exclude_regex is not None:
             return patterns.matches(exclude_regex, name)
-        listed = excludes if isinstance(excludes, list) else []
-        return name in listed or name.endswith(exclude_suffixes)
+        return name in (excludes or ()) or name.endswith(exclude_suffixes)
 
     def is_targeted(name: str) -> bool:
         if is_all_linear:
@@ -213,17 +214,17 @@ def resolve_targets(
         )
 
     # "all-linear" means all linear modules but the one that makes logits.
-    linear = frozenset(linear_names) - {HEAD}
-    targeted = [name for name in names if not is_excluded(name) and is_targeted(name)]
+    linear = {name_in_training(name, text_prefix) for name in linear_names if name != HEAD}
+    targeted = [name for name in own_names if not is_excluded(name) and is_targeted(name)]
     warnings: list[str] = []
 
     def values(field: str, regexes: dict[str, Pattern], default: Any) -> dict[str, Any]:
         table = config.get(field) or {}
-        result = dict.fromkeys(targeted, default)
+        result = {own_names[name]: default for name in targeted}
         for name in targeted if regexes else ():
             hits = [key for key, regex in regexes.items() if patterns.matches(regex, name)]
             if hits:
-                result[name] = table[hits[0]]
+                result[own_names[name]] = table[hits[0]]
             if len({table[key] for key in hits}) > 1:
                 # PEFT sorts the keys when it saves: training may have seen another order.
                 warnings.append(_ambiguity(field, hits, name))
@@ -231,8 +232,8 @@ def resolve_targets(
 
     ranks = values("rank_pattern", rank_regexes, config["r"])
     alphas = values("alpha_pattern", alpha_regexes, config["lora_alpha"])
-    is_root = config.get("use_rslora") is True
-    return Targets(frozenset(targeted), ranks, alphas, _few(warnings), is_root)
+    is_rooted = config.get("use_rslora") is True
+    return Targets(frozenset(ranks), ranks, alphas, _few(warnings), is_rooted)
 
 
 def _few(warnings: Sequence[str]) -> tuple[str, ...]:

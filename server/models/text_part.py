@@ -1,0 +1,28 @@
+"""Which tensors of a checkpoint are the language model's, and what it alone calls them.
+
+A checkpoint of a model of text and images holds a language model, a vision tower and what joins the
+two. Only the language model is read; requests are text.
+"""
+
+from __future__ import annotations
+
+# What stands before the language model's own names: in checkpoints, which keep the names of before
+# transformers 4.52, and in the models of today.
+_TEXT = (
+    ("language_model.model.", "model."),
+    ("language_model.lm_head.", "lm_head."),
+    ("model.language_model.", "model."),
+)
+# The other modules of these models.
+_OTHERS = ("vision_tower.", "multi_modal_projector.", "visual.")
+_SKIPPED = (*_OTHERS, *(f"model.{name}" for name in _OTHERS))
+
+
+def text_name(name: str) -> str | None:
+    """What the language model alone calls a checkpoint's tensor; None if it is no part of it."""
+    if name.startswith(_SKIPPED):
+        return None
+    for prefix, own in _TEXT:
+        if name.startswith(prefix):
+            return own + name.removeprefix(prefix)
+    return name

@@ -1,0 +1,161 @@
+"""The text part of models of text and images against transformers and PEFT, which run the whole.
+
+Adapters are trained on the whole, so their keys have its names; the older names of PEFT are made of
+them. What adapts the vision tower is refused by name.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.methods import load_adapter, make_config, save_adapter
+from builders.tiny_models import MULTIMODAL_ARCHITECTURES, save_tiny_model, served_weights
+from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of, twin
+from safetensors.torch import load_file, save_file
+from servers.engine_harness import EngineHarness, make_request
+from transformers import AutoConfig
+
+from turret.server.errors import AdapterMismatchError
+from turret.server.models.text_part import text_name
+
+PROJECTIONS = "(q|k|v|o|gate|up|down)_proj"
+TEXT = {"target_modules": rf".*language_model.*\.{PROJECTIONS}"}
+# What Unsloth writes for language layers, attention and MLP of a model with vision.
+UNSLOTH = (
+    r"(?:.*?(?:language|text).*?(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)"
+    r".*?(?:k_proj|v_proj|q_proj|o_proj|gate_proj|up_proj|down_proj|proj).*?)|(?:\bmodel\.layers"
+    r"\.[\d]{1,}\.(?:self_attn|attention|attn|mlp|feed_forward|ffn|dense)\.(?:(?:k_proj|v_proj|"
+    r"q_proj|o_proj|gate_proj|up_proj|down_proj|proj)))"
+)
+# Name → method and changes to its config.
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {**TEXT, "rank_pattern": {r"model\.language_model\.layers\.1\..*": 7}}),
+    "unsloth": ("rslora", {"target_modules": UNSLOTH}),
+    "listed": (
+        "lora",
+        {"target_modules": [f"model.language_model.layers.1.self_attn.{p}_proj" for p in "qv"]},
+    ),
+    "dora": ("dora", TEXT),
+    "loha": ("loha", TEXT),
+    "rows": ("trainable_tokens", {"token_indices": list(range(0, 250, 3))}),
+    "head": ("lora", {**TEXT, "modules_to_save": ["lm_head"]}),
+}
+
+
+def to_older_names(folder: Path, copy: Path) -> None:
+    """The adapter as PEFT wrote it over transformers before 4.52."""
+    shutil.copytree(folder, copy)
+    file = copy / "adapter_model.safetensors"
+
+    def older(name: str) -> str:
+        name = name.replace("model.model.language_model.", "model.language_model.model.")
+        return name.replace("base_model.model.lm_head.", "base_model.model.language_model.lm_head.")
+
+    save_file({older(name): tensor for name, tensor in load_file(file).items()}, file)
+    config = json.loads((copy / "adapter_config.json").read_text())
+    text = json.dumps(config).replace("model.language_model.", "language_model.model.")
+    text = text.replace(r"model\\.language_model\\.", r"language_model\\.model\\.")
+    (copy / "adapter_config.json").write_text(text)
+
+
+@pytest.mark.parametrize("architecture", MULTIMODAL_ARCHITECTURES)
+async def test_every_method_in_one_batch_equals_peft(architecture: str, tmp_path: Path) -> None:
+    base = twin(architecture)
+    is_tied = base.model.config.tie_word_embeddings
+    oracles: dict[str, Any] = {"": base.model}
+    prompt = prompt_of(40)
+    plain = oracle_logprobs(base.model, prompt)
+    for seed, (name, (method, changes)) in enumerate(ADAPTERS.items()):
+        if name == "head" and is_tied:
+            continue
+        save_adapter(base.model, make_config(method, **changes), tmp_path / name, seed=seed)
+        oracles[name] = load_adapter(base.model, tmp_path / name)
+        assert (oracle_logprobs(oracles[name], prompt) - plain).abs().max() > 0.02, name
+        if method != "trainable_tokens":
+            to_older_names(tmp_path / name, tmp_path / f"older-{name}")
+            oracles[f"older-{name}"] = oracles[name]
+    asked = [
+        (name, prompt_of((70, 17, 33)[n % 3], n), score)
+        for n, name in enumerate(oracles)
+        for score in (True, False)
+    ]
+    requests = [
+        make_request(prompt, *([name] if name else []), score=score, max_tokens=4)
+        for name, prompt, score in asked
+    ]
+    names = [name for name in oracles if name]
+    async with EngineHarness.start(
+        base.folder, tmp_path, dtype="float32", adapters=names
+    ) as harness:
+        together = await harness.run_all(requests)
+        for (name, prompt, score), request, answer in zip(asked, requests, together, strict=True):
+            assert (await harness.run(request)).bits == answer.bits, name
+            check = check_score if score else check_greedy
+            check(answer, oracles[name], prompt, f"{architecture} {name}")
+
+
+@pytest.mark.parametrize("target", ["vision_tower", "visual"])
+async def test_an_adapter_on_the_vision_tower_is_refused(target: str, tmp_path: Path) -> None:
+    base = twin("qwen2_5_vl" if target == "visual" else "gemma3")
+    modules = {
+        name: module
+        for name, module in base.model.named_modules()
+        if target in name and isinstance(module, torch.nn.Linear)
+    }
+    config = make_config("lora", target_modules=[*list(modules)[:1], "q_proj"])
+    save_adapter(base.model, config, tmp_path / "a")
+    async with EngineHarness.start(base.folder, tmp_path) as harness:
+        with pytest.raises(AdapterMismatchError, match=f"it adapts the {target}"):
+            harness.registry.load("a", "a")
+
+
+@pytest.mark.parametrize("architecture", MULTIMODAL_ARCHITECTURES)
+def test_a_4bit_checkpoint_of_the_whole_is_taken_as_it_is(
+    architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Older and newer names of tensors, those of vision left aside."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plain = save_tiny_model(architecture, tmp_path / "model")
+    expected = served_weights(plain, torch.float32)
+    (cached,) = (tmp_path / "cache" / "turret").glob("nf4-*/model.safetensors")
+    packed = load_file(cached)
+    whole = load_file(plain / "model.safetensors")
+    beside = {name: tensor for name, tensor in whole.items() if text_name(name) is None}
+    assert beside
+    assert packed.keys().isdisjoint(beside)
+    for number, older in enumerate((True, False)):
+        folder = tmp_path / f"packed-{number}"
+        shutil.copytree(plain, folder)
+        config = json.loads((folder / "config.json").read_text())
+        config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+        (folder / "config.json").write_text(json.dumps(config))
+        names = {
+            name: f"language_model.{name}"
+            if older
+            else name.replace("model.", "model.language_model.", 1)
+            for name in packed
+        }
+        tensors = {names[name]: tensor for name, tensor in packed.items()}
+        save_file({**tensors, **beside}, folder / "model.safetensors")
+        found = served_weights(folder, torch.float32)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+async def test_a_head_of_its_own_counts_whatever_the_config_says(tmp_path: Path) -> None:
+    """Published configs of Mistral Small 3 leave ``tie_word_embeddings`` to a default of true."""
+    base = twin("mistral3")
+    folder = shutil.copytree(base.folder, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text())
+    del config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert AutoConfig.from_pretrained(folder).tie_word_embeddings
+    prompt = prompt_of(20)
+    async with EngineHarness.start(folder, tmp_path, dtype="float32") as harness:
+        answer = await harness.run(make_request(prompt, max_tokens=3))
+    check_greedy(answer, base.model, prompt, "own head")
