@@ -23,6 +23,7 @@ from turret.server.models.decoding.arch import Arch
 from turret.server.models.families import read_arch, text_config
 from turret.server.models.model_source import ModelSource, default_cache_dir, resolve_model
 from turret.server.models.sources.embedded import find_gguf, read_gguf
+from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.progress import progress_bar
 from turret.training.errors import ConfigError
@@ -197,6 +198,8 @@ def _load_full(base: TrainingBase, dtype: torch.dtype) -> Any:
         assert set(missing) <= {"lm_head.weight"}, missing
         return model.to(dtype)
     directory = base.source.files
+    if base.directory.suffix == SUFFIX:
+        raise ConfigError.of("base.weights", "a GGUF file is trained on nf4 or nf4-dense")
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     if config["model_type"] != base.config.model_type:
         raise ConfigError.of("base.weights", "the text part of a model is trained on nf4 alone")

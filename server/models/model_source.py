@@ -1,6 +1,6 @@
 """Turns any supported source into a bitsandbytes-4bit checkpoint directory, once.
 
-A plain Hugging Face directory or the embedded GGUF is quantised tensor by tensor (the bf16 model
+A plain Hugging Face directory or a GGUF file is quantised tensor by tensor (the bf16 model
 is never held whole) and written to the cache; later starts read the cache. A directory that is
 already bitsandbytes-4bit is taken as it is.
 """
@@ -23,6 +23,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from turret.server.models.sources.embedded import MODEL_NAME, find_gguf, read_gguf
+from turret.server.models.sources.gguf_file import open_gguf
+from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.sources.hub_model import Progress, fetch_hub_model, hub_model_id
 from turret.server.models.sources.model_directory import (
     WEIGHTS,
@@ -73,8 +75,8 @@ def resolve_model(
     """Find or make the 4-bit checkpoint of a model.
 
     Args:
-        model: A Hugging Face model directory, ``org/name[@revision]`` of the hub, or None for the
-            embedded model.
+        model: A Hugging Face model directory, a GGUF file, ``org/name[@revision]`` of the hub, or
+            None for the embedded model.
         cache_dir: Where quantised checkpoints are kept.
         progress: Told how far quantisation is.
 
@@ -100,6 +102,8 @@ def _resolve(model: Path | None, cache_dir: Path, progress: Progress) -> ModelSo
                 tokenizer.save_pretrained(build)  # type: ignore[attr-defined]
                 _quantize(tensors, total, build, MODEL_NAME, progress)
         return _read_cached(target, target)
+    if model.suffix == SUFFIX and model.is_file():
+        return _resolve_gguf(model, cache_dir, progress)
     config, config_file = check_model_directory(model), model / "config.json"
     shards = weight_files(model)
     if config.get("quantization_config") is not None:
@@ -111,6 +115,19 @@ def _resolve(model: Path | None, cache_dir: Path, progress: Progress) -> ModelSo
             tensors = read_tensors(shards, names)
             _quantize(tensors, len(names), build, _name(model, config), progress)
     return _read_cached(target, model)
+
+
+def _resolve_gguf(model: Path, cache_dir: Path, progress: Progress) -> ModelSource:
+    target = cache_dir / f"nf4-{_key([model])}"
+    if not (target / _MANIFEST).exists():
+        found = open_gguf(model)
+        with _new_directory(target) as build:
+            found.config.save_pretrained(build)
+            found.tokenizer.save_pretrained(build)
+            ends = json.dumps({"eos_token_id": found.eos_token_ids})
+            (build / "generation_config.json").write_text(ends)
+            _quantize(found.tensors(), found.num_tensors, build, model.stem, progress)
+    return _read_cached(target, target)
 
 
 def read_tensors(

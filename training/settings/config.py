@@ -44,7 +44,7 @@ class BaseConfig:
     """The model that is trained on; its weights never change."""
 
     model: str | None = _key(
-        "directory of a Hugging Face checkpoint, or org/name[@revision] of the hub",
+        "directory of a Hugging Face checkpoint, org/name[@revision] of the hub, or a .gguf file",
         None,
         chosen="the embedded SmolLM2-135M-Instruct",
         sample="models/Qwen2.5-0.5B-Instruct",

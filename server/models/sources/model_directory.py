@@ -33,7 +33,7 @@ def check_model_directory(model: Path) -> dict[str, Any]:
     if not model.is_dir():
         raise _refuse(
             f"{model} is a file; a model is a directory in Hugging Face format, with config.json,"
-            " the tokenizer's files and *.safetensors"
+            " the tokenizer's files and *.safetensors, or a .gguf file"
         )
     config = read_config(model)
     check_config(config, model)

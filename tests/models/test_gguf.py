@@ -1,0 +1,216 @@
+"""``--model FILE.gguf``: the model that its dequantised weights make, or a refusal by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from builders.gguf_files import TEMPLATE, dequantised_copy, write_gguf
+from builders.tiny_models import EOS, save_tiny_model
+from gguf import GGMLQuantizationType as Kind
+from method_oracle import prompt_of
+from safetensors.torch import load_file
+from servers.engine_harness import EngineHarness, make_request
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, LlamaConfig
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from turret.server.errors import InvalidRequestError
+from turret.server.models.families import read_arch
+from turret.server.models.loader import eos_token_ids
+from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.sources.check import check_model
+from turret.server.models.sources.embedded import find_gguf
+from turret.server.models.sources.gguf_file import open_gguf
+from turret.server.models.tokenizer import Tokenizer
+
+PLAIN_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+
+
+def tiny(architecture: str, folder: Path) -> Path:
+    """A checkpoint whose rotary positions are not scaled; GGUF has keys for few of the scalings."""
+    save_tiny_model(architecture, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = PLAIN_ROPE
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("kind", [Kind.F16, Kind.Q8_0, Kind.Q4_0], ids=lambda kind: kind.name)
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+async def test_it_is_the_directory_of_its_dequantised_weights(
+    architecture: str, kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, file = tiny(architecture, tmp_path / "model"), tmp_path / "tiny.gguf"
+    write_gguf(folder, file, kind)
+    dequantised_copy(folder, kind)
+    check_model(file)
+    cache = default_cache_dir()
+    found, expected = resolve_model(file, cache), resolve_model(folder, cache)
+    # NF4 of the same weights under the same names, every one of them.
+    assert found.digest == expected.digest
+    assert found.name == "tiny"
+    archs = [read_arch(AutoConfig.from_pretrained(s.files)) for s in (found, expected)]
+    assert ropes_of(archs[0]) == ropes_of(archs[1])
+    for name in (
+        *("hidden_size", "num_heads", "num_kv_heads", "head_dim", "rms_norm_eps"),
+        *("max_model_len", "vocab_size", "tie_word_embeddings", "qk_norm", "windows"),
+    ):
+        assert getattr(archs[0], name) == pytest.approx(getattr(archs[1], name)), name
+    request = make_request(prompt_of(20), max_tokens=4)
+    answers = []
+    for model in (file, folder):
+        async with EngineHarness.start(model, tmp_path, dtype="float32") as harness:
+            answers.append((await harness.run(request)).bits)
+    assert answers[0] == answers[1]
+
+
+def ropes_of(arch: Any) -> dict[str, list[float]]:
+    return {kind: rope.inv_freq.tolist() for kind, rope in arch.ropes.items()}
+
+
+def test_tensors_are_those_that_transformers_reads(tmp_path: Path) -> None:
+    folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
+    write_gguf(folder, file, Kind.Q8_0)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path, gguf_file=file.name, quantization_config=GgufConfig(dequantize=True)
+    ).state_dict()
+    ours = dict(open_gguf(file).tensors())
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name].float(), rtol=1e-2, atol=1e-3)
+    # The values themselves, which were rounded once when they were packed.
+    original = load_file(folder / "model.safetensors")["model.layers.0.self_attn.q_proj.weight"]
+    packed = ours["model.layers.0.self_attn.q_proj.weight"]
+    assert (packed - original.float()).abs().max() < 0.01 * original.float().abs().max()
+
+
+def test_the_tokenizer_and_its_template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
+    write_gguf(folder, file, Kind.F16)
+    source = resolve_model(file, default_cache_dir())
+    assert eos_token_ids(source.files) == {EOS}
+    ours, theirs = (Tokenizer.load(f, frozenset(), 258) for f in (source.files, folder))
+    for text in ("Hello, world!", "é<eos>x", "  two spaces"):
+        assert ours.encode(text) == theirs.encode(text)
+    chat = ours.encode_chat([{"role": "user", "content": "hi"}])
+    assert ours.decode(chat) == "<user>hi"
+    assert TEMPLATE
+
+
+def llama3_factors(factor: float, head_dim: int = 32) -> np.ndarray:
+    rope = {
+        **{"rope_type": "llama3", "factor": factor, "rope_theta": 10000.0},
+        **{"low_freq_factor": 1.0, "high_freq_factor": 4.0},
+        "original_max_position_embeddings": 8192,
+    }
+    config = LlamaConfig(head_dim=head_dim, max_position_embeddings=131072, rope_parameters=rope)
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
+    plain = 1.0 / 10000.0 ** (torch.arange(0, head_dim, 2).float() / head_dim)
+    return (plain / scaled).numpy()
+
+
+def with_tensor(file: Path, copy: Path, name: str, values: np.ndarray) -> Path:
+    """A file of one tensor more."""
+    reader = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(copy, "llama")
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            kind = field.types[0]
+            sub = field.types[-1] if len(field.types) > 1 else None
+            writer.add_key_value(key, field.contents(), kind, sub)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.add_tensor(name, values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return copy
+
+
+def test_scaled_rotary_positions_are_read_or_refused(tmp_path: Path) -> None:
+    folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
+    write_gguf(folder, file, Kind.F16)
+    for factor in (8.0, 32.0):
+        more = with_tensor(file, tmp_path / "f.gguf", "rope_freqs.weight", llama3_factors(factor))
+        rope = open_gguf(more).config.rope_parameters
+        assert (rope["rope_type"], rope["factor"]) == ("llama3", factor)
+    odd = with_tensor(file, tmp_path / "f.gguf", "rope_freqs.weight", llama3_factors(5.0))
+    with pytest.raises(InvalidRequestError, match=r"factors that are not Llama 3.1's or 3.2's"):
+        open_gguf(odd)
+    linear = {"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}
+    write_gguf(folder, file, Kind.F16, more=linear)
+    assert open_gguf(file).config.rope_parameters["factor"] == 4.0
+    write_gguf(folder, file, Kind.F16, more={**linear, "rope.scaling.type": "longrope"})
+    with pytest.raises(InvalidRequestError, match="'longrope', which is not read here"):
+        open_gguf(file)
+
+
+def test_what_nobody_reads_is_refused_by_name(tmp_path: Path) -> None:
+    folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
+    for key, value in (("attention.sliding_window", 24), ("expert_count", 8)):
+        write_gguf(folder, file, Kind.F16, more={key: value})
+        with pytest.raises(InvalidRequestError, match=rf"says llama\.{key}, which is not read"):
+            open_gguf(file)
+    write_gguf(folder, file, Kind.F16, more={"rope.dimension_count": 16})
+    with pytest.raises(InvalidRequestError, match="rotates a part of each head"):
+        open_gguf(file)
+    write_gguf(folder, file, Kind.F16, more={"expert_count": 0})
+    sinks = np.zeros(4, np.float32)
+    more = with_tensor(file, tmp_path / "t.gguf", "blk.0.attn_sinks.weight", sinks)
+    with pytest.raises(InvalidRequestError, match=r"nobody knows here: blk\.0\.attn_sinks"):
+        open_gguf(more)
+
+
+def test_files_that_are_none_of_ours_fail_before_torch(tmp_path: Path) -> None:
+    file = tmp_path / "m.gguf"
+    for data in (
+        b"",
+        b"GGUF",
+        b"PK\3\4" + bytes(60),
+        b"GGUF" + bytes(60),
+        b"GGUF\3" + b"\xff" * 60,
+    ):
+        file.write_bytes(data)
+        with pytest.raises(InvalidRequestError, match="is no GGUF file of version 2 or 3"):
+            check_model(file)
+    writer = gguf.GGUFWriter(file, "gemma3")
+    writer.add_block_count(1)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    with pytest.raises(
+        InvalidRequestError, match="'gemma3'; of GGUF files llama, qwen2, qwen3 are"
+    ):
+        check_model(file)
+    write_gguf(tiny("qwen3", tmp_path / "model"), file, Kind.F16)
+    file.write_bytes(file.read_bytes()[:-5000])
+    check_model(file)
+    with pytest.raises(InvalidRequestError, match="cannot be read"):
+        open_gguf(file)
+
+
+@pytest.mark.long
+def test_the_embedded_file_given_by_its_path_is_the_embedded_model(tmp_path: Path) -> None:
+    """Q4_1 of SmolLM2-135M-Instruct, which transformers reads otherwise."""
+    given = resolve_model(find_gguf(), tmp_path)
+    embedded = resolve_model(None, default_cache_dir())
+    assert given.digest == embedded.digest
+    archs = [read_arch(AutoConfig.from_pretrained(s.files)) for s in (given, embedded)]
+    assert ropes_of(archs[0]) == ropes_of(archs[1])
+    chats = [
+        Tokenizer.load(s.files, eos_token_ids(s.files), 49152).encode_chat(
+            [{"role": "user", "content": "How are you?  Fine, 1 234."}]
+        )
+        for s in (given, embedded)
+    ]
+    assert chats[0] == chats[1]
+    shutil.rmtree(tmp_path)
