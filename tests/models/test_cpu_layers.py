@@ -1,9 +1,9 @@
 """All layers in one native call: the bits of the kernels called one by one, for every family.
 
-Faults planted in ``layers.c``, and how many of the 16 tests each one failed: the bias added once more
-to adapted rows (2), to no row of the base beside adapted ones (2), the norm after attention left
-out (5), the residual scale left out (2), the norm of queries for that of keys (4), every layer's
-window (4) or frequencies (3) those of the first.
+Faults planted in ``layers.c``, and how many of the 16 tests each one failed: the bias added once
+more to adapted rows (2), to no row of the base beside adapted ones (2), the norm after attention
+left out (5), the residual scale left out (2), the norm of queries for that of keys (4), every
+layer's window (4) or frequencies (3) those of the first.
 """
 
 from __future__ import annotations
