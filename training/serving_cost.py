@@ -100,6 +100,9 @@ def _multiply_adds(operators: ModuleOperators) -> int:
         # x is a matrix with a row per column of w1: w2's factors go over its rows, then w1.
         count += w1.shape[1] * sum(factor.numel() for factor in factors)
         count += w1.numel() * factors[0].shape[0]
+    if operators.input_blocks is not None:
+        blocks = operators.input_blocks.blocks
+        count += blocks.shape[0] * blocks.shape[1] * blocks.shape[2]
     for gain in (operators.gain, operators.input_gain):
         count += 0 if gain is None else gain.numel()
     return count

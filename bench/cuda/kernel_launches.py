@@ -10,6 +10,7 @@ import torch
 from turret.kernels.gpu.adapters.fusion_gate import fusion_gate
 from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
+from turret.kernels.gpu.adapters.input_blocks import gained_add, input_blocks
 from turret.kernels.gpu.adapters.input_gain import input_gain
 from turret.kernels.gpu.adapters.kronecker import kronecker
 from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
@@ -101,6 +102,10 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
                 y, v, b, ranks, table, gain_delta=per_slot, bias=per_slot, base_bias=_empty(width)
             )
             input_gain(x, per_slot_in[:, 0], table)
+            places = _empty(_SLOTS, dtype=torch.int32)
+            blocks = _empty(8, inner // 32, 32, 32)
+            input_blocks(x, _empty(_ROWS, inner), blocks, places, table)
+            gained_add(y, _empty(_ROWS, width), per_slot, places, table, 1)
             q = _empty(_ROWS, slices, 64, dtype=torch.float32)
             gated = _empty(_SLOTS, dtype=torch.int32)
             gates = fusion_gate(q, v, _empty(_RANK, slices, 64), gated, table)

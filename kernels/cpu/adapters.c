@@ -225,28 +225,3 @@ EXPORT void turret_adapt(const Step *step, const int64_t *shape, const bf16 *x, 
     in_pieces(shrink_piece, &job, job.pieces, threads);
     in_pieces(expand_piece, &job, job.pieces, threads);
 }
-
-/* out = x * (start + sum_k w_k (l_k - 1)) for the listed rows, [count, in]; module: of the slice. */
-EXPORT KERNEL void turret_input_gain(const Step *step, int64_t module, int64_t in_features,
-                                     const bf16 *x, int64_t x_stride, const int64_t *rows,
-                                     const int64_t *segments, int64_t count, double start,
-                                     bf16 *out) {
-    for (int64_t n = 0; n < count; n++, out += in_features) {
-        const Segment *seg = &step->segments[segments[n]];
-        const bf16 *row = x + rows[n] * x_stride;
-        for (int64_t low = 0; low < in_features; low += COLUMNS) {
-            int64_t width = in_features - low < COLUMNS ? in_features - low : COLUMNS;
-            float gain[COLUMNS];
-            for (int64_t i = 0; i < width; i++) gain[i] = (float)start;
-            for (int64_t k = seg->first; k < seg->last; k++) {
-                const Component *c = &step->components[k];
-                const float *l = c->modules[module].input_gain;
-                float w = (float)c->weight;
-                if (!l) continue;
-                for (int64_t i = 0; i < width; i++) gain[i] += w * (l[low + i] - 1.0f);
-            }
-            for (int64_t i = 0; i < width; i++)
-                out[low + i] = to_bf16(to_f32(row[low + i]) * gain[i]);
-        }
-    }
-}

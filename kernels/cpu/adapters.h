@@ -30,6 +30,13 @@ typedef struct {
     int64_t out_l, in_m, out_k, in_n, rank;
 } Kronecker;
 
+/* Blocks of the change of the input; no scratch (input_change.c). */
+typedef struct {
+    const bf16 *blocks; /* [count, size, size] */
+    int64_t count;      /* 1: one serves all */
+    int64_t size;
+} InputBlocks;
+
 typedef struct {
     const bf16 *a;      /* [rank, in] */
     const bf16 *b;      /* [rank, out] */
@@ -39,6 +46,7 @@ typedef struct {
     int64_t rank;       /* 0: no low-rank update */
     const Hadamard *hadamard;   /* or null */
     const Kronecker *kronecker; /* or null */
+    const InputBlocks *input_blocks; /* or null */
 } Module;
 
 typedef struct {

@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 _pointer, _int, _double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _SIGNATURES = {
     "turret_adapt": (_pointer, _pointer, _pointer, _int, _pointer, _int, _pointer),
-    "turret_input_gain": (
+    "turret_input_change": (
         *(_pointer, _int, _int, _pointer, _int),
         *(_pointer, _pointer, _int, _double, _pointer),
     ),

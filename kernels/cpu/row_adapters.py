@@ -77,6 +77,11 @@ class KroneckerFactors:
         return self.w1.shape[1] * _padded(width)
 
 
+# A module's entry: five tensors and the rank, then what these point to.
+_FIELDS = ("hadamard", "kronecker", "input_blocks")
+_FIRST = 6
+
+
 class ModuleTable:
     """Where one adapter's tensors lie, by module of the base. Keeps them alive.
 
@@ -86,10 +91,10 @@ class ModuleTable:
     """
 
     def __init__(self, num_modules: int) -> None:
-        self._rows = [[0] * 8 for _ in range(num_modules)]
+        self._rows = [[0] * (_FIRST + len(_FIELDS)) for _ in range(num_modules)]
         self._kept: list[torch.Tensor] = []
-        # What the last two fields point to: (module, field, values).
-        self._factors: list[tuple[int, int, list[int]]] = []
+        # What the last fields point to: (module, field, values).
+        self._factors: list[tuple[int, str, list[int]]] = []
         self._table = self._factor_table = torch.empty(0, dtype=torch.int64)
         self.width = 0
         self.num_low_rank_bytes = 0
@@ -105,6 +110,7 @@ class ModuleTable:
         input_gain: torch.Tensor | None = None,
         hadamard: HadamardFactors | None = None,
         kronecker: KroneckerFactors | None = None,
+        input_blocks: torch.Tensor | None = None,
     ) -> None:
         """Enter a module's tensors.
 
@@ -117,21 +123,25 @@ class ModuleTable:
             input_gain: ``[in]`` fp32.
             hadamard: The Hadamard update.
             kronecker: The Kronecker update.
+            input_blocks: ``[count, size, size]`` bf16.
         """
         assert (a is None) == (b is None)
         rank = 0 if a is None else a.shape[0]
         pointers = [self._address_of(tensor) for tensor in (a, b, gain, bias, input_gain)]
-        self._rows[module] = [*pointers, rank, 0, 0]
+        self._rows[module][:_FIRST] = [*pointers, rank]
         self.num_low_rank_bytes += sum(t.nbytes for t in (a, b) if t is not None)
         width = _padded(rank)
         if hadamard is not None:
             factors = (hadamard.w1a, hadamard.w2a, hadamard.w1b, hadamard.w2b)
             values = [*map(self._address_of, factors), hadamard.w1a.shape[0]]
-            self._factors.append((module, 6, values))
+            self._factors.append((module, "hadamard", values))
             width += hadamard.scratch
         if kronecker is not None:
-            self._factors.append((module, 7, self._kronecker(kronecker)))
+            self._factors.append((module, "kronecker", self._kronecker(kronecker)))
             width += kronecker.scratch
+        if input_blocks is not None:
+            values = [self._address_of(input_blocks), *input_blocks.shape[:2]]
+            self._factors.append((module, "input_blocks", values))
         self.width = max(self.width, width)
 
     def close(self) -> None:
@@ -140,7 +150,7 @@ class ModuleTable:
         self._factor_table = torch.tensor(values, dtype=torch.int64)
         address = self._factor_table.data_ptr()
         for module, field, values in self._factors:
-            self._rows[module][field] = address
+            self._rows[module][_FIRST + _FIELDS.index(field)] = address
             address += 8 * len(values)
         self._table = torch.tensor(self._rows, dtype=torch.int64)
         self._rows, self._factors = [], []
@@ -278,36 +288,37 @@ class RowAdapters:
             None if bias is None else bias.data_ptr(),
         )
 
-    def input_gain(
+    def input_change(
         self,
         module: int,
         x: torch.Tensor,
         rows: torch.Tensor,
-        segments: torch.Tensor,
+        members: torch.Tensor,
         *,
         start: float,
     ) -> torch.Tensor:
-        """``x ⊙ (start + Σ_k w_k (l_k − 1))`` for some rows.
+        """``start · x + Σ_k w_k ((l_k − 1) ⊙ x + D_k x)`` for some rows.
 
         Args:
             module: Number of the module.
             x: ``[rows, in]`` bf16.
-            rows: Row numbers, ``[n]`` int64.
-            segments: Number of each row's segment, ``[n]`` int64.
-            start: 1 for the scaled input, 0 for its difference to the input.
+            rows: Row numbers, ``[n]`` int64; a row may be there more than once.
+            members: First and last number of the members that are summed for each, ``[n, 2]``
+                int64: those of a segment follow one another, in the order of all segments.
+            start: 1 for the changed input, 0 for the change alone.
 
         Returns:
             ``[n, in]`` bf16.
         """
         out = torch.empty(rows.shape[0], x.shape[1], dtype=x.dtype)
-        functions().turret_input_gain(
+        functions().turret_input_change(
             self.address,
             module,
             x.shape[1],
             x.data_ptr(),
             x.stride(0),
             rows.data_ptr(),
-            segments.data_ptr(),
+            members.data_ptr(),
             rows.shape[0],
             start,
             out.data_ptr(),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -135,6 +136,34 @@ class Gate:
 
 
 @dataclass(frozen=True, slots=True)
+class InputBlocks:
+    """``Δ(x) = g ⊙ W (D x)``: the base multiplies ``x + D x`` instead of ``x`` (OFT, BOFT).
+
+    ``D`` is block-diagonal: with ``x`` read as a matrix with a row of ``b`` inputs per block,
+    ``(D x)_n = x_n blocks_n``. ``g`` is the gain of the same adapter's module, or 1: an adapter's
+    gain applies to what its own blocks change and to nobody else's.
+
+    Attributes:
+        blocks: ``[in / b, b, b]``, or ``[1, b, b]`` for one that serves all; serving dtype,
+            contiguous. Of a rotation ``R`` it is ``R − I``, so that rounding is relative to the
+            change.
+    """
+
+    blocks: torch.Tensor
+
+    @property
+    def size(self) -> int:
+        """Inputs of a block."""
+        return self.blocks.shape[1]
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.blocks,)
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> InputBlocks:
+        return InputBlocks(next(tensors))
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleOperators:
     """What one adapter does to one linear module.
 
@@ -143,6 +172,7 @@ class ModuleOperators:
         hadamard: The Hadamard update, or None.
         kronecker: The Kronecker update, or None.
         gate: Low-rank updates weighted per token, or None.
+        input_blocks: Blocks that turn the base's input, or None.
         gain: ``g``, ``[out_features]``, fp32, applied to the bias-free base result, or None (1).
         input_gain: ``l``, ``[in_features]``, fp32: the base multiplies ``l ⊙ x`` instead of ``x``
             (IA3 on feed-forward inputs); other operators see ``x``. None is 1. Not beside a gain:
@@ -154,38 +184,36 @@ class ModuleOperators:
     hadamard: Hadamard | None = None
     kronecker: Kronecker | None = None
     gate: Gate | None = None
+    input_blocks: InputBlocks | None = None
     gain: torch.Tensor | None = None
     input_gain: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        assert self.gain is None or self.input_gain is None, "a module has one kind of gain"
+        changes = (self.gain, self.input_blocks)
+        assert self.input_gain is None or changes == (None, None), "an input is changed in one way"
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Every tensor, in the order of the fields and of their own tensors."""
         found: list[torch.Tensor] = []
-        for factors in (self.low_rank, self.hadamard, self.kronecker, self.gate):
-            if factors is not None:
-                found += factors.tensors()
-        found += (p for p in (self.gain, self.input_gain, self.bias) if p is not None)
+        for name in self.__slots__:
+            part = getattr(self, name)
+            if isinstance(part, torch.Tensor):
+                found.append(part)
+            elif part is not None:
+                found += part.tensors()
         return tuple(found)
 
     def with_tensors(self, tensors: Iterator[torch.Tensor]) -> ModuleOperators:
         """The same operators with other tensors, given in the order of ``tensors()``."""
-
-        def like(part: torch.Tensor | None) -> torch.Tensor | None:
-            return None if part is None else next(tensors)
-
-        low_rank, hadamard, kronecker = self.low_rank, self.hadamard, self.kronecker
-        return ModuleOperators(
-            low_rank=None if low_rank is None else low_rank.with_tensors(tensors),
-            hadamard=None if hadamard is None else hadamard.with_tensors(tensors),
-            kronecker=None if kronecker is None else kronecker.with_tensors(tensors),
-            gate=None if self.gate is None else self.gate.with_tensors(tensors),
-            gain=like(self.gain),
-            input_gain=like(self.input_gain),
-            bias=like(self.bias),
-        )
+        made: dict[str, Any] = {}
+        for name in self.__slots__:
+            part = getattr(self, name)
+            if isinstance(part, torch.Tensor):
+                made[name] = next(tensors)
+            elif part is not None:
+                made[name] = part.with_tensors(tensors)
+        return ModuleOperators(**made)
 
     @property
     def num_bytes(self) -> int:

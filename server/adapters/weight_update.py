@@ -1,6 +1,6 @@
 """The dense update ``ΔW`` of one module, from any method's operators.
 
-    ΔW = B A + (w1a w1b) ⊙ (w2a w2b) + kron(w1, w2) + (g − 1) ⊙ W + W ⊙ (l − 1)ᵀ
+    ΔW = B A + (w1a w1b) ⊙ (w2a w2b) + kron(w1, w2) + (g − 1) ⊙ W + W ⊙ (l − 1)ᵀ + g ⊙ W Dᵀ
 
 ``W`` is the weight served. For DoRA this is ``g ⊙ (W + s·B A) − W``, as ``g`` is in ``B`` already.
 """
@@ -12,13 +12,19 @@ from dataclasses import fields
 import torch
 
 from turret.server.adapters.base import BaseModule
-from turret.server.adapters.operators import AdapterOperators, Hadamard, ModuleOperators
+from turret.server.adapters.operators import (
+    AdapterOperators,
+    Hadamard,
+    InputBlocks,
+    ModuleOperators,
+)
 
 # Rows of a Hadamard product made at once: two temporaries of 1024 x 14336 in fp32 are 117 MB.
 _ROWS_PER_BLOCK = 1024
 
 # What a weight update cannot be made of: operators that are not in the formula above.
-_WEIGHT_OPERATORS = frozenset({"low_rank", "hadamard", "kronecker", "gain", "input_gain", "bias"})
+_FROM_BASE = frozenset({"gain", "input_gain", "input_blocks"})
+_WEIGHT_OPERATORS = frozenset({"low_rank", "hadamard", "kronecker", "bias"}) | _FROM_BASE
 _LOW_RANK_OPERATORS = frozenset({"low_rank", "bias"})
 
 
@@ -75,13 +81,30 @@ def add_delta(
     if operators.kronecker is not None:
         w1, *w2 = (factor.float() for factor in operators.kronecker.tensors())
         total.add_(torch.kron(w1, w2[0] if len(w2) == 1 else w2[0] @ w2[1]), alpha=weight)
-    if gain is not None or input_gain is not None:
+    if _used(operators) & _FROM_BASE:
         served = module.dequantize()
         if gain is not None:
             total.addcmul_(served, (gain - 1.0)[:, None], value=weight)
         if input_gain is not None:
             total.addcmul_(served, (input_gain - 1.0)[None, :], value=weight)
+        if operators.input_blocks is not None:
+            _add_input_blocks(total, operators.input_blocks, served, gain, weight)
     return total
+
+
+def _add_input_blocks(
+    total: torch.Tensor,
+    update: InputBlocks,
+    served: torch.Tensor,
+    gain: torch.Tensor | None,
+    weight: float,
+) -> None:
+    """``g ⊙ W Dᵀ``, block by block."""
+    scale = weight if gain is None else weight * gain[:, None]
+    for number in range(served.shape[1] // update.size):
+        columns = slice(number * update.size, (number + 1) * update.size)
+        block = update.blocks[min(number, len(update.blocks) - 1)].float()
+        total[:, columns] += scale * (served[:, columns] @ block.T)
 
 
 def _add_hadamard(total: torch.Tensor, factors: Hadamard, weight: float) -> None:

@@ -6,12 +6,12 @@ Nothing is packed: each row of a step reads the factors of its own adapters, thr
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.cpu.row_adapters import Ahead, RowAdapters, RowSegment
+from turret.kernels.cpu.row_adapters import RowAdapters, RowSegment
+from turret.server.adapters.device.cpu_inputs import StepInputs
 from turret.server.adapters.device.cpu_tables import AdapterTables, ModuleNumbers
 from turret.server.adapters.device.gates import Gates
 from turret.server.adapters.device.layout import ProjectionLayout
@@ -48,7 +48,6 @@ class CpuStore(StepStore):
     def step(self, members: StepMembers) -> CpuStep:
         segments = self._segments(members)
         tables = {key: self._tables[key] for _, _, mix in segments for key, _ in mix}
-        scaled, changed = self._input_gains(segments)
         rows = RowAdapters(
             [
                 RowSegment(start, end, [(tables[key].modules, weight) for key, weight in mix])
@@ -63,33 +62,10 @@ class CpuStore(StepStore):
             layout=self._layout,
             numbers=self._numbers,
             updates=frozenset().union(*(table.updates for table in tables.values())),
-            scaled=scaled,
-            changed=changed,
+            inputs=StepInputs.of(segments, tables, self._layout, self._numbers),
             base_rows=slice(len(members.short), long[0][0] if long else None),
             others=() if gates is None else (gates,),
         )
-
-    def _input_gains(
-        self, segments: Sequence[tuple[int, int, Members]]
-    ) -> tuple[dict[str, SegmentRows], dict[str, SegmentRows]]:
-        """``CpuStep.scaled`` and ``CpuStep.changed``.
-
-        One input cannot serve slices with input gains of their own. Nor may a gain in the mix scale
-        what another member's input gain changes. Which way a row goes depends on its own mix alone.
-        """
-        scaled: dict[str, SegmentRows] = {}
-        changed: dict[str, SegmentRows] = {}
-        mixes = [[self._tables[key] for key, _ in mix] for _, _, mix in segments]
-        for name in frozenset().union(*(t.input_gains for mix in mixes for t in mix)):
-            has_slices = len(self._layout.columns(name)) > 1
-            gained = [n for n, mix in enumerate(mixes) if any(name in t.input_gains for t in mix)]
-            sums = [n for n in gained if has_slices or any(name in t.gains for t in mixes[n])]
-            inputs = [n for n in gained if n not in sums]
-            if inputs:
-                scaled[name] = SegmentRows.of(segments, inputs)
-            if sums:
-                changed[name] = SegmentRows.of(segments, sums)
-        return scaled, changed
 
     @staticmethod
     def _segments(members: StepMembers) -> list[tuple[int, int, Members]]:
@@ -121,27 +97,6 @@ class CpuStore(StepStore):
             self.drop(key)
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentRows:
-    """Rows of some segments.
-
-    Attributes:
-        rows: Their numbers, ``[n]`` int64.
-        segments: The number of each row's segment, ``[n]`` int64.
-    """
-
-    rows: torch.Tensor
-    segments: torch.Tensor
-
-    @classmethod
-    def of(cls, segments: Sequence[tuple[int, int, Members]], chosen: Sequence[int]) -> SegmentRows:
-        """The rows of the chosen segments, from (first row, end row, mix) of all."""
-        rows = [row for number in chosen for row in range(*segments[number][:2])]
-        counts = [segments[number][1] - segments[number][0] for number in chosen]
-        numbers = [n for n, count in zip(chosen, counts, strict=True) for _ in range(count)]
-        return cls(torch.tensor(rows), torch.tensor(numbers))
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CpuStep:
     """See ``AdapterStep``.
@@ -151,8 +106,7 @@ class CpuStep:
         layout: Shape of the base.
         numbers: The numbers of its modules.
         updates: Projections in which some adapter of the step has an update, gain or bias.
-        scaled: By projection, the rows whose input gains are multiplied into the input.
-        changed: By projection, the rows whose input gains are a product of their own, added last.
+        inputs: Rows whose input changes.
         base_rows: Rows of the base model alone.
         others: Rows of the operators that torch computes.
     """
@@ -161,25 +115,19 @@ class CpuStep:
     layout: ProjectionLayout
     numbers: ModuleNumbers
     updates: frozenset[str]
-    scaled: Mapping[str, SegmentRows]
-    changed: Mapping[str, SegmentRows]
+    inputs: StepInputs
     base_rows: slice
     others: tuple[StepPart, ...]
 
     @property
     def is_native(self) -> bool:
         """Whether ``rows`` is all that changes a projection."""
-        return not (self.scaled or self.changed or self.others)
+        return not (self.inputs.changes_any or self.others)
 
-    def inputs(
-        self, layer: int, projection: str, x: torch.Tensor
-    ) -> tuple[torch.Tensor, Ahead | None]:
-        first = self.numbers.first(layer, projection)
-        scaled = self.scaled.get(projection)
-        if scaled is not None:
-            gained = self.rows.input_gain(first, x, scaled.rows, scaled.segments, start=1.0)
-            x = x.index_copy(0, scaled.rows, gained)
-        return x, self.rows.ahead(first)
+    def multiply(
+        self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
+    ) -> torch.Tensor:
+        return self.inputs.multiply(self.rows, layer, projection, x, base)
 
     def apply(
         self,
@@ -197,14 +145,6 @@ class CpuStep:
                 y[self.base_rows] += bias
         elif bias is not None:
             y += bias
-        changed = self.changed.get(projection)
-        if changed is not None:
-            # W (l ⊙ x) = W x + W ((l − 1) ⊙ x), and each slice has a gain of its own.
-            first = self.numbers.first(layer, projection)
-            for s, columns in enumerate(self.layout.columns(projection)):
-                change = self.rows.input_gain(
-                    first + s, x, changed.rows, changed.segments, start=0.0
-                )
-                y[:, columns].index_add_(0, changed.rows, base(change)[:, columns])
+        self.inputs.add(self.rows, layer, projection, x, y, base)
         for part in self.others:
             part.apply(layer, projection, x, y)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -86,7 +87,7 @@ class ModuleNumbers:
         return self._shapes[layer, projection]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class AdapterTable:
     """An adapter's operators and the table that points to them.
 
@@ -95,14 +96,16 @@ class AdapterTable:
         modules: The table.
         updates: Projections with an update, gain or bias in some layer.
         gains: Projections with a gain in some layer.
-        input_gains: Projections with an input gain in some layer.
+        input_changes: Projections with an input gain or input blocks in some layer.
+        shared_gains: Those of them in which all slices have one input gain, in every layer.
     """
 
     operators: AdapterOperators
     modules: ModuleTable
     updates: frozenset[str]
     gains: frozenset[str]
-    input_gains: frozenset[str]
+    input_changes: frozenset[str]
+    shared_gains: frozenset[str]
 
 
 class AdapterTables(Part):
@@ -118,20 +121,23 @@ class AdapterTables(Part):
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
         modules = ModuleTable(self._numbers.num_modules)
-        updates, gains, input_gains = set(), set(), set()
+        updates, gains, changes, shared = set(), set(), set(), set()
         for name in self._layout.projections:
-            for layer, s, ops in self._layout.of(operators, name):
+            found = self._layout.of(operators, name)
+            for layer, s, ops in found:
                 _put(modules, self._numbers.first(layer, name) + s, ops)
                 parts = (ops.low_rank, ops.hadamard, ops.kronecker, ops.gain, ops.bias)
                 if any(part is not None for part in parts):
                     updates.add(name)
                 if ops.gain is not None:
                     gains.add(name)
-                if ops.input_gain is not None:
-                    input_gains.add(name)
+                if ops.input_gain is not None or ops.input_blocks is not None:
+                    changes.add(name)
+            if _shares_gain(found, len(self._layout.columns(name))):
+                shared.add(name)
         modules.close()
         self._tables[key] = AdapterTable(
-            operators, modules, frozenset(updates), frozenset(gains), frozenset(input_gains)
+            operators, modules, *map(frozenset, (updates, gains, changes, shared))
         )
 
     def remove(self, key: str) -> None:
@@ -156,6 +162,19 @@ def _put(table: ModuleTable, module: int, ops: ModuleOperators) -> None:
         input_gain=ops.input_gain,
         hadamard=None if hadamard is None else _hadamard(hadamard),
         kronecker=None if kronecker is None else _kronecker(kronecker),
+        input_blocks=None if ops.input_blocks is None else ops.input_blocks.blocks,
+    )
+
+
+def _shares_gain(found: Sequence[tuple[int, int, ModuleOperators]], num_slices: int) -> bool:
+    """Whether in every layer all slices have the input gain, one tensor, and no other change."""
+    by_layer: dict[int, list[torch.Tensor | None]] = {}
+    for layer, _, ops in found:
+        gain = None if ops.input_blocks is not None else ops.input_gain
+        by_layer.setdefault(layer, []).append(gain)
+    return all(
+        len(gains) == num_slices and gains[0] is not None and all(g is gains[0] for g in gains)
+        for gains in by_layer.values()
     )
 
 

@@ -35,19 +35,27 @@ class BaseProduct(Protocol):
 
     def __call__(self, x: torch.Tensor, ahead: Ahead | None = None) -> torch.Tensor: ...
 
+    def part(self, index: int) -> BaseProduct:
+        """Slice ``index`` alone."""
+        ...
+
 
 class AdapterStep(Protocol):
     """The adapters of one step, as the layers' projections apply them (see ``AdaptedLinear``)."""
 
-    def inputs(
-        self, layer: int, projection: str, x: torch.Tensor
-    ) -> tuple[torch.Tensor, Ahead | None]:
-        """What the base multiplies in place of ``x``, and what it may bring in meanwhile.
+    def multiply(
+        self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
+    ) -> torch.Tensor:
+        """The base's product, of other inputs where adapters change them and nothing else is due.
 
         Args:
             layer: Layer number.
             projection: Fused projection (``qkv``, ``o``, ``gate_up``, ``down``).
             x: Its input, ``[rows, in]``; not changed.
+            base: The base projection, without bias.
+
+        Returns:
+            ``[rows, sum(out)]``, contiguous, for ``apply``.
         """
         ...
 
@@ -67,9 +75,9 @@ class AdapterStep(Protocol):
             layer: Layer number.
             projection: Fused projection.
             x: Its input, ``[rows, in]``; not changed.
-            y: What the base made of ``inputs``, ``[rows, sum(out)]``, contiguous.
+            y: What ``multiply`` made of it, ``[rows, sum(out)]``, contiguous.
             bias: The base's, ``[sum(out)]``, or None.
-            base: Multiplies ``[rows, in]`` by the base weight, for input gains.
+            base: As above, for what changes of inputs add to ``y``.
         """
         ...
 

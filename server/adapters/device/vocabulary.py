@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from turret.kernels.hadamard_expand import hadamard_expand_reference
 from turret.kernels.hadamard_shrink import hadamard_shrink_reference
+from turret.kernels.input_blocks import input_blocks_reference
 from turret.kernels.kronecker import kronecker_reference
 from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
 from turret.kernels.rows.product import row_product
@@ -152,6 +153,9 @@ def _add_linear(
         total += weight * (ops.gain - 1.0) * base.float()
     if ops.input_gain is not None:
         total += weight * head((x.float() * (ops.input_gain - 1.0)).to(x.dtype)).float()
+    if ops.input_blocks is not None:
+        change = head(input_blocks_reference(x, ops.input_blocks.blocks).to(x.dtype)).float()
+        total += weight * (change if ops.gain is None else change * ops.gain)
     if ops.bias is not None:
         total += weight * ops.bias
     if ops.low_rank is not None:

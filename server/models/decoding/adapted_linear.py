@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 
+from turret.kernels.cpu.row_adapters import Ahead
 from turret.server.adapters.device.store import AdapterStep
 
 if TYPE_CHECKING:
     # Not at run time: the GPU benchmark builds layers where bitsandbytes is not installed.
     from turret.server.adapters.device.gpu.store import GpuAdapterStep
     from turret.server.models.weights.base_linear import BaseLinear
+
+
+class StepProduct:
+    """The base projection in one step (``BaseProduct``): whole, or a slice of it.
+
+    Args:
+        linear: The projection.
+        num_decode: See ``BaseLinear``.
+        index: The slice, or None for all.
+    """
+
+    def __init__(
+        self, linear: AdaptedLinear, num_decode: int | None, index: int | None = None
+    ) -> None:
+        self._linear = linear
+        self._num_decode = num_decode
+        self._index = index
+
+    def __call__(self, x: torch.Tensor, ahead: Ahead | None = None) -> torch.Tensor:
+        linear = self._linear
+        base = linear.base if self._index is None else linear.part(self._index)
+        if self._num_decode is None:
+            return base(x, ahead)
+        return base(x, ahead, self._num_decode)
+
+    def part(self, index: int) -> StepProduct:
+        return StepProduct(self._linear, self._num_decode, index)
 
 
 class AdaptedLinear:
@@ -33,6 +60,16 @@ class AdaptedLinear:
         self.projection = projection
         self.base = base
         self.bias = bias
+        self._parts: tuple[BaseLinear, dict[int, BaseLinear]] = (base, {})
+
+    def part(self, index: int) -> BaseLinear:
+        """Slice ``index`` of the base alone; made once for each base."""
+        whole, parts = self._parts
+        if whole is not self.base:
+            self._parts = whole, parts = self.base, {}
+        if index not in parts:
+            parts[index] = whole.part(index)
+        return parts[index]
 
     def __call__(
         self, x: torch.Tensor, adapters: AdapterStep | None, num_decode: int | None = None
@@ -47,14 +84,13 @@ class AdaptedLinear:
         Returns:
             ``[rows, out]``.
         """
-        base = self.base if num_decode is None else partial(self.base, num_decode=num_decode)
         if adapters is None:
-            y = base(x)
+            y = self.base(x, num_decode=num_decode)
             if self.bias is not None:
                 y += self.bias
             return y
-        inputs, ahead = adapters.inputs(self.layer, self.projection, x)
-        y = base(inputs, ahead)
+        base = StepProduct(self, num_decode)
+        y = adapters.multiply(self.layer, self.projection, x, base)
         adapters.apply(self.layer, self.projection, x, y, bias=self.bias, base=base)
         return y
 

@@ -28,6 +28,7 @@ from turret.server.adapters.operators import (
     AdapterOperators,
     Gate,
     Hadamard,
+    InputBlocks,
     Kronecker,
     LowRank,
     ModuleOperators,
@@ -44,7 +45,9 @@ LAYOUT = ProjectionLayout(
         for name, outs in OUTS.items()
     },
 )
-KINDS = ("low_rank", "hadamard", "kronecker", "gate", "gain", "input_gain", "bias")
+KINDS = (
+    *("low_rank", "hadamard", "kronecker", "gate", "input_blocks", "gain", "input_gain", "bias"),
+)
 # Rows of each mix that are a segment: more than a short one has.
 SEGMENT = 9
 
@@ -62,6 +65,8 @@ def operators_of(kind: str, out: int, dtype: torch.dtype) -> Any:
     if kind == "gate":
         keys = torch.randn(16, 4)
         return Gate(noise(16, INNER), noise(16, out), noise(4, INNER), keys, (0, 6, 16))
+    if kind == "input_blocks":
+        return InputBlocks(0.5 * noise(INNER // 8, 8, 8))
     if kind == "bias":
         return torch.randn(out)
     return 1 + 0.5 * torch.randn(INNER if kind == "input_gain" else out)
@@ -92,7 +97,7 @@ def residents(dtype: torch.dtype) -> dict[str, Resident]:
     kinds |= {
         " and ".join(pair): pair
         for pair in combinations(KINDS, 2)
-        if pair != ("gain", "input_gain")
+        if "input_gain" not in pair or not {"gain", "input_blocks"} & set(pair)
     }
     return {key: Resident(key, adapter_of(pair, dtype)) for key, pair in kinds.items()}
 
@@ -130,6 +135,9 @@ def _change(weight: Tensor, ops: ModuleOperators, x: Tensor) -> Tensor:
         alphas = torch.stack([(v[:, p] @ keys[p] * q).sum(1) for p in parts], 1).softmax(1)
         for k, p in enumerate(parts):
             total += alphas[:, k : k + 1] * (v[:, p] @ b[p])
+    if ops.input_blocks is not None:
+        change = x @ torch.block_diag(*ops.input_blocks.blocks.double()) @ weight.T
+        total += change if ops.gain is None else change * ops.gain.double()
     if ops.input_gain is not None:
         total += (x * (ops.input_gain.double() - 1)) @ weight.T
     return total if ops.bias is None else total + ops.bias.double()
@@ -138,9 +146,9 @@ def _change(weight: Tensor, ops: ModuleOperators, x: Tensor) -> Tensor:
 class Base:
     """A dense weight, ``[out, in]``; one row at a time, so that a row's bits are its own."""
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, slices: tuple[int, ...]) -> None:
         self.widths, self.in_features = (len(weight),), weight.shape[1]
-        self._weight = weight
+        self._weight, self._slices = weight, slices
 
     def __call__(self, x: Tensor, ahead: object = None, num_decode: int | None = None) -> Tensor:
         return torch.cat([row @ self._weight.T for row in x.split(1)])
@@ -149,13 +157,13 @@ class Base:
         return self._weight.float()
 
     def part(self, index: int) -> Base:
-        return self
+        return Base(self._weight.split(self._slices)[index], ())
 
 
 def project(
     store: Any, name: str, members: StepMembers, x: Tensor, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    linear = AdaptedLinear(0, name, Base(weight), bias)
+    linear = AdaptedLinear(0, name, Base(weight, OUTS[name]), bias)
     if not isinstance(store, GpuStore):
         return linear(x, store.step(members))
     runs = [(row, row + 1, mix) for row, mix in enumerate(members.short)]

@@ -21,12 +21,10 @@ TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], "task_type
 # Small ones of every kind whose advice is to do something with the file.
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ADAMSS": (peft.AdamssConfig, {"r": 16, "num_subspaces": 3, "subspace_rank": 2}),
-    "BOFT": (peft.BOFTConfig, {}),
     "C3A": (peft.C3AConfig, {"block_size": 16}),
     "FOURIERFT": (peft.FourierFTConfig, {"n_frequency": 60}),
     "FROD": (peft.FrodConfig, {"progressbar": False}),
     "HIRA": (peft.HiraConfig, {"r": 4}),
-    "OFT": (peft.OFTConfig, {"oft_block_size": 8}),
     "OSF": (peft.OSFConfig, {}),
     "PSOFT": (peft.PsoftConfig, {"r": 4}),
     "RANDLORA": (peft.RandLoraConfig, {"r": 8, "randlora_alpha": 8}),

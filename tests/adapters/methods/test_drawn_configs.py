@@ -136,6 +136,25 @@ def hra(draw: Draw) -> dict[str, Any]:
     return {**selection(draw), **keys, **bias(draw, "hra_only")}
 
 
+def oft(draw: Draw) -> dict[str, Any]:
+    size = draw(st.integers(2, 40))
+    by_size = draw(st.booleans())
+    keys = {"oft_block_size": size if by_size else 0, "r": 0 if by_size else size}
+    keys |= {"block_share": draw(st.booleans()), "coft": draw(st.booleans())}
+    keys |= {"eps": draw(st.sampled_from([6e-5, 0.5, 3.0]))}
+    keys["use_cayley_neumann"] = draw(st.booleans())
+    keys["num_cayley_neumann_terms"] = draw(st.integers(1, 7))
+    return {**selection(draw), **keys, **bias(draw, "oft_only")}
+
+
+def boft(draw: Draw) -> dict[str, Any]:
+    size = draw(st.sampled_from([1, 2, 4, 8, 32]))
+    by_size = draw(st.booleans())
+    keys = {"boft_block_size": size if by_size else 0, "boft_block_num": 0 if by_size else size}
+    keys["boft_n_butterfly_factor"] = draw(st.integers(1, 3))
+    return {**selection(draw), **keys, **bias(draw, "boft_only")}
+
+
 def deft(draw: Draw) -> dict[str, Any]:
     keys = {"r": ranks(draw, 40), "para": draw(st.booleans())}
     keys["decomposition_method"] = draw(st.sampled_from(["relu", "qr"]))
@@ -163,7 +182,7 @@ def beft(draw: Draw) -> dict[str, Any]:
 DRAWN: dict[str, Callable[[Draw], dict[str, Any]]] = {
     one.__name__: one
     for one in (bd_lora, kasa, vblora, unilora, tinylora, delora, miss, pvera, gralora, hra, deft)
-} | {one.__name__: one for one in (peanut, glora, beft)}
+} | {one.__name__: one for one in (peanut, glora, beft, oft, boft)}
 
 
 @torch.no_grad()

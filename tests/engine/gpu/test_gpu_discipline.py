@@ -7,6 +7,7 @@ whatever reads one fails, and every copy from the host is seen by ``_Copies``.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
@@ -26,6 +27,7 @@ from turret.server.adapters.operators import (
     AdapterOperators,
     Gate,
     Hadamard,
+    InputBlocks,
     Kronecker,
     LowRank,
     ModuleOperators,
@@ -72,13 +74,17 @@ READS = {
 class _Base:
     """Stands for the weights of a fused projection."""
 
-    def __init__(self, out: int, inner: int) -> None:
+    def __init__(self, widths: list[int], inner: int) -> None:
+        self._widths, self._inner, out = widths, inner, sum(widths)
         packed = torch.empty(out * inner // 2, dtype=torch.uint8, device=META)
         absmax = torch.empty(out * inner // 64, device=META)
         self._product = Nf4Product(Nf4Matrix(packed, absmax, out, inner), DTYPE)
 
     def __call__(self, x: torch.Tensor, ahead: Any = None, num_decode: int = 0) -> torch.Tensor:
         return self._product(x, num_decode)
+
+    def part(self, index: int) -> _Base:
+        return _Base(self._widths[index : index + 1], self._inner)
 
 
 class _Adapter:
@@ -103,9 +109,9 @@ def _decoder() -> GpuDecoder:
     for number in range(ARCH.num_layers):
         linears: dict[str, Any] = {}
         for name, slices in ARCH.linears().items():
-            out = sum(width for _, width, _ in slices)
-            base: Any = _Base(out, slices[0][2])
-            bias = empty(out) if name == "qkv" else None
+            widths = [width for _, width, _ in slices]
+            base: Any = _Base(widths, slices[0][2])
+            bias = empty(sum(widths)) if name == "qkv" else None
             linears[name] = AdaptedLinear(number, name, base, bias)
         norms = {"norm_before_attention": empty(hidden), "norm_before_mlp": empty(hidden)}
         layers.append(DecoderLayer(**norms, q_norm=None, k_norm=None, **linears))
@@ -154,6 +160,12 @@ def _adapters() -> dict[str, _Adapter]:
         kronecker = Kronecker(some(8, 8), (some(out // 8, 2), some(2, inner // 8)))
         return ModuleOperators(hadamard=hadamard, kronecker=kronecker, input_gain=torch.rand(inner))
 
+    def turned(out: int, inner: int) -> ModuleOperators:
+        return ModuleOperators(input_blocks=InputBlocks(some(inner // 8, 8, 8)))
+
+    def scaled(out: int, inner: int) -> ModuleOperators:
+        return dataclasses.replace(turned(out, inner), gain=torch.rand(out))
+
     def gated(out: int, inner: int) -> ModuleOperators:
         gate = Gate(some(16, inner), some(16, out), some(4, inner), torch.rand(16, 4), (0, 5, 12))
         return ModuleOperators(gate=gate)
@@ -165,6 +177,8 @@ def _adapters() -> dict[str, _Adapter]:
         "low": everywhere(low_rank),
         "other": everywhere(other),
         "gated": everywhere(gated),
+        "turned": everywhere(turned),
+        "scaled": everywhere(scaled),
         "soft": AdapterOperators({}, soft),
         "prefix": AdapterOperators({}, prefix),
     }
@@ -193,16 +207,21 @@ def _sequence(
 def _steps(adapters: dict[str, _Adapter]) -> dict[str, Step]:
     """A step of prompts with everything, and decode steps."""
     low, other = (adapters["low"], 0.5), (adapters["other"], -1.0)
-    gated = (adapters["gated"], 0.7)
+    gated, turned = (adapters["gated"], 0.7), (adapters["turned"], 1.0)
+    scaled = (adapters["scaled"], 1.0)
     prompts = [
         Scheduled(_sequence(1, 0, low, other, gated), 6),
-        Scheduled(_sequence(5, 0, (adapters["soft"], 1.0)), 9),
+        Scheduled(_sequence(5, 0, (adapters["soft"], 1.0), turned, scaled), 9),
         Scheduled(_sequence(9, 6, low), 1),
         Scheduled(_sequence(17, 0), 4),
     ]
     prefixed = _sequence(13, 16, (adapters["prefix"], 1.0), other)
     prompts.append(Scheduled(prefixed, 6))
-    decode = [Scheduled(_sequence(1 + 4 * i, 6 + i, low, other, gated), 1) for i in range(3)]
+    decode = [
+        Scheduled(_sequence(1, 6, low, other, gated), 1),
+        Scheduled(_sequence(5, 7, low, turned), 1),
+        Scheduled(_sequence(9, 8, low, scaled), 1),
+    ]
     base = [Scheduled(_sequence(1, 9), 1)]
     return {
         "prompts": Step(tuple(prompts), (1, 2), 0, ((prefixed, 0),)),
@@ -301,7 +320,7 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     kernels = set(no_launches)
     assert {"nf4_matmul_kernel", "paged_attention_kernel", "rope_kv_write_kernel"} <= kernels
     adapted = {"segmented_shrink_kernel", "hadamard_expand_kernel", "kronecker_kernel"}
-    adapted |= {"fusion_gate_kernel"}
+    adapted |= {"fusion_gate_kernel", "input_blocks_kernel", "gained_add_kernel"}
     assert (adapted | {"input_gain_kernel"} <= kernels) == (name != "decode, base only")
 
 

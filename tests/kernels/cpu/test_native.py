@@ -172,12 +172,12 @@ def test_strided_rows_and_input_gains() -> None:
     assert int(changed[:, 1].max()) < 104
 
     step = adapters.step([(1, 3, [(4, 0.5), (0, 1.0)]), (5, 6, [(0, 1.0)])])
-    rows, segments = torch.tensor([1, 2, 5]), torch.tensor([0, 0, 1])
-    change = step.input_gain(3, x, rows, segments, start=0.0)
+    rows, members = torch.tensor([1, 2, 5]), torch.tensor([[0, 2], [0, 2], [2, 3]])
+    change = step.input_change(3, x, rows, members, start=0.0)
     gain = adapters.parts[4][1]["input_gain"].double() - 1
     assert error_ratio(change[:2], x[1:3].double() * 0.5 * gain) < MAX_ERROR
     assert not change[2].any()
-    scaled = step.input_gain(3, x, rows, segments, start=1.0)
+    scaled = step.input_change(3, x, rows, members, start=1.0)
     assert error_ratio(scaled[:2], x[1:3].double() * (1 + 0.5 * gain)) < MAX_ERROR
     assert torch.equal(scaled[2], x[5])
 

@@ -180,6 +180,10 @@ def apply_operators(
         if operators.input_gain is not None:
             change = x * (operators.input_gain.to(x.dtype) - 1.0)
             y = y + weight * (change @ linear.weight.T)
+        if operators.input_blocks is not None:
+            change = _turned(operators.input_blocks.blocks.to(x.dtype), x) @ linear.weight.T
+            own = 1.0 if operators.gain is None else operators.gain.to(x.dtype)
+            y = y + weight * own * change
     if linear.bias is not None:
         y = y + linear.bias
     for operators, weight in mix:
@@ -188,6 +192,12 @@ def apply_operators(
         if operators.bias is not None:
             y = y + weight * operators.bias.to(x.dtype)
     return y
+
+
+def _turned(blocks: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``D x`` of a block-diagonal ``D``, whose blocks may be one for all."""
+    count = x.shape[-1] // blocks.shape[1]
+    return x @ torch.block_diag(*blocks.expand(count, -1, -1))
 
 
 def _deltas(operators: ModuleOperators, dtype: torch.dtype) -> Iterator[torch.Tensor]:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.gpu.adapters.hadamard_shrink import MAX_RANK as MAX_HADAMARD_RANK
 from turret.kernels.gpu.adapters.input_gain import input_gain
 from turret.kernels.gpu.adapters.kronecker import MAX_IN_M, MAX_RANK
@@ -23,6 +22,7 @@ from turret.kernels.gpu.adapters.segmented_shrink import rank_activations, segme
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.segments import LongSegment
 from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
+from turret.server.adapters.device.gpu.input_shelves import GpuInputShelves, GpuStepInputs
 from turret.server.adapters.device.gpu.pack import GpuPack, GpuPackedProjection
 from turret.server.adapters.device.gpu.shelves import (
     GpuHadamardShelves,
@@ -53,6 +53,7 @@ class GpuAdapterStep:
         kinds: Which packed operators the step's adapters have.
         low_rank: Projections with a low-rank update.
         shelves: Rows of the shelves.
+        input_shelves: Shelves of input blocks.
         gates: Rows of learned fusions.
         addresses: Where tables lie that the step reads and not every step with adapters does.
     """
@@ -62,6 +63,7 @@ class GpuAdapterStep:
     kinds: PackedKinds
     low_rank: frozenset[str]
     shelves: GpuStepShelves
+    input_shelves: GpuStepInputs
     gates: GpuStepGates
     addresses: Hashable
 
@@ -69,7 +71,8 @@ class GpuAdapterStep:
     def signature(self) -> Hashable:
         """What the step launches, and where what it reads lies; see the module."""
         kinds = (self.low_rank, self.kinds.gains, self.kinds.input_gains, self.kinds.biases)
-        return (kinds, self.shelves.signature, self.gates.signature, self.addresses)
+        others = (self.shelves, self.input_shelves, self.gates)
+        return (kinds, *(part.signature for part in others), self.addresses)
 
     def changes(self, layer: int, projection: str) -> bool:
         """Whether anything of the step is added to what the base multiplies."""
@@ -78,13 +81,14 @@ class GpuAdapterStep:
         return (
             projection in packed
             or projection in self.shelves.by_projection
+            or self.input_shelves.changes(projection)
             or self.gates.changes(layer, projection)
         )
 
-    def inputs(
-        self, layer: int, projection: str, x: torch.Tensor
-    ) -> tuple[torch.Tensor, Ahead | None]:
-        return x, None
+    def multiply(
+        self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
+    ) -> torch.Tensor:
+        return base(x)
 
     def apply(
         self,
@@ -118,13 +122,34 @@ class GpuAdapterStep:
                 bias=None if delta is None else delta[layer],
                 base_bias=bias,
             )
-        if projection in kinds.input_gains:
-            assert packed.input_gain_delta is not None
-            for s, columns in enumerate(packed.columns):
-                scaled = input_gain(x, packed.input_gain_delta[layer, :, s], table)
-                y[:, columns] += base(scaled)[:, columns]
+        self._change_inputs(layer, projection, x, y, base)
         self.shelves.apply(layer, projection, x, y)
         self.gates.apply(layer, projection, x, y)
+
+    def _change_inputs(
+        self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor, base: BaseProduct
+    ) -> None:
+        """Add what the base makes of changed inputs to ``y``, in place, slice by slice."""
+        packed, table = self.projections[projection], self.table
+        for s, columns in enumerate(packed.columns):
+            u = None
+            if projection in self.kinds.input_gains:
+                assert packed.input_gain_delta is not None
+                u = input_gain(x, packed.input_gain_delta[layer, :, s], table)
+            u = self.input_shelves.add_changes(layer, projection, s, x, u, table)
+            if u is not None:
+                y[:, columns] += base.part(s)(u)
+            gain = packed.gain_delta
+            self.input_shelves.add_gained(
+                layer,
+                projection,
+                s,
+                x,
+                y[:, columns],
+                gain_delta=None if gain is None else gain[layer, :, columns],
+                base=base,
+                table=table,
+            )
 
 
 class GpuStore(AdapterStore):
@@ -161,7 +186,9 @@ class GpuStore(AdapterStore):
         self._shelves = GpuShelves(kinds)
         self._gates = GpuGates(layout, *like)
         self._uploads = Uploads(device, max_bytes // _STAGED_SHARE)
-        super().__init__((self._pack, self._shelves, self._gates), device, max_bytes, on_moved)
+        self._input_shelves = GpuInputShelves(layout, self._pack, *like)
+        parts = (self._pack, self._shelves, self._gates, self._input_shelves)
+        super().__init__(parts, device, max_bytes, on_moved)
         self.epoch = self.version = 0
         self._known = self._addresses()
 
@@ -219,7 +246,8 @@ class GpuStore(AdapterStore):
         ]
         table = tables.load_segments(segments)
         shelves, gates = self._shelves.bind(runs, tables), self._gates.bind(runs, tables)
-        return self._bound(table, kinds, shelves, gates)
+        inputs = self._input_shelves.bind([mix for _, _, mix in runs])
+        return self._bound(table, kinds, shelves, inputs, gates)
 
     def bind_form(self, low_rank: frozenset[str], tables: GpuTables) -> GpuAdapterStep:
         """What steps launch whose adapters have low-rank updates in some projections, and no more.
@@ -232,13 +260,15 @@ class GpuStore(AdapterStore):
         none: frozenset[str] = frozenset()
         kinds = PackedKinds(of_slices, none, none, none)
         shelves, gates = self._shelves.bind((), tables), self._gates.bind((), tables)
-        return self._bound(tables.load_segments(()), kinds, shelves, gates)
+        inputs = self._input_shelves.bind(())
+        return self._bound(tables.load_segments(()), kinds, shelves, inputs, gates)
 
     def _bound(
         self,
         table: SegmentTable,
         kinds: PackedKinds,
         shelves: GpuStepShelves,
+        inputs: GpuStepInputs,
         gates: GpuStepGates,
     ) -> GpuAdapterStep:
         projections = self._pack.projections
@@ -254,6 +284,7 @@ class GpuStore(AdapterStore):
             kinds=kinds,
             low_rank=frozenset(projection for projection, _ in kinds.low_rank),
             shelves=shelves,
+            input_shelves=inputs,
             gates=gates,
             addresses=repr(known),
         )

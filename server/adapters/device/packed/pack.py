@@ -91,6 +91,11 @@ class Pack(Part, Generic[P]):
         """Where each adapter lies, by key."""
         return self._placement.places
 
+    @property
+    def num_slots(self) -> int:
+        """Slots of the tables."""
+        return self._placement.num_slots
+
     def kinds(self, keys: Iterable[str]) -> PackedKinds:
         """Which operators these adapters have between them."""
         return PackedKinds.union(self._kinds[key] for key in keys)

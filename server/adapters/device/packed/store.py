@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.cpu.row_adapters import Ahead
 from turret.kernels.rows.gain import row_bias_, row_combine, row_gain_
 from turret.kernels.segmented_expand import segmented_expand_reference
 from turret.kernels.segmented_shrink import segmented_shrink_reference
 from turret.kernels.segments import SegmentPlan
+from turret.server.adapters.device.base_updates import BaseUpdates, StepBaseUpdates
 from turret.server.adapters.device.gates import Gates
 from turret.server.adapters.device.hadamard_shelf import HadamardShelves
 from turret.server.adapters.device.kronecker_shelf import KroneckerShelves
@@ -29,6 +29,8 @@ from turret.server.adapters.device.packed.segments import plan_segments
 from turret.server.adapters.device.part import StepPart
 from turret.server.adapters.device.shelves import TorchShelves
 from turret.server.adapters.device.store import BaseProduct, OnMoved, StepStore
+
+_BASE_UPDATES = frozenset({"input_blocks"})
 
 
 class PackedStore(StepStore):
@@ -57,7 +59,9 @@ class PackedStore(StepStore):
         kinds = HadamardShelves(layout, device), KroneckerShelves(layout, device)
         self._shelves = TorchShelves(kinds, device)
         self._gates = Gates(layout, device)
-        super().__init__((self._pack, self._shelves, self._gates), device, max_bytes, on_moved)
+        self._base_updates = BaseUpdates(layout, _BASE_UPDATES, device)
+        parts = (self._pack, self._shelves, self._gates, self._base_updates)
+        super().__init__(parts, device, max_bytes, on_moved)
 
     def step(self, members: StepMembers) -> PackedStep:
         mixes = [*members.short, *(mix for _, _, mix in members.long)]
@@ -72,6 +76,7 @@ class PackedStore(StepStore):
                 for name, packed in self._pack.projections.items()
             },
             others=tuple(part for part in bound if part is not None),
+            base_updates=self._base_updates.bind(members),
         )
 
 
@@ -85,6 +90,7 @@ class PackedStep:
         kinds: Which packed operators its adapters have.
         present: Per projection, which slices have a low-rank update.
         others: Rows of the operators that are not packed.
+        base_updates: Rows of those that need products with the base.
     """
 
     projections: Mapping[str, PackedProjection]
@@ -92,11 +98,12 @@ class PackedStep:
     kinds: PackedKinds
     present: Mapping[str, tuple[bool, ...]]
     others: tuple[StepPart, ...]
+    base_updates: StepBaseUpdates | None
 
-    def inputs(
-        self, layer: int, projection: str, x: torch.Tensor
-    ) -> tuple[torch.Tensor, Ahead | None]:
-        return x, None
+    def multiply(
+        self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
+    ) -> torch.Tensor:
+        return base(x)
 
     def apply(
         self,
@@ -112,6 +119,8 @@ class PackedStep:
         if bias is not None:
             y += bias
         self._add(layer, projection, x, y)
+        if self.base_updates is not None:
+            self.base_updates.apply(layer, projection, x, y, base=base)
 
     def _scale(
         self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor, base: BaseProduct
@@ -130,7 +139,7 @@ class PackedStep:
                 rows = delta.count_nonzero(dim=1).nonzero().squeeze(1)
                 if rows.numel():
                     chosen = x.index_select(0, rows).float() * delta.index_select(0, rows)
-                    change = base(chosen.to(x.dtype))[:, columns]
+                    change = base.part(s)(chosen.to(x.dtype))
                     y[:, columns].index_add_(0, rows, change)
 
     def _add(self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor) -> None:

@@ -1,0 +1,147 @@
+"""Updates that are made of products with the base itself, computed by torch.
+
+An adapter's input blocks have the base multiply what they change. Nothing is packed: each adapter
+of a step multiplies its own rows, position by position in the mixes, so that a row's sum is in its
+own order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from turret.kernels.input_blocks import input_blocks_reference
+from turret.server.adapters.device.layout import ProjectionLayout
+from turret.server.adapters.device.members import Members, StepMembers
+from turret.server.adapters.device.part import Part
+from turret.server.adapters.device.store import BaseProduct
+from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+
+# (Layer, projection) → slices with the operators they have.
+_Held = Mapping[tuple[int, str], Sequence[tuple[int, ModuleOperators]]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """Rows that have an adapter at the same position of their mixes.
+
+    Attributes:
+        modules: The adapter's.
+        rows: Row numbers, ``[n]`` int64, rising.
+        weights: Mix weights, ``[n, 1]`` fp32.
+    """
+
+    modules: _Held
+    rows: torch.Tensor
+    weights: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepBaseUpdates:
+    """A step's rows of these operators; see ``BaseUpdates``."""
+
+    kinds: frozenset[str]
+    projections: frozenset[str]
+    columns: Mapping[str, Sequence[slice]]
+    bound: Sequence[_Rows]
+
+    def apply(
+        self,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        *,
+        base: BaseProduct,
+    ) -> None:
+        """Add the updates of one layer's fused projection to ``y``, in place.
+
+        Args:
+            layer: Layer number.
+            projection: Fused projection.
+            x: Its input, ``[rows, in]``.
+            y: What has been added up so far, ``[rows, sum(out)]``.
+            base: The bias-free base projection.
+        """
+        for held in self.bound if projection in self.projections else ():
+            inputs = None
+            for s, ops in held.modules.get((layer, projection), ()):
+                inputs = x.index_select(0, held.rows) if inputs is None else inputs
+                view = y[:, self.columns[projection][s]]
+                change = self._change(ops, inputs, held.weights, base.part(s))
+                total = view.index_select(0, held.rows).float() + change
+                view.index_copy_(0, held.rows, total.to(y.dtype))
+
+    def _change(
+        self, ops: ModuleOperators, x: torch.Tensor, weights: torch.Tensor, base: BaseProduct
+    ) -> torch.Tensor:
+        """``[n, out]`` fp32."""
+        total = x.new_zeros(1, 1, dtype=torch.float32)
+        if ops.input_blocks is not None and "input_blocks" in self.kinds:
+            turned = weights * input_blocks_reference(x, ops.input_blocks.blocks)
+            change = base(turned.to(x.dtype)).float()
+            total = change if ops.gain is None else change * ops.gain
+        return total
+
+
+class BaseUpdates(Part):
+    """Holds the adapters that have such operators, by key.
+
+    Args:
+        layout: Shape of the base.
+        kinds: Which operators, by the names of the fields of ``ModuleOperators``; others are
+            somebody else's.
+        device: Of the steps.
+    """
+
+    def __init__(
+        self, layout: ProjectionLayout, kinds: frozenset[str], device: torch.device
+    ) -> None:
+        self._layout = layout
+        self._kinds = kinds
+        self._device = device
+        self._held: dict[str, _Held] = {}
+
+    def insert(self, key: str, operators: AdapterOperators) -> None:
+        found: dict[tuple[int, str], list[tuple[int, ModuleOperators]]] = {}
+        for name in self._layout.projections:
+            for layer, s, ops in self._layout.of(operators, name):
+                if any(getattr(ops, kind) is not None for kind in self._kinds):
+                    found.setdefault((layer, name), []).append((s, ops))
+        if found:
+            self._held[key] = found
+
+    def remove(self, key: str) -> None:
+        self._held.pop(key, None)
+
+    def bind(self, members: StepMembers) -> StepBaseUpdates | None:
+        """The step's rows, or None if no row has such an operator."""
+        runs = [(row, row + 1, mix) for row, mix in enumerate(members.short)]
+        bound = self._passes([*runs, *members.long])
+        if not bound:
+            return None
+        return StepBaseUpdates(
+            kinds=self._kinds,
+            projections=frozenset(name for held in bound for _, name in held.modules),
+            columns={name: self._layout.columns(name) for name in self._layout.projections},
+            bound=bound,
+        )
+
+    def _passes(self, runs: Sequence[tuple[int, int, Members]]) -> list[_Rows]:
+        mixes = [[(key, w) for key, w in mix if key in self._held] for _, _, mix in runs]
+        passes = []
+        for position in range(max(map(len, mixes), default=0)):
+            users: dict[str, tuple[list[int], list[float]]] = {}
+            for (start, end, _), mix in zip(runs, mixes, strict=True):
+                if len(mix) > position:
+                    key, weight = mix[position]
+                    rows, weights = users.setdefault(key, ([], []))
+                    rows.extend(range(start, end))
+                    weights.extend([weight] * (end - start))
+            for key, (rows, weights) in users.items():
+                places = torch.tensor(rows, device=self._device)
+                values = torch.tensor(weights, device=self._device).unsqueeze(1)
+                passes.append(_Rows(self._held[key], places, values))
+        return passes

@@ -1,0 +1,181 @@
+"""Whose inputs adapters change on the cpu path, and how: input gains and input blocks.
+
+With ``x' = x + Σ_k w_k (T_k x − x)``, a row goes one of three ways, as its own mix decides:
+
+- the base multiplies ``x'`` in place of ``x``, in the product with all other rows, where every
+  slice takes the same ``x'``: there is but one slice, or the slices share a gain (LN tuning);
+- the base's slices each multiply an ``x'`` of their own, and the row is left out of the common
+  product: the weight is read twice in the step, and no row is multiplied twice;
+- where a gain stands beside the change of another member, which it must not scale, the changes are
+  products of their own, added last: ``Σ_k w_k g_k ⊙ W (T_k x − x)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from turret.kernels.cpu.row_adapters import RowAdapters
+from turret.server.adapters.device.cpu_tables import AdapterTable, ModuleNumbers
+from turret.server.adapters.device.layout import ProjectionLayout
+from turret.server.adapters.device.members import Members
+from turret.server.adapters.device.store import BaseProduct
+
+
+@dataclass(frozen=True, slots=True)
+class InputRows:
+    """Rows whose input changes.
+
+    Attributes:
+        rows: Their numbers, ``[n]`` int64.
+        members: First and last number of the members whose changes are summed, ``[n, 2]`` int64.
+        gained: Adapters whose gains apply to their own changes, with places among the rows.
+    """
+
+    rows: torch.Tensor
+    members: torch.Tensor
+    gained: Sequence[tuple[AdapterTable, torch.Tensor]] = ()
+
+
+@dataclass(slots=True)
+class _Found:
+    """Rows that are still being collected."""
+
+    rows: list[int]
+    members: list[tuple[int, int]]
+    tables: list[AdapterTable]
+
+    def close(self) -> InputRows:
+        gained = []
+        for table in dict.fromkeys(self.tables):
+            if table.gains:
+                places = [i for i, other in enumerate(self.tables) if other is table]
+                gained.append((table, torch.tensor(places)))
+        return InputRows(torch.tensor(self.rows), torch.tensor(self.members).view(-1, 2), gained)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepInputs:
+    """A step's rows whose input changes, by projection; see the module.
+
+    Attributes:
+        layout: Shape of the base.
+        numbers: The numbers of its modules.
+        common: Rows whose changed input is multiplied in the product of all rows.
+        own: Rows whose slices multiply inputs of their own.
+        added: Rows whose changes are products of their own, by position among those of the mix.
+    """
+
+    layout: ProjectionLayout
+    numbers: ModuleNumbers
+    common: Mapping[str, InputRows]
+    own: Mapping[str, InputRows]
+    added: Mapping[str, Sequence[InputRows]]
+
+    @property
+    def changes_any(self) -> bool:
+        """Whether the input of some row changes in some projection."""
+        return bool(self.common or self.own or self.added)
+
+    @classmethod
+    def of(
+        cls,
+        segments: Sequence[tuple[int, int, Members]],
+        tables: Mapping[str, AdapterTable],
+        layout: ProjectionLayout,
+        numbers: ModuleNumbers,
+    ) -> StepInputs:
+        """From (first row, end row, mix) of all segments."""
+        common: dict[str, _Found] = {}
+        own: dict[str, _Found] = {}
+        added: dict[str, list[_Found]] = {}
+        first = 0
+        for start, end, mix in segments:
+            members = [(tables[key], weight) for key, weight in mix]
+            rows = list(range(start, end))
+            for name in frozenset().union(*(t.input_changes for t, _ in members)):
+                way = _way(name, members, len(layout.columns(name)))
+                if way != "added":
+                    found = (common if way == "common" else own).setdefault(
+                        name, _Found([], [], [])
+                    )
+                    found.rows += rows
+                    found.members += [(first, first + len(mix))] * len(rows)
+                    continue
+                changes = [k for k, (t, _) in enumerate(members) if name in t.input_changes]
+                places = added.setdefault(name, [])
+                for position, k in enumerate(changes):
+                    if position == len(places):
+                        places.append(_Found([], [], []))
+                    places[position].rows += rows
+                    places[position].members += [(first + k, first + k + 1)] * len(rows)
+                    places[position].tables += [members[k][0]] * len(rows)
+            first += len(mix)
+        return cls(
+            layout=layout,
+            numbers=numbers,
+            common={name: found.close() for name, found in common.items()},
+            own={name: found.close() for name, found in own.items()},
+            added={name: [one.close() for one in found] for name, found in added.items()},
+        )
+
+    def multiply(
+        self, rows: RowAdapters, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
+    ) -> torch.Tensor:
+        """See ``AdapterStep.multiply``."""
+        first = self.numbers.first(layer, projection)
+        ahead = rows.ahead(first)
+        common, own = self.common.get(projection), self.own.get(projection)
+        if common is not None:
+            changed = rows.input_change(first, x, common.rows, common.members, start=1.0)
+            x = x.index_copy(0, common.rows, changed)
+        if own is None:
+            return base(x, ahead)
+        y = x.new_empty(x.shape[0], self.layout.width(projection))
+        others = torch.ones(x.shape[0], dtype=torch.bool).index_fill_(0, own.rows, False).nonzero()
+        others = others.squeeze(1)
+        if others.numel():
+            y.index_copy_(0, others, base(x.index_select(0, others), ahead))
+        for s, columns in enumerate(self.layout.columns(projection)):
+            changed = rows.input_change(first + s, x, own.rows, own.members, start=1.0)
+            y[:, columns].index_copy_(0, own.rows, base.part(s)(changed))
+        return y
+
+    def add(
+        self,
+        rows: RowAdapters,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        base: BaseProduct,
+    ) -> None:
+        """Add what is a product of its own to ``y``, in place."""
+        first = self.numbers.first(layer, projection)
+        slices = self.layout.projections[projection]
+        for changing in self.added.get(projection, ()):
+            for s, columns in enumerate(self.layout.columns(projection)):
+                change = rows.input_change(first + s, x, changing.rows, changing.members, start=0.0)
+                product = base.part(s)(change)
+                path = self.layout.module(layer, slices[s].path)
+                for table, places in changing.gained:
+                    ops = table.operators.modules.get(path)
+                    if ops is not None and ops.gain is not None:
+                        own = product.index_select(0, places).float() * ops.gain
+                        product.index_copy_(0, places, own.to(product.dtype))
+                y[:, columns].index_add_(0, changing.rows, product)
+
+
+def _way(name: str, members: Sequence[tuple[AdapterTable, float]], num_slices: int) -> str:
+    """Where a row of this mix goes in a projection: ``common``, ``own`` or ``added``."""
+    scaling = [k for k, (table, _) in enumerate(members) if name in table.gains]
+    changing = [k for k, (table, _) in enumerate(members) if name in table.input_changes]
+    # A lone adapter's gain applies to all of its own result.
+    is_lone = scaling == changing and len(changing) == 1 and members[changing[0]][1] == 1.0
+    if scaling and not is_lone:
+        return "added"
+    if num_slices == 1 or all(name in members[k][0].shared_gains for k in changing):
+        return "common"
+    return "own"
