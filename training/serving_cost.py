@@ -103,6 +103,15 @@ def _multiply_adds(operators: ModuleOperators) -> int:
     if operators.input_blocks is not None:
         blocks = operators.input_blocks.blocks
         count += blocks.shape[0] * blocks.shape[1] * blocks.shape[2]
+    if operators.pairs is not None:
+        count += operators.pairs.sine.numel()
+    if operators.circulant is not None:
+        # Both transforms, and four products per frequency of every pair of blocks.
+        rows, columns, size = operators.circulant.kernel.shape
+        count += (rows + columns) * size * (size + 2) + 2 * rows * columns * (size + 2)
+    if operators.modulated is not None:
+        a, b = operators.modulated.tensors()
+        count += a.shape[0] * a.shape[1] * b.shape[1] + a.numel() + b.numel()
     for gain in (operators.gain, operators.input_gain):
         count += 0 if gain is None else gain.numel()
     return count

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.gpu.adapters.circulant import circulant
 from turret.kernels.gpu.adapters.fusion_gate import fusion_gate
 from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
 from turret.kernels.gpu.adapters.input_blocks import gained_add, input_blocks
 from turret.kernels.gpu.adapters.input_gain import input_gain
 from turret.kernels.gpu.adapters.kronecker import kronecker
+from turret.kernels.gpu.adapters.modulated_base import modulate, modulated_add
+from turret.kernels.gpu.adapters.pair_rotation import pair_rotation
 from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.gelu_mul import gelu_mul
@@ -106,6 +109,7 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
             blocks = _empty(8, inner // 32, 32, 32)
             input_blocks(x, _empty(_ROWS, inner), blocks, places, table)
             gained_add(y, _empty(_ROWS, width), per_slot, places, table, 1)
+            _from_base(x, y, outs[0], places, table)
             q = _empty(_ROWS, slices, 64, dtype=torch.float32)
             gated = _empty(_SLOTS, dtype=torch.int32)
             gates = fusion_gate(q, v, _empty(_RANK, slices, 64), gated, table)
@@ -114,8 +118,22 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
         yield launch
 
 
+def _from_base(
+    x: torch.Tensor, y: torch.Tensor, out: int, places: torch.Tensor, table: SegmentTable
+) -> None:
+    """Pairs of outputs and modulated weights, in the first slice of a projection."""
+    inner, slice_y = x.shape[1], y[:, :out]
+    sine = _empty(_SLOTS, y.shape[1], dtype=torch.float32)[:, :out]
+    groups = _empty(_SLOTS, 3, dtype=torch.int32)[:, 0]
+    pair_rotation(_empty(*y.shape)[:, :out], slice_y, sine, groups, table)
+    ranks = slice(8, 16)
+    modulate(x, _empty(8, 32, inner), ranks, places, table, 1)
+    products = _empty(8, _ROWS, out)
+    modulated_add(slice_y, products, _empty(8, 32, out), ranks, places, table, 1)
+
+
 def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]]:
-    """Hadamard and Kronecker adapters."""
+    """Hadamard, Kronecker and circulant adapters."""
     table = RowTable(_ROWS, _META)
     x, y = _empty(_ROWS, inner), _empty(_ROWS, sum(outs))
 
@@ -135,8 +153,15 @@ def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]
             kronecker(x, y[:, :out], w1, dense, table)
             kronecker(x, y[:, :out], w1, pair, table)
 
+    def circulants() -> None:
+        for size in (64, 128, 256):
+            if inner % size == 0 and outs[0] % size == 0:
+                kernel = _empty(8, outs[0] // size, inner // size, size)
+                circulant(x, y[:, : outs[0]], kernel, table)
+
     for rank in (8, 16, 32, 64):
         yield lambda rank=rank: hadamard(rank)
+    yield circulants
     yield lambda: kron(outs[0])
 
 

@@ -51,6 +51,21 @@ INLINE float *activations(const Step *step, const Projection *p, const Segment *
     return step->scratch + c->scratch + ((row - seg->row_start) * p->num_slices + j) * c->width;
 }
 
+/* Operators whose rows are not divided: a unit for each. */
+static void shrink_rows(const Step *step, const Projection *p, const Segment *seg,
+                        const Component *c, int64_t j, int64_t row, int64_t stop, Share *share) {
+    const Module *m = &c->modules[p->module + j];
+    int64_t first = 0;
+    for (int64_t s = 0; s < j; s++) first += p->widths[s];
+    for (int64_t i = row; i < stop; i++) {
+        float *v = activations(step, p, seg, c, i, j);
+        if (m->circulant && take(share, m->circulant->width / RANKS))
+            circulant_shrink(m->circulant, p->x + i * p->x_stride, v + circulant_start(m));
+        if (m->pairs && take(share, 1))
+            pairs_shrink(p->y + i * p->y_stride + first, p->widths[j], v + pairs_start(m));
+    }
+}
+
 /* Rows [row, stop) of a segment, one component, one slice. A unit costs about four dot products of
  * the input for each row. */
 static void shrink_module(const Step *step, const Projection *p, const Segment *seg,
@@ -87,6 +102,7 @@ static void shrink_module(const Step *step, const Projection *p, const Segment *
                                          activations(step, p, seg, c, i, j) + kronecker_start(m));
             }
     }
+    if (m->circulant || m->pairs) shrink_rows(step, p, seg, c, j, row, stop, share);
 }
 
 static void shrink(const Step *step, const Projection *p, Share *share) {
@@ -152,6 +168,9 @@ KERNEL static void expand_columns(const Step *step, const Projection *p, const S
                 hadamard_expand(m->hadamard, v + hadamard_start(m), w, width, low, count, sums);
             if (m->kronecker)
                 kronecker_expand(m->kronecker, v + kronecker_start(m), w, low, count, sums);
+            if (m->circulant)
+                circulant_expand(m->circulant, v + circulant_start(m), w, low, count, sums);
+            if (m->pairs) pairs_expand(m->pairs, v + pairs_start(m), w, low, count, sums);
         }
     }
     for (int64_t i = 0; i < rows; i++)
@@ -165,6 +184,8 @@ static int64_t column_cost(const Step *step, const Projection *p, const Segment 
         const Module *m = &step->components[k].modules[p->module + j];
         cost += m->rank;
         if (m->hadamard) cost += m->hadamard->rank * m->hadamard->rank / 2;
+        if (m->pairs) cost += 2;
+        if (m->circulant) cost++;
         if (m->kronecker) cost += m->kronecker->w2 ? m->kronecker->in_m : 2 * m->kronecker->rank;
     }
     return cost;

@@ -37,6 +37,21 @@ typedef struct {
     int64_t size;
 } InputBlocks;
 
+/* Outputs that are added to their partners; scratch: [padded out]. */
+typedef struct {
+    const float *sine; /* [out] */
+    int64_t group;
+} PairRotation;
+
+/* Block-circulant update. width: frequencies, padded; scratch: [columns + 1, 2, width], then the
+ * result, [rows * size] padded. Past the frequencies the matrices hold zeros. */
+typedef struct {
+    const float *spectra; /* [rows, columns, 2, width] */
+    const float *forward; /* [size, 2, width] */
+    const float *inverse; /* [2, width, padded size] */
+    int64_t rows, columns, size, width;
+} Circulant;
+
 typedef struct {
     const bf16 *a;      /* [rank, in] */
     const bf16 *b;      /* [rank, out] */
@@ -47,6 +62,8 @@ typedef struct {
     const Hadamard *hadamard;   /* or null */
     const Kronecker *kronecker; /* or null */
     const InputBlocks *input_blocks; /* or null */
+    const PairRotation *pairs;       /* or null */
+    const Circulant *circulant;      /* or null */
 } Module;
 
 typedef struct {
@@ -96,6 +113,17 @@ INLINE int64_t kronecker_start(const Module *m) {
 
 INLINE int64_t kronecker_width(const Kronecker *k) { return k->w2 ? k->out_k : k->rank; }
 
+INLINE int64_t circulant_start(const Module *m) {
+    const Kronecker *k = m->kronecker;
+    return kronecker_start(m) + (k ? k->in_m * PADDED(kronecker_width(k)) : 0);
+}
+
+INLINE int64_t pairs_start(const Module *m) {
+    const Circulant *c = m->circulant;
+    return circulant_start(m) +
+           (c ? (c->columns + 1) * 2 * c->width + PADDED(c->rows * c->size) : 0);
+}
+
 /* Rows of a segment: inputs, activations of one operator, sums of some columns ([count, COLUMNS]). */
 typedef struct {
     const bf16 *x;
@@ -124,5 +152,16 @@ void hadamard_expand(const Hadamard *h, const float *u, float w, int64_t width, 
 void kronecker_shrink(const Kronecker *k, const bf16 *x, int64_t low, int64_t high, float *z);
 void kronecker_expand(const Kronecker *k, const float *z, float w, int64_t low, int64_t count,
                       float *acc);
+
+
+/* Of one row: everything at once, and w times some columns of the result. */
+void circulant_shrink(const Circulant *c, const bf16 *x, float *z);
+void circulant_expand(const Circulant *c, const float *z, float w, int64_t low, int64_t count,
+                      float *acc);
+
+/* The base's result of one row, and w times what some columns get from their partners. */
+void pairs_shrink(const bf16 *y, int64_t width, float *z);
+void pairs_expand(const PairRotation *p, const float *z, float w, int64_t low, int64_t count,
+                  float *acc);
 
 #endif

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import torch
 
+from turret.kernels.cpu.circulant import CirculantFactors
 from turret.kernels.cpu.native import functions
 from turret.kernels.cpu.threads import num_threads
 
@@ -78,7 +79,7 @@ class KroneckerFactors:
 
 
 # A module's entry: five tensors and the rank, then what these point to.
-_FIELDS = ("hadamard", "kronecker", "input_blocks")
+_FIELDS = ("hadamard", "kronecker", "input_blocks", "pairs", "circulant")
 _FIRST = 6
 
 
@@ -111,6 +112,8 @@ class ModuleTable:
         hadamard: HadamardFactors | None = None,
         kronecker: KroneckerFactors | None = None,
         input_blocks: torch.Tensor | None = None,
+        pairs: tuple[torch.Tensor, int] | None = None,
+        circulant: CirculantFactors | None = None,
     ) -> None:
         """Enter a module's tensors.
 
@@ -124,6 +127,8 @@ class ModuleTable:
             hadamard: The Hadamard update.
             kronecker: The Kronecker update.
             input_blocks: ``[count, size, size]`` bf16.
+            pairs: What partners are multiplied by, ``[out]`` fp32, and the outputs of a group.
+            circulant: The block-circulant update.
         """
         assert (a is None) == (b is None)
         rank = 0 if a is None else a.shape[0]
@@ -142,6 +147,14 @@ class ModuleTable:
         if input_blocks is not None:
             values = [self._address_of(input_blocks), *input_blocks.shape[:2]]
             self._factors.append((module, "input_blocks", values))
+        if pairs is not None:
+            self._factors.append((module, "pairs", [self._address_of(pairs[0]), pairs[1]]))
+            width += _padded(len(pairs[0]))
+        if circulant is not None:
+            parts = (circulant.spectra, circulant.forward, circulant.inverse)
+            values = [*map(self._address_of, parts), *circulant.sizes]
+            self._factors.append((module, "circulant", values))
+            width += circulant.scratch
         self.width = max(self.width, width)
 
     def close(self) -> None:

@@ -164,6 +164,68 @@ class InputBlocks:
 
 
 @dataclass(frozen=True, slots=True)
+class PairRotation:
+    """``Δ(x)_o = sine_o (W x)_p(o)``: with a gain, pairs of outputs are turned and scaled (RoAd).
+
+    ``p(o)`` is half a group behind an output of the first half of its group, and half a group
+    before one of the second.
+
+    Attributes:
+        sine: ``[out_features]``, fp32, signs included.
+        group: Outputs of a group, even.
+    """
+
+    sine: torch.Tensor
+    group: int
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.sine,)
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> PairRotation:
+        return PairRotation(next(tensors), self.group)
+
+
+@dataclass(frozen=True, slots=True)
+class Circulant:
+    """``Δ(x)_mj = Σ_n Σ_i kernel_mn,(i − j) mod b x_ni``: a circulant matrix per block (C3A).
+
+    Attributes:
+        kernel: ``[out / b, in / b, b]``, serving dtype, contiguous, the scaling folded in.
+    """
+
+    kernel: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.kernel,)
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> Circulant:
+        return Circulant(next(tensors))
+
+
+@dataclass(frozen=True, slots=True)
+class ModulatedBase:
+    """``Δ(x) = (W ⊙ bᵀ a) x = Σ_r b_r ⊙ W (a_r ⊙ x)`` (HiRA): the base multiplies ``r`` more rows.
+
+    Attributes:
+        a: ``[rank, in_features]``, serving dtype, contiguous.
+        b: ``[rank, out_features]``, serving dtype, contiguous.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.a, self.b)
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> ModulatedBase:
+        return ModulatedBase(next(tensors), next(tensors))
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleOperators:
     """What one adapter does to one linear module.
 
@@ -172,7 +234,10 @@ class ModuleOperators:
         hadamard: The Hadamard update, or None.
         kronecker: The Kronecker update, or None.
         gate: Low-rank updates weighted per token, or None.
+        circulant: The block-circulant update, or None.
+        modulated: The base's weight times a low-rank matrix, entry by entry, or None.
         input_blocks: Blocks that turn the base's input, or None.
+        pairs: Outputs of the base that are added to others, or None. Not beside a change of input.
         gain: ``g``, ``[out_features]``, fp32, applied to the bias-free base result, or None (1).
         input_gain: ``l``, ``[in_features]``, fp32: the base multiplies ``l ⊙ x`` instead of ``x``
             (IA3 on feed-forward inputs); other operators see ``x``. None is 1. Not beside a gain:
@@ -184,14 +249,18 @@ class ModuleOperators:
     hadamard: Hadamard | None = None
     kronecker: Kronecker | None = None
     gate: Gate | None = None
+    circulant: Circulant | None = None
+    modulated: ModulatedBase | None = None
     input_blocks: InputBlocks | None = None
+    pairs: PairRotation | None = None
     gain: torch.Tensor | None = None
     input_gain: torch.Tensor | None = None
     bias: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        changes = (self.gain, self.input_blocks)
-        assert self.input_gain is None or changes == (None, None), "an input is changed in one way"
+        changes = [self.input_gain, self.input_blocks, self.pairs]
+        assert changes.count(None) >= 2, "an input is changed in one way"
+        assert self.gain is None or self.input_gain is None, "a module has one kind of gain"
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Every tensor, in the order of the fields and of their own tensors."""

@@ -1,6 +1,7 @@
 """The dense update ``ΔW`` of one module, from any method's operators.
 
     ΔW = B A + (w1a w1b) ⊙ (w2a w2b) + kron(w1, w2) + (g − 1) ⊙ W + W ⊙ (l − 1)ᵀ + g ⊙ W Dᵀ
+         + C + W ⊙ bᵀ a + s ⊙ W_p
 
 ``W`` is the weight served. For DoRA this is ``g ⊙ (W + s·B A) − W``, as ``g`` is in ``B`` already.
 """
@@ -23,8 +24,8 @@ from turret.server.adapters.operators import (
 _ROWS_PER_BLOCK = 1024
 
 # What a weight update cannot be made of: operators that are not in the formula above.
-_FROM_BASE = frozenset({"gain", "input_gain", "input_blocks"})
-_WEIGHT_OPERATORS = frozenset({"low_rank", "hadamard", "kronecker", "bias"}) | _FROM_BASE
+_FROM_BASE = frozenset({"gain", "input_gain", "input_blocks", "pairs", "modulated"})
+_WEIGHT_OPERATORS = _FROM_BASE | {"low_rank", "hadamard", "kronecker", "circulant", "bias"}
 _LOW_RANK_OPERATORS = frozenset({"low_rank", "bias"})
 
 
@@ -81,6 +82,8 @@ def add_delta(
     if operators.kronecker is not None:
         w1, *w2 = (factor.float() for factor in operators.kronecker.tensors())
         total.add_(torch.kron(w1, w2[0] if len(w2) == 1 else w2[0] @ w2[1]), alpha=weight)
+    if operators.circulant is not None:
+        total.add_(_circulant_matrix(operators.circulant.kernel.float()), alpha=weight)
     if _used(operators) & _FROM_BASE:
         served = module.dequantize()
         if gain is not None:
@@ -89,6 +92,13 @@ def add_delta(
             total.addcmul_(served, (input_gain - 1.0)[None, :], value=weight)
         if operators.input_blocks is not None:
             _add_input_blocks(total, operators.input_blocks, served, gain, weight)
+        if operators.pairs is not None:
+            halves = served.unflatten(0, (-1, 2, operators.pairs.group // 2))
+            others = halves.flip(1).flatten(0, 2)
+            total.addcmul_(others, operators.pairs.sine[:, None], value=weight)
+        if operators.modulated is not None:
+            factors = operators.modulated
+            _add_product(total, served, (factors.b.T, factors.a), weight)
     return total
 
 
@@ -107,12 +117,32 @@ def _add_input_blocks(
         total[:, columns] += scale * (served[:, columns] @ block.T)
 
 
+def _circulant_matrix(kernel: torch.Tensor) -> torch.Tensor:
+    """``[out, in]``, of kernels ``[out / b, in / b, b]``: entry ``(j, i)`` is ``(i − j) mod b``."""
+    places = torch.arange(kernel.shape[2])
+    differences = (places[None, :] - places[:, None]) % kernel.shape[2]
+    return kernel[:, :, differences].permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+
+
 def _add_hadamard(total: torch.Tensor, factors: Hadamard, weight: float) -> None:
     w1a, w1b, w2a, w2b = (factor.float() for factor in factors.tensors())
     for start in range(0, total.shape[0], _ROWS_PER_BLOCK):
         rows = slice(start, start + _ROWS_PER_BLOCK)
         first, second = w1a[rows] @ w1b, w2a[rows] @ w2b
         total[rows].addcmul_(first, second, value=weight)
+
+
+def _add_product(
+    total: torch.Tensor,
+    served: torch.Tensor,
+    factors: tuple[torch.Tensor, torch.Tensor],
+    weight: float,
+) -> None:
+    """``W ⊙ (left right)``, some rows at a time."""
+    left, right = (factor.float() for factor in factors)
+    for start in range(0, total.shape[0], _ROWS_PER_BLOCK):
+        rows = slice(start, start + _ROWS_PER_BLOCK)
+        total[rows].addcmul_(served[rows], left[rows] @ right, value=weight)
 
 
 def frobenius_norm(matrix: torch.Tensor) -> float:

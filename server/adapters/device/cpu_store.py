@@ -16,6 +16,7 @@ from turret.server.adapters.device.cpu_tables import AdapterTables, ModuleNumber
 from turret.server.adapters.device.gates import Gates
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, StepMembers
+from turret.server.adapters.device.own_updates import OwnUpdates, StepOwnUpdates
 from turret.server.adapters.device.part import StepPart
 from turret.server.adapters.device.store import BaseProduct, OnMoved, Resident, StepStore
 
@@ -43,7 +44,9 @@ class CpuStore(StepStore):
         self._numbers = ModuleNumbers(layout)
         self._tables = AdapterTables(layout, self._numbers)
         self._gates = Gates(layout, device)
-        super().__init__((self._tables, self._gates), device, max_bytes, on_moved)
+        self._own_updates = OwnUpdates(layout, frozenset({"modulated"}), device)
+        parts = (self._tables, self._gates, self._own_updates)
+        super().__init__(parts, device, max_bytes, on_moved)
 
     def step(self, members: StepMembers) -> CpuStep:
         segments = self._segments(members)
@@ -65,6 +68,7 @@ class CpuStore(StepStore):
             inputs=StepInputs.of(segments, tables, self._layout, self._numbers),
             base_rows=slice(len(members.short), long[0][0] if long else None),
             others=() if gates is None else (gates,),
+            own_updates=self._own_updates.bind(members),
         )
 
     @staticmethod
@@ -109,6 +113,7 @@ class CpuStep:
         inputs: Rows whose input changes.
         base_rows: Rows of the base model alone.
         others: Rows of the operators that torch computes.
+        own_updates: Rows of those that are products with the base for each rank.
     """
 
     rows: RowAdapters
@@ -118,11 +123,12 @@ class CpuStep:
     inputs: StepInputs
     base_rows: slice
     others: tuple[StepPart, ...]
+    own_updates: StepOwnUpdates | None
 
     @property
     def is_native(self) -> bool:
         """Whether ``rows`` is all that changes a projection."""
-        return not (self.inputs.changes_any or self.others)
+        return not (self.inputs.changes_any or self.others or self.own_updates)
 
     def multiply(
         self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
@@ -148,3 +154,5 @@ class CpuStep:
         self.inputs.add(self.rows, layer, projection, x, y, base)
         for part in self.others:
             part.apply(layer, projection, x, y)
+        if self.own_updates is not None:
+            self.own_updates.apply(layer, projection, x, y, before=y, base=base)

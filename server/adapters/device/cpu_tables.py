@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.cpu.circulant import CirculantFactors
 from turret.kernels.cpu.layers import PROJECTIONS, NativePlace
 from turret.kernels.cpu.row_adapters import (
     HadamardFactors,
@@ -21,6 +22,7 @@ from turret.kernels.cpu.row_adapters import (
     ModuleTable,
     ProjectionShape,
 )
+from turret.kernels.rows.tables import COLUMNS, padded
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.operators import (
@@ -95,7 +97,7 @@ class AdapterTable:
         operators: Held because the table points into them.
         modules: The table.
         updates: Projections with an update, gain or bias in some layer.
-        gains: Projections with a gain in some layer.
+        gains: Projections with a gain or pairs in some layer, which the base's own result meets.
         input_changes: Projections with an input gain or input blocks in some layer.
         shared_gains: Those of them in which all slices have one input gain, in every layer.
     """
@@ -126,10 +128,10 @@ class AdapterTables(Part):
             found = self._layout.of(operators, name)
             for layer, s, ops in found:
                 _put(modules, self._numbers.first(layer, name) + s, ops)
-                parts = (ops.low_rank, ops.hadamard, ops.kronecker, ops.gain, ops.bias)
-                if any(part is not None for part in parts):
+                parts = (ops.low_rank, ops.hadamard, ops.kronecker, ops.circulant, ops.pairs)
+                if any(part is not None for part in (*parts, ops.gain, ops.bias)):
                     updates.add(name)
-                if ops.gain is not None:
+                if ops.gain is not None or ops.pairs is not None:
                     gains.add(name)
                 if ops.input_gain is not None or ops.input_blocks is not None:
                     changes.add(name)
@@ -148,7 +150,15 @@ class AdapterTables(Part):
         modules = operators.modules.values()
         copied = [_transposed(ops.hadamard) for ops in modules if ops.hadamard is not None]
         copied += [_transposed(ops.kronecker) for ops in modules if ops.kronecker is not None]
-        return sum(tensor.nbytes for found in copied for tensor in found)
+        kernels = [ops.circulant.kernel for ops in modules if ops.circulant is not None]
+        spectra = sum(_spectrum_bytes(kernel) for kernel in kernels)
+        return spectra + sum(tensor.nbytes for found in copied for tensor in found)
+
+
+def _spectrum_bytes(kernel: torch.Tensor) -> int:
+    """Bytes of the fp32 transforms that the kernels read in place of a circulant's kernel."""
+    rows, columns, size = kernel.shape
+    return rows * columns * 8 * padded(size // 2 + 1, COLUMNS)
 
 
 def _put(table: ModuleTable, module: int, ops: ModuleOperators) -> None:
@@ -163,6 +173,8 @@ def _put(table: ModuleTable, module: int, ops: ModuleOperators) -> None:
         hadamard=None if hadamard is None else _hadamard(hadamard),
         kronecker=None if kronecker is None else _kronecker(kronecker),
         input_blocks=None if ops.input_blocks is None else ops.input_blocks.blocks,
+        pairs=None if ops.pairs is None else (ops.pairs.sine, ops.pairs.group),
+        circulant=None if ops.circulant is None else CirculantFactors.of(ops.circulant.kernel),
     )
 
 

@@ -39,6 +39,10 @@ class BaseProduct(Protocol):
         """Slice ``index`` alone."""
         ...
 
+    def stacked(self, x: torch.Tensor) -> torch.Tensor:
+        """Multiply several inputs of every row: ``[count, rows, in]`` → ``[count, rows, out]``."""
+        ...
+
 
 class AdapterStep(Protocol):
     """The adapters of one step, as the layers' projections apply them (see ``AdaptedLinear``)."""

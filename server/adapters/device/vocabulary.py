@@ -15,10 +15,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from turret.kernels.circulant import circulant_reference, spectrum
 from turret.kernels.hadamard_expand import hadamard_expand_reference
 from turret.kernels.hadamard_shrink import hadamard_shrink_reference
 from turret.kernels.input_blocks import input_blocks_reference
 from turret.kernels.kronecker import kronecker_reference
+from turret.kernels.modulated_base import modulated_reference
+from turret.kernels.pair_rotation import pair_rotation_reference
 from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
 from turret.kernels.rows.product import row_product
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
@@ -156,6 +159,13 @@ def _add_linear(
     if ops.input_blocks is not None:
         change = head(input_blocks_reference(x, ops.input_blocks.blocks).to(x.dtype)).float()
         total += weight * (change if ops.gain is None else change * ops.gain)
+    if ops.pairs is not None:
+        total += weight * pair_rotation_reference(base, ops.pairs.sine, ops.pairs.group)
+    if ops.circulant is not None:
+        kernel = ops.circulant.kernel
+        total += weight * circulant_reference(x, spectrum(kernel), kernel.shape[2])
+    if ops.modulated is not None:
+        total += weight * modulated_reference(x, ops.modulated.a, ops.modulated.b, head)
     if ops.bias is not None:
         total += weight * ops.bias
     if ops.low_rank is not None:

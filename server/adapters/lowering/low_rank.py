@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from turret.server.adapters.operators import LowRank
+from turret.server.adapters.operators import LowRank, ModulatedBase
 
 # Elements of ``b`` folded at once: 1 MB in fp32. Larger temporaries go back to the system after
 # every adapter, and touching them anew took a quarter of the time.
@@ -73,3 +73,9 @@ def fold(
     if gain is not None:
         b = b * gain.to(wide)[:, None]
     return LowRank(a=a.to(dtype).contiguous(), b=b.T.to(dtype).contiguous())
+
+
+def modulated(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> ModulatedBase:
+    """The factors of a modulated update, from ``[rank, in]`` and ``[out, rank]``, rounded once."""
+    factors = fold(a, b, 1.0, dtype)
+    return ModulatedBase(factors.a, factors.b)

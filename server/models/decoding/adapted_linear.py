@@ -42,6 +42,18 @@ class StepProduct:
     def part(self, index: int) -> StepProduct:
         return StepProduct(self._linear, self._num_decode, index)
 
+    def stacked(self, x: torch.Tensor) -> torch.Tensor:
+        """``[count, rows, in]`` → ``[count, rows, out]``, every row in the way its own row goes."""
+        if self._num_decode is None:
+            return self(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+        count, num_decode = x.shape[0], self._num_decode
+        first, rest = x[:, :num_decode], x[:, num_decode:]
+        inputs = torch.cat((first.flatten(0, 1), rest.flatten(0, 1)))
+        product = StepProduct(self._linear, count * num_decode, self._index)(inputs)
+        decoded, prompts = product.split((count * num_decode, count * rest.shape[1]))
+        parts = (decoded.unflatten(0, first.shape[:2]), prompts.unflatten(0, rest.shape[:2]))
+        return torch.cat(parts, dim=1)
+
 
 class AdaptedLinear:
     """``y = G ⊙ (W x) + b + Σ_k w_k Δ_k(x)`` for one fused projection of one layer.

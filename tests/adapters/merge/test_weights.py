@@ -23,7 +23,10 @@ from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
 
 # Qwen2 has biases; q and o are square.
 ARCHITECTURE = "qwen2"
-METHODS = ("lora", "dora", "loha", "lokr", "ia3", "vera", "hra", "glora")
+METHODS = (
+    *("lora", "dora", "loha", "lokr", "ia3", "vera", "hra", "glora"),
+    *("oft", "boft", "road", "c3a", "hira"),
+)
 SOME = ["q_proj", "v_proj", "down_proj"]
 
 

@@ -21,22 +21,18 @@ TARGETS: dict[str, Any] = {"target_modules": ["q_proj", "down_proj"], "task_type
 # Small ones of every kind whose advice is to do something with the file.
 CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ADAMSS": (peft.AdamssConfig, {"r": 16, "num_subspaces": 3, "subspace_rank": 2}),
-    "C3A": (peft.C3AConfig, {"block_size": 16}),
     "FOURIERFT": (peft.FourierFTConfig, {"n_frequency": 60}),
     "FROD": (peft.FrodConfig, {"progressbar": False}),
-    "HIRA": (peft.HiraConfig, {"r": 4}),
     "OSF": (peft.OSFConfig, {}),
     "PSOFT": (peft.PsoftConfig, {"r": 4}),
     "RANDLORA": (peft.RandLoraConfig, {"r": 8, "randlora_alpha": 8}),
-    "ROAD": (peft.RoadConfig, {"group_size": 8}),
     "SHIRA": (peft.ShiraConfig, {"r": 2, "random_seed": 3}),
     "SUPERTUNING": (peft.SupertuningConfig, {"sparsity": 0.9}),
     "WAVEFT": (peft.WaveFTConfig, {"n_frequency": 60}),
     # Values of served types that are refused with the same advice.
     "MISS": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
-    "GLORA": (peft.GloraConfig, {"r": 4}),
 }
-BY_VALUE = {"MISS", "GLORA"}
+BY_VALUE = {"MISS"}
 
 
 def follows(advice: str) -> set[str]:

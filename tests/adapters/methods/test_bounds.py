@@ -42,7 +42,7 @@ MADE_OF_OTHERS = (
     *("bd_lora", "kasa", "beft", "ln_tuning", "pvera", "vblora", "unilora", "tinylora"),
     *("delora", "miss", "gralora", "hra", "deft", "peanut", "glora", "cartridge"),
     # And some that have one.
-    *("oft", "boft"),
+    *("oft", "boft", "road", "c3a", "hira"),
 )
 # One draw says little where an error is that of a few hidden states, as of soft prompts that all
 # tokens attend to (of six, the ratio was 1.8 once and 0.7 to 1.04 else), or of the largest update

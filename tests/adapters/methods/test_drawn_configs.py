@@ -155,6 +155,27 @@ def boft(draw: Draw) -> dict[str, Any]:
     return {**selection(draw), **keys, **bias(draw, "boft_only")}
 
 
+def road(draw: Draw) -> dict[str, Any]:
+    keys = {"variant": draw(st.sampled_from(["road_1", "road_2", "road_4"]))}
+    keys["group_size"] = draw(st.sampled_from([2, 4, 8, 16, 32]))
+    return {**selection(draw, layers=False, exclude=False), **keys}
+
+
+def c3a(draw: Draw) -> dict[str, Any]:
+    keys: dict[str, Any] = {"block_size": draw(st.sampled_from([1, 2, 4, 8, 16, 32]))}
+    if draw(st.booleans()):
+        keys["block_size_pattern"] = {"q_proj": 64, r"layers\.1\..*up_proj": 8}
+    return {**selection(draw, exclude=False), **keys, **bias(draw, "c3a_only")}
+
+
+def hira(draw: Draw) -> dict[str, Any]:
+    keys: dict[str, Any] = {"r": ranks(draw, 9)}
+    if draw(st.booleans()):
+        # In the order in which PEFT saves them.
+        keys["rank_pattern"] = {r"layers\.1\..*": ranks(draw, 9), "q_proj": ranks(draw, 9)}
+    return {**selection(draw), **keys}
+
+
 def deft(draw: Draw) -> dict[str, Any]:
     keys = {"r": ranks(draw, 40), "para": draw(st.booleans())}
     keys["decomposition_method"] = draw(st.sampled_from(["relu", "qr"]))
@@ -169,7 +190,7 @@ def peanut(draw: Draw) -> dict[str, Any]:
 
 
 def glora(draw: Draw) -> dict[str, Any]:
-    keys = {"config_A_B": draw(st.sampled_from(["vector", "constant", "none"]))}
+    keys = {"config_A_B": draw(st.sampled_from(["lora", "vector", "constant", "none"]))}
     keys["config_C"] = draw(st.sampled_from(["lora", "vector", "none"]))
     keys["config_D_E"] = draw(st.sampled_from(["vector", "constant", "none"]))
     return {**selection(draw, layers=False, exclude=False), "r": ranks(draw, 6), **keys}
@@ -182,7 +203,7 @@ def beft(draw: Draw) -> dict[str, Any]:
 DRAWN: dict[str, Callable[[Draw], dict[str, Any]]] = {
     one.__name__: one
     for one in (bd_lora, kasa, vblora, unilora, tinylora, delora, miss, pvera, gralora, hra, deft)
-} | {one.__name__: one for one in (peanut, glora, beft, oft, boft)}
+} | {one.__name__: one for one in (peanut, glora, beft, oft, boft, road, c3a, hira)}
 
 
 @torch.no_grad()

@@ -23,6 +23,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "oft-near": ("oft", {"coft": True, "eps": 2.0, "target_modules": ["q_proj", "up_proj"]}),
     "boft": ("boft", {}),
     "boft-number": ("boft", {"boft_block_size": 0, "boft_block_num": 4}),
+    "road": ("road", {}),
+    "road-2": ("road", {"variant": "road_2", "group_size": 16}),
+    "road-4": ("road", {"variant": "road_4", "group_size": 4}),
+    "c3a": ("c3a", {}),
+    "c3a-sizes": ("c3a", {"block_size": 8, "block_size_pattern": {"q_proj": 64}}),
+    "hira": ("hira", {}),
+    "hira-ranks": ("hira", {"r": 7, "rank_pattern": {"q_proj": 2}}),
+    "glora-lora": ("glora", {"config_A_B": "lora"}),
 }
 # Those that the new ones meet in a mix: with gains, input gains of one slice and of all, ranks.
 OTHERS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -41,6 +49,11 @@ MIXES: list[list[tuple[str, float]]] = [
     [("dora", 0.6), ("oft-exact", 0.8)],
     [("ia3", 0.5), ("boft", 0.5), ("lora", 1.0)],
     [("oft", 1.0), ("oft-shared", 0.5), ("lokr", 0.5)],
+    [("road", 0.5), ("road-4", 0.7)],
+    [("road", 0.6), ("boft", 0.4), ("dora", 0.5)],
+    [("c3a", 0.5), ("c3a-sizes", -0.5), ("ia3", 1.0)],
+    [("hira", 0.5), ("hira-ranks", 0.7), ("oft", 0.5)],
+    [("glora-lora", 0.6), ("hira", 1.0), ("road-2", 0.5), ("c3a", 1.0)],
 ]
 # Of norms PEFT has no module of the layers' to ask, so these are only compared with themselves.
 NORM_MIXES: list[list[tuple[str, float]]] = [

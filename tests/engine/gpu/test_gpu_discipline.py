@@ -7,13 +7,13 @@ whatever reads one fails, and every copy from the host is seen by ``_Copies``.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
+from builders.every_operator import every_operator
 from gpu_path import FakeCapture
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig
@@ -25,14 +25,10 @@ from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators import (
     AdapterOperators,
-    Gate,
     Hadamard,
-    InputBlocks,
     Kronecker,
-    LowRank,
     ModuleOperators,
 )
-from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
@@ -135,53 +131,7 @@ def _executor(capture: Any = None) -> GpuExecutor:
 
 
 def _adapters() -> dict[str, _Adapter]:
-    """Adapters that use every operator between them."""
-
-    def some(*shape: int) -> torch.Tensor:
-        return torch.randn(shape).to(DTYPE)
-
-    def everywhere(make: Callable[[int, int], ModuleOperators], **more: Any) -> AdapterOperators:
-        return AdapterOperators(
-            {
-                f"model.layers.{layer}.{path}": make(out, inner)
-                for layer in range(ARCH.num_layers)
-                for slices in ARCH.linears().values()
-                for path, out, inner in slices
-            },
-            **more,
-        )
-
-    def low_rank(out: int, inner: int) -> ModuleOperators:
-        factors = LowRank(some(4, inner), some(4, out))
-        return ModuleOperators(low_rank=factors, gain=torch.rand(out), bias=torch.rand(out))
-
-    def other(out: int, inner: int) -> ModuleOperators:
-        hadamard = Hadamard(some(out, 3), some(3, inner), some(out, 3), some(3, inner))
-        kronecker = Kronecker(some(8, 8), (some(out // 8, 2), some(2, inner // 8)))
-        return ModuleOperators(hadamard=hadamard, kronecker=kronecker, input_gain=torch.rand(inner))
-
-    def turned(out: int, inner: int) -> ModuleOperators:
-        return ModuleOperators(input_blocks=InputBlocks(some(inner // 8, 8, 8)))
-
-    def scaled(out: int, inner: int) -> ModuleOperators:
-        return dataclasses.replace(turned(out, inner), gain=torch.rand(out))
-
-    def gated(out: int, inner: int) -> ModuleOperators:
-        gate = Gate(some(16, inner), some(16, out), some(4, inner), torch.rand(16, 4), (0, 5, 12))
-        return ModuleOperators(gate=gate)
-
-    soft = SoftPrompt(soft_tokens=some(3, ARCH.hidden_size))
-    kv = (ARCH.num_layers, 5, ARCH.num_kv_heads, ARCH.head_dim)
-    prefix = SoftPrompt(prefix=PrefixKv(some(*kv), some(*kv)))
-    found = {
-        "low": everywhere(low_rank),
-        "other": everywhere(other),
-        "gated": everywhere(gated),
-        "turned": everywhere(turned),
-        "scaled": everywhere(scaled),
-        "soft": AdapterOperators({}, soft),
-        "prefix": AdapterOperators({}, prefix),
-    }
+    found = every_operator(ARCH, DTYPE)
     return {name: _Adapter(name, operators) for name, operators in found.items()}
 
 
@@ -208,10 +158,10 @@ def _steps(adapters: dict[str, _Adapter]) -> dict[str, Step]:
     """A step of prompts with everything, and decode steps."""
     low, other = (adapters["low"], 0.5), (adapters["other"], -1.0)
     gated, turned = (adapters["gated"], 0.7), (adapters["turned"], 1.0)
-    scaled = (adapters["scaled"], 1.0)
+    scaled, paired = (adapters["scaled"], 1.0), (adapters["paired"], 0.5)
     prompts = [
         Scheduled(_sequence(1, 0, low, other, gated), 6),
-        Scheduled(_sequence(5, 0, (adapters["soft"], 1.0), turned, scaled), 9),
+        Scheduled(_sequence(5, 0, (adapters["soft"], 1.0), turned, scaled, paired), 9),
         Scheduled(_sequence(9, 6, low), 1),
         Scheduled(_sequence(17, 0), 4),
     ]
@@ -220,7 +170,7 @@ def _steps(adapters: dict[str, _Adapter]) -> dict[str, Step]:
     decode = [
         Scheduled(_sequence(1, 6, low, other, gated), 1),
         Scheduled(_sequence(5, 7, low, turned), 1),
-        Scheduled(_sequence(9, 8, low, scaled), 1),
+        Scheduled(_sequence(9, 8, low, scaled, paired), 1),
     ]
     base = [Scheduled(_sequence(1, 9), 1)]
     return {
@@ -321,6 +271,8 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     assert {"nf4_matmul_kernel", "paged_attention_kernel", "rope_kv_write_kernel"} <= kernels
     adapted = {"segmented_shrink_kernel", "hadamard_expand_kernel", "kronecker_kernel"}
     adapted |= {"fusion_gate_kernel", "input_blocks_kernel", "gained_add_kernel"}
+    adapted |= {"pair_rotation_kernel", "circulant_kernel"}
+    adapted |= {"modulate_kernel", "modulated_add_kernel"}
     assert (adapted | {"input_gain_kernel"} <= kernels) == (name != "decode, base only")
 
 

@@ -184,6 +184,13 @@ def apply_operators(
             change = _turned(operators.input_blocks.blocks.to(x.dtype), x) @ linear.weight.T
             own = 1.0 if operators.gain is None else operators.gain.to(x.dtype)
             y = y + weight * own * change
+        if operators.pairs is not None:
+            sine, half = operators.pairs.sine.to(x.dtype), operators.pairs.group // 2
+            first, second = (x @ linear.weight.T).unflatten(-1, (-1, 2, half)).unbind(-2)
+            y = y + weight * sine * torch.stack((second, first), dim=-2).flatten(-3)
+        if operators.modulated is not None:
+            a, b = (factor.to(x.dtype) for factor in operators.modulated.tensors())
+            y = y + weight * (x @ (linear.weight * (b.T @ a)).T)
     if linear.bias is not None:
         y = y + linear.bias
     for operators, weight in mix:
@@ -210,6 +217,15 @@ def _deltas(operators: ModuleOperators, dtype: torch.dtype) -> Iterator[torch.Te
     if operators.kronecker is not None:
         w1, *second = (tensor.to(dtype) for tensor in operators.kronecker.tensors())
         yield torch.kron(w1, second[0] if len(second) == 1 else second[0] @ second[1])
+    if operators.circulant is not None:
+        yield circulant(operators.circulant.kernel.to(dtype))
+
+
+def circulant(kernel: torch.Tensor) -> torch.Tensor:
+    """The dense matrix of kernels ``[out / b, in / b, b]``: row j is a kernel moved j places."""
+    size = kernel.shape[2]
+    rows = [kernel.roll(j, dims=2) for j in range(size)]
+    return torch.stack(rows, dim=1).flatten(2).flatten(0, 1)
 
 
 class _Adapted(nn.Module):

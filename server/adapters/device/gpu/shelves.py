@@ -1,4 +1,4 @@
-"""Hadamard and Kronecker updates on the gpu path: tables by slot, in the serving dtype."""
+"""Hadamard, Kronecker and circulant updates on the gpu path: tables by slot."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.gpu.adapters.circulant import circulant
 from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
 from turret.kernels.gpu.adapters.kronecker import kronecker
@@ -186,7 +187,79 @@ class GpuKroneckerShelf:
         return [(table.data_ptr(), table.shape) for table in self.tables]
 
 
-GpuShelf = GpuHadamardShelf | GpuKroneckerShelf
+class GpuCirculantShelves:
+    """Makes a shelf per (projection, slice, shape of the kernels)."""
+
+    def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
+        self._layout = layout
+        self._dtype, self._device = dtype, device
+
+    def shelves_of(
+        self, operators: AdapterOperators
+    ) -> Iterable[tuple[Hashable, Callable[[], GpuCirculantShelf]]]:
+        for projection in self._layout.projections:
+            keys = {
+                (s, tuple(ops.circulant.kernel.shape))
+                for _, s, ops in self._layout.of(operators, projection)
+                if ops.circulant is not None
+            }
+            for s, shape in sorted(keys):
+                yield (
+                    ("circulant", projection, s, shape),
+                    lambda projection=projection, s=s, shape=shape: GpuCirculantShelf(
+                        self._layout, projection, s, shape, self._dtype, self._device
+                    ),
+                )
+
+    @staticmethod
+    def extra_bytes(ops: ModuleOperators) -> int:
+        """The kernels lie on the shelf as they are."""
+        return 0
+
+
+class GpuCirculantShelf:
+    """Kernels of one module kind and shape, ``[layers, slots, …]``."""
+
+    def __init__(
+        self,
+        layout: ProjectionLayout,
+        projection: str,
+        index: int,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.projection = projection
+        self.layers: set[int] = set()
+        self._layout = layout
+        self._index = index
+        self._shape = shape
+        self.columns = layout.columns(projection)[index]
+        self.kernel = torch.zeros(layout.num_layers, 0, *shape, dtype=dtype, device=device)
+
+    def grow(self, num_slots: int) -> None:
+        """Make room for ``num_slots`` adapters."""
+        self.kernel = grown(self.kernel, num_slots)
+
+    def put(self, slot: int, operators: AdapterOperators) -> None:
+        """Copy an adapter's kernels of this shape into a slot."""
+        self.kernel[:, slot] = 0
+        for layer, s, ops in self._layout.of(operators, self.projection):
+            update = ops.circulant
+            if update is not None and s == self._index and update.kernel.shape == self._shape:
+                self.layers.add(layer)
+                self.kernel[layer, slot] = update.kernel
+
+    def apply_table(self, layer: int, table: RowTable, x: torch.Tensor, y: torch.Tensor) -> None:
+        """Add the updates of the table's rows to ``y``, in place."""
+        circulant(x, y[:, self.columns], self.kernel[layer], table)
+
+    def addresses(self) -> list[object]:
+        """Where its table is, and how large."""
+        return [(self.kernel.data_ptr(), self.kernel.shape)]
+
+
+GpuShelf = GpuHadamardShelf | GpuKroneckerShelf | GpuCirculantShelf
 
 
 @dataclass(frozen=True, slots=True)

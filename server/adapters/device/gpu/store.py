@@ -21,10 +21,18 @@ from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import rank_activations, segmented_shrink
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.segments import LongSegment
+from turret.server.adapters.device.gpu.base_products import (
+    add_changed_inputs,
+    add_modulated,
+    blocks_of,
+    modulated_of,
+)
 from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
-from turret.server.adapters.device.gpu.input_shelves import GpuInputShelves, GpuStepInputs
 from turret.server.adapters.device.gpu.pack import GpuPack, GpuPackedProjection
+from turret.server.adapters.device.gpu.pairs import GpuPairs, GpuStepPairs
+from turret.server.adapters.device.gpu.placed_shelves import PlacedShelves, StepPlaced
 from turret.server.adapters.device.gpu.shelves import (
+    GpuCirculantShelves,
     GpuHadamardShelves,
     GpuKroneckerShelves,
     GpuShelves,
@@ -53,7 +61,9 @@ class GpuAdapterStep:
         kinds: Which packed operators the step's adapters have.
         low_rank: Projections with a low-rank update.
         shelves: Rows of the shelves.
-        input_shelves: Shelves of input blocks.
+        blocks: Shelves of input blocks.
+        modulated: Shelves of modulated updates.
+        pairs: Projections with pairs.
         gates: Rows of learned fusions.
         addresses: Where tables lie that the step reads and not every step with adapters does.
     """
@@ -63,7 +73,9 @@ class GpuAdapterStep:
     kinds: PackedKinds
     low_rank: frozenset[str]
     shelves: GpuStepShelves
-    input_shelves: GpuStepInputs
+    blocks: StepPlaced
+    modulated: StepPlaced
+    pairs: GpuStepPairs
     gates: GpuStepGates
     addresses: Hashable
 
@@ -71,7 +83,7 @@ class GpuAdapterStep:
     def signature(self) -> Hashable:
         """What the step launches, and where what it reads lies; see the module."""
         kinds = (self.low_rank, self.kinds.gains, self.kinds.input_gains, self.kinds.biases)
-        others = (self.shelves, self.input_shelves, self.gates)
+        others = (self.shelves, self.blocks, self.modulated, self.pairs, self.gates)
         return (kinds, *(part.signature for part in others), self.addresses)
 
     def changes(self, layer: int, projection: str) -> bool:
@@ -81,7 +93,7 @@ class GpuAdapterStep:
         return (
             projection in packed
             or projection in self.shelves.by_projection
-            or self.input_shelves.changes(projection)
+            or any(p.changes(projection) for p in (self.blocks, self.modulated, self.pairs))
             or self.gates.changes(layer, projection)
         )
 
@@ -104,6 +116,7 @@ class GpuAdapterStep:
         gain = packed.gain_delta if projection in kinds.gains else None
         delta = packed.bias if projection in kinds.biases else None
         has_ranks = projection in self.low_rank
+        before = y.clone() if self.pairs.changes(projection) else y
         if bias is not None or gain is not None or delta is not None or has_ranks:
             a, b = packed.layers[layer]
             ranks = packed.slice_ranks[layer]
@@ -122,34 +135,29 @@ class GpuAdapterStep:
                 bias=None if delta is None else delta[layer],
                 base_bias=bias,
             )
-        self._change_inputs(layer, projection, x, y, base)
+        self._add_products(layer, projection, x, y, base)
+        self.pairs.apply(layer, projection, before, y, table)
         self.shelves.apply(layer, projection, x, y)
         self.gates.apply(layer, projection, x, y)
 
-    def _change_inputs(
+    def _add_products(
         self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor, base: BaseProduct
     ) -> None:
-        """Add what the base makes of changed inputs to ``y``, in place, slice by slice."""
+        """Add what the base makes of other inputs to ``y``, in place, slice by slice."""
         packed, table = self.projections[projection], self.table
+        gain, has_gains = packed.input_gain_delta, projection in self.kinds.input_gains
+        if not (has_gains or self.blocks.changes(projection) or self.modulated.changes(projection)):
+            return
         for s, columns in enumerate(packed.columns):
+            place, own = (layer, projection, s), {"base": base.part(s), "table": table}
             u = None
-            if projection in self.kinds.input_gains:
-                assert packed.input_gain_delta is not None
-                u = input_gain(x, packed.input_gain_delta[layer, :, s], table)
-            u = self.input_shelves.add_changes(layer, projection, s, x, u, table)
-            if u is not None:
-                y[:, columns] += base.part(s)(u)
-            gain = packed.gain_delta
-            self.input_shelves.add_gained(
-                layer,
-                projection,
-                s,
-                x,
-                y[:, columns],
-                gain_delta=None if gain is None else gain[layer, :, columns],
-                base=base,
-                table=table,
-            )
+            if has_gains:
+                assert gain is not None
+                u = input_gain(x, gain[layer, :, s], table)
+            outputs = packed.gain_delta
+            delta = None if outputs is None else outputs[layer, :, columns]
+            add_changed_inputs(self.blocks, place, x, y[:, columns], u, gain_delta=delta, **own)
+            add_modulated(self.modulated, place, x, y[:, columns], **own)
 
 
 class GpuStore(AdapterStore):
@@ -182,12 +190,20 @@ class GpuStore(AdapterStore):
             {name: GpuPackedProjection(layout, name, *like) for name in layout.projections},
             max_bytes,
         )
-        kinds = GpuHadamardShelves(layout, *like), GpuKroneckerShelves(layout, *like)
-        self._shelves = GpuShelves(kinds)
+        self._shelves = GpuShelves(
+            (
+                GpuHadamardShelves(layout, *like),
+                GpuKroneckerShelves(layout, *like),
+                GpuCirculantShelves(layout, *like),
+            )
+        )
         self._gates = GpuGates(layout, *like)
         self._uploads = Uploads(device, max_bytes // _STAGED_SHARE)
-        self._input_shelves = GpuInputShelves(layout, self._pack, *like)
-        parts = (self._pack, self._shelves, self._gates, self._input_shelves)
+        self._blocks = PlacedShelves(layout, self._pack, blocks_of, *like)
+        self._modulated = PlacedShelves(layout, self._pack, modulated_of, *like)
+        self._pairs = GpuPairs(layout, self._pack, device)
+        placed = (self._blocks, self._modulated, self._pairs)
+        parts = (self._pack, self._shelves, self._gates, *placed)
         super().__init__(parts, device, max_bytes, on_moved)
         self.epoch = self.version = 0
         self._known = self._addresses()
@@ -246,8 +262,7 @@ class GpuStore(AdapterStore):
         ]
         table = tables.load_segments(segments)
         shelves, gates = self._shelves.bind(runs, tables), self._gates.bind(runs, tables)
-        inputs = self._input_shelves.bind([mix for _, _, mix in runs])
-        return self._bound(table, kinds, shelves, inputs, gates)
+        return self._bound(table, kinds, shelves, gates, [mix for _, _, mix in runs])
 
     def bind_form(self, low_rank: frozenset[str], tables: GpuTables) -> GpuAdapterStep:
         """What steps launch whose adapters have low-rank updates in some projections, and no more.
@@ -260,16 +275,15 @@ class GpuStore(AdapterStore):
         none: frozenset[str] = frozenset()
         kinds = PackedKinds(of_slices, none, none, none)
         shelves, gates = self._shelves.bind((), tables), self._gates.bind((), tables)
-        inputs = self._input_shelves.bind(())
-        return self._bound(tables.load_segments(()), kinds, shelves, inputs, gates)
+        return self._bound(tables.load_segments(()), kinds, shelves, gates, ())
 
     def _bound(
         self,
         table: SegmentTable,
         kinds: PackedKinds,
         shelves: GpuStepShelves,
-        inputs: GpuStepInputs,
         gates: GpuStepGates,
+        mixes: Sequence[Members],
     ) -> GpuAdapterStep:
         projections = self._pack.projections
         known = [
@@ -284,7 +298,9 @@ class GpuStore(AdapterStore):
             kinds=kinds,
             low_rank=frozenset(projection for projection, _ in kinds.low_rank),
             shelves=shelves,
-            input_shelves=inputs,
+            blocks=self._blocks.bind(mixes),
+            modulated=self._modulated.bind(mixes),
+            pairs=self._pairs.bind(mixes),
             gates=gates,
             addresses=repr(known),
         )

@@ -17,12 +17,12 @@ from turret.kernels.rows.gain import row_bias_, row_combine, row_gain_
 from turret.kernels.segmented_expand import segmented_expand_reference
 from turret.kernels.segmented_shrink import segmented_shrink_reference
 from turret.kernels.segments import SegmentPlan
-from turret.server.adapters.device.base_updates import BaseUpdates, StepBaseUpdates
 from turret.server.adapters.device.gates import Gates
 from turret.server.adapters.device.hadamard_shelf import HadamardShelves
 from turret.server.adapters.device.kronecker_shelf import KroneckerShelves
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import StepMembers
+from turret.server.adapters.device.own_updates import OwnUpdates, StepOwnUpdates
 from turret.server.adapters.device.packed.pack import Pack, PackedKinds
 from turret.server.adapters.device.packed.projection import PackedProjection
 from turret.server.adapters.device.packed.segments import plan_segments
@@ -30,7 +30,7 @@ from turret.server.adapters.device.part import StepPart
 from turret.server.adapters.device.shelves import TorchShelves
 from turret.server.adapters.device.store import BaseProduct, OnMoved, StepStore
 
-_BASE_UPDATES = frozenset({"input_blocks"})
+_OWN_UPDATES = frozenset({"circulant", "modulated", "input_blocks", "pairs"})
 
 
 class PackedStore(StepStore):
@@ -59,8 +59,8 @@ class PackedStore(StepStore):
         kinds = HadamardShelves(layout, device), KroneckerShelves(layout, device)
         self._shelves = TorchShelves(kinds, device)
         self._gates = Gates(layout, device)
-        self._base_updates = BaseUpdates(layout, _BASE_UPDATES, device)
-        parts = (self._pack, self._shelves, self._gates, self._base_updates)
+        self._own_updates = OwnUpdates(layout, _OWN_UPDATES, device)
+        parts = (self._pack, self._shelves, self._gates, self._own_updates)
         super().__init__(parts, device, max_bytes, on_moved)
 
     def step(self, members: StepMembers) -> PackedStep:
@@ -76,7 +76,7 @@ class PackedStore(StepStore):
                 for name, packed in self._pack.projections.items()
             },
             others=tuple(part for part in bound if part is not None),
-            base_updates=self._base_updates.bind(members),
+            own_updates=self._own_updates.bind(members),
         )
 
 
@@ -90,7 +90,7 @@ class PackedStep:
         kinds: Which packed operators its adapters have.
         present: Per projection, which slices have a low-rank update.
         others: Rows of the operators that are not packed.
-        base_updates: Rows of those that need products with the base.
+        own_updates: Rows of those that each adapter computes by itself.
     """
 
     projections: Mapping[str, PackedProjection]
@@ -98,7 +98,7 @@ class PackedStep:
     kinds: PackedKinds
     present: Mapping[str, tuple[bool, ...]]
     others: tuple[StepPart, ...]
-    base_updates: StepBaseUpdates | None
+    own_updates: StepOwnUpdates | None
 
     def multiply(
         self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
@@ -115,12 +115,13 @@ class PackedStep:
         bias: torch.Tensor | None,
         base: BaseProduct,
     ) -> None:
+        before = y if self.own_updates is None else y.clone()
         self._scale(layer, projection, x, y, base)
         if bias is not None:
             y += bias
         self._add(layer, projection, x, y)
-        if self.base_updates is not None:
-            self.base_updates.apply(layer, projection, x, y, base=base)
+        if self.own_updates is not None:
+            self.own_updates.apply(layer, projection, x, y, before=before, base=base)
 
     def _scale(
         self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor, base: BaseProduct

@@ -1,8 +1,8 @@
 """GLoRA (arXiv 2306.07967): ``y = (W + W ⊙ A + B) x + b + b ⊙ D + E + W C``.
 
-``A`` is a vector or a number here: a gain; ``B`` likewise, and so an update of rank 1. ``C``, ``D``
-and ``E`` change the bias, where the base has one. A low-rank ``A``, the default of PEFT, multiplies
-the weight entry by entry and is not served.
+``A`` as a vector or a number is a gain, and ``B`` an update of rank 1; with ``lora``, PEFT's
+default, ``A`` is a low-rank matrix that multiplies the weight entry by entry, and ``B`` a low-rank
+update. ``C``, ``D`` and ``E`` change the bias, where the base has one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
-from turret.server.adapters.lowering.low_rank import fold
+from turret.server.adapters.lowering.low_rank import fold, modulated
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.lowering.weight_products import weight_times
 from turret.server.adapters.operators import ModuleOperators
@@ -29,22 +29,15 @@ from turret.server.adapters.peft_format.module_checkpoint import (
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.role_shapes import Served, check_roles
-from turret.server.adapters.peft_format.unserved import MERGE
 
 _PARTS = ("Xd", "Xu", "X", "zeros")
 _ROLES = tuple(f"glora_{path}.{part}" for path in "ABCDE" for part in _PARTS)
 
 
-def _is_weight_path(value: Any) -> str | None:
-    if value == "lora":
-        return f"is 'lora', which multiplies the weight entry by entry and is not served; {MERGE}"
-    return is_one_of("vector", "constant", "none")(value)
-
-
 GLORA_RULES: Rules = {
     **TARGET_RULES,
     "r": RANK,
-    "config_A_B": Used(_is_weight_path),
+    "config_A_B": Used(is_one_of("lora", "vector", "constant", "none")),
     "config_C": Used(is_one_of("lora", "vector", "none")),
     "config_D_E": Used(is_one_of("constant", "vector", "none")),
     "bias": Rejected(("none", None), "biases trained beside GLoRA's own are not served"),
@@ -63,6 +56,7 @@ def _check(
 ) -> None:
     inputs, outputs = Served(module.in_features), Served(module.out_features)
     weight = {
+        "lora": {"Xd": (outputs, rank), "Xu": (rank, inputs)},
         "vector": {"X": (outputs, 1)},
         "constant": {"X": (1,)},
         "none": {"zeros": (outputs, inputs)},
@@ -95,8 +89,8 @@ def lower(
         rules=GLORA_RULES,
         roles={f".{role}": role for role in _ROLES},
         check=functools.partial(_check, config=config),
-        # C's rank is gone once it is multiplied out; B's is 1.
-        rank_of=lambda _roles, _rank: 0 if config["config_A_B"] == "none" else 1,
+        # C's rank is gone once it is multiplied out; a vector's is 1.
+        rank_of=lambda _roles, rank: {"lora": rank, "none": 0}.get(config["config_A_B"], 1),
         also_required=("config_A_B", "config_C", "config_D_E"),
     )
     found = read_module_checkpoint(checkpoint, base, form, max_rank)
@@ -108,14 +102,17 @@ def lower(
 
 
 def _operators(roles: Roles, module: BaseModule, dtype: torch.dtype) -> ModuleOperators:
-    gain = low_rank = bias = None
+    gain = low_rank = bias = update = None
+    if "glora_A.Xd" in roles:
+        update = modulated(roles["glora_A.Xu"], roles["glora_A.Xd"], dtype)
+        low_rank = fold(roles["glora_B.Xu"], roles["glora_B.Xd"], 1.0, dtype)
     if "glora_A.X" in roles:
         gain = 1.0 + roles["glora_A.X"].to(torch.float32).reshape(-1).expand(module.out_features)
         b = roles["glora_B.X"].reshape(-1, 1).expand(module.out_features, 1)
         low_rank = fold(b.new_ones(1, module.in_features), b, 1.0, dtype)
     if module.bias is not None:
         bias = _bias(roles, module, module.bias)
-    return ModuleOperators(low_rank, gain=gain, bias=bias)
+    return ModuleOperators(low_rank, modulated=update, gain=gain, bias=bias)
 
 
 def _bias(roles: Roles, module: BaseModule, served: torch.Tensor) -> torch.Tensor | None:

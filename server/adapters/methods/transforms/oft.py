@@ -113,7 +113,9 @@ def _check(
         findings.add("oft_block_size", "one of r and oft_block_size must be 0, and only one")
         return
     size = _block_size(config, module.in_features)
-    count = 1 if config["block_share"] else Served(module.in_features // size)
+    count = 1 if config["block_share"] else module.in_features // size
+    if all(len(roles[role]) != 1 for role in (_TRIANGLE, _MATRIX) if role in roles):
+        count = Served(count) if count != 1 else count
     if _MATRIX in roles or _SCALE in roles:
         old = {_MATRIX: (count, size, size), _SCALE: (Served(module.out_features), 1)}
         check_roles(name, roles, old, findings)

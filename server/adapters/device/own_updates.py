@@ -1,8 +1,7 @@
-"""Updates that are made of products with the base itself, computed by torch.
+"""Updates that each adapter computes for its own rows, by torch, many with the base's own product.
 
-An adapter's input blocks have the base multiply what they change. Nothing is packed: each adapter
-of a step multiplies its own rows, position by position in the mixes, so that a row's sum is in its
-own order.
+Nothing is packed: each adapter of a step multiplies its own rows, position by position in the
+mixes, so that a row's sum is in its own order.
 """
 
 from __future__ import annotations
@@ -12,7 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.circulant import circulant_reference, spectrum
 from turret.kernels.input_blocks import input_blocks_reference
+from turret.kernels.modulated_base import modulated_reference
+from turret.kernels.pair_rotation import pair_rotation_reference
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.part import Part
@@ -39,8 +41,8 @@ class _Rows:
 
 
 @dataclass(frozen=True, slots=True)
-class StepBaseUpdates:
-    """A step's rows of these operators; see ``BaseUpdates``."""
+class StepOwnUpdates:
+    """A step's rows of these operators; see ``OwnUpdates``."""
 
     kinds: frozenset[str]
     projections: frozenset[str]
@@ -54,6 +56,7 @@ class StepBaseUpdates:
         x: torch.Tensor,
         y: torch.Tensor,
         *,
+        before: torch.Tensor,
         base: BaseProduct,
     ) -> None:
         """Add the updates of one layer's fused projection to ``y``, in place.
@@ -63,30 +66,42 @@ class StepBaseUpdates:
             projection: Fused projection.
             x: Its input, ``[rows, in]``.
             y: What has been added up so far, ``[rows, sum(out)]``.
+            before: What the base gave for ``x``, ``[rows, sum(out)]``; read for pairs alone.
             base: The bias-free base projection.
         """
         for held in self.bound if projection in self.projections else ():
             inputs = None
             for s, ops in held.modules.get((layer, projection), ()):
+                columns = self.columns[projection][s]
                 inputs = x.index_select(0, held.rows) if inputs is None else inputs
-                view = y[:, self.columns[projection][s]]
                 change = self._change(ops, inputs, held.weights, base.part(s))
-                total = view.index_select(0, held.rows).float() + change
-                view.index_copy_(0, held.rows, total.to(y.dtype))
+                if ops.pairs is not None and "pairs" in self.kinds:
+                    own = before[:, columns].index_select(0, held.rows)
+                    turned = pair_rotation_reference(own, ops.pairs.sine, ops.pairs.group)
+                    change = change + held.weights * turned
+                total = y[:, columns].index_select(0, held.rows).float() + change
+                y[:, columns].index_copy_(0, held.rows, total.to(y.dtype))
 
     def _change(
         self, ops: ModuleOperators, x: torch.Tensor, weights: torch.Tensor, base: BaseProduct
     ) -> torch.Tensor:
-        """``[n, out]`` fp32."""
+        """``[n, out]`` fp32, of all but the pairs."""
         total = x.new_zeros(1, 1, dtype=torch.float32)
+        if ops.circulant is not None and "circulant" in self.kinds:
+            kernel = ops.circulant.kernel
+            change = circulant_reference(x, spectrum(kernel), kernel.shape[2])
+            total = total + weights * change
         if ops.input_blocks is not None and "input_blocks" in self.kinds:
             turned = weights * input_blocks_reference(x, ops.input_blocks.blocks)
             change = base(turned.to(x.dtype)).float()
-            total = change if ops.gain is None else change * ops.gain
+            total = total + (change if ops.gain is None else change * ops.gain)
+        if ops.modulated is not None and "modulated" in self.kinds:
+            change = modulated_reference(x, ops.modulated.a, ops.modulated.b, base)
+            total = total + weights * change
         return total
 
 
-class BaseUpdates(Part):
+class OwnUpdates(Part):
     """Holds the adapters that have such operators, by key.
 
     Args:
@@ -116,13 +131,13 @@ class BaseUpdates(Part):
     def remove(self, key: str) -> None:
         self._held.pop(key, None)
 
-    def bind(self, members: StepMembers) -> StepBaseUpdates | None:
+    def bind(self, members: StepMembers) -> StepOwnUpdates | None:
         """The step's rows, or None if no row has such an operator."""
         runs = [(row, row + 1, mix) for row, mix in enumerate(members.short)]
         bound = self._passes([*runs, *members.long])
         if not bound:
             return None
-        return StepBaseUpdates(
+        return StepOwnUpdates(
             kinds=self._kinds,
             projections=frozenset(name for held in bound for _, name in held.modules),
             columns={name: self._layout.columns(name) for name in self._layout.projections},

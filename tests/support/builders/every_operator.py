@@ -1,0 +1,82 @@
+"""Adapters that have every operator between them, on random tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from turret.server.adapters.operators import (
+    AdapterOperators,
+    Circulant,
+    Gate,
+    Hadamard,
+    InputBlocks,
+    Kronecker,
+    LowRank,
+    ModulatedBase,
+    ModuleOperators,
+    PairRotation,
+)
+from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
+from turret.server.models.decoding.arch import Arch
+
+
+def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators]:
+    """Adapters that use every operator between them."""
+
+    def some(*shape: int) -> torch.Tensor:
+        return torch.randn(shape).to(dtype)
+
+    def everywhere(make: Callable[[int, int], ModuleOperators], **more: Any) -> AdapterOperators:
+        return AdapterOperators(
+            {
+                f"model.layers.{layer}.{path}": make(out, inner)
+                for layer in range(arch.num_layers)
+                for slices in arch.linears().values()
+                for path, out, inner in slices
+            },
+            **more,
+        )
+
+    def low_rank(out: int, inner: int) -> ModuleOperators:
+        factors = LowRank(some(4, inner), some(4, out))
+        return ModuleOperators(low_rank=factors, gain=torch.rand(out), bias=torch.rand(out))
+
+    def other(out: int, inner: int) -> ModuleOperators:
+        hadamard = Hadamard(some(out, 3), some(3, inner), some(out, 3), some(3, inner))
+        kronecker = Kronecker(some(8, 8), (some(out // 8, 2), some(2, inner // 8)))
+        return ModuleOperators(hadamard=hadamard, kronecker=kronecker, input_gain=torch.rand(inner))
+
+    def turned(out: int, inner: int) -> ModuleOperators:
+        return ModuleOperators(input_blocks=InputBlocks(some(inner // 8, 8, 8)))
+
+    def paired(out: int, inner: int) -> ModuleOperators:
+        return ModuleOperators(
+            circulant=Circulant(some(out // 8, inner // 8, 8)),
+            modulated=ModulatedBase(some(2, inner), some(2, out)),
+            pairs=PairRotation(torch.rand(out), 8),
+        )
+
+    def scaled(out: int, inner: int) -> ModuleOperators:
+        return dataclasses.replace(turned(out, inner), gain=torch.rand(out))
+
+    def gated(out: int, inner: int) -> ModuleOperators:
+        gate = Gate(some(16, inner), some(16, out), some(4, inner), torch.rand(16, 4), (0, 5, 12))
+        return ModuleOperators(gate=gate)
+
+    soft = SoftPrompt(soft_tokens=some(3, arch.hidden_size))
+    kv = (arch.num_layers, 5, arch.num_kv_heads, arch.head_dim)
+    prefix = SoftPrompt(prefix=PrefixKv(some(*kv), some(*kv)))
+    return {
+        "low": everywhere(low_rank),
+        "other": everywhere(other),
+        "gated": everywhere(gated),
+        "turned": everywhere(turned),
+        "scaled": everywhere(scaled),
+        "paired": everywhere(paired),
+        "soft": AdapterOperators({}, soft),
+        "prefix": AdapterOperators({}, prefix),
+    }
