@@ -106,6 +106,9 @@ BELOW = {
     | MODELS
     | {"server.engine.scheduling", "server.engine.step", "kernels"},
     "server.engine": NOUNS | {"server.engine.scheduling", "server.engine.step"},
+    # The fleet's state machines; what ties them to a server is above the API.
+    "server.cluster": NOUNS
+    | {f"server.adapters.{name}" for name in ("registry", "state", "merge")},
     # Of the parts behind it, the types alone: see NEVER_LOADS and test_app.
     "server.api": NOUNS | BEHIND_API,
     "server.api.admin": NOUNS | BEHIND_API | {"server.api"},
@@ -140,6 +143,7 @@ NEVER_LOADS = {
     "server.command": ("grpc", "torch", "transformers", "bitsandbytes"),
     "server.api": ("grpc", "starlette", "uvicorn", "torch", "transformers", "bitsandbytes"),
     "server.engine": ("grpc", "transformers", "bitsandbytes"),
+    "server.cluster": ("transformers", "bitsandbytes"),
     "server.adapters": ("grpc", "transformers", "peft"),
     "server.models": ("grpc", "peft"),
 }

@@ -1,0 +1,184 @@
+"""A simulated fleet's parts: a disk that crashes at any step, replicas without engines."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from turret.server.adapters.facts import AdapterFacts
+from turret.server.adapters.source import Source
+from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.cluster.fleet_state import (
+    Base,
+    Entry,
+    FleetState,
+    Preparing,
+    key_of,
+)
+from turret.server.cluster.follower import Change, Follower
+from turret.server.cluster.messages import Join, Usage
+from turret.server.errors import StorageFullError, TurretError
+
+
+class Crash(Exception):
+    """The registry's process ends here."""
+
+
+def facts_of(digest: str) -> AdapterFacts:
+    return AdapterFacts(
+        digest=digest,
+        method="lora",
+        ranks=(4,),
+        target_modules=("q_proj",),
+        base_model="",
+        warnings=(),
+        num_soft_tokens=0,
+        num_prefix_positions=0,
+        bytes_disk=1,
+        bytes_host=1,
+    )
+
+
+@dataclass
+class Disk:
+    """Survives every crash. ``crash_in`` counts the steps of writes until the registry dies.
+
+    Attributes:
+        history: By name, everything that it has stood for, in order: ``(uuid, generation)``, or
+            None for nothing.
+        files: Uploads by path, and the digest of what is in them.
+    """
+
+    names: dict[str, SavedRegistration] = dataclasses.field(default_factory=dict)
+    base: Base = dataclasses.field(default_factory=Base)
+    history: dict[str, list[tuple[str, int] | None]] = dataclasses.field(default_factory=dict)
+    files: dict[str, str] = dataclasses.field(default_factory=dict)
+    crash_in: int = 0
+    is_full: bool = False
+    on_remove: Callable[[str], None] = lambda name: None
+    on_discard: Callable[[str], None] = lambda path: None
+
+    def _step(self) -> None:
+        if self.crash_in:
+            self.crash_in -= 1
+            if self.crash_in == 0:
+                raise Crash
+
+    def _begin_write(self) -> None:
+        self._step()
+        if self.is_full:
+            raise StorageFullError("full")
+
+    def bind(self, base_name: str, base_digest: str) -> None:
+        assert base_name == base_digest == "base"
+
+    def read(self) -> list[SavedRegistration]:
+        return list(self.names.values())
+
+    def read_base(self) -> Base:
+        return self.base
+
+    def save(self, saved: SavedRegistration) -> None:
+        self._begin_write()
+        self.names[saved.name] = saved
+        self._note(saved.name, (saved.uuid, saved.generation))
+        self._step()
+
+    def remove(self, name: str) -> None:
+        self._begin_write()
+        self.on_remove(name)
+        del self.names[name]
+        self._note(name, None)
+        self._step()
+
+    def _note(self, name: str, now: tuple[str, int] | None) -> None:
+        past = self.history.setdefault(name, [None])
+        if past[-1] != now:
+            past.append(now)
+
+    def save_base(self, base: Base) -> None:
+        self._begin_write()
+        self.base = base
+        self._step()
+
+    def adopt(self, source: Source, key: str) -> Source:
+        self._begin_write()
+        self.files[f"files/{key}"] = self.files.pop(source.path)
+        self._step()
+        return dataclasses.replace(source, path=f"files/{key}")
+
+    def discard(self, source: Source) -> None:
+        self._step()
+        if source.is_upload:
+            self.on_discard(source.path)
+            self.files.pop(source.path, None)
+        self._step()
+
+
+class Replica:
+    """One replica: its follower, and names that stand for what the follower was told.
+
+    Args:
+        name: Another one after each restart.
+        rate: How fast its clock runs.
+        stops_alone: See ``Follower``.
+    """
+
+    def __init__(self, name: str, rate: float, stops_alone: bool) -> None:
+        self.name, self.rate = name, rate
+        self.state = FleetState()
+        self.requests: list[SavedRegistration] = []
+        self.made: dict[str, TurretError | None] = {}
+        self.follower = Follower(
+            Join(replica=name, base_name="base", base_digest="base"), self, stops_alone=stops_alone
+        )
+        self.changing: Change | None = None
+
+    def clock(self, now: float) -> float:
+        return now * self.rate
+
+    def is_serving(self, now: float) -> bool:
+        return self.follower.is_serving(self.clock(now))
+
+    def has_promise(self, now: float) -> bool:
+        """Whether what callers were told is true here."""
+        return self.follower.is_current and self.follower.has_lease(self.clock(now))
+
+    def resolve(self, name: str) -> SavedRegistration | None:
+        return None if name in self.state.closed else self.state.names.get(name)
+
+    # Applies
+
+    def reset(self, state: FleetState) -> None:
+        self.state = state.copy()
+        self._end_forced()
+
+    def apply(self, entry: Entry) -> None:
+        self.state.apply(entry)
+        self._end_forced()
+        if isinstance(entry, Preparing) and entry.plan is None:
+            self.made.clear()
+
+    def _end_forced(self) -> None:
+        forced = {name for name, is_forced in self.state.closed.items() if is_forced}
+        self.requests = [saved for saved in self.requests if saved.name not in forced]
+
+    def holding(self) -> Mapping[str, int]:
+        held = [s for s in self.requests if self.resolve(s.name) is None or self._is_old(s)]
+        return Counter(key_of(saved) for saved in held)
+
+    def _is_old(self, saved: SavedRegistration) -> bool:
+        current = self.state.names.get(saved.name)
+        return current is None or key_of(current) != key_of(saved)
+
+    def prepared(self) -> Mapping[str, TurretError | None]:
+        return dict(self.made)
+
+    def usage(self) -> Mapping[str, Usage]:
+        counts = Counter(saved.name for saved in self.requests)
+        return {name: Usage(in_flight=count) for name, count in counts.items()}
+
+    def num_waiting(self) -> int:
+        return 0

@@ -1,0 +1,99 @@
+"""What must hold in a simulated fleet, whatever happens to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from fleet.parts import Disk, Replica
+
+from turret.server.cluster import messages as m
+
+NAMES = ("a", "b")
+
+
+@dataclass
+class Caller:
+    """Somebody who waits for what comes of a proposal."""
+
+    proposal: m.Proposal
+    operation: str
+    uuid: str
+
+
+class Promises:
+    """Remembers what was served and what callers were told.
+
+    Args:
+        disk: What the registry has written down, and when.
+        promising: The replicas on which all that callers were told is true.
+    """
+
+    def __init__(self, disk: Disk, promising: Callable[[], list[Replica]]) -> None:
+        self.disk = disk
+        self._promising = promising
+        disk.on_remove, disk.on_discard = self._check_unheld, self._check_unread
+        self.digests: dict[tuple[str, int], str] = {}
+        self.bases: dict[int, str] = {}
+        self.told: dict[str, int] = {}
+        self.told_base = 1
+
+    def hear(self, caller: Caller, outcome: m.Outcome) -> None:
+        """A caller is told that it is done: from now on that has to be true."""
+        if outcome.saved is not None:
+            saved = outcome.saved
+            replaces = getattr(caller.proposal, "replaces", None)
+            if replaces is not None:
+                uuid, generation = replaces
+                assert saved.uuid == uuid, "replaced what was not asked to be"
+                assert saved.generation - generation in (0, 1)
+            past = self.disk.history[saved.name]
+            self._promise(saved.name, _last(past, (saved.uuid, saved.generation)))
+        elif outcome.base is not None:
+            self.told_base = max(self.told_base, outcome.base.generation)
+        elif isinstance(caller.proposal, m.Unload):
+            past = self.disk.history[caller.proposal.name]
+            last = max(i for i, was in enumerate(past) if was is not None and was[0] == caller.uuid)
+            assert past[last + 1] is None, "told that it is gone"
+            self._promise(caller.proposal.name, last + 1)
+
+    def _promise(self, name: str, index: int) -> None:
+        self.told[name] = max(self.told.get(name, 0), index)
+
+    def check(self, replica: Replica, now: float) -> None:
+        """Looks at one replica that would answer now."""
+        for name in NAMES:
+            saved = replica.resolve(name)
+            if saved is not None:
+                key = (saved.uuid, saved.generation)
+                served = self.digests.setdefault(key, saved.facts.digest)
+                assert served == saved.facts.digest, f"two weights under {key}"
+            is_known = name in self.disk.history and name not in replica.state.closed
+            if replica.has_promise(now) and is_known:
+                served_now = None if saved is None else (saved.uuid, saved.generation)
+                later = self.disk.history[name][self.told.get(name, 0) :]
+                assert served_now in later, (
+                    f"{replica.name} serves {served_now} for {name}, not {later}"
+                )
+        base = replica.state.base
+        merged = "" if base.merge is None else base.merge.uuid
+        assert self.bases.setdefault(base.generation, merged) == merged, "two bases under a number"
+        if replica.has_promise(now):
+            assert base.generation >= self.told_base, "an acknowledged merge is lost"
+
+    def _check_unheld(self, name: str) -> None:
+        uuid = self.disk.names[name].uuid
+        for replica in self._promising():
+            held = [saved for saved in replica.requests if saved.uuid == uuid]
+            assert not held, f"{name} is removed under a request on {replica.name}"
+
+    def _check_unread(self, path: str) -> None:
+        assert all(saved.source.path != path for saved in self.disk.names.values())
+        for replica in self._promising():
+            held = [saved for saved in replica.requests if saved.source.path == path]
+            assert not held, f"{path} is removed under a request on {replica.name}"
+
+
+def _last(past: list[tuple[str, int] | None], what: tuple[str, int]) -> int:
+    assert what in past, "told of what was never written down"
+    return max(i for i, was in enumerate(past) if was == what)
