@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import time
@@ -25,6 +26,7 @@ from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.api.backend import Backend
 from turret.server.background import compute_on_this_thread
+from turret.server.cluster.replica.seat import Seat
 from turret.server.config import (
     ADAPTER_DEVICE_BYTES,
     KV_CACHE_BYTES,
@@ -66,7 +68,9 @@ _log = logging.getLogger(__name__)
 BLOCK_SIZE = 16
 
 
-def build_backend(config: Config, metrics: Metrics, *, gpu: bool | None = None) -> Backend:
+def build_backend(
+    config: Config, metrics: Metrics, *, gpu: bool | None = None, seat: Seat | None = None
+) -> Backend:
     """Load the model. Blocks for as long as that takes; runs in a thread of its own.
 
     Args:
@@ -74,6 +78,7 @@ def build_backend(config: Config, metrics: Metrics, *, gpu: bool | None = None) 
         metrics: Counts.
         gpu: Whether steps run as Triton kernels; None for what the device wants (on the CPU
             only Triton's interpreter could run them).
+        seat: The server's place in a fleet; None for a server of its own.
 
     Returns:
         What answers requests. Its engine is not started.
@@ -94,7 +99,10 @@ def build_backend(config: Config, metrics: Metrics, *, gpu: bool | None = None) 
     base = describe_base(decoder, source)
     path = "gpu" if gpu else "cpu" if has_native(dtype, device) else "torch"
     store = _build_store(path, config.adapters, decoder, metrics)
-    registry = _build_registry(config.adapters, base, metrics)
+    if seat is None:
+        registry = _build_registry(config.adapters, base, metrics)
+    else:
+        registry = seat.registry(config.adapters, base, metrics)
     engine = _build_engine(config, metrics, decoder, store, registry, tokenizer)
     _log.info(
         "model loaded",
@@ -111,8 +119,8 @@ def build_backend(config: Config, metrics: Metrics, *, gpu: bool | None = None) 
         host_bytes=config.adapters.adapter_host_bytes,
         max_rank=config.adapters.max_rank,
     )
-    merger = Merger(
-        registry,
+    make_merger = functools.partial(Merger, registry) if seat is None else seat.merger
+    merger = make_merger(
         edit=lambda precision: BaseEdit(decoder, precision),
         describe=lambda generation: describe_base(decoder, source, generation),
         change_base=engine.change_base,

@@ -14,7 +14,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import assert_never
 
-from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.cluster import messages as m
 from turret.server.cluster import rules
@@ -32,21 +31,12 @@ from turret.server.cluster.fleet_state import (
     usable_base,
 )
 from turret.server.cluster.members import CLOCK_SLACK, LivingReplica, Members
-from turret.server.cluster.operations import Operation, Operations
+from turret.server.cluster.operations import Leftover, Operation, Operations
 from turret.server.cluster.store import Store
 from turret.server.errors import NotMergedError, TurretError
 
 # A replica that is further behind takes a snapshot instead.
 _LOG_ENTRIES = 10_000
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Leftover:
-    """Files of a generation that is gone, for when nobody reads them any more."""
-
-    key: str
-    source: Source
-    revision: int
 
 
 class FleetRegistry:
@@ -79,7 +69,7 @@ class FleetRegistry:
         self.members = Members(lease_seconds)
         self._log: deque[tuple[int, Entry]] = deque(maxlen=_LOG_ENTRIES)
         self._operations = Operations(self.incarnation)
-        self._leftovers: list[_Leftover] = []
+        self._leftovers: list[Leftover] = []
         self._quiet_until = now if is_first else now + lease_seconds * CLOCK_SLACK
 
     # Replicas
@@ -125,6 +115,17 @@ class FleetRegistry:
     def usage(self) -> Mapping[str, Mapping[str, m.Usage]]:
         """By replica, what it does with which adapter, as it last told."""
         return {r.name: r.report.usage for r in self.members if r.report is not None}
+
+    def status(self, now: float) -> m.FleetStatus:
+        """The whole fleet, for an operator."""
+        self.members.expire(now)
+        return m.FleetStatus(
+            incarnation=self.incarnation,
+            revision=self.revision,
+            num_adapters=len(self.state.names),
+            base=self.state.base,
+            replicas=tuple(member.status(now) for member in self.members),
+        )
 
     # Callers
 
@@ -371,10 +372,10 @@ class FleetRegistry:
 
     def _leave_over(self, saved: SavedRegistration) -> None:
         if saved.source.is_upload:
-            self._leftovers.append(_Leftover(key_of(saved), saved.source, self.revision))
+            self._leftovers.append(Leftover(key_of(saved), saved.source, self.revision))
 
     def _discard_leftovers(self, now: float) -> None:
-        kept: list[_Leftover] = []
+        kept: list[Leftover] = []
         for leftover in self._leftovers:
             is_free = self._is_applied(leftover.revision, now)
             if is_free and not self.members.is_held(leftover.key):

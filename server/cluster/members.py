@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from turret.server.cluster.messages import Report
+from turret.server.cluster.messages import ReplicaStatus, Report
 
 # A replica's lease ends by its own clock when it asked for it, by the registry's when the question
 # arrived and so much later: clocks need not run at the same speed.
@@ -31,6 +31,19 @@ class LivingReplica:
         """Requests on it that hold any generation of a registration."""
         holding = {} if self.report is None else self.report.holding
         return sum(count for key, count in holding.items() if key.rpartition(".")[0] == uuid)
+
+    def status(self, now: float) -> ReplicaStatus:
+        """What an operator may want to know."""
+        usage = [] if self.report is None else list(self.report.usage.values())
+        return ReplicaStatus(
+            name=self.name,
+            revision=self.applied,
+            lease_seconds=max(self.expires - now, 0.0),
+            in_flight=sum(each.in_flight for each in usage),
+            waiting=0 if self.report is None else self.report.waiting,
+            num_host=sum(each.residency != "disk" for each in usage),
+            num_device=sum(each.residency == "device" for each in usage),
+        )
 
 
 class Members:

@@ -164,3 +164,27 @@ class Outcome:
 
     saved: SavedRegistration | None = None
     base: Base | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplicaStatus:
+    """One living replica, for an operator."""
+
+    name: str
+    revision: int
+    lease_seconds: float
+    in_flight: int
+    waiting: int
+    num_host: int
+    num_device: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetStatus:
+    """The whole fleet, for an operator."""
+
+    incarnation: str
+    revision: int
+    num_adapters: int
+    base: Base
+    replicas: tuple[ReplicaStatus, ...]

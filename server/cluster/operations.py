@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.cluster.messages import Outcome
 from turret.server.errors import TurretError, UnavailableError
@@ -47,6 +48,15 @@ class Operation:
 
     def end(self, error: TurretError | None = None) -> None:
         self.stage, self.error = "done", error
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """Files of a generation that is gone, for when nobody reads them any more."""
+
+    key: str
+    source: Source
+    revision: int
 
 
 class Operations:

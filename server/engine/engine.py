@@ -114,6 +114,11 @@ class Engine:
     def is_dead(self) -> bool:
         return self._loop.is_dead
 
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait to be computed."""
+        return self._loop.num_waiting
+
     def is_ready(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence's adapters are resident (the scheduler asks)."""
         return self._loop.is_ready(sequence)

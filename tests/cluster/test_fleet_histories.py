@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from collections import Counter
 
@@ -15,7 +14,6 @@ from turret.server.cluster import fleet_registry, follower
 from turret.server.cluster.fleet_registry import FleetRegistry
 from turret.server.cluster.follower import Follower
 from turret.server.cluster.members import Members
-from turret.server.cluster.messages import Report
 
 NUM_HISTORIES = 700
 NUM_ACTIONS = 150
@@ -96,16 +94,6 @@ def _forget_who_holds(self: Members, uuid: str) -> int:
     return 0
 
 
-def _take_any_session(self: Members, report: Report, now: float) -> bool:
-    member = self._by_name.get(report.replica)
-    if member is not None:
-        report = dataclasses.replace(report, session=member.session)
-    return _renew(self, report, now)
-
-
-_renew = Members.renew
-
-
 def _say_it_is_applied(self: Follower, change: follower.Change) -> None:
     self._applied = self._received
 
@@ -116,7 +104,6 @@ def _say_it_is_applied(self: Follower, change: follower.Change) -> None:
     [
         (FleetRegistry, "_is_applied", _acknowledge_at_once),
         (FleetRegistry, "_is_applied", _do_not_wait_for_old_leases),
-        (Members, "renew", _take_any_session),
         (Members, "held", _forget_who_holds),
         (Members, "is_held", lambda self, key: False),
         (Follower, "done", _say_it_is_applied),

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -54,6 +55,15 @@ class MergeMetrics(Protocol):
     """The part of the server's metrics that merges feed."""
 
     def merge_active(self, active: bool) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedMerge:
+    """Merged weights that do not serve yet, and the mix that they are made of."""
+
+    edit: Edit
+    merge: Merge
+    mix: Mix
 
 
 class Merger:
@@ -119,24 +129,30 @@ class Merger:
                 raise MergeActiveError("a merge is active; unmerge it first")
             if not refs:
                 raise InvalidRequestError.of("adapters", "at least one member")
-            mix = self._registry.acquire(refs)
+            prepared = self._prepare(refs, precision, cancellation)
             try:
-                _wait_until_resident(mix, cancellation)
-                _check_mergeable(mix)
-                precision, edit, report = self._build(precision, mix, cancellation)
-                merge = Merge(
-                    adapters=tuple(
-                        MergedAdapter(a.name, a.uuid, a.generation, weight)
-                        for a, weight in mix.members
-                    ),
-                    precision=precision,
-                    time=time.time(),
-                    report=report,
-                )
-                self._apply(edit, merge, cancellation)
+                self._apply(prepared.edit, prepared.merge, cancellation)
             finally:
-                self._registry.release(mix)
+                self._registry.release(prepared.mix)
         return self._state
+
+    def _prepare(
+        self, refs: Sequence[AdapterRef], precision: Precision | None, cancellation: Cancellation
+    ) -> PreparedMerge:
+        """Merged weights beside those that serve; release their mix in the end."""
+        mix = self._registry.acquire(refs)
+        try:
+            _wait_until_resident(mix, cancellation)
+            _check_mergeable(mix)
+            precision, edit, report = self._build(precision, mix, cancellation)
+        except BaseException:
+            self._registry.release(mix)
+            raise
+        adapters = tuple(
+            MergedAdapter(a.name, a.uuid, a.generation, weight) for a, weight in mix.members
+        )
+        merge = Merge(adapters=adapters, precision=precision, time=time.time(), report=report)
+        return PreparedMerge(edit, merge, mix)
 
     def _build(
         self, wanted: Precision | None, mix: Mix, cancellation: Cancellation
@@ -177,8 +193,17 @@ class Merger:
         finally:
             self._turn.release()
 
-    def _apply(self, edit: Edit, merge: Merge | None, cancellation: Cancellation) -> None:
-        state = MergeState(self._state.base_generation + 1, merge)
+    def _apply(
+        self,
+        edit: Edit,
+        merge: Merge | None,
+        cancellation: Cancellation,
+        generation: int | None = None,
+    ) -> None:
+        """Exchanges weights; the base is then of this generation, or of the next one."""
+        if generation is None:
+            generation = self._state.base_generation + 1
+        state = MergeState(generation, merge)
 
         def change() -> ChangedBase:
             edit.swap()

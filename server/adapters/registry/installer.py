@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from turret.server import log
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.component import component_refs
+from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.registry.name_table import NameTable
 from turret.server.adapters.registry.pins import Pins
 from turret.server.adapters.registry.registration import Registration
@@ -87,6 +88,10 @@ class Installer:
             # What follows may have to wait for memory, which the weights would take twice.
             del checkpoint
             return self._enter(name, source, loaded, before, staged=staged, pinned=pinned)
+
+    def inspect(self, source: Source) -> AdapterFacts:
+        """Reads files as ``install`` would, and keeps nothing of them; errors as there."""
+        return self._loader.lower(self._loader.read(source)).facts
 
     def _enter(
         self,

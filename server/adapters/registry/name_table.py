@@ -66,6 +66,8 @@ class NameTable:
         self._on_gone = on_gone
         self._by_name: dict[str, Registration] = {}
         self._mixes: set[Mix] = set()
+        # By key: generations whose name was taken off the list while requests held them.
+        self._dropped: dict[str, Registration] = {}
         # Digests of components whose fusion is on its way in.
         self._awaited: Counter[str] = Counter()
 
@@ -135,6 +137,19 @@ class NameTable:
             del self._by_name[registration.name]
             self._leases.forget(registration.current, "unload")
             self._metrics.adapter_removed(registration.name)
+
+    def drop(self, registration: Registration) -> None:
+        """Takes a name off the list, whoever holds it: each generation goes with its last mix."""
+        with self._changed:
+            del self._by_name[registration.name]
+            adapter = registration.current
+            adapter.is_retired = True
+            registration.retired += (adapter,)
+            gone = self._forget_retired(registration)
+            self._dropped.update({a.key: registration for a in registration.retired})
+            self._leases.set_pinned(adapter, False)
+            self._metrics.adapter_removed(registration.name)
+        self._part_with(gone)
 
     # Components: what a fusion is built from stays registered for as long as the fusion is.
 
@@ -269,7 +284,8 @@ class NameTable:
             for adapter, _ in mix.members:
                 adapter.in_flight -= 1
                 if adapter.is_retired and adapter.in_flight == 0:
-                    gone += self._forget_retired(self._by_name[adapter.name])
+                    dropped = self._dropped.pop(adapter.key, None)
+                    gone += self._forget_retired(dropped or self._by_name[adapter.name])
             self._changed.notify_all()
         self._part_with(gone)
 

@@ -77,7 +77,7 @@ class AdapterRegistry:
         max_rank: int,
         metrics: AdapterMetrics | None = None,
         *,
-        state: StateDir | None = None,
+        state: StateDir | NoStateDir | None = None,
         on_unloaded: Callable[[str], None] | None = None,
         load_threads: int = 2,
         allow_other_base: bool = False,

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
-from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
 from turret.server.errors import StateDirRequiredError
 
+if TYPE_CHECKING:
+    from turret.server.adapters.adapter import Adapter
+
 
 class NoStateDir:
     """Stands where ``StateDir`` would; see there."""
 
-    path = None
+    path: Path | None = None
 
     def close(self) -> None:
         pass
@@ -32,13 +35,13 @@ class NoStateDir:
     def discard(self, source: Source) -> None:
         pass
 
-    def stage(self, files: Sequence[UploadedFile]) -> NoReturn:
+    def stage(self, files: Sequence[UploadedFile]) -> StagedUpload:
         raise _required()
 
-    def check_room(self, num_bytes: int) -> NoReturn:
+    def check_room(self, num_bytes: int) -> None:
         raise _required()
 
-    def staged_source(self, staged: StagedUpload, name: str) -> NoReturn:
+    def staged_source(self, staged: StagedUpload, name: str) -> Source:
         raise _required()
 
     def adopt(self, staged: StagedUpload, adapter: Adapter) -> NoReturn:

@@ -22,10 +22,9 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from turret.server import log
-from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
@@ -37,6 +36,10 @@ from turret.server.durable_file import (
     reporting_disk_faults,
 )
 from turret.server.errors import BudgetExceededError, StorageFullError
+
+if TYPE_CHECKING:
+    # It brings torch, which whoever only keeps registrations has no use for.
+    from turret.server.adapters.adapter import Adapter
 
 _log = logging.getLogger(__name__)
 
@@ -92,10 +95,14 @@ class StateDir:
                 f" {base_digest[:12]}); use a directory for each base model"
             )
 
-    def read(self) -> list[SavedRegistration]:
+    def read(self, *, sweeps: bool = True) -> list[SavedRegistration]:
         """Every registration, by name, after removing what a crash left half done.
 
         A file that cannot be read is reported and left alone, and so are then all uploaded files.
+
+        Args:
+            sweeps: Remove uploads that nothing is registered for; others may be at work on them
+                where a fleet shares the directory.
         """
         found: list[SavedRegistration] = []
         is_complete = True
@@ -112,6 +119,8 @@ class StateDir:
                 is_complete = False
                 continue
             found.append(saved)
+        if not sweeps:
+            return found
         for path in self._incoming.iterdir():
             remove_directory(path)
         if is_complete:
@@ -140,6 +149,14 @@ class StateDir:
             source=source or adapter.source,
             facts=adapter.facts,
         )
+        self.write(saved)
+
+    def write(self, saved: SavedRegistration) -> None:
+        """Makes a registration what its name stands for after a restart.
+
+        Raises:
+            StorageFullError: The disk is full; what was saved before still holds.
+        """
         with reporting_disk_faults():
             replace_file(self._adapters / f"{saved.name}.json", saved.to_json())
 
@@ -156,28 +173,15 @@ class StateDir:
             StorageFullError: The disk has no room for it.
         """
         self.check_room(sum(file.size_bytes for file in files))
-        with reporting_disk_faults():
-            return StagedUpload(Path(tempfile.mkdtemp(dir=self._incoming)), files)
+        return stage_below(self._incoming, files)
 
     def check_room(self, num_bytes: int) -> None:
         """Raises what ``stage`` raises for files of this size."""
-        sizes = {"bytes": str(num_bytes), "max_upload_bytes": str(self._max_upload_bytes)}
-        if num_bytes > self._max_upload_bytes:
-            raise BudgetExceededError(
-                f"the files have {num_bytes} bytes, the server takes {self._max_upload_bytes}",
-                metadata=sizes,
-            )
-        with reporting_disk_faults():
-            free = shutil.disk_usage(self.path).free
-        if num_bytes + MIN_FREE_BYTES > free:
-            raise StorageFullError(
-                f"the files have {num_bytes} bytes, the server's disk has {free} free",
-                metadata={"bytes": str(num_bytes)},
-            )
+        check_room_in(self.path, num_bytes, self._max_upload_bytes)
 
     def staged_source(self, staged: StagedUpload, name: str) -> Source:
         """Where a staged upload of the adapter ``name`` can be read from until it is adopted."""
-        return Source(str(staged.directory.relative_to(self.path)), is_upload=True, adapter=name)
+        return source_of(staged, self.path, name)
 
     def adopt(self, staged: StagedUpload, adapter: Adapter) -> None:
         """Moves a finished upload to its place and points the adapter there."""
@@ -191,6 +195,34 @@ class StateDir:
         """Removes a generation's files if they were uploaded; others belong to the operator."""
         if source.is_upload:
             remove_directory(self.path / source.path)
+
+
+def stage_below(incoming: Path, files: Sequence[UploadedFile]) -> StagedUpload:
+    """An empty upload in a directory of its own."""
+    with reporting_disk_faults():
+        return StagedUpload(Path(tempfile.mkdtemp(dir=incoming)), files)
+
+
+def source_of(staged: StagedUpload, state_dir: Path, name: str) -> Source:
+    """Where a staged upload of the adapter ``name`` can be read from until it is adopted."""
+    return Source(str(staged.directory.relative_to(state_dir)), is_upload=True, adapter=name)
+
+
+def check_room_in(path: Path, num_bytes: int, most: int) -> None:
+    """Raises what ``StateDir.stage`` raises for files of this size."""
+    sizes = {"bytes": str(num_bytes), "max_upload_bytes": str(most)}
+    if num_bytes > most:
+        raise BudgetExceededError(
+            f"the files have {num_bytes} bytes, the server takes {most}",
+            metadata=sizes,
+        )
+    with reporting_disk_faults():
+        free = shutil.disk_usage(path).free
+    if num_bytes + MIN_FREE_BYTES > free:
+        raise StorageFullError(
+            f"the files have {num_bytes} bytes, the server's disk has {free} free",
+            metadata={"bytes": str(num_bytes)},
+        )
 
 
 def _lock(path: Path) -> int:

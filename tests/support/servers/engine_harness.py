@@ -15,6 +15,7 @@ from unittest.mock import patch
 from turret.server.adapters.ref import AdapterRef
 from turret.server.api.backend import Backend
 from turret.server.build import build_backend
+from turret.server.cluster.replica.seat import Seat
 from turret.server.config import (
     AdapterConfig,
     CacheConfig,
@@ -103,10 +104,12 @@ class EngineHarness:
         preempt_after_seconds: float = 5.0,
         adapter_device_bytes: int = 512 << 20,
         gpu: bool = False,
+        seat: Seat | None = None,
+        state_dir: Path | None = None,
     ) -> AsyncIterator[EngineHarness]:
         """Build and start an engine, load ``adapters`` (each from the directory of its name).
 
-        ``gpu`` takes the gpu path, in Triton's interpreter.
+        ``gpu`` takes the gpu path, in Triton's interpreter; with a ``seat`` it is a replica.
         """
         config = Config(
             model=ModelConfig(model=model, device="cpu", dtype=dtype),
@@ -117,20 +120,27 @@ class EngineHarness:
                 preempt_after_seconds=preempt_after_seconds,
             ),
             adapters=AdapterConfig(
-                adapter_root=adapter_root, adapter_device_bytes=adapter_device_bytes
+                adapter_root=adapter_root,
+                adapter_device_bytes=adapter_device_bytes,
+                state_dir=state_dir,
             ),
         )
         metrics = Metrics()
         # What is made of a test's model goes beside it, not into the user's cache.
         cache = {} if model is None else {"XDG_CACHE_HOME": str(model.parent / "cache")}
         with patch.dict(os.environ, cache):
-            backend = build_backend(config, metrics, gpu=gpu)
+            backend = build_backend(config, metrics, gpu=gpu, seat=seat)
         for name in adapters:
             backend.registry.load(name, name)
         await backend.engine.start()
+        link = None if seat is None else seat.link(lambda: backend.engine.num_waiting)
         try:
+            if link is not None:
+                await asyncio.to_thread(link.start, 30.0)
             yield cls(backend, metrics)
         finally:
+            if link is not None:
+                link.close()
             await backend.engine.drain(0.0)
             backend.close()
         assert not backend.engine.is_dead, "the engine failed"

@@ -1,0 +1,144 @@
+"""Replicas with real adapters, without engines, around a registry of the same process."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from pathlib import Path
+from typing import TypeVar
+
+from builders.registries import tiny_base
+
+from turret.server.adapters.base import BaseModel, ChangedBase, Precision
+from turret.server.adapters.merge.merger import Edit
+from turret.server.adapters.mix import HostResult, Mix
+from turret.server.cluster import messages as m
+from turret.server.cluster.fleet_store import FleetStore
+from turret.server.cluster.registry_host import RegistryHost
+from turret.server.cluster.replica.link import ReplicaLink
+from turret.server.cluster.replica.registry import ReplicaRegistry
+from turret.server.cluster.replica.seat import Seat
+from turret.server.config import AdapterConfig
+from turret.server.errors import TurretError, UnavailableError
+from turret.server.metrics import Metrics
+
+_T = TypeVar("_T")
+LEASE_SECONDS = 1.0
+
+
+class Wire:
+    """A channel that can be cut."""
+
+    def __init__(self, host: Callable[[], RegistryHost | None]) -> None:
+        self._host = host
+        self.is_cut = False
+
+    def _there(self) -> RegistryHost:
+        host = self._host()
+        if self.is_cut or host is None:
+            raise UnavailableError("the fleet's registry cannot be reached")
+        return host
+
+    def join(self, join: m.Join) -> m.Joined:
+        return self._there().join(join)
+
+    def report(self, report: m.Report, wait_seconds: float) -> m.News:
+        return self._there().report(report, wait_seconds)
+
+    def submit(self, proposal: m.Proposal) -> str:
+        return self._there().submit(proposal)
+
+    def outcome(self, operation: str, wait_seconds: float) -> m.Outcome | None:
+        return self._there().outcome(operation, wait_seconds)
+
+    def cancel(self, operation: str, error: TurretError) -> None:
+        self._there().cancel(operation, error)
+
+    def leave(self, replica: str) -> None:
+        self._there().leave(replica)
+
+    def usage(self) -> Mapping[str, Mapping[str, m.Usage]]:
+        return self._there().usage()
+
+
+class Started:
+    """One replica."""
+
+    def __init__(self, seat: Seat, wire: Wire, config: AdapterConfig) -> None:
+        self.wire = wire
+        self.registry: ReplicaRegistry = seat.registry(config, tiny_base(), Metrics())
+        seat.merger(
+            edit=_no_edit, describe=_no_base, change_base=_change_at_once, metrics=Metrics()
+        )
+        self.link: ReplicaLink = seat.link(lambda: 0)
+        self.link.start(10.0)
+
+    def close(self) -> None:
+        self.link.close()
+        self.registry.close()
+
+
+def _no_edit(precision: Precision) -> Edit:
+    raise AssertionError("nothing is merged here")
+
+
+def _no_base(generation: int) -> BaseModel:
+    raise AssertionError("nothing is merged here")
+
+
+def _change_at_once(change: Callable[[], ChangedBase]) -> Future[None]:
+    raise AssertionError("nothing is merged here")
+
+
+class Fleet:
+    """A registry, and the replicas that were started."""
+
+    def __init__(self, state_dir: Path, root: Path) -> None:
+        self.state_dir = state_dir
+        self._config = AdapterConfig(adapter_root=root, state_dir=state_dir)
+        self._replicas: list[Started] = []
+        self._store: FleetStore | None = None
+        self._host: RegistryHost | None = None
+        self.start_registry(is_first=True)
+
+    @property
+    def host(self) -> RegistryHost:
+        assert self._host is not None
+        return self._host
+
+    def start_registry(self, *, is_first: bool) -> None:
+        self._store = FleetStore(self.state_dir, is_first=is_first)
+        self._host = RegistryHost(self._store, lease_seconds=LEASE_SECONDS, is_first=is_first)
+
+    def stop_registry(self) -> None:
+        host, self._host = self._host, None
+        if host is not None and self._store is not None:
+            host.close()
+            self._store.close()
+
+    def start(self) -> Started:
+        wire = Wire(lambda: self._host)
+        replica = Started(Seat(f"r{len(self._replicas)}", wire), wire, self._config)
+        self._replicas.append(replica)
+        return replica
+
+    def wait_resident(self, mix: Mix) -> None:
+        """Has a mix's adapters read; raises what keeps them from it."""
+        answered = threading.Event()
+        results: list[HostResult] = []
+
+        def answer(result: HostResult) -> None:
+            results.append(result)
+            answered.set()
+
+        if not mix.ensure_host(answer):
+            assert answered.wait(10.0)
+            if results[0].error is not None:
+                raise results[0].error
+
+    def close(self) -> None:
+        for replica in self._replicas:
+            replica.close()
+        self._replicas.clear()
+        self.stop_registry()
