@@ -20,6 +20,7 @@ EXIT_FAILED = 1
 # In the order of the help.
 _OWN_VERBS = {
     "serve": "run the server",
+    "cluster": "run many replicas as one server, or show them",
     "demo": "serve the example adapters and send them one mixed batch",
     "completion": "print what makes a shell complete this command",
 }
@@ -127,6 +128,12 @@ def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.set_defaults(func=_serve)
 
 
+def _add_cluster(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    from turret.server.command.cluster import add_cluster
+
+    add_cluster(subparsers, _OWN_VERBS["cluster"])
+
+
 def _add_demo(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = subparsers.add_parser(
         "demo",
@@ -179,7 +186,12 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     # One of CommandParsers passes for none of ArgumentParsers with a type checker: the type is
     # invariant, and the verbs ask for the latter.
     subparsers: Any = parser.add_subparsers(metavar="COMMAND", required=True)
-    own = {"serve": _add_serve, "demo": _add_demo, "completion": _add_completion}
+    own = {
+        "serve": _add_serve,
+        "cluster": _add_cluster,
+        "demo": _add_demo,
+        "completion": _add_completion,
+    }
     for name, text in {**_OWN_VERBS, **VERBS, **_TRAIN}.items():
         if verb not in (None, name):
             subparsers.add_parser(name, help=text)

@@ -119,6 +119,11 @@ class Engine:
         """Requests that wait to be computed."""
         return self._loop.num_waiting
 
+    @property
+    def num_open(self) -> int:
+        """Requests that wait or run; call it on the event loop."""
+        return self._num_open
+
     def is_ready(self, sequence: Sequence) -> bool:
         """Whether a waiting sequence's adapters are resident (the scheduler asks)."""
         return self._loop.is_ready(sequence)

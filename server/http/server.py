@@ -185,27 +185,14 @@ class HttpServer:
     ) -> None:
         assert listen.http_address is not None
         self.address = listen.http_address
-        has_admin = listen.admin_address is None
-        failures = failures or Failures()
-        made = routes(inference, adapters, metrics=metrics, failures=failures, has_admin=has_admin)
-        shares = shares or Shares()
-        answered = [
-            StarletteRoute(
-                route.path,
-                Endpoint(route, metrics=metrics, tokens=tokens, shares=shares, failures=failures),
-                methods=[route.method],
-            )
-            for route in made
-        ]
-        middleware = _cross_origin(listen.http_cors_origin)
-        if tokens is None or listen.http_allowed_host:
-            # A token is what no page of another name has.
-            names = (split_address(self.address)[0], *listen.http_allowed_host)
-            middleware.insert(0, Middleware(HostCheck, names=names))
-        app = Starlette(
-            routes=answered,
-            middleware=middleware,
-            exception_handlers={HTTPException: _no_route},
+        app = application(
+            listen,
+            inference=inference,
+            adapters=adapters,
+            metrics=metrics,
+            tokens=tokens,
+            shares=shares or Shares(),
+            failures=failures or Failures(),
         )
         context = tls_context(security)
         host, _ = split_address(self.address)
@@ -256,6 +243,40 @@ class HttpServer:
         for connection in list(server.server_state.connections):
             connection.transport.abort()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def application(
+    listen: ListenConfig,
+    *,
+    inference: Inference,
+    adapters: Adapters,
+    metrics: Metrics,
+    tokens: TokenTable | None,
+    shares: Shares,
+    failures: Failures,
+) -> Starlette:
+    """Everything that is answered, as an ASGI application; arguments as ``HttpServer``'s."""
+    assert listen.http_address is not None
+    has_admin = listen.admin_address is None
+    made = routes(inference, adapters, metrics=metrics, failures=failures, has_admin=has_admin)
+    answered = [
+        StarletteRoute(
+            route.path,
+            Endpoint(route, metrics=metrics, tokens=tokens, shares=shares, failures=failures),
+            methods=[route.method],
+        )
+        for route in made
+    ]
+    middleware = _cross_origin(listen.http_cors_origin)
+    if tokens is None or listen.http_allowed_host:
+        # A token is what no page of another name has.
+        names = (split_address(listen.http_address)[0], *listen.http_allowed_host)
+        middleware.insert(0, Middleware(HostCheck, names=names))
+    return Starlette(
+        routes=answered,
+        middleware=middleware,
+        exception_handlers={HTTPException: _no_route},
+    )
 
 
 def _configuration(

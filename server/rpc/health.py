@@ -50,7 +50,7 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
         self, request: health_pb2.HealthCheckRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> health_pb2.HealthCheckResponse:
         if request.service not in self._services:
-            # Set, not raised: see CallInterceptor._run.
+            # Set, not raised: see CallInterceptor.run.
             context.set_code(grpc.StatusCode.NOT_FOUND)
             context.set_details("unknown service")
         return health_pb2.HealthCheckResponse(status=self._status)

@@ -86,7 +86,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         return self._answer(method, handler)
 
     def _answer(self, method: str, handler: Any) -> Any:
-        """A handler that does what the servicer's does, within ``_run``.
+        """A handler that does what the servicer's does, within ``run``.
 
         One of a single message is made one of a stream of them, which starts before the message
         has arrived: what has begun is counted, and a message is not waited for for ever.
@@ -101,13 +101,13 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             return message
 
         async def answer_once(requests: Any, context: Any) -> Any:
-            return await self._run(method, context, lambda: once(requests, context))
+            return await self.run(method, context, lambda: once(requests, context))
 
         async def once(requests: Any, context: Any) -> Any:
             return await behaviour(await requested(requests), context)
 
         async def answer_stream(requests: Any, context: Any) -> None:
-            await self._run(method, context, lambda: stream(requests, context))
+            await self.run(method, context, lambda: stream(requests, context))
 
         # Written rather than yielded: a cancelled call then raises inside the handler, which frees
         # what it holds at once and not when its generator is collected.
@@ -136,11 +136,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             raise error.with_traceback(None)
 
         async def answer(requests: Any, context: Any) -> None:
-            await self._run(method, context, refuse)
+            await self.run(method, context, refuse)
 
         return grpc.stream_stream_rpc_method_handler(answer)
 
-    async def _run(self, method: str, context: Any, body: Callable[[], Awaitable[Any]]) -> Any:
+    async def run(self, method: str, context: Any, body: Callable[[], Awaitable[Any]]) -> Any:
         """Run a handler's body; turn what it raises into the call's status.
 
         The status is set, not raised: ``context.abort`` keeps its exception in the context, and

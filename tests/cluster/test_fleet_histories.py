@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from fleet.world import World
+from fleets.world import World
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from builders.merges import ARCHITECTURE, PROMPT, merge, refs, save_adapters, unmerge
-from fleet.replicas import Fleet, Wire
+from fleets.replicas import Fleet, Wire
 from method_oracle import twin
 from servers.engine_harness import EngineHarness, make_request
 

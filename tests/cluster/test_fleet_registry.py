@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fleet.parts import Disk, Replica, facts_of
+from fleets.parts import Disk, Replica, facts_of
 
 from turret.server.adapters.source import Source
 from turret.server.cluster import messages as m

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from builders.registries import Registries, in_thread, refs, stage_directory, tiny_base, until
-from fleet.replicas import Fleet
+from fleets.replicas import Fleet
 
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir

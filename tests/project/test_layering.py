@@ -131,7 +131,11 @@ BELOW = {
 }
 MAY_IMPORT = {layer: {layer, *below} for layer, below in BELOW.items()}
 MAY_IMPORT["server"] = {"server", *BELOW}
+# A composition root beside ``server/app.py``; the command reads its plan, which knows no Ray.
+MAY_IMPORT["server.cluster.serving"] = {"server.cluster.serving", "server", *BELOW}
 MAY_IMPORT["command"] = {"server", "server.command", "clients", "training", "leaf"}
+for layer in ("server", "command", "server.command"):
+    MAY_IMPORT[layer].add("server.cluster.serving")
 MAY_IMPORT["training"] = {"training", "server", *BELOW} - {
     layer for layer in BELOW if layer.split(".")[1:2] in (["rpc"], ["http"], ["api"], ["engine"])
 }

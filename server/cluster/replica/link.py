@@ -84,6 +84,11 @@ class ReplicaLink:
         """Whether requests may be answered."""
         return self._error is None and self._follower.is_serving(time.monotonic())
 
+    @property
+    def has_failed(self) -> bool:
+        """Whether something cannot be made true here, so that the replica has to end."""
+        return self._error is not None
+
     def report_soon(self) -> None:
         """There is something to say."""
         threading.Thread(target=self._ask, args=(0.0,), name="fleet report", daemon=True).start()

@@ -23,7 +23,12 @@ from turret.server.cluster import messages as m
 from turret.server.cluster.fleet_state import Base, Member, MergePlan
 from turret.server.cluster.replica.channel import Channel, propose
 from turret.server.cluster.replica.registry import ReplicaRegistry
-from turret.server.errors import InvalidRequestError, MergeActiveError, TurretError, UnavailableError
+from turret.server.errors import (
+    InvalidRequestError,
+    MergeActiveError,
+    TurretError,
+    UnavailableError,
+)
 
 _log = logging.getLogger(__name__)
 

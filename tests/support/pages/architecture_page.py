@@ -13,7 +13,7 @@ ROOMS = (
     "server/command",
     *("server/rpc", "server/http", "server/http/console", "server/http/exchange"),
     *("server/http/bodies", "server/http/tools", "server/api", "server/api/admin"),
-    *("server/cluster", "server/cluster/replica"),
+    *("server/cluster", "server/cluster/replica", "server/cluster/serving"),
     *("server/engine", "server/engine/scheduling", "server/engine/step", "server/engine/step/gpu"),
     "server/constraints",
     *("server/hub", "server/models", "server/models/sources", "server/models/families"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fleet.parts import Disk, Replica
+from fleets.parts import Disk, Replica
 
 from turret.server.cluster import messages as m
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
-from fleet.parts import Crash, Disk, Replica, facts_of
-from fleet.promises import NAMES, Caller, Promises
+from fleets.parts import Crash, Disk, Replica, facts_of
+from fleets.promises import NAMES, Caller, Promises
 
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration

@@ -1,0 +1,40 @@
+"""How many replicas there should be: as many as keep the waiting lines short."""
+
+from __future__ import annotations
+
+from typing import Any
+
+# What replicas report to Serve, which calls ``policy`` with the latest of it.
+WAITING = "waiting"
+RUNNING = "running"
+# Sequences that wait on a replica, above which one more is started.
+MOST_WAITING = 4
+# Sequences that run on a replica, below which one fewer would do.
+FEW_RUNNING = 4
+
+
+def wanted(num_replicas: int, waiting: float, running: float) -> int:
+    """The number of replicas for a load; one more or one fewer at a time.
+
+    Never by the processor's use: a replica that computes one sequence uses all of it.
+
+    Args:
+        num_replicas: There are now.
+        waiting: Sequences that wait, on all of them.
+        running: Sequences that run, on all of them.
+    """
+    if waiting > MOST_WAITING * num_replicas:
+        return num_replicas + 1
+    if waiting == 0 and running < FEW_RUNNING * (num_replicas - 1):
+        return num_replicas - 1
+    return num_replicas
+
+
+def policy(context: Any) -> tuple[int, dict[str, Any]]:
+    """Serve's form of ``wanted`` (``ray.serve.config.AutoscalingContext``)."""
+    reported = context.aggregated_metrics or {}
+    waiting = sum((reported.get(WAITING) or {}).values())
+    running = sum((reported.get(RUNNING) or {}).values())
+    number = wanted(max(context.current_num_replicas, 1), waiting, running)
+    least, most = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+    return max(least, min(most, number)), {WAITING: waiting, RUNNING: running}

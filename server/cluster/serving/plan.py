@@ -1,0 +1,89 @@
+"""What ``turret cluster serve`` adds to the flags of ``turret serve``, and what it cannot take."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from turret.server.config import Config, split_address
+
+DEFAULT_HTTP_PORT = 8080
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterPlan:
+    """How many replicas there are, and where.
+
+    Attributes:
+        ray_address: A Ray cluster to join (``auto``, ``HOST:PORT``); None starts one, which ends
+            with this process.
+        min_replicas, max_replicas: The same unless the number follows the load.
+        lease_seconds: How long a silent replica is waited for.
+        stops_alone: Replicas serve nothing while they cannot reach the registry.
+
+    Raises:
+        ValueError: They make no sense; names the flag.
+    """
+
+    ray_address: str | None = None
+    min_replicas: int = 1
+    max_replicas: int = 1
+    lease_seconds: float = 5.0
+    stops_alone: bool = False
+
+    def __post_init__(self) -> None:
+        if self.min_replicas < 1:
+            raise ValueError(f"--min-replicas must be at least 1, not {self.min_replicas}")
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"--max-replicas must be at least --min-replicas ({self.max_replicas} <"
+                f" {self.min_replicas})"
+            )
+        if not self.lease_seconds >= 1.0:
+            raise ValueError(f"--lease-seconds must be at least 1, not {self.lease_seconds}")
+
+
+def fleet_config(config: Config) -> Config:
+    """The configuration of every replica.
+
+    Raises:
+        ValueError: A flag that a fleet cannot take; says what to do instead.
+    """
+    listen, security = config.listen, config.security
+    if config.adapters.state_dir is None:
+        raise ValueError("a fleet needs --state-dir: what adapters there are is written down there")
+    if config.adapters.preload:
+        raise ValueError("--preload: load adapters once, with turret load; a fleet keeps them")
+    if listen.admin_address is not None:
+        raise ValueError("--admin-address: a fleet has one address; tokens say who may change it")
+    if security.tls_cert is not None:
+        raise ValueError(
+            "--tls-cert: Ray Serve listens in plain text; let TLS end in front of it, and see"
+            " docs/fleet.md"
+        )
+    if listen.address.startswith("unix:"):
+        raise ValueError("--address: a fleet listens on HOST:PORT")
+    host, port = split_address(listen.address)
+    http = listen.http_address or f"{listen.address.rpartition(':')[0]}:{DEFAULT_HTTP_PORT}"
+    http_host, http_port = split_address(http)
+    if http_host != host:
+        raise ValueError(f"--http-address: a fleet listens on one host, that of --address ({host})")
+    if 0 in (port, http_port) or port == http_port:
+        raise ValueError("--address and --http-address need a port each, and not the same")
+    return dataclasses.replace(
+        config,
+        listen=dataclasses.replace(listen, http_address=http, metrics_address=None),
+        adapters=dataclasses.replace(
+            config.adapters,
+            # Replicas run in other directories.
+            state_dir=config.adapters.state_dir.absolute(),
+            adapter_root=_absolute(config.adapters.adapter_root),
+        ),
+        model=dataclasses.replace(config.model, model=_absolute(config.model.model)),
+        security=dataclasses.replace(security, token_file=_absolute(security.token_file)),
+    )
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.absolute()

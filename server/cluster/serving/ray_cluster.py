@@ -1,0 +1,163 @@
+"""Ray, started or joined, with its ingress as a fleet needs it.
+
+Ray Serve's HAProxy is set up by the environment of the processes that it starts, so that all of it
+has to be there before Ray is imported.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turret.server.cluster.serving.plan import ClusterPlan
+from turret.server.durable_file import replace_file
+from turret.server.errors import UnavailableError
+
+CLUSTER_FILE = "cluster.json"
+# Requests of one mix go to one replica, unless that has half as much again as the mean; where none
+# is named, they are dealt out. The value is put into HAProxy's configuration as it is, hence the
+# further lines: probes on connections to replicas, so that streams of a node that fell silent end
+# within ten seconds, however long a silence of the engine may be.
+_BALANCE = "\n    ".join(
+    (
+        "hdr(x-turret-mix)",
+        "hash-type consistent sdbm avalanche",
+        "hash-balance-factor 150",
+        "option srvtcpka",
+        "srvtcpka-idle 4s",
+        "srvtcpka-intvl 2s",
+        "srvtcpka-cnt 3",
+    )
+)
+# Ray takes 127.0.0.1 for a slip and listens where other machines can reach it.
+_LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+_OBJECT_STORE_BYTES = 100 << 20
+
+
+def ingress_environment(folder: Path) -> dict[str, str]:
+    """What Ray Serve reads about its ingress.
+
+    Args:
+        folder: For the files of HAProxy.
+    """
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": _BALANCE,
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_NBTHREAD": "1",
+        "RAY_SERVE_HAPROXY_HEALTH_CHECK_INTER": "1s",
+        # Until every ingress has noticed that a replica is to go; Serve's own is half a minute.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "5",
+        # One event loop a replica: a token crosses no other, and an upload waits for the disk.
+        "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+        "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class RayCluster:
+    """A Ray cluster that this process drives.
+
+    Attributes:
+        folder: Its files, if it was started here; else None.
+    """
+
+    folder: Path | None
+
+    @classmethod
+    def open(cls, plan: ClusterPlan, state_dir: Path) -> RayCluster:
+        """Starts Ray in this process's tree, on loopback, behind a token; or joins it.
+
+        Raises:
+            UnavailableError: There is none to join, or none can be started; says why.
+        """
+        folder = Path(tempfile.mkdtemp(prefix="turret-"))
+        environment = ingress_environment(folder)
+        if plan.ray_address is None:
+            # A Ray port is remote code execution for whoever can reach it.
+            environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+            # Another fleet on this machine has Serve's own.
+            for name in ("METRICS_PORT", "STATS_PORT"):
+                environment[f"RAY_SERVE_HAPROXY_{name}"] = str(_free_port())
+        os.environ.update(environment)
+        import ray
+
+        try:
+            if plan.ray_address is not None:
+                runtime_env = {"env_vars": environment}
+                _init(ray, address=plan.ray_address, runtime_env=runtime_env)
+                return cls(None)
+            found = _init(
+                ray,
+                address="local",
+                num_cpus=plan.max_replicas,
+                include_dashboard=False,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _node_ip_address=_LOOPBACK,
+                _temp_dir=str(folder / "ray"),
+            )
+        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise UnavailableError(f"Ray: {error}") from None
+        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        said = {"address": found["gcs_address"], "token": environment["RAY_AUTH_TOKEN"]}
+        replace_file(state_dir / CLUSTER_FILE, json.dumps(said).encode())
+        return cls(folder)
+
+    def close(self, state_dir: Path) -> None:
+        """Leaves the cluster; ends it if it was started here."""
+        import ray
+
+        ray.shutdown()
+        if self.folder is not None:
+            (state_dir / CLUSTER_FILE).unlink(missing_ok=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
+    """Connects to a cluster that runs: by its address, or by what it left in a state directory.
+
+    Raises:
+        UnavailableError: There is none.
+    """
+    if ray_address is None and state_dir is not None:
+        try:
+            said = json.loads((state_dir / CLUSTER_FILE).read_bytes())
+        except OSError:
+            raise UnavailableError(f"no fleet runs on {state_dir}") from None
+        ray_address = said["address"]
+        os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": said["token"]})
+    import ray
+
+    try:
+        _init(ray, address=ray_address or "auto")
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UnavailableError(f"Ray: {error}") from None
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def _init(ray: Any, **arguments: Any) -> Any:
+    return ray.init(logging_level="WARNING", namespace="turret", **arguments)
+
+
+if __name__ == "__main__":
+    for name, value in ingress_environment(Path("/tmp/turret-ingress")).items():
+        print(f"{name}={json.dumps(value)}")

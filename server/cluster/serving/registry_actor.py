@@ -1,0 +1,145 @@
+"""The fleet's registry as an actor, and the way to it from a replica."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+from turret.server.cluster import messages as m
+from turret.server.cluster.fleet_store import FleetStore
+from turret.server.cluster.registry_host import RegistryHost
+from turret.server.durable_file import replace_file
+from turret.server.errors import TurretError, UnavailableError
+
+NAMESPACE = "turret"
+NAME = "turret-registry"
+# Beyond what a call waits for on purpose.
+_CALL_SECONDS = 10.0
+# For the directory of a registry that is still ending.
+_LOCK_SECONDS = 15.0
+# Each waiting replica and caller takes a thread.
+_MOST_CALLS = 512
+_WAITING = {"report": 1, "outcome": 1}
+
+
+class RegistryActor:
+    """Hosts the registry. Errors travel as values: Ray would wrap them beyond recognition.
+
+    Args:
+        state_dir: The fleet's.
+        lease_seconds: How long a silent replica is waited for.
+        run: Another one for each actor that is started, the same when Ray starts it again.
+    """
+
+    def __init__(self, state_dir: str, lease_seconds: float, run: str) -> None:
+        marker = Path(state_dir) / "registry-run"
+        is_first = not marker.exists() or marker.read_text() != run
+        store = _open_store(Path(state_dir), is_first=is_first)
+        replace_file(marker, run.encode())
+        self._host = RegistryHost(store, lease_seconds=lease_seconds, is_first=is_first)
+
+    def call(self, method: str, *arguments: Any) -> tuple[Any, Exception | None]:
+        """What a method of ``RegistryHost`` returns, or raises."""
+        try:
+            return getattr(self._host, method)(*arguments), None
+        except (TurretError, ValueError, m.NotJoinedError) as error:
+            return None, error.with_traceback(None)
+
+
+def _open_store(path: Path, *, is_first: bool) -> FleetStore:
+    end = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            return FleetStore(path, is_first=is_first)
+        except ValueError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.2)
+
+
+def start_registry(state_dir: Path, lease_seconds: float) -> None:
+    """Starts the one registry of the cluster, or finds it.
+
+    Raises:
+        UnavailableError: It does not start; says why.
+    """
+    options: dict[str, Any] = {
+        "name": NAME,
+        "namespace": NAMESPACE,
+        "lifetime": "detached",
+        "get_if_exists": True,
+        "max_restarts": -1,
+        "max_concurrency": _MOST_CALLS,
+        "num_cpus": 0,
+    }
+    # What Ray's decorators return has no type that tells of the methods.
+    make: Any = ray.remote(RegistryActor)
+    actor: Any = make.options(**options).remote(str(state_dir), lease_seconds, uuid.uuid4().hex)
+    try:
+        ray.get(actor.call.remote("usage"), timeout=_LOCK_SECONDS + 45.0)
+    except RayError as error:
+        ray.kill(actor)
+        cause = str(error).strip().rsplit("\n", 1)[-1]
+        raise UnavailableError(f"the fleet's registry does not start: {cause}") from None
+
+
+def stop_registry() -> None:
+    """Ends the registry of the cluster, for good."""
+    try:
+        ray.kill(ray.get_actor(NAME, namespace=NAMESPACE))
+    except (RayError, ValueError):
+        return
+
+
+class RayChannel:
+    """See ``Channel``; finds the registry by its name whenever it was lost."""
+
+    def __init__(self) -> None:
+        self._actor: Any = None
+
+    def join(self, join: m.Join) -> m.Joined:
+        return self._call("join", join)
+
+    def report(self, report: m.Report, wait_seconds: float) -> m.News:
+        return self._call("report", report, wait_seconds)
+
+    def submit(self, proposal: m.Proposal) -> str:
+        return self._call("submit", proposal)
+
+    def outcome(self, operation: str, wait_seconds: float) -> m.Outcome | None:
+        return self._call("outcome", operation, wait_seconds)
+
+    def cancel(self, operation: str, error: TurretError) -> None:
+        self._call("cancel", operation, error)
+
+    def leave(self, replica: str) -> None:
+        self._call("leave", replica)
+
+    def usage(self) -> Mapping[str, Mapping[str, m.Usage]]:
+        return self._call("usage")
+
+    def status(self) -> m.FleetStatus:
+        return self._call("status")
+
+    def _call(self, method: str, *arguments: Any) -> Any:
+        waits = arguments[1] if method in _WAITING else 0.0
+        try:
+            if self._actor is None:
+                self._actor = ray.get_actor(NAME, namespace=NAMESPACE)
+            answer = self._actor.call.remote(method, *arguments)
+            value, error = ray.get(answer, timeout=waits + _CALL_SECONDS)
+        except (RayError, GetTimeoutError, ValueError) as lost:
+            self._actor = None
+            raise UnavailableError(
+                f"the fleet's registry cannot be reached ({type(lost).__name__}); adapters are"
+                " served on, and can be changed when it is back"
+            ) from None
+        if error is not None:
+            raise error
+        return value

@@ -1,0 +1,171 @@
+"""Starts a fleet, waits, and stops it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import signal
+import sys
+import threading
+from typing import Any
+
+from turret.server import log
+from turret.server.cluster.serving.plan import ClusterPlan
+from turret.server.cluster.serving.ray_cluster import RayCluster
+from turret.server.command.threads import available_cpus
+from turret.server.config import Config, is_local_address, split_address
+from turret.server.errors import UnavailableError
+
+_log = logging.getLogger(__name__)
+
+APPLICATION = "turret"
+_SERVICES = (
+    "turret.v1.inference_pb2_grpc.add_InferenceServicer_to_server",
+    "turret.v1.adapters_pb2_grpc.add_AdaptersServicer_to_server",
+    "grpc_health.v1.health_pb2_grpc.add_HealthServicer_to_server",
+)
+# Serve's own bound, far above --max-queued-requests, which answers instead of waiting.
+_MOST_ONGOING = 1 << 14
+_START_SECONDS = 600.0
+_POLL_SECONDS = 1.0
+
+
+def run(config: Config, plan: ClusterPlan) -> int:
+    """Serves until SIGTERM or SIGINT; returns the exit code."""
+    assert config.adapters.state_dir is not None
+    stop = threading.Event()
+    _listen(stop)
+    try:
+        cluster = RayCluster.open(plan, config.adapters.state_dir)
+        # Ray has handlers of its own.
+        _listen(stop)
+    except UnavailableError as error:
+        _log.error("cannot start", extra=log.fields(reason=error))
+        return 1
+    try:
+        return _serve(config, plan, stop)
+    except (UnavailableError, RuntimeError, ValueError) as error:
+        _log.error("cannot start", extra=log.fields(reason=error))
+        return 1
+    finally:
+        cluster.close(config.adapters.state_dir)
+        _log.info("stopped")
+
+
+def _listen(stop: threading.Event) -> None:
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, lambda *_: stop.set())
+
+
+def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
+    from ray import serve
+    from ray.serve.config import HTTPOptions, gRPCOptions
+    from ray.serve.schema import LoggingConfig
+
+    from turret.server.cluster.serving import registry_actor
+
+    assert config.adapters.state_dir is not None
+    assert config.listen.http_address is not None
+    host, port = split_address(config.listen.address)
+    serve.start(
+        proxy_location="EveryNode",
+        logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
+        http_options=HTTPOptions(host=host, port=split_address(config.listen.http_address)[1]),
+        grpc_options=gRPCOptions(port=port, grpc_servicer_functions=list(_SERVICES)),
+    )
+    try:
+        registry_actor.start_registry(config.adapters.state_dir, plan.lease_seconds)
+        try:
+            target = serve.RunTarget(deployment(config, plan), APPLICATION, "/")
+            # SIGTERM is heard while the models are loaded, too.
+            serve.run_many([target], wait_for_applications_running=False)
+            if _wait_until_up(stop):
+                _log.info(
+                    "serving",
+                    extra=log.fields(
+                        address=config.listen.address,
+                        http=config.listen.http_address,
+                        replicas=plan.min_replicas,
+                    ),
+                )
+                while not stop.wait(_POLL_SECONDS):
+                    pass
+            _log.info("draining", extra=log.fields(seconds=config.lifecycle.grace_seconds))
+        finally:
+            serve.delete(APPLICATION)
+            registry_actor.stop_registry()
+    finally:
+        serve.shutdown()
+    return 0
+
+
+def _wait_until_up(stop: threading.Event) -> bool:
+    """Whether the application runs; False if it is to stop before.
+
+    Raises:
+        UnavailableError: It does not start; says why.
+    """
+    from ray import serve
+
+    waited = 0.0
+    while not stop.wait(0.2):
+        waited += 0.2
+        found = serve.status().applications.get(APPLICATION)
+        status = "" if found is None else found.status
+        if status == "RUNNING":
+            return True
+        if status in ("DEPLOY_FAILED", "UNHEALTHY") or waited > _START_SECONDS:
+            assert found is not None
+            reasons = [d.message for d in found.deployments.values() if d.message]
+            raise UnavailableError(f"the replicas do not start: {' '.join(reasons)[-2000:]}")
+    return False
+
+
+def deployment(config: Config, plan: ClusterPlan) -> Any:
+    """What Serve is asked to keep running (a ``ray.serve.Application``)."""
+    import ray
+    from ray import serve
+    from ray.serve.schema import LoggingConfig
+
+    from turret.server.cluster.serving import autoscaling
+    from turret.server.cluster.serving.deployment import Replica
+
+    resources = ray.cluster_resources()
+    uses_gpu = config.model.device != "cpu" and resources.get("GPU", 0) >= 1
+    threads = config.model.threads or max(1, available_cpus() // plan.max_replicas)
+    options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": _threads(threads)}}
+    if uses_gpu:
+        options |= {"num_gpus": 1}
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, threads=threads))
+    scale: dict[str, Any] = {"num_replicas": plan.min_replicas}
+    if plan.max_replicas > plan.min_replicas:
+        policy = {"policy_function": f"{autoscaling.__name__}:{autoscaling.policy.__name__}"}
+        scale = {
+            "autoscaling_config": {
+                "min_replicas": plan.min_replicas,
+                "max_replicas": plan.max_replicas,
+                "upscale_delay_s": 1.0,
+                "downscale_delay_s": 60.0,
+                "metrics_interval_s": 1.0,
+                "look_back_period_s": 2.0,
+                "policy": policy,
+            }
+        }
+    is_local = is_local_address(config.listen.address) and plan.ray_address is None
+    made: Any = serve.deployment(
+        Replica,
+        name="turret",
+        max_ongoing_requests=_MOST_ONGOING,
+        ray_actor_options=options,
+        health_check_period_s=1.0,
+        health_check_timeout_s=10.0,
+        graceful_shutdown_timeout_s=config.lifecycle.grace_seconds + 5.0,
+        logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
+        **scale,
+    )
+    return made.bind(config, plan.stops_alone, is_local)
+
+
+def _threads(number: int) -> dict[str, str]:
+    # Read when torch is loaded, which happens before any code of the replica runs.
+    return {"OMP_NUM_THREADS": str(number), "PYTHONPATH": ":".join(filter(None, sys.path))}

@@ -1,0 +1,157 @@
+"""The verb ``turret cluster``: its flags, and what is missing for it. Ray is loaded last."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+import sys
+from pathlib import Path
+
+from turret.server import log
+from turret.server.cluster.serving.plan import ClusterPlan, fleet_config
+from turret.server.command.flags import add_flags, read_settings
+from turret.server.command.parser import EXIT_USAGE
+from turret.server.command.preflight import problems
+
+EXIT_FAILED = 1
+
+
+def add_cluster(
+    subparsers: argparse._SubParsersAction[argparse.ArgumentParser], help_text: str
+) -> None:
+    """Adds the verb and its two verbs."""
+    parser = subparsers.add_parser(
+        "cluster",
+        help=help_text,
+        description="Many replicas as one server, on Ray Serve (pip install 'turret[cluster]').",
+    )
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+    _add_serve(verbs)
+    _add_status(verbs)
+
+
+def _add_serve(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser(
+        "serve",
+        help="start the replicas and serve until SIGTERM",
+        description="Start replicas that serve the same adapters behind one address each for gRPC"
+        " and HTTP, until SIGTERM or SIGINT. The flags of turret serve are those of every replica;"
+        " --address auto joins the Ray cluster of this machine instead of starting one.",
+    )
+    fleet = parser.add_argument_group("fleet", "How many replicas, and on which machines.")
+    fleet.add_argument("--replicas", type=int, metavar="N", help="replicas (default: 2)")
+    fleet.add_argument(
+        "--min-replicas", type=int, metavar="N", help="fewest, if the number follows the load"
+    )
+    fleet.add_argument(
+        "--max-replicas",
+        type=int,
+        metavar="N",
+        help="most; one is added while more than four sequences wait on each",
+    )
+    fleet.add_argument(
+        "--ray-address", metavar="HOST:PORT", help="Ray cluster to join (default: start one)"
+    )
+    fleet.add_argument(
+        "--lease-seconds",
+        type=float,
+        default=5.0,
+        metavar="SECONDS",
+        help="how long changes of adapters wait for a replica that is silent (default: 5)",
+    )
+    fleet.add_argument(
+        "--stop-without-registry",
+        action="store_true",
+        help="replicas answer UNAVAILABLE while the registry is away, instead of serving on",
+    )
+    add_flags(parser)
+    parser.set_defaults(func=serve)
+
+
+def _add_status(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = verbs.add_parser(
+        "status", help="show replicas, revisions and residency", description="Show the fleet."
+    )
+    parser.add_argument(
+        "--state-dir", type=Path, metavar="DIR", help="of a fleet that was started on this machine"
+    )
+    parser.add_argument(
+        "--ray-address", metavar="HOST:PORT", help="of a Ray cluster (default: auto)"
+    )
+    parser.set_defaults(func=status)
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Runs ``turret cluster serve``."""
+    if not _has_ray("serve"):
+        return EXIT_FAILED
+    try:
+        plan = _plan(args)
+        config = fleet_config(read_settings(args, os.environ).config())
+    except (OSError, ValueError) as error:
+        _complain("serve", str(error))
+        return EXIT_USAGE
+    if found := problems(config):
+        _complain("serve", *found)
+        return EXIT_FAILED
+    level = logging.DEBUG if config.log.verbose else logging.INFO
+    log.configure(level, log_format=config.log.log_format)
+    from turret.server.cluster.serving.serve import run
+
+    return run(config, plan)
+
+
+def _plan(args: argparse.Namespace) -> ClusterPlan:
+    ray_address = args.ray_address
+    if getattr(args, "address", None) == "auto":
+        delattr(args, "address")
+        ray_address = ray_address or "auto"
+    least, most = args.min_replicas, args.max_replicas
+    if args.replicas is not None and (least is not None or most is not None):
+        raise ValueError("--replicas: give either it or --min-replicas and --max-replicas")
+    if (least is None) != (most is None):
+        raise ValueError("--min-replicas and --max-replicas need each other")
+    if least is None or most is None:
+        least = most = 2 if args.replicas is None else args.replicas
+    if args.replicas is not None and args.replicas < 1:
+        raise ValueError(f"--replicas must be at least 1, not {args.replicas}")
+    return ClusterPlan(
+        ray_address=ray_address,
+        min_replicas=least,
+        max_replicas=most,
+        lease_seconds=args.lease_seconds,
+        stops_alone=args.stop_without_registry,
+    )
+
+
+def status(args: argparse.Namespace) -> int:
+    """Runs ``turret cluster status``."""
+    if not _has_ray("status"):
+        return EXIT_FAILED
+    from turret.server.cluster.serving.ray_cluster import join_as_guest
+    from turret.server.cluster.serving.status import shown
+    from turret.server.errors import UnavailableError
+
+    try:
+        join_as_guest(args.ray_address, args.state_dir)
+        from turret.server.cluster.serving.registry_actor import RayChannel
+
+        print(shown(RayChannel().status()))
+    except UnavailableError as error:
+        _complain("status", str(error))
+        return EXIT_FAILED
+    return 0
+
+
+def _has_ray(verb: str) -> bool:
+    if importlib.util.find_spec("ray") is not None:
+        return True
+    _complain(verb, "Ray is not installed: pip install 'turret[cluster]'")
+    return False
+
+
+def _complain(verb: str, *found: str) -> None:
+    for problem in found:
+        print(f"turret cluster {verb}: error: {problem}", file=sys.stderr)

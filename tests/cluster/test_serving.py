@@ -1,0 +1,146 @@
+"""``turret cluster serve`` with real replicas on Ray Serve: minutes, and only where Ray is."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
+from fleets.serving import ServingFleet, start_fleet
+
+from turret.clients.client import TurretClient, TurretRpcError
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.long
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServingFleet]:
+    with start_fleet(tmp_path_factory.mktemp("fleet"), "--replicas", "2") as started:
+        yield started
+
+
+def test_changes_hold_for_every_later_request_on_any_replica(fleet: ServingFleet) -> None:
+    with TurretClient(fleet.address) as client:
+        uuid = client.adapters.load("sql", "sql").uuid
+        for _ in range(20):
+            found = client.adapters.get("sql")
+            assert (found.uuid, found.generation) == (uuid, 1)
+        assert client.adapters.replace("sql", "json", expected_generation=1).generation == 2
+        used = [
+            client.generate("Once", adapters=["sql"], max_tokens=2, temperature=0)
+            for _ in range(10)
+        ]
+        assert {(u.uuid, u.generation) for answer in used for u in answer.adapters_used} == {
+            (uuid, 2)
+        }
+        client.adapters.unload("sql")
+        for _ in range(10):
+            with pytest.raises(TurretRpcError):
+                client.adapters.get("sql")
+    assert fleet.status().count("\n") >= 3
+
+
+def test_error_details_arrive_whole(fleet: ServingFleet) -> None:
+    with TurretClient(fleet.address, max_retries=0) as client:
+        with pytest.raises(TurretRpcError) as unary:
+            client.generate("Once", adapters=["nobody"], max_tokens=1)
+        with pytest.raises(TurretRpcError) as streamed:
+            list(client.generate_stream("Once", adapters=["nobody"], max_tokens=1))
+        with pytest.raises(TurretRpcError) as invalid:
+            client.generate("Once", max_tokens=1, temperature=-1)
+    for error in (unary.value, streamed.value):
+        assert error.reason == "ADAPTER_NOT_FOUND"
+        assert error.metadata == {"adapters": "nobody"}
+    assert {each.field for each in invalid.value.violations} >= {"sampling.temperature"}
+
+
+def test_http_answers_too(fleet: ServingFleet) -> None:
+    with TurretClient(fleet.address) as client:
+        client.adapters.load("label", "label")
+    body = json.dumps({"model": "label", "prompt": "Once", "max_tokens": 3}).encode()
+    for _ in range(4):
+        request = urllib.request.Request(
+            f"http://{fleet.http_address}/v1/completions",
+            body,
+            {"content-type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert json.load(answer)["model"] == "label"
+    with urllib.request.urlopen(f"http://{fleet.http_address}/health", timeout=10) as answer:
+        assert answer.status == 200
+
+
+def test_a_killed_replica_loses_no_answer_and_comes_back_with_everything(
+    fleet: ServingFleet,
+) -> None:
+    """Six streams, one replica killed under them: all whole, and bit-equal to undisturbed ones."""
+    with TurretClient(fleet.address, max_retries=20) as client:
+        for name in ("sql", "json", "label"):
+            client.adapters.load(name, name)
+        names = ["sql", "json", "label"] * 2
+
+        def answer(name: str) -> str:
+            chunks = client.generate_stream(
+                "Once upon a time", adapters=[name], max_tokens=80, temperature=0, ignore_eos=True
+            )
+            return "".join(chunk.text for chunk in chunks)
+
+        wanted = [answer(name) for name in names]
+        got: dict[int, str] = {}
+
+        def run(index: int) -> None:
+            got[index] = answer(names[index])
+
+        threads = [threading.Thread(target=run, args=(index,)) for index in range(len(names))]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.7)
+        before = {replica.pid for replica in fleet.replicas()}
+        fleet.replicas()[0].kill()
+        for thread in threads:
+            thread.join(120.0)
+        assert [got.get(index) for index in range(len(names))] == wanted
+        end = time.monotonic() + 90.0
+        while len(fleet.replicas()) < 2 or {r.pid for r in fleet.replicas()} == before:
+            assert time.monotonic() < end
+            time.sleep(0.2)
+        while fleet.status().count("\n") < 4:
+            assert time.monotonic() < end
+            time.sleep(0.5)
+        revisions = {line.split()[1] for line in fleet.status().splitlines()[2:]}
+        assert len(revisions) == 1
+        assert [answer(name) for name in names] == wanted
+
+
+def test_a_large_upload_passes(fleet: ServingFleet, tmp_path: Path) -> None:
+    write_adapter(tmp_path, arch_of(None), AdapterSpec("large", 64, ALL), seed=1)
+    folder = tmp_path / "large"
+    size = (folder / "adapter_model.safetensors").stat().st_size
+    assert size > 30 << 20
+    with TurretClient(fleet.address, timeout=300.0) as client:
+        uploaded = client.adapters.upload("large", folder)
+        for _ in range(4):
+            assert client.adapters.get("large").digest == uploaded.digest
+        client.generate("Once", adapters=["large"], max_tokens=1)
+        client.adapters.unload("large")
+    assert not list((fleet.state_dir / "files").iterdir())
+
+
+def test_sigterm_lets_answers_finish(tmp_path: Path) -> None:
+    got: list[int] = []
+    with (
+        start_fleet(tmp_path, "--replicas", "1") as started,
+        TurretClient(started.address) as client,
+    ):
+        stream = client.generate_stream("Once", max_tokens=120, temperature=0, ignore_eos=True)
+        next(stream)
+        started.process.terminate()
+        got.append(1 + sum(1 for _ in stream))
+        assert started.process.wait(90.0) == 0
+    assert got[0] > 60

@@ -1,0 +1,60 @@
+"""A single server neither imports nor needs Ray."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from turret.server import cli
+
+_CHECK = """
+import sys
+sys.modules["ray"] = None  # An import of it fails.
+import turret.server.app, turret.server.build, turret.server.cli
+from turret.server.cli import build_parser
+for verb in ("serve", "cluster", None):
+    build_parser(verb)
+import turret.server.http.server, turret.server.rpc.server
+assert not [name for name in sys.modules if name.startswith("ray.")]
+"""
+
+
+def test_serve_does_not_import_ray() -> None:
+    done = subprocess.run([sys.executable, "-c", _CHECK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_cluster_says_what_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for verb in ("serve", "status"):
+        assert cli.main(["cluster", verb]) == 1
+        assert "pip install 'turret[cluster]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "why"),
+    [
+        ("", "needs --state-dir"),
+        ("--state-dir s --replicas 0", "--replicas must be at least 1"),
+        ("--state-dir s --min-replicas 2", "need each other"),
+        ("--state-dir s --min-replicas 3 --max-replicas 2", "at least --min-replicas"),
+        ("--state-dir s --replicas 2 --max-replicas 3", "give either"),
+        ("--state-dir s --lease-seconds 0.1", "--lease-seconds"),
+        ("--state-dir s --address unix:x", "HOST:PORT"),
+        ("--state-dir s --address 127.0.0.1:0", "need a port each"),
+        ("--state-dir s --http-address 127.0.0.2:8080", "one host"),
+        ("--state-dir s --admin-address 127.0.0.1:1", "tokens say who"),
+        ("--state-dir s --tls-cert a --tls-key b", "plain text"),
+        ("--state-dir s --adapter-root . --preload a=b", "load adapters once"),
+    ],
+)
+def test_flags_that_a_fleet_cannot_take(
+    flags: str, why: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    assert cli.main(["cluster", "serve", *flags.split()]) == 2
+    assert why in capsys.readouterr().err

@@ -1,0 +1,138 @@
+"""The manifests in deploy/kubernetes are what Kubernetes takes, and name things that exist."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from checkout import ROOT
+
+from turret.server.cli import build_parser
+from turret.server.cluster.serving.plan import ClusterPlan, fleet_config
+from turret.server.cluster.serving.ray_cluster import ingress_environment
+from turret.server.command.flags import config_from_args
+from turret.server.command.settings import read_file
+from turret.server.metrics import Metrics
+
+FOLDER = ROOT / "deploy" / "kubernetes"
+MANIFESTS = sorted(FOLDER.glob("*.yaml"))
+VERSION = "1.33"
+# Kinds that other projects define; what is checked of them are the pods within.
+FOREIGN = {
+    *("RayService", "PodMonitor", "Gateway", "GRPCRoute", "HTTPRoute", "BackendTrafficPolicy"),
+}
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [each for each in yaml.safe_load_all(path.read_text()) if each is not None]
+
+
+def find(kind: str, path: Path) -> dict[str, Any]:
+    (found,) = [each for each in documents(path) if each["kind"] == kind]
+    return found
+
+
+def pod_templates(document: Any) -> list[dict[str, Any]]:
+    """Every pod template in a document, however deep."""
+    if isinstance(document, list):
+        return [found for part in document for found in pod_templates(part)]
+    if not isinstance(document, dict):
+        return []
+    if "containers" in document.get("spec", {}) and "metadata" in document:
+        return [document]
+    return [found for part in document.values() for found in pod_templates(part)]
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_manifests_are_valid(path: Path) -> None:
+    validate = pytest.importorskip("kubernetes_validate").validate
+    for document in documents(path):
+        if document["kind"] not in FOREIGN:
+            validate(document, VERSION, strict=True)
+        for template in pod_templates(document):
+            pod = {"apiVersion": "v1", "kind": "Pod", **template}
+            pod["metadata"] = {**pod["metadata"], "name": "pod"}
+            validate(pod, VERSION, strict=True)
+
+
+@pytest.mark.parametrize("path", MANIFESTS, ids=lambda path: path.name)
+def test_pods_are_confined(path: Path) -> None:
+    for template in (t for d in documents(path) for t in pod_templates(d)):
+        security = template["spec"]["securityContext"]
+        assert security["runAsNonRoot"]
+        assert f"USER {security['runAsUser']}" in (ROOT / "Dockerfile").read_text()
+        assert security["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in template["spec"]["containers"]:
+            confined = container["securityContext"]
+            assert confined["allowPrivilegeEscalation"] is False
+            assert confined["capabilities"] == {"drop": ["ALL"]}
+
+
+def test_the_fleets_variables_make_a_configuration() -> None:
+    data = find("ConfigMap", FOLDER / "rayservice.yaml")["data"]
+    mine = {name: value for name, value in data.items() if name.startswith("TURRET_")}
+    args = build_parser("serve").parse_args(["serve"])
+    config = fleet_config(config_from_args(args, mine))
+    assert config.listen.address == "0.0.0.0:50051"
+    assert data["RAY_AUTH_MODE"] == "token"
+    ingress = ingress_environment(Path("/tmp/turret-ingress"))
+    assert {name: data.get(name) for name in ingress} == ingress
+
+
+def test_the_serve_config_names_things_that_exist() -> None:
+    service = find("RayService", FOLDER / "rayservice.yaml")
+    serve = yaml.safe_load(service["spec"]["serveConfigV2"])
+    for name in serve["grpc_options"]["grpc_servicer_functions"]:
+        module, _, function = name.rpartition(".")
+        assert callable(getattr(importlib.import_module(module), function))
+    (application,) = serve["applications"]
+    ClusterPlan(**application["args"])
+    module, _, name = application["import_path"].partition(":")
+    path = ROOT.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    assert f"def {name}(" in path.read_text()
+    schema = pytest.importorskip("ray.serve.schema")
+    schema.ServeDeploySchema(**serve)
+
+
+def test_the_single_servers_file_makes_a_configuration(tmp_path: Path) -> None:
+    data = find("ConfigMap", FOLDER / "statefulset.yaml")["data"]["turret.toml"]
+    path = tmp_path / "turret.toml"
+    path.write_text(data)
+    config = read_file(path).config()
+    assert config.listen.http_address == "0.0.0.0:8000"
+    container = find("StatefulSet", FOLDER / "statefulset.yaml")["spec"]["template"]["spec"]
+    (server,) = container["containers"]
+    assert build_parser("serve").parse_args(server["args"]).config
+    grace = container["terminationGracePeriodSeconds"]
+    assert grace > config.lifecycle.grace_seconds
+    ports = {each["name"]: each["containerPort"] for each in server["ports"]}
+    for name, address in (
+        ("grpc", config.listen.address),
+        ("http", config.listen.http_address),
+        ("metrics", config.listen.metrics_address),
+    ):
+        assert address is not None
+        assert address.endswith(f":{ports[name]}")
+
+
+def test_routers_read_series_that_exist() -> None:
+    text = find("ConfigMap", FOLDER / "llm-d.yaml")["data"]["config.yaml"]
+    asked = set(re.findall(r"turret_\w+", text))
+    assert asked <= {family.name for family in Metrics().registry.collect()}
+    assert len(asked) == 3
+    assert json.dumps(yaml.safe_load(text))
+
+
+def test_the_header_is_the_clients() -> None:
+    from turret.clients.channel import ROUTING_KEY
+
+    policy = find("BackendTrafficPolicy", FOLDER / "envoy-gateway.yaml")
+    assert policy["spec"]["loadBalancer"]["consistentHash"]["header"]["name"] == ROUTING_KEY
+    assert (
+        f"hdr({ROUTING_KEY})" in ingress_environment(Path())["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"]
+    )

@@ -1,0 +1,86 @@
+"""A real fleet on Ray Serve, as ``turret cluster serve`` starts it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from checkout import ROOT
+
+_START_SECONDS = 240.0
+_STOP_SECONDS = 90.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServingFleet:
+    """A fleet that answers, on one gRPC and one HTTP address."""
+
+    address: str
+    http_address: str
+    state_dir: Path
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def replicas(self) -> list[psutil.Process]:
+        """The replicas' processes."""
+        tree = psutil.Process(self.process.pid).children(recursive=True)
+        return [each for each in tree if _title(each).startswith("ray::ServeReplica:turret")]
+
+    def status(self) -> str:
+        """What ``turret cluster status`` prints."""
+        command = [sys.executable, "-m", "turret.server.cli", "cluster", "status"]
+        command += ["--state-dir", str(self.state_dir)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _title(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.Error:
+        return ""
+
+
+@contextlib.contextmanager
+def start_fleet(folder: Path, *flags: str) -> Iterator[ServingFleet]:
+    """Runs ``turret cluster serve`` on the example adapters; SIGTERM ends it.
+
+    Raises:
+        AssertionError: It did not start, or SIGTERM did not end it with exit code 0.
+    """
+    log, state_dir = folder / "fleet.log", folder / "state"
+    address, http = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    command = [sys.executable, "-m", "turret.server.cli", "cluster", "serve"]
+    command += ["--address", address, "--http-address", http, "--state-dir", str(state_dir)]
+    command += ["--adapter-root", str(ROOT / "examples" / "adapters"), *flags]
+    # Ray starts workers of its own: they have to find the same code.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    with log.open("wb") as written:
+        process = subprocess.Popen(command, stdout=written, stderr=written, env=environment)
+    try:
+        end = time.monotonic() + _START_SECONDS
+        while "serving.serve serving" not in log.read_text():
+            assert process.poll() is None, log.read_text()[-4000:]
+            assert time.monotonic() < end, log.read_text()[-4000:]
+            time.sleep(0.2)
+        yield ServingFleet(address, http, state_dir, process, log)
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+            code = process.wait(_STOP_SECONDS)
+            assert code == 0, log.read_text()[-4000:]
