@@ -112,9 +112,11 @@ class FleetRegistry:
         self.members.leave(replica)
         self.tick(now)
 
-    def usage(self) -> Mapping[str, Mapping[str, m.Usage]]:
-        """By replica, what it does with which adapter, as it last told."""
-        return {r.name: r.report.usage for r in self.members if r.report is not None}
+    def usage(self, name: str = "") -> Mapping[str, Mapping[str, m.Usage]]:
+        """By replica, what it does with which adapter, as it last told; of one name or of all."""
+        if not name:
+            return {replica.name: replica.usage for replica in self.members}
+        return {r.name: {name: r.usage[name]} for r in self.members if name in r.usage}
 
     def status(self, now: float) -> m.FleetStatus:
         """The whole fleet, for an operator."""

@@ -61,6 +61,7 @@ class Follower:
         self._received = -1
         self._applied = -1
         self._must_apply = 0
+        self._told_usage: Mapping[str, Usage] | None = None
         self._lease_until = self._joined_at = float("-inf")
         self._has_served = False
         self._changes: deque[Change] = deque()
@@ -71,6 +72,7 @@ class Follower:
             return self._join
         # First how far it is: what is held or made is then at least as new.
         applied = self._applied
+        usage = self._replica.usage()
         return Report(
             replica=self._join.replica,
             incarnation=self._session[0],
@@ -79,7 +81,7 @@ class Follower:
             applied=applied,
             holding=self._replica.holding(),
             prepared=self._replica.prepared(),
-            usage=self._replica.usage(),
+            usage=None if usage is self._told_usage else usage,
             waiting=self._replica.num_waiting(),
         )
 
@@ -91,6 +93,7 @@ class Follower:
         self._session = session = (answer.incarnation, answer.session)
         self._received = self._must_apply = answer.revision
         self._applied = -1
+        self._told_usage = None
         self._lease_until = asked + answer.lease_seconds
         self._changes.clear()
         self._changes.append(Change(session, answer.revision, answer.state))
@@ -100,6 +103,8 @@ class Follower:
         session = self._session
         if session is None or session != (call.incarnation, call.session):
             return
+        if call.usage is not None:
+            self._told_usage = call.usage
         self._lease_until = max(self._lease_until, asked + news.lease_seconds)
         for revision, entry in news.entries:
             if revision == self._received + 1:

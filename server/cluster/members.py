@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
-from turret.server.cluster.messages import ReplicaStatus, Report
+from turret.server.cluster.messages import ReplicaStatus, Report, Usage
 
 # A replica's lease ends by its own clock when it asked for it, by the registry's when the question
 # arrived and so much later: clocks need not run at the same speed.
@@ -26,6 +26,7 @@ class LivingReplica:
     session: int
     applied: int = -1
     report: Report | None = None
+    usage: Mapping[str, Usage] = field(default_factory=dict)
 
     def held(self, uuid: str) -> int:
         """Requests on it that hold any generation of a registration."""
@@ -34,7 +35,7 @@ class LivingReplica:
 
     def status(self, now: float) -> ReplicaStatus:
         """What an operator may want to know."""
-        usage = [] if self.report is None else list(self.report.usage.values())
+        usage = list(self.usage.values())
         return ReplicaStatus(
             name=self.name,
             revision=self.applied,
@@ -76,6 +77,8 @@ class Members:
         if member is None or member.session != report.session:
             return False
         member.expires = self._expiry(now)
+        if report.usage is not None:
+            member.usage = report.usage
         # Reports may overtake each other.
         if member.report is None or report.applied >= member.applied:
             member.applied, member.report = report.applied, report

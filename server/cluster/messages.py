@@ -75,7 +75,8 @@ class Report:
         applied: The last revision that is true on it; read before the rest of the report is made.
         holding: By key, how many requests hold a generation that is replaced or being unloaded.
         prepared: By uuid of a merge, None when its weights are made, or why they cannot be.
-        usage: By name, what is resident, in flight or was used since it was last told.
+        usage: By name, what is resident, in flight or was ever used; None if the registry has been
+            told the same.
         waiting: Requests that wait to be computed.
     """
 
@@ -86,7 +87,7 @@ class Report:
     applied: int
     holding: Mapping[str, int] = field(default_factory=dict)
     prepared: Mapping[str, TurretError | None] = field(default_factory=dict)
-    usage: Mapping[str, Usage] = field(default_factory=dict)
+    usage: Mapping[str, Usage] | None = None
     waiting: int = 0
 
 

@@ -82,10 +82,10 @@ class RegistryHost:
         """See ``FleetRegistry``."""
         self._now(lambda now: self._registry.leave(replica, now))
 
-    def usage(self) -> Mapping[str, Mapping[str, m.Usage]]:
+    def usage(self, name: str = "") -> Mapping[str, Mapping[str, m.Usage]]:
         """See ``FleetRegistry``."""
         with self._changed:
-            return self._registry.usage()
+            return self._registry.usage(name)
 
     def status(self) -> m.FleetStatus:
         """See ``FleetRegistry``."""

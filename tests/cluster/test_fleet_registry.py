@@ -150,3 +150,21 @@ def test_a_replica_with_another_base_is_refused() -> None:
     registry, _ = fleet()
     with pytest.raises(AssertionError):
         registry.join(m.Join(replica="x", base_name="other", base_digest="other"), 1.0)
+
+
+def test_use_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, (first, _) = fleet()
+    used = {"a": m.Usage(in_flight=1), "b": m.Usage(residency="host")}
+    monkeypatch.setattr(first, "usage", lambda: used)
+    beat(registry, first, 1.0)
+    question = first.follower.next_call()
+    assert isinstance(question, m.Report)
+    assert question.usage is None
+    beat(registry, first, 1.5)
+    assert registry.usage()["r0"] == used
+    assert registry.usage("b") == {"r0": {"b": m.Usage(residency="host")}}
+    # To another incarnation it is told again.
+    other = FleetRegistry(Disk(), now=2.0, is_first=False)
+    for _ in range(3):
+        beat(other, first, 2.0)
+    assert other.usage() == {"r0": used}

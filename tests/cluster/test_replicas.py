@@ -70,6 +70,18 @@ def test_use_is_summed(fleet: Fleet) -> None:
         replica.registry.release(mix)
 
 
+def test_use_is_told_again_to_a_registry_that_comes_back(fleet: Fleet) -> None:
+    first, second = fleet.start(), fleet.start()
+    first.registry.load("a", "a")
+    mix = second.registry.acquire(refs("a"))
+    until(lambda: first.registry.get("a").in_flight == 1)
+    fleet.stop_registry()
+    fleet.start_registry(is_first=False)
+    until(lambda: _is_back(fleet))
+    until(lambda: first.registry.get("a").in_flight == 1)
+    second.registry.release(mix)
+
+
 def test_an_unload_drains_every_replica(fleet: Fleet) -> None:
     first, second = fleet.start(), fleet.start()
     first.registry.load("a", "a")

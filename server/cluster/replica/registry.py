@@ -210,15 +210,15 @@ class ReplicaRegistry(AdapterRegistry):
         Raises:
             UnavailableError: The registry cannot be reached.
         """
-        return with_usage(super().get(name), self._elsewhere())
+        return with_usage(super().get(name), self._elsewhere(name))
 
     def list(self) -> list[AdapterInfo]:
         """As there, with what every living replica does with them; errors as ``get``."""
         elsewhere = self._elsewhere()
         return [with_usage(record, elsewhere) for record in super().list()]
 
-    def _elsewhere(self) -> list[Mapping[str, m.Usage]]:
-        usage = self._channel.usage()
+    def _elsewhere(self, name: str = "") -> list[Mapping[str, m.Usage]]:
+        usage = self._channel.usage(name)
         return [used for replica, used in usage.items() if replica != self._replica]
 
     # What the registry says
@@ -303,7 +303,11 @@ class ReplicaRegistry(AdapterRegistry):
         """What is in memory or in flight, by name; up to a second old."""
         now = time.monotonic()
         if now - self._usage_time >= _USAGE_SECONDS:
-            self._usage, self._usage_time = self._look(), now
+            self._usage_time = now
+            usage = self._look()
+            # The same object as long as it says the same: then it is not told again.
+            if usage != self._usage:
+                self._usage = usage
         return self._usage
 
     def _look(self) -> dict[str, m.Usage]:

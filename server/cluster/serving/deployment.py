@@ -32,6 +32,7 @@ class Replica:
     """
 
     async def __init__(self, config: Config, stops_alone: bool, is_local: bool) -> None:  # type: ignore[misc]
+        self._is_stopped = True
         if is_local:
             _listen_locally()
         level = logging.DEBUG if config.log.verbose else logging.INFO

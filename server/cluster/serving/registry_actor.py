@@ -121,8 +121,8 @@ class RayChannel:
     def leave(self, replica: str) -> None:
         self._call("leave", replica)
 
-    def usage(self) -> Mapping[str, Mapping[str, m.Usage]]:
-        return self._call("usage")
+    def usage(self, name: str = "") -> Mapping[str, Mapping[str, m.Usage]]:
+        return self._call("usage", name)
 
     def status(self) -> m.FleetStatus:
         return self._call("status")

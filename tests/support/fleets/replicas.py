@@ -58,8 +58,8 @@ class Wire:
     def leave(self, replica: str) -> None:
         self._there().leave(replica)
 
-    def usage(self) -> Mapping[str, Mapping[str, m.Usage]]:
-        return self._there().usage()
+    def usage(self, name: str = "") -> Mapping[str, Mapping[str, m.Usage]]:
+        return self._there().usage(name)
 
 
 class Started:
