@@ -7,6 +7,8 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from google.protobuf.message import Message
+
 import turret
 from turret.server import log
 from turret.server.api.admin.adapters import Adapters
@@ -22,13 +24,14 @@ from turret.server.cluster.replica.link import ReplicaLink
 from turret.server.cluster.replica.seat import Seat
 from turret.server.cluster.serving.grpc_call import CallContext, ServeContext
 from turret.server.config import Config
-from turret.server.errors import UnavailableError
+from turret.server.errors import BudgetExceededError, UnavailableError
 from turret.server.metrics import Metrics
 from turret.server.metrics_server import MetricsServer
 from turret.server.reloading import TokenReloader
 from turret.server.rpc.adapters import AdaptersServicer
 from turret.server.rpc.inference import InferenceServicer
-from turret.server.rpc.interceptor import CallInterceptor
+from turret.server.rpc.interceptor import CallInterceptor, current_call
+from turret.server.rpc.server import MAX_RECEIVE_BYTES
 from turret.v1 import adapters_pb2, inference_pb2
 
 _log = logging.getLogger(__name__)
@@ -143,7 +146,7 @@ class ReplicaServer:
         """One message for one message, or for a stream of them. An error's answer is empty."""
         context = CallContext(inner)
         call = getattr(self._servicers[service], method)
-        answer = await self._run(service, method, context, lambda: call(request, context))
+        answer = await self._run(service, method, context, request, lambda: call(request, context))
         kind = _DESCRIPTORS[service].methods_by_name[method].output_type.name
         return _MESSAGES[kind]() if answer is None else answer
 
@@ -162,10 +165,15 @@ class ReplicaServer:
             finally:
                 await answers.aclose()
 
-        return context.messages(lambda: self._run(service, method, context, write_all))
+        return context.messages(lambda: self._run(service, method, context, request, write_all))
 
     async def _run(
-        self, service: str, method: str, context: CallContext, body: Callable[[], Any]
+        self,
+        service: str,
+        method: str,
+        context: CallContext,
+        request: Any,
+        body: Callable[[], Any],
     ) -> Any:
         full = f"turret.v1.{service}"
         metadata = context.invocation_metadata()
@@ -175,6 +183,23 @@ class ReplicaServer:
             authorize(self.tokens, full, sent)
             if self._link is not None and not self._link.is_serving:
                 raise UnavailableError("the replica has lost the fleet's registry")
+            if isinstance(request, Message):
+                current_call().message_bytes = _checked_size(request)
             return await body()
 
         return await self._interceptor.run(f"/{full}/{method}", context, checked)
+
+
+def _checked_size(message: Message) -> int:
+    """A message's bytes; Serve's listener has no limit on them.
+
+    Raises:
+        BudgetExceededError: More than turret's own listener takes.
+    """
+    size = message.ByteSize()
+    if size > MAX_RECEIVE_BYTES:
+        raise BudgetExceededError(
+            f"the message has {size} bytes, the server takes {MAX_RECEIVE_BYTES}",
+            metadata={"bytes": str(size), "max_bytes": str(MAX_RECEIVE_BYTES)},
+        )
+    return size

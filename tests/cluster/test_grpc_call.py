@@ -1,0 +1,119 @@
+"""A call that Ray Serve hands over is answered as one of turret's own listener."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from google.rpc import error_details_pb2, status_pb2
+
+from turret.server.api.shares import Shares
+from turret.server.cluster.serving.grpc_call import CallContext
+from turret.server.errors import AdapterNotFoundError, QueueFullError
+from turret.server.metrics import Metrics
+from turret.server.rpc.interceptor import CallInterceptor, current_call
+from turret.server.rpc.status import DETAILS_KEY
+
+METHOD = "/turret.v1.Inference/GenerateStream"
+
+
+class Inner:
+    """What is used of Serve's context."""
+
+    def __init__(self) -> None:
+        self.status: grpc.StatusCode | None = None
+        self.details = ""
+        self.trailers: dict[str, str | bytes] = {}
+
+    def code(self) -> grpc.StatusCode | None:
+        return self.status
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def invocation_metadata(self) -> list[tuple[str, str]]:
+        return [("x-request-id", "mine")]
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        self.status = code
+
+    def set_details(self, details: str) -> None:
+        self.details = details
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        self.trailers = dict(trailing_metadata)
+
+
+@pytest.fixture
+def interceptor() -> CallInterceptor:
+    return CallInterceptor(Metrics(), None, Shares())
+
+
+def stream(interceptor: CallInterceptor, inner: Inner, body: Any) -> AsyncIterator[Any]:
+    context = CallContext(inner)
+    return context.messages(lambda: interceptor.run(METHOD, context, lambda: body(context)))
+
+
+async def test_messages_come_in_order_and_the_status_after_them(
+    interceptor: CallInterceptor,
+) -> None:
+    inner = Inner()
+
+    async def body(context: CallContext) -> None:
+        for number in range(5):
+            await context.write(number)
+
+    assert [each async for each in stream(interceptor, inner, body)] == list(range(5))
+    assert inner.status is None
+    assert inner.trailers == {"x-request-id": "mine"}
+
+
+async def test_an_error_after_messages_is_set_whole_and_not_raised(
+    interceptor: CallInterceptor,
+) -> None:
+    inner = Inner()
+
+    async def body(context: CallContext) -> None:
+        await context.write("first")
+        raise AdapterNotFoundError("adapter not found: x", metadata={"adapters": "x"})
+
+    assert [each async for each in stream(interceptor, inner, body)] == ["first"]
+    assert (inner.status, inner.details) == (grpc.StatusCode.NOT_FOUND, "adapter not found: x")
+    details = inner.trailers[DETAILS_KEY]
+    assert isinstance(details, bytes)
+    info = error_details_pb2.ErrorInfo()
+    assert status_pb2.Status.FromString(details).details[0].Unpack(info)
+    assert (info.reason, dict(info.metadata)) == ("ADAPTER_NOT_FOUND", {"adapters": "x"})
+
+
+async def test_whoever_reads_no_further_ends_the_work(interceptor: CallInterceptor) -> None:
+    ended = asyncio.Event()
+    written: list[int] = []
+
+    async def body(context: CallContext) -> None:
+        try:
+            for number in range(1000):
+                await context.write(number)
+                written.append(number)
+        finally:
+            ended.set()
+
+    messages: Any = stream(interceptor, Inner(), body)
+    assert await anext(messages) == 0
+    await messages.aclose()
+    assert ended.is_set()
+    assert len(written) < 5, "it writes no further than one reads"
+
+
+async def test_a_refusal_before_any_message(interceptor: CallInterceptor) -> None:
+    inner = Inner()
+
+    async def body(context: CallContext) -> None:
+        assert current_call().request_id == "mine"
+        raise QueueFullError("full")
+
+    assert [each async for each in stream(interceptor, inner, body)] == []
+    assert inner.status is grpc.StatusCode.RESOURCE_EXHAUSTED
