@@ -175,7 +175,6 @@ def run_round(case: Case, served: Served, other: Served, settings: list[str]) ->
     for setting in settings:
         with around[setting]():
             case.rates.setdefault(setting, []).append(served.rate(case.adapters))
-        print(case.name, setting, case.rates[setting][-1], flush=True)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -211,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
                 served.rate(case.adapters, 8)
         for _ in range(args.repeats):
             for case in cases:
-                run_round(case, *servers, settings)
+                run_round(case, servers[0], servers[1], settings)
     rows = []
     for case in cases:
         row = {"case": case.name, "idle, tokens/s": f"{case.median(IDLE):.0f}"}

@@ -7,7 +7,8 @@ a compiler, or with ``TURRET_NATIVE=0``, the torch formulations of ``kernels/*.p
 results within rounding, slower.
 
 The libraries leave OpenMP's symbols to the process, so they share torch's thread pool: a second
-pool would make every parallel region sleep at its barrier.
+pool would make every parallel region sleep at its barrier. A thread that leaves torch no pool has
+threads of the library's own (``threads.py``).
 """
 
 from __future__ import annotations
