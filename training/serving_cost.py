@@ -101,8 +101,8 @@ def _multiply_adds(operators: ModuleOperators) -> int:
         count += w1.shape[1] * sum(factor.numel() for factor in factors)
         count += w1.numel() * factors[0].shape[0]
     if operators.input_blocks is not None:
-        blocks = operators.input_blocks.blocks
-        count += blocks.shape[0] * blocks.shape[1] * blocks.shape[2]
+        # OFT as it is trained here shares no blocks.
+        count += operators.input_blocks.blocks.numel()
     if operators.pairs is not None:
         count += operators.pairs.sine.numel()
     if operators.circulant is not None:

@@ -136,6 +136,7 @@ PRODUCTS = {
     # Not 8: the server takes LoHa where rank² < 64 · 128 / (64 + 128).
     "loha": sum(6 * 6 * (out + inner) for out, inner in SHAPES),
     "miss": sum(16 * (out + inner) for out, inner in SHAPES),
+    "oft": sum(32 * inner for _, inner in SHAPES),
     "ia3": 64 + 64 + 192,
     "prefix_tuning": 16 * 2 * 128,
 }
@@ -152,7 +153,7 @@ def test_the_plan_counts_products_per_token(runs: dict[str, Resolved], name: str
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method.name=qlora"], "method.name: 'qlora' is none of lora, rslora, dora, miss"),
+        (["method.name=qlora"], "method.name: 'qlora' is none of lora, rslora, dora, miss, oft"),
         (["method.name=ia3", "method.rank=4"], "method.rank: has no meaning for ia3"),
         (["method.name=loha", "method.rank=7"], "method.rank: LoHa is served up to rank 6 on"),
         (["method.targets=c_attn"], "method.targets: 'c_attn' is no linear module of llama"),
