@@ -6,10 +6,11 @@ import re
 
 # Repackagings of the same weights, as publishers append them to the model's name.
 _REPACKAGED = re.compile(
-    r"[-_.](unsloth|bnb|4bit|8bit|nf4|int4|fp4|bf16|fp16|f16|f32|hf|gguf|dynamic|quantized)$"
+    r"[-_.](unsloth|bnb|4bit|8bit|nf4|int4|int8|fp4|fp8|bf16|fp16|f16|f32|hf|gguf|awq|gptq|dynamic"
+    r"|quantized)$"
 )
 _EXTENSION = re.compile(r"\.(gguf|safetensors)$")
-_GGUF_TYPE = re.compile(r"[-_.](q[2-8]_[0-9k](_[sml])?|f16|f32|bf16)$")
+_GGUF_TYPE = re.compile(r"[-_.](ud-)?(i?q[1-8]_([0-9k]|xxs|xs|s|m|nl)(_(s|m|l|xl))?|f16|f32|bf16)$")
 # ~/.cache/huggingface/hub/models--ORG--NAME/snapshots/COMMIT
 _HUB_CACHE = re.compile(r"(?:^|/)models--[^/]*?--([^/]+)(?:/|$)")
 # A name that says how large the model is names a model; "model" or "checkpoint" name a folder.

@@ -299,6 +299,11 @@ def test_faults_of_the_checkpoint_come_before_what_does_not_fit() -> None:
         ("unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit", "meta-llama/Llama-3.1-8B-Instruct"),
         ("unsloth/Qwen3-4B-unsloth-bnb-4bit", "/models/Qwen3-4B"),
         ("HuggingFaceTB/SmolLM2-135M-Instruct", "SmolLM2-135M-Instruct-Q8_0.gguf"),
+        ("Qwen/Qwen3-4B-Instruct-2507", "Qwen3-4B-Instruct-2507-UD-Q4_K_XL"),
+        ("Qwen/Qwen3-4B-Instruct-2507", "Qwen3-4B-Instruct-2507-IQ4_XS"),
+        ("unsloth/gemma-3-4b-it-unsloth-bnb-4bit", "google/gemma-3-4b-it"),
+        ("unsloth/Llama-3.2-1B-Instruct-FP8-Dynamic", "meta-llama/Llama-3.2-1B-Instruct"),
+        ("TheBloke/Mistral-7B-v0.1-AWQ", "mistralai/Mistral-7B-v0.1"),
         ("", "anything"),
     ],
 )
@@ -308,4 +313,5 @@ def test_aliases_of_a_base_do_not_warn(adapter: str, served: str) -> None:
 
 def test_other_bases_warn() -> None:
     assert base_name_warning("org/Llama-3.1-8B", "org/Llama-3.1-8B-Instruct") is not None
+    assert base_name_warning("google/gemma-3-4b-pt", "google/gemma-3-4b-it") is not None
     assert normalise_base_name("org/Llama-3.1-8B") == "llama-3.1-8b"

@@ -1,0 +1,116 @@
+"""Folders as Unsloth, Axolotl and TRL leave them: loaded as they are, whatever lies beside."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import (
+    base_of,
+    edit_config,
+    load_with_peft,
+    logits,
+    lora_config,
+    save_peft_adapter,
+    tiny_llama,
+    with_operators,
+)
+
+from turret.server.adapters.residency.loader import AdapterLoader
+from turret.server.adapters.source import Source
+
+# What transformers' Trainer writes beside a checkpoint's adapter.
+TRAINER = (
+    *("optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "trainer_state.json"),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "README.md"),
+)
+# What PEFT's config holds, said or not, by version.
+PEFT_KEYS: dict[str, Any] = {
+    "alora_invocation_tokens": None,
+    "alpha_pattern": {},
+    "arrow_config": None,
+    "corda_config": None,
+    "ensure_weight_tying": False,
+    "eva_config": None,
+    "exclude_modules": None,
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "layer_replication": None,
+    "layers_pattern": None,
+    "layers_to_transform": None,
+    "loftq_config": {},
+    "lora_bias": False,
+    "megatron_config": None,
+    "megatron_core": "megatron.core",
+    "modules_to_save": None,
+    "peft_version": "0.18.0",
+    "qalora_group_size": 16,
+    "rank_pattern": {},
+    "revision": None,
+    "target_parameters": None,
+    "task_type": "CAUSAL_LM",
+    "trainable_token_indices": None,
+    "use_dora": False,
+    "use_qalora": False,
+    "use_rslora": False,
+}
+UNSLOTH_MAPPING = {
+    "base_model_class": "LlamaForCausalLM",
+    "parent_library": "transformers.models.llama.modeling_llama",
+    "unsloth_fixed": True,
+}
+# Tool → folder, files beside, the config's own words.
+TOOLS: dict[str, tuple[str, tuple[str, ...], dict[str, Any]]] = {
+    "unsloth": (
+        "lora_model",
+        ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "added_tokens.json"),
+        {
+            "base_model_name_or_path": "unsloth/Tiny-Llama-1B-unsloth-bnb-4bit",
+            "auto_mapping": UNSLOTH_MAPPING,
+            "lora_dropout": 0,
+        },
+    ),
+    "unsloth-trainer": (
+        "outputs/checkpoint-60",
+        TRAINER,
+        {
+            "base_model_name_or_path": "unsloth/tiny-llama-1b-bnb-4bit",
+            "auto_mapping": UNSLOTH_MAPPING,
+        },
+    ),
+    "axolotl": (
+        "outputs/lora-out",
+        (*TRAINER, "config.json", "checkpoint-9/adapter_config.json", "debug.log"),
+        {"base_model_name_or_path": "org/Tiny-Llama-1B", "lora_dropout": 0.05},
+    ),
+    "trl": (
+        "out/checkpoint-500",
+        (*TRAINER, "chat_template.jinja", "vocab.json", "merges.txt"),
+        {"base_model_name_or_path": "/root/models/Tiny-Llama-1B", "auto_mapping": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("tool", TOOLS)
+def test_a_tools_folder_loads_as_it_is(tool: str, tmp_path: Path) -> None:
+    path, beside, said = TOOLS[tool]
+    model, folder = tiny_llama(), tmp_path / path
+    save_peft_adapter(model, lora_config(target_modules=["q_proj", "down_proj"]), folder)
+    edit_config(folder, **PEFT_KEYS, **said)
+    oracle = load_with_peft(model, folder)
+    for name in beside:
+        (folder / name).parent.mkdir(exist_ok=True)
+        # Read by nobody: a pickle that opens nothing, JSON that is none.
+        (folder / name).write_bytes(b"\x80\x04x")
+    base = base_of(model, name="org/Tiny-Llama-1B")
+    loader = AdapterLoader(tmp_path, base, 1 << 30, 64)
+    loaded = loader.lower(loader.read(Source(path)))
+    assert loaded.facts.warnings == ()
+    assert loaded.facts.base_model == said["base_model_name_or_path"]
+    found = logits(with_operators(model, [(loaded.operators, 1.0)]))
+    torch.testing.assert_close(found, logits(oracle), rtol=1e-4, atol=1e-5)
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_version"] == "0.18.0"
