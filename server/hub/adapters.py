@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from turret.server.adapters.source import CONFIG_FILE, PROVENANCE_FILE, TENSORS_FILE
+from turret.server.durable_file import reporting_disk_faults
 from turret.server.errors import (
     AdapterCheckpointError,
     BudgetExceededError,
@@ -69,6 +70,7 @@ class AdapterHub:
             HubError: There is no such repository or revision, or not for this machine's token.
             HubUnavailableError: The hub does not answer, or too slowly.
             BudgetExceededError: Too large.
+            StorageFullError, StorageFailedError: The disk of the cache takes nothing.
             QueueFullError: ``MAX_DOWNLOADS`` are under way.
         """
         hub_id = self._checked(path)
@@ -119,7 +121,8 @@ class AdapterHub:
 
         def work() -> None:
             try:
-                download(repository, names, on_bytes)
+                with reporting_disk_faults():
+                    download(repository, names, on_bytes)
             except BaseException as error:
                 failures.append(error)
             finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 import threading
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from turret.server.errors import (
     HubError,
     HubUnavailableError,
     QueueFullError,
+    StorageFullError,
     TurretError,
 )
 from turret.server.hub import adapters as hub_adapters
@@ -188,6 +190,20 @@ def test_a_slow_hub_does_not_hold_the_caller(
     assert "bytes came in 0 seconds" in refused(one, PATH, HubUnavailableError)
     hub.seconds_per_chunk = 0.0
     monkeypatch.setattr(hub_adapters, "LEAST_SECONDS", 30.0)
+    assert one.load("a", PATH).name == "a"
+
+
+def test_a_disk_that_is_full_is_said_to_be(
+    registry: _Make, repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = registry("acme")
+
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(hub_adapters, "download", full)
+        assert "disk is full" in refused(one, PATH, StorageFullError)
     assert one.load("a", PATH).name == "a"
 
 
