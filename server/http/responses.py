@@ -35,6 +35,7 @@ class Responses:
         asked = read_asked(fields, info.name)
         refuse_unsupported(fields, is_chat=True)
         sent = read_sent(fields, asked)
+        exchange.names.update({**asked.names, **sent.names})
         prompt = inference_pb2.GenerateRequest(chat=read_input(fields, sent.instructions))
         violations.raise_if_any()
         del fields

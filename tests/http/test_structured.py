@@ -71,6 +71,36 @@ def rpc(server: ServerUnderTest) -> Iterator[TurretClient]:
         yield connected
 
 
+def test_a_response_has_the_format_it_was_asked_for(client: openai.OpenAI) -> None:
+    answer = client.responses.parse(
+        model="base", input="hi", text_format=Order, max_output_tokens=400
+    )
+    assert isinstance(answer.output_parsed, Order)
+    assert answer.text is not None
+    assert answer.text.format is not None
+    assert answer.text.format.type == "json_schema"
+    free = client.responses.create(
+        model="base",
+        input="hi",
+        text={"format": {"type": "json_object"}},
+        max_output_tokens=400,
+        extra_body={"min_tokens": 5},
+    )
+    assert free.output_text.startswith("{")
+    with pytest.raises(openai.BadRequestError, match="several") as refused:
+        client.responses.create(
+            model="base",
+            input="hi",
+            text={"format": {"type": "json_object"}},
+            extra_body={"guided_regex": "a+"},
+        )
+    assert refused.value.param == "text.format.type"
+    form: Any = {"type": "json_schema", "name": "a", "schema": {"not": {"type": "string"}}}
+    with pytest.raises(openai.BadRequestError, match="not") as refused:
+        client.responses.create(model="base", input="hi", text={"format": form})
+    assert refused.value.param == "text.format.schema.not"
+
+
 def test_parse_gives_pydantic_objects(client: openai.OpenAI) -> None:
     kinds = set()
     for seed in range(3):

@@ -119,6 +119,31 @@ def read_constraint(fields: Fields, message: _Message) -> dict[str, str]:
     return {(f"{kind}.texts" if kind == "choice" else kind): name for kind, name in found[:1]}
 
 
+def read_text_format(form: Fields, message: _Message) -> dict[str, str]:
+    """Read ``text.format`` of /v1/responses, the same as ``response_format`` without a level.
+
+    Returns:
+        As ``read_constraint``.
+    """
+    kind = form.text("type")
+    if kind is None or kind == "text":
+        return {}
+    if kind not in ("json_object", "json_schema"):
+        form.refuse("type", "must be text, json_object or json_schema")
+        return {}
+    if message.WhichOneof("constraint") is not None:
+        form.refuse("type", "an answer has one constraint, not several")
+        return {}
+    if kind == "json_object":
+        message.json_object = True
+        return {kind: "text.format"}
+    schema = form.get("schema")
+    why = "must be set" if schema is None else _schema(message, schema)
+    if why is not None:
+        form.refuse("schema", why)
+    return {kind: "text.format.schema"}
+
+
 def _read_response_format(fields: Fields, message: _Message) -> list[tuple[str, str]]:
     asked = fields.inner("response_format")
     kind = asked.text("type")

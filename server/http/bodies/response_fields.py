@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from turret.server.http.bodies.answer_fields import Ended, adapters_of, chat_logprobs, usage_of
+from turret.server.http.bodies.constraints import read_text_format
 from turret.server.http.bodies.fields import Fields, why_no_text
 from turret.server.http.bodies.generation import NAMES as SHARED_NAMES
 from turret.server.http.bodies.generation import Asked
@@ -48,6 +49,8 @@ class Sent:
     instructions: str | None
     metadata: dict[str, Any]
     max_output_tokens: int | None
+    text_format: dict[str, Any]
+    names: dict[str, str]
     has_logprobs: bool
     echoed: dict[str, Any]
 
@@ -59,9 +62,7 @@ def read_sent(fields: Fields, asked: Asked) -> Sent:
         # Compared with its type: 0 is no False.
         if value is not None and not any(type(value) is type(n) and value == n for n in neutral):
             fields.refuse(name, why)
-    form = fields.inner("text").inner("format")
-    if form.get("type") not in (None, "text"):
-        form.refuse("type", "must be text: use /v1/chat/completions for constrained answers")
+    names = read_text_format(fields.inner("text").inner("format"), asked.message)
     reasoning = fields.inner("reasoning")
     if reasoning.get("effort") not in (None, "none"):
         reasoning.refuse("effort", "is not supported")
@@ -78,6 +79,8 @@ def read_sent(fields: Fields, asked: Asked) -> Sent:
         instructions=fields.text("instructions"),
         metadata=fields.object("metadata") or {},
         max_output_tokens=limit,
+        names=names,
+        text_format=_text_format(fields) if names else {"type": "text"},
         has_logprobs=options.logprobs,
         echoed={
             "temperature": _or(fields.number("temperature"), 1.0),
@@ -90,6 +93,14 @@ def read_sent(fields: Fields, asked: Asked) -> Sent:
             "prompt_cache_key": fields.get("prompt_cache_key"),
         },
     )
+
+
+def _text_format(fields: Fields) -> dict[str, Any]:
+    """As OpenAI's clients read it back: a schema has a name, and is strict or not."""
+    form = dict(fields.inner("text").object("format") or {})
+    if form.get("type") == "json_schema":
+        form = {"name": "answer", "strict": True, **form}
+    return form
 
 
 def _or(value: float | None, default: float) -> float:
@@ -191,7 +202,7 @@ class Response:
             "reasoning": {"effort": None, "summary": None},
             "service_tier": "default",
             "store": False,
-            "text": {"format": {"type": "text"}},
+            "text": {"format": sent.text_format},
             "tool_choice": "auto",
             "tools": [],
             "truncation": "disabled",
