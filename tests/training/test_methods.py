@@ -137,6 +137,7 @@ PRODUCTS = {
     "loha": sum(6 * 6 * (out + inner) for out, inner in SHAPES),
     "miss": sum(16 * (out + inner) for out, inner in SHAPES),
     "oft": sum(32 * inner for _, inner in SHAPES),
+    "vblora": sum(4 * (out + inner) for out, inner in SHAPES),
     "ia3": 64 + 64 + 192,
     "prefix_tuning": 16 * 2 * 128,
 }

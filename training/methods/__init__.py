@@ -13,11 +13,12 @@ from turret.training.methods.method import Method
 from turret.training.methods.miss import MISS
 from turret.training.methods.oft import OFT
 from turret.training.methods.prompts import P_TUNING, PREFIX_TUNING, PROMPT_TUNING
+from turret.training.methods.vblora import VBLORA
 
 METHODS: Mapping[str, Method] = {
     method.name: method
     for method in (
-        *(LORA, RSLORA, DORA, MISS, OFT, LOHA, LOKR, IA3),
+        *(LORA, RSLORA, DORA, MISS, OFT, VBLORA, LOHA, LOKR, IA3),
         *(PREFIX_TUNING, PROMPT_TUNING, P_TUNING),
         LEARNED_FUSION,
     )

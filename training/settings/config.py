@@ -18,7 +18,7 @@ from turret.training.errors import ConfigError
 # The methods of ``training/methods``; a test compares. Here, so that a wrong name is refused before
 # torch is loaded.
 METHOD_NAMES = (
-    *("lora", "rslora", "dora", "miss", "oft", "loha", "lokr", "ia3"),
+    *("lora", "rslora", "dora", "miss", "oft", "vblora", "loha", "lokr", "ia3"),
     *("prefix_tuning", "prompt_tuning", "p_tuning", "learned_fusion"),
 )
 

@@ -1,0 +1,39 @@
+"""VB-LoRA (arXiv 2405.15179): both factors are cut from one bank of vectors that modules share."""
+
+from __future__ import annotations
+
+import math
+
+import peft
+
+from turret.training.base_model import TrainingBase
+from turret.training.methods.method import PeftMethod, Settings
+
+# As PEFT has it; fewer where the base's sizes have no such divisor.
+_VECTOR_LENGTH = 256
+
+
+def _vblora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
+    sizes = [
+        size
+        for slices in base.arch.linears().values()
+        for path, *both in slices
+        if path.rpartition(".")[2] in config.targets
+        for size in both
+    ]
+    return peft.VBLoRAConfig(
+        task_type="CAUSAL_LM",
+        r=config.rank,
+        vector_length=math.gcd(_VECTOR_LENGTH, *sizes),
+        vblora_dropout=config.dropout,
+        target_modules=list(config.targets),
+    )
+
+
+VBLORA = PeftMethod(
+    name="vblora",
+    # One rate for all; the example in PEFT has 1e-3 for the bank and this for the logits.
+    learning_rate=1e-2,
+    defaults={"targets": ("all-linear",), "rank": 4, "dropout": 0.0},
+    peft_config=_vblora_config,
+)
