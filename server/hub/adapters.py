@@ -76,7 +76,8 @@ class AdapterHub:
         hub_id = self._checked(path)
         if hub_id.is_commit and _is_there(hub_id):
             return path
-        repository = find_repository(hub_id)
+        # Whoever names a branch wants what it is now, not what it was.
+        repository = find_repository(hub_id, may_be_old=False)
         names = _names(path, repository.files)
         found = f"{HUB_SCHEME}{repository.id}"
         if not _is_there(repository.id):

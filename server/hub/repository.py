@@ -52,11 +52,13 @@ def cache_dir() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def find_repository(hub_id: HubId) -> Repository:
+def find_repository(hub_id: HubId, *, may_be_old: bool) -> Repository:
     """Ask the hub for a repository, and which commit a revision is now.
 
-    Where the hub cannot be asked, what is in the cache stands for it: the commit that the revision
-    was when it was last asked.
+    Args:
+        hub_id: The repository and the revision.
+        may_be_old: Where the hub does not answer, take the commit in the cache that the revision
+            was when it was last asked; ``HF_HUB_OFFLINE`` asks for that in any case.
 
     Raises:
         HubError: There is no such repository or revision, or not for this machine's token.
@@ -74,10 +76,11 @@ def find_repository(hub_id: HubId) -> Repository:
         refused = refusal(hub_id, error)
         if not isinstance(refused, HubUnavailableError):
             raise refused from None
-        cached = _cached(hub_id)
+        is_offline = isinstance(error, OfflineModeIsEnabled)
+        cached = _cached(hub_id) if may_be_old or is_offline else None
         if cached is None:
             raise refused from None
-        if not isinstance(error, OfflineModeIsEnabled):
+        if not is_offline:
             _log.warning(
                 "the hub cannot be asked; the cache's files are used",
                 extra=log.fields(repository=cached.id, reason=refused.message),

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from builders.registries import Registries, tiny_base
+from huggingface_hub import constants
 from servers.fake_hub import TOKEN, FakeHub, Repo
 
 from turret.server.adapters.ref import AdapterRef
@@ -147,6 +148,22 @@ def test_the_hubs_refusals_reach_the_caller(
     assert "set HF_TOKEN" in refused(one, PATH, HubError)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     assert one.load("a", PATH).name == "a"
+
+
+def test_a_branch_is_what_it_is_now_or_nothing(
+    registry: _Make, hub: FakeHub, repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one = registry("acme")
+    loaded = one.load("a", PATH)
+    hub.status = 503
+    with pytest.raises(HubUnavailableError, match="answered 503"):
+        one.replace("a", PATH)
+    # By its commit it is known, and offline what the branch was is what was asked for.
+    assert one.replace("a", loaded.source) == loaded
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert one.replace("a", PATH) == loaded
+    with pytest.raises(HubUnavailableError, match="keeps it from being fetched"):
+        one.load("b", "hub:acme/b")
 
 
 def test_what_is_no_adapter(registry: _Make, repo: Repo) -> None:

@@ -289,3 +289,28 @@ def test_bash_completes(words: list[str], expected: str) -> None:
     code = script(build_parser(None), "bash") + call + '; echo "${COMPREPLY[@]}"'
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected
+
+
+def test_a_model_of_the_hub_in_a_file_is_no_path_of_its_folder(tmp_path: Path) -> None:
+    file = tmp_path / "t.toml"
+    file.write_text('[model]\nmodel = "org/name@v1"\n')
+    assert parse("--config", str(file)).model.model == Path("org/name@v1")
+    (tmp_path / "org" / "name@v1").mkdir(parents=True)
+    assert parse("--config", str(file)).model.model == tmp_path / "org" / "name@v1"
+    file.write_text('[model]\nmodel = "/org/name"\n')
+    assert parse("--config", str(file)).model.model == Path("/org/name")
+
+
+def test_adapters_of_the_hub_need_their_organisation() -> None:
+    for flags in (("--adapter-hub", "acme"), ("--adapter-hub", "x", "--adapter-hub", "*")):
+        config = parse(*flags, "--preload", "a=hub:acme/sql@v1")
+        assert config.adapters.preload == (("a", "hub:acme/sql@v1"),)
+        assert found(*flags, "--preload", "a=hub:acme/sql@v1") == []
+    with pytest.raises(ValueError, match="needs --adapter-hub acme"):
+        parse("--adapter-hub", "other", "--preload", "a=hub:acme/sql")
+    with pytest.raises(ValueError, match=r"is not hub:org/name\[@revision\]"):
+        parse("--adapter-hub", "*", "--preload", "a=hub:sql")
+    with pytest.raises(ValueError, match="--preload needs --adapter-root"):
+        parse("--adapter-hub", "*", "--preload", "a=hub", "--preload", "b=hub:acme/sql")
+    with pytest.raises(ValueError, match="'a/b' is neither '\\*' nor the name of one"):
+        parse("--adapter-hub", "a/b")

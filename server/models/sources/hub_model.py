@@ -74,7 +74,7 @@ def fetch_hub_model(hub_id: HubId, progress: Progress) -> tuple[Path, str]:
 
 def _describe(hub_id: HubId) -> tuple[Repository, Path]:
     """The repository, and the folder that its config, which is served, lies in."""
-    repository = find_repository(hub_id)
+    repository = find_repository(hub_id, may_be_old=True)
     files = repository.files
     if repository.is_cached and not (_CONFIG in files and {WEIGHTS, INDEX} & set(files)):
         raise _refuse(f"the cache has only some files of {hub_id}, and the hub cannot be asked")
