@@ -91,6 +91,7 @@ class Adapter:
     operators: AdapterOperators
     bytes_device: int = 0
     num_soft_tokens: int = 0
+    invocation: tuple[int, ...] = ()
     num_prefix_positions: int = 0
 
 

@@ -35,6 +35,8 @@ class Adapter:
         warnings: What looks wrong, for people to read.
         state: ``LOADING``, ``ACTIVE`` or ``DELETING``.
         source: The path that it was loaded from, of the hub with its commit; "" if uploaded.
+        invocation_token_ids: Tokens from whose last occurrence in the prompt on it acts (aLoRA);
+            empty if it acts on every token.
     """
 
     name: str
@@ -55,6 +57,7 @@ class Adapter:
     warnings: tuple[str, ...]
     state: str
     source: str = ""
+    invocation_token_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_proto(cls, proto: pb.Adapter) -> Adapter:
@@ -78,6 +81,7 @@ class Adapter:
             warnings=tuple(proto.warnings),
             state=_enum_name(pb.Adapter.State, proto.state),
             source=proto.source,
+            invocation_token_ids=tuple(proto.invocation_token_ids),
         )
 
 

@@ -83,6 +83,7 @@ def print_adapter(adapter: Adapter) -> None:
         "last used": "never" if used is None else used.isoformat(sep=" ", timespec="seconds"),
         "base model": adapter.base_model,
         "source": adapter.source or "uploaded",
+        "acts from": " ".join(map(str, adapter.invocation_token_ids)),
         "warnings": "\n".join(adapter.warnings),
     }
     _print_rows(rows)

@@ -86,6 +86,10 @@ class Adapter:
         return self.facts.num_prefix_positions
 
     @property
+    def invocation(self) -> tuple[int, ...]:
+        return self.facts.invocation
+
+    @property
     def is_resident(self) -> bool:
         return self.operators is not None
 

@@ -20,6 +20,7 @@ class AdapterFacts:
         num_prefix_positions: Positions before the prompt whose keys and values it brings.
         bytes_disk: Size of the checkpoint's files.
         bytes_host: What its operators take in host memory, in the dtype served when it was read.
+        invocation: Tokens from whose last occurrence in the prompt on it acts; empty if everywhere.
         components: Digests of the adapters it is built from; they must stay registered.
     """
 
@@ -34,3 +35,4 @@ class AdapterFacts:
     bytes_disk: int
     bytes_host: int
     components: tuple[str, ...] = ()
+    invocation: tuple[int, ...] = ()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from turret.server.adapters.adapter import Adapter
@@ -48,6 +48,10 @@ class Mix:
     @property
     def is_base(self) -> bool:
         return not self.members
+
+    def part(self, members: Iterable[tuple[Adapter, float]]) -> Mix:
+        """Some of the members, for tokens on which no others act; nothing is held for it."""
+        return Mix(tuple(members))
 
     def ensure_host(self, callback: OnHost) -> bool:
         """Asks for the operators of every member in host memory.

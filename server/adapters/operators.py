@@ -303,6 +303,8 @@ class AdapterOperators:
         soft_prompt: What it puts before the prompt, or None.
         head: What it does to the output head as a linear module, or None.
         tokens: What it does to rows of the embedding and the head, or None.
+        invocation: Tokens from whose last occurrence in the prompt on it acts, and not before; None
+            if it acts everywhere.
         num_bytes: Bytes of all tensors.
         num_low_rank_bytes: Bytes of the low-rank updates among them.
         rank: Rank of the largest low-rank update, or 0.
@@ -312,6 +314,7 @@ class AdapterOperators:
     soft_prompt: SoftPrompt | None = None
     head: ModuleOperators | None = None
     tokens: VocabularyOperators | None = None
+    invocation: tuple[int, ...] | None = None
     # Summed once: the scheduler asks for those of all running adapters with every admission.
     num_bytes: int = field(init=False)
     num_low_rank_bytes: int = field(init=False)

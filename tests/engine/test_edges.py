@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from builders.sequences import mix_of
 from builders.tiny_models import VOCAB_SIZE, save_tiny_model, tiny_tokenizer
 from servers.engine_harness import EngineHarness, make_request
 
@@ -131,6 +132,6 @@ def test_a_temperature_near_zero_draws_the_likeliest_token(
             prompt_token_ids=(1,),
             sampling=SamplingParams(temperature=temperature, seed=seed, **filters),
         )
-        sequence = Sequence(request, None, 0.0)  # type: ignore[arg-type]
+        sequence = Sequence(request, mix_of(""), 0.0)
         (draw,) = Sampler().draw(logits.clone(), [sequence])
         assert draw.token_id == int(logits.argmax())

@@ -53,13 +53,15 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "adalora": ("adalora", {"target_modules": ["q_proj", "up_proj"]}),
     "vera": ("vera", {"target_modules": ["v_proj", "o_proj"]}),
     "head": ("lora", {"target_modules": ["v_proj", "lm_head"]}),
+    # It acts from the second token of the first prompt on, and on nothing of the next one.
+    "alora": ("alora", {"alora_invocation_tokens": prompt_of(2, 0)[1:]}),
     "prefix": ("prefix_tuning", FEW),
     "prompt": ("prompt_tuning", FEW),
     "p-tuning": ("p_tuning", FEW),
 }
 MIXES: list[list[tuple[str, float]]] = [
-    [("lora", 1.0)],
-    [("loha", 0.6), ("lokr", 0.7), ("rslora", -0.5)],
+    [("lora", 1.0), ("alora", 0.8)],
+    [("loha", 0.6), ("lokr", 0.7), ("rslora", -0.5), ("alora", 1.0)],
     [("ia3", 1.0)],
     [("dora", 0.8), ("adalora", -0.4)],
     [("vera", 1.0), ("prefix", 1.0), ("ia3", 0.5)],

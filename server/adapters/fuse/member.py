@@ -40,15 +40,17 @@ def check_prompts(adapters: Sequence[Adapter]) -> None:
     """Refuses what the facts alone rule out, before anything is read.
 
     Raises:
-        InvalidRequestError: Names the members that put something before the prompt.
+        InvalidRequestError: Names the members that do what no LoRA can.
     """
-    _refuse(
-        [
-            (index, adapter, "puts tokens or keys before the prompt, which no LoRA can")
-            for index, adapter in enumerate(adapters)
-            if adapter.num_soft_tokens or adapter.num_prefix_positions
-        ]
-    )
+    found: list[tuple[int, Adapter, str]] = []
+    for index, adapter in enumerate(adapters):
+        if adapter.num_soft_tokens or adapter.num_prefix_positions:
+            found.append(
+                (index, adapter, "puts tokens or keys before the prompt, which no LoRA can")
+            )
+        if adapter.invocation:
+            found.append((index, adapter, "acts from its invocation on, which no fused LoRA would"))
+    _refuse(found)
 
 
 def check_operators(members: Sequence[Member], combination: Combination) -> None:

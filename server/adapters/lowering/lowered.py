@@ -61,6 +61,7 @@ class Lowered:
             bytes_disk=checkpoint.bytes_disk,
             bytes_host=self.num_bytes,
             components=self.components,
+            invocation=self.operators.invocation or (),
         )
 
 

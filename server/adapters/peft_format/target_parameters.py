@@ -13,7 +13,7 @@ _KEY = "target_parameters"
 _ALONE = (
     *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
     *("alpha_pattern", "lora_bias", "use_dora", "use_bdlora", "use_qalora"),
-    *("kasa_config", "velora_config", "monteclora_config"),
+    *("kasa_config", "velora_config", "monteclora_config", "alora_invocation_tokens"),
 )
 
 

@@ -47,6 +47,7 @@ def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
         warnings=map(_sendable, facts.warnings),
         state=record.state,
         source=_sendable(record.source),
+        invocation_token_ids=facts.invocation,
     )
     if record.last_used_time is not None:
         stamp = timestamp_pb2.Timestamp()

@@ -2,6 +2,8 @@
 
 A full block is named by a key that chains from (base generation, mix, soft tokens) over the token
 ids up to its end, so a block is found again only by a request that would compute the same values.
+Where a mix grows within the text, the block in which it does so tells; those before it are the
+smaller mix's.
 """
 
 from __future__ import annotations
@@ -10,10 +12,11 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 
+# (adapter uuid, generation, weight) of every member, in the request's order.
+MixKey = Sequence[tuple[str, int, float]]
 
-def root_key(
-    base_generation: int, mix: Sequence[tuple[str, int, float]], *, is_long: bool = False
-) -> bytes:
+
+def root_key(base_generation: int, mix: MixKey, *, is_long: bool = False) -> bytes:
     """First link of the chain: the weights that a sequence is computed with.
 
     Args:
@@ -22,17 +25,31 @@ def root_key(
             loaded again with other weights.
         is_long: Whether its keys are rotated as those of long sequences.
     """
-    parts = [str(base_generation), *(f"{uuid}:{gen}:{weight!r}" for uuid, gen, weight in mix)]
+    parts = [str(base_generation), *map(_member, mix)]
     if is_long:
         parts.append("long")
     return hashlib.blake2b("|".join(parts).encode(), digest_size=16).digest()
 
 
-def next_key(previous: bytes, token_ids: Sequence[int]) -> bytes:
-    """Key of the block that holds ``token_ids`` after the block named ``previous``."""
+def next_key(
+    previous: bytes, token_ids: Sequence[int], changes: Sequence[tuple[int, MixKey]] = ()
+) -> bytes:
+    """Key of the block that holds ``token_ids`` after the block named ``previous``.
+
+    Args:
+        previous: The key of the block before, or the root.
+        token_ids: A block's worth.
+        changes: Where within the block another mix begins, and which.
+    """
     # Soft tokens have the placeholder id -1; the root key says which ones they are.
     data = b"".join((token & 0xFFFFFFFF).to_bytes(4, "little") for token in token_ids)
-    return hashlib.blake2b(previous + data, digest_size=16).digest()
+    told = [f"@{offset}|" + "|".join(map(_member, mix)) for offset, mix in changes]
+    return hashlib.blake2b(previous + data + "".join(told).encode(), digest_size=16).digest()
+
+
+def _member(member: tuple[str, int, float]) -> str:
+    uuid, generation, weight = member
+    return f"{uuid}:{generation}:{weight!r}"
 
 
 class BlockPool:

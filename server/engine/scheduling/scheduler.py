@@ -4,7 +4,8 @@ Continuous batching with chunked prefill: running sequences first (a decode toke
 rest of their prompts), then waiting ones by ``FairQueue``, until ``max_num_batched_tokens``. One is
 admitted if all that run with it will probably find room for their answers too (``LengthForecast``).
 When blocks run out all the same, the sequence that was admitted last is preempted: its blocks are
-freed and it is recomputed later (its tokens are kept). A waiting sequence whose adapters are still
+freed and it is recomputed later (its tokens are kept). A chunk ends where other adapters begin to
+act, so one mix acts on all of it. A waiting sequence whose adapters are still
 loading is passed over and delays nobody.
 
 Places are shared too, not admissions alone: who has waited ``preempt_after_seconds`` at the head of
@@ -28,7 +29,7 @@ _SPARE_SHARE = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """Compute ``num_new`` tokens of a sequence, from its ``num_computed`` on."""
+    """Compute ``num_new`` tokens of a sequence, from its ``num_computed`` on, with one mix."""
 
     sequence: Sequence
     num_new: int
@@ -145,7 +146,7 @@ class Scheduler:
         for sequence in order:
             if sequence.state is not SequenceState.RUNNING:
                 continue
-            num_new = min(len(sequence.tokens) - sequence.num_computed, budget)
+            num_new = min(sequence.num_alike, budget)
             if num_new == 0:
                 continue
             while sequence.state is SequenceState.RUNNING:
@@ -294,7 +295,7 @@ class Scheduler:
                 self._blocked = sequence
                 return
             self._preset(sequence, new_blocks, presets)
-            num_new = min(len(sequence.tokens) - sequence.num_computed, budget)
+            num_new = min(sequence.num_alike, budget)
             reserved = self._reserve(sequence, num_new, new_blocks)
             assert reserved, "there was room for all of it"
             # In this order: a group that neither waits nor runs is forgotten.
@@ -326,7 +327,8 @@ class Scheduler:
         size = self.blocks.block_size
         if not sequence.keys:
             is_long = sequence.is_long
-            sequence.keys.append(root_key(self.base_generation, sequence.mix.key, is_long=is_long))
+            mix = sequence.stages[0].mix.key
+            sequence.keys.append(root_key(self.base_generation, mix, is_long=is_long))
         # The last token is always computed: its logits are needed.
         usable = (len(sequence.tokens) - 1) // size
         if sequence.request.wants_prompt_logprobs:

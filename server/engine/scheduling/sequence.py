@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from turret.server.engine.scheduling.block_pool import next_key
 from turret.server.engine.scheduling.request import Request
+from turret.server.engine.scheduling.windows import Stage, stages_of
 
 if TYPE_CHECKING:
     # The scheduler and its tests go without torch.
@@ -33,6 +34,7 @@ class Sequence:
     Attributes:
         request: What was asked.
         mix: Its adapters, references held until it finishes.
+        stages: Which of them act from which position on (``windows.py``).
         arrival: ``time.monotonic()`` seconds when the request was received.
         num_virtual: Positions before the prompt that an adapter fills: soft tokens (computed like
             any token) or a prefix (keys and values come from the adapter).
@@ -72,6 +74,7 @@ class Sequence:
     waiting_since: float = 0.0
     forecast: int = 0
     prompt_end: int = field(init=False)
+    stages: tuple[Stage, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         self.waiting_since = self.arrival
@@ -80,6 +83,7 @@ class Sequence:
         self.tokens = [PLACEHOLDER] * self.num_virtual
         self.tokens += self.request.prompt_token_ids
         self.tokens += self.request.answer_so_far
+        self.stages = stages_of(self.mix, self.request.prompt_token_ids, self.num_virtual)
 
     @property
     def num_prompt(self) -> int:
@@ -95,8 +99,25 @@ class Sequence:
         """Fairness is between distinct mixes."""
         return self.mix.key
 
+    @property
+    def active_mix(self) -> Mix:
+        """The adapters that act on the next token to be computed."""
+        if len(self.stages) == 1:
+            return self.stages[0].mix
+        return next(s.mix for s in reversed(self.stages) if s.start <= self.num_computed)
+
+    @property
+    def num_alike(self) -> int:
+        """How many of the tokens that are to be computed the same adapters act on."""
+        starts = (s.start for s in self.stages[1:] if s.start > self.num_computed)
+        return next(starts, len(self.tokens)) - self.num_computed
+
     def extend_keys(self, num_tokens: int, block_size: int) -> None:
         """Name every full block within the first ``num_tokens`` tokens."""
         while len(self.keys) * block_size <= num_tokens:
             start = (len(self.keys) - 1) * block_size
-            self.keys.append(next_key(self.keys[-1], self.tokens[start : start + block_size]))
+            block = range(start, start + block_size)
+            changes = [(s.start - start, s.mix.key) for s in self.stages[1:] if s.start in block]
+            self.keys.append(
+                next_key(self.keys[-1], self.tokens[start : start + block_size], changes)
+            )

@@ -52,14 +52,14 @@ class BatchBuilder:
         """Order the rows (short adapted ones by mix, base, long adapted ones); prepare metadata."""
         short, base, long = [], [], []
         for item in step.scheduled:
-            if not item.sequence.mix.members:
+            if not item.sequence.active_mix.members:
                 base.append(item)
             elif item.num_new <= MAX_SHORT_ROWS:
                 short.append(item)
             else:
                 long.append(item)
         # Rows of one mix side by side share what is read of its adapters.
-        short.sort(key=lambda item: item.sequence.mix.key)
+        short.sort(key=lambda item: item.sequence.active_mix.key)
         placed, row = [], 0
         for item in (*short, *base, *long):
             placed.append(Placed(item, row))
@@ -108,7 +108,7 @@ class BatchBuilder:
 
     def _bind_adapters(self, short: list[Scheduled], long: list[Placed]) -> AdapterStep:
         sequences = [item.sequence for item in short] + [p.item.sequence for p in long]
-        adapters = {a.key: a for sequence in sequences for a, _ in sequence.mix.members}
+        adapters = {a.key: a for sequence in sequences for a, _ in sequence.active_mix.members}
         self._store.prepare(adapters.values())
         return self._store.step(
             StepMembers(
@@ -125,5 +125,5 @@ class BatchBuilder:
 
 
 def members_of(sequence: Sequence) -> Members:
-    """Key and weight of each adapter that adds something."""
-    return [(a.key, weight) for a, weight in sequence.mix.members if weight != 0.0]
+    """Key and weight of each adapter that adds something to the tokens that are computed next."""
+    return [(a.key, weight) for a, weight in sequence.active_mix.members if weight != 0.0]

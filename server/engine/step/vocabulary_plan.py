@@ -30,7 +30,7 @@ def plan_vocabulary(
     for sequence, its_rows in rows:
         found = [
             (adapter.key, weight, change)
-            for adapter, weight in sequence.mix.members
+            for adapter, weight in sequence.active_mix.members
             # Weight 0 adds nothing, not even an overflow.
             if weight and (change := store.vocabulary(adapter.key)) is not None
         ]

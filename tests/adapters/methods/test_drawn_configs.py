@@ -67,6 +67,13 @@ def ranks(draw: Draw, largest: int) -> int:
     return draw(st.integers(1, largest))
 
 
+def alora(draw: Draw) -> dict[str, Any]:
+    tokens = draw(st.lists(st.integers(0, 90), min_size=1, max_size=4))
+    keys = {"use_rslora": draw(st.booleans()), "lora_bias": draw(st.booleans())}
+    keys["lora_alpha"] = draw(st.sampled_from([1, 3, 2.5]))
+    return {**selection(draw), "r": ranks(draw, 9), "alora_invocation_tokens": tokens, **keys}
+
+
 def bd_lora(draw: Draw) -> dict[str, Any]:
     blocks = draw(st.sampled_from([1, 2, 4]))
     a, b = ["o_proj", "down_proj"], ["q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"]
@@ -203,7 +210,7 @@ def beft(draw: Draw) -> dict[str, Any]:
 DRAWN: dict[str, Callable[[Draw], dict[str, Any]]] = {
     one.__name__: one
     for one in (bd_lora, kasa, vblora, unilora, tinylora, delora, miss, pvera, gralora, hra, deft)
-} | {one.__name__: one for one in (peanut, glora, beft, oft, boft, road, c3a, hira)}
+} | {one.__name__: one for one in (peanut, glora, beft, oft, boft, road, c3a, hira, alora)}
 
 
 @torch.no_grad()
@@ -221,7 +228,11 @@ def check_modules(method: str, keys: dict[str, Any], seed: int) -> int:
         operators = lowered.operators.modules.get(path, ModuleOperators())
         generator = torch.Generator().manual_seed(len(path))
         x = torch.randn(1, 5, linear.in_features, generator=generator, dtype=torch.float64)
-        expected = oracle.get_submodule(f"base_model.model.{path}")(x)
+        module, told = oracle.get_submodule(f"base_model.model.{path}"), {}
+        if method == "alora" and not isinstance(module, torch.nn.Linear):
+            # From which token on, counted from the end.
+            told["alora_offsets"] = [5]
+        expected = module(x, **told)
         found = apply_operators(linear, [(operators, 1.0)], x)
         error = float((found - expected).abs().max() / expected.abs().max())
         # What PEFT computes in fp32 whatever the model's dtype is, such as a QR, is that exact.

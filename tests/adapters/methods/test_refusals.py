@@ -49,7 +49,7 @@ NEW = (
     *("poly", "multitask_prompt"),
 )
 # Variants of LoRA, whose rules test_adapter_config.py has.
-VARIANTS = ("dora", "bd_lora", "kasa")
+VARIANTS = ("alora", "dora", "bd_lora", "kasa")
 BUILT = (*NEW, "lora", "rslora", *VARIANTS)
 # Methods that one reader reads.
 LINEAR = (

@@ -56,7 +56,7 @@ UNSUPPORTED: dict[str, Any] = {
     "trainable_token_indices": [1, -2],
     "target_parameters": ["experts.weight"],
     "layer_replication": [[0, 1], [0, 1]],
-    "alora_invocation_tokens": [5, 6],
+    "alora_invocation_tokens": "5",
     "use_qalora": "yes",
     "use_bdlora": {"target_modules_bd_a": ["q_proj"]},
     "arrow_config": {"top_k": 3},

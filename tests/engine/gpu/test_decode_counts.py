@@ -151,6 +151,7 @@ class _Adapter:
 
     generation = 1
     bytes_device = num_soft_tokens = num_prefix_positions = 0
+    invocation = ()
 
     def __init__(self, key: str, *projections: str) -> None:
         self.key = self.uuid = self.name = key

@@ -94,6 +94,7 @@ class _Adapter:
         soft = operators.soft_prompt
         self.num_soft_tokens = 0 if soft is None or soft.prefix else soft.num_positions
         self.num_prefix_positions = 0 if soft is None or not soft.prefix else soft.num_positions
+        self.invocation = operators.invocation or ()
 
 
 def _decoder() -> GpuDecoder:

@@ -15,22 +15,42 @@ from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 
 BLOCK_SIZE = 4
+# What "c" acts from on.
+INVOCATION = (2, 2)
 MixKey = tuple[tuple[str, int, float], ...]
-# What the values in a block depend on: base generation, mix, all tokens up to its end.
-Content = tuple[int, MixKey, tuple[int, ...]]
+# What the values in a block depend on: base generation, each token up to its end and its mix.
+Content = tuple[int, tuple[tuple[int, MixKey], ...]]
 
-# Beginnings of two texts: most prompts share blocks with others.
+# Beginnings of two texts: most prompts share blocks with others. In some there are invocations.
 prompts = st.builds(
-    lambda text, length: [text] * length, st.sampled_from([0, 1]), st.integers(1, 18)
+    lambda text, length, more: [text] * length + more,
+    st.sampled_from([0, 1]),
+    st.integers(1, 18),
+    st.sampled_from([[], [], [2, 2], [2, 2, 0, 2, 2, 2], [2, 2] + [1] * 5]),
 )
-members = st.sampled_from([(), ("a",), ("a",), ("b",), ("a", "b"), ("b", "a")])
+members = st.sampled_from(
+    [(), ("a",), ("a",), ("b",), ("a", "b"), ("b", "a"), ("c",), ("c",), ("a", "c"), ("c", "b")]
+)
 weights = st.sampled_from([1.0, 1.0, 0.5])
 
 
 @dataclass(frozen=True)
+class FakeAdapter:
+    uuid: str
+    generation: int
+    invocation: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class FakeMix:
-    key: MixKey
-    members: tuple[tuple[Any, float], ...] = ()
+    members: tuple[tuple[FakeAdapter, float], ...]
+
+    @property
+    def key(self) -> MixKey:
+        return tuple((a.uuid, a.generation, weight) for a, weight in self.members)
+
+    def part(self, members: Any) -> FakeMix:
+        return FakeMix(tuple(members))
 
     def ensure_host(self, callback: Any) -> bool:
         return True
@@ -51,36 +71,48 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         self.scheduler = Scheduler(
             BlockPool(self.num_blocks, BLOCK_SIZE), max_num_seqs=3, max_num_batched_tokens=16
         )
-        self.versions = {name: (f"uuid-{name}", 1) for name in "ab"}
+        self.versions = {name: (f"uuid-{name}", 1) for name in "abc"}
         self.num_loads = 0
         self.live: dict[Sequence, int] = {}
         self.written: dict[int, Content] = {}
         self.ever: set[Content] = set()
 
     def _content(self, sequence: Sequence, end: int) -> Content:
-        return self.live[sequence], sequence.mix.key, tuple(sequence.tokens[:end])
+        prompt: tuple[int, ...] = sequence.request.prompt_token_ids
+        mix: Any = sequence.mix
+        starts = [i for i in range(len(prompt)) if prompt[i : i + 2] == INVOCATION]
+        start = starts[-1] if starts else None
+        parts = []
+        for position, token in enumerate(sequence.tokens[:end]):
+            is_on = start is not None and position >= start
+            acting = [m for m in mix.members if is_on or not m[0].invocation]
+            parts.append((token, FakeMix(tuple(acting)).key))
+        return self.live[sequence], tuple(parts)
 
     @rule(prompt=prompts, members=members, weight=weights, max_tokens=st.integers(1, 6))
     def ask(
         self, prompt: list[int], members: tuple[str, ...], weight: float, max_tokens: int
     ) -> None:
-        key = tuple((*self.versions[name], weight) for name in members)
+        acting = [
+            (FakeAdapter(*self.versions[name], INVOCATION if name == "c" else ()), weight)
+            for name in members
+        ]
         request = Request(
             request_id="r",
             prompt_token_ids=tuple(prompt),
             stop=StopConditions(max_tokens=max_tokens),
         )
-        mix: Any = FakeMix(key)
+        mix: Any = FakeMix(tuple(acting))
         sequence = Sequence(request, mix, 0.0)
         self.live[sequence] = self.scheduler.base_generation
         self.scheduler.add(sequence)
 
-    @rule(name=st.sampled_from("ab"))
+    @rule(name=st.sampled_from("abc"))
     def replace(self, name: str) -> None:
         uuid, generation = self.versions[name]
         self.versions[name] = uuid, generation + 1
 
-    @rule(name=st.sampled_from("ab"))
+    @rule(name=st.sampled_from("abc"))
     def load_again(self, name: str) -> None:
         self.num_loads += 1
         self.versions[name] = f"uuid-{name}-{self.num_loads}", 1
@@ -105,6 +137,8 @@ class PrefixCacheMachine(RuleBasedStateMachine):
         drawing = [item.sequence for item in step.scheduled if item.samples]
         for item in step.scheduled:
             sequence, end = item.sequence, item.sequence.num_computed + item.num_new
+            mixes = {mix for _, mix in self._content(sequence, end)[1][sequence.num_computed :]}
+            assert mixes == {sequence.active_mix.key}, "one mix acts on all of a chunk"
             for index in range(sequence.num_computed // BLOCK_SIZE, end // BLOCK_SIZE):
                 content = self._content(sequence, (index + 1) * BLOCK_SIZE)
                 self.written[sequence.blocks[index]] = content

@@ -27,6 +27,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "lora": (peft.LoraConfig, _LORA),
     "rslora": (peft.LoraConfig, {"r": 6, "lora_alpha": 3, **_ALL, "use_rslora": True}),
     "dora": (peft.LoraConfig, {**_LORA, "use_dora": True}),
+    "alora": (peft.LoraConfig, {**_LORA, "alora_invocation_tokens": [7]}),
     "bd_lora": (peft.LoraConfig, {**_LORA, "use_bdlora": _BD_LORA}),
     "kasa": (peft.LoraConfig, {**_LORA, "kasa_config": KasaConfig()}),
     "velora": (peft.LoraConfig, {**_LORA, "velora_config": VeloraConfig(num_groups=4)}),

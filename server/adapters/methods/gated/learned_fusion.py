@@ -62,6 +62,7 @@ _WORDS = {
     "soft_prompt": "soft tokens or a prefix",
     "head": "an embedding or head",
     "tokens": "an embedding or head",
+    "invocation": "an invocation before which it does nothing",
 }
 
 

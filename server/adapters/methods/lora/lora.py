@@ -18,15 +18,21 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import Factors, fold_all
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES
+from turret.server.adapters.peft_format.config.lora_rules import INVOCATION, LORA_RULES
 from turret.server.adapters.peft_format.lora_checkpoint import LORA_BIAS, A, B, read_lora
-from turret.server.adapters.peft_format.module_checkpoint import Roles
+from turret.server.adapters.peft_format.module_checkpoint import ModuleCheckpoint, Roles
 
 
 def lower(
     checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
 ) -> Lowered:
-    found = read_lora(checkpoint, base, max_rank)
+    return lower_factors(checkpoint, base, read_lora(checkpoint, base, max_rank))
+
+
+def lower_factors(
+    checkpoint: AdapterCheckpoint, base: BaseModel, found: ModuleCheckpoint
+) -> Lowered:
+    """Makes operators of factors that were read, and of biases inside ``lora_B``."""
     scalings = {name: found.targets.scaling(name) for name in found.modules}
     factors = {
         name: Factors(roles[A], roles[B], scalings[name]) for name, roles in found.modules.items()
@@ -49,6 +55,7 @@ def _scaled(roles: Roles, scaling: float) -> torch.Tensor | None:
 def _is_plain(config: Mapping[str, Any]) -> bool:
     """Whether no other method is meant; values at fault are reported here."""
     flags = any(config.get(key) is True for key in ("use_dora", "use_qalora"))
+    flags = flags or isinstance(config.get(INVOCATION), list)
     return not flags and not any(
         isinstance(config.get(key), Mapping) for key in ("use_bdlora", "kasa_config")
     )

@@ -52,6 +52,8 @@ def is_served_init(value: Any) -> str | None:
     return f"is {value!r:.40}, an initialisation this version does not know"
 
 
+# Key of an activated LoRA.
+INVOCATION = "alora_invocation_tokens"
 _VARIANT = "is not served by this version; train the adapter without it"
 # Keys that each make LoRA another method; PEFT allows one of them at a time.
 VARIANTS = (
@@ -61,6 +63,7 @@ VARIANTS = (
     "kasa_config",
     "velora_config",
     "monteclora_config",
+    INVOCATION,
 )
 _MONTECLORA_KEYS = (
     *("sample_scaler", "kl_loss_weight", "buffer_size"),
@@ -74,6 +77,14 @@ def _is_names(value: Any) -> str | None:
     if value is None or (is_list and all(isinstance(name, str) and name for name in value)):
         return None
     return "must be a list of names or null"
+
+
+def _is_invocation(value: Any) -> str | None:
+    """At least one token, as in PEFT's search."""
+    is_list = isinstance(value, list) and 0 < len(value) <= MAX_LIST_ITEMS
+    if value is None or (is_list and all(type(token) is int and token >= 0 for token in value)):
+        return None
+    return "must be a list of one or more token ids, or null"
 
 
 def _is_selector(value: Any) -> str | None:
@@ -119,9 +130,7 @@ LORA_RULES: Rules = {
     "layer_replication": Rejected(
         (None, []), "changes the base model's depth; serve the replicated model as its own base"
     ),
-    "alora_invocation_tokens": Rejected(
-        (None,), "an activated LoRA switches on within the prompt, which is not served"
-    ),
+    INVOCATION: Used(_is_invocation),
     "use_qalora": Used(is_optional_bool),
     "use_bdlora": Used(_is_bd_lora),
     "kasa_config": Used(_is_object_of("beta", "gamma")),

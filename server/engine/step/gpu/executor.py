@@ -243,7 +243,7 @@ class GpuExecutor:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A step with prompts: launched as it is."""
         tables, device = self._mixed, self._decoder.device
-        members = {a.key: a for p in placed for a, _ in p.item.sequence.mix.members}
+        members = {a.key: a for p in placed for a, _ in p.item.sequence.active_mix.members}
         its_rows = [(p.item.sequence, range(p.row_start, p.last_row + 1)) for p in placed]
         adapters = None
         if members:
@@ -354,7 +354,7 @@ class GpuExecutor:
 
     def _bound_to(self, sequences: list[Sequence]) -> _Bound:
         """A decode step's adapters; their tables are loaded only where something has changed."""
-        mixes = tuple([sequence.mix for sequence in sequences])
+        mixes = tuple([sequence.active_mix for sequence in sequences])
         bound = self._bound
         if bound is not None and bound.mixes == mixes:
             self.store.prepare(bound.adapters)

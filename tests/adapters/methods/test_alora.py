@@ -1,0 +1,316 @@
+"""aLoRA on a real engine: PEFT's numbers, the base's blocks, equal bits, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.merges import merge
+from builders.methods import load_adapter, make_config, save_adapter
+from method_oracle import (
+    MAX_TOKENS,
+    check_close,
+    check_score,
+    oracle_logprobs,
+    prompt_of,
+    quiet,
+    twin,
+)
+from servers.engine_harness import EngineHarness, make_request
+from torch import nn
+
+from turret.kernels.cpu import native
+from turret.server.adapters.ref import AdapterRef
+from turret.server.engine.scheduling.request import SamplingParams
+from turret.server.engine.scheduling.scheduler import Scheduler, Step
+from turret.server.errors import (
+    InvalidRequestError,
+)
+
+ONE, TWO = [70, 71], [72]
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "one": ("alora", {"alora_invocation_tokens": ONE, "lora_bias": True}),
+    "two": (
+        "alora",
+        {
+            "alora_invocation_tokens": TWO,
+            "r": 9,
+            "use_rslora": True,
+            "target_modules": ["q_proj", "v_proj", "down_proj", "lm_head"],
+        },
+    ),
+    "lora": ("lora", {}),
+    "dora": ("dora", {}),
+    "prefix": ("prefix_tuning", {"num_virtual_tokens": 21}),
+    "prompt": ("prompt_tuning", {"num_virtual_tokens": 7}),
+}
+# Where the invocation is, and whether the adapter acts at all.
+PLACES: dict[str, list[int]] = {
+    "amid": [*range(3, 20), *ONE, *range(30, 45)],
+    "twice": [1, *ONE, *range(3, 17), *ONE, 5],
+    "first": [*ONE, *range(3, 40)],
+    "last": [*range(3, 30), *ONE],
+    "at a block's end": [*range(3, 18), *ONE, *range(4, 20)],
+    "at a block's start": [*range(3, 19), *ONE, *range(4, 20)],
+    "alone": ONE,
+    "absent": [*range(3, 20), 71, 70],
+    "broken off": [*range(3, 9), 70],
+}
+MIXES: list[list[tuple[str, float]]] = [
+    [("one", 1.0)],
+    [("two", 1.0)],
+    [("one", 0.5), ("lora", 0.7)],
+    [("two", -0.5), ("dora", 0.4), ("one", 1.2)],
+    [("one", 0.0)],
+    [("prefix", 1.0), ("one", 1.0)],
+    [("two", 0.6), ("prompt", 1.0)],
+    [],
+]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("alora")
+    for seed, (name, (method, changes)) in enumerate(ADAPTERS.items()):
+        save_adapter(twin("qwen2").model, make_config(method, **changes), folder / name, seed=seed)
+    return folder
+
+
+def start(root: Path, **options: Any) -> Any:
+    return EngineHarness.start(twin("qwen2").folder, root, adapters=list(ADAPTERS), **options)
+
+
+def text_of(mix: Sequence[tuple[str, float]], number: int) -> list[int]:
+    """Random text with both invocations in it, one of them twice."""
+    first, rest = prompt_of((3, 11, 29, 70)[number % 4], number), prompt_of(9 + number, number + 50)
+    return [*ONE, *first, *ONE, *rest[:5], *TWO, *rest[5:]]
+
+
+@torch.no_grad()
+def peft_greedy(model: Any, prompt: list[int], count: int) -> tuple[list[int], list[float]]:
+    """Greedy tokens and their logprobs by PEFT, which finds the invocation in the prompt alone."""
+    with quiet():
+        found = model.generate(
+            input_ids=torch.tensor([prompt]),
+            do_sample=False,
+            max_new_tokens=count,
+            min_new_tokens=count,
+            output_logits=True,
+            return_dict_in_generate=True,
+            pad_token_id=0,
+        )
+    logprobs = [row[0].log_softmax(-1) for row in found.logits]
+    tokens = found.sequences[0, len(prompt) :].tolist()
+    return tokens, [float(row[token]) for row, token in zip(logprobs, tokens, strict=True)]
+
+
+@pytest.mark.parametrize("name", ["one", "two"])
+async def test_scores_and_answers_are_pefts(name: str, root: Path) -> None:
+    oracle = load_adapter(twin("qwen2").model, root / name)
+    plain = twin("qwen2").model
+    wanted = ONE if name == "one" else TWO
+    async with start(root, max_num_batched_tokens=24, max_num_seqs=8) as harness:
+        assert harness.registry.get(name).facts.method == "alora"
+        for place, text in PLACES.items():
+            # The other one's invocation is a single token.
+            prompt = text if name == "one" else [72 if t == 70 else t for t in text if t != 71]
+            scored = await harness.run(make_request(prompt, name, score=True))
+            if len(prompt) > 1:
+                check_score(scored, oracle, prompt, f"score, {place}")
+            tokens, logprobs = peft_greedy(oracle, prompt, MAX_TOKENS)
+            answer = await harness.run(make_request(prompt, name, max_tokens=MAX_TOKENS))
+            assert list(answer.token_ids) == tokens, place
+            check_close([p for p in answer.logprobs if p is not None], logprobs, place)
+            rows = oracle_logprobs(oracle, prompt) - oracle_logprobs(plain, prompt)
+            acts = any(prompt[i : i + len(wanted)] == wanted for i in range(len(prompt)))
+            assert (rows.abs().max() > 0.05) == acts, "an adapter without effect agrees with all"
+
+
+async def test_generated_invocations_change_nothing(root: Path) -> None:
+    """The answer is made to hold the invocation; PEFT looks for it in the prompt."""
+    oracle = load_adapter(twin("qwen2").model, root / "two")
+    prompt, forced = PLACES["amid"], {72: 100.0}
+    request = make_request(
+        prompt, "two", max_tokens=4, sampling=SamplingParams(temperature=0.0, logit_bias=forced)
+    )
+    async with start(root) as harness:
+        absent = await harness.run(request)
+        present = await harness.run(replace(request, prompt_token_ids=(*TWO, *prompt)))
+        for answer in (absent, present):
+            assert answer.token_ids == (72,) * 4
+        start_at_first = len(prompt) + len(TWO) + 2
+        # PEFT has no way to be told that nothing acts: the base's own logits are that.
+        for answer, row in (
+            (absent, last_logits(twin("qwen2").model, [*prompt, 72, 72])),
+            (present, last_logits(oracle, [*TWO, *prompt, 72, 72], [start_at_first])),
+        ):
+            assert answer.logprobs[2] == pytest.approx(float(row.log_softmax(-1)[72]), abs=1e-4)
+    assert absent.logprobs[2] != pytest.approx(present.logprobs[2], abs=0.01)
+
+
+@torch.no_grad()
+def last_logits(model: Any, tokens: list[int], offsets: list[int] | None = None) -> torch.Tensor:
+    """Of the last token; ``offsets`` tell PEFT how many tokens from the end an adapter acts on."""
+    told = {} if offsets is None else {"alora_offsets": offsets}
+    with quiet():
+        return model(input_ids=torch.tensor([tokens]), **told).logits[0, -1]
+
+
+class _Windowed(nn.Module):
+    """``base(x) + Σ w (adapted(x) − base(x))``, each from its own position on."""
+
+    def __init__(self, base: nn.Module, parts: list[tuple[nn.Module, float, int | None]]) -> None:
+        super().__init__()
+        self._base, self._numbers = base, [(weight, start) for _, weight, start in parts]
+        self._parts = nn.ModuleList(part for part, _, _ in parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        plain = self._base(x)
+        total = plain.clone()
+        for part, (weight, start) in zip(self._parts, self._numbers, strict=True):
+            length = x.shape[1]
+            if start is None:
+                continue
+            # PEFT's own module, told how many tokens from the end it acts on.
+            change = part(x, alora_offsets=[length - start]) if start else part(x) - plain
+            total += weight * (change - plain if start else change)
+        return total
+
+
+def start_of(name: str, prompt: list[int]) -> int | None:
+    """0 for an adapter that acts everywhere."""
+    wanted = ADAPTERS[name][1].get("alora_invocation_tokens")
+    if wanted is None:
+        return 0
+    starts = [i for i in range(len(prompt)) if prompt[i : i + len(wanted)] == wanted]
+    return starts[-1] if starts else None
+
+
+def mixed_oracle(root: Path, mix: list[tuple[str, float]], prompt: list[int]) -> nn.Module:
+    model = copy.deepcopy(twin("qwen2").model)
+    loaded = [(load_adapter(model, root / n), weight, start_of(n, prompt)) for n, weight in mix]
+    linear = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    for name in linear:
+        parent, _, leaf = name.rpartition(".")
+        parts = []
+        for peft_model, weight, begin in loaded:
+            module = peft_model.get_submodule(f"base_model.model.{name}")
+            if not isinstance(module, nn.Linear):
+                parts.append((module, weight, begin))
+        setattr(model.get_submodule(parent), leaf, _Windowed(model.get_submodule(name), parts))
+    return model.eval()
+
+
+async def test_mixes_sum_what_each_adds_from_its_own_start_on(root: Path) -> None:
+    async with start(root) as harness:
+        for number, mix in enumerate(MIXES[:5]):
+            prompt = [3, *text_of(mix, number)]
+            refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
+            answer = await harness.run(make_request(prompt, *refs, score=True))
+            rows = oracle_logprobs(mixed_oracle(root, mix, prompt), prompt)
+            expected = [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
+            found = [p for p in answer.prompt_logprobs[1:] if p is not None]
+            check_close(found, expected, f"{mix}")
+
+
+def requests_of(max_tokens: int = 6) -> list[Any]:
+    requests = []
+    for number, mix in enumerate([*MIXES, *MIXES]):
+        refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
+        requests.append(make_request(text_of(mix, number), *refs, max_tokens=max_tokens))
+    return requests
+
+
+@pytest.mark.parametrize("formulation", ["float32", "bfloat16", "bfloat16 by torch"])
+async def test_bits_do_not_depend_on_company_chunks_preemption_cache_or_resumption(
+    formulation: str, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype, _, by_torch = formulation.partition(" ")
+    if by_torch:
+        monkeypatch.setattr(native, "library", lambda: None)
+    # The compiled kernels take a second for all of it, torch a minute.
+    requests = requests_of(40) if formulation == "bfloat16" else requests_of(20)[:8]
+    num_blocks = 31 if formulation == "bfloat16" else 17
+    alone = []
+    async with start(root, dtype=dtype, max_num_batched_tokens=256) as harness:
+        for request in requests:
+            # Without what an earlier one left.
+            harness.engine._loop._scheduler.blocks.forget_cached()
+            alone.append(await harness.run(request))
+    preempted: list[Any] = []
+    preempt = Scheduler._preempt
+
+    def counted(self: Scheduler, sequence: Any, now: float) -> None:
+        preempted.append(sequence)
+        preempt(self, sequence, now)
+
+    monkeypatch.setattr(Scheduler, "_preempt", counted)
+    scarce: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 19}
+    async with start(root, dtype=dtype, **scarce) as harness:
+        # Fewer blocks than --kv-cache-bytes can ask for: room for a few requests.
+        blocks = harness.engine._loop._scheduler.blocks
+        blocks.num_blocks = num_blocks
+        for block in list(blocks._free)[blocks.num_blocks - 1 :]:
+            del blocks._free[block]
+        together = await harness.run_all(requests)
+        again = await harness.run_all(requests)
+        rest = await harness.run_all(
+            [
+                replace(request, answer_so_far=one.token_ids[:3])
+                for request, one in zip(requests, alone, strict=True)
+            ]
+        )
+    assert preempted
+    for request, one, *others, last in zip(requests, alone, together, again, rest, strict=True):
+        names = [(ref.name, ref.weight) for ref in request.adapters]
+        for other in others:
+            assert other.bits == one.bits, names
+        assert last.token_ids == one.token_ids[3:], names
+        assert last.logprobs == one.logprobs[3:], names
+    assert len({answer.bits for answer in alone}) > len(alone) // 2
+
+
+async def test_after_a_base_conversation_only_the_invocation_is_computed(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first token costs beside a plain LoRA, counted in tokens."""
+    computed: list[int] = []
+    schedule = Scheduler.schedule
+
+    def counted(self: Scheduler, *args: Any) -> Step:
+        step = schedule(self, *args)
+        computed.append(sum(item.num_new for item in step.scheduled))
+        return step
+
+    async with start(root, max_num_batched_tokens=512) as harness:
+        said = prompt_of(420)
+        answer = await harness.run(make_request(said, max_tokens=60))
+        monkeypatch.setattr(Scheduler, "schedule", counted)
+        conversation = [*said, *answer.token_ids, *ONE]
+        answers, costs = {}, {}
+        for name in ("one", "lora"):
+            computed.clear()
+            answers[name] = await harness.run(make_request(conversation, name, max_tokens=1))
+            costs[name] = sum(computed)
+        usage = answers["one"].finish.usage
+        assert len(conversation) - len(ONE) == 480
+        # The base has computed all but its last token; a block is 16.
+        assert usage.cached_tokens == (len(conversation) - len(ONE) - 1) // 16 * 16
+        assert costs["one"] == len(conversation) - usage.cached_tokens <= 16 + len(ONE)
+        assert costs["lora"] == len(conversation)
+        assert costs["lora"] / costs["one"] > 25
+        # What was computed before the invocation is found by the base, and by others of the kind.
+        for names in ((), ("two",)):
+            later = await harness.run(make_request([*conversation[:-2], 72, 1], *names))
+            assert later.finish.usage.cached_tokens == 480 > usage.cached_tokens
+
+
+async def test_it_is_no_change_of_weights(root: Path) -> None:
+    async with start(root) as harness:
+        with pytest.raises(InvalidRequestError, match=r"'one' .alora. cannot be merged: its invoc"):
+            await merge(harness, "one")
