@@ -31,6 +31,7 @@ _POINTER = {
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
+    torch.uint16: "*u16",
 }
 
 

@@ -18,6 +18,7 @@ from turret.kernels.gpu.adapters.modulated_base import modulate, modulated_add
 from turret.kernels.gpu.adapters.pair_rotation import pair_rotation
 from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
+from turret.kernels.gpu.adapters.sparse import sparse
 from turret.kernels.gpu.gelu_mul import gelu_mul
 from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
 from turret.kernels.gpu.nf4_matmul import nf4_matmul
@@ -133,7 +134,7 @@ def _from_base(
 
 
 def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]]:
-    """Hadamard, Kronecker and circulant adapters."""
+    """Hadamard, Kronecker, circulant and sparse adapters."""
     table = RowTable(_ROWS, _META)
     x, y = _empty(_ROWS, inner), _empty(_ROWS, sum(outs))
 
@@ -159,8 +160,15 @@ def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]
                 kernel = _empty(8, outs[0] // size, inner // size, size)
                 circulant(x, y[:, : outs[0]], kernel, table)
 
+    def entries(out: int) -> None:
+        count = 32 * (inner + out)
+        values, columns = _empty(count), _empty(count, dtype=torch.uint16)
+        starts = _empty(_SLOTS, out + 1, dtype=torch.int32)
+        sparse(x, y[:, :out], values, columns, starts, _empty(_SLOTS, dtype=torch.int64), table)
+
     for rank in (8, 16, 32, 64):
         yield lambda rank=rank: hadamard(rank)
+    yield lambda: entries(outs[0])
     yield circulants
     yield lambda: kron(outs[0])
 

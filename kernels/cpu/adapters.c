@@ -155,12 +155,14 @@ KERNEL static void expand_columns(const Step *step, const Projection *p, const S
         const Component *c = &step->components[k];
         const Module *m = &c->modules[p->module + j];
         float w = (float)c->weight;
-        Rows part = {0, activations(step, p, seg, c, row, j), acc, rows, 0, p->num_slices * c->width};
+        Rows part = {p->x + row * p->x_stride, activations(step, p, seg, c, row, j), acc, rows,
+                     p->x_stride, p->num_slices * c->width};
         int64_t width = p->widths[j];
         if (m->bias)
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t o = 0; o < count; o++) acc[i * COLUMNS + o] += w * m->bias[low + o];
         if (m->rank) low_rank_expand(m, &part, w, width, low, count);
+        if (m->sparse) sparse_expand(m->sparse, &part, w, low, count);
         for (int64_t i = 0; i < rows; i++) {
             const float *v = part.v + i * part.v_stride;
             float *sums = acc + i * COLUMNS;
@@ -187,6 +189,8 @@ static int64_t column_cost(const Step *step, const Projection *p, const Segment 
         if (m->pairs) cost += 2;
         if (m->circulant) cost++;
         if (m->kronecker) cost += m->kronecker->w2 ? m->kronecker->in_m : 2 * m->kronecker->rank;
+        /* An entry is a product by itself. */
+        if (m->sparse) cost += 8 * m->sparse->mean;
     }
     return cost;
 }

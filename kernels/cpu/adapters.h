@@ -52,6 +52,14 @@ typedef struct {
     int64_t rows, columns, size, width;
 } Circulant;
 
+/* S x, compressed rows; no scratch (sparse.c). */
+typedef struct {
+    const bf16 *values;
+    const uint16_t *columns;
+    const int32_t *row_starts; /* [out + 1] */
+    int64_t mean;              /* entries of a row, about */
+} Sparse;
+
 typedef struct {
     const bf16 *a;      /* [rank, in] */
     const bf16 *b;      /* [rank, out] */
@@ -64,6 +72,7 @@ typedef struct {
     const InputBlocks *input_blocks; /* or null */
     const PairRotation *pairs;       /* or null */
     const Circulant *circulant;      /* or null */
+    const Sparse *sparse;            /* or null */
 } Module;
 
 typedef struct {
@@ -163,5 +172,8 @@ void circulant_expand(const Circulant *c, const float *z, float w, int64_t low, 
 void pairs_shrink(const bf16 *y, int64_t width, float *z);
 void pairs_expand(const PairRotation *p, const float *z, float w, int64_t low, int64_t count,
                   float *acc);
+
+/* acc[:, 0:count] += w * (S x)[low:low + count], for any number of rows. */
+void sparse_expand(const Sparse *s, const Rows *rows, float w, int64_t low, int64_t count);
 
 #endif

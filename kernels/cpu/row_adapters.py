@@ -4,7 +4,7 @@ Semantics, per row and slice ``s`` of a fused projection, over the members ``k``
 
     y ← G ⊙ y + bias + Σ_k w_k (b_k + Δ_k(x))      G = 1 + Σ_k w_k (g_k − 1)
 
-    Δ(x) = B (A x) + ((w1a w1b) ⊙ (w2a w2b)) x + kron(w1, w2) x
+    Δ(x) = B (A x) + ((w1a w1b) ⊙ (w2a w2b)) x + kron(w1, w2) x + S x
 
 in fp32 with one rounding. Nothing is packed: a step is a list of row segments, each with its
 members, and a member is a pointer to its adapter's table of modules. The gathering is that of
@@ -78,8 +78,23 @@ class KroneckerFactors:
         return self.w1.shape[1] * _padded(width)
 
 
+@dataclass(frozen=True, slots=True)
+class SparseEntries:
+    """``S x``, ``S`` as compressed rows.
+
+    Attributes:
+        values: ``[entries]`` bf16, contiguous like all of them.
+        columns: ``[entries]`` uint16.
+        row_starts: ``[out + 1]`` int32.
+    """
+
+    values: torch.Tensor
+    columns: torch.Tensor
+    row_starts: torch.Tensor
+
+
 # A module's entry: five tensors and the rank, then what these point to.
-_FIELDS = ("hadamard", "kronecker", "input_blocks", "pairs", "circulant")
+_FIELDS = ("hadamard", "kronecker", "input_blocks", "pairs", "circulant", "sparse")
 _FIRST = 6
 
 
@@ -114,6 +129,7 @@ class ModuleTable:
         input_blocks: torch.Tensor | None = None,
         pairs: tuple[torch.Tensor, int] | None = None,
         circulant: CirculantFactors | None = None,
+        sparse: SparseEntries | None = None,
     ) -> None:
         """Enter a module's tensors.
 
@@ -129,6 +145,7 @@ class ModuleTable:
             input_blocks: ``[count, size, size]`` bf16.
             pairs: What partners are multiplied by, ``[out]`` fp32, and the outputs of a group.
             circulant: The block-circulant update.
+            sparse: Entries of the weight.
         """
         assert (a is None) == (b is None)
         rank = 0 if a is None else a.shape[0]
@@ -155,6 +172,10 @@ class ModuleTable:
             values = [*map(self._address_of, parts), *circulant.sizes]
             self._factors.append((module, "circulant", values))
             width += circulant.scratch
+        if sparse is not None:
+            parts = (sparse.values, sparse.columns, sparse.row_starts)
+            mean = len(sparse.values) // (len(sparse.row_starts) - 1)
+            self._factors.append((module, "sparse", [*map(self._address_of, parts), mean]))
         self.width = max(self.width, width)
 
     def close(self) -> None:

@@ -103,6 +103,41 @@ class Kronecker:
         return Kronecker(w1, w2 if isinstance(self.w2, torch.Tensor) else (w2, next(tensors)))
 
 
+# Inputs of a module that 16 bits can name.
+MAX_SPARSE_INPUTS = 1 << 16
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """``Δ(x) = S x``, ``S`` a few entries of the weight, as compressed rows.
+
+    Attributes:
+        values: ``[entries]``, serving dtype, the scaling folded in.
+        columns: The input of each, ``[entries]`` uint16.
+        row_starts: The entries of output ``o`` are ``[row_starts[o], row_starts[o + 1])``,
+            ``[out_features + 1]`` int32.
+    """
+
+    values: torch.Tensor
+    columns: torch.Tensor
+    row_starts: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.values, self.columns, self.row_starts)
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> Sparse:
+        return Sparse(next(tensors), next(tensors), next(tensors))
+
+    def rows(self) -> torch.Tensor:
+        """The output of each entry, ``[entries]`` int64."""
+        lengths = self.row_starts.to(torch.int64).diff()
+        return torch.repeat_interleave(lengths)
+
+
 @dataclass(frozen=True, slots=True)
 class Gate:
     """``Δ(x) = Σ_k α_k b_kᵀ (a_k x)``, ``α = softmax_k((query x) · keys_kᵀ (a_k x))``, per token.
@@ -233,6 +268,7 @@ class ModuleOperators:
         low_rank: The low-rank update, or None.
         hadamard: The Hadamard update, or None.
         kronecker: The Kronecker update, or None.
+        sparse: Entries of the weight, or None.
         gate: Low-rank updates weighted per token, or None.
         circulant: The block-circulant update, or None.
         modulated: The base's weight times a low-rank matrix, entry by entry, or None.
@@ -248,6 +284,7 @@ class ModuleOperators:
     low_rank: LowRank | None = None
     hadamard: Hadamard | None = None
     kronecker: Kronecker | None = None
+    sparse: Sparse | None = None
     gate: Gate | None = None
     circulant: Circulant | None = None
     modulated: ModulatedBase | None = None

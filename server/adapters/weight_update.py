@@ -1,7 +1,7 @@
 """The dense update ``ΔW`` of one module, from any method's operators.
 
     ΔW = B A + (w1a w1b) ⊙ (w2a w2b) + kron(w1, w2) + (g − 1) ⊙ W + W ⊙ (l − 1)ᵀ + g ⊙ W Dᵀ
-         + C + W ⊙ bᵀ a + s ⊙ W_p
+         + C + W ⊙ bᵀ a + s ⊙ W_p + S
 
 ``W`` is the weight served. For DoRA this is ``g ⊙ (W + s·B A) − W``, as ``g`` is in ``B`` already.
 """
@@ -25,7 +25,9 @@ _ROWS_PER_BLOCK = 1024
 
 # What a weight update cannot be made of: operators that are not in the formula above.
 _FROM_BASE = frozenset({"gain", "input_gain", "input_blocks", "pairs", "modulated"})
-_WEIGHT_OPERATORS = _FROM_BASE | {"low_rank", "hadamard", "kronecker", "circulant", "bias"}
+_WEIGHT_OPERATORS = _FROM_BASE | {
+    *("low_rank", "hadamard", "kronecker", "circulant", "sparse", "bias")
+}
 _LOW_RANK_OPERATORS = frozenset({"low_rank", "bias"})
 
 
@@ -84,6 +86,10 @@ def add_delta(
         total.add_(torch.kron(w1, w2[0] if len(w2) == 1 else w2[0] @ w2[1]), alpha=weight)
     if operators.circulant is not None:
         total.add_(_circulant_matrix(operators.circulant.kernel.float()), alpha=weight)
+    if operators.sparse is not None:
+        values, columns = operators.sparse.values.float(), operators.sparse.columns
+        places = operators.sparse.rows(), columns.to(torch.int64)
+        total.index_put_(places, values * weight, accumulate=True)
     if _used(operators) & _FROM_BASE:
         served = module.dequantize()
         if gain is not None:

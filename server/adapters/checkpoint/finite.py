@@ -8,12 +8,12 @@ import torch
 
 
 def all_finite(tensor: torch.Tensor) -> bool:
-    """Whether no value is NaN or Inf; true of an empty tensor.
+    """Whether no value is NaN or Inf; true of an empty tensor, and of integers.
 
     ``torch.aminmax`` hands a NaN on and takes a seventh of the time of ``torch.isfinite``, which
     was half of what reading an adapter cost.
     """
-    if not tensor.numel():
+    if not tensor.numel() or not tensor.is_floating_point():
         return True
     least, most = torch.aminmax(tensor)
     return math.isfinite(least) and math.isfinite(most)

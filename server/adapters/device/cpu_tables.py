@@ -21,6 +21,7 @@ from turret.kernels.cpu.row_adapters import (
     ModuleSizes,
     ModuleTable,
     ProjectionShape,
+    SparseEntries,
 )
 from turret.kernels.rows.tables import COLUMNS, padded
 from turret.server.adapters.device.layout import ProjectionLayout
@@ -129,7 +130,7 @@ class AdapterTables(Part):
             for layer, s, ops in found:
                 _put(modules, self._numbers.first(layer, name) + s, ops)
                 parts = (ops.low_rank, ops.hadamard, ops.kronecker, ops.circulant, ops.pairs)
-                if any(part is not None for part in (*parts, ops.gain, ops.bias)):
+                if any(part is not None for part in (*parts, ops.sparse, ops.gain, ops.bias)):
                     updates.add(name)
                 if ops.gain is not None or ops.pairs is not None:
                     gains.add(name)
@@ -175,6 +176,7 @@ def _put(table: ModuleTable, module: int, ops: ModuleOperators) -> None:
         input_blocks=None if ops.input_blocks is None else ops.input_blocks.blocks,
         pairs=None if ops.pairs is None else (ops.pairs.sine, ops.pairs.group),
         circulant=None if ops.circulant is None else CirculantFactors.of(ops.circulant.kernel),
+        sparse=None if ops.sparse is None else SparseEntries(*ops.sparse.tensors()),
     )
 
 

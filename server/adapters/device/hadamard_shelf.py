@@ -91,6 +91,9 @@ class HadamardShelf:
                 self._w1a[s][layer, slot, :rank, : self._widths[s]] = factors.w1a.T
                 self._w2a[s][layer, slot, :rank, : self._widths[s]] = factors.w2a.T
 
+    def clear(self, slot: int) -> None:
+        """Its tables stay as they are until another adapter's are copied there."""
+
     def apply(self, layer: int, rows: Rows, x: torch.Tensor, y: torch.Tensor) -> None:
         tables = HadamardTables(
             rows.pick(self._w1b[layer]),

@@ -111,6 +111,9 @@ class KroneckerShelf:
                 self.layers.add(layer)
                 slices[s].put(layer, slot, ops.kronecker)
 
+    def clear(self, slot: int) -> None:
+        """Its tables stay as they are until another adapter's are copied there."""
+
     def apply(self, layer: int, rows: Rows, x: torch.Tensor, y: torch.Tensor) -> None:
         inputs, part = rows.take(x), rows.take(y)
         for one, columns in zip(self._slices, self._columns, strict=True):

@@ -1,6 +1,6 @@
 """Operators that are gathered per row: one table per shape, a slot per adapter.
 
-Hadamard and Kronecker updates do not stack along a rank axis as low-rank ones do; each row
+Hadamard, Kronecker and sparse updates do not stack along a rank axis as low-rank ones do; each row
 multiplies the factors of its own adapter, picked from a table by slot. A *shelf* is the tables of
 one kind of operator and one shape in one fused projection.
 """
@@ -30,6 +30,10 @@ class Shelf(Protocol):
 
     def put(self, slot: int, operators: AdapterOperators) -> None:
         """Copy an adapter's factors of the shelf's shape into a slot."""
+        ...
+
+    def clear(self, slot: int) -> None:
+        """The adapter in a slot has left; the next one may take its place."""
         ...
 
 
@@ -89,8 +93,10 @@ class Shelves(Part, Generic[S]):
                 self._shelves[shape].insert(key, operators)
 
     def remove(self, key: str) -> None:
-        for shelf in self._shelves.values():
-            shelf.slots.pop(key, None)
+        for held in self._shelves.values():
+            slot = held.slots.pop(key, None)
+            if slot is not None:
+                held.shelf.clear(slot)
 
     def extra_bytes(self, operators: AdapterOperators) -> int:
         modules = operators.modules.values()

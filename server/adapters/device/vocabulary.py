@@ -24,6 +24,7 @@ from turret.kernels.modulated_base import modulated_reference
 from turret.kernels.pair_rotation import pair_rotation_reference
 from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
 from turret.kernels.rows.product import row_product
+from turret.kernels.sparse import Jagged, sparse_reference
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.vocabulary import EmbeddingLowRank, VocabularyOperators, VocabularyRows
 
@@ -182,6 +183,8 @@ def _add_linear(
         w1, *second = (factor.unsqueeze(0) for factor in ops.kronecker.tensors())
         factors = second[0] if len(second) == 1 else (second[0], second[1])
         kronecker_reference(x, total, w1, factors, 0, weight)
+    if ops.sparse is not None:
+        sparse_reference(x, total, Jagged.of(*ops.sparse.tensors()), weight)
 
 
 def _windows(rank: int, size: int) -> Iterator[tuple[int, int]]:

@@ -20,7 +20,7 @@ def _all(kinds: str, advice: str) -> dict[str, str]:
 
 # ``peft_type`` → advice; tests follow it with the PEFT installed.
 UNSERVED: Mapping[str, str] = {
-    **_all("FOURIERFT RANDLORA SHIRA SUPERTUNING WAVEFT", MERGE),
+    **_all("FOURIERFT RANDLORA", MERGE),
     **_all("FROD OSF", f"its update needs the weights it was trained on; {MERGE}"),
     "ADAMSS": f"the clusters of rows it adapts are not in its file; {MERGE}",
     "PSOFT": f"the factors it turns are not in its file; {CONVERT}",

@@ -36,6 +36,7 @@ from turret.server.adapters.operators import (
     ModulatedBase,
     ModuleOperators,
     PairRotation,
+    Sparse,
 )
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 
@@ -50,8 +51,17 @@ LAYOUT = ProjectionLayout(
     },
 )
 KINDS = (
-    *("low_rank", "hadamard", "kronecker", "gate", "circulant", "modulated", "input_blocks"),
-    *("pairs", "gain", "input_gain", "bias"),
+    *(
+        "low_rank",
+        "hadamard",
+        "kronecker",
+        "sparse",
+        "gate",
+        "circulant",
+        "modulated",
+        "input_blocks",
+    ),
+    *("input_blocks", "pairs", "gain", "input_gain", "bias"),
 )
 NOT_TOGETHER = [{"gain", "input_gain"}] + [
     set(pair) for pair in combinations(("input_gain", "input_blocks", "pairs"), 2)
@@ -70,6 +80,11 @@ def operators_of(kind: str, out: int, dtype: torch.dtype) -> Any:
         return Hadamard(noise(out, 3), noise(3, INNER), noise(out, 3), noise(3, INNER))
     if kind == "kronecker":
         return Kronecker(noise(8, 4), (noise(out // 8, 2), noise(2, INNER // 4)))
+    if kind == "sparse":
+        # Rows of no entry among rows of many; one input twice.
+        rows, columns = torch.randint(0, out, (90,)).sort().values, torch.randint(0, INNER, (90,))
+        starts = torch.searchsorted(rows, torch.arange(out + 1)).to(torch.int32)
+        return Sparse(noise(90, 1)[:, 0], columns.to(torch.uint16), starts)
     if kind == "gate":
         keys = torch.randn(16, 4)
         return Gate(noise(16, INNER), noise(16, out), noise(4, INNER), keys, (0, 6, 16))
@@ -143,6 +158,10 @@ def _change(weight: Tensor, ops: ModuleOperators, x: Tensor) -> Tensor:
     if ops.kronecker is not None:
         w1, left, right = (factor.double() for factor in ops.kronecker.tensors())
         total += x @ torch.kron(w1, left @ right).T
+    if ops.sparse is not None:
+        entries = torch.zeros_like(weight)
+        places = ops.sparse.rows(), ops.sparse.columns.long()
+        total += x @ entries.index_put_(places, ops.sparse.values.double(), accumulate=True).T
     if ops.gate is not None:
         a, b, query, keys = (tensor.double() for tensor in ops.gate.tensors())
         parts = [slice(*ends) for ends in pairwise(ops.gate.rank_indptr)]

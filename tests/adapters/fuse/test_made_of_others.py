@@ -14,11 +14,13 @@ LOW_RANK = (
     *("hra", "deft", "peanut"),
 )
 
+SPARSE = ("shira", "supertuning", "waveft")
+
 
 @pytest.fixture(scope="module")
 def fusions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
     made = Fusions(tmp_path_factory.mktemp("fuse"), max_rank=96)
-    for seed, method in enumerate((*LOW_RANK, "glora")):
+    for seed, method in enumerate((*LOW_RANK, "glora", *SPARSE)):
         made.add(method, method, seed)
     for method in ("ln_tuning", "cpt", "cartridge"):
         made.add(method, method)
@@ -37,6 +39,14 @@ def test_a_gain_goes_into_the_whole_update(fusions: Fusions) -> None:
     mix = {"glora": 0.7, "hra": 1.0}
     result = fusions.fuse(mix, how="svd", rank=64)
     assert difference(fusions.deltas(result), fusions.exact(mix)) < 1e-5
+
+
+def test_entries_go_into_the_whole_update(fusions: Fusions) -> None:
+    mix = {"shira": 0.7, "supertuning": -1.0, "waveft": 0.5, "hra": 1.0}
+    result = fusions.fuse(mix, how="svd", rank=64)
+    assert difference(fusions.deltas(result), fusions.exact(mix)) < 1e-5
+    with pytest.raises(InvalidRequestError, match=r"shira.* takes low-rank factors alone"):
+        fusions.fuse({"shira": 1.0, "hra": 1.0})
 
 
 def test_prompts_are_no_updates(fusions: Fusions) -> None:

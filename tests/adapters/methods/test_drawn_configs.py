@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from builders.adapters import apply_operators, base_of, linear_modules, lower_adapter, tiny_llama
-from builders.methods import ALL, make_config, save_adapter
+from builders.methods import ALL, make_config, quiet, save_adapter
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora.config import BdLoraConfig
 from transformers import LlamaForCausalLM
 
 from turret.server.adapters.base import BaseModel
+from turret.server.adapters.lowering.wavelets import WAVELETS
 from turret.server.adapters.operators import ModuleOperators
 
 EXAMPLES = 20
@@ -190,6 +191,29 @@ def deft(draw: Draw) -> dict[str, Any]:
     return {**selection(draw), **keys, **bias(draw, "deft_only")}
 
 
+def shira(draw: Draw) -> dict[str, Any]:
+    keys = {"r": ranks(draw, 10), "random_seed": draw(st.sampled_from([None, 3]))}
+    return {**selection(draw, layers=False, exclude=False), **keys}
+
+
+def supertuning(draw: Draw) -> dict[str, Any]:
+    keys: dict[str, Any] = {"sparsity": draw(st.sampled_from([0.0, 0.5, 0.99, 0.9995]))}
+    keys |= {"select_top": draw(st.booleans()), "r": draw(st.sampled_from([None, 1, 4]))}
+    if keys["r"] is not None:
+        keys["lora_alpha"] = draw(st.sampled_from([None, 1, 6.5]))
+    return {**selection(draw, layers=False, exclude=False), **keys}
+
+
+def waveft(draw: Draw) -> dict[str, Any]:
+    keys = {"n_frequency": draw(st.sampled_from([1, 7, 500])), "scaling": draw(st.floats(-9, 9))}
+    keys |= {"wavelet_family": draw(st.sampled_from(WAVELETS)), "use_idwt": draw(st.booleans())}
+    keys |= {"random_loc_seed": draw(st.integers(0, 9)), **bias(draw, "waveft_only")}
+    keys["proportional_parameters"] = draw(st.booleans())
+    if draw(st.booleans()):
+        keys["n_frequency_pattern"] = {"q_proj": 11, r"layers\.1\..*": 40}
+    return {**selection(draw), **keys}
+
+
 def peanut(draw: Draw) -> dict[str, Any]:
     keys = {"r": ranks(draw, 9), "depth": draw(st.integers(0, 3))}
     keys["act_fn"] = draw(st.sampled_from(["relu", "gelu", "silu", "tanh", "sigmoid", "linear"]))
@@ -210,7 +234,10 @@ def beft(draw: Draw) -> dict[str, Any]:
 DRAWN: dict[str, Callable[[Draw], dict[str, Any]]] = {
     one.__name__: one
     for one in (bd_lora, kasa, vblora, unilora, tinylora, delora, miss, pvera, gralora, hra, deft)
-} | {one.__name__: one for one in (peanut, glora, beft, oft, boft, road, c3a, hira, alora)}
+} | {
+    one.__name__: one
+    for one in (peanut, glora, beft, oft, boft, road, c3a, hira, alora, shira, supertuning, waveft)
+}
 
 
 @torch.no_grad()
@@ -232,7 +259,8 @@ def check_modules(method: str, keys: dict[str, Any], seed: int) -> int:
         if method == "alora" and not isinstance(module, torch.nn.Linear):
             # From which token on, counted from the end.
             told["alora_offsets"] = [5]
-        expected = module(x, **told)
+        with quiet():
+            expected = module(x, **told)
         found = apply_operators(linear, [(operators, 1.0)], x)
         error = float((found - expected).abs().max() / expected.abs().max())
         # What PEFT computes in fp32 whatever the model's dtype is, such as a QR, is that exact.

@@ -148,6 +148,38 @@ BROKEN: dict[str, tuple[str, dict[str, Any], Any, str]] = {
         "target_modules",
     ),
     "ln_tuning: left out": ("ln_tuning", {}, {"target_modules": ["norm"]}, "input_layernorm"),
+    "shira: place past the inputs": (
+        "shira",
+        {},
+        put(f"{KEY}.shira_indices", torch.full((2, 3 * 128), 64)),
+        "shira_indices",
+    ),
+    "shira: places between": (
+        "shira",
+        {},
+        put(f"{KEY}.shira_indices", torch.full((2, 3 * 128), 0.5)),
+        "shira_indices",
+    ),
+    "supertuning: places to be found": (
+        "supertuning",
+        {},
+        {"save_precomputed_indices": False},
+        "save_precomputed_indices",
+    ),
+    "supertuning: fewer places": (
+        "supertuning",
+        {},
+        put(f"{KEY}.supertuning_indices", torch.zeros(3, dtype=torch.int32)),
+        "supertuning_indices",
+    ),
+    "supertuning: factors that are announced": (
+        "supertuning",
+        {},
+        {"r": 2},
+        "supertuning_lora_A.weight",
+    ),
+    "waveft: wavelet": ("waveft", {}, {"wavelet_family": "coif5"}, "wavelet_family"),
+    "waveft: seed": ("waveft", {}, {"random_loc_seed": 1.5}, "random_loc_seed"),
     "lora: integers": ("lora", {}, put(f"{KEY}.lora_A.weight", torch.ones(4, 64).int()), "lora_A"),
 }
 

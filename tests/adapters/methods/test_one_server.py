@@ -45,16 +45,27 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "deft-taken": ("deft", {"para": True, "decomposition_method": "qr"}),
     "peanut": ("peanut", {}),
     "glora": ("glora", {}),
+    "shira": ("shira", {}),
+    "supertuning": ("supertuning", {}),
+    "supertuning-supra": ("supertuning", {"r": 3, "lora_alpha": 5, "select_top": False}),
+    "waveft": ("waveft", {}),
+    "waveft-wide": ("waveft", {"wavelet_family": "sym4", "n_frequency": 40}),
+    "waveft-plain": ("waveft", {"use_idwt": False}),
     "cpt": ("cpt", {}),
     "cartridge": ("cartridge", {}),
 }
 # One of each method, for batches.
-BATCH = [name for name in VARIANTS if "-" not in name or name in ("bd-lora", "ln-tuning")]
+BATCH = [
+    name
+    for name in VARIANTS
+    if "-" not in name or name in ("bd-lora", "ln-tuning", "supertuning-supra")
+]
 MIXES: list[list[tuple[str, float]]] = [
     [("hra", 0.5), ("miss", 0.7), ("ln-tuning", 0.4)],
     [("glora", 0.6), ("beft", -1.0), ("gralora", 0.5)],
     [("ln-tuning", 1.0), ("deft", 0.3), ("vblora", 1.0)],
-    [("cartridge", 1.0), ("kasa", 0.5), ("peanut", 0.25)],
+    [("cartridge", 1.0), ("kasa", 0.5), ("peanut", 0.25), ("supertuning-supra", 0.7)],
+    [("shira", 1.0), ("waveft", -0.5), ("glora", 0.3), ("supertuning", 0.5)],
     [("cpt", 1.0), ("delora", 1.0), ("unilora", -0.5), ("tinylora", 0.5)],
 ]
 

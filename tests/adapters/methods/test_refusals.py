@@ -46,7 +46,7 @@ NEW = (
     "trainable_tokens",
     *("beft", "ln_tuning", "pvera", "vblora", "unilora", "tinylora", "delora", "miss"),
     *("gralora", "hra", "deft", "peanut", "glora", "cpt", "cartridge"),
-    *("poly", "multitask_prompt"),
+    *("poly", "multitask_prompt", "shira", "supertuning", "waveft"),
 )
 # Variants of LoRA, whose rules test_adapter_config.py has.
 VARIANTS = ("alora", "dora", "bd_lora", "kasa")
@@ -333,7 +333,11 @@ def test_overflow_of_the_serving_dtype_is_refused(method: str, tmp_path: Path) -
     directory = save(tmp_path, method)
 
     def enlarge(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {key: value * 1e6 for key, value in tensors.items()}
+        # Places are integers.
+        return {
+            key: value * 1e6 if value.is_floating_point() else value
+            for key, value in tensors.items()
+        }
 
     edit_tensors(directory, enlarge)
     with pytest.raises(AdapterCheckpointError, match="not finite"):

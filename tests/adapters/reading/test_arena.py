@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 
@@ -12,6 +14,7 @@ from turret.server.adapters.operators import (
     Kronecker,
     LowRank,
     ModuleOperators,
+    Sparse,
 )
 
 
@@ -34,6 +37,13 @@ def one_of_each() -> dict[str, ModuleOperators]:
         "e": ModuleOperators(gate=gate, input_gain=torch.randn(8), bias=torch.randn(8)),
         "f": ModuleOperators(low_rank=LowRank(torch.empty(0, 24), torch.empty(0, 8))),
         "g": ModuleOperators(),
+        "h": ModuleOperators(
+            sparse=Sparse(
+                torch.randn(3),
+                torch.tensor([0, 65535, 7]).to(torch.uint16),
+                torch.tensor([0, 1, 1, 3], dtype=torch.int32),
+            )
+        ),
     }
 
 
@@ -45,7 +55,7 @@ def test_every_operator_keeps_its_values_in_one_storage() -> None:
     storages = set()
     for name, module in before.items():
         copied = after[name]
-        for field in ("low_rank", "hadamard", "kronecker", "gate", "gain", "input_gain", "bias"):
+        for field in [field.name for field in fields(ModuleOperators)]:
             assert (getattr(module, field) is None) == (getattr(copied, field) is None)
         assert len(module.tensors()) == len(copied.tensors())
         for old, new in zip(module.tensors(), copied.tensors(), strict=True):

@@ -270,13 +270,26 @@ static void check_adapters(int64_t in, int64_t out, int64_t rank, int64_t side) 
     Kronecker k = {halves(out_l * in_m), halves(in_n * out_k), 0, 0, out_l, in_m, out_k, in_n, 0};
     int64_t size = in % 8 ? 4 : 8;
     InputBlocks d = {halves(in * size), in / size, size};
-    Module module = {a, b, gain, bias, l, rank, &h, &k, &d};
+    /* Of output o the inputs o, o + 3, o + 6 and so on: o % 5 of them. */
+    int64_t most = 0;
+    int32_t *row_starts = calloc(out + 1, sizeof(int32_t));
+    for (int64_t o = 0; o < out; o++) row_starts[o + 1] = most += o % 5;
+    bf16 *entries = halves(most + 1);
+    uint16_t *columns = calloc(most + 1, sizeof(uint16_t));
+    for (int64_t o = 0; o < out; o++)
+        for (int64_t e = row_starts[o]; e < row_starts[o + 1]; e++)
+            columns[e] = (uint16_t)((o + 3 * (e - row_starts[o])) % in);
+    Sparse s = {entries, columns, row_starts, 2};
+    Module module = {a, b, gain, bias, l, rank, &h, &k, &d, 0, 0, &s};
     double *expected = calloc(MAX_ROWS * out, sizeof(double)), weight = -0.75;
     for (int64_t r = 0; r < MAX_ROWS; r++) {
         double *e = expected + r * out;
 #define X(i) (double)to_f32(x[r * in + (i)])
         for (int64_t o = 0; o < out; o++)
             e[o] = to_f32(y[r * out + o]) * (1 + weight * (gain[o] - 1.0)) + weight * bias[o];
+        for (int64_t o = 0; o < out; o++)
+            for (int64_t q = row_starts[o]; q < row_starts[o + 1]; q++)
+                e[o] += weight * X(columns[q]) * to_f32(entries[q]);
         for (int64_t j = 0; j < rank; j++) {
             double v = 0;
             for (int64_t i = 0; i < in; i++) v += X(i) * to_f32(a[j * in + i]);

@@ -27,7 +27,7 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import lower_checkpoint
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators import AdapterOperators, ModuleOperators, Sparse
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.errors import AdapterCheckpointError
 
@@ -194,7 +194,7 @@ def apply_operators(
     if linear.bias is not None:
         y = y + linear.bias
     for operators, weight in mix:
-        for delta in _deltas(operators, x.dtype):
+        for delta in _deltas(operators, x.dtype, x.shape[-1]):
             y = y + weight * (x @ delta.T)
         if operators.bias is not None:
             y = y + weight * operators.bias.to(x.dtype)
@@ -207,7 +207,9 @@ def _turned(blocks: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return x @ torch.block_diag(*blocks.expand(count, -1, -1))
 
 
-def _deltas(operators: ModuleOperators, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+def _deltas(
+    operators: ModuleOperators, dtype: torch.dtype, in_features: int
+) -> Iterator[torch.Tensor]:
     """The dense ``[out, in]`` update of each operator."""
     if operators.low_rank is not None:
         yield operators.low_rank.b.to(dtype).T @ operators.low_rank.a.to(dtype)
@@ -219,6 +221,17 @@ def _deltas(operators: ModuleOperators, dtype: torch.dtype) -> Iterator[torch.Te
         yield torch.kron(w1, second[0] if len(second) == 1 else second[0] @ second[1])
     if operators.circulant is not None:
         yield circulant(operators.circulant.kernel.to(dtype))
+    if operators.sparse is not None:
+        yield dense_entries(operators.sparse, dtype, in_features)
+
+
+def dense_entries(sparse: Sparse, dtype: torch.dtype, in_features: int) -> torch.Tensor:
+    """``S`` as a matrix, an entry at a time."""
+    rows, columns = sparse.rows().tolist(), sparse.columns.to(torch.int64).tolist()
+    dense = torch.zeros(len(sparse.row_starts) - 1, in_features, dtype=dtype)
+    for row, column, value in zip(rows, columns, sparse.values.to(dtype), strict=True):
+        dense[row, column] += value
+    return dense
 
 
 def circulant(kernel: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from turret.server.adapters.operators import (
     ModulatedBase,
     ModuleOperators,
     PairRotation,
+    Sparse,
 )
 from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.models.decoding.arch import Arch
@@ -48,7 +49,11 @@ def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators
     def other(out: int, inner: int) -> ModuleOperators:
         hadamard = Hadamard(some(out, 3), some(3, inner), some(out, 3), some(3, inner))
         kronecker = Kronecker(some(8, 8), (some(out // 8, 2), some(2, inner // 8)))
-        return ModuleOperators(hadamard=hadamard, kronecker=kronecker, input_gain=torch.rand(inner))
+        starts = torch.arange(out + 1, dtype=torch.int32)
+        entries = Sparse(some(out, 1)[:, 0], torch.zeros(out, dtype=torch.uint16), starts)
+        return ModuleOperators(
+            hadamard=hadamard, kronecker=kronecker, sparse=entries, input_gain=torch.rand(inner)
+        )
 
     def turned(out: int, inner: int) -> ModuleOperators:
         return ModuleOperators(input_blocks=InputBlocks(some(inner // 8, 8, 8)))

@@ -58,6 +58,9 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "deft": (peft.DeftConfig, {"r": 4, **_ALL}),
     "peanut": (peft.PeanutConfig, {"r": 4, "depth": 1, **_ALL}),
     "glora": (peft.GloraConfig, {"r": 4, "config_A_B": "vector", **_ALL}),
+    "shira": (peft.ShiraConfig, {"r": 3, **_ALL, "random_seed": 5}),
+    "supertuning": (peft.SupertuningConfig, {"sparsity": 0.93, **_ALL}),
+    "waveft": (peft.WaveFTConfig, {"n_frequency": 90, "scaling": 2.5, **_ALL}),
     "poly": (
         peft.PolyConfig,
         {"r": 4, "n_tasks": 3, "n_skills": 2, "n_splits": 2, **_ALL},
@@ -145,6 +148,9 @@ DRAWS: tuple[tuple[str, Callable[[Drawn], torch.Tensor]], ...] = (
     ("hira_A", lambda d: d.noise),
     ("hira_B", lambda d: d.scaled(d.strength / d.columns**0.5)),
     ("deft_P", lambda d: d.scaled(0.7 / d.old.shape[0] ** 0.5)),
+    ("shira_weight", lambda d: d.scaled(0.7 * d.strength)),
+    ("supertuning_values", lambda d: d.scaled(0.7 * d.strength)),
+    ("waveft_spectrum", lambda d: d.scaled(d.strength)),
     ("glora_B", lambda d: d.scaled(0.1 * d.strength)),
     ("glora_", lambda d: d.scaled(0.6 * d.strength / d.columns**0.5)),
     # lora_A, lora_B, lokr_*, hada_*_a and the like.

@@ -12,6 +12,7 @@ from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
 from turret.kernels.gpu.adapters.kronecker import kronecker
 from turret.kernels.gpu.tables.row_table import RowTable
+from turret.server.adapters.device.gpu.sparse_shelf import GpuSparseShelf
 from turret.server.adapters.device.gpu.tables import GpuTables
 from turret.server.adapters.device.hadamard_shelf import grown
 from turret.server.adapters.device.layout import ProjectionLayout
@@ -90,6 +91,9 @@ class GpuHadamardShelf:
                 self.w2b[layer, slot, s] = factors.w2b
                 self.w1a[s][layer, slot] = factors.w1a
                 self.w2a[s][layer, slot] = factors.w2a
+
+    def clear(self, slot: int) -> None:
+        """Its tables stay as they are until another adapter's are copied there."""
 
     def apply_table(self, layer: int, table: RowTable, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the updates of the table's rows to ``y``, in place."""
@@ -176,6 +180,9 @@ class GpuKroneckerShelf:
             for table, tensor in zip(self.tables, factors.tensors(), strict=True):
                 table[layer, slot] = tensor
 
+    def clear(self, slot: int) -> None:
+        """Its tables stay as they are until another adapter's are copied there."""
+
     def apply_table(self, layer: int, table: RowTable, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the updates of the table's rows to ``y``, in place."""
         w1, *second = (factor[layer] for factor in self.tables)
@@ -250,6 +257,9 @@ class GpuCirculantShelf:
                 self.layers.add(layer)
                 self.kernel[layer, slot] = update.kernel
 
+    def clear(self, slot: int) -> None:
+        """Its tables stay as they are until another adapter's are copied there."""
+
     def apply_table(self, layer: int, table: RowTable, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the updates of the table's rows to ``y``, in place."""
         circulant(x, y[:, self.columns], self.kernel[layer], table)
@@ -259,7 +269,7 @@ class GpuCirculantShelf:
         return [(self.kernel.data_ptr(), self.kernel.shape)]
 
 
-GpuShelf = GpuHadamardShelf | GpuKroneckerShelf | GpuCirculantShelf
+GpuShelf = GpuHadamardShelf | GpuKroneckerShelf | GpuCirculantShelf | GpuSparseShelf
 
 
 @dataclass(frozen=True, slots=True)

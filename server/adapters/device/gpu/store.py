@@ -38,6 +38,7 @@ from turret.server.adapters.device.gpu.shelves import (
     GpuShelves,
     GpuStepShelves,
 )
+from turret.server.adapters.device.gpu.sparse_shelf import GpuSparseShelves
 from turret.server.adapters.device.gpu.tables import GpuTables
 from turret.server.adapters.device.gpu.uploads import Uploads
 from turret.server.adapters.device.layout import ProjectionLayout
@@ -195,6 +196,7 @@ class GpuStore(AdapterStore):
                 GpuHadamardShelves(layout, *like),
                 GpuKroneckerShelves(layout, *like),
                 GpuCirculantShelves(layout, *like),
+                GpuSparseShelves(layout, *like),
             )
         )
         self._gates = GpuGates(layout, *like)

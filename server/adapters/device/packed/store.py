@@ -2,8 +2,8 @@
 
 Per fused projection and layer, the A matrices of all packed adapters are stacked along the rank
 axis, and so are the B matrices: sixteen different adapters are one product of sixteen times the
-rank, masked per row. Gains and biases are tables with a slot per adapter. Hadamard and Kronecker
-updates, which do not stack, are on shelves; gates stand alone.
+rank, masked per row. Gains and biases are tables with a slot per adapter. Hadamard, Kronecker
+and sparse updates, which do not stack, are on shelves; gates stand alone.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from turret.server.adapters.device.packed.projection import PackedProjection
 from turret.server.adapters.device.packed.segments import plan_segments
 from turret.server.adapters.device.part import StepPart
 from turret.server.adapters.device.shelves import TorchShelves
+from turret.server.adapters.device.sparse_shelf import SparseShelves
 from turret.server.adapters.device.store import BaseProduct, OnMoved, StepStore
 
 _OWN_UPDATES = frozenset({"circulant", "modulated", "input_blocks", "pairs"})
@@ -56,8 +57,8 @@ class PackedStore(StepStore):
             layout,
             {name: PackedProjection(layout, name, dtype, device) for name in layout.projections},
         )
-        kinds = HadamardShelves(layout, device), KroneckerShelves(layout, device)
-        self._shelves = TorchShelves(kinds, device)
+        shelved = (HadamardShelves, KroneckerShelves, SparseShelves)
+        self._shelves = TorchShelves([kind(layout, device) for kind in shelved], device)
         self._gates = Gates(layout, device)
         self._own_updates = OwnUpdates(layout, _OWN_UPDATES, device)
         parts = (self._pack, self._shelves, self._gates, self._own_updates)

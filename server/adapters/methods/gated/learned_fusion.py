@@ -56,6 +56,7 @@ FUSION_RULES: Rules = {
 _WORDS = {
     "hadamard": "a Hadamard update",
     "kronecker": "a Kronecker update",
+    "sparse": "entries of the weight",
     "gain": "a gain",
     "input_gain": "an input gain",
     "bias": "a bias",

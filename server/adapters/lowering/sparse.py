@@ -1,0 +1,57 @@
+"""From entries of a weight, in any order, to compressed rows."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from turret.server.adapters.base import BaseModule
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.operators import MAX_SPARSE_INPUTS, Sparse
+
+
+def sparse_of(
+    rows: torch.Tensor,
+    columns: torch.Tensor,
+    values: torch.Tensor,
+    module: BaseModule,
+    dtype: torch.dtype,
+) -> Sparse:
+    """Sorts entries by place, adds up those of one place and rounds once.
+
+    Args:
+        rows: Outputs, ``[n]``, integers.
+        columns: Inputs, ``[n]``, integers.
+        values: ``[n]``, any float dtype, the scaling in them.
+        module: What they belong to; every place is inside its weight.
+        dtype: Serving dtype.
+    """
+    flat = rows.to(torch.int64) * module.in_features + columns.to(torch.int64)
+    places, order = flat.unique(return_inverse=True)
+    wide = torch.promote_types(values.dtype, torch.float32)
+    summed = torch.zeros(len(places), dtype=wide).index_add_(0, order, values.to(wide))
+    outputs = places // module.in_features
+    starts = torch.searchsorted(outputs, torch.arange(module.out_features + 1))
+    return Sparse(
+        values=summed.to(dtype),
+        columns=(places % module.in_features).to(torch.int32).to(torch.uint16),
+        row_starts=starts.to(torch.int32),
+    )
+
+
+def check_width(name: str, module: BaseModule, findings: Findings) -> bool:
+    """Whether a module's inputs can be named by 16 bits; else a fault."""
+    if module.in_features <= MAX_SPARSE_INPUTS:
+        return True
+    why = f"has {module.in_features} inputs; sparse updates are served up to {MAX_SPARSE_INPUTS}"
+    findings.add(name, why)
+    return False
+
+
+@functools.lru_cache(maxsize=32)
+def drawn_places(count: int, seed: int, size: int) -> torch.Tensor:
+    """The first ``size`` of a permutation of ``count`` places, as PEFT draws them, int64."""
+    generator = torch.Generator().manual_seed(seed)
+    # A copy: the permutation of a large weight's places is 100 MB and more.
+    return torch.randperm(count, generator=generator)[:size].clone()
