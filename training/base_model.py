@@ -19,6 +19,7 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.families import read_arch, text_config
 from turret.server.models.model_source import ModelSource, default_cache_dir, resolve_model
@@ -60,15 +61,24 @@ def find_base(directory: Path | None) -> TrainingBase:
     """Find (and quantise, the first time) the base model.
 
     Raises:
-        InvalidRequestError: Not a model directory, or an architecture that is not served.
+        InvalidRequestError: Not a model directory, or an architecture that is not served, or has
+            experts.
     """
     with progress_bar() as report:
         source = resolve_model(directory, default_cache_dir(), report)
     config = AutoConfig.from_pretrained(source.files)
     if text_config(config) is not config:
         config = _text_part(config, source)
+    arch = read_arch(config)
+    if arch.experts is not None:
+        raise InvalidRequestError.of(
+            "model",
+            f"adapters of {arch.model_type} are served but not trained here: transformers holds its"
+            " experts as parameters that are not quantised; train them with PEFT on the 16-bit"
+            " model",
+        )
     tokenizer = AutoTokenizer.from_pretrained(source.files)
-    return TrainingBase(source, directory, config, read_arch(config), tokenizer)
+    return TrainingBase(source, directory, config, arch, tokenizer)
 
 
 def _text_part(config: Any, source: ModelSource) -> Any:

@@ -23,7 +23,11 @@ TARGETS = {
 }
 _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 # What wrappers choose on AMD devices, where ``Tuning`` differs.
-_ON_HIP = {"paged_attention_kernel": {"num_stages": 3}, "nf4_matmul_kernel": {"num_stages": 3}}
+_ON_HIP = {
+    "paged_attention_kernel": {"num_stages": 3},
+    "nf4_matmul_kernel": {"num_stages": 3},
+    "nf4_experts_kernel": {"num_stages": 3},
+}
 _POINTER = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",

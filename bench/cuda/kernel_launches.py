@@ -19,6 +19,10 @@ from turret.kernels.gpu.adapters.pair_rotation import pair_rotation
 from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.adapters.sparse import sparse
+from turret.kernels.gpu.experts.combine_experts import combine_experts
+from turret.kernels.gpu.experts.expert_updates import add_expert_updates
+from turret.kernels.gpu.experts.nf4_experts import nf4_experts
+from turret.kernels.gpu.experts.route_rows import route_rows
 from turret.kernels.gpu.gelu_mul import gelu_mul
 from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
 from turret.kernels.gpu.nf4_matmul import nf4_matmul
@@ -228,6 +232,22 @@ def _rotation(model: Model, pairs: int, *, is_interleaved: bool = False) -> None
     )
 
 
+def _experts(hidden: int, inner: int, count: int, per_token: int) -> None:
+    """A mixture of experts, with an adapter on them."""
+    routing = route_rows(_empty(_ROWS, count), per_token, normalizes=True)
+    route_rows(_empty(_ROWS, count), per_token, normalizes=False)
+    pairs, table = _ROWS * per_token, RowTable(_ROWS, _META)
+    for out, into, rows in ((2 * inner, hidden, routing.rows), (hidden, inner, None)):
+        size = count * out * into
+        packed = _empty(size // 2, dtype=torch.uint8)
+        maxima = _empty(size // BLOCK, dtype=torch.float32)
+        x = _empty(pairs if rows is None else _ROWS, into)
+        y = nf4_experts(x, Nf4Matrix(packed, maxima, count * out, into), routing, rows)
+        a, b = _empty(_SLOTS, count, 16, into), _empty(_SLOTS, count, 16, out)
+        add_expert_updates(x, y, a, b, table, routing, rows)
+    combine_experts(_empty(pairs, hidden), routing)
+
+
 def _between(model: Model) -> None:
     """Attention and the small kernels around it."""
     _attention(model)
@@ -257,6 +277,9 @@ def _all() -> Iterator[Callable[[], object]]:
     yield lambda: _rotation(_GEMMA_3_1B, 128)
     yield lambda: _rotation(_PHI_4_MINI, 48)
     yield lambda: _rotation(_GLM_4_9B, 32, is_interleaved=True)
+    # Qwen3-30B-A3B and Mixtral-8x7B.
+    yield lambda: _experts(2048, 768, 128, 8)
+    yield lambda: _experts(4096, 14336, 8, 2)
 
 
 LAUNCHES: tuple[Callable[[], object], ...] = tuple(_all())

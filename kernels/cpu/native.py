@@ -35,6 +35,8 @@ _SIGNATURES = {
         *(_pointer, _int, _int, _pointer, _pointer, _pointer),
         *(_int, _int, _int, _pointer, _int),
     ),
+    "turret_nf4_experts": (*(_pointer, _int, _pointer, _int, _pointer, _pointer), *(_int,) * 3),
+    "turret_adapt_experts": (_pointer, _pointer),
     "turret_dense_product": (_pointer, _int, _int, _pointer, _pointer, _int, _int, _int),
     "turret_has_products": (),
     "turret_own_threads": (_int,),

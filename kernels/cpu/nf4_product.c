@@ -193,7 +193,45 @@ EXPORT void turret_nf4_product(const bf16 *x, int64_t x_stride, int64_t rows, co
     in_pieces(multiply_piece, &job, job.pieces, threads);
     for (int64_t t = 0; t < threads; t++) end_ahead(&walks[t]);
 }
+
+/* The same for rows of several weights of one shape: those of weight e, of which `weights` has the codes
+ * and the maxima, are [ends[e - 1], ends[e]) of x and y. */
+typedef struct {
+    const bf16 *x;
+    bf16 *y;
+    const int64_t *ends;
+    const void *const *weights;
+    int64_t count, x_stride, out_features, in_features, tiles, pieces;
+} Experts;
+
+/* A share of every weight's tiles. */
+static void multiply_share(const void *job, int64_t thread, int64_t piece) {
+    const Experts *j = job;
+    Walk walk = begin_ahead(0, 0, 0, 1);
+    (void)thread;
+    for (int64_t e = 0, start = 0; e < j->count; start = j->ends[e++]) {
+        int64_t rows = j->ends[e] - start;
+        Product p = {j->x + start * j->x_stride, j->weights[2 * e], j->weights[2 * e + 1],
+                     j->y + start * j->out_features, rows, j->x_stride, j->out_features, j->in_features};
+        if (!rows) continue;
+        for (int64_t tile = j->tiles * piece / j->pieces; tile < j->tiles * (piece + 1) / j->pieces; tile++)
+            for (int64_t first = 0; first < rows; first += ROW_BLOCK)
+                multiply_tile(&p, tile, first, rows - first < ROW_BLOCK ? rows - first : ROW_BLOCK, &walk);
+    }
+}
+
+EXPORT void turret_nf4_experts(const bf16 *x, int64_t x_stride, const int64_t *ends,
+                               int64_t num_experts, const void *const *weights, bf16 *y,
+                               int64_t out_features, int64_t in_features, int64_t num_threads) {
+    int64_t tiles = out_features / TILE_OUT, threads = num_threads;
+    if (threads > tiles) threads = tiles;
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    Experts job = {x, y, ends, weights, num_experts, x_stride, out_features, in_features, tiles,
+                   threads * PIECES_EACH < tiles ? threads * PIECES_EACH : tiles};
+    in_pieces(multiply_share, &job, job.pieces, threads);
+}
 #else
 EXPORT int64_t turret_has_products(void) { return 0; }
 EXPORT void turret_nf4_product(void) {}
+EXPORT void turret_nf4_experts(void) {}
 #endif

@@ -53,6 +53,36 @@ class BaseModule:
 
 
 @dataclass(frozen=True, slots=True)
+class BaseExperts:
+    """A fused projection of all experts of a layer: what adapters know as one parameter.
+
+    Attributes:
+        name: Its path, e.g. ``model.layers.0.mlp.experts.gate_up_proj``.
+        modules: The modules of one expert that it is made of, side by side along their outputs, as
+            older checkpoints name them: ``{}`` stands for the expert.
+        count: Experts.
+        in_features: Inputs of an expert.
+        out_features: Outputs of an expert.
+        is_first: Whether it is the first of its module's parameters: PEFT, which wraps a module
+            once for each, keeps its tensors innermost.
+        dequantize: Returns one expert's weight as served, ``[out_features, in_features]`` fp32.
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    count: int
+    in_features: int
+    out_features: int
+    is_first: bool
+    dequantize: Callable[[int], torch.Tensor]
+
+    @property
+    def folder(self) -> str:
+        """The module whose parameter it is."""
+        return self.name.rpartition(".")[0]
+
+
+@dataclass(frozen=True, slots=True)
 class BaseNorm:
     """A norm of the base whose result goes into linear modules and nowhere else.
 
@@ -101,6 +131,8 @@ class BaseModel:
             and ``lm_head`` behind them.
         other_modules: Paths that exist but are not linear modules (norms, ``model.embed_tokens``):
             a method that does not serve one names it in an error, not a silent skip.
+        experts: Fused projections of experts, by path, in layer order.
+        renamed: Parts of paths that older checkpoints of adapters have, and what they are called.
         norms: Those of them that are norms and feed linear modules alone, by path.
         vocabulary: Embedding and head.
         num_layers: Decoder layers.
@@ -124,6 +156,8 @@ class BaseModel:
     hidden_size: int
     num_kv_heads: int
     head_dim: int
+    experts: Mapping[str, BaseExperts] = field(default_factory=dict)
+    renamed: Mapping[str, str] = field(default_factory=dict)
     norms: Mapping[str, BaseNorm] = field(default_factory=dict)
     generation: int = 1
     text_prefix: str = ""

@@ -261,6 +261,33 @@ class ModulatedBase:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertLowRank:
+    """``Δ(x) = b_eᵀ (a_e x)`` for the rows of each expert ``e``: one fused projection of a layer.
+
+    Attributes:
+        a: ``[experts, rank, in_features]``, serving dtype, contiguous.
+        b: ``[experts, rank, out_features]``, serving dtype, contiguous, the scaling folded in.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.a.nbytes + self.b.nbytes
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.a, self.b)
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> ExpertLowRank:
+        return ExpertLowRank(next(tensors), next(tensors))
+
+
+@dataclass(frozen=True, slots=True)
 class ModuleOperators:
     """What one adapter does to one linear module.
 
@@ -338,17 +365,20 @@ class AdapterOperators:
     Attributes:
         modules: Full module path in the base (``model.layers.0.self_attn.q_proj``) → operators.
         soft_prompt: What it puts before the prompt, or None.
+        experts: Path of a fused projection of experts (``model.layers.0.mlp.experts.down_proj``) →
+            what it does to each, or None.
         head: What it does to the output head as a linear module, or None.
         tokens: What it does to rows of the embedding and the head, or None.
         invocation: Tokens from whose last occurrence in the prompt on it acts, and not before; None
             if it acts everywhere.
         num_bytes: Bytes of all tensors.
         num_low_rank_bytes: Bytes of the low-rank updates among them.
-        rank: Rank of the largest low-rank update, or 0.
+        rank: Rank of the largest low-rank update of ``modules``, or 0.
     """
 
     modules: Mapping[str, ModuleOperators]
     soft_prompt: SoftPrompt | None = None
+    experts: Mapping[str, ExpertLowRank] | None = None
     head: ModuleOperators | None = None
     tokens: VocabularyOperators | None = None
     invocation: tuple[int, ...] | None = None
@@ -360,7 +390,8 @@ class AdapterOperators:
     def __post_init__(self) -> None:
         modules = self.modules.values()
         others = (self.soft_prompt, self.head, self.tokens)
-        parts = [*modules, *(other for other in others if other is not None)]
+        experts = () if self.experts is None else self.experts.values()
+        parts = [*modules, *experts, *(other for other in others if other is not None)]
         set_once = object.__setattr__
         set_once(self, "num_bytes", sum(part.num_bytes for part in parts))
         low_rank = [module.low_rank for module in modules if module.low_rank is not None]

@@ -28,6 +28,7 @@ _FROM_BASE = frozenset({"gain", "input_gain", "input_blocks", "pairs", "modulate
 _WEIGHT_OPERATORS = _FROM_BASE | {
     *("low_rank", "hadamard", "kronecker", "circulant", "sparse", "bias")
 }
+_WORDS = {"experts": "update of experts"}
 _LOW_RANK_OPERATORS = frozenset({"low_rank", "bias"})
 
 
@@ -37,7 +38,7 @@ def beyond_updates(operators: AdapterOperators) -> tuple[str, ...]:
     found = {name for name in parts if getattr(operators, name) is not None}
     for module in operators.modules.values():
         found |= _used(module) - _WEIGHT_OPERATORS
-    return tuple(sorted(name.replace("_", " ") for name in found))
+    return tuple(sorted(_WORDS.get(name, name.replace("_", " ")) for name in found))
 
 
 def beyond_low_rank(operators: AdapterOperators) -> tuple[str, ...]:

@@ -9,15 +9,16 @@ import torch
 from turret.server.adapters.base import (
     EMBEDDING,
     HEAD,
+    BaseExperts,
     BaseModel,
     BaseModule,
     BaseNorm,
     BaseVocabulary,
 )
 from turret.server.adapters.device.gpu.streams import beside_steps
-from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.adapters.device.layout import ExpertShape, ProjectionLayout, SliceShape
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.decoding.arch import LAYER_PREFIX, Arch
+from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.model_source import ModelSource
 from turret.server.models.weights.nf4 import Nf4Linear
@@ -26,12 +27,14 @@ _FINAL_NORM = "model.norm"
 
 
 def projections(decoder: Decoder) -> Iterator[tuple[AdaptedLinear, tuple[str, ...]]]:
-    """Every fused projection in layer order, with the full paths of its slices."""
+    """Every fused projection in layer order, with the full paths of its slices; no experts."""
     linears = decoder.arch.linears()
     for number, layer in enumerate(decoder.layers):
         for name, slices in linears.items():
-            paths = tuple(f"{LAYER_PREFIX}.{number}.{path}" for path, _, _ in slices)
-            yield getattr(layer, name), paths
+            if decoder.arch.has(number, name):
+                owner = layer.experts if name == ROUTER else layer
+                paths = tuple(f"{LAYER_PREFIX}.{number}.{path}" for path, _, _ in slices)
+                yield getattr(owner, name), paths
 
 
 def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) -> BaseModel:
@@ -77,6 +80,8 @@ def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) ->
         dtype=decoder.dtype,
         modules=modules,
         other_modules=frozenset(others),
+        experts=_experts(decoder),
+        renamed=_renamed(arch),
         norms=_norms(decoder),
         vocabulary=BaseVocabulary(decoder.embedding, head, arch.tie_word_embeddings),
         num_layers=arch.num_layers,
@@ -85,6 +90,34 @@ def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) ->
         head_dim=arch.head_dim,
         beside=lambda: beside_steps(decoder.device),
     )
+
+
+def _experts(decoder: Decoder) -> dict[str, BaseExperts]:
+    arch, found = decoder.arch, {}
+    for number, layer in enumerate(decoder.layers):
+        if arch.experts is None or layer.experts is None:
+            continue
+        for index, (projection, (path, out, inner)) in enumerate(arch.expert_linears().items()):
+            name = f"{LAYER_PREFIX}.{number}.{path}"
+            folder = f"{LAYER_PREFIX}.{number}.{arch.experts.checkpoint_path}.experts"
+            base = getattr(layer.experts, projection.removeprefix("experts_")).base
+            found[name] = BaseExperts(
+                name=name,
+                modules=tuple(f"{folder}.{{}}.{m}" for m in arch.experts.modules[projection]),
+                count=arch.experts.count,
+                in_features=inner,
+                out_features=out,
+                is_first=index == 0,
+                dequantize=lambda expert, base=base: base.dequantize(expert),
+            )
+    return found
+
+
+def _renamed(arch: Arch) -> dict[str, str]:
+    experts = arch.experts
+    if experts is None or experts.path == experts.checkpoint_path:
+        return {}
+    return {f".{experts.checkpoint_path}.": f".{experts.path}."}
 
 
 def _norms(decoder: Decoder) -> dict[str, BaseNorm]:
@@ -101,7 +134,8 @@ def _norms(decoder: Decoder) -> dict[str, BaseNorm]:
             (arch.norms.before_attention, layer.norm_before_attention, "qkv"),
             (arch.norms.before_mlp, layer.norm_before_mlp, "gate_up"),
         ):
-            if name is not None:
+            # What goes into experts is beyond what an input gain of modules says.
+            if name is not None and arch.has(number, projection):
                 assert weight is not None, "a norm that has a name has a weight"
                 feeds = [f"{prefix}.{path}" for path, _, _ in linears[projection]]
                 norms[f"{prefix}.{name}"] = norm(weight, *feeds)
@@ -115,4 +149,10 @@ def describe_projections(arch: Arch) -> ProjectionLayout:
         name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
         for name, slices in arch.linears().items()
     }
-    return ProjectionLayout(arch.num_layers, projections, layer_prefix=LAYER_PREFIX)
+    experts = {}
+    if arch.experts is not None:
+        experts = {
+            name: ExpertShape(path, arch.experts.count, out, inner)
+            for name, (path, out, inner) in arch.expert_linears().items()
+        }
+    return ProjectionLayout(arch.num_layers, projections, experts, layer_prefix=LAYER_PREFIX)

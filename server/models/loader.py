@@ -12,13 +12,16 @@ from safetensors import safe_open
 from turret.kernels.rows.linear import prepare_linear
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.decoding.arch import LAYER_PREFIX, Arch
+from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer
+from turret.server.models.decoding.experts import AdaptedExperts, ExpertMixture
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import ModelSource, Progress, no_progress
 from turret.server.models.sources.model_directory import weight_files
 from turret.server.models.text_part import text_name
 from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
+from turret.server.models.weights.nf4_experts import Nf4Experts
+from turret.server.models.weights.router import RouterLinear
 
 
 class _Tensors:
@@ -34,6 +37,12 @@ class _Tensors:
             if (name := text_name(stored)) is not None
         }
         self._read: set[str] = set()
+        # What bitsandbytes keeps beside a weight: there may be a hundred thousand names.
+        self._beside: dict[str, list[str]] = {}
+        for name in self._owner:
+            module, found, _ = name.partition(".weight.")
+            if found:
+                self._beside.setdefault(f"{module}.weight", []).append(name)
 
     def has(self, name: str) -> bool:
         return name in self._owner
@@ -48,7 +57,7 @@ class _Tensors:
 
     def weight(self, name: str, shape: tuple[int, int]) -> Nf4Weight:
         """A quantised weight; a plain one (a module bitsandbytes skipped) is quantised here."""
-        parts = {key: self.get(key) for key in self._owner if key.startswith(f"{name}.")}
+        parts = {key: self.get(key) for key in self._beside.get(name, ())}
         tensor = self.get(name)
         if parts:
             weight = Nf4Weight.from_tensors(name, {name: tensor, **parts})
@@ -57,6 +66,14 @@ class _Tensors:
         if weight.shape != shape:
             raise InvalidRequestError.of("model", f"{name} is {weight.shape}, config says {shape}")
         return weight
+
+    def plain(self, name: str) -> torch.Tensor:
+        """A weight as numbers, also of a module that bitsandbytes quantised."""
+        parts = {key: self.get(key) for key in self._beside.get(name, ())}
+        tensor = self.get(name)
+        if not parts:
+            return tensor
+        return Nf4Weight.from_tensors(name, {name: tensor, **parts}).dequantize(torch.float32)
 
     def unread(self) -> list[str]:
         known = ("rotary_emb.inv_freq",)
@@ -140,6 +157,8 @@ def _load_layer(
 
     projections = {}
     for name, slices in arch.linears().items():
+        if name == ROUTER or not arch.has(number, name):
+            continue
         weights = [
             tensors.weight(f"{prefix}.{path}.weight", (out, inner)) for path, out, inner in slices
         ]
@@ -163,7 +182,43 @@ def _load_layer(
         norm_after_mlp=norm(arch.norms.after_mlp),
         q_norm=norm("self_attn.q_norm" if arch.qk_norm else None),
         k_norm=norm("self_attn.k_norm" if arch.qk_norm else None),
+        experts=_load_experts(tensors, arch, number, dtype, device, gpu)
+        if arch.has(number, ROUTER)
+        else None,
         **projections,
+    )
+
+
+def _load_experts(
+    tensors: _Tensors,
+    arch: Arch,
+    number: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    gpu: bool,
+) -> ExpertMixture:
+    experts = arch.experts
+    assert experts is not None, "a layer that has a router has experts"
+    prefix = f"{LAYER_PREFIX}.{number}.{experts.checkpoint_path}"
+    router = tensors.plain(f"{prefix}.{experts.router}.weight").to(dtype=dtype, device=device)
+    projections = {}
+    for name, (_, out, inner) in arch.expert_linears().items():
+        modules = experts.modules[name]
+        weights = [
+            [
+                tensors.weight(
+                    f"{prefix}.experts.{e}.{module}.weight", (out // len(modules), inner)
+                )
+                for module in modules
+            ]
+            for e in range(experts.count)
+        ]
+        base = Nf4Experts(weights, dtype, device, gpu=gpu)
+        projections[name] = AdaptedExperts(number, name, base, None)
+    return ExpertMixture(
+        router=AdaptedLinear(number, ROUTER, RouterLinear(router), None),
+        gate_up=projections["experts_gate_up"],
+        down=projections["experts_down"],
     )
 
 

@@ -152,8 +152,11 @@ def _text_names(shards: Iterable[Path]) -> dict[str, str]:
 
 
 def is_quantized(name: str) -> bool:
-    """Whether a tensor is the weight of a decoder layer's linear module."""
-    return ".layers." in name and name.endswith(("_proj.weight", "_linear.weight"))
+    """Whether a tensor is the weight of a decoder layer's linear module, a router's excepted."""
+    if ".layers." not in name:
+        return False
+    is_of_expert = ".experts." in name and name.endswith(".weight")
+    return is_of_expert or name.endswith(("_proj.weight", "_linear.weight"))
 
 
 def _quantize(

@@ -19,8 +19,10 @@ from transformers import (
     GraniteMoeHybridConfig,
     LlamaConfig,
     MistralConfig,
+    OlmoeConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SeedOssConfig,
     SmolLM3Config,
 )
@@ -100,13 +102,42 @@ def test_a_config_becomes_an_arch(config: Any, expected: dict[str, Any]) -> None
     torch.testing.assert_close(arch.ropes["all"].inv_freq, theta**-exponents)
 
 
+def test_layers_with_experts_are_those_of_the_config() -> None:
+    """Every ``decoder_sparse_step``-th, but for those that are listed."""
+    sizes = {**SIZES, "num_hidden_layers": 6}
+    own: dict[str, Any] = {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+    }
+    config = Qwen3MoeConfig(**sizes, **own, decoder_sparse_step=2, mlp_only_layers=[3])
+    arch = read_arch(config)
+    assert arch.experts is not None
+    assert arch.experts.layers == {1, 5}
+    assert [arch.has(layer, "gate_up") for layer in range(6)] == [
+        True,
+        False,
+        True,
+        True,
+        True,
+        False,
+    ]
+    assert {"gate_up", "down", "router"} <= arch.linears().keys()
+    assert arch.expert_linears()["experts_down"] == ("mlp.experts.down_proj", 64, 32)
+    dense = read_arch(Qwen3MoeConfig(**sizes, **own, mlp_only_layers=list(range(6))))
+    assert dense.experts is None
+    assert "router" not in dense.linears()
+    sparse = read_arch(OlmoeConfig(**SIZES))
+    assert not {"gate_up", "down"} & sparse.linears().keys()
+
+
 def test_an_unknown_family_is_refused_in_one_sentence() -> None:
     with pytest.raises(InvalidRequestError) as refused:
         read_arch(CohereConfig(**SIZES))
     assert str(refused.value).endswith(
         "model_type 'cohere' is not served; served are gemma, gemma2, gemma3, gemma3_text, glm4,"
-        " granite, granitemoehybrid, llama, ministral, ministral3, mistral, mistral3, olmo2, olmo3,"
-        " phi3, qwen2, qwen2_5_vl, qwen2_5_vl_text, qwen3, smollm3"
+        " granite, granitemoehybrid, llama, ministral, ministral3, mistral, mistral3, mixtral,"
+        " olmo2, olmo3, olmoe, phi3, qwen2, qwen2_5_vl, qwen2_5_vl_text, qwen3, qwen3_moe, smollm3"
     )
 
 
@@ -114,6 +145,7 @@ def test_an_unknown_family_is_refused_in_one_sentence() -> None:
     ("config", "match"),
     [
         (GraniteMoeHybridConfig(**SIZES), "with experts or Mamba layers is not served"),
+        (OlmoeConfig(**SIZES, clip_qkv=8.0), "an olmoe with clip_qkv is not served"),
         (Gemma3TextConfig(**SIZES, use_bidirectional_attention=True), "embeds texts"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),

@@ -16,7 +16,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from builders.methods import load_adapter, make_config, save_adapter
-from builders.tiny_models import OTHER_ARCHITECTURES
+from builders.tiny_models import MIXTURES, OTHER_ARCHITECTURES
 from gpu_path import FakeCapture, use_coarse_tiles
 from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
@@ -28,6 +28,7 @@ from turret.server.engine.scheduling.request import FinishReason, StopConditions
 from turret.server.engine.step.gpu import decode_graphs
 
 EVERY = {"target_modules": "all-linear"}
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # Name → method and changes to its config.
 ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "lora": ("lora", {**EVERY, "rank_pattern": {r"layers\.1\..*": 7}, "lora_bias": True}),
@@ -50,9 +51,21 @@ def some(few: Sequence[str]) -> list[Any]:
     ]
 
 
+def adapters_of(architecture: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    """On experts PEFT has plain LoRA; "all-linear" takes them in."""
+    if architecture not in MIXTURES:
+        return ADAPTERS
+    rank = {r".*\.layers\.1\.self_attn\..*": 7}
+    return {
+        **ADAPTERS,
+        "lora": ("lora", {**EVERY, "rank_pattern": rank}),
+        "dora": ("dora", {"target_modules": [*ATTENTION, "lm_head"]}),
+    }
+
+
 def save_adapters(architecture: str, root: Path) -> None:
     model = twin(architecture).model
-    for seed, (name, (method, changes)) in enumerate(ADAPTERS.items()):
+    for seed, (name, (method, changes)) in enumerate(adapters_of(architecture).items()):
         save_adapter(model, make_config(method, **changes), root / name, seed=seed)
 
 
@@ -138,13 +151,19 @@ def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 async def check_few(architecture: str, root: Path, *, gpu: bool) -> None:
     """The base and two adapters in one batch, to the end of a window and past a switch."""
     base = twin(architecture)
-    names = [None, "dora", "loha"]
+    # On experts PEFT has plain LoRA.
+    names = [None, "lora" if architecture in MIXTURES else "dora", "loha"]
     for seed, name in enumerate(names[1:]):
         assert name is not None
-        save_adapter(base.model, make_config(name, **EVERY), root / name, seed=seed)
+        config = make_config(name, **adapters_of(architecture)[name][1])
+        save_adapter(base.model, config, root / name, seed=seed)
     asked = [(name, prompt_of(n, n)) for name, n in zip(names, (70, 30, 5), strict=True)]
     async with EngineHarness.start(
-        base.folder, root, adapters=["dora", "loha"], gpu=gpu, kv_cache_bytes=4 << 20
+        base.folder,
+        root,
+        adapters=[name for name in names if name],
+        gpu=gpu,
+        kv_cache_bytes=4 << 20,
     ) as harness:
         answers = await harness.run_all(
             [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]

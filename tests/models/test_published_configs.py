@@ -11,17 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from builders.published_mixtures import MIXTURES, as_in_a_checkpoint
 from builders.published_models import MODELS, Published
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from turret.server.models import loader
-from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding.arch import ROUTER, Arch
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.families import text_config
 from turret.server.models.model_source import ModelSource, is_quantized
 from turret.server.models.text_part import text_name
 
 META = torch.device("meta")
+ALL = (*MODELS, *MIXTURES)
 
 
 class MetaTensors:
@@ -43,6 +45,10 @@ class MetaTensors:
         assert tuple(self._state[name].shape) == shape, name
         return self.get(name)
 
+    def plain(self, name: str) -> torch.Tensor:
+        assert not is_quantized(name), name
+        return self.get(name)
+
     def unread(self) -> list[str]:
         return sorted(self._state.keys() - self._read)
 
@@ -56,15 +62,19 @@ def load_on_meta(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Decoder
         model = kind.from_config(config)
     tensors = model.state_dict().items()
     state = {name: tensor for key, tensor in tensors if (name := text_name(key)) is not None}
+    state = as_in_a_checkpoint(state, config.model_type)
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
     monkeypatch.setattr(loader, "_Tensors", lambda folder: MetaTensors(state))
-    monkeypatch.setattr(loader, "Nf4Linear", lambda weights, *_, **__: weights)
+    for linear in ("Nf4Linear", "Nf4Experts"):
+        monkeypatch.setattr(loader, linear, lambda weights, *_, **__: weights)
     source = ModelSource("", folder, folder, "")
     return loader.load_decoder(source, dtype=torch.bfloat16, device=META), model
 
 
-@pytest.mark.parametrize("published", MODELS, ids=lambda published: published.repository)
+@pytest.mark.parametrize(
+    "published", [*MODELS, *MIXTURES], ids=lambda published: published.repository
+)
 def test_every_tensor_of_its_checkpoint_has_a_place(
     published: Published, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,8 +91,10 @@ def test_every_tensor_of_its_checkpoint_has_a_place(
     expected = {
         f"model.layers.{number}.{path}"
         for number in range(arch.num_layers)
-        for slices in arch.linears().values()
+        for name, slices in arch.linears().items()
         for path, _, _ in slices
+        # transformers' routers are modules of their own kind.
+        if arch.has(number, name) and name != ROUTER
     }
     assert linears == expected
     for parts in arch.ropes.values():
@@ -106,19 +118,21 @@ def test_every_tensor_of_its_checkpoint_has_a_place(
         ("zai-org/GLM-4-9B-0414", {"is_interleaved": True, "num_kv_heads": 2}),
         ("microsoft/Phi-3.5-mini-instruct", {"long_from": 4096, "max_model_len": 131072}),
         ("microsoft/phi-4", {"long_from": None, "head_dim": 128}),
+        ("Qwen/Qwen3-30B-A3B", {"qk_norm": "head", "head_dim": 128, "max_model_len": 40960}),
+        ("allenai/OLMoE-1B-7B-0924", {"qk_norm": "projection", "windows": 16 * (None,)}),
     ],
 )
 def test_what_a_config_says_is_read(
     repository: str, expected: dict[str, Any], tmp_path: Path
 ) -> None:
-    (published,) = (model for model in MODELS if model.repository == repository)
+    (published,) = (model for model in ALL if model.repository == repository)
     arch = loader.read_arch(AutoConfig.from_pretrained(published.write(tmp_path)))
     assert {name: getattr(arch, name) for name in expected} == expected
 
 
 def test_a_part_of_a_head_rotates(tmp_path: Path) -> None:
     for repository, pairs in (("microsoft/Phi-4-mini-instruct", 48), ("zai-org/GLM-4-9B-0414", 32)):
-        (published,) = (model for model in MODELS if model.repository == repository)
+        (published,) = (model for model in ALL if model.repository == repository)
         (tmp_path / str(pairs)).mkdir()
         config = AutoConfig.from_pretrained(published.write(tmp_path / str(pairs)))
         (rope,) = loader.read_arch(config).ropes.values()

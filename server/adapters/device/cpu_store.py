@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from turret.kernels.cpu.row_adapters import RowAdapters, RowSegment
+from turret.kernels.expert_routing import Routing
+from turret.server.adapters.device.cpu_experts import CpuExpertUpdates, CpuStepExperts
 from turret.server.adapters.device.cpu_inputs import StepInputs
 from turret.server.adapters.device.cpu_tables import AdapterTables, ModuleNumbers
 from turret.server.adapters.device.gates import Gates
@@ -45,7 +47,8 @@ class CpuStore(StepStore):
         self._tables = AdapterTables(layout, self._numbers)
         self._gates = Gates(layout, device)
         self._own_updates = OwnUpdates(layout, frozenset({"modulated"}), device)
-        parts = (self._tables, self._gates, self._own_updates)
+        self._experts = CpuExpertUpdates(layout)
+        parts = (self._tables, self._gates, self._own_updates, self._experts)
         super().__init__(parts, device, max_bytes, on_moved)
 
     def step(self, members: StepMembers) -> CpuStep:
@@ -69,6 +72,7 @@ class CpuStore(StepStore):
             base_rows=slice(len(members.short), long[0][0] if long else None),
             others=() if gates is None else (gates,),
             own_updates=self._own_updates.bind(members),
+            experts=self._experts.bind(members),
         )
 
     @staticmethod
@@ -114,6 +118,7 @@ class CpuStep:
         base_rows: Rows of the base model alone.
         others: Rows of the operators that torch computes.
         own_updates: Rows of those that are products with the base for each rank.
+        experts: Rows whose adapters change experts, or None.
     """
 
     rows: RowAdapters
@@ -124,6 +129,7 @@ class CpuStep:
     base_rows: slice
     others: tuple[StepPart, ...]
     own_updates: StepOwnUpdates | None
+    experts: CpuStepExperts | None = None
 
     @property
     def is_native(self) -> bool:
@@ -134,6 +140,18 @@ class CpuStep:
         self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
     ) -> torch.Tensor:
         return self.inputs.multiply(self.rows, layer, projection, x, base)
+
+    def apply_experts(
+        self,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        routing: Routing,
+        rows: torch.Tensor | None,
+    ) -> None:
+        if self.experts is not None:
+            self.experts.apply(layer, projection, x, y, routing, rows)
 
     def apply(
         self,

@@ -16,6 +16,8 @@ from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 class HadamardShelves:
     """Makes a shelf per (projection, rank); slices of other ranks are zero there."""
 
+    least_slots = 4
+
     def __init__(self, layout: ProjectionLayout, device: torch.device) -> None:
         self._layout = layout
         self._device = device

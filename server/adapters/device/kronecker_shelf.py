@@ -21,6 +21,8 @@ _Signature = tuple[_Shapes | None, ...]
 class KroneckerShelves:
     """Makes a shelf per (projection, shapes of its slices' factors)."""
 
+    least_slots = 4
+
     def __init__(self, layout: ProjectionLayout, device: torch.device) -> None:
         self._layout = layout
         self._device = device

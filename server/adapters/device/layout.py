@@ -6,7 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators import (
+    AdapterOperators,
+    ExpertLowRank,
+    ModuleOperators,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +23,25 @@ class SliceShape:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertShape:
+    """A fused projection of all experts: its path inside the layer and the sizes of each expert."""
+
+    path: str
+    count: int
+    out_features: int
+    in_features: int
+
+
+@dataclass(frozen=True, slots=True)
 class ProjectionLayout:
-    """Shape of the base as stores see it: the slices of each fused projection, in every layer."""
+    """Shape of the base as stores see it: the slices of each fused projection, in every layer.
+
+    ``experts`` are those of mixtures of experts. A layer may lack any of both.
+    """
 
     num_layers: int
     projections: Mapping[str, tuple[SliceShape, ...]]
+    experts: Mapping[str, ExpertShape] = field(default_factory=dict)
     layer_prefix: str = "model.layers"
     _columns: Mapping[str, tuple[slice, ...]] = field(init=False, repr=False, compare=False)
 
@@ -56,3 +74,12 @@ class ProjectionLayout:
                 if ops is not None:
                     found.append((layer, s, ops))
         return found
+
+    def of_experts(
+        self, operators: AdapterOperators, projection: str
+    ) -> list[tuple[int, ExpertLowRank]]:
+        """An adapter's updates of one projection of the experts, as (layer, update)."""
+        path = self.experts[projection].path
+        experts = operators.experts or {}
+        names = ((layer, self.module(layer, path)) for layer in range(self.num_layers))
+        return [(layer, experts[name]) for layer, name in names if name in experts]

@@ -42,7 +42,13 @@ S_co = TypeVar("S_co", bound=Shelf, covariant=True)
 
 
 class ShelfKind(Protocol[S_co]):
-    """What a kind of operator brings: the shelves that an adapter needs."""
+    """What a kind of operator brings: the shelves that an adapter needs.
+
+    Attributes:
+        least_slots: Of a shelf that holds anything.
+    """
+
+    least_slots: int
 
     def shelves_of(
         self, operators: AdapterOperators
@@ -62,8 +68,9 @@ class ShelfSlots(Generic[S]):
         slots: By adapter key.
     """
 
-    def __init__(self, shelf: S) -> None:
+    def __init__(self, shelf: S, least_slots: int) -> None:
         self.shelf = shelf
+        self._least_slots = least_slots
         self.slots: dict[str, int] = {}
         self._capacity = 0
 
@@ -71,7 +78,7 @@ class ShelfSlots(Generic[S]):
         taken = set(self.slots.values())
         slot = next(i for i in range(len(taken) + 1) if i not in taken)
         if slot >= self._capacity:
-            capacity = max(4, 2 * self._capacity)
+            capacity = max(self._least_slots, 2 * self._capacity)
             self.shelf.grow(capacity)
             self._capacity = capacity
         self.slots[key] = slot
@@ -89,7 +96,7 @@ class Shelves(Part, Generic[S]):
         for kind in self._kinds:
             for shape, make in kind.shelves_of(operators):
                 if shape not in self._shelves:
-                    self._shelves[shape] = ShelfSlots(make())
+                    self._shelves[shape] = ShelfSlots(make(), kind.least_slots)
                 self._shelves[shape].insert(key, operators)
 
     def remove(self, key: str) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from turret.kernels.cpu.row_adapters import Ahead
+from turret.kernels.expert_routing import Routing
 from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.device.vocabulary import VocabularyChange, vocabulary_change
@@ -60,6 +61,27 @@ class AdapterStep(Protocol):
 
         Returns:
             ``[rows, sum(out)]``, contiguous, for ``apply``.
+        """
+        ...
+
+    def apply_experts(
+        self,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        routing: Routing,
+        rows: torch.Tensor | None,
+    ) -> None:
+        """Add the updates of experts to ``y``, in place.
+
+        Args:
+            layer: Layer number.
+            projection: Fused projection of experts (``experts_gate_up``, ``experts_down``).
+            x: Its input, ``[rows, in]`` or ``[pairs, in]``; not changed.
+            y: Of each pair of a row and an expert, ``[pairs, out]``, contiguous.
+            routing: The pairs.
+            rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None for its own.
         """
         ...
 

@@ -13,6 +13,7 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.lowering.lowered import Lowered, Method
+from turret.server.adapters.peft_format.expert_checkpoint import ExpertPart, take_experts
 from turret.server.adapters.peft_format.module_checkpoint import check_rank
 from turret.server.adapters.peft_format.unserved import UNSERVED
 from turret.server.adapters.peft_format.vocabulary_checkpoint import VocabularyPart, take_vocabulary
@@ -96,7 +97,9 @@ def lower_checkpoint(
         findings.add("task", f"is {checkpoint.task}, but a {method.name} adapter has no tasks")
         findings.raise_if_any()
     base = replace(base, text_prefix=checkpoint.text_prefix)
-    part = take_vocabulary(checkpoint, base)
+    experts = take_experts(checkpoint, base)
+    experts.findings.raise_if_any()
+    part = take_vocabulary(experts.rest, base)
     findings = part.findings
     lowered = None
     try:
@@ -108,7 +111,7 @@ def lower_checkpoint(
             findings.add(field, why)
     findings.raise_if_any()
     assert lowered is not None  # or there was a fault
-    joined = _joined(lowered, part)
+    joined = _with_experts(_joined(lowered, part), experts)
     # The reader checked the modules' ranks before anything was computed; this is for all others.
     check_rank(checkpoint.path, max(joined.ranks, default=0), max_rank)
     return method.name, joined
@@ -120,6 +123,18 @@ def _check_integers(checkpoint: AdapterCheckpoint, method: Method) -> None:
         if not tensor.is_floating_point() and name.rpartition(".")[2] not in method.integers:
             findings.add(name, f"holds integers ({tensor.dtype}), which {method.name} does not")
     findings.raise_if_any()
+
+
+def _with_experts(lowered: Lowered, part: ExpertPart) -> Lowered:
+    if part.updates is None:
+        return lowered
+    leaves = {name.rpartition(".")[2] for name in part.updates}
+    return replace(
+        lowered,
+        operators=replace(lowered.operators, experts=part.updates),
+        ranks=tuple(sorted({*lowered.ranks, *part.ranks})),
+        target_modules=tuple(sorted({*lowered.target_modules, *leaves})),
+    )
 
 
 def _joined(lowered: Lowered, part: VocabularyPart) -> Lowered:

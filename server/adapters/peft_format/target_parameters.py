@@ -2,37 +2,44 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES
+from turret.server.adapters.peft_format.config.rules import Rules, check_config
+from turret.server.adapters.peft_format.config.targets import ALL_LINEAR, resolve_targets
 
 _KEY = "target_parameters"
 # Keys that PEFT does not apply to parameters, or refuses beside them.
 _ALONE = (
-    *("exclude_modules", "layers_to_transform", "layers_pattern", "rank_pattern"),
-    *("alpha_pattern", "lora_bias", "use_dora", "use_bdlora", "use_qalora"),
-    *("kasa_config", "velora_config", "monteclora_config", "alora_invocation_tokens"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", "lora_bias", "use_dora"),
+    *("use_bdlora", "use_qalora", "kasa_config", "velora_config", "monteclora_config"),
+    "alora_invocation_tokens",
 )
+_PATTERNS = ("rank_pattern", "alpha_pattern")
+_SIZES: Rules = {key: LORA_RULES[key] for key in ("r", "lora_alpha", *_PATTERNS)}
 
 
 def name_modules(
     checkpoint: AdapterCheckpoint, base: BaseModel, findings: Findings
 ) -> AdapterCheckpoint:
-    """The checkpoint with ``target_modules`` naming the modules whose weights are targeted.
+    """The checkpoint with ``target_modules`` naming the modules whose weights are targeted as well.
 
     A parameter that is no linear module's weight is a fault, and so are keys beside it that would
-    choose otherwise. A malformed list is left to the rules.
+    choose otherwise. A malformed list is left to the rules. Parameters of experts were taken out
+    before.
     """
     config = checkpoint.config
     targets, modules = config.get(_KEY), config.get("target_modules")
     if not targets or not isinstance(targets, list):
-        if modules == []:
+        if modules == [] and not checkpoint.is_partial:
             findings.add("target_modules", "is empty, and there are no target_parameters")
         return checkpoint
-    if modules:
-        findings.add("target_modules", "must be empty beside target_parameters")
     for key in _ALONE:
         if config.get(key):
             findings.add(key, "cannot be combined with target_parameters")
@@ -45,4 +52,41 @@ def name_modules(
         if not hits:
             findings.add(_KEY, f"{target!r:.120} is no weight of a linear module")
         chosen |= dict.fromkeys(hits)
-    return replace(checkpoint, config={**config, "target_modules": list(chosen)})
+    if modules:
+        sizes = {"r": 1, "lora_alpha": 1, "target_modules": modules}
+        for name in resolve_targets(sizes, list(chosen), (), findings).targeted:
+            findings.add("target_modules", f"chooses {name!r:.120}, as target_parameters does")
+    selected = {"target_modules": _both(modules, list(chosen))}
+    changed = {**config, **selected, **_patterns(config, list(chosen), findings)}
+    return replace(checkpoint, config=changed)
+
+
+def _patterns(
+    config: Mapping[str, Any], chosen: list[str], findings: Findings
+) -> dict[str, dict[str, Any]]:
+    """The patterns, and before them what they say of the chosen modules.
+
+    PEFT matches them with a parameter's name, which ends in ``.weight``.
+    """
+    present = [key for key in _PATTERNS if config.get(key)]
+    selection = {key: config.get(key) for key in _SIZES}
+    faults = Findings("")
+    check_config(selection, _SIZES, faults)
+    if not present or faults.fields:
+        return {}
+    names = [f"{name}.weight" for name in chosen]
+    targets = resolve_targets({**selection, "target_modules": names}, names, (), findings)
+    tables = {"rank_pattern": targets.ranks, "alpha_pattern": targets.alphas}
+    return {
+        key: {name: tables[key][f"{name}.weight"] for name in chosen} | config[key]
+        for key in present
+    }
+
+
+def _both(modules: object, chosen: list[str]) -> object:
+    """What selects the modules of a selector and some more, by their paths."""
+    if not modules:
+        return chosen
+    if isinstance(modules, str) and modules.lower() != ALL_LINEAR:
+        return "|".join((f"(?:{modules})", *map(re.escape, chosen)))
+    return [*modules, *chosen] if isinstance(modules, list) else modules

@@ -139,7 +139,7 @@ def take_vocabulary(checkpoint: AdapterCheckpoint, base: BaseModel) -> Vocabular
             checkpoint,
             config={**config, **changes},
             tensors=rest,
-            is_partial=any(role in found[EMBEDDING] for role in _LOW_RANK),
+            is_partial=checkpoint.is_partial or any(role in found[EMBEDDING] for role in _LOW_RANK),
         ),
         base=base,
         findings=findings,

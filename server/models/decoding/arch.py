@@ -20,6 +20,8 @@ MODULES: Mapping[str, tuple[str, ...]] = {
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
+# The projection that chooses among the experts of a mixture.
+ROUTER = "router"
 # Added to the positions of a sequence that is long: see ``Rope.long_inv_freq``.
 LONG = 1 << 32
 # Activations of the gate that every path has a kernel for.
@@ -70,6 +72,46 @@ class LayerNorms:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """A mixture of experts in place of the MLP (arXiv 1701.06538; 2101.03961 on routing).
+
+    A router, a linear module in full precision, gives each token a score per expert. The experts of
+    the highest scores are gated MLPs; what they give is summed, weighted by the softmax of the
+    scores.
+
+    Attributes:
+        layers: The layers that have one; the others have an MLP.
+        count: Experts of a layer.
+        per_token: How many of them a token goes through.
+        intermediate_size: Of an expert.
+        normalizes: Whether the weights of a token's experts are scaled so that their sum is 1.
+        path: Where adapters find it in a layer: ``{path}.gate``, ``{path}.experts``.
+        checkpoint_path: Where the checkpoint has it.
+        router: The router's module, below either.
+        modules: An expert's modules in the checkpoint, below ``experts.N``, by fused projection.
+        parameters: What adapters call those of all experts, below ``experts``.
+    """
+
+    layers: frozenset[int]
+    count: int
+    per_token: int
+    intermediate_size: int
+    normalizes: bool
+    path: str = "mlp"
+    checkpoint_path: str = "mlp"
+    router: str = "gate"
+    modules: Mapping[str, tuple[str, ...]] = field(
+        default_factory=lambda: {
+            "experts_gate_up": ("gate_proj", "up_proj"),
+            "experts_down": ("down_proj",),
+        }
+    )
+    parameters: Mapping[str, str] = field(
+        default_factory=lambda: {"experts_gate_up": "gate_up_proj", "experts_down": "down_proj"}
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Arch:
     """What the one decoder needs to know. Sizes are per model, not per shard.
 
@@ -87,6 +129,7 @@ class Arch:
         logit_scale: Multiplies the logits.
         norm_offset: Added to the weights of all norms (1 where a norm is ``1 + w``).
         norms: The norms of a layer.
+        experts: Of the layers that are mixtures of experts, or None.
         qk_norm: Whether queries and keys are normed, head by head or the whole projection at once.
         attention_softcap: ``c · tanh(score / c)`` where it is not None.
         logit_softcap: The same of logits.
@@ -121,6 +164,7 @@ class Arch:
     logit_scale: float = 1.0
     norm_offset: float = 0.0
     norms: LayerNorms = LayerNorms()
+    experts: Experts | None = None
     qk_norm: Literal["head", "projection"] | None = None
     attention_softcap: float | None = None
     logit_softcap: float | None = None
@@ -137,7 +181,11 @@ class Arch:
         return self.num_heads // self.num_kv_heads
 
     def linears(self) -> dict[str, tuple[tuple[str, int, int], ...]]:
-        """Fused projections of a layer: (module path in the layer, out, in) per slice, by name."""
+        """Fused projections: (module path in the layer, out, in) per slice, by name.
+
+        Not every layer has all of them where only some are mixtures of experts (``has``). Those of
+        experts are not among them, their router is.
+        """
         hidden, inner = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         sizes = {
@@ -148,10 +196,34 @@ class Arch:
         }
         found = {}
         for name, (widths, columns) in sizes.items():
+            if not any(self.has(layer, name) for layer in range(self.num_layers)):
+                continue
             paths = self.modules[name]
             outs = widths if len(paths) > 1 else (sum(widths),)
             found[name] = tuple((p, out, columns) for p, out in zip(paths, outs, strict=True))
+        if self.experts is not None:
+            router = f"{self.experts.path}.{self.experts.router}"
+            found[ROUTER] = ((router, self.experts.count, hidden),)
         return found
+
+    def has(self, layer: int, projection: str) -> bool:
+        """Whether a layer has one of the projections of ``linears``."""
+        is_sparse = self.experts is not None and layer in self.experts.layers
+        if projection in ("gate_up", "down"):
+            return not is_sparse
+        return is_sparse or projection != ROUTER
+
+    def expert_linears(self) -> dict[str, tuple[str, int, int]]:
+        """Fused projections of an expert, by name: (path of the parameter, out, in)."""
+        experts = self.experts
+        if experts is None:
+            return {}
+        hidden, inner = self.hidden_size, experts.intermediate_size
+        sizes = {"experts_gate_up": (2 * inner, hidden), "experts_down": (hidden, inner)}
+        return {
+            name: (f"{experts.path}.experts.{experts.parameters[name]}", *shape)
+            for name, shape in sizes.items()
+        }
 
 
 def check_served(arch: Arch) -> None:

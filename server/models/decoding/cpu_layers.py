@@ -55,9 +55,9 @@ class Layer(Protocol):
     @property
     def o(self) -> AdaptedLinear: ...
     @property
-    def gate_up(self) -> AdaptedLinear: ...
+    def gate_up(self) -> AdaptedLinear | None: ...
     @property
-    def down(self) -> AdaptedLinear: ...
+    def down(self) -> AdaptedLinear | None: ...
 
 
 class CpuLayers:
@@ -83,7 +83,7 @@ class CpuLayers:
             *(self._layer(number, layer) for number, layer in enumerate(layers))
         )
         first = layers[0]
-        self._widest = max(_width(first.qkv.base), _width(first.gate_up.base))
+        self._widest = max(_width(projection.base) for projection in _projections(first)[::2])
         self._model = NativeModel(
             layers=ctypes.addressof(self._layers),
             norm=norm.data_ptr(),
@@ -109,6 +109,8 @@ class CpuLayers:
 
         The kernels of this file are for bf16.
         """
+        if arch.experts is not None:
+            return False
         bases = [projection.base for layer in layers for projection in _projections(layer)]
         return (
             has_native_products()
@@ -208,6 +210,8 @@ class CpuLayers:
 
 
 def _projections(layer: Layer) -> tuple[AdaptedLinear, ...]:
+    assert layer.gate_up is not None, "a mixture of experts is not served here"
+    assert layer.down is not None
     return layer.qkv, layer.o, layer.gate_up, layer.down
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from turret.kernels.expert_routing import Routing, combine_reference, route_reference
 from turret.kernels.rows.linear import row_linear
 from turret.kernels.rows.softcap import row_softcap_
 from turret.server.adapters.device.cpu_store import CpuStep
@@ -27,6 +28,7 @@ from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.cpu_layer_ops import CpuLayerOps
 from turret.server.models.decoding.cpu_layers import CpuLayers
+from turret.server.models.decoding.experts import ExpertMixture
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.decoding.layer_ops import choose_layer_ops
 from turret.server.models.decoding.rotary_angles import GrowingQueries, RotaryAngles
@@ -62,7 +64,8 @@ class StepInput:
 class DecoderLayer:
     """Weights of one layer. Norms are fp32, ``Arch.norm_offset`` added to them; None is no norm.
 
-    ``q_norm`` and ``k_norm`` are ``[head_dim]``, or as wide as all heads together.
+    ``q_norm`` and ``k_norm`` are ``[head_dim]``, or as wide as all heads together. A layer has an
+    MLP (``gate_up`` and ``down``) or ``experts``.
     """
 
     norm_before_attention: torch.Tensor | None
@@ -73,8 +76,9 @@ class DecoderLayer:
     k_norm: torch.Tensor | None
     qkv: AdaptedLinear
     o: AdaptedLinear
-    gate_up: AdaptedLinear
-    down: AdaptedLinear
+    gate_up: AdaptedLinear | None = None
+    down: AdaptedLinear | None = None
+    experts: ExpertMixture | None = None
 
 
 class Decoder:
@@ -150,8 +154,7 @@ class Decoder:
             )
             delta = self._leave(layer.o(attended, step.adapters), layer.norm_after_attention)
             normed = self._enter(hidden, delta, layer.norm_before_mlp)
-            gated = ops.gated_activation(layer.gate_up(normed, step.adapters))
-            delta = self._leave(layer.down(gated, step.adapters), layer.norm_after_mlp)
+            delta = self._leave(self._mlp(layer, normed, step), layer.norm_after_mlp)
         return ops.add_rms_norm(hidden, delta, self.norm)
 
     def _in_one_call(self, cache: KvCache) -> CpuLayers | None:
@@ -163,6 +166,36 @@ class Decoder:
             made = CpuLayers(self.arch, self.layers, self.norm, cache) if is_served else None
             self._native = self.epoch, cache, made
         return self._native[2]
+
+    def _mlp(self, layer: DecoderLayer, normed: torch.Tensor, step: StepInput) -> torch.Tensor:
+        """What the MLP, or the mixture of experts in its place, makes of ``[rows, hidden]``."""
+        if layer.experts is not None:
+            return self._mix_experts(layer.experts, normed, step)
+        assert layer.gate_up is not None
+        assert layer.down is not None
+        gated = self.ops.gated_activation(layer.gate_up(normed, step.adapters))
+        return layer.down(gated, step.adapters)
+
+    def _mix_experts(
+        self, experts: ExpertMixture, normed: torch.Tensor, step: StepInput
+    ) -> torch.Tensor:
+        routing = self._route(experts.router(normed, step.adapters))
+        gate_up = experts.gate_up(normed, routing, step.adapters, routing.rows)
+        gated = self._gated(gate_up)
+        return self._combine(experts.down(gated, routing, step.adapters), routing)
+
+    def _route(self, scores: torch.Tensor) -> Routing:
+        """The experts of each row, from ``[rows, experts]``."""
+        experts = self.arch.experts
+        assert experts is not None, "a layer that routes has experts"
+        return route_reference(scores, experts.per_token, normalizes=experts.normalizes)
+
+    def _combine(self, y: torch.Tensor, routing: Routing) -> torch.Tensor:
+        """Sum what the experts of each row gave, ``[pairs, hidden]`` → ``[rows, hidden]``."""
+        return combine_reference(y, routing)
+
+    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self.ops.gated_activation(gate_up)
 
     def _embed(self, step: StepInput) -> torch.Tensor:
         """What the first layer gets, ``[rows, hidden]``."""

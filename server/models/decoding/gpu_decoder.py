@@ -13,6 +13,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from turret.kernels.expert_routing import Routing
+from turret.kernels.gpu.experts.combine_experts import combine_experts
+from turret.kernels.gpu.experts.route_rows import route_rows
 from turret.kernels.gpu.gelu_mul import gelu_mul
 from turret.kernels.gpu.library_products import keep_sums_whole
 from turret.kernels.gpu.paged_attention import paged_attention
@@ -89,18 +92,35 @@ class GpuDecoder(Decoder):
             attended = self._attention(number, normed, rotation, growth, step, cache)
             update = self._leave(attended, layer.norm_after_attention)
             normed = self._enter(hidden, update, layer.norm_before_mlp)
-            inner = self._gate_up(layer, normed, step)
-            down = layer.down(inner, step.adapters, step.num_decode)
-            update = self._leave(down, layer.norm_after_mlp)
+            update = self._leave(self._feed_forward(layer, normed, step), layer.norm_after_mlp)
         hidden = self._add_norm(hidden, update, self.norm)
         sampled = hidden.index_select(0, step.sample_rows)
         return hidden, self.logits(sampled, step.heads, step.logits)
 
-    def _gate_up(self, layer: DecoderLayer, normed: torch.Tensor, step: GpuStep) -> torch.Tensor:
+    def _feed_forward(
+        self, layer: DecoderLayer, normed: torch.Tensor, step: GpuStep
+    ) -> torch.Tensor:
+        if layer.experts is not None:
+            return self._mix_experts(layer.experts, normed, step)
+        assert layer.gate_up is not None
+        assert layer.down is not None
         adapters, num_decode = step.adapters, step.num_decode
         if self.arch.activation == "silu":
-            return layer.gate_up.gated(normed, adapters, num_decode, silu_mul)
-        return _GATED_ACTIVATIONS[self.arch.activation](layer.gate_up(normed, adapters, num_decode))
+            inner = layer.gate_up.gated(normed, adapters, num_decode, silu_mul)
+        else:
+            inner = self._gated(layer.gate_up(normed, adapters, num_decode))
+        return layer.down(inner, adapters, num_decode)
+
+    def _route(self, scores: torch.Tensor) -> Routing:
+        experts = self.arch.experts
+        assert experts is not None, "a layer that routes has experts"
+        return route_rows(scores, experts.per_token, normalizes=experts.normalizes)
+
+    def _combine(self, y: torch.Tensor, routing: Routing) -> torch.Tensor:
+        return combine_experts(y, routing)
+
+    def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return _GATED_ACTIVATIONS[self.arch.activation](gate_up)
 
     def _add_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor

@@ -78,6 +78,41 @@ def nf4_product(
     return out
 
 
+def nf4_expert_products(
+    x: torch.Tensor,
+    ends: torch.Tensor,
+    weights: torch.Tensor,
+    shape: tuple[int, int],
+) -> torch.Tensor:
+    """Multiply runs of rows, each by a weight of its own; only where ``has_native_products``.
+
+    Args:
+        x: ``[rows, in]`` bf16.
+        ends: Where the rows of each weight end, ``[weights]`` int64.
+        weights: Addresses of each one's codes and maxima, as ``nf4_product`` takes them,
+            ``[weights, 2]`` int64.
+        shape: ``(out, in)``, the same for all.
+
+    Returns:
+        ``[rows, out]`` bf16; a row has the bits of ``nf4_product``.
+    """
+    out_features, in_features = shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    out = torch.empty(x.shape[0], out_features, dtype=torch.bfloat16)
+    functions().turret_nf4_experts(
+        x.data_ptr(),
+        x.stride(0),
+        ends.data_ptr(),
+        ends.shape[0],
+        weights.data_ptr(),
+        out.data_ptr(),
+        out_features,
+        in_features,
+        num_threads(),
+    )
+    return out
+
+
 def nf4_formulation(shape: tuple[int, int], code: torch.Tensor) -> str:
     """What multiplies by a packed weight, in words; bitsandbytes' product is tried if it has to."""
     return "native" if has_native_products() else f"bitsandbytes {_prepare(shape, code).name}"

@@ -161,7 +161,12 @@ def test_block_diagonal_factors_must_fit_their_config(tmp_path: Path) -> None:
         ({"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),
         ({"target_parameters": ["q_proj.bias"]}, "target_parameters"),
         ({"target_modules": ["q_proj"]}, "target_modules"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
+        ({"target_modules": r".*\.q_proj"}, "target_modules"),
+        # PEFT matches it with the parameter's name.
+        (
+            {"rank_pattern": {r".*q_proj\.weight": 5}},
+            "model.layers.0.self_attn.q_proj.lora_A.weight",
+        ),
         ({"exclude_modules": ["q_proj"]}, "exclude_modules"),
         ({"bias": "lora_only"}, "bias"),
         ({"target_parameters": []}, "target_modules"),

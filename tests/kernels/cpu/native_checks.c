@@ -104,6 +104,13 @@ static void check_nf4(int64_t out, int64_t in) {
         turret_nf4_product(x + r * in, in, 1, packed, scale, one, out, in, threads, 0, 0);
         same("nf4", one, y + r * out, out * sizeof(bf16));
     }
+    /* Three weights, the second without rows, of which the first and the last are the same. */
+    const void *weights[] = {packed, scale, 0, 0, packed, scale};
+    int64_t ends[] = {4, 4, MAX_ROWS};
+    bf16 *again = halves(MAX_ROWS * out);
+    turret_nf4_experts(x, in, ends, 3, weights, again, out, in, threads);
+    same("nf4 of experts", again, y, MAX_ROWS * out * sizeof(bf16));
+    free(again);
     free(x), free(scale), free(y), free(one), free(packed), free(expected);
 }
 
@@ -335,6 +342,56 @@ static void check_adapters(int64_t in, int64_t out, int64_t rank, int64_t side) 
     }
 }
 
+/* Pairs of MAX_ROWS rows and two of four experts; rows of no, one and two members, the last ones beyond
+ * those that have any. The second member has no update in the projection. */
+static void check_experts(int64_t in, int64_t out, int64_t rank) {
+    enum { EXPERTS = 4, PAIRS = 2 * MAX_ROWS, ROWS = MAX_ROWS - 2 };
+    bf16 *x = halves(MAX_ROWS * in), *y = halves(PAIRS * out), *start = halves(PAIRS * out);
+    bf16 *a = halves(EXPERTS * rank * in), *b = halves(EXPERTS * rank * out);
+    int64_t updates[3][2][3] = {{{0}}};
+    updates[0][1][0] = (int64_t)a, updates[0][1][1] = (int64_t)b, updates[0][1][2] = rank;
+    updates[2][1][0] = (int64_t)a, updates[2][1][1] = (int64_t)b, updates[2][1][2] = rank;
+    struct { const void *updates; double weight; } members[3 * MAX_ROWS];
+    int64_t first[ROWS + 1] = {0}, row[PAIRS], expert[PAIRS], count = 0;
+    static const double weights[] = {0.5, 1.0, -2.0};
+    for (int64_t r = 0; r < ROWS; r++) {
+        for (int64_t k = 0; k < r % 4; k++) members[count].updates = updates[k], members[count++].weight = weights[k];
+        first[r + 1] = count;
+    }
+    for (int64_t p = 0; p < PAIRS; p++) row[p] = p * 7 % MAX_ROWS, expert[p] = p / (MAX_ROWS / 2) % EXPERTS;
+    int64_t width = 3 * PADDED(rank);
+    float *scratch = floats(width * threads);
+    const int64_t step[] = {(int64_t)members, (int64_t)first, ROWS, (int64_t)scratch, width, threads};
+    int64_t pairs[] = {(int64_t)x, (int64_t)y, (int64_t)row, (int64_t)expert, (int64_t)row, PAIRS, in, in, out, 1};
+    memcpy(start, y, PAIRS * out * sizeof(bf16));
+    double *expected = calloc(PAIRS * out, sizeof(double));
+    for (int64_t p = 0; p < PAIRS; p++)
+        for (int64_t o = 0; o < out; o++) {
+            double w = 0;
+            for (int64_t k = 0; row[p] < ROWS && k < row[p] % 4; k++) w += k == 1 ? 0 : weights[k];
+            double sum = to_f32(start[p * out + o]);
+            for (int64_t q = 0; q < rank; q++) {
+                double v = 0;
+                for (int64_t i = 0; i < in; i++)
+                    v += (double)to_f32(a[(expert[p] * rank + q) * in + i]) * to_f32(x[row[p] * in + i]);
+                sum += w * v * to_f32(b[(expert[p] * rank + q) * out + o]);
+            }
+            expected[p * out + o] = sum;
+        }
+    turret_adapt_experts(step, pairs);
+    near_bf16("experts", y, expected, PAIRS * out);
+    bf16 *one = halves(out);
+    for (int64_t p = 0; p < PAIRS; p++) {
+        /* Alone, and reading its own row. */
+        int64_t alone[] = {(int64_t)(x + row[p] * in), (int64_t)one, (int64_t)(row + p), (int64_t)(expert + p), 0, 1,
+                           in, in, out, 1};
+        memcpy(one, start + p * out, out * sizeof(bf16));
+        turret_adapt_experts(step, alone);
+        same("experts", one, y + p * out, out * sizeof(bf16));
+    }
+    free(x), free(y), free(start), free(a), free(b), free(scratch), free(expected), free(one);
+}
+
 int main(int count, char **arguments) {
     threads = count > 1 ? atoi(arguments[1]) : 1;
     turret_own_threads(count > 2);
@@ -351,6 +408,7 @@ int main(int count, char **arguments) {
     check_attention(3, 1, 64, 0, 0), check_attention(8, 2, 32, 20, 0), check_attention(9, 3, 96, 0, 0);
     check_attention(4, 2, 64, 0, 0.5), check_attention(2, 1, 256, 9, 2);
     check_adapters(40, 24, 3, 1), check_adapters(64, 192, 16, 8), check_adapters(100, 219, 9, 5);
+    check_experts(40, 24, 3), check_experts(64, 192, 16), check_experts(100, 219, 9);
     printf("%s with %d threads: %d failures\n", turret_has_products() ? "bf16 pairs" : "no bf16 pairs", threads,
            failures);
     return failures != 0;

@@ -24,13 +24,16 @@ from transformers import (
     MinistralConfig,
     Mistral3Config,
     MistralConfig,
+    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
+    OlmoeConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
     SmolLM3Config,
 )
 from transformers.utils import logging
@@ -207,6 +210,29 @@ def _phi3(**sizes: Any) -> Any:
     return Phi3Config(**sizes, **own, tie_word_embeddings=False)
 
 
+def _qwen3_moe(**sizes: Any) -> Any:
+    """Experts in the second of two layers, their weights as the softmax has them."""
+    own: dict[str, Any] = {
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 64,
+        "norm_topk_prob": False,
+        "mlp_only_layers": [0],
+        "head_dim": 32,
+    }
+    return Qwen3MoeConfig(**sizes, **own, tie_word_embeddings=True)
+
+
+def _mixtral(**sizes: Any) -> Any:
+    own: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}
+    return MixtralConfig(**sizes, **own, tie_word_embeddings=False)
+
+
+def _olmoe(**sizes: Any) -> Any:
+    own: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}
+    return OlmoeConfig(**sizes, **own, tie_word_embeddings=False)
+
+
 _CONFIGS: dict[str, Callable[..., Any]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -225,11 +251,15 @@ _OTHERS: dict[str, Callable[..., Any]] = {
     "granitemoehybrid": _granite4,
     "ministral": _ministral,
     "ministral3": _ministral3,
+    "mixtral": _mixtral,
     "olmo2": _olmo2,
     "olmo3": _olmo3,
+    "olmoe": _olmoe,
     "phi3": _phi3,
+    "qwen3_moe": _qwen3_moe,
 }
 OTHER_ARCHITECTURES = tuple(_OTHERS)
+MIXTURES = ("mixtral", "olmoe", "qwen3_moe")
 
 
 def _siglip() -> dict[str, Any]:
@@ -308,8 +338,8 @@ def save_tiny_model(architecture: str, folder: Path, *, seed: int = 0) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Large enough that attention is not flat and logits are far apart.
-            if parameter.ndim == 2 and "embed" not in name:
-                parameter.normal_(0.0, 1.2 / parameter.shape[1] ** 0.5)
+            if parameter.ndim == 3 or (parameter.ndim == 2 and "embed" not in name):
+                parameter.normal_(0.0, 1.2 / parameter.shape[-1] ** 0.5)
             elif parameter.ndim == 2:
                 parameter.normal_(0.0, 0.3)
             elif name.endswith("bias"):
@@ -346,7 +376,10 @@ def served_weights(model: Path | None, dtype: torch.dtype) -> dict[str, torch.Te
     source = resolve_model(model, cache)
     decoder = load_decoder(source, dtype=dtype, device=torch.device("cpu"))
     base = describe_base(decoder, source)
-    return {p: module.dequantize() for p, module in base.modules.items() if ".layers." in p}
+    weights = {p: module.dequantize() for p, module in base.modules.items() if ".layers." in p}
+    for path, experts in base.experts.items():
+        weights[path] = torch.stack([experts.dequantize(e) for e in range(experts.count)])
+    return weights
 
 
 def load_oracle(model: Path | None, weights: dict[str, torch.Tensor]) -> Any:
@@ -361,13 +394,13 @@ def load_oracle(model: Path | None, weights: dict[str, torch.Tensor]) -> Any:
         is_text = AutoConfig.from_pretrained(model).model_type not in _MULTIMODAL
         kind = AutoModelForCausalLM if is_text else AutoModelForImageTextToText
         oracle = kind.from_pretrained(model, dtype=torch.float32, attn_implementation="eager")
-    linears = {
-        own: module
-        for name, module in oracle.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".layers." in (own := text_name(name) or "")
+    matrices = {
+        own.removesuffix(".weight"): parameter
+        for name, parameter in oracle.named_parameters()
+        if parameter.ndim > 1 and ".layers." in (own := text_name(name) or "")
     }
-    assert linears.keys() == weights.keys(), linears.keys() ^ weights.keys()
+    assert matrices.keys() == weights.keys(), matrices.keys() ^ weights.keys()
     with torch.no_grad():
-        for name, module in linears.items():
-            module.weight.copy_(weights[name])
+        for name, matrix in matrices.items():
+            matrix.copy_(weights[name])
     return oracle.float().eval()

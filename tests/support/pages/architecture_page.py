@@ -29,7 +29,7 @@ ROOMS = (
         )
     ),
     *("kernels/rows", "kernels/cpu", "kernels/gpu", "kernels/gpu/adapters"),
-    *("kernels/gpu/tables", "kernels/gpu/shared"),
+    *("kernels/gpu/experts", "kernels/gpu/tables", "kernels/gpu/shared"),
     *("clients/messages", "clients/verbs", "clients/evaluation"),
     *(
         f"training/{name}"

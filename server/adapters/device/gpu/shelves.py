@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.expert_routing import Routing
 from turret.kernels.gpu.adapters.circulant import circulant
 from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
 from turret.kernels.gpu.adapters.kronecker import kronecker
 from turret.kernels.gpu.tables.row_table import RowTable
+from turret.server.adapters.device.gpu.experts import GpuExpertShelf
 from turret.server.adapters.device.gpu.sparse_shelf import GpuSparseShelf
 from turret.server.adapters.device.gpu.tables import GpuTables
 from turret.server.adapters.device.hadamard_shelf import grown
@@ -25,6 +27,8 @@ _Shapes = tuple[tuple[int, ...], ...]
 
 class GpuHadamardShelves:
     """Makes a shelf per (projection, rank); slices of other ranks are zero there."""
+
+    least_slots = 4
 
     def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
         self._layout = layout
@@ -109,6 +113,8 @@ class GpuHadamardShelf:
 
 class GpuKroneckerShelves:
     """Makes a shelf per (projection, slice, shapes of the factors)."""
+
+    least_slots = 4
 
     def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
         self._layout = layout
@@ -197,6 +203,8 @@ class GpuKroneckerShelf:
 class GpuCirculantShelves:
     """Makes a shelf per (projection, slice, shape of the kernels)."""
 
+    least_slots = 4
+
     def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
         self._layout = layout
         self._dtype, self._device = dtype, device
@@ -269,7 +277,9 @@ class GpuCirculantShelf:
         return [(self.kernel.data_ptr(), self.kernel.shape)]
 
 
-GpuShelf = GpuHadamardShelf | GpuKroneckerShelf | GpuCirculantShelf | GpuSparseShelf
+GpuShelf = (
+    GpuHadamardShelf | GpuKroneckerShelf | GpuCirculantShelf | GpuSparseShelf | GpuExpertShelf
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -287,9 +297,24 @@ class GpuStepShelves:
     def apply(self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the updates of one layer's fused projection to ``y``, in place."""
         for shelf, tables in self.by_projection.get(projection, ()):
-            if layer in shelf.layers:
+            if layer in shelf.layers and not isinstance(shelf, GpuExpertShelf):
                 for table in tables:
                     shelf.apply_table(layer, table, x, y)
+
+    def apply_experts(
+        self,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        routing: Routing,
+        rows: torch.Tensor | None,
+    ) -> None:
+        """Add the updates of one layer's projection of experts to ``y``, in place."""
+        for shelf, tables in self.by_projection.get(projection, ()):
+            if layer in shelf.layers and isinstance(shelf, GpuExpertShelf):
+                for table in tables:
+                    shelf.apply_pairs(layer, table, x, y, routing, rows)
 
 
 class GpuShelves(Shelves[GpuShelf]):
@@ -317,6 +342,8 @@ class GpuShelves(Shelves[GpuShelf]):
                         rows.extend(range(start, end))
                         chosen.extend([places[j]] * (end - start))
                 table = tables.row_table((shape, j))
+                if isinstance(held.shelf, GpuExpertShelf):
+                    rows, chosen = _all_rows(rows, chosen)
                 table.load(rows, [slot for slot, _ in chosen], [weight for _, weight in chosen])
                 bound.append(table)
             if bound:
@@ -330,3 +357,13 @@ class GpuShelves(Shelves[GpuShelf]):
         for shape, held in self.ordered():
             known += [shape, sorted(held.shelf.layers), held.shelf.addresses()]
         return known
+
+
+def _all_rows(
+    rows: list[int], chosen: list[tuple[int, float]]
+) -> tuple[list[int], list[tuple[int, float]]]:
+    """Every row up to the last one, slot -1 for those without an update: pairs look theirs up."""
+    table = [(-1, 0.0)] * (max(rows) + 1 if rows else 0)
+    for row, place in zip(rows, chosen, strict=True):
+        table[row] = place
+    return [*range(len(table))], table

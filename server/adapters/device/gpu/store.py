@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.expert_routing import Routing
 from turret.kernels.gpu.adapters.hadamard_shrink import MAX_RANK as MAX_HADAMARD_RANK
 from turret.kernels.gpu.adapters.input_gain import input_gain
 from turret.kernels.gpu.adapters.kronecker import MAX_IN_M, MAX_RANK
@@ -27,6 +28,7 @@ from turret.server.adapters.device.gpu.base_products import (
     blocks_of,
     modulated_of,
 )
+from turret.server.adapters.device.gpu.experts import GpuExpertShelves
 from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
 from turret.server.adapters.device.gpu.pack import GpuPack, GpuPackedProjection
 from turret.server.adapters.device.gpu.pairs import GpuPairs, GpuStepPairs
@@ -102,6 +104,17 @@ class GpuAdapterStep:
         self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
     ) -> torch.Tensor:
         return base(x)
+
+    def apply_experts(
+        self,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        routing: Routing,
+        rows: torch.Tensor | None,
+    ) -> None:
+        self.shelves.apply_experts(layer, projection, x, y, routing, rows)
 
     def apply(
         self,
@@ -197,6 +210,7 @@ class GpuStore(AdapterStore):
                 GpuKroneckerShelves(layout, *like),
                 GpuCirculantShelves(layout, *like),
                 GpuSparseShelves(layout, *like),
+                GpuExpertShelves(layout, *like),
             )
         )
         self._gates = GpuGates(layout, *like)

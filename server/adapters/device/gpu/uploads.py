@@ -198,7 +198,8 @@ class Uploads:
 
 
 def _tensors(operators: AdapterOperators) -> list[torch.Tensor]:
-    return [tensor for module in operators.modules.values() for tensor in module.tensors()]
+    parts = (*operators.modules.values(), *(operators.experts or {}).values())
+    return [tensor for part in parts for tensor in part.tensors()]
 
 
 def _layout(tensors: list[torch.Tensor]) -> tuple[list[int], int]:
@@ -222,7 +223,10 @@ def _moved(operators: AdapterOperators, memory: torch.Tensor) -> AdapterOperator
         for offset, tensor in zip(_layout(tensors)[0], tensors, strict=True)
     )
     modules = {name: part.with_tensors(moved) for name, part in operators.modules.items()}
-    return replace(operators, modules=modules)
+    experts = None
+    if operators.experts is not None:
+        experts = {name: part.with_tensors(moved) for name, part in operators.experts.items()}
+    return replace(operators, modules=modules, experts=experts)
 
 
 def _view(buffer: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:

@@ -13,10 +13,12 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.expert_routing import Routing
 from turret.kernels.rows.gain import row_bias_, row_combine, row_gain_
 from turret.kernels.segmented_expand import segmented_expand_reference
 from turret.kernels.segmented_shrink import segmented_shrink_reference
 from turret.kernels.segments import SegmentPlan
+from turret.server.adapters.device.expert_updates import ExpertUpdates, StepExpertUpdates
 from turret.server.adapters.device.gates import Gates
 from turret.server.adapters.device.hadamard_shelf import HadamardShelves
 from turret.server.adapters.device.kronecker_shelf import KroneckerShelves
@@ -61,7 +63,8 @@ class PackedStore(StepStore):
         self._shelves = TorchShelves([kind(layout, device) for kind in shelved], device)
         self._gates = Gates(layout, device)
         self._own_updates = OwnUpdates(layout, _OWN_UPDATES, device)
-        parts = (self._pack, self._shelves, self._gates, self._own_updates)
+        self._experts = ExpertUpdates(layout, device)
+        parts = (self._pack, self._shelves, self._gates, self._own_updates, self._experts)
         super().__init__(parts, device, max_bytes, on_moved)
 
     def step(self, members: StepMembers) -> PackedStep:
@@ -78,6 +81,7 @@ class PackedStore(StepStore):
             },
             others=tuple(part for part in bound if part is not None),
             own_updates=self._own_updates.bind(members),
+            experts=self._experts.bind(members),
         )
 
 
@@ -92,6 +96,7 @@ class PackedStep:
         present: Per projection, which slices have a low-rank update.
         others: Rows of the operators that are not packed.
         own_updates: Rows of those that each adapter computes by itself.
+        experts: Rows whose adapters change experts, or None.
     """
 
     projections: Mapping[str, PackedProjection]
@@ -100,11 +105,24 @@ class PackedStep:
     present: Mapping[str, tuple[bool, ...]]
     others: tuple[StepPart, ...]
     own_updates: StepOwnUpdates | None
+    experts: StepExpertUpdates | None = None
 
     def multiply(
         self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
     ) -> torch.Tensor:
         return base(x)
+
+    def apply_experts(
+        self,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        routing: Routing,
+        rows: torch.Tensor | None,
+    ) -> None:
+        if self.experts is not None:
+            self.experts.apply(layer, projection, x, y, routing, rows)
 
     def apply(
         self,

@@ -61,6 +61,7 @@ _WORDS = {
     "input_gain": "an input gain",
     "bias": "a bias",
     "soft_prompt": "soft tokens or a prefix",
+    "experts": "updates of experts",
     "head": "an embedding or head",
     "tokens": "an embedding or head",
     "invocation": "an invocation before which it does nothing",

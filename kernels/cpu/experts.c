@@ -1,0 +1,87 @@
+/* Low-rank updates of experts: y_p += sum_k w_k B_e (A_e x_p) for pairs p of a row and an expert e.
+ *
+ * Each pair is computed by itself, in an order that its own row's adapters decide.
+ */
+#include "adapters.h"
+#include "team.h"
+
+/* One adapter in one projection of a layer. */
+typedef struct {
+    const bf16 *a; /* [experts, rank, in] */
+    const bf16 *b; /* [experts, rank, out] */
+    int64_t rank;  /* 0: no update */
+} Update;
+
+/* A row's member. */
+typedef struct {
+    const Update *updates; /* of one adapter, by layer and projection */
+    double weight;
+} Member;
+
+typedef struct {
+    const Member *members;
+    const int64_t *first; /* [rows + 1]: where the members of each row begin; later rows have none */
+    int64_t rows;
+    float *scratch; /* [threads, width]: the rank activations of a pair's members */
+    int64_t width;
+    int64_t threads;
+} ExpertStep;
+
+typedef struct {
+    const bf16 *x;
+    bf16 *y; /* [pairs, out] */
+    const int64_t *row, *expert;
+    const int64_t *input; /* the row of x that each pair reads, or null: its own */
+    int64_t pairs, x_stride, in_features, out_features;
+    int64_t update; /* number of the projection among an adapter's updates */
+} Pairs;
+
+KERNEL static void adapt(const ExpertStep *step, const Pairs *p, int64_t pair, float *scratch) {
+    int64_t row = p->row[pair], expert = p->expert[pair];
+    int64_t first = step->first[row], last = step->first[row + 1];
+    const bf16 *x = p->x + (p->input ? p->input[pair] : pair) * p->x_stride;
+    bf16 *y = p->y + pair * p->out_features;
+    float *v = scratch;
+    int has_update = 0;
+    for (int64_t k = first; k < last; k++) {
+        const Update *u = step->members[k].updates + p->update;
+        Module m = {.a = u->a + expert * u->rank * p->in_features, .rank = u->rank};
+        Rows rows = {x, v, 0, 1, p->x_stride, 0};
+        for (int64_t r = 0; r < u->rank; r += RANKS) low_rank_shrink(&m, &rows, p->in_features, r);
+        v += PADDED(u->rank);
+        has_update |= u->rank > 0;
+    }
+    if (!has_update) return;
+    float acc[COLUMNS] __attribute__((aligned(64)));
+    for (int64_t low = 0; low < p->out_features; low += COLUMNS) {
+        int64_t count = p->out_features - low < COLUMNS ? p->out_features - low : COLUMNS;
+        for (int64_t o = 0; o < count; o++) acc[o] = to_f32(y[low + o]);
+        v = scratch;
+        for (int64_t k = first; k < last; k++) {
+            const Update *u = step->members[k].updates + p->update;
+            Module m = {.b = u->b + expert * u->rank * p->out_features, .rank = u->rank};
+            Rows rows = {0, v, acc, 1, 0, 0};
+            if (u->rank)
+                low_rank_expand(&m, &rows, (float)step->members[k].weight, p->out_features, low, count);
+            v += PADDED(u->rank);
+        }
+        for (int64_t o = 0; o < count; o++) y[low + o] = to_bf16(acc[o]);
+    }
+}
+
+typedef struct {
+    const ExpertStep *step;
+    const Pairs *pairs;
+} Job;
+
+static void adapt_pair(const void *job, int64_t thread, int64_t pair) {
+    const Job *j = job;
+    if (j->pairs->row[pair] < j->step->rows)
+        adapt(j->step, j->pairs, pair, j->step->scratch + thread * j->step->width);
+}
+
+EXPORT void turret_adapt_experts(const ExpertStep *step, const Pairs *p) {
+    Job job = {step, p};
+    int64_t threads = step->threads < MOST_THREADS ? step->threads : MOST_THREADS;
+    in_pieces(adapt_pair, &job, p->pairs, threads);
+}

@@ -1,0 +1,105 @@
+"""Which rows go through which experts of a mixture (arXiv 1701.06538), and what comes back.
+
+    p = softmax(scores)        the per_token experts of the highest p, ties to the lower number
+    y = Σ_j p_j · expert_j(x)      in the order of p, divided by Σ_j p_j where the model says so
+
+A *pair* is a row and one of its experts. Pairs lie side by side by expert, so that the rows of an
+expert are one run; within a run they keep the order of the rows. Nothing of a row depends on how
+many others chose its experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
+
+import torch
+
+from turret.kernels.rows.exp import row_exp_
+
+
+@dataclass(frozen=True)
+class Routing:
+    """The pairs of a step.
+
+    Attributes:
+        rows: The row of each pair, ``[pairs]`` int64.
+        experts: The expert of each pair, ``[pairs]`` int64, ascending.
+        ends: Where the pairs of each expert end, ``[experts]`` int64.
+        places: Where each row's pairs lie, ``[rows, per_token]`` int64, by falling weight.
+        weights: Theirs, ``[rows, per_token]`` fp32.
+    """
+
+    rows: torch.Tensor
+    experts: torch.Tensor
+    ends: torch.Tensor
+    places: torch.Tensor
+    weights: torch.Tensor
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, slice], ...]:
+        """(Expert, its pairs) of those that have any. Reads the device: not for the gpu path."""
+        bounds = pairwise((0, *self.ends.tolist()))
+        return tuple((e, slice(low, high)) for e, (low, high) in enumerate(bounds) if high > low)
+
+
+def route_reference(scores: torch.Tensor, per_token: int, *, normalizes: bool) -> Routing:
+    """Choose the experts of every row.
+
+    Args:
+        scores: ``[rows, experts]``, fp16, bf16 or fp32.
+        per_token: How many experts a row goes through.
+        normalizes: Whether a row's weights are scaled so that their sum is 1.
+    """
+    scores = scores.float()
+    chosen = scores.sort(dim=1, descending=True, stable=True).indices[:, :per_token]
+    exp = row_exp_(scores - scores.amax(1, keepdim=True))
+    weights = exp.gather(1, chosen)
+    weights = weights / _sum(weights if normalizes else exp)
+    return sort_pairs(chosen, weights, scores.shape[1])
+
+
+def sort_pairs(chosen: torch.Tensor, weights: torch.Tensor, num_experts: int) -> Routing:
+    """Put pairs in the order of their experts.
+
+    Args:
+        chosen: ``[rows, per_token]`` int64.
+        weights: ``[rows, per_token]`` fp32.
+        num_experts: Experts of the layer.
+    """
+    per_token = chosen.shape[1]
+    experts, order = chosen.flatten().sort(stable=True)
+    places = torch.empty_like(order)
+    places.scatter_(0, order, torch.arange(order.shape[0], device=order.device))
+    numbers = torch.arange(num_experts, device=order.device)
+    ends = torch.searchsorted(experts, numbers, right=True)
+    rows = order.div(per_token, rounding_mode="floor")
+    return Routing(rows, experts, ends, places.view(-1, per_token), weights)
+
+
+def combine_reference(y: torch.Tensor, routing: Routing) -> torch.Tensor:
+    """Sum what a row's experts gave, in fp32 and in the order of their weights; one rounding.
+
+    Args:
+        y: ``[pairs, width]``.
+        routing: The pairs.
+
+    Returns:
+        ``[rows, width]``, dtype of ``y``.
+    """
+    total = torch.zeros(routing.places.shape[0], y.shape[1], device=y.device)
+    for place, weight in zip(routing.places.unbind(1), routing.weights.unbind(1), strict=True):
+        total += y.index_select(0, place).float() * weight[:, None]
+    return total.to(y.dtype)
+
+
+def _sum(x: torch.Tensor) -> torch.Tensor:
+    """The sum of every row, ``[rows, 1]``, in halves: an order that no library chooses."""
+    while x.shape[1] > 1:
+        half = x.shape[1] // 2
+        rest = x[:, 2 * half :]
+        x = x[:, :half] + x[:, half : 2 * half]
+        if rest.shape[1]:
+            x = torch.cat((x[:, :-1], x[:, -1:] + rest), dim=1)
+    return x

@@ -1,0 +1,1 @@
+"""Mixtures of experts: who goes where, the experts' products, and their sum."""

@@ -1,0 +1,256 @@
+"""The part of a LoRA checkpoint that is about experts, in both forms that PEFT has written.
+
+Where experts are modules (transformers before 5), each has factors of its own::
+
+    model.layers.0.mlp.experts.7.gate_proj.lora_A.weight     [r, in]     target_modules
+
+Where they are parameters of three dimensions, ``target_parameters`` names them, and the factors of
+all experts lie in one matrix. PEFT wraps the module that holds them once for each parameter: of
+two, the first one's factors are below ``base_layer``::
+
+    model.layers.0.mlp.experts.base_layer.lora_A.weight      [experts·r, in]   gate_up_proj
+    model.layers.0.mlp.experts.lora_B.weight                 [out, r·experts]  down_proj
+
+Both become the same operator. Modules that the base fuses lie in it side by side: their ranks one
+after the other, their outputs apart (as in PEFT's own conversion).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from turret.server.adapters.base import BaseExperts, BaseModel
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.finite import all_finite
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.operators import ExpertLowRank
+from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES, VARIANTS
+from turret.server.adapters.peft_format.config.rules import Rules, check_config
+from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
+
+_A, _B = ".lora_A.weight", ".lora_B.weight"
+_INNER = ".base_layer"
+_PARAMETERS = "target_parameters"
+_SELECTION = (
+    *("r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules"),
+    *("exclude_modules", "layers_to_transform", "layers_pattern", _PARAMETERS),
+)
+_RULES: Rules = {key: LORA_RULES[key] for key in _SELECTION}
+# Keys that PEFT does not apply to parameters.
+_OF_MODULES = ("exclude_modules", "layers_to_transform", "layers_pattern")
+_NOT_SERVED = (*VARIANTS, "lora_bias")
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertPart:
+    """What was taken out, and what is left for the method.
+
+    Attributes:
+        updates: By path of the parameter; None if the checkpoint leaves experts alone.
+        ranks: Their ranks as configured.
+        rest: The checkpoint without it.
+        findings: What is wrong.
+    """
+
+    updates: Mapping[str, ExpertLowRank] | None
+    ranks: tuple[int, ...]
+    rest: AdapterCheckpoint
+    findings: Findings
+
+
+def take_experts(checkpoint: AdapterCheckpoint, base: BaseModel) -> ExpertPart:
+    """Splits a checkpoint; nothing raises, the findings say what is wrong."""
+    findings = Findings(checkpoint.path, base.name)
+    if not base.experts:
+        return ExpertPart(None, (), checkpoint, findings)
+    tensors, rest = _split(checkpoint, base, findings)
+    config, chosen = _chosen(checkpoint.config, base)
+    if not tensors and not chosen:
+        return ExpertPart(None, (), replace(checkpoint, tensors=rest, config=config), findings)
+    _check_method(config, tensors, findings)
+    selection = {key: checkpoint.config[key] for key in _SELECTION if key in checkpoint.config}
+    # What is malformed the method reports, by the same rules.
+    faults = Findings(checkpoint.path)
+    check_config(selection, _RULES, faults)
+    updates: dict[str, ExpertLowRank] = {}
+    ranks: tuple[int, ...] = ()
+    if not faults.fields and not findings.fields and {"r", "lora_alpha"} <= selection.keys():
+        reader = _Reader(tensors, base, findings)
+        if chosen:
+            updates, ranks = reader.read_parameters(chosen, selection)
+        else:
+            updates, ranks = reader.read_modules(selection)
+        for name in tensors.keys() - reader.used:
+            findings.add(name, "is there, but the config leaves it out")
+    for name, update in updates.items():
+        if not all(map(all_finite, update.tensors())):
+            findings.add(name, f"is not finite once scaled and rounded to {base.dtype}")
+    left = replace(checkpoint, tensors=rest, config=config, is_partial=True)
+    return ExpertPart(updates, ranks, left, findings)
+
+
+def _split(
+    checkpoint: AdapterCheckpoint, base: BaseModel, findings: Findings
+) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The experts' tensors and the others, whose names are those of this base."""
+    parameters = {experts.folder for experts in base.experts.values()}
+    modules = {
+        module.partition(".{}.")[0]
+        for experts in base.experts.values()
+        for module in experts.modules
+    }
+    ours: dict[str, torch.Tensor] = {}
+    rest: dict[str, torch.Tensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        folder, found, _ = name.partition(".experts.")
+        if found and f"{folder}.experts" in parameters | modules:
+            ours[name] = tensor
+            continue
+        renamed = name
+        for old, new in base.renamed.items():
+            renamed = renamed.replace(old, new)
+        if renamed in rest:
+            findings.add(name, f"is the same parameter as {renamed!r}")
+        rest[renamed] = tensor
+    return ours, rest
+
+
+def _chosen(config: Mapping[str, Any], base: BaseModel) -> tuple[dict[str, Any], list[BaseExperts]]:
+    """The config without what it says of experts' parameters, and those that it chooses."""
+    rest, targets = dict(config), config.get(_PARAMETERS)
+    modules = rest.get("target_modules")
+    if isinstance(modules, list):
+        for old, new in base.renamed.items():
+            rest["target_modules"] = [
+                name.replace(old[1:], new[1:]) if isinstance(name, str) else name
+                for name in rest["target_modules"]
+            ]
+    if not isinstance(targets, list):
+        return rest, []
+    endings = {target: f".{target}" for target in targets if isinstance(target, str)}
+    hits = {
+        target: [e for e in base.experts.values() if f".{e.name}".endswith(ending)]
+        for target, ending in endings.items()
+    }
+    found = {experts.name: experts for some in hits.values() for experts in some}
+    if not found:
+        return rest, []
+    rest[_PARAMETERS] = [target for target in targets if not hits.get(target)]
+    if modules is None:
+        rest["target_modules"] = []
+    # PEFT writes these beside the parameters that it makes of modules which were fused.
+    leaves = {f".*\\.{name.rpartition('.')[2]}" for name in base.experts}
+    for key in ("rank_pattern", "alpha_pattern"):
+        table = config.get(key)
+        if isinstance(table, Mapping):
+            rest[key] = {pattern: v for pattern, v in table.items() if pattern not in leaves}
+    return rest, [experts for name, experts in base.experts.items() if name in found]
+
+
+def _check_method(
+    config: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], findings: Findings
+) -> None:
+    kind = config.get("peft_type")
+    if not isinstance(kind, str) or kind.upper() != "LORA":
+        for name in tensors:
+            findings.add(name, "adapts an expert; that is served of LoRA alone")
+    for key in _NOT_SERVED:
+        if config.get(key):
+            findings.add(key, "cannot be combined with LoRA on experts")
+
+
+class _Reader:
+    """Reads factors; knows which tensors it has used."""
+
+    def __init__(
+        self, tensors: Mapping[str, torch.Tensor], base: BaseModel, findings: Findings
+    ) -> None:
+        self._tensors = tensors
+        self._base = base
+        self._findings = findings
+        self.used: set[str] = set()
+
+    def read_parameters(
+        self, chosen: list[BaseExperts], selection: Mapping[str, Any]
+    ) -> tuple[dict[str, ExpertLowRank], tuple[int, ...]]:
+        """The factors of all experts in one matrix each."""
+        names = [experts.name for experts in chosen]
+        of_parameters = {k: v for k, v in selection.items() if k not in _OF_MODULES}
+        of_parameters["target_modules"] = names
+        targets = resolve_targets(of_parameters, names, (), self._findings)
+        folders = [experts.folder for experts in chosen]
+        updates = {}
+        for experts in chosen:
+            is_inner = experts.is_first and folders.count(experts.folder) > 1
+            stem = experts.folder + (_INNER if is_inner else "")
+            rank, count = targets.ranks[experts.name], experts.count
+            a = self._take(stem + _A, (count * rank, experts.in_features))
+            b = self._take(stem + _B, (experts.out_features, rank * count))
+            if a is not None and b is not None:
+                # B's columns are (rank, expert), A's rows (expert, rank).
+                b = b.view(experts.out_features, rank, count).permute(2, 1, 0)
+                a = a.view(count, rank, experts.in_features)
+                updates[experts.name] = self._update(a, b.float(), targets.scaling(experts.name))
+        return updates, tuple(sorted(set(targets.ranks.values())))
+
+    def read_modules(
+        self, selection: Mapping[str, Any]
+    ) -> tuple[dict[str, ExpertLowRank], tuple[int, ...]]:
+        """Factors of each expert's own."""
+        names = [
+            module.format(expert)
+            for experts in self._base.experts.values()
+            for module in experts.modules
+            for expert in range(experts.count)
+        ]
+        if not selection.get("target_modules"):
+            self._findings.add("target_modules", "names no module of the experts in the file")
+            return {}, ()
+        targets = resolve_targets(selection, names, (), self._findings)
+        updates = {}
+        for experts in self._base.experts.values():
+            update = self._of_modules(experts, targets)
+            if update is not None:
+                updates[experts.name] = update
+        return updates, tuple(sorted(set(targets.ranks.values())))
+
+    def _of_modules(self, experts: BaseExperts, targets: Targets) -> ExpertLowRank | None:
+        width = experts.out_features // len(experts.modules)
+        ranks = [
+            max((targets.ranks.get(m.format(e), 0) for e in range(experts.count)), default=0)
+            for m in experts.modules
+        ]
+        if not any(ranks):
+            return None
+        a = torch.zeros(experts.count, sum(ranks), experts.in_features)
+        b = torch.zeros(experts.count, sum(ranks), experts.out_features)
+        for s, module in enumerate(experts.modules):
+            first, columns = sum(ranks[:s]), slice(s * width, (s + 1) * width)
+            for e in range(experts.count):
+                name = module.format(e)
+                if name not in targets.targeted:
+                    continue
+                rank = targets.ranks[name]
+                down = self._take(name + _A, (rank, experts.in_features))
+                up = self._take(name + _B, (width, rank))
+                if down is not None and up is not None:
+                    a[e, first : first + rank] = down
+                    b[e, first : first + rank, columns] = up.T.float() * targets.scaling(name)
+        return self._update(a, b, 1.0)
+
+    def _take(self, name: str, shape: tuple[int, int]) -> torch.Tensor | None:
+        tensor = self._tensors.get(name)
+        if tensor is None:
+            self._findings.add(name, "is missing; the config targets it")
+            return None
+        self.used.add(name)
+        return tensor if self._findings.check_shape(name, tensor, shape) else None
+
+    def _update(self, a: torch.Tensor, b: torch.Tensor, scaling: float) -> ExpertLowRank:
+        dtype = self._base.dtype
+        scaled = b if scaling == 1.0 else b * scaling
+        return ExpertLowRank(a.to(dtype).contiguous(), scaled.to(dtype).contiguous())

@@ -1,0 +1,186 @@
+"""LoRA on the experts of a mixture, in both forms of its keys, against PEFT's own reading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.methods import load_adapter, make_config, save_adapter
+from builders.tiny_models import MIXTURES
+from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of, twin
+from safetensors.torch import load_file, save_file
+from servers.engine_harness import EngineHarness, make_request
+
+from turret.server.adapters.ref import AdapterRef
+from turret.server.cancellation import Cancellation
+from turret.server.errors import InvalidRequestError, TurretError
+
+PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+# Modules of an expert and of the router, as checkpoints from before transformers 5 name them.
+OLD = {
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "olmoe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+}
+PREFIX = "base_model.model.model.layers"
+
+
+def save_old(architecture: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """A LoRA whose experts are modules, each with factors of its own."""
+    config = twin(architecture).model.config
+    block, *leaves = OLD[architecture]
+    generator = torch.Generator().manual_seed(seed)
+    hidden, rank = config.hidden_size, 4
+    inner = getattr(config, "moe_intermediate_size", config.intermediate_size)
+    tensors = {}
+
+    def put(name: str, out: int, into: int) -> None:
+        a = torch.randn(rank, into, generator=generator) / into**0.5
+        b = torch.randn(out, rank, generator=generator) / rank**0.5
+        tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = a, 0.5 * b
+
+    for layer in range(config.num_hidden_layers):
+        prefix = f"{PREFIX}.{layer}"
+        put(f"{prefix}.self_attn.q_proj", hidden, hidden)
+        if layer in getattr(config, "mlp_only_layers", ()):
+            for leaf, shape in zip(leaves, ((192, 128), (192, 128), (128, 192)), strict=True):
+                put(f"{prefix}.mlp.{leaf}", *shape)
+                # PEFT's conversion leaves out the layers that have an MLP.
+                tensors[f"{prefix}.mlp.{leaf}.lora_B.weight"].zero_()
+            continue
+        put(f"{prefix}.{block}.gate", config.num_local_experts, hidden)
+        for expert in range(config.num_local_experts):
+            for leaf in leaves:
+                out, into = (hidden, inner) if leaf in ("down_proj", "w2") else (inner, hidden)
+                put(f"{prefix}.{block}.experts.{expert}.{leaf}", out, into)
+    targets = ["q_proj", "gate", *leaves]
+    values = make_config("lora", target_modules=targets, r=rank, **changes).to_dict()
+    folder.mkdir()
+    values = {**values, "target_modules": targets}
+    (folder / "adapter_config.json").write_text(json.dumps(values, default=str))
+    save_file({k: t.contiguous() for k, t in tensors.items()}, folder / "adapter_model.safetensors")
+    return folder
+
+
+def save_new(architecture: str, folder: Path, **changes: Any) -> Path:
+    """A LoRA on parameters of three dimensions, as PEFT saves it."""
+    chosen = {"target_modules": ["q_proj"], "target_parameters": PARAMETERS, **changes}
+    save_adapter(twin(architecture).model, make_config("lora", **chosen), folder, seed=3)
+    return folder
+
+
+def edit(folder: Path, change: Callable[[dict[str, torch.Tensor]], None], **config: Any) -> None:
+    file = folder / "adapter_model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+
+
+async def check(architecture: str, root: Path, name: str) -> None:
+    """Scores and greedy answers, in fp32."""
+    base = twin(architecture)
+    oracle = load_adapter(base.model, root / name)
+    prompt = prompt_of(30)
+    plain = oracle_logprobs(base.model, prompt)
+    assert (oracle_logprobs(oracle, prompt) - plain).abs().max() > 0.05
+    async with EngineHarness.start(base.folder, root, adapters=[name]) as harness:
+        scored = await harness.run(make_request(prompt, name, score=True))
+        check_score(scored, oracle, prompt, name)
+        answer = await harness.run(make_request(prompt, name, max_tokens=5))
+        check_greedy(answer, oracle, prompt, name)
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+async def test_experts_as_modules(architecture: str, tmp_path: Path) -> None:
+    # Of rsLoRA no oracle: PEFT's conversion doubles rank and alpha, so its scaling is √2 too large.
+    save_old(architecture, tmp_path / "a")
+    await check(architecture, tmp_path, "a")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"target_parameters": [*PARAMETERS, "mlp.gate.weight"], "use_rslora": True},
+        {"target_parameters": ["mlp.experts.down_proj"], "target_modules": []},
+        {"target_parameters": ["gate_up_proj"], "layers_to_transform": [0]},
+        {"rank_pattern": {r".*experts\.down_proj": 3, "q_proj": 5}, "alpha_pattern": {"q_proj": 9}},
+        {"target_modules": r".*\.[qv]_proj", "target_parameters": ["mlp.gate.weight", *PARAMETERS]},
+    ],
+    ids=["both", "router", "down", "gate_up", "patterns", "regex"],
+)
+async def test_experts_as_parameters(changes: dict[str, Any], tmp_path: Path) -> None:
+    save_new("qwen3_moe", tmp_path / "a", **changes)
+    await check("qwen3_moe", tmp_path, "a")
+
+
+async def test_a_mix_is_the_sum_of_its_updates(tmp_path: Path) -> None:
+    """Twice an update is the update of twice the scaling; and bits are those of the row alone."""
+    save_new("olmoe", tmp_path / "one")
+    save_new("olmoe", tmp_path / "two", lora_alpha=12)
+    save_old("olmoe", tmp_path / "old")
+    base = twin("olmoe")
+    names = ["one", "two", "old"]
+    async with EngineHarness.start(base.folder, tmp_path, adapters=names) as harness:
+        prompt = prompt_of(20)
+        twice = AdapterRef(name="one", weight=2.0)
+        mixes = (["two"], [twice], ["one", "old"], ["old", "one"], [])
+        requests = [make_request(prompt, *mix, score=True) for mix in mixes]
+        answers = await harness.run_all(requests)
+        for request, answer in zip(requests, answers, strict=True):
+            assert (await harness.run(request)).bits == answer.bits
+        found = [torch.tensor(answer.prompt_logprobs[1:]) for answer in answers]
+        torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(found[2], found[3], rtol=1e-4, atol=1e-4)
+        assert (found[2] - found[0]).abs().max() > 0.05
+
+
+REFUSALS: dict[str, tuple[Callable[[dict[str, torch.Tensor]], Any], dict[str, Any], str]] = {
+    "missing": (
+        lambda t: t.pop(f"{PREFIX}.1.mlp.experts.lora_A.weight"),
+        {},
+        "model.layers.1.mlp.experts.lora_A.weight",
+    ),
+    "not targeted": (
+        lambda t: None,
+        {"target_parameters": ["gate_up_proj"]},
+        "model.layers.1.mlp.experts.base_layer.lora_A.weight",
+    ),
+    "rank": (lambda t: None, {"r": 5}, "model.layers.1.mlp.experts.lora_B.weight"),
+    "dora": (lambda t: None, {"use_dora": True}, "use_dora"),
+    "infinite": (
+        lambda t: t.update(
+            {k: torch.full_like(v, 3e38) for k, v in t.items() if "experts.lora_B" in k}
+        ),
+        {},
+        "model.layers.1.mlp.experts.down_proj",
+    ),
+    "another method": (
+        lambda t: t.update({f"{PREFIX}.1.mlp.experts.3.up_proj.hada_w1_a": torch.ones(2, 2)}),
+        {"peft_type": "LOHA"},
+        "model.layers.1.mlp.experts.3.up_proj.hada_w1_a",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSALS)
+async def test_what_does_not_agree_is_refused(case: str, tmp_path: Path) -> None:
+    change, config, field = REFUSALS[case]
+    edit(save_new("qwen3_moe", tmp_path / "a"), change, **config)
+    async with EngineHarness.start(twin("qwen3_moe").folder, tmp_path, adapters=[]) as harness:
+        with pytest.raises(TurretError) as refused:
+            harness.registry.load("a", "a")
+    assert field in {name for name, _ in refused.value.violations}
+
+
+async def test_updates_of_experts_are_not_merged_or_fused(tmp_path: Path) -> None:
+    save_new("olmoe", tmp_path / "a")
+    async with EngineHarness.start(twin("olmoe").folder, tmp_path, adapters=["a"]) as harness:
+        with pytest.raises(InvalidRequestError, match="update of experts"):
+            harness.merger.merge([AdapterRef(name="a")], None, Cancellation())

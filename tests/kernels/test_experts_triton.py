@@ -1,0 +1,158 @@
+"""The Triton kernels of mixtures of experts against their references, and each row alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from kernel_traffic import DEVICE, DTYPES, MAX_ERROR, error_ratio
+
+from turret.kernels.expert_routing import Routing, combine_reference, route_reference
+from turret.kernels.gpu.experts.combine_experts import combine_experts
+from turret.kernels.gpu.experts.expert_updates import add_expert_updates
+from turret.kernels.gpu.experts.nf4_experts import nf4_experts
+from turret.kernels.gpu.experts.route_rows import route_rows
+from turret.kernels.gpu.tables.row_table import RowTable
+from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
+
+
+def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(DEVICE, dtype)
+
+
+def weight_of(experts: int, out: int, inner: int) -> Nf4Matrix:
+    generator = torch.Generator().manual_seed(1)
+    size = experts * out * inner
+    packed = torch.randint(0, 256, (size // 2,), dtype=torch.uint8, generator=generator)
+    absmax = torch.rand(size // BLOCK, generator=generator) / inner**0.5
+    return Nf4Matrix(packed.to(DEVICE), absmax.to(DEVICE), experts * out, inner)
+
+
+def check(found: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> None:
+    assert found.dtype == dtype
+    assert error_ratio(found, exact) <= MAX_ERROR[dtype]
+
+
+def skewed(rows: int, experts: int, per_token: int) -> Routing:
+    """One expert gets every row, one gets none."""
+    scores = random(rows, experts, seed=rows)
+    scores[:, 1] += 50.0
+    scores[:, -1] -= 50.0
+    return route_rows(scores, per_token, normalizes=True)
+
+
+@pytest.mark.parametrize("normalizes", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("experts", "per_token"), [(8, 2), (7, 3), (128, 8), (3, 3), (1, 1)])
+def test_routes_like_the_reference(
+    experts: int, per_token: int, dtype: torch.dtype, *, normalizes: bool
+) -> None:
+    scores = random(19, experts + 1, dtype=dtype)[:, :experts]
+    scores[3] = scores[3, :1]  # all equal
+    found = route_rows(scores, per_token, normalizes=normalizes)
+    expected = route_reference(scores.cpu(), per_token, normalizes=normalizes)
+    for name in ("rows", "experts", "ends", "places"):
+        assert torch.equal(getattr(found, name).cpu(), getattr(expected, name)), name
+    torch.testing.assert_close(found.weights.cpu(), expected.weights, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_what_is_no_number_stays_in_bounds() -> None:
+    scores = random(3, 5)
+    scores[1] = float("nan")
+    routing = route_rows(scores, 5, normalizes=True)
+    for row in range(3):
+        assert sorted(routing.experts[routing.places[row]].tolist()) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize(("rows", "out", "inner"), [(1, 48, 64), (18, 72, 128)])
+def test_multiplies_every_pair_by_its_expert(
+    rows: int, out: int, inner: int, dtype: torch.dtype, *, gathers: bool
+) -> None:
+    experts = 6
+    weight, routing = weight_of(experts, out, inner), skewed(rows, experts, 3)
+    x = random(rows, 2 * inner, dtype=dtype)[:, :inner]
+    given = x if gathers else x[routing.rows].contiguous()
+    reads = routing.rows if gathers else None
+    found = nf4_experts(given, weight, routing, reads)
+    dense = weight.dequantize(torch.float32).view(experts, out, inner).double()
+    exact = torch.einsum("poi,pi->po", dense[routing.experts], x[routing.rows].double())
+    check(found, exact, dtype)
+    for row in {0, rows - 1}:
+        alone = Routing(
+            torch.zeros_like(routing.rows[:3]),
+            *_alone(routing, row, experts),
+            torch.arange(3, device=DEVICE)[None],
+            routing.weights[row : row + 1],
+        )
+        own = nf4_experts(x[row : row + 1], weight, alone, alone.rows)
+        assert torch.equal(own, found[routing.places[row].sort().values])
+
+
+def _alone(routing: Routing, row: int, experts: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The experts of a row's pairs, and their ends."""
+    chosen = routing.experts[routing.places[row]].sort().values
+    return chosen, torch.searchsorted(chosen, torch.arange(experts, device=DEVICE), right=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sums_like_the_reference(dtype: torch.dtype) -> None:
+    routing = skewed(11, 5, 3)
+    y = random(33, 1100, dtype=dtype)
+    expected = combine_reference(y.cpu(), _on_cpu(routing))
+    check(combine_experts(y, routing).cpu(), expected, dtype)
+
+
+def _on_cpu(routing: Routing) -> Routing:
+    names = ("rows", "experts", "ends", "places", "weights")
+    return Routing(*(getattr(routing, name).cpu() for name in names))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gathers", [True, False])
+@pytest.mark.parametrize(("rank", "inner", "out"), [(3, 72, 40), (20, 200, 150)])
+def test_adds_every_pairs_update(
+    rank: int, inner: int, out: int, dtype: torch.dtype, *, gathers: bool
+) -> None:
+    rows, experts, slots = 9, 4, 3
+    routing = skewed(rows, experts, 2)
+    a = (random(slots, experts, rank, inner) / inner**0.5).to(dtype)
+    b = (random(slots, experts, rank, out) / rank**0.5).to(dtype)
+    table = RowTable(16, DEVICE)
+    of_row = [(2, 0.5), (-1, 1.0), (0, -2.0), (1, 1.0), (-1, 0.0), (2, 1.5), (0, 1.0)]
+    numbers, weights = zip(*of_row, strict=True)
+    table.load(range(len(of_row)), numbers, weights)
+    x = random(rows, inner, dtype=dtype)
+    given = x if gathers else x[routing.rows].contiguous()
+    start = random(2 * rows, out, dtype=dtype, seed=5)
+    y = start.clone()
+    add_expert_updates(given, y, a, b, table, routing, routing.rows if gathers else None)
+    exact = start.double()
+    for pair in range(2 * rows):
+        row, expert = int(routing.rows[pair]), int(routing.experts[pair])
+        slot, weight = of_row[row] if row < len(of_row) else (-1, 0.0)
+        if slot < 0:
+            assert torch.equal(y[pair], start[pair])
+            continue
+        v = a[slot, expert].double() @ x[row].double()
+        exact[pair] += weight * (v @ b[slot, expert].double())
+    check(y, exact, dtype)
+
+
+def test_broken_contracts_are_named() -> None:
+    routing, weight = skewed(4, 3, 2), weight_of(3, 32, 64)
+    with pytest.raises(ValueError, match="x is"):
+        nf4_experts(random(4, 128), weight, routing, routing.rows)
+    with pytest.raises(ValueError, match="rows alike for all"):
+        nf4_experts(random(4, 64), weight_of(1, 32, 64), routing, routing.rows)
+    with pytest.raises(ValueError, match="2 of 1 experts"):
+        route_rows(random(4, 1), 2, normalizes=True)
+    with pytest.raises(ValueError, match="y is"):
+        combine_experts(random(5, 32), routing)
+    with pytest.raises(ValueError, match="b is"):
+        add_expert_updates(
+            random(4, 64), random(8, 32), random(1, 3, 2, 64), random(1, 3, 2, 31),
+            RowTable(4, DEVICE), routing, routing.rows,
+        )  # fmt: skip

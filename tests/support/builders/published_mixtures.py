@@ -1,0 +1,91 @@
+"""Published configs of mixtures of experts, as ``published_models.py`` has the others."""
+
+from __future__ import annotations
+
+import torch
+from builders.published_models import Published
+
+QWEN_3 = {
+    "head_dim": 128,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+}
+MIXTRAL = {
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "sliding_window": None,
+    "rope_theta": 1000000.0,
+    "max_position_embeddings": 32768,
+}
+MIXTURES = (
+    Published(
+        "Qwen/Qwen3-30B-A3B",
+        "qwen3_moe",
+        (2048, 6144, 48, 32, 4, 151936),
+        30_532_122_624,
+        {**QWEN_3, "moe_intermediate_size": 768},
+    ),
+    Published(
+        "Qwen/Qwen3-235B-A22B",
+        "qwen3_moe",
+        (4096, 12288, 94, 64, 4, 151936),
+        235_093_634_560,
+        {**QWEN_3, "moe_intermediate_size": 1536},
+    ),
+    Published(
+        "mistralai/Mixtral-8x7B-v0.1",
+        "mixtral",
+        (4096, 14336, 32, 32, 8, 32000),
+        46_702_792_704,
+        MIXTRAL,
+    ),
+    Published(
+        "mistralai/Mixtral-8x22B-v0.1",
+        "mixtral",
+        (6144, 16384, 56, 48, 8, 32000),
+        140_620_634_112,
+        {**MIXTRAL, "max_position_embeddings": 65536},
+    ),
+    # There is one size.
+    Published(
+        "allenai/OLMoE-1B-7B-0924",
+        "olmoe",
+        (2048, 1024, 16, 16, 16, 50304),
+        6_919_161_856,
+        {"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+    ),
+)
+# Below a layer: where checkpoints have experts, and what an expert's gate, up and down are called.
+EXPERTS = {
+    "qwen3_moe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "olmoe": ("mlp", "gate_proj", "up_proj", "down_proj"),
+    "mixtral": ("block_sparse_moe", "w1", "w3", "w2"),
+}
+
+
+def as_in_a_checkpoint(state: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
+    """Transformers stacks the experts of a layer when it reads them."""
+    if model_type not in EXPERTS:
+        return state
+    folder, gate, up, down = EXPERTS[model_type]
+    found = {}
+    for name, tensor in state.items():
+        layer, _, leaf = name.partition(".mlp.experts.")
+        if leaf == "gate_up_proj":
+            for expert, both in enumerate(tensor):
+                parts = zip((gate, up), both.chunk(2), strict=True)
+                found |= {f"{layer}.{folder}.experts.{expert}.{n}.weight": w for n, w in parts}
+        elif leaf:
+            found |= {
+                f"{layer}.{folder}.experts.{expert}.{down}.weight": weight
+                for expert, weight in enumerate(tensor)
+            }
+        else:
+            found[name.replace(".mlp.gate.", f".{folder}.gate.")] = tensor
+    return found
