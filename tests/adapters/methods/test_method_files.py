@@ -262,4 +262,4 @@ def test_nearly_equal_reflections_lose_nothing_to_rounding(tmp_path: Path) -> No
 
 def test_only_indices_may_be_integers() -> None:
     with_integers = {name for name, method in METHODS.items() if method.integers}
-    assert with_integers == {"vblora", "unilora"}
+    assert with_integers == {"vblora", "unilora", "shira", "supertuning"}
