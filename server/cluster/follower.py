@@ -23,7 +23,7 @@ class Applies(Protocol):
     def holding(self) -> Mapping[str, int]: ...
     def prepared(self) -> Mapping[str, TurretError | None]: ...
     def usage(self) -> Mapping[str, Usage]: ...
-    def num_waiting(self) -> int: ...
+    def num_requests(self) -> tuple[int, int]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +73,7 @@ class Follower:
         # First how far it is: what is held or made is then at least as new.
         applied = self._applied
         usage = self._replica.usage()
+        waiting, running = self._replica.num_requests()
         return Report(
             replica=self._join.replica,
             incarnation=self._session[0],
@@ -82,7 +83,8 @@ class Follower:
             holding=self._replica.holding(),
             prepared=self._replica.prepared(),
             usage=None if usage is self._told_usage else usage,
-            waiting=self._replica.num_waiting(),
+            waiting=waiting,
+            running=running,
         )
 
     def joined(self, answer: Joined, asked: float) -> None:

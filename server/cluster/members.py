@@ -40,7 +40,7 @@ class LivingReplica:
             name=self.name,
             revision=self.applied,
             lease_seconds=max(self.expires - now, 0.0),
-            in_flight=sum(each.in_flight for each in usage),
+            running=0 if self.report is None else self.report.running,
             waiting=0 if self.report is None else self.report.waiting,
             num_host=sum(each.residency != "disk" for each in usage),
             num_device=sum(each.residency == "device" for each in usage),

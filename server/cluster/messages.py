@@ -77,7 +77,7 @@ class Report:
         prepared: By uuid of a merge, None when its weights are made, or why they cannot be.
         usage: By name, what is resident, in flight or was ever used; None if the registry has been
             told the same.
-        waiting: Requests that wait to be computed.
+        waiting, running: Requests that wait to be computed, and that are.
     """
 
     replica: str
@@ -89,6 +89,7 @@ class Report:
     prepared: Mapping[str, TurretError | None] = field(default_factory=dict)
     usage: Mapping[str, Usage] | None = None
     waiting: int = 0
+    running: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,7 +175,7 @@ class ReplicaStatus:
     name: str
     revision: int
     lease_seconds: float
-    in_flight: int
+    running: int
     waiting: int
     num_host: int
     num_device: int

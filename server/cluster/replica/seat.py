@@ -77,7 +77,9 @@ class Seat:
         return self._merger
 
     def link(
-        self, num_waiting: Callable[[], int], on_failure: Callable[[], None] = lambda: None
+        self,
+        num_requests: Callable[[], tuple[int, int]],
+        on_failure: Callable[[], None] = lambda: None,
     ) -> ReplicaLink:
         """What keeps them true; start it when the engine runs, and close it first."""
         assert self._registry is not None
@@ -85,7 +87,7 @@ class Seat:
         base = self._registry.base
         link = ReplicaLink(
             Join(replica=self.name, base_name=base.name, base_digest=base.digest),
-            ReplicaState(self._registry, self._merger, num_waiting),
+            ReplicaState(self._registry, self._merger, num_requests),
             self._channel,
             on_failure=on_failure,
             stops_alone=self._stops_alone,

@@ -26,15 +26,18 @@ class ReplicaState:
     Args:
         registry: The replica's adapters.
         merger: The replica's base.
-        num_waiting: Requests that wait to be computed.
+        num_requests: Requests that wait to be computed, and that are.
     """
 
     def __init__(
-        self, registry: ReplicaRegistry, merger: ReplicaMerger, num_waiting: Callable[[], int]
+        self,
+        registry: ReplicaRegistry,
+        merger: ReplicaMerger,
+        num_requests: Callable[[], tuple[int, int]],
     ) -> None:
         self._registry = registry
         self._merger = merger
-        self._num_waiting = num_waiting
+        self._num_requests = num_requests
 
     def reset(self, state: FleetState) -> None:
         """Makes a snapshot true, whatever was true before; names first, which a merge needs."""
@@ -74,5 +77,5 @@ class ReplicaState:
     def usage(self) -> Mapping[str, Usage]:
         return self._registry.usage()
 
-    def num_waiting(self) -> int:
-        return self._num_waiting()
+    def num_requests(self) -> tuple[int, int]:
+        return self._num_requests()

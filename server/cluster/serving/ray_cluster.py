@@ -39,6 +39,8 @@ _BALANCE = "\n    ".join(
 )
 # Ray takes 127.0.0.1 for a slip and listens where other machines can reach it.
 _LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
+# Ports that are the same in all of Serve.
+_PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
 _OBJECT_STORE_BYTES = 100 << 20
 
 
@@ -89,8 +91,7 @@ class RayCluster:
             # A Ray port is remote code execution for whoever can reach it.
             environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             # Another fleet on this machine has Serve's own.
-            for name in ("METRICS_PORT", "STATS_PORT"):
-                environment[f"RAY_SERVE_HAPROXY_{name}"] = str(_free_port())
+            environment |= {f"RAY_SERVE_{name}_PORT": str(_free_port()) for name in _PORTS}
         os.environ.update(environment)
         import ray
 

@@ -96,7 +96,7 @@ class ReplicaServer:
         backend = await asyncio.to_thread(build_backend, config, self.metrics, seat=self._seat)
         self._backend = backend
         await backend.engine.start()
-        self._link = self._seat.link(lambda: backend.engine.num_waiting)
+        self._link = self._seat.link(lambda: (self.num_waiting, self.num_running))
         await asyncio.to_thread(self._link.start, _JOIN_SECONDS)
         model = backend.model_info
         self.metrics.info(

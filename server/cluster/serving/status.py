@@ -17,7 +17,7 @@ def shown(status: FleetStatus) -> str:
     ]
     lines += [
         f"{replica.name:<12}{replica.revision:>9}{replica.lease_seconds:>7.1f}s"
-        f"{max(replica.in_flight - replica.waiting, 0):>9}{replica.waiting:>9}"
+        f"{replica.running:>9}{replica.waiting:>9}"
         f"{replica.num_host:>9}{replica.num_device:>11}"
         for replica in status.replicas
     ]

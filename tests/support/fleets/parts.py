@@ -180,5 +180,5 @@ class Replica:
         counts = Counter(saved.name for saved in self.requests)
         return {name: Usage(in_flight=count) for name, count in counts.items()}
 
-    def num_waiting(self) -> int:
-        return 0
+    def num_requests(self) -> tuple[int, int]:
+        return 0, len(self.requests)

@@ -71,7 +71,7 @@ class Started:
         seat.merger(
             edit=_no_edit, describe=_no_base, change_base=_change_at_once, metrics=Metrics()
         )
-        self.link: ReplicaLink = seat.link(lambda: 0)
+        self.link: ReplicaLink = seat.link(lambda: (0, 0))
         self.link.start(10.0)
 
     def close(self) -> None:

@@ -32,8 +32,16 @@ class ServingFleet:
 
     def replicas(self) -> list[psutil.Process]:
         """The replicas' processes."""
+        return self._called("ray::ServeReplica:turret")
+
+    def registry(self) -> psutil.Process:
+        """The registry's process."""
+        (found,) = self._called("ray::RegistryActor")
+        return found
+
+    def _called(self, title: str) -> list[psutil.Process]:
         tree = psutil.Process(self.process.pid).children(recursive=True)
-        return [each for each in tree if _title(each).startswith("ray::ServeReplica:turret")]
+        return [each for each in tree if _title(each).startswith(title)]
 
     def status(self) -> str:
         """What ``turret cluster status`` prints."""

@@ -133,7 +133,7 @@ class EngineHarness:
         for name in adapters:
             backend.registry.load(name, name)
         await backend.engine.start()
-        link = None if seat is None else seat.link(lambda: backend.engine.num_waiting)
+        link = None if seat is None else seat.link(lambda: (backend.engine.num_waiting, 0))
         try:
             if link is not None:
                 await asyncio.to_thread(link.start, 30.0)
