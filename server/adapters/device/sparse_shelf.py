@@ -15,6 +15,8 @@ from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 class SparseShelves:
     """Makes a shelf per projection: entries differ in number, so each adapter's stand alone."""
 
+    least_slots = 4
+
     def __init__(self, layout: ProjectionLayout, device: torch.device) -> None:
         self._layout = layout
         self._device = device

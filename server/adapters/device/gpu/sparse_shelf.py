@@ -19,6 +19,8 @@ _SPARE = 1.25
 class GpuSparseShelves:
     """Makes a shelf per (projection, slice)."""
 
+    least_slots = 4
+
     def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
         self._layout = layout
         self._dtype, self._device = dtype, device
