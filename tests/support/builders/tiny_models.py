@@ -212,25 +212,17 @@ def _phi3(**sizes: Any) -> Any:
 
 def _qwen3_moe(**sizes: Any) -> Any:
     """Experts in the second of two layers, their weights as the softmax has them."""
-    own: dict[str, Any] = {
-        "num_experts": 6,
-        "num_experts_per_tok": 3,
-        "moe_intermediate_size": 64,
-        "norm_topk_prob": False,
-        "mlp_only_layers": [0],
-        "head_dim": 32,
-    }
-    return Qwen3MoeConfig(**sizes, **own, tie_word_embeddings=True)
+    own: dict[str, Any] = {"moe_intermediate_size": 64, "mlp_only_layers": [0], "head_dim": 32}
+    experts: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False}
+    return Qwen3MoeConfig(**sizes, **own, **experts, tie_word_embeddings=True)
 
 
 def _mixtral(**sizes: Any) -> Any:
-    own: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 24}
-    return MixtralConfig(**sizes, **own, tie_word_embeddings=False)
+    return MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, sliding_window=24)
 
 
 def _olmoe(**sizes: Any) -> Any:
-    own: dict[str, Any] = {"num_experts": 8, "num_experts_per_tok": 3, "norm_topk_prob": True}
-    return OlmoeConfig(**sizes, **own, tie_word_embeddings=False)
+    return OlmoeConfig(**sizes, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True)
 
 
 _CONFIGS: dict[str, Callable[..., Any]] = {

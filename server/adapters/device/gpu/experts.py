@@ -78,6 +78,9 @@ class GpuExpertShelf:
                 self.a[layer, slot] = update.a
                 self.b[layer, slot] = update.b
 
+    def clear(self, slot: int) -> None:
+        """Its factors stay as they are until another adapter's are copied there."""
+
     def apply_pairs(
         self,
         layer: int,
