@@ -52,6 +52,8 @@ _WHOLE = {
     "output_norm": "model.norm",
     "output": "lm_head",
 }
+# Whose converter puts the rows of queries and keys in the order of interleaved rotation.
+_PERMUTED = frozenset({ARCHITECTURES["llama"]})
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +84,7 @@ class GgufModel:
             values = torch.from_numpy(
                 np.array(gguf.dequantize(tensor.data, tensor.tensor_type), np.float32)
             )
-            if self.config.model_type == ARCHITECTURES["llama"]:
+            if self.config.model_type in _PERMUTED:
                 values = _unpermuted(name, values, self.config)
             yield name, values
 
