@@ -1,12 +1,4 @@
-"""Sparse updates: reference and compiled kernels against float64, and each row alone.
-
-Planted faults, and how many of the tests here each one fails (tried by hand):
-
-- reference: weight dropped, rows in the order of their lengths: 12, 9
-- C: the entries beyond the fours skipped, no weight, x of the first row for all: 8, 8, 8
-- Triton: the second 64 entries of an output skipped, weight dropped, the slot's first entry
-  ignored: 6, 12, 12
-"""
+"""Sparse updates: reference and compiled kernels against float64, and each row alone."""
 
 from __future__ import annotations
 
