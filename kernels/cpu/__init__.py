@@ -1,1 +1,1 @@
-"""CPU formulations in C, with their bindings; see ``native.py``."""
+"""Bindings of the CPU kernels, which `c` holds in C; see `native.py`."""

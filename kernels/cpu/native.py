@@ -1,6 +1,6 @@
 """The compiled CPU kernels: plain C libraries, called through ctypes.
 
-Built with the package where there is a C compiler (``kernels/cpu/*.c``, OpenMP; no Python or torch
+Built with the package where there is a C compiler (``kernels/cpu/c``, OpenMP; no Python or torch
 headers), once for any processor and once for each of ``ISAS`` that the compiler knows. The best
 that this processor has serves; ``TURRET_ISA`` in the environment names the best that may. Without
 a compiler, or with ``TURRET_NATIVE=0``, the torch formulations of ``kernels/*.py`` serve: the same

@@ -2,7 +2,7 @@
 #ifndef NATIVE_CHECKS_H
 #define NATIVE_CHECKS_H
 
-#include "adapters.h"
+#include "adapters/adapters.h"
 
 #include <math.h>
 #include <stdio.h>

@@ -17,7 +17,7 @@ import pytest
 from turret.kernels.cpu import native
 
 ROOT = Path(__file__).resolve().parents[3]
-FOLDER = ROOT / "kernels" / "cpu"
+FOLDER = ROOT / "kernels" / "cpu" / "c"
 CHECKS = Path(__file__).parent / "native_checks.c"
 EXTENSIONS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
     "ext-modules"
@@ -64,7 +64,7 @@ def test_the_checks_pass_natively(isa: str, tmp_path: Path) -> None:
 @pytest.mark.skipif(QEMU is None, reason="qemu-user is not installed")
 def test_the_checks_pass_on_aarch64(tmp_path: Path) -> None:
     assert QEMU is not None
-    kernels = sorted(FOLDER.glob("*.c"))
+    kernels = sorted(FOLDER.rglob("*.c"))
     checks = build(tmp_path / "checks", "-O2", "-static", compiler=AARCH64, kernels=kernels)
     assert_no_failures(QEMU, str(checks))
 
@@ -74,7 +74,7 @@ FAULTS = {
                              "xs[i] = x + (i < rows ? i / 2 * 2 : rows - 1) * p->x_row;"),
     "a last vector in another order": ("products.h", "if (k == n) return;",
                                        "if (k == n || SIDE > n) return;"),
-    "another expert's factors": ("experts.c", ".b = u->b + expert *", ".b = u->b + (expert ^ 1) *"),
+    "another expert's factors": ("adapters/experts.c", ".b = u->b + expert *", ".b = u->b + (expert ^ 1) *"),
     "a window one too long": ("attention.c", "low = end - plan->window;",
                               "low = end - plan->window - 1;"),
 }  # fmt: skip
@@ -86,11 +86,11 @@ FAULTS = {
 def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
     name, right, wrong = FAULTS[fault]
     copy = tmp_path / "cpu"
-    shutil.copytree(FOLDER, copy, ignore=shutil.ignore_patterns("*.so", "*.py", "__pycache__"))
+    shutil.copytree(FOLDER, copy)
     text = (copy / name).read_text()
     assert right in text
     (copy / name).write_text(text.replace(right, wrong))
-    checks = build(tmp_path / "checks", "-O1", kernels=sorted(copy.glob("*.c")))
+    checks = build(tmp_path / "checks", "-O1", kernels=sorted(copy.rglob("*.c")))
     assert subprocess.run([str(checks), "1"], capture_output=True, check=False).returncode == 1
 
 
@@ -98,10 +98,10 @@ def test_every_library_is_made_of_the_same_sources() -> None:
     """Only the first has ``isa.c``, which asks what the others may be used for."""
     assert set(BY_ISA) <= set(native.ISAS)
     assert next(iter(BY_ISA)) == "baseline"
-    expected = {f"kernels/cpu/{path.name}" for path in FOLDER.glob("*.c")}
-    headers = {f"kernels/cpu/{path.name}" for path in FOLDER.glob("*.h")}
+    expected = {str(path.relative_to(ROOT)) for path in FOLDER.rglob("*.c")}
+    headers = {str(path.relative_to(ROOT)) for path in FOLDER.rglob("*.h")}
     for isa, extension in BY_ISA.items():
-        isa_file = set() if isa == "baseline" else {"kernels/cpu/isa.c"}
+        isa_file = set() if isa == "baseline" else {"kernels/cpu/c/isa.c"}
         assert set(extension["sources"]) == expected - isa_file, isa
         assert set(extension["depends"]) == headers, isa
         assert extension["optional"] is True

@@ -15,7 +15,7 @@ from turret.kernels.cpu.threads import num_threads, use_own_threads
 from turret.server.background import compute_on_this_thread
 
 ROOT = Path(__file__).resolve().parents[3]
-FOLDER = ROOT / "kernels" / "cpu"
+FOLDER = ROOT / "kernels" / "cpu" / "c"
 CHECKS = Path(__file__).parent / "team_checks.c"
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")

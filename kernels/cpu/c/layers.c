@@ -1,7 +1,7 @@
 /* All layers of a step in one call: the loop of server/models/decoding/decoder.py over the same kernels,
  * so with the same bits. Called one by one from Python they cost a step of one row half as much again.
  */
-#include "adapters.h"
+#include "adapters/adapters.h"
 #include "attention.h"
 #include "team.h"
 

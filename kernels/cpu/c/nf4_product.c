@@ -7,7 +7,7 @@
  * Products of several rows take longer than reading the weight does. Meanwhile the adapters that are
  * read next come into the cache (ahead.h).
  */
-#include "ahead.h"
+#include "adapters/ahead.h"
 
 /* What a thread asks for during one product, at most `most` times; returns how often. For tests: asking
  * for the wrong memory changes no result. */
