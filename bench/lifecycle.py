@@ -34,7 +34,7 @@ from scale.registering import register, restore
 from scale.replay import median_ms, replay
 from scale.workload import LENGTHS, Workload, draw
 
-from turret.server.byte_size import parse_byte_size
+from turret.server.basics.byte_size import parse_byte_size
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import default_cache_dir, resolve_model

@@ -25,7 +25,7 @@ from turret.server.adapters.methods import METHODS
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.api.backend import Backend
-from turret.server.background import compute_on_this_thread
+from turret.server.basics.background import compute_on_this_thread
 from turret.server.cluster.replica.seat import Seat
 from turret.server.config import (
     ADAPTER_DEVICE_BYTES,

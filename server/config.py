@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from turret.server.byte_size import GIB, MIB, format_byte_size
-from turret.server.hub_id import HUB_SCHEME, HubId
+from turret.server.basics.byte_size import GIB, MIB, format_byte_size
+from turret.server.basics.hub_id import HUB_SCHEME, HubId
 
 # Defaults on a CPU; on CUDA they follow from what is free.
 KV_CACHE_BYTES = 256 * MIB

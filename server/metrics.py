@@ -20,7 +20,7 @@ from prometheus_client import (
     ProcessCollector,
 )
 
-from turret.server.codes import Code
+from turret.server.basics.codes import Code
 
 # Adapters with a label value of their own; later ones share "other".
 MAX_ADAPTER_LABELS = 100

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from turret.server.hub_id import HUB_SCHEME, HubId
+from turret.server.basics.hub_id import HUB_SCHEME, HubId
 
 # The two files of an adapter, as PEFT names them.
 CONFIG_FILE = "adapter_config.json"

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from turret.server import log
 from turret.server.api.failures import MAX_MESSAGE_CHARS, Failure, Failures
 from turret.server.api.limits import MAX_REQUEST_ID_CHARS
-from turret.server.codes import Code
+from turret.server.basics.codes import Code
 from turret.server.metrics import Metrics
 
 _log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from turret.server import errors
-from turret.server.codes import Code
+from turret.server.basics.codes import Code
 
 
 class Row(NamedTuple):

@@ -17,13 +17,13 @@ from turret.server import log
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.adapters.state.state_dir import StateDir
-from turret.server.cluster.fleet_state import Base, Member, MergePlan
-from turret.server.durable_file import (
+from turret.server.basics.durable_file import (
     move_directory,
     remove_directory,
     replace_file,
     reporting_disk_faults,
 )
+from turret.server.cluster.fleet_state import Base, Member, MergePlan
 
 _log = logging.getLogger(__name__)
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from turret.server.byte_size import format_byte_size
+from turret.server.basics.byte_size import format_byte_size
 from turret.server.command.settings import (
     Setting,
     Settings,

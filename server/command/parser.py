@@ -7,7 +7,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from turret.server.closest import did_you_mean
+from turret.server.basics.closest import did_you_mean
 
 EXIT_USAGE = 2
 _UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (--[^\s=]+)")

@@ -17,10 +17,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from turret.server.byte_size import parse_byte_size
-from turret.server.closest import did_you_mean
+from turret.server.basics.byte_size import parse_byte_size
+from turret.server.basics.closest import did_you_mean
+from turret.server.basics.hub_id import HubId
 from turret.server.config import Config
-from turret.server.hub_id import HubId
 
 PREFIX = "TURRET_"
 # Variables of the same prefix that are no settings of the server: the clients', the kernels', the

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-from turret.server.background import work_in_background
+from turret.server.basics.background import work_in_background
 from turret.server.constraints.constraint import Constraint
 from turret.server.constraints.grammar import grammar_of, refusal
 from turret.server.constraints.matcher import words_of

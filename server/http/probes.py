@@ -7,7 +7,7 @@ import asyncio
 from prometheus_client.exposition import choose_encoder
 
 from turret.server.api.inference import Inference
-from turret.server.codes import Code
+from turret.server.basics.codes import Code
 from turret.server.http.exchange.endpoint import Exchange
 from turret.server.http.exchange.refusals import HttpRefusal
 from turret.server.metrics import Metrics

@@ -26,7 +26,7 @@ from turret.server.api.failures import Failures
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
-from turret.server.codes import Code
+from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig, SecurityConfig, split_address
 from turret.server.http import lora
 from turret.server.http import tokens as token_routes

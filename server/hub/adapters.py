@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from turret.server.adapters.source import CONFIG_FILE, PROVENANCE_FILE, TENSORS_FILE
-from turret.server.durable_file import reporting_disk_faults
+from turret.server.basics.durable_file import reporting_disk_faults
+from turret.server.basics.hub_id import HUB_SCHEME, HubId
 from turret.server.errors import (
     AdapterCheckpointError,
     BudgetExceededError,
@@ -17,7 +18,6 @@ from turret.server.errors import (
 )
 from turret.server.hub.download import download
 from turret.server.hub.repository import Repository, cache_dir, find_repository
-from turret.server.hub_id import HUB_SCHEME, HubId
 
 # Of --adapter-hub: every organisation.
 ANY = "*"

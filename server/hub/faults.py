@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from turret.server.basics.hub_id import HubId
 from turret.server.errors import HubError, HubUnavailableError
-from turret.server.hub_id import HubId
 
 _TOKEN = "set HF_TOKEN or run hf auth login"
 

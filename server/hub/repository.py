@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turret.server import log
+from turret.server.basics.hub_id import HubId
 from turret.server.errors import HubError, HubUnavailableError
 from turret.server.hub.faults import refusal
-from turret.server.hub_id import HubId
 
 _log = logging.getLogger(__name__)
 

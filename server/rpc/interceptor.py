@@ -18,7 +18,7 @@ from turret.server.api.failures import Failures
 from turret.server.api.faults import fault_of
 from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
-from turret.server.codes import Code
+from turret.server.basics.codes import Code
 from turret.server.errors import TurretError
 from turret.server.metrics import Metrics
 from turret.server.rpc.messages import MESSAGE_SECONDS, all_messages, one_message, tolerant

@@ -32,7 +32,7 @@ from turret.server.api.faults import fault_of
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
 from turret.server.api.tokens import TokenTable
-from turret.server.codes import Code
+from turret.server.basics.codes import Code
 from turret.server.engine.scheduling.request import FinishReason, Output, Request
 from turret.server.metrics import Metrics
 from turret.v1 import adapters_pb2 as pb

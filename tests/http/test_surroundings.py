@@ -21,7 +21,7 @@ from turret.server.api.faults import TABLE as FAULTS
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
 from turret.server.api.tokens import TokenTable
-from turret.server.codes import Code
+from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.http.bodies import response_fields

@@ -10,8 +10,8 @@ import pytest
 from huggingface_hub import constants
 from servers.fake_hub import TOKEN, FakeHub, Repo
 
+from turret.server.basics.hub_id import HubId
 from turret.server.errors import InvalidRequestError
-from turret.server.hub_id import HubId
 from turret.server.models.model_source import ModelSource, resolve_model
 from turret.server.models.sources.check import check_model
 

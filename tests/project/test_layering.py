@@ -25,23 +25,9 @@ CODE = (*PACKAGES, "bench", "tests", "examples")
 MAX_FILE_LINES = 400
 MAX_FUNCTION_LINES = 70
 
-# Modules directly in server/ that any layer may use. They use each other and nothing else.
-LEAVES = frozenset(
-    f"server.{name}"
-    for name in (
-        "errors",
-        "cancellation",
-        "codes",
-        "log",
-        "config",
-        "metrics",
-        "background",
-        "durable_file",
-        "closest",
-        "byte_size",
-        "hub_id",
-    )
-)
+# Modules of server/ that any layer may use. They use each other and nothing else.
+LEAVES = frozenset(f"server.{name}" for name in ("errors", "log", "config", "metrics"))
+BASICS = "server.basics"
 # The ``turret`` command. It alone may name the verbs of training, and nothing imports it.
 COMMAND = "server.cli"
 # ``server.adapters`` stands for the files directly in it, the nouns that all its rooms share.
@@ -162,6 +148,8 @@ def layer_of(module: str) -> str:
     parts = module.split(".")
     if parts[0] != "server":
         return parts[0]
+    if ".".join(parts[:2]) == BASICS:
+        return "leaf"
     for depth in (4, 3, 2):
         if len(parts) >= depth and ROOT.joinpath(*parts[:depth]).is_dir():
             return ".".join(parts[:depth])

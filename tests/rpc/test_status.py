@@ -12,7 +12,7 @@ from servers.rpc_harness import failure_of, harness
 
 from turret.server import errors
 from turret.server.api.faults import TABLE, fault_of, row_of
-from turret.server.codes import Code
+from turret.server.basics.codes import Code
 from turret.server.rpc.status import to_rich_status
 from turret.v1 import inference_pb2
 

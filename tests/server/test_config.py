@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from turret.server.byte_size import format_byte_size, parse_byte_size
+from turret.server.basics.byte_size import format_byte_size, parse_byte_size
 from turret.server.command.flags import add_flags, config_from_args
 from turret.server.config import (
     Config,

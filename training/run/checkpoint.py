@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from turret.server.durable_file import replace_file
+from turret.server.basics.durable_file import replace_file
 
 _PATTERN = "step-*.pt"
 

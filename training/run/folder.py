@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turret.server.durable_file import replace_file
+from turret.server.basics.durable_file import replace_file
 from turret.training.errors import RunError
 
 

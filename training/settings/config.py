@@ -12,7 +12,7 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from turret.server.closest import did_you_mean
+from turret.server.basics.closest import did_you_mean
 from turret.training.errors import ConfigError
 
 # The methods of ``training/methods``; a test compares. Here, so that a wrong name is refused before

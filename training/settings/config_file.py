@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from turret.server.closest import did_you_mean
+from turret.server.basics.closest import did_you_mean
 from turret.training.errors import ConfigError
 from turret.training.settings.config import TrainConfig
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from turret.server.hub_id import HubId
+from turret.server.basics.hub_id import HubId
 from turret.server.models.sources.check import check_model
 from turret.training.errors import ConfigError
 from turret.training.settings.config import BaseConfig, TrainConfig

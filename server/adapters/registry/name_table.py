@@ -18,7 +18,7 @@ from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.residency.metrics import AdapterMetrics
 from turret.server.adapters.source import Source
-from turret.server.closest import did_you_mean
+from turret.server.basics.closest import did_you_mean
 from turret.server.errors import (
     AdapterComponentError,
     AdapterGenerationError,

@@ -24,7 +24,7 @@ from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.peft_format.base_name import is_other_base
 from turret.server.adapters.source import Source
-from turret.server.background import compute_on_this_thread
+from turret.server.basics.background import compute_on_this_thread
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,

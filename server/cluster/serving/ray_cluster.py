@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from turret.server.basics.durable_file import replace_file
 from turret.server.cluster.serving.plan import ClusterPlan
-from turret.server.durable_file import replace_file
 from turret.server.errors import UnavailableError
 
 CLUSTER_FILE = "cluster.json"

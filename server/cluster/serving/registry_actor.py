@@ -11,10 +11,10 @@ from typing import Any
 import ray
 from ray.exceptions import GetTimeoutError, RayError
 
+from turret.server.basics.durable_file import replace_file
 from turret.server.cluster import messages as m
 from turret.server.cluster.fleet_store import FleetStore
 from turret.server.cluster.registry_host import RegistryHost
-from turret.server.durable_file import replace_file
 from turret.server.errors import TurretError, UnavailableError
 
 NAMESPACE = "turret"

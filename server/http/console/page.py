@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
-from turret.server.codes import Code
+from turret.server.basics.codes import Code
 from turret.server.http.exchange.endpoint import Exchange
 from turret.server.http.exchange.refusals import HttpRefusal
 

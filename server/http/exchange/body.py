@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from starlette.types import Receive
 
-from turret.server.codes import Code
+from turret.server.basics.codes import Code
 from turret.server.errors import InvalidRequestError
 from turret.server.http.exchange.refusals import HttpRefusal
 

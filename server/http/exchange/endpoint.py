@@ -19,7 +19,7 @@ from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.failures import Failures
 from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
-from turret.server.codes import Code
+from turret.server.basics.codes import Code
 from turret.server.errors import UnavailableError
 from turret.server.http.exchange.body import ClientGoneError, read_body, read_json
 from turret.server.http.exchange.connection import MAX_HEAD_BYTES

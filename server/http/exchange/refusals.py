@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from turret.server.api.faults import Fault, fault_of
-from turret.server.codes import Code
+from turret.server.basics.codes import Code
 
 
 class Row(NamedTuple):

@@ -10,10 +10,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+from turret.server.basics.hub_id import HubId
 from turret.server.errors import HubError, HubUnavailableError, InvalidRequestError
 from turret.server.hub.download import download
 from turret.server.hub.repository import Repository, cache_dir, find_repository
-from turret.server.hub_id import HubId
 from turret.server.models.sources.model_directory import (
     INDEX,
     WEIGHTS,

@@ -14,12 +14,8 @@ from gpu_path import OneStepTables
 from turret.server.adapters.device.gpu.shelves import GpuHadamardShelf
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
-from turret.server.adapters.operators import (
-    AdapterOperators,
-    Hadamard,
-    LowRank,
-    ModuleOperators,
-)
+from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.updates import Hadamard, LowRank
 
 CPU = torch.device("cpu")
 WIDTH = 16

@@ -27,17 +27,13 @@ from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.packed.store import PackedStore
 from turret.server.adapters.operators import (
     AdapterOperators,
-    Circulant,
     Gate,
-    Hadamard,
     InputBlocks,
-    Kronecker,
-    LowRank,
     ModulatedBase,
     ModuleOperators,
     PairRotation,
-    Sparse,
 )
+from turret.server.adapters.updates import Circulant, Hadamard, Kronecker, LowRank, Sparse
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ from fake_cuda import FakeCuda
 
 from turret.server.adapters.device.gpu import uploads as uploads_module
 from turret.server.adapters.device.gpu.uploads import PinnedRing, Uploads
-from turret.server.adapters.operators import AdapterOperators, LowRank, ModuleOperators
+from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.updates import LowRank
 
 CPU = torch.device("cpu")
 

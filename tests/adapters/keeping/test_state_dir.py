@@ -21,12 +21,12 @@ from builders.registries import (
     until,
 )
 
-from turret.server import durable_file
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state import state_dir
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.adapters.state.staged_upload import UploadedFile
 from turret.server.adapters.state.state_dir import StateDir
+from turret.server.basics import durable_file
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,

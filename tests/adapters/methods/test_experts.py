@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.ref import AdapterRef
-from turret.server.cancellation import Cancellation
+from turret.server.basics.cancellation import Cancellation
 from turret.server.errors import InvalidRequestError, TurretError
 
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]

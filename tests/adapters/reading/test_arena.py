@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from turret.server.adapters.lowering.arena import in_one_block
-from turret.server.adapters.operators import (
-    Gate,
-    Hadamard,
-    Kronecker,
-    LowRank,
-    ModuleOperators,
-    Sparse,
-)
+from turret.server.adapters.operators import Gate, ModuleOperators
+from turret.server.adapters.updates import Hadamard, Kronecker, LowRank, Sparse
 
 
 def low_rank(rank: int, size: int) -> LowRank:

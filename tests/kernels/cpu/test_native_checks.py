@@ -74,7 +74,8 @@ FAULTS = {
                              "xs[i] = x + (i < rows ? i / 2 * 2 : rows - 1) * p->x_row;"),
     "a last vector in another order": ("products.h", "if (k == n) return;",
                                        "if (k == n || SIDE > n) return;"),
-    "another expert's factors": ("adapters/experts.c", ".b = u->b + expert *", ".b = u->b + (expert ^ 1) *"),
+    "another expert's factors": ("adapters/experts.c", ".b = u->b + expert *",
+                                 ".b = u->b + (expert ^ 1) *"),
     "a window one too long": ("attention.c", "low = end - plan->window;",
                               "low = end - plan->window - 1;"),
 }  # fmt: skip

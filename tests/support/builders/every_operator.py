@@ -10,18 +10,14 @@ import torch
 
 from turret.server.adapters.operators import (
     AdapterOperators,
-    Circulant,
     Gate,
-    Hadamard,
     InputBlocks,
-    Kronecker,
-    LowRank,
     ModulatedBase,
     ModuleOperators,
     PairRotation,
-    Sparse,
 )
 from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
+from turret.server.adapters.updates import Circulant, Hadamard, Kronecker, LowRank, Sparse
 from turret.server.models.decoding.arch import Arch
 
 

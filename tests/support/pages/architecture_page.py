@@ -15,7 +15,7 @@ ROOMS = (
     *("server/http/bodies", "server/http/tools", "server/api", "server/api/admin"),
     *("server/cluster", "server/cluster/replica", "server/cluster/serving"),
     *("server/engine", "server/engine/scheduling", "server/engine/step", "server/engine/step/gpu"),
-    "server/constraints",
+    *("server/basics", "server/constraints"),
     *("server/hub", "server/models", "server/models/sources", "server/models/families"),
     *("server/models/decoding", "server/models/weights", "server/adapters"),
     *(

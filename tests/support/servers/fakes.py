@@ -13,7 +13,7 @@ from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
 from turret.server.api.backend import Backend
-from turret.server.cancellation import Cancellation
+from turret.server.basics.cancellation import Cancellation
 from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,

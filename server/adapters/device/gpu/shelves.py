@@ -20,7 +20,8 @@ from turret.server.adapters.device.hadamard_shelf import grown
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.shelves import Shelves
-from turret.server.adapters.operators import AdapterOperators, Kronecker, ModuleOperators
+from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.updates import Kronecker
 
 _Shapes = tuple[tuple[int, ...], ...]
 

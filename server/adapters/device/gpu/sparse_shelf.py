@@ -10,7 +10,8 @@ from turret.kernels.gpu.adapters.sparse import sparse
 from turret.kernels.gpu.tables.row_table import RowTable
 from turret.server.adapters.device.hadamard_shelf import grown
 from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators, Sparse
+from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.updates import Sparse
 
 # How much larger than what is needed the room for entries becomes when it grows.
 _SPARE = 1.25

@@ -35,7 +35,7 @@ from turret.server.adapters.component import (
 )
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators import Gate, LowRank, ModuleOperators
+from turret.server.adapters.operators import Gate, ModuleOperators
 from turret.server.adapters.peft_format.config.rules import Rules, Used, is_rank
 from turret.server.adapters.peft_format.config.selection_rules import LAYER_RULES, SELECTION_RULES
 from turret.server.adapters.peft_format.module_checkpoint import (
@@ -43,6 +43,7 @@ from turret.server.adapters.peft_format.module_checkpoint import (
     Roles,
     read_module_checkpoint,
 )
+from turret.server.adapters.updates import LowRank
 from turret.server.errors import AdapterComponentError
 
 FUSION_RULES: Rules = {
