@@ -106,7 +106,9 @@ def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
         for name in operators
         if getattr(module, name) is not None
     }
-    assert used == operators - {"gate", "bias"}
+    # Those that came later are not timed there: its rates are compared with earlier ones.
+    later = {"input_blocks", "sparse", "pairs", "circulant", "modulated"}
+    assert used == operators - {"gate", "bias"} - later
     plain = logits(model)
     for name, adapter in lowered.items():
         if adapter.operators.soft_prompt is None:

@@ -31,10 +31,9 @@ class Recorder:
 
 def scheduled(number: int, num_new: int, *mix: tuple[str, float]) -> Scheduled:
     """A sequence whose token ids all are its number."""
-    adapters = tuple((SimpleNamespace(key=name), weight) for name, weight in mix)
-    sequence = sequence_of([number] * num_new)
+    adapters = tuple((SimpleNamespace(key=name, invocation=()), weight) for name, weight in mix)
     mixed: Any = FakeMix(tuple((name, 1, weight) for name, weight in mix), adapters)
-    sequence.mix = mixed
+    sequence = sequence_of([number] * num_new, mix=mixed)
     sequence.blocks = [number, number + 100]
     return Scheduled(sequence, num_new)
 

@@ -34,6 +34,8 @@ ADAPTERS = {
 }
 # Queries that grow with their position are torch's.
 ONE_BY_ONE = {"ministral3"}
+# Their rows are routed, and other adapters fit them: test_family_oracle.py has them.
+MIXTURES = {"mixtral", "olmoe", "qwen3_moe"}
 
 
 def requests() -> list[Any]:
@@ -52,7 +54,7 @@ async def answers(folder: Path, root: Path) -> list[Any]:
         return [answer.bits for answer in await started.run_all(requests())]
 
 
-@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES, *OTHER_ARCHITECTURES}))
+@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES, *OTHER_ARCHITECTURES} - MIXTURES))
 async def test_one_call_gives_the_bits_of_many(architecture: str, tmp_path: Path) -> None:
     base = twin(architecture)
     for seed, (name, (method, changes)) in enumerate(ADAPTERS.items()):

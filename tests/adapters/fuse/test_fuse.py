@@ -307,6 +307,10 @@ def test_what_has_no_weight_update_is_found_by_exclusion() -> None:
     class Router:
         strength: float
 
+        @staticmethod
+        def tensors() -> tuple[torch.Tensor, ...]:
+            return ()
+
     @dataclass(frozen=True, slots=True)
     class Routed(ModuleOperators):
         router: Router | None = None

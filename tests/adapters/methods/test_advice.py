@@ -26,9 +26,6 @@ CONFIGS: dict[str, tuple[Any, dict[str, Any]]] = {
     "OSF": (peft.OSFConfig, {}),
     "PSOFT": (peft.PsoftConfig, {"r": 4}),
     "RANDLORA": (peft.RandLoraConfig, {"r": 8, "randlora_alpha": 8}),
-    "SHIRA": (peft.ShiraConfig, {"r": 2, "random_seed": 3}),
-    "SUPERTUNING": (peft.SupertuningConfig, {"sparsity": 0.9}),
-    "WAVEFT": (peft.WaveFTConfig, {"n_frequency": 60}),
     # Values of served types that are refused with the same advice.
     "MISS": (peft.MissConfig, {"r": 8, "init_weights": "bat"}),
 }

@@ -43,6 +43,7 @@ NEW = (
     "prefix_tuning",
     "prompt_tuning",
     "p_tuning",
+    *("oft", "boft", "c3a", "road", "hira"),
     "trainable_tokens",
     *("beft", "ln_tuning", "pvera", "vblora", "unilora", "tinylora", "delora", "miss"),
     *("gralora", "hra", "deft", "peanut", "glora", "cpt", "cartridge"),
@@ -327,8 +328,12 @@ def test_other_layouts_say_what_to_do(method: str, name: str, tmp_path: Path) ->
     assert "convolution" in text or "docs/adapters.md" in text
 
 
-# Vectors are fp32 whatever the serving dtype, and a reflection has no length.
-@pytest.mark.parametrize("method", [n for n in NEW if n not in ("ia3", "beft", "ln_tuning", "hra")])
+# Vectors and rotations of pairs are fp32 whatever the serving dtype; a reflection has no length, and
+# an exact Cayley transform stays a rotation.
+FINITE = ("ia3", "beft", "ln_tuning", "hra", "road", "boft")
+
+
+@pytest.mark.parametrize("method", [name for name in NEW if name not in FINITE])
 def test_overflow_of_the_serving_dtype_is_refused(method: str, tmp_path: Path) -> None:
     directory = save(tmp_path, method)
 

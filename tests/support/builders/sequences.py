@@ -6,6 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import Any
 
+from turret.server.adapters.mix import Mix
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import (
     Request,
@@ -41,6 +42,7 @@ def sequence_of(
     max_tokens: int = 4,
     preset: int = 0,
     score: bool = False,
+    mix: Mix | None = None,
 ) -> Sequence:
     request = Request(
         request_id="r",
@@ -48,7 +50,7 @@ def sequence_of(
         stop=StopConditions(max_tokens=max_tokens),
         score=score,
     )
-    return Sequence(request, mix_of(name), 0.0, num_virtual=preset, num_preset=preset)
+    return Sequence(request, mix or mix_of(name), 0.0, num_virtual=preset, num_preset=preset)
 
 
 def run_alone(scheduler: Scheduler, sequence: Sequence) -> None:
