@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 from builders.methods import make_config, save_adapter
-from builders.tiny_models import ARCHITECTURES, OTHER_ARCHITECTURES
+from builders.tiny_models import ARCHITECTURES, MIXTURES, OTHER_ARCHITECTURES
 from method_oracle import prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
@@ -34,8 +34,6 @@ ADAPTERS = {
 }
 # Queries that grow with their position are torch's.
 ONE_BY_ONE = {"ministral3"}
-# Their rows are routed, and other adapters fit them: test_family_oracle.py has them.
-MIXTURES = {"mixtral", "olmoe", "qwen3_moe"}
 
 
 def requests() -> list[Any]:
@@ -54,7 +52,10 @@ async def answers(folder: Path, root: Path) -> list[Any]:
         return [answer.bits for answer in await started.run_all(requests())]
 
 
-@pytest.mark.parametrize("architecture", sorted({*ARCHITECTURES, *OTHER_ARCHITECTURES} - MIXTURES))
+# The rows of mixtures are routed, and other adapters fit them: test_family_oracle.py has them.
+@pytest.mark.parametrize(
+    "architecture", sorted({*ARCHITECTURES, *OTHER_ARCHITECTURES} - {*MIXTURES})
+)
 async def test_one_call_gives_the_bits_of_many(architecture: str, tmp_path: Path) -> None:
     base = twin(architecture)
     for seed, (name, (method, changes)) in enumerate(ADAPTERS.items()):

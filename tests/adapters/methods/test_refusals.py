@@ -328,8 +328,8 @@ def test_other_layouts_say_what_to_do(method: str, name: str, tmp_path: Path) ->
     assert "convolution" in text or "docs/adapters.md" in text
 
 
-# Vectors and rotations of pairs are fp32 whatever the serving dtype; a reflection has no length, and
-# an exact Cayley transform stays a rotation.
+# Vectors and rotations of pairs are fp32 whatever the serving dtype; a reflection has no length,
+# and an exact Cayley transform stays a rotation.
 FINITE = ("ia3", "beft", "ln_tuning", "hra", "road", "boft")
 
 
