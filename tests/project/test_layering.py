@@ -38,7 +38,7 @@ READING = {
 }
 METHOD_ROOMS = [
     f"server.adapters.methods.{name}"
-    for name in ("lora", "low_rank", "transforms", "structured", "vectors", "prompts", "gated")
+    for name in ("lora", "low_rank", "transforms", "structured", "vectors", "prompts")
 ]
 KEEPING = {f"server.adapters.{name}" for name in ("state", "residency")}
 DEVICE = {f"server.adapters.device{room}" for room in ("", ".packed", ".gpu")}

@@ -23,7 +23,7 @@ ROOMS = (
         for name in (
             *("checkpoint", "peft_format/config", "peft_format", "lowering", "methods"),
             *("methods/lora", "methods/low_rank", "methods/transforms", "methods/structured"),
-            *("methods/vectors", "methods/prompts", "methods/gated"),
+            *("methods/vectors", "methods/prompts"),
             *("state", "residency", "fuse", "registry", "merge"),
             *("device", "device/packed", "device/gpu"),
         )

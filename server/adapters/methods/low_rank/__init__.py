@@ -1,1 +1,1 @@
-"""Methods that make a low-rank update of something smaller: shared, banked or blocked factors."""
+"""Methods with a low-rank update made of less, or of others: shared factors, gated sums."""

@@ -1,1 +1,0 @@
-"""Methods that weigh other adapters, token by token."""
