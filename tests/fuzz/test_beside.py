@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import http.client
+import multiprocessing
 import random
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from multiprocessing.queues import Queue
+from multiprocessing.synchronize import Event
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
@@ -21,42 +25,40 @@ from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
-NUM_FUZZERS = 3
+# They compute too: more would measure what two processors have left, not what the server does.
+NUM_FUZZERS = 2
 LEAST_RATE = 0.5
 MOST_SECONDS = 1.0
 # What a server may never say; of gRPC's own words CANCELLED is the client's.
 BUGS = ("INTERNAL", "UNKNOWN", "DATA_LOSS", "500")
 
 
-class Fuzzers:
+class Sender:
     """Threads that send damaged seeds until they are told to stop, one every few milliseconds."""
 
-    def __init__(self, server: ServerUnderTest) -> None:
+    def __init__(self, address: str, http_address: str, over: Event) -> None:
         self.seen: Counter[str] = Counter()
-        self._server = server
-        self._over = threading.Event()
+        self._address, self._http_address = address, http_address
+        self._over = over
         by_target: dict[str, list[bytes]] = {"message": [], "http": []}
         for name, data in seeds():
             if name in by_target:
                 by_target[name].append(data)
         self._corpus = by_target
-        self._threads = [
+
+    def run(self, ready: Event) -> None:
+        threads = [
             threading.Thread(target=self._run, args=(number,)) for number in range(NUM_FUZZERS)
         ]
-
-    def __enter__(self) -> Fuzzers:
-        for thread in self._threads:
+        for thread in threads:
             thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        for thread in self._threads:
+        ready.set()
+        for thread in threads:
             thread.join()
 
     def _run(self, number: int) -> None:
         source = random.Random(number)
-        with grpc.insecure_channel(self._server.address) as channel:
+        with grpc.insecure_channel(self._address) as channel:
             while not self._over.wait(0.005):
                 name = source.choice(("message", "message", "http"))
                 data = mutated(source, self._corpus[name]) or b"\0"
@@ -82,7 +84,7 @@ class Fuzzers:
         return "OK"
 
     def _post(self, _: grpc.Channel, data: bytes) -> str:
-        connection = http.client.HTTPConnection(self._server.http_address, timeout=2)
+        connection = http.client.HTTPConnection(self._http_address, timeout=2)
         try:
             path = PATHS[data[0] % len(PATHS)]
             connection.request("POST", path, data[1:], {"content-type": "application/json"})
@@ -93,6 +95,36 @@ class Fuzzers:
             return "DEADLINE_EXCEEDED"
         finally:
             connection.close()
+
+
+def send(address: str, http_address: str, over: Event, ready: Event, seen: Queue[Any]) -> None:
+    sender = Sender(address, http_address, over)
+    sender.run(ready)
+    seen.put(sender.seen)
+
+
+class Fuzzers:
+    """A ``Sender`` in a process of its own: what it computes is not the client's interpreter's."""
+
+    def __init__(self, server: ServerUnderTest) -> None:
+        self.seen: Counter[str] = Counter()
+        context = multiprocessing.get_context("spawn")
+        self._over, self._ready = context.Event(), context.Event()
+        self._found: Queue[Any] = context.Queue()
+        where = (server.address, server.http_address)
+        self._process = context.Process(
+            target=send, args=(*where, self._over, self._ready, self._found)
+        )
+
+    def __enter__(self) -> Fuzzers:
+        self._process.start()
+        assert self._ready.wait(60)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self.seen += self._found.get(timeout=60)
+        self._process.join()
 
 
 @pytest.fixture
