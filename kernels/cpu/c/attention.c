@@ -5,7 +5,7 @@
  * KV heads of its positions side by side, so a row's heads walk the blocks together and memory is
  * read as it lies; while a block is computed with, the next one comes into the cache.
  */
-#include "attention.h"
+#include "entries.h"
 #include "elements.h"
 #include "team.h"
 

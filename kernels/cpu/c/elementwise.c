@@ -1,10 +1,9 @@
 /* What a decoder layer does between its matrix products, one pass each. */
 #include "elements.h"
+#include "entries.h"
 #include "team.h"
 
 #include <math.h>
-
-#define SMALL 16384 /* elements that one thread computes sooner than two begin */
 
 /* hidden += delta (rounded to its type), then out = rms_norm(hidden) * weight, for [rows, width].
  * delta may be null. RMSNorm: arXiv 1910.07467. */

@@ -8,6 +8,7 @@
  * read next come into the cache (ahead.h).
  */
 #include "adapters/ahead.h"
+#include "entries.h"
 
 /* What a thread asks for during one product, at most `most` times; returns how often. For tests: asking
  * for the wrong memory changes no result. */

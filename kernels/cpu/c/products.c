@@ -20,7 +20,6 @@
 #endif
 #define ROW_BLOCK 64    /* rows that stay in the cache while outputs are walked */
 #define COLUMN_BLOCK 64 /* outputs a thread takes together */
-#define SMALL 16384     /* products that one thread computes sooner than two begin */
 
 enum Kind { F32, BF16, F16 };
 
@@ -38,8 +37,6 @@ typedef struct {
 typedef struct {
     int64_t batch, row, row_end, column, column_end;
 } Part;
-
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
 /* Exact; infinities and NaN stay. */
 INLINE f32x16 load_f16(const uint16_t *p) {

@@ -13,8 +13,6 @@
 #include <omp.h>
 #include <stdatomic.h>
 
-INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 /* A thread's share, [next, end). Beside the number of the next piece is the number of the job, so that
  * who is late claims nothing of a job it does not know. */
 typedef struct {
@@ -147,13 +145,11 @@ static int is_shared(void) {
 /* Off the caller's processor. A thread that was woken there while others were taken stays there: the
  * system sees two threads with half a processor each and no reason to move one. */
 static void leave(int cpu) {
-    static _Thread_local cpu_set_t allowed;
-    static _Thread_local int is_known;
-    if (!is_known) is_known = sched_getaffinity(0, sizeof allowed, &allowed) == 0;
-    if (!is_known || CPU_COUNT(&allowed) < 2) return;
-    cpu_set_t others = allowed;
+    cpu_set_t others;
+    /* The process's first thread has what the process may use, also when that has changed. */
+    if (sched_getaffinity(getpid(), sizeof others, &others)) return;
     CPU_CLR(cpu, &others);
-    sched_setaffinity(0, sizeof others, &others);
+    if (CPU_COUNT(&others)) sched_setaffinity(0, sizeof others, &others);
 }
 
 static void finish(uint32_t pieces) {

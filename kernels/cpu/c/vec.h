@@ -30,6 +30,8 @@ typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
 typedef uint16_t bf16;
 
+INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 INLINE float to_f32(bf16 value) {
     uint32_t bits = (uint32_t)value << 16;
     float out;

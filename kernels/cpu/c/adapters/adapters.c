@@ -5,6 +5,7 @@
  * units that are dealt to the threads by what they cost; which thread computes a unit changes no bit.
  */
 #include "adapters.h"
+#include "entries.h"
 #include "team.h"
 
 #define ROWS 32 /* rows of a segment that a unit takes together */
