@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -118,14 +119,15 @@ def load_on(other: Served, adapters: list[str | None]) -> Iterator[None]:
         while not stopping.is_set():
             other.rate(adapters)
 
-    thread = threading.Thread(target=send)
-    thread.start()
-    time.sleep(0.5)
-    try:
-        yield
-    finally:
-        stopping.set()
-        thread.join()
+    with ThreadPoolExecutor(1) as executor:
+        sending = executor.submit(send)
+        time.sleep(0.5)
+        try:
+            yield
+        finally:
+            stopping.set()
+        # A load that failed was none.
+        sending.result()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,25 @@
+/* The exported kernels that layers.c calls as well; the files that define them describe them. */
+#ifndef TURRET_ENTRIES_H
+#define TURRET_ENTRIES_H
+
+#include "adapters/adapters.h"
+#include "attention.h"
+
+#if HAS_AVX512_BF16
+void turret_nf4_product(const bf16 *x, int64_t x_stride, int64_t rows, const uint8_t *packed,
+                        const bf16 *absmax, bf16 *y, int64_t out_features, int64_t in_features,
+                        int64_t num_threads, const Step *step, int64_t module);
+#endif
+void turret_adapt(const Step *step, const int64_t *shape, const bf16 *x, int64_t x_stride, bf16 *y,
+                  int64_t y_stride, const bf16 *bias);
+void turret_add_rms_norm(bf16 *hidden, const bf16 *delta, const float *weight, double eps, bf16 *out,
+                         int64_t rows, int64_t width, int64_t threads);
+void turret_silu_mul(const bf16 *gate_up, bf16 *out, int64_t rows, int64_t width, int64_t threads);
+void turret_gelu_mul(const bf16 *gate_up, bf16 *out, int64_t rows, int64_t width, int64_t threads);
+void turret_rope_kv_write(const bf16 *qkv, const float *cos, const float *sin, const int64_t *slots,
+                          float *q, bf16 *k_cache, bf16 *v_cache, int64_t rows, int64_t heads,
+                          int64_t kv_heads, int64_t dim, int64_t pairs, int64_t is_interleaved,
+                          int64_t threads);
+void turret_attend(const Plan *plan, const Heads *heads);
+
+#endif

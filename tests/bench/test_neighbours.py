@@ -1,0 +1,36 @@
+"""What a server keeps beside a process that wants a processor: not a hundredth, as with OpenMP."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+from transformers import AutoConfig
+
+from turret.kernels.cpu.native import has_native_products
+from turret.server.models.families import read_arch
+from turret.server.models.model_source import default_cache_dir, resolve_model
+
+# 0.5 and more on an idle machine; tests run beside each other.
+LEAST_SHARE = 0.15
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not has_native_products(), reason="the product needs AVX512-BF16")
+def test_one_request_keeps_a_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "bench")
+    neighbours = importlib.import_module("neighbours")
+    model = resolve_model(None, default_cache_dir())
+    arch = read_arch(AutoConfig.from_pretrained(model.files))
+    loras = neighbours.write_random_loras(tmp_path, 1, rank=8, arch=arch, base_model=model.name)
+    served = neighbours.Served(tmp_path, loras)
+    try:
+        served.rate([loras[0]], 8)
+        alone = served.rate([loras[0]])
+        with neighbours.busy_loop():
+            beside = served.rate([loras[0]])
+    finally:
+        served.stop()
+    assert beside > LEAST_SHARE * alone

@@ -1,0 +1,34 @@
+"""Whose threads compute what the engine's thread asks for."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from method_oracle import twin
+from servers.engine_harness import EngineHarness
+
+from turret.kernels.cpu.native import has_native_products
+from turret.kernels.cpu.threads import num_threads
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+async def test_torch_computes_alone_where_the_kernels_have_threads(
+    dtype: str, tmp_path: Path
+) -> None:
+    """Two teams that spin while they wait take the processors from each other."""
+    found: list[tuple[int, int]] = []
+    asked = threading.Event()
+
+    def ask() -> None:
+        found.append((num_threads(), torch.get_num_threads()))
+        asked.set()
+
+    async with EngineHarness.start(twin("llama").folder, tmp_path, dtype=dtype) as harness:
+        harness.engine._loop.post(ask)
+        assert asked.wait(30)
+    has_own = dtype == "bfloat16" and has_native_products()
+    every = torch.get_num_threads()
+    assert found == [(every, 1 if has_own else every)]
