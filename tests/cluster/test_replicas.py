@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from builders.registries import Registries, in_thread, refs, stage_directory, tiny_base, until
 from fleets.replicas import Fleet
+from servers.fake_hub import fake_hub
 
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
@@ -48,6 +49,26 @@ def test_what_one_loads_all_serve_under_the_same_identity(fleet: Fleet) -> None:
         first.registry.replace("a", "c", expected_generation=1)
     with pytest.raises(AdapterExistsError):
         second.registry.load("a", "c")
+
+
+def test_what_the_hub_has_is_of_one_commit_everywhere(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fleet = Fleet(tmp_path / "state", root, adapter_hub=("acme",))
+    with fake_hub(tmp_path / "hub", monkeypatch) as hub:
+        repo = hub.repo("acme/a", root / "a")
+        first, second = fleet.start(), fleet.start()
+        commit = repo.refs["main"]
+        loaded = first.registry.load("a", "hub:acme/a")
+        assert loaded.source == f"hub:acme/a@{commit}"
+        repo.push({**repo.commits[commit], "adapter_config.json": b"{}"})
+        mix = second.registry.acquire(refs("a"))
+        fleet.wait_resident(mix)
+        assert mix.members[0][0].digest == loaded.facts.digest
+        second.registry.release(mix)
+        replaced = second.registry.replace("a", f"hub:acme/a@{commit}")
+        assert (replaced.generation, replaced.source) == (1, loaded.source)
+        fleet.close()
 
 
 def test_a_replica_that_comes_later_serves_when_it_knows_everything(fleet: Fleet) -> None:

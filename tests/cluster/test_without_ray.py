@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from turret.server import cli
+from turret.server.cluster.serving.plan import fleet_config
+from turret.server.config import AdapterConfig, Config, ModelConfig
 
 _CHECK = """
 import sys
@@ -58,3 +61,17 @@ def test_flags_that_a_fleet_cannot_take(
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert cli.main(["cluster", "serve", *flags.split()]) == 2
     assert why in capsys.readouterr().err
+
+
+def test_a_model_of_the_hub_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+
+    def model_of(model: str) -> str:
+        adapters = AdapterConfig(state_dir=Path("state"))
+        config = Config(model=ModelConfig(model=Path(model)), adapters=adapters)
+        return str(fleet_config(config).model.model)
+
+    assert model_of("acme/tiny@v1") == "acme/tiny@v1"
+    assert model_of("here") == str(tmp_path / "here")
+    assert model_of("not/here/either") == str(tmp_path / "not" / "here" / "either")

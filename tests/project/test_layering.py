@@ -95,7 +95,7 @@ BELOW = {
     # The fleet's state machines; what ties them to a server is above the API.
     "server.cluster": NOUNS | {"server.adapters.state"},
     "server.cluster.replica": NOUNS
-    | {"server.cluster", "server.adapters.residency"}
+    | {"server.cluster", "server.hub", "server.adapters.residency"}
     | {f"server.adapters.{name}" for name in ("registry", "state", "merge")},
     # Of the parts behind it, the types alone: see NEVER_LOADS and test_app.
     "server.api": NOUNS | BEHIND_API,

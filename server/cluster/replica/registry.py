@@ -22,7 +22,6 @@ from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.registry.unloads import UnloadMode
 from turret.server.adapters.residency.metrics import AdapterMetrics
-from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.adapters.state.shared_state_dir import SharedStateDir
 from turret.server.adapters.state.staged_upload import StagedUpload
@@ -30,6 +29,7 @@ from turret.server.cluster import messages as m
 from turret.server.cluster.replica.channel import Channel, propose
 from turret.server.cluster.replica.shared_usage import with_usage
 from turret.server.errors import AdapterGenerationError, InvalidRequestError, TurretError
+from turret.server.hub.adapters import AdapterHub
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ class ReplicaRegistry(AdapterRegistry):
     """See ``AdapterRegistry``; what differs is who decides, and that weights are read lazily.
 
     Args:
-        root, base, host_bytes, max_rank, metrics, allow_other_base: As there.
+        root, base, host_bytes, max_rank, metrics, allow_other_base, hub: As there.
         state: The fleet's state directory.
         channel: To the registry.
         replica: This replica's name.
@@ -62,6 +62,7 @@ class ReplicaRegistry(AdapterRegistry):
         channel: Channel,
         replica: str,
         allow_other_base: bool = False,
+        hub: AdapterHub | None = None,
     ) -> None:
         super().__init__(
             root,
@@ -71,6 +72,7 @@ class ReplicaRegistry(AdapterRegistry):
             metrics,
             state=state,
             allow_other_base=allow_other_base,
+            hub=hub,
         )
         self._channel = channel
         self._replica = replica
@@ -99,7 +101,7 @@ class ReplicaRegistry(AdapterRegistry):
             UnavailableError: The registry cannot be reached.
         """
         with self._changing(name):
-            source = Source(path, task=task)
+            source = self._loader.find(path, task)
             facts = self._installer.inspect(source)
             return self._made(m.Register(name=name, source=source, facts=facts, pinned=pinned))
 
@@ -113,7 +115,7 @@ class ReplicaRegistry(AdapterRegistry):
         with self._changing(name):
             self._table.check_generation(name, expected_generation)
             self._table.find(name)
-            source = Source(path, task=task)
+            source = self._loader.find(path, task)
             facts = self._installer.inspect(source)
             proposal = m.Register(name=name, source=source, facts=facts)
             return self._replaced(proposal, expected_generation)

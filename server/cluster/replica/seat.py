@@ -15,6 +15,7 @@ from turret.server.cluster.replica.merger import ReplicaMerger
 from turret.server.cluster.replica.registry import ReplicaRegistry
 from turret.server.cluster.replica.state import ReplicaState
 from turret.server.config import AdapterConfig
+from turret.server.hub.adapters import AdapterHub
 
 
 class Seat:
@@ -53,6 +54,7 @@ class Seat:
             channel=self._channel,
             replica=self.name,
             allow_other_base=config.allow_other_base,
+            hub=AdapterHub(config.adapter_hub, config.max_upload_bytes),
         )
         return self._registry
 

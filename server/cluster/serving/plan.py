@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from turret.server.config import Config, split_address
+from turret.server.models.sources.hub_model import hub_model_id
 
 DEFAULT_HTTP_PORT = 8080
 
@@ -54,7 +55,7 @@ def fleet_config(config: Config) -> Config:
     if config.adapters.state_dir is None:
         raise ValueError("a fleet needs --state-dir: what adapters there are is written down there")
     if config.adapters.preload:
-        raise ValueError("--preload: load adapters once, with turret load; a fleet keeps them")
+        raise ValueError("--preload: load adapters once, with turret adapters load; a fleet keeps them")
     if listen.admin_address is not None:
         raise ValueError("--admin-address: a fleet has one address; tokens say who may change it")
     if security.tls_cert is not None:
@@ -80,9 +81,14 @@ def fleet_config(config: Config) -> Config:
             state_dir=config.adapters.state_dir.absolute(),
             adapter_root=_absolute(config.adapters.adapter_root),
         ),
-        model=dataclasses.replace(config.model, model=_absolute(config.model.model)),
+        model=dataclasses.replace(config.model, model=_found_anywhere(config.model.model)),
         security=dataclasses.replace(security, token_file=_absolute(security.token_file)),
     )
+
+
+def _found_anywhere(model: Path | None) -> Path | None:
+    """A place on this machine by its whole path; the id of a model on the hub as it is."""
+    return model if model is not None and hub_model_id(model) is not None else _absolute(model)
 
 
 def _absolute(path: Path | None) -> Path | None:

@@ -94,9 +94,11 @@ def _change_at_once(change: Callable[[], ChangedBase]) -> Future[None]:
 class Fleet:
     """A registry, and the replicas that were started."""
 
-    def __init__(self, state_dir: Path, root: Path) -> None:
+    def __init__(self, state_dir: Path, root: Path, *, adapter_hub: tuple[str, ...] = ()) -> None:
         self.state_dir = state_dir
-        self._config = AdapterConfig(adapter_root=root, state_dir=state_dir)
+        self._config = AdapterConfig(
+            adapter_root=root, state_dir=state_dir, adapter_hub=adapter_hub
+        )
         self._replicas: list[Started] = []
         self._store: FleetStore | None = None
         self._host: RegistryHost | None = None
