@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from turret.server.api.backend import Backend
 from turret.server.errors import UnavailableError
 
 
 class Gate:
-    """Closed while the model loads and from shutdown on; open in between."""
+    """Closed while the model loads and from shutdown on; open in between.
 
-    def __init__(self) -> None:
+    Args:
+        check: Called before every call; raises UnavailableError while none may be answered.
+    """
+
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+        self._check = check
         self._backend: Backend | None = None
         self._reason = "the server is starting: the model is not loaded yet"
 
@@ -26,8 +33,9 @@ class Gate:
         """The backend.
 
         Raises:
-            UnavailableError: The server is starting, draining or dead.
+            UnavailableError: The server is starting, draining or dead, or may answer nothing now.
         """
         if self._backend is None:
             raise UnavailableError(self._reason)
+        self._check()
         return self._backend

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
+import httpx2
 import pytest
+from fleets.replicas import Wire
 from google.rpc import error_details_pb2, status_pb2
+from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.server.api.shares import Shares
 from turret.server.cluster.serving.grpc_call import CallContext
+from turret.server.cluster.serving.replica_server import ReplicaServer
+from turret.server.config import Config, ListenConfig
 from turret.server.errors import AdapterNotFoundError, QueueFullError
+from turret.server.http.server import application
 from turret.server.metrics import Metrics
 from turret.server.rpc.interceptor import CallInterceptor, current_call
 from turret.server.rpc.status import DETAILS_KEY
+from turret.v1 import inference_pb2
 
 METHOD = "/turret.v1.Inference/GenerateStream"
 
@@ -117,3 +125,35 @@ async def test_a_refusal_before_any_message(interceptor: CallInterceptor) -> Non
 
     assert [each async for each in stream(interceptor, inner, body)] == []
     assert inner.status is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+async def test_both_doors_close_while_the_replica_may_answer_nothing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = Config(listen=ListenConfig(http_address="127.0.0.1:8080"))
+    link = SimpleNamespace(is_serving=True)
+    server = ReplicaServer(config, "r0", Wire(lambda: None), stops_alone=True)
+    monkeypatch.setattr(server, "_link", link)
+    server._gate.open(fake_backend(FakeEngine(), FakeRegistry(), FakeMerger(), FakeFuser()))
+    app = application(
+        config.listen,
+        inference=server.inference,
+        adapters=server.adapters,
+        metrics=server.metrics,
+        tokens=None,
+        shares=server.shares,
+        failures=server.failures,
+    )
+    transport = httpx2.ASGITransport(app)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+
+        async def answers() -> tuple[int, int, grpc.StatusCode | None]:
+            http = [(await client.get(path)).status_code for path in ("/health", "/v1/models")]
+            inner = Inner()
+            await server.answer("Inference", "GetModel", inference_pb2.GetModelRequest(), inner)
+            return http[0], http[1], inner.status
+
+        assert await answers() == (200, 200, None)
+        link.is_serving = False
+        assert await answers() == (503, 503, grpc.StatusCode.UNAVAILABLE)
+    server.adapters.close()

@@ -55,7 +55,7 @@ def fleet_config(config: Config) -> Config:
     if config.adapters.state_dir is None:
         raise ValueError("a fleet needs --state-dir: what adapters there are is written down there")
     if config.adapters.preload:
-        raise ValueError("--preload: load adapters once, with turret adapters load; a fleet keeps them")
+        raise ValueError("--preload: load adapters once (turret adapters load); a fleet keeps them")
     if listen.admin_address is not None:
         raise ValueError("--admin-address: a fleet has one address; tokens say who may change it")
     if security.tls_cert is not None:

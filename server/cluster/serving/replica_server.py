@@ -26,7 +26,6 @@ from turret.server.cluster.serving.grpc_call import CallContext, ServeContext
 from turret.server.config import Config
 from turret.server.errors import BudgetExceededError, UnavailableError
 from turret.server.metrics import Metrics
-from turret.server.metrics_server import MetricsServer
 from turret.server.reloading import TokenReloader
 from turret.server.rpc.adapters import AdaptersServicer
 from turret.server.rpc.inference import InferenceServicer
@@ -62,7 +61,7 @@ class ReplicaServer:
     ) -> None:
         self._config = config
         self.metrics = Metrics()
-        self._gate = Gate()
+        self._gate = Gate(self._check_link)
         self.adapters = Adapters(self._gate)
         self.inference = Inference(self._gate)
         token_file = config.security.token_file
@@ -82,7 +81,6 @@ class ReplicaServer:
         self._seat = Seat(name, channel, stops_alone=stops_alone)
         self._backend: Backend | None = None
         self._link: ReplicaLink | None = None
-        self._metrics_server: MetricsServer | None = None
 
     async def start(self) -> None:
         """Loads the model, joins the fleet and serves what is true there.
@@ -126,6 +124,10 @@ class ReplicaServer:
             raise UnavailableError("the engine is dead")
         if self._link is None or self._link.has_failed:
             raise UnavailableError("the replica cannot follow the fleet")
+
+    def _check_link(self) -> None:
+        if self._link is None or not self._link.is_serving:
+            raise UnavailableError("the replica has lost the fleet's registry")
 
     async def stop(self) -> None:
         """Takes no further call, lets running ones finish, leaves the fleet."""
@@ -181,8 +183,6 @@ class ReplicaServer:
         async def checked() -> Any:
             sent = next((value for key, value in metadata if key == "authorization"), None)
             authorize(self.tokens, full, sent)
-            if self._link is not None and not self._link.is_serving:
-                raise UnavailableError("the replica has lost the fleet's registry")
             if isinstance(request, Message):
                 current_call().message_bytes = _checked_size(request)
             return await body()
