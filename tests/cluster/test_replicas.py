@@ -116,6 +116,8 @@ def test_an_unload_drains_every_replica(fleet: Fleet) -> None:
     for replica in (first, second):
         with pytest.raises(AdapterNotFoundError):
             replica.registry.get("a")
+        assert replica.registry.holding() == {}
+        assert not replica.registry._leaving, "looked through at every report"
 
 
 def test_an_unload_that_gives_up_leaves_it_serving(fleet: Fleet) -> None:

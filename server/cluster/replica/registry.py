@@ -297,8 +297,9 @@ class ReplicaRegistry(AdapterRegistry):
     def holding(self) -> dict[str, int]:
         """By key, how many requests hold generations that are replaced or being unloaded."""
         with self._lock:
-            self._leaving = {r for r in self._leaving if r.retired or r.state != "ACTIVE"}
-            found = [adapter for r in self._leaving for adapter in _departing(r)]
+            departing = {r: found for r in self._leaving if (found := _departing(r))}
+            self._leaving = set(departing)
+            found = [adapter for adapters in departing.values() for adapter in adapters]
             return {adapter.key: adapter.in_flight for adapter in found if adapter.in_flight}
 
     def usage(self) -> Mapping[str, m.Usage]:
