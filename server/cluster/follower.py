@@ -140,15 +140,6 @@ class Follower:
         """Whether everything is true that was when it last joined."""
         return self._session is not None and self._applied >= self._must_apply
 
-    @property
-    def is_member(self) -> bool:
-        """Whether the registry counted it among the living when it last answered."""
-        return self._session is not None
-
-    @property
-    def revision(self) -> int:
-        return self._applied
-
     def has_lease(self, now: float) -> bool:
         """Whether the registry waits for this replica before it says that a change is made."""
         return now < self._lease_until

@@ -62,9 +62,6 @@ class Members:
     def __iter__(self) -> Iterator[LivingReplica]:
         return iter(self._by_name.values())
 
-    def __len__(self) -> int:
-        return len(self._by_name)
-
     def join(self, name: str, now: float) -> int:
         """Counts a replica that has applied nothing yet; returns its session."""
         self._num_sessions += 1
@@ -88,15 +85,10 @@ class Members:
         """A replica that stops is not waited for."""
         self._by_name.pop(name, None)
 
-    def expire(self, now: float) -> list[str]:
-        """Forgets the silent ones; returns their names."""
-        silent = [member.name for member in self if member.expires <= now]
-        for name in silent:
-            del self._by_name[name]
-        return silent
-
-    def has(self, name: str) -> bool:
-        return name in self._by_name
+    def expire(self, now: float) -> None:
+        """Forgets the silent ones."""
+        for member in [member for member in self if member.expires <= now]:
+            del self._by_name[member.name]
 
     def have_applied(self, revision: int) -> bool:
         """Whether a revision is true on every living replica."""

@@ -8,7 +8,8 @@ from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from turret.server.cluster import messages as m
-from turret.server.cluster.fleet_registry import FleetRegistry, Store
+from turret.server.cluster.fleet_registry import FleetRegistry
+from turret.server.cluster.store import Store
 from turret.server.errors import TurretError
 
 _TICK_SECONDS = 0.2

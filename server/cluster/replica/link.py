@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
 
 from turret.server import log
 from turret.server.cluster.follower import Applies, Follower
@@ -29,7 +28,6 @@ class ReplicaLink:
         join: Who the replica is.
         replica: Makes changes true.
         channel: To the registry.
-        on_failure: Called once if a change cannot be made true: the replica must end then.
         stops_alone: See ``Follower``.
     """
 
@@ -39,13 +37,11 @@ class ReplicaLink:
         replica: Applies,
         channel: Channel,
         *,
-        on_failure: Callable[[], None] = lambda: None,
         stops_alone: bool = False,
     ) -> None:
         self._name = join.replica
         self._replica = replica
         self._channel = channel
-        self._on_failure = on_failure
         self._follower = Follower(join, replica, stops_alone=stops_alone)
         self._changed = threading.Condition()
         self._lease_seconds = 1.0
@@ -160,4 +156,3 @@ class ReplicaLink:
         with self._changed:
             self._error = error
             self._changed.notify_all()
-        self._on_failure()

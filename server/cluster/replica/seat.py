@@ -78,11 +78,7 @@ class Seat:
         )
         return self._merger
 
-    def link(
-        self,
-        num_requests: Callable[[], tuple[int, int]],
-        on_failure: Callable[[], None] = lambda: None,
-    ) -> ReplicaLink:
+    def link(self, num_requests: Callable[[], tuple[int, int]]) -> ReplicaLink:
         """What keeps them true; start it when the engine runs, and close it first."""
         assert self._registry is not None
         assert self._merger is not None
@@ -91,7 +87,6 @@ class Seat:
             Join(replica=self.name, base_name=base.name, base_digest=base.digest),
             ReplicaState(self._registry, self._merger, num_requests),
             self._channel,
-            on_failure=on_failure,
             stops_alone=self._stops_alone,
         )
         self._merger.on_prepared = link.report_soon

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Protocol
 
@@ -76,9 +75,8 @@ class CallContext:
                 await run()
             finally:
                 # If nobody reads on there is no room for it, and no need.
-                with contextlib.suppress(asyncio.QueueFull):
-                    if not working.cancelling():
-                        await self._sent.put(over)
+                if not working.cancelling():
+                    await self._sent.put(over)
 
         working = asyncio.ensure_future(work())
         try:
