@@ -14,13 +14,15 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from ray.serve import Application
+
 from turret.server.cluster.serving.plan import ClusterPlan, fleet_config
 from turret.server.cluster.serving.registry_actor import start_registry
 from turret.server.cluster.serving.serve import deployment
 from turret.server.command.flags import read_settings
 
 
-def application(args: Mapping[str, Any]) -> Any:
+def application(args: Mapping[str, Any]) -> Application:
     """Starts the registry, or finds it, and describes the deployment.
 
     Args:

@@ -25,7 +25,6 @@ _CALL_SECONDS = 10.0
 _LOCK_SECONDS = 15.0
 # Each waiting replica and caller takes a thread.
 _MOST_CALLS = 512
-_WAITING = {"report": 1, "outcome": 1}
 
 
 class RegistryActor:
@@ -78,7 +77,8 @@ def start_registry(state_dir: Path, lease_seconds: float) -> None:
         "max_concurrency": _MOST_CALLS,
         "num_cpus": 0,
     }
-    # What Ray's decorators return has no type that tells of the methods.
+    # Ray's types of actors know no method of the class, hence Any here and in RayChannel, whose own
+    # methods say what is sent and what comes back.
     make: Any = ray.remote(RegistryActor)
     actor: Any = make.options(**options).remote(str(state_dir), lease_seconds, uuid.uuid4().hex)
     try:
@@ -107,13 +107,13 @@ class RayChannel:
         return self._call("join", join)
 
     def report(self, report: m.Report, wait_seconds: float) -> m.News:
-        return self._call("report", report, wait_seconds)
+        return self._call("report", report, wait_seconds, waits=wait_seconds)
 
     def submit(self, proposal: m.Proposal) -> str:
         return self._call("submit", proposal)
 
     def outcome(self, operation: str, wait_seconds: float) -> m.Outcome | None:
-        return self._call("outcome", operation, wait_seconds)
+        return self._call("outcome", operation, wait_seconds, waits=wait_seconds)
 
     def cancel(self, operation: str, error: TurretError) -> None:
         self._call("cancel", operation, error)
@@ -127,8 +127,7 @@ class RayChannel:
     def status(self) -> m.FleetStatus:
         return self._call("status")
 
-    def _call(self, method: str, *arguments: Any) -> Any:
-        waits = arguments[1] if method in _WAITING else 0.0
+    def _call(self, method: str, *arguments: Any, waits: float = 0.0) -> Any:
         try:
             if self._actor is None:
                 self._actor = ray.get_actor(NAME, namespace=NAMESPACE)

@@ -7,7 +7,7 @@ import logging
 import signal
 import sys
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from turret.server import log
 from turret.server.cluster.serving.plan import ClusterPlan
@@ -15,6 +15,9 @@ from turret.server.cluster.serving.ray_cluster import RayCluster
 from turret.server.command.threads import available_cpus
 from turret.server.config import Config, is_local_address, split_address
 from turret.server.errors import UnavailableError
+
+if TYPE_CHECKING:
+    from ray.serve import Application
 
 _log = logging.getLogger(__name__)
 
@@ -121,8 +124,8 @@ def _wait_until_up(stop: threading.Event) -> bool:
     return False
 
 
-def deployment(config: Config, plan: ClusterPlan) -> Any:
-    """What Serve is asked to keep running (a ``ray.serve.Application``)."""
+def deployment(config: Config, plan: ClusterPlan) -> Application:
+    """What Serve is asked to keep running."""
     import ray
     from ray import serve
     from ray.serve.schema import LoggingConfig
@@ -152,8 +155,7 @@ def deployment(config: Config, plan: ClusterPlan) -> Any:
             }
         }
     is_local = is_local_address(config.listen.address) and plan.ray_address is None
-    made: Any = serve.deployment(
-        Replica,
+    deploy = serve.deployment(
         name="turret",
         max_ongoing_requests=_MOST_ONGOING,
         ray_actor_options=options,
@@ -163,7 +165,7 @@ def deployment(config: Config, plan: ClusterPlan) -> Any:
         logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
         **scale,
     )
-    return made.bind(config, plan.stops_alone, is_local)
+    return deploy(Replica).bind(config, plan.stops_alone, is_local)
 
 
 def _threads(number: int) -> dict[str, str]:
