@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit, urlunsplit
+
 from turret.server.basics.hub_id import HubId
 from turret.server.errors import HubError, HubUnavailableError
 
@@ -21,7 +23,7 @@ def refusal(hub_id: HubId, error: Exception) -> HubError | HubUnavailableError:
         RevisionNotFoundError,
     )
 
-    where, name = constants.ENDPOINT, hub_id.repository
+    where, name = _without_password(constants.ENDPOINT), hub_id.repository
     if isinstance(error, OfflineModeIsEnabled):
         return HubUnavailableError(
             f"{hub_id} is not in the cache {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE keeps it"
@@ -59,3 +61,9 @@ def refusal(hub_id: HubId, error: Exception) -> HubError | HubUnavailableError:
         f"{where} cannot be reached for {hub_id} ({type(error).__name__}: {error!s:.200}); check"
         " the network, HF_ENDPOINT and the proxy's variables"
     )
+
+
+def _without_password(url: str) -> str:
+    """A mirror's address as clients may see it, without who this machine is to it."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))

@@ -196,6 +196,19 @@ def test_refusals_say_what_to_do(hub: FakeHub, repo: Repo, tiny_llama: Path) -> 
     assert hub.downloads() == ["config.json"]
 
 
+def test_a_mirrors_password_is_told_to_nobody(
+    hub: FakeHub, repo: Repo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = hub.endpoint.removeprefix("http://")
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://me:secret@{address}")
+    repo.is_gated = True
+    for status in (None, 404, 503):
+        hub.status = status
+        said = refused()
+        assert hub.endpoint in said
+        assert "secret" not in said
+
+
 def test_a_hub_that_is_not_there_fails_fast(hub: FakeHub) -> None:
     hub.close()
     started = time.monotonic()
