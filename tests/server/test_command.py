@@ -222,6 +222,11 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     assert "lacks 1 of the 2 files" in said(tmp_path)
     (tmp_path / "2.safetensors").touch()
     assert found("--model", str(tmp_path)) == []
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../1"}}')
+    assert "'../1', which is not below its directory" in said(tmp_path)
+    for damaged in ("{", "[]", "{}", '{"weight_map": {"a": 1}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(damaged)
+        assert "is damaged" in said(tmp_path)
     config.write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
     assert "quantised with 'gptq'" in said(tmp_path)
 

@@ -6,7 +6,6 @@ Only safetensors is fetched, with the configs and the tokenizer beside it; never
 from __future__ import annotations
 
 import fnmatch
-import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from turret.server.models.sources.model_directory import (
     WEIGHTS,
     check_config,
     check_model_directory,
+    indexed_files,
     read_config,
 )
 
@@ -119,7 +119,7 @@ def _weights(repository: Repository, folder: Path) -> list[str]:
     """The files that hold the weights: those that the index names, where there is one."""
     if INDEX not in repository.files:
         return [WEIGHTS]
-    names = sorted(set(json.loads((folder / INDEX).read_text())["weight_map"].values()))
+    names = indexed_files(folder / INDEX)
     lacking = [name for name in names if name not in repository.files]
     if lacking:
         where = "the cache of " if repository.is_cached else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from turret.server.errors import InvalidRequestError
@@ -70,7 +70,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / INDEX
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = indexed_files(index)
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise _refuse(
@@ -88,6 +88,25 @@ def weight_files(folder: Path) -> list[Path]:
             ".save_pretrained(NEW)"
         )
     raise _refuse(f"{folder} has no {WEIGHTS}; only safetensors is read")
+
+
+def indexed_files(index: Path) -> list[str]:
+    """The files that the index of a sharded checkpoint names, each once.
+
+    Raises:
+        InvalidRequestError: It is no index, or names what does not lie beside it.
+    """
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        paths = {name: PurePosixPath(name) for name in names}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        paths = {}
+    if not paths:
+        raise _refuse(f"{index} names no files of weights: it is damaged")
+    outside = [name for name, path in paths.items() if path.is_absolute() or ".." in path.parts]
+    if outside:
+        raise _refuse(f"{index} names {outside[0]!r:.80}, which is not below its directory")
+    return sorted(paths)
 
 
 def read_config(model: Path) -> dict[str, Any]:
