@@ -243,8 +243,8 @@ def _experts(hidden: int, inner: int, count: int, per_token: int) -> None:
         maxima = _empty(size // BLOCK, dtype=torch.float32)
         x = _empty(pairs if rows is None else _ROWS, into)
         y = nf4_experts(x, Nf4Matrix(packed, maxima, count * out, into), routing, rows)
-        a, b = _empty(_SLOTS, count, 16, into), _empty(_SLOTS, count, 16, out)
-        add_expert_updates(x, y, a, b, table, routing, rows)
+        factors = _empty(_SLOTS, 2, dtype=torch.int64)
+        add_expert_updates(x, y, factors, 16, table, routing, rows)
     combine_experts(_empty(pairs, hidden), routing)
 
 

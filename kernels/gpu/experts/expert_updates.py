@@ -2,7 +2,7 @@
 
 Two launches, shrink and expand, a program per pair and tile: the factors of a pair are those of its
 row's adapter and its own expert, so that pairs seldom share any. A pair's sums run in an order of
-its own.
+its own. Factors are found by their addresses: an adapter takes its own bytes and no more.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -27,10 +27,17 @@ _BLOCK_R, _BLOCK_K, _BLOCK_N = 16, 128, 128
 
 
 @triton.jit
-def _slot_of(table_ptr, row, capacity):
-    """The slot of a row's adapter; -1 for none."""
+def _address_of(factors_ptr, WHICH: tl.constexpr, table_ptr, row, capacity):
+    """Where A (0) or B (1) of a row's adapter lies; 0 if there is none."""
     is_in = row < tl.load(table_ptr)
-    return tl.load(table_ptr + _HEADER + capacity + row, mask=is_in, other=-1).to(tl.int64)
+    slot = tl.load(table_ptr + _HEADER + capacity + row, mask=is_in, other=-1).to(tl.int64)
+    return tl.load(factors_ptr + 2 * slot + WHICH, mask=slot >= 0, other=0)
+
+
+@triton.jit
+def _pointer_to(address, like_ptr):
+    """An address as a pointer; memory of its own begins at a multiple of 16."""
+    return tl.multiple_of(address.to(tl.pointer_type(like_ptr.dtype.element_ty)), 16)
 
 
 @triton.jit
@@ -39,26 +46,26 @@ def expert_shrink_kernel(
     reads_ptr,  # [num_pairs] int64: the row of x that each pair reads; None: its own
     rows_ptr,  # [num_pairs] int64: the row whose adapter it has
     experts_ptr,  # [num_pairs] int64
-    a_ptr,  # [num_slots, num_experts, rank, in_features]
+    factors_ptr,  # [num_slots, 2] int64: where A, [num_experts, rank, in_features], and B lie
     v_ptr,  # [num_pairs, rank] fp32
     table_ptr,
     x_stride,
     in_features,
     rank,
-    num_experts,
     capacity,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
-    slot = _slot_of(table_ptr, tl.load(rows_ptr + pair), capacity)
-    if slot >= 0:
+    address = _address_of(factors_ptr, 0, table_ptr, tl.load(rows_ptr + pair), capacity)
+    if address != 0:
+        a_ptr = _pointer_to(address, x_ptr)
         read = pair
         if reads_ptr is not None:
             read = tl.load(reads_ptr + pair)
         r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
         k = tl.arange(0, BLOCK_K)
-        factor = (slot * num_experts + tl.load(experts_ptr + pair)) * rank
+        factor = tl.load(experts_ptr + pair) * rank
         a_at = a_ptr + (factor + r)[:, None] * in_features + k[None, :]
         x_at = x_ptr + read * x_stride + k
         acc = tl.zeros((BLOCK_R, BLOCK_K), dtype=tl.float32)
@@ -75,25 +82,25 @@ def expert_expand_kernel(
     v_ptr,  # [num_pairs, rank] fp32
     rows_ptr,  # [num_pairs] int64
     experts_ptr,  # [num_pairs] int64
-    b_ptr,  # [num_slots, num_experts, rank, out_features]
+    factors_ptr,  # [num_slots, 2] int64: where A and B, [num_experts, rank, out_features], lie
     y_ptr,  # [num_pairs, out_features]
     table_ptr,
     y_stride,
     out_features,
     rank,
-    num_experts,
     capacity,
     BLOCK_R: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
     pair = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + pair)
-    slot = _slot_of(table_ptr, row, capacity)
-    if slot >= 0:
+    address = _address_of(factors_ptr, 1, table_ptr, row, capacity)
+    if address != 0:
+        b_ptr = _pointer_to(address, y_ptr)
         weight = tl.load(table_ptr + _HEADER + 2 * capacity + row).to(tl.float32, bitcast=True)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < out_features
-        factor = (slot * num_experts + tl.load(experts_ptr + pair)) * rank
+        factor = tl.load(experts_ptr + pair) * rank
         delta = tl.zeros((BLOCK_N,), dtype=tl.float32)
         for start in range(0, rank, BLOCK_R):
             r = start + tl.arange(0, BLOCK_R)
@@ -109,8 +116,8 @@ def expert_expand_kernel(
 def add_expert_updates(
     x: torch.Tensor,
     y: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
+    factors: torch.Tensor,
+    rank: int,
     table: RowTable,
     routing: Routing,
     rows: torch.Tensor | None,
@@ -121,32 +128,34 @@ def add_expert_updates(
         x: ``[num_rows, in_features]`` or ``[num_pairs, in_features]``, fp16, bf16 or fp32; rows may
             be strided.
         y: ``[num_pairs, out_features]``, dtype of ``x``; rows may be strided.
-        a: ``[num_slots, num_experts, rank, in_features]``, dtype of ``x``, contiguous.
-        b: ``[num_slots, num_experts, rank, out_features]``, likewise.
+        factors: Addresses by slot, ``[num_slots, 2]`` int64, contiguous: of A, ``[num_experts,
+            rank, in_features]``, and of B, ``[num_experts, rank, out_features]``. Both have the
+            dtype of ``x``, are contiguous, and begin at multiples of 16 bytes. 0 for a slot
+            without an update.
+        rank: Of all of them.
         table: The slot and weight of every row from the first on, slot -1 for rows without an
             update; rows behind its last have none.
         routing: The pairs.
         rows: The row of ``x`` that each pair reads, ``[num_pairs]`` int64; None for its own.
 
     Raises:
-        ValueError: A shape, dtype or stride breaks the contract.
+        ValueError: A shape, dtype or stride breaks the contract. What lies at the addresses is not
+            checked: that would synchronise.
     """
-    num_pairs, num_experts = routing.rows.shape[0], routing.ends.shape[0]
-    rank, in_features, out_features = a.shape[2], x.shape[1], y.shape[1]
-    _check(x, y, a, b, routing, gathers=rows is not None)
+    num_pairs, in_features, out_features = routing.rows.shape[0], x.shape[1], y.shape[1]
+    _check(x, y, factors, num_pairs, gathers=rows is not None)
     v = torch.empty(num_pairs, rank, dtype=torch.float32, device=x.device)
     expert_shrink_kernel[(num_pairs, triton.cdiv(rank, _BLOCK_R))](
         x,
         rows,
         routing.rows,
         routing.experts,
-        a,
+        factors,
         v,
         table.buffer,
         x.stride(0),
         in_features,
         rank,
-        num_experts,
         table.capacity,
         BLOCK_R=_BLOCK_R,
         BLOCK_K=_BLOCK_K,
@@ -157,13 +166,12 @@ def add_expert_updates(
         v,
         routing.rows,
         routing.experts,
-        b,
+        factors,
         y,
         table.buffer,
         y.stride(0),
         out_features,
         rank,
-        num_experts,
         table.capacity,
         BLOCK_R=_BLOCK_R,
         BLOCK_N=_BLOCK_N,
@@ -173,22 +181,14 @@ def add_expert_updates(
 
 
 def _check(
-    x: torch.Tensor,
-    y: torch.Tensor,
-    a: torch.Tensor,
-    b: torch.Tensor,
-    routing: Routing,
-    *,
-    gathers: bool,
+    x: torch.Tensor, y: torch.Tensor, factors: torch.Tensor, num_pairs: int, *, gathers: bool
 ) -> None:
-    num_pairs, num_experts = routing.rows.shape[0], routing.ends.shape[0]
     for name, tensor in (("x", x), ("y", y)):
         check_float(name, tensor, x.dtype)
         check_rows(name, tensor)
     check_shape("y", y, num_pairs, -1)
     check_shape("x", x, -1 if gathers else num_pairs, -1)
-    check_shape("a", a, -1, num_experts, -1, x.shape[1])
-    check_shape("b", b, *a.shape[:3], y.shape[1])
-    for name, tensor in (("a", a), ("b", b)):
-        check_float(name, tensor, x.dtype)
-        check_contiguous(name, tensor)
+    check_shape("factors", factors, -1, 2)
+    if factors.dtype != torch.int64:
+        raise ValueError(f"factors is {factors.dtype}; torch.int64 is needed")
+    check_contiguous("factors", factors)

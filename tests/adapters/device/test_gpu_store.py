@@ -11,11 +11,12 @@ import pytest
 import torch
 from gpu_path import OneStepTables
 
+from turret.server.adapters.device.gpu.experts import GpuExpertShelf
 from turret.server.adapters.device.gpu.shelves import GpuHadamardShelf
 from turret.server.adapters.device.gpu.store import GpuStore
-from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.adapters.device.layout import ExpertShape, ProjectionLayout, SliceShape
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.updates import Hadamard, LowRank
+from turret.server.adapters.updates import ExpertLowRank, Hadamard, LowRank
 
 CPU = torch.device("cpu")
 WIDTH = 16
@@ -89,6 +90,54 @@ def test_an_adapter_that_found_no_memory_can_come_again() -> None:
                 assert factors.hadamard is not None
                 stored = held.shelf.w1b[1, held.slots[adapter.key], 0]
                 assert torch.equal(stored, factors.hadamard.w1b)
+
+
+MIXTURE = ProjectionLayout(
+    6, LAYOUT.projections, {"experts_down": ExpertShape("mlp.experts.down_proj", 4, WIDTH, 8)}
+)
+
+
+def experts(key: str, rank: int, layers: list[int]) -> Adapter:
+    updates = {
+        MIXTURE.module(layer, "mlp.experts.down_proj"): ExpertLowRank(
+            torch.randn(4, rank, 8), torch.randn(4, rank, WIDTH)
+        )
+        for layer in layers
+    }
+    return Adapter(key, AdapterOperators({}, experts=updates))
+
+
+def test_updates_of_experts_take_their_own_bytes_and_give_them_back() -> None:
+    store = GpuStore(MIXTURE, torch.float32, CPU, 1 << 24)
+    adapters = [experts(f"{n}", 2 + n % 3, [n % 6, 5]) for n in range(9)]
+
+    def held() -> list[torch.Tensor]:
+        found = []
+        for _, on_shelf in store._shelves.ordered():
+            assert isinstance(on_shelf.shelf, GpuExpertShelf)
+            found += [t for kept in on_shelf.shelf._kept.values() for t in kept]
+        return found
+
+    for end in (1, 5, 9):
+        store.prepare(adapters[:end])
+        assert sum(t.nbytes for t in held()) == sum(a.operators.num_bytes for a in adapters[:end])
+        assert store.adapter_bytes == sum(a.operators.num_bytes for a in adapters[:end])
+    for adapter in adapters[:8]:
+        store.drop(adapter.key)
+    assert sum(t.nbytes for t in held()) == adapters[8].operators.num_bytes
+    store.prepare(adapters[6:])
+    known = {t.data_ptr(): t for t in held()}
+    for _, shelf in store._shelves.ordered():
+        assert isinstance(shelf.shelf, GpuExpertShelf)
+        for key, slot in shelf.slots.items():
+            own = adapters[int(key)].operators.experts or {}
+            for layer, (a, b) in enumerate(shelf.shelf.factors[:, slot].tolist()):
+                update = own.get(MIXTURE.module(layer, "mlp.experts.down_proj"))
+                if update is None:
+                    assert (a, b) == (0, 0)
+                else:
+                    assert torch.equal(known[a], update.a)
+                    assert torch.equal(known[b], update.b)
 
 
 def lies_right(store: GpuStore, adapters: list[Adapter]) -> None:

@@ -1,4 +1,8 @@
-"""Low-rank updates of experts on the gpu path: tables by slot, of all experts of a layer."""
+"""Low-rank updates of experts on the gpu path: addresses by slot, each adapter's factors its own.
+
+An adapter may be as large as a gigabyte. In a table of slots it would leave room for others that do
+not come, a table that grows would be there twice for a while, and one that emptied would stay.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +13,7 @@ import torch
 from turret.kernels.expert_routing import Routing
 from turret.kernels.gpu.experts.expert_updates import add_expert_updates
 from turret.kernels.gpu.tables.row_table import RowTable
+from turret.kernels.gpu.tables.staged_buffer import upload
 from turret.server.adapters.device.hadamard_shelf import grown
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
@@ -17,8 +22,7 @@ from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 class GpuExpertShelves:
     """Makes a shelf per (projection of experts, rank)."""
 
-    # An adapter may be as large as a gigabyte.
-    least_slots = 1
+    least_slots = 4
 
     def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
         self._layout = layout
@@ -39,12 +43,17 @@ class GpuExpertShelves:
 
     @staticmethod
     def extra_bytes(ops: ModuleOperators) -> int:
-        """The factors lie on the shelf as they are."""
+        """The factors lie on the device as they are."""
         return 0
 
 
 class GpuExpertShelf:
-    """Factors of one projection and rank, ``[layers, slots, experts, …]``."""
+    """Factors of one projection and rank.
+
+    Attributes:
+        factors: Where A and B of a slot lie in each layer, ``[layers, slots, 2]`` int64; 0 where
+            its adapter has no update.
+    """
 
     def __init__(
         self,
@@ -58,28 +67,36 @@ class GpuExpertShelf:
         self.layers: set[int] = set()
         self._layout = layout
         self._rank = rank
-        shape = layout.experts[projection]
-        inner = (layout.num_layers, 0, shape.count, rank)
-        like = {"dtype": dtype, "device": device}
-        self.a = torch.zeros(*inner, shape.in_features, **like)
-        self.b = torch.zeros(*inner, shape.out_features, **like)
+        self._like = {"dtype": dtype, "device": device}
+        sizes = layout.experts[projection]
+        self._shapes = [
+            (sizes.count, rank, width) for width in (sizes.in_features, sizes.out_features)
+        ]
+        # By slot: what the addresses are of.
+        self._kept: dict[int, list[torch.Tensor]] = {}
+        shape = (layout.num_layers, 0, 2)
+        self.factors = torch.zeros(shape, dtype=torch.int64, device=device)
 
     def grow(self, num_slots: int) -> None:
-        """Make room for ``num_slots`` adapters."""
-        self.a, self.b = grown(self.a, num_slots), grown(self.b, num_slots)
+        """Make room for the addresses of ``num_slots`` adapters."""
+        self.factors = grown(self.factors, num_slots)
 
     def put(self, slot: int, operators: AdapterOperators) -> None:
-        """Copy an adapter's factors of this projection and rank into a slot."""
-        for table in (self.a, self.b):
-            table[:, slot] = 0
+        """Copy an adapter's factors of this projection and rank, and note where they are."""
+        addresses = torch.zeros(self._layout.num_layers, 2, dtype=torch.int64)
+        kept = self._kept[slot] = []
         for layer, update in self._layout.of_experts(operators, self.projection):
             if update.rank == self._rank:
+                assert [factor.shape for factor in update.tensors()] == self._shapes
                 self.layers.add(layer)
-                self.a[layer, slot] = update.a
-                self.b[layer, slot] = update.b
+                own = [factor.to(**self._like, copy=True) for factor in update.tensors()]
+                addresses[layer] = torch.tensor([factor.data_ptr() for factor in own])
+                kept += own
+        self.factors[:, slot] = upload(addresses, self.factors.device)
 
     def clear(self, slot: int) -> None:
-        """Its factors stay as they are until another adapter's are copied there."""
+        """Let go of its factors. Their addresses stay, and no step reads them."""
+        self._kept.pop(slot, None)
 
     def apply_pairs(
         self,
@@ -91,8 +108,8 @@ class GpuExpertShelf:
         rows: torch.Tensor | None,
     ) -> None:
         """Add the updates of the table's rows to their pairs; see ``AdapterStep``."""
-        add_expert_updates(x, y, self.a[layer], self.b[layer], table, routing, rows)
+        add_expert_updates(x, y, self.factors[layer], self._rank, table, routing, rows)
 
     def addresses(self) -> list[object]:
-        """Where its tables are, and how large."""
-        return [(table.data_ptr(), table.shape) for table in (self.a, self.b)]
+        """Where its table is, and how large; what it says may differ between steps."""
+        return [(self.factors.data_ptr(), self.factors.shape)]
