@@ -184,6 +184,11 @@ class AdapterStore:
             self._vocabularies.pop(key, None)
             self._on_moved(entry.adapter)
 
+    def drop_idle(self) -> None:
+        """Forget every adapter that the last step did not use: the device is full."""
+        while self._drop_idle():
+            pass
+
     def vocabulary(self, key: str) -> VocabularyChange | None:
         """What a stored adapter does to embedding and head."""
         return self._vocabularies.get(key)

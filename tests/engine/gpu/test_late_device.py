@@ -26,7 +26,7 @@ from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.gpu.block_tables import BlockTables
 from turret.server.engine.step.gpu.executor import GpuExecutor
-from turret.server.engine.step.runner import Runner
+from turret.server.engine.step.runner import DeviceFullError, Runner
 from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.families import read_arch
 
@@ -167,6 +167,27 @@ def test_adapters_of_a_mix_come_side_by_side_and_once(cuda: FakeCuda):
     assert runner.is_near(sequence)
     assert uploads._staged == {}
     assert stream.pending == deque()
+
+
+def test_idle_adapters_give_way_to_a_step_that_finds_no_memory(cuda: FakeCuda):
+    executor, _ = _executor(cuda)
+    runner = Runner(executor, frozenset())
+    adapters: Any = [_Adapter(key) for key in "ab"]
+    idle, used = adapters
+    executor.store.prepare(adapters)
+    mix = Mix(((used, 1.0),))
+    sequence = Sequence(Request(request_id="r", prompt_token_ids=(1, 2, 3)), mix, 0.0)
+    sequence.blocks = [3]
+    here: list[tuple[int, int]] = []
+
+    def full(*_: Any) -> Any:
+        here.append((idle.bytes_device, used.bytes_device))
+        raise torch.OutOfMemoryError("full")
+
+    with patch.object(GpuExecutor, "_body", lambda *_: full), pytest.raises(DeviceFullError):
+        runner.run(Step((Scheduled(sequence, 2),), (), 0))
+    size = executor.store.stored_bytes(used.operators)
+    assert here == [(size, size), (0, size)]
 
 
 def test_steps_have_a_stream_of_their_own(cuda: FakeCuda):

@@ -213,8 +213,12 @@ class GpuExecutor:
         self._last = self._prepared = None
 
     def free_memory(self) -> None:
-        """Give back captured steps and what torch's allocator holds."""
+        """Give back captured steps, idle adapters and what torch's allocator holds.
+
+        Updates of experts, heads and fusions lie beside the pack, which is as large as the budget.
+        """
         self._graphs.drop()
+        self.store.drop_idle()
         if self._decoder.device.type == "cuda":
             torch.cuda.empty_cache()
 
