@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -274,3 +275,15 @@ def test_warnings_stay_few_and_short() -> None:
     targets = resolve_targets(config, names, [], Findings("a"))
     assert len(targets.warnings) == 17
     assert targets.warnings[-1] == "and 14 more of these warnings"
+
+
+def test_as_many_patterns_as_would_take_minutes_are_refused() -> None:
+    """Of a mixture whose experts are modules."""
+    names = [f"model.layers.{i // 128}.mlp.experts.{i % 128}.up_proj" for i in range(1 << 15)]
+    patterns = {f"x{i}": 3 for i in range(513)}
+    findings = Findings("a")
+    config = {"target_modules": ["up_proj"], "r": 4, "lora_alpha": 8, "rank_pattern": patterns}
+    start = time.process_time()
+    resolve_targets(config, names, [], findings)
+    assert findings.fields == {"rank_pattern"}
+    assert time.process_time() - start < 5.0

@@ -28,6 +28,8 @@ MAX_LIST_ITEMS = 4096
 # them stays in memory and goes to every client that lists adapters.
 _MAX_WARNINGS = 16
 _SHOWN_PATTERNS = 4
+# Patterns times names: some fifteen seconds. The experts of a mixture can be thirty thousand names.
+_MAX_MATCHES = 1 << 24
 _ANY_LAYER = r".*?\.[^.]*\.(?P<idx>\d+)\."
 
 
@@ -118,13 +120,20 @@ class _Patterns:
         self._wanted[field, pattern] = None
         return pattern
 
-    def run(self) -> None:
+    def run(self) -> bool:
+        """Match them all; False, and a fault, if that would take too long."""
         wanted = list(self._wanted)
+        if len(wanted) * len(self._names) > _MAX_MATCHES:
+            why = f"{len(wanted)} patterns in all are too many for {len(self._names)} modules"
+            for field in dict(wanted):
+                self._findings.add(field, why)
+            return False
         results = match_all([pattern for _, pattern in wanted], self._names)
         for (field, pattern), result in zip(wanted, results, strict=True):
             self._results[pattern] = result
             if result.error is not None:
                 self._findings.add(field, f"{pattern.plain!r:.120} {result.error}")
+        return True
 
     def group(self, pattern: Pattern, name: str) -> str | None:
         """None without a match; else the layer index captured, or ""."""
@@ -194,7 +203,9 @@ def resolve_targets(
     layer_regexes = _layer_patterns(patterns, config)
     rank_regexes = _keyed_patterns(patterns, "rank_pattern", config)
     alpha_regexes = _keyed_patterns(patterns, "alpha_pattern", config)
-    patterns.run()
+    if not patterns.run():
+        ranks = dict.fromkeys(own_names.values(), config["r"])
+        return Targets(frozenset(), ranks, dict.fromkeys(ranks, config["lora_alpha"]))
     target_suffixes, exclude_suffixes = _suffixes(targets), _suffixes(excludes)
 
     def is_excluded(name: str) -> bool:
