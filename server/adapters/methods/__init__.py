@@ -97,7 +97,7 @@ def lower_checkpoint(
         findings.add("task", f"is {checkpoint.task}, but a {method.name} adapter has no tasks")
         findings.raise_if_any()
     base = replace(base, text_prefix=checkpoint.text_prefix)
-    experts = take_experts(checkpoint, base)
+    experts = take_experts(checkpoint, base, max_rank)
     experts.findings.raise_if_any()
     part = take_vocabulary(experts.rest, base)
     findings = part.findings

@@ -30,6 +30,7 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES, VARIANTS
 from turret.server.adapters.peft_format.config.rules import Rules, check_config
 from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
+from turret.server.adapters.peft_format.module_checkpoint import check_rank
 from turret.server.adapters.updates import ExpertLowRank
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
@@ -62,8 +63,14 @@ class ExpertPart:
     findings: Findings
 
 
-def take_experts(checkpoint: AdapterCheckpoint, base: BaseModel) -> ExpertPart:
-    """Splits a checkpoint; nothing raises, the findings say what is wrong."""
+def take_experts(
+    checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None
+) -> ExpertPart:
+    """Splits a checkpoint; the findings say what is wrong.
+
+    Raises:
+        BudgetExceededError: A rank over ``max_rank``.
+    """
     findings = Findings(checkpoint.path, base.name)
     if not base.experts:
         return ExpertPart(None, (), checkpoint, findings)
@@ -79,7 +86,7 @@ def take_experts(checkpoint: AdapterCheckpoint, base: BaseModel) -> ExpertPart:
     updates: dict[str, ExpertLowRank] = {}
     ranks: tuple[int, ...] = ()
     if not faults.fields and not findings.fields and {"r", "lora_alpha"} <= selection.keys():
-        reader = _Reader(tensors, base, findings)
+        reader = _Reader(checkpoint.path, tensors, base, findings, max_rank)
         if chosen:
             updates, ranks = reader.read_parameters(chosen, selection)
         else:
@@ -167,11 +174,18 @@ class _Reader:
     """Reads factors; knows which tensors it has used."""
 
     def __init__(
-        self, tensors: Mapping[str, torch.Tensor], base: BaseModel, findings: Findings
+        self,
+        path: str,
+        tensors: Mapping[str, torch.Tensor],
+        base: BaseModel,
+        findings: Findings,
+        max_rank: int | None,
     ) -> None:
+        self._path = path
         self._tensors = tensors
         self._base = base
         self._findings = findings
+        self._max_rank = max_rank
         self.used: set[str] = set()
 
     def read_parameters(
@@ -181,7 +195,7 @@ class _Reader:
         names = [experts.name for experts in chosen]
         of_parameters = {k: v for k, v in selection.items() if k not in _OF_MODULES}
         of_parameters["target_modules"] = names
-        targets = resolve_targets(of_parameters, names, (), self._findings)
+        targets = self._resolve(of_parameters, names)
         folders = [experts.folder for experts in chosen]
         updates = {}
         for experts in chosen:
@@ -210,15 +224,45 @@ class _Reader:
         if not selection.get("target_modules"):
             self._findings.add("target_modules", "names no module of the experts in the file")
             return {}, ()
-        targets = resolve_targets(selection, names, (), self._findings)
+        targets = self._resolve(selection, names)
+        factors = self._factors(targets)
+        if self._findings.fields or self._findings.mismatched:
+            # What is computed of a part of them may be a hundred times what is in the file.
+            return {}, ()
         updates = {}
         for experts in self._base.experts.values():
-            update = self._of_modules(experts, targets)
+            update = self._of_modules(experts, targets, factors)
             if update is not None:
                 updates[experts.name] = update
         return updates, tuple(sorted(set(targets.ranks.values())))
 
-    def _of_modules(self, experts: BaseExperts, targets: Targets) -> ExpertLowRank | None:
+    def _resolve(self, selection: Mapping[str, Any], names: list[str]) -> Targets:
+        targets = resolve_targets(selection, names, (), self._findings)
+        # Before anything is as large as it says.
+        check_rank(self._path, max(targets.ranks.values(), default=0), self._max_rank)
+        return targets
+
+    def _factors(self, targets: Targets) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Those of each module, of the right shapes."""
+        found = {}
+        for experts in self._base.experts.values():
+            width = experts.out_features // len(experts.modules)
+            for module in experts.modules:
+                for name in (module.format(e) for e in range(experts.count)):
+                    if name in targets.targeted:
+                        rank = targets.ranks[name]
+                        down = self._take(name + _A, (rank, experts.in_features))
+                        up = self._take(name + _B, (width, rank))
+                        if down is not None and up is not None:
+                            found[name] = down, up
+        return found
+
+    def _of_modules(
+        self,
+        experts: BaseExperts,
+        targets: Targets,
+        factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+    ) -> ExpertLowRank | None:
         width = experts.out_features // len(experts.modules)
         ranks = [
             max((targets.ranks.get(m.format(e), 0) for e in range(experts.count)), default=0)
@@ -232,14 +276,11 @@ class _Reader:
             first, columns = sum(ranks[:s]), slice(s * width, (s + 1) * width)
             for e in range(experts.count):
                 name = module.format(e)
-                if name not in targets.targeted:
-                    continue
-                rank = targets.ranks[name]
-                down = self._take(name + _A, (rank, experts.in_features))
-                up = self._take(name + _B, (width, rank))
-                if down is not None and up is not None:
-                    a[e, first : first + rank] = down
-                    b[e, first : first + rank, columns] = up.T.float() * targets.scaling(name)
+                if name in factors:
+                    down, up = factors[name]
+                    own = slice(first, first + targets.ranks[name])
+                    a[e, own] = down
+                    b[e, own, columns] = up.T.float() * targets.scaling(name)
         return self._update(a, b, 1.0)
 
     def _take(self, name: str, shape: tuple[int, int]) -> torch.Tensor | None:

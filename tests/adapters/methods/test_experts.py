@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.ref import AdapterRef
 from turret.server.basics.cancellation import Cancellation
-from turret.server.errors import InvalidRequestError, TurretError
+from turret.server.errors import BudgetExceededError, InvalidRequestError, TurretError
 
 PARAMETERS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 # Modules of an expert and of the router, as checkpoints from before transformers 5 name them.
@@ -177,6 +178,21 @@ async def test_what_does_not_agree_is_refused(case: str, tmp_path: Path) -> None
         with pytest.raises(TurretError) as refused:
             harness.registry.load("a", "a")
     assert field in {name for name, _ in refused.value.violations}
+
+
+async def test_a_rank_over_the_limit_is_refused_before_it_takes_memory(tmp_path: Path) -> None:
+    save_old("qwen3_moe", tmp_path / "modules")
+    save_new("qwen3_moe", tmp_path / "parameters")
+    async with EngineHarness.start(twin("qwen3_moe").folder, tmp_path, adapters=[]) as harness:
+        for name in ("modules", "parameters"):
+            edit(tmp_path / name, lambda t: None, r=1 << 40)
+            with pytest.raises(BudgetExceededError, match=f"rank {1 << 40}"):
+                harness.registry.load(name, name)
+        # One within it, which no tensor has.
+        edit(tmp_path / "modules", lambda t: None, r=4, rank_pattern={"up_proj": 100})
+        large = patch.object(torch, "zeros", side_effect=AssertionError("as the config says"))
+        with pytest.raises(TurretError, match="expected"), large:
+            harness.registry.load("modules", "modules")
 
 
 async def test_updates_of_experts_are_not_merged_or_fused(tmp_path: Path) -> None:
