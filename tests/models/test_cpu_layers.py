@@ -1,24 +1,31 @@
 """All layers in one native call: the bits of the kernels called one by one, for every family.
 
-Faults planted in ``layers.c``, and how many of the 16 tests each one failed: the bias added once
-more to adapted rows (2), to no row of the base beside adapted ones (2), the norm after attention
-left out (5), the residual scale left out (2), the norm of queries for that of keys (4), every
-layer's window (4) or frequencies (3) those of the first.
+Faults planted in ``layers.c``, and how many of the 16 tests of families each one failed: the bias
+added once more to adapted rows (2), to no row of the base beside adapted ones (2), the norm after
+attention left out (5), the residual scale left out (2), the norm of queries for that of keys (4),
+every layer's window (4) or frequencies (3) those of the first. The test of operators fails where
+``CpuStep.is_native`` overlooks changed inputs, gates or products with the base, one at a time.
 """
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+from builders.fusions import save_fusion
 from builders.methods import make_config, save_adapter
 from builders.tiny_models import ARCHITECTURES, MIXTURES, OTHER_ARCHITECTURES
 from method_oracle import prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.cpu.native import has_native_products
+from turret.server.adapters.device.cpu_store import CpuStore
+from turret.server.adapters.device.store import Resident
+from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.ref import AdapterRef
 from turret.server.models.decoding.cpu_layers import CpuLayers
 from turret.server.models.decoding.decoder import Decoder
 
@@ -77,3 +84,59 @@ async def test_one_call_gives_the_bits_of_many(architecture: str, tmp_path: Path
     else:
         assert any(adapters is None for adapters in calls) or len(calls) > 3
         assert any(adapters is not None for adapters in calls)
+
+
+# Of every operator at least one. Steps of the others are not one call.
+METHODS = ["lora", "dora", "loha", "lokr", "shira", "road", "c3a", "beft"]
+OTHER_METHODS = ["ia3", "ln_tuning", "oft", "boft", "hira"]
+
+
+async def answers_alone(folder: Path, root: Path) -> list[Any]:
+    """To one prompt, of the base and every adapter, each in steps of its own, alone and mixed."""
+    names = [*METHODS, *OTHER_METHODS, "fusion"]
+    mixes: list[tuple[AdapterRef, ...]] = [()]
+    for name in names:
+        mixed = (AdapterRef(name=name, weight=0.7), AdapterRef(name="other", weight=0.5))
+        mixes += [(AdapterRef(name=name),), mixed]
+    harness = EngineHarness.start(folder, root, dtype="bfloat16", adapters=["other", *names])
+    async with harness as started:
+        found = [
+            await started.run(make_request(prompt_of(21), *refs, max_tokens=3)) for refs in mixes
+        ]
+    return [answer.bits for answer in found]
+
+
+async def test_every_operator_gives_the_same_bits_in_one_call(tmp_path: Path) -> None:
+    base = twin("qwen2")
+    for seed, name in enumerate((*METHODS, *OTHER_METHODS)):
+        save_adapter(base.model, make_config(name), tmp_path / name, seed=seed)
+    save_adapter(base.model, make_config("lora", r=3), tmp_path / "other", seed=99)
+    save_fusion(base.model, tmp_path, "fusion", ("lora", "other"), ("q_proj", "up_proj"))
+    served = set()
+    insert = CpuStore._insert
+
+    def noted(self: CpuStore, adapter: Resident) -> None:
+        assert adapter.operators is not None
+        for module in adapter.operators.modules.values():
+            served.update(f.name for f in fields(module) if getattr(module, f.name) is not None)
+        insert(self, adapter)
+
+    one_by_one = patch.object(Decoder, "_in_one_call", lambda *_: None)
+    with one_by_one, patch.object(CpuStore, "_insert", noted):
+        many = await answers_alone(base.folder, tmp_path)
+    assert served == {field.name for field in fields(ModuleOperators)}
+    calls = 0
+    run = CpuLayers.run
+
+    def counted(self: CpuLayers, *args: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return run(self, *args, **more)
+
+    with patch.object(CpuLayers, "run", counted):
+        one = await answers_alone(base.folder, tmp_path)
+    assert one == many
+    # An operator that both ways forget would answer as the base does, or as the other alone.
+    assert len(set(one)) == len(one)
+    # Three steps for each request.
+    assert calls == 3 * (1 + 2 * len(METHODS))
