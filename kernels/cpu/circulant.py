@@ -8,14 +8,14 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.circulant import spectrum, transforms
+from turret.kernels.adapters.circulant import spectrum, transforms
 
 _LANES = 16  # of vec.h
 
 
 @dataclass(frozen=True, slots=True)
 class CirculantFactors:
-    """A block-circulant update in frequencies; see ``kernels/circulant.py``.
+    """A block-circulant update in frequencies; see ``kernels/adapters/circulant.py``.
 
     Attributes:
         spectra: ``[rows, columns, 2, width]`` fp32, contiguous like all of them; ``width`` is the

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from turret.kernels.segments import SegmentPlan
+from turret.kernels.adapters.segments import SegmentPlan
 
 
 def row_combine(table: torch.Tensor, plan: SegmentPlan, num_rows: int) -> torch.Tensor:

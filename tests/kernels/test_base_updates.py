@@ -7,14 +7,14 @@ import torch
 from builders.adapters import circulant as dense_circulant
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio, make_pack, traffic
 
-from turret.kernels.circulant import circulant_reference, spectrum
+from turret.kernels.adapters.circulant import circulant_reference, spectrum
+from turret.kernels.adapters.modulated_base import modulated_reference
+from turret.kernels.adapters.pair_rotation import pair_rotation_reference, partners
 from turret.kernels.gpu.adapters.circulant import circulant
 from turret.kernels.gpu.adapters.modulated_base import modulate, modulated_add
 from turret.kernels.gpu.adapters.pair_rotation import pair_rotation
 from turret.kernels.gpu.tables.row_table import RowTable
 from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.kernels.modulated_base import modulated_reference
-from turret.kernels.pair_rotation import pair_rotation_reference, partners
 
 INNER, OUT = 72, 160
 OUTS = (48,)

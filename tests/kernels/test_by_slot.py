@@ -27,13 +27,13 @@ import torch
 import torch.nn.functional as F
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio
 
+from turret.kernels.adapters.hadamard_expand import hadamard_expand_reference
+from turret.kernels.adapters.hadamard_shrink import hadamard_shrink_reference
+from turret.kernels.adapters.kronecker import kronecker_reference
 from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
 from turret.kernels.gpu.adapters.kronecker import kronecker
 from turret.kernels.gpu.tables.row_table import RowTable
-from turret.kernels.hadamard_expand import hadamard_expand_reference
-from turret.kernels.hadamard_shrink import hadamard_shrink_reference
-from turret.kernels.kronecker import kronecker_reference
 
 SLOTS = 4
 # Rank of the factors, input width, widths of the slices.

@@ -18,11 +18,11 @@ import pytest
 import torch
 from kernel_traffic import DEVICE, HALF, error_ratio, make_pack
 
-from turret.kernels.fusion_gate import fusion_gate_reference
+from turret.kernels.adapters.fusion_gate import fusion_gate_reference
+from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.gpu.adapters.fusion_gate import fusion_gate
 from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.kernels.segments import LongSegment
 
 INNER, OUTS, D_K = 60, (24, 12), 40
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio, make_pack, traffic
 
+from turret.kernels.adapters.input_blocks import input_blocks_reference
 from turret.kernels.gpu.adapters.input_blocks import ALL, gained_add, input_blocks
 from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.kernels.input_blocks import input_blocks_reference
 
 INNER = 200
 OUTS = (48,)

@@ -37,10 +37,10 @@ from kernel_traffic import (
     update_in_float64,
 )
 
+from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.kernels.segments import LongSegment
 
 INNER, OUTS = 100, (70, 33, 5)
 NAMES = [name for name, _, _ in traffic(make_pack(8, (8,), HALF))]

@@ -8,6 +8,7 @@ import pytest
 import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio
 
+from turret.kernels.adapters.sparse import Jagged, sparse_reference
 from turret.kernels.cpu import native
 from turret.kernels.cpu.row_adapters import (
     ModuleSizes,
@@ -19,7 +20,6 @@ from turret.kernels.cpu.row_adapters import (
 )
 from turret.kernels.gpu.adapters.sparse import sparse
 from turret.kernels.gpu.tables.row_table import RowTable
-from turret.kernels.sparse import Jagged, sparse_reference
 
 SLOTS = 4
 # Inputs, outputs, entries; a whole row of entries, or none at all.

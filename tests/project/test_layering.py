@@ -254,7 +254,7 @@ def test_no_module_imports_upward():
         ("server.app", "from turret.training import trainer"),
         ("server.app", "from turret.server.cli import main"),
         ("training.trainer", "from turret.server.cli import main"),
-        ("server.app", "from kernels.segments import SegmentPlan"),
+        ("server.app", "from kernels.adapters.segments import SegmentPlan"),
         ("server.app", "import bench.machine"),
     ],
 )
@@ -265,7 +265,10 @@ def test_a_forbidden_import_is_found(module: str, source: str):
 @pytest.mark.parametrize(
     ("module", "source"),
     [
-        ("kernels.shrink", "import math\nimport torch\nfrom turret.kernels.segments import A"),
+        (
+            "kernels.shrink",
+            "import math\nimport torch\nfrom turret.kernels.adapters.segments import A",
+        ),
         (
             "server.engine.step.runner",
             "import torch\nfrom turret.server.models.decoding.decoder import Decoder",

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from turret.kernels.adapters.kronecker import SecondFactor
 from turret.kernels.gpu.shared.contract import (
     check_contiguous,
     check_float,
@@ -22,7 +23,6 @@ from turret.kernels.gpu.shared.contract import (
 from turret.kernels.gpu.shared.dots import dot, dot_split, split_dot
 from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.tables.row_table import HEADER, RowTable
-from turret.kernels.kronecker import SecondFactor
 
 MAX_IN_M = 128
 MAX_RANK = 128

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from turret.kernels.adapters.sparse import MAX_INPUTS
 from turret.kernels.gpu.shared.contract import (
     check_contiguous,
     check_float,
@@ -20,7 +21,6 @@ from turret.kernels.gpu.shared.contract import (
 )
 from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.tables.row_table import HEADER, RowTable
-from turret.kernels.sparse import MAX_INPUTS
 
 _HEADER = tl.constexpr(HEADER)
 

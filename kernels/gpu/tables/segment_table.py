@@ -27,8 +27,8 @@ from collections.abc import Sequence
 
 import torch
 
+from turret.kernels.adapters.segments import LongSegment, SegmentMember
 from turret.kernels.gpu.tables.staged_buffer import StagedMemory
-from turret.kernels.segments import LongSegment, SegmentMember
 
 RANK_TILE = 16
 # Rows per chunk. One size for all steps: every row goes through the same MMA instruction.

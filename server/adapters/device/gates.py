@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import torch
 
-from turret.kernels.fusion_gate import fusion_gate_reference
+from turret.kernels.adapters.fusion_gate import fusion_gate_reference
 from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, Rows, StepMembers

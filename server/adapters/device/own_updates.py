@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import torch
 
-from turret.kernels.circulant import circulant_reference, spectrum
-from turret.kernels.input_blocks import input_blocks_reference
-from turret.kernels.modulated_base import modulated_reference
-from turret.kernels.pair_rotation import pair_rotation_reference
+from turret.kernels.adapters.circulant import circulant_reference, spectrum
+from turret.kernels.adapters.input_blocks import input_blocks_reference
+from turret.kernels.adapters.modulated_base import modulated_reference
+from turret.kernels.adapters.pair_rotation import pair_rotation_reference
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.part import Part

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Iterable
 
 import torch
 
-from turret.kernels.sparse import Jagged, sparse_reference
+from turret.kernels.adapters.sparse import Jagged, sparse_reference
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Rows
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators

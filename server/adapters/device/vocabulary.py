@@ -15,16 +15,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from turret.kernels.circulant import circulant_reference, spectrum
-from turret.kernels.hadamard_expand import hadamard_expand_reference
-from turret.kernels.hadamard_shrink import hadamard_shrink_reference
-from turret.kernels.input_blocks import input_blocks_reference
-from turret.kernels.kronecker import kronecker_reference
-from turret.kernels.modulated_base import modulated_reference
-from turret.kernels.pair_rotation import pair_rotation_reference
+from turret.kernels.adapters.circulant import circulant_reference, spectrum
+from turret.kernels.adapters.hadamard_expand import hadamard_expand_reference
+from turret.kernels.adapters.hadamard_shrink import hadamard_shrink_reference
+from turret.kernels.adapters.input_blocks import input_blocks_reference
+from turret.kernels.adapters.kronecker import kronecker_reference
+from turret.kernels.adapters.modulated_base import modulated_reference
+from turret.kernels.adapters.pair_rotation import pair_rotation_reference
+from turret.kernels.adapters.sparse import Jagged, sparse_reference
 from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
 from turret.kernels.rows.product import row_product
-from turret.kernels.sparse import Jagged, sparse_reference
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.vocabulary import EmbeddingLowRank, VocabularyOperators, VocabularyRows
 

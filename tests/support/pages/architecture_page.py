@@ -28,7 +28,7 @@ ROOMS = (
             *("device", "device/packed", "device/gpu"),
         )
     ),
-    *("kernels/rows", "kernels/cpu", "kernels/gpu", "kernels/gpu/adapters"),
+    *("kernels/adapters", "kernels/rows", "kernels/cpu", "kernels/gpu", "kernels/gpu/adapters"),
     *("kernels/gpu/experts", "kernels/gpu/tables", "kernels/gpu/shared"),
     *("clients/messages", "clients/verbs", "clients/evaluation"),
     *(

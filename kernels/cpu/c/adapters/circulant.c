@@ -1,5 +1,5 @@
 /* Block-circulant updates (C3A): transforms as products with constant matrices, see
- * kernels/circulant.py. Everything is computed in the shrink pass, a row at a time; scratch holds the
+ * kernels/adapters/circulant.py. Everything is computed in the shrink pass, a row at a time; scratch holds the
  * blocks' transforms, one sum of them, and the result.
  */
 #include "adapters.h"

@@ -1,5 +1,5 @@
 /* Inputs as adapters change them: x * start + sum_k w_k ((l_k - 1) * x + D_k x), for the rows that
- * the caller lists. D_k is block-diagonal (kernels/input_blocks.py).
+ * the caller lists. D_k is block-diagonal (kernels/adapters/input_blocks.py).
  */
 #include "adapters.h"
 #include "team.h"

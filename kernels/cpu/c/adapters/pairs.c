@@ -1,4 +1,4 @@
-/* Outputs of the base added to their partners (RoAd), see kernels/pair_rotation.py. Scratch holds
+/* Outputs of the base added to their partners (RoAd), see kernels/adapters/pair_rotation.py. Scratch holds
  * what the base gave, because expand overwrites it. */
 #include "adapters.h"
 

@@ -14,12 +14,12 @@ from itertools import accumulate, pairwise
 import torch
 import torch.nn.functional as F
 
+from turret.kernels.adapters.segments import LongSegment, SegmentMember
 from turret.kernels.gpu.adapters.fusion_gate import fusion_gate
 from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.gpu.tables.staged_buffer import upload
-from turret.kernels.segments import LongSegment, SegmentMember
 from turret.server.adapters.device.gpu.tables import GpuTables
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.expert_routing import Routing
 from turret.kernels.gpu.adapters.hadamard_shrink import MAX_RANK as MAX_HADAMARD_RANK
 from turret.kernels.gpu.adapters.input_gain import input_gain
@@ -21,7 +22,6 @@ from turret.kernels.gpu.adapters.kronecker import MAX_IN_M, MAX_RANK
 from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import rank_activations, segmented_shrink
 from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.kernels.segments import LongSegment
 from turret.server.adapters.device.gpu.base_products import (
     add_changed_inputs,
     add_modulated,

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from typing import Protocol
 
+from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.gpu.tables.row_table import RowTable
 from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.kernels.segments import LongSegment
 
 
 class GpuTables(Protocol):

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from turret.kernels.segmented_expand import rank_window
+from turret.kernels.adapters.segmented_expand import rank_window
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.packed.placement import Place, Placement
 from turret.server.adapters.device.packed.projection import PackedProjection

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from turret.kernels.segments import LongSegment, SegmentMember, SegmentPlan, ShortPass
+from turret.kernels.adapters.segments import LongSegment, SegmentMember, SegmentPlan, ShortPass
 from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.packed.placement import Place
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.adapters.segmented_expand import segmented_expand_reference
+from turret.kernels.adapters.segmented_shrink import segmented_shrink_reference
+from turret.kernels.adapters.segments import SegmentPlan
 from turret.kernels.expert_routing import Routing
 from turret.kernels.rows.gain import row_bias_, row_combine, row_gain_
-from turret.kernels.segmented_expand import segmented_expand_reference
-from turret.kernels.segmented_shrink import segmented_shrink_reference
-from turret.kernels.segments import SegmentPlan
 from turret.server.adapters.device.expert_updates import ExpertUpdates, StepExpertUpdates
 from turret.server.adapters.device.gates import Gates
 from turret.server.adapters.device.hadamard_shelf import HadamardShelves

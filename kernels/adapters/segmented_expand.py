@@ -18,9 +18,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
+from turret.kernels.adapters.segmented_shrink import RankActivations
+from turret.kernels.adapters.segments import SegmentPlan, ShortPass
 from turret.kernels.rows.linear import max_reduction, row_addmm_
-from turret.kernels.segmented_shrink import RankActivations
-from turret.kernels.segments import SegmentPlan, ShortPass
 
 
 def rank_window(dtype: torch.dtype) -> int:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
+from turret.kernels.adapters.segments import SegmentPlan
 from turret.kernels.rows.linear import row_linear
-from turret.kernels.segments import SegmentPlan
 
 
 @dataclass(frozen=True, slots=True)
