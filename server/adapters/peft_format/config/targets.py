@@ -8,7 +8,7 @@ exact name in ``target_modules`` skips ``layers_to_transform``, and the first ma
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -204,8 +204,7 @@ def resolve_targets(
     rank_regexes = _keyed_patterns(patterns, "rank_pattern", config)
     alpha_regexes = _keyed_patterns(patterns, "alpha_pattern", config)
     if not patterns.run():
-        ranks = dict.fromkeys(own_names.values(), config["r"])
-        return Targets(frozenset(), ranks, dict.fromkeys(ranks, config["lora_alpha"]))
+        return _unresolved(config, own_names.values())
     target_suffixes, exclude_suffixes = _suffixes(targets), _suffixes(excludes)
 
     def is_excluded(name: str) -> bool:
@@ -243,8 +242,16 @@ def resolve_targets(
 
     ranks = values("rank_pattern", rank_regexes, config["r"])
     alphas = values("alpha_pattern", alpha_regexes, config["lora_alpha"])
-    is_rooted = config.get("use_rslora") is True
-    return Targets(frozenset(ranks), ranks, alphas, _few(warnings), is_rooted)
+    told = _few(warnings)
+    return Targets(frozenset(ranks), ranks, alphas, told, config.get("use_rslora") is True)
+
+
+def _unresolved(config: Mapping[str, Any], names: Iterable[str]) -> Targets:
+    """What stands for the outcome where a fault keeps it from being worked out."""
+    rank: int = config["r"]
+    alpha: float = config["lora_alpha"]
+    ranks = dict.fromkeys(names, rank)
+    return Targets(frozenset(), ranks, dict.fromkeys(ranks, alpha))
 
 
 def _few(warnings: Sequence[str]) -> tuple[str, ...]:
