@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,8 +11,10 @@ from pathlib import Path
 import pytest
 
 from turret.server import cli
-from turret.server.cluster.serving.plan import fleet_config
+from turret.server.cluster.serving import ray_cluster
+from turret.server.cluster.serving.plan import ClusterPlan, fleet_config
 from turret.server.config import AdapterConfig, Config, ModelConfig
+from turret.server.errors import UnavailableError
 
 _CHECK = """
 import sys
@@ -75,3 +79,28 @@ def test_a_model_of_the_hub_stays_one(tmp_path: Path, monkeypatch: pytest.Monkey
     assert model_of("acme/tiny@v1") == "acme/tiny@v1"
     assert model_of("here") == str(tmp_path / "here")
     assert model_of("not/here/either") == str(tmp_path / "not" / "here" / "either")
+
+
+def test_a_shell_reads_the_variables_of_the_ingress(tmp_path: Path) -> None:
+    written = tmp_path / "turret.env"
+    command = [sys.executable, "-m", ray_cluster.__name__]
+    written.write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
+    python = f"{sys.executable} -c 'import json, os; print(json.dumps({{**os.environ}}))'"
+    shell = subprocess.run(
+        ["sh", "-c", f"set -a; . {written}; {python}"], capture_output=True, check=True
+    )
+    wanted = ray_cluster.ingress_environment(Path("/tmp/turret-ingress"))
+    assert json.loads(shell.stdout).items() >= wanted.items()
+
+
+def test_a_cluster_that_is_gone_is_said_to_be_at_once(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        # Bound, and nobody listens.
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        with pytest.raises(UnavailableError, match=f"no Ray cluster listens at {address}"):
+            ray_cluster.join_as_guest(address, None)
+        with pytest.raises(UnavailableError, match=f"no Ray cluster listens at {address}"):
+            ray_cluster.RayCluster.open(ClusterPlan(ray_address=address), tmp_path)
+    with pytest.raises(UnavailableError, match="no fleet runs on"):
+        ray_cluster.join_as_guest(None, tmp_path / "absent")

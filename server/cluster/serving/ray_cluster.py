@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
+import shlex
 import shutil
 import socket
 import sys
@@ -42,6 +43,9 @@ _LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 # Ports that are the same in all of Serve.
 _PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
 _OBJECT_STORE_BYTES = 100 << 20
+_CONNECT_SECONDS = 5.0
+# For HAProxy's files where Ray was started before: the same on every machine.
+_JOINED_FOLDER = Path("/tmp/turret-ingress")
 
 
 def ingress_environment(folder: Path) -> dict[str, str]:
@@ -85,9 +89,11 @@ class RayCluster:
         Raises:
             UnavailableError: There is none to join, or none can be started; says why.
         """
-        folder = Path(tempfile.mkdtemp(prefix="turret-"))
+        starts = plan.ray_address is None
+        _check_listens(plan.ray_address)
+        folder = Path(tempfile.mkdtemp(prefix="turret-")) if starts else _JOINED_FOLDER
         environment = ingress_environment(folder)
-        if plan.ray_address is None:
+        if starts:
             # A Ray port is remote code execution for whoever can reach it.
             environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             # Another fleet on this machine has Serve's own.
@@ -96,7 +102,7 @@ class RayCluster:
         import ray
 
         try:
-            if plan.ray_address is not None:
+            if not starts:
                 runtime_env = {"env_vars": environment}
                 _init(ray, address=plan.ray_address, runtime_env=runtime_env)
                 return cls(None)
@@ -110,7 +116,8 @@ class RayCluster:
                 _temp_dir=str(folder / "ray"),
             )
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
-            shutil.rmtree(folder, ignore_errors=True)
+            if starts:
+                shutil.rmtree(folder, ignore_errors=True)
             raise UnavailableError(f"Ray: {error}") from None
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         said = {"address": found["gcs_address"], "token": environment["RAY_AUTH_TOKEN"]}
@@ -140,12 +147,24 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
             raise UnavailableError(f"no fleet runs on {state_dir}") from None
         ray_address = said["address"]
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": said["token"]})
+    _check_listens(ray_address)
     import ray
 
     try:
         _init(ray, address=ray_address or "auto")
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UnavailableError(f"Ray: {error}") from None
+
+
+def _check_listens(address: str | None) -> None:
+    """Raises UnavailableError if nobody listens at ``HOST:PORT``: Ray asks on for minutes."""
+    host, _, port = (address or "").rpartition(":")
+    if not host or not port.isdecimal() or "://" in host:
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS).close()
+    except (OSError, OverflowError) as error:
+        raise UnavailableError(f"no Ray cluster listens at {address} ({error})") from None
 
 
 def _free_port() -> int:
@@ -160,5 +179,5 @@ def _init(ray: Any, **arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
-    for name, value in ingress_environment(Path("/tmp/turret-ingress")).items():
-        print(f"{name}={json.dumps(value)}")
+    for name, value in ingress_environment(_JOINED_FOLDER).items():
+        print(f"{name}={shlex.quote(value)}")
