@@ -13,10 +13,11 @@
 # reads them; to have them read from outside give a token the role metrics and add
 # --metrics-address 0.0.0.0:9464. With TLS, set TURRET_HEALTH_FLAGS="--tls-ca /secrets/ca.pem".
 # For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128.
-# What is installed is in deploy/constraints.txt, by version and hash; torch by its version. Give a
-# release's base image by digest: --build-arg PYTHON_IMAGE=python:3.12-slim@sha256:...
+# What is installed is in deploy/constraints.txt, by version and hash; torch by its version. The base
+# image is named by digest (of all its platforms), so that a build tomorrow is this one;
+# docs/security.md says how to renew it.
 
-ARG PYTHON_IMAGE=python:3.12-slim
+ARG PYTHON_IMAGE=python:3.12.14-slim-trixie@sha256:78387bc3881b8273120a12ebe6c1ab22b018ccc2c9adf565ae1ac9b536e184ea
 
 FROM ${PYTHON_IMAGE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

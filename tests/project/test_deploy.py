@@ -50,6 +50,17 @@ def test_image_runs_commands_that_exist():
     assert build_parser("health").parse_args(health[1].split()).address == "127.0.0.1:50051"
 
 
+def test_image_is_made_from_one_that_cannot_change():
+    dockerfile = DOCKERFILE.read_text()
+    assert re.search(
+        r"^ARG PYTHON_IMAGE=python:3\.\d+\.\d+-slim-\w+@sha256:[0-9a-f]{64}$",
+        dockerfile,
+        re.MULTILINE,
+    )
+    stages = re.findall(r"^FROM (\S+)", dockerfile, re.MULTILINE)
+    assert len(stages) == 2 and set(stages) == {"${PYTHON_IMAGE}"}
+
+
 @pytest.mark.long
 def test_image_warms_the_cache_that_the_server_reads(tmp_path: Path):
     """The build step that prepares the embedded model, as it is written, in a home of its own."""
