@@ -93,13 +93,53 @@ complete -o filenames -F _turret turret
 
 
 def _zsh(verbs: list[_Verb]) -> str:
-    return (
-        "#compdef turret\n"
-        "# zsh completion of turret; load it with: source <(turret completion zsh)\n"
-        "autoload -U +X compinit bashcompinit\n"
-        "(( ${+functions[compdef]} )) || compinit\n"
-        "bashcompinit\n" + _bash(verbs).partition("\n")[2]
+    values = "\n".join(
+        f"    {shlex.quote(f'{verb.path}:{flag}')}) values={shlex.quote(' '.join(choices))} ;;"
+        for verb in verbs
+        for flag, choices in verb.choices.items()
     )
+    words = "\n".join(
+        f"    {shlex.quote(verb.path)})\n"
+        f"      verbs=({_zsh_described(verb.verbs)})\n"
+        f"      flags=({_zsh_described(verb.flags)}) ;;"
+        for verb in verbs
+    )
+    paths = " ".join(shlex.quote(verb.path) for verb in verbs if verb.path)
+    # Not `path`, which zsh ties to PATH, and not `words`, which holds the line.
+    return f"""\
+#compdef turret
+# zsh completion of turret; load it with: source <(turret completion zsh)
+_turret() {{
+  local verb="" last=${{words[CURRENT-1]}} values="" word known
+  local -a verbs flags
+  for word in "${{(@)words[2,CURRENT-1]}}"; do
+    for known in {paths}; do
+      if [[ $known == "${{verb:+$verb }}$word" ]]; then verb=$known; break; fi
+    done
+  done
+  case "$verb:$last" in
+{values}
+  esac
+  if [[ $values == {shlex.quote(_FILES)} ]]; then _files; return; fi
+  if [[ -n $values ]]; then compadd -- ${{=values}}; return; fi
+  case "$verb" in
+{words}
+  esac
+  if [[ ${{words[CURRENT]}} == -* ]]; then _describe -o option flags; return; fi
+  if (( $#verbs )); then _describe command verbs; return; fi
+  _files
+}}
+if [[ $funcstack[1] == _turret ]]; then
+  _turret "$@"
+else
+  (( ${{+functions[compdef]}} )) || {{ autoload -U compinit && compinit; }}
+  compdef _turret turret
+fi
+"""
+
+
+def _zsh_described(texts: dict[str, str]) -> str:
+    return " ".join(shlex.quote(f"{name}:{text}") for name, text in texts.items())
 
 
 def _fish(verbs: list[_Verb]) -> str:

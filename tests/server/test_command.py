@@ -296,6 +296,46 @@ def test_bash_completes(words: list[str], expected: str) -> None:
     assert done.stdout.strip() == expected
 
 
+COMPLETED = [
+    ("turret comp", "completion"),
+    ("turret adapters unl", "unload"),
+    ("turret serve --dty", "--dtype"),
+    ("turret serve --log-format j", "json"),
+]
+
+# A terminal of its own, in which the line is begun and the tabulator pressed; waits for the rest.
+ZSH = """
+zmodload zsh/zpty
+zpty shell "zsh -f -i"
+zpty -w shell "PROMPT=; source $1; print re''ady"
+zpty -r -m shell out "*ready*"
+zpty -w -n shell "$2"$'\\t'
+zpty -r -m shell out "*$3*"
+"""
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
+@pytest.mark.parametrize(("line", "expected"), COMPLETED)
+def test_zsh_completes(line: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(script(build_parser(None), "zsh"))
+    rest = expected.removeprefix(line.rpartition(" ")[2])
+    assert rest not in line
+    command = ["zsh", "-f", "-c", ZSH, "zsh", str(tmp_path / "script"), line, rest]
+    subprocess.run(command, check=True, timeout=30)
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish")
+@pytest.mark.parametrize(("line", "expected"), COMPLETED)
+def test_fish_completes(line: str, expected: str, tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(script(build_parser(None), "fish"))
+    code = f"source {tmp_path / 'script'}; complete -C {shlex.quote(line)}"
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", code], capture_output=True, text=True, check=True
+    )
+    # Behind what begins with the word come words that hold its letters.
+    assert done.stdout.split("\t")[0] == expected
+
+
 def test_a_model_of_the_hub_in_a_file_is_no_path_of_its_folder(tmp_path: Path) -> None:
     file = tmp_path / "t.toml"
     file.write_text('[model]\nmodel = "org/name@v1"\n')
