@@ -67,6 +67,7 @@ conformance: setup
 
 bench: setup
 	$(BIN)/python bench/decode.py $(ARGS)
+	$(BIN)/python bench/prompts.py
 	$(BIN)/python bench/neighbours.py
 
 # The tables and lists in docs/ that the code says better.

@@ -23,25 +23,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
-from common.batch import BatchTiming, send_batch
 from common.machine import describe, require_idle
-from common.prompts import PromptSource
 from common.random_lora import write_random_loras
 from common.report import append_rows, make_console, print_rows
+from common.served import Served
 
-from turret.clients.client import TurretClient
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import default_cache_dir, resolve_model
-from turret.server.server_process import ServerProcess
 
 _BATCH = 16
 _RANK = 16
-_PROMPT_TOKENS = 64
-_NEW_TOKENS = 64
 _QUOTA_SHARE = 0.75
 _PERIOD_US = 100_000
-_IDLE_SECONDS = 5.0
 IDLE, BUSY, SERVERS, QUOTA = "idle", "busy loop", "two servers", "quota"
 
 
@@ -64,39 +57,6 @@ def make_cases(loras: list[str]) -> list[Case]:
         Case("one adapter, 1 request", [loras[0]]),
         Case(f"{_BATCH} adapters, {_BATCH} requests", list(loras)),
     ]
-
-
-class Served:
-    """A server with the adapters loaded, and its prompts."""
-
-    def __init__(self, root: Path, loras: list[str]) -> None:
-        flags = ["--adapter-root", str(root), "--max-num-seqs", "64", "--max-rank", "128"]
-        self.server = ServerProcess(flags)
-        self.server.wait()
-        self.pid = self.server.process.pid
-        self.client = TurretClient(self.server.address)
-        for name in loras:
-            self.client.adapters.load(name, name)
-        self.prompts = PromptSource(self.client, _PROMPT_TOKENS)
-
-    def rate(self, adapters: list[str | None], new_tokens: int = _NEW_TOKENS) -> float:
-        """Tokens per second of one batch."""
-        prompts = self.prompts.take(len(adapters))
-        answers = send_batch(self.server.address, prompts, adapters, new_tokens)
-        return BatchTiming.of(answers).decode_rate
-
-    def idle_share(self) -> float:
-        """Processor time that the server uses while nobody asks, of one processor."""
-        process = psutil.Process(self.pid)
-        before, start = process.cpu_times(), time.perf_counter()
-        time.sleep(_IDLE_SECONDS)
-        after = process.cpu_times()
-        used = after.user + after.system - before.user - before.system
-        return used / (time.perf_counter() - start)
-
-    def stop(self) -> None:
-        self.client.close()
-        self.server.stop()
 
 
 @contextlib.contextmanager

@@ -1,0 +1,70 @@
+"""A real server process with adapters loaded, and what is asked of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+from common.batch import BatchTiming, send_batch
+from common.prompts import PromptSource
+
+from turret.clients.client import TurretClient
+from turret.server.server_process import ServerProcess
+
+_IDLE_SECONDS = 5.0
+
+
+class Served:
+    """A server with the adapters loaded, and its prompts.
+
+    Args:
+        root: Folder of the adapters.
+        adapters: Loaded under their folders' names.
+        prompt_tokens: Length of every prompt.
+        new_tokens: Tokens of an answer.
+        flags: Of ``turret serve``, besides those that every benchmark gives.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        adapters: Sequence[str],
+        *,
+        prompt_tokens: int = 64,
+        new_tokens: int = 64,
+        flags: Sequence[str] = (),
+    ) -> None:
+        common = ["--adapter-root", str(root), "--max-num-seqs", "64", "--max-rank", "128"]
+        self.server = ServerProcess([*common, *flags])
+        self.server.wait()
+        self.pid = self.server.process.pid
+        self.client = TurretClient(self.server.address)
+        for name in adapters:
+            self.client.adapters.load(name, name)
+        self._new_tokens = new_tokens
+        self._prompts = PromptSource(self.client, prompt_tokens)
+
+    def timing(self, adapters: Sequence[str | None], new_tokens: int | None = None) -> BatchTiming:
+        """What one batch took, a request per adapter (None: the base)."""
+        prompts = self._prompts.take(len(adapters))
+        count = self._new_tokens if new_tokens is None else new_tokens
+        return BatchTiming.of(send_batch(self.server.address, prompts, adapters, count))
+
+    def rate(self, adapters: Sequence[str | None], new_tokens: int | None = None) -> float:
+        """Tokens per second of one batch, once every request has its first."""
+        return self.timing(adapters, new_tokens).decode_rate
+
+    def idle_share(self) -> float:
+        """Processor time that the server uses while nobody asks, of one processor."""
+        process = psutil.Process(self.pid)
+        before, start = process.cpu_times(), time.perf_counter()
+        time.sleep(_IDLE_SECONDS)
+        after = process.cpu_times()
+        used = after.user + after.system - before.user - before.system
+        return used / (time.perf_counter() - start)
+
+    def stop(self) -> None:
+        self.client.close()
+        self.server.stop()
