@@ -66,9 +66,14 @@ class GlobalMemory:
         """Map bytes and return their address, a multiple of 4096."""
         base = self._next
         self._next += -(-(data.size + _ROOM) // _ROOM) * _ROOM
-        self._storages.append(Storage(base, data))
-        self._bases.append(base)
+        self.map(base, data)
         return base
+
+    def map(self, base: int, data: np.ndarray) -> None:
+        """Map bytes at an address, above those that ``add`` gives or where they lie themselves."""
+        number = bisect.bisect(self._bases, base)
+        self._storages.insert(number, Storage(base, data))
+        self._bases.insert(number, base)
 
     def _at(self, address: np.ndarray, size: int, what: str) -> tuple[Storage, np.ndarray]:
         """The storage that all threads address, and their offsets in it."""

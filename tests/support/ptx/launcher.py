@@ -15,6 +15,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from ptx.addresses import reached
 from ptx.cta import Cta, Launch
 from ptx.fault import Fault
 from ptx.global_memory import GlobalMemory
@@ -75,6 +76,8 @@ class Launcher:
         bases: dict[int, int] = {}
         kinds = dict(compilation.signature)
         raw = [_bits(values[p], kinds[p], memory, bases) for p in kinds]
+        for storage in reached():
+            memory.map(storage.data_ptr(), _bytes(storage))
         # Triton's own two: scratch for kernels that ask for it.
         raw += [0] * 4
         sizes: Any = grid(values) if callable(grid) else grid
@@ -105,9 +108,13 @@ def _bits(value: Any, kind: str, memory: GlobalMemory, bases: dict[int, int]) ->
     storage = value.untyped_storage()
     key = storage.data_ptr()
     if key not in bases:
-        view = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
-        bases[key] = memory.add(view.numpy())
+        bases[key] = memory.add(_bytes(storage))
     return bases[key] + int(value.storage_offset()) * value.itemsize
+
+
+def _bytes(storage: torch.UntypedStorage) -> np.ndarray:
+    view = torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
+    return view.numpy()
 
 
 @contextmanager

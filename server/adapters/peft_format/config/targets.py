@@ -183,8 +183,7 @@ def resolve_targets(
     """Applies the selection keys of a config to a base model's module names.
 
     Args:
-        config: Checked by the ``is_*`` functions above; missing keys mean PEFT's defaults, except
-            ``target_modules``, ``r`` and ``lora_alpha``, which must be there.
+        config: Checked by the ``is_*`` functions above, with ``target_modules``, ``r`` and alpha.
         linear_names: Linear modules.
         other_names: Modules that exist but are not linear.
         findings: Receives bad patterns and contradictory keys.
