@@ -288,7 +288,7 @@ class Engine:
         prompt = len(request.prompt_token_ids)
         limit = min(self.max_model_len, self._capacity - num_virtual)
         wanted = request.stop.max_tokens
-        if request.score:
+        if not request.generates:
             wanted = 0
         least = len(request.answer_so_far) + 1 if wanted is None else wanted
         if prompt + least > limit:
@@ -312,7 +312,7 @@ class Engine:
             return max_tokens
         start = sequence.prompt_end - sequence.num_padding
         request = sequence.request
-        if request.stop.max_tokens is None and not request.score and start < self._long_from:
+        if request.stop.max_tokens is None and request.generates and start < self._long_from:
             max_tokens = min(max_tokens, self._long_from - start)
         sequence.is_long = start + max_tokens > self._long_from
         return max_tokens

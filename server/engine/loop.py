@@ -10,6 +10,7 @@ import logging
 import queue
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 from turret.server import log
 from turret.server.adapters.mix import HostResult
@@ -288,8 +289,10 @@ class EngineLoop:
             answer.add_prompt_logprobs(scored)
         draw = result.draws.get(sequence)
         if draw is None:
-            if sequence.request.score and sequence.num_computed == sequence.prompt_end:
-                output = Output(prompt_logprobs=answer.take_prompt_logprobs())
+            is_whole = sequence.num_computed == sequence.prompt_end
+            if is_whole and not sequence.request.generates:
+                logprobs, pooled = answer.take_prompt_logprobs(), result.pooled.get(sequence)
+                output = Output(prompt_logprobs=logprobs, pooled=pooled)
                 self._end(answer, FinishReason.STOP, None, output, now)
             return
         self._observer.token(answer, now)
@@ -357,14 +360,7 @@ class EngineLoop:
     ) -> None:
         uses = uses_of(answer.sequence.mix, self._cold.get(answer.sequence))
         finish = answer.finish(reason, stop, uses, now)
-        last = Output(
-            text=output.text,
-            token_ids=output.token_ids,
-            logprobs=output.logprobs,
-            prompt_logprobs=output.prompt_logprobs,
-            finish=finish,
-        )
-        self._outbox.append((answer.stream, last))
+        self._outbox.append((answer.stream, replace(output, finish=finish)))
         self._let_go(answer)
 
     def _fail(self, answer: Answer, error: TurretError) -> None:

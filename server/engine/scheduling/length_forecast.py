@@ -30,12 +30,12 @@ class LengthForecast:
 
     def ended(self, sequence: Sequence) -> None:
         """Learn from a sequence that ran to its end, whatever ended it."""
-        if not sequence.request.score:
+        if sequence.request.generates:
             self._lengths.append(sequence.num_generated)
 
     def tokens_left(self, sequence: Sequence) -> int:
         """How many tokens a sequence will still generate; drawn once, and again if it was wrong."""
-        if sequence.request.score:
+        if not sequence.request.generates:
             return 0
         so_far = sequence.num_generated
         if sequence.forecast <= so_far:

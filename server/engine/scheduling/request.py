@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import enum
 import math
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from turret.server.adapters.ref import AdapterRef
 from turret.server.constraints.constraint import MATCHER_BYTES, Constraint
+from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
 from turret.server.errors import InvalidRequestError
 
 MAX_TOP_N = 20
@@ -143,8 +145,10 @@ class Request:
     message_bytes: int = 0
     answer_so_far: tuple[int, ...] = ()
     constraint: Constraint | None = None
+    pooling: Pooling | None = None
 
     def __post_init__(self) -> None:
+        assert not self.score or self.pooling is None, "a prompt is scored or pooled"
         _check(len(self.prompt_token_ids) > 0, "input", "the prompt has no tokens")
         most, so_far = self.stop.max_tokens, len(self.answer_so_far)
         _check(
@@ -174,8 +178,19 @@ class Request:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether every prompt position needs logits (so the prefix cache cannot help)."""
+        """Whether every prompt position needs logits."""
         return self.score or (self.options.echo and self.options.logprobs)
+
+    @property
+    def generates(self) -> bool:
+        """Whether tokens are drawn after the prompt."""
+        return not self.score and self.pooling is None
+
+    @property
+    def needs_every_position(self) -> bool:
+        """Whether something is read at every prompt position: the prefix cache cannot help."""
+        is_mean = self.pooling is not None and self.pooling.kind is PoolingKind.MEAN
+        return is_mean or self.wants_prompt_logprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,7 +259,7 @@ class Output:
 
     ``text`` holds only characters that can no longer change (no half UTF-8 sequence, no possible
     beginning of a stop string). ``prompt_logprobs`` comes once, before or with the first token, and
-    ``adapters_used`` with the first.
+    ``adapters_used`` with the first. ``pooled`` comes with ``finish``.
     """
 
     text: str = ""
@@ -252,6 +267,7 @@ class Output:
     logprobs: tuple[TokenLogprob, ...] = ()
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     adapters_used: tuple[AdapterUse, ...] = ()
+    pooled: array[float] | None = None
     finish: Finish | None = None
 
     @property
@@ -259,4 +275,5 @@ class Output:
         """About what it takes in memory until it is read."""
         told = (*self.logprobs, *self.prompt_logprobs)
         each = sum(_LOGPROB_BYTES * (1 + len(logprob.top)) for logprob in told)
+        each += 0 if self.pooled is None else self.pooled.itemsize * len(self.pooled)
         return _OUTPUT_BYTES + len(self.text) + _TOKEN_BYTES * len(self.token_ids) + each

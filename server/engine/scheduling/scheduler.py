@@ -331,8 +331,8 @@ class Scheduler:
             sequence.keys.append(root_key(self.base_generation, mix, is_long=is_long))
         # The last token is always computed: its logits are needed.
         usable = (len(sequence.tokens) - 1) // size
-        if sequence.request.wants_prompt_logprobs:
-            # Every prompt position needs logits, so nothing of the prompt may be skipped.
+        if sequence.request.needs_every_position:
+            # Of what is skipped, neither logits nor states would be there.
             usable = sequence.num_preset // size
         sequence.extend_keys(usable * size, size)
         sequence.blocks = self.blocks.share(sequence.keys[1 : usable + 1])

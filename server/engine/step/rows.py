@@ -27,7 +27,7 @@ class Placed(NamedTuple):
     @property
     def samples(self) -> bool:
         """Whether a token is drawn from its last row."""
-        return self.item.samples and not self.item.sequence.request.score
+        return self.item.samples and self.item.sequence.request.generates
 
 
 @dataclass(slots=True)

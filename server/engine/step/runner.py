@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
@@ -13,6 +14,7 @@ from turret.server.engine.scheduling.scheduler import Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.executor import Computed, Executor
 from turret.server.engine.step.masks import Masks
+from turret.server.engine.step.pooler import Pooler
 from turret.server.engine.step.rows import Placed
 from turret.server.engine.step.sampler import Draw, top_of
 from turret.server.errors import BudgetExceededError
@@ -36,10 +38,11 @@ class PromptLogprob:
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step produced: a drawn token per sampling sequence, and prompt logprobs."""
+    """What a step produced: a drawn token per sampling sequence, prompt logprobs, pooled states."""
 
     draws: dict[Sequence, Draw] = field(default_factory=dict)
     prompt_logprobs: dict[Sequence, list[PromptLogprob]] = field(default_factory=dict)
+    pooled: dict[Sequence, array[float]] = field(default_factory=dict)
 
 
 def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
@@ -56,6 +59,7 @@ class Runner:
         self._store = executor.store
         self._sampler = executor.sampler(stop_token_ids)
         self._masks = Masks(stop_token_ids)
+        self._pooler = Pooler()
         # By adapter key, until it is forgotten: what the shelves add is summed over every module.
         self._stored_bytes: dict[str, int] = {}
 
@@ -87,6 +91,7 @@ class Runner:
             for placed in computed.placed:
                 if placed.item.sequence.request.wants_prompt_logprobs:
                     self._score(placed, computed.hidden, result)
+            result.pooled = self._pooler.pool(computed.placed, computed.hidden)
             return result
 
     def fits(self, sequence: Sequence, running: Iterable[Sequence]) -> bool:
@@ -148,6 +153,7 @@ class Runner:
         self._sampler.forget(sequence)
         self._executor.forget(sequence)
         self._masks.forget(sequence)
+        self._pooler.forget(sequence)
 
     def _sample(self, computed: Computed, result: StepResult) -> None:
         if computed.logits is None:

@@ -50,11 +50,13 @@ class Answer:
     prompt_logprobs: tuple[float | None, ...]
     text: str
     finish: Finish
+    pooled: tuple[float, ...] | None = None
 
     @property
     def bits(self) -> tuple[Any, ...]:
         """What must not depend on anything but the request."""
-        return self.token_ids, self.logprobs, self.top, self.prompt_logprobs, self.text
+        answered = self.token_ids, self.logprobs, self.top, self.prompt_logprobs, self.text
+        return answered if self.pooled is None else (*answered, self.pooled)
 
 
 def make_request(
@@ -165,12 +167,14 @@ class EngineHarness:
         prompt: list[TokenLogprob] = []
         text = ""
         finish: Finish | None = None
+        pooled: tuple[float, ...] | None = None
         async for output in stream:
             tokens += output.token_ids
             logprobs += output.logprobs
             prompt += output.prompt_logprobs
             text += output.text
             finish = output.finish or finish
+            pooled = pooled if output.pooled is None else tuple(output.pooled)
             on_token(len(tokens))
             if cancel_after is not None and len(tokens) >= cancel_after:
                 stream.cancel()
@@ -182,6 +186,7 @@ class EngineHarness:
             tuple(item.logprob for item in prompt),
             text,
             finish,
+            pooled,
         )
 
     async def run_all(self, requests: Sequence[Request]) -> list[Answer]:

@@ -1,0 +1,127 @@
+"""From final hidden states to one vector per prompt, whatever the chunks and the batch.
+
+A mean is summed in a fixed order, so that its bits do not tell how the prompt was cut: groups of 64
+positions, counted from the text's first, by halves, then group after group.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence as SequenceOf
+
+import torch
+
+from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.rows import Placed
+
+# A power of two.
+_GROUP = 64
+# Rows that are converted to fp32 at a time.
+_ROWS = 4 * _GROUP
+
+
+class Pooler:
+    """Holds the sums of prompts that are being computed. One thread only."""
+
+    def __init__(self) -> None:
+        self._sums: dict[Sequence, _Sum] = {}
+
+    def pool(
+        self, placed: SequenceOf[Placed], hidden: torch.Tensor
+    ) -> dict[Sequence, array[float]]:
+        """Take in a step; a position that is computed again is not counted twice.
+
+        Args:
+            placed: Its sequences.
+            hidden: Final-norm hidden states, ``[at least all rows, hidden]``.
+
+        Returns:
+            The vectors of prompts that are now complete, fp32.
+        """
+        ended: list[tuple[Sequence, Pooling, torch.Tensor]] = []
+        for place in placed:
+            sequence = place.item.sequence
+            pooling = sequence.request.pooling
+            if pooling is None:
+                continue
+            if pooling.kind is PoolingKind.MEAN:
+                self._add(place, hidden)
+            if place.item.samples:
+                ended.append((sequence, pooling, self._state(place, pooling, hidden)))
+        if not ended:
+            return {}
+        # One copy, and one wait for a device.
+        states = torch.stack([state for _, _, state in ended]).cpu()
+        return {
+            sequence: _finished(state, pooling)
+            for (sequence, pooling, _), state in zip(ended, states, strict=True)
+        }
+
+    def forget(self, sequence: Sequence) -> None:
+        """Drop what is kept for a sequence."""
+        self._sums.pop(sequence, None)
+
+    def _add(self, place: Placed, hidden: torch.Tensor) -> None:
+        sequence = place.item.sequence
+        total = self._sums.get(sequence)
+        if total is None:
+            total = self._sums[sequence] = _Sum(hidden.new_zeros(hidden.shape[1:]).float())
+        first, end = sequence.num_computed, sequence.num_computed + place.item.num_new
+        # After a preemption, or a step that had no memory, some were counted before: the same bits.
+        for low in range(sequence.num_virtual + total.count, end, _ROWS):
+            assert low >= first, "no position was left out"
+            row = place.row_start + low - first
+            total.add(hidden[row : row + min(_ROWS, end - low)])
+
+    def _state(self, place: Placed, pooling: Pooling, hidden: torch.Tensor) -> torch.Tensor:
+        if pooling.kind is PoolingKind.LAST:
+            return hidden[place.last_row].float()
+        return self._sums[place.item.sequence].mean()
+
+
+class _Sum:
+    """The sum of a prompt's states so far.
+
+    Attributes:
+        count: Positions in it.
+    """
+
+    def __init__(self, zero: torch.Tensor) -> None:
+        self.count = 0
+        self._groups = zero
+        self._begun = zero.new_empty(0, *zero.shape)
+
+    def add(self, rows: torch.Tensor) -> None:
+        """Add the states of the next positions, ``[rows, hidden]``."""
+        begun = torch.cat((self._begun, rows.float()))
+        whole = begun.shape[0] // _GROUP * _GROUP
+        groups = self._groups
+        for group in _by_halves(begun[:whole].view(-1, _GROUP, begun.shape[1])):
+            groups = groups + group
+        # All at once: a step that fails half-way is computed again.
+        self._groups, self._begun = groups, begun[whole:].clone()
+        self.count += rows.shape[0]
+
+    def mean(self) -> torch.Tensor:
+        """``[hidden]`` fp32."""
+        rest = self._begun.new_zeros(1, _GROUP, self._begun.shape[1])
+        rest[0, : self._begun.shape[0]] = self._begun
+        return (self._groups + _by_halves(rest)[0]) / self.count
+
+
+def _by_halves(groups: torch.Tensor) -> torch.Tensor:
+    """The sums of ``[count, _GROUP, hidden]`` over each group, added element by element."""
+    size = groups.shape[1]
+    while size > 1:
+        size //= 2
+        groups = groups[:, :size] + groups[:, size:]
+    return groups[:, 0]
+
+
+def _finished(state: torch.Tensor, pooling: Pooling) -> array[float]:
+    """Cut and normalised, in double precision; a state of zeros stays as it is."""
+    kept = state[: pooling.dimensions].double()
+    if pooling.normalize:
+        kept = kept / kept.square().sum().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
+    return array("f", kept.float().numpy().tobytes())

@@ -1,0 +1,216 @@
+"""Pooled final states against transformers' and PEFT's, and the same bits in any company."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from builders.methods import load_adapter, make_config, quiet, save_adapter
+from builders.random_adapters import AdapterSpec, arch_of, write_adapter
+from builders.tiny_models import save_tiny_model
+from gpu_path import FakeCapture, use_coarse_tiles
+from method_oracle import prompt_of, twin
+from servers.engine_harness import EngineHarness, make_request
+
+from turret.server.adapters.ref import AdapterRef
+from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
+from turret.server.engine.scheduling.request import FinishReason
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.step.gpu import decode_graphs
+
+LAST, MEAN = (Pooling(kind=kind, normalize=False) for kind in PoolingKind)
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "lora": ("lora", {"r": 8, "lora_alpha": 12}),
+    "dora": ("dora", {"r": 4}),
+    "prompt": ("prompt_tuning", {"num_virtual_tokens": 5}),
+    "prefix": ("prefix_tuning", {"num_virtual_tokens": 20}),
+}
+# Around the ends of steps (48), blocks (16) and groups of the mean (64).
+LENGTHS = (1, 17, 64, 65, 150)
+
+
+@torch.no_grad()
+def states_of(model: Any, tokens: Sequence[int]) -> torch.Tensor:
+    """Final-norm hidden states of a text, ``[tokens, hidden]`` fp64; soft tokens are cut off."""
+    with quiet():
+        answer = model(input_ids=torch.tensor([tokens]), output_hidden_states=True)
+    return answer.hidden_states[-1][0, -len(tokens) :].double()
+
+
+def pooled(states: torch.Tensor, pooling: Pooling) -> torch.Tensor:
+    kept = states[-1] if pooling.kind is PoolingKind.LAST else states.mean(0)
+    kept = kept[: pooling.dimensions]
+    return kept / kept.norm() if pooling.normalize else kept
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("adapters")
+    for seed, (name, (method, keys)) in enumerate(ADAPTERS.items()):
+        save_adapter(twin("qwen3").model, make_config(method, **keys), folder / name, seed=seed)
+    return folder
+
+
+async def test_pooled_states_are_those_of_transformers_and_peft(root: Path) -> None:
+    base = twin("qwen3")
+    asked = [LAST, MEAN, Pooling(), Pooling(kind=PoolingKind.MEAN, dimensions=24)]
+    prompts = [prompt_of(length, length) for length in LENGTHS]
+    async with EngineHarness.start(
+        base.folder, root, adapters=list(ADAPTERS), max_num_batched_tokens=48
+    ) as harness:
+        plain = [states_of(base.model, prompt) for prompt in prompts]
+        for name in ("", *ADAPTERS):
+            oracle = load_adapter(base.model, root / name) if name else base.model
+            refs = [name] if name else []
+            for prompt, untouched in zip(prompts, plain, strict=True):
+                states = states_of(oracle, prompt)
+                assert not name or (states - untouched).abs().max() > 0.05, name
+                for pooling in asked:
+                    answer = await harness.run(make_request(prompt, *refs, pooling=pooling))
+                    assert answer.finish.reason is FinishReason.STOP
+                    assert (answer.token_ids, answer.prompt_logprobs) == ((), ())
+                    found = torch.tensor(answer.pooled, dtype=torch.float64)
+                    expected = pooled(states, pooling)
+                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+async def test_bfloat16_is_as_exact_as_peft(tmp_path: Path) -> None:
+    base = twin("llama", torch.bfloat16)
+    half = copy.deepcopy(base.model).to(torch.bfloat16)
+    for seed, name in enumerate(("lora", "dora")):
+        method, keys = ADAPTERS[name]
+        save_adapter(
+            base.model, make_config(method, **keys), tmp_path / name, seed=seed, strength=0.3
+        )
+    prompts = [prompt_of(length, length) for length in (60, 150, 200, 97)]
+    names = ("", "lora", "dora")
+    async with EngineHarness.start(
+        base.folder, tmp_path, dtype="bfloat16", adapters=names[1:]
+    ) as harness:
+        for name in names:
+            exact = load_adapter(base.model, tmp_path / name) if name else base.model
+            peer = load_adapter(half, tmp_path / name) if name else half
+            ours, theirs = [], []
+            for prompt in prompts:
+                expected, other = states_of(exact, prompt), states_of(peer, prompt)
+                for pooling in (LAST, MEAN):
+                    refs = [name] if name else []
+                    answer = await harness.run(make_request(prompt, *refs, pooling=pooling))
+                    found = torch.tensor(answer.pooled, dtype=torch.float64)
+                    ours.append((found - pooled(expected, pooling)).abs())
+                    theirs.append((pooled(other, pooling) - pooled(expected, pooling)).abs())
+            mine, peers = (float(torch.cat(errors).mean()) for errors in (ours, theirs))
+            assert peers > 0
+            assert mine <= 1.3 * peers, (name, mine, peers)
+
+
+SPECS = (AdapterSpec("a", 3), AdapterSpec("b", 8, is_dora=True), AdapterSpec("c", 2, ("q_proj",)))
+
+
+def mixed() -> list[Any]:
+    """Prompts that are pooled either way beside some that are continued or scored."""
+    requests = []
+    mixes: list[list[AdapterRef]] = [[], *([AdapterRef(name=spec.name)] for spec in SPECS)]
+    mixes.append([AdapterRef(name="a", weight=0.5), AdapterRef(name="b", weight=-1.0)])
+    for number in range(20):
+        prompt = prompt_of((3, 70, 9, 130, 40)[number // 4], number)
+        change: dict[str, Any] = [
+            {"pooling": LAST},
+            {"pooling": MEAN},
+            {"max_tokens": 8},
+            {"score": True},
+        ][number % 4]
+        requests.append(make_request(prompt, *mixes[number % 5], **change))
+    return requests
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_a_vector_has_the_bits_that_it_has_alone(dtype: str, tmp_path: Path) -> None:
+    """However prompts are cut, and with part of a prompt in the cache."""
+    model = save_tiny_model("smollm3", tmp_path / "model")
+    for seed, spec in enumerate(SPECS):
+        write_adapter(tmp_path / "adapters", arch_of(model), spec, seed)
+    names = [spec.name for spec in SPECS]
+    options: dict[str, Any] = {"dtype": dtype, "adapters": names}
+    requests = mixed()
+    async with EngineHarness.start(
+        model, tmp_path / "adapters", max_num_batched_tokens=512, **options
+    ) as harness:
+        alone = [await harness.run(request) for request in requests]
+    assert len({answer.bits for answer in alone}) == len(alone)
+    async with EngineHarness.start(
+        model, tmp_path / "adapters", max_num_batched_tokens=24, max_num_seqs=8, **options
+    ) as harness:
+        together = await harness.run_all(requests)
+        again = await harness.run_all(requests[::-1])
+    assert [answer.bits for answer in together] == [answer.bits for answer in alone]
+    assert [answer.bits for answer in again[::-1]] == [answer.bits for answer in alone]
+    for request, answer in zip(requests[::-1], again, strict=True):
+        cached = answer.finish.usage.cached_tokens
+        assert request.pooling is not MEAN or cached == 0
+    pairs = zip(requests[::-1], again, strict=True)
+    assert any(a.finish.usage.cached_tokens for r, a in pairs if r.pooling is LAST)
+
+
+async def test_a_mean_that_is_preempted_midway_counts_no_position_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_tiny_model("llama", tmp_path / "model")
+    prompt = prompt_of(150, 1)
+    async with EngineHarness.start(model, max_num_batched_tokens=512) as harness:
+        expected = await harness.run(make_request(prompt, pooling=MEAN))
+    begun: list[Any] = []
+
+    def interrupted(self: Scheduler, now: float) -> int:
+        late = [s for s in self.running if s.num_computed >= 70 and s not in begun]
+        for sequence in late:
+            begun.append(sequence)
+            self._preempt(sequence, now)
+        return len(late)
+
+    monkeypatch.setattr(Scheduler, "_make_room", interrupted)
+    async with EngineHarness.start(model, max_num_batched_tokens=24, max_num_seqs=8) as harness:
+        found = await harness.run(make_request(prompt, pooling=MEAN))
+    assert len(begun) == 1
+    assert begun[0].num_preemptions == 1
+    assert found.pooled == expected.pooled
+
+
+# Rows that only pad a step to its bucket compute on scratch memory.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
+@pytest.mark.long
+async def test_the_gpu_path_pools_as_transformers_do(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_coarse_tiles(monkeypatch)
+    base = twin("qwen3")
+    prompts = [prompt_of(length, length) for length in (20, 5)]
+    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
+        async with EngineHarness.start(
+            base.folder,
+            root,
+            gpu=True,
+            adapters=["lora"],
+            max_num_batched_tokens=16,
+            max_num_seqs=8,
+        ) as harness:
+            requests = [
+                make_request(prompt, *refs, pooling=pooling)
+                for prompt in prompts
+                for refs in ([], ["lora"])
+                for pooling in (LAST, MEAN)
+            ]
+            generated = make_request(prompts[1], max_tokens=4)
+            found = (await harness.run_all([generated, *requests]))[1:]
+    for request, answer in zip(requests, found, strict=True):
+        model = load_adapter(base.model, root / "lora") if request.adapters else base.model
+        assert request.pooling is not None
+        expected = pooled(states_of(model, request.prompt_token_ids), request.pooling)
+        vector = torch.tensor(answer.pooled, dtype=torch.float64)
+        torch.testing.assert_close(vector, expected, rtol=1e-4, atol=1e-4)
