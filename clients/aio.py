@@ -35,11 +35,12 @@ from turret.clients.messages.requests import (
     MessageLike,
     Prompt,
     chat_messages,
+    embed_request,
     generate_request,
     score_request,
     tokenize_request,
 )
-from turret.clients.messages.results import Completion, Model, Score, Tokens
+from turret.clients.messages.results import Completion, Embeddings, Model, Score, Tokens
 from turret.clients.progress import AnswerProgress
 from turret.clients.retries import RetryPolicy
 from turret.clients.streams import AsyncGenerationStream
@@ -141,6 +142,30 @@ class AsyncTurretClient:
         settings = self._settings.routed(request.adapters)
         scored = await call_async(self._stub.Score, lambda: request, settings, timeout)
         return Score.from_proto(scored)
+
+    async def embed(
+        self,
+        inputs: str | Sequence[Prompt],
+        *,
+        adapters: AdapterLike | Sequence[AdapterLike] = (),
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        request_id: str = "",
+        timeout: float | None = None,
+    ) -> Embeddings:
+        """Turn each input into a vector, as ``TurretClient.embed``."""
+        request = embed_request(
+            inputs,
+            adapters=adapters,
+            pooling=pooling,
+            normalize=normalize,
+            dimensions=dimensions,
+            request_id=request_id,
+        )
+        settings = self._settings.routed(request.adapters)
+        found = await call_async(self._stub.Embed, lambda: request, settings, timeout)
+        return Embeddings.from_proto(found)
 
     async def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> Tokens:
         """Convert text or a conversation to token ids, or token ids to text."""

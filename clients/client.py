@@ -31,11 +31,12 @@ from turret.clients.messages.requests import (
     MessageLike,
     Prompt,
     chat_messages,
+    embed_request,
     generate_request,
     score_request,
     tokenize_request,
 )
-from turret.clients.messages.results import Completion, Model, Score, Tokens
+from turret.clients.messages.results import Completion, Embeddings, Model, Score, Tokens
 from turret.clients.progress import AnswerProgress
 from turret.clients.retries import RetryPolicy
 from turret.clients.streams import GenerationStream
@@ -177,6 +178,39 @@ class TurretClient:
         settings = self._settings.routed(request.adapters)
         scored = call(self._stub.Score, lambda: request, settings, timeout)
         return Score.from_proto(scored)
+
+    def embed(
+        self,
+        inputs: str | Sequence[Prompt],
+        *,
+        adapters: AdapterLike | Sequence[AdapterLike] = (),
+        pooling: str | None = None,
+        normalize: bool | None = None,
+        dimensions: int | None = None,
+        request_id: str = "",
+        timeout: float | None = None,
+    ) -> Embeddings:
+        """Turn each input into a vector.
+
+        Args:
+            inputs: A text, or a list of prompts as in :meth:`generate`.
+            adapters: The mix; empty means the base model.
+            pooling: ``last`` (the final state of the last token, the server's default) or ``mean``.
+            normalize: Whether each vector has length 1; None means yes.
+            dimensions: How many numbers of each are kept, from the first; None means all.
+            request_id: Names the request in the server's log.
+            timeout: Deadline in seconds.
+        """
+        request = embed_request(
+            inputs,
+            adapters=adapters,
+            pooling=pooling,
+            normalize=normalize,
+            dimensions=dimensions,
+            request_id=request_id,
+        )
+        settings = self._settings.routed(request.adapters)
+        return Embeddings.from_proto(call(self._stub.Embed, lambda: request, settings, timeout))
 
     def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> Tokens:
         """Convert text or a conversation to token ids, or token ids to text."""

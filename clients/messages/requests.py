@@ -67,6 +67,10 @@ _SAMPLING = (
 )
 _STOP = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
+POOLINGS = {
+    "last": inference_pb2.EmbedRequest.LAST,
+    "mean": inference_pb2.EmbedRequest.MEAN,
+}
 _TURN_FIELDS = {"content", "tool_calls", "tool_call_id"}
 _RESPONSE = ("logprobs", "top_n", "echo", "token_ids")
 
@@ -128,6 +132,39 @@ def score_request(
     return request
 
 
+def embed_request(
+    inputs: str | Sequence[Prompt],
+    *,
+    adapters: AdapterLike | Sequence[AdapterLike],
+    pooling: str | None,
+    normalize: bool | None,
+    dimensions: int | None,
+    request_id: str,
+) -> inference_pb2.EmbedRequest:
+    """Build the request of ``Embed``; errors as in :func:`generate_request`."""
+    request = inference_pb2.EmbedRequest(adapters=to_mix(adapters))
+    fill_inputs(request.inputs, inputs)
+    if pooling is not None:
+        if pooling not in POOLINGS:
+            raise ValueError(f"pooling: one of {', '.join(POOLINGS)}, not {pooling!r}")
+        request.pooling = POOLINGS[pooling]
+    values = {"normalize": normalize, "dimensions": dimensions, "request_id": request_id}
+    fill(request, tuple(values), {k: v for k, v in values.items() if v is not None})
+    return request
+
+
+def fill_inputs(field: Any, inputs: str | Sequence[Prompt]) -> None:
+    """Add an ``Input`` for each prompt; a plain text is the only one.
+
+    Raises:
+        TypeError: They are token ids or turns, of which a list is wanted.
+    """
+    for prompt in [inputs] if isinstance(inputs, str) else _items("inputs", inputs):
+        if isinstance(prompt, int | Mapping):
+            raise TypeError("inputs: a list of prompts; put a single one into a list")
+        set_input(field.add(), prompt)
+
+
 def tokenize_request(prompt: Prompt) -> inference_pb2.TokenizeRequest:
     """Build the request of ``Tokenize``; errors as in :func:`generate_request`."""
     request = inference_pb2.TokenizeRequest()
@@ -148,7 +185,10 @@ def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatM
 
 def set_input(
     request: (
-        inference_pb2.GenerateRequest | inference_pb2.ScoreRequest | inference_pb2.TokenizeRequest
+        inference_pb2.GenerateRequest
+        | inference_pb2.ScoreRequest
+        | inference_pb2.TokenizeRequest
+        | inference_pb2.Input
     ),
     prompt: Prompt,
 ) -> None:

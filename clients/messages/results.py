@@ -195,6 +195,27 @@ class Score:
 
 
 @dataclass(frozen=True, slots=True)
+class Embeddings:
+    """A vector for each input, in the order of the inputs; ``usage`` is that of all together."""
+
+    vectors: tuple[tuple[float, ...], ...]
+    usage: Usage
+    adapters_used: tuple[AdapterUse, ...]
+    timing: Timing
+    request_id: str
+
+    @classmethod
+    def from_proto(cls, proto: pb.EmbedResponse) -> Embeddings:
+        return cls(
+            tuple(tuple(embedding.values) for embedding in proto.embeddings),
+            Usage.from_proto(proto.usage),
+            _adapters_used(proto.adapters_used),
+            Timing.from_proto(proto.timing),
+            proto.request_id,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """Token ids, the text of each, and the text of all together."""
 

@@ -15,6 +15,7 @@ VERBS = {
     "generate": "complete a prompt",
     "chat": "talk to the model",
     "score": "log probabilities of a prompt",
+    "embed": "turn texts into vectors",
     "eval": "judge adapters on a test set",
     "adapters": "administer adapters",
     "health": "exit 0 if a server is serving, 1 if not",

@@ -22,8 +22,10 @@ from turret.server.api.answers import (
 )
 from turret.server.api.backend import Backend
 from turret.server.api.call import Call
+from turret.server.api.embeddings import embed
 from turret.server.api.gate import Gate
 from turret.server.api.limits import InputLimits
+from turret.server.api.outputs import outputs_of
 from turret.server.api.requests import (
     check_input,
     check_length,
@@ -31,9 +33,9 @@ from turret.server.api.requests import (
     input_token_ids,
     score_request,
 )
+from turret.server.api.shares import Party
 from turret.server.api.violations import Violations
-from turret.server.engine.scheduling.request import FinishReason, Output, Request
-from turret.server.errors import DeadlineExceededError
+from turret.server.engine.scheduling.request import Output, Request
 from turret.server.models.chat_format import ChatFormat
 from turret.v1 import inference_pb2
 
@@ -80,7 +82,7 @@ class Inference:
         # Nobody else keeps it: its memory is free while the request waits and runs.
         del message
         is_echoed = not request.options.echo
-        async with contextlib.aclosing(_outputs(backend, request, call)) as outputs:
+        async with contextlib.aclosing(outputs_of(backend, request, call)) as outputs:
             async for output in outputs:
                 if not is_echoed:
                     is_echoed = True
@@ -120,7 +122,7 @@ class Inference:
         )
         del message
         response = inference_pb2.ScoreResponse(request_id=request.request_id)
-        async with contextlib.aclosing(_outputs(backend, request, call)) as outputs:
+        async with contextlib.aclosing(outputs_of(backend, request, call)) as outputs:
             async for output in outputs:
                 tokens = output.prompt_logprobs
                 response.tokens.extend(
@@ -129,6 +131,21 @@ class Inference:
                 if output.finish is not None:
                     response.MergeFrom(inference_pb2.ScoreResponse(**usage_fields(output.finish)))
         return response
+
+    async def embed(
+        self,
+        message: inference_pb2.EmbedRequest,
+        call: Call,
+        party: Party,
+        deadline: float | None,
+    ) -> inference_pb2.EmbedResponse:
+        """A vector for each input, whose requests are counted as the party's.
+
+        Raises:
+            DeadlineExceededError: The deadline passed first.
+            QueueFullError: The party has as many requests as it may.
+        """
+        return await embed(message, self._gate.enter(), call, party, deadline)
 
     async def tokenize(
         self, message: inference_pb2.TokenizeRequest
@@ -168,32 +185,6 @@ class Inference:
             methods=backend.methods,
             commit=info.commit,
         )
-
-
-async def _outputs(backend: Backend, request: Request, call: Call) -> AsyncGenerator[Output, None]:
-    """Run a request on behalf of a call; however the call ends, the engine lets go of it.
-
-    Raises:
-        DeadlineExceededError: After the last output, if the deadline ended the request.
-    """
-    call.rename(request.request_id)
-    call.adapters = tuple(ref.name for ref in request.adapters)
-    stream = await backend.engine.submit(request)
-    # Also covers a call that dies while nobody iterates.
-    call.at_end(stream.cancel)
-    is_counted = False
-    try:
-        async for output in stream:
-            # A call may ask for several answers.
-            if not is_counted:
-                call.prompt_tokens += len(request.prompt_token_ids)
-                is_counted = True
-            call.generated_tokens += len(output.token_ids)
-            yield output
-            if output.finish is not None and output.finish.reason is FinishReason.DEADLINE:
-                raise DeadlineExceededError("the deadline passed before the request finished")
-    finally:
-        stream.cancel()
 
 
 def _prompt_chunk(request: Request, first: Output, backend: Backend) -> inference_pb2.GenerateChunk:

@@ -24,6 +24,9 @@ MAX_TOOL_NAME_CHARS = 64
 MAX_LOGIT_BIASES = 1024
 MAX_STOP_TOKEN_IDS = 1024
 MAX_REQUEST_ID_CHARS = 128
+# Of a call that takes several, and the numbers of all vectors that answer it: 32 MiB.
+MAX_INPUTS = 2048
+MAX_EMBEDDING_NUMBERS = 8 << 20
 # Of Tokenize, which may be asked about more than the model can read.
 MAX_TOKENIZED = 1 << 17
 MAX_PATH_CHARS = 1024
@@ -33,7 +36,7 @@ MAX_WORD_CHARS = 64
 MAX_UPLOAD_FILES = 2
 
 _REQUESTS, _ADAPTERS = "server/api/requests.py", "server/api/admin/adapters.py"
-_CHATS = "server/api/chats.py"
+_CHATS, _INPUTS = "server/api/chats.py", "server/api/inputs.py"
 _UPLOADS, _FUSE = "server/api/admin/uploads.py", "server/api/admin/fuse.py"
 
 
@@ -71,6 +74,8 @@ LIMITS = (
     _text("GenerateRequest.prompt"),
     _text("ScoreRequest.prompt"),
     _text("TokenizeRequest.prompt"),
+    _text("Input.prompt"),
+    _entries("EmbedRequest.inputs", MAX_INPUTS, _INPUTS),
     _text("ChatMessage.content", _CHATS),
     _chars("ChatMessage.role", MAX_ROLE_CHARS, _CHATS),
     _entries("Chat.messages", MAX_CHAT_MESSAGES, _CHATS),
@@ -106,13 +111,13 @@ LIMITS = (
     *(
         _entries(f"{message}.adapters", MAX_MIX_MEMBERS)
         for message in (
-            *("GenerateRequest", "ScoreRequest"),
+            *("GenerateRequest", "ScoreRequest", "EmbedRequest"),
             *("FuseAdaptersRequest", "MergeAdaptersRequest"),
         )
     ),
     *(
         _chars(f"{message}.request_id", MAX_REQUEST_ID_CHARS, "server/api/call.py")
-        for message in ("GenerateRequest", "ScoreRequest")
+        for message in ("GenerateRequest", "ScoreRequest", "EmbedRequest")
     ),
     _chars("AdapterWeight.name", MAX_NAME_CHARS, _REQUESTS),
     *(_chars(f"{call}Request.name", MAX_NAME_CHARS) for call in _NAMED),

@@ -6,10 +6,15 @@ import contextlib
 import hashlib
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 from turret.server.errors import QueueFullError
 
 _RETRY_SECONDS = 1.0
+# Answers to one call that are with the engine at a time: a list of a thousand prompts must not fill
+# the queue that others wait in.
+MAX_AT_A_TIME = 64
 
 
 def peer_address(peer: str) -> str:
@@ -66,3 +71,25 @@ class Shares:
                 self._open[party] -= 1
                 if not self._open[party]:
                     del self._open[party]
+
+
+@dataclass(frozen=True, slots=True)
+class Party:
+    """Who asks: its requests are counted together. The fields are as ``Shares.hold`` says."""
+
+    shares: Shares
+    authorization: str | bytes | None = None
+    peer: str = ""
+
+    def hold(self) -> AbstractContextManager[None]:
+        """Count a request while the block runs.
+
+        Raises:
+            QueueFullError: The party has as many as it may.
+        """
+        return self.shares.hold(self.authorization, self.peer)
+
+    @property
+    def most_at_once(self) -> int:
+        """How many answers to one call are with the engine at once: no more than it may have."""
+        return min(self.shares.least or MAX_AT_A_TIME, MAX_AT_A_TIME)

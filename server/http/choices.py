@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable
 
 from turret.server.api.answers import JoinedChunks
 from turret.server.api.inference import Inference
@@ -14,16 +13,6 @@ from turret.server.http.exchange.endpoint import Exchange
 from turret.v1 import inference_pb2
 
 Chunk = inference_pb2.GenerateChunk
-_T = TypeVar("_T")
-
-# Answers of one request that are with the engine at a time: a list of a thousand prompts must not
-# fill the queue that others wait in.
-MAX_AT_A_TIME = 64
-
-
-def at_a_time(exchange: Exchange) -> int:
-    """How many answers of a request are with the engine at once: no more than its party may."""
-    return min(exchange.shares.least or MAX_AT_A_TIME, MAX_AT_A_TIME)
 
 
 class Choices:
@@ -93,7 +82,7 @@ class Choices:
         answer = self._inference.generate(message, self._exchange.call, self._deadline)
         # Whoever converts it decides how long it is kept.
         del message
-        with self._exchange.hold():
+        with self._exchange.party.hold():
             async with contextlib.aclosing(answer) as chunks:
                 async for chunk in chunks:
                     if chunk.finish_reason == inference_pb2.GenerateResponse.CANCELLED:
@@ -104,7 +93,7 @@ class Choices:
     async def _many(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         # None ends an answer.
         arrived: asyncio.Queue[tuple[int, Chunk | BaseException | None]] = asyncio.Queue()
-        places = asyncio.Semaphore(at_a_time(self._exchange))
+        places = asyncio.Semaphore(self._exchange.party.most_at_once)
         begun = [asyncio.Event() for _ in range(0, self._count, self._num_choices)]
 
         async def run(index: int) -> None:
@@ -135,25 +124,3 @@ class Choices:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
-
-
-async def together(work: Sequence[Coroutine[Any, Any, _T]], at_a_time: int) -> list[_T]:
-    """What each returns, in order, with so many of them running at a time.
-
-    What the first of them to fail raises is raised; the others are cancelled, and have ended.
-    """
-    places = asyncio.Semaphore(at_a_time)
-
-    async def run(one: Coroutine[Any, Any, _T]) -> _T:
-        async with places:
-            return await one
-
-    tasks = [asyncio.ensure_future(run(one)) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for one in work:
-            one.close()

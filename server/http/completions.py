@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from turret.server.api.inference import Inference
+from turret.server.api.together import together
 from turret.server.api.violations import Violations
 from turret.server.http.bodies.answer_fields import (
     FINISH_REASONS,
@@ -18,14 +19,14 @@ from turret.server.http.bodies.answer_fields import (
     stop_reason,
     usage_of,
 )
-from turret.server.http.bodies.fields import Fields, is_token_id, why_no_text
+from turret.server.http.bodies.fields import Fields
 from turret.server.http.bodies.generation import Asked, numbered, read_asked
+from turret.server.http.bodies.prompts import read_prompts
 from turret.server.http.bodies.unsupported import refuse_unsupported
-from turret.server.http.choices import Choices, at_a_time, together
+from turret.server.http.choices import Choices
 from turret.server.http.exchange.endpoint import Exchange
 from turret.v1 import inference_pb2
 
-MAX_PROMPTS = 2048
 # What OpenAI's API says where max_tokens is not set.
 DEFAULT_MAX_TOKENS = 16
 
@@ -49,7 +50,7 @@ class Completions:
         asked = read_asked(fields, info.name)
         refuse_unsupported(fields, is_chat=False)
         _read_options(fields, asked.message)
-        prompts = read_prompts(fields)
+        prompts = read_prompts(fields, "prompt", _Prompt)
         is_scored = asked.message.stop.max_tokens == 0
         if is_scored and asked.is_stream:
             fields.refuse("stream", "needs max_tokens of at least 1")
@@ -88,7 +89,7 @@ class Completions:
         """Answers of no token: ``max_tokens`` 0 asks for the prompt, and for its logprobs."""
         scored = await together(
             [self._score_one(exchange, asked, prompt) for prompt in prompts],
-            at_a_time(exchange),
+            exchange.party.most_at_once,
         )
         return [answer for answer in scored for _ in range(asked.num_choices)]
 
@@ -99,7 +100,7 @@ class Completions:
         question = inference_pb2.ScoreRequest(adapters=asked.message.adapters, top_n=options.top_n)
         # The input has the same field numbers in both messages.
         question.MergeFromString(prompt.SerializeToString())
-        with exchange.hold():
+        with exchange.party.hold():
             scored = await self._inference.score(question, exchange.call, asked.deadline)
         answer = inference_pb2.GenerateResponse(
             finish_reason=inference_pb2.GenerateResponse.LENGTH,
@@ -166,37 +167,3 @@ def _read_options(fields: Fields, message: inference_pb2.GenerateRequest) -> Non
     options.top_n = top or 0
     if not message.stop.HasField("max_tokens"):
         message.stop.max_tokens = DEFAULT_MAX_TOKENS
-
-
-def read_prompts(fields: Fields) -> list[_Prompt]:
-    """The prompts: a string, a list of strings, token ids, or a list of lists of token ids."""
-    prompt = fields.get("prompt")
-    if prompt is None:
-        fields.refuse("prompt", "must be set")
-        return []
-    # A list of integers is one prompt; an empty list is none.
-    is_one = isinstance(prompt, str) or (
-        isinstance(prompt, list) and (not prompt or not isinstance(prompt[0], str | list))
-    )
-    values = [prompt] if is_one else prompt
-    if not isinstance(values, list):
-        fields.refuse("prompt", "must be a string, token ids, or a list of either")
-        return []
-    if len(values) > MAX_PROMPTS:
-        fields.refuse("prompt", f"at most {MAX_PROMPTS} prompts, not {len(values)}")
-        return []
-    read = []
-    for index, value in enumerate(values):
-        path = "prompt" if is_one else f"prompt[{index}]"
-        if isinstance(value, str):
-            why = why_no_text(value)
-            if why is not None:
-                fields.refuse(path, why)
-                return []
-            read.append(_Prompt(prompt=value))
-        elif isinstance(value, list) and value and all(map(is_token_id, value)):
-            read.append(_Prompt(token_ids=inference_pb2.TokenIds(ids=value)))
-        else:
-            fields.refuse(path, "must be a string or token ids, at least one")
-            return []
-    return read

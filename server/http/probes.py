@@ -1,4 +1,4 @@
-"""GET /health and /metrics, and what is not there."""
+"""GET /health and /metrics."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import asyncio
 from prometheus_client.exposition import choose_encoder
 
 from turret.server.api.inference import Inference
-from turret.server.basics.codes import Code
 from turret.server.http.exchange.endpoint import Exchange
-from turret.server.http.exchange.refusals import HttpRefusal
 from turret.server.metrics import Metrics
 
 
@@ -39,13 +37,3 @@ class Probes:
         encode, content_type = choose_encoder(exchange.headers.get("accept", ""))
         body = await asyncio.to_thread(encode, self._metrics.registry)
         await exchange.reply.whole(body, 200, {"content-type": content_type})
-
-
-async def embeddings(exchange: Exchange) -> None:
-    """Refuse: no model that turret serves makes embeddings."""
-    raise HttpRefusal(
-        501,
-        Code.UNIMPLEMENTED,
-        "this server makes no embeddings: its base model generates text",
-        reason="not_implemented",
-    )

@@ -28,13 +28,14 @@ from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
 from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig, SecurityConfig, split_address
-from turret.server.http import lora
+from turret.server.http import embeddings, lora
 from turret.server.http import tokens as token_routes
 from turret.server.http.bodies import generation, response_fields
 from turret.server.http.chat import ChatCompletions
 from turret.server.http.completions import Completions
 from turret.server.http.console.page import Page
 from turret.server.http.console.state import State
+from turret.server.http.embeddings import Embeddings
 from turret.server.http.exchange.connection import MAX_HEAD_BYTES, Connection, tls_context
 from turret.server.http.exchange.endpoint import Endpoint, Handler, Route
 from turret.server.http.exchange.hosts import HostCheck
@@ -42,7 +43,7 @@ from turret.server.http.exchange.listener import Listener
 from turret.server.http.exchange.refusals import HttpRefusal, refusal_of
 from turret.server.http.exchange.reply import dumps
 from turret.server.http.models import Models
-from turret.server.http.probes import Probes, embeddings
+from turret.server.http.probes import Probes
 from turret.server.http.responses import Responses
 from turret.server.metrics import Metrics
 
@@ -79,34 +80,13 @@ def routes(
     models, probes = Models(inference, adapters), Probes(inference, metrics)
     texts, admin = token_routes.Tokens(inference), lora.Lora(adapters)
     made = [
-        Route(
-            method="POST",
-            path="/v1/chat/completions",
-            handler=ChatCompletions(inference),
-            service=INFERENCE,
-            names=generation.CHAT_NAMES,
-            is_counted=True,
-        ),
-        Route(
-            method="POST",
-            path="/v1/completions",
-            handler=Completions(inference),
-            service=INFERENCE,
-            names=generation.COMPLETION_NAMES,
-            is_counted=True,
-        ),
-        Route(
-            method="POST",
-            path="/v1/responses",
-            handler=Responses(inference),
-            service=INFERENCE,
-            names=response_fields.NAMES,
-            is_counted=True,
-        ),
+        _answer("/v1/chat/completions", ChatCompletions(inference), generation.CHAT_NAMES),
+        _answer("/v1/completions", Completions(inference), generation.COMPLETION_NAMES),
+        _answer("/v1/responses", Responses(inference), response_fields.NAMES),
+        _answer("/v1/embeddings", Embeddings(inference), embeddings.NAMES),
         _get("/v1/models", models.list, INFERENCE),
         # A model's name may hold slashes.
         _get("/v1/models/{model:path}", models.get, INFERENCE),
-        _post("/v1/embeddings", embeddings, INFERENCE),
         _post("/tokenize", texts.tokenize, INFERENCE, token_routes.NAMES),
         _post("/detokenize", texts.detokenize, INFERENCE, token_routes.NAMES),
         _get("/health", probes.health, "", logging.DEBUG),
@@ -124,6 +104,18 @@ def routes(
             _post("/v1/unpin_lora_adapter", admin.unpin, ADAPTERS, lora.NAMES),
         ]
     return made
+
+
+def _answer(path: str, handler: Handler, names: Mapping[str, str]) -> Route:
+    """What runs on adapters."""
+    return Route(
+        method="POST",
+        path=path,
+        handler=handler,
+        service=INFERENCE,
+        names=names,
+        is_counted=True,
+    )
 
 
 def _get(path: str, handler: Handler, service: str, level: int = logging.INFO) -> Route:

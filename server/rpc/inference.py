@@ -1,4 +1,4 @@
-"""The data plane over gRPC: Generate, GenerateStream, Score, Tokenize and GetModel."""
+"""The data plane over gRPC: Generate, GenerateStream, Score, Embed, Tokenize and GetModel."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import grpc
 
 from turret.server.api.inference import Inference
-from turret.server.rpc.interceptor import current_call
+from turret.server.rpc.interceptor import current_call, current_party
 from turret.v1 import inference_pb2, inference_pb2_grpc
 
 _Context = grpc.aio.ServicerContext[Any, Any]
@@ -53,6 +53,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
         # Whoever converts it decides how long it is kept.
         del request
         return await answer
+
+    async def Embed(
+        self, request: inference_pb2.EmbedRequest, context: _Context
+    ) -> inference_pb2.EmbedResponse:
+        call, party = current_call(), current_party()
+        return await self._inference.embed(request, call, party, _deadline(context))
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: _Context

@@ -16,7 +16,7 @@ from turret.server.api.auth import SERVICE_ROLES, authorize
 from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.failures import Failures
 from turret.server.api.faults import fault_of
-from turret.server.api.shares import Shares
+from turret.server.api.shares import Party, Shares
 from turret.server.api.tokens import TokenTable
 from turret.server.basics.codes import Code
 from turret.server.errors import TurretError
@@ -29,8 +29,10 @@ _log = logging.getLogger(__name__)
 
 # The calls that turret_requests_total counts: those that name adapters.
 COUNTED = frozenset(
-    f"/turret.v1.Inference/{name}" for name in ("Generate", "GenerateStream", "Score")
+    f"/turret.v1.Inference/{name}" for name in ("Generate", "GenerateStream", "Score", "Embed")
 )
+# Those of them that are many requests: each is held as its party's by who answers.
+MANY = frozenset({"/turret.v1.Inference/Embed"})
 
 # A client whose deadline passes resets the call, and by this machine's clock that can be a little
 # before the deadline: a cancellation so close to it was the deadline's.
@@ -39,11 +41,17 @@ DEADLINE_SLACK_SECONDS = 0.1
 _ONE_ANSWER = grpc.stream_unary_rpc_method_handler
 
 _current: contextvars.ContextVar[Call] = contextvars.ContextVar("call")
+_party: contextvars.ContextVar[Party] = contextvars.ContextVar("party")
 
 
 def current_call() -> Call:
     """The call that the current task answers: gRPC has no other way to hand it to a servicer."""
     return _current.get()
+
+
+def current_party() -> Party:
+    """Who asks for what the current task answers."""
+    return _party.get()
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):
@@ -147,7 +155,8 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
         the exception's frames keep the context and the request, a cycle that holds the request's
         memory until the next full garbage collection.
         """
-        sent_ids = (v for k, v in context.invocation_metadata() or () if k == REQUEST_ID_KEY)
+        metadata = context.invocation_metadata() or ()
+        sent_ids = (v for k, v in metadata if k == REQUEST_ID_KEY)
         call = Call.begin(
             method,
             sent_ids,
@@ -157,12 +166,11 @@ class CallInterceptor(grpc.aio.ServerInterceptor):
             level=logging.INFO if _service_of(method) in SERVICE_ROLES else logging.DEBUG,
         )
         _current.set(call)
+        party = Party(self._shares, _authorization(metadata), context.peer())
+        _party.set(party)
         code = Code.INTERNAL
         try:
-            held = contextlib.nullcontext()
-            if method in COUNTED:
-                metadata = context.invocation_metadata() or ()
-                held = self._shares.hold(_authorization(metadata), context.peer())
+            held = party.hold() if method in COUNTED - MANY else contextlib.nullcontext()
             with self._open_calls.hold(is_open=_service_of(method) not in SERVICE_ROLES), held:
                 response = await body()
             context.set_trailing_metadata(((REQUEST_ID_KEY, call.request_id),))

@@ -11,6 +11,7 @@ import pytest
 from servers.fakes import FakeEngine, endless, failing, finish
 from servers.http_harness import http_harness
 
+from turret.server.api.shares import MAX_AT_A_TIME
 from turret.server.engine.scheduling.request import (
     FinishReason,
     Output,
@@ -19,7 +20,6 @@ from turret.server.engine.scheduling.request import (
     TopLogprob,
 )
 from turret.server.errors import AdapterNotFoundError, QueueFullError
-from turret.server.http.choices import MAX_AT_A_TIME
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 TURNS = [{"role": "user", "content": "hi"}]

@@ -20,15 +20,15 @@ from turret.server.api.failures import Failures
 from turret.server.api.faults import TABLE as FAULTS
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
+from turret.server.api.shares import MAX_AT_A_TIME
 from turret.server.api.tokens import TokenTable
 from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.http.bodies import response_fields
 from turret.server.http.bodies.generation import MAX_CHOICES
+from turret.server.http.bodies.prompts import MAX_PROMPTS
 from turret.server.http.bodies.unsupported import refused_fields
-from turret.server.http.choices import MAX_AT_A_TIME
-from turret.server.http.completions import MAX_PROMPTS
 from turret.server.http.exchange.body import BODY_SECONDS, MAX_BODY_BYTES, MAX_DEPTH, parse
 from turret.server.http.exchange.refusals import TABLE, refusal_of, renamed_path
 from turret.server.http.server import routes
@@ -197,8 +197,6 @@ async def test_other_paths_and_methods_are_refused_in_the_same_form() -> None:
         assert (refused.status, refused.code) == (404, "unknown_url")
         answer = await server.client.get(COMPLETIONS)
         assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
-        refused = await server.refused("/v1/embeddings", {"model": "base", "input": "a"})
-        assert (refused.status, refused.code) == (501, "not_implemented")
         for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
             assert (await server.refused(path, {})).status == 400
     apart = ListenConfig(http_address="127.0.0.1:0", admin_address="127.0.0.1:0")

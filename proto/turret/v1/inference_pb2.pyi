@@ -302,6 +302,60 @@ class ScoreResponse(_message.Message):
     request_id: str
     def __init__(self, tokens: _Optional[_Iterable[_Union[TokenLogprob, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., adapters_used: _Optional[_Iterable[_Union[AdapterUse, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
 
+class Input(_message.Message):
+    __slots__ = ("prompt", "chat", "token_ids")
+    PROMPT_FIELD_NUMBER: _ClassVar[int]
+    CHAT_FIELD_NUMBER: _ClassVar[int]
+    TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    prompt: str
+    chat: Chat
+    token_ids: TokenIds
+    def __init__(self, prompt: _Optional[str] = ..., chat: _Optional[_Union[Chat, _Mapping]] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ...) -> None: ...
+
+class EmbedRequest(_message.Message):
+    __slots__ = ("inputs", "adapters", "pooling", "normalize", "dimensions", "request_id")
+    class Pooling(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+        __slots__ = ()
+        POOLING_UNSPECIFIED: _ClassVar[EmbedRequest.Pooling]
+        LAST: _ClassVar[EmbedRequest.Pooling]
+        MEAN: _ClassVar[EmbedRequest.Pooling]
+    POOLING_UNSPECIFIED: EmbedRequest.Pooling
+    LAST: EmbedRequest.Pooling
+    MEAN: EmbedRequest.Pooling
+    INPUTS_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    POOLING_FIELD_NUMBER: _ClassVar[int]
+    NORMALIZE_FIELD_NUMBER: _ClassVar[int]
+    DIMENSIONS_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    inputs: _containers.RepeatedCompositeFieldContainer[Input]
+    adapters: _containers.RepeatedCompositeFieldContainer[_adapters_pb2.AdapterWeight]
+    pooling: EmbedRequest.Pooling
+    normalize: bool
+    dimensions: int
+    request_id: str
+    def __init__(self, inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., adapters: _Optional[_Iterable[_Union[_adapters_pb2.AdapterWeight, _Mapping]]] = ..., pooling: _Optional[_Union[EmbedRequest.Pooling, str]] = ..., normalize: bool = ..., dimensions: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class Embedding(_message.Message):
+    __slots__ = ("values",)
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    values: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, values: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class EmbedResponse(_message.Message):
+    __slots__ = ("embeddings", "usage", "adapters_used", "timing", "request_id")
+    EMBEDDINGS_FIELD_NUMBER: _ClassVar[int]
+    USAGE_FIELD_NUMBER: _ClassVar[int]
+    ADAPTERS_USED_FIELD_NUMBER: _ClassVar[int]
+    TIMING_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    embeddings: _containers.RepeatedCompositeFieldContainer[Embedding]
+    usage: Usage
+    adapters_used: _containers.RepeatedCompositeFieldContainer[AdapterUse]
+    timing: Timing
+    request_id: str
+    def __init__(self, embeddings: _Optional[_Iterable[_Union[Embedding, _Mapping]]] = ..., usage: _Optional[_Union[Usage, _Mapping]] = ..., adapters_used: _Optional[_Iterable[_Union[AdapterUse, _Mapping]]] = ..., timing: _Optional[_Union[Timing, _Mapping]] = ..., request_id: _Optional[str] = ...) -> None: ...
+
 class TokenizeRequest(_message.Message):
     __slots__ = ("prompt", "chat", "token_ids")
     PROMPT_FIELD_NUMBER: _ClassVar[int]

@@ -71,6 +71,11 @@ class InferenceStub(object):
                 request_serializer=turret_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=turret_dot_v1_dot_inference__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/turret.v1.Inference/Embed',
+                request_serializer=turret_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=turret_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer(object):
@@ -130,6 +135,15 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Turns each of some inputs into a vector: the final hidden states of its tokens, pooled. With the
+        errors of `Generate`; the call fails as a whole. Every input counts as a request of its own
+        against `--max-requests-per-token` and `--max-requests-per-peer`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -157,6 +171,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=turret_dot_v1_dot_inference__pb2.GetModelRequest.FromString,
                     response_serializer=turret_dot_v1_dot_inference__pb2.GetModelResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=turret_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
+                    response_serializer=turret_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -306,6 +325,33 @@ class Inference(object):
             '/turret.v1.Inference/GetModel',
             turret_dot_v1_dot_inference__pb2.GetModelRequest.SerializeToString,
             turret_dot_v1_dot_inference__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/turret.v1.Inference/Embed',
+            turret_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
+            turret_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,

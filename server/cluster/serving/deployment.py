@@ -96,6 +96,9 @@ class Replica:
     async def Score(self, request: inference_pb2.ScoreRequest, grpc_context: Any) -> Any:
         return await self._server.answer(_INFERENCE, "Score", request, grpc_context)
 
+    async def Embed(self, request: inference_pb2.EmbedRequest, grpc_context: Any) -> Any:
+        return await self._server.answer(_INFERENCE, "Embed", request, grpc_context)
+
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, grpc_context: Any) -> Any:
         return await self._server.answer(_INFERENCE, "Tokenize", request, grpc_context)
 

@@ -53,6 +53,11 @@ def usage_of(ended: Sequence[Ended], num_choices: int) -> dict[str, Any]:
 
 def adapters_of(ended: Sequence[Ended]) -> list[dict[str, Any]]:
     """Which weights answered (the first of the answers): turret's own field."""
+    return told_uses(ended[0].adapters_used)
+
+
+def told_uses(uses: Iterable[inference_pb2.AdapterUse]) -> list[dict[str, Any]]:
+    """Which weights answered."""
     return [
         {
             "name": use.name,
@@ -62,7 +67,7 @@ def adapters_of(ended: Sequence[Ended]) -> list[dict[str, Any]]:
             "cold_start": use.cold_start,
             "load_ms": use.load_ms,
         }
-        for use in ended[0].adapters_used
+        for use in uses
     ]
 
 

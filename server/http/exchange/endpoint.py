@@ -6,7 +6,6 @@ import asyncio
 import dataclasses
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from turret.server import log
 from turret.server.api.auth import authorize, roles_of
 from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.failures import Failures
-from turret.server.api.shares import Shares
+from turret.server.api.shares import Party, Shares
 from turret.server.api.tokens import TokenTable
 from turret.server.basics.codes import Code
 from turret.server.errors import UnavailableError
@@ -40,8 +39,7 @@ class Exchange:
         query: The path's query, by name; of repeated names the last counts.
         headers: What the client sent.
         reply: Writes the answer.
-        peer: Where the client is (see ``Shares.hold``).
-        shares: Limits how many answers one party may wait for.
+        party: Whose answers they are, of which it may wait for so many.
         names: Field paths of turret.v1 to what this client calls them, from the route's on.
     """
 
@@ -50,8 +48,7 @@ class Exchange:
     query: Mapping[str, str]
     headers: Mapping[str, str]
     reply: Reply
-    peer: str
-    shares: Shares
+    party: Party
     names: dict[str, str]
     _tokens: TokenTable | None = None
     _body: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -68,14 +65,6 @@ class Exchange:
             UnauthenticatedError: No token, or an unknown one.
         """
         return roles_of(self._tokens, self.headers.get("authorization"))
-
-    def hold(self) -> AbstractContextManager[None]:
-        """Count one answer as its party's while the block runs.
-
-        Raises:
-            QueueFullError: The party has as many as it may.
-        """
-        return self.shares.hold(self.headers.get("authorization"), self.peer)
 
 
 Handler = Callable[[Exchange], Awaitable[None]]
@@ -156,8 +145,7 @@ class Endpoint:
                 query=QueryParams(scope["query_string"]),
                 headers=headers,
                 reply=reply,
-                peer=_peer(scope),
-                shares=self._shares,
+                party=Party(self._shares, headers.get("authorization"), _peer(scope)),
                 _tokens=self._tokens,
                 names=names,
             )

@@ -130,6 +130,14 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         response.tokens.add(token_id=3, text="c", logprob=0.0)
         return response
 
+    def Embed(self, request, context):
+        self._accept(request, context)
+        response = inference_pb2.EmbedResponse(request_id="e")
+        for number, each in enumerate(request.inputs):
+            response.embeddings.add(values=[len(self._words(each)), number, 0.125])
+        response.usage.prompt_tokens = 5
+        return response
+
     def Tokenize(self, request, context):
         return inference_pb2.TokenizeResponse(token_ids=[1, 2], token_texts=["a", "b"], text="ab")
 

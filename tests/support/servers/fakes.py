@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from array import array
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
@@ -115,7 +116,12 @@ Script = Callable[[Request], AsyncIterator[Output]]
 
 
 async def hello(request: Request) -> AsyncIterator[Output]:
-    """Two tokens, then the end."""
+    """Two tokens, then the end; or a vector that begins with the prompt's length."""
+    if request.pooling is not None:
+        size = request.pooling.dimensions or MODEL_INFO.hidden_size
+        vector = array("f", [len(request.prompt_token_ids), *[0.125] * (size - 1)])
+        yield Output(pooled=vector, finish=finish(request))
+        return
     logprob = TokenLogprob(token_id=72, text="H", logprob=-0.5)
     scores = tuple(
         TokenLogprob(token_id=t, text=chr(t), logprob=None if i == 0 else -float(i))

@@ -1,0 +1,43 @@
+"""The texts of a command that takes several."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+
+def text_parser() -> argparse.ArgumentParser:
+    """``TEXT ...`` and ``--file``, as a parent parser."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument(
+        "texts",
+        nargs="*",
+        metavar="TEXT",
+        help="text; - reads standard input, a text a line",
+    )
+    parser.add_argument(
+        "--file", type=Path, metavar="FILE", help="a file with a text a line, after those given"
+    )
+    return parser
+
+
+def given_texts(args: argparse.Namespace) -> list[str]:
+    """All of them, empty lines left out.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: There is none, or the file is not UTF-8.
+    """
+    texts: list[str] = []
+    for text in args.texts:
+        texts += _lines(sys.stdin.read()) if text == "-" else [text]
+    if args.file is not None:
+        texts += _lines(args.file.read_text(encoding="utf-8"))
+    if not texts:
+        raise ValueError("no text: give some, - for standard input, or --file")
+    return texts
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.splitlines() if line.strip()]

@@ -1,0 +1,105 @@
+"""What Embed does: a vector for each input."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from turret.server.api.backend import Backend
+from turret.server.api.call import Call
+from turret.server.api.inputs import check_inputs, run_inputs, summed_fields
+from turret.server.api.limits import MAX_EMBEDDING_NUMBERS, InputLimits
+from turret.server.api.requests import adapter_refs, check_request_id, input_token_ids
+from turret.server.api.shares import Party
+from turret.server.api.violations import Violations
+from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
+from turret.server.engine.scheduling.request import Output, Request
+from turret.v1 import inference_pb2
+
+_Embed = inference_pb2.EmbedRequest
+_KINDS = {
+    _Embed.POOLING_UNSPECIFIED: PoolingKind.LAST,
+    _Embed.LAST: PoolingKind.LAST,
+    _Embed.MEAN: PoolingKind.MEAN,
+}
+
+
+def pooling_of(
+    message: inference_pb2.EmbedRequest, hidden_size: int, violations: Violations
+) -> Pooling:
+    """How the states are pooled; what is wrong is noted, and left at its default."""
+    values: dict[str, Any] = {}
+    known = message.pooling in _KINDS
+    violations.check(known, "pooling", f"{message.pooling} is no pooling of this version")
+    if known:
+        values["kind"] = _KINDS[message.pooling]
+    if message.HasField("normalize"):
+        values["normalize"] = message.normalize
+    dimensions = hidden_size
+    if message.HasField("dimensions"):
+        fits = 1 <= message.dimensions <= hidden_size
+        violations.check(fits, "dimensions", f"must be in [1, {hidden_size}]")
+        dimensions = values["dimensions"] = message.dimensions if fits else hidden_size
+    most = MAX_EMBEDDING_NUMBERS // dimensions
+    violations.check(
+        len(message.inputs) <= most,
+        "inputs",
+        f"{len(message.inputs)} vectors of {dimensions} numbers are over the"
+        f" {MAX_EMBEDDING_NUMBERS} of a call: send at most {most} inputs",
+    )
+    return Pooling(**values)
+
+
+async def embed(
+    message: inference_pb2.EmbedRequest,
+    backend: Backend,
+    call: Call,
+    party: Party,
+    deadline: float | None,
+) -> inference_pb2.EmbedResponse:
+    """Answer a message.
+
+    Args:
+        message: What the client sent.
+        backend: Answers.
+        call: On whose behalf.
+        party: Whose requests the inputs are.
+        deadline: ``time.monotonic()`` seconds, or None.
+
+    Raises:
+        InvalidRequestError: Lists every offending field.
+        TurretError: What the first input to fail raised; see ``Engine.submit``.
+    """
+    violations, limits = Violations(), InputLimits.of(backend)
+    check_inputs(message.inputs, limits, violations)
+    refs = adapter_refs(message.adapters, violations)
+    pooling = pooling_of(message, backend.model_info.hidden_size, violations)
+    check_request_id(message.request_id, violations)
+    violations.raise_if_any()
+    request_id = message.request_id or call.request_id
+    # Each input counts its share of what was sent.
+    message_bytes = call.message_bytes // len(message.inputs)
+
+    async def make(index: int) -> Request:
+        ids = await input_token_ids(message.inputs[index], backend.tokenizer)
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=tuple(ids),
+            adapters=refs,
+            deadline=deadline,
+            message_bytes=message_bytes,
+            pooling=pooling,
+        )
+
+    found = await run_inputs(
+        backend, call, party, count=len(message.inputs), make=make, convert=_vector
+    )
+    return inference_pb2.EmbedResponse(
+        embeddings=[vector for vector, _ in found],
+        request_id=request_id,
+        **summed_fields([finish for _, finish in found]),
+    )
+
+
+def _vector(output: Output) -> inference_pb2.Embedding:
+    assert output.pooled is not None
+    return inference_pb2.Embedding(values=output.pooled)

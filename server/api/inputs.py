@@ -1,0 +1,152 @@
+"""Calls of several inputs: checked together, run beside each other, summed up."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar
+
+from turret.server.api.answers import adapter_uses, timing
+from turret.server.api.backend import Backend
+from turret.server.api.call import Call
+from turret.server.api.limits import MAX_INPUTS, InputLimits
+from turret.server.api.outputs import outputs_of
+from turret.server.api.requests import check_input
+from turret.server.api.shares import Party
+from turret.server.api.together import together
+from turret.server.api.violations import Violations
+from turret.server.engine.scheduling.request import (
+    AdapterUse,
+    Finish,
+    FinishReason,
+    Output,
+    Request,
+    Timing,
+)
+from turret.server.errors import InvalidRequestError, UnavailableError
+from turret.v1 import inference_pb2
+
+_T = TypeVar("_T")
+# Whatever is wrong with these is wrong with the call, not with one of its inputs.
+_SHARED = ("adapters",)
+
+
+def check_inputs(
+    inputs: Sequence[inference_pb2.Input], limits: InputLimits, violations: Violations
+) -> None:
+    """Check every input as far as it can be unread.
+
+    Raises:
+        PromptTooLongError: One cannot be as few tokens as the limit, whatever they are.
+    """
+    violations.check(len(inputs) > 0, "inputs", "at least one")
+    if not violations.check_count(len(inputs), MAX_INPUTS, "inputs"):
+        return
+    for index, each in enumerate(inputs):
+        found = Violations()
+        with blamed_on(index):
+            check_input(each, limits, found)
+        for path, why in found.found:
+            violations.add(_path(index, path), why)
+        if violations.is_full:
+            return
+
+
+@contextlib.contextmanager
+def blamed_on(index: int) -> Iterator[None]:
+    """Have what is wrong with an input say which one it is."""
+    try:
+        yield
+    except InvalidRequestError as error:
+        if any(path.startswith(_SHARED) for path, _ in error.violations):
+            raise
+        raise type(error)(
+            f"inputs[{index}]: {error.message}",
+            metadata=error.metadata,
+            violations=[(_path(index, path), why) for path, why in error.violations],
+        ) from None
+
+
+def _path(index: int, path: str) -> str:
+    within = path.removeprefix("input").removeprefix(".")
+    return f"inputs[{index}].{within}" if within else f"inputs[{index}]"
+
+
+async def run_inputs(
+    backend: Backend,
+    call: Call,
+    party: Party,
+    *,
+    count: int,
+    make: Callable[[int], Awaitable[Request]],
+    convert: Callable[[Output], _T],
+) -> list[tuple[_T, Finish]]:
+    """Run a request for each input, some of them at a time.
+
+    Args:
+        backend: Answers.
+        call: On whose behalf.
+        party: Whose requests they are; each is counted.
+        count: Of all inputs.
+        make: The request for an input, by its index; asked for when its turn comes.
+        convert: What is kept of a request's last output.
+
+    Returns:
+        In the order of the inputs, what was kept, and how the request ended.
+
+    Raises:
+        TurretError: What the first of them to fail raised; the others end.
+    """
+
+    async def one(index: int) -> tuple[_T, Finish]:
+        with party.hold(), blamed_on(index):
+            outputs = outputs_of(backend, await make(index), call)
+            return await _last(outputs, convert)
+
+    return await together([one(index) for index in range(count)], party.most_at_once)
+
+
+async def _last(
+    outputs: AsyncGenerator[Output, None], convert: Callable[[Output], _T]
+) -> tuple[_T, Finish]:
+    async with contextlib.aclosing(outputs):
+        async for output in outputs:
+            if output.finish is None:
+                continue
+            if output.finish.reason is FinishReason.CANCELLED:
+                raise UnavailableError("the server is shutting down: it ended the request")
+            if output.finish.reason is not FinishReason.DEADLINE:
+                return convert(output), output.finish
+    raise AssertionError("a request ends with a finish, or raises")
+
+
+def summed_fields(finishes: Sequence[Finish]) -> dict[str, Any]:
+    """The fields that every finished answer has, by name, over all inputs of a call."""
+    usages = [finish.usage for finish in finishes]
+    spans = [finish.timing for finish in finishes]
+    total = max(span.total_seconds for span in spans)
+    return {
+        "usage": inference_pb2.Usage(
+            prompt_tokens=sum(usage.prompt_tokens for usage in usages),
+            cached_tokens=sum(usage.cached_tokens for usage in usages),
+        ),
+        "adapters_used": adapter_uses(_distinct(finishes)),
+        "timing": timing(
+            Timing(
+                queue_seconds=min(span.queue_seconds for span in spans),
+                time_to_first_token_seconds=total,
+                total_seconds=total,
+            )
+        ),
+    }
+
+
+def _distinct(finishes: Iterable[Finish]) -> list[AdapterUse]:
+    """Each of the weights that answered, once: as the input that waited for them tells it."""
+    places: dict[tuple[int, int], AdapterUse] = {}
+    for finish in finishes:
+        for place, use in enumerate(finish.adapters_used):
+            known = places.setdefault((place, use.generation), use)
+            if use.cold_start and not known.cold_start:
+                places[place, use.generation] = use
+    return [places[key] for key in sorted(places)]

@@ -1,0 +1,52 @@
+"""Prompts in OpenAI's form: a string, a list of strings, token ids, or a list of lists of them."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from turret.server.http.bodies.fields import Fields, is_token_id, why_no_text
+from turret.v1 import inference_pb2
+
+MAX_PROMPTS = 2048
+
+_M = TypeVar("_M", inference_pb2.GenerateRequest, inference_pb2.Input)
+
+
+def read_prompts(fields: Fields, name: str, kind: type[_M]) -> list[_M]:
+    """A message for each prompt; none if anything is wrong, which is noted.
+
+    Args:
+        fields: The request.
+        name: Of the field.
+        kind: What is made: a message with the inputs ``prompt`` and ``token_ids``.
+    """
+    sent = fields.get(name)
+    if sent is None:
+        fields.refuse(name, "must be set")
+        return []
+    # A list of integers is one prompt; an empty list is none.
+    is_one = isinstance(sent, str) or (
+        isinstance(sent, list) and (not sent or not isinstance(sent[0], str | list))
+    )
+    values = [sent] if is_one else sent
+    if not isinstance(values, list):
+        fields.refuse(name, "must be a string, token ids, or a list of either")
+        return []
+    if len(values) > MAX_PROMPTS:
+        fields.refuse(name, f"at most {MAX_PROMPTS}, not {len(values)}")
+        return []
+    read = []
+    for index, value in enumerate(values):
+        path = name if is_one else f"{name}[{index}]"
+        if isinstance(value, str):
+            why = why_no_text(value)
+            if why is not None:
+                fields.refuse(path, why)
+                return []
+            read.append(kind(prompt=value))
+        elif isinstance(value, list) and value and all(map(is_token_id, value)):
+            read.append(kind(token_ids=inference_pb2.TokenIds(ids=value)))
+        else:
+            fields.refuse(path, "must be a string or token ids, at least one")
+            return []
+    return read

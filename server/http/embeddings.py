@@ -1,0 +1,131 @@
+"""POST /v1/embeddings."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import struct
+from collections.abc import Callable
+from typing import Any
+
+from turret.server.api.inference import Inference
+from turret.server.api.violations import Violations
+from turret.server.http.bodies.answer_fields import told_uses
+from turret.server.http.bodies.fields import Fields
+from turret.server.http.bodies.generation import read_deadline
+from turret.server.http.bodies.messages import read_messages
+from turret.server.http.bodies.model_names import mix_of
+from turret.server.http.bodies.prompts import read_prompts
+from turret.server.http.bodies.unsupported import refuse_unsupported
+from turret.server.http.exchange.endpoint import Exchange
+from turret.server.http.exchange.reply import dumps
+from turret.v1 import inference_pb2
+
+# Paths of turret.v1 by the names that clients of this door know.
+NAMES = {"inputs": "input"}
+CHAT_NAMES = {"inputs": "messages", "inputs[0].chat.": ""}
+
+_Embed = inference_pb2.EmbedRequest
+_POOLINGS = {"last": _Embed.LAST, "mean": _Embed.MEAN}
+# More numbers than these take over a millisecond to write down.
+_INLINE_NUMBERS = 2048
+
+
+class Embeddings:
+    """Turns texts into vectors.
+
+    Args:
+        inference: What answers.
+    """
+
+    def __init__(self, inference: Inference) -> None:
+        self._inference = inference
+
+    async def __call__(self, exchange: Exchange) -> None:
+        info = self._inference.model()
+        violations = Violations()
+        fields = Fields(exchange.take_body(), violations)
+        message = _Embed(adapters=mix_of(fields, info.name))
+        message.inputs.extend(_read_inputs(fields, exchange))
+        _read_options(fields, message)
+        encode = _read_format(fields)
+        deadline = read_deadline(fields)
+        model = str(fields.get("model"))
+        violations.raise_if_any()
+        del fields
+        answer = await self._inference.embed(message, exchange.call, exchange.party, deadline)
+
+        def written() -> bytes:
+            return dumps(_body(answer, model, encode))
+
+        size = sum(len(each.values) for each in answer.embeddings)
+        body = written() if size <= _INLINE_NUMBERS else await asyncio.to_thread(written)
+        await exchange.reply.whole(body, 200, {"content-type": "application/json"})
+
+
+def _read_inputs(fields: Fields, exchange: Exchange) -> list[inference_pb2.Input]:
+    """What ``input`` lists, or the one conversation in ``messages``, which is vLLM's."""
+    is_chat = fields.get("messages") is not None
+    refuse_unsupported(fields, is_chat=is_chat)
+    if not is_chat:
+        return read_prompts(fields, "input", inference_pb2.Input)
+    if fields.get("input") is not None:
+        fields.refuse("input", "send either input or messages")
+    exchange.names.clear()
+    exchange.names.update(CHAT_NAMES)
+    return [inference_pb2.Input(chat=read_messages(fields))]
+
+
+def _read_options(fields: Fields, message: inference_pb2.EmbedRequest) -> None:
+    pooling = fields.text("pooling")
+    if pooling is not None and pooling not in _POOLINGS:
+        fields.refuse("pooling", f"must be one of {', '.join(_POOLINGS)}")
+    message.pooling = _POOLINGS.get(pooling or "", _Embed.POOLING_UNSPECIFIED)
+    if fields.get("normalize") is not None:
+        message.normalize = fields.flag("normalize")
+    dimensions = fields.integer("dimensions")
+    if dimensions is not None:
+        message.dimensions = dimensions
+
+
+def _read_format(fields: Fields) -> Callable[[inference_pb2.Embedding], Any]:
+    """How a vector is written: ``encoding_format``."""
+    kind = fields.text("encoding_format") or "float"
+    if kind not in _FORMATS:
+        fields.refuse("encoding_format", f"must be one of {', '.join(_FORMATS)}")
+    return _FORMATS.get(kind, _numbers)
+
+
+def _numbers(embedding: inference_pb2.Embedding) -> list[float]:
+    # Nine digits tell a number of single precision from every other.
+    return [float(f"{value:.9g}") for value in embedding.values]
+
+
+def _base64(embedding: inference_pb2.Embedding) -> str:
+    """Little-endian single precision."""
+    values = embedding.values
+    return base64.b64encode(struct.pack(f"<{len(values)}f", *values)).decode()
+
+
+_FORMATS: dict[str, Callable[[inference_pb2.Embedding], Any]] = {
+    "float": _numbers,
+    "base64": _base64,
+}
+
+
+def _body(
+    answer: inference_pb2.EmbedResponse,
+    model: str,
+    encode: Callable[[inference_pb2.Embedding], Any],
+) -> dict[str, Any]:
+    tokens = answer.usage.prompt_tokens
+    return {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": encode(each)}
+            for index, each in enumerate(answer.embeddings)
+        ],
+        "model": model,
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "adapters_used": told_uses(answer.adapters_used),
+    }

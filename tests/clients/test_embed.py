@@ -1,0 +1,105 @@
+"""Vectors by the clients and by the command."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from servers.fake_turret import FakeTurret, fake_turret
+
+from turret.clients.aio import AsyncTurretClient
+from turret.clients.client import TurretClient
+from turret.clients.verbs import add_verbs
+from turret.v1 import inference_pb2
+
+Embed = inference_pb2.EmbedRequest
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[FakeTurret]:
+    with fake_turret() as running:
+        yield running
+
+
+def run(server: FakeTurret, *arguments: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_verbs(parser.add_subparsers())
+    args = parser.parse_args([*arguments, "--address", server.address])
+    return args.func(args)
+
+
+def test_every_kind_of_input_becomes_a_vector(server: FakeTurret) -> None:
+    inputs = ["a b", [1, 2, 3], [{"role": "user", "content": "hi"}]]
+    with TurretClient(server.address) as client:
+        found = client.embed(
+            inputs, adapters=["sql", ("json", -0.5)], pooling="mean", normalize=False, dimensions=7
+        )
+        single = client.embed("a b")
+    assert [vector[:2] for vector in found.vectors] == [(2, 0), (3, 1), (1, 2)]
+    assert found.vectors[0][2] == 0.125
+    assert (found.usage.prompt_tokens, found.request_id) == (5, "e")
+    sent, plain = server.inference.requests[-2:]
+    assert [each.WhichOneof("input") for each in sent.inputs] == ["prompt", "token_ids", "chat"]
+    assert [(a.name, a.weight) for a in sent.adapters] == [("sql", 0.0), ("json", -0.5)]
+    assert (sent.pooling, sent.normalize, sent.dimensions) == (Embed.MEAN, False, 7)
+    assert single.vectors == ((2.0, 0.0, 0.125),)
+    assert plain == Embed(inputs=[inference_pb2.Input(prompt="a b")])
+
+
+async def test_the_asyncio_client_asks_the_same(server: FakeTurret) -> None:
+    async with AsyncTurretClient(server.address) as client:
+        found = await client.embed(["a", "b c"], adapters="sql", pooling="last", request_id="r")
+    assert [vector[0] for vector in found.vectors] == [1, 2]
+    sent = server.inference.requests[-1]
+    assert (sent.pooling, sent.request_id) == (Embed.LAST, "r")
+    assert not sent.HasField("normalize")
+    assert not sent.HasField("dimensions")
+
+
+@pytest.mark.parametrize(
+    ("inputs", "options", "error"),
+    [
+        ([1, 2], {}, TypeError),
+        ([{"role": "user", "content": "hi"}], {}, TypeError),
+        (3, {}, TypeError),
+        ("a", {"pooling": "max"}, ValueError),
+        ("a", {"dimensions": -1}, ValueError),
+    ],
+)
+def test_what_is_no_list_of_prompts_is_refused(
+    server: FakeTurret, inputs: object, options: dict[str, object], error: type[Exception]
+) -> None:
+    with TurretClient(server.address) as client, pytest.raises(error):
+        client.embed(inputs, **options)  # type: ignore[arg-type]
+
+
+def test_the_command_prints_an_array_a_line(
+    server: FakeTurret, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "texts").write_text("from file\n\nlast\n")
+    flags = ("--pooling", "mean", "--no-normalize", "-a", "sql")
+    assert run(server, "embed", "a b c", "--file", str(tmp_path / "texts"), *flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [json.loads(line) for line in lines] == [[3, 0, 0.125], [2, 1, 0.125], [1, 2, 0.125]]
+    sent = server.inference.requests[-1]
+    assert [each.prompt for each in sent.inputs] == ["a b c", "from file", "last"]
+    assert (sent.pooling, sent.normalize) == (Embed.MEAN, False)
+
+
+def test_the_command_compares_texts(
+    server: FakeTurret, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("a\n[b] c\n"))
+    assert run(server, "embed", "-", "--similarity") == 0
+    printed = capsys.readouterr().out
+    # Of (1, 0, 0.125) and (2, 1, 0.125).
+    assert "0.893" in printed
+    assert "[b] c" in printed
+    assert run(server, "embed", "a", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["vectors"][0][0] == 1
+    assert run(server, "embed") == 2
+    assert "no text" in capsys.readouterr().err
