@@ -6,7 +6,9 @@ Online softmax (FlashAttention, arXiv 2205.14135, section 3.1) over tiles of ``T
 
 in fp32, with tiles at fixed positions: 0, TILE, 2·TILE, … A row's result then depends on its own
 query and its own keys only, not on the batch or on how a prompt was cut into chunks. Grouped query
-heads ride along as extra query rows, so keys and values are never repeated.
+heads ride along as extra query rows, so keys and values are never repeated. A head may have a
+*sink* (arXiv 2309.17453; gpt-oss has learned ones): a score of no position, with which m and l
+begin.
 """
 
 from __future__ import annotations
@@ -178,6 +180,7 @@ def paged_attention_reference(
     *,
     scale: float,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend by torch products; the CPU path as well as the Triton kernel's oracle.
 
@@ -189,15 +192,17 @@ def paged_attention_reference(
         plan: Made by ``plan_attention`` with this cache's block size.
         scale: Multiplied into the queries, usually ``head_dim ** -0.5``.
         softcap: Scores become ``softcap · tanh(score / softcap)`` if it is given.
+        sinks: What each head adds to the softmax beside its scores, ``[num_heads]`` fp32, or None.
 
     Returns:
         ``[num_rows, num_heads, head_dim]``, dtype of the cache.
     """
     num_rows, num_heads, head_dim = q.shape
     out = torch.zeros(num_rows, num_heads, head_dim, dtype=k_cache.dtype, device=q.device)
+    caches = k_cache, v_cache
     for group in plan.groups:
         rows = q.index_select(0, group.rows)
-        out.index_copy_(0, group.rows, _attend(rows, (k_cache, v_cache), group, scale, softcap))
+        out.index_copy_(0, group.rows, _attend(rows, caches, group, scale, softcap, sinks))
     return out
 
 
@@ -207,6 +212,7 @@ def _attend(
     group: _Group,
     scale: float,
     softcap: float | None,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
     k_cache, v_cache = caches
     n, m = group.num_sequences, group.num_new
@@ -233,8 +239,11 @@ def _attend(
             scores.view(tile.num_sequences, kv_heads, query_rows, TILE).add_(tile.mask)
         top = scores.amax(-1, keepdim=True)
         if t == 0:
-            best = top
+            sink = None if sinks is None else _sinks_of_rows(sinks, group, kv_heads, query_rows)
+            best = top if sink is None else torch.maximum(top, sink)
             acc = table_product(row_exp_(scores.sub_(best)), values)
+            if sink is not None:
+                acc[..., head_dim:] += row_exp_(sink - best)
             continue
         top = torch.maximum(top, best[:size])
         acc[:size].mul_(row_exp_(best[:size].sub_(top)))
@@ -244,6 +253,16 @@ def _attend(
     result = result.view(n, kv_heads, query_rows, head_dim)[:, :, : m * per_head]
     result = result.reshape(n, kv_heads, m, per_head, head_dim).transpose(1, 2)
     return result.reshape(n * m, num_heads, head_dim).to(k_cache.dtype)
+
+
+def _sinks_of_rows(
+    sinks: torch.Tensor, group: _Group, kv_heads: int, query_rows: int
+) -> torch.Tensor:
+    """Of every query row, ``[num_sequences · kv_heads, query_rows, 1]``."""
+    of_rows = sinks.view(kv_heads, -1).repeat(1, group.num_new)
+    missing = query_rows - of_rows.shape[1]
+    of_rows = torch.cat((of_rows, of_rows.new_zeros(kv_heads, missing)), dim=1)
+    return of_rows.repeat(group.num_sequences, 1).unsqueeze(-1)
 
 
 def _gather(

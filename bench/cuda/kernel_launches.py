@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,7 @@ from turret.kernels.gpu.adapters.pair_rotation import pair_rotation
 from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.adapters.sparse import sparse
+from turret.kernels.gpu.clamped_swiglu import clamped_swiglu
 from turret.kernels.gpu.experts.combine_experts import combine_experts
 from turret.kernels.gpu.experts.expert_updates import add_expert_updates
 from turret.kernels.gpu.experts.nf4_experts import nf4_experts
@@ -80,6 +81,7 @@ _GEMMA_2_9B = Model(3584, 16, 8, 256, 14336, window=4096)
 _GEMMA_3_1B = Model(1152, 4, 1, 256, 6912, head_norm=True, window=512)
 _PHI_4_MINI = Model(3072, 24, 8, 128, 8192)
 _GLM_4_9B = Model(4096, 32, 2, 128, 13696)
+_GPT_OSS = Model(2880, 64, 8, 64, 2880, window=128)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -198,7 +200,7 @@ def _base(inner: int, outs: tuple[int, ...], gated: bool) -> None:
         nf4_matmul(_empty(rows, inner), Nf4Matrix(packed, plain, width, inner), gated=True)
 
 
-def _attention(model: Model, softcap: float | None = None) -> None:
+def _attention(model: Model, softcap: float | None = None, has_sinks: bool = False) -> None:
     cache = _empty(256, 16, model.kv_heads, model.head_dim)
     table = AttentionTable(
         max_records=_ROWS,
@@ -210,7 +212,9 @@ def _attention(model: Model, softcap: float | None = None) -> None:
         spread_records=_ROWS,
     )
     q = _empty(_ROWS, model.heads, model.head_dim)
-    paged_attention(q, cache, cache, table, scale=model.head_dim**-0.5, softcap=softcap)
+    sinks = _empty(model.heads, dtype=torch.float32) if has_sinks else None
+    scale = model.head_dim**-0.5
+    paged_attention(q, cache, cache, table, scale=scale, softcap=softcap, sinks=sinks)
 
 
 def _rotation(model: Model, pairs: int, *, is_interleaved: bool = False) -> None:
@@ -280,6 +284,12 @@ def _all() -> Iterator[Callable[[], object]]:
     # Qwen3-30B-A3B and Mixtral-8x7B.
     yield lambda: _experts(2048, 768, 128, 8)
     yield lambda: _experts(4096, 14336, 8, 2)
+    for window in (None, _GPT_OSS.window):
+        yield lambda window=window: _attention(replace(_GPT_OSS, window=window), has_sinks=True)
+    yield lambda: clamped_swiglu(_empty(_ROWS, 2 * _GPT_OSS.inner), 1.702, 7.0)
+    # gpt-oss-20b and gpt-oss-120b.
+    for count in (32, 128):
+        yield lambda count=count: _experts(_GPT_OSS.hidden, _GPT_OSS.inner, count, 4)
 
 
 LAUNCHES: tuple[Callable[[], object], ...] = tuple(_all())

@@ -52,6 +52,25 @@ def gelu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return _gated_mul("turret_gelu_mul", gate_up)
 
 
+def clamped_swiglu(gate_up: torch.Tensor, alpha: float, limit: float) -> torch.Tensor:
+    """``(up + 1) · gate · σ(alpha · gate)``, clamped; see ``kernels/clamped_swiglu.py``.
+
+    Args:
+        gate_up: ``[rows, 2·width]`` bf16 or fp32, contiguous; gates and ups alternate.
+        alpha: Gain of the sigmoid.
+        limit: Of gates and ups.
+
+    Returns:
+        ``[rows, width]``, same dtype, from fp32 by one rounding.
+    """
+    rows, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = torch.empty(rows, width, dtype=gate_up.dtype)
+    by_element("turret_clamped_swiglu", gate_up.dtype)(
+        gate_up.data_ptr(), out.data_ptr(), rows, width, alpha, limit, num_threads()
+    )
+    return out
+
+
 def _gated_mul(name: str, gate_up: torch.Tensor) -> torch.Tensor:
     rows, width = gate_up.shape[0], gate_up.shape[1] // 2
     out = torch.empty(rows, width, dtype=gate_up.dtype)

@@ -55,6 +55,7 @@ _BY_ELEMENT = {
     ),
     "turret_silu_mul": (_pointer, _pointer, _int, _int, _int),
     "turret_gelu_mul": (_pointer, _pointer, _int, _int, _int),
+    "turret_clamped_swiglu": (_pointer, _pointer, _int, _int, _double, _double, _int),
     "turret_rope_kv_write": (*(_pointer,) * 7, *(_int,) * 7),
 }
 _SUFFIXES = {torch.bfloat16: "", torch.float32: "_f32"}

@@ -69,6 +69,7 @@ class _Heads(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("heads", "kv_heads", "head_dim", "block_size")),
         ("scale", ctypes.c_double),
         ("softcap", ctypes.c_double),
+        ("sinks", ctypes.c_void_p),
     )
 
 
@@ -80,6 +81,7 @@ def paged_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend; every row of ``q`` belongs to a span.
 
@@ -91,12 +93,15 @@ def paged_attention(
         plan: Of the step.
         scale: Multiplied into the queries.
         softcap: Scores become ``softcap · tanh(score / softcap)`` if it is given.
+        sinks: What each head adds to the softmax beside its scores, ``[num_heads]`` fp32
+            contiguous, or None.
 
     Returns:
         ``[num_rows, num_heads, head_dim]``, dtype of the cache.
     """
     _, block_size, kv_heads, head_dim = k_cache.shape
     out = torch.empty(q.shape, dtype=k_cache.dtype)
+    assert sinks is None or (sinks.dtype == torch.float32 and sinks.is_contiguous())
     heads = _Heads(
         q.data_ptr(),
         k_cache.data_ptr(),
@@ -108,6 +113,7 @@ def paged_attention(
         block_size,
         scale,
         softcap or 0.0,
+        None if sinks is None else sinks.data_ptr(),
     )
     by_element("turret_attend", k_cache.dtype)(plan.address, ctypes.addressof(heads))
     return out

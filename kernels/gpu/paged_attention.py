@@ -3,7 +3,7 @@
 Query heads that share a KV head, and neighbouring tokens of a chunk, are rows of one tile: keys and
 values are read once for all of them. Within a split the softmax runs over tiles; splits start
 afresh and are added up in order, in the same program or by the last one of an item to be done (see
-``attention_table``).
+``attention_table``). Where heads have sinks, what they are added to begins with those.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -48,16 +48,28 @@ def _merge(best, total, acc, other_best, other_total, other_acc):
 
 
 @triton.jit
+def _begin(sinks_ptr, head, live, PER_HEAD: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Softmax state of no keys, ``best [M]`` and ``total [M]``: a sink is a score like others."""
+    best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
+    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    if sinks_ptr is not None:
+        m = tl.arange(0, BLOCK_M)
+        sink = tl.load(sinks_ptr + head * PER_HEAD + m % PER_HEAD, mask=live, other=0.0)
+        best = sink * 1.4426950408889634
+        total = tl.full((BLOCK_M,), 1.0, dtype=tl.float32)
+    return best, total
+
+
+@triton.jit
 def _merge_records(
-    state_ptr, acc_ptr, first, count, head, live, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
+    state_ptr, acc_ptr, sinks_ptr, first, count, head, live, KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Softmax state of a spread item, from that of its records in their order."""
     m = tl.arange(0, BLOCK_M)
     d = tl.arange(0, BLOCK_D)
     keep = live[:, None] & (d < HEAD_DIM)[None, :]
-    best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
-    total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+    best, total = _begin(sinks_ptr, head, live, PER_HEAD, BLOCK_M)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
     for record in tl.range(first, first + count, num_stages=1):
         at = (record * KV_HEADS + head).to(tl.int64) * BLOCK_M + m
@@ -128,9 +140,9 @@ def _attend_split(
 
 @triton.jit
 def _finish(
-    out_ptr, state_ptr, acc_ptr, counters_ptr, record_ptr, record, head, best, total, acc,
-    KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PER_HEAD: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    out_ptr, state_ptr, acc_ptr, counters_ptr, sinks_ptr, record_ptr, record, head, best, total,
+    acc, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, PER_HEAD: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Store a whole item's result, or a spread one's state; its last program stores the result."""
     m = tl.arange(0, BLOCK_M)
@@ -149,8 +161,9 @@ def _finish(
         done = is_last(counters_ptr + first * KV_HEADS + head, count)
         if done:
             total, acc = _merge_records(
-                state_ptr, acc_ptr, first, count, head, live, KV_HEADS, HEAD_DIM, BLOCK_M, BLOCK_D
-            )
+                state_ptr, acc_ptr, sinks_ptr, first, count, head, live, KV_HEADS, HEAD_DIM,
+                PER_HEAD, BLOCK_M, BLOCK_D,
+            )  # fmt: skip
     if done:
         result = acc / tl.where(live, total, 1.0)[:, None]
         row = (tl.load(record_ptr, volatile=True) + m // PER_HEAD).to(tl.int64)
@@ -168,6 +181,7 @@ def paged_attention_kernel(
     state_ptr,  # [spread_records, kv_heads, BLOCK_M, 2] fp32
     acc_ptr,  # [spread_records, kv_heads, BLOCK_M, head_dim] fp32
     counters_ptr,  # [spread_records, kv_heads] int32
+    sinks_ptr,  # [num_heads] fp32 or None
     table_ptr,
     blocks_ptr,  # block numbers of all sequences
     scale,  # see _attend_split
@@ -203,6 +217,10 @@ def paged_attention_kernel(
         q = tl.load(q_ptr + q_at, mask=keep, other=0.0).to(k_ptr.dtype.element_ty)
         best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
         total = tl.zeros((BLOCK_M,), dtype=tl.float32)
+        if sinks_ptr is not None:  # noqa: SIM102 - one is known when it is compiled
+            # Of a spread item, whose records are states of their own, they are added at its end.
+            if tl.load(record_ptr + 8) == 1:
+                best, total = _begin(sinks_ptr, head, live, PER_HEAD, BLOCK_M)
         acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
         for split in range(tl.load(record_ptr + 5), tl.load(record_ptr + 6)):
             split_best, split_total, split_acc = _attend_split(
@@ -213,8 +231,8 @@ def paged_attention_kernel(
             )  # fmt: skip
             best, total, acc = _merge(best, total, acc, split_best, split_total, split_acc)
         _finish(
-            out_ptr, state_ptr, acc_ptr, counters_ptr, record_ptr, record, head, best, total, acc,
-            KV_HEADS, HEAD_DIM, PER_HEAD, BLOCK_M, BLOCK_D,
+            out_ptr, state_ptr, acc_ptr, counters_ptr, sinks_ptr, record_ptr, record, head, best,
+            total, acc, KV_HEADS, HEAD_DIM, PER_HEAD, BLOCK_M, BLOCK_D,
         )  # fmt: skip
 
 
@@ -226,6 +244,7 @@ def paged_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend the new tokens of a step to their sequences.
 
@@ -237,6 +256,8 @@ def paged_attention(
         table: The step's sequences, loaded.
         scale: Multiplied into the scores, usually ``head_dim ** -0.5``.
         softcap: Scores become ``softcap · tanh(score / softcap)`` if it is given.
+        sinks: What each head adds to the softmax beside its scores, ``[num_heads]`` fp32
+            contiguous, or None.
 
     Returns:
         ``[num_rows, num_heads, head_dim]``, dtype of the cache. Rows of no sequence are undefined.
@@ -246,7 +267,7 @@ def paged_attention(
     """
     block_size, kv_heads, head_dim = k_cache.shape[1:]
     per_head = table.queries_per_head
-    _check(q, k_cache, v_cache, table)
+    _check(q, k_cache, v_cache, table, sinks)
     tuned = tuning(q.device)
     lead = (max(1, table.spread_records), kv_heads, table.tile_rows)
     state = torch.empty(*lead, 2, dtype=torch.float32, device=q.device)
@@ -261,6 +282,7 @@ def paged_attention(
         state,
         acc,
         table.counters,
+        sinks,
         table.buffer,
         table.blocks,
         scale * 1.4426950408889634 * (1.0 if softcap is None else 2.0 / softcap),
@@ -285,7 +307,11 @@ def paged_attention(
 
 
 def _check(
-    q: torch.Tensor, k_cache: torch.Tensor, v_cache: torch.Tensor, table: AttentionTable
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    table: AttentionTable,
+    sinks: torch.Tensor | None,
 ) -> None:
     block_size, kv_heads, head_dim = k_cache.shape[1:]
     check_float("q", q)
@@ -300,5 +326,9 @@ def _check(
     check_shape("v_cache", v_cache, *k_cache.shape)
     check_contiguous("k_cache", k_cache)
     check_contiguous("v_cache", v_cache)
+    if sinks is not None:
+        check_float("sinks", sinks, torch.float32)
+        check_shape("sinks", sinks, q.shape[1])
+        check_contiguous("sinks", sinks)
     if MAX_BLOCK % block_size:
         raise ValueError(f"block_size is {block_size}; a divisor of {MAX_BLOCK} is needed")

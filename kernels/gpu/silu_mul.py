@@ -49,12 +49,13 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     return launch_gated(silu_mul_kernel, gate_up)
 
 
-def launch_gated(kernel: Any, gate_up: torch.Tensor) -> torch.Tensor:
+def launch_gated(kernel: Any, gate_up: torch.Tensor, *numbers: float) -> torch.Tensor:
     """Launch a kernel that multiplies an activation of the gates by the ups.
 
     Args:
-        kernel: Takes input, output, the input's stride, the width and BLOCK.
+        kernel: Takes input, output, the input's stride, the width, what else it needs, and BLOCK.
         gate_up: As in ``silu_mul``, and so are the result and the errors.
+        numbers: What else it needs.
     """
     check_float("gate_up", gate_up)
     check_rows("gate_up", gate_up)
@@ -65,6 +66,13 @@ def launch_gated(kernel: Any, gate_up: torch.Tensor) -> torch.Tensor:
     width = double // 2
     out = torch.empty(num_rows, width, dtype=gate_up.dtype, device=gate_up.device)
     kernel[(num_rows, triton.cdiv(width, _BLOCK))](
-        gate_up, out, gate_up.stride(0), width, BLOCK=_BLOCK, num_warps=4, enable_fp_fusion=True
+        gate_up,
+        out,
+        gate_up.stride(0),
+        width,
+        *numbers,
+        BLOCK=_BLOCK,
+        num_warps=4,
+        enable_fp_fusion=True,
     )
     return out

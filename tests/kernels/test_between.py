@@ -20,13 +20,16 @@ import torch
 import torch.nn.functional as F
 from kernel_traffic import DEVICE, DTYPES, HALF, error_ratio
 
+from turret.kernels.clamped_swiglu import clamped_swiglu_reference
 from turret.kernels.gelu_mul import gelu_mul_reference
+from turret.kernels.gpu.clamped_swiglu import clamped_swiglu
 from turret.kernels.gpu.gelu_mul import gelu_mul
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import rope_kv_write
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.rms_norm import residual_rms_norm_reference
 from turret.kernels.rope_kv_write import rope_kv_write_reference
+from turret.kernels.rows.clamped_swiglu import row_clamped_swiglu
 from turret.kernels.silu_mul import silu_mul_reference
 
 BOUND = {torch.float32: 2e-6, torch.float16: 4e-4, torch.bfloat16: 3e-3}
@@ -73,6 +76,22 @@ def test_gelu_mul(width, dtype):
     exact = F.gelu(gate, approximate="tanh") * up
     assert error_ratio(gelu_mul(gate_up), exact) < BOUND[dtype]
     assert error_ratio(gelu_mul_reference(gate_up), exact) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("width", [33, 1024, 1500])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clamped_swiglu(width, dtype):
+    """Gates from below the limit to above it, ups on both sides; alternating."""
+    wide = (3 * torch.randn(3, 2 * width + 3)).to(DEVICE, dtype)
+    gate_up = wide[:, : 2 * width]
+    gate, up = gate_up[:, ::2].double().clamp(max=2.5), gate_up[:, 1::2].double().clamp(-2.5, 2.5)
+    exact = (up + 1) * gate * (1.7 * gate).sigmoid()
+    for formulation in (clamped_swiglu, clamped_swiglu_reference, row_clamped_swiglu):
+        assert error_ratio(formulation(gate_up, 1.7, 2.5), exact) < BOUND[dtype]
+    alone = clamped_swiglu(gate_up[1:2], 1.7, 2.5)
+    assert torch.equal(alone, clamped_swiglu(gate_up, 1.7, 2.5)[1:2])
+    gate_up[0, :4] = torch.nan
+    assert clamped_swiglu(gate_up, 1.7, 2.5)[0].isnan().nonzero().flatten().tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("is_interleaved", [False, True])

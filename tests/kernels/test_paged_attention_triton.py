@@ -76,10 +76,37 @@ class Step:
                 block = span.blocks[position // BLOCK]
                 self.k[block, position % BLOCK] = self.v[block, position % BLOCK] = float("nan")
 
-    def attend(self, table: AttentionTable, softcap: float | None = None) -> torch.Tensor:
-        return paged_attention(self.q, self.k, self.v, table, scale=self.scale, softcap=softcap)
+    def sinks(self) -> torch.Tensor:
+        """From one that is nothing beside the scores to one beside which they are little."""
+        return torch.linspace(-20, 6, self.q.shape[1], device=DEVICE)
 
-    def exact(self, softcap: float | None = None) -> torch.Tensor:
+    def attend(
+        self,
+        table: AttentionTable,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        options = {"scale": self.scale, "softcap": softcap, "sinks": sinks}
+        return paged_attention(self.q, self.k, self.v, table, **options)
+
+    def by_torch(
+        self, softcap: float | None = None, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        plan = plan_attention(
+            self.spans,
+            num_rows=self.num_rows,
+            block_size=BLOCK,
+            queries_per_head=self.per_head,
+            window=self.window,
+            device=DEVICE,
+        )
+        k, v = self.k.nan_to_num(), self.v.nan_to_num()
+        options = {"scale": self.scale, "softcap": softcap, "sinks": sinks}
+        return paged_attention_reference(self.q, k, v, plan, **options)
+
+    def exact(
+        self, softcap: float | None = None, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """By plain loops in float64."""
         out = torch.zeros(self.q.shape, dtype=torch.float64, device=DEVICE)
         for span in self.spans:
@@ -95,7 +122,10 @@ class Step:
                     scores = keys @ self.q[span.row_start + i, head].double() * self.scale
                     if softcap is not None:
                         scores = softcap * (scores / softcap).tanh()
-                    out[span.row_start + i, head] = scores.softmax(0) @ values
+                    if sinks is not None:
+                        scores = torch.cat((scores, sinks[head : head + 1].double()))
+                    shares = scores.softmax(0)[: len(values)]
+                    out[span.row_start + i, head] = shares @ values
         return out
 
 
@@ -112,20 +142,7 @@ def test_decode_and_prefill(shape, dtype):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_agrees_with_the_torch_path(shape):
     step = Step(shape, HALF)
-    out = step.attend(step.table())
-    plan = plan_attention(
-        step.spans,
-        num_rows=step.num_rows,
-        block_size=BLOCK,
-        queries_per_head=step.per_head,
-        window=step.window,
-        device=DEVICE,
-    )
-    k, v = step.k.nan_to_num(), step.v.nan_to_num()
-    assert (
-        error_ratio(out, paged_attention_reference(step.q, k, v, plan, scale=step.scale))
-        < BOUND[HALF]
-    )
+    assert error_ratio(step.attend(step.table()), step.by_torch()) < BOUND[HALF]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -144,17 +161,21 @@ def test_soft_caps(shape, dtype):
     exact = step.exact(0.7)
     step.poison_padding()
     assert error_ratio(step.attend(step.table(), 0.7), exact) < BOUND[dtype]
-    plan = plan_attention(
-        step.spans,
-        num_rows=step.num_rows,
-        block_size=BLOCK,
-        queries_per_head=step.per_head,
-        window=step.window,
-        device=DEVICE,
-    )
-    k, v = step.k.nan_to_num(), step.v.nan_to_num()
-    out = paged_attention_reference(step.q, k, v, plan, scale=step.scale, softcap=0.7)
-    assert error_ratio(out, exact) < BOUND[dtype]
+    assert error_ratio(step.by_torch(0.7), exact) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("shape", SHAPES[:3])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_sinks(shape, dtype):
+    """In both kernels; in one program or many they count once, to the same bits."""
+    step = Step(shape, dtype)
+    sinks = step.sinks()
+    exact = step.exact(sinks=sinks)
+    step.poison_padding()
+    whole = step.attend(step.table(spread=0), sinks=sinks)
+    assert error_ratio(whole, exact) < BOUND[dtype]
+    assert torch.equal(step.attend(step.table(), sinks=sinks), whole)
+    assert error_ratio(step.by_torch(sinks=sinks), exact) < BOUND[dtype]
 
 
 def test_large_scores_are_scaled_after_the_product():

@@ -60,8 +60,9 @@ INLINE void cap_scores(float *s, int64_t count, float cap) {
     for (int64_t t = 0; t < count; t += LANES) store_f32(s + t, cap * tanh_vec(load_f32(s + t) / cap));
 }
 
-/* In place; returns the sum. The buffer is padded to whole vectors. */
-INLINE float softmax(float *s, int64_t count) {
+/* In place; returns the sum. The buffer is padded to whole vectors. The sink, if it is not null, is one
+ * more score. */
+INLINE float softmax(float *s, int64_t count, const float *sink) {
     int64_t padded = (count + LANES - 1) / LANES * LANES;
     for (int64_t t = count; t < padded; t++) s[t] = -INFINITY;
     f32x16 best = load_f32(s);
@@ -70,12 +71,14 @@ INLINE float softmax(float *s, int64_t count) {
     memcpy(lanes, &best, sizeof lanes);
     top = lanes[0];
     for (int i = 1; i < LANES; i++) top = lanes[i] > top ? lanes[i] : top;
+    if (sink && *sink > top) top = *sink;
     f32x16 sum = {0};
     for (int64_t t = 0; t < padded; t += LANES) {
         f32x16 e = exp_vec(load_f32(s + t) - top);
         store_f32(s + t, e);
         sum += e;
     }
+    if (sink) sum += (f32x16){exp_vec(splat(*sink - top))[0]};
     return sum_lanes(sum);
 }
 
@@ -156,7 +159,8 @@ INLINE void attend(const Plan *plan, const Heads *h, const Row *row, float *scra
     float sums[heads];
     for (int64_t g = 0; g < heads && h->softcap > 0; g++)
         cap_scores(scores + g * scores_stride, count, (float)h->softcap);
-    for (int64_t g = 0; g < heads; g++) sums[g] = softmax(scores + g * scores_stride, count);
+    for (int64_t g = 0; g < heads; g++)
+        sums[g] = softmax(scores + g * scores_stride, count, h->sinks ? h->sinks + first + g : 0);
     for (int64_t t = low, stop; t < end; t = stop)
         for (int64_t kv = row->kv_low; kv < row->kv_high; kv++) {
             int64_t g = (kv - row->kv_low) * group;

@@ -23,7 +23,8 @@ typedef struct {
     void *out;         /* [rows, heads, head_dim] */
     int64_t heads, kv_heads, head_dim, block_size;
     double scale;
-    double softcap; /* of the scores; 0: none */
+    double softcap;     /* of the scores; 0: none */
+    const float *sinks; /* [heads]: of each one's softmax a term without a value; null: none */
 } Heads;
 
 #endif

@@ -110,6 +110,47 @@ EXPORT void EXPORTED(turret_gelu_mul)(const element *gate_up, element *out, int6
     in_pieces(gated_piece, &gated, 2 * rows, rows * width > SMALL ? threads : 1);
 }
 
+/* (up + 1) * gate * sigmoid(alpha * gate), of gates up to the limit and ups within it; gates and ups
+ * alternate. What is no number stays none. */
+INLINE f32x16 clamped_swiglu(f32x16 first, f32x16 second, float alpha, float limit) {
+    f32x16 gate = PICK(first, second, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    f32x16 up = PICK(first, second, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+    gate = -max_vec(splat(-limit), -gate);
+    up = -max_vec(splat(-limit), -max_vec(splat(-limit), up));
+    return (up + 1.0f) * (gate / (1.0f + exp_vec(-alpha * gate)));
+}
+
+typedef struct {
+    const element *gate_up; /* [rows, 2 * width] */
+    element *out;
+    int64_t width;
+    float alpha, limit;
+} Clamped;
+
+KERNEL static void clamped_piece(const void *job, int64_t thread, int64_t row) {
+    const Clamped *c = job;
+    const element *x = c->gate_up + row * 2 * c->width;
+    element *out = c->out + row * c->width;
+    int64_t i = 0, count = c->width;
+    (void)thread;
+    for (; i + LANES <= count; i += LANES)
+        store_element(out + i, clamped_swiglu(load_element(x + 2 * i), load_element(x + 2 * i + LANES),
+                                              c->alpha, c->limit));
+    if (i < count) {
+        element some[2 * LANES] = {0}, o[LANES];
+        memcpy(some, x + 2 * i, 2 * (count - i) * sizeof(element));
+        store_element(o, clamped_swiglu(load_element(some), load_element(some + LANES), c->alpha,
+                                        c->limit));
+        memcpy(out + i, o, (count - i) * sizeof(element));
+    }
+}
+
+EXPORT void EXPORTED(turret_clamped_swiglu)(const element *gate_up, element *out, int64_t rows, int64_t width,
+                                  double alpha, double limit, int64_t threads) {
+    Clamped clamped = {gate_up, out, width, (float)alpha, (float)limit};
+    in_pieces(clamped_piece, &clamped, rows, rows * width > SMALL ? threads : 1);
+}
+
 /* Rotary positions (arXiv 2104.09864) of the first 2 * pairs features of a head: pairs are
  * (i, i + pairs), or neighbours where they are interleaved. The other features pass. */
 INLINE void rotate(const element *x, const float *cos, const float *sin, float *out, int64_t dim,

@@ -136,7 +136,7 @@ static void leave(const Model *m, const Pass *p, const float *norm) {
 static void attend(const Model *m, const Pass *p, const Layer *layer) {
     const Rope *rope = &p->ropes[layer->rope];
     Heads heads = {p->q, layer->keys, layer->values, p->narrow, m->heads, m->kv_heads, m->head_dim,
-                   m->block_size, m->attention_scale, m->attention_softcap};
+                   m->block_size, m->attention_scale, m->attention_softcap, 0};
     if (layer->q_norm) {
         HeadNorms norms = {p->wide, m, layer};
         int64_t elements = p->rows * m->heads * m->head_dim;

@@ -143,6 +143,31 @@ static void check_gated(int64_t width, int is_gelu) {
     free(x), free(y), free(one), free(hx), free(hy), free(hone), free(expected), free(hexpected);
 }
 
+/* Gates and ups that alternate, on both sides of the limit. */
+static void check_clamped(int64_t width) {
+    float *x = floats(MAX_ROWS * 2 * width), *y = floats(MAX_ROWS * width), *one = floats(width);
+    bf16 *hx = halves(MAX_ROWS * 2 * width), *hy = halves(MAX_ROWS * width), *hone = halves(width);
+    double *expected = calloc(MAX_ROWS * width, sizeof(double)), *hexpected = calloc(MAX_ROWS * width, 8);
+    double alpha = 1.5, limit = 0.25;
+    for (int64_t i = 0; i < MAX_ROWS * width; i++) {
+        double gate = fmin(x[2 * i], limit), up = fmax(fmin(x[2 * i + 1], limit), -limit);
+        expected[i] = (up + 1) * gate / (1 + exp(-alpha * gate));
+        gate = fmin(to_f32(hx[2 * i]), limit), up = fmax(fmin(to_f32(hx[2 * i + 1]), limit), -limit);
+        hexpected[i] = (up + 1) * gate / (1 + exp(-alpha * gate));
+    }
+    turret_clamped_swiglu_f32(x, y, MAX_ROWS, width, alpha, limit, threads);
+    turret_clamped_swiglu(hx, hy, MAX_ROWS, width, alpha, limit, threads);
+    near("clamped swiglu", y, expected, MAX_ROWS * width, 1e-5);
+    near_bf16("clamped swiglu", hy, hexpected, MAX_ROWS * width);
+    for (int64_t r = 0; r < MAX_ROWS; r++) {
+        turret_clamped_swiglu_f32(x + r * 2 * width, one, 1, width, alpha, limit, threads);
+        same("clamped swiglu", one, y + r * width, width * sizeof(float));
+        turret_clamped_swiglu(hx + r * 2 * width, hone, 1, width, alpha, limit, threads);
+        same("clamped swiglu", hone, hy + r * width, width * sizeof(bf16));
+    }
+    free(x), free(y), free(one), free(hx), free(hy), free(hone), free(expected), free(hexpected);
+}
+
 /* Norm and exponential; the norm in bf16 as well, from the same values. */
 static void check_elementwise(int64_t width) {
     float *x = floats(MAX_ROWS * 2 * width), *w = floats(width), *y = floats(MAX_ROWS * width);
@@ -203,17 +228,20 @@ typedef struct {
     void *out;
     int64_t heads, kv_heads, head_dim, block_size;
     double scale, softcap;
+    const float *sinks;
 } Heads;
 #define POSITIONS 80
 
 /* Rotation into the cache, then attention over it: prompts of several lengths, then each row alone. */
-static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_t window, double cap) {
+static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_t window, double cap,
+                            int has_sinks) {
     int64_t blocks[POSITIONS / 16], slots[POSITIONS], rows = 20, per = heads + 2 * kv_heads;
     float *k = floats(POSITIONS * kv_heads * dim), *v = floats(POSITIONS * kv_heads * dim);
     float *qkv = floats(rows * per * dim), *cos = floats(rows * dim / 2), *sin = floats(rows * dim / 2);
     float *q = floats(rows * heads * dim), *out = floats(rows * heads * dim), *one = floats(rows * heads * dim);
     float *scratch = floats(threads * heads * (2 * dim + POSITIONS + 32));
     double *expected = calloc(rows * heads * dim, sizeof(double));
+    float *sinks = has_sinks ? floats(heads) : 0;
     for (int64_t i = 0; i < POSITIONS / 16; i++) blocks[i] = (i * 3 + 1) % (POSITIONS / 16);
     Span spans[2] = {{0, 13, 45, 2, blocks}, {13, 7, 0, 0, blocks + 4}};
     for (int64_t i = 0; i < 13; i++) slots[i] = blocks[(45 + i) / 16] * 16 + (45 + i) % 16;
@@ -232,7 +260,7 @@ static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_
             for (int64_t h = 0; h < heads; h++) {
                 int64_t end = spans[s].num_context + n + 1, low = spans[s].num_padding, row = spans[s].first_row + n;
                 if (window && end - window > low) low = end - window;
-                double total = 0, *to = expected + (row * heads + h) * dim;
+                double total = sinks ? exp(sinks[h]) : 0, *to = expected + (row * heads + h) * dim;
                 for (int64_t t = low; t < end; t++) {
                     int64_t at = ((spans[s].blocks[t / 16] * 16 + t % 16) * kv_heads + h / (heads / kv_heads)) * dim;
                     double score = 0;
@@ -244,13 +272,13 @@ static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_
                 for (int64_t i = 0; i < dim; i++) to[i] /= total;
             }
     Plan plan = {spans, scratch, 2, heads * (2 * dim + POSITIONS + 32), threads, window};
-    Heads of = {q, k, v, out, heads, kv_heads, dim, 16, 0.125, cap};
+    Heads of = {q, k, v, out, heads, kv_heads, dim, 16, 0.125, cap, sinks};
     turret_attend_f32(&plan, &of);
     near("attention", out, expected, rows * heads * dim, 1e-5);
     bf16 *hk = halves(POSITIONS * kv_heads * dim), *hv = halves(POSITIONS * kv_heads * dim);
     bf16 *hout = halves(rows * heads * dim), *hone = halves(rows * heads * dim);
     for (int64_t i = 0; i < POSITIONS * kv_heads * dim; i++) hk[i] = to_bf16(k[i]), hv[i] = to_bf16(v[i]);
-    Heads half = {q, hk, hv, hout, heads, kv_heads, dim, 16, 0.125, cap};
+    Heads half = {q, hk, hv, hout, heads, kv_heads, dim, 16, 0.125, cap, sinks};
     turret_attend(&plan, &half);
     near_bf16("attention", hout, expected, rows * heads * dim);
     of.out = one, half.out = hone;
@@ -265,7 +293,7 @@ static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_
             same("attention in bf16", hone + at, hout + at, heads * dim * sizeof(bf16));
         }
     free(k), free(v), free(qkv), free(cos), free(sin), free(q), free(out), free(one), free(scratch);
-    free(expected), free(hk), free(hv), free(hout), free(hone);
+    free(expected), free(hk), free(hv), free(hout), free(hone), free(sinks);
 }
 
 /* One module with every operator, for rows of one segment; then each row in a segment of its own. */
@@ -405,8 +433,9 @@ int main(int count, char **arguments) {
     check_elementwise(7), check_elementwise(64), check_elementwise(100);
     for (int is_gelu = 0; is_gelu < 2; is_gelu++)
         check_gated(7, is_gelu), check_gated(64, is_gelu), check_gated(100, is_gelu);
-    check_attention(3, 1, 64, 0, 0), check_attention(8, 2, 32, 20, 0), check_attention(9, 3, 96, 0, 0);
-    check_attention(4, 2, 64, 0, 0.5), check_attention(2, 1, 256, 9, 2);
+    check_clamped(7), check_clamped(64), check_clamped(100);
+    check_attention(3, 1, 64, 0, 0, 0), check_attention(8, 2, 32, 20, 0, 1), check_attention(9, 3, 96, 0, 0, 0);
+    check_attention(4, 2, 64, 0, 0.5, 0), check_attention(2, 1, 256, 9, 2, 1);
     check_adapters(40, 24, 3, 1), check_adapters(64, 192, 16, 8), check_adapters(100, 219, 9, 5);
     check_experts(40, 24, 3), check_experts(64, 192, 16), check_experts(100, 219, 9);
     printf("%s with %d threads: %d failures\n", turret_has_products() ? "bf16 pairs" : "no bf16 pairs", threads,

@@ -70,6 +70,8 @@ void turret_silu_mul(const bf16 *, bf16 *, int64_t, int64_t, int64_t);
 void turret_silu_mul_f32(const float *, float *, int64_t, int64_t, int64_t);
 void turret_gelu_mul(const bf16 *, bf16 *, int64_t, int64_t, int64_t);
 void turret_gelu_mul_f32(const float *, float *, int64_t, int64_t, int64_t);
+void turret_clamped_swiglu(const bf16 *, bf16 *, int64_t, int64_t, double, double, int64_t);
+void turret_clamped_swiglu_f32(const float *, float *, int64_t, int64_t, double, double, int64_t);
 void turret_exp_f32(float *, int64_t);
 void turret_rope_kv_write_f32(const float *, const float *, const float *, const int64_t *, float *, float *,
                               float *, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t);

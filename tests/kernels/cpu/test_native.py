@@ -292,7 +292,10 @@ def test_hadamard_and_kronecker_rows_equal_float64_and_the_rows_alone(
 HEADS = [(9, 3, 64), (4, 4, 32), (8, 1, 96), (2, 2, 128), (14, 2, 256)]
 
 
-@pytest.mark.parametrize(("window", "softcap"), [(None, None), (21, None), (None, 0.7)])
+@pytest.mark.parametrize(
+    ("window", "softcap", "has_sinks"),
+    [(None, None, False), (21, None, True), (None, 0.7, False), (None, None, True)],
+)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), HEADS)
 def test_attention_equals_float64_and_the_rows_alone(
     heads: int,
@@ -300,6 +303,7 @@ def test_attention_equals_float64_and_the_rows_alone(
     dim: int,
     window: int | None,
     softcap: float | None,
+    has_sinks: bool,
     threads: None,
 ) -> None:
     size, scale = 16, dim**-0.5
@@ -318,10 +322,13 @@ def test_attention_equals_float64_and_the_rows_alone(
         spans.append(SequenceSpan(row, num_new, num_context, own, num_padding))
         row += num_new
     q = torch.randn(row, heads, dim)
+    # From one that is nothing beside the scores to one beside which they are little.
+    sinks = torch.linspace(-20, 6, heads) if has_sinks else None
 
     def attend(queries: torch.Tensor, spans: list[SequenceSpan]) -> torch.Tensor:
         plan = NativeAttentionPlan(spans, num_heads=heads, head_dim=dim, window=window)
-        return paged_attention(queries, keys, values, plan, scale=scale, softcap=softcap)
+        options = {"scale": scale, "softcap": softcap, "sinks": sinks}
+        return paged_attention(queries, keys, values, plan, **options)
 
     got = attend(q, spans)
     for span in spans:
@@ -334,7 +341,10 @@ def test_attention_equals_float64_and_the_rows_alone(
             scores = torch.einsum("kgd,tkd->kgt", query, k[low:end]) * scale
             if softcap is not None:
                 scores = softcap * (scores / softcap).tanh()
-            exact = torch.einsum("kgt,tkd->kgd", scores.softmax(-1), v[low:end]).reshape(heads, dim)
+            if sinks is not None:
+                scores = torch.cat((scores, sinks.double().view(*scores.shape[:2], 1)), -1)
+            shares = scores.softmax(-1)[..., : end - low]
+            exact = torch.einsum("kgt,tkd->kgd", shares, v[low:end]).reshape(heads, dim)
             row = span.row_start + i
             assert error_ratio(got[row], exact) < MAX_ERROR, (span, i)
             single = SequenceSpan(0, 1, end - 1, own, span.num_padding)

@@ -17,7 +17,13 @@ import torch.nn.functional as F
 from kernel_traffic import error_ratio
 
 from turret.kernels.cpu import native
-from turret.kernels.cpu.elementwise import add_rms_norm, gelu_mul, rope_kv_write, silu_mul
+from turret.kernels.cpu.elementwise import (
+    add_rms_norm,
+    clamped_swiglu,
+    gelu_mul,
+    rope_kv_write,
+    silu_mul,
+)
 
 pytestmark = pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
 
@@ -63,6 +69,20 @@ def test_gated_activations(kernel: Any, activation: Any, width: int, threads: No
     out = kernel(gate_up)
     assert error_ratio(out, activation(gate) * up) < MAX_ERROR
     assert torch.equal(kernel(gate_up[2:3]), out[2:3])
+
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float32])
+@pytest.mark.parametrize("width", [16, 40, 1536])
+def test_clamped_swiglu(width: int, dtype: torch.dtype, threads: None) -> None:
+    gate_up = (4 * torch.randn(5, 2 * width)).to(dtype)
+    gate_up[0, :6] = torch.tensor([0.0, -120.0, 120.0, 3.0, -88.0, 120.0])
+    gate, up = gate_up[:, ::2].double().clamp(max=5.5), gate_up[:, 1::2].double().clamp(-5.5, 5.5)
+    out = clamped_swiglu(gate_up, 1.7, 5.5)
+    exact = (up + 1) * gate * (1.7 * gate).sigmoid()
+    assert error_ratio(out, exact) < (MAX_ERROR if dtype == BF16 else 1e-6)
+    assert torch.equal(clamped_swiglu(gate_up[2:3], 1.7, 5.5), out[2:3])
+    gate_up[0, :4] = torch.nan
+    assert clamped_swiglu(gate_up, 1.7, 5.5)[0].isnan().nonzero().flatten().tolist() == [0, 1]
 
 
 @pytest.mark.parametrize("is_interleaved", [False, True])
