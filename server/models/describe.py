@@ -103,7 +103,7 @@ def _experts(decoder: Decoder) -> dict[str, BaseExperts]:
             base = getattr(layer.experts, projection.removeprefix("experts_")).base
             found[name] = BaseExperts(
                 name=name,
-                modules=tuple(f"{folder}.{{}}.{m}" for m in arch.experts.modules[projection]),
+                modules=tuple(f"{folder}.{m}" for m in arch.experts.modules[projection]),
                 count=arch.experts.count,
                 in_features=inner,
                 out_features=out,

@@ -7,53 +7,41 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from turret.kernels.rows.linear import prepare_linear
 from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
-from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch
+from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, Experts
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer
 from turret.server.models.decoding.experts import AdaptedExperts, ExpertMixture
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import ModelSource, Progress, no_progress
 from turret.server.models.sources.model_directory import weight_files
-from turret.server.models.text_part import text_name
+from turret.server.models.stored_tensors import StoredTensors
 from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
 from turret.server.models.weights.nf4_experts import Nf4Experts
 from turret.server.models.weights.router import RouterLinear
 
 
 class _Tensors:
-    """Reads tensors across shards, by the language model's names; knows which were read."""
+    """Reads tensors and quantised weights; knows which were read."""
 
-    def __init__(self, folder: Path) -> None:
-        self._files = [safe_open(path, framework="pt") for path in weight_files(folder)]
-        # Name → file, and what the file calls it.
-        self._owner = {
-            name: (file, stored)
-            for file in self._files
-            for stored in file.keys()  # noqa: SIM118 - safe_open is not a mapping
-            if (name := text_name(stored)) is not None
-        }
+    def __init__(self, folder: Path, experts: Experts | None) -> None:
+        self._stored = StoredTensors(weight_files(folder), experts)
         self._read: set[str] = set()
         # What bitsandbytes keeps beside a weight: there may be a hundred thousand names.
         self._beside: dict[str, list[str]] = {}
-        for name in self._owner:
+        for name in self._stored:
             module, found, _ = name.partition(".weight.")
             if found:
                 self._beside.setdefault(f"{module}.weight", []).append(name)
 
     def has(self, name: str) -> bool:
-        return name in self._owner
+        return name in self._stored
 
     def get(self, name: str) -> torch.Tensor:
-        if name not in self._owner:
-            raise InvalidRequestError.of("model", f"the checkpoint lacks {name}")
         self._read.add(name)
-        # A copy: the result must not keep the file mapped.
-        file, stored = self._owner[name]
-        return file.get_tensor(stored).clone()
+        return self._stored.get(name)
 
     def weight(self, name: str, shape: tuple[int, int]) -> Nf4Weight:
         """A quantised weight; a plain one (a module bitsandbytes skipped) is quantised here."""
@@ -77,7 +65,7 @@ class _Tensors:
 
     def unread(self) -> list[str]:
         known = ("rotary_emb.inv_freq",)
-        return sorted(n for n in self._owner if n not in self._read and not n.endswith(known))
+        return sorted(n for n in self._stored if n not in self._read and not n.endswith(known))
 
 
 def load_decoder(
@@ -104,7 +92,7 @@ def load_decoder(
 
     config = AutoConfig.from_pretrained(source.files)
     arch = read_arch(config)
-    tensors = _Tensors(source.weights)
+    tensors = _Tensors(source.weights, arch.experts)
 
     def dense(name: str) -> torch.Tensor:
         return tensors.get(name).to(dtype=dtype, device=device)
@@ -182,6 +170,9 @@ def _load_layer(
         norm_after_mlp=norm(arch.norms.after_mlp),
         q_norm=norm("self_attn.q_norm" if arch.qk_norm else None),
         k_norm=norm("self_attn.k_norm" if arch.qk_norm else None),
+        sinks=tensors.get(f"{prefix}.self_attn.sinks").float().to(device)
+        if arch.has_sinks
+        else None,
         experts=_load_experts(tensors, arch, number, dtype, device, gpu)
         if arch.has(number, ROUTER)
         else None,
@@ -200,26 +191,38 @@ def _load_experts(
     experts = arch.experts
     assert experts is not None, "a layer that has a router has experts"
     prefix = f"{LAYER_PREFIX}.{number}.{experts.checkpoint_path}"
-    router = tensors.plain(f"{prefix}.{experts.router}.weight").to(dtype=dtype, device=device)
     projections = {}
     for name, (_, out, inner) in arch.expert_linears().items():
-        modules = experts.modules[name]
-        weights = [
-            [
-                tensors.weight(
-                    f"{prefix}.experts.{e}.{module}.weight", (out // len(modules), inner)
-                )
-                for module in modules
-            ]
+        modules = [
+            [f"{prefix}.experts.{module.format(e)}" for module in experts.modules[name]]
             for e in range(experts.count)
         ]
+        shape = out // len(modules[0]), inner
+        weights = [[tensors.weight(f"{m}.weight", shape) for m in each] for each in modules]
+        bias = None
+        if tensors.has(f"{modules[0][0]}.bias"):
+            biases = [torch.cat([tensors.get(f"{m}.bias") for m in each]) for each in modules]
+            bias = torch.stack(biases).to(dtype=dtype, device=device)
         base = Nf4Experts(weights, dtype, device, gpu=gpu)
-        projections[name] = AdaptedExperts(number, name, base, None)
+        projections[name] = AdaptedExperts(number, name, base, bias)
     return ExpertMixture(
-        router=AdaptedLinear(number, ROUTER, RouterLinear(router), None),
+        router=_load_router(tensors, experts, number, dtype, device),
         gate_up=projections["experts_gate_up"],
         down=projections["experts_down"],
     )
+
+
+def _load_router(
+    tensors: _Tensors, experts: Experts, number: int, dtype: torch.dtype, device: torch.device
+) -> AdaptedLinear:
+    prefix = f"{LAYER_PREFIX}.{number}.{experts.checkpoint_path}"
+    paths = [f"{prefix}.{name}" for name in (experts.router, *experts.checkpoint_routers)]
+    path = next((path for path in paths if tensors.has(f"{path}.weight")), paths[0])
+    weight = tensors.plain(f"{path}.weight").to(dtype=dtype, device=device)
+    bias = None
+    if tensors.has(f"{path}.bias"):
+        bias = tensors.get(f"{path}.bias").to(dtype=dtype, device=device)
+    return AdaptedLinear(number, ROUTER, RouterLinear(weight), bias)
 
 
 def _norm(tensors: _Tensors, arch: Arch, name: str, device: torch.device) -> torch.Tensor:

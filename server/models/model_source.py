@@ -14,14 +14,15 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 
+from turret.server.errors import InvalidRequestError
+from turret.server.models.families import read_arch
 from turret.server.models.sources.embedded import MODEL_NAME, find_gguf, read_gguf
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
@@ -29,9 +30,10 @@ from turret.server.models.sources.hub_model import Progress, fetch_hub_model, hu
 from turret.server.models.sources.model_directory import (
     WEIGHTS,
     check_model_directory,
+    is_4bit,
     weight_files,
 )
-from turret.server.models.text_part import text_name
+from turret.server.models.stored_tensors import StoredTensors
 from turret.server.models.weights.nf4 import Nf4Weight
 
 # Part of the cache key: raise it when what is written changes.
@@ -106,14 +108,14 @@ def _resolve(model: Path | None, cache_dir: Path, progress: Progress) -> ModelSo
         return _resolve_gguf(model, cache_dir, progress)
     config, config_file = check_model_directory(model), model / "config.json"
     shards = weight_files(model)
-    if config.get("quantization_config") is not None:
+    if is_4bit(config):
         return ModelSource(_name(model, config), model, model, _digest(shards))
     target = cache_dir / f"nf4-{_key([config_file, *shards])}"
     if not (target / _MANIFEST).exists():
         with _new_directory(target) as build:
-            names = _text_names(shards)
-            tensors = read_tensors(shards, names)
-            _quantize(tensors, len(names), build, _name(model, config), progress)
+            tensors = _read_plain(model, shards)
+            each = ((name, tensors.get(name)) for name in tensors)
+            _quantize(each, len(tensors), build, _name(model, config), progress)
     return _read_cached(target, model)
 
 
@@ -130,25 +132,16 @@ def _resolve_gguf(model: Path, cache_dir: Path, progress: Progress) -> ModelSour
     return _read_cached(target, target)
 
 
-def read_tensors(
-    shards: Iterable[Path], names: Mapping[str, str]
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) one at a time, by ``names`` from what the files call them."""
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            for stored in file.keys():  # noqa: SIM118 - safe_open is not a mapping
-                if stored in names:
-                    yield names[stored], file.get_tensor(stored)
+def _read_plain(model: Path, shards: Sequence[Path]) -> StoredTensors:
+    # Here, because it takes its time and a cached model does not need it.
+    from transformers import AutoConfig
 
-
-def _text_names(shards: Iterable[Path]) -> dict[str, str]:
-    """The language model's tensors, by what the files call them."""
-    names = {}
-    for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            stored = file.keys()
-            names |= {key: name for key in stored if (name := text_name(key)) is not None}
-    return names
+    tensors = StoredTensors(shards, read_arch(AutoConfig.from_pretrained(model)).experts)
+    if codes := tensors.codes():
+        raise InvalidRequestError.of(
+            "model", f"unexpected tensors of codes: {', '.join(codes[:8])}"
+        )
+    return tensors
 
 
 def is_quantized(name: str) -> bool:

@@ -136,8 +136,9 @@ def test_an_unknown_family_is_refused_in_one_sentence() -> None:
         read_arch(CohereConfig(**SIZES))
     assert str(refused.value).endswith(
         "model_type 'cohere' is not served; served are gemma, gemma2, gemma3, gemma3_text, glm4,"
-        " granite, granitemoehybrid, llama, ministral, ministral3, mistral, mistral3, mixtral,"
-        " olmo2, olmo3, olmoe, phi3, qwen2, qwen2_5_vl, qwen2_5_vl_text, qwen3, qwen3_moe, smollm3"
+        " gpt_oss, granite, granitemoehybrid, llama, ministral, ministral3, mistral, mistral3,"
+        " mixtral, olmo2, olmo3, olmoe, phi3, qwen2, qwen2_5_vl, qwen2_5_vl_text, qwen3, qwen3_moe,"
+        " smollm3"
     )
 
 

@@ -16,10 +16,11 @@ from builders.published_models import MODELS, Published
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from turret.server.models import loader
-from turret.server.models.decoding.arch import ROUTER, Arch
+from turret.server.models.decoding.arch import ROUTER, Arch, Experts
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.families import text_config
 from turret.server.models.model_source import ModelSource, is_quantized
+from turret.server.models.stored_tensors import experts_in
 from turret.server.models.text_part import text_name
 
 META = torch.device("meta")
@@ -29,28 +30,38 @@ ALL = (*MODELS, *MIXTURES)
 class MetaTensors:
     """A checkpoint without memory: names and shapes as transformers has them."""
 
-    def __init__(self, state: dict[str, torch.Tensor]) -> None:
+    def __init__(self, state: dict[str, torch.Tensor], experts: Experts | None) -> None:
         self._state = state
+        self._stacks = experts_in(state, experts)
+        self._parts: dict[str, torch.Tensor] = {}
         self._read: set[str] = set()
 
     def has(self, name: str) -> bool:
-        return name in self._state
+        return name in self._state or name in self._stacks.parts
 
     def get(self, name: str) -> torch.Tensor:
         self._read.add(name)
+        if name in self._stacks.parts:
+            # The parts of a stack are alike.
+            stack, _ = self._stacks.parts[name]
+            if stack not in self._parts:
+                self._parts[stack] = self._stacks.read(name, lambda s, e: self._state[s][e])
+            return self._parts[stack]
         return self._state[name]
 
     def weight(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
         assert is_quantized(name), name
-        assert tuple(self._state[name].shape) == shape, name
-        return self.get(name)
+        tensor = self.get(name)
+        assert tuple(tensor.shape) == shape, name
+        return tensor
 
     def plain(self, name: str) -> torch.Tensor:
         assert not is_quantized(name), name
         return self.get(name)
 
     def unread(self) -> list[str]:
-        return sorted(self._state.keys() - self._read)
+        whole = self._state.keys() - self._stacks.names
+        return sorted((whole | self._stacks.parts.keys()) - self._read)
 
 
 def load_on_meta(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Decoder, Any]:
@@ -65,7 +76,7 @@ def load_on_meta(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Decoder
     state = as_in_a_checkpoint(state, config.model_type)
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    monkeypatch.setattr(loader, "_Tensors", lambda folder: MetaTensors(state))
+    monkeypatch.setattr(loader, "_Tensors", lambda folder, experts: MetaTensors(state, experts))
     for linear in ("Nf4Linear", "Nf4Experts"):
         monkeypatch.setattr(loader, linear, lambda weights, *_, **__: weights)
     source = ModelSource("", folder, folder, "")
@@ -119,6 +130,10 @@ def test_every_tensor_of_its_checkpoint_has_a_place(
         ("microsoft/Phi-3.5-mini-instruct", {"long_from": 4096, "max_model_len": 131072}),
         ("microsoft/phi-4", {"long_from": None, "head_dim": 128}),
         ("Qwen/Qwen3-30B-A3B", {"qk_norm": "head", "head_dim": 128, "max_model_len": 40960}),
+        (
+            "openai/gpt-oss-20b",
+            {"windows": 12 * (128, None), "has_sinks": True, "max_model_len": 131072},
+        ),
         ("allenai/OLMoE-1B-7B-0924", {"qk_norm": "projection", "windows": 16 * (None,)}),
     ],
 )

@@ -106,7 +106,7 @@ def _split(
     """The experts' tensors and the others, whose names are those of this base."""
     parameters = {experts.folder for experts in base.experts.values()}
     modules = {
-        module.partition(".{}.")[0]
+        f"{module.partition('.experts.')[0]}.experts"
         for experts in base.experts.values()
         for module in experts.modules
     }

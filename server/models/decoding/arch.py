@@ -46,6 +46,14 @@ class Rope:
 
 
 @dataclass(frozen=True, slots=True)
+class ClampedSwiglu:
+    """An activation of gates and ups that alternate; see ``kernels/clamped_swiglu.py``."""
+
+    alpha: float
+    limit: float
+
+
+@dataclass(frozen=True, slots=True)
 class QueryGrowth:
     """``1 + beta · log(1 + ⌊position / length⌋)``, by which a query is multiplied."""
 
@@ -88,8 +96,12 @@ class Experts:
         path: Where adapters find it in a layer: ``{path}.gate``, ``{path}.experts``.
         checkpoint_path: Where the checkpoint has it.
         router: The router's module, below either.
-        modules: An expert's modules in the checkpoint, below ``experts.N``, by fused projection.
+        checkpoint_routers: What else checkpoints call it.
+        modules: An expert's modules in the checkpoint, below ``experts``, by fused projection;
+            ``{}`` stands for the expert.
         parameters: What adapters call those of all experts, below ``experts``.
+        are_stacked: Whether a plain checkpoint has those of all experts as ``parameters`` calls
+            them: weights ``[experts, in, out]``, biases ``[experts, out]`` (``expert_stacks.py``).
     """
 
     layers: frozenset[int]
@@ -100,15 +112,17 @@ class Experts:
     path: str = "mlp"
     checkpoint_path: str = "mlp"
     router: str = "gate"
+    checkpoint_routers: tuple[str, ...] = ()
     modules: Mapping[str, tuple[str, ...]] = field(
         default_factory=lambda: {
-            "experts_gate_up": ("gate_proj", "up_proj"),
-            "experts_down": ("down_proj",),
+            "experts_gate_up": ("{}.gate_proj", "{}.up_proj"),
+            "experts_down": ("{}.down_proj",),
         }
     )
     parameters: Mapping[str, str] = field(
         default_factory=lambda: {"experts_gate_up": "gate_up_proj", "experts_down": "down_proj"}
     )
+    are_stacked: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,7 +135,8 @@ class Arch:
     Attributes:
         model_type: As the config names it. Information: nothing is decided by it.
         head_dim: Width of one head.
-        activation: What the MLP's gate goes through, as Hugging Face names it.
+        activation: What the MLP's gate goes through, as Hugging Face names it, or what is made of
+            gates and ups.
         attention_scale: Multiplies the scores.
         embedding_scale: Multiplies what the embedding gives, rounded to the dtype of activations.
         scales_soft_tokens: Whether it multiplies the soft tokens of adapters as well.
@@ -132,6 +147,8 @@ class Arch:
         experts: Of the layers that are mixtures of experts, or None.
         qk_norm: Whether queries and keys are normed, head by head or the whole projection at once.
         attention_softcap: ``c · tanh(score / c)`` where it is not None.
+        has_sinks: Whether every head has a learned score of no position, which takes part in the
+            softmax.
         logit_softcap: The same of logits.
         windows: Each layer's sliding window in tokens, or None.
         is_interleaved: Whether a pair that rotates is two neighbouring features of a head, not
@@ -156,7 +173,7 @@ class Arch:
     rms_norm_eps: float
     max_model_len: int
     tie_word_embeddings: bool
-    activation: str
+    activation: str | ClampedSwiglu
     attention_scale: float
     embedding_scale: float = 1.0
     scales_soft_tokens: bool = False
@@ -167,6 +184,7 @@ class Arch:
     experts: Experts | None = None
     qk_norm: Literal["head", "projection"] | None = None
     attention_softcap: float | None = None
+    has_sinks: bool = False
     logit_softcap: float | None = None
     windows: tuple[int | None, ...]
     is_interleaved: bool = False
@@ -233,7 +251,7 @@ def check_served(arch: Arch) -> None:
         InvalidRequestError: They do not; names everything that is missing.
     """
     missing = []
-    if arch.activation not in ACTIVATIONS:
+    if isinstance(arch.activation, str) and arch.activation not in ACTIVATIONS:
         missing.append(f"activation {arch.activation!r} (there is {', '.join(ACTIVATIONS)})")
     if any(2 * len(rope.inv_freq) > arch.head_dim for rope in arch.ropes.values()):
         missing.append("heads that rotate more features than they have")

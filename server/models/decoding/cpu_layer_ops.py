@@ -6,10 +6,16 @@ from collections.abc import Sequence
 
 import torch
 
-from turret.kernels.cpu.elementwise import add_rms_norm, gelu_mul, rope_kv_write, silu_mul
+from turret.kernels.cpu.elementwise import (
+    add_rms_norm,
+    clamped_swiglu,
+    gelu_mul,
+    rope_kv_write,
+    silu_mul,
+)
 from turret.kernels.cpu.paged_attention import MAX_HEAD_DIM, NativeAttentionPlan, paged_attention
 from turret.kernels.paged_attention import SequenceSpan
-from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.kv_cache import KvCache
 
 _HEAD_DIM_MULTIPLE = 32
@@ -22,13 +28,14 @@ class CpuLayerOps:
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
-        self._gated_activation = _GATED_ACTIVATIONS[arch.activation]
 
     @staticmethod
     def serves(arch: Arch) -> bool:
         """Whether the kernels know the model's head size and activation."""
         is_head_known = arch.head_dim % _HEAD_DIM_MULTIPLE == 0 and arch.head_dim <= MAX_HEAD_DIM
-        return is_head_known and arch.activation in _GATED_ACTIVATIONS
+        activation = arch.activation
+        is_clamped = isinstance(activation, ClampedSwiglu)
+        return is_head_known and (is_clamped or activation in _GATED_ACTIVATIONS)
 
     def plan_attention(
         self,
@@ -60,6 +67,7 @@ class CpuLayerOps:
         cache: KvCache,
         plan: NativeAttentionPlan,
         growth: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         arch = self._arch
         if angles is None:
@@ -70,8 +78,11 @@ class CpuLayerOps:
         if growth is not None:
             q *= growth
         scale, softcap = arch.attention_scale, arch.attention_softcap
-        out = paged_attention(q, keys, values, plan, scale=scale, softcap=softcap)
+        out = paged_attention(q, keys, values, plan, scale=scale, softcap=softcap, sinks=sinks)
         return out.view(qkv.shape[0], -1)
 
     def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return self._gated_activation(gate_up)
+        activation = self._arch.activation
+        if isinstance(activation, ClampedSwiglu):
+            return clamped_swiglu(gate_up, activation.alpha, activation.limit)
+        return _GATED_ACTIVATIONS[activation](gate_up)

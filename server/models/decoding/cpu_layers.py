@@ -109,7 +109,7 @@ class CpuLayers:
 
         The kernels of this file are for bf16.
         """
-        if arch.experts is not None:
+        if arch.experts is not None or arch.has_sinks or not isinstance(arch.activation, str):
             return False
         bases = [projection.base for layer in layers for projection in _projections(layer)]
         return (

@@ -64,8 +64,8 @@ class StepInput:
 class DecoderLayer:
     """Weights of one layer. Norms are fp32, ``Arch.norm_offset`` added to them; None is no norm.
 
-    ``q_norm`` and ``k_norm`` are ``[head_dim]``, or as wide as all heads together. A layer has an
-    MLP (``gate_up`` and ``down``) or ``experts``.
+    ``q_norm`` and ``k_norm`` are ``[head_dim]``, or as wide as all heads together, ``sinks``
+    ``[heads]`` fp32. A layer has an MLP (``gate_up`` and ``down``) or ``experts``.
     """
 
     norm_before_attention: torch.Tensor | None
@@ -74,6 +74,7 @@ class DecoderLayer:
     norm_after_mlp: torch.Tensor | None = None
     q_norm: torch.Tensor | None
     k_norm: torch.Tensor | None
+    sinks: torch.Tensor | None = None
     qkv: AdaptedLinear
     o: AdaptedLinear
     gate_up: AdaptedLinear | None = None
@@ -151,6 +152,7 @@ class Decoder:
                 cache,
                 step.attention[self.arch.windows[number]],
                 growth,
+                layer.sinks,
             )
             delta = self._leave(layer.o(attended, step.adapters), layer.norm_after_attention)
             normed = self._enter(hidden, delta, layer.norm_before_mlp)

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from turret.kernels.expert_routing import Routing
+from turret.kernels.gpu.clamped_swiglu import clamped_swiglu
 from turret.kernels.gpu.experts.combine_experts import combine_experts
 from turret.kernels.gpu.experts.route_rows import route_rows
 from turret.kernels.gpu.gelu_mul import gelu_mul
@@ -25,7 +26,7 @@ from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.gpu.tables.attention_table import AttentionTable
 from turret.server.adapters.device.gpu.store import GpuAdapterStep
 from turret.server.adapters.device.vocabulary import VocabularyGroup
-from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer, StepInput
 from turret.server.models.decoding.kv_cache import KvCache
 
@@ -120,7 +121,10 @@ class GpuDecoder(Decoder):
         return combine_experts(y, routing)
 
     def _gated(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return _GATED_ACTIVATIONS[self.arch.activation](gate_up)
+        activation = self.arch.activation
+        if isinstance(activation, ClampedSwiglu):
+            return clamped_swiglu(gate_up, activation.alpha, activation.limit)
+        return _GATED_ACTIVATIONS[activation](gate_up)
 
     def _add_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor
@@ -163,7 +167,9 @@ class GpuDecoder(Decoder):
             q *= growth
         table = step.attention[arch.windows[number]]
         scale, softcap = arch.attention_scale, arch.attention_softcap
-        attended = paged_attention(q, keys, values, table, scale=scale, softcap=softcap)
+        attended = paged_attention(
+            q, keys, values, table, scale=scale, softcap=softcap, sinks=layer.sinks
+        )
         return layer.o(attended.flatten(1), step.adapters, step.num_decode)
 
     def _norm_projections(self, layer: DecoderLayer, qkv: torch.Tensor) -> torch.Tensor:

@@ -20,9 +20,10 @@ from turret.kernels.paged_attention import (
 )
 from turret.kernels.rms_norm import residual_rms_norm_reference
 from turret.kernels.rope_kv_write import rotate_heads
+from turret.kernels.rows.clamped_swiglu import row_clamped_swiglu
 from turret.kernels.rows.gelu import row_gelu
 from turret.kernels.rows.silu import row_silu
-from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.cpu_layer_ops import CpuLayerOps
 from turret.server.models.decoding.kv_cache import KvCache
 
@@ -57,6 +58,7 @@ class LayerOps(Protocol):
         cache: KvCache,
         plan: Any,
         growth: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Rotate, store keys and values, attend.
 
@@ -68,6 +70,7 @@ class LayerOps(Protocol):
             cache: Written to, then read.
             plan: Result of ``plan_attention`` for the layer's window.
             growth: Multiplies each row's queries, ``[rows, 1, 1]`` fp32, or None.
+            sinks: The layer's, ``[heads]`` fp32, or None.
 
         Returns:
             ``[rows, heads · head_dim]``.
@@ -75,7 +78,7 @@ class LayerOps(Protocol):
         ...
 
     def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """``activation(gate) · up``, ``[rows, 2·width]`` → ``[rows, width]``."""
+        """``activation(gate) · up`` or the like, ``[rows, 2·width]`` → ``[rows, width]``."""
         ...
 
 
@@ -96,7 +99,6 @@ class TorchLayerOps:
 
     def __init__(self, arch: Arch) -> None:
         self._arch = arch
-        self._activation = _ACTIVATIONS[arch.activation]
 
     def plan_attention(
         self,
@@ -130,6 +132,7 @@ class TorchLayerOps:
         cache: KvCache,
         plan: Any,
         growth: torch.Tensor | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         arch = self._arch
         heads, kv_heads = arch.num_heads, arch.num_kv_heads
@@ -145,9 +148,13 @@ class TorchLayerOps:
             plan,
             scale=arch.attention_scale,
             softcap=arch.attention_softcap,
+            sinks=sinks,
         )
         return attended.view(qkv.shape[0], -1)
 
     def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:
+        activation = self._arch.activation
+        if isinstance(activation, ClampedSwiglu):
+            return row_clamped_swiglu(gate_up, activation.alpha, activation.limit)
         gate, up = gate_up.chunk(2, dim=-1)
-        return self._activation(gate).mul_(up)
+        return _ACTIVATIONS[activation](gate).mul_(up)

@@ -16,7 +16,7 @@ def _read(config: Any) -> Arch:
         intermediate_size=config.intermediate_size,
         normalizes=True,
         checkpoint_path="block_sparse_moe",
-        modules={"experts_gate_up": ("w1", "w3"), "experts_down": ("w2",)},
+        modules={"experts_gate_up": ("{}.w1", "{}.w3"), "experts_down": ("{}.w2",)},
     )
     return read_decoder(config, windows=read_windows(config), experts=experts)
 

@@ -11,6 +11,8 @@ from turret.server.models import families
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+# Quantised checkpoints that are read like plain ones.
+_READ = ("mxfp4",)
 
 
 def check_model_directory(model: Path) -> dict[str, Any]:
@@ -55,11 +57,24 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
     if kind not in families.FAMILIES:
         raise families.not_served(kind)
     quantization = config.get("quantization_config")
-    if quantization is not None and not _is_4bit(quantization):
+    if quantization is None or is_4bit(config):
+        return
+    method = quantization.get("quant_method")
+    if method not in _READ:
         raise _refuse(
-            f"{model} is quantised with {quantization.get('quant_method')!r}; turret serves plain"
-            " checkpoints, which it quantises itself, and bitsandbytes 4-bit ones"
+            f"{model} is quantised with {method!r}; turret serves plain checkpoints and MXFP4 ones,"
+            " which it quantises itself, and bitsandbytes 4-bit ones"
         )
+
+
+def is_4bit(config: dict[str, Any]) -> bool:
+    """Whether a ``config.json`` is of a bitsandbytes 4-bit checkpoint, which is taken as it is."""
+    quantization = config.get("quantization_config")
+    return (
+        quantization is not None
+        and quantization.get("quant_method") == "bitsandbytes"
+        and bool(quantization.get("load_in_4bit", quantization.get("_load_in_4bit")))
+    )
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -130,12 +145,6 @@ def read_config(model: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise _refuse(f"{path} is no JSON object")
     return config
-
-
-def _is_4bit(quantization: Any) -> bool:
-    return quantization.get("quant_method") == "bitsandbytes" and bool(
-        quantization.get("load_in_4bit", quantization.get("_load_in_4bit"))
-    )
 
 
 def _refuse(why: str) -> InvalidRequestError:

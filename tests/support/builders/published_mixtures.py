@@ -23,6 +23,35 @@ MIXTRAL = {
     "rope_theta": 1000000.0,
     "max_position_embeddings": 32768,
 }
+ALTERNATING = ["sliding_attention", "full_attention"]
+GPT_OSS = {
+    "head_dim": 64,
+    "num_experts_per_tok": 4,
+    "experts_per_token": 4,
+    "attention_bias": True,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "initial_context_length": 4096,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 150000,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    },
+    "tie_word_embeddings": False,
+    "quantization_config": {
+        "quant_method": "mxfp4",
+        "modules_to_not_convert": [
+            *("model.layers.*.self_attn", "model.layers.*.mlp.router"),
+            *("model.embed_tokens", "lm_head"),
+        ],
+    },
+}
 MIXTURES = (
     Published(
         "Qwen/Qwen3-30B-A3B",
@@ -60,6 +89,20 @@ MIXTURES = (
         6_919_161_856,
         {"num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
     ),
+    Published(
+        "openai/gpt-oss-20b",
+        "gpt_oss",
+        (2880, 2880, 24, 64, 8, 201088),
+        20_914_757_184,
+        {**GPT_OSS, "num_local_experts": 32, "layer_types": 12 * ALTERNATING},
+    ),
+    Published(
+        "openai/gpt-oss-120b",
+        "gpt_oss",
+        (2880, 2880, 36, 64, 8, 201088),
+        116_829_156_672,
+        {**GPT_OSS, "num_local_experts": 128, "layer_types": 18 * ALTERNATING},
+    ),
 )
 # Below a layer: where checkpoints have experts, and what an expert's gate, up and down are called.
 EXPERTS = {
@@ -71,6 +114,8 @@ EXPERTS = {
 
 def as_in_a_checkpoint(state: dict[str, torch.Tensor], model_type: str) -> dict[str, torch.Tensor]:
     """Transformers stacks the experts of a layer when it reads them."""
+    if model_type == "gpt_oss":
+        return dict(pair for item in state.items() for pair in _in_mxfp4(*item))
     if model_type not in EXPERTS:
         return state
     folder, gate, up, down = EXPERTS[model_type]
@@ -89,3 +134,12 @@ def as_in_a_checkpoint(state: dict[str, torch.Tensor], model_type: str) -> dict[
         else:
             found[name.replace(".mlp.gate.", f".{folder}.gate.")] = tensor
     return found
+
+
+def _in_mxfp4(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """The experts' weights as they are released: transposed, in codes and exponents."""
+    if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+        return [(name, tensor)]
+    count, inner, out = tensor.shape
+    codes = tensor.new_empty(count, out, inner // 32, 16, dtype=torch.uint8)
+    return [(f"{name}_blocks", codes), (f"{name}_scales", codes[..., 0])]

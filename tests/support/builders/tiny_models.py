@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from builders.tiny_mixtures import MIXTURE_CONFIGS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -24,16 +25,13 @@ from transformers import (
     MinistralConfig,
     Mistral3Config,
     MistralConfig,
-    MixtralConfig,
     Olmo2Config,
     Olmo3Config,
-    OlmoeConfig,
     Phi3Config,
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2Config,
     Qwen3Config,
-    Qwen3MoeConfig,
     SmolLM3Config,
 )
 from transformers.utils import logging
@@ -210,21 +208,6 @@ def _phi3(**sizes: Any) -> Any:
     return Phi3Config(**sizes, **own, tie_word_embeddings=False)
 
 
-def _qwen3_moe(**sizes: Any) -> Any:
-    """Experts in the second of two layers, their weights as the softmax has them."""
-    own: dict[str, Any] = {"moe_intermediate_size": 64, "mlp_only_layers": [0], "head_dim": 32}
-    experts: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 3, "norm_topk_prob": False}
-    return Qwen3MoeConfig(**sizes, **own, **experts, tie_word_embeddings=True)
-
-
-def _mixtral(**sizes: Any) -> Any:
-    return MixtralConfig(**sizes, num_local_experts=4, num_experts_per_tok=2, sliding_window=24)
-
-
-def _olmoe(**sizes: Any) -> Any:
-    return OlmoeConfig(**sizes, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True)
-
-
 _CONFIGS: dict[str, Callable[..., Any]] = {
     "llama": _llama,
     "mistral": _mistral,
@@ -243,15 +226,13 @@ _OTHERS: dict[str, Callable[..., Any]] = {
     "granitemoehybrid": _granite4,
     "ministral": _ministral,
     "ministral3": _ministral3,
-    "mixtral": _mixtral,
     "olmo2": _olmo2,
     "olmo3": _olmo3,
-    "olmoe": _olmoe,
     "phi3": _phi3,
-    "qwen3_moe": _qwen3_moe,
+    **MIXTURE_CONFIGS,
 }
 OTHER_ARCHITECTURES = tuple(_OTHERS)
-MIXTURES = ("mixtral", "olmoe", "qwen3_moe")
+MIXTURES = tuple(MIXTURE_CONFIGS)
 
 
 def _siglip() -> dict[str, Any]:
@@ -330,12 +311,12 @@ def save_tiny_model(architecture: str, folder: Path, *, seed: int = 0) -> Path:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # Large enough that attention is not flat and logits are far apart.
-            if parameter.ndim == 3 or (parameter.ndim == 2 and "embed" not in name):
+            if name.endswith("bias"):
+                parameter.normal_(0.0, 0.5)
+            elif parameter.ndim == 3 or (parameter.ndim == 2 and "embed" not in name):
                 parameter.normal_(0.0, 1.2 / parameter.shape[-1] ** 0.5)
             elif parameter.ndim == 2:
                 parameter.normal_(0.0, 0.3)
-            elif name.endswith("bias"):
-                parameter.normal_(0.0, 0.5)
             else:
                 parameter.normal_(1.0, 0.2)
     logging.disable_progress_bar()
@@ -389,10 +370,15 @@ def load_oracle(model: Path | None, weights: dict[str, torch.Tensor]) -> Any:
     matrices = {
         own.removesuffix(".weight"): parameter
         for name, parameter in oracle.named_parameters()
-        if parameter.ndim > 1 and ".layers." in (own := text_name(name) or "")
+        if parameter.ndim > 1
+        and ".layers." in (own := text_name(name) or "")
+        # Those of all experts.
+        and not name.endswith("_bias")
     }
     assert matrices.keys() == weights.keys(), matrices.keys() ^ weights.keys()
     with torch.no_grad():
         for name, matrix in matrices.items():
-            matrix.copy_(weights[name])
+            owner = oracle.get_submodule(name.rpartition(".")[0]) if matrix.ndim == 3 else None
+            is_transposed = getattr(owner, "is_transposed", False)
+            matrix.copy_(weights[name].mT if is_transposed else weights[name])
     return oracle.float().eval()

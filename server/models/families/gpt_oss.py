@@ -1,0 +1,33 @@
+"""gpt-oss (arXiv 2508.10925): experts with biases in every layer, sinks, every second window."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from turret.server.models.decoding.arch import Arch, ClampedSwiglu, Experts
+from turret.server.models.family import Family, read_decoder, read_windows
+
+
+def _read(config: Any) -> Arch:
+    experts = Experts(
+        layers=frozenset(range(config.num_hidden_layers)),
+        count=config.num_local_experts,
+        per_token=config.num_experts_per_tok,
+        intermediate_size=config.intermediate_size,
+        normalizes=True,
+        router="router",
+        # As bitsandbytes-4bit checkpoints have it, whose experts are modules.
+        checkpoint_routers=("router.linear",),
+        modules={"experts_gate_up": ("gate_up_projs.{}",), "experts_down": ("down_projs.{}",)},
+        are_stacked=True,
+    )
+    return read_decoder(
+        config,
+        windows=read_windows(config),
+        activation=ClampedSwiglu(float(config.swiglu_alpha), float(config.swiglu_limit)),
+        has_sinks=True,
+        experts=experts,
+    )
+
+
+FAMILY = Family(("gpt_oss",), _read)

@@ -1,0 +1,93 @@
+"""The language model's tensors of a checkpoint, by the names that it alone has for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from turret.server.errors import InvalidRequestError
+from turret.server.models.decoding.arch import Experts
+from turret.server.models.text_part import text_name
+from turret.server.models.weights.expert_stacks import ExpertStacks
+
+_BYTES = "U8"
+
+
+class StoredTensors:
+    """Reads tensors across files. Experts that lie in one tensor are tensors of their own.
+
+    Args:
+        files: The checkpoint's.
+        experts: Of the architecture, or None.
+    """
+
+    def __init__(self, files: Sequence[Path], experts: Experts | None) -> None:
+        self._files = [safe_open(path, framework="pt") for path in files]
+        # Name → file, and what the file calls it.
+        self._owner = {
+            name: (file, stored)
+            for file in self._files
+            for stored in file.keys()  # noqa: SIM118 - safe_open is not a mapping
+            if (name := text_name(stored)) is not None
+        }
+        self._stacks = experts_in(self._owner, experts)
+
+    def __contains__(self, name: str) -> bool:
+        is_own = name in self._owner and name not in self._stacks.names
+        return is_own or name in self._stacks.parts
+
+    def __iter__(self) -> Iterator[str]:
+        yield from (name for name in self._owner if name not in self._stacks.names)
+        yield from self._stacks.parts
+
+    def __len__(self) -> int:
+        return len(self._owner) - len(self._stacks.names) + len(self._stacks.parts)
+
+    def get(self, name: str) -> torch.Tensor:
+        """A tensor in memory of its own.
+
+        Raises:
+            InvalidRequestError: There is none of that name.
+        """
+        if name in self._stacks.parts:
+            return self._stacks.read(name, self._expert)
+        file, stored = self._place(name)
+        # A copy: the result must not keep the file mapped.
+        return file.get_tensor(stored).clone()
+
+    def codes(self) -> list[str]:
+        """Tensors of bytes, which are no numbers to multiply by."""
+        return [
+            name
+            for name, (file, stored) in self._owner.items()
+            if name not in self._stacks.names and file.get_slice(stored).get_dtype() == _BYTES
+        ]
+
+    def _expert(self, name: str, expert: int) -> torch.Tensor:
+        file, stored = self._place(name)
+        stack = file.get_slice(stored)
+        if expert >= stack.get_shape()[0]:
+            raise InvalidRequestError.of(
+                "model", f"{name} is of {stack.get_shape()[0]} experts, config says more"
+            )
+        return stack[expert].clone()
+
+    def _place(self, name: str) -> tuple[safe_open, str]:
+        if name not in self._owner:
+            raise InvalidRequestError.of("model", f"the checkpoint lacks {name}")
+        return self._owner[name]
+
+
+def experts_in(names: Iterable[str], experts: Experts | None) -> ExpertStacks:
+    """The stacks of experts among a checkpoint's tensors."""
+    if experts is None or not experts.are_stacked:
+        return ExpertStacks({}, 0, names)
+    folder = f"{experts.checkpoint_path}.experts"
+    modules = {
+        f"{folder}.{parameter}": f"{folder}.{experts.modules[projection][0]}"
+        for projection, parameter in experts.parameters.items()
+    }
+    return ExpertStacks(modules, experts.count, names)

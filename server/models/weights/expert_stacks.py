@@ -1,0 +1,66 @@
+"""Experts that a checkpoint holds all in one tensor, taken apart.
+
+A stack is ``experts.gate_up_proj`` ``[experts, in, out]``, or MXFP4 in its place::
+
+    experts.gate_up_proj_blocks   [experts, out, in / 32, 16] uint8
+    experts.gate_up_proj_scales   [experts, out, in / 32]     uint8
+
+and ``experts.gate_up_proj_bias`` ``[experts, out]`` in either case. Its parts are what a checkpoint
+has whose experts are modules: ``experts.gate_up_projs.7.weight`` ``[out, in]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+
+from turret.server.models.weights.mxfp4 import dequantize_mxfp4
+
+_CODES, _EXPONENTS, _BIAS = "_blocks", "_scales", "_bias"
+
+
+class ExpertStacks:
+    """The stacks of a checkpoint.
+
+    Args:
+        modules: What a stack's parts are modules of, by its path in a layer; ``{}`` stands for the
+            expert.
+        count: Experts of a stack.
+        names: The checkpoint's tensors.
+
+    Attributes:
+        names: Those that are stacks.
+        parts: What they are made into: the stack and the expert of each tensor.
+    """
+
+    def __init__(self, modules: Mapping[str, str], count: int, names: Iterable[str]) -> None:
+        leaves = {"": ".weight", _CODES: ".weight", _EXPONENTS: None, _BIAS: ".bias"}
+        kinds = {
+            stack + suffix: None if leaf is None else module + leaf
+            for stack, module in modules.items()
+            for suffix, leaf in leaves.items()
+        }
+        self.names: set[str] = set()
+        self.parts: dict[str, tuple[str, int]] = {}
+        for name in names if kinds else ():
+            for path, part in kinds.items():
+                if not name.endswith(f".{path}"):
+                    continue
+                self.names.add(name)
+                prefix = name.removesuffix(path)
+                if part is not None:
+                    self.parts |= {prefix + part.format(e): (name, e) for e in range(count)}
+
+    def read(self, name: str, read: Callable[[str, int], torch.Tensor]) -> torch.Tensor:
+        """A part: a weight ``[out, in]``, which may be strided, or a bias ``[out]``.
+
+        Args:
+            name: One of ``parts``.
+            read: Gives an expert's part of a tensor of the checkpoint.
+        """
+        stack, expert = self.parts[name]
+        tensor = read(stack, expert)
+        if stack.endswith(_CODES):
+            return dequantize_mxfp4(tensor, read(stack.removesuffix(_CODES) + _EXPONENTS, expert))
+        return tensor if stack.endswith(_BIAS) else tensor.T

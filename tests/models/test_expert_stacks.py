@@ -1,0 +1,163 @@
+"""Checkpoints that hold the experts of a layer in one tensor: plain, MXFP4, and 4-bit in part."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.tiny_models import save_tiny_model, served_weights
+from safetensors.torch import load_file, save_file
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
+
+from turret.server.errors import InvalidRequestError
+from turret.server.models.model_source import resolve_model
+from turret.server.models.weights.mxfp4 import dequantize_mxfp4
+
+WEIGHTS = "model.safetensors"
+EXPERTS = "model.layers.1.mlp.experts"
+Tensors = dict[str, torch.Tensor]
+
+
+def random_codes(out: int, inner: int, *lead: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(out + inner)
+    shape = (*lead, out, inner // 32)
+    codes = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+    exponents = torch.randint(119, 125, shape, generator=generator, dtype=torch.uint8)
+    return codes, exponents
+
+
+def change(folder: Path, edit: Callable[[Tensors], Any], **config: Any) -> Path:
+    """Edits the tensors of a directory, and its config."""
+    tensors = load_file(folder / WEIGHTS)
+    edit(tensors)
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    return folder
+
+
+@pytest.fixture
+def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return save_tiny_model("gpt_oss", tmp_path / "model")
+
+
+def cached(tmp_path: Path) -> Path:
+    (file,) = (tmp_path / "cache" / "turret").glob(f"nf4-*/{WEIGHTS}")
+    return file
+
+
+def same(found: Tensors, expected: Tensors) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
+
+
+def test_mxfp4_is_dequantised_as_transformers_does() -> None:
+    codes, exponents = random_codes(64, 96, 3)
+    found = torch.stack([dequantize_mxfp4(*pair) for pair in zip(codes, exponents, strict=True)])
+    expected = convert_moe_packed_tensors(codes, exponents, dtype=torch.bfloat16)
+    assert torch.equal(found, expected.mT)
+    assert torch.equal(found.signbit(), expected.mT.signbit())
+
+
+@pytest.mark.parametrize("exponent", [0, 1, 127, 250, 252])
+def test_every_code_is_exact(exponent: int) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(1, 16, 16)
+    found = dequantize_mxfp4(codes, torch.full((1, 16), exponent, dtype=torch.uint8))
+    magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
+    values = torch.cat((magnitudes, -magnitudes)) * 2.0 ** (exponent - 127)
+    expected = torch.stack((values.repeat(16), values.repeat_interleave(16)), -1).view(1, -1)
+    assert torch.equal(found.double(), expected)
+
+
+def test_an_mxfp4_checkpoint_is_the_plain_one_that_it_stands_for(
+    plain: Path, tmp_path: Path
+) -> None:
+    """Codes and exponents are in different files."""
+    packed = shutil.copytree(plain, tmp_path / "packed")
+    shards: dict[str, Tensors] = {"a": {}, "b": {}}
+
+    def to_codes(tensors: Tensors) -> None:
+        for name in [name for name in tensors if name.endswith(("gate_up_proj", "s.down_proj"))]:
+            count, inner, out = tensors.pop(name).shape
+            codes, exponents = random_codes(out, inner, count)
+            shards["a"][f"{name}_scales"], shards["b"][f"{name}_blocks"] = exponents, codes
+        shards["a"].update(tensors)
+
+    change(packed, to_codes, quantization_config={"quant_method": "mxfp4"})
+    (packed / WEIGHTS).unlink()
+    for shard, tensors in shards.items():
+        save_file(tensors, packed / f"{shard}.safetensors")
+    index = {name: f"{s}.safetensors" for s, tensors in shards.items() for name in tensors}
+    (packed / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": index}))
+
+    def to_numbers(tensors: Tensors) -> None:
+        for name, codes in shards["b"].items():
+            stem = name.removesuffix("_blocks")
+            tensors[stem] = convert_moe_packed_tensors(codes, shards["a"][f"{stem}_scales"])
+
+    change(plain, to_numbers)
+    one, other = (resolve_model(folder, tmp_path / "cache") for folder in (packed, plain))
+    assert one.digest == other.digest
+    assert one.weights != other.weights
+    same(served_weights(packed, torch.bfloat16), served_weights(plain, torch.bfloat16))
+
+
+def test_a_4bit_checkpoint_is_taken_with_experts_in_either_form(
+    plain: Path, tmp_path: Path
+) -> None:
+    """Modules of an expert, quantised, and a router by another name; or left as they were."""
+    expected = served_weights(plain, torch.float32)
+    quantised, stacked = load_file(cached(tmp_path)), load_file(plain / WEIGHTS)
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+    def to_modules(tensors: Tensors) -> None:
+        tensors.clear()
+        for name, tensor in quantised.items():
+            tensors[name.replace(".router.", ".router.linear.")] = tensor
+
+    def to_mixed(tensors: Tensors) -> None:
+        tensors.clear()
+        tensors.update({k: t for k, t in quantised.items() if ".experts." not in k})
+        tensors.update({k: t for k, t in stacked.items() if ".experts." in k})
+
+    for number, edit in enumerate((to_modules, to_mixed)):
+        folder = shutil.copytree(plain, tmp_path / str(number))
+        change(folder, edit, quantization_config=config)
+        same(served_weights(folder, torch.float32), expected)
+
+
+FAULTS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
+    "codes": (
+        lambda t: t.update({"model.layers.0.self_attn.o_proj.weight_blocks": t["x"].byte()}),
+        r"unexpected tensors of codes: model.layers.0.self_attn.o_proj.weight_blocks",
+    ),
+    "scales": (
+        lambda t: t.update({f"{EXPERTS}.down_proj_blocks": random_codes(128, 192, 6)[0]}),
+        rf"lacks {EXPERTS}.down_proj_scales",
+    ),
+    "experts": (
+        lambda t: t.update({f"{EXPERTS}.down_proj": t[f"{EXPERTS}.down_proj"][:5]}),
+        rf"{EXPERTS}.down_proj is of 5 experts, config says more",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_missing_is_named(fault: str, plain: Path, tmp_path: Path) -> None:
+    edit, message = FAULTS[fault]
+
+    def plant(tensors: Tensors) -> None:
+        tensors["x"] = torch.ones(2)
+        edit(tensors)
+        del tensors["x"]
+
+    change(plain, plant)
+    with pytest.raises(InvalidRequestError, match=message):
+        resolve_model(plain, tmp_path / "cache")
+    assert list((tmp_path / "cache").glob("nf4-*")) == []
