@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from turret.kernels.gpu.adapters.circulant import circulant
-from turret.kernels.gpu.adapters.fusion_gate import fusion_gate
+from turret.kernels.gpu.adapters.fusion_gate import fusion_gate, routing_gate
 from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
 from turret.kernels.gpu.adapters.input_blocks import gained_add, input_blocks
@@ -120,6 +120,7 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
             q = _empty(_ROWS, slices, 64, dtype=torch.float32)
             gated = _empty(_SLOTS, dtype=torch.int32)
             gates = fusion_gate(q, v, _empty(_RANK, slices, 64), gated, table)
+            routing_gate(_empty(_ROWS, slices, _SLOTS, dtype=torch.float32), gated, table, 2, 0.7)
             segmented_expand(y, v, b, ranks, table, gates=gates)
 
         yield launch

@@ -1,11 +1,16 @@
-"""Learned weights of fused adapters, per token (AdapterFusion, arXiv 2005.00247, section 3.2).
+"""Weights of the components of an adapter, per token, between shrink and expand.
 
-For ``K`` frozen low-rank components with ``v_k = A_k x``, a query ``q = Wq x`` and keys ``Wk``::
+For ``K`` frozen low-rank components with ``v_k = A_k x``, ``y += Σ_k α_k B_k v_k``, and ``α`` is
+taken from one of two scores. A learned fusion (AdapterFusion, arXiv 2005.00247, section 3.2) has a
+query ``q = Wq x`` and keys ``Wk``::
 
-    α = softmax_k(q · Wk B_k v_k)            y += Σ_k α_k B_k v_k
+    α = softmax_k(q · Wk B_k v_k)
 
-``Wk B_k`` is folded once at load to ``[d_k, r_k]``, so the score costs ``d_k · r_k`` per component,
-and the gate sits between shrink and expand: the updates themselves are never computed twice.
+``Wk B_k`` is folded once at load to ``[d_k, r_k]``, so the score costs ``d_k · r_k`` per component:
+the updates themselves are never computed twice. A router (Arrow, arXiv 2405.11157, section 3.2) has
+a prototype ``p_k`` per component, and the ``top_k`` best alone share the softmax::
+
+    α = softmax over top_k of |p_k · x| / T
 """
 
 from __future__ import annotations
@@ -42,10 +47,37 @@ def fusion_gate_reference(
     members = _members(tuple(rank_indptr), v.shape[1], q.device)
     keys = _padded(keys.float(), GATE_MULTIPLE)
     terms = row_linear(_padded(q.float()), keys) * _padded(v)
-    scores = row_linear(terms, members)[:, : len(rank_indptr) - 1]
-    # Element by element over the few components: a library softmax may vectorise over rows.
+    return _softmax(row_linear(terms, members)[:, : len(rank_indptr) - 1])
+
+
+def routing_gate_reference(
+    similarities: torch.Tensor, top_k: int, temperature: float
+) -> torch.Tensor:
+    """Gate by prototypes; the CPU path as well as the Triton kernel's oracle.
+
+    Args:
+        similarities: ``p_k · x``, ``[num_rows, K]`` fp32.
+        top_k: Components that share a row's weight, the most similar ones; of two that are equally
+            similar the first is taken. The others weigh 0.
+        temperature: What similarities are divided by; above 0.
+
+    Returns:
+        ``α``, ``[num_rows, K]``, fp32. A row's bits do not depend on the other rows.
+    """
+    scores = similarities.abs()
+    order = torch.arange(scores.shape[1], device=scores.device)
+    mine, other = scores[:, :, None], scores[:, None, :]
+    is_before = (other > mine) | ((other == mine) & (order[None, :] < order[:, None]))
+    return _softmax(scores / temperature, is_before.sum(2) < top_k)
+
+
+def _softmax(scores: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:
+    """Of a row's few components, those that are kept; the best one is."""
+    # Element by element: a library softmax may vectorise over rows.
     top = scores.amax(dim=1, keepdim=True)
     weights = row_exp_(scores - top)
+    if kept is not None:
+        weights *= kept
     total = weights[:, :1].clone()
     for k in range(1, weights.shape[1]):
         total += weights[:, k : k + 1]

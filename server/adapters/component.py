@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from turret.server.adapters.operators import AdapterOperators
@@ -33,12 +33,21 @@ class ComponentRef:
 
 @dataclass(frozen=True, slots=True)
 class Component:
-    """A component that was found: its method's name, its operators and its distinct ranks."""
+    """A component that was found.
+
+    Attributes:
+        ref: How the config names it.
+        method: The name of its method.
+        operators: Its operators.
+        ranks: Distinct ranks.
+        scalings: What is folded into ``b`` of a module as its scaling; 1 where it is missing.
+    """
 
     ref: ComponentRef
     method: str
     operators: AdapterOperators
     ranks: tuple[int, ...]
+    scalings: Mapping[str, float] = field(default_factory=dict)
 
 
 FindComponent = Callable[[ComponentRef], Component]

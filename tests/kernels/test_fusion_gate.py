@@ -18,9 +18,9 @@ import pytest
 import torch
 from kernel_traffic import DEVICE, HALF, error_ratio, make_pack
 
-from turret.kernels.adapters.fusion_gate import fusion_gate_reference
+from turret.kernels.adapters.fusion_gate import fusion_gate_reference, routing_gate_reference
 from turret.kernels.adapters.segments import LongSegment
-from turret.kernels.gpu.adapters.fusion_gate import fusion_gate
+from turret.kernels.gpu.adapters.fusion_gate import fusion_gate, routing_gate
 from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 
@@ -46,18 +46,25 @@ def gates_in_float64(pack, runs, x, q, keys, gated):
     return gates
 
 
-@pytest.mark.parametrize("gemv", [False, True])
-def test_gates(gemv):
-    pack = make_pack(INNER, OUTS, HALF)
-    keys = torch.randn(pack.a.shape[0], len(OUTS), D_K).to(DEVICE, HALF)
-    gated = torch.tensor([0, 0, 1, 0, 1, 1, 1], dtype=torch.int32, device=DEVICE)
-    runs = [
+GATED = (0, 0, 1, 0, 1, 1, 1)
+
+
+def runs_of(pack):
+    return [
         LongSegment(0, 1, pack.mix((2, 1.0), (4, 1.0))),
         LongSegment(1, 3, pack.mix((1, 1.0), (5, 1.0), (2, 1.0), (6, 1.0))),
         LongSegment(3, 4, pack.mix((1, 1.0), (3, 1.0))),
         LongSegment(4, 5, pack.mix((6, 1.0))),
         LongSegment(5, 25, pack.mix((4, 1.0), (2, 1.0), (1, -1.0))),
     ]
+
+
+@pytest.mark.parametrize("gemv", [False, True])
+def test_gates(gemv):
+    pack = make_pack(INNER, OUTS, HALF)
+    keys = torch.randn(pack.a.shape[0], len(OUTS), D_K).to(DEVICE, HALF)
+    gated = torch.tensor(GATED, dtype=torch.int32, device=DEVICE)
+    runs = runs_of(pack)
     table = SegmentTable(max_rows=32, max_row_rank=256, max_components=4, device=DEVICE, gemv=gemv)
     table.load(runs)
     x = torch.randn(25, INNER).to(DEVICE, HALF)
@@ -69,6 +76,59 @@ def test_gates(gemv):
         count = len(run.members)
         rows = slice(run.start, run.end)
         assert error_ratio(gates[rows, :, :count], expected[rows, :, :count]) < 1e-4
+
+
+def routed_in_float64(similarities, top_k, temperature):
+    """Of the components of one row, by sorting; of equals the first counts."""
+    scores = [abs(float(value)) for value in similarities]
+    best = sorted(range(len(scores)), key=lambda k: (-scores[k], k))[:top_k]
+    gates = torch.zeros(len(scores), dtype=torch.float64)
+    kept = torch.tensor([scores[k] for k in best], dtype=torch.float64)
+    gates[best] = (kept / temperature).softmax(0)
+    return gates
+
+
+def some_similarities(*shape):
+    """Of both signs, and in some rows some that are equal, or all 0."""
+    found = torch.randn(*shape)
+    found[1::4, ..., 1] = -found[1::4, ..., 0]
+    found[3::4] = 0.0
+    return found
+
+
+@pytest.mark.parametrize("gemv", [False, True])
+@pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (2, 0.3), (16, 2.5)])
+def test_gates_by_prototypes(gemv, top_k, temperature):
+    pack = make_pack(INNER, OUTS, HALF)
+    gated = torch.tensor(GATED, dtype=torch.int32, device=DEVICE)
+    table = SegmentTable(max_rows=32, max_row_rank=256, max_components=4, device=DEVICE, gemv=gemv)
+    table.load(runs_of(pack))
+    similarities = some_similarities(25, len(OUTS), len(GATED))
+    gates = routing_gate(similarities.to(DEVICE), gated, table, top_k, temperature).cpu()
+    for run in runs_of(pack):
+        slots = [member.slot for member in run.members]
+        places = [i for i, slot in enumerate(slots) if GATED[slot]]
+        for row in range(run.start, run.end):
+            for s in range(len(OUTS)):
+                expected = torch.ones(len(slots), dtype=torch.float64)
+                if places:
+                    mine = similarities[row, s, [slots[i] for i in places]]
+                    expected[places] = routed_in_float64(mine, top_k, temperature)
+                found = gates[row, s, : len(slots)]
+                torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 16])
+def test_reference_by_prototypes(count):
+    for top_k, temperature in ((1, 1.0), (2, 0.3), (16, 2.5)):
+        similarities = some_similarities(40, max(count, 2))[:, :count]
+        gates = routing_gate_reference(similarities, top_k, temperature)
+        for row, found in enumerate(gates):
+            expected = routed_in_float64(similarities[row], top_k, temperature)
+            torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
+        for rows in (slice(0, 1), slice(3, 5), slice(7, 40)):
+            alone = routing_gate_reference(similarities[rows], top_k, temperature)
+            assert torch.equal(alone, gates[rows])
 
 
 def test_reference():
@@ -128,3 +188,11 @@ def test_breaches_of_the_contract_are_refused():
         fusion_gate(q[:, :1], v, keys, gated, table)
     with pytest.raises(ValueError, match="int32"):
         fusion_gate(q, v, keys, gated.long(), table)
+    similarities = torch.zeros(1, len(OUTS), 7, device=DEVICE)
+    with pytest.raises(ValueError, match="similarities is"):
+        routing_gate(similarities.half(), gated, table, 2, 1.0)
+    with pytest.raises(ValueError, match="similarities is"):
+        routing_gate(similarities[..., :6], gated, table, 2, 1.0)
+    for top_k, temperature in ((0, 1.0), (1, 0.0)):
+        with pytest.raises(ValueError, match="above 0"):
+            routing_gate(similarities, gated, table, top_k, temperature)

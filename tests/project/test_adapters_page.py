@@ -43,7 +43,8 @@ def test_the_loha_bounds_it_gives_are_right() -> None:
 
 
 def _converter() -> Any:
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), flags=re.DOTALL)
+    (code,) = (block for block in blocks if "convert_lycoris" in block)
     scope: dict[str, Any] = {}
     exec(code, scope)
     return scope["convert_lycoris"]

@@ -15,8 +15,8 @@ from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
 from turret.server.adapters.component import Component, ComponentRef
+from turret.server.adapters.lowering.components import check_fusable
 from turret.server.adapters.methods import lower_checkpoint
-from turret.server.adapters.methods.low_rank.learned_fusion import check_fusable
 from turret.training.fusion.layer import Update
 
 _MAX_ELEMENTS = 1 << 32

@@ -1,4 +1,4 @@
-"""Gated low-rank updates (learned fusion): each adapter's rows go through shrink, gate and expand.
+"""Gated low-rank updates (learned fusion, Arrow): rows go through shrink, gate and expand.
 
 A gate does not stack with other adapters: its weights come from a softmax over its own components.
 So every adapter keeps matrices of its own, and the rows of a step are gathered by adapter.
@@ -11,35 +11,45 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 
-from turret.kernels.adapters.fusion_gate import fusion_gate_reference
+from turret.kernels.adapters.fusion_gate import (
+    GATE_MULTIPLE,
+    fusion_gate_reference,
+    routing_gate_reference,
+)
 from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, Rows, StepMembers
 from turret.server.adapters.device.part import Part
-from turret.server.adapters.operators import AdapterOperators, Gate
+from turret.server.adapters.operators import AdapterOperators, Gate, PrototypeScore
 
 
 @dataclass(frozen=True, slots=True)
 class _GatedSlice:
     """One module of a fused projection: its gate and the columns it has in ``x downᵀ`` and ``y``.
 
+    ``asked`` are the columns of its query, or those of its prototypes in ``x prototypesᵀ``.
     ``component_of_rank`` is ``[ranks]`` int64. A rank that belongs to no component counts as the
     first one's; its activation is 0.
     """
 
     gate: Gate
     ranks: slice
-    query: slice
+    asked: slice
     columns: slice
     component_of_rank: torch.Tensor
 
-    def add(self, v: torch.Tensor, weights: torch.Tensor | float, y: torch.Tensor) -> None:
+    def add(
+        self,
+        v: torch.Tensor,
+        similarities: torch.Tensor | None,
+        weights: torch.Tensor | float,
+        y: torch.Tensor,
+    ) -> None:
         """``y += weight · Σ_k α_k b_kᵀ v_k`` in place, ``v = x downᵀ``."""
         ranks = v[:, self.ranks]
-        gates = fusion_gate_reference(
-            v[:, self.query], ranks, self.gate.keys, self.gate.rank_indptr
-        )
+        gates = self._gates(v, similarities)
         scale = (gates * weights).index_select(1, self.component_of_rank)
         scaled = (ranks * scale).to(v.dtype)
         size = max_reduction(v.dtype)
@@ -48,22 +58,37 @@ class _GatedSlice:
             part = scaled[:, window].contiguous()
             row_addmm_(y[:, self.columns], part, self.gate.b[window])
 
+    def _gates(self, v: torch.Tensor, similarities: torch.Tensor | None) -> torch.Tensor:
+        """``α``, ``[rows, K]`` fp32."""
+        score, indptr = self.gate.score, self.gate.rank_indptr
+        if isinstance(score, PrototypeScore):
+            assert similarities is not None, "the projection has prototypes"
+            mine = similarities[:, self.asked]
+            return routing_gate_reference(mine, score.top_k, score.temperature)
+        return fusion_gate_reference(v[:, self.asked], v[:, self.ranks], score.keys, indptr)
+
 
 @dataclass(frozen=True, slots=True)
 class _GatedProjection:
     """An adapter in one fused projection of one layer.
 
-    ``down`` is ``[Σ (ranks + d_k), in_features]``: per slice, the factors ``a`` and the query.
+    ``down`` is ``[Σ (ranks + d_k), in_features]``: per slice, the factors ``a`` and the query if it
+    has one. ``prototypes`` are those of all slices, ``[Σ K, in_features]`` fp32, or None.
     """
 
     down: torch.Tensor
+    prototypes: torch.Tensor | None
     slices: tuple[_GatedSlice, ...]
 
     def apply(self, rows: Rows, x: torch.Tensor, y: torch.Tensor) -> None:
-        v = row_linear(rows.take(x), self.down)
+        taken = rows.take(x)
+        v = row_linear(taken, self.down)
+        similarities = None
+        if self.prototypes is not None:
+            similarities = row_linear(taken.float(), self.prototypes)
         part = rows.take(y)
         for gated in self.slices:
-            gated.add(v, rows.weights, part)
+            gated.add(v, similarities, rows.weights, part)
         rows.put(y, part)
 
 
@@ -137,23 +162,33 @@ class Gates(Part):
 
     def _gated(self, projection: str, gates: Sequence[tuple[int, Gate]]) -> _GatedProjection:
         columns = self._layout.columns(projection)
-        slices, down, cursor = [], [], 0
+        slices: list[_GatedSlice] = []
+        down: list[torch.Tensor] = []
+        prototypes: list[torch.Tensor] = []
         for s, gate in gates:
             moved = gate.with_tensors(tensor.to(self._device) for tensor in gate.tensors())
-            split = cursor + moved.a.shape[0]
-            end = split + moved.query.shape[0]
-            slices.append(
-                _GatedSlice(
-                    gate=moved,
-                    ranks=slice(cursor, split),
-                    query=slice(split, end),
-                    columns=columns[s],
-                    component_of_rank=_component_of_rank(moved),
-                )
-            )
-            down += (moved.a, moved.query)
-            cursor = end
-        return _GatedProjection(torch.cat(down), tuple(slices))
+            ranks = _append(down, moved.a)
+            if isinstance(moved.score, PrototypeScore):
+                asked = _append(prototypes, moved.score.prototypes)
+            else:
+                asked = _append(down, moved.score.query)
+            slices.append(_GatedSlice(moved, ranks, asked, columns[s], _component_of_rank(moved)))
+        return _GatedProjection(
+            torch.cat(down), _filled_up(prototypes) if prototypes else None, tuple(slices)
+        )
+
+
+def _append(rows: list[torch.Tensor], more: torch.Tensor) -> slice:
+    """Adds rows below those that are there; where they are."""
+    start = sum(len(some) for some in rows)
+    rows.append(more)
+    return slice(start, start + len(more))
+
+
+def _filled_up(rows: list[torch.Tensor]) -> torch.Tensor:
+    """Below each other, and zeros: products of fewer shapes have to be tried."""
+    joined = torch.cat(rows)
+    return F.pad(joined, (0, 0, 0, -len(joined) % GATE_MULTIPLE))
 
 
 def _component_of_rank(gate: Gate) -> torch.Tensor:

@@ -152,7 +152,7 @@ class AdapterLoader:
             why = f"{ref.name!r} is built from components itself, which is not served"
             raise AdapterCheckpointError(f"components: {why}", violations=[(COMPONENTS_KEY, why)])
         method, lowered = lower_checkpoint(checkpoint, self.base, self._max_rank)
-        return Component(ref, method, lowered.operators, lowered.ranks)
+        return Component(ref, method, lowered.operators, lowered.ranks, lowered.scalings)
 
     def reload(self, source: Source, digest: str) -> LoadedAdapter:
         """Reads an adapter that was registered before and insists on the same content.

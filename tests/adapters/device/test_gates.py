@@ -53,7 +53,7 @@ def test_a_row_keeps_its_bits_in_any_company(dtype: torch.dtype) -> None:
         row = slice(i, i + 1)
         alone = apply(held, StepMembers(short=[mixes[i]], long=[]), x[row], y[row])
         assert torch.equal(alone[0], together[i]), i
-    for mix in (MIXES[0], MIXES[3], MIXES[5]):
+    for mix in (MIXES[0], MIXES[3], MIXES[5], MIXES[7]):
         segment = StepMembers(short=[], long=[(5, 84, mix)])
         long = apply(held, segment, x, y)
         assert torch.equal(long[:5], y[:5])
@@ -67,10 +67,10 @@ def test_a_row_keeps_its_bits_in_any_company(dtype: torch.dtype) -> None:
 def test_rows_get_the_formula() -> None:
     held, gates = held_of(torch.float32)
     x, y = torch.randn(3, INNER), torch.randn(3, WIDTH)
-    mix = MIXES[3]
-    found = apply(held, StepMembers(short=[mix] * 3, long=[]), x, y)
-    expected = in_float64(gates, mix, x, y)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    for mix in (MIXES[3], *MIXES[6:]):
+        found = apply(held, StepMembers(short=[mix] * 3, long=[]), x, y)
+        expected = in_float64(gates, mix, x, y)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_removed_adapter_is_gone() -> None:

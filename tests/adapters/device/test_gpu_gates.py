@@ -1,4 +1,4 @@
-"""Learned fusions as kernels, in Triton's interpreter: every row against float64.
+"""Gated adapters as kernels, in Triton's interpreter: every row against float64.
 
 Planted faults, and how many of the tests here each one fails (tried by hand):
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -53,9 +54,9 @@ def held_of(dtype: torch.dtype, gates) -> GpuGates:
 
 
 def runs_of() -> list[tuple[int, int, Members]]:
-    """One row each, but for a segment of the last mix; rows past it are nobody's."""
+    """One row each, but for two segments; rows past it are nobody's."""
     single = [(row, row + 1, MIXES[row % len(MIXES)]) for row in range(9)]
-    return [*single, (9, 20, MIXES[5])]
+    return [*single, (9, 15, MIXES[5]), (15, 20, MIXES[7])]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
@@ -67,7 +68,7 @@ def test_rows_get_the_formula(dtype: torch.dtype, bound: float) -> None:
     y = torch.randn(NUM_ROWS, WIDTH).to(DEVICE, dtype)
     found = y.clone()
     bound_fusions = held.bind(runs_of(), tables())
-    assert bound_fusions.signature == ("a", "b", "c")
+    assert bound_fusions.signature == ("a", "b", "c", "d", "e")
     bound_fusions.apply(0, "qkv", x, found)
     for start, end, mix in runs_of():
         rows = slice(start, end)
@@ -115,16 +116,22 @@ def test_a_fusion_that_comes_back_elsewhere_is_noticed() -> None:
     held = held_of(torch.float32, gates_of(torch.float32))
     before = held.addresses()
     assert held.addresses() == before
-    fusion = held._fusions["a"]
-    place, gated = next(iter(fusion.places.items()))
-    moved = [dataclasses.replace(fusion, gated=fusion.gated.clone())]
-    for name in ("a", "b", "keys", "query", "slice_ranks"):
-        value = getattr(gated, name)
-        other = (*value[:-1], value[-1].clone()) if name == "b" else value.clone()
-        changed = dataclasses.replace(gated, **{name: other})
-        moved.append(dataclasses.replace(fusion, places={**fusion.places, place: changed}))
-    for other in moved:
-        held._fusions["a"] = other
-        assert held.addresses() != before
-    held._fusions["a"] = fusion
-    assert held.addresses() == before
+    for key, names in (("a", ("keys", "query")), ("d", ("prototypes",))):
+        fusion = held._fusions[key]
+        place, gated = next(iter(fusion.places.items()))
+        moved = [dataclasses.replace(fusion, gated=fusion.gated.clone())]
+        scores = [
+            dataclasses.replace(gated.score, **{name: getattr(gated.score, name).clone()})
+            for name in names
+        ]
+        changes: list[dict[str, Any]] = [{"score": score} for score in scores]
+        changes += [{name: getattr(gated, name).clone()} for name in ("a", "slice_ranks")]
+        changes.append({"b": (*gated.b[:-1], gated.b[-1].clone())})
+        for change in changes:
+            changed = dataclasses.replace(gated, **change)
+            moved.append(dataclasses.replace(fusion, places={**fusion.places, place: changed}))
+        for other in moved:
+            held._fusions[key] = other
+            assert held.addresses() != before
+        held._fusions[key] = fusion
+        assert held.addresses() == before

@@ -59,7 +59,7 @@ UNSUPPORTED: dict[str, Any] = {
     "alora_invocation_tokens": "5",
     "use_qalora": "yes",
     "use_bdlora": {"target_modules_bd_a": ["q_proj"]},
-    "arrow_config": {"top_k": 3},
+    "arrow_config": "on",
     "kasa_config": {"beta": 0.1, "alpha": 1},
     "velora_config": [2],
     "monteclora_config": {"samples": 2},

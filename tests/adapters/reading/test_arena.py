@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from turret.server.adapters.lowering.arena import in_one_block
-from turret.server.adapters.operators import Gate, ModuleOperators
+from turret.server.adapters.operators import Gate, ModuleOperators, PrototypeScore, QueryScore
 from turret.server.adapters.updates import Hadamard, Kronecker, LowRank, Sparse
 
 
@@ -22,7 +22,7 @@ def one_of_each() -> dict[str, ModuleOperators]:
     shared = torch.randn(3, 24).bfloat16()
     factors = [torch.randn(*shape).bfloat16() for shape in ((7, 5), (6, 4), (6, 2), (2, 4))]
     a, b, query, keys = torch.randn(4, 4, 8)
-    gate = Gate(a, b, query, keys, (0, 3, 4))
+    gate = Gate(a, b, QueryScore(query, keys), (0, 3, 4))
     return {
         "a": ModuleOperators(low_rank=low_rank(3, 24), gain=torch.randn(24)),
         "b": ModuleOperators(hadamard=Hadamard(shared, shared, *(torch.randn(2, 9, 3)))),
@@ -31,6 +31,7 @@ def one_of_each() -> dict[str, ModuleOperators]:
         "e": ModuleOperators(gate=gate, input_gain=torch.randn(8), bias=torch.randn(8)),
         "f": ModuleOperators(low_rank=LowRank(torch.empty(0, 24), torch.empty(0, 8))),
         "g": ModuleOperators(),
+        "i": ModuleOperators(gate=Gate(a, b, PrototypeScore(query, 2, 0.5), (0, 3, 4))),
         "h": ModuleOperators(
             sparse=Sparse(
                 torch.randn(3),

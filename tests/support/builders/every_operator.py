@@ -15,6 +15,8 @@ from turret.server.adapters.operators import (
     ModulatedBase,
     ModuleOperators,
     PairRotation,
+    PrototypeScore,
+    QueryScore,
 )
 from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.adapters.updates import Circulant, Hadamard, Kronecker, LowRank, Sparse
@@ -65,8 +67,12 @@ def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators
         return dataclasses.replace(turned(out, inner), gain=torch.rand(out))
 
     def gated(out: int, inner: int) -> ModuleOperators:
-        gate = Gate(some(16, inner), some(16, out), some(4, inner), torch.rand(16, 4), (0, 5, 12))
-        return ModuleOperators(gate=gate)
+        score = QueryScore(some(4, inner), torch.rand(16, 4))
+        return ModuleOperators(gate=Gate(some(16, inner), some(16, out), score, (0, 5, 12)))
+
+    def routed(out: int, inner: int) -> ModuleOperators:
+        score = PrototypeScore(torch.randn(3, inner), 2, 0.7)
+        return ModuleOperators(gate=Gate(some(16, inner), some(16, out), score, (0, 4, 8, 12)))
 
     soft = SoftPrompt(soft_tokens=some(3, arch.hidden_size))
     kv = (arch.num_layers, 5, arch.num_kv_heads, arch.head_dim)
@@ -75,6 +81,7 @@ def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators
         "low": everywhere(low_rank),
         "other": everywhere(other),
         "gated": everywhere(gated),
+        "routed": everywhere(routed),
         "turned": everywhere(turned),
         "scaled": everywhere(scaled),
         "paired": everywhere(paired),

@@ -10,7 +10,13 @@ from torch import Tensor
 
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import Members
-from turret.server.adapters.operators import AdapterOperators, Gate, ModuleOperators
+from turret.server.adapters.operators import (
+    AdapterOperators,
+    Gate,
+    ModuleOperators,
+    PrototypeScore,
+    QueryScore,
+)
 
 INNER = 192
 OUTS = {"q": 96, "k": 32, "v": 32}
@@ -21,8 +27,12 @@ RANKS = {
     "a": {"q": (4, 8), "v": (4, 0)},
     "b": {"q": (16, 16, 1), "k": (16, 0, 1), "v": (16, 16, 1)},
     "c": {"k": (200, 120)},
+    "d": {"q": (4, 8, 4), "k": (16, 1, 2), "v": (4, 4, 4)},
+    "e": {"v": (8, 3)},
 }
 D_K = {"a": 16, "b": 32, "c": 48}
+# The others have prototypes: how many of them count, and what they are divided by.
+ROUTING = {"d": (2, 0.7), "e": (1, 1.0)}
 MIXES: tuple[Members, ...] = (
     (("a", 1.0),),
     (("b", 1.0),),
@@ -30,10 +40,13 @@ MIXES: tuple[Members, ...] = (
     (("b", 0.3), ("other", 1.0), ("a", 2.0)),
     (("other", 1.0),),
     (("c", 1.0), ("b", 1.0), ("a", 1.0)),
+    (("d", 1.0),),
+    (("d", 0.5), ("other", 1.0), ("b", -0.7)),
+    (("e", 1.0), ("d", 1.0)),
 )
 
 
-def gate_of(ranks: tuple[int, ...], out: int, d_k: int, dtype: torch.dtype) -> Gate:
+def gate_of(key: str, ranks: tuple[int, ...], out: int, dtype: torch.dtype) -> Gate:
     """Random; ranks are padded to a multiple of 16."""
     held = sum(ranks)
     full = -(-held // 16) * 16
@@ -44,14 +57,18 @@ def gate_of(ranks: tuple[int, ...], out: int, d_k: int, dtype: torch.dtype) -> G
         return values.to(dtype)
 
     a, b = noise(full, INNER), noise(full, out)
-    keys = b.float() @ torch.randn(d_k, out).T
-    return Gate(a, b, torch.randn(d_k, INNER).to(dtype) / 14, keys, (0, *accumulate(ranks)))
+    if key in ROUTING:
+        score = PrototypeScore(torch.randn(len(ranks), INNER) / 14, *ROUTING[key])
+    else:
+        keys = b.float() @ torch.randn(D_K[key], out).T
+        score = QueryScore(torch.randn(D_K[key], INNER).to(dtype) / 14, keys)
+    return Gate(a, b, score, (0, *accumulate(ranks)))
 
 
 def gates_of(dtype: torch.dtype) -> dict[str, dict[str, Gate]]:
     """By adapter and module."""
     return {
-        key: {name: gate_of(ranks, OUTS[name], D_K[key], dtype) for name, ranks in modules.items()}
+        key: {name: gate_of(key, ranks, OUTS[name], dtype) for name, ranks in modules.items()}
         for key, modules in RANKS.items()
     }
 
@@ -75,12 +92,27 @@ def in_float64(gates: dict[str, dict[str, Gate]], mix: Members, x: Tensor, y: Te
             gate = gates.get(key, {}).get(module)
             if gate is None:
                 continue
-            a, b, query, keys = (tensor.double() for tensor in gate.tensors())
-            parts = [slice(*ends) for ends in pairwise(gate.rank_indptr)]
-            v = x.double() @ a.T
-            q = x.double() @ query.T
-            scores = torch.stack([(v[:, p] @ keys[p] * q).sum(1) for p in parts], 1)
-            alphas = scores.softmax(1)
-            for k, p in enumerate(parts):
-                expected[:, columns] += weight * alphas[:, k : k + 1] * (v[:, p] @ b[p])
+            expected[:, columns] += weight * gated(gate, x.double())
     return expected
+
+
+def gated(gate: Gate, x: Tensor) -> Tensor:
+    """``Σ_k α_k b_kᵀ a_k x``, ``[rows, out]`` float64."""
+    a, b = gate.a.double(), gate.b.double()
+    parts = [slice(*ends) for ends in pairwise(gate.rank_indptr)]
+    v = x @ a.T
+    alphas = _scores(gate, x, v, parts).softmax(1)
+    each = [alphas[:, k : k + 1] * (v[:, p] @ b[p]) for k, p in enumerate(parts)]
+    return torch.stack(each).sum(0)
+
+
+def _scores(gate: Gate, x: Tensor, v: Tensor, parts: list[slice]) -> Tensor:
+    """What goes into the softmax, ``[rows, K]``; −inf for those that do not count."""
+    if isinstance(gate.score, QueryScore):
+        q, keys = x @ gate.score.query.double().T, gate.score.keys.double()
+        return torch.stack([(v[:, p] @ keys[p] * q).sum(1) for p in parts], 1)
+    found = (x @ gate.score.prototypes.double().T).abs()
+    best = found.topk(gate.score.top_k, 1)
+    return torch.full_like(found, -torch.inf).scatter(
+        1, best.indices, best.values / gate.score.temperature
+    )

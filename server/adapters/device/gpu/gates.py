@@ -1,21 +1,22 @@
-"""Learned fusions on the gpu path: shrink, gate and expand over a pack of each fusion's own.
+"""Gated adapters (learned fusions, Arrow) on the gpu path: each has a pack of its own.
 
 To the kernels, the components of a fusion are members of a segment: the rows of a request that uses
-it have the fusion's ranks in their mix, each component a slot, and ``fusion_gate`` weighs them per
-row.
+it have the fusion's ranks in their mix, each component a slot, and between shrink and expand
+``fusion_gate`` or ``routing_gate`` weighs them per row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from turret.kernels.adapters.segments import LongSegment, SegmentMember
-from turret.kernels.gpu.adapters.fusion_gate import fusion_gate
+from turret.kernels.gpu.adapters.fusion_gate import fusion_gate, routing_gate
 from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.tables.segment_table import SegmentTable
@@ -24,12 +25,83 @@ from turret.server.adapters.device.gpu.tables import GpuTables
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.part import Part
-from turret.server.adapters.operators import AdapterOperators, Gate
+from turret.server.adapters.operators import AdapterOperators, Gate, PrototypeScore, QueryScore
 
-# Libraries choose their algorithm by shape: queries are multiplied in pieces of one shape.
-_QUERY_ROWS = 64
+# Libraries choose their algorithm by shape: rows are multiplied in pieces of one shape.
+_PRODUCT_ROWS = 64
 
 _Place = tuple[int, str]  # layer, projection
+_Score = TypeVar("_Score", QueryScore, PrototypeScore)
+
+
+@dataclass(frozen=True, slots=True)
+class _Queries:
+    """Scores by query and key; what a slice lacks is zero.
+
+    Attributes:
+        query: ``[slices · d_k, in]``.
+        keys: ``[ranks, slices, d_k]`` fp32.
+    """
+
+    query: torch.Tensor
+    keys: torch.Tensor
+
+    @classmethod
+    def of(
+        cls, slices: Mapping[int, Gate], bounds: tuple[tuple[int, int], ...], count: int
+    ) -> _Queries:
+        """Those of the gates by slice, of ``count`` slices."""
+        scores = {s: (gate, _score(gate, QueryScore)) for s, gate in slices.items()}
+        like = next(iter(scores.values()))[1]
+        d_k = max(score.query.shape[0] for _, score in scores.values())
+        query = like.query.new_zeros(count, d_k, like.query.shape[1])
+        keys = like.keys.new_zeros(bounds[-1][1], count, d_k)
+        for s, (gate, score) in scores.items():
+            width = score.query.shape[0]
+            query[s, :width] = score.query
+            for (start, _), (first, end) in zip(bounds, pairwise(gate.rank_indptr), strict=True):
+                keys[start : start + end - first, s, :width] = score.keys[first:end]
+        return cls(query.flatten(0, 1), keys)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.query, self.keys)
+
+    def gates(
+        self, x: torch.Tensor, v: torch.Tensor, gated: torch.Tensor, table: SegmentTable
+    ) -> torch.Tensor:
+        _, slices, d_k = self.keys.shape
+        q = _products(x, self.query).float().view(x.shape[0], slices, d_k)
+        return fusion_gate(q, v, self.keys, gated, table)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prototypes:
+    """Scores by prototype: ``[slices · K, in]`` fp32, zero in slices without a gate."""
+
+    prototypes: torch.Tensor
+    top_k: int
+    temperature: float
+
+    @classmethod
+    def of(cls, slices: Mapping[int, Gate], count: int) -> _Prototypes:
+        """Those of the gates by slice, of ``count`` slices; one router has one ``top_k``."""
+        scores = {s: _score(gate, PrototypeScore) for s, gate in slices.items()}
+        like = next(iter(scores.values()))
+        prototypes = like.prototypes.new_zeros(count, *like.prototypes.shape)
+        for s, score in scores.items():
+            assert (score.top_k, score.temperature) == (like.top_k, like.temperature)
+            prototypes[s] = score.prototypes
+        return cls(prototypes.flatten(0, 1), like.top_k, like.temperature)
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.prototypes,)
+
+    def gates(
+        self, x: torch.Tensor, v: torch.Tensor, gated: torch.Tensor, table: SegmentTable
+    ) -> torch.Tensor:
+        similarities = _products(x.float(), self.prototypes)
+        by_slot = similarities.view(x.shape[0], -1, gated.shape[0])
+        return routing_gate(by_slot, gated, table, self.top_k, self.temperature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,31 +111,25 @@ class _GatedProjection:
     Attributes:
         a: ``[ranks, slices, in]``.
         b: Per slice ``[ranks, out]``.
-        keys: ``[ranks, slices, d_k]`` fp32.
-        query: ``[slices · d_k, in]``.
+        score: What gates are computed from.
         slice_ranks: Ranks of each component in each slice, ``[K, slices]`` int32.
     """
 
     a: torch.Tensor
     b: tuple[torch.Tensor, ...]
-    keys: torch.Tensor
-    query: torch.Tensor
+    score: _Queries | _Prototypes
     slice_ranks: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Everything that a launch reads of it."""
-        return (self.a, *self.b, self.keys, self.query, self.slice_ranks)
+        return (self.a, *self.b, *self.score.tensors(), self.slice_ranks)
 
     def add(
         self, table: SegmentTable, gated: torch.Tensor, x: torch.Tensor, y: torch.Tensor
     ) -> None:
         """Add the gated updates of the table's rows to ``y``, in place."""
-        num_rows, (_, slices, d_k) = x.shape[0], self.keys.shape
         v = segmented_shrink(x, self.a, self.slice_ranks, table)
-        padded = F.pad(x, (0, 0, 0, -num_rows % _QUERY_ROWS))
-        pieces = [F.linear(piece, self.query) for piece in padded.split(_QUERY_ROWS)]
-        q = torch.cat(pieces)[:num_rows].float().view(num_rows, slices, d_k)
-        gates = fusion_gate(q, v, self.keys, gated, table)
+        gates = self.score.gates(x, v, gated, table)
         segmented_expand(y, v, self.b, self.slice_ranks, table, gates=gates)
 
 
@@ -207,22 +273,32 @@ class GpuGates(Part):
         slice_ranks: torch.Tensor,
     ) -> _GatedProjection:
         shapes, ranks = self._layout.projections[projection], bounds[-1][1]
-        d_k = max(gate.query.shape[0] for gate in slices.values())
         like = {"dtype": self._dtype, "device": self._device}
         a = torch.zeros(ranks, len(shapes), shapes[0].in_features, **like)
         b = tuple(torch.zeros(ranks, shape.out_features, **like) for shape in shapes)
-        keys = torch.zeros(ranks, len(shapes), d_k, device=self._device)
-        query = torch.zeros(len(shapes), d_k, shapes[0].in_features, **like)
         for s, gate in slices.items():
-            width = gate.query.shape[0]
-            query[s, :width] = gate.query
             for (start, _), (first, end) in zip(bounds, pairwise(gate.rank_indptr), strict=True):
                 place = slice(start, start + end - first)
                 a[place, s] = gate.a[first:end]
                 b[s][place] = gate.b[first:end]
-                keys[place, s, :width] = gate.keys[first:end]
-        return _GatedProjection(a, b, keys, query.flatten(0, 1), slice_ranks)
+        if isinstance(next(iter(slices.values())).score, PrototypeScore):
+            score = _Prototypes.of(slices, len(shapes))
+        else:
+            score = _Queries.of(slices, bounds, len(shapes))
+        return _GatedProjection(a, b, score, slice_ranks)
 
 
 def _ranks_of(gate: Gate) -> tuple[int, ...]:
     return tuple(end - start for start, end in pairwise(gate.rank_indptr))
+
+
+def _score(gate: Gate, kind: type[_Score]) -> _Score:
+    assert isinstance(gate.score, kind), "an adapter has gates of one kind"
+    return gate.score
+
+
+def _products(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x weightᵀ`` of a dtype, in products of one shape."""
+    num_rows = x.shape[0]
+    padded = F.pad(x, (0, 0, 0, -num_rows % _PRODUCT_ROWS))
+    return torch.cat([F.linear(piece, weight) for piece in padded.split(_PRODUCT_ROWS)])[:num_rows]

@@ -18,7 +18,11 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import Factors, fold_all
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.peft_format.config.lora_rules import INVOCATION, LORA_RULES
+from turret.server.adapters.peft_format.config.lora_rules import (
+    ARROW,
+    INVOCATION,
+    LORA_RULES,
+)
 from turret.server.adapters.peft_format.lora_checkpoint import LORA_BIAS, A, B, read_lora
 from turret.server.adapters.peft_format.module_checkpoint import ModuleCheckpoint, Roles
 
@@ -57,7 +61,7 @@ def _is_plain(config: Mapping[str, Any]) -> bool:
     flags = any(config.get(key) is True for key in ("use_dora", "use_qalora"))
     flags = flags or isinstance(config.get(INVOCATION), list)
     return not flags and not any(
-        isinstance(config.get(key), Mapping) for key in ("use_bdlora", "kasa_config")
+        isinstance(config.get(key), Mapping) for key in ("use_bdlora", "kasa_config", ARROW)
     )
 
 

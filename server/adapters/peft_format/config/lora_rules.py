@@ -54,7 +54,8 @@ def is_served_init(value: Any) -> str | None:
 
 # Key of an activated LoRA.
 INVOCATION = "alora_invocation_tokens"
-_VARIANT = "is not served by this version; train the adapter without it"
+# Key of a router between LoRAs.
+ARROW = "arrow_config"
 # Keys that each make LoRA another method; PEFT allows one of them at a time.
 VARIANTS = (
     "use_dora",
@@ -64,10 +65,15 @@ VARIANTS = (
     "velora_config",
     "monteclora_config",
     INVOCATION,
+    ARROW,
 )
 _MONTECLORA_KEYS = (
     *("sample_scaler", "kl_loss_weight", "buffer_size"),
     *("num_samples", "dirichlet_prior", "use_entropy"),
+)
+_ARROW_KEYS = (
+    *("top_k", "router_temperature", "rng_seed"),
+    *("task_adapter_names", "use_gks", "gks_adapter_names"),
 )
 _BD_LORA_LISTS = ("target_modules_bd_a", "target_modules_bd_b")
 
@@ -136,7 +142,7 @@ LORA_RULES: Rules = {
     "kasa_config": Used(_is_object_of("beta", "gamma")),
     "velora_config": Used(_is_object_of("num_groups", "scale", "init_type")),
     "monteclora_config": Used(_is_object_of(*_MONTECLORA_KEYS)),
-    "arrow_config": Rejected((None,), "routes between adapters per token; " + _VARIANT),
+    ARROW: Used(_is_object_of(*_ARROW_KEYS)),
     "enable_lora": Rejected(
         (None,), "adapts slices of a fused projection; save the adapter with a current PEFT"
     ),

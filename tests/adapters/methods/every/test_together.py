@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 from builders.fusions import save_fusion
-from builders.methods import load_adapter, make_config, save_adapter
+from builders.methods import ALL, load_adapter, make_config, save_adapter
+from builders.routers import write_router
 from method_oracle import check_close, oracle_logprobs, prompt_of, twin
 from servers.engine_harness import Answer, EngineHarness, make_request
 from torch import nn
@@ -39,13 +40,16 @@ FUSIONS = {
     "fusion": (("lora", "rslora"), ("q_proj", "v_proj", "o_proj", "down_proj"), 8),
     "fusion-3": (("vera", "adalora", "lora"), ("k_proj", "v_proj", "gate_proj", "up_proj"), 21),
 }
-NAMES = (*ADAPTERS, *FUSIONS)
+# Experts, of any method with low-rank updates.
+ROUTERS = {"router": ("lora", "vera")}
+NAMES = (*ADAPTERS, *FUSIONS, *ROUTERS)
 FUSION_MIXES: list[list[tuple[str, float]]] = [
     [("fusion", 1.0)],
     [("fusion", 0.4)],
     [("fusion-3", 1.0)],
     [("loha", 0.3), ("fusion", 0.7), ("fusion-3", -0.5), ("lora", 0.2)],
-    [("fusion-3", 1.0), ("fusion", 1.0), ("dora", 1.0)],
+    [("fusion-3", 1.0), ("fusion", 1.0), ("router", 0.6), ("dora", 1.0)],
+    [("router", 1.0)],
     [("prompt", 1.0), ("fusion", 0.0)],
     [("prefix", 1.0), ("fusion-3", 0.8)],
 ]
@@ -66,6 +70,8 @@ def save_all(architecture: str, root: Path) -> None:
     for seed, (name, (components, targets, d_k)) in enumerate(FUSIONS.items()):
         model = twin(architecture).model
         save_fusion(model, root, name, components, targets, d_k=d_k, seed=seed, strength=40.0)
+    for name, experts in ROUTERS.items():
+        write_router(root, name, experts, ALL, top_k=1, rng_seed=5)
 
 
 def make_requests() -> list[Request]:

@@ -19,7 +19,7 @@ from builders.fuse import Fusions, model
 from builders.methods import make_config, save_adapter
 
 from turret.server.adapters.component import Component, ComponentRef
-from turret.server.adapters.methods.low_rank.learned_fusion import check_fusable
+from turret.server.adapters.lowering.components import check_fusable
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.errors import (

@@ -1,0 +1,128 @@
+"""The registered adapters that another one is built from: found, checked, laid side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+
+import torch
+import torch.nn.functional as F
+
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.component import (
+    COMPONENTS_KEY,
+    Component,
+    FindComponent,
+    component_refs,
+)
+from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.updates import LowRank
+from turret.server.errors import AdapterComponentError
+
+# Fields of the operators that a component must not have, in words.
+_WORDS = {
+    "hadamard": "a Hadamard update",
+    "kronecker": "a Kronecker update",
+    "sparse": "entries of the weight",
+    "gain": "a gain",
+    "input_gain": "an input gain",
+    "bias": "a bias",
+    "soft_prompt": "soft tokens or a prefix",
+    "experts": "updates of experts",
+    "head": "an embedding or head",
+    "tokens": "an embedding or head",
+    "invocation": "an invocation before which it does nothing",
+}
+
+
+def find_components(
+    checkpoint: AdapterCheckpoint, find_component: FindComponent
+) -> list[Component]:
+    """All of them, in the config's order, each with low-rank updates only.
+
+    Raises:
+        AdapterComponentError: Some are not registered; names all.
+        AdapterCheckpointError: Some cannot be fused; names all, and why.
+    """
+    components: list[Component] = []
+    missing: list[tuple[str, str]] = []
+    for ref in component_refs(checkpoint.config):
+        try:
+            components.append(find_component(ref))
+        except AdapterComponentError as error:
+            missing += error.violations
+    if missing:
+        why = "; ".join(text for _, text in missing)
+        raise AdapterComponentError(
+            f"adapter {checkpoint.path!r} cannot be served without its components: {why}",
+            metadata={"path": checkpoint.path},
+            violations=missing,
+        )
+    check_fusable(components, checkpoint.path)
+    return components
+
+
+def check_fusable(components: Sequence[Component], path: str) -> None:
+    """Whether components have low-rank updates and nothing else.
+
+    Raises:
+        AdapterCheckpointError: Some do not; names all, and why. ``path`` is the fusion's.
+    """
+    findings = Findings(path)
+    for component in components:
+        others = _other_operators(component)
+        if others:
+            findings.add(
+                COMPONENTS_KEY,
+                f"{component.ref.name!r} ({component.method}) has {' and '.join(others)}; only"
+                " low-rank updates can be fused, and those without biases",
+            )
+    findings.raise_if_any()
+
+
+def _other_operators(component: Component) -> list[str]:
+    """What a component does beside low-rank updates, in words; also what this file knows not."""
+    operators = component.operators
+    used = {
+        field.name
+        for module in operators.modules.values()
+        for field in fields(module)
+        if field.name != "low_rank" and getattr(module, field.name) is not None
+    }
+    used |= {
+        field.name
+        for field in fields(operators)
+        if field.init and field.name != "modules" and getattr(operators, field.name) is not None
+    }
+    return list(dict.fromkeys(_WORDS.get(name, f"an operator {name}") for name in sorted(used)))
+
+
+def update_of(component: Component, name: str) -> LowRank | None:
+    """What a component adds to a module, or None."""
+    ops = component.operators.modules.get(name)
+    return ops.low_rank if ops is not None and ops.rank else None
+
+
+def side_by_side(updates: Sequence[LowRank], multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The factors of all, ``[ranks, in]`` and ``[ranks, out]``, filled up to a multiple."""
+    return (
+        filled_up(torch.cat([update.a for update in updates]), multiple),
+        filled_up(torch.cat([update.b for update in updates]), multiple),
+    )
+
+
+def filled_up(rows: torch.Tensor, multiple: int) -> torch.Tensor:
+    """Zeros below, up to a multiple of rows."""
+    return F.pad(rows, (0, 0, 0, -rows.shape[0] % multiple)).contiguous()
+
+
+def left_out(
+    components: Sequence[Component], operators: Mapping[str, ModuleOperators]
+) -> list[str]:
+    """A warning about modules that components adapt and the gated adapter does not."""
+    adapted = {name for component in components for name in component.operators.modules}
+    count = len(adapted - operators.keys())
+    if count == 0:
+        return []
+    return [f"components adapt {count} modules that the fusion does not target: these stay as is"]

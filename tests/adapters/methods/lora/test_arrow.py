@@ -1,0 +1,128 @@
+"""Arrow, served by the engine, against PEFT's own routers."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.methods import make_config, save_adapter
+from builders.routers import arrow_model, save_router
+from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of, twin
+from peft.tuners.lora.layer import LoraLayer
+from servers.engine_harness import EngineHarness, make_request
+from torch import nn
+
+from turret.server.adapters.ref import AdapterRef
+
+LORAS: dict[str, dict[str, Any]] = {
+    "one": {},
+    "two": {"lora_alpha": 3},
+    "three": {"use_rslora": True},
+    "four": {},
+    "five": {},
+}
+# Experts, general LoRAs, and PEFT's config.
+ROUTERS: dict[str, tuple[tuple[str, ...], tuple[str, ...], dict[str, Any]]] = {
+    "two-of-three": (("one", "two", "three"), (), {"router_temperature": 0.7}),
+    "best": (("three", "one", "five", "four"), (), {"top_k": 1}),
+    "all": (("one", "two"), (), {"router_temperature": 3.0, "rng_seed": 11}),
+    "subtracted": (("one", "two", "three"), ("four", "five"), {"router_temperature": 0.5}),
+    "of-one": (("two", "one"), ("four",), {"top_k": 1}),
+}
+
+
+def save_all(architecture: str, root: Path) -> None:
+    model = twin(architecture).model
+    for seed, (name, keys) in enumerate(LORAS.items()):
+        save_adapter(model, make_config("lora", **keys), root / name, seed=seed)
+    for name, (experts, general, keys) in ROUTERS.items():
+        save_router(model, root, name, experts, general, **keys)
+
+
+def oracle_of(model: nn.Module, root: Path, name: str) -> nn.Module:
+    experts, general, keys = ROUTERS[name]
+    return arrow_model(model, root, experts, general, **keys)
+
+
+class Weighted(nn.Module):
+    """What a module of PEFT's adds to the base, times a weight."""
+
+    def __init__(self, module: nn.Module, base: nn.Module, weight: float) -> None:
+        super().__init__()
+        self.module, self.base, self.weight = module, base, weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        base = self.base(x)
+        return base + self.weight * (self.module(x) - base)
+
+
+def weighted(model: nn.Module, weight: float) -> nn.Module:
+    """In place: the router at another weight than 1."""
+    for path, module in list(model.named_modules()):
+        if isinstance(module, LoraLayer):
+            parent, _, leaf = path.rpartition(".")
+            whole = Weighted(model.get_submodule(path), module.get_base_layer(), weight)
+            setattr(model.get_submodule(parent), leaf, whole)
+    return model
+
+
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("qwen2", marks=pytest.mark.long)])
+async def test_scores_and_answers_are_peft_s(architecture: str, tmp_path: Path) -> None:
+    save_all(architecture, tmp_path)
+    base = twin(architecture)
+    prompts = [prompt_of(37, 1), prompt_of(6, 2), prompt_of(1, 3)]
+    plain = oracle_logprobs(base.model, prompts[0])
+    async with EngineHarness.start(
+        base.folder,
+        tmp_path,
+        adapters=[*LORAS, *ROUTERS],
+        max_num_batched_tokens=24,
+        max_num_seqs=8,
+    ) as harness:
+        for name in ROUTERS:
+            oracle = oracle_of(base.model, tmp_path, name)
+            assert (oracle_logprobs(oracle, prompts[0]) - plain).abs().max() > 0.05, name
+            for prompt in prompts:
+                what = f"{name} after {len(prompt)}"
+                scored = await harness.run(make_request(prompt, name, score=True))
+                check_score(scored, oracle, prompt, what)
+                answer = await harness.run(make_request(prompt, name, max_tokens=6))
+                check_greedy(answer, oracle, prompt, what)
+        half = weighted(oracle_of(base.model, tmp_path, "two-of-three"), -0.6)
+        ref = AdapterRef(name="two-of-three", weight=-0.6)
+        for prompt in prompts:
+            scored = await harness.run(make_request(prompt, ref, score=True))
+            check_score(scored, half, prompt, f"at -0.6 after {len(prompt)}")
+
+
+@pytest.mark.parametrize(
+    "name", ["two-of-three", pytest.param("subtracted", marks=pytest.mark.long)]
+)
+async def test_bfloat16_is_as_close_as_peft_in_bfloat16(name: str, tmp_path: Path) -> None:
+    base = twin("llama", torch.bfloat16)
+    for seed, (lora, keys) in enumerate(LORAS.items()):
+        save_adapter(
+            base.model, make_config("lora", **keys), tmp_path / lora, seed=seed, strength=0.3
+        )
+    experts, general, keys = ROUTERS[name]
+    save_router(base.model, tmp_path, name, experts, general, **keys)
+    exact = oracle_of(base.model, tmp_path, name)
+    rounded = oracle_of(copy.deepcopy(base.model).bfloat16(), tmp_path, name)
+    found, theirs, expected = [], [], []
+    async with EngineHarness.start(
+        base.folder, tmp_path, dtype="bfloat16", adapters=[*LORAS, name]
+    ) as harness:
+        for seed in range(8):
+            prompt = prompt_of(60, seed)
+            answer = await harness.run(make_request(prompt, name, score=True))
+            found += [p for p in answer.prompt_logprobs[1:] if p is not None]
+            for model, logprobs in ((exact, expected), (rounded, theirs)):
+                rows = oracle_logprobs(model, prompt)
+                logprobs += [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
+    served, plain = (
+        (torch.tensor(some) - torch.tensor(expected)).abs().mean() for some in (found, theirs)
+    )
+    assert 0 < served <= 1.3 * plain

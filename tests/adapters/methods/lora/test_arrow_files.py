@@ -1,0 +1,345 @@
+"""Arrow's routers: what they are lowered to, what is refused, and what they keep registered."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import (
+    base_of,
+    edit_config,
+    edit_tensors,
+    linear_modules,
+    read_adapter,
+    tiny_llama,
+)
+from builders.gates import gated
+from builders.methods import ALL, make_config, quiet, save_adapter
+from builders.registries import tiny_base
+from builders.routers import save_router, write_router
+from checkout import ROOT
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from peft import ArrowConfig, LoraConfig
+
+import turret
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.component import Component, ComponentRef
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.methods import METHODS, lower_checkpoint
+from turret.server.adapters.operators import Gate, PrototypeScore
+from turret.server.adapters.registry.registry import AdapterRegistry
+from turret.server.errors import (
+    AdapterCheckpointError,
+    AdapterComponentError,
+    AdapterInUseError,
+    AdapterMismatchError,
+    TurretError,
+)
+
+EXAMPLES = 20
+# Two kinds of experts, which are not mixed: PEFT's routers have experts of one rank and target.
+WIDE = {"target_modules": ALL, "r": 4}
+NARROW = {"target_modules": ["q_proj", "down_proj"], "r": 3}
+LORAS: dict[str, dict[str, Any]] = {
+    **{f"wide-{i}": {**WIDE, "lora_alpha": 2 + i, "use_rslora": i == 2} for i in range(6)},
+    **{f"narrow-{i}": {**NARROW, "lora_alpha": 5 - i} for i in range(4)},
+}
+Q = "model.layers.0.self_attn.q_proj"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRAs in float64, on a model whose modules have biases."""
+    root = tmp_path_factory.mktemp("loras")
+    for seed, (name, keys) in enumerate(LORAS.items()):
+        save_adapter(model(), make_config("lora", **keys), root / name, seed=seed, share=True)
+    return root
+
+
+def model() -> Any:
+    return tiny_llama(attention_bias=True, dtype=torch.float64)
+
+
+def lower(root: Path, name: str, base: BaseModel) -> Lowered:
+    def find(ref: ComponentRef) -> Component:
+        checkpoints = (read_adapter(root, folder.name) for folder in sorted(root.iterdir()))
+        checkpoint = next(found for found in checkpoints if found.digest == ref.digest)
+        method, lowered = lower_checkpoint(checkpoint, base)
+        return Component(ref, method, lowered.operators, lowered.ranks, lowered.scalings)
+
+    method, lowered = lower_checkpoint(read_adapter(root, name), base, None, find)
+    assert method == "arrow"
+    return lowered
+
+
+def gate_of(lowered: Lowered, name: str) -> Gate:
+    gate = lowered.operators.modules[name].gate
+    assert gate is not None
+    return gate
+
+
+@torch.no_grad()
+def check_modules(root: Path, experts: list[str], general: list[str], **keys: Any) -> float:
+    """Compares every module's change with PEFT's; gives the largest."""
+    plain = model()
+    oracle = save_router(plain, root, "router", experts, general, **keys)
+    lowered = lower(root, "router", base_of(plain))
+    assert lowered.components == tuple(
+        read_adapter(root, name).digest for name in (*experts, *general)
+    )
+    largest = 0.0
+    for path, linear in linear_modules(plain).items():
+        generator = torch.Generator().manual_seed(len(path))
+        x = torch.randn(1, 5, linear.in_features, generator=generator, dtype=torch.float64)
+        with quiet():
+            expected = oracle.get_submodule(f"base_model.model.{path}")(x) - linear(x)
+        operators = lowered.operators.modules.get(path)
+        if operators is None:
+            assert expected.abs().max() == 0, path
+            continue
+        assert operators.gate is not None
+        error = float((gated(operators.gate, x[0]) - expected[0]).abs().max())
+        # Prototypes are fp32, here and in PEFT, and the softmax multiplies their last bits.
+        bound = 2e-6 / min(1.0, keys["router_temperature"])
+        assert error < bound * float(expected.abs().max()), (path, error)
+        largest = max(largest, float(expected.abs().max()))
+    return largest
+
+
+def test_drawn_routers_compute_what_peft_computes(made: Path) -> None:
+    moved = []
+
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        kind = data.draw(st.sampled_from(["wide", "narrow"]))
+        names = data.draw(st.permutations([name for name in LORAS if kind in name]))
+        general = data.draw(st.integers(0, 2))
+        experts = data.draw(st.integers(2, len(names) - general))
+        keys = {
+            "top_k": data.draw(st.integers(1, experts)),
+            "router_temperature": data.draw(st.sampled_from([0.1, 0.7, 1.0, 4.0])),
+            "rng_seed": data.draw(st.integers(0, 1 << 40)),
+        }
+        try:
+            moved.append(check_modules(made, names[:experts], names[experts:][:general], **keys))
+        finally:
+            shutil.rmtree(made / "router", ignore_errors=True)
+
+    check()
+    assert len(moved) >= EXAMPLES
+    assert min(moved) > 1e-3
+
+
+def saved(made: Path, tmp_path: Path, *names: str) -> Path:
+    for name in names:
+        shutil.copytree(made / name, tmp_path / name)
+    return tmp_path
+
+
+def refusal(root: Path, kind: type[TurretError]) -> TurretError:
+    with pytest.raises(kind) as caught:
+        lower(root, "router", base_of(model()))
+    return caught.value
+
+
+TWO = ["wide-0", "wide-1"]
+# A change of the config (``arrow``: of arrow_config), the key that is named, and a part of why.
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "no components": ({"components": ...}, "components", "is required"),
+    "no experts": ({"arrow": {"task_adapter_names": None}}, "arrow_config", "task_adapter_names"),
+    "an expert twice": (
+        {"arrow": {"task_adapter_names": [*TWO, TWO[0]]}},
+        "arrow_config",
+        "different",
+    ),
+    "an expert too few": (
+        {"arrow": {"task_adapter_names": TWO[:1], "top_k": 1}},
+        "components",
+        "does not name",
+    ),
+    "a stranger": ({"arrow": {"task_adapter_names": [*TWO, "x"]}}, "arrow_config", "not among"),
+    "none of them": ({"arrow": {"top_k": 0}}, "arrow_config", "top_k"),
+    "more than there are": ({"arrow": {"top_k": 3}}, "arrow_config", "there are 2 experts"),
+    "no temperature": ({"arrow": {"router_temperature": 0}}, "arrow_config", "above 0"),
+    "a temperature of words": ({"arrow": {"router_temperature": "1"}}, "arrow_config", "number"),
+    "a seed of words": ({"arrow": {"rng_seed": "1"}}, "arrow_config", "rng_seed"),
+    "nothing to subtract": ({"arrow": {"use_gks": True}}, "arrow_config", "use_gks"),
+    "no subtraction": ({"arrow": {"gks_adapter_names": ["x"]}}, "arrow_config", "use_gks"),
+    "an expert of both kinds": (
+        {"arrow": {"gks_adapter_names": TWO[:1], "use_gks": True}},
+        "arrow_config",
+        "as an expert and as a general one",
+    ),
+    "an unknown key": ({"arrow": {"jitter": 0.1}}, "arrow_config", "no other keys"),
+    "a bias": ({"bias": "all"}, "bias", "without it"),
+    "a head": ({"modules_to_save": ["lm_head"]}, "modules_to_save", "without it"),
+    "rows": ({"trainable_token_indices": [3]}, "trainable_token_indices", "without it"),
+    "another variant": ({"use_dora": True}, "arrow_config", "use_dora"),
+    "a start that moves the base": ({"init_lora_weights": "pissa"}, "init_lora_weights", "pissa"),
+    "modules that are not there": ({"target_modules": ["w"]}, "target_modules", "no module"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_each_key_that_does_not_fit_is_refused_by_name(
+    case: str, made: Path, tmp_path: Path
+) -> None:
+    changes, field, why = REFUSED[case]
+    root = saved(made, tmp_path, *TWO)
+    arrow = changes.get("arrow", {})
+    directory = write_router(root, "router", TWO, ALL, **arrow)
+    edit_config(directory, **{key: value for key, value in changes.items() if key != "arrow"})
+    error = refusal(root, AdapterCheckpointError)
+    assert any(name == field and why in text for name, text in error.violations), error
+
+
+# Experts, general LoRAs, and what is said.
+UNFIT: dict[str, tuple[list[str], list[str], str]] = {
+    "another target": (["wide-0", "narrow-0"], [], "'narrow-0' (lora) does not adapt"),
+    "a gain": (["wide-0", "dora"], [], "'dora' (dora) has a gain"),
+    "a bias": (["wide-0", "bias"], [], "'bias' (lora) has a bias"),
+    "a scaling of 0": (["wide-0", "off"], [], "'off' (lora) has a scaling of 0"),
+    "factors of another kind": (TWO, ["vera"], "'vera' (vera) is no LoRA"),
+    "another rank": (TWO, ["rank-2"], "have ranks 2, 4"),
+}
+OTHERS = {
+    "dora": ("dora", {}),
+    "bias": ("lora", {"lora_bias": True}),
+    "off": ("lora", {"lora_alpha": 0}),
+    "vera": ("vera", {}),
+    "rank-2": ("lora", {"r": 2}),
+}
+
+
+@pytest.mark.parametrize("case", UNFIT)
+def test_components_that_do_not_fit_are_named(case: str, made: Path, tmp_path: Path) -> None:
+    experts, general, why = UNFIT[case]
+    for name in (*experts, *general):
+        if name in OTHERS:
+            method, keys = OTHERS[name]
+            save_adapter(model(), make_config(method, **keys), tmp_path / name, share=True)
+        else:
+            saved(made, tmp_path, name)
+    arrow = {"gks_adapter_names": general, "use_gks": bool(general)}
+    directory = write_router(tmp_path, "router", [*experts, *general], ALL, top_k=1)
+    edit_config(directory, arrow_config={"top_k": 1, "task_adapter_names": experts, **arrow})
+    assert why in str(refusal(tmp_path, AdapterCheckpointError))
+
+
+def test_experts_of_other_methods_and_ranks_are_routed(made: Path, tmp_path: Path) -> None:
+    root = saved(made, tmp_path, "wide-0")
+    for name in ("vera", "rank-2"):
+        method, keys = OTHERS[name]
+        save_adapter(model(), make_config(method, **keys), root / name, share=True)
+    write_router(root, "router", ["wide-0", "vera", "rank-2"], ["q_proj"], router_temperature=0.5)
+    lowered = lower(root, "router", base_of(model()))
+    gate = gate_of(lowered, Q)
+    assert gate.rank_indptr == (0, 4, 20, 22)
+    score = gate.score
+    assert isinstance(score, PrototypeScore)
+    assert (score.top_k, score.temperature) == (2, 0.5)
+    assert lowered.ranks == (2, 4, 16)
+    warnings = " ".join(lowered.warnings)
+    assert "12 modules that the fusion does not target" in warnings
+    assert "rng_seed is null" in warnings
+    # The direction that the expert's update amplifies most, as the SVD of it has it.
+    dense = (gate.b[:4].T @ gate.a[:4]).double()
+    first = torch.linalg.svd(dense).Vh[0]
+    assert abs(float(first @ score.prototypes[0].double())) > 0.9
+
+
+def test_a_file_that_peft_wrote_must_fit_the_base(made: Path, tmp_path: Path) -> None:
+    root = saved(made, tmp_path, *TWO)
+    save_router(model(), root, "router", TWO)
+    lower(root, "router", base_of(model()))
+    key = f"base_model.model.{Q}.lora_A.weight"
+    edit_tensors(root / "router", lambda tensors: {**tensors, key: torch.zeros(4, 32)})
+    assert Q in str(refusal(root, AdapterMismatchError))
+    edit_tensors(root / "router", lambda tensors: {f"{key}.x": torch.zeros(1)})
+    assert f"{Q}.lora_A.weight.x" in str(refusal(root, AdapterCheckpointError))
+
+
+def test_every_key_that_peft_writes_has_a_rule(made: Path, tmp_path: Path) -> None:
+    root = saved(made, tmp_path, *TWO)
+    save_router(model(), root, "router", TWO)
+    rules = METHODS["arrow"].rules
+    config = read_adapter(root, "router").config
+    assert {field.name for field in dataclasses.fields(LoraConfig)} | config.keys() <= rules.keys()
+    assert {field.name for field in dataclasses.fields(ArrowConfig)} == config[
+        "arrow_config"
+    ].keys()
+
+
+class _Client:
+    """Of adapters in a folder; the little of a client that the page uses."""
+
+    root: Path
+
+    def __init__(self, address: str) -> None:
+        self.address = address
+
+    def __enter__(self) -> _Client:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    @property
+    def adapters(self) -> _Client:
+        return self
+
+    def get(self, name: str) -> AdapterCheckpoint:
+        return read_adapter(self.root, name)
+
+
+def test_the_page_s_lines_make_a_router(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (ROOT / "docs" / "adapters.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (text,) = (block for block in blocks if "arrow_config" in block)
+    root = tmp_path / "adapters"
+    for number, name in enumerate(("json", "sql", "label")):
+        shutil.copytree(made / f"wide-{number}", root / name)
+    _Client.root = root
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(turret, "TurretClient", _Client, raising=False)
+    exec(text, {})
+    assert lower(root, "router", base_of(model())).target_modules == ("q_proj", "v_proj")
+
+
+@pytest.fixture
+def registry(made: Path, tmp_path: Path) -> Iterator[AdapterRegistry]:
+    root = saved(made, tmp_path, *TWO)
+    write_router(root, "router", TWO, ALL)
+    opened = AdapterRegistry(root, tiny_base(), 1 << 30, 64)
+    yield opened
+    opened.close()
+
+
+def test_components_must_be_registered_and_stay(registry: AdapterRegistry) -> None:
+    registry.load("wide-0", "wide-0")
+    with pytest.raises(AdapterComponentError, match="'wide-1' is not registered"):
+        registry.load("router", "router")
+    registry.load("another-name", "wide-1")
+    assert registry.load("router", "router").facts.method == "arrow"
+    with pytest.raises(AdapterInUseError):
+        registry.unload("another-name")
+    registry.unload("router")
+    registry.unload("another-name")
