@@ -24,7 +24,9 @@ from turret.server.http.bodies.tool_fields import read_tools
 from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.server.http.choices import Choices
 from turret.server.http.exchange.endpoint import Exchange
-from turret.server.http.tools.reader import AnswerReader, message_of
+from turret.server.http.readers import make_readers
+from turret.server.http.tools.deltas import delta_of, message_of
+from turret.server.http.tools.reader import AnswerReader
 from turret.v1 import inference_pb2
 
 
@@ -47,7 +49,8 @@ class ChatCompletions:
         _read_logprobs(fields, asked.message.options)
         prompt = inference_pb2.GenerateRequest(chat=read_messages(fields))
         exchange.names.update(asked.names)
-        make_reader = self._read_tools(fields, asked, prompt, exchange)
+        use = read_tools(fields, prompt.chat)
+        make_reader = make_readers(self._inference, exchange, fields, asked, use)
         violations.raise_if_any()
         del fields
         # Each answer counts its share of what was sent.
@@ -83,31 +86,6 @@ class ChatCompletions:
         body["adapters_used"] = adapters_of(answers)
         await exchange.reply.json(body)
 
-    def _read_tools(
-        self,
-        fields: Fields,
-        asked: Asked,
-        prompt: inference_pb2.GenerateRequest,
-        exchange: Exchange,
-    ) -> Callable[[], AnswerReader]:
-        """Take in what is said of tools; returns what reads each answer."""
-        use = read_tools(fields, prompt.chat)
-        chat_format = self._inference.chat_format()
-        form: str | None = chat_format.tools
-        if use.names and asked.message.WhichOneof("constraint") is not None:
-            fields.refuse("tools", "an answer has one constraint: send tool_choice none with it")
-        elif use.must_call and form is not None:
-            asked.message.grammar = use.grammar(form)
-            exchange.names["grammar"] = "tools"
-        is_free = asked.message.WhichOneof("constraint") is None
-        return lambda: AnswerReader(
-            form,
-            use.names,
-            is_parallel=use.is_parallel,
-            has_reasoning=is_free and chat_format.has_reasoning,
-            is_open=chat_format.opens_reasoning,
-        )
-
 
 async def _send_events(
     exchange: Exchange,
@@ -130,7 +108,8 @@ async def _send_events(
                 readers[index] = make_reader()
                 await send(index, {"role": "assistant", "content": ""}, None)
             reader, is_last = readers[index], chunk.finish_reason in FINISH_REASONS
-            deltas = reader.feed(chunk.text) + (reader.finish() if is_last else [])
+            pieces = reader.feed(chunk.text) + (reader.finish() if is_last else [])
+            deltas = [delta_of(piece) for piece in pieces]
             # Logprobs are told when their tokens are there, whatever becomes of the text.
             logprobs = _logprobs(asked, chunk) if chunk.logprobs else None
             for delta in deltas or ([{"content": ""}] if logprobs else []):

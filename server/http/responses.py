@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from turret.server.api.inference import Inference
@@ -10,11 +11,18 @@ from turret.server.api.violations import Violations
 from turret.server.http.bodies.answer_fields import FINISH_REASONS, Ended
 from turret.server.http.bodies.fields import Fields
 from turret.server.http.bodies.generation import numbered, read_asked
-from turret.server.http.bodies.response_fields import NAMES, Response, read_input, read_sent
+from turret.server.http.bodies.responses.answer import Response
+from turret.server.http.bodies.responses.conversation import Conversation
+from turret.server.http.bodies.responses.fields import NAMES, read_sent
+from turret.server.http.bodies.responses.items import Event, Items
+from turret.server.http.bodies.tool_fields import read_tools
 from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.server.http.choices import Choices
 from turret.server.http.exchange.endpoint import Exchange
 from turret.server.http.exchange.refusals import refusal_of
+from turret.server.http.exchange.reply import Reply
+from turret.server.http.readers import make_readers
+from turret.server.http.tools.reader import AnswerReader
 from turret.v1 import inference_pb2
 
 
@@ -35,10 +43,13 @@ class Responses:
         asked = read_asked(fields, info.name)
         refuse_unsupported(fields, is_chat=True)
         sent = read_sent(fields, asked)
-        exchange.names.update({**asked.names, **sent.names})
-        prompt = inference_pb2.GenerateRequest(chat=read_input(fields, sent.instructions))
+        conversation = Conversation(fields, sent.instructions)
+        exchange.names.update({**asked.names, **sent.names, **conversation.names})
+        prompt = inference_pb2.GenerateRequest(chat=conversation.chat)
+        use = read_tools(fields, prompt.chat, is_flat=True)
+        make_reader = make_readers(self._inference, exchange, fields, asked, use)
         violations.raise_if_any()
-        del fields
+        del fields, conversation
         choices = Choices(
             self._inference,
             exchange,
@@ -48,75 +59,81 @@ class Responses:
             num_choices=1,
         )
         response = Response(exchange.call.request_id, asked, sent)
+        answer = _Answer(choices, response, exchange.call.request_id, make_reader())
         if asked.is_stream:
-            await _Stream(exchange, response).send(choices)
+            await _Stream(exchange.reply, response).send(answer)
             return
-        (answer,) = await choices.whole()
-        logprobs = response.logprobs_of(answer)
-        await exchange.reply.json(response.ended(answer, answer.text, logprobs))
+        async with contextlib.aclosing(answer.events()) as events:
+            async for _ in events:
+                pass
+        await exchange.reply.json(answer.whole)
+
+
+class _Answer:
+    """One answer, which is the same whether its events are sent or not.
+
+    Attributes:
+        whole: The object that answers, once there are no further events.
+    """
+
+    def __init__(
+        self, choices: Choices, response: Response, request_id: str, reader: AnswerReader
+    ) -> None:
+        self._choices = choices
+        self._response = response
+        self._reader = reader
+        self._items = Items(request_id)
+        self.whole: dict[str, Any] = {}
+
+    async def events(self) -> AsyncGenerator[list[Event], None]:
+        """What its items have to tell, as it comes: at first nothing, so that the answer begins.
+
+        Raises:
+            TurretError: The answer broke off.
+        """
+        ended: Ended | None = None
+        async with contextlib.aclosing(self._choices.chunks()) as chunks:
+            async for _, chunk in chunks:
+                pieces = self._reader.feed(chunk.text)
+                if chunk.finish_reason in FINISH_REASONS:
+                    ended = chunk
+                    pieces += self._reader.finish()
+                yield self._items.feed(pieces, self._response.logprobs_of(chunk))
+        assert ended is not None, "the last chunk says how it ended"
+        events, self.whole = self._response.ended(ended, self._items)
+        yield events
 
 
 class _Stream:
     """The events of one answer, each with its type and its number."""
 
-    def __init__(self, exchange: Exchange, response: Response) -> None:
-        self._reply = exchange.reply
+    def __init__(self, reply: Reply, response: Response) -> None:
+        self._reply = reply
         self._response = response
         self._num_sent = 0
 
-    async def send(self, choices: Choices) -> None:
+    async def send(self, answer: _Answer) -> None:
         """All of them; an answer that breaks off ends in ``response.failed`` and an error."""
         try:
-            await self._send(choices)
+            async with contextlib.aclosing(answer.events()) as events:
+                async for some in events:
+                    if not self._num_sent:
+                        for kind in ("response.created", "response.in_progress"):
+                            await self._event(kind, {"response": self._response.begun()})
+                    for kind, fields in some:
+                        await self._event(kind, fields)
         except Exception as error:
             # Before the first event it is a status.
             if self._num_sent:
                 refusal = refusal_of(error, NAMES)
                 message = refusal.body["error"]["message"]
                 failed = self._response.failed(message, refusal.status)
-                await self._event("response.failed", response=failed)
+                await self._event("response.failed", {"response": failed})
             raise
-
-    async def _send(self, choices: Choices) -> None:
-        texts: list[str] = []
-        logprobs: list[dict[str, Any]] = []
-        ended: Ended | None = None
-        async with contextlib.aclosing(choices.chunks()) as chunks:
-            async for _, chunk in chunks:
-                if not self._num_sent:
-                    await self._begin()
-                if chunk.finish_reason in FINISH_REASONS:
-                    ended = chunk
-                found = self._response.logprobs_of(chunk)
-                if chunk.text or found:
-                    texts.append(chunk.text)
-                    logprobs += found
-                    await self._part("response.output_text.delta", delta=chunk.text, logprobs=found)
-        assert ended is not None, "the last chunk says how it ended"
-        await self._end(ended, "".join(texts), logprobs)
-
-    async def _begin(self) -> None:
-        response = self._response
-        await self._event("response.created", response=response.begun())
-        await self._event("response.in_progress", response=response.begun())
-        item = response.item("in_progress", [])
-        await self._event("response.output_item.added", output_index=0, item=item)
-        await self._part("response.content_part.added", part=response.part("", []))
-
-    async def _end(self, ended: Ended, text: str, logprobs: list[dict[str, Any]]) -> None:
-        whole = self._response.ended(ended, text, logprobs)
-        (item,) = whole["output"]
-        await self._part("response.output_text.done", text=text, logprobs=logprobs)
-        await self._part("response.content_part.done", part=item["content"][0])
-        await self._event("response.output_item.done", output_index=0, item=item)
-        await self._event(f"response.{whole['status']}", response=whole)
+        await self._event(f"response.{answer.whole['status']}", {"response": answer.whole})
         await self._reply.end_events()
 
-    async def _part(self, kind: str, **fields: Any) -> None:
-        place = {"item_id": self._response.item_id, "output_index": 0, "content_index": 0}
-        await self._event(kind, **place, **fields)
-
-    async def _event(self, kind: str, **fields: Any) -> None:
+    async def _event(self, kind: str, fields: dict[str, Any]) -> None:
         event = {"type": kind, "sequence_number": self._num_sent, **fields}
         self._num_sent += 1
         await self._reply.event(event, kind)

@@ -30,7 +30,8 @@ from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig, SecurityConfig, split_address
 from turret.server.http import embeddings, lora
 from turret.server.http import tokens as token_routes
-from turret.server.http.bodies import generation, response_fields
+from turret.server.http.bodies import generation
+from turret.server.http.bodies.responses import fields as response_fields
 from turret.server.http.chat import ChatCompletions
 from turret.server.http.completions import Completions
 from turret.server.http.console.page import Page

@@ -235,3 +235,31 @@ def test_forced_calls_are_streamed_and_answered(client: openai.OpenAI) -> None:
         client.chat.completions.create(messages=ASK, tool_choice="required", **asked)
     assert bad.value.param == "tools"
     assert "not" in bad.value.message
+
+
+def test_responses_with_forced_calls(client: openai.OpenAI) -> None:
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Oslo", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "name": "weather", "parameters": parameters, "strict": True}
+    asked: Any = {"model": "base", "tools": [tool], "temperature": 0, "max_output_tokens": 200}
+    asked |= {"parallel_tool_calls": False}
+    chosen: Any = {"type": "function", "name": "weather"}
+    whole = client.responses.create(input="hi", tool_choice=chosen, **asked)
+    (call,) = whole.output
+    assert call.type == "function_call"
+    assert (call.name, whole.status) == ("weather", "completed")
+    assert json.loads(call.arguments)["city"] in ("Oslo", "Rome")
+    with client.responses.stream(input="hi", tool_choice="required", **asked) as stream:
+        grown = [e.delta for e in stream if e.type == "response.function_call_arguments.delta"]
+        (streamed,) = stream.get_final_response().output
+    assert streamed.type == "function_call"
+    assert "".join(grown) == streamed.arguments == call.arguments
+    assert len(grown) > 5
+    done = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
+    turns: Any = [{"role": "user", "content": "hi"}, call.to_dict(), done]
+    end = client.responses.create(input=turns, tool_choice="none", **asked)
+    assert [item.type for item in end.output] == ["message"]

@@ -25,9 +25,9 @@ from turret.server.api.tokens import TokenTable
 from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig
 from turret.server.engine.scheduling.request import Output, Request
-from turret.server.http.bodies import response_fields
 from turret.server.http.bodies.generation import MAX_CHOICES
 from turret.server.http.bodies.prompts import MAX_PROMPTS
+from turret.server.http.bodies.responses import fields as response_fields
 from turret.server.http.bodies.unsupported import refused_fields
 from turret.server.http.exchange.body import BODY_SECONDS, MAX_BODY_BYTES, MAX_DEPTH, parse
 from turret.server.http.exchange.refusals import TABLE, refusal_of, renamed_path

@@ -15,8 +15,9 @@ from servers.http_harness import HttpHarness, http_harness
 
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import InvalidRequestError
-from turret.server.http.bodies.tool_fields import ToolUse
-from turret.server.http.tools.reader import AnswerReader, message_of
+from turret.server.http.tools.deltas import delta_of, message_of
+from turret.server.http.tools.grammar import calls_grammar
+from turret.server.http.tools.reader import AnswerReader
 from turret.server.models.chat_format import ChatFormat
 from turret.server.models.tokenizer import Tokenizer
 
@@ -89,7 +90,8 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
 def put_together(reader: AnswerReader, parts: list[str]) -> tuple[str, str, list[tuple[str, str]]]:
     """What is thought, said and called, from deltas as a client would join them."""
     thought, said, calls = "", "", []
-    for delta in [*(d for part in parts for d in reader.feed(part)), *reader.finish()]:
+    for piece in [*(p for part in parts for p in reader.feed(part)), *reader.finish()]:
+        delta = delta_of(piece)
         thought += delta.get("reasoning_content", "")
         said += delta.get("content", "")
         for part in delta.get("tool_calls", ()):
@@ -147,8 +149,8 @@ def test_forced_calls_are_what_the_parser_reads(form: str) -> None:
     parameters = {"weather": PARAMETERS, "clock": {}}
     tokenizer = make_tokenizer()
     for is_parallel in (True, False):
-        use = ToolUse(NAMES, True, is_parallel, parameters)
-        constraint = compiled("grammar", use.grammar(form))
+        grammar = calls_grammar(form, parameters, is_parallel=is_parallel)
+        constraint = compiled("grammar", grammar)
         rng, counts = random.Random(1), set()
         for _ in range(12):
             matcher, answer = constraint.matcher(), []

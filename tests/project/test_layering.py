@@ -109,8 +109,12 @@ BELOW = {
     },
     "server.http.tools": set(),
     "server.http.bodies": {"server.http.tools", "server.api", "leaf", "v1"},
+    "server.http.bodies.responses": {
+        *("server.http.bodies", "server.http.tools", "server.api", "leaf", "v1"),
+    },
     "server.http": {
-        *("server.http.bodies", "server.http.console", "server.http.exchange"),
+        *("server.http.bodies", "server.http.bodies.responses"),
+        *("server.http.console", "server.http.exchange"),
         "server.http.tools",
         *("server.api", "server.api.admin", "leaf", "v1"),
     },

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from turret.server.http.bodies.fields import Fields, why_no_text
-from turret.server.http.tools.calls import FORMS, Form
 from turret.v1 import inference_pb2
 
-_NO_ARGUMENTS = {"type": "object", "properties": {}, "additionalProperties": False}
-# As between the tokens of any constrained JSON.
-_BLANKS = {"whitespace_flexible": True, "whitespace_pattern": r"[\x20\x0A\x0D\x09]{0,32}"}
+_CHOICES = "must be none, auto, required, a function or allowed_tools"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,56 +18,66 @@ class ToolUse:
     """What may come of tools in the answer.
 
     Attributes:
-        names: Of those that may be called; none if tools are not to be called.
+        tools: Those that may be called, by name, with their arguments' JSON schemas (empty: no
+            arguments); none if tools are not to be called.
         must_call: Whether the answer has to be calls.
         is_parallel: Whether there may be several.
-        parameters: Of each tool, its arguments' JSON schema.
     """
 
-    names: tuple[str, ...]
+    tools: Mapping[str, Mapping[str, Any]]
     must_call: bool
     is_parallel: bool
-    parameters: dict[str, dict[str, Any]]
-
-    def grammar(self, form: str) -> str:
-        """The grammar, in Lark, of an answer that is nothing but calls."""
-        return _grammar(FORMS[form], self)
 
 
-def read_tools(fields: Fields, chat: inference_pb2.Chat) -> ToolUse:
-    """Read ``tools`` and ``tool_choice``, and tell the template of the tools; faults are noted."""
+def read_tools(fields: Fields, chat: inference_pb2.Chat, *, is_flat: bool = False) -> ToolUse:
+    """Read ``tools`` and ``tool_choice``, and tell the template of the tools; faults are noted.
+
+    Args:
+        fields: The request.
+        chat: Its conversation, which takes in the tools.
+        is_flat: Whether a function's fields lie in the tool itself, as in the Responses API, or in
+            an object ``function`` within it.
+    """
     parameters: dict[str, dict[str, Any]] = {}
     for index, value in enumerate(fields.array("tools") or []):
         path = f"tools[{index}]"
         if not isinstance(value, dict) or value.get("type") != "function":
-            fields.refuse(path, "must be an object of type function")
+            fields.refuse(path, "must be of type function: this server has no tools of its own")
             continue
-        function = fields.nested(path, value).inner("function")
-        name = function.text("name")
-        if name is None:
-            function.refuse("name", "must be set")
-            continue
-        schema = function.object("parameters") or {}
-        text = json.dumps(schema, ensure_ascii=False) if schema else ""
-        why = why_no_text(text)
-        if why is not None:
-            function.refuse("parameters", why)
-            continue
-        parameters[name] = schema
-        chat.tools.add(
-            name=name,
-            description=function.text("description") or "",
-            parameters=text,
-        )
+        tool = fields.nested(path, value)
+        _read_tool(tool if is_flat else tool.inner("function"), chat, parameters)
     is_parallel = fields.flag("parallel_tool_calls", default=True)
-    names, must_call = _read_choice(fields, tuple(parameters))
-    if not names:
-        # The model is not told of what it may not call.
+    names, must_call = _read_choice(fields, tuple(parameters), is_flat)
+    if not must_call:
+        # The model is not told of what it may not call. What it must call is forced.
+        told = [tool for tool in chat.tools if tool.name in names]
         del chat.tools[:]
-    return ToolUse(names, must_call, is_parallel, parameters)
+        chat.tools.extend(told)
+    return ToolUse({name: parameters[name] for name in names}, must_call, is_parallel)
 
 
-def _read_choice(fields: Fields, names: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
+def _read_tool(
+    function: Fields, chat: inference_pb2.Chat, parameters: dict[str, dict[str, Any]]
+) -> None:
+    name = function.text("name")
+    if name is None:
+        function.refuse("name", "must be set")
+        return
+    schema = function.object("parameters") or {}
+    text = json.dumps(schema, ensure_ascii=False) if schema else ""
+    why = why_no_text(text)
+    if why is not None:
+        function.refuse("parameters", why)
+        return
+    parameters[name] = schema
+    description = function.text("description") or ""
+    chat.tools.add(name=name, description=description, parameters=text)
+
+
+def _read_choice(
+    fields: Fields, names: tuple[str, ...], is_flat: bool
+) -> tuple[tuple[str, ...], bool]:
+    """The tools that may be called, and whether the answer has to be calls."""
     choice = fields.get("tool_choice")
     if choice == "none":
         return (), False
@@ -79,32 +87,38 @@ def _read_choice(fields: Fields, names: tuple[str, ...]) -> tuple[tuple[str, ...
         if not names:
             fields.refuse("tool_choice", "needs tools")
         return names, True
-    function = choice.get("function") if isinstance(choice, dict) else None
-    if not isinstance(function, dict) or choice.get("type") != "function":
-        fields.refuse("tool_choice", "must be none, auto, required or a function")
+    if not isinstance(choice, dict):
+        fields.refuse("tool_choice", _CHOICES)
         return (), False
-    if function.get("name") not in names:
+    if choice.get("type") == "allowed_tools":
+        allowed = fields.inner("tool_choice")
+        return _read_allowed(allowed if is_flat else allowed.inner("allowed_tools"), names, is_flat)
+    name = _function_name(choice, is_flat)
+    if choice.get("type") != "function" or name is None:
+        fields.refuse("tool_choice", _CHOICES)
+        return (), False
+    if name not in names:
         fields.refuse("tool_choice", "must name one of tools")
         return (), False
-    return (function["name"],), True
+    return (name,), True
 
 
-def _grammar(form: Form, use: ToolUse) -> str:
-    lines: list[str] = []
-    for index, name in enumerate(use.names):
-        schema = {**(use.parameters[name] or _NO_ARGUMENTS), "x-guidance": _BLANKS}
-        head = f'{{"name": {json.dumps(name)}, "{form.parameters}": '
-        lines.append(f'call{index}: {json.dumps(head)} arguments{index} "}}"')
-        lines.append(f"arguments{index}: %json {json.dumps(schema)}")
-    calls = " | ".join(f"call{index}" for index in range(len(use.names)))
-    lines.append(f"call: {calls}")
-    begin, end = json.dumps(f"{form.begin}\n"), json.dumps(f"\n{form.end}")
-    if form.end:
-        lines.append(f"wrapped: {begin} call {end}")
-        start = 'wrapped ("\\n" wrapped)*' if use.is_parallel else "wrapped"
-    elif form.is_list:
-        more = ' (", " call)*' if use.is_parallel else ""
-        start = f'{json.dumps(form.begin)} "[" call{more} "]"'
-    else:
-        start = 'call ("; " call)*' if use.is_parallel else "call"
-    return "\n".join([f"start: {start}", *lines])
+def _read_allowed(
+    allowed: Fields, names: tuple[str, ...], is_flat: bool
+) -> tuple[tuple[str, ...], bool]:
+    mode = allowed.text("mode")
+    if mode not in ("auto", "required"):
+        allowed.refuse("mode", "must be auto or required")
+    found = [
+        _function_name(one, is_flat) if isinstance(one, dict) else None
+        for one in allowed.array("tools") or []
+    ]
+    if not found or not set(found) <= set(names):
+        allowed.refuse("tools", "must name some of tools")
+    return tuple(name for name in names if name in found), mode == "required"
+
+
+def _function_name(value: Mapping[str, Any], is_flat: bool) -> str | None:
+    function = value if is_flat else value.get("function")
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else None

@@ -21,10 +21,14 @@ class Thought:
 
 @dataclass(frozen=True, slots=True)
 class CallBegun:
-    """A call of a tool begins, the ``index``-th of the answer from 0."""
+    """A call of a tool begins, the ``index``-th of the answer from 0.
+
+    Its id is empty until the answer's reader has given it one, unless the model wrote one.
+    """
 
     index: int
     name: str
+    call_id: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,13 @@
-"""An answer to a conversation, taken apart as its text grows, in the words of OpenAI's API."""
+"""An answer to a conversation, taken apart as its text grows."""
 
 from __future__ import annotations
 
+import dataclasses
 import uuid
 from collections.abc import Collection
-from typing import Any
 
 from turret.server.http.tools.calls import Calls
-from turret.server.http.tools.pieces import CallBegun, CallGrown, Piece, Said, Thought
+from turret.server.http.tools.pieces import CallBegun, Piece, Said, Thought
 from turret.server.http.tools.reasoning import Reasoning
 
 # Mistral's templates take ids of nine characters alone, others any.
@@ -43,69 +43,42 @@ class AnswerReader:
         self._most = None if is_parallel else 1
         self.num_calls = 0
 
-    def feed(self, text: str) -> list[dict[str, Any]]:
-        """The deltas that more text makes certain."""
-        pieces: list[Piece] = [Said(text)] if text else []
-        return self._deltas(pieces if self._reasoning is None else self._reasoning.feed(text))
+    def feed(self, text: str) -> list[Piece]:
+        """The pieces that more text makes certain; every call has an id."""
+        if self._reasoning is not None:
+            return self._told(self._reasoning.feed(text))
+        return self._told([Said(text)] if text else [])
 
-    def finish(self) -> list[dict[str, Any]]:
-        """The last deltas, when the answer has ended."""
-        deltas = [] if self._reasoning is None else self._deltas(self._reasoning.finish())
+    def finish(self) -> list[Piece]:
+        """The last pieces, when the answer has ended."""
+        pieces = [] if self._reasoning is None else self._told(self._reasoning.finish())
         if self._calls is not None:
-            deltas += self._told(self._calls.finish())
-        return deltas
+            pieces += self._numbered(self._calls.finish())
+        return pieces
 
-    def _deltas(self, pieces: list[Piece]) -> list[dict[str, Any]]:
-        deltas: list[dict[str, Any]] = []
+    def _told(self, pieces: list[Piece]) -> list[Piece]:
+        if self._calls is None:
+            return pieces
+        told: list[Piece] = []
         for piece in pieces:
-            if isinstance(piece, Said) and self._calls is not None:
-                deltas += self._told(self._calls.feed(piece.text))
+            if isinstance(piece, Said):
+                told += self._numbered(self._calls.feed(piece.text))
             else:
-                deltas += self._told([piece])
-        return deltas
+                told.append(piece)
+        return told
 
-    def _told(self, pieces: list[Piece]) -> list[dict[str, Any]]:
-        return [delta for piece in pieces if (delta := self._delta(piece)) is not None]
+    def _numbered(self, pieces: list[Piece]) -> list[Piece]:
+        """The pieces without calls that are not to be told; those that are have ids."""
+        told: list[Piece] = []
+        for piece in pieces:
+            if isinstance(piece, Said | Thought) or self._most is None or piece.index < self._most:
+                told.append(self._with_id(piece) if isinstance(piece, CallBegun) else piece)
+        return told
 
-    def _delta(self, piece: Piece) -> dict[str, Any] | None:
-        if isinstance(piece, Said):
-            return {"content": piece.text}
-        if isinstance(piece, Thought):
-            return {"reasoning_content": piece.text}
-        if self._most is not None and piece.index >= self._most:
-            return None
-        call: dict[str, Any] = {"index": piece.index}
-        if isinstance(piece, CallBegun):
-            self.num_calls += 1
-            call["id"] = self._new_id()
-            call |= {"type": "function", "function": {"name": piece.name, "arguments": ""}}
-        else:
-            assert isinstance(piece, CallGrown)
-            call["function"] = {"arguments": piece.text}
-        return {"tool_calls": [call]}
+    def _with_id(self, call: CallBegun) -> CallBegun:
+        self.num_calls += 1
+        return call if call.call_id else dataclasses.replace(call, call_id=self._new_id())
 
     def _new_id(self) -> str:
         digits = uuid.uuid4().hex
         return digits[:9] if self._id_chars == 9 else f"call_{digits[: self._id_chars]}"
-
-
-def message_of(reader: AnswerReader, text: str) -> dict[str, Any]:
-    """A whole answer as a message of the assistant."""
-    said: list[str] = []
-    thought: list[str] = []
-    calls: list[dict[str, Any]] = []
-    for delta in (*reader.feed(text), *reader.finish()):
-        said.append(delta.get("content", ""))
-        thought.append(delta.get("reasoning_content", ""))
-        for part in delta.get("tool_calls", ()):
-            if "id" in part:
-                calls.append({name: part[name] for name in ("id", "type", "function")})
-            else:
-                calls[-1]["function"]["arguments"] += part["function"]["arguments"]
-    content = "".join(said)
-    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
-    if any(thought):
-        message["reasoning_content"] = "".join(thought)
-    if calls:
-        message |= {"content": content or None, "tool_calls": calls}
-    return message

@@ -12,7 +12,8 @@ BEGIN, END = "<!-- generated: rooms -->", "<!-- end: rooms -->"
 ROOMS = (
     "server/command",
     *("server/rpc", "server/http", "server/http/console", "server/http/exchange"),
-    *("server/http/bodies", "server/http/tools", "server/api", "server/api/admin"),
+    *("server/http/bodies", "server/http/bodies/responses", "server/http/tools"),
+    *("server/api", "server/api/admin"),
     *("server/cluster", "server/cluster/replica", "server/cluster/serving"),
     *("server/engine", "server/engine/scheduling", "server/engine/step", "server/engine/step/gpu"),
     *("server/basics", "server/constraints"),

@@ -1,0 +1,231 @@
+"""Items of /v1/responses: calls of functions and reasoning, asked for, answered and streamed."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import openai
+import pytest
+from servers.fakes import FakeTokenizer, finish
+from servers.http_harness import HttpHarness, http_harness
+
+from turret.server.engine.scheduling.request import FinishReason, Output, Request, TokenLogprob
+from turret.server.models.chat_format import ChatFormat
+
+PATH = "/v1/responses"
+WEATHER: Any = {
+    "type": "function",
+    "name": "weather",
+    "description": "looks out of the window",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+}
+CLOCK: Any = {"type": "function", "name": "clock"}
+NAMED: Any = {"type": "function", "name": "clock"}
+END = '"}}</tool_call>'
+ANSWER = (
+    "<think>hm</think>Well. "
+    '<tool_call>{"name": "clock", "arguments": {}}</tool_call>'
+    '<tool_call>{"name": "weather", "arguments": {"city": "Oslo' + END
+)
+
+
+def connect(http: HttpHarness) -> openai.AsyncOpenAI:
+    url = f"http://{http.server.address}/v1"
+    return openai.AsyncOpenAI(base_url=url, api_key="none", max_retries=0)
+
+
+def saying(
+    parts: str, reason: FinishReason = FinishReason.STOP
+) -> Callable[[Request], AsyncIterator[Output]]:
+    """A script that says something character by character, each with its logprob."""
+
+    async def script(request: Request) -> AsyncIterator[Output]:
+        for part in parts:
+            logprob = TokenLogprob(token_id=1, text=part, logprob=-0.5)
+            yield Output(text=part, token_ids=(1,), logprobs=(logprob,))
+        yield Output(text="", token_ids=(2,), finish=finish(request, reason))
+
+    return script
+
+
+@pytest.fixture
+def rendered(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, Any]]:
+    """What the stand-in tokenizer, whose template knows tools, was given to render."""
+    given: list[tuple[Any, Any]] = []
+
+    def encode(self: Any, messages: Any, tools: Any = (), *, special: bool = False) -> list[int]:
+        given.append((messages, tools))
+        return [1]
+
+    monkeypatch.setattr(FakeTokenizer, "chat_format", ChatFormat("hermes", True))
+    monkeypatch.setattr(FakeTokenizer, "encode_chat", encode)
+    return given
+
+
+async def test_an_answer_has_an_item_for_each_thing_in_it(rendered: Any) -> None:
+    async with http_harness() as http, connect(http) as client:
+        http.engine.script = saying(ANSWER)
+        answer = await client.responses.create(model="base", input="hi", tools=[WEATHER, CLOCK])
+        items: list[Any] = list(answer.output)
+        thought, said, clock, weather = items
+        raw = (await http.post(PATH, {"model": "base", "input": "hi", "tools": [CLOCK]})).json()
+    assert thought.type == "reasoning"
+    assert [part.text for part in thought.content or []] == ["hm"]
+    assert (said.type, answer.output_text) == ("message", "Well. ")
+    assert clock.type == weather.type == "function_call"
+    assert (clock.name, clock.arguments) == ("clock", "{}")
+    assert (weather.name, weather.arguments) == ("weather", '{"city": "Oslo"}')
+    ids = [item.id for item in items]
+    assert [str(one).split("_")[0] for one in ids] == ["rs", "msg", "fc", "fc"]
+    assert len({*ids, clock.call_id, weather.call_id}) == 6
+    assert {item.status for item in items} == {"completed"}
+    tool = answer.tools[0]
+    assert tool.type == "function"
+    assert (tool.name, tool.description) == ("weather", "looks out of the window")
+    assert (answer.tool_choice, answer.parallel_tool_calls) == ("auto", True)
+    # The model is told of them, as templates are written for.
+    told = [one["function"] for one in rendered[0][1]]
+    assert [one["name"] for one in told] == ["weather", "clock"]
+    assert told[0]["parameters"] == WEATHER["parameters"]
+    # What looks like a call of a tool that there is not was said.
+    assert [item["type"] for item in raw["output"]] == [
+        *("reasoning", "message", "function_call", "message")
+    ]
+
+
+async def test_the_events_of_calls(rendered: Any) -> None:
+    async with http_harness() as http, connect(http) as client:
+        http.engine.script = saying(ANSWER)
+        asked: Any = {"model": "base", "input": "hi", "tools": [WEATHER, CLOCK]}
+        async with client.responses.stream(**asked) as stream:
+            helped = [event.type async for event in stream]
+        plain = await client.responses.create(stream=True, **asked)
+        events: list[Any] = [event async for event in plain]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    last = events[-1]
+    assert last.type == "response.completed"
+    whole = [item.to_dict() for item in last.response.output]
+    kinds = [event.type for event in events]
+    assert kinds == helped
+    order = [kind for i, kind in enumerate(kinds) if kind != kinds[i - 1]]
+    assert order == [
+        *("response.created", "response.in_progress"),
+        *("response.output_item.added", "response.content_part.added"),
+        *("response.reasoning_text.delta", "response.reasoning_text.done"),
+        *("response.content_part.done", "response.output_item.done"),
+        *("response.output_item.added", "response.content_part.added"),
+        *("response.output_text.delta", "response.output_text.done"),
+        *("response.content_part.done", "response.output_item.done"),
+        *("response.output_item.added", "response.function_call_arguments.delta"),
+        *("response.function_call_arguments.done", "response.output_item.done"),
+        *("response.output_item.added", "response.function_call_arguments.delta"),
+        *("response.function_call_arguments.done", "response.output_item.done"),
+        "response.completed",
+    ]
+    added = [event.item for event in events if event.type == "response.output_item.added"]
+    done = [event.item for event in events if event.type == "response.output_item.done"]
+    assert [item.id for item in added] == [item.id for item in done]
+    assert {item.status for item in added} == {"in_progress"}
+    for index, item in enumerate(done):
+        assert item.to_dict() == whole[index]
+        of_it = [e for e in events if getattr(e, "item_id", None) == item.id]
+        assert {e.output_index for e in of_it if hasattr(e, "output_index")} == {index}
+        if item.type == "function_call":
+            grown = [e.delta for e in of_it if e.type == "response.function_call_arguments.delta"]
+            assert "".join(grown) == item.arguments
+            (told,) = [e for e in of_it if e.type == "response.function_call_arguments.done"]
+            assert told.arguments == item.arguments
+
+
+async def test_logprobs_are_those_of_what_is_said(rendered: Any) -> None:
+    asked: Any = {"model": "base", "input": "hi", "tools": [WEATHER, CLOCK], "top_logprobs": 1}
+    async with http_harness() as http:
+        http.engine.script = saying(ANSWER)
+        whole = (await http.post(PATH, asked)).json()
+        events = await http.post(PATH, {**asked, "stream": True})
+    (said,) = [item for item in whole["output"] if item["type"] == "message"]
+    scored = said["content"][0]["logprobs"]
+    assert "".join(token["token"] for token in scored) == "Well. "
+    assert '"logprobs":[{"token":"W"' in events.text
+
+
+async def test_an_item_that_was_cut_is_incomplete(rendered: Any) -> None:
+    async with http_harness() as http, connect(http) as client:
+        http.engine.script = saying(ANSWER[: -len(END)], FinishReason.LENGTH)
+        answer = await client.responses.create(model="base", input="hi", tools=[WEATHER, CLOCK])
+    items: list[Any] = list(answer.output)
+    assert [item.status for item in items] == ["completed"] * 3 + ["incomplete"]
+    last = answer.output[-1]
+    assert last.type == "function_call"
+    assert last.arguments == '{"city": "Oslo'
+    assert answer.status == "incomplete"
+
+
+async def test_what_came_goes_back_as_turns(rendered: Any) -> None:
+    async with http_harness() as http, connect(http) as client:
+        http.engine.script = saying(ANSWER)
+        asked: Any = {"model": "base", "tools": [WEATHER, CLOCK]}
+        answer = await client.responses.create(input="hi", **asked)
+        calls = [item for item in answer.output if item.type == "function_call"]
+        turns: Any = [{"role": "user", "content": "hi"}]
+        turns += [item.to_dict() for item in answer.output]
+        for call in calls:
+            output = [
+                {"type": "input_text", "text": "so "},
+                {"type": "input_text", "text": "be it"},
+            ]
+            turns.append(
+                {"type": "function_call_output", "call_id": call.call_id, "output": output}
+            )
+        await client.responses.create(input=turns, **asked)
+        messages, _ = rendered[-1]
+        # One turn, though it says something and calls twice; what was thought stays behind.
+        assert [turn["role"] for turn in messages] == ["user", "assistant", "tool", "tool"]
+        assert messages[1]["content"] == "Well. "
+        assert [call["id"] for call in messages[1]["tool_calls"]] == [c.call_id for c in calls]
+        assert [call["function"] for call in messages[1]["tool_calls"]] == [
+            {"name": "clock", "arguments": {}},
+            {"name": "weather", "arguments": {"city": "Oslo"}},
+        ]
+        assert messages[2] == {
+            "role": "tool",
+            "content": "so be it",
+            "tool_call_id": calls[0].call_id,
+        }
+        bad = {"type": "function_call", "call_id": "c", "name": "clock", "arguments": "[1]"}
+        body = {**asked, "input": [turns[0], bad], "instructions": "be brief"}
+        refused = await http.refused(PATH, body)
+        assert (refused.status, refused.param) == (400, "input[1].arguments")
+
+
+@pytest.mark.parametrize(
+    ("choice", "told", "forced"),
+    [
+        ("auto", ["weather", "clock"], None),
+        ("none", [], None),
+        ("required", ["weather", "clock"], ["weather", "clock"]),
+        (NAMED, ["weather", "clock"], ["clock"]),
+        ({"type": "allowed_tools", "mode": "auto", "tools": [NAMED]}, ["clock"], None),
+        (
+            {"type": "allowed_tools", "mode": "required", "tools": [NAMED]},
+            ["weather", "clock"],
+            ["clock"],
+        ),
+    ],
+)
+async def test_which_tools_are_told_and_forced(
+    rendered: Any, choice: Any, told: list[str], forced: list[str] | None
+) -> None:
+    async with http_harness() as http, connect(http) as client:
+        http.engine.script = saying("no")
+        tools: Any = [WEATHER, CLOCK]
+        answer = await client.responses.create(
+            model="base", input="hi", tools=tools, tool_choice=choice, parallel_tool_calls=False
+        )
+        assert [tool["function"]["name"] for tool in rendered[-1][1]] == told
+        spec: Any = http.engine.requests[-1].constraint
+        names = [n for n in ("weather", "clock") if spec and f'\\"{n}\\"' in spec.texts[0]]
+        assert (names or None) == forced
+        assert answer.to_dict()["tool_choice"] == choice
+        assert answer.parallel_tool_calls is False
