@@ -146,7 +146,7 @@ INLINE void attend(const Plan *plan, const Heads *h, const Row *row, float *scra
         store_f32(q + d, load_f32(h->q + place + d) * (float)h->scale);
         store_f32(acc + d, (f32x16){0});
     }
-    for (int64_t t = low, stop; t < end; t = stop)
+    for (int64_t t = low, stop = end; t < end; t = stop)
         for (int64_t kv = row->kv_low; kv < row->kv_high; kv++) {
             int64_t g = (kv - row->kv_low) * group;
             Slice k = slice_of(h, span, h->k, t, end, kv);
@@ -161,7 +161,7 @@ INLINE void attend(const Plan *plan, const Heads *h, const Row *row, float *scra
         cap_scores(scores + g * scores_stride, count, (float)h->softcap);
     for (int64_t g = 0; g < heads; g++)
         sums[g] = softmax(scores + g * scores_stride, count, h->sinks ? h->sinks + first + g : 0);
-    for (int64_t t = low, stop; t < end; t = stop)
+    for (int64_t t = low, stop = end; t < end; t = stop)
         for (int64_t kv = row->kv_low; kv < row->kv_high; kv++) {
             int64_t g = (kv - row->kv_low) * group;
             Slice v = slice_of(h, span, h->v, t, end, kv);

@@ -32,6 +32,8 @@ from turret.server.adapters.operators import (
     ModulatedBase,
     ModuleOperators,
     PairRotation,
+    PrototypeScore,
+    QueryScore,
 )
 from turret.server.adapters.updates import Circulant, Hadamard, Kronecker, LowRank, Sparse
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
@@ -82,8 +84,11 @@ def operators_of(kind: str, out: int, dtype: torch.dtype) -> Any:
         starts = torch.searchsorted(rows, torch.arange(out + 1)).to(torch.int32)
         return Sparse(noise(90, 1)[:, 0], columns.to(torch.uint16), starts)
     if kind == "gate":
-        keys = torch.randn(16, 4)
-        return Gate(noise(16, INNER), noise(16, out), noise(4, INNER), keys, (0, 6, 16))
+        score = QueryScore(noise(4, INNER), torch.randn(16, 4))
+        return Gate(noise(16, INNER), noise(16, out), score, (0, 6, 16))
+    if kind == "router":
+        score = PrototypeScore(torch.randn(3, INNER), 2, 0.7)
+        return Gate(noise(16, INNER), noise(16, out), score, (0, 4, 9, 16))
     if kind == "input_blocks":
         return InputBlocks(0.5 * noise(INNER // 4, 4, 4))
     if kind == "circulant":
@@ -100,11 +105,15 @@ def operators_of(kind: str, out: int, dtype: torch.dtype) -> Any:
     return 1 + 0.5 * torch.randn(INNER if kind == "input_gain" else out)
 
 
+# Both are gates: an adapter's have all the same score.
+FIELDS = {"router": "gate"}
+
+
 def adapter_of(kinds: Sequence[str], dtype: torch.dtype) -> AdapterOperators:
     return AdapterOperators(
         {
             LAYOUT.module(0, f"{name}.{s}"): ModuleOperators(
-                **{kind: operators_of(kind, out, dtype) for kind in kinds}
+                **{FIELDS.get(kind, kind): operators_of(kind, out, dtype) for kind in kinds}
             )
             for name, outs in OUTS.items()
             for s, out in enumerate(outs)
@@ -125,6 +134,7 @@ def residents(dtype: torch.dtype) -> dict[str, Resident]:
     kinds |= {
         " and ".join(pair): pair for pair in combinations(KINDS, 2) if set(pair) not in NOT_TOGETHER
     }
+    kinds["gate 2"] = ("router",)
     return {key: Resident(key, adapter_of(pair, dtype)) for key, pair in kinds.items()}
 
 
@@ -159,10 +169,10 @@ def _change(weight: Tensor, ops: ModuleOperators, x: Tensor) -> Tensor:
         places = ops.sparse.rows(), ops.sparse.columns.long()
         total += x @ entries.index_put_(places, ops.sparse.values.double(), accumulate=True).T
     if ops.gate is not None:
-        a, b, query, keys = (tensor.double() for tensor in ops.gate.tensors())
+        a, b = ops.gate.a.double(), ops.gate.b.double()
         parts = [slice(*ends) for ends in pairwise(ops.gate.rank_indptr)]
-        v, q = x @ a.T, x @ query.T
-        alphas = torch.stack([(v[:, p] @ keys[p] * q).sum(1) for p in parts], 1).softmax(1)
+        v = x @ a.T
+        alphas = _alphas(ops.gate, parts, v, x)
         for k, p in enumerate(parts):
             total += alphas[:, k : k + 1] * (v[:, p] @ b[p])
     if ops.input_blocks is not None:
@@ -178,6 +188,17 @@ def _change(weight: Tensor, ops: ModuleOperators, x: Tensor) -> Tensor:
     if ops.input_gain is not None:
         total += (x * (ops.input_gain.double() - 1)) @ weight.T
     return total if ops.bias is None else total + ops.bias.double()
+
+
+def _alphas(gate: Gate, parts: Sequence[slice], v: Tensor, x: Tensor) -> Tensor:
+    score = gate.score
+    if isinstance(score, QueryScore):
+        q = x @ score.query.double().T
+        scores = [(v[:, p] @ score.keys[p].double() * q).sum(1) for p in parts]
+        return torch.stack(scores, 1).softmax(1)
+    scores = (x @ score.prototypes.double().T).abs()
+    least = scores.topk(score.top_k).values[:, -1:]
+    return (scores / score.temperature).masked_fill(scores < least, -torch.inf).softmax(1)
 
 
 class Base:
