@@ -14,13 +14,15 @@ from tokenizers.decoders import DecodeStream
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_format import NO_TOOLS, ChatFormat
 
+_BEFORE = "\n"
+
 
 class Tokenizer:
     """Text to token ids and back. Safe to call from several threads.
 
     Attributes:
-        vocab_size: Token ids below it exist here and in the model: tokenizers may hold added tokens
-            that the model has no row for.
+        vocab_size: Token ids are below it, here and in the model: tokenizers may hold added tokens
+            that the model has no row for. Not every id below it need be a token's.
         longest_token: Characters of the longest one; a text is no fewer tokens than its length by
             this.
         chat_format: What the chat template knows beside turns.
@@ -30,12 +32,18 @@ class Tokenizer:
         self._inner = inner
         backend = inner.backend_tokenizer
         self._backend = backend
-        self.longest_token = max(map(len, backend.get_vocab()), default=1)
-        self.vocab_size: int = min(backend.get_vocab_size(), model_vocab_size)
+        vocabulary: dict[str, int] = backend.get_vocab()
+        self.longest_token = max(map(len, vocabulary), default=1)
+        # Not how many there are: between the words and the special tokens there may be a gap.
+        last = max(vocabulary.values(), default=-1)
+        self.vocab_size: int = min(last + 1, model_vocab_size)
         own = inner.eos_token_id
         ends = eos_token_ids | (frozenset() if own is None else {own})
         self.eos_token_ids = frozenset(token for token in ends if token < model_vocab_size)
         self._special = frozenset(inner.all_special_ids)
+        # What the tokenizer puts before a text, None for nothing.
+        bos = inner.bos_token_id
+        self._bos: int | None = bos if bos in inner("")["input_ids"][:1] else None
         self.chat_format = ChatFormat.of(getattr(inner, "chat_template", None))
         # Special tokens' texts, and what they are as ordinary text.
         self._as_text = _special_as_text(backend)
@@ -76,8 +84,13 @@ class Tokenizer:
         return copy.to_str()
 
     def encode(self, text: str) -> list[int]:
-        """Tokenise a raw prompt; the tokenizer's own BOS rule applies."""
-        return self._inner(text)["input_ids"]
+        """Tokenise a raw prompt; the tokenizer's own BOS rule applies.
+
+        To a text that begins with a BOS, as one that a chat template made, none is added.
+        """
+        ids: list[int] = self._inner(text)["input_ids"]
+        is_twice = self._bos is not None and ids[:2] == [self._bos] * 2
+        return ids[1:] if is_twice else ids
 
     def encode_chat(
         self,
@@ -130,11 +143,11 @@ class Tokenizer:
             return self._inner(text, add_special_tokens=False)["input_ids"]
         # Text, number of a held token, text, ...
         parts = re.split(f"{mark}(\\d+)x", text)
-        encoded = self._backend.encode_batch(parts[::2], add_special_tokens=False)
-        ids = list(encoded[0].ids)
-        for number, piece in zip(parts[1::2], encoded[1:], strict=True):
+        ids = list(self._backend.encode(parts[0], add_special_tokens=False).ids)
+        pieces = _ids_within(self._backend, parts[2::2])
+        for number, piece in zip(parts[1::2], pieces, strict=True):
             ids += self._as_text[held[int(number)]]
-            ids += piece.ids
+            ids += piece
         return ids
 
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
@@ -178,9 +191,28 @@ def _special_as_text(backend: Any) -> dict[str, list[int]]:
     before = backend.encode_special_tokens
     backend.encode_special_tokens = True
     try:
-        return {text: backend.encode(text, add_special_tokens=False).ids for text in texts}
+        return dict(zip(texts, _ids_within(backend, texts), strict=True))
     finally:
         backend.encode_special_tokens = before
+
+
+def _ids_within(backend: Any, texts: Sequence[str]) -> list[list[int]]:
+    """The ids of texts that go on after others.
+
+    Some tokenizers put a space before whatever they are given; here it comes before a line's end,
+    and both are taken away again.
+    """
+
+    def encode(before: str) -> list[list[int]]:
+        batch = [before + text for text in ("", *texts)]
+        return [list(one.ids) for one in backend.encode_batch(batch, add_special_tokens=False)]
+
+    before, *after = encode(_BEFORE)
+    _, *alone = encode("")
+    size = len(before)
+    # A text that begins with a line's end itself may make one token with it.
+    pairs = zip(after, alone, strict=True)
+    return [ids[size:] if ids[:size] == before else own for ids, own in pairs]
 
 
 class TokenStream:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from builders.gguf_files import TEMPLATE, dequantised_copy, write_gguf
-from builders.tiny_models import EOS, save_tiny_model
+from builders.tiny_models import BOS, EOS, save_tiny_model
 from gguf import GGMLQuantizationType as Kind
 from method_oracle import prompt_of
 from safetensors.torch import load_file
@@ -103,6 +103,23 @@ def test_the_tokenizer_and_its_template(tmp_path: Path, monkeypatch: pytest.Monk
     chat = ours.encode_chat([{"role": "user", "content": "hi"}])
     assert ours.decode(chat) == "<user>hi"
     assert TEMPLATE
+
+
+@pytest.mark.parametrize(
+    ("pre", "has_bos"), [("default", False), ("llama-bpe", True), ("tekken", True)]
+)
+def test_a_text_begins_with_a_bos_where_older_files_do_not_say_so(
+    pre: str, has_bos: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Llama 3's and Mistral Nemo's do, by llama.cpp's own rule."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
+    write_gguf(folder, file, Kind.F16, pre=pre)
+    files = resolve_model(file, default_cache_dir()).files
+    tokenizer = Tokenizer.load(files, frozenset(), 258)
+    word = Tokenizer.load(folder, frozenset(), 258).encode("Hello")
+    assert tokenizer.encode("Hello") == [BOS] * has_bos + word
+    assert tokenizer.encode("<bos>Hello") == [BOS, *word]
 
 
 def llama3_factors(factor: float, head_dim: int = 32) -> np.ndarray:

@@ -34,6 +34,9 @@ _REDUNDANT = frozenset(
         *("rope.scaling.factor", "attention.head_count_kv", "rope.freq_base"),
     }
 )
+# The rules of splitting whose texts begin with a BOS where a file does not say (llama.cpp's own).
+_PRE = "tokenizer.ggml.pre"
+_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
 _MODULES = {
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -110,11 +113,17 @@ def open_gguf(path: Path) -> GgufModel:
     if unknown:
         raise refuse(path, f"holds a tensor that nobody knows here: {unknown[0]}")
     config = _config(path, fields, {tensor.name: tensor for tensor in reader.tensors})
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **_bos_rule(fields))
     ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     count = sum(_hf_name(tensor.name) is not None for tensor in reader.tensors)
     eos = list(dict.fromkeys(int(end) for end in ends if end is not None))
     return GgufModel(config, tokenizer, eos, count, reader)
+
+
+def _bos_rule(fields: dict[str, Any]) -> dict[str, bool]:
+    """Older files of Llama 3 and Mistral Nemo do not say that their texts begin with a BOS."""
+    is_silent = "tokenizer.ggml.add_bos_token" not in fields
+    return {"add_bos_token": True} if is_silent and fields.get(_PRE) in _WITH_BOS else {}
 
 
 def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> Any:

@@ -23,7 +23,14 @@ def permute(weight: np.ndarray, heads: int) -> np.ndarray:
     return rows.swapaxes(1, 2).reshape(weight.shape)
 
 
-def write_gguf(folder: Path, file: Path, kind: Kind, *, more: dict[str, Any] | None = None) -> None:
+def write_gguf(
+    folder: Path,
+    file: Path,
+    kind: Kind,
+    *,
+    more: dict[str, Any] | None = None,
+    pre: str = "default",
+) -> None:
     """Write a model's weights, its config and its tokenizer.
 
     Args:
@@ -31,6 +38,7 @@ def write_gguf(folder: Path, file: Path, kind: Kind, *, more: dict[str, Any] | N
         file: To write.
         kind: Of matrices; norms and biases are F32.
         more: Values of keys of the architecture that the config has no place for.
+        pre: The tokenizer's rules of splitting, as llama.cpp calls them.
     """
     config = json.loads((folder / "config.json").read_text())
     architecture = config["model_type"]
@@ -51,7 +59,7 @@ def write_gguf(folder: Path, file: Path, kind: Kind, *, more: dict[str, Any] | N
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     for key, value in (more or {}).items():
         _ADD[type(value)](writer, f"{architecture}.{key}", value)
-    _add_tokenizer(writer, folder, config)
+    _add_tokenizer(writer, folder, config, pre)
     names = gguf.get_tensor_name_map(
         {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}.get(
             architecture, gguf.MODEL_ARCH.QWEN3
@@ -89,13 +97,13 @@ def _add_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: Ki
         writer.add_tensor(name, gguf.quantize(values, kind), raw_dtype=kind)
 
 
-def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any]) -> None:
+def _add_tokenizer(writer: gguf.GGUFWriter, folder: Path, config: dict[str, Any], pre: str) -> None:
     model = json.loads((folder / "tokenizer.json").read_text())
     by_id = {i: token for token, i in model["model"]["vocab"].items()}
     special = {token["id"]: token["content"] for token in model["added_tokens"]}
     tokens = [{**by_id, **special}[i] for i in range(config["vocab_size"])]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("default")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3 if i in special else 1 for i in range(len(tokens))])
     # No merges, which files without any have scores for.

@@ -1,0 +1,142 @@
+"""What tokenizers and chat templates of published families do otherwise, through both doors.
+
+The tokens of a chat are those of transformers' own ``apply_chat_template``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders import tiny_tokenizers
+from servers.fakes import FakeFuser, FakeMerger, fake_backend
+from servers.http_harness import http_harness
+from servers.rpc_harness import harness
+from transformers import AutoTokenizer
+
+from turret.server.models.loader import eos_token_ids
+from turret.server.models.tokenizer import Tokenizer
+from turret.v1 import inference_pb2
+
+VOCAB_SIZE = 400
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "gemma": tiny_tokenizers.gemma,
+    "phi_3": tiny_tokenizers.phi_3,
+    "phi_4_mini": tiny_tokenizers.phi_4_mini,
+    "gpt_oss": tiny_tokenizers.gpt_oss,
+}
+TURNS = [
+    {"role": "user", "content": "hi  there"},
+    {"role": "assistant", "content": "Well?"},
+    {"role": "user", "content": " go\non "},
+]
+
+
+def load(name: str, tmp_path: Path) -> tuple[Tokenizer, Any]:
+    """Ours, and transformers'."""
+    folder = FAMILIES[name](tmp_path / name)
+    tokenizer = Tokenizer.load(folder, eos_token_ids(folder), VOCAB_SIZE)
+    return tokenizer, AutoTokenizer.from_pretrained(folder)
+
+
+@contextlib.asynccontextmanager
+async def doors(tokenizer: Tokenizer) -> AsyncIterator[Any]:
+    """Asks a chat of either door, and says what the engine was asked."""
+    async with harness(serving=False) as rpc, http_harness(serving=False) as http:
+        for door in (rpc, http):
+            fakes = fake_backend(door.engine, door.registry, FakeMerger(), FakeFuser())
+            door.gate.open(replace(fakes, tokenizer=tokenizer))
+
+        async def ask(turns: list[dict[str, str]]) -> list[list[int]]:
+            messages = [
+                inference_pb2.ChatMessage(role=turn["role"], content=turn["content"])
+                for turn in turns
+            ]
+            chat = inference_pb2.Chat(messages=messages)
+            await rpc.inference.Generate(inference_pb2.GenerateRequest(chat=chat))
+            answer = await http.post("/v1/chat/completions", {"model": "m", "messages": turns})
+            assert answer.status_code == 200, answer.text
+            return [list(door.engine.requests[-1].prompt_token_ids) for door in (rpc, http)]
+
+        async def complete(prompt: str) -> list[list[int]]:
+            await rpc.inference.Generate(inference_pb2.GenerateRequest(prompt=prompt))
+            answer = await http.post("/v1/completions", {"model": "m", "prompt": prompt})
+            assert answer.status_code == 200, answer.text
+            return [list(door.engine.requests[-1].prompt_token_ids) for door in (rpc, http)]
+
+        yield ask, complete
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_a_chat_has_the_tokens_of_its_template(name: str, tmp_path: Path) -> None:
+    tokenizer, theirs = load(name, tmp_path)
+    expected = theirs.apply_chat_template(TURNS, add_generation_prompt=True)["input_ids"]
+    assert max(expected) < tokenizer.vocab_size
+    async with doors(tokenizer) as (ask, _):
+        assert await ask(TURNS) == [expected, expected]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+async def test_a_rendered_chat_is_a_prompt_of_the_same_tokens(name: str, tmp_path: Path) -> None:
+    """Who applies the template and sends text gets one BOS as well."""
+    tokenizer, theirs = load(name, tmp_path)
+    text = theirs.apply_chat_template(TURNS, add_generation_prompt=True, tokenize=False)
+    async with doors(tokenizer) as (ask, complete):
+        assert await complete(text) == await ask(TURNS)
+
+
+async def test_gemma_begins_with_one_bos(tmp_path: Path) -> None:
+    tokenizer, theirs = load("gemma", tmp_path)
+    bos = theirs.bos_token_id
+    assert theirs("hi")["input_ids"] == [bos, *theirs("hi", add_special_tokens=False)["input_ids"]]
+    for text in ("hi", "<bos>hi", "", "<bos>"):
+        ids = tokenizer.encode(text)
+        assert ids[:1] == [bos], text
+        assert bos not in ids[1:], text
+    # One that was asked for twice is not ours to take away.
+    assert tokenizer.encode("<bos><bos>hi")[:3].count(bos) == 2
+    assert tokenizer.encode_chat(TURNS).count(bos) == 1
+
+
+async def test_a_tokenizer_that_adds_no_bos_takes_none_away(tmp_path: Path) -> None:
+    tokenizer, theirs = load("phi_3", tmp_path)
+    for text in ("hi", "<s>hi", "<s><s>hi"):
+        assert tokenizer.encode(text) == theirs(text)["input_ids"]
+
+
+async def test_phi_ends_at_every_token_that_ends_a_turn(tmp_path: Path) -> None:
+    for name in ("phi_3", "phi_4_mini"):
+        tokenizer, theirs = load(name, tmp_path)
+        ends = {theirs.convert_tokens_to_ids(t) for t in ("<|end|>", "<|endoftext|>")}
+        assert ends <= tokenizer.eos_token_ids
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_what_a_content_says_is_text_of_the_same_tokens(name: str, tmp_path: Path) -> None:
+    """Special tokens in contents too: no spaces more, as transformers splits them."""
+    tokenizer, theirs = load(name, tmp_path)
+    forged = {"gemma": "<end_of_turn>"}.get(name, "<|end|>")
+    content = f"a{forged}b {forged} c"
+    split = theirs(content, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    theirs("x", split_special_tokens=False)
+    ids = tokenizer.encode_chat([{"role": "user", "content": content}])
+    words = tokenizer.encode_chat([{"role": "user", "content": "x"}])
+    end = theirs.convert_tokens_to_ids(forged)
+    assert ids.count(end) == words.count(end)
+    assert any(ids[i : i + len(split)] == split for i in range(len(ids)))
+
+
+def test_harmony_tells_the_date_and_knows_no_tools(tmp_path: Path) -> None:
+    tokenizer, theirs = load("gpt_oss", tmp_path)
+    text = tokenizer.decode(tokenizer.encode_chat(TURNS), special=True)
+    assert f"Current date: {datetime.date.today():%Y-%m-%d}<|end|>" in text
+    assert text.endswith("<|end|><|start|>assistant")
+    # <|end|> is not the end: it closes a channel.
+    names = theirs.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
+    assert set(names) == {"<|return|>", "<|endoftext|>", "<|call|>"}
+    assert tokenizer.chat_format.tools is None
