@@ -8,18 +8,30 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from builders.methods import load_adapter, make_config, save_adapter
 from builders.tiny_models import MULTIMODAL_ARCHITECTURES, save_tiny_model, served_weights
-from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of, twin
+from gpu_path import FakeCapture, use_coarse_tiles
+from method_oracle import (
+    check_bfloat16,
+    check_greedy,
+    check_score,
+    oracle_logprobs,
+    prompt_of,
+    twin,
+)
 from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 from transformers import AutoConfig
 
+from turret.kernels.gpu.shared import tuning as tuning_module
+from turret.server.engine.step.gpu import decode_graphs
 from turret.server.errors import AdapterMismatchError
 from turret.server.models.text_part import text_name
 
@@ -97,6 +109,67 @@ async def test_every_method_in_one_batch_equals_peft(architecture: str, tmp_path
             assert (await harness.run(request)).bits == answer.bits, name
             check = check_score if score else check_greedy
             check(answer, oracles[name], prompt, f"{architecture} {name}")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", MULTIMODAL_ARCHITECTURES)
+async def test_bfloat16_is_as_exact_as_peft(architecture: str, tmp_path: Path) -> None:
+    base = twin(architecture, torch.bfloat16)
+    names = [None, "lora", "dora", "loha", "rows"]
+    asked = []
+    for seed, name in enumerate(names):
+        if name is not None:
+            method, changes = ADAPTERS[name]
+            save_adapter(base.model, make_config(method, **changes), tmp_path / name, seed=seed)
+        prompt = prompt_of((140, 60, 90, 33, 70)[seed], seed)
+        request = make_request(prompt, *([name] if name else []), score=True)
+        asked.append((name, prompt, request))
+    async with EngineHarness.start(
+        base.folder, tmp_path, dtype="bfloat16", adapters=[name for name in names if name]
+    ) as harness:
+        answers = await harness.run_all([request for _, _, request in asked])
+        for (name, _, request), answer in zip(asked, answers, strict=True):
+            assert (await harness.run(request)).bits == answer.bits, name
+    found = [(name, p, answer) for (name, p, _), answer in zip(asked, answers, strict=True)]
+    check_bfloat16(found, base.model, tmp_path)
+
+
+@pytest.fixture
+def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    use_coarse_tiles(monkeypatch)
+    yield
+    monkeypatch.undo()
+    tuning_module.tuning.cache_clear()
+
+
+# Rows that only pad a step to its bucket compute on scratch memory.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
+@pytest.mark.usefixtures("coarse_tiles")
+@pytest.mark.long
+@pytest.mark.parametrize("architecture", MULTIMODAL_ARCHITECTURES)
+async def test_the_gpu_path_equals_peft(architecture: str, tmp_path: Path) -> None:
+    """The base and two adapters of the whole in one batch, to the end of a window."""
+    base = twin(architecture)
+    names = [None, "dora", "loha"]
+    for seed, name in enumerate(names[1:]):
+        assert name is not None
+        config = make_config(name, **ADAPTERS[name][1])
+        save_adapter(base.model, config, tmp_path / name, seed=seed)
+    asked = [(name, prompt_of(n, n)) for name, n in zip(names, (70, 30, 5), strict=True)]
+    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
+        async with EngineHarness.start(
+            base.folder,
+            tmp_path,
+            adapters=[name for name in names if name],
+            gpu=True,
+            kv_cache_bytes=4 << 20,
+        ) as harness:
+            requests = [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
+            answers = await harness.run_all(requests)
+    for (name, prompt), answer in zip(asked, answers, strict=True):
+        model = load_adapter(base.model, tmp_path / name) if name else base.model
+        check_greedy(answer, model, prompt, f"{architecture} {name}")
 
 
 @pytest.mark.parametrize("target", ["vision_tower", "visual"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import atexit
+import copy
 import functools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,32 @@ def check_greedy(answer: Answer, model: Any, prompt: list[int], what: str) -> No
     tokens, logprobs = oracle_greedy(model, prompt, len(answer.token_ids))
     assert list(answer.token_ids) == tokens, what
     check_close([p for p in answer.logprobs if p is not None], logprobs, what)
+
+
+def check_bfloat16(
+    answers: Sequence[tuple[str | None, list[int], Answer]], model: Any, root: Path
+) -> None:
+    """Within 1.3 times the error that transformers and PEFT make in bfloat16, over all of them.
+
+    Args:
+        answers: Adapter, prompt and answer; those to prompts that were scored count.
+        model: Transformers' in float32, on the weights served.
+        root: Where the adapters are.
+    """
+    half = copy.deepcopy(model).to(torch.bfloat16)
+    ours, theirs = [], []
+    for name, prompt, answer in answers:
+        if answer.token_ids or len(prompt) == 1:
+            continue
+        places = torch.arange(len(prompt) - 1), torch.tensor(prompt[1:])
+        models = (load_adapter(m, root / name) if name else m for m in (model, half))
+        expected, rough = (oracle_logprobs(m, prompt)[:-1].float()[places] for m in models)
+        found = torch.tensor([p for p in answer.prompt_logprobs[1:] if p is not None])
+        ours.append((found - expected).abs())
+        theirs.append((rough - expected).abs())
+    bound = 1.3 * float(torch.cat(theirs).mean())
+    assert bound > 0
+    assert float(torch.cat(ours).mean()) <= bound
 
 
 async def check_methods(
