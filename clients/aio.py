@@ -35,12 +35,20 @@ from turret.clients.messages.requests import (
     MessageLike,
     Prompt,
     chat_messages,
+    classify_request,
     embed_request,
     generate_request,
     score_request,
     tokenize_request,
 )
-from turret.clients.messages.results import Completion, Embeddings, Model, Score, Tokens
+from turret.clients.messages.results import (
+    Classifications,
+    Completion,
+    Embeddings,
+    Model,
+    Score,
+    Tokens,
+)
 from turret.clients.progress import AnswerProgress
 from turret.clients.retries import RetryPolicy
 from turret.clients.streams import AsyncGenerationStream
@@ -166,6 +174,20 @@ class AsyncTurretClient:
         settings = self._settings.routed(request.adapters)
         found = await call_async(self._stub.Embed, lambda: request, settings, timeout)
         return Embeddings.from_proto(found)
+
+    async def classify(
+        self,
+        inputs: str | Sequence[Prompt],
+        *,
+        adapters: AdapterLike | Sequence[AdapterLike],
+        request_id: str = "",
+        timeout: float | None = None,
+    ) -> Classifications:
+        """Label each input by an adapter with a head, as ``TurretClient.classify``."""
+        request = classify_request(inputs, adapters=adapters, request_id=request_id)
+        settings = self._settings.routed(request.adapters)
+        found = await call_async(self._stub.Classify, lambda: request, settings, timeout)
+        return Classifications.from_proto(found)
 
     async def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> Tokens:
         """Convert text or a conversation to token ids, or token ids to text."""

@@ -31,12 +31,20 @@ from turret.clients.messages.requests import (
     MessageLike,
     Prompt,
     chat_messages,
+    classify_request,
     embed_request,
     generate_request,
     score_request,
     tokenize_request,
 )
-from turret.clients.messages.results import Completion, Embeddings, Model, Score, Tokens
+from turret.clients.messages.results import (
+    Classifications,
+    Completion,
+    Embeddings,
+    Model,
+    Score,
+    Tokens,
+)
 from turret.clients.progress import AnswerProgress
 from turret.clients.retries import RetryPolicy
 from turret.clients.streams import GenerationStream
@@ -211,6 +219,27 @@ class TurretClient:
         )
         settings = self._settings.routed(request.adapters)
         return Embeddings.from_proto(call(self._stub.Embed, lambda: request, settings, timeout))
+
+    def classify(
+        self,
+        inputs: str | Sequence[Prompt],
+        *,
+        adapters: AdapterLike | Sequence[AdapterLike],
+        request_id: str = "",
+        timeout: float | None = None,
+    ) -> Classifications:
+        """Label each input by an adapter with a classification head.
+
+        Args:
+            inputs: A text, or a list of prompts as in :meth:`generate`.
+            adapters: The mix; exactly one member has a head.
+            request_id: Names the request in the server's log.
+            timeout: Deadline in seconds.
+        """
+        request = classify_request(inputs, adapters=adapters, request_id=request_id)
+        settings = self._settings.routed(request.adapters)
+        found = call(self._stub.Classify, lambda: request, settings, timeout)
+        return Classifications.from_proto(found)
 
     def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> Tokens:
         """Convert text or a conversation to token ids, or token ids to text."""

@@ -37,6 +37,7 @@ class Adapter:
         source: The path that it was loaded from, of the hub with its commit; "" if uploaded.
         invocation_token_ids: Tokens from whose last occurrence in the prompt on it acts (aLoRA);
             empty if it acts on every token.
+        labels: Those of its classification head; empty if it does not classify.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Adapter:
     state: str
     source: str = ""
     invocation_token_ids: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
 
     @classmethod
     def from_proto(cls, proto: pb.Adapter) -> Adapter:
@@ -82,6 +84,7 @@ class Adapter:
             state=_enum_name(pb.Adapter.State, proto.state),
             source=proto.source,
             invocation_token_ids=tuple(proto.invocation_token_ids),
+            labels=tuple(proto.labels),
         )
 
 

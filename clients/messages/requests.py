@@ -153,6 +153,19 @@ def embed_request(
     return request
 
 
+def classify_request(
+    inputs: str | Sequence[Prompt],
+    *,
+    adapters: AdapterLike | Sequence[AdapterLike],
+    request_id: str,
+) -> inference_pb2.ClassifyRequest:
+    """Build the request of ``Classify``; errors as in :func:`generate_request`."""
+    request = inference_pb2.ClassifyRequest(adapters=to_mix(adapters))
+    fill_inputs(request.inputs, inputs)
+    fill(request, ("request_id",), {"request_id": request_id})
+    return request
+
+
 def fill_inputs(field: Any, inputs: str | Sequence[Prompt]) -> None:
     """Add an ``Input`` for each prompt; a plain text is the only one.
 

@@ -216,6 +216,62 @@ class Embeddings:
 
 
 @dataclass(frozen=True, slots=True)
+class LabelScore:
+    """What a head says of one label; ``probability`` is None where it was trained for numbers."""
+
+    label: str
+    probability: float | None
+    logit: float
+
+
+@dataclass(frozen=True, slots=True)
+class Classification:
+    """What an input was found to be: the label with the largest number, and all labels."""
+
+    label: str
+    scores: tuple[LabelScore, ...]
+
+    @property
+    def probabilities(self) -> dict[str, float | None]:
+        """By label, in the head's order."""
+        return {score.label: score.probability for score in self.scores}
+
+    @classmethod
+    def from_proto(cls, proto: pb.Classification) -> Classification:
+        scores = (
+            LabelScore(s.label, s.probability if s.HasField("probability") else None, s.logit)
+            for s in proto.scores
+        )
+        return cls(proto.label, tuple(scores))
+
+
+@dataclass(frozen=True, slots=True)
+class Classifications:
+    """What each input was found to be, in their order; ``usage`` is that of all together."""
+
+    classifications: tuple[Classification, ...]
+    usage: Usage
+    adapters_used: tuple[AdapterUse, ...]
+    timing: Timing
+    request_id: str
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The label of each input."""
+        return tuple(each.label for each in self.classifications)
+
+    @classmethod
+    def from_proto(cls, proto: pb.ClassifyResponse) -> Classifications:
+        return cls(
+            tuple(map(Classification.from_proto, proto.classifications)),
+            Usage.from_proto(proto.usage),
+            _adapters_used(proto.adapters_used),
+            Timing.from_proto(proto.timing),
+            proto.request_id,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Tokens:
     """Token ids, the text of each, and the text of all together."""
 

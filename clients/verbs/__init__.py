@@ -15,6 +15,7 @@ VERBS = {
     "generate": "complete a prompt",
     "chat": "talk to the model",
     "score": "log probabilities of a prompt",
+    "classify": "label texts",
     "embed": "turn texts into vectors",
     "eval": "judge adapters on a test set",
     "adapters": "administer adapters",

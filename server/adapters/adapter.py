@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from turret.server.adapters.facts import AdapterFacts
+from turret.server.adapters.head import Head
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.source import Source
 
@@ -88,6 +89,12 @@ class Adapter:
     @property
     def invocation(self) -> tuple[int, ...]:
         return self.facts.invocation
+
+    @property
+    def head(self) -> Head | None:
+        """Its classification head, without the weights."""
+        facts = self.facts
+        return Head(facts.labels, facts.problem_type) if facts.labels else None
 
     @property
     def is_resident(self) -> bool:

@@ -21,6 +21,8 @@ class AdapterFacts:
         bytes_disk: Size of the checkpoint's files.
         bytes_host: What its operators take in host memory, in the dtype served when it was read.
         invocation: Tokens from whose last occurrence in the prompt on it acts; empty if everywhere.
+        labels: Those of its classification head; empty without one.
+        problem_type: See ``Head``; empty without one.
         components: Digests of the adapters it is built from; they must stay registered.
     """
 
@@ -36,3 +38,5 @@ class AdapterFacts:
     bytes_host: int
     components: tuple[str, ...] = ()
     invocation: tuple[int, ...] = ()
+    labels: tuple[str, ...] = ()
+    problem_type: str = ""

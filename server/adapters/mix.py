@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from turret.server.adapters.adapter import Adapter
+from turret.server.adapters.head import Head
 from turret.server.errors import TurretError
 
 
@@ -44,6 +45,11 @@ class Mix:
     def key(self) -> tuple[tuple[str, int, float], ...]:
         """``(uuid, generation, weight)`` per member: what a KV block's content depends on."""
         return tuple((a.uuid, a.generation, weight) for a, weight in self.members)
+
+    @property
+    def head(self) -> Head | None:
+        """The classification head of its first member that has one."""
+        return next((a.head for a, _ in self.members if a.head is not None), None)
 
     @property
     def is_base(self) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from turret.server.adapters.classifier import Classifier
 from turret.server.adapters.soft_prompt import SoftPrompt
 from turret.server.adapters.updates import (
     Circulant,
@@ -254,6 +255,7 @@ class AdapterOperators:
         tokens: What it does to rows of the embedding and the head, or None.
         invocation: Tokens from whose last occurrence in the prompt on it acts, and not before; None
             if it acts everywhere.
+        classifier: A classification head for its final states, or None.
         num_bytes: Bytes of all tensors.
         num_low_rank_bytes: Bytes of the low-rank updates among them.
         rank: Rank of the largest low-rank update of ``modules``, or 0.
@@ -265,6 +267,7 @@ class AdapterOperators:
     head: ModuleOperators | None = None
     tokens: VocabularyOperators | None = None
     invocation: tuple[int, ...] | None = None
+    classifier: Classifier | None = None
     # Summed once: the scheduler asks for those of all running adapters with every admission.
     num_bytes: int = field(init=False)
     num_low_rank_bytes: int = field(init=False)
@@ -272,7 +275,7 @@ class AdapterOperators:
 
     def __post_init__(self) -> None:
         modules = self.modules.values()
-        others = (self.soft_prompt, self.head, self.tokens)
+        others = (self.soft_prompt, self.head, self.tokens, self.classifier)
         experts = () if self.experts is None else self.experts.values()
         parts = [*modules, *experts, *(other for other in others if other is not None)]
         set_once = object.__setattr__

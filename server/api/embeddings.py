@@ -6,13 +6,13 @@ from typing import Any
 
 from turret.server.api.backend import Backend
 from turret.server.api.call import Call
-from turret.server.api.inputs import check_inputs, run_inputs, summed_fields
+from turret.server.api.inputs import check_inputs, pooled_requests, run_inputs, summed_fields
 from turret.server.api.limits import MAX_EMBEDDING_NUMBERS, InputLimits
-from turret.server.api.requests import adapter_refs, check_request_id, input_token_ids
+from turret.server.api.requests import adapter_refs, check_request_id
 from turret.server.api.shares import Party
 from turret.server.api.violations import Violations
 from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
-from turret.server.engine.scheduling.request import Output, Request
+from turret.server.engine.scheduling.request import Output
 from turret.v1 import inference_pb2
 
 _Embed = inference_pb2.EmbedRequest
@@ -76,20 +76,15 @@ async def embed(
     check_request_id(message.request_id, violations)
     violations.raise_if_any()
     request_id = message.request_id or call.request_id
-    # Each input counts its share of what was sent.
-    message_bytes = call.message_bytes // len(message.inputs)
-
-    async def make(index: int) -> Request:
-        ids = await input_token_ids(message.inputs[index], backend.tokenizer)
-        return Request(
-            request_id=request_id,
-            prompt_token_ids=tuple(ids),
-            adapters=refs,
-            deadline=deadline,
-            message_bytes=message_bytes,
-            pooling=pooling,
-        )
-
+    make = pooled_requests(
+        message.inputs,
+        backend.tokenizer,
+        call,
+        adapters=refs,
+        pooling=pooling,
+        request_id=request_id,
+        deadline=deadline,
+    )
     found = await run_inputs(
         backend, call, party, count=len(message.inputs), make=make, convert=_vector
     )

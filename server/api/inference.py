@@ -22,6 +22,7 @@ from turret.server.api.answers import (
 )
 from turret.server.api.backend import Backend
 from turret.server.api.call import Call
+from turret.server.api.classify import classify
 from turret.server.api.embeddings import embed
 from turret.server.api.gate import Gate
 from turret.server.api.limits import InputLimits
@@ -146,6 +147,16 @@ class Inference:
             QueueFullError: The party has as many requests as it may.
         """
         return await embed(message, self._gate.enter(), call, party, deadline)
+
+    async def classify(
+        self,
+        message: inference_pb2.ClassifyRequest,
+        call: Call,
+        party: Party,
+        deadline: float | None,
+    ) -> inference_pb2.ClassifyResponse:
+        """Labels for each input; errors are those of ``embed``."""
+        return await classify(message, self._gate.enter(), call, party, deadline)
 
     async def tokenize(
         self, message: inference_pb2.TokenizeRequest

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from turret.server.adapters.ref import AdapterRef
 from turret.server.api.answers import adapter_uses, timing
 from turret.server.api.backend import Backend
 from turret.server.api.call import Call
 from turret.server.api.limits import MAX_INPUTS, InputLimits
 from turret.server.api.outputs import outputs_of
-from turret.server.api.requests import check_input
+from turret.server.api.requests import check_input, input_token_ids
 from turret.server.api.shares import Party
 from turret.server.api.together import together
 from turret.server.api.violations import Violations
+from turret.server.engine.scheduling.pooling import Pooling
 from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,
@@ -25,6 +27,9 @@ from turret.server.engine.scheduling.request import (
 )
 from turret.server.errors import InvalidRequestError, UnavailableError
 from turret.v1 import inference_pb2
+
+if TYPE_CHECKING:
+    from turret.server.models.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
 # Whatever is wrong with these is wrong with the call, not with one of its inputs.
@@ -70,6 +75,34 @@ def blamed_on(index: int) -> Iterator[None]:
 def _path(index: int, path: str) -> str:
     within = path.removeprefix("input").removeprefix(".")
     return f"inputs[{index}].{within}" if within else f"inputs[{index}]"
+
+
+def pooled_requests(
+    inputs: Sequence[inference_pb2.Input],
+    tokenizer: Tokenizer,
+    call: Call,
+    *,
+    adapters: tuple[AdapterRef, ...],
+    pooling: Pooling,
+    request_id: str,
+    deadline: float | None,
+) -> Callable[[int], Awaitable[Request]]:
+    """Makes the request for an input, by its index, when it is asked to."""
+    # Each input counts its share of what was sent.
+    message_bytes = call.message_bytes // len(inputs)
+
+    async def make(index: int) -> Request:
+        ids = await input_token_ids(inputs[index], tokenizer)
+        return Request(
+            request_id=request_id,
+            prompt_token_ids=tuple(ids),
+            adapters=adapters,
+            deadline=deadline,
+            message_bytes=message_bytes,
+            pooling=pooling,
+        )
+
+    return make
 
 
 async def run_inputs(

@@ -76,6 +76,7 @@ LIMITS = (
     _text("TokenizeRequest.prompt"),
     _text("Input.prompt"),
     _entries("EmbedRequest.inputs", MAX_INPUTS, _INPUTS),
+    _entries("ClassifyRequest.inputs", MAX_INPUTS, _INPUTS),
     _text("ChatMessage.content", _CHATS),
     _chars("ChatMessage.role", MAX_ROLE_CHARS, _CHATS),
     _entries("Chat.messages", MAX_CHAT_MESSAGES, _CHATS),
@@ -111,13 +112,13 @@ LIMITS = (
     *(
         _entries(f"{message}.adapters", MAX_MIX_MEMBERS)
         for message in (
-            *("GenerateRequest", "ScoreRequest", "EmbedRequest"),
+            *("GenerateRequest", "ScoreRequest", "EmbedRequest", "ClassifyRequest"),
             *("FuseAdaptersRequest", "MergeAdaptersRequest"),
         )
     ),
     *(
         _chars(f"{message}.request_id", MAX_REQUEST_ID_CHARS, "server/api/call.py")
-        for message in ("GenerateRequest", "ScoreRequest", "EmbedRequest")
+        for message in ("GenerateRequest", "ScoreRequest", "EmbedRequest", "ClassifyRequest")
     ),
     _chars("AdapterWeight.name", MAX_NAME_CHARS, _REQUESTS),
     *(_chars(f"{call}Request.name", MAX_NAME_CHARS) for call in _NAMED),

@@ -19,6 +19,7 @@ from turret.server.engine.answer import Answer
 from turret.server.engine.answer_text import AnswerText
 from turret.server.engine.base_change import BaseChange, Change
 from turret.server.engine.detokenizer import TextStream
+from turret.server.engine.heads import check_heads
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
 from turret.server.engine.scheduling.request import Request
@@ -169,6 +170,7 @@ class Engine:
             )
         mix = self._adapters.acquire(request.adapters)
         try:
+            check_heads(request, mix)
             answer = self._make_answer(request, text, mix, arrival)
         except TurretError:
             self._adapters.release(mix)

@@ -292,7 +292,8 @@ class EngineLoop:
             is_whole = sequence.num_computed == sequence.prompt_end
             if is_whole and not sequence.request.generates:
                 logprobs, pooled = answer.take_prompt_logprobs(), result.pooled.get(sequence)
-                output = Output(prompt_logprobs=logprobs, pooled=pooled)
+                head = sequence.mix.head if sequence.request.classifies else None
+                output = Output(prompt_logprobs=logprobs, pooled=pooled, head=head)
                 self._end(answer, FinishReason.STOP, None, output, now)
             return
         self._observer.token(answer, now)

@@ -13,17 +13,11 @@ from turret.server.api.violations import Violations
 from turret.server.http.bodies.answer_fields import told_uses
 from turret.server.http.bodies.fields import Fields
 from turret.server.http.bodies.generation import read_deadline
-from turret.server.http.bodies.messages import read_messages
 from turret.server.http.bodies.model_names import mix_of
-from turret.server.http.bodies.prompts import read_prompts
-from turret.server.http.bodies.unsupported import refuse_unsupported
+from turret.server.http.bodies.prompts import read_inputs
 from turret.server.http.exchange.endpoint import Exchange
 from turret.server.http.exchange.reply import dumps
 from turret.v1 import inference_pb2
-
-# Paths of turret.v1 by the names that clients of this door know.
-NAMES = {"inputs": "input"}
-CHAT_NAMES = {"inputs": "messages", "inputs[0].chat.": ""}
 
 _Embed = inference_pb2.EmbedRequest
 _POOLINGS = {"last": _Embed.LAST, "mean": _Embed.MEAN}
@@ -46,7 +40,7 @@ class Embeddings:
         violations = Violations()
         fields = Fields(exchange.take_body(), violations)
         message = _Embed(adapters=mix_of(fields, info.name))
-        message.inputs.extend(_read_inputs(fields, exchange))
+        message.inputs.extend(read_inputs(fields, exchange.names))
         _read_options(fields, message)
         encode = _read_format(fields)
         deadline = read_deadline(fields)
@@ -61,19 +55,6 @@ class Embeddings:
         size = sum(len(each.values) for each in answer.embeddings)
         body = written() if size <= _INLINE_NUMBERS else await asyncio.to_thread(written)
         await exchange.reply.whole(body, 200, {"content-type": "application/json"})
-
-
-def _read_inputs(fields: Fields, exchange: Exchange) -> list[inference_pb2.Input]:
-    """What ``input`` lists, or the one conversation in ``messages``, which is vLLM's."""
-    is_chat = fields.get("messages") is not None
-    refuse_unsupported(fields, is_chat=is_chat)
-    if not is_chat:
-        return read_prompts(fields, "input", inference_pb2.Input)
-    if fields.get("input") is not None:
-        fields.refuse("input", "send either input or messages")
-    exchange.names.clear()
-    exchange.names.update(CHAT_NAMES)
-    return [inference_pb2.Input(chat=read_messages(fields))]
 
 
 def _read_options(fields: Fields, message: inference_pb2.EmbedRequest) -> None:

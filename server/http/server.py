@@ -28,11 +28,12 @@ from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
 from turret.server.basics.codes import Code
 from turret.server.config import ListenConfig, SecurityConfig, split_address
-from turret.server.http import embeddings, lora
+from turret.server.http import lora
 from turret.server.http import tokens as token_routes
-from turret.server.http.bodies import generation
+from turret.server.http.bodies import generation, prompts
 from turret.server.http.bodies.responses import fields as response_fields
 from turret.server.http.chat import ChatCompletions
+from turret.server.http.classify import Classify
 from turret.server.http.completions import Completions
 from turret.server.http.console.page import Page
 from turret.server.http.console.state import State
@@ -84,7 +85,8 @@ def routes(
         _answer("/v1/chat/completions", ChatCompletions(inference), generation.CHAT_NAMES),
         _answer("/v1/completions", Completions(inference), generation.COMPLETION_NAMES),
         _answer("/v1/responses", Responses(inference), response_fields.NAMES),
-        _answer("/v1/embeddings", Embeddings(inference), embeddings.NAMES),
+        _answer("/v1/embeddings", Embeddings(inference), prompts.NAMES),
+        _answer("/classify", Classify(inference), prompts.NAMES),
         _get("/v1/models", models.list, INFERENCE),
         # A model's name may hold slashes.
         _get("/v1/models/{model:path}", models.get, INFERENCE),

@@ -1,4 +1,4 @@
-"""The data plane over gRPC: Generate, GenerateStream, Score, Embed, Tokenize and GetModel."""
+"""The data plane over gRPC: answers, scores, vectors, labels, tokens, and what is served."""
 
 from __future__ import annotations
 
@@ -59,6 +59,12 @@ class InferenceServicer(inference_pb2_grpc.InferenceServicer):
     ) -> inference_pb2.EmbedResponse:
         call, party = current_call(), current_party()
         return await self._inference.embed(request, call, party, _deadline(context))
+
+    async def Classify(
+        self, request: inference_pb2.ClassifyRequest, context: _Context
+    ) -> inference_pb2.ClassifyResponse:
+        call, party = current_call(), current_party()
+        return await self._inference.classify(request, call, party, _deadline(context))
 
     async def Tokenize(
         self, request: inference_pb2.TokenizeRequest, context: _Context

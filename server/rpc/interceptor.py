@@ -29,10 +29,11 @@ _log = logging.getLogger(__name__)
 
 # The calls that turret_requests_total counts: those that name adapters.
 COUNTED = frozenset(
-    f"/turret.v1.Inference/{name}" for name in ("Generate", "GenerateStream", "Score", "Embed")
+    f"/turret.v1.Inference/{name}"
+    for name in ("Generate", "GenerateStream", "Score", "Embed", "Classify")
 )
 # Those of them that are many requests: each is held as its party's by who answers.
-MANY = frozenset({"/turret.v1.Inference/Embed"})
+MANY = frozenset(f"/turret.v1.Inference/{name}" for name in ("Embed", "Classify"))
 
 # A client whose deadline passes resets the call, and by this machine's clock that can be a little
 # before the deadline: a cancellation so close to it was the deadline's.

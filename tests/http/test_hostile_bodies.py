@@ -21,6 +21,7 @@ PATHS: dict[str, tuple[dict[str, Any], ...]] = {
     "/detokenize": ({"tokens": [1]},),
     "/v1/load_lora_adapter": (ADAPTER,),
     "/v1/unload_lora_adapter": (ADAPTER,),
+    "/classify": ({"model": "sql", "input": "a"},),
     "/v1/embeddings": (
         {"model": "base", "input": "a"},
         {"model": "base", "input": [[1], [2]], "encoding_format": "base64"},

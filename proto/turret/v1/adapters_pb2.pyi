@@ -12,7 +12,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "uuid", "generation", "digest", "method", "ranks", "target_modules", "bytes_disk", "bytes_host", "bytes_device", "residency", "pinned", "in_flight", "last_used_time", "base_model", "warnings", "state", "source", "invocation_token_ids")
+    __slots__ = ("name", "uuid", "generation", "digest", "method", "ranks", "target_modules", "bytes_disk", "bytes_host", "bytes_device", "residency", "pinned", "in_flight", "last_used_time", "base_model", "warnings", "state", "source", "invocation_token_ids", "labels")
     class Residency(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         RESIDENCY_UNSPECIFIED: _ClassVar[Adapter.Residency]
@@ -52,6 +52,7 @@ class Adapter(_message.Message):
     STATE_FIELD_NUMBER: _ClassVar[int]
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     INVOCATION_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
+    LABELS_FIELD_NUMBER: _ClassVar[int]
     name: str
     uuid: str
     generation: int
@@ -71,7 +72,8 @@ class Adapter(_message.Message):
     state: Adapter.State
     source: str
     invocation_token_ids: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., uuid: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., method: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., target_modules: _Optional[_Iterable[str]] = ..., bytes_disk: _Optional[int] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., source: _Optional[str] = ..., invocation_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
+    labels: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, name: _Optional[str] = ..., uuid: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., method: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., target_modules: _Optional[_Iterable[str]] = ..., bytes_disk: _Optional[int] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., source: _Optional[str] = ..., invocation_token_ids: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class AdapterWeight(_message.Message):
     __slots__ = ("name", "generation", "weight")

@@ -76,6 +76,11 @@ class InferenceStub(object):
                 request_serializer=turret_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
                 response_deserializer=turret_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
                 _registered_method=True)
+        self.Classify = channel.unary_unary(
+                '/turret.v1.Inference/Classify',
+                request_serializer=turret_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+                response_deserializer=turret_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
+                _registered_method=True)
 
 
 class InferenceServicer(object):
@@ -144,6 +149,16 @@ class InferenceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Classify(self, request, context):
+        """Labels each of some inputs by an adapter that was trained to classify (`task_type` SEQ_CLS). With
+        the errors of `Generate`, and INVALID_ARGUMENT unless exactly one adapter of the mix has a
+        classification head; other calls than `Embed` refuse an adapter with one likewise. Inputs count
+        as in `Embed`.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_InferenceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -176,6 +191,11 @@ def add_InferenceServicer_to_server(servicer, server):
                     servicer.Embed,
                     request_deserializer=turret_dot_v1_dot_inference__pb2.EmbedRequest.FromString,
                     response_serializer=turret_dot_v1_dot_inference__pb2.EmbedResponse.SerializeToString,
+            ),
+            'Classify': grpc.unary_unary_rpc_method_handler(
+                    servicer.Classify,
+                    request_deserializer=turret_dot_v1_dot_inference__pb2.ClassifyRequest.FromString,
+                    response_serializer=turret_dot_v1_dot_inference__pb2.ClassifyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -352,6 +372,33 @@ class Inference(object):
             '/turret.v1.Inference/Embed',
             turret_dot_v1_dot_inference__pb2.EmbedRequest.SerializeToString,
             turret_dot_v1_dot_inference__pb2.EmbedResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Classify(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/turret.v1.Inference/Classify',
+            turret_dot_v1_dot_inference__pb2.ClassifyRequest.SerializeToString,
+            turret_dot_v1_dot_inference__pb2.ClassifyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,6 +39,12 @@ class Findings:
         """Something that may be sound, but not on this base."""
         self._mismatches.setdefault((field, why))
 
+    def add_all(self, other: Findings) -> None:
+        """Everything that another part of the same checkpoint's reading found."""
+        self._faults |= other._faults
+        self._mismatches |= other._mismatches
+        self.cause = self.cause or other.cause
+
     @property
     def fields(self) -> frozenset[str]:
         """The fields with a fault."""

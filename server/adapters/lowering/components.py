@@ -32,6 +32,7 @@ _WORDS = {
     "experts": "updates of experts",
     "head": "an embedding or head",
     "tokens": "an embedding or head",
+    "classifier": "a classification head",
     "invocation": "an invocation before which it does nothing",
 }
 

@@ -10,6 +10,7 @@ from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.facts import AdapterFacts
+from turret.server.adapters.head import Head
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.peft_format.config.rules import Rules
 
@@ -30,6 +31,7 @@ class Lowered:
         components: Digests of the adapters it is built from.
         depends_on_base: Whether the base's weights or biases went into the operators, which are
             then lowered again when a merge changes the base. True where a method does not say.
+        head: What its classification head tells, or None.
     """
 
     operators: AdapterOperators
@@ -42,6 +44,7 @@ class Lowered:
     scalings: Mapping[str, float] = field(default_factory=dict)
     components: tuple[str, ...] = ()
     depends_on_base: bool = True
+    head: Head | None = None
 
     @property
     def num_bytes(self) -> int:
@@ -62,6 +65,8 @@ class Lowered:
             bytes_host=self.num_bytes,
             components=self.components,
             invocation=self.operators.invocation or (),
+            labels=() if self.head is None else self.head.labels,
+            problem_type="" if self.head is None else self.head.problem_type,
         )
 
 

@@ -13,6 +13,10 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.lowering.lowered import Lowered, Method
+from turret.server.adapters.peft_format.classifier_checkpoint import (
+    ClassifierPart,
+    take_classifier,
+)
 from turret.server.adapters.peft_format.expert_checkpoint import ExpertPart, take_experts
 from turret.server.adapters.peft_format.module_checkpoint import check_rank
 from turret.server.adapters.peft_format.unserved import UNSERVED
@@ -97,10 +101,12 @@ def lower_checkpoint(
         findings.add("task", f"is {checkpoint.task}, but a {method.name} adapter has no tasks")
         findings.raise_if_any()
     base = replace(base, text_prefix=checkpoint.text_prefix)
-    experts = take_experts(checkpoint, base, max_rank)
+    classifier = take_classifier(checkpoint, base)
+    experts = take_experts(classifier.rest, base, max_rank)
     experts.findings.raise_if_any()
     part = take_vocabulary(experts.rest, base)
-    findings = part.findings
+    findings = classifier.findings
+    findings.add_all(part.findings)
     lowered = None
     try:
         lowered = method.lower(part.rest, part.base, max_rank, find_component)
@@ -111,7 +117,7 @@ def lower_checkpoint(
             findings.add(field, why)
     findings.raise_if_any()
     assert lowered is not None  # or there was a fault
-    joined = _with_experts(_joined(lowered, part), experts)
+    joined = _with_head(_with_experts(_joined(lowered, part), experts), classifier)
     # The reader checked the modules' ranks before anything was computed; this is for all others.
     check_rank(checkpoint.path, max(joined.ranks, default=0), max_rank)
     return method.name, joined
@@ -123,6 +129,13 @@ def _check_integers(checkpoint: AdapterCheckpoint, method: Method) -> None:
         if not tensor.is_floating_point() and name.rpartition(".")[2] not in method.integers:
             findings.add(name, f"holds integers ({tensor.dtype}), which {method.name} does not")
     findings.raise_if_any()
+
+
+def _with_head(lowered: Lowered, part: ClassifierPart) -> Lowered:
+    if part.classifier is None:
+        return lowered
+    operators = replace(lowered.operators, classifier=part.classifier)
+    return replace(lowered, operators=operators, head=part.head)
 
 
 def _with_experts(lowered: Lowered, part: ExpertPart) -> Lowered:

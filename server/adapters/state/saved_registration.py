@@ -15,8 +15,9 @@ from turret.server.adapters.source import Source
 
 # Raise it when the fields change, and read the older ones still. 2: facts have components. 3: a
 # source has a task. 4: facts have an invocation.
-_VERSION = 4
-_READ_VERSIONS = (1, 2, 3, 4)
+# 5: facts have labels.
+_VERSION = 5
+_READ_VERSIONS = (1, 2, 3, 4, 5)
 
 
 @functools.lru_cache(maxsize=4096)

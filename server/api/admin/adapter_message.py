@@ -48,6 +48,7 @@ def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
         state=record.state,
         source=_sendable(record.source),
         invocation_token_ids=facts.invocation,
+        labels=map(_sendable, facts.labels),
     )
     if record.last_used_time is not None:
         stamp = timestamp_pb2.Timestamp()

@@ -99,6 +99,9 @@ class Replica:
     async def Embed(self, request: inference_pb2.EmbedRequest, grpc_context: Any) -> Any:
         return await self._server.answer(_INFERENCE, "Embed", request, grpc_context)
 
+    async def Classify(self, request: inference_pb2.ClassifyRequest, grpc_context: Any) -> Any:
+        return await self._server.answer(_INFERENCE, "Classify", request, grpc_context)
+
     async def Tokenize(self, request: inference_pb2.TokenizeRequest, grpc_context: Any) -> Any:
         return await self._server.answer(_INFERENCE, "Tokenize", request, grpc_context)
 

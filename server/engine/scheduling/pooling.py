@@ -23,9 +23,12 @@ class Pooling:
     Attributes:
         kind: Which states count.
         dimensions: How many numbers of the state are kept, from the first; None keeps all.
+        classifies: Whether the state goes through the classification head of the mix, whose
+            numbers are the vector; then nothing is cut or normalised.
         normalize: Whether what is kept is divided by its Euclidean length.
     """
 
     kind: PoolingKind = PoolingKind.LAST
     dimensions: int | None = None
     normalize: bool = True
+    classifies: bool = False

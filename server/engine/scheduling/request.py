@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from turret.server.adapters.head import Head
 from turret.server.adapters.ref import AdapterRef
 from turret.server.constraints.constraint import MATCHER_BYTES, Constraint
 from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
@@ -187,6 +188,11 @@ class Request:
         return not self.score and self.pooling is None
 
     @property
+    def classifies(self) -> bool:
+        """Whether the vector asked for is that of a classification head."""
+        return self.pooling is not None and self.pooling.classifies
+
+    @property
     def needs_every_position(self) -> bool:
         """Whether something is read at every prompt position: the prefix cache cannot help."""
         is_mean = self.pooling is not None and self.pooling.kind is PoolingKind.MEAN
@@ -259,7 +265,8 @@ class Output:
 
     ``text`` holds only characters that can no longer change (no half UTF-8 sequence, no possible
     beginning of a stop string). ``prompt_logprobs`` comes once, before or with the first token, and
-    ``adapters_used`` with the first. ``pooled`` comes with ``finish``.
+    ``adapters_used`` with the first. ``pooled`` comes with ``finish``,
+    and ``head``, if it is the head's numbers.
     """
 
     text: str = ""
@@ -268,6 +275,7 @@ class Output:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
     adapters_used: tuple[AdapterUse, ...] = ()
     pooled: array[float] | None = None
+    head: Head | None = None
     finish: Finish | None = None
 
     @property

@@ -11,6 +11,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
+from turret.server.adapters.classifier import Classifier
 from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.rows import Placed
@@ -54,7 +55,7 @@ class Pooler:
         # One copy, and one wait for a device.
         states = torch.stack([state for _, _, state in ended]).cpu()
         return {
-            sequence: _finished(state, pooling)
+            sequence: _finished(sequence, state, pooling)
             for (sequence, pooling, _), state in zip(ended, states, strict=True)
         }
 
@@ -119,9 +120,20 @@ def _by_halves(groups: torch.Tensor) -> torch.Tensor:
     return groups[:, 0]
 
 
-def _finished(state: torch.Tensor, pooling: Pooling) -> array[float]:
-    """Cut and normalised, in double precision; a state of zeros stays as it is."""
+def _finished(sequence: Sequence, state: torch.Tensor, pooling: Pooling) -> array[float]:
+    """The head's numbers; or cut and normalised, in double precision, zeros as they are."""
+    if pooling.classifies:
+        logits = _classifier_of(sequence).logits(state)
+        return array("f", logits.float().numpy().tobytes())
     kept = state[: pooling.dimensions].double()
     if pooling.normalize:
         kept = kept / kept.square().sum().sqrt().clamp(min=torch.finfo(torch.float64).tiny)
     return array("f", kept.float().numpy().tobytes())
+
+
+def _classifier_of(sequence: Sequence) -> Classifier:
+    """The head of the only adapter that has one."""
+    operators = (adapter.operators for adapter, _ in sequence.mix.members)
+    found = next(each.classifier for each in operators if each is not None and each.classifier)
+    assert found is not None
+    return found

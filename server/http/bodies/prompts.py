@@ -5,9 +5,14 @@ from __future__ import annotations
 from typing import TypeVar
 
 from turret.server.http.bodies.fields import Fields, is_token_id, why_no_text
+from turret.server.http.bodies.messages import read_messages
+from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.v1 import inference_pb2
 
 MAX_PROMPTS = 2048
+# Paths of turret.v1, in calls of several inputs, by the names that clients of this door know.
+NAMES = {"inputs": "input"}
+_CHAT_NAMES = {"inputs": "messages", "inputs[0].chat.": ""}
 
 _M = TypeVar("_M", inference_pb2.GenerateRequest, inference_pb2.Input)
 
@@ -50,3 +55,21 @@ def read_prompts(fields: Fields, name: str, kind: type[_M]) -> list[_M]:
             fields.refuse(path, "must be a string or token ids, at least one")
             return []
     return read
+
+
+def read_inputs(fields: Fields, names: dict[str, str]) -> list[inference_pb2.Input]:
+    """What ``input`` lists, or the one conversation in ``messages``, which is vLLM's.
+
+    Args:
+        fields: The request; what is wrong is noted.
+        names: Those of ``NAMES``; changed where the client knows others.
+    """
+    is_chat = fields.get("messages") is not None
+    refuse_unsupported(fields, is_chat=is_chat)
+    if not is_chat:
+        return read_prompts(fields, "input", inference_pb2.Input)
+    if fields.get("input") is not None:
+        fields.refuse("input", "send either input or messages")
+    names.clear()
+    names.update(_CHAT_NAMES)
+    return [inference_pb2.Input(chat=read_messages(fields))]

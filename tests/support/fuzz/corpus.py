@@ -44,6 +44,9 @@ def _messages() -> dict[str, list[Message]]:
     embed = inference_pb2.EmbedRequest(pooling=inference_pb2.EmbedRequest.MEAN, dimensions=3)
     embed.inputs.add(prompt="a")
     embed.inputs.add().token_ids.ids.append(1)
+    classify = inference_pb2.ClassifyRequest()
+    classify.inputs.add(prompt="a")
+    classify.adapters.add(name="a")
     fuse = adapters_pb2.FuseAdaptersRequest(name="f", combination="exact")
     fuse.adapters.add(name="a")
     fuse.adapters.add(name="b", weight=-1)
@@ -63,6 +66,7 @@ def _messages() -> dict[str, list[Message]]:
         "Generate": [generate],
         "Score": [chat],
         "Embed": [embed],
+        "Classify": [classify],
         "Tokenize": [ids],
         "LoadAdapter": [adapters_pb2.LoadAdapterRequest(name="c", path="c", pinned=True)],
         "UploadAdapter": [header, chunk],
@@ -80,6 +84,7 @@ def _bodies() -> dict[str, Any]:
         "/v1/chat/completions": {"model": "base+a*-0.5", "messages": turns, "stream": True},
         "/v1/completions": {"model": "base", "prompt": [[1], [2]], "logit_bias": {"5": 1}, "n": 2},
         "/v1/embeddings": {"model": "a", "input": ["a", "b"], "encoding_format": "base64"},
+        "/classify": {"model": "a", "input": ["a", [1, 2]]},
         "/tokenize": {"prompt": "a", "return_token_strs": True},
         "/detokenize": {"tokens": [1, 2]},
         "/v1/load_lora_adapter": {"lora_name": "c", "lora_path": "c"},

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from turret.server.adapters.head import Head
 from turret.server.adapters.ref import AdapterRef
 from turret.server.api.backend import Backend
 from turret.server.build import build_backend
@@ -51,6 +52,7 @@ class Answer:
     text: str
     finish: Finish
     pooled: tuple[float, ...] | None = None
+    head: Head | None = None
 
     @property
     def bits(self) -> tuple[Any, ...]:
@@ -168,12 +170,14 @@ class EngineHarness:
         text = ""
         finish: Finish | None = None
         pooled: tuple[float, ...] | None = None
+        head: Head | None = None
         async for output in stream:
             tokens += output.token_ids
             logprobs += output.logprobs
             prompt += output.prompt_logprobs
             text += output.text
             finish = output.finish or finish
+            head = output.head or head
             pooled = pooled if output.pooled is None else tuple(output.pooled)
             on_token(len(tokens))
             if cancel_after is not None and len(tokens) >= cancel_after:
@@ -187,6 +191,7 @@ class EngineHarness:
             text,
             finish,
             pooled,
+            head,
         )
 
     async def run_all(self, requests: Sequence[Request]) -> list[Answer]:

@@ -138,6 +138,15 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         response.usage.prompt_tokens = 5
         return response
 
+    def Classify(self, request, context):
+        self._accept(request, context)
+        response = inference_pb2.ClassifyResponse(request_id="c")
+        for each in request.inputs:
+            found = response.classifications.add(label="[b]")
+            found.scores.add(label="a", probability=0.25, logit=-1.0)
+            found.scores.add(label="[b]", logit=float(len(self._words(each))))
+        return response
+
     def Tokenize(self, request, context):
         return inference_pb2.TokenizeResponse(token_ids=[1, 2], token_texts=["a", "b"], text="ab")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from turret.server.adapters.adapter_info import AdapterInfo
 from turret.server.adapters.facts import AdapterFacts
+from turret.server.adapters.head import SINGLE_LABEL, Head
 from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
 from turret.server.api.backend import Backend
 from turret.server.basics.cancellation import Cancellation
@@ -70,6 +71,9 @@ class FakeTokenizer:
         return self.decode([token_id])
 
 
+HEAD = Head(("long", "short"), SINGLE_LABEL)
+
+
 def uses(request: Request) -> tuple[AdapterUse, ...]:
     """Which weights answer, as the first token and the end tell."""
     return tuple(
@@ -116,9 +120,13 @@ Script = Callable[[Request], AsyncIterator[Output]]
 
 
 async def hello(request: Request) -> AsyncIterator[Output]:
-    """Two tokens, then the end; or a vector that begins with the prompt's length."""
+    """Two tokens, then the end; or a vector or logits that begin with the prompt's length."""
     if request.pooling is not None:
         size = request.pooling.dimensions or MODEL_INFO.hidden_size
+        if request.classifies:
+            count = float(len(request.prompt_token_ids))
+            yield Output(pooled=array("f", [count, 1.0]), head=HEAD, finish=finish(request))
+            return
         vector = array("f", [len(request.prompt_token_ids), *[0.125] * (size - 1)])
         yield Output(pooled=vector, finish=finish(request))
         return

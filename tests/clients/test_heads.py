@@ -1,4 +1,4 @@
-"""Vectors by the clients and by the command."""
+"""Vectors and labels by the clients and by the command."""
 
 from __future__ import annotations
 
@@ -103,3 +103,36 @@ def test_the_command_compares_texts(
     assert json.loads(capsys.readouterr().out)["vectors"][0][0] == 1
     assert run(server, "embed") == 2
     assert "no text" in capsys.readouterr().err
+
+
+def test_labels_come_with_all_that_a_head_says(server: FakeTurret) -> None:
+    with TurretClient(server.address) as client:
+        found = client.classify(["a b", [1]], adapters="sql", request_id="r")
+    assert found.labels == ("[b]", "[b]")
+    assert found.classifications[0].probabilities == {"a": 0.25, "[b]": None}
+    assert [each.scores[1].logit for each in found.classifications] == [2.0, 1.0]
+    sent = server.inference.requests[-1]
+    assert [each.WhichOneof("input") for each in sent.inputs] == ["prompt", "token_ids"]
+    assert ([a.name for a in sent.adapters], sent.request_id) == (["sql"], "r")
+
+
+async def test_the_asyncio_client_asks_for_labels_too(server: FakeTurret) -> None:
+    async with AsyncTurretClient(server.address) as client:
+        assert (await client.classify("a", adapters=["sql"])).labels == ("[b]",)
+
+
+def test_the_command_labels_texts(
+    server: FakeTurret, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "texts").write_text("one\ntwo words\n")
+    texts = ("--file", str(tmp_path / "texts"), "-a", "sql")
+    assert run(server, "classify", *texts, "--labels-only") == 0
+    assert capsys.readouterr().out == "[b]\n[b]\n"
+    assert run(server, "classify", *texts) == 0
+    printed = capsys.readouterr().out
+    assert "[b]" in printed
+    assert "a 25.0%" in printed
+    assert run(server, "classify", *texts, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["classifications"][0]["label"] == "[b]"
+    with pytest.raises(SystemExit):
+        run(server, "classify", "a")

@@ -1,0 +1,35 @@
+"""A classification head's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Classifier:
+    """``logits = W h + b`` of a final hidden state. Stays in host memory.
+
+    Attributes:
+        weight: ``[labels, hidden]``, fp32, contiguous.
+        bias: ``[labels]``, fp32, or None (0).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def logits(self, state: torch.Tensor) -> torch.Tensor:
+        """Of one state, ``[hidden]``, on the CPU: ``[labels]`` fp64.
+
+        A product of one row, always: its bits know no batch.
+        """
+        logits = (self.weight.double() * state.double()).sum(1)
+        return logits if self.bias is None else logits + self.bias

@@ -1,0 +1,25 @@
+"""What a classification head tells: its labels, and how its numbers become probabilities."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SINGLE_LABEL = "single_label_classification"
+MULTI_LABEL = "multi_label_classification"
+REGRESSION = "regression"
+# As transformers writes ``problem_type``.
+PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """A head without its weights.
+
+    Attributes:
+        labels: One for each of its numbers, in their order.
+        problem_type: One of ``PROBLEM_TYPES``: exactly one label is right, any number of them are,
+            or the numbers are the answer.
+    """
+
+    labels: tuple[str, ...]
+    problem_type: str

@@ -1,0 +1,150 @@
+"""The classification head of a checkpoint of ``task_type`` SEQ_CLS, as every method's may hold one.
+
+PEFT saves the head whole, beside whatever the method trains (``PeftModelForSequenceClassification``
+adds ``classifier`` and ``score`` to ``modules_to_save``). It saves no labels: they come from the
+config's ``id2label``, as transformers writes it, if somebody put it there.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.classifier import Classifier
+from turret.server.adapters.head import MULTI_LABEL, PROBLEM_TYPES, SINGLE_LABEL, Head
+
+TASK_TYPE = "SEQ_CLS"
+HEAD_NAMES = ("score", "classifier")
+MAX_LABELS, MAX_LABEL_CHARS = 4096, 256
+_KEYS = ("id2label", "label2id", "problem_type", "num_labels")
+_HEADS = "|".join(HEAD_NAMES)
+# Beside a learned prompt PEFT's prefix is shorter, and a raw state dict keeps PEFT's wrapper, with
+# the head as it was before training beside it.
+_OWN = re.compile(
+    rf"(?:base_model\.)?(?:{_HEADS})\.(?:modules_to_save\.(?:[^.]+\.)?)?(weight|bias)"
+)
+_ORIGINAL = re.compile(rf"(?:base_model\.)?(?:{_HEADS})\.original_module\.(weight|bias)")
+
+
+@dataclass(slots=True)
+class ClassifierPart:
+    """What was taken out, and what is left for the method.
+
+    Attributes:
+        classifier: The head's weights; None of an adapter that classifies nothing.
+        head: Its labels, or None likewise.
+        rest: The checkpoint without it.
+        findings: What is wrong.
+    """
+
+    classifier: Classifier | None
+    head: Head | None
+    rest: AdapterCheckpoint
+    findings: Findings
+
+
+def take_classifier(checkpoint: AdapterCheckpoint, base: BaseModel) -> ClassifierPart:
+    """Splits a checkpoint; nothing raises, the findings say what is wrong."""
+    findings = Findings(checkpoint.path, base.name)
+    config = checkpoint.config
+    if config.get("task_type") != TASK_TYPE:
+        return ClassifierPart(None, None, checkpoint, findings)
+    found: dict[str, torch.Tensor] = {}
+    rest: dict[str, torch.Tensor] = {}
+    for name, tensor in checkpoint.tensors.items():
+        if _ORIGINAL.fullmatch(name):
+            continue
+        match = _OWN.fullmatch(name)
+        if match is None:
+            rest[name] = tensor
+        elif match[1] in found:
+            findings.add(name, f"is a second {match[1]} of a classification head")
+        else:
+            found[match[1]] = tensor
+            _check_shape(name, tensor, base, findings)
+    classifier, head = None, None
+    weight = found.get("weight")
+    if weight is None:
+        findings.add("task_type", f"is {TASK_TYPE}, but the files hold no score.weight: no head")
+    elif not (findings.fields or findings.mismatched):
+        classifier = _classifier(weight, found.get("bias"), findings)
+        head = _head(config, len(weight), findings)
+    left = {key: value for key, value in config.items() if key not in _KEYS}
+    left["task_type"] = None
+    if isinstance(config.get("modules_to_save"), list):
+        saved = [name for name in config["modules_to_save"] if name not in HEAD_NAMES]
+        left["modules_to_save"] = saved or None
+    return ClassifierPart(
+        classifier, head, replace(checkpoint, config=left, tensors=rest), findings
+    )
+
+
+def _check_shape(name: str, tensor: torch.Tensor, base: BaseModel, findings: Findings) -> None:
+    if name.endswith("bias"):
+        if tensor.ndim != 1:
+            findings.add(name, f"has shape {list(tensor.shape)}, expected one number per label")
+        return
+    count = tensor.shape[0] if tensor.ndim == 2 else 0
+    if not 1 <= count <= MAX_LABELS:
+        shape = list(tensor.shape)
+        findings.add(name, f"has shape {shape}, expected 1 to {MAX_LABELS} labels by hidden size")
+    else:
+        findings.check_shape(name, tensor, (count, base.hidden_size))
+
+
+def _classifier(
+    weight: torch.Tensor, bias: torch.Tensor | None, findings: Findings
+) -> Classifier | None:
+    if bias is not None and len(bias) != len(weight):
+        findings.add("score.bias", f"has {len(bias)} numbers, the weight has {len(weight)} labels")
+        return None
+    own = weight.to(torch.float32, copy=True).contiguous()
+    return Classifier(own, None if bias is None else bias.to(torch.float32, copy=True))
+
+
+def _head(config: Mapping[str, Any], count: int, findings: Findings) -> Head:
+    num_labels = config.get("num_labels")
+    if num_labels is not None and num_labels != count:
+        findings.add("num_labels", f"is {num_labels!r:.40}, the head has {count} labels")
+    problem = config.get("problem_type")
+    if problem is not None and problem not in PROBLEM_TYPES:
+        known = ", ".join(PROBLEM_TYPES)
+        findings.add("problem_type", f"is {problem!r:.60}; served values: {known}, null")
+    if problem not in PROBLEM_TYPES:
+        # A single number is one label that holds or does not.
+        problem = SINGLE_LABEL if count > 1 else MULTI_LABEL
+    return Head(_labels(config, count, findings), problem)
+
+
+def _labels(config: Mapping[str, Any], count: int, findings: Findings) -> tuple[str, ...]:
+    """One per number of the head: from ``id2label``, else from ``label2id``, else numbered."""
+    plain = tuple(f"LABEL_{index}" for index in range(count))
+    by_id, by_label = config.get("id2label"), config.get("label2id")
+    if by_label is not None:
+        is_map = isinstance(by_label, Mapping) and all(type(i) is int for i in by_label.values())
+        turned = {str(i): label for label, i in by_label.items()} if is_map else None
+        if turned is None or (by_id is not None and turned != by_id):
+            why = "must give each label the id that id2label has it under"
+            findings.add("label2id", why)
+            return plain
+        by_id = turned
+    if by_id is None:
+        return plain
+    if not isinstance(by_id, Mapping) or by_id.keys() != {str(index) for index in range(count)}:
+        findings.add("id2label", f"must be an object with the keys 0 to {count - 1}")
+        return plain
+    labels = tuple(by_id[str(index)] for index in range(count))
+    if not all(isinstance(label, str) and 0 < len(label) <= MAX_LABEL_CHARS for label in labels):
+        findings.add("id2label", f"labels are texts of 1 to {MAX_LABEL_CHARS} characters")
+        return plain
+    if len(set(labels)) < count:
+        findings.add("id2label", "holds a label twice")
+        return plain
+    return labels

@@ -1,0 +1,84 @@
+"""What Classify does: labels for each input."""
+
+from __future__ import annotations
+
+import math
+from array import array
+
+from turret.server.adapters.head import REGRESSION, SINGLE_LABEL, Head
+from turret.server.api.backend import Backend
+from turret.server.api.call import Call
+from turret.server.api.inputs import check_inputs, pooled_requests, run_inputs, summed_fields
+from turret.server.api.limits import InputLimits
+from turret.server.api.requests import adapter_refs, check_request_id
+from turret.server.api.shares import Party
+from turret.server.api.violations import Violations
+from turret.server.engine.scheduling.pooling import Pooling
+from turret.server.engine.scheduling.request import Output
+from turret.v1 import inference_pb2
+
+
+async def classify(
+    message: inference_pb2.ClassifyRequest,
+    backend: Backend,
+    call: Call,
+    party: Party,
+    deadline: float | None,
+) -> inference_pb2.ClassifyResponse:
+    """Answer a message; arguments and errors are those of ``embed``."""
+    violations, limits = Violations(), InputLimits.of(backend)
+    check_inputs(message.inputs, limits, violations)
+    refs = adapter_refs(message.adapters, violations)
+    check_request_id(message.request_id, violations)
+    violations.raise_if_any()
+    request_id = message.request_id or call.request_id
+    make = pooled_requests(
+        message.inputs,
+        backend.tokenizer,
+        call,
+        adapters=refs,
+        pooling=Pooling(classifies=True),
+        request_id=request_id,
+        deadline=deadline,
+    )
+    found = await run_inputs(
+        backend, call, party, count=len(message.inputs), make=make, convert=_classification
+    )
+    return inference_pb2.ClassifyResponse(
+        classifications=[classification for classification, _ in found],
+        request_id=request_id,
+        **summed_fields([finish for _, finish in found]),
+    )
+
+
+def _classification(output: Output) -> inference_pb2.Classification:
+    head, logits = output.head, output.pooled
+    assert head is not None
+    assert logits is not None
+    scores = [
+        inference_pb2.LabelScore(label=label, probability=probability, logit=logit)
+        for label, probability, logit in zip(
+            head.labels, probabilities(head, logits), logits, strict=True
+        )
+    ]
+    best = max(range(len(logits)), key=logits.__getitem__)
+    return inference_pb2.Classification(label=head.labels[best], scores=scores)
+
+
+def probabilities(head: Head, logits: array[float]) -> list[float] | list[None]:
+    """Of each label; None where the numbers are none of labels."""
+    if head.problem_type == REGRESSION:
+        return [None] * len(logits)
+    if head.problem_type == SINGLE_LABEL:
+        largest = max(logits)
+        shares = [math.exp(logit - largest) for logit in logits]
+        total = math.fsum(shares)
+        return [share / total for share in shares]
+    return [_sigmoid(logit) for logit in logits]
+
+
+def _sigmoid(logit: float) -> float:
+    # Of a large negative number the exponential would overflow.
+    if logit >= 0:
+        return 1 / (1 + math.exp(-logit))
+    return math.exp(logit) / (1 + math.exp(logit))
