@@ -240,6 +240,7 @@ async def generate_request(
             "top_n": asked.top_n,
             "echo": asked.echo,
             "token_ids": asked.token_ids,
+            "call_marks": asked.call_marks,
         },
         violations,
         "options",

@@ -24,6 +24,8 @@ _JSON_OPTIONS: Any = {
 }
 _ANY_OBJECT = '{"type":"object"}'
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
+# A rule of a grammar in Lark, on a line of its own, that is JSON of a schema.
+_SCHEMA_RULE = re.compile(r"(?m)^\s*(\w+)\s*:\s*%json (\{.*\})\s*$")
 # A complaint repeats the grammar that it is about.
 MAX_FAULT_CHARS = 300
 
@@ -57,6 +59,8 @@ def refusal(spec: ConstraintSpec, why: str) -> InvalidRequestError:
     faults = []
     if spec.kind == "json_schema":
         faults = schema_faults(json.loads(spec.texts[0]), why)
+    elif spec.kind == "grammar":
+        faults = _rule_faults(spec.texts[0], why)
     faults = [(f"{spec.kind}{path}", what) for path, what in faults]
     faults = faults or [(spec.kind, shortened(why))]
     message = "; ".join(f"{path}: {what}" for path, what in faults)
@@ -67,6 +71,18 @@ def shortened(text: str) -> str:
     """A fault on one line, without the state of llguidance's parser."""
     text = " ".join(text.partition("<non-verbose/>")[0].split())
     return text if len(text) <= MAX_FAULT_CHARS else text[:MAX_FAULT_CHARS] + "..."
+
+
+def _rule_faults(text: str, why: str) -> list[tuple[str, str]]:
+    """As ``schema_faults``, of the rules that are a schema; the rule's name begins the path."""
+    faults: list[tuple[str, str]] = []
+    for rule, schema in _SCHEMA_RULE.findall(text):
+        try:
+            found = schema_faults(json.loads(schema), why)
+            faults += [(f".{rule}{path}", what) for path, what in found]
+        except (ValueError, RecursionError):
+            continue
+    return faults
 
 
 def _schema_grammar(text: str) -> str:

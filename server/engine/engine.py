@@ -45,7 +45,7 @@ class Text(Protocol):
     vocab_size: int
     eos_token_ids: frozenset[int]
 
-    def stream(self) -> TextStream: ...
+    def stream(self, call_marks: bool = False) -> TextStream: ...
     def token_text(self, token_id: int) -> str: ...
 
 
@@ -234,7 +234,7 @@ class Engine:
     async def _begin_text(self, request: Request) -> AnswerText:
         """The answer's text, with what was answered before taken in."""
         text = AnswerText(
-            self._text.stream(),
+            self._text.stream(request.options.call_marks),
             request.stop,
             self._text.eos_token_ids,
             is_constrained=request.constraint is not None,

@@ -2,33 +2,101 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from typing import Any
 
 from turret.server.api.inference import Inference
 from turret.server.http.bodies.fields import Fields
 from turret.server.http.bodies.generation import Asked
 from turret.server.http.bodies.tool_fields import ToolUse
 from turret.server.http.exchange.endpoint import Exchange
-from turret.server.http.tools.grammar import calls_grammar
+from turret.server.http.tools.constrained import constrained
+from turret.server.http.tools.grammar import CallsGrammar
 from turret.server.http.tools.reader import AnswerReader
+from turret.server.http.tools.schemas import UnenforceableError
+from turret.v1 import inference_pb2
+
+_Message = inference_pb2.GenerateRequest
 
 
 def make_readers(
     inference: Inference, exchange: Exchange, fields: Fields, asked: Asked, use: ToolUse
 ) -> Callable[[], AnswerReader]:
-    """Have the answers be calls where they must; returns what makes a reader for each of them."""
+    """Keep the answers to calls where they must be some; returns what makes a reader of each."""
     chat_format = inference.chat_format()
     form: str | None = chat_format.tools
-    if use.tools and asked.message.WhichOneof("constraint") is not None:
-        fields.refuse("tools", "an answer has one constraint: send tool_choice none with it")
-    elif use.must_call and use.tools and form is not None:
-        asked.message.grammar = calls_grammar(form, use.tools, is_parallel=use.is_parallel)
-        exchange.names["grammar"] = "tools"
-    is_free = asked.message.WhichOneof("constraint") is None
+    message = asked.message
+    is_free = message.WhichOneof("constraint") is None
+    if use.tools and form is not None:
+        message.options.call_marks = True
+        grammar = CallsGrammar(
+            form,
+            use.tools,
+            is_parallel=use.is_parallel,
+            marks=chat_format.marks,
+            has_call_ids=chat_format.has_call_ids,
+        )
+        try:
+            _constrain(message, grammar, fields, use, exchange.names)
+        except UnenforceableError as error:
+            fields.refuse(f"{use.paths[error.tool]}{error.path}", error.why)
     return lambda: AnswerReader(
         form,
         use.tools,
         is_parallel=use.is_parallel,
-        has_reasoning=is_free and chat_format.has_reasoning,
+        has_reasoning=is_free and not use.must_call and chat_format.has_reasoning,
         is_open=chat_format.opens_reasoning,
     )
+
+
+def _constrain(
+    message: _Message, grammar: CallsGrammar, fields: Fields, use: ToolUse, names: dict[str, str]
+) -> None:
+    """Have the answer be calls, or what it must be without them.
+
+    Raises:
+        UnenforceableError: A tool's parameters cannot be kept to.
+    """
+    kind = message.WhichOneof("constraint")
+    if not use.must_call and kind is None:
+        return
+    for rule, (tool, path) in grammar.places().items():
+        names[f"grammar.{rule}"] = use.paths[tool] + path
+    if use.must_call or kind is None:
+        message.grammar = grammar.alone()
+        names["grammar"] = "tools"
+        return
+    value = _value(message, kind)
+    # What cannot be read is left as it is, and refused where it is compiled.
+    if value is None:
+        return
+    name = names.get(kind) or names.get(f"{kind}.texts") or kind
+    if grammar.is_object and kind in ("json_schema", "json_object"):
+        # Two grammars that begin alike would be read as the one with the longer tokens.
+        schema = value if kind == "json_schema" else {"type": "object"}
+        message.json_schema = json.dumps(grammar.schema_beside(schema), ensure_ascii=False)
+        names["json_schema"] = names["json_schema.anyOf[0]"] = name
+        for number, tool in enumerate(use.tools, 1):
+            place = f"json_schema.anyOf[{number}].properties.parameters"
+            names[place] = use.paths[tool]
+        return
+    answer = constrained(kind, value)
+    if answer is None:
+        fields.refuse(name, "beside tools a grammar must be Lark, not GBNF")
+        return
+    message.grammar = grammar.beside(answer)
+    names["grammar"] = names["grammar.answer"] = name
+
+
+def _value(message: _Message, kind: str) -> Any:
+    if kind == "json_schema":
+        try:
+            schema = json.loads(message.json_schema)
+        except (ValueError, RecursionError):
+            return None
+        return schema if isinstance(schema, dict) else None
+    if kind == "choice":
+        texts = list(message.choice.texts)
+        return texts if all(texts) else None
+    return getattr(message, kind) or None

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal
 
-ToolForm = Literal["hermes", "llama3", "mistral"]
+ToolForm = Literal["hermes", "xml", "llama3", "mistral", "mistral11"]
 
 NO_TOOLS = "this model's chat template knows no tools, or calls them in a form that is not read"
+# What stands around calls, in each form. Tokenizers may have special tokens for it.
+_MARKS: dict[ToolForm, tuple[str, ...]] = {
+    "hermes": ("<tool_call>", "</tool_call>"),
+    "xml": ("<tool_call>", "</tool_call>"),
+    "llama3": ("<|python_tag|>",),
+    "mistral": ("[TOOL_CALLS]",),
+    "mistral11": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+}
 _USES_TOOLS = re.compile(r"\{[{%][^}]*\btools\b")
 # A prompt that ends within the block: the answer has only its end.
 _OPENS = re.compile(r"<think>(?:\\n|\n)*['\"]?\s*(?:-?[}%]\}|\{%)")
@@ -22,15 +31,24 @@ class ChatFormat:
         tools: The form in which the model calls tools; None if it is told of none.
         has_reasoning: Whether answers may begin with ``<think>...</think>``.
         opens_reasoning: Whether the prompt ends in ``<think>``.
+        marks: Special tokens that stand around calls, by their texts.
+        has_call_ids: Whether a call has an id of the model's own.
     """
 
     tools: ToolForm | None = None
     has_reasoning: bool = False
     opens_reasoning: bool = False
+    marks: Mapping[str, int] = field(default_factory=dict)
+    has_call_ids: bool = False
 
     @classmethod
-    def of(cls, template: object) -> ChatFormat:
-        """What a template says of itself; nothing if there is none."""
+    def of(cls, template: object, special: Mapping[str, int] | None = None) -> ChatFormat:
+        """What a template says of itself; nothing if there is none.
+
+        Args:
+            template: Of the tokenizer.
+            special: Ids of its special tokens, by their texts.
+        """
         if isinstance(template, dict):
             # Older tokenizers have one template for tools and one for other chats.
             template = template.get("tool_use") or template.get("default")
@@ -38,17 +56,24 @@ class ChatFormat:
             return cls()
         last = template.rpartition("add_generation_prompt")[2]
         opens = bool(_OPENS.search(last)) and "</think>" not in last
-        return cls(_form(template), "<think>" in template, opens)
+        form = _form(template)
+        marks = () if form is None else _MARKS[form]
+        return cls(
+            form,
+            "<think>" in template,
+            opens,
+            {mark: special[mark] for mark in marks if special and mark in special},
+            form == "mistral11" and "[CALL_ID]" in template,
+        )
 
 
 def _form(template: str) -> ToolForm | None:
     if not _USES_TOOLS.search(template):
         return None
     if "<tool_call>" in template:
-        # Qwen3-Coder's and others' calls are XML within the same tag.
-        return None if "<function=" in template else "hermes"
+        return "xml" if "<function=" in template else "hermes"
     if "[TOOL_CALLS]" in template:
-        return None if "[ARGS]" in template or "[CALL_ID]" in template else "mistral"
+        return "mistral11" if "[ARGS]" in template else "mistral"
     if "<|python_tag|>" in template or "<|eom_id|>" in template or "ipython" in template:
         return "llama3"
     return None

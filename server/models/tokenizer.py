@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,8 @@ class Tokenizer:
         # What the tokenizer puts before a text, None for nothing.
         bos = inner.bos_token_id
         self._bos: int | None = bos if bos in inner("")["input_ids"][:1] else None
-        self.chat_format = ChatFormat.of(getattr(inner, "chat_template", None))
+        special = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
+        self.chat_format = ChatFormat.of(getattr(inner, "chat_template", None), special)
         # Special tokens' texts, and what they are as ordinary text.
         self._as_text = _special_as_text(backend)
         longest_first = sorted(self._as_text, key=len, reverse=True)
@@ -158,9 +159,14 @@ class Tokenizer:
         """Text of one token on its own, special tokens shown."""
         return self._backend.decode([token_id], skip_special_tokens=False)
 
-    def stream(self) -> TokenStream:
-        """An incremental decoder for one sequence."""
-        return TokenStream(self._backend)
+    def stream(self, call_marks: bool = False) -> TokenStream:
+        """An incremental decoder for one sequence.
+
+        Args:
+            call_marks: Whether special tokens that stand around calls of tools are text.
+        """
+        marks = self.chat_format.marks if call_marks else {}
+        return TokenStream(self._backend, {token: text for text, token in marks.items()})
 
 
 def _processor_template(files: Path) -> str | None:
@@ -220,12 +226,18 @@ class TokenStream:
 
     Text appears only when complete: a character that spans several byte tokens comes with its last
     one, and word-initial spaces are right.
+
+    Args:
+        backend: The tokenizer.
+        shown: Special tokens that are text, by their ids; the others are none.
     """
 
-    def __init__(self, backend: Any) -> None:
+    def __init__(self, backend: Any, shown: Mapping[int, str]) -> None:
         self._backend = backend
+        self._shown = shown
         self._stream = DecodeStream(skip_special_tokens=True)
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that became certain (often one word, sometimes none)."""
-        return self._stream.step(self._backend, token_id) or ""
+        text = self._stream.step(self._backend, token_id) or ""
+        return text + self._shown[token_id] if token_id in self._shown else text

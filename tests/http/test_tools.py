@@ -16,7 +16,7 @@ from servers.http_harness import HttpHarness, http_harness
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import InvalidRequestError
 from turret.server.http.tools.deltas import delta_of, message_of
-from turret.server.http.tools.grammar import calls_grammar
+from turret.server.http.tools.grammar import CallsGrammar
 from turret.server.http.tools.reader import AnswerReader
 from turret.server.models.chat_format import ChatFormat
 from turret.server.models.tokenizer import Tokenizer
@@ -31,7 +31,21 @@ PARAMETERS = {
 }
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
 CLOCK = {"type": "function", "function": {"name": "clock", "description": "tells the time"}}
-NAMES = ("weather", "clock")
+NAMES: dict[str, dict[str, Any]] = {
+    "weather": PARAMETERS,
+    "clock": {},
+    "mix": {
+        "type": "object",
+        "properties": {
+            "text": {"type": "string"},
+            "count": {"type": "integer"},
+            "flag": {"anyOf": [{"type": "boolean"}, {"type": "null"}]},
+            "either": {"type": ["string", "number"]},
+            "things": {"$ref": "#/$defs/things"},
+        },
+        "$defs": {"things": {"type": "array", "items": {"type": "string"}}},
+    },
+}
 # Form, answer, what is said, calls.
 ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", "hi", "hi", []),
@@ -84,6 +98,46 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("mistral", "[1, 2]", "[1, 2]", []),
     ("mistral", "well [TO", "well [TO", []),
     ("mistral", "[TOOL_CALLS] nothing", "[TOOL_CALLS] nothing", []),
+    (
+        "mistral11",
+        'So.[TOOL_CALLS]clock[ARGS]{"a": "}"}[TOOL_CALLS]weather[CALL_ID]123456789[ARGS]{}\n',
+        "So.",
+        [("clock", '{"a": "}"}'), ("weather", "{}")],
+    ),
+    ("mistral11", '[TOOL_CALLS]clock{"a": 1} bye', "bye", [("clock", '{"a": 1}')]),
+    ("mistral11", "[TOOL_CALLS]rm[ARGS]{}", "[TOOL_CALLS]rm[ARGS]{}", []),
+    ("mistral11", "[TOOL_CALLS]clock[ARGS]", "[TOOL_CALLS]clock[ARGS]", []),
+    ("mistral11", "a [TOOL_CALLS] " + "b" * 300, "a [TOOL_CALLS] " + "b" * 300, []),
+    ("mistral11", '[{"name": "clock"}]', '[{"name": "clock"}]', []),
+    (
+        "xml",
+        "Sure.\n<tool_call>\n<function=mix>\n<parameter=text>\n<b>\n"
+        'say "hi"\n</parameter>\n<parameter=count>\n3\n</parameter>\n<parameter=flag>\nTrue\n'
+        "</parameter>\n</function>\n</tool_call>\n<tool_call><function=clock></function></tool_call>",
+        "Sure.\n",
+        [
+            ("mix", '{"text": "<b>\\nsay \\"hi\\"", "count": 3, "flag": true}'),
+            ("clock", "{}"),
+        ],
+    ),
+    (
+        "xml",
+        "<tool_call>\n<function=mix>\n<parameter=flag>None</parameter>\n<parameter=either>\n[1]\n"
+        '</parameter>\n<parameter=things>\n["é"]\n</parameter>\n<parameter=new>\n7\n</parameter>'
+        "\n</function>\n</tool_call> bye",
+        "bye",
+        [("mix", '{"flag": null, "either": "[1]", "things": ["é"], "new": "7"}')],
+    ),
+    ("xml", "<tool_call>\n<function=rm>\n", "<tool_call>\n<function=rm>\n", []),
+    ("xml", "<tool_call>\n<func", "<tool_call>\n<func", []),
+    ("xml", '<tool_call>{"name": "clock"}', '<tool_call>{"name": "clock"}', []),
+    (
+        "xml",
+        "<tool_call><function=mix><parameter=text>a</param",
+        "",
+        [("mix", '{"text": "a')],
+    ),
+    ("xml", "<tool_call><function=clock>oops", "oops", [("clock", "{}")]),
 ]
 
 
@@ -144,13 +198,13 @@ def test_reasoning_is_set_apart(text: str, is_open: bool, thought: str, said: st
         assert put_together(reader(), list(text + call))[1:] == ("hi", [("clock", "{}")])
 
 
-@pytest.mark.parametrize("form", ["hermes", "llama3", "mistral"])
+@pytest.mark.parametrize("form", ["hermes", "llama3", "mistral", "mistral11", "xml"])
 def test_forced_calls_are_what_the_parser_reads(form: str) -> None:
     parameters = {"weather": PARAMETERS, "clock": {}}
     tokenizer = make_tokenizer()
     for is_parallel in (True, False):
-        grammar = calls_grammar(form, parameters, is_parallel=is_parallel)
-        constraint = compiled("grammar", grammar)
+        grammar = CallsGrammar(form, parameters, is_parallel=is_parallel, has_call_ids=is_parallel)
+        constraint = compiled("grammar", grammar.alone())
         rng, counts = random.Random(1), set()
         for _ in range(12):
             matcher, answer = constraint.matcher(), []
@@ -169,33 +223,6 @@ def test_forced_calls_are_what_the_parser_reads(form: str) -> None:
                 city = json.loads(arguments).get("city")
                 assert city in ("Oslo", "Rome") if name == "weather" else arguments == "{}"
         assert (max(counts) > 1) is is_parallel
-
-
-@pytest.mark.parametrize(
-    ("template", "expected"),
-    [
-        (None, ChatFormat()),
-        ("{{ messages }}", ChatFormat()),
-        ("{% if tools %}<tool_call>{% endif %}", ChatFormat("hermes")),
-        ("{%- for t in tools %}[TOOL_CALLS]{% endfor %}", ChatFormat("mistral")),
-        ("{% if tools %}<|python_tag|>{% endif %}", ChatFormat("llama3")),
-        ("{% if tools %}call them as you like{% endif %}", ChatFormat()),
-        ("{% if tools %}<tool_call><function=f>{% endif %}", ChatFormat()),
-        ({"default": "x", "tool_use": "{{ tools }}<tool_call>"}, ChatFormat("hermes")),
-        ("a <think> b</think>{% if add_generation_prompt %}x{% endif %}", ChatFormat(None, True)),
-        (
-            "{% if add_generation_prompt %}{{ 'assistant: <think>\\n' }}{% endif %}",
-            ChatFormat(None, True, True),
-        ),
-        # Thinking is turned off by a block that is empty.
-        (
-            "{% if add_generation_prompt %}{{ '<think>\\n</think>' }}{% endif %}",
-            ChatFormat(None, True, False),
-        ),
-    ],
-)
-def test_templates_say_what_they_know(template: Any, expected: ChatFormat) -> None:
-    assert ChatFormat.of(template) == expected
 
 
 def test_the_template_gets_tools_and_calls_and_no_special_tokens() -> None:
@@ -315,7 +342,7 @@ async def test_a_conversation_with_tools(monkeypatch: pytest.MonkeyPatch) -> Non
             {"tools": [CLOCK], "tool_choice": {"type": "function", "function": {"name": "x"}}},
             "tool_choice",
         ),
-        ({"tools": [CLOCK], "response_format": {"type": "json_object"}}, "tools"),
+        ({"tools": [CLOCK], "guided_grammar": 'root ::= "a"'}, "guided_grammar"),
         ({"functions": [{"name": "f"}]}, "functions"),
         ({"messages": [{"role": "assistant", "tool_calls": ["x"]}]}, "messages[0].tool_calls[0]"),
         (

@@ -113,12 +113,16 @@ class StopConditions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseOptions:
-    """What is reported beside the text. ``top_n`` alternatives need ``logprobs``."""
+    """What is reported beside the text. ``top_n`` alternatives need ``logprobs``.
+
+    With ``call_marks`` the text has the special tokens that stand around calls of tools.
+    """
 
     logprobs: bool = False
     top_n: int = 0
     echo: bool = False
     token_ids: bool = False
+    call_marks: bool = False
 
     def __post_init__(self) -> None:
         _check(0 <= self.top_n <= MAX_TOP_N, "options.top_n", f"must be in [0, {MAX_TOP_N}]")

@@ -22,11 +22,13 @@ class ToolUse:
             arguments); none if tools are not to be called.
         must_call: Whether the answer has to be calls.
         is_parallel: Whether there may be several.
+        paths: Of each tool, where the schema of its arguments lies in the request.
     """
 
     tools: Mapping[str, Mapping[str, Any]]
     must_call: bool
     is_parallel: bool
+    paths: Mapping[str, str]
 
 
 def read_tools(fields: Fields, chat: inference_pb2.Chat, *, is_flat: bool = False) -> ToolUse:
@@ -39,13 +41,15 @@ def read_tools(fields: Fields, chat: inference_pb2.Chat, *, is_flat: bool = Fals
             an object ``function`` within it.
     """
     parameters: dict[str, dict[str, Any]] = {}
+    paths: dict[str, str] = {}
     for index, value in enumerate(fields.array("tools") or []):
         path = f"tools[{index}]"
         if not isinstance(value, dict) or value.get("type") != "function":
             fields.refuse(path, "must be of type function: this server has no tools of its own")
             continue
         tool = fields.nested(path, value)
-        _read_tool(tool if is_flat else tool.inner("function"), chat, parameters)
+        name = _read_tool(tool if is_flat else tool.inner("function"), chat, parameters)
+        paths[name] = f"{path}.parameters" if is_flat else f"{path}.function.parameters"
     is_parallel = fields.flag("parallel_tool_calls", default=True)
     names, must_call = _read_choice(fields, tuple(parameters), is_flat)
     if not must_call:
@@ -53,25 +57,28 @@ def read_tools(fields: Fields, chat: inference_pb2.Chat, *, is_flat: bool = Fals
         told = [tool for tool in chat.tools if tool.name in names]
         del chat.tools[:]
         chat.tools.extend(told)
-    return ToolUse({name: parameters[name] for name in names}, must_call, is_parallel)
+    tools = {name: parameters[name] for name in names}
+    return ToolUse(tools, must_call, is_parallel, paths)
 
 
 def _read_tool(
     function: Fields, chat: inference_pb2.Chat, parameters: dict[str, dict[str, Any]]
-) -> None:
+) -> str:
+    """Take in one tool; returns its name."""
     name = function.text("name")
     if name is None:
         function.refuse("name", "must be set")
-        return
+        return ""
     schema = function.object("parameters") or {}
     text = json.dumps(schema, ensure_ascii=False) if schema else ""
     why = why_no_text(text)
     if why is not None:
         function.refuse("parameters", why)
-        return
+        return name
     parameters[name] = schema
     description = function.text("description") or ""
     chat.tools.add(name=name, description=description, parameters=text)
+    return name
 
 
 def _read_choice(

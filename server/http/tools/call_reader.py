@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection
+from collections.abc import Container
 from typing import Any
 
 from turret.server.http.tools.pieces import CallBegun, CallGrown, Piece
@@ -57,7 +57,7 @@ class CallReader:
         held: Text that is not read yet: what follows a complete call.
     """
 
-    def __init__(self, index: int, names: Collection[str]) -> None:
+    def __init__(self, index: int, names: Container[str]) -> None:
         self._index = index
         self._names = names
         self._whole = ObjectEnd()

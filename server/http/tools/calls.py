@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass
+from collections.abc import Mapping
+from typing import Any
 
 from turret.server.http.tools.call_reader import CallReader
+from turret.server.http.tools.forms import FORMS
+from turret.server.http.tools.named_reader import NamedReader
 from turret.server.http.tools.pieces import Piece, Said, possible_start
+from turret.server.http.tools.xml_reader import XmlReader
 
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How a model writes calls.
-
-    Attributes:
-        begin: Before the first call of an answer, or each one.
-        end: After it.
-        separators: What else may stand between two calls.
-        is_bare: Calls may come without ``begin`` where the answer begins with them: it is a special
-            token, whose text an answer does not show.
-        is_list: Calls are entries of a JSON list.
-        parameters: What the field with the arguments is called.
-    """
-
-    begin: str
-    end: str
-    separators: str
-    is_bare: bool
-    is_list: bool
-    parameters: str = "arguments"
-
-
-FORMS = {
-    "hermes": Form("<tool_call>", "</tool_call>", "", is_bare=False, is_list=False),
-    "llama3": Form("<|python_tag|>", "", ";", is_bare=True, is_list=False, parameters="parameters"),
-    "mistral": Form("[TOOL_CALLS]", "", ",", is_bare=True, is_list=True),
-}
+_Reader = CallReader | NamedReader | XmlReader
+_READERS: dict[str, type[_Reader]] = {"json": CallReader, "named": NamedReader, "xml": XmlReader}
+# What a call begins with after its mark; a name begins with anything.
+_OPENINGS = {"json": "{", "named": "", "xml": "<"}
 
 
 class Calls:
@@ -45,16 +24,16 @@ class Calls:
 
     Args:
         form: How the model writes calls: a key of ``FORMS``.
-        names: Of the tools there are.
+        tools: Those there are, with their arguments' JSON schemas.
     """
 
-    def __init__(self, form: str, names: Collection[str]) -> None:
+    def __init__(self, form: str, tools: Mapping[str, Mapping[str, Any]]) -> None:
         self._form = FORMS[form]
-        self._names = names
+        self._tools = tools
         self._held = ""
         # Of what was taken as the beginning of a call, should it be none.
         self._skipped = ""
-        self._reader: CallReader | None = None
+        self._reader: _Reader | None = None
         # begin: of the answer; text; call: where one may begin; after: behind one.
         self._state = "begin" if self._form.is_bare else "text"
         self.count = 0
@@ -115,21 +94,20 @@ class Calls:
                 return []
             if not rest:
                 return []
-            if not rest.startswith("{"):
+            if not rest.startswith(_OPENINGS[self._form.syntax]):
                 return self._take_back("")
             self._skipped += self._held[: len(self._held) - len(rest)]
             self._held = rest
-            self._reader = CallReader(self.count, self._names)
-        held, self._held = self._held, ""
-        pieces = self._reader.feed(held)
-        if self._reader.is_begun:
+            self._reader = _READERS[self._form.syntax](self.count, self._tools)
+        reader, held, self._held = self._reader, self._held, ""
+        pieces = reader.feed(held)
+        if reader.is_begun:
             self._skipped = ""
-        if self._reader.is_none:
-            held = self._reader.held
+        if reader.is_none:
             self._reader = None
-            return self._take_back(held)
-        if self._reader.is_done:
-            self._held, self._reader = self._reader.held, None
+            return self._take_back(reader.held)
+        if reader.is_done:
+            self._held, self._reader = reader.held, None
             self.count += 1
             self._state = "after"
         return pieces
@@ -153,10 +131,12 @@ class Calls:
             return []
         if rest and rest[0] in form.separators:
             self._held, self._state = rest[1:], "call"
-        elif rest.startswith("{") and not form.is_list:
+        elif rest.startswith("{") and form.syntax == "json" and not form.is_list:
             self._held, self._state = rest, "call"
         elif rest.startswith("]") and form.is_list:
             self._held, self._state = rest[1:], "between"
+        elif form.syntax == "named":
+            self._state = "between"
         elif rest:
             self._state = "text"
         return []

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import uuid
-from collections.abc import Collection
+from collections.abc import Mapping
+from typing import Any
 
 from turret.server.http.tools.calls import Calls
 from turret.server.http.tools.pieces import CallBegun, Piece, Said, Thought
 from turret.server.http.tools.reasoning import Reasoning
 
 # Mistral's templates take ids of nine characters alone, others any.
-_ID_CHARS = {"mistral": 9}
+_ID_CHARS = {"mistral": 9, "mistral11": 9}
 
 
 class AnswerReader:
@@ -19,7 +20,7 @@ class AnswerReader:
 
     Args:
         form: How the model calls tools; None if it is told of none.
-        names: Of the tools that it may call; none if it may not.
+        tools: Those that it may call, with their arguments' JSON schemas; none if it may not.
         is_parallel: Whether calls after the first are told.
         has_reasoning: Whether the answer may begin with a block of reasoning.
         is_open: Whether the prompt has begun that block.
@@ -31,14 +32,14 @@ class AnswerReader:
     def __init__(
         self,
         form: str | None,
-        names: Collection[str],
+        tools: Mapping[str, Mapping[str, Any]],
         *,
         is_parallel: bool = True,
         has_reasoning: bool = False,
         is_open: bool = False,
     ) -> None:
         self._reasoning = Reasoning(is_open) if has_reasoning else None
-        self._calls = Calls(form, names) if form is not None and names else None
+        self._calls = Calls(form, tools) if form is not None and tools else None
         self._id_chars = _ID_CHARS.get(form or "", 24)
         self._most = None if is_parallel else 1
         self.num_calls = 0

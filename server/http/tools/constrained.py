@@ -1,0 +1,36 @@
+"""What a constraint allows, as the right side of a grammar's rule."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from turret.server.http.tools.schemas import json_rule
+
+# What llguidance takes for Lark and not for GBNF.
+_LARK = re.compile(r"(?m)^\s*(%llguidance\b|start\s*:)")
+_META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
+_SLASH = re.compile(r"(?s)(\\.)|(/)|(\n)")
+
+
+def constrained(kind: str, value: Any) -> str | None:
+    """The rule of an answer; None if there is none that can stand beside others.
+
+    Args:
+        kind: ``json_schema``, ``json_object``, ``regex``, ``grammar`` or ``choice``.
+        value: A schema, true, an expression, Lark, or texts.
+    """
+    if kind == "json_schema":
+        return json_rule(value)
+    if kind == "json_object":
+        return json_rule({"type": "object"})
+    if kind == "regex":
+        return f"/{_SLASH.sub(_escaped, value)}/"
+    if kind == "choice":
+        texts = "|".join(_META.sub(r"\\\1", text).replace("\n", "\\n") for text in value)
+        return f"/(?:{texts})/"
+    return f"%lark {{\n{value}\n}}" if _LARK.search(value) else None
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return found[1] or ("\\/" if found[2] else "\\n")

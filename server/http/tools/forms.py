@@ -1,0 +1,43 @@
+"""The forms in which models write calls of tools."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a model writes calls.
+
+    Attributes:
+        begin: Before the first call of an answer, or each one.
+        end: After it.
+        separators: What else may stand between two calls.
+        is_bare: Calls may come without ``begin`` where the answer begins with them.
+        is_list: Calls are entries of a JSON list.
+        parameters: What the field with the arguments is called.
+        syntax: Of one call: ``{"name": ..., "arguments": {...}}`` (json), a name and then the
+            arguments (named), or ``<function=NAME>`` with a ``<parameter=NAME>`` for each (xml).
+    """
+
+    begin: str
+    end: str = ""
+    separators: str = ""
+    is_bare: bool = False
+    is_list: bool = False
+    parameters: str = "arguments"
+    syntax: Literal["json", "named", "xml"] = "json"
+
+
+FORMS = {
+    "hermes": Form("<tool_call>", "</tool_call>"),
+    # Qwen3-Coder and later models of its makers.
+    "xml": Form("<tool_call>", "</tool_call>", syntax="xml"),
+    "llama3": Form("<|python_tag|>", separators=";", is_bare=True, parameters="parameters"),
+    "mistral": Form("[TOOL_CALLS]", separators=",", is_bare=True, is_list=True),
+    # From version 11 of Mistral's tokenizers on: a mark before each call, no list.
+    "mistral11": Form("[TOOL_CALLS]", syntax="named"),
+}
+# Between a call's name and its id, and before its arguments, in ``mistral11``.
+CALL_ID, ARGUMENTS = "[CALL_ID]", "[ARGS]"

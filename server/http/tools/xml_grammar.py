@@ -1,0 +1,114 @@
+"""The grammar of one call in XML, whose parameters are texts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from turret.server.http.tools.schemas import UnenforceableError, json_rule, kinds_of, resolved
+
+_END = "\n</parameter>\n"
+_NOT_IN_XML = "is not supported where the model writes calls as XML"
+# What would bind several parameters, and what would say more of a text than its length.
+_OF_OBJECTS = (
+    *("$ref", "allOf", "anyOf", "oneOf", "not", "if", "patternProperties", "dependentRequired"),
+    *("dependentSchemas", "minProperties"),
+)
+_OF_TEXTS = ("pattern", "format", "allOf", "not", "if")
+_NOTES = frozenset({"type", "title", "description", "default", "examples", "deprecated"})
+_DEFINITIONS = ("$defs", "definitions")
+_REFERENCE = re.compile(r'"\$ref": "(?!#/(?:\$defs|definitions)/)')
+_MAX_REFERENCES = 8
+
+
+def xml_call(index: int, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
+    """The rules of a call: its parameters in the schema's order.
+
+    Args:
+        index: Of the tool; ``call`` with it is the rule of the call, and ``value`` with it and the
+            parameter's number that of a value.
+        name: Of the tool.
+        schema: Of its arguments.
+
+    Raises:
+        UnenforceableError: The grammar cannot keep to the schema.
+    """
+    for key in _OF_OBJECTS:
+        if key in schema:
+            raise UnenforceableError(name, f".{key}", _NOT_IN_XML)
+    required, properties = schema.get("required", []), schema.get("properties", {})
+    if not isinstance(properties, dict):
+        raise UnenforceableError(name, ".properties", "must be an object")
+    if not isinstance(required, list) or any(key not in properties for key in required):
+        raise UnenforceableError(name, ".required", "must be a list of properties")
+    parts: list[str] = []
+    for number, (key, value) in enumerate(properties.items()):
+        path, rule = f".properties.{key}", f"value{index}_{number}"
+        if not isinstance(value, dict) or re.search(r"[<>\n]", key) or not key:
+            raise UnenforceableError(name, path, _NOT_IN_XML)
+        yield from _Value(name, path, schema).rules(rule, value)
+        part = f"{json.dumps(f'<parameter={key}>{chr(10)}')} {rule}"
+        parts.append(part if key in required else f"({part})?")
+    head = json.dumps(f"<function={name}>\n")
+    yield f"call{index}: {' '.join([head, *parts])} {json.dumps('</function>')}"
+
+
+class _Value:
+    """A parameter's value, with what tells it from others in an error."""
+
+    def __init__(self, tool: str, path: str, root: Mapping[str, Any]) -> None:
+        self._tool = tool
+        self._path = path
+        self._root = root
+
+    def rules(self, rule: str, schema: Mapping[str, Any]) -> Iterator[str]:
+        """The value and its end tag."""
+        at = self._followed(schema)
+        kinds = kinds_of(at, self._root)
+        if "const" in at or isinstance(at.get("enum"), list):
+            texts = [_as_text(one) for one in at.get("enum", [at.get("const")])]
+            yield f"{rule}: " + " | ".join(json.dumps(f"{text}{_END}") for text in texts)
+        elif "string" in kinds:
+            yield f"{rule}[suffix={json.dumps(_END)}]: {self._text(at)}"
+        else:
+            definitions = {key: self._root[key] for key in _DEFINITIONS if key in self._root}
+            whole = {**definitions, **schema}
+            if _REFERENCE.search(json.dumps(whole)):
+                raise self._error("", "references must be to $defs")
+            yield f"{rule}: {rule}_json {json.dumps(_END)}"
+            yield f"{rule}_json: {json_rule(whole)}"
+
+    def _followed(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        for _ in range(_MAX_REFERENCES):
+            if "$ref" not in schema:
+                return schema
+            found = resolved(schema["$ref"], self._root)
+            if not isinstance(found, dict):
+                break
+            schema = found
+        raise self._error(".$ref", "points to nothing in this schema")
+
+    def _text(self, schema: Mapping[str, Any]) -> str:
+        """Any text, of the length that it may have."""
+        for key in _OF_TEXTS:
+            if key in schema:
+                raise self._error(f".{key}", _NOT_IN_XML)
+        for several in ("anyOf", "oneOf"):
+            for number, member in enumerate(schema.get(several, [])):
+                if "string" in kinds_of(member, self._root) and set(member) - _NOTES:
+                    raise self._error(f".{several}[{number}]", _NOT_IN_XML)
+        least, most = schema.get("minLength", 0), schema.get("maxLength")
+        if not least and most is None:
+            return "/(.|\\n)*/"
+        if type(least) is not int or type(most) not in (int, type(None)):
+            raise self._error("", "lengths must be integers")
+        return f"/(.|\\n){{{least},{'' if most is None else most}}}/"
+
+    def _error(self, path: str, why: str) -> UnenforceableError:
+        return UnenforceableError(self._tool, self._path + path, why)
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,237 @@
+"""Grammars of calls: beside constraints, of marks that are tokens, and what they refuse."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from builders.constraints import compiled, is_followed, make_tokenizer
+from builders.tiny_models import EOS, tiny_tokenizer
+from servers.fakes import FakeTokenizer, finish
+from servers.http_harness import HttpHarness, http_harness
+
+from turret.server.constraints.compiler import ConstraintCompiler
+from turret.server.constraints.constraint import Constraint
+from turret.server.constraints.spec import ConstraintSpec
+from turret.server.engine.scheduling.request import Output, Request
+from turret.server.errors import InvalidRequestError
+from turret.server.http.tools.grammar import CallsGrammar
+from turret.server.http.tools.schemas import UnenforceableError
+from turret.server.models.chat_format import ChatFormat
+from turret.server.models.tokenizer import Tokenizer
+
+CHAT = "/v1/chat/completions"
+PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["Oslo", "Rome"]}, "days": {"type": "integer"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}
+SCHEMA = {
+    "type": "object",
+    "properties": {"name": {"type": "string"}, "kids": {"type": "array", "items": {"$ref": "#"}}},
+    "required": ["name"],
+    "additionalProperties": False,
+}
+CALLS = {
+    "hermes": '<tool_call>\n{"name": "weather", "arguments": {"city": "CITY"}}\n</tool_call>',
+    "xml": "<tool_call>\n<function=weather>\n<parameter=city>\nCITY\n</parameter>\n"
+    "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>",
+    "llama3": '{"name": "weather", "parameters": {"city": "CITY"}}',
+    "mistral": '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "CITY"}}]',
+    "mistral11": '[TOOL_CALLS]weather[ARGS]{"city": "CITY"}',
+}
+# Field, its value, answers that it allows and answers that it does not.
+CONSTRAINTS: list[tuple[str, Any, list[str], list[str]]] = [
+    (
+        "guided_json",
+        SCHEMA,
+        ['{"name": "x", "kids": [{"name": "weather"}]}', '{"name":"weather"}'],
+        ['{"name": 3}', '{"name": "x", "kids": [{}]}', "[]", "hi"],
+    ),
+    ("guided_json_object", True, ['{"city": "Rome"}', "{}"], ["[1]", "hi"]),
+    ("guided_regex", "a/b\\/[\\n]+c", ["a/b/\nc"], ["a/b", "hi"]),
+    ("guided_choice", ["yes/no", "a\nb", "(x)"], ["yes/no", "a\nb", "(x)"], ["no", "x"]),
+    ("guided_grammar", 'start: B "}"\nB: /b{2,3}/', ["bbb}"], ["b}", "hi"]),
+]
+
+
+@pytest.fixture
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The stand-in tokenizer's template calls tools in this form."""
+
+    def encode(self: Any, messages: Any, tools: Any = (), *, special: bool = False) -> list[int]:
+        return [1]
+
+    monkeypatch.setattr(FakeTokenizer, "chat_format", ChatFormat(request.param))
+    monkeypatch.setattr(FakeTokenizer, "encode_chat", encode)
+    return request.param
+
+
+def says(http: HttpHarness, text: str) -> None:
+    async def script(request: Request) -> AsyncIterator[Output]:
+        yield Output(text=text, token_ids=(72,), finish=finish(request))
+
+    http.engine.script = script
+
+
+async def asked(http: HttpHarness, **body: Any) -> tuple[dict[str, Any], Any]:
+    """The choice that comes back, and the constraint that the engine got."""
+    turns = [{"role": "user", "content": "hi"}]
+    body = {"model": "base", "messages": turns, "tools": [TOOL], **body}
+    answer = await http.post(CHAT, body)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0], http.engine.requests[-1].constraint
+
+
+@pytest.mark.parametrize("form", CALLS, indirect=True)
+@pytest.mark.parametrize(("field", "value", "good", "bad"), CONSTRAINTS)
+async def test_an_answer_is_calls_or_what_a_constraint_allows(
+    form: str, field: str, value: Any, good: list[str], bad: list[str]
+) -> None:
+    tokenizer = make_tokenizer()
+    call = CALLS[form].replace("CITY", "Oslo")
+    async with http_harness() as http:
+        says(http, call)
+        choice, spec = await asked(http, **{field: value})
+        (made,) = choice["message"]["tool_calls"]
+        assert json.loads(made["function"]["arguments"])["city"] == "Oslo"
+        says(http, good[0])
+        choice, _ = await asked(http, **{field: value})
+        assert choice["message"]["content"] == good[0]
+        _, forced = await asked(http, tool_choice="required", **{field: value})
+    both = compiled(spec.kind, *spec.texts)
+    for text in (call, *good):
+        assert is_followed(both, tokenizer.encode(text)), text
+    # Any object is allowed by one of them.
+    wrong = CALLS[form].replace("CITY", "Bonn")
+    no_call = [] if field == "guided_json_object" and form == "llama3" else [wrong]
+    for text in (*bad, *no_call):
+        assert not is_followed(both, tokenizer.encode(text)), text
+    # What must be a call is nothing else.
+    calls = compiled(forced.kind, *forced.texts)
+    assert is_followed(calls, tokenizer.encode(call))
+    assert not is_followed(calls, tokenizer.encode(wrong))
+    assert not is_followed(calls, tokenizer.encode(good[0]))
+
+
+@pytest.mark.parametrize("form", ["hermes", "llama3"], indirect=True)
+async def test_what_cannot_be_kept_to_is_refused_where_it_is(form: str) -> None:
+    parameters = {**PARAMETERS, "properties": {"city": {"type": "string", "not": {}}}}
+    broken = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    async with http_harness() as http:
+        for tools, schema, path in (
+            ([TOOL, broken], SCHEMA, "tools[1].function.parameters.properties.city.not"),
+            ([TOOL], {"type": "object", "if": {}}, "guided_json.if"),
+        ):
+            _, spec = await asked(http, tools=tools, guided_json=schema)
+            with pytest.raises(InvalidRequestError) as refused:
+                compiled(spec.kind, *spec.texts)
+            assert refused.value.violations
+            http.engine.refuse = refused.value
+            turns = [{"role": "user", "content": "hi"}]
+            body = {"model": "base", "messages": turns, "tools": tools, "guided_json": schema}
+            assert (await http.refused(CHAT, body)).param == path
+            http.engine.refuse = None
+
+
+@pytest.mark.parametrize(
+    ("schema", "path"),
+    [
+        ({"anyOf": [{}]}, ".anyOf"),
+        ({"properties": 3}, ".properties"),
+        ({"required": ["a"]}, ".required"),
+        ({"required": 3}, ".required"),
+        ({"properties": {"a": True}}, ".properties.a"),
+        ({"properties": {"a>": {}}}, ".properties.a>"),
+        ({"properties": {"a": {"type": "string", "pattern": "x"}}}, ".properties.a.pattern"),
+        ({"properties": {"a": {"minLength": "x"}}}, ".properties.a"),
+        ({"properties": {"a": {"$ref": "#/$defs/a"}}, "$defs": {"a": {"$ref": "#/$defs/a"}}},
+         ".properties.a.$ref"),
+        ({"properties": {"a": {"$ref": "#/$defs/b"}}}, ".properties.a.$ref"),
+        ({"properties": {"a": {"type": "array", "items": {"$ref": "#"}}}}, ".properties.a"),
+        ({"properties": {"a": {"anyOf": [{"type": "string", "enum": ["x"]}, {"type": "null"}]}}},
+         ".properties.a.anyOf[0]"),
+    ],
+)  # fmt: skip
+def test_what_xml_cannot_say_is_refused(schema: dict[str, Any], path: str) -> None:
+    with pytest.raises(UnenforceableError) as refused:
+        CallsGrammar("xml", {"f": schema}, is_parallel=True).alone()
+    assert (refused.value.tool, refused.value.path) == ("f", path)
+
+
+@pytest.mark.parametrize("form", ["xml"], indirect=True)
+async def test_a_refusal_names_the_parameter(form: str) -> None:
+    parameters = {"properties": {"a": {"type": "string", "format": "date"}}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    turns = [{"role": "user", "content": "hi"}]
+    body = {"model": "base", "messages": turns, "tools": [tool], "tool_choice": "required"}
+    async with http_harness() as http:
+        refused = await http.refused(CHAT, body)
+    assert refused.param == "tools[0].function.parameters.properties.a.format"
+
+
+def test_values_in_xml_are_what_the_schema_says() -> None:
+    schema = {
+        "properties": {
+            "text": {"type": "string", "maxLength": 3},
+            "kind": {"enum": ["a b", 3, None]},
+            "list": {"type": "array", "items": {"$ref": "#/$defs/n"}},
+            "may": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        },
+        "required": ["kind"],
+        "$defs": {"n": {"type": "integer"}},
+    }
+    grammar = CallsGrammar("xml", {"f": schema}, is_parallel=False).alone()
+    tokenizer, constraint = make_tokenizer(), compiled("grammar", grammar)
+
+    def fits(**values: str) -> bool:
+        inside = "".join(f"<parameter={k}>\n{v}\n</parameter>\n" for k, v in values.items())
+        text = f"<tool_call>\n<function=f>\n{inside}</function>\n</tool_call>"
+        return is_followed(constraint, tokenizer.encode(text))
+
+    assert fits(kind="a b")
+    assert fits(text="é\n", kind="3", list="[1, 2]", may="any <b>")
+    assert fits(kind="null", may="")
+    assert not fits(text="a")
+    assert not fits(kind="b")
+    assert not fits(text="long", kind="3")
+    assert not fits(kind="3", list='["x"]')
+    assert not fits(kind="3", text="a")
+
+
+def with_marks() -> tuple[Tokenizer, Constraint]:
+    """A tokenizer with Mistral's marks as special tokens, and calls that must be made of them."""
+    inner: Any = tiny_tokenizer()
+    inner.add_special_tokens({"additional_special_tokens": ["[TOOL_CALLS]", "[ARGS]"]})
+    inner.chat_template = "{% for t in tools %}[TOOL_CALLS]f[ARGS]{% endfor %}"
+    tokenizer = Tokenizer(inner, frozenset({EOS}), 260)
+    assert tokenizer.chat_format.marks == {"[TOOL_CALLS]": 258, "[ARGS]": 259}
+    tools = {"weather": PARAMETERS}
+    marks = tokenizer.chat_format.marks
+    grammar = CallsGrammar("mistral11", tools, is_parallel=True, marks=marks).alone()
+    compiler = ConstraintCompiler(tokenizer)
+    try:
+        return tokenizer, compiler._compile(ConstraintSpec("grammar", (grammar,)))
+    finally:
+        compiler.close()
+
+
+def test_marks_are_tokens_where_the_model_has_them() -> None:
+    tokenizer, constraint = with_marks()
+    arguments = tokenizer.encode('{"city": "Rome"}')
+    name = tokenizer.encode("weather")
+    call = [258, *name, 259, *arguments]
+    assert is_followed(constraint, call)
+    assert is_followed(constraint, call * 2)
+    assert not is_followed(constraint, tokenizer.encode("[TOOL")[:1])
+    for shows, text in (
+        (True, '[TOOL_CALLS]weather[ARGS]{"city": "Rome"}'),
+        (False, 'weather{"city": "Rome"}'),
+    ):
+        stream = tokenizer.stream(shows)
+        # The end token is never text.
+        assert "".join(stream.push(token) for token in [*call, EOS]) == text

@@ -1,0 +1,48 @@
+"""What chat templates say of tools and reasoning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from turret.server.models.chat_format import ChatFormat
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        (None, ChatFormat()),
+        ("{{ messages }}", ChatFormat()),
+        ("{% if tools %}<tool_call>{% endif %}", ChatFormat("hermes")),
+        ("{%- for t in tools %}[TOOL_CALLS]{% endfor %}", ChatFormat("mistral")),
+        ("{% if tools %}<|python_tag|>{% endif %}", ChatFormat("llama3")),
+        ("{% if tools %}call them as you like{% endif %}", ChatFormat()),
+        ("{% if tools %}<tool_call><function=f>{% endif %}", ChatFormat("xml")),
+        ("{% if tools %}[TOOL_CALLS]f[ARGS]{% endif %}", ChatFormat("mistral11")),
+        (
+            "{% if tools %}[TOOL_CALLS]f[CALL_ID]1[ARGS]{% endif %}",
+            ChatFormat("mistral11", has_call_ids=True),
+        ),
+        ({"default": "x", "tool_use": "{{ tools }}<tool_call>"}, ChatFormat("hermes")),
+        ("a <think> b</think>{% if add_generation_prompt %}x{% endif %}", ChatFormat(None, True)),
+        (
+            "{% if add_generation_prompt %}{{ 'assistant: <think>\\n' }}{% endif %}",
+            ChatFormat(None, True, True),
+        ),
+        # Thinking is turned off by a block that is empty.
+        (
+            "{% if add_generation_prompt %}{{ '<think>\\n</think>' }}{% endif %}",
+            ChatFormat(None, True, False),
+        ),
+    ],
+)
+def test_templates_say_what_they_know(template: Any, expected: ChatFormat) -> None:
+    assert ChatFormat.of(template) == expected
+
+
+def test_marks_are_the_special_tokens_of_the_form() -> None:
+    template = "{% if tools %}[TOOL_CALLS]f[ARGS]{% endif %}"
+    special = {"[TOOL_CALLS]": 9, "[ARGS]": 32, "[INST]": 3, "<tool_call>": 4}
+    assert ChatFormat.of(template, special).marks == {"[TOOL_CALLS]": 9, "[ARGS]": 32}
+    assert ChatFormat.of("{{ messages }}", special).marks == {}
