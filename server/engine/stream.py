@@ -36,7 +36,8 @@ class Stream:
         self._hold = hold
         self._held = 0
         self._items: deque[tuple[Output | TurretError, int]] = deque()
-        self._arrived = asyncio.Event()
+        # Of whoever waits for an item: cheaper than an event, at every token.
+        self._waiter: asyncio.Future[None] | None = None
         self._ended = False
         self._overflowed = False
         self._own_bytes = num_bytes
@@ -51,7 +52,8 @@ class Stream:
         self._keep(num_bytes)
         if self._held - self._own_bytes - self._items[0][1] > MAX_UNREAD_BYTES:
             self._overflow()
-        self._arrived.set()
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def cancel(self) -> None:
         """Stop the request at the engine's next step. Idempotent; harmless when finished."""
@@ -65,8 +67,8 @@ class Stream:
         if self._ended:
             raise StopAsyncIteration
         while not self._items:
-            self._arrived.clear()
-            await self._arrived.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         item, num_bytes = self._items.popleft()
         self._keep(-num_bytes)
         if isinstance(item, TurretError):

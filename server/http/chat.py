@@ -24,8 +24,10 @@ from turret.server.http.bodies.tool_fields import read_tools
 from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.server.http.choices import Choices
 from turret.server.http.exchange.endpoint import Exchange
+from turret.server.http.exchange.template import HOLE, Template
 from turret.server.http.readers import make_readers
 from turret.server.http.tools.deltas import delta_of, message_of
+from turret.server.http.tools.pieces import Said
 from turret.server.http.tools.reader import AnswerReader
 from turret.v1 import inference_pb2
 
@@ -66,7 +68,7 @@ class ChatCompletions:
         answer_id = f"chatcmpl-{exchange.call.request_id}"
         if asked.is_stream:
             first = head(answer_id, "chat.completion.chunk", asked.model, info)
-            await _send_events(exchange, asked, choices, first, make_reader)
+            await _Events(exchange, asked, first, make_reader).send(choices)
             return
         answers = await choices.whole()
         body = head(answer_id, "chat.completion", asked.model, info)
@@ -87,43 +89,65 @@ class ChatCompletions:
         await exchange.reply.json(body)
 
 
-async def _send_events(
-    exchange: Exchange,
-    asked: Asked,
-    choices: Choices,
-    first: dict[str, Any],
-    make_reader: Callable[[], AnswerReader],
-) -> None:
-    nothing = {"usage": None} if asked.includes_usage else {}
-    ended: dict[int, Ended] = {}
-    readers: dict[int, AnswerReader] = {}
+class _Events:
+    """The events of the answers to one request."""
 
-    async def send(index: int, delta: dict[str, Any], logprobs: Any, **end: Any) -> None:
-        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
-        await exchange.reply.event({**first, "choices": [choice | end], **nothing})
+    def __init__(
+        self,
+        exchange: Exchange,
+        asked: Asked,
+        first: dict[str, Any],
+        make_reader: Callable[[], AnswerReader],
+    ) -> None:
+        self._reply = exchange.reply
+        self._asked = asked
+        self._first = first
+        self._nothing = {"usage": None} if asked.includes_usage else {}
+        self._make_reader = make_reader
+        self._readers: dict[int, AnswerReader] = {}
+        self._templates: dict[int, Template] = {}
+        self._ended: dict[int, Ended] = {}
 
-    async with contextlib.aclosing(choices.chunks()) as chunks:
-        async for index, chunk in chunks:
-            if index not in readers:
-                readers[index] = make_reader()
-                await send(index, {"role": "assistant", "content": ""}, None)
-            reader, is_last = readers[index], chunk.finish_reason in FINISH_REASONS
-            pieces = reader.feed(chunk.text) + (reader.finish() if is_last else [])
-            deltas = [delta_of(piece) for piece in pieces]
-            # Logprobs are told when their tokens are there, whatever becomes of the text.
-            logprobs = _logprobs(asked, chunk) if chunk.logprobs else None
-            for delta in deltas or ([{"content": ""}] if logprobs else []):
-                await send(index, delta, logprobs)
+    async def send(self, choices: Choices) -> None:
+        """All of them."""
+        async with contextlib.aclosing(choices.chunks()) as chunks:
+            async for index, chunk in chunks:
+                await self._chunk(index, chunk)
+        if self._asked.includes_usage:
+            answers = [self._ended[index] for index in sorted(self._ended)]
+            used = usage_of(answers, self._asked.num_choices)
+            end = {"usage": used, "adapters_used": adapters_of(answers)}
+            await self._reply.event({**self._first, "choices": [], **end})
+        await self._reply.end_events()
+
+    async def _chunk(self, index: int, chunk: inference_pb2.GenerateChunk) -> None:
+        if index not in self._readers:
+            self._readers[index] = self._make_reader()
+            self._templates[index] = Template(self._value(index, {"content": HOLE}, None))
+            await self._event(index, {"role": "assistant", "content": ""}, None)
+        reader, is_last = self._readers[index], chunk.finish_reason in FINISH_REASONS
+        pieces = reader.feed(chunk.text)
+        if is_last:
+            pieces = pieces + reader.finish()
+        # Logprobs are told when their tokens are there, whatever becomes of the text.
+        logprobs = _logprobs(self._asked, chunk) if chunk.logprobs else None
+        for piece in pieces or ([Said("")] if logprobs else []):
+            if logprobs is None and isinstance(piece, Said):
+                await self._reply.send_event(self._templates[index].event(piece.text))
+            else:
+                await self._event(index, delta_of(piece), logprobs)
                 logprobs = None
-            if is_last:
-                ended[index] = chunk
-                reason = _finish_reason(chunk, reader)
-                await send(index, {}, None, finish_reason=reason, stop_reason=stop_reason(chunk))
-    if asked.includes_usage:
-        answers = [ended[index] for index in sorted(ended)]
-        end = {"usage": usage_of(answers, asked.num_choices), "adapters_used": adapters_of(answers)}
-        await exchange.reply.event({**first, "choices": [], **end})
-    await exchange.reply.end_events()
+        if is_last:
+            self._ended[index] = chunk
+            end = {"finish_reason": _finish_reason(chunk, reader)}
+            await self._event(index, {}, None, **end, stop_reason=stop_reason(chunk))
+
+    async def _event(self, index: int, delta: Any, logprobs: Any, **end: Any) -> None:
+        await self._reply.event(self._value(index, delta, logprobs, **end))
+
+    def _value(self, index: int, delta: Any, logprobs: Any, **end: Any) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+        return {**self._first, "choices": [choice | end], **self._nothing}
 
 
 def _finish_reason(answer: Ended, reader: AnswerReader) -> str:

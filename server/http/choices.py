@@ -60,7 +60,7 @@ class Choices:
                 answers[index].add(chunk)
         return [answer.response() for answer in answers]
 
-    async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
+    def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """The chunks of all answers as they come, each with its answer's index.
 
         Close the generator if you leave it early; all answers end then.
@@ -68,16 +68,9 @@ class Choices:
         Raises:
             TurretError: What the first of them to fail raised; the others end.
         """
-        if self._count == 1:
-            async with contextlib.aclosing(self._one(0)) as chunks:
-                async for chunk in chunks:
-                    yield 0, chunk
-            return
-        async with contextlib.aclosing(self._many()) as pairs:
-            async for pair in pairs:
-                yield pair
+        return self._one(0) if self._count == 1 else self._many()
 
-    async def _one(self, index: int) -> AsyncGenerator[Chunk, None]:
+    async def _one(self, index: int) -> AsyncGenerator[tuple[int, Chunk], None]:
         message = self._make_message(index)
         answer = self._inference.generate(message, self._exchange.call, self._deadline)
         # Whoever converts it decides how long it is kept.
@@ -88,7 +81,7 @@ class Choices:
                     if chunk.finish_reason == inference_pb2.GenerateResponse.CANCELLED:
                         # OpenAI's API has no word for half an answer.
                         raise UnavailableError("the server is shutting down: it ended the request")
-                    yield chunk
+                    yield index, chunk
 
     async def _many(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         # None ends an answer.
@@ -102,8 +95,8 @@ class Choices:
                 if choice:
                     await begun[prompt].wait()
                 async with places, contextlib.aclosing(self._one(index)) as chunks:
-                    async for chunk in chunks:
-                        arrived.put_nowait((index, chunk))
+                    async for pair in chunks:
+                        arrived.put_nowait(pair)
                         begun[prompt].set()
                 arrived.put_nowait((index, None))
             except Exception as error:

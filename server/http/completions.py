@@ -25,6 +25,7 @@ from turret.server.http.bodies.prompts import read_prompts
 from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.server.http.choices import Choices
 from turret.server.http.exchange.endpoint import Exchange
+from turret.server.http.exchange.template import HOLE, Template
 from turret.v1 import inference_pb2
 
 # What OpenAI's API says where max_tokens is not set.
@@ -134,12 +135,18 @@ async def _send_events(
     nothing = {"usage": None} if asked.includes_usage else {}
     ended: dict[int, Ended] = {}
     offsets: defaultdict[int, CompletionLogprobs] = defaultdict(CompletionLogprobs)
+    templates: dict[int, Template] = {}
     async with contextlib.aclosing(choices.chunks()) as chunks:
         async for index, chunk in chunks:
             is_last = chunk.finish_reason in FINISH_REASONS
             if is_last:
                 ended[index] = chunk
             elif not (chunk.text or chunk.logprobs):
+                continue
+            elif not asked.message.options.logprobs:
+                if index not in templates:
+                    templates[index] = Template({**first, "choices": [_growing(index)], **nothing})
+                await exchange.reply.send_event(templates[index].event(chunk.text))
                 continue
             logprobs = None
             if asked.message.options.logprobs:
@@ -157,6 +164,17 @@ async def _send_events(
         end = {"usage": usage_of(answers, asked.num_choices), "adapters_used": adapters_of(answers)}
         await exchange.reply.event({**first, "choices": [], **end})
     await exchange.reply.end_events()
+
+
+def _growing(index: int) -> dict[str, Any]:
+    """A choice whose text grows, and nothing else."""
+    return {
+        "index": index,
+        "text": HOLE,
+        "logprobs": None,
+        "finish_reason": None,
+        "stop_reason": None,
+    }
 
 
 def _read_options(fields: Fields, message: inference_pb2.GenerateRequest) -> None:

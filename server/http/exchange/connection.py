@@ -11,6 +11,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from turret.server.api.watched_files import WatchedFiles
 from turret.server.config import SecurityConfig
+from turret.server.http.exchange.chunks import EXTENSION, Chunks
 from turret.server.http.exchange.listener import Listener
 
 # From the connection, or from the first byte of a later request, to the end of its head.
@@ -32,6 +33,14 @@ class Connection(H11Protocol):
     def __init__(self, listener: Listener, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._listener = listener
+        self._answers, self.app = self.app, self._answer
+
+    async def _answer(self, scope: Any, receive: Any, send: Any) -> None:
+        """The application, told how to send chunks."""
+        assert self.cycle is not None
+        if scope["type"] == "http" and scope["http_version"] == "1.1":
+            scope.setdefault("extensions", {})[EXTENSION] = Chunks(self.cycle)
+        await self._answers(scope, receive, send)
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)

@@ -21,6 +21,7 @@ from turret.server.api.tokens import TokenTable
 from turret.server.basics.codes import Code
 from turret.server.errors import UnavailableError
 from turret.server.http.exchange.body import ClientGoneError, read_body, read_json
+from turret.server.http.exchange.chunks import EXTENSION
 from turret.server.http.exchange.connection import MAX_HEAD_BYTES
 from turret.server.http.exchange.refusals import HttpRefusal, refusal_of
 from turret.server.http.exchange.reply import Reply
@@ -133,7 +134,7 @@ class Endpoint:
             is_counted=route.is_counted,
             level=route.level,
         )
-        reply = Reply(send, call)
+        reply = Reply(send, call, scope.get("extensions", {}).get(EXTENSION))
         code = Code.CANCELLED
         names = dict(route.names)
         try:

@@ -9,6 +9,7 @@ from typing import Any
 from starlette.types import Send
 
 from turret.server.api.call import REQUEST_ID_KEY, Call
+from turret.server.http.exchange.chunks import Chunks
 from turret.server.http.exchange.refusals import Refusal
 
 _DONE = b"data: [DONE]\n\n"
@@ -20,22 +21,37 @@ _EVENTS = {
 }
 
 
+_encode = json.JSONEncoder(separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode
+
+
 def dumps(value: Any) -> bytes:
     """JSON as UTF-8, on one line."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+    return _encode(value).encode()
+
+
+def event_bytes(value: Any, name: str = "") -> bytes:
+    """An event as it is sent, with a name if it has one."""
+    named = b"event: %b\n" % name.encode() if name else b""
+    return b"%bdata: %b\n\n" % (named, dumps(value))
 
 
 class Reply:
     """The answer to one request.
+
+    Args:
+        send: Of ASGI.
+        call: Has the request's id.
+        chunks: Sends events, where the server can do so by itself.
 
     Attributes:
         is_begun: The status has been sent and cannot be changed any more.
         is_ended: The last byte has been sent.
     """
 
-    def __init__(self, send: Send, call: Call) -> None:
+    def __init__(self, send: Send, call: Call, chunks: Chunks | None = None) -> None:
         self._send = send
         self._call = call
+        self._chunks = chunks
         self.is_begun = False
         self.is_ended = False
 
@@ -53,10 +69,16 @@ class Reply:
 
     async def event(self, value: Any, name: str = "") -> None:
         """Send an event, with a name if it has one; the first begins the answer."""
+        await self.send_event(event_bytes(value, name))
+
+    async def send_event(self, event: bytes) -> None:
+        """Send an event that is bytes already; the first begins the answer."""
         if not self.is_begun:
             await self._begin(200, _EVENTS)
-        named = b"event: %b\n" % name.encode() if name else b""
-        await self._write(b"%bdata: %b\n\n" % (named, dumps(value)))
+        if self._chunks is not None:
+            await self._chunks.write(event)
+        else:
+            await self._write(event)
 
     async def end_events(self) -> None:
         """End the stream as OpenAI's does."""
@@ -76,5 +98,7 @@ class Reply:
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
 
     async def _write(self, body: bytes, is_last: bool = False) -> None:
+        if self._chunks is not None:
+            self._chunks.flush()
         self.is_ended = is_last
         await self._send({"type": "http.response.body", "body": body, "more_body": not is_last})

@@ -1,0 +1,121 @@
+"""How the bytes of a stream reach the connection."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+
+from servers.fakes import endless, finish
+from servers.http_harness import HttpHarness, http_harness
+
+from turret.server.engine.scheduling.request import Output, Request
+
+WORDS = ("one ", 'two "', "dréi\n", "four")
+
+
+async def words(request: Request) -> AsyncIterator[Output]:
+    """Four tokens that are all there at once."""
+    for word in WORDS[:-1]:
+        yield Output(text=word, token_ids=(1,))
+    yield Output(text=WORDS[-1], token_ids=(1,), finish=finish(request))
+
+
+async def sent(http: HttpHarness, path: str, version: str = "1.1") -> bytes:
+    """Everything that comes back for a stream, head and framing included."""
+    host, _, port = http.server.address.rpartition(":")
+    asked = {"model": "base", "stream": True}
+    asked |= {"prompt": "hi"} if path == "completions" else {"messages": [TURN]}
+    body = json.dumps(asked).encode()
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"POST /v1/{path} HTTP/{version}\r\nhost: 127.0.0.1\r\nconnection: close\r\n"
+    head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
+    answer = await asyncio.wait_for(reader.read(), 20)
+    writer.close()
+    return answer
+
+
+TURN = {"role": "user", "content": "hi"}
+
+
+def chunks_of(answer: bytes) -> list[bytes]:
+    head, _, rest = answer.partition(b"\r\n\r\n")
+    assert b"transfer-encoding: chunked" in head.lower()
+    found = []
+    while True:
+        size, _, rest = rest.partition(b"\r\n")
+        length = int(size, 16)
+        found.append(rest[:length])
+        assert rest[length : length + 2] == b"\r\n"
+        rest = rest[length + 2 :]
+        if not length:
+            assert rest == b""
+            return found[:-1]
+
+
+def said(events: bytes) -> str:
+    parts = [part.removeprefix(b"data: ") for part in events.split(b"\n\n")]
+    assert parts[-2:] == [b"[DONE]", b""]
+    choices = [json.loads(part)["choices"][0] for part in parts[:-2]]
+    return "".join(c["text"] if "text" in c else c["delta"].get("content", "") for c in choices)
+
+
+async def test_what_is_there_at_once_is_sent_at_once() -> None:
+    async with http_harness() as http:
+        http.engine.script = words
+        for path in ("completions", "chat/completions"):
+            chunks = chunks_of(await sent(http, path))
+            assert said(b"".join(chunks)) == "".join(WORDS)
+            # The last chunk is that which ends the stream.
+            assert len(chunks) == 2
+            assert chunks[0].count(b"data: ") >= len(WORDS)
+
+
+async def test_what_is_there_later_is_not_waited_for() -> None:
+    async with http_harness() as http:
+        http.engine.script = endless
+        asked = {"model": "base", "prompt": "hi", "stream": True}
+        async with http.client.stream("POST", "/v1/completions", json=asked) as answer:
+            first = await anext(answer.aiter_bytes())
+        assert json.loads(first.removeprefix(b"data: "))["choices"][0]["text"] == "H"
+
+
+async def test_an_old_client_gets_no_chunks() -> None:
+    async with http_harness() as http:
+        http.engine.script = words
+        answer = await sent(http, "completions", "1.0")
+        head, _, body = answer.partition(b"\r\n\r\n")
+        assert b"chunked" not in head.lower()
+        assert said(body) == "".join(WORDS)
+
+
+async def test_a_client_that_does_not_read_holds_the_stream_up() -> None:
+    num_made = 0
+
+    async def flood(request: Request) -> AsyncIterator[Output]:
+        nonlocal num_made
+        while True:
+            num_made += 1
+            yield Output(text="x" * (64 << 10), token_ids=(1,))
+            await asyncio.sleep(0)
+
+    async with http_harness() as http:
+        http.engine.script = flood
+        host, _, port = http.server.address.rpartition(":")
+        reader, writer = await asyncio.open_connection(host, int(port), limit=1024)
+        body = json.dumps({"model": "base", "prompt": "hi", "stream": True}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nhost: 127.0.0.1\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        before = -1
+        while num_made != before or not num_made:
+            before = num_made
+            await asyncio.sleep(0.2)
+        # What the sockets of both sides hold, and no more.
+        assert num_made < 400
+        await reader.readexactly(4 << 20)
+        await asyncio.sleep(0.1)
+        assert num_made > before
+        writer.close()
+        await http.engine.streams[0].cancelled.wait()
