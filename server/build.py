@@ -39,6 +39,7 @@ from turret.server.engine.engine import Engine
 from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.speculation.speculation import Speculation
 from turret.server.engine.step.executor import Executor, TorchExecutor
 from turret.server.engine.step.gpu.memory_plan import (
     adapter_bytes,
@@ -265,6 +266,8 @@ def _build_engine(
         return engine.is_ready(sequence) and (not scheduler.running or runner.is_near(sequence))
 
     engine: Engine
+    # The steps of the gpu path draw one token of each sequence, in a captured graph.
+    wanted = config.scheduler.speculation if isinstance(executor, TorchExecutor) else "off"
     scheduler = Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE),
         max_num_seqs=max_num_seqs,
@@ -272,6 +275,7 @@ def _build_engine(
         is_ready=is_ready,
         fits=runner.fits,
         preempt_after_seconds=config.scheduler.preempt_after_seconds or None,
+        speculation=None if wanted == "off" else Speculation(remembers=wanted == "auto"),
     )
     engine = Engine(
         scheduler=scheduler,
@@ -281,6 +285,7 @@ def _build_engine(
         metrics=metrics,
         max_model_len=arch.max_model_len,
         long_from=arch.long_from,
+        speculates=wanted != "off",
         max_queued_requests=config.scheduler.max_queued_requests,
         max_queued_bytes=config.scheduler.max_queued_bytes,
         on_thread=lambda: _on_stream(stream, decoder.dtype, decoder.device),

@@ -140,11 +140,15 @@ class SchedulerConfig:
         " RESOURCE_EXHAUSTED",
         unit="bytes",
     )
-
     preempt_after_seconds: float = _flag(
         5.0,
         "how long a request waits before a mix that was served more yields a place; 0 is for ever",
         unit="seconds",
+    )
+    speculation: Literal["auto", "prompt", "off"] = _flag(
+        "auto",
+        "on a CPU, check guessed tokens in one step, where it pays and to the same answers: from"
+        " the request and earlier answers of its adapters; prompt: from the request alone",
     )
     max_requests_per_token: int = _flag(
         0, "waiting and running requests of one bearer token; 0 is no limit", unit="requests"

@@ -147,6 +147,13 @@ class Metrics:
             "waiting_lora_adapters",
         )
         self._preemptions = counter("turret_preemptions_total", "Sequences that lost their blocks.")
+        self._draft_tokens = counter(
+            "turret_spec_decode_num_draft_tokens_total", "Draft tokens that steps checked."
+        )
+        self._accepted_tokens = counter(
+            "turret_spec_decode_num_accepted_tokens_total",
+            "Draft tokens that were right: generated without a step of their own.",
+        )
         self._prefix_tokens = counter(
             "turret_prefix_cache_tokens_total", "Prompt tokens looked up in the cache.", "result"
         )
@@ -251,6 +258,11 @@ class Metrics:
     def preempted(self, count: int) -> None:
         """Count sequences that lost their KV blocks."""
         self._preemptions.inc(count)
+
+    def speculation(self, *, num_draft: int, num_accepted: int) -> None:
+        """Count the draft tokens that a step checked, and those of them that were right."""
+        self._draft_tokens.inc(num_draft)
+        self._accepted_tokens.inc(num_accepted)
 
     def prefix_cache(self, *, hit: int, miss: int) -> None:
         """Count the prompt tokens found and not found in the prefix cache."""

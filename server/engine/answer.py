@@ -80,35 +80,43 @@ class Answer:
                 self._prompt_logprobs.append(self._logprob(item.draw))
 
     def accept(
-        self, draw: Draw, cold: HostResult | None = None
+        self, draws: SequenceOf[Draw], cold: HostResult | None = None
     ) -> tuple[Output, FinishReason | None, str | int | None]:
-        """Add a drawn token.
+        """Add the tokens that a step drew, until one of them ends the sequence.
 
         Args:
-            draw: The token.
+            draws: The tokens, in order; at least one.
             cold: What was read for the request, which the first output tells.
 
         Returns:
-            The output it makes certain, and why (and by what) the sequence ends, if it does.
+            The output they make certain, and why (and by what) the sequence ends, if it does.
 
         Raises:
             TurretError: None was drawn.
         """
-        if draw.error is not None:
-            raise draw.error
         sequence = self.sequence
         options = sequence.request.options
         is_first = sequence.num_generated == len(sequence.request.answer_so_far)
-        sequence.tokens.append(draw.token_id)
-        text, by = self._text.push(draw.token_id), self._text.stopped_by
-        ended = None if by is None else FinishReason.STOP
-        if ended is None and sequence.num_generated >= self._max_tokens:
-            ended = FinishReason.LENGTH
-            text += self._text.flush()
+        text, taken = "", list[Draw]()
+        ended, by = None, None
+        for draw in draws:
+            if draw.error is not None:
+                raise draw.error
+            sequence.tokens.append(draw.token_id)
+            taken.append(draw)
+            text += self._text.push(draw.token_id)
+            by = self._text.stopped_by
+            if by is not None:
+                ended = FinishReason.STOP
+            elif sequence.num_generated >= self._max_tokens:
+                ended = FinishReason.LENGTH
+                text += self._text.flush()
+            if ended is not None:
+                break
         output = Output(
             text=text,
-            token_ids=(draw.token_id,),
-            logprobs=(self._logprob(draw),) if options.logprobs else (),
+            token_ids=tuple([draw.token_id for draw in taken]),
+            logprobs=tuple(map(self._logprob, taken)) if options.logprobs else (),
             prompt_logprobs=self.take_prompt_logprobs(),
             adapters_used=uses_of(sequence.mix, cold) if is_first else (),
         )

@@ -25,6 +25,7 @@ from turret.server.engine.ports import Adapters, EngineMetrics, Runs
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.speculation.drafter import Drafter
 from turret.server.engine.stream import Stream
 from turret.server.errors import (
     InvalidRequestError,
@@ -63,6 +64,7 @@ class Engine:
         max_queued_bytes: Most memory of requests that wait or run and of answers that wait to be
             read; a request that comes to more is refused, unless it is alone.
         long_from: ``Arch.long_from`` of the model.
+        speculates: Whether answers get drafters, which the scheduler's speculation asks.
         on_thread: What the thread does all its work in.
 
     Attributes:
@@ -83,10 +85,12 @@ class Engine:
         max_queued_requests: int,
         max_queued_bytes: int,
         long_from: int | None = None,
+        speculates: bool = False,
         on_thread: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._on_thread = on_thread
         self._long_from = long_from
+        self._speculates = speculates
         self._adapters = adapters
         self._text = text
         self._max_queued_requests = max_queued_requests
@@ -219,6 +223,7 @@ class Engine:
         sequence = self._make_sequence(request, mix, arrival)
         max_tokens = self._check_length(request, sequence.num_virtual)
         max_tokens = self._choose_frequencies(sequence, max_tokens)
+        sequence.drafter = self._make_drafter(sequence, max_tokens)
         loop = self._loop
         stream = Stream(
             lambda: loop.post(lambda: loop.cancel(sequence)), self._hold, request.num_bytes
@@ -229,6 +234,23 @@ class Engine:
             text,
             token_text=self._text.token_text,
             max_tokens=max_tokens,
+        )
+
+    def _make_drafter(self, sequence: Sequence, max_tokens: int) -> Drafter | None:
+        """Who guesses how its answer goes on; None where nobody may."""
+        request = sequence.request
+        # A mask is that of the next token alone.
+        if not self._speculates or not request.generates or request.constraint is not None:
+            return None
+        stop = request.stop
+        return Drafter(
+            sequence.group,
+            sequence.tokens,
+            start=sequence.num_virtual,
+            prompt_end=sequence.prompt_end,
+            max_tokens=max_tokens,
+            end_ids=stop.stop_token_ids
+            | (frozenset() if stop.ignore_eos else self._text.eos_token_ids),
         )
 
     async def _begin_text(self, request: Request) -> AnswerText:

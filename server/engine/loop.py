@@ -6,6 +6,7 @@ loop through ``send``, one call for all outputs of a step.
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import time
@@ -19,7 +20,7 @@ from turret.server.engine.base_change import BaseChange
 from turret.server.engine.observer import LoopObserver
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
 from turret.server.engine.scheduling.request import FinishReason, Output
-from turret.server.engine.scheduling.scheduler import Scheduler, Step
+from turret.server.engine.scheduling.scheduler import Scheduled, Scheduler, Step
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
 from turret.server.engine.step.runner import DeviceFullError, StepResult
 from turret.server.engine.stream import Stream
@@ -261,14 +262,14 @@ class EngineLoop:
         except DeviceFullError as error:
             self._abandon(step, str(error))
             return
-        self._scheduler.complete(step)
         now = time.monotonic()
+        self._scheduler.complete(step, now - start)
         for item in step.scheduled:
             answer = self._answers.get(item.sequence)
             if answer is not None:
-                self._guard(answer, lambda answer=answer: self._advance(answer, result, now))
+                self._guard(answer, functools.partial(self._advance, answer, item, result, now))
         self._flush()
-        self._observer.step(step, now - start)
+        self._observer.step(step, result, now - start)
 
     def _abandon(self, step: Step, reason: str) -> None:
         """Go on after a step that the device had no memory for, with smaller ones."""
@@ -281,14 +282,14 @@ class EngineLoop:
         self._ready.update(s for s in self._scheduler.waiting if s.num_preemptions > 0)
         self._observer.preempted(num_preempted)
 
-    def _advance(self, answer: Answer, result: StepResult, now: float) -> None:
+    def _advance(self, answer: Answer, item: Scheduled, result: StepResult, now: float) -> None:
         """Hand out what a step produced for one request."""
         sequence = answer.sequence
         scored = result.prompt_logprobs.get(sequence)
         if scored is not None:
             answer.add_prompt_logprobs(scored)
-        draw = result.draws.get(sequence)
-        if draw is None:
+        draws = result.draws.get(sequence)
+        if draws is None:
             is_whole = sequence.num_computed == sequence.prompt_end
             if is_whole and not sequence.request.generates:
                 logprobs, pooled = answer.take_prompt_logprobs(), result.pooled.get(sequence)
@@ -296,8 +297,11 @@ class EngineLoop:
                 output = Output(prompt_logprobs=logprobs, pooled=pooled, head=head)
                 self._end(answer, FinishReason.STOP, None, output, now)
             return
-        self._observer.token(answer, now)
-        output, reason, stop = answer.accept(draw, self._cold.get(sequence))
+        output, reason, stop = answer.accept(draws, self._cold.get(sequence))
+        count = len(output.token_ids)
+        self._observer.tokens(answer, count, now)
+        if item.draft:
+            self._scheduler.accept(item, count - 1)
         if reason is None:
             self._outbox.append((answer.stream, output))
         else:

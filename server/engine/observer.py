@@ -9,6 +9,7 @@ from turret.server.engine.answer import Answer
 from turret.server.engine.ports import EngineMetrics, Runs
 from turret.server.engine.scheduling.scheduler import Scheduler, Step
 from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.runner import StepResult
 
 # How old the lists of adapters in use may be: a thousand waiting requests are not walked each step.
 _LISTED_SECONDS = 0.25
@@ -44,24 +45,30 @@ class LoopObserver:
             hit = sequence.num_cached
             self._metrics.prefix_cache(hit=hit, miss=sequence.num_prompt - hit)
 
-    def token(self, answer: Answer, now: float) -> None:
-        """A request has got a token; stamps it."""
+    def tokens(self, answer: Answer, count: int, now: float) -> None:
+        """A request has got tokens in one step, which share the time since its last one; stamps."""
         sequence = answer.sequence
         names = [adapter.name for adapter, _ in sequence.mix.members]
         if sequence.first_token_at is None:
             sequence.first_token_at = now
             self._metrics.first_token(now - sequence.arrival, names)
         elif answer.last_token_at is not None:
-            self._metrics.inter_token(now - answer.last_token_at, names)
+            for _ in range(count):
+                self._metrics.inter_token((now - answer.last_token_at) / count, names)
         answer.last_token_at = now
 
-    def step(self, step: Step, seconds: float) -> None:
+    def step(self, step: Step, result: StepResult, seconds: float) -> None:
         """A step has ended."""
         new = [item.num_new for item in step.scheduled]
         decodes = sum(n == 1 for n in new)
         phase = "decode" if decodes == len(new) else "prefill" if decodes == 0 else "mixed"
         adapters = {(u, g) for item in step.scheduled for u, g, _ in item.sequence.mix.key}
-        self._metrics.step(phase, seconds=seconds, num_tokens=sum(new), num_adapters=len(adapters))
+        num_rows = sum(item.num_rows for item in step.scheduled)
+        self._metrics.step(phase, seconds=seconds, num_tokens=num_rows, num_adapters=len(adapters))
+        num_draft = num_rows - sum(new)
+        if num_draft:
+            right = [len(result.draws[s.sequence]) - 1 for s in step.scheduled if s.draft]
+            self._metrics.speculation(num_draft=num_draft, num_accepted=sum(right))
         self.state()
 
     def state(self) -> None:

@@ -51,10 +51,10 @@ class _Memory:
 
 
 def rows_of(executor: TorchExecutor, step: Step) -> int:
-    return sum(item.num_new for item in step.scheduled)
+    return sum(item.num_rows for item in step.scheduled)
 
 
-def samples_of(sampler: Sampler, logits: torch.Tensor, sequences: Any, masks: Any) -> int:
+def samples_of(sampler: Sampler, logits: torch.Tensor, sequences: Any, *_: Any) -> int:
     return len(sequences)
 
 

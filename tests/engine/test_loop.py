@@ -44,7 +44,9 @@ class FakeRunner:
     adapter_bytes = 0
 
     def run(self, step: Step) -> StepResult:
-        return StepResult({item.sequence: Draw(1, 0.0) for item in step.scheduled if item.samples})
+        return StepResult(
+            {item.sequence: [Draw(1, 0.0)] for item in step.scheduled if item.samples}
+        )
 
     def forget(self, sequence: Sequence) -> None: ...
     def forget_adapter(self, key: str) -> None: ...

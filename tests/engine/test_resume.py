@@ -53,7 +53,16 @@ async def engine(root: Path) -> AsyncIterator[EngineHarness]:
         yield running
 
 
-async def check_all_cuts(engine: EngineHarness, request: Request) -> None:
+@pytest_asyncio.fixture
+async def stepwise(root: Path) -> AsyncIterator[EngineHarness]:
+    """Gives every token a step and an output of its own."""
+    async with EngineHarness.start(
+        twin("llama").folder, root, adapters=ADAPTERS, speculation="off"
+    ) as running:
+        yield running
+
+
+async def check_all_cuts(engine: EngineHarness, stepwise: EngineHarness, request: Request) -> None:
     """The request, broken off after each of its tokens, all side by side."""
     whole = await engine.run(request)
     assert len(whole.token_ids) > 3
@@ -61,7 +70,7 @@ async def check_all_cuts(engine: EngineHarness, request: Request) -> None:
     rest = await engine.run_all(
         [replace(request, answer_so_far=whole.token_ids[:cut]) for cut in cuts]
     )
-    texts = await prefixes(engine, request, len(whole.token_ids))
+    texts = await prefixes(stepwise, request, len(whole.token_ids))
     for cut, answer in zip(cuts, rest, strict=True):
         assert answer.token_ids == whole.token_ids[cut:]
         assert answer.logprobs == whole.logprobs[cut:]
@@ -73,10 +82,10 @@ async def check_all_cuts(engine: EngineHarness, request: Request) -> None:
         assert answer.finish.usage.prompt_tokens == len(PROMPT)
 
 
-async def prefixes(engine: EngineHarness, request: Request, count: int) -> list[str]:
+async def prefixes(stepwise: EngineHarness, request: Request, count: int) -> list[str]:
     """The text that was certain after so many tokens, from none to all."""
     texts = [""]
-    stream = await engine.engine.submit(request)
+    stream = await stepwise.engine.submit(request)
     async for output in stream:
         texts.append(texts[-1] + output.text)
     assert len(texts) == count + 1
@@ -84,17 +93,21 @@ async def prefixes(engine: EngineHarness, request: Request, count: int) -> list[
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-async def test_the_rest_has_the_bits_of_the_whole(engine: EngineHarness, shape: str) -> None:
+async def test_the_rest_has_the_bits_of_the_whole(
+    engine: EngineHarness, stepwise: EngineHarness, shape: str
+) -> None:
     for adapters in ((), *((name,) for name in ADAPTERS)):
         request = make_request(PROMPT, *adapters, max_tokens=NUM_TOKENS, sampling=SHAPES[shape])
-        await check_all_cuts(engine, request)
+        await check_all_cuts(engine, stepwise, request)
 
 
-async def test_stops_and_least_lengths_count_from_the_beginning(engine: EngineHarness) -> None:
+async def test_stops_and_least_lengths_count_from_the_beginning(
+    engine: EngineHarness, stepwise: EngineHarness
+) -> None:
     plain = make_request(PROMPT, max_tokens=NUM_TOKENS, sampling=SEEDED)
     whole = await engine.run(plain)
     # A stop string that spans tokens, one of which would be held back at a cut.
-    texts = await prefixes(engine, plain, NUM_TOKENS)
+    texts = await prefixes(stepwise, plain, NUM_TOKENS)
     stop = whole.text[len(texts[9]) - 2 : len(texts[11])]
     assert len(stop) > 2
     for conditions in (
@@ -108,7 +121,7 @@ async def test_stops_and_least_lengths_count_from_the_beginning(engine: EngineHa
             stop_token_ids=frozenset({whole.token_ids[2], whole.token_ids[12]}),
         ),
     ):
-        await check_all_cuts(engine, replace(plain, stop=conditions))
+        await check_all_cuts(engine, stepwise, replace(plain, stop=conditions))
 
 
 async def test_an_answer_that_has_ended_does_not_go_on(engine: EngineHarness) -> None:

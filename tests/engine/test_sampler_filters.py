@@ -31,7 +31,7 @@ class SweptSampler(Sampler):
         super().__init__()
         self._count = 0
 
-    def _uniform(self, sequence: Sequence, params: SamplingParams) -> float:
+    def _uniform(self, sequence: Sequence, params: SamplingParams, ahead: int) -> float:
         self._count += 1
         return (self._count - 1) / NUM_UNIFORMS
 

@@ -82,7 +82,8 @@ BELOW = {
     "server.models.families": {"leaf", "server.models", "server.models.decoding"},
     "server.models.sources": {"leaf", "server.hub", "server.models.families"},
     "server.constraints": {"leaf"},
-    "server.engine.scheduling": NOUNS | {"server.constraints"},
+    "server.engine.speculation": set(),
+    "server.engine.scheduling": NOUNS | {"server.engine.speculation", "server.constraints"},
     "server.engine.step": NOUNS
     | DEVICE
     | MODELS
@@ -91,7 +92,8 @@ BELOW = {
     | DEVICE
     | MODELS
     | {"server.engine.scheduling", "server.engine.step", "kernels"},
-    "server.engine": NOUNS | {"server.engine.scheduling", "server.engine.step"},
+    "server.engine": NOUNS
+    | {"server.engine.scheduling", "server.engine.speculation", "server.engine.step"},
     # The fleet's state machines; what ties them to a server is above the API.
     "server.cluster": NOUNS | {"server.adapters.state"},
     "server.cluster.replica": NOUNS

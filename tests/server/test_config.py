@@ -42,6 +42,7 @@ DEFAULTS = {
     "max_queued_requests": 1024,
     "max_queued_bytes": 512 << 20,
     "preempt_after_seconds": 5.0,
+    "speculation": "auto",
     "max_requests_per_token": 0,
     "max_requests_per_peer": 0,
     "preload": (),

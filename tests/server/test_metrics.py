@@ -34,6 +34,8 @@ SERIES = {
     "turret_kv_usage_ratio": set(),
     "turret_adapters_info": {"max_lora", "running_lora_adapters", "waiting_lora_adapters"},
     "turret_preemptions_total": set(),
+    "turret_spec_decode_num_draft_tokens_total": set(),
+    "turret_spec_decode_num_accepted_tokens_total": set(),
     "turret_prefix_cache_tokens_total": {"result"},
     "turret_adapter_residency": {"adapter", "tier"},
     "turret_adapter_bytes": {"tier"},
@@ -60,6 +62,7 @@ def exercise(metrics: Metrics) -> None:
     metrics.kv_blocks(free=3, used=4)
     metrics.adapters_in_use(most=8, running=["sql", "json"], waiting=[])
     metrics.preempted(2)
+    metrics.speculation(num_draft=5, num_accepted=3)
     metrics.prefix_cache(hit=16, miss=4)
     metrics.adapter_bytes(host=100, device=50)
     metrics.adapter_load("read", 0.1)
@@ -94,6 +97,8 @@ def test_every_series_is_exposed_with_its_labels() -> None:
     assert abs(values["turret_adapters_info", "", "8", "json,sql"] - time.time()) < 60
     assert values["turret_adapter_inter_token_seconds_count", "sql"] == 1
     assert values["turret_preemptions_total",] == 2
+    assert values["turret_spec_decode_num_draft_tokens_total",] == 5
+    assert values["turret_spec_decode_num_accepted_tokens_total",] == 3
     assert values["turret_prefix_cache_tokens_total", "hit"] == 16
     assert values["turret_adapter_residency", "host", "sql"] == 1
     assert values["turret_adapter_residency", "disk", "sql"] == 0

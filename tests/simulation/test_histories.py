@@ -15,6 +15,8 @@ from turret.server.adapters.registry import name_table, unloads
 from turret.server.adapters.residency import leases
 from turret.server.engine import loop
 from turret.server.engine.loop import EngineLoop
+from turret.server.engine.scheduling.drafts import Drafts
+from turret.server.engine.scheduling.scheduled import Scheduled
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 
@@ -57,6 +59,7 @@ def test_every_history_keeps_the_promises(clock: Clock) -> None:
         endings.update(world.ended.values())
         counts.update(world.counts)
         counts["full"] += world.runner.num_full
+        counts["accepted"] += world.runner.num_accepted
         counts["preempted"] += sum(a.sequence.num_preemptions for a in world.requests)
     print(f"\n{dict(endings)} {dict(counts)} in {time.monotonic() - start:.1f} s")
     # Everything that can happen has happened, or the histories say little.
@@ -66,7 +69,7 @@ def test_every_history_keeps_the_promises(clock: Clock) -> None:
     }
     assert counts.keys() >= {
         *("loaded", "replaced", "unloaded", "kept", "pinned", "merged", "blocked"),
-        *("full", "preempted"),
+        *("full", "preempted", "accepted"),
     }
 
 
@@ -78,6 +81,12 @@ def test_a_seed_is_a_history(clock: Clock) -> None:
 
 def _keep_blocks(self: Scheduler, sequence: Sequence) -> None:
     sequence.blocks, sequence.num_computed = [], 0
+
+
+def _accept_all(self: Scheduler, item: Scheduled, count: int) -> None:
+    """Takes the keys and values of a whole draft for those of the tokens that were drawn."""
+    self._computed(item.sequence, min(len(item.draft), count + 1))
+    self._drafts.accepted(item.sequence, count)
 
 
 def _trust(self: EngineLoop, sequence: Sequence, result: HostResult) -> None:
@@ -94,6 +103,8 @@ def _trust(self: EngineLoop, sequence: Sequence, result: HostResult) -> None:
     [
         (Scheduler, "_free", _keep_blocks),
         (Scheduler, "_make_room", lambda self, now: 0),
+        (Scheduler, "accept", _accept_all),
+        (Drafts, "take_back", lambda self, sequence: None),
         (EngineLoop, "_loaded", _trust),
         (leases.Leases, "close_lease", lambda self, mix: None),
         (leases.Leases, "change_base", lambda self, generation: frozenset()),

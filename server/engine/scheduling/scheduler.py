@@ -6,7 +6,8 @@ admitted if all that run with it will probably find room for their answers too (
 When blocks run out all the same, the sequence that was admitted last is preempted: its blocks are
 freed and it is recomputed later (its tokens are kept). A chunk ends where other adapters begin to
 act, so one mix acts on all of it. A waiting sequence whose adapters are still
-loading is passed over and delays nobody.
+loading is passed over and delays nobody. What room a step has left goes to draft tokens
+(``drafts.py``), which are further rows of their sequences.
 
 Places are shared too, not admissions alone: who has waited ``preempt_after_seconds`` at the head of
 the least served mix takes the place of the most served one's latest sequence, if that mix was
@@ -16,46 +17,17 @@ served more and holds more places. Time is told with each call.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from turret.server.engine.scheduling.block_pool import BlockPool, root_key
+from turret.server.engine.scheduling.drafts import Drafts
 from turret.server.engine.scheduling.fair_queue import FairQueue
 from turret.server.engine.scheduling.length_forecast import LengthForecast
+from turret.server.engine.scheduling.scheduled import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
+from turret.server.engine.speculation.speculation import Speculation
 
 # The share of the blocks that is kept for answers that become longer than was forecast.
 _SPARE_SHARE = 0.05
-
-
-@dataclass(frozen=True, slots=True)
-class Scheduled:
-    """Compute ``num_new`` tokens of a sequence, from its ``num_computed`` on, with one mix."""
-
-    sequence: Sequence
-    num_new: int
-
-    @property
-    def samples(self) -> bool:
-        """Whether this completes the tokens known so far, so that a next one can be drawn."""
-        return self.sequence.num_computed + self.num_new == len(self.sequence.tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One engine iteration.
-
-    Attributes:
-        scheduled: What to compute.
-        new_blocks: Blocks that changed owner, to be zeroed first.
-        num_preempted: Sequences that lost their blocks.
-        presets: Then to be filled from the sequence's adapter: its blocks from this index up to
-            its ``num_preset`` positions.
-    """
-
-    scheduled: tuple[Scheduled, ...]
-    new_blocks: tuple[int, ...]
-    num_preempted: int
-    presets: tuple[tuple[Sequence, int], ...] = ()
 
 
 class Scheduler:
@@ -73,6 +45,7 @@ class Scheduler:
         is_ready: Whether a waiting sequence's adapters are resident.
         fits: Whether a sequence's adapters fit beside those of the running ones.
         preempt_after_seconds: How long places that others hold are waited for; None for ever.
+        speculation: Guesses for sequences that have a drafter; None for nobody.
     """
 
     def __init__(
@@ -84,6 +57,7 @@ class Scheduler:
         is_ready: Callable[[Sequence], bool] = lambda _: True,
         fits: Callable[[Sequence, list[Sequence]], bool] = lambda _s, _r: True,
         preempt_after_seconds: float | None = None,
+        speculation: Speculation | None = None,
     ) -> None:
         self.blocks = blocks
         self.waiting: FairQueue[Sequence] = FairQueue()
@@ -91,6 +65,7 @@ class Scheduler:
         self.base_generation = 1
         self.is_draining = False
         self._lengths = LengthForecast()
+        self._drafts = Drafts(blocks, speculation)
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         # Below those two after a step that the device had no memory for (see ``abandon``).
@@ -166,19 +141,32 @@ class Scheduler:
             self.waiting.charge(item.sequence.group, item.num_new)
         if num_preempted == 0:
             self._admit(budget, scheduled, new_blocks, presets)
+            self._drafts.add(scheduled, new_blocks, self._num_tokens)
         num_preempted += num_yielded
         return Step(tuple(scheduled), tuple(new_blocks), num_preempted, tuple(presets))
 
-    def complete(self, step: Step) -> None:
-        """Record that a step was computed: its tokens' keys and values are in the cache."""
-        size = self.blocks.block_size
+    def complete(self, step: Step, seconds: float | None = None) -> None:
+        """Record that a step was computed: its tokens' keys and values are in the cache.
+
+        Args:
+            step: As it was scheduled.
+            seconds: What it took, for who decides about drafts.
+        """
+        if seconds is not None:
+            self._drafts.step_took(step.scheduled, seconds)
         for item in step.scheduled:
-            sequence = item.sequence
-            before = sequence.num_computed
-            sequence.num_computed += item.num_new
-            sequence.extend_keys(sequence.num_computed, size)
-            for index in range(before // size, sequence.num_computed // size):
-                self.blocks.register(sequence.blocks[index], sequence.keys[index + 1])
+            self._computed(item.sequence, item.num_new)
+
+    def accept(self, item: Scheduled, count: int) -> None:
+        """Record, after ``complete``, what became of a draft: so many of its tokens were right.
+
+        They are the sequence's by now, and it goes on behind them or has ended there.
+        """
+        sequence = item.sequence
+        self._computed(sequence, count)
+        # What was served, not what was tried.
+        self.waiting.charge(sequence.group, count)
+        self._drafts.accepted(sequence, count)
 
     def abandon(self, step: Step, now: float = 0.0) -> int | None:
         """Undo a step that the device had no memory for: nothing of it was computed.
@@ -191,12 +179,15 @@ class Scheduler:
             one sequence: it cannot run.
         """
         for item in step.scheduled:
+            self._drafts.take_back(item.sequence)
             # Before anybody is preempted: the same groups are busy as when they were charged.
             self.waiting.refund(item.sequence.group, item.num_new)
         sequences = [item.sequence for item in step.scheduled]
         tokens = sum(item.num_new for item in step.scheduled)
-        if len(sequences) == 1 and tokens <= self._max_num_seqs:
+        is_least = len(sequences) == 1 and tokens <= self._max_num_seqs
+        if is_least and not step.scheduled[0].draft:
             return None
+        self._drafts.is_paused = True
         # A decode step of all sequences stays possible.
         self._num_tokens = max(tokens // 2, self._max_num_seqs)
         self._num_seqs = max(len(self.running) - 1, 1)
@@ -218,10 +209,12 @@ class Scheduler:
             self.running.remove(sequence)
             self.waiting.stop(sequence)
             self._lengths.ended(sequence)
+            self._drafts.ended(sequence)
         else:
             self.waiting.remove(sequence)
         self._free(sequence)
         sequence.state = SequenceState.FINISHED
+        self._drafts.is_paused = False
         self._num_seqs = min(self._num_seqs + 1, self._max_num_seqs)
         self._num_tokens = min(2 * self._num_tokens, self._max_num_batched_tokens)
 
@@ -233,6 +226,14 @@ class Scheduler:
         sequence.blocks.extend(more)
         new_blocks.extend(more)
         return True
+
+    def _computed(self, sequence: Sequence, count: int) -> None:
+        """So many tokens more are in the cache: the blocks that they fill can be found."""
+        size, before = self.blocks.block_size, sequence.num_computed
+        sequence.num_computed += count
+        sequence.extend_keys(sequence.num_computed, size)
+        for index in range(before // size, sequence.num_computed // size):
+            self.blocks.register(sequence.blocks[index], sequence.keys[index + 1])
 
     def _make_room(self, now: float) -> int:
         """Take a place from the most served mix for one that has waited long enough."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from turret.server.engine.scheduling.block_pool import next_key
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.windows import Stage, stages_of
+from turret.server.engine.speculation.drafter import Drafter
 
 if TYPE_CHECKING:
     # The scheduler and its tests go without torch.
@@ -52,6 +53,7 @@ class Sequence:
         keys: Chain keys of the full blocks that were named so far; ``keys[0]`` is the root.
         waiting_since: ``time.monotonic()`` seconds when it joined the line, the last time.
         forecast: How many tokens it is taken to generate (``LengthForecast``).
+        drafter: Guesses how its answer goes on; None where nothing is guessed.
         prompt_end: Positions before the first generated token.
     """
 
@@ -73,6 +75,7 @@ class Sequence:
     num_preemptions: int = 0
     waiting_since: float = 0.0
     forecast: int = 0
+    drafter: Drafter | None = None
     prompt_end: int = field(init=False)
     stages: tuple[Stage, ...] = field(init=False)
 

@@ -7,6 +7,7 @@ since the last step are looked at. So a step costs no Python work per bias, stop
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from collections.abc import Sequence as SequenceOf
 
 import torch
 
@@ -28,11 +29,21 @@ class _TokenCounts:
         self._times = torch.zeros(_FIRST_CAPACITY, dtype=torch.float32, device=device)
         self._num_read = 0
 
-    def read(self, text: list[int], start: int) -> None:
-        """Take in the tokens of ``text`` from ``start`` on that were not there the last time."""
-        fresh = text[start + self._num_read :]
-        if not fresh:
+    def read(self, text: list[int], start: int, drawn: SequenceOf[int] = ()) -> None:
+        """Take in the tokens of ``text`` from ``start`` on that were not there the last time.
+
+        Args:
+            text: Only grows, but for what comes as ``drawn``.
+            start: See above.
+            drawn: Tokens behind it that will be part of it.
+        """
+        size = len(text) - start
+        if self._num_read > size + len(drawn):
+            # Their step found no memory after all, and is computed again.
+            self._forget()
+        if self._num_read == size + len(drawn):
             return
+        fresh = [*text[start + self._num_read :], *drawn[max(self._num_read - size, 0) :]]
         self._num_read += len(fresh)
         first = len(self._index)
         places = [self._index.setdefault(token, len(self._index)) for token in fresh]
@@ -43,6 +54,11 @@ class _TokenCounts:
             self._ids[first : len(self._index)] = torch.tensor(new)
         where = torch.tensor(places, device=self._times.device)
         self._times.index_add_(0, where, torch.ones(len(places), device=self._times.device))
+
+    def _forget(self) -> None:
+        self._index.clear()
+        self._times.zero_()
+        self._num_read = 0
 
     def _grow(self, size: int) -> None:
         if size <= self._ids.shape[0]:
@@ -95,29 +111,34 @@ class Adjustment:
         is_counted = params.presence_penalty or params.frequency_penalty
         self._generated = _TokenCounts(device) if is_counted else None
 
-    def apply(self, row: torch.Tensor) -> None:
-        """Change ``row``, ``[vocab]`` fp32, in place."""
-        for ids, factor in self.factors():
+    def apply(self, row: torch.Tensor, drawn: SequenceOf[int] = ()) -> None:
+        """Change ``row`` in place.
+
+        Args:
+            row: ``[vocab]`` fp32.
+            drawn: Tokens that were drawn in this step and come before the row's.
+        """
+        for ids, factor in self.factors(drawn):
             # CTRL (arXiv 1909.05858), over prompt and output, as transformers does.
             values = row[ids]
             row[ids] = torch.where(values > 0, values / factor, values * factor)
-        for ids, amounts in self.penalties():
+        for ids, amounts in self.penalties(drawn):
             row[ids] -= amounts
         for ids, amounts in self.biases():
             row[ids] += amounts
-        for ids in self.bans():
+        for ids in self.bans(drawn):
             row[ids] = float("-inf")
 
-    def factors(self) -> Iterator[tuple[torch.Tensor, float]]:
+    def factors(self, drawn: SequenceOf[int] = ()) -> Iterator[tuple[torch.Tensor, float]]:
         """Tokens whose logits shrink by a factor, in this step, if there are any."""
         if self._seen is not None:
-            self._seen.read(self._sequence.tokens, self._sequence.num_virtual)
+            self._seen.read(self._sequence.tokens, self._sequence.num_virtual, drawn)
             yield self._seen.ids, self._params.repetition_penalty
 
-    def penalties(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def penalties(self, drawn: SequenceOf[int] = ()) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Tokens, and what is taken from the logit of each, in this step."""
         if self._generated is not None:
-            self._generated.read(self._sequence.tokens, self._sequence.prompt_end)
+            self._generated.read(self._sequence.tokens, self._sequence.prompt_end, drawn)
             times = self._params.frequency_penalty * self._generated.times
             yield self._generated.ids, self._params.presence_penalty + times
 
@@ -126,8 +147,9 @@ class Adjustment:
         if self._biases is not None:
             yield self._biases
 
-    def bans(self) -> Iterator[torch.Tensor]:
+    def bans(self, drawn: SequenceOf[int] = ()) -> Iterator[torch.Tensor]:
         """Tokens that may not be drawn in this step."""
         stop = self._sequence.request.stop
-        if self._banned is not None and self._sequence.num_generated < stop.min_tokens:
+        num_before = self._sequence.num_generated + len(drawn)
+        if self._banned is not None and num_before < stop.min_tokens:
             yield self._banned

@@ -54,7 +54,7 @@ class BatchBuilder:
         for item in step.scheduled:
             if not item.sequence.active_mix.members:
                 base.append(item)
-            elif item.num_new <= MAX_SHORT_ROWS:
+            elif item.num_rows <= MAX_SHORT_ROWS:
                 short.append(item)
             else:
                 long.append(item)
@@ -63,7 +63,7 @@ class BatchBuilder:
         placed, row = [], 0
         for item in (*short, *base, *long):
             placed.append(Placed(item, row))
-            row += item.num_new
+            row += item.num_rows
         adapters = None
         if short or long:
             long_placed = placed[len(short) + len(base) :]
@@ -97,7 +97,7 @@ class BatchBuilder:
         )
 
     def _span(self, place: Placed) -> SequenceSpan:
-        sequence, num_new = place.item.sequence, place.item.num_new
+        sequence, num_new = place.item.sequence, place.item.num_rows
         context = sequence.num_computed
         used = sequence.blocks[: -(-(context + num_new) // self._block_size)]
         return SequenceSpan(place.row_start, num_new, context, used, sequence.num_padding)
@@ -112,9 +112,9 @@ class BatchBuilder:
         self._store.prepare(adapters.values())
         return self._store.step(
             StepMembers(
-                short=[m for item in short for m in [members_of(item.sequence)] * item.num_new],
+                short=[m for item in short for m in [members_of(item.sequence)] * item.num_rows],
                 long=[
-                    (p.row_start, p.row_start + p.item.num_new, members_of(p.item.sequence))
+                    (p.row_start, p.row_start + p.item.num_rows, members_of(p.item.sequence))
                     for p in long
                 ],
             )

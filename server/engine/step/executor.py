@@ -29,8 +29,9 @@ class Computed:
     Attributes:
         placed: Its sequences and their rows.
         hidden: Final-norm hidden states, ``[at least all rows, hidden]``.
-        logits: The logits of the last row of every placed sequence that samples, in their order,
-            ``[samples, vocab]`` fp32; None if none does. The next step may overwrite it.
+        logits: The logits of every row that tokens are drawn from (``Placed.sampled``), in the
+            order of ``placed``, ``[samples, vocab]`` fp32; None if there is none. The next step may
+            overwrite it.
     """
 
     placed: tuple[Placed, ...]
@@ -46,6 +47,7 @@ class Draws(Protocol):
         logits: torch.Tensor,
         sequences: SequenceOf[Sequence],
         masks: Mapping[Sequence, TokenMask],
+        drawn: Mapping[Sequence, SequenceOf[int]],
     ) -> list[Draw]:
         """Draw one token per row of the step that has just run.
 
@@ -53,6 +55,7 @@ class Draws(Protocol):
             logits: ``[rows, vocab]`` fp32; modified in place.
             sequences: Whose row it is.
             masks: Of the sequences with a constraint.
+            drawn: Tokens that were drawn before, in the same step.
         """
         ...
 
@@ -106,9 +109,15 @@ def fill_prefix(cache: KvCache, sequence: Sequence, start: int) -> None:
 
 
 def sampled_rows(placed: SequenceOf[Placed]) -> list[tuple[Sequence, range]]:
-    """The sequences that sample, and the row of each among their logits."""
-    sequences = [place.item.sequence for place in placed if place.samples]
-    return [(sequence, range(i, i + 1)) for i, sequence in enumerate(sequences)]
+    """The sequences that sample, and the rows of each among their logits."""
+    found: list[tuple[Sequence, range]] = []
+    start = 0
+    for place in placed:
+        if place.samples:
+            end = start + len(place.sampled)
+            found.append((place.item.sequence, range(start, end)))
+            start = end
+    return found
 
 
 class TorchExecutor:
@@ -129,7 +138,7 @@ class TorchExecutor:
             fill_prefix(self._cache, sequence, start)
         batch = self._builder.build(step)
         hidden = self._decoder.forward(batch.input, self._cache)
-        rows = [placed.last_row for placed in batch.placed if placed.samples]
+        rows = [row for placed in batch.placed if placed.samples for row in placed.sampled]
         logits = None
         if rows:
             index = torch.tensor(rows, device=hidden.device)

@@ -22,11 +22,16 @@ class Placed(NamedTuple):
 
     @property
     def last_row(self) -> int:
-        return self.row_start + self.item.num_new - 1
+        return self.row_start + self.item.num_rows - 1
+
+    @property
+    def sampled(self) -> range:
+        """The rows that tokens are drawn from: its last, and those of its draft."""
+        return range(self.last_row - len(self.item.draft), self.last_row + 1)
 
     @property
     def samples(self) -> bool:
-        """Whether a token is drawn from its last row."""
+        """Whether tokens are drawn from its last rows."""
         return self.item.samples and self.item.sequence.request.generates
 
 
@@ -55,15 +60,17 @@ class StepRows:
     def add(self, place: Placed, block_size: int, blocks_at: int) -> None:
         """Add a sequence's new rows; soft tokens may be among them."""
         sequence, start = place.item.sequence, place.item.sequence.num_computed
-        end = start + place.item.num_new
-        self.token_ids.extend(max(token, 0) for token in sequence.tokens[start:end])
+        end = start + place.item.num_rows
+        known = sequence.tokens[start : start + place.item.num_new]
+        self.token_ids.extend(max(token, 0) for token in known)
+        self.token_ids.extend(place.item.draft)
         first = _first_position(sequence)
         self.positions.extend(range(first + start, first + end))
         self.kv_slots.extend(
             sequence.blocks[p // block_size] * block_size + p % block_size
             for p in range(start, end)
         )
-        self.spans += (place.row_start, place.item.num_new, start, blocks_at)
+        self.spans += (place.row_start, place.item.num_rows, start, blocks_at)
         self.spans.append(sequence.num_padding)
         if start < sequence.num_virtual:
             stop = min(end, sequence.num_virtual)
@@ -76,7 +83,7 @@ class StepRows:
 def collect_rows(
     placed: SequenceOf[Placed], block_size: int, blocks_at: SequenceOf[int] | None = None
 ) -> StepRows:
-    """Go through the new tokens of a step's sequences, in the order of their rows.
+    """Go through the new tokens of a step's sequences, drafts included, in the order of their rows.
 
     Args:
         placed: Every row belongs to one of them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from turret.server.engine.step.masks import Masks
 from turret.server.engine.step.pooler import Pooler
 from turret.server.engine.step.rows import Placed
 from turret.server.engine.step.sampler import Draw, top_of
+from turret.server.engine.step.verification import draw_tokens
 from turret.server.errors import BudgetExceededError
 
 # Vocabulary logits of prompt positions are made this many rows at a time: 64 rows of a 150,000
@@ -38,9 +40,12 @@ class PromptLogprob:
 
 @dataclass(slots=True)
 class StepResult:
-    """What a step produced: a drawn token per sampling sequence, prompt logprobs, pooled states."""
+    """What a step produced: the tokens drawn, prompt logprobs, pooled states, by sequence.
 
-    draws: dict[Sequence, Draw] = field(default_factory=dict)
+    Those of a sequence with a draft are the tokens of it that were right, and one more.
+    """
+
+    draws: dict[Sequence, SequenceOf[Draw]] = field(default_factory=dict)
     prompt_logprobs: dict[Sequence, list[PromptLogprob]] = field(default_factory=dict)
     pooled: dict[Sequence, array[float]] = field(default_factory=dict)
 
@@ -158,9 +163,10 @@ class Runner:
     def _sample(self, computed: Computed, result: StepResult) -> None:
         if computed.logits is None:
             return
-        sequences = [placed.item.sequence for placed in computed.placed if placed.samples]
-        draws = self._sampler.draw(computed.logits, sequences, self._masks.take())
-        result.draws = dict(zip(sequences, draws, strict=True))
+        items = [placed.item for placed in computed.placed if placed.samples]
+        draws = draw_tokens(self._sampler, computed.logits, items, self._masks.take())
+        for item, drawn in zip(items, draws, strict=True):
+            result.draws[item.sequence] = drawn
 
     def _score(self, placed: Placed, hidden: torch.Tensor, result: StepResult) -> None:
         sequence = placed.item.sequence

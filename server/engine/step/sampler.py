@@ -25,6 +25,7 @@ from turret.server.engine.step.uniforms import Uniforms
 from turret.server.errors import TurretError
 
 NO_MASKS: Mapping[Sequence, TokenMask] = {}
+NOTHING_DRAWN: Mapping[Sequence, SequenceOf[int]] = {}
 # Filters look at this many of the likeliest tokens first; a full sort is the exception.
 _FIRST_CANDIDATES = 256
 
@@ -64,6 +65,7 @@ class Sampler:
         logits: torch.Tensor,
         sequences: SequenceOf[Sequence],
         masks: Mapping[Sequence, TokenMask] = NO_MASKS,
+        drawn: Mapping[Sequence, SequenceOf[int]] = NOTHING_DRAWN,
     ) -> list[Draw]:
         """Draw one token per row.
 
@@ -71,10 +73,11 @@ class Sampler:
             logits: ``[rows, vocab]`` fp32; modified in place.
             sequences: Whose row it is.
             masks: Of the sequences with a constraint.
+            drawn: Tokens of this step that come before a sequence's row.
         """
         reports = self._report(logits, sequences)
         for row, sequence in zip(logits, sequences, strict=True):
-            self._adjustment(sequence, logits.device).apply(row)
+            self._adjustment(sequence, logits.device).apply(row, drawn.get(sequence, ()))
         if (masked := masked_rows(sequences, masks)) is not None:
             apply_token_mask(logits, *masked)
         greedy = logits.argmax(-1).tolist()
@@ -85,7 +88,10 @@ class Sampler:
                 draws.append(Draw(-1, error=mask.error))
                 continue
             params = sequence.request.sampling
-            token = greedy[i] if params.is_greedy else self._sample(logits[i], sequence, params)
+            token = greedy[i]
+            if not params.is_greedy:
+                uniform = self._uniform(sequence, params, len(drawn.get(sequence, ())))
+                token = _sample(logits[i], params, uniform)
             if report is None:
                 draws.append(Draw(token))
             else:
@@ -114,20 +120,21 @@ class Sampler:
                 out.append(None)
         return out
 
-    def _sample(self, row: torch.Tensor, sequence: Sequence, params: SamplingParams) -> int:
-        uniform = self._uniform(sequence, params)
-        # Relative to the likeliest token, which stays at 0 however small the temperature is.
-        scaled = (row - row.max()) / params.temperature
-        if params.top_k == 0 and params.top_p == 1.0:
-            if params.min_p > 0.0:
-                # p >= min_p * p_max  <=>  logit >= max logit + log(min_p)
-                limit = scaled.max() + torch.log(torch.tensor(params.min_p))
-                scaled = scaled.masked_fill(scaled < limit, float("-inf"))
-            return _invert(scaled.softmax(-1), uniform)
-        return _sample_filtered(scaled, params, uniform)
+    def _uniform(self, sequence: Sequence, params: SamplingParams, ahead: int) -> float:
+        return self._uniforms.next(sequence, ahead)
 
-    def _uniform(self, sequence: Sequence, params: SamplingParams) -> float:
-        return self._uniforms.next(sequence)
+
+def _sample(row: torch.Tensor, params: SamplingParams, uniform: float) -> int:
+    """A token of ``[vocab]`` logits that a uniform number in [0, 1) picks."""
+    # Relative to the likeliest token, which stays at 0 however small the temperature is.
+    scaled = (row - row.max()) / params.temperature
+    if params.top_k == 0 and params.top_p == 1.0:
+        if params.min_p > 0.0:
+            # p >= min_p * p_max  <=>  logit >= max logit + log(min_p)
+            limit = scaled.max() + torch.log(torch.tensor(params.min_p))
+            scaled = scaled.masked_fill(scaled < limit, float("-inf"))
+        return _invert(scaled.softmax(-1), uniform)
+    return _sample_filtered(scaled, params, uniform)
 
 
 def masked_rows(

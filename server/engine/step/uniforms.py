@@ -42,12 +42,12 @@ class Uniforms:
     def __init__(self) -> None:
         self._streams: dict[Sequence, UniformStream] = {}
 
-    def next(self, sequence: Sequence) -> float:
-        """The number for the token that is drawn next."""
+    def next(self, sequence: Sequence, ahead: int = 0) -> float:
+        """The number for the token that is drawn next, ``ahead`` tokens of this step before it."""
         stream = self._streams.get(sequence)
         if stream is None:
             stream = self._streams[sequence] = UniformStream(sequence.request.sampling.seed)
-        return stream.at(sequence.num_generated)
+        return stream.at(sequence.num_generated + ahead)
 
     def forget(self, sequence: Sequence) -> None:
         """Drop a finished sequence's numbers."""

@@ -106,6 +106,7 @@ class EngineHarness:
         max_num_batched_tokens: int = 64,
         max_num_seqs: int = 32,
         preempt_after_seconds: float = 5.0,
+        speculation: Any = "auto",
         adapter_device_bytes: int = 512 << 20,
         gpu: bool = False,
         seat: Seat | None = None,
@@ -122,6 +123,7 @@ class EngineHarness:
                 max_num_seqs=max_num_seqs,
                 max_num_batched_tokens=max_num_batched_tokens,
                 preempt_after_seconds=preempt_after_seconds,
+                speculation=speculation,
             ),
             adapters=AdapterConfig(
                 adapter_root=adapter_root,

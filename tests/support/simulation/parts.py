@@ -14,8 +14,10 @@ from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.residency.loader import LoadedAdapter
 from turret.server.adapters.source import Source
-from turret.server.engine.scheduling.scheduler import Step
-from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.scheduling.block_pool import BlockPool
+from turret.server.engine.scheduling.scheduled import Scheduled, Step
+from turret.server.engine.scheduling.sequence import Sequence, SequenceState
+from turret.server.engine.speculation.drafter import Drafter
 from turret.server.engine.step.runner import DeviceFullError, StepResult
 from turret.server.engine.step.sampler import Draw
 from turret.server.errors import AdapterCheckpointError, TurretError
@@ -120,12 +122,20 @@ class Files:
 
 
 class Runner:
-    """Draws tokens without a model, and checks that what it needs is there."""
+    """Draws tokens without a model, and checks that what it needs is there.
 
-    def __init__(self, source: random.Random, files: Files) -> None:
+    Attributes:
+        num_full: Steps that found no memory.
+        num_accepted: Draft tokens that were drawn.
+    """
+
+    def __init__(self, source: random.Random, files: Files, block_size: int) -> None:
         self._source = source
         self._files = files
-        self.num_full = 0
+        self._block_size = block_size
+        # What was computed last in each position of a block, and from what.
+        self._cache: dict[tuple[int, int], int] = {}
+        self.num_full = self.num_accepted = 0
 
     def run(self, step: Step) -> StepResult:
         result = StepResult()
@@ -133,12 +143,38 @@ class Runner:
             sequence = item.sequence
             for adapter, _ in sequence.mix.members:
                 self._check(adapter)
+            self._compute(item)
             if item.samples:
-                result.draws[sequence] = Draw(self._source.randrange(3, 9))
+                result.draws[sequence] = self._draw(item.draft)
         if self._source.random() < 0.02:
             self.num_full += 1
             raise DeviceFullError("the device is full")
+        self.num_accepted += sum(len(draws) - 1 for draws in result.draws.values())
         return result
+
+    def _compute(self, item: Scheduled) -> None:
+        """Write the rows' keys and values, after a look at those that they attend to."""
+        sequence, size = item.sequence, self._block_size
+        tokens = (*sequence.tokens, *item.draft)
+        assert len(tokens) <= size * len(sequence.blocks) or not item.samples
+        made_of = hash((self._files.base_generation, sequence.mix.key))
+        for position in range(sequence.num_computed + item.num_rows):
+            made_of = hash((made_of, tokens[position]))
+            slot = sequence.blocks[position // size], position % size
+            if position >= sequence.num_computed:
+                self._cache[slot] = made_of
+            else:
+                assert self._cache[slot] == made_of, "other keys and values than its own"
+
+    def _draw(self, draft: tuple[int, ...]) -> list[Draw]:
+        """Some of the draft, and a token that is not the next of it."""
+        draws = []
+        for expected in draft:
+            drawn = expected if self._source.random() < 0.6 else self._source.randrange(3, 9)
+            draws.append(Draw(drawn))
+            if drawn != expected:
+                return draws
+        return [*draws, Draw(self._source.randrange(3, 9))]
 
     def _check(self, adapter: Adapter) -> None:
         operators: Any = adapter.operators
@@ -159,6 +195,29 @@ class Runner:
     @property
     def adapter_bytes(self) -> int:
         return 0
+
+
+def drafter_of(sequence: Sequence, max_tokens: int) -> Drafter:
+    """Who guesses for it, end tokens too: answers end in the middle of a draft."""
+    return Drafter(
+        sequence.group,
+        sequence.tokens,
+        start=0,
+        prompt_end=sequence.prompt_end,
+        max_tokens=max_tokens,
+        end_ids=frozenset(),
+    )
+
+
+def check_progress(sequence: Sequence, pool: BlockPool) -> None:
+    """Drafts leave nothing behind: no token without keys, no block without a token."""
+    if sequence.state is SequenceState.RUNNING:
+        assert sequence.num_computed < len(sequence.tokens), "computed what is not there"
+    most = pool.blocks_for(len(sequence.tokens))
+    assert len(sequence.blocks) <= most, "a block for a draft that was wrong"
+    for index, block in enumerate(sequence.blocks):
+        is_full = (index + 1) * pool.block_size <= sequence.num_computed
+        assert is_full or block not in pool._key_of, "found before it is full"
 
 
 class Silent:

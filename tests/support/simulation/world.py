@@ -12,7 +12,18 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from simulation.parts import Clock, Files, Inbox, Letters, Runner, Silent, Threads, facts_of
+from simulation.parts import (
+    Clock,
+    Files,
+    Inbox,
+    Letters,
+    Runner,
+    Silent,
+    Threads,
+    check_progress,
+    drafter_of,
+    facts_of,
+)
 
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.base import ChangedBase
@@ -33,6 +44,7 @@ from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.request import Output, Request, StopConditions
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
+from turret.server.engine.speculation.speculation import Speculation
 from turret.server.errors import TurretError
 
 NAMES = ("a", "b", "c", "d")
@@ -88,8 +100,9 @@ class World:
             max_num_batched_tokens=MAX_TOKENS,
             is_ready=lambda sequence: self.loop.is_ready(sequence),
             preempt_after_seconds=PREEMPT_SECONDS,
+            speculation=Speculation(),
         )
-        self.runner = Runner(self.random, self.files)
+        self.runner = Runner(self.random, self.files, BLOCK_SIZE)
         adapters: Any = self
         self.loop = EngineLoop(
             scheduler=self.scheduler,
@@ -197,8 +210,10 @@ class World:
         )
         assert request.stop.max_tokens is not None
         stream: Any = object()
+        sequence = Sequence(request, mix, self.clock.now)
+        sequence.drafter = drafter_of(sequence, request.stop.max_tokens)
         answer = Answer(
-            Sequence(request, mix, self.clock.now),
+            sequence,
             stream,
             AnswerText(Letters(), request.stop, frozenset((8,))),
             token_text=str,
@@ -315,6 +330,7 @@ class World:
             blocks = answer.sequence.blocks
             assert len(set(blocks)) == len(blocks), "a block twice in one sequence"
             held.update(blocks)
+            check_progress(answer.sequence, self.pool)
         assert 0 not in held
         assert self.pool.num_active == len(held), "a block without owner"
         assert not held & self.pool._free.keys(), "a block in two places"

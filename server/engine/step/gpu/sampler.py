@@ -21,7 +21,7 @@ from turret.server.engine.scheduling.request import SamplingParams, StopConditio
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.adjustment import Adjustment
 from turret.server.engine.step.masks import TokenMask
-from turret.server.engine.step.sampler import NO_MASKS, Draw, masked_rows
+from turret.server.engine.step.sampler import NO_MASKS, NOTHING_DRAWN, Draw, masked_rows
 from turret.server.engine.step.uniforms import UniformStream
 
 _HOST = torch.device("cpu")
@@ -94,6 +94,7 @@ class GpuSampler:
         logits: torch.Tensor,
         sequences: SequenceOf[Sequence],
         masks: Mapping[Sequence, TokenMask] = NO_MASKS,
+        drawn: Mapping[Sequence, SequenceOf[int]] = NOTHING_DRAWN,
     ) -> list[Draw]:
         """What was drawn, waiting for the device; ``launch`` has been part of the step.
 
@@ -101,7 +102,9 @@ class GpuSampler:
             logits: ``[rows, vocab]`` fp32; modified in place.
             sequences: Whose row it is, as they were loaded.
             masks: Of the sequences with a constraint.
+            drawn: Nothing: steps on a GPU have no drafts.
         """
+        assert not drawn, "a row has been drawn already, as a part of the step"
         top_n = [s.request.options.top_n for s in sequences if s.request.options.logprobs]
         # Before any sampling parameter touches them.
         logprobs = logits.log_softmax(-1) if top_n else None
@@ -116,13 +119,13 @@ class GpuSampler:
         if logprobs is not None:
             values, ids = logprobs.topk(min(max(top_n), logprobs.shape[1]), dim=-1)
             reports = (logprobs.gather(1, tokens.unsqueeze(1)).squeeze(1), values, ids)
-        drawn, *reported = self._to_host(tokens, *reports)
-        draws = [Draw(token) for token in drawn.tolist()]
+        found, *reported = self._to_host(tokens, *reports)
+        draws = [Draw(token) for token in found.tolist()]
         if reported:
             chosen, values, ids = (part.tolist() for part in reported)
             draws = [
                 _reported(sequence, token, chosen[i], list(zip(ids[i], values[i], strict=True)))
-                for i, (sequence, token) in enumerate(zip(sequences, drawn.tolist(), strict=True))
+                for i, (sequence, token) in enumerate(zip(sequences, found.tolist(), strict=True))
             ]
         for i, sequence in enumerate(sequences):
             mask = masks.get(sequence)

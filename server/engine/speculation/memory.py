@@ -1,0 +1,64 @@
+"""What a mix of adapters has answered lately: the answers of an adapter resemble each other."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Hashable, Sequence
+
+from turret.server.engine.speculation.chances import Chances
+from turret.server.engine.speculation.text_index import TextIndex
+
+# Begins an answer; no token's id.
+START = -1
+# Tokens of earlier answers that are remembered, and mixes: a few tens of megabytes at most.
+_MAX_TOKENS = 4096
+_MAX_MIXES = 128
+
+
+class MixMemory:
+    """Earlier answers of one mix, and how often drafts for it were right.
+
+    Attributes:
+        own: Of drafts from a request's own text.
+        earlier: Of drafts from earlier answers.
+    """
+
+    def __init__(self) -> None:
+        self.own = Chances()
+        self.earlier = Chances()
+        self._tokens: list[int] = []
+        self._index = TextIndex(self._tokens, most=_MAX_TOKENS)
+
+    def find(self, answer: Sequence[int]) -> tuple[int, int]:
+        """As ``TextIndex.find``; ``answer`` begins with ``START``."""
+        return self._index.find(answer)
+
+    def after(self, place: int, count: int) -> list[int]:
+        """At most ``count`` tokens from a place on, to the end of the answer there."""
+        found = self._tokens[place : place + count]
+        return found[: found.index(START)] if START in found else found
+
+    def add(self, answer: Sequence[int]) -> None:
+        """Remember an answer, which begins with ``START``."""
+        if len(self._tokens) > 4 * _MAX_TOKENS:
+            self._tokens = self._tokens[-_MAX_TOKENS:]
+            self._index = TextIndex(self._tokens, most=_MAX_TOKENS)
+        self._tokens += answer[: 1 + _MAX_TOKENS]
+        self._index.read()
+
+
+class Memories:
+    """The memories of the mixes that were asked last."""
+
+    def __init__(self) -> None:
+        self._by_mix: OrderedDict[Hashable, MixMemory] = OrderedDict()
+
+    def of(self, mix: Hashable) -> MixMemory:
+        """A mix's memory, which begins empty."""
+        found = self._by_mix.get(mix)
+        if found is None:
+            found = self._by_mix[mix] = MixMemory()
+            if len(self._by_mix) > _MAX_MIXES:
+                self._by_mix.popitem(last=False)
+        self._by_mix.move_to_end(mix)
+        return found

@@ -1,0 +1,84 @@
+"""Draws the tokens of a step whose drafts are checked, position after position.
+
+A draft token was right if it is the token that is drawn in its place, from the logits after those
+before it, with the request's own random number: what is drawn is what would have been drawn one
+step after the other. It is exact matching and no rejection sampling (arXiv 2211.17192), which keeps
+the distribution but not the tokens of a seed. The first token that differs from the draft is drawn
+from right logits as well, and ends the draft.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+import torch
+
+from turret.server.engine.scheduling.scheduled import Scheduled
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.executor import Draws
+from turret.server.engine.step.masks import TokenMask
+from turret.server.engine.step.sampler import NOTHING_DRAWN, Draw
+
+NO_MORE_MASKS: Mapping[Sequence, TokenMask] = {}
+
+
+@dataclass(slots=True)
+class _Run:
+    """A sequence's rows, and what has been drawn from them so far."""
+
+    item: Scheduled
+    first_row: int
+    draws: list[Draw] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+
+    def take(self, draw: Draw) -> None:
+        self.draws.append(draw)
+        self.tokens.append(draw.token_id)
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether the next row is that of the token drawn last."""
+        count = len(self.tokens)
+        draft = self.item.draft
+        return count <= len(draft) and draft[count - 1] == self.tokens[-1]
+
+
+def draw_tokens(
+    sampler: Draws,
+    logits: torch.Tensor,
+    items: SequenceOf[Scheduled],
+    masks: Mapping[Sequence, TokenMask],
+) -> list[list[Draw]]:
+    """Draw at least one token for every sequence that samples in a step.
+
+    Args:
+        sampler: Draws from rows.
+        logits: ``[samples, vocab]`` fp32: of each item a row, and one for each token of its draft;
+            modified in place.
+        items: What samples, in the order of the rows.
+        masks: Of the sequences with a constraint, which have no drafts.
+
+    Returns:
+        For each item the tokens in order: those of its draft that were right, and one more.
+    """
+    runs: list[_Run] = []
+    row = 0
+    for item in items:
+        runs.append(_Run(item, row))
+        row += 1 + len(item.draft)
+    if row == len(runs):
+        draws = sampler.draw(logits, [item.sequence for item in items], masks, NOTHING_DRAWN)
+        return [[draw] for draw in draws]
+    going = runs
+    while going:
+        rows = torch.tensor([run.first_row + len(run.tokens) for run in going])
+        sequences = [run.item.sequence for run in going]
+        drawn = {run.item.sequence: run.tokens for run in going}
+        picked = logits.index_select(0, rows.to(logits.device))
+        for run, draw in zip(going, sampler.draw(picked, sequences, masks, drawn), strict=True):
+            run.take(draw)
+        going = [run for run in going if run.goes_on]
+        masks = NO_MORE_MASKS
+    return [run.draws for run in runs]

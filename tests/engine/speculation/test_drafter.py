@@ -1,0 +1,274 @@
+"""Guesses: where they come from, how long they are, and that they stop where they do not pay."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turret.server.engine.speculation import memory as memory_module
+from turret.server.engine.speculation.chances import Chances
+from turret.server.engine.speculation.drafter import MAX_DRAFT, Drafter
+from turret.server.engine.speculation.memory import START, Memories, MixMemory
+from turret.server.engine.speculation.speculation import Speculation
+from turret.server.engine.speculation.step_cost import StepCost, StepValue
+from turret.server.engine.speculation.text_index import MAX_MATCH, TextIndex
+
+
+def agreement(text: Sequence[int], place: int, tail: Sequence[int]) -> int:
+    count = 0
+    while count < min(place, len(tail), MAX_MATCH) and text[place - 1 - count] == tail[-1 - count]:
+        count += 1
+    return count
+
+
+@given(
+    st.lists(st.integers(0, 3), min_size=1, max_size=60),
+    st.integers(1, 7),
+    st.lists(st.integers(0, 3), min_size=1, max_size=9),
+)
+@settings(max_examples=100, derandomize=True, deadline=None, database=None)
+def test_the_index_finds_the_longest_agreement_of_the_latest_places(
+    text: list[int], piece: int, other: list[int]
+) -> None:
+    """Against a search of every place; the index reads the text as it grows."""
+    tokens: list[int] = []
+    index = TextIndex(tokens, most=1000)
+    for start in range(0, len(text), piece):
+        tokens += text[start : start + piece]
+        index.read()
+        for tail in (tokens, other):
+            places = [p for p in range(1, len(tokens)) if tokens[p - 1] == tail[-1]][-16:]
+            lengths = [agreement(tokens, place, tail) for place in places]
+            place, match = index.find(tail)
+            assert match == max(lengths, default=0)
+            if match:
+                assert place == max(p for p, n in zip(places, lengths, strict=True) if n == match)
+            else:
+                assert place == 0
+
+
+def test_an_index_forgets_and_still_finds_what_is_new() -> None:
+    tokens = [7, 8, 9]
+    index = TextIndex(tokens, most=50)
+    for number in range(1000):
+        tokens.append(100 + number)
+        index.read()
+        assert len(index._before) <= 101
+        assert len(index._latest) <= 101
+    assert index.find([7, 8]) == (0, 0)
+    assert index.find([100 + 990, 100 + 991]) == (3 + 992, 2)
+    # Of a match at the very beginning of what is remembered, nothing before it is compared.
+    first = tokens[index._start]
+    assert index.find([first - 1, first]) == (index._start + 1, 1)
+
+
+def make(
+    prompt: Sequence[int],
+    answer: Sequence[int] = (),
+    *,
+    max_tokens: int = 100,
+    end_ids: frozenset[int] = frozenset(),
+    start: int = 0,
+) -> Drafter:
+    tokens = [-1] * start + list(prompt)
+    drafter = Drafter(
+        "mix",
+        tokens,
+        start=start,
+        prompt_end=len(tokens),
+        max_tokens=max_tokens,
+        end_ids=end_ids,
+    )
+    tokens += answer
+    return drafter
+
+
+def cheap() -> StepValue:
+    """A step in which a row costs next to nothing."""
+    return StepValue(1, 1e6)
+
+
+def test_a_draft_is_what_followed_in_the_prompt() -> None:
+    drafter = make([1, 2, 3, 4, 5, 6], [9, 2, 3])
+    assert drafter.draft(MixMemory(), cheap(), 3) == (4, 5, 6)
+    assert drafter.draft(MixMemory(), cheap(), 5) == (4, 5, 6, 9, 2)
+    assert make([1, 2, 3], [4]).draft(MixMemory(), cheap(), 5) == ()
+
+
+def test_what_repeats_itself_goes_on_repeating() -> None:
+    drafter = make([5], [1, 2, 3, 1, 2])
+    assert drafter.draft(MixMemory(), cheap(), 8) == (3, 1, 2, 3, 1, 2, 3, 1)
+
+
+def test_soft_tokens_are_no_text() -> None:
+    drafter = make([1, 2, 3, 1], start=4)
+    assert drafter.draft(MixMemory(), cheap(), 8)[:2] == (2, 3)
+    assert -1 not in drafter.draft(MixMemory(), cheap(), 8)
+    assert make([1], start=4).draft(MixMemory(), cheap(), 8) == ()
+
+
+def test_a_draft_ends_before_an_end_token_and_before_max_tokens() -> None:
+    text = [1, 2, 3, 4, 5, 6, 1, 2]
+    assert make(text, end_ids=frozenset({5})).draft(MixMemory(), cheap(), 9) == (3, 4)
+    # Of three tokens to come two are guessed: the step draws one more.
+    assert make(text, max_tokens=3).draft(MixMemory(), cheap(), 9) == (3, 4)
+    assert make(text, max_tokens=1).draft(MixMemory(), cheap(), 9) == ()
+    same = make([1] * 9, max_tokens=99)
+    assert len(same.draft(MixMemory(), cheap(), 99)) == MAX_DRAFT
+
+
+def test_earlier_answers_of_the_mix_are_guessed_from() -> None:
+    memory = MixMemory()
+    earlier = make([50], [1, 2, 3, 4])
+    earlier.end(memory)
+    assert make([60], [1]).draft(memory, cheap(), 8) == (2, 3, 4)
+    # The beginning of an answer tells that it is one.
+    other = make([61], [1, 9, 9, 9])
+    other.end(memory)
+    make([62], [7, 1, 5, 5]).end(memory)
+    assert make([60], [1]).draft(memory, cheap(), 2) == (9, 9)
+    assert make([60], [7, 1]).draft(memory, cheap(), 8) == (5, 5)
+    assert make([60], [1]).draft(MixMemory(), cheap(), 8) == ()
+
+
+def test_the_memory_of_a_mix_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "_MAX_TOKENS", 20)
+    memory = MixMemory()
+    for number in range(200):
+        memory.add([START, *range(number, number + 7)])
+        assert len(memory._tokens) <= 4 * 20 + 8
+    place, match = memory.find([START, 199])
+    assert match == 2
+    assert memory.after(place, 99) == [*range(200, 206)]
+    memory.add([START, *range(1000)])
+    assert len(memory._tokens) <= 4 * 20 + 29
+
+
+def test_the_least_recently_asked_mix_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_module, "_MAX_MIXES", 2)
+    memories = Memories()
+    first, second = memories.of("a"), memories.of("b")
+    assert memories.of("a") is first
+    memories.of("c")
+    assert memories.of("a") is first
+    assert memories.of("b") is not second
+
+
+def test_answers_of_others_are_not_remembered_where_nobody_wants_it() -> None:
+    for remembers in (True, False):
+        speculation = Speculation(remembers=remembers)
+        speculation.ended(make([1], [2, 3, 4, 5]))
+        found = speculation.plan(1).draft(make([9], [2]), 8)
+        assert bool(found) is remembers
+
+
+def test_chances_follow_what_was_right() -> None:
+    chances = Chances()
+    before = chances.of(3)
+    # Before the second token one more agrees; the third was wrong.
+    chances.learn(3, 4, 2)
+    assert before < chances.of(3) < 1.0
+    assert chances.of(4) > Chances().of(4)
+    assert chances.of(5) < Chances().of(5)
+    assert chances.of(6) == Chances().of(6)
+    for _ in range(20):
+        chances.learn(3, 4, 0)
+    assert chances.of(3) < 0.05
+    assert chances.of(2) == Chances().of(2)
+    assert chances.of(0) == 0.0
+    for _ in range(50):
+        chances.learn(3, 9, 9)
+    assert 0.9 < chances.of(3) < 1.0
+    assert 0.9 < chances.of(MAX_MATCH) == chances.of(12) < 1.0
+
+
+def run(truth: Callable[[int], int], num_tokens: int, num_rows: int = 1) -> tuple[int, int, int]:
+    """Steps, draft tokens and right ones until an answer has so many tokens."""
+    prompt = [truth(i) for i in range(64)]
+    drafter = make(prompt, [truth(64)], max_tokens=num_tokens + 1)
+    tokens, memory = drafter._tokens, MixMemory()
+    steps = num_draft = num_right = 0
+    while len(tokens) < 64 + num_tokens:
+        draft = drafter.draft(memory, StepValue(num_rows, 7.0), 99)
+        right = 0
+        while right < len(draft) and draft[right] == truth(len(tokens) + right):
+            right += 1
+        drafter.learn(right)
+        tokens += [truth(len(tokens) + i) for i in range(right + 1)]
+        steps, num_draft, num_right = steps + 1, num_draft + len(draft), num_right + right
+    return steps, num_draft, num_right
+
+
+def test_repeating_text_takes_few_steps() -> None:
+    steps, num_draft, num_right = run(lambda i: i % 20, 640)
+    assert steps < 640 / 8
+    assert num_right > 0.9 * num_draft
+
+
+def noise(size: int) -> Callable[[int], int]:
+    source = random.Random(size)
+    text = [source.randrange(size) for _ in range(4096)]
+    return lambda i: text[i]
+
+
+@pytest.mark.parametrize("size", [2000, 300, 40])
+def test_text_that_repeats_nothing_loses_little(size: int) -> None:
+    """At a row's price of an eighth of a step; the fewer tokens, the more there is to mistake."""
+    steps, num_draft, _ = run(noise(size), 1000)
+    assert (steps * 8 + num_draft) / (1000 * 8) < 1.02
+
+
+def test_drafts_are_tried_again_after_a_while() -> None:
+    plain = noise(40)
+    steps, _, _ = run(lambda i: plain(i) if i < 1000 else i % 17, 2000)
+    assert steps < 1000 + 1000 / 3
+
+
+def test_a_wide_batch_guesses_only_what_is_sure() -> None:
+    def draft(num_rows: int, sure: int) -> int:
+        memory = MixMemory()
+        for _ in range(sure):
+            memory.own.learn(MAX_MATCH, 8, 8)
+        drafter = make([*range(20), *range(8)])
+        return len(drafter.draft(memory, StepValue(num_rows, 7.0), 99))
+
+    assert draft(1, 5) == MAX_DRAFT
+    assert 0 < draft(16, 0) < draft(1, 0)
+    assert draft(256, 5) == 0
+    assert draft(64, 5) > draft(64, 0)
+
+
+def test_a_step_has_a_most_of_rows() -> None:
+    speculation = Speculation()
+    speculation.cost.fixed_rows = 1e6
+    plan = speculation.plan(80)
+    drafts = [plan.draft(make([*range(9), *range(9)]), 99) for _ in range(4)]
+    assert [len(draft) for draft in drafts] == [MAX_DRAFT, 1, 0, 0]
+    assert speculation.plan(512).draft(make([1, 2, 3, 1, 2, 3]), 99) == ()
+
+
+def test_the_cost_of_a_row_is_measured() -> None:
+    source = random.Random(0)
+    for fixed in (1.0, 7.0, 30.0):
+        cost = StepCost()
+        assert cost.fixed_rows == 7.0
+        for _ in range(400):
+            rows = source.choice((1, 1, 1, 4, 9, 16))
+            cost.took(rows, 0.001 * (fixed + rows) * source.uniform(0.9, 1.1))
+        assert fixed / 1.6 < cost.fixed_rows < fixed * 1.6, fixed
+
+
+def test_steps_of_one_size_say_nothing_of_rows() -> None:
+    cost = StepCost()
+    for _ in range(1000):
+        cost.took(4, 0.02)
+    assert cost.fixed_rows == pytest.approx(7.0)
+    for seconds in (0.0, 1e-9, 1e3):
+        for _ in range(50):
+            cost.took(1, seconds)
+            cost.took(64, seconds)
+        assert 0.5 <= cost.fixed_rows <= 64.0
