@@ -96,7 +96,8 @@ class Fleet:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self._folder = folder
-        flags = ["--adapter-root", str(folder / "adapters")]
+        # What adapters cost is asked, not how many steps an answer takes.
+        flags = ["--adapter-root", str(folder / "adapters"), "--speculation", "off"]
         flags += ["--adapter-host-bytes", str(args.host_bytes)]
         flags += ["--adapter-device-bytes", str(args.device_bytes)]
         flags += ["--max-queued-requests", str(2 * max(args.requests, args.fair_requests))]

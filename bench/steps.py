@@ -186,7 +186,7 @@ async def measure(args: argparse.Namespace, root: Path, cases: list[Scenario]) -
     config = Config(
         model=ModelConfig(model=args.model),
         adapters=AdapterConfig(adapter_root=root, max_rank=max(128, args.rank)),
-        scheduler=SchedulerConfig(max_num_seqs=max(64, args.batch)),
+        scheduler=SchedulerConfig(max_num_seqs=max(64, args.batch), speculation="off"),
     )
     backend = build_backend(config, Metrics())
     engine, registry = backend.engine, backend.registry

@@ -36,7 +36,9 @@ class Served:
         new_tokens: int = 64,
         flags: Sequence[str] = (),
     ) -> None:
-        common = ["--adapter-root", str(root), "--max-num-seqs", "64", "--max-rank", "128"]
+        # What a step costs is asked, not how many an answer takes.
+        common = ["--adapter-root", str(root), "--speculation", "off"]
+        common += ["--max-num-seqs", "64", "--max-rank", "128"]
         self.server = ServerProcess([*common, *flags])
         self.server.wait()
         self.pid = self.server.process.pid
