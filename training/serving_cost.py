@@ -109,6 +109,8 @@ def _multiply_adds(operators: ModuleOperators) -> int:
         # Both transforms, and four products per frequency of every pair of blocks.
         rows, columns, size = operators.circulant.kernel.shape
         count += (rows + columns) * size * (size + 2) + 2 * rows * columns * (size + 2)
+    if operators.dense is not None:
+        count += operators.dense.weight.numel()
     if operators.modulated is not None:
         a, b = operators.modulated.tensors()
         count += a.shape[0] * a.shape[1] * b.shape[1] + a.numel() + b.numel()

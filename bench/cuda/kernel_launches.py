@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from turret.kernels.gpu.adapters.circulant import circulant
+from turret.kernels.gpu.adapters.dense import dense
 from turret.kernels.gpu.adapters.fusion_gate import fusion_gate, routing_gate
 from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
@@ -141,7 +142,7 @@ def _from_base(
 
 
 def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]]:
-    """Hadamard, Kronecker, circulant and sparse adapters."""
+    """Hadamard, Kronecker, circulant, sparse and dense adapters."""
     table = RowTable(_ROWS, _META)
     x, y = _empty(_ROWS, inner), _empty(_ROWS, sum(outs))
 
@@ -156,9 +157,9 @@ def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]
             if inner % factor or out % factor:
                 continue
             w1 = _empty(_SLOTS, factor, factor)
-            dense = _empty(_SLOTS, out // factor, inner // factor)
+            whole = _empty(_SLOTS, out // factor, inner // factor)
             pair = (_empty(_SLOTS, out // factor, 16), _empty(_SLOTS, 16, inner // factor))
-            kronecker(x, y[:, :out], w1, dense, table)
+            kronecker(x, y[:, :out], w1, whole, table)
             kronecker(x, y[:, :out], w1, pair, table)
 
     def circulants() -> None:
@@ -176,6 +177,7 @@ def _by_slot(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object]
     for rank in (8, 16, 32, 64):
         yield lambda rank=rank: hadamard(rank)
     yield lambda: entries(outs[0])
+    yield lambda: dense(x, y[:, : outs[0]], _empty(_SLOTS, dtype=torch.int64), table)
     yield circulants
     yield lambda: kron(outs[0])
 

@@ -4,7 +4,7 @@ Semantics, per row and slice ``s`` of a fused projection, over the members ``k``
 
     y ← G ⊙ y + bias + Σ_k w_k (b_k + Δ_k(x))      G = 1 + Σ_k w_k (g_k − 1)
 
-    Δ(x) = B (A x) + ((w1a w1b) ⊙ (w2a w2b)) x + kron(w1, w2) x + S x
+    Δ(x) = B (A x) + ((w1a w1b) ⊙ (w2a w2b)) x + kron(w1, w2) x + S x + D x
 
 in fp32 with one rounding. Nothing is packed: a step is a list of row segments, each with its
 members, and a member is a pointer to its adapter's table of modules. The gathering is that of
@@ -94,7 +94,7 @@ class SparseEntries:
 
 
 # A module's entry: five tensors and the rank, then what these point to.
-_FIELDS = ("hadamard", "kronecker", "input_blocks", "pairs", "circulant", "sparse")
+_FIELDS = ("hadamard", "kronecker", "input_blocks", "pairs", "circulant", "sparse", "dense")
 _FIRST = 6
 
 
@@ -130,6 +130,7 @@ class ModuleTable:
         pairs: tuple[torch.Tensor, int] | None = None,
         circulant: CirculantFactors | None = None,
         sparse: SparseEntries | None = None,
+        dense: torch.Tensor | None = None,
     ) -> None:
         """Enter a module's tensors.
 
@@ -146,6 +147,7 @@ class ModuleTable:
             pairs: What partners are multiplied by, ``[out]`` fp32, and the outputs of a group.
             circulant: The block-circulant update.
             sparse: Entries of the weight.
+            dense: ``[out, in]`` bf16.
         """
         assert (a is None) == (b is None)
         rank = 0 if a is None else a.shape[0]
@@ -176,6 +178,8 @@ class ModuleTable:
             parts = (sparse.values, sparse.columns, sparse.row_starts)
             mean = len(sparse.values) // (len(sparse.row_starts) - 1)
             self._factors.append((module, "sparse", [*map(self._address_of, parts), mean]))
+        if dense is not None:
+            self._factors.append((module, "dense", [self._address_of(dense), dense.shape[1]]))
         self.width = max(self.width, width)
 
     def close(self) -> None:

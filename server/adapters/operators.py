@@ -19,6 +19,7 @@ from turret.server.adapters.classifier import Classifier
 from turret.server.adapters.soft_prompt import SoftPrompt
 from turret.server.adapters.updates import (
     Circulant,
+    Dense,
     ExpertLowRank,
     Hadamard,
     Kronecker,
@@ -182,6 +183,7 @@ class ModuleOperators:
         sparse: Entries of the weight, or None.
         gate: Low-rank updates weighted per token, or None.
         circulant: The block-circulant update, or None.
+        dense: An update as large as the weight, or None.
         modulated: The base's weight times a low-rank matrix, entry by entry, or None.
         input_blocks: Blocks that turn the base's input, or None.
         pairs: Outputs of the base that are added to others, or None. Not beside a change of input.
@@ -198,6 +200,7 @@ class ModuleOperators:
     sparse: Sparse | None = None
     gate: Gate | None = None
     circulant: Circulant | None = None
+    dense: Dense | None = None
     modulated: ModulatedBase | None = None
     input_blocks: InputBlocks | None = None
     pairs: PairRotation | None = None

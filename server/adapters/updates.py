@@ -148,6 +148,27 @@ class Circulant:
 
 
 @dataclass(frozen=True, slots=True)
+class Dense:
+    """``Δ(x) = D x``, ``D`` as large as the weight: where no other operator is exact.
+
+    Attributes:
+        weight: ``[out_features, in_features]``, serving dtype, contiguous, the scaling folded in.
+    """
+
+    weight: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weight.nbytes
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.weight,)
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> Dense:
+        return Dense(next(tensors))
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertLowRank:
     """``Δ(x) = b_eᵀ (a_e x)`` for the rows of each expert ``e``: one fused projection of a layer.
 

@@ -1,7 +1,7 @@
 """The dense update ``ΔW`` of one module, from any method's operators.
 
     ΔW = B A + (w1a w1b) ⊙ (w2a w2b) + kron(w1, w2) + (g − 1) ⊙ W + W ⊙ (l − 1)ᵀ + g ⊙ W Dᵀ
-         + C + W ⊙ bᵀ a + s ⊙ W_p + S
+         + C + W ⊙ bᵀ a + s ⊙ W_p + S + D
 
 ``W`` is the weight served. For DoRA this is ``g ⊙ (W + s·B A) − W``, as ``g`` is in ``B`` already.
 """
@@ -22,7 +22,7 @@ _ROWS_PER_BLOCK = 1024
 # What a weight update cannot be made of: operators that are not in the formula above.
 _FROM_BASE = frozenset({"gain", "input_gain", "input_blocks", "pairs", "modulated"})
 _WEIGHT_OPERATORS = _FROM_BASE | {
-    *("low_rank", "hadamard", "kronecker", "circulant", "sparse", "bias")
+    *("low_rank", "hadamard", "kronecker", "circulant", "sparse", "dense", "bias")
 }
 _WORDS = {"experts": "update of experts"}
 _LOW_RANK_OPERATORS = frozenset({"low_rank", "bias"})
@@ -87,6 +87,8 @@ def add_delta(
         values, columns = operators.sparse.values.float(), operators.sparse.columns
         places = operators.sparse.rows(), columns.to(torch.int64)
         total.index_put_(places, values * weight, accumulate=True)
+    if operators.dense is not None:
+        total.add_(operators.dense.weight, alpha=weight)
     if _used(operators) & _FROM_BASE:
         served = module.dequantize()
         if gain is not None:

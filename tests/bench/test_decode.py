@@ -107,7 +107,7 @@ def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
         if getattr(module, name) is not None
     }
     # Those that came later are not timed there: its rates are compared with earlier ones.
-    later = {"input_blocks", "sparse", "pairs", "circulant", "modulated"}
+    later = {"input_blocks", "sparse", "pairs", "circulant", "dense", "modulated"}
     assert used == operators - {"gate", "bias"} - later
     plain = logits(model)
     for name, adapter in lowered.items():

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from turret.kernels.expert_routing import Routing
+from turret.kernels.gpu.shared.addresses import pointer_to
 from turret.kernels.gpu.shared.contract import (
     check_contiguous,
     check_float,
@@ -35,12 +36,6 @@ def _address_of(factors_ptr, WHICH: tl.constexpr, table_ptr, row, capacity):
 
 
 @triton.jit
-def _pointer_to(address, like_ptr):
-    """An address as a pointer; memory of its own begins at a multiple of 16."""
-    return tl.multiple_of(address.to(tl.pointer_type(like_ptr.dtype.element_ty)), 16)
-
-
-@triton.jit
 def expert_shrink_kernel(
     x_ptr,  # [num_rows, in_features]
     reads_ptr,  # [num_pairs] int64: the row of x that each pair reads; None: its own
@@ -59,7 +54,7 @@ def expert_shrink_kernel(
     pair = tl.program_id(0).to(tl.int64)
     address = _address_of(factors_ptr, 0, table_ptr, tl.load(rows_ptr + pair), capacity)
     if address != 0:
-        a_ptr = _pointer_to(address, x_ptr)
+        a_ptr = pointer_to(address, x_ptr)
         read = pair
         if reads_ptr is not None:
             read = tl.load(reads_ptr + pair)
@@ -96,7 +91,7 @@ def expert_expand_kernel(
     row = tl.load(rows_ptr + pair)
     address = _address_of(factors_ptr, 1, table_ptr, row, capacity)
     if address != 0:
-        b_ptr = _pointer_to(address, y_ptr)
+        b_ptr = pointer_to(address, y_ptr)
         weight = tl.load(table_ptr + _HEADER + 2 * capacity + row).to(tl.float32, bitcast=True)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         inside = n < out_features

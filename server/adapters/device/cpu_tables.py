@@ -126,7 +126,8 @@ class AdapterTables(Part):
             for layer, s, ops in found:
                 _put(modules, self._numbers.first(layer, name) + s, ops)
                 parts = (ops.low_rank, ops.hadamard, ops.kronecker, ops.circulant, ops.pairs)
-                if any(part is not None for part in (*parts, ops.sparse, ops.gain, ops.bias)):
+                parts = (*parts, ops.sparse, ops.dense, ops.gain, ops.bias)
+                if any(part is not None for part in parts):
                     updates.add(name)
                 if ops.gain is not None or ops.pairs is not None:
                     gains.add(name)
@@ -173,6 +174,7 @@ def _put(table: ModuleTable, module: int, ops: ModuleOperators) -> None:
         pairs=None if ops.pairs is None else (ops.pairs.sine, ops.pairs.group),
         circulant=None if ops.circulant is None else CirculantFactors.of(ops.circulant.kernel),
         sparse=None if ops.sparse is None else SparseEntries(*ops.sparse.tensors()),
+        dense=None if ops.dense is None else ops.dense.weight,
     )
 
 

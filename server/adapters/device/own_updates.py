@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import torch
 
 from turret.kernels.adapters.circulant import circulant_reference, spectrum
+from turret.kernels.adapters.dense import dense_reference
 from turret.kernels.adapters.input_blocks import input_blocks_reference
 from turret.kernels.adapters.modulated_base import modulated_reference
 from turret.kernels.adapters.pair_rotation import pair_rotation_reference
+from turret.kernels.rows.linear import prepare_linear
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.part import Part
@@ -91,6 +93,8 @@ class StepOwnUpdates:
             kernel = ops.circulant.kernel
             change = circulant_reference(x, spectrum(kernel), kernel.shape[2])
             total = total + weights * change
+        if ops.dense is not None and "dense" in self.kinds:
+            total = total + weights * dense_reference(x, ops.dense.weight)
         if ops.input_blocks is not None and "input_blocks" in self.kinds:
             turned = weights * input_blocks_reference(x, ops.input_blocks.blocks)
             change = base(turned.to(x.dtype)).float()
@@ -123,6 +127,8 @@ class OwnUpdates(Part):
         found: dict[tuple[int, str], list[tuple[int, ModuleOperators]]] = {}
         for name in self._layout.projections:
             for layer, s, ops in self._layout.of(operators, name):
+                if ops.dense is not None and "dense" in self._kinds:
+                    prepare_linear(ops.dense.weight)
                 if any(getattr(ops, kind) is not None for kind in self._kinds):
                     found.setdefault((layer, name), []).append((s, ops))
         if found:

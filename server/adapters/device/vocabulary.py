@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from turret.kernels.adapters.circulant import circulant_reference, spectrum
+from turret.kernels.adapters.dense import dense_reference
 from turret.kernels.adapters.hadamard_expand import hadamard_expand_reference
 from turret.kernels.adapters.hadamard_shrink import hadamard_shrink_reference
 from turret.kernels.adapters.input_blocks import input_blocks_reference
@@ -165,6 +166,8 @@ def _add_linear(
     if ops.circulant is not None:
         kernel = ops.circulant.kernel
         total += weight * circulant_reference(x, spectrum(kernel), kernel.shape[2])
+    if ops.dense is not None:
+        total += weight * dense_reference(x, ops.dense.weight)
     if ops.modulated is not None:
         total += weight * modulated_reference(x, ops.modulated.a, ops.modulated.b, head)
     if ops.bias is not None:

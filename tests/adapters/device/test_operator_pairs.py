@@ -35,7 +35,7 @@ from turret.server.adapters.operators import (
     PrototypeScore,
     QueryScore,
 )
-from turret.server.adapters.updates import Circulant, Hadamard, Kronecker, LowRank, Sparse
+from turret.server.adapters.updates import Circulant, Dense, Hadamard, Kronecker, LowRank, Sparse
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 
 CPU = torch.device("cpu")
@@ -56,6 +56,7 @@ KINDS = (
         "sparse",
         "gate",
         "circulant",
+        "dense",
         "modulated",
         "input_blocks",
     ),
@@ -93,6 +94,8 @@ def operators_of(kind: str, out: int, dtype: torch.dtype) -> Any:
         return InputBlocks(0.5 * noise(INNER // 4, 4, 4))
     if kind == "circulant":
         return Circulant(noise(out // 16, INNER // 16, 16) / (INNER / 16) ** 0.5)
+    if kind == "dense":
+        return Dense(noise(out, INNER))
     if kind == "modulated":
         # A rank is a launch of the base's here, and an interpreter's time.
         rank = 1 if dtype == torch.float32 else 3
@@ -180,6 +183,8 @@ def _change(weight: Tensor, ops: ModuleOperators, x: Tensor) -> Tensor:
         total += change if ops.gain is None else change * ops.gain.double()
     if ops.circulant is not None:
         total += x @ circulant(ops.circulant.kernel.double()).T
+    if ops.dense is not None:
+        total += x @ ops.dense.weight.double().T
     if ops.modulated is not None:
         total += x @ (weight * (ops.modulated.b.double().T @ ops.modulated.a.double())).T
     if ops.pairs is not None:

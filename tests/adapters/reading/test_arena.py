@@ -9,7 +9,7 @@ import torch
 
 from turret.server.adapters.lowering.arena import in_one_block
 from turret.server.adapters.operators import Gate, ModuleOperators, PrototypeScore, QueryScore
-from turret.server.adapters.updates import Hadamard, Kronecker, LowRank, Sparse
+from turret.server.adapters.updates import Dense, Hadamard, Kronecker, LowRank, Sparse
 
 
 def low_rank(rank: int, size: int) -> LowRank:
@@ -30,7 +30,7 @@ def one_of_each() -> dict[str, ModuleOperators]:
         "d": ModuleOperators(kronecker=Kronecker(factors[0], (factors[2], factors[3]))),
         "e": ModuleOperators(gate=gate, input_gain=torch.randn(8), bias=torch.randn(8)),
         "f": ModuleOperators(low_rank=LowRank(torch.empty(0, 24), torch.empty(0, 8))),
-        "g": ModuleOperators(),
+        "g": ModuleOperators(dense=Dense(torch.randn(5, 3).bfloat16())),
         "i": ModuleOperators(gate=Gate(a, b, PrototypeScore(query, 2, 0.5), (0, 3, 4))),
         "h": ModuleOperators(
             sparse=Sparse(

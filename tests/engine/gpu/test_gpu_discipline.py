@@ -268,7 +268,7 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     assert {"nf4_matmul_kernel", "paged_attention_kernel", "rope_kv_write_kernel"} <= kernels
     adapted = {"segmented_shrink_kernel", "hadamard_expand_kernel", "kronecker_kernel"}
     adapted |= {"fusion_gate_kernel", "input_blocks_kernel", "gained_add_kernel"}
-    adapted |= {"pair_rotation_kernel", "circulant_kernel", "sparse_kernel"}
+    adapted |= {"pair_rotation_kernel", "circulant_kernel", "sparse_kernel", "dense_kernel"}
     adapted |= {"modulate_kernel", "modulated_add_kernel"}
     assert (adapted | {"input_gain_kernel"} <= kernels) == (name != "decode, base only")
 

@@ -315,7 +315,8 @@ static void check_adapters(int64_t in, int64_t out, int64_t rank, int64_t side) 
         for (int64_t e = row_starts[o]; e < row_starts[o + 1]; e++)
             columns[e] = (uint16_t)((o + 3 * (e - row_starts[o])) % in);
     Sparse s = {entries, columns, row_starts, 2};
-    Module module = {a, b, gain, bias, l, rank, &h, &k, &d, 0, 0, &s};
+    Dense whole = {halves(out * in), in};
+    Module module = {a, b, gain, bias, l, rank, &h, &k, &d, 0, 0, &s, &whole};
     double *expected = calloc(MAX_ROWS * out, sizeof(double)), weight = -0.75;
     for (int64_t r = 0; r < MAX_ROWS; r++) {
         double *e = expected + r * out;
@@ -325,6 +326,8 @@ static void check_adapters(int64_t in, int64_t out, int64_t rank, int64_t side) 
         for (int64_t o = 0; o < out; o++)
             for (int64_t q = row_starts[o]; q < row_starts[o + 1]; q++)
                 e[o] += weight * X(columns[q]) * to_f32(entries[q]);
+        for (int64_t o = 0; o < out; o++)
+            for (int64_t i = 0; i < in; i++) e[o] += weight * X(i) * to_f32(whole.weight[o * in + i]);
         for (int64_t j = 0; j < rank; j++) {
             double v = 0;
             for (int64_t i = 0; i < in; i++) v += X(i) * to_f32(a[j * in + i]);

@@ -222,6 +222,8 @@ def _deltas(
         yield torch.kron(w1, second[0] if len(second) == 1 else second[0] @ second[1])
     if operators.circulant is not None:
         yield circulant(operators.circulant.kernel.to(dtype))
+    if operators.dense is not None:
+        yield operators.dense.weight.to(dtype)
     if operators.sparse is not None:
         yield dense_entries(operators.sparse, dtype, in_features)
 

@@ -19,7 +19,7 @@ from turret.server.adapters.operators import (
     QueryScore,
 )
 from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
-from turret.server.adapters.updates import Circulant, Hadamard, Kronecker, LowRank, Sparse
+from turret.server.adapters.updates import Circulant, Dense, Hadamard, Kronecker, LowRank, Sparse
 from turret.server.models.decoding.arch import Arch
 
 
@@ -59,6 +59,7 @@ def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators
     def paired(out: int, inner: int) -> ModuleOperators:
         return ModuleOperators(
             circulant=Circulant(some(out // 8, inner // 8, 8)),
+            dense=Dense(some(out, inner)),
             modulated=ModulatedBase(some(2, inner), some(2, out)),
             pairs=PairRotation(torch.rand(out), 8),
         )

@@ -164,6 +164,7 @@ KERNEL static void expand_columns(const Step *step, const Projection *p, const S
                 for (int64_t o = 0; o < count; o++) acc[i * COLUMNS + o] += w * m->bias[low + o];
         if (m->rank) low_rank_expand(m, &part, w, width, low, count);
         if (m->sparse) sparse_expand(m->sparse, &part, w, low, count);
+        if (m->dense) dense_expand(m->dense, &part, w, low, count);
         for (int64_t i = 0; i < rows; i++) {
             const float *v = part.v + i * part.v_stride;
             float *sums = acc + i * COLUMNS;
@@ -192,6 +193,7 @@ static int64_t column_cost(const Step *step, const Projection *p, const Segment 
         if (m->kronecker) cost += m->kronecker->w2 ? m->kronecker->in_m : 2 * m->kronecker->rank;
         /* An entry is a product by itself. */
         if (m->sparse) cost += 8 * m->sparse->mean;
+        if (m->dense) cost += m->dense->in_features;
     }
     return cost;
 }

@@ -60,6 +60,12 @@ typedef struct {
     int64_t mean;              /* entries of a row, about */
 } Sparse;
 
+/* A whole matrix; no scratch (dense.c). */
+typedef struct {
+    const bf16 *weight; /* [out, in] */
+    int64_t in_features;
+} Dense;
+
 typedef struct {
     const bf16 *a;      /* [rank, in] */
     const bf16 *b;      /* [rank, out] */
@@ -73,6 +79,7 @@ typedef struct {
     const PairRotation *pairs;       /* or null */
     const Circulant *circulant;      /* or null */
     const Sparse *sparse;            /* or null */
+    const Dense *dense;              /* or null */
 } Module;
 
 typedef struct {
@@ -175,5 +182,8 @@ void pairs_expand(const PairRotation *p, const float *z, float w, int64_t low, i
 
 /* acc[:, 0:count] += w * (S x)[low:low + count], for any number of rows. */
 void sparse_expand(const Sparse *s, const Rows *rows, float w, int64_t low, int64_t count);
+
+/* acc[:, 0:count] += w * (D x)[low:low + count], for at most TILE rows. */
+void dense_expand(const Dense *d, const Rows *rows, float w, int64_t low, int64_t count);
 
 #endif

@@ -13,6 +13,7 @@ from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
 from turret.kernels.gpu.adapters.kronecker import kronecker
 from turret.kernels.gpu.tables.row_table import RowTable
+from turret.server.adapters.device.gpu.dense_shelf import GpuDenseShelf
 from turret.server.adapters.device.gpu.experts import GpuExpertShelf
 from turret.server.adapters.device.gpu.sparse_shelf import GpuSparseShelf
 from turret.server.adapters.device.gpu.tables import GpuTables
@@ -279,7 +280,12 @@ class GpuCirculantShelf:
 
 
 GpuShelf = (
-    GpuHadamardShelf | GpuKroneckerShelf | GpuCirculantShelf | GpuSparseShelf | GpuExpertShelf
+    GpuHadamardShelf
+    | GpuKroneckerShelf
+    | GpuCirculantShelf
+    | GpuSparseShelf
+    | GpuDenseShelf
+    | GpuExpertShelf
 )
 
 

@@ -28,6 +28,7 @@ from turret.server.adapters.device.gpu.base_products import (
     blocks_of,
     modulated_of,
 )
+from turret.server.adapters.device.gpu.dense_shelf import GpuDenseShelves
 from turret.server.adapters.device.gpu.experts import GpuExpertShelves
 from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
 from turret.server.adapters.device.gpu.pack import GpuPack, GpuPackedProjection
@@ -210,6 +211,7 @@ class GpuStore(AdapterStore):
                 GpuKroneckerShelves(layout, *like),
                 GpuCirculantShelves(layout, *like),
                 GpuSparseShelves(layout, *like),
+                GpuDenseShelves(layout, *like),
                 GpuExpertShelves(layout, *like),
             )
         )

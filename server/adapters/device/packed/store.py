@@ -33,7 +33,7 @@ from turret.server.adapters.device.shelves import TorchShelves
 from turret.server.adapters.device.sparse_shelf import SparseShelves
 from turret.server.adapters.device.store import BaseProduct, OnMoved, StepStore
 
-_OWN_UPDATES = frozenset({"circulant", "modulated", "input_blocks", "pairs"})
+_OWN_UPDATES = frozenset({"circulant", "dense", "modulated", "input_blocks", "pairs"})
 
 
 class PackedStore(StepStore):
