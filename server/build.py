@@ -40,6 +40,7 @@ from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.speculation.speculation import Speculation
+from turret.server.engine.speculation.step_cost import StepCost
 from turret.server.engine.step.executor import Executor, TorchExecutor
 from turret.server.engine.step.gpu.memory_plan import (
     adapter_bytes,
@@ -268,6 +269,7 @@ def _build_engine(
     engine: Engine
     # The steps of the gpu path draw one token of each sequence, in a captured graph.
     wanted = config.scheduler.speculation if isinstance(executor, TorchExecutor) else "off"
+    cost = StepCost()
     scheduler = Scheduler(
         BlockPool(num_blocks, BLOCK_SIZE),
         max_num_seqs=max_num_seqs,
@@ -275,7 +277,8 @@ def _build_engine(
         is_ready=is_ready,
         fits=runner.fits,
         preempt_after_seconds=config.scheduler.preempt_after_seconds or None,
-        speculation=None if wanted == "off" else Speculation(remembers=wanted == "auto"),
+        speculation=None if wanted == "off" else Speculation(cost, remembers=wanted == "auto"),
+        cost=cost if isinstance(executor, TorchExecutor) else None,
     )
     engine = Engine(
         scheduler=scheduler,

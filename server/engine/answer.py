@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
@@ -117,12 +118,18 @@ class Answer:
             text=text,
             token_ids=tuple([draw.token_id for draw in taken]),
             logprobs=tuple(map(self._logprob, taken)) if options.logprobs else (),
-            prompt_logprobs=self.take_prompt_logprobs(),
+            prompt_logprobs=self._take_prompt_logprobs(),
             adapters_used=uses_of(sequence.mix, cold) if is_first else (),
         )
         return output, ended, by
 
-    def take_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
+    def of_prompt(self, pooled: array[float] | None) -> Output:
+        """What a request that generates nothing gets, once its prompt is computed."""
+        sequence = self.sequence
+        head = sequence.mix.head if sequence.request.classifies else None
+        return Output(prompt_logprobs=self._take_prompt_logprobs(), pooled=pooled, head=head)
+
+    def _take_prompt_logprobs(self) -> tuple[TokenLogprob, ...]:
         """The prompt's logprobs, once they are complete; empty before and after."""
         if len(self._prompt_logprobs) < self.sequence.num_prompt:
             return ()

@@ -292,9 +292,7 @@ class EngineLoop:
         if draws is None:
             is_whole = sequence.num_computed == sequence.prompt_end
             if is_whole and not sequence.request.generates:
-                logprobs, pooled = answer.take_prompt_logprobs(), result.pooled.get(sequence)
-                head = sequence.mix.head if sequence.request.classifies else None
-                output = Output(prompt_logprobs=logprobs, pooled=pooled, head=head)
+                output = answer.of_prompt(result.pooled.get(sequence))
                 self._end(answer, FinishReason.STOP, None, output, now)
             return
         output, reason, stop = answer.accept(draws, self._cold.get(sequence))

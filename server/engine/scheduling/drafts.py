@@ -61,11 +61,6 @@ class Drafts:
             scheduled[number] = replace(item, draft=draft)
             budget -= len(draft)
 
-    def step_took(self, scheduled: tuple[Scheduled, ...], seconds: float) -> None:
-        """A step was computed: what rows cost is learnt from those that only generate."""
-        if self._speculation is not None and all(item.num_new == 1 for item in scheduled):
-            self._speculation.cost.took(sum(item.num_rows for item in scheduled), seconds)
-
     def accepted(self, sequence: Sequence, count: int) -> None:
         """So many tokens of a sequence's draft were right, and are in its cache."""
         if sequence.drafter is not None:

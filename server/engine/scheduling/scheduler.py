@@ -9,6 +9,9 @@ act, so one mix acts on all of it. A waiting sequence whose adapters are still
 loading is passed over and delays nobody. What room a step has left goes to draft tokens
 (``drafts.py``), which are further rows of their sequences.
 
+Prompts keep the rhythm of those that decode, where a row of a prompt costs what a decode row
+costs: beside them a step takes as many tokens of prompts as make it twice as long, and at least 16.
+
 Places are shared too, not admissions alone: who has waited ``preempt_after_seconds`` at the head of
 the least served mix takes the place of the most served one's latest sequence, if that mix was
 served more and holds more places. Time is told with each call.
@@ -25,9 +28,12 @@ from turret.server.engine.scheduling.length_forecast import LengthForecast
 from turret.server.engine.scheduling.scheduled import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
 from turret.server.engine.speculation.speculation import Speculation
+from turret.server.engine.speculation.step_cost import StepCost
 
 # The share of the blocks that is kept for answers that become longer than was forecast.
 _SPARE_SHARE = 0.05
+# Fewer tokens of a prompt at once cost more each than they spare the rows beside them.
+_LEAST_CHUNK = 16
 
 
 class Scheduler:
@@ -46,6 +52,7 @@ class Scheduler:
         fits: Whether a sequence's adapters fit beside those of the running ones.
         preempt_after_seconds: How long places that others hold are waited for; None for ever.
         speculation: Guesses for sequences that have a drafter; None for nobody.
+        cost: Of a step's rows, by which prompts keep the others' rhythm; None where they need not.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class Scheduler:
         fits: Callable[[Sequence, list[Sequence]], bool] = lambda _s, _r: True,
         preempt_after_seconds: float | None = None,
         speculation: Speculation | None = None,
+        cost: StepCost | None = None,
     ) -> None:
         self.blocks = blocks
         self.waiting: FairQueue[Sequence] = FairQueue()
@@ -66,6 +74,7 @@ class Scheduler:
         self.is_draining = False
         self._lengths = LengthForecast()
         self._drafts = Drafts(blocks, speculation)
+        self._cost = cost
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         # Below those two after a step that the device had no memory for (see ``abandon``).
@@ -111,7 +120,7 @@ class Scheduler:
             now: Seconds on the clock of the sequences' ``arrival``.
         """
         num_yielded = self._make_room(now)
-        budget = self._num_tokens
+        budget = self._step_tokens()
         scheduled: list[Scheduled] = []
         new_blocks: list[int] = []
         presets: list[tuple[Sequence, int]] = []
@@ -150,10 +159,10 @@ class Scheduler:
 
         Args:
             step: As it was scheduled.
-            seconds: What it took, for who decides about drafts.
+            seconds: What it took: what rows cost is learnt from steps that only generate.
         """
-        if seconds is not None:
-            self._drafts.step_took(step.scheduled, seconds)
+        if self._cost is not None and seconds is not None:
+            self._learn(self._cost, step, seconds)
         for item in step.scheduled:
             self._computed(item.sequence, item.num_new)
 
@@ -217,6 +226,20 @@ class Scheduler:
         self._drafts.is_paused = False
         self._num_seqs = min(self._num_seqs + 1, self._max_num_seqs)
         self._num_tokens = min(2 * self._num_tokens, self._max_num_batched_tokens)
+
+    @staticmethod
+    def _learn(cost: StepCost, step: Step, seconds: float) -> None:
+        if all(item.num_new == 1 for item in step.scheduled):
+            cost.took(sum(item.num_rows for item in step.scheduled), seconds)
+
+    def _step_tokens(self) -> int:
+        """Most tokens of the next step: fewer where prompts are read beside decoding rows."""
+        num_decodes = sum(len(s.tokens) - s.num_computed == 1 for s in self.running)
+        if self._cost is None or not num_decodes:
+            return self._num_tokens
+        # As many rows as take the time of the step without them.
+        beside = max(_LEAST_CHUNK, num_decodes + int(self._cost.fixed_rows))
+        return min(self._num_tokens, num_decodes + beside)
 
     def _reserve(self, sequence: Sequence, num_new: int, new_blocks: list[int]) -> bool:
         total = self.blocks.blocks_for(sequence.num_computed + num_new)

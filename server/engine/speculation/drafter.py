@@ -11,7 +11,7 @@ from collections.abc import Hashable
 
 from turret.server.engine.speculation.chances import Chances
 from turret.server.engine.speculation.memory import START, MixMemory
-from turret.server.engine.speculation.step_cost import StepValue
+from turret.server.engine.speculation.step_value import StepValue
 from turret.server.engine.speculation.text_index import TextIndex
 
 # Of one sequence in one step. With its known token that is two groups of rows in the kernels.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from turret.server.engine.speculation.drafter import Drafter
 from turret.server.engine.speculation.memory import Memories
-from turret.server.engine.speculation.step_cost import StepCost, StepValue
+from turret.server.engine.speculation.step_cost import StepCost
+from turret.server.engine.speculation.step_value import StepValue
 
 # Rows of a step, drafts included, beyond which nothing is guessed: its rows cost computing, and
 # every draft row makes logits of the whole vocabulary.
@@ -15,14 +16,12 @@ class Speculation:
     """What is known of costs and chances, for all sequences. Used by the engine thread alone.
 
     Args:
+        cost: Of a step's rows.
         remembers: Whether answers are guessed from earlier ones of the same mix too.
-
-    Attributes:
-        cost: To be told what steps take.
     """
 
-    def __init__(self, *, remembers: bool = True) -> None:
-        self.cost = StepCost()
+    def __init__(self, cost: StepCost, *, remembers: bool = True) -> None:
+        self._cost = cost
         self._remembers = remembers
         self._memories = Memories()
 
@@ -32,7 +31,7 @@ class Speculation:
         Args:
             num_rows: Rows that it computes in any case.
         """
-        return StepPlan(self._memories, StepValue(num_rows, self.cost.fixed_rows), num_rows)
+        return StepPlan(self._memories, StepValue(num_rows, self._cost.fixed_rows), num_rows)
 
     def ended(self, drafter: Drafter) -> None:
         """A sequence has run to its end."""

@@ -14,7 +14,8 @@ from turret.server.engine.speculation.chances import Chances
 from turret.server.engine.speculation.drafter import MAX_DRAFT, Drafter
 from turret.server.engine.speculation.memory import START, Memories, MixMemory
 from turret.server.engine.speculation.speculation import Speculation
-from turret.server.engine.speculation.step_cost import StepCost, StepValue
+from turret.server.engine.speculation.step_cost import StepCost
+from turret.server.engine.speculation.step_value import StepValue
 from turret.server.engine.speculation.text_index import MAX_MATCH, TextIndex
 
 
@@ -160,7 +161,7 @@ def test_the_least_recently_asked_mix_is_forgotten(monkeypatch: pytest.MonkeyPat
 
 def test_answers_of_others_are_not_remembered_where_nobody_wants_it() -> None:
     for remembers in (True, False):
-        speculation = Speculation(remembers=remembers)
+        speculation = Speculation(StepCost(), remembers=remembers)
         speculation.ended(make([1], [2, 3, 4, 5]))
         found = speculation.plan(1).draft(make([9], [2]), 8)
         assert bool(found) is remembers
@@ -243,8 +244,9 @@ def test_a_wide_batch_guesses_only_what_is_sure() -> None:
 
 
 def test_a_step_has_a_most_of_rows() -> None:
-    speculation = Speculation()
-    speculation.cost.fixed_rows = 1e6
+    cost = StepCost()
+    cost.fixed_rows = 1e6
+    speculation = Speculation(cost)
     plan = speculation.plan(80)
     drafts = [plan.draft(make([*range(9), *range(9)]), 99) for _ in range(4)]
     assert [len(draft) for draft in drafts] == [MAX_DRAFT, 1, 0, 0]

@@ -14,7 +14,8 @@ from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.speculation.drafter import Drafter
 from turret.server.engine.speculation.memory import MixMemory
 from turret.server.engine.speculation.speculation import Speculation
-from turret.server.engine.speculation.step_cost import StepValue
+from turret.server.engine.speculation.step_cost import StepCost
+from turret.server.engine.speculation.step_value import StepValue
 
 
 class Eager(Drafter):
@@ -49,7 +50,7 @@ def make(num_blocks: int = 64) -> Scheduler:
         BlockPool(num_blocks, BLOCK_SIZE),
         max_num_seqs=8,
         max_num_batched_tokens=24,
-        speculation=Speculation(),
+        speculation=Speculation(StepCost()),
     )
 
 

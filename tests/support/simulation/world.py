@@ -45,6 +45,7 @@ from turret.server.engine.scheduling.request import Output, Request, StopConditi
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
 from turret.server.engine.speculation.speculation import Speculation
+from turret.server.engine.speculation.step_cost import StepCost
 from turret.server.errors import TurretError
 
 NAMES = ("a", "b", "c", "d")
@@ -94,13 +95,15 @@ class World:
         self._is_crowded = self.random.random() < 0.3
         self._most_changes = self.random.choice((1, 1, 6))
         self.pool = BlockPool(NUM_BLOCKS * (4 if self._is_crowded else 1), BLOCK_SIZE)
+        cost = StepCost()
         self.scheduler = Scheduler(
             self.pool,
             max_num_seqs=MAX_SEQS,
             max_num_batched_tokens=MAX_TOKENS,
             is_ready=lambda sequence: self.loop.is_ready(sequence),
             preempt_after_seconds=PREEMPT_SECONDS,
-            speculation=Speculation(),
+            speculation=Speculation(cost),
+            cost=cost,
         )
         self.runner = Runner(self.random, self.files, BLOCK_SIZE)
         adapters: Any = self

@@ -1,0 +1,98 @@
+"""Prompts beside those that decode: a step takes at most twice as long as without them."""
+
+from __future__ import annotations
+
+import pytest
+from builders.sequences import BLOCK_SIZE, sequence_of
+
+from turret.server.engine.scheduling.block_pool import BlockPool
+from turret.server.engine.scheduling.scheduler import Scheduler, Step
+from turret.server.engine.speculation.step_cost import StepCost
+
+
+def scheduler_of(cost: StepCost | None, max_tokens: int = 512) -> Scheduler:
+    pool = BlockPool(4096, BLOCK_SIZE)
+    return Scheduler(pool, max_num_seqs=64, max_num_batched_tokens=max_tokens, cost=cost)
+
+
+def run(scheduler: Scheduler, seconds: float | None = None) -> Step:
+    step = scheduler.schedule()
+    scheduler.complete(step, seconds)
+    for item in step.scheduled:
+        if item.sequence.num_computed == len(item.sequence.tokens):
+            item.sequence.tokens.append(1)
+    return step
+
+
+def prompt_tokens(step: Step) -> int:
+    return sum(item.num_new for item in step.scheduled if item.num_new > 1)
+
+
+def decoding(scheduler: Scheduler, count: int) -> None:
+    """So many sequences that have begun to answer."""
+    for number in range(count):
+        scheduler.add(sequence_of([1000 + number, 2, 3], "", 1000))
+    run(scheduler)
+    assert len(scheduler.running) == count
+
+
+@pytest.mark.parametrize(
+    ("decodes", "fixed_rows", "expected"), [(1, 7.0, 16), (15, 7.0, 22), (15, 40.0, 55)]
+)
+def test_a_prompt_comes_in_chunks_that_cost_one_more_step(
+    decodes: int, fixed_rows: float, expected: int
+) -> None:
+    cost = StepCost()
+    cost.fixed_rows = fixed_rows
+    scheduler = scheduler_of(cost)
+    decoding(scheduler, decodes)
+    prompt = sequence_of(list(range(200)), "", 4)
+    scheduler.add(prompt)
+    taken = []
+    while prompt.num_computed < 200:
+        step = run(scheduler)
+        # Nobody who decodes is left out for it.
+        assert sum(item.num_new == 1 for item in step.scheduled) >= decodes
+        taken.append(prompt_tokens(step))
+    assert set(taken[:-1]) == {expected}
+
+
+def test_several_prompts_share_what_a_step_takes() -> None:
+    scheduler = scheduler_of(StepCost())
+    decoding(scheduler, 15)
+    for number in range(3):
+        scheduler.add(sequence_of([number, *range(9)], "", 4))
+    assert prompt_tokens(run(scheduler)) == 22
+
+
+def test_prompts_alone_take_whole_steps() -> None:
+    scheduler = scheduler_of(StepCost())
+    scheduler.add(sequence_of(list(range(400)), "", 4))
+    assert prompt_tokens(run(scheduler)) == 400
+
+
+def test_where_a_row_of_a_prompt_costs_less_nothing_is_held_back() -> None:
+    scheduler = scheduler_of(None)
+    decoding(scheduler, 15)
+    scheduler.add(sequence_of(list(range(400)), "", 4))
+    assert prompt_tokens(run(scheduler)) == 400
+
+
+def test_costs_are_learnt_from_steps_that_only_generate() -> None:
+    cost = StepCost()
+    scheduler = scheduler_of(cost)
+    scheduler.add(sequence_of([1, 2, 3], "", 1000))
+    run(scheduler, seconds=1e6)
+    assert cost.fixed_rows == 7.0
+    # Steps of 1 and of 31 rows, a row costs a tenth of what a step costs anyhow.
+    for _ in range(200):
+        run(scheduler, seconds=11.0)
+    for number in range(30):
+        scheduler.add(sequence_of([number, 2], "", 1000))
+    while any(len(s.tokens) - s.num_computed > 1 for s in scheduler.running) or len(
+        scheduler.waiting
+    ):
+        run(scheduler, seconds=1e6)
+    for _ in range(200):
+        run(scheduler, seconds=41.0)
+    assert cost.fixed_rows == pytest.approx(10.0, rel=0.2)
