@@ -14,6 +14,7 @@ import torch
 from turret.kernels.cpu.native import has_native, has_native_products
 from turret.kernels.cpu.threads import use_own_threads
 from turret.server import log
+from turret.server.adapters.allowed import Allowed
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.device.cpu_store import CpuStore
 from turret.server.adapters.device.gpu.streams import StepStream
@@ -232,7 +233,7 @@ def _build_registry(config: AdapterConfig, base: BaseModel, metrics: Metrics) ->
         config.max_rank,
         metrics,
         state=state,
-        allow_other_base=config.allow_other_base,
+        allowed=Allowed(config.allow_other_base, config.allow_dense_adapters),
         hub=AdapterHub(config.adapter_hub, config.max_upload_bytes),
     )
     count = registry.restore()

@@ -213,6 +213,9 @@ class AdapterConfig:
     allow_other_base: bool = _flag(
         False, "serve adapters that say they were trained for another base model, if shapes fit"
     )
+    allow_dense_adapters: bool = _flag(
+        False, "serve adapters whose updates are as large as the weights they change"
+    )
     preload: tuple[tuple[str, str], ...] = _flag(
         (),
         "adapter to load before serving, its path relative to --adapter-root or"

@@ -87,7 +87,7 @@ async def test_one_call_gives_the_bits_of_many(architecture: str, tmp_path: Path
 
 
 # Of every operator at least one. Steps of the others are not one call.
-METHODS = ["lora", "dora", "loha", "lokr", "shira", "road", "c3a", "beft"]
+METHODS = ["lora", "dora", "loha", "lokr", "shira", "road", "c3a", "beft", "randlora"]
 OTHER_METHODS = ["ia3", "ln_tuning", "oft", "boft", "hira"]
 
 

@@ -39,6 +39,7 @@ DEFAULTS = {
     "adapter_device_bytes": None,
     "max_rank": 128,
     "allow_other_base": False,
+    "allow_dense_adapters": False,
     "max_queued_requests": 1024,
     "max_queued_bytes": 512 << 20,
     "preempt_after_seconds": 5.0,

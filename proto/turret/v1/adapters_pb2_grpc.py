@@ -130,7 +130,8 @@ class AdaptersServicer(object):
         weights, INVALID_ARGUMENT if the checkpoint is unreadable, inconsistent or unsupported (every
         offending key is listed), FAILED_PRECONDITION if it was trained for another base model or is
         a learned fusion of an adapter that is not registered, RESOURCE_EXHAUSTED if it exceeds the rank
-        or byte budget.
+        or byte budget, or if its updates are as large as the weights they change and the server was
+        started without `--allow-dense-adapters`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -103,6 +103,10 @@ def _accepts_all(config: Mapping[str, Any]) -> bool:
     return True
 
 
+def _never(config: Mapping[str, Any]) -> bool:
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Method:
     """One adapter method. A file in ``methods/`` binds one to the name ``METHOD``.
@@ -113,9 +117,11 @@ class Method:
         rules: A rule for every key that its config may have.
         lower: Makes the operators.
         accepts: Whether this method, among those of the same ``peft_type``, is the one meant.
-        integers: Last components of the names of tensors that may hold integers; every other tensor
+        integers: Components of the names of tensors that may hold integers; every other tensor
             holds floating-point numbers.
         has_tasks: Whether its files may hold several tasks, of which an adapter is one.
+        is_dense: Whether the updates of an adapter with this config are whole matrices, which a
+            server has to allow.
     """
 
     name: str
@@ -125,3 +131,4 @@ class Method:
     accepts: Callable[[Mapping[str, Any]], bool] = _accepts_all
     integers: tuple[str, ...] = ()
     has_tasks: bool = False
+    is_dense: Callable[[Mapping[str, Any]], bool] = _never

@@ -12,6 +12,7 @@ from turret.server.adapters.base import HEAD, BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import FindComponent, find_no_component
+from turret.server.adapters.lowering.dense import check_dense, dense_warnings
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.peft_format.classifier_checkpoint import (
     ClassifierPart,
@@ -82,8 +83,18 @@ def lower_checkpoint(
     base: BaseModel,
     max_rank: int | None = None,
     find_component: FindComponent = find_no_component,
+    *,
+    max_dense_bytes: int | None = None,
 ) -> tuple[str, Lowered]:
-    """Chooses the method and makes the operators; see ``Lower`` for the arguments.
+    """Chooses the method and makes the operators.
+
+    Args:
+        checkpoint: See ``Lower``; so the next three.
+        base: The base.
+        max_rank: Largest rank.
+        find_component: Finds components.
+        max_dense_bytes: Most bytes of updates that are as large as the weights they change; None
+            is any.
 
     Returns:
         The method's name, and what was made.
@@ -92,10 +103,12 @@ def lower_checkpoint(
         AdapterCheckpointError: Unsupported or inconsistent (names everything at fault).
         AdapterMismatchError: Made for another base.
         AdapterComponentError: An adapter it is built from is not registered (names all).
-        BudgetExceededError: A rank over ``max_rank``.
+        BudgetExceededError: A rank over ``max_rank``, or bytes over ``max_dense_bytes``.
     """
     method = method_for(checkpoint)
     _check_integers(checkpoint, method)
+    if method.is_dense(checkpoint.config):
+        check_dense(checkpoint, base, max_dense_bytes)
     if checkpoint.task is not None and not method.has_tasks:
         findings = Findings(checkpoint.path)
         findings.add("task", f"is {checkpoint.task}, but a {method.name} adapter has no tasks")
@@ -120,13 +133,16 @@ def lower_checkpoint(
     joined = _with_head(_with_experts(_joined(lowered, part), experts), classifier)
     # The reader checked the modules' ranks before anything was computed; this is for all others.
     check_rank(checkpoint.path, max(joined.ranks, default=0), max_rank)
-    return method.name, joined
+    return method.name, replace(
+        joined, warnings=(*joined.warnings, *dense_warnings(joined.operators))
+    )
 
 
 def _check_integers(checkpoint: AdapterCheckpoint, method: Method) -> None:
     findings = Findings(checkpoint.path)
     for name, tensor in checkpoint.tensors.items():
-        if not tensor.is_floating_point() and name.rpartition(".")[2] not in method.integers:
+        may_be = not set(method.integers).isdisjoint(name.split("."))
+        if not tensor.is_floating_point() and not may_be:
             findings.add(name, f"holds integers ({tensor.dtype}), which {method.name} does not")
     findings.raise_if_any()
 

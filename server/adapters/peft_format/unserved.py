@@ -12,16 +12,8 @@ MERGE = (
     "merge it with PEFT's merge_and_unload into the base model it was trained on and serve the"
     " result as the base model, or train one of the served methods"
 )
-
-
-def _all(kinds: str, advice: str) -> dict[str, str]:
-    return dict.fromkeys(kinds.split(), advice)
-
-
 # ``peft_type`` → advice; tests follow it with the PEFT installed.
 UNSERVED: Mapping[str, str] = {
-    **_all("FOURIERFT RANDLORA", MERGE),
-    **_all("FROD OSF", f"its update needs the weights it was trained on; {MERGE}"),
     "ADAMSS": f"the clusters of rows it adapts are not in its file; {MERGE}",
     "PSOFT": f"the factors it turns are not in its file; {CONVERT}",
     "LILY": (

@@ -13,12 +13,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 from turret.server import log
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server.adapters.allowed import NOTHING_SPECIAL, Allowed
 from turret.server.adapters.base import BaseModel, ChangedBase
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.mix import Mix
@@ -61,7 +61,7 @@ class AdapterRegistry:
         on_unloaded: Called with the key of a generation that is gone (unloaded, or replaced and no
             longer in use), so that copies of its operators can go too. May be set later.
         load_threads: Background reads at a time.
-        allow_other_base: Take adapters whose base is another one by name.
+        allowed: What is taken that is refused otherwise.
         hub: Where paths that begin with ``hub:`` lead; None refuses them.
 
     Attributes:
@@ -80,7 +80,7 @@ class AdapterRegistry:
         state: StateDir | NoStateDir | None = None,
         on_unloaded: Callable[[str], None] | None = None,
         load_threads: int = 2,
-        allow_other_base: bool = False,
+        allowed: Allowed = NOTHING_SPECIAL,
         hub: AdapterHub | None = None,
     ) -> None:
         self._state = kept = NoStateDir() if state is None else state
@@ -91,7 +91,7 @@ class AdapterRegistry:
             max_rank,
             kept.path,
             find_source=lambda ref: self._table.source_of(ref),
-            allow_other_base=allow_other_base,
+            allowed=allowed,
             hub=hub,
         )
         self._lock = lock = threading.RLock()
@@ -238,7 +238,7 @@ class AdapterRegistry:
                 self._installer.install(name, source, staged=staged, pinned=pinned, replace=replace)
             )
 
-    @contextmanager
+    @contextlib.contextmanager
     def _changing(self, name: str) -> Iterator[None]:
         """The only change of the name for now, counted as a load."""
         if ADAPTER_NAME.fullmatch(name) is None:

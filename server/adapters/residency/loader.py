@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from turret.server.adapters.allowed import NOTHING_SPECIAL, Allowed
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.digest_cache import DigestCache
@@ -16,6 +17,7 @@ from turret.server.adapters.component import (
     COMPONENTS_KEY,
     Component,
     ComponentRef,
+    FindComponent,
     find_no_component,
 )
 from turret.server.adapters.facts import AdapterFacts
@@ -63,7 +65,7 @@ class AdapterLoader:
         max_rank: Largest rank served.
         uploads: The directory that the paths of uploads are relative to.
         find_source: Where the files of a registered component are; raises AdapterComponentError.
-        allow_other_base: Take adapters whose base is another one by name.
+        allowed: What is taken that is refused otherwise.
         hub: Where paths that begin with ``hub:`` lead; None refuses them.
     """
 
@@ -76,7 +78,7 @@ class AdapterLoader:
         uploads: Path | None = None,
         *,
         find_source: Callable[[ComponentRef], Source] = find_no_component,
-        allow_other_base: bool = False,
+        allowed: Allowed = NOTHING_SPECIAL,
         hub: AdapterHub | None = None,
     ) -> None:
         self._root = AdapterRoot(root)
@@ -87,7 +89,7 @@ class AdapterLoader:
         self._host_bytes = host_bytes
         self._max_rank = max_rank
         self._find_source = find_source
-        self._allow_other_base = allow_other_base
+        self._allowed = allowed
         is_private = uploads is not None and _is_private(uploads)
         self._known = DigestCache() if is_private else None
 
@@ -134,14 +136,14 @@ class AdapterLoader:
         compute_on_this_thread()
         # Read once: a lowering that began on one base ends on it.
         base = self.base
-        method, lowered = lower_checkpoint(checkpoint, base, self._max_rank, self._read_component)
+        method, lowered = self._lowered(checkpoint, base, self._read_component)
         if lowered.num_bytes > self._host_bytes:
             raise BudgetExceededError(
                 f"adapter {checkpoint.path!r} needs {lowered.num_bytes} bytes of host memory, the"
                 f" budget for all adapters is {self._host_bytes}",
                 metadata={"path": checkpoint.path, "bytes": str(lowered.num_bytes)},
             )
-        if not self._allow_other_base:
+        if not self._allowed.other_base:
             check_same_base(checkpoint, base)
         generation = base.generation if lowered.depends_on_base else None
         return LoadedAdapter(lowered.facts(checkpoint, method), lowered.operators, generation)
@@ -151,7 +153,7 @@ class AdapterLoader:
         if COMPONENTS_KEY in checkpoint.config:
             why = f"{ref.name!r} is built from components itself, which is not served"
             raise AdapterCheckpointError(f"components: {why}", violations=[(COMPONENTS_KEY, why)])
-        method, lowered = lower_checkpoint(checkpoint, self.base, self._max_rank)
+        method, lowered = self._lowered(checkpoint, self.base, find_no_component)
         return Component(ref, method, lowered.operators, lowered.ranks, lowered.scalings)
 
     def reload(self, source: Source, digest: str) -> LoadedAdapter:
@@ -166,7 +168,16 @@ class AdapterLoader:
     def reread(self, source: Source, digest: str, base: BaseModel) -> Lowered:
         """As ``reload``, for a base of another dtype than the one served."""
         checkpoint = self._read_same(source, digest)
-        return lower_checkpoint(checkpoint, base, self._max_rank, self._read_component)[1]
+        return self._lowered(checkpoint, base, self._read_component)[1]
+
+    def _lowered(
+        self, checkpoint: AdapterCheckpoint, base: BaseModel, find_component: FindComponent
+    ) -> tuple[str, Lowered]:
+        """The method, and what it makes within this server's limits."""
+        dense_bytes = self._host_bytes if self._allowed.dense else 0
+        return lower_checkpoint(
+            checkpoint, base, self._max_rank, find_component, max_dense_bytes=dense_bytes
+        )
 
     def _read_same(self, source: Source, digest: str) -> AdapterCheckpoint:
         checkpoint = self.read(source)

@@ -17,6 +17,7 @@ from pathlib import Path
 from turret.server import log
 from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.adapter_info import AdapterInfo
+from turret.server.adapters.allowed import NOTHING_SPECIAL, Allowed
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.registry.registry import AdapterRegistry
@@ -44,7 +45,7 @@ class ReplicaRegistry(AdapterRegistry):
     """See ``AdapterRegistry``; what differs is who decides, and that weights are read lazily.
 
     Args:
-        root, base, host_bytes, max_rank, metrics, allow_other_base, hub: As there.
+        root, base, host_bytes, max_rank, metrics, allowed, hub: As there.
         state: The fleet's state directory.
         channel: To the registry.
         replica: This replica's name.
@@ -61,7 +62,7 @@ class ReplicaRegistry(AdapterRegistry):
         state: SharedStateDir,
         channel: Channel,
         replica: str,
-        allow_other_base: bool = False,
+        allowed: Allowed = NOTHING_SPECIAL,
         hub: AdapterHub | None = None,
     ) -> None:
         super().__init__(
@@ -71,7 +72,7 @@ class ReplicaRegistry(AdapterRegistry):
             max_rank,
             metrics,
             state=state,
-            allow_other_base=allow_other_base,
+            allowed=allowed,
             hub=hub,
         )
         self._channel = channel

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from turret.server.adapters.allowed import Allowed
 from turret.server.adapters.base import BaseModel, Precision
 from turret.server.adapters.merge.merger import ChangeBase, Edit, MergeMetrics
 from turret.server.adapters.residency.metrics import AdapterMetrics
@@ -53,7 +54,7 @@ class Seat:
             state=SharedStateDir(config.state_dir, config.max_upload_bytes),
             channel=self._channel,
             replica=self.name,
-            allow_other_base=config.allow_other_base,
+            allowed=Allowed(config.allow_other_base, config.allow_dense_adapters),
             hub=AdapterHub(config.adapter_hub, config.max_upload_bytes),
         )
         return self._registry

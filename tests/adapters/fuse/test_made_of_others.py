@@ -15,12 +15,13 @@ LOW_RANK = (
 )
 
 SPARSE = ("shira", "supertuning", "waveft")
+DENSE = ("fourierft", "randlora", "osf", "frod")
 
 
 @pytest.fixture(scope="module")
 def fusions(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fusions]:
     made = Fusions(tmp_path_factory.mktemp("fuse"), max_rank=96)
-    for seed, method in enumerate((*LOW_RANK, "glora", *SPARSE)):
+    for seed, method in enumerate((*LOW_RANK, "glora", *SPARSE, *DENSE)):
         made.add(method, method, seed)
     for method in ("ln_tuning", "cpt", "cartridge"):
         made.add(method, method)
@@ -47,6 +48,14 @@ def test_entries_go_into_the_whole_update(fusions: Fusions) -> None:
     assert difference(fusions.deltas(result), fusions.exact(mix)) < 1e-5
     with pytest.raises(InvalidRequestError, match=r"shira.* takes low-rank factors alone"):
         fusions.fuse({"shira": 1.0, "hra": 1.0})
+
+
+def test_whole_matrices_go_into_the_whole_update(fusions: Fusions) -> None:
+    mix = {"fourierft": 0.7, "randlora": -1.0, "osf": 0.5, "frod": 0.4, "hra": 1.0}
+    result = fusions.fuse(mix, how="svd", rank=64)
+    assert difference(fusions.deltas(result), fusions.exact(mix)) < 1e-5
+    with pytest.raises(InvalidRequestError, match=r"osf.* takes low-rank factors alone"):
+        fusions.fuse({"osf": 1.0, "hra": 1.0})
 
 
 def test_prompts_are_no_updates(fusions: Fusions) -> None:

@@ -13,6 +13,7 @@ from builders.methods import make_config, save_adapter
 from builders.registries import Gate, Waiter, refs, until
 from method_oracle import twin
 
+from turret.server.adapters.allowed import Allowed
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.component import ComponentRef
 from turret.server.adapters.registry.registry import AdapterRegistry
@@ -30,9 +31,15 @@ VARIANTS = {
     "lora with biases": ("lora", {"bias": "lora_only"}),
     "adalora with biases": ("adalora", {"bias": "all"}),
     "vera with biases": ("vera", {"bias": "vera_only"}),
+    "osf": ("osf", {}),
+    "frod": ("frod", {}),
+    "bat": ("miss", {"init_weights": "bat"}),
+    "fourierft": ("fourierft", {}),
+    "randlora": ("randlora", {}),
     "ia3 without biases": ("ia3", {"target_modules": ["o_proj"], "feedforward_modules": []}),
 }
 DEPENDENT = {"dora", "ia3", "lora with biases", "adalora with biases", "vera with biases"}
+DEPENDENT |= {"osf", "frod", "bat"}
 
 
 def make_base(generation: int) -> BaseModel:
@@ -78,7 +85,14 @@ def test_a_method_says_whether_the_base_went_into_its_operators(root: Path, vari
     """Lowered to two bases, they differ if and only if it says so."""
     loaded = []
     for generation in (1, 2):
-        loader = AdapterLoader(root, make_base(generation), 1 << 30, 64, find_source=no_source)
+        loader = AdapterLoader(
+            root,
+            make_base(generation),
+            1 << 30,
+            64,
+            find_source=no_source,
+            allowed=Allowed(dense=True),
+        )
         loaded.append(loader.lower(loader.read(Source(variant))))
     one, other = (tensors_of(each) for each in loaded)
     differs = any(not torch.equal(a, b) for a, b in zip(one, other, strict=True))

@@ -37,6 +37,7 @@ def put(name: str, value: torch.Tensor) -> Callable[[Tensors], Tensors]:
     return lambda tensors: {**tensors, name: value}
 
 
+ONES, FROD_V = torch.ones(64, 31), "base_model.frod_V.mlp_up_proj"
 TOPK = {"save_only_topk_weights": True, "topk": 3}
 INDICES = f"{KEY}.vblora_logits_A_topk_indices"
 # Method, its config, an edit of the tensors or changes of the config, and what the answer names.
@@ -83,7 +84,63 @@ BROKEN: dict[str, tuple[str, dict[str, Any], Any, str]] = {
         "tinylora_P",
     ),
     "tinylora: share": ("tinylora", {}, {"weight_tying": 1.5}, "weight_tying"),
-    "miss: bat": ("miss", {"init_weights": "bat"}, {}, "init_weights"),
+    "miss: a bat's blocks": ("miss", {"init_weights": "bat"}, {"r": 16}, "miss_block"),
+    "miss: no bat": ("miss", {}, {"init_weights": "bat"}, "miss_block"),
+    "miss: a start that is none": ("miss", {}, {"init_weights": "rat"}, "init_weights"),
+    "fourierft: nothing": (
+        "fourierft",
+        {},
+        put(f"{KEY}.fourierft_spectrum", torch.zeros(0)),
+        "fourierft_spectrum",
+    ),
+    "fourierft: no seed": ("fourierft", {}, {"random_loc_seed": ...}, "random_loc_seed"),
+    "randlora: another rank": ("randlora", {}, {"r": 9}, "randlora_lambda"),
+    "randlora: a basis of its own": (
+        "randlora",
+        {},
+        put(f"{KEY}.randlora_A", torch.zeros(8, 1, 128)),
+        "randlora_A",
+    ),
+    "randlora: another basis": (
+        "randlora",
+        {},
+        put("base_model.randlora_B", torch.zeros(128, 16, 9)),
+        "base_model.randlora_B",
+    ),
+    "randlora: bases that are to be drawn": (
+        "randlora",
+        {},
+        {"save_projection": False},
+        "base_model.randlora_A",
+    ),
+    "osf: other vectors": ("osf", {}, put(f"{KEY}.osf_svd_params.U_low", ONES), "U_low"),
+    "frod: V of the base": ("frod", {}, {"save_projection": False}, "save_projection"),
+    "frod: another kind's V": (
+        "frod",
+        {},
+        put("base_model.frod_V.self_attn_q_proj", torch.eye(64)),
+        "base_model.frod_V.self_attn_q_proj",
+    ),
+    "frod: a V less": (
+        "frod",
+        {},
+        lambda tensors: {n: t for n, t in tensors.items() if n != FROD_V},
+        FROD_V,
+    ),
+    "frod: a V that is none": ("frod", {}, put(FROD_V, torch.zeros(64, 64)), FROD_V),
+    "frod: places outside": (
+        "frod",
+        {},
+        put("base_model.frod_s_indices.mlp_up_proj", torch.full((2, 40), 64)),
+        "frod_s_indices",
+    ),
+    "frod: places that are none": (
+        "frod",
+        {},
+        put("base_model.frod_s_indices.mlp_up_proj", torch.zeros(2, 40)),
+        "frod_s_indices",
+    ),
+    "frod: noise": ("frod", {"target_modules": ["k_proj"]}, {}, "base_model.frod_V"),
     "miss: another start": ("miss", {}, {"init_weights": "mini", "mini_r": 4}, "miss_block"),
     "pvera: sampled": ("pvera", {}, {"sample_at_inference": True}, "sample_at_inference"),
     "gralora: blocks": ("gralora", {}, {"gralora_k": 3}, "r"),
@@ -208,6 +265,20 @@ def test_pieces_must_fit_the_base(method: str, changes: dict[str, Any], tmp_path
         lower_adapter(tmp_path, base_of(tiny_llama()))
 
 
+def test_a_tail_or_a_v_of_another_base_does_not_fit(tmp_path: Path) -> None:
+    values = f"{KEY}.osf_svd_params."
+    whole = {f"{values}{name}": torch.ones(64, 64) for name in ("U_low", "V_low")}
+    whole[f"{values}S_low"] = torch.ones(64)
+    edits: dict[str, Callable[[Tensors], Tensors]] = {
+        "osf": lambda tensors: tensors | whole,
+        "frod": put(FROD_V, torch.eye(63)),
+    }
+    for method, edit in edits.items():
+        edit_tensors(save(tmp_path / method, method), edit)
+        with pytest.raises(AdapterMismatchError, match=r"S_low: has 64|frod_V.*has shape"):
+            lower_adapter(tmp_path / method, base_of(tiny_llama()))
+
+
 def test_a_norm_of_zeros_has_no_gain(tmp_path: Path) -> None:
     save(tmp_path, "ln_tuning")
     model = tiny_llama()
@@ -262,4 +333,4 @@ def test_nearly_equal_reflections_lose_nothing_to_rounding(tmp_path: Path) -> No
 
 def test_only_indices_may_be_integers() -> None:
     with_integers = {name for name, method in METHODS.items() if method.integers}
-    assert with_integers == {"vblora", "unilora", "shira", "supertuning"}
+    assert with_integers == {"vblora", "unilora", "shira", "supertuning", "frod"}

@@ -19,6 +19,7 @@ from builders.adapters import (
     tiny_llama,
 )
 
+from turret.server.adapters.allowed import Allowed
 from turret.server.adapters.peft_format.base_mismatch import cause_of_mismatch
 from turret.server.adapters.peft_format.base_name import is_other_base
 from turret.server.adapters.residency.loader import AdapterLoader
@@ -88,7 +89,9 @@ def directory(tmp_path: Path) -> Path:
 def load(directory: Path, *, max_rank: int = 128, name: str = "", allow: bool = False) -> Any:
 
     base = dataclasses.replace(base_of(tiny_llama()), name="org/Tiny-1B", digest="d" * 64)
-    loader = AdapterLoader(directory.parent, base, 1 << 30, max_rank, allow_other_base=allow)
+    loader = AdapterLoader(
+        directory.parent, base, 1 << 30, max_rank, allowed=Allowed(other_base=allow)
+    )
     return loader.lower(loader.read(Source(directory.name, adapter=name)))
 
 

@@ -19,6 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM
 
+from turret.server.adapters.allowed import Allowed
 from turret.server.adapters.fuse.combination import Combination
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser
@@ -53,6 +54,7 @@ class Fusions:
             1 << 28,
             max_rank,
             state=StateDir(self.state, max_upload_bytes),
+            allowed=Allowed(dense=True),
         )
 
         self.fuser = Fuser(self.registry, host_bytes=1 << 28, max_rank=max_rank)

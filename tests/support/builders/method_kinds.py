@@ -61,6 +61,14 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "shira": (peft.ShiraConfig, {"r": 3, **_ALL, "random_seed": 5}),
     "supertuning": (peft.SupertuningConfig, {"sparsity": 0.93, **_ALL}),
     "waveft": (peft.WaveFTConfig, {"n_frequency": 90, "scaling": 2.5, **_ALL}),
+    "fourierft": (peft.FourierFTConfig, {"n_frequency": 90, "scaling": 150.0, **_ALL}),
+    "randlora": (peft.RandLoraConfig, {"r": 8, "randlora_alpha": 8, **_ALL}),
+    "osf": (peft.OSFConfig, _ALL),
+    # Each layer's weight has more rows than columns: V and all U are well conditioned then.
+    "frod": (
+        peft.FrodConfig,
+        {"target_modules": ["gate_proj", "up_proj"], "progressbar": False},
+    ),
     "poly": (
         peft.PolyConfig,
         {"r": 4, "n_tasks": 3, "n_skills": 2, "n_splits": 2, **_ALL},
@@ -151,6 +159,12 @@ DRAWS: tuple[tuple[str, Callable[[Drawn], torch.Tensor]], ...] = (
     ("shira_weight", lambda d: d.scaled(0.7 * d.strength)),
     ("supertuning_values", lambda d: d.scaled(0.7 * d.strength)),
     ("waveft_spectrum", lambda d: d.scaled(d.strength)),
+    ("fourierft_spectrum", lambda d: d.scaled(2.0 * d.strength)),
+    ("randlora_lambda", lambda d: d.scaled(0.3 * d.strength)),
+    ("randlora_gamma", lambda d: d.around(0.5)),
+    ("osf_svd_params", lambda d: d.old + 0.3 * d.strength * d.noise * d.old.std()),
+    ("frod_lambda_l", lambda d: d.around(1.0)),
+    ("frod_lambda_s_values", lambda d: d.scaled(d.strength)),
     ("glora_B", lambda d: d.scaled(0.1 * d.strength)),
     ("glora_", lambda d: d.scaled(0.6 * d.strength / d.columns**0.5)),
     # lora_A, lora_B, lokr_*, hada_*_a and the like.

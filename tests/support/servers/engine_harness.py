@@ -129,6 +129,7 @@ class EngineHarness:
                 adapter_root=adapter_root,
                 adapter_device_bytes=adapter_device_bytes,
                 state_dir=state_dir,
+                allow_dense_adapters=True,
             ),
         )
         metrics = Metrics()

@@ -1,8 +1,8 @@
 """MiSS (arXiv 2409.15371), once Bone: ``Δ(x) = Mᵀ Σ_j x_j``, pieces of ``r`` inputs added up.
 
 As factors: ``A`` is 0 but for ``A[i mod r, i] = 1``, ``B = Mᵀ``. With ``init_weights: "mini"`` the
-file has the first ``mini_r`` columns of ``M``, which repeat. ``"bat"`` multiplies the base's weight
-and has no such factors.
+file has the first ``mini_r`` columns of ``M``, which repeat. ``"bat"`` multiplies blocks of the
+base's weight: ``ΔW_oi = (W_oi + I) M_o`` for each ``r`` outputs and ``r`` inputs, of any rank.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.lowering.dense import dense
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
@@ -33,16 +34,18 @@ from turret.server.adapters.peft_format.module_checkpoint import (
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
-from turret.server.adapters.peft_format.unserved import MERGE
 
 # Tensor of a module and value of ``bias`` for the targeted modules, by ``peft_type``.
 _NAMES = {"MISS": ("miss_block", "MiSS_only"), "BONE": ("bone_block", "bone_only")}
 
 
 def _is_start(value: Any) -> str | None:
-    if value == "bat":
-        return f"is 'bat', which multiplies blocks of the base's weight and is not served; {MERGE}"
-    return None if value == "mini" or isinstance(value, bool) else f"is {value!r:.60}, unknown here"
+    is_known = value in ("mini", "bat") or isinstance(value, bool)
+    return None if is_known else f"is {value!r:.60}, unknown here"
+
+
+def _is_bat(config: Mapping[str, Any]) -> bool:
+    return config.get("init_weights") == "bat"
 
 
 MISS_RULES: Rules = {
@@ -66,6 +69,9 @@ def _check(
     config: Mapping[str, Any],
     role: str,
 ) -> None:
+    if _is_bat(config):
+        _check_blocks(name, roles, module, rank, findings, role=role)
+        return
     width: int = Served(module.out_features)
     if config.get("init_weights") == "mini":
         width = config.get("mini_r", 1)
@@ -74,6 +80,16 @@ def _check(
     check_roles(name, roles, {role: (rank, width)}, findings)
     if rank > module.in_features:
         findings.mismatch(name, f"has {module.in_features} inputs, fewer than the rank {rank}")
+
+
+def _check_blocks(
+    name: str, roles: Roles, module: BaseModule, rank: int, findings: Findings, *, role: str
+) -> None:
+    for size, what in ((module.out_features, "outputs"), (module.in_features, "inputs")):
+        if not check_divides(name, size, max(rank, 1), what, findings):
+            return
+    count = Served(module.out_features // max(rank, 1))
+    check_roles(name, roles, {role: (count, rank, rank)}, findings)
 
 
 def lower(
@@ -85,18 +101,33 @@ def lower(
         rules=MISS_RULES,
         roles={f".{role}": role},
         check=functools.partial(_check, config=config, role=role),
+        # A block's side; the update has any rank.
+        rank_of=lambda _roles, rank: 0 if _is_bat(config) else rank,
         bias_only=only,
     )
     found = read_module_checkpoint(checkpoint, base, form, max_rank)
     operators = {}
     for name, roles in found.modules.items():
         block, module = roles[role], base.modules[name]
+        if _is_bat(config):
+            operators[name] = dense(_turned(block, module.dequantize()), base.dtype)
+            continue
         b = block.T.repeat(module.out_features // block.shape[1], 1)
         inputs = torch.arange(module.in_features)
         a = torch.zeros(len(block), module.in_features, dtype=base.dtype)
         a[inputs % len(block), inputs] = 1
         operators[name] = ModuleOperators(fold(a, b, 1.0, base.dtype))
-    return finish(checkpoint, base, operators, found=found, depends_on_base=False)
+    return finish(checkpoint, base, operators, found=found, depends_on_base=_is_bat(config))
 
 
-METHOD = Method("miss", set(_NAMES), MISS_RULES, lower)
+def _turned(blocks: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``(W_oi + I) M_o`` for all blocks of the weight, ``[out_features, in_features]``."""
+    size, wide = blocks.shape[2], torch.promote_types(blocks.dtype, torch.float32)
+    # [blocks of outputs, outputs, blocks of inputs, inputs]
+    parts = weight.to(wide).unflatten(1, (-1, size)).unflatten(0, (-1, size))
+    blocks = blocks.to(wide)
+    turned = torch.matmul(parts, blocks[:, None]) + blocks[:, :, None]
+    return turned.flatten(2).flatten(0, 1)
+
+
+METHOD = Method("miss", set(_NAMES), MISS_RULES, lower, is_dense=_is_bat)

@@ -42,8 +42,10 @@ MADE_OF_OTHERS = (
     *("bd_lora", "kasa", "beft", "ln_tuning", "pvera", "vblora", "unilora", "tinylora"),
     *("delora", "miss", "gralora", "hra", "deft", "peanut", "glora", "cartridge"),
     # And some that have one.
-    *("oft", "boft", "road", "c3a", "hira"),
+    *("oft", "boft", "road", "c3a", "hira", "fourierft", "randlora", "osf", "frod", "bat"),
 )
+# What is not a method by itself.
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {"bat": ("miss", {"init_weights": "bat"})}
 # One draw says little where an error is that of a few hidden states, as of soft prompts that all
 # tokens attend to (of six, the ratio was 1.8 once and 0.7 to 1.04 else), or of the largest update
 # (rsLoRA's: 1.2 or 1.3, by the order in which attention sums), so several are averaged.
@@ -105,7 +107,7 @@ async def check_bf16(
 
 def save_all(model: Any, root: Path, strength: float, names: Sequence[str]) -> None:
     for seed, name in enumerate(names):
-        method, keys = METHODS.get(name, (name, {}))
+        method, keys = (METHODS | FORMS).get(name, (name, {}))
         for draw in range(DRAWS.get(name, 1)):
             folder = root / (f"{name}-draw-{draw}" if draw else name)
             chosen = draw if name in DRAWS else seed

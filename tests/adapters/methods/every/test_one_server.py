@@ -51,6 +51,14 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "waveft": ("waveft", {}),
     "waveft-wide": ("waveft", {"wavelet_family": "sym4", "n_frequency": 40}),
     "waveft-plain": ("waveft", {"use_idwt": False}),
+    "fourierft": ("fourierft", {}),
+    "fourierft-head": ("fourierft", {"target_modules": ["v_proj", "lm_head"]}),
+    "randlora": ("randlora", {}),
+    "randlora-drawn": ("randlora", {"r": 11, "save_projection": False}),
+    "osf": ("osf", {}),
+    "osf-tail": ("osf", {"effective_rank": 0.75, "rank_pattern": {"q_proj": 5}}),
+    "frod": ("frod", {}),
+    "miss-bat": ("miss", {"init_weights": "bat"}),
     "cpt": ("cpt", {}),
     "cartridge": ("cartridge", {}),
 }
@@ -58,7 +66,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 BATCH = [
     name
     for name in VARIANTS
-    if "-" not in name or name in ("bd-lora", "ln-tuning", "supertuning-supra")
+    if "-" not in name or name in ("bd-lora", "ln-tuning", "supertuning-supra", "miss-bat")
 ]
 MIXES: list[list[tuple[str, float]]] = [
     [("hra", 0.5), ("miss", 0.7), ("ln-tuning", 0.4)],
@@ -66,6 +74,8 @@ MIXES: list[list[tuple[str, float]]] = [
     [("ln-tuning", 1.0), ("deft", 0.3), ("vblora", 1.0)],
     [("cartridge", 1.0), ("kasa", 0.5), ("peanut", 0.25), ("supertuning-supra", 0.7)],
     [("shira", 1.0), ("waveft", -0.5), ("glora", 0.3), ("supertuning", 0.5)],
+    [("fourierft", 1.0), ("osf", -0.5), ("glora", 0.3), ("miss-bat", 0.4)],
+    [("randlora", 0.5), ("frod", 0.5), ("ln-tuning", 0.4), ("shira", 0.5)],
     [("cpt", 1.0), ("delora", 1.0), ("unilora", -0.5), ("tinylora", 0.5)],
 ]
 

@@ -48,6 +48,7 @@ NEW = (
     *("beft", "ln_tuning", "pvera", "vblora", "unilora", "tinylora", "delora", "miss"),
     *("gralora", "hra", "deft", "peanut", "glora", "cpt", "cartridge"),
     *("poly", "multitask_prompt", "shira", "supertuning", "waveft"),
+    *("fourierft", "randlora", "osf", "frod"),
 )
 # Variants of LoRA, whose rules test_adapter_config.py has.
 VARIANTS = ("alora", "dora", "bd_lora", "kasa")

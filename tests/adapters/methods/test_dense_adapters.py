@@ -1,0 +1,97 @@
+"""Adapters of whole matrices: refused unless they are allowed, and counted where they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.adapters import base_of, tiny_llama
+from builders.methods import make_config, save_adapter
+from method_oracle import prompt_of, twin
+from servers.engine_harness import EngineHarness, make_request
+
+from turret.server.adapters.allowed import Allowed
+from turret.server.adapters.residency.loader import AdapterLoader
+from turret.server.adapters.source import Source
+from turret.server.errors import BudgetExceededError
+
+# Method and the changes to its config; two modules of both layers.
+KINDS: dict[str, tuple[str, dict[str, Any]]] = {
+    "FOURIERFT": ("fourierft", {}),
+    "RANDLORA": ("randlora", {}),
+    "OSF": ("osf", {}),
+    "FROD": ("frod", {}),
+    "MISS": ("miss", {"init_weights": "bat"}),
+}
+TARGETS = {"target_modules": ["gate_proj", "up_proj"]}
+# 64 -> 128, in fp32.
+NEEDED = 2 * 2 * 64 * 128 * 4
+
+
+def loader(
+    root: Path, kind: str, host_bytes: int = 1 << 30, allowed: Allowed | None = None
+) -> AdapterLoader:
+    method, changes = KINDS[kind]
+    save_adapter(tiny_llama(), make_config(method, **TARGETS, **changes), root / "a")
+    base = base_of(tiny_llama())
+    if allowed is None:
+        return AdapterLoader(root, base, host_bytes, 128)
+    return AdapterLoader(root, base, host_bytes, 128, allowed=allowed)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_they_are_refused_with_the_flag_and_the_bytes(kind: str, tmp_path: Path) -> None:
+    reader = loader(tmp_path, kind)
+    with pytest.raises(BudgetExceededError) as caught:
+        reader.lower(reader.read(Source("a")))
+    assert f"is {kind}" in caught.value.message
+    assert f"would take {NEEDED} bytes" in caught.value.message
+    assert "`turret serve --allow-dense-adapters`" in caught.value.message
+    assert caught.value.metadata["bytes"] == str(NEEDED)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_they_are_allowed_their_bytes_are_told(kind: str, tmp_path: Path) -> None:
+    reader = loader(tmp_path, kind, allowed=Allowed(dense=True))
+    loaded = reader.lower(reader.read(Source("a")))
+    assert loaded.operators.num_bytes == loaded.facts.bytes_host == NEEDED
+    assert any(f"{NEEDED} bytes" in warning for warning in loaded.facts.warnings)
+
+
+def test_over_the_host_budget_none_is_made(tmp_path: Path, monkeypatch: Any) -> None:
+    reader = loader(tmp_path, "FOURIERFT", NEEDED - 1, Allowed(dense=True))
+    monkeypatch.setattr("torch.fft.ifft2", lambda *_: pytest.fail("it was made"))
+    with pytest.raises(BudgetExceededError, match=f"{NEEDED} bytes.*--adapter-host-bytes"):
+        reader.lower(reader.read(Source("a")))
+
+
+def test_what_has_factors_needs_no_permission(tmp_path: Path) -> None:
+    save_adapter(tiny_llama(), make_config("miss", **TARGETS), tmp_path / "a")
+    reader = AdapterLoader(tmp_path, base_of(tiny_llama()), 1 << 30, 128)
+    loaded = reader.lower(reader.read(Source("a")))
+    assert not any("as large as the weights" in warning for warning in loaded.facts.warnings)
+
+
+async def test_they_count_against_the_device_budget(tmp_path: Path) -> None:
+    base = twin("qwen2")
+    for name in ("first", "second"):
+        config = make_config("fourierft", target_modules=["q_proj"])
+        save_adapter(base.model, config, tmp_path / name, seed=len(name))
+    async with EngineHarness.start(base.folder, tmp_path, adapters=["first", "second"]) as harness:
+        needed = harness.registry.get("first").facts.bytes_host
+        assert needed > 1 << 12
+    budget = needed + needed // 2
+    async with EngineHarness.start(
+        base.folder, tmp_path, adapters=["first", "second"], adapter_device_bytes=budget
+    ) as harness:
+        requests = [make_request(prompt_of(5), name) for name in ("first", "second")]
+        answers = await harness.run_all(requests)
+        assert answers[0].token_ids != answers[1].token_ids
+        on_device = [harness.registry.get(name).bytes_device for name in ("first", "second")]
+        assert sorted(on_device) == [0, needed]
+    async with EngineHarness.start(
+        base.folder, tmp_path, adapters=["first"], adapter_device_bytes=needed // 2
+    ) as harness:
+        with pytest.raises(BudgetExceededError, match=str(needed)):
+            await harness.run(make_request(prompt_of(5), "first"))
