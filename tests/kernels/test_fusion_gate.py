@@ -8,6 +8,16 @@ Planted faults, and how many of the tests here each one fails (tried by hand):
 - query of slice 0: 2
 - key dimensions past the first block dropped: 2
 - reference: three ranks per component: 1
+
+Of prototypes:
+
+- signs kept: 6; in the reference 3
+- of equals the last: 2; in the reference 3
+- no temperature: 4; in the reference 3
+- a component too many: 4; in the reference 3
+- what is not gated counted among the best: 4
+- position instead of slot: 6
+- similarities of slice 0: 6
 """
 
 from __future__ import annotations
