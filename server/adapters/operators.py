@@ -246,12 +246,37 @@ class ModuleOperators:
 
 
 @dataclass(frozen=True, slots=True)
+class ConstantKv:
+    """Keys and values of one layer that every token attends to, in a softmax of their own.
+
+    Adds ``softmax(q keysᵀ) values`` to what attention gives, per head (LLaMA-Adapter, arXiv
+    2303.16199).
+
+    Attributes:
+        keys: ``[positions, kv_heads, head_dim]``, serving dtype, contiguous: not rotated, and the
+            scale of the scores folded in.
+        values: Same shape, the gate folded in.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.keys, self.values)
+
+
+@dataclass(frozen=True, slots=True)
 class AdapterOperators:
     """Everything one adapter does.
 
     Attributes:
         modules: Full module path in the base (``model.layers.0.self_attn.q_proj``) → operators.
         soft_prompt: What it puts before the prompt, or None.
+        attention: Number of a layer → keys and values that its attention has besides, or None.
         experts: Path of a fused projection of experts (``model.layers.0.mlp.experts.down_proj``) →
             what it does to each, or None.
         head: What it does to the output head as a linear module, or None.
@@ -266,6 +291,7 @@ class AdapterOperators:
 
     modules: Mapping[str, ModuleOperators]
     soft_prompt: SoftPrompt | None = None
+    attention: Mapping[int, ConstantKv] | None = None
     experts: Mapping[str, ExpertLowRank] | None = None
     head: ModuleOperators | None = None
     tokens: VocabularyOperators | None = None
@@ -280,7 +306,8 @@ class AdapterOperators:
         modules = self.modules.values()
         others = (self.soft_prompt, self.head, self.tokens, self.classifier)
         experts = () if self.experts is None else self.experts.values()
-        parts = [*modules, *experts, *(other for other in others if other is not None)]
+        constants = () if self.attention is None else self.attention.values()
+        parts = [*modules, *experts, *constants, *(other for other in others if other is not None)]
         set_once = object.__setattr__
         set_once(self, "num_bytes", sum(part.num_bytes for part in parts))
         low_rank = [module.low_rank for module in modules if module.low_rank is not None]

@@ -24,7 +24,7 @@ _FROM_BASE = frozenset({"gain", "input_gain", "input_blocks", "pairs", "modulate
 _WEIGHT_OPERATORS = _FROM_BASE | {
     *("low_rank", "hadamard", "kronecker", "circulant", "sparse", "dense", "bias")
 }
-_WORDS = {"experts": "update of experts"}
+_WORDS = {"experts": "update of experts", "attention": "prompt that layers attend to"}
 _LOW_RANK_OPERATORS = frozenset({"low_rank", "bias"})
 
 

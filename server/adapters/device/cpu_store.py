@@ -12,6 +12,7 @@ import torch
 
 from turret.kernels.cpu.row_adapters import RowAdapters, RowSegment
 from turret.kernels.expert_routing import Routing
+from turret.server.adapters.device.constants import ConstantsOfAdapters, StepConstants
 from turret.server.adapters.device.cpu_experts import CpuExpertUpdates, CpuStepExperts
 from turret.server.adapters.device.cpu_inputs import StepInputs
 from turret.server.adapters.device.cpu_tables import AdapterTables, ModuleNumbers
@@ -48,7 +49,9 @@ class CpuStore(StepStore):
         self._gates = Gates(layout, device)
         self._own_updates = OwnUpdates(layout, frozenset({"modulated"}), device)
         self._experts = CpuExpertUpdates(layout)
-        parts = (self._tables, self._gates, self._own_updates, self._experts)
+        self._constants = ConstantsOfAdapters(device)
+        computed = (self._gates, self._own_updates, self._experts, self._constants)
+        parts = (self._tables, *computed)
         super().__init__(parts, device, max_bytes, on_moved)
 
     def step(self, members: StepMembers) -> CpuStep:
@@ -73,6 +76,7 @@ class CpuStore(StepStore):
             others=() if gates is None else (gates,),
             own_updates=self._own_updates.bind(members),
             experts=self._experts.bind(members),
+            constants=self._constants.bind(members.runs),
         )
 
     @staticmethod
@@ -119,6 +123,7 @@ class CpuStep:
         others: Rows of the operators that torch computes.
         own_updates: Rows of those that are products with the base for each rank.
         experts: Rows whose adapters change experts, or None.
+        constants: Rows that attend to constants, or None.
     """
 
     rows: RowAdapters
@@ -130,16 +135,22 @@ class CpuStep:
     others: tuple[StepPart, ...]
     own_updates: StepOwnUpdates | None
     experts: CpuStepExperts | None = None
+    constants: StepConstants | None = None
 
     @property
     def is_native(self) -> bool:
-        """Whether ``rows`` is all that changes a projection."""
-        return not (self.inputs.changes_any or self.others or self.own_updates)
+        """Whether ``rows`` is all that changes a layer."""
+        others = self.others or self.own_updates or self.constants
+        return not (self.inputs.changes_any or others)
 
     def multiply(
         self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
     ) -> torch.Tensor:
         return self.inputs.multiply(self.rows, layer, projection, x, base)
+
+    def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
+        if self.constants is not None:
+            self.constants.attend(layer, q, attended)
 
     def apply_experts(
         self,

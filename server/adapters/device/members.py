@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,39 @@ class StepMembers:
 
     short: Sequence[Members]
     long: Sequence[tuple[int, int, Members]]
+
+    @property
+    def runs(self) -> list[tuple[int, int, Members]]:
+        """All of them as runs of rows: first, end, and their mix."""
+        return [*((row, row + 1, mix) for row, mix in enumerate(self.short)), *self.long]
+
+
+def passes(
+    runs: Sequence[tuple[int, int, Members]], keys: Container[str]
+) -> list[tuple[str, list[int], list[float]]]:
+    """The rows of some adapters, position by position in the mixes.
+
+    A row's changes are so added up in its own order, and no adapter twice in one pass.
+
+    Args:
+        runs: Runs of rows: first, end, and their mix.
+        keys: The adapters; others are passed over.
+
+    Returns:
+        Adapters, with the numbers of rows that have them at the same position, and mix weights.
+    """
+    mixes = [[(key, w) for key, w in mix if key in keys] for _, _, mix in runs]
+    found: list[tuple[str, list[int], list[float]]] = []
+    for position in range(max(map(len, mixes), default=0)):
+        users: dict[str, tuple[list[int], list[float]]] = {}
+        for (start, end, _), mix in zip(runs, mixes, strict=True):
+            if len(mix) > position:
+                key, weight = mix[position]
+                rows, weights = users.setdefault(key, ([], []))
+                rows.extend(range(start, end))
+                weights.extend([weight] * (end - start))
+        found += [(key, *rows) for key, rows in users.items()]
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from turret.kernels.adapters.modulated_base import modulated_reference
 from turret.kernels.adapters.pair_rotation import pair_rotation_reference
 from turret.kernels.rows.linear import prepare_linear
 from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.members import Members, StepMembers
+from turret.server.adapters.device.members import StepMembers, passes
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.device.store import BaseProduct
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators
@@ -139,8 +139,7 @@ class OwnUpdates(Part):
 
     def bind(self, members: StepMembers) -> StepOwnUpdates | None:
         """The step's rows, or None if no row has such an operator."""
-        runs = [(row, row + 1, mix) for row, mix in enumerate(members.short)]
-        bound = self._passes([*runs, *members.long])
+        bound = self._passes(members)
         if not bound:
             return None
         return StepOwnUpdates(
@@ -150,19 +149,10 @@ class OwnUpdates(Part):
             bound=bound,
         )
 
-    def _passes(self, runs: Sequence[tuple[int, int, Members]]) -> list[_Rows]:
-        mixes = [[(key, w) for key, w in mix if key in self._held] for _, _, mix in runs]
-        passes = []
-        for position in range(max(map(len, mixes), default=0)):
-            users: dict[str, tuple[list[int], list[float]]] = {}
-            for (start, end, _), mix in zip(runs, mixes, strict=True):
-                if len(mix) > position:
-                    key, weight = mix[position]
-                    rows, weights = users.setdefault(key, ([], []))
-                    rows.extend(range(start, end))
-                    weights.extend([weight] * (end - start))
-            for key, (rows, weights) in users.items():
-                places = torch.tensor(rows, device=self._device)
-                values = torch.tensor(weights, device=self._device).unsqueeze(1)
-                passes.append(_Rows(self._held[key], places, values))
-        return passes
+    def _passes(self, members: StepMembers) -> list[_Rows]:
+        found = []
+        for key, rows, weights in passes(members.runs, self._held.keys()):
+            places = torch.tensor(rows, device=self._device)
+            values = torch.tensor(weights, device=self._device).unsqueeze(1)
+            found.append(_Rows(self._held[key], places, values))
+        return found

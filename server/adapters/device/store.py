@@ -64,6 +64,16 @@ class AdapterStep(Protocol):
         """
         ...
 
+    def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
+        """Add what rows attend to beside their sequences, in place.
+
+        Args:
+            layer: Layer number.
+            q: Rotated queries, ``[rows, heads, head_dim]``; not changed.
+            attended: What attention gave, ``[rows, heads, head_dim]``, contiguous.
+        """
+        ...
+
     def apply_experts(
         self,
         layer: int,

@@ -29,6 +29,7 @@ _WORDS = {
     "input_gain": "an input gain",
     "bias": "a bias",
     "soft_prompt": "soft tokens or a prefix",
+    "attention": "a prompt that layers attend to",
     "experts": "updates of experts",
     "head": "an embedding or head",
     "tokens": "an embedding or head",

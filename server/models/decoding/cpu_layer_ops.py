@@ -15,6 +15,7 @@ from turret.kernels.cpu.elementwise import (
 )
 from turret.kernels.cpu.paged_attention import MAX_HEAD_DIM, NativeAttentionPlan, paged_attention
 from turret.kernels.paged_attention import SequenceSpan
+from turret.server.adapters.device.store import AdapterStep
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.kv_cache import KvCache
 
@@ -68,6 +69,7 @@ class CpuLayerOps:
         plan: NativeAttentionPlan,
         growth: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        adapters: AdapterStep | None = None,
     ) -> torch.Tensor:
         arch = self._arch
         if angles is None:
@@ -79,6 +81,8 @@ class CpuLayerOps:
             q *= growth
         scale, softcap = arch.attention_scale, arch.attention_softcap
         out = paged_attention(q, keys, values, plan, scale=scale, softcap=softcap, sinks=sinks)
+        if adapters is not None:
+            adapters.attend(number, q, out)
         return out.view(qkv.shape[0], -1)
 
     def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:

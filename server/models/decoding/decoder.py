@@ -153,6 +153,7 @@ class Decoder:
                 step.attention[self.arch.windows[number]],
                 growth,
                 layer.sinks,
+                step.adapters,
             )
             delta = self._leave(layer.o(attended, step.adapters), layer.norm_after_attention)
             normed = self._enter(hidden, delta, layer.norm_before_mlp)

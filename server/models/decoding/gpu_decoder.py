@@ -60,7 +60,8 @@ class GpuStep(StepInput):
     @property
     def is_fixed(self) -> bool:
         """Whether everything that differs between steps is in buffers of fixed address."""
-        return self.soft_rows is None and not (self.embeddings or self.heads)
+        attends = self.adapters is not None and self.adapters.constants is not None
+        return self.soft_rows is None and not (self.embeddings or self.heads or attends)
 
 
 class GpuDecoder(Decoder):
@@ -170,6 +171,8 @@ class GpuDecoder(Decoder):
         attended = paged_attention(
             q, keys, values, table, scale=scale, softcap=softcap, sinks=layer.sinks
         )
+        if step.adapters is not None:
+            step.adapters.attend(number, q, attended)
         return layer.o(attended.flatten(1), step.adapters, step.num_decode)
 
     def _norm_projections(self, layer: DecoderLayer, qkv: torch.Tensor) -> torch.Tensor:

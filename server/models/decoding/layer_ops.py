@@ -23,6 +23,7 @@ from turret.kernels.rope_kv_write import rotate_heads
 from turret.kernels.rows.clamped_swiglu import row_clamped_swiglu
 from turret.kernels.rows.gelu import row_gelu
 from turret.kernels.rows.silu import row_silu
+from turret.server.adapters.device.store import AdapterStep
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.cpu_layer_ops import CpuLayerOps
 from turret.server.models.decoding.kv_cache import KvCache
@@ -59,6 +60,7 @@ class LayerOps(Protocol):
         plan: Any,
         growth: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        adapters: AdapterStep | None = None,
     ) -> torch.Tensor:
         """Rotate, store keys and values, attend.
 
@@ -71,6 +73,7 @@ class LayerOps(Protocol):
             plan: Result of ``plan_attention`` for the layer's window.
             growth: Multiplies each row's queries, ``[rows, 1, 1]`` fp32, or None.
             sinks: The layer's, ``[heads]`` fp32, or None.
+            adapters: The step's, which may attend to more, or None.
 
         Returns:
             ``[rows, heads · head_dim]``.
@@ -133,6 +136,7 @@ class TorchLayerOps:
         plan: Any,
         growth: torch.Tensor | None = None,
         sinks: torch.Tensor | None = None,
+        adapters: AdapterStep | None = None,
     ) -> torch.Tensor:
         arch = self._arch
         heads, kv_heads = arch.num_heads, arch.num_kv_heads
@@ -150,6 +154,8 @@ class TorchLayerOps:
             softcap=arch.attention_softcap,
             sinks=sinks,
         )
+        if adapters is not None:
+            adapters.attend(number, q, attended)
         return attended.view(qkv.shape[0], -1)
 
     def gated_activation(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -79,6 +79,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     ),
     "prefix_tuning": (peft.PrefixTuningConfig, {"num_virtual_tokens": 5}),
     "cartridge": (peft.CartridgeConfig, {"num_virtual_tokens": 5, "num_frozen_tokens": 2}),
+    "adaption_prompt": (peft.AdaptionPromptConfig, {"adapter_len": 5, "adapter_layers": 2}),
     "prompt_tuning": (peft.PromptTuningConfig, {"num_virtual_tokens": 5}),
     "cpt": (peft.CPTConfig, {"cpt_token_ids": [9, 8, 7, 6, 5], **_CPT}),
     "trainable_tokens": (peft.TrainableTokensConfig, {"token_indices": [7, 2, 65, 40]}),
@@ -121,6 +122,8 @@ def _product(drawn: Drawn, root: float) -> torch.Tensor:
 
 # Part of a parameter's name → its new value; the first that is found counts.
 DRAWS: tuple[tuple[str, Callable[[Drawn], torch.Tensor]], ...] = (
+    ("adaption_prompt", lambda d: d.noise),
+    ("adaption_gate", lambda d: d.strength * (2.0 + d.noise)),
     ("lora_magnitude_vector", lambda d: d.around(0.6)),
     # A row with some of the old one in it.
     ("trainable_tokens_delta", lambda d: d.old + d.strength * d.noise * d.old.std()),

@@ -10,7 +10,7 @@ adapter of a kind voids no graph that does without that kind.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -22,6 +22,7 @@ from turret.kernels.gpu.adapters.kronecker import MAX_IN_M, MAX_RANK
 from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import rank_activations, segmented_shrink
 from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.server.adapters.device.constants import ConstantsOfAdapters, StepConstants
 from turret.server.adapters.device.gpu.base_products import (
     add_changed_inputs,
     add_modulated,
@@ -69,6 +70,7 @@ class GpuAdapterStep:
         modulated: Shelves of modulated updates.
         pairs: Projections with pairs.
         gates: Rows of learned fusions.
+        constants: Rows that attend to constants, or None; a step that has some is not captured.
         addresses: Where tables lie that the step reads and not every step with adapters does.
     """
 
@@ -82,6 +84,7 @@ class GpuAdapterStep:
     pairs: GpuStepPairs
     gates: GpuStepGates
     addresses: Hashable
+    constants: StepConstants | None = None
 
     @property
     def signature(self) -> Hashable:
@@ -105,6 +108,10 @@ class GpuAdapterStep:
         self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
     ) -> torch.Tensor:
         return base(x)
+
+    def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
+        if self.constants is not None:
+            self.constants.attend(layer, q, attended)
 
     def apply_experts(
         self,
@@ -220,7 +227,8 @@ class GpuStore(AdapterStore):
         self._blocks = PlacedShelves(layout, self._pack, blocks_of, *like)
         self._modulated = PlacedShelves(layout, self._pack, modulated_of, *like)
         self._pairs = GpuPairs(layout, self._pack, device)
-        placed = (self._blocks, self._modulated, self._pairs)
+        self._constants = ConstantsOfAdapters(device)
+        placed = (self._blocks, self._modulated, self._pairs, self._constants)
         parts = (self._pack, self._shelves, self._gates, *placed)
         super().__init__(parts, device, max_bytes, on_moved)
         self.epoch = self.version = 0
@@ -280,7 +288,8 @@ class GpuStore(AdapterStore):
         ]
         table = tables.load_segments(segments)
         shelves, gates = self._shelves.bind(runs, tables), self._gates.bind(runs, tables)
-        return self._bound(table, kinds, shelves, gates, [mix for _, _, mix in runs])
+        bound = self._bound(table, kinds, shelves, gates, [mix for _, _, mix in runs])
+        return replace(bound, constants=self._constants.bind(runs))
 
     def bind_form(self, low_rank: frozenset[str], tables: GpuTables) -> GpuAdapterStep:
         """What steps launch whose adapters have low-rank updates in some projections, and no more.

@@ -18,6 +18,7 @@ from turret.kernels.adapters.segmented_shrink import segmented_shrink_reference
 from turret.kernels.adapters.segments import SegmentPlan
 from turret.kernels.expert_routing import Routing
 from turret.kernels.rows.gain import row_bias_, row_combine, row_gain_
+from turret.server.adapters.device.constants import ConstantsOfAdapters, StepConstants
 from turret.server.adapters.device.expert_updates import ExpertUpdates, StepExpertUpdates
 from turret.server.adapters.device.gates import Gates
 from turret.server.adapters.device.hadamard_shelf import HadamardShelves
@@ -64,7 +65,9 @@ class PackedStore(StepStore):
         self._gates = Gates(layout, device)
         self._own_updates = OwnUpdates(layout, _OWN_UPDATES, device)
         self._experts = ExpertUpdates(layout, device)
-        parts = (self._pack, self._shelves, self._gates, self._own_updates, self._experts)
+        self._constants = ConstantsOfAdapters(device)
+        computed = (self._gates, self._own_updates, self._experts, self._constants)
+        parts = (self._pack, self._shelves, *computed)
         super().__init__(parts, device, max_bytes, on_moved)
 
     def step(self, members: StepMembers) -> PackedStep:
@@ -82,6 +85,7 @@ class PackedStore(StepStore):
             others=tuple(part for part in bound if part is not None),
             own_updates=self._own_updates.bind(members),
             experts=self._experts.bind(members),
+            constants=self._constants.bind(members.runs),
         )
 
 
@@ -97,6 +101,7 @@ class PackedStep:
         others: Rows of the operators that are not packed.
         own_updates: Rows of those that each adapter computes by itself.
         experts: Rows whose adapters change experts, or None.
+        constants: Rows that attend to constants, or None.
     """
 
     projections: Mapping[str, PackedProjection]
@@ -106,11 +111,16 @@ class PackedStep:
     others: tuple[StepPart, ...]
     own_updates: StepOwnUpdates | None
     experts: StepExpertUpdates | None = None
+    constants: StepConstants | None = None
 
     def multiply(
         self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
     ) -> torch.Tensor:
         return base(x)
+
+    def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
+        if self.constants is not None:
+            self.constants.attend(layer, q, attended)
 
     def apply_experts(
         self,

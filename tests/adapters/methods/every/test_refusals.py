@@ -47,7 +47,7 @@ NEW = (
     "trainable_tokens",
     *("beft", "ln_tuning", "pvera", "vblora", "unilora", "tinylora", "delora", "miss"),
     *("gralora", "hra", "deft", "peanut", "glora", "cpt", "cartridge"),
-    *("poly", "multitask_prompt", "shira", "supertuning", "waveft"),
+    *("poly", "multitask_prompt", "shira", "supertuning", "waveft", "adaption_prompt"),
     *("fourierft", "randlora", "osf", "frod"),
 )
 # Variants of LoRA, whose rules test_adapter_config.py has.

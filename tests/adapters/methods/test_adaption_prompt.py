@@ -1,0 +1,324 @@
+"""LLaMA-Adapter's prompts in attention, served by the engine, against PEFT's own forward."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from builders.adapters import (
+    base_of,
+    edit_config,
+    edit_tensors,
+    lower_adapter,
+    read_adapter,
+    tiny_llama,
+)
+from builders.methods import load_adapter, make_config, quiet, save_adapter
+from gpu_path import FakeCapture, use_coarse_tiles
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from method_oracle import (
+    check_greedy,
+    check_methods,
+    check_score,
+    oracle_logprobs,
+    prompt_of,
+    twin,
+)
+from servers.engine_harness import EngineHarness, make_request
+from torch import nn
+
+from turret.kernels.adapters.constant_attention import Constants, constant_attention_reference
+from turret.kernels.cpu import native
+from turret.kernels.gpu.shared import tuning as tuning_module
+from turret.server.adapters.methods import lower_checkpoint
+from turret.server.adapters.ref import AdapterRef
+from turret.server.adapters.weight_update import beyond_updates
+from turret.server.engine.scheduling.request import Request
+from turret.server.engine.step.gpu import decode_graphs
+from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
+
+EXAMPLES = 20
+VARIANTS = {
+    "all-layers": ("adaption_prompt", {}),
+    "last-layer": ("adaption_prompt", {"adapter_len": 1, "adapter_layers": 1}),
+    "long": ("adaption_prompt", {"adapter_len": 37}),
+}
+OTHERS = {
+    "lora": ("lora", {"target_modules": ["q_proj", "o_proj", "up_proj"]}),
+    "dora": ("dora", {}),
+    "prefix": ("prefix_tuning", {}),
+}
+MIXES: list[list[tuple[str, float]]] = [
+    [],
+    [("all-layers", 1.0)],
+    [("long", 1.0)],
+    [("last-layer", -0.5)],
+    [("lora", 0.7), ("long", 0.6), ("all-layers", -0.3)],
+    [("dora", 1.0), ("all-layers", 0.0)],
+    [("prefix", 1.0), ("last-layer", 1.0)],
+    [("lora", 1.0)],
+]
+
+
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("mistral", marks=pytest.mark.long)])
+async def test_scores_and_answers_are_pefts(architecture: str, tmp_path: Path) -> None:
+    await check_methods(architecture, tmp_path, VARIANTS)
+
+
+def save_all(model: nn.Module, root: Path) -> list[str]:
+    for seed, (name, (method, keys)) in enumerate({**VARIANTS, **OTHERS}.items()):
+        save_adapter(model, make_config(method, **keys), root / name, seed=seed)
+    return [*VARIANTS, *OTHERS]
+
+
+def requests() -> list[Request]:
+    lengths = (3, 29, 1, 12, 70, 9, 20, 5)
+    return [
+        make_request(
+            prompt_of(length, length),
+            *(AdapterRef(name=name, weight=weight) for name, weight in mix),
+            max_tokens=5,
+        )
+        for mix, length in zip(MIXES, lengths, strict=True)
+    ]
+
+
+@pytest.mark.parametrize("formulation", ["float32", "bfloat16", "bfloat16 by torch"])
+async def test_each_request_gets_the_bits_it_gets_alone(
+    formulation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dtype, _, by_torch = formulation.partition(" ")
+    if by_torch:
+        monkeypatch.setattr(native, "library", lambda: None)
+    base = twin("llama")
+    names = save_all(base.model, tmp_path)
+
+    def engine() -> Any:
+        return EngineHarness.start(base.folder, tmp_path, dtype=dtype, adapters=names)
+
+    async with engine() as harness:
+        alone = [await harness.run(request) for request in requests()]
+    async with engine() as harness:
+        together = await harness.run_all(requests())
+    for mix, one, two in zip(MIXES, alone, together, strict=True):
+        assert one.bits == two.bits, mix
+    async with EngineHarness.start(base.folder, tmp_path, dtype=dtype, adapters=()) as harness:
+        plain = await harness.run(requests()[0])
+    assert plain.bits == alone[0].bits
+
+
+def gated(model: nn.Module, weight: float) -> nn.Module:
+    """In place: PEFT's gates, times a weight."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("adaption_gate"):
+                parameter.mul_(weight)
+    return model
+
+
+async def test_mixes_scale_the_gate_and_add_up_with_others(tmp_path: Path) -> None:
+    base = twin("llama")
+    save_all(base.model, tmp_path)
+    # Its modules are not those that the prompt's keys and values come from.
+    merged = load_adapter(base.model, tmp_path / "lora").merge_and_unload()  # type: ignore[operator]
+    prompt = prompt_of(31)
+    mixes = {
+        (("long", -0.6),): gated(load_adapter(base.model, tmp_path / "long"), -0.6),
+        (("lora", 1.0), ("long", 0.4)): gated(load_adapter(merged, tmp_path / "long"), 0.4),
+    }
+    async with EngineHarness.start(base.folder, tmp_path, adapters=["long", "lora"]) as harness:
+        for mix, oracle in mixes.items():
+            refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
+            answer = await harness.run(make_request(prompt, *refs, score=True))
+            check_score(answer, oracle, prompt, f"{mix}")
+
+
+async def test_bfloat16_is_as_close_as_peft_in_bfloat16(tmp_path: Path) -> None:
+    base = twin("llama", torch.bfloat16)
+    half = copy.deepcopy(base.model).bfloat16()
+    save_adapter(base.model, make_config("adaption_prompt"), tmp_path / "a", strength=0.3)
+    exact, rounded = (load_adapter(model, tmp_path / "a") for model in (base.model, half))
+    found, theirs, expected = [], [], []
+    async with EngineHarness.start(
+        base.folder, tmp_path, dtype="bfloat16", adapters=["a"]
+    ) as harness:
+        for seed in range(8):
+            prompt = prompt_of(60, seed)
+            answer = await harness.run(make_request(prompt, "a", score=True))
+            found += [p for p in answer.prompt_logprobs[1:] if p is not None]
+            for model, logprobs in ((exact, expected), (rounded, theirs)):
+                rows = oracle_logprobs(model, prompt).float()
+                logprobs += [float(rows[i, token]) for i, token in enumerate(prompt[1:])]
+    served, plain = (
+        (torch.tensor(some) - torch.tensor(expected)).abs().mean() for some in (found, theirs)
+    )
+    assert 0 < served <= 1.3 * plain
+
+
+@pytest.fixture
+def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    use_coarse_tiles(monkeypatch)
+    yield
+    monkeypatch.undo()
+    tuning_module.tuning.cache_clear()
+
+
+# Rows that only pad a step to its bucket compute on scratch memory.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
+@pytest.mark.usefixtures("coarse_tiles")
+@pytest.mark.long
+async def test_the_gpu_path_equals_peft(tmp_path: Path) -> None:
+    base = twin("llama")
+    save_all(base.model, tmp_path)
+    names = [None, "long", "all-layers", "lora"]
+    asked = [(name, prompt_of(n, n)) for name, n in zip(names, (40, 30, 5, 3), strict=True)]
+    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
+        async with EngineHarness.start(
+            base.folder,
+            tmp_path,
+            adapters=[name for name in names if name],
+            gpu=True,
+            kv_cache_bytes=4 << 20,
+        ) as harness:
+            answers = await harness.run_all(
+                [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
+            )
+            # Captured steps of others, before and after, are not disturbed.
+            again = await harness.run(make_request(asked[0][1], max_tokens=3))
+    for (name, prompt), answer in zip(asked, answers, strict=True):
+        model = load_adapter(base.model, tmp_path / name) if name else base.model
+        check_greedy(answer, model, prompt, f"{name}")
+    assert again.token_ids == answers[0].token_ids
+
+
+@torch.no_grad()
+def check_attention(keys: dict[str, Any], seed: int, *, bias: bool) -> float:
+    """Compares what PEFT adds to each layer's attention; gives the largest change."""
+    model = tiny_llama(attention_bias=bias, dtype=torch.float64)
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config("adaption_prompt", **keys)
+        oracle = save_adapter(model, config, Path(folder) / "a", seed=seed, share=True).eval()
+        operators = lower_adapter(Path(folder), base_of(model)).operators
+    assert operators.attention is not None
+    assert sorted(operators.attention) == list(range(2 - keys["adapter_layers"], 2))
+    x = torch.randn(1, 7, 64, dtype=torch.float64)
+    angles = torch.randn(1, 7, 8, dtype=torch.float64)
+    cos, sin = (torch.cat((f(angles), f(angles)), -1) for f in (torch.cos, torch.sin))
+    told = {"hidden_states": x, "position_embeddings": (cos, sin), "attention_mask": None}
+    largest = 0.0
+    for layer, kv in operators.attention.items():
+        path = f"model.layers.{layer}.self_attn"
+        plain = model.get_submodule(path)
+        with quiet():
+            adapted = oracle.get_submodule(f"base_model.model.{path}")(**told)[0]
+        change = (adapted - plain(**told)[0])[0]
+        q = plain.get_submodule("q_proj")(x).view(7, 4, 16)
+        first, second = q.chunk(2, -1)
+        turned = q * cos[0, :, None] + torch.cat((-second, first), -1) * sin[0, :, None]
+        added = constant_attention_reference(turned, Constants.of(kv.keys, kv.values)).double()
+        o = plain.get_submodule("o_proj")
+        found = added.reshape(7, 64) @ o.get_parameter("weight").T
+        if bias:
+            own = operators.modules[f"{path}.o_proj"].bias
+            assert own is not None
+            found = found + own
+        assert float((found - change).abs().max() / change.abs().max()) < 2e-5, (keys, layer)
+        largest = max(largest, float(change.abs().max()))
+    return largest
+
+
+def test_drawn_configs_compute_what_peft_computes() -> None:
+    moved = []
+
+    @settings(
+        max_examples=EXAMPLES,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(
+        length=st.integers(1, 40),
+        layers=st.integers(1, 2),
+        target=st.sampled_from(["self_attn", None]),
+        bias=st.booleans(),
+        seed=st.integers(0, 99),
+    )
+    def check(length: int, layers: int, target: str | None, bias: bool, seed: int) -> None:
+        keys = {"adapter_len": length, "adapter_layers": layers, "target_modules": target}
+        moved.append(check_attention(keys, seed, bias=bias))
+
+    check()
+    assert len(moved) >= EXAMPLES
+    assert min(moved) > 1e-3
+
+
+Tensors = dict[str, torch.Tensor]
+PROMPT = "model.layers.1.self_attn.adaption_prompt"
+GATE = "model.layers.0.self_attn.adaption_gate"
+
+
+def without(name: str) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {key: t for key, t in tensors.items() if not key.endswith(name)}
+
+
+def put(name: str, *shape: int) -> Callable[[Tensors], Tensors]:
+    return lambda tensors: {**tensors, f"base_model.model.{name}": torch.ones(shape)}
+
+
+# An edit of the tensors or changes of the config, and what the answer names.
+BROKEN: dict[str, tuple[Any, str]] = {
+    "no length": ({"adapter_len": ...}, "adapter_len"),
+    "another length": ({"adapter_len": 6}, PROMPT),
+    "no layers": ({"adapter_layers": 0}, "adapter_layers"),
+    "another module": ({"target_modules": "mlp"}, "target_modules"),
+    "an unknown key": ({"adapter_gate": 1}, "adapter_gate"),
+    "no gate": (without(GATE), GATE),
+    "no prompt": (without(PROMPT), PROMPT),
+    "a wide gate": (put(GATE, 2), GATE),
+    "another tensor": (put("model.layers.0.self_attn.adaption_bias", 1), "adaption_bias"),
+    "another place": (put("model.layers.01.self_attn.adaption_gate", 1), "layers.01"),
+}
+# The same where it is the base that it does not fit.
+UNFIT: dict[str, tuple[Any, str]] = {
+    "fewer layers": ({"adapter_layers": 1}, "model.layers.0.self_attn"),
+    "more layers than there are": ({"adapter_layers": 3}, "adapter_layers"),
+    "another width": (put(PROMPT, 1, 5, 32), PROMPT),
+    "a layer past the last": (put("model.layers.7.self_attn.adaption_gate", 1), "model.layers.7"),
+}
+
+
+@pytest.mark.parametrize("case", [*BROKEN, *UNFIT])
+def test_what_does_not_agree_is_refused_by_name(case: str, tmp_path: Path) -> None:
+    save_adapter(tiny_llama(), make_config("adaption_prompt"), tmp_path / "a")
+    change, field = {**BROKEN, **UNFIT}[case]
+    if isinstance(change, dict):
+        edit_config(tmp_path / "a", **change)
+    else:
+        edit_tensors(tmp_path / "a", change)
+    kind = AdapterMismatchError if case in UNFIT else AdapterCheckpointError
+    with pytest.raises(kind) as caught:
+        lower_adapter(tmp_path, base_of(tiny_llama()))
+    assert any(field in name for name, _ in caught.value.violations), caught.value
+
+
+def test_only_the_models_that_peft_trains_it_on_take_it(tmp_path: Path) -> None:
+    save_adapter(tiny_llama(), make_config("adaption_prompt"), tmp_path / "a")
+    base = base_of(tiny_llama())
+    lowered = lower_checkpoint(read_adapter(tmp_path), base)[1]
+    assert lowered.target_modules == ("self_attn",)
+    assert lowered.num_bytes == 2 * 2 * 5 * 2 * 16 * 4
+    assert beyond_updates(lowered.operators) == ("prompt that layers attend to",)
+    other = copy.copy(base)
+    object.__setattr__(other, "model_type", "qwen2")
+    with pytest.raises(AdapterMismatchError, match="is for llama and mistral"):
+        lower_checkpoint(read_adapter(tmp_path), other)
