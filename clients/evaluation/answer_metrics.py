@@ -55,6 +55,18 @@ def named_label(answer: str, labels: Sequence[str]) -> str | None:
     return next(label for label in labels if label.casefold() == found.group())
 
 
+def macro_f1(pairs: Sequence[tuple[str, str]]) -> float:
+    """The mean over labels of each one's F1: 2 TP / (2 TP + FP + FN), in [0, 1].
+
+    Args:
+        pairs: The label found and the right one. A label that is in neither counts for nothing.
+    """
+    found, right = (Counter(side) for side in zip(*pairs, strict=True))
+    both = Counter(label for label, other in pairs if label == other)
+    labels = found.keys() | right.keys()
+    return math.fsum(2 * both[each] / (found[each] + right[each]) for each in labels) / len(labels)
+
+
 def mean(values: Sequence[float]) -> float:
     """Their arithmetic mean."""
     return math.fsum(values) / len(values)

@@ -25,6 +25,7 @@ from turret.clients.evaluation.answer_metrics import (
     Estimate,
     estimate,
     exact_match,
+    macro_f1,
     mean,
     named_label,
     perplexity,
@@ -34,6 +35,8 @@ from turret.clients.evaluation.eval_set import EvalExample
 from turret.clients.messages.mix import AdapterWeight
 
 METRICS = ("perplexity", "exact_match", "token_f1", "label_accuracy")
+# Of adapters that classify, which answer nothing else.
+CLASS_METRICS = ("accuracy", "macro_f1")
 _MOST_RETRIES = 30
 # Failures that every line would have had.
 _NOBODYS_LINE = (AuthenticationError, NotFoundError, PermissionDeniedError, UnavailableError)
@@ -47,7 +50,7 @@ class EvalOptions:
     """How to judge.
 
     Attributes:
-        metrics: Of ``METRICS``.
+        metrics: Of ``METRICS``, or of ``CLASS_METRICS``.
         labels: What ``label_accuracy`` looks for in an answer.
         max_tokens: Longest answer.
         concurrency: Calls under way at once; the server batches them.
@@ -63,7 +66,12 @@ class EvalOptions:
     @property
     def is_answer_needed(self) -> bool:
         """Whether any metric looks at an answer."""
-        return any(metric != "perplexity" for metric in self.metrics)
+        return any(metric in METRICS[1:] for metric in self.metrics)
+
+    @property
+    def is_label_needed(self) -> bool:
+        """Whether any metric looks at a label of ``Classify``."""
+        return any(metric in CLASS_METRICS for metric in self.metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,10 +80,11 @@ class Judged:
 
     Attributes:
         line: The example's line in the test set.
-        answer: What was generated; None if no metric asked for it.
+        answer: What was generated, or the label found; None if no metric asked for it.
         logprob: Natural log probability of the right answer's tokens, None if not asked for.
         tokens: How many those are.
-        scores: Per metric but perplexity, in [0, 1].
+        scores: Per metric of single answers, in [0, 1].
+        reference: The right answer.
     """
 
     line: int
@@ -83,6 +92,7 @@ class Judged:
     logprob: float | None
     tokens: int
     scores: dict[str, float]
+    reference: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,8 +240,12 @@ def _judge(
         )
         answer = _called(place, generate).text
     scores = {} if answer is None else _compare(answer, example.reference, options)
+    if options.is_label_needed:
+        classify = partial(client.classify, [example.prompt], adapters=mix, timeout=options.timeout)
+        answer = _called(place, classify).labels[0]
+        scores = {"accuracy": float(answer == example.reference)}
     tokens = 0 if encoded is None else len(encoded.reference)
-    return Judged(example.line, answer, logprob, tokens, scores)
+    return Judged(example.line, answer, logprob, tokens, scores, example.reference)
 
 
 def _compare(answer: str, reference: str, options: EvalOptions) -> dict[str, float]:
@@ -263,6 +277,9 @@ def _report(mix: Mix, judged: Sequence[Judged], metrics: Sequence[str]) -> MixRe
         if metric == "perplexity":
             scored = [(j.logprob, j.tokens) for j in judged if j.logprob is not None]
             figures[metric] = estimate(scored, perplexity)
+        elif metric == "macro_f1":
+            pairs = [(j.answer, j.reference) for j in judged if j.answer is not None]
+            figures[metric] = estimate(pairs, macro_f1)
         else:
             figures[metric] = estimate([j.scores[metric] for j in judged], mean)
     return MixReport(mix_name(mix), len(judged), figures, tuple(judged))

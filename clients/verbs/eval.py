@@ -16,6 +16,7 @@ from turret.clients.client import TurretClient
 from turret.clients.evaluation.answer_metrics import Estimate
 from turret.clients.evaluation.eval_set import EvalExample, EvalSetError, read_eval_set
 from turret.clients.evaluation.evaluate import (
+    CLASS_METRICS,
     METRICS,
     EvalOptions,
     Mix,
@@ -66,6 +67,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="what to measure; repeat for more (default: all that can be)",
     )
     parser.add_argument(
+        "--classify",
+        action="store_true",
+        help="judge the labels of adapters that classify: accuracy and macro F1; the completion is"
+        " the right label",
+    )
+    parser.add_argument(
         "--labels",
         type=_labels,
         default=(),
@@ -96,14 +103,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 
 def _eval(args: argparse.Namespace, client: TurretClient) -> None:
-    mixes: list[Mix] = [*([] if args.no_base else [()]), *args.mixes]
+    # The base model has no head.
+    has_base = not (args.no_base or args.classify)
+    mixes: list[Mix] = [*([()] if has_base else []), *args.mixes]
     if not mixes:
-        raise ValueError("nothing to judge: --no-base needs at least one --mix")
+        flag = "--classify" if args.classify else "--no-base"
+        raise ValueError(f"nothing to judge: {flag} needs at least one --mix")
     if len({mix_name(mix) for mix in mixes}) < len(mixes):
         raise ValueError("--mix: each mix may be judged once")
     examples = read_eval_set(args.data, is_raw=args.raw, limit=args.limit)
     options = EvalOptions(
-        metrics=_metrics(args.metrics, args.labels),
+        metrics=_metrics(args.metrics, args.labels, args.classify),
         labels=args.labels,
         max_tokens=args.max_tokens,
         concurrency=args.concurrency,
@@ -134,7 +144,11 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
         Console().print(_table(reports))
 
 
-def _metrics(asked: Sequence[str] | None, labels: Sequence[str]) -> tuple[str, ...]:
+def _metrics(asked: Sequence[str] | None, labels: Sequence[str], classify: bool) -> tuple[str, ...]:
+    if classify:
+        if asked is not None or labels:
+            raise ValueError("--classify has metrics of its own: leave out --metric and --labels")
+        return CLASS_METRICS
     if asked is None:
         return METRICS if labels else METRICS[:-1]
     if "label_accuracy" in asked and not labels:

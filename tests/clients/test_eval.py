@@ -20,6 +20,7 @@ from servers.fake_turret import FakeInference, FakeTurret, abort, fake_turret
 from turret.clients.evaluation.answer_metrics import (
     estimate,
     exact_match,
+    macro_f1,
     mean,
     named_label,
     perplexity,
@@ -73,6 +74,15 @@ class Geographer(FakeInference):
             text=answer.upper() if "json" in names else answer + " ",
             finish_reason=inference_pb2.GenerateResponse.STOP,
         )
+
+    def Classify(self, request, context):
+        self._accept(request, context)
+        response = inference_pb2.ClassifyResponse()
+        for each in request.inputs:
+            question = each.prompt or each.chat.messages[-1].content
+            label = CAPITALS[question] if request.adapters[0].name == "sql" else "Lima"
+            response.classifications.add(label=label).scores.add(label=label, probability=1)
+        return response
 
     def Tokenize(self, request, context):
         text = "".join(f"<{m.role}>{m.content}" for m in request.chat.messages)
@@ -337,3 +347,32 @@ def test_intervals_hold_the_value_and_shrink_with_examples():
     # The binomial's own 95 % interval at 1000 examples.
     assert narrow.high - 0.5 == pytest.approx(1.96 * 0.5 / math.sqrt(1000), rel=0.15)
     assert estimate(many, mean) == narrow
+
+
+def test_labels_are_judged_by_accuracy_and_macro_f1(
+    run: Run, server: FakeTurret, capitals: Path, tmp_path: Path
+):
+    answers = tmp_path / "answers.jsonl"
+    flags = ("--classify", "-m", "sql", "-m", "json", "--answers", answers, "--json")
+    code, out, _ = run(capitals, *flags)
+    assert code == 0
+    sql, other = json.loads(out)
+    assert (sql["mix"], other["mix"]) == ("sql", "json")
+    assert sql["metrics"]["accuracy"]["value"] == sql["metrics"]["macro_f1"]["value"] == 1
+    count = len(CAPITALS)
+    assert other["metrics"]["accuracy"]["value"] == pytest.approx(1 / count)
+    # One label is found and right once, wrong for all others, whose own F1 is 0.
+    assert other["metrics"]["macro_f1"]["value"] == pytest.approx(2 / (count + 1) / count)
+    rows = [json.loads(line) for line in answers.read_text().splitlines()]
+    assert {row["answer"] for row in rows if row["mix"] == "json"} == {"Lima"}
+    assert run(capitals, "--classify")[0] == 2
+    assert run(capitals, "--classify", "-m", "sql", "--metric", "perplexity")[0] == 2
+    assert run(capitals, "--classify", "-m", "sql", "--plot", tmp_path / "a.svg")[0] == 0
+    assert "macro f1" in (tmp_path / "a.svg").read_text()
+
+
+def test_macro_f1_is_that_of_the_textbook():
+    # Labels a, b, c: precision and recall 1/2 and 1, 1 and 1/3, 0 and 0.
+    pairs = [("a", "a"), ("a", "b"), ("b", "b"), ("c", "b")]
+    a, b = 2 * (1 / 2) / (3 / 2), 2 * (1 / 3) / (4 / 3)
+    assert macro_f1(pairs) == pytest.approx((a + b + 0) / 3)

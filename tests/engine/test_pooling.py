@@ -15,6 +15,7 @@ from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from builders.tiny_models import save_tiny_model
 from gpu_path import FakeCapture, use_coarse_tiles
 from method_oracle import prompt_of, twin
+from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.ref import AdapterRef
@@ -179,6 +180,29 @@ async def test_a_mean_that_is_preempted_midway_counts_no_position_twice(
     assert len(begun) == 1
     assert begun[0].num_preemptions == 1
     assert found.pooled == expected.pooled
+
+
+@pytest.mark.parametrize(
+    "targets", [["q_proj", "down_proj"], r"layers\.[01]\.(self_attn\.q|mlp\.up)_proj", "all-linear"]
+)
+async def test_adapters_of_the_model_without_its_head_are_pefts(
+    targets: Any, tmp_path: Path
+) -> None:
+    """As sentence embedders are trained: modules of ``AutoModel`` are named without ``model.``."""
+    base = twin("qwen3")
+    config = make_config("lora", r=4, target_modules=targets, task_type="FEATURE_EXTRACTION")
+    save_adapter(base.model.model, config, tmp_path / "vectors", seed=2)
+    names = load_file(tmp_path / "vectors" / "adapter_model.safetensors")
+    assert all(name.startswith("base_model.model.layers.") for name in names)
+    oracle = load_adapter(base.model.model, tmp_path / "vectors")
+    prompt = prompt_of(40, 3)
+    with torch.no_grad():
+        states = oracle(input_ids=torch.tensor([prompt])).last_hidden_state[0].double()
+    assert (states - states_of(base.model, prompt)).abs().max() > 0.05
+    async with EngineHarness.start(base.folder, tmp_path, adapters=["vectors"]) as harness:
+        answer = await harness.run(make_request(prompt, "vectors", pooling=Pooling()))
+        found = torch.tensor(answer.pooled, dtype=torch.float64)
+        torch.testing.assert_close(found, pooled(states, Pooling()), rtol=1e-4, atol=1e-4)
 
 
 # Rows that only pad a step to its bucket compute on scratch memory.

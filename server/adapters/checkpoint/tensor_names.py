@@ -16,6 +16,9 @@ DEFAULT_NAME = "default"
 # those of transformers before 4.52. Of the language model alone it is "model.".
 TEXT_PREFIXES = ("model.language_model.", "language_model.model.")
 _TEXT_HEAD = "language_model.lm_head."
+# Of the model without its head (AutoModel, as for embeddings), where nothing stands before them.
+NO_PREFIX = "(none)"
+_OWN_PARTS = ("layers.", "embed_tokens.", "norm.")
 
 
 def canonical_name(name: str) -> str:
@@ -28,8 +31,10 @@ def canonical_name(name: str) -> str:
 
 
 def text_prefix(names: Iterable[str]) -> str:
-    """Which of ``TEXT_PREFIXES`` the names of a file's tensors have; "" for none."""
+    """Which of ``TEXT_PREFIXES``, or ``NO_PREFIX``, a file's names have; "" for the usual ones."""
     for name in names:
+        if _without_noise(name).startswith("layers."):
+            return NO_PREFIX
         if "language_model." in name:
             bare = _without_noise(name)
             for prefix in TEXT_PREFIXES:
@@ -42,6 +47,8 @@ def name_in_training(module: str, prefix: str) -> str:
     """What a module was called where the adapter was trained, by the file's ``text_prefix``."""
     if not prefix:
         return module
+    if prefix == NO_PREFIX:
+        return module.removeprefix("model.")
     if module.startswith("model."):
         return prefix + module.removeprefix("model.")
     return f"language_model.{module}" if prefix == TEXT_PREFIXES[1] else module
@@ -51,6 +58,8 @@ def _own_name(name: str) -> str:
     for prefix in TEXT_PREFIXES:
         if name.startswith(prefix):
             return f"model.{name.removeprefix(prefix)}"
+    if name.startswith(_OWN_PARTS):
+        return f"model.{name}"
     return name.removeprefix("language_model.") if name.startswith(_TEXT_HEAD) else name
 
 

@@ -94,7 +94,8 @@ def is_one_of(*allowed: Any) -> Callable[[Any], str | None]:
 
 COMMON_RULES: Rules = {
     "peft_type": Used(is_text),
-    "task_type": Used(is_one_of(None, "CAUSAL_LM")),
+    # Of the model with its head or without it. SEQ_CLS is read before (``take_classifier``).
+    "task_type": Used(is_one_of(None, "CAUSAL_LM", "FEATURE_EXTRACTION")),
     "base_model_name_or_path": Used(is_optional_text),
     "revision": Irrelevant("names the base's commit; the base is compared by shapes and name"),
     "auto_mapping": Irrelevant("helps PEFT to find the base's class"),
