@@ -14,6 +14,14 @@ from typing import Any
 import torch
 
 from turret.training.base_model import DTYPES, load_model
+from turret.training.classifier import (
+    ClassifierLoss,
+    add_head,
+    label_samples,
+    label_scores,
+    make_loss,
+    write_head,
+)
 from turret.training.data.batch import Batch, BatchStream, Row, make_batch
 from turret.training.errors import RunError
 from turret.training.loss import LossFunction
@@ -66,6 +74,8 @@ def attach_to(model: Any, resolved: Resolved) -> Any:
     """Attach the method to a base model."""
     torch.manual_seed(resolved.config.run.seed)
     attached = resolved.method.attach(model, resolved.config.method, resolved.base)
+    if resolved.dataset.labels:
+        add_head(attached, len(resolved.dataset.labels))
     if resolved.config.run.gradient_checkpointing:
         # The name of late 5.x versions, and the one that they deprecate.
         enable = getattr(model, "activation_checkpointing_enable", None)
@@ -174,10 +184,11 @@ class Trainer:
         base = self._config.base.model
         model = "" if base is None else f" --model {shlex.quote(base)}"
         root = shlex.quote(str(folder))
+        verb = "classify" if self._resolved.dataset.labels else "generate"
         return (
             f"adapter written: {self._folder.adapter}\n"
             f"serve it:  turret serve{model} --adapter-root {root} --preload mine=adapter\n"
-            "ask it:    turret generate --chat -a mine 'YOUR PROMPT'"
+            f"ask it:    turret {verb} --chat -a mine 'YOUR PROMPT'"
         )
 
     def _write_samples(self, model: Any) -> None:
@@ -189,7 +200,12 @@ class Trainer:
             self._say(f"answering {count} samples {done + 1}/{total}")
 
         tokenizer = self._resolved.base.tokenizer
-        samples = draw_samples(model, tokenizer, examples, self._device, progress)
+        labels = self._resolved.dataset.labels
+        if labels:
+            loss = ClassifierLoss(model, self._device)
+            samples = label_samples(loss, tokenizer, examples, labels)
+        else:
+            samples = draw_samples(model, tokenizer, examples, self._device, progress)
         text = "".join(json.dumps(sample) + "\n" for sample in samples)
         self._folder.samples.write_text(text, encoding="utf-8")
 
@@ -198,7 +214,10 @@ class Trainer:
         partial = self._folder.path / "adapter.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        self._resolved.method.save(model, partial, DTYPES[self._config.run.adapter_dtype])
+        dtype, labels = DTYPES[self._config.run.adapter_dtype], self._resolved.dataset.labels
+        self._resolved.method.save(model, partial, dtype)
+        if labels:
+            write_head(model, partial, labels, dtype)
         text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
         (partial / FILE).write_text(text, encoding="utf-8")
         partial.rename(self._folder.adapter)
@@ -227,7 +246,7 @@ class _Loop:
         self._optimizer = optimizer
         self._log = log
         self._listen = listen
-        self._loss = resolved.method.loss(model, config.method, self._device)
+        self._loss = make_loss(resolved, model)
         self._pad = pad_token(resolved.base.tokenizer)
         self._stream = make_stream(resolved)
         self._validation = dataset.validation
@@ -297,7 +316,10 @@ class _Loop:
 
         size = self._config.run.batch_size
         loss = validation_loss(self._loss, self._validation, size, self._pad, progress)
-        self._write({"kind": "validation", "step": step, "loss": loss})
+        row: dict[str, Any] = {"kind": "validation", "step": step, "loss": loss}
+        if isinstance(self._loss, ClassifierLoss):
+            row |= label_scores(self._loss, self._validation, size, self._pad)
+        self._write(row)
         return loss
 
     def _write(self, row: dict[str, Any]) -> None:

@@ -32,6 +32,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         parents=[text_parser(), adapter_parser(required=True), json_parser(), connection_parser()],
     )
     parser.add_argument(
+        "--chat", action="store_true", help="each text is a user's message, in the chat template"
+    )
+    parser.add_argument(
         "--labels-only", action="store_true", help="print the labels alone, one a line"
     )
     parser.add_argument(
@@ -42,8 +45,9 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _classify(args: argparse.Namespace, client: TurretClient) -> None:
     texts = given_texts(args)
+    inputs = [[("user", text)] for text in texts] if args.chat else texts
     found = client.classify(
-        texts, adapters=args.adapters, request_id=args.request_id, timeout=args.timeout
+        inputs, adapters=args.adapters, request_id=args.request_id, timeout=args.timeout
     )
     if args.json:
         print_json(found)

@@ -132,7 +132,9 @@ def test_the_command_labels_texts(
     printed = capsys.readouterr().out
     assert "[b]" in printed
     assert "a 25.0%" in printed
-    assert run(server, "classify", *texts, "--json") == 0
+    assert run(server, "classify", *texts, "--chat", "--json") == 0
+    turns = [each.chat.messages[0] for each in server.inference.requests[-1].inputs]
+    assert [(turn.role, turn.content) for turn in turns] == [("user", "one"), ("user", "two words")]
     assert json.loads(capsys.readouterr().out)["classifications"][0]["label"] == "[b]"
     with pytest.raises(SystemExit):
         run(server, "classify", "a")

@@ -69,7 +69,7 @@ def found_logits(answer: Any) -> torch.Tensor:
     return torch.tensor(answer.pooled, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", pytest.param("qwen3", marks=pytest.mark.long)])
 async def test_logits_are_those_of_transformers_and_peft(architecture: str, tmp_path: Path) -> None:
     bases = {name: save(architecture, tmp_path, name, i) for i, name in enumerate(ADAPTERS)}
     folder = twin(architecture).folder
@@ -117,7 +117,7 @@ async def test_bfloat16_is_as_exact_as_peft(tmp_path: Path) -> None:
     assert mine <= 1.3 * peers, (mine, peers)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 async def test_logits_have_the_bits_that_they_have_alone(dtype: str, tmp_path: Path) -> None:
     for seed, name in enumerate(ADAPTERS):
         save("llama", tmp_path, name, seed)

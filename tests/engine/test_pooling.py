@@ -130,7 +130,7 @@ def mixed() -> list[Any]:
     return requests
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.long), "bfloat16"])
 async def test_a_vector_has_the_bits_that_it_has_alone(dtype: str, tmp_path: Path) -> None:
     """However prompts are cut, and with part of a prompt in the cache."""
     model = save_tiny_model("smollm3", tmp_path / "model")

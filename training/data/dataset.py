@@ -10,6 +10,7 @@ from turret.training.base_model import TrainingBase
 from turret.training.data.batch import Row, pack_rows, single_rows
 from turret.training.data.encode import Encoded, EncodedSet, encode_all
 from turret.training.data.example import Example, data_digest, read_examples
+from turret.training.data.labels import encode_labelled, labels_of
 from turret.training.errors import ConfigError, DataError
 from turret.training.settings.config import DataConfig
 
@@ -26,6 +27,7 @@ class Dataset:
         num_tokens: Their tokens.
         num_dropped: Examples left out for their length, of both sets.
         num_truncated: Examples cut to length, of both sets.
+        labels: What a classification tells apart, in the head's order; else empty.
     """
 
     train: tuple[Row, ...]
@@ -35,6 +37,7 @@ class Dataset:
     num_tokens: int
     num_dropped: int
     num_truncated: int
+    labels: tuple[str, ...] = ()
 
 
 def load_dataset(config: DataConfig, folder: Path, base: TrainingBase, seed: int) -> Dataset:
@@ -61,11 +64,15 @@ def load_dataset(config: DataConfig, folder: Path, base: TrainingBase, seed: int
         _check_disjoint(examples, held_out)
     else:
         examples, held_out = split(examples, config.validation_fraction, seed)
-    train = encode_all(base.tokenizer, examples, config, config.max_length)
-    nothing = EncodedSet((), 0, 0)
-    validation = nothing
-    if held_out:
-        validation = encode_all(base.tokenizer, held_out, config, config.max_length)
+    labels = labels_of(examples) if config.task == "classification" else ()
+
+    def encode(some: list[Example]) -> EncodedSet:
+        if labels:
+            return encode_labelled(base.tokenizer, some, labels, config, config.max_length)
+        return encode_all(base.tokenizer, some, config, config.max_length)
+
+    train = encode(examples)
+    validation = encode(held_out) if held_out else EncodedSet((), 0, 0)
     return Dataset(
         train=tuple(make_rows(train.examples, config)),
         validation=tuple(single_rows(validation.examples)),
@@ -74,6 +81,7 @@ def load_dataset(config: DataConfig, folder: Path, base: TrainingBase, seed: int
         num_tokens=sum(len(example.tokens) for example in train.examples),
         num_dropped=train.num_dropped + validation.num_dropped,
         num_truncated=train.num_truncated + validation.num_truncated,
+        labels=labels,
     )
 
 

@@ -108,6 +108,33 @@ def encode(tokenizer: Any, example: Example, config: DataConfig) -> Encoded:
     return Encoded(tokens, tuple(learned), _turns_before_answer(turns))
 
 
+def encode_prompt(tokenizer: Any, example: Example, config: DataConfig) -> Encoded:
+    """Encode what stands before an example's last answer; nothing of it is learned.
+
+    Raises:
+        DataError: No chat template, or the template refuses the messages.
+    """
+    turns: Sequence[Mapping[str, str]] = ()
+    if example.messages is not None:
+        turns = example.messages[:-1]
+    elif config.template == "chat" or (config.template == "auto" and tokenizer.chat_template):
+        turns = [{"role": "user", "content": example.prompt or ""}]
+    if turns or example.messages is not None:
+        _check_template(tokenizer, example)
+        ids = _ids(tokenizer, _render(tokenizer, example, turns, is_open=True))
+    else:
+        ids = tokenizer(example.prompt)["input_ids"]
+    shown = tuple((turn["role"], turn["content"]) for turn in turns)
+    return Encoded(tuple(ids), (False,) * len(ids), shown)
+
+
+def _check_template(tokenizer: Any, example: Example) -> None:
+    if not tokenizer.chat_template:
+        raise example.error(
+            "messages", "this model has no chat template; use prompt and completion"
+        )
+
+
 def _turns_before_answer(messages: Sequence[Mapping[str, str]]) -> tuple[tuple[str, str], ...]:
     turns = []
     for message in messages:
@@ -121,10 +148,7 @@ def _encode_chat(
     tokenizer: Any, example: Example, messages: Sequence[Mapping[str, str]]
 ) -> list[tuple[list[int], bool]]:
     """(tokens, whether they are the assistant's answer), up to the end of the last answer."""
-    if not tokenizer.chat_template:
-        raise example.error(
-            "messages", "this model has no chat template; use prompt and completion"
-        )
+    _check_template(tokenizer, example)
     pieces: list[tuple[list[int], bool]] = []
     done = ""
     for index, message in enumerate(messages):

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from turret.server.models.sources.model_directory import weight_files
 from turret.training.base_model import DTYPES, empty_model
+from turret.training.classifier import ClassifierLoss
 from turret.training.data.batch import Batch, make_batch
 from turret.training.loss import LossFunction
 from turret.training.memory.live_bytes import LiveBytes
@@ -122,7 +123,8 @@ def _room(batch: Batch) -> tuple[int, int]:
 def _step_bytes(resolved: Resolved, model: Any) -> int:
     train, validation = largest_batches(resolved)
     head = model.get_base_model().get_output_embeddings()
-    loss = LossFunction(model, head, "meta")
+    is_classifier = bool(resolved.dataset.labels)
+    loss = ClassifierLoss(model, "meta") if is_classifier else LossFunction(model, head, "meta")
     with LiveBytes() as live:
         model.train()
         # The gradients of the first pass are there while the second one runs.

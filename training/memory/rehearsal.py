@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from turret.training.classifier import make_loss
 from turret.training.errors import RunError
 from turret.training.memory.estimate import largest_batches
 from turret.training.memory.peak import peak_memory_bytes
@@ -47,7 +48,7 @@ def rehearse(config_file: Path) -> int:
     model = attach(resolved)
     parameters = trainable(model)
     optimizer = make_optimizer(parameters.items(), config.optimizer)
-    loss = resolved.method.loss(model, config.method, config.base.device)
+    loss = make_loss(resolved, model)
     train, validation = largest_batches(resolved)
     model.train()
     for _ in range(_STEPS):

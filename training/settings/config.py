@@ -175,6 +175,11 @@ class DataConfig:
     validation_fraction: float = _key(
         "share of train set aside where validation is not given; 0 validates nothing", 0.1
     )
+    task: Literal["generation", "classification"] = _key(
+        "generation: completions are texts to learn; classification: they are labels, and the "
+        "adapter gets a head that tells them apart (SEQ_CLS, for Classify)",
+        "generation",
+    )
     max_length: int = _key("most tokens of an example, and of a packed row", 512)
     too_long: Literal["drop", "truncate", "error"] = _key(
         "what happens to an example over max_length; drop tells how many", "drop"
@@ -194,6 +199,8 @@ class DataConfig:
         fraction = self.validation_fraction
         _check("data.validation_fraction", 0 <= fraction < 1, "must be in [0, 1)")
         _check_at_least("data", self, 2, "max_length")
+        is_plain = self.task == "generation" or self.loss_on == "completion"
+        _check("data.loss_on", is_plain, "must be completion: labels are learned")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

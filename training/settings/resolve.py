@@ -53,6 +53,7 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
     folder = folder.resolve()
     notes: list[str] = []
     method = method_named(config.method.name)
+    _check_fit(config, method)
     directory = base_place(config.base, folder)
     base = find_base(directory)
     settings = _resolve_base(config.base, directory)
@@ -62,7 +63,6 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
         method=method.resolve(_rooted(config.method, folder), base),
         optimizer=_resolve_optimizer(config.optimizer, method, str(settings.device), notes),
     )
-    _check_fit(config, method)
     dataset = load_dataset(config.data, folder, base, config.run.seed)
     if dataset.num_dropped:
         notes.append(f"{dataset.num_dropped} examples over data.max_length were left out")
@@ -125,6 +125,8 @@ def _check_fit(config: TrainConfig, method: Method) -> None:
     if config.data.packing and method.is_prompt:
         problem = f"{method.name} stands before one text, not before each of several in a row"
         raise ConfigError.of("data.packing", problem)
+    if config.data.task == "classification" and method.name == "learned_fusion":
+        raise ConfigError.of("data.task", "learned_fusion learns a gate, not a head")
     if config.run.gradient_checkpointing and method.name == "prefix_tuning":
         problem = "prefix_tuning passes its keys and values in a cache, which it switches off"
         raise ConfigError.of("run.gradient_checkpointing", problem)
