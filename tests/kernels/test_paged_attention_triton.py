@@ -11,6 +11,10 @@ Planted faults, and how many of the tests here each one fails (tried by hand):
 - all tokens of a chunk at its first position: 13
 - one query head per KV head: 9
 - table: splits that the window still sees left out: 6
+- a sink counted in every record of a spread item: 6
+- a sink left out where records are merged: 6
+- a sink not in the scores' base: 6
+- another head's sink: 4
 """
 
 from __future__ import annotations

@@ -128,8 +128,13 @@ async def test_experts_as_parameters(changes: dict[str, Any], tmp_path: Path) ->
         {"use_rslora": True},
         {"target_parameters": ["mlp.router.weight", "experts.gate_up_proj"]},
         {"target_parameters": ["experts.down_proj"], "rank_pattern": {r".*down_proj": 3}},
+        # As OpenAI's own recipe for it has them, in a few layers.
+        {
+            "target_modules": "all-linear",
+            "target_parameters": ["1.mlp.experts.gate_up_proj", "1.mlp.experts.down_proj"],
+        },
     ],
-    ids=["both", "router", "down"],
+    ids=["both", "router", "down", "recipe"],
 )
 async def test_experts_whose_weights_lie_the_other_way(
     changes: dict[str, Any], tmp_path: Path
