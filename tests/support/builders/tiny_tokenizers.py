@@ -25,6 +25,8 @@ PHI_4_MINI = PHI_3.replace(r"|>\n'", "|>'")
 HARMONY = """\
 {{- '<|start|>system<|message|>' + (model_identity or 'You are a model.') + '\nCurrent date: ' + \
 strftime_now('%Y-%m-%d') + '<|end|>' -}}
+{%- if tools -%}{{- '<|start|>developer<|message|># Tools\n' + (tools | tojson) + '<|end|>' -}}
+{%- endif -%}
 {%- for message in messages -%}
 {%- if message['role'] == 'assistant' -%}
 {{- '<|start|>assistant<|channel|>final<|message|>' + message['content'] + '<|end|>' -}}
