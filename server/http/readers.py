@@ -41,6 +41,9 @@ def make_readers(
             _constrain(message, grammar, fields, use, exchange.names)
         except UnenforceableError as error:
             fields.refuse(f"{use.paths[error.tool]}{error.path}", error.why)
+        except RecursionError:
+            # A schema that was sent as a text may be as deep as the parser goes.
+            fields.refuse("tools", "cannot stand beside a schema that is nested so deeply")
     return lambda: AnswerReader(
         form,
         use.tools,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -18,6 +19,8 @@ from turret.server.constraints.spec import ConstraintSpec
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import InvalidRequestError
 from turret.server.http.tools.grammar import CallsGrammar
+from turret.server.http.tools.pieces import CallBegun, CallGrown
+from turret.server.http.tools.reader import AnswerReader
 from turret.server.http.tools.schemas import UnenforceableError
 from turret.server.models.chat_format import ChatFormat
 from turret.server.models.tokenizer import Tokenizer
@@ -145,6 +148,9 @@ async def test_what_cannot_be_kept_to_is_refused_where_it_is(form: str) -> None:
         ({"properties": 3}, ".properties"),
         ({"required": ["a"]}, ".required"),
         ({"required": 3}, ".required"),
+        ({"required": [[]]}, ".required"),
+        ({"properties": {"a": {"type": "string", "anyOf": 3}}}, ".properties.a.anyOf"),
+        ({"properties": {"a": {"type": "string", "oneOf": [3]}}}, ".properties.a.oneOf"),
         ({"properties": {"a": True}}, ".properties.a"),
         ({"properties": {"a>": {}}}, ".properties.a>"),
         ({"properties": {"a": {"type": "string", "pattern": "x"}}}, ".properties.a.pattern"),
@@ -161,6 +167,61 @@ def test_what_xml_cannot_say_is_refused(schema: dict[str, Any], path: str) -> No
     with pytest.raises(UnenforceableError) as refused:
         CallsGrammar("xml", {"f": schema}, is_parallel=True).alone()
     assert (refused.value.tool, refused.value.path) == ("f", path)
+
+
+def test_any_schema_makes_a_grammar_or_is_refused() -> None:
+    rng = random.Random(0)
+    words = [
+        "type",
+        "enum",
+        "const",
+        "anyOf",
+        "oneOf",
+        "$ref",
+        "properties",
+        "required",
+        "minLength",
+    ]
+    words += ["maxLength", "$defs", "items", "string", "integer", "#", "#/$defs/type", "a"]
+
+    def anything(depth: int) -> Any:
+        kind = rng.randrange(7 if depth else 4)
+        if kind < 2:
+            return rng.choice(words)
+        if kind < 4:
+            return rng.choice([None, True, -1, 2.5, 10**30])
+        several = [anything(depth - 1) for _ in range(rng.randrange(4))]
+        return several if kind == 4 else {rng.choice(words): one for one in several}
+
+    made = 0
+    for _ in range(3000):
+        schema = {rng.choice(words): anything(3) for _ in range(4)}
+        for form in CALLS:
+            grammar = CallsGrammar(form, {"f": schema}, is_parallel=True)
+            try:
+                places = grammar.places()
+                made += len(grammar.alone()) > 0
+                assert all(tool == "f" for tool, _ in places.values())
+            except UnenforceableError:
+                pass
+        reader = AnswerReader("xml", {"f": schema})
+        call = "<tool_call><function=f><parameter=type>3</parameter></function></tool_call>"
+        begun, *grown = reader.feed(call)
+        assert isinstance(begun, CallBegun)
+        arguments = "".join(piece.text for piece in grown if isinstance(piece, CallGrown))
+        assert json.loads(arguments)["type"] in (3, "3")
+    assert made > 12000
+
+
+@pytest.mark.parametrize("form", ["xml", "llama3"], indirect=True)
+async def test_deep_schemas_are_refused(form: str) -> None:
+    async with http_harness() as http:
+        for depth in (100, 900, 990, 3000):
+            deep = '{"not":' * depth + "{}" + "}" * depth
+            turns = [{"role": "user", "content": "hi"}]
+            body = {"model": "base", "messages": turns, "tools": [TOOL], "guided_json": deep}
+            answer = await http.post(CHAT, body)
+            assert answer.status_code in (200, 400), answer.text
 
 
 @pytest.mark.parametrize("form", ["xml"], indirect=True)

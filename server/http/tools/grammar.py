@@ -89,7 +89,8 @@ class CallsGrammar:
             if self._form.syntax != "xml":
                 found[f"arguments{index}"] = name, ""
                 continue
-            for number, key in enumerate(schema.get("properties", {})):
+            properties = schema.get("properties")
+            for number, key in enumerate(properties if isinstance(properties, dict) else ()):
                 found[f"value{index}_{number}_json"] = name, f".properties.{key}"
         return found
 

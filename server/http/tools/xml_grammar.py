@@ -41,7 +41,9 @@ def xml_call(index: int, name: str, schema: Mapping[str, Any]) -> Iterator[str]:
     required, properties = schema.get("required", []), schema.get("properties", {})
     if not isinstance(properties, dict):
         raise UnenforceableError(name, ".properties", "must be an object")
-    if not isinstance(required, list) or any(key not in properties for key in required):
+    if not isinstance(required, list) or not all(
+        isinstance(key, str) and key in properties for key in required
+    ):
         raise UnenforceableError(name, ".required", "must be a list of properties")
     parts: list[str] = []
     for number, (key, value) in enumerate(properties.items()):
@@ -96,7 +98,10 @@ class _Value:
             if key in schema:
                 raise self._error(f".{key}", _NOT_IN_XML)
         for several in ("anyOf", "oneOf"):
-            for number, member in enumerate(schema.get(several, [])):
+            members = schema.get(several, [])
+            if not isinstance(members, list) or not all(isinstance(m, dict) for m in members):
+                raise self._error(f".{several}", "must be a list of schemas")
+            for number, member in enumerate(members):
                 if "string" in kinds_of(member, self._root) and set(member) - _NOTES:
                     raise self._error(f".{several}[{number}]", _NOT_IN_XML)
         least, most = schema.get("minLength", 0), schema.get("maxLength")
