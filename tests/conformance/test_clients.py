@@ -16,10 +16,20 @@ from checkout import ROOT
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.sources.embedded import find_gguf
 
 HERE = Path(__file__).parent
 CLIENTS = Path(os.environ.get("TURRET_CLIENTS", ROOT / ".conformance" / "bin"))
 ASK = "JSON with name, age: Ann is 31 years old."
+# As Hermes and Qwen call tools.
+TEMPLATE = """\
+{% for tool in tools or [] %}{{ tool | tojson }}<tool_call>
+{% endfor %}{% for message in messages %}<|im_start|>{{ message.role }}
+{{ message.content }}{% for call in message.tool_calls or [] %}<tool_call>
+{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments | tojson }}}
+</tool_call>{% endfor %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 NOTHING: Mapping[str, str] = {}
 
 pytestmark = pytest.mark.long
@@ -40,6 +50,27 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest
 @pytest.fixture(scope="module")
 def url(server: ServerUnderTest) -> str:
     return f"http://{server.http_address}/v1"
+
+
+@pytest.fixture(scope="module")
+def tools_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A server on the embedded model with a template that knows tools."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    folder = tmp_path_factory.mktemp("tools")
+    gguf = find_gguf()
+    where = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    model = AutoModelForCausalLM.from_pretrained(
+        **where, quantization_config=GgufConfig(dequantize=True), dtype="bfloat16"
+    )
+    model.save_pretrained(folder / "model")
+    tokenizer: Any = AutoTokenizer.from_pretrained(**where)
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(folder / "model")
+    flags = ["--http-address", "127.0.0.1:0", "--model", str(folder / "model")]
+    environment = {"XDG_CACHE_HOME": str(folder / "cache")}
+    with start_server(folder, *flags, environment=environment) as running:
+        yield f"http://{running.http_address}/v1"
 
 
 def expected(url: str, model: str = "json", **more: Any) -> str:
@@ -154,3 +185,12 @@ def test_llm_comply(url: str, form: str) -> None:
         *("basic-response", "system-prompt", "multi-turn", "error-handling"),
         *("streaming-response", "streaming-usage"),
     }
+
+
+@needs_clients
+def test_langchain_calls_tools(tools_url: str) -> None:
+    found = json.loads(run([CLIENTS / "python", HERE / "ask_langchain_tools.py", tools_url]))
+    for name in ("chat", "responses"):
+        assert found[name]["tool"] == "double"
+        assert isinstance(found[name]["arguments"]["number"], int)
+        assert found[name]["has_end"]

@@ -72,6 +72,12 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ("hermes", "a <tool b", "a <tool b", []),
     ("hermes", '<tool_call>\n{"name": "clock", "arguments": {"a": "x', "", [("clock", '{"a": "x')]),
     ("hermes", '<tool_call>\n{"name": "clo', '<tool_call>\n{"name": "clo', []),
+    (
+        "hermes",
+        '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_c',
+        "",
+        [("clock", "{}")],
+    ),
     ("llama3", "hi { there", "hi { there", []),
     ("llama3", '{"name": "clock", "parameters": {"a": 1}}', "", [("clock", '{"a": 1}')]),
     (

@@ -54,7 +54,9 @@ class Calls:
         if self._reader is not None and not self._reader.is_begun:
             held += self._reader.held
         if self._reader is None:
-            held += "" if self._state == "after" and not self._held.strip() else self._held
+            # What may be the beginning of what closes a call is nothing that was said.
+            is_end = self._state == "after" and self._form.end.startswith(self._held.strip())
+            held += "" if is_end else self._held
         self._held = self._skipped = ""
         return [Said(held)] if held else []
 
