@@ -103,7 +103,8 @@ def main() -> int:
     args = parser.parse_args()
     rates: dict[str, list[float]] = {"gRPC": [], "HTTP": []}
     costs: dict[str, list[tuple[float, float]]] = {"gRPC": [], "HTTP": []}
-    with ServerProcess(["--http-address", "127.0.0.1:0"]) as server:
+    # A token a chunk.
+    with ServerProcess(["--http-address", "127.0.0.1:0", "--speculation", "off"]) as server:
         server.wait()
         doors = [
             ("gRPC", lambda: through_grpc(server.address, args.streams, args.tokens)),

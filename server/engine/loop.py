@@ -296,10 +296,9 @@ class EngineLoop:
                 self._end(answer, FinishReason.STOP, None, output, now)
             return
         output, reason, stop = answer.accept(draws, self._cold.get(sequence))
-        count = len(output.token_ids)
-        self._observer.tokens(answer, count, now)
+        self._observer.tokens(answer, len(output.token_ids), now)
         if item.draft:
-            self._scheduler.accept(item, count - 1)
+            self._scheduler.accept(item, len(output.token_ids) - 1)
         if reason is None:
             self._outbox.append((answer.stream, output))
         else:

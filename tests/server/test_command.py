@@ -129,6 +129,7 @@ def test_every_setting_has_a_variable_and_a_key(tmp_path: Path) -> None:
         "model": "m", "device": "cpu", "dtype": "float32", "address": "localhost:1",
         "admin_address": "localhost:2", "metrics_address": "localhost:3", "preload": "a=b",
         "http_address": "localhost:4", "http_cors_origin": "http://a:1", "log_format": "json",
+        "speculation": "off",
     }  # fmt: skip
     both = {"tls_cert", "tls_key", "tls_client_ca", "token_file", "adapter_root", "state_dir"}
     tables: dict[str, list[str]] = {}
