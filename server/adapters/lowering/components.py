@@ -24,6 +24,7 @@ from turret.server.errors import AdapterComponentError
 _WORDS = {
     "hadamard": "a Hadamard update",
     "kronecker": "a Kronecker update",
+    "dense": "a dense update",
     "sparse": "entries of the weight",
     "gain": "a gain",
     "input_gain": "an input gain",
