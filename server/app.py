@@ -22,7 +22,8 @@ from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
-from turret.server.config import Config, is_local_address
+from turret.server.basics.address import is_local_address
+from turret.server.config import Config
 from turret.server.errors import AdapterExistsError, TurretError
 from turret.server.metrics import Metrics
 from turret.server.metrics_server import ROLE as METRICS_ROLE

@@ -10,13 +10,13 @@ that names the flag.
 from __future__ import annotations
 
 import dataclasses
-import ipaddress
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from turret.server.basics.address import is_local_address, split_address
 from turret.server.basics.byte_size import GIB, MIB, format_byte_size
 from turret.server.basics.hub_id import HUB_SCHEME, HubId
 
@@ -32,34 +32,6 @@ _HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.IGNORECASE)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
 
 _DEVICE = re.compile(r"auto|cpu|cuda(:\d{1,3})?")
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """``HOST:PORT`` or ``[V6]:PORT`` as (host without brackets, port).
-
-    Raises:
-        ValueError: No port, a port outside 0..65535, or a bare IPv6 host.
-    """
-    host, colon, port = address.rpartition(":")
-    bracketed = host.startswith("[") and host.endswith("]")
-    if not colon or not host or not port.isascii() or not port.isdigit() or int(port) > 65535:
-        raise ValueError(f"{address!r} is not HOST:PORT with a port from 0 to 65535")
-    if ":" in host and not bracketed:
-        raise ValueError(f"{address!r}: write an IPv6 host in brackets, as [::1]:50051")
-    return (host[1:-1] if bracketed else host), int(port)
-
-
-def is_local_address(address: str) -> bool:
-    """Whether only this machine can connect: loopback or a unix socket."""
-    if address.startswith("unix:"):
-        return True
-    host, _ = split_address(address)
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _flag(default: Any, help_text: str, **metadata: Any) -> Any:

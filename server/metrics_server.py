@@ -17,7 +17,7 @@ from http import HTTPStatus
 from prometheus_client.exposition import choose_encoder
 
 from turret.server.api.tokens import TokenTable
-from turret.server.config import split_address
+from turret.server.basics.address import split_address
 from turret.server.metrics import Metrics
 
 PATH = "/metrics"

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
+from turret.server.basics.address import split_address
 from turret.server.basics.closest import did_you_mean
 from turret.server.basics.hub_id import HUB_SCHEME
-from turret.server.config import AdapterConfig, Config, ListenConfig, SecurityConfig, split_address
+from turret.server.config import AdapterConfig, Config, ListenConfig, SecurityConfig
 from turret.server.errors import AdapterCheckpointError, InvalidRequestError
 from turret.server.models.sources.check import check_model
 

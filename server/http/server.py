@@ -26,8 +26,9 @@ from turret.server.api.failures import Failures
 from turret.server.api.inference import Inference
 from turret.server.api.shares import Shares
 from turret.server.api.tokens import TokenTable
+from turret.server.basics.address import split_address
 from turret.server.basics.codes import Code
-from turret.server.config import ListenConfig, SecurityConfig, split_address
+from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http import lora
 from turret.server.http import tokens as token_routes
 from turret.server.http.bodies import generation, prompts

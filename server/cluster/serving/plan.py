@@ -6,7 +6,8 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from turret.server.config import Config, split_address
+from turret.server.basics.address import split_address
+from turret.server.config import Config
 from turret.server.models.sources.hub_model import hub_model_id
 
 DEFAULT_HTTP_PORT = 8080

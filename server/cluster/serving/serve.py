@@ -10,10 +10,11 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from turret.server import log
+from turret.server.basics.address import is_local_address, split_address
 from turret.server.cluster.serving.plan import ClusterPlan
 from turret.server.cluster.serving.ray_cluster import RayCluster
 from turret.server.command.threads import available_cpus
-from turret.server.config import Config, is_local_address, split_address
+from turret.server.config import Config
 from turret.server.errors import UnavailableError
 
 if TYPE_CHECKING:

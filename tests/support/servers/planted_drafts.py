@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from turret.server.engine.speculation.drafter import Drafter
 from turret.server.engine.speculation.memory import MixMemory
-from turret.server.engine.speculation.step_cost import StepValue
+from turret.server.engine.speculation.step_value import StepValue
 
 MAX_RIGHT = 11
 
