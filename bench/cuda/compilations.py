@@ -26,6 +26,8 @@ _OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion", "maxnreg")
 _ON_HIP = {
     "paged_attention_kernel": {"num_stages": 3},
     "nf4_matmul_kernel": {"num_stages": 3},
+    "nf4_rotate_kernel": {"num_stages": 3},
+    "nf4_shrink_kernel": {"num_stages": 3},
     "nf4_experts_kernel": {"num_stages": 3},
 }
 _POINTER = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -205,15 +205,14 @@ def step_work(
     card: Card,
 ) -> list[Work]:
     """A decode step, without sampling; ``groups`` as ``Model.groups``."""
-    layer: list[Work] = [attention_work(rows, context, heads, card), Work()]
+    layer: list[Work] = [attention_work(rows, context, heads, card)]
     hidden = groups["qkv"][0]
     layer += [Work(num_bytes=6 * rows * hidden)] * 2
     for inner, outs in groups.values():
         layer += nf4_work(sum(outs), inner, rows, card)
         if rows_of_rank:
-            layer += low_rank_work(inner, outs, rows_of_rank, card)
-    if rows_of_rank:
-        # The activation is a launch of its own behind an expand.
-        layer.append(Work(num_bytes=6 * rows * groups["down"][0]))
+            shrink, expand = low_rank_work(inner, outs, rows_of_rank, card)
+            # Launched with the base's product.
+            layer += [replace(shrink, launches=0), expand]
     head = Work(num_bytes=2 * vocab * hidden + 4 * rows * vocab, flops=2 * vocab * hidden * 64)
     return layer * num_layers + [head, Work(launches=6)]

@@ -9,6 +9,12 @@ import torch
 
 from turret.kernels.gpu.adapters.circulant import circulant
 from turret.kernels.gpu.adapters.dense import dense
+from turret.kernels.gpu.adapters.expand_on import (
+    Expand,
+    can_rotate,
+    expand_gated,
+    expand_rotated,
+)
 from turret.kernels.gpu.adapters.fusion_gate import fusion_gate, routing_gate
 from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
@@ -16,9 +22,14 @@ from turret.kernels.gpu.adapters.input_blocks import gained_add, input_blocks
 from turret.kernels.gpu.adapters.input_gain import input_gain
 from turret.kernels.gpu.adapters.kronecker import kronecker
 from turret.kernels.gpu.adapters.modulated_base import modulate, modulated_add
+from turret.kernels.gpu.adapters.nf4_shrink import nf4_shrink
 from turret.kernels.gpu.adapters.pair_rotation import pair_rotation
 from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
-from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
+from turret.kernels.gpu.adapters.segmented_shrink import (
+    Shrink,
+    empty_parts,
+    segmented_shrink,
+)
 from turret.kernels.gpu.adapters.sparse import sparse
 from turret.kernels.gpu.clamped_swiglu import clamped_swiglu
 from turret.kernels.gpu.experts.combine_experts import combine_experts
@@ -26,8 +37,10 @@ from turret.kernels.gpu.experts.expert_updates import add_expert_updates
 from turret.kernels.gpu.experts.nf4_experts import nf4_experts
 from turret.kernels.gpu.experts.route_rows import route_rows
 from turret.kernels.gpu.gelu_mul import gelu_mul
+from turret.kernels.gpu.kv_write import KvWrite
 from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
 from turret.kernels.gpu.nf4_matmul import nf4_matmul
+from turret.kernels.gpu.nf4_rotate import nf4_rotate
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import rope_kv_write
@@ -98,13 +111,7 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
     per_slot = _empty(_SLOTS, width, dtype=torch.float32)
     per_slot_in = _empty(_SLOTS, slices, inner, dtype=torch.float32)
     for gemv in (False, True):
-        table = SegmentTable(
-            max_rows=_ROWS,
-            max_row_rank=256,
-            max_components=8,
-            device=_META,
-            gemv=gemv,
-        )
+        table = _segments(gemv)
 
         def launch(table: SegmentTable = table) -> None:
             v = segmented_shrink(x, a, ranks, table)
@@ -199,8 +206,15 @@ def _base(inner: int, outs: tuple[int, ...], gated: bool) -> None:
     for absmax in (plain, nested):
         for rows in (16, 32, _ROWS):
             nf4_matmul(_empty(rows, inner), Nf4Matrix(packed, absmax, width, inner))
-    for rows in (16, 32, _ROWS) if gated else ():
-        nf4_matmul(_empty(rows, inner), Nf4Matrix(packed, plain, width, inner), gated=True)
+    a, ranks = _empty(_RANK, len(outs), inner), _empty(_SLOTS, len(outs), dtype=torch.int32)
+    for rows in (16, 32, _ROWS):
+        weight = Nf4Matrix(packed, plain, width, inner)
+        if rows == 16 or inner >= 4096:
+            nf4_shrink(_empty(_ROWS, inner), rows, weight, Shrink(a, ranks, _segments()))
+        if gated:
+            nf4_matmul(_empty(rows, inner), weight, gated=True)
+    for full in (False, True) if gated else ():
+        expand_gated(_expand(inner, outs, full))
 
 
 def _attention(model: Model, softcap: float | None = None, has_sinks: bool = False) -> None:
@@ -226,17 +240,58 @@ def _rotation(model: Model, pairs: int, *, is_interleaved: bool = False) -> None
     norm = _empty(model.head_dim, dtype=torch.float32) if model.head_norm else None
     qkv = _empty(_ROWS, (model.heads + 2 * model.kv_heads) * model.head_dim)
     slots = _empty(_ROWS, dtype=torch.int64)
-    rope_kv_write(
-        qkv,
-        angles,
-        angles,
-        slots,
-        cache,
-        cache,
-        q_norm=norm,
-        k_norm=norm,
+    write = KvWrite(
+        cos=angles,
+        sin=angles,
+        kv_slots=slots,
+        k_cache=cache,
+        v_cache=cache,
         is_interleaved=is_interleaved,
     )
+    rope_kv_write(qkv, write, q_norm=norm, k_norm=norm)
+    if norm is None:
+        _heads_at_once(model, write)
+
+
+def _heads_at_once(model: Model, write: KvWrite) -> None:
+    """The projection onto heads and the heads, by one launch."""
+    inner, outs = model.groups["qkv"]
+    weight, bias = _plain_weight(inner, sum(outs)), _empty(sum(outs))
+    if write.divides(128):
+        # Only the first model in every form: registers depend little on the others' constants.
+        for rows in (16, 32, _ROWS) if model.hidden == 4096 and not write.is_partial else (16,):
+            for added in (None, bias):
+                nf4_rotate(_empty(rows, inner), weight, added, write.rows(0, rows))
+    for full in (False, True) if not write.is_partial else (False,):
+        expand = _expand(inner, outs, full)
+        if can_rotate(expand, write):
+            expand_rotated(expand, write)
+
+
+def _expand(inner: int, outs: tuple[int, ...], full: bool) -> Expand:
+    """What finishes a projection of low-rank updates alone, or of all that there is."""
+    table, width = _segments(), sum(outs)
+    ranks = _empty(_SLOTS, len(outs), dtype=torch.int32)
+    per_slot = _empty(_SLOTS, width, dtype=torch.float32) if full else None
+    return Expand(
+        y=_empty(_ROWS, width),
+        v=empty_parts(table, len(outs), inner, _META),
+        b=[_empty(_RANK, out) for out in outs],
+        slice_ranks=ranks,
+        table=table,
+        gain_delta=per_slot,
+        bias=per_slot,
+        base_bias=_empty(width) if full else None,
+    )
+
+
+def _segments(gemv: bool = False) -> SegmentTable:
+    return SegmentTable(max_rows=_ROWS, max_row_rank=256, max_components=8, device=_META, gemv=gemv)
+
+
+def _plain_weight(inner: int, width: int) -> Nf4Matrix:
+    packed = _empty(width * inner // 2, dtype=torch.uint8)
+    return Nf4Matrix(packed, _empty(width * inner // BLOCK, dtype=torch.float32), width, inner)
 
 
 def _experts(hidden: int, inner: int, count: int, per_token: int) -> None:

@@ -24,12 +24,14 @@ class Loop:
             for wider accesses; bank conflicts and scattered addresses are not seen.
         barriers: Of the whole program.
         products: Tensor-core instructions.
+        picks: Instructions that pick bytes of registers, of which a table of codes takes many.
     """
 
     instructions: int
     wavefronts: int
     barriers: int
     products: int
+    picks: int
 
 
 def disassemble(cubin: bytes) -> str:
@@ -69,6 +71,7 @@ def _loop(operations: list[str]) -> Loop:
         sum(_wavefronts(parts) for parts in names if parts[0] in _MEMORY),
         sum(parts[0] == _BARRIER for parts in names),
         sum(parts[0] in ("HMMA", "HGMMA") for parts in names),
+        sum(parts[0] == "PRMT" for parts in names),
     )
 
 

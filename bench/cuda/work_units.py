@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from operator import attrgetter
 from typing import Any
 
 from cuda.compilations import Compilation
@@ -14,7 +15,8 @@ _LANES = 32
 def work(compilation: Compilation, compiled: Any) -> dict[str, Any]:
     """Instructions and memory wavefronts per unit of work, times the lanes of a warp.
 
-    ``nf4_matmul``: per weight. ``segmented_shrink``: per rank and input feature.
+    ``nf4_matmul``, ``nf4_rotate``, ``nf4_shrink``: per weight. ``segmented_shrink``: per rank and
+    input feature.
     ``segmented_expand``: per rank and column, the whole item of one component of 16 ranks.
     ``paged_attention``: per key; also how many groups of copies may be under way while the loop
     multiplies. Empty for other kernels and targets.
@@ -26,10 +28,10 @@ def work(compilation: Compilation, compiled: Any) -> dict[str, Any]:
     unit = _unit(compilation)
     if unit is None:
         return {}
-    name, units, whole_item = unit
+    name, units, by = unit
     found = loops(disassemble(compiled.asm["cubin"]))
-    # The first loop to end is the innermost; the last one goes over the work list.
-    loop: Loop = max(found, key=lambda each: each.instructions) if whole_item else found[0]
+    # The first loop to end is the innermost.
+    loop: Loop = found[0] if by is None else max(found, key=attrgetter(by))
     lanes = _LANES * dict(compilation.options)["num_warps"] / units
     result = {
         "unit": name,
@@ -41,18 +43,21 @@ def work(compilation: Compilation, compiled: Any) -> dict[str, Any]:
     return result
 
 
-def _unit(compilation: Compilation) -> tuple[str, int, bool] | None:
-    """Name of the unit, units in a turn of the loop, and whether that is the loop over items."""
+def _unit(compilation: Compilation) -> tuple[str, int, str | None] | None:
+    """Name of the unit, units in a turn of its loop, and what that loop has most of, if not first.
+
+    The loop over a work list has most instructions, that over weights most bytes picked.
+    """
     constants = dict(compilation.constants)
     kernel = compilation.function.__name__
-    if kernel == "nf4_matmul_kernel":
-        return "weight", constants["BLOCK_N"] * 64, False
+    if kernel in ("nf4_matmul_kernel", "nf4_rotate_kernel", "nf4_shrink_kernel"):
+        return "weight", constants["BLOCK_N"] * 64, "picks"
     if kernel == "segmented_shrink_kernel":
-        return "rank and input", constants["BLOCK_R"] * constants["BLOCK_K"], False
+        return "rank and input", constants["BLOCK_R"] * constants["BLOCK_K"], None
     if kernel == "segmented_expand_kernel":
-        return "rank and column", constants["BLOCK_R"] * constants["BLOCK_N"], True
+        return "rank and column", constants["BLOCK_R"] * constants["BLOCK_N"], "instructions"
     if kernel == "paged_attention_kernel":
-        return "key", constants["TILE"], False
+        return "key", constants["TILE"], None
     return None
 
 

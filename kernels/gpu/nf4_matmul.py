@@ -38,7 +38,7 @@ from turret.kernels.nf4_matmul import BLOCK, GROUP, Nf4Matrix
 
 MAX_ROWS = 64
 # NVIDIA's assembler would rather spill two registers than give a program more than 168.
-_LIMITS = {True: {"maxnreg": 255}, False: {}}
+LIMITS = {True: {"maxnreg": 255}, False: {}}
 # Tiles of columns of a weight at most.
 _MAX_COUNTERS = 1 << 14
 _BLOCK = tl.constexpr(BLOCK)
@@ -47,7 +47,7 @@ _GROUP = tl.constexpr(GROUP)
 
 
 @triton.jit
-def _block_maximum(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, keep):
+def block_maximum(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, keep):
     """Maxima of blocks, fp32, zero where not ``keep``."""
     absmax = tl.load(absmax_ptr + block, mask=keep, other=0)
     if code2_ptr is not None:
@@ -58,7 +58,7 @@ def _block_maximum(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, keep):
 
 
 @triton.jit
-def _add_tile(acc, x_ptr, x_stride, first_row, num_rows, weight, absmax):
+def add_tile(acc, x_ptr, x_stride, first_row, num_rows, weight, absmax):
     """Add a block of 64 inputs of 16 rows: the product with the codes, times the maxima."""
     m = first_row + tl.arange(0, 16)
     x_at = x_ptr + m[:, None] * x_stride + tl.arange(0, _BLOCK)[None, :]
@@ -68,7 +68,7 @@ def _add_tile(acc, x_ptr, x_stride, first_row, num_rows, weight, absmax):
 
 
 @triton.jit
-def _store_tile(y_ptr, acc, first_row, num_rows, n, inside, out_features):
+def store_tile(y_ptr, acc, first_row, num_rows, n, inside, out_features):
     m = first_row + tl.arange(0, 16)
     y_at = y_ptr + m[:, None] * out_features + n[None, :]
     keep = (m < num_rows)[:, None] & inside[None, :]
@@ -76,7 +76,7 @@ def _store_tile(y_ptr, acc, first_row, num_rows, n, inside, out_features):
 
 
 @triton.jit
-def _sum_of_parts(
+def sum_of_parts(
     parts_ptr, m, n, keep, num_rows, out_features, dtype: tl.constexpr, SPLITS: tl.constexpr
 ):
     """Some rows and columns of the product, rounded to ``dtype``, as fp32."""
@@ -98,11 +98,11 @@ def _finish(
     for first in tl.range(0, num_rows, ROWS, num_stages=1):
         m = first + tl.arange(0, ROWS)
         keep = (m < num_rows)[:, None] & inside[None, :]
-        y = _sum_of_parts(
+        y = sum_of_parts(
             parts_ptr, m, column, keep, num_rows, out_features, dtype, SPLITS
         )  # fmt: skip
         if GATED:
-            up = _sum_of_parts(
+            up = sum_of_parts(
                 parts_ptr, m, width + column, keep, num_rows, out_features, dtype, SPLITS
             )
             y = silu_product(y, up)
@@ -152,27 +152,27 @@ def nf4_matmul_kernel(
     acc1, acc2, acc3 = acc0, acc0, acc0
     for g in range(begin, end):
         block = first_block + g
-        absmax = _block_maximum(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, inside_n)
+        absmax = block_maximum(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, inside_n)
         byte_at = packed_ptr + block[:, None] * _HALF + half[None, :]
         byte = tl.load(byte_at, mask=inside_n[:, None], other=0)
         even, odd = code_pairs(byte, code_ptr, x_ptr.dtype.element_ty, PTX)
         weight = tl.trans(tl.reshape(tl.join(even, odd), (BLOCK_N, _BLOCK)))
         x_at = x_ptr + g * _BLOCK
-        acc0 = _add_tile(acc0, x_at, x_stride, 0, num_rows, weight, absmax)
+        acc0 = add_tile(acc0, x_at, x_stride, 0, num_rows, weight, absmax)
         if TILES > 1:
-            acc1 = _add_tile(acc1, x_at, x_stride, 16, num_rows, weight, absmax)
+            acc1 = add_tile(acc1, x_at, x_stride, 16, num_rows, weight, absmax)
         if TILES > 2:
-            acc2 = _add_tile(acc2, x_at, x_stride, 32, num_rows, weight, absmax)
-            acc3 = _add_tile(acc3, x_at, x_stride, 48, num_rows, weight, absmax)
+            acc2 = add_tile(acc2, x_at, x_stride, 32, num_rows, weight, absmax)
+            acc3 = add_tile(acc3, x_at, x_stride, 48, num_rows, weight, absmax)
     to = y_ptr
     if parts_ptr is not None:
         to = parts_ptr + tl.program_id(1).to(tl.int64) * num_rows * out_features
-    _store_tile(to, acc0, 0, num_rows, n, inside_n, out_features)
+    store_tile(to, acc0, 0, num_rows, n, inside_n, out_features)
     if TILES > 1:
-        _store_tile(to, acc1, 16, num_rows, n, inside_n, out_features)
+        store_tile(to, acc1, 16, num_rows, n, inside_n, out_features)
     if TILES > 2:
-        _store_tile(to, acc2, 32, num_rows, n, inside_n, out_features)
-        _store_tile(to, acc3, 48, num_rows, n, inside_n, out_features)
+        store_tile(to, acc2, 32, num_rows, n, inside_n, out_features)
+        store_tile(to, acc3, 48, num_rows, n, inside_n, out_features)
     if parts_ptr is not None:
         arrivals = 2 * SPLITS if GATED else SPLITS
         if is_last(counters_ptr + tile, arrivals):
@@ -183,7 +183,7 @@ def nf4_matmul_kernel(
 
 
 @functools.cache
-def _counters_on(device: torch.device) -> torch.Tensor:
+def counters_on(device: torch.device) -> torch.Tensor:
     """Zero between launches; launches that follow each other on a stream may share them."""
     return torch.zeros(_MAX_COUNTERS, dtype=torch.int32, device=device)
 
@@ -210,14 +210,16 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> to
     """
     nested = None if isinstance(weight.absmax, torch.Tensor) else weight.absmax
     absmax = weight.absmax if nested is None else nested.codes
-    _check(x, weight, absmax, gated)
+    if gated and weight.out_features % 2:
+        raise ValueError(f"out_features is {weight.out_features}; an even number is needed")
+    check_product(x, weight, absmax)
     num_rows, in_features = x.shape
     tuned = tuning(x.device)
     out_features = weight.out_features
     width = out_features // 2 if gated else out_features
     columns = triton.cdiv(width, tuned.nf4_block_n)
     tiles = triton.cdiv(num_rows, 16)
-    splits, part_blocks = _parts(out_features, in_features // BLOCK, tuned)
+    splits, part_blocks = parts_of(out_features, in_features // BLOCK, tuned)
     y = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
     parts = None
     if splits > 1 or gated:
@@ -233,7 +235,7 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> to
         None if nested is None else nested.offset,
         y,
         parts,
-        _counters_on(x.device),
+        counters_on(x.device),
         num_rows,
         x.stride(0),
         in_features,
@@ -247,12 +249,12 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> to
         num_warps=4,
         num_stages=tuned.nf4_stages,
         enable_fp_fusion=True,
-        **_LIMITS[tuned.inline_ptx and tiles > 1],
+        **LIMITS[tuned.inline_ptx and tiles > 1],
     )
     return y
 
 
-def _parts(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:
+def parts_of(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:
     """How many parts the input features are cut into, and quantisation blocks of a part.
 
     Of the weight's shape alone: the order of a row's sum may not depend on the other rows.
@@ -264,7 +266,8 @@ def _parts(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:
     return parts, triton.cdiv(blocks, parts)
 
 
-def _check(x: torch.Tensor, weight: Nf4Matrix, absmax: torch.Tensor, gated: bool) -> None:
+def check_product(x: torch.Tensor, weight: Nf4Matrix, absmax: torch.Tensor) -> None:
+    """Raise ValueError unless ``x`` can be multiplied by ``weight``, whose maxima are given."""
     num_rows, in_features = x.shape
     check_float("x", x)
     check_rows("x", x)
@@ -273,8 +276,6 @@ def _check(x: torch.Tensor, weight: Nf4Matrix, absmax: torch.Tensor, gated: bool
         raise ValueError(f"{num_rows} rows; 1 to {MAX_ROWS} are supported")
     if in_features % BLOCK:
         raise ValueError(f"in_features is {in_features}; a multiple of {BLOCK} is needed")
-    if gated and weight.out_features % 2:
-        raise ValueError(f"out_features is {weight.out_features}; an even number is needed")
     if weight.out_features > _MAX_COUNTERS * 16:
         raise ValueError(f"out_features is {weight.out_features}; over {_MAX_COUNTERS * 16}")
     size = weight.out_features * weight.in_features

@@ -8,12 +8,71 @@ import torch
 import triton
 import triton.language as tl
 
+from turret.kernels.gpu.kv_write import KvWrite
 from turret.kernels.gpu.shared.contract import (
     check_contiguous,
     check_float,
     check_rows,
     check_shape,
 )
+
+
+@triton.jit
+def rotated(first, second, cos, sin):
+    """The features of a pair, turned; fused alike wherever it is compiled."""
+    return tl.fma(first, cos, -(second * sin)), tl.fma(second, cos, first * sin)
+
+
+@triton.jit
+def pair_of(h, half, pairs, PARTIAL: tl.constexpr, INTERLEAVED: tl.constexpr):
+    """The features of pair ``h``. Those that do not rotate make pairs as well, which turn by 0."""
+    i = h
+    j = half + h
+    if INTERLEAVED:
+        i = tl.where(h < pairs, 2 * h, pairs + h)
+        j = tl.where(h < pairs, 2 * h + 1, half + h)
+    elif PARTIAL:
+        i = tl.where(h < pairs, h, pairs + h)
+        j = tl.where(h < pairs, pairs + h, half + h)
+    return i, j
+
+
+@triton.jit
+def store_heads(
+    first,  # [M, C] fp32, rounded as a projection's result is: first features of pairs
+    second,  # the second ones
+    rows,  # [M] int64
+    live,  # [M], which of them there are
+    head,  # [C], of each pair: those of queries first, then of keys, then of values
+    h,  # [C], the pair's number in the head
+    i,  # [C], its features
+    j,
+    cos_ptr, sin_ptr, kv_slots_ptr, q_ptr, k_cache_ptr, v_cache_ptr,  # as in rope_kv_write
+    num_heads, kv_heads, half, pairs,
+):  # fmt: skip
+    """Rotate some heads of some rows and store them where queries, keys and values go."""
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    keep = live[:, None] & (head < num_heads + 2 * kv_heads)[None, :]
+    has_angle = (head < num_heads + kv_heads) & (h < pairs)
+    angle_at = rows[:, None] * pairs + h[None, :]
+    cos = tl.load(cos_ptr + angle_at, mask=keep & has_angle[None, :], other=1.0)
+    sin = tl.load(sin_ptr + angle_at, mask=keep & has_angle[None, :], other=0.0)
+    turned_first, turned_second = rotated(first, second, cos, sin)
+    is_value = (head >= num_heads + kv_heads)[None, :]
+    first = tl.where(is_value, first, turned_first).to(dtype)
+    second = tl.where(is_value, second, turned_second).to(dtype)
+    q_at = q_ptr + (rows * num_heads * 2 * half)[:, None] + (head * 2 * half)[None, :]
+    is_query = keep & (head < num_heads)[None, :]
+    tl.store(q_at + i[None, :], first, mask=is_query)
+    tl.store(q_at + j[None, :], second, mask=is_query)
+    slot = tl.load(kv_slots_ptr + rows, mask=live, other=0) * kv_heads * 2 * half
+    kv_at = slot[:, None] + ((head - num_heads) * 2 * half)[None, :]
+    is_key = keep & (head >= num_heads)[None, :] & (head < num_heads + kv_heads)[None, :]
+    tl.store(k_cache_ptr + kv_at + i[None, :], first, mask=is_key)
+    tl.store(k_cache_ptr + kv_at + j[None, :], second, mask=is_key)
+    kv_at -= kv_heads * 2 * half
+    tl.store(v_cache_ptr + kv_at + i[None, :], first, mask=keep & is_value)
+    tl.store(v_cache_ptr + kv_at + j[None, :], second, mask=keep & is_value)
 
 
 @triton.jit
@@ -53,15 +112,7 @@ def rope_kv_write_kernel(
     head = tl.program_id(1)
     h = tl.arange(0, BLOCK)
     inside = h < half
-    # The features of a pair. Those that do not rotate make pairs as well, which turn by 0.
-    i = h
-    j = half + h
-    if INTERLEAVED:
-        i = tl.where(h < pairs, 2 * h, pairs + h)
-        j = tl.where(h < pairs, 2 * h + 1, half + h)
-    elif PARTIAL:
-        i = tl.where(h < pairs, h, pairs + h)
-        j = tl.where(h < pairs, pairs + h, half + h)
+    i, j = pair_of(h, half, pairs, PARTIAL, INTERLEAVED)
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     at = qkv_ptr + row * qkv_stride + head * 2 * half
     first = tl.load(at + i, mask=inside, other=0.0).to(tl.float32)
@@ -74,9 +125,7 @@ def rope_kv_write_kernel(
             first, second = _head_norm(first, second, k_norm_ptr, i, j, inside, half, eps, dtype)
         cos = tl.load(cos_ptr + row * pairs + h, mask=h < pairs, other=1.0)
         sin = tl.load(sin_ptr + row * pairs + h, mask=h < pairs, other=0.0)
-        rotated = first * cos - second * sin
-        second = second * cos + first * sin
-        first = rotated
+        first, second = rotated(first, second, cos, sin)
         if head < num_heads:
             out_ptr = q_ptr + (row * num_heads + head) * 2 * half
         else:
@@ -89,31 +138,21 @@ def rope_kv_write_kernel(
 
 def rope_kv_write(
     qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    kv_slots: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
+    write: KvWrite,
     *,
     q_norm: torch.Tensor | None = None,
     k_norm: torch.Tensor | None = None,
     eps: float = 1e-6,
-    is_interleaved: bool = False,
 ) -> torch.Tensor:
     """Norm and rotate the heads, store keys and values.
 
     Args:
         qkv: ``[num_rows, (num_heads + 2 · kv_heads) · head_dim]``, fp16, bf16 or fp32; rows may be
             strided.
-        cos: ``[num_rows, pairs]`` fp32, contiguous; ``2 · pairs`` features of a head rotate.
-        sin: Same shape.
-        kv_slots: ``block · block_size + offset`` per row, ``[num_rows]`` int64, each at most once.
-        k_cache: One layer's keys, ``[num_blocks, block_size, kv_heads, head_dim]``, contiguous.
-        v_cache: One layer's values, same shape and dtype.
+        write: How they turn and where they go.
         q_norm: RMSNorm weight of the query heads, ``[head_dim]`` contiguous, or None.
         k_norm: The same for the key heads.
         eps: Of the norms.
-        is_interleaved: Whether neighbouring features make a pair, not (i, i + pairs).
 
     Returns:
         Rotated queries, ``[num_rows, num_heads, head_dim]``, dtype of the cache, contiguous.
@@ -121,61 +160,35 @@ def rope_kv_write(
     Raises:
         ValueError: A shape, dtype or stride breaks the contract.
     """
-    num_rows = qkv.shape[0]
-    kv_heads, head_dim = k_cache.shape[2:]
-    half = head_dim // 2
-    num_heads = qkv.shape[1] // head_dim - 2 * kv_heads
-    _check(qkv, cos, sin, k_cache, v_cache)
-    check_shape("kv_slots", kv_slots, num_rows)
+    num_rows, width = qkv.shape
+    check_float("qkv", qkv)
+    check_rows("qkv", qkv)
+    write.check(num_rows, width)
     for name, norm in (("q_norm", q_norm), ("k_norm", k_norm)):
         if norm is not None:
-            check_shape(name, norm, head_dim)
+            check_shape(name, norm, write.head_dim)
             check_contiguous(name, norm)
-    q = torch.empty(num_rows, num_heads, head_dim, dtype=k_cache.dtype, device=qkv.device)
-    rope_kv_write_kernel[(num_rows, num_heads + 2 * kv_heads)](
+    q, half = write.empty_queries(num_rows, width), write.head_dim // 2
+    rope_kv_write_kernel[(num_rows, width // write.head_dim)](
         qkv,
-        cos,
-        sin,
-        kv_slots,
+        write.cos,
+        write.sin,
+        write.kv_slots,
         q_norm,
         k_norm,
         q,
-        k_cache,
-        v_cache,
+        write.k_cache,
+        write.v_cache,
         qkv.stride(0),
-        num_heads,
-        kv_heads,
+        write.num_heads(width),
+        write.kv_heads,
         half,
-        cos.shape[1],
+        write.pairs,
         eps,
-        PARTIAL=cos.shape[1] != half,
-        INTERLEAVED=is_interleaved,
+        PARTIAL=write.is_partial,
+        INTERLEAVED=write.is_interleaved,
         BLOCK=triton.next_power_of_2(half),
         num_warps=1,
         enable_fp_fusion=True,
     )
     return q
-
-
-def _check(
-    qkv: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    k_cache: torch.Tensor,
-    v_cache: torch.Tensor,
-) -> None:
-    head_dim = k_cache.shape[3]
-    check_float("qkv", qkv)
-    check_rows("qkv", qkv)
-    if qkv.shape[1] % head_dim:
-        raise ValueError(f"qkv has {qkv.shape[1]} columns; a multiple of {head_dim} is needed")
-    for name, values in (("cos", cos), ("sin", sin)):
-        check_float(name, values, torch.float32)
-        check_shape(name, values, qkv.shape[0], cos.shape[1])
-        check_contiguous(name, values)
-    if 2 * cos.shape[1] > head_dim:
-        raise ValueError(f"cos is for {2 * cos.shape[1]} features; a head has {head_dim}")
-    check_shape("v_cache", v_cache, *k_cache.shape)
-    check_float("v_cache", v_cache, k_cache.dtype)
-    check_contiguous("k_cache", k_cache)
-    check_contiguous("v_cache", v_cache)

@@ -155,13 +155,13 @@ def not_behind_a_barrier(ptx: str) -> str:
 @pytest.mark.parametrize("launch", [attention, gated_product])
 def test_parts_that_were_not_released(launch, edit):
     # A launch that dies leaves its counters as they were.
-    nf4._counters_on.cache_clear()
+    nf4.counters_on.cache_clear()
     with (
         emulated("sm_90", edit=edit),
         pytest.raises(Fault, match=r"race: .*(another|two programs)"),
     ):
         launch()
-    nf4._counters_on.cache_clear()
+    nf4.counters_on.cache_clear()
 
 
 def test_a_weight_too_short(monkeypatch):

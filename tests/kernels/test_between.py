@@ -24,6 +24,7 @@ from turret.kernels.clamped_swiglu import clamped_swiglu_reference
 from turret.kernels.gelu_mul import gelu_mul_reference
 from turret.kernels.gpu.clamped_swiglu import clamped_swiglu
 from turret.kernels.gpu.gelu_mul import gelu_mul
+from turret.kernels.gpu.kv_write import KvWrite
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.rope_kv_write import rope_kv_write
 from turret.kernels.gpu.silu_mul import silu_mul
@@ -94,6 +95,29 @@ def test_clamped_swiglu(width, dtype):
     assert clamped_swiglu(gate_up, 1.7, 2.5)[0].isnan().nonzero().flatten().tolist() == [0, 1]
 
 
+def fused(
+    qkv: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_slots: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    *,
+    is_interleaved: bool = False,
+    **norms: Any,
+) -> torch.Tensor:
+    """``rope_kv_write`` as its reference is called."""
+    write = KvWrite(
+        cos=cos,
+        sin=sin,
+        kv_slots=kv_slots,
+        k_cache=k_cache,
+        v_cache=v_cache,
+        is_interleaved=is_interleaved,
+    )
+    return rope_kv_write(qkv, write, **norms)
+
+
 @pytest.mark.parametrize("is_interleaved", [False, True])
 @pytest.mark.parametrize("pairs", [3, 16, 32])
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,8 +127,9 @@ def test_heads_that_rotate_in_part(pairs, is_interleaved, dtype):
     qkv = torch.randn(rows, (heads + 2 * kv_heads) * head_dim).to(DEVICE, dtype)
     angles = torch.randn(rows, pairs, device=DEVICE)
     slots = torch.tensor([3, 9, 15, 0], device=DEVICE)
-    norms = {k: torch.rand(head_dim, device=DEVICE) + 0.5 for k in ("q_norm", "k_norm")}
-    options: dict[str, Any] = {"is_interleaved": is_interleaved, **norms}
+    norms: dict[str, Any] = {
+        k: torch.rand(head_dim, device=DEVICE) + 0.5 for k in ("q_norm", "k_norm")
+    }
     exact = qkv.double().view(rows, -1, head_dim)[:, : heads + kv_heads]
     exact = exact * (exact.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
     exact[:, :heads] *= norms["q_norm"].double()
@@ -114,12 +139,12 @@ def test_heads_that_rotate_in_part(pairs, is_interleaved, dtype):
         at = [2 * i, 2 * i + 1] if is_interleaved else [i, i + pairs]
         both = torch.complex(exact[..., at[0]], exact[..., at[1]]) * turn[:, i, None]
         exact[..., at] = torch.stack((both.real, both.imag), -1)
-    for kernel in (rope_kv_write, rope_kv_write_reference):
+    for kernel in (fused, rope_kv_write_reference):
         keys, values = (
             torch.zeros(4, 4, kv_heads, head_dim, device=DEVICE, dtype=dtype) for _ in range(2)
         )
         cos, sin = angles.cos(), angles.sin()
-        q = kernel(qkv, cos, sin, slots, keys, values, **options)
+        q = kernel(qkv, cos, sin, slots, keys, values, is_interleaved=is_interleaved, **norms)
         assert error_ratio(q, exact[:, :heads]) < BOUND[dtype]
         assert error_ratio(keys.flatten(0, 1)[slots], exact[:, heads:]) < BOUND[dtype]
 
@@ -133,11 +158,11 @@ def test_rope_kv_write(norms, head_dim, dtype):
     qkv = qkv[:, : (heads + 2 * kv_heads) * head_dim]
     angles = torch.randn(rows, head_dim // 2, device=DEVICE)
     slots = torch.tensor([3, 9, 15, 0, 7], device=DEVICE)
-    options = {}
+    options: dict[str, Any] = {}
     if norms:
         options = {k: torch.randn(head_dim).to(DEVICE, dtype) for k in ("q_norm", "k_norm")}
     caches = [torch.zeros(4, 4, kv_heads, head_dim, device=DEVICE, dtype=dtype) for _ in range(4)]
-    q = rope_kv_write(qkv, angles.cos(), angles.sin(), slots, *caches[:2], **options)
+    q = fused(qkv, angles.cos(), angles.sin(), slots, *caches[:2], **options)
     expected = rope_kv_write_reference(
         qkv.contiguous(), angles.cos(), angles.sin(), slots, *caches[2:], **options
     )
@@ -160,8 +185,6 @@ def test_breaches_of_the_contract_are_refused():
     angles = torch.zeros(2, 2)
     wide = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="a head has 4"):
-        rope_kv_write(torch.zeros(2, 16, dtype=HALF), wide, wide, torch.arange(2), cache, cache)
+        fused(torch.zeros(2, 16, dtype=HALF), wide, wide, torch.arange(2), cache, cache)
     with pytest.raises(ValueError, match="cos is"):
-        rope_kv_write(
-            torch.zeros(2, 16, dtype=HALF), angles[:1], angles, torch.arange(2), cache, cache
-        )
+        fused(torch.zeros(2, 16, dtype=HALF), angles[:1], angles, torch.arange(2), cache, cache)

@@ -18,7 +18,7 @@ import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio
 
 from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
-from turret.kernels.gpu.nf4_matmul import _parts, nf4_matmul
+from turret.kernels.gpu.nf4_matmul import nf4_matmul, parts_of
 from turret.kernels.gpu.shared.tuning import Tuning
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.nf4_matmul import (
@@ -126,13 +126,13 @@ def test_the_parts_of_a_sum_depend_on_the_weight_alone():
     """Wide weights are not cut; a part is never short; the tuning's limits hold."""
     tuned = Tuning()
     for out_features, blocks in ((4096, 64), (4096, 224), (6144, 64), (28672, 64), (64, 3)):
-        parts, part_blocks = _parts(out_features, blocks, tuned)
+        parts, part_blocks = parts_of(out_features, blocks, tuned)
         assert parts * part_blocks >= blocks
         assert parts == 1 or part_blocks >= tuned.nf4_part_blocks
         columns = -(-out_features // tuned.nf4_block_n)
         assert parts == 1 or parts * columns <= tuned.nf4_programs
-    assert _parts(4096, 224, tuned) == (8, 28)
-    assert _parts(128256, 64, tuned)[0] == 1
+    assert parts_of(4096, 224, tuned) == (8, 28)
+    assert parts_of(128256, 64, tuned)[0] == 1
 
 
 @pytest.mark.parametrize("shape", [(48, 64), (31, 192)])

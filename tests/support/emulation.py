@@ -18,7 +18,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 _FILES = (
     *("nf4_matmul", "segmented", "input_gain", "fusion_gate", "by_slot", "between"),
-    *("sample_rows", "input_blocks", "base_updates", "sparse", "dense", "experts_triton"),
+    *("one_launch", "sample_rows", "input_blocks", "base_updates", "sparse", "dense"),
+    "experts_triton",
 )
 # What runs compiled: every kernel's own tests, and a whole step.
 KERNEL_TESTS = (

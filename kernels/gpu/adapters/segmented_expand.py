@@ -38,7 +38,7 @@ _RECORD = tl.constexpr(RECORD)
 
 
 @triton.jit
-def _add_update(
+def add_update(
     acc,
     v_ptr,  # rank activations of the chunk's first row in this slice
     v_stride,
@@ -202,7 +202,7 @@ def _expand_tile(
                 bias = tl.load(bias_ptr + slot * width + y_cols, mask=inside, other=0.0)
                 acc += scale[:, None] * bias[None, :]
             v_at = v_ptr + (v_base + tl.load(component_ptr + 3)) * NUM_SLICES + s
-            acc = _add_update(
+            acc = add_update(
                 acc, v_at, v_stride, row_stride, scale, b_ptr + rank * out, out, num_ranks, live,
                 cols, inside, NUM_SLICES, SPLITS, BLOCK_M, BLOCK_R,
             )  # fmt: skip
@@ -253,7 +253,7 @@ def segmented_expand(
     Raises:
         ValueError: A shape, dtype or stride breaks the contract.
     """
-    _check(y, v, b, slice_ranks, table, (gain_delta, bias), base_bias, gates)
+    check_expand(y, v, b, slice_ranks, table, (gain_delta, bias), base_bias, gates)
     tuned = tuning(y.device)
     outs = [slice_b.shape[1] for slice_b in b] + [0] * (MAX_SLICES - len(b))
     pointers = [*b] + [b[0]] * (MAX_SLICES - len(b))
@@ -287,7 +287,7 @@ def segmented_expand(
         )
 
 
-def _check(
+def check_expand(
     y: torch.Tensor,
     v: torch.Tensor,
     b: Sequence[torch.Tensor],
@@ -295,8 +295,9 @@ def _check(
     table: SegmentTable,
     per_slot: tuple[torch.Tensor | None, torch.Tensor | None],
     base_bias: torch.Tensor | None,
-    gates: torch.Tensor | None,
+    gates: torch.Tensor | None = None,
 ) -> None:
+    """Raise ValueError unless ``segmented_expand`` can take these."""
     if not 1 <= len(b) <= MAX_SLICES:
         raise ValueError(f"{len(b)} slices; 1 to {MAX_SLICES} are supported")
     width = sum(slice_b.shape[1] for slice_b in b)

@@ -9,6 +9,8 @@ adapters still fills the device. The parts are added up by expand, in their orde
 # pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportGeneralTypeIssues=false
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -36,22 +38,14 @@ _RECORD = tl.constexpr(RECORD)
 
 
 @triton.jit
-def segmented_shrink_kernel(
-    x_ptr,  # [num_rows, in_features]
-    a_ptr,  # [pack_rank, NUM_SLICES, in_features]
-    slice_ranks_ptr,  # [num_slots, NUM_SLICES] int32
-    v_ptr,  # [SPLITS, rank_capacity * NUM_SLICES] fp32
-    table_ptr,  # [capacity] int32
-    x_stride,
-    in_features,
-    v_stride,
-    NUM_SLICES: tl.constexpr,
-    SPLITS: tl.constexpr,
-    LIST: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
+def shrink_items(
+    first,  # work of the list that this program takes first, and
+    step,  # how far it is to the next
+    x_ptr, a_ptr, slice_ranks_ptr, v_ptr, table_ptr, x_stride, in_features, v_stride,
+    NUM_SLICES: tl.constexpr, SPLITS: tl.constexpr, LIST: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """A program's share of a shrink; the arguments are the kernel's."""
     num_work = tl.load(table_ptr + LIST + 2) * NUM_SLICES * SPLITS
     rows_ptr = table_ptr + tl.load(table_ptr + 1)
     items_ptr = table_ptr + tl.load(table_ptr + LIST + 3)
@@ -59,7 +53,7 @@ def segmented_shrink_kernel(
     m = tl.arange(0, BLOCK_M)
     r = tl.arange(0, BLOCK_R)
     k = tl.arange(0, BLOCK_K)
-    for work in range(tl.program_id(0), num_work, tl.num_programs(0)):
+    for work in range(first, num_work, step):
         split = work % SPLITS
         s = (work // SPLITS) % NUM_SLICES
         item_ptr = items_ptr + (work // (SPLITS * NUM_SLICES)) * _RECORD
@@ -82,7 +76,7 @@ def segmented_shrink_kernel(
         # A missing slice reads nothing.
         end = tl.where(held > 0, tl.minimum(start + split_width, in_features), start)
         acc = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-        for k0 in range(start, end, BLOCK_K):
+        for k0 in tl.range(start, end, BLOCK_K, num_stages=STAGES):
             cols = k0 + k
             inside = cols < in_features
             x = tl.load(
@@ -99,6 +93,42 @@ def segmented_shrink_kernel(
         v_split = v_ptr + split.to(tl.int64) * v_stride
         keep = (m < count)[:, None] & (r < rank_end - rank)[None, :]
         tl.store(v_split + ranks * NUM_SLICES + s, acc, mask=keep)
+
+
+@triton.jit
+def segmented_shrink_kernel(
+    x_ptr,  # [num_rows, in_features]
+    a_ptr,  # [pack_rank, NUM_SLICES, in_features]
+    slice_ranks_ptr,  # [num_slots, NUM_SLICES] int32
+    v_ptr,  # [SPLITS, rank_capacity * NUM_SLICES] fp32
+    table_ptr,  # [capacity] int32
+    x_stride,
+    in_features,
+    v_stride,
+    NUM_SLICES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    LIST: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    shrink_items(
+        tl.program_id(0), tl.num_programs(0), x_ptr, a_ptr, slice_ranks_ptr, v_ptr, table_ptr,
+        x_stride, in_features, v_stride, NUM_SLICES, SPLITS, LIST, BLOCK_M, BLOCK_R, BLOCK_K,
+        None,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Shrink:
+    """The arguments of ``segmented_shrink`` but for the rows; see there."""
+
+    a: torch.Tensor
+    slice_ranks: torch.Tensor
+    table: SegmentTable
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return segmented_shrink(x, self.a, self.slice_ranks, self.table)
 
 
 def rank_activations(table: SegmentTable, num_slices: int, device: torch.device) -> torch.Tensor:
@@ -132,13 +162,11 @@ def segmented_shrink(
         ValueError: A shape, dtype or stride breaks the contract. Values on the device are not
             checked: that would synchronise.
     """
-    _check(x, a, slice_ranks)
+    check_shrink(x, a, slice_ranks)
     num_slices, in_features = a.shape[1:]
     tuned = tuning(x.device)
-    # Of the projection's width alone: the order of a row's sum may not depend on the step.
-    splits = max(2, min(_MAX_SPLITS, triton.cdiv(in_features, tuned.shrink_split_k)))
-    width = table.rank_capacity * num_slices
-    v = torch.empty(splits, width, dtype=torch.float32, device=x.device)
+    v = empty_parts(table, num_slices, in_features, x.device)
+    splits, width = v.shape
     for position, block_m in ((TILES, TILE_ROWS), (ONE_ROW, 1)):
         if position == ONE_ROW and not table.gemv:
             continue
@@ -165,7 +193,18 @@ def segmented_shrink(
     return v
 
 
-def _check(x: torch.Tensor, a: torch.Tensor, slice_ranks: torch.Tensor) -> None:
+def empty_parts(
+    table: SegmentTable, num_slices: int, in_features: int, device: torch.device
+) -> torch.Tensor:
+    """Memory for what a shrink of that many inputs gives; the splits are its first axis."""
+    # Of the projection's width alone: the order of a row's sum may not depend on the step.
+    parts = triton.cdiv(in_features, tuning(device).shrink_split_k)
+    splits, width = max(2, min(_MAX_SPLITS, parts)), table.rank_capacity * num_slices
+    return torch.empty(splits, width, dtype=torch.float32, device=device)
+
+
+def check_shrink(x: torch.Tensor, a: torch.Tensor, slice_ranks: torch.Tensor) -> None:
+    """Raise ValueError unless ``segmented_shrink`` can take these."""
     check_float("x", x)
     check_float("a", a, x.dtype)
     check_shape("a", a, -1, -1, -1)

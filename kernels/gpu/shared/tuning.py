@@ -17,6 +17,7 @@ class Tuning:
 
     Attributes:
         programs: Programs of the kernels that loop over a device-side work list.
+        shrink_programs: Programs of a shrink that is launched with the base's product.
         shrink_split_k: Input features per part of the reduction over them, about; 2 to 16 parts.
         shrink_block_k: Input features per step of that reduction.
         expand_block_n: Output columns per tile.
@@ -37,6 +38,7 @@ class Tuning:
     """
 
     programs: int = 528
+    shrink_programs: int = 264
     shrink_split_k: int = 1024
     shrink_block_k: int = 256
     expand_block_n: int = 256
@@ -61,6 +63,7 @@ _TABLE: dict[str, Tuning] = {}
 # Few programs and small tiles, so that loops over work lists and splits are exercised.
 _INTERPRETER = Tuning(
     programs=3,
+    shrink_programs=2,
     shrink_split_k=64,
     shrink_block_k=32,
     expand_block_n=32,

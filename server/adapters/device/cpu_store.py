@@ -143,11 +143,6 @@ class CpuStep:
         others = self.others or self.own_updates or self.constants
         return not (self.inputs.changes_any or others)
 
-    def multiply(
-        self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
-    ) -> torch.Tensor:
-        return self.inputs.multiply(self.rows, layer, projection, x, base)
-
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
         if self.constants is not None:
             self.constants.attend(layer, q, attended)
@@ -164,16 +159,16 @@ class CpuStep:
         if self.experts is not None:
             self.experts.apply(layer, projection, x, y, routing, rows)
 
-    def apply(
+    def project(
         self,
         layer: int,
         projection: str,
         x: torch.Tensor,
-        y: torch.Tensor,
         *,
         bias: torch.Tensor | None,
         base: BaseProduct,
-    ) -> None:
+    ) -> torch.Tensor:
+        y = self.inputs.multiply(self.rows, layer, projection, x, base)
         if projection in self.updates:
             self.rows.adapt(self.numbers.shape(layer, projection), x, y, bias)
             if bias is not None:
@@ -185,3 +180,4 @@ class CpuStep:
             part.apply(layer, projection, x, y)
         if self.own_updates is not None:
             self.own_updates.apply(layer, projection, x, y, before=y, base=base)
+        return y

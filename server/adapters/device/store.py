@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
@@ -15,6 +15,10 @@ from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.device.vocabulary import VocabularyChange, vocabulary_change
 from turret.server.adapters.operators import AdapterOperators
+
+if TYPE_CHECKING:
+    # Not at run time: the other paths run where Triton is not installed.
+    from turret.kernels.gpu.adapters.segmented_shrink import Shrink
 
 # Told of every adapter that entered or left a store.
 OnMoved = Callable[[Any], None]
@@ -40,6 +44,10 @@ class BaseProduct(Protocol):
         """Slice ``index`` alone."""
         ...
 
+    def with_shrink(self, x: torch.Tensor, shrink: Shrink) -> tuple[torch.Tensor, torch.Tensor]:
+        """The product and what ``shrink`` makes of all rows, on the gpu path."""
+        ...
+
     def stacked(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply several inputs of every row: ``[count, rows, in]`` → ``[count, rows, out]``."""
         ...
@@ -48,19 +56,26 @@ class BaseProduct(Protocol):
 class AdapterStep(Protocol):
     """The adapters of one step, as the layers' projections apply them (see ``AdaptedLinear``)."""
 
-    def multiply(
-        self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
+    def project(
+        self,
+        layer: int,
+        projection: str,
+        x: torch.Tensor,
+        *,
+        bias: torch.Tensor | None,
+        base: BaseProduct,
     ) -> torch.Tensor:
-        """The base's product, of other inputs where adapters change them and nothing else is due.
+        """The adapted projection ``G ⊙ (W x) + b + Σ_k w_k Δ_k(x)``.
 
         Args:
             layer: Layer number.
             projection: Fused projection (``qkv``, ``o``, ``gate_up``, ``down``).
             x: Its input, ``[rows, in]``; not changed.
+            bias: The base's, ``[sum(out)]``, or None.
             base: The base projection, without bias.
 
         Returns:
-            ``[rows, sum(out)]``, contiguous, for ``apply``.
+            ``[rows, sum(out)]``, contiguous.
         """
         ...
 
@@ -92,28 +107,6 @@ class AdapterStep(Protocol):
             y: Of each pair of a row and an expert, ``[pairs, out]``, contiguous.
             routing: The pairs.
             rows: The row of ``x`` that each pair reads, ``[pairs]`` int64; None for its own.
-        """
-        ...
-
-    def apply(
-        self,
-        layer: int,
-        projection: str,
-        x: torch.Tensor,
-        y: torch.Tensor,
-        *,
-        bias: torch.Tensor | None,
-        base: BaseProduct,
-    ) -> None:
-        """Make ``y`` the adapted projection ``G ⊙ (W x) + b + Σ_k w_k Δ_k(x)``, in place.
-
-        Args:
-            layer: Layer number.
-            projection: Fused projection.
-            x: Its input, ``[rows, in]``; not changed.
-            y: What ``multiply`` made of it, ``[rows, sum(out)]``, contiguous.
-            bias: The base's, ``[sum(out)]``, or None.
-            base: As above, for what changes of inputs add to ``y``.
         """
         ...
 

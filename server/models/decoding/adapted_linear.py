@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,8 +11,11 @@ from turret.server.adapters.device.store import AdapterStep
 
 if TYPE_CHECKING:
     # Not at run time: the GPU benchmark builds layers where bitsandbytes is not installed.
+    from turret.kernels.gpu.adapters.segmented_shrink import Shrink
+    from turret.kernels.gpu.epilogues import Epilogue
     from turret.server.adapters.device.gpu.store import GpuAdapterStep
     from turret.server.models.weights.base_linear import BaseLinear
+    from turret.server.models.weights.nf4_gpu import Nf4Product
 
 
 class StepProduct:
@@ -41,6 +43,14 @@ class StepProduct:
 
     def part(self, index: int) -> StepProduct:
         return StepProduct(self._linear, self._num_decode, index)
+
+    def with_shrink(self, x: torch.Tensor, shrink: Shrink) -> tuple[torch.Tensor, torch.Tensor]:
+        """The product and the rank activations of all rows, where it can be by one launch."""
+        base = self._linear.base
+        product: Nf4Product | None = getattr(base, "product", None)
+        if product is None or self._num_decode is None or self._index is not None:
+            return self(x), shrink(x)
+        return product.with_shrink(x, self._num_decode, shrink)
 
     def stacked(self, x: torch.Tensor) -> torch.Tensor:
         """``[count, rows, in]`` → ``[count, rows, out]``, every row in the way its own row goes."""
@@ -102,33 +112,33 @@ class AdaptedLinear:
                 y += self.bias
             return y
         base = StepProduct(self, num_decode)
-        y = adapters.multiply(self.layer, self.projection, x, base)
-        adapters.apply(self.layer, self.projection, x, y, bias=self.bias, base=base)
-        return y
+        return adapters.project(self.layer, self.projection, x, bias=self.bias, base=base)
 
-    def gated(
+    def ended(
         self,
         x: torch.Tensor,
         adapters: GpuAdapterStep | None,
         num_decode: int,
-        activation: Callable[[torch.Tensor], torch.Tensor],
+        epilogue: Epilogue,
     ) -> torch.Tensor:
-        """Project onto gates and ups and multiply the activation of the one by the other.
-
-        Where nothing comes between, the base product does it all, in one launch and with the same
-        bits.
+        """Project on the gpu path, and what comes after: in the same launches where that can be.
 
         Args:
             x: As above.
-            adapters: As above, on the gpu path.
+            adapters: As above.
             num_decode: As above.
-            activation: ``[rows, out]`` → ``[rows, out / 2]``; the base product has the silu.
+            epilogue: What comes after.
 
         Returns:
-            ``[rows, out / 2]``.
+            What ``epilogue`` makes of the projection, with the same bits.
         """
-        product = getattr(self.base, "product", None)
-        alone = adapters is None or not adapters.changes(self.layer, self.projection)
-        if product is None or not alone or self.bias is not None or num_decode != x.shape[0]:
-            return activation(self(x, adapters, num_decode))
-        return product.gated(x)
+        if adapters is None or not adapters.changes(self.layer, self.projection):
+            product: Nf4Product | None = getattr(self.base, "product", None)
+            if product is not None and num_decode == x.shape[0]:
+                result = product.ended(x, epilogue, self.bias)
+                if result is not None:
+                    return result
+            return epilogue(self(x, None, num_decode))
+        base = StepProduct(self, num_decode)
+        place = self.layer, self.projection
+        return adapters.project(*place, x, bias=self.bias, base=base, epilogue=epilogue)

@@ -15,13 +15,14 @@ import torch.nn.functional as F
 
 from turret.kernels.expert_routing import Routing
 from turret.kernels.gpu.clamped_swiglu import clamped_swiglu
+from turret.kernels.gpu.epilogues import GatedSilu, Heads
 from turret.kernels.gpu.experts.combine_experts import combine_experts
 from turret.kernels.gpu.experts.route_rows import route_rows
 from turret.kernels.gpu.gelu_mul import gelu_mul
+from turret.kernels.gpu.kv_write import KvWrite
 from turret.kernels.gpu.library_products import keep_sums_whole
 from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
-from turret.kernels.gpu.rope_kv_write import rope_kv_write
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.gpu.tables.attention_table import AttentionTable
 from turret.server.adapters.device.gpu.store import GpuAdapterStep
@@ -34,6 +35,7 @@ from turret.server.models.decoding.kv_cache import KvCache
 _HEAD_ROWS = 64
 # By their names in ``Arch``: kernels that multiply the activation by ``up`` in the same pass.
 _GATED_ACTIVATIONS = {"silu": silu_mul, "gelu_pytorch_tanh": gelu_mul}
+_GATED_SILU = GatedSilu()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +110,7 @@ class GpuDecoder(Decoder):
         assert layer.down is not None
         adapters, num_decode = step.adapters, step.num_decode
         if self.arch.activation == "silu":
-            inner = layer.gate_up.gated(normed, adapters, num_decode, silu_mul)
+            inner = layer.gate_up.ended(normed, adapters, num_decode, _GATED_SILU)
         else:
             inner = self._gated(layer.gate_up(normed, adapters, num_decode))
         return layer.down(inner, adapters, num_decode)
@@ -150,20 +152,22 @@ class GpuDecoder(Decoder):
     ) -> torch.Tensor:
         arch, layer = self.arch, self.layers[number]
         keys, values = cache.keys[number], cache.values[number]
-        qkv = layer.qkv(normed, step.adapters, step.num_decode)
-        norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
-        if arch.qk_norm == "projection":
-            qkv, norms = self._norm_projections(layer, qkv), {}
-        q = rope_kv_write(
-            qkv,
-            *rotation,
-            step.kv_slots,
-            keys,
-            values,
-            eps=arch.rms_norm_eps,
+        cos, sin = rotation
+        write = KvWrite(
+            cos=cos,
+            sin=sin,
+            kv_slots=step.kv_slots,
+            k_cache=keys,
+            v_cache=values,
             is_interleaved=arch.is_interleaved,
-            **norms,
         )
+        if arch.qk_norm == "projection":
+            qkv = layer.qkv(normed, step.adapters, step.num_decode)
+            q = Heads(write=write)(self._norm_projections(layer, qkv))
+        else:
+            norms = {"q_norm": layer.q_norm, "k_norm": layer.k_norm}
+            heads = Heads(write=write, eps=arch.rms_norm_eps, **norms)
+            q = layer.qkv.ended(normed, step.adapters, step.num_decode, heads)
         if growth is not None:
             q *= growth
         table = step.attention[arch.windows[number]]

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from turret.kernels.gpu.adapters.nf4_shrink import nf4_shrink
+from turret.kernels.gpu.adapters.segmented_shrink import Shrink
+from turret.kernels.gpu.epilogues import Epilogue
 from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
 from turret.kernels.gpu.nf4_matmul import nf4_matmul
 from turret.kernels.gpu.shared.tuning import tuning
-from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 # Libraries choose their algorithm by shape: prompts are multiplied in pieces of one shape.
@@ -49,26 +51,49 @@ class Nf4Product:
         Returns:
             ``[rows, out_features]``, dtype of ``x``.
         """
+        return self._multiply(x, num_decode, None)[0]
+
+    def with_shrink(
+        self, x: torch.Tensor, num_decode: int, shrink: Shrink
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The product, and the rank activations of all rows: with the first pass over the weight.
+
+        The bits of both are their own kernels'.
+        """
+        y, v = self._multiply(x, num_decode, shrink)
+        return y, shrink(x) if v is None else v
+
+    def _multiply(
+        self, x: torch.Tensor, num_decode: int, shrink: Shrink | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         weight, step = self._weight, tuning(x.device).nf4_pass_rows
-        parts = []
+        parts: list[torch.Tensor] = []
+        v: torch.Tensor | None = None
         if isinstance(weight, Nf4Matrix) and step:
             for start in range(0, num_decode, step):
-                parts.append(nf4_matmul(x[start : min(start + step, num_decode)], weight))
+                end = min(start + step, num_decode)
+                if start == 0 and shrink is not None and not shrink.table.gemv:
+                    y, v = nf4_shrink(x, end, weight, shrink)
+                    parts.append(y)
+                else:
+                    parts.append(nf4_matmul(x[start:end], weight))
         else:
             num_decode = 0
         if num_decode < x.shape[0]:
             parts.append(self._multiply_prompts(x[num_decode:]))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat(parts), v
 
-    def gated(self, x: torch.Tensor) -> torch.Tensor:
-        """``silu(gate) · up`` of decoding rows, for a weight of gates and then ups.
-
-        The bits are those of ``silu_mul`` on the product, ``[rows, out_features / 2]``.
-        """
+    def ended(
+        self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What comes after the product of decoding rows; None where that takes more launches."""
         weight, step = self._weight, tuning(x.device).nf4_pass_rows
-        if isinstance(weight, torch.Tensor) or not step:
-            return silu_mul(self(x, x.shape[0]))
-        parts = [nf4_matmul(piece, weight, gated=True) for piece in x.split(step)]
+        if not (isinstance(weight, Nf4Matrix) and step and epilogue.ends_product(bias, x.device)):
+            return None
+        parts = [
+            epilogue.of_product(x[start : start + step], start, weight, bias)
+            for start in range(0, len(x), step)
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:

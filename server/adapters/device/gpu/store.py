@@ -16,11 +16,12 @@ import torch
 
 from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.expert_routing import Routing
+from turret.kernels.gpu.adapters.expand_on import Expand
 from turret.kernels.gpu.adapters.hadamard_shrink import MAX_RANK as MAX_HADAMARD_RANK
 from turret.kernels.gpu.adapters.input_gain import input_gain
 from turret.kernels.gpu.adapters.kronecker import MAX_IN_M, MAX_RANK
-from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
-from turret.kernels.gpu.adapters.segmented_shrink import rank_activations, segmented_shrink
+from turret.kernels.gpu.adapters.segmented_shrink import Shrink, rank_activations
+from turret.kernels.gpu.epilogues import Epilogue
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.server.adapters.device.constants import ConstantsOfAdapters, StepConstants
 from turret.server.adapters.device.gpu.base_products import (
@@ -96,18 +97,8 @@ class GpuAdapterStep:
     def changes(self, layer: int, projection: str) -> bool:
         """Whether anything of the step is added to what the base multiplies."""
         kinds = self.kinds
-        packed = self.low_rank | kinds.gains | kinds.input_gains | kinds.biases
-        return (
-            projection in packed
-            or projection in self.shelves.by_projection
-            or any(p.changes(projection) for p in (self.blocks, self.modulated, self.pairs))
-            or self.gates.changes(layer, projection)
-        )
-
-    def multiply(
-        self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
-    ) -> torch.Tensor:
-        return base(x)
+        packed = self.low_rank | kinds.gains | kinds.biases
+        return projection in packed or self._changes_more(layer, projection)
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
         if self.constants is not None:
@@ -124,43 +115,58 @@ class GpuAdapterStep:
     ) -> None:
         self.shelves.apply_experts(layer, projection, x, y, routing, rows)
 
-    def apply(
+    def project(
         self,
         layer: int,
         projection: str,
         x: torch.Tensor,
-        y: torch.Tensor,
         *,
         bias: torch.Tensor | None,
         base: BaseProduct,
-    ) -> None:
-        packed, table, kinds = self.projections[projection], self.table, self.kinds
+        epilogue: Epilogue | None = None,
+    ) -> torch.Tensor:
+        """See ``AdapterStep``; with an epilogue, what that makes of the projection."""
+        packed, kinds = self.projections[projection], self.kinds
         gain = packed.gain_delta if projection in kinds.gains else None
         delta = packed.bias if projection in kinds.biases else None
+        (a, b), ranks = packed.layers[layer], packed.slice_ranks[layer]
         has_ranks = projection in self.low_rank
+        if has_ranks:
+            y, v = base.with_shrink(x, Shrink(a, ranks, self.table))
+        else:
+            # Nothing of it is read: no adapter of the step has ranks here.
+            y, v = base(x), rank_activations(self.table, len(b), x.device)
         before = y.clone() if self.pairs.changes(projection) else y
         if bias is not None or gain is not None or delta is not None or has_ranks:
-            a, b = packed.layers[layer]
-            ranks = packed.slice_ranks[layer]
-            if has_ranks:
-                v = segmented_shrink(x, a, ranks, table)
-            else:
-                # Nothing of it is read: no adapter of the step has ranks here.
-                v = rank_activations(table, len(b), x.device)
-            segmented_expand(
-                y,
-                v,
-                b,
-                ranks,
-                table,
+            expand = Expand(
+                y=y,
+                v=v,
+                b=b,
+                slice_ranks=ranks,
+                table=self.table,
                 gain_delta=None if gain is None else gain[layer],
                 bias=None if delta is None else delta[layer],
                 base_bias=bias,
             )
+            if epilogue is not None and not self._changes_more(layer, projection):
+                result = epilogue.of_expand(expand)
+                if result is not None:
+                    return result
+            expand.run()
         self._add_products(layer, projection, x, y, base)
-        self.pairs.apply(layer, projection, before, y, table)
+        self.pairs.apply(layer, projection, before, y, self.table)
         self.shelves.apply(layer, projection, x, y)
         self.gates.apply(layer, projection, x, y)
+        return y if epilogue is None else epilogue(y)
+
+    def _changes_more(self, layer: int, projection: str) -> bool:
+        """Whether anything of the step is added to what an expand finishes."""
+        return (
+            projection in self.kinds.input_gains
+            or projection in self.shelves.by_projection
+            or any(p.changes(projection) for p in (self.blocks, self.modulated, self.pairs))
+            or self.gates.changes(layer, projection)
+        )
 
     def _add_products(
         self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor, base: BaseProduct

@@ -113,11 +113,6 @@ class PackedStep:
     experts: StepExpertUpdates | None = None
     constants: StepConstants | None = None
 
-    def multiply(
-        self, layer: int, projection: str, x: torch.Tensor, base: BaseProduct
-    ) -> torch.Tensor:
-        return base(x)
-
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
         if self.constants is not None:
             self.constants.attend(layer, q, attended)
@@ -134,16 +129,16 @@ class PackedStep:
         if self.experts is not None:
             self.experts.apply(layer, projection, x, y, routing, rows)
 
-    def apply(
+    def project(
         self,
         layer: int,
         projection: str,
         x: torch.Tensor,
-        y: torch.Tensor,
         *,
         bias: torch.Tensor | None,
         base: BaseProduct,
-    ) -> None:
+    ) -> torch.Tensor:
+        y = base(x)
         before = y if self.own_updates is None else y.clone()
         self._scale(layer, projection, x, y, base)
         if bias is not None:
@@ -151,6 +146,7 @@ class PackedStep:
         self._add(layer, projection, x, y)
         if self.own_updates is not None:
             self.own_updates.apply(layer, projection, x, y, before=before, base=base)
+        return y
 
     def _scale(
         self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor, base: BaseProduct

@@ -1,0 +1,115 @@
+"""What a layer makes of a fused projection's result, at the end of the kernel that gives it.
+
+A projection's result is given by the base's product or, where adapters change it, by their expand.
+Either kernel can go on with what comes next where nothing else changes the result; elsewhere that
+is a kernel of its own. The bits are the same in all three ways.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from turret.kernels.gpu.adapters.expand_on import (
+    Expand,
+    can_rotate,
+    expand_gated,
+    expand_rotated,
+)
+from turret.kernels.gpu.kv_write import KvWrite
+from turret.kernels.gpu.nf4_matmul import nf4_matmul
+from turret.kernels.gpu.nf4_rotate import nf4_rotate
+from turret.kernels.gpu.rope_kv_write import rope_kv_write
+from turret.kernels.gpu.shared.tuning import tuning
+from turret.kernels.gpu.silu_mul import silu_mul
+from turret.kernels.nf4_matmul import Nf4Matrix
+
+
+class Epilogue(Protocol):
+    """What comes after a projection."""
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        """Of the finished result, ``[rows, out]``, by a kernel of its own."""
+        ...
+
+    def ends_product(self, bias: torch.Tensor | None, device: torch.device) -> bool:
+        """Whether ``of_product`` can be called."""
+        ...
+
+    def of_product(
+        self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Of the base's product with some rows.
+
+        Args:
+            x: Those rows, at most 64, ``[rows, in]``.
+            first_row: The first one's place in the step.
+            weight: The base's.
+            bias: The base's, ``[out]``, or None.
+        """
+        ...
+
+    def of_expand(self, expand: Expand) -> torch.Tensor | None:
+        """Of what an expand of all rows finishes; None where that is two launches."""
+        ...
+
+
+class GatedSilu:
+    """The silu of the gates times the ups: ``[rows, out]`` → ``[rows, out / 2]``."""
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        return silu_mul(y)
+
+    def ends_product(self, bias: torch.Tensor | None, device: torch.device) -> bool:
+        return bias is None
+
+    def of_product(
+        self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return nf4_matmul(x, weight, gated=True)
+
+    def of_expand(self, expand: Expand) -> torch.Tensor | None:
+        halves = len(expand.b) == 2 and expand.b[0].shape == expand.b[1].shape
+        return expand_gated(expand) if halves and not expand.table.gemv else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heads:
+    """Turned queries, ``[rows, heads, head_dim]``; keys and values are stored.
+
+    Attributes:
+        write: How they turn and where they go.
+        q_norm: RMSNorm weight of the query heads, ``[head_dim]``, or None.
+        k_norm: The same for the key heads.
+        eps: Of the norms.
+    """
+
+    write: KvWrite
+    q_norm: torch.Tensor | None = None
+    k_norm: torch.Tensor | None = None
+    eps: float = 1e-6
+
+    @property
+    def _has_norms(self) -> bool:
+        # The order of a norm's sum is a kernel's own.
+        return self.q_norm is not None or self.k_norm is not None
+
+    def __call__(self, y: torch.Tensor) -> torch.Tensor:
+        norms = {"q_norm": self.q_norm, "k_norm": self.k_norm}
+        return rope_kv_write(y, self.write, eps=self.eps, **norms)
+
+    def ends_product(self, bias: torch.Tensor | None, device: torch.device) -> bool:
+        return not self._has_norms and self.write.divides(tuning(device).nf4_block_n)
+
+    def of_product(
+        self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        write = self.write.rows(first_row, first_row + len(x))
+        return nf4_rotate(x, weight, bias, write)
+
+    def of_expand(self, expand: Expand) -> torch.Tensor | None:
+        if self._has_norms or expand.table.gemv or not can_rotate(expand, self.write):
+            return None
+        return expand_rotated(expand, self.write)

@@ -1,0 +1,242 @@
+"""Kernels that do the work of two launches: the bits of the two, and float64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from kernel_traffic import (
+    DEVICE,
+    DTYPES,
+    HALF,
+    MAX_ERROR,
+    Pack,
+    error_ratio,
+    make_pack,
+    traffic,
+    update_in_float64,
+)
+
+from turret.kernels.adapters.segments import LongSegment
+from turret.kernels.gpu.adapters.expand_on import Expand, expand_gated, expand_rotated
+from turret.kernels.gpu.adapters.nf4_shrink import nf4_shrink
+from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
+from turret.kernels.gpu.adapters.segmented_shrink import Shrink, segmented_shrink
+from turret.kernels.gpu.kv_write import KvWrite
+from turret.kernels.gpu.nf4_matmul import nf4_matmul
+from turret.kernels.gpu.nf4_rotate import nf4_rotate
+from turret.kernels.gpu.rope_kv_write import rope_kv_write
+from turret.kernels.gpu.silu_mul import silu_mul
+from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.nf4_matmul import BLOCK, CODE, Nf4Matrix
+from turret.kernels.rope_kv_write import rope_kv_write_reference
+
+HEADS, KV_HEADS, HEAD_DIM, SLOTS = 3, 1, 16, 80
+# Some over a tile of 16.
+RANKS = (1, 3, 8, 16, 5, 20)
+# In the interpreter fp32 says little more than fp16.
+WIDTHS = [
+    pytest.param(dtype, marks=pytest.mark.long) if dtype == torch.float32 else dtype
+    for dtype in DTYPES
+]
+# Pairs of a head that turn, and whether they are neighbours.
+WHOLE, PARTLY, NEIGHBOURS = (8, False), (3, False), (8, True)
+
+
+def weight_of(out: int, inner: int) -> Nf4Matrix:
+    packed = torch.randint(0, 256, (out * inner // 2,), dtype=torch.uint8)
+    absmax = torch.rand(out * inner // BLOCK) + 0.1
+    return Nf4Matrix(packed.to(DEVICE), absmax.to(DEVICE), out, inner)
+
+
+def product_in_float64(x: torch.Tensor, weight: Nf4Matrix) -> torch.Tensor:
+    """By the values as they are multiplied: rounded codes times maxima."""
+    nibbles = torch.stack((weight.packed >> 4, weight.packed & 15), dim=-1).long()
+    values = torch.tensor(CODE, device=DEVICE).to(x.dtype).double()[nibbles]
+    assert isinstance(weight.absmax, torch.Tensor)
+    blocks = values.view(-1, BLOCK) * weight.absmax.double()[:, None]
+    return x.double() @ blocks.view(weight.out_features, weight.in_features).T
+
+
+def make_write(rows: int, dtype: torch.dtype, pairs: int, is_interleaved: bool) -> KvWrite:
+    """Caches are zero, slots in disorder."""
+    angles = torch.randn(rows, pairs, device=DEVICE)
+    caches = torch.zeros(2, SLOTS // 4, 4, KV_HEADS, HEAD_DIM, device=DEVICE, dtype=dtype)
+    return KvWrite(
+        cos=angles.cos(),
+        sin=angles.sin(),
+        kv_slots=torch.randperm(SLOTS)[:rows].to(DEVICE),
+        k_cache=caches[0],
+        v_cache=caches[1],
+        is_interleaved=is_interleaved,
+    )
+
+
+def emptied(write: KvWrite) -> KvWrite:
+    """The same with caches of its own."""
+    caches = torch.zeros_like(write.k_cache), torch.zeros_like(write.v_cache)
+    return replace(write, k_cache=caches[0], v_cache=caches[1])
+
+
+def assert_same_heads(
+    found: torch.Tensor, write: KvWrite, expected: torch.Tensor, other: KvWrite
+) -> None:
+    assert torch.equal(found, expected)
+    assert torch.equal(write.k_cache, other.k_cache)
+    assert torch.equal(write.v_cache, other.v_cache)
+
+
+def assert_near_float64(q: torch.Tensor, write: KvWrite, exact: torch.Tensor) -> None:
+    """``exact`` is the product, ``[rows, columns]`` float64; turned in fp32."""
+    caches = torch.zeros(2, *write.k_cache.shape, device=DEVICE)
+    expected = rope_kv_write_reference(
+        exact.float(),
+        write.cos,
+        write.sin,
+        write.kv_slots,
+        caches[0],
+        caches[1],
+        is_interleaved=write.is_interleaved,
+    )
+    bound = 1.5 * MAX_ERROR[q.dtype]
+    assert error_ratio(q, expected) < bound
+    assert error_ratio(write.k_cache, caches[0]) < bound
+    assert error_ratio(write.v_cache, caches[1]) < bound
+
+
+@pytest.mark.parametrize(
+    ("rows", "inner", "turn"), [(1, 64, PARTLY), (5, 192, WHOLE), (33, 64, NEIGHBOURS)]
+)
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_a_product_and_its_heads(rows, inner, turn, dtype):
+    out = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    weight, x = weight_of(out, inner), torch.randn(rows, inner).to(DEVICE, dtype)
+    for bias in (None, torch.randn(out).to(DEVICE, dtype)):
+        write = make_write(rows, dtype, *turn)
+        q, other = nf4_rotate(x, weight, bias, write), emptied(write)
+        y = nf4_matmul(x, weight)
+        if bias is not None:
+            y += bias
+        assert_same_heads(q, write, rope_kv_write(y, other), other)
+        exact = product_in_float64(x, weight) + (0 if bias is None else bias.double())
+        assert_near_float64(q, write, exact)
+        alone = nf4_rotate(x[:1], weight, bias, emptied(write).rows(0, 1))
+        assert torch.equal(alone, q[:1]), "a row depends on its mates"
+
+
+def covered(runs: list[LongSegment], num_rows: int) -> list[LongSegment]:
+    """Rows in no run belong to the base model."""
+    known = {row for run in runs for row in range(run.start, run.end)}
+    return [*runs, *(LongSegment(r, r + 1, ()) for r in range(num_rows) if r not in known)]
+
+
+def make_expand(
+    pack: Pack, name: str, inner: int, outs: tuple[int, ...], dtype: torch.dtype, extra: bool
+) -> tuple[Expand, torch.Tensor]:
+    """A step's arguments and, without ``extra``, what they should give, float64."""
+    runs, num_rows = next((runs, rows) for found, runs, rows in traffic(pack) if found == name)
+    table = SegmentTable(max_rows=64, max_row_rank=256, max_components=4, device=DEVICE)
+    table.load(covered(runs, num_rows))
+    x = torch.randn(num_rows, inner).to(DEVICE, dtype)
+    y = torch.randn(num_rows, sum(outs)).to(DEVICE, dtype)
+    more: dict[str, Any] = {}
+    if extra:
+        more = {"gain_delta": pack.gain_delta, "bias": pack.bias}
+        more["base_bias"] = torch.randn(sum(outs)).to(DEVICE, dtype)
+    v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
+    made = Expand(y=y, v=v, b=pack.b, slice_ranks=pack.slice_ranks, table=table, **more)
+    return made, y.double() + update_in_float64(pack, runs, x, outs)
+
+
+def plainly(made: Expand) -> torch.Tensor:
+    """By ``segmented_expand``."""
+    other = replace(made, y=made.y.clone())
+    other.run()
+    return other.y
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"), [("mixes", False), ("run of 17", False), ("base rows between", True)]
+)
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_an_expand_and_the_activation(name, extra, dtype):
+    outs = (70, 70)
+    made, exact = make_expand(make_pack(40, outs, dtype, RANKS), name, 40, outs, dtype, extra)
+    before = made.y.clone()
+    found = expand_gated(made)
+    assert torch.equal(found, silu_mul(plainly(made)))
+    assert torch.equal(made.y, before)
+    if not extra:
+        gate, up = exact.chunk(2, dim=1)
+        assert error_ratio(found, gate * gate.sigmoid() * up) < 2 * MAX_ERROR[dtype]
+
+
+@pytest.mark.parametrize(
+    ("name", "extra", "turn"),
+    [
+        ("mixes", False, WHOLE),
+        ("run of 17", False, NEIGHBOURS),
+        ("base rows between", True, WHOLE),
+    ],
+)
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_an_expand_and_the_heads(name, extra, turn, dtype):
+    outs = tuple(heads * HEAD_DIM for heads in (HEADS, KV_HEADS, KV_HEADS))
+    made, exact = make_expand(make_pack(40, outs, dtype, RANKS), name, 40, outs, dtype, extra)
+    write = make_write(len(made.y), dtype, *turn)
+    q, other = expand_rotated(made, write), emptied(write)
+    assert_same_heads(q, write, rope_kv_write(plainly(made), other), other)
+    if not extra:
+        assert_near_float64(q, write, exact)
+
+
+@pytest.mark.parametrize(
+    ("name", "inner", "base_rows"),
+    [("mixes", 128, 5), ("run of 17", 64, 17), ("base rows between", 64, 1), ("empty", 64, 3)],
+)
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_a_product_and_a_shrink(name, inner, base_rows, dtype):
+    outs = (40, 33, 5)
+    pack, weight = make_pack(inner, outs, dtype, RANKS), weight_of(sum(outs), inner)
+    runs, num_rows = next((runs, rows) for found, runs, rows in traffic(pack) if found == name)
+    table = SegmentTable(max_rows=64, max_row_rank=256, max_components=4, device=DEVICE)
+    table.load(runs)
+    x = torch.randn(num_rows, inner).to(DEVICE, dtype)
+    y, v = nf4_shrink(x, base_rows, weight, Shrink(pack.a, pack.slice_ranks, table))
+    assert torch.equal(y, nf4_matmul(x[:base_rows], weight))
+    # Places of no row are undefined: what expand reads of them counts.
+    results = []
+    for parts in (v, segmented_shrink(x, pack.a, pack.slice_ranks, table)):
+        result = torch.zeros(num_rows, sum(outs), device=DEVICE)
+        b = [slice_b.float() for slice_b in pack.b]
+        segmented_expand(result, parts, b, pack.slice_ranks, table)
+        results.append(result)
+    assert torch.equal(*results)
+
+
+def test_breaches_of_the_contract_are_refused():
+    weight, x = weight_of(144, 64), torch.zeros(2, 64, device=DEVICE, dtype=HALF)
+    write = make_write(2, HALF, 8, False)
+    with pytest.raises(ValueError, match="columns"):
+        nf4_rotate(x, weight_of(140, 64), None, write)
+    with pytest.raises(ValueError, match="bias is"):
+        nf4_rotate(x, weight, torch.zeros(143, device=DEVICE), write)
+    with pytest.raises(ValueError, match="kv_slots is"):
+        nf4_rotate(x[:1], weight, None, replace(write.rows(0, 1), kv_slots=write.kv_slots))
+    pack = make_pack(64, (80, 64), HALF)
+    table = SegmentTable(max_rows=4, max_row_rank=256, max_components=4, device=DEVICE, gemv=True)
+    table.load([LongSegment(0, 2, ())])
+    with pytest.raises(ValueError, match="one-row chunks"):
+        nf4_shrink(x, 2, weight, Shrink(pack.a, pack.slice_ranks, table))
+    v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
+    y = torch.zeros(2, 144, device=DEVICE, dtype=HALF)
+    made = Expand(y=y, v=v, b=pack.b, slice_ranks=pack.slice_ranks, table=table)
+    with pytest.raises(ValueError, match="one-row chunks"):
+        expand_gated(made)
+    plain = SegmentTable(max_rows=4, max_row_rank=256, max_components=4, device=DEVICE)
+    plain.load([LongSegment(0, 2, ())])
+    made = Expand(y=y, v=v, b=pack.b, slice_ranks=pack.slice_ranks, table=plain)
+    with pytest.raises(ValueError, match="as many ups"):
+        expand_gated(made)
