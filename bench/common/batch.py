@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from common.prompts import Chat
 
 from turret.clients.aio import AsyncTurretClient
+from turret.clients.messages.requests import GenerateOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +58,20 @@ class BatchTiming:
 
 
 def send_batch(
-    address: str, prompts: Sequence[Chat], adapters: Sequence[str | None], new_tokens: int
+    address: str,
+    prompts: Sequence[Chat],
+    adapters: Sequence[str | None],
+    new_tokens: int,
+    options: Sequence[GenerateOptions] | None = None,
 ) -> list[Answer]:
     """Send all prompts at once, one adapter (or None) each; greedy, ``new_tokens`` each.
+
+    Args:
+        address: Of the server.
+        prompts: A conversation for each request.
+        adapters: One for each.
+        new_tokens: Length of every answer.
+        options: What each asks besides.
 
     Raises:
         TurretRpcError: A request failed.
@@ -71,16 +83,21 @@ def send_batch(
             # The connection is no part of what is timed.
             await client.get_model()
             start = time.perf_counter()
-            requests = zip(prompts, adapters, strict=True)
+            requests = zip(prompts, adapters, options or [{}] * len(prompts), strict=True)
             return await asyncio.gather(
-                *(_send_one(client, start, *request, new_tokens) for request in requests)
+                *(_send_one(client, start, new_tokens, *request) for request in requests)
             )
 
     return asyncio.run(send())
 
 
 async def _send_one(
-    client: AsyncTurretClient, start: float, prompt: Chat, adapter: str | None, new_tokens: int
+    client: AsyncTurretClient,
+    start: float,
+    new_tokens: int,
+    prompt: Chat,
+    adapter: str | None,
+    options: GenerateOptions,
 ) -> Answer:
     token_ids: list[int] = []
     times: list[float] = []
@@ -92,6 +109,7 @@ async def _send_one(
         max_tokens=new_tokens,
         ignore_eos=True,
         token_ids=True,
+        **options,
     )
     async with stream:
         async for chunk in stream:

@@ -11,6 +11,7 @@ from common.batch import BatchTiming, send_batch
 from common.prompts import PromptSource
 
 from turret.clients.client import TurretClient
+from turret.clients.messages.requests import GenerateOptions
 from turret.server.server_process import ServerProcess
 
 _IDLE_SECONDS = 5.0
@@ -48,11 +49,17 @@ class Served:
         self._new_tokens = new_tokens
         self._prompts = PromptSource(self.client, prompt_tokens)
 
-    def timing(self, adapters: Sequence[str | None], new_tokens: int | None = None) -> BatchTiming:
+    def timing(
+        self,
+        adapters: Sequence[str | None],
+        new_tokens: int | None = None,
+        options: Sequence[GenerateOptions] | None = None,
+    ) -> BatchTiming:
         """What one batch took, a request per adapter (None: the base)."""
         prompts = self._prompts.take(len(adapters))
         count = self._new_tokens if new_tokens is None else new_tokens
-        return BatchTiming.of(send_batch(self.server.address, prompts, adapters, count))
+        answers = send_batch(self.server.address, prompts, adapters, count, options)
+        return BatchTiming.of(answers)
 
     def rate(self, adapters: Sequence[str | None], new_tokens: int | None = None) -> float:
         """Tokens per second of one batch, once every request has its first."""
