@@ -24,7 +24,7 @@ def run(*args: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @WITHOUT_GPU
 def test_dry_run(tmp_path):
     done = run("--dry-run", "--results", str(tmp_path))

@@ -158,7 +158,7 @@ async def test_smollm2_in_fp32(embedded: tuple[Any, Path]) -> None:
             check_greedy(answer, oracle, prompt, name)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 async def test_smollm2_in_bf16(embedded: tuple[Any, Path]) -> None:
     model, root = embedded
     exact = copy.deepcopy(model)
