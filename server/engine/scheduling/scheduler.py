@@ -10,7 +10,8 @@ loading is passed over and delays nobody. What room a step has left goes to draf
 (``drafts.py``), which are further rows of their sequences.
 
 Prompts keep the rhythm of those that decode, where a row of a prompt costs what a decode row
-costs: beside them a step takes as many tokens of prompts as make it twice as long, and at least 16.
+costs: beside four times as many that decode, a step takes as many tokens of prompts as make it
+twice as long, and at least 16.
 
 Places are shared too, not admissions alone: who has waited ``preempt_after_seconds`` at the head of
 the least served mix takes the place of the most served one's latest sequence, if that mix was
@@ -34,6 +35,8 @@ from turret.server.engine.speculation.step_cost import StepCost
 _SPARE_SHARE = 0.05
 # Fewer tokens of a prompt at once cost more each than they spare the rows beside them.
 _LEAST_CHUNK = 16
+# So many decoding for each prompt; fewer gain less than the prompts of a burst would lose.
+_MAJORITY = 4
 
 
 class Scheduler:
@@ -235,7 +238,10 @@ class Scheduler:
     def _step_tokens(self) -> int:
         """Most tokens of the next step: fewer where prompts are read beside decoding rows."""
         num_decodes = sum(len(s.tokens) - s.num_computed == 1 for s in self.running)
-        if self._cost is None or not num_decodes:
+        num_running = len(self.running)
+        admissible = min(len(self.waiting), max(self._num_seqs - num_running, 0))
+        num_prompts = num_running - num_decodes + admissible
+        if self._cost is None or num_decodes < max(_MAJORITY * num_prompts, 1):
             return self._num_tokens
         # As many rows as take the time of the step without them.
         beside = max(_LEAST_CHUNK, num_decodes + int(self._cost.fixed_rows))

@@ -37,7 +37,7 @@ def decoding(scheduler: Scheduler, count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("decodes", "fixed_rows", "expected"), [(1, 7.0, 16), (15, 7.0, 22), (15, 40.0, 55)]
+    ("decodes", "fixed_rows", "expected"), [(4, 7.0, 16), (15, 7.0, 22), (15, 40.0, 55)]
 )
 def test_a_prompt_comes_in_chunks_that_cost_one_more_step(
     decodes: int, fixed_rows: float, expected: int
@@ -62,6 +62,23 @@ def test_several_prompts_share_what_a_step_takes() -> None:
     decoding(scheduler, 15)
     for number in range(3):
         scheduler.add(sequence_of([number, *range(9)], "", 4))
+    assert prompt_tokens(run(scheduler)) == 22
+
+
+def test_a_burst_takes_whole_steps() -> None:
+    scheduler = scheduler_of(StepCost())
+    decoding(scheduler, 15)
+    for number in range(4):
+        scheduler.add(sequence_of([number, *range(50)], "", 4))
+    assert prompt_tokens(run(scheduler)) == 4 * 51
+
+
+def test_only_prompts_that_find_a_place_are_a_burst() -> None:
+    pool = BlockPool(4096, BLOCK_SIZE)
+    scheduler = Scheduler(pool, max_num_seqs=16, max_num_batched_tokens=512, cost=StepCost())
+    decoding(scheduler, 15)
+    for number in range(4):
+        scheduler.add(sequence_of([number, *range(50)], "", 4))
     assert prompt_tokens(run(scheduler)) == 22
 
 
