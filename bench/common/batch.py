@@ -102,15 +102,15 @@ async def _send_one(
     token_ids: list[int] = []
     times: list[float] = []
     cached_tokens = 0
-    stream = client.chat_stream(
-        prompt,
-        adapters=() if adapter is None else adapter,
-        temperature=0.0,
-        max_tokens=new_tokens,
-        ignore_eos=True,
-        token_ids=True,
+    asked: GenerateOptions = {
         **options,
-    )
+        "adapters": () if adapter is None else adapter,
+        "temperature": 0.0,
+        "max_tokens": new_tokens,
+        "ignore_eos": True,
+        "token_ids": True,
+    }
+    stream = client.chat_stream(prompt, **asked)
     async with stream:
         async for chunk in stream:
             now = time.perf_counter() - start
