@@ -83,7 +83,8 @@ def send_batch(
             # The connection is no part of what is timed.
             await client.get_model()
             start = time.perf_counter()
-            requests = zip(prompts, adapters, options or [{}] * len(prompts), strict=True)
+            free: list[GenerateOptions] = [{} for _ in prompts]
+            requests = zip(prompts, adapters, options or free, strict=True)
             return await asyncio.gather(
                 *(_send_one(client, start, new_tokens, *request) for request in requests)
             )
