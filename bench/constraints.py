@@ -2,9 +2,10 @@
 
     python bench/constraints.py [--repeats 5] [--force]
 
-One server without speculation, so that all compute a token a step; the settings take turns in
-every round. What is asked for cannot end before the last token that is timed. Constraints are
-compiled before, as for every request but a client's first.
+One server without speculation, so that all compute a token a step; the settings take turns in every
+round. What is asked for cannot end before the last token that is timed. A counted expression
+(``x{2000}``) has a state for every count, so that no mask is found again. Constraints are compiled
+before, as for every request but a client's first.
 """
 
 from __future__ import annotations
@@ -34,17 +35,33 @@ def make_settings() -> dict[str, list[GenerateOptions]]:
         {
             "json_schema": {
                 "type": "object",
-                "properties": {f"story_{n}": {"type": "string", "minLength": _LENGTH}},
-                "required": [f"story_{n}"],
+                "properties": {
+                    f"people_{n}": {
+                        "type": "array",
+                        "minItems": _LENGTH,
+                        "items": {
+                            "type": "object",
+                            "properties": {"name": {"type": "string"}, "age": {"type": "integer"}},
+                            "required": ["name", "age"],
+                        },
+                    }
+                },
+                "required": [f"people_{n}"],
             }
         }
         for n in range(_BATCH)
     ]
-    expressions: list[GenerateOptions] = [
+    expressions: list[GenerateOptions] = [{"regex": f"[a-zA-Z ,.{n}]+"} for n in range(_BATCH)]
+    counted: list[GenerateOptions] = [
         {"regex": f"[a-zA-Z ,.{n}]{{{_LENGTH}}}"} for n in range(_BATCH)
     ]
     free: list[GenerateOptions] = [{} for _ in range(_BATCH)]
-    return {FREE: free, "JSON schema": schemas, "regular expression": expressions}
+    return {
+        FREE: free,
+        "JSON schema": schemas,
+        "regular expression": expressions,
+        "counted expression": counted,
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
