@@ -57,8 +57,9 @@ class Stream:
 
     def cancel(self) -> None:
         """Stop the request at the engine's next step. Idempotent; harmless when finished."""
+        cancel = self._cancel
         self._let_go()
-        self._cancel()
+        cancel()
 
     def __aiter__(self) -> Stream:
         return self
@@ -97,8 +98,9 @@ class Stream:
         self._hold(num_bytes)
 
     def _let_go(self) -> None:
-        """Hold nothing any more, whatever still comes."""
+        """Hold nothing any more, whatever still comes; not the request either."""
         self._hold(-self._held)
         self._held = 0
         self._own_bytes = 0
         self._hold = lambda _: None
+        self._cancel = lambda: None

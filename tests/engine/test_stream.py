@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import weakref
+from threading import Event
+
 import pytest
 
 from turret.server.engine.scheduling.request import (
@@ -52,6 +56,25 @@ async def test_what_is_unread_is_held_and_the_end_frees_all() -> None:
     assert held.num_bytes == 0
     held.stream.cancel()
     assert held.num_bytes == 0
+
+
+async def test_a_stream_that_has_ended_keeps_no_request_alive() -> None:
+    """A call of 2,048 inputs keeps its streams to its end, and must not keep their tokens."""
+    ends = (Output(finish=FINISH), UnavailableError("gone"))
+    for end in (*ends, None):
+        request = Event()
+        stream = Stream(request.set)
+        left = weakref.ref(request)
+        if end is None:
+            stream.cancel()
+            assert request.is_set()
+        else:
+            stream.deliver(end)
+            await asyncio.gather(anext(stream), return_exceptions=True)
+            assert not request.is_set()
+        del request
+        assert left() is None
+        stream.cancel()
 
 
 async def test_an_error_and_a_cancellation_free_all() -> None:
