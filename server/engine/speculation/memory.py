@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 
@@ -10,7 +11,8 @@ from turret.server.engine.speculation.text_index import TextIndex
 
 # Begins an answer; no token's id.
 START = -1
-# Tokens of earlier answers that are remembered, and mixes: a few tens of megabytes at most.
+# Tokens of earlier answers that are remembered, at least, and mixes: a few tens of megabytes, and a
+# hundred if all their tokens differ.
 _MAX_TOKENS = 4096
 _MAX_MIXES = 128
 
@@ -26,7 +28,7 @@ class MixMemory:
     def __init__(self) -> None:
         self.own = Chances()
         self.earlier = Chances()
-        self._tokens: list[int] = []
+        self._tokens = array("i")
         self._index = TextIndex(self._tokens, most=_MAX_TOKENS)
 
     def find(self, answer: Sequence[int]) -> tuple[int, int]:
@@ -35,15 +37,15 @@ class MixMemory:
 
     def after(self, place: int, count: int) -> list[int]:
         """At most ``count`` tokens from a place on, to the end of the answer there."""
-        found = self._tokens[place : place + count]
+        found = self._tokens[place : place + count].tolist()
         return found[: found.index(START)] if START in found else found
 
     def add(self, answer: Sequence[int]) -> None:
         """Remember an answer, which begins with ``START``."""
-        if len(self._tokens) > 4 * _MAX_TOKENS:
+        if len(self._tokens) > 2 * _MAX_TOKENS:
             self._tokens = self._tokens[-_MAX_TOKENS:]
             self._index = TextIndex(self._tokens, most=_MAX_TOKENS)
-        self._tokens += answer[: 1 + _MAX_TOKENS]
+        self._tokens.extend(answer[: 1 + _MAX_TOKENS])
         self._index.read()
 
 

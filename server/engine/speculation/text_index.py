@@ -23,7 +23,7 @@ class TextIndex:
         most: Tokens that are remembered; once there are twice as many, only the last so many are.
     """
 
-    def __init__(self, tokens: list[int], start: int = 0, *, most: int) -> None:
+    def __init__(self, tokens: Sequence[int], start: int = 0, *, most: int) -> None:
         self._tokens = tokens
         self._start = start
         self._most = most

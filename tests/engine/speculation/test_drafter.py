@@ -141,12 +141,12 @@ def test_the_memory_of_a_mix_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     memory = MixMemory()
     for number in range(200):
         memory.add([START, *range(number, number + 7)])
-        assert len(memory._tokens) <= 4 * 20 + 8
+        assert len(memory._tokens) <= 2 * 20 + 8
     place, match = memory.find([START, 199])
     assert match == 2
     assert memory.after(place, 99) == [*range(200, 206)]
     memory.add([START, *range(1000)])
-    assert len(memory._tokens) <= 4 * 20 + 29
+    assert len(memory._tokens) <= 2 * 20 + 29
 
 
 def test_the_least_recently_asked_mix_is_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
