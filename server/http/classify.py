@@ -14,6 +14,9 @@ from turret.server.http.bodies.prompts import read_inputs
 from turret.server.http.exchange.endpoint import Exchange
 from turret.v1 import inference_pb2
 
+# More labels than these take over a millisecond to write down.
+_INLINE_SCORES = 512
+
 
 class Classify:
     """Labels texts.
@@ -36,15 +39,19 @@ class Classify:
         violations.raise_if_any()
         del fields
         answer = await self._inference.classify(message, exchange.call, exchange.party, deadline)
-        tokens = answer.usage.prompt_tokens
-        body = head(f"classify-{exchange.call.request_id}", "list", model, info)
-        body["data"] = [
-            _item(index, classification)
-            for index, classification in enumerate(answer.classifications)
-        ]
-        body["usage"] = {"prompt_tokens": tokens, "total_tokens": tokens}
-        body["adapters_used"] = told_uses(answer.adapters_used)
-        await exchange.reply.json(body)
+        begun = head(f"classify-{exchange.call.request_id}", "list", model, info)
+        count = sum(len(each.scores) for each in answer.classifications)
+        is_long = count > _INLINE_SCORES
+        await exchange.reply.made_json(lambda: begun | _body(answer), is_long=is_long)
+
+
+def _body(answer: inference_pb2.ClassifyResponse) -> dict[str, Any]:
+    tokens = answer.usage.prompt_tokens
+    return {
+        "data": [_item(index, each) for index, each in enumerate(answer.classifications)],
+        "usage": {"prompt_tokens": tokens, "total_tokens": tokens},
+        "adapters_used": told_uses(answer.adapters_used),
+    }
 
 
 def _item(index: int, classification: inference_pb2.Classification) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import struct
 from collections.abc import Callable
@@ -16,7 +15,6 @@ from turret.server.http.bodies.generation import read_deadline
 from turret.server.http.bodies.model_names import mix_of
 from turret.server.http.bodies.prompts import read_inputs
 from turret.server.http.exchange.endpoint import Exchange
-from turret.server.http.exchange.reply import dumps
 from turret.v1 import inference_pb2
 
 _Embed = inference_pb2.EmbedRequest
@@ -48,13 +46,9 @@ class Embeddings:
         violations.raise_if_any()
         del fields
         answer = await self._inference.embed(message, exchange.call, exchange.party, deadline)
-
-        def written() -> bytes:
-            return dumps(_body(answer, model, encode))
-
-        size = sum(len(each.values) for each in answer.embeddings)
-        body = written() if size <= _INLINE_NUMBERS else await asyncio.to_thread(written)
-        await exchange.reply.whole(body, 200, {"content-type": "application/json"})
+        count = sum(len(each.values) for each in answer.embeddings)
+        is_long = count > _INLINE_NUMBERS
+        await exchange.reply.made_json(lambda: _body(answer, model, encode), is_long=is_long)
 
 
 def _read_options(fields: Fields, message: inference_pb2.EmbedRequest) -> None:

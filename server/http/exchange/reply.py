@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from starlette.types import Send
@@ -12,6 +13,7 @@ from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.http.exchange.chunks import Chunks
 from turret.server.http.exchange.refusals import Refusal
 
+_JSON = {"content-type": "application/json"}
 _DONE = b"data: [DONE]\n\n"
 _EVENTS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -59,8 +61,16 @@ class Reply:
         self, value: Any, status: int = 200, headers: Mapping[str, str] | None = None
     ) -> None:
         """Send a value as the whole answer."""
-        content = {"content-type": "application/json", **(headers or {})}
-        await self.whole(dumps(value), status, content)
+        await self.whole(dumps(value), status, {**_JSON, **(headers or {})})
+
+    async def made_json(self, make: Callable[[], Any], *, is_long: bool) -> None:
+        """Send what ``make`` makes as the whole answer; a long one leaves the event loop free."""
+
+        def written() -> bytes:
+            return dumps(make())
+
+        body = await asyncio.to_thread(written) if is_long else written()
+        await self.whole(body, 200, _JSON)
 
     async def whole(self, body: bytes, status: int, headers: Mapping[str, str]) -> None:
         """Send bytes as the whole answer."""
