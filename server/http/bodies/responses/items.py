@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from turret.server.http.tools.pieces import CallBegun, Piece, Said, Thought
 
@@ -120,12 +121,12 @@ def _last(logprobs: Logprobs, num_chars: int) -> Logprobs:
     return logprobs
 
 
-class _Texts:
+class _Texts(ABC):
     """An item whose content is one part with text."""
 
-    prefix = ""
+    prefix: ClassVar[str]
     # Of the events that tell of the text.
-    kind = ""
+    kind: ClassVar[str]
 
     def __init__(self, item_id: str, index: int) -> None:
         self._id = item_id
@@ -156,11 +157,11 @@ class _Texts:
             ("response.output_item.done", {"output_index": self._index, "item": item}),
         ]
 
-    def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _item(self, status: str, content: list[dict[str, Any]]) -> dict[str, Any]: ...
 
-    def _part(self, text: str, logprobs: Logprobs) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def _part(self, text: str, logprobs: Logprobs) -> dict[str, Any]: ...
 
     def _scored(self, logprobs: Logprobs) -> dict[str, Any]:
         return {}
