@@ -7,8 +7,8 @@ test compares it with the proto files and their comments.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from turret.server.api.backend import Backend
 from turret.server.constraints.spec import MAX_CHOICES, MAX_CONSTRAINT_CHARS
 from turret.server.engine.scheduling.request import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
 
@@ -155,7 +155,7 @@ class InputLimits:
     max_chars: int
 
     @classmethod
-    def of(cls, backend: Any) -> InputLimits:
+    def of(cls, backend: Backend) -> InputLimits:
         """Those of the served model."""
         info = backend.model_info
         most = info.max_model_len

@@ -49,6 +49,13 @@ _SAMPLING_SCALARS = (
 _STOP_SCALARS = ("max_tokens", "min_tokens", "ignore_eos", "include_stop")
 
 _T = TypeVar("_T")
+# The messages with an ``input``: prompt, chat or token_ids.
+Asked = (
+    inference_pb2.GenerateRequest
+    | inference_pb2.ScoreRequest
+    | inference_pb2.TokenizeRequest
+    | inference_pb2.Input
+)
 
 
 def _build(
@@ -156,7 +163,7 @@ def constraint_spec(
     return spec
 
 
-def check_input(message: Any, limits: InputLimits, violations: Violations) -> None:
+def check_input(message: Asked, limits: InputLimits, violations: Violations) -> None:
     """Check a message's ``input`` oneof (prompt, chat or token_ids) as far as it can be unread.
 
     Raises:
@@ -185,20 +192,18 @@ def check_request_id(request_id: str, violations: Violations) -> None:
     )
 
 
-async def input_token_ids(message: Any, tokenizer: Tokenizer) -> list[int]:
+async def input_token_ids(message: Asked, tokenizer: Tokenizer) -> list[int]:
     """The tokens of a checked ``input``; long texts are tokenised off the event loop."""
     which = message.WhichOneof("input")
     if which == "token_ids":
         return list(message.token_ids.ids)
     if which == "chat":
         size = chat_size(message.chat)
-        encode, argument = functools.partial(encode_chat, tokenizer=tokenizer), message.chat
+        encode = functools.partial(encode_chat, message.chat, tokenizer=tokenizer)
     else:
         size = len(message.prompt)
-        encode, argument = tokenizer.encode, message.prompt
-    if size <= _INLINE_CHARS:
-        return encode(argument)  # type: ignore[arg-type]
-    return await asyncio.to_thread(encode, argument)  # type: ignore[arg-type]
+        encode = functools.partial(tokenizer.encode, message.prompt)
+    return encode() if size <= _INLINE_CHARS else await asyncio.to_thread(encode)
 
 
 async def generate_request(

@@ -54,7 +54,7 @@ class Setting:
     name: str
     type: type
     choices: tuple[str, ...]
-    default: Any
+    default: object
     is_optional: bool
     is_repeated: bool
     help: str
@@ -86,11 +86,11 @@ class Settings:
         notes: What looks like a mistake and changes nothing.
     """
 
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, object] = field(default_factory=dict)
     origins: dict[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
-    def put(self, setting: Setting, value: Any, origin: str) -> None:
+    def put(self, setting: Setting, value: object, origin: str) -> None:
         self.values[setting.name] = value
         self.origins[setting.name] = origin
 
@@ -167,7 +167,7 @@ def _setting(section: str, entry: dataclasses.Field[Any], annotation: Any) -> Se
     )
 
 
-def from_text(setting: Setting, text: str) -> Any:
+def from_text(setting: Setting, text: str) -> object:
     """A value as a flag gives it; of a repeated setting, one member.
 
     Raises:
@@ -277,7 +277,7 @@ def _unknown_key(section: str, key: str) -> str:
     return f"[{section}] {key} is no setting{meant or '; `turret serve --help` lists them'}"
 
 
-def _from_toml(setting: Setting, value: Any, folder: Path) -> Any:
+def _from_toml(setting: Setting, value: object, folder: Path) -> object:
     if setting.is_pairs and isinstance(value, dict):
         value = [f"{name}={path}" for name, path in value.items()]
     if setting.is_repeated:
