@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def _argument(setting: Setting) -> dict[str, Any]:
     """What ``add_argument`` needs for one setting, from its type, default and metadata."""
     default = setting.default
     shown = default
-    if setting.unit == "bytes" and default is not None:
+    if setting.unit == "bytes" and isinstance(default, int):
         shown = format_byte_size(default)
     note = "" if default in (None, ()) or setting.type is bool else f" (default: {shown})"
     keywords: dict[str, Any] = {"help": setting.help + note}
@@ -88,8 +88,8 @@ def _argument(setting: Setting) -> dict[str, Any]:
     return keywords | ({"action": "append"} if setting.is_repeated else {})
 
 
-def _converter(setting: Setting) -> Any:
-    def convert(text: str) -> Any:
+def _converter(setting: Setting) -> Callable[[str], object]:
+    def convert(text: str) -> object:
         try:
             return from_text(setting, text)
         except ValueError as error:
