@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import turret
 from turret.server import log
+from turret.server.api.access.connection_limit import most_connections
+from turret.server.api.access.shares import Shares
+from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.backend import Backend
-from turret.server.api.connection_limit import most_connections
 from turret.server.api.failures import Failures
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
-from turret.server.api.shares import Shares
-from turret.server.api.tokens import TokenTable
 from turret.server.basics.address import is_local_address
 from turret.server.config import Config
 from turret.server.errors import AdapterExistsError, TurretError

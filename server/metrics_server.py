@@ -16,7 +16,7 @@ from http import HTTPStatus
 
 from prometheus_client.exposition import choose_encoder
 
-from turret.server.api.tokens import TokenTable
+from turret.server.api.access.tokens import TokenTable
 from turret.server.basics.address import split_address
 from turret.server.metrics import Metrics
 

@@ -1,1 +1,1 @@
-"""What every protocol shares: who may call, what was asked, what is answered. No gRPC."""
+"""What every protocol shares: a call, what was asked, what is answered. No gRPC."""

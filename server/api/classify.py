@@ -6,12 +6,12 @@ import math
 from array import array
 
 from turret.server.adapters.head import REGRESSION, SINGLE_LABEL, Head
+from turret.server.api.access.shares import Party
 from turret.server.api.backend import Backend
 from turret.server.api.call import Call
 from turret.server.api.inputs import check_inputs, pooled_requests, run_inputs, summed_fields
 from turret.server.api.limits import InputLimits
 from turret.server.api.requests import adapter_refs, check_request_id
-from turret.server.api.shares import Party
 from turret.server.api.violations import Violations
 from turret.server.engine.scheduling.pooling import Pooling
 from turret.server.engine.scheduling.request import Output

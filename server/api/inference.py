@@ -13,6 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from typing import Any, TypeVar
 
 import turret
+from turret.server.api.access.shares import Party
 from turret.server.api.answers import (
     JoinedChunks,
     adapter_uses,
@@ -34,7 +35,6 @@ from turret.server.api.requests import (
     input_token_ids,
     score_request,
 )
-from turret.server.api.shares import Party
 from turret.server.api.violations import Violations
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.models.chat_format import ChatFormat

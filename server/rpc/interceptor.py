@@ -12,12 +12,12 @@ from typing import Any
 import grpc
 
 from turret.server import log
-from turret.server.api.auth import SERVICE_ROLES, authorize
+from turret.server.api.access.auth import SERVICE_ROLES, authorize
+from turret.server.api.access.shares import Party, Shares
+from turret.server.api.access.tokens import TokenTable
 from turret.server.api.call import REQUEST_ID_KEY, Call
 from turret.server.api.failures import Failures
 from turret.server.api.faults import fault_of
-from turret.server.api.shares import Party, Shares
-from turret.server.api.tokens import TokenTable
 from turret.server.basics.codes import Code
 from turret.server.errors import TurretError
 from turret.server.metrics import Metrics

@@ -12,13 +12,13 @@ from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from turret.server import log
+from turret.server.api.access.connection_limit import MOST_CONNECTIONS
+from turret.server.api.access.shares import Shares
+from turret.server.api.access.tokens import TokenTable
+from turret.server.api.access.watched_files import WatchedFiles
 from turret.server.api.admin.adapters import Adapters
-from turret.server.api.connection_limit import MOST_CONNECTIONS
 from turret.server.api.failures import Failures
 from turret.server.api.inference import Inference
-from turret.server.api.shares import Shares
-from turret.server.api.tokens import TokenTable
-from turret.server.api.watched_files import WatchedFiles
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
 from turret.server.rpc.adapters import AdaptersServicer

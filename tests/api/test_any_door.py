@@ -25,13 +25,13 @@ from servers.fakes import (
 )
 
 from turret.server import errors, log
+from turret.server.api.access.auth import authorize
+from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.adapters import Adapters
-from turret.server.api.auth import authorize
 from turret.server.api.call import Call
 from turret.server.api.faults import fault_of
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
-from turret.server.api.tokens import TokenTable
 from turret.server.basics.codes import Code
 from turret.server.engine.scheduling.request import FinishReason, Output, Request
 from turret.server.metrics import Metrics
@@ -72,7 +72,7 @@ async def house() -> AsyncIterator[House]:
 def test_no_door_is_loaded_with_the_house() -> None:
     script = (
         "import sys\nimport turret.server.api.inference, turret.server.api.admin.adapters\n"
-        "import turret.server.api.auth\n"
+        "import turret.server.api.access.auth\n"
         "print([m for m in ('grpc', 'torch', 'transformers') if m in sys.modules])"
     )
     done = subprocess.run(

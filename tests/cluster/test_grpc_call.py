@@ -14,7 +14,7 @@ from fleets.replicas import Wire
 from google.rpc import error_details_pb2, status_pb2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
-from turret.server.api.shares import Shares
+from turret.server.api.access.shares import Shares
 from turret.server.cluster.serving.grpc_call import CallContext
 from turret.server.cluster.serving.replica_server import ReplicaServer
 from turret.server.config import Config, ListenConfig

@@ -15,7 +15,7 @@ import pytest
 from servers.fakes import endless
 from servers.http_harness import Refused, http_harness
 
-from turret.server.api.shares import Shares
+from turret.server.api.access.shares import Shares
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.exchange import connection
 from turret.server.http.exchange.connection import MAX_HEAD_BYTES

@@ -10,8 +10,8 @@ from checkout import ROOT
 from servers.fakes import failing
 from servers.http_harness import HttpHarness, Refused, http_harness
 
+from turret.server.api.access.tokens import TokenTable
 from turret.server.api.failures import MAX_FAILURES, MAX_MESSAGE_CHARS
-from turret.server.api.tokens import TokenTable
 from turret.server.config import ListenConfig
 from turret.server.errors import ResourceError
 from turret.server.http.console.state import MAX_ADAPTERS

@@ -11,7 +11,7 @@ import pytest
 from servers.fakes import finish
 from servers.http_harness import HttpHarness, http_harness
 
-from turret.server.api.tokens import TokenTable
+from turret.server.api.access.tokens import TokenTable
 from turret.server.engine.scheduling.request import Output, Request, TokenLogprob, TopLogprob
 from turret.server.errors import AdapterCheckpointError
 

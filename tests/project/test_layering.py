@@ -100,12 +100,13 @@ BELOW = {
     | {"server.cluster", "server.hub", "server.adapters.residency"}
     | {f"server.adapters.{name}" for name in ("registry", "state", "merge")},
     # Of the parts behind it, the types alone: see NEVER_LOADS and test_app.
-    "server.api": NOUNS | BEHIND_API,
+    "server.api.access": {"leaf"},
+    "server.api": NOUNS | BEHIND_API | {"server.api.access"},
     "server.api.admin": NOUNS | BEHIND_API | {"server.api"},
-    "server.rpc": {"server.api", "server.api.admin", "leaf", "v1"},
+    "server.rpc": {"server.api", "server.api.access", "server.api.admin", "leaf", "v1"},
     # Before torch: see test_command.
     "server.command": NOUNS | {"server.adapters.checkpoint", "server.models.sources"},
-    "server.http.exchange": {"server.api", "leaf", "v1"},
+    "server.http.exchange": {"server.api", "server.api.access", "leaf", "v1"},
     "server.http.console": {
         *("server.http.exchange", "server.api", "server.api.admin", "leaf", "v1"),
     },
@@ -118,7 +119,7 @@ BELOW = {
         *("server.http.bodies", "server.http.bodies.responses"),
         *("server.http.console", "server.http.exchange"),
         "server.http.tools",
-        *("server.api", "server.api.admin", "leaf", "v1"),
+        *("server.api", "server.api.access", "server.api.admin", "leaf", "v1"),
     },
 }
 MAY_IMPORT = {layer: {layer, *below} for layer, below in BELOW.items()}

@@ -16,9 +16,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
-from turret.server.api import connection_limit
+from turret.server.api.access import connection_limit
+from turret.server.api.access.connection_limit import MOST_CONNECTIONS, most_connections
 from turret.server.api.admin.slow_calls import SlowCalls
-from turret.server.api.connection_limit import MOST_CONNECTIONS, most_connections
 from turret.server.errors import QueueFullError
 from turret.server.http.exchange import listener
 from turret.server.rpc import messages, open_calls

@@ -11,14 +11,14 @@ from google.protobuf.message import Message
 
 import turret
 from turret.server import log
+from turret.server.api.access.auth import authorize
+from turret.server.api.access.shares import Shares
+from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.adapters import Adapters
-from turret.server.api.auth import authorize
 from turret.server.api.backend import Backend
 from turret.server.api.failures import Failures
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
-from turret.server.api.shares import Shares
-from turret.server.api.tokens import TokenTable
 from turret.server.cluster.replica.channel import Channel
 from turret.server.cluster.replica.link import ReplicaLink
 from turret.server.cluster.replica.seat import Seat

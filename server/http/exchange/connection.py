@@ -9,7 +9,7 @@ from typing import Any
 
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from turret.server.api.watched_files import WatchedFiles
+from turret.server.api.access.watched_files import WatchedFiles
 from turret.server.config import SecurityConfig
 from turret.server.http.exchange.chunks import EXTENSION, Chunks
 from turret.server.http.exchange.listener import Listener

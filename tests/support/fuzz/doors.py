@@ -18,10 +18,10 @@ from servers.fakes import FakeEngine, FakeMerger, fake_backend
 
 from turret.server.adapters.fuse.fuser import Fuser
 from turret.server.adapters.state.state_dir import StateDir
+from turret.server.api.access.shares import Shares
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
-from turret.server.api.shares import Shares
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.http.server import HttpServer
 from turret.server.metrics import Metrics

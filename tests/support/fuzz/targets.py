@@ -20,7 +20,7 @@ from turret.server.adapters.checkpoint.safetensors_header import read_header
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE, Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
-from turret.server.api.tokens import TokenTable
+from turret.server.api.access.tokens import TokenTable
 from turret.server.errors import TurretError
 from turret.v1 import adapters_pb2
 

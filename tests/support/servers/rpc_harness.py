@@ -13,12 +13,12 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
+from turret.server.api.access.connection_limit import MOST_CONNECTIONS
+from turret.server.api.access.tokens import TokenTable
 from turret.server.api.admin.adapters import Adapters
 from turret.server.api.backend import Backend
-from turret.server.api.connection_limit import MOST_CONNECTIONS
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
-from turret.server.api.tokens import TokenTable
 from turret.server.config import ListenConfig, SecurityConfig
 from turret.server.metrics import Metrics
 from turret.server.rpc.server import RpcServer

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turret.server.api.tokens import ROLES, TokenTable
+from turret.server.api.access.tokens import ROLES, TokenTable
 from turret.server.errors import PermissionDeniedError, UnauthenticatedError
 
 # Services that are not listed (health, reflection) are open: they tell nothing about the content.
