@@ -10,11 +10,12 @@ from turret.server.api.access.shares import Party
 from turret.server.api.backend import Backend
 from turret.server.api.call import Call
 from turret.server.api.inputs import check_inputs, pooled_requests, run_inputs, summed_fields
-from turret.server.api.limits import InputLimits
+from turret.server.api.limits import MAX_LABEL_SCORES, InputLimits
 from turret.server.api.requests import adapter_refs, check_request_id
 from turret.server.api.violations import Violations
 from turret.server.engine.scheduling.pooling import Pooling
 from turret.server.engine.scheduling.request import Output
+from turret.server.errors import InvalidRequestError
 from turret.v1 import inference_pb2
 
 
@@ -41,9 +42,22 @@ async def classify(
         request_id=request_id,
         deadline=deadline,
     )
-    found = await run_inputs(
-        backend, call, party, count=len(message.inputs), make=make, convert=_classification
-    )
+    count = len(message.inputs)
+
+    def convert(output: Output) -> inference_pb2.Classification:
+        head, logits = output.head, output.pooled
+        assert head is not None
+        assert logits is not None
+        # Not known before: the adapter may be replaced until the engine has it.
+        if count > (most := MAX_LABEL_SCORES // len(logits)):
+            raise InvalidRequestError.of(
+                "inputs",
+                f"{count} times {len(logits)} labels are over the {MAX_LABEL_SCORES} of a call:"
+                f" send at most {most} inputs",
+            )
+        return _classification(head, logits)
+
+    found = await run_inputs(backend, call, party, count=count, make=make, convert=convert)
     return inference_pb2.ClassifyResponse(
         classifications=[classification for classification, _ in found],
         request_id=request_id,
@@ -51,10 +65,7 @@ async def classify(
     )
 
 
-def _classification(output: Output) -> inference_pb2.Classification:
-    head, logits = output.head, output.pooled
-    assert head is not None
-    assert logits is not None
+def _classification(head: Head, logits: array[float]) -> inference_pb2.Classification:
     scores = [
         inference_pb2.LabelScore(label=label, probability=probability, logit=logit)
         for label, probability, logit in zip(

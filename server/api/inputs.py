@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 _T = TypeVar("_T")
 # Whatever is wrong with these is wrong with the call, not with one of its inputs.
-_SHARED = ("adapters",)
+_SHARED = ("adapters", "inputs")
 
 
 def check_inputs(

@@ -27,6 +27,8 @@ MAX_REQUEST_ID_CHARS = 128
 # Of a call that takes several, and the numbers of all vectors that answer it: 32 MiB.
 MAX_INPUTS = 2048
 MAX_EMBEDDING_NUMBERS = 8 << 20
+# Of the labels of all inputs of a call: each takes some hundred bytes.
+MAX_LABEL_SCORES = 1 << 20
 # Of Tokenize, which may be asked about more than the model can read.
 MAX_TOKENIZED = 1 << 17
 MAX_PATH_CHARS = 1024

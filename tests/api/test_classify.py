@@ -15,6 +15,7 @@ from servers.http_harness import http_harness
 from servers.rpc_harness import failure_of, harness
 
 from turret.server.adapters.head import MULTI_LABEL, REGRESSION, SINGLE_LABEL, Head
+from turret.server.api import classify as classify_api
 from turret.server.api.classify import probabilities
 from turret.server.engine.scheduling.pooling import Pooling
 from turret.server.engine.scheduling.request import Output, Request
@@ -54,6 +55,20 @@ async def test_what_the_engine_refuses_of_the_mix_is_the_calls() -> None:
         failure = await failure_of(server.inference.Classify(texts("a", "b")))
     assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
     assert set(failure.violations) == {"adapters"}
+
+
+async def test_the_labels_of_a_call_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,048 inputs times 4,096 labels would take gigabytes."""
+    monkeypatch.setattr(classify_api, "MAX_LABEL_SCORES", 5)
+    async with harness() as server, http_harness() as web:
+        assert len((await server.inference.Classify(texts("a", "b"))).classifications) == 2
+        failure = await failure_of(server.inference.Classify(texts("a", "b", "c")))
+        refused = await web.refused(PATH, {"model": "sql", "input": ["a", "b", "c"]})
+    assert failure.code is grpc.StatusCode.INVALID_ARGUMENT
+    assert failure.violations == {
+        "inputs": "3 times 2 labels are over the 5 of a call: send at most 2 inputs"
+    }
+    assert (refused.status, refused.param) == (400, "input")
 
 
 async def test_a_head_for_numbers_has_no_probabilities() -> None:
