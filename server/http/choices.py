@@ -13,6 +13,8 @@ from turret.server.http.exchange.endpoint import Exchange
 from turret.v1 import inference_pb2
 
 Chunk = inference_pb2.GenerateChunk
+# Chunks of all answers that wait to be written.
+_MAX_ARRIVED = 256
 
 
 class Choices:
@@ -85,7 +87,9 @@ class Choices:
 
     async def _many(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         # None ends an answer.
-        arrived: asyncio.Queue[tuple[int, Chunk | BaseException | None]] = asyncio.Queue()
+        arrived: asyncio.Queue[tuple[int, Chunk | BaseException | None]]
+        # What a client does not read stays with the engine's streams, which count it.
+        arrived = asyncio.Queue(_MAX_ARRIVED)
         places = asyncio.Semaphore(self._exchange.party.most_at_once)
         begun = [asyncio.Event() for _ in range(0, self._count, self._num_choices)]
 
@@ -96,11 +100,11 @@ class Choices:
                     await begun[prompt].wait()
                 async with places, contextlib.aclosing(self._one(index)) as chunks:
                     async for pair in chunks:
-                        arrived.put_nowait(pair)
+                        await arrived.put(pair)
                         begun[prompt].set()
-                arrived.put_nowait((index, None))
+                await arrived.put((index, None))
             except Exception as error:
-                arrived.put_nowait((index, error))
+                await arrived.put((index, error))
 
         tasks = [asyncio.ensure_future(run(index)) for index in range(self._count)]
         try:

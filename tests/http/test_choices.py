@@ -1,0 +1,57 @@
+"""Several answers beside each other: what is not read is not taken from the engine either."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from types import SimpleNamespace
+from typing import Any
+
+from turret.server.api.access.shares import Party, Shares
+from turret.server.http import choices as choices_module
+from turret.server.http.choices import Choices
+from turret.v1 import inference_pb2
+
+
+class Talker:
+    """Answers without end, and counts what was taken."""
+
+    def __init__(self) -> None:
+        self.num_taken = self.num_open = 0
+
+    async def generate(self, *_: object) -> AsyncGenerator[inference_pb2.GenerateChunk, None]:
+        self.num_open += 1
+        try:
+            while True:
+                self.num_taken += 1
+                yield inference_pb2.GenerateChunk(text="x")
+                await asyncio.sleep(0)
+        finally:
+            self.num_open -= 1
+
+
+async def test_a_client_that_does_not_read_holds_the_answers_back() -> None:
+    talker, count = Talker(), 3
+    inference: Any = talker
+    exchange: Any = SimpleNamespace(call=None, party=Party(Shares()))
+    choices = Choices(
+        inference,
+        exchange,
+        None,
+        make_message=lambda _: inference_pb2.GenerateRequest(),
+        count=count,
+        num_choices=1,
+    )
+    async with contextlib.aclosing(choices.chunks()) as chunks:
+        await anext(chunks)
+        for _ in range(4 * choices_module._MAX_ARRIVED):
+            await asyncio.sleep(0)
+        # Of each answer one more, for which there is no room.
+        assert talker.num_taken == 1 + choices_module._MAX_ARRIVED + count
+        # It goes on once something is read.
+        await anext(chunks)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert talker.num_taken > 1 + choices_module._MAX_ARRIVED + count
+    assert talker.num_open == 0
