@@ -126,7 +126,8 @@ def _turned(blocks: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     # [blocks of outputs, outputs, blocks of inputs, inputs]
     parts = weight.to(wide).unflatten(1, (-1, size)).unflatten(0, (-1, size))
     blocks = blocks.to(wide)
-    turned = torch.matmul(parts, blocks[:, None]) + blocks[:, :, None]
+    # A product a block of outputs: broadcasting would copy a block for each of its outputs.
+    turned = torch.bmm(parts.flatten(1, 2), blocks).view_as(parts) + blocks[:, :, None]
     return turned.flatten(2).flatten(0, 1)
 
 
