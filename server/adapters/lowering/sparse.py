@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -49,9 +50,19 @@ def check_width(name: str, module: BaseModule, findings: Findings) -> bool:
     return False
 
 
-@functools.lru_cache(maxsize=32)
-def drawn_places(count: int, seed: int, size: int) -> torch.Tensor:
-    """The first ``size`` of a permutation of ``count`` places, as PEFT draws them, int64."""
-    generator = torch.Generator().manual_seed(seed)
-    # A copy: the permutation of a large weight's places is 100 MB and more.
-    return torch.randperm(count, generator=generator)[:size].clone()
+def place_drawer(seed: int) -> Callable[[int, int], torch.Tensor]:
+    """Draws places of a module's entries as PEFT does.
+
+    Returns:
+        ``(count, size)`` → the first ``size`` of a permutation of ``count`` places, int64. It keeps
+        some for modules of the same size, and they go with it: those of a large weight can be half
+        a gigabyte.
+    """
+
+    @functools.lru_cache(maxsize=8)
+    def draw(count: int, size: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        # A copy: the permutation of a large weight's places is 100 MB and more.
+        return torch.randperm(count, generator=generator)[:size].clone()
+
+    return draw

@@ -14,7 +14,7 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.dense import dense
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.lowering.sparse import drawn_places
+from turret.server.adapters.lowering.sparse import place_drawer
 from turret.server.adapters.peft_format.config.rules import (
     Irrelevant,
     Rules,
@@ -79,13 +79,13 @@ def lower(
 ) -> Lowered:
     config = checkpoint.config
     found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
-    operators = {}
+    draw, operators = place_drawer(config[_SEED]), {}
     for name, roles in found.modules.items():
         module = base.modules[name]
         # In fp32 as PEFT, which has no other transform.
         coefficients = torch.zeros(module.out_features, module.in_features)
         spectrum = roles[_SPECTRUM].to(torch.float32)
-        places = drawn_places(coefficients.numel(), config[_SEED], len(spectrum))
+        places = draw(coefficients.numel(), len(spectrum))
         coefficients.view(-1)[places] = spectrum
         update = torch.fft.ifft2(coefficients).real * config["scaling"]
         operators[name] = dense(update, base.dtype)

@@ -16,7 +16,7 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.lowering.sparse import check_width, drawn_places, sparse_of
+from turret.server.adapters.lowering.sparse import check_width, place_drawer, sparse_of
 from turret.server.adapters.lowering.wavelets import WAVELETS, inverse_entries
 from turret.server.adapters.operators import ModuleOperators
 from turret.server.adapters.peft_format.config.rules import (
@@ -90,20 +90,25 @@ def lower(
     checkpoint: AdapterCheckpoint, base: BaseModel, max_rank: int | None = None, *_: object
 ) -> Lowered:
     found = read_module_checkpoint(checkpoint, base, _FORMAT, max_rank)
-    operators = {
-        name: ModuleOperators(
-            sparse=_entries(roles[_SPECTRUM], checkpoint.config, base.modules[name], base.dtype)
-        )
-        for name, roles in found.modules.items()
-    }
+    draw, operators = place_drawer(checkpoint.config[_SEED]), {}
+    for name, roles in found.modules.items():
+        module = base.modules[name]
+        places = draw(module.out_features * module.in_features, len(roles[_SPECTRUM]))
+        entries = _entries(roles[_SPECTRUM], places, checkpoint.config, module, base.dtype)
+        operators[name] = ModuleOperators(sparse=entries)
     return finish(
         checkpoint, base, operators, found=found, warnings=(_DRAWN,), depends_on_base=False
     )
 
 
-def _entries(spectrum: torch.Tensor, config: Any, module: BaseModule, dtype: torch.dtype) -> Sparse:
+def _entries(
+    spectrum: torch.Tensor,
+    places: torch.Tensor,
+    config: Any,
+    module: BaseModule,
+    dtype: torch.dtype,
+) -> Sparse:
     shape = (module.out_features, module.in_features)
-    places = drawn_places(shape[0] * shape[1], config[_SEED], len(spectrum))
     rows, columns = places // shape[1], places % shape[1]
     values = spectrum.double() * config["scaling"]
     if config["use_idwt"]:
