@@ -95,6 +95,12 @@ BROKEN: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     ),
     "fourierft: no seed": ("fourierft", {}, {"random_loc_seed": ...}, "random_loc_seed"),
     "randlora: another rank": ("randlora", {}, {"r": 9}, "randlora_lambda"),
+    "randlora: bases larger than any weight": (
+        "randlora",
+        {"r": 129, "target_modules": ["q_proj", "up_proj"]},
+        {},
+        "r",
+    ),
     "randlora: a basis of its own": (
         "randlora",
         {},
@@ -139,6 +145,12 @@ BROKEN: dict[str, tuple[str, dict[str, Any], Any, str]] = {
         {},
         put("base_model.frod_s_indices.mlp_up_proj", torch.zeros(2, 40)),
         "frod_s_indices",
+    ),
+    "frod: a size of many": (
+        "frod",
+        {},
+        put("base_model.frod_s_size.mlp_up_proj", torch.full((3,), 64)),
+        "frod_s_size",
     ),
     "frod: noise": ("frod", {"target_modules": ["k_proj"]}, {}, "base_model.frod_V"),
     "miss: another start": ("miss", {}, {"init_weights": "mini", "mini_r": 4}, "miss_block"),

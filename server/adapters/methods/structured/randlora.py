@@ -126,8 +126,12 @@ def _bases(
     modules = [base.modules[name] for name in found.modules]
     sides = [max(m.in_features for m in modules), max(m.out_features for m in modules)]
     rank, least, most = config["r"], min(sides), max(sides)
-    shapes = {_A: (rank, 1, least), _B: (most, -(-least // rank), rank)}
     nothing = torch.empty(0), torch.empty(0)
+    if rank > most:
+        # Its bases would be larger than any weight, and a file without them as small as ever.
+        findings.add("r", f"is {rank}; the largest side of a weight it adapts is {most}")
+        return nothing
+    shapes = {_A: (rank, 1, least), _B: (most, -(-least // rank), rank)}
     if not config.get("save_projection", True):
         _check_drawn(config, found, findings)
         return nothing if findings.fields else _draw(config, shapes[_A], shapes[_B])

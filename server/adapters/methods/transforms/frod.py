@@ -138,8 +138,8 @@ def _check_shared(
             findings.add(_name(_PLACES, name), f"must be [2, {count}] integers")
         elif bool(((places < 0) | (places >= size)).any()):
             findings.add(_name(_PLACES, name), f"are not within [{size}, {size}]")
-        if sizes.tolist() != [size, size]:
-            findings.add(_name(_SIZE, name), f"is {sizes.tolist()!s:.60}, not [{size}, {size}]")
+        if sizes.shape != (2,) or sizes.tolist() != [size, size]:
+            findings.add(_name(_SIZE, name), f"must be [{size}, {size}]")
 
 
 def _update(
