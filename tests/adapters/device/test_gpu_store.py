@@ -131,7 +131,7 @@ def test_updates_of_experts_take_their_own_bytes_and_give_them_back() -> None:
         assert isinstance(shelf.shelf, GpuExpertShelf)
         for key, slot in shelf.slots.items():
             own = adapters[int(key)].operators.experts or {}
-            for layer, (a, b) in enumerate(shelf.shelf.factors[:, slot].tolist()):
+            for layer, (a, b) in enumerate(shelf.shelf.table[:, slot].tolist()):
                 update = own.get(MIXTURE.module(layer, "mlp.experts.down_proj"))
                 if update is None:
                     assert (a, b) == (0, 0)

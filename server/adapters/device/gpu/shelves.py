@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,45 +15,17 @@ from turret.kernels.gpu.adapters.kronecker import kronecker
 from turret.kernels.gpu.tables.row_table import RowTable
 from turret.server.adapters.device.gpu.dense_shelf import GpuDenseShelf
 from turret.server.adapters.device.gpu.experts import GpuExpertShelf
+from turret.server.adapters.device.gpu.shelf_kind import GpuShelfKind
 from turret.server.adapters.device.gpu.sparse_shelf import GpuSparseShelf
 from turret.server.adapters.device.gpu.tables import GpuTables
 from turret.server.adapters.device.hadamard_shelf import grown
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.shelves import Shelves
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.updates import Kronecker
 
 _Shapes = tuple[tuple[int, ...], ...]
-
-
-class GpuHadamardShelves:
-    """Makes a shelf per (projection, rank); slices of other ranks are zero there."""
-
-    least_slots = 4
-
-    def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
-        self._layout = layout
-        self._dtype, self._device = dtype, device
-
-    def shelves_of(
-        self, operators: AdapterOperators
-    ) -> Iterable[tuple[Hashable, Callable[[], GpuHadamardShelf]]]:
-        for projection in self._layout.projections:
-            found = self._layout.of(operators, projection)
-            ranks = {ops.hadamard.rank for _, _, ops in found if ops.hadamard is not None}
-            for rank in sorted(ranks):
-                yield (
-                    ("hadamard", projection, rank),
-                    lambda projection=projection, rank=rank: GpuHadamardShelf(
-                        self._layout, projection, rank, self._dtype, self._device
-                    ),
-                )
-
-    @staticmethod
-    def extra_bytes(ops: ModuleOperators) -> int:
-        """The factors lie on the shelf as they are."""
-        return 0
 
 
 class GpuHadamardShelf:
@@ -113,36 +85,17 @@ class GpuHadamardShelf:
         return [(t.data_ptr(), t.shape) for t in (self.w1b, self.w2b, *self.w1a, *self.w2a)]
 
 
-class GpuKroneckerShelves:
-    """Makes a shelf per (projection, slice, shapes of the factors)."""
+class GpuHadamardShelves(GpuShelfKind[GpuHadamardShelf, int]):
+    """Makes a shelf per (projection, rank); slices of other ranks are zero there."""
 
-    least_slots = 4
+    name = "hadamard"
 
-    def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
-        self._layout = layout
-        self._dtype, self._device = dtype, device
+    def keys(self, operators: AdapterOperators, projection: str) -> set[int]:
+        found = self.layout.of(operators, projection)
+        return {ops.hadamard.rank for _, _, ops in found if ops.hadamard is not None}
 
-    def shelves_of(
-        self, operators: AdapterOperators
-    ) -> Iterable[tuple[Hashable, Callable[[], GpuKroneckerShelf]]]:
-        for projection in self._layout.projections:
-            keys = {
-                (s, _shapes(ops.kronecker))
-                for _, s, ops in self._layout.of(operators, projection)
-                if ops.kronecker is not None
-            }
-            for s, shapes in sorted(keys):
-                yield (
-                    ("kronecker", projection, s, shapes),
-                    lambda projection=projection, s=s, shapes=shapes: GpuKroneckerShelf(
-                        self._layout, projection, s, shapes, self._dtype, self._device
-                    ),
-                )
-
-    @staticmethod
-    def extra_bytes(ops: ModuleOperators) -> int:
-        """The factors lie on the shelf as they are."""
-        return 0
+    def make(self, projection: str, key: int) -> GpuHadamardShelf:
+        return GpuHadamardShelf(self.layout, projection, key, self.dtype, self.device)
 
 
 def _shapes(factors: Kronecker) -> _Shapes:
@@ -202,36 +155,17 @@ class GpuKroneckerShelf:
         return [(table.data_ptr(), table.shape) for table in self.tables]
 
 
-class GpuCirculantShelves:
-    """Makes a shelf per (projection, slice, shape of the kernels)."""
+class GpuKroneckerShelves(GpuShelfKind[GpuKroneckerShelf, tuple[int, _Shapes]]):
+    """Makes a shelf per (projection, slice, shapes of the factors)."""
 
-    least_slots = 4
+    name = "kronecker"
 
-    def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
-        self._layout = layout
-        self._dtype, self._device = dtype, device
+    def keys(self, operators: AdapterOperators, projection: str) -> set[tuple[int, _Shapes]]:
+        found = self.layout.of(operators, projection)
+        return {(s, _shapes(ops.kronecker)) for _, s, ops in found if ops.kronecker is not None}
 
-    def shelves_of(
-        self, operators: AdapterOperators
-    ) -> Iterable[tuple[Hashable, Callable[[], GpuCirculantShelf]]]:
-        for projection in self._layout.projections:
-            keys = {
-                (s, tuple(ops.circulant.kernel.shape))
-                for _, s, ops in self._layout.of(operators, projection)
-                if ops.circulant is not None
-            }
-            for s, shape in sorted(keys):
-                yield (
-                    ("circulant", projection, s, shape),
-                    lambda projection=projection, s=s, shape=shape: GpuCirculantShelf(
-                        self._layout, projection, s, shape, self._dtype, self._device
-                    ),
-                )
-
-    @staticmethod
-    def extra_bytes(ops: ModuleOperators) -> int:
-        """The kernels lie on the shelf as they are."""
-        return 0
+    def make(self, projection: str, key: tuple[int, _Shapes]) -> GpuKroneckerShelf:
+        return GpuKroneckerShelf(self.layout, projection, *key, self.dtype, self.device)
 
 
 class GpuCirculantShelf:
@@ -277,6 +211,25 @@ class GpuCirculantShelf:
     def addresses(self) -> list[object]:
         """Where its table is, and how large."""
         return [(self.kernel.data_ptr(), self.kernel.shape)]
+
+
+class GpuCirculantShelves(GpuShelfKind[GpuCirculantShelf, tuple[int, tuple[int, ...]]]):
+    """Makes a shelf per (projection, slice, shape of the kernels)."""
+
+    name = "circulant"
+
+    def keys(
+        self, operators: AdapterOperators, projection: str
+    ) -> set[tuple[int, tuple[int, ...]]]:
+        found = self.layout.of(operators, projection)
+        return {
+            (s, tuple(ops.circulant.kernel.shape))
+            for _, s, ops in found
+            if ops.circulant is not None
+        }
+
+    def make(self, projection: str, key: tuple[int, tuple[int, ...]]) -> GpuCirculantShelf:
+        return GpuCirculantShelf(self.layout, projection, *key, self.dtype, self.device)
 
 
 GpuShelf = (

@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable
-
 import torch
 
 from turret.kernels.gpu.adapters.sparse import sparse
 from turret.kernels.gpu.tables.row_table import RowTable
+from turret.server.adapters.device.gpu.shelf_kind import GpuShelfKind
 from turret.server.adapters.device.hadamard_shelf import grown
 from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.updates import Sparse
 
 # How much larger than what is needed the room for entries becomes when it grows.
 _SPARE = 1.25
-
-
-class GpuSparseShelves:
-    """Makes a shelf per (projection, slice)."""
-
-    least_slots = 4
-
-    def __init__(self, layout: ProjectionLayout, dtype: torch.dtype, device: torch.device) -> None:
-        self._layout = layout
-        self._dtype, self._device = dtype, device
-
-    def shelves_of(
-        self, operators: AdapterOperators
-    ) -> Iterable[tuple[Hashable, Callable[[], GpuSparseShelf]]]:
-        for projection in self._layout.projections:
-            found = self._layout.of(operators, projection)
-            for s in sorted({s for _, s, ops in found if ops.sparse is not None}):
-                yield (
-                    ("sparse", projection, s),
-                    lambda projection=projection, s=s: GpuSparseShelf(
-                        self._layout, projection, s, self._dtype, self._device
-                    ),
-                )
-
-    @staticmethod
-    def extra_bytes(ops: ModuleOperators) -> int:
-        """The entries lie on the shelf as they are."""
-        return 0
 
 
 class GpuSparseShelf:
@@ -132,6 +103,19 @@ class GpuSparseShelf:
             self.columns = _longer(self.columns, room)
         self._ranges[slot] = (at, at + count)
         return at
+
+
+class GpuSparseShelves(GpuShelfKind[GpuSparseShelf, int]):
+    """Makes a shelf per (projection, slice)."""
+
+    name = "sparse"
+
+    def keys(self, operators: AdapterOperators, projection: str) -> set[int]:
+        found = self.layout.of(operators, projection)
+        return {s for _, s, ops in found if ops.sparse is not None}
+
+    def make(self, projection: str, key: int) -> GpuSparseShelf:
+        return GpuSparseShelf(self.layout, projection, key, self.dtype, self.device)
 
 
 def _longer(table: torch.Tensor, size: int) -> torch.Tensor:
