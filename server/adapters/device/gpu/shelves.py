@@ -289,7 +289,11 @@ class GpuShelves(Shelves[GpuShelf]):
         """
         by_projection: dict[str, list[tuple[GpuShelf, list[RowTable]]]] = {}
         signature = []
+        used = {key for _, _, mix in runs for key, _ in mix}
         for shape, held in self.ordered():
+            # Shelves stay when they are empty.
+            if used.isdisjoint(held.slots):
+                continue
             found = [
                 [(held.slots[key], w) for key, w in mix if key in held.slots] for _, _, mix in runs
             ]
