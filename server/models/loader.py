@@ -43,6 +43,11 @@ class _Tensors:
         self._read.add(name)
         return self._stored.get(name)
 
+    def of_shape(self, name: str, *shape: int) -> torch.Tensor:
+        tensor = self.get(name)
+        _check_shape(name, tuple(tensor.shape), shape)
+        return tensor
+
     def weight(self, name: str, shape: tuple[int, int]) -> Nf4Weight:
         """A quantised weight; a plain one (a module bitsandbytes skipped) is quantised here."""
         parts = {key: self.get(key) for key in self._beside.get(name, ())}
@@ -51,8 +56,7 @@ class _Tensors:
             weight = Nf4Weight.from_tensors(name, {name: tensor, **parts})
         else:
             weight = Nf4Weight.quantize(tensor.to(torch.bfloat16))
-        if weight.shape != shape:
-            raise InvalidRequestError.of("model", f"{name} is {weight.shape}, config says {shape}")
+        _check_shape(name, weight.shape, shape)
         return weight
 
     def plain(self, name: str) -> torch.Tensor:
@@ -66,6 +70,11 @@ class _Tensors:
     def unread(self) -> list[str]:
         known = ("rotary_emb.inv_freq",)
         return sorted(n for n in self._stored if n not in self._read and not n.endswith(known))
+
+
+def _check_shape(name: str, found: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if found != shape:
+        raise InvalidRequestError.of("model", f"{name} is {found}, config says {shape}")
 
 
 def load_decoder(
@@ -137,8 +146,10 @@ def _load_layer(
 ) -> DecoderLayer:
     prefix = f"{LAYER_PREFIX}.{number}"
 
-    def dense(name: str) -> torch.Tensor:
-        return tensors.get(f"{prefix}.{name}").to(dtype=dtype, device=device)
+    def bias(path: str, out: int) -> torch.Tensor:
+        if not tensors.has(f"{prefix}.{path}.bias"):
+            return torch.zeros(out, dtype=dtype, device=device)
+        return tensors.of_shape(f"{prefix}.{path}.bias", out).to(dtype=dtype, device=device)
 
     def norm(name: str | None) -> torch.Tensor | None:
         return None if name is None else _norm(tensors, arch, f"{prefix}.{name}", device)
@@ -150,12 +161,7 @@ def _load_layer(
         weights = [
             tensors.weight(f"{prefix}.{path}.weight", (out, inner)) for path, out, inner in slices
         ]
-        biases = [
-            dense(f"{path}.bias")
-            if tensors.has(f"{prefix}.{path}.bias")
-            else torch.zeros(out, dtype=dtype, device=device)
-            for path, out, _ in slices
-        ]
+        biases = [bias(path, out) for path, out, _ in slices]
         has_bias = any(tensors.has(f"{prefix}.{path}.bias") for path, _, _ in slices)
         projections[name] = AdaptedLinear(
             number,
@@ -170,7 +176,7 @@ def _load_layer(
         norm_after_mlp=norm(arch.norms.after_mlp),
         q_norm=norm("self_attn.q_norm" if arch.qk_norm else None),
         k_norm=norm("self_attn.k_norm" if arch.qk_norm else None),
-        sinks=tensors.get(f"{prefix}.self_attn.sinks").float().to(device)
+        sinks=tensors.of_shape(f"{prefix}.self_attn.sinks", arch.num_heads).float().to(device)
         if arch.has_sinks
         else None,
         experts=_load_experts(tensors, arch, number, dtype, device, gpu)
@@ -201,27 +207,30 @@ def _load_experts(
         weights = [[tensors.weight(f"{m}.weight", shape) for m in each] for each in modules]
         bias = None
         if tensors.has(f"{modules[0][0]}.bias"):
-            biases = [torch.cat([tensors.get(f"{m}.bias") for m in each]) for each in modules]
-            bias = torch.stack(biases).to(dtype=dtype, device=device)
+            parts = [[tensors.of_shape(f"{m}.bias", shape[0]) for m in each] for each in modules]
+            bias = torch.stack([torch.cat(each) for each in parts]).to(dtype=dtype, device=device)
         base = Nf4Experts(weights, dtype, device, gpu=gpu)
         projections[name] = AdaptedExperts(number, name, base, bias)
     return ExpertMixture(
-        router=_load_router(tensors, experts, number, dtype, device),
+        router=_load_router(tensors, arch, number, dtype, device),
         gate_up=projections["experts_gate_up"],
         down=projections["experts_down"],
     )
 
 
 def _load_router(
-    tensors: _Tensors, experts: Experts, number: int, dtype: torch.dtype, device: torch.device
+    tensors: _Tensors, arch: Arch, number: int, dtype: torch.dtype, device: torch.device
 ) -> AdaptedLinear:
+    experts, hidden = arch.experts, arch.hidden_size
+    assert experts is not None
     prefix = f"{LAYER_PREFIX}.{number}.{experts.checkpoint_path}"
     paths = [f"{prefix}.{name}" for name in (experts.router, *experts.checkpoint_routers)]
     path = next((path for path in paths if tensors.has(f"{path}.weight")), paths[0])
     weight = tensors.plain(f"{path}.weight").to(dtype=dtype, device=device)
+    _check_shape(f"{path}.weight", tuple(weight.shape), (experts.count, hidden))
     bias = None
     if tensors.has(f"{path}.bias"):
-        bias = tensors.get(f"{path}.bias").to(dtype=dtype, device=device)
+        bias = tensors.of_shape(f"{path}.bias", experts.count).to(dtype=dtype, device=device)
     return AdaptedLinear(number, ROUTER, RouterLinear(weight), bias)
 
 

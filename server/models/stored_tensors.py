@@ -34,6 +34,7 @@ class StoredTensors:
             if (name := text_name(stored)) is not None
         }
         self._stacks = experts_in(self._owner, experts)
+        self._num_experts = 0 if experts is None else experts.count
 
     def __contains__(self, name: str) -> bool:
         is_own = name in self._owner and name not in self._stacks.names
@@ -69,9 +70,10 @@ class StoredTensors:
     def _expert(self, name: str, expert: int) -> torch.Tensor:
         file, stored = self._place(name)
         stack = file.get_slice(stored)
-        if expert >= stack.get_shape()[0]:
+        found = (stack.get_shape() or [0])[0]
+        if found != self._num_experts:
             raise InvalidRequestError.of(
-                "model", f"{name} is of {stack.get_shape()[0]} experts, config says more"
+                "model", f"{name} is of {found} experts, config says {self._num_experts}"
             )
         return stack[expert].clone()
 

@@ -132,20 +132,69 @@ def test_a_4bit_checkpoint_is_taken_with_experts_in_either_form(
         same(served_weights(folder, torch.float32), expected)
 
 
+def put(name: str, *pairs: tuple[str, torch.Tensor]) -> Callable[[Tensors], Any]:
+    """Takes a tensor away and adds others by what follows its name."""
+
+    def edit(tensors: Tensors) -> None:
+        tensors.pop(name, None)
+        tensors.update({name + suffix: tensor for suffix, tensor in pairs})
+
+    return edit
+
+
+DOWN = f"{EXPERTS}.down_proj"
+CODES, SCALES = random_codes(128, 192, 6)
 FAULTS: dict[str, tuple[Callable[[Tensors], Any], str]] = {
     "codes": (
         lambda t: t.update({"model.layers.0.self_attn.o_proj.weight_blocks": t["x"].byte()}),
         r"unexpected tensors of codes: model.layers.0.self_attn.o_proj.weight_blocks",
     ),
-    "scales": (
-        lambda t: t.update({f"{EXPERTS}.down_proj_blocks": random_codes(128, 192, 6)[0]}),
-        rf"lacks {EXPERTS}.down_proj_scales",
+    "scales": (put(DOWN, ("_blocks", CODES)), rf"lacks {DOWN}_scales"),
+    "blocks": (
+        lambda t: t.update({f"{DOWN}_scales": SCALES}),
+        rf"{DOWN}_scales, not {DOWN}_blocks",
     ),
-    "experts": (
-        lambda t: t.update({f"{EXPERTS}.down_proj": t[f"{EXPERTS}.down_proj"][:5]}),
-        rf"{EXPERTS}.down_proj is of 5 experts, config says more",
+    "twice": (
+        lambda t: t.update({f"{DOWN}_scales": SCALES, f"{DOWN}_blocks": CODES}),
+        rf"{DOWN}\w* and {DOWN}\w* are the same weights",
+    ),
+    "one scale for all": (
+        put(DOWN, ("_blocks", CODES), ("_scales", SCALES[:, :, :1].clone())),
+        rf"{DOWN}_blocks and its scales are no MXFP4: .* uint8 \[128, 1\]",
+    ),
+    "no codes": (
+        put(DOWN, ("_blocks", CODES.int()), ("_scales", SCALES)),
+        rf"{DOWN}_blocks and its scales are no MXFP4: an expert has int32 \[128, 6, 16\]",
+    ),
+    "flat": (put(DOWN, ("", torch.ones(6, 192))), rf"{DOWN}: an expert has float32 \[192\]"),
+    "a number": (put(DOWN, ("", torch.ones(()))), rf"{DOWN} is of 0 experts"),
+    "fewer": (
+        lambda t: t.update({DOWN: t[DOWN][:5]}),
+        rf"{DOWN} is of 5 experts, config says 6",
+    ),
+    "more": (
+        lambda t: t.update({DOWN: torch.cat((t[DOWN], t[DOWN][:1]))}),
+        rf"{DOWN} is of 7 experts, config says 6",
     ),
 }
+# What a plain checkpoint keeps as it is: seen when it is loaded.
+UNFIT = (
+    "self_attn.sinks",
+    "self_attn.q_proj.bias",
+    "mlp.router.weight",
+    "mlp.router.bias",
+    "mlp.experts.gate_up_proj_bias",
+)
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_tensor_of_another_shape_is_named(name: str, plain: Path) -> None:
+    key = f"model.layers.1.{name}"
+    # A row, a head or a feature less; of experts' biases, each has one less.
+    change(plain, lambda t: t.update({key: t[key][:, :-1] if t[key].ndim == 2 else t[key][:-1]}))
+    found = name.replace("gate_up_proj_bias", "gate_up_projs.0.bias")
+    with pytest.raises(InvalidRequestError, match=rf"{found} is \(.*config says"):
+        served_weights(plain, torch.float32)
 
 
 @pytest.mark.parametrize("fault", FAULTS)

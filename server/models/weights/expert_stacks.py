@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from turret.server.models.weights.mxfp4 import dequantize_mxfp4
+from turret.server.errors import InvalidRequestError
+from turret.server.models.weights.mxfp4 import BYTES, dequantize_mxfp4
 
 _CODES, _EXPONENTS, _BIAS = "_blocks", "_scales", "_bias"
 
@@ -32,6 +33,9 @@ class ExpertStacks:
     Attributes:
         names: Those that are stacks.
         parts: What they are made into: the stack and the expert of each tensor.
+
+    Raises:
+        InvalidRequestError: Weights are there twice, or scales without what they scale.
     """
 
     def __init__(self, modules: Mapping[str, str], count: int, names: Iterable[str]) -> None:
@@ -50,7 +54,16 @@ class ExpertStacks:
                 self.names.add(name)
                 prefix = name.removesuffix(path)
                 if part is not None:
-                    self.parts |= {prefix + part.format(e): (name, e) for e in range(count)}
+                    self._add(name, [prefix + part.format(e) for e in range(count)])
+        for name in self.names:
+            codes = name.removesuffix(_EXPONENTS) + _CODES
+            if name.endswith(_EXPONENTS) and codes not in self.names:
+                raise InvalidRequestError.of("model", f"the checkpoint has {name}, not {codes}")
+
+    def _add(self, stack: str, parts: list[str]) -> None:
+        if other := next((self.parts[part][0] for part in parts if part in self.parts), None):
+            raise InvalidRequestError.of("model", f"{other} and {stack} are the same weights")
+        self.parts |= {part: (stack, expert) for expert, part in enumerate(parts)}
 
     def read(self, name: str, read: Callable[[str, int], torch.Tensor]) -> torch.Tensor:
         """A part: a weight ``[out, in]``, which may be strided, or a bias ``[out]``.
@@ -58,9 +71,27 @@ class ExpertStacks:
         Args:
             name: One of ``parts``.
             read: Gives an expert's part of a tensor of the checkpoint.
+
+        Raises:
+            InvalidRequestError: Its form is another.
         """
         stack, expert = self.parts[name]
         tensor = read(stack, expert)
         if stack.endswith(_CODES):
-            return dequantize_mxfp4(tensor, read(stack.removesuffix(_CODES) + _EXPONENTS, expert))
-        return tensor if stack.endswith(_BIAS) else tensor.T
+            exponents = read(stack.removesuffix(_CODES) + _EXPONENTS, expert)
+            is_mxfp4 = tensor.ndim == 3 and tensor.shape[2] == BYTES
+            is_mxfp4 &= tensor.dtype == exponents.dtype == torch.uint8
+            if not is_mxfp4 or exponents.shape != tensor.shape[:2]:
+                raise InvalidRequestError.of(
+                    "model",
+                    f"{stack} and its scales are no MXFP4: an expert has {_form(tensor)} and"
+                    f" {_form(exponents)}",
+                )
+            return dequantize_mxfp4(tensor, exponents)
+        if tensor.ndim != (1 if stack.endswith(_BIAS) else 2):
+            raise InvalidRequestError.of("model", f"{stack}: an expert has {_form(tensor)}")
+        return tensor.T if tensor.ndim == 2 else tensor
+
+
+def _form(tensor: torch.Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
