@@ -7,6 +7,7 @@ name for the task is SEQ_CLS; the files are as it saves them.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -86,12 +87,9 @@ def label_scores(
 
 
 def _macro_f1(pairs: Sequence[tuple[int, int]]) -> float:
-    scores = []
-    for label in {number for pair in pairs for number in pair}:
-        both = sum(found == right == label for found, right in pairs)
-        either = sum((found == label) + (right == label) for found, right in pairs)
-        scores.append(2 * both / either)
-    return sum(scores) / len(scores)
+    both = Counter(label for label, right in pairs if label == right)
+    either = Counter(label for pair in pairs for label in pair)
+    return sum(2 * both[label] / count for label, count in either.items()) / len(either)
 
 
 def label_samples(

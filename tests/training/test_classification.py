@@ -12,6 +12,7 @@ from builders.training import resolve_tiny, write_jsonl
 from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
 
+from turret.clients.evaluation.answer_metrics import macro_f1
 from turret.server.engine.scheduling.pooling import Pooling
 from turret.training.classifier import ClassifierLoss, label_scores, make_loss
 from turret.training.data.batch import make_batch
@@ -106,6 +107,8 @@ def test_the_loss_is_the_cross_entropy_of_the_last_state(model: Path, tmp_path: 
     assert [label for _, label in pairs] == [example.tokens[-1] for (example,) in rows]
     scores = label_scores(loss, rows, 3, 0)
     assert scores["accuracy"] == sum(found == right for found, right in pairs) / 7
+    assert scores["macro_f1"] == macro_f1([(str(found), str(right)) for found, right in pairs])
+    assert 0 < scores["macro_f1"] < 1
 
 
 def test_what_cannot_be_classified_is_refused_by_name(model: Path, tmp_path: Path) -> None:
@@ -128,6 +131,15 @@ def test_what_cannot_be_classified_is_refused_by_name(model: Path, tmp_path: Pat
     write_jsonl(tmp_path / "held.jsonl", [{"prompt": "y", "completion": "third"}])
     with pytest.raises(DataError, match="'third'"):
         resolve_tiny(tmp_path, model, *RUN, "data.validation=held.jsonl")
+
+
+def test_a_label_that_is_only_set_aside_is_one(model: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": str(n), "completion": f"label {n}"} for n in range(4)]
+    write_jsonl(tmp_path / "train.jsonl", rows)
+    dataset = resolve_tiny(tmp_path, model, *RUN).dataset
+    assert dataset.labels == tuple(f"label {n}" for n in range(4))
+    found = {example.tokens[-1] for (example,) in (*dataset.train, *dataset.validation)}
+    assert found == {0, 1, 2, 3}
 
 
 def test_a_long_text_that_is_cut_keeps_its_label(model: Path, tmp_path: Path) -> None:

@@ -57,6 +57,8 @@ def load_dataset(config: DataConfig, folder: Path, base: TrainingBase, seed: int
         raise ConfigError.of("data.max_length", f"the model's context ends at {base.max_length}")
     path = folder / config.train
     examples = read_examples(path)
+    # Before the split: a label may be on so few lines that all of them are set aside.
+    labels = labels_of(examples) if config.task == "classification" else ()
     paths = [path]
     if config.validation is not None:
         paths.append(folder / config.validation)
@@ -64,7 +66,6 @@ def load_dataset(config: DataConfig, folder: Path, base: TrainingBase, seed: int
         _check_disjoint(examples, held_out)
     else:
         examples, held_out = split(examples, config.validation_fraction, seed)
-    labels = labels_of(examples) if config.task == "classification" else ()
 
     def encode(some: list[Example]) -> EncodedSet:
         if labels:
