@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -89,8 +91,45 @@ def test_a_shell_reads_the_variables_of_the_ingress(tmp_path: Path) -> None:
     shell = subprocess.run(
         ["sh", "-c", f"set -a; . {written}; {python}"], capture_output=True, check=True
     )
-    wanted = ray_cluster.ingress_environment(Path("/tmp/turret-ingress"))
+    wanted = ray_cluster.ingress_environment(ray_cluster.joined_folder())
     assert json.loads(shell.stdout).items() >= wanted.items()
+
+
+def test_the_files_of_the_ingress_are_nobody_elses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray_cluster, "_JOINED_FOLDER", f"{tmp_path}/turret-{{user}}")
+    place = tmp_path / f"turret-{os.getuid()}"
+    for _ in range(2):
+        assert ray_cluster.joined_folder() == place
+        assert stat.S_IMODE(place.stat().st_mode) == 0o700
+        place.chmod(0o777)
+    place.rmdir()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    place.symlink_to(mine)
+    with pytest.raises(UnavailableError, match="another user's, or a link"):
+        ray_cluster.joined_folder()
+    place.unlink()
+    place.write_text("")
+    with pytest.raises(UnavailableError, match="File exists"):
+        ray_cluster.joined_folder()
+    place.unlink()
+    place.mkdir()
+    owner = os.getuid()
+    monkeypatch.setattr(os, "getuid", lambda: owner + 1)
+    place.rename(tmp_path / f"turret-{os.getuid()}")
+    with pytest.raises(UnavailableError, match="another user's, or a link"):
+        ray_cluster.joined_folder()
+
+
+def test_the_sockets_of_the_ingress_have_paths_that_haproxy_takes() -> None:
+    folder = Path(ray_cluster._JOINED_FOLDER.format(user=2**32 - 2))
+    # Ray puts them below a node's id.
+    longest = ray_cluster.ingress_environment(folder / ("f" * 56))
+    sockets = [path for name, path in longest.items() if name.endswith("SOCKET_PATH")]
+    assert len(sockets) == 2
+    assert max(map(len, sockets)) <= 97
 
 
 def test_a_cluster_that_is_gone_is_said_to_be_at_once(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import secrets
 import shlex
 import shutil
 import socket
+import stat
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -44,8 +45,9 @@ _LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 _PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
 _OBJECT_STORE_BYTES = 100 << 20
 _CONNECT_SECONDS = 5.0
-# For HAProxy's files where Ray was started before: the same on every machine.
-_JOINED_FOLDER = Path("/tmp/turret-ingress")
+# The same on every machine. Short: below it comes Ray's id of the node, and a socket's path has at
+# most 97 characters in HAProxy.
+_JOINED_FOLDER = "/tmp/turret-{user}"
 
 
 def ingress_environment(folder: Path) -> dict[str, str]:
@@ -59,6 +61,7 @@ def ingress_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": _BALANCE,
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_NBTHREAD": "1",
@@ -70,6 +73,27 @@ def ingress_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
     }
+
+
+def joined_folder() -> Path:
+    """For HAProxy's files where Ray was started before; made, if it is not there.
+
+    It lies where everybody may write, and whoever can write into it commands the ingress: it has to
+    be this user's alone.
+
+    Raises:
+        UnavailableError: It is somebody else's, or no folder.
+    """
+    folder = Path(_JOINED_FOLDER.format(user=os.getuid()))
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise PermissionError("it is another user's, or a link")
+        folder.chmod(0o700)
+    except OSError as error:
+        raise UnavailableError(f"{folder}, for the files of the ingress: {error}") from None
+    return folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +115,7 @@ class RayCluster:
         """
         starts = plan.ray_address is None
         _check_listens(plan.ray_address)
-        folder = Path(tempfile.mkdtemp(prefix="turret-")) if starts else _JOINED_FOLDER
+        folder = Path(tempfile.mkdtemp(prefix="turret-")) if starts else joined_folder()
         environment = ingress_environment(folder)
         if starts:
             # A Ray port is remote code execution for whoever can reach it.
@@ -179,5 +203,9 @@ def _init(ray: Any, **arguments: Any) -> Any:
 
 
 if __name__ == "__main__":
-    for name, value in ingress_environment(_JOINED_FOLDER).items():
+    try:
+        variables = ingress_environment(joined_folder())
+    except UnavailableError as error:
+        sys.exit(str(error))
+    for name, value in variables.items():
         print(f"{name}={shlex.quote(value)}")
