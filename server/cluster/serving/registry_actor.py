@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, TypeVarTuple
 
 import ray
 from ray.exceptions import GetTimeoutError, RayError
@@ -25,6 +25,9 @@ _CALL_SECONDS = 10.0
 _LOCK_SECONDS = 15.0
 # Each waiting replica and caller takes a thread.
 _MOST_CALLS = 512
+
+_Arguments = TypeVarTuple("_Arguments")
+_T = TypeVar("_T")
 
 
 class RegistryActor:
@@ -77,8 +80,8 @@ def start_registry(state_dir: Path, lease_seconds: float) -> None:
         "max_concurrency": _MOST_CALLS,
         "num_cpus": 0,
     }
-    # Ray's types of actors know no method of the class, hence Any here and in RayChannel, whose own
-    # methods say what is sent and what comes back.
+    # Ray's types of actors know no method of the class, hence Any here and in RayChannel, where the
+    # host's own methods say what is sent and what comes back.
     make: Any = ray.remote(RegistryActor)
     actor: Any = make.options(**options).remote(str(state_dir), lease_seconds, uuid.uuid4().hex)
     try:
@@ -104,34 +107,39 @@ class RayChannel:
         self._actor: Any = None
 
     def join(self, join: m.Join) -> m.Joined:
-        return self._call("join", join)
+        return self._call(0.0, RegistryHost.join, join)
 
     def report(self, report: m.Report, wait_seconds: float) -> m.News:
-        return self._call("report", report, wait_seconds, waits=wait_seconds)
+        return self._call(wait_seconds, RegistryHost.report, report, wait_seconds)
 
     def submit(self, proposal: m.Proposal) -> str:
-        return self._call("submit", proposal)
+        return self._call(0.0, RegistryHost.submit, proposal)
 
     def outcome(self, operation: str, wait_seconds: float) -> m.Outcome | None:
-        return self._call("outcome", operation, wait_seconds, waits=wait_seconds)
+        return self._call(wait_seconds, RegistryHost.outcome, operation, wait_seconds)
 
     def cancel(self, operation: str, error: TurretError) -> None:
-        self._call("cancel", operation, error)
+        self._call(0.0, RegistryHost.cancel, operation, error)
 
     def leave(self, replica: str) -> None:
-        self._call("leave", replica)
+        self._call(0.0, RegistryHost.leave, replica)
 
     def usage(self, name: str = "") -> Mapping[str, Mapping[str, m.Usage]]:
-        return self._call("usage", name)
+        return self._call(0.0, RegistryHost.usage, name)
 
     def status(self) -> m.FleetStatus:
-        return self._call("status")
+        return self._call(0.0, RegistryHost.status)
 
-    def _call(self, method: str, *arguments: Any, waits: float = 0.0) -> Any:
+    def _call(
+        self,
+        waits: float,
+        method: Callable[[RegistryHost, *_Arguments], _T],
+        *arguments: *_Arguments,
+    ) -> _T:
         try:
             if self._actor is None:
                 self._actor = ray.get_actor(NAME, namespace=NAMESPACE)
-            answer = self._actor.call.remote(method, *arguments)
+            answer = self._actor.call.remote(method.__name__, *arguments)
             value, error = ray.get(answer, timeout=waits + _CALL_SECONDS)
         except (RayError, GetTimeoutError, ValueError) as lost:
             self._actor = None

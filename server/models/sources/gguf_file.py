@@ -6,15 +6,19 @@ nobody reads would make another function of the model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from turret.server.models.sources.gguf_header import ARCHITECTURES, check_gguf, refuse
+
+if TYPE_CHECKING:
+    # Not at run time: it takes its time, and most models are no GGUF files.
+    from gguf import GGUFReader, ReaderTensor
 
 _IGNORED_TENSORS = ("rope_freqs.weight",)
 # Llama 3.1 and 3.2 as released (arXiv 2407.21783): llama.cpp stores the factors that these make,
@@ -74,7 +78,7 @@ class GgufModel:
     tokenizer: Any
     eos_token_ids: list[int]
     num_tensors: int
-    _reader: Any
+    _reader: GGUFReader
 
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Name and float32 values of each weight, as Hugging Face's checkpoints have them."""
@@ -120,13 +124,13 @@ def open_gguf(path: Path) -> GgufModel:
     return GgufModel(config, tokenizer, eos, count, reader)
 
 
-def _bos_rule(fields: dict[str, Any]) -> dict[str, bool]:
+def _bos_rule(fields: Mapping[str, object]) -> dict[str, bool]:
     """Older files of Llama 3 and Mistral Nemo do not say that their texts begin with a BOS."""
     is_silent = "tokenizer.ggml.add_bos_token" not in fields
     return {"add_bos_token": True} if is_silent and fields.get(_PRE) in _WITH_BOS else {}
 
 
-def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> Any:
+def _config(path: Path, fields: Mapping[str, Any], tensors: Mapping[str, ReaderTensor]) -> Any:
     from transformers import AutoConfig
 
     architecture = fields["general.architecture"]
@@ -169,7 +173,9 @@ def _config(path: Path, fields: dict[str, Any], tensors: dict[str, Any]) -> Any:
     return AutoConfig.for_model(ARCHITECTURES[architecture], **values)
 
 
-def _rope(path: Path, said: dict[str, Any], head_dim: int, freqs: Any) -> dict[str, Any]:
+def _rope(
+    path: Path, said: Mapping[str, Any], head_dim: int, freqs: ReaderTensor | None
+) -> dict[str, Any]:
     rope: dict[str, Any] = {"rope_theta": float(said.get("rope.freq_base", 10000.0))}
     kind = said.get("rope.scaling.type", "none")
     if freqs is not None:
@@ -189,7 +195,7 @@ def _rope(path: Path, said: dict[str, Any], head_dim: int, freqs: Any) -> dict[s
     return rope
 
 
-def _llama3(path: Path, theta: float, head_dim: int, freqs: Any) -> dict[str, Any]:
+def _llama3(path: Path, theta: float, head_dim: int, freqs: ReaderTensor) -> dict[str, Any]:
     """What made the factors that llama.cpp divides the frequencies by."""
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
