@@ -250,6 +250,8 @@ async def test_bits_do_not_depend_on_company_chunks_preemption_cache_or_resumpti
         preempt(self, sequence, now)
 
     monkeypatch.setattr(Scheduler, "_preempt", counted)
+    # Nobody is kept back because blocks would run out later.
+    monkeypatch.setattr(Scheduler, "_will_run_out", lambda *_: False)
     scarce: dict[str, Any] = {"max_num_seqs": 16, "max_num_batched_tokens": 19}
     async with start(root, dtype=dtype, **scarce) as harness:
         # Fewer blocks than --kv-cache-bytes can ask for: room for a few requests.
