@@ -9,6 +9,7 @@ import pytest
 from google.protobuf import duration_pb2
 from servers.rpc_harness import Harness, failure_of, harness
 
+from turret.server.api.admin import paging
 from turret.v1 import adapters_pb2 as pb
 
 Load = pb.LoadAdapterRequest
@@ -135,6 +136,19 @@ async def test_pages_cover_every_adapter_once_in_name_order() -> None:
             List(page_size=2, page_token=first.next_page_token)
         )
         assert [a.name for a in second.adapters] == ["a025", "a03"]
+
+
+async def test_a_page_ends_before_it_is_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with harness() as server:
+        names = _fill(server)
+        (one,) = (await server.adapters.ListAdapters(List(page_size=1))).adapters
+        monkeypatch.setattr(paging, "MAX_PAGE_BYTES", 3 * one.ByteSize() + 1)
+        pages = await _pages(server)
+        assert [name for page in pages for name in page] == names
+        assert [len(page) for page in pages[:2]] == [3, 3]
+        # One that is larger by itself comes alone.
+        monkeypatch.setattr(paging, "MAX_PAGE_BYTES", 1)
+        assert await _pages(server) == [[name] for name in names]
 
 
 async def test_filters_hold_over_pages() -> None:

@@ -19,7 +19,12 @@ from turret.server.adapters.state.staged_upload import UploadedFile
 from turret.server.api.admin.adapter_message import RESIDENCIES, adapter_message
 from turret.server.api.admin.fuse import checked_fuse_request, fuse_response
 from turret.server.api.admin.merges import checked_merge_request, merge_state_message
-from turret.server.api.admin.paging import make_page_token, page_length, read_page_token
+from turret.server.api.admin.paging import (
+    cut_page,
+    make_page_token,
+    page_length,
+    read_page_token,
+)
 from turret.server.api.admin.slow_calls import SlowCalls
 from turret.server.api.admin.uploads import (
     Messages,
@@ -209,10 +214,11 @@ class Adapters:
             and message.residency in (0, RESIDENCIES[record.residency])
         ]
         rest = sorted((r for r in records if r.name > after), key=lambda r: r.name)
-        page = rest[:length]
+        page = cut_page(adapter_message(record) for record in rest[:length])
+        is_last = len(page) == len(rest)
         return adapters_pb2.ListAdaptersResponse(
-            adapters=[adapter_message(record) for record in page],
-            next_page_token=make_page_token(page[-1].name, filters) if len(rest) > length else "",
+            adapters=page,
+            next_page_token="" if is_last else make_page_token(page[-1].name, filters),
             total_size=len(records),
         )
 

@@ -5,11 +5,15 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
+from collections.abc import Iterable
 
 from turret.server.errors import InvalidRequestError
+from turret.v1 import adapters_pb2
 
 DEFAULT_PAGE_SIZE = 100
 MAX_PAGE_SIZE = 1000
+# gRPC's clients take 4 MiB unless they are told otherwise.
+MAX_PAGE_BYTES = 3 << 20
 _CHECK_BYTES = 8
 
 
@@ -52,3 +56,15 @@ def page_length(page_size: int) -> int:
     if page_size < 0:
         raise InvalidRequestError.of("page_size", "must be >= 0")
     return min(page_size or DEFAULT_PAGE_SIZE, MAX_PAGE_SIZE)
+
+
+def cut_page(messages: Iterable[adapters_pb2.Adapter]) -> list[adapters_pb2.Adapter]:
+    """As many of the first as may be sent together; one at least, if there is one."""
+    page: list[adapters_pb2.Adapter] = []
+    left = MAX_PAGE_BYTES
+    for message in messages:
+        left -= message.ByteSize()
+        if page and left < 0:
+            break
+        page.append(message)
+    return page
