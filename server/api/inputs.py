@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from turret.server.adapters.ref import AdapterRef
@@ -125,18 +127,30 @@ async def run_inputs(
         convert: What is kept of a request's last output.
 
     Returns:
-        In the order of the inputs, what was kept, and how the request ended.
+        In the order of the inputs, what was kept, and how the request ended, with its timing told
+        from the beginning of this.
 
     Raises:
         TurretError: What the first of them to fail raised; the others end.
     """
+    start = time.monotonic()
 
     async def one(index: int) -> tuple[_T, Finish]:
         with party.hold(), blamed_on(index):
             outputs = outputs_of(backend, await make(index), call)
-            return await _last(outputs, convert)
+            waited = time.monotonic() - start
+            kept, finish = await _last(outputs, convert)
+            return kept, replace(finish, timing=_later(finish.timing, waited))
 
     return await together([one(index) for index in range(count)], party.most_at_once)
+
+
+def _later(spans: Timing, seconds: float) -> Timing:
+    return Timing(
+        queue_seconds=spans.queue_seconds + seconds,
+        time_to_first_token_seconds=spans.time_to_first_token_seconds + seconds,
+        total_seconds=spans.total_seconds + seconds,
+    )
 
 
 async def _last(

@@ -17,6 +17,7 @@ from servers.rpc_harness import failure_of, harness
 
 from turret.server.adapters.ref import AdapterRef
 from turret.server.api import embeddings, inputs
+from turret.server.api.access import shares
 from turret.server.api.access.shares import MAX_AT_A_TIME, Shares
 from turret.server.api.limits import MAX_INPUTS
 from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
@@ -122,6 +123,23 @@ async def test_an_input_that_is_too_long_is_named() -> None:
     assert late.reason == "PROMPT_TOO_LONG"
     assert set(late.violations) <= {"inputs[0]", "inputs[1]"}
     assert missing.code is grpc.StatusCode.NOT_FOUND
+
+
+async def test_the_timing_is_that_of_the_whole_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs that wait for others of their call are not with the engine yet, which times them."""
+
+    async def slow(request: Request) -> AsyncIterator[Output]:
+        await asyncio.sleep(0.2)
+        async for output in hello(request):
+            yield output
+
+    monkeypatch.setattr(shares, "MAX_AT_A_TIME", 1)
+    async with harness() as server:
+        server.engine.script = slow
+        timing = (await server.inference.Embed(texts(*"abc"))).timing
+    # The engine says 0.25 and 1.75 of each; the last begins 0.4 after the first.
+    assert 0.25 <= timing.queue.ToTimedelta().total_seconds() < 0.65
+    assert timing.total.ToTimedelta().total_seconds() >= 0.4 + 1.75
 
 
 async def test_a_call_takes_part_of_the_queue_and_lets_go_of_it() -> None:
