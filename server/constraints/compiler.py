@@ -28,6 +28,10 @@ MAX_CACHED_BYTES = 64 << 20
 _RETRY_SECONDS = 1.0
 # About what a compiled constraint takes: measured up to 9 MB for a schema of 90,000 characters.
 _FIXED_BYTES, _CHAR_BYTES = 1 << 20, 128
+# Where all that match one of these may follow, llguidance allows them together, in place of asking
+# for each: an expression with a count, such as [a-z ]{1,500}, has a state for each character and
+# finds no mask again. 0.5 ms a mask without, 0.02 with (49,152 tokens, few of them longer).
+_SLICES = ["[a-z ]{1,16}", "[a-zA-Z ]{1,16}", *LLTokenizer.general_slices()]
 # Of a lexer, which is shared by the answers that follow one constraint: 45 MB at worst.
 _MAX_LEXER_STATES = 1 << 15
 
@@ -146,6 +150,6 @@ class ConstraintCompiler:
         if not ends:
             return InvalidRequestError("this model has no end token, so no answer can be complete")
         try:
-            return LLTokenizer(self._tokens.serialized(), eos_token=ends)
+            return LLTokenizer(self._tokens.serialized(), eos_token=ends, slices=_SLICES)
         except Exception as error:
             return InvalidRequestError(f"this model's tokenizer cannot be followed: {error}")

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from builders.constraints import compiled, is_followed, make_tokenizer, tokens_of
 from builders.tiny_models import EOS
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
 from turret.server.constraints import compiler as compiler_module
 from turret.server.constraints.compiler import ConstraintCompiler
@@ -73,6 +76,42 @@ def test_what_is_let_through(
         assert is_followed(constraint, tokenizer.encode(answer)), answer
     for answer in bad:
         assert not is_followed(constraint, tokenizer.encode(answer)), answer
+
+
+@pytest.mark.parametrize(
+    ("letters", "most"), [("a-z ", 9), ("a-z ", 40), ("a-zA-Z ", 40), ("a-zA-Z ,.7", 40)]
+)
+def test_counted_letters_allow_the_tokens_that_fit(letters: str, most: int) -> None:
+    """Slices of the vocabulary are allowed whole, where all of them fit, and only there."""
+    words = ("hear ye an announcement of unconstitutional Words, Some 7. of " * 9).title().split()
+    text = [" ".join(words[n:]) for n in range(len(words))]
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False
+    )
+    backend.train_from_iterator([*text, *map(str.lower, text)], trainer)
+    inner = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+    size = backend.get_vocab_size()
+    made = ConstraintCompiler(Tokenizer(inner, frozenset({0}), size))
+    expression = f"[{letters}]{{1,{most}}}"
+    matcher = made._compile(ConstraintSpec("regex", (expression,))).matcher()
+    made.close()
+    texts = {token: backend.decode([token]) for token in range(1, size)}
+    assert max(map(len, texts.values())) > 16
+    rng = np.random.default_rng(0)
+    so_far = ""
+    while True:
+        fitting = {t for t, piece in texts.items() if re.fullmatch(expression, so_far + piece)}
+        assert tokens_of(matcher) == fitting | ({0} if so_far else set())
+        if not fitting:
+            break
+        token = int(rng.choice(sorted(fitting)))
+        matcher.advance(token)
+        so_far += texts[token]
+    assert len(so_far) == most
 
 
 def test_choices_are_taken_literally(tokenizer: Tokenizer) -> None:
