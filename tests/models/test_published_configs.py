@@ -49,6 +49,11 @@ class MetaTensors:
             return self._parts[stack]
         return self._state[name]
 
+    def of_shape(self, name: str, *shape: int) -> torch.Tensor:
+        tensor = self.get(name)
+        assert tuple(tensor.shape) == shape, name
+        return tensor
+
     def weight(self, name: str, shape: tuple[int, int]) -> torch.Tensor:
         assert is_quantized(name), name
         tensor = self.get(name)

@@ -97,7 +97,7 @@ BROKEN: dict[str, tuple[str, dict[str, Any], Any, str]] = {
     "randlora: another rank": ("randlora", {}, {"r": 9}, "randlora_lambda"),
     "randlora: bases larger than any weight": (
         "randlora",
-        {"r": 129, "target_modules": ["q_proj", "up_proj"]},
+        {"r": 513, "target_modules": ["q_proj", "up_proj"]},
         {},
         "r",
     ),

@@ -47,6 +47,8 @@ from turret.server.adapters.peft_format.role_shapes import Served, check_roles
 
 _LAMBDA, _GAMMA = "randlora_lambda", "randlora_gamma"
 _COPIES = ("randlora_A", "randlora_B")
+# Any base may have bases of so many, wider than its weights or not.
+_SMALL_RANK = 512
 _A, _B = (f"base_model.{name}" for name in _COPIES)
 # One more than half of the values are zero in a sparse basis, and all but a few in a very sparse.
 _SPARSITY = 3
@@ -127,7 +129,7 @@ def _bases(
     sides = [max(m.in_features for m in modules), max(m.out_features for m in modules)]
     rank, least, most = config["r"], min(sides), max(sides)
     nothing = torch.empty(0), torch.empty(0)
-    if rank > most:
+    if rank > max(most, _SMALL_RANK):
         # Its bases would be larger than any weight, and a file without them as small as ever.
         findings.add("r", f"is {rank}; the largest side of a weight it adapts is {most}")
         return nothing
