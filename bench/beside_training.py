@@ -47,7 +47,7 @@ class Trainer:
     def __init__(self, folder: Path, config: Path) -> None:
         turret = shutil.which("turret", path=str(Path(sys.executable).parent)) or "turret"
         command = [turret, "train", "run", str(config), "--output", str(folder / "run")]
-        command += ["--steps", str(_STEPS), "--set", "run.validate_every=0"]
+        command += ["--steps", str(_STEPS), "--set", f"run.validate_every={_STEPS}"]
         self._log = folder / "run" / "metrics.jsonl"
         with (folder / "trainer.log").open("w") as output:
             self._process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
