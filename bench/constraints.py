@@ -1,6 +1,6 @@
 """What constraints cost: 16 requests at once, free and each kept to what it names itself.
 
-    python bench/constraints.py [--repeats 5] [--force]
+    python bench/constraints.py [--repeats 9] [--force]
 
 One server without speculation, so that all compute a token a step; the settings take turns in every
 round. What is asked for cannot end before the last token that is timed. A counted expression
@@ -64,9 +64,14 @@ def make_settings() -> dict[str, list[GenerateOptions]]:
     }
 
 
+def share(rates: list[float], free: list[float]) -> float:
+    """Median over the rounds of the rate against that of the same round without constraints."""
+    return statistics.median(a / b for a, b in zip(rates, free, strict=True))
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=5, help="rounds; the median counts")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds; the median counts")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
     parser.add_argument("--no-save", action="store_true", help="keep no results")
     args = parser.parse_args(argv)
@@ -84,13 +89,12 @@ def main(argv: list[str] | None = None) -> int:
             for _ in range(args.repeats):
                 for name, options in settings.items():
                     rates[name].append(served.timing(adapters, _TOKENS, options).decode_rate)
-    free = statistics.median(rates[FREE])
     rows = [
         {
             "setting": name,
             "tokens/s": f"{statistics.median(found):.0f}",
             "all": ", ".join(f"{rate:.0f}" for rate in found),
-            "of free": f"{statistics.median(found) / free:.3f}",
+            "of free": f"{share(found, rates[FREE]):.3f}",
         }
         for name, found in rates.items()
     ]
