@@ -266,6 +266,9 @@ class RowAdapters:
         segments: The adapted rows; no row twice.
         max_slices: Most slices a fused projection has.
         sizes: Sizes of the base's modules.
+
+    Attributes:
+        num_threads: That compute it.
     """
 
     def __init__(self, segments: Sequence[RowSegment], max_slices: int, sizes: ModuleSizes) -> None:
@@ -283,7 +286,7 @@ class RowAdapters:
         self._members = torch.tensor(members, dtype=torch.int64).view(-1, 4)
         self._members.view(torch.float64)[:, 3] = torch.tensor(weights, dtype=torch.float64)
         self._scratch = torch.empty(size)
-        threads = num_threads()
+        self.num_threads = threads = num_threads()
         self._marks = torch.zeros(threads, 7, dtype=torch.int64)
         self._sizes = sizes
         self._step = (ctypes.c_int64 * 10)(
@@ -300,6 +303,10 @@ class RowAdapters:
         )
         self.address = ctypes.addressof(self._step)
         self._adapt = functions().turret_adapt
+
+    def restart(self) -> None:
+        """Serve another step of the same rows."""
+        self._marks.zero_()
 
     def ahead(self, module: int) -> Ahead:
         """For the base's product of the projection whose first module that is."""

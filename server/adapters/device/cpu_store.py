@@ -11,11 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from turret.kernels.cpu.row_adapters import RowAdapters, RowSegment
+from turret.kernels.cpu.threads import num_threads
 from turret.kernels.expert_routing import Routing
 from turret.server.adapters.device.constants import ConstantsOfAdapters, StepConstants
 from turret.server.adapters.device.cpu_experts import CpuExpertUpdates, CpuStepExperts
 from turret.server.adapters.device.cpu_inputs import StepInputs
-from turret.server.adapters.device.cpu_tables import AdapterTables, ModuleNumbers
+from turret.server.adapters.device.cpu_tables import AdapterTable, AdapterTables, ModuleNumbers
 from turret.server.adapters.device.gates import Gates
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, StepMembers
@@ -50,6 +51,7 @@ class CpuStore(StepStore):
         self._own_updates = OwnUpdates(layout, frozenset({"modulated"}), device)
         self._experts = CpuExpertUpdates(layout)
         self._constants = ConstantsOfAdapters(device)
+        self._last: _Last | None = None
         computed = (self._gates, self._own_updates, self._experts, self._constants)
         parts = (self._tables, *computed)
         super().__init__(parts, device, max_bytes, on_moved)
@@ -57,6 +59,11 @@ class CpuStore(StepStore):
     def step(self, members: StepMembers) -> CpuStep:
         segments = self._segments(members)
         tables = {key: self._tables[key] for _, _, mix in segments for key, _ in mix}
+        # Requests that decode have the same adapters step after step.
+        last = self._last
+        if last is not None and last.serves(members, tables):
+            last.step.rows.restart()
+            return last.step
         rows = RowAdapters(
             [
                 RowSegment(start, end, [(tables[key].modules, weight) for key, weight in mix])
@@ -66,7 +73,7 @@ class CpuStore(StepStore):
             self._numbers.sizes,
         )
         long, gates = members.long, self._gates.bind(members)
-        return CpuStep(
+        step = CpuStep(
             rows=rows,
             layout=self._layout,
             numbers=self._numbers,
@@ -78,6 +85,13 @@ class CpuStore(StepStore):
             experts=self._experts.bind(members),
             constants=self._constants.bind(members.runs),
         )
+        self._last = _Last(members, tables, step) if step.is_reusable else None
+        return step
+
+    def drop(self, key: str) -> None:
+        if self._last is not None and key in self._last.tables:
+            self._last = None
+        super().drop(key)
 
     @staticmethod
     def _segments(members: StepMembers) -> list[tuple[int, int, Members]]:
@@ -138,6 +152,11 @@ class CpuStep:
     constants: StepConstants | None = None
 
     @property
+    def is_reusable(self) -> bool:
+        """Whether the next step of the same rows and adapters can be this one."""
+        return not (self.others or self.own_updates or self.experts or self.constants)
+
+    @property
     def is_native(self) -> bool:
         """Whether ``rows`` is all that changes a layer."""
         others = self.others or self.own_updates or self.constants
@@ -181,3 +200,20 @@ class CpuStep:
         if self.own_updates is not None:
             self.own_updates.apply(layer, projection, x, y, before=y, base=base)
         return y
+
+
+@dataclass(frozen=True, slots=True)
+class _Last:
+    """The last step, and of what it was made."""
+
+    members: StepMembers
+    tables: dict[str, AdapterTable]
+    step: CpuStep
+
+    def serves(self, members: StepMembers, tables: dict[str, AdapterTable]) -> bool:
+        return (
+            members == self.members
+            and tables.keys() == self.tables.keys()
+            and all(self.tables[key] is table for key, table in tables.items())
+            and self.step.rows.num_threads == num_threads()
+        )

@@ -1,0 +1,106 @@
+"""The cpu path's store makes a step's tables once for as long as rows and adapters stay."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from turret.kernels.cpu.native import library
+from turret.server.adapters.device.cpu_store import CpuStore
+from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.adapters.device.members import StepMembers
+from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.updates import LowRank
+from turret.server.models.decoding.adapted_linear import AdaptedLinear
+
+pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler")
+
+SIZE = 64
+CPU = torch.device("cpu")
+LAYOUT = ProjectionLayout(1, {"o": (SliceShape("o_proj", SIZE, SIZE),)})
+
+
+@dataclass(eq=False)
+class Resident:
+    key: str
+    operators: AdapterOperators
+    bytes_device: int = 0
+
+
+def resident(key: str) -> Resident:
+    a, b = torch.randn(4, SIZE).bfloat16(), torch.randn(4, SIZE).bfloat16()
+    operators = ModuleOperators(low_rank=LowRank(a, b))
+    return Resident(key, AdapterOperators({LAYOUT.module(0, "o_proj"): operators}))
+
+
+class Base:
+    def __call__(self, x: torch.Tensor, ahead: object = None) -> torch.Tensor:
+        return torch.zeros(x.shape[0], SIZE, dtype=torch.bfloat16)
+
+
+def members(*rows: tuple[str, float]) -> StepMembers:
+    return StepMembers(short=[[row] for row in rows], long=[])
+
+
+def update(store: CpuStore, x: torch.Tensor, step: StepMembers) -> torch.Tensor:
+    return AdaptedLinear(0, "o", Base(), None)(x, store.step(step))  # type: ignore[arg-type]
+
+
+def expected(adapter: Resident, x: torch.Tensor, weight: float = 1.0) -> torch.Tensor:
+    (operators,) = adapter.operators.modules.values()
+    factors = operators.low_rank
+    assert factors is not None
+    return weight * (x.float() @ factors.a.float().T) @ factors.b.float()
+
+
+@pytest.fixture
+def store() -> CpuStore:
+    return CpuStore(LAYOUT, torch.bfloat16, CPU, 1 << 30)
+
+
+def test_the_same_rows_and_adapters_have_the_same_step(store: CpuStore) -> None:
+    one, two = resident("one"), resident("two")
+    store.prepare([one, two])
+    x = torch.randn(2, SIZE).bfloat16()
+    first = store.step(members(("one", 1.0), ("two", 0.5)))
+    before = update(store, x, members(("one", 1.0), ("two", 0.5)))
+    assert store.step(members(("one", 1.0), ("two", 0.5))) is first
+    assert torch.equal(update(store, x, members(("one", 1.0), ("two", 0.5))), before)
+    torch.testing.assert_close(before[1].float(), expected(two, x[1], 0.5), rtol=0.01, atol=0.01)
+    # Other rows, another order, another weight.
+    for other in (members(("one", 1.0)), members(("two", 0.5), ("one", 1.0))):
+        assert store.step(other) is not first
+    found = update(store, x, members(("one", 1.0), ("two", 0.25)))
+    torch.testing.assert_close(found[1].float(), expected(two, x[1], 0.25), rtol=0.01, atol=0.01)
+
+
+def test_an_adapter_that_came_back_is_not_what_it_was(store: CpuStore) -> None:
+    """Unloaded and loaded again, or evicted from host memory and read again."""
+    x = torch.randn(1, SIZE).bfloat16()
+    for is_dropped in (True, False):
+        adapter = resident("one")
+        store.prepare([adapter])
+        update(store, x, members(("one", 1.0)))
+        adapter.operators = resident("one").operators
+        if is_dropped:
+            store.drop("one")
+        store.prepare([adapter])
+        found = update(store, x, members(("one", 1.0)))
+        torch.testing.assert_close(found.float(), expected(adapter, x), rtol=0.01, atol=0.01)
+
+
+def test_an_adapter_that_is_gone_leaves_nothing_behind(store: CpuStore) -> None:
+    adapter = resident("one")
+    store.prepare([adapter])
+    store.step(members(("one", 1.0)))
+    (operators,) = adapter.operators.modules.values()
+    assert operators.low_rank is not None
+    held = weakref.ref(operators.low_rank.a)
+    store.drop("one")
+    del adapter, operators
+    gc.collect()
+    assert held() is None
