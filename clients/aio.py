@@ -189,9 +189,15 @@ class AsyncTurretClient:
         found = await call_async(self._stub.Classify, lambda: request, settings, timeout)
         return Classifications.from_proto(found)
 
-    async def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> Tokens:
-        """Convert text or a conversation to token ids, or token ids to text."""
-        request = tokenize_request(prompt)
+    async def tokenize(
+        self,
+        prompt: Prompt,
+        *,
+        adapters: AdapterLike | Sequence[AdapterLike] = (),
+        timeout: float | None = None,
+    ) -> Tokens:
+        """Convert text or a conversation to token ids, or back, as ``TurretClient.tokenize``."""
+        request = tokenize_request(prompt, adapters)
         return Tokens.from_proto(await self._unary(self._stub.Tokenize, request, timeout))
 
     async def get_model(self, *, timeout: float | None = None) -> Model:

@@ -241,9 +241,21 @@ class TurretClient:
         found = call(self._stub.Classify, lambda: request, settings, timeout)
         return Classifications.from_proto(found)
 
-    def tokenize(self, prompt: Prompt, *, timeout: float | None = None) -> Tokens:
-        """Convert text or a conversation to token ids, or token ids to text."""
-        request = tokenize_request(prompt)
+    def tokenize(
+        self,
+        prompt: Prompt,
+        *,
+        adapters: AdapterLike | Sequence[AdapterLike] = (),
+        timeout: float | None = None,
+    ) -> Tokens:
+        """Convert text or a conversation to token ids, or token ids to text.
+
+        Args:
+            prompt: As in :meth:`generate`.
+            adapters: The mix; one of them may have a tokenizer of its own.
+            timeout: Deadline in seconds.
+        """
+        request = tokenize_request(prompt, adapters)
         return Tokens.from_proto(self._unary(self._stub.Tokenize, request, timeout))
 
     def get_model(self, *, timeout: float | None = None) -> Model:

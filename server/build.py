@@ -26,6 +26,7 @@ from turret.server.adapters.methods import METHODS
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
 from turret.server.api.backend import Backend
+from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.background import compute_on_this_thread
 from turret.server.cluster.replica.seat import Seat
 from turret.server.config import (
@@ -62,6 +63,7 @@ from turret.server.models.formulations import formulations
 from turret.server.models.loader import eos_token_ids, load_decoder
 from turret.server.models.model_info import ModelInfo
 from turret.server.models.model_source import ModelSource, default_cache_dir, resolve_model
+from turret.server.models.own_tokenizers import OwnTokenizers
 from turret.server.models.tokenizer import Tokenizer
 from turret.server.progress import progress_bar
 
@@ -99,13 +101,14 @@ def build_backend(
         source = resolve_model(config.model.model, default_cache_dir(), progress)
         decoder = load_decoder(source, dtype=dtype, device=device, gpu=gpu, progress=progress)
     tokenizer = Tokenizer.load(source.files, eos_token_ids(source.files), decoder.arch.vocab_size)
-    base = describe_base(decoder, source)
+    own = OwnTokenizers(tokenizer, source.files / "config.json")
+    describe = functools.partial(describe_base, decoder, source, named=tokenizer.vocab_size)
+    base = describe(1)
     path = "gpu" if gpu else "cpu" if has_native(dtype, device) else "torch"
     store = _build_store(path, config.adapters, decoder, metrics)
-    if seat is None:
-        registry = _build_registry(config.adapters, base, metrics)
-    else:
-        registry = seat.registry(config.adapters, base, metrics)
+    make_registry = _build_registry if seat is None else seat.registry
+    registry = make_registry(config.adapters, base, metrics)
+    registry.tokenizers.check_with(own.check)
     engine = _build_engine(config, metrics, decoder, store, registry, tokenizer)
     _log.info(
         "model loaded",
@@ -117,25 +120,24 @@ def build_backend(
             **formulations(decoder),
         ),
     )
-    fuser = Fuser(
-        registry,
-        host_bytes=config.adapters.adapter_host_bytes,
-        max_rank=config.adapters.max_rank,
-    )
+    limits = config.adapters
+    fuser = Fuser(registry, host_bytes=limits.adapter_host_bytes, max_rank=limits.max_rank)
     make_merger = functools.partial(Merger, registry) if seat is None else seat.merger
     merger = make_merger(
         edit=lambda precision: BaseEdit(decoder, precision),
-        describe=lambda generation: describe_base(decoder, source, generation),
+        describe=describe,
         change_base=engine.change_base,
         metrics=metrics,
     )
+    constraints = ConstraintCompiler(tokenizer)
     return Backend(
         engine=engine,
         registry=registry,
         fuser=fuser,
         merger=merger,
         tokenizer=tokenizer,
-        constraints=ConstraintCompiler(tokenizer),
+        constraints=constraints,
+        vocabularies=Vocabularies(Vocabulary(tokenizer, constraints), registry.tokenizers, own),
         model_info=_model_info(decoder, source, engine),
         methods=tuple(sorted(METHODS)),
     )

@@ -13,6 +13,15 @@ from typing import BinaryIO, Self
 from turret.v1 import adapters_pb2
 
 _CHUNK_BYTES = 256 << 10
+# Of a tokenizer, what a server reads.
+_TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_HEADER_BYTES = 16 << 20
 # No directories, no hidden files: an export never writes outside its folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -28,8 +37,9 @@ def upload_messages(
 ) -> Iterator[adapters_pb2.UploadAdapterRequest]:
     """Return the messages of one upload: the header, then the files in pieces.
 
-    Sends ``adapter_config.json`` and every ``*.safetensors`` of the directory, and nothing else: a
-    training run leaves optimizer states and other private things beside them.
+    Sends ``adapter_config.json`` and every ``*.safetensors`` of the directory, the tokenizer where
+    the weights are about the vocabulary, and nothing else: a training run leaves optimizer states
+    and other private things beside them.
 
     Raises:
         FileNotFoundError: The directory lacks one of them.
@@ -38,6 +48,8 @@ def upload_messages(
     paths = [directory / "adapter_config.json", *sorted(directory.glob("*.safetensors"))]
     if not paths[0].is_file() or len(paths) == 1:
         raise FileNotFoundError(f"{directory}: {_lacking(directory)}")
+    if any(map(_has_vocabulary, paths[1:])):
+        paths += [path for name in _TOKENIZER if (path := directory / name).is_file()]
     header = adapters_pb2.UploadHeader(
         name=name,
         pinned=pinned,
@@ -50,6 +62,14 @@ def upload_messages(
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             header.files.add(path=path.name, size_bytes=file.tell(), sha256=digest)
     return _messages(header, paths)
+
+
+def _has_vocabulary(path: Path) -> bool:
+    """Whether a file of tensors has some of embedding or head: then it may have added tokens."""
+    with path.open("rb") as file:
+        size = min(int.from_bytes(file.read(8), "little"), _HEADER_BYTES)
+        names = file.read(size)
+    return any(name in names for name in (b"embed_tokens", b"lm_head"))
 
 
 def _lacking(directory: Path) -> str:

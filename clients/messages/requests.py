@@ -178,9 +178,11 @@ def fill_inputs(field: Any, inputs: str | Sequence[Prompt]) -> None:
         set_input(field.add(), prompt)
 
 
-def tokenize_request(prompt: Prompt) -> inference_pb2.TokenizeRequest:
+def tokenize_request(
+    prompt: Prompt, adapters: AdapterLike | Sequence[AdapterLike]
+) -> inference_pb2.TokenizeRequest:
     """Build the request of ``Tokenize``; errors as in :func:`generate_request`."""
-    request = inference_pb2.TokenizeRequest()
+    request = inference_pb2.TokenizeRequest(adapters=to_mix(adapters))
     set_input(request, prompt)
     return request
 

@@ -105,11 +105,14 @@ class BaseVocabulary:
         embedding: Turns input tokens into vectors.
         head: Turns the last hidden states into logits.
         is_tied: Whether the checkpoint declares them to be one (``tie_word_embeddings``).
+        named: Rows that the base's tokenizer has tokens for; the others, behind them, are padding.
+            None is all of them.
     """
 
     embedding: torch.Tensor
     head: torch.Tensor
     is_tied: bool
+    named: int | None = None
 
     @property
     def size(self) -> int:

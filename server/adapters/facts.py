@@ -24,6 +24,10 @@ class AdapterFacts:
         labels: Those of its classification head; empty without one.
         problem_type: See ``Head``; empty without one.
         components: Digests of the adapters it is built from; they must stay registered.
+        vocab_size: Rows of its vocabulary, where those are not as many as the base's or it has a
+            tokenizer of its own; else 0.
+        tokenizer: SHA-256 over the files of its own tokenizer, hex; empty where its requests have
+            the base's.
     """
 
     digest: str
@@ -40,3 +44,5 @@ class AdapterFacts:
     invocation: tuple[int, ...] = ()
     labels: tuple[str, ...] = ()
     problem_type: str = ""
+    vocab_size: int = 0
+    tokenizer: str = ""

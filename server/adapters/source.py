@@ -10,6 +10,16 @@ from turret.server.basics.hub_id import HUB_SCHEME, HubId
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
 MAX_CONFIG_BYTES = 1 << 20
+# Beside them where an adapter has tokens that the base lacks; of a tokenizer only these are read,
+# each up to so many bytes. Gemma 3's first has 33 MB.
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_FILES = {
+    TOKENIZER_FILE: 64 << 20,
+    "tokenizer_config.json": 4 << 20,
+    "special_tokens_map.json": 1 << 20,
+    "added_tokens.json": 4 << 20,
+    "chat_template.jinja": 256 << 10,
+}
 # Beside them where ``turret train`` made the adapter; read where it is there.
 PROVENANCE_FILE = "provenance.json"
 

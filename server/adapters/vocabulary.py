@@ -1,12 +1,14 @@
 """What an adapter does to the embedding matrix, and to the rows of the output head.
 
 Both are ``[vocab, hidden]``: a row belongs to a token. In a mix every change is a difference to the
-base's row, weighted: ``e(t) + Σ_k w_k (e_k(t) − e(t))``.
+base's row, weighted: ``e(t) + Σ_k w_k (e_k(t) − e(t))``. Tokens that the base has no row for have
+no such difference: of a mix one adapter at most has any, and its rows count as they are.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -52,6 +54,24 @@ class EmbeddingLowRank:
         return (self.a, self.b) if self.gain is None else (self.a, self.b, self.gain)
 
 
+@dataclass(frozen=True, slots=True)
+class AddedRows:
+    """Rows of tokens that the base has none for.
+
+    Attributes:
+        first: The first of them, which is how many rows the base has.
+        embedding: ``[n, hidden]``, serving dtype, contiguous.
+        head: Same shape; with tied embeddings it may be ``embedding``.
+    """
+
+    first: int
+    embedding: torch.Tensor
+    head: torch.Tensor
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (self.embedding, self.head)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VocabularyOperators:
     """One adapter's changes per token.
@@ -60,15 +80,17 @@ class VocabularyOperators:
         embedding: Rows of the embedding, or None.
         low_rank: Low-rank update of the embedding, or None.
         head: Rows of the output head, or None; with tied embeddings it may be ``embedding``.
+        added: Rows behind the base's, or None.
     """
 
     embedding: VocabularyRows | None = None
     low_rank: EmbeddingLowRank | None = None
     head: VocabularyRows | None = None
+    added: AddedRows | None = None
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
         """Every tensor once, for counting bytes and checking values."""
-        parts = (self.embedding, self.low_rank, self.head)
+        parts = (self.embedding, self.low_rank, self.head, self.added)
         found = [tensor for part in parts if part is not None for tensor in part.tensors()]
         return tuple({id(tensor): tensor for tensor in found}.values())
 
@@ -79,3 +101,11 @@ class VocabularyOperators:
     @property
     def changes_embedding(self) -> bool:
         return self.embedding is not None or self.low_rank is not None
+
+
+def added_rows_of(mix: Any) -> AddedRows | None:
+    """The rows that an adapter of a resident mix adds (one of a mix's members at most does)."""
+    for adapter, _ in mix.members:
+        if adapter.facts.vocab_size and (tokens := adapter.operators.tokens) is not None:
+            return tokens.added
+    return None

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from turret.server.adapters.fuse.fuser import Fuser
     from turret.server.adapters.merge.merger import Merger
     from turret.server.adapters.registry.registry import AdapterRegistry
+    from turret.server.api.vocabularies import Vocabularies
     from turret.server.constraints.compiler import ConstraintCompiler
     from turret.server.engine.engine import Engine
     from turret.server.models.model_info import ModelInfo
@@ -26,7 +27,8 @@ class Backend:
         fuser: Makes new adapters of those there are.
         merger: Merges adapters into the base.
         tokenizer: Turns text into the base model's tokens and back.
-        constraints: Compiles what answers must match.
+        constraints: Compiles what answers of the base's tokens must match.
+        vocabularies: Tokenizers of adapters that have their own, and the base's.
         model_info: What clients may know of the base model.
         methods: Adapter methods that this build can load, sorted.
     """
@@ -37,6 +39,7 @@ class Backend:
     merger: Merger
     tokenizer: Tokenizer
     constraints: ConstraintCompiler
+    vocabularies: Vocabularies
     model_info: ModelInfo
     methods: tuple[str, ...]
 

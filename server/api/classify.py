@@ -27,7 +27,8 @@ async def classify(
     deadline: float | None,
 ) -> inference_pb2.ClassifyResponse:
     """Answer a message; arguments and errors are those of ``embed``."""
-    violations, limits = Violations(), InputLimits.of(backend)
+    vocabulary = await backend.vocabularies.of(message.adapters)
+    violations, limits = Violations(), InputLimits.of(backend, vocabulary)
     check_inputs(message.inputs, limits, violations)
     refs = adapter_refs(message.adapters, violations)
     check_request_id(message.request_id, violations)
@@ -35,7 +36,7 @@ async def classify(
     request_id = message.request_id or call.request_id
     make = pooled_requests(
         message.inputs,
-        backend.tokenizer,
+        vocabulary,
         call,
         adapters=refs,
         pooling=Pooling(classifies=True),

@@ -69,7 +69,8 @@ async def embed(
         InvalidRequestError: Lists every offending field.
         TurretError: What the first input to fail raised; see ``Engine.submit``.
     """
-    violations, limits = Violations(), InputLimits.of(backend)
+    vocabulary = await backend.vocabularies.of(message.adapters)
+    violations, limits = Violations(), InputLimits.of(backend, vocabulary)
     check_inputs(message.inputs, limits, violations)
     refs = adapter_refs(message.adapters, violations)
     pooling = pooling_of(message, backend.model_info.hidden_size, violations)
@@ -78,7 +79,7 @@ async def embed(
     request_id = message.request_id or call.request_id
     make = pooled_requests(
         message.inputs,
-        backend.tokenizer,
+        vocabulary,
         call,
         adapters=refs,
         pooling=pooling,

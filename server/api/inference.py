@@ -9,8 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
-from collections.abc import AsyncGenerator, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import turret
 from turret.server.api.access.shares import Party
@@ -21,7 +21,6 @@ from turret.server.api.answers import (
     token_logprobs,
     usage_fields,
 )
-from turret.server.api.backend import Backend
 from turret.server.api.call import Call
 from turret.server.api.classify import classify
 from turret.server.api.embeddings import embed
@@ -29,6 +28,7 @@ from turret.server.api.gate import Gate
 from turret.server.api.limits import InputLimits
 from turret.server.api.outputs import outputs_of
 from turret.server.api.requests import (
+    adapter_refs,
     check_input,
     check_length,
     generate_request,
@@ -38,7 +38,10 @@ from turret.server.api.requests import (
 from turret.server.api.violations import Violations
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.models.chat_format import ChatFormat
-from turret.v1 import inference_pb2
+from turret.v1 import adapters_pb2, inference_pb2
+
+if TYPE_CHECKING:
+    from turret.server.models.tokenizer import Tokenizer
 
 _T = TypeVar("_T")
 # More tokens than these take over a millisecond to turn into a message.
@@ -56,9 +59,10 @@ class Inference:
     def __init__(self, gate: Gate) -> None:
         self._gate = gate
 
-    def chat_format(self) -> ChatFormat:
-        """How answers to conversations are to be read."""
-        return self._gate.enter().tokenizer.chat_format
+    async def chat_format(self, adapters: Sequence[adapters_pb2.AdapterWeight] = ()) -> ChatFormat:
+        """How answers to conversations with these adapters are to be read."""
+        vocabulary = await self._gate.enter().vocabularies.of(adapters)
+        return vocabulary.tokenizer.chat_format
 
     async def generate(
         self, message: inference_pb2.GenerateRequest, call: Call, deadline: float | None
@@ -71,11 +75,11 @@ class Inference:
             DeadlineExceededError: After the last chunk, if the deadline ended the request.
         """
         backend = self._gate.enter()
+        vocabulary = await backend.vocabularies.of(message.adapters)
         request = await generate_request(
             message,
-            backend.tokenizer,
-            backend.constraints,
-            limits=InputLimits.of(backend),
+            vocabulary,
+            limits=InputLimits.of(backend, vocabulary),
             request_id=call.request_id,
             deadline=deadline,
             message_bytes=call.message_bytes,
@@ -88,7 +92,7 @@ class Inference:
                 if not is_echoed:
                     is_echoed = True
                     size = len(request.prompt_token_ids)
-                    prompt = functools.partial(_prompt_chunk, request, output, backend)
+                    prompt = functools.partial(_prompt_chunk, request, output, vocabulary.tokenizer)
                     yield await _converted(size, prompt)
                 yield _chunk(request, output)
 
@@ -113,10 +117,11 @@ class Inference:
             DeadlineExceededError: The deadline passed first.
         """
         backend = self._gate.enter()
+        vocabulary = await backend.vocabularies.of(message.adapters)
         request = await score_request(
             message,
-            backend.tokenizer,
-            limits=InputLimits.of(backend),
+            vocabulary,
+            limits=InputLimits.of(backend, vocabulary),
             request_id=call.request_id,
             deadline=deadline,
             message_bytes=call.message_bytes,
@@ -163,18 +168,24 @@ class Inference:
     ) -> inference_pb2.TokenizeResponse:
         """The tokens of a prompt, a chat or token ids, and their text."""
         backend = self._gate.enter()
+        vocabulary = await backend.vocabularies.of(message.adapters)
+        tokenizer = vocabulary.tokenizer
         violations = Violations()
-        limits = InputLimits.of(backend).for_tokenize()
+        limits = InputLimits.of(backend, vocabulary).for_tokenize()
         check_input(message, limits, violations)
+        refs = adapter_refs(message.adapters, violations)
         violations.raise_if_any()
-        ids = await input_token_ids(message, backend.tokenizer)
+        if refs:
+            # Nobody computes with them; they must be there all the same.
+            backend.registry.release(backend.registry.acquire(refs))
+        ids = await input_token_ids(message, tokenizer)
         check_length(len(ids), limits.max_tokens, "tokens")
         return await _converted(
             len(ids),
             lambda: inference_pb2.TokenizeResponse(
                 token_ids=ids,
-                token_texts=[backend.tokenizer.token_text(token_id) for token_id in ids],
-                text=backend.tokenizer.decode(ids, special=True),
+                token_texts=[tokenizer.token_text(token_id) for token_id in ids],
+                text=tokenizer.decode(ids, special=True),
             ),
         )
 
@@ -198,12 +209,14 @@ class Inference:
         )
 
 
-def _prompt_chunk(request: Request, first: Output, backend: Backend) -> inference_pb2.GenerateChunk:
+def _prompt_chunk(
+    request: Request, first: Output, tokenizer: Tokenizer
+) -> inference_pb2.GenerateChunk:
     """The prompt, if it is to be echoed; its logprobs come with the first output."""
     options, ids = request.options, request.prompt_token_ids
     return inference_pb2.GenerateChunk(
         request_id=request.request_id,
-        text=backend.tokenizer.decode(ids, special=True),
+        text=tokenizer.decode(ids, special=True),
         token_ids=ids if options.token_ids else (),
         logprobs=token_logprobs(first.prompt_logprobs) if options.logprobs else [],
     )

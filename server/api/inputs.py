@@ -31,7 +31,7 @@ from turret.server.errors import InvalidRequestError, UnavailableError
 from turret.v1 import inference_pb2
 
 if TYPE_CHECKING:
-    from turret.server.models.tokenizer import Tokenizer
+    from turret.server.api.vocabularies import Vocabulary
 
 _T = TypeVar("_T")
 # Whatever is wrong with these is wrong with the call, not with one of its inputs.
@@ -81,7 +81,7 @@ def _path(index: int, path: str) -> str:
 
 def pooled_requests(
     inputs: Sequence[inference_pb2.Input],
-    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
     call: Call,
     *,
     adapters: tuple[AdapterRef, ...],
@@ -94,7 +94,7 @@ def pooled_requests(
     message_bytes = call.message_bytes // len(inputs)
 
     async def make(index: int) -> Request:
-        ids = await input_token_ids(inputs[index], tokenizer)
+        ids = await input_token_ids(inputs[index], vocabulary.tokenizer)
         return Request(
             request_id=request_id,
             prompt_token_ids=tuple(ids),
@@ -102,6 +102,7 @@ def pooled_requests(
             deadline=deadline,
             message_bytes=message_bytes,
             pooling=pooling,
+            own_text=vocabulary.own,
         )
 
     return make

@@ -7,10 +7,14 @@ test compares it with the proto files and their comments.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from turret.server.api.backend import Backend
 from turret.server.constraints.spec import MAX_CHOICES, MAX_CONSTRAINT_CHARS
 from turret.server.engine.scheduling.request import MAX_STOP_STRING_CHARS, MAX_STOP_STRINGS
+
+if TYPE_CHECKING:
+    from turret.server.api.vocabularies import Vocabulary
 
 # More members than this are refused before their names are looked up.
 MAX_MIX_MEMBERS = 64
@@ -35,7 +39,7 @@ MAX_PATH_CHARS = 1024
 MAX_PAGE_TOKEN_CHARS = 256
 # Names of methods, combinations and files, digests in hex.
 MAX_WORD_CHARS = 64
-MAX_UPLOAD_FILES = 2
+MAX_UPLOAD_FILES = 7
 
 _REQUESTS, _ADAPTERS = "server/api/requests.py", "server/api/admin/adapters.py"
 _CHATS, _INPUTS = "server/api/chats.py", "server/api/inputs.py"
@@ -115,6 +119,7 @@ LIMITS = (
         _entries(f"{message}.adapters", MAX_MIX_MEMBERS)
         for message in (
             *("GenerateRequest", "ScoreRequest", "EmbedRequest", "ClassifyRequest"),
+            "TokenizeRequest",
             *("FuseAdaptersRequest", "MergeAdaptersRequest"),
         )
     ),
@@ -157,11 +162,12 @@ class InputLimits:
     max_chars: int
 
     @classmethod
-    def of(cls, backend: Backend) -> InputLimits:
-        """Those of the served model."""
-        info = backend.model_info
+    def of(cls, backend: Backend, vocabulary: Vocabulary) -> InputLimits:
+        """Those of the served model, for a request that speaks a vocabulary."""
+        info, tokenizer = backend.model_info, vocabulary.tokenizer
         most = info.max_model_len
-        return cls(info.vocab_size, most, most * backend.tokenizer.longest_token)
+        size = info.vocab_size if vocabulary.own is None else tokenizer.vocab_size
+        return cls(size, most, most * tokenizer.longest_token)
 
     def for_tokenize(self) -> InputLimits:
         """Those of ``Tokenize``: the same texts, but more tokens may come of them."""

@@ -30,7 +30,7 @@ from turret.server.errors import InvalidRequestError
 from turret.v1 import adapters_pb2, inference_pb2
 
 if TYPE_CHECKING:
-    from turret.server.constraints.compiler import ConstraintCompiler
+    from turret.server.api.vocabularies import Vocabulary
     from turret.server.models.tokenizer import Tokenizer
 
 # Text that takes longer than about a millisecond to tokenise leaves the event loop.
@@ -203,13 +203,13 @@ async def input_token_ids(message: Asked, tokenizer: Tokenizer) -> list[int]:
     else:
         size = len(message.prompt)
         encode = functools.partial(tokenizer.encode, message.prompt)
-    return encode() if size <= _INLINE_CHARS else await asyncio.to_thread(encode)
+    is_quick = size <= _INLINE_CHARS and not tokenizer.is_foreign
+    return encode() if is_quick else await asyncio.to_thread(encode)
 
 
 async def generate_request(
     message: inference_pb2.GenerateRequest,
-    tokenizer: Tokenizer,
-    constraints: ConstraintCompiler,
+    vocabulary: Vocabulary,
     *,
     limits: InputLimits,
     request_id: str,
@@ -220,8 +220,7 @@ async def generate_request(
 
     Args:
         message: What the client sent.
-        tokenizer: Turns a prompt or chat into tokens.
-        constraints: Compiles what the answer must match.
+        vocabulary: Turns a prompt or chat into tokens, and compiles what the answer must match.
         limits: What the model bounds.
         request_id: Used where the message carries none.
         deadline: ``time.monotonic()`` seconds, or None.
@@ -255,10 +254,10 @@ async def generate_request(
         _check_ids(so_far, limits.vocab_size, violations, "answer_so_far")
     check_request_id(message.request_id, violations)
     violations.raise_if_any()
-    constraint = None if spec is None else await constraints.compile(spec)
+    constraint = None if spec is None else await vocabulary.constraints.compile(spec)
     return Request(
         request_id=message.request_id or request_id,
-        prompt_token_ids=tuple(await input_token_ids(message, tokenizer)),
+        prompt_token_ids=tuple(await input_token_ids(message, vocabulary.tokenizer)),
         adapters=refs,
         sampling=sampling,
         stop=stop,
@@ -267,12 +266,13 @@ async def generate_request(
         message_bytes=message_bytes,
         answer_so_far=tuple(message.answer_so_far),
         constraint=constraint,
+        own_text=vocabulary.own,
     )
 
 
 async def score_request(
     message: inference_pb2.ScoreRequest,
-    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
     *,
     limits: InputLimits,
     request_id: str,
@@ -289,8 +289,9 @@ async def score_request(
     violations.raise_if_any()
     return Request(
         request_id=message.request_id or request_id,
-        prompt_token_ids=tuple(await input_token_ids(message, tokenizer)),
+        prompt_token_ids=tuple(await input_token_ids(message, vocabulary.tokenizer)),
         adapters=refs,
+        own_text=vocabulary.own,
         options=options,
         deadline=deadline,
         message_bytes=message_bytes,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from turret.server.engine.detokenizer import Detokenizer, TextStream
+from turret.server.engine.detokenizer import Detokenizer
+from turret.server.engine.scheduling.own_text import TextStream
 from turret.server.engine.scheduling.request import StopConditions
 from turret.server.errors import InvalidRequestError
 

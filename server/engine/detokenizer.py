@@ -6,13 +6,8 @@ Text that might be the beginning of a stop string is held until the next tokens 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
-
-class TextStream(Protocol):
-    """Decodes token by token (``server/models/tokenizer.py``)."""
-
-    def push(self, token_id: int) -> str: ...
+from turret.server.engine.scheduling.own_text import TextStream
 
 
 class Detokenizer:

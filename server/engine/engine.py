@@ -12,21 +12,21 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
 
 from turret.server.adapters.mix import Mix
 from turret.server.engine.answer import Answer
 from turret.server.engine.answer_text import AnswerText
 from turret.server.engine.base_change import BaseChange, Change
-from turret.server.engine.detokenizer import TextStream
 from turret.server.engine.heads import check_heads
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
+from turret.server.engine.scheduling.own_text import Text
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.speculation.drafter import Drafter
 from turret.server.engine.stream import Stream
+from turret.server.engine.vocabularies import check_vocabulary
 from turret.server.errors import (
     InvalidRequestError,
     PromptTooLongError,
@@ -38,16 +38,6 @@ from turret.server.errors import (
 _RETRY_SECONDS = 1.0
 # More than these take over a millisecond to turn into text, and leave the event loop.
 _INLINE_TOKENS = 128
-
-
-class Text(Protocol):
-    """What the engine needs of the tokenizer."""
-
-    vocab_size: int
-    eos_token_ids: frozenset[int]
-
-    def stream(self, call_marks: bool = False) -> TextStream: ...
-    def token_text(self, token_id: int) -> str: ...
 
 
 class Engine:
@@ -221,6 +211,7 @@ class Engine:
 
     def _make_answer(self, request: Request, text: AnswerText, mix: Mix, arrival: float) -> Answer:
         sequence = self._make_sequence(request, mix, arrival)
+        sequence.vocab_size = check_vocabulary(request, mix)
         max_tokens = self._check_length(request, sequence.num_virtual)
         max_tokens = self._choose_frequencies(sequence, max_tokens)
         sequence.drafter = self._make_drafter(sequence, max_tokens)
@@ -232,7 +223,7 @@ class Engine:
             sequence,
             stream,
             text,
-            token_text=self._text.token_text,
+            token_text=self._text_of(request).token_text,
             max_tokens=max_tokens,
         )
 
@@ -250,15 +241,20 @@ class Engine:
             prompt_end=sequence.prompt_end,
             max_tokens=max_tokens,
             end_ids=stop.stop_token_ids
-            | (frozenset() if stop.ignore_eos else self._text.eos_token_ids),
+            | (frozenset() if stop.ignore_eos else self._text_of(request).eos_token_ids),
         )
+
+    def _text_of(self, request: Request) -> Text:
+        """The tokenizer that its tokens are of."""
+        return self._text if request.own_text is None else request.own_text.text
 
     async def _begin_text(self, request: Request) -> AnswerText:
         """The answer's text, with what was answered before taken in."""
+        own = self._text_of(request)
         text = AnswerText(
-            self._text.stream(request.options.call_marks),
+            own.stream(request.options.call_marks),
             request.stop,
-            self._text.eos_token_ids,
+            own.eos_token_ids,
             is_constrained=request.constraint is not None,
         )
         so_far = request.answer_so_far
@@ -294,7 +290,7 @@ class Engine:
         )
 
     def _check_token_ids(self, request: Request) -> None:
-        size = self._text.vocab_size
+        size = self._text_of(request).vocab_size
         for name, ids in (
             ("input.token_ids", request.prompt_token_ids),
             ("answer_so_far", request.answer_so_far),

@@ -52,7 +52,7 @@ class ChatCompletions:
         prompt = inference_pb2.GenerateRequest(chat=read_messages(fields))
         exchange.names.update(asked.names)
         use = read_tools(fields, prompt.chat)
-        make_reader = make_readers(self._inference, exchange, fields, asked, use)
+        make_reader = await make_readers(self._inference, exchange, fields, asked, use)
         violations.raise_if_any()
         del fields
         # Each answer counts its share of what was sent.

@@ -110,7 +110,9 @@ class Completions:
         )
         if options.echo:
             ids = [token.token_id for token in scored.tokens]
-            read = inference_pb2.TokenizeRequest(token_ids=inference_pb2.TokenIds(ids=ids))
+            read = inference_pb2.TokenizeRequest(
+                token_ids=inference_pb2.TokenIds(ids=ids), adapters=asked.message.adapters
+            )
             answer.text = (await self._inference.tokenize(read)).text
             answer.logprobs.extend(scored.tokens)
         return answer

@@ -20,13 +20,13 @@ from turret.v1 import inference_pb2
 _Message = inference_pb2.GenerateRequest
 
 
-def make_readers(
+async def make_readers(
     inference: Inference, exchange: Exchange, fields: Fields, asked: Asked, use: ToolUse
 ) -> Callable[[], AnswerReader]:
     """Keep the answers to calls where they must be some; returns what makes a reader of each."""
-    chat_format = inference.chat_format()
-    form: str | None = chat_format.tools
     message = asked.message
+    chat_format = await inference.chat_format(message.adapters)
+    form: str | None = chat_format.tools
     is_free = message.WhichOneof("constraint") is None
     if use.tools and form is not None:
         message.options.call_marks = True

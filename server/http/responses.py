@@ -47,7 +47,7 @@ class Responses:
         exchange.names.update({**asked.names, **sent.names, **conversation.names})
         prompt = inference_pb2.GenerateRequest(chat=conversation.chat)
         use = read_tools(fields, prompt.chat, is_flat=True)
-        make_reader = make_readers(self._inference, exchange, fields, asked, use)
+        make_reader = await make_readers(self._inference, exchange, fields, asked, use)
         violations.raise_if_any()
         del fields, conversation
         choices = Choices(

@@ -6,10 +6,11 @@ from turret.server.api.inference import Inference
 from turret.server.api.violations import Violations
 from turret.server.http.bodies.fields import Fields, is_token_id
 from turret.server.http.bodies.messages import read_messages
+from turret.server.http.bodies.model_names import mix_of
 from turret.server.http.bodies.tool_fields import read_tools
 from turret.server.http.bodies.unsupported import refuse_unsupported
 from turret.server.http.exchange.endpoint import Exchange
-from turret.v1 import inference_pb2
+from turret.v1 import adapters_pb2, inference_pb2
 
 NAMES = {
     "input": "prompt",
@@ -37,7 +38,7 @@ class Tokens:
         fields = Fields(exchange.take_body(), violations)
         is_chat = fields.get("messages") is not None
         refuse_unsupported(fields, is_chat=is_chat)
-        message = inference_pb2.TokenizeRequest()
+        message = inference_pb2.TokenizeRequest(adapters=_mix_of(fields, info.name))
         if is_chat:
             message.chat.CopyFrom(read_messages(fields))
             read_tools(fields, message.chat)
@@ -61,9 +62,10 @@ class Tokens:
 
     async def detokenize(self, exchange: Exchange) -> None:
         """The text of ``tokens``, special tokens included."""
-        self._inference.model()
+        info = self._inference.model()
         violations = Violations()
         fields = Fields(exchange.take_body(), violations)
+        adapters = _mix_of(fields, info.name)
         ids = fields.array("tokens")
         if ids is None or not all(map(is_token_id, ids)):
             fields.refuse("tokens", "must be a list of token ids")
@@ -71,6 +73,15 @@ class Tokens:
         if not ids:
             await exchange.reply.json({"prompt": ""})
             return
-        message = inference_pb2.TokenizeRequest(token_ids=inference_pb2.TokenIds(ids=ids))
+        message = inference_pb2.TokenizeRequest(
+            token_ids=inference_pb2.TokenIds(ids=ids), adapters=adapters
+        )
         answer = await self._inference.tokenize(message)
         await exchange.reply.json({"prompt": answer.text})
+
+
+def _mix_of(fields: Fields, base_name: str) -> list[adapters_pb2.AdapterWeight]:
+    """As requests have it, but that nothing need be said: then the tokenizer is the base's."""
+    if fields.get("model") is None and fields.get("adapters") is None:
+        return []
+    return mix_of(fields, base_name)

@@ -7,7 +7,13 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from turret.server.adapters.source import CONFIG_FILE, PROVENANCE_FILE, TENSORS_FILE
+from turret.server.adapters.source import (
+    CONFIG_FILE,
+    PROVENANCE_FILE,
+    TENSORS_FILE,
+    TOKENIZER_FILE,
+    TOKENIZER_FILES,
+)
 from turret.server.basics.durable_file import reporting_disk_faults
 from turret.server.basics.hub_id import HUB_SCHEME, HubId
 from turret.server.errors import (
@@ -82,14 +88,38 @@ class AdapterHub:
         found = f"{HUB_SCHEME}{repository.id}"
         if not _is_there(repository.id):
             size = sum(repository.files[name] for name in names)
-            if size > self._max_bytes:
-                raise BudgetExceededError(
-                    f"adapter {path!r} has {size} bytes, at most {self._max_bytes} are taken"
-                    " (--max-upload-bytes)",
-                    metadata={"path": path, "bytes": str(size)},
-                )
+            self._check_size(path, size)
             self._download(path, repository, names, size)
         return found
+
+    def fetch_tokenizer(self, path: str) -> None:
+        """Have the tokenizer beside an adapter's files in the cache, if there is one.
+
+        Args:
+            path: As ``fetch`` gave it.
+
+        Raises:
+            See ``fetch``.
+        """
+        hub_id = self._checked(path)
+        if (cache_dir() / hub_id.snapshot / TOKENIZER_FILE).is_file():
+            return
+        repository = find_repository(hub_id, may_be_old=True)
+        if TOKENIZER_FILE not in repository.files:
+            return
+        # The largest last: where it is, all are.
+        names = [name for name in TOKENIZER_FILES if name in repository.files][::-1]
+        size = sum(repository.files[name] for name in names)
+        self._check_size(path, size)
+        self._download(path, repository, names, size)
+
+    def _check_size(self, path: str, size: int) -> None:
+        if size > self._max_bytes:
+            raise BudgetExceededError(
+                f"adapter {path!r} has {size} bytes, at most {self._max_bytes} are taken"
+                " (--max-upload-bytes)",
+                metadata={"path": path, "bytes": str(size)},
+            )
 
     def _checked(self, path: str) -> HubId:
         if not self._allowed:

@@ -37,8 +37,17 @@ def projections(decoder: Decoder) -> Iterator[tuple[AdaptedLinear, tuple[str, ..
                 yield getattr(owner, name), paths
 
 
-def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) -> BaseModel:
-    """The base model as adapters see it, with the weights that it has now."""
+def describe_base(
+    decoder: Decoder, source: ModelSource, generation: int = 1, *, named: int | None = None
+) -> BaseModel:
+    """The base model as adapters see it, with the weights that it has now.
+
+    Args:
+        decoder: The model.
+        source: Where it is from.
+        generation: Of its weights.
+        named: See ``BaseVocabulary``.
+    """
     arch = decoder.arch
     modules = {}
     for linear, paths in projections(decoder):
@@ -83,7 +92,7 @@ def describe_base(decoder: Decoder, source: ModelSource, generation: int = 1) ->
         experts=_experts(decoder),
         renamed=_renamed(arch),
         norms=_norms(decoder),
-        vocabulary=BaseVocabulary(decoder.embedding, head, arch.tie_word_embeddings),
+        vocabulary=BaseVocabulary(decoder.embedding, head, arch.tie_word_embeddings, named),
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_kv_heads=arch.num_kv_heads,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import uuid
@@ -13,8 +14,11 @@ from tokenizers.decoders import DecodeStream
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_format import NO_TOOLS, ChatFormat
+from turret.server.models.time_limit import limited_to
 
 _BEFORE = "\n"
+# Of a template that came with an adapter; an ordinary one takes milliseconds.
+_TEMPLATE_SECONDS = 5.0
 
 
 class Tokenizer:
@@ -23,13 +27,17 @@ class Tokenizer:
     Attributes:
         vocab_size: Token ids are below it, here and in the model: tokenizers may hold added tokens
             that the model has no row for. Not every id below it need be a token's.
+        num_rows: Rows of the model's embedding.
         longest_token: Characters of the longest one; a text is no fewer tokens than its length by
             this.
         chat_format: What the chat template knows beside turns.
+        is_foreign: Whether it came with an adapter: its template has an end in time, and is not
+            rendered where others wait.
     """
 
     def __init__(self, inner: Any, eos_token_ids: frozenset[int], model_vocab_size: int) -> None:
         self._inner = inner
+        self.is_foreign = False
         backend = inner.backend_tokenizer
         self._backend = backend
         vocabulary: dict[str, int] = backend.get_vocab()
@@ -37,6 +45,7 @@ class Tokenizer:
         # Not how many there are: between the words and the special tokens there may be a gap.
         last = max(vocabulary.values(), default=-1)
         self.vocab_size: int = min(last + 1, model_vocab_size)
+        self.num_rows = model_vocab_size
         own = inner.eos_token_id
         ends = eos_token_ids | (frozenset() if own is None else {own})
         self.eos_token_ids = frozenset(token for token in ends if token < model_vocab_size)
@@ -76,6 +85,11 @@ class Tokenizer:
                 "model", f"no usable tokenizer in {files}: {error}"
             ) from error
         return cls(inner, eos_token_ids, model_vocab_size)
+
+    def beyond(self, rows: int) -> dict[str, int]:
+        """Tokens whose numbers are not below ``rows``."""
+        numbers: dict[str, int] = self._backend.get_vocab()
+        return {token: number for token, number in numbers.items() if number >= rows}
 
     def serialized(self) -> str:
         """The tokenizer as ``tokenizer.json`` holds it, without rules of padding and length."""
@@ -131,12 +145,13 @@ class Tokenizer:
         try:
             if not special:
                 messages, tools = without(list(messages)), without(list(tools))
-            text = self._inner.apply_chat_template(
-                list(messages),
-                tools=list(tools) or None,
-                add_generation_prompt=True,
-                tokenize=False,
-            )
+            with limited_to(_TEMPLATE_SECONDS) if self.is_foreign else contextlib.nullcontext():
+                text = self._inner.apply_chat_template(
+                    list(messages),
+                    tools=list(tools) or None,
+                    add_generation_prompt=True,
+                    tokenize=False,
+                )
         except Exception as error:
             # jinja raises many kinds, and nesting has an end; all are about what the client sent.
             raise InvalidRequestError.of("chat.messages", f"chat template: {error}") from error

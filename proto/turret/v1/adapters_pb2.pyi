@@ -12,7 +12,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Adapter(_message.Message):
-    __slots__ = ("name", "uuid", "generation", "digest", "method", "ranks", "target_modules", "bytes_disk", "bytes_host", "bytes_device", "residency", "pinned", "in_flight", "last_used_time", "base_model", "warnings", "state", "source", "invocation_token_ids", "labels")
+    __slots__ = ("name", "uuid", "generation", "digest", "method", "ranks", "target_modules", "bytes_disk", "bytes_host", "bytes_device", "residency", "pinned", "in_flight", "last_used_time", "base_model", "warnings", "state", "source", "invocation_token_ids", "labels", "vocab_size")
     class Residency(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
         __slots__ = ()
         RESIDENCY_UNSPECIFIED: _ClassVar[Adapter.Residency]
@@ -53,6 +53,7 @@ class Adapter(_message.Message):
     SOURCE_FIELD_NUMBER: _ClassVar[int]
     INVOCATION_TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LABELS_FIELD_NUMBER: _ClassVar[int]
+    VOCAB_SIZE_FIELD_NUMBER: _ClassVar[int]
     name: str
     uuid: str
     generation: int
@@ -73,7 +74,8 @@ class Adapter(_message.Message):
     source: str
     invocation_token_ids: _containers.RepeatedScalarFieldContainer[int]
     labels: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, name: _Optional[str] = ..., uuid: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., method: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., target_modules: _Optional[_Iterable[str]] = ..., bytes_disk: _Optional[int] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., source: _Optional[str] = ..., invocation_token_ids: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ...) -> None: ...
+    vocab_size: int
+    def __init__(self, name: _Optional[str] = ..., uuid: _Optional[str] = ..., generation: _Optional[int] = ..., digest: _Optional[str] = ..., method: _Optional[str] = ..., ranks: _Optional[_Iterable[int]] = ..., target_modules: _Optional[_Iterable[str]] = ..., bytes_disk: _Optional[int] = ..., bytes_host: _Optional[int] = ..., bytes_device: _Optional[int] = ..., residency: _Optional[_Union[Adapter.Residency, str]] = ..., pinned: bool = ..., in_flight: _Optional[int] = ..., last_used_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., base_model: _Optional[str] = ..., warnings: _Optional[_Iterable[str]] = ..., state: _Optional[_Union[Adapter.State, str]] = ..., source: _Optional[str] = ..., invocation_token_ids: _Optional[_Iterable[int]] = ..., labels: _Optional[_Iterable[str]] = ..., vocab_size: _Optional[int] = ...) -> None: ...
 
 class AdapterWeight(_message.Message):
     __slots__ = ("name", "generation", "weight")

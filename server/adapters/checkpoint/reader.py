@@ -31,6 +31,7 @@ from turret.server.adapters.source import (
     PROVENANCE_FILE,
     TENSORS_FILE,
 )
+from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.errors import AdapterCheckpointError, BudgetExceededError
 
 # Names that stay in memory and on disk, and go to every client that lists adapters.
@@ -40,6 +41,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Every digest begins with it. Change it when the definition of the digest changes.
 _DIGEST_DOMAIN = b"turret-adapter-1\0"
 _TASK_DOMAIN = b"turret-adapter-task-1\0"
+_TOKENIZER_DOMAIN = b"turret-adapter-tokenizer-1\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,7 @@ class AdapterCheckpoint:
         task: Which task of the files is meant, or None. The digest includes it.
         text_prefix: What stood before the language model's names where the adapter was trained
             on a model of text and images; "" if nothing did.
+        tokenizer: Its own, where it needs one, or None. The digest includes it.
     """
 
     path: str
@@ -70,13 +73,22 @@ class AdapterCheckpoint:
     base_digest: str = ""
     task: int | None = None
     text_prefix: str = ""
+    tokenizer: TokenizerFiles | None = None
 
     def of_task(self, task: int | None) -> AdapterCheckpoint:
         """The same files as one of their tasks: another adapter, with a digest of its own."""
         if task is None:
             return self
-        digest = hashlib.sha256(_TASK_DOMAIN + bytes.fromhex(self.digest) + str(task).encode())
-        return replace(self, task=task, digest=digest.hexdigest())
+        return replace(self, task=task, digest=digest_of_task(self.digest, task))
+
+    def with_tokenizer(self, tokenizer: TokenizerFiles) -> AdapterCheckpoint:
+        """The same weights with a tokenizer: another adapter, with a digest of its own."""
+        return replace(
+            self,
+            tokenizer=tokenizer,
+            digest=digest_with_tokenizer(self.digest, tokenizer.digest),
+            bytes_disk=self.bytes_disk + tokenizer.bytes_disk,
+        )
 
 
 def read_checkpoint(
@@ -162,6 +174,19 @@ def _refuse_pickle(directory: AdapterDirectory, path: str) -> None:
                 f" writes {TENSORS_FILE}",
             )
     findings.raise_if_any()
+
+
+def digest_of_task(digest: str, task: int | None) -> str:
+    """The digest of one task of an adapter's files, from that of all of them."""
+    if task is None:
+        return digest
+    return hashlib.sha256(_TASK_DOMAIN + bytes.fromhex(digest) + str(task).encode()).hexdigest()
+
+
+def digest_with_tokenizer(digest: str, tokenizer: str) -> str:
+    """The digest of an adapter with a tokenizer of its own, from those of weights and tokenizer."""
+    both = bytes.fromhex(digest) + bytes.fromhex(tokenizer)
+    return hashlib.sha256(_TOKENIZER_DOMAIN + both).hexdigest()
 
 
 def begin_digest(config: Mapping[str, Any]) -> Any:

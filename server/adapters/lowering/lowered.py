@@ -32,6 +32,7 @@ class Lowered:
         depends_on_base: Whether the base's weights or biases went into the operators, which are
             then lowered again when a merge changes the base. True where a method does not say.
         head: What its classification head tells, or None.
+        vocab_size: Rows of its vocabulary, where that has another size than the base's; else 0.
     """
 
     operators: AdapterOperators
@@ -45,6 +46,7 @@ class Lowered:
     components: tuple[str, ...] = ()
     depends_on_base: bool = True
     head: Head | None = None
+    vocab_size: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -67,6 +69,7 @@ class Lowered:
             invocation=self.operators.invocation or (),
             labels=() if self.head is None else self.head.labels,
             problem_type="" if self.head is None else self.head.problem_type,
+            vocab_size=self.vocab_size,
         )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
-from turret.server.adapters.base import HEAD, BaseModel
+from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import FindComponent, find_no_component
@@ -18,10 +18,13 @@ from turret.server.adapters.peft_format.classifier_checkpoint import (
     ClassifierPart,
     take_classifier,
 )
+from turret.server.adapters.peft_format.config.lora_rules import INVOCATION
 from turret.server.adapters.peft_format.expert_checkpoint import ExpertPart, take_experts
 from turret.server.adapters.peft_format.module_checkpoint import check_rank
+from turret.server.adapters.peft_format.resized_vocabulary import FittedCheckpoint, fit_vocabulary
 from turret.server.adapters.peft_format.unserved import UNSERVED
 from turret.server.adapters.peft_format.vocabulary_checkpoint import VocabularyPart, take_vocabulary
+from turret.server.adapters.vocabulary import VocabularyOperators
 from turret.server.errors import AdapterCheckpointError
 
 
@@ -117,7 +120,9 @@ def lower_checkpoint(
     classifier = take_classifier(checkpoint, base)
     experts = take_experts(classifier.rest, base, max_rank)
     experts.findings.raise_if_any()
-    part = take_vocabulary(experts.rest, base)
+    fitted = fit_vocabulary(experts.rest, base)
+    fitted.findings.raise_if_any()
+    part = take_vocabulary(fitted.rest, base)
     findings = classifier.findings
     findings.add_all(part.findings)
     lowered = None
@@ -131,6 +136,7 @@ def lower_checkpoint(
     findings.raise_if_any()
     assert lowered is not None  # or there was a fault
     joined = _with_head(_with_experts(_joined(lowered, part), experts), classifier)
+    joined = _with_vocabulary(joined, fitted)
     # The reader checked the modules' ranks before anything was computed; this is for all others.
     check_rank(checkpoint.path, max(joined.ranks, default=0), max_rank)
     return method.name, replace(
@@ -145,6 +151,27 @@ def _check_integers(checkpoint: AdapterCheckpoint, method: Method) -> None:
         if not tensor.is_floating_point() and not may_be:
             findings.add(name, f"holds integers ({tensor.dtype}), which {method.name} does not")
     findings.raise_if_any()
+
+
+def _with_vocabulary(lowered: Lowered, fitted: FittedCheckpoint) -> Lowered:
+    if not fitted.size:
+        return lowered
+    findings = fitted.findings
+    if lowered.operators.invocation is not None:
+        why = "tokens before the invocation are the base's, which has no rows for added ones"
+        findings.add(INVOCATION, why)
+        findings.raise_if_any()
+    operators, leaves = lowered.operators, set[str]()
+    if fitted.added is not None:
+        tokens = operators.tokens or VocabularyOperators()
+        operators = replace(operators, tokens=replace(tokens, added=fitted.added))
+        leaves = {module.rpartition(".")[2] for module in (EMBEDDING, HEAD)}
+    return replace(
+        lowered,
+        operators=operators,
+        target_modules=tuple(sorted({*lowered.target_modules, *leaves})),
+        vocab_size=fitted.size,
+    )
 
 
 def _with_head(lowered: Lowered, part: ClassifierPart) -> Lowered:

@@ -31,6 +31,17 @@ from turret.server.adapters.peft_format.config.vocabulary_rules import (
     vocabulary_module,
 )
 from turret.server.adapters.peft_format.dora_gain import dora_gain
+from turret.server.adapters.peft_format.vocabulary_names import (
+    BY_NAME,
+    FROZEN,
+    LOW_RANK,
+    MAGNITUDE,
+    ROWS,
+    WHOLE,
+    A,
+    B,
+    Found,
+)
 from turret.server.adapters.peft_format.vocabulary_rows import (
     changed_rows,
     check_vocabulary,
@@ -39,28 +50,6 @@ from turret.server.adapters.peft_format.vocabulary_rows import (
 )
 from turret.server.adapters.vocabulary import EmbeddingLowRank, VocabularyOperators, VocabularyRows
 
-_WHOLE, _BASE, _ROWS, _A, _B, _MAGNITUDE = "weight", "base", "rows", "a", "b", "magnitude"
-_SUFFIXES = {
-    # PEFT saves the untouched matrix along with an adapter that targets the module.
-    ".base_layer.weight": _BASE,
-    ".weight": _WHOLE,
-    ".token_adapter.trainable_tokens_delta": _ROWS,
-    ".lora_embedding_A": _A,
-    ".lora_embedding_B": _B,
-    ".lora_magnitude_vector": _MAGNITUDE,
-    ".lora_magnitude_vector.weight": _MAGNITUDE,
-}
-_LOW_RANK = (_A, _B, _MAGNITUDE)
-_BY_NAME = {
-    module + suffix: (module, role)
-    for module in (EMBEDDING, HEAD)
-    for suffix, role in _SUFFIXES.items()
-    if module == EMBEDDING or role not in _LOW_RANK
-} | {
-    # What canonical names make of "base_model.", PEFT's prefix beside a learned prompt.
-    "embed_tokens.weight": (EMBEDDING, _WHOLE),
-    f"base_model.{HEAD}.weight": (HEAD, _WHOLE),
-}
 # What decides whether and how LoRA adapts the embedding.
 _TARGET_RULES: Rules = {
     "r": RANK,
@@ -70,9 +59,6 @@ _TARGET_RULES: Rules = {
     **LAYER_RULES,
     **PATTERN_RULES,
 }
-
-# Role → (name in the file, tensor).
-_Found = dict[str, tuple[str, torch.Tensor]]
 
 
 @dataclass(slots=True)
@@ -99,10 +85,10 @@ class VocabularyPart:
 def take_vocabulary(checkpoint: AdapterCheckpoint, base: BaseModel) -> VocabularyPart:
     """Splits a checkpoint; nothing raises, the findings say what is wrong."""
     config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
-    found: dict[str, _Found] = {EMBEDDING: {}, HEAD: {}}
+    found: dict[str, Found] = {EMBEDDING: {}, HEAD: {}}
     rest = {}
     for name, tensor in checkpoint.tensors.items():
-        module, role = _BY_NAME.get(name, (None, None))
+        module, role = BY_NAME.get(name, (None, None))
         if module is None or role is None:
             rest[name] = tensor
         elif role in found[module]:
@@ -110,7 +96,7 @@ def take_vocabulary(checkpoint: AdapterCheckpoint, base: BaseModel) -> Vocabular
         else:
             found[module][role] = (name, tensor)
     rows = _trained_rows(config, found, base, findings)
-    saved = _saved_modules(config, base)
+    saved = saved_modules(config, base)
     rows |= _whole_matrices(saved, found, base, findings)
     # PEFT adapts no module that it saves whole.
     base = replace(
@@ -124,7 +110,7 @@ def take_vocabulary(checkpoint: AdapterCheckpoint, base: BaseModel) -> Vocabular
             low_rank, changes = _low_rank(config, found[EMBEDDING], base, findings)
         base = replace(base, other_modules=base.other_modules - {EMBEDDING})
     else:
-        for name, _ in (found[EMBEDDING][role] for role in _LOW_RANK if role in found[EMBEDDING]):
+        for name, _ in (found[EMBEDDING][role] for role in LOW_RANK if role in found[EMBEDDING]):
             findings.add(name, "is part of a LoRA, the config names another method")
     embedding, head = rows.get(EMBEDDING), rows.get(HEAD)
     operators = None
@@ -139,7 +125,7 @@ def take_vocabulary(checkpoint: AdapterCheckpoint, base: BaseModel) -> Vocabular
             checkpoint,
             config={**config, **changes},
             tensors=rest,
-            is_partial=checkpoint.is_partial or any(role in found[EMBEDDING] for role in _LOW_RANK),
+            is_partial=checkpoint.is_partial or any(role in found[EMBEDDING] for role in LOW_RANK),
         ),
         base=base,
         findings=findings,
@@ -152,7 +138,7 @@ def _is_lora(config: Mapping[str, Any]) -> bool:
 
 
 def _trained_rows(
-    config: Mapping[str, Any], found: Mapping[str, _Found], base: BaseModel, findings: Findings
+    config: Mapping[str, Any], found: Mapping[str, Found], base: BaseModel, findings: Findings
 ) -> dict[str, VocabularyRows | None]:
     """``trainable_token_indices``; a key at fault is reported by the method's rules."""
     value = config.get("trainable_token_indices")
@@ -163,11 +149,14 @@ def _trained_rows(
     wanted = token_ids_by_module(value, is_tied=is_tied)
     is_shared = is_tied and wanted.get(HEAD) is not None and wanted[HEAD] == wanted.get(EMBEDDING)
     for module in (EMBEDDING, HEAD):
-        name, tensor = found[module].get(_ROWS, (f"{module}.token_adapter", None))
+        name, tensor = found[module].get(ROWS, (f"{module}.token_adapter", None))
         ids = wanted.get(module)
         if module == HEAD and is_shared:
             rows[HEAD] = rows.get(EMBEDDING)
             ids = None
+            # With save_embedding_layers PEFT saves them once more.
+            if tensor is not None and torch.equal(tensor, found[EMBEDDING][ROWS][1]):
+                tensor = None
         if tensor is not None and ids is not None:
             rows[module] = read_rows(name, tensor, ids, base.vocabulary, findings)
         elif tensor is not None:
@@ -177,7 +166,7 @@ def _trained_rows(
     return rows
 
 
-def _saved_modules(config: Mapping[str, Any], base: BaseModel) -> set[str]:
+def saved_modules(config: Mapping[str, Any], base: BaseModel) -> set[str]:
     """What ``modules_to_save`` names; a key at fault is reported by the method's rules."""
     value = config.get("modules_to_save")
     if is_modules_to_save(value) is not None:
@@ -188,20 +177,20 @@ def _saved_modules(config: Mapping[str, Any], base: BaseModel) -> set[str]:
 
 
 def _whole_matrices(
-    saved: set[str], found: Mapping[str, _Found], base: BaseModel, findings: Findings
+    saved: set[str], found: Mapping[str, Found], base: BaseModel, findings: Findings
 ) -> dict[str, VocabularyRows | None]:
     """Saved modules, and matrices that PEFT saved along, which must be the base's own."""
     matrices: dict[str, VocabularyRows | None] = {}
     vocabulary = base.vocabulary
     served = {EMBEDDING: vocabulary.embedding, HEAD: vocabulary.head}
     for module, matrix in served.items():
-        name, tensor = found[module].get(_WHOLE, (f"{module}.weight", None))
+        name, tensor = found[module].get(WHOLE, (f"{module}.weight", None))
         if module in saved:
             if tensor is None:
                 findings.add(name, "is missing; modules_to_save names the module")
                 continue
             _check_alone(module, found[module], findings)
-            same = found[EMBEDDING].get(_WHOLE, (name, tensor))[1]
+            same = found[EMBEDDING].get(WHOLE, (name, tensor))[1]
             is_tied = EMBEDDING in saved and vocabulary.head is vocabulary.embedding
             if module == HEAD and is_tied and torch.equal(same, tensor):
                 matrices[HEAD] = matrices.get(EMBEDDING)  # one copy of both
@@ -209,13 +198,13 @@ def _whole_matrices(
                 matrices[module] = read_matrix(name, tensor, matrix, vocabulary, findings)
         elif tensor is not None:
             _check_unchanged(name, tensor, matrix, base, findings)
-        if _BASE in found[module]:
-            _check_unchanged(*found[module][_BASE], matrix, base, findings)
+        if FROZEN in found[module]:
+            _check_unchanged(*found[module][FROZEN], matrix, base, findings)
     return matrices
 
 
-def _check_alone(module: str, found: _Found, findings: Findings) -> None:
-    for role in (_ROWS, *_LOW_RANK):
+def _check_alone(module: str, found: Found, findings: Findings) -> None:
+    for role in (ROWS, *LOW_RANK):
         if role in found:
             name = found[role][0]
             findings.add(name, f"is there beside a whole {module!r}: which one counts?")
@@ -234,31 +223,26 @@ def _check_unchanged(
 
 
 def _low_rank(
-    config: Mapping[str, Any], found: _Found, base: BaseModel, findings: Findings
+    config: Mapping[str, Any], found: Found, base: BaseModel, findings: Findings
 ) -> tuple[EmbeddingLowRank | None, dict[str, Any]]:
     """LoRA on the embedding, and changes to the config that the method reads.
 
     With ``ensure_weight_tying`` PEFT adapts the head of a tied base along with the embedding, and
     saves factors for it, without naming it in the config.
     """
-    targets = _targets(config, base)
-    name, a = found.get(_A, (f"{EMBEDDING}.lora_embedding_A", None))
+    targets = vocabulary_targets(config, base)
+    name, a = found.get(A, (f"{EMBEDDING}.lora_embedding_A", None))
     if targets is None:
         return None, {}
     if EMBEDDING not in targets.targeted:
-        for role in _LOW_RANK:
+        for role in LOW_RANK:
             if role in found:
                 findings.add(found[role][0], "is there, but the config leaves it out")
         return None, {}
-    changes = {}
-    is_tied = config.get("ensure_weight_tying") is True and base.vocabulary.is_tied
-    if is_tied and HEAD not in targets.targeted:
-        chosen = config["target_modules"]
-        is_regex = isinstance(chosen, str)
-        changes["target_modules"] = f"(?:{chosen}|{HEAD})" if is_regex else [*chosen, HEAD]
-    if _ROWS in found:
-        findings.add(found[_ROWS][0], "cannot be combined with LoRA on the embedding")
-    b = found.get(_B, (f"{EMBEDDING}.lora_embedding_B", None))
+    changes = tied_targets(config, targets, base)
+    if ROWS in found:
+        findings.add(found[ROWS][0], "cannot be combined with LoRA on the embedding")
+    b = found.get(B, (f"{EMBEDDING}.lora_embedding_B", None))
     for role_name, tensor in ((name, a), b):
         if tensor is None:
             findings.add(role_name, "is missing; the config targets the module")
@@ -271,7 +255,7 @@ def _low_rank(
     is_fit = findings.check_shape(name, a, (rank, size), of_base=False)
     is_fit &= findings.check_shape(b[0], b[1], (hidden, rank), of_base=False)
     gain = None
-    if (_MAGNITUDE in found) != (config.get("use_dora") is True):
+    if (MAGNITUDE in found) != (config.get("use_dora") is True):
         why = "use_dora and the tensor go together; one of them is missing"
         findings.add(f"{EMBEDDING}.lora_magnitude_vector", why)
         is_fit = False
@@ -280,8 +264,8 @@ def _low_rank(
     scaling = targets.scaling(EMBEDDING)
     wide = torch.promote_types(base.dtype, torch.float32)
     scaled = b[1].to(wide) * scaling
-    if _MAGNITUDE in found:
-        magnitude_name, magnitude = found[_MAGNITUDE]
+    if MAGNITUDE in found:
+        magnitude_name, magnitude = found[MAGNITUDE]
         shapes = (hidden,), (1, hidden), (hidden, 1)
         if not findings.check_shape(magnitude_name, magnitude, *shapes):
             return None, changes
@@ -297,8 +281,20 @@ def _low_rank(
     return result, changes
 
 
-def _targets(config: Mapping[str, Any], base: BaseModel) -> Targets | None:
-    """Whether and how the config targets the embedding; None if a key it takes is at fault."""
+def tied_targets(
+    config: Mapping[str, Any], targets: Targets, base: BaseModel
+) -> dict[str, str | list[str]]:
+    """What the config leaves unsaid of a tied base's head, which is adapted like the embedding."""
+    is_tied = config.get("ensure_weight_tying") is True and base.vocabulary.is_tied
+    if not is_tied or EMBEDDING not in targets.targeted or HEAD in targets.targeted:
+        return {}
+    chosen = config["target_modules"]
+    is_regex = isinstance(chosen, str)
+    return {"target_modules": f"(?:{chosen}|{HEAD})" if is_regex else [*chosen, HEAD]}
+
+
+def vocabulary_targets(config: Mapping[str, Any], base: BaseModel) -> Targets | None:
+    """Whether and how LoRA targets embedding and head; None if a key it takes is at fault."""
     if not {"r", "lora_alpha", "target_modules"} <= config.keys():
         return None
     # The method's reader reports what is wrong here.

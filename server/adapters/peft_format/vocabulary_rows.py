@@ -10,17 +10,13 @@ from turret.server.adapters.vocabulary import VocabularyRows
 
 # Rows compared at once: 8,192 of 4,096 numbers are 128 MB in fp32.
 _ROWS_PER_BLOCK = 8192
-_RESIZED = (
-    "a resized vocabulary is not served; merge the adapter into the base that was resized (PEFT's"
-    " merge_and_unload) and serve that model, or train without adding tokens"
-)
 
 
 def check_vocabulary(name: str, rows: int, base: BaseVocabulary, findings: Findings) -> bool:
     """Whether a matrix has a row per token of the base."""
     if rows == base.size:
         return True
-    why = f"has {rows} rows, the base model has {base.size} tokens: {_RESIZED}"
+    why = f"has {rows} rows, the base model has {base.size} tokens"
     findings.mismatch(name, why)
     return False
 
@@ -31,7 +27,7 @@ def read_rows(
     """Trained rows of some tokens; they come in the order of the config's ids."""
     over = [i for i in ids if i >= base.size]
     if over:
-        why = f"is trained for token {over[0]}, the base model has {base.size} tokens: {_RESIZED}"
+        why = f"is trained for token {over[0]}, the base model has {base.size} tokens"
         findings.mismatch(name, why)
         return None
     if not findings.check_shape(name, tensor, (len(ids), base.embedding.shape[1])):

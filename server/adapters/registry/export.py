@@ -9,10 +9,23 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from turret.server.adapters.adapter_info import AdapterInfo
-from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.checkpoint.reader import begin_digest, parse_config
+from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, AdapterRoot
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.reader import (
+    begin_digest,
+    digest_of_task,
+    digest_with_tokenizer,
+    parse_config,
+)
+from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
 from turret.server.adapters.residency.loader import changed
-from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE, Source
+from turret.server.adapters.source import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    TENSORS_FILE,
+    TOKENIZER_FILES,
+    Source,
+)
 from turret.server.errors import AdapterChangedError
 
 CHUNK_BYTES = 256 << 10
@@ -28,7 +41,7 @@ class ExportedFile:
 
 
 class AdapterExport:
-    """Both files, open: an unload or a replacement meanwhile does not harm the export.
+    """An adapter's files, open: an unload or a replacement meanwhile does not harm the export.
 
     Making one reads the files once, to know that they are still what was loaded. Use it as a
     context manager. Blocks on the disk.
@@ -51,6 +64,8 @@ class AdapterExport:
             with root.open_directory(source.place, source.shown) as directory:
                 for name in (CONFIG_FILE, TENSORS_FILE):
                     self._files[name] = directory.open_file(name)
+                if record.facts.tokenizer:
+                    self._open_tokenizer(directory)
             self.files = tuple(_describe(name, file) for name, file in self._files.items())
             self._check_digest()
         except BaseException:
@@ -91,6 +106,16 @@ class AdapterExport:
                     metadata={"path": self._source.shown},
                 )
 
+    def _open_tokenizer(self, directory: AdapterDirectory) -> None:
+        findings = Findings(self._source.shown)
+        found = read_tokenizer_files(directory, findings)
+        digest, wanted = "" if found is None else found.digest, self.record.facts.tokenizer
+        if digest != wanted:
+            raise changed(self._source, wanted, digest)
+        for name in TOKENIZER_FILES:
+            if directory.has(name):
+                self._files[name] = directory.open_file(name)
+
     def _check_digest(self) -> None:
         config = self._files[CONFIG_FILE]
         config.seek(0)
@@ -99,8 +124,12 @@ class AdapterExport:
         file.seek(0)
         while data := file.read(CHUNK_BYTES):
             digest.update(data)
-        if digest.hexdigest() != self.record.facts.digest:
-            raise changed(self._source, self.record.facts.digest, digest.hexdigest())
+        found, facts = digest.hexdigest(), self.record.facts
+        if facts.tokenizer:
+            found = digest_with_tokenizer(found, facts.tokenizer)
+        found = digest_of_task(found, self._source.task)
+        if found != facts.digest:
+            raise changed(self._source, facts.digest, found)
 
 
 def _describe(name: str, file: BinaryIO) -> ExportedFile:

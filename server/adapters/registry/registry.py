@@ -29,6 +29,7 @@ from turret.server.adapters.registry.name_locks import NameLocks
 from turret.server.adapters.registry.name_table import NameTable
 from turret.server.adapters.registry.pins import Pins
 from turret.server.adapters.registry.registration import Registration
+from turret.server.adapters.registry.tokenizers import AdapterTokenizers
 from turret.server.adapters.registry.unloads import UnloadMode, Unloads
 from turret.server.adapters.residency.leases import Leases
 from turret.server.adapters.residency.loader import AdapterLoader
@@ -67,6 +68,7 @@ class AdapterRegistry:
     Attributes:
         on_force_unload: Listeners, called with the uuid of an adapter whose users must end now;
             they still have to release their mixes. Whoever acquires mixes adds one.
+        tokenizers: Those that adapters bring.
     """
 
     def __init__(
@@ -97,13 +99,10 @@ class AdapterRegistry:
         self._lock = lock = threading.RLock()
         self._metrics: AdapterMetrics = metrics or NoAdapterMetrics()
         self._leases = leases = Leases(
-            host_bytes,
-            self._loader.reload,
-            lock=lock,
-            metrics=self._metrics,
-            load_threads=load_threads,
+            host_bytes, loader.reload, lock=lock, metrics=self._metrics, load_threads=load_threads
         )
         self._table = table = NameTable(lock, leases, self._metrics, self._on_retired_gone)
+        self.tokenizers = AdapterTokenizers(table, loader)
         self._pins = pins = Pins(table, leases, kept)
         self._installer = Installer(loader, table, leases=leases, state=kept, pins=pins)
         self._names = names = NameLocks()

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from turret.server.adapters.allowed import NOTHING_SPECIAL, Allowed
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.digest_cache import DigestCache
+from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
 from turret.server.adapters.component import (
     COMPONENTS_KEY,
     Component,
@@ -25,7 +27,9 @@ from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.operators import AdapterOperators
 from turret.server.adapters.peft_format.base_name import is_other_base
-from turret.server.adapters.source import Source
+from turret.server.adapters.peft_format.resized_vocabulary import vocabulary_of
+from turret.server.adapters.source import TOKENIZER_FILE, Source
+from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.basics.background import compute_on_this_thread
 from turret.server.errors import (
     AdapterChangedError,
@@ -34,6 +38,13 @@ from turret.server.errors import (
     BudgetExceededError,
 )
 from turret.server.hub.adapters import AdapterHub
+
+# Reads a tokenizer for a vocabulary of so many rows; what is wrong with it is a ValueError.
+CheckTokenizer = Callable[[TokenizerFiles, int], None]
+
+
+def _take_any_tokenizer(files: TokenizerFiles, rows: int) -> None:
+    """Checks nothing: for whoever answers no requests."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +68,8 @@ class AdapterLoader:
 
     Attributes:
         base: The base model as served; may be set at any time.
+        check_tokenizer: Refuses an adapter's own tokenizer that cannot be served; set it before the
+            first is loaded.
 
     Args:
         root: The allow-listed adapter root; None refuses every path.
@@ -81,6 +94,7 @@ class AdapterLoader:
         allowed: Allowed = NOTHING_SPECIAL,
         hub: AdapterHub | None = None,
     ) -> None:
+        self.check_tokenizer: CheckTokenizer = _take_any_tokenizer
         self._root = AdapterRoot(root)
         self._hub = hub or AdapterHub()
         self._cache = AdapterRoot(self._hub.root)
@@ -116,13 +130,49 @@ class AdapterLoader:
             self._hub.fetch(source.path)
         # Operators take at least one serving element per weight, so more cannot fit.
         max_elements = self._host_bytes // self.base.dtype.itemsize
-        return read_checkpoint(
+        checkpoint = read_checkpoint(
             self.root_of(source),
             source.place,
             max_elements=max_elements,
             known=self._known if source.is_upload else None,
             shown=source.shown,
-        ).of_task(source.task)
+        )
+        return self._with_tokenizer(checkpoint, source).of_task(source.task)
+
+    def _with_tokenizer(self, checkpoint: AdapterCheckpoint, source: Source) -> AdapterCheckpoint:
+        """The checkpoint with the tokenizer in its folder, if its tokens may not be the base's."""
+        vocabulary = self.base.vocabulary
+        rows, is_other = vocabulary_of(checkpoint, self.base)
+        if not is_other:
+            return checkpoint
+        files = self.read_tokenizer(source)
+        if files is not None:
+            return checkpoint.with_tokenizer(files)
+        named = vocabulary.size if vocabulary.named is None else vocabulary.named
+        if rows and not named <= rows <= vocabulary.size:
+            findings = Findings(checkpoint.path)
+            why = (
+                f"is missing: the adapter has rows for {rows} tokens, the base model for"
+                f" {vocabulary.size}, and only its own tokenizer tells which they are; put it"
+                " beside the weights (tokenizer.save_pretrained)"
+            )
+            findings.add(TOKENIZER_FILE, why)
+            findings.raise_if_any()
+        return checkpoint
+
+    def read_tokenizer(self, source: Source) -> TokenizerFiles | None:
+        """Reads the tokenizer beside an adapter's files; None if there is none.
+
+        Raises:
+            AdapterCheckpointError: A file is refused.
+        """
+        if source.is_hub:
+            self._hub.fetch_tokenizer(source.path)
+        findings = Findings(source.shown)
+        with self.root_of(source).open_directory(source.place, source.shown) as directory:
+            files = read_tokenizer_files(directory, findings)
+        findings.raise_if_any()
+        return files
 
     def lower(self, checkpoint: AdapterCheckpoint) -> LoadedAdapter:
         """Makes the operators.
@@ -146,7 +196,20 @@ class AdapterLoader:
         if not self._allowed.other_base:
             check_same_base(checkpoint, base)
         generation = base.generation if lowered.depends_on_base else None
-        return LoadedAdapter(lowered.facts(checkpoint, method), lowered.operators, generation)
+        facts = lowered.facts(checkpoint, method)
+        if checkpoint.tokenizer is not None:
+            rows = facts.vocab_size or base.vocabulary.size
+            self._check(checkpoint, checkpoint.tokenizer, rows)
+            facts = replace(facts, vocab_size=rows, tokenizer=checkpoint.tokenizer.digest)
+        return LoadedAdapter(facts, lowered.operators, generation)
+
+    def _check(self, checkpoint: AdapterCheckpoint, files: TokenizerFiles, rows: int) -> None:
+        try:
+            self.check_tokenizer(files, rows)
+        except ValueError as error:
+            findings = Findings(checkpoint.path)
+            findings.add(TOKENIZER_FILE, str(error))
+            findings.raise_if_any()
 
     def _read_component(self, ref: ComponentRef) -> Component:
         checkpoint = self._read_same(self._find_source(ref), ref.digest)

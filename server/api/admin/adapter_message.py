@@ -49,6 +49,7 @@ def adapter_message(record: AdapterInfo) -> adapters_pb2.Adapter:
         source=_sendable(record.source),
         invocation_token_ids=facts.invocation,
         labels=map(_sendable, facts.labels),
+        vocab_size=facts.vocab_size,
     )
     if record.last_used_time is not None:
         stamp = timestamp_pb2.Timestamp()

@@ -7,7 +7,12 @@ import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
-from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
+from turret.server.adapters.source import (
+    CONFIG_FILE,
+    MAX_CONFIG_BYTES,
+    TENSORS_FILE,
+    TOKENIZER_FILES,
+)
 from turret.server.api.limits import MAX_UPLOAD_FILES, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
 from turret.server.config import ADAPTER_NAME
@@ -15,7 +20,9 @@ from turret.server.errors import DeadlineExceededError, InvalidRequestError
 from turret.v1 import adapters_pb2
 
 # What a checkpoint is read from; anything else would be kept for nothing.
-UPLOAD_FILES = (CONFIG_FILE, TENSORS_FILE)
+_REQUIRED = (CONFIG_FILE, TENSORS_FILE)
+UPLOAD_FILES = (*_REQUIRED, *TOKENIZER_FILES)
+_MOST_BYTES = {CONFIG_FILE: MAX_CONFIG_BYTES, **TOKENIZER_FILES}
 MAX_CHUNK_BYTES = 1 << 20
 # A client that says nothing for so long has gone, or keeps a place that others wait for.
 IDLE_SECONDS = 60.0
@@ -75,7 +82,7 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
     violations.check_count(len(header.files), MAX_UPLOAD_FILES, "header.files")
     files = header.files[: MAX_UPLOAD_FILES + 1]
     names = [file.path for file in files]
-    for required in UPLOAD_FILES:
+    for required in _REQUIRED:
         violations.check(required in names, "header.files", f"must hold {required}")
     for index, file in enumerate(files):
         where = f"header.files[{index}]"
@@ -85,12 +92,12 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
         violations.check(
             file.path not in names[:index], f"{where}.path", "names a file a second time"
         )
-        is_config = file.path == CONFIG_FILE
         violations.check(file.size_bytes >= 1, f"{where}.size_bytes", "must be at least 1")
+        most = _MOST_BYTES.get(file.path)
         violations.check(
-            not is_config or file.size_bytes <= MAX_CONFIG_BYTES,
+            most is None or file.size_bytes <= most,
             f"{where}.size_bytes",
-            f"must be at most {MAX_CONFIG_BYTES}",
+            f"must be at most {most}",
         )
         violations.check(
             file.sha256 == "" or _SHA256.fullmatch(file.sha256) is not None,

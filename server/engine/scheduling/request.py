@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from turret.server.adapters.head import Head
 from turret.server.adapters.ref import AdapterRef
 from turret.server.constraints.constraint import MATCHER_BYTES, Constraint
+from turret.server.engine.scheduling.own_text import OwnText
 from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
 from turret.server.errors import InvalidRequestError
 
@@ -136,7 +137,8 @@ class Request:
     ``deadline`` is a ``time.monotonic()`` value in seconds. ``score`` asks for prompt logprobs
     only: nothing is generated. ``message_bytes`` is the size of the message that asks, which is
     kept while the request waits or runs. ``answer_so_far`` are tokens that an earlier answer began
-    with: this one goes on after them. ``constraint`` is what the answer must match.
+    with: this one goes on after them. ``constraint`` is what the answer must match. ``own_text`` is
+    the tokenizer of all its tokens, where an adapter has its own.
     """
 
     request_id: str
@@ -151,6 +153,7 @@ class Request:
     answer_so_far: tuple[int, ...] = ()
     constraint: Constraint | None = None
     pooling: Pooling | None = None
+    own_text: OwnText | None = None
 
     def __post_init__(self) -> None:
         assert not self.score or self.pooling is None, "a prompt is scored or pooled"
@@ -180,6 +183,10 @@ class Request:
             + _STOP_BYTES * (len(stop.stop_token_ids) + len(stop.stop_strings))
             + 4 * sum(map(len, stop.stop_strings))
         )
+
+    def ends(self, usual: frozenset[int]) -> frozenset[int]:
+        """The tokens that end its answer: the model's, unless an adapter has its own tokenizer."""
+        return usual if self.own_text is None else self.own_text.text.eos_token_ids
 
     @property
     def wants_prompt_logprobs(self) -> bool:

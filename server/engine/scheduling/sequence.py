@@ -44,6 +44,8 @@ class Sequence:
             block boundary, so that all requests share all of its blocks.
         is_long: Whether it may pass the length from which the model rotates by other frequencies
             (``Arch.long_from``).
+        vocab_size: How many tokens there are to draw, where an adapter changes that; 0 where it is
+            the base's number.
         tokens: A placeholder per virtual position, then prompt and generated token ids, those that
             an earlier answer began with included.
         num_computed: Leading tokens whose keys and values are in the cache.
@@ -64,6 +66,7 @@ class Sequence:
     num_preset: int = 0
     num_padding: int = 0
     is_long: bool = False
+    vocab_size: int = 0
     tokens: list[int] = field(default_factory=list)
     state: SequenceState = SequenceState.WAITING
     num_computed: int = 0

@@ -94,6 +94,8 @@ class BatchBuilder:
             soft_rows=self._tensor(rows.soft_rows) if rows.soft_rows else None,
             soft_values=torch.cat(rows.soft_values).to(self._device) if rows.soft_rows else None,
             embeddings=self._changed_embeddings(placed),
+            added_rows=self._tensor(rows.added_rows) if rows.added_rows else None,
+            added_values=torch.cat(rows.added_values).to(self._device) if rows.added_rows else None,
         )
 
     def _span(self, place: Placed) -> SequenceSpan:

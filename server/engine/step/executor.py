@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -17,7 +17,11 @@ from turret.server.engine.step.batch import BatchBuilder
 from turret.server.engine.step.masks import TokenMask
 from turret.server.engine.step.rows import Placed
 from turret.server.engine.step.sampler import Draw, Sampler
-from turret.server.engine.step.vocabulary_plan import changed_heads
+from turret.server.engine.step.vocabulary_plan import (
+    added_logits,
+    changed_heads,
+    own_logits,
+)
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.decoding.kv_cache import KvCache
 
@@ -32,11 +36,14 @@ class Computed:
         logits: The logits of every row that tokens are drawn from (``Placed.sampled``), in the
             order of ``placed``, ``[samples, vocab]`` fp32; None if there is none. The next step may
             overwrite it.
+        added: Of sequences whose adapter adds tokens to the base's, the logits of those in the same
+            rows, ``[rows of the sequence, tokens]`` fp32.
     """
 
     placed: tuple[Placed, ...]
     hidden: torch.Tensor
     logits: torch.Tensor | None
+    added: Mapping[Sequence, torch.Tensor] = field(default_factory=dict)
 
 
 class Draws(Protocol):
@@ -48,6 +55,7 @@ class Draws(Protocol):
         sequences: SequenceOf[Sequence],
         masks: Mapping[Sequence, TokenMask],
         drawn: Mapping[Sequence, SequenceOf[int]],
+        added: Mapping[Sequence, torch.Tensor],
     ) -> list[Draw]:
         """Draw one token per row of the step that has just run.
 
@@ -56,6 +64,7 @@ class Draws(Protocol):
             sequences: Whose row it is.
             masks: Of the sequences with a constraint.
             drawn: Tokens that were drawn before, in the same step.
+            added: Logits of tokens beyond ``vocab``, ``[tokens]`` fp32, of sequences that have any.
         """
         ...
 
@@ -75,7 +84,11 @@ class Executor(Protocol):
         ...
 
     def logits(self, sequence: Sequence, hidden: torch.Tensor) -> torch.Tensor:
-        """Project hidden states of one sequence, ``[rows, hidden]`` → ``[rows, vocab]`` fp32."""
+        """Project hidden states of one sequence onto its own tokens.
+
+        Returns:
+            ``[rows, vocab]`` fp32, from ``[rows, hidden]``.
+        """
         ...
 
     def sampler(self, stop_token_ids: frozenset[int]) -> Draws:
@@ -139,17 +152,21 @@ class TorchExecutor:
         batch = self._builder.build(step)
         hidden = self._decoder.forward(batch.input, self._cache)
         rows = [row for placed in batch.placed if placed.samples for row in placed.sampled]
-        logits = None
         if rows:
             index = torch.tensor(rows, device=hidden.device)
             changes = changed_heads(sampled_rows(batch.placed), self.store, hidden.device)
-            logits = self._decoder.logits(hidden.index_select(0, index), changes)
-        return Computed(batch.placed, hidden, logits)
+            states = hidden.index_select(0, index)
+            logits = self._decoder.logits(states, changes)
+            added = added_logits(sampled_rows(batch.placed), states, self._decoder, self.store)
+            return Computed(batch.placed, hidden, logits, added)
+        return Computed(batch.placed, hidden, None)
 
     def logits(self, sequence: Sequence, hidden: torch.Tensor) -> torch.Tensor:
         """Project hidden states of one sequence, ``[rows, hidden]`` → ``[rows, vocab]`` fp32."""
         rows = [(sequence, range(hidden.shape[0]))]
-        return self._decoder.logits(hidden, changed_heads(rows, self.store, hidden.device))
+        logits = self._decoder.logits(hidden, changed_heads(rows, self.store, hidden.device))
+        added = added_logits(rows, hidden, self._decoder, self.store)
+        return own_logits(logits, sequence, added.get(sequence))
 
     def sampler(self, stop_token_ids: frozenset[int]) -> Sampler:
         """One that goes from row to row."""

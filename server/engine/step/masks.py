@@ -104,7 +104,8 @@ class Masks:
         for sequence in constrained:
             followed = self._followed.get(sequence)
             if followed is None:
-                followed = self._followed[sequence] = _Followed(sequence, self._end_ids)
+                ends = sequence.request.ends(self._end_ids)
+                followed = self._followed[sequence] = _Followed(sequence, ends)
             work.append((followed, followed.news(sequence)))
         future = self._thread.submit(lambda: [one.mask(tokens) for one, tokens in work])
         self._making = constrained, future

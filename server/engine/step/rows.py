@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from turret.server.adapters.soft_prompt import soft_prompt_of
+from turret.server.adapters.vocabulary import added_rows_of
 from turret.server.engine.scheduling.scheduler import Scheduled
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.models.decoding.arch import LONG
@@ -40,7 +41,7 @@ class StepRows:
     """What the model needs to know of each row.
 
     Attributes:
-        token_ids: Any valid id where ``soft_rows`` says so.
+        token_ids: Any valid id where ``soft_rows`` or ``added_rows`` says so.
         positions: Position of each row in its sequence, ``LONG`` more where it is a long one.
         kv_slots: Where each row's keys and values go.
         spans: One behind the other five numbers of each sequence: its first row, new tokens, tokens
@@ -48,6 +49,8 @@ class StepRows:
             positions that are not seen.
         soft_rows: Rows whose embedding is not a token's.
         soft_values: Their embeddings, on the host, piece by piece.
+        added_rows: Rows of tokens that the base's embedding has no row for.
+        added_values: Their embeddings, on the host, piece by piece.
     """
 
     token_ids: list[int] = field(default_factory=list)
@@ -56,6 +59,8 @@ class StepRows:
     spans: list[int] = field(default_factory=list)
     soft_rows: list[int] = field(default_factory=list)
     soft_values: list[torch.Tensor] = field(default_factory=list)
+    added_rows: list[int] = field(default_factory=list)
+    added_values: list[torch.Tensor] = field(default_factory=list)
 
     def add(self, place: Placed, block_size: int, blocks_at: int) -> None:
         """Add a sequence's new rows; soft tokens may be among them."""
@@ -64,6 +69,7 @@ class StepRows:
         known = sequence.tokens[start : start + place.item.num_new]
         self.token_ids.extend(max(token, 0) for token in known)
         self.token_ids.extend(place.item.draft)
+        self.take_added(sequence, place.row_start)
         first = _first_position(sequence)
         self.positions.extend(range(first + start, first + end))
         self.kv_slots.extend(
@@ -78,6 +84,20 @@ class StepRows:
             soft_tokens = soft_prompt_of(sequence.mix).soft_tokens
             assert soft_tokens is not None
             self.soft_values.append(soft_tokens[start:stop])
+
+    def take_added(self, sequence: Sequence, row_start: int) -> None:
+        """Note which of the last rows, a sequence's, are of tokens that the base lacks."""
+        if not sequence.vocab_size or (added := added_rows_of(sequence.mix)) is None:
+            return
+        rows = range(row_start, len(self.token_ids))
+        found = [row for row in rows if self.token_ids[row] >= added.first]
+        if not found:
+            return
+        places = torch.tensor([self.token_ids[row] - added.first for row in found])
+        self.added_rows += found
+        self.added_values.append(added.embedding.index_select(0, places))
+        for row in found:
+            self.token_ids[row] = 0
 
 
 def collect_rows(
@@ -108,6 +128,7 @@ def collect_decode_rows(
     for sequence in sequences:
         start = sequence.num_computed
         ids.append(sequence.tokens[start])
+        rows.take_added(sequence, len(ids) - 1)
         slots.append(sequence.blocks[start // block_size] * block_size + start % block_size)
     return rows
 

@@ -164,7 +164,8 @@ class Runner:
         if computed.logits is None:
             return
         items = [placed.item for placed in computed.placed if placed.samples]
-        draws = draw_tokens(self._sampler, computed.logits, items, self._masks.take())
+        masks = self._masks.take()
+        draws = draw_tokens(self._sampler, computed.logits, items, masks, computed.added)
         for item, drawn in zip(items, draws, strict=True):
             result.draws[item.sequence] = drawn
 

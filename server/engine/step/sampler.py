@@ -22,6 +22,7 @@ from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.adjustment import Adjustment
 from turret.server.engine.step.masks import TokenMask
 from turret.server.engine.step.uniforms import Uniforms
+from turret.server.engine.step.vocabulary_plan import NOTHING_ADDED, own_logits
 from turret.server.errors import TurretError
 
 NO_MASKS: Mapping[Sequence, TokenMask] = {}
@@ -66,6 +67,7 @@ class Sampler:
         sequences: SequenceOf[Sequence],
         masks: Mapping[Sequence, TokenMask] = NO_MASKS,
         drawn: Mapping[Sequence, SequenceOf[int]] = NOTHING_DRAWN,
+        added: Mapping[Sequence, torch.Tensor] = NOTHING_ADDED,
     ) -> list[Draw]:
         """Draw one token per row.
 
@@ -74,13 +76,19 @@ class Sampler:
             sequences: Whose row it is.
             masks: Of the sequences with a constraint.
             drawn: Tokens of this step that come before a sequence's row.
+            added: Logits of tokens beyond ``vocab``, ``[tokens]`` fp32, of sequences that have any.
         """
-        reports = self._report(logits, sequences)
-        for row, sequence in zip(logits, sequences, strict=True):
+        rows = [own_logits(logits[i], s, added.get(s)) for i, s in enumerate(sequences)]
+        reports = self._report(rows, sequences)
+        for row, sequence in zip(rows, sequences, strict=True):
             self._adjustment(sequence, logits.device).apply(row, drawn.get(sequence, ()))
         if (masked := masked_rows(sequences, masks)) is not None:
             apply_token_mask(logits, *masked)
         greedy = logits.argmax(-1).tolist()
+        for i, sequence in enumerate(sequences):
+            if sequence.vocab_size:
+                _mask_own(rows[i], masks.get(sequence))
+                greedy[i] = int(rows[i].argmax())
         draws = []
         for i, (sequence, report) in enumerate(zip(sequences, reports, strict=True)):
             mask = masks.get(sequence)
@@ -91,7 +99,7 @@ class Sampler:
             token = greedy[i]
             if not params.is_greedy:
                 uniform = self._uniform(sequence, params, len(drawn.get(sequence, ())))
-                token = _sample(logits[i], params, uniform)
+                token = _sample(rows[i], params, uniform)
             if report is None:
                 draws.append(Draw(token))
             else:
@@ -102,16 +110,17 @@ class Sampler:
     def _adjustment(self, sequence: Sequence, device: torch.device) -> Adjustment:
         found = self._adjustments.get(sequence)
         if found is None:
-            found = Adjustment(sequence, self._stop_token_ids, device)
+            ends = sequence.request.ends(self._stop_token_ids)
+            found = Adjustment(sequence, ends, device)
             self._adjustments[sequence] = found
         return found
 
     def _report(
-        self, logits: torch.Tensor, sequences: SequenceOf[Sequence]
+        self, rows: SequenceOf[torch.Tensor], sequences: SequenceOf[Sequence]
     ) -> list[tuple[torch.Tensor, tuple[tuple[int, float], ...]] | None]:
         """Logprobs before any sampling parameter touches them."""
         out: list[tuple[torch.Tensor, tuple[tuple[int, float], ...]] | None] = []
-        for row, sequence in zip(logits, sequences, strict=True):
+        for row, sequence in zip(rows, sequences, strict=True):
             options = sequence.request.options
             if options.logprobs:
                 logprobs = row_log_softmax(row.unsqueeze(0))[0]
@@ -142,17 +151,25 @@ def masked_rows(
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Rows with a mask, ``[rows]`` int64, and the masks, ``[rows, words]`` int32, on the host.
 
-    They rule out what constraints forbid, after everything else that changes the logits.
+    They rule out what constraints forbid, after everything else that changes the logits. Rows with
+    a tokenizer of their own, whose masks have other lengths, are left out.
     """
     rows, words = [], []
     for row, sequence in enumerate(sequences):
         mask = masks.get(sequence)
-        if mask is not None and mask.words is not None:
+        if mask is not None and mask.words is not None and not sequence.vocab_size:
             rows.append(row)
             words.append(mask.words)
     if not rows:
         return None
     return torch.tensor(rows), torch.from_numpy(np.stack(words))
+
+
+def _mask_own(row: torch.Tensor, mask: TokenMask | None) -> None:
+    """Rule out what a constraint forbids in ``[vocab]`` logits of a sequence's own, in place."""
+    if mask is not None and mask.words is not None:
+        words = torch.from_numpy(mask.words).unsqueeze(0).to(row.device)
+        apply_token_mask(row.unsqueeze(0), torch.zeros(1, dtype=torch.int64).to(row.device), words)
 
 
 def top_of(logprobs: torch.Tensor, count: int) -> tuple[tuple[int, float], ...]:

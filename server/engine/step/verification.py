@@ -20,6 +20,7 @@ from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.executor import Draws
 from turret.server.engine.step.masks import TokenMask
 from turret.server.engine.step.sampler import NOTHING_DRAWN, Draw
+from turret.server.engine.step.vocabulary_plan import NOTHING_ADDED
 
 NO_MORE_MASKS: Mapping[Sequence, TokenMask] = {}
 
@@ -50,6 +51,7 @@ def draw_tokens(
     logits: torch.Tensor,
     items: SequenceOf[Scheduled],
     masks: Mapping[Sequence, TokenMask],
+    added: Mapping[Sequence, torch.Tensor] = NOTHING_ADDED,
 ) -> list[list[Draw]]:
     """Draw at least one token for every sequence that samples in a step.
 
@@ -59,6 +61,7 @@ def draw_tokens(
             modified in place.
         items: What samples, in the order of the rows.
         masks: Of the sequences with a constraint, which have no drafts.
+        added: See ``Computed``.
 
     Returns:
         For each item the tokens in order: those of its draft that were right, and one more.
@@ -69,7 +72,9 @@ def draw_tokens(
         runs.append(_Run(item, row))
         row += 1 + len(item.draft)
     if row == len(runs):
-        draws = sampler.draw(logits, [item.sequence for item in items], masks, NOTHING_DRAWN)
+        sequences = [item.sequence for item in items]
+        beyond = {sequence: rows[0] for sequence, rows in added.items()}
+        draws = sampler.draw(logits, sequences, masks, NOTHING_DRAWN, beyond)
         return [[draw] for draw in draws]
     going = runs
     while going:
@@ -77,7 +82,9 @@ def draw_tokens(
         sequences = [run.item.sequence for run in going]
         drawn = {run.item.sequence: run.tokens for run in going}
         picked = logits.index_select(0, rows.to(logits.device))
-        for run, draw in zip(going, sampler.draw(picked, sequences, masks, drawn), strict=True):
+        beyond = {s: added[s][len(drawn[s])] for s in sequences if s in added}
+        draws = sampler.draw(picked, sequences, masks, drawn, beyond)
+        for run, draw in zip(going, draws, strict=True):
             run.take(draw)
         going = [run for run in going if run.goes_on]
         masks = NO_MORE_MASKS

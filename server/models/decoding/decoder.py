@@ -39,7 +39,7 @@ class StepInput:
     """One step's work on the device.
 
     Attributes:
-        token_ids: ``[rows]`` int64; any valid id where ``soft_rows`` says so.
+        token_ids: ``[rows]`` int64; any valid id where ``soft_rows`` or ``added_rows`` says so.
         positions: Position of each row in its sequence, ``[rows]`` int64; ``LONG`` more where the
             sequence is long (``Arch.long_from``).
         kv_slots: Where each row's keys and values go, ``[rows]`` int64.
@@ -48,6 +48,8 @@ class StepInput:
         soft_rows: Rows whose embedding is not a token's, ``[m]`` int64, or None.
         soft_values: Their embeddings, ``[m, hidden]``, or None.
         embeddings: Rows whose adapters change the embedding.
+        added_rows: Rows of tokens that the base has no row for, ``[m]`` int64, or None.
+        added_values: Their embeddings, ``[m, hidden]``, or None.
     """
 
     token_ids: torch.Tensor
@@ -58,6 +60,8 @@ class StepInput:
     soft_rows: torch.Tensor | None = None
     soft_values: torch.Tensor | None = None
     embeddings: Sequence[VocabularyGroup] = ()
+    added_rows: torch.Tensor | None = None
+    added_values: torch.Tensor | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -204,6 +208,8 @@ class Decoder:
         """What the first layer gets, ``[rows, hidden]``."""
         hidden = F.embedding(step.token_ids, self.embedding)
         change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
+        if step.added_rows is not None and step.added_values is not None:
+            hidden.index_copy_(0, step.added_rows, step.added_values)
         is_scaled = self._embedding_scale != 1.0
         if is_scaled and not self.arch.scales_soft_tokens:
             hidden *= self._embedding_scale
@@ -261,7 +267,21 @@ class Decoder:
             changes: Rows whose adapters change the head.
             out: Where they go, ``[at least rows, vocab]`` fp32; None for memory of their own.
         """
-        logits = change_logits(hidden, self._head(hidden), self._head, changes, out)
+        return self._scaled(change_logits(hidden, self._head(hidden), self._head, changes, out))
+
+    def added_logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Project one sequence's ``[rows, hidden]`` onto tokens that the base lacks.
+
+        Args:
+            hidden: Final-norm hidden states.
+            rows: Of the head, ``[tokens, hidden]``.
+
+        Returns:
+            ``[rows, tokens]`` fp32.
+        """
+        return self._scaled(self._dense(hidden, rows).float())
+
+    def _scaled(self, logits: torch.Tensor) -> torch.Tensor:
         if self.arch.logit_scale != 1.0:
             logits *= self.arch.logit_scale
         if self.arch.logit_softcap is not None:
@@ -270,6 +290,9 @@ class Decoder:
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
         return row_linear(hidden, self.head)
+
+    def _dense(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return row_linear(hidden, weight, probe=False)
 
     def _heads(self, layer: DecoderLayer, qkv: torch.Tensor) -> torch.Tensor:
         """As ``[rows, heads + 2·kv_heads, head_dim]``, normed where the model says so."""

@@ -63,7 +63,8 @@ class GpuStep(StepInput):
     def is_fixed(self) -> bool:
         """Whether everything that differs between steps is in buffers of fixed address."""
         attends = self.adapters is not None and self.adapters.constants is not None
-        return self.soft_rows is None and not (self.embeddings or self.heads or attends)
+        is_same = self.soft_rows is None and self.added_rows is None
+        return is_same and not (self.embeddings or self.heads or attends)
 
 
 class GpuDecoder(Decoder):
@@ -135,10 +136,13 @@ class GpuDecoder(Decoder):
         return residual_rms_norm(hidden, delta, weight, self.arch.rms_norm_eps)
 
     def _head(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._dense(hidden, self.head)
+
+    def _dense(self, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         num_rows = hidden.shape[0]
         missing = -num_rows % _HEAD_ROWS
         padded = F.pad(hidden, (0, 0, 0, missing)) if missing else hidden
-        pieces = [F.linear(piece, self.head) for piece in padded.split(_HEAD_ROWS)]
+        pieces = [F.linear(piece, weight) for piece in padded.split(_HEAD_ROWS)]
         return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:num_rows]
 
     def _attention(

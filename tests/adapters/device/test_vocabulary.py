@@ -20,7 +20,6 @@ from turret.server.adapters.source import Source
 from turret.server.adapters.weight_update import beyond_updates
 from turret.server.errors import (
     AdapterCheckpointError,
-    AdapterMismatchError,
     BudgetExceededError,
 )
 from turret.server.models.describe import describe_base
@@ -178,27 +177,6 @@ EMBEDDING = "base_model.model.model.embed_tokens"
 
 def edited(name: str, edit: Any) -> Any:
     return lambda tensors: {**tensors, name: edit(tensors[name]).contiguous()}
-
-
-def test_a_resized_vocabulary_is_a_mismatch_that_says_so(tmp_path: Path) -> None:
-    def grow(matrix: torch.Tensor) -> torch.Tensor:
-        return torch.cat((matrix, matrix[:6]))
-
-    edit_tensors(
-        save(tmp_path, "lora", modules_to_save=["embed_tokens"]),
-        edited(f"{EMBEDDING}.weight", grow),
-    )
-    with pytest.raises(AdapterMismatchError, match="264 rows, the base model has 258 tokens"):
-        load(tmp_path)
-    edit_config(save(tmp_path, "lora", trainable_token_indices=[5]), trainable_token_indices=[258])
-    with pytest.raises(AdapterMismatchError, match="token 258, the base model has 258 tokens"):
-        load(tmp_path)
-    edit_tensors(
-        save(tmp_path, "lora", target_modules=["embed_tokens"]),
-        edited(f"{EMBEDDING}.lora_embedding_A", lambda a: grow(a.T).T),
-    )
-    with pytest.raises(AdapterMismatchError, match="a resized vocabulary is not"):
-        load(tmp_path)
 
 
 def test_only_rows_that_differ_are_kept(tmp_path: Path) -> None:

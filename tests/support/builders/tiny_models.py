@@ -325,9 +325,9 @@ def save_tiny_model(architecture: str, folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
-def tiny_tokenizer() -> PreTrainedTokenizerFast:
+def tiny_tokenizer(letters: int = 256) -> PreTrainedTokenizerFast:
     """Token ``i`` is the ``i``-th character of the byte-level alphabet."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:letters]
     vocabulary = {character: i for i, character in enumerate(alphabet)}
     backend = Tokenizer(models.BPE(vocabulary, [], fuse_unk=False))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

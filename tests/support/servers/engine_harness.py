@@ -15,6 +15,7 @@ from unittest.mock import patch
 from turret.server.adapters.head import Head
 from turret.server.adapters.ref import AdapterRef
 from turret.server.api.backend import Backend
+from turret.server.api.vocabularies import Vocabulary
 from turret.server.build import build_backend
 from turret.server.cluster.replica.seat import Seat
 from turret.server.config import (
@@ -33,6 +34,7 @@ from turret.server.engine.scheduling.request import (
     TokenLogprob,
 )
 from turret.server.metrics import Metrics
+from turret.v1.adapters_pb2 import AdapterWeight
 
 _numbers = itertools.count()
 GREEDY = SamplingParams(temperature=0.0)
@@ -91,6 +93,7 @@ class EngineHarness:
         self.registry = backend.registry
         self.merger = backend.merger
         self.tokenizer = backend.tokenizer
+        self.backend = backend
         self.metrics = metrics
 
     @classmethod
@@ -196,6 +199,11 @@ class EngineHarness:
             pooled,
             head,
         )
+
+    async def vocabulary_of(self, *adapters: AdapterRef | str) -> Vocabulary:
+        """What requests with these adapters speak."""
+        names = [a if isinstance(a, str) else a.name for a in adapters]
+        return await self.backend.vocabularies.of([AdapterWeight(name=name) for name in names])
 
     async def run_all(self, requests: Sequence[Request]) -> list[Answer]:
         """Run requests side by side."""

@@ -15,6 +15,7 @@ from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.head import SINGLE_LABEL, Head
 from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport, MergeState
 from turret.server.api.backend import Backend
+from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.cancellation import Cancellation
 from turret.server.engine.scheduling.request import (
     AdapterUse,
@@ -53,6 +54,7 @@ class FakeTokenizer:
     """A byte is a token; texts of any length are let through to it."""
 
     longest_token = 1 << 16
+    is_foreign = False
 
     def encode(self, text: str) -> list[int]:
         return list(text.encode())
@@ -314,6 +316,16 @@ class FakeConstraints:
         pass
 
 
+class FakeVocabularies(Vocabularies):
+    """All adapters speak the base's."""
+
+    def __init__(self, base: Vocabulary) -> None:
+        self._only = base
+
+    async def of(self, weights: Any) -> Vocabulary:
+        return self._only
+
+
 def fake_backend(engine: Any, registry: Any, merger: Any, fuser: Any) -> Backend:
     """A backend of stand-ins; this is where they pass for the real parts."""
     tokenizer: Any = FakeTokenizer()
@@ -325,6 +337,7 @@ def fake_backend(engine: Any, registry: Any, merger: Any, fuser: Any) -> Backend
         merger=merger,
         tokenizer=tokenizer,
         constraints=constraints,
+        vocabularies=FakeVocabularies(Vocabulary(tokenizer, constraints)),
         model_info=MODEL_INFO,
         methods=("dora", "lora"),
     )

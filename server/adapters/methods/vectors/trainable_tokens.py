@@ -47,7 +47,7 @@ TRAINABLE_TOKENS_RULES: Rules = {
 def lower(checkpoint: AdapterCheckpoint, base: BaseModel, *_: object) -> Lowered:
     config, findings = checkpoint.config, Findings(checkpoint.path, base.name)
     check_config(config, TRAINABLE_TOKENS_RULES, findings)
-    if "token_indices" not in config:
+    if "token_indices" not in config and not checkpoint.is_partial:
         findings.add("token_indices", "is required")
     rows = _read(checkpoint, _targeted(config, base, findings), base, findings)
     findings.raise_if_any()
@@ -86,16 +86,18 @@ def _read(
         elif module in targeted:
             name = module + _SUFFIX
             tensor = left.pop(name, None)
+            if tensor is None and checkpoint.is_partial:
+                continue  # it has rows of added tokens alone
             if tensor is None:
                 findings.add(name, "is missing; the config targets the module")
             elif "token_indices" not in findings.fields:
-                ids = checkpoint.config["token_indices"]
+                ids = checkpoint.config.get("token_indices", [])
                 found = read_rows(name, tensor, ids, base.vocabulary, findings)
                 if found is not None:
                     rows[module] = found
     for name in left:
         findings.add(name, "is not a tensor this method knows; every tensor must be used")
-    if not checkpoint.tensors:
+    if not checkpoint.tensors and not checkpoint.is_partial:
         findings.add(TENSORS_FILE, "holds no tensors of this method")
     return rows
 

@@ -9,23 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
 
 from turret.kernels.gpu.tables.staged_buffer import upload
 from turret.server.adapters.device.gpu.store import GpuAdapterStep, GpuStore
-from turret.server.adapters.device.store import Resident
 from turret.server.adapters.device.vocabulary import VocabularyGroup
-from turret.server.adapters.mix import Mix
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.batch import members_of
 from turret.server.engine.step.executor import Computed, fill_prefix, sampled_rows
 from turret.server.engine.step.gpu.block_tables import BlockTables, BlockUpdates
 from turret.server.engine.step.gpu.decode_graphs import Body, Capture, DecodeGraphs, buckets
+from turret.server.engine.step.gpu.kept import Bound, Prepared
 from turret.server.engine.step.gpu.sampler import GpuSampler
-from turret.server.engine.step.gpu.tables import AttentionWords, StepTables
+from turret.server.engine.step.gpu.tables import StepTables
 from turret.server.engine.step.rows import (
     Placed,
     StepRows,
@@ -33,60 +32,17 @@ from turret.server.engine.step.rows import (
     collect_rows,
     decode_spans,
 )
-from turret.server.engine.step.vocabulary_plan import changed_embeddings, changed_heads
+from turret.server.engine.step.vocabulary_plan import (
+    added_logits,
+    changed_embeddings,
+    changed_heads,
+    own_logits,
+)
 from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
 from turret.server.models.decoding.kv_cache import KvCache
 
 # Positions of a prompt that is multiplied as decoding rows are.
 _SHORT_PROMPT = 64
-
-
-@dataclass(frozen=True, slots=True)
-class _Bound:
-    """What the rows of a decode step do with adapters: the same until another sequence comes.
-
-    Attributes:
-        mixes: Of every row. Held, so that none is mistaken for a later one.
-        adapters: What the store was asked to hold.
-        version: Of the store, when the tables were loaded.
-        step: The tables; None where every row is the base model's.
-        embeddings: Rows with another embedding.
-        heads: Rows with another head.
-    """
-
-    mixes: tuple[Mix, ...]
-    adapters: tuple[Resident, ...]
-    version: int
-    step: GpuAdapterStep | None
-    embeddings: list[VocabularyGroup]
-    heads: list[VocabularyGroup]
-
-
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """The part of a decode step that does not depend on the tokens of the step before.
-
-    Attributes:
-        sequences: One row each.
-        computed: How many tokens of each are in the cache before the step.
-        begins: Where the block numbers of each begin on the device.
-        positions: Of every row.
-        attention: What attention is told.
-        numbers: How tokens are drawn; empty without a sampler.
-    """
-
-    sequences: list[Sequence]
-    computed: list[int]
-    begins: list[int]
-    positions: list[int]
-    attention: AttentionWords
-    numbers: list[float]
-
-    def fits(self, sequences: list[Sequence], begins: list[int]) -> bool:
-        """Whether it is of a step of these sequences as they are now."""
-        if self.sequences != sequences or self.begins != begins:
-            return False
-        return self.computed == [sequence.num_computed for sequence in sequences]
 
 
 class GpuExecutor:
@@ -137,10 +93,10 @@ class GpuExecutor:
         # Of all decode steps: captured ones keep what they return.
         size = (max_num_seqs, decoder.arch.vocab_size)
         self._logits = torch.empty(size, dtype=torch.float32, device=device)
-        self._bound: _Bound | None = None
+        self._bound: Bound | None = None
         # The last step's sequences, if they may all go on, and what was prepared for their next.
         self._last: list[Sequence] | None = None
-        self._prepared: _Prepared | None = None
+        self._prepared: Prepared | None = None
 
     def sampler(self, stop_token_ids: frozenset[int]) -> GpuSampler:
         """What draws; from now on every step does, as a part of its launches."""
@@ -195,7 +151,9 @@ class GpuExecutor:
     def logits(self, sequence: Sequence, hidden: torch.Tensor) -> torch.Tensor:
         """Project hidden states of one sequence, ``[rows, hidden]`` → ``[rows, vocab]`` fp32."""
         rows = [(sequence, range(hidden.shape[0]))]
-        return self._decoder.logits(hidden, changed_heads(rows, self.store, hidden.device))
+        logits = self._decoder.logits(hidden, changed_heads(rows, self.store, hidden.device))
+        added = added_logits(rows, hidden, self._decoder, self.store)
+        return own_logits(logits, sequence, added.get(sequence))
 
     def look_ahead(self) -> None:
         """Prepare the next step while the device computes this one.
@@ -229,7 +187,8 @@ class GpuExecutor:
         if all(item.num_new == 1 and _generates(item.sequence) for item in scheduled):
             placed = tuple(map(Placed, scheduled, range(len(scheduled))))
             hidden, logits = self._run_decode([item.sequence for item in scheduled])
-            return Computed(placed, hidden, logits[: len(scheduled)])
+            added = added_logits(sampled_rows(placed), hidden, self._decoder, self.store)
+            return Computed(placed, hidden, logits[: len(scheduled)], added)
         # Rows of sequences that generate and of short prompts come first (see ``nf4_gpu.py``).
         order = sorted(step.scheduled, key=lambda item: not _is_fused(item))
         placed, row, num_decode = [], 0, 0
@@ -240,7 +199,11 @@ class GpuExecutor:
                 num_decode = row
         samples = [place.last_row for place in placed if place.samples]
         hidden, logits = self._run_mixed(placed, num_decode, row, samples)
-        return Computed(tuple(placed), hidden, logits[: len(samples)] if samples else None)
+        if not samples:
+            return Computed(tuple(placed), hidden, None)
+        drawn = [(p.item.sequence, range(p.last_row, p.last_row + 1)) for p in placed if p.samples]
+        added = added_logits(drawn, hidden, self._decoder, self.store)
+        return Computed(tuple(placed), hidden, logits[: len(samples)], added)
 
     def _run_mixed(
         self, placed: list[Placed], num_decode: int, num_rows: int, samples: list[int]
@@ -273,6 +236,8 @@ class GpuExecutor:
             adapters=adapters,
             soft_rows=upload(torch.tensor(rows.soft_rows), device) if rows.soft_rows else None,
             soft_values=upload(torch.cat(rows.soft_values), device) if rows.soft_rows else None,
+            added_rows=upload(torch.tensor(rows.added_rows), device) if rows.added_rows else None,
+            added_values=upload(torch.cat(rows.added_values), device) if rows.added_rows else None,
             embeddings=changed_embeddings(its_rows, self.store, device),
             heads=changed_heads(sampled_rows(placed), self.store, device),
         )
@@ -294,6 +259,13 @@ class GpuExecutor:
             loaded = tables.load_rows(rows, (), updates, prepared.attention)
         self._last, self._prepared = sequences, None
         inputs = self._decode_inputs(loaded, bucket, bound.step, bound.embeddings, bound.heads)
+        if rows.added_rows:
+            device = self._decoder.device
+            inputs = replace(
+                inputs,
+                added_rows=upload(torch.tensor(rows.added_rows), device),
+                added_values=upload(torch.cat(rows.added_values), device),
+            )
         body = self._body(tables, inputs)
         return (
             self._graphs.run(self._epoch(), self._key(inputs), body) if inputs.is_fixed else body()
@@ -344,10 +316,10 @@ class GpuExecutor:
 
         return body
 
-    def _prepare(self, sequences: list[Sequence], begins: list[int], ahead: int = 0) -> _Prepared:
+    def _prepare(self, sequences: list[Sequence], begins: list[int], ahead: int = 0) -> Prepared:
         """What a decode step needs beside its tokens, their slots and their adapters."""
         positions, spans = decode_spans(sequences, begins, ahead)
-        return _Prepared(
+        return Prepared(
             sequences,
             [sequence.num_computed + ahead for sequence in sequences],
             begins,
@@ -356,7 +328,7 @@ class GpuExecutor:
             [] if self._sampler is None else self._sampler.numbers(sequences, ahead),
         )
 
-    def _bound_to(self, sequences: list[Sequence]) -> _Bound:
+    def _bound_to(self, sequences: list[Sequence]) -> Bound:
         """A decode step's adapters; their tables are loaded only where something has changed."""
         mixes = tuple([sequence.active_mix for sequence in sequences])
         bound = self._bound
@@ -369,7 +341,7 @@ class GpuExecutor:
         self.store.prepare(adapters)
         its_rows = [(sequence, range(row, row + 1)) for row, sequence in enumerate(sequences)]
         self._bound = None
-        self._bound = _Bound(
+        self._bound = Bound(
             mixes,
             adapters,
             self.store.version,

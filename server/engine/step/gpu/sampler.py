@@ -21,8 +21,15 @@ from turret.server.engine.scheduling.request import SamplingParams, StopConditio
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.adjustment import Adjustment
 from turret.server.engine.step.masks import TokenMask
-from turret.server.engine.step.sampler import NO_MASKS, NOTHING_DRAWN, Draw, masked_rows
+from turret.server.engine.step.sampler import (
+    NO_MASKS,
+    NOTHING_DRAWN,
+    Draw,
+    Sampler,
+    masked_rows,
+)
 from turret.server.engine.step.uniforms import UniformStream
+from turret.server.engine.step.vocabulary_plan import NOTHING_ADDED
 
 _HOST = torch.device("cpu")
 # Larger ones are exact in fp32 no more, and larger than any vocabulary.
@@ -46,6 +53,8 @@ class GpuSampler:
         # Random numbers, but for greedy requests, and what a row is drawn by beside its number.
         self._rows: dict[Sequence, tuple[UniformStream | None, _Row]] = {}
         self._adjustments: dict[Sequence, Adjustment] = {}
+        # Rows of other lengths than the base's are drawn on the host.
+        self._own = Sampler(stop_token_ids)
         self._table: SamplingTable | None = None
         self._tokens = torch.zeros(max_seqs, dtype=torch.int64, device=device)
         self._pin = device.type == "cuda"
@@ -56,6 +65,7 @@ class GpuSampler:
         """Drop a finished sequence's state."""
         self._rows.pop(sequence, None)
         self._adjustments.pop(sequence, None)
+        self._own.forget(sequence)
 
     def load(self, numbers: SequenceOf[float], table: SamplingTable) -> None:
         """Put into a step's tables how its rows are drawn.
@@ -95,6 +105,7 @@ class GpuSampler:
         sequences: SequenceOf[Sequence],
         masks: Mapping[Sequence, TokenMask] = NO_MASKS,
         drawn: Mapping[Sequence, SequenceOf[int]] = NOTHING_DRAWN,
+        added: Mapping[Sequence, torch.Tensor] = NOTHING_ADDED,
     ) -> list[Draw]:
         """What was drawn, waiting for the device; ``launch`` has been part of the step.
 
@@ -103,6 +114,7 @@ class GpuSampler:
             sequences: Whose row it is, as they were loaded.
             masks: Of the sequences with a constraint.
             drawn: Nothing: steps on a GPU have no drafts.
+            added: Logits of tokens beyond ``vocab``, ``[tokens]`` fp32, of sequences that have any.
         """
         assert not drawn, "a row has been drawn already, as a part of the step"
         top_n = [s.request.options.top_n for s in sequences if s.request.options.logprobs]
@@ -131,6 +143,10 @@ class GpuSampler:
             mask = masks.get(sequence)
             if mask is not None and mask.error is not None:
                 draws[i] = Draw(-1, error=mask.error)
+            elif _has_own_tokens(sequence):
+                beyond = {s: rows.cpu() for s, rows in added.items() if s is sequence}
+                row = logits[i : i + 1].cpu()
+                draws[i] = self._own.draw(row, [sequence], masks, added=beyond)[0]
         return draws
 
     def _to_host(self, tokens: torch.Tensor, *reports: torch.Tensor) -> list[torch.Tensor]:
@@ -228,7 +244,13 @@ def _row(params: SamplingParams) -> tuple[UniformStream | None, _Row]:
     return None if params.is_greedy else UniformStream(params.seed), row
 
 
+def _has_own_tokens(sequence: Sequence) -> bool:
+    return sequence.vocab_size > 0
+
+
 def _is_adjusted(sequence: Sequence) -> bool:
+    if _has_own_tokens(sequence):
+        return False
     params: SamplingParams = sequence.request.sampling
     stop: StopConditions = sequence.request.stop
     return bool(

@@ -1,0 +1,104 @@
+"""The tokenizer in an adapter's folder: its files as bytes, and not yet understood.
+
+Adapters with tokens that the base lacks bring one. Only files with known names are opened, only as
+large as they may be; of the config only keys that are known to say nothing but what texts and
+tokens are: others name files, classes and code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.strict_json import parse_object
+from turret.server.adapters.source import TOKENIZER_FILE, TOKENIZER_FILES
+from turret.server.adapters.tokenizer_files import TokenizerFiles
+
+_CONFIG = "tokenizer_config.json"
+_DOMAIN = b"turret-tokenizer-1\0"
+_TOKENS = ("bos", "eos", "unk", "sep", "pad", "cls", "mask")
+# What transformers is told. What is not here is left out: paths, names of repositories, settings of
+# training. Code is refused.
+_SAID = frozenset(
+    (
+        *(f"{kind}_token" for kind in _TOKENS),
+        "add_bos_token",
+        "add_eos_token",
+        "add_prefix_space",
+        "added_tokens_decoder",
+        "additional_special_tokens",
+        "chat_template",
+        "clean_up_tokenization_spaces",
+        "extra_special_tokens",
+        "legacy",
+        "model_max_length",
+        "spaces_between_special_tokens",
+        "tokenizer_class",
+    )
+)
+_CODE = ("auto_map", "custom_code")
+
+
+def read_tokenizer_files(directory: AdapterDirectory, findings: Findings) -> TokenizerFiles | None:
+    """Reads the tokenizer of a folder; None if it has none, or if findings say what is wrong.
+
+    Args:
+        directory: The adapter's.
+        findings: Gets what is wrong with a file, by its name.
+
+    Raises:
+        AdapterCheckpointError: A file leads out of the root, or is no regular file.
+    """
+    if not directory.has(TOKENIZER_FILE):
+        return None
+    found: dict[str, bytes] = {}
+    num_bytes = 0
+    digest = hashlib.sha256(_DOMAIN)
+    for name, most in TOKENIZER_FILES.items():
+        if not directory.has(name):
+            continue
+        with directory.open_file(name) as file:
+            data = file.read(most + 1)
+        if len(data) > most:
+            findings.add(name, f"is larger than {most} bytes")
+            return None
+        num_bytes += len(data)
+        digest.update(f"{name}\0{len(data)}\0".encode() + data)
+        checked = _checked(name, data, findings)
+        if checked is None:
+            return None
+        found[name] = checked
+    return TokenizerFiles(found, digest.hexdigest(), num_bytes)
+
+
+def _checked(name: str, data: bytes, findings: Findings) -> bytes | None:
+    """What transformers gets of a file, or None."""
+    try:
+        if not name.endswith(".json"):
+            data.decode()
+            return data
+        if name == TOKENIZER_FILE:
+            # Millions of keys: its own parser reads it, which is as strict.
+            return data
+        content = parse_object(data)
+    except ValueError as error:
+        findings.add(name, str(error))
+        return None
+    return data if name != _CONFIG else _checked_config(content, findings)
+
+
+def _checked_config(content: Mapping[str, Any], findings: Findings) -> bytes | None:
+    for key in _CODE:
+        if content.get(key):
+            findings.add(_CONFIG, f"{key}: a tokenizer with code of its own is not read")
+            return None
+    said = {key: value for key, value in content.items() if key in _SAID}
+    kind = said.get("tokenizer_class")
+    if kind is not None and not (isinstance(kind, str) and kind.isidentifier()):
+        findings.add(_CONFIG, "tokenizer_class: must be the name of a class")
+        return None
+    return json.dumps(said).encode()

@@ -1,0 +1,63 @@
+"""How PEFT calls what it saves of embedding and head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from turret.server.adapters.base import EMBEDDING, HEAD
+from turret.server.adapters.checkpoint.findings import Findings
+
+WHOLE, FROZEN, ROWS, A, B, MAGNITUDE = "weight", "base", "rows", "a", "b", "magnitude"
+_SUFFIXES = {
+    # PEFT saves the untouched matrix along with an adapter that targets the module.
+    ".base_layer.weight": FROZEN,
+    ".weight": WHOLE,
+    ".token_adapter.trainable_tokens_delta": ROWS,
+    ".lora_embedding_A": A,
+    ".lora_embedding_B": B,
+    ".lora_magnitude_vector": MAGNITUDE,
+    ".lora_magnitude_vector.weight": MAGNITUDE,
+}
+LOW_RANK = (A, B, MAGNITUDE)
+BY_NAME = {
+    module + suffix: (module, role)
+    for module in (EMBEDDING, HEAD)
+    for suffix, role in _SUFFIXES.items()
+    if module == EMBEDDING or role not in LOW_RANK
+} | {
+    # What canonical names make of "base_model.", PEFT's prefix beside a learned prompt.
+    "embed_tokens.weight": (EMBEDDING, WHOLE),
+    f"base_model.{HEAD}.weight": (HEAD, WHOLE),
+}
+# Role → (name in the file, tensor).
+Found = dict[str, tuple[str, torch.Tensor]]
+
+# With ``save_embedding_layers``, which a resized vocabulary sets, PEFT saves what its wrappers hold
+# as well: under these names what the usual ones mean.
+_WRAPPED = {
+    f"{module}{suffix}": f"{module}{usual}"
+    for module in (EMBEDDING, HEAD)
+    for suffix, usual in (
+        (".modules_to_save.weight", ".weight"),
+        (".original_module.weight", ".base_layer.weight"),
+        (".token_adapter.base_layer.weight", ".base_layer.weight"),
+    )
+}
+
+
+def without_wrappers(
+    tensors: Mapping[str, torch.Tensor], findings: Findings
+) -> Mapping[str, torch.Tensor]:
+    """The tensors by their usual names; one that is there twice must be the same both times."""
+    if _WRAPPED.keys().isdisjoint(tensors):
+        return tensors
+    result = {name: tensor for name, tensor in tensors.items() if name not in _WRAPPED}
+    for name, usual in _WRAPPED.items():
+        if name not in tensors:
+            continue
+        known = result.setdefault(usual, tensors[name])
+        if known is not tensors[name] and not torch.equal(known, tensors[name]):
+            findings.add(name, f"differs from {usual!r}: which one counts?")
+    return result

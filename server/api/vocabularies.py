@@ -1,0 +1,101 @@
+"""The tokenizer of a request: the base's, or that of an adapter which has its own."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from turret.server.adapters.adapter import Adapter
+from turret.server.api.limits import MAX_MIX_MEMBERS
+from turret.server.engine.scheduling.own_text import OwnText
+from turret.v1 import adapters_pb2
+
+if TYPE_CHECKING:
+    # Doors open before torch is loaded, which takes seconds.
+    from turret.server.adapters.registry.tokenizers import AdapterTokenizers
+    from turret.server.constraints.compiler import ConstraintCompiler
+    from turret.server.models.own_tokenizers import OwnTokenizers
+    from turret.server.models.tokenizer import Tokenizer
+
+
+class Vocabulary:
+    """A tokenizer, and what compiles constraints for it.
+
+    Args:
+        tokenizer: Turns text into tokens and back.
+        constraints: Compiles what answers must match; None for one that is made when it is needed.
+        own: How the engine knows it; None for the base's.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        constraints: ConstraintCompiler | None = None,
+        own: OwnText | None = None,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.own = own
+        self._constraints = constraints
+
+    @property
+    def constraints(self) -> ConstraintCompiler:
+        """Belongs to one event loop, as the vocabulary does."""
+        if self._constraints is None:
+            from turret.server.constraints.compiler import ConstraintCompiler
+
+            self._constraints = ConstraintCompiler(self.tokenizer)
+        return self._constraints
+
+
+class Vocabularies:
+    """Finds the vocabulary of a request's adapters. Belongs to one event loop.
+
+    Args:
+        base: Of the base model.
+        adapters: Knows which adapters have their own.
+        tokenizers: Reads them.
+    """
+
+    def __init__(
+        self, base: Vocabulary, adapters: AdapterTokenizers, tokenizers: OwnTokenizers
+    ) -> None:
+        self._base = base
+        self._adapters = adapters
+        self._tokenizers = tokenizers
+        # Its tokenizer and what came of it: no more than there are tokenizers in memory.
+        self._made: dict[tuple[str, int], Vocabulary] = {}
+
+    async def of(self, weights: Sequence[adapters_pb2.AdapterWeight]) -> Vocabulary:
+        """The vocabulary that a request with these adapters speaks.
+
+        Whether they may stand together is not looked at; names that are not there are passed over.
+
+        Raises:
+            AdapterChangedError, AdapterCheckpointError: An adapter's tokenizer is not what it was.
+        """
+        if not 0 < len(weights) <= MAX_MIX_MEMBERS:
+            return self._base
+        adapter = self._adapters.find(weight.name for weight in weights)
+        if adapter is None:
+            return self._base
+        rows = adapter.facts.vocab_size
+        digest = adapter.facts.tokenizer
+        tokenizer = self._tokenizers.find(digest, rows)
+        if tokenizer is None:
+            tokenizer = await asyncio.to_thread(self._read, adapter, rows)
+        return self._vocabulary(tokenizer, digest, rows)
+
+    def _read(self, adapter: Adapter, rows: int) -> Tokenizer:
+        digest = adapter.facts.tokenizer
+        return self._tokenizers.get(digest, rows, lambda: self._adapters.read(adapter))
+
+    def _vocabulary(self, tokenizer: Tokenizer, digest: str, rows: int) -> Vocabulary:
+        made = self._made.get((digest, rows))
+        if made is None or made.tokenizer is not tokenizer:
+            gone = [key for key in self._made if self._tokenizers.find(*key) is None]
+            for key in gone:
+                del self._made[key]
+            made = Vocabulary(tokenizer, own=OwnText(digest, tokenizer))
+            self._made[digest, rows] = made
+        return made

@@ -1,0 +1,34 @@
+"""Which requests an adapter with a vocabulary of its own takes."""
+
+from __future__ import annotations
+
+from turret.server.adapters.mix import Mix
+from turret.server.engine.scheduling.request import Request
+from turret.server.errors import InvalidRequestError, UnavailableError
+
+
+def check_vocabulary(request: Request, mix: Mix) -> int:
+    """Refuse a request whose tokens are not those of its adapters.
+
+    Returns:
+        Logits of the model that answers; 0 for as many as the base has.
+
+    Raises:
+        InvalidRequestError: Several adapters have a vocabulary of their own, or one that has is not
+            there as a whole: a token has no part of a row where the base has none.
+        UnavailableError: The adapter was replaced since the request was tokenised.
+    """
+    own = [(a, weight) for a, weight in mix.members if a.facts.vocab_size]
+    digest = "" if request.own_text is None else request.own_text.digest
+    if len(own) > 1 or any(weight != 1.0 for _, weight in own):
+        raise InvalidRequestError.of(
+            "adapters",
+            "a mix holds at most one adapter with tokens of its own, and at weight 1: "
+            + ", ".join(adapter.name for adapter, _ in own),
+        )
+    if digest != (own[0][0].facts.tokenizer if own else ""):
+        raise UnavailableError(
+            "an adapter of this request was replaced by one with another tokenizer while the"
+            " request came in; send it again"
+        )
+    return own[0][0].facts.vocab_size if own else 0

@@ -1,0 +1,236 @@
+"""Adapters with tokens that the base lacks, against PEFT on a resized model, and in a batch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.added_tokens import END, FIRST, ROWS, save_grown
+from builders.methods import make_config, save_adapter
+from builders.tiny_models import tiny_tokenizer
+from method_oracle import check_greedy, check_score, prompt_of, twin
+from servers.engine_harness import EngineHarness, make_request
+
+from turret.server.adapters.ref import AdapterRef
+from turret.server.engine.scheduling.request import SamplingParams, StopConditions
+from turret.server.errors import InvalidRequestError
+
+Q = {"target_modules": ["q_proj"]}
+BOTH = ["embed_tokens", "lm_head"]
+NEW = [FIRST + 2, FIRST, 7, ROWS - 1]
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    # Nothing of the vocabulary is trained: the rows are those that it was resized with.
+    "frozen": ("lora", Q),
+    "saved": ("lora", {**Q, "modules_to_save": BOTH}),
+    "saved-tied": ("dora", {**Q, "modules_to_save": BOTH[:1], "ensure_weight_tying": True}),
+    "saved-embedding": ("loha", {**Q, "modules_to_save": BOTH[:1]}),
+    "tokens": ("lora", {**Q, "trainable_token_indices": NEW}),
+    "tokens-both": ("rslora", {**Q, "trainable_token_indices": dict.fromkeys(BOTH, NEW)}),
+    "lora-both": ("lora", {"target_modules": ["q_proj", *BOTH]}),
+    "dora-head": ("dora", {"target_modules": ["lm_head"], "modules_to_save": BOTH[:1]}),
+}
+# Where the base's head is not its embedding, these files lack the head's new rows.
+TIED_ALONE: dict[str, tuple[str, dict[str, Any]]] = {
+    "tokens-only": ("trainable_tokens", {"token_indices": NEW}),
+    "lora-embedding": ("lora", {"target_modules": ["q_proj", "embed_tokens"]}),
+}
+
+
+def prompt_with(length: int, seed: int = 0) -> list[int]:
+    """Random text, every third token an added one."""
+    plain = prompt_of(length, seed)
+    return [FIRST + i % 5 if i % 3 == 1 else token for i, token in enumerate(plain)]
+
+
+async def own_request(
+    harness: EngineHarness, prompt: list[int], *names: Any, **changes: Any
+) -> Any:
+    """A request whose tokens are those of the adapter that has its own."""
+    text = (await harness.vocabulary_of(*names)).own
+    return make_request(prompt, *names, own_text=text, **changes)
+
+
+def variants_of(architecture: str) -> dict[str, tuple[str, dict[str, Any]]]:
+    return {**VARIANTS, **(TIED_ALONE if architecture == "qwen2" else {})}
+
+
+def save_all(architecture: str, root: Path) -> dict[str, Any]:
+    model, oracles = twin(architecture).model, {}
+    for seed, (name, (method, keys)) in enumerate(variants_of(architecture).items()):
+        config = make_config(method, **keys)
+        oracles[name] = save_grown(model, config, root / name, seed=seed)
+    return oracles
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+async def test_scores_and_answers_are_pefts(architecture: str, tmp_path: Path) -> None:
+    """Llama's embedding and head are two matrices, qwen2's are one."""
+    oracles = save_all(architecture, tmp_path)
+    async with EngineHarness.start(
+        twin(architecture).folder,
+        tmp_path,
+        adapters=list(oracles),
+        max_num_batched_tokens=24,
+        max_num_seqs=8,
+    ) as harness:
+        drawn = set[int]()
+        for name, oracle in oracles.items():
+            for prompt in (prompt_with(37, 1), prompt_with(6, 2), [FIRST]):
+                request = await own_request(harness, prompt, name, score=True)
+                check_score(await harness.run(request), oracle, prompt, f"{name}: {len(prompt)}")
+                request = await own_request(harness, prompt, name)
+                answer = await harness.run(request)
+                check_greedy(answer, oracle, prompt, f"{name}: {len(prompt)}")
+                drawn.update(answer.token_ids)
+        assert any(token >= FIRST for token in drawn), "no answer has an added token"
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "granite"])
+async def test_a_familys_factors_reach_added_tokens(architecture: str, tmp_path: Path) -> None:
+    """Embeddings are scaled, logits capped or divided."""
+    model = twin(architecture).model
+    config = make_config("lora", **Q, modules_to_save=BOTH)
+    oracle = save_grown(model, config, tmp_path / "grown")
+    folder = twin(architecture).folder
+    async with EngineHarness.start(folder, tmp_path, adapters=["grown"]) as harness:
+        prompt = prompt_with(21)
+        request = await own_request(harness, prompt, "grown", score=True)
+        check_score(await harness.run(request), oracle, prompt, architecture)
+        answer = await harness.run(await own_request(harness, prompt, "grown"))
+        check_greedy(answer, oracle, prompt, architecture)
+
+
+async def test_padding_that_was_cut_off_is_not_drawn(tmp_path: Path) -> None:
+    """A base whose tokenizer fills fewer rows than there are, resized to the tokenizer's length."""
+    rows, model = 240, twin("llama").model
+    config = make_config("lora", **Q, modules_to_save=BOTH)
+    tokenizer = tiny_tokenizer(rows - 2)
+    oracle = save_grown(model, config, tmp_path / "fewer", rows=rows, tokenizer=tokenizer)
+    async with EngineHarness.start(twin("llama").folder, tmp_path, adapters=["fewer"]) as harness:
+        prompt = [token % rows for token in prompt_of(23)]
+        request = await own_request(harness, prompt, "fewer", score=True)
+        scored = await harness.run(request)
+        check_score(scored, oracle, prompt, "score")
+        answer = await harness.run(await own_request(harness, prompt, "fewer", max_tokens=16))
+        check_greedy(answer, oracle, prompt, "greedy")
+
+
+SAMPLED = SamplingParams(temperature=0.8, top_p=0.9, seed=5, repetition_penalty=1.2)
+
+
+async def _requests(harness: EngineHarness, names: list[str]) -> list[Any]:
+    requests = []
+    for number, name in enumerate(names):
+        changes: dict[str, Any] = {"max_tokens": 5, "score": number % 4 == 3}
+        if number % 3 == 1:
+            changes["sampling"] = SAMPLED
+        prompt = prompt_with((3, 40, 11, 29)[number % 4], number)
+        requests.append(await own_request(harness, prompt, name, **changes))
+        requests.append(make_request(prompt_of(17, number), "lora", **changes))
+        requests.append(make_request(prompt_of(9, number), **changes))
+    prompt = prompt_with(12)
+    mixed = [AdapterRef(name="lora", weight=-0.5), AdapterRef(name="saved")]
+    requests.append(await own_request(harness, prompt, *mixed))
+    bias = SamplingParams(temperature=0.0, logit_bias={FIRST + 3: 100.0, ROWS - 20: -5.0})
+    requests.append(await own_request(harness, prompt, "frozen", sampling=bias))
+    return requests
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+async def test_each_request_gets_the_bits_it_gets_alone(dtype: str, tmp_path: Path) -> None:
+    save_all("qwen2", tmp_path)
+    save_adapter(twin("qwen2").model, make_config("lora"), tmp_path / "lora")
+    names = [*variants_of("qwen2"), "lora"]
+    folder = twin("qwen2").folder
+    base = [make_request(prompt_of(9, number), max_tokens=5) for number in (0, 2)]
+    async with EngineHarness.start(folder, dtype=dtype) as harness:
+        untouched = [await harness.run(request) for request in base]
+    async with EngineHarness.start(folder, tmp_path, dtype=dtype, adapters=names) as harness:
+        requests = await _requests(harness, list(variants_of("qwen2")))
+        together = await harness.run_all(requests)
+        alone = [await harness.run(request) for request in requests]
+        backwards = await harness.run_all(requests[::-1])
+    for request, one, two, three in zip(requests, alone, together, backwards[::-1], strict=True):
+        assert two.bits == one.bits, request.adapters
+        assert three.bits == one.bits, request.adapters
+    assert [together[number].bits for number in (2, 8)] == [answer.bits for answer in untouched]
+    assert set(together[-1].token_ids) == {FIRST + 3}
+
+
+async def test_drafts_with_added_tokens_change_no_bit(tmp_path: Path) -> None:
+    save_grown(twin("qwen2").model, make_config("lora", **Q), tmp_path / "grown")
+    answers = []
+    for speculation in ("off", "auto"):
+        async with EngineHarness.start(
+            twin("qwen2").folder, tmp_path, adapters=["grown"], speculation=speculation
+        ) as harness:
+            sampling = SamplingParams(temperature=0.0, logit_bias={FIRST: 9.0, FIRST + 3: 9.5})
+            prompt = [FIRST, 5, FIRST + 3, 6] * 6
+            request = await own_request(harness, prompt, "grown", sampling=sampling, max_tokens=24)
+            answers.append([await harness.run(request) for _ in range(3)])
+    assert [a.bits for a in answers[0]] == [a.bits for a in answers[1]]
+    assert any(token >= FIRST for token in answers[0][0].token_ids)
+
+
+async def test_an_answer_ends_by_the_adapters_own_token(tmp_path: Path) -> None:
+    save_grown(twin("llama").model, make_config("lora", **Q), tmp_path / "grown")
+    async with EngineHarness.start(twin("llama").folder, tmp_path, adapters=["grown"]) as harness:
+        force = SamplingParams(temperature=0.0, logit_bias={END: 100.0})
+        for minimum, count in ((0, 1), (4, 5)):
+            stop = StopConditions(max_tokens=9, min_tokens=minimum)
+            request = await own_request(harness, [65], "grown", sampling=force, stop=stop)
+            answer = await harness.run(request)
+            assert len(answer.token_ids) == count
+            assert answer.finish.stop == END
+            assert "<|end|>" not in answer.text
+
+
+async def test_a_mix_has_one_vocabulary(tmp_path: Path) -> None:
+    model = twin("llama").model
+    for name in ("one", "two"):
+        save_grown(model, make_config("lora", **Q), tmp_path / name)
+    async with EngineHarness.start(
+        twin("llama").folder, tmp_path, adapters=["one", "two"]
+    ) as harness:
+        for mix in (
+            [AdapterRef(name="one"), AdapterRef(name="two")],
+            [AdapterRef(name="one", weight=0.5)],
+            [AdapterRef(name="one", weight=0.0)],
+        ):
+            with pytest.raises(InvalidRequestError, match="at most one adapter with tokens of its"):
+                await harness.run(await own_request(harness, [65], *mix))
+
+
+@pytest.mark.long
+async def test_the_gpu_path_serves_added_tokens(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from gpu_path import use_coarse_tiles
+
+    use_coarse_tiles(monkeypatch)
+    names = ("saved", "tokens")
+    oracles = {
+        name: save_grown(
+            twin("llama").model,
+            make_config(VARIANTS[name][0], **VARIANTS[name][1]),
+            tmp_path / name,
+        )
+        for name in names
+    }
+    async with EngineHarness.start(
+        twin("llama").folder, tmp_path, adapters=names, gpu=True, max_num_seqs=8
+    ) as harness:
+        requests = []
+        for name in names:
+            for prompt in (prompt_with(9, 1), [FIRST]):
+                requests.append(await own_request(harness, prompt, name, max_tokens=4))
+                requests.append(await own_request(harness, prompt, name, score=True))
+                requests.append(make_request(prompt_of(5), max_tokens=4))
+        together = await harness.run_all(requests)
+        for request, answer in zip(requests, together, strict=True):
+            assert (await harness.run(request)).bits == answer.bits
+            if request.adapters:
+                check = check_score if request.score else check_greedy
+                name = request.adapters[0].name
+                check(answer, oracles[name], list(request.prompt_token_ids), name)

@@ -1,0 +1,207 @@
+"""Which adapters with another number of tokens are read, and how the others are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import edit_config, edit_tensors
+from builders.added_tokens import FIRST, ROWS, grown_tokenizer, save_grown
+from builders.methods import make_config, save_adapter
+from builders.tiny_models import tiny_tokenizer
+from method_oracle import twin
+
+from turret.server.adapters.residency.loader import AdapterLoader
+from turret.server.adapters.source import TOKENIZER_FILES, Source
+from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
+from turret.server.models.describe import describe_base
+from turret.server.models.loader import load_decoder
+from turret.server.models.model_source import resolve_model
+from turret.server.models.own_tokenizers import OwnTokenizers
+from turret.server.models.tokenizer import Tokenizer
+
+Q = {"target_modules": ["q_proj"]}
+SAVED = {**Q, "modules_to_save": ["embed_tokens", "lm_head"]}
+EMBEDDING = "base_model.model.model.embed_tokens"
+
+
+@pytest.fixture(scope="module")
+def loader_of() -> Any:
+    folder = twin("llama").folder
+    source = resolve_model(folder, folder.parent / "cache" / "turret")
+    decoder = load_decoder(source, dtype=torch.float32, device=torch.device("cpu"))
+    tokenizer = Tokenizer.load(folder, frozenset(), decoder.arch.vocab_size)
+
+    def make(root: Path, named: int | None = None) -> AdapterLoader:
+        base = describe_base(decoder, source, named=named)
+        loader = AdapterLoader(root, base, 1 << 26, 64)
+        loader.check_tokenizer = OwnTokenizers(tokenizer, folder / "config.json").check
+        return loader
+
+    return make
+
+
+def load(loader: AdapterLoader) -> Any:
+    return loader.lower(loader.read(Source("a")))
+
+
+def grown(root: Path, method: str = "lora", rows: int = ROWS, **keys: Any) -> Path:
+    save_grown(twin("llama").model, make_config(method, **{**SAVED, **keys}), root / "a", rows=rows)
+    return root / "a"
+
+
+def test_facts_tell_the_vocabulary(loader_of: Any, tmp_path: Path) -> None:
+    folder = grown(tmp_path)
+    loader = loader_of(tmp_path)
+    loaded = load(loader)
+    assert (loaded.facts.vocab_size, len(loaded.facts.tokenizer)) == (ROWS, 64)
+    added = loaded.operators.tokens.added
+    assert (added.first, added.head.shape) == (FIRST, (ROWS - FIRST, 128))
+    sizes = [(folder / name).stat().st_size for name in TOKENIZER_FILES if (folder / name).exists()]
+    assert loaded.facts.bytes_disk > sum(sizes) > 0
+    # The tokenizer is a part of what the adapter is; what else lies there is not.
+    (folder / "training_args.bin").write_bytes(b"never opened")
+    assert load(loader).facts == loaded.facts
+    (folder / "chat_template.jinja").write_text("another")
+    assert load(loader).facts.digest != loaded.facts.digest
+
+
+@pytest.mark.parametrize(
+    ("config", "named", "is_own"),
+    [
+        ({"trainable_token_indices": [3]}, 250, False),
+        ({"trainable_token_indices": [3, 251]}, 250, True),
+        ({"modules_to_save": ["embed_tokens"]}, 250, True),
+        ({"modules_to_save": ["embed_tokens"]}, 258, False),
+        ({}, 250, False),
+        ({"target_modules": ["embed_tokens"]}, 250, True),
+    ],
+)
+def test_rows_that_pad_the_base_may_be_tokens(
+    loader_of: Any, tmp_path: Path, config: dict[str, Any], named: int, is_own: bool
+) -> None:
+    """As Qwen's: there is room for new tokens, so that nothing is resized."""
+    save_adapter(twin("llama").model, make_config("lora", **{**Q, **config}), tmp_path / "a")
+    loader = loader_of(tmp_path, named)
+    assert load(loader).facts.tokenizer == ""
+    tiny_tokenizer().save_pretrained(tmp_path / "a")
+    facts = load(loader).facts
+    assert (facts.tokenizer != "", facts.vocab_size) == (is_own, 258 if is_own else 0)
+
+
+def test_without_a_tokenizer_nobody_knows_the_tokens(loader_of: Any, tmp_path: Path) -> None:
+    (grown(tmp_path) / "tokenizer.json").unlink()
+    with pytest.raises(AdapterCheckpointError, match="has rows for 272 tokens, the base model for"):
+        load(loader_of(tmp_path))
+
+
+def test_fewer_rows_need_none_where_the_bases_tokens_have_theirs(
+    loader_of: Any, tmp_path: Path
+) -> None:
+    (grown(tmp_path, rows=250) / "tokenizer.json").unlink()
+    facts = load(loader_of(tmp_path, named=250)).facts
+    assert (facts.vocab_size, facts.tokenizer) == (250, "")
+    with pytest.raises(AdapterCheckpointError, match="only its own tokenizer tells"):
+        load(loader_of(tmp_path, named=251))
+
+
+def tokenizer_of(folder: Path, **files: Any) -> None:
+    for name, content in files.items():
+        path = folder / (name.replace("__", ".") if "__" in name else f"{name}.json")
+        path.write_text(content if isinstance(content, str) else json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("files", "why"),
+    [
+        ({"tokenizer": "{"}, "tokenizer.json: .*no usable tokenizer"),
+        ({"tokenizer": "[]"}, "no usable tokenizer"),
+        ({"tokenizer_config": "[]"}, "tokenizer_config.json"),
+        ({"tokenizer_config": {"auto_map": {"AutoTokenizer": ["x.Y", None]}}}, "code of its own"),
+        ({"tokenizer_config": {"tokenizer_class": "../x"}}, "must be the name of a class"),
+        ({"special_tokens_map": '{"a": 1, "a": 2}'}, "appears twice"),
+        ({"chat_template__jinja": "x" * ((256 << 10) + 1)}, "larger than 262144 bytes"),
+    ],
+)
+def test_bad_tokenizers_are_named(
+    loader_of: Any, tmp_path: Path, files: dict[str, Any], why: str
+) -> None:
+    tokenizer_of(grown(tmp_path), **files)
+    with pytest.raises(AdapterCheckpointError, match=why) as caught:
+        load(loader_of(tmp_path))
+    assert "/tmp" not in str(caught.value)
+
+
+def test_a_config_names_no_file_elsewhere(loader_of: Any, tmp_path: Path) -> None:
+    """``tokenizer_file`` and others would be opened by transformers, wherever they are."""
+    other = tmp_path / "other.json"
+    other.write_text("{}")
+    folder = grown(tmp_path)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    paths = dict.fromkeys(("tokenizer_file", "vocab_file", "merges_file"), str(other))
+    tokenizer_of(folder, tokenizer_config={**config, **paths})
+    assert load(loader_of(tmp_path)).facts.tokenizer
+
+
+def test_links_out_of_the_root_are_not_followed(loader_of: Any, tmp_path: Path) -> None:
+    (tmp_path / "root").mkdir()
+    folder = grown(tmp_path / "root")
+    moved = (folder / "tokenizer.json").rename(tmp_path / "tokenizer.json")
+    (folder / "tokenizer.json").symlink_to(moved)
+    with pytest.raises(AdapterCheckpointError, match="leaves the adapter root"):
+        load(loader_of(tmp_path / "root"))
+
+
+def test_every_token_has_a_row(loader_of: Any, tmp_path: Path) -> None:
+    tokenizer = grown_tokenizer()
+    tokenizer.add_tokens([f"word{i}" for i in range(20)])
+    tokenizer.save_pretrained(grown(tmp_path))
+    with pytest.raises(AdapterCheckpointError, match="the adapter has rows for 272 tokens"):
+        load(loader_of(tmp_path))
+
+
+def cut(name: str, rows: int) -> Any:
+    return lambda tensors: {**tensors, name: tensors[name][:rows].contiguous()}
+
+
+def test_what_is_not_served_is_refused_by_name(loader_of: Any, tmp_path: Path) -> None:
+    def refused(match: str) -> None:
+        with pytest.raises((AdapterMismatchError, AdapterCheckpointError), match=match):
+            load(loader_of(tmp_path))
+
+    grown(tmp_path, rows=FIRST + 4097)
+    refused("more than 4096 rows beyond the base's is not served; merge the adapter into the base")
+    grown(tmp_path, "dora", target_modules=["embed_tokens", "lm_head"], modules_to_save=None)
+    refused("lora_magnitude_vector: is the norm of a column")
+    grown(tmp_path, target_modules=["q_proj", "embed_tokens"], modules_to_save=None)
+    refused("lm_head.weight: the rows of tokens 258 to 271, which the base model lacks, are not in")
+    grown(tmp_path, target_modules=["lm_head"], modules_to_save=["embed_tokens"], lora_bias=True)
+    refused("lm_head.lora_B.bias: is of a head with more tokens")
+    folder = grown(tmp_path)
+    edit_tensors(folder, cut(f"{EMBEDDING}.weight", 270))
+    refused("differs from|another size than another matrix")
+    folder = grown(tmp_path, trainable_token_indices=[FIRST], modules_to_save=None)
+    edit_config(folder, trainable_token_indices=[ROWS])
+    refused("names token 272, .* has 272 rows")
+    saved: dict[str, Any] = {"modules_to_save": ["embed_tokens"], "feedforward_modules": []}
+    grown(tmp_path, "ia3", target_modules=["lm_head"], **saved)
+    refused("lm_head.ia3_l: has shape")
+
+
+def test_rows_of_the_bases_tokens_must_be_named_to_be_others(
+    loader_of: Any, tmp_path: Path
+) -> None:
+    folder = grown(tmp_path, modules_to_save=None)
+    assert load(loader_of(tmp_path)).operators.tokens.embedding is None
+
+    def change(tensors: Any) -> Any:
+        matrix = tensors[f"{EMBEDDING}.weight"].clone()
+        matrix[3] += 1.0
+        return {**tensors, f"{EMBEDDING}.weight": matrix}
+
+    edit_tensors(folder, change)
+    with pytest.raises(AdapterCheckpointError, match="name the module in modules_to_save"):
+        load(loader_of(tmp_path))

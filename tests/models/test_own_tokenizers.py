@@ -1,0 +1,76 @@
+"""Tokenizers that adapters bring: which of them stay in memory, and templates that never end."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from builders.added_tokens import ADDED, FIRST, ROWS, grown_tokenizer
+from builders.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
+
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
+from turret.server.adapters.tokenizer_files import TokenizerFiles
+from turret.server.errors import InvalidRequestError
+from turret.server.models import own_tokenizers, tokenizer
+from turret.server.models.own_tokenizers import OwnTokenizers
+from turret.server.models.tokenizer import Tokenizer
+
+ENDLESS = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+
+
+def files_of(folder: Path, template: str | None = None) -> TokenizerFiles:
+    grown = grown_tokenizer() if template is None else grown_tokenizer(template)
+    grown.save_pretrained(folder / "own")
+    with AdapterRoot(folder).open_directory("own") as directory:
+        files = read_tokenizer_files(directory, Findings("own"))
+    assert files is not None
+    return files
+
+
+@pytest.fixture
+def tokenizers(tmp_path: Path) -> OwnTokenizers:
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    base = Tokenizer.load(tmp_path / "base", frozenset({EOS}), VOCAB_SIZE)
+    return OwnTokenizers(base, tmp_path / "base" / "config.json")
+
+
+def test_what_transformers_reads_is_read(tokenizers: OwnTokenizers, tmp_path: Path) -> None:
+    files = files_of(tmp_path)
+    found = tokenizers.get(files.digest, ROWS, lambda: files)
+    expected: Any = grown_tokenizer()
+    for text in ("a turret", "<|user|>x<|end|>", "<call>turretturret</call>"):
+        assert found.encode(text) == expected(text)["input_ids"]
+    turns = [{"role": "user", "content": "a turret"}]
+    assert found.encode_chat(turns) == expected.apply_chat_template(
+        turns, add_generation_prompt=True, return_dict=False
+    )
+    assert found.vocab_size == FIRST + len(ADDED)
+    # The base's end is one of a model that was not trained to stop otherwise.
+    assert found.eos_token_ids == {EOS, FIRST + ADDED.index("<|end|>")}
+
+
+def test_the_latest_are_kept(
+    tokenizers: OwnTokenizers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(own_tokenizers, "MAX_KEPT", 2)
+    files = files_of(tmp_path)
+    made = [tokenizers.get(files.digest, rows, lambda: files) for rows in (270, 271)]
+    assert tokenizers.get(files.digest, 270, lambda: files) is made[0]
+    tokenizers.check(files, 272)
+    assert tokenizers.find(files.digest, 270) is made[0]
+    assert tokenizers.find(files.digest, 271) is None
+
+
+def test_a_template_has_an_end(
+    tokenizers: OwnTokenizers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tokenizer, "_TEMPLATE_SECONDS", 0.2)
+    files = files_of(tmp_path, ENDLESS)
+    before = sys.gettrace()
+    with pytest.raises(InvalidRequestError, match="takes longer than"):
+        tokenizers.get(files.digest, ROWS, lambda: files).encode_chat([{"role": "user"}])
+    assert sys.gettrace() is before
