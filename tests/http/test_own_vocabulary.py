@@ -205,3 +205,13 @@ async def test_a_tokenizer_travels_with_its_adapter(
             )
         )
         assert (failure.reason, "send it again" in failure.message) == ("UNAVAILABLE", True)
+
+
+async def test_it_is_neither_merged_nor_fused(doors: Doors) -> None:
+    """The base that came of it would have another number of tokens."""
+    merge = adapters_pb2.MergeAdaptersRequest(adapters=WITH)
+    failure = await failure_of(doors.rpc.adapters.MergeAdapters(merge))
+    assert "tokens and vocabulary is no change of the decoder layers' weights" in failure.message
+    fuse = adapters_pb2.FuseAdaptersRequest(name="fused", adapters=WITH)
+    failure = await failure_of(doors.rpc.adapters.FuseAdapters(fuse))
+    assert "has a vocabulary of its own" in failure.message

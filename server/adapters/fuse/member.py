@@ -62,7 +62,9 @@ def check_operators(members: Sequence[Member], combination: Combination) -> None
     found: list[tuple[int, Adapter, str]] = []
     for index, member in enumerate(members):
         operators = member.lowered.operators
-        if extra := beyond_updates(operators):
+        if member.adapter.facts.vocab_size:
+            found.append((index, member.adapter, "has a vocabulary of its own"))
+        elif extra := beyond_updates(operators):
             found.append(
                 (index, member.adapter, f"has a {' and a '.join(extra)}, no weight update")
             )

@@ -246,6 +246,8 @@ def _check_mergeable(mix: Mix) -> None:
     for adapter, _ in mix.members:
         assert adapter.operators is not None, "a held adapter stays resident"
         beyond = beyond_updates(adapter.operators)
+        if adapter.facts.vocab_size:
+            beyond += ("vocabulary",)
         if beyond:
             reasons.append(
                 f"{adapter.name!r} ({adapter.facts.method}) cannot be merged: its"
