@@ -93,11 +93,13 @@ class _Parts:
         found: dict[str, Found] = {EMBEDDING: {}, HEAD: {}}
         for name, tensor in tensors.items():
             module, role = BY_NAME.get(name, (None, None))
-            if module is not None and role is not None:
+            # What has another form is reported where it is read.
+            is_sound = tensor.ndim == 2 or role == MAGNITUDE
+            if module is not None and role is not None and is_sound:
                 found[module].setdefault(role, (name, tensor))
         for module in (HEAD, EMBEDDING):
             name = module + _TRAINED_ALONE
-            if name in tensors:
+            if name in tensors and tensors[name].ndim == 2:
                 found[module].setdefault(ROWS, (name, tensors[name]))
         return cls(tensors, found, _trained_ids(config, base, found))
 
@@ -109,9 +111,9 @@ class _Parts:
         sizes: dict[str, int] = {}
         for roles in self.found.values():
             for role, (name, tensor) in roles.items():
-                if role in (WHOLE, FROZEN) and tensor.ndim == 2:
+                if role in (WHOLE, FROZEN):
                     sizes[name] = tensor.shape[0]
-                elif role == A and tensor.ndim == 2:
+                elif role == A:
                     sizes[name] = tensor.shape[1]
         update = self.tensors.get(_HEAD_B)
         if update is not None and update.ndim == 2:
@@ -259,13 +261,15 @@ def _rows_of(module: str, parts: _Parts, size: int, base: BaseModel) -> torch.Te
     trained, ids = parts.tensor(module, ROWS), parts.ids.get(module)
     if trained is None and module == HEAD and ids == parts.ids.get(EMBEDDING):
         trained = parts.tensor(EMBEDDING, ROWS)
-    if trained is None or ids is None or trained.ndim != 2 or len(trained) != len(ids):
+    if trained is None or ids is None or trained.shape != (len(ids), base.hidden_size):
         return rows
     own = [number for number, token in enumerate(ids) if token >= first]
     if rows is None:
         if sorted(ids[number] for number in own) != list(range(first, size)):
             return None
-        rows = trained.new_zeros(size - first, trained.shape[1])
+        rows = trained.new_zeros(size - first, base.hidden_size)
+    elif rows.shape[1] != base.hidden_size:
+        return rows
     places = torch.tensor([ids[number] - first for number in own], dtype=torch.int64)
     return rows.to(trained.dtype).index_copy(0, places, trained[own])
 
@@ -275,7 +279,7 @@ def _with_update(rows: torch.Tensor, parts: _Parts, targets: Targets, first: int
     a, b = parts.tensor(EMBEDDING, A), parts.tensor(EMBEDDING, B)
     if a is None or b is None or EMBEDDING not in targets.targeted:
         return rows
-    if b.ndim != 2 or a.shape[0] != b.shape[1] or b.shape[0] != rows.shape[1]:
+    if a.shape[0] != b.shape[1] or b.shape[0] != rows.shape[1]:
         return rows
     wide = torch.promote_types(rows.dtype, torch.float32)
     update = a[:, first:].T.to(wide) @ b.T.to(wide)
@@ -299,7 +303,7 @@ def _with_head_update(
     if _HEAD_BIAS in parts.tensors:
         why = f"is of a head with more tokens than the base's, which has no bias; {WAY_OUT}"
         findings.mismatch(_HEAD_BIAS, why)
-    if a.ndim != 2 or a.shape[0] != b.shape[1] or a.shape[1] != rows.shape[1]:
+    if not a.ndim == b.ndim == 2 or (a.shape[0], a.shape[1]) != (b.shape[1], rows.shape[1]):
         return rows
     first = base.vocabulary.size
     wide = torch.promote_types(rows.dtype, torch.float32)
@@ -325,7 +329,7 @@ def _cut(parts: _Parts, checkpoint: AdapterCheckpoint, base: BaseModel) -> Adapt
             elif role == A:
                 tensors[name] = _fitted(tensor.T, first).T
     for name in (_HEAD_B, _HEAD_BIAS, *_HEAD_MAGNITUDES):
-        if name in tensors:
+        if name in tensors and tensors[name].ndim > 0:
             tensors[name] = _fitted(tensors[name], first)
     config, is_partial = dict(checkpoint.config), checkpoint.is_partial
     for module in (HEAD, EMBEDDING):
@@ -336,7 +340,7 @@ def _cut(parts: _Parts, checkpoint: AdapterCheckpoint, base: BaseModel) -> Adapt
         for suffix in (f".token_adapter{_TRAINED_ALONE}", _TRAINED_ALONE):
             for owner in (module, f"{module}.base_layer"):
                 rows = tensors.pop(owner + suffix, None)
-                if rows is not None and kept and len(rows) == len(ids):
+                if rows is not None and kept and rows.shape[:1] == (len(ids),):
                     tensors[owner + suffix] = rows[kept]
         is_partial = True
     config = _with_ids_below(config, first)

@@ -155,8 +155,9 @@ def _trained_rows(
             rows[HEAD] = rows.get(EMBEDDING)
             ids = None
             # With save_embedding_layers PEFT saves them once more.
-            if tensor is not None and torch.equal(tensor, found[EMBEDDING][ROWS][1]):
-                tensor = None
+            copied = found[EMBEDDING].get(ROWS, (name, None))[1]
+            if tensor is not None and copied is not None and tensor.dtype == copied.dtype:
+                tensor = None if torch.equal(tensor, copied) else tensor
         if tensor is not None and ids is not None:
             rows[module] = read_rows(name, tensor, ids, base.vocabulary, findings)
         elif tensor is not None:

@@ -205,3 +205,46 @@ def test_rows_of_the_bases_tokens_must_be_named_to_be_others(
     edit_tensors(folder, change)
     with pytest.raises(AdapterCheckpointError, match="name the module in modules_to_save"):
         load(loader_of(tmp_path))
+
+
+SHAPES: dict[str, Any] = {
+    "a number": lambda tensor: tensor.flatten()[0].clone(),
+    "a vector": lambda tensor: tensor.flatten()[:7].clone(),
+    "three axes": lambda tensor: tensor.unsqueeze(0).clone(),
+    "narrow": lambda tensor: tensor[..., :-1].contiguous(),
+    "turned": lambda tensor: tensor.T.contiguous() if tensor.ndim == 2 else tensor[:1].clone(),
+    "of another dtype": lambda tensor: tensor.half(),
+    "none": lambda tensor: tensor[:0].clone(),
+}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"modules_to_save": ["embed_tokens"], "target_modules": ["q_proj", "lm_head"]},
+        {"trainable_token_indices": [3, FIRST, ROWS - 1], "modules_to_save": None},
+        {"target_modules": ["embed_tokens", "lm_head"], "modules_to_save": None},
+    ],
+)
+def test_tensors_of_any_form_are_refused_or_read(
+    loader_of: Any, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    """Nothing but a refusal comes of a file, whatever one of its tensors is."""
+    folder = grown(tmp_path, **keys)
+    file = folder / "adapter_model.safetensors"
+    sound, loader = file.read_bytes(), loader_of(tmp_path)
+    names = list[str]()
+    edit_tensors(folder, lambda tensors: names.extend(tensors) or tensors)
+    refused = []
+    for name in names:
+        if ".layers.1." in name:
+            continue
+        for change in SHAPES.values():
+            file.write_bytes(sound)
+            edit_tensors(folder, lambda tensors, n=name, c=change: {**tensors, n: c(tensors[n])})
+            try:
+                load(loader)
+            except (AdapterCheckpointError, AdapterMismatchError) as error:
+                refused.append(error.violations)
+    assert all(refused)
+    assert len(refused) > 3 * len(names)
