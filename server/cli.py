@@ -24,7 +24,10 @@ _OWN_VERBS = {
     "demo": "serve the example adapters and send them one mixed batch",
     "completion": "print what makes a shell complete this command",
 }
-_TRAIN = {"train": "train an adapter"}
+_TRAINING = {
+    "train": "train an adapter",
+    "convert": "make a LoRA of an adapter that needs its base to be read",
+}
 
 
 def _serve(args: argparse.Namespace) -> int:
@@ -192,13 +195,17 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
         "demo": _add_demo,
         "completion": _add_completion,
     }
-    for name, text in {**_OWN_VERBS, **VERBS, **_TRAIN}.items():
+    for name, text in {**_OWN_VERBS, **VERBS, **_TRAINING}.items():
         if verb not in (None, name):
             subparsers.add_parser(name, help=text)
         elif name in own:
             own[name](subparsers)
         elif name in VERBS:
             add_verb(subparsers, name)
+        elif name == "convert":
+            from turret.training.conversion.verb import add_parser as add_convert
+
+            add_convert(subparsers, text)
         else:
             from turret.training.verbs import add_parser as add_train
 

@@ -59,6 +59,15 @@ class StoredTensors:
         # A copy: the result must not keep the file mapped.
         return file.get_tensor(stored).clone()
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Of a tensor that is stored by itself, read from its file's header.
+
+        Raises:
+            InvalidRequestError: There is none of that name.
+        """
+        file, stored = self._place(name)
+        return tuple(file.get_slice(stored).get_shape())
+
     def codes(self) -> list[str]:
         """Tensors of bytes, which are no numbers to multiply by."""
         return [

@@ -35,7 +35,8 @@ class FusedFiles:
         self, modules: Mapping[str, FusedModule], base: BaseModel, base_model: str
     ) -> None:
         has_bias = any(module.bias is not None for module in modules.values())
-        self._config = json.dumps(_config(modules, base, base_model, has_bias), indent=2).encode()
+        ranks = {name: module.rank for name, module in modules.items()}
+        self._config = json.dumps(lora_config(ranks, base, base_model, has_bias), indent=2).encode()
         self._tensors: dict[str, torch.Tensor] = {}
         for name, module in modules.items():
             path = f"base_model.model.{name}"
@@ -76,11 +77,17 @@ def _leaf(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def _config(
-    modules: Mapping[str, FusedModule], base: BaseModel, base_model: str, has_bias: bool
+def lora_config(
+    ranks: Mapping[str, int], base: BaseModel, base_model: str, has_bias: bool
 ) -> dict[str, Any]:
-    """Alpha equals the rank everywhere, so nothing is scaled."""
-    ranks = {name: module.rank for name, module in modules.items()}
+    """The config of a LoRA that has the ranks; alpha equals them, so nothing is scaled.
+
+    Args:
+        ranks: By path of the module, not empty.
+        base: The base they belong to.
+        base_model: Its name, as the config has it.
+        has_bias: Whether every module has a bias behind B.
+    """
     usual = Counter(ranks.values()).most_common(1)[0][0]
     pattern = {name: rank for name, rank in ranks.items() if rank != usual}
     return {
@@ -92,7 +99,7 @@ def _config(
         "lora_alpha": usual,
         "rank_pattern": pattern,
         "alpha_pattern": pattern,
-        "target_modules": target_modules(list(modules), base),
+        "target_modules": target_modules(list(ranks), base),
         "bias": "none",
         "lora_bias": has_bias,
         "lora_dropout": 0.0,

@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 CONVERT = (
-    "convert it with PEFT's save_as_lora, with its own rank and on the base model it was trained"
-    " on, and load the LoRA that makes"
-)
-MERGE = (
-    "merge it with PEFT's merge_and_unload into the base model it was trained on and serve the"
-    " result as the base model, or train one of the served methods"
+    "`turret convert DIR --base MODEL --output NEW`, with the model it was trained on, makes an"
+    " exact LoRA of it, which is served"
 )
 # ``peft_type`` → advice; tests follow it with the PEFT installed.
 UNSERVED: Mapping[str, str] = {
-    "ADAMSS": f"the clusters of rows it adapts are not in its file; {MERGE}",
+    "ADAMSS": f"the clusters of rows it adapts are not in its file; {CONVERT}",
     "PSOFT": f"the factors it turns are not in its file; {CONVERT}",
     "LILY": (
         "its routers average over all tokens of a call, so that no token has a result of its own;"

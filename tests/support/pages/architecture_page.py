@@ -35,7 +35,10 @@ ROOMS = (
     *("clients/messages", "clients/verbs", "clients/evaluation"),
     *(
         f"training/{name}"
-        for name in ("settings", "data", "methods", "lycoris", "fusion", "memory", "run", "report")
+        for name in (
+            *("settings", "data", "methods", "lycoris", "fusion", "memory", "run", "report"),
+            "conversion",
+        )
     ),
 )
 

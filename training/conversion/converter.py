@@ -1,0 +1,201 @@
+"""``turret convert``: an adapter whose file lacks state of its base becomes an exact LoRA."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turret.server.adapters.base import BaseModel, BaseModule
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.fuse.lora_files import lora_config
+from turret.server.adapters.peft_format.base_name import base_name_warning
+from turret.server.adapters.peft_format.module_checkpoint import (
+    ModuleFormat,
+    Roles,
+    read_module_checkpoint,
+)
+from turret.server.errors import AdapterCheckpointError
+from turret.server.models.sources.hub_model import Progress
+from turret.training.adapter_folder import write_adapter
+from turret.training.conversion import adamss, psoft
+from turret.training.conversion.made_lora import MadeLora
+from turret.training.conversion.plain_base import read_plain_base
+from turret.training.errors import RunError
+
+_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A type of adapter that can be converted."""
+
+    format_of: Callable[[Mapping[str, Any]], ModuleFormat]
+    convert: Callable[[Roles, BaseModule, float, Mapping[str, Any], str], MadeLora]
+    note: str = ""
+
+
+CONVERTED: Mapping[str, _Kind] = {
+    "ADAMSS": _Kind(adamss.format_of, adamss.convert),
+    "PSOFT": _Kind(
+        psoft.format_of,
+        psoft.convert,
+        "which of two opposite singular vectors comes out is up to the linear algebra library: this"
+        " is the adapter as PEFT loads it with the torch installed here, on this device",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What was done.
+
+    Attributes:
+        folder: Where the LoRA is.
+        kind: Its ``peft_type`` before.
+        rank: Largest of its modules.
+        num_modules: Modules that it adapts.
+        notes: What to know about it.
+    """
+
+    folder: Path
+    kind: str
+    rank: int
+    num_modules: int
+    notes: tuple[str, ...]
+
+
+def convert(
+    adapter: Path,
+    model: Path,
+    output: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: str,
+    progress: Progress,
+) -> Conversion:
+    """Write the LoRA that does what the adapter does on the base that it was trained on.
+
+    Args:
+        adapter: A directory as PEFT writes it.
+        model: The base that it was trained on: a directory, or ``org/name`` of the hub.
+        output: A directory that is not there yet, or empty.
+        dtype: What the base's weights were rounded to in training; None is what its files hold.
+        device: Where decompositions are computed; as in training, if that can be.
+        progress: Told how far it is.
+
+    Raises:
+        AdapterCheckpointError: The adapter is of another type, unsupported or inconsistent.
+        AdapterMismatchError: It does not fit the base.
+        InvalidRequestError: The base cannot be read.
+        RunError: ``output`` is taken, or the base is not the one that was trained on.
+    """
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise RunError(f"{output} is there already; name another --output, or remove it")
+    place = adapter.resolve()
+    checkpoint = read_checkpoint(
+        AdapterRoot(place.parent), place.name, max_elements=1 << 40, shown=str(adapter)
+    )
+    kind = _kind_of(checkpoint)
+    base = read_plain_base(model, dtype, device, progress)
+    base = replace(base, text_prefix=checkpoint.text_prefix)
+    made, saved = _convert_all(checkpoint, CONVERTED[kind], base, progress)
+    trained_on = str(checkpoint.config.get("base_model_name_or_path") or "")
+    warning = base_name_warning(trained_on, base.name)
+    notes = [
+        CONVERTED[kind].note,
+        "" if warning is None else f"it names base {trained_on!r:.200}, not {base.name!r:.200}",
+    ]
+    _write(output, made, saved, checkpoint.config, base)
+    rank = max(one.rank for one in made.values())
+    return Conversion(output, kind, rank, len(made), tuple(note for note in notes if note))
+
+
+def _kind_of(checkpoint: AdapterCheckpoint) -> str:
+    kind = checkpoint.config.get("peft_type")
+    if kind not in CONVERTED:
+        findings = Findings(checkpoint.path)
+        findings.add(
+            "peft_type",
+            f"is {kind!r:.60}; converted are {' and '.join(CONVERTED)}, and `turret serve` says of"
+            " any other what to do with it",
+        )
+        findings.raise_if_any()
+    return str(kind)
+
+
+def _convert_all(
+    checkpoint: AdapterCheckpoint, kind: _Kind, base: BaseModel, progress: Progress
+) -> tuple[dict[str, MadeLora], dict[str, torch.Tensor]]:
+    """The modules' LoRAs, and the tensors of whole modules that go along."""
+    config = dict(checkpoint.config)
+    names = config.pop("modules_to_save", None) or []
+    # Whether it is one to serve is for the LoRA's reader to say.
+    config.pop("task_type", None)
+    if not isinstance(names, list):
+        raise AdapterCheckpointError(
+            f"adapter {checkpoint.path!r}: modules_to_save must be a list",
+            metadata={"path": checkpoint.path},
+            violations=[("modules_to_save", "must be a list")],
+        )
+    saved = {
+        name: tensor
+        for name, tensor in checkpoint.tensors.items()
+        if _is_saved(name.rpartition(".")[0], names)
+    }
+    own = {name: t for name, t in checkpoint.tensors.items() if name not in saved}
+    form = kind.format_of(config)
+    found = read_module_checkpoint(
+        replace(checkpoint, config=config, tensors=own), base, form, max_rank=None
+    )
+    made = {}
+    for done, (name, roles) in enumerate(found.modules.items()):
+        progress("Converting modules", done, len(found.modules))
+        scaling = found.targets.scaling(name)
+        made[name] = kind.convert(roles, base.modules[name], scaling, config, name)
+    progress("Converting modules", len(made), len(made))
+    return made, saved
+
+
+def _is_saved(module: str, names: list[Any]) -> bool:
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _write(
+    output: Path,
+    made: Mapping[str, MadeLora],
+    saved: Mapping[str, torch.Tensor],
+    config: Mapping[str, Any],
+    base: BaseModel,
+) -> None:
+    """Both files or none."""
+    has_bias = any(one.bias is not None for one in made.values())
+    tensors = {f"{_PREFIX}{name}": tensor.float() for name, tensor in saved.items()}
+    for name, one in made.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = one.a
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = one.b
+        if has_bias:
+            bias = torch.zeros(len(one.b)) if one.bias is None else one.bias
+            tensors[f"{_PREFIX}{name}.lora_B.bias"] = bias
+    named = str(config.get("base_model_name_or_path") or base.name)
+    ranks = {name: one.rank for name, one in made.items()}
+    lora = lora_config(ranks, base, named, has_bias)
+    for key in ("task_type", "modules_to_save"):
+        if config.get(key) is not None:
+            lora[key] = config[key]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    build = Path(tempfile.mkdtemp(prefix=".converting-", dir=output.parent))
+    try:
+        write_adapter(build, lora, tensors, torch.float32)
+        build.chmod(0o755)
+        build.replace(output)
+    except BaseException:
+        shutil.rmtree(build, ignore_errors=True)
+        raise

@@ -1,0 +1,37 @@
+"""What a conversion makes of one module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class MadeLora:
+    """``y += b (a x) + bias``.
+
+    Attributes:
+        a: ``[rank, in_features]`` fp32.
+        b: ``[out_features, rank]`` fp32.
+        bias: ``[out_features]`` fp32, or None.
+    """
+
+    a: torch.Tensor
+    b: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def rank(self) -> int:
+        return len(self.a)
+
+
+@contextmanager
+def peft_generator(seed: int, device: torch.device) -> Iterator[None]:
+    """The global generator as PEFT seeds it for ``svd_lowrank``, and afterwards as it was."""
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield

@@ -1,0 +1,113 @@
+"""The base that an adapter was trained on, in full precision: linear modules, read one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel, BaseModule, BaseVocabulary
+from turret.server.errors import InvalidRequestError
+from turret.server.models.families import read_arch
+from turret.server.models.sources.gguf_header import SUFFIX
+from turret.server.models.sources.hub_model import Progress, fetch_hub_model, hub_model_id
+from turret.server.models.sources.model_directory import (
+    check_model_directory,
+    is_4bit,
+    weight_files,
+)
+from turret.server.models.stored_tensors import StoredTensors
+
+_WEIGHT, _BIAS = ".weight", ".bias"
+
+
+def read_plain_base(
+    model: Path, dtype: torch.dtype | None, device: str, progress: Progress
+) -> BaseModel:
+    """The base as adapters see it; a weight is read from its file when it is asked for.
+
+    Args:
+        model: A Hugging Face model directory, or ``org/name[@revision]`` of the hub.
+        dtype: What the weights were rounded to in training; None is what the files hold.
+        device: Where weights are given.
+        progress: Told how much of a model came from the hub.
+
+    Raises:
+        InvalidRequestError: None of these, or quantised, or of an architecture that is not served.
+    """
+    # Here, because it takes its time and the command's help does not need it.
+    from transformers import AutoConfig
+
+    hub_id = hub_model_id(model)
+    name = str(model) if hub_id is None else hub_id.repository
+    if hub_id is not None:
+        model, _ = fetch_hub_model(hub_id, progress)
+    if model.suffix == SUFFIX:
+        why = "a GGUF file is no base that adapters are trained on; name the checkpoint it is of"
+        raise InvalidRequestError.of("base", why)
+    if is_4bit(check_model_directory(model)):
+        why = f"{model} is 4-bit; name the 16-bit or 32-bit checkpoint that was trained on"
+        raise InvalidRequestError.of("base", why)
+    config = AutoConfig.from_pretrained(model)
+    arch = read_arch(config)
+    tensors = StoredTensors(weight_files(model), arch.experts)
+    return _base(name, config, tensors, partial(_weight, tensors, dtype, device))
+
+
+_Read = Callable[[str], torch.Tensor]
+
+
+def _weight(
+    tensors: StoredTensors, dtype: torch.dtype | None, device: str, name: str
+) -> torch.Tensor:
+    tensor = tensors.get(name)
+    if not tensor.is_floating_point():
+        raise InvalidRequestError.of("base", f"{name} holds {tensor.dtype}, which is quantised")
+    return tensor.to(dtype or tensor.dtype).to(device, torch.float32)
+
+
+def _base(name: str, config: Any, tensors: StoredTensors, read: _Read) -> BaseModel:
+    is_tied = f"{HEAD}{_WEIGHT}" not in tensors
+    modules, others = {}, set[str]()
+    for tensor in tensors:
+        path = tensor.removesuffix(_WEIGHT)
+        if path == tensor or path in (EMBEDDING, HEAD) or ".experts." in path:
+            continue
+        shape = tensors.shape(tensor)
+        if len(shape) == 2:
+            modules[path] = _module(path, tensor, shape, tensors, read)
+        else:
+            others.add(path)
+    head = f"{EMBEDDING if is_tied else HEAD}{_WEIGHT}"
+    modules[HEAD] = _module(HEAD, head, tensors.shape(head), tensors, read)
+    none = torch.empty(0)
+    return BaseModel(
+        name=name,
+        model_type=config.model_type,
+        digest="",
+        dtype=torch.float32,
+        modules=modules,
+        other_modules=frozenset(others | {EMBEDDING}),
+        # Neither is read of a base that serves nothing.
+        vocabulary=BaseVocabulary(none, none, is_tied),
+        num_layers=0,
+        hidden_size=0,
+        num_kv_heads=0,
+        head_dim=0,
+    )
+
+
+def _module(
+    path: str, weight: str, shape: tuple[int, ...], tensors: StoredTensors, read: _Read
+) -> BaseModule:
+    bias = f"{path}{_BIAS}"
+    return BaseModule(
+        name=path,
+        in_features=shape[1],
+        out_features=shape[0],
+        bias=read(bias) if bias in tensors else None,
+        dequantize=partial(read, weight),
+    )

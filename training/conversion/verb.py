@@ -1,0 +1,77 @@
+"""``turret convert``. Heavy imports wait until it runs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+_DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], text: str) -> None:
+    """Add the verb; ``text`` is its line in the help."""
+    parser = subparsers.add_parser(
+        "convert",
+        help=text,
+        description="Make the LoRA that does exactly what an adapter of PSOFT or AdaMSS does."
+        " Their files lack what PEFT computes from the weights they were trained on: give it those,"
+        " in full precision.",
+    )
+    parser.add_argument("adapter", type=Path, metavar="DIR", help="the adapter, as PEFT saved it")
+    parser.add_argument(
+        "--base",
+        type=Path,
+        required=True,
+        metavar="DIR|ORG/NAME",
+        help="the model it was trained on, not quantised",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="where the LoRA goes"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=_DTYPES,
+        help="what the model was loaded as in training (default: as its files are)",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where it was trained, if that is here: decompositions differ (default: %(default)s)",
+    )
+    parser.set_defaults(func=_convert)
+
+
+def _convert(args: argparse.Namespace) -> int:
+    import torch
+
+    from turret.server.errors import TurretError
+    from turret.server.progress import progress_bar
+    from turret.training.conversion.converter import convert
+    from turret.training.errors import TrainingError
+
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("error: --device cuda: torch finds no GPU here", file=sys.stderr)
+        return 1
+    try:
+        with progress_bar() as report:
+            done = convert(
+                args.adapter,
+                args.base,
+                args.output,
+                dtype=None if args.dtype is None else getattr(torch, args.dtype),
+                device=args.device,
+                progress=report,
+            )
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
+    except (TrainingError, TurretError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    for note in done.notes:
+        print(f"note: {note}", file=sys.stderr)
+    print(f"{done.folder}: a LoRA of {done.num_modules} modules, rank {done.rank} at most")
+    return 0
