@@ -26,7 +26,7 @@ _OWN_VERBS = {
 }
 _TRAINING = {
     "train": "train an adapter",
-    "convert": "make a LoRA of an adapter that needs its base to be read",
+    "convert": "make an adapter that is served of one that is not",
 }
 
 

@@ -11,6 +11,8 @@ the updates themselves are never computed twice. A router (Arrow, arXiv 2405.111
 a prototype ``p_k`` per component, and the ``top_k`` best alone share the softmax::
 
     α = softmax over top_k of |p_k · x| / T
+
+X-LoRA (arXiv 2402.07148) takes them from a classifier of the token's state after a first pass.
 """
 
 from __future__ import annotations
@@ -65,10 +67,44 @@ def routing_gate_reference(
         ``α``, ``[num_rows, K]``, fp32. A row's bits do not depend on the other rows.
     """
     scores = similarities.abs()
+    return _softmax(scores / temperature, _largest(scores, top_k))
+
+
+def given_gate_reference(
+    logits: torch.Tensor,
+    *,
+    temperature: float | None,
+    top_k: int | None,
+    is_renormalised: bool,
+) -> torch.Tensor:
+    """Gate by a classifier, the same on all paths.
+
+    Args:
+        logits: ``[num_rows, K]`` fp32.
+        temperature: What logits are divided by before a softmax; None for none.
+        top_k: How many weights of a row are kept, the largest; of equal ones the first. None for
+            all.
+        is_renormalised: Whether a softmax of the weights that are kept and not 0 takes their place.
+
+    Returns:
+        ``α``, ``[num_rows, K]``, fp32. A row's bits do not depend on the other rows.
+    """
+    gates = logits if temperature is None else _softmax(logits / temperature)
+    if top_k is not None:
+        gates = gates * _largest(gates, top_k)
+    if not is_renormalised:
+        return gates
+    kept = gates != 0
+    # A row of zeros stays one.
+    return torch.where(kept, _softmax(gates, kept), 0.0)
+
+
+def _largest(scores: torch.Tensor, count: int) -> torch.Tensor:
+    """Which of ``[rows, K]`` are among the largest of their row; of equal ones the first."""
     order = torch.arange(scores.shape[1], device=scores.device)
     mine, other = scores[:, :, None], scores[:, None, :]
     is_before = (other > mine) | ((other == mine) & (order[None, :] < order[:, None]))
-    return _softmax(scores / temperature, is_before.sum(2) < top_k)
+    return is_before.sum(2) < count
 
 
 def _softmax(scores: torch.Tensor, kept: torch.Tensor | None = None) -> torch.Tensor:

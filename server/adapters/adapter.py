@@ -91,6 +91,10 @@ class Adapter:
         return self.facts.invocation
 
     @property
+    def first_pass(self) -> str:
+        return self.facts.first_pass
+
+    @property
     def head(self) -> Head | None:
         """Its classification head, without the weights."""
         facts = self.facts

@@ -23,6 +23,8 @@ class AdapterFacts:
         invocation: Tokens from whose last occurrence in the prompt on it acts; empty if everywhere.
         labels: Those of its classification head; empty without one.
         problem_type: See ``Head``; empty without one.
+        first_pass: What runs before every pass of its own and tells it its scalings: ``base``, or
+            ``adapter`` (itself, at constant scalings); empty where nothing does.
         components: Digests of the adapters it is built from; they must stay registered.
         vocab_size: Rows of its vocabulary, where those are not as many as the base's or it has a
             tokenizer of its own; else 0.
@@ -46,3 +48,4 @@ class AdapterFacts:
     problem_type: str = ""
     vocab_size: int = 0
     tokenizer: str = ""
+    first_pass: str = ""

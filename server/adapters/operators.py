@@ -17,6 +17,7 @@ import torch
 
 from turret.server.adapters.classifier import Classifier
 from turret.server.adapters.soft_prompt import SoftPrompt
+from turret.server.adapters.token_router import TokenRouter
 from turret.server.adapters.updates import (
     Circulant,
     Dense,
@@ -72,6 +73,23 @@ class PrototypeScore:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenScore:
+    """``α`` is what the adapter's ``TokenRouter`` says before the step (X-LoRA, arXiv 2402.07148).
+
+    Attributes:
+        module: Which of the router's modules this is.
+    """
+
+    module: int
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return ()
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> GivenScore:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
 class Gate:
     """``Δ(x) = Σ_k α_k b_kᵀ (a_k x)``, ``α`` of each token from its score.
 
@@ -88,7 +106,7 @@ class Gate:
 
     a: torch.Tensor
     b: torch.Tensor
-    score: QueryScore | PrototypeScore
+    score: QueryScore | PrototypeScore | GivenScore
     rank_indptr: tuple[int, ...]
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -284,6 +302,7 @@ class AdapterOperators:
         invocation: Tokens from whose last occurrence in the prompt on it acts, and not before; None
             if it acts everywhere.
         classifier: A classification head for its final states, or None.
+        router: What gates with a ``GivenScore`` are told by, or None.
         num_bytes: Bytes of all tensors.
         num_low_rank_bytes: Bytes of the low-rank updates among them.
         rank: Rank of the largest low-rank update of ``modules``, or 0.
@@ -297,6 +316,7 @@ class AdapterOperators:
     tokens: VocabularyOperators | None = None
     invocation: tuple[int, ...] | None = None
     classifier: Classifier | None = None
+    router: TokenRouter | None = None
     # Summed once: the scheduler asks for those of all running adapters with every admission.
     num_bytes: int = field(init=False)
     num_low_rank_bytes: int = field(init=False)
@@ -304,7 +324,7 @@ class AdapterOperators:
 
     def __post_init__(self) -> None:
         modules = self.modules.values()
-        others = (self.soft_prompt, self.head, self.tokens, self.classifier)
+        others = (self.soft_prompt, self.head, self.tokens, self.classifier, self.router)
         experts = () if self.experts is None else self.experts.values()
         constants = () if self.attention is None else self.attention.values()
         parts = [*modules, *experts, *constants, *(other for other in others if other is not None)]

@@ -20,6 +20,7 @@ from turret.server.engine.base_change import BaseChange, Change
 from turret.server.engine.heads import check_heads
 from turret.server.engine.loop import EngineLoop, Outbox
 from turret.server.engine.ports import Adapters, EngineMetrics, Runs
+from turret.server.engine.scheduling.guides import add_guide
 from turret.server.engine.scheduling.own_text import Text
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduler
@@ -87,8 +88,8 @@ class Engine:
         self._max_queued_bytes = max_queued_bytes
         self._held_bytes = 0  # counted on the event loop
         self._block_size = scheduler.blocks.block_size
-        self._capacity = (scheduler.blocks.num_blocks - 1) * self._block_size
-        self.max_model_len = min(max_model_len, self._capacity)
+        self._num_blocks = scheduler.blocks.num_blocks - 1
+        self.max_model_len = min(max_model_len, self._num_blocks * self._block_size)
         self._loop = loop = EngineLoop(
             scheduler=scheduler,
             runner=runner,
@@ -212,8 +213,11 @@ class Engine:
     def _make_answer(self, request: Request, text: AnswerText, mix: Mix, arrival: float) -> Answer:
         sequence = self._make_sequence(request, mix, arrival)
         sequence.vocab_size = check_vocabulary(request, mix)
-        max_tokens = self._check_length(request, sequence.num_virtual)
+        add_guide(sequence)
+        max_tokens = self._check_length(request, sequence)
         max_tokens = self._choose_frequencies(sequence, max_tokens)
+        if sequence.guide is not None:
+            sequence.guide.is_long = sequence.is_long
         sequence.drafter = self._make_drafter(sequence, max_tokens)
         loop = self._loop
         stream = Stream(
@@ -232,6 +236,9 @@ class Engine:
         request = sequence.request
         # A mask is that of the next token alone.
         if not self._speculates or not request.generates or request.constraint is not None:
+            return None
+        if sequence.guide is not None:
+            # A row of it is two.
             return None
         stop = request.stop
         return Drafter(
@@ -303,10 +310,12 @@ class Engine:
                 wrong = low if low < 0 else high
                 raise InvalidRequestError.of(name, f"{wrong} is not in the vocabulary of {size}")
 
-    def _check_length(self, request: Request, num_virtual: int) -> int:
+    def _check_length(self, request: Request, sequence: Sequence) -> int:
         """The most tokens the request may generate. Virtual positions are not counted as text."""
         prompt = len(request.prompt_token_ids)
-        limit = min(self.max_model_len, self._capacity - num_virtual)
+        # A guided sequence holds twice the blocks.
+        capacity = self._num_blocks // len(sequence.lots) * self._block_size
+        limit = min(self.max_model_len, capacity - sequence.num_virtual)
         wanted = request.stop.max_tokens
         if not request.generates:
             wanted = 0

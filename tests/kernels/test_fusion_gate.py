@@ -28,7 +28,11 @@ import pytest
 import torch
 from kernel_traffic import DEVICE, HALF, error_ratio, make_pack
 
-from turret.kernels.adapters.fusion_gate import fusion_gate_reference, routing_gate_reference
+from turret.kernels.adapters.fusion_gate import (
+    fusion_gate_reference,
+    given_gate_reference,
+    routing_gate_reference,
+)
 from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.gpu.adapters.fusion_gate import fusion_gate, routing_gate
 from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
@@ -175,6 +179,31 @@ def test_reference_ignores_other_rows_and_the_row_s_place(num_threads):
                     assert torch.equal(got, whole[rows]), (d_k, ranks, start, count)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("temperature", [None, 0.7])
+@pytest.mark.parametrize("top_k", [None, 1, 3])
+@pytest.mark.parametrize("is_renormalised", [False, True])
+def test_gates_by_a_classifier(temperature, top_k, is_renormalised):
+    logits = some_similarities(33, 5)
+    logits[3] = 0.0
+    expected = logits.double()
+    if temperature is not None:
+        expected = (expected / temperature).softmax(-1)
+    if top_k is not None:
+        # A row of equal ones keeps the first.
+        order = torch.arange(5, dtype=torch.float64) * 1e-12
+        kept = (expected - order).topk(top_k).indices
+        expected = expected * torch.zeros_like(expected).scatter(1, kept, 1.0)
+    if is_renormalised:
+        none = expected == 0
+        weights = expected.masked_fill(none, float("-inf")).softmax(-1)
+        expected = weights.masked_fill(none, 0.0)
+    options = {"temperature": temperature, "top_k": top_k, "is_renormalised": is_renormalised}
+    found = given_gate_reference(logits, **options)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-7)
+    for rows in (slice(7, 8), slice(3, 30)):
+        assert torch.equal(given_gate_reference(logits[rows], **options), found[rows])
 
 
 def test_a_component_without_ranks_scores_zero():

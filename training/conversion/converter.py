@@ -1,10 +1,11 @@
-"""``turret convert``: an adapter whose file lacks state of its base becomes an exact LoRA."""
+"""``turret convert``: adapters that no file holds whole become ones that do."""
 
 from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,8 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.fuse.lora_files import lora_config
 from turret.server.adapters.peft_format.base_name import base_name_warning
 from turret.server.adapters.peft_format.module_checkpoint import (
@@ -28,9 +28,11 @@ from turret.training.adapter_folder import write_adapter
 from turret.training.conversion import adamss, psoft
 from turret.training.conversion.made_lora import MadeLora
 from turret.training.conversion.plain_base import read_plain_base
+from turret.training.conversion.xlora import read_folder, split_xlora
 from turret.training.errors import RunError
 
 _PREFIX = "base_model.model."
+_XLORA = "XLORA"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,35 +60,32 @@ class Conversion:
     """What was done.
 
     Attributes:
-        folder: Where the LoRA is.
-        kind: Its ``peft_type`` before.
-        rank: Largest of its modules.
-        num_modules: Modules that it adapts.
+        done: In a sentence.
         notes: What to know about it.
     """
 
-    folder: Path
-    kind: str
-    rank: int
-    num_modules: int
-    notes: tuple[str, ...]
+    done: str
+    notes: tuple[str, ...] = ()
 
 
 def convert(
     adapter: Path,
-    model: Path,
+    model: Path | None,
     output: Path,
     *,
+    loras: Sequence[Path] = (),
     dtype: torch.dtype | None,
     device: str,
     progress: Progress,
 ) -> Conversion:
-    """Write the LoRA that does what the adapter does on the base that it was trained on.
+    """Write the LoRA that does what the adapter does, or the parts of an X-LoRA.
 
     Args:
         adapter: A directory as PEFT writes it.
-        model: The base that it was trained on: a directory, or ``org/name`` of the hub.
+        model: The base that it was trained on: a directory, or ``org/name`` of the hub. None for
+            an X-LoRA, which needs none.
         output: A directory that is not there yet, or empty.
+        loras: What an X-LoRA was made of, where that is not where it says.
         dtype: What the base's weights were rounded to in training; None is what its files hold.
         device: Where decompositions are computed; as in training, if that can be.
         progress: Told how far it is.
@@ -95,15 +94,20 @@ def convert(
         AdapterCheckpointError: The adapter is of another type, unsupported or inconsistent.
         AdapterMismatchError: It does not fit the base.
         InvalidRequestError: The base cannot be read.
-        RunError: ``output`` is taken, or the base is not the one that was trained on.
+        RunError: ``output`` is taken, the base is missing or not the one that was trained on, or
+            a part of an X-LoRA is.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{output} is there already; name another --output, or remove it")
-    place = adapter.resolve()
-    checkpoint = read_checkpoint(
-        AdapterRoot(place.parent), place.name, max_elements=1 << 40, shown=str(adapter)
-    )
+    checkpoint = read_folder(adapter, str(adapter))
     kind = _kind_of(checkpoint)
+    if kind == _XLORA:
+        with _new_folder(output) as build:
+            names = split_xlora(checkpoint, adapter, build, loras)
+        *components, router = (f"{output}/{name}" for name in names)
+        return Conversion(f"{router}: to be loaded after {', '.join(components)}")
+    if model is None:
+        raise RunError(f"{kind} needs --base, the model it was trained on")
     base = read_plain_base(model, dtype, device, progress)
     base = replace(base, text_prefix=checkpoint.text_prefix)
     made, saved = _convert_all(checkpoint, CONVERTED[kind], base, progress)
@@ -113,19 +117,21 @@ def convert(
         CONVERTED[kind].note,
         "" if warning is None else f"it names base {trained_on!r:.200}, not {base.name!r:.200}",
     ]
-    _write(output, made, saved, checkpoint.config, base)
+    with _new_folder(output) as build:
+        _write(build, made, saved, checkpoint.config, base)
     rank = max(one.rank for one in made.values())
-    return Conversion(output, kind, rank, len(made), tuple(note for note in notes if note))
+    done = f"{output}: a LoRA of {len(made)} modules, rank {rank} at most"
+    return Conversion(done, tuple(note for note in notes if note))
 
 
 def _kind_of(checkpoint: AdapterCheckpoint) -> str:
     kind = checkpoint.config.get("peft_type")
-    if kind not in CONVERTED:
+    if kind not in (*CONVERTED, _XLORA):
         findings = Findings(checkpoint.path)
         findings.add(
             "peft_type",
-            f"is {kind!r:.60}; converted are {' and '.join(CONVERTED)}, and `turret serve` says of"
-            " any other what to do with it",
+            f"is {kind!r:.60}; converted are {', '.join((*CONVERTED, _XLORA))}, and `turret serve`"
+            " says of any other what to do with it",
         )
         findings.raise_if_any()
     return str(kind)
@@ -168,14 +174,27 @@ def _is_saved(module: str, names: list[Any]) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
+@contextmanager
+def _new_folder(output: Path) -> Iterator[Path]:
+    """A folder that takes the place of ``output`` once it is filled."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    build = Path(tempfile.mkdtemp(prefix=".converting-", dir=output.parent))
+    try:
+        yield build
+        build.chmod(0o755)
+        build.replace(output)
+    except BaseException:
+        shutil.rmtree(build, ignore_errors=True)
+        raise
+
+
 def _write(
-    output: Path,
+    folder: Path,
     made: Mapping[str, MadeLora],
     saved: Mapping[str, torch.Tensor],
     config: Mapping[str, Any],
     base: BaseModel,
 ) -> None:
-    """Both files or none."""
     has_bias = any(one.bias is not None for one in made.values())
     tensors = {f"{_PREFIX}{name}": tensor.float() for name, tensor in saved.items()}
     for name, one in made.items():
@@ -190,12 +209,4 @@ def _write(
     for key in ("task_type", "modules_to_save"):
         if config.get(key) is not None:
             lora[key] = config[key]
-    output.parent.mkdir(parents=True, exist_ok=True)
-    build = Path(tempfile.mkdtemp(prefix=".converting-", dir=output.parent))
-    try:
-        write_adapter(build, lora, tensors, torch.float32)
-        build.chmod(0o755)
-        build.replace(output)
-    except BaseException:
-        shutil.rmtree(build, ignore_errors=True)
-        raise
+    write_adapter(folder, lora, tensors, torch.float32)

@@ -14,20 +14,28 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
     parser = subparsers.add_parser(
         "convert",
         help=text,
-        description="Make the LoRA that does exactly what an adapter of PSOFT or AdaMSS does."
-        " Their files lack what PEFT computes from the weights they were trained on: give it those,"
-        " in full precision.",
+        description="Make the LoRA that does exactly what an adapter of PSOFT or AdaMSS does. Their"
+        " files lack what PEFT computes from the weights they were trained on: give it those, in"
+        " full precision. Of an X-LoRA, gather what PEFT scatters over its folders: a classifier"
+        " and LoRAs that are loaded one by one.",
     )
     parser.add_argument("adapter", type=Path, metavar="DIR", help="the adapter, as PEFT saved it")
     parser.add_argument(
         "--base",
         type=Path,
-        required=True,
         metavar="DIR|ORG/NAME",
-        help="the model it was trained on, not quantised",
+        help="the model it was trained on, not quantised; an X-LoRA needs none",
     )
     parser.add_argument(
-        "--output", type=Path, required=True, metavar="DIR", help="where the LoRA goes"
+        "--lora",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="a LoRA that an X-LoRA was made of, where it is not where it was then: all, in order",
+    )
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="DIR", help="where the result goes"
     )
     parser.add_argument(
         "--dtype",
@@ -60,6 +68,7 @@ def _convert(args: argparse.Namespace) -> int:
                 args.adapter,
                 args.base,
                 args.output,
+                loras=args.lora,
                 dtype=None if args.dtype is None else getattr(torch, args.dtype),
                 device=args.device,
                 progress=report,
@@ -73,5 +82,5 @@ def _convert(args: argparse.Namespace) -> int:
         return 1
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
-    print(f"{done.folder}: a LoRA of {done.num_modules} modules, rank {done.rank} at most")
+    print(done.done)
     return 0

@@ -1,6 +1,6 @@
-"""Gated low-rank updates (learned fusion, Arrow): rows go through shrink, gate and expand.
+"""Gated low-rank updates (learned fusion, Arrow, X-LoRA): rows go through shrink, gate and expand.
 
-A gate does not stack with other adapters: its weights come from a softmax over its own components.
+A gate does not stack with other adapters: its weights are those of its own components.
 So every adapter keeps matrices of its own, and the rows of a step are gathered by adapter.
 """
 
@@ -20,16 +20,17 @@ from turret.kernels.adapters.fusion_gate import (
 )
 from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
 from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.device.members import Members, Rows, StepMembers
+from turret.server.adapters.device.members import Rows, StepMembers
 from turret.server.adapters.device.part import Part
-from turret.server.adapters.operators import AdapterOperators, Gate, PrototypeScore
+from turret.server.adapters.operators import AdapterOperators, Gate, GivenScore, PrototypeScore
 
 
 @dataclass(frozen=True, slots=True)
 class _GatedSlice:
     """One module of a fused projection: its gate and the columns it has in ``x downᵀ`` and ``y``.
 
-    ``asked`` are the columns of its query, or those of its prototypes in ``x prototypesᵀ``.
+    ``asked`` are the columns of its query, or those of its prototypes in ``x prototypesᵀ``, if it
+    has either.
     ``component_of_rank`` is ``[ranks]`` int64. A rank that belongs to no component counts as the
     first one's; its activation is 0.
     """
@@ -44,12 +45,13 @@ class _GatedSlice:
         self,
         v: torch.Tensor,
         similarities: torch.Tensor | None,
+        given: torch.Tensor | None,
         weights: torch.Tensor | float,
         y: torch.Tensor,
     ) -> None:
         """``y += weight · Σ_k α_k b_kᵀ v_k`` in place, ``v = x downᵀ``."""
         ranks = v[:, self.ranks]
-        gates = self._gates(v, similarities)
+        gates = self._gates(v, similarities, given)
         scale = (gates * weights).index_select(1, self.component_of_rank)
         scaled = (ranks * scale).to(v.dtype)
         size = max_reduction(v.dtype)
@@ -58,9 +60,14 @@ class _GatedSlice:
             part = scaled[:, window].contiguous()
             row_addmm_(y[:, self.columns], part, self.gate.b[window])
 
-    def _gates(self, v: torch.Tensor, similarities: torch.Tensor | None) -> torch.Tensor:
+    def _gates(
+        self, v: torch.Tensor, similarities: torch.Tensor | None, given: torch.Tensor | None
+    ) -> torch.Tensor:
         """``α``, ``[rows, K]`` fp32."""
         score, indptr = self.gate.score, self.gate.rank_indptr
+        if isinstance(score, GivenScore):
+            assert given is not None, "a first pass has told them"
+            return given[:, score.module]
         if isinstance(score, PrototypeScore):
             assert similarities is not None, "the projection has prototypes"
             mine = similarities[:, self.asked]
@@ -80,20 +87,24 @@ class _GatedProjection:
     prototypes: torch.Tensor | None
     slices: tuple[_GatedSlice, ...]
 
-    def apply(self, rows: Rows, x: torch.Tensor, y: torch.Tensor) -> None:
+    def apply(
+        self, rows: Rows, given: torch.Tensor | None, x: torch.Tensor, y: torch.Tensor
+    ) -> None:
+        """Add its rows' updates to ``y``; ``given`` are the scalings of all rows, if it has any."""
         taken = rows.take(x)
         v = row_linear(taken, self.down)
         similarities = None
         if self.prototypes is not None:
             similarities = row_linear(taken.float(), self.prototypes)
         part = rows.take(y)
+        told = None if given is None else rows.take(given)
         for gated in self.slices:
-            gated.add(v, similarities, rows.weights, part)
+            gated.add(v, similarities, told, rows.weights, part)
         rows.put(y, part)
 
 
 _Place = tuple[int, str]  # layer, projection
-_Run = tuple[dict[_Place, _GatedProjection], Rows]
+_Run = tuple[dict[_Place, _GatedProjection], Rows, torch.Tensor | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +115,10 @@ class StepGates:
 
     def apply(self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the updates of one layer's fused projection to ``y``, in place."""
-        for places, rows in self.runs:
+        for places, rows, given in self.runs:
             gated = places.get((layer, projection))
             if gated is not None:
-                gated.apply(rows, x, y)
+                gated.apply(rows, given, x, y)
 
 
 class Gates(Part):
@@ -136,9 +147,13 @@ class Gates(Part):
     def bind(self, members: StepMembers) -> StepGates | None:
         """The step's rows, or None if no row has a gate."""
         runs = [
-            *self._short_runs(members.short),
+            *self._short_runs(members),
             *(
-                (self._adapters[key], Rows(slice(start, end), 0, weight))
+                (
+                    self._adapters[key],
+                    Rows(slice(start, end), 0, weight),
+                    members.given.get(key),
+                )
                 for start, end, mix in members.long
                 for key, weight in mix
                 if key in self._adapters
@@ -146,9 +161,9 @@ class Gates(Part):
         ]
         return StepGates(runs) if runs else None
 
-    def _short_runs(self, short: Sequence[Members]) -> list[_Run]:
-        runs = []
-        gated = [[member for member in mix if member[0] in self._adapters] for mix in short]
+    def _short_runs(self, members: StepMembers) -> list[_Run]:
+        runs: list[_Run] = []
+        gated = [[member for member in mix if member[0] in self._adapters] for mix in members.short]
         for j in range(max((len(mix) for mix in gated), default=0)):
             by_key: dict[str, list[tuple[int, float]]] = {}
             for row, mix in enumerate(gated):
@@ -157,7 +172,8 @@ class Gates(Part):
             for key, found in by_key.items():
                 rows = torch.tensor([row for row, _ in found], device=self._device)
                 weights = torch.tensor([[weight] for _, weight in found], device=self._device)
-                runs.append((self._adapters[key], Rows(rows, 0, weights)))
+                found_rows = Rows(rows, 0, weights)
+                runs.append((self._adapters[key], found_rows, members.given.get(key)))
         return runs
 
     def _gated(self, projection: str, gates: Sequence[tuple[int, Gate]]) -> _GatedProjection:
@@ -170,6 +186,8 @@ class Gates(Part):
             ranks = _append(down, moved.a)
             if isinstance(moved.score, PrototypeScore):
                 asked = _append(prototypes, moved.score.prototypes)
+            elif isinstance(moved.score, GivenScore):
+                asked = slice(0, 0)
             else:
                 asked = _append(down, moved.score.query)
             slices.append(_GatedSlice(moved, ranks, asked, columns[s], _component_of_rank(moved)))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Sequence
-from dataclasses import dataclass
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
@@ -18,10 +18,13 @@ class StepMembers:
     Attributes:
         short: Per short row, its mix.
         long: Per long segment, first row, end row, its mix.
+        given: Of adapters with a ``TokenRouter``, the scalings of every row of the step,
+            ``[rows, modules, components]`` fp32; anything in rows that do not use the adapter.
     """
 
     short: Sequence[Members]
     long: Sequence[tuple[int, int, Members]]
+    given: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def runs(self) -> list[tuple[int, int, Members]]:

@@ -15,6 +15,7 @@ from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.device.vocabulary import VocabularyChange, vocabulary_change
 from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.token_router import TokenRouter
 
 if TYPE_CHECKING:
     # Not at run time: the other paths run where Triton is not installed.
@@ -142,6 +143,7 @@ class AdapterStore:
         self._on_moved = on_moved
         self._entries: dict[str, _Entry] = {}
         self._vocabularies: dict[str, VocabularyChange] = {}
+        self._routers: dict[str, TokenRouter] = {}
         self._step = 0
 
     @property
@@ -185,6 +187,7 @@ class AdapterStore:
             for part in self._parts:
                 part.remove(key)
             self._vocabularies.pop(key, None)
+            self._routers.pop(key, None)
             self._on_moved(entry.adapter)
 
     def drop_idle(self) -> None:
@@ -195,6 +198,10 @@ class AdapterStore:
     def vocabulary(self, key: str) -> VocabularyChange | None:
         """What a stored adapter does to embedding and head."""
         return self._vocabularies.get(key)
+
+    def router(self, key: str) -> TokenRouter | None:
+        """What tells a stored adapter its scalings, on the device."""
+        return self._routers.get(key)
 
     def _operators(self, adapter: Resident) -> AdapterOperators:
         """What goes into the store."""
@@ -214,6 +221,9 @@ class AdapterStore:
             for part in self._parts:
                 part.insert(adapter.key, operators)
             change = vocabulary_change(operators, self._device)
+            if operators.router is not None:
+                moved = (tensor.to(self._device) for tensor in operators.router.tensors())
+                self._routers[adapter.key] = operators.router.with_tensors(moved)
         except torch.OutOfMemoryError:
             # Nothing may know of an adapter that is not in: the step may come again.
             for part in self._parts:

@@ -35,6 +35,7 @@ _WORDS = {
     "head": "an embedding or head",
     "tokens": "an embedding or head",
     "classifier": "a classification head",
+    "router": "scalings that a first pass tells",
     "invocation": "an invocation before which it does nothing",
 }
 

@@ -70,7 +70,15 @@ class Lowered:
             labels=() if self.head is None else self.head.labels,
             problem_type="" if self.head is None else self.head.problem_type,
             vocab_size=self.vocab_size,
+            first_pass=_first_pass(self.operators),
         )
+
+
+def _first_pass(operators: AdapterOperators) -> str:
+    router = operators.router
+    if router is None:
+        return ""
+    return "base" if router.first_pass is None else "adapter"
 
 
 class Lower(Protocol):

@@ -17,9 +17,4 @@ UNSERVED: Mapping[str, str] = {
         " train one of the served methods"
     ),
     "SHADOW": "it is a second model beside the base; train one of the served methods",
-    "XLORA": (
-        "its scalings need a pass of the base before every pass of its own, and files written by"
-        " version 0.20 and later lack the first layer of its classifier; load its LoRAs and request"
-        " a weighted mix of them, or route between them by an arrow_config"
-    ),
 }

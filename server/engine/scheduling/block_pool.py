@@ -16,7 +16,9 @@ from collections.abc import Sequence
 MixKey = Sequence[tuple[str, int, float]]
 
 
-def root_key(base_generation: int, mix: MixKey, *, is_long: bool = False) -> bytes:
+def root_key(
+    base_generation: int, mix: MixKey, *, is_long: bool = False, is_guide: bool = False
+) -> bytes:
     """First link of the chain: the weights that a sequence is computed with.
 
     Args:
@@ -24,10 +26,13 @@ def root_key(base_generation: int, mix: MixKey, *, is_long: bool = False) -> byt
         mix: (adapter uuid, generation, weight) in the request's order; never names, which may be
             loaded again with other weights.
         is_long: Whether its keys are rotated as those of long sequences.
+        is_guide: Whether it is the first pass of an adapter, at constant scalings.
     """
     parts = [str(base_generation), *map(_member, mix)]
     if is_long:
         parts.append("long")
+    if is_guide:
+        parts.append("guide")
     return hashlib.blake2b("|".join(parts).encode(), digest_size=16).digest()
 
 

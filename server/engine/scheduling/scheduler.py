@@ -22,9 +22,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from turret.server.engine.scheduling.block_pool import BlockPool, root_key
+from turret.server.engine.scheduling.block_pool import BlockPool
 from turret.server.engine.scheduling.drafts import Drafts
 from turret.server.engine.scheduling.fair_queue import FairQueue
+from turret.server.engine.scheduling.held_blocks import HeldBlocks
 from turret.server.engine.scheduling.length_forecast import LengthForecast
 from turret.server.engine.scheduling.scheduled import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence, SequenceState
@@ -76,6 +77,7 @@ class Scheduler:
         self.base_generation = 1
         self.is_draining = False
         self._lengths = LengthForecast()
+        self._held = HeldBlocks(blocks)
         self._drafts = Drafts(blocks, speculation)
         self._cost = cost
         self._max_num_seqs = max_num_seqs
@@ -114,7 +116,8 @@ class Scheduler:
         self.blocks.forget_cached()
         for sequence in self.waiting:
             # One that was considered once, and found no room, has its root key already.
-            sequence.keys.clear()
+            for lot in sequence.lots:
+                lot.keys.clear()
 
     def schedule(self, now: float = 0.0) -> Step:
         """Choose the next step's work and reserve its blocks.
@@ -167,7 +170,7 @@ class Scheduler:
         if self._cost is not None and seconds is not None:
             self._learn(self._cost, step, seconds)
         for item in step.scheduled:
-            self._computed(item.sequence, item.num_new)
+            self._held.computed(item.sequence, item.num_new)
 
     def accept(self, item: Scheduled, count: int) -> None:
         """Record, after ``complete``, what became of a draft: so many of its tokens were right.
@@ -175,7 +178,7 @@ class Scheduler:
         They are the sequence's by now, and it goes on behind them or has ended there.
         """
         sequence = item.sequence
-        self._computed(sequence, count)
+        self._held.computed(sequence, count)
         # What was served, not what was tried.
         self.waiting.charge(sequence.group, count)
         self._drafts.accepted(sequence, count)
@@ -224,7 +227,7 @@ class Scheduler:
             self._drafts.ended(sequence)
         else:
             self.waiting.remove(sequence)
-        self._free(sequence)
+        self._held.free(sequence)
         sequence.state = SequenceState.FINISHED
         self._drafts.is_paused = False
         self._num_seqs = min(self._num_seqs + 1, self._max_num_seqs)
@@ -232,7 +235,8 @@ class Scheduler:
 
     @staticmethod
     def _learn(cost: StepCost, step: Step, seconds: float) -> None:
-        if all(item.num_new == 1 for item in step.scheduled):
+        # A guided row is two.
+        if all(item.num_new == 1 and item.sequence.guide is None for item in step.scheduled):
             cost.took(sum(item.num_rows for item in step.scheduled), seconds)
 
     def _step_tokens(self) -> int:
@@ -248,21 +252,7 @@ class Scheduler:
         return min(self._num_tokens, num_decodes + beside)
 
     def _reserve(self, sequence: Sequence, num_new: int, new_blocks: list[int]) -> bool:
-        total = self.blocks.blocks_for(sequence.num_computed + num_new)
-        more = self.blocks.allocate(max(total - len(sequence.blocks), 0))
-        if more is None:
-            return False
-        sequence.blocks.extend(more)
-        new_blocks.extend(more)
-        return True
-
-    def _computed(self, sequence: Sequence, count: int) -> None:
-        """So many tokens more are in the cache: the blocks that they fill can be found."""
-        size, before = self.blocks.block_size, sequence.num_computed
-        sequence.num_computed += count
-        sequence.extend_keys(sequence.num_computed, size)
-        for index in range(before // size, sequence.num_computed // size):
-            self.blocks.register(sequence.blocks[index], sequence.keys[index + 1])
+        return self._held.reserve(sequence, sequence.num_computed + num_new, new_blocks)
 
     def _make_room(self, now: float) -> int:
         """Take a place from the most served mix for one that has waited long enough."""
@@ -290,16 +280,11 @@ class Scheduler:
     def _preempt(self, sequence: Sequence, now: float) -> None:
         self.running.remove(sequence)
         self.waiting.stop(sequence)
-        self._free(sequence)
+        self._held.free(sequence)
         sequence.state = SequenceState.WAITING
         sequence.num_preemptions += 1
         sequence.waiting_since = now
         self.waiting.push_front(sequence)
-
-    def _free(self, sequence: Sequence) -> None:
-        self.blocks.release(sequence.blocks)
-        sequence.blocks = []
-        sequence.num_computed = 0
 
     def _admit(
         self,
@@ -319,9 +304,9 @@ class Scheduler:
             self._find_prefix(sequence)
             # Room for all tokens known so far, not only the first chunk: admitting a sequence
             # that cannot finish its prompt would only preempt another.
-            missing = self.blocks.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+            missing = self._held.missing(sequence, len(sequence.tokens))
             if missing > self.blocks.num_free or self._will_run_out(sequence):
-                self._free(sequence)
+                self._held.free(sequence)
                 self._blocked = sequence
                 return
             self._preset(sequence, new_blocks, presets)
@@ -343,9 +328,10 @@ class Scheduler:
         if not self.running:
             return False
         together = [*self.running, sequence]
-        peak = self._lengths.peak_tokens(together, self.blocks.block_size)
-        # Counted for each that holds it.
-        repeated = sum(len(s.blocks) for s in together) - self.blocks.num_active
+        # A guided one grows twice.
+        lots = [sequence for sequence in together for _ in sequence.lots]
+        peak = self._lengths.peak_tokens(lots, self.blocks.block_size)
+        repeated = self._held.num_repeated(together)
         most = (1 - _SPARE_SHARE) * (self.blocks.num_blocks - 1)
         return self.blocks.blocks_for(peak) - repeated > most
 
@@ -355,18 +341,12 @@ class Scheduler:
 
     def _find_prefix(self, sequence: Sequence) -> None:
         size = self.blocks.block_size
-        if not sequence.keys:
-            is_long = sequence.is_long
-            mix = sequence.stages[0].mix.key
-            sequence.keys.append(root_key(self.base_generation, mix, is_long=is_long))
         # The last token is always computed: its logits are needed.
         usable = (len(sequence.tokens) - 1) // size
         if sequence.request.needs_every_position:
             # Of what is skipped, neither logits nor states would be there.
             usable = sequence.num_preset // size
-        sequence.extend_keys(usable * size, size)
-        sequence.blocks = self.blocks.share(sequence.keys[1 : usable + 1])
-        sequence.num_computed = len(sequence.blocks) * size
+        self._held.find(sequence, usable, self.base_generation)
         if sequence.num_preemptions == 0:
             cached = min(sequence.num_computed, sequence.prompt_end) - sequence.num_virtual
             sequence.num_cached = max(cached, 0)

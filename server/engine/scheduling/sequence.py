@@ -55,6 +55,8 @@ class Sequence:
         keys: Chain keys of the full blocks that were named so far; ``keys[0]`` is the root.
         waiting_since: ``time.monotonic()`` seconds when it joined the line, the last time.
         forecast: How many tokens it is taken to generate (``LengthForecast``).
+        guide: The pass that tells its adapter's scalings (``guides.py``), with the same tokens and
+            blocks of its own; None where no adapter needs one.
         drafter: Guesses how its answer goes on; None where nothing is guessed.
         prompt_end: Positions before the first generated token.
     """
@@ -79,6 +81,7 @@ class Sequence:
     waiting_since: float = 0.0
     forecast: int = 0
     drafter: Drafter | None = None
+    guide: Sequence | None = None
     prompt_end: int = field(init=False)
     stages: tuple[Stage, ...] = field(init=False)
 
@@ -90,6 +93,11 @@ class Sequence:
         self.tokens += self.request.prompt_token_ids
         self.tokens += self.request.answer_so_far
         self.stages = stages_of(self.mix, self.request.prompt_token_ids, self.num_virtual)
+
+    @property
+    def lots(self) -> tuple[Sequence, ...]:
+        """Whoever has keys and values of its tokens: itself, and its guide."""
+        return (self,) if self.guide is None else (self, self.guide)
 
     @property
     def num_prompt(self) -> int:

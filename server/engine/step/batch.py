@@ -12,6 +12,7 @@ from turret.server.adapters.device.store import AdapterStep, StepStore
 from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.first_passes import NOTHING_TOLD, AllTold, given_rows
 from turret.server.engine.step.rows import Placed, collect_rows
 from turret.server.engine.step.vocabulary_plan import changed_embeddings
 from turret.server.models.decoding.arch import Arch
@@ -48,8 +49,13 @@ class BatchBuilder:
         self._store = store
         self._device = device
 
-    def build(self, step: Step) -> Batch:
-        """Order the rows (short adapted ones by mix, base, long adapted ones); prepare metadata."""
+    def build(self, step: Step, told: AllTold = NOTHING_TOLD) -> Batch:
+        """Order the rows (short adapted ones by mix, base, long adapted ones); prepare metadata.
+
+        Args:
+            step: What is scheduled.
+            told: What first passes have told.
+        """
         short, base, long = [], [], []
         for item in step.scheduled:
             if not item.sequence.active_mix.members:
@@ -67,7 +73,8 @@ class BatchBuilder:
         adapters = None
         if short or long:
             long_placed = placed[len(short) + len(base) :]
-            adapters = self._bind_adapters(short, long_placed)
+            given = given_rows(placed, told)
+            adapters = self._bind_adapters(short, long_placed, given)
         return Batch(self._input(placed, row, adapters), tuple(placed))
 
     def _input(
@@ -108,7 +115,9 @@ class BatchBuilder:
         rows = [(p.item.sequence, range(p.row_start, p.last_row + 1)) for p in placed]
         return changed_embeddings(rows, self._store, self._device)
 
-    def _bind_adapters(self, short: list[Scheduled], long: list[Placed]) -> AdapterStep:
+    def _bind_adapters(
+        self, short: list[Scheduled], long: list[Placed], given: dict[str, torch.Tensor]
+    ) -> AdapterStep:
         sequences = [item.sequence for item in short] + [p.item.sequence for p in long]
         adapters = {a.key: a for sequence in sequences for a, _ in sequence.active_mix.members}
         self._store.prepare(adapters.values())
@@ -119,6 +128,7 @@ class BatchBuilder:
                     (p.row_start, p.row_start + p.item.num_rows, members_of(p.item.sequence))
                     for p in long
                 ],
+                given=given,
             )
         )
 

@@ -9,11 +9,19 @@ from typing import Protocol
 
 import torch
 
+from turret.server.adapters.adapter import Adapter
 from turret.server.adapters.device.store import AdapterStore, StepStore
 from turret.server.adapters.soft_prompt import soft_prompt_of
 from turret.server.engine.scheduling.scheduler import Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.batch import BatchBuilder
+from turret.server.engine.step.first_passes import (
+    NOTHING_TOLD,
+    AllTold,
+    guides_of,
+    told_before,
+    told_by,
+)
 from turret.server.engine.step.masks import TokenMask
 from turret.server.engine.step.rows import Placed
 from turret.server.engine.step.sampler import Draw, Sampler
@@ -112,6 +120,12 @@ class Executor(Protocol):
         ...
 
 
+def adapters_of(step: Step) -> list[Adapter]:
+    """Every adapter that acts in a step, once."""
+    members = [item.sequence.active_mix.members for item in step.scheduled]
+    return list({adapter.key: adapter for mix in members for adapter, _ in mix}.values())
+
+
 def fill_prefix(cache: KvCache, sequence: Sequence, start: int) -> None:
     """Write an adapter's prefix into the sequence's blocks from ``start`` on."""
     size = cache.block_size
@@ -149,7 +163,7 @@ class TorchExecutor:
         self._cache.clear(step.new_blocks)
         for sequence, start in step.presets:
             fill_prefix(self._cache, sequence, start)
-        batch = self._builder.build(step)
+        batch = self._builder.build(step, self._told(step))
         hidden = self._decoder.forward(batch.input, self._cache)
         rows = [row for placed in batch.placed if placed.samples for row in placed.sampled]
         if rows:
@@ -160,6 +174,17 @@ class TorchExecutor:
             added = added_logits(sampled_rows(batch.placed), states, self._decoder, self.store)
             return Computed(batch.placed, hidden, logits, added)
         return Computed(batch.placed, hidden, None)
+
+    def _told(self, step: Step) -> AllTold:
+        """Compute the first passes of a step."""
+        guides = guides_of(step)
+        if guides is None:
+            return NOTHING_TOLD
+        self.store.prepare(adapters_of(step))
+        told = told_before(guides, self.store, self._decoder.device)
+        batch = self._builder.build(guides, told)
+        states = self._decoder.forward(batch.input, self._cache)
+        return told_by(step.scheduled, batch.placed, states, self.store)
 
     def logits(self, sequence: Sequence, hidden: torch.Tensor) -> torch.Tensor:
         """Project hidden states of one sequence, ``[rows, hidden]`` → ``[rows, vocab]`` fp32."""

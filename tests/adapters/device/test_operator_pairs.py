@@ -201,6 +201,7 @@ def _alphas(gate: Gate, parts: Sequence[slice], v: Tensor, x: Tensor) -> Tensor:
         q = x @ score.query.double().T
         scores = [(v[:, p] @ score.keys[p].double() * q).sum(1) for p in parts]
         return torch.stack(scores, 1).softmax(1)
+    assert isinstance(score, PrototypeScore)
     scores = (x @ score.prototypes.double().T).abs()
     least = scores.topk(score.top_k).values[:, -1:]
     return (scores / score.temperature).masked_fill(scores < least, -torch.inf).softmax(1)

@@ -111,6 +111,7 @@ def _scores(gate: Gate, x: Tensor, v: Tensor, parts: list[slice]) -> Tensor:
     if isinstance(gate.score, QueryScore):
         q, keys = x @ gate.score.query.double().T, gate.score.keys.double()
         return torch.stack([(v[:, p] @ keys[p] * q).sum(1) for p in parts], 1)
+    assert isinstance(gate.score, PrototypeScore)
     found = (x @ gate.score.prototypes.double().T).abs()
     best = found.topk(gate.score.top_k, 1)
     return torch.full_like(found, -torch.inf).scatter(

@@ -281,6 +281,22 @@ _MULTIMODAL: dict[str, Callable[..., Any]] = {
 MULTIMODAL_ARCHITECTURES = tuple(_MULTIMODAL)
 
 
+def tiny_config(architecture: str) -> Any:
+    """The config of a tiny model of an architecture."""
+    return {**_CONFIGS, **_OTHERS, **_MULTIMODAL}[architecture](
+        vocab_size=VOCAB_SIZE,
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=BOS,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
+
+
 def save_tiny_model(architecture: str, folder: Path, *, seed: int = 0) -> Path:
     """Save a random bf16 checkpoint with a byte-level tokenizer.
 
@@ -293,18 +309,7 @@ def save_tiny_model(architecture: str, folder: Path, *, seed: int = 0) -> Path:
     Returns:
         ``folder``.
     """
-    config = {**_CONFIGS, **_OTHERS, **_MULTIMODAL}[architecture](
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=EOS,
-    )
+    config = tiny_config(architecture)
     torch.manual_seed(seed)
     kind = AutoModelForImageTextToText if architecture in _MULTIMODAL else AutoModelForCausalLM
     model = kind.from_config(config)

@@ -254,6 +254,8 @@ class GpuStore(AdapterStore):
         self._uploads.drop(key)
 
     def unserved(self, operators: AdapterOperators) -> str | None:
+        if operators.router is not None:
+            return "its first pass runs on a CPU only; request a weighted mix of its LoRAs"
         for path, ops in operators.modules.items():
             if ops.hadamard is not None and ops.hadamard.rank > MAX_HADAMARD_RANK:
                 return f"{path}: Hadamard rank {ops.hadamard.rank} is over {MAX_HADAMARD_RANK}"

@@ -1,0 +1,55 @@
+"""What decides, token by token, how much each of an adapter's components counts (X-LoRA)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRouter:
+    """Scalings of ``K`` components in ``L`` modules, from a token's state after a first pass.
+
+    ``z = W_n relu(… relu(W_1 h + b_1) …) + b_n``, of which every module has ``K`` values, or all
+    modules the same; ``α = scale · softmax(z / T)``, or ``scale · z``, of which ``top_k`` may be
+    kept.
+
+    Attributes:
+        weights: ``[out, in]`` each, fp32, contiguous, filled up with zeros to multiples of 16.
+        biases: ``[out]`` each, fp32, filled up likewise.
+        components: ``K``.
+        modules: ``L``.
+        is_shared: Whether all modules have the same scalings.
+        temperature: ``T``; None is no softmax.
+        top_k: How many of a token's scalings are kept in a module, the largest; None is all.
+        is_renormalised: Whether a softmax of those that are kept and not 0 takes their place.
+        scale: See above.
+        first_pass: Scalings in the first pass, of each component in every module; None where that
+            is the base's own.
+    """
+
+    weights: tuple[torch.Tensor, ...]
+    biases: tuple[torch.Tensor, ...]
+    components: int
+    modules: int
+    is_shared: bool
+    temperature: float | None
+    top_k: int | None
+    is_renormalised: bool
+    scale: float
+    first_pass: tuple[float, ...] | None = None
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return (*self.weights, *self.biases)
+
+    def with_tensors(self, tensors: Iterator[torch.Tensor]) -> TokenRouter:
+        """The same with other tensors, given in the order of ``tensors()``."""
+        found = tuple(next(tensors) for _ in self.tensors())
+        count = len(self.weights)
+        return replace(self, weights=found[:count], biases=found[count:])
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())

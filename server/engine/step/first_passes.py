@@ -1,0 +1,91 @@
+"""The first passes of a step: what they tell the rows of adapters that wait for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+
+from turret.server.adapters.device.scalings import first_scalings, scalings
+from turret.server.adapters.device.store import AdapterStore
+from turret.server.engine.scheduling.scheduled import Scheduled, Step
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.rows import Placed
+
+
+class Told(NamedTuple):
+    """The scalings of a sequence's new rows, ``[rows, modules, components]`` fp32, and whose."""
+
+    key: str
+    scalings: torch.Tensor
+
+
+# Of the sequences that are told any.
+AllTold = Mapping[Sequence, Told]
+NOTHING_TOLD: AllTold = {}
+
+
+def guides_of(step: Step) -> Step | None:
+    """The first passes of a step, as a step; None if there are none."""
+    items = [
+        replace(item, sequence=item.sequence.guide)
+        for item in step.scheduled
+        if item.sequence.guide is not None
+    ]
+    return Step(tuple(items), (), 0) if items else None
+
+
+def told_before(guides: Step, store: AdapterStore, device: torch.device) -> AllTold:
+    """What the first passes themselves are told: constants, where they are the adapter's own."""
+    return {
+        item.sequence: Told(adapter.key, first_scalings(router, item.num_rows, device))
+        for item in guides.scheduled
+        for adapter, _ in item.sequence.mix.members
+        if (router := store.router(adapter.key)) is not None
+    }
+
+
+def told_by(
+    items: SequenceOf[Scheduled],
+    placed: SequenceOf[Placed],
+    states: torch.Tensor,
+    store: AdapterStore,
+) -> AllTold:
+    """What the sequences of a step are told by their guides' final states.
+
+    Args:
+        items: The step's.
+        placed: The guides, and their rows.
+        states: After the final norm, ``[at least all rows, hidden]``.
+        store: Holds the adapters.
+    """
+    rows = {place.item.sequence: (place.row_start, place.last_row + 1) for place in placed}
+    told: dict[Sequence, Told] = {}
+    for item in items:
+        sequence = item.sequence
+        if sequence.guide is None:
+            continue
+        start, end = rows[sequence.guide]
+        for adapter, _ in sequence.mix.members:
+            router = store.router(adapter.key)
+            if router is not None:
+                told[sequence] = Told(adapter.key, scalings(router, states[start:end]))
+    return told
+
+
+def given_rows(placed: SequenceOf[Placed], told: AllTold) -> dict[str, torch.Tensor]:
+    """By adapter, the scalings of every row of a step (see ``StepMembers.given``)."""
+    if not told:
+        return {}
+    num_rows = max(place.last_row for place in placed) + 1
+    given: dict[str, torch.Tensor] = {}
+    for place in placed:
+        if place.item.sequence in told:
+            key, values = told[place.item.sequence]
+            if key not in given:
+                given[key] = values.new_zeros(num_rows, *values.shape[1:])
+            given[key][place.row_start : place.last_row + 1] = values
+    return given

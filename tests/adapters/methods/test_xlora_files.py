@@ -1,0 +1,230 @@
+"""What an X-LoRA's files may say, and what ``turret convert`` makes of those that PEFT saves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import base_of, edit_config, edit_tensors, linear_modules, read_adapter
+from builders.adapters import tiny_llama as make_llama
+from builders.tiny_models import tiny_config
+from builders.xloras import KINDS, save_loras, save_xlora
+from peft import XLoraConfig
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.component import Component, ComponentRef
+from turret.server.adapters.lowering.lowered import Lowered
+from turret.server.adapters.methods import lower_checkpoint, method_for
+from turret.server.adapters.methods.low_rank.xlora import modules_in_order
+from turret.server.cli import main
+from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
+from turret.server.models.families import read_arch
+
+CLASSIFIER = "base_model.internal_xlora_classifier.layers"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """LoRAs and a layerwise X-LoRA on ``tiny_llama``, as PEFT saved it and made whole."""
+    root = tmp_path_factory.mktemp("xlora")
+    model = make_llama()
+    save_loras(model, root)
+    save_xlora(model, root, "deep", **KINDS["deep"])
+    return root
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "root"))
+
+
+def lower(root: Path, base: BaseModel | None = None) -> Lowered:
+    base = base_of(make_llama()) if base is None else base
+    by_digest = {read_adapter(root, name).digest: name for name in "012"}
+
+    def find(ref: ComponentRef) -> Component:
+        method, found = lower_checkpoint(read_adapter(root, by_digest[ref.digest]), base)
+        return Component(ref, method, found.operators, found.ranks, found.scalings)
+
+    return lower_checkpoint(read_adapter(root, "deep"), base, None, find)[1]
+
+
+def refusal(root: Path) -> str:
+    with pytest.raises(AdapterCheckpointError) as caught:
+        lower(root)
+    return str(caught.value)
+
+
+def convert(root: Path, *more: str) -> int:
+    return main(["convert", str(root / "deep-saved"), "--output", str(root / "new"), *more])
+
+
+def test_every_key_that_peft_writes_has_a_rule(root: Path) -> None:
+    checkpoint = read_adapter(root, "deep")
+    fields = {field.name for field in dataclasses.fields(XLoraConfig)}
+    assert fields | checkpoint.config.keys() <= method_for(checkpoint).rules.keys()
+
+
+def test_it_says_what_runs_before_it(root: Path) -> None:
+    lowered = lower(root)
+    facts = lowered.facts(read_adapter(root, "deep"), "xlora")
+    assert (facts.first_pass, facts.method) == ("base", "xlora")
+    assert len(facts.components) == 3
+    edit_config(root / "deep", scaling_pass_value=0.5)
+    lowered = lower(root)
+    assert lowered.facts(read_adapter(root, "deep"), "xlora").first_pass == "adapter"
+    assert lowered.operators.router is not None
+    # top_k_lora is for constants too, of which the first are kept.
+    assert lowered.operators.router.first_pass == (0.5, 0.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"components": ...}, "components: is required; `turret convert"),
+        ({"top_k_lora": 4}, "top_k_lora: is 4, but there are 3"),
+        ({"softmax_temperature": 0}, "softmax_temperature: must be above 0"),
+        ({"xlora_depth": 2}, "layers.6.weight: is no tensor of the classifier"),
+        ({"xlora_depth": 4}, "layers.9: is missing"),
+        ({"xlora_dropout_p": 0.0}, "layers.3.weight: is no tensor"),
+        ({"layerwise_scalings": False}, "components: are 3; the classifier has 42 outputs"),
+        ({"xlora_size": 21}, "layers.0.weight: has shape [20, 64], expected [21, 64]"),
+        ({"hidden_size": 32}, "layers.0.weight: has shape [20, 64], expected [20, 32]"),
+        ({"what": 1}, "what: is unknown"),
+    ],
+)
+def test_what_contradicts_is_refused_by_name(
+    changes: dict[str, Any], said: str, root: Path
+) -> None:
+    edit_config(root / "deep", **changes)
+    assert said in refusal(root)
+
+
+def test_a_classifier_without_its_first_layer_is_refused_with_the_way_out(root: Path) -> None:
+    edit_tensors(
+        root / "deep", lambda t: {name: v for name, v in t.items() if ".layers.0." not in name}
+    )
+    said = refusal(root)
+    assert "layers.0: is missing: PEFT leaves it out since 0.20" in said
+    assert "`turret convert DIR --output NEW`" in said
+
+
+def test_another_base_s_states_are_a_mismatch(root: Path) -> None:
+    base = dataclasses.replace(base_of(make_llama()), hidden_size=65)
+    with pytest.raises(AdapterMismatchError, match="hidden_size"):
+        lower(root, base)
+
+
+def test_a_component_that_is_no_plain_lora_is_refused(root: Path) -> None:
+    edit_config(root / "0", use_dora=True)
+    names = [name for name in linear_modules(make_llama()) if name.endswith("q_proj")]
+    assert names
+    edit_tensors(
+        root / "0",
+        lambda t: {
+            **t,
+            **{
+                name.replace("lora_B.weight", "lora_magnitude_vector"): torch.ones(len(v))
+                for name, v in t.items()
+                if name.endswith("lora_B.weight")
+            },
+        },
+    )
+    config = json.loads((root / "deep" / "adapter_config.json").read_text())
+    config["components"][0]["digest"] = read_adapter(root, "0").digest
+    edit_config(root / "deep", components=config["components"])
+    assert "only low-rank updates" in refusal(root)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "glm4", "granitemoehybrid", "phi3"])
+def test_modules_are_counted_in_peft_s_order(architecture: str) -> None:
+    config = tiny_config(architecture)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    arch = read_arch(config)
+    ours = [
+        f"model.layers.{number}.{path}"
+        for number in range(2)
+        for name, slices in arch.linears().items()
+        if arch.has(number, name)
+        for path, _, _ in slices
+    ]
+    base: Any = SimpleNamespace(model_type=arch.model_type, modules=[*ours, "lm_head"])
+    assert modules_in_order(base) == linear
+
+
+def test_what_peft_saves_lacks_layers_and_is_made_whole(root: Path) -> None:
+    """The reason of it all: once PEFT saves it whole, the main file can be read as it is."""
+    saved = load_file(root / "deep-saved" / "adapter_model.safetensors")
+    assert f"{CLASSIFIER}.0.weight" not in saved
+    whole = load_file(root / "deep" / "adapter_model.safetensors")
+    assert sorted(whole) == sorted(
+        f"{CLASSIFIER}.{n}.{kind}" for n in (0, 3, 6) for kind in ("weight", "bias")
+    )
+    # The LoRAs are the originals, to the byte.
+    assert read_adapter(root, "1").digest == read_adapter(root, "b").digest
+
+
+def test_loras_that_have_moved_are_named(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = json.loads((root / "deep-saved" / "adapter_config.json").read_text())
+    gone = dict.fromkeys(config["adapters"], "/nowhere/at/all")
+    edit_config(root / "deep-saved", adapters=gone)
+    assert convert(root) == 1
+    assert "each with --lora DIR" in capsys.readouterr().err
+    wrong = [f"--lora={root / name}" for name in "bac"]
+    assert convert(root, *wrong) == 1
+    assert "is another LoRA than number 0" in capsys.readouterr().err
+    assert convert(root, *wrong[:2]) == 1
+    assert "made of 3 LoRAs; 2 are given" in capsys.readouterr().err
+    assert convert(root, *(f"--lora={root / name}" for name in "abc")) == 0
+    assert read_adapter(root / "new", "xlora").config["components"] == [
+        {"name": str(number), "digest": read_adapter(root, name).digest}
+        for number, name in enumerate("abc")
+    ]
+
+
+def test_what_cannot_be_found_again_is_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    edit_config(root / "deep-saved", use_trainable_adapters=True)
+    assert convert(root) == 1
+    assert "LoRA 0 was trained along" in capsys.readouterr().err
+    edit_config(root / "deep-saved", use_trainable_adapters=False)
+    shutil.rmtree(root / "deep-saved" / "0")
+    assert convert(root) == 1
+    assert f"{CLASSIFIER}.0.weight is in none of its files" in capsys.readouterr().err
+    edit_config(root / "deep-saved", adapters={"sql": "a", "json": "b"})
+    assert convert(root) == 1
+    assert "names are not their numbers, as 'json'" in capsys.readouterr().err
+    assert not (root / "new").exists()
+
+
+def test_what_older_versions_saved_is_taken_as_it_is(root: Path) -> None:
+    """Whole files: the classifier in the main one, nothing but LoRAs in the folders."""
+    folder = root / "deep-saved"
+    shutil.copy(root / "deep" / "adapter_model.safetensors", folder)
+    edit_config(folder, use_trainable_adapters=True, adapters=dict.fromkeys("012", "/gone"))
+    for number, name in enumerate("abc"):
+        tensors = load_file(root / name / "adapter_model.safetensors")
+        edit_tensors(
+            folder / str(number),
+            lambda _, tensors=tensors: {
+                name.replace("base_model.model.", "base_model.lora_model.model."): tensor
+                for name, tensor in tensors.items()
+            },
+        )
+    assert convert(root) == 0
+    for number, name in enumerate("abc"):
+        made = load_file(root / "new" / str(number) / "adapter_model.safetensors")
+        assert made.keys() == load_file(root / name / "adapter_model.safetensors").keys()
+    for name in ("0", "1", "2", "deep"):
+        shutil.rmtree(root / name)
+        shutil.copytree(root / "new" / name.replace("deep", "xlora"), root / name)
+    assert lower(root).operators.router is not None

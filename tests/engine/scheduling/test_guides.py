@@ -1,0 +1,158 @@
+"""Sequences with a guide: two lots of blocks that come, go and are found together."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from turret.server.engine.scheduling.block_pool import BlockPool
+from turret.server.engine.scheduling.guides import add_guide
+from turret.server.engine.scheduling.request import Request, StopConditions
+from turret.server.engine.scheduling.scheduler import Scheduler
+from turret.server.engine.scheduling.sequence import Sequence, SequenceState
+from turret.server.errors import InvalidRequestError
+
+SIZE = 4
+
+
+@dataclass(frozen=True)
+class FakeAdapter:
+    name: str
+    first_pass: str = ""
+    invocation: tuple[int, ...] = ()
+
+    @property
+    def uuid(self) -> str:
+        return self.name
+
+    generation = 1
+
+
+@dataclass(frozen=True)
+class FakeMix:
+    members: tuple[tuple[FakeAdapter, float], ...] = ()
+
+    @property
+    def key(self) -> tuple[tuple[str, int, float], ...]:
+        return tuple((a.uuid, a.generation, weight) for a, weight in self.members)
+
+    def part(self, members: Any) -> FakeMix:
+        return FakeMix(tuple(members))
+
+
+ROUTED, CONSTANT = FakeAdapter("routed", "base"), FakeAdapter("constant", "adapter")
+PLAIN = FakeAdapter("plain")
+
+
+def sequence_of(
+    prompt: list[int], *adapters: FakeAdapter, max_tokens: int = 1, num_virtual: int = 0
+) -> Sequence:
+    request = Request(
+        request_id="r",
+        prompt_token_ids=tuple(prompt),
+        stop=StopConditions(max_tokens=max_tokens),
+    )
+    mix: Any = FakeMix(tuple((adapter, 1.0) for adapter in adapters))
+    sequence = Sequence(request, mix, 0.0, num_virtual=num_virtual)
+    add_guide(sequence)
+    return sequence
+
+
+def finish_all(scheduler: Scheduler, num_generated: int = 1) -> int:
+    """Runs everything to its end; how many were preempted."""
+    preempted = 0
+    while scheduler.has_work:
+        step = scheduler.schedule()
+        preempted += step.num_preempted
+        for item in step.scheduled:
+            for lot in item.sequence.lots:
+                # Room for what is computed, in blocks of its own.
+                assert len(lot.blocks) * SIZE >= lot.num_computed + item.num_new
+                assert lot.num_computed == item.sequence.num_computed
+        held = [b for s in scheduler.running for lot in s.lots for b in set(lot.blocks)]
+        assert len(set(held)) <= scheduler.blocks.num_active
+        drawn = [item.sequence for item in step.scheduled if item.samples]
+        scheduler.complete(step)
+        for sequence in drawn:
+            sequence.tokens.append(7)
+            if sequence.num_generated >= num_generated:
+                scheduler.finish(sequence)
+    assert scheduler.blocks.num_active == 0
+    return preempted
+
+
+def run(scheduler: Scheduler, sequence: Sequence) -> Sequence:
+    scheduler.add(sequence)
+    finish_all(scheduler)
+    assert sequence.state is SequenceState.FINISHED
+    return sequence
+
+
+def make(num_blocks: int = 64) -> Scheduler:
+    return Scheduler(BlockPool(num_blocks, SIZE), max_num_seqs=4, max_num_batched_tokens=16)
+
+
+def test_a_guide_has_the_tokens_of_its_sequence() -> None:
+    sequence = sequence_of([1, 2, 3], ROUTED, PLAIN)
+    assert sequence.guide is not None
+    assert sequence.guide.mix.key == ()
+    sequence.tokens.append(4)
+    assert sequence.guide.tokens == [1, 2, 3, 4]
+    guide = sequence_of([1], CONSTANT).guide
+    assert guide is not None
+    assert guide.mix.key == (("constant", 1, 1.0),)
+    assert sequence_of([1], PLAIN).guide is None
+
+
+def test_one_first_pass_and_nothing_before_the_prompt() -> None:
+    with pytest.raises(InvalidRequestError, match="at most one adapter that needs a first pass"):
+        sequence_of([1], ROUTED, CONSTANT)
+    with pytest.raises(InvalidRequestError, match="before which another adapter"):
+        sequence_of([1], ROUTED, PLAIN, num_virtual=2)
+
+
+def test_the_base_s_pass_is_the_base_s_in_the_cache() -> None:
+    text = list(range(20))
+    scheduler = make()
+    assert run(scheduler, sequence_of(text, ROUTED)).num_cached == 0
+    assert run(scheduler, sequence_of([*text, 1])).num_cached == 20
+    # As far as both are there.
+    assert run(scheduler, sequence_of([*text, 1], ROUTED)).num_cached == 20
+    assert run(scheduler, sequence_of([*text, 1], CONSTANT)).num_cached == 0
+    assert run(scheduler, sequence_of([*text, 1], CONSTANT)).num_cached == 20
+    scheduler = make()
+    run(scheduler, sequence_of(text))
+    assert run(scheduler, sequence_of(text, ROUTED)).num_cached == 0
+    scheduler.change_base(2)
+    assert run(scheduler, sequence_of(text, ROUTED)).num_cached == 0
+
+
+def test_a_pass_at_constant_scalings_is_not_the_adapter_s_own() -> None:
+    sequence = sequence_of(list(range(8)), CONSTANT)
+    run(make(), sequence)
+    assert sequence.guide is not None
+    assert set(sequence.keys).isdisjoint(sequence.guide.keys)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_no_block_is_lost_when_few_are_there(seed: int) -> None:
+    draw = random.Random(seed)
+    scheduler = make(num_blocks=15)
+    for _ in range(12):
+        adapters = draw.choice([(), (ROUTED,), (CONSTANT, PLAIN), (PLAIN,)])
+        text = [draw.randrange(2)] * draw.randrange(1, 14)
+        scheduler.add(sequence_of(text, *adapters, max_tokens=9))
+    finish_all(scheduler, num_generated=9)
+    assert scheduler.blocks.num_free == 14
+
+
+def test_guided_ones_are_preempted_and_come_back() -> None:
+    scheduler = make(num_blocks=15)
+    sequences = [sequence_of([n] * 9, ROUTED, max_tokens=12) for n in range(3)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    assert finish_all(scheduler, num_generated=12) > 0
+    assert all(sequence.num_generated == 12 for sequence in sequences)

@@ -1,0 +1,181 @@
+"""X-LoRA's folder as PEFT saves it → its classifier whole, and its LoRAs as adapters of their own.
+
+PEFT calls the LoRAs ``0``, ``1``, …, and since 0.20 leaves out of every file what has another's
+name as a part of its path: layers of the model, and of the classifier. The classifier is spread
+over all folders, its layer ``n`` as ``layers.weight`` in folder ``n``. Of the LoRAs the first
+layers are gone, but those it was made of have them, unless they were trained along.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
+from turret.server.adapters.component import COMPONENTS_KEY
+from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
+from turret.training.adapter_folder import write_adapter
+from turret.training.errors import RunError
+
+# Where the classifier goes, beside the LoRAs' folders.
+ROUTER = "xlora"
+_CLASSIFIER = "base_model.internal_xlora_classifier.layers"
+_LORA_PREFIX = "base_model.lora_model.model."
+_MOST_ELEMENTS = 1 << 40
+
+
+def read_folder(place: Path, shown: str) -> AdapterCheckpoint:
+    """A directory's two files."""
+    place = place.resolve()
+    return read_checkpoint(
+        AdapterRoot(place.parent), place.name, max_elements=_MOST_ELEMENTS, shown=shown
+    )
+
+
+def split_xlora(
+    checkpoint: AdapterCheckpoint, adapter: Path, build: Path, loras: Sequence[Path]
+) -> list[str]:
+    """Write the classifier, with the digests of its LoRAs, and the LoRAs.
+
+    Args:
+        checkpoint: Of ``adapter``.
+        adapter: The folder that PEFT wrote.
+        build: An empty folder.
+        loras: The LoRAs it was made of, in their order; none for those that are found.
+
+    Returns:
+        The folders' names in ``build``, those of the LoRAs first.
+
+    Raises:
+        AdapterCheckpointError: A LoRA cannot be read.
+        RunError: A part is nowhere, or ``loras`` are others.
+    """
+    config = checkpoint.config
+    numbers = _numbers(config)
+    if loras and len(loras) != len(numbers):
+        raise RunError(f"it is made of {len(numbers)} LoRAs; {len(loras)} are given")
+    folders = {
+        number: read_folder(adapter / str(number), f"{adapter}/{number}")
+        for number in sorted(numbers)
+        if (adapter / str(number)).is_dir()
+    }
+    classifier = _classifier(checkpoint, folders)
+    paths = [Path(str(path)) for path in config["adapters"].values()]
+    for number in sorted(numbers):
+        given = loras[number] if loras else None
+        original = _original(number, folders.get(number), given, paths[number], config)
+        _write_lora(build / str(number), folders.get(number), original)
+    components = [
+        {"name": str(number), "digest": read_folder(build / str(number), str(number)).digest}
+        for number in numbers
+    ]
+    places = {key: f"../{number}" for key, number in zip(config["adapters"], numbers, strict=True)}
+    (build / ROUTER).mkdir()
+    whole = {**config, "adapters": places, COMPONENTS_KEY: components}
+    write_adapter(build / ROUTER, whole, classifier, torch.float32)
+    return [*map(str, sorted(numbers)), ROUTER]
+
+
+def _numbers(config: Mapping[str, Any]) -> list[int]:
+    """The numbers of the LoRAs, in the order of the classifier's outputs."""
+    adapters = config.get("adapters")
+    if not isinstance(adapters, dict) or not adapters:
+        raise RunError("adapters: must be an object that names its LoRAs")
+    names = {str(number): number for number in range(len(adapters))}
+    strange = sorted(adapters.keys() - names.keys())
+    if strange:
+        raise RunError(
+            f"adapters: PEFT runs none whose names are not their numbers, as {strange[0]!r:.60}"
+        )
+    return [names[name] for name in adapters]
+
+
+def _classifier(
+    checkpoint: AdapterCheckpoint, folders: Mapping[int, AdapterCheckpoint]
+) -> dict[str, torch.Tensor]:
+    """Its tensors by PEFT's names, from wherever they are."""
+    depth, dropout = (checkpoint.config.get(key) for key in ("xlora_depth", "xlora_dropout_p"))
+    if type(depth) is not int or not 0 < depth <= 64 or not isinstance(dropout, int | float):
+        raise RunError("xlora_depth and xlora_dropout_p must be there, and numbers")
+    whole = {}
+    for number in range(0, depth * (step := 3 if dropout > 0 else 2), step):
+        for kind in ("weight", "bias"):
+            name = f"{_CLASSIFIER}.{number}.{kind}"
+            found = [f.tensors[name] for f in (checkpoint, *folders.values()) if name in f.tensors]
+            own, bare = folders.get(number), f"{_CLASSIFIER}.{kind}"
+            if own is not None and bare in own.tensors:
+                found.append(own.tensors[bare])
+            if not found:
+                raise RunError(
+                    f"{name} is in none of its files: PEFT 0.20 and later leave it out of the main"
+                    f" one, and {checkpoint.path}/{number} does not have it; save it again"
+                )
+            whole[name] = found[0]
+    return whole
+
+
+def _is_lora(name: str) -> bool:
+    return name.startswith(_LORA_PREFIX) and ".lora_" in name.removeprefix(_LORA_PREFIX)
+
+
+def _original(
+    number: int,
+    saved: AdapterCheckpoint | None,
+    given: Path | None,
+    path: Path,
+    config: Mapping[str, Any],
+) -> Path | None:
+    """The folder that a LoRA came from; None if what X-LoRA saved of it is whole."""
+    # Since 0.20 there are weights of the base among them.
+    names = () if saved is None else saved.tensors
+    is_whole = bool(names) and all(_is_lora(n) or n.startswith(_CLASSIFIER) for n in names)
+    if is_whole and given is None:
+        return None
+    if config.get("use_trainable_adapters"):
+        if is_whole:
+            return None
+        raise RunError(
+            f"LoRA {number} was trained along (use_trainable_adapters), and PEFT 0.20 and later"
+            " leave layers of it out: it is in no file; save it with PEFT 0.19"
+        )
+    original = given or path
+    if not (original / CONFIG_FILE).is_file():
+        raise RunError(
+            f"PEFT 0.20 and later leave layers out of LoRA {number}, and {original}, which it was"
+            " made of, is no adapter here; name all that it was made of, in their order, each with"
+            " --lora DIR"
+        )
+    if saved is not None:
+        _check_same(number, saved, original)
+    return original
+
+
+def _check_same(number: int, saved: AdapterCheckpoint, original: Path) -> None:
+    """What there is of a LoRA must be the original's."""
+    whole = read_folder(original, str(original)).tensors
+    for name, tensor in saved.tensors.items():
+        if _is_lora(name):
+            other = whole.get(name.removeprefix(_LORA_PREFIX))
+            if other is None or not torch.equal(other.float(), tensor.float()):
+                raise RunError(f"{original} is another LoRA than number {number}: {name} differs")
+
+
+def _write_lora(folder: Path, saved: AdapterCheckpoint | None, original: Path | None) -> None:
+    folder.mkdir()
+    if original is not None:
+        for name in (CONFIG_FILE, TENSORS_FILE):
+            # Byte for byte: it has the digest that it has where it is served already.
+            shutil.copyfile(original / name, folder / name)
+        return
+    assert saved is not None, "it is whole"
+    tensors = {
+        f"base_model.model.{name.removeprefix(_LORA_PREFIX)}": tensor
+        for name, tensor in saved.tensors.items()
+        if _is_lora(name)
+    }
+    write_adapter(folder, saved.config, tensors, torch.float32)
