@@ -16,7 +16,7 @@ from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.errors import InvalidRequestError, PromptTooLongError
+from turret.server.errors import BudgetExceededError, InvalidRequestError, PromptTooLongError
 
 COMPONENTS = ("0", "1", "2")
 
@@ -163,6 +163,18 @@ async def test_a_prompt_that_needs_all_blocks_twice_is_refused(tmp_path: Path) -
         with pytest.raises(PromptTooLongError):
             await harness.run(make_request(prompt_of(496 - 2), "shallow", max_tokens=3))
         assert (await harness.run(make_request(prompt_of(496 - 2), max_tokens=3))).text
+
+
+@pytest.mark.long
+async def test_the_gpu_path_refuses_it_and_goes_on(tmp_path: Path) -> None:
+    base = twin("llama")
+    save_all(base.model, tmp_path, "shallow")
+    async with EngineHarness.start(
+        base.folder, tmp_path, adapters=[*COMPONENTS, "shallow"], gpu=True
+    ) as harness:
+        with pytest.raises(BudgetExceededError, match="first pass runs on a CPU only"):
+            await harness.run(make_request([1, 2], "shallow", max_tokens=1))
+        assert (await harness.run(make_request([1, 2], "0", max_tokens=1))).token_ids
 
 
 @pytest.mark.parametrize("name", ["deep", pytest.param("constant", marks=pytest.mark.long)])
