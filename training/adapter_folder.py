@@ -23,14 +23,15 @@ def write_adapter(
         folder: Exists.
         config: PEFT's keys.
         state: Tensors by PEFT's names.
-        dtype: Of the saved tensors.
+        dtype: Of the saved tensors; integers stay as they are.
 
     Raises:
         RunError: A weight is not finite in ``dtype``.
     """
     tensors = {}
     for name, tensor in state.items():
-        tensors[name] = tensor.detach().to("cpu", dtype).contiguous()
+        kept = dtype if tensor.is_floating_point() else tensor.dtype
+        tensors[name] = tensor.detach().to("cpu", kept).contiguous()
         if not bool(torch.isfinite(tensors[name]).all()):
             raise RunError(f"{name} is not finite in {dtype}: the run diverged; lower the rate")
     weights = folder / TENSORS_FILE

@@ -75,6 +75,10 @@ class LossFunction:
         keywords: dict[str, Any] = {}
         if batch.positions is not None:
             keywords["position_ids"] = batch.positions.to(self._device)
+        if batch.starts:
+            # PEFT would search the answer too; it counts from the end of the row.
+            width = batch.tokens.shape[1]
+            keywords["alora_offsets"] = [width - start for start in batch.starts]
         handle = self._head.register_forward_pre_hook(take)
         try:
             with without_peft_warnings():

@@ -1,4 +1,8 @@
-"""PEFT calls transformers by names that transformers has deprecated; users can do nothing then."""
+"""What PEFT makes its libraries warn of, about which a user can do nothing.
+
+It calls transformers by names that transformers has deprecated, and makes sparse tensors without
+saying whether their places be checked (SHiRA's are drawn inside the weight).
+"""
 
 from __future__ import annotations
 
@@ -15,4 +19,5 @@ def without_peft_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         for name in _DEPRECATED:
             warnings.filterwarnings("ignore", f".*{name}.*", FutureWarning)
+        warnings.filterwarnings("ignore", "Sparse invariant checks", UserWarning)
         yield

@@ -1,6 +1,6 @@
 """What an adapter of this method and size will cost a server, as the server's own reader sees it.
 
-The adapter is attached to a base without memory, saved with weights of zero and lowered to the
+The adapter is attached to a base without memory, saved with weights of one and lowered to the
 operators that the server computes: its bytes, and the products that it adds to every token.
 """
 
@@ -57,7 +57,7 @@ def serving_cost(resolved: Resolved) -> ServingCost:
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad:
-                setattr(module, name, torch.nn.Parameter(torch.zeros(parameter.shape)))
+                setattr(module, name, torch.nn.Parameter(torch.ones(parameter.shape)))
     with tempfile.TemporaryDirectory() as folder:
         resolved.method.save(model, Path(folder), dtype)
         root = AdapterRoot(Path(folder))
@@ -103,6 +103,8 @@ def _multiply_adds(operators: ModuleOperators) -> int:
     if operators.input_blocks is not None:
         # OFT as it is trained here shares no blocks.
         count += operators.input_blocks.blocks.numel()
+    if operators.sparse is not None:
+        count += operators.sparse.values.numel()
     if operators.pairs is not None:
         count += operators.pairs.sine.numel()
     if operators.circulant is not None:

@@ -27,6 +27,7 @@ from turret.training.errors import RunError
 from turret.training.loss import LossFunction
 from turret.training.memory.peak import peak_memory_bytes
 from turret.training.optimizer import learning_rate, make_optimizer, set_learning_rate
+from turret.training.recomputation import compute_activations_twice, without_backward
 from turret.training.run.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
 from turret.training.run.folder import MetricsLog, RunFolder
 from turret.training.run.provenance import FILE, check_same_run, describe_run
@@ -77,9 +78,7 @@ def attach_to(model: Any, resolved: Resolved) -> Any:
     if resolved.dataset.labels:
         add_head(attached, len(resolved.dataset.labels))
     if resolved.config.run.gradient_checkpointing:
-        # The name of late 5.x versions, and the one that they deprecate.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+        compute_activations_twice(model)
     return attached
 
 
@@ -201,11 +200,12 @@ class Trainer:
 
         tokenizer = self._resolved.base.tokenizer
         labels = self._resolved.dataset.labels
-        if labels:
-            loss = ClassifierLoss(model, self._device)
-            samples = label_samples(loss, tokenizer, examples, labels)
-        else:
-            samples = draw_samples(model, tokenizer, examples, self._device, progress)
+        with without_backward(model):
+            if labels:
+                loss = ClassifierLoss(model, self._device)
+                samples = label_samples(loss, tokenizer, examples, labels)
+            else:
+                samples = draw_samples(model, tokenizer, examples, self._device, progress)
         text = "".join(json.dumps(sample) + "\n" for sample in samples)
         self._folder.samples.write_text(text, encoding="utf-8")
 
@@ -309,16 +309,16 @@ class _Loop:
     def _validate(self, step: int) -> float | None:
         if not self._validation:
             return None
-        self._model.eval()
 
         def progress(done: int, total: int) -> None:
             self._listen({"kind": "phase", "text": f"validating {done + 1}/{total}"})
 
         size = self._config.run.batch_size
-        loss = validation_loss(self._loss, self._validation, size, self._pad, progress)
-        row: dict[str, Any] = {"kind": "validation", "step": step, "loss": loss}
-        if isinstance(self._loss, ClassifierLoss):
-            row |= label_scores(self._loss, self._validation, size, self._pad)
+        with without_backward(self._model):
+            loss = validation_loss(self._loss, self._validation, size, self._pad, progress)
+            row: dict[str, Any] = {"kind": "validation", "step": step, "loss": loss}
+            if isinstance(self._loss, ClassifierLoss):
+                row |= label_scores(self._loss, self._validation, size, self._pad)
         self._write(row)
         return loss
 

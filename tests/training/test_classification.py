@@ -45,7 +45,13 @@ RUN = ("data.task=classification", "base.dtype=float32", "run.steps=40", "run.va
 
 @pytest.mark.parametrize(
     "method",
-    [*(pytest.param(name, marks=pytest.mark.long) for name in ("dora", "ia3", "loha")), "lora"],
+    [
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("dora", "ia3", "loha", "hra", "shira")
+        ),
+        "lora",
+    ],
 )
 async def test_a_trained_head_is_served_as_it_was_trained(
     method: str, model: Path, tmp_path: Path

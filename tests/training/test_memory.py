@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders.tiny_models import BOS, EOS, VOCAB_SIZE, tiny_tokenizer
-from builders.training import resolve_tiny, write_jsonl
+from builders.training import REQUIRED, resolve_tiny, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from turret.training.memory.estimate import estimate_memory
@@ -43,7 +43,7 @@ def test_live_bytes_are_those_of_tensors_that_are_referenced():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_method_has_an_estimate(tiny_llama: Path, tmp_path: Path, name: str):
-    changes = (f"method.name={name}", "optimizer.name=adamw8bit")
+    changes = (f"method.name={name}", "optimizer.name=adamw8bit", *REQUIRED.get(name, ()))
     resolved = resolve_tiny(tmp_path, tiny_llama, *changes)
     small = estimate_memory(resolved)
     count = sum(parameter.numel() for parameter in trainable(attach(resolved)).values())

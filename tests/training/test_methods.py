@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders.training import resolve_tiny
+from builders.training import REQUIRED, resolve_tiny
 from peft import PeftModel
 from servers.engine_harness import EngineHarness, make_request
 
@@ -47,6 +47,7 @@ def runs(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
             f"method.name={name}",
             f"run.output={name}",
             f"optimizer.learning_rate={rate}",
+            *REQUIRED.get(name, ()),
         )
         Trainer(resolved[name]).run()
     return resolved
@@ -137,6 +138,9 @@ PRODUCTS = {
     "loha": sum(6 * 6 * (out + inner) for out, inner in SHAPES),
     "miss": sum(16 * (out + inner) for out, inner in SHAPES),
     "oft": sum(32 * inner for _, inner in SHAPES),
+    "hra": sum(8 * (out + inner) for out, inner in SHAPES),
+    "shira": sum(8 * (out + inner) for out, inner in SHAPES),
+    "alora": sum(32 * (out + inner) for out, inner in SHAPES),
     "vblora": sum(4 * (out + inner) for out, inner in SHAPES),
     "ia3": 64 + 64 + 192,
     "prefix_tuning": 16 * 2 * 128,
@@ -154,7 +158,7 @@ def test_the_plan_counts_products_per_token(runs: dict[str, Resolved], name: str
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method.name=qlora"], "method.name: 'qlora' is none of lora, rslora, dora, miss, oft"),
+        (["method.name=qlora"], "method.name: 'qlora' is none of lora, rslora, dora, alora, miss"),
         (["method.name=ia3", "method.rank=4"], "method.rank: has no meaning for ia3"),
         (["method.name=loha", "method.rank=7"], "method.rank: LoHa is served up to rank 6 on"),
         (["method.targets=c_attn"], "method.targets: 'c_attn' is no linear module of llama"),
@@ -164,6 +168,18 @@ def test_the_plan_counts_products_per_token(runs: dict[str, Resolved], name: str
             "optimizer.lora_plus_ratio: has no meaning for ia3",
         ),
         (["method.name=p_tuning", "data.packing=true"], "data.packing: p_tuning stands before one"),
+        (["method.name=hra", "method.rank=3"], "method.rank: must be even: HRA starts from pairs"),
+        (["method.name=shira", "method.rank=43"], "method.rank: at most 42, where all entries of"),
+        (["method.name=alora"], "method.invocation: is required: no chat template of this model"),
+        (["method.invocation=x"], "method.invocation: has no meaning for lora"),
+        (
+            ["method.name=alora", "method.invocation=:", "data.packing=true"],
+            "data.packing: alora acts on one end of a row",
+        ),
+        (
+            ["method.name=alora", "method.invocation=:", "data.task=classification"],
+            "data.task: alora is for answers",
+        ),
         (
             ["method.name=prefix_tuning", "run.gradient_checkpointing=true"],
             "run.gradient_checkpointing: prefix_tuning passes",

@@ -30,6 +30,7 @@ class Batch:
         targets: ``[rows, longest]`` int64: the token to predict at each position, or ``IGNORED``.
         num_tokens: Tokens without padding.
         num_targets: Positions with a target.
+        starts: Of each row, the first position that an aLoRA acts on; empty if everywhere.
     """
 
     tokens: torch.Tensor
@@ -37,6 +38,7 @@ class Batch:
     targets: torch.Tensor
     num_tokens: int
     num_targets: int
+    starts: tuple[int, ...] = ()
 
 
 def pack_rows(examples: Sequence[Encoded], max_length: int) -> list[Row]:
@@ -118,4 +120,5 @@ def make_batch(rows: Sequence[Row], *, pad: int, is_packed: bool) -> Batch:
             # Padding is a sequence of its own: numbered on, it would attend to the last example.
             positions[number, start:] = torch.arange(shape[1] - start)
     num_targets = int((targets != IGNORED).sum())
-    return Batch(tokens, positions, targets, sum(lengths), num_targets)
+    starts = tuple(row[0].start for row in rows if row[0].start is not None)
+    return Batch(tokens, positions, targets, sum(lengths), num_targets, starts)

@@ -10,6 +10,7 @@ from turret.training.base_model import TrainingBase
 from turret.training.data.batch import Row, pack_rows, single_rows
 from turret.training.data.encode import Encoded, EncodedSet, encode_all
 from turret.training.data.example import Example, data_digest, read_examples
+from turret.training.data.invocation import Invocation
 from turret.training.data.labels import encode_labelled, labels_of
 from turret.training.errors import ConfigError, DataError
 from turret.training.settings.config import DataConfig
@@ -40,7 +41,13 @@ class Dataset:
     labels: tuple[str, ...] = ()
 
 
-def load_dataset(config: DataConfig, folder: Path, base: TrainingBase, seed: int) -> Dataset:
+def load_dataset(
+    config: DataConfig,
+    folder: Path,
+    base: TrainingBase,
+    seed: int,
+    invocation: Invocation | None = None,
+) -> Dataset:
     """Read, split and encode.
 
     Args:
@@ -48,6 +55,7 @@ def load_dataset(config: DataConfig, folder: Path, base: TrainingBase, seed: int
         folder: Of the config file.
         base: Its tokenizer and context limit.
         seed: Of the split.
+        invocation: Where an aLoRA begins to act.
 
     Raises:
         ConfigError: ``data.max_length`` is beyond the model's context.
@@ -70,7 +78,7 @@ def load_dataset(config: DataConfig, folder: Path, base: TrainingBase, seed: int
     def encode(some: list[Example]) -> EncodedSet:
         if labels:
             return encode_labelled(base.tokenizer, some, labels, config, config.max_length)
-        return encode_all(base.tokenizer, some, config, config.max_length)
+        return encode_all(base.tokenizer, some, config, config.max_length, invocation)
 
     train = encode(examples)
     validation = encode(held_out) if held_out else EncodedSet((), 0, 0)

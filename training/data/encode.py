@@ -7,10 +7,11 @@ server tokenises a prompt and the model goes on from there.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from turret.training.data.example import Example
+from turret.training.data.invocation import Invocation
 from turret.training.errors import DataError
 from turret.training.settings.config import DataConfig
 
@@ -23,13 +24,14 @@ class Encoded:
         tokens: Token ids.
         learned: Per token, whether the loss asks for it. The first token never is: nothing
             precedes it.
-        turns: Role and content of what stands before the first answer, if it is a chat.
-        turns: Role and content of what stands before the first answer, if it is a chat.
+        turns: Role and content of what stands before the first answer learned, if it is a chat.
+        start: The first position that an aLoRA acts on; None where adapters act everywhere.
     """
 
     tokens: tuple[int, ...]
     learned: tuple[bool, ...]
     turns: tuple[tuple[str, str], ...] = ()
+    start: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,11 @@ class EncodedSet:
 
 
 def encode_all(
-    tokenizer: Any, examples: Iterable[Example], config: DataConfig, max_length: int
+    tokenizer: Any,
+    examples: Iterable[Example],
+    config: DataConfig,
+    max_length: int,
+    invocation: Invocation | None = None,
 ) -> EncodedSet:
     """Encode a file's examples.
 
@@ -51,21 +57,23 @@ def encode_all(
         examples: Of one file.
         config: Template, loss, what to do with long examples.
         max_length: Most tokens of an example.
+        invocation: Where an aLoRA begins to act; what comes before is not learned.
 
     Raises:
-        DataError: An example cannot be rendered, is too long where that is an error, or has
-            nothing to learn; or none is left.
+        DataError: An example cannot be rendered, is too long where that is an error, lacks the
+            invocation, or has nothing to learn; or none is left.
     """
     encoded, dropped, truncated = [], 0, 0
     path = None
     for example in examples:
         path = example.path
-        item = encode(tokenizer, example, config)
+        item = encode(tokenizer, example, config, invocation)
         if len(item.tokens) > max_length:
             if config.too_long == "error":
                 problem = f"{len(item.tokens)} tokens, data.max_length is {max_length}"
                 raise example.error("line", problem)
-            item = Encoded(item.tokens[:max_length], item.learned[:max_length], item.turns)
+            learned = item.learned[:max_length]
+            item = replace(item, tokens=item.tokens[:max_length], learned=learned)
             if config.too_long == "drop" or not any(item.learned):
                 dropped += 1
                 continue
@@ -78,12 +86,14 @@ def encode_all(
     return EncodedSet(tuple(encoded), dropped, truncated)
 
 
-def encode(tokenizer: Any, example: Example, config: DataConfig) -> Encoded:
+def encode(
+    tokenizer: Any, example: Example, config: DataConfig, invocation: Invocation | None = None
+) -> Encoded:
     """Encode one example.
 
     Raises:
         DataError: No chat template, or the template refuses the messages, or it renders an
-            earlier turn differently once a later one follows.
+            earlier turn differently once a later one follows; or it lacks the invocation.
     """
     turns: Sequence[Mapping[str, str]] = ()
     if example.messages is not None:
@@ -105,7 +115,15 @@ def encode(tokenizer: Any, example: Example, config: DataConfig) -> Encoded:
     is_all = config.loss_on == "all"
     learned = [is_answer or is_all for ids, is_answer in pieces for _ in ids]
     learned[:1] = [False] * len(learned[:1])
-    return Encoded(tokens, tuple(learned), _turns_before_answer(turns))
+    start, shown = None, _turns_before_answer(turns)
+    if invocation is not None:
+        prompt = tokens[: len(tokens) - len(pieces[-1][0])]
+        start = invocation.start_in(prompt, example, tokenizer)
+        # What comes before is the base's, whatever is trained; requests hold the invocation whole.
+        first = start + len(invocation.tokens)
+        learned[:first] = [False] * first
+        shown = tuple((turn["role"], turn["content"]) for turn in turns[:-1])
+    return Encoded(tokens, tuple(learned), shown, start)
 
 
 def encode_prompt(tokenizer: Any, example: Example, config: DataConfig) -> Encoded:

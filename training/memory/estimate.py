@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.fx.experimental import _config
 from transformers import AttentionInterface
 
 from turret.server.models.sources.model_directory import weight_files
@@ -28,6 +29,8 @@ from turret.training.trainer import attach_to, make_stream, pad_token, trainable
 # Of AdamW per weight: two fp32 moments, or two of 8 bits.
 _STATE_BYTES = {"adamw": 8, "adamw8bit": 2, "paged-adamw8bit": 2}
 _ATTENTION = "turret_shapes"
+# Its ``patch`` is made at run time.
+_SHAPES: Any = _config
 
 
 class _FusedAttention(torch.autograd.Function):
@@ -125,7 +128,8 @@ def _step_bytes(resolved: Resolved, model: Any) -> int:
     head = model.get_base_model().get_output_embeddings()
     is_classifier = bool(resolved.dataset.labels)
     loss = ClassifierLoss(model, "meta") if is_classifier else LossFunction(model, head, "meta")
-    with LiveBytes() as live:
+    # What an aLoRA acts on is a mask, whose values are not there: it is all of a row.
+    with LiveBytes() as live, _SHAPES.patch(meta_nonzero_assume_all_nonzero=True):
         model.train()
         # The gradients of the first pass are there while the second one runs.
         for _ in range(min(2, resolved.config.run.gradient_accumulation)):

@@ -80,6 +80,8 @@ def _answer(model: Any, tokenizer: Any, example: Encoded, device: str) -> str:
     answer: list[int] = []
     call, tokens = model, list(prompt)
     past: dict[str, Any] = {}
+    if example.start is not None:
+        past["alora_offsets"] = [len(prompt) - example.start]
     for _ in range(min(_MOST_TOKENS, 2 * (len(example.tokens) - len(prompt)) + 8)):
         with without_peft_warnings():
             output = call(input_ids=torch.tensor([tokens], device=device), use_cache=True, **past)
@@ -89,4 +91,7 @@ def _answer(model: Any, tokenizer: Any, example: Encoded, device: str) -> str:
         # The name of late 5.x versions of transformers, and the one before.
         name = "cache" if "cache" in output else "past_key_values"
         call, tokens, past = model.get_base_model(), answer[-1:], {name: output[name]}
+        if example.start is not None:
+            # It puts nothing before the prompt, and its layers are told by the outer call.
+            call, past = model, past | {"alora_offsets": [1]}
     return tokenizer.decode(answer, skip_special_tokens=True)

@@ -18,8 +18,8 @@ from turret.training.errors import ConfigError
 # The methods of ``training/methods``; a test compares. Here, so that a wrong name is refused before
 # torch is loaded.
 METHOD_NAMES = (
-    *("lora", "rslora", "dora", "miss", "oft", "vblora", "loha", "lokr", "ia3"),
-    *("prefix_tuning", "prompt_tuning", "p_tuning", "learned_fusion"),
+    *("lora", "rslora", "dora", "alora", "miss", "oft", "hra", "vblora", "shira"),
+    *("loha", "lokr", "ia3", "prefix_tuning", "prompt_tuning", "p_tuning", "learned_fusion"),
 )
 
 
@@ -53,7 +53,7 @@ class BaseConfig:
         "nf4: 4-bit, double quantised, as the server holds them (QLoRA); nf4-dense: the same "
         "values, dequantised once (faster, as large as the checkpoint); full: the checkpoint's own",
         None,
-        chosen="nf4 if the method can train on it, else nf4-dense",
+        chosen="nf4, which every method can train on",
         sample="nf4",
     )
     dtype: Literal["bfloat16", "float32"] | None = _key(
@@ -71,11 +71,7 @@ class BaseConfig:
 class MethodConfig:
     """The kind of adapter. Keys without meaning for the method are refused."""
 
-    name: str = _key(
-        "lora, rslora, dora, loha, lokr, ia3, prefix_tuning, prompt_tuning, p_tuning or "
-        "learned_fusion",
-        "lora",
-    )
+    name: str = _key(f"{', '.join(METHOD_NAMES[:-1])} or {METHOD_NAMES[-1]}", "lora")
     targets: tuple[str, ...] | None = _key(
         'linear modules to adapt: one preset (["attention"], ["mlp"], ["all-linear"]) or module '
         "names",
@@ -124,6 +120,12 @@ class MethodConfig:
         chosen="random embeddings",
         sample="Answer with one word.",
     )
+    invocation: str | None = _key(
+        "aLoRA: every prompt holds this text, and the adapter acts from its last place on",
+        None,
+        chosen="what the chat template writes before an answer",
+        sample="<|im_start|>assistant\n",
+    )
     components: tuple[str, ...] | None = _key(
         "learned fusion: the adapters to fuse, each a directory or NAME=DIRECTORY",
         None,
@@ -155,7 +157,9 @@ class MethodConfig:
         _check("method.alpha", self.alpha is None or self.alpha > 0, "must be more than 0")
         _check("method.dropout", self.dropout is None or 0 <= self.dropout < 1, "must be in [0, 1)")
         _check("method.guidance", (self.guidance or 0) >= 0, "must be at least 0")
-        _check("method.targets", self.targets is None or len(self.targets) > 0, "must not be empty")
+        for name in ("targets", "invocation"):
+            value = getattr(self, name)
+            _check(f"method.{name}", value is None or len(value) > 0, "must not be empty")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

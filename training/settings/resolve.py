@@ -12,12 +12,19 @@ from bitsandbytes.functional import has_avx512bf16
 
 from turret.training.base_model import TrainingBase, find_base
 from turret.training.data.dataset import Dataset, load_dataset
+from turret.training.data.invocation import invocation_of
 from turret.training.errors import ConfigError
 from turret.training.fusion.components import component_directories
 from turret.training.methods import method_named
 from turret.training.methods.method import Method
 from turret.training.settings.config import BaseConfig, MethodConfig, OptimizerConfig, TrainConfig
 from turret.training.settings.inputs import base_place
+
+# Methods that cannot be trained to classify, and why.
+_WITHOUT_HEAD = {
+    "learned_fusion": "learns a gate, not a head",
+    "alora": "is for answers: it may change nothing before its invocation",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +70,9 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
         method=method.resolve(_rooted(config.method, folder), base),
         optimizer=_resolve_optimizer(config.optimizer, method, str(settings.device), notes),
     )
-    dataset = load_dataset(config.data, folder, base, config.run.seed)
+    text = config.method.invocation
+    invocation = None if text is None else invocation_of(base.tokenizer, text)
+    dataset = load_dataset(config.data, folder, base, config.run.seed, invocation)
     if dataset.num_dropped:
         notes.append(f"{dataset.num_dropped} examples over data.max_length were left out")
     if dataset.num_truncated:
@@ -125,8 +134,11 @@ def _check_fit(config: TrainConfig, method: Method) -> None:
     if config.data.packing and method.is_prompt:
         problem = f"{method.name} stands before one text, not before each of several in a row"
         raise ConfigError.of("data.packing", problem)
-    if config.data.task == "classification" and method.name == "learned_fusion":
-        raise ConfigError.of("data.task", "learned_fusion learns a gate, not a head")
+    if config.data.packing and method.name == "alora":
+        problem = "alora acts on one end of a row, not on that of each of several in it"
+        raise ConfigError.of("data.packing", problem)
+    if config.data.task == "classification" and method.name in _WITHOUT_HEAD:
+        raise ConfigError.of("data.task", f"{method.name} {_WITHOUT_HEAD[method.name]}")
     if config.run.gradient_checkpointing and method.name == "prefix_tuning":
         problem = "prefix_tuning passes its keys and values in a cache, which it switches off"
         raise ConfigError.of("run.gradient_checkpointing", problem)

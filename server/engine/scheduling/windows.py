@@ -8,17 +8,15 @@ computed again.
 
 from __future__ import annotations
 
-import sys
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from turret.server.basics.token_search import last_occurrence
+
 if TYPE_CHECKING:
     # The scheduler and its tests go without torch.
     from turret.server.adapters.mix import Mix
-
-_CODEC = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +63,3 @@ def stages_of(mix: Mix, prompt: Sequence[int], num_virtual: int) -> tuple[Stage,
 
     begins = sorted({start for start in starts.values() if start is not None})
     return (Stage(0, acting(None)), *(Stage(start, acting(start)) for start in begins))
-
-
-def last_occurrence(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
-    """Where ``wanted`` begins in ``tokens`` for the last time; None if it is not there."""
-    # Backwards, as a search of text: that is linear whatever the two are made of.
-    found = _text(tokens).find(_text(wanted))
-    return None if found < 0 else len(tokens) - len(wanted) - found
-
-
-def _text(tokens: Sequence[int]) -> str:
-    """A character per token, the last one first."""
-    return array("I", tokens[::-1]).tobytes().decode(_CODEC, "surrogatepass")

@@ -9,6 +9,8 @@ from typing import Any
 from turret.training.settings.config_file import build_config
 from turret.training.settings.resolve import Resolved, resolve
 
+# What a method asks of a config that trains it on ``write_words``, whose prompts end so.
+REQUIRED = {"alora": ("method.invocation=:",)}
 WORDS = ("red", "green", "blue", "black", "white", "amber", "pink", "grey")
 
 

@@ -1,0 +1,21 @@
+"""Finds tokens in tokens."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from collections.abc import Sequence
+
+_CODEC = "utf-32-le" if sys.byteorder == "little" else "utf-32-be"
+
+
+def last_occurrence(tokens: Sequence[int], wanted: Sequence[int]) -> int | None:
+    """Where ``wanted`` begins in ``tokens`` for the last time; None if it is not there."""
+    # Backwards, as a search of text: that is linear whatever the two are made of.
+    found = _text(tokens).find(_text(wanted))
+    return None if found < 0 else len(tokens) - len(wanted) - found
+
+
+def _text(tokens: Sequence[int]) -> str:
+    """A character per token, the last one first."""
+    return array("I", tokens[::-1]).tobytes().decode(_CODEC, "surrogatepass")

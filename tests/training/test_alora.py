@@ -1,0 +1,228 @@
+"""aLoRA: it is trained to act where the server lets it act, and is masked before."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.tiny_models import save_tiny_model, tiny_tokenizer
+from builders.training import WORDS, resolve_tiny, write_jsonl
+from peft import PeftModel
+from safetensors.torch import load_file
+from servers.engine_harness import EngineHarness, make_request
+
+from turret.training.base_model import load_model
+from turret.training.data.batch import make_batch
+from turret.training.data.encode import Encoded, encode
+from turret.training.data.example import Example
+from turret.training.data.invocation import invocation_before_answers, invocation_of
+from turret.training.errors import ConfigError, DataError
+from turret.training.peft_warnings import without_peft_warnings
+from turret.training.run.samples import draw_samples
+from turret.training.settings.config import DataConfig
+from turret.training.trainer import Trainer, attach, make_loss, trainable
+
+INVOCATION = "[judge]"
+KEYS = ("method.name=alora", f"method.invocation={INVOCATION}", "method.rank=4")
+RUN = (*KEYS, "base.dtype=float32", "run.adapter_dtype=float32", "optimizer.learning_rate=0.02")
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return save_tiny_model("llama", tmp_path / "model")
+
+
+def write_judged(path: Path) -> Path:
+    """Prompts that name the invocation, then it, then more; answers that name it too."""
+    rows = [
+        {
+            "prompt": f"[judge] {'la ' * (n % 4)}{n} {INVOCATION} the word:",
+            "completion": WORDS[n % 8] + (f" {INVOCATION}" if n % 2 else ""),
+        }
+        for n in range(16)
+    ]
+    return write_jsonl(path, rows)
+
+
+async def test_what_is_trained_is_what_the_engine_and_peft_compute(
+    model: Path, tmp_path: Path
+) -> None:
+    write_judged(tmp_path / "train.jsonl")
+    resolved = resolve_tiny(tmp_path, model, *RUN)
+    result = Trainer(resolved).run()
+    tokens = tuple(resolved.base.tokenizer(INVOCATION, add_special_tokens=False)["input_ids"])
+    config = json.loads((result.folder.adapter / "adapter_config.json").read_text())
+    assert tuple(config["alora_invocation_tokens"]) == tokens
+    assert len(tokens) > 1
+
+    # Without what is learned: PEFT would search it, and begin there.
+    (example,) = resolved.dataset.train[0]
+    prompt = list(example.tokens[: example.learned.index(True)])
+    start = len(prompt) - len("[judge] the word:")
+    assert example.start == start
+    base = load_model(resolved.base, "nf4-dense", torch.float32, "cpu")
+    with without_peft_warnings():
+        peft_model = PeftModel.from_pretrained(base, result.folder.adapter).eval()
+    with torch.no_grad():
+        logits = peft_model(input_ids=torch.tensor([prompt])).logits[0]
+        # The two of them share what comes before, and nothing after.
+        with peft_model.disable_adapter():
+            plain = base(input_ids=torch.tensor([prompt])).logits[0]
+    assert torch.equal(logits[:start], plain[:start])
+    assert not torch.isclose(logits[start:], plain[start:]).all(dim=1).any()
+
+    def logprobs(scores: torch.Tensor) -> list[float]:
+        found = scores.log_softmax(-1)[:-1]
+        return found.gather(1, torch.tensor(prompt[1:])[:, None])[:, 0].tolist()
+
+    root = result.folder.path
+    async with EngineHarness.start(model, root) as harness:
+        assert harness.registry.load("adapter", "adapter").facts.invocation == tokens
+        answers = await harness.run_all(
+            [make_request(prompt, *names, score=True) for names in (("adapter",), ())]
+        )
+    for answer, scores in zip(answers, (logits, plain), strict=True):
+        assert answer.prompt_logprobs[1:] == pytest.approx(logprobs(scores), abs=1e-4)
+    ours, the_bases = (answer.prompt_logprobs for answer in answers)
+    assert ours[1 : start + 1] == the_bases[1 : start + 1]
+
+
+def test_an_answer_is_not_searched(model: Path, tmp_path: Path) -> None:
+    write_judged(tmp_path / "train.jsonl")
+    resolved = resolve_tiny(tmp_path, model, *RUN)
+    attached = attach(resolved).eval()
+    for parameter in trainable(attached).values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    loss = make_loss(resolved, attached)
+    rows = [row for row in resolved.dataset.train if row[0].tokens.count(ord("j") - 33) == 3]
+    assert len(rows) > 2
+    batch = make_batch(rows, pad=0, is_packed=False)
+    assert batch.starts == tuple(row[0].start for row in rows)
+    total = 0.0
+    with torch.no_grad():
+        for (example,) in rows:
+            assert example.start is not None
+            offset = [len(example.tokens) - example.start]
+            ids = torch.tensor([example.tokens])
+            scores = attached(input_ids=ids, alora_offsets=offset).logits[0].log_softmax(-1)
+            for place, is_learned in enumerate(example.learned):
+                total -= float(scores[place - 1, example.tokens[place]]) * is_learned
+        assert float(loss(batch)) == pytest.approx(total, rel=1e-4)
+        # It is another function where the answer's own is taken.
+        (example,) = rows[0]
+        ids = torch.tensor([example.tokens])
+        own = attached(input_ids=ids).logits
+        assert example.start is not None
+        right = attached(input_ids=ids, alora_offsets=[len(example.tokens) - example.start]).logits
+        assert not torch.allclose(own, right, rtol=1e-3)
+
+
+def test_activations_may_be_computed_twice(model: Path, tmp_path: Path) -> None:
+    write_judged(tmp_path / "train.jsonl")
+    written = []
+    for value in ("false", "true"):
+        changes = (f"run.gradient_checkpointing={value}", f"run.output=is-{value}", "run.steps=3")
+        folder = Trainer(resolve_tiny(tmp_path, model, *RUN, *changes)).run().folder.adapter
+        written.append(load_file(folder / "adapter_model.safetensors"))
+    for name, tensor in written[0].items():
+        torch.testing.assert_close(written[1][name], tensor, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sample_is_answered_from_the_invocation_on(model: Path, tmp_path: Path) -> None:
+    write_judged(tmp_path / "train.jsonl")
+    resolved = resolve_tiny(tmp_path, model, *RUN)
+    attached, tokenizer = attach(resolved).eval(), resolved.base.tokenizer
+    for parameter in trainable(attached).values():
+        torch.nn.init.normal_(parameter, std=0.3)
+    (example,) = resolved.dataset.validation[0]
+    (sample,) = draw_samples(attached, tokenizer, [example], "cpu")
+    tokens = list(example.tokens[: example.learned.index(True)])
+    count = len(tokens)
+    assert example.start is not None
+    with torch.no_grad():
+        while len(tokens) < count + 12 and tokens[-1] != tokenizer.eos_token_id:
+            offset = [len(tokens) - example.start]
+            output = attached(input_ids=torch.tensor([tokens]), alora_offsets=offset)
+            tokens.append(int(output.logits[0, -1].argmax()))
+    whole = tokenizer.decode(tokens[count:], skip_special_tokens=True)
+    assert whole
+    assert whole.startswith(sample["after"]) or sample["after"].startswith(whole)
+    assert sample["after"] != sample["before"]
+
+
+CHAT = (
+    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+TURNS = (
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "four <a>"},
+)
+
+
+def encoded(text: str, *, template: str | None = CHAT, loss_on: Any = "completion", **fields: Any):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = template
+    example = Example(Path("train.jsonl"), 7, **fields)
+    config = DataConfig(train="train.jsonl", loss_on=loss_on)
+    return encode(tokenizer, example, config, invocation_of(tokenizer, text))
+
+
+def parts(item: Encoded) -> tuple[str, str]:
+    """What stands before the invocation, and what is learned."""
+    pairs = zip(item.tokens, item.learned, strict=True)
+    before = list(item.tokens[: item.start])
+    decode = tiny_tokenizer().decode
+    return str(decode(before)), str(decode([token for token, is_learned in pairs if is_learned]))
+
+
+def test_what_precedes_the_last_invocation_is_masked() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = CHAT
+    assert invocation_before_answers(tokenizer) == "<a>"
+    before = "<u>one\n<a>two<eos>\n<u>three\n"
+    item = encoded("<a>", messages=TURNS)
+    assert parts(item) == (before, "four <a><eos>")
+    assert item.turns == (("user", "one"), ("assistant", "two"), ("user", "three"))
+    assert parts(encoded("<u>", messages=TURNS, loss_on="all")) == (
+        before.removesuffix("<u>three\n"),
+        "three\n<a>four <a><eos>",
+    )
+    # Every answer from an invocation on is learned.
+    assert parts(encoded("one", messages=TURNS)) == ("<u>", "two<eos>four <a><eos>")
+    assert parts(encoded("ne", prompt="one", completion="ne", template=None)) == ("o", "ne<eos>")
+
+
+def test_an_example_without_the_invocation_is_refused_by_name() -> None:
+    with pytest.raises(DataError, match=r"train.jsonl:7: messages: holds no 'four' before"):
+        encoded("four", messages=TURNS)
+    with pytest.raises(DataError, match=r"train.jsonl:7: prompt: holds no 'four' before its last"):
+        encoded("four", prompt="one", completion="four")
+    with pytest.raises(DataError, match=r"train.jsonl:7: text: holds no 'four'"):
+        encoded("four", completion="four")
+
+    class Joining:
+        """A tokenizer with a token of its own for each text."""
+
+        chat_template = None
+        eos_token_id = 1
+
+        def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+            return {"input_ids": [len(text)]}
+
+        def decode(self, tokens: list[int]) -> str:
+            return "a [judge] b"
+
+    joining = Joining()
+    example = Example(Path("train.jsonl"), 7, prompt="a [judge] b", completion="c")
+    with pytest.raises(DataError, match=r"holds '\[judge\]' in other tokens than \[7\]"):
+        encode(joining, example, DataConfig(train="t"), invocation_of(joining, "[judge]"))
+    with pytest.raises(ConfigError, match=r"method.invocation: is required"):
+        invocation_before_answers(tiny_tokenizer())
