@@ -7,25 +7,28 @@ name for the task is SEQ_CLS; the files are as it saves them.
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
-from turret.server.adapters.head import SINGLE_LABEL
+from turret.server.adapters.head import MULTI_LABEL, SINGLE_LABEL
 from turret.server.adapters.peft_format.classifier_checkpoint import HEAD_NAMES, TASK_TYPE
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.training.adapter_folder import write_adapter
 from turret.training.data.batch import Batch, Row, make_batch
+from turret.training.data.dataset import Dataset
 from turret.training.data.encode import Encoded
+from turret.training.label_metrics import Judged, label_metrics
 from turret.training.loss import LossFunction
 from turret.training.settings.resolve import Resolved
 
 _NAME = "score"
+# Of a label whose probability is more, a model says that it holds.
+_HOLDS = 0.5
 
 
 def add_head(model: Any, num_labels: int) -> None:
@@ -49,7 +52,7 @@ class ClassifierLoss(LossFunction):
 
     def __init__(self, model: Any, device: str) -> None:
         super().__init__(model, model.get_base_model().get_output_embeddings(), device)
-        self._score: torch.nn.Module = getattr(model, _NAME)
+        self._score: torch.nn.Linear = getattr(model, _NAME)
 
     def _head_loss(
         self, states: torch.Tensor, targets: torch.Tensor, reduction: str = "sum"
@@ -57,13 +60,51 @@ class ClassifierLoss(LossFunction):
         return cross_entropy(self._score(states.float()), targets, reduction=reduction)
 
     @torch.no_grad()
-    def labels(self, batch: Batch) -> list[tuple[int, int]]:
-        """The label found and the right one of each example, by number."""
-        found: list[tuple[int, int]] = []
+    def labels(self, batch: Batch) -> list[Judged]:
+        """The labels found and the right ones of each example, by number."""
+        found: list[Judged] = []
         for states, targets in self._parts(batch):
             numbers = self._score(states.float()).argmax(-1)
-            found += zip(numbers.tolist(), targets.tolist(), strict=True)
+            pairs = zip(numbers.tolist(), targets.tolist(), strict=True)
+            found += [((number,), (right,)) for number, right in pairs]
         return found
+
+
+class MultiLabelLoss(ClassifierLoss):
+    """Sum over a batch's examples of the mean over labels of each one's binary cross entropy.
+
+    So transformers has it for ``problem_type`` multi_label_classification.
+    """
+
+    def _parts(self, batch: Batch) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """The head's input and, of each label, whether it holds, ``[examples, labels]`` fp32."""
+        holds = torch.zeros(len(batch.labels), self._score.out_features)
+        for row, numbers in enumerate(batch.labels):
+            holds[row, list(numbers)] = 1.0
+        holds = holds.to(self._device)
+        for states, rows in super()._parts(batch):
+            yield states, holds[rows]
+
+    def _head_loss(
+        self, states: torch.Tensor, targets: torch.Tensor, reduction: str = "sum"
+    ) -> torch.Tensor:
+        scores = self._score(states.float())
+        losses = binary_cross_entropy_with_logits(scores, targets, reduction="none").mean(-1)
+        return losses.sum() if reduction == "sum" else losses
+
+    @torch.no_grad()
+    def labels(self, batch: Batch) -> list[Judged]:
+        found: list[torch.Tensor] = []
+        for states, _ in self._parts(batch):
+            found += self._score(states.float()).sigmoid() > _HOLDS
+        numbers = [tuple(row.nonzero()[:, 0].tolist()) for row in found]
+        return list(zip(numbers, batch.labels, strict=True))
+
+
+def classifier_loss(model: Any, dataset: Dataset, device: str) -> ClassifierLoss:
+    """The loss of a data set's labels."""
+    kind = MultiLabelLoss if dataset.is_multi_label else ClassifierLoss
+    return kind(model, device)
 
 
 def make_loss(resolved: Resolved, model: Any) -> LossFunction:
@@ -71,25 +112,19 @@ def make_loss(resolved: Resolved, model: Any) -> LossFunction:
     config = resolved.config
     assert config.base.device is not None
     if resolved.dataset.labels:
-        return ClassifierLoss(model, config.base.device)
+        return classifier_loss(model, resolved.dataset, config.base.device)
     return resolved.method.loss(model, config.method, config.base.device)
 
 
 def label_scores(
-    loss: ClassifierLoss, rows: Sequence[Row], batch_size: int, pad: int
-) -> dict[str, float]:
-    """Accuracy and macro F1 over rows, as ``turret eval --classify`` has them."""
-    pairs: list[tuple[int, int]] = []
+    loss: ClassifierLoss, rows: Sequence[Row], labels: Sequence[str], batch_size: int, pad: int
+) -> dict[str, Any]:
+    """Figures over rows, as ``turret eval --classify`` has them; see ``label_metrics``."""
+    judged: list[Judged] = []
     for start in range(0, len(rows), batch_size):
-        pairs += loss.labels(make_batch(rows[start : start + batch_size], pad=pad, is_packed=False))
-    right = sum(found == label for found, label in pairs)
-    return {"accuracy": right / len(pairs), "macro_f1": _macro_f1(pairs)}
-
-
-def _macro_f1(pairs: Sequence[tuple[int, int]]) -> float:
-    both = Counter(label for label, right in pairs if label == right)
-    either = Counter(label for pair in pairs for label in pair)
-    return sum(2 * both[label] / count for label, count in either.items()) / len(either)
+        part = rows[start : start + batch_size]
+        judged += loss.labels(make_batch(part, pad=pad, is_packed=False))
+    return label_metrics(judged, labels, is_multi_label=isinstance(loss, MultiLabelLoss))
 
 
 def label_samples(
@@ -104,15 +139,19 @@ def label_samples(
             {
                 "prompt": tokenizer.decode(example.tokens[:-1]),
                 "turns": [list(turn) for turn in example.turns],
-                "reference": labels[right],
+                "reference": _shown(right, labels),
                 "before": "",
-                "after": labels[found],
+                "after": _shown(found, labels),
             }
         )
     return samples
 
 
-def write_head(model: Any, folder: Path, labels: Sequence[str], dtype: torch.dtype) -> None:
+def _shown(numbers: Sequence[int], labels: Sequence[str]) -> str:
+    return ", ".join(labels[number] for number in numbers) or "no label"
+
+
+def write_head(model: Any, folder: Path, dataset: Dataset, dtype: torch.dtype) -> None:
     """Add the head and its labels to an adapter's files.
 
     Raises:
@@ -125,7 +164,7 @@ def write_head(model: Any, folder: Path, labels: Sequence[str], dtype: torch.dty
     added = {
         "task_type": TASK_TYPE,
         "modules_to_save": sorted(saved),
-        "id2label": {str(number): label for number, label in enumerate(labels)},
-        "problem_type": SINGLE_LABEL,
+        "id2label": {str(number): label for number, label in enumerate(dataset.labels)},
+        "problem_type": MULTI_LABEL if dataset.is_multi_label else SINGLE_LABEL,
     }
     write_adapter(folder, {**config, **added}, state, dtype)

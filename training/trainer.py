@@ -17,6 +17,7 @@ from turret.training.base_model import DTYPES, load_model
 from turret.training.classifier import (
     ClassifierLoss,
     add_head,
+    classifier_loss,
     label_samples,
     label_scores,
     make_loss,
@@ -202,7 +203,7 @@ class Trainer:
         labels = self._resolved.dataset.labels
         with without_backward(model):
             if labels:
-                loss = ClassifierLoss(model, self._device)
+                loss = classifier_loss(model, self._resolved.dataset, self._device)
                 samples = label_samples(loss, tokenizer, examples, labels)
             else:
                 samples = draw_samples(model, tokenizer, examples, self._device, progress)
@@ -214,10 +215,10 @@ class Trainer:
         partial = self._folder.path / "adapter.partial"
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir()
-        dtype, labels = DTYPES[self._config.run.adapter_dtype], self._resolved.dataset.labels
+        dtype, dataset = DTYPES[self._config.run.adapter_dtype], self._resolved.dataset
         self._resolved.method.save(model, partial, dtype)
-        if labels:
-            write_head(model, partial, labels, dtype)
+        if dataset.labels:
+            write_head(model, partial, dataset, dtype)
         text = json.dumps(facts, indent=2, sort_keys=True) + "\n"
         (partial / FILE).write_text(text, encoding="utf-8")
         partial.rename(self._folder.adapter)
@@ -250,6 +251,7 @@ class _Loop:
         self._pad = pad_token(resolved.base.tokenizer)
         self._stream = make_stream(resolved)
         self._validation = dataset.validation
+        self._labels = dataset.labels
         self._tokens = log.tokens
         self._started = time.monotonic() - log.seconds
 
@@ -318,7 +320,7 @@ class _Loop:
             loss = validation_loss(self._loss, self._validation, size, self._pad, progress)
             row: dict[str, Any] = {"kind": "validation", "step": step, "loss": loss}
             if isinstance(self._loss, ClassifierLoss):
-                row |= label_scores(self._loss, self._validation, size, self._pad)
+                row |= label_scores(self._loss, self._validation, self._labels, size, self._pad)
         self._write(row)
         return loss
 

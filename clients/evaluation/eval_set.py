@@ -5,6 +5,11 @@ A row is a conversation that ends with the assistant's answer, or a prompt and i
     {"messages": [{"role": "user", "content": "Capital of Peru?"},
                   {"role": "assistant", "content": "Lima"}]}
     {"prompt": "Capital of Peru?", "completion": "Lima"}
+
+or a question alone with all labels that hold, for adapters that give any number of them::
+
+    {"messages": [{"role": "user", "content": "My parcel broke!"}], "labels": ["shipping", "anger"]}
+    {"prompt": "Hello", "labels": []}
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_FORMS = 'a row has "messages", or "prompt" and "completion"'
+_FORMS = 'a row has "messages", or "prompt" and "completion" or "labels"'
 
 
 class EvalSetError(ValueError):
@@ -33,12 +38,14 @@ class EvalExample:
     Attributes:
         line: Where in the file it stands, from 1.
         prompt: The turns before the answer as (role, content), or text that is sent as it is.
-        reference: The right answer.
+        reference: The right answer; empty where the row has labels.
+        labels: All that hold, each once, of a row that has labels and no answer; else None.
     """
 
     line: int
     prompt: tuple[tuple[str, str], ...] | str
     reference: str
+    labels: tuple[str, ...] | None = None
 
 
 def read_eval_set(
@@ -60,6 +67,9 @@ def read_eval_set(
         if len(examples) == limit:
             break
         examples.append(_example(path, line, row, is_raw=is_raw))
+        if (examples[-1].labels is None) != (examples[0].labels is None):
+            problem = "all rows have labels in place of answers, or none has"
+            raise EvalSetError(path, line, "labels", problem)
     if not examples:
         raise EvalSetError(path, None, None, "no rows")
     return examples
@@ -85,6 +95,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def _example(path: Path, line: int, row: dict[str, Any], *, is_raw: bool) -> EvalExample:
     if "messages" in row:
         turns = _turns(path, line, row["messages"])
+        if "labels" in row and turns[-1][0] != "assistant":
+            return EvalExample(line, tuple(turns), "", _labels(path, line, row["labels"]))
         *asked, (role, answer) = turns
         if role != "assistant":
             field = f"messages[{len(asked)}].role"
@@ -92,6 +104,10 @@ def _example(path: Path, line: int, row: dict[str, Any], *, is_raw: bool) -> Eva
         if not asked:
             raise EvalSetError(path, line, "messages", "nothing stands before the answer")
         return EvalExample(line, tuple(asked), answer)
+    if "labels" in row and "completion" not in row and "prompt" in row:
+        prompt = _text(path, line, "prompt", row["prompt"])
+        asked = prompt if is_raw else (("user", prompt),)
+        return EvalExample(line, asked, "", _labels(path, line, row["labels"]))
     missing = sorted({"prompt", "completion"} - row.keys())
     if len(missing) == 2:
         raise EvalSetError(path, line, None, _FORMS)
@@ -100,6 +116,18 @@ def _example(path: Path, line: int, row: dict[str, Any], *, is_raw: bool) -> Eva
     prompt = _text(path, line, "prompt", row["prompt"])
     reference = _text(path, line, "completion", row["completion"])
     return EvalExample(line, prompt if is_raw else (("user", prompt),), reference)
+
+
+def _labels(path: Path, line: int, value: object) -> tuple[str, ...]:
+    if not isinstance(value, list):
+        raise EvalSetError(path, line, "labels", f"must be a list of texts, not {value!r:.40}")
+    labels: list[str] = []
+    for index, label in enumerate(value):
+        text = _text(path, line, f"labels[{index}]", label)
+        if text in labels:
+            raise EvalSetError(path, line, f"labels[{index}]", f"is {text!r:.40} once more")
+        labels.append(text)
+    return tuple(labels)
 
 
 def _turns(path: Path, line: int, value: object) -> list[tuple[str, str]]:

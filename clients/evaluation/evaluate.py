@@ -32,11 +32,22 @@ from turret.clients.evaluation.answer_metrics import (
     token_f1,
 )
 from turret.clients.evaluation.eval_set import EvalExample
+from turret.clients.evaluation.label_sets import (
+    LabelFigures,
+    LabelPair,
+    label_figures,
+    macro_f1_of_sets,
+    micro_f1_of_sets,
+)
 from turret.clients.messages.mix import AdapterWeight
+from turret.clients.messages.results import Classification
 
 METRICS = ("perplexity", "exact_match", "token_f1", "label_accuracy")
-# Of adapters that classify, which answer nothing else.
+# Of adapters that classify, which answer nothing else; the second where any number of labels holds.
 CLASS_METRICS = ("accuracy", "macro_f1")
+LABEL_SET_METRICS = ("accuracy", "micro_f1", "macro_f1")
+# Of a label whose probability is more, an adapter says that it holds.
+_HOLDS = 0.5
 _MOST_RETRIES = 30
 # Failures that every line would have had.
 _NOBODYS_LINE = (AuthenticationError, NotFoundError, PermissionDeniedError, UnavailableError)
@@ -50,7 +61,7 @@ class EvalOptions:
     """How to judge.
 
     Attributes:
-        metrics: Of ``METRICS``, or of ``CLASS_METRICS``.
+        metrics: Of ``METRICS``, or of ``CLASS_METRICS`` or ``LABEL_SET_METRICS``.
         labels: What ``label_accuracy`` looks for in an answer.
         max_tokens: Longest answer.
         concurrency: Calls under way at once; the server batches them.
@@ -71,7 +82,7 @@ class EvalOptions:
     @property
     def is_label_needed(self) -> bool:
         """Whether any metric looks at a label of ``Classify``."""
-        return any(metric in CLASS_METRICS for metric in self.metrics)
+        return any(metric in LABEL_SET_METRICS for metric in self.metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +96,7 @@ class Judged:
         tokens: How many those are.
         scores: Per metric of single answers, in [0, 1].
         reference: The right answer.
+        labels: Those found and the right ones, where any number may hold; else None.
     """
 
     line: int
@@ -93,16 +105,21 @@ class Judged:
     tokens: int
     scores: dict[str, float]
     reference: str = ""
+    labels: LabelPair | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class MixReport:
-    """One mix's figures over the test set, and its examples in the file's order."""
+    """One mix's figures over the test set, and its examples in the file's order.
+
+    ``labels`` are the figures of each label, where any number of them may hold; else empty.
+    """
 
     mix: str
     examples: int
     metrics: dict[str, Estimate]
     judged: tuple[Judged, ...]
+    labels: dict[str, LabelFigures]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,12 +257,25 @@ def _judge(
         )
         answer = _called(place, generate).text
     scores = {} if answer is None else _compare(answer, example.reference, options)
+    labels = None
     if options.is_label_needed:
         classify = partial(client.classify, [example.prompt], adapters=mix, timeout=options.timeout)
-        answer = _called(place, classify).labels[0]
-        scores = {"accuracy": float(answer == example.reference)}
+        (found,) = _called(place, classify).classifications
+        if example.labels is None:
+            answer = found.label
+            scores = {"accuracy": float(answer == example.reference)}
+        else:
+            labels = _held(found, place), example.labels
+            scores = {"accuracy": float({*labels[0]} == {*labels[1]})}
     tokens = 0 if encoded is None else len(encoded.reference)
-    return Judged(example.line, answer, logprob, tokens, scores, example.reference)
+    return Judged(example.line, answer, logprob, tokens, scores, example.reference, labels)
+
+
+def _held(found: Classification, place: str) -> tuple[str, ...]:
+    probabilities = found.probabilities
+    if None in probabilities.values():
+        raise ValueError(f"{place}: the adapter was trained for numbers, and gives no labels")
+    return tuple(label for label, share in probabilities.items() if (share or 0.0) > _HOLDS)
 
 
 def _compare(answer: str, reference: str, options: EvalOptions) -> dict[str, float]:
@@ -273,13 +303,17 @@ def _called(place: str, call: Callable[[], _T]) -> _T:
 
 def _report(mix: Mix, judged: Sequence[Judged], metrics: Sequence[str]) -> MixReport:
     figures: dict[str, Estimate] = {}
+    sets = [j.labels for j in judged if j.labels is not None]
+    of_sets = {"micro_f1": micro_f1_of_sets, "macro_f1": macro_f1_of_sets}
     for metric in metrics:
         if metric == "perplexity":
             scored = [(j.logprob, j.tokens) for j in judged if j.logprob is not None]
             figures[metric] = estimate(scored, perplexity)
+        elif sets and metric in of_sets:
+            figures[metric] = estimate(sets, of_sets[metric])
         elif metric == "macro_f1":
             pairs = [(j.answer, j.reference) for j in judged if j.answer is not None]
             figures[metric] = estimate(pairs, macro_f1)
         else:
             figures[metric] = estimate([j.scores[metric] for j in judged], mean)
-    return MixReport(mix_name(mix), len(judged), figures, tuple(judged))
+    return MixReport(mix_name(mix), len(judged), figures, tuple(judged), label_figures(sets))

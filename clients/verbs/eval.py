@@ -17,6 +17,7 @@ from turret.clients.evaluation.answer_metrics import Estimate
 from turret.clients.evaluation.eval_set import EvalExample, EvalSetError, read_eval_set
 from turret.clients.evaluation.evaluate import (
     CLASS_METRICS,
+    LABEL_SET_METRICS,
     METRICS,
     EvalOptions,
     Mix,
@@ -35,7 +36,8 @@ from turret.clients.verbs.command import (
 
 _DESCRIPTION = """\
 Judge the base model, adapters and mixes on a test set through a running server. A line of the file
-is {"messages": [...]}, whose last turn is the right answer, or {"prompt": ..., "completion": ...}.
+is {"messages": [...]}, whose last turn is the right answer, or {"prompt": ..., "completion": ...};
+with --classify also {"prompt": ..., "labels": [...]}, all labels that hold.
 """
 
 
@@ -70,7 +72,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--classify",
         action="store_true",
         help="judge the labels of adapters that classify: accuracy and macro F1; the completion is"
-        " the right label",
+        " the right label; of rows with labels micro F1 and each label's figures too",
     )
     parser.add_argument(
         "--labels",
@@ -112,8 +114,12 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     if len({mix_name(mix) for mix in mixes}) < len(mixes):
         raise ValueError("--mix: each mix may be judged once")
     examples = read_eval_set(args.data, is_raw=args.raw, limit=args.limit)
+    first = examples[0]
+    if first.labels is not None and not args.classify:
+        raise EvalSetError(args.data, first.line, "labels", "are judged with --classify")
+    metrics = _metrics(args.metrics, args.labels, args.classify)
     options = EvalOptions(
-        metrics=_metrics(args.metrics, args.labels, args.classify),
+        metrics=metrics if first.labels is None else LABEL_SET_METRICS,
         labels=args.labels,
         max_tokens=args.max_tokens,
         concurrency=args.concurrency,
@@ -139,9 +145,11 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     if args.answers is not None:
         args.answers.write_text(_answers(reports, examples), encoding="utf-8")
     if args.json:
-        print_json([{"mix": r.mix, "examples": r.examples, "metrics": r.metrics} for r in reports])
+        print_json([_figures(report) for report in reports])
     else:
         Console().print(_table(reports))
+        if reports[0].labels:
+            Console().print(_label_table(reports))
 
 
 def _metrics(asked: Sequence[str] | None, labels: Sequence[str], classify: bool) -> tuple[str, ...]:
@@ -175,6 +183,26 @@ def _table(reports: Sequence[MixReport]) -> Table:
     return table
 
 
+def _figures(report: MixReport) -> dict[str, object]:
+    figures: dict[str, object] = {"mix": report.mix, "examples": report.examples}
+    figures["metrics"] = report.metrics
+    if report.labels:
+        figures["labels"] = report.labels
+    return figures
+
+
+def _label_table(reports: Sequence[MixReport]) -> Table:
+    """F1 of each label, which one mix may never find and no row have."""
+    table = Table(caption="F1 of each label")
+    table.add_column("label", overflow="fold")
+    for report in reports:
+        table.add_column(Text(report.mix), justify="right")
+    for label in sorted({label for report in reports for label in report.labels}):
+        figures = (report.labels.get(label) for report in reports)
+        table.add_row(Text(label), *("" if each is None else f"{each.f1:.1%}" for each in figures))
+    return table
+
+
 def _cell(metric: str, figure: Estimate) -> str:
     if metric == "perplexity":
         return f"{figure.value:.4g} [{figure.low:.3g}, {figure.high:.3g}]"
@@ -190,8 +218,8 @@ def _answers(reports: Sequence[MixReport], examples: Sequence[EvalExample]) -> s
                 "line": example.line,
                 "mix": report.mix,
                 "prompt": example.prompt,
-                "reference": example.reference,
-                "answer": judged.answer,
+                "reference": example.reference if judged.labels is None else judged.labels[1],
+                "answer": judged.answer if judged.labels is None else judged.labels[0],
                 "logprob": judged.logprob,
                 "tokens": judged.tokens,
                 **judged.scores,

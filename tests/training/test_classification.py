@@ -109,9 +109,9 @@ def test_the_loss_is_the_cross_entropy_of_the_last_state(model: Path, tmp_path: 
             logits = trained.score(states[0, -1].float())
             total -= float(logits.log_softmax(-1)[example.tokens[-1]])
         assert float(loss(batch)) == pytest.approx(total, rel=1e-4)
-    pairs = loss.labels(batch)
+    pairs = [(found, right) for (found,), (right,) in loss.labels(batch)]
     assert [label for _, label in pairs] == [example.tokens[-1] for (example,) in rows]
-    scores = label_scores(loss, rows, 3, 0)
+    scores = label_scores(loss, rows, resolved.dataset.labels, 3, 0)
     assert scores["accuracy"] == sum(found == right for found, right in pairs) / 7
     assert scores["macro_f1"] == macro_f1([(str(found), str(right)) for found, right in pairs])
     assert 0 < scores["macro_f1"] < 1

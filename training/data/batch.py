@@ -31,6 +31,8 @@ class Batch:
         num_tokens: Tokens without padding.
         num_targets: Positions with a target.
         starts: Of each row, the first position that an aLoRA acts on; empty if everywhere.
+        labels: Of each row, the labels that hold, where any number may: the target is then the
+            row's own number. Else empty.
     """
 
     tokens: torch.Tensor
@@ -39,6 +41,7 @@ class Batch:
     num_tokens: int
     num_targets: int
     starts: tuple[int, ...] = ()
+    labels: tuple[tuple[int, ...], ...] = ()
 
 
 def pack_rows(examples: Sequence[Encoded], max_length: int) -> list[Row]:
@@ -112,6 +115,8 @@ def make_batch(rows: Sequence[Row], *, pad: int, is_packed: bool) -> Batch:
             ids = torch.tensor(example.tokens)
             tokens[number, start:end] = ids
             learned = torch.tensor(example.learned[1:])
+            if example.labels is not None:
+                ids[-1] = number
             targets[number, start : end - 1] = torch.where(learned, ids[1:], IGNORED)
             if positions is not None:
                 positions[number, start:end] = torch.arange(end - start)
@@ -121,4 +126,5 @@ def make_batch(rows: Sequence[Row], *, pad: int, is_packed: bool) -> Batch:
             positions[number, start:] = torch.arange(shape[1] - start)
     num_targets = int((targets != IGNORED).sum())
     starts = tuple(row[0].start for row in rows if row[0].start is not None)
-    return Batch(tokens, positions, targets, sum(lengths), num_targets, starts)
+    labels = tuple(row[0].labels for row in rows if row[0].labels is not None)
+    return Batch(tokens, positions, targets, sum(lengths), num_targets, starts, labels)

@@ -11,7 +11,7 @@ from turret.training.data.batch import Row, pack_rows, single_rows
 from turret.training.data.encode import Encoded, EncodedSet, encode_all
 from turret.training.data.example import Example, data_digest, read_examples
 from turret.training.data.invocation import Invocation
-from turret.training.data.labels import encode_labelled, labels_of
+from turret.training.data.labels import check_labelled, encode_labelled, labels_of
 from turret.training.errors import ConfigError, DataError
 from turret.training.settings.config import DataConfig
 
@@ -29,6 +29,7 @@ class Dataset:
         num_dropped: Examples left out for their length, of both sets.
         num_truncated: Examples cut to length, of both sets.
         labels: What a classification tells apart, in the head's order; else empty.
+        is_multi_label: Whether any number of them may hold, and not exactly one.
     """
 
     train: tuple[Row, ...]
@@ -39,6 +40,7 @@ class Dataset:
     num_dropped: int
     num_truncated: int
     labels: tuple[str, ...] = ()
+    is_multi_label: bool = False
 
 
 def load_dataset(
@@ -67,13 +69,19 @@ def load_dataset(
     examples = read_examples(path)
     # Before the split: a label may be on so few lines that all of them are set aside.
     labels = labels_of(examples) if config.task == "classification" else ()
+    is_multi_label = bool(labels) and examples[0].labels is not None
     paths = [path]
     if config.validation is not None:
         paths.append(folder / config.validation)
         held_out = read_examples(paths[1])
+        if labels:
+            check_labelled(held_out, is_multi_label=is_multi_label)
         _check_disjoint(examples, held_out)
     else:
         examples, held_out = split(examples, config.validation_fraction, seed)
+
+    if not labels:
+        _check_answered([*examples, *held_out])
 
     def encode(some: list[Example]) -> EncodedSet:
         if labels:
@@ -91,6 +99,7 @@ def load_dataset(
         num_dropped=train.num_dropped + validation.num_dropped,
         num_truncated=train.num_truncated + validation.num_truncated,
         labels=labels,
+        is_multi_label=is_multi_label,
     )
 
 
@@ -113,7 +122,13 @@ def split(
 
 def _content(example: Example) -> object:
     messages = example.messages and tuple((m["role"], m["content"]) for m in example.messages)
-    return messages, example.prompt, example.completion
+    return messages, example.prompt, example.completion, example.labels
+
+
+def _check_answered(examples: list[Example]) -> None:
+    for example in examples:
+        if example.labels is not None:
+            raise example.error("labels", 'are learned with data.task = "classification" alone')
 
 
 def _check_disjoint(train: list[Example], validation: list[Example]) -> None:

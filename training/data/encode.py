@@ -26,12 +26,14 @@ class Encoded:
             precedes it.
         turns: Role and content of what stands before the first answer learned, if it is a chat.
         start: The first position that an aLoRA acts on; None where adapters act everywhere.
+        labels: The numbers of all labels that hold, where any number may; else None.
     """
 
     tokens: tuple[int, ...]
     learned: tuple[bool, ...]
     turns: tuple[tuple[str, str], ...] = ()
     start: int | None = None
+    labels: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +136,8 @@ def encode_prompt(tokenizer: Any, example: Example, config: DataConfig) -> Encod
     """
     turns: Sequence[Mapping[str, str]] = ()
     if example.messages is not None:
-        turns = example.messages[:-1]
+        # Labels stand beside the messages, an answer is their last one.
+        turns = example.messages if example.labels is not None else example.messages[:-1]
     elif config.template == "chat" or (config.template == "auto" and tokenizer.chat_template):
         turns = [{"role": "user", "content": example.prompt or ""}]
     if turns or example.messages is not None:

@@ -4,6 +4,11 @@
     {"prompt": "…", "completion": "…"}
     {"text": "…"}
 
+Where any number of labels hold, they stand in the answer's place:
+
+    {"messages": [{"role": "user", "content": "…"}], "labels": ["…", "…"]}
+    {"prompt": "…", "labels": []}
+
 A line of another shape, or with other keys beside these, is an error that names file, line and
 field. Blank lines are skipped.
 """
@@ -20,7 +25,7 @@ from typing import Any
 from turret.training.errors import DataError
 
 _ROLES = ("system", "user", "assistant")
-_SHAPES = "messages, or prompt and completion, or text"
+_SHAPES = "messages, or prompt and completion, or text, or labels in an answer's place"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +38,7 @@ class Example:
         messages: Chat messages, with ``role`` and ``content``; else None.
         prompt: What is given; None for chat and plain text.
         completion: What is to be learned after the prompt, or the whole plain text.
+        labels: All that hold, each once, where the line has labels and no answer; else None.
     """
 
     path: Path
@@ -40,6 +46,7 @@ class Example:
     messages: tuple[Mapping[str, str], ...] | None = None
     prompt: str | None = None
     completion: str = ""
+    labels: tuple[str, ...] | None = None
 
     def error(self, field: str, problem: str) -> DataError:
         """What is wrong with a field of this example."""
@@ -90,6 +97,8 @@ def _parse(path: Path, line: int, text: str) -> Example:
     keys = set(row)
     if keys == {"messages"}:
         return Example(path, line, messages=_messages(path, line, row["messages"]))
+    if "labels" in keys and keys - {"labels"} in ({"messages"}, {"prompt"}):
+        return _labelled(path, line, row)
     if keys == {"prompt", "completion"}:
         prompt = _text(path, line, "prompt", row["prompt"], may_be_empty=True)
         return Example(
@@ -101,7 +110,9 @@ def _parse(path: Path, line: int, text: str) -> Example:
 
 
 def _shape_error(path: Path, line: int, keys: set[str]) -> DataError:
-    for shape in ({"messages"}, {"prompt", "completion"}, {"text"}):
+    asked = "messages" if "messages" in keys else "prompt"
+    labelled = ({asked, "labels"},) if "labels" in keys else ()
+    for shape in (*labelled, {"messages"}, {"prompt", "completion"}, {"text"}):
         if keys & shape:
             field = sorted(keys - shape) or sorted(shape - keys)
             problem = "is unexpected here" if keys - shape else "is missing"
@@ -117,7 +128,24 @@ def _text(path: Path, line: int, field: str, value: Any, *, may_be_empty: bool =
     return value
 
 
-def _messages(path: Path, line: int, value: Any) -> tuple[Mapping[str, str], ...]:
+def _labelled(path: Path, line: int, row: Mapping[str, Any]) -> Example:
+    labels = row["labels"]
+    if not isinstance(labels, list):
+        raise DataError.of(path, line, "labels", f"must be a list of texts, not {labels!r:.40}")
+    for index, label in enumerate(labels):
+        _text(path, line, f"labels[{index}]", label)
+        if label in labels[:index]:
+            raise DataError.of(path, line, f"labels[{index}]", f"is {label!r:.40} once more")
+    if "prompt" in row:
+        prompt = _text(path, line, "prompt", row["prompt"], may_be_empty=True)
+        return Example(path, line, prompt=prompt, labels=tuple(labels))
+    messages = _messages(path, line, row["messages"], is_answered=False)
+    return Example(path, line, messages=messages, labels=tuple(labels))
+
+
+def _messages(
+    path: Path, line: int, value: Any, *, is_answered: bool = True
+) -> tuple[Mapping[str, str], ...]:
     if not isinstance(value, list) or not value:
         raise DataError.of(path, line, "messages", "must be a list of messages")
     messages = []
@@ -134,7 +162,9 @@ def _messages(path: Path, line: int, value: Any) -> tuple[Mapping[str, str], ...
             path, line, f"{field}.content", message["content"], may_be_empty=not is_answer
         )
         messages.append({"role": role, "content": content})
-    if messages[-1]["role"] != "assistant":
+    if (messages[-1]["role"] == "assistant") != is_answered:
         problem = "the last message must be the assistant's: it is what is learned"
+        if not is_answered:
+            problem = "the last message must not be the assistant's: the labels are what is learned"
         raise DataError.of(path, line, f"messages[{len(messages) - 1}].role", problem)
     return tuple(messages)

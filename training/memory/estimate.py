@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 
 from turret.server.models.sources.model_directory import weight_files
 from turret.training.base_model import DTYPES, empty_model
-from turret.training.classifier import ClassifierLoss
+from turret.training.classifier import classifier_loss
 from turret.training.data.batch import Batch, make_batch
 from turret.training.loss import LossFunction
 from turret.training.memory.live_bytes import LiveBytes
@@ -126,8 +126,9 @@ def _room(batch: Batch) -> tuple[int, int]:
 def _step_bytes(resolved: Resolved, model: Any) -> int:
     train, validation = largest_batches(resolved)
     head = model.get_base_model().get_output_embeddings()
-    is_classifier = bool(resolved.dataset.labels)
-    loss = ClassifierLoss(model, "meta") if is_classifier else LossFunction(model, head, "meta")
+    loss = LossFunction(model, head, "meta")
+    if resolved.dataset.labels:
+        loss = classifier_loss(model, resolved.dataset, "meta")
     # What an aLoRA acts on is a mask, whose values are not there: it is all of a row.
     with LiveBytes() as live, _SHAPES.patch(meta_nonzero_assume_all_nonzero=True):
         model.train()

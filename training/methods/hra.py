@@ -75,7 +75,7 @@ class _HraMethod(PeftMethod):
 
 HRA = _HraMethod(
     name="hra",
-    learning_rate=1e-3,
+    learning_rate=5e-3,
     defaults={"targets": ("all-linear",), "rank": 8},
     peft_config=_hra_config,
 )

@@ -180,8 +180,9 @@ class DataConfig:
         "share of train set aside where validation is not given; 0 validates nothing", 0.1
     )
     task: Literal["generation", "classification"] = _key(
-        "generation: completions are texts to learn; classification: they are labels, and the "
-        "adapter gets a head that tells them apart (SEQ_CLS, for Classify)",
+        "generation: completions are texts to learn; classification: they are labels (or lines "
+        "have labels in their place), and the adapter gets a head that tells them apart (SEQ_CLS, "
+        "for Classify)",
         "generation",
     )
     max_length: int = _key("most tokens of an example, and of a packed row", 512)

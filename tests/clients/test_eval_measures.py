@@ -1,0 +1,79 @@
+"""The measures of ``turret eval``, on their own."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from turret.clients.evaluation.answer_metrics import (
+    estimate,
+    exact_match,
+    macro_f1,
+    mean,
+    named_label,
+    perplexity,
+    token_f1,
+)
+from turret.clients.evaluation.label_sets import (
+    label_figures,
+    macro_f1_of_sets,
+    micro_f1_of_sets,
+)
+
+
+@pytest.mark.parametrize(
+    ("answer", "reference", "exact", "f1"),
+    [
+        (" Lima\n", "Lima", 1, 1),
+        ("lima.", "Lima", 0, 1),
+        ("the city of Lima", "Lima", 0, 0.4),
+        ("a b", "b c", 0, 0.5),
+        # Words count as often as both have them: 2 common of 2 and 3.
+        ("a a", "a a b", 0, 0.8),
+        ("", "Lima", 0, 0),
+        ("!", "?", 0, 1),
+    ],
+)
+def test_answers_are_compared(answer: str, reference: str, exact: float, f1: float):
+    assert exact_match(answer, reference) == exact
+    assert token_f1(answer, reference) == pytest.approx(f1)
+
+
+def test_the_first_label_named_counts():
+    labels = ("bug", "bug report", "praise")
+    assert named_label("This is PRAISE, no bug", labels) == "praise"
+    assert named_label("a bug report", labels) == "bug report"
+    assert named_label("debugging", labels) is None
+
+
+def test_perplexity_weighs_tokens_and_not_texts():
+    scores = [(-8.0, 8), (-4.0, 1)]
+    assert perplexity(scores) == pytest.approx(math.exp(12 / 9))
+    assert perplexity([(-1e9, 1)]) == math.inf
+
+
+def test_intervals_hold_the_value_and_shrink_with_examples():
+    few, many = ([0.0, 1.0] * n for n in (5, 500))
+    narrow, wide = estimate(many, mean), estimate(few, mean)
+    assert wide.low < narrow.low < narrow.value == 0.5 < narrow.high < wide.high
+    # The binomial's own 95 % interval at 1000 examples.
+    assert narrow.high - 0.5 == pytest.approx(1.96 * 0.5 / math.sqrt(1000), rel=0.15)
+    assert estimate(many, mean) == narrow
+
+
+def test_nothing_found_where_nothing_holds_is_right():
+    nothing = [((), ()), ((), ())]
+    assert (micro_f1_of_sets(nothing), macro_f1_of_sets(nothing)) == (1, 1)
+    assert label_figures(nothing) == {}
+
+
+def test_macro_f1_is_that_of_the_textbook():
+    # Labels a, b, c: precision and recall 1/2 and 1, 1 and 1/3, 0 and 0.
+    pairs = [("a", "a"), ("a", "b"), ("b", "b"), ("c", "b")]
+    a, b = 2 * (1 / 2) / (3 / 2), 2 * (1 / 3) / (4 / 3)
+    assert macro_f1(pairs) == pytest.approx((a + b + 0) / 3)
+    sets = [((found,), (right,)) for found, right in pairs]
+    assert macro_f1_of_sets(sets) == pytest.approx((a + b + 0) / 3)
+    # Where each text has one label, micro F1 is the accuracy.
+    assert micro_f1_of_sets(sets) == pytest.approx(2 / 4)

@@ -1,0 +1,187 @@
+"""Adapters that give any number of labels: trained as transformers has it, and served so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from builders.tiny_models import save_tiny_model, tiny_tokenizer
+from builders.training import resolve_tiny, write_jsonl
+from servers.engine_harness import EngineHarness, make_request
+from torch.nn.functional import binary_cross_entropy_with_logits
+from transformers import AutoModelForSequenceClassification
+
+from turret.clients.evaluation.label_sets import (
+    label_figures,
+    macro_f1_of_sets,
+    micro_f1_of_sets,
+)
+from turret.server.engine.scheduling.pooling import Pooling
+from turret.training.classifier import MultiLabelLoss, label_scores, make_loss
+from turret.training.data.batch import make_batch
+from turret.training.data.encode import encode_prompt
+from turret.training.data.example import Example, read_examples
+from turret.training.errors import DataError
+from turret.training.memory.estimate import estimate_memory
+from turret.training.run.folder import read_metrics
+from turret.training.settings.config import DataConfig
+from turret.training.trainer import Trainer, attach
+
+WORDS = {"fruit": ("apple", "pear"), "tool": ("saw", "axe"), "loud": ("BANG", "CRASH")}
+LABELS = tuple(sorted(WORDS))
+RUN = ("data.task=classification", "base.dtype=float32", "run.steps=40", "run.validate_every=40")
+
+
+@pytest.fixture
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return save_tiny_model("llama", tmp_path / "model")
+
+
+def write_things(path: Path) -> Path:
+    """Every set of labels, the empty one too, in words of each."""
+    rows = []
+    for number in range(40):
+        held = [label for bit, label in enumerate(LABELS) if number >> bit & 1]
+        text = " ".join([str(number), *(WORDS[label][number // 8 % 2] for label in held)])
+        rows.append({"prompt": text, "labels": held[::-1]})
+    return write_jsonl(path, rows)
+
+
+def held(flags: list[bool]) -> tuple[str, ...]:
+    return tuple(label for label, holds in zip(LABELS, flags, strict=True) if holds)
+
+
+async def test_a_trained_head_is_served_as_it_was_trained(model: Path, tmp_path: Path) -> None:
+    write_things(tmp_path / "train.jsonl")
+    resolved = resolve_tiny(tmp_path, model, *RUN, "data.validation_fraction=0.2")
+    assert (resolved.dataset.labels, resolved.dataset.is_multi_label) == (LABELS, True)
+    result = Trainer(resolved).run()
+    first, last = (r for r in read_metrics(result.folder.metrics) if r["kind"] == "validation")
+    assert last["loss"] < first["loss"]
+    config = json.loads((result.folder.adapter / "adapter_config.json").read_text())
+    assert config["problem_type"] == "multi_label_classification"
+    assert config["id2label"] == {str(number): label for number, label in enumerate(LABELS)}
+    served, right = [], []
+    async with EngineHarness.start(model, result.folder.path, adapters=["adapter"]) as harness:
+        for (example,) in resolved.dataset.validation:
+            pooling = Pooling(classifies=True)
+            request = make_request(example.tokens[:-1], "adapter", pooling=pooling)
+            answer = await harness.run(request)
+            assert answer.head is not None
+            assert answer.pooled is not None
+            assert answer.head.problem_type == "multi_label_classification"
+            served.append(torch.tensor(answer.pooled))
+            assert example.labels is not None
+            right.append([float(number in example.labels) for number in range(3)])
+    scores, holds = torch.stack(served), torch.tensor(right)
+    loss = binary_cross_entropy_with_logits(scores, holds)
+    assert float(loss) == pytest.approx(last["loss"], rel=2e-3)
+    pairs = [
+        (held(found), held(wanted))
+        for found, wanted in zip((scores > 0).tolist(), holds.bool().tolist(), strict=True)
+    ]
+    assert last["accuracy"] == pytest.approx(sum(a == b for a, b in pairs) / len(pairs))
+    assert last["micro_f1"] == pytest.approx(micro_f1_of_sets(pairs))
+    assert last["macro_f1"] == pytest.approx(macro_f1_of_sets(pairs))
+    figures = label_figures(pairs)
+    assert last["label_f1"] == pytest.approx({name: f.f1 for name, f in figures.items()})
+    samples = [json.loads(line) for line in result.folder.samples.read_text().splitlines()]
+    told = [", ".join(found) or "no label" for found, _ in pairs]
+    assert [sample["after"] for sample in samples] == told[: len(samples)]
+
+
+def test_the_loss_is_that_of_transformers(model: Path, tmp_path: Path) -> None:
+    write_things(tmp_path / "train.jsonl")
+    resolved = resolve_tiny(tmp_path, model, *RUN, "base.weights=full")
+    attached = attach(resolved).eval()
+    loss = make_loss(resolved, attached)
+    assert isinstance(loss, MultiLabelLoss)
+    rows = resolved.dataset.train[:9]
+    batch = make_batch(rows, pad=0, is_packed=False)
+    assert batch.num_targets == 9
+    oracle = AutoModelForSequenceClassification.from_pretrained(
+        model, num_labels=3, problem_type="multi_label_classification", dtype=torch.float32
+    ).eval()
+    oracle.score.weight.data = attached.score.weight.data
+    total, parts = 0.0, []
+    with torch.no_grad():
+        for (example,) in rows:
+            assert example.labels is not None
+            holds = [[float(number in example.labels) for number in range(3)]]
+            ids = torch.tensor([example.tokens[:-1]])
+            parts.append(float(oracle(input_ids=ids, labels=torch.tensor(holds)).loss))
+        total = float(loss(batch))
+    # An adapter that is not trained yet changes nothing.
+    assert total == pytest.approx(sum(parts), rel=1e-5)
+    assert loss.of_targets(batch).tolist() == pytest.approx(parts, rel=1e-5)
+    scores = label_scores(loss, rows, LABELS, 4, 0)
+    assert set(scores) == {"accuracy", "macro_f1", "micro_f1", "label_f1"}
+    assert estimate_memory(resolved).num_parameters > 0
+
+
+def test_labels_are_read_in_both_shapes(tmp_path: Path) -> None:
+    turns = [{"role": "assistant", "content": "b"}, {"role": "user", "content": "a"}]
+    rows = [{"messages": turns, "labels": ["x"]}, {"prompt": "", "labels": []}]
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    assert read_examples(path) == [
+        Example(path, 1, messages=tuple(turns), labels=("x",)),
+        Example(path, 2, prompt="", labels=()),
+    ]
+
+
+def test_a_conversation_is_asked_as_it_stands() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    turns = tuple({"role": role, "content": role} for role in ("user", "assistant", "user"))
+    example = Example(Path("train.jsonl"), 1, messages=turns, labels=())
+    item = encode_prompt(tokenizer, example, DataConfig(train="train.jsonl"))
+    assert tokenizer.decode(list(item.tokens)) == "<u>user<a>assistant<u>user<a>"
+    assert [role for role, _ in item.turns] == ["user", "assistant", "user"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": "a", "labels": "b"}, "labels: must be a list of texts, not 'b'"),
+        ({"prompt": "a", "labels": ["b", 1]}, "labels[1]: must be a string, not 1"),
+        ({"prompt": "a", "labels": ["b", "b"]}, "labels[1]: is 'b' once more"),
+        ({"prompt": "a", "labels": ["b" * 257]}, "labels: a label has at most 256 characters"),
+        ({"labels": ["b"]}, "prompt: is missing"),
+        ({"prompt": "a", "labels": [], "x": 1}, "x: is unexpected here"),
+        ({"text": "a", "labels": []}, "text: is unexpected here"),
+        (
+            {"messages": [{"role": "assistant", "content": "a"}], "labels": []},
+            "messages[0].role: the last message must not be the assistant's",
+        ),
+        ({"prompt": "a", "completion": "b"}, "labels: stand on the first line: all lines have"),
+    ],
+)
+def test_a_bad_line_is_refused_by_name(
+    model: Path, tmp_path: Path, row: dict, message: str
+) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [{"prompt": "a", "labels": ["c"]}, row])
+    with pytest.raises(DataError) as caught:
+        resolve_tiny(tmp_path, model, *RUN)
+    assert str(caught.value).startswith(f"{path}:2: {message}")
+
+
+def test_labels_that_are_not_learned_are_refused(model: Path, tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "train.jsonl", [{"prompt": f"{n}", "labels": []} for n in "abc"])
+    with pytest.raises(DataError, match="holds 0 labels, 1 to 4096 are learned"):
+        resolve_tiny(tmp_path, model, *RUN)
+    with pytest.raises(DataError, match=r'jsonl:1: labels: are learned with data.task = "class'):
+        resolve_tiny(tmp_path, model)
+    write_jsonl(path, [{"prompt": f"{n}", "completion": n} for n in "abc"])
+    write_jsonl(tmp_path / "held.jsonl", [{"prompt": "d", "labels": ["a"]}])
+    with pytest.raises(DataError, match=r"held.jsonl:1: labels: are missing on the first line"):
+        resolve_tiny(tmp_path, model, *RUN, "data.validation=held.jsonl")
+    write_jsonl(path, [{"prompt": f"{n}", "labels": [n]} for n in "abc"])
+    write_jsonl(tmp_path / "held.jsonl", [{"prompt": "d", "labels": ["a", "d"]}])
+    with pytest.raises(DataError, match="the label 'd' is none of train's"):
+        resolve_tiny(tmp_path, model, *RUN, "data.validation=held.jsonl")
