@@ -70,7 +70,7 @@ def serving_cost(resolved: Resolved) -> ServingCost:
 def _cost(lowered: Lowered, base: TrainingBase, file_bytes: int) -> ServingCost:
     arch = base.arch
     positions = lowered.num_soft_tokens + lowered.num_prefix_positions
-    added = sum(_multiply_adds(module) for module in lowered.operators.modules.values())
+    added = sum(multiply_adds(module) for module in lowered.operators.modules.values())
     # Each token's attention to the positions before the text: scores, and their sum of values.
     added += positions * 2 * arch.num_heads * arch.head_dim * arch.num_layers
     of_layer = sum(out * inner for slices in arch.linears().values() for _, out, inner in slices)
@@ -86,7 +86,7 @@ def _cost(lowered: Lowered, base: TrainingBase, file_bytes: int) -> ServingCost:
     )
 
 
-def _multiply_adds(operators: ModuleOperators) -> int:
+def multiply_adds(operators: ModuleOperators) -> int:
     """Products per token of one module; see ``docs/adapters.md`` for the formulas."""
     count = 0
     if operators.low_rank is not None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from builders.adapters import base_of, linear_modules, lower_adapter, tiny_llama
 from builders.methods import make_config, save_adapter
-from pages.adapters_page import PAGE, rendered
+from pages.adapter_costs import ELSEWHERE, cost_rows
+from pages.adapters_page import COSTS, PAGE, rendered
 from peft import PeftType
 from safetensors.torch import load_file, save_file
 
@@ -22,6 +23,28 @@ from turret.server.adapters.methods.structured.loha import is_rank_served
 def test_the_tables_are_those_of_the_code() -> None:
     page = PAGE.read_text()
     assert page == rendered(page), "run `make pages`"
+
+
+@pytest.mark.long
+def test_the_costs_are_those_of_the_operators() -> None:
+    page = PAGE.read_text()
+    assert page == rendered(page, COSTS), "run `make pages`"
+
+
+def test_some_costs_are_those_of_the_operators() -> None:
+    """The cheapest to make of each operator."""
+    names = ("lora", "loha", "lokr", "c3a", "oft", "road", "ia3", "glora", "supertuning", "osf")
+    lines = set(PAGE.read_text().splitlines())
+    for name, row in cost_rows(names).items():
+        assert row in lines, (name, "run `make pages`")
+
+
+def test_every_method_has_its_cost_said() -> None:
+    page = PAGE.read_text()
+    table = page.partition("<!-- generated: costs -->")[2].partition("<!-- end: costs -->")[0]
+    told = set(re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE))
+    assert told | ELSEWHERE == METHODS.keys()
+    assert not told & ELSEWHERE
 
 
 def test_the_files_it_names_exist() -> None:

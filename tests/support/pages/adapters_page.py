@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable, Mapping
 
 from checkout import ROOT
+from pages.adapter_costs import render_costs
 
 from turret.server.adapters.lowering.lowered import Method
 from turret.server.adapters.methods import METHODS
@@ -80,13 +82,15 @@ def _summary(method: Method) -> str:
     return text.partition("\n")[0].replace("``", "`").rstrip(".")
 
 
-def rendered(page: str) -> str:
-    """The page with its generated parts made anew."""
-    for name, text in (
-        ("keys", render_keys()),
-        ("reasons", render_reasons()),
-        ("types", render_types()),
-    ):
+# Made in a second; that of costs trains an adapter of every method, which takes many.
+PARTS = {"keys": render_keys, "reasons": render_reasons, "types": render_types}
+COSTS = {"costs": render_costs}
+
+
+def rendered(page: str, parts: Mapping[str, Callable[[], str]] = PARTS) -> str:
+    """The page with generated parts made anew."""
+    for name, render in parts.items():
+        text = render()
         begin, end = f"<!-- generated: {name} -->", f"<!-- end: {name} -->"
         assert page.count(begin) == page.count(end) == 1, name
         pattern = re.escape(begin) + ".*?" + re.escape(end)
@@ -95,4 +99,4 @@ def rendered(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(rendered(PAGE.read_text()))
+    PAGE.write_text(rendered(PAGE.read_text(), PARTS | COSTS))

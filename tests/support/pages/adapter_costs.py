@@ -1,0 +1,183 @@
+"""What each method costs a token in one module, counted on the operators that it is lowered to.
+
+PEFT writes an adapter of its own default size for one linear module; the server's reader makes
+operators of it, whose tensors are counted: bytes that a row reads, and products that it needs. No
+clock is asked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from builders.adapters import base_of, edit_config, edit_tensors, read_adapter
+from builders.method_kinds import KINDS
+from builders.methods import quiet, save_adapter
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.methods import METHODS, lower_checkpoint
+from turret.training.serving_cost import multiply_adds
+
+INNER, OUT = 1024, 2048
+_MODULE = "model.layers.0.mlp.up_proj"
+_TARGETS: dict[str, Any] = {"target_modules": ["up_proj"]}
+_BFLOAT16_BYTES = 2
+# Of a weight: four bits, a byte for 64 of them, and a float32 for 256 of those bytes.
+_NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+RANK = 16
+
+# Methods without a module's operators: they have positions, keys and values, or rows of tokens. Of
+# learned fusions and Arrow the members decide, and the score.
+ELSEWHERE = frozenset(
+    {"prefix_tuning", "prompt_tuning", "p_tuning", "cpt", "multitask_prompt", "cartridge"}
+    | {"adaption_prompt", "trainable_tokens", "learned_fusion", "arrow"}
+)
+# Updates as large as the weight, whatever else they are: nothing has to be lowered to count them.
+DENSE = frozenset({"fourierft", "randlora", "osf", "frod"})
+# What a config has to say, beside PEFT's defaults.
+_REQUIRED: Mapping[str, Mapping[str, Any]] = {
+    "dora": {"use_dora": True},
+    "alora": {"alora_invocation_tokens": [7]},
+    "bd_lora": {"use_bdlora": KINDS["bd_lora"][1]["use_bdlora"]},
+    "kasa": {"kasa_config": KINDS["kasa"][1]["kasa_config"]},
+    "adalora": {
+        "total_step": 10,
+        "rank_pattern": {f"{_MODULE}.lora_E": [True] * 8 + [False] * 4},
+    },
+    "ia3": {"feedforward_modules": []},
+    "ln_tuning": {"target_modules": ["post_attention_layernorm"]},
+    "vera": {"projection_prng_key": 3},
+    "pvera": {"projection_prng_key": 3},
+    "poly": {"n_tasks": 2},
+}
+# What a method's config calls its size, where that is not a rank.
+_SIZES = {
+    "adalora": "target_r",
+    "oft": "oft_block_size",
+    "boft": "boft_block_size",
+    "c3a": "block_size",
+    "road": "group_size",
+    "waveft": "n_frequency",
+    "supertuning": "sparsity",
+    "fourierft": "n_frequency",
+}
+_QALORA_GROUP = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one token in one module.
+
+    Attributes:
+        size: What PEFT's default says of it, as in the config.
+        num_bytes: Of the operators, bf16, which a row that has them alone reads.
+        multiply_adds: Products that they need.
+    """
+
+    size: str
+    num_bytes: int
+    multiply_adds: int
+
+
+def module_costs(names: Iterable[str]) -> dict[str, Cost]:
+    """The cost of each method named, none of ``ELSEWHERE``, and of LoRA at rank 16 (``""``)."""
+    model = _one_layer()
+    base = base_of(model, dtype=torch.bfloat16)
+    found = {"": _lowered(model, base, "lora", {"r": RANK})}
+    for name in names:
+        if name in DENSE:
+            entries = INNER * OUT
+            found[name] = Cost("any", _BFLOAT16_BYTES * entries, entries)
+        else:
+            found[name] = _lowered(model, base, name, {})
+    return found
+
+
+def cost_rows(names: Iterable[str]) -> dict[str, str]:
+    """A row of the page's table for each."""
+    costs = module_costs(names)
+    unit = costs.pop("")
+    return {name: _row(f"`{name}`", cost, unit) for name, cost in costs.items()}
+
+
+def render_costs() -> str:
+    """The page's table: LoRA at rank 16, the base itself, and every method by what it reads."""
+    costs = module_costs(sorted(METHODS.keys() - ELSEWHERE))
+    unit = costs.pop("")
+    entries = INNER * OUT
+    base = Cost("", round(_NF4_BYTES * entries), entries)
+    ordered = sorted(costs.items(), key=lambda item: (item[1].num_bytes, item[0]))
+    lines = [
+        "| method | PEFT's default | bytes | beside LoRA | products | beside LoRA |",
+        "|---|---|---|---|---|---|",
+        _row("LoRA", unit, unit),
+        _row("the base, NF4", base, unit),
+        *(_row(f"`{name}`", cost, unit) for name, cost in ordered),
+    ]
+    return "\n".join(lines)
+
+
+def _row(name: str, cost: Cost, unit: Cost) -> str:
+    shares = (cost.num_bytes / unit.num_bytes, cost.multiply_adds / unit.multiply_adds)
+    read, needed = (f"{share:.2g} ×" if share < 100 else f"{share:.0f} ×" for share in shares)
+    return (
+        f"| {name} | {cost.size} | {cost.num_bytes:,} | {read} | {cost.multiply_adds:,} "
+        f"| {needed} |"
+    )
+
+
+def _one_layer() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=INNER,
+        intermediate_size=OUT,
+        num_hidden_layers=1,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def _lowered(
+    model: LlamaForCausalLM, base: BaseModel, name: str, changes: Mapping[str, Any]
+) -> Cost:
+    kind = "lora" if name == "qalora" else name
+    needed = {**_TARGETS, **_REQUIRED.get(name, {}), **changes}
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):
+        config = KINDS[kind][0](task_type="CAUSAL_LM", **copy.deepcopy(needed))
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, config, Path(folder) / "a", share=True)
+        if name == "qalora":
+            _pool(Path(folder) / "a")
+        checkpoint = read_adapter(Path(folder), max_elements=1 << 30)
+        if name == "poly":
+            checkpoint = checkpoint.of_task(0)
+        method, lowered = lower_checkpoint(checkpoint, base)
+    assert method == name, (method, name)
+    # A norm's gain is that of the modules that it feeds: one of them is told.
+    operators = lowered.operators.modules[_MODULE]
+    key = _SIZES.get(name, "r")
+    size = f"`{key}` {getattr(config, key)}" if hasattr(config, key) else ""
+    return Cost(size, operators.num_bytes, multiply_adds(operators))
+
+
+def _pool(directory: Path) -> None:
+    """Makes a QA-LoRA of a LoRA: PEFT makes them on GPTQ layers alone."""
+    edit_config(directory, use_qalora=True, qalora_group_size=_QALORA_GROUP)
+
+    def pool(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: tensor[:, ::_QALORA_GROUP].contiguous() if "lora_A" in name else tensor
+            for name, tensor in tensors.items()
+        }
+
+    edit_tensors(directory, pool)
