@@ -17,8 +17,18 @@ from turret.v1 import adapters_pb2
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 # Metadata of a call that runs on adapters: requests of one mix go to one server as far as they can.
 ROUTING_KEY = "x-turret-mix"
-# Logprobs with alternatives for a long prompt exceed gRPC's own limit of 4 MiB.
-_MAX_RECEIVE_BYTES = 64 << 20
+_OPTIONS: tuple[tuple[str, int], ...] = (
+    # Logprobs with alternatives for a long prompt exceed gRPC's own limit of 4 MiB.
+    ("grpc.max_receive_message_length", 64 << 20),
+    # While a call is open: a server, or a proxy before it, that went without a word is found out in
+    # half a minute, and an answer can go on elsewhere. More often than this is taken for abuse.
+    ("grpc.keepalive_time_ms", 10_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Of pings that measure the connection, too; as long as one is on its way no other is sent.
+    ("grpc.http2.ping_timeout_ms", 20_000),
+    # However long the server has nothing to say.
+    ("grpc.http2.max_pings_without_data", 0),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +90,7 @@ def open_aio_channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
 
 
 def _options(tls: Tls | None) -> list[tuple[str, int | str]]:
-    options: list[tuple[str, int | str]] = [("grpc.max_receive_message_length", _MAX_RECEIVE_BYTES)]
+    options: list[tuple[str, int | str]] = [*_OPTIONS]
     if tls is not None and tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return options

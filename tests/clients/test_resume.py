@@ -14,6 +14,7 @@ from builders.tiny_models import save_tiny_model
 from servers.breaking_proxy import breaking_proxy
 from servers.server_under_test import ServerUnderTest, start_server
 
+from turret.clients import channel
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.channel import ROUTING_KEY
 from turret.clients.client import TurretClient
@@ -147,6 +148,27 @@ def test_an_answer_goes_on_with_its_own_weights_or_not_at_all(server: ServerUnde
         direct.adapters.replace("moving", "moved")
         with pytest.raises(NotFoundError):
             list(stream)
+
+
+def test_a_proxy_that_falls_silent_is_given_up(
+    server: ServerUnderTest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: GenerateOptions = {"max_tokens": 200, "ignore_eos": True, "temperature": 0.0}
+    with TurretClient(server.address) as direct:
+        whole = list(direct.generate_stream("a", **options))
+    # A tenth of the time.
+    sooner = [(n, v // 10 if n.endswith("_ms") else v) for n, v in channel._OPTIONS]
+    monkeypatch.setattr(channel, "_OPTIONS", tuple(sooner))
+    with (
+        breaking_proxy(server.address, (1200, 1200), is_silent=True) as proxy,
+        TurretClient(proxy.address) as client,
+    ):
+        stream = client.generate_stream("a", **options)
+        chunks = [next(stream)]
+        proxy.after_bytes = None
+        chunks += stream
+        assert proxy.num_broken == 1
+    assert _joined(chunks) == _joined(whole)
 
 
 class _Failure(grpc.RpcError):

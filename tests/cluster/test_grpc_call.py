@@ -15,6 +15,7 @@ from google.rpc import error_details_pb2, status_pb2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.server.api.access.shares import Shares
+from turret.server.cluster.serving.forwarded import from_client
 from turret.server.cluster.serving.grpc_call import CallContext
 from turret.server.cluster.serving.replica_server import ReplicaServer
 from turret.server.config import Config, ListenConfig
@@ -31,7 +32,8 @@ METHOD = "/turret.v1.Inference/GenerateStream"
 class Inner:
     """What is used of Serve's context."""
 
-    def __init__(self) -> None:
+    def __init__(self, *metadata: tuple[str, str]) -> None:
+        self.metadata = [("x-request-id", "mine"), *metadata]
         self.status: grpc.StatusCode | None = None
         self.details = ""
         self.trailers: dict[str, str | bytes] = {}
@@ -43,7 +45,7 @@ class Inner:
         return "ipv4:127.0.0.1:1"
 
     def invocation_metadata(self) -> list[tuple[str, str]]:
-        return [("x-request-id", "mine")]
+        return self.metadata
 
     def set_code(self, code: grpc.StatusCode) -> None:
         self.status = code
@@ -125,6 +127,28 @@ async def test_a_refusal_before_any_message(interceptor: CallInterceptor) -> Non
 
     assert [each async for each in stream(interceptor, inner, body)] == []
     assert inner.status is grpc.StatusCode.RESOURCE_EXHAUSTED
+
+
+@pytest.mark.parametrize(
+    ("said", "peer", "client"),
+    [
+        ([], "ipv4:127.0.0.1:1", ("127.0.0.1", 1)),
+        (["10.0.0.7"], "ipv4:10.0.0.7:0", ("10.0.0.7", 0)),
+        # What a client claims comes before what the ingress has seen.
+        (["10.9.9.9", "10.0.0.7"], "ipv4:10.0.0.7:0", ("10.0.0.7", 0)),
+        (["10.9.9.9, 10.0.0.7"], "ipv4:10.0.0.7:0", ("10.0.0.7", 0)),
+        (["fd00::0:1"], "ipv6:[fd00::1]:0", ("fd00::1", 0)),
+        (["10.0.0.7", "somebody"], "ipv4:127.0.0.1:1", ("127.0.0.1", 1)),
+    ],
+)
+def test_a_call_is_its_clients_and_not_the_ingresss(
+    said: list[str], peer: str, client: tuple[str, int]
+) -> None:
+    inner = Inner(*(("x-forwarded-for", value) for value in said))
+    assert CallContext(inner).peer() == peer
+    headers = [(b"x-forwarded-for", value.encode()) for value in said]
+    scope = {"type": "http", "headers": headers, "client": ("127.0.0.1", 1)}
+    assert from_client(scope)["client"] == client
 
 
 async def test_both_doors_close_while_the_replica_may_answer_nothing(

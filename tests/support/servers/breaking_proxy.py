@@ -1,4 +1,4 @@
-"""A proxy that breaks connections in the middle of what a server says."""
+"""A proxy that breaks connections, or falls silent, in the middle of what a server says."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ _PIECE = 256
 class BreakingProxy:
     """Forwards TCP connections and resets each after some bytes from the server.
 
+    With ``is_silent`` it keeps them open instead, and passes on nothing any more.
+
     Attributes:
         address: Where it listens.
         num_broken: Connections that it has broken.
@@ -21,11 +23,15 @@ class BreakingProxy:
             all live.
     """
 
-    def __init__(self, target: str, after_bytes: tuple[int, int] | None, seed: int) -> None:
+    def __init__(
+        self, target: str, after_bytes: tuple[int, int] | None, seed: int, *, is_silent: bool
+    ) -> None:
         host, port = target.rsplit(":", 1)
         self._target = host, int(port)
         self.after_bytes = after_bytes
         self.num_broken = 0
+        self._is_silent = is_silent
+        self._silent: set[socket.socket] = set()
         self._random = random.Random(seed)
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
@@ -55,10 +61,15 @@ class BreakingProxy:
     def _pump(self, source: socket.socket, target: socket.socket, left: int | None) -> None:
         with contextlib.suppress(OSError):
             while piece := source.recv(_PIECE):
+                if source in self._silent:
+                    continue
                 if left is not None and len(piece) > left:
                     target.sendall(piece[:left])
                     with self._lock:
                         self.num_broken += 1
+                        if self._is_silent:
+                            self._silent |= {source, target}
+                            continue
                     break
                 target.sendall(piece)
                 left = None if left is None else left - len(piece)
@@ -74,10 +85,14 @@ def _reset(connection: socket.socket) -> None:
 
 @contextlib.contextmanager
 def breaking_proxy(
-    target: str, after_bytes: tuple[int, int] | None, seed: int = 0
+    target: str,
+    after_bytes: tuple[int, int] | None,
+    seed: int = 0,
+    *,
+    is_silent: bool = False,
 ) -> Iterator[BreakingProxy]:
     """A running proxy."""
-    proxy = BreakingProxy(target, after_bytes, seed)
+    proxy = BreakingProxy(target, after_bytes, seed, is_silent=is_silent)
     try:
         yield proxy
     finally:
