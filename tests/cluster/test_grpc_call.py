@@ -12,6 +12,7 @@ import httpx2
 import pytest
 from fleets.replicas import Wire
 from google.rpc import error_details_pb2, status_pb2
+from grpc_health.v1 import health_pb2
 from servers.fakes import FakeEngine, FakeFuser, FakeMerger, FakeRegistry, fake_backend
 
 from turret.server.api.access.shares import Shares
@@ -171,6 +172,11 @@ async def test_both_doors_close_while_the_replica_may_answer_nothing(
     transport = httpx2.ASGITransport(app)
     async with httpx2.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
 
+        async def health(service: str = "turret.v1.Inference") -> tuple[int, Any]:
+            inner = Inner()
+            asked = health_pb2.HealthCheckRequest(service=service)
+            return (await server.check_service(asked, inner)).status, inner.status
+
         async def answers() -> tuple[int, int, grpc.StatusCode | None]:
             http = [(await client.get(path)).status_code for path in ("/health", "/v1/models")]
             inner = Inner()
@@ -178,6 +184,9 @@ async def test_both_doors_close_while_the_replica_may_answer_nothing(
             return http[0], http[1], inner.status
 
         assert await answers() == (200, 200, None)
+        assert await health() == (health_pb2.HealthCheckResponse.SERVING, None)
+        assert (await health("turret.v1.Nobody"))[1] is grpc.StatusCode.NOT_FOUND
         link.is_serving = False
         assert await answers() == (503, 503, grpc.StatusCode.UNAVAILABLE)
+        assert await health() == (health_pb2.HealthCheckResponse.NOT_SERVING, None)
     server.adapters.close()

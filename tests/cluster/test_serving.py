@@ -10,10 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from builders.adapters import edit_config
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
 from fleets.serving import ServingFleet, start_fleet
+from safetensors.torch import load_file, save_file
 
 from turret.clients.client import TurretClient, TurretRpcError
+from turret.clients.probe import is_serving
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.long
@@ -76,6 +80,96 @@ def test_http_answers_too(fleet: ServingFleet) -> None:
         assert answer.status == 200
 
 
+def complete(fleet: ServingFleet, model: str) -> str:
+    """A completion over HTTP, which names no mix: replicas take turns."""
+    asked = {"model": model, "prompt": "Once upon a time", "max_tokens": 12, "temperature": 0}
+    request = urllib.request.Request(
+        f"http://{fleet.http_address}/v1/completions",
+        json.dumps(asked).encode(),
+        {"content-type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=120) as answer:
+        text: str = json.load(answer)["choices"][0]["text"]
+    return text
+
+
+def everywhere(fleet: ServingFleet, model: str) -> str:
+    """What every replica answers, which is the same."""
+    (text,) = {complete(fleet, model) for _ in range(6)}
+    return text
+
+
+def test_vectors_and_labels_are_the_same_on_every_replica(
+    fleet: ServingFleet, tmp_path: Path
+) -> None:
+    arch = arch_of(None)
+    write_adapter(tmp_path, arch, AdapterSpec("topics", 4), seed=2)
+    tensors = load_file(tmp_path / "topics" / "adapter_model.safetensors")
+    head = torch.randn((3, arch.hidden_size), generator=torch.Generator().manual_seed(3))
+    tensors["base_model.model.score.weight"] = head
+    save_file(tensors, tmp_path / "topics" / "adapter_model.safetensors")
+    edit_config(tmp_path / "topics", task_type="SEQ_CLS", modules_to_save=["score"])
+    texts = [f"number {number}" for number in range(70)]
+    with TurretClient(fleet.address, timeout=300.0) as client:
+        client.adapters.upload("topics", tmp_path / "topics")
+        plain = {client.embed(texts[:3]).vectors for _ in range(4)}
+        adapted = client.embed(texts, adapters="topics", pooling="mean", dimensions=8)
+        (vectors,) = plain
+        assert [len(vector) for vector in vectors] == [arch.hidden_size] * 3
+        assert [len(vector) for vector in adapted.vectors] == [8] * len(texts)
+        found = [client.classify(texts, adapters="topics") for _ in range(2)]
+        assert found[0].labels == found[1].labels
+        assert len(found[0].labels) == len(texts)
+        with pytest.raises(TurretRpcError) as refused:
+            client.classify("a", adapters="nobody")
+        assert refused.value.reason == "ADAPTER_NOT_FOUND"
+        client.adapters.unload("topics")
+
+
+def test_a_fusion_is_made_by_one_replica_and_served_by_all(fleet: ServingFleet) -> None:
+    with TurretClient(fleet.address, timeout=300.0) as client:
+        for name in ("sql", "pirate"):
+            client.adapters.load(name, name)
+        fused = client.adapters.fuse("both", ["sql", ("pirate", 0.5)])
+        assert fused.adapter.method == "lora"
+        mix = client.generate(
+            "Once upon a time", adapters=["sql", ("pirate", 0.5)], max_tokens=12, temperature=0
+        )
+        assert everywhere(fleet, "both") == mix.text
+        again = client.adapters.get("both")
+        assert (again.uuid, again.generation) == (fused.adapter.uuid, 1)
+        client.adapters.unload("both")
+        with pytest.raises(TurretRpcError):
+            client.generate("Once", adapters=["both"], max_tokens=1)
+    assert not list((fleet.state_dir / "files").iterdir())
+
+
+def test_a_merge_is_every_replicas_and_that_of_one_which_comes_later(fleet: ServingFleet) -> None:
+    with TurretClient(fleet.address, timeout=600.0, max_retries=20) as client:
+        client.adapters.load("sql", "sql")
+        plain = everywhere(fleet, "base")
+        state = client.adapters.merge("sql")
+        merged = everywhere(fleet, "base")
+        assert merged != plain
+        assert "merged: sql" in fleet.status()
+        with pytest.raises(TurretRpcError) as refused:
+            client.adapters.unload("sql")
+        assert refused.value.reason == "ADAPTER_IN_USE"
+        fleet.replicas()[0].kill()
+        fleet.wait_until_whole(2)
+        assert everywhere(fleet, "base") == merged
+        assert client.adapters.get_merge_state().base_generation == state.base_generation
+        after = client.adapters.unmerge()
+        assert after.base_generation == state.base_generation + 1
+        assert everywhere(fleet, "base") == plain
+
+
+def test_health_is_told_by_service(fleet: ServingFleet) -> None:
+    assert is_serving(fleet.address) == (True, "SERVING")
+    assert is_serving(fleet.address, "turret.v1.Inference") == (True, "SERVING")
+    assert is_serving(fleet.address, "turret.v1.Nobody") == (False, "NOT_FOUND")
+
+
 def test_a_killed_replica_loses_no_answer_and_comes_back_with_everything(
     fleet: ServingFleet,
 ) -> None:
@@ -101,18 +195,11 @@ def test_a_killed_replica_loses_no_answer_and_comes_back_with_everything(
         for thread in threads:
             thread.start()
         time.sleep(0.7)
-        before = {replica.pid for replica in fleet.replicas()}
         fleet.replicas()[0].kill()
         for thread in threads:
             thread.join(120.0)
         assert [got.get(index) for index in range(len(names))] == wanted
-        end = time.monotonic() + 90.0
-        while len(fleet.replicas()) < 2 or {r.pid for r in fleet.replicas()} == before:
-            assert time.monotonic() < end
-            time.sleep(0.2)
-        while fleet.status().count("\n") < 4:
-            assert time.monotonic() < end
-            time.sleep(0.5)
+        fleet.wait_until_whole(2)
         revisions = {line.split()[1] for line in fleet.status().splitlines()[2:]}
         assert len(revisions) == 1
         assert [answer(name) for name in names] == wanted

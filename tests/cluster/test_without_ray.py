@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import socket
@@ -11,12 +12,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from grpc_health.v1 import health_pb2
 
 from turret.server import cli
 from turret.server.cluster.serving import ray_cluster
 from turret.server.cluster.serving.plan import ClusterPlan, fleet_config
 from turret.server.config import AdapterConfig, Config, ModelConfig
 from turret.server.errors import UnavailableError
+from turret.v1 import adapters_pb2, inference_pb2
 
 _CHECK = """
 import sys
@@ -159,3 +162,15 @@ def test_a_cluster_that_is_gone_is_said_to_be_at_once(tmp_path: Path) -> None:
             ray_cluster.RayCluster.open(ClusterPlan(ray_address=address), tmp_path)
     with pytest.raises(UnavailableError, match="no fleet runs on"):
         ray_cluster.join_as_guest(None, tmp_path / "absent")
+
+
+def test_a_replica_answers_every_call_that_there_is() -> None:
+    written = Path(ray_cluster.__file__).with_name("deployment.py").read_text()
+    nodes = ast.walk(ast.parse(written))
+    found = {node.name: node for node in nodes if isinstance(node, ast.AsyncFunctionDef)}
+    files = (inference_pb2, adapters_pb2, health_pb2)
+    services = [s for file in files for s in file.DESCRIPTOR.services_by_name.values()]
+    # One that streams yields, and Serve tells the two apart by that.
+    for method in (method for service in services for method in service.methods):
+        yields = any(isinstance(node, ast.Yield) for node in ast.walk(found[method.name]))
+        assert yields is method.server_streaming, method.full_name

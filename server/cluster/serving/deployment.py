@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator
 from typing import Any
 
+import grpc
 from grpc_health.v1 import health_pb2
 from ray import serve
 from ray.serve._private import default_impl
@@ -172,8 +173,17 @@ class Replica:
 
     # grpc.health.v1.Health
 
-    async def Check(self, request: health_pb2.HealthCheckRequest) -> Any:
-        return health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)
+    async def Check(self, request: health_pb2.HealthCheckRequest, grpc_context: Any) -> Any:
+        return await self._server.check_service(request, grpc_context)
+
+    async def Watch(
+        self, request: health_pb2.HealthCheckRequest, grpc_context: Any
+    ) -> AsyncIterator[Any]:
+        # A watcher would keep a replica from ending; clients that hear this take it for serving.
+        grpc_context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        grpc_context.set_details("a fleet's health cannot be watched; ask for it")
+        return
+        yield
 
 
 def _listen_locally() -> None:

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from google.protobuf.message import Message
+from grpc_health.v1 import health_pb2
 
 import turret
 from turret.server import log
@@ -28,6 +29,7 @@ from turret.server.errors import BudgetExceededError, UnavailableError
 from turret.server.metrics import Metrics
 from turret.server.reloading import TokenReloader
 from turret.server.rpc.adapters import AdaptersServicer
+from turret.server.rpc.health import HealthServicer
 from turret.server.rpc.inference import InferenceServicer
 from turret.server.rpc.interceptor import CallInterceptor, current_call
 from turret.server.rpc.server import MAX_RECEIVE_BYTES
@@ -78,6 +80,7 @@ class ReplicaServer:
             "Inference": InferenceServicer(self.inference),
             "Adapters": AdaptersServicer(self.adapters),
         }
+        self._health = HealthServicer(f"turret.v1.{name}" for name in self._servicers)
         self._seat = Seat(name, channel, stops_alone=stops_alone)
         self._backend: Backend | None = None
         self._link: ReplicaLink | None = None
@@ -143,6 +146,17 @@ class ReplicaServer:
         self.adapters.close()
 
     # gRPC
+
+    async def check_service(
+        self, request: health_pb2.HealthCheckRequest, context: Any
+    ) -> health_pb2.HealthCheckResponse:
+        """What ``grpc.health.v1`` says of a service; Serve's own checks ask ``check``."""
+        try:
+            self._gate.enter()
+            self._health.set_serving(True)
+        except UnavailableError:
+            self._health.set_serving(False)
+        return await self._health.Check(request, context)
 
     async def answer(self, service: str, method: str, request: Any, inner: ServeContext) -> Any:
         """One message for one message, or for a stream of them. An error's answer is empty."""

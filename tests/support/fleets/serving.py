@@ -18,6 +18,7 @@ from checkout import ROOT
 
 _START_SECONDS = 240.0
 _STOP_SECONDS = 90.0
+_WHOLE_SECONDS = 120.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +49,20 @@ class ServingFleet:
         command = [sys.executable, "-m", "turret.server.cli", "cluster", "status"]
         command += ["--state-dir", str(self.state_dir)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def wait_until_whole(self, count: int) -> float:
+        """Until so many replicas are there, each with everything; returns the seconds."""
+        start = time.monotonic()
+        while not _is_whole(self.status(), count):
+            assert time.monotonic() < start + _WHOLE_SECONDS, self.status()
+            time.sleep(0.2)
+        return time.monotonic() - start
+
+
+def _is_whole(status: str, count: int) -> bool:
+    first, _, *rows = status.splitlines()
+    revision = first.split()[2].rstrip(",")
+    return len(rows) == count and {row.split()[1] for row in rows} == {revision}
 
 
 def free_port() -> int:
