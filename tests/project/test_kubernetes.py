@@ -67,7 +67,8 @@ def test_pods_are_confined(path: Path) -> None:
         assert security["runAsNonRoot"]
         assert f"USER {security['runAsUser']}" in (ROOT / "Dockerfile").read_text()
         assert security["seccompProfile"] == {"type": "RuntimeDefault"}
-        for container in template["spec"]["containers"]:
+        before = template["spec"].get("initContainers", [])
+        for container in (*before, *template["spec"]["containers"]):
             confined = container["securityContext"]
             assert confined["allowPrivilegeEscalation"] is False
             assert confined["capabilities"] == {"drop": ["ALL"]}

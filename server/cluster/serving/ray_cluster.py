@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.basics.durable_file import replace_file
+from turret.server.cluster.serving import haproxy
 from turret.server.cluster.serving.plan import ClusterPlan
 from turret.server.errors import UnavailableError
 
@@ -33,14 +34,12 @@ _BALANCE = "\n    ".join(
         "hash-type consistent sdbm avalanche",
         "hash-balance-factor 150",
         # Streams of a node that fell silent end within ten seconds, however long a silence of the
-        # engine may be. Probes find an idle connection dead; one with bytes on the way is probed
-        # by nobody, and sends them again for a quarter of an hour unless it is told an end. Marks
-        # of health end no stream: a replica that drains is marked as one that is down.
+        # engine may be: by probes, or where something is on its way by the bound of write_haproxy.
+        # Marks of health end no stream: a replica that drains is marked as one that is down.
         "option srvtcpka",
         "srvtcpka-idle 4s",
         "srvtcpka-intvl 2s",
         "srvtcpka-cnt 3",
-        "default-server tcp-ut 8s",
         # The same for clients, which nobody else would miss.
         "option clitcpka",
         "clitcpka-idle 60s",
@@ -65,10 +64,11 @@ def ingress_environment(folder: Path) -> dict[str, str]:
     """What Ray Serve reads about its ingress.
 
     Args:
-        folder: For the files of HAProxy.
+        folder: For the files of HAProxy, where ``write_haproxy`` has been.
     """
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        haproxy.VARIABLE: str(haproxy.haproxy_path(folder)),
         "RAY_SERVE_HAPROXY_BALANCE_ALGORITHM": _BALANCE,
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
@@ -127,6 +127,7 @@ class RayCluster:
         starts = plan.ray_address is None
         _check_listens(plan.ray_address)
         folder = Path(tempfile.mkdtemp(prefix="turret-")) if starts else joined_folder()
+        haproxy.write_haproxy(folder)
         environment = ingress_environment(folder)
         if starts:
             # A Ray port is remote code execution for whoever can reach it.
@@ -213,10 +214,16 @@ def _init(ray: Any, **arguments: Any) -> Any:
     return ray.init(logging_level="WARNING", namespace="turret", **arguments)
 
 
-if __name__ == "__main__":
+def _main(arguments: list[str]) -> None:
+    """Prepares a machine's ingress, and prints its variables."""
     try:
-        variables = ingress_environment(joined_folder())
-    except UnavailableError as error:
+        folder = Path(arguments[0]) if arguments else joined_folder()
+        haproxy.write_haproxy(folder)
+    except (OSError, UnavailableError) as error:
         sys.exit(str(error))
-    for name, value in variables.items():
+    for name, value in ingress_environment(folder).items():
         print(f"{name}={shlex.quote(value)}")
+
+
+if __name__ == "__main__":
+    _main(sys.argv[1:])

@@ -79,6 +79,8 @@ def start_registry(state_dir: Path, lease_seconds: float) -> None:
         "max_restarts": -1,
         "max_concurrency": _MOST_CALLS,
         "num_cpus": 0,
+        # Where Ray's own truth is: no other machine takes the registry with it.
+        "resources": {"node:__internal_head__": 0.001},
     }
     # Ray's types of actors know no method of the class, hence Any here and in RayChannel, where the
     # host's own methods say what is sent and what comes back.

@@ -1,0 +1,163 @@
+"""A fleet on Ray that runs on several machines: one that goes silent, updates, scaling."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+from checkout import ROOT
+from fleets.joined import JoinedFleet, joined_fleet
+from fleets.machines import network
+
+from turret.clients.client import TurretClient
+
+pytest.importorskip("ray")
+pytestmark = pytest.mark.long
+
+NAMES = ("sql", "json", "label")
+PROMPT = "Once upon a time"
+# Of a stream's end after its machine fell silent, and of a busy machine's clocks.
+SILENT_SECONDS, SLACK_SECONDS = 10.0, 3.0
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[JoinedFleet]:
+    with contextlib.ExitStack() as stack:
+        try:
+            machines = stack.enter_context(network(2))
+        except OSError as error:
+            pytest.skip(str(error))
+        folder = tmp_path_factory.mktemp("machines")
+        yield stack.enter_context(joined_fleet(machines, folder))
+
+
+class Stream(threading.Thread):
+    """Reads one answer to its end, and knows when each piece came."""
+
+    def __init__(self, client: TurretClient, name: str, max_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self._open = lambda: client.generate_stream(
+            PROMPT,
+            adapters=[name] if name else [],
+            max_tokens=max_tokens,
+            temperature=0,
+            ignore_eos=True,
+        )
+        self.text = ""
+        self.times: list[float] = []
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            for chunk in self._open():
+                self.text += chunk.text
+                self.times.append(time.monotonic())
+        except Exception as error:
+            self.error = error
+        self.times.append(time.monotonic())
+
+    @property
+    def pause(self) -> float:
+        """The longest time without a piece."""
+        return max(b - a for a, b in zip(self.times, self.times[1:], strict=False))
+
+
+class Asking:
+    """Short requests, one after the other, of several mixes, while the block runs."""
+
+    def __init__(self, address: str, num_threads: int = 2) -> None:
+        self._address = address
+        self._is_over = threading.Event()
+        self.failures: list[Exception] = []
+        self.num_answers = 0
+        self.longest = 0.0
+        self._threads = [
+            threading.Thread(target=self._ask, args=(number,)) for number in range(num_threads)
+        ]
+
+    def __enter__(self) -> Asking:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _ask(self, number: int) -> None:
+        with TurretClient(self._address, max_retries=20, timeout=120.0) as client:
+            while not self._is_over.is_set():
+                number += 1
+                name = (*NAMES, "")[number % 4]
+                start = time.monotonic()
+                try:
+                    client.generate(
+                        PROMPT, adapters=[name] if name else [], max_tokens=4, temperature=0
+                    )
+                except Exception as error:
+                    self.failures.append(error)
+                self.longest = max(self.longest, time.monotonic() - start)
+                self.num_answers += 1
+                time.sleep(0.1)
+
+
+def until(holds: Callable[[], bool], seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.5)
+
+
+def num_replicas(fleet: JoinedFleet) -> int:
+    return len(fleet.status().splitlines()) - 2
+
+
+def test_a_fleet_joins_a_cluster_is_updated_and_loses_a_machine(fleet: JoinedFleet) -> None:
+    flags = ("--adapter-root", str(ROOT / "examples" / "adapters"), "--threads", "1")
+    fleet.serve("first", "--replicas", "2", *flags)
+    with TurretClient(fleet.address, max_retries=20, timeout=300.0) as client:
+        for name in NAMES:
+            client.adapters.load(name, name)
+        assert num_replicas(fleet) == 2
+        lose_a_machine(fleet, client)
+
+
+def lose_a_machine(fleet: JoinedFleet, client: TurretClient) -> None:
+    """Its streams go on elsewhere, with the very next token; what else is asked is answered."""
+    names = ["", *NAMES] * 2
+    wanted = {
+        name: client.generate(
+            PROMPT, adapters=[name] if name else [], max_tokens=300, temperature=0, ignore_eos=True
+        ).text
+        for name in set(names)
+    }
+    streams = [Stream(client, name, 300) for name in names]
+    with (
+        TurretClient(fleet.address, resume=False, max_retries=0) as plain,
+        Asking(fleet.address) as asking,
+    ):
+        streams += [Stream(plain, name, 300) for name in ("", "")]
+        for stream in streams:
+            stream.start()
+        until(lambda: all(stream.times for stream in streams), 60.0)
+        fleet.network.silence(fleet.machines[1])
+        silent = time.monotonic()
+        for stream in streams:
+            stream.join(180.0)
+        broken = [stream for stream in streams if stream.error is not None]
+        until(lambda: num_replicas(fleet) == 1, 30.0)
+        client.adapters.load("pirate", "pirate")
+    print("pauses", [round(s.pause, 2) for s in streams], asking.num_answers, asking.longest)
+    print("ended", [round(s.times[-1] - silent, 2) for s in broken], broken and broken[0].error)
+    assert not asking.failures
+    assert asking.num_answers > 10
+    assert {stream.error for stream in streams[: len(names)]} == {None}
+    assert [stream.text for stream in streams[: len(names)]] == [wanted[name] for name in names]
+    # Or none was on the machine that was lost.
+    assert broken
+    for stream in broken:
+        assert stream.times[-1] - silent < SILENT_SECONDS + SLACK_SECONDS

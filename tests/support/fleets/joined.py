@@ -1,0 +1,172 @@
+"""Ray on several machines, and ``turret cluster serve --address auto`` that joins it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import psutil
+from checkout import ROOT
+from fleets.machines import Machine, Network
+
+from turret.server.cluster.serving.ray_cluster import ingress_environment, joined_folder
+
+_READY_SECONDS = 240.0
+_STOP_SECONDS = 90.0
+GRPC_PORT, HTTP_PORT = 50051, 8080
+
+
+class JoinedFleet:
+    """Ray on every machine of a network, and the commands that were run on the first one."""
+
+    def __init__(self, network: Network, folder: Path) -> None:
+        self._folder = folder
+        self.network = network
+        self.machines = network.machines
+        self.state_dir = folder / "state"
+        head = self.machines[0]
+        self.address = f"{head.ip}:{GRPC_PORT}"
+        self.http_address = f"{head.ip}:{HTTP_PORT}"
+        self._ray_address = f"{head.ip}:6379"
+        self._environment = {
+            **os.environ,
+            **ingress_environment(joined_folder()),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_ADDRESS": self._ray_address,
+            "PYTHONPATH": str(ROOT / "src"),
+        }
+        # The paths of Ray's sockets are long enough.
+        self._ray_folder = tempfile.mkdtemp(prefix="turret-", dir="/tmp")
+        self._processes: list[subprocess.Popen[bytes]] = []
+
+    def start_ray(self, machine: Machine, num_cpus: int) -> subprocess.Popen[bytes]:
+        """Ray on a machine, the first one first."""
+        flags = [f"--num-cpus={num_cpus}", f"--node-ip-address={machine.ip}", "--block"]
+        flags += [f"--object-store-memory={100 << 20}", "--disable-usage-stats"]
+        if machine is self.machines[0]:
+            flags += ["--head", "--port=6379", "--include-dashboard=false"]
+            flags += [f"--temp-dir={self._ray_folder}"]
+        else:
+            flags += [f"--address={self._ray_address}"]
+        ray = str(Path(sys.executable).parent / "ray")
+        # Ray would take the cluster of the variable for its own.
+        environment = {k: v for k, v in self._environment.items() if k != "RAY_ADDRESS"}
+        process = self._start(machine, [ray, "start", *flags], f"ray-{machine.port}", environment)
+        self._wait_for_text(f"ray-{machine.port}", "Ray runtime started", process)
+        return process
+
+    def serve(self, name: str, *flags: str) -> subprocess.Popen[bytes]:
+        """Runs the command until it serves.
+
+        Args:
+            name: Of this run.
+            flags: Beside the addresses.
+        """
+        command = [sys.executable, "-m", "turret.server.cli", "cluster", "serve"]
+        command += ["--address", "auto", "--state-dir", str(self.state_dir), *flags]
+        # With --address auto what to listen on is said by the variable.
+        environment = {
+            **self._environment,
+            "TURRET_ADDRESS": f"0.0.0.0:{GRPC_PORT}",
+            "TURRET_HTTP_ADDRESS": f"0.0.0.0:{HTTP_PORT}",
+            "TURRET_INSECURE": "true",
+            "TURRET_HTTP_ALLOWED_HOST": self.machines[0].ip,
+        }
+        process = self._start(self.machines[0], command, name, environment)
+        self._wait_for_text(name, "serving.serve serving", process)
+        return process
+
+    def log(self, name: str) -> str:
+        """What a run has said."""
+        return (self._folder / f"{name}.log").read_text()
+
+    def status(self) -> str:
+        """What ``turret cluster status`` prints."""
+        command = [sys.executable, "-m", "turret.server.cli", "cluster", "status"]
+        command += ["--ray-address", self._ray_address]
+        done = subprocess.run(
+            self.machines[0].command(command),
+            capture_output=True,
+            text=True,
+            env=self._environment,
+            check=True,
+        )
+        return done.stdout
+
+    def replicas(self) -> list[psutil.Process]:
+        """The replicas' processes, on whichever machine."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                is_replica = "ray::ServeReplica:turret" in " ".join(process.cmdline())
+                token = process.environ().get("RAY_AUTH_TOKEN") if is_replica else None
+                if token == self._environment["RAY_AUTH_TOKEN"]:
+                    found.append(process)
+        return found
+
+    def _start(
+        self, machine: Machine, command: Sequence[str], name: str, environment: Mapping[str, str]
+    ) -> subprocess.Popen[bytes]:
+        with (self._folder / f"{name}.log").open("wb") as written:
+            process = subprocess.Popen(
+                machine.command(command), stdout=written, stderr=written, env=environment
+            )
+        self._processes.append(process)
+        return process
+
+    def _wait_for_text(self, name: str, text: str, process: subprocess.Popen[bytes]) -> None:
+        end = time.monotonic() + _READY_SECONDS
+        while text not in self.log(name):
+            assert process.poll() is None, self.log(name)[-4000:]
+            assert time.monotonic() < end, self.log(name)[-4000:]
+            time.sleep(0.2)
+
+    def close(self) -> None:
+        """Ends everything, the latest first."""
+        trees = {p.pid: _tree(p.pid) for p in self._processes}
+        for process in reversed(self._processes):
+            if process.poll() is None:
+                process.send_signal(signal.SIGTERM)
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(_STOP_SECONDS)
+        # What a machine that is cut off does not hear, or was started by what is gone.
+        for left in (each for tree in trees.values() for each in tree):
+            with contextlib.suppress(psutil.Error):
+                left.kill()
+        shutil.rmtree(self._ray_folder, ignore_errors=True)
+
+
+def _tree(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return []
+
+
+@contextlib.contextmanager
+def joined_fleet(network: Network, folder: Path, *, num_cpus: int = 1) -> Iterator[JoinedFleet]:
+    """Ray on every machine of a network.
+
+    Args:
+        network: The machines.
+        folder: For logs and the state directory.
+        num_cpus: Of each machine, as Ray counts them: one is a replica's.
+    """
+    fleet = JoinedFleet(network, folder)
+    try:
+        for machine in fleet.machines:
+            fleet.start_ray(machine, num_cpus)
+        yield fleet
+    finally:
+        fleet.close()
