@@ -93,7 +93,8 @@ def serve(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         _complain("serve", str(error))
         return EXIT_USAGE
-    if found := problems(config):
+    # In a cluster that is joined the command may be run again, to change the fleet.
+    if found := problems(config, may_run=plan.ray_address is not None):
         _complain("serve", *found)
         return EXIT_FAILED
     level = logging.DEBUG if config.log.verbose else logging.INFO

@@ -6,6 +6,7 @@ all of it at once. The parts that own these things check them again when they op
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import socket
@@ -24,13 +25,19 @@ from turret.server.models.sources.check import check_model
 _MOST_SHOWN = 20
 
 
-def problems(config: Config) -> list[str]:
-    """One line for each thing that would keep the server from starting, named by its flag."""
+def problems(config: Config, *, may_run: bool = False) -> list[str]:
+    """One line for each thing that would keep the server from starting, named by its flag.
+
+    Args:
+        config: The resolved configuration.
+        may_run: What uses the state directory and the addresses may be what is to be changed.
+    """
+    adapters = dataclasses.replace(config.adapters, state_dir=None) if may_run else config.adapters
     return [
         *_model(config.model.model),
-        *_adapters(config.adapters),
+        *_adapters(adapters),
         *_files(config.security),
-        *_addresses(config.listen),
+        *([] if may_run else _addresses(config.listen)),
     ]
 
 

@@ -1,4 +1,4 @@
-"""A fleet on Ray that runs on several machines: one that goes silent, updates, scaling."""
+"""A fleet on Ray that runs on several machines: one that goes silent, and an update."""
 
 from __future__ import annotations
 
@@ -116,13 +116,36 @@ def num_replicas(fleet: JoinedFleet) -> int:
     return len(fleet.status().splitlines()) - 2
 
 
-def test_a_fleet_joins_a_cluster_is_updated_and_loses_a_machine(fleet: JoinedFleet) -> None:
-    flags = ("--adapter-root", str(ROOT / "examples" / "adapters"), "--threads", "1")
-    fleet.serve("first", "--replicas", "2", *flags)
+FLAGS = ("--adapter-root", str(ROOT / "examples" / "adapters"), "--replicas", "2")
+
+
+def test_a_fleet_is_updated_under_load(fleet: JoinedFleet) -> None:
+    """The command is run again with other flags; the one before ends and takes nothing along."""
+    first = fleet.serve("first", *FLAGS, "--threads", "1")
+    with TurretClient(fleet.address, max_retries=20, timeout=300.0) as client:
+        uuids = {name: client.adapters.load(name, name).uuid for name in NAMES}
+        assert num_replicas(fleet) == 2
+        text = client.generate(PROMPT, adapters=["sql"], max_tokens=40, temperature=0).text
+        before = {process.pid for process in fleet.replicas()}
+        with Asking(fleet.address) as asking:
+            fleet.serve("second", *FLAGS, "--threads", "1", "--max-num-seqs", "8")
+            assert first.wait(60.0) == 0
+            until(lambda: len({p.pid for p in fleet.replicas()} - before) == 2, 120.0)
+            until(lambda: not {p.pid for p in fleet.replicas()} & before, 120.0)
+            until(lambda: num_replicas(fleet) == 2, 60.0)
+        assert not asking.failures
+        assert asking.num_answers > 20
+        assert {name: client.adapters.get(name).uuid for name in NAMES} == uuids
+        assert client.generate(PROMPT, adapters=["sql"], max_tokens=40, temperature=0).text == text
+
+
+def test_a_machine_that_goes_silent_costs_its_streams_ten_seconds(fleet: JoinedFleet) -> None:
+    """They go on elsewhere, with the very next token; what else is asked is answered."""
+    fleet.serve("third", *FLAGS, "--threads", "1")
     with TurretClient(fleet.address, max_retries=20, timeout=300.0) as client:
         for name in NAMES:
             client.adapters.load(name, name)
-        assert num_replicas(fleet) == 2
+        until(lambda: num_replicas(fleet) == 2, 120.0)
         lose_a_machine(fleet, client)
 
 

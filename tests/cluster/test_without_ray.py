@@ -72,6 +72,20 @@ def test_flags_that_a_fleet_cannot_take(
     assert why in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("joins", [False, True])
+def test_only_a_fleet_that_was_joined_is_changed_by_another_command(
+    joins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    monkeypatch.setattr("turret.server.cluster.serving.serve.run", lambda config, plan: 7)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        flags = ["--state-dir", str(tmp_path), "--address", address]
+        flags += ["--ray-address", "10.0.0.1:6379"] if joins else []
+        assert cli.main(["cluster", "serve", *flags]) == (7 if joins else 1)
+    assert ("is taken" in capsys.readouterr().err) is not joins
+
+
 def test_a_model_of_the_hub_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "here").mkdir()

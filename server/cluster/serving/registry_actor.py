@@ -45,6 +45,18 @@ class RegistryActor:
         store = _open_store(Path(state_dir), is_first=is_first)
         replace_file(marker, run.encode())
         self._host = RegistryHost(store, lease_seconds=lease_seconds, is_first=is_first)
+        self._state_dir = state_dir
+        self._owner: str | None = None
+
+    def state_dir(self) -> str:
+        """The fleet's."""
+        return self._state_dir
+
+    def owner(self, command: str, takes_over: bool = False) -> str:
+        """Which command ends the fleet when it ends: the one that says so last, or the only one."""
+        if takes_over or self._owner is None:
+            self._owner = command
+        return self._owner
 
     def call(self, method: str, *arguments: Any) -> tuple[Any, Exception | None]:
         """What a method of ``RegistryHost`` returns, or raises."""
@@ -69,7 +81,7 @@ def start_registry(state_dir: Path, lease_seconds: float) -> None:
     """Starts the one registry of the cluster, or finds it.
 
     Raises:
-        UnavailableError: It does not start; says why.
+        UnavailableError: It does not start, or is another fleet's; says why.
     """
     options: dict[str, Any] = {
         "name": NAME,
@@ -87,11 +99,42 @@ def start_registry(state_dir: Path, lease_seconds: float) -> None:
     make: Any = ray.remote(RegistryActor)
     actor: Any = make.options(**options).remote(str(state_dir), lease_seconds, uuid.uuid4().hex)
     try:
-        ray.get(actor.call.remote("usage"), timeout=_LOCK_SECONDS + 45.0)
+        found = ray.get(actor.state_dir.remote(), timeout=_LOCK_SECONDS + 45.0)
     except RayError as error:
         ray.kill(actor)
         cause = str(error).strip().rsplit("\n", 1)[-1]
         raise UnavailableError(f"the fleet's registry does not start: {cause}") from None
+    if found != str(state_dir):
+        raise UnavailableError(f"this Ray cluster has a fleet already, on --state-dir {found}")
+
+
+class Ownership:
+    """Whether this command ends the fleet when it ends; one that was run later may have taken it.
+
+    Takes it, where no other command has it.
+    """
+
+    def __init__(self) -> None:
+        self._command = uuid.uuid4().hex
+        self.is_own = False
+        self.is_own = self._ask(False)
+
+    def take(self) -> None:
+        """From now on it is this command's."""
+        self.is_own = self._ask(True)
+
+    def look(self) -> bool:
+        """Whether it is; as it was, if the registry is away."""
+        self.is_own = self._ask(False)
+        return self.is_own
+
+    def _ask(self, takes_over: bool) -> bool:
+        try:
+            actor: Any = ray.get_actor(NAME, namespace=NAMESPACE)
+            found = ray.get(actor.owner.remote(self._command, takes_over), timeout=_CALL_SECONDS)
+        except (RayError, GetTimeoutError, ValueError):
+            return self.is_own
+        return bool(found == self._command)
 
 
 def stop_registry() -> None:

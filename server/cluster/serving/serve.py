@@ -77,30 +77,48 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
         http_options=HTTPOptions(host=host, port=split_address(config.listen.http_address)[1]),
         grpc_options=gRPCOptions(port=port, grpc_servicer_functions=list(_SERVICES)),
     )
+    owner = None
     try:
         registry_actor.start_registry(config.adapters.state_dir, plan.lease_seconds)
-        try:
-            target = serve.RunTarget(deployment(config, plan), APPLICATION, "/")
-            # SIGTERM is heard while the models are loaded, too.
-            serve.run_many([target], wait_for_applications_running=False)
-            if _wait_until_up(stop):
-                _log.info(
-                    "serving",
-                    extra=log.fields(
-                        address=config.listen.address,
-                        http=config.listen.http_address,
-                        replicas=plan.min_replicas,
-                    ),
-                )
-                while not stop.wait(_POLL_SECONDS):
-                    pass
+        owner = registry_actor.Ownership()
+        target = serve.RunTarget(deployment(config, plan), APPLICATION, "/")
+        # SIGTERM is heard while the models are loaded, too.
+        serve.run_many([target], wait_for_applications_running=False)
+        if _wait_until_up(stop):
+            owner.take()
+            _log.info(
+                "serving",
+                extra=log.fields(
+                    address=config.listen.address,
+                    http=config.listen.http_address,
+                    replicas=plan.min_replicas,
+                ),
+            )
+            while not stop.wait(_POLL_SECONDS) and owner.look():
+                pass
+    finally:
+        if owner is None:
+            # What is there is another fleet's.
+            if not serve.status().applications:
+                serve.shutdown()
+        elif owner.is_own:
             _log.info("draining", extra=log.fields(seconds=config.lifecycle.grace_seconds))
-        finally:
-            serve.delete(APPLICATION)
-            registry_actor.stop_registry()
+            _end()
+        else:
+            _log.info("the fleet is another command's, and goes on")
+    return 0
+
+
+def _end() -> None:
+    from ray import serve
+
+    from turret.server.cluster.serving import registry_actor
+
+    try:
+        serve.delete(APPLICATION)
+        registry_actor.stop_registry()
     finally:
         serve.shutdown()
-    return 0
 
 
 def _wait_until_up(stop: threading.Event) -> bool:
