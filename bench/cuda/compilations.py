@@ -74,7 +74,8 @@ class Compilation:
             fn=self.function,
             signature={**dict(self.signature), **dict.fromkeys(constants, "constexpr")},
             constexprs={(names.index(k),): v for k, v in constants.items()},
-            attrs={(names.index(k),): [["tt.divisibility", 16]] for k in self.aligned},
+            # In one order: the compiler's cache knows the form by the text of this.
+            attrs={(names.index(k),): [["tt.divisibility", 16]] for k in sorted(self.aligned)},
         )
         return triton.compile(source, target=target, options=options)
 

@@ -9,7 +9,7 @@ import numpy as np
 from ptx import tensor_cores
 from ptx.fault import Fault
 from ptx.global_memory import GlobalMemory
-from ptx.numbers import UNSIGNED, Value, i8, u1, u4, u8
+from ptx.numbers import UNSIGNED, Value, i4, i8, u1, u4
 from ptx.shared_memory import SharedMemory
 
 # What a register holds in threads whose guard kept them from ever writing it: a NaN.
@@ -56,7 +56,7 @@ class Cta:
         self._threads = launch.threads
         self.tid = np.arange(launch.threads, dtype=u4)
         self.laneid = self.tid % u4(32)
-        self._warps = np.arange(launch.threads) // 32
+        self._warps = np.arange(launch.threads, dtype=i4) // 32
         self.shared = SharedMemory(launch.shared_bytes)
         self._barriers = 0
 
@@ -93,12 +93,12 @@ class Cta:
         """``shfl.sync``: each thread's value from another lane of its warp."""
         if np.ndim(value) == 0:
             return value
-        lane = source.astype(i8) & 31
+        lane = source.astype(i8, copy=False) & 31
         if mode == "bfly":
-            lane = self.laneid.astype(i8) ^ lane
+            lane = self.laneid.astype(i8, copy=False) ^ lane
         elif mode == "up":
             # From below the first lane: the thread's own.
-            own = self.laneid.astype(i8)
+            own = self.laneid.astype(i8, copy=False)
             lane = np.where(own >= lane, own - lane, own)
         elif mode != "idx":
             raise NotImplementedError(f"shfl.{mode}")
@@ -149,7 +149,7 @@ class Cta:
         self, space: str, at: np.ndarray, size: int, count: int, warps: np.ndarray
     ) -> list[Value]:
         if space == "shared":
-            return self.shared.load(at.astype(i8), size, count, warps)
+            return self.shared.load(at.astype(i8, copy=False), size, count, warps)
         return self._memory.load(at, size, count, self._number)
 
     def store(
@@ -164,7 +164,7 @@ class Cta:
         kind = UNSIGNED[8 * size]
         data = [self.spread(value)[chosen].astype(kind) for value in values]
         if space == "shared":
-            self.shared.store(at.astype(i8), data, size, self._warps[chosen])
+            self.shared.store(at.astype(i8, copy=False), data, size, self._warps[chosen])
         else:
             self._memory.store(at, data, size, self._number, self._barriers)
 
@@ -187,7 +187,7 @@ class Cta:
         """``cp.async``: ``held`` of ``size`` bytes are read, the others are zeros."""
         active = self._active(guard)
         chosen = slice(None) if active is None or active.all() else active
-        at = self.spread(to)[chosen].astype(i8)
+        at = self.spread(to)[chosen].astype(i8, copy=False)
         if not at.size:
             return
         data = np.zeros((at.size, size), dtype=u1)
@@ -207,20 +207,27 @@ class Cta:
 
     def load_matrices(self, address: Value, count: int, transposed: bool) -> list[Value]:
         """``ldmatrix``."""
-        at = self.spread(address).astype(i8)
+        at = self.spread(address).astype(i8, copy=False)
         return tensor_cores.load_matrices(self.shared, at, count, transposed)
 
     def store_matrices(self, address: Value, values: Sequence[Value], transposed: bool) -> None:
         """``stmatrix``."""
-        at, registers = self.spread(address).astype(i8), [self.spread(v) for v in values]
+        at, registers = (
+            self.spread(address).astype(i8, copy=False),
+            [self.spread(v) for v in values],
+        )
         tensor_cores.store_matrices(self.shared, at, registers, transposed)
 
     def multiply(
-        self, a: Sequence[Value], b: Sequence[Value], c: Sequence[Value], kind: str
+        self, products: Sequence[tuple[list[Value], list[Value], list[Value]]], kind: str
     ) -> list[Value]:
-        """``mma.sync``."""
-        a, b, c = ([np.ascontiguousarray(self.spread(r)) for r in part] for part in (a, b, c))
-        return tensor_cores.multiply(a, b, c, kind)
+        """``mma.sync`` of some registers ``(a, b, c)``, none of which gives another's: all sums."""
+        registers = [np.empty((len(products), n, self._threads), dtype=u4) for n in (4, 2, 4)]
+        for number, product in enumerate(products):
+            for rows, values in zip(registers, product, strict=True):
+                for row, value in zip(rows[number], values, strict=True):
+                    row[:] = value
+        return list(tensor_cores.multiply(registers, kind).reshape(-1, self._threads))
 
     def multiply_group(
         self,
@@ -234,7 +241,3 @@ class Cta:
             a = [np.ascontiguousarray(self.spread(r)) for r in a]
         before = [np.ascontiguousarray(self.spread(r)) for r in d]
         return tensor_cores.multiply_group(self.shared, a, b, before, options)
-
-    def address(self, base: Value, offset: int) -> Value:
-        """A base register plus a constant, 64 bits."""
-        return base.astype(u8) + u8(offset & 0xFFFFFFFFFFFFFFFF)

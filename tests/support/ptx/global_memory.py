@@ -13,6 +13,8 @@ _FIRST = 1 << 32
 _ROOM = 1 << 12
 # Readers of a place by several programs.
 _SEVERAL = -2
+# So many reads of one kind are looked up together at least.
+_MANY = 256
 
 
 class Storage:
@@ -38,6 +40,31 @@ class Storage:
         self.written = np.zeros(0, dtype=np.int32)
         self.reader: np.ndarray | None = None
         self.counters: dict[int, set[int]] = {}
+        # Reads that no write has asked for yet: by whom, how wide, and the offsets of each.
+        self._reads: dict[tuple[int, int], list[np.ndarray]] = {}
+
+    def note_read(self, offset: np.ndarray, size: int, program: int) -> None:
+        """Keep in mind that a program read ``size`` bytes at some offsets."""
+        reads = self._reads.setdefault((program, size), [])
+        reads.append(offset)
+        if len(reads) >= _MANY:
+            self._look_up_reads()
+
+    def readers(self, pairs: np.ndarray) -> np.ndarray | None:
+        """Who read some pairs of bytes so far; None if nobody read any."""
+        self._look_up_reads()
+        return None if self.reader is None else self.reader[pairs]
+
+    def _look_up_reads(self) -> None:
+        if not self._reads:
+            return
+        if self.reader is None:
+            self.reader = self.pairs()
+        for (program, size), offsets in self._reads.items():
+            pairs = _pairs(np.concatenate(offsets), size)
+            old = self.reader[pairs]
+            self.reader[pairs] = np.where((old == -1) | (old == program), program, _SEVERAL)
+        self._reads.clear()
 
     def pairs(self) -> np.ndarray:
         """Room for a program number per two bytes."""
@@ -94,13 +121,11 @@ class GlobalMemory:
     def load(self, address: np.ndarray, size: int, count: int, program: int) -> list[Value]:
         """``count`` elements of ``size`` bytes per thread, ``[threads]`` unsigned each."""
         storage, offset = self._at(address, size * count, "load")
-        pairs = _pairs(offset, size * count)
-        if self._is_foreign(storage, pairs, program):
+        if (storage.writer is not None or storage.counters) and self._is_foreign(
+            storage, _pairs(offset, size * count), program
+        ):
             raise Fault("race: a program reads what another program of the launch wrote")
-        if storage.reader is None:
-            storage.reader = storage.pairs()
-        old = storage.reader[pairs]
-        storage.reader[pairs] = np.where((old == -1) | (old == program), program, _SEVERAL)
+        storage.note_read(offset, size * count, program)
         at = offset // size
         return [storage.views[size][at + i] for i in range(count)]
 
@@ -121,10 +146,9 @@ class GlobalMemory:
             raise Fault("race: two programs of the launch write the same place")
         if storage.writer is None:
             storage.writer, storage.written = storage.pairs(), storage.pairs()
-        if storage.reader is not None:
-            reader = storage.reader[pairs]
-            if ((reader != -1) & (reader != program)).any():
-                raise Fault("race: a program writes what another program of the launch read")
+        reader = storage.readers(pairs)
+        if reader is not None and ((reader != -1) & (reader != program)).any():
+            raise Fault("race: a program writes what another program of the launch read")
         storage.writer[pairs] = program
         storage.written[pairs] = barriers
         at = offset // size

@@ -5,6 +5,7 @@ A register is an array over the threads of a CTA, or a scalar where all threads 
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -78,6 +79,18 @@ def shift_right(value: Value, count: Value, bits: int, signed: bool) -> Value:
 
 def permute_bytes(a: Value, b: Value, selector: Value) -> Value:
     """``prmt``: four of the eight bytes of ``b : a``, or copies of their sign."""
+    if np.ndim(a) == 0 and np.ndim(b) == 0 and np.ndim(selector):
+        return _by_selector(int(a), int(b))[selector & u4(0xFFFF)]
+    return _permuted(a, b, selector)
+
+
+@functools.lru_cache(64)
+def _by_selector(a: int, b: int) -> np.ndarray:
+    """What each selector makes of two words that look-ups find values in."""
+    return _permuted(u4(a), u4(b), np.arange(1 << 16, dtype=u4))
+
+
+def _permuted(a: Value, b: Value, selector: Value) -> Value:
     both = a.astype(u8) | (b.astype(u8) << u8(32))
     result = u8(0)
     for i in range(4):

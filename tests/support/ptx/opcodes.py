@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 _COMPARE = {
@@ -20,6 +21,14 @@ _FLOAT = {
 }  # fmt: skip
 _ROUNDINGS = ("rn", "rz", "rzi", "rni", "rmi", "rpi", "rna")
 _TO_WHOLE = {"rni": "np.rint", "rzi": "np.trunc", "rpi": "np.ceil", "rmi": "np.floor"}
+# Functions of three words that compilers join in one instruction, by their table of eight bits.
+_FUNCTIONS = {
+    eval(text, {"a": 0xF0, "b": 0xCC, "c": 0xAA}) & 0xFF: text
+    for form in ("({0}a {3} {1}b) {4} {2}c", "{0}a {3} ({1}b {4} {2}c)")
+    for signs in itertools.product(("~", ""), repeat=3)
+    for joins in itertools.product("&|^", repeat=2)
+    for text in (form.format(*signs, *joins),)
+}
 _HALVES = ("bf16", "f16", "bf16x2", "f16x2")
 
 
@@ -28,6 +37,12 @@ def bits_of(kind: str) -> int:
     if kind.endswith("x2"):
         return 32
     return int(re.sub(r"\D", "", kind.replace("bf", "f")))
+
+
+def constant(operand: str) -> int | None:
+    """The number that an operand's text stands for, or None if that is a register."""
+    match = re.fullmatch(r"k\d+_(\d+)", operand)
+    return None if match is None else int(match[1])
 
 
 def expression(opcode: str, operands: list[str]) -> str:
@@ -143,7 +158,7 @@ def _integer(name: str, parts: list[str], operands: list[str]) -> str:
     signed = kind[0] == "s"
     a, b, *rest = (*operands, "")
     if name == "lop3":
-        return f"logic({', '.join(operands[:3])}, {operands[3]})"
+        return _logic(operands)
     if name == "prmt":
         return f"permute_bytes({', '.join(operands)})"
     if name == "popc":
@@ -156,11 +171,12 @@ def _integer(name: str, parts: list[str], operands: list[str]) -> str:
         return f"divide({a}, {b}, {bits}, {signed}, {name == 'rem'})"
     if name in ("add", "sub"):
         return f"{a} {_ARITHMETIC[name]} {b}"
-    if name == "shl":
-        return f"shift_left({a}, {b}, {bits})"
-    if name == "shr":
-        return f"shift_right({a}, {b}, {bits}, {signed})"
+    if name in ("shl", "shr"):
+        return _shift(name, a, b, bits, signed)
     if name == "bfe":
+        start, length = constant(b), constant(rest[0])
+        if not signed and start is not None and length is not None and start + length <= 32:
+            return f"({a} >> u4({start})) & u4({(1 << length) - 1})"
         return f"extract_bits({a}, {b}, {rest[0]}, {signed})"
     if name in ("min", "max"):
         chosen = f"np.{name}imum({_view(a, kind)}, {_view(b, kind)})"
@@ -170,3 +186,26 @@ def _integer(name: str, parts: list[str], operands: list[str]) -> str:
     if name == "abs":
         return f"np.abs({_view(a, kind)}).view(u{bits // 8})"
     raise NotImplementedError(f"{name}.{'.'.join(parts)}")
+
+
+def _shift(name: str, value: str, count: str, bits: int, signed: bool) -> str:
+    by = constant(count)
+    if by is None or by >= bits:
+        if name == "shl":
+            return f"shift_left({value}, {count}, {bits})"
+        return f"shift_right({value}, {count}, {bits}, {signed})"
+    width = bits // 8
+    if name == "shl":
+        return f"{value} << u{width}({by})"
+    if signed:
+        return f"({value}.view(i{width}) >> i{width}({by})).view(u{width})"
+    return f"{value} >> u{width}({by})"
+
+
+def _logic(operands: list[str]) -> str:
+    """``lop3``: any function of three bits."""
+    a, b, c, table = *operands[:3], int(operands[3])
+    found = _FUNCTIONS.get(table)
+    if found is None:
+        return f"logic({a}, {b}, {c}, {table})"
+    return re.sub(r"[abc]", lambda match: {"a": a, "b": b, "c": c}[match[0]], found)

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import numpy as np
 from ptx.fault import Fault
-from ptx.numbers import UNSIGNED, Value, i8, u1
+from ptx.numbers import UNSIGNED, Value, i4, u1
 
 # Stamps are epoch * _WARPS + warp; the last warp number stands for several.
 _WARPS = 64
 _SEVERAL = _WARPS - 1
+# Bytes that one thread reads or writes at once, at most; all sizes are powers of two.
+_WIDEST = 16
 
 
 @dataclass(slots=True)
@@ -18,14 +20,31 @@ class Copy:
     """A ``cp.async`` under way.
 
     Attributes:
-        at: ``[threads, bytes]``, where it goes.
-        data: The same shape, what it brings.
+        rows: Where it goes.
+        at: ``[threads]``, the number of each row.
+        data: ``[threads, bytes]``, what it brings.
         warps: ``[threads]``, who asked.
     """
 
+    rows: _Rows
     at: np.ndarray
     data: np.ndarray
     warps: np.ndarray
+
+
+class _Rows:
+    """What is known of the memory in rows of so many bytes: ``[rows, size]`` each.
+
+    Accesses are aligned, so each is some rows: cheaper to find than their bytes.
+    """
+
+    def __init__(self, memory: SharedMemory, size: int) -> None:
+        self.data = memory.data.reshape(-1, size)
+        self.written = memory.written.reshape(-1, size)
+        self.read = memory.read_by.reshape(-1, size)
+        self.pending = memory.pending.reshape(-1, size)
+        self.fenced = memory.fenced.reshape(-1, size)
+        self.busy = memory.busy.reshape(-1, size)
 
 
 class SharedMemory:
@@ -35,16 +54,30 @@ class SharedMemory:
     what another warp wrote, or write what another read. A copy's bytes are neither read nor
     written until the warp that asked has waited for it; a tensor core reads ordinary stores only
     after a proxy fence, and what it reads is not written until its group has been waited for.
+
+    Attributes:
+        data: The bytes.
+        written: Stamp of the last write to a byte, -1 before the first.
+        read_by: Stamp of the last read, as far as it was looked up.
+        pending: Copies to a byte that are under way.
+        fenced: Whether a tensor core sees what was stored.
+        busy: Products under way that read a byte.
     """
 
     def __init__(self, size: int) -> None:
-        self._data = np.zeros(size, dtype=u1)
-        self._written = np.full(size, -1, dtype=i8)
-        self._read = np.full(size, -1, dtype=i8)
-        self._pending = np.zeros(size, dtype=np.int16)
-        self._fenced = np.ones(size, dtype=bool)
-        self._busy = np.zeros(size, dtype=np.int16)
-        self._epoch = 0
+        self._size = size
+        room = -(-size // _WIDEST) * _WIDEST
+        self.data = np.zeros(room, dtype=u1)
+        self.written = np.full(room, -1, dtype=i4)
+        self.read_by = np.full(room, -1, dtype=i4)
+        self.pending = np.zeros(room, dtype=np.int16)
+        self.fenced = np.ones(room, dtype=bool)
+        self.busy = np.zeros(room, dtype=np.int16)
+        self._rows = {1 << i: _Rows(self, 1 << i) for i in range(5)}
+        # Stamp of warp 0 in this epoch.
+        self._now = 0
+        # Reads of the epoch that no write has asked for yet: rows, their numbers, who read.
+        self._reads: list[tuple[_Rows, np.ndarray, np.ndarray]] = []
         self._open: list[Copy] = []
         self._groups: list[list[Copy]] = []
         self._operands: list[np.ndarray] = []
@@ -52,21 +85,24 @@ class SharedMemory:
 
     def barrier(self) -> None:
         """All warps meet."""
-        self._epoch += 1
+        self._now += _WARPS
+        # What was read before it may be written by anybody.
+        self._reads.clear()
 
     def fence(self) -> None:
         """Make ordinary stores visible to tensor cores."""
-        self._fenced[:] = True
+        self.fenced[:] = True
 
-    def _span(self, address: np.ndarray, size: int, what: str) -> np.ndarray:
-        if (address & (min(size, 16) - 1)).any():
+    def _at(self, address: np.ndarray, size: int, what: str) -> np.ndarray:
+        """Numbers of the rows of ``size`` bytes at some addresses."""
+        if (address & (size - 1)).any():
             raise Fault(f"misaligned shared {what} of {size} bytes")
-        if address.min() < 0 or address.max() + size > self._data.size:
+        if address.min() < 0 or address.max() + size > self._size:
             raise Fault(
                 f"shared {what} of {size} bytes at {address.max()}, out of bounds: "
-                f"the program has {self._data.size}"
+                f"the program has {self._size}"
             )
-        return address[:, None] + np.arange(size)
+        return address // size
 
     def load(self, address: np.ndarray, size: int, count: int, warps: np.ndarray) -> list[Value]:
         """``count`` elements of ``size`` bytes per thread, ``[threads]`` unsigned each."""
@@ -75,64 +111,81 @@ class SharedMemory:
 
     def read(self, address: np.ndarray, size: int, warps: np.ndarray) -> np.ndarray:
         """``[threads, size]`` bytes."""
-        at = self._span(address, size, "load")
-        self._check_readable(at)
-        mine = (self._epoch * _WARPS + warps)[:, None]
-        written = self._written[at]
-        if ((written >= self._epoch * _WARPS) & (written != mine)).any():
+        at, rows = self._at(address, size, "load"), self._rows[size]
+        written = self._written_where_readable(rows, at)
+        if (
+            written.max() >= self._now
+            and ((written >= self._now) & (written != (self._now + warps)[:, None])).any()
+        ):
             raise Fault("shared race: a warp reads what another wrote, with no barrier between")
-        old = self._read[at]
-        self._read[at] = mine
-        several = (self._read[at] != mine) | ((old >= self._epoch * _WARPS) & (old != mine))
-        if several.any():
-            self._read[at[several]] = self._epoch * _WARPS + _SEVERAL
-        return self._data[at]
+        self._reads.append((rows, at, warps))
+        return rows.data[at]
 
-    def _check_readable(self, at: np.ndarray) -> None:
-        if self._pending[at].any():
+    def _written_where_readable(self, rows: _Rows, at: np.ndarray) -> np.ndarray:
+        """Stamps of the last writes."""
+        if (self._open or self._groups) and rows.pending[at].any():
             raise Fault("a copy is still writing what is read from shared memory")
-        if (self._written[at] < 0).any():
+        written = rows.written[at]
+        if written.min() < 0:
             raise Fault("uninitialised: shared memory is read that was never written")
+        return written
 
-    def _check_writable(self, at: np.ndarray, mine: np.ndarray) -> np.ndarray:
+    def _note_reads(self) -> None:
+        """Stamp what was read in this epoch."""
+        for rows, at, warps in self._reads:
+            mine = (self._now + warps)[:, None]
+            old = rows.read[at]
+            rows.read[at] = mine
+            several = (rows.read[at] != mine) | ((old >= self._now) & (old != mine))
+            if several.any():
+                number, byte = np.nonzero(several)
+                rows.read[at[number], byte] = self._now + _SEVERAL
+        self._reads.clear()
+
+    def _check_writable(self, rows: _Rows, at: np.ndarray, mine: np.ndarray) -> np.ndarray:
         """Where another warp wrote in this epoch."""
-        if self._busy[at].any():
+        if (self._operands or self._products) and rows.busy[at].any():
             raise Fault("a tensor core may still read what is written")
-        read = self._read[at]
-        if ((read >= self._epoch * _WARPS) & (read != mine)).any():
+        self._note_reads()
+        read = rows.read[at]
+        if read.max() >= self._now and ((read >= self._now) & (read != mine)).any():
             raise Fault("shared race: a warp writes what another read, with no barrier between")
-        written = self._written[at]
-        return (written >= self._epoch * _WARPS) & (written != mine)
+        written = rows.written[at]
+        return (written >= self._now) & (written != mine)
 
     def store(
         self, address: np.ndarray, values: list[np.ndarray], size: int, warps: np.ndarray
     ) -> None:
         """Write elements of ``size`` bytes, one array per element."""
-        data = np.stack(values, axis=1).astype(UNSIGNED[8 * size]).view(u1)
-        self.write(address, data, warps)
+        data = np.empty((address.size, len(values)), dtype=UNSIGNED[8 * size])
+        for i, value in enumerate(values):
+            data[:, i] = value
+        self.write(address, data.view(u1), warps)
 
     def write(self, address: np.ndarray, data: np.ndarray, warps: np.ndarray) -> None:
         """Write ``[threads, size]`` bytes."""
-        at = self._span(address, data.shape[1], "store")
-        if self._pending[at].any():
+        size = data.shape[1]
+        at, rows = self._at(address, size, "store"), self._rows[size]
+        if (self._open or self._groups) and rows.pending[at].any():
             raise Fault("a copy is still writing what is stored to in shared memory")
-        mine = (self._epoch * _WARPS + warps)[:, None]
-        others = self._check_writable(at, mine)
-        if (self._data[at] != data)[others].any():
+        mine = (self._now + warps)[:, None]
+        others = self._check_writable(rows, at, mine)
+        if others.any() and (rows.data[at] != data)[others].any():
             raise Fault("shared race: two warps write the same place, with no barrier between")
-        self._data[at] = data
-        if (self._data[at] != data).any():
+        rows.data[at] = data
+        if (rows.data[at] != data).any():
             raise Fault("shared race: two threads write the same place at once")
-        self._written[at] = mine
-        self._fenced[at] = False
+        rows.written[at] = mine
+        rows.fenced[at] = False
 
     def copy(self, address: np.ndarray, data: np.ndarray, warps: np.ndarray) -> None:
         """Start a ``cp.async``."""
-        at = self._span(address, data.shape[1], "copy")
-        if self._check_writable(at, (self._epoch * _WARPS + warps)[:, None]).any():
+        size = data.shape[1]
+        at, rows = self._at(address, size, "copy"), self._rows[size]
+        if self._check_writable(rows, at, (self._now + warps)[:, None]).any():
             raise Fault("shared race: a copy over what another warp wrote, with no barrier between")
-        self._pending[at] += 1
-        self._open.append(Copy(at, data, warps))
+        rows.pending[at] += 1
+        self._open.append(Copy(rows, at, data, warps))
 
     def commit_copies(self) -> None:
         """Close a group of copies."""
@@ -143,22 +196,22 @@ class SharedMemory:
         """Finish all groups but the last ``left``."""
         while len(self._groups) > left:
             for done in self._groups.pop(0):
-                self._data[done.at] = done.data
-                self._written[done.at] = (self._epoch * _WARPS + done.warps)[:, None]
-                self._fenced[done.at] = False
-                self._pending[done.at] -= 1
+                rows, at = done.rows, done.at
+                rows.data[at] = done.data
+                rows.written[at] = (self._now + done.warps)[:, None]
+                rows.fenced[at] = False
+                rows.pending[at] -= 1
 
     def operand(self, address: np.ndarray) -> np.ndarray:
         """16-bit elements for an asynchronous product, busy until its group is waited for."""
-        at = self._span(address, 2, "operand")
-        self._check_readable(at)
-        if (self._written[at] >= self._epoch * _WARPS).any():
+        at, rows = self._at(address, 2, "operand"), self._rows[2]
+        if (self._written_where_readable(rows, at) >= self._now).any():
             raise Fault("shared race: a tensor core reads what was written since the last barrier")
-        if not self._fenced[at].all():
+        if not rows.fenced[at].all():
             raise Fault("a tensor core reads what was written with no fence.proxy.async since")
-        self._busy[at] += 1
+        rows.busy[at] += 1
         self._operands.append(at)
-        return self._data[at].view(np.uint16)[:, 0]
+        return rows.data[at].view(np.uint16)[:, 0]
 
     def commit_products(self) -> None:
         """Close a group of asynchronous products."""
@@ -169,7 +222,7 @@ class SharedMemory:
         """Finish all groups of products but the last ``left``."""
         while len(self._products) > left:
             for at in self._products.pop(0):
-                self._busy[at] -= 1
+                self._rows[2].busy[at] -= 1
 
     def finish(self) -> None:
         """Check that nothing is left under way when the program ends.

@@ -6,11 +6,12 @@ rounded to fp32 once: the order and the precision in which a tensor core adds ar
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 from ptx.fault import Fault
-from ptx.numbers import Value, f4, f8, from_half, i8, u2, u4
+from ptx.numbers import Value, f4, f8, from_half, i4, i8, u2, u4
 from ptx.shared_memory import SharedMemory
 
 _LANE = np.arange(32)
@@ -23,13 +24,11 @@ def load_matrices(
 ) -> list[Value]:
     """``ldmatrix``: ``count`` matrices of 8 rows of 16 bytes per warp; lanes 8i … give rows."""
     warps = address.size // 32
-    rows = address.reshape(warps, 32)[:, : 8 * count].reshape(-1)
-    data = shared.read(rows, 16, np.repeat(np.arange(warps), 8 * count))
+    data = shared.read(_row_addresses(address, count), 16, _row_warps(warps, count))
     matrices = data.view(u2).reshape(warps, count, 8, 8)
-    if transposed:
-        matrices = matrices.swapaxes(2, 3)
-    words = np.ascontiguousarray(matrices).view(u4).reshape(warps, count, 32)
-    return [np.ascontiguousarray(words[:, i]).reshape(-1) for i in range(count)]
+    matrices = matrices.transpose(1, 0, 3, 2) if transposed else matrices.swapaxes(0, 1)
+    words = np.ascontiguousarray(matrices).view(u4).reshape(count, warps * 32)
+    return list(words)
 
 
 def store_matrices(
@@ -37,52 +36,62 @@ def store_matrices(
 ) -> None:
     """``stmatrix``, the reverse of ``ldmatrix``."""
     warps, count = address.size // 32, len(registers)
-    rows = address.reshape(warps, 32)[:, : 8 * count].reshape(-1)
     words = np.stack([r.reshape(warps, 32) for r in registers], axis=1)
     matrices = np.ascontiguousarray(words).view(u2).reshape(warps, count, 8, 8)
     if transposed:
         matrices = matrices.swapaxes(2, 3)
     data = np.ascontiguousarray(matrices).view(np.uint8).reshape(-1, 16)
-    shared.write(rows, data, np.repeat(np.arange(warps), 8 * count))
+    shared.write(_row_addresses(address, count), data, _row_warps(warps, count))
 
 
-def _fragment(registers: Sequence[np.ndarray], kind: str) -> np.ndarray:
-    """Half elements of packed registers, ``[warps, registers, 32, 2]`` fp64."""
-    words = np.stack([r.reshape(-1, 32) for r in registers], axis=1)
-    halves = np.ascontiguousarray(words).view(u2)
-    return from_half(halves, kind).astype(f8).reshape(*words.shape, 2)
+def _row_addresses(address: np.ndarray, count: int) -> np.ndarray:
+    return address if count == 4 else address.reshape(-1, 32)[:, : 8 * count].reshape(-1)
 
 
-def _rows_a(registers: Sequence[np.ndarray], kind: str) -> np.ndarray:
-    """The first operand of a 16 × 16 step, ``[warps, 16, 16]``."""
+@functools.cache
+def _row_warps(warps: int, count: int) -> np.ndarray:
+    """The warp that each row belongs to."""
+    return np.repeat(np.arange(warps, dtype=i4), 8 * count)
+
+
+def _fragment(registers: np.ndarray, kind: str) -> np.ndarray:
+    """fp64 elements of ``[…, registers, threads]`` packed registers.
+
+    ``[…, registers, warps, 8, 4, 2]``: row of the fragment, pair of elements, element.
+    """
+    values = from_half(registers.view(u2), kind).astype(f8)
+    return values.reshape(*registers.shape[:-1], -1, 8, 4, 2)
+
+
+def _rows_a(registers: np.ndarray, kind: str) -> np.ndarray:
+    """The first operand of a 16 × 16 step, ``[…, 4, threads]`` → ``[…, warps, 16, 16]``."""
     values = _fragment(registers, kind)
-    a = np.empty((values.shape[0], 16, 16))
-    for i in range(4):
-        for half in range(2):
-            a[:, _ROW + 8 * (i & 1), 2 * _PAIR + 8 * (i >> 1) + half] = values[:, i, :, half]
-    return a
+    # Registers 0 and 1 are rows 0-7 and 8-15, 2 and 3 the same of the columns from 8 on.
+    values = values.reshape(*values.shape[:-5], 2, 2, *values.shape[-4:])
+    places = np.moveaxis(values, (-4, -5, -3, -6, -2, -1), (-6, -5, -4, -3, -2, -1))
+    return places.reshape(*places.shape[:-5], 16, 16)
 
 
-def multiply(
-    a: Sequence[np.ndarray], b: Sequence[np.ndarray], c: Sequence[np.ndarray], kind: str
-) -> list[Value]:
-    """``mma.sync.m16n8k16``: four registers of the sum ``c + a b`` per thread."""
+def multiply(registers: Sequence[np.ndarray], kind: str) -> np.ndarray:
+    """``mma.sync.m16n8k16``, several at once: the registers of the sums ``c + a b``.
+
+    Args:
+        registers: Of a, b and c, 32 bits each: ``[products, 4, threads]``, for b two.
+        kind: Of the elements of a and b.
+
+    Returns:
+        ``[products, 4, threads]``.
+    """
+    a, b, c = registers
     left, values = _rows_a(a, kind), _fragment(b, kind)
-    right = np.empty((left.shape[0], 16, 8))
-    for i in range(2):
-        for half in range(2):
-            right[:, 2 * _PAIR + 8 * i + half, _ROW] = values[:, i, :, half]
-    total = np.empty((left.shape[0], 16, 8))
-    for i, register in enumerate(c):
-        column = 2 * _PAIR + (i & 1)
-        total[:, _ROW + 8 * (i >> 1), column] = register.view(f4).reshape(-1, 32)
-    result = (total + left @ right).astype(f4)
-    return [
-        np.ascontiguousarray(result[:, _ROW + 8 * (i >> 1), 2 * _PAIR + (i & 1)])
-        .view(u4)
-        .reshape(-1)
-        for i in range(4)
-    ]
+    # [products, 2, warps, column, pair, half] → [products, warps, 16, 8]
+    right = values.transpose(0, 2, 1, 4, 5, 3).reshape(*left.shape[:2], 16, 8)
+    count, warps = left.shape[:2]
+    # A register's number is half of the rows, element of the pair.
+    sums = c.view(f4).reshape(count, 2, 2, warps, 8, 4).transpose(0, 3, 1, 4, 5, 2)
+    result = (sums.reshape(count, warps, 16, 8) + left @ right).astype(f4)
+    parts = result.reshape(count, warps, 2, 8, 4, 2).transpose(0, 2, 5, 1, 3, 4)
+    return np.ascontiguousarray(parts).view(u4).reshape(count, 4, -1)
 
 
 def _described(shared: SharedMemory, descriptor: Value, rows: int, transposed: bool) -> np.ndarray:
@@ -138,7 +147,7 @@ def multiply_group(
     if isinstance(a, list):
         if a[0].size != 128:
             raise Fault("wgmma takes one warp group here")
-        left = _rows_a(a, kind).reshape(64, 16)
+        left = _rows_a(np.stack(a), kind).reshape(64, 16)
     else:
         left = from_half(_described(shared, a, 64, transposed_a), kind).astype(f8)
     right = from_half(_described(shared, b, columns, transposed_b), kind).astype(f8)

@@ -11,6 +11,7 @@ import numpy as np
 from ptx import numbers, opcodes
 from ptx.cta import Cta
 from ptx.fault import Fault
+from ptx.numbers import Value
 from ptx.program import Instruction, Program, split_operands
 
 _SPECIAL = {"%laneid": "cta.laneid"}
@@ -23,6 +24,14 @@ class Translation:
     def __init__(self, program: Program) -> None:
         self._program = program
         self._written: set[str] = set()
+        # Everything that an instruction writes.
+        self._destinations = {
+            register
+            for instruction in program.instructions
+            if instruction.operands
+            for register in re.findall(r"%?\w+", instruction.operands[0])
+        }
+        self._constants: dict[str, Value] = {}
         self._lines: list[str] = []
         # Instruction by line of the function.
         self._origin: dict[int, Instruction] = {}
@@ -53,7 +62,7 @@ class Translation:
 
     def _compile(self) -> Callable[[Cta], None]:
         code: CodeType = compile("\n".join(self._lines), "<ptx>", "exec")
-        names: dict[str, Any] = {"np": np, **vars(numbers)}
+        names: dict[str, Any] = {"np": np, **vars(numbers), **self._constants}
         exec(code, names)
         return names["kernel"]
 
@@ -65,14 +74,48 @@ class Translation:
         blocks = {at: number for number, at in enumerate(sorted(starts))}
         self._blocks = {name: blocks[at] for name, at in program.labels.items()}
         self._lines = ["def kernel(cta):", " block = 0", " while True:"]
+        done = 0
         for at, instruction in enumerate(program.instructions):
             if at in blocks:
                 self._lines += [f"   block = {blocks[at]}"] if at else []
                 self._lines.append(f"  if block == {blocks[at]}:")
-            for line in self._statements(instruction):
+            if at < done:
+                continue
+            products = self._products(at, starts)
+            done = at + max(1, len(products))
+            lines = [self._multiply(products)] if products else self._statements(instruction)
+            for line in lines:
                 self._lines.append(f"   {line}")
                 self._origin[len(self._lines)] = instruction
         self._lines.append("  return")
+
+    def _products(self, first: int, starts: set[int]) -> list[Instruction]:
+        """From an instruction on, those ``mma`` that can be done at once: none needs another's."""
+        found: list[Instruction] = []
+        written: set[str] = set()
+        for at, instruction in enumerate(self._program.instructions[first:], start=first):
+            read = {r for o in instruction.operands[1:] for r in self._vector(o)}
+            if (
+                not instruction.opcode.startswith("mma.")
+                or instruction.guard is not None
+                or (found and (at in starts or instruction.opcode != found[0].opcode))
+                or read & written
+            ):
+                break
+            found.append(instruction)
+            written.update(self._vector(instruction.operands[0]))
+        return found
+
+    def _multiply(self, products: list[Instruction]) -> str:
+        parts = products[0].opcode.split(".")
+        if "m16n8k16" not in parts:
+            raise NotImplementedError(str(products[0]))
+        operands = [
+            f"({', '.join(self._list(o) for o in product.operands[1:4])})" for product in products
+        ]
+        written = tuple(r for product in products for r in self._vector(product.operands[0]))
+        # A later product may write what an earlier one read, and what it wrote itself.
+        return self._assign_all(written, f"cta.multiply([{', '.join(operands)}], {parts[-2]!r})")
 
     # Operands
 
@@ -92,11 +135,17 @@ class Translation:
         if text == "global_smem":
             return f"u{bits // 8}(0)"
         if match := re.fullmatch(r"0[fF]([0-9A-Fa-f]{8})", text):
-            return f"u4(0x{match[1]})"
+            return self._constant(int(match[1], 16), 32)
         if bits == 1:
             return f"np.bool_({int(text, 0) != 0})"
-        value = int(text.rstrip("U"), 0) & ((1 << bits) - 1)
-        return f"u{bits // 8}({value})"
+        return self._constant(int(text.rstrip("U"), 0), bits)
+
+    def _constant(self, value: int, bits: int) -> str:
+        """Its name, which says what it is; see ``opcodes.constant``."""
+        value &= (1 << bits) - 1
+        name = f"k{bits}_{value}"
+        self._constants[name] = numbers.UNSIGNED[bits](value)
+        return name
 
     def _bits(self, register: str) -> int:
         kind = self._program.type_of(register)
@@ -106,8 +155,10 @@ class Translation:
         match = re.fullmatch(r"\[\s*(\S+?)\s*(?:\+\s*(-?\w+)\s*)?\]", text)
         if match is None:
             raise NotImplementedError(f"address {text}")
-        base = self._operand(match[1], 64)
-        return f"cta.address({base}, {int(match[2] or '0', 0)})"
+        base, offset = self._operand(match[1], 64), int(match[2] or "0", 0)
+        if self._program.is_register(match[1]) and self._bits(match[1]) == 32:
+            return f"({base}.astype(i8) + {offset})" if offset else base
+        return f"({base} + {self._constant(offset, 64)})" if offset else base
 
     @staticmethod
     def _vector(text: str) -> tuple[str, ...]:
@@ -123,14 +174,6 @@ class Translation:
         return f"~{name}" if instruction.negated else name
 
     # Statements
-
-    def _is_written(self, register: str) -> bool:
-        """Whether any instruction of the program writes it."""
-        return any(
-            register in re.findall(r"%?\w+", instruction.operands[0])
-            for instruction in self._program.instructions
-            if instruction.operands
-        )
 
     def _assign(self, register: str, value: str, guard: str) -> str:
         if register == "_":
@@ -178,7 +221,7 @@ class Translation:
             yield self._copy(ins)
         elif name == "atom":
             yield self._atomic(ins)
-        elif name in ("ldmatrix", "stmatrix", "mma", "wgmma"):
+        elif name in ("ldmatrix", "stmatrix", "wgmma"):
             if ins.guard is not None:
                 raise NotImplementedError(f"{ins}: guarded")
             yield self._matrix(ins, name)
@@ -211,7 +254,7 @@ class Translation:
             # Compilers pack bytes that matter with registers that nothing wrote, for those that
             # do not.
             for i, source in enumerate(sources[:2]):
-                if self._program.is_register(source) and not self._is_written(source):
+                if self._program.is_register(source) and source not in self._destinations:
                     texts[i] = "cta.never_written(32)"
         if name == "lop3":
             texts[3] = str(int(sources[3].rstrip("U"), 0))
@@ -305,13 +348,6 @@ class Translation:
         if name == "stmatrix":
             address, values = self._address(operands[0]), self._list(operands[1])
             return f"cta.store_matrices({address}, {values}, {transposed})"
-        if name == "mma":
-            if "m16n8k16" not in parts:
-                raise NotImplementedError(str(ins))
-            a, b, c = (self._list(o) for o in operands[1:4])
-            return self._assign_all(
-                self._vector(operands[0]), f"cta.multiply({a}, {b}, {c}, {parts[-2]!r})"
-            )
         return self._group(ins, parts)
 
     def _group(self, ins: Instruction, parts: list[str]) -> str:
