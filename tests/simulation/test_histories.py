@@ -16,6 +16,7 @@ from turret.server.adapters.residency import leases
 from turret.server.engine import loop
 from turret.server.engine.loop import EngineLoop
 from turret.server.engine.scheduling.drafts import Drafts
+from turret.server.engine.scheduling.held_blocks import HeldBlocks
 from turret.server.engine.scheduling.scheduled import Scheduled
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
@@ -79,13 +80,14 @@ def test_a_seed_is_a_history(clock: Clock) -> None:
     assert first.counts == second.counts
 
 
-def _keep_blocks(self: Scheduler, sequence: Sequence) -> None:
-    sequence.blocks, sequence.num_computed = [], 0
+def _keep_blocks(self: HeldBlocks, sequence: Sequence) -> None:
+    for lot in sequence.lots:
+        lot.blocks, lot.num_computed = [], 0
 
 
 def _accept_all(self: Scheduler, item: Scheduled, count: int) -> None:
     """Takes the keys and values of a whole draft for those of the tokens that were drawn."""
-    self._computed(item.sequence, min(len(item.draft), count + 1))
+    self._held.computed(item.sequence, min(len(item.draft), count + 1))
     self._drafts.accepted(item.sequence, count)
 
 
@@ -101,7 +103,7 @@ def _trust(self: EngineLoop, sequence: Sequence, result: HostResult) -> None:
 @pytest.mark.parametrize(
     ("owner", "name", "broken"),
     [
-        (Scheduler, "_free", _keep_blocks),
+        (HeldBlocks, "free", _keep_blocks),
         (Scheduler, "_make_room", lambda self, now: 0),
         (Scheduler, "accept", _accept_all),
         (Drafts, "take_back", lambda self, sequence: None),

@@ -35,10 +35,10 @@ _NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 RANK = 16
 
 # Methods without a module's operators: they have positions, keys and values, or rows of tokens. Of
-# learned fusions and Arrow the members decide, and the score.
+# learned fusions, Arrow and X-LoRA the members decide, and the score.
 ELSEWHERE = frozenset(
     {"prefix_tuning", "prompt_tuning", "p_tuning", "cpt", "multitask_prompt", "cartridge"}
-    | {"adaption_prompt", "trainable_tokens", "learned_fusion", "arrow"}
+    | {"adaption_prompt", "trainable_tokens", "learned_fusion", "arrow", "xlora"}
 )
 # Updates as large as the weight, whatever else they are: nothing has to be lowered to count them.
 DENSE = frozenset({"fourierft", "randlora", "osf", "frod"})
