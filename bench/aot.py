@@ -81,10 +81,15 @@ def _row(targets: list[str], compilation: Compilation) -> dict[str, dict[str, An
     return row
 
 
-def write(path: Path, result: dict[str, Any]) -> None:
-    """Put a version's results into the file, a line per kernel and target."""
+def write(path: Path, result: dict[str, Any], only: str) -> None:
+    """Put a version's results into the file, a line per kernel and target.
+
+    What is there of kernels whose name does not contain ``only`` stays as it is.
+    """
     versions = json.loads(path.read_text()) if path.exists() else {}
-    versions[result["triton"]] = result["kernels"]
+    known = versions.get(result["triton"], {})
+    rest = {name: targets for name, targets in known.items() if only not in name}
+    versions[result["triton"]] = dict(sorted({**rest, **result["kernels"]}.items()))
     lines = []
     for version, kernels in sorted(versions.items()):
         rows = []
@@ -106,7 +111,7 @@ def main() -> None:
     targets = [args.target] if args.target else list(TARGETS)
     result = table(args.only, targets, lambda line: print(line, file=sys.stderr))
     if args.write:
-        write(args.write, result)
+        write(args.write, result, args.only)
     else:
         json.dump(result, sys.stdout, indent=1)
         print()

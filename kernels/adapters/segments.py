@@ -52,11 +52,16 @@ class SegmentMember:
 
 @dataclass(frozen=True, slots=True)
 class LongSegment:
-    """A run of rows that share one mix."""
+    """A run of rows that share one mix.
+
+    ``as_is`` has a bit for each projection whose base result the mix needs for the rows' own input,
+    since a member scales it or exchanges its places; the gpu path reads it where inputs change.
+    """
 
     start: int
     end: int
     members: tuple[SegmentMember, ...]
+    as_is: int = 0
 
 
 @dataclass(frozen=True, slots=True)

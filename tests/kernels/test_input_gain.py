@@ -15,7 +15,8 @@ import pytest
 import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio, make_pack, traffic
 
-from turret.kernels.gpu.adapters.input_gain import input_gain
+from turret.kernels.adapters.segments import LongSegment
+from turret.kernels.gpu.adapters.input_gain import BOUND_ROWS, FREE_ROWS, input_gain
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 
 INNER = 200
@@ -59,6 +60,39 @@ def test_an_infinite_activation_stays_out_of_rows_without_a_gain():
     assert not out[[0, 2, 3, 4, 5]].any()
     assert torch.isinf(out[1, :7]).all()
     assert not out[1, 7:].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bit", [0, 3])
+def test_whole_inputs_of_some_rows_and_changes_of_the_others(dtype, bit):
+    """Rows are taken by their projection's bit; the others keep the bits of their input."""
+    pack = make_pack(INNER, OUTS, dtype)
+    delta = torch.randn(len(pack.bounds), INNER, device=DEVICE)
+    delta[0] = 0.0
+    table = make_table()
+    mixes = [pack.mix((1, 1.0)), pack.mix((2, -0.5), (1, 1.0)), pack.mix((3, 1.0)), ()]
+    bound = [1 << bit, 0, 0xFF ^ 1 << bit, 0]
+    segments = enumerate(zip(mixes, bound, strict=True))
+    table.load([LongSegment(5 * i, 5 * i + 5, mix, as_is) for i, (mix, as_is) in segments])
+    x = torch.randn(20, INNER).to(DEVICE, dtype)
+    x[15:] = float("inf")
+    whole = input_gain(x, delta, table, taken=FREE_ROWS, bit=bit, whole=True)
+    changes = input_gain(x, delta, table, taken=BOUND_ROWS, bit=bit)
+    for i, mix in enumerate(mixes):
+        rows = slice(5 * i, 5 * i + 5)
+        gain = sum(
+            (c.weight * delta[c.slot].double() for c in mix),
+            torch.zeros(INNER, dtype=torch.float64, device=DEVICE),
+        )
+        if i in (1, 2):
+            exact = x[rows].double() * (1 + gain)
+            assert error_ratio(whole[rows], exact) < MAX_ERROR[dtype]
+        else:
+            assert torch.equal(whole[rows], x[rows])
+        if i == 0:
+            assert error_ratio(changes[rows], x[rows].double() * gain) < MAX_ERROR[dtype]
+        else:
+            assert not changes[rows].any()
 
 
 def test_breaches_of_the_contract_are_refused():

@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from turret.kernels.gpu.adapters.input_gain import ANY_ROWS, takes_chunk
 from turret.kernels.gpu.shared.contract import (
     check_contiguous,
     check_float,
@@ -28,7 +29,7 @@ _BLOCK = 128
 ALL = -1
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["taken", "bit"])
 def input_blocks_kernel(
     x_ptr,  # [num_rows, width]
     u_ptr,  # [num_rows, width]
@@ -40,6 +41,8 @@ def input_blocks_kernel(
     count,
     size,
     nth,
+    taken,  # rows
+    bit,
     LIST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -78,7 +81,7 @@ def input_blocks_kernel(
                         change += x.to(tl.float32) * d.to(tl.float32)[None, :]
                     total += weight * change
                 found += 1
-        if found > 0:
+        if (found > 0) & takes_chunk(chunk_ptr, taken, bit):
             u_at = u_ptr + rows[:, None] * width + cols[None, :]
             before = tl.load(u_at, mask=keep, other=0.0).to(tl.float32)
             tl.store(u_at, (before + total).to(u_ptr.dtype.element_ty), mask=keep)
@@ -136,6 +139,9 @@ def input_blocks(
     places: torch.Tensor,
     table: SegmentTable,
     nth: int = ALL,
+    *,
+    taken: int = ANY_ROWS,
+    bit: int = 0,
 ) -> None:
     """Add what blocks make of the rows' inputs, one rounding to the dtype of ``u``.
 
@@ -147,6 +153,8 @@ def input_blocks(
         places: Slot of every adapter of the pack, by its slot there, or -1; int32.
         table: The step's segments.
         nth: The member of a mix that counts among those with a place, or ``ALL``.
+        taken: Rows that change, see ``input_gain``; the others stay.
+        bit: The projection's, of ``LongSegment.as_is``.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract.
@@ -175,6 +183,8 @@ def input_blocks(
             count,
             size,
             nth,
+            taken,
+            bit,
             LIST=position,
             BLOCK_M=TILE_ROWS,
             BLOCK=_BLOCK,

@@ -1,7 +1,8 @@
 """Triton form of the input gain: ``x ⊙ Σ_k w_k (l_k − 1)`` per row (IA3, arXiv 2205.05638).
 
-What the base multiplies on top of ``x``: ``W (l ⊙ x) = W x + W ((l − 1) ⊙ x)``, exact beside any
-other operator of the mix. The reference is ``row_combine`` in ``kernels/rows/gain.py``.
+What the base multiplies in place of ``x``, or on top of it: ``W (l ⊙ x) = W x + W ((l − 1) ⊙ x)``.
+The second is exact beside any other operator of the mix, the first where nothing else of the mix
+needs ``W x`` itself. The reference is ``row_combine`` in ``kernels/rows/gain.py``.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -18,9 +19,19 @@ from turret.kernels.gpu.tables.segment_table import ONE_ROW, RECORD, TILE_ROWS, 
 
 _RECORD = tl.constexpr(RECORD)
 _BLOCK = 128
+# Which rows a change of inputs is made for: all; those whose base result nothing else needs, so
+# that the base can multiply the changed input; the others. By ``LongSegment.as_is``.
+ANY_ROWS, FREE_ROWS, BOUND_ROWS = range(3)
 
 
 @triton.jit
+def takes_chunk(chunk_ptr, rows, bit):
+    """Whether the rows of a chunk are among ``rows`` in the projection of a bit."""
+    bound = (tl.load(chunk_ptr + 6) >> bit) & 1
+    return (rows == 0) | (bound == rows - 1)
+
+
+@triton.jit(do_not_specialize=["taken", "bit", "whole"])
 def input_gain_kernel(
     x_ptr,  # [num_rows, width]
     delta_ptr,  # [num_slots, width] fp32, rows delta_stride apart
@@ -29,6 +40,9 @@ def input_gain_kernel(
     x_stride,
     delta_stride,
     width,
+    taken,  # rows
+    bit,
+    whole,  # 1: x and its change, 0: the change alone
     LIST: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -52,6 +66,7 @@ def input_gain_kernel(
             gain = tl.load(delta_ptr + slot * delta_stride + cols, mask=inside, other=0.0)
             delta += weight * gain
         keep = live[:, None] & inside[None, :]
+        delta = tl.where(takes_chunk(chunk_ptr, taken, bit), delta, 0.0) + whole.to(tl.float32)
         # Where nothing changes, nothing is multiplied: an infinite x must not become NaN.
         changes = keep & (delta != 0.0)[None, :]
         x_at = x_ptr + rows[:, None] * x_stride + cols[None, :]
@@ -60,17 +75,28 @@ def input_gain_kernel(
         tl.store(out_at, (x * delta[None, :]).to(out_ptr.dtype.element_ty), mask=keep)
 
 
-def input_gain(x: torch.Tensor, delta: torch.Tensor, table: SegmentTable) -> torch.Tensor:
-    """Scale the rows of a step by what their mixes add to the input gain 1.
+def input_gain(
+    x: torch.Tensor,
+    delta: torch.Tensor,
+    table: SegmentTable,
+    *,
+    taken: int = ANY_ROWS,
+    bit: int = 0,
+    whole: bool = False,
+) -> torch.Tensor:
+    """Scale the rows of a step by what their mixes add to the input gain 1, or by all of it.
 
     Args:
         x: Activations, ``[num_rows, width]``, fp16, bf16 or fp32; rows may be strided.
         delta: ``l − 1`` per slot, ``[num_slots, width]`` fp32; rows may be strided.
         table: The step's segments.
+        taken: Rows whose gain counts; the others are as if they had none.
+        bit: The projection's, of ``LongSegment.as_is``.
+        whole: Give ``l ⊙ x``, not ``(l − 1) ⊙ x``.
 
     Returns:
-        ``[num_rows, width]``, dtype of ``x``, contiguous; zero for rows without an input gain.
-        Rows in no run of the table are undefined.
+        ``[num_rows, width]``, dtype of ``x``, contiguous; zero for rows without an input gain,
+        ``whole`` their bits of ``x``. Rows in no run of the table are undefined.
 
     Raises:
         ValueError: A shape, dtype or stride breaks the contract.
@@ -91,6 +117,9 @@ def input_gain(x: torch.Tensor, delta: torch.Tensor, table: SegmentTable) -> tor
             x.stride(0),
             delta.stride(0),
             width,
+            taken,
+            bit,
+            int(whole),
             LIST=position,
             BLOCK_M=TILE_ROWS,
             BLOCK=_BLOCK,

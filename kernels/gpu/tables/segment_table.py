@@ -13,7 +13,7 @@ most ``TILE_ROWS`` rows; expand works per chunk. Chunks are cut into *items*, on
     header   num_rows · rows@ · components@ · 0 | num_chunks · chunks@ · num_items · items@ | same
     rows     row number …                           (the second list: one-row chunks, the GEMV form)
     component  rank_start · rank_end · slot · offset · weight (fp32 bits) · 0 · 0 · 0
-    chunk      position · count · component_begin · component_end · v_base · v_stride · 0 · 0
+    chunk      position · count · component_begin · component_end · v_base · v_stride · as_is · 0
     item       position · count · rank · rank_end · slot · v_base · v_stride · rank_in_adapter
 
 Rank activations lie compactly: row ``i`` of a chunk has its ``v_stride`` ranks (all components of
@@ -96,8 +96,10 @@ class SegmentTable:
 
     def _words(self, runs: Sequence[LongSegment]) -> list[int]:
         segments: dict[tuple[SegmentMember, ...], list[int]] = {}
+        as_is: dict[tuple[SegmentMember, ...], int] = {}
         for run in runs:
             segments.setdefault(run.members, []).extend(range(run.start, run.end))
+            as_is[run.members] = run.as_is
         rows: list[int] = []
         components: list[int] = []
         lists: dict[int, tuple[list[int], list[int]]] = {TILES: ([], []), ONE_ROW: ([], [])}
@@ -112,7 +114,7 @@ class SegmentTable:
                 position = len(rows) + start
                 base = v_base + start * stride
                 last = first + len(mix)
-                chunks.extend((position, count, first, last, base, stride, 0, 0))
+                chunks.extend((position, count, first, last, base, stride, as_is[mix], 0))
                 for c, offset in zip(mix, offsets, strict=True):
                     for j in range(0, c.rank_end - c.rank_start, RANK_TILE):
                         items.extend((position, count, c.rank_start + j, c.rank_end, c.slot))

@@ -1,17 +1,25 @@
 """What adapters add by products with the base on the gpu path: changed inputs, modulated weights.
 
-Changes of inputs without a gain add up before the base multiplies them, once for each slice. A
-member with a gain has a product of its own, under its gain.
+A projection of one slice multiplies the changed inputs in place of its own. Where slices have
+inputs of their own, or something else of a row's mix needs the base's own result, changes add up
+before the base multiplies them too, once for each slice. A member with a gain has a product of its
+own, under its gain.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 
 from turret.kernels.gpu.adapters.input_blocks import gained_add, input_blocks
 from turret.kernels.gpu.adapters.modulated_base import modulate, modulated_add
 from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.server.adapters.device.gpu.pack import GpuPack
+from turret.server.adapters.device.gpu.pairs import GpuPairs
 from turret.server.adapters.device.gpu.placed_shelves import StepPlaced
+from turret.server.adapters.device.members import Members
+from turret.server.adapters.device.packed.pack import PackedKinds
 from turret.server.adapters.device.store import BaseProduct
 from turret.server.adapters.operators import ModuleOperators
 
@@ -29,6 +37,59 @@ def modulated_of(ops: ModuleOperators) -> tuple[torch.Tensor, ...] | None:
     return None if ops.modulated is None else ops.modulated.tensors()
 
 
+def needed_as_is(
+    mixes: Sequence[Members],
+    kinds: PackedKinds,
+    pack: GpuPack,
+    pairs: GpuPairs,
+    blocks: StepPlaced,
+) -> tuple[list[int], frozenset[str]]:
+    """Where mixes need what the base makes of their rows' own inputs.
+
+    Args:
+        mixes: Those of the step's runs.
+        kinds: Packed operators that they have between them.
+        pack: Knows which each has.
+        pairs: Knows who has pairs.
+        blocks: The step's input blocks.
+
+    Returns:
+        ``LongSegment.as_is`` of each, and ``GpuAdapterStep.bound``.
+    """
+    if not (kinds.input_gains or blocks.shelves):
+        return [0] * len(mixes), frozenset()
+    bits: list[int] = []
+    bound: set[str] = set()
+    for mix in mixes:
+        own = pack.kinds(key for key, _ in mix)
+        needed = own.gains.union(*(pairs.of(key) for key, _ in mix))
+        changed = own.input_gains.union(*(blocks.without_gain(key) for key, _ in mix))
+        bits.append(sum(1 << i for i, name in enumerate(pack.projections) if name in needed))
+        bound |= needed & changed
+    return bits, frozenset(bound)
+
+
+def add_blocks(
+    blocks: StepPlaced,
+    place: tuple[int, str, int],
+    x: torch.Tensor,
+    u: torch.Tensor | None,
+    table: SegmentTable,
+    taken: tuple[int, int],
+) -> torch.Tensor | None:
+    """Add what blocks without a gain make of some rows; see ``add_changed_inputs``.
+
+    Returns:
+        ``u``, or zeros and what was added, or None where there is neither.
+    """
+    for shelf, _ in blocks.of(*place):
+        if not shelf.has_gain:
+            u = torch.zeros_like(x, memory_format=torch.contiguous_format) if u is None else u
+            own = shelf.tables[0][place[0]]
+            input_blocks(x, u, own, shelf.places, table, taken=taken[0], bit=taken[1])
+    return u
+
+
 def add_changed_inputs(
     blocks: StepPlaced,
     place: tuple[int, str, int],
@@ -39,6 +100,7 @@ def add_changed_inputs(
     gain_delta: torch.Tensor | None,
     base: BaseProduct,
     table: SegmentTable,
+    taken: tuple[int, int] | None,
 ) -> None:
     """Add what the base makes of a slice's changed inputs to ``y``, in place.
 
@@ -51,12 +113,12 @@ def add_changed_inputs(
         gain_delta: ``g − 1`` by slot of the pack, ``[slots, out]``, or None: no gains.
         base: The slice.
         table: The step's segments.
+        taken: Rows whose changes without a gain are not in ``y`` yet, and the projection's bit; or
+            None: all are.
     """
     shelves = blocks.of(*place)
-    for shelf, _ in shelves:
-        if not shelf.has_gain:
-            u = torch.zeros_like(x) if u is None else u
-            input_blocks(x, u, shelf.tables[0][place[0]], shelf.places, table)
+    if taken is not None:
+        u = add_blocks(blocks, place, x, u, table, taken)
     if u is not None:
         y += base(u)
     for shelf, count in shelves:

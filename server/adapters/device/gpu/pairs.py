@@ -102,6 +102,10 @@ class GpuPairs(Part):
     def remove(self, key: str) -> None:
         self._held.pop(key, None)
 
+    def of(self, key: str) -> frozenset[str]:
+        """Projections in which an adapter has pairs."""
+        return self._held.get(key, frozenset())
+
     def bind(self, mixes: Sequence[Members]) -> GpuStepPairs:
         """The projections in which the mixes of a step have pairs."""
         keys = {key for mix in mixes for key, _ in mix}

@@ -96,6 +96,14 @@ class StepPlaced:
     def changes(self, projection: str) -> bool:
         return any(name == projection for name, _ in self.shelves)
 
+    def without_gain(self, key: str) -> set[str]:
+        """Projections in which an adapter has tensors and no gain."""
+        return {
+            name
+            for (name, _), shelves in self.shelves.items()
+            if any(key in shelf.slots and not shelf.has_gain for shelf, _ in shelves)
+        }
+
 
 class PlacedShelves(Part):
     """All shelves of one operator; made when an adapter needs them.

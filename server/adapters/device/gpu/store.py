@@ -18,17 +18,19 @@ from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.expert_routing import Routing
 from turret.kernels.gpu.adapters.expand_on import Expand
 from turret.kernels.gpu.adapters.hadamard_shrink import MAX_RANK as MAX_HADAMARD_RANK
-from turret.kernels.gpu.adapters.input_gain import input_gain
+from turret.kernels.gpu.adapters.input_gain import ANY_ROWS, BOUND_ROWS, FREE_ROWS, input_gain
 from turret.kernels.gpu.adapters.kronecker import MAX_IN_M, MAX_RANK
 from turret.kernels.gpu.adapters.segmented_shrink import Shrink, rank_activations
 from turret.kernels.gpu.epilogues import Epilogue
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.server.adapters.device.constants import ConstantsOfAdapters, StepConstants
 from turret.server.adapters.device.gpu.base_products import (
+    add_blocks,
     add_changed_inputs,
     add_modulated,
     blocks_of,
     modulated_of,
+    needed_as_is,
 )
 from turret.server.adapters.device.gpu.dense_shelf import GpuDenseShelves
 from turret.server.adapters.device.gpu.experts import GpuExpertShelves
@@ -71,6 +73,8 @@ class GpuAdapterStep:
         modulated: Shelves of modulated updates.
         pairs: Projections with pairs.
         gates: Rows of learned fusions.
+        bound: Projections of one slice in which a row's input changes and something else of its mix
+            needs what the base makes of the row's own.
         constants: Rows that attend to constants, or None; a step that has some is not captured.
         addresses: Where tables lie that the step reads and not every step with adapters does.
     """
@@ -84,13 +88,15 @@ class GpuAdapterStep:
     modulated: StepPlaced
     pairs: GpuStepPairs
     gates: GpuStepGates
+    bound: frozenset[str]
     addresses: Hashable
     constants: StepConstants | None = None
 
     @property
     def signature(self) -> Hashable:
         """What the step launches, and where what it reads lies; see the module."""
-        kinds = (self.low_rank, self.kinds.gains, self.kinds.input_gains, self.kinds.biases)
+        packed = self.kinds
+        kinds = (self.low_rank, packed.gains, packed.input_gains, packed.biases, self.bound)
         others = (self.shelves, self.blocks, self.modulated, self.pairs, self.gates)
         return (kinds, *(part.signature for part in others), self.addresses)
 
@@ -131,11 +137,14 @@ class GpuAdapterStep:
         delta = packed.bias if projection in kinds.biases else None
         (a, b), ranks = packed.layers[layer], packed.slice_ranks[layer]
         has_ranks = projection in self.low_rank
-        if has_ranks:
+        multiplied = self._multiplied(layer, projection, x)
+        if has_ranks and multiplied is x:
             y, v = base.with_shrink(x, Shrink(a, ranks, self.table))
+        elif has_ranks:
+            y, v = base(multiplied), Shrink(a, ranks, self.table)(x)
         else:
             # Nothing of it is read: no adapter of the step has ranks here.
-            y, v = base(x), rank_activations(self.table, len(b), x.device)
+            y, v = base(multiplied), rank_activations(self.table, len(b), x.device)
         before = y.clone() if self.pairs.changes(projection) else y
         if bias is not None or gain is not None or delta is not None or has_ranks:
             expand = Expand(
@@ -168,6 +177,30 @@ class GpuAdapterStep:
             or self.gates.changes(layer, projection)
         )
 
+    def _bit(self, projection: str) -> int:
+        """The projection's, of ``LongSegment.as_is``."""
+        return list(self.projections).index(projection)
+
+    def _multiplies_changed(self, projection: str) -> bool:
+        """Whether the base multiplies changed inputs: slices may each have one of their own."""
+        return len(self.projections[projection].columns) == 1
+
+    def _multiplied(self, layer: int, projection: str, x: torch.Tensor) -> torch.Tensor:
+        """What the base multiplies: ``x``, changed where nothing else needs what it gives."""
+        if not self._multiplies_changed(projection):
+            return x
+        taken, changed = (FREE_ROWS, self._bit(projection)), x
+        if projection in self.kinds.input_gains:
+            gain = self.projections[projection].input_gain_delta
+            assert gain is not None
+            rows = {"taken": taken[0], "bit": taken[1]}
+            changed = input_gain(x, gain[layer, :, 0], self.table, whole=True, **rows)
+        place = (layer, projection, 0)
+        if changed is x and self.blocks.of(*place):
+            changed = x.clone(memory_format=torch.contiguous_format)
+        add_blocks(self.blocks, place, x, changed, self.table, taken)
+        return changed
+
     def _add_products(
         self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor, base: BaseProduct
     ) -> None:
@@ -176,15 +209,19 @@ class GpuAdapterStep:
         gain, has_gains = packed.input_gain_delta, projection in self.kinds.input_gains
         if not (has_gains or self.blocks.changes(projection) or self.modulated.changes(projection)):
             return
+        taken = (ANY_ROWS, self._bit(projection))
+        if self._multiplies_changed(projection):
+            taken = (BOUND_ROWS, taken[1]) if projection in self.bound else None
         for s, columns in enumerate(packed.columns):
             place, own = (layer, projection, s), {"base": base.part(s), "table": table}
             u = None
-            if has_gains:
+            if has_gains and taken is not None:
                 assert gain is not None
-                u = input_gain(x, gain[layer, :, s], table)
+                u = input_gain(x, gain[layer, :, s], table, taken=taken[0], bit=taken[1])
             outputs = packed.gain_delta
             delta = None if outputs is None else outputs[layer, :, columns]
-            add_changed_inputs(self.blocks, place, x, y[:, columns], u, gain_delta=delta, **own)
+            at = {"gain_delta": delta, "taken": taken, **own}
+            add_changed_inputs(self.blocks, place, x, y[:, columns], u, **at)
             add_modulated(self.modulated, place, x, y[:, columns], **own)
 
 
@@ -290,14 +327,17 @@ class GpuStore(AdapterStore):
             tables: Where the metadata goes.
         """
         kinds = self._pack.kinds({key for _, _, mix in runs for key, _ in mix})
+        mixes = [mix for _, _, mix in runs]
+        blocks = self._blocks.bind(mixes)
+        as_is, bound = needed_as_is(mixes, kinds, self._pack, self._pairs, blocks)
         segments = [
-            LongSegment(start, end, tuple(segment_members(mix, self._pack.places)))
-            for start, end, mix in runs
+            LongSegment(start, end, tuple(segment_members(mix, self._pack.places)), bits)
+            for (start, end, mix), bits in zip(runs, as_is, strict=True)
         ]
         table = tables.load_segments(segments)
         shelves, gates = self._shelves.bind(runs, tables), self._gates.bind(runs, tables)
-        bound = self._bound(table, kinds, shelves, gates, [mix for _, _, mix in runs])
-        return replace(bound, constants=self._constants.bind(runs))
+        step = self._bound(table, kinds, shelves, gates, mixes)
+        return replace(step, bound=bound, constants=self._constants.bind(runs))
 
     def bind_form(self, low_rank: frozenset[str], tables: GpuTables) -> GpuAdapterStep:
         """What steps launch whose adapters have low-rank updates in some projections, and no more.
@@ -337,5 +377,6 @@ class GpuStore(AdapterStore):
             modulated=self._modulated.bind(mixes),
             pairs=self._pairs.bind(mixes),
             gates=gates,
+            bound=frozenset(),
             addresses=repr(known),
         )
