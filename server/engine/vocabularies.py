@@ -15,7 +15,8 @@ def check_vocabulary(request: Request, mix: Mix) -> int:
 
     Raises:
         InvalidRequestError: Several adapters have a vocabulary of their own, or one that has is not
-            there as a whole: a token has no part of a row where the base has none.
+            there as a whole: a token has no part of a row where the base has none. Or it is there
+            with one before or beside which the base computes.
         UnavailableError: The adapter was replaced since the request was tokenised.
     """
     own = [(a, weight) for a, weight in mix.members if a.facts.vocab_size]
@@ -26,9 +27,24 @@ def check_vocabulary(request: Request, mix: Mix) -> int:
             "a mix holds at most one adapter with tokens of its own, and at weight 1: "
             + ", ".join(adapter.name for adapter, _ in own),
         )
+    if own and (partial := _parts_of_the_base(mix)):
+        raise InvalidRequestError.of(
+            "adapters",
+            f"{own[0][0].name} has tokens that the base lacks, and where {partial} does not act the"
+            " base computes alone: no request can have both",
+        )
     if digest != (own[0][0].facts.tokenizer if own else ""):
         raise UnavailableError(
             "an adapter of this request was replaced by one with another tokenizer while the"
             " request came in; send it again"
         )
     return own[0][0].facts.vocab_size if own else 0
+
+
+def _parts_of_the_base(mix: Mix) -> str:
+    """The adapter of a mix that does not act on all that is computed; empty without one.
+
+    Before an invocation, and in a first pass, keys and values are those of the base, and shared.
+    """
+    found = (a.name for a, _ in mix.members if a.facts.invocation or a.facts.first_pass)
+    return next(found, "")

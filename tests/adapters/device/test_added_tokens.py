@@ -202,6 +202,21 @@ async def test_a_mix_has_one_vocabulary(tmp_path: Path) -> None:
                 await harness.run(await own_request(harness, [65], *mix))
 
 
+async def test_what_the_base_computes_alone_has_no_added_tokens(tmp_path: Path) -> None:
+    """Before an invocation its blocks would be found by an adapter whose tokens are others."""
+    model = twin("llama").model
+    invoked = make_config("alora", **Q, alora_invocation_tokens=[65])
+    save_grown(model, make_config("lora", **Q), tmp_path / "grown")
+    save_adapter(model, invoked, tmp_path / "invoked", seed=1)
+    async with EngineHarness.start(
+        twin("llama").folder, tmp_path, adapters=["grown", "invoked"]
+    ) as harness:
+        mix = [AdapterRef(name="grown"), AdapterRef(name="invoked")]
+        with pytest.raises(InvalidRequestError, match="the base computes alone"):
+            await harness.run(await own_request(harness, [FIRST, 65], *mix))
+        assert (await harness.run(make_request([70, 65], "invoked"))).token_ids
+
+
 @pytest.mark.long
 async def test_the_gpu_path_serves_added_tokens(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
