@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 from builders import tiny_tokenizers
-from servers.fakes import FakeFuser, FakeMerger, fake_backend
+from servers.fakes import FakeFuser, FakeMerger, FakeVocabularies, fake_backend
 from servers.http_harness import http_harness
 from servers.rpc_harness import harness
 from transformers import AutoTokenizer
 
+from turret.server.api.vocabularies import Vocabulary
 from turret.server.models.loader import eos_token_ids
 from turret.server.models.tokenizer import Tokenizer
 from turret.v1 import inference_pb2
@@ -50,7 +51,8 @@ async def doors(tokenizer: Tokenizer) -> AsyncIterator[Any]:
     async with harness(serving=False) as rpc, http_harness(serving=False) as http:
         for door in (rpc, http):
             fakes = fake_backend(door.engine, door.registry, FakeMerger(), FakeFuser())
-            door.gate.open(replace(fakes, tokenizer=tokenizer))
+            vocabularies = FakeVocabularies(Vocabulary(tokenizer))
+            door.gate.open(replace(fakes, tokenizer=tokenizer, vocabularies=vocabularies))
 
         async def ask(turns: list[dict[str, str]]) -> list[list[int]]:
             messages = [

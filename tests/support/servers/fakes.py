@@ -255,6 +255,13 @@ class FakeRegistry:
         self.unloads.append((name, mode, timeout_seconds))
         del self.records[name]
 
+    def acquire(self, refs: Any) -> Any:
+        """Whatever is asked for is there, as it is for the engine."""
+        return refs
+
+    def release(self, mix: Any) -> None:
+        pass
+
     def pin(self, name: str, pinned: bool = True) -> AdapterInfo:
         self.records[name] = replace(self.get(name), pinned=pinned)
         return self.records[name]
