@@ -6,6 +6,8 @@ import functools
 
 import torch
 
+from turret.kernels.cpu.native import functions, has_kernels
+
 
 def apply_token_mask(logits: torch.Tensor, rows: torch.Tensor, words: torch.Tensor) -> None:
     """Rule out tokens of some rows, in place. Other rows are not touched.
@@ -19,6 +21,19 @@ def apply_token_mask(logits: torch.Tensor, rows: torch.Tensor, words: torch.Tens
         rows: ``[rows]`` int64, distinct rows of ``logits``, on its device.
         words: ``[rows, at least 1]`` int32, contiguous, on the device of ``logits``.
     """
+    assert words.is_contiguous()
+    if has_kernels(logits.device) and logits.stride(1) == 1:
+        # Sixteen masks of 49,152 tokens took torch a twentieth of a decode step.
+        functions().turret_token_mask(
+            logits.data_ptr(),
+            logits.stride(0),
+            logits.shape[1],
+            rows.data_ptr(),
+            words.data_ptr(),
+            rows.shape[0],
+            words.shape[1],
+        )
+        return
     vocab, size = logits.shape[1], 32 * words.shape[1]
     # The time of this does not depend on the mask, as that of a fill of scattered places does.
     codes = words.view(torch.uint8).flatten().int()

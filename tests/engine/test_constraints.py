@@ -15,6 +15,7 @@ from builders.sequences import mix_of
 from builders.tiny_models import EOS, VOCAB_SIZE, save_tiny_model
 from servers.engine_harness import GREEDY, EngineHarness, make_request
 
+from turret.kernels.cpu import native
 from turret.kernels.token_mask import apply_token_mask
 from turret.server.constraints.constraint import Constraint
 from turret.server.engine.scheduling.request import FinishReason, SamplingParams, StopConditions
@@ -230,13 +231,20 @@ def test_a_fault_of_the_library_is_no_fault_of_the_engine(
     assert masks.take() == {}
 
 
+@pytest.mark.parametrize("by_torch", [False, True])
 @pytest.mark.parametrize("vocab", [1, 31, 32, 33, VOCAB_SIZE, 1000])
-def test_the_kernel_changes_its_own_rows_alone(vocab: int) -> None:
+def test_the_kernel_changes_its_own_rows_alone(
+    vocab: int, by_torch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if by_torch:
+        monkeypatch.setattr(native, "library", lambda: None)
     generator = np.random.default_rng(0)
     for num_words in (1, 2, (vocab + 31) // 32, (vocab + 31) // 32 + 1):
         logits = torch.randn(5, vocab)
         before, rows = logits.clone(), [3, 0]
         words = generator.integers(-(2**31), 2**31, (2, num_words), dtype=np.int32)
+        # Words of all tokens, and of none.
+        words[:, ::3], words[:, 1::3] = -1, 0
         apply_token_mask(logits, torch.tensor(rows), torch.from_numpy(words))
         for row in (1, 2, 4):
             assert torch.equal(logits[row], before[row])
