@@ -24,6 +24,8 @@ import torch
 
 _log = logging.getLogger(__name__)
 
+_REBUILD = "if the source is newer than they are, install turret again (make setup in a checkout)"
+
 _pointer, _int, _double = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 _SIGNATURES = {
     "turret_adapt": (_pointer, _pointer, _pointer, _int, _pointer, _int, _pointer),
@@ -84,7 +86,7 @@ def library() -> ctypes.CDLL | None:
             try:
                 return load(isa)
             except (OSError, AttributeError) as error:
-                _log.warning("compiled CPU kernels (%s) do not load: %s", isa, error)
+                _log.warning("compiled CPU kernels (%s) do not load: %s; %s", isa, error, _REBUILD)
     return None
 
 
@@ -95,7 +97,9 @@ def usable_isas() -> tuple[str, ...]:
     try:
         probe = ctypes.CDLL(str(path_of("baseline"))).turret_isa
     except (OSError, AttributeError) as error:
-        _log.warning("the compiled CPU kernels do not load, torch serves instead: %s", error)
+        _log.warning(
+            "the compiled CPU kernels do not load, torch serves instead: %s; %s", error, _REBUILD
+        )
         return ()
     probe.restype = _int
     return tuple(isa for isa in ISAS[: probe() + 1] if path_of(isa) is not None)

@@ -86,6 +86,8 @@ def _preload(root: Path, name: str, path: str) -> Iterator[str]:
 
 
 def _there(root: Path, path: str) -> str:
+    if (root / CONFIG_FILE).is_file():
+        return f"; {root} is an adapter itself, whose path below it is '.'"
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     holds = f"holds {', '.join(names[:_MOST_SHOWN])}" if names else "is empty"
     return did_you_mean(path, names) or f"; {root} {holds}"

@@ -246,6 +246,9 @@ def test_adapters_that_are_not_there(tmp_path: Path) -> None:
     assert "checkpoint-30 in it is" in found(*root, "--preload", "a=run")[0]
     assert "safe_serialization" in found(*root, "--preload", "a=run/checkpoint-30")[0]
     assert "stay inside it" in found(*root, "--preload", "a=../x")[0]
+    root = ("--adapter-root", str(ADAPTERS / "json"))
+    assert "whose path below it is '.'" in found(*root, "--preload", "json=json")[0]
+    assert found(*root, "--preload", "json=.") == []
 
 
 def test_a_state_dir_in_use(tmp_path: Path) -> None:
