@@ -82,7 +82,7 @@ def _lacking(directory: Path) -> str:
         )
     below = sorted(path.parent.name for path in directory.glob("*/adapter_config.json"))
     if below:
-        return f"is no adapter; {', '.join(below[-3:])} in it are"
+        return f"is no adapter; it holds {', '.join(below[-3:])}"
     what = "adapter_config.json and a .safetensors file are needed"
     return what if directory.is_dir() else f"is no directory; one with {what}"
 
