@@ -60,7 +60,7 @@ class ModelConfig:
     device: str = _flag(
         "auto",
         "where the model runs: auto, cpu, cuda or cuda:N, the N-th visible device from 0",
-        unit="device",
+        metavar="DEVICE",
     )
     dtype: Literal["bfloat16", "float16", "float32"] = _flag(
         "bfloat16", "dtype of activations and of the weights that are not 4-bit"

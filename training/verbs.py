@@ -123,10 +123,14 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
 
 
 def _init(args: argparse.Namespace) -> None:
+    from turret.training.errors import RunError
     from turret.training.settings.config_file import render_commented
 
-    with args.file.open("x", encoding="utf-8") as file:
-        file.write(render_commented())
+    try:
+        with args.file.open("x", encoding="utf-8") as file:
+            file.write(render_commented())
+    except FileExistsError:
+        raise RunError(f"{args.file} is there already; name another file, or remove it") from None
     print(f"{args.file}: set data.train, then: turret train plan {args.file}")
 
 

@@ -131,9 +131,18 @@ def with_client(
     return run
 
 
+# What gRPC says of a peer that answers something else.
+_NOT_GRPC = ("Failed parsing HTTP/2", "http1.x server", "HTTP/1.")
+
+
 def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRpcError:
     """The error with what its reader may do about it, where that is not the server's to say."""
     if isinstance(error, UnavailableError) and not error.reason:
+        if any(sign in error.message for sign in _NOT_GRPC):
+            return error.with_message(
+                f"what answers at {args.address} does not speak gRPC; --address takes the address"
+                " that `turret serve --address` has (port 50051 by default), not that of HTTP"
+            )
         return error.with_message(
             f"no turret server answers at {args.address} ({error.message}); `turret serve` starts"
             f" one, --address or {ADDRESS_VARIABLE} names another"

@@ -90,7 +90,8 @@ def _there(root: Path, path: str) -> str:
         return f"; {root} is an adapter itself, whose path below it is '.'"
     names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
     holds = f"holds {', '.join(names[:_MOST_SHOWN])}" if names else "is empty"
-    return did_you_mean(path, names) or f"; {root} {holds}"
+    # The error has said which name is near.
+    return "" if did_you_mean(path, names) else f"; {root} {holds}"
 
 
 def _adapters_below(folder: Path) -> str:

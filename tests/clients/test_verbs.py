@@ -7,8 +7,10 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from checkout import ROOT
@@ -143,6 +145,11 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
     err = capsys.readouterr().err
     assert "no turret server answers at 127.0.0.1:1" in err
     assert "`turret serve` starts one" in err
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        assert parse_and_run("generate", "a", "--address", f"127.0.0.1:{other.server_port}") == 1
+        other.shutdown()
+    assert "does not speak gRPC; --address takes" in capsys.readouterr().err
     server.inference.wants_token = True
     assert "--token-from or TURRET_TOKEN" in run("generate", "a")[2]
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from builders.training import write_jsonl
 
+from turret.server.cli import main
 from turret.training.data.example import Example, read_examples
 from turret.training.errors import ConfigError, DataError
 from turret.training.methods import METHODS as TRAINED
@@ -173,3 +174,12 @@ def test_a_file_that_is_no_jsonl_is_refused(tmp_path: Path):
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match="utf-8"):
         read_examples(path)
+
+
+def test_a_config_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "train.toml"
+    assert main(["train", "init", str(file)]) == 0
+    before = file.read_text()
+    assert main(["train", "init", str(file)]) == 1
+    assert "train.toml is there already; name another file" in capsys.readouterr().err
+    assert file.read_text() == before

@@ -99,6 +99,8 @@ def convert(
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RunError(f"{output} is there already; name another --output, or remove it")
+    if not adapter.is_dir():
+        raise RunError(f"{adapter} is no directory: name the one that PEFT's save_pretrained wrote")
     checkpoint = read_folder(adapter, str(adapter))
     kind = _kind_of(checkpoint)
     if kind == _XLORA:

@@ -10,17 +10,21 @@ to places inside the root, which Hugging Face caches and people make.)
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 import stat
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from turret.server.basics.closest import did_you_mean
 from turret.server.errors import AdapterCheckpointError, StorageFailedError
 
 MAX_PATH_CHARS = 1024
 # Names walked for one path, links included; ends loops of links too.
 _MAX_STEPS = 2048
+# Names that one which is not there is compared with: a millisecond or two.
+_MOST_COMPARED = 200
 # O_PATH needs no right to list the directory.
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 # NONBLOCK keeps a FIFO from hanging.
@@ -140,7 +144,8 @@ class AdapterRoot:
             raise _refuse(shown, "must not contain control characters or backslashes")
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts:
-            raise _refuse(shown, "must be relative to the adapter root and stay inside it")
+            why = "must be relative to the adapter root and stay inside it"
+            raise _refuse(shown, f"{why}; what lies elsewhere can be uploaded")
         if self._root is None:
             raise _refuse(shown, "cannot be loaded: the server was started without --adapter-root")
         try:
@@ -149,9 +154,20 @@ class AdapterRoot:
             raise _refuse(shown, "is not a directory") from None
         except (OSError, ValueError) as error:
             _raise_if_exhausted(error)
-            where = "under the adapter root" if shown == path else "any more"
-            raise _refuse(shown, f"does not exist {where}") from None
+            if shown != path:
+                raise _refuse(shown, "does not exist any more") from None
+            meant = did_you_mean(path, self._some_names())
+            raise _refuse(shown, f"does not exist under the adapter root{meant}") from None
         return AdapterDirectory(self, descriptor, parts, shown)
+
+    def _some_names(self) -> list[str]:
+        """Names in it, no more than can be compared at once."""
+        assert self._root is not None
+        try:
+            with os.scandir(self._root) as entries:
+                return [entry.name for entry in itertools.islice(entries, _MOST_COMPARED)]
+        except OSError:
+            return []
 
     def walk(self, start: list[str], rest: str, flags: int, shown: str) -> tuple[int, list[str]]:
         """Opens the place that ``rest`` names as seen from the directory ``start``.

@@ -169,6 +169,17 @@ def test_links_that_leave_the_root_are_refused(tmp_path: Path, target: str) -> N
         read(AdapterRoot(tmp_path / "root"), "link")
 
 
+def test_what_is_not_there_is_told_with_what_is_near(tmp_path: Path) -> None:
+    fill(tmp_path / "hotel", "inside")
+    root = AdapterRoot(tmp_path)
+    with pytest.raises(AdapterCheckpointError, match=r"does not exist .* did you mean 'hotel'\?"):
+        read(root, "hotl")
+    with pytest.raises(AdapterCheckpointError, match=r"under the adapter root$"):
+        read(root, "quite another")
+    with pytest.raises(AdapterCheckpointError, match="what lies elsewhere can be uploaded"):
+        read(root, "/hotel")
+
+
 def test_a_walk_ends_and_leaves_no_descriptor(tmp_path: Path) -> None:
     root = tmp_path / "root"
     fill(root / "a", "inside")
