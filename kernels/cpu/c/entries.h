@@ -2,15 +2,16 @@
 #ifndef TURRET_ENTRIES_H
 #define TURRET_ENTRIES_H
 
-#include "adapters/adaptation.h"
+#include "adapters/adapters.h"
 #include "attention.h"
 
 #if HAS_AVX512_BF16
-/* turret_nf4_product, and the shrinking of a projection's adapters in the same pieces; or of none. */
-void nf4_product_and_shrink(const bf16 *x, int64_t x_stride, int64_t rows, const uint8_t *packed,
-                            const bf16 *absmax, bf16 *y, int64_t out_features, int64_t in_features,
-                            int64_t threads, const Step *step, int64_t module, Adaptation *adaptation);
+void turret_nf4_product(const bf16 *x, int64_t x_stride, int64_t rows, const uint8_t *packed,
+                        const bf16 *absmax, bf16 *y, int64_t out_features, int64_t in_features,
+                        int64_t num_threads, const Step *step, int64_t module);
 #endif
+void turret_adapt(const Step *step, const int64_t *shape, const bf16 *x, int64_t x_stride, bf16 *y,
+                  int64_t y_stride, const bf16 *bias);
 void turret_add_rms_norm(bf16 *hidden, const bf16 *delta, const float *weight, double eps, bf16 *out,
                          int64_t rows, int64_t width, int64_t threads);
 void turret_silu_mul(const bf16 *gate_up, bf16 *out, int64_t rows, int64_t width, int64_t threads);

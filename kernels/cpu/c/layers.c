@@ -85,20 +85,11 @@ static void project(const Model *model, const Pass *p, int64_t layer, int projec
                     bf16 *y) {
     const Linear *w = &model->layers[layer].linears[projection];
     const Place *place = p->adapters ? &p->places[layer * PROJECTIONS + projection] : 0;
-    int64_t low = 0, high = p->rows, is_adapted = place && p->updates >> projection & 1;
-    Adaptation adapters;
-    int is_early = 0;
-    if (is_adapted) {
-        adapters = begin_adaptation(p->adapters, place->shape, x, w->in_features, y, w->out_features,
-                                    w->bias);
-        is_early = shrinks_before_product(&adapters);
-    }
-    nf4_product_and_shrink(x, w->in_features, p->rows, w->packed, w->absmax, y, w->out_features,
-                           w->in_features, p->threads, p->adapters, place ? place->module : 0,
-                           is_early ? &adapters : 0);
-    if (is_adapted) {
-        if (!is_early) in_pieces(shrink_piece, &adapters, adapters.pieces, p->threads);
-        expand_all(&adapters);
+    turret_nf4_product(x, w->in_features, p->rows, w->packed, w->absmax, y, w->out_features,
+                       w->in_features, p->threads, p->adapters, place ? place->module : 0);
+    int64_t low = 0, high = p->rows;
+    if (place && p->updates >> projection & 1) {
+        turret_adapt(p->adapters, place->shape, x, w->in_features, y, w->out_features, w->bias);
         low = p->base_low, high = p->base_high;
     }
     if (w->bias && low < high)

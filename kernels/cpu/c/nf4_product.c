@@ -7,7 +7,6 @@
  * Products of several rows take longer than reading the weight does. Meanwhile the adapters that are
  * read next come into the cache (ahead.h).
  */
-#include "adapters/adaptation.h"
 #include "adapters/ahead.h"
 #include "entries.h"
 
@@ -162,8 +161,7 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
 typedef struct {
     const Product *product;
     Walk *walks; /* of the threads */
-    const Adaptation *adaptation; /* that is shrunk too, or null */
-    int64_t tiles, pieces, threads;
+    int64_t tiles, pieces;
 } Job;
 
 static void multiply_piece(const void *job, int64_t thread, int64_t piece) {
@@ -180,44 +178,21 @@ static void multiply_piece(const void *job, int64_t thread, int64_t piece) {
 
 EXPORT int64_t turret_has_products(void) { return 1; }
 
-/* Each thread's share of the tiles, then of the shrinking. */
-static void multiply_or_shrink(const void *job, int64_t thread, int64_t piece) {
-    const Job *j = job;
-    int64_t each = j->pieces / j->threads, share = piece / (2 * each), at = piece % (2 * each);
-    if (at < each)
-        multiply_piece(j, thread, share * each + at);
-    else
-        shrink_piece(j->adaptation, thread, share * each + at - each);
-}
-
-void nf4_product_and_shrink(const bf16 *x, int64_t x_stride, int64_t rows, const uint8_t *packed,
-                            const bf16 *absmax, bf16 *y, int64_t out_features, int64_t in_features,
-                            int64_t threads, const Step *step, int64_t module, Adaptation *adaptation) {
-    Product p = {x, packed, absmax, y, rows, x_stride, out_features, in_features};
-    Walk walks[MOST_THREADS];
-    int64_t tiles = out_features / TILE_OUT;
-    threads = least(least(threads, tiles), MOST_THREADS);
-    for (int64_t t = 0; t < threads; t++) walks[t] = begin_ahead(step, module, t, threads);
-    /* Of each thread as many, at least one. */
-    int64_t each = threads > 1 ? least(PIECES_EACH, tiles / threads) : 1;
-    Job job = {&p, walks, adaptation, tiles, each * threads, threads};
-    if (adaptation) {
-        adaptation->pieces = job.pieces;
-        in_pieces(multiply_or_shrink, &job, 2 * job.pieces, threads);
-    } else {
-        in_pieces(multiply_piece, &job, job.pieces, threads);
-    }
-    for (int64_t t = 0; t < threads; t++) end_ahead(&walks[t]);
-}
-
 /* y is contiguous. `step` has the adapters to ask for ahead, the next ones being those of projection
  * `module`; or is null. */
 EXPORT void turret_nf4_product(const bf16 *x, int64_t x_stride, int64_t rows, const uint8_t *packed,
                                const bf16 *absmax, bf16 *y, int64_t out_features,
                                int64_t in_features, int64_t num_threads, const Step *step,
                                int64_t module) {
-    nf4_product_and_shrink(x, x_stride, rows, packed, absmax, y, out_features, in_features, num_threads,
-                           step, module, 0);
+    Product p = {x, packed, absmax, y, rows, x_stride, out_features, in_features};
+    Walk walks[MOST_THREADS];
+    int64_t tiles = out_features / TILE_OUT, threads = num_threads;
+    if (threads > tiles) threads = tiles;
+    if (threads > MOST_THREADS) threads = MOST_THREADS;
+    for (int64_t t = 0; t < threads; t++) walks[t] = begin_ahead(step, module, t, threads);
+    Job job = {&p, walks, tiles, threads * PIECES_EACH < tiles ? threads * PIECES_EACH : tiles};
+    in_pieces(multiply_piece, &job, job.pieces, threads);
+    for (int64_t t = 0; t < threads; t++) end_ahead(&walks[t]);
 }
 
 /* The same for rows of several weights of one shape: those of weight e, of which `weights` has the codes

@@ -4,13 +4,29 @@
  * pointers per adapter. A call has two passes over the segments, shrink and expand, each cut into
  * units that are dealt to the threads by what they cost; which thread computes a unit changes no bit.
  */
-#include "adaptation.h"
+#include "adapters.h"
 #include "entries.h"
 #include "team.h"
 
 #define ROWS 32 /* rows of a segment that a unit takes together */
 /* What reading a unit's weights costs, in rows of computing with them. */
 #define READING 3
+
+typedef struct {
+    const bf16 *x;
+    bf16 *y;
+    const bf16 *bias; /* the base's, [sum of widths], or null */
+    int64_t x_stride, y_stride;
+    const int64_t *widths;
+    int64_t in_features, num_slices;
+    int64_t module; /* index of the first slice's module */
+} Projection;
+
+/* A thread's share of a pass: units that begin in [low, high) on the axis of summed costs. The first
+ * walk over the units, with high 0, finds the sum. */
+typedef struct {
+    int64_t low, high, at;
+} Share;
 
 /* Whether the next unit is this thread's. */
 INLINE int take(Share *share, int64_t cost) {
@@ -206,50 +222,34 @@ static void expand(const Step *step, const Projection *p, Share *share) {
     }
 }
 
-void shrink_piece(const void *job, int64_t thread, int64_t piece) {
-    const Adaptation *a = job;
-    Share own = next_walk(&a->shrinking, piece, a->pieces);
+typedef struct {
+    const Step *step;
+    const Projection *projection;
+    Share shrinking, expanding; /* whole passes */
+    int64_t pieces;
+} Job;
+
+static void shrink_piece(const void *job, int64_t thread, int64_t piece) {
+    const Job *j = job;
+    Share own = next_walk(&j->shrinking, piece, j->pieces);
     (void)thread;
-    shrink(a->step, &a->projection, &own);
+    shrink(j->step, j->projection, &own);
 }
 
 static void expand_piece(const void *job, int64_t thread, int64_t piece) {
-    const Adaptation *a = job;
-    Share own = next_walk(&a->expanding, piece, a->pieces);
+    const Job *j = job;
+    Share own = next_walk(&j->expanding, piece, j->pieces);
     (void)thread;
-    expand(a->step, &a->projection, &own);
+    expand(j->step, j->projection, &own);
 }
-
-static int has_pairs(const Step *step, const Projection *p) {
-    for (int64_t s = 0; s < step->num_segments; s++)
-        for (int64_t k = step->segments[s].first; k < step->segments[s].last; k++)
-            for (int64_t j = 0; j < p->num_slices; j++)
-                if (step->components[k].modules[p->module + j].pairs) return 1;
-    return 0;
-}
-
-Adaptation begin_adaptation(const Step *step, const int64_t *shape, const bf16 *x, int64_t x_stride,
-                            bf16 *y, int64_t y_stride, const bf16 *bias) {
-    int64_t threads = step->num_threads;
-    Adaptation a = {step,
-                    {x, y, bias, x_stride, y_stride, shape + 3, shape[0], shape[1], shape[2]},
-                    {0},
-                    {0},
-                    threads > 1 ? threads * PIECES_EACH : 1};
-    shrink(step, &a.projection, &a.shrinking);
-    expand(step, &a.projection, &a.expanding);
-    return a;
-}
-
-void expand_all(const Adaptation *a) {
-    in_pieces(expand_piece, a, a->pieces, a->step->num_threads);
-}
-
-int shrinks_before_product(const Adaptation *a) { return !has_pairs(a->step, &a->projection); }
 
 EXPORT void turret_adapt(const Step *step, const int64_t *shape, const bf16 *x, int64_t x_stride,
                          bf16 *y, int64_t y_stride, const bf16 *bias) {
-    Adaptation a = begin_adaptation(step, shape, x, x_stride, y, y_stride, bias);
-    in_pieces(shrink_piece, &a, a.pieces, step->num_threads);
-    expand_all(&a);
+    Projection p = {x, y, bias, x_stride, y_stride, shape + 3, shape[0], shape[1], shape[2]};
+    int64_t threads = step->num_threads;
+    Job job = {step, &p, {0}, {0}, threads > 1 ? threads * PIECES_EACH : 1};
+    shrink(step, &p, &job.shrinking);
+    expand(step, &p, &job.expanding);
+    in_pieces(shrink_piece, &job, job.pieces, threads);
+    in_pieces(expand_piece, &job, job.pieces, threads);
 }
