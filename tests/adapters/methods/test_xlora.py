@@ -150,6 +150,19 @@ async def test_mixes_are_sums_of_changes(tmp_path: Path) -> None:
             await harness.run(make_request(prompt, "deep", "shallow"))
 
 
+async def test_at_weight_0_it_is_the_base(tmp_path: Path) -> None:
+    """Step after step its rows are told scalings that none of their adapters reads."""
+    base = twin("llama")
+    save_all(base.model, tmp_path, "deep")
+    prompt, off = prompt_of(20, 4), AdapterRef(name="deep", weight=0.0)
+    async with EngineHarness.start(
+        base.folder, tmp_path, dtype="bfloat16", adapters=[*COMPONENTS, "deep"]
+    ) as harness:
+        switched = await harness.run(make_request(prompt, off, max_tokens=5))
+        plain = await harness.run(make_request(prompt, max_tokens=5))
+        assert switched.bits == plain.bits
+
+
 async def test_a_prompt_that_needs_all_blocks_twice_is_refused(tmp_path: Path) -> None:
     base = twin("llama")
     save_all(base.model, tmp_path, "shallow")
