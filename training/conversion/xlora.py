@@ -56,43 +56,45 @@ def split_xlora(
         RunError: A part is nowhere, or ``loras`` are others.
     """
     config = checkpoint.config
-    numbers = _numbers(config)
-    if loras and len(loras) != len(numbers):
-        raise RunError(f"it is made of {len(numbers)} LoRAs; {len(loras)} are given")
+    paths = _paths(config)
+    if loras and len(loras) != len(paths):
+        raise RunError(f"it is made of {len(paths)} LoRAs; {len(loras)} are given")
     folders = {
         number: read_folder(adapter / str(number), f"{adapter}/{number}")
-        for number in sorted(numbers)
+        for number in range(len(paths))
         if (adapter / str(number)).is_dir()
     }
     classifier = _classifier(checkpoint, folders)
-    paths = [Path(str(path)) for path in config["adapters"].values()]
-    for number in sorted(numbers):
+    for number, path in enumerate(paths):
         given = loras[number] if loras else None
-        original = _original(number, folders.get(number), given, paths[number], config)
+        original = _original(number, folders.get(number), given, path, config)
         _write_lora(build / str(number), folders.get(number), original)
     components = [
         {"name": str(number), "digest": read_folder(build / str(number), str(number)).digest}
-        for number in numbers
+        for number in range(len(paths))
     ]
-    places = {key: f"../{number}" for key, number in zip(config["adapters"], numbers, strict=True)}
+    places = {str(number): f"../{number}" for number in range(len(paths))}
     (build / ROUTER).mkdir()
     whole = {**config, "adapters": places, COMPONENTS_KEY: components}
     write_adapter(build / ROUTER, whole, classifier, torch.float32)
-    return [*map(str, sorted(numbers)), ROUTER]
+    return [*places, ROUTER]
 
 
-def _numbers(config: Mapping[str, Any]) -> list[int]:
-    """The numbers of the LoRAs, in the order of the classifier's outputs."""
+def _paths(config: Mapping[str, Any]) -> list[Path]:
+    """Where each LoRA came from, in the order of the classifier's outputs.
+
+    That is the order of their numbers: PEFT's file has them in that of the alphabet, 10 before 2.
+    """
     adapters = config.get("adapters")
     if not isinstance(adapters, dict) or not adapters:
         raise RunError("adapters: must be an object that names its LoRAs")
-    names = {str(number): number for number in range(len(adapters))}
-    strange = sorted(adapters.keys() - names.keys())
+    names = [str(number) for number in range(len(adapters))]
+    strange = sorted(adapters.keys() - set(names))
     if strange:
         raise RunError(
             f"adapters: PEFT runs none whose names are not their numbers, as {strange[0]!r:.60}"
         )
-    return [names[name] for name in adapters]
+    return [Path(str(adapters[name])) for name in names]
 
 
 def _classifier(

@@ -192,6 +192,18 @@ def test_loras_that_have_moved_are_named(root: Path, capsys: pytest.CaptureFixtu
     ]
 
 
+def test_more_than_ten_loras_keep_their_order(root: Path) -> None:
+    """PEFT sorts the file's keys, so 10 stands before 2 there; the classifier's outputs do not."""
+    loras = ["abc"[number % 3] for number in range(11)]
+    made = save_xlora(make_llama(), root, "many", loras=loras, **KINDS["shallow"])
+    active = made.base_model.lora_model.active_adapters  # type: ignore[union-attr]
+    assert active == [str(number) for number in range(11)]
+    assert read_adapter(root, "many").config["components"] == [
+        {"name": str(number), "digest": read_adapter(root, name).digest}
+        for number, name in enumerate(loras)
+    ]
+
+
 def test_what_cannot_be_found_again_is_said(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     edit_config(root / "deep-saved", use_trainable_adapters=True)
     assert convert(root) == 1
