@@ -12,9 +12,9 @@ Planted faults, and how many of the tests here each one fails (tried by hand):
 Of prototypes:
 
 - signs kept: 6; in the reference 3
-- of equals the last: 2; in the reference 3
+- of equals the last: 2; in the reference 7
 - no temperature: 4; in the reference 3
-- a component too many: 4; in the reference 3
+- a component too many: 4; in the reference 11
 - what is not gated counted among the best: 4
 - position instead of slot: 6
 - similarities of slice 0: 6

@@ -2,11 +2,13 @@
 
 Planted faults, and how many of the tests here each one fails (tried by hand):
 
-- the mix weight dropped: 4
-- only the first component: 4
-- slot of the first component for all: 5
-- ``x`` multiplied where nothing changes: 1
-- only the first block of columns: 5
+- the mix weight dropped: 8
+- only the first component: 8
+- slot of the first component for all: 8
+- ``x`` multiplied where nothing changes: 5
+- only the first block of columns: 9
+- all rows taken: 4
+- bit 0 for every projection: 2
 """
 
 from __future__ import annotations
