@@ -209,6 +209,27 @@ def test_tables_of_gains_are_made_once_and_void_no_step_without_gains() -> None:
     assert store.epoch == 0
 
 
+@pytest.mark.parametrize("projection", LAYOUT.projections)
+def test_a_mix_launches_more_than_its_members_where_inputs_take_the_place(projection: str) -> None:
+    """Where slices have inputs of their own, mixed adapters launch what they launch apart."""
+    slices = LAYOUT.projections[projection]
+    paths = [LAYOUT.module(layer, s.path) for layer in range(LAYOUT.num_layers) for s in slices]
+
+    def adapter(key: str, **more: Any) -> Adapter:
+        return Adapter(key, AdapterOperators(dict.fromkeys(paths, ModuleOperators(**more))))
+
+    store, tables = store_of(), OneStepTables(4, CPU)
+    store.prepare(
+        [adapter("out", gain=torch.rand(WIDTH)), adapter("in", input_gain=torch.rand(WIDTH))]
+    )
+    table = tables.load_segments([])
+    tables.load_segments = lambda runs: table  # type: ignore[method-assign]
+    out, into = ("out", 1.0), ("in", 1.0)
+    apart = store.bind([(0, 1, [out]), (1, 2, [into])], tables).signature
+    mixed = store.bind([(0, 1, [out, into]), (1, 2, [])], tables).signature
+    assert (apart == mixed) == (len(slices) > 1)
+
+
 def test_more_adapters_in_a_batch_than_slots() -> None:
     store = store_of(budget_of(64))
     modules = {path: ModuleOperators(gain=torch.rand(WIDTH)) for path in PATHS}

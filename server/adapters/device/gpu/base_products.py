@@ -60,12 +60,14 @@ def needed_as_is(
         return [0] * len(mixes), frozenset()
     bits: list[int] = []
     bound: set[str] = set()
+    # Of several slices the base multiplies no changed input in place of the rows' own.
+    single = {name for name, packed in pack.projections.items() if len(packed.columns) == 1}
     for mix in mixes:
         own = pack.kinds(key for key, _ in mix)
         needed = own.gains.union(*(pairs.of(key) for key, _ in mix))
         changed = own.input_gains.union(*(blocks.without_gain(key) for key, _ in mix))
         bits.append(sum(1 << i for i, name in enumerate(pack.projections) if name in needed))
-        bound |= needed & changed
+        bound |= needed & changed & single
     return bits, frozenset(bound)
 
 
