@@ -56,8 +56,7 @@ def read_tokenizer_files(directory: AdapterDirectory, findings: Findings) -> Tok
     if not directory.has(TOKENIZER_FILE):
         return None
     found: dict[str, bytes] = {}
-    num_bytes = 0
-    digest = hashlib.sha256(_DOMAIN)
+    read: dict[str, bytes] = {}
     for name, most in TOKENIZER_FILES.items():
         if not directory.has(name):
             continue
@@ -66,13 +65,19 @@ def read_tokenizer_files(directory: AdapterDirectory, findings: Findings) -> Tok
         if len(data) > most:
             findings.add(name, f"is larger than {most} bytes")
             return None
-        num_bytes += len(data)
-        digest.update(f"{name}\0{len(data)}\0".encode() + data)
         checked = _checked(name, data, findings)
         if checked is None:
             return None
-        found[name] = checked
-    return TokenizerFiles(found, digest.hexdigest(), num_bytes)
+        read[name], found[name] = data, checked
+    return TokenizerFiles(found, tokenizer_digest(read), sum(map(len, read.values())))
+
+
+def tokenizer_digest(files: Mapping[str, bytes]) -> str:
+    """The digest of a tokenizer's files, by name in the order of ``TOKENIZER_FILES``."""
+    digest = hashlib.sha256(_DOMAIN)
+    for name, data in files.items():
+        digest.update(f"{name}\0{len(data)}\0".encode() + data)
+    return digest.hexdigest()
 
 
 def _checked(name: str, data: bytes, findings: Findings) -> bytes | None:

@@ -9,15 +9,14 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from turret.server.adapters.adapter_info import AdapterInfo
-from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, AdapterRoot
-from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import (
     begin_digest,
     digest_of_task,
     digest_with_tokenizer,
     parse_config,
 )
-from turret.server.adapters.checkpoint.tokenizer_files import read_tokenizer_files
+from turret.server.adapters.checkpoint.tokenizer_files import tokenizer_digest
 from turret.server.adapters.residency.loader import changed
 from turret.server.adapters.source import (
     CONFIG_FILE,
@@ -62,10 +61,11 @@ class AdapterExport:
         self._files: dict[str, BinaryIO] = {}
         try:
             with root.open_directory(source.place, source.shown) as directory:
-                for name in (CONFIG_FILE, TENSORS_FILE):
-                    self._files[name] = directory.open_file(name)
+                names = [CONFIG_FILE, TENSORS_FILE]
                 if record.facts.tokenizer:
-                    self._open_tokenizer(directory)
+                    names += [name for name in TOKENIZER_FILES if directory.has(name)]
+                for name in names:
+                    self._files[name] = directory.open_file(name)
             self.files = tuple(_describe(name, file) for name, file in self._files.items())
             self._check_digest()
         except BaseException:
@@ -106,16 +106,6 @@ class AdapterExport:
                     metadata={"path": self._source.shown},
                 )
 
-    def _open_tokenizer(self, directory: AdapterDirectory) -> None:
-        findings = Findings(self._source.shown)
-        found = read_tokenizer_files(directory, findings)
-        digest, wanted = "" if found is None else found.digest, self.record.facts.tokenizer
-        if digest != wanted:
-            raise changed(self._source, wanted, digest)
-        for name in TOKENIZER_FILES:
-            if directory.has(name):
-                self._files[name] = directory.open_file(name)
-
     def _check_digest(self) -> None:
         config = self._files[CONFIG_FILE]
         config.seek(0)
@@ -126,10 +116,18 @@ class AdapterExport:
             digest.update(data)
         found, facts = digest.hexdigest(), self.record.facts
         if facts.tokenizer:
-            found = digest_with_tokenizer(found, facts.tokenizer)
+            found = digest_with_tokenizer(found, self._tokenizer_digest())
         found = digest_of_task(found, self._source.task)
         if found != facts.digest:
             raise changed(self._source, facts.digest, found)
+
+    def _tokenizer_digest(self) -> str:
+        read: dict[str, bytes] = {}
+        for name, most in TOKENIZER_FILES.items():
+            if name in self._files:
+                self._files[name].seek(0)
+                read[name] = self._files[name].read(most + 1)
+        return tokenizer_digest(read)
 
 
 def _describe(name: str, file: BinaryIO) -> ExportedFile:

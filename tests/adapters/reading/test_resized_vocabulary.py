@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,15 @@ from builders.methods import make_config, save_adapter
 from builders.tiny_models import tiny_tokenizer
 from method_oracle import twin
 
+from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
+from turret.server.adapters.registry.export import AdapterExport
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.adapters.source import TOKENIZER_FILES, Source
-from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
+from turret.server.errors import (
+    AdapterChangedError,
+    AdapterCheckpointError,
+    AdapterMismatchError,
+)
 from turret.server.models.describe import describe_base
 from turret.server.models.loader import load_decoder
 from turret.server.models.model_source import resolve_model
@@ -106,6 +113,39 @@ def test_fewer_rows_need_none_where_the_bases_tokens_have_theirs(
     assert (facts.vocab_size, facts.tokenizer) == (250, "")
     with pytest.raises(AdapterCheckpointError, match="only its own tokenizer tells"):
         load(loader_of(tmp_path, named=251))
+
+
+def test_an_export_gives_the_tokenizer_that_was_loaded(
+    loader_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, loader = grown(tmp_path), loader_of(tmp_path)
+    record: Any = SimpleNamespace(facts=load(loader).facts)
+    template = folder / "chat_template.jinja"
+    loaded, source = template.read_text(), Source("a")
+
+    def exported() -> str:
+        with AdapterExport(loader.root_of(source), source, record) as export:
+            found = [data for name, data in export.chunks() if name == template.name]
+        return b"".join(found).decode()
+
+    assert exported() == loaded
+    open_file = AdapterDirectory.open_file
+
+    def and_replace(directory: AdapterDirectory, name: str) -> Any:
+        file = open_file(directory, name)
+        if name == template.name:
+            (folder / "new").write_text("another")
+            (folder / "new").replace(template)
+        return file
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AdapterDirectory, "open_file", and_replace)
+        assert exported() == loaded
+    with pytest.raises(AdapterChangedError):
+        exported()
+    template.unlink()
+    with pytest.raises(AdapterChangedError):
+        exported()
 
 
 def tokenizer_of(folder: Path, **files: Any) -> None:
