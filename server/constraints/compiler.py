@@ -11,6 +11,7 @@ from typing import Protocol
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from turret.server.basics.background import work_in_background
+from turret.server.basics.panics import PANICS_ARE_ERRORS
 from turret.server.constraints.constraint import Constraint
 from turret.server.constraints.grammar import grammar_of, refusal
 from turret.server.constraints.matcher import words_of
@@ -114,6 +115,7 @@ class ConstraintCompiler:
 
     # On the threads.
 
+    @PANICS_ARE_ERRORS
     def _compile(self, spec: ConstraintSpec) -> Constraint:
         tokenizer = self._tokenizer()
         if isinstance(tokenizer, InvalidRequestError):
@@ -150,6 +152,7 @@ class ConstraintCompiler:
         if not ends:
             return InvalidRequestError("this model has no end token, so no answer can be complete")
         try:
-            return LLTokenizer(self._tokens.serialized(), eos_token=ends, slices=_SLICES)
+            with PANICS_ARE_ERRORS:
+                return LLTokenizer(self._tokens.serialized(), eos_token=ends, slices=_SLICES)
         except Exception as error:
             return InvalidRequestError(f"this model's tokenizer cannot be followed: {error}")

@@ -172,7 +172,8 @@ class EngineLoop:
                 self._flush()
                 if not self._stopping:
                     self._step()
-        except Exception:
+        # Panics of libraries in Rust too: who waits for a thread that has ended waits for ever.
+        except BaseException:
             # Whatever state the device is in, limping on would risk wrong answers.
             _log.exception("the engine failed")
             self._die()

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from turret.server.basics.panics import PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_format import NO_TOOLS, ChatFormat
 from turret.server.models.time_limit import limited_to
@@ -23,6 +24,8 @@ _TEMPLATE_SECONDS = 5.0
 
 class Tokenizer:
     """Text to token ids and back. Safe to call from several threads.
+
+    What the library panics with, of rules that contradict each other, is raised as a RuntimeError.
 
     Attributes:
         vocab_size: Token ids are below it, here and in the model: tokenizers may hold added tokens
@@ -61,6 +64,7 @@ class Tokenizer:
         self._any_special = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @classmethod
+    @PANICS_ARE_ERRORS
     def load(cls, files: Path, eos_token_ids: frozenset[int], model_vocab_size: int) -> Tokenizer:
         """Load from a model directory.
 
@@ -91,6 +95,7 @@ class Tokenizer:
         numbers: dict[str, int] = self._backend.get_vocab()
         return {token: number for token, number in numbers.items() if number >= rows}
 
+    @PANICS_ARE_ERRORS
     def serialized(self) -> str:
         """The tokenizer as ``tokenizer.json`` holds it, without rules of padding and length."""
         copy = type(self._backend).from_str(self._backend.to_str())
@@ -98,6 +103,7 @@ class Tokenizer:
         copy.no_truncation()
         return copy.to_str()
 
+    @PANICS_ARE_ERRORS
     def encode(self, text: str) -> list[int]:
         """Tokenise a raw prompt; the tokenizer's own BOS rule applies.
 
@@ -107,6 +113,7 @@ class Tokenizer:
         is_twice = self._bos is not None and ids[:2] == [self._bos] * 2
         return ids[1:] if is_twice else ids
 
+    @PANICS_ARE_ERRORS
     def encode_chat(
         self,
         messages: Sequence[dict[str, Any]],
@@ -166,10 +173,12 @@ class Tokenizer:
             ids += piece
         return ids
 
+    @PANICS_ARE_ERRORS
     def decode(self, token_ids: Sequence[int], *, special: bool = False) -> str:
         """Text of a whole sequence, with special tokens if ``special``."""
         return self._backend.decode(list(token_ids), skip_special_tokens=not special)
 
+    @PANICS_ARE_ERRORS
     def token_text(self, token_id: int) -> str:
         """Text of one token on its own, special tokens shown."""
         return self._backend.decode([token_id], skip_special_tokens=False)
@@ -254,5 +263,6 @@ class TokenStream:
 
     def push(self, token_id: int) -> str:
         """Add a token; returns the text that became certain (often one word, sometimes none)."""
-        text = self._stream.step(self._backend, token_id) or ""
+        with PANICS_ARE_ERRORS:
+            text = self._stream.step(self._backend, token_id) or ""
         return text + self._shown[token_id] if token_id in self._shown else text

@@ -268,6 +268,30 @@ async def test_tokenizers_that_cannot_be_followed() -> None:
         made.close()
 
 
+async def test_panics_of_the_library_are_errors(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are no Exceptions, and nobody above would catch them."""
+
+    class PanicException(BaseException):
+        pass
+
+    def panic(*_: object, **__: object) -> None:
+        raise PanicException("of the library")
+
+    made = ConstraintCompiler(tokenizer)
+    await made.compile(ConstraintSpec("json_object"))
+    monkeypatch.setattr(compiler_module, "grammar_of", panic)
+    with pytest.raises(RuntimeError, match="panic: of the library"):
+        await made.compile(schema({}))
+    made.close()
+    monkeypatch.setattr(compiler_module, "LLTokenizer", panic)
+    made = ConstraintCompiler(tokenizer)
+    with pytest.raises(InvalidRequestError, match="cannot be followed: panic"):
+        await made.compile(schema({}))
+    made.close()
+
+
 def test_an_answer_does_not_depend_on_who_filled_the_lexer(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:

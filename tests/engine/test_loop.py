@@ -319,6 +319,26 @@ def test_a_fault_in_one_request_ends_that_request_alone(
     assert driven.scheduler.blocks.num_active == 0
 
 
+@pytest.mark.parametrize("kind", [OverflowError, BaseException])
+def test_whatever_ends_the_thread_ends_every_request(
+    make: Registries, monkeypatch: pytest.MonkeyPatch, kind: type[BaseException]
+) -> None:
+    """What libraries in Rust panic with is no Exception."""
+    registry = make(1, load="a")
+    driven = Driven(registry)
+
+    def fail(now: float) -> None:
+        raise kind("schedule")
+
+    monkeypatch.setattr(driven.scheduler, "schedule", fail)
+    driven.ask("one", "a")
+    driven.ask("two", "a")
+    driven.loop.run()
+    assert driven.loop.is_dead
+    assert sorted(driven.errors) == ["one", "two"]
+    assert registry.get("a").in_flight == 0
+
+
 def test_a_deadline_in_ten_thousand_years_is_waited_for(make: Registries) -> None:
     driven = Driven(make(2, load="a"))
     thread = threading.Thread(target=driven.loop.run, daemon=True)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +65,51 @@ def test_the_latest_are_kept(
     tokenizers.check(files, 272)
     assert tokenizers.find(files.digest, 270) is made[0]
     assert tokenizers.find(files.digest, 271) is None
+
+
+# Rules that the library takes, and panics of when it follows them: a token that is put before every
+# text and that there is not; the ends of a token cut off that is shorter.
+UNKNOWN_BEFORE = {
+    "type": "TemplateProcessing",
+    "single": [
+        {"SpecialToken": {"id": "[X]", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+    ],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {},
+}
+TOO_SHORT = {"type": "Strip", "content": "a", "start": 0, "stop": 5}
+
+
+def with_rule(files: TokenizerFiles, part: str, rule: dict[str, Any]) -> TokenizerFiles:
+    said = json.loads(files.files["tokenizer.json"])
+    changed = {**files.files, "tokenizer.json": json.dumps({**said, part: rule}).encode()}
+    return TokenizerFiles(changed, part, files.bytes_disk)
+
+
+def test_what_the_library_panics_of_is_refused(tokenizers: OwnTokenizers, tmp_path: Path) -> None:
+    files = with_rule(files_of(tmp_path), "post_processor", UNKNOWN_BEFORE)
+    with pytest.raises(ValueError, match="no usable tokenizer: panic"):
+        tokenizers.check(files, ROWS)
+
+
+@pytest.mark.parametrize(
+    "ask",
+    [
+        lambda found, a: found.decode([a]),
+        lambda found, a: found.token_text(a),
+        lambda found, a: found.stream().push(a),
+    ],
+)
+def test_a_panic_is_an_error_as_others_are(
+    tokenizers: OwnTokenizers, tmp_path: Path, ask: Callable[[Tokenizer, int], str]
+) -> None:
+    """A thread that takes care of errors, the engine's, would end of it."""
+    files = with_rule(files_of(tmp_path), "decoder", TOO_SHORT)
+    found = tokenizers.get(files.digest, ROWS, lambda: files)
+    (a,) = tiny_tokenizer()("a")["input_ids"]
+    with pytest.raises(RuntimeError, match="panic"):
+        ask(found, a)
 
 
 def test_a_template_has_an_end(
