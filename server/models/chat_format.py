@@ -18,9 +18,11 @@ _MARKS: dict[ToolForm, tuple[str, ...]] = {
     "mistral": ("[TOOL_CALLS]",),
     "mistral11": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
 }
-_USES_TOOLS = re.compile(r"\{[{%][^}]*\btools\b")
+# Templates come with adapters too: what these take grows as a template does, and no faster.
+_OPENING = re.compile(r"\{[{%]")
+_TOOLS = re.compile(r"\btools\b")
 # A prompt that ends within the block: the answer has only its end.
-_OPENS = re.compile(r"<think>(?:\\n|\n)*['\"]?\s*(?:-?[}%]\}|\{%)")
+_OPENS = re.compile(r"<think>(?:\\n|\n)*+['\"]?\s*+(?:-?[}%]\}|\{%)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,8 +69,16 @@ class ChatFormat:
         )
 
 
+def _uses_tools(template: str) -> bool:
+    """Whether tools are named between an opening and the next brace that closes."""
+    return any(
+        (opening := _OPENING.search(part)) and _TOOLS.search(part, opening.end())
+        for part in template.split("}")
+    )
+
+
 def _form(template: str) -> ToolForm | None:
-    if not _USES_TOOLS.search(template):
+    if not _uses_tools(template):
         return None
     if "<tool_call>" in template:
         return "xml" if "<function=" in template else "hermes"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
@@ -39,6 +40,14 @@ from turret.server.models.chat_format import ChatFormat
 )
 def test_templates_say_what_they_know(template: Any, expected: ChatFormat) -> None:
     assert ChatFormat.of(template) == expected
+
+
+@pytest.mark.parametrize("template", ["<think>" + "\n" * 200_000, "{{" * 100_000])
+def test_what_is_long_takes_no_longer_than_it_is(template: str) -> None:
+    """Templates come with adapters, and nothing else runs meanwhile."""
+    before = time.thread_time()
+    assert not ChatFormat.of(template).opens_reasoning
+    assert time.thread_time() - before < 1
 
 
 def test_marks_are_the_special_tokens_of_the_form() -> None:
