@@ -129,15 +129,14 @@ def build_backend(
         change_base=engine.change_base,
         metrics=metrics,
     )
-    constraints = ConstraintCompiler(tokenizer)
+    vocabulary = Vocabulary(tokenizer, ConstraintCompiler(tokenizer))
     return Backend(
         engine=engine,
         registry=registry,
         fuser=fuser,
         merger=merger,
         tokenizer=tokenizer,
-        constraints=constraints,
-        vocabularies=Vocabularies(Vocabulary(tokenizer, constraints), registry.tokenizers, own),
+        vocabularies=Vocabularies(vocabulary, registry.tokenizers, own),
         model_info=_model_info(decoder, source, engine),
         methods=tuple(sorted(METHODS)),
     )

@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from turret.server.adapters.merge.merger import Merger
     from turret.server.adapters.registry.registry import AdapterRegistry
     from turret.server.api.vocabularies import Vocabularies
-    from turret.server.constraints.compiler import ConstraintCompiler
     from turret.server.engine.engine import Engine
     from turret.server.models.model_info import ModelInfo
     from turret.server.models.tokenizer import Tokenizer
@@ -27,8 +26,8 @@ class Backend:
         fuser: Makes new adapters of those there are.
         merger: Merges adapters into the base.
         tokenizer: Turns text into the base model's tokens and back.
-        constraints: Compiles what answers of the base's tokens must match.
-        vocabularies: Tokenizers of adapters that have their own, and the base's.
+        vocabularies: Tokenizers of adapters that have their own, and the base's, and what compiles
+            constraints for them.
         model_info: What clients may know of the base model.
         methods: Adapter methods that this build can load, sorted.
     """
@@ -38,13 +37,12 @@ class Backend:
     fuser: Fuser
     merger: Merger
     tokenizer: Tokenizer
-    constraints: ConstraintCompiler
     vocabularies: Vocabularies
     model_info: ModelInfo
     methods: tuple[str, ...]
 
     def close(self) -> None:
         """Stop fusing and reading; who waits for either is told. Blocks; drain the engine first."""
-        self.constraints.close()
+        self.vocabularies.close()
         self.fuser.close()
         self.registry.close()

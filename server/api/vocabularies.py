@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -47,6 +48,11 @@ class Vocabulary:
             self._constraints = ConstraintCompiler(self.tokenizer)
         return self._constraints
 
+    def close(self) -> None:
+        """Compile nothing more."""
+        if self._constraints is not None:
+            self._constraints.close()
+
 
 class Vocabularies:
     """Finds the vocabulary of a request's adapters. Belongs to one event loop.
@@ -65,6 +71,13 @@ class Vocabularies:
         self._tokenizers = tokenizers
         # Its tokenizer and what came of it: no more than there are tokenizers in memory.
         self._made: dict[tuple[str, int], Vocabulary] = {}
+        # By the adapter's key: however many ask for one that is not there, it is read once.
+        self._reading: dict[str, asyncio.Future[Tokenizer]] = {}
+
+    def close(self) -> None:
+        """Compile nothing more."""
+        for vocabulary in (self._base, *self._made.values()):
+            vocabulary.close()
 
     async def of(self, weights: Sequence[adapters_pb2.AdapterWeight]) -> Vocabulary:
         """The vocabulary that a request with these adapters speaks.
@@ -83,17 +96,35 @@ class Vocabularies:
         digest = adapter.facts.tokenizer
         tokenizer = self._tokenizers.find(digest, rows)
         if tokenizer is None:
-            tokenizer = await asyncio.to_thread(self._read, adapter, rows)
+            tokenizer = await self._read(adapter)
         return self._vocabulary(tokenizer, digest, rows)
 
-    def _read(self, adapter: Adapter, rows: int) -> Tokenizer:
-        digest = adapter.facts.tokenizer
-        return self._tokenizers.get(digest, rows, lambda: self._adapters.read(adapter))
+    async def _read(self, adapter: Adapter) -> Tokenizer:
+        key, facts = adapter.key, adapter.facts
+        reading = self._reading.get(key)
+        if reading is None:
+            reading = asyncio.get_running_loop().run_in_executor(
+                None,
+                self._tokenizers.get,
+                facts.tokenizer,
+                facts.vocab_size,
+                lambda: self._adapters.read(adapter),
+            )
+            self._reading[key] = reading
+            reading.add_done_callback(functools.partial(self._was_read, key))
+        # Shielded: others may wait for it.
+        return await asyncio.shield(reading)
+
+    def _was_read(self, key: str, reading: asyncio.Future[Tokenizer]) -> None:
+        del self._reading[key]
+        if not reading.cancelled():
+            # Looked at: nobody may wait any more.
+            reading.exception()
 
     def _vocabulary(self, tokenizer: Tokenizer, digest: str, rows: int) -> Vocabulary:
         made = self._made.get((digest, rows))
         if made is None or made.tokenizer is not tokenizer:
-            gone = [key for key in self._made if self._tokenizers.find(*key) is None]
+            gone = [key for key in self._made if key not in self._tokenizers]
             for key in gone:
                 del self._made[key]
             made = Vocabulary(tokenizer, own=OwnText(digest, tokenizer))

@@ -51,8 +51,13 @@ class OwnTokenizers:
         except InvalidRequestError as error:
             raise ValueError(error.message) from None
 
+    def __contains__(self, key: tuple[str, int]) -> bool:
+        """Whether the tokenizer of such a digest and number of rows is in memory."""
+        with self._lock:
+            return key in self._kept
+
     def find(self, digest: str, rows: int) -> Tokenizer | None:
-        """The tokenizer, if it is in memory."""
+        """The tokenizer, if it is in memory; it counts as used."""
         with self._lock:
             found = self._kept.get((digest, rows))
             if found is not None:

@@ -332,6 +332,9 @@ class FakeVocabularies(Vocabularies):
     async def of(self, weights: Any) -> Vocabulary:
         return self._only
 
+    def close(self) -> None:
+        self._only.close()
+
 
 def fake_backend(engine: Any, registry: Any, merger: Any, fuser: Any) -> Backend:
     """A backend of stand-ins; this is where they pass for the real parts."""
@@ -343,7 +346,6 @@ def fake_backend(engine: Any, registry: Any, merger: Any, fuser: Any) -> Backend
         fuser=fuser,
         merger=merger,
         tokenizer=tokenizer,
-        constraints=constraints,
         vocabularies=FakeVocabularies(Vocabulary(tokenizer, constraints)),
         model_info=MODEL_INFO,
         methods=("dora", "lora"),

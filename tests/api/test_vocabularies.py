@@ -1,0 +1,116 @@
+"""Tokenizers of adapters are read once, kept while they are used, and end with the server."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from servers.fakes import FakeTokenizer
+
+from turret.server.adapters.tokenizer_files import TokenizerFiles
+from turret.server.api.vocabularies import Vocabularies, Vocabulary
+from turret.server.models import own_tokenizers
+from turret.server.models.own_tokenizers import OwnTokenizers
+from turret.v1 import adapters_pb2
+
+
+class Adapters:
+    """An adapter of every name, each with a tokenizer of its own."""
+
+    def __init__(self) -> None:
+        self.read_names: list[str] = []
+        self.may_read = threading.Event()
+        self.may_read.set()
+
+    def find(self, names: Iterable[str]) -> Any:
+        (name,) = names
+        facts = SimpleNamespace(tokenizer=f"digest of {name}", vocab_size=5)
+        return SimpleNamespace(key=name, facts=facts)
+
+    def read(self, adapter: Any) -> TokenizerFiles:
+        self.read_names.append(adapter.key)
+        assert self.may_read.wait(10)
+        return TokenizerFiles({}, adapter.facts.tokenizer, 0)
+
+
+class Closed:
+    """Compiles nothing."""
+
+    is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.fixture
+def adapters() -> Adapters:
+    return Adapters()
+
+
+@pytest.fixture
+def vocabularies(adapters: Adapters, monkeypatch: pytest.MonkeyPatch) -> Vocabularies:
+    monkeypatch.setattr(OwnTokenizers, "_read", lambda self, files, rows: FakeTokenizer())
+    monkeypatch.setattr(own_tokenizers, "MAX_KEPT", 3)
+    base: Any = FakeTokenizer()
+    known: Any = adapters
+    constraints: Any = Closed()
+    own = OwnTokenizers(base, Path("config.json"))
+    return Vocabularies(Vocabulary(base, constraints), known, own)
+
+
+def weights(name: str) -> list[adapters_pb2.AdapterWeight]:
+    return [adapters_pb2.AdapterWeight(name=name)]
+
+
+async def test_one_that_many_ask_for_is_read_once(
+    adapters: Adapters, vocabularies: Vocabularies
+) -> None:
+    adapters.may_read.clear()
+    asking = [asyncio.create_task(vocabularies.of(weights("a"))) for _ in range(5)]
+    await asyncio.sleep(0)
+    asking[0].cancel()
+    adapters.may_read.set()
+    cancelled, first, *others = await asyncio.gather(*asking, return_exceptions=True)
+    assert isinstance(cancelled, asyncio.CancelledError)
+    assert isinstance(first, Vocabulary)
+    assert others == [first] * 3
+    assert adapters.read_names == ["a"]
+
+
+async def test_a_fault_is_told_to_all_and_not_kept(
+    adapters: Adapters, vocabularies: Vocabularies, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(adapter: Any) -> Any:
+        raise OverflowError("gone")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(adapters, "read", fail)
+        asking = [vocabularies.of(weights("a")) for _ in range(2)]
+        faults = await asyncio.gather(*asking, return_exceptions=True)
+        assert [str(fault) for fault in faults] == ["gone"] * 2
+    assert (await vocabularies.of(weights("a"))).own is not None
+
+
+async def test_the_latest_used_are_kept(adapters: Adapters, vocabularies: Vocabularies) -> None:
+    for name in "abcad":
+        await vocabularies.of(weights(name))
+    # The fourth took the place of b, and what it made room for counts as no use of the others.
+    for name in "cad":
+        await vocabularies.of(weights(name))
+    await vocabularies.of(weights("e"))
+    await vocabularies.of(weights("a"))
+    assert adapters.read_names == ["a", "b", "c", "d", "e"]
+
+
+async def test_all_that_compile_are_closed(vocabularies: Vocabularies) -> None:
+    base, own = await vocabularies.of([]), await vocabularies.of(weights("a"))
+    compilers = [Closed(), Closed()]
+    for vocabulary, compiler in zip((base, own), compilers, strict=True):
+        vocabulary._constraints = compiler  # type: ignore[assignment]
+    vocabularies.close()
+    assert [compiler.is_closed for compiler in compilers] == [True, True]
