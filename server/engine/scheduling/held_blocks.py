@@ -26,8 +26,9 @@ class HeldBlocks:
 
     def missing(self, sequence: Sequence, num_tokens: int) -> int:
         """How many blocks it lacks for so many tokens."""
-        total = self._pool.blocks_for(num_tokens)
-        return sum(max(total - len(lot.blocks), 0) for lot in sequence.lots)
+        # Its lots hold as many each.
+        each = self._pool.blocks_for(num_tokens) - len(sequence.blocks)
+        return each * len(sequence.lots) if each > 0 else 0
 
     def reserve(self, sequence: Sequence, num_tokens: int, new_blocks: list[int]) -> bool:
         """Give it blocks for so many tokens, or none.
@@ -40,15 +41,17 @@ class HeldBlocks:
         Returns:
             Whether there were enough.
         """
-        fresh = self._pool.allocate(self.missing(sequence, num_tokens))
+        count = self.missing(sequence, num_tokens)
+        if not count:
+            # Of most steps, for all that decode.
+            return True
+        fresh = self._pool.allocate(count)
         if fresh is None:
             return False
         new_blocks.extend(fresh)
-        total = self._pool.blocks_for(num_tokens)
-        for lot in sequence.lots:
-            count = max(total - len(lot.blocks), 0)
-            lot.blocks.extend(fresh[:count])
-            fresh = fresh[count:]
+        lots = sequence.lots
+        for index, lot in enumerate(lots):
+            lot.blocks.extend(fresh[index :: len(lots)])
         return True
 
     def free(self, sequence: Sequence) -> None:
