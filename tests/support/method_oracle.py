@@ -6,7 +6,7 @@ import atexit
 import copy
 import functools
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ import torch
 from builders.methods import load_adapter, make_config, quiet, save_adapter
 from builders.tiny_models import VOCAB_SIZE, load_oracle, save_tiny_model, served_weights
 from servers.engine_harness import Answer, EngineHarness, make_request
+
+from turret.server.adapters.ref import AdapterRef
 
 # Of a logprob, relative where it is larger than 1.
 TOLERANCE = 1e-4
@@ -111,6 +113,37 @@ def check_bfloat16(
     assert float(torch.cat(ours).mean()) <= bound
 
 
+async def check_oracles(
+    base: Twin,
+    root: Path,
+    adapters: Sequence[str],
+    oracles: Iterable[tuple[AdapterRef | str, Any]],
+) -> None:
+    """Serves adapters and compares scores and greedy answers of some with models of theirs.
+
+    Args:
+        base: What they are for.
+        root: Where they are.
+        adapters: To load, in order.
+        oracles: What is asked for, and transformers' model with it.
+    """
+    # Longer than a step's budget, shorter than a chunk counts as short, and one token.
+    prompts = [prompt_of(37, 1), prompt_of(6, 2), prompt_of(1, 3)]
+    plain = oracle_logprobs(base.model, prompts[0])
+    async with EngineHarness.start(
+        base.folder, root, adapters=adapters, max_num_batched_tokens=24, max_num_seqs=8
+    ) as harness:
+        for asked, oracle in oracles:
+            # An adapter without effect would agree with anything.
+            assert (oracle_logprobs(oracle, prompts[0]) - plain).abs().max() > 0.05, asked
+            for prompt in prompts:
+                scored = await harness.run(make_request(prompt, asked, score=True))
+                check_score(scored, oracle, prompt, f"{asked}: score of {len(prompt)}")
+                answer = await harness.run(make_request(prompt, asked, max_tokens=MAX_TOKENS))
+                check_greedy(answer, oracle, prompt, f"{asked}: greedy after {len(prompt)}")
+                assert answer.finish.usage.prompt_tokens == len(prompt)
+
+
 async def check_methods(
     architecture: str, root: Path, variants: Mapping[str, tuple[str, dict[str, Any]]]
 ) -> None:
@@ -125,19 +158,5 @@ async def check_methods(
     for seed, (name, (method, changes)) in enumerate(variants.items()):
         config = make_config(method, **changes)
         save_adapter(base.model, config, root / name, seed=seed)
-    # Longer than a step's budget, shorter than a chunk counts as short, and one token.
-    prompts = [prompt_of(37, 1), prompt_of(6, 2), prompt_of(1, 3)]
-    plain = oracle_logprobs(base.model, prompts[0])
-    async with EngineHarness.start(
-        base.folder, root, adapters=list(variants), max_num_batched_tokens=24, max_num_seqs=8
-    ) as harness:
-        for name in variants:
-            oracle = load_adapter(base.model, root / name)
-            # An adapter without effect would agree with anything.
-            assert (oracle_logprobs(oracle, prompts[0]) - plain).abs().max() > 0.05, name
-            for prompt in prompts:
-                scored = await harness.run(make_request(prompt, name, score=True))
-                check_score(scored, oracle, prompt, f"{name}: score of {len(prompt)}")
-                answer = await harness.run(make_request(prompt, name, max_tokens=MAX_TOKENS))
-                check_greedy(answer, oracle, prompt, f"{name}: greedy after {len(prompt)}")
-                assert answer.finish.usage.prompt_tokens == len(prompt)
+    oracles = ((name, load_adapter(base.model, root / name)) for name in variants)
+    await check_oracles(base, root, list(variants), oracles)

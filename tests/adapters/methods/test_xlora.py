@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders.xloras import KINDS, save_loras, save_xlora
-from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of, twin
+from method_oracle import check_greedy, check_oracles, oracle_logprobs, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.adapters.ref import AdapterRef
@@ -30,23 +30,7 @@ def save_all(model: Any, root: Path, *names: str) -> dict[str, Any]:
 async def test_scores_and_answers_are_peft_s(architecture: str, tmp_path: Path) -> None:
     base = twin(architecture)
     oracles = save_all(base.model, tmp_path, *KINDS)
-    prompts = [prompt_of(37, 1), prompt_of(6, 2), prompt_of(1, 3)]
-    plain = oracle_logprobs(base.model, prompts[0])
-    async with EngineHarness.start(
-        base.folder,
-        tmp_path,
-        adapters=[*COMPONENTS, *KINDS],
-        max_num_batched_tokens=24,
-        max_num_seqs=8,
-    ) as harness:
-        for name, oracle in oracles.items():
-            assert (oracle_logprobs(oracle, prompts[0]) - plain).abs().max() > 0.05, name
-            for prompt in prompts:
-                what = f"{name} after {len(prompt)}"
-                scored = await harness.run(make_request(prompt, name, score=True))
-                check_score(scored, oracle, prompt, what)
-                answer = await harness.run(make_request(prompt, name, max_tokens=6))
-                check_greedy(answer, oracle, prompt, what)
+    await check_oracles(base, tmp_path, [*COMPONENTS, *KINDS], oracles.items())
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.long)])

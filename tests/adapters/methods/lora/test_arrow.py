@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from builders.methods import make_config, save_adapter
 from builders.routers import arrow_model, save_router
-from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of, twin
+from method_oracle import check_oracles, oracle_logprobs, prompt_of, twin
 from peft.tuners.lora.layer import LoraLayer
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn
@@ -73,29 +74,14 @@ def weighted(model: nn.Module, weight: float) -> nn.Module:
 async def test_scores_and_answers_are_peft_s(architecture: str, tmp_path: Path) -> None:
     save_all(architecture, tmp_path)
     base = twin(architecture)
-    prompts = [prompt_of(37, 1), prompt_of(6, 2), prompt_of(1, 3)]
-    plain = oracle_logprobs(base.model, prompts[0])
-    async with EngineHarness.start(
-        base.folder,
-        tmp_path,
-        adapters=[*LORAS, *ROUTERS],
-        max_num_batched_tokens=24,
-        max_num_seqs=8,
-    ) as harness:
+
+    def oracles() -> Iterator[tuple[AdapterRef, nn.Module]]:
         for name in ROUTERS:
-            oracle = oracle_of(base.model, tmp_path, name)
-            assert (oracle_logprobs(oracle, prompts[0]) - plain).abs().max() > 0.05, name
-            for prompt in prompts:
-                what = f"{name} after {len(prompt)}"
-                scored = await harness.run(make_request(prompt, name, score=True))
-                check_score(scored, oracle, prompt, what)
-                answer = await harness.run(make_request(prompt, name, max_tokens=6))
-                check_greedy(answer, oracle, prompt, what)
+            yield AdapterRef(name=name), oracle_of(base.model, tmp_path, name)
         half = weighted(oracle_of(base.model, tmp_path, "two-of-three"), -0.6)
-        ref = AdapterRef(name="two-of-three", weight=-0.6)
-        for prompt in prompts:
-            scored = await harness.run(make_request(prompt, ref, score=True))
-            check_score(scored, half, prompt, f"at -0.6 after {len(prompt)}")
+        yield AdapterRef(name="two-of-three", weight=-0.6), half
+
+    await check_oracles(base, tmp_path, [*LORAS, *ROUTERS], oracles())
 
 
 @pytest.mark.parametrize(
