@@ -28,15 +28,20 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def replace_file(path: Path, data: bytes) -> None:
+def replace_file(path: Path, data: bytes, *, mode: int = 0o600) -> None:
     """Writes a whole file, over the one that was there; readers see the old or the new one.
+
+    Args:
+        path: In a directory that is there.
+        data: The file's.
+        mode: Its permissions.
 
     Raises:
         OSError: The disk is full or broken; the old file is still there.
     """
     partial = path.with_name(path.name + PARTIAL_SUFFIX)
     try:
-        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, mode)
         with os.fdopen(descriptor, "wb") as file:
             file.write(data)
             file.flush()

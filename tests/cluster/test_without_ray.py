@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import json
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -173,6 +175,43 @@ def test_haproxy_takes_what_is_written_into_its_configuration(tmp_path: Path) ->
     if sys.platform == "linux":
         assert servers[0].endswith("on-error mark-down tcp-ut 8s")
         assert servers[1].endswith("[::1]:3 check tcp-ut 8s")
+
+
+def test_every_server_that_serve_writes_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = importlib.util.find_spec("ray")
+    if found is None or found.origin is None or sys.platform != "linux":
+        pytest.skip("needs Ray, and Linux")
+    template = Path(found.origin).with_name("serve") / "_private" / "haproxy_templates.py"
+    lines = re.findall(r"^ *server \{\{.*$", template.read_text(), re.MULTILINE)
+    assert len(lines) >= 2
+    written = tmp_path / "haproxy.cfg"
+    # Names and ports are filled in, what may be left out is.
+    filled = (re.sub(r"\{\{.*?\}\}", "10", re.sub(r"\{%.*?%\}", "", line)) for line in lines)
+    written.write_text("".join(f"{line}\n" for line in filled))
+    monkeypatch.setenv(haproxy.VARIABLE, "/bin/true")
+    haproxy.write_haproxy(tmp_path)
+    subprocess.run([haproxy.haproxy_path(tmp_path), "-f", written], check=True)
+    servers = written.read_text().splitlines()
+    assert [line.count(" tcp-ut 8s") for line in servers] == [1] * len(lines)
+
+
+def test_what_is_started_is_never_without_its_permissions(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A command that joins a fleet writes it while the fleet runs."""
+    monkeypatch.setenv(haproxy.VARIABLE, "/bin/true")
+    modes = []
+    renamed = Path.rename
+
+    def rename(path: Path, target: Path) -> Path:
+        modes.append(stat.S_IMODE(path.stat().st_mode))
+        return renamed(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename)
+    haproxy.write_haproxy(tmp_path)
+    assert modes == [0o700]
 
 
 def test_there_has_to_be_an_haproxy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

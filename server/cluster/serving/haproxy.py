@@ -48,9 +48,10 @@ def write_haproxy(folder: Path) -> None:
     """
     path = haproxy_path(folder)
     script = _SCRIPT if sys.platform == "linux" else '#!/bin/sh\nexec BINARY "$@"\n'
+    script = script.replace("SECONDS", str(_SECONDS))
     script = script.replace("BINARY", shlex.quote(_binary(path)))
-    replace_file(path, script.replace("SECONDS", str(_SECONDS)).encode())
-    path.chmod(0o700)
+    # A fleet that runs may start it at any moment.
+    replace_file(path, script.encode(), mode=0o700)
 
 
 def _binary(own: Path) -> str:
