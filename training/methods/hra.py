@@ -14,7 +14,6 @@ import torch
 from peft.tuners.hra import layer as hra
 
 from turret.training.base_model import TrainingBase
-from turret.training.errors import ConfigError
 from turret.training.methods.method import PeftMethod, Settings
 from turret.training.settings.config import MethodConfig
 
@@ -56,15 +55,13 @@ def _hra_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     return peft.HRAConfig(task_type="CAUSAL_LM", r=config.rank, target_modules=list(config.targets))
 
 
-class _HraMethod(PeftMethod):
-    def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
-        config = super().resolve(config, base)
-        assert config.rank is not None
-        if config.rank % 2:
-            problem = "must be even: HRA starts from pairs of reflections that undo each other"
-            raise ConfigError.of("method.rank", problem)
-        return config
+def _odd_rank(config: Settings, base: TrainingBase) -> str | None:
+    if config.rank % 2:
+        return "must be even: HRA starts from pairs of reflections that undo each other"
+    return None
 
+
+class _HraMethod(PeftMethod):
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
         attached = super().attach(model, config, base)
         for layer in attached.modules():
@@ -78,4 +75,5 @@ HRA = _HraMethod(
     learning_rate=5e-3,
     defaults={"targets": ("all-linear",), "rank": 8},
     peft_config=_hra_config,
+    rank_problem=_odd_rank,
 )

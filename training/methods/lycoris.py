@@ -11,10 +11,8 @@ from collections.abc import Sequence
 import peft
 
 from turret.training.base_model import TrainingBase
-from turret.training.errors import ConfigError
 from turret.training.lycoris.nf4_layers import register_nf4_layers
 from turret.training.methods.method import PeftMethod, Settings
-from turret.training.settings.config import MethodConfig
 from turret.training.settings.presets import expand_targets
 
 register_nf4_layers()
@@ -68,22 +66,19 @@ def _lokr_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     )
 
 
-class _LoHaMethod(PeftMethod):
-    def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
-        config = super().resolve(config, base)
-        assert config.rank is not None
-        highest = _served_rank(config.targets or (), base)
-        if config.rank > highest:
-            problem = f"LoHa is served up to rank {highest} on these modules of this base"
-            raise ConfigError.of("method.rank", problem)
-        return config
+def _high_rank(config: Settings, base: TrainingBase) -> str | None:
+    highest = _served_rank(config.targets, base)
+    if config.rank > highest:
+        return f"LoHa is served up to rank {highest} on these modules of this base"
+    return None
 
 
-LOHA = _LoHaMethod(
+LOHA = PeftMethod(
     name="loha",
     learning_rate=2e-3,
     defaults={**_DEFAULTS, "rank": _loha_rank},
     peft_config=_loha_config,
+    rank_problem=_high_rank,
 )
 LOKR = PeftMethod(
     name="lokr",

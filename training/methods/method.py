@@ -126,12 +126,14 @@ class PeftMethod:
         defaults: The method's keys of ``MethodConfig``, and what stands for each if it is left
             out; a function gets the config as far as it is resolved.
         peft_config: Makes PEFT's config of the resolved one.
+        rank_problem: What is wrong with the rank of the resolved one; None if nothing is.
     """
 
     name: str
     learning_rate: float
     defaults: Mapping[str, Any]
     peft_config: Callable[[Settings, TrainingBase], peft.PeftConfig]
+    rank_problem: Callable[[Settings, TrainingBase], str | None] | None = None
     is_prompt: bool = False
     has_factors: bool = False
 
@@ -139,6 +141,9 @@ class PeftMethod:
         config = fill_in(config, base, self.name, self.defaults)
         if config.targets is not None:
             config = dataclasses.replace(config, targets=expand_targets(base.arch, config.targets))
+        problem = None if self.rank_problem is None else self.rank_problem(config, base)
+        if problem is not None:
+            raise ConfigError.of("method.rank", problem)
         return config
 
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:

@@ -11,7 +11,6 @@ import torch
 from peft.tuners.shira import layer as shira
 
 from turret.training.base_model import TrainingBase
-from turret.training.errors import ConfigError
 from turret.training.methods.method import PeftMethod, Settings
 from turret.training.settings.config import MethodConfig
 
@@ -64,16 +63,14 @@ def _highest_rank(targets: Sequence[str], base: TrainingBase) -> int:
     )
 
 
-class _ShiraMethod(PeftMethod):
-    def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
-        config = super().resolve(config, base)
-        assert config.rank is not None
-        highest = _highest_rank(config.targets or (), base)
-        if config.rank > highest:
-            problem = f"at most {highest}, where all entries of one of these modules are trained"
-            raise ConfigError.of("method.rank", problem)
-        return config
+def _high_rank(config: Settings, base: TrainingBase) -> str | None:
+    highest = _highest_rank(config.targets, base)
+    if config.rank > highest:
+        return f"at most {highest}, where all entries of one of these modules are trained"
+    return None
 
+
+class _ShiraMethod(PeftMethod):
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
         attached = super().attach(model, config, base)
         if model.device.type == "meta":
@@ -99,4 +96,5 @@ SHIRA = _ShiraMethod(
     learning_rate=5e-3,
     defaults={"targets": ("all-linear",), "rank": 8},
     peft_config=_shira_config,
+    rank_problem=_high_rank,
 )
