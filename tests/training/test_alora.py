@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from builders.tiny_models import save_tiny_model, tiny_tokenizer
-from builders.training import WORDS, resolve_tiny, write_jsonl
+from builders.training import CHAT, TURNS, WORDS, resolve_tiny, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
@@ -154,17 +154,8 @@ def test_a_sample_is_answered_from_the_invocation_on(model: Path, tmp_path: Path
     assert sample["after"] != sample["before"]
 
 
-CHAT = (
-    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<a>{% endif %}"
-)
-TURNS = (
-    {"role": "user", "content": "one"},
-    {"role": "assistant", "content": "two"},
-    {"role": "user", "content": "three"},
-    {"role": "assistant", "content": "four <a>"},
-)
+# The last answer names what is begun with.
+NAMING = (*TURNS[:-1], {"role": "assistant", "content": "four <a>"})
 
 
 def encoded(text: str, *, template: str | None = CHAT, loss_on: Any = "completion", **fields: Any):
@@ -188,21 +179,21 @@ def test_what_precedes_the_last_invocation_is_masked() -> None:
     tokenizer.chat_template = CHAT
     assert invocation_before_answers(tokenizer) == "<a>"
     before = "<u>one\n<a>two<eos>\n<u>three\n"
-    item = encoded("<a>", messages=TURNS)
+    item = encoded("<a>", messages=NAMING)
     assert parts(item) == (before, "four <a><eos>")
     assert item.turns == (("user", "one"), ("assistant", "two"), ("user", "three"))
-    assert parts(encoded("<u>", messages=TURNS, loss_on="all")) == (
+    assert parts(encoded("<u>", messages=NAMING, loss_on="all")) == (
         before.removesuffix("<u>three\n"),
         "three\n<a>four <a><eos>",
     )
     # Every answer from an invocation on is learned.
-    assert parts(encoded("one", messages=TURNS)) == ("<u>", "two<eos>four <a><eos>")
+    assert parts(encoded("one", messages=NAMING)) == ("<u>", "two<eos>four <a><eos>")
     assert parts(encoded("ne", prompt="one", completion="ne", template=None)) == ("o", "ne<eos>")
 
 
 def test_an_example_without_the_invocation_is_refused_by_name() -> None:
     with pytest.raises(DataError, match=r"train.jsonl:7: messages: holds no 'four' before"):
-        encoded("four", messages=TURNS)
+        encoded("four", messages=NAMING)
     with pytest.raises(DataError, match=r"train.jsonl:7: prompt: holds no 'four' before its last"):
         encoded("four", prompt="one", completion="four")
     with pytest.raises(DataError, match=r"train.jsonl:7: text: holds no 'four'"):

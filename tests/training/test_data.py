@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from builders.tiny_models import EOS, tiny_tokenizer
-from builders.training import resolve_tiny, write_jsonl
+from builders.training import CHAT, TURNS, resolve_tiny, write_jsonl
 
 from turret.training.data.batch import IGNORED, BatchStream, make_batch, pack_rows, single_rows
 from turret.training.data.dataset import split
@@ -16,18 +16,6 @@ from turret.training.data.encode import Encoded, encode, encode_all
 from turret.training.data.example import Example
 from turret.training.errors import DataError
 from turret.training.settings.config import DataConfig
-
-CHAT = (
-    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}"
-    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}<a>{% endif %}"
-)
-TURNS = (
-    {"role": "user", "content": "one"},
-    {"role": "assistant", "content": "two"},
-    {"role": "user", "content": "three"},
-    {"role": "assistant", "content": "four"},
-)
 
 
 def tokenizer(template: str | None = CHAT) -> Any:

@@ -12,6 +12,18 @@ from turret.training.settings.resolve import Resolved, resolve
 # What a method asks of a config that trains it on ``write_words``, whose prompts end so.
 REQUIRED = {"alora": ("method.invocation=:",)}
 WORDS = ("red", "green", "blue", "black", "white", "amber", "pink", "grey")
+# A chat template with a mark of each kind, and a conversation.
+CHAT = (
+    "{% for m in messages %}<{{ m['role'][0] }}>{{ m['content'] }}"
+    "{% if m['role'] == 'assistant' %}<eos>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<a>{% endif %}"
+)
+TURNS = (
+    {"role": "user", "content": "one"},
+    {"role": "assistant", "content": "two"},
+    {"role": "user", "content": "three"},
+    {"role": "assistant", "content": "four"},
+)
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
