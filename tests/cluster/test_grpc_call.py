@@ -189,4 +189,10 @@ async def test_both_doors_close_while_the_replica_may_answer_nothing(
         link.is_serving = False
         assert await answers() == (503, 503, grpc.StatusCode.UNAVAILABLE)
         assert await health() == (health_pb2.HealthCheckResponse.NOT_SERVING, None)
+        link.is_serving = True
+        assert await health() == (health_pb2.HealthCheckResponse.SERVING, None)
+        backend = SimpleNamespace(engine=SimpleNamespace(is_dead=True))
+        monkeypatch.setattr(server, "_backend", backend)
+        assert await answers() == (503, 503, grpc.StatusCode.UNAVAILABLE)
+        assert await health() == (health_pb2.HealthCheckResponse.NOT_SERVING, None)
     server.adapters.close()

@@ -63,7 +63,7 @@ class ReplicaServer:
     ) -> None:
         self._config = config
         self.metrics = Metrics()
-        self._gate = Gate(self._check_link)
+        self._gate = Gate(self._check_serving)
         self.adapters = Adapters(self._gate)
         self.inference = Inference(self._gate)
         token_file = config.security.token_file
@@ -128,7 +128,10 @@ class ReplicaServer:
         if self._link is None or self._link.has_failed:
             raise UnavailableError("the replica cannot follow the fleet")
 
-    def _check_link(self) -> None:
+    def _check_serving(self) -> None:
+        # Until Serve has asked ``check``, and replaced the replica.
+        if self._backend is not None and self._backend.engine.is_dead:
+            raise UnavailableError("the engine is dead")
         if self._link is None or not self._link.is_serving:
             raise UnavailableError("the replica has lost the fleet's registry")
 
