@@ -97,7 +97,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item
             for group in [list(found) for _, found in by_test]
             for number, item in enumerate(group)
-            # 0, 3, 4, 7 … and 1, 2, 5, 6 …: both have every value of the last parameter.
+            # 0, 3, 4, 7 … and 1, 2, 5, 6 …: were it every other one, each target would have one
+            # value of a last parameter of two.
             if len(group) == 1 or (number + number // 2) % 2 == of_target
         ]
     items[:] = cases

@@ -82,7 +82,7 @@ def _summary(method: Method) -> str:
     return text.partition("\n")[0].replace("``", "`").rstrip(".")
 
 
-# Made in a second; that of costs trains an adapter of every method, which takes many.
+# Made in a second; that of costs writes an adapter of every method, which takes many.
 PARTS = {"keys": render_keys, "reasons": render_reasons, "types": render_types}
 COSTS = {"costs": render_costs}
 
