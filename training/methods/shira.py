@@ -93,7 +93,7 @@ def _delta_shape(layer: shira.Linear, adapter: str) -> torch.Tensor:
 
 SHIRA = _ShiraMethod(
     name="shira",
-    learning_rate=5e-3,
+    learning_rate=1e-3,
     defaults={"targets": ("all-linear",), "rank": 8},
     peft_config=_shira_config,
     rank_problem=_high_rank,
