@@ -47,7 +47,7 @@ REST = "all else"
 # name, the compiled formulation and torch's, one runs.
 PARTS = (
     Part("turret.server.models.weights.nf4:Nf4Linear.__call__", "base matmuls"),
-    Part("turret.server.adapters.device.cpu_store:CpuStep.project", "adapters"),
+    Part("turret.server.adapters.device.cpu.store:CpuStep.project", "adapters"),
     Part("turret.server.adapters.device.packed.store:PackedStep.project", "adapters"),
     Part("turret.server.models.decoding.cpu_layer_ops:CpuLayerOps.attend", "attention"),
     Part("turret.server.models.decoding.layer_ops:TorchLayerOps.attend", "attention"),

@@ -16,7 +16,7 @@ from turret.kernels.cpu.threads import use_own_threads
 from turret.server import log
 from turret.server.adapters.allowed import Allowed
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.device.cpu_store import CpuStore
+from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.gpu.streams import StepStream
 from turret.server.adapters.device.packed.store import PackedStore
 from turret.server.adapters.device.store import AdapterStore, StepStore

@@ -10,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not os.path.exists("/dev/nvidia0"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import logging
 import random
 import sys
 from collections.abc import Iterator
@@ -89,6 +90,17 @@ def fixed_seeds() -> None:
         torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def own_log() -> Iterator[None]:
+    """What a command run in this process makes of the log ends with its test."""
+    root, own = logging.getLogger(), logging.getLogger("turret")
+    before = (list(root.handlers), root.level, own.level)
+    yield
+    print("LEAK", before, (root.handlers, root.level, own.level)) if own.level != before[2] else None
+    if own.level != before[2]:
+        open("/tmp/w/leak", "a").write(os.environ.get("PYTEST_CURRENT_TEST", "") + "\n")
+
+
 @pytest.fixture(scope="session")
 def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnderTest]:
     """``turret serve`` on the embedded model; tests put adapters into its ``adapter_root``."""
@@ -99,7 +111,7 @@ def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerUnde
 @pytest.fixture(scope="module")
 def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Directory of a tiny llama; what is made of it goes beside it, where EngineHarness looks."""
-    from builders.tiny_models import save_tiny_model
+    from builders.bases.tiny_models import save_tiny_model
 
     folder = tmp_path_factory.mktemp("tiny_llama")
     with pytest.MonkeyPatch.context() as patch:

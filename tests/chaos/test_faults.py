@@ -13,9 +13,9 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from builders.registries import until
-from builders.tiny_models import save_tiny_model
 from chaos.administration import PATHS, Administrator, Operation
 from chaos.disk import filled, read_only, small_disk
 from chaos.zygote import Life, Zygote, running_zygote

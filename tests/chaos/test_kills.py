@@ -10,8 +10,8 @@ from pathlib import Path
 
 import grpc
 import pytest
+from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
-from builders.tiny_models import save_tiny_model
 from chaos.administration import PATHS, Administrator, Entry, Operation, State, is_before_or_after
 from chaos.zygote import Zygote, running_zygote
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import grpc
 import pytest
+from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
-from builders.tiny_models import save_tiny_model
 from servers.breaking_proxy import breaking_proxy
 from servers.server_under_test import ServerUnderTest, start_server
 

@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
-from builders.merges import ARCHITECTURE, PROMPT, merge, refs, save_adapters, unmerge
+from builders.mixes.merges import ARCHITECTURE, PROMPT, merge, refs, save_adapters, unmerge
 from fleets.replicas import Fleet, Wire
 from method_oracle import twin
 from servers.engine_harness import EngineHarness, make_request

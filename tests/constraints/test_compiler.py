@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from builders.bases.tiny_models import EOS
 from builders.constraints import compiled, is_followed, make_tokenizer, tokens_of
-from builders.tiny_models import EOS
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast

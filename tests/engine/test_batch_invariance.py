@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders.bases.tiny_models import VOCAB_SIZE, save_tiny_model
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
-from builders.tiny_models import VOCAB_SIZE, save_tiny_model
 from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.kernels.cpu import native

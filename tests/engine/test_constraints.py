@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from builders.bases.tiny_models import EOS, VOCAB_SIZE, save_tiny_model
 from builders.constraints import compiled, make_tokenizer
 from builders.sequences import mix_of
-from builders.tiny_models import EOS, VOCAB_SIZE, save_tiny_model
 from servers.engine_harness import GREEDY, EngineHarness, make_request
 
 from turret.kernels.cpu import native

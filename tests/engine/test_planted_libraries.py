@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from builders.bases.tiny_models import VOCAB_SIZE, save_tiny_model
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
-from builders.tiny_models import VOCAB_SIZE, save_tiny_model
 from planted_libraries import LIBRARIES, plant
 from servers.engine_harness import Answer, EngineHarness, make_request
 

@@ -10,9 +10,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from builders.bases.tiny_models import save_tiny_model
 from builders.methods import load_adapter, make_config, quiet, save_adapter
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
-from builders.tiny_models import save_tiny_model
 from gpu_path import FakeCapture, use_coarse_tiles
 from method_oracle import prompt_of, twin
 from safetensors.torch import load_file

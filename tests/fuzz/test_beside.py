@@ -16,8 +16,8 @@ from typing import Any
 
 import grpc
 import pytest
+from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
-from builders.tiny_models import save_tiny_model
 from fuzz.corpus import seeds
 from fuzz.doors import METHODS, PATHS
 from fuzz.mutation import mutated

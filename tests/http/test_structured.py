@@ -15,7 +15,7 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
-from builders.tiny_models import save_tiny_model
+from builders.bases.tiny_models import save_tiny_model
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.aio import AsyncTurretClient

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from builders.bases.tiny_models import EOS, tiny_tokenizer
 from builders.constraints import compiled, is_followed, make_tokenizer
-from builders.tiny_models import EOS, tiny_tokenizer
 from servers.fakes import FakeTokenizer, finish
 from servers.http_harness import HttpHarness, http_harness
 

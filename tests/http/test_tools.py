@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
+from builders.bases.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
 from builders.constraints import compiled, make_tokenizer
-from builders.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
 from servers.fakes import FakeTokenizer, finish
 from servers.http_harness import HttpHarness, http_harness
 

@@ -15,14 +15,14 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from builders.fusions import save_fusion
+from builders.bases.tiny_models import ARCHITECTURES, MIXTURES, OTHER_ARCHITECTURES
 from builders.methods import make_config, save_adapter
-from builders.tiny_models import ARCHITECTURES, MIXTURES, OTHER_ARCHITECTURES
+from builders.mixes.fusions import save_fusion
 from method_oracle import prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.cpu.native import has_native_products
-from turret.server.adapters.device.cpu_store import CpuStore
+from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.store import Resident
 from turret.server.adapters.operators import ModuleOperators
 from turret.server.adapters.ref import AdapterRef

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.tiny_models import save_tiny_model, served_weights
+from builders.bases.tiny_models import save_tiny_model, served_weights
 from safetensors.torch import load_file, save_file
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders import tiny_models
-from builders.tiny_models import load_oracle, save_tiny_model, served_weights
+from builders.bases import tiny_models
+from builders.bases.tiny_models import load_oracle, save_tiny_model, served_weights
 from checkout import ROOT
 from method_oracle import check_greedy, prompt_of
 from servers.engine_harness import EngineHarness, make_request

@@ -14,8 +14,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from builders.bases.tiny_models import MIXTURES, OTHER_ARCHITECTURES
 from builders.methods import load_adapter, make_config, save_adapter
-from builders.tiny_models import MIXTURES, OTHER_ARCHITECTURES
 from gpu_path import FakeCapture, use_coarse_tiles
 from method_oracle import (
     check_bfloat16,

@@ -11,8 +11,8 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from builders.gguf_files import TEMPLATE, dequantised_copy, write_gguf
-from builders.tiny_models import BOS, EOS, save_tiny_model
+from builders.bases.gguf_files import TEMPLATE, dequantised_copy, write_gguf
+from builders.bases.tiny_models import BOS, EOS, save_tiny_model
 from gguf import GGMLQuantizationType as Kind
 from method_oracle import prompt_of
 from safetensors.torch import load_file

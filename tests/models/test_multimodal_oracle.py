@@ -15,8 +15,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from builders.bases.tiny_models import MULTIMODAL_ARCHITECTURES, save_tiny_model, served_weights
 from builders.methods import load_adapter, make_config, save_adapter
-from builders.tiny_models import MULTIMODAL_ARCHITECTURES, save_tiny_model, served_weights
 from gpu_path import FakeCapture, use_coarse_tiles
 from method_oracle import (
     check_bfloat16,

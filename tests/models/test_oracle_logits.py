@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from builders.adapters import save_peft_adapter
-from builders.tiny_models import (
+from builders.bases.tiny_models import (
     ARCHITECTURES,
     VOCAB_SIZE,
     load_oracle,

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from builders.added_tokens import ADDED, FIRST, ROWS, grown_tokenizer
-from builders.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
+from builders.bases.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.findings import Findings

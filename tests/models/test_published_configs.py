@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders.published_mixtures import MIXTURES, as_in_a_checkpoint
-from builders.published_models import MODELS, Published
+from builders.bases.published_mixtures import MIXTURES, as_in_a_checkpoint
+from builders.bases.published_models import MODELS, Published
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from turret.server.models import loader

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import tiny_tokenizers
+from builders.bases import tiny_tokenizers
 from servers.fakes import FakeFuser, FakeMerger, FakeVocabularies, fake_backend
 from servers.http_harness import http_harness
 from servers.rpc_harness import harness

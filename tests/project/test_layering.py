@@ -41,7 +41,7 @@ METHOD_ROOMS = [
     for name in ("lora", "low_rank", "transforms", "structured", "vectors", "prompts")
 ]
 KEEPING = {f"server.adapters.{name}" for name in ("state", "residency")}
-DEVICE = {f"server.adapters.device{room}" for room in ("", ".packed", ".gpu")}
+DEVICE = {f"server.adapters.device{room}" for room in ("", ".packed", ".cpu", ".gpu")}
 MODELS = {f"server.models{room}" for room in ("", ".families", ".sources", ".decoding", ".weights")}
 BEHIND_API = {
     *("server.engine", "server.engine.scheduling", "server.constraints", "server.models", "v1"),
@@ -74,6 +74,7 @@ BELOW = {
     "server.adapters.merge": NOUNS | {"server.adapters.registry"},
     "server.adapters.device": NOUNS | {"kernels"},
     "server.adapters.device.packed": NOUNS | {"server.adapters.device", "kernels"},
+    "server.adapters.device.cpu": NOUNS | DEVICE - {"server.adapters.device.cpu"} | {"kernels"},
     "server.adapters.device.gpu": NOUNS | DEVICE - {"server.adapters.device.gpu"} | {"kernels"},
     "server.models.weights": NOUNS | {"kernels"},
     "server.models.decoding": NOUNS | DEVICE | {"server.models.weights", "kernels"},

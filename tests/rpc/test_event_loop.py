@@ -11,7 +11,7 @@ from typing import Any
 
 import grpc
 import pytest
-from builders.tiny_models import save_tiny_model
+from builders.bases.tiny_models import save_tiny_model
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from servers.server_under_test import ServerUnderTest, start_server
 

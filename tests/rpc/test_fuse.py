@@ -10,8 +10,8 @@ from typing import Any
 import grpc
 import pytest
 from builders import registries
-from builders.fuse import Fusions, Turnstile, cancellations
 from builders.methods import load_adapter, make_config, save_adapter
+from builders.mixes.fuse import Fusions, Turnstile, cancellations
 from builders.registries import WAIT_SECONDS
 from method_oracle import check_close, oracle_logprobs, prompt_of, twin
 from servers.command import parse_and_run

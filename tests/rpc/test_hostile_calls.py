@@ -12,9 +12,9 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from builders.registries import until
-from builders.tiny_models import save_tiny_model
 from servers import raw_grpc
 from servers.server_under_test import ServerUnderTest, start_server
 

@@ -7,8 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from builders.bases.tiny_models import VOCAB_SIZE, save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
-from builders.tiny_models import VOCAB_SIZE, save_tiny_model
 from checkout import ROOT
 from servers.server_under_test import start_server
 

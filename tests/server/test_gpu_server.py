@@ -16,8 +16,8 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from builders.fusions import save_fusion
 from builders.methods import make_config, save_adapter
+from builders.mixes.fusions import save_fusion
 from gpu_path import FakeCapture, use_coarse_tiles
 from method_oracle import prompt_of, twin
 

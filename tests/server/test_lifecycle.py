@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from builders.adapters import load_with_peft
+from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
-from builders.tiny_models import save_tiny_model
 from safetensors.torch import load_file
 from servers.server_under_test import ServerUnderTest, start_server
 from transformers import AutoModelForCausalLM

@@ -12,8 +12,8 @@ from typing import Any
 import grpc
 import psutil
 import pytest
+from builders.bases.tiny_models import CONTEXT, VOCAB_SIZE, save_tiny_model
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
-from builders.tiny_models import CONTEXT, VOCAB_SIZE, save_tiny_model
 from servers.server_under_test import ServerUnderTest, start_server
 
 from turret.clients.aio import AsyncTurretClient

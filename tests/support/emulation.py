@@ -18,13 +18,17 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 _FILES = (
-    *("nf4_matmul", "segmented", "input_gain", "fusion_gate", "by_slot", "between"),
-    *("one_launch", "sample_rows", "input_blocks", "base_updates", "sparse", "dense"),
-    "experts_triton",
+    *("nf4_matmul", "between", "one_launch", "sample_rows", "experts_triton"),
+    "paged_attention_triton",
+)
+_ADAPTER_FILES = (
+    *("segmented", "input_gain", "fusion_gate", "by_slot", "input_blocks", "base_updates"),
+    *("sparse", "dense"),
 )
 # What runs compiled: every kernel's own tests, and a whole step.
 KERNEL_TESTS = (
-    *(f"tests/kernels/test_{name}.py" for name in (*_FILES, "paged_attention_triton")),
+    *(f"tests/kernels/test_{name}.py" for name in _FILES),
+    *(f"tests/kernels/adapters/test_{name}.py" for name in _ADAPTER_FILES),
     "tests/emulated/test_decode_step.py",
 )
 # These choose target and tiles themselves.

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from builders.bases.tiny_models import VOCAB_SIZE, load_oracle, save_tiny_model, served_weights
 from builders.methods import load_adapter, make_config, quiet, save_adapter
-from builders.tiny_models import VOCAB_SIZE, load_oracle, save_tiny_model, served_weights
 from servers.engine_harness import Answer, EngineHarness, make_request
 
 from turret.server.adapters.ref import AdapterRef

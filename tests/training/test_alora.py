@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.tiny_models import save_tiny_model, tiny_tokenizer
+from builders.bases.tiny_models import save_tiny_model, tiny_tokenizer
 from builders.training import CHAT, TURNS, WORDS, resolve_tiny, write_jsonl
 from peft import PeftModel
 from safetensors.torch import load_file

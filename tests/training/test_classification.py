@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders.tiny_models import save_tiny_model
+from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny, write_jsonl
 from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.tiny_models import EOS, tiny_tokenizer
+from builders.bases.tiny_models import EOS, tiny_tokenizer
 from builders.training import CHAT, TURNS, resolve_tiny, write_jsonl
 
 from turret.training.data.batch import IGNORED, BatchStream, make_batch, pack_rows, single_rows

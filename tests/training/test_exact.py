@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.tiny_models import save_tiny_model
+from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny, write_words
 
 from turret.training.base_model import find_base, load_model

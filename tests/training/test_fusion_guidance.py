@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders.fusions import fusion_oracle
 from builders.methods import load_adapter, make_config, save_adapter
+from builders.mixes.fusions import fusion_oracle
 from builders.training import resolve_tiny, write_jsonl
 from method_oracle import prompt_of, twin
 from safetensors.torch import load_file, save_file

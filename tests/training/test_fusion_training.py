@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from builders.adapters import linear_modules, read_adapter
-from builders.fusions import DenseFusion
 from builders.methods import make_config, save_adapter
+from builders.mixes.fusions import DenseFusion
 from builders.training import resolve_tiny, write_jsonl, write_words
 from method_oracle import check_score, oracle_logprobs, prompt_of, twin
 from safetensors.torch import save_file

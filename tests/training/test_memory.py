@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders.tiny_models import BOS, EOS, VOCAB_SIZE, tiny_tokenizer
+from builders.bases.tiny_models import BOS, EOS, VOCAB_SIZE, tiny_tokenizer
 from builders.training import REQUIRED, resolve_tiny, write_jsonl
 from transformers import LlamaConfig, LlamaForCausalLM
 

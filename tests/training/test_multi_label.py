@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders.tiny_models import save_tiny_model, tiny_tokenizer
+from builders.bases.tiny_models import save_tiny_model, tiny_tokenizer
 from builders.training import resolve_tiny, write_jsonl
 from servers.engine_harness import EngineHarness, make_request
 from torch.nn.functional import binary_cross_entropy_with_logits

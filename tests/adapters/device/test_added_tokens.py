@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from builders.added_tokens import END, FIRST, ROWS, save_grown
+from builders.bases.tiny_models import tiny_tokenizer
 from builders.methods import make_config, save_adapter
-from builders.tiny_models import tiny_tokenizer
 from method_oracle import check_greedy, check_score, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from turret.kernels.cpu.native import library
-from turret.server.adapters.device.cpu_store import CpuStore
+from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.operators import AdapterOperators, ModuleOperators

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from builders.gates import INNER, LAYOUT, MIXES, WIDTH, gates_of, in_float64, operators_of
+from builders.mixes.gates import INNER, LAYOUT, MIXES, WIDTH, gates_of, in_float64, operators_of
 from torch import Tensor
 
 from turret.server.adapters.device.gates import Gates

@@ -21,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.gates import INNER, LAYOUT, MIXES, WIDTH, gates_of, in_float64, operators_of
+from builders.mixes.gates import INNER, LAYOUT, MIXES, WIDTH, gates_of, in_float64, operators_of
 from gpu_path import OneStepTables, use_coarse_tiles
 from kernel_traffic import DEVICE, error_ratio
 

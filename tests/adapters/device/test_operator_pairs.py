@@ -20,7 +20,7 @@ from torch import Tensor
 
 from turret.kernels.cpu.native import library
 from turret.kernels.gpu.shared import tuning as tuning_module
-from turret.server.adapters.device.cpu_store import CpuStore
+from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import Members, StepMembers

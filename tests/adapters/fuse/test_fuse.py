@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from builders.adapters import BASE_NAME, base_of, load_with_peft, logits, tiny_llama, with_operators
-from builders.fuse import Fusions, difference, truncated
-from builders.fusions import save_fusion
 from builders.methods import make_config, save_adapter
+from builders.mixes.fuse import Fusions, difference, truncated
+from builders.mixes.fusions import save_fusion
 
 from turret.server.adapters.fuse import module_fuser as fused_module
 from turret.server.adapters.fuse.combination import Combination

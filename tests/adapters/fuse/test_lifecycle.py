@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from builders.adapters import base_of
-from builders.fuse import Fusions, Turnstile, cancellations, model
+from builders.mixes.fuse import Fusions, Turnstile, cancellations, model
 from builders.registries import WAIT_SECONDS, in_thread, until
 
 from turret.server.adapters.fuse.module_fuser import FusedModule, ModuleFuser

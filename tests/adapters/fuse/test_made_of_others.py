@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from builders.fuse import Fusions, difference
+from builders.mixes.fuse import Fusions, difference
 
 from turret.server.errors import InvalidRequestError
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from builders.adapters import tiny_llama
-from builders.fuse import Fusions, difference, peft_weighted, truncated
 from builders.methods import ALL, quiet
+from builders.mixes.fuse import Fusions, difference, peft_weighted, truncated
 from peft import PeftModel
 
 # Of ΔW, relative: sums of fp32 in another order.

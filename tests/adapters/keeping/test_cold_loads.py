@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
 from builders.registries import Gate, until
-from builders.tiny_models import save_tiny_model
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.server.errors import BudgetExceededError

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.merges import PROMPT, merge, save_adapters, score, start
+from builders.mixes.merges import PROMPT, merge, save_adapters, score, start
 from builders.registries import Gate, until
 from servers.engine_harness import EngineHarness, make_request
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders.merges import (
+from builders.methods import load_adapter, make_config, quiet, save_adapter
+from builders.mixes.merges import (
     ARCHITECTURE,
     NAMES,
     PROMPT,
@@ -20,7 +21,6 @@ from builders.merges import (
     start,
     unmerge,
 )
-from builders.methods import load_adapter, make_config, quiet, save_adapter
 from builders.registries import until
 from method_oracle import check_greedy, check_score, twin
 from safetensors.torch import load_file, save_file

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 from builders.adapters import linear_modules
-from builders.fusions import PREFIX, delta_weight, fusion_oracle, save_fusion
 from builders.methods import ALL, load_adapter, make_config, save_adapter
+from builders.mixes.fusions import PREFIX, delta_weight, fusion_oracle, save_fusion
 from method_oracle import check_oracles, check_score, oracle_logprobs, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 from torch import nn

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from turret.kernels.cpu.native import library
 from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
-from turret.server.adapters.device.cpu_store import CpuStore
+from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.device.packed.store import PackedStore

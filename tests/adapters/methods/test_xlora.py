@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from builders.xloras import KINDS, save_loras, save_xlora
+from builders.mixes.xloras import KINDS, save_loras, save_xlora
 from method_oracle import check_greedy, check_oracles, oracle_logprobs, prompt_of, twin
 from servers.engine_harness import EngineHarness, make_request
 

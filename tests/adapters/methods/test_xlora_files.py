@@ -13,8 +13,8 @@ import pytest
 import torch
 from builders.adapters import base_of, edit_config, edit_tensors, linear_modules, read_adapter
 from builders.adapters import tiny_llama as make_llama
-from builders.tiny_models import tiny_config
-from builders.xloras import KINDS, save_loras, save_xlora
+from builders.bases.tiny_models import tiny_config
+from builders.mixes.xloras import KINDS, save_loras, save_xlora
 from peft import XLoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM

@@ -11,8 +11,8 @@ import pytest
 import torch
 from builders.adapters import edit_config, edit_tensors
 from builders.added_tokens import FIRST, ROWS, grown_tokenizer, save_grown
+from builders.bases.tiny_models import tiny_tokenizer
 from builders.methods import make_config, save_adapter
-from builders.tiny_models import tiny_tokenizer
 from method_oracle import twin
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory

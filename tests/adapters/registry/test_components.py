@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 from builders.adapters import edit_config, edit_tensors, read_adapter, tiny_llama
-from builders.fusions import PREFIX, save_fusion
 from builders.methods import make_config, save_adapter
+from builders.mixes.fusions import PREFIX, save_fusion
 from builders.registries import Waiter, in_thread, refs, stage_directory, tiny_base
 
 from turret.server.adapters.adapter_info import AdapterInfo

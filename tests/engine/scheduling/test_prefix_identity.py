@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
+from builders.bases.tiny_models import save_tiny_model
 from builders.random_adapters import AdapterSpec, arch_of, write_adapter
-from builders.tiny_models import save_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
 from servers.engine_harness import Answer, EngineHarness, make_request

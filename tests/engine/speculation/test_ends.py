@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+from builders.bases.tiny_models import VOCAB_SIZE
 from builders.methods import make_config, save_adapter
-from builders.tiny_models import VOCAB_SIZE
 from method_oracle import prompt_of, twin
 from servers.engine_harness import Answer, EngineHarness, make_request
 from servers.planted_drafts import PlantedDrafts

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders.fusions import save_fusion
+from builders.bases.tiny_models import ARCHITECTURES, OTHER_ARCHITECTURES, VOCAB_SIZE
 from builders.method_kinds import KINDS
 from builders.methods import make_config, save_adapter
-from builders.tiny_models import ARCHITECTURES, OTHER_ARCHITECTURES, VOCAB_SIZE
+from builders.mixes.fusions import save_fusion
 from method_oracle import prompt_of, twin
 from servers.engine_harness import Answer, EngineHarness, make_request
 from servers.planted_drafts import PlantedDrafts

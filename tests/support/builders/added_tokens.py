@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from builders.bases.tiny_models import VOCAB_SIZE, tiny_tokenizer
 from builders.methods import copy_of, quiet, randomise
-from builders.tiny_models import VOCAB_SIZE, tiny_tokenizer
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 

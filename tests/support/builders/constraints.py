@@ -6,7 +6,7 @@ import functools
 from collections.abc import Iterable
 
 import numpy as np
-from builders.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
+from builders.bases.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
 
 from turret.server.constraints.compiler import ConstraintCompiler
 from turret.server.constraints.constraint import Constraint

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from builders.tiny_models import VOCAB_SIZE
+from builders.bases.tiny_models import VOCAB_SIZE
 
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.messages.mix import AdapterWeight

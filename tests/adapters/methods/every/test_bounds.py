@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from builders.bases.tiny_models import load_oracle, save_tiny_model, served_weights
 from builders.methods import ALL, load_adapter, make_config, save_adapter
-from builders.tiny_models import load_oracle, save_tiny_model, served_weights
 from method_oracle import check_greedy, check_score, oracle_logprobs, prompt_of
 from servers.engine_harness import EngineHarness, make_request
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from builders.fusions import save_fusion
 from builders.methods import ALL, load_adapter, make_config, save_adapter
-from builders.routers import write_router
+from builders.mixes.fusions import save_fusion
+from builders.mixes.routers import write_router
 from method_oracle import check_close, oracle_logprobs, prompt_of, twin
 from servers.engine_harness import Answer, EngineHarness, make_request
 from torch import nn

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders.merges import merge
 from builders.methods import load_adapter, make_config, save_adapter
+from builders.mixes.merges import merge
 from method_oracle import (
     MAX_TOKENS,
     check_close,

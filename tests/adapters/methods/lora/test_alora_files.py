@@ -15,8 +15,8 @@ from builders.adapters import (
     refusal_of,
     tiny_llama,
 )
-from builders.fuse import Fusions, model
 from builders.methods import make_config, save_adapter
+from builders.mixes.fuse import Fusions, model
 
 from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.lowering.components import check_fusable

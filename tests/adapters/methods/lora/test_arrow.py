@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from builders.methods import make_config, save_adapter
-from builders.routers import arrow_model, save_router
+from builders.mixes.routers import arrow_model, save_router
 from method_oracle import check_oracles, oracle_logprobs, prompt_of, twin
 from peft.tuners.lora.layer import LoraLayer
 from servers.engine_harness import EngineHarness, make_request

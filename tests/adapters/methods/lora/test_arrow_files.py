@@ -19,10 +19,10 @@ from builders.adapters import (
     read_adapter,
     tiny_llama,
 )
-from builders.gates import gated
 from builders.methods import ALL, make_config, quiet, save_adapter
+from builders.mixes.gates import gated
+from builders.mixes.routers import save_router, write_router
 from builders.registries import tiny_base
-from builders.routers import save_router, write_router
 from checkout import ROOT
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from builders.published_models import Published
+from builders.bases.published_models import Published
 
 QWEN_3 = {
     "head_dim": 128,

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from turret.kernels.cpu.row_adapters import RowAdapters
-from turret.server.adapters.device.cpu_tables import AdapterTable, ModuleNumbers
+from turret.server.adapters.device.cpu.tables import AdapterTable, ModuleNumbers
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.store import BaseProduct

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from builders.tiny_mixtures import MIXTURE_CONFIGS
+from builders.bases.tiny_mixtures import MIXTURE_CONFIGS
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,

@@ -1,7 +1,7 @@
 """The cpu path's store: the running adapters where they lie in host memory.
 
 Nothing is packed: each row of a step reads the factors of its own adapters, through the tables of
-``cpu_tables.py``. Learned fusions are computed by torch.
+``cpu/tables.py``. Learned fusions are computed by torch.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from turret.kernels.cpu.row_adapters import RowAdapters, RowSegment
 from turret.kernels.cpu.threads import num_threads
 from turret.kernels.expert_routing import Routing
 from turret.server.adapters.device.constants import ConstantsOfAdapters, StepConstants
-from turret.server.adapters.device.cpu_experts import CpuExpertUpdates, CpuStepExperts
-from turret.server.adapters.device.cpu_inputs import StepInputs
-from turret.server.adapters.device.cpu_tables import AdapterTable, AdapterTables, ModuleNumbers
+from turret.server.adapters.device.cpu.experts import CpuExpertUpdates, CpuStepExperts
+from turret.server.adapters.device.cpu.inputs import StepInputs
+from turret.server.adapters.device.cpu.tables import AdapterTable, AdapterTables, ModuleNumbers
 from turret.server.adapters.device.gates import Gates
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members, StepMembers
