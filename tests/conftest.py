@@ -92,13 +92,14 @@ def fixed_seeds() -> None:
 
 @pytest.fixture(autouse=True)
 def own_log() -> Iterator[None]:
-    """What a command run in this process makes of the log ends with its test."""
-    root, own = logging.getLogger(), logging.getLogger("turret")
-    before = (list(root.handlers), root.level, own.level)
+    """What a command that runs in this process makes of the log ends with its test."""
+    loggers = [logging.getLogger(), logging.getLogger("turret")]
+    before = [(logger, list(logger.handlers), logger.level) for logger in loggers]
     yield
-    print("LEAK", before, (root.handlers, root.level, own.level)) if own.level != before[2] else None
-    if own.level != before[2]:
-        open("/tmp/w/leak", "a").write(os.environ.get("PYTEST_CURRENT_TEST", "") + "\n")
+    for logger, handlers, level in before:
+        logger.handlers[:] = handlers
+        logger.setLevel(level)
+    logging.captureWarnings(capture=False)
 
 
 @pytest.fixture(scope="session")
