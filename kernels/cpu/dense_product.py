@@ -7,6 +7,8 @@ import torch
 from turret.kernels.cpu.native import functions, has_native_products
 from turret.kernels.cpu.threads import num_threads
 
+_GROUP = 16  # rows of a tile
+
 
 def serves_dense(weight: torch.Tensor) -> bool:
     """Whether ``dense_product`` is there for a weight."""
@@ -27,6 +29,7 @@ def dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if x.stride(1) != 1:
         x = x.contiguous()
     y = torch.empty(x.shape[0], weight.shape[0], dtype=torch.bfloat16)
+    scratch = torch.empty(-(-x.shape[0] // _GROUP) * _GROUP, x.shape[1], dtype=torch.bfloat16)
     functions().turret_dense_product(
         x.data_ptr(),
         x.stride(0),
@@ -35,5 +38,6 @@ def dense_product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         y.data_ptr(),
         *weight.shape,
         num_threads(),
+        scratch.data_ptr(),
     )
     return y

@@ -39,7 +39,7 @@ _SIGNATURES = {
     ),
     "turret_nf4_experts": (*(_pointer, _int, _pointer, _int, _pointer, _pointer), *(_int,) * 3),
     "turret_adapt_experts": (_pointer, _pointer),
-    "turret_dense_product": (_pointer, _int, _int, _pointer, _pointer, _int, _int, _int),
+    "turret_dense_product": (_pointer, _int, _int, _pointer, _pointer, *(_int,) * 3, _pointer),
     "turret_has_products": (),
     "turret_own_threads": (_int,),
     "turret_layers": (_pointer, _pointer),
@@ -65,7 +65,7 @@ _SUFFIXES = {torch.bfloat16: "", torch.float32: "_f32"}
 _COUNTS = ("turret_has_products", "turret_ahead")
 
 # Each has all that those before it have. For those without a library of their own, the one before
-# serves. x86-64-v1 or the like, -v3, -v4, -v4 with AVX512-BF16, that with AMX.
+# serves. x86-64-v1 or the like, -v3, -v4, -v4 with AVX512-BF16, that with AMX's tiles.
 ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 

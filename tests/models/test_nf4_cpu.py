@@ -1,4 +1,4 @@
-"""The compiled NF4 product against bitsandbytes' op, bit for bit.
+"""The compiled NF4 product: without tiles bitsandbytes' op bit for bit, with them float64.
 
 Faults planted in the C code, and how many tests each one failed: the absmax of the low half
 for the high one (61), the low codes for the high (61), the absmax of the first block for all (40),
@@ -13,10 +13,16 @@ import copy
 import bitsandbytes.functional as bnb_functional
 import pytest
 import torch
+from kernel_traffic import error_ratio
 
+from turret.kernels.cpu import native
 from turret.kernels.cpu.native import has_native_products, library
+from turret.server.models.weights import nf4_cpu
 from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Linear, Nf4Weight
 from turret.server.models.weights.nf4_cpu import nf4_product
+
+# Codes, maxima and results are rounded to bf16.
+MAX_ERROR = 6e-3
 
 needs_avx512bf16 = pytest.mark.skipif(
     not bnb_functional.has_avx512bf16(), reason="bitsandbytes packs only for AVX512-BF16"
@@ -34,8 +40,10 @@ def random_weight(out_features: int, in_features: int, seed: int = 0) -> Nf4Weig
 @pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 17, 64, 65, 130])
 @pytest.mark.parametrize(("out_features", "in_features"), [(96, 64), (64, 192), (576, 576)])
 def test_equals_the_registered_op(
-    rows: int, out_features: int, in_features: int, threads: int
+    rows: int, out_features: int, in_features: int, threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if native.isa() == "amx":
+        monkeypatch.setattr(nf4_cpu, "functions", lambda: native.load("avx512_bf16"))
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     weight = random_weight(out_features, in_features)
@@ -49,6 +57,31 @@ def test_equals_the_registered_op(
     torch.set_num_threads(before)
     op = torch.ops.bitsandbytes.gemv_4bit
     assert torch.equal(found, op(x, packed, shape, state.absmax, state.code, BLOCKSIZE))
+
+
+@pytest.mark.skipif(not has_native_products(), reason="no compiled products here")
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("out_features", "in_features"), [(96, 64), (64, 192), (576, 576)])
+def test_rows_equal_float64_and_the_rows_alone(
+    out_features: int, in_features: int, threads: int
+) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    weight = random_weight(out_features, in_features)
+    packed, state = bnb_functional._convert_weight_packed_for_cpu(
+        weight.packed, copy.deepcopy(weight.state)
+    )
+    assert state.code is not None
+    x = torch.randn(300, in_features).to(torch.bfloat16)
+    exact = x.double() @ weight.dequantize(torch.float32).double().T
+    whole = nf4_product(x, packed, state.absmax, state.code, (out_features, in_features))
+    for first, last in [(0, 1), (5, 7), (0, 15), (0, 16), (3, 20), (0, 33), (1, 130), (20, 277)]:
+        found = nf4_product(
+            x[first:last], packed, state.absmax, state.code, (out_features, in_features)
+        )
+        assert torch.equal(found, whole[first:last])
+    torch.set_num_threads(before)
+    assert error_ratio(whole, exact) < MAX_ERROR
 
 
 @needs_avx512bf16

@@ -1,15 +1,16 @@
 /* y = W x for bf16 weights as they lie, [out, in]: the head, where a library first copies W into a
  * layout of its own in every call.
  *
- * Each output is the sum of 32 pairs' sums, in the order of the inputs and then as sum_each adds lanes:
- * how many rows or outputs are computed together changes no bit. Tiles are 4 rows by 4 outputs.
+ * Where tiles do not serve (dense_tiles.h), each output is the sum of 32 pairs' sums, in the order of
+ * the inputs and then as sum_each adds lanes: how many rows or outputs are computed together changes no
+ * bit, and what serves depends on the weight's shape alone. Blocks are 4 rows by 4 outputs.
  */
-#include "vec.h"
+#include "tiles.h"
 
 #if HAS_AVX512_BF16
 #include "team.h"
 
-#define TILE 4
+#define SIDE 4
 #define STEP 32 /* inputs at a time: 16 pairs */
 #define CHUNK 64 /* outputs a thread takes together, for all rows */
 #define ROW_BLOCK 64 /* rows that stay in the cache while they are walked */
@@ -17,29 +18,34 @@
 typedef struct {
     const bf16 *x, *w;
     bf16 *y;
+    const bf16 *turned; /* see turn_rows */
     int64_t x_stride, rows, out_features, in_features;
 } Product;
 
-/* Rows [row, row + rows) of outputs [out, out + count), count at most TILE. */
+#if HAS_TILES
+#include "dense_tiles.h"
+#endif
+
+/* Rows [row, row + rows) of outputs [out, out + count), count at most SIDE. */
 INLINE void multiply(const Product *p, int64_t row, const int rows, int64_t out,
                                  int64_t count) {
-    const bf16 *x = p->x + row * p->x_stride, *w[TILE];
+    const bf16 *x = p->x + row * p->x_stride, *w[SIDE];
     int64_t n = p->in_features, tail = n % STEP;
-    __m512 s[TILE * TILE];
+    __m512 s[SIDE * SIDE];
     /* Beyond the last output it is computed again. */
-    for (int c = 0; c < TILE; c++) w[c] = p->w + (out + (c < count ? c : count - 1)) * n;
-    for (int i = 0; i < TILE * TILE; i++) s[i] = _mm512_setzero_ps();
+    for (int c = 0; c < SIDE; c++) w[c] = p->w + (out + (c < count ? c : count - 1)) * n;
+    for (int i = 0; i < SIDE * SIDE; i++) s[i] = _mm512_setzero_ps();
     for (int64_t k = 0; k < n; k += STEP) {
         __mmask32 mask = k + STEP <= n ? 0xffffffffu : (1u << tail) - 1;
-        __m512bh column[TILE];
-        for (int c = 0; c < TILE; c++) {
-            __builtin_prefetch(w[c] + k + TILE * n, 0, 2);
+        __m512bh column[SIDE];
+        for (int c = 0; c < SIDE; c++) {
+            __builtin_prefetch(w[c] + k + SIDE * n, 0, 2);
             column[c] = (__m512bh)_mm512_maskz_loadu_epi16(mask, w[c] + k);
         }
         for (int r = 0; r < rows; r++) {
             __m512bh v = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + r * p->x_stride + k);
-            for (int c = 0; c < TILE; c++)
-                s[r * TILE + c] = _mm512_dpbf16_ps(s[r * TILE + c], v, column[c]);
+            for (int c = 0; c < SIDE; c++)
+                s[r * SIDE + c] = _mm512_dpbf16_ps(s[r * SIDE + c], v, column[c]);
         }
     }
     f32x16 sums[LANES];
@@ -48,16 +54,16 @@ INLINE void multiply(const Product *p, int64_t row, const int rows, int64_t out,
     store_bf16(found, sum_each(sums));
     bf16 *y = p->y + row * p->out_features + out;
     for (int r = 0; r < rows; r++, y += p->out_features)
-        if (count == TILE)
-            memcpy(y, found + r * TILE, TILE * sizeof(bf16));
+        if (count == SIDE)
+            memcpy(y, found + r * SIDE, SIDE * sizeof(bf16));
         else
-            memcpy(y, found + r * TILE, count * sizeof(bf16));
+            memcpy(y, found + r * SIDE, count * sizeof(bf16));
 }
 
 static void multiply_rows(const Product *p, int64_t row, int64_t end, int64_t low, int64_t high) {
-    for (int64_t out = low; out < high; out += TILE) {
-        int64_t count = high - out < TILE ? high - out : TILE, r = row;
-        for (; r + TILE <= end; r += TILE) multiply(p, r, TILE, out, count);
+    for (int64_t out = low; out < high; out += SIDE) {
+        int64_t count = high - out < SIDE ? high - out : SIDE, r = row;
+        for (; r + SIDE <= end; r += SIDE) multiply(p, r, SIDE, out, count);
         switch (end - r) {
             case 3: multiply(p, r, 3, out, count); break;
             case 2: multiply(p, r, 2, out, count); break;
@@ -74,11 +80,20 @@ static void multiply_chunk(const void *job, int64_t thread, int64_t chunk) {
         multiply_rows(p, row, row + ROW_BLOCK < p->rows ? row + ROW_BLOCK : p->rows, low, high);
 }
 
-/* x: [rows, in], rows x_stride apart; w: [out, in]; y: [rows, out]. */
+/* x: [rows, in], rows x_stride apart; w: [out, in]; y: [rows, out]. `scratch`: as large as x with a
+ * multiple of 16 rows. */
 EXPORT void turret_dense_product(const bf16 *x, int64_t x_stride, int64_t rows, const bf16 *w, bf16 *y,
-                                 int64_t out_features, int64_t in_features, int64_t num_threads) {
-    Product p = {x, w, y, x_stride, rows, out_features, in_features};
-    in_pieces(multiply_chunk, &p, (out_features + CHUNK - 1) / CHUNK, num_threads);
+                                 int64_t out_features, int64_t in_features, int64_t num_threads,
+                                 bf16 *scratch) {
+    Product p = {x, w, y, scratch, x_stride, rows, out_features, in_features};
+    Work *work = multiply_chunk;
+#if HAS_TILES
+    if (tiles_serve(&p)) {
+        turn_rows(&p, scratch);
+        work = multiply_chunk_of_tiles;
+    }
+#endif
+    in_pieces(work, &p, (out_features + CHUNK - 1) / CHUNK, num_threads);
 }
 #else
 EXPORT void turret_dense_product(void) {}

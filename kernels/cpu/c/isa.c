@@ -1,17 +1,29 @@
 /* Which instruction sets the processor has, by the numbers of native.py. This file is compiled for the
  * least of them: it is asked before any other code may run. */
+#define _GNU_SOURCE
 #include "vec.h"
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
-/* Tiles and their bf16 products, and an operating system that keeps both tile states. */
+#define ARCH_REQ_XCOMP_PERM 0x1023
+#define XFEATURE_XTILEDATA 18
+
+/* Tiles and their bf16 products, and an operating system that keeps both tile states and, as Linux
+ * wants to be asked first, lets this process's threads use them. */
 static int has_amx(void) {
     unsigned a, b, c, d;
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
     if (!(d >> 22 & 1) || !(d >> 24 & 1)) return 0;
     __asm__("xgetbv" : "=a"(a), "=d"(d) : "c"(0));
-    return (a >> 17 & 3) == 3;
+    if ((a >> 17 & 3) != 3) return 0;
+#if defined(__linux__) && defined(SYS_arch_prctl)
+    return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
+#else
+    return 0;
+#endif
 }
 
 EXPORT int64_t turret_isa(void) {

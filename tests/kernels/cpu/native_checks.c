@@ -2,7 +2,13 @@
  * double precision, and every row alone against the same row in company. Built and run by
  * test_native_checks.py, for this machine and for others under an emulator. Exits with 1 on a failure.
  */
+#define _GNU_SOURCE
 #include "native_checks.h"
+
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 static float of_f16(uint16_t h) {
     int exponent = h >> 10 & 31;
@@ -65,19 +71,21 @@ static void check_products(int64_t columns, int64_t inner, int64_t kind, int by_
 
 static void check_dense(int64_t out, int64_t in) {
     if (!turret_has_products()) return;
-    bf16 *x = halves(MAX_ROWS * in), *w = halves(out * in), *y = halves(MAX_ROWS * out), *one = halves(out);
-    double *expected = calloc(MAX_ROWS * out, sizeof(double));
-    for (int64_t r = 0; r < MAX_ROWS; r++)
+    bf16 *x = halves(PRODUCT_ROWS * in), *w = halves(out * in), *y = halves(PRODUCT_ROWS * out), *one = halves(out);
+    double *expected = calloc(PRODUCT_ROWS * out, sizeof(double));
+    for (int64_t r = 0; r < PRODUCT_ROWS; r++)
         for (int64_t o = 0; o < out; o++)
             for (int64_t k = 0; k < in; k++)
                 expected[r * out + o] += (double)to_f32(x[r * in + k]) * to_f32(w[o * in + k]);
-    turret_dense_product(x, in, MAX_ROWS, w, y, out, in, threads);
-    near_bf16("dense", y, expected, MAX_ROWS * out);
-    for (int64_t r = 0; r < MAX_ROWS; r++) {
-        turret_dense_product(x + r * in, in, 1, w, one, out, in, threads);
+    bf16 *scratch = halves((PRODUCT_ROWS + 15) * in);
+    turret_dense_product(x, in, PRODUCT_ROWS, w, y, out, in, threads, scratch);
+    near_bf16("dense", y, expected, PRODUCT_ROWS * out);
+    add_bits(y, PRODUCT_ROWS * out);
+    for (int64_t r = 0; r < PRODUCT_ROWS; r++) {
+        turret_dense_product(x + r * in, in, 1, w, one, out, in, threads, scratch);
         same("dense", one, y + r * out, out * sizeof(bf16));
     }
-    free(x), free(w), free(y), free(one), free(expected);
+    free(x), free(w), free(y), free(one), free(expected), free(scratch);
 }
 
 static void check_nf4(int64_t out, int64_t in) {
@@ -85,12 +93,12 @@ static void check_nf4(int64_t out, int64_t in) {
                                       -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524,
                                       0.44070983, 0.562617, 0.72295684, 1.0};
     if (!turret_has_products()) return;
-    bf16 *x = halves(MAX_ROWS * in), *scale = halves(in / 64 * out), *y = halves(MAX_ROWS * out);
+    bf16 *x = halves(PRODUCT_ROWS * in), *scale = halves(in / 64 * out), *y = halves(PRODUCT_ROWS * out);
     bf16 *one = halves(out);
     uint8_t *packed = malloc(out * in / 2 + 256);
     for (int64_t i = 0; i < out * in / 2; i++) packed[i] = rand();
-    double *expected = calloc(MAX_ROWS * out, sizeof(double));
-    for (int64_t r = 0; r < MAX_ROWS; r++)
+    double *expected = calloc(PRODUCT_ROWS * out, sizeof(double));
+    for (int64_t r = 0; r < PRODUCT_ROWS; r++)
         for (int64_t o = 0; o < out; o++)
             for (int64_t k = 0; k < in; k++) {
                 /* Low nibbles are outputs 0 to 15, high ones 16 to 31; inputs lie in pairs. */
@@ -98,18 +106,19 @@ static void check_nf4(int64_t out, int64_t in) {
                 double w = values[o % 32 < 16 ? byte & 15 : byte >> 4];
                 expected[r * out + o] += to_f32(x[r * in + k]) * w * to_f32(scale[k / 64 * out + o]);
             }
-    turret_nf4_product(x, in, MAX_ROWS, packed, scale, y, out, in, threads, 0, 0);
-    near_bf16("nf4", y, expected, MAX_ROWS * out);
-    for (int64_t r = 0; r < MAX_ROWS; r++) {
+    turret_nf4_product(x, in, PRODUCT_ROWS, packed, scale, y, out, in, threads, 0, 0);
+    near_bf16("nf4", y, expected, PRODUCT_ROWS * out);
+    add_bits(y, PRODUCT_ROWS * out);
+    for (int64_t r = 0; r < PRODUCT_ROWS; r++) {
         turret_nf4_product(x + r * in, in, 1, packed, scale, one, out, in, threads, 0, 0);
         same("nf4", one, y + r * out, out * sizeof(bf16));
     }
     /* Three weights, the second without rows, of which the first and the last are the same. */
     const void *weights[] = {packed, scale, 0, 0, packed, scale};
-    int64_t ends[] = {4, 4, MAX_ROWS};
-    bf16 *again = halves(MAX_ROWS * out);
+    int64_t ends[] = {4, 4, PRODUCT_ROWS};
+    bf16 *again = halves(PRODUCT_ROWS * out);
     turret_nf4_experts(x, in, ends, 3, weights, again, out, in, threads);
-    same("nf4 of experts", again, y, MAX_ROWS * out * sizeof(bf16));
+    same("nf4 of experts", again, y, PRODUCT_ROWS * out * sizeof(bf16));
     free(again);
     free(x), free(scale), free(y), free(one), free(packed), free(expected);
 }
@@ -423,7 +432,15 @@ static void check_experts(int64_t in, int64_t out, int64_t rank) {
     free(x), free(y), free(start), free(a), free(b), free(scratch), free(expected), free(one);
 }
 
+/* Linux wants to be asked before a process's threads use AMX's tiles; see isa.c. */
+static void allow_tiles(void) {
+#if defined(__x86_64__) && defined(__linux__)
+    syscall(SYS_arch_prctl, 0x1023, 18);
+#endif
+}
+
 int main(int count, char **arguments) {
+    allow_tiles();
     threads = count > 1 ? atoi(arguments[1]) : 1;
     turret_own_threads(count > 2);
     static const int64_t sizes[][2] = {{1, 1}, {5, 17}, {16, 16}, {33, 100}, {70, 192}, {130, 576}};
@@ -432,7 +449,7 @@ int main(int count, char **arguments) {
             check_products(sizes[i][0], sizes[i][1], kind, 0);
             check_products(sizes[i][0], sizes[i][1], kind, 1);
         }
-    check_dense(70, 100), check_dense(131, 576), check_nf4(64, 64), check_nf4(96, 192);
+    check_dense(70, 100), check_dense(131, 576), check_dense(9, 64), check_nf4(64, 64), check_nf4(96, 192);
     check_elementwise(7), check_elementwise(64), check_elementwise(100);
     for (int is_gelu = 0; is_gelu < 2; is_gelu++)
         check_gated(7, is_gelu), check_gated(64, is_gelu), check_gated(100, is_gelu);
@@ -441,7 +458,7 @@ int main(int count, char **arguments) {
     check_attention(4, 2, 64, 0, 0.5, 0), check_attention(2, 1, 256, 9, 2, 1);
     check_adapters(40, 24, 3, 1), check_adapters(64, 192, 16, 8), check_adapters(100, 219, 9, 5);
     check_experts(40, 24, 3), check_experts(64, 192, 16), check_experts(100, 219, 9);
-    printf("%s with %d threads: %d failures\n", turret_has_products() ? "bf16 pairs" : "no bf16 pairs", threads,
-           failures);
+    printf("%s with %d threads, bits %016lx: %d failures\n", turret_has_products() ? "bf16 pairs" : "no bf16 pairs",
+           threads, (unsigned long)sum_of_bits, failures);
     return failures != 0;
 }

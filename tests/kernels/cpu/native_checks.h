@@ -9,6 +9,7 @@
 #include <stdlib.h>
 
 #define MAX_ROWS 11
+#define PRODUCT_ROWS 35 /* of the wide products: two tiles' rows, and three */
 static int failures, threads;
 
 static uint64_t state = 1;
@@ -42,6 +43,11 @@ static void near_bf16(const char *name, const bf16 *y, const double *expected, i
     near(name, wide, expected, n, 8e-3);
     free(wide);
 }
+/* Of all results of the wide products, to be compared with another build's. */
+static uint64_t sum_of_bits;
+static void add_bits(const bf16 *y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) sum_of_bits = (sum_of_bits ^ y[i]) * 1099511628211u;
+}
 static void same(const char *name, const void *a, const void *b, int64_t bytes) {
     if (memcmp(a, b, bytes)) fail(name, "a row alone has other bits", bytes, 0, 0);
 }
@@ -55,7 +61,8 @@ typedef struct {
 } Product;
 void turret_dots(const Product *);
 void turret_columns(const Product *);
-void turret_dense_product(const bf16 *, int64_t, int64_t, const bf16 *, bf16 *, int64_t, int64_t, int64_t);
+void turret_dense_product(const bf16 *, int64_t, int64_t, const bf16 *, bf16 *, int64_t, int64_t, int64_t,
+                          bf16 *);
 void turret_nf4_product(const bf16 *, int64_t, int64_t, const uint8_t *, const bf16 *, bf16 *, int64_t,
                         int64_t, int64_t, const Step *, int64_t);
 void turret_nf4_experts(const bf16 *, int64_t, const int64_t *, int64_t, const void *const *, bf16 *, int64_t,

@@ -41,13 +41,15 @@ def build(out: Path, *more: str, compiler: str = "cc", kernels: list[Path]) -> P
     return out
 
 
-def assert_no_failures(*command: str) -> None:
+def assert_no_failures(*command: str) -> str:
+    """What the last run printed."""
     for threads in (["1"], ["3"], ["3", "own"]):
         result = subprocess.run(
             [*command, *threads], capture_output=True, text=True, check=False, timeout=300
         )
         assert result.returncode == 0, result.stdout + result.stderr
         assert "0 failures" in result.stdout
+    return result.stdout
 
 
 @needs_cc
@@ -58,6 +60,25 @@ def test_the_checks_pass_natively(isa: str, tmp_path: Path) -> None:
     library = native.path_of(isa)
     assert library is not None
     assert_no_failures(str(build(tmp_path / "checks", kernels=[library])))
+
+
+@needs_cc
+def test_the_checks_pass_on_emulated_tiles(tmp_path: Path) -> None:
+    """Where there are tiles, every bit of the wide products is the same."""
+    if "avx512_bf16" not in native.usable_isas():
+        pytest.skip("this processor or compiler does not have avx512_bf16")
+    flags = [f for f in BY_ISA["avx512_bf16"]["extra-compile-args"] if f.startswith("-m")]
+    emulated = build(
+        tmp_path / "emulated",
+        *(*flags, "-O2", "-DTILES_EMULATED", f"-I{Path(__file__).parent}"),
+        kernels=sorted(FOLDER.rglob("*.c")),
+    )
+    printed = assert_no_failures(str(emulated))
+    if "amx" in native.usable_isas():
+        library = native.path_of("amx")
+        assert library is not None
+        real = build(tmp_path / "real", kernels=[library])
+        assert assert_no_failures(str(real)) == printed
 
 
 @pytest.mark.skipif(shutil.which(AARCH64) is None, reason=f"{AARCH64} is not installed")

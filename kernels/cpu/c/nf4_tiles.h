@@ -1,0 +1,106 @@
+/* The product by AMX's tiles. Included by nf4_product.c.
+ *
+ * A block of codes is looked up into four tiles of weights, [16 pairs of inputs, 16 outputs], while the
+ * block before it is multiplied by one group of 16 rows after the other. A product of tiles takes as
+ * long for one row as for 16; beyond that, time goes into looking codes up once, and the weights stay
+ * in their tiles for all groups.
+ */
+#define ROW_BLOCK 128 /* rows that codes are looked up for once, at most */
+#define BLOCK_TILES 4 /* [outputs / 16, inputs / 32] */
+
+/* The tiles: C of either half of the outputs, x of either half of the inputs, then the weights. Their
+ * numbers become text of instructions, which an enum's would not. */
+#define SUM_0 0
+#define SUM_1 1
+#define X_0 2
+#define X_1 3
+#define W_00 4
+#define W_01 5
+#define W_10 6
+#define W_11 7
+
+typedef __m512i Weights[BLOCK_TILES][TILE_ROWS];
+
+INLINE void begin_products(int64_t rows) {
+    /* No rows come from experts whom none chose; a tile without any is no tile. */
+    TileShapes shapes = tile_shapes(W_00, rows ? least(rows, TILE_ROWS) : 1);
+    tiles_begin(&shapes);
+}
+INLINE void end_products(void) { tiles_end(); }
+
+/* A block's weights; meanwhile the lines come into the cache. */
+INLINE void look_up_block(const uint8_t *packed, Lines lines, Weights weights) {
+    const __m512i values = _mm512_loadu_si512(VALUES);
+    const char *ahead = lines.start;
+    int64_t per_pair = (lines.count + PAIRS - 1) / PAIRS;
+    for (int k = 0; k < PAIRS; k++, packed += TILE_OUT) {
+        __m512i w[2];
+        look_up(packed, values, w);
+        weights[k / TILE_ROWS][k % TILE_ROWS] = w[0];
+        weights[2 + k / TILE_ROWS][k % TILE_ROWS] = w[1];
+        if (k % 2 == 0) __builtin_prefetch(packed + DISTANCE);
+        for (int64_t n = 0; n < per_pair; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2); /* to L2 */
+    }
+}
+
+/* sums[r] += absmax * (W x_r) for the rows of a group, of which the first `skip` are not added. */
+INLINE void add_group(const bf16 *x, int64_t x_stride, int64_t skip, int64_t rows, const __m512 *scale,
+                      float *sums) {
+    float found[2][TILE_ROWS * LANES] __attribute__((aligned(64)));
+    tile_zero(SUM_0);
+    tile_zero(SUM_1);
+    tile_load(X_0, x, x_stride * sizeof(bf16));
+    tile_load(X_1, x + TILE_INPUTS, x_stride * sizeof(bf16));
+    tile_add_product(SUM_0, X_0, W_00);
+    tile_add_product(SUM_1, X_0, W_10);
+    tile_add_product(SUM_0, X_1, W_01);
+    tile_add_product(SUM_1, X_1, W_11);
+    tile_store(SUM_0, found[0], TILE_BYTES);
+    tile_store(SUM_1, found[1], TILE_BYTES);
+    for (int64_t r = skip; r < rows; r++)
+        for (int c = 0; c < 2; c++) {
+            float *sum = sums + r * TILE_OUT + c * LANES;
+            __m512 product = _mm512_load_ps(found[c] + r * LANES);
+            _mm512_store_ps(sum, _mm512_fmadd_ps(product, scale[c], _mm512_load_ps(sum)));
+        }
+}
+
+/* Outputs of one tile of codes for rows [first, first + rows), at most ROW_BLOCK. */
+static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t rows, Walk *walk) {
+    float sums[ROW_BLOCK * TILE_OUT] __attribute__((aligned(64)));
+    Weights weights[2];
+    const bf16 *absmax = p->absmax + tile * TILE_OUT, *x = p->x + first * p->x_stride;
+    const uint8_t *packed = p->packed + tile * TILE_OUT * p->in_features / 2;
+    int64_t group = least(rows, TILE_ROWS), blocks = p->in_features / BLOCK;
+    memset(sums, 0, sizeof(float) * rows * TILE_OUT);
+    look_up_block(packed, next_lines(walk, rows), weights[0]);
+    for (int64_t b = 0; b < blocks; b++) {
+        const __m512i(*w)[TILE_ROWS] = weights[b % 2];
+        __m512 scale[2] = {widen(absmax), widen(absmax + LANES)};
+        tile_load(W_00, w[0], TILE_BYTES);
+        tile_load(W_01, w[1], TILE_BYTES);
+        tile_load(W_10, w[2], TILE_BYTES);
+        tile_load(W_11, w[3], TILE_BYTES);
+        packed += BLOCK_BYTES;
+        if (b + 1 < blocks) look_up_block(packed, next_lines(walk, rows), weights[(b + 1) % 2]);
+        for (int64_t r = 0; r < rows; r += group) {
+            /* The last group ends with the last row, and has rows of the one before. */
+            int64_t start = least(r, rows - group);
+            add_group(x + start * p->x_stride + b * BLOCK, p->x_stride, r - start, group, scale,
+                      sums + start * TILE_OUT);
+        }
+        absmax += p->out_features;
+    }
+    for (int64_t r = 0; r < rows; r++)
+        store_row(p->y + (first + r) * p->out_features + tile * TILE_OUT, sums + r * TILE_OUT);
+}
+
+/* Outputs of one tile of codes for all rows, in blocks that differ by one row at most: none has fewer
+ * than a group. */
+static void multiply_panel(const Product *p, int64_t tile, Walk *walk) {
+    int64_t blocks = (p->rows + ROW_BLOCK - 1) / ROW_BLOCK;
+    for (int64_t b = 0; b < blocks; b++) {
+        int64_t first = p->rows * b / blocks;
+        multiply_tile(p, tile, first, p->rows * (b + 1) / blocks - first, walk);
+    }
+}
