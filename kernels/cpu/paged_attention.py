@@ -50,7 +50,8 @@ class NativeAttentionPlan:
         threads = num_threads()
         # Whole vectors are stored from any position on.
         padded = -(-longest // _LANES) * _LANES + _LANES
-        stride = num_heads * (2 * head_dim + padded)
+        # What attention.c needs for the heads of a row, or attention_tiles.h for 16 queries.
+        stride = max(num_heads * (2 * head_dim + padded), _LANES * (head_dim + padded))
         self._scratch = torch.empty(threads * stride)
         self._plan = (ctypes.c_int64 * 6)(
             ctypes.addressof(self._spans),

@@ -4,10 +4,12 @@
  * depends on its own query and its own keys only, in position order. A block of the cache holds all
  * KV heads of its positions side by side, so a row's heads walk the blocks together and memory is
  * read as it lies; while a block is computed with, the next one comes into the cache.
+ * attention_tiles.h has another order for processors with AMX.
  */
 #include "entries.h"
 #include "elements.h"
 #include "team.h"
+#include "tiles.h"
 
 #include <math.h>
 
@@ -215,11 +217,19 @@ static void attend_piece(const void *job, int64_t thread, int64_t piece) {
     }
 }
 
+#if HAS_TILES && !defined(ELEMENT_F32)
+#include "attention_tiles.h"
+#endif
+
 EXPORT void EXPORTED(turret_attend)(const Plan *plan, const Heads *heads) {
     Job job = {plan, heads, 0, plan->num_threads > 1 ? plan->num_threads * PIECES_EACH : 1};
     for (int64_t s = 0; s < plan->num_spans; s++) {
         const Span *p = &plan->spans[s];
         job.total += heads->kv_heads * p->num_new * (p->num_context + (p->num_new + 1) / 2);
     }
-    in_pieces(attend_piece, &job, job.pieces, plan->num_threads);
+    Work *work = attend_piece;
+#if HAS_TILES && !defined(ELEMENT_F32)
+    if (tiles_attend(heads)) work = attend_packs;
+#endif
+    in_pieces(work, &job, job.pieces, plan->num_threads);
 }

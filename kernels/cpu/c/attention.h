@@ -11,7 +11,7 @@ typedef struct {
 
 typedef struct {
     const Span *spans;
-    float *scratch; /* [threads, scratch_stride]: queries, results and scores of a row's heads */
+    float *scratch; /* [threads, scratch_stride]: queries, results and scores of what goes together */
     int64_t num_spans, scratch_stride, num_threads;
     int64_t window; /* 0: none */
 } Plan;

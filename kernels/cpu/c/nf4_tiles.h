@@ -31,22 +31,24 @@ INLINE void end_products(void) { tiles_end(); }
 /* A block's weights; meanwhile the lines come into the cache. */
 INLINE void look_up_block(const uint8_t *packed, Lines lines, Weights weights) {
     const __m512i values = _mm512_loadu_si512(VALUES);
-    const char *ahead = lines.start;
-    int64_t per_pair = (lines.count + PAIRS - 1) / PAIRS;
-    for (int k = 0; k < PAIRS; k++, packed += TILE_OUT) {
-        __m512i w[2];
-        look_up(packed, values, w);
-        weights[k / TILE_ROWS][k % TILE_ROWS] = w[0];
-        weights[2 + k / TILE_ROWS][k % TILE_ROWS] = w[1];
-        if (k % 2 == 0) __builtin_prefetch(packed + DISTANCE);
-        for (int64_t n = 0; n < per_pair; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2); /* to L2 */
+    for (int half = 0; half < 2; half++, packed += TILE_ROWS * TILE_OUT) {
+#pragma GCC unroll 16
+        for (int k = 0; k < TILE_ROWS; k++) {
+            __m512i w[2];
+            look_up(packed + k * TILE_OUT, values, w);
+            weights[half][k] = w[0];
+            weights[2 + half][k] = w[1];
+            if (k % 2 == 0) __builtin_prefetch(packed + k * TILE_OUT + DISTANCE);
+        }
     }
+    const char *ahead = lines.start;
+    for (int64_t n = 0; n < lines.count; n++, ahead += LINE) __builtin_prefetch(ahead, 0, 2); /* to L2 */
 }
 
-/* sums[r] += absmax * (W x_r) for the rows of a group, of which the first `skip` are not added. */
-INLINE void add_group(const bf16 *x, int64_t x_stride, int64_t skip, int64_t rows, const __m512 *scale,
-                      float *sums) {
-    float found[2][TILE_ROWS * LANES] __attribute__((aligned(64)));
+typedef float Found[2][TILE_ROWS * LANES];
+
+/* W x_r for the rows of a group. */
+INLINE void multiply_group(const bf16 *x, int64_t x_stride, Found found) {
     tile_zero(SUM_0);
     tile_zero(SUM_1);
     tile_load(X_0, x, x_stride * sizeof(bf16));
@@ -57,6 +59,11 @@ INLINE void add_group(const bf16 *x, int64_t x_stride, int64_t skip, int64_t row
     tile_add_product(SUM_1, X_1, W_11);
     tile_store(SUM_0, found[0], TILE_BYTES);
     tile_store(SUM_1, found[1], TILE_BYTES);
+}
+
+/* sums[r] += absmax * found[r] */
+INLINE void add_group(Found found, int64_t skip, int64_t rows, const __m512 *scale, float *sums) {
+#pragma GCC unroll 4
     for (int64_t r = skip; r < rows; r++)
         for (int c = 0; c < 2; c++) {
             float *sum = sums + r * TILE_OUT + c * LANES;
@@ -83,12 +90,17 @@ static void multiply_tile(const Product *p, int64_t tile, int64_t first, int64_t
         tile_load(W_11, w[3], TILE_BYTES);
         packed += BLOCK_BYTES;
         if (b + 1 < blocks) look_up_block(packed, next_lines(walk, rows), weights[(b + 1) % 2]);
-        for (int64_t r = 0; r < rows; r += group) {
+        Found found[2] __attribute__((aligned(64)));
+        int64_t groups = (rows + group - 1) / group;
+        multiply_group(x + b * BLOCK, p->x_stride, found[0]);
+        for (int64_t g = 1; g < groups; g++) {
             /* The last group ends with the last row, and has rows of the one before. */
-            int64_t start = least(r, rows - group);
-            add_group(x + start * p->x_stride + b * BLOCK, p->x_stride, r - start, group, scale,
-                      sums + start * TILE_OUT);
+            int64_t start = least(g * group, rows - group);
+            multiply_group(x + start * p->x_stride + b * BLOCK, p->x_stride, found[g % 2]);
+            add_group(found[1 - g % 2], 0, group, scale, sums + (g - 1) * group * TILE_OUT);
         }
+        int64_t last = least((groups - 1) * group, rows - group);
+        add_group(found[(groups - 1) % 2], (groups - 1) * group - last, group, scale, sums + last * TILE_OUT);
         absmax += p->out_features;
     }
     for (int64_t r = 0; r < rows; r++)

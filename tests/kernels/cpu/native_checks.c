@@ -248,7 +248,8 @@ static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_
     float *k = floats(POSITIONS * kv_heads * dim), *v = floats(POSITIONS * kv_heads * dim);
     float *qkv = floats(rows * per * dim), *cos = floats(rows * dim / 2), *sin = floats(rows * dim / 2);
     float *q = floats(rows * heads * dim), *out = floats(rows * heads * dim), *one = floats(rows * heads * dim);
-    float *scratch = floats(threads * heads * (2 * dim + POSITIONS + 32));
+    int64_t stride = fmax(heads * (2 * dim + POSITIONS + 32), 16 * (dim + POSITIONS + 16));
+    float *scratch = floats(threads * stride);
     double *expected = calloc(rows * heads * dim, sizeof(double));
     float *sinks = has_sinks ? floats(heads) : 0;
     for (int64_t i = 0; i < POSITIONS / 16; i++) blocks[i] = (i * 3 + 1) % (POSITIONS / 16);
@@ -280,16 +281,26 @@ static void check_attention(int64_t heads, int64_t kv_heads, int64_t dim, int64_
                 }
                 for (int64_t i = 0; i < dim; i++) to[i] /= total;
             }
-    Plan plan = {spans, scratch, 2, heads * (2 * dim + POSITIONS + 32), threads, window};
+    Plan plan = {spans, scratch, 2, stride, threads, window};
     Heads of = {q, k, v, out, heads, kv_heads, dim, 16, 0.125, cap, sinks};
     turret_attend_f32(&plan, &of);
     near("attention", out, expected, rows * heads * dim, 1e-5);
     bf16 *hk = halves(POSITIONS * kv_heads * dim), *hv = halves(POSITIONS * kv_heads * dim);
     bf16 *hout = halves(rows * heads * dim), *hone = halves(rows * heads * dim);
     for (int64_t i = 0; i < POSITIONS * kv_heads * dim; i++) hk[i] = to_bf16(k[i]), hv[i] = to_bf16(v[i]);
+    /* Behind the last key of a span its block may hold anything. */
+    for (int64_t t = 58; t < 64; t++)
+        for (int64_t i = 0; i < kv_heads * dim; i++) {
+            int64_t at = (blocks[t / 16] * 16 + t % 16) * kv_heads * dim + i;
+            hk[at] = hv[at] = 0x7fc0;
+        }
     Heads half = {q, hk, hv, hout, heads, kv_heads, dim, 16, 0.125, cap, sinks};
     turret_attend(&plan, &half);
     near_bf16("attention", hout, expected, rows * heads * dim);
+    add_bits(hout, rows * heads * dim);
+    /* A value that no number has spoils the rows that see it, and no other. */
+    hv[(blocks[3] * 16 + 2) * kv_heads * dim] = 0x7f80;
+    turret_attend(&plan, &half);
     of.out = one, half.out = hone;
     for (int s = 0; s < 2; s++)
         for (int64_t n = 0; n < spans[s].num_new; n++) {
@@ -456,6 +467,7 @@ int main(int count, char **arguments) {
     check_clamped(7), check_clamped(64), check_clamped(100);
     check_attention(3, 1, 64, 0, 0, 0), check_attention(8, 2, 32, 20, 0, 1), check_attention(9, 3, 96, 0, 0, 0);
     check_attention(4, 2, 64, 0, 0.5, 0), check_attention(2, 1, 256, 9, 2, 1);
+    check_attention(36, 2, 64, 11, 0, 1), check_attention(16, 1, 128, 0, 0, 0);
     check_adapters(40, 24, 3, 1), check_adapters(64, 192, 16, 8), check_adapters(100, 219, 9, 5);
     check_experts(40, 24, 3), check_experts(64, 192, 16), check_experts(100, 219, 9);
     printf("%s with %d threads, bits %016lx: %d failures\n", turret_has_products() ? "bf16 pairs" : "no bf16 pairs",
