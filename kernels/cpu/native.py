@@ -48,6 +48,10 @@ _SIGNATURES = {
     "turret_columns": (_pointer,),
     "turret_exp_f32": (_pointer, _int),
     "turret_token_mask": (_pointer, _int, _int, _pointer, _pointer, _int, _int),
+    "turret_likeliest": (
+        *(_pointer, _int, _int, _pointer, _int),
+        *(_pointer, _int, _pointer),
+    ),
 }
 # Those that are there for bf16, and for fp32 under the name's other form.
 _BY_ELEMENT = {
