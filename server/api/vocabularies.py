@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from turret.server.adapters.adapter import Adapter
 from turret.server.api.limits import MAX_MIX_MEMBERS
+from turret.server.constraints.kept import KeptConstraints
 from turret.server.engine.scheduling.own_text import OwnText
 from turret.v1 import adapters_pb2
 
@@ -27,6 +28,8 @@ class Vocabulary:
         tokenizer: Turns text into tokens and back.
         constraints: Compiles what answers must match; None for one that is made when it is needed.
         own: How the engine knows it; None for the base's.
+        kept: Of the vocabularies that share a budget for what is compiled, where ``constraints`` is
+            not there; None for a budget of its own.
     """
 
     def __init__(
@@ -34,9 +37,13 @@ class Vocabulary:
         tokenizer: Tokenizer,
         constraints: ConstraintCompiler | None = None,
         own: OwnText | None = None,
+        kept: KeptConstraints | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.own = own
+        if constraints is not None:
+            kept = constraints.kept
+        self.kept = KeptConstraints() if kept is None else kept
         self._constraints = constraints
 
     @property
@@ -45,13 +52,18 @@ class Vocabulary:
         if self._constraints is None:
             from turret.server.constraints.compiler import ConstraintCompiler
 
-            self._constraints = ConstraintCompiler(self.tokenizer)
+            self._constraints = ConstraintCompiler(self.tokenizer, self.kept)
         return self._constraints
 
     def close(self) -> None:
         """Compile nothing more."""
         if self._constraints is not None:
             self._constraints.close()
+
+    def forget(self) -> None:
+        """Keep nothing that was compiled: no request will come for it."""
+        if self._constraints is not None:
+            self._constraints.forget()
 
 
 class Vocabularies:
@@ -124,9 +136,11 @@ class Vocabularies:
     def _vocabulary(self, tokenizer: Tokenizer, digest: str, rows: int) -> Vocabulary:
         made = self._made.get((digest, rows))
         if made is None or made.tokenizer is not tokenizer:
-            gone = [key for key in self._made if key not in self._tokenizers]
+            mine = digest, rows
+            gone = [key for key in self._made if key == mine or key not in self._tokenizers]
             for key in gone:
-                del self._made[key]
-            made = Vocabulary(tokenizer, own=OwnText(digest, tokenizer))
-            self._made[digest, rows] = made
+                self._made.pop(key).forget()
+            own = OwnText(digest, tokenizer)
+            made = Vocabulary(tokenizer, own=own, kept=self._base.kept)
+            self._made[mine] = made
         return made

@@ -1,20 +1,20 @@
-"""Compiles constraints off the event loop, and keeps what was compiled lately."""
+"""Compiles constraints off the event loop, and shares what was compiled lately."""
 
 from __future__ import annotations
 
 import asyncio
 import functools
 import threading
-from collections import OrderedDict
 from typing import Protocol
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from turret.server.basics.background import work_in_background
 from turret.server.basics.panics import PANICS_ARE_ERRORS
+from turret.server.constraints.alphabet import Alphabet, alphabet_of
 from turret.server.constraints.constraint import Constraint
-from turret.server.constraints.grammar import grammar_of, refusal
-from turret.server.constraints.matcher import words_of
+from turret.server.constraints.grammar import grammar_of, refusal, unforced
+from turret.server.constraints.kept import KeptConstraints
 from turret.server.constraints.spec import ConstraintSpec
 from turret.server.constraints.threads import roomy_executor
 from turret.server.errors import BudgetExceededError, InvalidRequestError, QueueFullError
@@ -24,8 +24,6 @@ NUM_THREADS = 2
 MAX_RUNNING = 64
 # The worst that the limits below let through took half a second here.
 COMPILE_SECONDS = 20.0
-MAX_CACHED = 64
-MAX_CACHED_BYTES = 64 << 20
 _RETRY_SECONDS = 1.0
 # About what a compiled constraint takes: measured up to 9 MB for a schema of 90,000 characters.
 _FIXED_BYTES, _CHAR_BYTES = 1 << 20, 128
@@ -35,6 +33,7 @@ _FIXED_BYTES, _CHAR_BYTES = 1 << 20, 128
 _SLICES = ["[a-z ]{1,16}", "[a-zA-Z ]{1,16}", *LLTokenizer.general_slices()]
 # Of a lexer, which is shared by the answers that follow one constraint: 45 MB at worst.
 _MAX_LEXER_STATES = 1 << 15
+_Followable = tuple[LLTokenizer, Alphabet]
 
 
 class TokenSource(Protocol):
@@ -53,21 +52,26 @@ class ConstraintCompiler:
 
     Args:
         tokens: The model's tokenizer. It is read on a thread, from now on: half a second and more.
+        kept: Keeps what was compiled; None for a keeper of its own.
     """
 
-    def __init__(self, tokens: TokenSource) -> None:
+    def __init__(self, tokens: TokenSource, kept: KeptConstraints | None = None) -> None:
         self._tokens = tokens
         self._lock = threading.Lock()
-        self._native: LLTokenizer | InvalidRequestError | None = None
+        self._native: _Followable | InvalidRequestError | None = None
         self._executor = roomy_executor(NUM_THREADS, "constraints", work_in_background)
         self._executor.submit(self._tokenizer)
-        self._cached: OrderedDict[bytes, Constraint] = OrderedDict()
-        self._cached_bytes = 0
+        self.kept = KeptConstraints() if kept is None else kept
+        self._owner = self.kept.new_owner()
         self._running: dict[bytes, asyncio.Future[Constraint]] = {}
 
     def close(self) -> None:
         """Compile nothing more."""
         self._executor.shutdown(wait=False, cancel_futures=True)
+
+    def forget(self) -> None:
+        """Keep nothing of what was compiled."""
+        self.kept.forget(self._owner)
 
     async def compile(self, spec: ConstraintSpec) -> Constraint:
         """The compiled form of a constraint, of as many characters as there may be.
@@ -78,9 +82,8 @@ class ConstraintCompiler:
             BudgetExceededError: It took too long.
         """
         key = spec.digest
-        found = self._cached.get(key)
+        found = self.kept.find(self._owner, key)
         if found is not None:
-            self._cached.move_to_end(key)
             return found
         future = self._running.get(key)
         if future is None:
@@ -106,12 +109,7 @@ class ConstraintCompiler:
         del self._running[key]
         if future.cancelled() or future.exception() is not None:
             return
-        constraint = future.result()
-        self._cached[key] = constraint
-        self._cached_bytes += constraint.num_bytes
-        while len(self._cached) > MAX_CACHED or self._cached_bytes > MAX_CACHED_BYTES:
-            _, oldest = self._cached.popitem(last=False)
-            self._cached_bytes -= oldest.num_bytes
+        self.kept.keep(self._owner, key, future.result())
 
     # On the threads.
 
@@ -120,19 +118,19 @@ class ConstraintCompiler:
         tokenizer = self._tokenizer()
         if isinstance(tokenizer, InvalidRequestError):
             raise InvalidRequestError.of(spec.kind, tokenizer.message)
+        native, alphabet = tokenizer
         grammar = grammar_of(spec)
 
-        def make() -> LLMatcher:
+        def make(*, forces: bool) -> LLMatcher:
             limits = LLParserLimits(max_lexer_states=_MAX_LEXER_STATES, verbose_errors=False)
-            made = LLMatcher(tokenizer, grammar, log_level=0, limits=limits)
+            asked = grammar if forces else unforced(grammar)
+            made = LLMatcher(native, asked, log_level=0, limits=limits)
             if made.is_error():
                 raise refusal(spec, made.get_error())
             return made
 
-        num_words = (tokenizer.vocab_size + 31) // 32
-        drawable = words_of(range(self._tokens.vocab_size), num_words)
         num_bytes = _FIXED_BYTES + _CHAR_BYTES * spec.num_chars
-        constraint = Constraint(make, drawable, num_bytes)
+        constraint = Constraint(make, alphabet, num_bytes)
         # A grammar that nothing matches, or too wide to begin with, shows at its first token.
         try:
             constraint.matcher().mask()
@@ -140,19 +138,20 @@ class ConstraintCompiler:
             raise InvalidRequestError.of(spec.kind, error.message) from None
         return constraint
 
-    def _tokenizer(self) -> LLTokenizer | InvalidRequestError:
+    def _tokenizer(self) -> _Followable | InvalidRequestError:
         """The tokenizer as llguidance has it, or why there is none."""
         with self._lock:
             if self._native is None:
                 self._native = self._read_tokenizer()
             return self._native
 
-    def _read_tokenizer(self) -> LLTokenizer | InvalidRequestError:
+    def _read_tokenizer(self) -> _Followable | InvalidRequestError:
         ends = sorted(self._tokens.eos_token_ids)
         if not ends:
             return InvalidRequestError("this model has no end token, so no answer can be complete")
         try:
             with PANICS_ARE_ERRORS:
-                return LLTokenizer(self._tokens.serialized(), eos_token=ends, slices=_SLICES)
+                native = LLTokenizer(self._tokens.serialized(), eos_token=ends, slices=_SLICES)
+                return native, alphabet_of(native, self._tokens.vocab_size)
         except Exception as error:
             return InvalidRequestError(f"this model's tokenizer cannot be followed: {error}")

@@ -24,6 +24,8 @@ _JSON_OPTIONS: Any = {
 }
 _ANY_OBJECT = '{"type":"object"}'
 _META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
+# A grammar beside another one that is set for both.
+_UNFORCED = {"name": "unforced", "lark_grammar": '%llguidance {"no_forcing": true}\nstart: "x"'}
 # A rule of a grammar in Lark, on a line of its own, that is JSON of a schema.
 _SCHEMA_RULE = re.compile(r"(?m)^\s*(\w+)\s*:\s*%json (\{.*\})\s*$")
 # A complaint repeats the grammar that it is about.
@@ -52,6 +54,16 @@ def grammar_of(spec: ConstraintSpec) -> str:
         # A parser of its own, in Python, which raises what it likes.
         why = f"is neither Lark nor GBNF: {shortened(str(error))}"
         raise InvalidRequestError.of("grammar", why) from None
+
+
+def unforced(grammar: str) -> str:
+    """The same grammar, for which any tokens that spell a text that must come may come."""
+    grammars: list[dict[str, Any]]
+    try:
+        grammars = json.loads(grammar)["grammars"]
+    except ValueError:
+        grammars = [{"name": "grammar", "lark_grammar": grammar}]
+    return json.dumps({"grammars": [*grammars, _UNFORCED]})
 
 
 def refusal(spec: ConstraintSpec, why: str) -> InvalidRequestError:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Protocol
 
 import numpy as np
 from llguidance import LLMatcher
 
+from turret.server.constraints.alphabet import Alphabet, Words
 from turret.server.constraints.grammar import shortened
 from turret.server.errors import BudgetExceededError, InvalidRequestError
 
@@ -18,14 +19,13 @@ _FIRST_SECONDS = 2.0
 _TOKEN_SECONDS = 0.005
 # What llguidance says when its lexer, which all matchers of a constraint share, is full.
 _LEXER_FULL = "too many states"
-Words = np.ndarray[tuple[int], np.dtype[np.int32]]
 
 
 class Source(Protocol):
     """Where a matcher comes from (``Constraint``)."""
 
-    def copy(self) -> LLMatcher: ...
-    def renewed(self) -> LLMatcher: ...
+    def copy(self, *, forces: bool) -> LLMatcher: ...
+    def renewed(self, *, forces: bool) -> LLMatcher: ...
     def count(self, seconds: float) -> None: ...
 
 
@@ -34,13 +34,15 @@ class Matcher:
 
     Args:
         source: The constraint.
-        drawable: ``[words]`` int32: a bit for every token that can be drawn at all.
+        alphabet: Of its tokenizer.
     """
 
-    def __init__(self, source: Source, drawable: Words) -> None:
+    def __init__(self, source: Source, alphabet: Alphabet) -> None:
         self._source = source
-        self._native = source.copy()
-        self._drawable = drawable
+        self._alphabet = alphabet
+        # Where only one text may come, its tokens are those that the tokenizer makes of it.
+        self._forces = True
+        self._native = source.copy(forces=True)
         self._tokens: list[int] = []
         self._seconds = 0.0
 
@@ -68,47 +70,93 @@ class Matcher:
             BudgetExceededError: The grammar is too complex to go on.
         """
         self._tokens.append(token_id)
-        self._follow(lambda native: native.consume_token(token_id), again=_nothing)
+        self._follow(lambda: self._native.consume_token(token_id), again=_nothing)
 
-    def mask(self, withheld: Words | None = None) -> Words:
+    def take(self, token_id: int, withheld: Collection[int] = ()) -> int | None:
+        """Take in a token if it is in the mask, or else the one that is alone there.
+
+        Costs a tenth of a mask, which is not made.
+
+        Args:
+            token_id: The token.
+            withheld: As for ``mask``.
+
+        Returns:
+            The token that was taken in. None if none was: the mask has to tell.
+
+        Raises:
+            BudgetExceededError: The grammar is too complex to go on.
+        """
+        taken: int | None = None
+
+        def look() -> None:
+            nonlocal taken
+            token = self._forced()
+            if token is None and token_id not in withheld:
+                token = token_id
+            taken = None
+            if token is not None and self._alphabet.is_plain(token):
+                taken = token if self._native.try_consume_tokens([token]) else None
+
+        self._follow(look, again=look)
+        if taken is not None:
+            self._tokens.append(taken)
+        return taken
+
+    def mask(self, withheld: Collection[int] = ()) -> Words:
         """The tokens that may come next, ``[words]`` int32: token ``t`` is bit ``t % 32``.
 
         Args:
-            withheld: Tokens that may not come while another one may; as the result.
+            withheld: Tokens that may not come while another one may.
 
         Raises:
             BudgetExceededError: The grammar is too complex to go on, or took too long.
         """
-        words = np.empty_like(self._drawable)
+        words: Words = np.empty(self._alphabet.num_words, dtype=np.int32)
         pointer, size = words.ctypes.data, words.nbytes
 
-        def fill(native: LLMatcher) -> None:
-            native.unsafe_compute_mask_ptr(pointer, size)
+        def fill() -> None:
+            self._forced()
+            self._native.unsafe_compute_mask_ptr(pointer, size)
 
         self._follow(fill, again=fill)
         if self._seconds > _FIRST_SECONDS + _TOKEN_SECONDS * len(self._tokens):
             raise BudgetExceededError("the constraint takes too long to follow")
-        words &= self._drawable
-        if withheld is not None and (rest := words & ~withheld).any():
-            return rest
-        if not words.any():
+        # llguidance has an error for a mask of nothing.
+        if not self._alphabet.keep_drawable(words):
             raise BudgetExceededError("no token of the model can go on with the constraint")
-        return words
+        return without(words, withheld)
 
-    def _follow(
-        self, work: Callable[[LLMatcher], object], again: Callable[[LLMatcher], object]
-    ) -> None:
+    def _forced(self) -> int | None:
+        """The one token that may come where only one text may."""
+        forced = self._native.compute_ff_tokens()
+        if not forced:
+            return None
+        token = forced[0]
+        is_plain = self._alphabet.is_plain(token)
+        if is_plain or (
+            self._alphabet.is_drawable(token) and self._native.validate_tokens([token])
+        ):
+            return token
+        # A text that happens to be a special token's name: the tokenizer makes that token of it,
+        # which means something else, and which the grammar has not got. Or one without logits.
+        self._forces = False
+        self._native = self._source.copy(forces=False)
+        self._native.consume_tokens(self._tokens)
+        return None
+
+    def _follow(self, work: Callable[[], object], again: Callable[[], object]) -> None:
         """Do something with the native matcher, and if its lexer is full, ``again`` with a new one.
 
         The new one has taken in all tokens. Others may have filled the lexer: what becomes of an
         answer must not depend on them.
         """
         start = time.thread_time()
-        work(self._native)
+        work()
         if self._native.is_error() and _LEXER_FULL in self._native.get_error():
-            self._native = self._source.renewed()
+            self._native = self._source.renewed(forces=self._forces)
             if self._native.consume_tokens(self._tokens):
-                again(self._native)
+                again()
         seconds = time.thread_time() - start
         self._seconds += seconds
         self._source.count(seconds)
@@ -118,12 +166,19 @@ class Matcher:
             )
 
 
-def _nothing(native: LLMatcher) -> None:
+def without(words: Words, withheld: Collection[int]) -> Words:
+    """A mask without some tokens, unless nothing would be left of it."""
+    size = 32 * words.shape[0]
+    # Most masks have none of them.
+    present = [t for t in withheld if t < size and words[t >> 5] >> (t & 31) & 1]
+    if not present:
+        return words
+    rest = words.copy()
+    bits = rest.view(np.uint32)
+    for token in present:
+        bits[token >> 5] &= np.uint32(~(1 << (token & 31)) & 0xFFFFFFFF)
+    return rest if rest.any() else words
+
+
+def _nothing() -> None:
     pass
-
-
-def words_of(token_ids: Iterable[int], num_words: int) -> Words:
-    """``[num_words]`` int32 with the bits of some tokens; those beyond have none."""
-    bits = np.zeros(32 * num_words, dtype=np.uint8)
-    bits[[token for token in token_ids if token < 32 * num_words]] = 1
-    return np.packbits(bits, bitorder="little").view(np.int32)

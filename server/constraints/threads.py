@@ -19,6 +19,17 @@ STACK_BYTES = MAX_CONSTRAINT_CHARS * (4 << 10)
 _lock = threading.Lock()
 
 
+def start_roomy(thread: threading.Thread) -> None:
+    """Start a thread with a stack of ``STACK_BYTES``."""
+    # The size is the process's: a thread that others start meanwhile has room too.
+    with _lock:
+        before = threading.stack_size(STACK_BYTES)
+        try:
+            thread.start()
+        finally:
+            threading.stack_size(before)
+
+
 def roomy_executor(
     num_threads: int, name: str, initializer: Callable[[], None] | None = None
 ) -> ThreadPoolExecutor:

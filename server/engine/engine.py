@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 
 from turret.server.adapters.mix import Mix
+from turret.server.constraints.threads import start_roomy
 from turret.server.engine.answer import Answer
 from turret.server.engine.answer_text import AnswerText
 from turret.server.engine.base_change import BaseChange, Change
@@ -129,7 +130,8 @@ class Engine:
         self._event_loop = asyncio.get_running_loop()
         self._idle.set()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._thread.start()
+        # It follows constraints, some of them.
+        start_roomy(self._thread)
 
     async def submit(self, request: Request) -> Stream:
         """Take in a request.

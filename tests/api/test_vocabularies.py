@@ -14,6 +14,7 @@ from servers.fakes import FakeTokenizer
 
 from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
+from turret.server.constraints.kept import KeptConstraints
 from turret.server.models import own_tokenizers
 from turret.server.models.own_tokenizers import OwnTokenizers
 from turret.v1 import adapters_pb2
@@ -42,6 +43,9 @@ class Closed:
     """Compiles nothing."""
 
     is_closed = False
+
+    def __init__(self) -> None:
+        self.kept = KeptConstraints()
 
     def close(self) -> None:
         self.is_closed = True
@@ -105,6 +109,21 @@ async def test_the_latest_used_are_kept(adapters: Adapters, vocabularies: Vocabu
     await vocabularies.of(weights("e"))
     await vocabularies.of(weights("a"))
     assert adapters.read_names == ["a", "b", "c", "d", "e"]
+
+
+async def test_all_share_one_budget_for_what_is_compiled(vocabularies: Vocabularies) -> None:
+    base, first = await vocabularies.of([]), await vocabularies.of(weights("a"))
+    assert first.kept is base.kept
+    forgotten: list[Vocabulary] = []
+
+    class Forgets(Closed):
+        def forget(self) -> None:
+            forgotten.append(first)
+
+    first._constraints = Forgets()  # type: ignore[assignment]
+    for name in "bcd":
+        assert (await vocabularies.of(weights(name))).kept is base.kept
+    assert forgotten == [first]
 
 
 async def test_all_that_compile_are_closed(vocabularies: Vocabularies) -> None:

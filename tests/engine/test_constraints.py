@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +20,15 @@ from servers.engine_harness import GREEDY, EngineHarness, make_request
 from turret.kernels.cpu import native
 from turret.kernels.token_mask import apply_token_mask
 from turret.server.constraints.constraint import Constraint
+from turret.server.constraints.matcher import Matcher
+from turret.server.constraints.threads import STACK_BYTES
 from turret.server.engine.scheduling.request import FinishReason, SamplingParams, StopConditions
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.executor import TorchExecutor
-from turret.server.engine.step.masks import Masks
+from turret.server.engine.step.masks import LateMask, Masks, TokenMask
+from turret.server.engine.step.pooler import Pooler
+from turret.server.engine.step.sampler import Sampler
 from turret.server.errors import BudgetExceededError, InvalidRequestError
 
 SCHEMA = {
@@ -178,10 +184,11 @@ async def test_an_answer_that_broke_off_goes_on_in_its_place(
             await harness.run(constrained(schema, sampling=sampling, answer_so_far=begun))
 
 
+@pytest.mark.parametrize("sampling", [GREEDY, SamplingParams(seed=2)], ids=["greedy", "drawn"])
 async def test_a_step_that_is_computed_again_draws_the_same(
-    model: Path, schema: Constraint, monkeypatch: pytest.MonkeyPatch
+    model: Path, schema: Constraint, monkeypatch: pytest.MonkeyPatch, sampling: SamplingParams
 ) -> None:
-    request = constrained(schema, sampling=SamplingParams(seed=2))
+    request = constrained(schema, sampling=sampling)
     async with EngineHarness.start(model) as harness:
         expected = await harness.run(request)
         calls = []
@@ -196,6 +203,89 @@ async def test_a_step_that_is_computed_again_draws_the_same(
         monkeypatch.setattr(TorchExecutor, "run", failing)
         assert (await harness.run(request)).bits == expected.bits
         assert len(calls) > 10
+        monkeypatch.undo()
+        # After the draw, too.
+        pool, num_failed = Pooler.pool, 0
+
+        def failing_late(self: Pooler, *args: Any) -> Any:
+            nonlocal num_failed
+            calls.append(args)
+            if len(calls) % 3 == 2:
+                num_failed += 1
+                raise torch.OutOfMemoryError("planted")
+            return pool(self, *args)
+
+        monkeypatch.setattr(Pooler, "pool", failing_late)
+        assert (await harness.run(request)).bits == expected.bits
+        assert num_failed > 3
+
+
+async def test_masks_that_are_not_made_change_nothing(
+    model: Path, schema: Constraint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most greedy answers need few masks; each is the same as with all of them."""
+    pushed = SamplingParams(temperature=0.0, logit_bias={EOS: 4.0, 30: 3.0, 97: 2.0})
+    shaped = SamplingParams(temperature=0.0, repetition_penalty=1.4, presence_penalty=1.0)
+    (b,) = make_tokenizer().encode("b")
+    ends = stop(40, min_tokens=9, ignore_eos=True, stop_token_ids=frozenset({b}))
+    constraints = [
+        schema, compiled("regex", "[a-f]{2,9}z?"), compiled("json_object"),
+        compiled("regex", "(abba|abc)+<tag>"), compiled("choice", "abcdef", "abxyz"),
+    ]  # fmt: skip
+    requests = [
+        constrained(constraint, sampling=sampling, stop=condition)
+        for constraint in constraints
+        for sampling in (GREEDY, pushed, shaped)
+        for condition in (stop(40), ends)
+    ]
+    requests.append(constrained(schema, sampling=SamplingParams(seed=1)))
+    made: list[bool] = []
+    make = LateMask.make
+
+    def counted(self: LateMask, fresh: Any = ()) -> Any:
+        made.append(True)
+        return make(self, fresh)
+
+    monkeypatch.setattr(LateMask, "make", counted)
+    async with EngineHarness.start(model) as harness:
+        late = [answer.bits for answer in await harness.run_all(requests)]
+    num_late = len(made)
+    made.clear()
+    monkeypatch.setattr(Sampler, "takes_late_masks", False)
+    async with EngineHarness.start(model) as harness:
+        early = [answer.bits for answer in await harness.run_all(requests)]
+    assert late == early
+    assert 0 < num_late < len(made)
+
+
+async def test_the_engine_has_room_on_its_stack(
+    model: Path, schema: Constraint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nested rules are followed by recursion, for greedy answers on the engine's own thread."""
+    sizes: dict[str, int] = {}
+    take = Matcher.take
+
+    def noted(self: Matcher, token_id: int, withheld: Any = ()) -> int | None:
+        sizes[threading.current_thread().name] = stack_bytes()
+        return take(self, token_id, withheld)
+
+    monkeypatch.setattr(Matcher, "take", noted)
+    async with EngineHarness.start(model) as harness:
+        await harness.run(constrained(schema))
+    assert sizes == {"engine": pytest.approx(STACK_BYTES, rel=0.01)}
+
+
+def stack_bytes() -> int:
+    """Of the calling thread."""
+    library = ctypes.CDLL(None)
+    library.pthread_self.restype = ctypes.c_void_p
+    attributes = ctypes.create_string_buffer(256)
+    address, size = ctypes.c_void_p(), ctypes.c_size_t()
+    me = ctypes.c_void_p(library.pthread_self())
+    assert library.pthread_getattr_np(me, attributes) == 0
+    library.pthread_attr_getstack(attributes, ctypes.byref(address), ctypes.byref(size))
+    library.pthread_attr_destroy(attributes)
+    return size.value
 
 
 async def test_what_cannot_be_followed_ends_its_own_request_alone(model: Path) -> None:
@@ -226,9 +316,18 @@ def test_a_fault_of_the_library_is_no_fault_of_the_engine(
     masks = Masks(frozenset({EOS}))
     masks.begin([sequence])
     (mask,) = masks.take().values()
+    assert isinstance(mask, TokenMask)
     assert mask.error is not None
     assert mask.error.message == "internal error"
     assert masks.take() == {}
+    masks = Masks(frozenset({EOS}), is_late=True)
+    masks.begin([sequence])
+    (late,) = masks.take().values()
+    assert isinstance(late, LateMask)
+    assert late.settle(5) is None
+    mask = late.make()
+    assert mask.error is not None
+    assert mask.error.message == "internal error"
 
 
 @pytest.mark.parametrize("by_torch", [False, True])

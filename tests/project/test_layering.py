@@ -94,7 +94,9 @@ BELOW = {
     | MODELS
     | {"server.engine.scheduling", "server.engine.step", "kernels"},
     "server.engine": NOUNS
-    | {"server.engine.scheduling", "server.engine.speculation", "server.engine.step"},
+    | {"server.engine.scheduling", "server.engine.speculation", "server.engine.step"}
+    # Its thread follows constraints, and needs their stack.
+    | {"server.constraints"},
     # The fleet's state machines; what ties them to a server is above the API.
     "server.cluster": NOUNS | {"server.adapters.state"},
     "server.cluster.replica": NOUNS

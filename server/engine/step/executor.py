@@ -22,7 +22,7 @@ from turret.server.engine.step.first_passes import (
     told_before,
     told_by,
 )
-from turret.server.engine.step.masks import TokenMask
+from turret.server.engine.step.masks import Mask
 from turret.server.engine.step.rows import Placed
 from turret.server.engine.step.sampler import Draw, Sampler
 from turret.server.engine.step.vocabulary_plan import (
@@ -55,13 +55,19 @@ class Computed:
 
 
 class Draws(Protocol):
-    """A sampler. One thread only."""
+    """A sampler. One thread only.
+
+    Attributes:
+        takes_late_masks: Whether ``draw`` asks for masks itself, where it needs any.
+    """
+
+    takes_late_masks: bool
 
     def draw(
         self,
         logits: torch.Tensor,
         sequences: SequenceOf[Sequence],
-        masks: Mapping[Sequence, TokenMask],
+        masks: Mapping[Sequence, Mask],
         drawn: Mapping[Sequence, SequenceOf[int]],
         added: Mapping[Sequence, torch.Tensor],
     ) -> list[Draw]:

@@ -1,4 +1,10 @@
-"""What constraints let the next tokens of a step be, made while the step is computed."""
+"""What constraints let the next tokens of a step be.
+
+A mask is made on a thread of its own while the step is computed. Where the likeliest token is drawn
+and the host computes the logits itself, there is mostly none to make: whether that one token may
+come is asked once it is known, at a tenth of a mask's cost. It is taken in at the same time, before
+the sequence has it: what is read and written lies in the caches then.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +13,8 @@ from collections.abc import Sequence as SequenceOf
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from turret.server.constraints.matcher import Matcher, Words, words_of
+from turret.server.constraints.alphabet import Words
+from turret.server.constraints.matcher import Matcher
 from turret.server.constraints.threads import roomy_executor
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.errors import TurretError
@@ -28,52 +35,103 @@ class TokenMask:
     error: TurretError | None = None
 
 
-class _Followed:
-    """A running sequence with a constraint."""
+class LateMask:
+    """The tokens that a running sequence may go on with, asked for when its logits are there.
+
+    Its methods belong to one thread at a time, which has room on its stack, but for ``news``: that
+    is the engine's.
+
+    Args:
+        sequence: Has a constraint.
+        end_ids: The end tokens of its model.
+    """
 
     def __init__(self, sequence: Sequence, end_ids: frozenset[int]) -> None:
         constraint, stop = sequence.request.constraint, sequence.request.stop
         assert constraint is not None
+        self._sequence = sequence
         self._constraint = constraint
         self._matcher: Matcher | None = None
         # Both alike: an answer that is complete ends where it cannot go on.
-        self._ends = words_of(end_ids, constraint.num_words) if stop.ignore_eos else None
-        self._early_ends = self._ends
-        if stop.min_tokens:
-            self._early_ends = words_of(end_ids | stop.stop_token_ids, constraint.num_words)
+        self._ends = end_ids if stop.ignore_eos else frozenset[int]()
+        self._early_ends = end_ids | stop.stop_token_ids if stop.min_tokens else self._ends
         self._min_tokens = stop.min_tokens
         self._num_told = 0
+        # Taken in already, though the sequence does not have it yet.
+        self._ahead: int | None = None
         self._made: TokenMask | None = None
 
-    def news(self, sequence: Sequence) -> list[int]:
-        """Its tokens since the last time, on the engine thread."""
-        fresh = sequence.tokens[sequence.prompt_end + self._num_told :]
+    def news(self) -> list[int]:
+        """The sequence's tokens since the last time."""
+        fresh = self._sequence.tokens[self._sequence.prompt_end + self._num_told :]
         self._num_told += len(fresh)
         return fresh
 
-    def mask(self, fresh: list[int]) -> TokenMask:
-        """The mask of what follows these tokens too, on the thread of masks."""
+    def settle(self, token_id: int) -> int | None:
+        """The token that comes next: the likeliest, or another that must come.
+
+        Args:
+            token_id: The likeliest of all.
+
+        Returns:
+            None where ``make`` has to tell.
+        """
+        fresh = self.news()
+        # Nothing new: a step is computed again, and its logits are those that they were.
+        if not fresh and (self._ahead is not None or self._made is not None):
+            return self._ahead
+        self._made = None
+        try:
+            if self._ahead is not None:
+                assert fresh[0] == self._ahead, "the token that was settled is the one drawn"
+                fresh, self._ahead = fresh[1:], None
+            matcher = self._at(fresh)
+            self._ahead = matcher.take(token_id, self._withheld(matcher))
+        except BaseException as error:
+            self._made = _failed(error)
+        return self._ahead
+
+    def make(self, fresh: SequenceOf[int] = ()) -> TokenMask:
+        """The mask.
+
+        Args:
+            fresh: What ``news`` gave, if it is not taken in yet.
+        """
         # Nothing new: a step that found no memory is computed again.
         if self._made is None or fresh:
-            self._made = self._make(fresh)
+            try:
+                matcher = self._at(fresh)
+                self._made = TokenMask(matcher.mask(self._withheld(matcher)))
+            except BaseException as error:
+                self._made = _failed(error)
         return self._made
 
-    def _make(self, fresh: list[int]) -> TokenMask:
-        try:
-            if self._matcher is None:
-                self._matcher = self._constraint.matcher()
-                # All that is there before the first draw is what the client says of its answer.
-                self._matcher.check(fresh)
-            for token in fresh:
-                self._matcher.advance(token)
-            is_early = self._matcher.num_tokens < self._min_tokens
-            return TokenMask(self._matcher.mask(self._early_ends if is_early else self._ends))
-        except TurretError as error:
-            return TokenMask(None, error)
-        # What Rust panics with is no Exception, and must not end the engine thread.
-        except BaseException:
-            _log.exception("a constraint failed")
-            return TokenMask(None, TurretError("internal error"))
+    def _at(self, fresh: SequenceOf[int]) -> Matcher:
+        """The matcher behind these tokens too."""
+        matcher = self._matcher
+        if matcher is None:
+            matcher = self._matcher = self._constraint.matcher()
+            # All that is there before the first draw is what the client says of its answer.
+            matcher.check(fresh)
+        for token in fresh:
+            matcher.advance(token)
+        return matcher
+
+    def _withheld(self, matcher: Matcher) -> frozenset[int]:
+        """Tokens that may come only where no other one may."""
+        return self._early_ends if matcher.num_tokens < self._min_tokens else self._ends
+
+
+def _failed(error: BaseException) -> TokenMask:
+    """What Rust panics with is no Exception, and must not end the engine thread."""
+    if isinstance(error, TurretError):
+        return TokenMask(None, error)
+    _log.error("a constraint failed", exc_info=error)
+    return TokenMask(None, TurretError("internal error"))
+
+
+# What a sequence may go on with, made or not.
+Mask = TokenMask | LateMask
 
 
 class Masks:
@@ -83,41 +141,56 @@ class Masks:
 
     Args:
         end_ids: The model's end tokens.
+        is_late: Whether who draws can ask for masks when the logits are there. The engine thread
+            must have room on its stack (``constraints/threads.py``).
     """
 
-    def __init__(self, end_ids: frozenset[int]) -> None:
+    def __init__(self, end_ids: frozenset[int], *, is_late: bool = False) -> None:
         self._end_ids = end_ids
-        self._followed: dict[Sequence, _Followed] = {}
+        self._is_late = is_late
+        self._followed: dict[Sequence, LateMask] = {}
         self._thread: ThreadPoolExecutor | None = None
-        self._making: tuple[list[Sequence], Future[list[TokenMask]]] | None = None
+        self._late: dict[Sequence, LateMask] = {}
+        self._early: list[Sequence] = []
+        self._making: Future[list[TokenMask]] | None = None
 
     def begin(self, sequences: SequenceOf[Sequence]) -> None:
         """Have the masks of these sequences' next tokens made, beside what the caller does next."""
-        constrained = [s for s in sequences if s.request.constraint is not None]
-        self._making = None
-        if not constrained:
-            return
-        if self._thread is None:
-            # One, and not the executor of a library: it needs room on its stack.
-            self._thread = roomy_executor(1, "masks")
-        work: list[tuple[_Followed, list[int]]] = []
-        for sequence in constrained:
+        self._late, self._early = {}, []
+        work: list[tuple[LateMask, list[int]]] = []
+        for sequence in sequences:
+            if sequence.request.constraint is None:
+                continue
             followed = self._followed.get(sequence)
             if followed is None:
                 ends = sequence.request.ends(self._end_ids)
-                followed = self._followed[sequence] = _Followed(sequence, ends)
-            work.append((followed, followed.news(sequence)))
-        future = self._thread.submit(lambda: [one.mask(tokens) for one, tokens in work])
-        self._making = constrained, future
+                followed = self._followed[sequence] = LateMask(sequence, ends)
+            if self._is_late and _is_greedy(sequence):
+                self._late[sequence] = followed
+            else:
+                self._early.append(sequence)
+                work.append((followed, followed.news()))
+        if work:
+            if self._thread is None:
+                # One, and not the executor of a library: it needs room on its stack.
+                self._thread = roomy_executor(1, "masks")
+            self._making = self._thread.submit(lambda: [one.make(tokens) for one, tokens in work])
 
-    def take(self) -> dict[Sequence, TokenMask]:
+    def take(self) -> dict[Sequence, Mask]:
         """The masks that ``begin`` was asked for, once they are there."""
-        if self._making is None:
-            return {}
-        sequences, future = self._making
-        self._making = None
-        return dict(zip(sequences, future.result(), strict=True))
+        masks: dict[Sequence, Mask] = {**self._late}
+        if self._making is not None:
+            # Of a step that failed too: constraints are followed on one thread at a time.
+            made = self._making.result()
+            masks.update(zip(self._early, made, strict=True) if self._early else ())
+        self._late, self._early, self._making = {}, [], None
+        return masks
 
     def forget(self, sequence: Sequence) -> None:
         """Drop a finished sequence's place."""
         self._followed.pop(sequence, None)
+
+
+def _is_greedy(sequence: Sequence) -> bool:
+    # One with more or fewer tokens than the base is drawn from a row of its own.
+    return sequence.request.sampling.is_greedy and not sequence.vocab_size

@@ -63,7 +63,7 @@ class Runner:
         self._executor = executor
         self._store = executor.store
         self._sampler = executor.sampler(stop_token_ids)
-        self._masks = Masks(stop_token_ids)
+        self._masks = Masks(stop_token_ids, is_late=self._sampler.takes_late_masks)
         self._pooler = Pooler()
         # By adapter key, until it is forgotten: what the shelves add is summed over every module.
         self._stored_bytes: dict[str, int] = {}

@@ -15,17 +15,18 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from turret.kernels.likeliest import likeliest_tokens
 from turret.kernels.rows.log_softmax import row_log_softmax
 from turret.kernels.token_mask import apply_token_mask
 from turret.server.engine.scheduling.request import SamplingParams
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.adjustment import Adjustment
-from turret.server.engine.step.masks import TokenMask
+from turret.server.engine.step.masks import LateMask, Mask, TokenMask
 from turret.server.engine.step.uniforms import Uniforms
 from turret.server.engine.step.vocabulary_plan import NOTHING_ADDED, own_logits
 from turret.server.errors import TurretError
 
-NO_MASKS: Mapping[Sequence, TokenMask] = {}
+NO_MASKS: Mapping[Sequence, Mask] = {}
 NOTHING_DRAWN: Mapping[Sequence, SequenceOf[int]] = {}
 # Filters look at this many of the likeliest tokens first; a full sort is the exception.
 _FIRST_CANDIDATES = 256
@@ -51,6 +52,8 @@ class Sampler:
         stop_token_ids: The model's end tokens, not drawn while under ``min_tokens``.
     """
 
+    takes_late_masks = True
+
     def __init__(self, stop_token_ids: frozenset[int] = frozenset()) -> None:
         self._stop_token_ids = stop_token_ids
         self._adjustments: dict[Sequence, Adjustment] = {}
@@ -65,7 +68,7 @@ class Sampler:
         self,
         logits: torch.Tensor,
         sequences: SequenceOf[Sequence],
-        masks: Mapping[Sequence, TokenMask] = NO_MASKS,
+        masks: Mapping[Sequence, Mask] = NO_MASKS,
         drawn: Mapping[Sequence, SequenceOf[int]] = NOTHING_DRAWN,
         added: Mapping[Sequence, torch.Tensor] = NOTHING_ADDED,
     ) -> list[Draw]:
@@ -84,20 +87,22 @@ class Sampler:
             self._adjustment(sequence, logits.device).apply(row, drawn.get(sequence, ()))
         if (masked := masked_rows(sequences, masks)) is not None:
             apply_token_mask(logits, *masked)
-        greedy = logits.argmax(-1).tolist()
+        greedy, late = _greedy_tokens(logits, sequences, masks)
+        made = {s: mask for s, mask in masks.items() if isinstance(mask, TokenMask)} | late
         for i, sequence in enumerate(sequences):
             if sequence.vocab_size:
-                _mask_own(rows[i], masks.get(sequence))
-                greedy[i] = int(rows[i].argmax())
+                _mask_own(rows[i], made.get(sequence))
+                greedy[i] = int(likeliest_tokens(rows[i].unsqueeze(0)))
         draws = []
         for i, (sequence, report) in enumerate(zip(sequences, reports, strict=True)):
-            mask = masks.get(sequence)
+            mask = made.get(sequence)
             if mask is not None and mask.error is not None:
                 draws.append(Draw(-1, error=mask.error))
                 continue
             params = sequence.request.sampling
-            token = greedy[i]
-            if not params.is_greedy:
+            if params.is_greedy:
+                token = greedy[i]
+            else:
                 uniform = self._uniform(sequence, params, len(drawn.get(sequence, ())))
                 token = _sample(rows[i], params, uniform)
             if report is None:
@@ -146,8 +151,46 @@ def _sample(row: torch.Tensor, params: SamplingParams, uniform: float) -> int:
     return _sample_filtered(scaled, params, uniform)
 
 
+def _greedy_tokens(
+    logits: torch.Tensor, sequences: SequenceOf[Sequence], masks: Mapping[Sequence, Mask]
+) -> tuple[dict[int, int], dict[Sequence, TokenMask]]:
+    """The tokens of the sequences that are not drawn at random.
+
+    Args:
+        logits: ``[rows, vocab]``, with what is made of ``masks`` applied.
+        sequences: Whose row it is. Those with a tokenizer of their own are left out.
+        masks: Of the sequences with a constraint.
+
+    Returns:
+        The token of each row, by its number; the late masks that had to be made.
+    """
+    numbers = [
+        row
+        for row, sequence in enumerate(sequences)
+        if sequence.request.sampling.is_greedy and not sequence.vocab_size
+    ]
+    if not numbers:
+        return {}, {}
+    places = torch.tensor(numbers, device=logits.device)
+    tokens = dict(zip(numbers, likeliest_tokens(logits, places).tolist(), strict=True))
+    made: dict[Sequence, TokenMask] = {}
+    for row, likeliest in tokens.items():
+        mask = masks.get(sequences[row])
+        if isinstance(mask, LateMask):
+            token = mask.settle(likeliest)
+            if token is None:
+                made[sequences[row]] = mask.make()
+            else:
+                tokens[row] = token
+    if (masked := masked_rows(sequences, made)) is not None:
+        places, words = (part.to(logits.device) for part in masked)
+        best = likeliest_tokens(logits, places, words).tolist()
+        tokens.update(zip(masked[0].tolist(), best, strict=True))
+    return tokens, made
+
+
 def masked_rows(
-    sequences: SequenceOf[Sequence], masks: Mapping[Sequence, TokenMask]
+    sequences: SequenceOf[Sequence], masks: Mapping[Sequence, Mask]
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
     """Rows with a mask, ``[rows]`` int64, and the masks, ``[rows, words]`` int32, on the host.
 
@@ -157,7 +200,9 @@ def masked_rows(
     rows, words = [], []
     for row, sequence in enumerate(sequences):
         mask = masks.get(sequence)
-        if mask is not None and mask.words is not None and not sequence.vocab_size:
+        if not isinstance(mask, TokenMask) or sequence.vocab_size:
+            continue
+        if mask.words is not None:
             rows.append(row)
             words.append(mask.words)
     if not rows:

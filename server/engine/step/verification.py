@@ -18,11 +18,11 @@ import torch
 from turret.server.engine.scheduling.scheduled import Scheduled
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.executor import Draws
-from turret.server.engine.step.masks import TokenMask
+from turret.server.engine.step.masks import Mask
 from turret.server.engine.step.sampler import NOTHING_DRAWN, Draw
 from turret.server.engine.step.vocabulary_plan import NOTHING_ADDED
 
-NO_MORE_MASKS: Mapping[Sequence, TokenMask] = {}
+NO_MORE_MASKS: Mapping[Sequence, Mask] = {}
 
 
 @dataclass(slots=True)
@@ -50,7 +50,7 @@ def draw_tokens(
     sampler: Draws,
     logits: torch.Tensor,
     items: SequenceOf[Scheduled],
-    masks: Mapping[Sequence, TokenMask],
+    masks: Mapping[Sequence, Mask],
     added: Mapping[Sequence, torch.Tensor] = NOTHING_ADDED,
 ) -> list[list[Draw]]:
     """Draw at least one token for every sequence that samples in a step.

@@ -17,6 +17,7 @@ from turret.server.adapters.merge.state import Merge, MergedAdapter, MergeReport
 from turret.server.api.backend import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.cancellation import Cancellation
+from turret.server.constraints.kept import KeptConstraints
 from turret.server.engine.scheduling.request import (
     AdapterUse,
     Finish,
@@ -315,6 +316,9 @@ class FakeFuser:
 
 class FakeConstraints:
     """Compiles nothing, and gives back what it was asked to compile."""
+
+    def __init__(self) -> None:
+        self.kept = KeptConstraints()
 
     async def compile(self, spec: Any) -> Any:
         return spec

@@ -20,7 +20,7 @@ from turret.kernels.token_mask import apply_token_mask
 from turret.server.engine.scheduling.request import SamplingParams, StopConditions
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.adjustment import Adjustment
-from turret.server.engine.step.masks import TokenMask
+from turret.server.engine.step.masks import Mask, TokenMask
 from turret.server.engine.step.sampler import (
     NO_MASKS,
     NOTHING_DRAWN,
@@ -46,6 +46,9 @@ class GpuSampler:
         max_seqs: Sequences of a step at most.
         device: Where the logits are.
     """
+
+    # Masks are made while the device computes; who asks late waits for it once more.
+    takes_late_masks = False
 
     def __init__(self, stop_token_ids: frozenset[int], max_seqs: int, device: torch.device) -> None:
         self._stop_token_ids = stop_token_ids
@@ -103,7 +106,7 @@ class GpuSampler:
         self,
         logits: torch.Tensor,
         sequences: SequenceOf[Sequence],
-        masks: Mapping[Sequence, TokenMask] = NO_MASKS,
+        masks: Mapping[Sequence, Mask] = NO_MASKS,
         drawn: Mapping[Sequence, SequenceOf[int]] = NOTHING_DRAWN,
         added: Mapping[Sequence, torch.Tensor] = NOTHING_ADDED,
     ) -> list[Draw]:
@@ -141,7 +144,7 @@ class GpuSampler:
             ]
         for i, sequence in enumerate(sequences):
             mask = masks.get(sequence)
-            if mask is not None and mask.error is not None:
+            if isinstance(mask, TokenMask) and mask.error is not None:
                 draws[i] = Draw(-1, error=mask.error)
             elif _has_own_tokens(sequence):
                 beyond = {s: rows.cpu() for s, rows in added.items() if s is sequence}
