@@ -98,10 +98,11 @@ def check_length(length: int, limit: int, unit: str) -> None:
         PromptTooLongError: It is.
     """
     if length > limit:
+        said = f"prompt of {length} {unit} exceeds the {limit} that there may be"
         raise PromptTooLongError(
-            f"prompt of {length} {unit} exceeds the {limit} that there may be",
+            said,
             metadata={"length": str(length), "limit": str(limit), "unit": unit},
-            violations=[("input", f"at most {limit} {unit}")],
+            violations=[("input", said)],
         )
 
 

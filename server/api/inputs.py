@@ -68,7 +68,7 @@ def blamed_on(index: int) -> Iterator[None]:
         if any(path.startswith(_SHARED) for path, _ in error.violations):
             raise
         raise type(error)(
-            f"inputs[{index}]: {error.message}",
+            f"inputs[{index}]: {error.message.removeprefix('input: ')}",
             metadata=error.metadata,
             violations=[(_path(index, path), why) for path, why in error.violations],
         ) from None

@@ -324,10 +324,15 @@ class Engine:
         least = len(request.answer_so_far) + 1 if wanted is None else wanted
         if prompt + least > limit:
             asked = f" + max_tokens {wanted}" if wanted else ""
+            room = limit - prompt
+            remedy = f"max_tokens can be {room}" if wanted and room > 0 else "shorten the prompt"
+            tokens = f"{prompt} token{'' if prompt == 1 else 's'}"
+            said = f"prompt of {tokens}{asked} exceeds the context of {limit}"
             raise PromptTooLongError(
-                f"prompt of {prompt} tokens{asked} exceeds the context of {limit}",
+                f"{said}; {remedy}",
                 metadata={"prompt_tokens": str(prompt), "max_model_len": str(limit)},
-                violations=[("input", "the prompt and stop.max_tokens exceed the context")],
+                # The message's own words: who prints both says nothing twice.
+                violations=[("input", said)],
             )
         return limit - prompt if wanted is None else wanted
 

@@ -111,6 +111,25 @@ async def test_refused_requests_leave_the_engine_as_it_was(model: Path) -> None:
         assert (await harness.run(make_request([5, 6, 7]))).bits == before.bits
 
 
+async def test_a_prompt_that_is_too_long_is_told_once_with_what_fits(model: Path) -> None:
+    async with EngineHarness.start(model) as harness:
+        for changes, said, remedy in (
+            ({"prompt_token_ids": (1,) * 513}, "prompt of 513 tokens", "shorten the prompt"),
+            (
+                {"prompt_token_ids": (1,), "stop": StopConditions(max_tokens=600)},
+                "prompt of 1 token + max_tokens 600",
+                "max_tokens can be 511",
+            ),
+        ):
+            with pytest.raises(PromptTooLongError) as raised:
+                await harness.run(make_request([1, 2], **changes))
+            error = raised.value
+            assert error.message.startswith(said)
+            assert error.message.endswith(remedy)
+            # Clients print violations that the message leaves out.
+            assert all(why in error.message for _, why in error.violations)
+
+
 async def test_the_whole_context_can_be_used(model: Path) -> None:
     async with EngineHarness.start(model) as harness:
         full = await harness.run(make_request([3] * 500, max_tokens=12))
