@@ -13,6 +13,7 @@ from turret.clients.channel import CallSettings, stream_timeout
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.clients.messages.adapter_requests import (
+    filled,
     fuse_request,
     list_request,
     merge_request,
@@ -47,7 +48,9 @@ class AdaptersClient:
 
         ``task`` says which one it is, where the files hold several.
         """
-        request = adapters_pb2.LoadAdapterRequest(name=name, path=path, pinned=pinned, task=task)
+        request = filled(
+            adapters_pb2.LoadAdapterRequest(), name=name, path=path, pinned=pinned, task=task
+        )
         return Adapter.from_proto(self._unary(self._stub.LoadAdapter, request, timeout))
 
     def upload(
@@ -93,8 +96,12 @@ class AdaptersClient:
         With ``expected_generation`` only if the name has that one: of two who replace the same
         generation, the second gets :class:`~turret.clients.errors.FailedPreconditionError`.
         """
-        request = adapters_pb2.ReplaceAdapterRequest(
-            name=name, path=path, expected_generation=expected_generation, task=task
+        request = filled(
+            adapters_pb2.ReplaceAdapterRequest(),
+            name=name,
+            path=path,
+            expected_generation=expected_generation,
+            task=task,
         )
         return Adapter.from_proto(
             self._unary(self._stub.ReplaceAdapter, request, timeout, repeatable=False)
@@ -102,7 +109,7 @@ class AdaptersClient:
 
     def get(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Return one adapter."""
-        request = adapters_pb2.GetAdapterRequest(name=name)
+        request = filled(adapters_pb2.GetAdapterRequest(), name=name)
         return Adapter.from_proto(self._unary(self._stub.GetAdapter, request, timeout))
 
     def list(
@@ -163,12 +170,12 @@ class AdaptersClient:
 
     def pin(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Keep an adapter resident and registered."""
-        request = adapters_pb2.PinAdapterRequest(name=name)
+        request = filled(adapters_pb2.PinAdapterRequest(), name=name)
         return Adapter.from_proto(self._unary(self._stub.PinAdapter, request, timeout))
 
     def unpin(self, name: str, *, timeout: float | None = None) -> Adapter:
         """Let an adapter be evicted and unloaded again."""
-        request = adapters_pb2.UnpinAdapterRequest(name=name)
+        request = filled(adapters_pb2.UnpinAdapterRequest(), name=name)
         return Adapter.from_proto(self._unary(self._stub.UnpinAdapter, request, timeout))
 
     def fuse(
@@ -240,7 +247,7 @@ class AdaptersClient:
             FileExistsError: The directory is already there.
             ValueError: What arrived is incomplete or garbled.
         """
-        request = adapters_pb2.ExportAdapterRequest(name=name, generation=generation)
+        request = filled(adapters_pb2.ExportAdapterRequest(), name=name, generation=generation)
         with ExportWriter(directory) as writer:
             call = self._stub.ExportAdapter(
                 request, timeout=stream_timeout(timeout), metadata=self._settings.metadata

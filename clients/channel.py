@@ -76,17 +76,30 @@ class Tls:
 
 
 def open_channel(address: str, tls: Tls | None) -> grpc.Channel:
-    """Open a channel for synchronous calls; it connects at the first one."""
+    """Open a channel for synchronous calls; it connects at the first one.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+    """
+    _check_types(address, tls)
     if tls is None:
         return grpc.insecure_channel(address, options=_options(tls))
     return grpc.secure_channel(address, tls.credentials(), options=_options(tls))
 
 
 def open_aio_channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
-    """Open a channel for asyncio calls; it connects at the first one."""
+    """Open a channel for asyncio calls; it connects at the first one; errors are those above."""
+    _check_types(address, tls)
     if tls is None:
         return grpc.aio.insecure_channel(address, options=_options(tls))
     return grpc.aio.secure_channel(address, tls.credentials(), options=_options(tls))
+
+
+def _check_types(address: object, tls: object) -> None:
+    if not isinstance(address, str):
+        raise TypeError(f"address: HOST:PORT, not {address!r}")
+    if not isinstance(tls, Tls | None):
+        raise TypeError(f"tls: a Tls, such as Tls() for the system's roots, or None, not {tls!r}")
 
 
 def _options(tls: Tls | None) -> list[tuple[str, int | str]]:
@@ -112,6 +125,10 @@ class CallSettings:
 
     @classmethod
     def of(cls, token: str | None, timeout: float | None, policy: RetryPolicy) -> CallSettings:
+        if not isinstance(token, str | None):
+            raise TypeError(f"token: a text, not {type(token).__name__}")
+        if token and not (token.isascii() and token.isprintable()):
+            raise ValueError("token: holds characters that no header can carry")
         metadata = (("authorization", f"Bearer {token}"),) if token else ()
         stream_timeout(timeout)
         return cls(metadata, timeout, policy)

@@ -17,6 +17,7 @@ TurretRpcError
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Self
@@ -80,7 +81,8 @@ class TurretRpcError(Exception):
 
     def _describe(self) -> str:
         """One line: status, reason, message, and what the message leaves out."""
-        head = f"{self.code.name} ({self.reason})" if self.reason else self.code.name
+        is_told = self.reason in ("", self.code.name)
+        head = self.code.name if is_told else f"{self.code.name} ({self.reason})"
         parts = [" ".join(self.message.split())]
         untold = [v for v in self.violations if v.description not in self.message]
         parts += [f"{v.field}: {v.description}" for v in untold[:_MOST_TOLD]]
@@ -127,6 +129,8 @@ class TurretRpcError(Exception):
                 retry_delay = detail.retry_delay.ToTimedelta().total_seconds()
         if not reason and _is_lost(code, text):
             code, text = grpc.StatusCode.UNAVAILABLE, f"the connection broke: {text}"
+        elif not reason:
+            text = _plain(code, text)
         return _CLASSES.get(code, ServerError)(
             code,
             text,
@@ -221,6 +225,24 @@ def _is_lost(code: grpc.StatusCode, text: str) -> bool:
         return not any(words in text for words in _OWN_DOING)
     is_vague = code in (grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN)
     return is_vague and any(words in text for words in _LOST)
+
+
+# gRPC's words for a server that is not there: twice that it failed, and its form of the address.
+_UNREACHED = re.compile(
+    r"failed to connect to all addresses; last error: [A-Z_]+: (?:ipv[46]:)?(?P<place>.*?):"
+    r" (?:Failed to connect to remote host: )?(?P<why>.*)",
+    re.DOTALL,
+)
+
+
+def _plain(code: grpc.StatusCode, text: str) -> str:
+    """What gRPC itself says of a call, once and in words."""
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return "no answer in time"
+    if found := _UNREACHED.fullmatch(text):
+        place = found["place"].replace("%5B", "[").replace("%5D", "]")
+        return f"cannot connect to {place}: {found['why']}"
+    return text
 
 
 def _details(payload: object) -> Iterable:

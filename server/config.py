@@ -26,6 +26,11 @@ ADAPTER_DEVICE_BYTES = 512 * MIB
 
 # What an adapter may be called, by RPC and by --preload.
 ADAPTER_NAME = re.compile(r"[a-z0-9]([a-z0-9._-]{0,126}[a-z0-9])?")
+# The same, for who reads no regular expressions.
+ADAPTER_NAME_RULE = (
+    "must be at most 128 lower-case letters, digits, '.', '_' and '-', with a letter or digit at"
+    " either end"
+)
 
 # What browsers send as Origin: no path, no slash at the end.
 _HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.IGNORECASE)
@@ -200,9 +205,9 @@ class AdapterConfig:
         names = [name for name, _ in self.preload]
         for name in names:
             if not ADAPTER_NAME.fullmatch(name):
-                raise ValueError(f"--preload: {name!r} is not an adapter name")
-        if len(set(names)) < len(names):
-            raise ValueError("--preload: a name is given twice")
+                raise ValueError(f"--preload: {name!r} is no adapter name: {ADAPTER_NAME_RULE}")
+            if names.count(name) > 1:
+                raise ValueError(f"--preload: the name {name!r} is given twice")
         for org in self.adapter_hub:
             if org != "*" and HubId.find(f"{org}/name") is None:
                 raise ValueError(f"--adapter-hub: {org!r} is neither '*' nor the name of one")

@@ -156,6 +156,9 @@ def evaluate(
         TurretRpcError: A call failed; the message names the test set's line and the mix.
         ValueError: A right answer has no tokens.
     """
+    for mix in filter(None, mixes):
+        # A name that is not there is told before the first example, not after many.
+        _called(mix_name(mix), partial(client.tokenize, "a", adapters=mix, timeout=options.timeout))
     with ThreadPoolExecutor(options.concurrency) as pool:
         try:
             encoded = _encode(client, pool, examples, options)

@@ -22,6 +22,8 @@ _TOKENIZER = (
     "chat_template.jinja",
 )
 _HEADER_BYTES = 16 << 20
+# Adapters below a directory that is none, the newest checkpoints.
+_MOST_TOLD = 5
 # No directories, no hidden files: an export never writes outside its folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
@@ -80,11 +82,21 @@ def _lacking(directory: Path) -> str:
             f"{pickles[0]} is a pickle, which can run code, and no server reads it; PEFT's"
             " save_pretrained(DIR, safe_serialization=True) writes adapter_model.safetensors"
         )
-    below = sorted(path.parent.name for path in directory.glob("*/adapter_config.json"))
+    below = sorted((p.parent.name for p in directory.glob("*/adapter_config.json")), key=_numbered)
     if below:
-        return f"is no adapter; it holds {', '.join(below[-3:])}"
+        others = f" and {len(below) - _MOST_TOLD} more" if len(below) > _MOST_TOLD else ""
+        return f"is no adapter; those in it are {', '.join(below[-_MOST_TOLD:])}{others}"
     what = "adapter_config.json and a .safetensors file are needed"
-    return what if directory.is_dir() else f"is no directory; one with {what}"
+    if not directory.is_dir():
+        return f"is no directory; one with {what}"
+    has_config = (directory / "adapter_config.json").is_file()
+    lacking = "a .safetensors file" if has_config else "adapter_config.json"
+    return f"{lacking} is missing; {what}"
+
+
+def _numbered(name: str) -> tuple[str | int, ...]:
+    """A key by which ``checkpoint-1000`` comes after ``checkpoint-500``."""
+    return tuple(int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name))
 
 
 def _messages(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from google.protobuf import duration_pb2
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
@@ -11,6 +11,8 @@ from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 from turret.clients.messages.mix import AdapterLike, to_mix
 from turret.clients.messages.requests import fill
 from turret.v1 import adapters_pb2 as pb
+
+_Request = TypeVar("_Request")
 
 
 def list_request(
@@ -29,9 +31,11 @@ def unload_request(
     name: str, mode: str, drain_seconds: float | None, expected_generation: int | None
 ) -> pb.UnloadAdapterRequest:
     """Raises ``ValueError`` for an unknown mode."""
-    request = pb.UnloadAdapterRequest(
+    request = filled(
+        pb.UnloadAdapterRequest(
+            mode=_enum_value(pb.UnloadAdapterRequest.Mode, "mode", mode),  # type: ignore[arg-type]
+        ),
         name=name,
-        mode=_enum_value(pb.UnloadAdapterRequest.Mode, "mode", mode),  # type: ignore[arg-type]
         expected_generation=expected_generation,
     )
     if drain_seconds is not None:
@@ -46,10 +50,8 @@ def fuse_request(
 
     Raises ``ValueError`` for a value that does not fit its field.
     """
-    request = pb.FuseAdaptersRequest(name=name, adapters=to_mix(adapters))
-    values = {key: value for key, value in options.items() if value is not None}
-    fill(request, values, values)
-    return request
+    request = filled(pb.FuseAdaptersRequest(adapters=to_mix(adapters)), name=name)
+    return filled(request, **options)
 
 
 def merge_request(
@@ -61,6 +63,17 @@ def merge_request(
         adapters=to_mix(adapters),
         precision=value,  # type: ignore[arg-type]
     )
+
+
+def filled(request: _Request, **values: Any) -> _Request:
+    """The request with its fields set; None leaves one unset.
+
+    Raises:
+        TypeError, ValueError: A value does not fit its field, which is named.
+    """
+    given = {key: value for key, value in values.items() if value is not None}
+    fill(request, given, given)
+    return request
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:

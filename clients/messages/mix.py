@@ -53,6 +53,7 @@ def to_mix(adapters: AdapterLike | Sequence[AdapterLike]) -> list[adapters_pb2.A
 
     Raises:
         TypeError: A member has none of the accepted forms.
+        ValueError: A name holds what the command line divides names and weights by.
     """
     match adapters:
         case str() | AdapterWeight() | adapters_pb2.AdapterWeight() | (str(), int() | float()):
@@ -76,6 +77,9 @@ def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
         case adapters_pb2.AdapterWeight():
             return adapter
         case str():
+            if "=" in adapter or "@" in adapter:
+                meant = '("name", weight) or AdapterWeight.parse("name@generation=weight")'
+                raise ValueError(f"adapters: {adapter!r} is no name; with a weight it is {meant}")
             return adapters_pb2.AdapterWeight(name=adapter)
         case AdapterWeight(name, weight, generation):
             return adapters_pb2.AdapterWeight(name=name, weight=weight, generation=generation)

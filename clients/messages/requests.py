@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
@@ -84,7 +85,10 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     """
     unknown = options.keys() - GenerateOptions.__annotations__.keys()
     if unknown:
-        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}")
+        known = list(GenerateOptions.__annotations__)
+        close = difflib.get_close_matches(min(unknown), known, n=1, cutoff=0.7)
+        meant = f"; did you mean {close[0]!r}?" if close else ""
+        raise TypeError(f"unknown options: {', '.join(sorted(unknown))}{meant}")
     values: dict[str, Any] = {k: v for k, v in options.items() if v is not None}
     request = inference_pb2.GenerateRequest(adapters=to_mix(values.get("adapters", ())))
     fill(request, ("request_id",), values)

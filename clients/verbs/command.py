@@ -14,7 +14,13 @@ from typing import Any
 
 from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.client import TurretClient
-from turret.clients.errors import AuthenticationError, TurretRpcError, UnavailableError
+from turret.clients.errors import (
+    AuthenticationError,
+    DeadlineExceededError,
+    NotFoundError,
+    TurretRpcError,
+    UnavailableError,
+)
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.retries import RetryPolicy
 
@@ -143,15 +149,34 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
                 f"what answers at {args.address} does not speak gRPC; --address takes the address"
                 " that `turret serve --address` has (port 50051 by default), not that of HTTP"
             )
+        if problem := address_problem(args.address):
+            return error.with_message(f"--address: {problem}")
+        cause = error.message.removeprefix(f"cannot connect to {args.address}: ")
         return error.with_message(
-            f"no turret server answers at {args.address} ({error.message}); `turret serve` starts"
+            f"no turret server answers at {args.address} ({cause}); `turret serve` starts"
             f" one, --address or {ADDRESS_VARIABLE} names another"
         )
+    if isinstance(error, DeadlineExceededError) and args.timeout is not None:
+        return error.with_message(
+            f"{error.message.rstrip('.')}: --timeout {args.timeout:g} allows that many seconds"
+        )
+    is_told = "did you mean" in error.message or "the current one" in error.message
+    if isinstance(error, NotFoundError) and not is_told:
+        return error.with_message(f"{error.message}; `turret adapters list` shows what there is")
     if isinstance(error, AuthenticationError):
         return error.with_message(
             f"{error.message}; give it with --token, --token-from or {TOKEN_VARIABLE}"
         )
     return error
+
+
+def address_problem(address: str) -> str:
+    """What is wrong with an address that no server answers at; empty where it may be one."""
+    scheme, is_url, _ = address.partition("://")
+    if is_url:
+        return f"{address!r} is not HOST:PORT: leave {scheme}:// out"
+    # Of others with a colon, such as unix:PATH and dns:///NAME, gRPC knows best.
+    return "" if ":" in address else f"{address!r} is not HOST:PORT: the port is missing"
 
 
 def _print_details(error: TurretRpcError, wanted: bool) -> None:
@@ -187,7 +212,10 @@ def _jsonable(value: Any) -> Any:
 
 
 def _positive_seconds(text: str) -> float:
-    seconds = float(text)
+    try:
+        seconds = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds") from None
     if not seconds > 0:
         raise argparse.ArgumentTypeError("must be more than 0")
     return seconds

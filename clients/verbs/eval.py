@@ -33,6 +33,7 @@ from turret.clients.verbs.command import (
     print_json,
     with_client,
 )
+from turret.clients.verbs.tables import terminal
 
 _DESCRIPTION = """\
 Judge the base model, adapters and mixes on a test set through a running server. A line of the file
@@ -90,10 +91,14 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         type=_positive,
         default=128,
         metavar="N",
-        help="longest answer (%(default)s)",
+        help="longest answer (default: %(default)s)",
     )
     parser.add_argument(
-        "--concurrency", type=_positive, default=16, metavar="N", help="calls at once (%(default)s)"
+        "--concurrency",
+        type=_positive,
+        default=16,
+        metavar="N",
+        help="calls at once (default: %(default)s)",
     )
     parser.add_argument(
         "--plot", type=_svg, metavar="FILE.svg", help="write the figures as a picture, SVG"
@@ -113,6 +118,9 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
         raise ValueError(f"nothing to judge: {flag} needs at least one --mix")
     if len({mix_name(mix) for mix in mixes}) < len(mixes):
         raise ValueError("--mix: each mix may be judged once")
+    for path in (args.plot, args.answers):
+        if path is not None and not path.parent.is_dir():
+            raise ValueError(f"{path}: {path.parent} is no directory")
     examples = read_eval_set(args.data, is_raw=args.raw, limit=args.limit)
     first = examples[0]
     if first.labels is not None and not args.classify:
@@ -147,9 +155,9 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     if args.json:
         print_json([_figures(report) for report in reports])
     else:
-        Console().print(_table(reports))
+        _print_table(reports)
         if reports[0].labels:
-            Console().print(_label_table(reports))
+            terminal().print(_label_table(reports))
 
 
 def _metrics(asked: Sequence[str] | None, labels: Sequence[str], classify: bool) -> tuple[str, ...]:
@@ -171,14 +179,25 @@ def _check_labels(path: Path, examples: Sequence[EvalExample], labels: Sequence[
             raise EvalSetError(path, example.line, "completion", problem)
 
 
-def _table(reports: Sequence[MixReport]) -> Table:
+def _print_table(reports: Sequence[MixReport]) -> None:
+    console = terminal()
+    table = _table(reports, " ")
+    anywhere = console.options.update(width=10_000)
+    if console.measure(table, options=anywhere).maximum > console.width:
+        # A figure that breaks inside its interval cannot be read.
+        table = _table(reports, "\n")
+    console.print(table)
+
+
+def _table(reports: Sequence[MixReport], gap: str) -> Table:
+    """A row per mix; ``gap`` stands between a figure and its interval."""
     table = Table(caption=f"{reports[0].examples} examples; in brackets: 95 % intervals")
     table.add_column("mix", overflow="fold")
     for metric in reports[0].metrics:
         table.add_column(metric.replace("_", " "), justify="right")
     for report in reports:
         # Text and not str: rich would read brackets as markup.
-        cells = [Text(_cell(metric, figure)) for metric, figure in report.metrics.items()]
+        cells = [Text(_cell(metric, figure, gap)) for metric, figure in report.metrics.items()]
         table.add_row(Text(report.mix), *cells)
     return table
 
@@ -203,10 +222,10 @@ def _label_table(reports: Sequence[MixReport]) -> Table:
     return table
 
 
-def _cell(metric: str, figure: Estimate) -> str:
+def _cell(metric: str, figure: Estimate, gap: str) -> str:
     if metric == "perplexity":
-        return f"{figure.value:.4g} [{figure.low:.3g}, {figure.high:.3g}]"
-    return f"{figure.value:.1%} [{figure.low:.0%}, {figure.high:.0%}]"
+        return f"{figure.value:.4g}{gap}[{figure.low:.3g}, {figure.high:.3g}]"
+    return f"{figure.value:.1%}{gap}[{figure.low:.0%}, {figure.high:.0%}]"
 
 
 def _answers(reports: Sequence[MixReport], examples: Sequence[EvalExample]) -> str:

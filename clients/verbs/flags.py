@@ -73,7 +73,8 @@ def _file(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise argparse.ArgumentTypeError(f"{path}: {error}") from None
+        why = error.strerror if isinstance(error, OSError) else "is no UTF-8 text"
+        raise argparse.ArgumentTypeError(f"{path}: {why}") from None
 
 
 def generation_options(args: argparse.Namespace) -> GenerateOptions:

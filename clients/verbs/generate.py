@@ -18,6 +18,9 @@ from turret.clients.verbs.command import (
 )
 from turret.clients.verbs.flags import generation_options, generation_parser
 
+# What an answer in plain text has no place for.
+_JSON_ONLY = ("logprobs", "top_n", "token_ids")
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
@@ -49,6 +52,9 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
     options["echo"] = args.echo
     options["request_id"] = args.request_id
     prompt = _prompt(args)
+    unseen = [flag for flag in _JSON_ONLY if getattr(args, flag)]
+    if unseen and not args.json:
+        raise ValueError(f"--{unseen[0].replace('_', '-')} shows in JSON alone: add --json")
     if args.json:
         options["logprobs"] = args.logprobs or None
         options["top_n"] = args.top_n

@@ -50,7 +50,7 @@ def print_adapters(adapters: Sequence[Adapter], *, filtered: bool) -> None:
             str(adapter.in_flight),
             _bytes(adapter.bytes_disk),
         )
-    _console().print(table)
+    terminal().print(table)
 
 
 def print_change(verb: str, adapter: Adapter) -> None:
@@ -131,11 +131,11 @@ def _print_rows(rows: dict[str, str]) -> None:
         if value:
             # Text and not str: what a checkpoint says may look like rich's markup.
             table.add_row(name, Text(value))
-    _console().print(table)
+    terminal().print(table)
 
 
 def _print_errors(relative_error: float, modules: tuple[ModuleError, ...]) -> None:
-    console = _console()
+    console = terminal()
     console.print(f"relative error {relative_error:.3g} over {len(modules)} modules")
     if modules:
         worst = max(modules, key=lambda module: module.relative_error)
@@ -161,10 +161,10 @@ def _print_kinds(modules: Iterable[ModuleError]) -> None:
             f"{median(errors):.3g}",
             f"{max(errors):.3g}",
         )
-    _console().print(table)
+    terminal().print(table)
 
 
-def _console() -> Console:
+def terminal() -> Console:
     """The terminal; a file or a pipe takes lines of any length."""
     return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=10_000)
 

@@ -17,7 +17,7 @@ from turret.server.api.limits import (
     InputLimits,
 )
 from turret.server.api.violations import Violations
-from turret.server.config import ADAPTER_NAME
+from turret.server.config import ADAPTER_NAME, ADAPTER_NAME_RULE
 from turret.server.constraints.spec import MAX_CHOICES, MAX_CONSTRAINT_CHARS, ConstraintSpec
 from turret.server.engine.scheduling.request import (
     MAX_STOP_STRINGS,
@@ -101,7 +101,7 @@ def adapter_refs(
     for index, member in enumerate(weights):
         path = f"adapters[{index}]"
         if not ADAPTER_NAME.fullmatch(member.name):
-            violations.add(f"{path}.name", f"must match {ADAPTER_NAME.pattern}")
+            violations.add(f"{path}.name", ADAPTER_NAME_RULE)
         elif member.name in seen:
             violations.add(f"{path}.name", f"{member.name!r} occurs twice")
         seen.add(member.name)

@@ -132,7 +132,8 @@ def test_every_option_reaches_its_field(client: TurretClient, server: FakeTurret
 @pytest.mark.parametrize(
     ("prompt", "options", "error", "text"),
     [
-        ("a", {"max_token": 3}, TypeError, "max_token"),
+        ("a", {"max_token": 3}, TypeError, "max_token; did you mean 'max_tokens'"),
+        ("a", {"adapters": "json=0.5"}, ValueError, "'json=0.5' is no name; with a weight"),
         ("a", {"top_k": -1}, ValueError, "top_k"),
         ("a", {"temperature": "hot"}, TypeError, "temperature"),
         ("a", {"logit_bias": {-1: 0.0}}, ValueError, "logit_bias"),

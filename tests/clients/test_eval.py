@@ -214,7 +214,28 @@ def test_a_full_queue_is_waited_for(run: Run, server: FakeTurret, capitals: Path
 def test_a_failure_of_every_line_names_none(run: Run, capitals: Path):
     code, out, err = run(capitals, "-m", "nope")
     assert (code, out) == (1, "")
-    assert re.search(r"NOT_FOUND \(ADAPTER_NOT_FOUND\): no adapter nope\n", err)
+    assert re.search(
+        r"NOT_FOUND \(ADAPTER_NOT_FOUND\): no adapter nope; `turret adapters list`", err
+    )
+
+
+def test_intervals_stay_whole_in_80_columns(run: Run, capitals: Path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run(capitals, "-m", "sql", "--labels", "Lima,N'Djamena,Muscat")
+    assert code == 0
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert all(line.count("[") == line.count("]") for line in lines)
+
+
+def test_files_that_cannot_be_written_are_told_before_anything_is_asked(
+    run: Run, capitals: Path, server: FakeTurret, tmp_path: Path
+):
+    for flag, name in (("--plot", "no/plot.svg"), ("--answers", "no/answers.jsonl")):
+        code, _, err = run(capitals, flag, str(tmp_path / name))
+        assert code == 2
+        assert "no is no directory" in err
+    assert not server.inference.requests
 
 
 @pytest.mark.parametrize(

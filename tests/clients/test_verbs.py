@@ -98,7 +98,8 @@ def test_prompt_from_standard_input(run: Run, monkeypatch):
 def test_failed_call_prints_one_line(run: Run):
     code, out, err = run("generate", "a", "-a", "nope", "--json")
     assert (code, out) == (1, "")
-    assert err == "error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope\n"
+    next_step = "; `turret adapters list` shows what there is"
+    assert err == f"error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope{next_step}\n"
     code, out, err = run("generate", "a", "--top-p", "2", "--json")
     assert (code, out) == (1, "")
     assert err == "error: INVALID_ARGUMENT (INVALID_REQUEST): 1 bad field; sampling.top_p: <= 1\n"
@@ -154,6 +155,40 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
     assert "--token-from or TURRET_TOKEN" in run("generate", "a")[2]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--address", "127.0.0.1"], "'127.0.0.1' is not HOST:PORT: the port is missing"),
+        (["--address", "http://127.0.0.1:1"], "leave http:// out"),
+        (["--token", "ü"], "token: holds characters that no header can carry"),
+        (["--logprobs"], "--logprobs shows in JSON alone: add --json"),
+    ],
+)
+def test_flags_that_cannot_work_are_told_by_name(arguments: list[str], complaint: str, capfd):
+    assert parse_and_run("generate", "a", *arguments) != 0
+    err = capfd.readouterr().err
+    assert complaint in err
+    assert err.count("\n") == 1
+
+
+def test_values_that_no_flag_takes_are_told_by_flag(capsys, tmp_path):
+    none = str(tmp_path / "none")
+    for arguments, complaint in (
+        (["--timeout", "soon"], "argument --timeout: 'soon' is no number of seconds"),
+        (["--json-schema", none], f"argument --json-schema: {none}: No such file or directory"),
+    ):
+        with pytest.raises(SystemExit):
+            parse_and_run("generate", "a", *arguments)
+        assert capsys.readouterr().err.splitlines()[-1].endswith(complaint)
+
+
+def test_a_missed_deadline_is_told_once(run: Run):
+    code, _, err = run("generate", FOREVER, "--timeout", "0.2")
+    assert code == 1
+    said = "no answer in time: --timeout 0.2 allows that many seconds"
+    assert err == f"error: DEADLINE_EXCEEDED: {said}\n"
+
+
 def test_an_adapter_s_name_is_never_cut(run: Run, server: FakeTurret, monkeypatch):
     name = "customer-" + "0123456789" * 8
     run("adapters", "load", name, "dir", "--pin")
@@ -206,7 +241,8 @@ def test_adapters_lifecycle(run: Run, server: FakeTurret):
     assert request.mode == adapters_pb2.UnloadAdapterRequest.FORCE
     assert request.timeout.seconds == 2
     code, _, err = run("adapters", "get", "new")
-    assert (code, err) == (1, "error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter new\n")
+    next_step = "; `turret adapters list` shows what there is"
+    assert (code, err) == (1, f"error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter new{next_step}\n")
 
 
 def test_adapters_fuse_merge_and_unmerge(run: Run, server: FakeTurret):

@@ -142,7 +142,7 @@ def test_no_byte_sizes(text: str) -> None:
             "--http-cors-origin: 'https://a.example/' is neither",
         ),
         (["--preload", "a=b"], "--preload needs --adapter-root"),
-        (["--adapter-root", "r", "--preload", "A=b"], "not an adapter name"),
+        (["--adapter-root", "r", "--preload", "A=b"], "no adapter name: must be"),
         (["--adapter-root", "r", "--preload", "a=b", "--preload", "a=c"], "given twice"),
         (["--tls-cert", "c"], "--tls-cert and --tls-key need each other"),
         (["--tls-client-ca", "c"], "--tls-client-ca needs"),

@@ -39,7 +39,7 @@ from turret.server.api.gate import Gate
 from turret.server.api.limits import MAX_PAGE_TOKEN_CHARS, MAX_PATH_CHARS, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
 from turret.server.basics.cancellation import Cancellation
-from turret.server.config import ADAPTER_NAME
+from turret.server.config import ADAPTER_NAME, ADAPTER_NAME_RULE
 from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
 from turret.v1 import adapters_pb2
 
@@ -338,9 +338,7 @@ def _cancelling(work: Cancellation) -> Iterator[None]:
 
 
 def _check_name(name: str, violations: Violations) -> None:
-    violations.check(
-        ADAPTER_NAME.fullmatch(name) is not None, "name", f"must match {ADAPTER_NAME.pattern}"
-    )
+    violations.check(ADAPTER_NAME.fullmatch(name) is not None, "name", ADAPTER_NAME_RULE)
 
 
 def _checked_name(name: str, call: Call) -> str:

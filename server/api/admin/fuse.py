@@ -9,7 +9,7 @@ from turret.server.adapters.ref import AdapterRef
 from turret.server.api.limits import MAX_WORD_CHARS
 from turret.server.api.requests import adapter_refs
 from turret.server.api.violations import Violations
-from turret.server.config import ADAPTER_NAME
+from turret.server.config import ADAPTER_NAME, ADAPTER_NAME_RULE
 from turret.server.errors import InvalidRequestError
 from turret.v1 import adapters_pb2
 
@@ -31,7 +31,7 @@ def checked_fuse_request(
     violations.check(
         ADAPTER_NAME.fullmatch(request.name) is not None,
         "name",
-        f"must match {ADAPTER_NAME.pattern}",
+        ADAPTER_NAME_RULE,
     )
     violations.check(len(request.adapters) > 0, "adapters", "at least one")
     refs = adapter_refs(request.adapters, violations)

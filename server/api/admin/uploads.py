@@ -15,7 +15,7 @@ from turret.server.adapters.source import (
 )
 from turret.server.api.limits import MAX_UPLOAD_FILES, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
-from turret.server.config import ADAPTER_NAME
+from turret.server.config import ADAPTER_NAME, ADAPTER_NAME_RULE
 from turret.server.errors import DeadlineExceededError, InvalidRequestError
 from turret.v1 import adapters_pb2
 
@@ -72,7 +72,7 @@ def checked_header(message: adapters_pb2.UploadAdapterRequest | None) -> adapter
     violations.check(
         ADAPTER_NAME.fullmatch(header.name) is not None,
         "header.name",
-        f"must match {ADAPTER_NAME.pattern}",
+        ADAPTER_NAME_RULE,
     )
     violations.check(
         header.replace or not header.HasField("expected_generation"),

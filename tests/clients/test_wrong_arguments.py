@@ -1,0 +1,60 @@
+"""Arguments of the Python clients that make no sense, and errors that say things once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import grpc
+import pytest
+from servers.fake_turret import FakeTurret, fake_turret
+
+from turret.clients.client import TurretClient, TurretRpcError
+from turret.clients.errors import UnavailableError
+
+
+@pytest.fixture
+def server() -> Iterator[FakeTurret]:
+    with fake_turret() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: FakeTurret) -> Iterator[TurretClient]:
+    with TurretClient(server.address) as connected:
+        yield connected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({"address": 3}, TypeError, "address: HOST:PORT, not 3"),
+        ({"tls": True}, TypeError, "tls: a Tls"),
+        ({"token": 3}, TypeError, "token: a text, not int"),
+        ({"token": "ü"}, ValueError, "token: holds characters"),
+    ],
+)
+def test_a_client_names_the_argument_that_is_wrong(arguments, error, text):
+    with pytest.raises(error, match=text):
+        TurretClient(**arguments)
+
+
+def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClient):
+    for call in (
+        lambda: client.adapters.load("a", 3),  # type: ignore[arg-type]
+        lambda: client.adapters.replace("a", 3),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=r"^path: "):
+            call()
+    with pytest.raises(TypeError, match=r"^name: "):
+        client.adapters.unload(3)  # type: ignore[arg-type]
+
+
+def test_what_was_said_is_said_once():
+    said = TurretRpcError(grpc.StatusCode.UNAVAILABLE, "it starts", reason="UNAVAILABLE")
+    assert str(said) == "UNAVAILABLE: it starts"
+    with (
+        TurretClient("127.0.0.1:1", max_retries=0) as nowhere,
+        pytest.raises(UnavailableError) as raised,
+    ):
+        nowhere.generate("a")
+    assert str(raised.value) == ("UNAVAILABLE: cannot connect to 127.0.0.1:1: Connection refused")
