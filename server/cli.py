@@ -17,6 +17,7 @@ import turret
 from turret.server.command.parser import EXIT_USAGE, CommandParser
 
 EXIT_FAILED = 1
+EXIT_INTERRUPTED = 130
 # In the order of the help.
 _OWN_VERBS = {
     "serve": "run the server",
@@ -217,8 +218,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments else ""
-    args = build_parser(verb).parse_args(arguments)
-    code: int = args.func(args)
+    try:
+        args = build_parser(verb).parse_args(arguments)
+        code: int = args.func(args)
+    except KeyboardInterrupt:
+        # While modules are loaded, or by a verb that has nothing to put in order.
+        code = EXIT_INTERRUPTED
     # Given arguments, it is a call within somebody else's process.
     if argv is None and (verb == "serve" or "torch" in sys.modules):
         _leave(code)

@@ -6,11 +6,16 @@ all of it at once. The parts that own these things check them again when they op
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import fcntl
+import importlib.metadata
+import os
+import re
 import socket
-from collections.abc import Iterator
+import ssl
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
@@ -18,11 +23,21 @@ from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.basics.address import split_address
 from turret.server.basics.closest import did_you_mean
 from turret.server.basics.hub_id import HUB_SCHEME
-from turret.server.config import AdapterConfig, Config, ListenConfig, SecurityConfig
+from turret.server.config import (
+    AdapterConfig,
+    Config,
+    ListenConfig,
+    ModelConfig,
+    SecurityConfig,
+)
 from turret.server.errors import AdapterCheckpointError, InvalidRequestError
 from turret.server.models.sources.check import check_model
 
 _MOST_SHOWN = 20
+_MOST_CHECKPOINTS = 5
+_MOST_THREADS = 1024
+# As in kernels/cpu/native.py, which loads torch.
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def problems(config: Config, *, may_run: bool = False) -> list[str]:
@@ -35,6 +50,7 @@ def problems(config: Config, *, may_run: bool = False) -> list[str]:
     adapters = dataclasses.replace(config.adapters, state_dir=None) if may_run else config.adapters
     return [
         *_model(config.model.model),
+        *_device(config.model, os.environ),
         *_adapters(adapters),
         *_files(config.security),
         *([] if may_run else _addresses(config.listen)),
@@ -49,6 +65,27 @@ def _model(model: Path | None) -> Iterator[str]:
             yield f"--{error.message}"
         except OSError as error:
             yield f"--model: {error.filename}: {error.strerror}"
+
+
+def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:
+    if config.device.startswith("cuda") and _torch_version().endswith("+cpu"):
+        yield (
+            f"--device: {config.device} was asked for, but torch is installed for CPUs alone"
+            " (docs/kernels.md); `pip install torch` brings one for NVIDIA's GPUs"
+        )
+    if (config.threads or 0) > max(_MOST_THREADS, os.cpu_count() or 1):
+        yield f"--threads: {config.threads} is more than any machine computes with"
+    isa = environ.get("TURRET_ISA", ISAS[0])
+    if isa not in ISAS:
+        meant = did_you_mean(isa, ISAS)
+        yield f"TURRET_ISA: {isa!r} is none of {', '.join(ISAS)}{meant}"
+
+
+def _torch_version() -> str:
+    try:
+        return importlib.metadata.version("torch")
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _adapters(config: AdapterConfig) -> Iterator[str]:
@@ -75,7 +112,11 @@ def _preload(root: Path, name: str, path: str) -> Iterator[str]:
         yield f"{where} {error.message}{_there(root, path) if is_absent else ''}"
         return
     if CONFIG_FILE in lacking and (below := _adapters_below(root / path)):
-        yield f"{where} that directory is no adapter, but {below} in it is"
+        others = len(below) - _MOST_CHECKPOINTS
+        more = f" and {others} more" if others > 0 else ""
+        verb = "is" if len(below) == 1 else "are"
+        shown = ", ".join(below[-_MOST_CHECKPOINTS:])
+        yield f"{where} that directory is no adapter, but {shown}{more} in it {verb}"
     elif lacking == [TENSORS_FILE] and (pickles := [n for n in names if n.endswith(".bin")]):
         yield (
             f"{where} {pickles[0]} is a pickle, which can run code and is not read; PEFT writes"
@@ -94,15 +135,31 @@ def _there(root: Path, path: str) -> str:
     return "" if did_you_mean(path, names) else f"; {root} {holds}"
 
 
-def _adapters_below(folder: Path) -> str:
-    found = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
-    return found[-1] if found else ""
+def _adapters_below(folder: Path) -> list[str]:
+    """Adapters in a directory that is none, the newest checkpoint last."""
+
+    def numbered(name: str) -> list[str | int]:
+        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+    found = (path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
+    return sorted(found, key=numbered)
 
 
 def _state_dir(path: Path) -> Iterator[str]:
     lock = path / "LOCK"
     if path.exists() and not path.is_dir():
         yield f"--state-dir: {path} is a file"
+    elif not path.exists():
+        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+        try:
+            path.mkdir(mode=0o700, parents=True)
+        except OSError as error:
+            yield f"--state-dir: {path} cannot be made: {error.strerror}"
+        with contextlib.suppress(OSError):
+            for folder in missing:
+                folder.rmdir()
+    elif not os.access(path, os.W_OK | os.X_OK):
+        yield f"--state-dir: {path} cannot be written by this user"
     elif lock.exists():
         try:
             with lock.open("rb+") as file:
@@ -125,6 +182,33 @@ def _files(config: SecurityConfig) -> Iterator[str]:
             path.read_bytes()
         except OSError as error:
             yield f"--{flag.replace('_', '-')}: {path}: {error.strerror}"
+            return
+    yield from _tls(config)
+
+
+def _tls(config: SecurityConfig) -> Iterator[str]:
+    """What gRPC would say in five lines, with a source file each and no name of ours."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    if config.tls_cert is not None and config.tls_key is not None:
+        try:
+            # No password is asked for at the terminal.
+            context.load_cert_chain(config.tls_cert, config.tls_key, password=lambda: b"")
+        except ssl.SSLError as error:
+            why = (
+                "do not belong together"
+                if error.reason == "KEY_VALUES_MISMATCH"
+                else _no_pem(error)
+            )
+            yield f"--tls-cert, --tls-key: {config.tls_cert} and {config.tls_key} {why}"
+    if config.tls_client_ca is not None:
+        try:
+            context.load_verify_locations(config.tls_client_ca)
+        except ssl.SSLError as error:
+            yield f"--tls-client-ca: {config.tls_client_ca} {_no_pem(error)}"
+
+
+def _no_pem(error: ssl.SSLError) -> str:
+    return f"hold no PEM certificate and key without a password ({error.reason or error})"
 
 
 def _addresses(config: ListenConfig) -> Iterator[str]:

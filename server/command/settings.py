@@ -180,6 +180,9 @@ def from_text(setting: Setting, text: str) -> object:
         return name, path
     if setting.is_optional and text == "none":
         return None
+    if not text and setting.type in (Path, str):
+        # A shell's variable that is not set; as a path it would be this directory.
+        raise ValueError("is empty")
     if setting.unit == "bytes":
         return parse_byte_size(text)
     if setting.type is bool:
@@ -238,7 +241,9 @@ def read_file(path: Path) -> Settings:
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except UnicodeDecodeError:
+        raise ValueError(f"{path}: is no UTF-8 text, as TOML is") from None
+    except tomllib.TOMLDecodeError as error:
         raise ValueError(f"{path}: {error}") from None
     known = {(setting.section, setting.name): setting for setting in settings()}
     sections = list(dict.fromkeys(section for section, _ in known))
@@ -288,10 +293,10 @@ def _from_toml(setting: Setting, value: object, folder: Path) -> object:
         if type(value) is not setting.type:
             raise ValueError(f"must be {_kind(setting)}, not {value!r:.60}")
         return value
-    if setting.type is Path and isinstance(value, str):
+    if setting.type is Path and isinstance(value, str) and value:
         path = folder / value
         return Path(value) if setting.is_hub and not path.exists() and HubId.find(value) else path
-    is_text = setting.unit == "bytes" or setting.type is str
+    is_text = setting.unit == "bytes" or setting.type is str or value == ""
     if is_text and isinstance(value, str):
         return from_text(setting, value)
     if setting.type is float and isinstance(value, int | float):

@@ -1,0 +1,182 @@
+"""What a start refuses within a second, before torch is there."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+
+from turret.kernels.cpu import native
+from turret.server.command import preflight
+from turret.server.command.flags import add_flags, config_from_args
+from turret.server.command.preflight import problems
+from turret.server.config import Config
+from turret.server.models.families import served_types
+
+ADAPTERS = ROOT / "examples" / "adapters"
+
+
+def parse(*arguments: str) -> Config:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return config_from_args(parser.parse_args(arguments), {})
+
+
+def found(*arguments: str) -> list[str]:
+    free = ("--address", "127.0.0.1:0", "--metrics-address", "none")
+    return problems(parse(*free, *arguments))
+
+
+def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
+    def said(path: Path | str) -> str:
+        (problem,) = found("--model", str(path))
+        assert problem.startswith("--model: ")
+        return problem
+
+    assert "does not exist" in said(tmp_path / "absent")
+    assert "has no config.json" in said(tmp_path)
+    assert "is an adapter, not a base model" in said(ADAPTERS / "json")
+    config = tmp_path / "config.json"
+    config.write_text("{")
+    assert "is a file" in said(config)
+    assert "is no JSON" in said(tmp_path)
+    config.write_text('{"model_type": "bert"}')
+    assert f"'bert' is not served; served are {', '.join(served_types())}" in said(tmp_path)
+    config.write_text('{"model_type": "llama"}')
+    assert "has no model.safetensors" in said(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    assert "pytorch_model.bin" in said(tmp_path)
+    index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "1.safetensors").touch()
+    assert "lacks 1 of the 2 files" in said(tmp_path)
+    (tmp_path / "2.safetensors").touch()
+    assert found("--model", str(tmp_path)) == []
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../1"}}')
+    assert "'../1', which is not below its directory" in said(tmp_path)
+    for damaged in ("{", "[]", "{}", '{"weight_map": {"a": 1}}'):
+        (tmp_path / "model.safetensors.index.json").write_text(damaged)
+        assert "is damaged" in said(tmp_path)
+    config.write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
+    assert "quantised with 'gptq'" in said(tmp_path)
+
+
+def test_adapters_that_are_not_there(tmp_path: Path) -> None:
+    assert "does not exist" in found("--adapter-root", str(tmp_path / "no"))[0]
+    root = ("--adapter-root", str(ADAPTERS))
+    assert found(*root, "--preload", "a=json") == []
+    assert "did you mean 'json'?" in found(*root, "--preload", "a=jsn")[0]
+    assert "holds " in found(*root, "--preload", "a=nothing-like-it")[0]
+    checkpoint = tmp_path / "run" / "checkpoint-30"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "adapter_config.json").touch()
+    (checkpoint / "adapter_model.bin").touch()
+    root = ("--adapter-root", str(tmp_path))
+    assert "checkpoint-30 in it is" in found(*root, "--preload", "a=run")[0]
+    assert "safe_serialization" in found(*root, "--preload", "a=run/checkpoint-30")[0]
+    assert "stay inside it" in found(*root, "--preload", "a=../x")[0]
+    root = ("--adapter-root", str(ADAPTERS / "json"))
+    assert "whose path below it is '.'" in found(*root, "--preload", "json=json")[0]
+    assert found(*root, "--preload", "json=.") == []
+
+
+def test_a_state_dir_in_use(tmp_path: Path) -> None:
+    assert found("--state-dir", str(tmp_path / "new")) == []
+    with (tmp_path / "LOCK").open("wb") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another server uses" in found("--state-dir", str(tmp_path))[0]
+    assert found("--state-dir", str(tmp_path)) == []
+
+
+def test_addresses_that_cannot_be_had() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        (problem,) = problems(parse("--address", "127.0.0.1:0", "--metrics-address", address))
+        assert problem.startswith(f"--metrics-address: {address} is taken")
+    both = ("--address", "127.0.0.1:1", "--http-address", "127.0.0.1:1")
+    assert "is that of --address already" in problems(parse(*both))[-1]
+    (problem,) = found("--insecure", "--http-address", "203.0.113.7:80")
+    assert "no address of this machine" in problem
+
+
+def test_a_missing_token_file_is_named(tmp_path: Path) -> None:
+    (problem,) = found("--token-file", str(tmp_path / "tokens"))
+    assert problem.startswith("--token-file: ")
+
+
+def key_pair(folder: Path, name: str) -> tuple[str, str]:
+    """A certificate that signed itself, and its key, as paths of PEM files."""
+    certificate, key = str(folder / f"{name}.crt"), str(folder / f"{name}.key")
+    subprocess.run(
+        [*("openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256"),
+         *("-nodes", "-subj", f"/CN={name}", "-keyout", key, "-out", certificate)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return certificate, key
+
+
+def test_tls_files_that_are_none_or_no_pair(tmp_path: Path) -> None:
+    (certificate, key), (_, other) = key_pair(tmp_path, "a"), key_pair(tmp_path, "b")
+    text = str(tmp_path / "text")
+    Path(text).write_text("no PEM")
+    pair = ("--tls-cert", certificate, "--tls-key")
+    assert found(*pair, key, "--tls-client-ca", certificate) == []
+    (problem,) = found(*pair, other)
+    assert problem == f"--tls-cert, --tls-key: {certificate} and {other} do not belong together"
+    assert "hold no PEM" in found("--tls-cert", text, "--tls-key", key)[0]
+    (problem,) = found(*pair, key, "--tls-client-ca", text)
+    assert problem.startswith(f"--tls-client-ca: {text} hold")
+
+
+def test_a_state_dir_that_cannot_be_made(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (problem,) = found("--state-dir", str(tmp_path / "file" / "state"))
+    assert "cannot be made: Not a directory" in problem
+    # What is looked at is left as it was.
+    assert found("--state-dir", str(tmp_path / "deep" / "er")) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_the_newest_checkpoint_is_named_last(tmp_path: Path) -> None:
+    for number in (500, 1000, 90):
+        (tmp_path / "run" / f"checkpoint-{number}").mkdir(parents=True)
+        (tmp_path / "run" / f"checkpoint-{number}" / "adapter_config.json").touch()
+    (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=run")
+    assert "but checkpoint-90, checkpoint-500, checkpoint-1000 in it are" in problem
+
+
+def test_a_device_an_instruction_set_and_threads_that_are_not_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert preflight.ISAS == native.ISAS
+    monkeypatch.setattr(preflight, "_torch_version", lambda: "2.13.0+cpu")
+    (problem,) = found("--device", "cuda:1")
+    assert "cuda:1 was asked for, but torch is installed for CPUs alone" in problem
+    monkeypatch.setattr(preflight, "_torch_version", lambda: "2.13.0")
+    assert found("--device", "cuda:1") == []
+    (problem,) = found("--threads", "100000")
+    assert problem.startswith("--threads: 100000 is more")
+    monkeypatch.setenv("TURRET_ISA", "avx51")
+    (problem,) = found()
+    assert "'avx51' is none of baseline, avx2" in problem
+
+
+def test_adapters_of_the_hub_need_their_organisation() -> None:
+    for flags in (("--adapter-hub", "acme"), ("--adapter-hub", "x", "--adapter-hub", "*")):
+        config = parse(*flags, "--preload", "a=hub:acme/sql@v1")
+        assert config.adapters.preload == (("a", "hub:acme/sql@v1"),)
+        assert found(*flags, "--preload", "a=hub:acme/sql@v1") == []
+    with pytest.raises(ValueError, match="needs --adapter-hub acme"):
+        parse("--adapter-hub", "other", "--preload", "a=hub:acme/sql")
+    with pytest.raises(ValueError, match=r"is not hub:org/name\[@revision\]"):
+        parse("--adapter-hub", "*", "--preload", "a=hub:sql")
+    with pytest.raises(ValueError, match="--preload needs --adapter-root"):
+        parse("--adapter-hub", "*", "--preload", "a=hub", "--preload", "b=hub:acme/sql")
+    with pytest.raises(ValueError, match="'a/b' is neither '\\*' nor the name of one"):
+        parse("--adapter-hub", "a/b")
