@@ -98,7 +98,7 @@ def _resolve(model: Path | None, cache_dir: Path, progress: Progress) -> ModelSo
         gguf = find_gguf()
         target = cache_dir / f"nf4-{_key([gguf])}"
         if not (target / _MANIFEST).exists():
-            config, tokenizer, tensors, total = read_gguf(gguf)
+            config, tokenizer, tensors, total = read_gguf(gguf, progress)
             with _new_directory(target) as build:
                 config.save_pretrained(build)  # type: ignore[attr-defined]
                 tokenizer.save_pretrained(build)  # type: ignore[attr-defined]
