@@ -11,6 +11,8 @@ from typing import Any
 
 # A server beside it then comes first, and training takes what that leaves.
 _NICENESS = 5
+# What is said of a run that was stopped.
+_RESUMES = "; --resume goes on from the last checkpoint, if run.checkpoint_every has written one"
 # Short flags for the keys that are changed most.
 _FLAGS = {
     "--model": ("base.model", "DIR|ORG/NAME"),
@@ -39,7 +41,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     how = run.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     how.add_argument("--overwrite", action="store_true", help="remove a run that is there")
-    run.set_defaults(func=_with_errors(_run))
+    run.set_defaults(func=_with_errors(_run), stopped=_RESUMES)
     report = verbs.add_parser("report", help="write a run's report.html again")
     report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
     report.set_defaults(func=_with_errors(_report))
@@ -115,7 +117,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
             print("error: training needs an extra: pip install 'turret[train]'", file=sys.stderr)
             return 1
         except KeyboardInterrupt:
-            print("\nstopped; --resume goes on from the last checkpoint", file=sys.stderr)
+            print(f"\nstopped{getattr(args, 'stopped', '')}", file=sys.stderr)
             return 130
         return 0
 
@@ -131,18 +133,25 @@ def _init(args: argparse.Namespace) -> None:
             file.write(render_commented())
     except FileExistsError:
         raise RunError(f"{args.file} is there already; name another file, or remove it") from None
-    print(f"{args.file}: set data.train, then: turret train plan {args.file}")
+    print(
+        f"{args.file}: data.train (train.jsonl) names the examples; then: turret train plan"
+        f" {args.file}"
+    )
 
 
 def _ranks(text: str) -> tuple[int, ...]:
-    ranks = tuple(int(part) for part in text.split(","))
-    if not ranks or min(ranks) < 1:
+    try:
+        ranks = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not N,N,… of whole numbers") from None
+    if min(ranks) < 1:
         raise argparse.ArgumentTypeError("ranks must be at least 1")
     return tuple(dict.fromkeys(ranks))
 
 
 def _read(args: argparse.Namespace) -> Any:
     from turret.server.command.threads import use_threads
+    from turret.training.data.example import read_examples
     from turret.training.settings.config_file import read_config
     from turret.training.settings.inputs import check_inputs
 
@@ -154,6 +163,10 @@ def _read(args: argparse.Namespace) -> Any:
     config = read_config(args.config, overrides)
     use_threads(args.threads, is_background=True, niceness=args.nice)
     check_inputs(config, args.config.parent)
+    # Read again with the base, which takes seconds to load: a bad line need not wait for it.
+    for name in (config.data.train, config.data.validation):
+        if name is not None:
+            read_examples(args.config.parent / name)
     return config
 
 
@@ -217,8 +230,12 @@ def _run(args: argparse.Namespace) -> None:
         from turret.training.trainer import Trainer
 
         result = Trainer(resolved, listen).run(resume=args.resume, overwrite=args.overwrite)
-    print(result.folder.adapter)
-    print(write_report(result.folder))
+    report = write_report(result.folder)
+    if sys.stdout.isatty():
+        # The line above has named the adapter.
+        print(f"report:    {report}")
+    else:
+        print(result.folder.adapter, report, sep="\n")
 
 
 def _report(args: argparse.Namespace) -> None:

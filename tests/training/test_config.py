@@ -76,6 +76,11 @@ def test_the_names_of_methods_are_those_that_there_are():
             "unknown keys: method.rnak (did you mean 'rank'?), run.rank (did you mean"
             " method.rank?), runs (did you mean 'run'?), x",
         ),
+        (
+            ["optimizer.lr=1"],
+            "unknown keys: optimizer.lr (there are name, learning_rate, lora_plus_ratio,"
+            " weight_decay, beta1, beta2, warmup_fraction, max_grad_norm)",
+        ),
         (["method.name=lorra"], f"{METHODS}; did you mean 'lora'?".format("lorra")),
         (["method.name=P-Tuning"], f"{METHODS}; did you mean 'p_tuning'?".format("P-Tuning")),
         (["method.rank=0"], "method.rank: must be at least 1"),

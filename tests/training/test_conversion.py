@@ -194,7 +194,7 @@ def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 4
     for line, text in zip(
-        lines, ("is there already", "what: is unknown", "'LORA'", "is no directory"), strict=True
+        lines, ("is there already", "what: is unknown", "'LORA'", "does not exist"), strict=True
     ):
         assert line.startswith("error: ")
         assert text in line

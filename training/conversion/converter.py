@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
-from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.fuse.lora_files import lora_config
 from turret.server.adapters.peft_format.base_name import base_name_warning
@@ -129,13 +128,11 @@ def convert(
 def _kind_of(checkpoint: AdapterCheckpoint) -> str:
     kind = checkpoint.config.get("peft_type")
     if kind not in (*CONVERTED, _XLORA):
-        findings = Findings(checkpoint.path)
-        findings.add(
-            "peft_type",
-            f"is {kind!r:.60}; converted are {', '.join((*CONVERTED, _XLORA))}, and `turret serve`"
-            " says of any other what to do with it",
+        raise RunError(
+            f"{checkpoint.path}: peft_type {kind!r:.60} is not converted, only"
+            f" {', '.join((*CONVERTED, _XLORA))} are; `turret serve` takes others as they are, or"
+            " says what to do with them"
         )
-        findings.raise_if_any()
     return str(kind)
 
 

@@ -52,6 +52,12 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
 
 
 def _convert(args: argparse.Namespace) -> int:
+    if not args.adapter.is_dir():
+        what = "is a file" if args.adapter.exists() else "does not exist"
+        said = "name the directory that PEFT's save_pretrained wrote"
+        print(f"error: {args.adapter} {what}; {said}", file=sys.stderr)
+        return 1
+
     import torch
 
     from turret.server.errors import TurretError

@@ -110,6 +110,10 @@ class RunFolder:
         """
         try:
             return json.loads(self.facts.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise RunError(
+                f"{self.path} is no run of turret train: it has no {self.facts.name}"
+            ) from None
         except (OSError, ValueError) as error:
             raise RunError(f"{self.path} is no run of turret train: {error}") from error
 

@@ -59,15 +59,19 @@ def build_config(tables: Mapping[str, Any], overrides: Iterable[str] = ()) -> Tr
             raise ConfigError.of(table, "must be a table")
         known = {entry.name for entry in dataclasses.fields(kind)}
         unknown += [
-            f"{table}.{key}{_aside(did_you_mean(key, known) or _elsewhere(key, kinds))}"
-            for key in keys
-            if key not in known
+            f"{table}.{key}{_aside(_meant(table, key, kinds))}" for key in keys if key not in known
         ]
     if unknown:
         raise ConfigError("unknown keys: " + ", ".join(sorted(unknown)))
     return TrainConfig(
         **{table: _build_table(table, kind, merged.get(table, {})) for table, kind in kinds.items()}
     )
+
+
+def _meant(table: str, key: str, kinds: Mapping[str, type]) -> str:
+    known = [entry.name for entry in dataclasses.fields(kinds[table])]
+    near = did_you_mean(key, known) or _elsewhere(key, kinds)
+    return near or f"; there are {', '.join(known)}"
 
 
 def _elsewhere(key: str, kinds: Mapping[str, type]) -> str:
