@@ -64,11 +64,14 @@ class Tls:
 
         Raises:
             OSError: A file cannot be read.
-            ValueError: Certificate and key do not come together.
+            ValueError: Certificate and key do not come together, or a file is no PEM.
         """
         ca_pem, certificate_pem, key_pem = (
             None if path is None else Path(path).read_bytes() for path in (ca, certificate, key)
         )
+        for path, pem in ((ca, ca_pem), (certificate, certificate_pem), (key, key_pem)):
+            if pem is not None and b"-----BEGIN" not in pem:
+                raise ValueError(f"{path}: holds no PEM")
         return cls(ca=ca_pem, certificate=certificate_pem, key=key_pem, server_name=server_name)
 
     def credentials(self) -> grpc.ChannelCredentials:

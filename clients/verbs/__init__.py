@@ -8,6 +8,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
+
+# gRPC's library writes lines of C++ of what the errors tell as well; it reads this when it is loaded.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 # Each is a module here with ``add_parser``, loaded when it is wanted: what is left out costs a
 # command nothing.

@@ -137,18 +137,33 @@ def with_client(
     return run
 
 
-# What gRPC says of a peer that answers something else.
-_NOT_GRPC = ("Failed parsing HTTP/2", "http1.x server", "HTTP/1.")
+# What gRPC says of a peer that answers something else, and what that means.
+_ANSWERED = (
+    (
+        ("Failed parsing HTTP/2", "http1.x server", "HTTP/1."),
+        "does not speak gRPC; --address takes the address that `turret serve --address` has (port"
+        " 50051 by default), not that of HTTP",
+    ),
+    (("WRONG_VERSION_NUMBER",), "speaks no TLS; leave --tls, --tls-ca and TURRET_TLS_CA out"),
+    (
+        ("CERTIFICATE_VERIFY_FAILED",),
+        "shows a certificate that the given roots do not vouch for; --tls-ca names the PEM file of"
+        " those that do",
+    ),
+    (
+        ("Hostname Verification",),
+        "shows a certificate for another name; --tls-server-name says for which",
+    ),
+    (("Socket closed",), "closes the connection; a server with TLS wants --tls or --tls-ca"),
+)
 
 
 def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRpcError:
     """The error with what its reader may do about it, where that is not the server's to say."""
     if isinstance(error, UnavailableError) and not error.reason:
-        if any(sign in error.message for sign in _NOT_GRPC):
-            return error.with_message(
-                f"what answers at {args.address} does not speak gRPC; --address takes the address"
-                " that `turret serve --address` has (port 50051 by default), not that of HTTP"
-            )
+        for signs, meaning in _ANSWERED:
+            if any(sign in error.message for sign in signs):
+                return error.with_message(f"what answers at {args.address} {meaning}")
         if problem := address_problem(args.address):
             return error.with_message(f"--address: {problem}")
         cause = error.message.removeprefix(f"cannot connect to {args.address}: ")

@@ -315,6 +315,9 @@ async def _no_route(request: Request, error: Exception) -> Response:
     status = error.status_code if isinstance(error, HTTPException) else 500
     code = Code.NOT_FOUND if status == 404 else Code.UNIMPLEMENTED
     text = f"{request.method} {request.url.path} is not served here"
+    allowed = (getattr(error, "headers", None) or {}).get("Allow")
+    if status == 405 and allowed:
+        text += f", but {' and '.join(m for m in allowed.split(', ') if m != 'HEAD')}"
     refusal = refusal_of(HttpRefusal(status, code, text, reason="unknown_url"))
     headers = {**refusal.headers, **(getattr(error, "headers", None) or {})}
     return Response(dumps(refusal.body), status, headers=headers, media_type="application/json")

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from servers.fake_turret import FakeInference
+from servers.command import parse_and_run
+from servers.fake_turret import FakeInference, fake_turret
 
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.channel import Tls
@@ -78,3 +79,31 @@ def test_nothing_less_will_do(pem: Path, address: str, missing: str):
     ):
         client.get_model(timeout=10)
     assert raised.value.code == grpc.StatusCode.UNAVAILABLE
+
+
+@pytest.mark.parametrize(
+    ("flags", "meaning"),
+    [
+        ([], "closes the connection; a server with TLS wants --tls"),
+        (["--tls"], "do not vouch for; --tls-ca names"),
+        (["--tls-ca", "server.crt"], "for another name; --tls-server-name says"),
+        (["--tls-ca", "text"], "holds no PEM"),
+    ],
+)
+def test_the_command_says_which_flag_is_missing(
+    pem: Path, address: str, flags: list[str], meaning: str, capfd: pytest.CaptureFixture[str]
+):
+    (pem / "text").write_text("no PEM")
+    given = [str(pem / flag) if not flag.startswith("-") else flag for flag in flags]
+    assert parse_and_run("generate", "a", "--address", address, *given) != 0
+    err = capfd.readouterr().err
+    assert meaning in err
+    assert "SSL" not in err.splitlines()[-1]
+
+
+def test_the_command_says_of_a_server_without_tls_that_it_has_none(
+    capfd: pytest.CaptureFixture[str],
+):
+    with fake_turret() as server:
+        assert parse_and_run("generate", "a", "--address", server.address, "--tls") == 1
+    assert "speaks no TLS; leave --tls" in capfd.readouterr().err

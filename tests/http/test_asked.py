@@ -122,6 +122,8 @@ async def test_adapters_may_be_typed() -> None:
             refused = await server.refused(CHAT, {"messages": TURNS, "model": model})
             assert (refused.status, refused.code) == (404, "model_not_found"), model
             assert refused.param == "model"
+            is_mix = "*" in model or "+" in model
+            assert ("a mix is written as" if is_mix else "GET /v1/models") in refused.message
 
 
 @pytest.mark.parametrize(

@@ -197,6 +197,8 @@ async def test_other_paths_and_methods_are_refused_in_the_same_form() -> None:
         assert (refused.status, refused.code) == (404, "unknown_url")
         answer = await server.client.get(COMPLETIONS)
         assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
+        said = f"GET {COMPLETIONS} is not served here, but POST"
+        assert answer.json()["error"]["message"] == said
         for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
             assert (await server.refused(path, {})).status == 400
     apart = ListenConfig(http_address="127.0.0.1:0", admin_address="127.0.0.1:0")

@@ -70,8 +70,10 @@ def parse_model(model: str, base_name: str) -> list[adapters_pb2.AdapterWeight]:
 
 def no_model(model: str) -> AdapterNotFoundError:
     """The error for a model that there is not."""
+    is_mix = not set("=*+@").isdisjoint(model)
+    form = "; a mix is written as sql+json*-0.5" if is_mix else ""
     return AdapterNotFoundError(
-        f"the model {model[:200]!r} does not exist", metadata={"adapter": model[:200]}
+        f"the model {model[:200]!r} does not exist{form}", metadata={"adapter": model[:200]}
     )
 
 

@@ -123,12 +123,21 @@ def _body(message: str, kind: str, param: str | None, code: str) -> dict[str, An
 def _said(fault: Fault, names: Mapping[str, str]) -> tuple[str, str | None]:
     """The message in the client's own field names, and the first field to blame."""
     if not fault.violations:
-        return fault.message, _PARAMS.get(fault.reason)
+        return fault.message + _next_step(fault), _PARAMS.get(fault.reason)
     renamed = [(renamed_path(path, names), why) for path, why in fault.violations]
     message = fault.message
     if message == "; ".join(f"{path}: {why}" for path, why in fault.violations):
         message = "; ".join(f"{path}: {why}" for path, why in renamed)
     return message, renamed[0][0]
+
+
+def _next_step(fault: Fault) -> str:
+    """For who asks for a model that there is not, such as a client's default."""
+    is_one = fault.message.startswith(("adapter not found: ", "the model "))
+    is_told = "; " in fault.message or "the current one" in fault.message
+    if fault.reason != "ADAPTER_NOT_FOUND" or not is_one or is_told:
+        return ""
+    return "; GET /v1/models lists what there is, and 'base' is the base model"
 
 
 def renamed_path(path: str, names: Mapping[str, str]) -> str:
