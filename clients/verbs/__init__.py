@@ -10,7 +10,7 @@ import argparse
 import importlib
 import os
 
-# gRPC's library writes lines of C++ of what the errors tell as well; it reads this when it is loaded.
+# gRPC's library writes lines of C++ about what errors tell as well; this is read when it loads.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 # Each is a module here with ``add_parser``, loaded when it is wanted: what is left out costs a

@@ -25,7 +25,7 @@ from turret.server.models.families import read_arch
 from turret.server.models.loader import eos_token_ids
 from turret.server.models.model_source import default_cache_dir, resolve_model
 from turret.server.models.sources.check import check_model
-from turret.server.models.sources.embedded import find_gguf
+from turret.server.models.sources.embedded import find_gguf, read_gguf
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.tokenizer import Tokenizer
 
@@ -216,6 +216,17 @@ def test_files_that_are_none_of_ours_fail_before_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.long
+def test_reading_the_embedded_model_is_told_and_not_drawn(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    told: list[tuple[int, int]] = []
+    *_, total = read_gguf(find_gguf(), lambda what, done, of: told.append((done, of)))
+    assert told[0] == (1, len(told))
+    assert told[-1] == (len(told), len(told))
+    assert len(told) >= total
+    assert capfd.readouterr().err == ""
+
+
 def test_the_embedded_file_given_by_its_path_is_the_embedded_model(tmp_path: Path) -> None:
     """Q4_1 of SmolLM2-135M-Instruct, which transformers reads otherwise."""
     given = resolve_model(find_gguf(), tmp_path)

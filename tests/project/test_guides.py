@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 
+from turret.server.cli import build_parser
 from turret.server.command.settings import settings
 
 DOCS = ROOT / "docs"
@@ -39,6 +41,45 @@ def test_the_index_names_every_page() -> None:
     named = {target for target, _ in _LINK.findall((DOCS / "README.md").read_text())}
     pages = {path.name for path in DOCS.glob("*.md")} - {"README.md"}
     assert pages <= named
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The `turret` commands in a page's blocks, each up to a pipe."""
+    found = []
+    for language, block in re.findall(r"```(\w*)\n(.*?)```", page.read_text(), re.DOTALL):
+        if language not in ("", "sh"):
+            continue
+        # A line that ends in a quoted text's middle goes on in the next one.
+        pending = ""
+        for line in block.splitlines():
+            pending += line.removesuffix("\\") + " "
+            # Not the drawing of how the parts fit together.
+            if not re.match(r"(\$ )?turret [a-z]", pending):
+                pending = ""
+                continue
+            with contextlib.suppress(ValueError):
+                words = shlex.split(pending.removeprefix("$ "), comments=True)
+                if not line.endswith("\\"):
+                    found.append(words[1 : words.index("|")] if "|" in words else words[1:])
+                    pending = ""
+    return found
+
+
+@pytest.mark.parametrize(
+    "page", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda path: path.stem
+)
+def test_every_command_of_a_page_is_one(page: Path) -> None:
+    for words in commands(page):
+        try:
+            build_parser(words[0]).parse_args(words)
+        except SystemExit:
+            pytest.fail(f"{page.name}: turret {shlex.join(words)}")
+
+
+def test_commands_over_several_lines_are_found() -> None:
+    found = commands(ROOT / "README.md")
+    assert ["adapters", "load", "sql", "sql"] in found
+    assert any(words[:3] == ["generate", "--chat", "-a"] and len(words) > 6 for words in found)
 
 
 def test_the_service_and_the_compose_file_set_what_there_is() -> None:
