@@ -84,7 +84,10 @@ class TurretRpcError(Exception):
         is_told = self.reason in ("", self.code.name)
         head = self.code.name if is_told else f"{self.code.name} ({self.reason})"
         parts = [" ".join(self.message.split())]
-        untold = [v for v in self.violations if v.description not in self.message]
+        # A star stands for fields that the server only counts, as its message does.
+        untold = [
+            v for v in self.violations if v.field != "*" and v.description not in self.message
+        ]
         parts += [f"{v.field}: {v.description}" for v in untold[:_MOST_TOLD]]
         if len(untold) > _MOST_TOLD:
             parts.append(f"and {len(untold) - _MOST_TOLD} more, see violations")

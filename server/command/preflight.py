@@ -58,13 +58,12 @@ def problems(config: Config, *, may_run: bool = False) -> list[str]:
 
 
 def _model(model: Path | None) -> Iterator[str]:
-    if model is not None:
-        try:
-            check_model(model)
-        except InvalidRequestError as error:
-            yield f"--{error.message}"
-        except OSError as error:
-            yield f"--model: {error.filename}: {error.strerror}"
+    try:
+        check_model(model)
+    except InvalidRequestError as error:
+        yield f"--{error.message}"
+    except OSError as error:
+        yield f"--model: {error.filename}: {error.strerror}"
 
 
 def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:

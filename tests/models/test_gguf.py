@@ -215,7 +215,6 @@ def test_files_that_are_none_of_ours_fail_before_torch(tmp_path: Path) -> None:
         open_gguf(file)
 
 
-@pytest.mark.long
 def test_reading_the_embedded_model_is_told_and_not_drawn(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
@@ -227,6 +226,7 @@ def test_reading_the_embedded_model_is_told_and_not_drawn(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.long
 def test_the_embedded_file_given_by_its_path_is_the_embedded_model(tmp_path: Path) -> None:
     """Q4_1 of SmolLM2-135M-Instruct, which transformers reads otherwise."""
     given = resolve_model(find_gguf(), tmp_path)

@@ -29,9 +29,7 @@ def check_inputs(config: TrainConfig, folder: Path) -> None:
             what = "is a directory" if path.is_dir() else "does not exist"
             problem = f"{path} {what}; it is a JSONL file of examples, relative to the config"
             raise ConfigError.of(f"data.{key}", problem)
-    place = base_place(config.base, folder)
-    if place is not None:
-        check_model(place)
+    check_model(base_place(config.base, folder))
 
 
 def base_place(config: BaseConfig, folder: Path) -> Path | None:

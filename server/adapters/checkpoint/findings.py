@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
@@ -12,6 +14,8 @@ MAX_REPORTED = 64
 _MOST_CHARS = 400
 # Of the keys at fault that come after these.
 _MOST_NAMES = 600
+# More fields than these with one fault are counted, not named.
+_MOST_ALIKE = 3
 
 
 class Findings:
@@ -101,15 +105,28 @@ def _summary(
         most_names: Characters of those fields.
     """
     shown = list(found)[:MAX_REPORTED]
-    text, told = "", 0
-    for field, why in shown:
-        line = f"{field}: {why}" if field else why
-        if told and len(text) + len(line) > _MOST_CHARS:
-            break
-        text += f"; {line}" if told else line
-        told += 1
-    named = 0
-    for field, _ in shown[told:]:
+    # A fault that all layers have is told once.
+    alike = Counter(why for _, why in found)
+    folded: set[str] = set()
+    lines: list[str] = []
+    told, size = 0, 0
+    rest: list[str] = []
+    for field, why in found:
+        if why in folded:
+            continue
+        others = alike[why] - 1 if alike[why] > _MOST_ALIKE and field else 0
+        name = f"{field} and {others} others" if others else field
+        line = f"{name}: {why}" if name else why
+        if rest or (lines and size + len(line) > _MOST_CHARS):
+            rest.append(field)
+            continue
+        lines.append(line)
+        size += len(line)
+        told += 1 + others
+        if others:
+            folded.add(why)
+    text, named = "; ".join(lines), 0
+    for field in rest[: MAX_REPORTED - len(lines)]:
         if named + len(field) > most_names:
             break
         text += f"{', ' if named else '; also '}{field}"

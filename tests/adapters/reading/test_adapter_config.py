@@ -270,14 +270,30 @@ def test_a_flood_of_findings_stays_small(
 ) -> None:
     findings = Findings("a", "the base")
     for i in range(10 * MAX_REPORTED):
-        getattr(findings, kind)(f"key{i}", "is wrong")
-        getattr(findings, kind)(f"key{i}", "is wrong")
+        getattr(findings, kind)(f"key{i}", f"is wrong ({i})")
+        getattr(findings, kind)(f"key{i}", f"is wrong ({i})")
     with pytest.raises(error) as caught:
         findings.raise_if_any()
     assert len(caught.value.violations) == MAX_REPORTED + 1
     told = 64 if kind == "add" else str(caught.value).count("is wrong")
     assert str(caught.value).endswith(f"; and {10 * MAX_REPORTED - told} more")
     assert len(str(caught.value)) < 1000
+
+
+def test_a_fault_that_many_keys_have_is_told_once() -> None:
+    findings = Findings("a")
+    for i in range(10 * MAX_REPORTED):
+        findings.add(f"layers.{i}.lora_A", "has rank 4, the config says 8")
+    findings.add("bias", "is required")
+    with pytest.raises(AdapterCheckpointError) as caught:
+        findings.raise_if_any()
+    said = "layers.0.lora_A and 639 others: has rank 4, the config says 8; bias: is required"
+    assert caught.value.message == f"adapter 'a' cannot be served: {said}"
+    findings = Findings("a")
+    for key in ("x", "y", "z"):
+        findings.add(key, "is wrong")
+    with pytest.raises(AdapterCheckpointError, match=r"x: is wrong; y: is wrong; z: is wrong$"):
+        findings.raise_if_any()
 
 
 def test_faults_of_the_checkpoint_come_before_what_does_not_fit() -> None:
