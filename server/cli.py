@@ -103,8 +103,10 @@ def _demo(args: argparse.Namespace) -> int:
 
 def _completion(args: argparse.Namespace) -> int:
     from turret.server.command.completion import script
+    from turret.training.settings.config import METHOD_NAMES
 
-    print(script(build_parser(None), args.shell), end="")
+    offers = {f"train {verb}:--method": METHOD_NAMES for verb in ("plan", "run", "sweep")}
+    print(script(build_parser(None), args.shell, offers), end="")
     return 0
 
 

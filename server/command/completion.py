@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 _FILES = "<file>"
+# What stands for a value that is no path: nothing is offered for it.
+_TEXT = "<text>"
+# What a path is called in the help.
+_PATHS = ("FILE", "DIR", "PATH", "FILE.svg")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,14 +24,20 @@ class _Verb:
     choices: dict[str, tuple[str, ...]]
 
 
-def script(parser: argparse.ArgumentParser, shell: str) -> str:
+def script(
+    parser: argparse.ArgumentParser, shell: str, offers: Mapping[str, Sequence[str]] | None = None
+) -> str:
     """The script.
 
     Args:
         parser: With all flags of all verbs.
         shell: ``bash``, ``zsh`` or ``fish``.
+        offers: Values to offer for ``VERB:--FLAG`` that the parser itself leaves open.
     """
     verbs = list(_walk(parser, ""))
+    for verb in verbs:
+        given = {flag: (offers or {}).get(f"{verb.path}:{flag}") for flag in verb.choices}
+        verb.choices.update({flag: tuple(words) for flag, words in given.items() if words})
     return {"bash": _bash, "zsh": _zsh, "fish": _fish}[shell](verbs)
 
 
@@ -46,12 +56,20 @@ def _walk(parser: argparse.ArgumentParser, path: str) -> Iterator[_Verb]:
             flags[name] = (action.help or "").partition(" (default")[0].replace("%%", "%")
             takes_value = action.nargs != 0
             if takes_value:
-                choices[name] = tuple(map(str, action.choices or (_FILES,)))
+                choices[name] = tuple(map(str, action.choices or (_kind(action),)))
         if not action.option_strings and action.choices:
             helps |= dict.fromkeys(map(str, action.choices), "")
     yield _Verb(path, {name: helps.get(name, "") for name in below or helps}, flags, choices)
     for name, child in below.items():
         yield from _walk(child, f"{path} {name}".strip())
+
+
+def _kind(action: argparse.Action) -> str:
+    """Whether a flag's value is a path, as its name in the help says."""
+    shown = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
+    # DIR|ORG/NAME, NAME=PATH
+    parts = shown.replace("=", "|").split("|")
+    return _FILES if {parts[0], parts[-1]} & {*_PATHS} else _TEXT
 
 
 def _bash(verbs: list[_Verb]) -> str:
@@ -78,6 +96,7 @@ _turret() {{
   case "$path:$last" in
 {values}
   esac
+  if [[ $values == '{_TEXT}' ]]; then COMPREPLY=(); return; fi
   if [[ $values == '{_FILES}' ]]; then COMPREPLY=($(compgen -f -- "$current")); return; fi
   if [[ -n $values ]]; then COMPREPLY=($(compgen -W "$values" -- "$current")); return; fi
   case "$path" in
@@ -120,6 +139,7 @@ _turret() {{
   case "$verb:$last" in
 {values}
   esac
+  if [[ $values == {shlex.quote(_TEXT)} ]]; then return 1; fi
   if [[ $values == {shlex.quote(_FILES)} ]]; then _files; return; fi
   if [[ -n $values ]]; then compadd -- ${{=values}}; return; fi
   case "$verb" in
@@ -159,6 +179,8 @@ def _fish(verbs: list[_Verb]) -> str:
             choices = verb.choices.get(flag)
             if choices == (_FILES,):
                 line += " -r -F"
+            elif choices == (_TEXT,):
+                line += " -x"
             elif choices:
                 line += f" -x -a {_fish_text(' '.join(choices))}"
             lines.append(line)

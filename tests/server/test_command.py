@@ -211,11 +211,15 @@ def test_completion_knows_every_verb_and_flag(shell: str) -> None:
         (["turret", "adapters", "lo"], "load"),
         (["turret", "serve", "--dty"], "--dtype"),
         (["turret", "serve", "--log-format", ""], "text json"),
+        (["turret", "serve", "--max-rank", ""], ""),
+        (["turret", "train", "run", "--method", "lor"], "lora"),
+        (["turret", "serve", "--adapter-root", "/us"], "/usr"),
     ],
 )
 def test_bash_completes(words: list[str], expected: str) -> None:
     call = f"COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _turret"
-    code = script(build_parser(None), "bash") + call + '; echo "${COMPREPLY[@]}"'
+    offers = {"train run:--method": ("lora", "dora")}
+    code = script(build_parser(None), "bash", offers) + call + '; echo "${COMPREPLY[@]}"'
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == expected
 
