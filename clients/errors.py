@@ -84,9 +84,13 @@ class TurretRpcError(Exception):
         is_told = self.reason in ("", self.code.name)
         head = self.code.name if is_told else f"{self.code.name} ({self.reason})"
         parts = [" ".join(self.message.split())]
-        # A star stands for fields that the server only counts, as its message does.
+        # Of an adapter's many faults the message is a summary already; a star stands for fields
+        # that the server only counts.
+        is_summary = self.reason.startswith("ADAPTER_")
         untold = [
-            v for v in self.violations if v.field != "*" and v.description not in self.message
+            v
+            for v in self.violations
+            if not is_summary and v.field != "*" and v.description not in self.message
         ]
         parts += [f"{v.field}: {v.description}" for v in untold[:_MOST_TOLD]]
         if len(untold) > _MOST_TOLD:

@@ -9,7 +9,7 @@ import pytest
 from servers.fake_turret import FakeTurret, fake_turret
 
 from turret.clients.client import TurretClient, TurretRpcError
-from turret.clients.errors import UnavailableError
+from turret.clients.errors import FieldViolation, UnavailableError
 
 
 @pytest.fixture
@@ -47,6 +47,15 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
             call()
     with pytest.raises(TypeError, match=r"^name: "):
         client.adapters.unload(3)  # type: ignore[arg-type]
+
+
+def test_a_summary_of_an_adapters_faults_is_not_made_longer():
+    said = "adapter 'a' does not fit: it is for 32 layers; and 117 more"
+    found = [FieldViolation(f"layers.{i}", "the base has no such module") for i in range(30)]
+    code = grpc.StatusCode.FAILED_PRECONDITION
+    error = TurretRpcError(code, said, reason="ADAPTER_BASE_MISMATCH", violations=found)
+    assert str(error) == f"FAILED_PRECONDITION (ADAPTER_BASE_MISMATCH): {said}"
+    assert len(error.violations) == 30
 
 
 def test_what_was_said_is_said_once():

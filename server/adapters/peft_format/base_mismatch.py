@@ -29,7 +29,9 @@ def cause_of_mismatch(
     causes = (_vision(tensors), _layers(tensors, base), _width(tensors, base))
     cause = next((text for text in causes if text), "")
     trained = config.get("base_model_name_or_path")
-    names = f"trained for {trained!r:.200}, served is {base.name!r:.200}" if trained else ""
+    # One name twice would deny what the cause says.
+    is_other = trained and trained != base.name
+    names = f"trained for {trained!r:.200}, served is {base.name!r:.200}" if is_other else ""
     return "; ".join(text for text in (cause, names) if text)
 
 

@@ -56,6 +56,8 @@ def test_the_cause_comes_first(name: str, shape: tuple[int, ...], cause: str) ->
     text = cause_of_mismatch(config, {name: torch.empty(shape)}, BASE)
     assert cause in text
     assert text.endswith("trained for 'org/Large-9B', served is 'org/Small-1B'")
+    config = {"base_model_name_or_path": BASE.name}
+    assert "trained for" not in cause_of_mismatch(config, {name: torch.empty(shape)}, BASE)
 
 
 @pytest.mark.parametrize(
