@@ -112,14 +112,12 @@ async def test_refused_requests_leave_the_engine_as_it_was(model: Path) -> None:
 
 
 async def test_a_prompt_that_is_too_long_is_told_once_with_what_fits(model: Path) -> None:
+    alone: dict[str, Any] = {"prompt_token_ids": (1,) * 513}
+    with_answer: dict[str, Any] = {"prompt_token_ids": (1,), "stop": StopConditions(max_tokens=600)}
     async with EngineHarness.start(model) as harness:
         for changes, said, remedy in (
-            ({"prompt_token_ids": (1,) * 513}, "prompt of 513 tokens", "shorten the prompt"),
-            (
-                {"prompt_token_ids": (1,), "stop": StopConditions(max_tokens=600)},
-                "prompt of 1 token + max_tokens 600",
-                "max_tokens can be 511",
-            ),
+            (alone, "prompt of 513 tokens", "shorten the prompt"),
+            (with_answer, "prompt of 1 token + max_tokens 600", "max_tokens can be 511"),
         ):
             with pytest.raises(PromptTooLongError) as raised:
                 await harness.run(make_request([1, 2], **changes))
