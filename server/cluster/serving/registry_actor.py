@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 import uuid
 from collections.abc import Callable, Mapping
@@ -9,13 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar, TypeVarTuple
 
 import ray
-from ray.exceptions import GetTimeoutError, RayError
+from ray.exceptions import ActorAlreadyExistsError, GetTimeoutError, RayError
 
 from turret.server.basics.durable_file import replace_file
 from turret.server.cluster import messages as m
 from turret.server.cluster.fleet_store import FleetStore
 from turret.server.cluster.registry_host import RegistryHost
 from turret.server.errors import TurretError, UnavailableError
+
+_log = logging.getLogger(__name__)
 
 NAMESPACE = "turret"
 NAME = "turret-registry"
@@ -41,12 +44,15 @@ class RegistryActor:
 
     def __init__(self, state_dir: str, lease_seconds: float, run: str) -> None:
         marker = Path(state_dir) / "registry-run"
-        is_first = not marker.exists() or marker.read_text() != run
+        # Of which run it is, and which command has it.
+        said = marker.read_text().split() if marker.exists() else []
+        is_first = said[:1] != [run]
         store = _open_store(Path(state_dir), is_first=is_first)
-        replace_file(marker, run.encode())
+        self._marker, self._run = marker, run
         self._host = RegistryHost(store, lease_seconds=lease_seconds, is_first=is_first)
         self._state_dir = state_dir
-        self._owner: str | None = None
+        self._owner = None if is_first or len(said) < 2 else said[1]
+        self._mark()
 
     def state_dir(self) -> str:
         """The fleet's."""
@@ -56,7 +62,12 @@ class RegistryActor:
         """Which command ends the fleet when it ends: the one that says so last, or the only one."""
         if takes_over or self._owner is None:
             self._owner = command
+            self._mark()
         return self._owner
+
+    def _mark(self) -> None:
+        """What Ray's next start of this registry is to know: it has no memory but the disk."""
+        replace_file(self._marker, f"{self._run} {self._owner or ''}".encode())
 
     def call(self, method: str, *arguments: Any) -> tuple[Any, Exception | None]:
         """What a method of ``RegistryHost`` returns, or raises."""
@@ -83,11 +94,26 @@ def start_registry(state_dir: Path, lease_seconds: float) -> None:
     Raises:
         UnavailableError: It does not start, or is another fleet's; says why.
     """
+    actor, is_new = _find_or_make(state_dir, lease_seconds)
+    try:
+        found = ray.get(actor.state_dir.remote(), timeout=_LOCK_SECONDS + 45.0)
+    except RayError as error:
+        if is_new:
+            # Else it is that of a fleet which serves, and only slow to answer.
+            ray.kill(actor)
+        cause = str(error).strip().rsplit("\n", 1)[-1]
+        verb = "start" if is_new else "answer"
+        raise UnavailableError(f"the fleet's registry does not {verb}: {cause}") from None
+    if found != str(state_dir):
+        raise UnavailableError(f"this Ray cluster has a fleet already, on --state-dir {found}")
+
+
+def _find_or_make(state_dir: Path, lease_seconds: float) -> tuple[Any, bool]:
+    """The registry's actor, and whether it was made here."""
     options: dict[str, Any] = {
         "name": NAME,
         "namespace": NAMESPACE,
         "lifetime": "detached",
-        "get_if_exists": True,
         "max_restarts": -1,
         "max_concurrency": _MOST_CALLS,
         "num_cpus": 0,
@@ -97,44 +123,53 @@ def start_registry(state_dir: Path, lease_seconds: float) -> None:
     # Ray's types of actors know no method of the class, hence Any here and in RayChannel, where the
     # host's own methods say what is sent and what comes back.
     make: Any = ray.remote(RegistryActor)
-    actor: Any = make.options(**options).remote(str(state_dir), lease_seconds, uuid.uuid4().hex)
     try:
-        found = ray.get(actor.state_dir.remote(), timeout=_LOCK_SECONDS + 45.0)
-    except RayError as error:
-        ray.kill(actor)
-        cause = str(error).strip().rsplit("\n", 1)[-1]
-        raise UnavailableError(f"the fleet's registry does not start: {cause}") from None
-    if found != str(state_dir):
-        raise UnavailableError(f"this Ray cluster has a fleet already, on --state-dir {found}")
+        return ray.get_actor(NAME, namespace=NAMESPACE), False
+    except ValueError:
+        pass
+    try:
+        return make.options(**options).remote(str(state_dir), lease_seconds, uuid.uuid4().hex), True
+    except ActorAlreadyExistsError:
+        # Another command was quicker.
+        return ray.get_actor(NAME, namespace=NAMESPACE), False
 
 
 class Ownership:
     """Whether this command ends the fleet when it ends; one that was run later may have taken it.
 
     Takes it, where no other command has it.
+
+    Attributes:
+        is_own: The registry has said that it is this command's, and not yet that it is another's.
     """
 
     def __init__(self) -> None:
         self._command = uuid.uuid4().hex
+        self._is_taking = False
         self.is_own = False
-        self.is_own = self._ask(False)
+        self._ask()
 
     def take(self) -> None:
-        """From now on it is this command's."""
-        self.is_own = self._ask(True)
+        """From now on it is this command's; if the registry is away, as soon as that is back."""
+        self._is_taking = True
+        self._ask()
+        if self._is_taking:
+            _log.warning("no registry: the command before keeps the fleet until it is back")
 
     def look(self) -> bool:
-        """Whether it is; as it was, if the registry is away."""
-        self.is_own = self._ask(False)
-        return self.is_own
+        """Whether to stay: it is this command's, or is to be; as it was, if nobody can say."""
+        self._ask()
+        return self.is_own or self._is_taking
 
-    def _ask(self, takes_over: bool) -> bool:
+    def _ask(self) -> None:
         try:
             actor: Any = ray.get_actor(NAME, namespace=NAMESPACE)
-            found = ray.get(actor.owner.remote(self._command, takes_over), timeout=_CALL_SECONDS)
+            answer = actor.owner.remote(self._command, self._is_taking)
+            found = ray.get(answer, timeout=_CALL_SECONDS)
         except (RayError, GetTimeoutError, ValueError):
-            return self.is_own
-        return bool(found == self._command)
+            return
+        self.is_own = bool(found == self._command)
+        self._is_taking = False
 
 
 def stop_registry() -> None:
