@@ -9,6 +9,9 @@ left out (10), every other block of 64 rows left out (12).
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import bitsandbytes.functional as bnb_functional
 import pytest
@@ -19,7 +22,7 @@ from turret.kernels.cpu import native
 from turret.kernels.cpu.native import has_native_products, library
 from turret.server.models.weights import nf4_cpu
 from turret.server.models.weights.nf4 import BLOCKSIZE, Nf4Linear, Nf4Weight
-from turret.server.models.weights.nf4_cpu import nf4_product
+from turret.server.models.weights.nf4_cpu import nf4_product, pack
 
 # Codes, maxima and results are rounded to bf16.
 MAX_ERROR = 6e-3
@@ -33,6 +36,46 @@ def random_weight(out_features: int, in_features: int, seed: int = 0) -> Nf4Weig
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out_features, in_features, generator=generator) * 0.05
     return Nf4Weight.quantize(weight.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("shape", [(32, 64), (96, 576), (1536, 192)])
+def test_weights_are_packed_as_bitsandbytes_packs_them(shape: tuple[int, int]) -> None:
+    weight = random_weight(*shape)
+    packed, state = bnb_functional._convert_weight_packed_for_cpu(
+        weight.packed, copy.deepcopy(weight.state)
+    )
+    assert torch.equal(pack(weight.packed, shape), packed)
+    linear = Nf4Linear([weight], torch.bfloat16, torch.device("cpu"), packs=True)
+    assert linear.packed is not None
+    assert torch.equal(linear.packed[0], packed)
+    assert torch.equal(linear.packed[1], state.absmax)
+
+
+def test_block_maxima_are_those_of_bitsandbytes() -> None:
+    # The last block of maxima is not a whole one.
+    state = random_weight(96, 576).state
+    assert state.absmax.numel() % 256
+    assert state.offset is not None
+    flat = bnb_functional.dequantize_blockwise(state.absmax, state.state2)
+    assert torch.equal(random_weight(96, 576).absmax(), flat + state.offset)
+
+
+_IMPORTS = """
+import sys, torch
+compiles = torch.compile
+from turret.server.models.weights.nf4 import Nf4Linear, Nf4Weight
+assert torch.compile is compiles
+weight = Nf4Weight.from_tensors("one", torch.load(sys.argv[1]))
+Nf4Linear([weight], torch.bfloat16, torch.device("cpu"), packs=True)
+assert "torch._dynamo" not in sys.modules
+"""
+
+
+def test_a_quantised_model_is_loaded_without_torchs_compiler(tmp_path: Path) -> None:
+    torch.save(random_weight(32, 64).to_tensors("one"), tmp_path / "weight")
+    command = [sys.executable, "-c", _IMPORTS, str(tmp_path / "weight")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 @needs_avx512bf16

@@ -7,7 +7,6 @@ joins the *packed* rows, so the served model equals its bitsandbytes-4bit checkp
 from __future__ import annotations
 
 import copy
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -19,18 +18,19 @@ from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.kernels.rows.linear import linear_formulation, prepare_linear, row_linear
 from turret.server.adapters.base import WeightRows
 from turret.server.errors import InvalidRequestError
-from turret.server.models.weights.nf4_cpu import has_nf4_product, nf4_formulation, nf4_product
-
-# It warns at import that an optional kernel of the Hugging Face hub is not installed.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-import bitsandbytes.functional as bnb_functional  # noqa: E402
+from turret.server.models.weights.lean_bitsandbytes import functional as bnb_functional
+from turret.server.models.weights.nf4_cpu import (
+    TILE_ROWS,
+    has_nf4_product,
+    nf4_formulation,
+    nf4_product,
+    pack,
+)
 
 if TYPE_CHECKING:
     from turret.server.models.weights.nf4_gpu import Nf4Product
 
 BLOCKSIZE = 64
-# Rows per tile of bitsandbytes' packed CPU layout.
-_CPU_TILE_ROWS = 32
 _IDENTITY_ROWS = 512
 
 
@@ -95,9 +95,12 @@ class Nf4Weight:
         """Block maxima, flat fp32, the nested quantisation undone."""
         if not self.state.nested:
             return self.state.absmax.float()
-        flat = bnb_functional.dequantize_blockwise(self.state.absmax, self.state.state2)
-        offset = self.state.offset
+        offset, nested = self.state.offset, self.state.state2
         assert offset is not None
+        assert nested is not None
+        # As bitsandbytes' operator, the first call of which on a CPU imports torch's compiler.
+        flat = nested.code[self.state.absmax.int()]
+        flat *= nested.absmax.repeat_interleave(nested.blocksize)[: flat.numel()]
         return (flat + offset).float()
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
@@ -149,23 +152,17 @@ class Nf4Linear:
             and self._dtype == torch.bfloat16
             and has_nf4_product()
             and all(
-                weight.shape[0] % _CPU_TILE_ROWS == 0 and weight.shape[1] % BLOCKSIZE == 0
+                weight.shape[0] % TILE_ROWS == 0 and weight.shape[1] % BLOCKSIZE == 0
                 for weight in slices
             )
         )
 
     def _fuse_cpu(self, slices: Sequence[Nf4Weight]) -> None:
-        packed, absmax = [], []
-        for weight in slices:
-            part, state = bnb_functional._convert_weight_packed_for_cpu(
-                weight.packed, copy.deepcopy(weight.state)
-            )
-            packed.append(part)
-            absmax.append(state.absmax)
-            self._code = state.code
-        # Tiles of 32 rows, tile-major: joining along rows is joining the bytes. absmax is
-        # [in / 64, out] in this layout.
-        self._packed = torch.cat(packed)
+        self._code = slices[-1].state.code
+        # Tiles of rows, tile-major: joining along rows is joining the bytes.
+        self._packed = torch.cat([pack(weight.packed, weight.shape) for weight in slices])
+        blocks = self.in_features // BLOCKSIZE
+        absmax = [weight.absmax().view(-1, blocks).T.to(torch.bfloat16) for weight in slices]
         self._absmax = torch.cat(absmax, dim=1).contiguous()
 
     def _fuse_gpu(self, slices: Sequence[Nf4Weight]) -> Nf4Matrix:

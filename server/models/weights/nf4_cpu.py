@@ -21,7 +21,7 @@ from turret.kernels.rows.trial import (
 )
 
 _BLOCKSIZE = 64
-_TILE = 32  # outputs whose codes lie together
+TILE_ROWS = 32  # outputs whose codes lie together
 
 
 def has_nf4_product() -> bool:
@@ -31,6 +31,26 @@ def has_nf4_product() -> bool:
     from bitsandbytes import functional
 
     return bool(functional.has_avx512bf16())
+
+
+def pack(codes: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """A weight in bitsandbytes' packed CPU layout.
+
+    Of each tile two features of all rows are 32 bytes: a row of its first half has the low four
+    bits, the row 16 further on the high ones.
+
+    Args:
+        codes: As quantised: row by row, the feature before in the high bits; ``out·in/2`` bytes.
+        shape: ``(out, in)``; ``out`` a multiple of ``TILE_ROWS``, ``in`` even.
+
+    Returns:
+        ``[out, in / 2]`` uint8.
+    """
+    rows, pairs = shape[0], shape[1] // 2
+    low, high = codes.view(torch.uint8).view(-1, 2, TILE_ROWS // 2, pairs).unbind(1)
+    even, odd = (high & 0xF0) | (low >> 4), (high << 4) | (low & 0x0F)
+    both = torch.stack([even, odd], dim=-1).view(torch.int16).view(-1, TILE_ROWS // 2, pairs)
+    return both.transpose(1, 2).contiguous().view(torch.uint8).view(rows, pairs)
 
 
 def nf4_product(
@@ -155,7 +175,10 @@ def _cancelling(shape: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, tor
     blocks = torch.arange(in_features // _BLOCKSIZE)
     blocks[half : 2 * half] = blocks[:half]
     packed = torch.randint(
-        0, 256, (out_features // _TILE, len(blocks), _BLOCKSIZE // 2 * _TILE), generator=generator
+        0,
+        256,
+        (out_features // TILE_ROWS, len(blocks), _BLOCKSIZE // 2 * TILE_ROWS),
+        generator=generator,
     )[:, blocks]
     absmax = torch.rand(len(blocks), out_features, generator=generator)[blocks]
     x = torch.randn(SAMPLE_ROWS, len(blocks), _BLOCKSIZE, generator=generator)[:, blocks]
