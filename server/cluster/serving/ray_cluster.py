@@ -83,6 +83,9 @@ def ingress_environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # As turret serve has it. With Ray's own, 15, replicas and ingress get a thirtieth of a
+        # processor that somebody else wants too.
+        "RAY_worker_niceness": "0",
     }
 
 

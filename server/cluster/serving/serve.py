@@ -178,7 +178,8 @@ def deployment(config: Config, plan: ClusterPlan) -> Application:
         name="turret",
         max_ongoing_requests=_MOST_ONGOING,
         ray_actor_options=options,
-        health_check_period_s=1.0,
+        # The death of a replica's process, too, is seen when its health is looked at.
+        health_check_period_s=0.5,
         health_check_timeout_s=10.0,
         graceful_shutdown_timeout_s=config.lifecycle.grace_seconds + 5.0,
         logging_config=LoggingConfig(enable_access_log=False, log_level="WARNING"),
