@@ -19,7 +19,10 @@ from turret.server.cluster.serving.autoscaling import policy, wanted
         (3, 13, 0, 4),
         (3, 0, 8, 3),
         (3, 0, 7, 2),
-        (3, 1, 0, 3),
+        # One that waits for the step that is computed is not a line.
+        (3, 0.4, 6, 2),
+        (3, 1, 7, 3),
+        (3, 8, 0, 3),
         (1, 0, 0, 1),
     ],
 )

@@ -9,14 +9,16 @@ WAITING = "waiting"
 RUNNING = "running"
 # Sequences that wait on a replica, above which one more is started.
 MOST_WAITING = 4
-# Sequences that run on a replica, below which one fewer would do.
-FEW_RUNNING = 4
+# Sequences on a replica, below which one fewer would do.
+FEW = 4
 
 
 def wanted(num_replicas: int, waiting: float, running: float) -> int:
     """The number of replicas for a load; one more or one fewer at a time.
 
-    Never by the processor's use: a replica that computes one sequence uses all of it.
+    Never by the processor's use: a replica that computes one sequence uses all of it. Some
+    sequence waits in many a moment, for the step that is computed when it comes: that no line is
+    ever seen is too much to ask of replicas that have little to do.
 
     Args:
         num_replicas: There are now.
@@ -25,7 +27,7 @@ def wanted(num_replicas: int, waiting: float, running: float) -> int:
     """
     if waiting > MOST_WAITING * num_replicas:
         return num_replicas + 1
-    if waiting == 0 and running < FEW_RUNNING * (num_replicas - 1):
+    if waiting + running < FEW * (num_replicas - 1):
         return num_replicas - 1
     return num_replicas
 

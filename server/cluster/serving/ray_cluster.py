@@ -154,7 +154,8 @@ class RayCluster:
                 _node_ip_address=_LOOPBACK,
                 _temp_dir=str(folder / "ray"),
             )
-        except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        except Exception as error:
+            # No narrower: of a node that does not start Ray raises no class of its own.
             if starts:
                 shutil.rmtree(folder, ignore_errors=True)
             raise UnavailableError(f"Ray: {error}") from None
