@@ -208,22 +208,25 @@ def test_a_killed_replica_loses_no_answer_and_comes_back_with_everything(
 def test_a_mix_stays_on_one_replica(fleet: ServingFleet) -> None:
     names = [f"mix{number}" for number in range(12)]
     with TurretClient(fleet.address) as client:
-        for name in names:
+        for name in (*names, "once"):
             client.adapters.load(name, "sql")
         for _ in range(3):
             for name in names:
                 client.generate("Once", adapters=[name], max_tokens=1)
-        # On both replicas it would be in twice as much memory.
-        one = client.adapters.get(names[0]).bytes_host
+        # On one replica, whatever routes.
+        client.generate("Once", adapters=["once"], max_tokens=1)
+        # What the other replica has is told up to two seconds later.
         end = time.monotonic() + 10.0
-        while any(client.adapters.get(name).residency == "disk" for name in names):
+        while any(client.adapters.get(name).residency == "disk" for name in (*names, "once")):
             assert time.monotonic() < end
             time.sleep(0.2)
         time.sleep(3.0)
+        # On both replicas it would be in twice as much memory.
+        one = client.adapters.get("once").bytes_host
         assert {client.adapters.get(name).bytes_host for name in names} == {one}
         lines = fleet.status().splitlines()[2:]
         assert all(int(line.split()[-2]) >= 2 for line in lines), lines
-        for name in names:
+        for name in (*names, "once"):
             client.adapters.unload(name)
 
 
