@@ -223,7 +223,15 @@ _CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {
 # What gRPC says when the caller itself has ended a call.
 _OWN_DOING = ("Locally cancelled", "Channel closed", "Channel is closed")
 # What it says when the other end, or a proxy before it, has gone without a status.
-_LOST = ("RST_STREAM", "Stream removed", "GOAWAY", "Connection reset", "Socket closed")
+_LOST = (
+    "RST_STREAM",
+    "Stream removed",
+    "GOAWAY",
+    "Connection reset",
+    "Socket closed",
+    # HAProxy's, when the server that it has just chosen is gone.
+    "http2 header with status: 500",
+)
 
 
 def _is_lost(code: grpc.StatusCode, text: str) -> bool:

@@ -184,6 +184,12 @@ class _Failure(grpc.RpcError):
         (grpc.StatusCode.CANCELLED, "RST_STREAM", UnavailableError),
         (grpc.StatusCode.INTERNAL, "Received RST_STREAM with error code 2", UnavailableError),
         (grpc.StatusCode.UNKNOWN, "Stream removed", UnavailableError),
+        (
+            grpc.StatusCode.UNKNOWN,
+            "Received http2 header with status: 500",
+            UnavailableError,
+        ),
+        (grpc.StatusCode.UNKNOWN, "Received http2 header with status: 400", ServerError),
         (grpc.StatusCode.CANCELLED, "Locally cancelled by application!", CallCancelledError),
         (grpc.StatusCode.CANCELLED, "Channel closed!", CallCancelledError),
         (grpc.StatusCode.INTERNAL, "a division by zero", ServerError),
