@@ -28,6 +28,8 @@ from turret.kernels.rows.trial import (
 
 # Columns of one library product where a weight's shape changes from step to step.
 _COLUMNS = 64
+# Rows of one library product on other devices, where the algorithm is chosen by the shape.
+_PIECE_ROWS = 64
 # A weight with more elements than this is tried with fewer rows, in smaller calls: it takes time.
 _LARGE_WEIGHT, _LARGE_WEIGHT_ROWS, _LARGE_WEIGHT_SAMPLE = 1 << 22, 64, 8
 # The longest reduction of ``row_addmm_``: a library's product has this length whatever is in it.
@@ -46,11 +48,11 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor, *, probe: bool = True) -> 
             beside it either.
 
     Returns:
-        ``[num_rows, out_features]``, dtype of ``x``. On devices other than the CPU this is a plain
-        ``linear``.
+        ``[num_rows, out_features]``, dtype of ``x``. On devices other than the CPU by library
+        products of one shape, whose sums ``kernels/gpu/library_products.py`` keeps whole.
     """
     if x.device.type != "cpu":
-        return F.linear(x, weight)
+        return linear_in_pieces(x, weight)
     if serves_dense(weight):
         return dense_product(x, weight)
     if has_kernels(x.device):
@@ -62,6 +64,21 @@ def row_linear(x: torch.Tensor, weight: torch.Tensor, *, probe: bool = True) -> 
         for tile in F.pad(weight, (0, 0, 0, -weight.shape[0] % _COLUMNS)).split(_COLUMNS)
     ]
     return torch.cat(out, dim=1)[:, : weight.shape[0]] if out else x.new_empty(x.shape[0], 0)
+
+
+def linear_in_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``x weightᵀ`` in library products of one shape, the last one filled up with zeros.
+
+    Args:
+        x: ``[num_rows, in_features]``, dtype of ``weight``.
+        weight: ``[out_features, in_features]``.
+
+    Returns:
+        ``[num_rows, out_features]``.
+    """
+    num_rows = x.shape[0]
+    padded = F.pad(x, (0, 0, 0, -num_rows % _PIECE_ROWS))
+    return torch.cat([F.linear(piece, weight) for piece in padded.split(_PIECE_ROWS)])[:num_rows]
 
 
 def row_addmm_(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:

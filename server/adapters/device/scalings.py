@@ -40,5 +40,6 @@ def scalings(router: TokenRouter, states: torch.Tensor) -> torch.Tensor:
 def first_scalings(router: TokenRouter, num_rows: int, device: torch.device) -> torch.Tensor:
     """Those of a first pass of the adapter itself, ``[rows, modules, components]`` fp32."""
     assert router.first_pass is not None, "the first pass is not the base's own"
-    values = torch.tensor(router.first_pass, dtype=torch.float32, device=device)
-    return values.expand(num_rows, router.modules, -1)
+    # Written by the device: a copy from the host would wait for it.
+    each = [torch.full((1,), value, device=device) for value in router.first_pass]
+    return torch.cat(each).expand(num_rows, router.modules, -1)

@@ -63,16 +63,21 @@ def told_by(
         store: Holds the adapters.
     """
     rows = {place.item.sequence: (place.row_start, place.last_row + 1) for place in placed}
-    told: dict[Sequence, Told] = {}
+    waiting: dict[str, list[Sequence]] = {}
     for item in items:
         sequence = item.sequence
-        if sequence.guide is None:
-            continue
-        start, end = rows[sequence.guide]
-        for adapter, _ in sequence.mix.members:
-            router = store.router(adapter.key)
-            if router is not None:
-                told[sequence] = Told(adapter.key, scalings(router, states[start:end]))
+        if sequence.guide is not None:
+            for adapter, _ in sequence.mix.members:
+                if store.router(adapter.key) is not None:
+                    waiting.setdefault(adapter.key, []).append(sequence)
+    told: dict[Sequence, Told] = {}
+    for key, sequences in waiting.items():
+        router = store.router(key)
+        assert router is not None
+        # Those of one adapter at once.
+        parts = [states[slice(*rows[s.guide])] for s in sequences if s.guide is not None]
+        found = scalings(router, torch.cat(parts)).split([len(part) for part in parts])
+        told |= {s: Told(key, some) for s, some in zip(sequences, found, strict=True)}
     return told
 
 

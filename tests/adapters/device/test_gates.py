@@ -6,7 +6,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from builders.mixes.gates import INNER, LAYOUT, MIXES, WIDTH, gates_of, in_float64, operators_of
+from builders.mixes.gates import (
+    INNER,
+    LAYOUT,
+    MIXES,
+    WIDTH,
+    gates_of,
+    given_of,
+    in_float64,
+    operators_of,
+    rows_of,
+)
 from torch import Tensor
 
 from turret.server.adapters.device.gates import Gates
@@ -45,22 +55,25 @@ def test_a_row_keeps_its_bits_in_any_company(dtype: torch.dtype) -> None:
     held, _ = held_of(dtype)
     x, y = torch.randn(NUM_ROWS, INNER).to(dtype), torch.randn(NUM_ROWS, WIDTH).to(dtype)
     mixes = [MIXES[i % len(MIXES)] for i in range(NUM_ROWS)]
-    together = apply(held, StepMembers(short=mixes, long=[]), x, y)
+    given = given_of(NUM_ROWS)
+    together = apply(held, StepMembers(short=mixes, long=[], given=given), x, y)
     for i in range(NUM_ROWS):
         if mixes[i] == (("other", 1.0),):
             assert torch.equal(together[i], y[i])
             continue
         row = slice(i, i + 1)
-        alone = apply(held, StepMembers(short=[mixes[i]], long=[]), x[row], y[row])
+        own = StepMembers(short=[mixes[i]], long=[], given=rows_of(given, row))
+        alone = apply(held, own, x[row], y[row])
         assert torch.equal(alone[0], together[i]), i
-    for mix in (MIXES[0], MIXES[3], MIXES[5], MIXES[7]):
-        segment = StepMembers(short=[], long=[(5, 84, mix)])
+    for mix in (MIXES[0], MIXES[3], MIXES[5], MIXES[7], MIXES[10]):
+        segment = StepMembers(short=[], long=[(5, 84, mix)], given=given)
         long = apply(held, segment, x, y)
         assert torch.equal(long[:5], y[:5])
         assert torch.equal(long[84:], y[84:])
         for i in (5, 6, 40, 83):
             row = slice(i, i + 1)
-            alone = apply(held, StepMembers(short=[mix], long=[]), x[row], y[row])
+            own = StepMembers(short=[mix], long=[], given=rows_of(given, row))
+            alone = apply(held, own, x[row], y[row])
             assert torch.equal(alone[0], long[i]), (mix, i)
 
 
@@ -68,8 +81,9 @@ def test_rows_get_the_formula() -> None:
     held, gates = held_of(torch.float32)
     x, y = torch.randn(3, INNER), torch.randn(3, WIDTH)
     for mix in (MIXES[3], *MIXES[6:]):
-        found = apply(held, StepMembers(short=[mix] * 3, long=[]), x, y)
-        expected = in_float64(gates, mix, x, y)
+        given = given_of(3)
+        found = apply(held, StepMembers(short=[mix] * 3, long=[], given=given), x, y)
+        expected = in_float64(gates, mix, x, y, given)
         torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
 
 

@@ -21,7 +21,17 @@ from typing import Any
 
 import pytest
 import torch
-from builders.mixes.gates import INNER, LAYOUT, MIXES, WIDTH, gates_of, in_float64, operators_of
+from builders.mixes.gates import (
+    INNER,
+    LAYOUT,
+    MIXES,
+    WIDTH,
+    gates_of,
+    given_of,
+    in_float64,
+    operators_of,
+    rows_of,
+)
 from gpu_path import OneStepTables, use_coarse_tiles
 from kernel_traffic import DEVICE, error_ratio
 
@@ -55,8 +65,8 @@ def held_of(dtype: torch.dtype, gates) -> GpuGates:
 
 def runs_of() -> list[tuple[int, int, Members]]:
     """One row each, but for two segments; rows past it are nobody's."""
-    single = [(row, row + 1, MIXES[row % len(MIXES)]) for row in range(9)]
-    return [*single, (9, 15, MIXES[5]), (15, 20, MIXES[7])]
+    single = [(row, row + 1, MIXES[row % len(MIXES)]) for row in range(10)]
+    return [*single, (10, 15, MIXES[5]), (15, 18, MIXES[7]), (18, 20, MIXES[10])]
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.float16, 2e-3)])
@@ -67,15 +77,17 @@ def test_rows_get_the_formula(dtype: torch.dtype, bound: float) -> None:
     x = torch.randn(NUM_ROWS, INNER).to(DEVICE, dtype)
     y = torch.randn(NUM_ROWS, WIDTH).to(DEVICE, dtype)
     found = y.clone()
-    bound_fusions = held.bind(runs_of(), tables())
-    assert bound_fusions.signature == ("a", "b", "c", "d", "e")
+    given = given_of(NUM_ROWS)
+    told = {key: values.to(DEVICE) for key, values in given.items()}
+    bound_fusions = held.bind(runs_of(), tables(), told)
+    assert bound_fusions.signature == ("a", "b", "c", "d", "e", "f")
     bound_fusions.apply(0, "qkv", x, found)
     for start, end, mix in runs_of():
         rows = slice(start, end)
         if mix == MIXES[4]:
             assert torch.equal(found[rows], y[rows])
             continue
-        exact = in_float64(gates, mix, x[rows].cpu(), y[rows].cpu())
+        exact = in_float64(gates, mix, x[rows].cpu(), y[rows].cpu(), rows_of(given, rows))
         assert error_ratio(found[rows].cpu(), exact) < bound, mix
         # What it adds, too, and not only beside a large base result.
         change = found[rows].cpu().double() - y[rows].cpu().double()
@@ -92,22 +104,24 @@ def test_a_row_does_not_depend_on_its_batch_mates() -> None:
     held = held_of(torch.float32, gates)
     x, y = torch.randn(NUM_ROWS, INNER).to(DEVICE), torch.randn(NUM_ROWS, WIDTH).to(DEVICE)
     found = y.clone()
-    held.bind(runs_of(), tables()).apply(0, "qkv", x, found)
-    for row in (0, 3, 5, 12):
+    given = {key: values.to(DEVICE) for key, values in given_of(NUM_ROWS).items()}
+    held.bind(runs_of(), tables(), given).apply(0, "qkv", x, found)
+    for row in (0, 3, 5, 9, 12, 19):
         mix = next(mix for start, end, mix in runs_of() if start <= row < end)
         alone = y[row : row + 1].clone()
-        held.bind([(0, 1, mix)], tables()).apply(0, "qkv", x[row : row + 1], alone)
+        own = rows_of(given, slice(row, row + 1))
+        held.bind([(0, 1, mix)], tables(), own).apply(0, "qkv", x[row : row + 1], alone)
         assert torch.equal(alone[0], found[row]), row
 
 
 def test_adapters_without_gates_and_removed_ones_are_passed_over() -> None:
     held = held_of(torch.float32, gates_of(torch.float32))
     held.insert("plain", AdapterOperators({"model.layers.0.q": ModuleOperators()}))
-    assert held.bind([(0, 1, (("plain", 1.0),))], tables()).runs == ()
+    assert held.bind([(0, 1, (("plain", 1.0),))], tables(), {}).runs == ()
     before = held.addresses()
     held.remove("b")
     held.remove("never there")
-    assert held.bind([(0, 1, MIXES[1])], tables()).runs == ()
+    assert held.bind([(0, 1, MIXES[1])], tables(), {}).runs == ()
     assert held.addresses() != before
 
 

@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from builders.methods import load_adapter
 from builders.mixes.xloras import KINDS, save_loras, save_xlora
-from method_oracle import check_greedy, check_oracles, oracle_logprobs, prompt_of, twin
+from gpu_path import FakeCapture, use_coarse_tiles
+from method_oracle import (
+    check_greedy,
+    check_oracles,
+    check_score,
+    oracle_logprobs,
+    prompt_of,
+    twin,
+)
 from servers.engine_harness import EngineHarness, make_request
 
+from turret.kernels.gpu.shared import tuning as tuning_module
 from turret.server.adapters.ref import AdapterRef
 from turret.server.engine.scheduling.request import Request
 from turret.server.engine.scheduling.scheduler import Scheduler
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.errors import BudgetExceededError, InvalidRequestError, PromptTooLongError
+from turret.server.engine.step.gpu import decode_graphs
+from turret.server.errors import InvalidRequestError, PromptTooLongError
 
 COMPONENTS = ("0", "1", "2")
 
@@ -162,16 +175,46 @@ async def test_a_prompt_that_needs_all_blocks_twice_is_refused(tmp_path: Path) -
         assert (await harness.run(make_request(prompt_of(496 - 2), max_tokens=3))).text
 
 
+@pytest.fixture
+def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    use_coarse_tiles(monkeypatch)
+    yield
+    monkeypatch.undo()
+    tuning_module.tuning.cache_clear()
+
+
+# Rows that only pad a step to its bucket compute on scratch memory.
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors")
+@pytest.mark.usefixtures("coarse_tiles")
 @pytest.mark.long
-async def test_the_gpu_path_refuses_it_and_goes_on(tmp_path: Path) -> None:
+async def test_the_gpu_path_equals_peft(tmp_path: Path) -> None:
+    """Beside the base, a LoRA and another of its kind, of which one has its own first pass."""
     base = twin("llama")
-    save_all(base.model, tmp_path, "shallow")
-    async with EngineHarness.start(
-        base.folder, tmp_path, adapters=[*COMPONENTS, "shallow"], gpu=True
-    ) as harness:
-        with pytest.raises(BudgetExceededError, match="first pass runs on a CPU only"):
-            await harness.run(make_request([1, 2], "shallow", max_tokens=1))
-        assert (await harness.run(make_request([1, 2], "0", max_tokens=1))).token_ids
+    oracles = save_all(base.model, tmp_path, "deep", "constant")
+    names = [None, "deep", "constant", "0", "deep"]
+    asked = [(name, prompt_of(n, n)) for name, n in zip(names, (40, 70, 30, 5, 3), strict=True)]
+    with patch.object(decode_graphs, "capture_for", lambda device, dtype: FakeCapture()):
+        async with EngineHarness.start(
+            base.folder,
+            tmp_path,
+            adapters=[*COMPONENTS, *oracles],
+            gpu=True,
+            kv_cache_bytes=4 << 20,
+        ) as harness:
+            answers = await harness.run_all(
+                [make_request(p, *([n] if n else []), max_tokens=3) for n, p in asked]
+            )
+            scored = await harness.run(make_request(asked[1][1], "deep", score=True))
+            # Captured steps of others, before and after, are not disturbed.
+            again = await harness.run(make_request(asked[0][1], max_tokens=3))
+    for (name, prompt), answer in zip(asked, answers, strict=True):
+        model: Any = oracles.get(name or "", base.model)
+        if name == "0":
+            model = load_adapter(base.model, tmp_path / "0")
+        check_greedy(answer, model, prompt, f"{name}")
+    check_score(scored, oracles["deep"], asked[1][1], "deep")
+    assert again.token_ids == answers[0].token_ids
 
 
 @pytest.mark.parametrize("name", ["deep", pytest.param("constant", marks=pytest.mark.long)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from turret.server.adapters.operators import (
     AdapterOperators,
     Gate,
+    GivenScore,
     InputBlocks,
     ModulatedBase,
     ModuleOperators,
@@ -19,6 +22,7 @@ from turret.server.adapters.operators import (
     QueryScore,
 )
 from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
+from turret.server.adapters.token_router import TokenRouter
 from turret.server.adapters.updates import Circulant, Dense, Hadamard, Kronecker, LowRank, Sparse
 from turret.server.models.decoding.arch import Arch
 
@@ -29,16 +33,7 @@ def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators
     def some(*shape: int) -> torch.Tensor:
         return torch.randn(shape).to(dtype)
 
-    def everywhere(make: Callable[[int, int], ModuleOperators], **more: Any) -> AdapterOperators:
-        return AdapterOperators(
-            {
-                f"model.layers.{layer}.{path}": make(out, inner)
-                for layer in range(arch.num_layers)
-                for slices in arch.linears().values()
-                for path, out, inner in slices
-            },
-            **more,
-        )
+    everywhere = functools.partial(_everywhere, arch)
 
     def low_rank(out: int, inner: int) -> ModuleOperators:
         factors = LowRank(some(4, inner), some(4, out))
@@ -75,6 +70,14 @@ def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators
         score = PrototypeScore(torch.randn(3, inner), 2, 0.7)
         return ModuleOperators(gate=Gate(some(16, inner), some(16, out), score, (0, 4, 8, 12)))
 
+    numbers = itertools.count()
+
+    def told(out: int, inner: int) -> ModuleOperators:
+        score = GivenScore(next(numbers))
+        return ModuleOperators(gate=Gate(some(16, inner), some(16, out), score, (0, 4, 8, 12)))
+
+    guided = everywhere(told)
+    router = _router(arch.hidden_size, len(guided.modules))
     soft = SoftPrompt(soft_tokens=some(3, arch.hidden_size))
     kv = (arch.num_layers, 5, arch.num_kv_heads, arch.head_dim)
     prefix = SoftPrompt(prefix=PrefixKv(some(*kv), some(*kv)))
@@ -83,9 +86,40 @@ def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators
         "other": everywhere(other),
         "gated": everywhere(gated),
         "routed": everywhere(routed),
+        "told": dataclasses.replace(guided, router=router),
         "turned": everywhere(turned),
         "scaled": everywhere(scaled),
         "paired": everywhere(paired),
         "soft": AdapterOperators({}, soft),
         "prefix": AdapterOperators({}, prefix),
     }
+
+
+def _everywhere(
+    arch: Arch, make: Callable[[int, int], ModuleOperators], **more: Any
+) -> AdapterOperators:
+    """What ``make`` gives for each linear module of the layers."""
+    return AdapterOperators(
+        {
+            f"model.layers.{layer}.{path}": make(out, inner)
+            for layer in range(arch.num_layers)
+            for slices in arch.linears().values()
+            for path, out, inner in slices
+        },
+        **more,
+    )
+
+
+def _router(hidden: int, modules: int) -> TokenRouter:
+    """Of three components."""
+    return TokenRouter(
+        (torch.randn(16, hidden),),
+        (torch.randn(16),),
+        components=3,
+        modules=modules,
+        is_shared=True,
+        temperature=0.7,
+        top_k=2,
+        is_renormalised=True,
+        scale=1.5,
+    )

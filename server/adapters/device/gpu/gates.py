@@ -1,4 +1,4 @@
-"""Gated adapters (learned fusions, Arrow) on the gpu path: each has a pack of its own.
+"""Gated adapters (learned fusions, Arrow, X-LoRA) on the gpu path: each has a pack of its own.
 
 To the kernels, the components of a fusion are members of a segment: the rows of a request that uses
 it have the fusion's ranks in their mix, each component a slot, and between shrink and expand
@@ -13,7 +13,6 @@ from itertools import accumulate, pairwise
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 
 from turret.kernels.adapters.segments import LongSegment, SegmentMember
 from turret.kernels.gpu.adapters.fusion_gate import fusion_gate, routing_gate
@@ -21,17 +20,23 @@ from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.kernels.gpu.tables.staged_buffer import upload
+from turret.kernels.rows.linear import linear_in_pieces
 from turret.server.adapters.device.gpu.tables import GpuTables
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.part import Part
-from turret.server.adapters.operators import AdapterOperators, Gate, PrototypeScore, QueryScore
-
-# Libraries choose their algorithm by shape: rows are multiplied in pieces of one shape.
-_PRODUCT_ROWS = 64
+from turret.server.adapters.operators import (
+    AdapterOperators,
+    Gate,
+    GivenScore,
+    PrototypeScore,
+    QueryScore,
+)
 
 _Place = tuple[int, str]  # layer, projection
-_Score = TypeVar("_Score", QueryScore, PrototypeScore)
+_Score = TypeVar("_Score", QueryScore, PrototypeScore, GivenScore)
+# Of every row of a step, for an adapter that a first pass tells them (``StepMembers.given``).
+_GivenRows = torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,10 +72,15 @@ class _Queries:
         return (self.query, self.keys)
 
     def gates(
-        self, x: torch.Tensor, v: torch.Tensor, gated: torch.Tensor, table: SegmentTable
+        self,
+        x: torch.Tensor,
+        v: torch.Tensor,
+        gated: torch.Tensor,
+        table: SegmentTable,
+        given: _GivenRows,
     ) -> torch.Tensor:
         _, slices, d_k = self.keys.shape
-        q = _products(x, self.query).float().view(x.shape[0], slices, d_k)
+        q = linear_in_pieces(x, self.query).float().view(x.shape[0], slices, d_k)
         return fusion_gate(q, v, self.keys, gated, table)
 
 
@@ -97,11 +107,46 @@ class _Prototypes:
         return (self.prototypes,)
 
     def gates(
-        self, x: torch.Tensor, v: torch.Tensor, gated: torch.Tensor, table: SegmentTable
+        self,
+        x: torch.Tensor,
+        v: torch.Tensor,
+        gated: torch.Tensor,
+        table: SegmentTable,
+        given: _GivenRows,
     ) -> torch.Tensor:
-        similarities = _products(x.float(), self.prototypes)
+        similarities = linear_in_pieces(x.float(), self.prototypes)
         by_slot = similarities.view(x.shape[0], -1, gated.shape[0])
         return routing_gate(by_slot, gated, table, self.top_k, self.temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class _Given:
+    """Scores that a first pass has told: which of the router's modules each slice is.
+
+    A slice without a gate has no ranks, so that it does not matter what it is told.
+    """
+
+    modules: tuple[int, ...]
+
+    @classmethod
+    def of(cls, slices: Mapping[int, Gate], count: int) -> _Given:
+        """Those of the gates by slice, of ``count`` slices."""
+        scores = {s: _score(gate, GivenScore) for s, gate in slices.items()}
+        return cls(tuple(scores[s].module if s in scores else 0 for s in range(count)))
+
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        return ()
+
+    def gates(
+        self,
+        x: torch.Tensor,
+        v: torch.Tensor,
+        gated: torch.Tensor,
+        table: SegmentTable,
+        given: _GivenRows,
+    ) -> torch.Tensor:
+        assert given is not None, "a first pass comes before the step"
+        return torch.stack([given[:, module] for module in self.modules], dim=1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +162,7 @@ class _GatedProjection:
 
     a: torch.Tensor
     b: tuple[torch.Tensor, ...]
-    score: _Queries | _Prototypes
+    score: _Queries | _Prototypes | _Given
     slice_ranks: torch.Tensor
 
     def tensors(self) -> tuple[torch.Tensor, ...]:
@@ -125,11 +170,16 @@ class _GatedProjection:
         return (self.a, *self.b, *self.score.tensors(), self.slice_ranks)
 
     def add(
-        self, table: SegmentTable, gated: torch.Tensor, x: torch.Tensor, y: torch.Tensor
+        self,
+        table: SegmentTable,
+        gated: torch.Tensor,
+        x: torch.Tensor,
+        y: torch.Tensor,
+        given: _GivenRows,
     ) -> None:
         """Add the gated updates of the table's rows to ``y``, in place."""
         v = segmented_shrink(x, self.a, self.slice_ranks, table)
-        gates = self.score.gates(x, v, gated, table)
+        gates = self.score.gates(x, v, gated, table, given)
         segmented_expand(y, v, self.b, self.slice_ranks, table, gates=gates)
 
 
@@ -162,23 +212,24 @@ class GpuStepGates:
     """A step's rows of every fusion.
 
     Attributes:
-        runs: Fusions with the tables of their rows.
-        signature: Names the fusions: the launches of a step.
+        runs: Fusions with the tables of their rows, and what a first pass has told them.
+        signature: Names the fusions: the launches of a step. Steps that are told something are
+            launched as they are.
     """
 
-    runs: tuple[tuple[_Fusion, SegmentTable], ...]
+    runs: tuple[tuple[_Fusion, SegmentTable, _GivenRows], ...]
     signature: tuple[Hashable, ...]
 
     def changes(self, layer: int, projection: str) -> bool:
         """Whether a fusion of the step has gates there."""
-        return any((layer, projection) in fusion.places for fusion, _ in self.runs)
+        return any((layer, projection) in fusion.places for fusion, _, _ in self.runs)
 
     def apply(self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor) -> None:
         """Add the updates of one layer's fused projection to ``y``, in place."""
-        for fusion, table in self.runs:
+        for fusion, table, given in self.runs:
             gated = fusion.places.get((layer, projection))
             if gated is not None:
-                gated.add(table, fusion.gated, x, y)
+                gated.add(table, fusion.gated, x, y, given)
 
 
 class GpuGates(Part):
@@ -214,12 +265,18 @@ class GpuGates(Part):
     def remove(self, key: str) -> None:
         self._fusions.pop(key, None)
 
-    def bind(self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables) -> GpuStepGates:
+    def bind(
+        self,
+        runs: Sequence[tuple[int, int, Members]],
+        tables: GpuTables,
+        given: Mapping[str, torch.Tensor],
+    ) -> GpuStepGates:
         """Load a step's tables.
 
         Args:
             runs: Runs of rows: first, end, and their mix.
             tables: Hold the segment tables.
+            given: What first passes have told; see ``StepMembers``.
         """
         users: dict[str, list[LongSegment]] = {}
         for start, end, mix in runs:
@@ -233,7 +290,7 @@ class GpuGates(Part):
             fusion = self._fusions[key]
             table = tables.fusion_table(key, fusion.ranks, len(fusion.bounds))
             table.load(users[key])
-            bound.append((fusion, table))
+            bound.append((fusion, table, given.get(key)))
         return GpuStepGates(tuple(bound), tuple(sorted(users)))
 
     def addresses(self) -> list[object]:
@@ -281,11 +338,20 @@ class GpuGates(Part):
                 place = slice(start, start + end - first)
                 a[place, s] = gate.a[first:end]
                 b[s][place] = gate.b[first:end]
-        if isinstance(next(iter(slices.values())).score, PrototypeScore):
-            score = _Prototypes.of(slices, len(shapes))
-        else:
-            score = _Queries.of(slices, bounds, len(shapes))
+        score = _scores_of(slices, bounds, len(shapes))
         return _GatedProjection(a, b, score, slice_ranks)
+
+
+def _scores_of(
+    slices: Mapping[int, Gate], bounds: tuple[tuple[int, int], ...], count: int
+) -> _Queries | _Prototypes | _Given:
+    """What the gates by slice, of ``count`` slices, are computed from."""
+    kind = type(next(iter(slices.values())).score)
+    if kind is PrototypeScore:
+        return _Prototypes.of(slices, count)
+    if kind is GivenScore:
+        return _Given.of(slices, count)
+    return _Queries.of(slices, bounds, count)
 
 
 def _ranks_of(gate: Gate) -> tuple[int, ...]:
@@ -295,10 +361,3 @@ def _ranks_of(gate: Gate) -> tuple[int, ...]:
 def _score(gate: Gate, kind: type[_Score]) -> _Score:
     assert isinstance(gate.score, kind), "an adapter has gates of one kind"
     return gate.score
-
-
-def _products(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x weightᵀ`` of a dtype, in products of one shape."""
-    num_rows = x.shape[0]
-    padded = F.pad(x, (0, 0, 0, -num_rows % _PRODUCT_ROWS))
-    return torch.cat([F.linear(piece, weight) for piece in padded.split(_PRODUCT_ROWS)])[:num_rows]

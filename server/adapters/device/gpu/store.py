@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 
@@ -291,8 +292,6 @@ class GpuStore(AdapterStore):
         self._uploads.drop(key)
 
     def unserved(self, operators: AdapterOperators) -> str | None:
-        if operators.router is not None:
-            return "its first pass runs on a CPU only; request a weighted mix of its LoRAs"
         for path, ops in operators.modules.items():
             if ops.hadamard is not None and ops.hadamard.rank > MAX_HADAMARD_RANK:
                 return f"{path}: Hadamard rank {ops.hadamard.rank} is over {MAX_HADAMARD_RANK}"
@@ -319,12 +318,18 @@ class GpuStore(AdapterStore):
         """What every captured step with adapters knows of the store."""
         return [projection.addresses() for projection in self._pack.projections.values()]
 
-    def bind(self, runs: Sequence[tuple[int, int, Members]], tables: GpuTables) -> GpuAdapterStep:
+    def bind(
+        self,
+        runs: Sequence[tuple[int, int, Members]],
+        tables: GpuTables,
+        given: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> GpuAdapterStep:
         """Load a step's tables.
 
         Args:
             runs: All rows of the step: first row, end row, mix (empty for the base model's).
             tables: Where the metadata goes.
+            given: What first passes have told; see ``StepMembers``.
         """
         kinds = self._pack.kinds({key for _, _, mix in runs for key, _ in mix})
         mixes = [mix for _, _, mix in runs]
@@ -335,7 +340,7 @@ class GpuStore(AdapterStore):
             for (start, end, mix), bits in zip(runs, as_is, strict=True)
         ]
         table = tables.load_segments(segments)
-        shelves, gates = self._shelves.bind(runs, tables), self._gates.bind(runs, tables)
+        shelves, gates = self._shelves.bind(runs, tables), self._gates.bind(runs, tables, given)
         step = self._bound(table, kinds, shelves, gates, mixes)
         return replace(step, bound=bound, constants=self._constants.bind(runs))
 
@@ -349,7 +354,7 @@ class GpuStore(AdapterStore):
         of_slices = frozenset((name, 0) for name in low_rank)
         none: frozenset[str] = frozenset()
         kinds = PackedKinds(of_slices, none, none, none)
-        shelves, gates = self._shelves.bind((), tables), self._gates.bind((), tables)
+        shelves, gates = self._shelves.bind((), tables), self._gates.bind((), tables, {})
         return self._bound(tables.load_segments(()), kinds, shelves, gates, ())
 
     def _bound(

@@ -199,7 +199,8 @@ class Uploads:
 
 def _tensors(operators: AdapterOperators) -> list[torch.Tensor]:
     parts = (*operators.modules.values(), *(operators.experts or {}).values())
-    return [tensor for part in parts for tensor in part.tensors()]
+    found = [tensor for part in parts for tensor in part.tensors()]
+    return found if operators.router is None else [*found, *operators.router.tensors()]
 
 
 def _layout(tensors: list[torch.Tensor]) -> tuple[list[int], int]:
@@ -226,7 +227,8 @@ def _moved(operators: AdapterOperators, memory: torch.Tensor) -> AdapterOperator
     experts = None
     if operators.experts is not None:
         experts = {name: part.with_tensors(moved) for name, part in operators.experts.items()}
-    return replace(operators, modules=modules, experts=experts)
+    router = None if operators.router is None else operators.router.with_tensors(moved)
+    return replace(operators, modules=modules, experts=experts, router=router)
 
 
 def _view(buffer: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,15 @@
 
 All metadata of a step goes to the device before its first kernel, in one copy, or two where the
 adapters of its rows are not those of the step before; nothing waits for the device until the
-sampler reads the tokens.
+sampler reads the tokens. A step with first passes (X-LoRA) is two, both launched as they are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
+from types import MappingProxyType
 
 import torch
 
@@ -19,7 +20,15 @@ from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.batch import members_of
-from turret.server.engine.step.executor import Computed, fill_prefix, sampled_rows
+from turret.server.engine.step.executor import Computed, adapters_of, fill_prefix, sampled_rows
+from turret.server.engine.step.first_passes import (
+    NOTHING_TOLD,
+    AllTold,
+    given_rows,
+    guides_of,
+    told_before,
+    told_by,
+)
 from turret.server.engine.step.gpu.block_tables import BlockTables, BlockUpdates
 from turret.server.engine.step.gpu.decode_graphs import Body, Capture, DecodeGraphs, buckets
 from turret.server.engine.step.gpu.kept import Bound, Prepared
@@ -167,7 +176,8 @@ class GpuExecutor:
 
     def forget(self, sequence: Sequence) -> None:
         """Drop what is kept for a sequence."""
-        self._blocks.forget(sequence)
+        for lot in sequence.lots:
+            self._blocks.forget(lot)
         self._last = self._prepared = None
 
     def free_memory(self) -> None:
@@ -183,39 +193,43 @@ class GpuExecutor:
     def _run(self, step: Step) -> Computed:
         for sequence, start in step.presets:
             fill_prefix(self._cache, sequence, start)
-        scheduled = step.scheduled
-        if all(item.num_new == 1 and _generates(item.sequence) for item in scheduled):
+        scheduled, guides = step.scheduled, guides_of(step)
+        told = NOTHING_TOLD if guides is None else self._told(step, guides)
+        is_decode = all(item.num_new == 1 and _generates(item.sequence) for item in scheduled)
+        if is_decode and guides is None:
             placed = tuple(map(Placed, scheduled, range(len(scheduled))))
             hidden, logits = self._run_decode([item.sequence for item in scheduled])
             added = added_logits(sampled_rows(placed), hidden, self._decoder, self.store)
             return Computed(placed, hidden, logits[: len(scheduled)], added)
-        # Rows of sequences that generate and of short prompts come first (see ``nf4_gpu.py``).
-        order = sorted(step.scheduled, key=lambda item: not _is_fused(item))
-        placed, row, num_decode = [], 0, 0
-        for item in order:
-            placed.append(Placed(item, row))
-            row += item.num_new
-            if _is_fused(item):
-                num_decode = row
+        placed = _in_order(scheduled)
         samples = [place.last_row for place in placed if place.samples]
-        hidden, logits = self._run_mixed(placed, num_decode, row, samples)
+        hidden, logits = self._run_mixed(placed, samples, told)
         if not samples:
             return Computed(tuple(placed), hidden, None)
         drawn = [(p.item.sequence, range(p.last_row, p.last_row + 1)) for p in placed if p.samples]
         added = added_logits(drawn, hidden, self._decoder, self.store)
         return Computed(tuple(placed), hidden, logits[: len(samples)], added)
 
+    def _told(self, step: Step, guides: Step) -> AllTold:
+        """Compute the first passes of a step."""
+        self.store.prepare(adapters_of(step))
+        told = told_before(guides, self.store, self._decoder.device)
+        placed = _in_order(guides.scheduled)
+        states, _ = self._run_mixed(placed, [], told)
+        return told_by(step.scheduled, placed, states, self.store)
+
     def _run_mixed(
-        self, placed: list[Placed], num_decode: int, num_rows: int, samples: list[int]
+        self, placed: list[Placed], samples: list[int], told: AllTold
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A step with prompts: launched as it is."""
+        """A step with prompts or first passes: launched as it is."""
         tables, device = self._mixed, self._decoder.device
+        num_rows = placed[-1].last_row + 1
         members = {a.key: a for p in placed for a, _ in p.item.sequence.active_mix.members}
         its_rows = [(p.item.sequence, range(p.row_start, p.last_row + 1)) for p in placed]
         adapters = None
         if members:
             self.store.prepare(members.values())
-            adapters = self._bind(tables, its_rows)
+            adapters = self._bind(tables, its_rows, given_rows(placed, told))
         updates = self._blocks.update([place.item.sequence for place in placed])
         rows = collect_rows(placed, self._cache.block_size, updates.begins)
         with tables.step():
@@ -231,7 +245,7 @@ class GpuExecutor:
             positions=positions[:num_rows],
             kv_slots=slots[:num_rows],
             sample_rows=sample_rows[: len(samples)],
-            num_decode=num_decode,
+            num_decode=sum(place.item.num_new for place in placed if _is_fused(place.item)),
             attention=tables.attention,
             adapters=adapters,
             soft_rows=upload(torch.tensor(rows.soft_rows), device) if rows.soft_rows else None,
@@ -351,15 +365,29 @@ class GpuExecutor:
         )
         return self._bound
 
-    def _bind(self, tables: StepTables, rows: SequenceOf[tuple[Sequence, range]]) -> GpuAdapterStep:
+    def _bind(
+        self,
+        tables: StepTables,
+        rows: SequenceOf[tuple[Sequence, range]],
+        given: Mapping[str, torch.Tensor] = MappingProxyType({}),
+    ) -> GpuAdapterStep:
         runs = [(its.start, its.stop, members_of(sequence)) for sequence, its in rows]
         with tables.adapters():
-            return self.store.bind(runs, tables)
+            return self.store.bind(runs, tables, given)
 
 
 def _generates(sequence: Sequence) -> bool:
     """Whether its one new row is the last generated token's, so that the next is drawn from it."""
     return sequence.prompt_end <= sequence.num_computed == len(sequence.tokens) - 1
+
+
+def _in_order(items: SequenceOf[Scheduled]) -> list[Placed]:
+    """Their rows, those that are fused before the others (see ``nf4_gpu.py``)."""
+    placed, row = [], 0
+    for item in sorted(items, key=lambda item: not _is_fused(item)):
+        placed.append(Placed(item, row))
+        row += item.num_new
+    return placed
 
 
 def _is_fused(item: Scheduled) -> bool:

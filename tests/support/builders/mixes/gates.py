@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import accumulate, pairwise
 from types import MappingProxyType
 
@@ -13,6 +14,7 @@ from turret.server.adapters.device.members import Members
 from turret.server.adapters.operators import (
     AdapterOperators,
     Gate,
+    GivenScore,
     ModuleOperators,
     PrototypeScore,
     QueryScore,
@@ -29,10 +31,13 @@ RANKS = {
     "c": {"k": (200, 120)},
     "d": {"q": (4, 8, 4), "k": (16, 1, 2), "v": (4, 4, 4)},
     "e": {"v": (8, 3)},
+    "f": {"q": (4, 8, 3), "v": (0, 16, 8)},
 }
 D_K = {"a": 16, "b": 32, "c": 48}
 # The others have prototypes: how many of them count, and what they are divided by.
 ROUTING = {"d": (2, 0.7), "e": (1, 1.0)}
+# Told by a first pass: which of its router's modules each is.
+TOLD = {"f": {"q": 1, "v": 0}}
 MIXES: tuple[Members, ...] = (
     (("a", 1.0),),
     (("b", 1.0),),
@@ -43,11 +48,24 @@ MIXES: tuple[Members, ...] = (
     (("d", 1.0),),
     (("d", 0.5), ("other", 1.0), ("b", -0.7)),
     (("e", 1.0), ("d", 1.0)),
+    (("f", 1.0),),
+    (("f", 0.6), ("b", 1.0), ("other", 1.0)),
 )
 
 
-def gate_of(key: str, ranks: tuple[int, ...], out: int, dtype: torch.dtype) -> Gate:
+def given_of(num_rows: int) -> dict[str, Tensor]:
+    """What first passes have told of so many rows (``StepMembers.given``)."""
+    return {key: torch.randn(num_rows, len(TOLD[key]), 3) for key in TOLD}
+
+
+def rows_of(given: Mapping[str, Tensor], rows: slice) -> dict[str, Tensor]:
+    """The same of some of the rows."""
+    return {key: values[rows] for key, values in given.items()}
+
+
+def gate_of(key: str, module: str, dtype: torch.dtype) -> Gate:
     """Random; ranks are padded to a multiple of 16."""
+    ranks, out = RANKS[key][module], OUTS[module]
     held = sum(ranks)
     full = -(-held // 16) * 16
 
@@ -59,6 +77,8 @@ def gate_of(key: str, ranks: tuple[int, ...], out: int, dtype: torch.dtype) -> G
     a, b = noise(full, INNER), noise(full, out)
     if key in ROUTING:
         score = PrototypeScore(torch.randn(len(ranks), INNER) / 14, *ROUTING[key])
+    elif key in TOLD:
+        score = GivenScore(TOLD[key][module])
     else:
         keys = b.float() @ torch.randn(D_K[key], out).T
         score = QueryScore(torch.randn(D_K[key], INNER).to(dtype) / 14, keys)
@@ -68,8 +88,7 @@ def gate_of(key: str, ranks: tuple[int, ...], out: int, dtype: torch.dtype) -> G
 def gates_of(dtype: torch.dtype) -> dict[str, dict[str, Gate]]:
     """By adapter and module."""
     return {
-        key: {name: gate_of(key, ranks, OUTS[name], dtype) for name, ranks in modules.items()}
-        for key, modules in RANKS.items()
+        key: {name: gate_of(key, name, dtype) for name in modules} for key, modules in RANKS.items()
     }
 
 
@@ -82,8 +101,17 @@ def operators_of(gates: dict[str, Gate]) -> AdapterOperators:
     )
 
 
-def in_float64(gates: dict[str, dict[str, Gate]], mix: Members, x: Tensor, y: Tensor) -> Tensor:
-    """Rows that share a mix, ``[rows, WIDTH]``; members that are no gated adapters add nothing."""
+def in_float64(
+    gates: dict[str, dict[str, Gate]],
+    mix: Members,
+    x: Tensor,
+    y: Tensor,
+    given: Mapping[str, Tensor],
+) -> Tensor:
+    """Rows that share a mix, ``[rows, WIDTH]``; members that are no gated adapters add nothing.
+
+    ``given`` is what has been told of just these rows.
+    """
     expected, column = y.double(), 0
     for module, out in OUTS.items():
         columns = slice(column, column + out)
@@ -92,16 +120,20 @@ def in_float64(gates: dict[str, dict[str, Gate]], mix: Members, x: Tensor, y: Te
             gate = gates.get(key, {}).get(module)
             if gate is None:
                 continue
-            expected[:, columns] += weight * gated(gate, x.double())
+            expected[:, columns] += weight * gated(gate, x.double(), given.get(key))
     return expected
 
 
-def gated(gate: Gate, x: Tensor) -> Tensor:
+def gated(gate: Gate, x: Tensor, given: Tensor | None = None) -> Tensor:
     """``Σ_k α_k b_kᵀ a_k x``, ``[rows, out]`` float64."""
     a, b = gate.a.double(), gate.b.double()
     parts = [slice(*ends) for ends in pairwise(gate.rank_indptr)]
     v = x @ a.T
-    alphas = _scores(gate, x, v, parts).softmax(1)
+    if isinstance(gate.score, GivenScore):
+        assert given is not None
+        alphas = given[:, gate.score.module].double()
+    else:
+        alphas = _scores(gate, x, v, parts).softmax(1)
     each = [alphas[:, k : k + 1] * (v[:, p] @ b[p]) for k, p in enumerate(parts)]
     return torch.stack(each).sum(0)
 
