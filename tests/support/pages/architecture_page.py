@@ -27,7 +27,7 @@ ROOMS = (
             *("methods/lora", "methods/low_rank", "methods/transforms", "methods/structured"),
             *("methods/vectors", "methods/prompts"),
             *("state", "residency", "fuse", "registry", "merge"),
-            *("device", "device/packed", "device/gpu"),
+            *("device", "device/packed", "device/cpu", "device/gpu"),
         )
     ),
     *("kernels/adapters", "kernels/rows", "kernels/cpu", "kernels/gpu", "kernels/gpu/adapters"),
