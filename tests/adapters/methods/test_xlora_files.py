@@ -14,15 +14,14 @@ import torch
 from builders.adapters import base_of, edit_config, edit_tensors, linear_modules, read_adapter
 from builders.adapters import tiny_llama as make_llama
 from builders.bases.tiny_models import tiny_config
-from builders.mixes.xloras import KINDS, save_loras, save_xlora
+from builders.mixes.xloras import KINDS, lower_xlora, save_loras, save_xlora
 from peft import XLoraConfig
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.methods import lower_checkpoint, method_for
+from turret.server.adapters.methods import method_for
 from turret.server.adapters.methods.low_rank.xlora import modules_in_order
 from turret.server.cli import main
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
@@ -47,14 +46,7 @@ def root(made: Path, tmp_path: Path) -> Path:
 
 
 def lower(root: Path, base: BaseModel | None = None) -> Lowered:
-    base = base_of(make_llama()) if base is None else base
-    by_digest = {read_adapter(root, name).digest: name for name in "012"}
-
-    def find(ref: ComponentRef) -> Component:
-        method, found = lower_checkpoint(read_adapter(root, by_digest[ref.digest]), base)
-        return Component(ref, method, found.operators, found.ranks, found.scalings)
-
-    return lower_checkpoint(read_adapter(root, "deep"), base, None, find)[1]
+    return lower_xlora(root, "deep", base or base_of(make_llama()), "012")
 
 
 def refusal(root: Path) -> str:
