@@ -298,6 +298,19 @@ def edit_tensors(
     save_file(dict(tensors if edited is None else edited), path)
 
 
+def make_qalora(directory: Path, group: int) -> None:
+    """Makes a QA-LoRA of a saved LoRA: PEFT makes them on GPTQ layers alone."""
+    edit_config(directory, use_qalora=True, qalora_group_size=group)
+
+    def pool(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {
+            name: tensor[:, ::group].contiguous() if "lora_A" in name else tensor
+            for name, tensor in tensors.items()
+        }
+
+    edit_tensors(directory, pool)
+
+
 def lora_config(**changes: Any) -> LoraConfig:
     """A small LoRA on q and v unless told otherwise."""
     values: dict[str, Any] = {

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from builders.adapters import base_of, edit_config, edit_tensors, read_adapter
+from builders.adapters import base_of, make_qalora, read_adapter
 from builders.method_kinds import KINDS
 from builders.methods import quiet, save_adapter
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -157,7 +157,7 @@ def _lowered(
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, config, Path(folder) / "a", share=True)
         if name == "qalora":
-            _pool(Path(folder) / "a")
+            make_qalora(Path(folder) / "a", _QALORA_GROUP)
         checkpoint = read_adapter(Path(folder), max_elements=1 << 30)
         if name == "poly":
             checkpoint = checkpoint.of_task(0)
@@ -168,16 +168,3 @@ def _lowered(
     key = _SIZES.get(name, "r")
     size = f"`{key}` {getattr(config, key)}" if hasattr(config, key) else ""
     return Cost(size, operators.num_bytes, multiply_adds(operators))
-
-
-def _pool(directory: Path) -> None:
-    """Makes a QA-LoRA of a LoRA: PEFT makes them on GPTQ layers alone."""
-    edit_config(directory, use_qalora=True, qalora_group_size=_QALORA_GROUP)
-
-    def pool(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {
-            name: tensor[:, ::_QALORA_GROUP].contiguous() if "lora_A" in name else tensor
-            for name, tensor in tensors.items()
-        }
-
-    edit_tensors(directory, pool)

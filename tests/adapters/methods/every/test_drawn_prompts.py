@@ -1,0 +1,206 @@
+"""Soft tokens, prefixes, rows, pooled LoRAs and fusions drawn at random, against what PEFT makes.
+
+A fusion's oracle is the paper's formula over dense matrices. The engine's own tests hold what is
+done with all of these.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.adapters import base_of, linear_modules, lower_adapter, read_adapter, tiny_llama
+from builders.methods import ALL, load_adapter, make_config, quiet, save_adapter
+from builders.mixes.fusions import fusion_oracle, save_fusion
+from builders.mixes.gates import gated
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from transformers import LlamaForCausalLM
+
+from turret.server.adapters.base import BaseModel
+from turret.server.adapters.component import Component, ComponentRef
+from turret.server.adapters.methods import lower_checkpoint
+from turret.server.adapters.operators import AdapterOperators
+
+EXAMPLES = 20
+DRAWING = settings(
+    max_examples=EXAMPLES,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow],
+)
+Draw = Callable[[st.SearchStrategy[Any]], Any]
+VOCAB = 96
+COMPONENTS = ("a", "b", "c")
+
+
+@functools.cache
+def model() -> tuple[LlamaForCausalLM, BaseModel]:
+    built = tiny_llama()
+    return built, base_of(built)
+
+
+def prompt_tuning(draw: Draw) -> dict[str, Any]:
+    return {"num_virtual_tokens": draw(st.integers(1, 40))}
+
+
+def p_tuning(draw: Draw) -> dict[str, Any]:
+    kind = draw(st.sampled_from(["MLP", "LSTM"]))
+    # An MLP always has two.
+    layers = draw(st.integers(1, 3)) if kind == "LSTM" else 2
+    keys = {"encoder_reparameterization_type": kind, "encoder_num_layers": layers}
+    return {**prompt_tuning(draw), **keys, "encoder_hidden_size": draw(st.integers(1, 40))}
+
+
+def cpt(draw: Draw) -> dict[str, Any]:
+    tokens = draw(st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=30))
+    kinds = draw(st.sampled_from([1, 2, 3, 4]))
+    masks = {"cpt_mask": [1] * len(tokens), "cpt_tokens_type_mask": [kinds] * len(tokens)}
+    return {"cpt_token_ids": tokens, **masks}
+
+
+def prefix_tuning(draw: Draw) -> dict[str, Any]:
+    keys = {"prefix_projection": draw(st.booleans())}
+    return {**prompt_tuning(draw), **keys, "encoder_hidden_size": draw(st.integers(1, 40))}
+
+
+def cartridge(draw: Draw) -> dict[str, Any]:
+    tokens = draw(st.integers(1, 40))
+    return {"num_virtual_tokens": tokens, "num_frozen_tokens": draw(st.integers(0, tokens - 1))}
+
+
+def lowered(method: str, keys: dict[str, Any], seed: int) -> tuple[Any, AdapterOperators]:
+    """PEFT's reading of a saved adapter, and ours."""
+    plain, base = model()
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(plain, make_config(method, **keys), Path(folder) / "a", seed=seed)
+        oracle: Any = load_adapter(plain, Path(folder) / "a", share=True)
+        return oracle, lower_adapter(Path(folder), base).operators
+
+
+@pytest.mark.parametrize("method", [prompt_tuning, p_tuning, cpt], ids=lambda one: one.__name__)
+def test_drawn_soft_tokens_are_what_peft_puts_before_a_prompt(
+    method: Callable[[Draw], dict[str, Any]],
+) -> None:
+    @DRAWING
+    @given(data=st.data(), seed=st.integers(0, 99))
+    @torch.no_grad()
+    def check(data: st.DataObject, seed: int) -> None:
+        oracle, operators = lowered(method.__name__, method(data.draw), seed)
+        assert operators.soft_prompt is not None
+        found = operators.soft_prompt.soft_tokens
+        with quiet():
+            (expected,) = oracle.get_prompt(batch_size=1)
+        assert found is not None
+        torch.testing.assert_close(found.float(), expected.float(), rtol=1e-6, atol=1e-6)
+        assert found.abs().max() > 1e-3
+
+    check()
+
+
+@pytest.mark.parametrize("method", [prefix_tuning, cartridge], ids=lambda one: one.__name__)
+def test_drawn_prefixes_are_the_keys_and_values_of_peft_s_cache(
+    method: Callable[[Draw], dict[str, Any]],
+) -> None:
+    @DRAWING
+    @given(data=st.data(), seed=st.integers(0, 99))
+    @torch.no_grad()
+    def check(data: st.DataObject, seed: int) -> None:
+        oracle, operators = lowered(method.__name__, method(data.draw), seed)
+        assert operators.soft_prompt is not None
+        prefix = operators.soft_prompt.prefix
+        assert prefix is not None
+        with quiet():
+            cache = oracle.get_prompt(batch_size=1)
+        assert len(cache.layers) == len(prefix.keys) == len(prefix.values)
+        for layer, keys, values in zip(cache.layers, prefix.keys, prefix.values, strict=True):
+            for found, expected in ((keys, layer.keys), (values, layer.values)):
+                assert torch.equal(found, expected[0].transpose(0, 1))
+                assert found.abs().max() > 1e-3
+
+    check()
+
+
+@DRAWING
+@given(
+    ids=st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=VOCAB, unique=True),
+    seed=st.integers(0, 99),
+)
+@torch.no_grad()
+def test_drawn_rows_are_those_of_peft_s_embedding(ids: list[int], seed: int) -> None:
+    oracle, operators = lowered("trainable_tokens", {"token_indices": ids}, seed)
+    assert operators.tokens is not None
+    rows = operators.tokens.embedding
+    assert rows is not None
+    assert rows.ids is not None
+    assert rows.ids.tolist() == sorted(ids)
+    every = torch.arange(VOCAB)
+    expected = oracle.get_input_embeddings()(every)
+    found = model()[0].get_input_embeddings()(every).index_copy(0, rows.ids, rows.values)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.fixture(scope="module")
+def components(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root, plain = tmp_path_factory.mktemp("components"), model()[0]
+    save_adapter(plain, make_config("lora", target_modules=ALL[:5]), root / "a", seed=1)
+    save_adapter(plain, make_config("lora", r=9, target_modules=ALL[3:]), root / "b", seed=2)
+    save_adapter(plain, make_config("vera"), root / "c", seed=3)
+    return root
+
+
+@torch.no_grad()
+def check_fusion(root: Path, names: list[str], targets: list[str], d_k: int, seed: int) -> float:
+    """Compares every module's change with the formula's; gives the largest."""
+    plain, base = model()
+    save_fusion(plain, root, "fusion", names, targets, d_k=d_k, seed=seed)
+    by_digest = {read_adapter(root, name).digest: name for name in names}
+
+    def find(ref: ComponentRef) -> Component:
+        method, found = lower_checkpoint(read_adapter(root, by_digest[ref.digest]), base)
+        return Component(ref, method, found.operators, found.ranks, found.scalings)
+
+    _, fused = lower_checkpoint(read_adapter(root, "fusion"), base, None, find)
+    oracle, _ = fusion_oracle(plain, root, "fusion")
+    assert {path.rpartition(".")[2] for path in fused.operators.modules} == set(targets)
+    largest = 0.0
+    for path, operators in fused.operators.modules.items():
+        assert operators.gate is not None
+        linear = linear_modules(plain)[path]
+        generator = torch.Generator().manual_seed(len(path))
+        x = torch.randn(5, linear.in_features, generator=generator, dtype=torch.float64)
+        weight, bias = linear.weight.double(), linear.bias
+        own = torch.nn.functional.linear(x, weight, None if bias is None else bias.double())
+        change = oracle.get_submodule(path)(x) - own
+        error = float((gated(operators.gate, x) - change).abs().max())
+        assert error < 2e-6 * float(change.abs().max()), (path, error)
+        largest = max(largest, float(change.abs().max()))
+    return largest
+
+
+def test_drawn_fusions_are_the_formula_s(components: Path) -> None:
+    moved: list[float] = []
+
+    @DRAWING
+    @given(
+        names=st.lists(st.sampled_from(COMPONENTS), min_size=2, unique=True),
+        targets=st.lists(st.sampled_from(ALL[3:5]), min_size=1, unique=True),
+        d_k=st.integers(1, 40),
+        seed=st.integers(0, 99),
+    )
+    def check(names: list[str], targets: list[str], d_k: int, seed: int) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(shutil.copytree(components, Path(folder) / "root"))
+            moved.append(check_fusion(root, names, targets, d_k, seed))
+
+    check()
+    assert len(moved) >= EXAMPLES
+    assert min(moved) > 1e-3
