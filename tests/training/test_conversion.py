@@ -179,6 +179,25 @@ def test_clusters_of_other_sizes_are_told(
     assert "gives clusters of" in capsys.readouterr().err
 
 
+def test_more_clusters_than_outputs_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(peft.AdamssConfig, tmp_path, **ADAMSS[0])
+    edit_config(tmp_path / "a", num_subspaces=70)
+    module = "base_model.model.model.layers.0.self_attn.q_proj"
+
+    def add_empty_ones(tensors: dict[str, torch.Tensor]) -> None:
+        for i in range(3, 70):
+            tensors[f"{module}.adamss_A.{i}"] = torch.ones(1, 16)
+            tensors[f"{module}.adamss_B.{i}"] = torch.ones(0, 1)
+
+    edit_tensors(tmp_path / "a", add_empty_ones)
+    assert convert(tmp_path) == 1
+    said = capsys.readouterr().err
+    assert "q_proj: has 64 outputs, fewer than clusters in the file" in said
+    assert len(said.splitlines()) == 1
+
+
 def test_what_is_wrong_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make(peft.PsoftConfig, tmp_path, r=4)
     (tmp_path / "lora").mkdir()

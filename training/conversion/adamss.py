@@ -97,6 +97,9 @@ def _check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Fin
             return
         findings.check_shape(f"{name}.adamss_A.{i}", down, (up.shape[1], rank), of_base=False)
         total += len(up)
+    if len(roles) // 2 > module.out_features:
+        # PEFT makes no cluster without rows.
+        findings.add(name, f"has {module.out_features} outputs, fewer than clusters in the file")
     if total != module.out_features:
         findings.mismatch(name, f"has {module.out_features} outputs, its clusters {total}")
 
