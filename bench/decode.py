@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 from common.batch import BatchTiming, send_batch
+from common.default_methods import write_default_methods
 from common.machine import CpuMeter, describe, require_idle
 from common.prompts import PromptSource
 from common.random_lora import write_random_loras
@@ -74,7 +75,7 @@ class Case:
         }
 
 
-def make_cases(loras: list[str], mixed: list[str], only: str = "") -> list[Case]:
+def make_cases(loras: list[str], mixed: list[str], others: list[str], only: str = "") -> list[Case]:
     """The cases for a batch of as many requests as there are adapters of each kind.
 
     Those whose name contains ``only``, and those of the base that they are compared with.
@@ -87,6 +88,7 @@ def make_cases(loras: list[str], mixed: list[str], only: str = "") -> list[Case]
         Case(f"same adapter, {batch} requests", [first] * batch),
         Case(f"{batch} adapters, {batch} requests", list(loras)),
         Case(f"mixed methods, {batch} requests", list(mixed)),
+        Case(f"default sizes, {batch} requests", list(others)),
     ]
     chosen = [case for case in cases if only in case.name]
     sizes = {len(case.adapters) for case in chosen}
@@ -277,7 +279,8 @@ def main(argv: list[str] | None = None) -> int:
         mixed = write_random_methods(
             root, args.batch, rank=args.mixed_rank, norms=row_norms(model), **like
         )
-        cases = make_cases(loras, mixed, args.only)
+        others = write_default_methods(root, args.batch, **like)
+        cases = make_cases(loras, mixed, others, args.only)
         if not cases:
             console.print(f"no case is named like {args.only!r}", markup=False)
             return 2

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from common.default_methods import INVOCATION, METHODS, write_default_methods
 from common.machine import describe, require_idle
 from common.random_lora import write_random_loras
 from common.random_methods import row_norms, write_random_methods
@@ -78,7 +79,8 @@ class Scenario:
     loras: int = 0
 
 
-def scenarios(names: list[str], mixed: list[str], only: str) -> list[Scenario]:
+def scenarios(names: list[str], mixed: list[str], others: list[str], only: str) -> list[Scenario]:
+    """Those whose name contains ``only``; those of a single method only where it is named."""
     batch = len(names)
     found = [
         Scenario("base, 1", [None]),
@@ -87,8 +89,15 @@ def scenarios(names: list[str], mixed: list[str], only: str) -> list[Scenario]:
         Scenario(f"same adapter, {batch}", [names[0]] * batch, loras=1),
         Scenario(f"{batch} adapters, {batch}", list(names), loras=batch),
         Scenario(f"mixed methods, {batch}", list(mixed)),
+        Scenario(f"default sizes, {batch}", list(others)),
     ]
-    return [scenario for scenario in found if only in scenario.name]
+    for method in METHODS if only else ():
+        own = [name for name in others if name.endswith(f"-{method}")]
+        of_one: list[str | None] = [own[i % len(own)] for i in range(batch)] if own else []
+        found += [Scenario(f"{method}, {batch}", of_one)] if own else []
+    return [
+        scenario for scenario in found if any(part in scenario.name for part in only.split("|"))
+    ]
 
 
 async def decode(
@@ -114,7 +123,10 @@ async def decode(
         draw = random.Random(f"{scenario.name}/{number}/{time.time_ns()}")
         request = Request(
             request_id=f"{number}",
-            prompt_token_ids=tuple(draw.randrange(1000, 20000) for _ in range(prompt_tokens)),
+            prompt_token_ids=(
+                *(draw.randrange(1000, 20000) for _ in range(prompt_tokens - 1)),
+                INVOCATION,
+            ),
             adapters=() if adapter is None else (AdapterRef(name=adapter),),
             sampling=SamplingParams(temperature=0.0),
             stop=StopConditions(max_tokens=steps + 2, ignore_eos=True),
@@ -174,7 +186,7 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
         ("--steps", 40),
     ):
         parser.add_argument(flag, type=int, default=default, help=f"default: {default}")
-    parser.add_argument("--only", default="", metavar="TEXT", help="cases named so")
+    parser.add_argument("--only", default="", metavar="TEXT", help="cases named so, or so|or so")
     parser.add_argument("--force", action="store_true", help="measure on a busy machine too")
     parser.add_argument("--no-save", action="store_true", help="keep no results")
     return parser.parse_args(argv)
@@ -251,7 +263,8 @@ def main(argv: list[str] | None = None) -> int:
         mixed = write_random_methods(
             root, args.batch, rank=args.mixed_rank, norms=row_norms(model), **like
         )
-        cases = scenarios(loras, mixed, args.only)
+        others = write_default_methods(root, args.batch, **like)
+        cases = scenarios(loras, mixed, others, args.only)
         results = asyncio.run(measure(args, root, cases))
     context = args.prompt_tokens + args.steps // 2
     floors = [

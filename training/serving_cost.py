@@ -110,7 +110,7 @@ def multiply_adds(operators: ModuleOperators) -> int:
     if operators.circulant is not None:
         # Both transforms, and four products per frequency of every pair of blocks.
         rows, columns, size = operators.circulant.kernel.shape
-        count += (rows + columns) * size * (size + 2) + 2 * rows * columns * (size + 2)
+        count += (rows + columns) * _transform(size) + 2 * rows * columns * (size + 2)
     if operators.dense is not None:
         count += operators.dense.weight.numel()
     if operators.modulated is not None:
@@ -119,6 +119,13 @@ def multiply_adds(operators: ModuleOperators) -> int:
     for gain in (operators.gain, operators.input_gain):
         count += 0 if gain is None else gain.numel()
     return count
+
+
+def _transform(size: int) -> int:
+    """Products of a block's transform, there or back; see ``kernels/cpu/circulant.py``."""
+    if size % 16:
+        return size * (size + 2)
+    return size * 32 + size // 16 * 2 * (size + 2)
 
 
 def _served_base(base: TrainingBase) -> BaseModel:

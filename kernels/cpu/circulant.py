@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -20,22 +21,30 @@ class CirculantFactors:
     Attributes:
         spectra: ``[rows, columns, 2, width]`` fp32, contiguous like all of them; ``width`` is the
             number of frequencies, padded with zeros.
-        forward: ``[size, 2, width]`` fp32.
-        inverse: ``[2, width, padded size]`` fp32.
+        forward: ``[16, 2, 16]`` fp32; without parts ``[size, 2, width]``.
+        turns: ``[parts, 2, width]`` fp32.
+        back: ``[parts, 2, width]`` fp32.
+        inverse: ``[2, 16, 16]`` fp32; without parts ``[2, width, padded size]``.
         size: Values of a block.
     """
 
     spectra: torch.Tensor
     forward: torch.Tensor
+    turns: torch.Tensor
+    back: torch.Tensor
     inverse: torch.Tensor
     size: int
 
     @classmethod
     def of(cls, kernel: torch.Tensor) -> CirculantFactors:
         """From kernels ``[rows, columns, size]``."""
-        forward, inverse = _padded_transforms(kernel.shape[2])
-        found = spectrum(kernel)
-        return cls(_wide(found, found.shape[-1]), forward, inverse, kernel.shape[2])
+        size, found = kernel.shape[2], spectrum(kernel)
+        return cls(_wide(found, found.shape[-1]), *_matrices(size), size)
+
+    @property
+    def parts(self) -> int:
+        """In how many parts a block is transformed; 0 is as a whole."""
+        return len(self.turns)
 
     @property
     def sizes(self) -> tuple[int, int, int, int]:
@@ -55,8 +64,32 @@ def _wide(tensor: torch.Tensor, size: int) -> torch.Tensor:
 
 
 @functools.cache
+def _matrices(size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``forward``, ``turns``, ``back`` and ``inverse``: the same for all updates of a size."""
+    if size % _LANES:
+        forward, inverse = _padded_transforms(size)
+        none = torch.empty(0, 2, forward.shape[2])
+        return forward, none, none, inverse
+    parts, count = size // _LANES, size // 2 + 1
+    cosines, sines = _turns(torch.arange(_LANES), torch.arange(_LANES), _LANES)
+    forward, inverse = torch.stack((cosines, -sines), 1), torch.stack((cosines, -sines))
+    cosines, sines = _turns(torch.arange(parts), torch.arange(count), size)
+    shares = torch.full((count,), 2.0 / size, dtype=torch.float64)
+    shares[0] = shares[-1] = 1.0 / size
+    turns, back = torch.stack((cosines, -sines), 1), torch.stack((cosines, sines), 1) * shares
+    whole = (forward.float().contiguous(), inverse.float().contiguous())
+    return whole[0], _wide(turns.float(), count), _wide(back.float(), count), whole[1]
+
+
+def _turns(rows: torch.Tensor, columns: torch.Tensor, size: int) -> tuple[torch.Tensor, ...]:
+    """Cosines and sines of ``2π r c / size``, ``[rows, columns]`` fp64."""
+    # The product is taken modulo the size first: sines of large angles are not exact.
+    angles = torch.outer(rows, columns).remainder(size).double() * (2 * math.pi / size)
+    return angles.cos(), angles.sin()
+
+
 def _padded_transforms(size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """``CirculantFactors.forward`` and ``inverse``: the same for all updates of a size."""
+    """The whole matrices, padded."""
     forward, inverse = transforms(size)
     count = forward.shape[1]
     made = _wide(forward.permute(2, 0, 1), count)

@@ -170,8 +170,9 @@ class ModuleTable:
             self._factors.append((module, "pairs", [self._address_of(pairs[0]), pairs[1]]))
             width += _padded(len(pairs[0]))
         if circulant is not None:
-            parts = (circulant.spectra, circulant.forward, circulant.inverse)
-            values = [*map(self._address_of, parts), *circulant.sizes]
+            matrices = (circulant.forward, circulant.turns, circulant.back, circulant.inverse)
+            addresses = map(self._address_of, (circulant.spectra, *matrices))
+            values = [*addresses, *circulant.sizes, circulant.parts]
             self._factors.append((module, "circulant", values))
             width += circulant.scratch
         if sparse is not None:

@@ -44,12 +44,16 @@ typedef struct {
 } PairRotation;
 
 /* Block-circulant update. width: frequencies, padded; scratch: [columns + 1, 2, width], then the
- * result, [rows * size] padded. Past the frequencies the matrices hold zeros. */
+ * result, [rows * size] padded. Past the frequencies the matrices hold zeros. With parts = size /
+ * LANES a transform is one of LANES values for each part, and their sum with turns (circulant.c);
+ * with 0 parts it is a product with the whole matrix. */
 typedef struct {
     const float *spectra; /* [rows, columns, 2, width] */
-    const float *forward; /* [size, 2, width] */
-    const float *inverse; /* [2, width, padded size] */
-    int64_t rows, columns, size, width;
+    const float *forward; /* [LANES, 2, LANES]; without parts [size, 2, width] */
+    const float *turns;   /* [parts, 2, width] */
+    const float *back;    /* [parts, 2, width] */
+    const float *inverse; /* [2, LANES, LANES]; without parts [2, width, padded size] */
+    int64_t rows, columns, size, width, parts;
 } Circulant;
 
 /* S x, compressed rows; no scratch (sparse.c). */
