@@ -24,7 +24,7 @@ from builders.adapters import (
     with_operators,
 )
 from checkout import ROOT
-from transformers import LlamaConfig
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
@@ -119,13 +119,41 @@ def test_random_adapters_of_every_method_load(bench: Any, tmp_path: Path):
             assert adapter.operators.soft_prompt.num_positions == 3
 
 
+def test_random_adapters_of_default_sizes_load_and_act(bench: Any, tmp_path: Path):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=192,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=96,
+    )
+    model = LlamaForCausalLM(config).eval()
+    made = bench("common.default_methods")
+    names = made.write_default_methods(tmp_path, 8, arch=read_arch(config), base_model="tiny")
+    assert [name.rpartition("-")[2] for name in names] == [*made.METHODS, "oft"]
+    base, plain = base_of(model), logits(model)
+    for name in names:
+        assert name.endswith(method_for(read_adapter(tmp_path, name)).name)
+        operators = lower_adapter(tmp_path, base, name).operators
+        assert operators.modules.keys() == linear_modules(model).keys()
+        moved = logits(with_operators(model, [(operators, 1.0)]))
+        assert 0.01 < (moved - plain).norm() / plain.norm() < 1.5, name
+
+
 def test_chosen_cases_keep_the_base_they_are_compared_with(bench: Any):
     make = bench("decode").make_cases
     loras, mixed = ["a", "b"], ["c", "d"]
-    chosen = [case.adapters for case in make(loras, mixed, "mixed")]
+    others = ["e", "f"]
+    chosen = [case.adapters for case in make(loras, mixed, others, "mixed")]
     assert chosen == [[None, None], mixed]
-    assert len(make(loras, mixed)) == 6
-    assert make(loras, mixed, "nothing like it") == []
+    assert [case.adapters for case in make(loras, mixed, others, "default")] == [
+        [None, None],
+        others,
+    ]
+    assert len(make(loras, mixed, others)) == 7
+    assert make(loras, mixed, others, "nothing like it") == []
 
 
 def test_every_timed_part_exists(bench: Any):
