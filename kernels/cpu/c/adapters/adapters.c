@@ -163,7 +163,7 @@ KERNEL static void expand_columns(const Step *step, const Projection *p, const S
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t o = 0; o < count; o++) acc[i * COLUMNS + o] += w * m->bias[low + o];
         if (m->rank) low_rank_expand(m, &part, w, width, low, count);
-        if (m->sparse) sparse_expand(m->sparse, &part, w, low, count);
+        if (m->sparse) sparse_expand(m->sparse, &part, w, p->in_features, low, count);
         if (m->dense) dense_expand(m->dense, &part, w, low, count);
         for (int64_t i = 0; i < rows; i++) {
             const float *v = part.v + i * part.v_stride;

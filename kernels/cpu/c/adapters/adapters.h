@@ -185,7 +185,8 @@ void pairs_expand(const PairRotation *p, const float *z, float w, int64_t low, i
                   float *acc);
 
 /* acc[:, 0:count] += w * (S x)[low:low + count], for any number of rows. */
-void sparse_expand(const Sparse *s, const Rows *rows, float w, int64_t low, int64_t count);
+void sparse_expand(const Sparse *s, const Rows *rows, float w, int64_t in_features, int64_t low,
+                   int64_t count);
 
 /* acc[:, 0:count] += w * (D x)[low:low + count], for at most TILE rows. */
 void dense_expand(const Dense *d, const Rows *rows, float w, int64_t low, int64_t count);
