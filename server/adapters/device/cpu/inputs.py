@@ -13,7 +13,7 @@ With ``x' = x + Σ_k w_k (T_k x − x)``, a row goes one of three ways, as its o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -37,6 +37,14 @@ class InputRows:
     rows: torch.Tensor
     members: torch.Tensor
     gained: Sequence[tuple[AdapterTable, torch.Tensor]] = ()
+    _others: dict[int, torch.Tensor] = field(default_factory=dict[int, torch.Tensor])
+
+    def others(self, num_rows: int) -> torch.Tensor:
+        """The other rows of so many; made once, for every layer asks."""
+        if num_rows not in self._others:
+            is_other = torch.ones(num_rows, dtype=torch.bool).index_fill_(0, self.rows, False)
+            self._others[num_rows] = is_other.nonzero().squeeze(1)
+        return self._others[num_rows]
 
 
 @dataclass(slots=True)
@@ -134,8 +142,7 @@ class StepInputs:
         if own is None:
             return base(x, ahead)
         y = x.new_empty(x.shape[0], self.layout.width(projection))
-        others = torch.ones(x.shape[0], dtype=torch.bool).index_fill_(0, own.rows, False).nonzero()
-        others = others.squeeze(1)
+        others = own.others(x.shape[0])
         if others.numel():
             y.index_copy_(0, others, base(x.index_select(0, others), ahead))
         for s, columns in enumerate(self.layout.columns(projection)):
