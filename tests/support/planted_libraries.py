@@ -1,7 +1,8 @@
 """Libraries whose products break the promise of equal bits, each in a way of its own.
 
 ``plant`` puts one in the place of what torch multiplies with. Rows that it spoils are summed in the
-other order, as another kernel of a real library would.
+other order, as another kernel of a real library would. Rows of ``F.linear`` are multiplied one by one,
+so that this machine's own library breaks nothing beside what was planted.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     spoils = LIBRARIES[library]
 
     def linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
-        return _spoilt(_linear(x, w), _linear(x.flip(1), w.flip(1)), spoils)
+        return _spoilt(_each_row(x, w), _each_row(x.flip(1), w.flip(1)), spoils)
 
     def mm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         return _spoilt(_mm(x, w), _mm(x.flip(1), w.flip(0)), spoils)
@@ -46,6 +47,10 @@ def plant(monkeypatch: pytest.MonkeyPatch, library: str) -> None:
     monkeypatch.setattr(F, "linear", linear)
     monkeypatch.setattr(torch, "mm", mm)
     monkeypatch.setattr(torch, "bmm", bmm)
+
+
+def _each_row(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    return torch.cat([_linear(x[:0], w), *(_linear(row[None], w) for row in x)])
 
 
 def _spoilt(right: torch.Tensor, wrong: torch.Tensor, spoils: Spoils) -> torch.Tensor:
