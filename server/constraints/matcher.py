@@ -85,7 +85,7 @@ class Matcher:
             The token that was taken in. None if none was: the mask has to tell.
 
         Raises:
-            BudgetExceededError: The grammar is too complex to go on.
+            BudgetExceededError: The grammar is too complex to go on, or took too long.
         """
         taken: int | None = None
 
@@ -99,6 +99,7 @@ class Matcher:
                 taken = token if self._native.try_consume_tokens([token]) else None
 
         self._follow(look, again=look)
+        self._check_time()
         if taken is not None:
             self._tokens.append(taken)
         return taken
@@ -120,12 +121,15 @@ class Matcher:
             self._native.unsafe_compute_mask_ptr(pointer, size)
 
         self._follow(fill, again=fill)
-        if self._seconds > _FIRST_SECONDS + _TOKEN_SECONDS * len(self._tokens):
-            raise BudgetExceededError("the constraint takes too long to follow")
+        self._check_time()
         # llguidance has an error for a mask of nothing.
         if not self._alphabet.keep_drawable(words):
             raise BudgetExceededError("no token of the model can go on with the constraint")
         return without(words, withheld)
+
+    def _check_time(self) -> None:
+        if self._seconds > _FIRST_SECONDS + _TOKEN_SECONDS * len(self._tokens):
+            raise BudgetExceededError("the constraint takes too long to follow")
 
     def _forced(self) -> int | None:
         """The one token that may come where only one text may."""

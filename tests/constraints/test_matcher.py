@@ -16,6 +16,7 @@ from turret.server.constraints.compiler import ConstraintCompiler
 from turret.server.constraints.constraint import Constraint
 from turret.server.constraints.matcher import Matcher, without
 from turret.server.constraints.spec import ConstraintSpec, Kind
+from turret.server.errors import BudgetExceededError
 from turret.server.models.tokenizer import Tokenizer
 
 END, CALL = 0, 1
@@ -171,3 +172,13 @@ def test_tokens_that_are_withheld_come_where_no_other_may() -> None:
     assert left.tolist() == [0b1010, 0, 0]
     assert words.tolist() == [0b1011, 0, -(2**31)]
     assert without(words, {0, 1, 3, 95}) is words
+
+
+@pytest.mark.parametrize("how", ["take", "mask"])
+def test_an_answer_has_a_budget_of_time(
+    compiler: ConstraintCompiler, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    matcher = compiler._compile(ConstraintSpec("regex", ("[a-z]+",))).matcher()
+    monkeypatch.setattr("turret.server.constraints.matcher._FIRST_SECONDS", -1.0)
+    with pytest.raises(BudgetExceededError, match="too long"):
+        matcher.take(5) if how == "take" else matcher.mask()
