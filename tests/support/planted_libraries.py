@@ -1,8 +1,8 @@
 """Libraries whose products break the promise of equal bits, each in a way of its own.
 
 ``plant`` puts one in the place of what torch multiplies with. Rows that it spoils are summed in the
-other order, as another kernel of a real library would. Rows of ``F.linear`` are multiplied one by one,
-so that this machine's own library breaks nothing beside what was planted.
+other order, as another kernel of a real library would. Rows of ``F.linear`` are multiplied one by
+one, so that this machine's own library breaks nothing beside what was planted.
 """
 
 from __future__ import annotations
