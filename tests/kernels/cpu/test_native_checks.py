@@ -26,6 +26,12 @@ BY_ISA = {
     one["name"].rpartition("._native")[2].removeprefix("_") or "baseline": one for one in EXTENSIONS
 }
 
+# Tiles in plain C, beside instructions that this processor has.
+TILE_FLAGS = [
+    *(f for f in BY_ISA["avx512_bf16"]["extra-compile-args"] if f.startswith("-m")),
+    *("-O2", "-DTILES_EMULATED", f"-I{Path(__file__).parent}"),
+]
+
 needs_cc = pytest.mark.skipif(shutil.which("cc") is None, reason="there is no C compiler")
 AARCH64 = "aarch64-linux-gnu-gcc"
 QEMU = next((name for name in ("qemu-aarch64", "qemu-aarch64-static") if shutil.which(name)), None)
@@ -67,12 +73,7 @@ def test_the_checks_pass_on_emulated_tiles(tmp_path: Path) -> None:
     """Where there are tiles, every bit of the wide products is the same."""
     if "avx512_bf16" not in native.usable_isas():
         pytest.skip("this processor or compiler does not have avx512_bf16")
-    flags = [f for f in BY_ISA["avx512_bf16"]["extra-compile-args"] if f.startswith("-m")]
-    emulated = build(
-        tmp_path / "emulated",
-        *(*flags, "-O2", "-DTILES_EMULATED", f"-I{Path(__file__).parent}"),
-        kernels=sorted(FOLDER.rglob("*.c")),
-    )
+    emulated = build(tmp_path / "emulated", *TILE_FLAGS, kernels=sorted(FOLDER.rglob("*.c")))
     printed = assert_no_failures(str(emulated))
     if "amx" in native.usable_isas():
         library = native.path_of("amx")
@@ -101,18 +102,35 @@ FAULTS = {
                               "low = end - plan->window - 1;"),
 }  # fmt: skip
 
+TILE_FAULTS = {
+    "rows of the group before, twice": ("nf4_tiles.h", "(groups - 1) * group - last, group",
+                                        "0, group"),
+    "weights of the block before": ("nf4_tiles.h", "weights[b % 2]", "weights[(b + 1) % 2]"),
+    "the last row left out": ("dense_tiles.h", "v[r] = first + r < p->rows",
+                              "v[r] = first + r < p->rows - 1"),
+    "a key that is not there yet": ("attention_tiles.h", "p->span->num_context + number + 1 - t;",
+                                    "p->span->num_context + number + 2 - t;"),
+    "what lies behind the last key": ("attention_tiles.h",
+                                      "t + i >= p->low && t + i < p->end", "1"),
+}  # fmt: skip
+
 
 @needs_cc
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", [*FAULTS, *TILE_FAULTS])
 def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
-    name, right, wrong = FAULTS[fault]
+    flags = ["-O1"]
+    if fault in TILE_FAULTS:
+        if "avx512_bf16" not in native.usable_isas():
+            pytest.skip("this processor or compiler does not have avx512_bf16")
+        flags = TILE_FLAGS
+    name, right, wrong = (FAULTS | TILE_FAULTS)[fault]
     copy = tmp_path / "cpu"
     shutil.copytree(FOLDER, copy)
     text = (copy / name).read_text()
     assert right in text
     (copy / name).write_text(text.replace(right, wrong))
-    checks = build(tmp_path / "checks", "-O1", kernels=sorted(copy.rglob("*.c")))
+    checks = build(tmp_path / "checks", *flags, kernels=sorted(copy.rglob("*.c")))
     assert subprocess.run([str(checks), "1"], capture_output=True, check=False).returncode == 1
 
 
