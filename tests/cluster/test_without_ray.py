@@ -78,7 +78,10 @@ def test_flags_that_a_fleet_cannot_take(
 def test_only_a_fleet_that_was_joined_is_changed_by_another_command(
     joins: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        "importlib.util.find_spec", lambda name: object() if name == "ray" else find(name)
+    )
     monkeypatch.setattr("turret.server.cluster.serving.serve.run", lambda config, plan: 7)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"

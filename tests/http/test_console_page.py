@@ -176,7 +176,7 @@ async def test_an_administrator_loads_pins_and_unloads(
             tab.find("#load-open").click()
             tab.find("#load-name").send_keys("No Name")
             tab.find("#load-path").send_keys("sql", Keys.ENTER)
-            tab.until(lambda: "lora_name: must match" in tab.text("#load-failed"), "the reason")
+            tab.until(lambda: "must be at most 128" in tab.text("#load-failed"), "the reason")
             tab.find("#load-name").clear()
             tab.find("#load-name").send_keys("sql", Keys.ENTER)
             tab.until(lambda: names(tab) == ["sql"], "the adapter")

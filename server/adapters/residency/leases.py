@@ -193,6 +193,11 @@ class Leases:
             for lease in waiting:
                 self._fail(lease, _shutting_down(), answers)
         self._executor.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            # Reads that had not begun: nobody else gives back the room they were to fill.
+            for load in self._loads.values():
+                self._memory.leave(load.adapter)
+            self._loads.clear()
 
     @contextlib.contextmanager
     def _change(self) -> Iterator[_Answers]:

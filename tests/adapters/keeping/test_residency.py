@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,23 @@ def test_close_tells_everyone_who_waits(make: Registries) -> None:
     gate.open()
     thread.join(WAIT_SECONDS)
     assert not thread.is_alive()
+
+
+def test_close_frees_what_was_to_be_read(make: Registries) -> None:
+    registry = make(2, load="abcd")
+    size = registry.host_bytes_used // 2
+    registry._leases._executor = ThreadPoolExecutor(1)
+    gate = Gate(registry)
+    waiters = [Waiter(registry.acquire(refs(name))) for name in "ab"]
+    gate.entered.acquire()
+    registry.release(waiters[1].mix)
+    registry.unload("b", "DRAIN", 0.0)
+    assert registry.host_bytes_used == 2 * size
+    thread, _ = in_thread(registry.close)
+    assert isinstance(waiters[0].wait().error, UnavailableError)
+    gate.open()
+    thread.join(WAIT_SECONDS)
+    assert registry.host_bytes_used == size
 
 
 # Pinning

@@ -86,7 +86,7 @@ def test_it_says_what_runs_before_it(root: Path) -> None:
         ({"softmax_temperature": 0}, "softmax_temperature: must be above 0"),
         ({"xlora_depth": 2}, "layers.6.weight: is no tensor of the classifier"),
         ({"xlora_depth": 4}, "layers.9: is missing"),
-        ({"xlora_dropout_p": 0.0}, "layers.3.weight: is no tensor"),
+        ({"xlora_dropout_p": 0.0}, "layers.3.bias and 3 others: is no tensor"),
         ({"layerwise_scalings": False}, "components: are 3; the classifier has 42 outputs"),
         ({"xlora_size": 21}, "layers.0.weight: has shape [20, 64], expected [21, 64]"),
         ({"hidden_size": 32}, "layers.0.weight: has shape [20, 64], expected [20, 32]"),
