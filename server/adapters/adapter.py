@@ -6,7 +6,7 @@ from typing import Literal
 
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.head import Head
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.source import Source
 
 

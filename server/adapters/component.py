@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.errors import AdapterComponentError
 
 # Config key that lists the components.

@@ -13,8 +13,12 @@ from dataclasses import fields
 import torch
 
 from turret.server.adapters.base import BaseModule
-from turret.server.adapters.operators import AdapterOperators, InputBlocks, ModuleOperators
-from turret.server.adapters.updates import Hadamard
+from turret.server.adapters.operators.adapter_operators import (
+    AdapterOperators,
+    InputBlocks,
+    ModuleOperators,
+)
+from turret.server.adapters.operators.updates import Hadamard
 
 # Rows of a Hadamard product made at once: two temporaries of 1024 x 14336 in fp32 are 117 MB.
 _ROWS_PER_BLOCK = 1024

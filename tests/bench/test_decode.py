@@ -29,7 +29,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.methods import METHODS, method_for
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.models.families import read_arch
 
 BENCH = ROOT / "bench"

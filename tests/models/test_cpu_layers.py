@@ -24,7 +24,7 @@ from servers.engine_harness import EngineHarness, make_request
 from turret.kernels.cpu.native import has_native_products
 from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.store import Resident
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.ref import AdapterRef
 from turret.server.models.decoding.cpu_layers import CpuLayers
 from turret.server.models.decoding.decoder import Decoder

@@ -31,7 +31,7 @@ BASICS = "server.basics"
 # The ``turret`` command. It alone may name the verbs of training, and nothing imports it.
 COMMAND = "server.cli"
 # ``server.adapters`` stands for the files directly in it, the nouns that all its rooms share.
-NOUNS = {"server.adapters", "leaf"}
+NOUNS = {"server.adapters", "server.adapters.operators", "leaf"}
 READING = {
     f"server.adapters.{name}"
     for name in ("checkpoint", "peft_format", "peft_format.config", "lowering", "methods")
@@ -55,7 +55,9 @@ BELOW = {
     "v1": set(),
     "clients": {"v1"},
     "leaf": set(),
-    "server.adapters": {"leaf"},
+    # Tensors by name, and nothing of who made or uses them.
+    "server.adapters.operators": set(),
+    "server.adapters": {"leaf", "server.adapters.operators"},
     "server.adapters.checkpoint": NOUNS,
     "server.adapters.peft_format.config": NOUNS | {"server.adapters.checkpoint"},
     "server.adapters.peft_format": NOUNS

@@ -10,7 +10,7 @@ import torch
 from turret.kernels.adapters.constant_attention import Constants, constant_attention_reference
 from turret.server.adapters.device.members import Members, passes
 from turret.server.adapters.device.part import Part
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 
 @dataclass(frozen=True, slots=True)

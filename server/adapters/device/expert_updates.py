@@ -16,8 +16,8 @@ from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.device.part import Part
-from turret.server.adapters.operators import AdapterOperators
-from turret.server.adapters.updates import ExpertLowRank
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.operators.updates import ExpertLowRank
 
 _Place = tuple[int, str]  # layer, projection
 

@@ -22,7 +22,8 @@ from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Rows, StepMembers
 from turret.server.adapters.device.part import Part
-from turret.server.adapters.operators import AdapterOperators, Gate, GivenScore, PrototypeScore
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore
 
 
 @dataclass(frozen=True, slots=True)

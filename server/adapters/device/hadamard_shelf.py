@@ -10,7 +10,7 @@ from turret.kernels.rows.hadamard import HadamardTables, hadamard_rows_
 from turret.kernels.rows.tables import COLUMNS, ROWS, padded
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Rows
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 
 
 class HadamardShelves:

@@ -11,8 +11,8 @@ from turret.kernels.rows.tables import COLUMNS, ROWS, padded
 from turret.server.adapters.device.hadamard_shelf import grown
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Rows
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.updates import Kronecker
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.updates import Kronecker
 
 _Shapes = tuple[tuple[int, ...], ...]
 # Shapes of every slice's factors; None where a slice has none.

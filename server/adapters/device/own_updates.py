@@ -21,7 +21,7 @@ from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import StepMembers, passes
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.device.store import BaseProduct
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 
 # (Layer, projection) → slices with the operators they have.
 _Held = Mapping[tuple[int, str], Sequence[tuple[int, ModuleOperators]]]

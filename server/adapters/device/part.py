@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 
 class Part(ABC):

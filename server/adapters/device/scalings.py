@@ -6,7 +6,7 @@ import torch
 
 from turret.kernels.adapters.fusion_gate import given_gate_reference
 from turret.kernels.rows.linear import row_linear
-from turret.server.adapters.token_router import TokenRouter
+from turret.server.adapters.operators.token_router import TokenRouter
 
 
 def scalings(router: TokenRouter, states: torch.Tensor) -> torch.Tensor:

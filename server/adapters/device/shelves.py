@@ -15,7 +15,7 @@ import torch
 
 from turret.server.adapters.device.members import Rows, StepMembers
 from turret.server.adapters.device.part import Part
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 
 
 class Shelf(Protocol):

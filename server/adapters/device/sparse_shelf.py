@@ -9,7 +9,7 @@ import torch
 from turret.kernels.adapters.sparse import Jagged, sparse_reference
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Rows
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 
 
 class SparseShelves:

@@ -14,8 +14,8 @@ from turret.kernels.expert_routing import Routing
 from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.device.vocabulary import VocabularyChange, vocabulary_change
-from turret.server.adapters.operators import AdapterOperators
-from turret.server.adapters.token_router import TokenRouter
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.operators.token_router import TokenRouter
 
 if TYPE_CHECKING:
     # Not at run time: the other paths run where Triton is not installed.

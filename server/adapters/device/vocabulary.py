@@ -26,8 +26,12 @@ from turret.kernels.adapters.pair_rotation import pair_rotation_reference
 from turret.kernels.adapters.sparse import Jagged, sparse_reference
 from turret.kernels.rows.linear import max_reduction, row_addmm_, row_linear
 from turret.kernels.rows.product import row_product
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.vocabulary import EmbeddingLowRank, VocabularyOperators, VocabularyRows
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.vocabulary import (
+    EmbeddingLowRank,
+    VocabularyOperators,
+    VocabularyRows,
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 
 from turret.server.adapters.checkpoint.finite import all_finite
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
 
 # Every group of tensors begins on a cache line.
 _ALIGNMENT = 64

@@ -16,8 +16,8 @@ from turret.server.adapters.component import (
     FindComponent,
     component_refs,
 )
-from turret.server.adapters.operators import ModuleOperators
-from turret.server.adapters.updates import LowRank
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.updates import LowRank
 from turret.server.errors import AdapterComponentError
 
 # Fields of the operators that a component must not have, in words.

@@ -8,8 +8,8 @@ import torch
 
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.updates import Dense
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.updates import Dense
 from turret.server.errors import BudgetExceededError
 
 ALLOW = "--allow-dense-adapters"

@@ -11,7 +11,7 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.head import Head
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.adapters.peft_format.config.rules import Rules
 
 

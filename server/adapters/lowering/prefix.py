@@ -16,10 +16,10 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
+from turret.server.adapters.operators.soft_prompt import PrefixKv, SoftPrompt
 from turret.server.adapters.peft_format.config.rules import Rules, Used, is_rank
 from turret.server.adapters.peft_format.config.vocabulary_rules import is_modules_to_save
 from turret.server.adapters.peft_format.prompt_checkpoint import PROMPT_RULES, read_prompt
-from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
 
 
 def _is_heads(value: Any) -> str | None:

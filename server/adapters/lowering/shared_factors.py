@@ -11,8 +11,8 @@ import torch
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.lowering.low_rank import fold
+from turret.server.adapters.operators.updates import LowRank
 from turret.server.adapters.peft_format.module_checkpoint import ModuleCheckpoint
-from turret.server.adapters.updates import LowRank
 
 
 def shared_projections(

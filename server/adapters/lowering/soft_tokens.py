@@ -9,9 +9,9 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
+from turret.server.adapters.operators.soft_prompt import SoftPrompt
 from turret.server.adapters.peft_format.config.rules import Rules
 from turret.server.adapters.peft_format.prompt_checkpoint import read_prompt
-from turret.server.adapters.soft_prompt import SoftPrompt
 
 
 def soft_tokens_method(name: str, peft_type: str, rules: Rules) -> Method:

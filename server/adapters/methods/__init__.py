@@ -14,6 +14,7 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import FindComponent, find_no_component
 from turret.server.adapters.lowering.dense import check_dense, dense_warnings
 from turret.server.adapters.lowering.lowered import Lowered, Method
+from turret.server.adapters.operators.vocabulary import VocabularyOperators
 from turret.server.adapters.peft_format.classifier_checkpoint import (
     ClassifierPart,
     take_classifier,
@@ -24,7 +25,6 @@ from turret.server.adapters.peft_format.module_checkpoint import check_rank
 from turret.server.adapters.peft_format.resized_vocabulary import FittedCheckpoint, fit_vocabulary
 from turret.server.adapters.peft_format.unserved import UNSERVED
 from turret.server.adapters.peft_format.vocabulary_checkpoint import VocabularyPart, take_vocabulary
-from turret.server.adapters.vocabulary import VocabularyOperators
 from turret.server.errors import AdapterCheckpointError
 
 

@@ -17,8 +17,8 @@ import torch
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.classifier import Classifier
 from turret.server.adapters.head import MULTI_LABEL, PROBLEM_TYPES, SINGLE_LABEL, Head
+from turret.server.adapters.operators.classifier import Classifier
 
 TASK_TYPE = "SEQ_CLS"
 HEAD_NAMES = ("score", "classifier")

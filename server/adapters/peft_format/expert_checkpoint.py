@@ -27,11 +27,11 @@ from turret.server.adapters.base import BaseExperts, BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.operators.updates import ExpertLowRank
 from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES, VARIANTS
 from turret.server.adapters.peft_format.config.rules import Rules, check_config
 from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
 from turret.server.adapters.peft_format.module_checkpoint import check_rank
-from turret.server.adapters.updates import ExpertLowRank
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _INNER = ".base_layer"

@@ -16,6 +16,7 @@ import torch
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.operators.vocabulary import AddedRows
 from turret.server.adapters.peft_format.config.targets import Targets
 from turret.server.adapters.peft_format.config.vocabulary_rules import (
     is_token_indices,
@@ -39,7 +40,6 @@ from turret.server.adapters.peft_format.vocabulary_names import (
     without_wrappers,
 )
 from turret.server.adapters.peft_format.vocabulary_rows import changed_rows
-from turret.server.adapters.vocabulary import AddedRows
 
 # Rows behind the base's: each costs a step of the adapter's a product more, and lies in memory.
 MAX_ADDED_ROWS = 4096

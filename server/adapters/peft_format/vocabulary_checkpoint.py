@@ -15,6 +15,11 @@ import torch
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
+from turret.server.adapters.operators.vocabulary import (
+    EmbeddingLowRank,
+    VocabularyOperators,
+    VocabularyRows,
+)
 from turret.server.adapters.peft_format.config.rules import Rules, check_config
 from turret.server.adapters.peft_format.config.selection_rules import (
     ALPHA,
@@ -48,7 +53,6 @@ from turret.server.adapters.peft_format.vocabulary_rows import (
     read_matrix,
     read_rows,
 )
-from turret.server.adapters.vocabulary import EmbeddingLowRank, VocabularyOperators, VocabularyRows
 
 # What decides whether and how LoRA adapts the embedding.
 _TARGET_RULES: Rules = {

@@ -6,7 +6,7 @@ import torch
 
 from turret.server.adapters.base import BaseVocabulary
 from turret.server.adapters.checkpoint.findings import Findings
-from turret.server.adapters.vocabulary import VocabularyRows
+from turret.server.adapters.operators.vocabulary import VocabularyRows
 
 # Rows compared at once: 8,192 of 4,096 numbers are 128 MB in fp32.
 _ROWS_PER_BLOCK = 8192

@@ -11,7 +11,7 @@ from collections.abc import Sequence as SequenceOf
 
 import torch
 
-from turret.server.adapters.classifier import Classifier
+from turret.server.adapters.operators.classifier import Classifier
 from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.rows import Placed

@@ -13,8 +13,8 @@ from turret.kernels.cpu.native import library
 from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import StepMembers
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.updates import LowRank
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.updates import LowRank
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from turret.server.adapters.device.gates import Gates
 from turret.server.adapters.device.members import StepMembers
-from turret.server.adapters.operators import Gate
+from turret.server.adapters.operators.gate import Gate
 
 NUM_ROWS = 90
 

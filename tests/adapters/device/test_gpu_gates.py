@@ -38,7 +38,7 @@ from kernel_traffic import DEVICE, error_ratio
 from turret.kernels.gpu.shared import tuning as tuning_module
 from turret.server.adapters.device.gpu.gates import GpuGates
 from turret.server.adapters.device.members import Members
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 
 NUM_ROWS = 24
 

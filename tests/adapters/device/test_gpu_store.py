@@ -15,8 +15,8 @@ from turret.server.adapters.device.gpu.experts import GpuExpertShelf
 from turret.server.adapters.device.gpu.shelves import GpuHadamardShelf
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ExpertShape, ProjectionLayout, SliceShape
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.updates import ExpertLowRank, Hadamard, LowRank
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.updates import ExpertLowRank, Hadamard, LowRank
 
 CPU = torch.device("cpu")
 WIDTH = 16

@@ -25,17 +25,22 @@ from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import Members, StepMembers
 from turret.server.adapters.device.packed.store import PackedStore
-from turret.server.adapters.operators import (
+from turret.server.adapters.operators.adapter_operators import (
     AdapterOperators,
-    Gate,
     InputBlocks,
     ModulatedBase,
     ModuleOperators,
     PairRotation,
-    PrototypeScore,
-    QueryScore,
 )
-from turret.server.adapters.updates import Circulant, Dense, Hadamard, Kronecker, LowRank, Sparse
+from turret.server.adapters.operators.gate import Gate, PrototypeScore, QueryScore
+from turret.server.adapters.operators.updates import (
+    Circulant,
+    Dense,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    Sparse,
+)
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 
 CPU = torch.device("cpu")

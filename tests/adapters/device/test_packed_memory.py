@@ -10,8 +10,8 @@ import torch
 
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.packed.store import PackedStore
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.updates import LowRank
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.updates import LowRank
 
 WIDTH = 16
 LAYOUT = ProjectionLayout(

@@ -11,8 +11,8 @@ from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.packed.pack import Pack
 from turret.server.adapters.device.packed.placement import RANK_ALIGNMENT, Placement
 from turret.server.adapters.device.packed.projection import PackedProjection
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.updates import LowRank
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.updates import LowRank
 
 WINDOW = 64
 RANKS = (0, 1, 8, 12, 64, 70, 150)

@@ -11,8 +11,8 @@ from fake_cuda import FakeCuda
 
 from turret.server.adapters.device.gpu import uploads as uploads_module
 from turret.server.adapters.device.gpu.uploads import PinnedRing, Uploads
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.updates import LowRank
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.updates import LowRank
 
 CPU = torch.device("cpu")
 

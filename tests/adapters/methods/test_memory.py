@@ -19,7 +19,7 @@ from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.device.packed.store import PackedStore
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 
 SIZE = 2048

@@ -12,7 +12,7 @@ from builders.adapters import base_of, edit_config, edit_tensors, lower_adapter,
 from builders.methods import load_adapter, make_config, save_adapter
 from peft.tuners.boft.layer import BOFTLayer
 
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
 
 Q = "model.layers.0.self_attn.q_proj"
 KEY = f"base_model.model.{Q}"

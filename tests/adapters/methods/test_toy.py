@@ -25,7 +25,7 @@ import torch
 
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Method
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     read_module_checkpoint,
@@ -61,7 +61,7 @@ RANKED_TOY = '''
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Method
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     read_module_checkpoint,

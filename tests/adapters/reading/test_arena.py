@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from turret.server.adapters.lowering.arena import in_one_block
-from turret.server.adapters.operators import Gate, ModuleOperators, PrototypeScore, QueryScore
-from turret.server.adapters.updates import Dense, Hadamard, Kronecker, LowRank, Sparse
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.gate import Gate, PrototypeScore, QueryScore
+from turret.server.adapters.operators.updates import Dense, Hadamard, Kronecker, LowRank, Sparse
 
 
 def low_rank(rank: int, size: int) -> LowRank:

@@ -23,8 +23,8 @@ from turret.server.adapters.device.kronecker_shelf import KroneckerShelves
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.device.shelves import TorchShelves
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.updates import Hadamard, Kronecker
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.updates import Hadamard, Kronecker
 
 NUM_ADAPTERS = 4
 # Rank, inputs, outputs of the slices.

@@ -27,9 +27,9 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint, read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import lower_checkpoint
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.updates import Sparse
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
-from turret.server.adapters.updates import Sparse
 from turret.server.errors import AdapterCheckpointError
 
 BASE_NAME = "tests/tiny-llama"

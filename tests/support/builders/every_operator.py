@@ -10,20 +10,24 @@ from typing import Any
 
 import torch
 
-from turret.server.adapters.operators import (
+from turret.server.adapters.operators.adapter_operators import (
     AdapterOperators,
-    Gate,
-    GivenScore,
     InputBlocks,
     ModulatedBase,
     ModuleOperators,
     PairRotation,
-    PrototypeScore,
-    QueryScore,
 )
-from turret.server.adapters.soft_prompt import PrefixKv, SoftPrompt
-from turret.server.adapters.token_router import TokenRouter
-from turret.server.adapters.updates import Circulant, Dense, Hadamard, Kronecker, LowRank, Sparse
+from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
+from turret.server.adapters.operators.soft_prompt import PrefixKv, SoftPrompt
+from turret.server.adapters.operators.token_router import TokenRouter
+from turret.server.adapters.operators.updates import (
+    Circulant,
+    Dense,
+    Hadamard,
+    Kronecker,
+    LowRank,
+    Sparse,
+)
 from turret.server.models.decoding.arch import Arch
 
 

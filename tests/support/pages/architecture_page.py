@@ -23,6 +23,7 @@ ROOMS = (
     *(
         f"server/adapters/{name}"
         for name in (
+            "operators",
             *("checkpoint", "peft_format/config", "peft_format", "lowering", "methods"),
             *("methods/lora", "methods/low_rank", "methods/transforms", "methods/structured"),
             *("methods/vectors", "methods/prompts"),

@@ -11,7 +11,7 @@ from turret.kernels.expert_routing import Routing
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.device.part import Part
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 
 @dataclass(frozen=True, slots=True)

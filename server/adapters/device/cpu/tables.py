@@ -26,8 +26,8 @@ from turret.kernels.cpu.row_adapters import (
 from turret.kernels.rows.tables import COLUMNS, padded
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.part import Part
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.updates import Hadamard, Kronecker
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.updates import Hadamard, Kronecker
 
 
 class ModuleNumbers:

@@ -21,7 +21,7 @@ from turret.server.adapters.device.gpu.placed_shelves import StepPlaced
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.packed.pack import PackedKinds
 from turret.server.adapters.device.store import BaseProduct
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
 
 # Rows that the base multiplies at once for modulated updates.
 _MODULATED_ROWS = 256

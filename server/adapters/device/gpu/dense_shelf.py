@@ -9,7 +9,7 @@ from turret.kernels.gpu.tables.row_table import RowTable
 from turret.server.adapters.device.gpu.addressed_shelf import AddressedShelf
 from turret.server.adapters.device.gpu.shelf_kind import GpuShelfKind
 from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 
 class GpuDenseShelf(AddressedShelf):

@@ -25,13 +25,8 @@ from turret.server.adapters.device.gpu.tables import GpuTables
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.part import Part
-from turret.server.adapters.operators import (
-    AdapterOperators,
-    Gate,
-    GivenScore,
-    PrototypeScore,
-    QueryScore,
-)
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
 
 _Place = tuple[int, str]  # layer, projection
 _Score = TypeVar("_Score", QueryScore, PrototypeScore, GivenScore)

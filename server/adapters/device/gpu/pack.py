@@ -10,7 +10,7 @@ from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.packed.pack import Pack, PackedKinds
 from turret.server.adapters.device.packed.placement import RANK_ALIGNMENT
 from turret.server.adapters.device.packed.projection import PackedProjection
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 # The kernels take each adapter's ranks by themselves, wherever they begin: there are no windows.
 _ONE_WINDOW = 1 << 40

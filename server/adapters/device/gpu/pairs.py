@@ -14,7 +14,7 @@ from turret.server.adapters.device.hadamard_shelf import grown
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.part import Part
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from turret.server.adapters.device.hadamard_shelf import grown
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.part import Part
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 
 # Shapes of a module's tensors, and whether it has a gain.
 _Form = tuple[tuple[tuple[int, ...], ...], bool]

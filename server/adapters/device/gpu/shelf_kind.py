@@ -10,7 +10,7 @@ from typing import Generic, TypeVar
 import torch
 
 from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 
 S = TypeVar("S")
 # What has a shelf of its own in a projection: a slice, a rank, shapes.

@@ -22,8 +22,8 @@ from turret.server.adapters.device.hadamard_shelf import grown
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.shelves import Shelves
-from turret.server.adapters.operators import AdapterOperators
-from turret.server.adapters.updates import Kronecker
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.operators.updates import Kronecker
 
 _Shapes = tuple[tuple[int, ...], ...]
 

@@ -9,8 +9,8 @@ from turret.kernels.gpu.tables.row_table import RowTable
 from turret.server.adapters.device.gpu.shelf_kind import GpuShelfKind
 from turret.server.adapters.device.hadamard_shelf import grown
 from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.operators import AdapterOperators
-from turret.server.adapters.updates import Sparse
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
+from turret.server.adapters.operators.updates import Sparse
 
 # How much larger than what is needed the room for entries becomes when it grows.
 _SPARE = 1.25

@@ -54,7 +54,7 @@ from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.packed.pack import PackedKinds
 from turret.server.adapters.device.packed.segments import segment_members
 from turret.server.adapters.device.store import AdapterStore, BaseProduct, OnMoved, Resident
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 # Of the budget, what may be on its way to the device besides.
 _STAGED_SHARE = 8

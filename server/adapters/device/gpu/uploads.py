@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from turret.kernels.gpu.tables.staged_buffer import has_streams
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 # Every tensor in a transfer begins at a multiple of this: a view needs its dtype's alignment.
 _ALIGNMENT = 16

@@ -11,7 +11,7 @@ from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.packed.placement import Place, Placement
 from turret.server.adapters.device.packed.projection import PackedProjection
 from turret.server.adapters.device.part import Part
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 P = TypeVar("P", bound=PackedProjection)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from turret.server.adapters.device.layout import ProjectionLayout
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 
 class PackedProjection:

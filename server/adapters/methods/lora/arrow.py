@@ -39,7 +39,9 @@ from turret.server.adapters.lowering.components import (
 )
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators import Gate, ModuleOperators, PrototypeScore
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.gate import Gate, PrototypeScore
+from turret.server.adapters.operators.updates import LowRank
 from turret.server.adapters.peft_format.config.lora_rules import ARROW, LORA_RULES
 from turret.server.adapters.peft_format.config.rules import (
     Irrelevant,
@@ -57,7 +59,6 @@ from turret.server.adapters.peft_format.lora_checkpoint import (
     read_lora,
 )
 from turret.server.adapters.peft_format.module_checkpoint import ModuleFormat, Roles
-from turret.server.adapters.updates import LowRank
 
 # Of the power iteration, as in PEFT.
 _ITERATIONS, _EPS = 15, 1e-8

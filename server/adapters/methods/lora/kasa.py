@@ -17,7 +17,8 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.updates import LowRank
 from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES
 from turret.server.adapters.peft_format.lora_checkpoint import (
     DIAGONAL,
@@ -29,7 +30,6 @@ from turret.server.adapters.peft_format.lora_checkpoint import (
     read_lora,
 )
 from turret.server.adapters.peft_format.module_checkpoint import Roles
-from turret.server.adapters.updates import LowRank
 
 
 def _check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Findings) -> None:

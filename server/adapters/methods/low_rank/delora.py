@@ -14,7 +14,8 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.updates import LowRank
 from turret.server.adapters.peft_format.config.rules import Irrelevant, Rules
 from turret.server.adapters.peft_format.config.selection_rules import (
     DROPOUT,
@@ -31,7 +32,6 @@ from turret.server.adapters.peft_format.module_checkpoint import (
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.role_shapes import Served, check_roles
-from turret.server.adapters.updates import LowRank
 
 _A, _B, _LAMBDA, _NORMS = "delora_A", "delora_B", "delora_lambda", "delora_w_norm"
 # PEFT clamps norms there.

@@ -19,7 +19,8 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.updates import LowRank
 from turret.server.adapters.peft_format.config.rules import Rules, Used, is_count, is_rank
 from turret.server.adapters.peft_format.config.selection_rules import (
     ALPHA,
@@ -37,7 +38,6 @@ from turret.server.adapters.peft_format.module_checkpoint import (
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
-from turret.server.adapters.updates import LowRank
 
 _A, _B = "gralora_A", "gralora_B"
 _A_WHOLE, _B_WHOLE = "gralora_A_general.weight", "gralora_B_general.weight"

@@ -39,7 +39,9 @@ from turret.server.adapters.lowering.components import (
 )
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators import Gate, ModuleOperators, QueryScore
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.gate import Gate, QueryScore
+from turret.server.adapters.operators.updates import LowRank
 from turret.server.adapters.peft_format.config.rules import Rules, Used, is_rank
 from turret.server.adapters.peft_format.config.selection_rules import LAYER_RULES, SELECTION_RULES
 from turret.server.adapters.peft_format.module_checkpoint import (
@@ -47,7 +49,6 @@ from turret.server.adapters.peft_format.module_checkpoint import (
     Roles,
     read_module_checkpoint,
 )
-from turret.server.adapters.updates import LowRank
 
 FUSION_RULES: Rules = {
     **SELECTION_RULES,

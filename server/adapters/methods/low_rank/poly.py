@@ -18,7 +18,8 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.updates import LowRank
 from turret.server.adapters.peft_format.config.rules import Rules, Used, is_one_of, is_rank
 from turret.server.adapters.peft_format.config.selection_rules import RANK, SELECTION_RULES, START
 from turret.server.adapters.peft_format.module_checkpoint import (
@@ -28,7 +29,6 @@ from turret.server.adapters.peft_format.module_checkpoint import (
 )
 from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
 from turret.server.adapters.peft_format.tasks import check_task, task_warning
-from turret.server.adapters.updates import LowRank
 
 _A, _B, _LOGITS = "poly_lora_A", "poly_lora_B", "poly_router.module_logits"
 _COUNTS = ("n_tasks", "n_skills", "n_splits")

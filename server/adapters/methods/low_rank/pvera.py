@@ -18,7 +18,7 @@ from turret.server.adapters.lowering.shared_factors import (
     fold_shared,
     shared_projections,
 )
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.peft_format.config.rules import (
     Irrelevant,
     Rejected,

@@ -21,7 +21,7 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.peft_format.config.rules import Rules, Used, is_bool, is_rank, is_seed
 from turret.server.adapters.peft_format.config.selection_rules import (
     CONV1D_RULES,

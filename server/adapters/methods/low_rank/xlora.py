@@ -37,7 +37,9 @@ from turret.server.adapters.lowering.components import (
 )
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators import Gate, GivenScore, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.gate import Gate, GivenScore
+from turret.server.adapters.operators.token_router import TokenRouter
 from turret.server.adapters.peft_format.config.rules import (
     COMMON_RULES,
     Irrelevant,
@@ -48,7 +50,6 @@ from turret.server.adapters.peft_format.config.rules import (
     is_number,
     is_rank,
 )
-from turret.server.adapters.token_router import TokenRouter
 
 _TENSOR = re.compile(r"base_model\.internal_xlora_classifier\.layers\.(\d{1,4})\.(weight|bias)")
 _LAYER = re.compile(r".*?\.layers\.\d+\.")

@@ -24,7 +24,7 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.lowering.weight_products import weight_times
-from turret.server.adapters.operators import ConstantKv, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ConstantKv, ModuleOperators
 from turret.server.adapters.peft_format.config.rules import (
     COMMON_RULES,
     Rules,

@@ -15,10 +15,10 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
+from turret.server.adapters.operators.soft_prompt import SoftPrompt
 from turret.server.adapters.peft_format.config.rules import Irrelevant, Rules, Used, is_rank
 from turret.server.adapters.peft_format.prompt_checkpoint import PROMPT_RULES, read_prompt
 from turret.server.adapters.peft_format.tasks import check_task, task_warning
-from turret.server.adapters.soft_prompt import SoftPrompt
 
 _COLUMNS, _ROWS = "prefix_task_cols", "prefix_task_rows"
 _START = Irrelevant("sets the starting point of training")

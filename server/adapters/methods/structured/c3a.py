@@ -17,7 +17,8 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.updates import Circulant
 from turret.server.adapters.peft_format.config.rules import Rules, Used, is_rank
 from turret.server.adapters.peft_format.config.selection_rules import (
     LAYER_RULES,
@@ -32,7 +33,6 @@ from turret.server.adapters.peft_format.module_checkpoint import (
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
-from turret.server.adapters.updates import Circulant
 
 _KERNEL = "c3a_kernel"
 # The transforms of larger blocks would take longer than the blocks written out.

@@ -16,14 +16,14 @@ from turret.server.adapters.checkpoint.findings import MAX_REPORTED, Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.updates import Hadamard
 from turret.server.adapters.peft_format.config.selection_rules import LYCORIS_RULES
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
     read_module_checkpoint,
 )
-from turret.server.adapters.updates import Hadamard
 from turret.server.errors import BudgetExceededError
 
 _ROLES = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")

@@ -13,7 +13,8 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.updates import Kronecker
 from turret.server.adapters.peft_format.config.rules import Irrelevant, Rules
 from turret.server.adapters.peft_format.config.selection_rules import LYCORIS_RULES
 from turret.server.adapters.peft_format.module_checkpoint import (
@@ -21,7 +22,6 @@ from turret.server.adapters.peft_format.module_checkpoint import (
     Roles,
     read_module_checkpoint,
 )
-from turret.server.adapters.updates import Kronecker
 
 _ROLES = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b")
 

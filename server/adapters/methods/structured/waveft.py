@@ -18,7 +18,8 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.lowering.sparse import check_width, place_drawer, sparse_of
 from turret.server.adapters.lowering.wavelets import WAVELETS, inverse_entries
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.updates import Sparse
 from turret.server.adapters.peft_format.config.rules import (
     Irrelevant,
     Rules,
@@ -40,7 +41,6 @@ from turret.server.adapters.peft_format.module_checkpoint import (
     Roles,
     read_module_checkpoint,
 )
-from turret.server.adapters.updates import Sparse
 
 _SPECTRUM, _SEED = "waveft_spectrum", "random_loc_seed"
 _COUNTED = Irrelevant("the tensors show how many coefficients there are")

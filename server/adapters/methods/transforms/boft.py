@@ -20,7 +20,7 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.lowering.rotations import cayley
-from turret.server.adapters.operators import InputBlocks, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import InputBlocks, ModuleOperators
 from turret.server.adapters.peft_format.config.rules import Rules, Used, is_count, is_rank
 from turret.server.adapters.peft_format.config.selection_rules import (
     CONV1D_RULES,

@@ -20,7 +20,7 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold, modulated
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.lowering.weight_products import weight_times
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.peft_format.config.rules import Rejected, Rules, Used, is_one_of
 from turret.server.adapters.peft_format.config.selection_rules import RANK, START, TARGET_RULES
 from turret.server.adapters.peft_format.module_checkpoint import (

@@ -26,7 +26,7 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.lowering.rotations import cayley
-from turret.server.adapters.operators import InputBlocks, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import InputBlocks, ModuleOperators
 from turret.server.adapters.peft_format.config.rules import (
     Rules,
     Used,

@@ -19,7 +19,7 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators import ModuleOperators, PairRotation
+from turret.server.adapters.operators.adapter_operators import ModuleOperators, PairRotation
 from turret.server.adapters.peft_format.config.rules import Rules, Used, is_one_of
 from turret.server.adapters.peft_format.config.selection_rules import START, TARGET_RULES
 from turret.server.adapters.peft_format.module_checkpoint import (

@@ -9,7 +9,7 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.peft_format.config.rules import Rules
 from turret.server.adapters.peft_format.config.selection_rules import START, TARGET_RULES
 from turret.server.adapters.peft_format.module_checkpoint import (

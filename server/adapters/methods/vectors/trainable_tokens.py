@@ -16,6 +16,7 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
+from turret.server.adapters.operators.vocabulary import VocabularyOperators, VocabularyRows
 from turret.server.adapters.peft_format.config.rules import (
     COMMON_RULES,
     Irrelevant,
@@ -30,7 +31,6 @@ from turret.server.adapters.peft_format.config.targets import (
 from turret.server.adapters.peft_format.config.vocabulary_rules import is_token_list
 from turret.server.adapters.peft_format.vocabulary_rows import read_rows
 from turret.server.adapters.source import TENSORS_FILE
-from turret.server.adapters.vocabulary import VocabularyOperators, VocabularyRows
 
 _SUFFIX = ".trainable_tokens_delta"
 # Where PEFT wraps a tied head twice, it saves the same rows once more.

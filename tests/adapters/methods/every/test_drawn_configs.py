@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.lowering.wavelets import WAVELETS
 from turret.server.adapters.methods.transforms import frod as frod_method
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
 
 EXAMPLES = 20
 # A failure names its config; looking for a smaller one would take minutes.

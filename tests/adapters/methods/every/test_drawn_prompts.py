@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.methods import lower_checkpoint
-from turret.server.adapters.operators import AdapterOperators
+from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 EXAMPLES = 20
 DRAWING = settings(

@@ -21,7 +21,7 @@ from builders.methods import ALL, load_adapter, make_config, quiet, save_adapter
 from transformers import LlamaForCausalLM
 
 from turret.server.adapters.base import BaseModel
-from turret.server.adapters.operators import ModuleOperators
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
 
 METHODS = ("lora", "rslora", "dora", "loha", "lokr", "ia3", "adalora", "vera")
 CONFIGS_PER_METHOD = 32

@@ -34,7 +34,7 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import METHODS, lower_checkpoint
-from turret.server.adapters.operators import Gate, PrototypeScore
+from turret.server.adapters.operators.gate import Gate, PrototypeScore
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.errors import (
     AdapterCheckpointError,

@@ -11,14 +11,8 @@ from torch import Tensor
 
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import Members
-from turret.server.adapters.operators import (
-    AdapterOperators,
-    Gate,
-    GivenScore,
-    ModuleOperators,
-    PrototypeScore,
-    QueryScore,
-)
+from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.gate import Gate, GivenScore, PrototypeScore, QueryScore
 
 INNER = 192
 OUTS = {"q": 96, "k": 32, "v": 32}

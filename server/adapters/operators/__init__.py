@@ -1,0 +1,1 @@
+"""What an adapter does to the base: its operators, by module, with their tensors."""
