@@ -1,0 +1,115 @@
+/* Products against loops in double precision, each row alone against the same row in company. */
+#include "native_checks.h"
+
+static float of_f16(uint16_t h) {
+    int exponent = h >> 10 & 31;
+    float value = exponent ? ldexpf(1024 + (h & 1023), exponent - 25) : ldexpf(h & 1023, -24);
+    return h >> 15 ? -value : value;
+}
+static float element(const void *w, int64_t kind, int64_t i) {
+    if (kind == 0) return ((const float *)w)[i];
+    return kind == 1 ? to_f32(((const bf16 *)w)[i]) : of_f16(((const uint16_t *)w)[i]);
+}
+
+/* dots and columns; `first` columns alone must have the same bits as well. */
+static void check_products(int64_t columns, int64_t inner, int64_t kind, int by_columns) {
+    const char *name = by_columns ? "columns" : "dots";
+    float *x = floats(2 * MAX_ROWS * inner), *y = floats(2 * MAX_ROWS * columns), *one = floats(columns);
+    uint32_t *w = (uint32_t *)floats(2 * columns * inner);
+    if (kind == 1) {
+        free(w);
+        w = (uint32_t *)halves(2 * columns * inner);
+    } else if (kind == 2)
+        for (int64_t i = 0; i < 2 * columns * inner; i++) ((uint16_t *)w)[i] = rand() % 0x3c00 | rand() % 2 << 15;
+    int64_t w_row = by_columns ? columns : inner;
+    Product p = {x, w, y, 2, MAX_ROWS, columns, inner, MAX_ROWS * inner, inner, columns * inner, w_row,
+                 MAX_ROWS * columns, columns, kind, 0, threads};
+    void (*multiply)(const Product *) = by_columns ? turret_columns : turret_dots;
+    multiply(&p);
+    double *expected = calloc(2 * MAX_ROWS * columns, sizeof(double));
+    for (int64_t b = 0; b < 2; b++)
+        for (int64_t r = 0; r < MAX_ROWS; r++)
+            for (int64_t c = 0; c < columns; c++)
+                for (int64_t k = 0; k < inner; k++)
+                    expected[(b * MAX_ROWS + r) * columns + c] +=
+                        (double)x[(b * MAX_ROWS + r) * inner + k] *
+                        element(w, kind, b * columns * inner + (by_columns ? k * columns + c : c * inner + k));
+    near(name, y, expected, 2 * MAX_ROWS * columns, 1e-5);
+    for (int64_t r = 0; r < MAX_ROWS; r++) {
+        Product alone = p;
+        alone.x = x + r * inner, alone.y = one, alone.batches = 1, alone.rows = 1;
+        multiply(&alone);
+        same(name, one, y + r * columns, columns * sizeof(float));
+        if (columns < 3) continue;
+        alone.columns = columns - 2;
+        multiply(&alone);
+        same("fewer columns", one, y + r * columns, (columns - 2) * sizeof(float));
+    }
+    if (by_columns) { /* zeros before and after, and a sum that begins at y */
+        Product wide = p;
+        float *zeros = calloc(MAX_ROWS * (inner + 5), sizeof(float)), *more = floats((inner + 5) * columns);
+        for (int64_t r = 0; r < MAX_ROWS; r++) memcpy(zeros + r * (inner + 5) + 2, x + r * inner, inner * 4);
+        for (int64_t i = 0; i < inner * columns; i++) more[2 * columns + i] = element(w, kind, i);
+        float *found = calloc(MAX_ROWS * columns, sizeof(float));
+        wide.x = zeros, wide.w = more, wide.y = found, wide.x_row = wide.inner = inner + 5;
+        wide.batches = 1, wide.kind = 0, wide.adds = 1;
+        multiply(&wide);
+        same("zeros among the terms", found, y, MAX_ROWS * columns * sizeof(float));
+        free(zeros), free(more), free(found);
+    }
+    free(x), free(y), free(one), free(w), free(expected);
+}
+
+static void check_dense(int64_t out, int64_t in) {
+    if (!turret_has_products()) return;
+    bf16 *x = halves(PRODUCT_ROWS * in), *w = halves(out * in), *y = halves(PRODUCT_ROWS * out), *one = halves(out);
+    double *expected = calloc(PRODUCT_ROWS * out, sizeof(double));
+    for (int64_t r = 0; r < PRODUCT_ROWS; r++)
+        for (int64_t o = 0; o < out; o++)
+            for (int64_t k = 0; k < in; k++)
+                expected[r * out + o] += (double)to_f32(x[r * in + k]) * to_f32(w[o * in + k]);
+    bf16 *scratch = halves((PRODUCT_ROWS + 15) * in);
+    turret_dense_product(x, in, PRODUCT_ROWS, w, y, out, in, threads, scratch);
+    near_bf16("dense", y, expected, PRODUCT_ROWS * out);
+    add_bits(y, PRODUCT_ROWS * out);
+    for (int64_t r = 0; r < PRODUCT_ROWS; r++) {
+        turret_dense_product(x + r * in, in, 1, w, one, out, in, threads, scratch);
+        same("dense", one, y + r * out, out * sizeof(bf16));
+    }
+    free(x), free(w), free(y), free(one), free(expected), free(scratch);
+}
+
+static void check_nf4(int64_t out, int64_t in) {
+    static const double values[16] = {-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343,
+                                      -0.09105004, 0.0, 0.0795803, 0.1609302, 0.2461123, 0.33791524,
+                                      0.44070983, 0.562617, 0.72295684, 1.0};
+    if (!turret_has_products()) return;
+    bf16 *x = halves(PRODUCT_ROWS * in), *scale = halves(in / 64 * out), *y = halves(PRODUCT_ROWS * out);
+    bf16 *one = halves(out);
+    uint8_t *packed = malloc(out * in / 2 + 256);
+    for (int64_t i = 0; i < out * in / 2; i++) packed[i] = rand();
+    double *expected = calloc(PRODUCT_ROWS * out, sizeof(double));
+    for (int64_t r = 0; r < PRODUCT_ROWS; r++)
+        for (int64_t o = 0; o < out; o++)
+            for (int64_t k = 0; k < in; k++) {
+                /* Low nibbles are outputs 0 to 15, high ones 16 to 31; inputs lie in pairs. */
+                uint8_t byte = packed[o / 32 * 16 * in + k / 2 * 32 + o % 16 * 2 + k % 2];
+                double w = values[o % 32 < 16 ? byte & 15 : byte >> 4];
+                expected[r * out + o] += to_f32(x[r * in + k]) * w * to_f32(scale[k / 64 * out + o]);
+            }
+    turret_nf4_product(x, in, PRODUCT_ROWS, packed, scale, y, out, in, threads, 0, 0);
+    near_bf16("nf4", y, expected, PRODUCT_ROWS * out);
+    add_bits(y, PRODUCT_ROWS * out);
+    for (int64_t r = 0; r < PRODUCT_ROWS; r++) {
+        turret_nf4_product(x + r * in, in, 1, packed, scale, one, out, in, threads, 0, 0);
+        same("nf4", one, y + r * out, out * sizeof(bf16));
+    }
+    /* Three weights, the second without rows, of which the first and the last are the same. */
+    const void *weights[] = {packed, scale, 0, 0, packed, scale};
+    int64_t ends[] = {4, 4, PRODUCT_ROWS};
+    bf16 *again = halves(PRODUCT_ROWS * out);
+    turret_nf4_experts(x, in, ends, 3, weights, again, out, in, threads);
+    same("nf4 of experts", again, y, PRODUCT_ROWS * out * sizeof(bf16));
+    free(again);
+    free(x), free(scale), free(y), free(one), free(packed), free(expected);
+}
