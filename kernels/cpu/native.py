@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from turret.kernels.cpu.isas import ISAS
+
 _log = logging.getLogger(__name__)
 
 _REBUILD = "if the source is newer than they are, install turret again (make setup in a checkout)"
@@ -67,10 +69,6 @@ _BY_ELEMENT = {
 }
 _SUFFIXES = {torch.bfloat16: "", torch.float32: "_f32"}
 _COUNTS = ("turret_has_products", "turret_ahead")
-
-# Each has all that those before it have. For those without a library of their own, the one before
-# serves. x86-64-v1 or the like, -v3, -v4, -v4 with AVX512-BF16, that with AMX's tiles.
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 @functools.cache

@@ -6,7 +6,6 @@ all of it at once. The parts that own these things check them again when they op
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import errno
 import fcntl
@@ -18,6 +17,7 @@ import ssl
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from turret.kernels.cpu.isas import ISAS
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.basics.address import split_address
@@ -36,8 +36,6 @@ from turret.server.models.sources.check import check_model
 _MOST_SHOWN = 20
 _MOST_CHECKPOINTS = 5
 _MOST_THREADS = 1024
-# As in kernels/cpu/native.py, which loads torch.
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16", "amx")
 
 
 def problems(config: Config, *, may_run: bool = False) -> list[str]:
@@ -149,14 +147,11 @@ def _state_dir(path: Path) -> Iterator[str]:
     if path.exists() and not path.is_dir():
         yield f"--state-dir: {path} is a file"
     elif not path.exists():
-        missing = [folder for folder in (path, *path.parents) if not folder.exists()]
-        try:
-            path.mkdir(mode=0o700, parents=True)
-        except OSError as error:
-            yield f"--state-dir: {path} cannot be made: {error.strerror}"
-        with contextlib.suppress(OSError):
-            for folder in missing:
-                folder.rmdir()
+        there = next(folder for folder in path.absolute().parents if folder.exists())
+        if not there.is_dir():
+            yield f"--state-dir: {path} cannot be made: {there} is a file"
+        elif not os.access(there, os.W_OK | os.X_OK):
+            yield f"--state-dir: {path} cannot be made in {there} by this user"
     elif not os.access(path, os.W_OK | os.X_OK):
         yield f"--state-dir: {path} cannot be written by this user"
     elif lock.exists():

@@ -17,6 +17,7 @@ from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.cpu import native
+from turret.kernels.cpu.isas import ISAS
 from turret.kernels.rows.exp import row_exp_
 from turret.kernels.rows.linear import row_addmm_, row_linear
 from turret.kernels.rows.product import row_product
@@ -31,7 +32,7 @@ SPECS = (
 )
 
 
-@pytest.fixture(params=[isa for isa in native.ISAS if isa in native.usable_isas()])
+@pytest.fixture(params=[isa for isa in ISAS if isa in native.usable_isas()])
 def isa(request: Any, monkeypatch: pytest.MonkeyPatch) -> str:
     """Serves for the time of a test."""
     library = native.load(request.param)
@@ -147,9 +148,9 @@ def chosen() -> str:
 
 def test_the_variable_names_the_best_that_may_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     usable = native.usable_isas()
-    for wanted in native.ISAS:
+    for wanted in ISAS:
         monkeypatch.setenv("TURRET_ISA", wanted)
-        expected = [i for i in usable if native.ISAS.index(i) <= native.ISAS.index(wanted)][-1]
+        expected = [i for i in usable if ISAS.index(i) <= ISAS.index(wanted)][-1]
         assert chosen() == expected
     monkeypatch.setenv("TURRET_ISA", "avx9")
     with pytest.raises(ValueError, match=r"TURRET_ISA is 'avx9', not one of baseline, avx2"):

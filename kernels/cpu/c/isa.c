@@ -1,4 +1,4 @@
-/* Which instruction sets the processor has, by the numbers of native.py. This file is compiled for the
+/* Which instruction sets the processor has, by the numbers of isas.py. This file is compiled for the
  * least of them: it is asked before any other code may run. */
 #define _GNU_SOURCE
 #include "vec.h"
