@@ -245,6 +245,8 @@ async def generate_request(
             "echo": asked.echo,
             "token_ids": asked.token_ids,
             "call_marks": asked.call_marks,
+            # What is not a conversation has no turn of the model's that channels could divide.
+            "said_only": message.WhichOneof("input") == "chat" and not asked.call_marks,
         },
         violations,
         "options",

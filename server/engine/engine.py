@@ -261,7 +261,7 @@ class Engine:
         """The answer's text, with what was answered before taken in."""
         own = self._text_of(request)
         text = AnswerText(
-            own.stream(request.options.call_marks),
+            own.stream(request.options.call_marks, request.options.said_only),
             request.stop,
             own.eos_token_ids,
             is_constrained=request.constraint is not None,

@@ -28,6 +28,7 @@ async def make_readers(
     chat_format = await inference.chat_format(message.adapters)
     form: str | None = chat_format.tools
     is_free = message.WhichOneof("constraint") is None
+    message.options.call_marks = chat_format.has_channels
     if use.tools and form is not None:
         message.options.call_marks = True
         grammar = CallsGrammar(
@@ -50,6 +51,7 @@ async def make_readers(
         is_parallel=use.is_parallel,
         has_reasoning=is_free and not use.must_call and chat_format.has_reasoning,
         is_open=chat_format.opens_reasoning,
+        has_channels=chat_format.has_channels,
     )
 
 

@@ -7,7 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-ToolForm = Literal["hermes", "xml", "llama3", "mistral", "mistral11"]
+from turret.server.basics import channels
+
+ToolForm = Literal["hermes", "xml", "llama3", "mistral", "mistral11", "harmony"]
 
 NO_TOOLS = "this model's chat template knows no tools, or calls them in a form that is not read"
 # What stands around calls, in each form. Tokenizers may have special tokens for it.
@@ -17,6 +19,7 @@ _MARKS: dict[ToolForm, tuple[str, ...]] = {
     "llama3": ("<|python_tag|>",),
     "mistral": ("[TOOL_CALLS]",),
     "mistral11": ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"),
+    "harmony": channels.MARKS,
 }
 # Templates come with adapters too: what these take grows as a template does, and no faster.
 _OPENING = re.compile(r"\{[{%]")
@@ -33,8 +36,10 @@ class ChatFormat:
         tools: The form in which the model calls tools; None if it is told of none.
         has_reasoning: Whether answers may begin with ``<think>...</think>``.
         opens_reasoning: Whether the prompt ends in ``<think>``.
-        marks: Special tokens that stand around calls, by their texts.
+        marks: Special tokens that stand around calls, and around channels, by their texts.
         has_call_ids: Whether a call has an id of the model's own.
+        has_channels: Whether answers are messages in channels: of thoughts, of calls, of what is
+            said.
     """
 
     tools: ToolForm | None = None
@@ -42,6 +47,7 @@ class ChatFormat:
     opens_reasoning: bool = False
     marks: Mapping[str, int] = field(default_factory=dict)
     has_call_ids: bool = False
+    has_channels: bool = False
 
     @classmethod
     def of(cls, template: object, special: Mapping[str, int] | None = None) -> ChatFormat:
@@ -58,14 +64,15 @@ class ChatFormat:
             return cls()
         last = template.rpartition("add_generation_prompt")[2]
         opens = bool(_OPENS.search(last)) and "</think>" not in last
-        form = _form(template)
-        marks = () if form is None else _MARKS[form]
+        form, has_channels = _form(template), _has_channels(template)
+        marks = channels.MARKS if has_channels else () if form is None else _MARKS[form]
         return cls(
             form,
             "<think>" in template,
             opens,
             {mark: special[mark] for mark in marks if special and mark in special},
             form == "mistral11" and "[CALL_ID]" in template,
+            has_channels,
         )
 
 
@@ -77,9 +84,16 @@ def _uses_tools(template: str) -> bool:
     )
 
 
+def _has_channels(template: str) -> bool:
+    return channels.CHANNEL in template and channels.MESSAGE in template
+
+
 def _form(template: str) -> ToolForm | None:
     if not _uses_tools(template):
         return None
+    if _has_channels(template):
+        # Some templates think aloud in channels and know no recipients.
+        return "harmony" if channels.FUNCTIONS in template else None
     if "<tool_call>" in template:
         return "xml" if "<function=" in template else "hermes"
     if "[TOOL_CALLS]" in template:

@@ -12,6 +12,7 @@ from typing import Any
 
 from tokenizers.decoders import DecodeStream
 
+from turret.server.basics import channels
 from turret.server.basics.panics import PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
 from turret.server.models.chat_format import NO_TOOLS, ChatFormat
@@ -183,14 +184,19 @@ class Tokenizer:
         """Text of one token on its own, special tokens shown."""
         return self._backend.decode([token_id], skip_special_tokens=False)
 
-    def stream(self, call_marks: bool = False) -> TokenStream:
+    def stream(self, call_marks: bool = False, said_only: bool = False) -> TokenStream:
         """An incremental decoder for one sequence.
 
         Args:
-            call_marks: Whether special tokens that stand around calls of tools are text.
+            call_marks: Whether special tokens that stand around calls of tools, or around channels,
+                are text.
+            said_only: Whether of an answer in channels only what is said to the user is text.
         """
-        marks = self.chat_format.marks if call_marks else {}
-        return TokenStream(self._backend, {token: text for text, token in marks.items()})
+        marks = self.chat_format.marks
+        texts = {token: text for text, token in marks.items()}
+        if said_only and not call_marks and {channels.CHANNEL, channels.MESSAGE} <= marks.keys():
+            return SaidStream(self._backend, texts)
+        return TokenStream(self._backend, texts if call_marks else {})
 
 
 def _processor_template(files: Path) -> str | None:
@@ -266,3 +272,37 @@ class TokenStream:
         with PANICS_ARE_ERRORS:
             text = self._stream.step(self._backend, token_id) or ""
         return text + self._shown[token_id] if token_id in self._shown else text
+
+
+class SaidStream(TokenStream):
+    """Of an answer in channels, the text of the messages that are for the user.
+
+    An answer that begins with no mark is text from its beginning, as one is that had to match
+    something else.
+
+    Args:
+        backend: The tokenizer.
+        marks: Special tokens of channels, by their ids.
+    """
+
+    def __init__(self, backend: Any, marks: Mapping[int, str]) -> None:
+        super().__init__(backend, {})
+        self._marks = marks
+        # What was read of a message's header; None within its text.
+        self._header: str | None = None
+        self._is_said = True
+
+    def push(self, token_id: int) -> str:
+        text, mark = super().push(token_id), self._marks.get(token_id)
+        if mark == channels.MESSAGE:
+            self._is_said = channels.Header.parse(self._header or "").is_said
+            self._header = None
+        elif mark in channels.ENDS:
+            self._header = ""
+        elif mark is not None:
+            self._header = (self._header or "") + mark
+        elif self._header is not None:
+            self._header += text
+        elif self._is_said:
+            return text
+        return ""

@@ -46,6 +46,8 @@ CALLS = {
     "llama3": '{"name": "weather", "parameters": {"city": "CITY"}}',
     "mistral": '[TOOL_CALLS][{"name": "weather", "arguments": {"city": "CITY"}}]',
     "mistral11": '[TOOL_CALLS]weather[ARGS]{"city": "CITY"}',
+    "harmony": "<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
+    '{"city": "CITY"}',
 }
 # Field, its value, answers that it allows and answers that it does not.
 CONSTRAINTS: list[tuple[str, Any, list[str], list[str]]] = [
@@ -69,7 +71,8 @@ def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     def encode(self: Any, messages: Any, tools: Any = (), *, special: bool = False) -> list[int]:
         return [1]
 
-    monkeypatch.setattr(FakeTokenizer, "chat_format", ChatFormat(request.param))
+    known = ChatFormat(request.param, has_channels=request.param == "harmony")
+    monkeypatch.setattr(FakeTokenizer, "chat_format", known)
     monkeypatch.setattr(FakeTokenizer, "encode_chat", encode)
     return request.param
 

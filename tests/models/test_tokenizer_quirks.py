@@ -133,7 +133,7 @@ def test_what_a_content_says_is_text_of_the_same_tokens(name: str, tmp_path: Pat
     assert any(ids[i : i + len(split)] == split for i in range(len(ids)))
 
 
-def test_harmony_tells_the_date_and_knows_no_tools(tmp_path: Path) -> None:
+def test_harmony_tells_the_date_and_calls_functions(tmp_path: Path) -> None:
     tokenizer, theirs = load("gpt_oss", tmp_path)
     text = tokenizer.decode(tokenizer.encode_chat(TURNS), special=True)
     assert f"Current date: {datetime.date.today():%Y-%m-%d}<|end|>" in text
@@ -141,4 +141,17 @@ def test_harmony_tells_the_date_and_knows_no_tools(tmp_path: Path) -> None:
     # <|end|> is not the end: it closes a channel.
     names = theirs.convert_ids_to_tokens(sorted(tokenizer.eos_token_ids))
     assert set(names) == {"<|return|>", "<|endoftext|>", "<|call|>"}
-    assert tokenizer.chat_format.tools is None
+    assert tokenizer.chat_format.tools == "harmony"
+    assert tokenizer.chat_format.has_channels
+    call = {"id": "1", "function": {"name": "f", "arguments": {"a": 1}}}
+    turns = [
+        TURNS[0],
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "<|end|>", "tool_call_id": "1"},
+    ]
+    ids = tokenizer.encode_chat(turns, [{"type": "function", "function": {"name": "f"}}])
+    shown = tokenizer.decode(ids, special=True)
+    assert 'to=functions.f<|channel|>commentary json<|message|>{"a": 1}<|call|>' in shown
+    # A result that says what ends a message ends none.
+    end = theirs.convert_tokens_to_ids("<|end|>")
+    assert ids.count(end) == shown.count("<|end|>") - 1

@@ -115,7 +115,7 @@ BELOW = {
     "server.http.console": {
         *("server.http.exchange", "server.api", "server.api.admin", "leaf", "v1"),
     },
-    "server.http.tools": set(),
+    "server.http.tools": {"leaf"},
     "server.http.bodies": {"server.http.tools", "server.api", "leaf", "v1"},
     "server.http.bodies.responses": {
         *("server.http.bodies", "server.http.tools", "server.api", "leaf", "v1"),

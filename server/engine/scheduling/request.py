@@ -116,7 +116,8 @@ class StopConditions:
 class ResponseOptions:
     """What is reported beside the text. ``top_n`` alternatives need ``logprobs``.
 
-    With ``call_marks`` the text has the special tokens that stand around calls of tools.
+    With ``call_marks`` the text has the special tokens that stand around calls of tools and around
+    channels. With ``said_only`` it has, of an answer in channels, what is said to the user alone.
     """
 
     logprobs: bool = False
@@ -124,6 +125,7 @@ class ResponseOptions:
     echo: bool = False
     token_ids: bool = False
     call_marks: bool = False
+    said_only: bool = False
 
     def __post_init__(self) -> None:
         _check(0 <= self.top_n <= MAX_TOP_N, "options.top_n", f"must be in [0, {MAX_TOP_N}]")

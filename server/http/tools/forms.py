@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from turret.server.basics.channels import CHANNEL
+
 
 @dataclass(frozen=True, slots=True)
 class Form:
@@ -18,7 +20,8 @@ class Form:
         is_list: Calls are entries of a JSON list.
         parameters: What the field with the arguments is called.
         syntax: Of one call: ``{"name": ..., "arguments": {...}}`` (json), a name and then the
-            arguments (named), or ``<function=NAME>`` with a ``<parameter=NAME>`` for each (xml).
+            arguments (named), ``<function=NAME>`` with a ``<parameter=NAME>`` for each (xml), or a
+            message to the tool (channels; see ``server/basics/channels.py``).
     """
 
     begin: str
@@ -27,7 +30,7 @@ class Form:
     is_bare: bool = False
     is_list: bool = False
     parameters: str = "arguments"
-    syntax: Literal["json", "named", "xml"] = "json"
+    syntax: Literal["json", "named", "xml", "channels"] = "json"
 
 
 FORMS = {
@@ -38,6 +41,8 @@ FORMS = {
     "mistral": Form("[TOOL_CALLS]", separators=",", is_bare=True, is_list=True),
     # From version 11 of Mistral's tokenizers on: a mark before each call, no list.
     "mistral11": Form("[TOOL_CALLS]", syntax="named"),
+    # gpt-oss. An answer ends with its call.
+    "harmony": Form(CHANNEL, syntax="channels"),
 }
 # Between a call's name and its id, and before its arguments, in ``mistral11``.
 CALL_ID, ARGUMENTS = "[CALL_ID]", "[ARGS]"

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from turret.server.basics.channels import CHANNEL, FUNCTIONS, MARKS, MESSAGE
 from turret.server.http.tools.forms import ARGUMENTS, CALL_ID, FORMS, Form
 from turret.server.http.tools.schemas import json_rule
 from turret.server.http.tools.xml_grammar import xml_call
@@ -113,6 +114,11 @@ class CallsGrammar:
             head = f'{{"name": {json.dumps(name)}, "{self._form.parameters}": '
             yield f'call{index}: {json.dumps(head)} arguments{index} "}}"'
             return
+        if self._form.syntax == "channels":
+            head = json.dumps(f"commentary to={FUNCTIONS}{name} ")
+            kind = f'{self._mark("<|constrain|>")} "json" {self._mark(MESSAGE)}'
+            yield f"call{index}: {self._mark(CHANNEL)} {head} {kind} arguments{index}"
+            return
         call_id = f"{self._mark(CALL_ID)} /[a-zA-Z0-9]{{9}}/ " if self._has_call_ids else ""
         yield f"call{index}: {json.dumps(name)} {call_id}{self._mark(ARGUMENTS)} arguments{index}"
 
@@ -129,6 +135,13 @@ def _all_calls(form: Form, mark: Callable[[str], str], is_parallel: bool) -> Ite
     elif form.is_list:
         more = ' (", " call)*' if is_parallel else ""
         yield f'calls: {mark(form.begin)} "[" call{more} "]"'
+    elif form.syntax == "channels":
+        # Where marks are no text, nothing that is thought can be taken for one.
+        if all(mark(text).startswith("<") for text in MARKS):
+            yield f'thought: {mark(CHANNEL)} "analysis" {mark(MESSAGE)} /(?s:.*)/ {mark("<|end|>")}'
+            yield f'calls: (thought {mark("<|start|>")} "assistant")? call'
+        else:
+            yield "calls: call"
     elif form.syntax == "named":
         yield f"wrapped: {mark(form.begin)} call"
         yield "calls: " + ("wrapped+" if is_parallel else "wrapped")

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turret.server.http.tools.calls import Calls
+from turret.server.http.tools.channels import Channels
 from turret.server.http.tools.pieces import CallBegun, Piece, Said, Thought
 from turret.server.http.tools.reasoning import Reasoning
 
@@ -24,6 +25,7 @@ class AnswerReader:
         is_parallel: Whether calls after the first are told.
         has_reasoning: Whether the answer may begin with a block of reasoning.
         is_open: Whether the prompt has begun that block.
+        has_channels: Whether the answer is messages in channels, with their marks.
 
     Attributes:
         num_calls: Calls of tools told so far.
@@ -37,21 +39,28 @@ class AnswerReader:
         is_parallel: bool = True,
         has_reasoning: bool = False,
         is_open: bool = False,
+        has_channels: bool = False,
     ) -> None:
+        self._channels = Channels(tools) if has_channels else None
         self._reasoning = Reasoning(is_open) if has_reasoning else None
-        self._calls = Calls(form, tools) if form is not None and tools else None
+        has_calls = form is not None and tools and not has_channels
+        self._calls = Calls(form, tools) if form is not None and has_calls else None
         self._id_chars = _ID_CHARS.get(form or "", 24)
         self._most = None if is_parallel else 1
         self.num_calls = 0
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that more text makes certain; every call has an id."""
+        if self._channels is not None:
+            return self._numbered(self._channels.feed(text))
         if self._reasoning is not None:
             return self._told(self._reasoning.feed(text))
         return self._told([Said(text)] if text else [])
 
     def finish(self) -> list[Piece]:
         """The last pieces, when the answer has ended."""
+        if self._channels is not None:
+            return self._numbered(self._channels.finish())
         pieces = [] if self._reasoning is None else self._told(self._reasoning.finish())
         if self._calls is not None:
             pieces += self._numbered(self._calls.finish())

@@ -21,14 +21,22 @@ PHI_3 = """\
 {% for message in messages %}{{ '<|' + message['role'] + '|>\n' + message['content'] + '<|end|>\n' \
 }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"""
 PHI_4_MINI = PHI_3.replace(r"|>\n'", "|>'")
-# Harmony in short: the date, who the model is, the system's words as the developer's, channels.
+# Harmony in short: the date, who the model is, the system's words as the developer's, channels,
+# calls as messages to functions and their results as messages from them.
 HARMONY = """\
 {{- '<|start|>system<|message|>' + (model_identity or 'You are a model.') + '\nCurrent date: ' + \
 strftime_now('%Y-%m-%d') + '<|end|>' -}}
 {%- if tools -%}{{- '<|start|>developer<|message|># Tools\n' + (tools | tojson) + '<|end|>' -}}
 {%- endif -%}
 {%- for message in messages -%}
-{%- if message['role'] == 'assistant' -%}
+{%- if message['role'] == 'assistant' and 'tool_calls' in message -%}
+{%- set call = message.tool_calls[0].function -%}
+{{- '<|start|>assistant to=functions.' + call.name + '<|channel|>commentary json<|message|>' + \
+call.arguments | tojson + '<|call|>' -}}
+{%- elif message['role'] == 'tool' -%}
+{{- '<|start|>functions.f to=assistant<|channel|>commentary<|message|>' + \
+message['content'] | tojson + '<|end|>' -}}
+{%- elif message['role'] == 'assistant' -%}
 {{- '<|start|>assistant<|channel|>final<|message|>' + message['content'] + '<|end|>' -}}
 {%- else -%}
 {%- set role = 'developer' if message['role'] == 'system' else message['role'] -%}
@@ -86,7 +94,7 @@ def gpt_oss(folder: Path) -> Path:
     """Its template is a file of its own, and asks for the date."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     special = ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|channel|>", "<|start|>"]
-    special += ["<|end|>", "<|message|>", "<|call|>"]
+    special += ["<|end|>", "<|message|>", "<|call|>", "<|constrain|>"]
     backend = Tokenizer(models.BPE(_numbered(alphabet), []))
     _by_bytes(backend, special)
     own = {"bos_token": "<|startoftext|>", "eos_token": "<|return|>"}

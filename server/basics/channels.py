@@ -1,0 +1,50 @@
+"""What a message of an answer in channels says before its text.
+
+OpenAI's harmony response format, of gpt-oss: a message is
+``<|start|>ROLE to=RECIPIENT<|channel|>CHANNEL<|constrain|>TYPE<|message|>TEXT`` and ends with
+``<|end|>`` or ``<|call|>``. The recipient may stand behind the channel; an answer begins behind the
+first role.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+CHANNEL, MESSAGE = "<|channel|>", "<|message|>"
+MARKS = ("<|start|>", CHANNEL, "<|constrain|>", MESSAGE, "<|end|>", "<|call|>")
+# Those of them that end a message.
+ENDS = ("<|end|>", "<|call|>", "<|start|>")
+FUNCTIONS = "functions."
+_THOUGHTS = "analysis"
+_NAME = re.compile(rf"{re.escape(CHANNEL)}\s*([A-Za-z0-9_-]+)")
+_RECIPIENT = re.compile(r"(?:^|[\s>])to=([^\s<]+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Of a message.
+
+    Attributes:
+        channel: Its name; empty if there is none.
+        recipient: Whom it is for, ``functions.NAME`` for a tool; empty for the user.
+    """
+
+    channel: str
+    recipient: str
+
+    @classmethod
+    def parse(cls, text: str) -> Header:
+        """Read one, with its marks and without ``<|message|>``."""
+        channel, recipient = _NAME.search(text), _RECIPIENT.search(text)
+        return cls(channel[1] if channel else "", recipient[1] if recipient else "")
+
+    @property
+    def is_thought(self) -> bool:
+        """Whether it is not for the user, and no call of a tool either."""
+        return self.channel == _THOUGHTS and not self.recipient.startswith(FUNCTIONS)
+
+    @property
+    def is_said(self) -> bool:
+        """Whether it is for the user: the answer, or what is said before a call."""
+        return not self.is_thought and not self.recipient
