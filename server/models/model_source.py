@@ -31,6 +31,7 @@ from turret.server.models.sources.model_directory import (
     WEIGHTS,
     check_model_directory,
     is_4bit,
+    scale_block,
     weight_files,
 )
 from turret.server.models.stored_tensors import StoredTensors
@@ -113,7 +114,7 @@ def _resolve(model: Path | None, cache_dir: Path, progress: Progress) -> ModelSo
     target = cache_dir / f"nf4-{_key([config_file, *shards])}"
     if not (target / _MANIFEST).exists():
         with _new_directory(target) as build:
-            tensors = _read_plain(model, shards)
+            tensors = _read_plain(model, shards, scale_block(config))
             each = ((name, tensors.get(name)) for name in tensors)
             _quantize(each, len(tensors), build, _name(model, config), progress)
     return _read_cached(target, model)
@@ -132,11 +133,13 @@ def _resolve_gguf(model: Path, cache_dir: Path, progress: Progress) -> ModelSour
     return _read_cached(target, target)
 
 
-def _read_plain(model: Path, shards: Sequence[Path]) -> StoredTensors:
+def _read_plain(
+    model: Path, shards: Sequence[Path], block: tuple[int, int] | None
+) -> StoredTensors:
     # Here, because it takes its time and a cached model does not need it.
     from transformers import AutoConfig
 
-    tensors = StoredTensors(shards, read_arch(AutoConfig.from_pretrained(model)).experts)
+    tensors = StoredTensors(shards, read_arch(AutoConfig.from_pretrained(model)).experts, block)
     if codes := tensors.codes():
         raise InvalidRequestError.of(
             "model", f"unexpected tensors of codes: {', '.join(codes[:8])}"

@@ -12,27 +12,45 @@ from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Experts
 from turret.server.models.text_part import text_name
 from turret.server.models.weights.expert_stacks import ExpertStacks
+from turret.server.models.weights.float8 import DTYPE, NOT_USED, SCALES, dequantize_float8
 
 _BYTES = "U8"
+_WEIGHT = ".weight"
 
 
 class StoredTensors:
-    """Reads tensors across files. Experts that lie in one tensor are tensors of their own.
+    """Reads tensors across files, as if each were stored by itself and as numbers.
+
+    Experts that lie in one tensor are tensors of their own, and a weight in 8-bit floats is the
+    numbers that it stands for.
 
     Args:
         files: The checkpoint's.
         experts: Of the architecture, or None.
+        block: Rows and columns of a weight in 8-bit floats that have a scale in common, or None.
     """
 
-    def __init__(self, files: Sequence[Path], experts: Experts | None) -> None:
+    def __init__(
+        self,
+        files: Sequence[Path],
+        experts: Experts | None,
+        block: tuple[int, int] | None = None,
+    ) -> None:
         self._files = [safe_open(path, framework="pt") for path in files]
         # Name → file, and what the file calls it.
         self._owner = {
             name: (file, stored)
             for file in self._files
             for stored in file.keys()  # noqa: SIM118 - safe_open is not a mapping
-            if (name := text_name(stored)) is not None
+            if (name := text_name(stored)) is not None and not name.endswith(NOT_USED)
         }
+        self._block = block
+        # Weight → its scales.
+        self._scales: dict[str, tuple[safe_open, str]] = {}
+        for name in [name for name in self._owner if self._is_float8(name)]:
+            scale = next((name + s for s in SCALES if name + s in self._owner), None)
+            if scale is not None:
+                self._scales[name] = self._owner.pop(scale)
         self._stacks = experts_in(self._owner, experts)
         self._num_experts = 0 if experts is None else experts.count
 
@@ -57,7 +75,8 @@ class StoredTensors:
             return self._stacks.read(name, self._expert)
         file, stored = self._place(name)
         # A copy: the result must not keep the file mapped.
-        return file.get_tensor(stored).clone()
+        tensor = file.get_tensor(stored).clone()
+        return self._scaled(name, tensor) if self._is_float8(name) else tensor
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a tensor that is stored by itself, read from its file's header.
@@ -75,6 +94,19 @@ class StoredTensors:
             for name, (file, stored) in self._owner.items()
             if name not in self._stacks.names and file.get_slice(stored).get_dtype() == _BYTES
         ]
+
+    def _is_float8(self, name: str) -> bool:
+        file, stored = self._owner[name]
+        return name.endswith(_WEIGHT) and file.get_slice(stored).get_dtype() == DTYPE
+
+    def _scaled(self, name: str, codes: torch.Tensor) -> torch.Tensor:
+        if name not in self._scales:
+            raise InvalidRequestError.of("model", f"{name} is in 8-bit floats and has no scale")
+        file, stored = self._scales[name]
+        try:
+            return dequantize_float8(codes, file.get_tensor(stored), self._block)
+        except ValueError as error:
+            raise InvalidRequestError.of("model", f"{name} {error}") from None
 
     def _expert(self, name: str, expert: int) -> torch.Tensor:
         file, stored = self._place(name)

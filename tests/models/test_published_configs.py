@@ -16,7 +16,7 @@ from builders.bases.published_models import MODELS, Published
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from turret.server.models import loader
-from turret.server.models.decoding.arch import ROUTER, Arch, Experts
+from turret.server.models.decoding.arch import ROUTER, Arch, Experts, QueryGrowth
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.families import text_config
 from turret.server.models.model_source import ModelSource, is_quantized
@@ -131,6 +131,10 @@ def test_every_tensor_of_its_checkpoint_has_a_place(
             {"attention_scale": 1 / 128, "logit_scale": 1 / 16},
         ),
         ("allenai/Olmo-3-7B-Instruct", {"windows": 8 * (4096, 4096, 4096, None)}),
+        (
+            "mistralai/Ministral-3-8B-Instruct-2512",
+            {"query_growth": QueryGrowth(0.1, 16384), "windows": 34 * (None,)},
+        ),
         ("zai-org/GLM-4-9B-0414", {"is_interleaved": True, "num_kv_heads": 2}),
         ("microsoft/Phi-3.5-mini-instruct", {"long_from": 4096, "max_model_len": 131072}),
         ("microsoft/phi-4", {"long_from": None, "head_dim": 128}),

@@ -17,6 +17,7 @@ from turret.server.models.sources.hub_model import Progress, fetch_hub_model, hu
 from turret.server.models.sources.model_directory import (
     check_model_directory,
     is_4bit,
+    scale_block,
     weight_files,
 )
 from turret.server.models.stored_tensors import StoredTensors
@@ -48,12 +49,13 @@ def read_plain_base(
     if model.suffix == SUFFIX:
         why = "a GGUF file is no base that adapters are trained on; name the checkpoint it is of"
         raise InvalidRequestError.of("base", why)
-    if is_4bit(check_model_directory(model)):
+    said = check_model_directory(model)
+    if is_4bit(said):
         why = f"{model} is 4-bit; name the 16-bit or 32-bit checkpoint that was trained on"
         raise InvalidRequestError.of("base", why)
     config = AutoConfig.from_pretrained(model)
     arch = read_arch(config)
-    tensors = StoredTensors(weight_files(model), arch.experts)
+    tensors = StoredTensors(weight_files(model), arch.experts, scale_block(said))
     return _base(name, config, tensors, partial(_weight, tensors, dtype, device))
 
 

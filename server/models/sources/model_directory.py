@@ -12,7 +12,7 @@ from turret.server.models import families
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Quantised checkpoints that are read like plain ones.
-_READ = ("mxfp4",)
+_READ = ("mxfp4", "fp8")
 
 
 def check_model_directory(model: Path) -> dict[str, Any]:
@@ -62,8 +62,8 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
     method = quantization.get("quant_method")
     if method not in _READ:
         raise _refuse(
-            f"{model} is quantised with {method!r}; turret serves plain checkpoints and MXFP4 ones,"
-            " which it quantises itself, and bitsandbytes 4-bit ones"
+            f"{model} is quantised with {method!r}; turret serves plain checkpoints, MXFP4 and FP8"
+            " ones, which it quantises itself, and bitsandbytes 4-bit ones"
         )
 
 
@@ -75,6 +75,21 @@ def is_4bit(config: dict[str, Any]) -> bool:
         and quantization.get("quant_method") == "bitsandbytes"
         and bool(quantization.get("load_in_4bit", quantization.get("_load_in_4bit")))
     )
+
+
+def scale_block(config: dict[str, Any]) -> tuple[int, int] | None:
+    """Rows and columns of an FP8 weight that have a scale in common; None if all of it has one.
+
+    Raises:
+        InvalidRequestError: ``weight_block_size`` is no two positive numbers.
+    """
+    sizes = (config.get("quantization_config") or {}).get("weight_block_size")
+    if sizes is None:
+        return None
+    are_two = isinstance(sizes, list) and len(sizes) == 2
+    if not are_two or not all(type(size) is int and size > 0 for size in sizes):
+        raise _refuse(f"weight_block_size is {sizes!r:.60}, must be two positive numbers")
+    return sizes[0], sizes[1]
 
 
 def weight_files(folder: Path) -> list[Path]:

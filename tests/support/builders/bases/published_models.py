@@ -156,6 +156,27 @@ MISTRAL_3_VISION = {
     "tie_word_embeddings": False,
 }
 
+# The instruction-tuned ones are released in FP8 as well. arXiv 2601.08584, table 1.
+MINISTRAL_3 = {
+    "model_type": "ministral3",
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "sliding_window": None,
+    "max_position_embeddings": 262144,
+    "rope_parameters": {
+        "type": "yarn",
+        "rope_type": "yarn",
+        "rope_theta": 1000000.0,
+        "factor": 16.0,
+        "original_max_position_embeddings": 16384,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "mscale": 1.0,
+        "mscale_all_dim": 1.0,
+        "llama_4_scaling_beta": 0.1,
+    },
+}
+
 
 def qwen_vision(hidden: int) -> dict[str, Any]:
     """What Qwen2.5-VL's published configs, which are flat, hold beside a Qwen2.5's."""
@@ -229,6 +250,30 @@ MODELS = (
         (5120, 32768, 40, 32, 8, 131072),
         24_011_361_280,
         MISTRAL_SMALL_3,
+        MISTRAL_3_VISION,
+    ),
+    Published(
+        "mistralai/Ministral-3-3B-Instruct-2512",
+        "mistral3",
+        (3072, 9216, 26, 32, 8, 131072),
+        None,
+        {**MINISTRAL_3, "tie_word_embeddings": True},
+        {**MISTRAL_3_VISION, "tie_word_embeddings": True},
+    ),
+    Published(
+        "mistralai/Ministral-3-8B-Instruct-2512",
+        "mistral3",
+        (4096, 14336, 34, 32, 8, 131072),
+        None,
+        MINISTRAL_3,
+        MISTRAL_3_VISION,
+    ),
+    Published(
+        "mistralai/Ministral-3-14B-Instruct-2512",
+        "mistral3",
+        (5120, 16384, 40, 32, 8, 131072),
+        None,
+        MINISTRAL_3,
         MISTRAL_3_VISION,
     ),
     Published(

@@ -1,0 +1,44 @@
+"""Weights in 8-bit floats (E4M3, arXiv 2209.05433) with a scale, or one for each of their blocks.
+
+So Ministral 3, Qwen3's ``-FP8`` releases and llm-compressor's older checkpoints are stored.
+"""
+
+from __future__ import annotations
+
+import torch
+
+DTYPE = "F8_E4M3"
+# What a weight is multiplied by, beside its name; DeepSeek's files say the inverse and mean this.
+SCALES = ("_scale_inv", "_scale")
+# Of activations and of keys and values: how others compute in 8 bits, which is not done here.
+NOT_USED = (".activation_scale", ".input_scale", ".k_scale", ".v_scale", ".kv_scale")
+
+
+def dequantize_float8(
+    codes: torch.Tensor, scale: torch.Tensor, block: tuple[int, int] | None
+) -> torch.Tensor:
+    """The numbers that a weight stands for.
+
+    Args:
+        codes: ``[out, in]`` float8_e4m3fn.
+        scale: A number, or ``[⌈out / rows⌉, ⌈in / columns⌉]``, in any float.
+        block: Rows and columns that have a scale in common; needed for more scales than one.
+
+    Returns:
+        ``[out, in]`` fp32.
+
+    Raises:
+        ValueError: There are not as many scales as blocks.
+    """
+    values, scale = codes.float(), scale.float()
+    if scale.numel() == 1:
+        return values * scale.reshape(())
+    out, inner = values.shape
+    # A row of scales for a row of the weight where nothing else is said.
+    rows, columns = block or (1, inner)
+    scale = scale.reshape(-1, 1) if scale.dim() == 1 else scale
+    expected = -(-out // rows), -(-inner // columns)
+    if tuple(scale.shape) != expected:
+        raise ValueError(f"has scales {list(scale.shape)}, its blocks are {list(expected)}")
+    spread = scale.repeat_interleave(rows, 0)[:out].repeat_interleave(columns, 1)[:, :inner]
+    return values * spread

@@ -1,0 +1,149 @@
+"""Checkpoints in 8-bit floats: the numbers that their weights stand for, in NF4."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.bases.tiny_models import save_tiny_model
+from safetensors.torch import load_file, save_file
+from transformers import FineGrainedFP8Config
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+from turret.server.errors import InvalidRequestError
+from turret.server.models.model_source import ModelSource, default_cache_dir, resolve_model
+from turret.server.models.sources.model_directory import scale_block
+from turret.server.models.weights.float8 import dequantize_float8
+
+WEIGHTS = "model.safetensors"
+# Of E4M3.
+LARGEST = 448.0
+
+
+class Quantizer:
+    """What transformers' dequantisation asks of one."""
+
+    def __init__(self, block: tuple[int, int] | None) -> None:
+        self.quantization_config = FineGrainedFP8Config(weight_block_size=block)
+
+
+def packed(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[Any, torch.Tensor]:
+    """A weight's codes, and its scale or its blocks' scales."""
+    weight = weight.float()
+    if block is None:
+        scale = weight.abs().max() / LARGEST
+        return (weight / scale).to(torch.float8_e4m3fn), scale
+    rows, columns = block
+    scales = torch.stack(
+        [
+            torch.stack([part.abs().max() / LARGEST for part in row.split(columns, 1)])
+            for row in weight.split(rows, 0)
+        ]
+    )
+    spread = scales.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    spread = spread[: weight.shape[0], : weight.shape[1]]
+    return (weight / spread).to(torch.float8_e4m3fn), scales
+
+
+def pack(
+    folder: Path, block: tuple[int, int] | None, names: tuple[str, str], quantization: Any
+) -> dict[str, torch.Tensor]:
+    """Pack a checkpoint's linears; returns what the packed ones stand for."""
+    scale_name, activation_name = names
+    found, meant = {}, {}
+    for name, tensor in load_file(folder / WEIGHTS).items():
+        meant[name] = found[name] = tensor
+        if name.endswith("_proj.weight"):
+            found[name], scale = packed(tensor, block)
+            found[name + scale_name] = scale
+            module = name.removesuffix(".weight")
+            found[module + activation_name] = torch.tensor(0.5)
+            meant[name] = dequantize_float8(found[name], scale, block).to(torch.bfloat16)
+            if module.endswith(("k_proj", "v_proj")):
+                found[f"{module}.{module[-6]}_scale"] = torch.tensor(1.5)
+    save_file({name: t.contiguous() for name, t in found.items()}, folder / WEIGHTS)
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = quantization
+    (folder / "config.json").write_text(json.dumps(config))
+    return meant
+
+
+@pytest.mark.parametrize("block", [None, (16, 16), (24, 40)])
+def test_the_numbers_are_those_of_transformers(block: tuple[int, int] | None) -> None:
+    codes, scale = packed(torch.randn(96, 80), block)
+    theirs: Any = Fp8Dequantize(Quantizer(block))
+    grid = scale.reshape(1, 1) if block is None else scale
+    expected = theirs._dequantize_one(codes, grid, torch.float32)
+    torch.testing.assert_close(dequantize_float8(codes, scale, block), expected, rtol=0, atol=0)
+
+
+def test_blocks_at_the_edges_are_smaller() -> None:
+    weight = torch.randn(90, 70)
+    codes, scales = packed(weight, (32, 32))
+    found = dequantize_float8(codes, scales, (32, 32))
+    assert scales.shape == (3, 3)
+    torch.testing.assert_close(found[64:, 64:], codes[64:, 64:].float() * scales[2, 2])
+    assert (found - weight).abs().max() < 0.05 * weight.abs().max()
+    rows = torch.rand(90)
+    for shape in ((90,), (90, 1)):
+        found = dequantize_float8(codes, rows.reshape(shape), None)
+        torch.testing.assert_close(found, codes.float() * rows[:, None])
+    with pytest.raises(ValueError, match=r"has scales \[3, 3\], its blocks are \[3, 2\]"):
+        dequantize_float8(codes, scales, (32, 64))
+
+
+STATIC = {"quant_method": "fp8", "activation_scheme": "static", "weight_block_size": None}
+BLOCKS = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [32, 48]}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "names", "quantization"),
+    [
+        # Ministral 3 as it is released, with a vision tower that is left out.
+        ("mistral3", ("_scale_inv", ".activation_scale"), STATIC),
+        ("qwen3_moe", ("_scale_inv", ".activation_scale"), BLOCKS),
+        ("llama", ("_scale", ".input_scale"), {"quant_method": "fp8"}),
+    ],
+)
+def test_it_is_the_model_of_its_numbers(
+    architecture: str,
+    names: tuple[str, str],
+    quantization: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plain = save_tiny_model(architecture, tmp_path / "plain")
+    folder = save_tiny_model(architecture, tmp_path / "packed")
+    block = scale_block({"quantization_config": quantization})
+    meant = pack(folder, block, names, quantization)
+    assert any("_scale" in name for name in load_file(folder / WEIGHTS))
+    save_file({name: t.contiguous() for name, t in meant.items()}, plain / WEIGHTS)
+    assert resolve(folder).digest == resolve(plain).digest
+
+
+def resolve(folder: Path) -> ModelSource:
+    return resolve_model(folder, default_cache_dir())
+
+
+def test_what_is_not_whole_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = save_tiny_model("llama", tmp_path / "model")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    pack(folder, None, ("_scale_inv", ".activation_scale"), BLOCKS)
+    tensors = load_file(folder / WEIGHTS)
+
+    def refused(match: str, **changes: torch.Tensor) -> None:
+        save_file({**tensors, **changes}, folder / WEIGHTS)
+        with pytest.raises(InvalidRequestError, match=match):
+            resolve(folder)
+
+    refused(r"q_proj.weight has scales \[2, 2\]", **{f"{name}_scale_inv": torch.ones(2, 2)})
+    del tensors[f"{name}_scale_inv"]
+    refused("q_proj.weight is in 8-bit floats and has no scale")
+    for sizes in (128, [128], [0, 1], ["a", 2]):
+        with pytest.raises(InvalidRequestError, match="weight_block_size"):
+            scale_block({"quantization_config": {"weight_block_size": sizes}})
