@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from turret.server import log
+from turret.server.basics.hub_id import HubId
 from turret.server.errors import HubUnavailableError
 from turret.server.hub.faults import refusal
 from turret.server.hub.repository import ASK_SECONDS, Repository, cache_dir
 
-# Called with how many bytes came since the last call; what it raises ends the download.
+_log = logging.getLogger(__name__)
+
+# Called with how many bytes came since the last call; less than none where a file is fetched anew.
+# What it raises ends the download.
 OnBytes = Callable[[int], None]
 
 
@@ -33,31 +39,55 @@ def download(repository: Repository, names: Iterable[str], on_bytes: OnBytes) ->
         HubError: The repository, or a file of it, is no longer there for this machine.
         HubUnavailableError: The hub does not answer, or not with what it announced.
     """
+    hub_id = repository.id
+    for name in names:
+        counted = 0
+
+        def count(more: int) -> None:
+            nonlocal counted
+            counted += more
+            on_bytes(more)
+
+        try:
+            _fetch(hub_id, name, count)
+        except (RuntimeError, ValueError) as error:
+            from huggingface_hub import constants
+
+            # What becomes of Xet's storage, of whatever kind: it is another server, which mirrors
+            # and firewalls may not know. The hub has the same files.
+            _log.warning(
+                "files come over plain HTTP from now on: the hub's Xet storage cannot be read",
+                extra=log.fields(repository=hub_id, file=name, reason=error),
+            )
+            constants.HF_HUB_DISABLE_XET = True
+            on_bytes(-counted)
+            _fetch(hub_id, name, on_bytes)
+    return cache_dir() / hub_id.snapshot
+
+
+def _fetch(hub_id: HubId, name: str, on_bytes: OnBytes) -> None:
     import httpx2
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    hub_id, bar = repository.id, _bar(on_bytes)
-    for name in names:
-        try:
-            hf_hub_download(
-                hub_id.repository,
-                name,
-                revision=repository.commit,
-                etag_timeout=ASK_SECONDS,
-                tqdm_class=bar,
-            )
-        except LocalEntryNotFoundError as error:
-            cause = error.__cause__
-            raise refusal(hub_id, cause if isinstance(cause, Exception) else error) from None
-        except (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled) as error:
-            raise refusal(hub_id, error) from None
-        except OSError as error:
-            if error.errno is not None:
-                raise
-            # Other bytes than were announced.
-            raise HubUnavailableError(f"{name} of {hub_id} did not arrive whole: {error}") from None
-    return cache_dir() / hub_id.snapshot
+    try:
+        hf_hub_download(
+            hub_id.repository,
+            name,
+            revision=hub_id.revision,
+            etag_timeout=ASK_SECONDS,
+            tqdm_class=_bar(on_bytes),
+        )
+    except LocalEntryNotFoundError as error:
+        cause = error.__cause__
+        raise refusal(hub_id, cause if isinstance(cause, Exception) else error) from None
+    except (HfHubHTTPError, httpx2.HTTPError, OfflineModeIsEnabled) as error:
+        raise refusal(hub_id, error) from None
+    except OSError as error:
+        if error.errno is not None:
+            raise
+        # Other bytes than were announced.
+        raise HubUnavailableError(f"{name} of {hub_id} did not arrive whole: {error}") from None
 
 
 def _bar(on_bytes: OnBytes) -> Any:

@@ -191,6 +191,12 @@ def test_size_is_checked_before_a_byte_comes(registry: _Make, hub: FakeHub, repo
     assert hub.downloads() == []
 
 
+def test_what_xet_does_not_have_counts_once(registry: _Make, hub: FakeHub, repo: Repo) -> None:
+    hub.has_xet = True
+    assert registry("acme", max_bytes=1 << 20).load("a", PATH).name == "a"
+    assert any("/xet-storage/" in line for line in hub.requests)
+
+
 def test_a_hub_that_sends_more_than_it_says(registry: _Make, hub: FakeHub, repo: Repo) -> None:
     repo.lied_sizes["adapter_model.safetensors"] = 10
     one = registry("acme", max_bytes=5000)

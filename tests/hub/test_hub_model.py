@@ -109,6 +109,23 @@ def test_a_broken_connection_is_taken_up(
     assert source.digest == resolve_model(tiny_llama, tmp_path / "other").digest
 
 
+def test_what_xet_does_not_have_comes_from_the_hub(
+    hub: FakeHub, repo: Repo, tmp_path: Path, tiny_llama: Path
+) -> None:
+    """The hub keeps large files in a storage of its own, which a mirror need not have."""
+    hub.has_xet = True
+    reports: list[tuple[str, int, int]] = []
+    source = resolve_model(Path(NAME), tmp_path / "cache", lambda *said: reports.append(said))
+    assert any("/xet-storage/" in line for line in hub.requests)
+    assert source.digest == resolve_model(tiny_llama, tmp_path / "other").digest
+    assert hub.downloads().count("model.safetensors") == 1
+    # Which is asked once, not for every file.
+    hub.requests.clear()
+    hub.repo("acme/more", tiny_llama)
+    resolved(tmp_path, "acme/more")
+    assert not any("/xet-storage/" in line for line in hub.requests)
+
+
 def test_a_file_that_never_arrives_is_refused(
     hub: FakeHub, repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

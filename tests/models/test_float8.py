@@ -27,7 +27,8 @@ class Quantizer:
     """What transformers' dequantisation asks of one."""
 
     def __init__(self, block: tuple[int, int] | None) -> None:
-        self.quantization_config = FineGrainedFP8Config(weight_block_size=block)
+        self.quantization_config = FineGrainedFP8Config()
+        self.quantization_config.weight_block_size = block  # type: ignore[assignment]
 
 
 def packed(weight: torch.Tensor, block: tuple[int, int] | None) -> tuple[Any, torch.Tensor]:

@@ -23,6 +23,7 @@ from huggingface_hub import constants
 
 TOKEN = "hf_of_a_test"
 _INFO = re.compile(r"/api/models/([^/]+/[^/]+)(?:/revision/(.+))?")
+_XET_TOKEN, _XET_STORAGE = "/xet-read-token", "/xet-storage"
 _RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
@@ -64,6 +65,7 @@ class FakeHub:
         cuts: How often an answer's connection breaks in the middle of a file's bytes.
         status: What every request is answered with, if not None.
         seconds_per_chunk: How long each chunk of a file takes.
+        has_xet: Whether weights are in Xet's storage too, which answers that it has nothing.
     """
 
     def __init__(self) -> None:
@@ -72,6 +74,7 @@ class FakeHub:
         self.cuts = 0
         self.status: int | None = None
         self.seconds_per_chunk = 0.0
+        self.has_xet = False
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
@@ -111,6 +114,7 @@ def fake_hub(cache: Path, patch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     )
     patch.setattr(constants, "HF_HUB_CACHE", str(cache))
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
+    patch.setattr(constants, "HF_HUB_DISABLE_XET", False)
     patch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 2)
     patch.delenv("HF_TOKEN", raising=False)
     patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no-token"))
@@ -144,6 +148,11 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {path} {asked}".rstrip())
         if self.hub.status is not None:
             self._refuse(self.hub.status)
+        elif path.endswith(_XET_TOKEN):
+            storage = f"{self.hub.endpoint}{_XET_STORAGE}"
+            until = str(int(time.time()) + 3600)
+            access = {"X-Xet-Access-Token": "t", "X-Xet-Token-Expiration": until}
+            self._head(200, {**access, "X-Xet-Cas-Url": storage}, 0)
         elif match := _INFO.fullmatch(path):
             found = self._find(match[1], match[2])
             if found is not None:
@@ -190,6 +199,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(404, "EntryNotFound")
             return
         headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": commit}
+        if self.hub.has_xet and name.endswith(".safetensors"):
+            headers |= {"X-Xet-Hash": "a" * 64, "X-Linked-Size": str(len(data))}
+            headers["X-Linked-ETag"] = headers["ETag"]
+            token = f"{self.hub.endpoint}/api/models{_XET_TOKEN}"
+            headers["Link"] = f'<{token}>; rel="xet-auth"'
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range") or "")
         start = int(asked[1]) if asked else 0
         if asked:
