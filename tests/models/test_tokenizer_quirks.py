@@ -20,6 +20,7 @@ from servers.rpc_harness import harness
 from transformers import AutoTokenizer
 
 from turret.server.api.vocabularies import Vocabulary
+from turret.server.errors import InvalidRequestError
 from turret.server.models.loader import eos_token_ids
 from turret.server.models.tokenizer import Tokenizer
 from turret.v1 import inference_pb2
@@ -103,6 +104,21 @@ async def test_gemma_begins_with_one_bos(tmp_path: Path) -> None:
     # One that was asked for twice is not ours to take away.
     assert tokenizer.encode("<bos><bos>hi")[:3].count(bos) == 2
     assert tokenizer.encode_chat(TURNS).count(bos) == 1
+
+
+async def test_a_template_that_takes_no_system_turn_says_so(tmp_path: Path) -> None:
+    tokenizer, _ = load("gemma", tmp_path)
+    turns = [{"role": "system", "content": "Be kind."}, *TURNS]
+    with pytest.raises(InvalidRequestError, match="chat template: no system role") as refused:
+        tokenizer.encode_chat(turns)
+    assert refused.value.violations[0][0] == "chat.messages"
+    async with http_harness(serving=False) as http:
+        fakes = fake_backend(http.engine, http.registry, FakeMerger(), FakeFuser())
+        vocabularies = FakeVocabularies(Vocabulary(tokenizer))
+        http.gate.open(replace(fakes, tokenizer=tokenizer, vocabularies=vocabularies))
+        told = await http.refused("/v1/chat/completions", {"model": "m", "messages": turns})
+        assert (told.status, told.param) == (400, "messages")
+        assert "no system role" in told.message
 
 
 async def test_a_tokenizer_that_adds_no_bos_takes_none_away(tmp_path: Path) -> None:

@@ -1,0 +1,136 @@
+"""A GGUF file as people have them: K-quants by kind of tensor, and a SentencePiece vocabulary."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType as Kind
+from transformers import AutoModelForCausalLM, GgufConfig
+
+from turret.server.models.loader import eos_token_ids, load_decoder
+from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.sources.gguf_file import open_gguf
+from turret.server.models.tokenizer import Tokenizer
+
+HIDDEN, INNER, HEADS, KV_HEADS = 256, 512, 4, 2
+# What Llama 2's and Mistral 7B's vocabularies begin with, some letters, and words by their rank.
+SPECIAL = ["<unk>", "<s>", "</s>"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+LETTERS = ["▁", *"dehlorw!"]
+WORDS = ["he", "ll", "hell", "hello", "▁hello", "wo", "rl", "worl", "world", "▁world"]
+TOKENS = [*SPECIAL, *BYTES, *LETTERS, *WORDS]
+NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6
+# As llama.cpp mixes them, and one of each kind that its files have beside the plain ones.
+KINDS = {
+    "token_embd": ((len(TOKENS), HIDDEN), Kind.Q4_K),
+    "output": ((len(TOKENS), HIDDEN), Kind.Q6_K),
+    "output_norm": ((HIDDEN,), Kind.F32),
+    "blk.0.attn_q": ((HIDDEN, HIDDEN), Kind.Q4_K),
+    "blk.0.attn_k": ((HIDDEN // 2, HIDDEN), Kind.Q5_K),
+    "blk.0.attn_v": ((HIDDEN // 2, HIDDEN), Kind.Q6_K),
+    "blk.0.attn_output": ((HIDDEN, HIDDEN), Kind.Q3_K),
+    "blk.0.attn_norm": ((HIDDEN,), Kind.F32),
+    "blk.0.ffn_gate": ((INNER, HIDDEN), Kind.Q2_K),
+    "blk.0.ffn_up": ((INNER, HIDDEN), Kind.IQ4_XS),
+    "blk.0.ffn_down": ((HIDDEN, INNER), Kind.BF16),
+    "blk.0.ffn_norm": ((HIDDEN,), Kind.F32),
+}
+# Bytes of a block that are halves of a float, by kind: random ones may be no number.
+SCALES = {
+    Kind.Q2_K: (80, 82),
+    Kind.Q3_K: (108,),
+    Kind.Q4_K: (0, 2),
+    Kind.Q5_K: (0, 2),
+    Kind.Q6_K: (208,),
+    Kind.IQ4_XS: (0,),
+}
+
+
+def packed(shape: tuple[int, ...], kind: Kind, rng: np.random.Generator) -> np.ndarray:
+    """Bytes of a kind, at random."""
+    if kind not in SCALES:
+        values = rng.standard_normal(shape).astype(np.float32)
+        return values if kind == Kind.F32 else gguf.quantize(values, kind)
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    rows, columns = shape
+    found = rng.integers(0, 256, (rows, columns // block, size), dtype=np.uint8)
+    for place in SCALES[kind]:
+        found[:, :, place : place + 2] = np.array([0.001], np.float16).view(np.uint8)
+    return found.reshape(rows, -1)
+
+
+@pytest.fixture
+def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    writer = gguf.GGUFWriter(tmp_path / "tiny.Q4_K_M.gguf", "llama")
+    writer.add_name("Tiny")
+    writer.add_file_type(15)
+    writer.add_quantization_version(2)
+    writer.add_context_length(2048)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(INNER)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(KV_HEADS)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(HIDDEN // HEADS)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(TOKENS)
+    ranks = [-float(rank) for rank in range(len(LETTERS) + len(WORDS))]
+    writer.add_token_scores([0.0] * (len(SPECIAL) + len(BYTES)) + ranks)
+    kinds = [UNKNOWN, CONTROL, CONTROL] + [BYTE] * len(BYTES) + [NORMAL] * len(ranks)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_add_bos_token(True)
+    writer.add_add_eos_token(False)
+    rng = np.random.default_rng(0)
+    for name, (shape, kind) in KINDS.items():
+        raw = None if kind == Kind.F32 else kind
+        writer.add_tensor(f"{name}.weight", packed(shape, kind, rng), raw_dtype=raw)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return tmp_path / "tiny.Q4_K_M.gguf"
+
+
+def test_every_kind_of_weight_is_what_transformers_reads(file: Path) -> None:
+    theirs = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    ).state_dict()
+    ours = dict(open_gguf(file).tensors())
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.isfinite(tensor).all(), name
+        assert tensor.std() > 0, name
+        torch.testing.assert_close(tensor, theirs[name].float(), rtol=0, atol=1e-6)
+
+
+def test_its_vocabulary_is_sentencepieces(file: Path) -> None:
+    source = resolve_model(file, default_cache_dir())
+    decoder = load_decoder(source, dtype=torch.bfloat16, device=torch.device("cpu"))
+    assert (decoder.arch.num_kv_heads, decoder.arch.tie_word_embeddings) == (KV_HEADS, False)
+    ends = eos_token_ids(source.files)
+    tokenizer = Tokenizer.load(source.files, ends, len(TOKENS))
+    assert ends == {2}
+    for text, words in (
+        ("hello world", ["<s>", "▁hello", "▁world"]),
+        ("hello  world", ["<s>", "▁hello", "▁", "▁world"]),
+        # A letter that is in no word is its bytes.
+        ("é!", ["<s>", "▁", "<0xC3>", "<0xA9>", "!"]),
+    ):
+        ids = tokenizer.encode(text)
+        assert [TOKENS[token] for token in ids] == words
+        assert tokenizer.decode(ids) == text
