@@ -19,7 +19,6 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.families import read_arch, text_config
 from turret.server.models.model_source import ModelSource, default_cache_dir, resolve_model
@@ -28,6 +27,7 @@ from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.progress import progress_bar
 from turret.training.errors import ConfigError
+from turret.training.mixture import load_mixture, put_experts
 
 Weights = Literal["nf4", "nf4-dense", "full"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -61,8 +61,7 @@ def find_base(directory: Path | None) -> TrainingBase:
     """Find (and quantise, the first time) the base model.
 
     Raises:
-        InvalidRequestError: Not a model directory, or an architecture that is not served, or has
-            experts.
+        InvalidRequestError: Not a model directory, or an architecture that is not served.
     """
     with progress_bar() as report:
         source = resolve_model(directory, default_cache_dir(), report)
@@ -70,13 +69,6 @@ def find_base(directory: Path | None) -> TrainingBase:
     if text_config(config) is not config:
         config = _text_part(config, source)
     arch = read_arch(config)
-    if arch.experts is not None:
-        raise InvalidRequestError.of(
-            "model",
-            f"adapters of {arch.model_type} are served but not trained here: transformers holds its"
-            " experts as parameters that are not quantised; train them with PEFT on the 16-bit"
-            " model",
-        )
     tokenizer = AutoTokenizer.from_pretrained(source.files)
     return TrainingBase(source, directory, config, arch, tokenizer)
 
@@ -111,7 +103,7 @@ def load_model(base: TrainingBase, weights: Weights, dtype: torch.dtype, device:
         A ``PreTrainedModel`` without gradients.
 
     Raises:
-        ConfigError: ``full`` of a checkpoint that holds 4-bit weights only.
+        ConfigError: ``full`` of a checkpoint that holds quantised weights only, or of a mixture.
     """
     logging.disable_progress_bar()
     if weights == "full":
@@ -128,6 +120,8 @@ def empty_model(base: TrainingBase, weights: Weights, dtype: torch.dtype) -> Any
     """The model of :func:`load_model` on the meta device: the weights' shapes, without memory."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(base.config, dtype=dtype)
+        if base.arch.experts is not None:
+            put_experts(model, base.arch, lambda number: _empty_linear)
     if weights == "nf4":
         layers = model.model.layers
         for name, module in list(layers.named_modules()):
@@ -136,6 +130,10 @@ def empty_model(base: TrainingBase, weights: Weights, dtype: torch.dtype) -> Any
         model.is_loaded_in_4bit = True
     model.config._name_or_path = base.source.name
     return model.requires_grad_(False)
+
+
+def _empty_linear(path: str, out: int, inner: int) -> torch.nn.Module:
+    return torch.nn.Linear(inner, out, bias=False)
 
 
 class _EmptyLinear4bit(Linear4bit):
@@ -161,13 +159,19 @@ def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     ).to_dict()
-    model = AutoModelForCausalLM.from_pretrained(
-        base.source.weights,
-        config=config,
-        dtype=dtype,
-        # Given, because the directory of the weights may hold nothing but them.
-        generation_config=GenerationConfig.from_model_config(config),
-    )
+    if base.arch.experts is not None:
+        model = load_mixture(base.source.weights, base.arch, base.config, dtype)
+        model.config.quantization_config = config.quantization_config
+        # PEFT asks for it.
+        model.is_loaded_in_4bit = model.is_quantized = True
+    else:
+        model = AutoModelForCausalLM.from_pretrained(
+            base.source.weights,
+            config=config,
+            dtype=dtype,
+            # Given, because the directory of the weights may hold nothing but them.
+            generation_config=GenerationConfig.from_model_config(config),
+        )
     for parameter in model.parameters():
         if parameter.is_floating_point():
             # Beside quantised weights transformers keeps the checkpoint's dtype.
@@ -201,6 +205,12 @@ def _make_dense(model: Any, dtype: torch.dtype) -> None:
 
 
 def _load_full(base: TrainingBase, dtype: torch.dtype) -> Any:
+    if base.arch.experts is not None:
+        raise ConfigError.of(
+            "base.weights",
+            "a mixture of experts is trained on nf4 or nf4-dense: its experts are"
+            " modules there, which transformers does not have",
+        )
     if base.directory is None:
         config, _, tensors, _ = read_gguf(find_gguf())
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -214,5 +224,5 @@ def _load_full(base: TrainingBase, dtype: torch.dtype) -> Any:
     if config["model_type"] != base.config.model_type:
         raise ConfigError.of("base.weights", "the text part of a model is trained on nf4 alone")
     if config.get("quantization_config") is not None:
-        raise ConfigError.of("base.weights", f"{directory} holds 4-bit weights only")
+        raise ConfigError.of("base.weights", f"{directory} holds quantised weights only")
     return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)

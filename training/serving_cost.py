@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
+from turret.server.adapters.base import BaseExperts, BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
-from turret.server.adapters.methods import method_for
+from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.source import TENSORS_FILE
+from turret.server.models.decoding.arch import LAYER_PREFIX, Arch
 from turret.training.base_model import DTYPES, TrainingBase, empty_model
 from turret.training.settings.resolve import Resolved
 from turret.training.trainer import attach_to
@@ -62,7 +63,7 @@ def serving_cost(resolved: Resolved) -> ServingCost:
         resolved.method.save(model, Path(folder), dtype)
         root = AdapterRoot(Path(folder))
         checkpoint = read_checkpoint(root, ".", max_elements=_ANY_RANK)
-        lowered = method_for(checkpoint).lower(checkpoint, _served_base(base), _ANY_RANK)
+        _, lowered = lower_checkpoint(checkpoint, _served_base(base), _ANY_RANK)
         file_bytes = (Path(folder) / TENSORS_FILE).stat().st_size
     return _cost(lowered, base, file_bytes)
 
@@ -71,15 +72,27 @@ def _cost(lowered: Lowered, base: TrainingBase, file_bytes: int) -> ServingCost:
     arch = base.arch
     positions = lowered.num_soft_tokens + lowered.num_prefix_positions
     added = sum(multiply_adds(module) for module in lowered.operators.modules.values())
+    per_token = 0 if arch.experts is None else arch.experts.per_token
+    for update in (lowered.operators.experts or {}).values():
+        added += per_token * sum(tensor[0].numel() for tensor in update.tensors())
     # Each token's attention to the positions before the text: scores, and their sum of values.
     added += positions * 2 * arch.num_heads * arch.head_dim * arch.num_layers
-    of_layer = sum(out * inner for slices in arch.linears().values() for _, out, inner in slices)
+    of_base = sum(
+        out * inner
+        for number in range(arch.num_layers)
+        for name, slices in arch.linears().items()
+        if arch.has(number, name)
+        for _, out, inner in slices
+    )
+    if arch.experts is not None:
+        of_token = per_token * sum(out * inner for _, out, inner in arch.expert_linears().values())
+        of_base += len(arch.experts.layers) * of_token
     per_position = arch.num_layers * 2 * arch.num_kv_heads * arch.head_dim
     return ServingCost(
         file_bytes=file_bytes,
         host_bytes=lowered.num_bytes,
         multiply_adds=added,
-        relative_multiply_adds=added / (of_layer * arch.num_layers),
+        relative_multiply_adds=added / of_base,
         num_soft_tokens=lowered.num_soft_tokens,
         num_prefix_positions=lowered.num_prefix_positions,
         cache_bytes=positions * per_position * _CACHE_DTYPE_BYTES,
@@ -133,7 +146,9 @@ def _served_base(base: TrainingBase) -> BaseModel:
     arch = base.arch
     modules = {}
     for number in range(arch.num_layers):
-        for slices in arch.linears().values():
+        for projection, slices in arch.linears().items():
+            if not arch.has(number, projection):
+                continue
             for path, out, inner in slices:
                 name = f"model.layers.{number}.{path}"
                 modules[name] = BaseModule(
@@ -151,9 +166,30 @@ def _served_base(base: TrainingBase) -> BaseModel:
         dtype=torch.bfloat16,
         modules=modules,
         other_modules=frozenset(),
+        experts=_served_experts(arch),
         vocabulary=BaseVocabulary(tokens, tokens, arch.tie_word_embeddings),
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_kv_heads=arch.num_kv_heads,
         head_dim=arch.head_dim,
     )
+
+
+def _served_experts(arch: Arch) -> dict[str, BaseExperts]:
+    if arch.experts is None:
+        return {}
+    found = {}
+    for number in sorted(arch.experts.layers):
+        folder = f"{LAYER_PREFIX}.{number}.{arch.experts.checkpoint_path}.experts"
+        for index, (projection, (path, out, inner)) in enumerate(arch.expert_linears().items()):
+            name = f"{LAYER_PREFIX}.{number}.{path}"
+            found[name] = BaseExperts(
+                name=name,
+                modules=tuple(f"{folder}.{m}" for m in arch.experts.modules[projection]),
+                count=arch.experts.count,
+                in_features=inner,
+                out_features=out,
+                is_first=index == 0,
+                dequantize=lambda expert, out=out, inner=inner: torch.ones(out, inner),
+            )
+    return found

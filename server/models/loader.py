@@ -23,7 +23,7 @@ from turret.server.models.weights.nf4_experts import Nf4Experts
 from turret.server.models.weights.router import RouterLinear
 
 
-class _Tensors:
+class CheckpointTensors:
     """Reads tensors and quantised weights; knows which were read."""
 
     def __init__(self, folder: Path, experts: Experts | None) -> None:
@@ -101,7 +101,7 @@ def load_decoder(
 
     config = AutoConfig.from_pretrained(source.files)
     arch = read_arch(config)
-    tensors = _Tensors(source.weights, arch.experts)
+    tensors = CheckpointTensors(source.weights, arch.experts)
 
     def dense(name: str) -> torch.Tensor:
         return tensors.get(name).to(dtype=dtype, device=device)
@@ -137,7 +137,7 @@ def _decoder_type(gpu: bool) -> type[Decoder]:
 
 
 def _load_layer(
-    tensors: _Tensors,
+    tensors: CheckpointTensors,
     arch: Arch,
     number: int,
     dtype: torch.dtype,
@@ -187,7 +187,7 @@ def _load_layer(
 
 
 def _load_experts(
-    tensors: _Tensors,
+    tensors: CheckpointTensors,
     arch: Arch,
     number: int,
     dtype: torch.dtype,
@@ -219,7 +219,7 @@ def _load_experts(
 
 
 def _load_router(
-    tensors: _Tensors, arch: Arch, number: int, dtype: torch.dtype, device: torch.device
+    tensors: CheckpointTensors, arch: Arch, number: int, dtype: torch.dtype, device: torch.device
 ) -> AdaptedLinear:
     experts, hidden = arch.experts, arch.hidden_size
     assert experts is not None
@@ -234,7 +234,7 @@ def _load_router(
     return AdaptedLinear(number, ROUTER, RouterLinear(weight), bias)
 
 
-def _norm(tensors: _Tensors, arch: Arch, name: str, device: torch.device) -> torch.Tensor:
+def _norm(tensors: CheckpointTensors, arch: Arch, name: str, device: torch.device) -> torch.Tensor:
     """A norm's weight: fp32, because ``1 + w`` does not fit into 16 bits."""
     return tensors.get(f"{name}.weight").float().add_(arch.norm_offset).to(device)
 

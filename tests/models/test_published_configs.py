@@ -81,7 +81,7 @@ def load_on_meta(folder: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Decoder
     state = as_in_a_checkpoint(state, config.model_type)
     if config.tie_word_embeddings:
         del state["lm_head.weight"]
-    monkeypatch.setattr(loader, "_Tensors", lambda folder, experts: MetaTensors(state, experts))
+    monkeypatch.setattr(loader, "CheckpointTensors", lambda _, experts: MetaTensors(state, experts))
     for linear in ("Nf4Linear", "Nf4Experts"):
         monkeypatch.setattr(loader, linear, lambda weights, *_, **__: weights)
     source = ModelSource("", folder, folder, "")

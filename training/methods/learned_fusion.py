@@ -32,6 +32,9 @@ class LearnedFusionMethod:
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
         config = fill_in(config, base, self.name, self.defaults)
+        if base.arch.experts is not None:
+            why = f"{base.arch.model_type} has experts, which a learned fusion does not gate"
+            raise ConfigError.of("method.name", why)
         directories = component_directories(config.components or ())
         if not MIN_COMPONENTS <= len(directories) <= MAX_COMPONENTS:
             problem = f"must name {MIN_COMPONENTS} to {MAX_COMPONENTS} different adapters"

@@ -34,6 +34,7 @@ LORA = PeftMethod(
     defaults={**_COMMON, "alpha": _twice_rank},
     peft_config=_lora_config,
     has_factors=True,
+    takes_experts=True,
 )
 RSLORA = PeftMethod(
     name="rslora",
@@ -42,6 +43,7 @@ RSLORA = PeftMethod(
     defaults={**_COMMON, "alpha": 8.0},
     peft_config=partial(_lora_config, use_rslora=True),
     has_factors=True,
+    takes_experts=True,
 )
 DORA = PeftMethod(
     name="dora",

@@ -6,7 +6,7 @@ A new method is an object with the members of :class:`Method`, in ``METHODS`` of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,9 +18,10 @@ from turret.training.adapter_folder import write_adapter
 from turret.training.base_model import TrainingBase
 from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction
+from turret.training.mixture import as_modules
 from turret.training.peft_warnings import without_peft_warnings
 from turret.training.settings.config import MethodConfig
-from turret.training.settings.presets import expand_targets
+from turret.training.settings.presets import expand_targets, expert_names
 
 # A ``MethodConfig`` whose keys are filled in, for as many as the method's defaults name before the
 # one being asked for: None is out of the question, which its own types cannot say.
@@ -127,6 +128,7 @@ class PeftMethod:
             out; a function gets the config as far as it is resolved.
         peft_config: Makes PEFT's config of the resolved one.
         rank_problem: What is wrong with the rank of the resolved one; None if nothing is.
+        takes_experts: Whether the server takes it on the experts of a mixture.
     """
 
     name: str
@@ -136,18 +138,30 @@ class PeftMethod:
     rank_problem: Callable[[Settings, TrainingBase], str | None] | None = None
     is_prompt: bool = False
     has_factors: bool = False
+    takes_experts: bool = False
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
         config = fill_in(config, base, self.name, self.defaults)
         if config.targets is not None:
-            config = dataclasses.replace(config, targets=expand_targets(base.arch, config.targets))
+            targets = expand_targets(base.arch, config.targets)
+            self._check_experts(targets, base)
+            config = dataclasses.replace(config, targets=targets)
         problem = None if self.rank_problem is None else self.rank_problem(config, base)
         if problem is not None:
             raise ConfigError.of("method.rank", problem)
         return config
 
+    def _check_experts(self, targets: Sequence[str], base: TrainingBase) -> None:
+        named = [name for name in expert_names(base.arch) if name in targets]
+        if named and not self.takes_experts:
+            raise ConfigError.of(
+                "method.targets",
+                f"{named[0]} is of experts, which take lora and rslora alone; {self.name} takes"
+                " attention",
+            )
+
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
-        with without_peft_warnings():
+        with without_peft_warnings(), as_modules(model):
             attached = peft.get_peft_model(model, self.peft_config(config, base))
         for parameter in attached.parameters():
             if parameter.requires_grad:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding.arch import ROUTER, Arch
 from turret.training.errors import ConfigError
+from turret.training.mixture import target_names
 
 _ATTENTION_GROUPS = ("qkv", "o")
 PRESETS = ("attention", "mlp", "all-linear")
@@ -18,12 +19,22 @@ def module_names(arch: Arch, preset: str) -> tuple[str, ...]:
         arch: Of the base.
         preset: One of ``PRESETS``.
     """
-    names = []
+    names: list[str] = []
     for group, slices in arch.linears().items():
+        # A parameter, as transformers has it, and no linear module.
+        if group == ROUTER:
+            continue
         is_attention = group in _ATTENTION_GROUPS
         if preset == "all-linear" or is_attention == (preset == "attention"):
             names += [path.rsplit(".", 1)[-1] for path, _, _ in slices]
-    return tuple(names)
+    if preset != "attention":
+        names += expert_names(arch)
+    return tuple(dict.fromkeys(names))
+
+
+def expert_names(arch: Arch) -> tuple[str, ...]:
+    """The modules of experts that can be trained, by the last part of their path."""
+    return () if arch.experts is None else target_names(arch.experts)
 
 
 def expand_targets(arch: Arch, targets: Sequence[str]) -> tuple[str, ...]:
@@ -34,10 +45,15 @@ def expand_targets(arch: Arch, targets: Sequence[str]) -> tuple[str, ...]:
         targets: One preset, or module names.
 
     Raises:
-        ConfigError: A preset beside others, or a name that the architecture lacks.
+        ConfigError: A preset beside others, one without a module, or a name that the architecture
+            lacks.
     """
     if len(targets) == 1 and targets[0] in PRESETS:
-        return module_names(arch, targets[0])
+        found = module_names(arch, targets[0])
+        if not found:
+            why = f"{arch.model_type} has no module to train here; attention has"
+            raise ConfigError.of("method.targets", why)
+        return found
     known = module_names(arch, "all-linear")
     for name in targets:
         if name in PRESETS:

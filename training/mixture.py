@@ -1,0 +1,205 @@
+"""Mixtures of experts as models that can be trained: every expert's projections are linear modules.
+
+transformers holds the experts of a layer as parameters of three dimensions, which bitsandbytes does
+not quantise and PEFT adapts in a form of its own. Here each expert is the modules that its
+checkpoint has, in NF4, as the server has them; a LoRA on them has a module per expert, which is the
+older of the two forms that PEFT and the server read.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from bitsandbytes.nn.modules import Linear4bit, Params4bit
+from transformers import AutoModelForCausalLM
+from transformers.activations import ACT2FN
+
+from turret.kernels.clamped_swiglu import clamped_swiglu_reference
+from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, ClampedSwiglu, Experts
+from turret.server.models.loader import CheckpointTensors
+
+# From a module's path below a layer, its outputs and inputs to the module.
+MakeLinear = Callable[[str, int, int], torch.nn.Module]
+
+
+class ExpertModules(torch.nn.Module):
+    """What takes the place of transformers' experts: the same function of the same arguments.
+
+    Args:
+        arch: With experts.
+        make: Makes each linear module.
+    """
+
+    def __init__(self, arch: Arch, make: MakeLinear) -> None:
+        super().__init__()
+        experts = arch.experts
+        assert experts is not None
+        self._experts = experts
+        self._activation = arch.activation
+        for projection, (_, out, inner) in arch.expert_linears().items():
+            names = experts.modules[projection]
+            for name in (name.format(e) for e in range(experts.count) for name in names):
+                path = f"{experts.checkpoint_path}.experts.{name}"
+                _put(self, name, make(path, out // len(names), inner))
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum what a token's experts give, weighted.
+
+        Args:
+            hidden_states: ``[tokens, hidden]``, or with a batch before.
+            top_k_index: Experts of each token, ``[tokens, k]``.
+            top_k_weights: Their weights.
+        """
+        x = hidden_states.reshape(-1, hidden_states.shape[-1])
+        total = torch.zeros_like(x)
+        for expert in range(self._experts.count):
+            rows, places = self._pairs(top_k_index, expert)
+            if len(rows):
+                found = self._one(expert, x[rows]) * top_k_weights[rows, places, None]
+                total = total.index_add(0, rows, found.to(total.dtype))
+        return total.reshape(hidden_states.shape)
+
+    def _pairs(self, chosen: torch.Tensor, expert: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if chosen.is_meta:
+            # Shapes alone are asked for: of rows that are spread evenly.
+            rows = torch.empty(
+                -(-chosen.numel() // self._experts.count), dtype=torch.int64, device=chosen.device
+            )
+            return rows, torch.empty_like(rows)
+        rows, places = torch.where(chosen == expert)
+        return rows, places
+
+    def _one(self, expert: int, x: torch.Tensor) -> torch.Tensor:
+        modules, activation = self._experts.modules, self._activation
+        parts = [self.get_submodule(n.format(expert))(x) for n in modules["experts_gate_up"]]
+        if isinstance(activation, ClampedSwiglu):
+            hidden = clamped_swiglu_reference(parts[0], activation.alpha, activation.limit)
+        else:
+            gate, up = parts
+            hidden = ACT2FN[activation](gate) * up
+        (down,) = modules["experts_down"]
+        return self.get_submodule(down.format(expert))(hidden)
+
+
+def target_names(experts: Experts) -> tuple[str, ...]:
+    """What adapters may target of experts, by the last part of each module's path.
+
+    Empty where the server and PEFT look for them elsewhere than the model that is trained has them.
+    """
+    templates = [name for names in experts.modules.values() for name in names]
+    if experts.path != experts.checkpoint_path or not all(t.startswith("{}.") for t in templates):
+        return ()
+    return tuple(template.removeprefix("{}.") for template in templates)
+
+
+def put_experts(model: Any, arch: Arch, make: Callable[[int], MakeLinear]) -> None:
+    """Put modules in the place of a model's experts, layer by layer."""
+    assert arch.experts is not None
+    for number, layer in enumerate(model.model.layers):
+        if arch.has(number, ROUTER):
+            layer.set_submodule(f"{arch.experts.path}.experts", ExpertModules(arch, make(number)))
+
+
+@contextmanager
+def as_modules(model: Any) -> Iterator[None]:
+    """For attaching an adapter: PEFT is told that an expert's modules are what they are.
+
+    By ``model_type`` it would turn targets among them into transformers' parameters.
+    """
+    config = model.config
+    kind = config.model_type
+    if any(isinstance(module, ExpertModules) for module in model.modules()):
+        config.model_type = f"{kind}_of_modules"
+    try:
+        yield
+    finally:
+        config.model_type = kind
+
+
+def load_mixture(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> Any:
+    """A transformers model with its experts as modules, all its linear modules in NF4.
+
+    Args:
+        weights: Directory of a bitsandbytes-4bit checkpoint.
+        arch: With experts.
+        config: transformers' config.
+        dtype: Of what the 4-bit modules compute in, and of biases.
+    """
+    config = copy.deepcopy(config)
+    if getattr(config, "quantization_config", None) is not None:
+        # Of the files as they were released.
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    tensors = CheckpointTensors(weights, arch.experts)
+
+    def make(number: int) -> MakeLinear:
+        prefix = f"{LAYER_PREFIX}.{number}"
+        return lambda path, out, inner: _linear4bit(tensors, f"{prefix}.{path}", out, inner, dtype)
+
+    put_experts(model, arch, make)
+    for number, layer in enumerate(model.model.layers):
+        for path, module in list(layer.named_modules()):
+            if type(module) is torch.nn.Linear:
+                linear = make(number)(path, module.out_features, module.in_features)
+                layer.set_submodule(path, linear)
+    _load_rest(model, tensors, arch)
+    return model
+
+
+def _load_rest(model: Any, tensors: CheckpointTensors, arch: Arch) -> None:
+    """Norms, embeddings, routers: what is still without memory."""
+    for name, parameter in list(model.named_parameters()):
+        stored = _stored_name(name, tensors, arch)
+        if not parameter.is_meta or not tensors.has(stored):
+            continue
+        tensor = tensors.plain(stored) if stored.endswith(".weight") else tensors.get(stored)
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        setattr(module, leaf, torch.nn.Parameter(tensor, requires_grad=False))
+    if not tensors.has("lm_head.weight"):
+        model.lm_head.weight = model.model.embed_tokens.weight
+    lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert not lacking, f"the server would have refused a checkpoint without {lacking[0]}"
+
+
+def _stored_name(name: str, tensors: CheckpointTensors, arch: Arch) -> str:
+    """What the checkpoint calls a parameter of the model."""
+    experts = arch.experts
+    assert experts is not None
+    for router in (experts.router, *experts.checkpoint_routers):
+        own, theirs = f".{experts.path}.{experts.router}.", f".{experts.checkpoint_path}.{router}."
+        if own in name and tensors.has(name.replace(own, theirs)):
+            return name.replace(own, theirs)
+    return name
+
+
+def _linear4bit(
+    tensors: CheckpointTensors, name: str, out: int, inner: int, dtype: torch.dtype
+) -> Linear4bit:
+    weight = tensors.weight(f"{name}.weight", (out, inner))
+    module = Linear4bit(inner, out, bias=False, compute_dtype=dtype, device="meta")
+    stats = weight.state.as_dict(packed=True)
+    module.weight = Params4bit.from_prequantized(weight.packed, stats, device="cpu", module=module)
+    if tensors.has(f"{name}.bias"):
+        bias = tensors.of_shape(f"{name}.bias", out).to(dtype)
+        module.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return module
+
+
+def _put(root: torch.nn.Module, path: str, module: torch.nn.Module) -> None:
+    """Add a module below others, which are made where they are not there."""
+    *folders, leaf = path.split(".")
+    for folder in folders:
+        if folder not in dict(root.named_children()):
+            root.add_module(folder, torch.nn.Module())
+        root = root.get_submodule(folder)
+    root.add_module(leaf, module)
