@@ -27,7 +27,7 @@ from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.progress import progress_bar
 from turret.training.errors import ConfigError
-from turret.training.mixture import load_mixture, put_experts
+from turret.training.mixture import load_4bit, put_experts
 
 Weights = Literal["nf4", "nf4-dense", "full"]
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -67,25 +67,21 @@ def find_base(directory: Path | None) -> TrainingBase:
         source = resolve_model(directory, default_cache_dir(), report)
     config = AutoConfig.from_pretrained(source.files)
     if text_config(config) is not config:
-        config = _text_part(config, source)
+        config = _text_part(config)
     arch = read_arch(config)
     tokenizer = AutoTokenizer.from_pretrained(source.files)
     return TrainingBase(source, directory, config, arch, tokenizer)
 
 
-def _text_part(config: Any, source: ModelSource) -> Any:
+def _text_part(config: Any) -> Any:
     """The config of the language model that a model of text and images holds.
 
     Raises:
-        ConfigError: transformers has no class for the language model alone, or the checkpoint's
-            tensors have the names of the whole.
+        ConfigError: transformers has no class for the language model alone.
     """
     text = text_config(config)
     if type(text) not in AutoModelForCausalLM._model_mapping:
         why = f"transformers has no language model alone for {config.model_type}"
-        raise ConfigError.of("base.model", why)
-    if source.weights == source.files:
-        why = "the text part of a checkpoint that is 4-bit already is not trained; take a plain one"
         raise ConfigError.of("base.model", why)
     return text
 
@@ -159,8 +155,8 @@ def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=dtype,
     ).to_dict()
-    if base.arch.experts is not None:
-        model = load_mixture(base.source.weights, base.arch, base.config, dtype)
+    if base.arch.experts is not None or _is_within_another(base):
+        model = load_4bit(base.source.weights, base.arch, base.config, dtype)
         model.config.quantization_config = config.quantization_config
         # PEFT asks for it.
         model.is_loaded_in_4bit = model.is_quantized = True
@@ -183,6 +179,14 @@ def _load_nf4(base: TrainingBase, dtype: torch.dtype) -> Any:
         # What a backward pass dequantises to; the checkpoint's bfloat16 would round it once more.
         module.weight.quant_state.dtype = dtype
     return model
+
+
+def _is_within_another(base: TrainingBase) -> bool:
+    """Whether the 4-bit checkpoint's tensors have the names of a model of text and images."""
+    path = base.source.weights / "config.json"
+    if not path.is_file():
+        return False
+    return json.loads(path.read_text(encoding="utf-8"))["model_type"] != base.config.model_type
 
 
 def _nf4_modules(model: Any) -> dict[str, Any]:

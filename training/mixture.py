@@ -124,12 +124,13 @@ def as_modules(model: Any) -> Iterator[None]:
         config.model_type = kind
 
 
-def load_mixture(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> Any:
+def load_4bit(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> Any:
     """A transformers model with its experts as modules, all its linear modules in NF4.
 
     Args:
-        weights: Directory of a bitsandbytes-4bit checkpoint.
-        arch: With experts.
+        weights: Directory of a bitsandbytes-4bit checkpoint, also of a model that has this one in
+            it.
+        arch: Its architecture.
         config: transformers' config.
         dtype: Of what the 4-bit modules compute in, and of biases.
     """
@@ -145,7 +146,8 @@ def load_mixture(weights: Path, arch: Arch, config: Any, dtype: torch.dtype) -> 
         prefix = f"{LAYER_PREFIX}.{number}"
         return lambda path, out, inner: _linear4bit(tensors, f"{prefix}.{path}", out, inner, dtype)
 
-    put_experts(model, arch, make)
+    if arch.experts is not None:
+        put_experts(model, arch, make)
     for number, layer in enumerate(model.model.layers):
         for path, module in list(layer.named_modules()):
             if type(module) is torch.nn.Linear:
@@ -174,7 +176,8 @@ def _load_rest(model: Any, tensors: CheckpointTensors, arch: Arch) -> None:
 def _stored_name(name: str, tensors: CheckpointTensors, arch: Arch) -> str:
     """What the checkpoint calls a parameter of the model."""
     experts = arch.experts
-    assert experts is not None
+    if experts is None:
+        return name
     for router in (experts.router, *experts.checkpoint_routers):
         own, theirs = f".{experts.path}.{experts.router}.", f".{experts.checkpoint_path}.{router}."
         if own in name and tensors.has(name.replace(own, theirs)):

@@ -10,6 +10,7 @@ import torch
 from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.training.base_model import find_base, load_model
@@ -72,13 +73,37 @@ async def test_the_text_part_of_a_model_is_trained_and_served(
         load_model(find_base(folder), "full", torch.float32, "cpu")
 
 
+async def test_the_text_part_of_a_4_bit_checkpoint_is_trained_and_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Unsloth publishes them, with the names of the whole."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = save_tiny_model("gemma3", tmp_path / "model")
+    plain = find_base(folder)
+    tensors = load_file(plain.source.weights / "model.safetensors")
+    named = {f"language_model.{name}": tensor for name, tensor in tensors.items()}
+    named["vision_tower.weight"] = torch.ones(2, 2)
+    save_file(named, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    packed = find_base(folder)
+    assert packed.source.weights == folder
+    prompt = torch.tensor([[5, 6, 7, 8]])
+    found, expected = (
+        load_model(base, "nf4-dense", torch.float32, "cpu")(prompt).logits
+        for base in (packed, plain)
+    )
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    run = Trainer(resolve_tiny(tmp_path, folder)).run().folder.path
+    async with EngineHarness.start(folder, run, adapters=["adapter"]) as harness:
+        answers = await harness.run_all(
+            [make_request([5, 6, 7], *names, score=True) for names in ((), ("adapter",))]
+        )
+    assert answers[0].prompt_logprobs != answers[1].prompt_logprobs
+
+
 def test_text_parts_that_are_not_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     with pytest.raises(ConfigError, match="no language model alone for qwen2_5_vl"):
         find_base(save_tiny_model("qwen2_5_vl", tmp_path / "qwen"))
-    packed = save_tiny_model("gemma3", tmp_path / "packed")
-    config = json.loads((packed / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
-    (packed / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match="4-bit already"):
-        find_base(packed)
