@@ -3,8 +3,9 @@
     python bench/decode.py [--repeats 5] [--only TEXT] [--force]
 
 Every round runs every case once, so that a drift of the machine hits all cases alike; the table
-shows medians over the rounds. Before anything is timed, requests in a mixed batch must give the
-tokens that they give alone.
+shows medians over the rounds. "of floor" is the time of a token of each over that of reading the
+bytes of a step once, at the rate measured before the server starts. Before anything is timed,
+requests in a mixed batch must give the tokens that they give alone.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 import psutil
 from common.batch import BatchTiming, send_batch
 from common.default_methods import write_default_methods
+from common.floor import read_bandwidth, step_bytes
 from common.machine import CpuMeter, describe, require_idle
 from common.prompts import PromptSource
 from common.random_lora import write_random_loras
@@ -33,6 +35,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from turret.clients.client import TurretClient
+from turret.server.models.decoding.arch import Arch
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import default_cache_dir, resolve_model
 from turret.server.progress import progress_bar
@@ -54,6 +57,7 @@ class Case:
 
     name: str
     adapters: list[str | None]
+    loras: int | None = None  # different ones; None: there are others, whose bytes are not counted
     timings: list[BatchTiming] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     foreign: list[float] = field(default_factory=list)
@@ -82,11 +86,11 @@ def make_cases(loras: list[str], mixed: list[str], others: list[str], only: str 
     """
     batch, first = len(loras), loras[0]
     cases = [
-        Case("base, 1 request", [None]),
-        Case(f"base, {batch} requests", [None] * batch),
-        Case("one adapter, 1 request", [first]),
-        Case(f"same adapter, {batch} requests", [first] * batch),
-        Case(f"{batch} adapters, {batch} requests", list(loras)),
+        Case("base, 1 request", [None], 0),
+        Case(f"base, {batch} requests", [None] * batch, 0),
+        Case("one adapter, 1 request", [first], 1),
+        Case(f"same adapter, {batch} requests", [first] * batch, 1),
+        Case(f"{batch} adapters, {batch} requests", list(loras), batch),
         Case(f"mixed methods, {batch} requests", list(mixed)),
         Case(f"default sizes, {batch} requests", list(others)),
     ]
@@ -231,13 +235,32 @@ def measure(
     return whole
 
 
-def show(console: Console, cases: list[Case], whole: dict[str, Any]) -> None:
+def floor_seconds(
+    args: argparse.Namespace, arch: Arch, case: Case, bandwidth: float
+) -> float | None:
+    """What reading the bytes of a step takes, half of the answers given; None: not known."""
+    if case.loras is None:
+        return None
+    parts = step_bytes(
+        arch,
+        requests=len(case.adapters),
+        loras=case.loras,
+        rank=args.rank,
+        context=args.prompt_tokens + args.new_tokens // 2,
+    )
+    return sum(parts.values()) / bandwidth
+
+
+def show(
+    console: Console, cases: list[Case], floors: list[float | None], whole: dict[str, Any]
+) -> None:
     base = {
         len(c.adapters): c.median(lambda t: t.decode_rate) for c in cases if c.adapters[0] is None
     }
     rows = []
-    for case in cases:
+    for case, floor in zip(cases, floors, strict=True):
         rate = case.median(lambda t: t.decode_rate)
+        taken = len(case.adapters) / rate
         rates = [t.decode_rate for t in case.timings]
         rows.append(
             {
@@ -245,6 +268,7 @@ def show(console: Console, cases: list[Case], whole: dict[str, Any]) -> None:
                 "tokens/s": f"{rate:.1f}",
                 "range": f"{min(rates):.0f}-{max(rates):.0f}",
                 "of base": f"{rate / base[len(case.adapters)]:.2f}",
+                "of floor": f"{taken / floor:.2f}" if floor else "",
                 "first, s": f"{case.median(lambda t: t.mean_first_seconds):.3f}",
                 "all first, s": f"{case.median(lambda t: t.first_seconds):.3f}",
                 "step, ms": f"{statistics.median(case.step_ms):.2f}",
@@ -259,7 +283,8 @@ def show(console: Console, cases: list[Case], whole: dict[str, Any]) -> None:
     console.print(
         f"cold start to first answer {whole['cold_start_seconds']} s (weights cached as NF4); "
         f"server memory {whole['rss_mib']} MiB with the adapters, "
-        f"{whole['rss_mib_before_adapters']} MiB before"
+        f"{whole['rss_mib_before_adapters']} MiB before; memory read at "
+        f"{whole['read_bytes_per_second'] / 1e9:.1f} GB/s"
     )
 
 
@@ -284,6 +309,7 @@ def main(argv: list[str] | None = None) -> int:
         if not cases:
             console.print(f"no case is named like {args.only!r}", markup=False)
             return 2
+        bandwidth = read_bandwidth()
         try:
             whole = measure(args, console, root, cases)
         except WrongTokensError as error:
@@ -292,7 +318,9 @@ def main(argv: list[str] | None = None) -> int:
         except ServerProcessError as error:
             console.print(f"nothing measured: {error}", markup=False)
             return 1
-    show(console, cases, whole)
+    whole["read_bytes_per_second"] = round(bandwidth)
+    floors = [floor_seconds(args, arch, case, bandwidth) for case in cases]
+    show(console, cases, floors, whole)
     if not args.no_save:
         common = describe() | {"forced": args.force, "load_before": round(load, 3)}
         sizes = {
@@ -308,9 +336,10 @@ def main(argv: list[str] | None = None) -> int:
             | {
                 "bench": "decode",
                 "scenario": sizes | {"name": case.name, "batch": len(case.adapters)},
-                "values": case.values(),
+                "values": case.values()
+                | ({} if floor is None else {"floor_ms": round(1e3 * floor, 3)}),
             }
-            for case in cases
+            for case, floor in zip(cases, floors, strict=True)
         ]
         server_scenario = sizes | {"name": "server", "adapters": args.batch}
         rows.append(common | {"bench": "decode", "scenario": server_scenario, "values": whole})

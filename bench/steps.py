@@ -16,13 +16,12 @@ import statistics
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from common.default_methods import INVOCATION, METHODS, write_default_methods
+from common.floor import read_bandwidth, step_bytes
 from common.machine import describe, require_idle
 from common.random_lora import write_random_loras
 from common.random_methods import row_norms, write_random_methods
@@ -38,7 +37,6 @@ from turret.server.engine.engine import Engine
 from turret.server.engine.loop import EngineLoop
 from turret.server.engine.scheduling.request import Request, SamplingParams, StopConditions
 from turret.server.metrics import Metrics
-from turret.server.models.decoding.arch import Arch
 from turret.server.models.families import read_arch
 from turret.server.models.model_source import default_cache_dir, resolve_model
 
@@ -65,9 +63,6 @@ PARTS = (
     Part("turret.server.engine.step.batch:BatchBuilder.build", "batch metadata"),
     Part("turret.server.engine.step.runner:Runner.run", REST),
 )
-_NF4_BYTES = 0.5 + 2 / 64  # a code, and its share of a block's bf16 absmax
-_BF16_BYTES = 2
-_BANDWIDTH_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,31 +145,6 @@ def medians(recorded: list[Recorded]) -> Recorded:
     }
 
 
-def read_bandwidth() -> float:
-    """Bytes per second that all cores together read from memory, the best of some tries."""
-    data = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32)
-    best = float("inf")
-    for _ in range(8):
-        start = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - start)
-    return data.nbytes / best
-
-
-def step_bytes(arch: Arch, scenario: Scenario, *, rank: int, context: int) -> Recorded:
-    """Bytes that a decode step has to read, by part."""
-    slices = [entry for group in arch.linears().values() for entry in group]
-    weights = arch.num_layers * sum(out * inner for _, out, inner in slices)
-    low_rank = arch.num_layers * rank * _BF16_BYTES
-    per_token = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * _BF16_BYTES
-    return {
-        "base matmuls": weights * _NF4_BYTES,
-        "adapters": scenario.loras * low_rank * sum(out + inner for _, out, inner in slices),
-        "attention": len(scenario.adapters) * context * per_token,
-        "head": arch.vocab_size * arch.hidden_size * _BF16_BYTES,
-    }
-
-
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--model", type=Path, metavar="DIR", help="default: the embedded model")
@@ -252,8 +222,7 @@ def main(argv: list[str] | None = None) -> int:
 
     model = resolve_model(args.model, default_cache_dir())
     arch = read_arch(AutoConfig.from_pretrained(model.files))
-    with ThreadPoolExecutor(1) as short_lived:
-        bandwidth = short_lived.submit(read_bandwidth).result()
+    bandwidth = read_bandwidth()
     # From here on only the engine thread may have an OpenMP team, as in a server.
     compute_on_this_thread()
     with tempfile.TemporaryDirectory(prefix="turret-bench-") as folder:
@@ -270,7 +239,13 @@ def main(argv: list[str] | None = None) -> int:
     floors = [
         {
             name: 1e3 * count / bandwidth
-            for name, count in step_bytes(arch, case, rank=args.rank, context=context).items()
+            for name, count in step_bytes(
+                arch,
+                requests=len(case.adapters),
+                loras=case.loras,
+                rank=args.rank,
+                context=context,
+            ).items()
         }
         for case in cases
     ]

@@ -59,6 +59,21 @@ def test_rates_count_the_tokens_after_the_first(bench: Any):
     assert timing.late_rate == 6 / 2.0
 
 
+def test_the_floor_counts_what_a_step_must_read(bench: Any):
+    floor = bench("common.floor")
+    model = tiny_llama()
+    arch = read_arch(model.config)
+    linear = linear_modules(model)
+    parts = floor.step_bytes(arch, requests=3, loras=2, rank=4, context=10)
+    assert parts["base matmuls"] == sum(m.weight.numel() for m in linear.values()) * (0.5 + 2 / 64)
+    assert parts["adapters"] == 2 * sum(2 * 4 * sum(m.weight.shape) for m in linear.values())
+    # Three requests, ten tokens, two layers of keys and values: 2 heads of 16 in bf16.
+    assert parts["attention"] == 3 * 10 * 2 * 2 * 2 * 16 * 2
+    assert parts["head"] == 2 * model.lm_head.weight.numel()
+    rate = floor.read_bandwidth()
+    assert 1e8 < rate < 1e13
+
+
 def test_random_adapters_load(bench: Any, tmp_path: Path):
     config = LlamaConfig(
         hidden_size=64,

@@ -1,0 +1,49 @@
+"""The least that a decode step can take: reading its bytes once, at the rate that memory has."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from turret.server.models.decoding.arch import Arch
+
+_NF4_BYTES = 0.5 + 2 / 64  # a code, and its share of a block's bf16 absmax
+_BF16_BYTES = 2
+_BANDWIDTH_BYTES = 256 << 20
+
+
+def _read() -> float:
+    data = torch.ones(_BANDWIDTH_BYTES // 4, dtype=torch.float32)
+    best = float("inf")
+    for _ in range(8):
+        start = time.perf_counter()
+        data.sum()
+        best = min(best, time.perf_counter() - start)
+    return data.nbytes / best
+
+
+def read_bandwidth() -> float:
+    """Bytes per second that all cores together read from memory, the best of some tries.
+
+    On a thread that then ends, so that it leaves no team of torch's behind.
+    """
+    with ThreadPoolExecutor(1) as short_lived:
+        return short_lived.submit(_read).result()
+
+
+def step_bytes(
+    arch: Arch, *, requests: int, loras: int, rank: int, context: int
+) -> dict[str, float]:
+    """Bytes that a decode step has to read, by part, with ``loras`` different LoRAs in it."""
+    slices = [entry for group in arch.linears().values() for entry in group]
+    weights = arch.num_layers * sum(out * inner for _, out, inner in slices)
+    low_rank = arch.num_layers * rank * _BF16_BYTES
+    per_token = 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * _BF16_BYTES
+    return {
+        "base matmuls": weights * _NF4_BYTES,
+        "adapters": loras * low_rank * sum(out + inner for _, out, inner in slices),
+        "attention": requests * context * per_token,
+        "head": arch.vocab_size * arch.hidden_size * _BF16_BYTES,
+    }
