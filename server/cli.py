@@ -216,12 +216,22 @@ def build_parser(verb: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command; returns its exit code."""
+def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False) -> int:
+    """Run a command.
+
+    Args:
+        argv: Its arguments; None takes the process's own.
+        catches_interrupts: Make Ctrl-C a KeyboardInterrupt, once there is somebody to catch it.
+
+    Returns:
+        Its exit code.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     verb = arguments[0] if arguments else ""
     try:
         args = build_parser(verb).parse_args(arguments)
+        if catches_interrupts:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         code: int = args.func(args)
     except KeyboardInterrupt:
         # While modules are loaded, or by a verb that has nothing to put in order.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from turret.clients.client import TurretClient
+from turret.clients.errors import TurretRpcError
 from turret.clients.verbs.command import (
     adapter_parser,
     connection_parser,
@@ -149,8 +150,12 @@ def _list(args: argparse.Namespace, client: TurretClient) -> None:
     adapters = list(
         client.adapters.list(method=args.method, residency=args.residency, timeout=args.timeout)
     )
-    filtered = args.method is not None or args.residency is not None
-    print_json(adapters) if args.json else print_adapters(adapters, filtered=filtered)
+    if args.json:
+        print_json(adapters)
+        return
+    is_filtered = args.method is not None or args.residency is not None
+    others = client.adapters.list(timeout=args.timeout) if is_filtered and not adapters else ()
+    print_adapters(adapters, others=list(others), method=args.method)
 
 
 def _get(args: argparse.Namespace, client: TurretClient) -> None:
@@ -188,6 +193,7 @@ def _unpin(args: argparse.Namespace, client: TurretClient) -> None:
 
 
 def _upload(args: argparse.Namespace, client: TurretClient) -> None:
+    before = _generation(args, client) if args.replace else None
     adapter = client.adapters.upload(
         args.name,
         args.directory,
@@ -197,10 +203,11 @@ def _upload(args: argparse.Namespace, client: TurretClient) -> None:
         task=args.task,
         timeout=args.timeout,
     )
-    print_json(adapter) if args.json else print_change("uploaded", adapter)
+    print_json(adapter) if args.json else print_change("uploaded", adapter, before)
 
 
 def _replace(args: argparse.Namespace, client: TurretClient) -> None:
+    before = _generation(args, client)
     adapter = client.adapters.replace(
         args.name,
         args.path,
@@ -208,7 +215,15 @@ def _replace(args: argparse.Namespace, client: TurretClient) -> None:
         task=args.task,
         timeout=args.timeout,
     )
-    print_json(adapter) if args.json else print_change("replaced", adapter)
+    print_json(adapter) if args.json else print_change("replaced", adapter, before)
+
+
+def _generation(args: argparse.Namespace, client: TurretClient) -> int | None:
+    """Before a change; None where it is not told: the change's own refusal says more."""
+    try:
+        return client.adapters.get(args.name, timeout=args.timeout).generation
+    except TurretRpcError:
+        return None
 
 
 def _export(args: argparse.Namespace, client: TurretClient) -> None:

@@ -171,6 +171,11 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
             f"no turret server answers at {args.address} ({cause}); `turret serve` starts"
             f" one, --address or {ADDRESS_VARIABLE} names another"
         )
+    if error.code.name == "UNIMPLEMENTED" and not error.reason:
+        return error.with_message(
+            f"what answers at {args.address} does not know turret.v1 ({error.message}): another"
+            " server or an older one, or a proxy on the way (http_proxy, no_proxy)"
+        )
     if isinstance(error, DeadlineExceededError) and args.timeout is not None:
         return error.with_message(
             f"{error.message.rstrip('.')}: --timeout {args.timeout:g} allows that many seconds"

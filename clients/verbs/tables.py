@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from statistics import median
 
@@ -17,19 +19,18 @@ from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState,
 _LOST = 0.5
 
 
-def print_adapters(adapters: Sequence[Adapter], *, filtered: bool) -> None:
+def print_adapters(
+    adapters: Sequence[Adapter], *, others: Sequence[Adapter] = (), method: str | None = None
+) -> None:
     """One row per adapter.
 
     Args:
         adapters: What there is to show.
-        filtered: Whether others may be registered.
+        others: All that are registered, where none of them is among those.
+        method: Those of which were asked for.
     """
     if not adapters:
-        print(
-            "no such adapter is registered"
-            if filtered
-            else "no adapter is registered; `turret adapters load NAME PATH` registers one"
-        )
+        print(_none(others, method))
         return
     table = Table()
     # A name that is cut is of no use: it folds onto the next line instead.
@@ -53,8 +54,34 @@ def print_adapters(adapters: Sequence[Adapter], *, filtered: bool) -> None:
     terminal().print(table)
 
 
-def print_change(verb: str, adapter: Adapter) -> None:
-    """One line on an adapter that was registered or replaced, and one per warning."""
+def _none(others: Sequence[Adapter], method: str | None) -> str:
+    """Why a list is empty, and what to do."""
+    if not others:
+        return "no adapter is registered; `turret adapters load NAME PATH` registers one"
+    methods = Counter(adapter.method for adapter in others)
+    if method is None or method in methods:
+        where = Counter(_where(adapter) for adapter in others)
+        return f"no such adapter is registered; there are {_counts(where)}"
+    close = difflib.get_close_matches(method, methods, n=1, cutoff=0.7)
+    meant = f"; did you mean {close[0]!r}?" if close else ""
+    return f"no adapter of method {method!r} is registered; there are {_counts(methods)}{meant}"
+
+
+def _counts(kinds: Counter[str]) -> str:
+    return ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+
+
+def print_change(verb: str, adapter: Adapter, before: int | None = None) -> None:
+    """One line on an adapter that was registered or replaced, and one per warning.
+
+    Args:
+        verb: What was asked for, in the past.
+        adapter: As it is now.
+        before: Its generation before; the server keeps it where the weights are the same.
+    """
+    if before == adapter.generation:
+        print(f"nothing changed: {adapter.name}@{before} has these weights already")
+        return
     ranks = f" of rank {_ranks(adapter)}" if adapter.ranks else ""
     print(
         f"{verb} {adapter.name}@{adapter.generation}: {adapter.method}{ranks},"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
-from turret.server.adapters.operators.adapter_operators import AdapterOperators
 from turret.server.errors import AdapterComponentError
+
+if TYPE_CHECKING:
+    from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 # Config key that lists the components.
 COMPONENTS_KEY = "components"

@@ -24,11 +24,15 @@ class Family:
             InvalidRequestError where the config asks for what the family's file does not read.
         text_part_of: ``model_type`` of models of text and images whose ``text_config`` is one of
             the family, and which of ``model_types`` that is where it does not say.
+        modules: By ``model_type``, where those of a layer are not ``MODULES``; as ``Arch.modules``.
+        has_experts: Whether its models are mixtures of experts.
     """
 
     model_types: tuple[str, ...]
     read: Callable[[Any], Arch]
     text_part_of: Mapping[str, str] = field(default_factory=dict)
+    modules: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    has_experts: bool = False
 
 
 def read_decoder(config: Any, **own: Any) -> Arch:

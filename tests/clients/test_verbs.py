@@ -10,12 +10,14 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import grpc
 import pytest
 from checkout import ROOT
 from servers.command import parse_and_run
-from servers.fake_turret import FOREVER, PEFT_FILES, FakeTurret, fake_turret
+from servers.fake_turret import FOREVER, PEFT_FILES, SAME, FakeTurret, fake_turret
 
 from turret.v1 import adapters_pb2
 
@@ -151,6 +153,14 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
         assert parse_and_run("generate", "a", "--address", f"127.0.0.1:{other.server_port}") == 1
         other.shutdown()
     assert "does not speak gRPC; --address takes" in capsys.readouterr().err
+    other = grpc.server(ThreadPoolExecutor(1))
+    port = other.add_insecure_port("127.0.0.1:0")
+    other.start()
+    assert parse_and_run("generate", "a", "--address", f"127.0.0.1:{port}") == 1
+    other.stop(None)
+    assert (
+        "does not know turret.v1 (Method not found!): another server or" in capsys.readouterr().err
+    )
     server.inference.wants_token = True
     assert "--token-from or TURRET_TOKEN" in run("generate", "a")[2]
 
@@ -204,7 +214,20 @@ def test_an_adapter_s_name_is_never_cut(run: Run, server: FakeTurret, monkeypatc
 def test_an_empty_list_says_so(run: Run, server: FakeTurret):
     server.adapters.adapters.clear()
     assert "`turret adapters load NAME PATH`" in run("adapters", "list")[1]
-    assert run("adapters", "list", "--method", "x")[1] == "no such adapter is registered\n"
+    assert "`turret adapters load NAME PATH`" in run("adapters", "list", "--method", "x")[1]
+
+
+def test_an_empty_choice_says_what_there_is(run: Run):
+    none = "no adapter of method 'lor' is registered; there are 2 lora; did you mean 'lora'?\n"
+    assert run("adapters", "list", "--method", "lor") == (0, none, "")
+    assert json.loads(run("adapters", "list", "--method", "lor", "--json")[1]) == []
+
+
+def test_weights_that_are_there_already_replace_nothing(run: Run):
+    assert run("adapters", "replace", "sql", "other")[1].startswith("replaced sql@2: lora")
+    assert run("adapters", "replace", "sql", SAME)[1] == (
+        "nothing changed: sql@2 has these weights already\n"
+    )
 
 
 def test_score_prints_a_table(run: Run):

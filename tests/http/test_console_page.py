@@ -180,6 +180,10 @@ async def test_an_administrator_loads_pins_and_unloads(
             tab.find("#load-name").clear()
             tab.find("#load-name").send_keys("sql", Keys.ENTER)
             tab.until(lambda: names(tab) == ["sql"], "the adapter")
+            assert tab.text("#adapters-rows td:nth-of-type(4)") == "100 B"
+            # As the command says it.
+            ask = "import('/console/dom.js').then(dom => arguments[0](dom.bytes(707584)))"
+            assert tab.driver.execute_async_script(ask) == "691 KiB"
             assert not tab.find("#load-dialog").is_displayed()
             tab.find("#adapters-rows .acts button").click()
             tab.until(lambda: tab.text("#adapters-rows .pin") == "pinned", "the pin")

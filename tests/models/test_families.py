@@ -30,7 +30,7 @@ from transformers import (
 from turret.server.errors import InvalidRequestError
 from turret.server.models import families
 from turret.server.models.decoding import gpu_decoder, layer_ops
-from turret.server.models.decoding.arch import ACTIVATIONS, LayerNorms, Rope, check_served
+from turret.server.models.decoding.arch import ACTIVATIONS, MODULES, LayerNorms, Rope, check_served
 from turret.server.models.decoding.cpu_layer_ops import _GATED_ACTIVATIONS as CPU_ACTIVATIONS
 from turret.server.models.families import FAMILIES, read_arch
 
@@ -51,6 +51,22 @@ from turret.server.models.family import Family, read_decoder
 
 FAMILY = Family(("seed_oss",), read_decoder)
 '''
+
+
+ALL = (
+    *tiny_models.ARCHITECTURES,
+    *tiny_models.OTHER_ARCHITECTURES,
+    *tiny_models.MULTIMODAL_ARCHITECTURES,
+)
+
+
+@pytest.mark.parametrize("architecture", ALL)
+def test_a_family_says_its_modules_without_a_config(architecture: str) -> None:
+    arch = read_arch(tiny_models.tiny_config(architecture))
+    family = FAMILIES[arch.model_type]
+    assert family.has_experts == (arch.experts is not None)
+    if not family.has_experts:
+        assert family.modules.get(arch.model_type, MODULES) == arch.modules
 
 
 @pytest.fixture

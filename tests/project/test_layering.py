@@ -28,8 +28,10 @@ MAX_FUNCTION_LINES = 70
 # Modules of server/ that any layer may use. They use each other and nothing else.
 LEAVES = frozenset(f"server.{name}" for name in ("errors", "log", "config", "metrics"))
 BASICS = "server.basics"
-# The ``turret`` command. It alone may name the verbs of training, and nothing imports it.
+# The ``turret`` command. It alone may name the verbs of training, and nothing imports it but what
+# loads it.
 COMMAND = "server.cli"
+ENTRY = "server.command.entry"
 # ``server.adapters`` stands for the files directly in it, the nouns that all its rooms share.
 NOUNS = {"server.adapters", "server.adapters.operators", "leaf"}
 READING = {
@@ -132,6 +134,7 @@ MAY_IMPORT["server"] = {"server", *BELOW}
 # A composition root beside ``server/app.py``; the command reads its plan, which knows no Ray.
 MAY_IMPORT["server.cluster.serving"] = {"server.cluster.serving", "server", *BELOW}
 MAY_IMPORT["command"] = {"server", "server.command", "clients", "training", "leaf"}
+MAY_IMPORT["entry"] = {"command"}
 for layer in ("server", "command", "server.command"):
     MAY_IMPORT[layer].add("server.cluster.serving")
 MAY_IMPORT["training"] = {"training", "server", *BELOW} - {
@@ -158,6 +161,8 @@ KERNELS_LOAD = ("torch", "triton")
 def layer_of(module: str) -> str:
     """The layer of a module named below ``turret``, such as ``server.engine.step``."""
     parts = module.split(".")
+    if ".".join(parts[:3]) == ENTRY:
+        return "entry"
     if parts[0] != "server":
         return parts[0]
     if ".".join(parts[:2]) == BASICS:

@@ -161,7 +161,7 @@ def test_wheel_has_the_console_script_and_no_other_top_level_name(wheel: Path):
         scripts = configparser.ConfigParser()
         scripts.read_string(archive.read(name).decode())
         tops = {n.split("/")[0] for n in archive.namelist() if ".dist-info/" not in n}
-    assert dict(scripts["console_scripts"]) == {"turret": "turret.server.cli:main"}
+    assert dict(scripts["console_scripts"]) == {"turret": "turret.server.command.entry:main"}
     assert tops == {"turret"}
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -30,6 +31,11 @@ def parse(*arguments: str, environ: Mapping[str, str] | None = None) -> Config:
 
 def loaded_by(*arguments: str) -> tuple[int, set[str]]:
     """Exit code of a command in a process of its own, and the modules that it imported."""
+    return loaded_and_said_by(*arguments)[:2]
+
+
+def loaded_and_said_by(*arguments: str) -> tuple[int, set[str], str]:
+    """As :func:`loaded_by`, and what it said on standard error."""
     code = (
         "import sys\nfrom turret.server.cli import main\n"
         "try: code = main(sys.argv[1:])\nexcept SystemExit as end: code = end.code\n"
@@ -40,7 +46,7 @@ def loaded_by(*arguments: str) -> tuple[int, set[str]]:
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
     )  # fmt: skip
     words = done.stdout.splitlines()[-1].split()
-    return int(words[1]), set(words[2:])
+    return int(words[1]), set(words[2:]), done.stderr
 
 
 def test_help_loads_nothing_that_takes_long() -> None:
@@ -70,6 +76,58 @@ def test_wrong_input_ends_before_torch(tmp_path: Path) -> None:
         code, modules = loaded_by(*arguments)
         assert code == 1
         assert not modules & {"torch", "peft", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "complaint"),
+    [
+        ("method.targets", "q_prj", "'q_prj' is no linear module of llama; .*mean .q_proj."),
+        ("method.rank", "4", "has no meaning for ia3, which has targets"),
+        ("data.packing", "true", "prefix_tuning stands before one text"),
+        ("method.components", '["a", "b"]', "a: a is no directory"),
+    ],
+)
+def test_settings_that_do_not_fit_end_before_torch(
+    key: str, value: str, complaint: str, tmp_path: Path
+) -> None:
+    methods = {"method.rank": "ia3", "data.packing": "prefix_tuning"}
+    method = methods.get(key, "learned_fusion" if key == "method.components" else "lora")
+    (tmp_path / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    arguments = ("--method", method, "--set", f"{key}={value}")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path)
+        code, modules, err = loaded_and_said_by("train", "run", "t.toml", *arguments)
+    assert code == 1
+    assert re.search(f"^error: {key}: {complaint}", err)
+    assert not modules & {"torch", "peft", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("module", "code"),
+    [
+        ("turret.server.cli", -signal.SIGINT),
+        ("turret.server.command.flags", -signal.SIGINT),
+        ("turret.server.app", 130),
+    ],
+)
+def test_an_interrupt_while_modules_load_leaves_no_traceback(module: str, code: int) -> None:
+    program = (
+        "import os, signal, sys\n"
+        "class Interrupt:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Interrupt())\n"
+        "from turret.server.command.entry import main\n"
+        "sys.argv[1:] = ['serve', '--address', '127.0.0.1:0']\n"
+        "sys.exit(main())"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
 
 
 def test_the_short_help_says_what_the_long_one_says() -> None:

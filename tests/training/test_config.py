@@ -22,6 +22,7 @@ from turret.training.settings.config_file import (
     render_commented,
     render_config,
 )
+from turret.training.settings.fit import METHOD_KEYS
 
 MINIMAL = {"data": {"train": "train.jsonl"}}
 
@@ -66,6 +67,12 @@ METHODS = "method.name: {!r} is none of " + ", ".join(METHOD_NAMES)
 
 def test_the_names_of_methods_are_those_that_there_are():
     assert tuple(TRAINED) == METHOD_NAMES
+
+
+def test_the_keys_of_methods_are_those_that_they_fill_in():
+    methods: dict[str, Any] = dict(TRAINED)
+    filled_in = {name: set(method.defaults) for name, method in methods.items()}
+    assert {name: set(keys) for name, keys in METHOD_KEYS.items()} == filled_in
 
 
 @pytest.mark.parametrize(

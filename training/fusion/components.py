@@ -18,6 +18,7 @@ from turret.server.adapters.component import Component, ComponentRef
 from turret.server.adapters.lowering.components import check_fusable
 from turret.server.adapters.methods import lower_checkpoint
 from turret.training.fusion.layer import Update
+from turret.training.settings.inputs import component_directories
 
 _MAX_ELEMENTS = 1 << 32
 
@@ -38,21 +39,6 @@ def linear_modules(model: nn.Module) -> dict[str, LinearModule]:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and ".layers." in name
     }
-
-
-def component_directories(entries: Sequence[str], folder: Path = Path()) -> dict[str, Path]:
-    """Component names → directories.
-
-    Args:
-        entries: ``NAME=DIRECTORY`` or ``DIRECTORY``, whose last part is the name then.
-        folder: What directories are relative to.
-    """
-    directories = {}
-    for entry in entries:
-        name, equals, directory = entry.partition("=")
-        path = folder / (directory if equals else name)
-        directories[name if equals else path.name] = path
-    return directories
 
 
 def component_digests(entries: Sequence[str]) -> dict[str, str]:

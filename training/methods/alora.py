@@ -31,5 +31,4 @@ ALORA = PeftMethod(
     # It has fewer tokens to act on than a LoRA, which a higher rank makes up for.
     defaults={**LORA.defaults, "rank": 32, "invocation": _written_by_the_template},
     peft_config=_alora_config,
-    has_factors=True,
 )

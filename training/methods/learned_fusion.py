@@ -8,17 +8,17 @@ from typing import Any
 
 import torch
 
-from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
 from turret.server.errors import TurretError
 from turret.training.adapter_folder import write_adapter
 from turret.training.base_model import TrainingBase
 from turret.training.errors import ConfigError
-from turret.training.fusion.components import component_directories, read_components
+from turret.training.fusion.components import read_components
 from turret.training.fusion.loss import FusionLoss
 from turret.training.fusion.model import FusionModel
 from turret.training.loss import LossFunction
 from turret.training.methods.method import fill_in
 from turret.training.settings.config import MethodConfig
+from turret.training.settings.inputs import check_components, component_directories
 
 _KEY = "method.components"
 
@@ -26,22 +26,14 @@ _KEY = "method.components"
 class LearnedFusionMethod:
     name = "learned_fusion"
     learning_rate = 3e-3
-    is_prompt = False
-    has_factors = False
     defaults: Mapping[str, Any] = {"components": (), "d_k": 8, "guidance": 1.0}
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
-        config = fill_in(config, base, self.name, self.defaults)
+        config = fill_in(config, base, self.defaults)
         if base.arch.experts is not None:
             why = f"{base.arch.model_type} has experts, which a learned fusion does not gate"
             raise ConfigError.of("method.name", why)
-        directories = component_directories(config.components or ())
-        if not MIN_COMPONENTS <= len(directories) <= MAX_COMPONENTS:
-            problem = f"must name {MIN_COMPONENTS} to {MAX_COMPONENTS} different adapters"
-            raise ConfigError.of(_KEY, problem)
-        for name, directory in directories.items():
-            if not directory.is_dir():
-                raise ConfigError.of(_KEY, f"{name}: {directory} is no directory")
+        check_components(config.components or (), Path())
         return config
 
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:

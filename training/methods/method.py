@@ -34,24 +34,18 @@ class Method(Protocol):
     Attributes:
         name: As in ``method.name``, and the server's name for it (rsLoRA is served as ``lora``).
         learning_rate: The peak rate where the config gives none.
-        is_prompt: Learns something that stands before the text: no packing, no LoRA+.
-        has_factors: Has an A and a B, whose rates LoRA+ may set apart.
     """
 
     @property
     def name(self) -> str: ...
     @property
     def learning_rate(self) -> float: ...
-    @property
-    def is_prompt(self) -> bool: ...
-    @property
-    def has_factors(self) -> bool: ...
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
         """Fill in what is left out.
 
         Raises:
-            ConfigError: A key without meaning here, or a value that does not fit the base.
+            ConfigError: A value that does not fit the base.
         """
         ...
 
@@ -94,24 +88,15 @@ class Method(Protocol):
         ...
 
 
-def fill_in(
-    config: MethodConfig, base: TrainingBase, name: str, defaults: Mapping[str, Any]
-) -> MethodConfig:
+def fill_in(config: MethodConfig, base: TrainingBase, defaults: Mapping[str, Any]) -> MethodConfig:
     """Give every key of ``defaults`` that is left out its value.
 
     Args:
         config: As read.
         base: The model's description.
-        name: Of the method.
-        defaults: The method's keys; a function gets the config as far as it is filled in.
-
-    Raises:
-        ConfigError: A key without meaning for the method.
+        defaults: The method's keys (as ``METHOD_KEYS`` says); a function gets the config as far as
+            it is filled in.
     """
-    for entry in dataclasses.fields(config):
-        given = getattr(config, entry.name) is not None
-        if given and entry.name != "name" and entry.name not in defaults:
-            raise ConfigError.of(f"method.{entry.name}", f"has no meaning for {name}")
     for key, default in defaults.items():
         if getattr(config, key) is None:
             value = default(config, base) if callable(default) else default
@@ -136,12 +121,10 @@ class PeftMethod:
     defaults: Mapping[str, Any]
     peft_config: Callable[[Settings, TrainingBase], peft.PeftConfig]
     rank_problem: Callable[[Settings, TrainingBase], str | None] | None = None
-    is_prompt: bool = False
-    has_factors: bool = False
     takes_experts: bool = False
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
-        config = fill_in(config, base, self.name, self.defaults)
+        config = fill_in(config, base, self.defaults)
         if config.targets is not None:
             targets = expand_targets(base.arch, config.targets)
             self._check_experts(targets, base)

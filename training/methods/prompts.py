@@ -63,19 +63,16 @@ PREFIX_TUNING = PeftMethod(
         "encoder_hidden_size": _prefix_width,
     },
     peft_config=_prefix_config,
-    is_prompt=True,
 )
 PROMPT_TUNING = PeftMethod(
     name="prompt_tuning",
     learning_rate=3e-2,
     defaults={"num_virtual_tokens": 16, "init_text": lambda config, base: None},
     peft_config=_prompt_config,
-    is_prompt=True,
 )
 P_TUNING = PeftMethod(
     name="p_tuning",
     learning_rate=1e-3,
     defaults={"num_virtual_tokens": 16, "encoder_hidden_size": _hidden_size, "dropout": 0.0},
     peft_config=_p_tuning_config,
-    is_prompt=True,
 )

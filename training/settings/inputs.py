@@ -1,13 +1,19 @@
-"""What the file system says of a config before torch is loaded: the files that it names."""
+"""What a config's files and its base say against it, before torch is loaded."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
 from turret.server.basics.hub_id import HubId
 from turret.server.models.sources.check import check_model
 from turret.training.errors import ConfigError
 from turret.training.settings.config import BaseConfig, TrainConfig
+from turret.training.settings.fit import check_fit
+from turret.training.settings.targets import check_targets
+
+_COMPONENTS = "method.components"
 
 
 def check_inputs(config: TrainConfig, folder: Path) -> None:
@@ -18,7 +24,8 @@ def check_inputs(config: TrainConfig, folder: Path) -> None:
         folder: Its paths are relative to this.
 
     Raises:
-        ConfigError: A file of examples is not there.
+        ConfigError: A file or directory is not there, the base has no such modules, or the method
+            has no use for a setting.
         InvalidRequestError: The base is no model that is served.
     """
     for key, name in (("train", config.data.train), ("validation", config.data.validation)):
@@ -29,7 +36,48 @@ def check_inputs(config: TrainConfig, folder: Path) -> None:
             what = "is a directory" if path.is_dir() else "does not exist"
             problem = f"{path} {what}; it is a JSONL file of examples, relative to the config"
             raise ConfigError.of(f"data.{key}", problem)
-    check_model(base_place(config.base, folder))
+    model_type = check_model(base_place(config.base, folder))
+    check_fit(config)
+    if config.method.name == "learned_fusion":
+        check_components(config.method.components or (), folder)
+    if config.method.targets is not None:
+        check_targets(model_type, config.method.targets)
+
+
+def component_directories(entries: Sequence[str], folder: Path = Path()) -> dict[str, Path]:
+    """Component names → directories.
+
+    Args:
+        entries: ``NAME=DIRECTORY`` or ``DIRECTORY``, whose last part is the name then.
+        folder: What directories are relative to.
+    """
+    directories = {}
+    for entry in entries:
+        name, equals, directory = entry.partition("=")
+        path = folder / (directory if equals else name)
+        directories[name if equals else path.name] = path
+    return directories
+
+
+def check_components(entries: Sequence[str], folder: Path) -> None:
+    """Refuse what a learned fusion cannot be made of.
+
+    Args:
+        entries: As :func:`component_directories`, and so the next.
+        folder: What directories are relative to.
+
+    Raises:
+        ConfigError: Too few or too many, or a directory that is none.
+    """
+    directories = component_directories(entries, folder)
+    if len(directories) < len(entries):
+        raise ConfigError.of(_COMPONENTS, "two have the same name; write NAME=DIRECTORY")
+    if not MIN_COMPONENTS <= len(directories) <= MAX_COMPONENTS:
+        problem = f"must name {MIN_COMPONENTS} to {MAX_COMPONENTS} different adapters"
+        raise ConfigError.of(_COMPONENTS, problem)
+    for name, path in directories.items():
+        if not path.is_dir():
+            raise ConfigError.of(_COMPONENTS, f"{name}: {path} is no directory")
 
 
 def base_place(config: BaseConfig, folder: Path) -> Path | None:

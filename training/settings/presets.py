@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from turret.server.models.decoding.arch import ROUTER, Arch
 from turret.training.errors import ConfigError
 from turret.training.mixture import target_names
+from turret.training.settings.targets import PRESETS, check_names
 
 _ATTENTION_GROUPS = ("qkv", "o")
-PRESETS = ("attention", "mlp", "all-linear")
 
 
 def module_names(arch: Arch, preset: str) -> tuple[str, ...]:
@@ -54,14 +54,5 @@ def expand_targets(arch: Arch, targets: Sequence[str]) -> tuple[str, ...]:
             why = f"{arch.model_type} has no module to train here; attention has"
             raise ConfigError.of("method.targets", why)
         return found
-    known = module_names(arch, "all-linear")
-    for name in targets:
-        if name in PRESETS:
-            raise ConfigError.of("method.targets", f"{name!r} stands alone or not at all")
-        if name not in known:
-            raise ConfigError.of(
-                "method.targets",
-                f"{name!r} is no linear module of {arch.model_type}; there are {', '.join(known)}, "
-                f"and the presets {', '.join(PRESETS)}",
-            )
+    check_names(arch.model_type, module_names(arch, "all-linear"), targets)
     return tuple(dict.fromkeys(targets))

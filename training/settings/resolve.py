@@ -14,17 +14,11 @@ from turret.training.base_model import TrainingBase, find_base
 from turret.training.data.dataset import Dataset, load_dataset
 from turret.training.data.invocation import invocation_of
 from turret.training.errors import ConfigError
-from turret.training.fusion.components import component_directories
 from turret.training.methods import method_named
 from turret.training.methods.method import Method
 from turret.training.settings.config import BaseConfig, MethodConfig, OptimizerConfig, TrainConfig
-from turret.training.settings.inputs import base_place
-
-# Methods that cannot be trained to classify, and why.
-_WITHOUT_HEAD = {
-    "learned_fusion": "learns a gate, not a head",
-    "alora": "is for answers: it may change nothing before its invocation",
-}
+from turret.training.settings.fit import check_fit
+from turret.training.settings.inputs import base_place, check_components, component_directories
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +53,8 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
     """
     folder = folder.resolve()
     notes: list[str] = []
+    check_fit(config)
     method = method_named(config.method.name)
-    _check_fit(config, method)
     directory = base_place(config.base, folder)
     base = find_base(directory)
     settings = _resolve_base(config.base, directory)
@@ -98,9 +92,8 @@ def _rooted(config: MethodConfig, folder: Path) -> MethodConfig:
     """The method with its components' directories absolute."""
     if config.components is None:
         return config
+    check_components(config.components, folder)
     directories = component_directories(config.components, folder)
-    if len(directories) < len(config.components):
-        raise ConfigError.of("method.components", "two have the same name; write NAME=DIRECTORY")
     return replace(config, components=tuple(f"{n}={path}" for n, path in directories.items()))
 
 
@@ -122,26 +115,10 @@ def _resolve_base(config: BaseConfig, directory: Path | None) -> BaseConfig:
 def _resolve_optimizer(
     config: OptimizerConfig, method: Method, device: str, notes: list[str]
 ) -> OptimizerConfig:
-    if config.lora_plus_ratio is not None and not method.has_factors:
-        raise ConfigError.of("optimizer.lora_plus_ratio", f"has no meaning for {method.name}")
     if config.name == "paged-adamw8bit" and device != "cuda":
         notes.append("paged-adamw8bit needs CUDA: adamw8bit takes its place")
         config = replace(config, name="adamw8bit")
     return replace(config, learning_rate=config.learning_rate or method.learning_rate)
-
-
-def _check_fit(config: TrainConfig, method: Method) -> None:
-    if config.data.packing and method.is_prompt:
-        problem = f"{method.name} stands before one text, not before each of several in a row"
-        raise ConfigError.of("data.packing", problem)
-    if config.data.packing and method.name == "alora":
-        problem = "alora acts on one end of a row, not on that of each of several in it"
-        raise ConfigError.of("data.packing", problem)
-    if config.data.task == "classification" and method.name in _WITHOUT_HEAD:
-        raise ConfigError.of("data.task", f"{method.name} {_WITHOUT_HEAD[method.name]}")
-    if config.run.gradient_checkpointing and method.name == "prefix_tuning":
-        problem = "prefix_tuning passes its keys and values in a cache, which it switches off"
-        raise ConfigError.of("run.gradient_checkpointing", problem)
 
 
 def _num_steps(config: TrainConfig, dataset: Dataset) -> int:

@@ -25,6 +25,7 @@ from turret.server.adapters.peft_format.module_checkpoint import check_rank
 from turret.server.adapters.peft_format.resized_vocabulary import FittedCheckpoint, fit_vocabulary
 from turret.server.adapters.peft_format.unserved import UNSERVED
 from turret.server.adapters.peft_format.vocabulary_checkpoint import VocabularyPart, take_vocabulary
+from turret.server.basics.closest import did_you_mean
 from turret.server.errors import AdapterCheckpointError
 
 
@@ -48,6 +49,7 @@ def _files(package: str, path: Iterable[str]) -> Iterator[str]:
 
 
 METHODS: Mapping[str, Method] = _discover()
+_TABLE = "docs/adapters.md has a table of all that are served"
 
 
 def method_for(checkpoint: AdapterCheckpoint) -> Method:
@@ -55,20 +57,20 @@ def method_for(checkpoint: AdapterCheckpoint) -> Method:
 
     Raises:
         AdapterCheckpointError: ``peft_type`` is missing or none of ``METHODS`` accepts it; the
-            message lists the supported ones.
+            message says what may have been meant, the metadata lists all methods.
     """
-    supported = sorted({kind for method in METHODS.values() for kind in method.peft_types})
     kind = _peft_type(checkpoint.config)
     for method in METHODS.values():
         if kind in method.peft_types and method.accepts(checkpoint.config):
             return method
-    served = f"supported peft_type values: {', '.join(supported)} (methods: {', '.join(METHODS)})"
     if not kind:
-        why = f"is required; {served}"
+        why = f"is required: PEFT writes what made the adapter there, such as LORA; {_TABLE}"
     elif kind in UNSERVED:
-        why = f"method {kind!r} is not supported by this version: {UNSERVED[kind]}; {served}"
+        why = f"{kind!r} is not supported by this version: {UNSERVED[kind]}"
     else:
-        why = f"method {kind!r:.60} is not supported by this version; {served}"
+        known = {kind for method in METHODS.values() for kind in method.peft_types}
+        meant = did_you_mean(kind, sorted({*known, *UNSERVED}))
+        why = f"{kind!r:.60} is not supported by this version{meant}; {_TABLE}"
     raise AdapterCheckpointError(
         f"adapter {checkpoint.path!r} cannot be served: peft_type {why}",
         metadata={"path": checkpoint.path, "peft_type": kind[:60], "supported": ",".join(METHODS)},

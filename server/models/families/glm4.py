@@ -11,11 +11,11 @@ _NORMS = LayerNorms(
     after_attention="post_self_attn_layernorm",
     after_mlp="post_mlp_layernorm",
 )
+_MODULES = {**MODULES, "gate_up": ("mlp.gate_up_proj",)}
 
 
 def _read(config: Any) -> Arch:
-    modules = {**MODULES, "gate_up": ("mlp.gate_up_proj",)}
-    return read_decoder(config, norms=_NORMS, is_interleaved=True, modules=modules)
+    return read_decoder(config, norms=_NORMS, is_interleaved=True, modules=_MODULES)
 
 
-FAMILY = Family(("glm4",), _read)
+FAMILY = Family(("glm4",), _read, modules={"glm4": _MODULES})

@@ -30,4 +30,4 @@ def _read(config: Any) -> Arch:
     )
 
 
-FAMILY = Family(("gpt_oss",), _read)
+FAMILY = Family(("gpt_oss",), _read, has_experts=True)

@@ -8,6 +8,12 @@ from turret.server.errors import InvalidRequestError
 from turret.server.models.decoding.arch import MODULES, Arch
 from turret.server.models.family import Family, read_decoder, without_rope
 
+_MODULES_4 = {
+    **MODULES,
+    "gate_up": ("shared_mlp.input_linear",),
+    "down": ("shared_mlp.output_linear",),
+}
+
 
 def _read(config: Any, **own: Any) -> Arch:
     return read_decoder(
@@ -34,14 +40,14 @@ def _read_4(config: Any) -> Arch:
     return _read(
         config,
         intermediate_size=config.shared_intermediate_size,
-        modules={
-            **MODULES,
-            "gate_up": ("shared_mlp.input_linear",),
-            "down": ("shared_mlp.output_linear",),
-        },
+        modules=_MODULES_4,
         rope_of_layer=without_rope(rotates, layers),
     )
 
 
 _READERS = {"granite": _read, "granitemoehybrid": _read_4}
-FAMILY = Family(tuple(_READERS), lambda config: _READERS[config.model_type](config))
+FAMILY = Family(
+    tuple(_READERS),
+    lambda config: _READERS[config.model_type](config),
+    modules={"granitemoehybrid": _MODULES_4},
+)

@@ -21,4 +21,4 @@ def _read(config: Any) -> Arch:
     return read_decoder(config, windows=read_windows(config), experts=experts)
 
 
-FAMILY = Family(("mixtral",), _read)
+FAMILY = Family(("mixtral",), _read, has_experts=True)

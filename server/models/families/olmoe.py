@@ -24,4 +24,4 @@ def _read(config: Any) -> Arch:
     return read_decoder(config, qk_norm="projection", experts=experts)
 
 
-FAMILY = Family(("olmoe",), _read)
+FAMILY = Family(("olmoe",), _read, has_experts=True)

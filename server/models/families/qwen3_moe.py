@@ -30,4 +30,4 @@ def _read(config: Any) -> Arch:
     )
 
 
-FAMILY = Family(("qwen3_moe",), _read)
+FAMILY = Family(("qwen3_moe",), _read, has_experts=True)

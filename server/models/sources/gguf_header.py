@@ -24,8 +24,11 @@ _MAX_TEXT = 1 << 16
 _MAX_KEYS = 64
 
 
-def check_gguf(path: Path) -> None:
+def check_gguf(path: Path) -> str:
     """Refuse a file that is no GGUF of an architecture that is served.
+
+    Returns:
+        Its ``model_type``.
 
     Raises:
         InvalidRequestError: Says what it is instead.
@@ -44,6 +47,7 @@ def check_gguf(path: Path) -> None:
             f"is of architecture {architecture!r:.80}; of GGUF files {served} are served (Llama,"
             " Mistral, SmolLM, Qwen), others as a directory in Hugging Face format",
         )
+    return ARCHITECTURES[architecture]
 
 
 def refuse(path: Path, why: str) -> InvalidRequestError:

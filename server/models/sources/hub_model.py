@@ -13,6 +13,7 @@ from turret.server.basics.hub_id import HubId
 from turret.server.errors import HubError, HubUnavailableError, InvalidRequestError
 from turret.server.hub.download import download
 from turret.server.hub.repository import Repository, cache_dir, find_repository
+from turret.server.models.families import text_type
 from turret.server.models.sources.model_directory import (
     INDEX,
     WEIGHTS,
@@ -36,16 +37,20 @@ def hub_model_id(model: Path) -> HubId | None:
     return None if model.exists() else HubId.find(str(model))
 
 
-def check_hub_model(hub_id: HubId) -> None:
+def check_hub_model(hub_id: HubId) -> str:
     """Refuse what is no model that can be served, before its weights are fetched.
+
+    Returns:
+        Its ``model_type``.
 
     Raises:
         InvalidRequestError: Says what is there instead, and what to do.
     """
     try:
-        _describe(hub_id)
+        _, folder = _describe(hub_id)
     except (HubError, HubUnavailableError) as error:
         raise _refuse(f"there is no directory {hub_id}, and {error.message}") from None
+    return text_type(read_config(folder))
 
 
 def fetch_hub_model(hub_id: HubId, progress: Progress) -> tuple[Path, str]:

@@ -28,6 +28,7 @@ from turret.server.adapters.methods import METHODS
 from turret.server.adapters.peft_format.base_name import base_name_warning, normalise_base_name
 from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES
 from turret.server.adapters.peft_format.config.rules import Irrelevant, Rejected, Used
+from turret.server.adapters.peft_format.unserved import UNSERVED
 from turret.server.adapters.source import TENSORS_FILE
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
 
@@ -137,13 +138,22 @@ OTHERS = sorted({kind.value for kind in PeftType} - SUPPORTED)
 
 
 @pytest.mark.parametrize("kind", [*OTHERS, "", None, 7])
-def test_other_peft_types_list_what_is_supported(root: Path, kind: Any) -> None:
+def test_other_peft_types_are_refused_with_what_to_do(root: Path, kind: Any) -> None:
     edit_config(root / "a", peft_type=kind)
     error = refusal_of(root)
     assert error.violations[0][0] == "peft_type"
-    assert "LORA" in str(error)
+    assert error.metadata["supported"].split(",") == list(METHODS)
+    assert UNSERVED.get(kind, "docs/adapters.md") in str(error)
     if isinstance(kind, str):
         assert kind in str(error)
+
+
+def test_a_misspelt_peft_type_is_one_short_line(root: Path) -> None:
+    edit_config(root / "a", peft_type="LOAR")
+    assert "'LOAR' is not supported by this version; did you mean 'LORA'?" in str(refusal_of(root))
+    edit_config(root / "a", peft_type="FOOBAR")
+    assert "did you mean" not in str(refusal_of(root))
+    assert len(str(refusal_of(root))) < 160
 
 
 # Tensors against config

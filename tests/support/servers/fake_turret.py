@@ -16,6 +16,8 @@ from google.rpc import error_details_pb2, status_pb2
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 FOREVER = "forever"
+# A directory with the weights that an adapter has already.
+SAME = "same"
 PEFT_FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 2000}
 
 
@@ -209,7 +211,7 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
 
     def ReplaceAdapter(self, request, context):
         adapter = self._get(request, context)
-        adapter.generation += 1
+        adapter.generation += request.path != SAME
         return adapter
 
     def GetAdapter(self, request, context):
@@ -219,7 +221,8 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
         self.requests.append(
             adapters_pb2.ListAdaptersRequest.FromString(request.SerializeToString())
         )
-        names = sorted(self.adapters)
+        method = request.method
+        names = sorted(n for n, a in self.adapters.items() if method in ("", a.method))
         start = int(request.page_token or 0)
         end = start + (request.page_size or 100)
         return adapters_pb2.ListAdaptersResponse(

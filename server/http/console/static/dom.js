@@ -50,10 +50,10 @@ export function duration(seconds) {
 }
 
 export function bytes(number) {
-  const units = ["B", "KB", "MB", "GB"];
+  const units = ["B", "KiB", "MiB", "GiB"];
   let unit = 0;
-  while (number >= 1000 && unit < units.length - 1) {
-    number /= 1000;
+  while (number >= 1024 && unit < units.length - 1) {
+    number /= 1024;
     unit += 1;
   }
   return `${number >= 100 || unit === 0 ? Math.round(number) : number.toFixed(1)} ${units[unit]}`;

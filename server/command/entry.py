@@ -1,0 +1,22 @@
+"""Where the ``turret`` command begins: what loads the rest, and takes no time itself."""
+
+from __future__ import annotations
+
+import signal
+import sys
+
+
+def main() -> int:
+    """Run the command of ``sys.argv``; returns its exit code."""
+    # Until there is somebody to catch a KeyboardInterrupt, Ctrl-C is to end the process without a
+    # traceback. Where it is ignored (a job in the background), it stays so.
+    is_caught = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if is_caught:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from turret.server import cli
+
+    return cli.main(catches_interrupts=is_caught)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

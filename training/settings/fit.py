@@ -1,0 +1,75 @@
+"""Which settings go together, told by the method's name before torch is loaded."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from turret.training.errors import ConfigError
+from turret.training.settings.config import MethodConfig, TrainConfig
+
+_FACTORS = ("targets", "rank", "alpha", "dropout")
+# What each method reads of ``MethodConfig`` besides its name; a test compares with the methods'.
+METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
+    "lora": _FACTORS,
+    "rslora": _FACTORS,
+    "dora": _FACTORS,
+    "alora": (*_FACTORS, "invocation"),
+    "miss": ("targets", "rank", "dropout"),
+    "oft": ("targets", "rank", "dropout"),
+    "hra": ("targets", "rank"),
+    "vblora": ("targets", "rank", "dropout"),
+    "shira": ("targets", "rank"),
+    "loha": _FACTORS,
+    "lokr": (*_FACTORS, "decompose_both", "decompose_factor"),
+    "ia3": ("targets",),
+    "prefix_tuning": ("num_virtual_tokens", "prefix_projection", "encoder_hidden_size"),
+    "prompt_tuning": ("num_virtual_tokens", "init_text"),
+    "p_tuning": ("num_virtual_tokens", "encoder_hidden_size", "dropout"),
+    "learned_fusion": ("components", "d_k", "guidance"),
+}
+# Methods that stand before one text, and those with factors A and B.
+PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
+WITH_FACTORS = ("lora", "rslora", "dora", "alora")
+# Methods that cannot be trained to classify, and why.
+_WITHOUT_HEAD = {
+    "learned_fusion": "learns a gate, not a head",
+    "alora": "is for answers: it may change nothing before its invocation",
+}
+
+
+def check_fit(config: TrainConfig) -> None:
+    """Refuse settings that the method gives no meaning to.
+
+    Args:
+        config: As read.
+
+    Raises:
+        ConfigError: Names the first key at fault.
+    """
+    name = config.method.name
+    _check_keys(config.method)
+    if config.data.packing and name in PROMPTS:
+        problem = f"{name} stands before one text, not before each of several in a row"
+        raise ConfigError.of("data.packing", problem)
+    if config.data.packing and name == "alora":
+        problem = "alora acts on one end of a row, not on that of each of several in it"
+        raise ConfigError.of("data.packing", problem)
+    if config.data.task == "classification" and name in _WITHOUT_HEAD:
+        raise ConfigError.of("data.task", f"{name} {_WITHOUT_HEAD[name]}")
+    if config.run.gradient_checkpointing and name == "prefix_tuning":
+        problem = "prefix_tuning passes its keys and values in a cache, which it switches off"
+        raise ConfigError.of("run.gradient_checkpointing", problem)
+    if config.optimizer.lora_plus_ratio is not None and name not in WITH_FACTORS:
+        raise ConfigError.of("optimizer.lora_plus_ratio", f"has no meaning for {name}")
+
+
+def _check_keys(config: MethodConfig) -> None:
+    keys = METHOD_KEYS[config.name]
+    for entry in dataclasses.fields(config):
+        given = getattr(config, entry.name) is not None
+        if given and entry.name != "name" and entry.name not in keys:
+            raise ConfigError.of(
+                f"method.{entry.name}",
+                f"has no meaning for {config.name}, which has {', '.join(keys)}",
+            )

@@ -1,0 +1,54 @@
+"""Which modules a config may name, told by the family before torch is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from turret.server.basics.closest import did_you_mean
+from turret.server.models.decoding.arch import MODULES
+from turret.server.models.families import FAMILIES
+from turret.training.errors import ConfigError
+
+PRESETS = ("attention", "mlp", "all-linear")
+
+
+def check_targets(model_type: str, targets: Sequence[str]) -> None:
+    """Refuse what no dense model of a family has; of mixtures their configs say more.
+
+    Args:
+        model_type: Of the base, a key of ``FAMILIES``.
+        targets: As :func:`check_names`.
+
+    Raises:
+        ConfigError: As :func:`check_names`.
+    """
+    family = FAMILIES[model_type]
+    if not family.has_experts:
+        modules = family.modules.get(model_type, MODULES)
+        known = [path.rpartition(".")[2] for paths in modules.values() for path in paths]
+        check_names(model_type, known, targets)
+
+
+def check_names(model_type: str, known: Sequence[str], targets: Sequence[str]) -> None:
+    """Refuse names that are no modules.
+
+    Args:
+        model_type: Of the base.
+        known: Its linear modules.
+        targets: One preset, or module names.
+
+    Raises:
+        ConfigError: A preset beside others, or a name that the architecture lacks.
+    """
+    if len(targets) == 1 and targets[0] in PRESETS:
+        return
+    for name in targets:
+        if name in PRESETS:
+            raise ConfigError.of("method.targets", f"{name!r} stands alone or not at all")
+        if name not in known:
+            meant = did_you_mean(name, (*known, *PRESETS))
+            raise ConfigError.of(
+                "method.targets",
+                f"{name!r:.60} is no linear module of {model_type}; there are {', '.join(known)}, "
+                f"and the presets {', '.join(PRESETS)}{meant}",
+            )
