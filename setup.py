@@ -4,6 +4,7 @@ The compiled libraries are plain C that ctypes loads. They know nothing of Pytho
 carry no Python's tag, and neither does the wheel: ``py3-none`` and the platform.
 """
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,17 @@ if missing:
 
 
 class BuildLibraries(build_ext):
-    """Calls a library ``_native.so``."""
+    """Calls a library ``_native.so``, and makes as many at once as there are processors."""
+
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.parallel = True
+
+    def build_extension(self, ext: Any) -> None:
+        # They have sources in common, and an object file is called after its source.
+        own = copy.copy(self)
+        own.build_temp = str(Path(self.build_temp, ext.name))
+        super(BuildLibraries, own).build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split("."))) + ".so"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import sys
 from collections.abc import Callable
@@ -170,9 +171,17 @@ def _read(args: argparse.Namespace) -> Any:
     return config
 
 
+def _load(module: str) -> None:
+    """Import what brings torch, which takes seconds and is not to be interrupted by an error."""
+    from turret.server.command.interrupts import ending_at_interrupts
+
+    with ending_at_interrupts("stopped"):
+        importlib.import_module(module)
+
+
 def _resolve(args: argparse.Namespace) -> Any:
     config = _read(args)
-
+    _load("turret.training.trainer")
     from turret.training.settings.resolve import resolve
 
     resolved = resolve(config, args.config.parent)
@@ -193,7 +202,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _sweep(args: argparse.Namespace) -> None:
     config = _read(args)
-
+    _load("turret.training.sweep")
     from rich.console import Console
     from rich.table import Table
 

@@ -187,11 +187,13 @@ def _print_table(reports: Sequence[MixReport]) -> None:
         # A figure that breaks inside its interval cannot be read.
         table = _table(reports, "\n")
     console.print(table)
+    # No caption, which a narrow table would break.
+    print(f"{reports[0].examples} examples; in brackets: 95 % intervals")
 
 
 def _table(reports: Sequence[MixReport], gap: str) -> Table:
     """A row per mix; ``gap`` stands between a figure and its interval."""
-    table = Table(caption=f"{reports[0].examples} examples; in brackets: 95 % intervals")
+    table = Table()
     table.add_column("mix", overflow="fold")
     for metric in reports[0].metrics:
         table.add_column(metric.replace("_", " "), justify="right")

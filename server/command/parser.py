@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import re
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from turret.server.basics.closest import did_you_mean
 
 EXIT_USAGE = 2
+_REQUIRED = "the following arguments are required"
 _UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (--[^\s=]+)")
 _BAD_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)", re.DOTALL)
 
@@ -17,21 +20,34 @@ _BAD_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)", re.D
 class CommandParser(argparse.ArgumentParser):
     """argparse prints a page of usage for a slip of the finger; this says what was meant."""
 
+    _given: Sequence[str] = ()
+
     def parse_known_args(  # type: ignore[override]
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[Any, list[str]]:
         """As argparse's, but the verb itself refuses what it does not know, by its own name."""
+        self._given = list(sys.argv[1:] if args is None else args)
         values, rest = super().parse_known_args(args, namespace)
         if rest and self._subparsers is None:
             self.error(f"unrecognized arguments: {' '.join(rest)}")
         return values, rest
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith(_REQUIRED) and (flag := self._unknown_flag()):
+            # What is lacking may be what it was meant for.
+            message = f"unrecognized arguments: {flag}"
         self.exit(
             EXIT_USAGE,
             f"{self.prog}: error: {message}{self._meant(message)}\n"
             f"{self.prog} --help shows what there is\n",
         )
+
+    def _unknown_flag(self) -> str:
+        """The first flag given that is none, of those before ``--``."""
+        given = itertools.takewhile(lambda word: word != "--", self._given)
+        flags = (word.partition("=")[0] for word in given if word.startswith("--"))
+        known = self._option_string_actions
+        return next((f for f in flags if not any(one.startswith(f) for one in known)), "")
 
     def _meant(self, message: str) -> str:
         if found := _UNKNOWN_FLAG.search(message):

@@ -68,8 +68,11 @@ def test_wrong_input_ends_before_torch(tmp_path: Path) -> None:
     assert not modules & {"torch", "grpc", "transformers", "asyncio"}
     (tmp_path / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
     (tmp_path / "t.jsonl").write_text('{"prompt": "a"}\n')
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
     for arguments in (
         ("train", "run", "no.toml"),
+        ("convert", str(tmp_path / "lora"), "--output", str(tmp_path / "new")),
         ("train", "plan", str(tmp_path / "t.toml")),
         ("convert", str(tmp_path / "no"), "--output", str(tmp_path / "new")),
     ):
@@ -109,9 +112,17 @@ def test_settings_that_do_not_fit_end_before_torch(
         ("turret.server.cli", -signal.SIGINT),
         ("turret.server.command.flags", -signal.SIGINT),
         ("turret.server.app", 130),
+        # Beneath it C++ calls Python, and an exception would abort the process.
+        ("torch._C", 130),
     ],
 )
-def test_an_interrupt_while_modules_load_leaves_no_traceback(module: str, code: int) -> None:
+def test_an_interrupt_while_modules_load_leaves_no_traceback(
+    module: str, code: int, tmp_path: Path
+) -> None:
+    (tmp_path / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
+    (tmp_path / "t.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    serve, train = ["serve", "--address", "127.0.0.1:0"], ["train", "run", f"{tmp_path}/t.toml"]
+    command = train if module == "torch._C" else serve
     program = (
         "import os, signal, sys\n"
         "class Interrupt:\n"
@@ -119,7 +130,7 @@ def test_an_interrupt_while_modules_load_leaves_no_traceback(module: str, code: 
         f"        if name == {module!r}: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.meta_path.insert(0, Interrupt())\n"
         "from turret.server.command.entry import main\n"
-        "sys.argv[1:] = ['serve', '--address', '127.0.0.1:0']\n"
+        f"sys.argv[1:] = {command!r}\n"
         "sys.exit(main())"
     )
     done = subprocess.run(
@@ -128,6 +139,8 @@ def test_an_interrupt_while_modules_load_leaves_no_traceback(module: str, code: 
     )  # fmt: skip
     assert done.returncode == code
     assert "Traceback" not in done.stderr
+    # Not by an exception, after which it would say how to go on.
+    assert command is serve or done.stderr.endswith("\nstopped\n")
 
 
 def test_the_short_help_says_what_the_long_one_says() -> None:
@@ -141,6 +154,8 @@ def test_the_short_help_says_what_the_long_one_says() -> None:
         (["serve", "--adress", "x"], "turret serve: error: .*did you mean '--address'?"),
         (["serve", "--dtype", "bfloat"], "bfloat16"),
         (["adapters", "lst"], "turret adapters: error: .*did you mean 'list'?"),
+        (["--versoin"], "unrecognized arguments: --versoin; did you mean '--version'?"),
+        (["generate", "--adres=x"], "arguments: --adres; did you mean '--address'?"),
         (["adapters", "list", "--jsn"], "turret adapters list: .*did you mean '--json'?"),
     ],
 )

@@ -195,3 +195,12 @@ def test_a_config_is_not_written_over(tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["train", "init", str(file)]) == 1
     assert "train.toml is there already; name another file" in capsys.readouterr().err
     assert file.read_text() == before
+
+
+def test_a_config_that_is_not_there_is_told_how_to_be(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "no.toml"
+    assert main(["train", "run", str(path)]) == 1
+    said = f"error: {path}: No such file or directory; `turret train init {path}` writes one\n"
+    assert capsys.readouterr().err == said

@@ -21,6 +21,8 @@ from transformers.utils import logging
 from turret.server.cli import main
 from turret.training.conversion import psoft
 from turret.training.conversion.clusters import cluster_rows
+from turret.training.conversion.converter import CONVERTED
+from turret.training.conversion.kinds import KINDS
 
 SEED = 123456789  # of PEFT's clusters
 PSOFT = [
@@ -237,3 +239,7 @@ def test_a_base_of_another_name_is_noted(
     said = capsys.readouterr()
     assert f"it names base {BASE_NAME!r}" in said.err
     assert "a LoRA of 4 modules, rank 4 at most" in said.out
+
+
+def test_what_is_converted_is_known_before_torch_is_loaded() -> None:
+    assert {*KINDS} == {*CONVERTED, "XLORA"}

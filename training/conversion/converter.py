@@ -25,6 +25,7 @@ from turret.server.errors import AdapterCheckpointError
 from turret.server.models.sources.hub_model import Progress
 from turret.training.adapter_folder import write_adapter
 from turret.training.conversion import adamss, psoft
+from turret.training.conversion.kinds import not_converted
 from turret.training.conversion.made_lora import MadeLora
 from turret.training.conversion.plain_base import read_plain_base
 from turret.training.conversion.xlora import read_folder, split_xlora
@@ -128,11 +129,7 @@ def convert(
 def _kind_of(checkpoint: AdapterCheckpoint) -> str:
     kind = checkpoint.config.get("peft_type")
     if kind not in (*CONVERTED, _XLORA):
-        raise RunError(
-            f"{checkpoint.path}: peft_type {kind!r:.60} is not converted, only"
-            f" {', '.join((*CONVERTED, _XLORA))} are; `turret serve` takes others as they are, or"
-            " says what to do with them"
-        )
+        raise not_converted(checkpoint.path, kind)
     return str(kind)
 
 

@@ -57,12 +57,22 @@ def _convert(args: argparse.Namespace) -> int:
         said = "name the directory that PEFT's save_pretrained wrote"
         print(f"error: {args.adapter} {what}; {said}", file=sys.stderr)
         return 1
+    from turret.server.command.interrupts import ending_at_interrupts
+    from turret.training.conversion.kinds import check_kind
+    from turret.training.errors import RunError
 
-    import torch
+    try:
+        check_kind(args.adapter)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
 
+    with ending_at_interrupts("stopped"):
+        import torch
+
+        from turret.training.conversion.converter import convert
     from turret.server.errors import TurretError
     from turret.server.progress import progress_bar
-    from turret.training.conversion.converter import convert
     from turret.training.errors import TrainingError
 
     if args.device == "cuda" and not torch.cuda.is_available():

@@ -31,6 +31,9 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> TrainConfig:
     """
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        step = f"`turret train init {path}` writes one"
+        raise ConfigError(f"{path}: {error.strerror}; {step}") from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
