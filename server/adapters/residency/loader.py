@@ -190,7 +190,7 @@ class AdapterLoader:
         if lowered.num_bytes > self._host_bytes:
             raise BudgetExceededError(
                 f"adapter {checkpoint.path!r} needs {lowered.num_bytes} bytes of host memory, the"
-                f" budget for all adapters is {self._host_bytes}",
+                f" budget for all adapters is {self._host_bytes} (--adapter-host-bytes)",
                 metadata={"path": checkpoint.path, "bytes": str(lowered.num_bytes)},
             )
         if not self._allowed.other_base:

@@ -28,6 +28,7 @@ from turret.server import log
 from turret.server.adapters.source import Source
 from turret.server.adapters.state.saved_registration import SavedRegistration
 from turret.server.adapters.state.staged_upload import StagedUpload, UploadedFile
+from turret.server.basics.byte_size import about_bytes
 from turret.server.basics.durable_file import (
     PARTIAL_SUFFIX,
     remove_directory,
@@ -213,14 +214,16 @@ def check_room_in(path: Path, num_bytes: int, most: int) -> None:
     sizes = {"bytes": str(num_bytes), "max_upload_bytes": str(most)}
     if num_bytes > most:
         raise BudgetExceededError(
-            f"the files have {num_bytes} bytes, the server takes {most}",
+            f"the files have {num_bytes} bytes, the server takes {most} (--max-upload-bytes)",
             metadata=sizes,
         )
     with reporting_disk_faults():
         free = shutil.disk_usage(path).free
     if num_bytes + MIN_FREE_BYTES > free:
+        needed, kept = about_bytes(num_bytes), about_bytes(MIN_FREE_BYTES)
         raise StorageFullError(
-            f"the files have {num_bytes} bytes, the server's disk has {free} free",
+            f"the disk of --state-dir is full: it has {about_bytes(free)} free, {needed} are"
+            f" needed, and {kept} are kept free",
             metadata={"bytes": str(num_bytes)},
         )
 

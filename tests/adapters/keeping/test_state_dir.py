@@ -246,11 +246,12 @@ def test_an_upload_over_the_limits_is_refused_before_it_is_sent(
     start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry = start()
-    with pytest.raises(BudgetExceededError, match="the server takes 1048576"):
+    with pytest.raises(BudgetExceededError, match=r"takes 1048576 \(--max-upload-bytes\)"):
         registry.stage([UploadedFile("x", 1 << 20), UploadedFile("y", 1)])
     free = shutil.disk_usage("/")._replace(free=state_dir.MIN_FREE_BYTES + 9)
     monkeypatch.setattr(state_dir.shutil, "disk_usage", lambda path: free)
-    with pytest.raises(StorageFullError):
+    why = r"it has 16 MiB free, 10 bytes are needed, and 16 MiB are kept free"
+    with pytest.raises(StorageFullError, match=why):
         registry.stage([UploadedFile("x", 10)])
     registry.stage([UploadedFile("x", 9)]).discard()
 
