@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.training.errors import RunError
@@ -27,6 +27,7 @@ def write_adapter(
 
     Raises:
         RunError: A weight is not finite in ``dtype``.
+        OSError: The disk is full, or the like.
     """
     tensors = {}
     for name, tensor in state.items():
@@ -34,9 +35,8 @@ def write_adapter(
         tensors[name] = tensor.detach().to("cpu", kept).contiguous()
         if not bool(torch.isfinite(tensors[name]).all()):
             raise RunError(f"{name} is not finite in {dtype}: the run diverged; lower the rate")
-    weights = folder / TENSORS_FILE
-    save_file(tensors, weights, metadata={"format": "pt"})
-    weights.chmod(0o644)  # safetensors writes a file that only its owner can read
+    # Not by ``save_file``, whose errors are no OSErrors and whose files only their owner can read.
+    (folder / TENSORS_FILE).write_bytes(save(tensors, metadata={"format": "pt"}))
     # Sets have no order of their own: sorting keeps the file the same from run to run.
     plain = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
     plain["inference_mode"] = True

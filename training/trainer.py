@@ -6,13 +6,14 @@ import json
 import shlex
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from turret.server.basics.byte_size import about_bytes
 from turret.training.base_model import DTYPES, load_model
 from turret.training.classifier import (
     ClassifierLoss,
@@ -34,6 +35,7 @@ from turret.training.run.folder import MetricsLog, RunFolder
 from turret.training.run.provenance import FILE, check_same_run, describe_run
 from turret.training.run.samples import draw_samples
 from turret.training.settings.config_file import render_config
+from turret.training.settings.fit import PROMPTS
 from turret.training.settings.resolve import Resolved
 
 # Told every line of metrics.jsonl, and what happens between them: ``kind`` is ``begin`` (with
@@ -128,6 +130,7 @@ class Trainer:
         parameters = trainable(model)
         optimizer = make_optimizer(parameters.items(), self._config.optimizer)
         facts = describe_run(self._resolved, sum(p.numel() for p in parameters.values()))
+        self._check_room(parameters.values())
         step = 0
         if resume:
             check_same_run(self._folder.read_facts(), facts, self._folder.path)
@@ -174,6 +177,28 @@ class Trainer:
         now = describe_run(self._resolved, facts["num_parameters"])
         check_same_run(facts, now, self._folder.path)
         return Result(self._folder, **facts["result"])
+
+    def _check_room(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Raises RunError if the disk is too full for what the run will write to it.
+
+        A prompt's network is folded away when it is saved, so that its adapter is not counted.
+        """
+        run, num_parameters = self._config.run, sum(p.numel() for p in parameters)
+        needed = 0
+        if self._config.method.name not in PROMPTS:
+            needed += num_parameters * DTYPES[run.adapter_dtype].itemsize
+        if run.checkpoint_every and run.checkpoint_every <= self._num_steps:
+            # A checkpoint has the weights in float32; the oldest goes when a new one is there.
+            needed += num_parameters * 4 * (run.keep_checkpoints + 1)
+        there = next(
+            path for path in (self._folder.path, *self._folder.path.parents) if path.exists()
+        )
+        free = shutil.disk_usage(there).free
+        if free < needed:
+            raise RunError(
+                f"{there}: the disk has {about_bytes(free)} free, and the run will write"
+                f" {about_bytes(needed)}; free some, or name another --output"
+            )
 
     def _say(self, text: str) -> None:
         self._listen({"kind": "phase", "text": text})

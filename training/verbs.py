@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import logging
 import sys
@@ -107,7 +108,9 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
             verb(args)
         except OSError as error:
             where = "" if error.filename is None else f"{error.filename}: "
-            print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            step = f"; free some{getattr(args, 'stopped', '')}" if is_full else ""
+            print(f"error: {where}{error.strerror or error}{step}", file=sys.stderr)
             return 1
         except (TrainingError, TurretError) as error:
             print(f"error: {error}", file=sys.stderr)

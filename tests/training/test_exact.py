@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import errno
 import json
 import shutil
 import signal
@@ -23,6 +25,7 @@ from turret.training.loss import HEAD_ROWS, LossFunction
 from turret.training.run.folder import read_metrics
 from turret.training.settings.config_file import render_config
 from turret.training.trainer import Trainer
+from turret.training.verbs import _RESUMES, _with_errors
 
 EXACT = "base.dtype=float32"
 
@@ -197,3 +200,24 @@ def test_the_adapter_says_what_it_was_made_of(tiny_llama: Path, tmp_path: Path):
     assert {"turret", "torch", "transformers", "peft", "bitsandbytes"} <= facts["versions"].keys()
     assert str(tmp_path) not in json.dumps(facts)
     assert str(tmp_path) not in (run / "adapter" / "adapter_config.json").read_text()
+
+
+def test_a_disk_without_room_is_told_before_training(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    usage = shutil.disk_usage(tmp_path)._replace(free=2000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(RunError, match=f"{tmp_path}: the disk has 1.95 KiB free, and the run will"):
+        train(tmp_path, tiny_llama, "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_disk_that_fills_up_is_told_with_how_to_go_on(capsys: pytest.CaptureFixture[str]):
+    def fill(args: argparse.Namespace) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "adapter_model.safetensors")
+
+    assert _with_errors(fill)(argparse.Namespace(stopped=_RESUMES)) == 1
+    assert capsys.readouterr().err == (
+        "error: adapter_model.safetensors: No space left on device; free some; --resume goes on"
+        " from the last checkpoint, if run.checkpoint_every has written one\n"
+    )
