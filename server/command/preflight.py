@@ -23,6 +23,7 @@ from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.basics.address import split_address
 from turret.server.basics.closest import did_you_mean
 from turret.server.basics.hub_id import HUB_SCHEME
+from turret.server.basics.writable import unwritable
 from turret.server.config import (
     AdapterConfig,
     Config,
@@ -91,6 +92,8 @@ def _adapters(config: AdapterConfig) -> Iterator[str]:
     if root is not None and not root.is_dir():
         what = "is no directory" if root.exists() else "does not exist"
         yield f"--adapter-root: {root} {what}; it is the directory that holds the adapters' own"
+    elif root is not None and not os.access(root, os.R_OK | os.X_OK):
+        yield f"--adapter-root: {root} cannot be read by this user"
     elif root is not None:
         for name, path in preload:
             yield from _preload(root, name, path)
@@ -144,16 +147,8 @@ def _adapters_below(folder: Path) -> list[str]:
 
 def _state_dir(path: Path) -> Iterator[str]:
     lock = path / "LOCK"
-    if path.exists() and not path.is_dir():
-        yield f"--state-dir: {path} is a file"
-    elif not path.exists():
-        there = next(folder for folder in path.absolute().parents if folder.exists())
-        if not there.is_dir():
-            yield f"--state-dir: {path} cannot be made: {there} is a file"
-        elif not os.access(there, os.W_OK | os.X_OK):
-            yield f"--state-dir: {path} cannot be made in {there} by this user"
-    elif not os.access(path, os.W_OK | os.X_OK):
-        yield f"--state-dir: {path} cannot be written by this user"
+    if problem := unwritable(path):
+        yield f"--state-dir: {path} {problem}"
     elif lock.exists():
         try:
             with lock.open("rb+") as file:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import json
+import os
 import socket
 import subprocess
 from pathlib import Path
@@ -17,6 +18,8 @@ from turret.server.command.flags import add_flags, config_from_args
 from turret.server.command.preflight import problems
 from turret.server.config import Config
 from turret.server.models.families import served_types
+from turret.training.errors import RunError
+from turret.training.run.folder import RunFolder
 
 ADAPTERS = ROOT / "examples" / "adapters"
 
@@ -140,6 +143,19 @@ def test_a_state_dir_that_cannot_be_made(tmp_path: Path) -> None:
     # What is looked at is left as it was.
     assert found("--state-dir", str(tmp_path / "deep" / "er")) == []
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_directories_that_this_user_may_not_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In place of permissions, which do not hold for the superuser.
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    root = ("--adapter-root", str(tmp_path), "--preload", "a=b")
+    assert found(*root) == [f"--adapter-root: {tmp_path} cannot be read by this user"]
+    assert "cannot be written by this user" in found("--state-dir", str(tmp_path))[0]
+    assert f"cannot be made in {tmp_path} by" in found("--state-dir", str(tmp_path / "new"))[0]
+    with pytest.raises(RunError, match=f"new cannot be made in {tmp_path} by this user; --output"):
+        RunFolder(tmp_path / "new").check(resume=False, overwrite=False)
 
 
 def test_the_newest_checkpoint_is_named_last(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.basics.durable_file import replace_file
+from turret.server.basics.writable import unwritable
 from turret.training.errors import RunError
 
 
@@ -85,6 +86,8 @@ class RunFolder:
         Raises:
             RunError: It may not; says which flag would let it.
         """
+        if self.path.exists() and not self.path.is_dir():
+            raise RunError(f"{self.path} is a file; --output DIR writes somewhere else")
         has_run = self.facts.exists()
         if overwrite and has_run:
             return
@@ -101,6 +104,8 @@ class RunFolder:
             raise RunError(
                 f"{self.path} is not empty, and no run; --output DIR writes somewhere else"
             )
+        if problem := unwritable(self.path):
+            raise RunError(f"{self.path} {problem}; --output DIR writes somewhere else")
 
     def read_facts(self) -> dict[str, Any]:
         """``run.json``.
