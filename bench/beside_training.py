@@ -28,7 +28,8 @@ from common.served import Served
 from transformers import AutoConfig
 
 from turret.server.models.families import read_arch
-from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.model_source import resolve_model
+from turret.server.models.sources.cache import default_cache_dir
 
 _BATCH = 16
 _RANK = 16

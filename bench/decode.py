@@ -37,7 +37,8 @@ from rich.progress import Progress
 from turret.clients.client import TurretClient
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.families import read_arch
-from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.model_source import resolve_model
+from turret.server.models.sources.cache import default_cache_dir
 from turret.server.progress import progress_bar
 from turret.server.server_process import ServerProcess, ServerProcessError
 

@@ -27,7 +27,8 @@ from scale.workload import TOKEN_IDS
 
 from turret.clients.aio import AdapterWeight, AsyncTurretClient
 from turret.server.models.families import read_arch
-from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.model_source import resolve_model
+from turret.server.models.sources.cache import default_cache_dir
 from turret.server.server_process import ServerProcess
 
 _FUSED = 8

@@ -37,7 +37,8 @@ def write_tiny_model(folder: Path) -> None:
     """A model whose step takes well under a millisecond, with the demo model's tokenizer."""
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    from turret.server.models.model_source import default_cache_dir, resolve_model
+    from turret.server.models.model_source import resolve_model
+    from turret.server.models.sources.cache import default_cache_dir
 
     tokenizer = AutoTokenizer.from_pretrained(resolve_model(None, default_cache_dir()).files)
     config = LlamaConfig(

@@ -38,7 +38,8 @@ from turret.server.engine.loop import EngineLoop
 from turret.server.engine.scheduling.request import Request, SamplingParams, StopConditions
 from turret.server.metrics import Metrics
 from turret.server.models.families import read_arch
-from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.model_source import resolve_model
+from turret.server.models.sources.cache import default_cache_dir
 
 ENGINE = "engine"
 REST = "all else"

@@ -62,8 +62,9 @@ from turret.server.models.describe import describe_base, describe_projections
 from turret.server.models.formulations import formulations
 from turret.server.models.loader import eos_token_ids, load_decoder
 from turret.server.models.model_info import ModelInfo
-from turret.server.models.model_source import ModelSource, default_cache_dir, resolve_model
+from turret.server.models.model_source import ModelSource, resolve_model
 from turret.server.models.own_tokenizers import OwnTokenizers
+from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.tokenizer import Tokenizer
 from turret.server.progress import progress_bar
 

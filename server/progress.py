@@ -1,25 +1,39 @@
-"""A progress bar on the terminal for what makes an operator wait."""
+"""What makes an operator wait: a bar on the terminal, else a line in the log now and then."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from turret.server import log
+
+Report = Callable[[str, int, int], None]
+
+_log = logging.getLogger(__name__)
+# What is over sooner is not worth a line.
+_FIRST_SECONDS = 3.0
+_EVERY_SECONDS = 10.0
+
 
 @contextmanager
-def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar() -> Iterator[Report]:
     """Yield ``report(description, done, total)``; draws on stderr if that is a terminal."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(time.monotonic)
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console) as bar:
         tasks = {}
 
         def report(description: str, done: int, total: int) -> None:
@@ -28,3 +42,16 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
             bar.update(tasks[description], completed=done)
 
         yield report
+
+
+def _lines(now: Callable[[], float]) -> Report:
+    """Logs what takes longer than ``_FIRST_SECONDS``, and again every ``_EVERY_SECONDS``."""
+    due: dict[str, float] = {}
+
+    def report(description: str, done: int, total: int) -> None:
+        when = due.setdefault(description, now() + _FIRST_SECONDS)
+        if now() >= when and done < total:
+            due[description] = now() + _EVERY_SECONDS
+            _log.info(description, extra=log.fields(done=done, total=total))
+
+    return report

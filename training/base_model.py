@@ -21,7 +21,8 @@ from transformers.utils import logging
 
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.families import read_arch, text_config
-from turret.server.models.model_source import ModelSource, default_cache_dir, resolve_model
+from turret.server.models.model_source import ModelSource, resolve_model
+from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.sources.embedded import find_gguf, read_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.weights.nf4 import Nf4Weight

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import shutil
 import tempfile
@@ -19,10 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models.families import read_arch
+from turret.server.models.sources.cache import NAMES
 from turret.server.models.sources.embedded import MODEL_NAME, find_gguf, read_gguf
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
@@ -64,12 +65,6 @@ class ModelSource:
     files: Path
     digest: str
     commit: str = ""
-
-
-def default_cache_dir() -> Path:
-    """``$XDG_CACHE_HOME/turret``, else ``~/.cache/turret``."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "turret"
 
 
 def resolve_model(
@@ -171,7 +166,12 @@ def _quantize(
         else:
             out[key] = tensor.contiguous().clone()
     progress("Quantising to NF4", total, total)
-    save_file(out, build / WEIGHTS, metadata={"format": "pt"})
+    try:
+        save_file(out, build / WEIGHTS, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise InvalidRequestError.of(
+            "model", f"its quantised weights cannot be written to {build.parent}: {error}; {NAMES}"
+        ) from None
     manifest = {"name": name, "digest": _digest([build / WEIGHTS]), "format": _FORMAT}
     (build / _MANIFEST).write_text(json.dumps(manifest))
 

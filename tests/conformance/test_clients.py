@@ -15,7 +15,8 @@ import pytest
 from checkout import ROOT
 from servers.server_under_test import ServerUnderTest, start_server
 
-from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.model_source import resolve_model
+from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.sources.embedded import find_gguf
 
 HERE = Path(__file__).parent

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.model_source import resolve_model
+from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.sources.embedded import find_gguf
 from turret.server.models.tokenizer import Tokenizer
 

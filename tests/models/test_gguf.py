@@ -23,7 +23,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from turret.server.errors import InvalidRequestError
 from turret.server.models.families import read_arch
 from turret.server.models.loader import eos_token_ids
-from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.model_source import resolve_model
+from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.sources.check import check_model
 from turret.server.models.sources.embedded import find_gguf, read_gguf
 from turret.server.models.sources.gguf_file import open_gguf

@@ -150,12 +150,23 @@ def test_directories_that_this_user_may_not_use(
 ) -> None:
     # In place of permissions, which do not hold for the superuser.
     monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(preflight, "check_model", lambda model: "llama")
     root = ("--adapter-root", str(tmp_path), "--preload", "a=b")
     assert found(*root) == [f"--adapter-root: {tmp_path} cannot be read by this user"]
     assert "cannot be written by this user" in found("--state-dir", str(tmp_path))[0]
     assert f"cannot be made in {tmp_path} by" in found("--state-dir", str(tmp_path / "new"))[0]
     with pytest.raises(RunError, match=f"new cannot be made in {tmp_path} by this user; --output"):
         RunFolder(tmp_path / "new").check(resume=False, overwrite=False)
+
+
+def test_quantised_weights_without_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    (problem,) = found()
+    assert problem == (
+        f"--model: its quantised weights have no place: {tmp_path}/file/turret cannot be made:"
+        f" {tmp_path}/file is a file; XDG_CACHE_HOME names another place for them"
+    )
 
 
 def test_the_newest_checkpoint_is_named_last(tmp_path: Path) -> None:

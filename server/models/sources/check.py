@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from turret.server.models.families import text_type
+from turret.server.models.sources.cache import check_cache_dir
 from turret.server.models.sources.embedded import find_gguf
 from turret.server.models.sources.gguf_header import SUFFIX, check_gguf
 from turret.server.models.sources.hub_model import check_hub_model, hub_model_id
-from turret.server.models.sources.model_directory import check_model_directory
+from turret.server.models.sources.model_directory import check_model_directory, is_4bit
 
 
 def check_model(model: Path | None) -> str:
@@ -24,11 +25,14 @@ def check_model(model: Path | None) -> str:
     Raises:
         InvalidRequestError: Says what is there instead, and what to do.
     """
-    if model is None:
-        return check_gguf(find_gguf())
-    hub_id = hub_model_id(model)
+    hub_id = None if model is None else hub_model_id(model)
     if hub_id is not None:
         return check_hub_model(hub_id)
-    if model.suffix == SUFFIX and model.is_file():
-        return check_gguf(model)
-    return text_type(check_model_directory(model))
+    if model is None or (model.suffix == SUFFIX and model.is_file()):
+        kind = check_gguf(find_gguf() if model is None else model)
+        check_cache_dir()
+        return kind
+    config = check_model_directory(model)
+    if not is_4bit(config):
+        check_cache_dir()
+    return text_type(config)

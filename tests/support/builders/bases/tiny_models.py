@@ -38,7 +38,8 @@ from transformers.utils import logging
 
 from turret.server.models.describe import describe_base
 from turret.server.models.loader import load_decoder
-from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.model_source import resolve_model
+from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.sources.embedded import find_gguf, read_gguf
 from turret.server.models.text_part import text_name
 

@@ -1,0 +1,32 @@
+"""Where quantised weights are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from turret.server.basics.writable import unwritable
+from turret.server.errors import InvalidRequestError
+
+# What helps where it cannot be written.
+NAMES = "XDG_CACHE_HOME names another place for them"
+
+
+def default_cache_dir() -> Path:
+    """``$XDG_CACHE_HOME/turret``, else ``~/.cache/turret``."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(root) / "turret"
+
+
+def check_cache_dir() -> None:
+    """Refuse a place that holds no weights and takes none.
+
+    Raises:
+        InvalidRequestError: Says which, and how to name another.
+    """
+    folder = default_cache_dir()
+    problem = unwritable(folder)
+    if problem and not any(folder.glob("nf4-*")):
+        raise InvalidRequestError.of(
+            "model", f"its quantised weights have no place: {folder} {problem}; {NAMES}"
+        )
