@@ -12,7 +12,8 @@ from gguf import GGMLQuantizationType as Kind
 from transformers import AutoModelForCausalLM, GgufConfig
 
 from turret.server.models.loader import eos_token_ids, load_decoder
-from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.model_source import resolve_model
+from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.tokenizer import Tokenizer
 
