@@ -1,8 +1,8 @@
 """Checks and times every Triton kernel and a whole decode step on the GPU of this machine.
 
-One command, under nine minutes, on a bare machine with Python, torch and triton (``bench/gpu.sh``
-sets the paths and also runs the kernel tests). Each part first checks its result against float64
-and is not timed if that fails; the others run all the same. Rows go to
+One command, under nine minutes, on a bare machine with Python, torch, triton and numpy
+(``bench/gpu.sh`` sets the paths and also runs the kernel tests). Each part first checks its result
+against float64 and is not timed if that fails; the others run all the same. Rows go to
 ``bench/results/<gpu>.jsonl`` as they come::
 
     bench/gpu.sh                     everything

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-from llguidance import LLTokenizer
+
+if TYPE_CHECKING:
+    # Not at run time; see ``constraint.py``.
+    from llguidance import LLTokenizer
 
 Words = np.ndarray[tuple[int], np.dtype[np.int32]]
 

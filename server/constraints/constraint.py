@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
-from llguidance import LLMatcher
+from typing import TYPE_CHECKING, Protocol
 
 from turret.server.constraints.alphabet import Alphabet
 from turret.server.constraints.matcher import Matcher
+
+if TYPE_CHECKING:
+    # Not at run time: the GPU benchmark runs steps where llguidance is not installed.
+    from llguidance import LLMatcher
 
 # Copies of a matcher share the states of one lexer, which only become more. After so much processor
 # time spent on following it (thousands of ordinary answers) a constraint begins with a new one.

@@ -6,9 +6,6 @@ import json
 import re
 from typing import Any
 
-from llguidance import LLMatcher
-from llguidance.gbnf_to_lark import any_to_lark
-
 from turret.server.constraints.schema import schema_faults
 from turret.server.constraints.spec import ConstraintSpec
 from turret.server.errors import InvalidRequestError
@@ -38,6 +35,10 @@ def grammar_of(spec: ConstraintSpec) -> str:
     Raises:
         InvalidRequestError: It cannot be read.
     """
+    # Imported where they are used: the GPU benchmark runs steps where llguidance is not installed.
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
     if spec.kind == "json_object":
         return LLMatcher.grammar_from_json_schema(_ANY_OBJECT, overrides=_JSON_OPTIONS)
     if spec.kind == "json_schema":
@@ -98,6 +99,8 @@ def _rule_faults(text: str, why: str) -> list[tuple[str, str]]:
 
 
 def _schema_grammar(text: str) -> str:
+    from llguidance import LLMatcher
+
     try:
         schema = json.loads(text)
         if not isinstance(schema, dict):

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from llguidance import LLMatcher
 
 from turret.server.constraints.alphabet import Alphabet, Words
 from turret.server.constraints.grammar import shortened
 from turret.server.errors import BudgetExceededError, InvalidRequestError
+
+if TYPE_CHECKING:
+    # Not at run time; see ``constraint.py``.
+    from llguidance import LLMatcher
 
 # Processor time that the masks of one answer may take: at first, and for each token. Ordinary
 # grammars take 0.1 ms a token; a literal of 65536 characters takes 40.

@@ -99,11 +99,71 @@ def test_a_part_that_fails_costs_no_other_its_rows(tmp_path: Path):
     assert [row["scenario"] for row in rows] == ["first half", "right"]
 
 
+# What the server needs beside torch, triton and numpy: a machine with a GPU may have none of it.
+BARE = """
+import importlib.abc
+import sys
+
+NOT_HERE = {
+    *("bitsandbytes", "gguf", "google", "grpc", "grpc_health", "grpc_status", "huggingface_hub"),
+    *("llguidance", "prometheus_client", "rich", "safetensors", "starlette", "tokenizers"),
+    *("transformers", "uvicorn"),
+}
+
+class NotInstalled(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in NOT_HERE:
+            raise ModuleNotFoundError(f"No module named {name!r}")
+
+sys.meta_path.insert(0, NotInstalled())
+"""
+ONE_STEP = """
+sys.path.insert(0, "bench")
+import gpu
+
+sys.exit(gpu.main(["--dry-run", "--only", "one step"]))
+"""
+COLLECT = """
+import pytest
+
+options = ["-c", "/dev/null", "--rootdir", ".", "--noconftest", "-p", "no:cacheprovider"]
+options += ["--import-mode=importlib", "--collect-only", "-q", "-W", "ignore"]
+sys.exit(pytest.main([*options, *sys.argv[1:]]))
+"""
+
+
+def run_bare(program: str, *args: str) -> None:
+    """Run a program where only torch, triton and numpy (and pytest) can be imported."""
+    environment: dict[str, Any] = {**os.environ, "TRITON_INTERPRET": "1"}
+    environment["PYTHONPATH"] = f"src{os.pathsep}tests/support"
+    command = [sys.executable, "-c", BARE + program, *args]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@WITHOUT_GPU
+def test_a_step_runs_on_a_bare_machine():
+    run_bare(ONE_STEP)
+
+
+@pytest.mark.slow
+@WITHOUT_GPU
+def test_the_tests_it_names_run_on_a_bare_machine():
+    run_bare(COLLECT, *named_tests())
+
+
+def named_tests() -> list[str]:
+    script = (ROOT / "bench" / "gpu.sh").read_text()
+    return [word for word in script.split() if word.startswith("tests/") and ".py" in word]
+
+
 @WITHOUT_GPU
 def test_the_tests_it_names_are_there_and_are_no_reference_tests():
     """A renamed file would end pytest before its first test."""
-    script = (ROOT / "bench" / "gpu.sh").read_text()
-    named = [word for word in script.split() if word.startswith("tests/") and ".py" in word]
+    named = named_tests()
     assert len(named) == 11
     for path in named:
         assert (ROOT / path).is_file(), path

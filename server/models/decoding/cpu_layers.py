@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -29,8 +29,10 @@ from turret.server.adapters.device.cpu.store import CpuStep
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 from turret.server.models.decoding.arch import Arch
 from turret.server.models.decoding.kv_cache import KvCache
-from turret.server.models.weights.base_linear import BaseLinear
-from turret.server.models.weights.nf4 import Nf4Linear
+
+if TYPE_CHECKING:
+    # Not at run time: the GPU benchmark builds layers where bitsandbytes is not installed.
+    from turret.server.models.weights.base_linear import BaseLinear
 
 Rotation = tuple[torch.Tensor, torch.Tensor]
 
@@ -115,7 +117,7 @@ class CpuLayers:
         return (
             has_native_products()
             and arch.query_growth is None
-            and all(isinstance(base, Nf4Linear) and base.packed is not None for base in bases)
+            and all(_packed(base) is not None for base in bases)
         )
 
     def run(
@@ -196,9 +198,9 @@ class CpuLayers:
         )
         for place, projection in enumerate(_projections(layer)):
             base, bias = projection.base, projection.bias
-            assert isinstance(base, Nf4Linear)
-            assert base.packed is not None
-            weight, absmax = base.packed
+            packed = _packed(base)
+            assert packed is not None, "asked for by ``serves``"
+            weight, absmax = packed
             made.linears[place] = NativeLinear(
                 weight.data_ptr(),
                 absmax.data_ptr(),
@@ -213,6 +215,11 @@ def _projections(layer: Layer) -> tuple[AdaptedLinear, ...]:
     assert layer.gate_up is not None, "a mixture of experts is not served here"
     assert layer.down is not None
     return layer.qkv, layer.o, layer.gate_up, layer.down
+
+
+def _packed(base: BaseLinear) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """See ``Nf4Linear.packed``; None of any other."""
+    return getattr(base, "packed", None)
 
 
 def _width(base: BaseLinear) -> int:
