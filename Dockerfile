@@ -23,7 +23,7 @@ FROM ${PYTHON_IMAGE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG TORCH_VERSION=2.13.0
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
-# A compiler for the CPU kernels; the final image needs none. Packages and the model come before the
+# A compiler for the CPU kernels; the final image needs one for a GPU alone. Packages and the model come before the
 # sources, so that a change to the sources does not fetch them again.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
@@ -38,6 +38,14 @@ RUN /opt/turret/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels
     && /opt/turret/bin/pip install --no-deps --no-index /wheels/turret-*.whl
 
 FROM ${PYTHON_IMAGE}
+# For a GPU Triton compiles C at the first start.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# hadolint ignore=DL3008
+RUN case "$TORCH_INDEX" in \
+        */cpu) ;; \
+        *) apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+            && rm -rf /var/lib/apt/lists/* ;; \
+    esac
 RUN useradd --create-home --uid 10001 turret && install -d -o turret /adapters /state
 COPY --from=build /opt/turret /opt/turret
 ENV PATH=/opt/turret/bin:$PATH TURRET_HEALTH_FLAGS=""

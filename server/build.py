@@ -28,6 +28,7 @@ from turret.server.adapters.state.state_dir import StateDir
 from turret.server.api.backend import Backend
 from turret.server.api.vocabularies import Vocabularies, Vocabulary
 from turret.server.basics.background import compute_on_this_thread
+from turret.server.basics.triton_needs import keep_compiled_in, missing_for_triton
 from turret.server.cluster.replica.seat import Seat
 from turret.server.config import (
     ADAPTER_DEVICE_BYTES,
@@ -202,6 +203,11 @@ def _choose_device(model: ModelConfig) -> torch.device:
         raise InvalidRequestError.of(
             "device", f"{model.device} was asked for, but torch sees no such CUDA device"
         )
+    if missing := missing_for_triton():
+        raise InvalidRequestError.of(
+            "device", f"CUDA kernels are compiled here, which needs {missing}; or take --device cpu"
+        )
+    keep_compiled_in(default_cache_dir() / "triton")
     return torch.device("cuda", 0)
 
 

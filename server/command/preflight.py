@@ -23,6 +23,7 @@ from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.basics.address import split_address
 from turret.server.basics.closest import did_you_mean
 from turret.server.basics.hub_id import HUB_SCHEME
+from turret.server.basics.triton_needs import missing_for_triton
 from turret.server.basics.writable import unwritable
 from turret.server.config import (
     AdapterConfig,
@@ -70,6 +71,11 @@ def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:
         yield (
             f"--device: {config.device} was asked for, but torch is installed for CPUs alone"
             " (docs/kernels.md); `pip install torch` brings one for NVIDIA's GPUs"
+        )
+    elif config.device.startswith("cuda") and (missing := missing_for_triton()):
+        yield (
+            f"--device: {config.device} was asked for, whose kernels are compiled here: {missing} "
+            "must be installed"
         )
     if (config.threads or 0) > max(_MOST_THREADS, os.cpu_count() or 1):
         yield f"--threads: {config.threads} is more than any machine computes with"

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import os
+import sysconfig
+from pathlib import Path
 
 import pytest
 import torch
 
+from turret.server import build
+from turret.server.basics.triton_needs import keep_compiled_in, missing_for_triton
 from turret.server.build import _choose_device
 from turret.server.config import ModelConfig
 from turret.server.errors import InvalidRequestError
@@ -25,6 +29,7 @@ def choose(monkeypatch: pytest.MonkeyPatch, wanted: str, visible: str | None, th
         return there
 
     monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "kept")
     return _choose_device(ModelConfig(device=wanted)), seen
 
 
@@ -54,3 +59,33 @@ def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch):
         choose(monkeypatch, "cuda:7", None, there=False)
     assert choose(monkeypatch, "auto", None, there=False)[0] == torch.device("cpu")
     assert choose(monkeypatch, "cpu", None)[0] == torch.device("cpu")
+
+
+def test_without_a_compiler_no_gpu_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Triton would raise in the first step, after the model was read."""
+    monkeypatch.setattr(build, "missing_for_triton", lambda: "a C compiler")
+    for wanted in ("auto", "cuda"):
+        with pytest.raises(InvalidRequestError, match="needs a C compiler; or take --device cpu"):
+            choose(monkeypatch, wanted, None)
+    assert choose(monkeypatch, "cpu", None)[0] == torch.device("cpu")
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sysconfig, "get_path", lambda _: str(tmp_path))
+    assert missing_for_triton().startswith("a C compiler (gcc or clang")
+    assert "and Python's C headers" in missing_for_triton()
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CC", "cc")
+    assert missing_for_triton() == ""
+
+
+def test_triton_writes_where_the_server_may(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Services and containers often have no home directory that they may write."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    set_before: dict[str, str] = {"TRITON_CACHE_DIR": "elsewhere"}
+    keep_compiled_in(tmp_path, set_before)
+    assert set_before == {"TRITON_CACHE_DIR": "elsewhere"}
+    kept: list[Path] = []
+    monkeypatch.setattr(build, "keep_compiled_in", kept.append)
+    choose(monkeypatch, "cuda", None)
+    choose(monkeypatch, "cpu", None)
+    assert kept == [tmp_path / "turret" / "triton"]

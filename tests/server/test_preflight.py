@@ -185,6 +185,10 @@ def test_a_device_an_instruction_set_and_threads_that_are_not_there(
     assert "cuda:1 was asked for, but torch is installed for CPUs alone" in problem
     monkeypatch.setattr(preflight, "_torch_version", lambda: "2.13.0")
     assert found("--device", "cuda:1") == []
+    monkeypatch.setattr(preflight, "missing_for_triton", lambda: "a C compiler")
+    (problem,) = found("--device", "cuda:1")
+    assert problem.endswith("compiled here: a C compiler must be installed")
+    assert found("--device", "cpu") == []
     (problem,) = found("--threads", "100000")
     assert problem.startswith("--threads: 100000 is more")
     monkeypatch.setenv("TURRET_ISA", "avx51")

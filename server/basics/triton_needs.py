@@ -1,0 +1,31 @@
+"""What Triton needs of a machine with a GPU beside the GPU: it compiles C when it first runs.
+
+Its driver, and in version 3.6 a launcher for each form of a kernel too, are C that it compiles
+with the machine's compiler against Python's headers. What it compiles goes to a folder of its own
+below the home directory, which services and containers often cannot write.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sysconfig
+from collections.abc import MutableMapping
+from pathlib import Path
+
+_COMPILERS = ("gcc", "clang")
+
+
+def missing_for_triton() -> str:
+    """What has to be installed before Triton can run a kernel; empty if nothing has."""
+    missing = []
+    if "CC" not in os.environ and not any(map(shutil.which, _COMPILERS)):
+        missing.append("a C compiler (gcc or clang, or another one that CC names)")
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        missing.append("Python's C headers (python3-dev, or what your system calls it)")
+    return " and ".join(missing)
+
+
+def keep_compiled_in(folder: Path, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Have Triton keep what it compiles in a folder, unless the environment names one."""
+    environ.setdefault("TRITON_CACHE_DIR", str(folder))
