@@ -9,6 +9,7 @@ Memory pools and cuBLAS workspaces of graphs follow torch 2.11, or the versions 
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -102,13 +103,14 @@ class FakeCuda:
         self.default = FakeStream("default")
         self.num_captures = 0
         self._frees_workspaces = frees_workspaces
-        self._current = self.default
+        self._currents: dict[int, FakeStream] = {}
         self._streams = 0
         self._capturing: _Graph | None = None
         self._pool: int | None = None
         self._pools = 0
         self._alive: dict[int, int] = {}
-        self._workspaces: dict[FakeStream, _Workspace] = {}
+        # cuBLAS has a handle for each thread.
+        self._workspaces: dict[tuple[int, FakeStream], _Workspace] = {}
 
     @property
     def workspaces_outside_pools(self) -> bool:
@@ -117,12 +119,16 @@ class FakeCuda:
 
     @property
     def current(self) -> FakeStream:
-        """The current stream."""
-        return self._current
+        """The calling thread's current stream."""
+        return self._currents.get(threading.get_ident(), self.default)
+
+    @current.setter
+    def current(self, stream: FakeStream) -> None:
+        self._currents[threading.get_ident()] = stream
 
     def launch(self, work: Callable[[], None]) -> None:
         """Put work on the current stream."""
-        self._current.pending.append(work)
+        self.current.pending.append(work)
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -132,8 +138,8 @@ class FakeCuda:
             "Event": lambda **_: FakeEvent(),
             "stream": self._use,
             "default_stream": lambda *_: self.default,
-            "current_stream": lambda *_: self._current,
-            "synchronize": lambda *_: self._current.synchronize(),
+            "current_stream": lambda *_: self.current,
+            "synchronize": lambda *_: self.current.synchronize(),
             "graph_pool_handle": self._make_pool,
             "CUDAGraph": _Graph,
             "graph": self._graph,
@@ -157,11 +163,11 @@ class FakeCuda:
 
     @contextlib.contextmanager
     def _use(self, stream: FakeStream) -> Iterator[None]:
-        before, self._current = self._current, stream
+        before, self.current = self.current, stream
         try:
             yield
         finally:
-            self._current = before
+            self.current = before
 
     def _make_pool(self) -> int:
         self._pools += 1
@@ -181,22 +187,26 @@ class FakeCuda:
         if holds and not self._alive.get(pool):
             raise RuntimeError("it->second->use_count > 0 INTERNAL ASSERT FAILED")
         graph.stream, self._capturing, self._pool = stream, graph, pool
+        before, self.current = self.current, stream
         try:
-            with self._use(stream):
-                yield
+            yield
         finally:
             self._capturing = self._pool = None
+        # Not after an error: the end of a capture that has failed raises before it gets here.
+        self.current = before
         self.num_captures += 1
         self._alive[pool] = self._alive.get(pool, 0) + 1
         weakref.finalize(graph, self._ended, stream, pool)
 
     def _ended(self, stream: FakeStream, pool: int) -> None:
         self._alive[pool] -= 1
-        if self._frees_workspaces and stream in self._workspaces:
-            self._workspaces.pop(stream).is_freed = True
+        if self._frees_workspaces:
+            for place in [place for place in self._workspaces if place[1] is stream]:
+                self._workspaces.pop(place).is_freed = True
 
     def _multiply(self) -> None:
-        found = self._workspaces.setdefault(self._current, _Workspace(self._pool))
+        place = threading.get_ident(), self.current
+        found = self._workspaces.setdefault(place, _Workspace(self._pool))
         if self._capturing is not None:
             self._capturing.workspace = found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -120,6 +121,39 @@ def test_without_graphs_it_goes_on_where_capturing_fails(caplog: pytest.LogCaptu
     assert all(torch.equal(result, results[0]) for result in results)
     assert capture.num_captures == 1
     assert "without CUDA graphs" in caplog.text
+
+
+def test_a_capture_that_fails_leaves_the_stream_as_it_was(caplog: pytest.LogCaptureFixture):
+    """What goes on without graphs goes on in order."""
+    cuda, streams = FakeCuda(), []
+
+    def body() -> tuple[torch.Tensor, torch.Tensor]:
+        streams.append(cuda.current)
+        if len(streams) == 2:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return multiply()
+
+    with cuda.installed():
+        graphs = DecodeGraphs(CudaCapture(CPU, torch.float32))
+        for _ in range(3):
+            graphs.run(0, "a", body)
+    assert cuda.num_captures == 0
+    assert "without CUDA graphs" in caplog.text
+    first, capturing, *rest = streams
+    assert capturing is not first
+    assert rest == [first, first]
+
+
+def test_what_another_thread_captures_later_has_its_workspace_outside_too():
+    """The start captures on the thread that loads, what comes later on the engine's."""
+    cuda = FakeCuda()
+    with cuda.installed():
+        graphs = DecodeGraphs(CudaCapture(CPU, torch.float32))
+        graphs.prepare(0, "a", multiply)
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(graphs.prepare, 0, "b", multiply).result()
+    assert cuda.num_captures == 2
+    assert cuda.workspaces_outside_pools
 
 
 def test_graphs_make_room_when_memory_ends_and_are_captured_again():

@@ -68,12 +68,18 @@ class CudaCapture:
 
     def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
         if self._pool is None:
-            self._make_workspace()
             self._pool = torch.cuda.graph_pool_handle()
+        # Every time: cuBLAS has one for each thread, and the first captures are another thread's.
+        self._make_workspace()
         graph = torch.cuda.CUDAGraph()
-        # Other threads (adapter loads) may use the device meanwhile.
-        with torch.cuda.graph(
-            graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+        before = torch.cuda.current_stream()
+        with (
+            # A capture that ends with an error leaves its stream the current one.
+            torch.cuda.stream(before),
+            # Other threads (adapter loads) may use the device meanwhile.
+            torch.cuda.graph(
+                graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
+            ),
         ):
             outputs = body()
         return graph.replay, outputs
