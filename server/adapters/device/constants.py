@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from turret.kernels.adapters.constant_attention import Constants, constant_attention_reference
+from turret.kernels.gpu.tables.staged_buffer import upload
 from turret.server.adapters.device.members import Members, passes
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
@@ -73,7 +74,7 @@ class ConstantsOfAdapters(Part):
         """
         bound = []
         for key, rows, weights in passes(runs, self._held.keys()) if self._held else ():
-            places = torch.tensor(rows, device=self._device)
-            values = torch.tensor(weights, device=self._device).view(-1, 1, 1)
+            places = upload(torch.tensor(rows), self._device)
+            values = upload(torch.tensor(weights), self._device).view(-1, 1, 1)
             bound.append(_Rows(self._held[key], places, values))
         return StepConstants(bound) if bound else None

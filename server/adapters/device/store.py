@@ -222,7 +222,11 @@ class AdapterStore:
                 part.insert(adapter.key, operators)
             change = vocabulary_change(operators, self._device)
             if operators.router is not None:
-                moved = (tensor.to(self._device) for tensor in operators.router.tensors())
+                # On a device they are views of what brought the whole adapter, which goes.
+                moved = (
+                    tensor.to(self._device, copy=self._device.type != "cpu")
+                    for tensor in operators.router.tensors()
+                )
                 self._routers[adapter.key] = operators.router.with_tensors(moved)
         except torch.OutOfMemoryError:
             # Nothing may know of an adapter that is not in: the step may come again.

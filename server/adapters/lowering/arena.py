@@ -2,12 +2,15 @@
 
 Hundreds of tensors of all sizes that come and go with thousands of adapters leave the heap full of
 holes. A block is a mapping of its own, which the system takes back whole when the adapter leaves.
+Those of one shape lie side by side in the order of the layers, so that a store whose matrices hold
+all layers takes them by one copy.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -29,10 +32,19 @@ def in_one_block(
     Returns:
         The same operators, and whether every value is finite.
     """
-    tensors = [tensor for module in modules.values() for tensor in module.tensors()]
+    # A file has its tensors by name, layer 10 before layer 2.
+    tensors = [tensor for name in sorted(modules, key=_place) for tensor in modules[name].tensors()]
     copies, is_finite = _copies(list({id(tensor): tensor for tensor in tensors}.values()))
-    places: Iterator[torch.Tensor] = (copies[id(tensor)] for tensor in tensors)
-    return {name: module.with_tensors(places) for name, module in modules.items()}, is_finite
+    after: dict[str, ModuleOperators] = {}
+    for name, module in modules.items():
+        after[name] = module.with_tensors(copies[id(tensor)] for tensor in module.tensors())
+    return after, is_finite
+
+
+def _place(name: str) -> list[int | str]:
+    """Orders modules: by kind, then by layer."""
+    parts = re.split(r"(\d+)", name)
+    return [*parts[::2], *map(int, parts[1::2])]
 
 
 def _copies(tensors: Sequence[torch.Tensor]) -> tuple[dict[int, torch.Tensor], bool]:

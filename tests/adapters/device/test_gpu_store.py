@@ -10,11 +10,13 @@ from unittest.mock import patch
 import pytest
 import torch
 from gpu_path import OneStepTables
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from turret.server.adapters.device.gpu.experts import GpuExpertShelf
 from turret.server.adapters.device.gpu.shelves import GpuHadamardShelf
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ExpertShape, ProjectionLayout, SliceShape
+from turret.server.adapters.lowering.arena import in_one_block
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.updates import ExpertLowRank, Hadamard, LowRank
 
@@ -236,3 +238,48 @@ def test_more_adapters_in_a_batch_than_slots() -> None:
     gains = [Adapter(f"{number}", AdapterOperators(modules)) for number in range(20)]
     store.prepare(gains)
     assert len({place.slot for place in store._pack.places.values()} - {0}) == 20
+
+
+class _Counting(TorchDispatchMode):
+    """Counts operations that write."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__.endswith("_")
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("gains", "most"), [(False, 60), (True, 80)])
+def test_an_adapter_enters_by_few_launches_however_many_layers(gains: bool, most: int) -> None:
+    """As it lies in host memory: the layers of each factor side by side."""
+    layout = ProjectionLayout(32, LAYOUT.projections)
+    paths = [slice_.path for slices in LAYOUT.projections.values() for slice_ in slices]
+    modules = {
+        layout.module(layer, path): ModuleOperators(
+            LowRank(torch.randn(4, WIDTH), torch.randn(4, WIDTH)),
+            gain=torch.rand(WIDTH) if gains else None,
+        )
+        for layer in sorted(range(32), key=str)
+        for path in paths
+    }
+    adapter = Adapter("a", AdapterOperators(in_one_block(modules)[0]))
+    store = GpuStore(layout, torch.float32, CPU, 1 << 24)
+    with _Counting() as counting:
+        store.prepare([adapter])
+    assert counting.count <= most
+    place = store._pack.places["a"]
+    for layer in range(32):
+        for name, slices in LAYOUT.projections.items():
+            packed = store._pack.projections[name]
+            for s, slice_ in enumerate(slices):
+                ops = modules[layout.module(layer, slice_.path)]
+                assert ops.low_rank is not None
+                ranks = slice(place.rank_start, place.rank_start + 4)
+                assert torch.equal(packed.a[layer, ranks, s], ops.low_rank.a)
+                assert torch.equal(packed.b[s][layer, ranks], ops.low_rank.b)
+                assert packed.slice_ranks[layer, place.slot, s] == 4
+                if ops.gain is not None:
+                    assert packed.gain_delta is not None
+                    found = packed.gain_delta[layer, place.slot, packed.columns[s]]
+                    assert torch.equal(found, ops.gain - 1.0)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -11,6 +13,7 @@ from fake_cuda import FakeCuda
 
 from turret.server.adapters.device.gpu import uploads as uploads_module
 from turret.server.adapters.device.gpu.uploads import PinnedRing, Uploads
+from turret.server.adapters.lowering.arena import in_one_block
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.updates import LowRank
 
@@ -45,9 +48,39 @@ def tensors(of: AdapterOperators) -> list[torch.Tensor]:
     return [tensor for module in of.modules.values() for tensor in module.tensors()]
 
 
-def uploads(max_bytes: int = 1 << 16, clock: _Clock | None = None) -> Uploads:
+class Thread:
+    """Stands for the thread that copies: it is at work at once, or when it is told to."""
+
+    is_late = False
+
+    def __init__(self) -> None:
+        self._waiting: list[Callable[[], None]] = []
+
+    def __call__(self, copy: Callable[[], Any]) -> Future[Any]:
+        future: Future[Any] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(copy())
+            except torch.OutOfMemoryError as error:
+                future.set_exception(error)
+
+        self._waiting.append(run)
+        if not self.is_late:
+            self.work()
+        return future
+
+    def work(self) -> None:
+        while self._waiting:
+            self._waiting.pop(0)()
+
+
+def uploads(
+    max_bytes: int = 1 << 16, clock: _Clock | None = None, thread: Thread | None = None
+) -> Uploads:
     """With a ring so small that an adapter goes around it more than once."""
-    return Uploads(CPU, max_bytes, clock or _Clock(), PinnedRing(CPU, chunk_bytes=64, num_chunks=3))
+    ring = PinnedRing(CPU, chunk_bytes=64, num_chunks=3)
+    return Uploads(CPU, max_bytes, clock or _Clock(), ring, thread or Thread())
 
 
 def test_the_first_use_comes_after_the_copy(cuda: FakeCuda):
@@ -103,9 +136,63 @@ def test_what_does_not_fit_is_not_waited_for_and_what_is_unused_goes(cuda: FakeC
 
 def test_a_device_without_memory_leaves_it_to_the_step(cuda: FakeCuda):
     held = uploads()
-    with patch.object(torch, "empty", side_effect=torch.OutOfMemoryError("CUDA out of memory")):
+    full = torch.OutOfMemoryError("CUDA out of memory")
+    with patch.object(Uploads, "_copy", side_effect=full):
+        assert not held.is_near("a", operators(0))
         assert held.is_near("a", operators(0))
+        assert not held.is_near("b", operators(1))
+        with pytest.raises(torch.OutOfMemoryError):
+            held.take("b", operators(1))
     assert not held.is_near("a", operators(0))
+    assert held._staged.keys() == {"a"}
+
+
+def test_steps_go_on_while_the_thread_copies(cuda: FakeCuda):
+    """Whoever needs an adapter whose copy has not begun waits for the thread, nobody else."""
+    clock, thread = _Clock(), Thread()
+    thread.is_late = True
+    held = uploads(clock=clock, thread=thread)
+    assert not held.is_near("a", operators(0))
+    assert not held.is_near("a", operators(0))
+    assert not held._staged["a"].copying.done()
+    clock.now = 1.1
+    assert held.is_near("a", operators(0))
+    thread.work()
+    taken = tensors(held.take("a", operators(0)))
+    cuda.default.synchronize()
+    held.taken()
+    for found, expected in zip(taken, tensors(operators(0)), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_a_thread_of_its_own_copies(cuda: FakeCuda):
+    """With nothing in place of it."""
+    held = Uploads(CPU, 1 << 16, _Clock(), PinnedRing(CPU, chunk_bytes=64, num_chunks=3))
+    wanted = [operators(seed) for seed in range(3)]
+    for number, adapter in enumerate(wanted):
+        assert not held.is_near(f"{number}", adapter)
+    for number, adapter in enumerate(wanted):
+        taken = tensors(held.take(f"{number}", adapter))
+        cuda.default.synchronize()
+        for found, expected in zip(taken, tensors(adapter), strict=True):
+            assert torch.equal(found, expected)
+
+
+def test_an_adapter_in_one_block_goes_by_few_copies(cuda: FakeCuda):
+    """As ``in_one_block`` makes it: all of it is one run of memory, and stays one."""
+    modules, _ = in_one_block(operators(3).modules)
+    held = Uploads(CPU, 1 << 16, _Clock(), PinnedRing(CPU, chunk_bytes=1 << 14), Thread())
+    before = len(cuda.default.pending)
+    assert not held.is_near("a", AdapterOperators(modules))
+    stream: Any = held._stream
+    # The copy, its event in the ring, and that it has arrived.
+    assert len(stream.pending) == 3
+    taken = held.take("a", AdapterOperators(modules))
+    cuda.default.synchronize()
+    assert len(cuda.default.pending) == before
+    for found, expected in zip(tensors(taken), tensors(operators(3)), strict=True):
+        assert torch.equal(found, expected)
+        assert found.data_ptr() % found.itemsize == 0
 
 
 def test_memory_that_steps_read_outlives_them(cuda: FakeCuda):

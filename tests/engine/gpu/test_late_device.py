@@ -159,6 +159,8 @@ def test_adapters_of_a_mix_come_side_by_side_and_once(cuda: FakeCuda):
     assert not runner.is_near(sequence)
     uploads = executor.store._uploads
     assert set(uploads._staged) == {"a", "b"}
+    for staged in uploads._staged.values():
+        staged.copying.result()
     stream: Any = uploads._stream
     stream.synchronize()
     assert runner.is_near(sequence)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 
 import torch
 
@@ -49,8 +50,13 @@ class GpuPackedProjection(PackedProjection):
             grown[:, : self.slice_ranks.shape[1]] = self.slice_ranks
             self.slice_ranks = grown
         self.slice_ranks[:, slot] = 0
-        for layer, s, ops in self._layout.of(operators, self.name):
-            self.slice_ranks[layer, slot, s].fill_(ops.rank)
+        found = self._layout.of(operators, self.name)
+        for s in range(len(self.slices)):
+            own = ((layer, ops.rank) for layer, of, ops in found if of == s)
+            # Neighbouring layers of one rank at once: a number in the launch, nothing is uploaded.
+            for (rank, _), run in groupby(enumerate(own), lambda at: (at[1][1], at[1][0] - at[0])):
+                layers = [layer for _, (layer, _) in run]
+                self.slice_ranks[layers[0] : layers[-1] + 1, slot, s].fill_(rank)
 
     def addresses(self) -> list[object]:
         """Where its matrices are, and how large."""

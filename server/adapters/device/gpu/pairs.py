@@ -81,7 +81,7 @@ class GpuPairs(Part):
             groups[:, slot] = 0
             for layer, s, pairs in found:
                 sine[layer, slot, self._layout.columns(name)[s]] = pairs.sine
-                groups[layer, slot, s] = pairs.group
+                groups[layer, slot, s].fill_(pairs.group)
                 held.add(name)
         if held:
             self._held[key] = frozenset(held)

@@ -68,7 +68,8 @@ class PlacedShelf:
             self.layers.add(layer)
             for table, tensor in zip(self.tables, tensors, strict=True):
                 table[layer, slot] = tensor
-        self.places[place] = slot
+        # A number in the launch: nothing is uploaded.
+        self.places[place].fill_(slot)
         self.slots[key] = slot
 
     def addresses(self) -> list[object]:
@@ -142,7 +143,7 @@ class PlacedShelves(Part):
         for shape, shelf in self._shelves.items():
             # The adapter's slot of the pack may be that of one that is gone.
             if shape not in found and place < len(shelf.places):
-                shelf.places[place] = -1
+                shelf.places[place].fill_(-1)
         for shape, modules in found.items():
             if shape not in self._shelves:
                 self._shelves[shape] = PlacedShelf(self._layout.num_layers, shape[2], *self._like)

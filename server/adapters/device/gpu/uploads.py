@@ -1,22 +1,23 @@
 """Adapters on their way to the device, beside the steps that run meanwhile.
 
-Copies run on a stream of their own, out of pinned memory that is allocated once; the stream of the
-steps waits for them by an event, at the first use and no sooner.
+A thread copies them into pinned memory that is allocated once, and on a stream of its own from
+there; the stream of the steps waits for them by an event, at the first use and no sooner.
 """
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
 
 from turret.kernels.gpu.tables.staged_buffer import has_streams
+from turret.server.adapters.device.packed.pieces import blocks_of
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
-# Every tensor in a transfer begins at a multiple of this: a view needs its dtype's alignment.
-_ALIGNMENT = 16
 _CHUNK_BYTES = 16 << 20
 _NUM_CHUNKS = 8
 # A request does not wait longer than this for a copy beside other steps; its step makes it then.
@@ -40,67 +41,67 @@ class PinnedRing:
         self._events = [torch.cuda.Event() for _ in range(num_chunks)]
         self._next = 0
 
-    def copy(self, tensors: Sequence[torch.Tensor], target: torch.Tensor) -> None:
-        """Start copying host tensors to the device, on the current stream.
+    def copy(self, data: torch.Tensor, target: torch.Tensor) -> None:
+        """Start copying host memory to the device, on the current stream.
 
         Args:
-            tensors: They go one behind the other, each to a multiple of 16 bytes (``_layout``).
-            target: ``[at least the end of the last]`` uint8 on the device.
+            data: ``[n]`` uint8.
+            target: ``[n]`` uint8 on the device.
         """
-        begin = used = 0
-        for tensor in tensors:
-            data = tensor.contiguous().view(-1).view(torch.uint8)
-            while data.numel():
-                if used == 0:
-                    # Until what it held last has been copied.
-                    self._events[self._next].synchronize()
-                chunk = self._chunks[self._next]
-                size = min(data.numel(), len(chunk) - used)
-                chunk[used : used + size].copy_(data[:size])
-                data, used = data[size:], used + size
-                if used == len(chunk):
-                    begin, used = begin + used, self._send(used, target[begin:])
-            # A chunk ends at a multiple too: padding crosses no boundary.
-            used += -used % _ALIGNMENT
-            if used == self._chunks.shape[1]:
-                begin, used = begin + used, self._send(used, target[begin:])
-        if used:
-            self._send(used, target[begin:])
-
-    def _send(self, size: int, target: torch.Tensor) -> int:
-        """Copy the chunk at hand and turn to the next, of which nothing is used."""
-        size = min(size, target.numel())
-        target[:size].copy_(self._chunks[self._next][:size], non_blocking=True)
-        self._events[self._next].record(torch.cuda.current_stream())
-        self._next = (self._next + 1) % len(self._events)
-        return 0
+        for begin in range(0, len(data), self._chunks.shape[1]):
+            part = data[begin : begin + self._chunks.shape[1]]
+            chunk, event = self._chunks[self._next][: len(part)], self._events[self._next]
+            # Until what it held last has been copied.
+            event.synchronize()
+            chunk.copy_(part)
+            target[begin : begin + len(part)].copy_(chunk, non_blocking=True)
+            event.record(torch.cuda.current_stream())
+            self._next = (self._next + 1) % len(self._events)
 
 
 @dataclass(frozen=True, slots=True)
-class _Staged:
+class _Arriving:
     """An adapter's operators in device memory of their own.
 
     Attributes:
         operators: Views of ``memory``.
         memory: What they lie in.
         arrived: The copy is over.
-        since: When it began, in seconds.
     """
 
     operators: AdapterOperators
     memory: torch.Tensor
     arrived: torch.cuda.Event
+
+
+@dataclass(frozen=True, slots=True)
+class _Staged:
+    """An adapter that somebody waits for.
+
+    Attributes:
+        copying: Done when its copy is in the stream; fails where there is no memory.
+        num_bytes: What it takes on the device.
+        since: When it was asked for, in seconds.
+    """
+
+    copying: Future[_Arriving]
+    num_bytes: int
     since: float
 
 
+# Runs what it is given on a thread that runs one after the other.
+Submit = Callable[[Callable[[], _Arriving]], Future[_Arriving]]
+
+
 class Uploads:
-    """Copies adapters to the device ahead of their first step. One thread only.
+    """Copies adapters to the device ahead of their first step. For one thread, but for its own.
 
     Args:
         device: Where they go.
         max_bytes: Most bytes on their way and not yet used.
         clock: Seconds; tests have their own.
         ring: The pinned memory, made at the first upload if None.
+        submit: Tests have their own.
     """
 
     def __init__(
@@ -109,11 +110,15 @@ class Uploads:
         max_bytes: int,
         clock: Callable[[], float] = time.monotonic,
         ring: PinnedRing | None = None,
+        submit: Submit | None = None,
     ) -> None:
         self._device = device
         self._max_bytes = max_bytes
         self._clock = clock
         self._ring = ring
+        self._submit = submit
+        # A step that nobody announced copies on its own thread.
+        self._lock = threading.Lock()
         self._stream = torch.cuda.Stream(device) if has_streams(device) else None
         self._staged: dict[str, _Staged] = {}
         # What steps still copy from.
@@ -127,42 +132,39 @@ class Uploads:
         if self._stream is None:
             return True
         staged = self._staged.get(key)
-        if staged is not None:
-            is_late = self._clock() - staged.since > _PATIENCE_SECONDS
-            return is_late or staged.arrived.query()
-        size = _layout(_tensors(operators))[1]
-        if size > self._max_bytes:
+        if staged is None:
+            return not self._begin(key, operators)
+        if not staged.copying.done():
+            return self._clock() - staged.since > _PATIENCE_SECONDS
+        if staged.copying.exception() is not None:
+            # The adapter's step can make room, or fail as well; this cannot.
+            self.drop(key)
             return True
-        self._forget_unused()
-        if sum(s.memory.nbytes for s in self._staged.values()) + size > self._max_bytes:
-            return True
-        try:
-            self._staged[key] = self._start(operators)
-        except torch.OutOfMemoryError:
-            # The adapter's step can make room; this cannot.
-            return True
-        return False
+        is_late = self._clock() - staged.since > _PATIENCE_SECONDS
+        return is_late or staged.copying.result().arrived.query()
 
     def take(self, key: str, operators: AdapterOperators) -> AdapterOperators:
         """An adapter's operators on the device, for what the current stream is given from now on.
 
         The soft prompt stays where it is.
+
+        Raises:
+            torch.OutOfMemoryError: There is no memory for it.
         """
-        tensors = _tensors(operators)
-        is_there = all(tensor.device == self._device for tensor in tensors)
+        is_there = all(tensor.device == self._device for tensor in _tensors(operators))
         if is_there and key not in self._staged:
             return operators
         if self._stream is None:
-            memory = torch.empty(_layout(tensors)[1], dtype=torch.uint8)
-            _fill(memory, tensors)
-            return _moved(operators, memory.to(self._device, non_blocking=True))
+            plan = _Plan(operators)
+            memory = torch.empty(plan.num_bytes, dtype=torch.uint8)
+            for block, begin in plan.blocks:
+                memory[begin : begin + len(block)] = block
+            return plan.moved(memory.to(self._device, non_blocking=True))
         staged = self._staged.pop(key, None)
-        if staged is None:
-            staged = self._start(operators)
-        current = torch.cuda.current_stream()
-        current.wait_event(staged.arrived)
-        self._leaving.append((None, staged.memory))
-        return staged.operators
+        arriving = self._copy(_Plan(operators)) if staged is None else staged.copying.result()
+        torch.cuda.current_stream().wait_event(arriving.arrived)
+        self._leaving.append((None, arriving.memory))
+        return arriving.operators
 
     def taken(self) -> None:
         """What was taken has been used: its memory goes when the current stream gets here."""
@@ -177,17 +179,35 @@ class Uploads:
         """Forget an adapter that is gone."""
         self._staged.pop(key, None)
 
-    def _start(self, operators: AdapterOperators) -> _Staged:
-        assert self._stream is not None
-        if self._ring is None:
-            self._ring = PinnedRing(self._device)
-        with torch.cuda.stream(self._stream):
-            tensors = _tensors(operators)
-            memory = torch.empty(_layout(tensors)[1], dtype=torch.uint8, device=self._device)
-            self._ring.copy(tensors, memory)
+    def _begin(self, key: str, operators: AdapterOperators) -> bool:
+        """Have an adapter copied, if there is room for it."""
+        plan = _Plan(operators)
+        self._forget_unused()
+        on_the_way = sum(staged.num_bytes for staged in self._staged.values())
+        if on_the_way + plan.num_bytes > self._max_bytes:
+            return False
+        copying = self._run(lambda: self._copy(plan))
+        self._staged[key] = _Staged(copying, plan.num_bytes, self._clock())
+        return True
+
+    def _run(self, copy: Callable[[], _Arriving]) -> Future[_Arriving]:
+        if self._submit is None:
+            self._submit = ThreadPoolExecutor(1, "adapter-upload").submit
+        return self._submit(copy)
+
+    def _copy(self, plan: _Plan) -> _Arriving:
+        """Put an adapter's copy in the stream; on the thread, or where nobody asked before."""
+        stream = self._stream
+        assert stream is not None
+        with self._lock, torch.cuda.stream(stream):
+            if self._ring is None:
+                self._ring = PinnedRing(self._device)
+            memory = torch.empty(plan.num_bytes, dtype=torch.uint8, device=self._device)
+            for block, begin in plan.blocks:
+                self._ring.copy(block, memory[begin : begin + len(block)])
             arrived = torch.cuda.Event()
-            arrived.record(self._stream)
-        return _Staged(_moved(operators, memory), memory, arrived, self._clock())
+            arrived.record(stream)
+        return _Arriving(plan.moved(memory), memory, arrived)
 
     def _forget_unused(self) -> None:
         """Make room: who asked for these did not come back, or ran without them."""
@@ -197,39 +217,35 @@ class Uploads:
                 self.drop(key)
 
 
+class _Plan:
+    """How an adapter goes to the device.
+
+    Attributes:
+        blocks: The host memory that it lies in, ``[bytes]`` uint8, and where that goes.
+        num_bytes: What it takes there.
+    """
+
+    def __init__(self, operators: AdapterOperators) -> None:
+        self._operators = operators
+        self._tensors = [tensor.contiguous() for tensor in _tensors(operators)]
+        self.blocks, self._offsets, self.num_bytes = blocks_of(self._tensors)
+
+    def moved(self, memory: torch.Tensor) -> AdapterOperators:
+        """The operators on ``memory``, ``[num_bytes]`` uint8, once the blocks are there."""
+        operators = self._operators
+        moved = (
+            memory[offset : offset + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+            for offset, tensor in zip(self._offsets, self._tensors, strict=True)
+        )
+        modules = {name: part.with_tensors(moved) for name, part in operators.modules.items()}
+        experts = None
+        if operators.experts is not None:
+            experts = {name: part.with_tensors(moved) for name, part in operators.experts.items()}
+        router = None if operators.router is None else operators.router.with_tensors(moved)
+        return replace(operators, modules=modules, experts=experts, router=router)
+
+
 def _tensors(operators: AdapterOperators) -> list[torch.Tensor]:
     parts = (*operators.modules.values(), *(operators.experts or {}).values())
     found = [tensor for part in parts for tensor in part.tensors()]
     return found if operators.router is None else [*found, *operators.router.tensors()]
-
-
-def _layout(tensors: list[torch.Tensor]) -> tuple[list[int], int]:
-    """Where each tensor begins, and the end of all."""
-    offsets, end = [], 0
-    for tensor in tensors:
-        offsets.append(end)
-        end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-    return offsets, end
-
-
-def _fill(memory: torch.Tensor, tensors: list[torch.Tensor]) -> None:
-    for tensor, offset in zip(tensors, _layout(tensors)[0], strict=True):
-        _view(memory, offset, tensor).copy_(tensor)
-
-
-def _moved(operators: AdapterOperators, memory: torch.Tensor) -> AdapterOperators:
-    tensors = _tensors(operators)
-    moved = (
-        _view(memory, offset, tensor)
-        for offset, tensor in zip(_layout(tensors)[0], tensors, strict=True)
-    )
-    modules = {name: part.with_tensors(moved) for name, part in operators.modules.items()}
-    experts = None
-    if operators.experts is not None:
-        experts = {name: part.with_tensors(moved) for name, part in operators.experts.items()}
-    router = None if operators.router is None else operators.router.with_tensors(moved)
-    return replace(operators, modules=modules, experts=experts, router=router)
-
-
-def _view(buffer: torch.Tensor, offset: int, like: torch.Tensor) -> torch.Tensor:
-    return buffer[offset : offset + like.nbytes].view(like.dtype).view(like.shape)

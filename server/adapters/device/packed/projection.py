@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 
 from turret.server.adapters.device.layout import ProjectionLayout
+from turret.server.adapters.device.packed.pieces import by_layers
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
 
@@ -86,11 +87,15 @@ class PackedProjection:
         self.a[:, start:end] = 0
         for b in self.b:
             b[:, start:end] = 0
-        for layer, s, ops in self._layout.of(operators, self.name):
-            if ops.low_rank is not None:
-                stop = start + ops.low_rank.rank
-                self.a[layer, start:stop, s] = ops.low_rank.a
-                self.b[s][layer, start:stop] = ops.low_rank.b
+        found = self._layout.of(operators, self.name)
+        for s, b in enumerate(self.b):
+            own = [
+                (i, ops.low_rank) for i, of, ops in found if of == s and ops.low_rank is not None
+            ]
+            for layers, factor in by_layers((i, low_rank.a) for i, low_rank in own):
+                self.a[layers, start : start + factor.shape[1], s] = factor
+            for layers, factor in by_layers((i, low_rank.b) for i, low_rank in own):
+                b[layers, start : start + factor.shape[1]] = factor
 
     def put_tables(self, operators: AdapterOperators, slot: int, num_slots: int) -> None:
         """Copy an adapter's gains and biases into its slot; clears what the slot held."""
@@ -107,14 +112,18 @@ class PackedProjection:
         for table in (self.gain_delta, self.input_gain_delta, self.bias):
             if table is not None:
                 table[:, slot] = 0
-        for layer, s, ops in found:
-            columns = self.columns[s]
-            if ops.gain is not None and self.gain_delta is not None:
-                self.gain_delta[layer, slot, columns] = ops.gain - 1.0
-            if ops.bias is not None and self.bias is not None:
-                self.bias[layer, slot, columns] = ops.bias
-            if ops.input_gain is not None and self.input_gain_delta is not None:
-                self.input_gain_delta[layer, slot, s] = ops.input_gain - 1.0
+        for s, columns in enumerate(self.columns):
+            own = [(layer, ops) for layer, of, ops in found if of == s]
+            for layers, gain in by_layers((i, ops.gain) for i, ops in own if ops.gain is not None):
+                assert self.gain_delta is not None
+                self.gain_delta[layers, slot, columns] = gain - 1.0
+            for layers, bias in by_layers((i, ops.bias) for i, ops in own if ops.bias is not None):
+                assert self.bias is not None
+                self.bias[layers, slot, columns] = bias
+            of_inputs = ((i, ops.input_gain) for i, ops in own if ops.input_gain is not None)
+            for layers, gain in by_layers(of_inputs):
+                assert self.input_gain_delta is not None
+                self.input_gain_delta[layers, slot, s] = gain - 1.0
 
     def _grown(self, table: torch.Tensor | None, num_slots: int, *shape: int) -> torch.Tensor:
         if table is not None and table.shape[1] >= num_slots:

@@ -1,0 +1,85 @@
+"""Tensors that lie evenly in memory are one."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from turret.server.adapters.device.packed.pieces import blocks_of, by_layers
+from turret.server.adapters.lowering.arena import in_one_block
+from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.updates import LowRank
+
+
+def pieces(found: list[tuple[int, torch.Tensor]]) -> list[tuple[int, int]]:
+    """First layer and end of every piece, which holds what was given."""
+    made = list(by_layers(found))
+    given = dict(found)
+    for layers, tensors in made:
+        assert len(tensors) == layers.stop - layers.start
+        for layer, tensor in zip(range(layers.start, layers.stop), tensors, strict=True):
+            assert torch.equal(tensor, given.pop(layer))
+    assert given == {}
+    return [(layers.start, layers.stop) for layers, _ in made]
+
+
+def test_what_lies_evenly_is_one_piece():
+    memory = torch.randn(40, 3, 5)
+    assert pieces([(i, memory[i]) for i in range(40)]) == [(0, 40)]
+    assert pieces([(i, memory[3 * i]) for i in range(10)]) == [(0, 10)]
+    assert pieces([]) == []
+    assert pieces([(7, memory[2])]) == [(7, 8)]
+
+
+def test_a_gap_another_shape_and_other_memory_begin_a_piece():
+    memory = torch.randn(40, 6)
+    layers = [(i, memory[i]) for i in (0, 1, 2, 5, 6)]
+    assert pieces(layers) == [(0, 3), (5, 7)]
+    assert pieces([(0, memory[0]), (1, memory[1, :4]), (2, memory[2, :4])]) == [(0, 1), (1, 3)]
+    assert pieces([(0, memory[0]), (1, torch.randn(6)), (2, memory[1])]) == [(0, 1), (1, 2), (2, 3)]
+    # Not in the order of the layers.
+    assert pieces([(0, memory[4]), (1, memory[3]), (2, memory[9])]) == [(0, 1), (1, 3)]
+    # Uneven: the third is farther away.
+    assert pieces([(0, memory[0]), (1, memory[1]), (2, memory[4])]) == [(0, 2), (2, 3)]
+    # The same tensor twice.
+    assert pieces([(0, memory[0]), (1, memory[0])]) == [(0, 1), (1, 2)]
+
+
+def test_an_adapter_with_its_layers_in_a_files_order_is_a_piece_for_each_factor():
+    """Of files, layer 10 comes before layer 2."""
+    names = sorted(f"model.layers.{i}.{p}" for i in range(12) for p in ("q_proj", "k_proj"))
+    modules = {name: ModuleOperators(LowRank(*torch.randn(2, 4, 8))) for name in names}
+    blocked, _ = in_one_block(modules)
+    assert list(blocked) == names
+    for path in ("q_proj", "k_proj"):
+        for factor in range(2):
+            found = [(i, blocked[f"model.layers.{i}.{path}"].tensors()[factor]) for i in range(12)]
+            assert pieces(found) == [(0, 12)]
+    tensors = [tensor for module in blocked.values() for tensor in module.tensors()]
+    assert len(blocks_of(tensors)[0]) == 1
+
+
+def test_blocks_hold_every_tensor_as_aligned_as_it_was():
+    chance = random.Random(0)
+    for _ in range(50):
+        memory = [torch.randn(4096).view(torch.uint8) for _ in range(3)]
+        tensors = [torch.empty(0, 4)]
+        for _ in range(chance.randint(0, 30)):
+            dtype = chance.choice([torch.float32, torch.bfloat16, torch.uint8, torch.int64])
+            count = chance.randint(1, 99)
+            size = count * dtype.itemsize
+            begin = chance.randrange(0, 16384 - size) // dtype.itemsize * dtype.itemsize
+            tensors.append(chance.choice(memory)[begin : begin + size].view(dtype))
+        blocks, offsets, num_bytes = blocks_of(tensors)
+        copied = torch.zeros(num_bytes, dtype=torch.uint8)
+        ends = [0]
+        for block, begin in blocks:
+            assert begin % 16 == 0
+            assert begin >= ends[-1], "blocks do not overlap"
+            copied[begin : begin + len(block)] = block
+            ends.append(begin + len(block))
+        for tensor, offset in zip(tensors, offsets, strict=True):
+            found = copied[offset : offset + tensor.nbytes].view(tensor.dtype)
+            assert found.view(torch.uint8).equal(tensor.flatten().view(torch.uint8))
+        assert sum(len(block) for block, _ in blocks) <= 3 * 16384
