@@ -29,7 +29,7 @@ from turret.kernels.rows.trial import (
 # Columns of one library product where a weight's shape changes from step to step.
 _COLUMNS = 64
 # Rows of one library product on other devices, where the algorithm is chosen by the shape.
-_PIECE_ROWS = 64
+PIECE_ROWS = 64
 # A weight with more elements than this is tried with fewer rows, in smaller calls: it takes time.
 _LARGE_WEIGHT, _LARGE_WEIGHT_ROWS, _LARGE_WEIGHT_SAMPLE = 1 << 22, 64, 8
 # The longest reduction of ``row_addmm_``: a library's product has this length whatever is in it.
@@ -77,8 +77,16 @@ def linear_in_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         ``[num_rows, out_features]``.
     """
     num_rows = x.shape[0]
-    padded = F.pad(x, (0, 0, 0, -num_rows % _PIECE_ROWS))
-    return torch.cat([F.linear(piece, weight) for piece in padded.split(_PIECE_ROWS)])[:num_rows]
+    padded = F.pad(x, (0, 0, 0, -num_rows % PIECE_ROWS))
+    return torch.cat([F.linear(piece, weight) for piece in padded.split(PIECE_ROWS)])[:num_rows]
+
+
+def _addmm_in_pieces(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``y + v b``, as ``linear_in_pieces``; rounded once."""
+    missing = -v.shape[0] % PIECE_ROWS
+    rows, factors = (F.pad(t, (0, 0, 0, missing)).split(PIECE_ROWS) for t in (y, v))
+    pieces = [torch.addmm(r, f, b) for r, f in zip(rows, factors, strict=True)]
+    return torch.cat(pieces)[: v.shape[0]]
 
 
 def row_addmm_(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
@@ -96,7 +104,7 @@ def row_addmm_(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> None:
     rank = v.shape[1]
     assert rank <= max_reduction(v.dtype), rank
     if v.device.type != "cpu":
-        y.addmm_(v, b)
+        y.copy_(_addmm_in_pieces(y, v, b))
     elif has_kernels(v.device):
         total = y if y.dtype == torch.float32 and y.stride(1) == 1 else y.float()
         add_column_products_(total, v.float(), b)
