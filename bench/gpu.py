@@ -24,6 +24,7 @@ from cuda.kernels import KERNELS
 from cuda.sampling import time_sampling
 from cuda.scenarios import one_step, time_projection, time_step
 from cuda.setting import Setting
+from cuda.switching import time_switching
 from cuda.timing import ROOT
 from cuda.tune import tune
 
@@ -32,6 +33,7 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "sampling": time_sampling,
     "projection": time_projection,
     "step": time_step,
+    "switching": time_switching,
 }
 # Run by name alone.
 BY_NAME: dict[str, Callable[[Setting], None]] = {"one step": one_step}

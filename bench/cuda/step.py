@@ -193,6 +193,11 @@ class DecodeStep:
         with torch.inference_mode():
             return self._executor.run(step)
 
+    def is_near(self, adapter: Adapter) -> bool:
+        """Whether an adapter is on the device or almost; starts its copy."""
+        assert self._executor is not None
+        return self._executor.store.is_near(adapter)
+
     def draw(self, step: Step) -> StepResult:
         """The same, and draw a token for every sequence, as the server does."""
         if self._runner is None:

@@ -37,6 +37,7 @@ def test_dry_run(tmp_path):
         *("library product", "nf4 written out, library", "step base, tokens drawn"),
         *("step base", "step lora 1 distinct", "step dora 4 distinct", "step loha 4 distinct"),
         *("step lokr 4 distinct", "step lora 4 distinct, ranks mixed"),
+        *("switch, adapters on device", "step beside a cold adapter"),
     }
     assert wanted <= found
     for row in rows:

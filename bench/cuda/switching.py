@@ -1,0 +1,77 @@
+"""What adapters that come and go cost: those that are there nothing, cold ones no other's step."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from dataclasses import replace
+
+import torch
+from cuda.setting import Setting
+from cuda.step import Adapter, DecodeStep, Scenario
+from cuda.timing import Timing
+
+from turret.server.adapters.lowering.arena import in_one_block
+from turret.server.engine.scheduling.scheduler import Step
+
+_ROWS = 8
+# Adapters, and steps that none arrives beside; few in the interpreter.
+_COUNTS = {"cuda": (4, 30), "cpu": (1, 1)}
+
+
+def time_switching(setting: Setting) -> None:
+    """Steps that take turns with adapters on the device, and steps beside adapters that arrive."""
+    rows, (num_adapters, num_steps) = min(_ROWS, setting.rows), _COUNTS[setting.device.type]
+    step = DecodeStep(
+        setting.model, setting.num_layers, rows, setting.context, setting.dtype, setting.device
+    )
+    shape = f"{rows} rows, {setting.num_layers} layers"
+    adapters = step.adapters(Scenario("lora", (1,) * rows, (setting.rank,) * num_adapters))
+    plans = [step.plan([adapter] * rows) for adapter in adapters]
+    for plan in plans * 3:
+        step.run(plan)
+    same = setting.stopwatch.time(lambda: step.run(plans[0]), cold=False)
+    turns = itertools.cycle(plans)
+    switched = setting.stopwatch.time(lambda: step.run(next(turns)), cold=False)
+    setting.report.add(
+        "switch, adapters on device", shape, switched, over_same=switched.p50 / same.p50
+    )
+    base = step.plan([None] * rows)
+    for _ in range(3):
+        # Compiled, captured, replayed.
+        step.run(base)
+    alone = [_seconds(step, base) for _ in range(num_steps)]
+    beside: list[float] = []
+    first: list[float] = []
+    for number, adapter in enumerate(adapters):
+        cold = _on_host(adapter, f"cold {number}")
+        start = time.perf_counter()
+        while not step.is_near(cold) and time.perf_counter() - start < 1.0:
+            beside.append(_seconds(step, base))
+        beside.append(_seconds(step, base))
+        first.append(_seconds(step, step.plan([cold] * rows)))
+    timing = Timing.of([1e3 * seconds for seconds in beside])
+    setting.report.add(
+        "step beside a cold adapter", shape, timing,
+        over_alone=timing.p50 / (1e3 * sorted(alone)[num_steps // 2]),
+        worst_ms=1e3 * max(beside), worst_alone_ms=1e3 * max(alone),
+        first_step_ms=1e3 * sorted(first)[len(first) // 2],
+    )  # fmt: skip
+
+
+def _seconds(step: DecodeStep, plan: Step) -> float:
+    """Of a step, from the host's first work on it to the end of the device's."""
+    start = time.perf_counter()
+    step.run(plan)
+    if step.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _on_host(adapter: Adapter, key: str) -> Adapter:
+    """The same adapter as it is in a server's host memory."""
+    modules = {
+        name: module.with_tensors(tensor.cpu() for tensor in module.tensors())
+        for name, module in adapter.operators.modules.items()
+    }
+    return Adapter(key, replace(adapter.operators, modules=in_one_block(modules)[0]))
