@@ -78,7 +78,8 @@ def linear_in_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """
     num_rows = x.shape[0]
     padded = F.pad(x, (0, 0, 0, -num_rows % PIECE_ROWS))
-    return torch.cat([F.linear(piece, weight) for piece in padded.split(PIECE_ROWS)])[:num_rows]
+    pieces = [F.linear(piece, weight) for piece in padded.split(PIECE_ROWS)]
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:num_rows]
 
 
 def _addmm_in_pieces(y: torch.Tensor, v: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ from turret.kernels.gpu.shared.contract import (
     check_shape,
 )
 from turret.kernels.gpu.shared.dots import dot
-from turret.kernels.gpu.shared.tuning import tuning
+from turret.kernels.gpu.shared.tuning import tuning, wgmma_stages
 from turret.kernels.gpu.tables.row_table import HEADER, RowTable
 
 _HEADER = tl.constexpr(HEADER)
@@ -126,6 +126,6 @@ def dense(x: torch.Tensor, y: torch.Tensor, weights: torch.Tensor, table: RowTab
         BLOCK_N=_BLOCK_N,
         BLOCK_K=_BLOCK_K,
         num_warps=4,
-        num_stages=4,
+        num_stages=wgmma_stages(4),
         enable_fp_fusion=True,
     )

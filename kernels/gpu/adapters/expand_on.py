@@ -285,6 +285,8 @@ def expand_rotated(expand: Expand, write: KvWrite) -> torch.Tensor:
         BLOCK_R=RANK_TILE,
         num_warps=4,
         num_stages=1,
+        # Four programs on a multiprocessor, as ``programs`` counts on.
+        **(tuned.registers(128) if write.head_dim == 64 else {}),
         enable_fp_fusion=True,
     )
     return q

@@ -270,8 +270,9 @@ def _launch(
     shape = (num_rows, num_slices, table.max_components)
     gates = torch.empty(shape, dtype=torch.float32, device=q.device)
     top_k, temperature = routing or (0, 1.0)
+    tuned = tuning(q.device)
     for position in (TILES, ONE_ROW) if table.gemv else (TILES,):
-        fusion_gate_kernel[(tuning(q.device).programs,)](
+        fusion_gate_kernel[(tuned.programs,)](
             q,
             # Where prototypes decide, neither of the two is read.
             q if v is None else v,
@@ -294,6 +295,7 @@ def _launch(
             BLOCK_D=32,
             num_warps=4,
             num_stages=3,
+            **tuned.registers(255),
             enable_fp_fusion=True,
         )
     return gates

@@ -19,7 +19,7 @@ from turret.kernels.gpu.shared.contract import (
     check_shape,
 )
 from turret.kernels.gpu.shared.dots import split_dot
-from turret.kernels.gpu.shared.tuning import tuning
+from turret.kernels.gpu.shared.tuning import tuning, wgmma_stages
 from turret.kernels.gpu.tables.row_table import HEADER, RowTable
 
 MAX_RANK = 64
@@ -119,7 +119,7 @@ def hadamard_shrink(
         BLOCK_R=block_r,
         BLOCK_K=max(16, tuned.hadamard_block_k * 16 // block_r),
         num_warps=4,
-        num_stages=2,
+        num_stages=wgmma_stages(2) if block_r == 64 else 2,
         enable_fp_fusion=True,
     )
     return u

@@ -21,7 +21,7 @@ from turret.kernels.gpu.shared.contract import (
     check_shape,
 )
 from turret.kernels.gpu.shared.dots import dot, dot_split, split_dot
-from turret.kernels.gpu.shared.tuning import tuning
+from turret.kernels.gpu.shared.tuning import tuning, wgmma_stages
 from turret.kernels.gpu.tables.row_table import HEADER, RowTable
 
 MAX_IN_M = 128
@@ -171,7 +171,8 @@ def kronecker(
         BLOCK_N=32,
         BLOCK_L=tuned.kronecker_block_l,
         num_warps=4,
-        num_stages=2,
+        num_stages=wgmma_stages(2) if in_m > 32 else 2,
+        **(tuned.registers(255) if in_m <= 16 else {}),
         enable_fp_fusion=True,
     )
 

@@ -283,6 +283,7 @@ def segmented_expand(
             BLOCK_R=RANK_TILE,
             num_warps=4,
             num_stages=1,
+            **(tuned.registers(255) if position == ONE_ROW else {}),
             enable_fp_fusion=True,
         )
 

@@ -6,6 +6,11 @@ import functools
 from dataclasses import dataclass
 
 import torch
+import triton
+
+# Older versions of Triton leave out the fence that Hopper's wgmma needs between a copy to shared
+# memory that runs beside the program and a product with what it brought.
+_FENCES_COPIES = (3, 9)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +61,13 @@ class Tuning:
     sample_block: int = 4096
     inline_ptx: bool = torch.version.hip is None
 
+    def registers(self, most: int) -> dict[str, int]:
+        """Launch option: registers of a thread at most.
+
+        Without a limit NVIDIA's assembler keeps to fewer than there are and spills the rest.
+        """
+        return {"maxnreg": most} if self.inline_ptx else {}
+
 
 # By torch.cuda.get_device_name; devices that are not listed take the default.
 _TABLE: dict[str, Tuning] = {}
@@ -78,6 +90,12 @@ _INTERPRETER = Tuning(
     sample_block=64,
     inline_ptx=False,
 )
+
+
+def wgmma_stages(stages: int) -> int:
+    """Depth of a pipeline whose tiles are products of 64 rows: 1, no copies beside, if need be."""
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return stages if version >= _FENCES_COPIES else 1
 
 
 @functools.cache
