@@ -11,6 +11,7 @@ import torch
 
 from turret.kernels.rows.log_softmax import row_log_softmax
 from turret.server.adapters.device.store import Resident
+from turret.server.basics.out_of_memory import is_out_of_memory
 from turret.server.engine.scheduling.scheduler import Step
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.executor import Computed, Executor
@@ -50,12 +51,6 @@ class StepResult:
     pooled: dict[Sequence, array[float]] = field(default_factory=dict)
 
 
-def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    # On a CPU torch says so in a plain RuntimeError.
-    is_plain = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    return is_plain or isinstance(error, torch.OutOfMemoryError | MemoryError)
-
-
 class Runner:
     """Owns what computes steps, and the sampler. One thread only."""
 
@@ -79,7 +74,7 @@ class Runner:
             try:
                 return self._compute(step)
             except (RuntimeError, MemoryError) as error:
-                if not _is_out_of_memory(error):
+                if not is_out_of_memory(error):
                     raise
                 reason = str(error)
             # Not before: what was caught keeps alive what the step had made.

@@ -156,14 +156,22 @@ def test_what_another_thread_captures_later_has_its_workspace_outside_too():
     assert cuda.workspaces_outside_pools
 
 
-def test_graphs_make_room_when_memory_ends_and_are_captured_again():
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        # The driver's, as it instantiates a graph.
+        RuntimeError("CUDA error: out of memory"),
+    ],
+)
+def test_graphs_make_room_when_memory_ends_and_are_captured_again(error: RuntimeError):
     class Full(FakeCapture):
         fails = False
 
         def __call__(self, body: Any) -> Any:
             if self.fails:
                 self.fails = False
-                raise torch.OutOfMemoryError("CUDA out of memory")
+                raise error
             return super().__call__(body)
 
     capture = Full()

@@ -192,6 +192,31 @@ def test_idle_adapters_give_way_to_a_step_that_finds_no_memory(cuda: FakeCuda):
     assert here == [(size, size), (0, size)]
 
 
+@pytest.mark.parametrize(
+    ("error", "is_full"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), True),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+        (ValueError("out of memory"), False),
+    ],
+)
+def test_whoever_finds_no_memory_the_step_can_come_again(
+    cuda: FakeCuda, error: Exception, is_full: bool
+):
+    """The driver, libraries and Triton have no type for it."""
+    runner = Runner(_executor(cuda)[0], frozenset())
+    sequence = Sequence(Request(request_id="r", prompt_token_ids=(1, 2, 3)), Mix(()), 0.0)
+    sequence.blocks = [3]
+    with (
+        patch.object(GpuExecutor, "run", side_effect=error),
+        pytest.raises(DeviceFullError if is_full else type(error)),
+    ):
+        runner.run(Step((Scheduled(sequence, 2),), (), 0))
+
+
 def test_steps_have_a_stream_of_their_own(cuda: FakeCuda):
     """After what was there before them, and before what comes after them."""
     order: list[str] = []

@@ -18,6 +18,8 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F
 
+from turret.server.basics.out_of_memory import is_out_of_memory
+
 _log = logging.getLogger(__name__)
 
 # What a step returns; the tensors keep their addresses, and a replay overwrites them.
@@ -178,13 +180,12 @@ class DecodeGraphs:
         """
         try:
             self._graphs[key] = capture(body)
-        except torch.OutOfMemoryError:
-            _log.warning("no memory to capture a decode step; dropping all CUDA graphs")
+        except RuntimeError as error:
             self.drop()
-            return False
-        except RuntimeError:
+            if is_out_of_memory(error):
+                _log.warning("no memory to capture a decode step; all CUDA graphs were dropped")
+                return False
             _log.exception("a decode step could not be captured; going on without CUDA graphs")
-            self.drop()
             self._capture = None
             return False
         return True

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import torch
 
+from turret.server.basics.out_of_memory import is_out_of_memory
 from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.engine.step.gpu.memory_plan import largest_step
 
@@ -41,6 +42,8 @@ def warm_up(executor: GpuExecutor, block_size: int, progress: Progress) -> None:
                 progress("Capturing decode steps", number, len(forms))
                 executor.capture(bucket, low_rank)
             progress("Capturing decode steps", len(forms), len(forms))
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         _log.warning("no memory to capture all decode steps at the start")
         executor.free_memory()
