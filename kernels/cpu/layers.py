@@ -70,6 +70,17 @@ class NativePlace(ctypes.Structure):
     _fields_ = (("shape", _address), ("module", _int))
 
 
+class NativeInputs(ctypes.Structure):
+    """The inputs of a projection that adapters change, for the rows of a step.
+
+    ``changes`` are ``[rows, 3]`` int64: first and last number of the members that change a row's
+    input, the same where none does, and 1 where each slice has its own change. ``count`` is how
+    many inputs the projection has then: one for all its slices, one for each, or 0 for none.
+    """
+
+    _fields_ = (("changes", _address), ("count", _int))
+
+
 class NativePass(ctypes.Structure):
     """A step: its rows, memory for what comes between, its adapters."""
 
@@ -78,7 +89,7 @@ class NativePass(ctypes.Structure):
             (name, _address)
             for name in (
                 *("hidden", "out", "normed", "wide", "narrow", "delta", "q", "slots"),
-                *("ropes", "plans", "adapters", "places"),
+                *("ropes", "plans", "adapters", "places", "inputs", "changed"),
             )
         ),
         *((name, _int) for name in ("updates", "base_low", "base_high", "rows", "threads")),

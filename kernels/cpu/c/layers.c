@@ -55,6 +55,8 @@ typedef struct {
     const Plan *const *plans; /* by window */
     const Step *adapters;     /* or null */
     const Place *places;      /* [layers, PROJECTIONS], with adapters */
+    const Inputs *inputs;     /* [PROJECTIONS], or null */
+    bf16 *changed;            /* [slices, rows, in]: inputs of a projection, as adapters change them */
     int64_t updates;          /* bits: projections that adapters change */
     int64_t base_low, base_high; /* rows of the base alone */
     int64_t rows, threads;
@@ -80,13 +82,28 @@ static void add(bf16 *x, const bf16 *y, int64_t rows, int64_t width, int64_t y_s
     in_pieces(add_row, &sum, rows, rows * width > SMALL ? threads : 1);
 }
 
+/* y = W x, or of x as adapters change it. */
+static void multiply(const Pass *p, const Linear *w, const Place *place, const Inputs *inputs,
+                     const bf16 *x, bf16 *y) {
+    int64_t in = w->in_features, out = w->out_features, module = place ? place->module : 0;
+    if (inputs && inputs->count) {
+        turret_change_inputs(p->adapters, module, inputs, x, p->rows, in, p->changed);
+        x = p->changed;
+    }
+    if (inputs && inputs->count > 1)
+        turret_nf4_slices(x, p->rows, w->packed, w->absmax, y, out, in, p->threads, p->adapters,
+                          place->shape);
+    else
+        turret_nf4_product(x, in, p->rows, w->packed, w->absmax, y, out, in, p->threads, p->adapters,
+                           module);
+}
+
 /* y = G * (W x) + b + the adapters' updates. */
 static void project(const Model *model, const Pass *p, int64_t layer, int projection, const bf16 *x,
                     bf16 *y) {
     const Linear *w = &model->layers[layer].linears[projection];
     const Place *place = p->adapters ? &p->places[layer * PROJECTIONS + projection] : 0;
-    turret_nf4_product(x, w->in_features, p->rows, w->packed, w->absmax, y, w->out_features,
-                       w->in_features, p->threads, p->adapters, place ? place->module : 0);
+    multiply(p, w, place, p->inputs ? &p->inputs[projection] : 0, x, y);
     int64_t low = 0, high = p->rows;
     if (place && p->updates >> projection & 1) {
         turret_adapt(p->adapters, place->shape, x, w->in_features, y, w->out_features, w->bias);

@@ -143,8 +143,44 @@ EXPORT void turret_nf4_experts(const bf16 *x, int64_t x_stride, const int64_t *e
                    threads * PIECES_EACH < tiles ? threads * PIECES_EACH : tiles};
     in_pieces(multiply_share, &job, job.pieces, threads);
 }
+
+/* The product where each slice of the outputs has an input of its own: x is [slices, rows, in]. shape:
+ * as turret_adapt has it; widths are multiples of TILE_OUT. */
+typedef struct {
+    Job job;
+    const int64_t *shape;
+} Slices;
+
+static void multiply_slices(const void *job, int64_t thread, int64_t piece) {
+    const Slices *s = job;
+    const Job *j = &s->job;
+    const int64_t *widths = s->shape + 3;
+    Product p = *j->product;
+    Walk walk = j->walks[thread];
+    int64_t end = *widths / TILE_OUT;
+    begin_products(p.rows);
+    for (int64_t tile = j->tiles * piece / j->pieces; tile < j->tiles * (piece + 1) / j->pieces; tile++) {
+        for (; tile >= end; end += *++widths / TILE_OUT) p.x += p.rows * p.x_stride;
+        multiply_panel(&p, tile, &walk);
+    }
+    end_products();
+    j->walks[thread] = walk;
+}
+
+EXPORT void turret_nf4_slices(const bf16 *x, int64_t rows, const uint8_t *packed, const bf16 *absmax,
+                              bf16 *y, int64_t out_features, int64_t in_features,
+                              int64_t num_threads, const Step *step, const int64_t *shape) {
+    Product p = {x, packed, absmax, y, rows, in_features, out_features, in_features};
+    Walk walks[MOST_THREADS];
+    int64_t tiles = out_features / TILE_OUT, threads = least(least(num_threads, tiles), MOST_THREADS);
+    for (int64_t t = 0; t < threads; t++) walks[t] = begin_ahead(step, shape[2], t, threads);
+    Slices job = {{&p, walks, tiles, least(threads * PIECES_EACH, tiles)}, shape};
+    in_pieces(multiply_slices, &job, job.job.pieces, threads);
+    for (int64_t t = 0; t < threads; t++) end_ahead(&walks[t]);
+}
 #else
 EXPORT int64_t turret_has_products(void) { return 0; }
 EXPORT void turret_nf4_product(void) {}
+EXPORT void turret_nf4_slices(void) {}
 EXPORT void turret_nf4_experts(void) {}
 #endif

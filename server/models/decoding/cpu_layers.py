@@ -173,6 +173,11 @@ class CpuLayers:
             made.base_low, made.base_high = low, high
             made.adapters = adapters.rows.address
             made.places = ctypes.addressof(adapters.numbers.places)
+            inputs = adapters.inputs.native(rows)
+            if inputs is not None:
+                changed = hidden.new_empty(rows, inputs.width)
+                made.inputs = ctypes.addressof(inputs.table)
+                made.changed = changed.data_ptr()
             for number, name in enumerate(PROJECTIONS):
                 made.updates |= (name in adapters.updates) << number
         run_layers(self._model, made)

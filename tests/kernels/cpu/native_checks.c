@@ -113,6 +113,28 @@ static void check_elementwise(int64_t width) {
     free(hsum), free(expected), free(hexpected);
 }
 
+/* Row `row` of x has that change in both of two inputs, the row after it in the first input alone, as the
+ * second module has none; the others have none. */
+static void check_change(const Step *step, const bf16 *x, int64_t in, int64_t row, const bf16 *expected) {
+    bf16 *out = halves(2 * MAX_ROWS * in);
+    int64_t changes[3 * MAX_ROWS] = {0};
+    Inputs inputs = {changes, 2};
+    Module modules[2] = {step->components[0].modules[0]};
+    Component component = step->components[0];
+    Step two = *step;
+    component.modules = modules, two.components = &component;
+    changes[3 * row + 1] = 1;
+    if (row + 1 < MAX_ROWS) changes[3 * row + 4] = changes[3 * row + 5] = 1;
+    turret_change_inputs(&two, 0, &inputs, x, MAX_ROWS, in, out);
+    for (int64_t n = 0; n < 2 * MAX_ROWS; n++) {
+        const bf16 *found = out + n * in, *r = x + n % MAX_ROWS * in;
+        if (n % MAX_ROWS == row) same("changed input", found, expected, in * sizeof(bf16));
+        else if (n >= MAX_ROWS || n != row + 1) same("kept input", found, r, in * sizeof(bf16));
+        else if (!memcmp(found, r, in * sizeof(bf16))) fail("own input", "row", n, 0, 1);
+    }
+    free(out);
+}
+
 /* One module with every operator, for rows of one segment; then each row in a segment of its own. */
 static void check_adapters(int64_t in, int64_t out, int64_t rank, int64_t side) {
     int64_t in_m = 4, out_l = 3, in_n = in / 4, out_k = out / 3;
@@ -187,6 +209,7 @@ static void check_adapters(int64_t in, int64_t out, int64_t rank, int64_t side) 
                 g += weight * X(i / size * size + j) * to_f32(d.blocks[(i / size * size + j) * size + i % size]);
             if (!(fabs(to_f32(gained[i]) - g) < 3e-2)) fail("input change", "value", i, to_f32(gained[i]), g);
         }
+        check_change(&step, x, in, r, gained);
     }
 }
 

@@ -67,6 +67,9 @@ void turret_nf4_product(const bf16 *, int64_t, int64_t, const uint8_t *, const b
                         int64_t, int64_t, const Step *, int64_t);
 void turret_nf4_experts(const bf16 *, int64_t, const int64_t *, int64_t, const void *const *, bf16 *, int64_t,
                         int64_t, int64_t);
+void turret_nf4_slices(const bf16 *, int64_t, const uint8_t *, const bf16 *, bf16 *, int64_t, int64_t, int64_t,
+                       const Step *, const int64_t *);
+void turret_change_inputs(const Step *, int64_t, const Inputs *, const bf16 *, int64_t, int64_t, bf16 *);
 void turret_adapt_experts(const void *, const void *);
 int64_t turret_has_products(void);
 void turret_own_threads(int64_t are_wanted);

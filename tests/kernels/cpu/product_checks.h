@@ -110,6 +110,20 @@ static void check_nf4(int64_t out, int64_t in) {
     bf16 *again = halves(PRODUCT_ROWS * out);
     turret_nf4_experts(x, in, ends, 3, weights, again, out, in, threads);
     same("nf4 of experts", again, y, PRODUCT_ROWS * out * sizeof(bf16));
+    /* Two slices of inputs of their own: the first has the rows in the other order. */
+    if (out > 64) {
+        const int64_t shape[] = {in, 2, 0, 32, out - 32};
+        bf16 *xs = halves(2 * PRODUCT_ROWS * in);
+        memcpy(xs + PRODUCT_ROWS * in, x, PRODUCT_ROWS * in * sizeof(bf16));
+        for (int64_t r = 0; r < PRODUCT_ROWS; r++)
+            memcpy(xs + (PRODUCT_ROWS - 1 - r) * in, x + r * in, in * sizeof(bf16));
+        turret_nf4_slices(xs, PRODUCT_ROWS, packed, scale, again, out, in, threads, 0, shape);
+        for (int64_t r = 0; r < PRODUCT_ROWS; r++) {
+            same("nf4 of the first slice", again + (PRODUCT_ROWS - 1 - r) * out, y + r * out, 32 * sizeof(bf16));
+            same("nf4 of the other slice", again + r * out + 32, y + r * out + 32, (out - 32) * sizeof(bf16));
+        }
+        free(xs);
+    }
     free(again);
     free(x), free(scale), free(y), free(one), free(packed), free(expected);
 }

@@ -123,6 +123,14 @@ typedef struct {
     Mark *marks;   /* of the threads */
 } Step;
 
+/* The inputs of one projection that adapters change, of a step's rows. */
+typedef struct {
+    const int64_t *changes; /* [rows, 3]: the row's first and last component that change it, one number
+                             * where none does; whether each slice has its own change, or the first
+                             * slice's is that of all */
+    int64_t count; /* inputs there are then: one, one for each slice, or none */
+} Inputs;
+
 /* Scratch, in this order. */
 INLINE int64_t hadamard_start(const Module *m) { return PADDED(m->rank); }
 

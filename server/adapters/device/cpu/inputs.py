@@ -12,11 +12,14 @@ With ``x' = x + Σ_k w_k (T_k x − x)``, a row goes one of three ways, as its o
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 
+from turret.kernels.cpu.layers import PROJECTIONS, NativeInputs
 from turret.kernels.cpu.row_adapters import RowAdapters
 from turret.server.adapters.device.cpu.tables import AdapterTable, ModuleNumbers
 from turret.server.adapters.device.layout import ProjectionLayout
@@ -81,11 +84,15 @@ class StepInputs:
     common: Mapping[str, InputRows]
     own: Mapping[str, InputRows]
     added: Mapping[str, Sequence[InputRows]]
+    _native: dict[int, NativeStepInputs] = field(default_factory=dict[int, "NativeStepInputs"])
 
-    @property
-    def changes_any(self) -> bool:
-        """Whether the input of some row changes in some projection."""
-        return bool(self.common or self.own or self.added)
+    def native(self, num_rows: int) -> NativeStepInputs | None:
+        """``common`` and ``own`` for a step of so many rows, or None where there are neither."""
+        if not (self.common or self.own):
+            return None
+        if num_rows not in self._native:
+            self._native[num_rows] = NativeStepInputs.of(self, num_rows)
+        return self._native[num_rows]
 
     @classmethod
     def of(
@@ -173,6 +180,39 @@ class StepInputs:
                         own = product.index_select(0, places).float() * ops.gain
                         product.index_copy_(0, places, own.to(product.dtype))
                 y[:, columns].index_add_(0, changing.rows, product)
+
+
+@dataclass(frozen=True, slots=True)
+class NativeStepInputs:
+    """What ``turret.kernels.cpu.layers`` reads of a step's changed inputs.
+
+    Attributes:
+        table: By projection.
+        width: The most elements that a row of changed inputs has, of all projections.
+    """
+
+    table: ctypes.Array[NativeInputs]
+    width: int
+    _changes: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, inputs: StepInputs, num_rows: int) -> NativeStepInputs:
+        """For a step of so many rows."""
+        table, width, kept = (NativeInputs * len(PROJECTIONS))(), 0, {}
+        for number, name in enumerate(PROJECTIONS):
+            common, own = inputs.common.get(name), inputs.own.get(name)
+            if common is None and own is None:
+                continue
+            changes = torch.zeros(num_rows, 3, dtype=torch.int64)
+            for found, is_own in ((common, 0), (own, 1)):
+                if found is not None:
+                    changes[found.rows] = F.pad(found.members, (0, 1), value=is_own)
+            slices = inputs.layout.projections[name]
+            count = 1 if own is None else len(slices)
+            width = max(width, count * slices[0].in_features)
+            kept[name] = changes
+            table[number] = NativeInputs(changes.data_ptr(), count)
+        return cls(table, width, kept)
 
 
 def _way(name: str, members: Sequence[tuple[AdapterTable, float]], num_slices: int) -> str:

@@ -158,9 +158,9 @@ class CpuStep:
 
     @property
     def is_native(self) -> bool:
-        """Whether ``rows`` is all that changes a layer."""
+        """Whether ``rows``, and inputs that the base multiplies, are all that changes a layer."""
         others = self.others or self.own_updates or self.constants
-        return not (self.inputs.changes_any or others)
+        return not (self.inputs.added or others)
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
         if self.constants is not None:
