@@ -16,8 +16,10 @@
 #define KERNEL __attribute__((noinline))
 /* The library is compiled once per instruction set (pyproject.toml) and native.py takes the best that
  * the processor has. Products of bf16 pairs by VDPBF16PS are in those that have it. */
-#if defined(__AVX512BF16__) && defined(__AVX512VL__)
+#ifdef __AVX512F__
 #include <immintrin.h>
+#endif
+#if defined(__AVX512BF16__) && defined(__AVX512VL__)
 #define HAS_AVX512_BF16 1
 #else
 #define HAS_AVX512_BF16 0
@@ -48,7 +50,11 @@ INLINE bf16 to_bf16(float value) {
 }
 
 INLINE f32x16 load_bf16(const bf16 *p) {
+#ifdef __AVX512F__ /* GCC 12 widens by halves */
+    return (f32x16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(*(const __m256i_u *)p), 16);
+#else
     return (f32x16)(__builtin_convertvector(*(const u16x16 *)p, u32x16) << 16);
+#endif
 }
 
 INLINE void store_bf16(bf16 *p, f32x16 value) {

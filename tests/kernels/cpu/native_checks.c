@@ -213,6 +213,55 @@ static void check_adapters(int64_t in, int64_t out, int64_t rank, int64_t side) 
     }
 }
 
+/* Low-rank updates alone, whose bits are compared with another build's: rows of a mix of two, then runs of
+ * them in segments of their own. With a small scale the products are subnormal numbers. */
+static void check_low_rank(int64_t in, int64_t out, int64_t rank, float scale) {
+    enum { ROWS = PRODUCT_ROWS, OTHER = 3 };
+    bf16 *a = halves(rank * in), *b = halves(rank * out), *x = halves(ROWS * in), *y = halves(ROWS * out);
+    bf16 *a2 = halves(OTHER * in), *b2 = halves(OTHER * out), *start = halves(ROWS * out);
+    Module modules[] = {{.a = a, .b = b, .rank = rank}, {.a = a2, .b = b2, .rank = OTHER}};
+    double *expected = calloc(ROWS * out, sizeof(double)), weights[] = {-0.75, 1.5};
+    for (int64_t i = 0; i < rank * in; i++) a[i] = to_bf16(to_f32(a[i]) * scale);
+    for (int64_t i = 0; i < OTHER * in; i++) a2[i] = to_bf16(to_f32(a2[i]) * scale);
+    if (scale < 1) memset(y, 0, ROWS * out * sizeof(bf16));
+    for (int64_t r = 0; r < ROWS; r++)
+        for (int64_t o = 0; o < out; o++) {
+            double *e = expected + r * out + o;
+            *e = to_f32(y[r * out + o]);
+            for (int k = 0; k < 2; k++)
+                for (int64_t j = 0; j < modules[k].rank; j++) {
+                    double v = 0;
+                    for (int64_t i = 0; i < in; i++)
+                        v += (double)to_f32(x[r * in + i]) * to_f32(modules[k].a[j * in + i]);
+                    *e += weights[k] * v * to_f32(modules[k].b[j * out + o]);
+                }
+        }
+    int64_t width = PADDED(rank) + PADDED(OTHER), shape[] = {in, 1, 0, out};
+    float *scratch = floats(2 * ROWS * width);
+    Component components[] = {{modules, 0, width, weights[0]}, {modules + 1, ROWS * width, width, weights[1]}};
+    Segment segment = {0, ROWS, 0, 2};
+    Step step = {&segment, components, scratch, 1, threads, 0, 1, 1, 0, 0};
+    memcpy(start, y, ROWS * out * sizeof(bf16));
+    turret_adapt(&step, shape, x, in, y, out, 0);
+    int64_t far = 0; /* from the nearest bf16, as sums in fp32 are where two are nearly as near */
+    for (int64_t i = 0; i < ROWS * out; i++) far += y[i] != to_bf16((float)expected[i]);
+    if (scale == 1) near_bf16("low rank", y, expected, ROWS * out);
+    if (scale == 1 && far * 100 > ROWS * out) fail("low rank", "results", ROWS * out, far, 0);
+    add_bits(y, ROWS * out);
+    for (int64_t count = 1; count < ROWS; count += count % 3 + 1)
+        for (int64_t r = 0; r + count <= ROWS; r += count) {
+            segment = (Segment){r, r + count, 0, 2};
+            bf16 *own = start + r * out, *kept = halves(count * out);
+            memcpy(kept, own, count * out * sizeof(bf16));
+            for (int64_t i = 0; i < 2 * ROWS * width; i++) scratch[i] = NAN;
+            turret_adapt(&step, shape, x, in, start, out, 0);
+            same("low rank", own, y + r * out, count * out * sizeof(bf16));
+            memcpy(own, kept, count * out * sizeof(bf16));
+            free(kept);
+        }
+    free(a), free(b), free(x), free(y), free(a2), free(b2), free(start), free(expected), free(scratch);
+}
+
 /* Pairs of MAX_ROWS rows and two of four experts; rows of no, one and two members, the last ones beyond
  * those that have any. The second member has no update in the projection. */
 static void check_experts(int64_t in, int64_t out, int64_t rank) {
@@ -289,6 +338,8 @@ int main(int count, char **arguments) {
     check_attention(4, 2, 64, 0, 0.5, 0), check_attention(2, 1, 256, 9, 2, 1);
     check_attention(36, 2, 64, 11, 0, 1), check_attention(16, 1, 128, 0, 0, 0);
     check_adapters(40, 24, 3, 1), check_adapters(64, 192, 16, 8), check_adapters(100, 219, 9, 5);
+    check_low_rank(64, 208, 16, 1), check_low_rank(96, 32, 40, 1), check_low_rank(160, 144, 5, 1);
+    check_low_rank(64, 48, 20, 0x1p-122f), check_low_rank(72, 40, 9, 1);
     check_experts(40, 24, 3), check_experts(64, 192, 16), check_experts(100, 219, 9);
     printf("%s with %d threads, bits %016lx: %d failures\n", turret_has_products() ? "bf16 pairs" : "no bf16 pairs",
            threads, (unsigned long)sum_of_bits, failures);

@@ -72,14 +72,14 @@ static void shrink_rows(const Step *step, const Projection *p, const Segment *se
 static void shrink_module(const Step *step, const Projection *p, const Segment *seg,
                           const Component *c, int64_t j, int64_t row, int64_t stop, Share *share) {
     const Module *m = &c->modules[p->module + j];
-    int64_t n = p->in_features, cost = stop - row + READING;
-    int64_t units = (m->rank + RANKS - 1) / RANKS;
-    if (!skip(share, units, cost))
-        for (int64_t r = 0; r < m->rank; r += RANKS)
+    ModuleSize size = {p->in_features, p->widths[j]};
+    int64_t n = p->in_features, cost = stop - row + READING, ranks = low_rank_step(&size);
+    if (!skip(share, (m->rank + ranks - 1) / ranks, cost))
+        for (int64_t r = 0; r < m->rank; r += ranks)
             if (take(share, cost)) {
                 Rows rows = {p->x + row * p->x_stride, activations(step, p, seg, c, row, j), 0,
                              stop - row, p->x_stride, p->num_slices * c->width};
-                low_rank_shrink(m, &rows, n, r);
+                low_rank_shrink(m, &rows, &size, (float)c->weight, r);
             }
     if (m->hadamard) {
         int64_t tiles = hadamard_tiles(m->hadamard);
@@ -138,15 +138,33 @@ INLINE void apply_gain(const Step *step, const Projection *p, const Segment *seg
             for (int64_t o = 0; o < count; o++) acc[i * COLUMNS + o] *= gain[o];
 }
 
-/* One row or TILE from `row` on, columns [low, low + count) of slice j, which starts at column
+INLINE void widen(const bf16 *from, int64_t count, float *to) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) store_f32(to + i, load_bf16(from + i));
+    for (; i < count; i++) to[i] = to_f32(from[i]);
+}
+
+/* With AVX512-BF16 subnormal results become 0, as those of the base's product do. */
+INLINE void narrow(const float *from, int64_t count, bf16 *to) {
+    int64_t i = 0;
+    for (; i + LANES <= count; i += LANES) {
+#if HAS_AVX512_BF16
+        *(u16x16 *)(to + i) = (u16x16)_mm512_cvtneps_pbh((__m512)load_f32(from + i));
+#else
+        store_bf16(to + i, load_f32(from + i));
+#endif
+    }
+    for (; i < count; i++) to[i] = to_bf16(from[i]);
+}
+
+/* At most AT_ONCE rows from `row` on, columns [low, low + count) of slice j, which starts at column
  * `first` of y. */
 KERNEL static void expand_columns(const Step *step, const Projection *p, const Segment *seg,
                                   int64_t row, int64_t rows, int64_t j, int64_t first, int64_t low,
                                   int64_t count) {
-    float acc[TILE * COLUMNS] __attribute__((aligned(64)));
+    float acc[AT_ONCE * COLUMNS] __attribute__((aligned(64)));
     bf16 *y = p->y + row * p->y_stride + first + low;
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t o = 0; o < count; o++) acc[i * COLUMNS + o] = to_f32(y[i * p->y_stride + o]);
+    for (int64_t i = 0; i < rows; i++) widen(y + i * p->y_stride, count, acc + i * COLUMNS);
     apply_gain(step, p, seg, j, low, count, acc, rows);
     if (p->bias)
         for (int64_t i = 0; i < rows; i++)
@@ -162,7 +180,7 @@ KERNEL static void expand_columns(const Step *step, const Projection *p, const S
         if (m->bias)
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t o = 0; o < count; o++) acc[i * COLUMNS + o] += w * m->bias[low + o];
-        if (m->rank) low_rank_expand(m, &part, w, width, low, count);
+        if (m->rank) low_rank_expand(m, &part, &(ModuleSize){p->in_features, width}, low, count);
         if (m->sparse) sparse_expand(m->sparse, &part, w, p->in_features, low, count);
         if (m->dense) dense_expand(m->dense, &part, w, low, count);
         for (int64_t i = 0; i < rows; i++) {
@@ -177,8 +195,7 @@ KERNEL static void expand_columns(const Step *step, const Projection *p, const S
             if (m->pairs) pairs_expand(m->pairs, v + pairs_start(m), w, low, count, sums);
         }
     }
-    for (int64_t i = 0; i < rows; i++)
-        for (int64_t o = 0; o < count; o++) y[i * p->y_stride + o] = to_bf16(acc[i * COLUMNS + o]);
+    for (int64_t i = 0; i < rows; i++) narrow(acc + i * COLUMNS, count, y + i * p->y_stride);
 }
 
 /* What a column of slice j costs: products, and some for reading and rounding it. */
@@ -212,10 +229,8 @@ static void expand(const Step *step, const Projection *p, Share *share) {
                 for (int64_t o = 0; o < width; o += COLUMNS) {
                     if (!take(share, cost)) continue;
                     int64_t count = width - o < COLUMNS ? width - o : COLUMNS;
-                    int64_t i = row;
-                    for (; i + TILE <= stop; i += TILE)
-                        expand_columns(step, p, seg, i, TILE, j, first, o, count);
-                    for (; i < stop; i++) expand_columns(step, p, seg, i, 1, j, first, o, count);
+                    for (int64_t i = row; i < stop; i += AT_ONCE)
+                        expand_columns(step, p, seg, i, least(stop - i, AT_ONCE), j, first, o, count);
                 }
             }
         }
@@ -234,6 +249,7 @@ static void shrink_piece(const void *job, int64_t thread, int64_t piece) {
     Share own = next_walk(&j->shrinking, piece, j->pieces);
     (void)thread;
     shrink(j->step, j->projection, &own);
+    low_rank_end();
 }
 
 static void expand_piece(const void *job, int64_t thread, int64_t piece) {
@@ -241,6 +257,7 @@ static void expand_piece(const void *job, int64_t thread, int64_t piece) {
     Share own = next_walk(&j->expanding, piece, j->pieces);
     (void)thread;
     expand(j->step, j->projection, &own);
+    low_rank_end();
 }
 
 EXPORT void turret_adapt(const Step *step, const int64_t *shape, const bf16 *x, int64_t x_stride,

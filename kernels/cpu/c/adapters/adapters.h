@@ -7,12 +7,13 @@
 #ifndef TURRET_ADAPTERS_H
 #define TURRET_ADAPTERS_H
 
-#include "vec.h"
+#include "tiles.h"
 
 #define COLUMN_VECTORS 8 /* vectors of columns an expand unit takes together */
 #define COLUMNS (COLUMN_VECTORS * LANES)
 #define PADDED(n) (((n) + LANES - 1) / LANES * LANES)
-#define TILE 4 /* rows that share what is read, where a segment has as many */
+#define TILE 4 /* rows that share what is read into registers, where a segment has as many */
+#define AT_ONCE 32 /* rows, at most, that an expand unit adds to at once */
 
 /* ((w1a w1b) * (w2a w2b)) x; scratch: [padded rank, rank]. */
 typedef struct {
@@ -159,13 +160,19 @@ typedef struct {
     int64_t count, x_stride, v_stride;
 } Rows;
 
-/* Ranks [r, r + RANKS) of A x, for any number of rows. */
 #define RANKS 4
-void low_rank_shrink(const Module *m, const Rows *rows, int64_t in_features, int64_t r);
-/* acc[:, 0:count] += w * (B v)[low:low + count], count at most COLUMNS, for one row or TILE; so the
- * other two, for one row. */
-void low_rank_expand(const Module *m, const Rows *rows, float w, int64_t width, int64_t low,
-                     int64_t count);
+/* Whether low-rank updates are computed by tiles (low_rank_tiles.h), 16 ranks at a time. */
+INLINE int low_rank_takes_tiles(const ModuleSize *size) {
+    return HAS_TILES && size->in_features % (2 * LANES) == 0 && size->out_features % LANES == 0;
+}
+INLINE int64_t low_rank_step(const ModuleSize *size) { return low_rank_takes_tiles(size) ? LANES : RANKS; }
+/* Ranks [r, r + low_rank_step) of w A x, for any number of rows; by tiles as pairs of bf16. */
+void low_rank_shrink(const Module *m, const Rows *rows, const ModuleSize *size, float w, int64_t r);
+/* acc[:, 0:count] += (B v)[low:low + count], count at most COLUMNS, for at most AT_ONCE rows; so the
+ * others, w times theirs. */
+void low_rank_expand(const Module *m, const Rows *rows, const ModuleSize *size, int64_t low, int64_t count);
+/* After a thread's last of either. */
+void low_rank_end(void);
 
 /* Tile number `tile` of U = w2b diag(x) w1b^T. */
 INLINE int64_t hadamard_tiles(const Hadamard *h) {
@@ -196,7 +203,7 @@ void pairs_expand(const PairRotation *p, const float *z, float w, int64_t low, i
 void sparse_expand(const Sparse *s, const Rows *rows, float w, int64_t in_features, int64_t low,
                    int64_t count);
 
-/* acc[:, 0:count] += w * (D x)[low:low + count], for at most TILE rows. */
+/* acc[:, 0:count] += w * (D x)[low:low + count], for any number of rows. */
 void dense_expand(const Dense *d, const Rows *rows, float w, int64_t low, int64_t count);
 
 #endif

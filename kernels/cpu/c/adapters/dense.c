@@ -3,7 +3,8 @@
 #include "adapters.h"
 #include "dots.h"
 
-KERNEL void dense_expand(const Dense *d, const Rows *rows, float w, int64_t low, int64_t count) {
+/* At most TILE rows. */
+INLINE void expand_rows(const Dense *d, const Rows *rows, float w, int64_t low, int64_t count) {
     int64_t n = d->in_features, o = 0;
     float found[TILE * RANKS];
     for (; o < count; o += RANKS) {
@@ -23,5 +24,15 @@ KERNEL void dense_expand(const Dense *d, const Rows *rows, float w, int64_t low,
         for (int64_t i = 0; i < rows->count; i++)
             for (int64_t c = 0; c < columns; c++)
                 rows->acc[i * COLUMNS + o + c] += w * found[i * RANKS + c];
+    }
+}
+
+KERNEL void dense_expand(const Dense *d, const Rows *rows, float w, int64_t low, int64_t count) {
+    for (int64_t i = 0; i < rows->count; i += TILE) {
+        Rows part = *rows;
+        part.x += i * rows->x_stride;
+        part.acc += i * COLUMNS;
+        part.count = least(rows->count - i, TILE);
+        expand_rows(d, &part, w, low, count);
     }
 }

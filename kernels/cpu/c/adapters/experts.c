@@ -41,13 +41,15 @@ KERNEL static void adapt(const ExpertStep *step, const Pairs *p, int64_t pair, f
     int64_t first = step->first[row], last = step->first[row + 1];
     const bf16 *x = p->x + (p->input ? p->input[pair] : pair) * p->x_stride;
     bf16 *y = p->y + pair * p->out_features;
+    ModuleSize size = {p->in_features, p->out_features};
     float *v = scratch;
     int has_update = 0;
     for (int64_t k = first; k < last; k++) {
         const Update *u = step->members[k].updates + p->update;
         Module m = {.a = u->a + expert * u->rank * p->in_features, .rank = u->rank};
         Rows rows = {x, v, 0, 1, p->x_stride, 0};
-        for (int64_t r = 0; r < u->rank; r += RANKS) low_rank_shrink(&m, &rows, p->in_features, r);
+        float w = (float)step->members[k].weight;
+        for (int64_t r = 0; r < u->rank; r += low_rank_step(&size)) low_rank_shrink(&m, &rows, &size, w, r);
         v += PADDED(u->rank);
         has_update |= u->rank > 0;
     }
@@ -61,12 +63,12 @@ KERNEL static void adapt(const ExpertStep *step, const Pairs *p, int64_t pair, f
             const Update *u = step->members[k].updates + p->update;
             Module m = {.b = u->b + expert * u->rank * p->out_features, .rank = u->rank};
             Rows rows = {0, v, acc, 1, 0, 0};
-            if (u->rank)
-                low_rank_expand(&m, &rows, (float)step->members[k].weight, p->out_features, low, count);
+            if (u->rank) low_rank_expand(&m, &rows, &size, low, count);
             v += PADDED(u->rank);
         }
         for (int64_t o = 0; o < count; o++) y[low + o] = to_bf16(acc[o]);
     }
+    low_rank_end();
 }
 
 typedef struct {
