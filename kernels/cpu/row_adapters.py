@@ -136,7 +136,8 @@ class ModuleTable:
 
         Args:
             module: Its number.
-            a: ``[rank, in]`` bf16, contiguous like all of them; together with ``b`` or not at all.
+            a: ``[rank, in]`` bf16, contiguous like all of them. None beside ``b``: the sums of the
+                pieces of ``rank`` inputs, ``A[r, i] = 1`` where ``i mod rank = r``.
             b: ``[rank, out]`` bf16.
             gain: ``[out]`` fp32.
             bias: ``[out]`` fp32.
@@ -149,8 +150,8 @@ class ModuleTable:
             sparse: Entries of the weight.
             dense: ``[out, in]`` bf16.
         """
-        assert (a is None) == (b is None)
-        rank = 0 if a is None else a.shape[0]
+        assert a is None or b is not None
+        rank = 0 if b is None else b.shape[0]
         pointers = [self._address_of(tensor) for tensor in (a, b, gain, bias, input_gain)]
         self._rows[module][:_FIRST] = [*pointers, rank]
         self.num_low_rank_bytes += sum(t.nbytes for t in (a, b) if t is not None)

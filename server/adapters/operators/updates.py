@@ -43,6 +43,14 @@ class LowRank:
         return LowRank(next(tensors), next(tensors))
 
 
+def piece_sums(rank: int, in_features: int, dtype: torch.dtype) -> torch.Tensor:
+    """The ``a`` that adds up pieces of ``rank`` inputs, 1 where ``i mod rank = r``."""
+    inputs = torch.arange(in_features)
+    a = torch.zeros(rank, in_features, dtype=dtype)
+    a[inputs % rank, inputs] = 1
+    return a
+
+
 @dataclass(frozen=True, slots=True)
 class Hadamard:
     """``Δ(x) = ((w1a w1b) ⊙ (w2a w2b)) x``; the scaling is folded into ``w1a``.

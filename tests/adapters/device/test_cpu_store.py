@@ -14,7 +14,7 @@ from turret.server.adapters.device.cpu.store import CpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.device.members import StepMembers
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.operators.updates import LowRank
+from turret.server.adapters.operators.updates import LowRank, piece_sums
 from turret.server.models.decoding.adapted_linear import AdaptedLinear
 
 pytestmark = pytest.mark.skipif(library() is None, reason="there is no C compiler")
@@ -104,3 +104,21 @@ def test_an_adapter_that_is_gone_leaves_nothing_behind(store: CpuStore) -> None:
     del adapter, operators
     gc.collect()
     assert held() is None
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16, 40])
+def test_factors_that_add_pieces_up_are_not_read(store: CpuStore, rank: int) -> None:
+    """Those of MiSS; one that differs in a single element is."""
+    x = torch.randn(3, SIZE).bfloat16()
+    for key, is_other in (("sums", False), ("other", True)):
+        a, b = piece_sums(rank, SIZE, torch.bfloat16), torch.randn(rank, SIZE).bfloat16()
+        if is_other:
+            a[-1, -1] += 1
+        module = ModuleOperators(low_rank=LowRank(a, b))
+        adapter = Resident(key, AdapterOperators({LAYOUT.module(0, "o_proj"): module}))
+        store.prepare([adapter])
+        like = expected(adapter, x, 0.5)
+        if not is_other:
+            a.fill_(float("nan"))
+        found = update(store, x, members(*[(key, 0.5)] * 3))
+        torch.testing.assert_close(found.float(), like, rtol=0.02, atol=0.02)

@@ -262,6 +262,33 @@ static void check_low_rank(int64_t in, int64_t out, int64_t rank, float scale) {
     free(a), free(b), free(x), free(y), free(a2), free(b2), free(start), free(expected), free(scratch);
 }
 
+/* The first factor that adds pieces of the input up. */
+static void check_pieces(int64_t in, int64_t out, int64_t rank) {
+    bf16 *b = halves(rank * out), *x = halves(MAX_ROWS * in), *y = halves(MAX_ROWS * out), *start = halves(MAX_ROWS * out);
+    double *expected = calloc(MAX_ROWS * out, sizeof(double));
+    for (int64_t r = 0; r < MAX_ROWS; r++)
+        for (int64_t o = 0; o < out; o++) {
+            double *e = &expected[r * out + o];
+            *e = to_f32(y[r * out + o]);
+            for (int64_t i = 0; i < in; i++) *e -= 0.75 * X(i) * to_f32(b[i % rank * out + o]);
+        }
+    memcpy(start, y, MAX_ROWS * out * sizeof(bf16));
+    Module module = {0, b, 0, 0, 0, rank};
+    float *scratch = floats(MAX_ROWS * PADDED(rank));
+    Component component = {&module, 0, PADDED(rank), -0.75};
+    Segment segment = {0, MAX_ROWS, 0, 1};
+    Step step = {&segment, &component, scratch, 1, threads, 0, 1, 1, 0, 0};
+    int64_t shape[] = {in, 1, 0, out};
+    turret_adapt(&step, shape, x, in, y, out, 0);
+    near_bf16("pieces", y, expected, MAX_ROWS * out);
+    for (int64_t r = 0; r < MAX_ROWS; r++) {
+        segment = (Segment){r, r + 1, 0, 1};
+        turret_adapt(&step, shape, x, in, start, out, 0);
+        same("pieces", start + r * out, y + r * out, out * sizeof(bf16));
+    }
+    free(b), free(x), free(y), free(start), free(expected), free(scratch);
+}
+
 /* Pairs of MAX_ROWS rows and two of four experts; rows of no, one and two members, the last ones beyond
  * those that have any. The second member has no update in the projection. */
 static void check_experts(int64_t in, int64_t out, int64_t rank) {
@@ -340,6 +367,7 @@ int main(int count, char **arguments) {
     check_adapters(40, 24, 3, 1), check_adapters(64, 192, 16, 8), check_adapters(100, 219, 9, 5);
     check_low_rank(64, 208, 16, 1), check_low_rank(96, 32, 40, 1), check_low_rank(160, 144, 5, 1);
     check_low_rank(64, 48, 20, 0x1p-122f), check_low_rank(72, 40, 9, 1);
+    check_pieces(40, 24, 3), check_pieces(64, 192, 16), check_pieces(100, 219, 37), check_pieces(96, 64, 64);
     check_experts(40, 24, 3), check_experts(64, 192, 16), check_experts(100, 219, 9);
     printf("%s with %d threads, bits %016lx: %d failures\n", turret_has_products() ? "bf16 pairs" : "no bf16 pairs",
            threads, (unsigned long)sum_of_bits, failures);

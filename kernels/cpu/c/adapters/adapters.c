@@ -56,10 +56,13 @@ INLINE float *activations(const Step *step, const Projection *p, const Segment *
 static void shrink_rows(const Step *step, const Projection *p, const Segment *seg,
                         const Component *c, int64_t j, int64_t row, int64_t stop, Share *share) {
     const Module *m = &c->modules[p->module + j];
+    ModuleSize size = {p->in_features, p->widths[j]};
     int64_t first = 0;
     for (int64_t s = 0; s < j; s++) first += p->widths[s];
     for (int64_t i = row; i < stop; i++) {
         float *v = activations(step, p, seg, c, i, j);
+        if (m->rank && !m->a && take(share, 1))
+            pieces_shrink(p->x + i * p->x_stride, &size, m->rank, (float)c->weight, v);
         if (m->circulant && take(share, m->circulant->width / RANKS))
             circulant_shrink(m->circulant, p->x + i * p->x_stride, v + circulant_start(m));
         if (m->pairs && take(share, 1))
@@ -74,7 +77,7 @@ static void shrink_module(const Step *step, const Projection *p, const Segment *
     const Module *m = &c->modules[p->module + j];
     ModuleSize size = {p->in_features, p->widths[j]};
     int64_t n = p->in_features, cost = stop - row + READING, ranks = low_rank_step(&size);
-    if (!skip(share, (m->rank + ranks - 1) / ranks, cost))
+    if (m->a && !skip(share, (m->rank + ranks - 1) / ranks, cost))
         for (int64_t r = 0; r < m->rank; r += ranks)
             if (take(share, cost)) {
                 Rows rows = {p->x + row * p->x_stride, activations(step, p, seg, c, row, j), 0,
@@ -103,7 +106,8 @@ static void shrink_module(const Step *step, const Projection *p, const Segment *
                                          activations(step, p, seg, c, i, j) + kronecker_start(m));
             }
     }
-    if (m->circulant || m->pairs) shrink_rows(step, p, seg, c, j, row, stop, share);
+    if ((m->rank && !m->a) || m->circulant || m->pairs)
+        shrink_rows(step, p, seg, c, j, row, stop, share);
 }
 
 static void shrink(const Step *step, const Projection *p, Share *share) {

@@ -72,7 +72,7 @@ typedef struct {
 } Dense;
 
 typedef struct {
-    const bf16 *a;      /* [rank, in] */
+    const bf16 *a;      /* [rank, in]; null, with a rank: pieces of the input are added up */
     const bf16 *b;      /* [rank, out] */
     const float *gain;  /* [out], or null */
     const float *bias;  /* [out], or null */
@@ -168,6 +168,8 @@ INLINE int low_rank_takes_tiles(const ModuleSize *size) {
 INLINE int64_t low_rank_step(const ModuleSize *size) { return low_rank_takes_tiles(size) ? LANES : RANKS; }
 /* Ranks [r, r + low_rank_step) of w A x, for any number of rows; by tiles as pairs of bf16. */
 void low_rank_shrink(const Module *m, const Rows *rows, const ModuleSize *size, float w, int64_t r);
+/* The same of one row, all ranks, where A adds up pieces of `rank` inputs. */
+void pieces_shrink(const bf16 *x, const ModuleSize *size, int64_t rank, float w, float *v);
 /* acc[:, 0:count] += (B v)[low:low + count], count at most COLUMNS, for at most AT_ONCE rows; so the
  * others, w times theirs. */
 void low_rank_expand(const Module *m, const Rows *rows, const ModuleSize *size, int64_t low, int64_t count);

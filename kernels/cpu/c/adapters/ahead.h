@@ -76,7 +76,7 @@ static Lines next_lines(Walk *walk, int64_t rows) {
     if (!step) return (Lines){0};
     for (Mark *mark = &walk->mark; mark->module < walk->end; move_on(step, mark)) {
         const Module *m = module_at(step, mark);
-        if (!m || !m->rank) continue;
+        if (!m || !m->rank || !(mark->factor ? m->b : m->a)) continue;
         if (!mark->all_ranks) mark->all_ranks = all_ranks(step, mark->module);
         /* The ranks of this thread. */
         int64_t low = mark->all_ranks * walk->part / walk->parts - mark->ranks;

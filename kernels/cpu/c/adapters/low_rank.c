@@ -88,3 +88,24 @@ KERNEL void low_rank_expand(const Module *m, const Rows *rows, const ModuleSize 
         expand_rows(m, &part, size->out_features, low, count);
     }
 }
+
+/* A[r, i] = 1 for i mod rank = r: v_r = w (x_r + x_(rank + r) + ..), added in that order. */
+KERNEL void pieces_shrink(const bf16 *x, const ModuleSize *size, int64_t rank, float w, float *v) {
+    int64_t n = size->in_features;
+    for (int64_t r = 0; r < rank; r += LANES) {
+        f32x16 sums = {0};
+        int64_t i = r;
+        if (r + LANES <= rank)
+            for (; i + LANES <= n; i += rank) sums += load_bf16(x + i);
+        /* What is left of the last piece; or all pieces, where they end within a vector. */
+        for (; i < n; i += rank)
+            for (int64_t q = 0; q < least(least(rank - r, n - i), LANES); q++) sums[q] += to_f32(x[i + q]);
+#if HAS_TILES
+        if (low_rank_takes_tiles(size)) {
+            store_pairs(v + r, sums * w);
+            continue;
+        }
+#endif
+        store_f32(v + r, sums * w);
+    }
+}

@@ -1,6 +1,8 @@
 /* Updates of a few entries of a weight, as compressed rows. */
 #include "adapters.h"
 
+#define AHEAD 1024 /* entries: the memory's latency, at what a thread reads in it */
+
 /* sums += x[columns[e]] * values[e], lane by lane, for at most LANES entries; the other lanes are left. */
 INLINE f32x16 add_entries(f32x16 sums, const float *x, const bf16 *values, const uint16_t *columns,
                           int64_t count) {
@@ -23,7 +25,11 @@ INLINE f32x16 add_entries(f32x16 sums, const float *x, const bf16 *values, const
 INLINE float sum_entries(const float *x, const bf16 *values, const uint16_t *columns, int64_t count) {
     f32x16 sums = {0};
     int64_t e = 0;
-    for (; e + LANES <= count; e += LANES) sums = add_entries(sums, x, values + e, columns + e, LANES);
+    for (; e + LANES <= count; e += LANES) {
+        __builtin_prefetch(values + e + AHEAD, 0, 2);
+        __builtin_prefetch(columns + e + AHEAD, 0, 2);
+        sums = add_entries(sums, x, values + e, columns + e, LANES);
+    }
     if (e < count) sums = add_entries(sums, x, values + e, columns + e, count - e);
     return sum_lanes(sums);
 }

@@ -27,7 +27,7 @@ from turret.kernels.rows.tables import COLUMNS, padded
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
-from turret.server.adapters.operators.updates import Hadamard, Kronecker
+from turret.server.adapters.operators.updates import Hadamard, Kronecker, piece_sums
 
 
 class ModuleNumbers:
@@ -120,11 +120,12 @@ class AdapterTables(Part):
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
         modules = ModuleTable(self._numbers.num_modules)
+        pieces = _PieceSums()
         updates, gains, changes, shared = set(), set(), set(), set()
         for name in self._layout.projections:
             found = self._layout.of(operators, name)
             for layer, s, ops in found:
-                _put(modules, self._numbers.first(layer, name) + s, ops)
+                _put(modules, self._numbers.first(layer, name) + s, ops, pieces)
                 parts = (ops.low_rank, ops.hadamard, ops.kronecker, ops.circulant, ops.pairs)
                 parts = (*parts, ops.sparse, ops.dense, ops.gain, ops.bias)
                 if any(part is not None for part in parts):
@@ -159,11 +160,27 @@ def _spectrum_bytes(kernel: torch.Tensor) -> int:
     return rows * columns * 8 * padded(size // 2 + 1, COLUMNS)
 
 
-def _put(table: ModuleTable, module: int, ops: ModuleOperators) -> None:
+class _PieceSums:
+    """Knows the factors that add pieces of the input up (MiSS), which modules share."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[int, torch.Size], bool] = {}
+
+    def __contains__(self, a: torch.Tensor) -> bool:
+        """Whether ``A[r, i]``, ``[rank, in]``, is 1 for ``i mod rank = r`` and else 0."""
+        key = a.data_ptr(), a.shape
+        if key not in self._known:
+            # Others differ in their first element already.
+            is_like = a.numel() > 0 and a[0, 0].item() == 1
+            self._known[key] = is_like and torch.equal(a, piece_sums(*a.shape, a.dtype))
+        return self._known[key]
+
+
+def _put(table: ModuleTable, module: int, ops: ModuleOperators, pieces: _PieceSums) -> None:
     low_rank, hadamard, kronecker = ops.low_rank, ops.hadamard, ops.kronecker
     table.put(
         module,
-        a=None if low_rank is None else low_rank.a,
+        a=None if low_rank is None or low_rank.a in pieces else low_rank.a,
         b=None if low_rank is None else low_rank.b,
         gain=ops.gain,
         bias=ops.bias,

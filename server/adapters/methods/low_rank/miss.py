@@ -21,6 +21,7 @@ from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
 from turret.server.adapters.lowering.lowered import Lowered, Method
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
+from turret.server.adapters.operators.updates import piece_sums
 from turret.server.adapters.peft_format.config.rules import Rules, Used, is_one_of, is_rank
 from turret.server.adapters.peft_format.config.selection_rules import (
     DROPOUT,
@@ -106,16 +107,16 @@ def lower(
         bias_only=only,
     )
     found = read_module_checkpoint(checkpoint, base, form, max_rank)
-    operators = {}
+    operators, sums = {}, dict[tuple[int, int], torch.Tensor]()
     for name, roles in found.modules.items():
         block, module = roles[role], base.modules[name]
         if _is_bat(config):
             operators[name] = dense(_turned(block, module.dequantize()), base.dtype)
             continue
         b = block.T.repeat(module.out_features // block.shape[1], 1)
-        inputs = torch.arange(module.in_features)
-        a = torch.zeros(len(block), module.in_features, dtype=base.dtype)
-        a[inputs % len(block), inputs] = 1
+        size = len(block), module.in_features
+        # One for all modules of a size: it is in memory once.
+        a = sums.setdefault(size, piece_sums(*size, base.dtype))
         operators[name] = ModuleOperators(fold(a, b, 1.0, base.dtype))
     return finish(checkpoint, base, operators, found=found, depends_on_base=_is_bat(config))
 
