@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from turret.kernels.cpu.circulant import CirculantFactors
-from turret.kernels.cpu.native import functions
+from turret.kernels.cpu.native import functions, isa
 from turret.kernels.cpu.threads import num_threads
 
 # How much of a thread's cache is for what comes ahead. The weights of the base pass through it too.
@@ -216,6 +216,11 @@ class ModuleTable:
         return tensor.data_ptr()
 
 
+def _asks_ahead() -> bool:
+    """Whether the base's products leave the memory idle; by tiles they wait for it themselves."""
+    return isa() != "amx"
+
+
 def _padded(size: int) -> int:
     return -(-size // _LANES) * _LANES
 
@@ -291,6 +296,7 @@ class RowAdapters:
         self.num_threads = threads = num_threads()
         self._marks = torch.zeros(threads, 7, dtype=torch.int64)
         self._sizes = sizes
+        num_bytes = sum(t.num_low_rank_bytes for t in self._tables)
         self._step = (ctypes.c_int64 * 10)(
             self._segments.data_ptr(),
             self._members.data_ptr(),
@@ -300,7 +306,7 @@ class RowAdapters:
             sizes.address,
             sizes.per_layer,
             sizes.per_layer * sizes.num_layers,
-            sizes.reach(sum(t.num_low_rank_bytes for t in self._tables), threads),
+            sizes.reach(num_bytes, threads) if _asks_ahead() else 0,
             self._marks.data_ptr(),
         )
         self.address = ctypes.addressof(self._step)

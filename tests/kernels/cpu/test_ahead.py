@@ -25,6 +25,12 @@ LINE = 64
 Factors = dict[int, list[torch.Tensor]]  # module → A, B
 
 
+@pytest.fixture(autouse=True)
+def asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with any library but that of AMX."""
+    monkeypatch.setattr(row_adapters, "isa", lambda: "avx512_bf16")
+
+
 def make(rank: int, seed: int) -> tuple[ModuleTable, Factors]:
     """Factors of 24 ranks and more take a few rounds of asking; some modules have none."""
     generator = torch.Generator().manual_seed(seed)
@@ -132,3 +138,10 @@ def test_more_bytes_are_asked_for_less_far_ahead() -> None:
     assert sizes.reach(cache // 3 * modules, 2) == 6
     assert sizes.reach(2 * cache * modules, 1) == row_adapters._LEAST_REACH
     assert ModuleSizes(SIZES[:2], LAYERS).reach(2 * cache * modules, 1) == 2
+
+
+def test_with_tiles_nothing_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_adapters, "isa", lambda: "amx")
+    table, _ = make(40, 1)
+    rows = RowAdapters([RowSegment(0, 16, [(table, 1.0)])], 3, ModuleSizes(SIZES, LAYERS))
+    assert asked(rows, 0, rows=16, part=0, parts=1, most=1) == []

@@ -4,6 +4,7 @@
  * before B. Every thread walks along with a mark of its own and takes the ranks that it will read
  * itself (turret_adapt deals its work out in this order): what lies in another core's cache is
  * little gain. It stays within `reach` modules: what came too early would have left the cache again.
+ * With tiles `reach` is 0: the base's product waits for memory itself.
  */
 #ifndef TURRET_AHEAD_H
 #define TURRET_AHEAD_H
