@@ -70,18 +70,42 @@ static void shrink_rows(const Step *step, const Projection *p, const Segment *se
     }
 }
 
+/* The module that is read after slice *j of a component, and its slice; or null. */
+static const Module *next_module(const Step *step, const Projection *p, const Segment *seg, const Component *c,
+                                 int64_t *j) {
+    *j = *j + 1 < p->num_slices ? *j + 1 : 0;
+    if (*j == 0 && ++c == step->components + seg->last) {
+        do seg++;
+        while (seg < step->segments + step->num_segments && seg->first == seg->last);
+        if (seg == step->segments + step->num_segments) return 0;
+        c = &step->components[seg->first];
+    }
+    return &c->modules[p->module + *j];
+}
+
+/* Where the next columns of B are, after [low, low + COLUMNS) of slice j. */
+INLINE void find_next(const Step *step, const Projection *p, const Segment *seg, const Component *c, int64_t j,
+                      int64_t low, Rows *rows) {
+    const Module *m = &c->modules[p->module + j];
+    rows->next = 0;
+    if (low + COLUMNS < p->widths[j]) rows->next = m->b + low + COLUMNS;
+    else if ((m = next_module(step, p, seg, c, &j))) rows->next = m->b;
+    rows->next_stride = p->widths[j];
+}
+
 /* Rows [row, stop) of a segment, one component, one slice. A unit costs about four dot products of
  * the input for each row. */
 static void shrink_module(const Step *step, const Projection *p, const Segment *seg,
                           const Component *c, int64_t j, int64_t row, int64_t stop, Share *share) {
     const Module *m = &c->modules[p->module + j];
     ModuleSize size = {p->in_features, p->widths[j]};
-    int64_t n = p->in_features, cost = stop - row + READING, ranks = low_rank_step(&size);
+    int64_t n = p->in_features, cost = stop - row + READING, ranks = low_rank_step(&size), after = j;
+    const Module *next = next_module(step, p, seg, c, &after);
     if (m->a && !skip(share, (m->rank + ranks - 1) / ranks, cost))
         for (int64_t r = 0; r < m->rank; r += ranks)
             if (take(share, cost)) {
                 Rows rows = {p->x + row * p->x_stride, activations(step, p, seg, c, row, j), 0,
-                             stop - row, p->x_stride, p->num_slices * c->width};
+                             stop - row, p->x_stride, p->num_slices * c->width, next ? next->a : 0, n};
                 low_rank_shrink(m, &rows, &size, (float)c->weight, r);
             }
     if (m->hadamard) {
@@ -184,6 +208,7 @@ KERNEL static void expand_columns(const Step *step, const Projection *p, const S
         if (m->bias)
             for (int64_t i = 0; i < rows; i++)
                 for (int64_t o = 0; o < count; o++) acc[i * COLUMNS + o] += w * m->bias[low + o];
+        if (m->rank && rows == 1) find_next(step, p, seg, c, j, low, &part);
         if (m->rank) low_rank_expand(m, &part, &(ModuleSize){p->in_features, width}, low, count);
         if (m->sparse) sparse_expand(m->sparse, &part, w, p->in_features, low, count);
         if (m->dense) dense_expand(m->dense, &part, w, low, count);

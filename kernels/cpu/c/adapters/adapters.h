@@ -158,6 +158,8 @@ typedef struct {
     const bf16 *x;
     float *v, *acc;
     int64_t count, x_stride, v_stride;
+    const bf16 *next; /* of a low-rank factor, what is read after this: rows, or null */
+    int64_t next_stride;
 } Rows;
 
 #define RANKS 4

@@ -47,13 +47,15 @@ INLINE void store_pairs(float *v, f32x16 value) {
     _mm512_storeu_si512(v, _mm512_or_si512(high, _mm512_slli_epi32(low, 16)));
 }
 
-/* `ranks` of one row, at most 16; zeros up to 16. */
-INLINE void shrink_row(const bf16 *a, const bf16 *x, int64_t n, int64_t ranks, float w, float *v) {
+/* `ranks` of one row, at most 16; zeros up to 16. Brings as many of the next factor into the cache. */
+INLINE void shrink_row(const bf16 *a, const bf16 *x, int64_t n, int64_t ranks, float w, float *v,
+                       const bf16 *next) {
     float sums[LANES] __attribute__((aligned(64))) = {0};
     int64_t row_bytes = n * sizeof(bf16), k = 0;
     shape_tiles(-ranks);
     tile_zero(SUM_0);
     for (; k + 2 * TILE_INPUTS <= n; k += 2 * TILE_INPUTS) {
+        for (int64_t i = 0; next && i < 2 * ranks; i++, next += TILE_INPUTS) __builtin_prefetch(next);
         tile_load(LEFT_0, a + k, row_bytes);
         tile_load(RIGHT_0, x + k, 2 * sizeof(bf16));
         tile_add_product(SUM_0, LEFT_0, RIGHT_0);
@@ -107,11 +109,12 @@ INLINE void shrink_groups(const Rows *rows, const bf16 *a, int64_t n, int64_t ra
 
 static void shrink_by_tiles(const Module *m, const Rows *rows, int64_t n, float w, int64_t r) {
     int64_t ranks = least(m->rank - r, TILE_ROWS);
+    const bf16 *a = m->a + r * n, *next = r + ranks < m->rank ? a + ranks * n : rows->next;
     Rows part = *rows;
     part.v += r;
-    if (rows->count == 1) shrink_row(m->a + r * n, rows->x, n, ranks, w, part.v);
-    else if (rows->count <= TILE_ROWS) shrink_groups(&part, m->a + r * n, n, ranks, w, 0);
-    else shrink_groups(&part, m->a + r * n, n, ranks, w, 1);
+    if (rows->count == 1) shrink_row(a, rows->x, n, ranks, w, part.v, next);
+    else if (rows->count <= TILE_ROWS) shrink_groups(&part, a, n, ranks, w, 0);
+    else shrink_groups(&part, a, n, ranks, w, 1);
 }
 
 #define TWICE(word) ((word) << 16 | (word))
@@ -153,21 +156,22 @@ INLINE void expand_groups(const Module *m, const Rows *rows, int64_t width, int6
 }
 
 /* The same for one row and `vectors` of columns, without tiles: sums of even and of odd terms, 16 ranks
- * at a time. */
-INLINE void add_vectors(const Module *m, const float *v, int64_t width, int64_t low, float *acc,
+ * at a time. Brings as much of the next columns into the cache. */
+INLINE void add_vectors(const Module *m, const Rows *rows, int64_t width, int64_t low, float *acc,
                         const int vectors) {
-    const bf16 *b = m->b + low;
+    const bf16 *b = m->b + low, *next = rows->next;
     f32x16 s[vectors];
     for (int j = 0; j < vectors; j++) s[j] = load_f32(acc + j * LANES);
     for (int64_t r = 0; r < m->rank; r += TILE_ROWS) {
         f32x16 even[vectors], odd[vectors];
         float high[LANES], rest[LANES];
-        u32x16 words = (u32x16)load_f32(v + r);
+        u32x16 words = (u32x16)load_f32(rows->v + r);
         store_f32(high, (f32x16)(words << 16));
         store_f32(rest, (f32x16)(words & 0xffff0000u));
         for (int j = 0; j < vectors; j++) even[j] = odd[j] = splat(0);
         for (int64_t q = 0; q < least(m->rank - r, TILE_ROWS); q++, b += width) {
-            for (int j = 0; j < vectors; j += 2) __builtin_prefetch(b + (vectors + j) * LANES);
+            for (int j = 0; next && j < vectors; j += 2) __builtin_prefetch(next + j * LANES);
+            if (next) next += rows->next_stride;
             for (int j = 0; j < vectors; j++) {
                 f32x16 column = load_bf16(b + j * LANES);
                 even[j] += high[q] * column;
@@ -183,8 +187,8 @@ INLINE void add_vectors(const Module *m, const float *v, int64_t width, int64_t 
 KERNEL static void expand_row(const Module *m, const Rows *rows, int64_t width, int64_t low, int64_t count) {
     int64_t o = 0;
     for (; o + COLUMNS <= count; o += COLUMNS)
-        add_vectors(m, rows->v, width, low + o, rows->acc + o, COLUMN_VECTORS);
-    for (; o < count; o += LANES) add_vectors(m, rows->v, width, low + o, rows->acc + o, 1);
+        add_vectors(m, rows, width, low + o, rows->acc + o, COLUMN_VECTORS);
+    for (; o < count; o += LANES) add_vectors(m, rows, width, low + o, rows->acc + o, 1);
 }
 
 #define SUBNORMALS_ARE_ZERO 0x8040 /* of operands and of results */
