@@ -4,8 +4,8 @@ Faults planted in ``layers.c``, and how many of the 16 tests of families each on
 added once more to adapted rows (2), to no row of the base beside adapted ones (2), the norm after
 attention left out (5), the residual scale left out (2), the norm of queries for that of keys (4),
 every layer's window (4) or frequencies (3) those of the first. The test of operators fails where
-``CpuStep.is_native`` overlooks added changes, gates or products with the base, one at a time; where
-rows have no own change in each slice, or the change of the slice before.
+``CpuStep.is_native`` overlooks added changes, gates or products with the base, one at a time,
+or where every slice takes the first one's change.
 """
 
 from __future__ import annotations
