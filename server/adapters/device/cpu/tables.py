@@ -170,9 +170,10 @@ class _PieceSums:
         """Whether ``A[r, i]``, ``[rank, in]``, is 1 for ``i mod rank = r`` and else 0."""
         key = a.data_ptr(), a.shape
         if key not in self._known:
+            rank, inner = a.shape
             # Others differ in their first element already.
             is_like = a.numel() > 0 and a[0, 0].item() == 1
-            self._known[key] = is_like and torch.equal(a, piece_sums(*a.shape, a.dtype))
+            self._known[key] = is_like and torch.equal(a, piece_sums(rank, inner, a.dtype))
         return self._known[key]
 
 
