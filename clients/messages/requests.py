@@ -286,4 +286,8 @@ def _each(name: str, store: Any, value: Any) -> None:
     try:
         store(value)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
+        said = str(error)
+        if said.startswith("bad argument type"):  # protobuf's, of what is no text
+            said = f"a text, not {value!r}"
+        kind = TypeError if isinstance(error, TypeError) else ValueError
+        raise kind(f"{name}: {said}") from None

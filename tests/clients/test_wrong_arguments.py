@@ -43,10 +43,13 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         lambda: client.adapters.load("a", 3),  # type: ignore[arg-type]
         lambda: client.adapters.replace("a", 3),  # type: ignore[arg-type]
     ):
-        with pytest.raises(TypeError, match=r"^path: "):
+        with pytest.raises(TypeError, match=r"^path: a text, not 3$"):
             call()
-    with pytest.raises(TypeError, match=r"^name: "):
+    with pytest.raises(TypeError, match=r"^name: a text, not 3$"):
         client.adapters.unload(3)  # type: ignore[arg-type]
+    # Bytes that are no text raise a UnicodeDecodeError, which takes five arguments.
+    with pytest.raises(ValueError, match=r"^name: 'utf-8' codec can't decode"):
+        client.adapters.unload(b"\xff")  # type: ignore[arg-type]
 
 
 def test_a_summary_of_an_adapters_faults_is_not_made_longer():

@@ -4,8 +4,8 @@
  * order for any number of rows (nf4_pairs.h, nf4_tiles.h); the sum times the block's absmax is added
  * to the output's.
  *
- * Products of several rows take longer than reading the weight does. Meanwhile the adapters that are
- * read next come into the cache (ahead.h).
+ * Products of several rows in pairs take longer than reading the weight does. Meanwhile the adapters
+ * that are read next come into the cache (ahead.h); tiles leave the memory no time for that.
  */
 #include "adapters/ahead.h"
 #include "entries.h"
