@@ -174,10 +174,16 @@ def test_scaled_rotary_positions_are_read_or_refused(tmp_path: Path) -> None:
 
 def test_what_nobody_reads_is_refused_by_name(tmp_path: Path) -> None:
     folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
-    for key, value in (("attention.sliding_window", 24), ("expert_count", 8)):
+    for key, value in (("attention.sliding_window", 24), ("expert_shared_count", 8)):
         write_gguf(folder, file, Kind.F16, more={key: value})
         with pytest.raises(InvalidRequestError, match=rf"says llama\.{key}, which is not read"):
             open_gguf(file)
+    write_gguf(folder, file, Kind.F16, more={"expert_count": 8})
+    with pytest.raises(InvalidRequestError, match=r"lacks llama\.expert_used_count"):
+        open_gguf(file)
+    write_gguf(folder, file, Kind.F16, more={"expert_count": 8, "expert_used_count": 2})
+    with pytest.raises(InvalidRequestError, match=r"nobody knows here: blk\.0\.ffn_(gate|up|down)"):
+        open_gguf(file)
     write_gguf(folder, file, Kind.F16, more={"rope.dimension_count": 16})
     with pytest.raises(InvalidRequestError, match="rotates a part of each head"):
         open_gguf(file)
@@ -200,13 +206,13 @@ def test_files_that_are_none_of_ours_fail_before_torch(tmp_path: Path) -> None:
         file.write_bytes(data)
         with pytest.raises(InvalidRequestError, match="is no GGUF file of version 2 or 3"):
             check_model(file)
-    writer = gguf.GGUFWriter(file, "gemma3")
+    writer = gguf.GGUFWriter(file, "gemma3n")
     writer.add_block_count(1)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
     with pytest.raises(
-        InvalidRequestError, match="'gemma3'; of GGUF files llama, qwen2, qwen3 are"
+        InvalidRequestError, match="'gemma3n'; of GGUF files gemma, gemma2, gemma3, glm4, gpt-oss,"
     ):
         check_model(file)
     write_gguf(tiny("qwen3", tmp_path / "model"), file, Kind.F16)

@@ -10,11 +10,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from turret.server.errors import InvalidRequestError
+from turret.server.models.sources.gguf_layouts import LAYOUTS
 
 SUFFIX = ".gguf"
-# ``general.architecture`` → ``model_type``. Of others the file does not say all that decides: the
-# scale of Gemma's scores, or the factors of Phi's rotary positions.
-ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
 _MAGIC = b"GGUF"
 _STRING = 8
 # Type → bytes of a value.
@@ -40,12 +38,12 @@ def check_gguf(path: Path) -> str:
         architecture = ""
     if not architecture:
         raise refuse(path, "is no GGUF file of version 2 or 3 that names its architecture")
-    if architecture not in ARCHITECTURES:
-        served = ", ".join(sorted(ARCHITECTURES))
+    if architecture not in LAYOUTS:
+        served = ", ".join(sorted(LAYOUTS))
         raise refuse(
             path,
-            f"is of architecture {architecture!r:.80}; of GGUF files {served} are served (Llama,"
-            " Mistral, SmolLM, Qwen), others as a directory in Hugging Face format",
+            f"is of architecture {architecture!r:.80}; of GGUF files {served} are served, others as"
+            " a directory in Hugging Face format",
         )
     return ARCHITECTURES[architecture]
 

@@ -9,18 +9,12 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
+from builders.bases.gguf_converters import converter_of
 from gguf import GGMLQuantizationType as Kind
 from safetensors.torch import load_file, save_file
 
 # A chat template that is none of the tokenizer's own.
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}{% endfor %}"
-
-
-def permute(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rows of a Llama's q or k as ``LlamaModel.permute`` of convert_hf_to_gguf.py has them."""
-    half = weight.shape[0] // heads // 2
-    rows = weight.reshape(heads, 2, half, *weight.shape[1:])
-    return rows.swapaxes(1, 2).reshape(weight.shape)
 
 
 def write_gguf(
@@ -30,6 +24,7 @@ def write_gguf(
     *,
     more: dict[str, Any] | None = None,
     pre: str = "default",
+    experts: Kind | None = None,
 ) -> None:
     """Write a model's weights, its config and its tokenizer.
 
@@ -39,42 +34,24 @@ def write_gguf(
         kind: Of matrices; norms and biases are F32.
         more: Values of keys of the architecture that the config has no place for.
         pre: The tokenizer's rules of splitting, as llama.cpp calls them.
+        experts: Of the matrices of experts, where it is another.
     """
     config = json.loads((folder / "config.json").read_text())
-    architecture = config["model_type"]
-    writer = gguf.GGUFWriter(file, architecture)
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
+    converter = converter_of(config)
+    writer = gguf.GGUFWriter(file, converter.architecture)
     writer.add_name("Tiny")
-    writer.add_block_count(config["num_hidden_layers"])
-    writer.add_context_length(config["max_position_embeddings"])
-    writer.add_embedding_length(config["hidden_size"])
-    writer.add_feed_forward_length(config["intermediate_size"])
-    writer.add_head_count(heads)
-    writer.add_head_count_kv(kv_heads)
-    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
-    writer.add_vocab_size(config["vocab_size"])
-    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
-    for key, value in (more or {}).items():
-        _ADD[type(value)](writer, f"{architecture}.{key}", value)
+    for key, value in {**converter.keys(config), **(more or {})}.items():
+        add_key(writer, f"{converter.architecture}.{key}", value)
     _add_tokenizer(writer, folder, config, pre)
-    names = gguf.get_tensor_name_map(
-        {"llama": gguf.MODEL_ARCH.LLAMA, "qwen2": gguf.MODEL_ARCH.QWEN2}.get(
-            architecture, gguf.MODEL_ARCH.QWEN3
-        ),
-        config["num_hidden_layers"],
-    )
-    for name, tensor in load_file(folder / "model.safetensors").items():
-        values = tensor.float().numpy()
-        if architecture == "llama" and ".q_proj." in name:
-            values = permute(values, heads)
-        if architecture == "llama" and ".k_proj." in name:
-            values = permute(values, kv_heads)
+    for name, values in converter.factors(config).items():
+        writer.add_tensor(name, values)
+    names = gguf.get_tensor_name_map(converter.arch, config["num_hidden_layers"])
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in converter.converted(tensors, config):
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
-        _add_tensor(writer, stored, values, kind)
+        own = experts if experts is not None and "_exps." in stored else kind
+        _add_tensor(writer, stored, tensor.float().numpy(), own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -82,15 +59,25 @@ def write_gguf(
 
 
 _ADD: dict[type, Any] = {
+    bool: gguf.GGUFWriter.add_bool,
     str: gguf.GGUFWriter.add_string,
     int: gguf.GGUFWriter.add_uint32,
     float: gguf.GGUFWriter.add_float32,
+    list: gguf.GGUFWriter.add_array,
 }
 
 
+def add_key(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """A value by its type."""
+    _ADD[type(value)](writer, key, value)
+
+
 def _add_tensor(writer: gguf.GGUFWriter, name: str, values: np.ndarray, kind: Kind) -> None:
-    if values.ndim == 1 or kind == Kind.F32:
-        writer.add_tensor(name, values)
+    is_router = name.endswith("ffn_gate_inp.weight")
+    # Of all experts, a row for each, or of heads and norms.
+    is_vector = values.ndim == 1 or name.endswith(".bias")
+    if is_vector or is_router or kind == Kind.F32:
+        writer.add_tensor(name, np.ascontiguousarray(values))
     elif kind == Kind.F16:
         writer.add_tensor(name, values.astype(np.float16))
     else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +298,9 @@ def tiny_config(architecture: str) -> Any:
     )
 
 
-def save_tiny_model(architecture: str, folder: Path, *, seed: int = 0) -> Path:
+def save_tiny_model(
+    architecture: str, folder: Path, *, seed: int = 0, changes: Mapping[str, Any] | None = None
+) -> Path:
     """Save a random bf16 checkpoint with a byte-level tokenizer.
 
     Args:
@@ -306,11 +308,13 @@ def save_tiny_model(architecture: str, folder: Path, *, seed: int = 0) -> Path:
             ``MULTIMODAL_ARCHITECTURES``.
         folder: Where; must be writable, is created.
         seed: Of the weights.
+        changes: Of the config.
 
     Returns:
         ``folder``.
     """
     config = tiny_config(architecture)
+    config = type(config)(**{**config.to_dict(), **(changes or {})})
     torch.manual_seed(seed)
     kind = AutoModelForImageTextToText if architecture in _MULTIMODAL else AutoModelForCausalLM
     model = kind.from_config(config)

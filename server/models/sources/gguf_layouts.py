@@ -1,0 +1,353 @@
+"""What llama.cpp's converters make of each architecture that is served: names and values.
+
+``general.architecture`` of a file names a row. A row says which of transformers' models it is,
+which key of the file is which field of that model's config, what llama.cpp takes for granted and no
+key tells, and what the tensors of a layer are in Hugging Face's checkpoints. The facts are those of
+llama.cpp's ``conversion/`` and ``src/models/``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
+_ATTENTION = {
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+}
+_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
+_MLP = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
+_LLAMA = {**_NORMS, **_ATTENTION, **_MLP}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two tensors of a file that are one of a checkpoint.
+
+    Attributes:
+        first: Part of a layer: ``ffn_gate``.
+        second: Another, of the same shape.
+        name: What they are together, below the layer.
+        alternates: Whether their rows alternate; else the second's follow the first's.
+    """
+
+    first: str
+    second: str
+    name: str
+    alternates: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufLayout:
+    """A row of the table.
+
+    Attributes:
+        model_type: Of transformers' config.
+        parts: What each tensor of a layer is below the layer in a checkpoint. ``{}`` stands for the
+            expert where a tensor holds all of them.
+        pairs: Those that are two in the file.
+        bare: Of ``parts``, those whose name in a checkpoint has no ``.weight``.
+        key: The row is for files that have this key, and not zero; None: for all others.
+        fields: Config field by key; a file without one of the keys is refused.
+        optional: Config field by key that a file may lack.
+        constants: Values of the config that no key tells.
+        rope_fields: As ``fields``, of ``rope_parameters``.
+        rope_constants: As ``constants``, of ``rope_parameters`` where they are scaled.
+        ignored: Keys that say nothing which the rest does not.
+        is_permuted: Whether the rows of queries and keys are in the order of interleaved rotation.
+        norm_offset: What the converter added to the weights of norms.
+        rotates_part: Whether ``rope.dimension_count`` may be less than a head.
+        window: Whether all layers have a window, or some, which ``layer_types`` tells; ``never``:
+            it tells that none has one.
+        full_every: Of the last, where no key tells: every so-manieth layer sees everything.
+        ropes_by_kind: Whether layers with a window rotate by frequencies of their own.
+        swa_theta: Their ``rope_theta`` where no key tells it; None: that of the other layers.
+        theta: ``rope_theta`` where no key tells it.
+        wide_layers: The score of a head is scaled by its width, but in the model of so many layers
+            by hidden / heads (``query_pre_attn_scalar``); None: there is no such field.
+        tokenizer: ``auto``: of transformers' class for the model; ``fast``: of its general class,
+            where it knows no GGUF files of this architecture or fails at them.
+    """
+
+    model_type: str
+    parts: Mapping[str, str]
+    pairs: tuple[Pair, ...] = ()
+    bare: frozenset[str] = frozenset()
+    key: str | None = None
+    fields: Mapping[str, str] = field(default_factory=dict)
+    optional: Mapping[str, str] = field(default_factory=dict)
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    ignored: frozenset[str] = frozenset()
+    is_permuted: bool = False
+    norm_offset: float = 0.0
+    rotates_part: bool = False
+    rope_fields: Mapping[str, str] = field(default_factory=dict)
+    rope_constants: Mapping[str, Any] = field(default_factory=dict)
+    window: Literal["none", "never", "all", "some"] = "none"
+    full_every: int | None = None
+    ropes_by_kind: bool = False
+    swa_theta: float | None = None
+    theta: float = 10000.0
+    wide_layers: int | None = None
+    tokenizer: Literal["auto", "fast"] = "auto"
+
+
+# Norms before and after attention and MLP.
+_FOUR_NORMS = {
+    "attn_norm": "input_layernorm",
+    "post_attention_norm": "post_attention_layernorm",
+    "ffn_norm": "pre_feedforward_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_GEMMA_CAPS = {
+    "attn_logit_softcapping": "attn_logit_softcapping",
+    "final_logit_softcapping": "final_logit_softcapping",
+}
+_GELU = {"hidden_activation": "gelu_pytorch_tanh"}
+_MULTIPLIERS = {
+    "attention.scale": "attention_multiplier",
+    "embedding_scale": "embedding_multiplier",
+    "residual_scale": "residual_multiplier",
+    "logit_scale": "logits_scaling",
+}
+# What the converter writes of the Mamba layers that a dense Granite 4 has not.
+_MAMBA = frozenset(
+    f"ssm.{name}"
+    for name in ("conv_kernel", "state_size", "group_count", "inner_size", "time_step_rank")
+)
+_OLMO = {
+    **_ATTENTION,
+    **_HEAD_NORMS,
+    **_MLP,
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_EXPERTS = {
+    "ffn_gate_inp": "mlp.gate",
+    "ffn_gate_exps": "mlp.experts.{}.gate_proj",
+    "ffn_up_exps": "mlp.experts.{}.up_proj",
+    "ffn_down_exps": "mlp.experts.{}.down_proj",
+}
+_LLAMA_ROW = GgufLayout(model_type="llama", parts=_LLAMA, is_permuted=True)
+_GRANITE_ROW = GgufLayout(
+    model_type="granite",
+    parts=_LLAMA,
+    optional=_MULTIPLIERS,
+    is_permuted=True,
+    tokenizer="fast",
+)
+_MISTRAL_ROW = GgufLayout(
+    model_type="mistral",
+    parts=_LLAMA,
+    constants={"sliding_window": None},
+    is_permuted=True,
+    tokenizer="fast",
+)
+_OLMO_ROW = GgufLayout(model_type="olmo2", parts=_OLMO, tokenizer="fast")
+
+# By ``general.architecture``; of several rows the first that a file has the key of.
+LAYOUTS: Mapping[str, tuple[GgufLayout, ...]] = {
+    "gemma": (
+        GgufLayout(
+            model_type="gemma",
+            parts=_LLAMA,
+            constants=_GELU,
+            norm_offset=1.0,
+            tokenizer="fast",
+        ),
+    ),
+    "gemma2": (
+        GgufLayout(
+            model_type="gemma2",
+            parts={**_FOUR_NORMS, **_ATTENTION, **_MLP},
+            fields=_GEMMA_CAPS,
+            constants=_GELU,
+            norm_offset=1.0,
+            tokenizer="fast",
+            window="some",
+            full_every=2,
+            wide_layers=46,
+        ),
+    ),
+    "gemma3": (
+        GgufLayout(
+            model_type="gemma3_text",
+            parts={**_FOUR_NORMS, **_ATTENTION, **_HEAD_NORMS, **_MLP},
+            optional={"final_logit_softcapping": "final_logit_softcapping"},
+            constants=_GELU,
+            norm_offset=1.0,
+            tokenizer="fast",
+            window="some",
+            full_every=6,
+            ropes_by_kind=True,
+            swa_theta=10000.0,
+            theta=1000000.0,
+            wide_layers=62,
+        ),
+    ),
+    "glm4": (
+        GgufLayout(
+            model_type="glm4",
+            parts={
+                **_NORMS,
+                **_ATTENTION,
+                "post_attention_norm": "post_self_attn_layernorm",
+                "post_ffw_norm": "post_mlp_layernorm",
+                "ffn_up": "mlp.gate_up_proj",
+                "ffn_down": "mlp.down_proj",
+            },
+            rotates_part=True,
+            tokenizer="fast",
+        ),
+    ),
+    "gpt-oss": (
+        GgufLayout(
+            model_type="gpt_oss",
+            parts={
+                **_ATTENTION,
+                "attn_norm": "input_layernorm",
+                "post_attention_norm": "post_attention_layernorm",
+                "attn_sinks": "self_attn.sinks",
+                "ffn_gate_inp": "mlp.router",
+                "ffn_down_exps": "mlp.experts.down_projs.{}",
+            },
+            pairs=(Pair("ffn_gate_exps", "ffn_up_exps", "mlp.experts.gate_up_projs.{}", True),),
+            bare=frozenset({"attn_sinks"}),
+            fields={
+                "expert_count": "num_local_experts",
+                "expert_used_count": "num_experts_per_tok",
+                "expert_feed_forward_length": "intermediate_size",
+            },
+            window="some",
+            full_every=2,
+            # As released; no key tells it.
+            rope_constants={"truncate": False},
+            tokenizer="fast",
+        ),
+    ),
+    "granite": (
+        # Granite 4, whose dense models are a case of those with Mamba layers.
+        GgufLayout(
+            model_type="granitemoehybrid",
+            parts={**_NORMS, **_ATTENTION, "ffn_down": "shared_mlp.output_linear"},
+            pairs=(Pair("ffn_gate", "ffn_up", "shared_mlp.input_linear"),),
+            key="ssm.conv_kernel",
+            fields={"feed_forward_length": "intermediate_size shared_intermediate_size"},
+            optional=_MULTIPLIERS,
+            constants={"num_local_experts": 0, "position_embedding_type": "rope"},
+            ignored=_MAMBA | {"expert_shared_feed_forward_length"},
+            is_permuted=True,
+            window="never",
+            tokenizer="fast",
+        ),
+        _GRANITE_ROW,
+    ),
+    "llama": (
+        GgufLayout(
+            model_type="mixtral",
+            parts={
+                **_NORMS,
+                **_ATTENTION,
+                "ffn_gate_inp": "block_sparse_moe.gate",
+                "ffn_gate_exps": "block_sparse_moe.experts.{}.w1",
+                "ffn_up_exps": "block_sparse_moe.experts.{}.w3",
+                "ffn_down_exps": "block_sparse_moe.experts.{}.w2",
+            },
+            key="expert_count",
+            fields={
+                "expert_count": "num_local_experts",
+                "expert_used_count": "num_experts_per_tok",
+            },
+            is_permuted=True,
+        ),
+        _LLAMA_ROW,
+    ),
+    # Mistral Small 3 and Ministral 3, whose queries grow with their position.
+    "mistral3": (
+        dataclasses.replace(
+            _MISTRAL_ROW,
+            model_type="ministral3",
+            key="attention.temperature_scale",
+            rope_fields={"attention.temperature_scale": "llama_4_scaling_beta"},
+        ),
+        _MISTRAL_ROW,
+    ),
+    "olmo2": (
+        dataclasses.replace(
+            _OLMO_ROW,
+            model_type="olmo3",
+            key="attention.sliding_window",
+            window="some",
+            full_every=4,
+            ropes_by_kind=True,
+        ),
+        _OLMO_ROW,
+    ),
+    "olmoe": (
+        GgufLayout(
+            model_type="olmoe",
+            parts={**_NORMS, **_ATTENTION, **_HEAD_NORMS, **_EXPERTS},
+            fields={
+                "expert_count": "num_experts",
+                "expert_used_count": "num_experts_per_tok",
+            },
+            constants={"norm_topk_prob": False},
+            tokenizer="fast",
+        ),
+    ),
+    "phi3": (
+        GgufLayout(
+            model_type="phi3",
+            parts={
+                **_NORMS,
+                "attn_qkv": "self_attn.qkv_proj",
+                "attn_output": "self_attn.o_proj",
+                "ffn_up": "mlp.gate_up_proj",
+                "ffn_down": "mlp.down_proj",
+            },
+            fields={"rope.scaling.original_context_length": "original_max_position_embeddings"},
+            rotates_part=True,
+            window="all",
+        ),
+    ),
+    "qwen2": (GgufLayout(model_type="qwen2", parts=_LLAMA),),
+    "qwen3": (GgufLayout(model_type="qwen3", parts={**_LLAMA, **_HEAD_NORMS}),),
+    "qwen3moe": (
+        GgufLayout(
+            model_type="qwen3_moe",
+            parts={**_NORMS, **_ATTENTION, **_HEAD_NORMS, **_EXPERTS},
+            fields={
+                "expert_count": "num_experts",
+                "expert_used_count": "num_experts_per_tok",
+                "expert_feed_forward_length": "moe_intermediate_size",
+            },
+            constants={"norm_topk_prob": True, "decoder_sparse_step": 1, "mlp_only_layers": []},
+        ),
+    ),
+    # Every fourth layer does not rotate, which is the config's own rule.
+    "smollm3": (
+        GgufLayout(
+            model_type="smollm3",
+            parts=_LLAMA,
+            constants={"no_rope_layer_interval": 4},
+            is_permuted=True,
+            tokenizer="fast",
+        ),
+    ),
+}
+
+
+def layout_of(architecture: str, said: Mapping[str, Any]) -> GgufLayout:
+    """The row of a file.
+
+    Args:
+        architecture: One of ``LAYOUTS``.
+        said: The file's keys below the architecture.
+    """
+    rows = LAYOUTS[architecture]
+    return next(row for row in rows if row.key is None or said.get(row.key))

@@ -1,0 +1,145 @@
+"""A GGUF file of each family is the directory that it was converted from.
+
+Files are written by llama.cpp's rules (``builders/bases/gguf_converters.py``) in BF16, as the tiny
+checkpoints are; the served weights then have to be the same bytes, and ``Arch`` the same. What
+llama.cpp takes for granted, and no key tells, is in the directory's config as well.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+from builders.bases.gguf_files import write_gguf
+from builders.bases.tiny_models import save_tiny_model
+from gguf import GGMLQuantizationType as Kind
+from method_oracle import prompt_of
+from safetensors.torch import load_file, save_file
+from servers.engine_harness import EngineHarness, make_request
+from transformers import AutoConfig
+
+from turret.server.models.decoding.arch import Arch, Rope
+from turret.server.models.families import read_arch
+from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.sources.check import check_model
+
+PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
+# Kind of tiny model → changes to what its family's files can say, keys beside the converter's.
+FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "gemma": ({}, {}),
+    "gemma2": ({"query_pre_attn_scalar": 64}, {}),
+    "gemma3_text": (
+        {
+            "query_pre_attn_scalar": 64,
+            "rope_parameters": {
+                "sliding_attention": PLAIN,
+                "full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 4.0},
+            },
+        },
+        # Six layers are many for a tiny model.
+        {"attention.sliding_window_pattern": 2},
+    ),
+    "glm4": ({}, {}),
+    "gpt_oss": ({"swiglu_limit": 7.0}, {}),
+    "granite": ({}, {}),
+    "granitemoehybrid": ({"position_embedding_type": "rope"}, {}),
+    "mistral": ({"sliding_window": None, "head_dim": 32}, {}),
+    "ministral3": ({}, {}),
+    "mixtral": ({"sliding_window": None}, {}),
+    "olmo2": ({"rope_parameters": {**YARN, "rope_theta": 500000.0}}, {}),
+    "olmo3": ({}, {}),
+    "olmoe": ({"norm_topk_prob": False}, {}),
+    "phi3": ({}, {}),
+    "qwen3_moe": ({"mlp_only_layers": [], "norm_topk_prob": True}, {}),
+    "smollm3": ({}, {}),
+}
+
+
+def near(found: Any, expected: Any) -> bool:
+    """Equality but for floats, which a file has in fp32."""
+    if isinstance(found, Rope):
+        scales = found.scaling == pytest.approx(expected.scaling, rel=1e-6)
+        pairs = (found.inv_freq, expected.inv_freq), (found.long_inv_freq, expected.long_inv_freq)
+        return scales and all(
+            ours is theirs or torch.allclose(ours, theirs, rtol=1e-6) for ours, theirs in pairs
+        )
+    if dataclasses.is_dataclass(found):
+        names = [field.name for field in dataclasses.fields(found)]
+        return all(near(getattr(found, name), getattr(expected, name)) for name in names)
+    if isinstance(found, float):
+        return found == pytest.approx(expected, rel=1e-6)
+    return bool(found == expected)
+
+
+def assert_alike(found: Arch, expected: Arch) -> None:
+    for field in dataclasses.fields(found):
+        ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+        if field.name == "ropes":
+            assert ours.keys() == theirs.keys()
+            assert all(near(ours[kind], theirs[kind]) for kind in ours)
+        else:
+            assert near(ours, theirs), (field.name, ours, theirs)
+
+
+async def assert_is_the_directory(file: Path, folder: Path, tmp_path: Path) -> None:
+    """The same weights, the same function, the same answer."""
+    check_model(file)
+    cache = default_cache_dir()
+    found, expected = resolve_model(file, cache), resolve_model(folder, cache)
+    ours, theirs = (load_file(source.weights / "model.safetensors") for source in (found, expected))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        assert torch.equal(tensor, theirs[name]), name
+    archs = [read_arch(AutoConfig.from_pretrained(s.files)) for s in (found, expected)]
+    assert_alike(*archs)
+    # Past windows and past where LongRoPE changes.
+    request = make_request(prompt_of(70), max_tokens=4)
+    answers = []
+    for model in (file, folder):
+        async with EngineHarness.start(model, tmp_path, dtype="float32") as harness:
+            answers.append(await harness.run(request))
+    assert answers[0].bits == answers[1].bits
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_it_is_the_directory_that_it_was_made_of(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    changes, more = FAMILIES[family]
+    folder = save_tiny_model(family, tmp_path / "model", changes=changes)
+    file = tmp_path / "tiny.gguf"
+    write_gguf(folder, file, Kind.BF16, more=more)
+    await assert_is_the_directory(file, folder, tmp_path)
+
+
+def in_mxfp4(folder: Path) -> None:
+    """Puts what MXFP4 holds in place of the weights of experts."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if name.endswith(("gate_up_proj", "down_proj")):
+            rows = tensor.transpose(1, 2).float().numpy()
+            values = gguf.dequantize(gguf.quantize(rows, Kind.MXFP4), Kind.MXFP4)
+            tensors[name] = torch.from_numpy(values).transpose(1, 2).to(tensor.dtype).contiguous()
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+async def test_experts_in_mxfp4_are_as_the_file_has_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As gpt-oss is released, in Hugging Face's checkpoint and in ggml-org's files."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    changes, more = FAMILIES["gpt_oss"]
+    folder = save_tiny_model("gpt_oss", tmp_path / "model", changes=changes)
+    in_mxfp4(folder)
+    file = tmp_path / "tiny.gguf"
+    write_gguf(folder, file, Kind.BF16, more=more, experts=Kind.MXFP4)
+    kinds = {t.tensor_type for t in gguf.GGUFReader(file).tensors if "_exps.weight" in t.name}
+    assert kinds == {Kind.MXFP4}
+    await assert_is_the_directory(file, folder, tmp_path)
