@@ -33,6 +33,8 @@ _READ = frozenset(
         *ROPE_KEYS,
     }
 )
+# Of the vision tower, whose tensors are in a file of their own.
+_OF_IMAGES = ("mm.", "vision.")
 _WINDOW, _PATTERN = "attention.sliding_window", "attention.sliding_window_pattern"
 _KINDS = ("full_attention", "sliding_attention")
 
@@ -96,7 +98,9 @@ def _check_keys(
         known |= {_PATTERN}
     # What says that there is nothing of a kind is nothing to read.
     odd = sorted(
-        key for key in said.keys() - known if not (key.startswith("expert_") and said[key] == 0)
+        key
+        for key in said.keys() - known
+        if not key.startswith(_OF_IMAGES) and not (key.startswith("expert_") and said[key] == 0)
     )
     if lacking or odd:
         what = (

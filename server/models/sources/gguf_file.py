@@ -5,23 +5,17 @@ Every tensor is used or refused, as every key is.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from turret.server.models.sources.gguf_config import read_gguf_config
 from turret.server.models.sources.gguf_header import check_gguf, refuse
 from turret.server.models.sources.gguf_tensors import GgufTensors
-
-if TYPE_CHECKING:
-    from turret.server.models.sources.gguf_layouts import GgufLayout
-
-# The rules of splitting whose texts begin with a BOS where a file does not say (llama.cpp's own).
-_PRE = "tokenizer.ggml.pre"
-_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
+from turret.server.models.sources.gguf_tokenizer import read_gguf_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,17 +64,4 @@ def open_gguf(path: Path) -> GgufModel:
     tensors = GgufTensors(path, by_name, layout, config)
     ends = [fields.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     eos = list(dict.fromkeys(int(end) for end in ends if end is not None))
-    return GgufModel(config, _tokenizer(path, fields, layout), eos, len(tensors), tensors)
-
-
-def _tokenizer(path: Path, fields: Mapping[str, object], layout: GgufLayout) -> Any:
-    from transformers import AutoTokenizer, PreTrainedTokenizerFast
-
-    kind = AutoTokenizer if layout.tokenizer == "auto" else PreTrainedTokenizerFast
-    return kind.from_pretrained(path.parent, gguf_file=path.name, **_bos_rule(fields))
-
-
-def _bos_rule(fields: Mapping[str, object]) -> dict[str, bool]:
-    """Older files of Llama 3 and Mistral Nemo do not say that their texts begin with a BOS."""
-    is_silent = "tokenizer.ggml.add_bos_token" not in fields
-    return {"add_bos_token": True} if is_silent and fields.get(_PRE) in _WITH_BOS else {}
+    return GgufModel(config, read_gguf_tokenizer(path, fields, layout), eos, len(tensors), tensors)

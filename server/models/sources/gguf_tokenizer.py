@@ -1,0 +1,75 @@
+"""The tokenizer of a GGUF file, with its chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from turret.server.models.sources.gguf_header import refuse
+
+if TYPE_CHECKING:
+    from turret.server.models.sources.gguf_layouts import GgufLayout
+
+# The rules of splitting a text before its parts are merged, by llama.cpp's names.
+_PRE = "tokenizer.ggml.pre"
+# Whose texts begin with a BOS where a file does not say (llama.cpp's own rule).
+_WITH_BOS = ("llama3", "llama-v3", "llama-bpe", "tekken")
+# Those that are another's, which transformers does not know.
+_AS_LLAMA3 = ("chatglm-bpe", "glm4")
+# Letters, three digits, others with what ends a line: GPT-4's, Llama 3's, GLM-4's.
+_LLAMA3_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# Those that transformers knows, and those that are GPT-2's, which it takes where it knows none; of
+# the latter some keep digits apart, which no merge of theirs joins.
+_KNOWN = frozenset(
+    {
+        *("dbrx", "gpt-4o", "llama-bpe", "llama-v3", "llama3", "qwen2", "smaug-bpe", "tekken"),
+        *("default", "gpt-2", "granite-docling", "olmo", "refact", "smollm", "starcoder"),
+        *_AS_LLAMA3,
+    }
+)
+
+
+def read_gguf_tokenizer(path: Path, fields: Mapping[str, Any], layout: GgufLayout) -> Any:
+    """A transformers tokenizer.
+
+    Args:
+        path: The file.
+        fields: Its keys.
+        layout: Of its architecture.
+
+    Raises:
+        InvalidRequestError: It splits texts in a way that is not read.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    pre = fields.get(_PRE, "default")
+    is_bytes = fields.get("tokenizer.ggml.model") == "gpt2"
+    # The others are transformers' to know.
+    if layout.tokenizer == "fast" and is_bytes and pre not in _KNOWN:
+        raise refuse(path, f"splits texts by the rules of {pre!r}, which are not read here")
+    kind: Any = AutoTokenizer if layout.tokenizer == "auto" else PreTrainedTokenizerFast
+    tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name, **_bos_rule(fields))
+    if is_bytes and pre in _AS_LLAMA3:
+        _split_as_llama3(tokenizer)
+    return tokenizer
+
+
+def _bos_rule(fields: Mapping[str, object]) -> dict[str, bool]:
+    """Older files of Llama 3 and Mistral Nemo do not say that their texts begin with a BOS."""
+    is_silent = "tokenizer.ggml.add_bos_token" not in fields
+    return {"add_bos_token": True} if is_silent and fields.get(_PRE) in _WITH_BOS else {}
+
+
+def _split_as_llama3(tokenizer: Any) -> None:
+    from tokenizers import Regex, pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_LLAMA3_SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )

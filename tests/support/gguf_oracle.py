@@ -1,0 +1,39 @@
+"""Whether two architectures are one, but for what a file has in fp32."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from turret.server.models.decoding.arch import Arch, Rope
+
+
+def near(found: Any, expected: Any) -> bool:
+    """Equality but for floats, which a file has in fp32."""
+    if isinstance(found, Rope):
+        scales = found.scaling == pytest.approx(expected.scaling, rel=1e-6)
+        pairs = (found.inv_freq, expected.inv_freq), (found.long_inv_freq, expected.long_inv_freq)
+        return scales and all(
+            ours is theirs
+            or (ours is not None and theirs is not None and torch.allclose(ours, theirs, rtol=1e-6))
+            for ours, theirs in pairs
+        )
+    if dataclasses.is_dataclass(found):
+        names = [field.name for field in dataclasses.fields(found)]
+        return all(near(getattr(found, name), getattr(expected, name)) for name in names)
+    if isinstance(found, float):
+        return found == pytest.approx(expected, rel=1e-6)
+    return bool(found == expected)
+
+
+def assert_alike(found: Arch, expected: Arch) -> None:
+    for field in dataclasses.fields(found):
+        ours, theirs = getattr(found, field.name), getattr(expected, field.name)
+        if field.name == "ropes":
+            assert ours.keys() == theirs.keys()
+            assert all(near(ours[kind], theirs[kind]) for kind in ours)
+        else:
+            assert near(ours, theirs), (field.name, ours, theirs)
