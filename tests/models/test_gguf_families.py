@@ -20,11 +20,14 @@ from gguf_oracle import assert_alike
 from method_oracle import prompt_of
 from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig
 
+from turret.server.errors import InvalidRequestError
 from turret.server.models.families import read_arch
-from turret.server.models.model_source import default_cache_dir, resolve_model
+from turret.server.models.model_source import resolve_model
+from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.sources.check import check_model
+from turret.server.models.sources.gguf_file import open_gguf
 
 PLAIN = {"rope_type": "default", "rope_theta": 10000.0}
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}
@@ -65,7 +68,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 async def assert_is_the_directory(file: Path, folder: Path, tmp_path: Path) -> None:
     """The same weights, the same function, the same answer."""
-    check_model(file)
+    # Told without torch: what training settings are checked by.
+    assert check_model(file) == check_model(folder)
     cache = default_cache_dir()
     found, expected = resolve_model(file, cache), resolve_model(folder, cache)
     ours, theirs = (load_file(source.weights / "model.safetensors") for source in (found, expected))
@@ -120,3 +124,61 @@ async def test_experts_in_mxfp4_are_as_the_file_has_them(
     kinds = {t.tensor_type for t in gguf.GGUFReader(file).tensors if "_exps.weight" in t.name}
     assert kinds == {Kind.MXFP4}
     await assert_is_the_directory(file, folder, tmp_path)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
+def test_tensors_are_those_that_transformers_reads(family: str, tmp_path: Path) -> None:
+    """Of the families whose files it reads itself."""
+    changes, more = FAMILIES[family]
+    folder = save_tiny_model(family, tmp_path / "model", changes=changes)
+    file = tmp_path / "tiny.gguf"
+    write_gguf(folder, file, Kind.Q8_0, more=more)
+    theirs = AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    ).state_dict()
+    ours = dict(open_gguf(file).tensors())
+    # A head that is the embedding is in the file once.
+    assert theirs.keys() - ours.keys() <= {"lm_head.weight"}
+    assert not ours.keys() - theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name].float(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("family", "more", "said"),
+    [
+        ("gemma2", {"attn_logit_softcapping": None}, r"lacks gemma2\.attn_logit_softcapping"),
+        ("phi3", {"rope.dimension_count": None}, "does not say how much of a head rotates"),
+        (
+            "granite",
+            {"attention.head_count_kv": [2, 1]},
+            "different numbers of key and value heads",
+        ),
+        (
+            "granite",
+            {"deepstack_mapping": [0, 1]},
+            r"says granite\.deepstack_mapping, which is not",
+        ),
+        ("smollm3", {"rope.scaling.attn_factor": 2.0}, "scales what rotates by a factor"),
+        ("qwen3_moe", {"rope.freq_base_swa": 5.0}, "rotate by frequencies of their own"),
+    ],
+)
+def test_what_a_file_lacks_or_says_beside_is_refused(
+    family: str, more: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    folder = save_tiny_model(family, tmp_path / "model", changes=FAMILIES[family][0])
+    file = tmp_path / "tiny.gguf"
+    write_gguf(folder, file, Kind.BF16, more=more)
+    with pytest.raises(InvalidRequestError, match=said):
+        open_gguf(file)
+
+
+def test_half_of_a_pair_is_refused(tmp_path: Path) -> None:
+    folder = save_tiny_model("gpt_oss", tmp_path / "model")
+    file = tmp_path / "tiny.gguf"
+    write_gguf(folder, file, Kind.BF16, without="blk.1.ffn_up_exps.bias")
+    with pytest.raises(InvalidRequestError, match=r"lacks blk\.1\.ffn_up_exps\.bias"):
+        open_gguf(file)

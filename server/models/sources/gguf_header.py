@@ -10,16 +10,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 from turret.server.errors import InvalidRequestError
-from turret.server.models.sources.gguf_layouts import LAYOUTS
+from turret.server.models.sources.gguf_layouts import LAYOUTS, layout_of
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
-_STRING = 8
+_STRING, _ARRAY = 8, 9
 # Type → bytes of a value.
 _SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 _MAX_TEXT = 1 << 16
-# The architecture comes first, by the specification's own advice.
-_MAX_KEYS = 64
+# Keys about the model come before the vocabulary, which is long.
+_MAX_KEYS = 256
+_VOCABULARY = "tokenizer."
 
 
 def check_gguf(path: Path) -> str:
@@ -33,10 +34,11 @@ def check_gguf(path: Path) -> str:
     """
     try:
         with path.open("rb") as file:
-            architecture = _architecture(file)
+            said = _keys(file)
     except (struct.error, UnicodeDecodeError):
-        architecture = ""
-    if not architecture:
+        said = {}
+    architecture = said.get("general.architecture", "")
+    if not isinstance(architecture, str) or not architecture:
         raise refuse(path, "is no GGUF file of version 2 or 3 that names its architecture")
     if architecture not in LAYOUTS:
         served = ", ".join(sorted(LAYOUTS))
@@ -45,7 +47,10 @@ def check_gguf(path: Path) -> str:
             f"is of architecture {architecture!r:.80}; of GGUF files {served} are served, others as"
             " a directory in Hugging Face format",
         )
-    return ARCHITECTURES[architecture]
+    prefix = f"{architecture}."
+    return layout_of(
+        architecture, {key.removeprefix(prefix): value for key, value in said.items()}
+    ).model_type
 
 
 def refuse(path: Path, why: str) -> InvalidRequestError:
@@ -53,22 +58,37 @@ def refuse(path: Path, why: str) -> InvalidRequestError:
     return InvalidRequestError.of("model", f"{path} {why}")
 
 
-def _architecture(file: BinaryIO) -> str:
+def _keys(file: BinaryIO) -> dict[str, str | bool]:
+    """Texts, and of numbers whether they are not zero, of the keys before the vocabulary."""
     magic, version, _, num_keys = struct.unpack("<4sIQQ", file.read(24))
+    said: dict[str, str | bool] = {}
     if magic != _MAGIC or version not in (2, 3):
-        return ""
+        return said
     for _ in range(min(num_keys, _MAX_KEYS)):
         key = _text(file)
         (kind,) = struct.unpack("<I", file.read(4))
+        if key.startswith(_VOCABULARY):
+            break
         if kind == _STRING:
-            value = _text(file)
-            if key == "general.architecture":
-                return value
+            said[key] = _text(file)
         elif kind in _SCALARS:
-            file.read(_SCALARS[kind])
-        else:
-            return ""
-    return ""
+            said[key] = any(file.read(_SCALARS[kind]))
+        elif kind != _ARRAY or not _skip_array(file):
+            break
+    return said
+
+
+def _skip_array(file: BinaryIO) -> bool:
+    """Whether it is one of texts or numbers, which are passed over."""
+    kind, count = struct.unpack("<IQ", file.read(12))
+    if count > _MAX_TEXT or (kind != _STRING and kind not in _SCALARS):
+        return False
+    if kind != _STRING:
+        file.seek(_SCALARS[kind] * count, 1)
+        return True
+    for _ in range(count):
+        _text(file)
+    return True
 
 
 def _text(file: BinaryIO) -> str:

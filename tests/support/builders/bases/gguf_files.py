@@ -25,6 +25,7 @@ def write_gguf(
     more: dict[str, Any] | None = None,
     pre: str = "default",
     experts: Kind | None = None,
+    without: str | None = None,
 ) -> None:
     """Write a model's weights, its config and its tokenizer.
 
@@ -32,16 +33,18 @@ def write_gguf(
         folder: With one safetensors file.
         file: To write.
         kind: Of matrices; norms and biases are F32.
-        more: Values of keys of the architecture that the config has no place for.
+        more: Values of keys of the architecture beside the config's; None leaves one out.
         pre: The tokenizer's rules of splitting, as llama.cpp calls them.
         experts: Of the matrices of experts, where it is another.
+        without: A tensor to leave out.
     """
     config = json.loads((folder / "config.json").read_text())
     converter = converter_of(config)
     writer = gguf.GGUFWriter(file, converter.architecture)
     writer.add_name("Tiny")
     for key, value in {**converter.keys(config), **(more or {})}.items():
-        add_key(writer, f"{converter.architecture}.{key}", value)
+        if value is not None:
+            add_key(writer, f"{converter.architecture}.{key}", value)
     _add_tokenizer(writer, folder, config, pre)
     for name, values in converter.factors(config).items():
         writer.add_tensor(name, values)
@@ -50,6 +53,8 @@ def write_gguf(
     for name, tensor in converter.converted(tensors, config):
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert stored is not None, name
+        if stored == without:
+            continue
         own = experts if experts is not None and "_exps." in stored else kind
         _add_tensor(writer, stored, tensor.float().numpy(), own)
     writer.write_header_to_file()
