@@ -314,7 +314,8 @@ def save_tiny_model(
         ``folder``.
     """
     config = tiny_config(architecture)
-    config = type(config)(**{**config.to_dict(), **(changes or {})})
+    if changes:
+        config = type(config)(**{**config.to_dict(), **changes})
     torch.manual_seed(seed)
     kind = AutoModelForImageTextToText if architecture in _MULTIMODAL else AutoModelForCausalLM
     model = kind.from_config(config)
