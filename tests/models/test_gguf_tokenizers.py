@@ -121,8 +121,10 @@ def test_texts_are_split_by_the_rules_that_the_file_names(
     assert tokenizer.eos_token == "<eos>"
 
 
-def test_rules_that_nobody_knows_are_refused(tmp_path: Path) -> None:
+# transformers takes GPT-2's rules then, for every architecture.
+@pytest.mark.parametrize("architecture", ["granite", "llama", "phi3", "qwen2", "qwen3moe"])
+def test_rules_that_nobody_knows_are_refused(architecture: str, tmp_path: Path) -> None:
     file = tmp_path / "t.gguf"
-    fields = write(file, "granite", **BYTES, tokenizer_pre="viking")
+    fields = write(file, architecture, **BYTES, tokenizer_pre="viking")
     with pytest.raises(InvalidRequestError, match="by the rules of 'viking', which are not read"):
         read(file, fields)

@@ -26,7 +26,9 @@ _LLAMA3_SPLIT = (
 # the latter some keep digits apart, which no merge of theirs joins.
 _KNOWN = frozenset(
     {
-        *("dbrx", "gpt-4o", "llama-bpe", "llama-v3", "llama3", "qwen2", "smaug-bpe", "tekken"),
+        *("dbrx", "falcon3", "falcon-h1", "llama3", "llama-bpe", "llama-v3", "midm-2.0", "pixtral"),
+        *("smaug-bpe", "tekken", "qwen2", "deepseek-r1-qwen", "kormo", "megrez"),
+        *("gpt-4o", "llama4", "kanana2"),
         *("default", "gpt-2", "granite-docling", "olmo", "refact", "smollm", "starcoder"),
         *_AS_LLAMA3,
     }
@@ -48,8 +50,7 @@ def read_gguf_tokenizer(path: Path, fields: Mapping[str, Any], layout: GgufLayou
 
     pre = fields.get(_PRE, "default")
     is_bytes = fields.get("tokenizer.ggml.model") == "gpt2"
-    # The others are transformers' to know.
-    if layout.tokenizer == "fast" and is_bytes and pre not in _KNOWN:
+    if is_bytes and pre not in _KNOWN:
         raise refuse(path, f"splits texts by the rules of {pre!r}, which are not read here")
     kind: Any = AutoTokenizer if layout.tokenizer == "auto" else PreTrainedTokenizerFast
     tokenizer = kind.from_pretrained(path.parent, gguf_file=path.name, **_bos_rule(fields))
