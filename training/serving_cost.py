@@ -7,19 +7,20 @@ operators that the server computes: its bytes, and the products that it adds to 
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from turret.server.adapters.base import BaseExperts, BaseModel, BaseModule, BaseVocabulary
+from turret.server.adapters.base import BaseModel, BaseModule, BaseVocabulary
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.reader import read_checkpoint
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.source import TENSORS_FILE
-from turret.server.models.decoding.arch import LAYER_PREFIX, Arch
+from turret.server.models.describe import describe_experts
 from turret.training.base_model import DTYPES, TrainingBase, empty_model
 from turret.training.settings.resolve import Resolved
 from turret.training.trainer import attach_to
@@ -158,6 +159,12 @@ def _served_base(base: TrainingBase) -> BaseModel:
                     bias=torch.zeros(out),
                     dequantize=lambda out=out, inner=inner: torch.ones(out, inner),
                 )
+    shapes = arch.expert_linears()
+
+    def ones(number: int, projection: str) -> Callable[[int], torch.Tensor]:
+        _, out, inner = shapes[projection]
+        return lambda expert: torch.ones(out, inner)
+
     tokens = torch.ones(1, arch.hidden_size).expand(arch.vocab_size, -1)
     return BaseModel(
         name=base.source.name,
@@ -166,30 +173,10 @@ def _served_base(base: TrainingBase) -> BaseModel:
         dtype=torch.bfloat16,
         modules=modules,
         other_modules=frozenset(),
-        experts=_served_experts(arch),
+        experts=describe_experts(arch, ones),
         vocabulary=BaseVocabulary(tokens, tokens, arch.tie_word_embeddings),
         num_layers=arch.num_layers,
         hidden_size=arch.hidden_size,
         num_kv_heads=arch.num_kv_heads,
         head_dim=arch.head_dim,
     )
-
-
-def _served_experts(arch: Arch) -> dict[str, BaseExperts]:
-    if arch.experts is None:
-        return {}
-    found = {}
-    for number in sorted(arch.experts.layers):
-        folder = f"{LAYER_PREFIX}.{number}.{arch.experts.checkpoint_path}.experts"
-        for index, (projection, (path, out, inner)) in enumerate(arch.expert_linears().items()):
-            name = f"{LAYER_PREFIX}.{number}.{path}"
-            found[name] = BaseExperts(
-                name=name,
-                modules=tuple(f"{folder}.{m}" for m in arch.experts.modules[projection]),
-                count=arch.experts.count,
-                in_features=inner,
-                out_features=out,
-                is_first=index == 0,
-                dequantize=lambda expert, out=out, inner=inner: torch.ones(out, inner),
-            )
-    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
@@ -102,14 +102,31 @@ def describe_base(
 
 
 def _experts(decoder: Decoder) -> dict[str, BaseExperts]:
-    arch, found = decoder.arch, {}
-    for number, layer in enumerate(decoder.layers):
-        if arch.experts is None or layer.experts is None:
-            continue
+    def dequantize(number: int, projection: str) -> Callable[[int], torch.Tensor]:
+        experts = getattr(decoder.layers[number].experts, projection.removeprefix("experts_"))
+        # Bound now, as above.
+        base = experts.base
+        return lambda expert: base.dequantize(expert)
+
+    return describe_experts(decoder.arch, dequantize)
+
+
+def describe_experts(
+    arch: Arch, dequantize: Callable[[int, str], Callable[[int], torch.Tensor]]
+) -> dict[str, BaseExperts]:
+    """The experts of a model as adapters see them, by name; none where it has none.
+
+    Args:
+        arch: The model's.
+        dequantize: From a layer and the name of a projection, ``BaseExperts.dequantize``.
+    """
+    found: dict[str, BaseExperts] = {}
+    if arch.experts is None:
+        return found
+    for number in sorted(arch.experts.layers):
+        folder = f"{LAYER_PREFIX}.{number}.{arch.experts.checkpoint_path}.experts"
         for index, (projection, (path, out, inner)) in enumerate(arch.expert_linears().items()):
             name = f"{LAYER_PREFIX}.{number}.{path}"
-            folder = f"{LAYER_PREFIX}.{number}.{arch.experts.checkpoint_path}.experts"
-            base = getattr(layer.experts, projection.removeprefix("experts_")).base
             found[name] = BaseExperts(
                 name=name,
                 modules=tuple(f"{folder}.{m}" for m in arch.experts.modules[projection]),
@@ -117,7 +134,7 @@ def _experts(decoder: Decoder) -> dict[str, BaseExperts]:
                 in_features=inner,
                 out_features=out,
                 is_first=index == 0,
-                dequantize=lambda expert, base=base: base.dequantize(expert),
+                dequantize=dequantize(number, projection),
             )
     return found
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from builders.bases import tiny_tokenizers
 from builders.constraints import compiled, is_followed, make_tokenizer
+from servers.answer_pieces import put_together
 from servers.fakes import FakeFuser, FakeMerger, FakeVocabularies, fake_backend, finish
 from servers.http_harness import HttpHarness, http_harness
 from servers.rpc_harness import harness
@@ -20,7 +21,6 @@ from turret.server.api.vocabularies import Vocabulary
 from turret.server.constraints.compiler import ConstraintCompiler
 from turret.server.constraints.spec import ConstraintSpec
 from turret.server.engine.scheduling.request import Output, Request
-from turret.server.http.tools.deltas import delta_of
 from turret.server.http.tools.grammar import CallsGrammar
 from turret.server.http.tools.reader import AnswerReader
 from turret.server.models.loader import eos_token_ids
@@ -68,22 +68,6 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ),
     ("<|channel|>" + "x" * 300, "", "<|channel|>" + "x" * 300, []),
 ]
-
-
-def put_together(reader: AnswerReader, parts: list[str]) -> tuple[str, str, list[tuple[str, str]]]:
-    """What is thought, said and called, from deltas as a client would join them."""
-    thought, said, calls = "", "", []
-    for piece in [*(p for part in parts for p in reader.feed(part)), *reader.finish()]:
-        delta = delta_of(piece)
-        thought += delta.get("reasoning_content", "")
-        said += delta.get("content", "")
-        for part in delta.get("tool_calls", ()):
-            if "id" in part:
-                assert part["index"] == len(calls)
-                calls.append((part["function"]["name"], ""))
-            name, arguments = calls[part["index"]]
-            calls[part["index"]] = name, arguments + part["function"]["arguments"]
-    return thought, said, calls
 
 
 def reader(*, is_parallel: bool = True) -> AnswerReader:

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from builders.bases.tiny_models import EOS, VOCAB_SIZE, tiny_tokenizer
 from builders.constraints import compiled, make_tokenizer
+from servers.answer_pieces import cut, put_together
 from servers.fakes import FakeTokenizer, finish
 from servers.http_harness import HttpHarness, http_harness
 
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import InvalidRequestError
-from turret.server.http.tools.deltas import delta_of, message_of
+from turret.server.http.tools.deltas import message_of
 from turret.server.http.tools.grammar import CallsGrammar
 from turret.server.http.tools.reader import AnswerReader
 from turret.server.models.chat_format import ChatFormat
@@ -145,27 +146,6 @@ ANSWERS: list[tuple[str, str, str, list[tuple[str, str]]]] = [
     ),
     ("xml", "<tool_call><function=clock>oops", "oops", [("clock", "{}")]),
 ]
-
-
-def put_together(reader: AnswerReader, parts: list[str]) -> tuple[str, str, list[tuple[str, str]]]:
-    """What is thought, said and called, from deltas as a client would join them."""
-    thought, said, calls = "", "", []
-    for piece in [*(p for part in parts for p in reader.feed(part)), *reader.finish()]:
-        delta = delta_of(piece)
-        thought += delta.get("reasoning_content", "")
-        said += delta.get("content", "")
-        for part in delta.get("tool_calls", ()):
-            if "id" in part:
-                assert part["index"] == len(calls)
-                calls.append((part["function"]["name"], ""))
-            name, arguments = calls[part["index"]]
-            calls[part["index"]] = name, arguments + part["function"]["arguments"]
-    return thought, said, calls
-
-
-def cut(text: str, rng: random.Random) -> list[str]:
-    places = sorted(rng.choices(range(len(text) + 1), k=6))
-    return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
 
 
 @pytest.mark.parametrize(("form", "text", "said", "calls"), ANSWERS)
