@@ -119,6 +119,36 @@ async def test_three_answers_beside_each_other(visit: Callable[..., Awaitable[An
         assert len(set(bodies)) == 1
 
 
+async def test_tokens_that_come_together_have_a_colour_each(
+    visit: Callable[..., Awaitable[Any]],
+) -> None:
+    """As guesses that were right do, and the end, which is a token without text."""
+
+    async def script(request: Request) -> AsyncIterator[Output]:
+        tokens = tuple(
+            TokenLogprob(token_id=place, text=text, logprob=-1.5 * place, top=())
+            for place, text in enumerate(("A", " b", "<end>"))
+        )
+        text, ids = "A b", tuple(range(len(tokens)))
+        yield Output(text=text, token_ids=ids, logprobs=tokens, finish=finish(request))
+
+    async with http_harness() as http:
+        http.engine.script = script
+
+        def do(tab: Browser) -> None:
+            open_page(tab, http)
+            status(tab, "Serving")
+            assert ask(tab, "hello")[0] == "A b"
+            spans = tab.all(".pane:first-child .text span")
+            found = [
+                (span.get_property("textContent"), span.get_attribute("class")) for span in spans
+            ]
+            assert found == [("A", "q1"), (" b", "q4")]
+            assert tab.complaints() == []
+
+        await visit(do)
+
+
 async def test_hostile_texts_stay_texts(visit: Callable[..., Awaitable[Any]]) -> None:
     """Names, methods, warnings, answers and errors are others' input."""
     async with http_harness() as http:

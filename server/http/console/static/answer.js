@@ -82,12 +82,20 @@ export class Answer {
     say(this.facts, parts.join(" · "));
   }
 
-  /** Add a part of the text: a span for each token if its tokens spell it, else one for all. */
+  /**
+   * Add a part of the text: a span for each token as far as tokens spell it, then one for what is left.
+   * An answer's last token is no text.
+   */
   append(content, logprobs) {
-    const isSpelled = logprobs.map((token) => token.token).join("") === content;
-    if (!logprobs.length) this.text.append(content);
-    else if (isSpelled) for (const token of logprobs) this.span(token.token, token);
-    else this.span(content, logprobs.reduce((a, b) => (a.logprob < b.logprob ? a : b)));
+    let number = 0;
+    for (; number < logprobs.length && content.startsWith(logprobs[number].token); number += 1) {
+      this.span(logprobs[number].token, logprobs[number]);
+      content = content.slice(logprobs[number].token.length);
+    }
+    const left = logprobs.slice(number);
+    if (!content) return;
+    if (left.length) this.span(content, left.reduce((a, b) => (a.logprob < b.logprob ? a : b)));
+    else this.text.append(content);
   }
 
   span(text, token) {
