@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 
@@ -60,7 +59,7 @@ def _step(pair: tuple[tuple[int, torch.Tensor], tuple[int, torch.Tensor]]) -> in
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     """All of the memory that a tensor lies in."""
-    storage: Any = tensor.untyped_storage()
+    storage = tensor.untyped_storage()
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
