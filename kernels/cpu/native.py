@@ -44,6 +44,8 @@ _SIGNATURES = {
     "turret_dense_product": (_pointer, _int, _int, _pointer, _pointer, *(_int,) * 3, _pointer),
     "turret_has_products": (),
     "turret_own_threads": (_int,),
+    "turret_sparse_steps": (_pointer, _pointer, _int, _int),
+    "turret_sparse_lanes": (*(_pointer,) * 3, _int, _int, *(_pointer,) * 4),
     "turret_layers": (_pointer, _pointer),
     "turret_ahead": (_pointer, *(_int,) * 4, _pointer, _int),
     "turret_dots": (_pointer,),
@@ -68,7 +70,7 @@ _BY_ELEMENT = {
     "turret_rope_kv_write": (*(_pointer,) * 7, *(_int,) * 7),
 }
 _SUFFIXES = {torch.bfloat16: "", torch.float32: "_f32"}
-_COUNTS = ("turret_has_products", "turret_ahead")
+_COUNTS = ("turret_has_products", "turret_ahead", "turret_sparse_steps")
 
 
 @functools.cache

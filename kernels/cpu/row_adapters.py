@@ -23,6 +23,7 @@ import torch
 
 from turret.kernels.cpu.circulant import CirculantFactors
 from turret.kernels.cpu.native import functions, isa
+from turret.kernels.cpu.sparse import SparseLanes
 from turret.kernels.cpu.threads import num_threads
 
 # How much of a thread's cache is for what comes ahead. The weights of the base pass through it too.
@@ -78,21 +79,6 @@ class KroneckerFactors:
         return self.w1.shape[1] * _padded(width)
 
 
-@dataclass(frozen=True, slots=True)
-class SparseEntries:
-    """``S x``, ``S`` as compressed rows.
-
-    Attributes:
-        values: ``[entries]`` bf16, contiguous like all of them.
-        columns: ``[entries]`` uint16.
-        row_starts: ``[out + 1]`` int32.
-    """
-
-    values: torch.Tensor
-    columns: torch.Tensor
-    row_starts: torch.Tensor
-
-
 # A module's entry: five tensors and the rank, then what these point to.
 _FIELDS = ("hadamard", "kronecker", "input_blocks", "pairs", "circulant", "sparse", "dense")
 _FIRST = 6
@@ -129,7 +115,7 @@ class ModuleTable:
         input_blocks: torch.Tensor | None = None,
         pairs: tuple[torch.Tensor, int] | None = None,
         circulant: CirculantFactors | None = None,
-        sparse: SparseEntries | None = None,
+        sparse: SparseLanes | None = None,
         dense: torch.Tensor | None = None,
     ) -> None:
         """Enter a module's tensors.
@@ -177,9 +163,8 @@ class ModuleTable:
             self._factors.append((module, "circulant", values))
             width += circulant.scratch
         if sparse is not None:
-            parts = (sparse.values, sparse.columns, sparse.row_starts)
-            mean = len(sparse.values) // (len(sparse.row_starts) - 1)
-            self._factors.append((module, "sparse", [*map(self._address_of, parts), mean]))
+            values = [*map(self._address_of, sparse.parts), sparse.mean]
+            self._factors.append((module, "sparse", values))
         if dense is not None:
             self._factors.append((module, "dense", [self._address_of(dense), dense.shape[1]]))
         self.width = max(self.width, width)

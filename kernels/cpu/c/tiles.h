@@ -34,32 +34,6 @@ INLINE TileShapes tile_shapes(int few, int64_t rows) {
     return shapes;
 }
 
-/* Lane j of vector i becomes lane i of vector j. */
-INLINE void transpose(f32x16 v[LANES]) {
-    for (int i = 0; i < 8; i++) {
-        f32x16 a = v[i], b = v[i + 8];
-        v[i] = PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
-        v[i + 8] = PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
-    }
-    for (int n = 0; n < 8; n++) {
-        int i = n / 4 * 8 + n % 4;
-        f32x16 a = v[i], b = v[i + 4];
-        v[i] = PICK(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
-        v[i + 4] = PICK(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
-    }
-    for (int n = 0; n < 8; n++) {
-        int i = n / 2 * 4 + n % 2;
-        f32x16 a = v[i], b = v[i + 2];
-        v[i] = PICK(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
-        v[i + 2] = PICK(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
-    }
-    for (int i = 0; i < LANES; i += 2) {
-        f32x16 a = v[i], b = v[i + 1];
-        v[i] = PICK(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
-        v[i + 1] = PICK(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
-    }
-}
-
 #ifdef TILES_EMULATED
 #include "emulated_tiles.h"
 #else

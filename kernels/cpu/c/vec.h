@@ -30,6 +30,7 @@ typedef float f32x16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint32_t u32x16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef int32_t i32x16 __attribute__((vector_size(64), aligned(4), may_alias));
 typedef uint16_t u16x16 __attribute__((vector_size(32), aligned(2), may_alias));
+typedef uint8_t u8x16 __attribute__((vector_size(16), aligned(1), may_alias));
 typedef uint16_t bf16;
 
 INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
@@ -117,6 +118,32 @@ INLINE f32x16 sum_each(f32x16 v[LANES]) {
     }
     return PICK(v[0], v[1], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
            PICK(v[0], v[1], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+}
+
+/* Lane j of vector i becomes lane i of vector j. */
+INLINE void transpose(f32x16 v[LANES]) {
+    for (int i = 0; i < 8; i++) {
+        f32x16 a = v[i], b = v[i + 8];
+        v[i] = PICK(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        v[i + 8] = PICK(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    }
+    for (int n = 0; n < 8; n++) {
+        int i = n / 4 * 8 + n % 4;
+        f32x16 a = v[i], b = v[i + 4];
+        v[i] = PICK(a, b, 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27);
+        v[i + 4] = PICK(a, b, 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31);
+    }
+    for (int n = 0; n < 8; n++) {
+        int i = n / 2 * 4 + n % 2;
+        f32x16 a = v[i], b = v[i + 2];
+        v[i] = PICK(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+        v[i + 2] = PICK(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+    }
+    for (int i = 0; i < LANES; i += 2) {
+        f32x16 a = v[i], b = v[i + 1];
+        v[i] = PICK(a, b, 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30);
+        v[i + 1] = PICK(a, b, 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31);
+    }
 }
 
 INLINE f32x16 max_vec(f32x16 a, f32x16 b) {

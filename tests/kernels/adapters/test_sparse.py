@@ -16,14 +16,17 @@ from turret.kernels.cpu.row_adapters import (
     ProjectionShape,
     RowAdapters,
     RowSegment,
-    SparseEntries,
 )
+from turret.kernels.cpu.sparse import SparseLanes
 from turret.kernels.gpu.adapters.sparse import sparse
 from turret.kernels.gpu.tables.row_table import RowTable
 
 SLOTS = 4
 # Inputs, outputs, entries; a whole row of entries, or none at all.
-SHAPES = [(40, 24, 0), (40, 24, 1), (56, 70, 300), (300, 33, 900), (1, 5, 3), (200, 90, 7000)]
+SHAPES = [
+    *((40, 24, 0), (40, 24, 1), (56, 70, 300), (300, 33, 900), (1, 5, 3), (200, 90, 7000)),
+    *((3000, 300, 40), (3000, 150, 5000)),
+]
 ROWS, SLOT_OF, WEIGHT_OF = [7, 0, 3, 4], [2, 0, 2, 3], [1.0, -0.5, 0.25, 1.0]
 
 
@@ -39,9 +42,12 @@ class Case:
         self.whole = torch.randn(9, 5 + self.out).to(DEVICE, dtype)
 
     def _entries(self, count: int, slot: int, dtype: torch.dtype) -> Any:
-        # Some rows have many entries, and some inputs come several times.
+        # Some rows have many entries, some inputs come twice, and of some slots in any order.
         rows = (torch.rand(count) ** (1 + slot) * self.out).long().sort().values
-        columns = torch.randint(0, self.inner, (count,)).to(torch.uint16)
+        places = torch.randint(0, self.inner, (count,))
+        if slot % 2 == 0:
+            places = (rows * self.inner + places).sort().values % self.inner
+        columns = places.to(torch.uint16)
         starts = torch.searchsorted(rows, torch.arange(self.out + 1)).to(torch.int32)
         values = torch.randn(count).div_(max(1, count / self.out) ** 0.5).to(dtype)
         return tuple(part.to(DEVICE) for part in (values, columns, starts))
@@ -137,7 +143,7 @@ def test_compiled_rows_equal_float64_and_the_rows_alone(shape, num_threads):
     tables = []
     for parts in case.parts:
         table = ModuleTable(1)
-        table.put(0, sparse=SparseEntries(*parts))
+        table.put(0, sparse=SparseLanes.of(*parts))
         table.close()
         tables.append(table)
 

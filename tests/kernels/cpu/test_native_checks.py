@@ -101,6 +101,10 @@ FAULTS = {
                                  ".b = u->b + (expert ^ 1) *"),
     "a window one too long": ("attention.c", "low = end - plan->window;",
                               "low = end - plan->window - 1;"),
+    "what another output gets": ("adapters/sparse.c", "s->outputs[low + i + n]",
+                                 "s->outputs[low + i]"),
+    "inputs that many rows skip": ("adapters/sparse.c", "column[n] + s->skips[place]",
+                                   "s->skips[place]"),
 }  # fmt: skip
 
 TILE_FAULTS = {

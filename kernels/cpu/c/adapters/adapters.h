@@ -57,12 +57,15 @@ typedef struct {
     int64_t rows, columns, size, width, parts;
 } Circulant;
 
-/* S x, compressed rows; no scratch (sparse.c). */
+/* S x, the entries of LANES outputs side by side; no scratch (sparse.c). Of COLUMNS outputs, those in
+ * `outputs`, the first LANES are the first group, and so on. */
 typedef struct {
-    const bf16 *values;
-    const uint16_t *columns;
-    const int32_t *row_starts; /* [out + 1] */
-    int64_t mean;              /* entries of a row, about */
+    const bf16 *values;      /* [steps, LANES]; past an output's last it is 0 */
+    const uint8_t *skips;    /* [steps, LANES]: inputs from the last one, at first from input 0; or null */
+    const uint16_t *columns; /* [steps, LANES]; null with skips */
+    const int32_t *starts;   /* [groups + 1]: steps */
+    const uint8_t *outputs;  /* [out]: in their COLUMNS */
+    int64_t mean;            /* entries of an output, about */
 } Sparse;
 
 /* A whole matrix; no scratch (dense.c). */
@@ -203,6 +206,12 @@ void pairs_shrink(const bf16 *y, int64_t width, float *z);
 void pairs_expand(const PairRotation *p, const float *z, float w, int64_t low, int64_t count,
                   float *acc);
 
+/* Steps of `Sparse` for compressed rows, with skips or with columns; -1 where skips cannot tell them. */
+int64_t turret_sparse_steps(const uint16_t *columns, const int32_t *row_starts, int64_t out, int64_t skips);
+/* Fills what `Sparse` points to. */
+void turret_sparse_lanes(const bf16 *values, const uint16_t *columns, const int32_t *row_starts,
+                         int64_t out, int64_t skips, bf16 *lanes, void *places, int32_t *starts,
+                         uint8_t *outputs);
 /* acc[:, 0:count] += w * (S x)[low:low + count], for any number of rows. */
 void sparse_expand(const Sparse *s, const Rows *rows, float w, int64_t in_features, int64_t low,
                    int64_t count);

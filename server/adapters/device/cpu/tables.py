@@ -1,7 +1,7 @@
 """Where the running adapters' tensors lie in host memory, for the compiled CPU kernels.
 
 An adapter's entry is a table of pointers to its operators. Copied are only the factors that the
-kernels read transposed, of Hadamard and Kronecker updates.
+kernels read in another order, of Hadamard, Kronecker, circulant and sparse updates.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from turret.kernels.cpu.row_adapters import (
     ModuleSizes,
     ModuleTable,
     ProjectionShape,
-    SparseEntries,
 )
+from turret.kernels.cpu.sparse import SparseLanes, lanes_bytes
 from turret.kernels.rows.tables import COLUMNS, padded
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.part import Part
@@ -150,8 +150,10 @@ class AdapterTables(Part):
         copied = [_transposed(ops.hadamard) for ops in modules if ops.hadamard is not None]
         copied += [_transposed(ops.kronecker) for ops in modules if ops.kronecker is not None]
         kernels = [ops.circulant.kernel for ops in modules if ops.circulant is not None]
-        spectra = sum(_spectrum_bytes(kernel) for kernel in kernels)
-        return spectra + sum(tensor.nbytes for found in copied for tensor in found)
+        others = sum(_spectrum_bytes(kernel) for kernel in kernels)
+        sparse = [ops.sparse for ops in modules if ops.sparse is not None]
+        others += sum(lanes_bytes(entries.columns, entries.row_starts) for entries in sparse)
+        return others + sum(tensor.nbytes for found in copied for tensor in found)
 
 
 def _spectrum_bytes(kernel: torch.Tensor) -> int:
@@ -191,7 +193,7 @@ def _put(table: ModuleTable, module: int, ops: ModuleOperators, pieces: _PieceSu
         input_blocks=None if ops.input_blocks is None else ops.input_blocks.blocks,
         pairs=None if ops.pairs is None else (ops.pairs.sine, ops.pairs.group),
         circulant=None if ops.circulant is None else CirculantFactors.of(ops.circulant.kernel),
-        sparse=None if ops.sparse is None else SparseEntries(*ops.sparse.tensors()),
+        sparse=None if ops.sparse is None else SparseLanes.of(*ops.sparse.tensors()),
         dense=None if ops.dense is None else ops.dense.weight,
     )
 
