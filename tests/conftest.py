@@ -12,6 +12,7 @@ if not os.path.exists("/dev/nvidia0"):
 
 import logging
 import random
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,6 +42,11 @@ class _PoisonedTorch:
 
     def _fill(self, tensor: Any) -> Any:
         return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+
+# A shell's background job ignores interrupts, and so would every process that a test starts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

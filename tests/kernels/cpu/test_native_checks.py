@@ -129,22 +129,79 @@ TILE_FAULTS = {
 }  # fmt: skip
 
 
+class Objects:
+    """The checks and all kernels, compiled one by one; a fault compiles anew what it is in."""
+
+    def __init__(self, folder: Path, flags: list[str]) -> None:
+        baseline = BY_ISA["baseline"]["extra-compile-args"]
+        self._flags = [*(f for f in baseline if "visibility" not in f), *flags]
+        self._folder = folder
+        self._sources = {path.relative_to(FOLDER): path for path in sorted(FOLDER.rglob("*.c"))}
+        self._checks = self._compile(CHECKS, FOLDER, folder / "checks.o")
+        self._kernels = {
+            name: self._compile(path, FOLDER, self._object(folder, name))
+            for name, path in self._sources.items()
+        }
+
+    def with_fault(self, name: str, right: str, wrong: str, folder: Path) -> Path:
+        """The checks' program with another text in a file of the kernels."""
+        copy = folder / "cpu"
+        shutil.copytree(FOLDER, copy)
+        text = (copy / name).read_text()
+        assert right in text
+        (copy / name).write_text(text.replace(right, wrong))
+        parts, anew = [self._checks], 0
+        for source, found in self._kernels.items():
+            if str(FOLDER / name) in found.with_suffix(".d").read_text().split():
+                found = self._compile(copy / source, copy, self._object(folder, source))
+                anew += 1
+            parts.append(found)
+        assert anew
+        program = folder / "checks"
+        self._run(*map(str, parts), "-o", str(program), "-lm")
+        return program
+
+    @staticmethod
+    def _object(folder: Path, source: Path) -> Path:
+        return folder / f"{'_'.join(source.parts)}.o"
+
+    def _compile(self, source: Path, include: Path, out: Path) -> Path:
+        self._run("-MMD", f"-I{include}", "-c", str(source), "-o", str(out))
+        return out
+
+    def _run(self, *arguments: str) -> None:
+        command = ["cc", *self._flags, *arguments]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Objects:
+    return Objects(tmp_path_factory.mktemp("plain"), ["-O1"])
+
+
+@pytest.fixture(scope="module")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Objects:
+    if "avx512_bf16" not in native.usable_isas():
+        pytest.skip("this processor or compiler does not have avx512_bf16")
+    return Objects(tmp_path_factory.mktemp("tiles"), TILE_FLAGS)
+
+
 @needs_cc
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [*FAULTS, *TILE_FAULTS])
-def test_a_planted_fault_is_found(fault: str, tmp_path: Path) -> None:
-    flags = ["-O1"]
-    if fault in TILE_FAULTS:
-        if "avx512_bf16" not in native.usable_isas():
-            pytest.skip("this processor or compiler does not have avx512_bf16")
-        flags = TILE_FLAGS
-    name, right, wrong = (FAULTS | TILE_FAULTS)[fault]
-    copy = tmp_path / "cpu"
-    shutil.copytree(FOLDER, copy)
-    text = (copy / name).read_text()
-    assert right in text
-    (copy / name).write_text(text.replace(right, wrong))
-    checks = build(tmp_path / "checks", *flags, kernels=sorted(copy.rglob("*.c")))
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_planted_fault_is_found(fault: str, tmp_path: Path, plain: Objects) -> None:
+    assert_fails(plain.with_fault(*FAULTS[fault], tmp_path))
+
+
+@needs_cc
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", TILE_FAULTS)
+def test_a_planted_fault_of_tiles_is_found(fault: str, tmp_path: Path, tiles: Objects) -> None:
+    assert_fails(tiles.with_fault(*TILE_FAULTS[fault], tmp_path))
+
+
+def assert_fails(checks: Path) -> None:
     assert subprocess.run([str(checks), "1"], capture_output=True, check=False).returncode == 1
 
 
