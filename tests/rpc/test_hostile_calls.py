@@ -41,26 +41,29 @@ def _request(**fields: Any) -> inference_pb2.GenerateRequest:
     return request
 
 
-@pytest.mark.parametrize("timeout", ["99999999H", "2600000H", "99999999S"])
-def test_a_time_out_of_thousands_of_years_is_served(
-    model: Path, tmp_path: Path, timeout: str
-) -> None:
-    """The adapter is on disk alone after the restart, so the engine waits with the deadline."""
+# By the name of an adapter.
+TIME_OUTS = {"a": "99999999H", "b": "2600000H", "c": "99999999S"}
+
+
+def test_time_outs_of_thousands_of_years_are_served(model: Path, tmp_path: Path) -> None:
+    """Adapters are on disk alone after the restart, so the engine waits with the deadline."""
     flags = ("--model", str(model), "--state-dir", str(tmp_path / "state"))
-    write_adapter(tmp_path / "adapters", arch_of(model), AdapterSpec("cold", rank=4), 0)
+    for seed, name in enumerate(TIME_OUTS):
+        write_adapter(tmp_path / "adapters", arch_of(model), AdapterSpec(name, rank=4), seed)
     with start_server(tmp_path, *flags) as server, grpc.insecure_channel(server.address) as channel:
-        adapters_pb2_grpc.AdaptersStub(channel).LoadAdapter(
-            adapters_pb2.LoadAdapterRequest(name="cold", path="cold")
-        )
-    cold = _request(adapters=[adapters_pb2.AdapterWeight(name="cold")]).SerializeToString()
+        stub = adapters_pb2_grpc.AdaptersStub(channel)
+        for name in TIME_OUTS:
+            stub.LoadAdapter(adapters_pb2.LoadAdapterRequest(name=name, path=name))
     with start_server(tmp_path, *flags) as server:
-        headers = [("grpc-timeout", timeout)]
-        answer = raw_grpc.unary(server.address, GENERATE, cold, headers, 60.0)
-        assert answer is not None
-        response = inference_pb2.GenerateResponse.FromString(answer)
-        assert response.usage.completion_tokens == 2
-        assert response.adapters_used[0].cold_start
-        assert server.process.poll() is None
+        for name, timeout in TIME_OUTS.items():
+            cold = _request(adapters=[adapters_pb2.AdapterWeight(name=name)]).SerializeToString()
+            headers = [("grpc-timeout", timeout)]
+            answer = raw_grpc.unary(server.address, GENERATE, cold, headers, 60.0)
+            assert answer is not None
+            response = inference_pb2.GenerateResponse.FromString(answer)
+            assert response.usage.completion_tokens == 2
+            assert response.adapters_used[0].cold_start
+            assert server.process.poll() is None
 
 
 class Attack:
