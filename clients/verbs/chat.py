@@ -7,12 +7,18 @@ import sys
 from dataclasses import dataclass, field
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import TurretRpcError
+from turret.clients.errors import NotFoundError, TurretRpcError
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.requests import GenerateOptions
-from turret.clients.verbs.command import adapter_parser, connection_parser, print_error, with_client
+from turret.clients.verbs.command import (
+    UnfinishedAnswerError,
+    adapter_parser,
+    connection_parser,
+    print_error,
+    with_client,
+)
 from turret.clients.verbs.flags import generation_options, generation_parser
-from turret.clients.verbs.generate import summary
+from turret.clients.verbs.generate import raise_if_cut, summary
 
 _HELP = """\
 /adapter NAME[@GENERATION][=WEIGHT] ...   answer with this mix from now on
@@ -46,12 +52,16 @@ def _chat(args: argparse.Namespace, client: TurretClient) -> None:
         timeout=args.timeout,
     )
     model = client.get_model(timeout=args.timeout)
+    conversation.check_adapters()
     try:
         print(f"{model.name} ({model.quantization}). /help for help.")
         while (line := input(conversation.prompt).strip()) != "/quit":
             try:
                 conversation.take(line)
-            except (TurretRpcError, ValueError) as error:
+            except (TurretRpcError, ValueError, UnfinishedAnswerError) as error:
+                if not sys.stdin.isatty():
+                    # Nobody is there who could say it again.
+                    raise
                 print_error(error)
     except (EOFError, KeyboardInterrupt):
         # The usual ways to leave; the shell's prompt starts on its own line.
@@ -76,11 +86,27 @@ class Conversation:
         mix = " + ".join(map(str, self.adapters)) or "base"
         return f"[{mix}] > " if sys.stdin.isatty() else ""
 
+    def check_adapters(self) -> None:
+        """Ask the server for the adapters that are to answer.
+
+        Raises:
+            NotFoundError: One of them is not there.
+        """
+        for member in self.adapters:
+            try:
+                self.client.adapters.get(member.name, timeout=self.timeout)
+            except NotFoundError:
+                raise
+            except TurretRpcError:
+                # A token may be for answers alone; these will tell.
+                return
+
     def take(self, line: str) -> None:
         """Act on a line: a command, or a message to answer.
 
         Raises:
             TurretRpcError: The server refused or failed.
+            UnfinishedAnswerError: It ended the answer before its end.
             ValueError: The command makes no sense.
         """
         command, _, rest = line.partition(" ")
@@ -90,7 +116,13 @@ class Conversation:
             case "/help":
                 print(_HELP)
             case "/adapter":
+                before = self.adapters
                 self.adapters = [AdapterWeight.parse(word) for word in rest.split()]
+                try:
+                    self.check_adapters()
+                except NotFoundError:
+                    self.adapters = before
+                    raise
             case "/adapters":
                 for adapter in self.client.adapters.list(timeout=self.timeout):
                     print(f"{adapter.name}@{adapter.generation}  {adapter.method}")
@@ -114,6 +146,7 @@ class Conversation:
         system = [] if self.system is None else [("system", self.system)]
         options: GenerateOptions = {**self.options, "adapters": self.adapters}
         parts: list[str] = []
+        finish_reason: str | None = None
         stream = self.client.chat_stream([*system, *turns], timeout=self.timeout, **options)
         try:
             with stream:
@@ -121,6 +154,7 @@ class Conversation:
                     parts.append(chunk.text)
                     print(chunk.text, end="", flush=True)
                     if chunk.finish_reason is not None:
+                        finish_reason = chunk.finish_reason
                         self.last_summary = summary(chunk)
         except KeyboardInterrupt:
             self.last_summary = "interrupted"
@@ -128,3 +162,4 @@ class Conversation:
             if parts:
                 print()
         self.turns = [*turns, ("assistant", "".join(parts))]
+        raise_if_cut(finish_reason)

@@ -27,10 +27,15 @@ from turret.clients.retries import RetryPolicy
 _DEFAULT_TIMEOUT_SECONDS = 600.0
 # More than so many are only counted, unless --details is given.
 _FEW_VIOLATIONS = 8
+_MOST_SHOWN = 60  # characters of a text that is refused
 # Environment variables that stand for the flags of the same name; the flags win.
 ADDRESS_VARIABLE = "TURRET_ADDRESS"
 TOKEN_VARIABLE = "TURRET_TOKEN"
 TLS_CA_VARIABLE = "TURRET_TLS_CA"
+
+
+class UnfinishedAnswerError(Exception):
+    """An answer that ended before its end, of which a part has been printed."""
 
 
 def connection_parser() -> argparse.ArgumentParser:
@@ -104,6 +109,11 @@ def adapter_weight(text: str) -> AdapterWeight:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def shorten(text: str) -> str:
+    """So much of a text as an error shows."""
+    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
+
+
 def text_argument(text: str) -> str:
     """The argument, or standard input if it is ``-``."""
     return sys.stdin.read() if text == "-" else text
@@ -122,9 +132,17 @@ def with_client(
             print_error(_with_next_step(error, args))
             _print_details(error, args.details)
             return 1
-        except OSError as error:
+        except BrokenPipeError:
+            # Who read has enough; nothing may be written there when the process ends either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        except (OSError, UnfinishedAnswerError) as error:
             print_error(error)
             return 1
+        except UnicodeEncodeError as error:
+            shown = error.object.encode(errors="backslashreplace").decode()
+            print_error(ValueError(f"{shorten(shown)!r} is not UTF-8 text"))
+            return 2
         except (TypeError, ValueError) as error:
             print_error(error)
             return 2

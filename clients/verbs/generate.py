@@ -6,9 +6,11 @@ import argparse
 import sys
 
 from turret.clients.client import TurretClient
+from turret.clients.errors import UnavailableError
 from turret.clients.messages.requests import Prompt
 from turret.clients.messages.results import Chunk
 from turret.clients.verbs.command import (
+    UnfinishedAnswerError,
     adapter_parser,
     connection_parser,
     json_parser,
@@ -59,15 +61,37 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
         options["logprobs"] = args.logprobs or None
         options["top_n"] = args.top_n
         options["token_ids"] = args.token_ids
-        print_json(client.generate(prompt, timeout=args.timeout, **options))
+        whole = client.generate(prompt, timeout=args.timeout, **options)
+        print_json(whole)
+        raise_if_cut(whole.finish_reason)
         return
     last: Chunk | None = None
-    with client.generate_stream(prompt, timeout=args.timeout, **options) as stream:
-        for last in stream:
-            print(last.text, end="", flush=True)
+    try:
+        with client.generate_stream(prompt, timeout=args.timeout, **options) as stream:
+            for last in stream:
+                print(last.text, end="", flush=True)
+    except UnavailableError as error:
+        if last is None:
+            raise
+        print()
+        why = f"the server went away in the middle of the answer ({error.message})"
+        raise UnfinishedAnswerError(why) from error
     print()
     if args.stats and last is not None:
         print(summary(last), file=sys.stderr)
+    raise_if_cut(None if last is None else last.finish_reason)
+
+
+def raise_if_cut(finish_reason: str | None) -> None:
+    """Say that a server which stops has ended an answer.
+
+    Raises:
+        UnfinishedAnswerError: It has.
+    """
+    if finish_reason == "CANCELLED":
+        raise UnfinishedAnswerError(
+            "the server is shutting down: it ended the answer before its end"
+        )
 
 
 def _prompt(args: argparse.Namespace) -> Prompt:

@@ -21,6 +21,7 @@ from turret.kernels.cpu.isas import ISAS
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.basics.address import split_address
+from turret.server.basics.byte_size import about_bytes
 from turret.server.basics.closest import did_you_mean
 from turret.server.basics.hub_id import HUB_SCHEME
 from turret.server.basics.triton_needs import missing_for_triton
@@ -51,6 +52,7 @@ def problems(config: Config, *, may_run: bool = False) -> list[str]:
     return [
         *_model(config.model.model),
         *_device(config.model, os.environ),
+        *_memory(config),
         *_adapters(adapters),
         *_files(config.security),
         *([] if may_run else _addresses(config.listen)),
@@ -83,6 +85,17 @@ def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:
     if isa not in ISAS:
         meant = did_you_mean(isa, ISAS)
         yield f"TURRET_ISA: {isa!r} is none of {', '.join(ISAS)}{meant}"
+
+
+def _memory(config: Config) -> Iterator[str]:
+    wanted = config.cache.kv_cache_bytes or 0
+    has_cpu_alone = config.model.device == "cpu" or _torch_version().endswith("+cpu")
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if has_cpu_alone and wanted > there:
+        yield (
+            f"--kv-cache-bytes: {about_bytes(wanted)} is more than this machine's memory,"
+            f" {about_bytes(there)}"
+        )
 
 
 def _torch_version() -> str:

@@ -88,6 +88,13 @@ def test_adapters_that_are_not_there(tmp_path: Path) -> None:
     assert found(*root, "--preload", "json=.") == []
 
 
+def test_a_cache_larger_than_the_memory() -> None:
+    problem = found("--device", "cpu", "--kv-cache-bytes", "900TB")[0]
+    assert problem.startswith("--kv-cache-bytes: ")
+    assert "is more than this machine's memory" in problem
+    assert found("--device", "cpu", "--kv-cache-bytes", "64MiB") == []
+
+
 def test_a_state_dir_in_use(tmp_path: Path) -> None:
     assert found("--state-dir", str(tmp_path / "new")) == []
     with (tmp_path / "LOCK").open("wb") as lock:

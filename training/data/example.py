@@ -61,11 +61,15 @@ def read_examples(path: Path) -> list[Example]:
             named).
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
+    try:
+        text = data.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: {error}") from error
+        line = data.count(b"\n", 0, error.start) + 1
+        byte = error.start - data.rfind(b"\n", 0, error.start)
+        raise DataError.of(path, line, f"byte {byte}", f"no UTF-8: {error.reason}") from error
     examples = [
         _parse(path, number, line)
         # Not splitlines(): JSON strings may hold U+2028 and other separators as they are.

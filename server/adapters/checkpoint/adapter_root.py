@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import itertools
 import os
+import re
 import stat
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -25,6 +26,7 @@ MAX_PATH_CHARS = 1024
 _MAX_STEPS = 2048
 # Names that one which is not there is compared with: a millisecond or two.
 _MOST_COMPARED = 200
+_MOST_CHECKPOINTS = 5  # that one refusal names
 # O_PATH needs no right to list the directory.
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
 # NONBLOCK keeps a FIFO from hanging.
@@ -33,7 +35,8 @@ _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 _LEAVES = "leaves the adapter root through a symbolic link"
 
 
-def _refuse(path: str, why: str) -> AdapterCheckpointError:
+def refuse(path: str, why: str) -> AdapterCheckpointError:
+    """What is wrong with a path below the root."""
     shown = path if len(path) <= MAX_PATH_CHARS else path[:64] + "…"
     return AdapterCheckpointError(
         f"path {shown!r} {why}", metadata={"path": shown}, violations=[("path", why)]
@@ -83,6 +86,23 @@ class AdapterDirectory:
             return False
         return True
 
+    def holds_others(self, file: str) -> str:
+        """Which directories in it are adapters, since they have such a file; empty if none has."""
+        below = [n for n in self.names() if self._is_directory(n) and self.has(f"{n}/{file}")]
+        below.sort(key=_numbered)
+        others = len(below) - _MOST_CHECKPOINTS
+        more = f" and {others} more" if others > 0 else ""
+        verb = "is" if len(below) == 1 else "are"
+        shown = ", ".join(below[-_MOST_CHECKPOINTS:])
+        return f"is no adapter, but {shown}{more} in it {verb}" if below else ""
+
+    def _is_directory(self, name: str) -> bool:
+        try:
+            found = os.stat(name, dir_fd=self._descriptor, follow_symlinks=False)
+        except OSError:
+            return False
+        return stat.S_ISDIR(found.st_mode)
+
     def names(self) -> list[str]:
         """Names in the directory, in order. Links are names like any other."""
         readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._descriptor)
@@ -105,15 +125,15 @@ class AdapterDirectory:
             if isinstance(opened, str):
                 opened, _ = self._root.walk(self._parts, opened, _FILE, shown)
         except FileNotFoundError:
-            raise _refuse(shown, "does not exist") from None
+            raise refuse(shown, "does not exist") from None
         except OSError as error:
             _raise_if_exhausted(error)
             is_loop = error.errno == errno.ELOOP
             why = "does not exist" if is_loop else f"cannot be read: {error.strerror}"
-            raise _refuse(shown, why) from None
+            raise refuse(shown, why) from None
         if not stat.S_ISREG(os.fstat(opened).st_mode):
             os.close(opened)
-            raise _refuse(shown, "is not a regular file")
+            raise refuse(shown, "is not a regular file")
         return os.fdopen(opened, "rb")
 
 
@@ -139,25 +159,25 @@ class AdapterRoot:
         """
         shown = path if shown is None else shown
         if not path or len(path) > MAX_PATH_CHARS:
-            raise _refuse(shown, f"must have 1 to {MAX_PATH_CHARS} characters")
+            raise refuse(shown, f"must have 1 to {MAX_PATH_CHARS} characters")
         if any(ord(char) < 32 or char in "\\\x7f" for char in path):
-            raise _refuse(shown, "must not contain control characters or backslashes")
+            raise refuse(shown, "must not contain control characters or backslashes")
         pure = PurePosixPath(path)
         if pure.is_absolute() or ".." in pure.parts:
             why = "must be relative to the adapter root and stay inside it"
-            raise _refuse(shown, f"{why}; what lies elsewhere can be uploaded")
+            raise refuse(shown, f"{why}; what lies elsewhere can be uploaded")
         if self._root is None:
-            raise _refuse(shown, "cannot be loaded: the server was started without --adapter-root")
+            raise refuse(shown, "cannot be loaded: the server was started without --adapter-root")
         try:
             descriptor, parts = self.walk([], str(pure), _DIRECTORY, shown)
         except NotADirectoryError:
-            raise _refuse(shown, "is not a directory") from None
+            raise refuse(shown, "is not a directory") from None
         except (OSError, ValueError) as error:
             _raise_if_exhausted(error)
             if shown != path:
-                raise _refuse(shown, "does not exist any more") from None
+                raise refuse(shown, "does not exist any more") from None
             meant = did_you_mean(path, self._some_names())
-            raise _refuse(shown, f"does not exist under the adapter root{meant}") from None
+            raise refuse(shown, f"does not exist under the adapter root{meant}") from None
         return AdapterDirectory(self, descriptor, parts, shown)
 
     def _some_names(self) -> list[str]:
@@ -198,7 +218,7 @@ class AdapterRoot:
                     # By the names walked, not by the system, which would go where the directory
                     # has been moved to.
                     if not walked:
-                        raise _refuse(shown, _LEAVES)
+                        raise refuse(shown, _LEAVES)
                     pending[:0] = walked[:-1]
                     opened = os.open(self._root, _DIRECTORY)
                     walked = []
@@ -225,7 +245,11 @@ class AdapterRoot:
         for target in (Path(rest), Path(os.path.realpath(rest))):
             if target.is_relative_to(self._root):
                 return _names(str(target.relative_to(self._root)))
-        raise _refuse(shown, _LEAVES)
+        raise refuse(shown, _LEAVES)
+
+
+def _numbered(name: str) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
 
 
 def _names(path: str) -> list[str]:

@@ -18,7 +18,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, AdapterRoot
+from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, AdapterRoot, refuse
 from turret.server.adapters.checkpoint.digest_cache import DigestCache, stamp_of
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
@@ -115,6 +115,7 @@ def read_checkpoint(
     place, path = path, path if shown is None else shown
     with root.open_directory(place, path) as directory:
         _refuse_pickle(directory, path)
+        _refuse_what_holds_adapters(directory, path)
         config_file = directory.open_file(CONFIG_FILE)
         try:
             file = directory.open_file(TENSORS_FILE)
@@ -174,6 +175,12 @@ def _refuse_pickle(directory: AdapterDirectory, path: str) -> None:
                 f" writes {TENSORS_FILE}",
             )
     findings.raise_if_any()
+
+
+def _refuse_what_holds_adapters(directory: AdapterDirectory, path: str) -> None:
+    """A run's directory, whose checkpoints are the adapters."""
+    if not directory.has(CONFIG_FILE) and (why := directory.holds_others(CONFIG_FILE)):
+        raise refuse(path, why)
 
 
 def digest_of_task(digest: str, task: int | None) -> str:

@@ -236,8 +236,10 @@ class Leases:
         free = self._memory.unpinned_bytes
         if needed <= free:
             return None
+        names = " + ".join(a.name for a in lease.adapters if not a.pinned)
         return BudgetExceededError(
-            f"the mix needs {needed} bytes of host memory, {free} are not taken by pinned adapters",
+            f"{names} needs {needed} bytes of host memory, and pinned adapters leave {free} of"
+            " --adapter-host-bytes; unpin one, or allow more",
             metadata={"bytes": str(needed), "free_bytes": str(free)},
         )
 

@@ -21,6 +21,7 @@ from builders.adapters import (
 
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.adapters.source import Source
+from turret.server.errors import AdapterCheckpointError
 
 # What transformers' Trainer writes beside a checkpoint's adapter.
 TRAINER = (
@@ -114,3 +115,16 @@ def test_a_tools_folder_loads_as_it_is(tool: str, tmp_path: Path) -> None:
     found = logits(with_operators(model, [(loaded.operators, 1.0)]))
     torch.testing.assert_close(found, logits(oracle), rtol=1e-4, atol=1e-5)
     assert json.loads((folder / "adapter_config.json").read_text())["peft_version"] == "0.18.0"
+
+
+def test_a_folder_of_checkpoints_names_them(tmp_path: Path) -> None:
+    for number in (9, 30, 500):
+        folder = tmp_path / "out" / f"checkpoint-{number}"
+        folder.mkdir(parents=True)
+        (folder / "adapter_config.json").write_text("{}")
+    (tmp_path / "out" / "link").symlink_to(tmp_path / "out" / "checkpoint-9")
+    loader = AdapterLoader(tmp_path, base_of(tiny_llama()), 1 << 30, 64)
+    with pytest.raises(AdapterCheckpointError) as caught:
+        loader.read(Source("out"))
+    why = "is no adapter, but checkpoint-9, checkpoint-30, checkpoint-500 in it are"
+    assert str(caught.value) == f"path 'out' {why}"

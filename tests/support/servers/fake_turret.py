@@ -16,6 +16,8 @@ from google.rpc import error_details_pb2, status_pb2
 from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_pb2_grpc
 
 FOREVER = "forever"
+# As an answer's last word: the server ends it before its end, or is gone.
+CUT, GONE = "cut", "gone"
 # A directory with the weights that an adapter has already.
 SAME = "same"
 PEFT_FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 2000}
@@ -81,7 +83,12 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         return request.prompt.split()
 
     def _finish(self, response, request) -> None:
-        response.finish_reason = inference_pb2.GenerateResponse.STOP
+        is_cut = self._words(request)[-1:] in ([CUT], [f"user:{CUT} "])
+        response.finish_reason = (
+            inference_pb2.GenerateResponse.CANCELLED
+            if is_cut
+            else inference_pb2.GenerateResponse.STOP
+        )
         response.stop_string = "END"
         response.usage.prompt_tokens = 3
         response.usage.completion_tokens = 2
@@ -120,6 +127,8 @@ class FakeInference(inference_pb2_grpc.InferenceServicer):
         while request.prompt == FOREVER and context.is_active():
             yield inference_pb2.GenerateChunk(text=".")
             ended.wait(0.005)
+        if request.prompt.endswith(GONE):
+            abort(context, grpc.StatusCode.UNAVAILABLE, "Socket closed")
         last = inference_pb2.GenerateChunk()
         self._finish(last, request)
         yield last
