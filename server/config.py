@@ -210,7 +210,7 @@ class AdapterConfig:
                 raise ValueError(f"--preload: the name {name!r} is given twice")
         for org in self.adapter_hub:
             if org != "*" and HubId.find(f"{org}/name") is None:
-                raise ValueError(f"--adapter-hub: {org!r} is neither '*' nor the name of one")
+                raise ValueError(f"--adapter-hub: {org!r} is neither '*' nor an organisation")
         for name, path in self.preload:
             if not path.startswith(HUB_SCHEME):
                 if self.adapter_root is None:

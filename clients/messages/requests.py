@@ -289,5 +289,9 @@ def _each(name: str, store: Any, value: Any) -> None:
         said = str(error)
         if said.startswith("bad argument type"):  # protobuf's, of what is no text
             said = f"a text, not {value!r}"
+        elif isinstance(error, UnicodeEncodeError):
+            said = "a text that is not UTF-8"
+        elif said.startswith("Value out of range") and isinstance(value, int):
+            said = f"{value} is too large" if value > 0 else f"must not be negative, is {value}"
         kind = TypeError if isinstance(error, TypeError) else ValueError
         raise kind(f"{name}: {said}") from None

@@ -266,7 +266,10 @@ def given_token(args: argparse.Namespace) -> str | None:
         OSError: Its file cannot be read.
     """
     if args.token_from is not None:
-        return args.token_from.read_text(encoding="utf-8").strip()
+        try:
+            return args.token_from.read_text(encoding="utf-8").strip()
+        except OSError as error:
+            raise OSError(f"--token-from {args.token_from}: {error.strerror}") from None
     return args.token or os.environ.get(TOKEN_VARIABLE)
 
 
@@ -278,6 +281,11 @@ def given_tls(args: argparse.Namespace) -> Tls | None:
         ValueError: They do not fit together.
     """
     if args.tls or args.tls_ca or args.tls_cert or args.tls_key or args.tls_server_name:
+        for name in ("tls_ca", "tls_cert", "tls_key"):
+            path: Path | None = getattr(args, name)
+            if path is not None and not path.is_file():
+                flag = f"--{name.replace('_', '-')}"
+                raise FileNotFoundError(f"{flag}: there is no file {path}")
         return Tls.from_files(
             ca=args.tls_ca,
             certificate=args.tls_cert,

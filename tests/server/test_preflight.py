@@ -214,5 +214,5 @@ def test_adapters_of_the_hub_need_their_organisation() -> None:
         parse("--adapter-hub", "*", "--preload", "a=hub:sql")
     with pytest.raises(ValueError, match="--preload needs --adapter-root"):
         parse("--adapter-hub", "*", "--preload", "a=hub", "--preload", "b=hub:acme/sql")
-    with pytest.raises(ValueError, match="'a/b' is neither '\\*' nor the name of one"):
+    with pytest.raises(ValueError, match="'a/b' is neither '\\*' nor an organisation"):
         parse("--adapter-hub", "a/b")

@@ -184,7 +184,10 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
         try:
             said = json.loads((state_dir / CLUSTER_FILE).read_bytes())
         except OSError:
-            raise UnavailableError(f"no fleet runs on {state_dir}") from None
+            raise UnavailableError(
+                f"no fleet runs on {state_dir}; `turret cluster serve --state-dir {state_dir}`"
+                " starts one, and --address names a Ray cluster that runs"
+            ) from None
         ray_address = said["address"]
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": said["token"]})
     _check_listens(ray_address)
