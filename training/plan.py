@@ -12,8 +12,10 @@ from rich.text import Text
 
 from turret.training.memory.estimate import MemoryEstimate, estimate_memory
 from turret.training.memory.rehearsal import measure_peak
+from turret.training.run.commands import max_rank_flag
 from turret.training.serving_cost import ServingCost, serving_cost
 from turret.training.settings.config_file import render_config
+from turret.training.settings.ranks import SERVED_RANK
 from turret.training.settings.resolve import Resolved
 
 _MIB = 1 << 20
@@ -31,6 +33,8 @@ def print_plan(resolved: Resolved, console: Console, *, measure: bool) -> None:
     table = Table(show_header=False, box=None)
     for row in _extent(resolved):
         table.add_row(*row)
+    if flag := max_rank_flag(resolved):
+        table.add_row("server", f"turret serve{flag}; by itself it allows {SERVED_RANK}")
     if resolved.config.method.components is not None:
         table.add_row("memory", "not estimated for a fusion, whose components are part of it")
         console.print(table)

@@ -64,7 +64,7 @@ def serving_cost(resolved: Resolved) -> ServingCost:
         resolved.method.save(model, Path(folder), dtype)
         root = AdapterRoot(Path(folder))
         checkpoint = read_checkpoint(root, ".", max_elements=_ANY_RANK)
-        _, lowered = lower_checkpoint(checkpoint, _served_base(base), _ANY_RANK)
+        _, lowered = lower_checkpoint(checkpoint, served_base(base), _ANY_RANK)
         file_bytes = (Path(folder) / TENSORS_FILE).stat().st_size
     return _cost(lowered, base, file_bytes)
 
@@ -142,7 +142,7 @@ def _transform(size: int) -> int:
     return size * 32 + size // 16 * 2 * (size + 2)
 
 
-def _served_base(base: TrainingBase) -> BaseModel:
+def served_base(base: TrainingBase) -> BaseModel:
     """The base as the server's reader wants to know it; its weights are all ones."""
     arch = base.arch
     modules = {}

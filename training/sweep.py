@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from turret.training.base_model import find_base
 from turret.training.errors import ConfigError, RunError
+from turret.training.methods import method_named
 from turret.training.serving_cost import serving_cost
 from turret.training.settings.config import TrainConfig
+from turret.training.settings.fit import check_fit
+from turret.training.settings.inputs import base_place
 from turret.training.settings.resolve import resolve
 from turret.training.trainer import Listener, Trainer
 
@@ -58,9 +62,11 @@ def sweep(
         announce: Shows each run.
 
     Raises:
-        ConfigError: The method has no rank, or there is nothing to validate on.
+        ConfigError: The method has no rank, or cannot have one of these, or there is nothing to
+            validate on.
         TrainingError: As for a run.
     """
+    _check_ranks(config, folder, ranks)
     results = []
     for rank in ranks:
         result = _run_rank(config, folder, rank, announce)
@@ -70,12 +76,24 @@ def sweep(
     (folder / config.run.output / "sweep.json").write_text(text, encoding="utf-8")
 
 
+def _with_rank(config: TrainConfig, rank: int) -> TrainConfig:
+    return dataclasses.replace(config, method=dataclasses.replace(config.method, rank=rank))
+
+
+def _check_ranks(config: TrainConfig, folder: Path, ranks: Sequence[int]) -> None:
+    """Refuse the last rank before the first one has been trained."""
+    configs = [_with_rank(config, rank) for rank in ranks]
+    for each in configs:
+        check_fit(each)
+    base = find_base(base_place(config.base, folder))
+    for each in configs:
+        method_named(each.method.name).resolve(each.method, base)
+
+
 def _run_rank(config: TrainConfig, folder: Path, rank: int, announce: Announce) -> RankResult:
     output = str(Path(config.run.output) / f"rank-{rank}")
     config = dataclasses.replace(
-        config,
-        method=dataclasses.replace(config.method, rank=rank),
-        run=dataclasses.replace(config.run, output=output),
+        _with_rank(config, rank), run=dataclasses.replace(config.run, output=output)
     )
     with announce(None, f"rank {rank}") as listen:
         resolved = resolve(config, folder)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -31,6 +30,7 @@ from turret.training.memory.peak import peak_memory_bytes
 from turret.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from turret.training.recomputation import compute_activations_twice, without_backward
 from turret.training.run.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
+from turret.training.run.commands import what_next
 from turret.training.run.folder import MetricsLog, RunFolder
 from turret.training.run.provenance import FILE, check_same_run, describe_run
 from turret.training.run.samples import draw_samples
@@ -153,7 +153,7 @@ class Trainer:
         self._folder.write_facts(facts | {"result": result})
         # Last but for the samples: where there is an adapter, there is a result.
         self._write_adapter(model, facts | {"steps": self._num_steps, "validation_loss": loss})
-        self._listen({"kind": "note", "text": self._written()})
+        self._listen({"kind": "note", "text": what_next(self._resolved, self._folder)})
         self._write_samples(model)
         # All that was waited for in this attempt, and the training of those before.
         waited = before + time.monotonic() - started
@@ -202,19 +202,6 @@ class Trainer:
 
     def _say(self, text: str) -> None:
         self._listen({"kind": "phase", "text": text})
-
-    def _written(self) -> str:
-        """Where the adapter is, and the commands that serve it and ask it."""
-        folder = self._folder.path
-        base = self._config.base.model
-        model = "" if base is None else f" --model {shlex.quote(base)}"
-        root = shlex.quote(str(folder))
-        verb = "classify" if self._resolved.dataset.labels else "generate"
-        return (
-            f"adapter written: {self._folder.adapter}\n"
-            f"serve it:  turret serve{model} --adapter-root {root} --preload mine=adapter\n"
-            f"ask it:    turret {verb} --chat -a mine 'YOUR PROMPT'"
-        )
 
     def _write_samples(self, model: Any) -> None:
         rows = self._resolved.dataset.validation[: self._config.run.samples]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,16 +12,22 @@ import pytest
 import torch
 from builders.training import REQUIRED, resolve_tiny
 from peft import PeftModel
+from rich.console import Console
 from servers.engine_harness import EngineHarness, make_request
 
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.reader import read_checkpoint
+from turret.server.adapters.methods import lower_checkpoint
+from turret.server.errors import BudgetExceededError
 from turret.training.base_model import load_model
 from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction
 from turret.training.methods import METHODS
 from turret.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from turret.training.peft_warnings import without_peft_warnings
+from turret.training.plan import print_plan
 from turret.training.run.folder import read_metrics
-from turret.training.serving_cost import serving_cost
+from turret.training.serving_cost import served_base, serving_cost
 from turret.training.settings.config import OptimizerConfig
 from turret.training.settings.config_file import build_config
 from turret.training.settings.resolve import Resolved
@@ -169,6 +176,14 @@ def test_the_plan_counts_products_per_token(runs: dict[str, Resolved], name: str
         ),
         (["method.name=p_tuning", "data.packing=true"], "data.packing: p_tuning stands before one"),
         (["method.name=hra", "method.rank=3"], "method.rank: must be even: HRA starts from pairs"),
+        (
+            ["method.name=hra", "method.rank=130"],
+            "method.rank: at most 128 on these modules, which is how many inputs q_proj has",
+        ),
+        (
+            ["method.name=miss", "method.targets=down_proj", "method.rank=193"],
+            "method.rank: at most 192 on these modules, which is how many inputs down_proj has",
+        ),
         (["method.name=shira", "method.rank=43"], "method.rank: at most 42, where all entries of"),
         (["method.name=alora"], "method.invocation: is required: no chat template of this model"),
         (["method.invocation=x"], "method.invocation: has no meaning for lora"),
@@ -193,6 +208,76 @@ def test_what_does_not_fit_together_is_refused(
     with pytest.raises(ConfigError) as caught:
         resolve_tiny(tmp_path, tiny_llama, *overrides)
     assert str(caught.value).startswith(message)
+
+
+HIGHEST = [
+    # Of k_proj, 128 → 64, of q_proj, 128 → 128, and of up_proj, 128 → 192.
+    ("lora", "all-linear", "k_proj", 64),
+    ("rslora", "mlp", "gate_proj", 128),
+    ("dora", "['q_proj', 'o_proj']", "q_proj", 128),
+    ("alora", "attention", "k_proj", 64),
+    ("vblora", "all-linear", "k_proj", 64),
+]
+
+
+@pytest.mark.parametrize(("method", "targets", "module", "highest"), HIGHEST)
+def test_a_rank_is_at_most_that_of_the_smallest_module(
+    tiny_llama: Path, tmp_path: Path, method: str, targets: str, module: str, highest: int
+):
+    keys = (f"method.name={method}", f"method.targets={targets}", *REQUIRED.get(method, ()))
+    resolve_tiny(tmp_path, tiny_llama, *keys, f"method.rank={highest}")
+    outputs = {"k_proj": 64, "gate_proj": 192, "q_proj": 128}[module]
+    with pytest.raises(ConfigError) as caught:
+        resolve_tiny(tmp_path, tiny_llama, *keys, f"method.rank={highest + 1}")
+    assert str(caught.value) == (
+        f"method.rank: at most {highest} on these modules: {module} has 128 inputs and {outputs}"
+        " outputs, and no update of it has a higher rank"
+    )
+
+
+# Above the 128 of a server: on down_proj, 192 → 128, and others of the tiny llama.
+OVER = [
+    ("miss", "down_proj", 160, 160),
+    # Blocks of 2 · 96 inputs.
+    ("oft", "down_proj", 96, 192),
+    # PEFT makes 2 · 50 the next divisor of 192, 96, and of 128, 128.
+    ("oft", "all-linear", 50, 128),
+    ("oft", "all-linear", 90, 192),
+    # The larger factors have sides of at most 16; from half of that on PEFT leaves them whole.
+    ("lokr", "all-linear", 8, 0),
+    ("lokr", "all-linear", 7, 7),
+    ("lokr", "down_proj", 200, 0),
+    ("shira", "['q_proj']", 64, 0),
+    ("ia3", "all-linear", None, 0),
+]
+
+
+# PEFT says when it takes another size of blocks.
+@pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`")
+@pytest.mark.parametrize(("method", "targets", "rank", "served"), OVER)
+def test_the_command_that_serves_allows_the_rank(
+    tiny_llama: Path, tmp_path: Path, method: str, targets: str, rank: int | None, served: int
+):
+    keys = [f"method.name={method}", f"method.targets={targets}", "run.steps=1"]
+    keys += [] if rank is None else [f"method.rank={rank}"]
+    resolved = resolve_tiny(tmp_path, tiny_llama, *keys)
+    said: list[str] = []
+    result = Trainer(resolved, lambda row: said.append(str(row.get("text")))).run()
+    (command,) = (text for text in said if text.startswith("adapter written"))
+    flag = f" --max-rank {served}" if served > 128 else ""
+    assert f" --preload mine=adapter{flag}\n" in command
+    console = Console(width=200, file=io.StringIO(), highlight=False)
+    print_plan(resolved, console, measure=False)
+    line = f"turret serve --max-rank {served}; by itself it allows 128"
+    assert isinstance(console.file, io.StringIO)
+    assert (line in console.file.getvalue()) == (served > 128)
+    # The server's own reader, at the limit that it has and at one less than is asked for.
+    root = AdapterRoot(result.folder.path)
+    checkpoint = read_checkpoint(root, "adapter", max_elements=1 << 30)
+    lower_checkpoint(checkpoint, served_base(resolved.base), max(served, 128))
+    if served:
+        with pytest.raises(BudgetExceededError, match=f"serve --max-rank {served}`"):
+            lower_checkpoint(checkpoint, served_base(resolved.base), served - 1)
 
 
 def test_what_was_chosen_is_in_the_config(tiny_llama: Path, tmp_path: Path):
@@ -254,6 +339,10 @@ def test_a_sweep_compares_ranks(tiny_llama: Path, tmp_path: Path):
     again = list(sweep(config, tmp_path, (1, 4, 2), announce))
     assert again[:2] == first
     assert trained == ["rank 1"] * 2 + ["rank 4"] * 2 + ["rank 2"] * 2
+    # And none is where one of them cannot be.
+    with pytest.raises(ConfigError, match="at most 64 on these modules"):
+        next(iter(sweep(config, tmp_path, (3, 65), announce)))
+    assert not (tmp_path / "run" / "rank-3").exists()
 
 
 def test_the_adapter_names_its_base_and_no_directory(tiny_llama: Path, tmp_path: Path):

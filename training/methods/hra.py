@@ -16,6 +16,7 @@ from peft.tuners.hra import layer as hra
 from turret.training.base_model import TrainingBase
 from turret.training.methods.method import PeftMethod, Settings
 from turret.training.settings.config import MethodConfig
+from turret.training.settings.ranks import over_inputs
 
 
 class ReflectedLinear(hra.HRALinear):
@@ -55,10 +56,10 @@ def _hra_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     return peft.HRAConfig(task_type="CAUSAL_LM", r=config.rank, target_modules=list(config.targets))
 
 
-def _odd_rank(config: Settings, base: TrainingBase) -> str | None:
+def _no_pairs(config: Settings, base: TrainingBase) -> str | None:
     if config.rank % 2:
         return "must be even: HRA starts from pairs of reflections that undo each other"
-    return None
+    return over_inputs(base.arch, config.targets, config.rank)
 
 
 class _HraMethod(PeftMethod):
@@ -75,5 +76,5 @@ HRA = _HraMethod(
     learning_rate=5e-3,
     defaults={"targets": ("all-linear",), "rank": 8},
     peft_config=_hra_config,
-    rank_problem=_odd_rank,
+    rank_problem=_no_pairs,
 )

@@ -36,6 +36,10 @@ class LearnedFusionMethod:
         check_components(config.components or (), Path())
         return config
 
+    def served_rank(self, config: MethodConfig, base: TrainingBase) -> int:
+        assert config.d_k is not None
+        return config.d_k
+
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
         assert config.components is not None
         assert config.d_k is not None

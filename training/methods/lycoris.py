@@ -9,11 +9,13 @@ import math
 from collections.abc import Sequence
 
 import peft
+from peft.tuners.lokr.layer import factorization
 
 from turret.training.base_model import TrainingBase
 from turret.training.lycoris.nf4_layers import register_nf4_layers
 from turret.training.methods.method import PeftMethod, Settings
 from turret.training.settings.presets import expand_targets
+from turret.training.settings.ranks import module_sizes
 
 register_nf4_layers()
 
@@ -27,13 +29,10 @@ def _served_rank(targets: Sequence[str], base: TrainingBase) -> int:
 
     The server refuses higher ones (``docs/adapters.md``).
     """
-    pairs = [
-        (out, inner)
-        for slices in base.arch.linears().values()
-        for path, out, inner in slices
-        if path.rsplit(".", 1)[-1] in targets
-    ]
-    return min(math.isqrt((out * inner - 1) // (out + inner)) for out, inner in pairs)
+    return min(
+        math.isqrt((out * inner - 1) // (out + inner))
+        for _, out, inner in module_sizes(base.arch, targets)
+    )
 
 
 def _loha_rank(config: Settings, base: TrainingBase) -> int:
@@ -73,6 +72,14 @@ def _high_rank(config: Settings, base: TrainingBase) -> str | None:
     return None
 
 
+def _decomposed_rank(config: Settings, base: TrainingBase) -> int:
+    """The rank where PEFT decomposes the large factor of a module; else it only divides alpha."""
+    for _, *sides in module_sizes(base.arch, config.targets):
+        if config.rank < max(factorization(side, config.decompose_factor)[1] for side in sides) / 2:
+            return config.rank
+    return 0
+
+
 LOHA = PeftMethod(
     name="loha",
     learning_rate=2e-3,
@@ -85,4 +92,5 @@ LOKR = PeftMethod(
     learning_rate=2e-3,
     defaults={**_DEFAULTS, "decompose_both": False, "decompose_factor": -1},
     peft_config=_lokr_config,
+    rank_served=_decomposed_rank,
 )

@@ -20,6 +20,7 @@ from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction
 from turret.training.mixture import as_modules
 from turret.training.peft_warnings import without_peft_warnings
+from turret.training.settings import ranks
 from turret.training.settings.config import MethodConfig
 from turret.training.settings.presets import expand_targets, expert_names
 
@@ -46,6 +47,15 @@ class Method(Protocol):
 
         Raises:
             ConfigError: A value that does not fit the base.
+        """
+        ...
+
+    def served_rank(self, config: MethodConfig, base: TrainingBase) -> int:
+        """What a server compares with its ``--max-rank``; 0 if it has nothing to compare.
+
+        Args:
+            config: Of :meth:`resolve`.
+            base: The model's description.
         """
         ...
 
@@ -104,6 +114,15 @@ def fill_in(config: MethodConfig, base: TrainingBase, defaults: Mapping[str, Any
     return config
 
 
+def over_both_sides(config: Settings, base: TrainingBase) -> str | None:
+    """The ``rank_problem`` of methods with factors ``B A``."""
+    return ranks.over_both_sides(base.arch, config.targets, config.rank)
+
+
+def _own_rank(config: Settings, base: TrainingBase) -> int:
+    return config.rank or 0
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeftMethod:
     """A method of PEFT's: a table row and a function that makes PEFT's config.
@@ -113,6 +132,7 @@ class PeftMethod:
             out; a function gets the config as far as it is resolved.
         peft_config: Makes PEFT's config of the resolved one.
         rank_problem: What is wrong with the rank of the resolved one; None if nothing is.
+        rank_served: What a server compares with its ``--max-rank``: the rank, where it is one.
         takes_experts: Whether the server takes it on the experts of a mixture.
     """
 
@@ -121,6 +141,7 @@ class PeftMethod:
     defaults: Mapping[str, Any]
     peft_config: Callable[[Settings, TrainingBase], peft.PeftConfig]
     rank_problem: Callable[[Settings, TrainingBase], str | None] | None = None
+    rank_served: Callable[[Settings, TrainingBase], int] = _own_rank
     takes_experts: bool = False
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
@@ -133,6 +154,9 @@ class PeftMethod:
         if problem is not None:
             raise ConfigError.of("method.rank", problem)
         return config
+
+    def served_rank(self, config: MethodConfig, base: TrainingBase) -> int:
+        return self.rank_served(config, base)
 
     def _check_experts(self, targets: Sequence[str], base: TrainingBase) -> None:
         named = [name for name in expert_names(base.arch) if name in targets]

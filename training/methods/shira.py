@@ -13,6 +13,7 @@ from peft.tuners.shira import layer as shira
 from turret.training.base_model import TrainingBase
 from turret.training.methods.method import PeftMethod, Settings
 from turret.training.settings.config import MethodConfig
+from turret.training.settings.ranks import module_sizes
 
 
 def _shira_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
@@ -55,12 +56,7 @@ class _MaskDrawer:
 
 def _highest_rank(targets: Sequence[str], base: TrainingBase) -> int:
     """The rank at which a whole weight is trained: rank · (out + in) entries are."""
-    return min(
-        out * inner // (out + inner)
-        for slices in base.arch.linears().values()
-        for path, out, inner in slices
-        if path.rpartition(".")[2] in targets
-    )
+    return min(out * inner // (out + inner) for _, out, inner in module_sizes(base.arch, targets))
 
 
 def _high_rank(config: Settings, base: TrainingBase) -> str | None:
@@ -97,4 +93,6 @@ SHIRA = _ShiraMethod(
     defaults={"targets": ("all-linear",), "rank": 8},
     peft_config=_shira_config,
     rank_problem=_high_rank,
+    # It says how many entries are trained, and the update has any rank.
+    rank_served=lambda config, base: 0,
 )

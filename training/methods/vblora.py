@@ -7,20 +7,15 @@ import math
 import peft
 
 from turret.training.base_model import TrainingBase
-from turret.training.methods.method import PeftMethod, Settings
+from turret.training.methods.method import PeftMethod, Settings, over_both_sides
+from turret.training.settings.ranks import module_sizes
 
 # As PEFT has it; fewer where the base's sizes have no such divisor.
 _VECTOR_LENGTH = 256
 
 
 def _vblora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
-    sizes = [
-        size
-        for slices in base.arch.linears().values()
-        for path, *both in slices
-        if path.rpartition(".")[2] in config.targets
-        for size in both
-    ]
+    sizes = [size for _, *both in module_sizes(base.arch, config.targets) for size in both]
     return peft.VBLoRAConfig(
         task_type="CAUSAL_LM",
         r=config.rank,
@@ -36,4 +31,5 @@ VBLORA = PeftMethod(
     learning_rate=1e-2,
     defaults={"targets": ("all-linear",), "rank": 4, "dropout": 0.0},
     peft_config=_vblora_config,
+    rank_problem=over_both_sides,
 )

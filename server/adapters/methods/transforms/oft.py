@@ -84,12 +84,12 @@ OFT_RULES: Rules = {
 def _block_size(config: Mapping[str, Any], in_features: int) -> int:
     """As PEFT chooses it: one of both is given, and made to divide the inputs."""
     if config["oft_block_size"]:
-        return _dividing(in_features, config["oft_block_size"])
-    return in_features // _dividing(in_features, config["r"])
+        return dividing(in_features, config["oft_block_size"])
+    return in_features // dividing(in_features, config["r"])
 
 
-def _dividing(in_features: int, wanted: int) -> int:
-    """The divisor of the inputs next to a number, the smaller of two."""
+def dividing(in_features: int, wanted: int) -> int:
+    """The divisor of the inputs next to a number, the smaller of two; PEFT turns blocks of it."""
     if wanted >= in_features:
         return in_features
     lower = next(n for n in range(wanted, 0, -1) if in_features % n == 0)

@@ -1,0 +1,34 @@
+"""The commands that serve a trained adapter and ask it."""
+
+from __future__ import annotations
+
+import shlex
+
+from turret.training.run.folder import RunFolder
+from turret.training.settings.ranks import SERVED_RANK
+from turret.training.settings.resolve import Resolved
+
+
+def what_next(resolved: Resolved, folder: RunFolder) -> str:
+    """Where the adapter is, and what to type to serve it and to ask it.
+
+    Args:
+        resolved: The run, which is done.
+        folder: What it wrote.
+    """
+    base = resolved.config.base.model
+    model = "" if base is None else f" --model {shlex.quote(base)}"
+    root = shlex.quote(str(folder.path))
+    verb = "classify" if resolved.dataset.labels else "generate"
+    return (
+        f"adapter written: {folder.adapter}\n"
+        f"serve it:  turret serve{model} --adapter-root {root} --preload mine=adapter"
+        f"{max_rank_flag(resolved)}\n"
+        f"ask it:    turret {verb} --chat -a mine 'YOUR PROMPT'"
+    )
+
+
+def max_rank_flag(resolved: Resolved) -> str:
+    """`` --max-rank N`` where a server would refuse the adapter without it."""
+    rank = resolved.method.served_rank(resolved.config.method, resolved.base)
+    return f" --max-rank {rank}" if rank > SERVED_RANK else ""
