@@ -25,6 +25,7 @@ from turret.clients.channel import (
     stream_timeout,
 )
 from turret.clients.errors import TurretRpcError
+from turret.clients.messages.head_results import Classifications, Embeddings
 from turret.clients.messages.mix import AdapterLike, AdapterWeight
 from turret.clients.messages.requests import (
     GenerateOptions,
@@ -38,9 +39,7 @@ from turret.clients.messages.requests import (
     tokenize_request,
 )
 from turret.clients.messages.results import (
-    Classifications,
     Completion,
-    Embeddings,
     Model,
     Score,
     Tokens,

@@ -39,8 +39,8 @@ from turret.clients.evaluation.label_sets import (
     macro_f1_of_sets,
     micro_f1_of_sets,
 )
+from turret.clients.messages.head_results import Classification
 from turret.clients.messages.mix import AdapterWeight
-from turret.clients.messages.results import Classification
 
 METRICS = ("perplexity", "exact_match", "token_f1", "label_accuracy")
 # Of adapters that classify, which answer nothing else; the second where any number of labels holds.

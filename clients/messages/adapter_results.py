@@ -90,7 +90,13 @@ class Adapter:
 
 @dataclass(frozen=True, slots=True)
 class ModuleError:
-    """How far one module is from what was asked for, relative to the exact result."""
+    """How far one module is from what was asked for.
+
+    Attributes:
+        module: Its full path in the base model.
+        relative_error: Frobenius norm of the difference over that of the exact result.
+        rank: Of the result in this module; 0 for a merge.
+    """
 
     module: str
     relative_error: float
@@ -99,7 +105,14 @@ class ModuleError:
 
 @dataclass(frozen=True, slots=True)
 class Fusion:
-    """A new adapter, with its error over all modules together and for each."""
+    """A new adapter made of others.
+
+    Attributes:
+        adapter: The new one.
+        relative_error: Over all modules together: the Frobenius norm of the difference from the
+            exact sum over that of the sum.
+        modules: The same for each module, in the base model's order.
+    """
 
     adapter: Adapter
     relative_error: float
@@ -114,7 +127,14 @@ class Fusion:
 
 @dataclass(frozen=True, slots=True)
 class MergedAdapter:
-    """A member of the mix that is merged into the base model."""
+    """A member of the mix that is merged into the base model.
+
+    Attributes:
+        name: At the time of the merge.
+        uuid: The registration that was merged.
+        generation: Its generation that was merged.
+        weight: Its factor in the mix.
+    """
 
     name: str
     uuid: str

@@ -10,7 +10,13 @@ from turret.v1 import inference_pb2 as pb
 
 @dataclass(frozen=True, slots=True)
 class TopLogprob:
-    """A token that could have stood at a position, with its natural log probability."""
+    """A token that could have stood at a position.
+
+    Attributes:
+        token_id: The token.
+        text: Its text; bytes that are no whole character are U+FFFD.
+        logprob: Its natural log probability.
+    """
 
     token_id: int
     text: str
@@ -19,7 +25,15 @@ class TopLogprob:
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """A token with its natural log probability, None for the first of a prompt."""
+    """A token with its log probability.
+
+    Attributes:
+        token_id: The token.
+        text: Its text; bytes that are no whole character are U+FFFD.
+        logprob: Its natural log probability before sampling parameters; None for the first token
+            of a prompt.
+        top: The likeliest tokens at its position, likeliest first, if asked for.
+    """
 
     token_id: int
     text: str
@@ -38,7 +52,13 @@ class TokenLogprob:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a request cost, in tokens."""
+    """What a request cost, in tokens.
+
+    Attributes:
+        prompt_tokens: Of the prompt, special tokens included, an adapter's soft tokens not.
+        cached_tokens: Those of them that came from the prefix cache.
+        completion_tokens: Generated, the stop token included.
+    """
 
     prompt_tokens: int
     cached_tokens: int
@@ -51,7 +71,16 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class AdapterUse:
-    """Which weights answered; ``load_ms`` is in milliseconds."""
+    """Which weights answered.
+
+    Attributes:
+        name: The name in the request.
+        uuid: The registration that answered.
+        generation: Its generation that answered.
+        weight: Its factor in the mix.
+        cold_start: Whether the request had to wait for the adapter to be loaded.
+        load_ms: How long that took, in milliseconds; 0 without a cold start.
+    """
 
     name: str
     uuid: str
@@ -69,7 +98,13 @@ class AdapterUse:
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds since the server received the request."""
+    """Seconds since the server received the request.
+
+    Attributes:
+        queue: Until it was first scheduled, in seconds.
+        ttft: Until its first token was there, in seconds.
+        total: Until it finished, in seconds.
+    """
 
     queue: float
     ttft: float
@@ -118,7 +153,7 @@ class Completion:
             _finish_reason(proto) or "FINISH_REASON_UNSPECIFIED",
             _stop(proto),
             Usage.from_proto(proto.usage),
-            _adapters_used(proto.adapters_used),
+            used_adapters(proto.adapters_used),
             Timing.from_proto(proto.timing),
             proto.request_id,
         )
@@ -162,7 +197,7 @@ class Chunk:
             _finish_reason(proto),
             _stop(proto),
             Usage.from_proto(proto.usage) if proto.HasField("usage") else None,
-            _adapters_used(proto.adapters_used),
+            used_adapters(proto.adapters_used),
             Timing.from_proto(proto.timing) if proto.HasField("timing") else None,
             proto.request_id,
         )
@@ -170,7 +205,15 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """The log probabilities of a prompt, one entry per token."""
+    """The log probabilities of a prompt.
+
+    Attributes:
+        tokens: One entry per token of the prompt.
+        usage: What the request cost.
+        adapters_used: Which weights answered, in the order of the request.
+        timing: Where the time went.
+        request_id: The request's id.
+    """
 
     tokens: tuple[TokenLogprob, ...]
     usage: Usage
@@ -188,84 +231,7 @@ class Score:
         return cls(
             _logprobs(proto.tokens),
             Usage.from_proto(proto.usage),
-            _adapters_used(proto.adapters_used),
-            Timing.from_proto(proto.timing),
-            proto.request_id,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class Embeddings:
-    """A vector for each input, in the order of the inputs; ``usage`` is that of all together."""
-
-    vectors: tuple[tuple[float, ...], ...]
-    usage: Usage
-    adapters_used: tuple[AdapterUse, ...]
-    timing: Timing
-    request_id: str
-
-    @classmethod
-    def from_proto(cls, proto: pb.EmbedResponse) -> Embeddings:
-        return cls(
-            tuple(tuple(embedding.values) for embedding in proto.embeddings),
-            Usage.from_proto(proto.usage),
-            _adapters_used(proto.adapters_used),
-            Timing.from_proto(proto.timing),
-            proto.request_id,
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class LabelScore:
-    """What a head says of one label; ``probability`` is None where it was trained for numbers."""
-
-    label: str
-    probability: float | None
-    logit: float
-
-
-@dataclass(frozen=True, slots=True)
-class Classification:
-    """What an input was found to be: the label with the largest number, and all labels."""
-
-    label: str
-    scores: tuple[LabelScore, ...]
-
-    @property
-    def probabilities(self) -> dict[str, float | None]:
-        """By label, in the head's order."""
-        return {score.label: score.probability for score in self.scores}
-
-    @classmethod
-    def from_proto(cls, proto: pb.Classification) -> Classification:
-        scores = (
-            LabelScore(s.label, s.probability if s.HasField("probability") else None, s.logit)
-            for s in proto.scores
-        )
-        return cls(proto.label, tuple(scores))
-
-
-@dataclass(frozen=True, slots=True)
-class Classifications:
-    """What each input was found to be, in their order; ``usage`` is that of all together."""
-
-    classifications: tuple[Classification, ...]
-    usage: Usage
-    adapters_used: tuple[AdapterUse, ...]
-    timing: Timing
-    request_id: str
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """The label of each input."""
-        return tuple(each.label for each in self.classifications)
-
-    @classmethod
-    def from_proto(cls, proto: pb.ClassifyResponse) -> Classifications:
-        return cls(
-            tuple(map(Classification.from_proto, proto.classifications)),
-            Usage.from_proto(proto.usage),
-            _adapters_used(proto.adapters_used),
+            used_adapters(proto.adapters_used),
             Timing.from_proto(proto.timing),
             proto.request_id,
         )
@@ -273,7 +239,13 @@ class Classifications:
 
 @dataclass(frozen=True, slots=True)
 class Tokens:
-    """Token ids, the text of each, and the text of all together."""
+    """A text and its tokens.
+
+    Attributes:
+        token_ids: The tokens.
+        token_texts: The text of each.
+        text: The text of all together.
+    """
 
     token_ids: tuple[int, ...]
     token_texts: tuple[str, ...]
@@ -286,7 +258,22 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """The base model and the server that serves it; ``commit`` is the hub's, or empty."""
+    """The base model and the server that serves it.
+
+    Attributes:
+        name: As its config or directory gives it.
+        model_type: The architecture, such as ``llama``.
+        digest: SHA-256 of the weights as loaded, in hex.
+        dtype: Of activations: ``bfloat16``, ``float16`` or ``float32``.
+        quantization: How the weights are stored, such as ``nf4``.
+        vocab_size: Tokens in the vocabulary.
+        max_model_len: Longest context, prompt and answer together, in tokens.
+        num_layers: Decoder layers.
+        hidden_size: Width of the hidden states.
+        server_version: The server's version.
+        methods: The adapter methods that it can load, sorted.
+        commit: The hub's, of the model's files; empty if they are from elsewhere.
+    """
 
     name: str
     model_type: str
@@ -323,7 +310,8 @@ def _logprobs(protos: Iterable[pb.TokenLogprob]) -> tuple[TokenLogprob, ...]:
     return tuple(map(TokenLogprob.from_proto, protos))
 
 
-def _adapters_used(protos: Iterable[pb.AdapterUse]) -> tuple[AdapterUse, ...]:
+def used_adapters(protos: Iterable[pb.AdapterUse]) -> tuple[AdapterUse, ...]:
+    """The mix that answered, in the order of the request."""
     return tuple(map(AdapterUse.from_proto, protos))
 
 

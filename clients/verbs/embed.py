@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from turret.clients.client import TurretClient
+from turret.clients.messages.head_results import Embeddings
 from turret.clients.messages.requests import POOLINGS
-from turret.clients.messages.results import Embeddings
 from turret.clients.verbs.command import (
     adapter_parser,
     connection_parser,

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from pages.python_page import PAGE, rendered
+import ast
+import inspect
+import re
+
+from pages.python_page import PAGE, classes, rendered
 
 import turret
 from turret.clients import errors
@@ -18,3 +22,28 @@ def test_every_public_name_is_there() -> None:
     assert len(kinds) > 10
     for name in (*turret.__all__, *kinds):
         assert f"### `{name}`" in page
+
+
+def test_signatures_are_python() -> None:
+    signatures = re.findall(r"```python\n((?:async )?def .*)\n```", PAGE.read_text())
+    assert len(signatures) > 60
+    for signature in signatures:
+        # Objects that are defaults are left out of the page.
+        ast.parse(signature.replace("…", "...") + ": ...")
+    assert any("request_id: str = ''" in signature for signature in signatures)
+    assert any("mode: str = 'drain'" in signature for signature in signatures)
+
+
+def test_every_attribute_and_option_is_explained() -> None:
+    sections = dict(re.findall(r"### `(\w+)`\n(.*?)(?=\n###? |\Z)", PAGE.read_text(), re.DOTALL))
+    kinds = [kind for _, kinds in classes() for kind in kinds]
+    missing = [
+        f"{kind.__name__}.{name}"
+        for kind in kinds
+        for name in (*inspect.get_annotations(kind), *vars(kind))
+        if name[0] != "_"
+        and (name in inspect.get_annotations(kind) or isinstance(vars(kind)[name], property))
+        and f"\n- `{name}: " not in sections[kind.__name__]
+    ]
+    assert not missing
+    assert "\n- `temperature: float | None`: " in sections["GenerateOptions"]

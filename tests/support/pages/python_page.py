@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from checkout import ROOT
 
 from turret.clients import adapters, aio, aio_adapters, channel, client, errors
-from turret.clients.messages import adapter_results, mix, requests, results
+from turret.clients.messages import adapter_results, head_results, mix, requests, results
 
 PAGE = ROOT / "docs" / "python.md"
 _SECTION = re.compile(r"^(Args|Returns|Yields|Raises|Attributes):$")
@@ -36,7 +38,7 @@ the delay that it asks for. What streams do when they break off: `resume`.
 """
 
 
-def _classes() -> list[tuple[str, list[type]]]:
+def classes() -> list[tuple[str, list[type]]]:
     """Headings, and the public classes below each."""
 
     def public(module: Any) -> list[type]:
@@ -52,20 +54,30 @@ def _classes() -> list[tuple[str, list[type]]]:
         ("Adapters of a server", [*public(adapters), *public(aio_adapters)]),
         ("Connection and mixes", [channel.Tls, *public(mix)]),
         ("Options", public(requests)),
-        ("Results", [*public(results), *public(adapter_results)]),
+        ("Results", [*public(results), *public(head_results), *public(adapter_results)]),
         ("Errors", public(errors)),
     ]
 
 
-def _text(docstring: str | None) -> list[str]:
-    """A docstring as Markdown: its sections become lists."""
+class _Bare(str):
+    """What a signature shows without quotes: an annotation that is a string, as all here are."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
+def _text(docstring: str | None, types: Mapping[str, str] = MappingProxyType({})) -> list[str]:
+    """A docstring as Markdown: its sections become lists, in which ``types`` are named."""
     lines: list[str] = []
     for line in inspect.cleandoc(docstring or "").replace("``", "`").splitlines():
         line = re.sub(r":\w+:`~?(?:[\w.]+\.)?([^`]+)`", r"`\1`", line)
         if section := _SECTION.match(line):
             lines += [f"*{section[1]}*", ""]
         elif entry := _ENTRY.match(line):
-            lines.append(f"- `{entry[1]}`: {entry[2]}")
+            kind = f": {types[entry[1]]}" if entry[1] in types else ""
+            lines.append(f"- `{entry[1]}{kind}`: {entry[2]}")
         elif line.startswith("        ") and lines and lines[-1].startswith(("- ", "  ")):
             lines.append(f"  {line.strip()}")
         else:
@@ -74,10 +86,35 @@ def _text(docstring: str | None) -> list[str]:
 
 
 def _signature(name: str, function: Any) -> str:
+    signature = inspect.signature(function)
+    parameters = signature.parameters.values()
+    shown = signature.replace(
+        parameters=[each.replace(annotation=_bare(each.annotation)) for each in parameters],
+        return_annotation=_bare(signature.return_annotation),
+    )
     # Without what differs from one Python to the next: defaults that are objects.
-    signature = re.sub(r"<[^<>]*>", "…", str(inspect.signature(function)))
+    text = re.sub(r"<[^<>]*>", "…", str(shown))
     prefix = "async def" if inspect.iscoroutinefunction(function) else "def"
-    return f"{prefix} {name}{signature}".replace("'", "").replace("typing.", "")
+    return f"{prefix} {name}{text}"
+
+
+def _bare(annotation: Any) -> Any:
+    return _Bare(annotation) if isinstance(annotation, str) else annotation
+
+
+def _named(annotation: Any) -> str:
+    """An annotation as it is written; a TypedDict wraps those that are strings."""
+    return getattr(annotation, "__forward_arg__", str(annotation))
+
+
+def _properties(kind: type) -> list[str]:
+    found = {name: member for name, member in vars(kind).items() if isinstance(member, property)}
+    lines = [
+        f"- `{name}: {inspect.signature(member.fget).return_annotation}`: {member.__doc__}"
+        for name, member in found.items()
+        if name[0] != "_" and member.fget is not None
+    ]
+    return ["*Properties*", "", *lines, ""] if lines else []
 
 
 def _methods(kind: type) -> list[str]:
@@ -94,13 +131,15 @@ def _methods(kind: type) -> list[str]:
 def rendered() -> str:
     """The page."""
     lines = [_INTRO]
-    for heading, kinds in _classes():
+    for heading, kinds in classes():
         lines += [f"## {heading}", ""]
         if heading == "Errors":
             tree = inspect.cleandoc(errors.__doc__ or "").partition("\n\n")[2]
             lines += ["```", tree, "```", ""]
         for kind in kinds:
-            lines += [f"### `{kind.__name__}`", "", *_text(kind.__doc__), *_methods(kind)]
+            types = {name: _named(each) for name, each in inspect.get_annotations(kind).items()}
+            lines += [f"### `{kind.__name__}`", "", *_text(kind.__doc__, types)]
+            lines += [*_properties(kind), *_methods(kind)]
     return re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
 
 
