@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
@@ -57,11 +58,23 @@ def _build(config: Config, metrics: Metrics) -> Backend:
 
 
 def _preload(registry: AdapterRegistry, name: str, path: str) -> AdapterInfo:
-    """What the command line asks for wins over what was registered before a restart."""
+    """What the command line asks for wins over what was registered before a restart.
+
+    Raises:
+        PreloadError: The adapter is refused.
+    """
     try:
-        return registry.load(name, path)
-    except AdapterExistsError:
-        return registry.replace(name, path)
+        try:
+            return registry.load(name, path)
+        except AdapterExistsError:
+            return registry.replace(name, path)
+    except TurretError as error:
+        why = error.message.removeprefix(f"adapter {path!r} ")
+        raise PreloadError(f"--preload {name}={path}: {why}") from error
+
+
+class PreloadError(Exception):
+    """An adapter of ``--preload`` that the server refused; the text names the flag."""
 
 
 class App:
@@ -99,6 +112,13 @@ class App:
             try:
                 await self.startup()
                 code = await self.main_loop()
+            except PreloadError as error:
+                if self.config.log.log_format == "text":
+                    # As what was found before the model was loaded.
+                    print(f"turret serve: error: {error}", file=sys.stderr, flush=True)
+                else:
+                    _log.error("cannot start", extra=log.fields(reason=error))
+                code = EXIT_FAILED
             except (TurretError, OSError, ValueError) as error:
                 _log.error("cannot start", extra=log.fields(reason=error))
                 code = EXIT_FAILED
@@ -120,8 +140,8 @@ class App:
         Returns early if a stop is asked for meanwhile.
 
         Raises:
-            OSError, ValueError, TurretError: A file, an address, the model or a preloaded adapter
-                is not usable.
+            OSError, ValueError, TurretError: A file, an address or the model is not usable.
+            PreloadError: A preloaded adapter is not.
         """
         config = self.config
         token_file = config.security.token_file

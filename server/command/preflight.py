@@ -11,7 +11,6 @@ import errno
 import fcntl
 import importlib.metadata
 import os
-import re
 import socket
 import ssl
 from collections.abc import Iterator, Mapping
@@ -19,6 +18,7 @@ from pathlib import Path
 
 from turret.kernels.cpu.isas import ISAS
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.peft_format.first_look import look_at
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.basics.address import split_address
 from turret.server.basics.byte_size import about_bytes
@@ -33,11 +33,10 @@ from turret.server.config import (
     ModelConfig,
     SecurityConfig,
 )
-from turret.server.errors import AdapterCheckpointError, InvalidRequestError
-from turret.server.models.sources.check import check_model
+from turret.server.errors import InvalidRequestError, TurretError
+from turret.server.models.sources.check import check_model, name_of_model
 
 _MOST_SHOWN = 20
-_MOST_CHECKPOINTS = 5
 _MOST_THREADS = 1024
 
 
@@ -49,11 +48,13 @@ def problems(config: Config, *, may_run: bool = False) -> list[str]:
         may_run: What uses the state directory and the addresses may be what is to be changed.
     """
     adapters = dataclasses.replace(config.adapters, state_dir=None) if may_run else config.adapters
+    of_model = list(_model(config.model.model))
+    takes_any = bool(of_model) or adapters.allow_other_base
     return [
-        *_model(config.model.model),
+        *of_model,
         *_device(config.model, os.environ),
         *_memory(config),
-        *_adapters(adapters),
+        *_adapters(adapters, None if takes_any else name_of_model(config.model.model)),
         *_files(config.security),
         *([] if may_run else _addresses(config.listen)),
     ]
@@ -105,7 +106,8 @@ def _torch_version() -> str:
         return ""
 
 
-def _adapters(config: AdapterConfig) -> Iterator[str]:
+def _adapters(config: AdapterConfig, base: str | None) -> Iterator[str]:
+    """``base`` is the name of the base that adapters must be for, None if of any."""
     root = config.adapter_root
     preload = [(name, path) for name, path in config.preload if not path.startswith(HUB_SCHEME)]
     if root is not None and not root.is_dir():
@@ -115,27 +117,26 @@ def _adapters(config: AdapterConfig) -> Iterator[str]:
         yield f"--adapter-root: {root} cannot be read by this user"
     elif root is not None:
         for name, path in preload:
-            yield from _preload(root, name, path)
+            yield from _preload(root, name, path, base, config.max_rank)
     if config.state_dir is not None:
         yield from _state_dir(config.state_dir)
 
 
-def _preload(root: Path, name: str, path: str) -> Iterator[str]:
+def _preload(root: Path, name: str, path: str, base: str | None, max_rank: int) -> Iterator[str]:
     where = f"--preload {name}={path}:"
     try:
         with AdapterRoot(root).open_directory(path) as directory:
-            names = directory.names()
+            names, others = directory.names(), directory.holds_others(CONFIG_FILE)
             lacking = [file for file in (CONFIG_FILE, TENSORS_FILE) if not directory.has(file)]
-    except AdapterCheckpointError as error:
-        is_absent = "does not exist" in error.message
-        yield f"{where} {error.message}{_there(root, path) if is_absent else ''}"
+            if not lacking:
+                look_at(directory, path, base=base, max_rank=max_rank)
+    except TurretError as error:
+        why = error.message.removeprefix(f"adapter {path!r} ")
+        is_absent = why.startswith(f"path {path!r} does not exist")
+        yield f"{where} {why}{_there(root, path) if is_absent else ''}"
         return
-    if CONFIG_FILE in lacking and (below := _adapters_below(root / path)):
-        others = len(below) - _MOST_CHECKPOINTS
-        more = f" and {others} more" if others > 0 else ""
-        verb = "is" if len(below) == 1 else "are"
-        shown = ", ".join(below[-_MOST_CHECKPOINTS:])
-        yield f"{where} that directory is no adapter, but {shown}{more} in it {verb}"
+    if CONFIG_FILE in lacking and others:
+        yield f"{where} that directory {others}"
     elif lacking == [TENSORS_FILE] and (pickles := [n for n in names if n.endswith(".bin")]):
         yield (
             f"{where} {pickles[0]} is a pickle, which can run code and is not read; PEFT writes"
@@ -152,16 +153,6 @@ def _there(root: Path, path: str) -> str:
     holds = f"holds {', '.join(names[:_MOST_SHOWN])}" if names else "is empty"
     # The error has said which name is near.
     return "" if did_you_mean(path, names) else f"; {root} {holds}"
-
-
-def _adapters_below(folder: Path) -> list[str]:
-    """Adapters in a directory that is none, the newest checkpoint last."""
-
-    def numbered(name: str) -> list[str | int]:
-        return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-    found = (path.parent.name for path in folder.glob(f"*/{CONFIG_FILE}"))
-    return sorted(found, key=numbered)
 
 
 def _state_dir(path: Path) -> Iterator[str]:

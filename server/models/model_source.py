@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -32,6 +31,7 @@ from turret.server.models.sources.model_directory import (
     WEIGHTS,
     check_model_directory,
     is_4bit,
+    model_name,
     scale_block,
     weight_files,
 )
@@ -41,7 +41,6 @@ from turret.server.models.weights.nf4 import Nf4Weight
 # Part of the cache key: raise it when what is written changes.
 _FORMAT = "2"
 _MANIFEST = "turret.json"
-_HUB_CACHE = re.compile(r".*/models--(.+?)--(.+)/snapshots/[0-9a-f]{40}")
 
 
 def no_progress(description: str, done: int, total: int) -> None:
@@ -105,13 +104,13 @@ def _resolve(model: Path | None, cache_dir: Path, progress: Progress) -> ModelSo
     config, config_file = check_model_directory(model), model / "config.json"
     shards = weight_files(model)
     if is_4bit(config):
-        return ModelSource(_name(model, config), model, model, _digest(shards))
+        return ModelSource(model_name(model, config), model, model, _digest(shards))
     target = cache_dir / f"nf4-{_key([config_file, *shards])}"
     if not (target / _MANIFEST).exists():
         with _new_directory(target) as build:
             tensors = _read_plain(model, shards, scale_block(config))
             each = ((name, tensors.get(name)) for name in tensors)
-            _quantize(each, len(tensors), build, _name(model, config), progress)
+            _quantize(each, len(tensors), build, model_name(model, config), progress)
     return _read_cached(target, model)
 
 
@@ -219,12 +218,3 @@ def _digest(files: Iterable[Path]) -> str:
             while chunk := file.read(1 << 22):
                 digest.update(chunk)
     return digest.hexdigest()
-
-
-def _name(model: Path, config: dict) -> str:
-    named = config.get("_name_or_path")
-    if named:
-        return named
-    # A snapshot in the hub's cache has a commit for its name.
-    cached = _HUB_CACHE.fullmatch(str(model.resolve()))
-    return "/".join(cached.groups()) if cached else model.resolve().name

@@ -112,7 +112,9 @@ BELOW = {
     "server.api.admin": NOUNS | BEHIND_API | {"server.api"},
     "server.rpc": {"server.api", "server.api.access", "server.api.admin", "leaf", "v1"},
     # Before torch: see test_command.
-    "server.command": NOUNS | {"server.adapters.checkpoint", "server.models.sources", "kernels"},
+    "server.command": NOUNS
+    | {f"server.adapters.{name}" for name in ("checkpoint", "peft_format")}
+    | {"server.models.sources", "kernels"},
     "server.http.exchange": {"server.api", "server.api.access", "leaf", "v1"},
     "server.http.console": {
         *("server.http.exchange", "server.api", "server.api.admin", "leaf", "v1"),

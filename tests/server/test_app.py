@@ -152,16 +152,20 @@ async def test_a_build_that_fails_ends_the_process_with_an_error(
     assert any(r.levelno == logging.ERROR for r in caplog.records)
 
 
-async def test_a_preload_that_fails_ends_the_process_with_an_error() -> None:
+async def test_a_preload_that_fails_ends_the_process_with_an_error(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     parts = Parts()
 
     def load(name: str, path: str, pinned: bool = False) -> Any:
-        raise AdapterCheckpointError("rank_pattern is wrong")
+        raise AdapterCheckpointError("adapter 'a' cannot be served: rank_pattern is wrong")
 
     parts.registry.load = load  # type: ignore[method-assign]
     adapters = AdapterConfig(adapter_root=Path("r"), preload=(("sql", "a"),))
     assert await asyncio.wait_for(make_app(parts, adapters=adapters).run(), 10) == 1
     assert parts.engine.drained, "the engine was started, so it must be stopped"
+    said = "--preload sql=a: cannot be served: rank_pattern is wrong\n"
+    assert capsys.readouterr().err == f"turret serve: error: {said}"
 
 
 async def test_a_stop_while_loading_does_not_wait_for_the_load() -> None:

@@ -6,12 +6,16 @@ import argparse
 import fcntl
 import json
 import os
+import re
 import socket
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkout import ROOT
+from safetensors.numpy import save_file
 
 from turret.server.command import preflight
 from turret.server.command.flags import add_flags, config_from_args
@@ -93,6 +97,91 @@ def test_a_cache_larger_than_the_memory() -> None:
     assert problem.startswith("--kv-cache-bytes: ")
     assert "is more than this machine's memory" in problem
     assert found("--device", "cpu", "--kv-cache-bytes", "64MiB") == []
+
+
+def write_adapter(
+    folder: Path, tensors: Mapping[str, tuple[int, ...]] | None = None, **config: object
+) -> Path:
+    """A LoRA of rank 4 in PEFT's layout; ``config`` changes keys, ``tensors`` gives shapes."""
+    shapes = {
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": (4, 6),
+        "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": (6, 4),
+        **(tensors or {}),
+    }
+    folder.mkdir(exist_ok=True)
+    values = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    save_file(values, folder / "adapter_model.safetensors")
+    keys = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **config}
+    (folder / "adapter_config.json").write_text(json.dumps(keys))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"peft_type": "LROA"}, "peft_type: 'LROA' is not supported by this version; did you mean"),
+        ({"peft_type": "PSOFT"}, "peft_type: 'PSOFT' is not .* `turret convert DIR --base MODEL"),
+        ({"peft_type": None}, "peft_type: is required: "),
+        (
+            {"r": 8},
+            r"lora_A\.weight: has rank 4, the config says 8; adapter_config\.json may",
+        ),
+        ({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}, "was trained for 'meta-llama/"),
+    ],
+)
+def test_adapters_whose_config_says_that_they_are_not_served(
+    config: dict[str, object], said: str, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path / "m", **config)
+    (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")
+    assert re.match(f"--preload a=m: (cannot be served: .*)?{said}", problem)
+
+
+def test_adapters_of_another_base_where_that_is_allowed_or_not_certain(tmp_path: Path) -> None:
+    flags = ("--adapter-root", str(tmp_path), "--preload", "a=m")
+    folder = write_adapter(tmp_path / "m", base_model_name_or_path="meta-llama/Llama-3.1-8B")
+    assert "serve the base that it was trained for" in found(*flags)[0]
+    assert found(*flags, "--allow-other-base") == []
+    # A digest tells more than a name, and what it is of is read with the model.
+    (folder / "provenance.json").write_text('{"base": {"digest": "00"}}')
+    assert found(*flags) == []
+    write_adapter(tmp_path / "m", base_model_name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct")
+    (folder / "provenance.json").unlink()
+    assert found(*flags) == []
+
+
+def test_adapters_whose_ranks_are_too_large(tmp_path: Path) -> None:
+    flags = ("--adapter-root", str(tmp_path), "--preload", "a=m", "--max-rank", "3")
+    write_adapter(tmp_path / "m")
+    (problem,) = found(*flags)
+    assert problem == (
+        "--preload a=m: has rank 4, the server allows 3; `turret serve --max-rank 4` allows it"
+    )
+    # Which ranks these patterns give, the base's modules decide.
+    write_adapter(tmp_path / "m", r=8, rank_pattern={"q_proj": 4})
+    assert found(*flags) == []
+    write_adapter(tmp_path / "m", peft_type="TOY")
+    assert found(*flags) == []
+
+
+def test_adapters_whose_tensors_are_damaged(tmp_path: Path) -> None:
+    flags = ("--adapter-root", str(tmp_path), "--preload", "a=m")
+    file = write_adapter(tmp_path / "m") / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for damaged, said in (
+        (whole[:50], "header length "),
+        (whole[:-1], "tensors end at 192, the data at 191"),
+        (whole[:4], "is too short for a safetensors file"),
+        (whole[:8] + b"?" + whole[9:], "is not valid JSON"),
+    ):
+        file.write_bytes(damaged)
+        (problem,) = found(*flags)
+        assert said in problem
+        assert problem.endswith("; copy the file again, or have PEFT save the adapter again")
+    file.write_bytes(whole)
+    assert found(*flags) == []
+    (tmp_path / "m" / "adapter_config.json").write_text("{")
+    assert "adapter_config.json: is not valid JSON" in found(*flags)[0]
 
 
 def test_a_state_dir_in_use(tmp_path: Path) -> None:

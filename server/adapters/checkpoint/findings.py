@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-
-import torch
+from typing import TYPE_CHECKING
 
 from turret.server.errors import AdapterCheckpointError, AdapterMismatchError
+
+if TYPE_CHECKING:
+    import torch
 
 # A hostile file can break thousands of rules; the answer stays readable and small.
 MAX_REPORTED = 64

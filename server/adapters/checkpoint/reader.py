@@ -22,26 +22,30 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, Ada
 from turret.server.adapters.checkpoint.digest_cache import DigestCache, stamp_of
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
+from turret.server.adapters.checkpoint.json_files import parse_config, read_base_digest
 from turret.server.adapters.checkpoint.safetensors_header import TensorEntry, read_header
-from turret.server.adapters.checkpoint.strict_json import parse_object
 from turret.server.adapters.checkpoint.tensor_names import canonical_names, text_prefix
-from turret.server.adapters.source import (
-    CONFIG_FILE,
-    MAX_CONFIG_BYTES,
-    PROVENANCE_FILE,
-    TENSORS_FILE,
-)
+from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
 from turret.server.adapters.tokenizer_files import TokenizerFiles
-from turret.server.errors import AdapterCheckpointError, BudgetExceededError
+from turret.server.errors import BudgetExceededError
 
-# Names that stay in memory and on disk, and go to every client that lists adapters.
-_NAMES = ("base_model_name_or_path", "revision")
-MAX_NAME_CHARS = 512
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Every digest begins with it. Change it when the definition of the digest changes.
 _DIGEST_DOMAIN = b"turret-adapter-1\0"
 _TASK_DOMAIN = b"turret-adapter-task-1\0"
 _TOKENIZER_DOMAIN = b"turret-adapter-tokenizer-1\0"
+# By the names that the header's reader knows.
+DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +126,7 @@ def read_checkpoint(
         except BaseException:
             config_file.close()
             raise
-        base_digest = _base_digest(directory)
+        base_digest = read_base_digest(directory)
     with config_file, file:
         stamp = None if known is None else stamp_of(config_file.fileno(), file.fileno())
         digest = None if known is None else known.find(stamp)
@@ -149,18 +153,6 @@ def read_checkpoint(
         base_digest=base_digest,
         text_prefix=prefix,
     )
-
-
-def _base_digest(directory: AdapterDirectory) -> str:
-    """What ``turret train`` wrote of the base; "" if nothing readable is there."""
-    if not directory.has(PROVENANCE_FILE):
-        return ""
-    try:
-        with directory.open_file(PROVENANCE_FILE) as file:
-            digest = parse_object(file.read(MAX_CONFIG_BYTES))["base"]["digest"]
-    except (AdapterCheckpointError, OSError, ValueError, LookupError, TypeError):
-        return ""
-    return digest if isinstance(digest, str) else ""
 
 
 def _refuse_pickle(directory: AdapterDirectory, path: str) -> None:
@@ -203,30 +195,6 @@ def begin_digest(config: Mapping[str, Any]) -> Any:
     digest.update(len(canonical).to_bytes(8, "little"))
     digest.update(canonical)
     return digest
-
-
-def parse_config(data: bytes, path: str) -> dict[str, Any]:
-    """``adapter_config.json`` of the adapter ``path``.
-
-    Raises:
-        AdapterCheckpointError: It or a name in it is too long, or it is no JSON object.
-    """
-    findings = Findings(path)
-    config: dict[str, Any] = {}
-    if len(data) > MAX_CONFIG_BYTES:
-        findings.add(CONFIG_FILE, f"is larger than {MAX_CONFIG_BYTES} bytes")
-    else:
-        try:
-            config = parse_object(data)
-        except ValueError as error:
-            findings.add(CONFIG_FILE, str(error))
-    for key in _NAMES:
-        value = config.get(key)
-        if isinstance(value, str) and len(value) > MAX_NAME_CHARS:
-            why = f"has {len(value)} characters, at most {MAX_NAME_CHARS} are served"
-            findings.add(key, why)
-    findings.raise_if_any()
-    return config
 
 
 def _read_tensors(
@@ -284,8 +252,8 @@ def _tensors_in(
     data: torch.Tensor, entries: Sequence[TensorEntry], findings: Findings
 ) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
     """The tensors, views of the data, each with its entry; names those that are not finite."""
-    for dtype, group in groupby(entries, lambda entry: entry.dtype):
-        run = list(group)
+    for kind, group in groupby(entries, lambda entry: entry.dtype):
+        run, dtype = list(group), DTYPES[kind]
         part = data[run[0].begin : run[-1].end]
         if run[0].begin % dtype.itemsize:
             part = part.clone()

@@ -2,7 +2,8 @@
 
 Layout: 8 bytes little-endian header length, that many bytes of JSON
 (``{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}``), then the
-data. Offsets count from the end of the header and must tile the data: no gap, no overlap.
+data. Offsets count from the end of the header and must tile the data: no gap, no overlap. No torch:
+a start looks at headers before it is there.
 """
 
 from __future__ import annotations
@@ -14,8 +15,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import torch
-
 from turret.server.adapters.checkpoint.strict_json import parse_object
 
 # 80 layers of 7 modules with 4 tensors each need about half a megabyte.
@@ -25,26 +24,23 @@ MAX_EXTENT = 1 << 31
 _MAX_SHARED_BYTES = 256 << 10
 _FIELDS = {"dtype", "shape", "data_offsets"}
 
-# Weights, and indices where a method has some. 8-bit floats mean a format not known here.
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
+# Bytes of an element, by the format's name of its dtype: weights, and indices where a method has
+# some. 8-bit floats mean a format not known here.
+ITEM_BYTES = {
+    **{"F64": 8, "F32": 4, "F16": 2, "BF16": 2},
+    **{"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1},
 }
 
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor lies: ``[begin, end)`` in bytes from the end of the header."""
+    """Where one tensor lies: ``[begin, end)`` in bytes from the end of the header.
+
+    ``dtype`` is a key of ``ITEM_BYTES``.
+    """
 
     name: str
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
     begin: int
     end: int
@@ -114,9 +110,9 @@ def _is_index(value: Any) -> bool:
 def _entry(name: str, spec: Any) -> TensorEntry:
     if not isinstance(spec, dict) or spec.keys() != _FIELDS:
         raise ValueError(f"tensor {name!r} must have exactly dtype, shape and data_offsets")
-    dtype = DTYPES.get(spec["dtype"]) if isinstance(spec["dtype"], str) else None
-    if dtype is None:
-        raise ValueError(f"tensor {name!r}: dtype {spec['dtype']!r} is not one of {list(DTYPES)}")
+    dtype = spec["dtype"]
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise ValueError(f"tensor {name!r}: dtype {dtype!r} is not one of {list(ITEM_BYTES)}")
     shape, offsets = spec["shape"], spec["data_offsets"]
     if not isinstance(shape, list) or len(shape) > MAX_DIMENSIONS:
         raise ValueError(f"tensor {name!r}: shape must be a list of at most {MAX_DIMENSIONS}")
@@ -127,7 +123,7 @@ def _entry(name: str, spec: Any) -> TensorEntry:
     if not is_pair or not (_is_index(offsets[0]) and _is_index(offsets[1])):
         raise ValueError(f"tensor {name!r}: data_offsets must be two non-negative integers")
     begin, end = offsets
-    if end - begin != math.prod(shape) * dtype.itemsize:
+    if end - begin != math.prod(shape) * ITEM_BYTES[dtype]:
         raise ValueError(f"tensor {name!r}: {end - begin} bytes do not hold {shape} {dtype}")
     return TensorEntry(name, dtype, tuple(shape), begin, end)
 

@@ -6,7 +6,6 @@ import importlib
 import pkgutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
 
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
@@ -21,11 +20,10 @@ from turret.server.adapters.peft_format.classifier_checkpoint import (
 )
 from turret.server.adapters.peft_format.config.lora_rules import INVOCATION
 from turret.server.adapters.peft_format.expert_checkpoint import ExpertPart, take_experts
-from turret.server.adapters.peft_format.module_checkpoint import check_rank
+from turret.server.adapters.peft_format.limits import check_rank
 from turret.server.adapters.peft_format.resized_vocabulary import FittedCheckpoint, fit_vocabulary
-from turret.server.adapters.peft_format.unserved import UNSERVED
+from turret.server.adapters.peft_format.unserved import peft_type_of, why_unserved
 from turret.server.adapters.peft_format.vocabulary_checkpoint import VocabularyPart, take_vocabulary
-from turret.server.basics.closest import did_you_mean
 from turret.server.errors import AdapterCheckpointError
 
 
@@ -49,7 +47,6 @@ def _files(package: str, path: Iterable[str]) -> Iterator[str]:
 
 
 METHODS: Mapping[str, Method] = _discover()
-_TABLE = "docs/adapters.md has a table of all that are served"
 
 
 def method_for(checkpoint: AdapterCheckpoint) -> Method:
@@ -59,28 +56,17 @@ def method_for(checkpoint: AdapterCheckpoint) -> Method:
         AdapterCheckpointError: ``peft_type`` is missing or none of ``METHODS`` accepts it; the
             message says what may have been meant, the metadata lists all methods.
     """
-    kind = _peft_type(checkpoint.config)
+    kind = peft_type_of(checkpoint.config)
     for method in METHODS.values():
         if kind in method.peft_types and method.accepts(checkpoint.config):
             return method
-    if not kind:
-        why = f"is required: PEFT writes what made the adapter there, such as LORA; {_TABLE}"
-    elif kind in UNSERVED:
-        why = f"{kind!r} is not supported by this version: {UNSERVED[kind]}"
-    else:
-        known = {kind for method in METHODS.values() for kind in method.peft_types}
-        meant = did_you_mean(kind, sorted({*known, *UNSERVED}))
-        why = f"{kind!r:.60} is not supported by this version{meant}; {_TABLE}"
+    known = {one for method in METHODS.values() for one in method.peft_types}
+    why = why_unserved(kind, known)
     raise AdapterCheckpointError(
         f"adapter {checkpoint.path!r} cannot be served: peft_type {why}",
         metadata={"path": checkpoint.path, "peft_type": kind[:60], "supported": ",".join(METHODS)},
         violations=[("peft_type", why)],
     )
-
-
-def _peft_type(config: Mapping[str, Any]) -> str:
-    value = config.get("peft_type")
-    return value.upper() if isinstance(value, str) else ""
 
 
 def lower_checkpoint(

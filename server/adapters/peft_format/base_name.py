@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from turret.server.errors import AdapterMismatchError
+
 # Repackagings of the same weights, as publishers append them to the model's name.
 _REPACKAGED = re.compile(
     r"[-_.](unsloth|bnb|4bit|8bit|nf4|int4|int8|fp4|fp8|bf16|fp16|f16|f32|hf|gguf|awq|gptq|dynamic"
@@ -59,3 +61,21 @@ def is_other_base(adapter_base: str, served_base: str) -> bool:
         return False
     names = normalise_base_name(adapter_base), normalise_base_name(served_base)
     return names[0] != names[1] and all(_SIZE.search(name) for name in names)
+
+
+def of_other_base(path: str, trained: str, served: str) -> AdapterMismatchError:
+    """The refusal of an adapter that says that its base is another one.
+
+    Args:
+        path: The adapter, as messages name it.
+        trained: The base that it names.
+        served: The base's name.
+    """
+    return AdapterMismatchError(
+        f"adapter {path!r} was trained for {trained!r:.200}, served is {served!r:.200}: even where"
+        " the shapes fit, its answers are wrong on other weights; serve the base that it was"
+        " trained for, or, if both are the same weights, let turret serve --allow-other-base take"
+        " it",
+        metadata={"path": path, "base_model": served, "trained_for": trained[:200]},
+        violations=[("base_model_name_or_path", f"is {trained!r:.200}")],
+    )

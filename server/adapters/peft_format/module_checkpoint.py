@@ -20,8 +20,8 @@ from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.peft_format.base_mismatch import cause_of_mismatch
 from turret.server.adapters.peft_format.config.rules import Rules, check_config
 from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
+from turret.server.adapters.peft_format.limits import check_rank
 from turret.server.adapters.source import TENSORS_FILE
-from turret.server.errors import BudgetExceededError
 
 BIAS = "bias"
 # PEFT keeps a targeted module's own bias under base_layer, another module's in its place.
@@ -141,20 +141,6 @@ def read_module_checkpoint(
         targets=targets,
         ranks=ranks,
     )
-
-
-def check_rank(path: str, rank: int, max_rank: int | None, *, name: str = "rank") -> None:
-    """Refuses a rank over the server's limit; ``name`` is what the message calls it.
-
-    Raises:
-        BudgetExceededError: It is over.
-    """
-    if max_rank is not None and rank > max_rank:
-        raise BudgetExceededError(
-            f"adapter {path!r} has {name} {rank}, the server allows {max_rank};"
-            f" `turret serve --max-rank {rank}` allows it",
-            metadata={"path": path, name: str(rank), "max_rank": str(max_rank)},
-        )
 
 
 def _sort(

@@ -26,7 +26,7 @@ from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
-from turret.server.adapters.peft_format.base_name import is_other_base
+from turret.server.adapters.peft_format.base_name import is_other_base, of_other_base
 from turret.server.adapters.peft_format.resized_vocabulary import vocabulary_of
 from turret.server.adapters.source import TOKENIZER_FILE, Source
 from turret.server.adapters.tokenizer_files import TokenizerFiles
@@ -34,7 +34,6 @@ from turret.server.basics.background import compute_on_this_thread
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,
-    AdapterMismatchError,
     BudgetExceededError,
 )
 from turret.server.hub.adapters import AdapterHub
@@ -258,14 +257,7 @@ def check_same_base(checkpoint: AdapterCheckpoint, base: BaseModel) -> None:
     trained = checkpoint.config.get("base_model_name_or_path") or ""
     if checkpoint.base_digest == base.digest or not is_other_base(trained, base.name):
         return
-    raise AdapterMismatchError(
-        f"adapter {checkpoint.path!r} was trained for {trained!r:.200}, served is"
-        f" {base.name!r:.200}: the shapes fit, but on other weights its answers are wrong; serve"
-        " the base that it was trained for, or, if both are the same weights, let turret serve"
-        " --allow-other-base take it",
-        metadata={"path": checkpoint.path, "base_model": base.name, "trained_for": trained[:200]},
-        violations=[("base_model_name_or_path", f"is {trained!r:.200}")],
-    )
+    raise of_other_base(checkpoint.path, trained, base.name)
 
 
 def _is_private(directory: Path) -> bool:

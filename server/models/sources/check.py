@@ -6,10 +6,15 @@ from pathlib import Path
 
 from turret.server.models.families import text_type
 from turret.server.models.sources.cache import check_cache_dir
-from turret.server.models.sources.embedded import find_gguf
+from turret.server.models.sources.embedded import MODEL_NAME, find_gguf
 from turret.server.models.sources.gguf_header import SUFFIX, check_gguf
 from turret.server.models.sources.hub_model import check_hub_model, hub_model_id
-from turret.server.models.sources.model_directory import check_model_directory, is_4bit
+from turret.server.models.sources.model_directory import (
+    check_model_directory,
+    is_4bit,
+    model_name,
+    read_config,
+)
 
 
 def check_model(model: Path | None) -> str:
@@ -36,3 +41,15 @@ def check_model(model: Path | None) -> str:
     if not is_4bit(config):
         check_cache_dir()
     return text_type(config)
+
+
+def name_of_model(model: Path | None) -> str:
+    """The name that a model will be served by; ``model`` is one that :func:`check_model` took."""
+    if model is None:
+        return MODEL_NAME
+    hub_id = hub_model_id(model)
+    if hub_id is not None:
+        return hub_id.repository
+    if model.suffix == SUFFIX and model.is_file():
+        return model.stem
+    return model_name(model, read_config(model))

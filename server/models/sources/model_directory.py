@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -13,6 +14,7 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Quantised checkpoints that are read like plain ones.
 _READ = ("mxfp4", "fp8")
+_HUB_CACHE = re.compile(r".*/models--(.+?)--(.+)/snapshots/[0-9a-f]{40}")
 
 
 def check_model_directory(model: Path) -> dict[str, Any]:
@@ -75,6 +77,16 @@ def is_4bit(config: dict[str, Any]) -> bool:
         and quantization.get("quant_method") == "bitsandbytes"
         and bool(quantization.get("load_in_4bit", quantization.get("_load_in_4bit")))
     )
+
+
+def model_name(model: Path, config: dict[str, Any]) -> str:
+    """As the checkpoint names itself or the hub's cache does, else the directory's name."""
+    named = config.get("_name_or_path")
+    if named:
+        return str(named)
+    # A snapshot in the hub's cache has a commit for its name.
+    cached = _HUB_CACHE.fullmatch(str(model.resolve()))
+    return "/".join(cached.groups()) if cached else model.resolve().name
 
 
 def scale_block(config: dict[str, Any]) -> tuple[int, int] | None:

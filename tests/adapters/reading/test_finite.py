@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from turret.server.adapters.checkpoint.finite import all_finite
-from turret.server.adapters.checkpoint.safetensors_header import DTYPES
+from turret.server.adapters.checkpoint.reader import DTYPES
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES.values() if d.is_floating_point])

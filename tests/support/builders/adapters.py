@@ -29,6 +29,7 @@ from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.updates import Sparse
+from turret.server.adapters.peft_format.first_look import look_at
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.errors import AdapterCheckpointError
 
@@ -328,8 +329,11 @@ def read_adapter(root: Path, path: str = "a", max_elements: int = 1 << 24) -> Ad
 
 
 def lower_adapter(root: Path, base: BaseModel, path: str = "a") -> Lowered:
-    """Reads and lowers with whichever method accepts it."""
-    return lower_checkpoint(read_adapter(root, path), base)[1]
+    """Reads and lowers with whichever method accepts it; a start would not have refused it."""
+    lowered = lower_checkpoint(read_adapter(root, path), base)[1]
+    with AdapterRoot(root).open_directory(path) as directory:
+        look_at(directory, path, base=None, max_rank=max(lowered.ranks, default=0))
+    return lowered
 
 
 def refusal_of(root: Path, path: str = "a") -> AdapterCheckpointError:

@@ -15,7 +15,7 @@ from pathlib import Path
 from builders.registries import tiny_base
 from fuzz.doors import METHODS, PATHS, Doors
 
-from turret.server.adapters.checkpoint.reader import parse_config
+from turret.server.adapters.checkpoint.json_files import parse_config
 from turret.server.adapters.checkpoint.safetensors_header import read_header
 from turret.server.adapters.residency.loader import AdapterLoader
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE, Source

@@ -44,10 +44,10 @@ from turret.server.adapters.peft_format.config.selection_rules import (
     START,
     bias_rules,
 )
+from turret.server.adapters.peft_format.limits import check_rank
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
-    check_rank,
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.role_shapes import Served, check_roles

@@ -23,7 +23,7 @@ from peft import PeftType
 
 from turret.server.adapters.methods import METHODS, method_for
 from turret.server.adapters.peft_format.config.rules import Irrelevant, Rejected, Used
-from turret.server.adapters.peft_format.unserved import UNSERVED
+from turret.server.adapters.peft_format.unserved import SERVED_TYPES, UNSERVED
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterMismatchError,
@@ -354,6 +354,7 @@ def test_overflow_of_the_serving_dtype_is_refused(method: str, tmp_path: Path) -
 @pytest.mark.parametrize("kind", [kind.value for kind in PeftType])
 def test_every_peft_type_is_served_or_refused_by_name(kind: str, tmp_path: Path) -> None:
     served = {one for method in METHODS.values() for one in method.peft_types}
+    assert served == SERVED_TYPES
     assert (kind in served) != (kind in UNSERVED)
     if kind in UNSERVED:
         edit_config(save(tmp_path, "lora"), peft_type=kind)

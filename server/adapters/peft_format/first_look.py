@@ -1,0 +1,103 @@
+"""What an adapter's config and the header of its tensors already say against it, without torch.
+
+A start that is to load adapters looks at them before it loads the model. Nothing is refused here
+that the methods would take; what only they can tell is left to them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.json_files import parse_config, read_base_digest
+from turret.server.adapters.checkpoint.safetensors_header import SafetensorsHeader, read_header
+from turret.server.adapters.checkpoint.tensor_names import canonical_name
+from turret.server.adapters.peft_format.base_name import is_other_base, of_other_base
+from turret.server.adapters.peft_format.limits import check_rank
+from turret.server.adapters.peft_format.unserved import (
+    SERVED_TYPES,
+    UNSERVED,
+    peft_type_of,
+    why_unserved,
+)
+from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
+from turret.server.basics.closest import did_you_mean
+
+_BASE = "base_model_name_or_path"
+_A = ".lora_A.weight"
+# Keys of a LoRA whose ``lora_A`` may have another number of rows than ``r`` says.
+_OTHER_RANKS = ("rank_pattern", "target_parameters", "arrow_config")
+
+
+def look_at(
+    directory: AdapterDirectory, path: str, *, base: str | None, max_rank: int | None
+) -> None:
+    """Refuse an adapter whose files cannot be served, as far as that shows.
+
+    Args:
+        directory: Has its two files.
+        path: What messages call the adapter.
+        base: The base's name as served; None if adapters of any base are taken.
+        max_rank: Largest rank; None is any.
+
+    Raises:
+        AdapterCheckpointError: A file cannot be read, the ``peft_type`` is misspelt or not served,
+            or a LoRA's ``r`` contradicts its factors.
+        AdapterMismatchError: It names another base.
+        BudgetExceededError: A LoRA's rank is over ``max_rank``.
+    """
+    with directory.open_file(CONFIG_FILE) as file:
+        config = parse_config(file.read(MAX_CONFIG_BYTES + 1), path)
+    findings = Findings(path)
+    _check_peft_type(config, findings)
+    header = _header(directory, findings)
+    ranks = {} if header is None else _ranks(config, header)
+    _check_ranks(config, ranks, findings)
+    findings.raise_if_any()
+    trained = config.get(_BASE)
+    # With a digest of its base beside it, the name alone proves nothing.
+    is_named = base is not None and isinstance(trained, str) and not read_base_digest(directory)
+    if is_named and is_other_base(trained, base):
+        raise of_other_base(path, trained, base)
+    check_rank(path, max(ranks.values(), default=0), max_rank)
+
+
+def _check_peft_type(config: Mapping[str, Any], findings: Findings) -> None:
+    kind = peft_type_of(config)
+    # One that is like no other may be that of a method which was added to this installation.
+    is_meant = kind not in SERVED_TYPES and did_you_mean(kind, sorted({*SERVED_TYPES, *UNSERVED}))
+    if not kind or kind in UNSERVED or is_meant:
+        findings.add("peft_type", why_unserved(kind, SERVED_TYPES))
+
+
+def _header(directory: AdapterDirectory, findings: Findings) -> SafetensorsHeader | None:
+    with directory.open_file(TENSORS_FILE) as file:
+        try:
+            return read_header(file, os.fstat(file.fileno()).st_size)
+        except ValueError as error:
+            why = f"{error}; copy the file again, or have PEFT save the adapter again"
+            findings.add(TENSORS_FILE, why)
+    return None
+
+
+def _ranks(config: Mapping[str, Any], header: SafetensorsHeader) -> dict[str, int]:
+    """Rows of each ``lora_A`` of a LoRA, by the tensor's name, where they are its rank."""
+    if peft_type_of(config) != "LORA" or any(config.get(key) for key in _OTHER_RANKS):
+        return {}
+    names = {entry: canonical_name(entry.name) for entry in header.entries}
+    return {
+        name: entry.shape[0]
+        for entry, name in names.items()
+        if name.endswith(_A) and len(entry.shape) == 2
+    }
+
+
+def _check_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], findings: Findings) -> None:
+    rank = config.get("r")
+    for name, rows in ranks.items():
+        if type(rank) is int and rows != rank:
+            why = f"has rank {rows}, the config says {rank}"
+            findings.add(name, f"{why}; {CONFIG_FILE} may be of another training")
