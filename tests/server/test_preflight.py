@@ -9,7 +9,6 @@ import os
 import re
 import socket
 import subprocess
-from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -99,14 +98,11 @@ def test_a_cache_larger_than_the_memory() -> None:
     assert found("--device", "cpu", "--kv-cache-bytes", "64MiB") == []
 
 
-def write_adapter(
-    folder: Path, tensors: Mapping[str, tuple[int, ...]] | None = None, **config: object
-) -> Path:
-    """A LoRA of rank 4 in PEFT's layout; ``config`` changes keys, ``tensors`` gives shapes."""
+def write_adapter(folder: Path, **config: object) -> Path:
+    """A LoRA of rank 4 in PEFT's layout; ``config`` changes keys."""
     shapes = {
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": (4, 6),
         "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight": (6, 4),
-        **(tensors or {}),
     }
     folder.mkdir(exist_ok=True)
     values = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}

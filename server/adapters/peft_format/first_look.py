@@ -59,9 +59,9 @@ def look_at(
     findings.raise_if_any()
     trained = config.get(_BASE)
     # With a digest of its base beside it, the name alone proves nothing.
-    is_named = base is not None and isinstance(trained, str) and not read_base_digest(directory)
-    if is_named and is_other_base(trained, base):
-        raise of_other_base(path, trained, base)
+    if base is not None and isinstance(trained, str) and not read_base_digest(directory):
+        if is_other_base(trained, base):
+            raise of_other_base(path, trained, base)
     check_rank(path, max(ranks.values(), default=0), max_rank)
 
 
