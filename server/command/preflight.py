@@ -70,11 +70,8 @@ def _model(model: Path | None) -> Iterator[str]:
 
 
 def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:
-    if config.device.startswith("cuda") and _torch_version().endswith("+cpu"):
-        yield (
-            f"--device: {config.device} was asked for, but torch is installed for CPUs alone"
-            " (docs/kernels.md); `pip install torch` brings one for NVIDIA's GPUs"
-        )
+    if config.device.startswith("cuda") and (why := without_cuda()):
+        yield f"--device: {config.device} was asked for, but {why}"
     elif config.device.startswith("cuda") and (missing := missing_for_triton()):
         yield (
             f"--device: {config.device} was asked for, whose kernels are compiled here: {missing} "
@@ -97,6 +94,16 @@ def _memory(config: Config) -> Iterator[str]:
             f"--kv-cache-bytes: {about_bytes(wanted)} is more than this machine's memory,"
             f" {about_bytes(there)}"
         )
+
+
+def without_cuda() -> str:
+    """Why torch can use no GPU, whatever this machine has; "" if it may."""
+    if not _torch_version().endswith("+cpu"):
+        return ""
+    return (
+        "torch is installed for CPUs alone (docs/kernels.md); `pip install torch` brings one for"
+        " NVIDIA's GPUs"
+    )
 
 
 def _torch_version() -> str:

@@ -90,6 +90,38 @@ def test_wrong_input_ends_before_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("adapter", "flags", "said"),
+    [
+        (
+            "empty",
+            (),
+            "there is no adapter_config.json in {}/empty; name the directory that",
+        ),
+        ("damaged", (), "adapter '{}/damaged' cannot be served: adapter_config.json: is not valid"),
+        ("psoft", (), "PSOFT needs --base, the model it was trained on"),
+        ("psoft", ("--base", "/no/such"), "base: /no/such does not exist; name the directory of"),
+        ("psoft", ("--base", "{}/empty"), "base: {}/empty has no config.json"),
+        ("psoft", ("--base", "x.gguf"), "base: a GGUF file is no base"),
+        ("psoft", ("--output", "{}/psoft"), "{}/psoft is there already; name another --output"),
+    ],
+)
+def test_what_cannot_be_converted_ends_before_torch(
+    adapter: str, flags: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    for name, config in (("damaged", "{"), ("psoft", '{"peft_type": "PSOFT"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(config)
+    (tmp_path / "empty").mkdir()
+    more = [flag.format(tmp_path) for flag in flags]
+    arguments = ("convert", str(tmp_path / adapter), "--output", str(tmp_path / "new"), *more)
+    code, modules, err = loaded_and_said_by(*arguments)
+    assert code == 1
+    assert err.startswith(f"error: {said.format(tmp_path)}")
+    assert len(err.splitlines()) == 1
+    assert not modules & {"torch", "peft", "transformers"}
+
+
+@pytest.mark.parametrize(
     ("key", "value", "complaint"),
     [
         ("method.targets", "q_prj", "'q_prj' is no linear module of llama; .*mean .q_proj."),

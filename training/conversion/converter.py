@@ -25,14 +25,12 @@ from turret.server.errors import AdapterCheckpointError
 from turret.server.models.sources.hub_model import Progress
 from turret.training.adapter_folder import write_adapter
 from turret.training.conversion import adamss, psoft
-from turret.training.conversion.kinds import not_converted
+from turret.training.conversion.kinds import XLORA, check_conversion, not_converted
 from turret.training.conversion.made_lora import MadeLora
 from turret.training.conversion.plain_base import read_plain_base
 from turret.training.conversion.xlora import read_folder, split_xlora
-from turret.training.errors import RunError
 
 _PREFIX = "base_model.model."
-_XLORA = "XLORA"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +95,15 @@ def convert(
         RunError: ``output`` is taken, the base is missing or not the one that was trained on, or
             a part of an X-LoRA is.
     """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise RunError(f"{output} is there already; name another --output, or remove it")
-    if not adapter.is_dir():
-        raise RunError(f"{adapter} is no directory: name the one that PEFT's save_pretrained wrote")
+    check_conversion(adapter, model, output)
     checkpoint = read_folder(adapter, str(adapter))
     kind = _kind_of(checkpoint)
-    if kind == _XLORA:
+    if kind == XLORA:
         with _new_folder(output) as build:
             names = split_xlora(checkpoint, adapter, build, loras)
         *components, router = (f"{output}/{name}" for name in names)
         return Conversion(f"{router}: to be loaded after {', '.join(components)}")
-    if model is None:
-        raise RunError(f"{kind} needs --base, the model it was trained on")
+    assert model is not None  # or it was refused
     base = read_plain_base(model, dtype, device, progress)
     base = replace(base, text_prefix=checkpoint.text_prefix)
     made, saved = _convert_all(checkpoint, CONVERTED[kind], base, progress)
@@ -128,7 +122,7 @@ def convert(
 
 def _kind_of(checkpoint: AdapterCheckpoint) -> str:
     kind = checkpoint.config.get("peft_type")
-    if kind not in (*CONVERTED, _XLORA):
+    if kind not in (*CONVERTED, XLORA):
         raise not_converted(checkpoint.path, kind)
     return str(kind)
 

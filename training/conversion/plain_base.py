@@ -12,15 +12,13 @@ import torch
 from turret.server.adapters.base import EMBEDDING, HEAD, BaseModel, BaseModule, BaseVocabulary
 from turret.server.errors import InvalidRequestError
 from turret.server.models.families import read_arch
-from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.sources.hub_model import Progress, fetch_hub_model, hub_model_id
 from turret.server.models.sources.model_directory import (
-    check_model_directory,
-    is_4bit,
     scale_block,
     weight_files,
 )
 from turret.server.models.stored_tensors import StoredTensors
+from turret.training.conversion.kinds import check_plain_base
 
 _WEIGHT, _BIAS = ".weight", ".bias"
 
@@ -46,13 +44,7 @@ def read_plain_base(
     name = str(model) if hub_id is None else hub_id.repository
     if hub_id is not None:
         model, _ = fetch_hub_model(hub_id, progress)
-    if model.suffix == SUFFIX:
-        why = "a GGUF file is no base that adapters are trained on; name the checkpoint it is of"
-        raise InvalidRequestError.of("base", why)
-    said = check_model_directory(model)
-    if is_4bit(said):
-        why = f"{model} is 4-bit; name the 16-bit or 32-bit checkpoint that was trained on"
-        raise InvalidRequestError.of("base", why)
+    said = check_plain_base(model)
     config = AutoConfig.from_pretrained(model)
     arch = read_arch(config)
     tensors = StoredTensors(weight_files(model), arch.experts, scale_block(said))

@@ -52,18 +52,21 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser], 
 
 
 def _convert(args: argparse.Namespace) -> int:
-    if not args.adapter.is_dir():
-        what = "is a file" if args.adapter.exists() else "does not exist"
-        said = "name the directory that PEFT's save_pretrained wrote"
-        print(f"error: {args.adapter} {what}; {said}", file=sys.stderr)
-        return 1
     from turret.server.command.interrupts import ending_at_interrupts
-    from turret.training.conversion.kinds import check_kind
-    from turret.training.errors import RunError
+    from turret.server.command.preflight import without_cuda
+    from turret.server.errors import TurretError
+    from turret.training.conversion.kinds import check_conversion
+    from turret.training.errors import TrainingError
 
+    if args.device == "cuda" and (why := without_cuda()):
+        print(f"error: --device: cuda was asked for, but {why}", file=sys.stderr)
+        return 1
     try:
-        check_kind(args.adapter)
-    except RunError as error:
+        check_conversion(args.adapter, args.base, args.output)
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 1
+    except (TrainingError, TurretError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
 
@@ -71,9 +74,7 @@ def _convert(args: argparse.Namespace) -> int:
         import torch
 
         from turret.training.conversion.converter import convert
-    from turret.server.errors import TurretError
     from turret.server.progress import progress_bar
-    from turret.training.errors import TrainingError
 
     if args.device == "cuda" and not torch.cuda.is_available():
         print("error: --device cuda: torch finds no GPU here", file=sys.stderr)

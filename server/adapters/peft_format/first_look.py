@@ -57,11 +57,10 @@ def look_at(
     ranks = {} if header is None else _ranks(config, header)
     _check_ranks(config, ranks, findings)
     findings.raise_if_any()
-    trained = config.get(_BASE)
     # With a digest of its base beside it, the name alone proves nothing.
-    if base is not None and isinstance(trained, str) and not read_base_digest(directory):
-        if is_other_base(trained, base):
-            raise of_other_base(path, trained, base)
+    trained = None if read_base_digest(directory) else config.get(_BASE)
+    if base is not None and isinstance(trained, str) and is_other_base(trained, base):
+        raise of_other_base(path, trained, base)
     check_rank(path, max(ranks.values(), default=0), max_rank)
 
 
