@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -89,7 +90,7 @@ def model_name(model: Path, config: dict[str, Any]) -> str:
     return "/".join(cached.groups()) if cached else model.resolve().name
 
 
-def scale_block(config: dict[str, Any]) -> tuple[int, int] | None:
+def scale_block(config: Mapping[str, Any]) -> tuple[int, int] | None:
     """Rows and columns of an FP8 weight that have a scale in common; None if all of it has one.
 
     Raises:
