@@ -128,12 +128,14 @@ def test_what_cannot_be_converted_ends_before_torch(
         ("method.rank", "4", "has no meaning for ia3, which has targets"),
         ("data.packing", "true", "prefix_tuning stands before one text"),
         ("method.components", '["a", "b"]', "a: a is no directory"),
+        ("method.rank", "3", "must be even: HRA starts from pairs of reflections"),
+        ("data.validation", "./t.jsonl", r"t.jsonl is data.train; leave it out, and"),
     ],
 )
 def test_settings_that_do_not_fit_end_before_torch(
     key: str, value: str, complaint: str, tmp_path: Path
 ) -> None:
-    methods = {"method.rank": "ia3", "data.packing": "prefix_tuning"}
+    methods = {"method.rank": "hra" if value == "3" else "ia3", "data.packing": "prefix_tuning"}
     method = methods.get(key, "learned_fusion" if key == "method.components" else "lora")
     (tmp_path / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
     (tmp_path / "t.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')

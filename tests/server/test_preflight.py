@@ -16,13 +16,23 @@ import pytest
 from checkout import ROOT
 from safetensors.numpy import save_file
 
+from turret.server.cli import main
 from turret.server.command import preflight
 from turret.server.command.flags import add_flags, config_from_args
 from turret.server.command.preflight import problems
 from turret.server.config import Config
 from turret.server.models.families import served_types
-from turret.training.errors import RunError
+from turret.training.errors import ConfigError, RunError
 from turret.training.run.folder import RunFolder
+from turret.training.settings.config import (
+    BaseConfig,
+    DataConfig,
+    MethodConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
+from turret.training.settings.inputs import check_inputs
 
 ADAPTERS = ROOT / "examples" / "adapters"
 
@@ -270,7 +280,7 @@ def test_the_newest_checkpoint_is_named_last(tmp_path: Path) -> None:
 
 
 def test_a_device_an_instruction_set_and_threads_that_are_not_there(
-    monkeypatch: pytest.MonkeyPatch,
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(preflight, "_torch_version", lambda: "2.13.0+cpu")
     (problem,) = found("--device", "cuda:1")
@@ -281,6 +291,20 @@ def test_a_device_an_instruction_set_and_threads_that_are_not_there(
     (problem,) = found("--device", "cuda:1")
     assert problem.endswith("compiled here: a C compiler must be installed")
     assert found("--device", "cpu") == []
+    monkeypatch.setattr(preflight, "_torch_version", lambda: "2.13.0+cpu")
+    (tmp_path / "t.jsonl").touch()
+    config = TrainConfig(
+        base=BaseConfig(device="cuda"),
+        method=MethodConfig(),
+        data=DataConfig(train="t.jsonl"),
+        optimizer=OptimizerConfig(),
+        run=RunConfig(),
+    )
+    with pytest.raises(ConfigError, match=r"^base\.device: cuda was asked for, but torch is ins"):
+        check_inputs(config, tmp_path)
+    assert main(["convert", str(tmp_path), "--output", "x", "--device", "cuda"]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("error: --device: cuda was asked for, but torch is installed for CPUs")
     (problem,) = found("--threads", "100000")
     assert problem.startswith("--threads: 100000 is more")
     monkeypatch.setenv("TURRET_ISA", "avx51")

@@ -56,9 +56,7 @@ def _hra_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     return peft.HRAConfig(task_type="CAUSAL_LM", r=config.rank, target_modules=list(config.targets))
 
 
-def _no_pairs(config: Settings, base: TrainingBase) -> str | None:
-    if config.rank % 2:
-        return "must be even: HRA starts from pairs of reflections that undo each other"
+def _high_rank(config: Settings, base: TrainingBase) -> str | None:
     return over_inputs(base.arch, config.targets, config.rank)
 
 
@@ -76,5 +74,5 @@ HRA = _HraMethod(
     learning_rate=5e-3,
     defaults={"targets": ("all-linear",), "rank": 8},
     peft_config=_hra_config,
-    rank_problem=_no_pairs,
+    rank_problem=_high_rank,
 )

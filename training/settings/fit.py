@@ -49,6 +49,9 @@ def check_fit(config: TrainConfig) -> None:
     """
     name = config.method.name
     _check_keys(config.method)
+    if name == "hra" and (config.method.rank or 0) % 2:
+        problem = "must be even: HRA starts from pairs of reflections that undo each other"
+        raise ConfigError.of("method.rank", problem)
     if config.data.packing and name in PROMPTS:
         problem = f"{name} stands before one text, not before each of several in a row"
         raise ConfigError.of("data.packing", problem)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
 from turret.server.basics.hub_id import HubId
+from turret.server.command.preflight import without_cuda
 from turret.server.models.sources.check import check_model
 from turret.training.errors import ConfigError
 from turret.training.settings.config import BaseConfig, TrainConfig
@@ -24,8 +25,8 @@ def check_inputs(config: TrainConfig, folder: Path) -> None:
         folder: Its paths are relative to this.
 
     Raises:
-        ConfigError: A file or directory is not there, the base has no such modules, or the method
-            has no use for a setting.
+        ConfigError: A file or directory is not there or named for two things, torch has no CUDA,
+            the base has no such modules, or the method has no use for a setting.
         InvalidRequestError: The base is no model that is served.
     """
     for key, name in (("train", config.data.train), ("validation", config.data.validation)):
@@ -36,6 +37,15 @@ def check_inputs(config: TrainConfig, folder: Path) -> None:
             what = "is a directory" if path.is_dir() else "does not exist"
             problem = f"{path} {what}; it is a JSONL file of examples, relative to the config"
             raise ConfigError.of(f"data.{key}", problem)
+    validation = config.data.validation
+    if validation is not None and (folder / validation).samefile(folder / config.data.train):
+        problem = (
+            f"{folder / validation} is data.train; leave it out, and data.validation_fraction of"
+            " the examples are set aside"
+        )
+        raise ConfigError.of("data.validation", problem)
+    if config.base.device == "cuda" and (why := without_cuda()):
+        raise ConfigError.of("base.device", f"cuda was asked for, but {why}")
     model_type = check_model(base_place(config.base, folder))
     check_fit(config)
     if config.method.name == "learned_fusion":
