@@ -129,6 +129,9 @@ def draw_svg(rows: Sequence[Row], caption: str) -> str:
             body.append(f'<path d="M{path}" fill="none" stroke="{color}" stroke-width="2"/>')
         for count, x in xs.items():
             body.append(f'<text x="{x:.1f}" y="290" text-anchor="middle">{count}</text>')
+        body.append(
+            f'<text x="{left + 150}" y="308" text-anchor="middle" fill="#777">replicas</text>'
+        )
         for part in (0.0, 0.5, 1.0):
             text, y = f"{part * top / 1.15:.2g}", 272 - 216 * part / 1.15
             body.append(f'<text x="{left - 8}" y="{y:.1f}" text-anchor="end">{text}</text>')

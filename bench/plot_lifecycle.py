@@ -75,9 +75,14 @@ def _throughput(rows: Sequence[Mapping[str, Any]], slora: float | None) -> list[
             for rate in row["rounds"]
         ]
         parts += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{_BAR}"/>']
-        parts += [_text(x, _BOTTOM + 18, f"{row['registered']:,}")]
+        parts += [_text(x, _BOTTOM + 18, _count(row["registered"]))]
     parts += [_text((left + right) / 2, _BOTTOM + 38, "registered adapters", color=_MUTED)]
     return parts
+
+
+def _count(number: int) -> str:
+    """Short, for 1,000 and 2,000 stand close on a logarithmic axis."""
+    return f"{number // 1000}k" if number and number % 1000 == 0 else f"{number:,}"
 
 
 def _first_tokens(result: Mapping[str, Any]) -> list[str]:

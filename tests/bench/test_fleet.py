@@ -6,6 +6,7 @@ import importlib
 from collections import Counter
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from checkout import ROOT
@@ -74,3 +75,14 @@ def test_it_runs_and_draws(bench: Any, tmp_path: Path, capsys: pytest.CaptureFix
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 5
     assert (tmp_path / "a.svg").read_text().startswith("<svg")
+
+
+def test_the_plot_says_what_its_axes_are(bench: Any) -> None:
+    shares = {"cold_share": 0.5, "slo_share": 1.0, "p99_seconds": 0.2, "p99_killed_seconds": None}
+    rows = [
+        bench.Row(replicas=2, route=route, requests_per_second=8.0, **shares)
+        for route in bench.ROUTES
+    ]
+    svg = ElementTree.fromstring(bench.draw_svg(rows, "a caption"))
+    texts = [element.text for element in svg.iter("{http://www.w3.org/2000/svg}text")]
+    assert texts.count("replicas") == 2
