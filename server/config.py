@@ -32,6 +32,9 @@ ADAPTER_NAME_RULE = (
     " either end"
 )
 
+# Of --preload in the listing at the start; each has a line of its own when it is loaded.
+_PRELOADS_SHOWN = 3
+
 # What browsers send as Origin: no path, no slash at the end.
 _HOST = re.compile(r"[a-z0-9]([a-z0-9._-]*[a-z0-9])?", re.IGNORECASE)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s?#]+")
@@ -367,14 +370,20 @@ class Config:
             part = getattr(self, section.name)
             for entry in dataclasses.fields(part):
                 value: Any = getattr(part, entry.name)
-                is_default = value == entry.default
-                if value is None:
-                    value = "auto" if "unit" in entry.metadata else "-"
-                elif entry.metadata.get("unit") == "bytes":
-                    value = format_byte_size(value)
-                elif entry.name == "preload":
-                    value = " ".join(f"{name}={path}" for name, path in value)
-                elif isinstance(value, tuple):
-                    value = " ".join(value)
-                shown = "-" if value == "" else value
-                yield f"{section.name}.{entry.name} = {shown}", is_default
+                shown = _shown(entry, value)
+                yield f"{section.name}.{entry.name} = {shown}", value == entry.default
+
+
+def _shown(entry: dataclasses.Field[Any], value: Any) -> str:
+    """A value as the listing at the start has it."""
+    if value is None and entry.default is not None:
+        return "none"
+    if value is None:
+        return "auto" if "unit" in entry.metadata else "-"
+    if entry.metadata.get("unit") == "bytes":
+        return format_byte_size(value)
+    if entry.name == "preload":
+        pairs = [f"{name}={path}" for name, path in value]
+        more = len(pairs) - _PRELOADS_SHOWN
+        value = (*pairs[:_PRELOADS_SHOWN], *([f"and {more} more"] if more > 0 else []))
+    return (" ".join(value) if isinstance(value, tuple) else str(value)) or "-"

@@ -34,7 +34,8 @@ class Adapter:
         base_model: The base model that the checkpoint names.
         warnings: What looks wrong, for people to read.
         state: ``LOADING``, ``ACTIVE`` or ``DELETING``.
-        source: The path that it was loaded from, of the hub with its commit; "" if uploaded.
+        source: The path that it was loaded from, of the hub with its commit; "" if uploaded
+            or fused.
         invocation_token_ids: Tokens from whose last occurrence in the prompt on it acts (aLoRA);
             empty if it acts on every token.
         labels: Those of its classification head; empty if it does not classify.

@@ -91,8 +91,8 @@ def print_change(verb: str, adapter: Adapter, before: int | None = None) -> None
         print(f"warning: {warning}")
 
 
-def print_adapter(adapter: Adapter) -> None:
-    """One row per property."""
+def print_adapter(adapter: Adapter, *, made: str = "uploaded or fused") -> None:
+    """One row per property; ``made`` says where files came from that are the server's own."""
     used = adapter.last_used_time
     rows = {
         "name": adapter.name,
@@ -109,7 +109,7 @@ def print_adapter(adapter: Adapter) -> None:
         "in flight": str(adapter.in_flight),
         "last used": "never" if used is None else used.isoformat(sep=" ", timespec="seconds"),
         "base model": adapter.base_model,
-        "source": adapter.source or "uploaded",
+        "source": adapter.source or made,
         "acts from": " ".join(map(str, adapter.invocation_token_ids)),
         "warnings": "\n".join(adapter.warnings),
     }
@@ -118,7 +118,7 @@ def print_adapter(adapter: Adapter) -> None:
 
 def print_fusion(fusion: Fusion) -> None:
     """The new adapter, then what was lost."""
-    print_adapter(fusion.adapter)
+    print_adapter(fusion.adapter, made="fused")
     _print_errors(fusion.relative_error, fusion.modules)
     _print_kinds(fusion.modules)
 

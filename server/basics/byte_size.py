@@ -19,6 +19,10 @@ _BYTE_UNITS = {
     "GIB": GIB,
     "TIB": 1 << 40,
 }
+_SHOWN_UNITS = (
+    *(("TiB", 1 << 40), ("GiB", GIB), ("MiB", MIB), ("KiB", 1 << 10)),
+    *(("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)),
+)
 _BYTE_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)")
 
 
@@ -50,8 +54,10 @@ def about_bytes(count: int) -> str:
 
 
 def format_byte_size(count: int) -> str:
-    """The shortest exact binary form: 268435456 → ``256MiB``."""
-    for unit, size in (("TiB", 1 << 40), ("GiB", GIB), ("MiB", MIB), ("KiB", 1 << 10)):
-        if count >= size and count % size == 0:
-            return f"{count // size}{unit}"
-    return str(count)
+    """The shortest exact form, a binary one of two: 268435456 → ``256MiB``, 2·10⁹ → ``2GB``."""
+    exact = [
+        f"{count // size}{unit}"
+        for unit, size in _SHOWN_UNITS
+        if count >= size and count % size == 0
+    ]
+    return min((*exact, str(count)), key=len)

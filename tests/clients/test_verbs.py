@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -276,6 +277,7 @@ def test_adapters_fuse_merge_and_unmerge(run: Run, server: FakeTurret):
     assert [(a.name, a.weight) for a in request.adapters] == [("sql", 1.0), ("json", 0.5)]
     assert "relative error 0.25 over 2 modules" in out
     assert "worst 0.5 in layers.0.q_proj" in out
+    assert re.search(r"source +│ fused", out)
     assert ["q_proj", "2", "4-8", "0.375", "0.5"] in [
         [cell.strip() for cell in line.strip("│").split("│")] for line in out.splitlines()
     ]

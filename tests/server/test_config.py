@@ -201,6 +201,19 @@ def test_describe_shows_every_value_once() -> None:
     assert "model.model = -" in lines
 
 
+def test_what_was_given_is_described_as_it_was_meant() -> None:
+    sizes = ("--kv-cache-bytes", "900TB", "--adapter-host-bytes", "3GiB")
+    preloads = [part for name in "abcde" for part in ("--preload", f"{name}=x/{name}")]
+    given = ("--metrics-address", "none", *sizes, "--adapter-root", "r", *preloads)
+    assert parse(*given).changes() == [
+        "cache.kv_cache_bytes = 900TB",
+        "adapters.adapter_root = r",
+        "adapters.adapter_host_bytes = 3GiB",
+        "adapters.preload = a=x/a b=x/b c=x/c and 2 more",
+        "listen.metrics_address = none",
+    ]
+
+
 def test_tls_and_tokens_alone_are_fine_on_loopback() -> None:
     Config(security=SecurityConfig(token_file=Path("t")))
     assert not SecurityConfig(token_file=Path("t")).is_complete
