@@ -1,0 +1,30 @@
+"""A server with canned answers, and the command's verbs against it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from servers.command import parse_and_run
+from servers.fake_turret import FakeTurret, fake_turret
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def server() -> Iterator[FakeTurret]:
+    with fake_turret() as running:
+        yield running
+
+
+@pytest.fixture
+def run(server: FakeTurret, capsys: pytest.CaptureFixture[str], monkeypatch) -> Run:
+    """Runs a verb against the server; returns exit code, stdout and stderr."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        code = parse_and_run(*arguments, "--address", server.address)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run

@@ -1,0 +1,117 @@
+"""Conversations and answers that end: by their reader, by a fault, by the server."""
+
+from __future__ import annotations
+
+import io
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+from checkout import ROOT
+from servers.fake_turret import CUT, FOREVER, GONE, FakeTurret
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+class Terminal(io.StringIO):
+    """Lines of somebody who is there."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_chat_remembers_turns_and_switches_adapters(run: Run, server: FakeTurret, monkeypatch):
+    lines = ["one", "/adapter nope", "/adapter sql json=0.5", "/system be brief", "two"]
+    lines += ["/nonsense", "/adapters", "/stats", "/reset", "/adapter", "/system", "three"]
+    monkeypatch.setattr("sys.stdin", Terminal("\n".join(lines) + "\n"))
+    code, out, err = run("chat", "--temperature", "0")
+    assert code == 0
+    assert err.splitlines() == [
+        "error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope",
+        "error: unknown command /nonsense; /help lists them",
+    ]
+    first, second, third = server.inference.requests
+    said = [(m.role, m.content) for m in second.chat.messages]
+    answer = ("assistant", "user:one ")
+    assert said == [("system", "be brief"), ("user", "one"), answer, ("user", "two")]
+    assert [(a.name, a.weight) for a in second.adapters] == [("sql", 1.0), ("json", 0.5)]
+    assert [m.content for m in third.chat.messages] == ["three"]
+    assert not third.adapters
+    assert all(r.sampling.HasField("temperature") for r in (first, second, third))
+    assert "sql@1  lora" in out
+    assert "sql@1=1; json@1=0.5" in out
+
+
+def test_chat_ends_at_the_first_failure_where_nobody_is_there(
+    run: Run, server: FakeTurret, monkeypatch
+):
+    for line, code in (("/adapter nope", 1), ("/nonsense", 2), (CUT, 1)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"one\n{line}\nlost\n"))
+        server.inference.requests.clear()
+        assert run("chat")[0] == code
+        assert server.inference.requests[-1].chat.messages[-1].content == {CUT: CUT}.get(
+            line, "one"
+        )
+    code, out, err = run("chat", "-a", "jsn")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter jsn")
+
+
+def test_an_answer_that_the_server_cuts_is_no_success(run: Run):
+    cut = "error: the server is shutting down: it ended the answer before its end\n"
+    assert run("generate", f"a {CUT}") == (1, f"a{CUT}\n", cut)
+    code, out, err = run("generate", f"a {CUT}", "--json")
+    assert (code, json.loads(out)["finish_reason"], err) == (1, "CANCELLED", cut)
+    code, out, err = run("generate", f"a {GONE}")
+    assert (code, out) == (1, f"a{GONE}\n")
+    assert err == "error: the server went away in the middle of the answer (Socket closed)\n"
+
+
+def test_text_that_is_no_utf8_is_named(run: Run):
+    code, _, err = run("generate", "caf\udcff")
+    assert (code, err) == (2, "error: 'caf\\\\udcff' is not UTF-8 text\n")
+
+
+def test_a_reader_that_has_enough_is_no_error(server: FakeTurret):
+    program = "import sys; from servers.command import *; sys.exit(parse_and_run(*sys.argv[1:]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, "generate", FOREVER, "--address", server.address],
+        cwd=ROOT / "tests" / "support",
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.wait(20) == 141
+        assert process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(
+    ("verb", "code"), [(["generate", FOREVER], 130), (["chat"], 0)], ids=["generate", "chat"]
+)
+def test_interrupt_ends_cleanly(server: FakeTurret, verb: list[str], code: int):
+    """Ctrl-C stops the request on the server; no traceback reaches the user."""
+    program = "import sys; from servers.command import *; sys.exit(parse_and_run(*sys.argv[1:]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, *verb, "--address", server.address],
+        cwd=ROOT / "tests" / "support",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        # The first bytes say that the stream, or the conversation, has begun.
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == code
+        assert b"Traceback" not in process.stderr.read()
+    if verb[0] == "generate":
+        assert server.inference.stream_ended.wait(5)
