@@ -67,15 +67,21 @@ class SparseLanes:
 
 
 def lanes_bytes(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
-    """What ``SparseLanes.of`` takes."""
-    steps, skips = _shape(columns, row_starts)
+    """What ``SparseLanes.of`` takes at most. It looks at no entry."""
     out = len(row_starts) - 1
-    return steps * _LANES * (3 if skips else 4) + out + 4 * (-(-out // _LANES) + 1)
+    return _steps(columns, row_starts, skips=False) * _LANES * 4 + out + 4 * (-(-out // _LANES) + 1)
 
 
 def _shape(columns: torch.Tensor, row_starts: torch.Tensor) -> tuple[int, bool]:
     """Steps, and whether places are those from the last entry: 3 bytes each and not 4."""
-    count = functions().turret_sparse_steps
-    arguments = columns.data_ptr(), row_starts.data_ptr(), len(row_starts) - 1
-    narrow, wide = count(*arguments, True), count(*arguments, False)
+    narrow = _steps(columns, row_starts, skips=True)
+    wide = _steps(columns, row_starts, skips=False)
     return (narrow, True) if 0 <= 3 * narrow <= 4 * wide else (wide, False)
+
+
+def _steps(columns: torch.Tensor, row_starts: torch.Tensor, *, skips: bool) -> int:
+    """Of all lanes; negative where skips cannot tell the columns, which do not ascend."""
+    found: int = functions().turret_sparse_steps(
+        columns.data_ptr(), row_starts.data_ptr(), len(row_starts) - 1, skips
+    )
+    return found

@@ -18,25 +18,36 @@ INLINE int64_t lane_steps(const uint16_t *columns, int64_t first, int64_t last, 
     for (int64_t e = first; e < last; column = columns[e++]) {
         int64_t skipped = columns[e] - column;
         if (skipped < 0) return -1;
-        steps += 1 + (skipped > 0 ? (skipped - 1) / MOST_SKIPPED : 0);
+        steps += skipped > MOST_SKIPPED ? 1 + (skipped - 1) / MOST_SKIPPED : 1;
     }
     return steps;
 }
 
-/* Orders the outputs [low, low + count) by their steps, most first; returns whether it can be done. */
+/* Orders the outputs [low, low + count) by their steps, most first; returns whether it can be done. By
+ * digits of the steps, the lowest first: an adapter has thousands of such units, and its first
+ * request waits for them. */
 static int deal(const uint16_t *columns, const int32_t *row_starts, int64_t low, int64_t count,
                 int skips, int64_t *steps, uint8_t *outputs) {
+    int64_t found[COLUMNS], most = 0;
+    uint8_t before[COLUMNS];
     for (int64_t i = 0; i < count; i++) {
-        int64_t found = lane_steps(columns, row_starts[low + i], row_starts[low + i + 1], skips);
-        int64_t place = i;
-        if (found < 0) return 0;
-        for (; place && steps[place - 1] < found; place--) {
-            steps[place] = steps[place - 1];
-            outputs[place] = outputs[place - 1];
-        }
-        steps[place] = found;
-        outputs[place] = (uint8_t)i;
+        found[i] = lane_steps(columns, row_starts[low + i], row_starts[low + i + 1], skips);
+        if (found[i] < 0) return 0;
+        most = found[i] > most ? found[i] : most;
+        outputs[i] = (uint8_t)i;
     }
+    for (int shift = 0; shift == 0 || most >> shift; shift += 8) {
+        int64_t ends[256] = {0}, end = 0;
+        memcpy(before, outputs, count);
+        for (int64_t i = 0; i < count; i++) ends[found[i] >> shift & 255]++;
+        for (int digit = 255; digit >= 0; digit--) {
+            int64_t start = end;
+            end += ends[digit];
+            ends[digit] = start;
+        }
+        for (int64_t i = 0; i < count; i++) outputs[ends[found[before[i]] >> shift & 255]++] = before[i];
+    }
+    for (int64_t i = 0; i < count; i++) steps[i] = found[outputs[i]];
     return 1;
 }
 
