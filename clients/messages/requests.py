@@ -224,7 +224,7 @@ def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatM
         TypeError: A turn has none of the accepted forms.
     """
     if isinstance(chat, str):
-        return [inference_pb2.ChatMessage(role="user", content=chat)]
+        return [_said("user", chat)]
     return [_to_message(message) for message in _items("messages", chat)]
 
 
@@ -241,10 +241,10 @@ def set_input(
 
     Raises:
         TypeError: The prompt is neither text nor token ids nor a conversation.
-        ValueError: A token id is negative or too large.
+        ValueError: A token id is negative or too large, or a text is not UTF-8.
     """
     if isinstance(prompt, str):
-        request.prompt = prompt
+        fill(request, ("prompt",), {"prompt": prompt})
         return
     items = _items("prompt", prompt)
     if all(isinstance(item, int) for item in items):
@@ -260,19 +260,23 @@ def _items(name: str, value: Any) -> list[Any]:
     raise TypeError(f"{name}: text, token ids or the turns of a conversation, not {value!r}")
 
 
+def _said(role: str, content: str) -> inference_pb2.ChatMessage:
+    turn = inference_pb2.ChatMessage()
+    fill(turn, ("role", "content"), {"role": role, "content": content})
+    return turn
+
+
 def _to_message(message: object) -> inference_pb2.ChatMessage:
     match message:
         case inference_pb2.ChatMessage():
             return message
         case {"role": str() as role, **rest} if _is_turn(rest):
-            return inference_pb2.ChatMessage(
-                role=role,
-                content=rest.get("content") or "",
-                tool_calls=[_to_call(call) for call in rest.get("tool_calls") or ()],
-                tool_call_id=rest.get("tool_call_id") or "",
-            )
+            turn = _said(role, rest.get("content") or "")
+            turn.tool_calls.extend(_to_call(call) for call in rest.get("tool_calls") or ())
+            turn.tool_call_id = rest.get("tool_call_id") or ""
+            return turn
         case (str() as role, str() as content):
-            return inference_pb2.ChatMessage(role=role, content=content)
+            return _said(role, content)
     raise TypeError(f"messages: a message is a role and a content, not {message!r}")
 
 

@@ -27,7 +27,6 @@ from turret.clients.retries import RetryPolicy
 _DEFAULT_TIMEOUT_SECONDS = 600.0
 # More than so many are only counted, unless --details is given.
 _FEW_VIOLATIONS = 8
-_MOST_SHOWN = 60  # characters of a text that is refused
 # Environment variables that stand for the flags of the same name; the flags win.
 ADDRESS_VARIABLE = "TURRET_ADDRESS"
 TOKEN_VARIABLE = "TURRET_TOKEN"
@@ -109,11 +108,6 @@ def adapter_weight(text: str) -> AdapterWeight:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def shorten(text: str) -> str:
-    """So much of a text as an error shows."""
-    return text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}…"
-
-
 def text_argument(text: str) -> str:
     """The argument, or standard input if it is ``-``."""
     return sys.stdin.read() if text == "-" else text
@@ -139,10 +133,6 @@ def with_client(
         except (OSError, UnfinishedAnswerError) as error:
             print_error(error)
             return 1
-        except UnicodeEncodeError as error:
-            shown = error.object.encode(errors="backslashreplace").decode()
-            print_error(ValueError(f"{shorten(shown)!r} is not UTF-8 text"))
-            return 2
         except (TypeError, ValueError) as error:
             print_error(error)
             return 2

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from turret.kernels.cpu.isas import ISAS
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
-from turret.server.adapters.peft_format.first_look import look_at
+from turret.server.adapters.peft_format.refusals.first_look import look_at
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.basics.address import split_address
 from turret.server.basics.byte_size import about_bytes

@@ -16,6 +16,19 @@ from servers.fake_turret import CUT, FOREVER, GONE, FakeTurret
 Run = Callable[..., tuple[int, str, str]]
 
 
+def command(*arguments: str) -> subprocess.Popen[bytes]:
+    """The command in a process of its own, with pipes."""
+    program = "import sys; from servers.command import *; sys.exit(parse_and_run(*sys.argv[1:]))"
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        cwd=ROOT / "tests" / "support",
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        bufsize=0,
+    )
+
+
 class Terminal(io.StringIO):
     """Lines of somebody who is there."""
 
@@ -52,9 +65,8 @@ def test_chat_ends_at_the_first_failure_where_nobody_is_there(
         monkeypatch.setattr("sys.stdin", io.StringIO(f"one\n{line}\nlost\n"))
         server.inference.requests.clear()
         assert run("chat")[0] == code
-        assert server.inference.requests[-1].chat.messages[-1].content == {CUT: CUT}.get(
-            line, "one"
-        )
+        last = server.inference.requests[-1].chat.messages[-1].content
+        assert last == (CUT if line == CUT else "one")
     code, out, err = run("chat", "-a", "jsn")
     assert (code, out) == (1, "")
     assert err.startswith("error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter jsn")
@@ -72,18 +84,13 @@ def test_an_answer_that_the_server_cuts_is_no_success(run: Run):
 
 def test_text_that_is_no_utf8_is_named(run: Run):
     code, _, err = run("generate", "caf\udcff")
-    assert (code, err) == (2, "error: 'caf\\\\udcff' is not UTF-8 text\n")
+    assert (code, err) == (2, "error: prompt: a text that is not UTF-8\n")
+    code, _, err = run("generate", "caf\udcff", "--chat")
+    assert (code, err) == (2, "error: content: a text that is not UTF-8\n")
 
 
 def test_a_reader_that_has_enough_is_no_error(server: FakeTurret):
-    program = "import sys; from servers.command import *; sys.exit(parse_and_run(*sys.argv[1:]))"
-    with subprocess.Popen(
-        [sys.executable, "-c", program, "generate", FOREVER, "--address", server.address],
-        cwd=ROOT / "tests" / "support",
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        bufsize=0,
-    ) as process:
+    with command("generate", FOREVER, "--address", server.address) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.read(1)
@@ -97,15 +104,7 @@ def test_a_reader_that_has_enough_is_no_error(server: FakeTurret):
 )
 def test_interrupt_ends_cleanly(server: FakeTurret, verb: list[str], code: int):
     """Ctrl-C stops the request on the server; no traceback reaches the user."""
-    program = "import sys; from servers.command import *; sys.exit(parse_and_run(*sys.argv[1:]))"
-    with subprocess.Popen(
-        [sys.executable, "-c", program, *verb, "--address", server.address],
-        cwd=ROOT / "tests" / "support",
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        bufsize=0,
-    ) as process:
+    with command(*verb, "--address", server.address) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         # The first bytes say that the stream, or the conversation, has begun.

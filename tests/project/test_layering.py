@@ -36,7 +36,10 @@ ENTRY = "server.command.entry"
 NOUNS = {"server.adapters", "server.adapters.operators", "leaf"}
 READING = {
     f"server.adapters.{name}"
-    for name in ("checkpoint", "peft_format", "peft_format.config", "lowering", "methods")
+    for name in (
+        *("checkpoint", "lowering", "methods"),
+        *(f"peft_format{room}" for room in ("", ".config", ".refusals", ".vocabulary")),
+    )
 }
 METHOD_ROOMS = [
     f"server.adapters.methods.{name}"
@@ -62,8 +65,13 @@ BELOW = {
     "server.adapters": {"leaf", "server.adapters.operators"},
     "server.adapters.checkpoint": NOUNS,
     "server.adapters.peft_format.config": NOUNS | {"server.adapters.checkpoint"},
+    "server.adapters.peft_format.refusals": NOUNS | {"server.adapters.checkpoint"},
     "server.adapters.peft_format": NOUNS
-    | {"server.adapters.checkpoint", "server.adapters.peft_format.config"},
+    | {"server.adapters.checkpoint"}
+    | {f"server.adapters.peft_format.{name}" for name in ("config", "refusals")},
+    "server.adapters.peft_format.vocabulary": NOUNS
+    | {"server.adapters.checkpoint", "server.adapters.peft_format"}
+    | {f"server.adapters.peft_format.{name}" for name in ("config", "refusals")},
     "server.adapters.lowering": NOUNS | READING - {"server.adapters.methods"},
     "server.adapters.methods": NOUNS | READING,
     # A method knows no other room's methods, and not how it is found.
@@ -113,7 +121,7 @@ BELOW = {
     "server.rpc": {"server.api", "server.api.access", "server.api.admin", "leaf", "v1"},
     # Before torch: see test_command.
     "server.command": NOUNS
-    | {f"server.adapters.{name}" for name in ("checkpoint", "peft_format")}
+    | {f"server.adapters.{name}" for name in ("checkpoint", "peft_format.refusals")}
     | {"server.models.sources", "kernels"},
     "server.http.exchange": {"server.api", "server.api.access", "leaf", "v1"},
     "server.http.console": {

@@ -15,12 +15,12 @@ import torch
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.fuse.lora_files import lora_config
-from turret.server.adapters.peft_format.base_name import base_name_warning
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
     read_module_checkpoint,
 )
+from turret.server.adapters.peft_format.refusals.base_name import base_name_warning
 from turret.server.errors import AdapterCheckpointError
 from turret.server.models.sources.hub_model import Progress
 from turret.training.adapter_folder import write_adapter

@@ -17,9 +17,9 @@ from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.soft_prompt import SoftPrompt
 from turret.server.adapters.operators.vocabulary import VocabularyOperators
-from turret.server.adapters.peft_format.base_name import base_name_warning
 from turret.server.adapters.peft_format.module_checkpoint import ModuleCheckpoint
 from turret.server.adapters.peft_format.prompt_checkpoint import EMBEDDINGS
+from turret.server.adapters.peft_format.refusals.base_name import base_name_warning
 
 _NO_CONV1D = "fan_in_fan_out is true; the base model's modules are linear, where it has no effect"
 _NOTHING: Mapping[str, ModuleOperators] = MappingProxyType({})

@@ -20,10 +20,10 @@ from turret.server.adapters.peft_format.classifier_checkpoint import (
 )
 from turret.server.adapters.peft_format.config.lora_rules import INVOCATION
 from turret.server.adapters.peft_format.expert_checkpoint import ExpertPart, take_experts
-from turret.server.adapters.peft_format.limits import check_rank
-from turret.server.adapters.peft_format.resized_vocabulary import FittedCheckpoint, fit_vocabulary
-from turret.server.adapters.peft_format.unserved import peft_type_of, why_unserved
-from turret.server.adapters.peft_format.vocabulary_checkpoint import VocabularyPart, take_vocabulary
+from turret.server.adapters.peft_format.refusals.limits import check_rank
+from turret.server.adapters.peft_format.refusals.unserved import peft_type_of, why_unserved
+from turret.server.adapters.peft_format.vocabulary.checkpoint import VocabularyPart, take_vocabulary
+from turret.server.adapters.peft_format.vocabulary.resized import FittedCheckpoint, fit_vocabulary
 from turret.server.errors import AdapterCheckpointError
 
 

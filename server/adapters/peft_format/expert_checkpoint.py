@@ -31,7 +31,7 @@ from turret.server.adapters.operators.updates import ExpertLowRank
 from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES, VARIANTS
 from turret.server.adapters.peft_format.config.rules import Rules, check_config
 from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
-from turret.server.adapters.peft_format.limits import check_rank
+from turret.server.adapters.peft_format.refusals.limits import check_rank
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _INNER = ".base_layer"

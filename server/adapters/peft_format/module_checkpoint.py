@@ -17,10 +17,10 @@ import torch
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.peft_format.base_mismatch import cause_of_mismatch
 from turret.server.adapters.peft_format.config.rules import Rules, check_config
 from turret.server.adapters.peft_format.config.targets import Targets, resolve_targets
-from turret.server.adapters.peft_format.limits import check_rank
+from turret.server.adapters.peft_format.refusals.base_mismatch import cause_of_mismatch
+from turret.server.adapters.peft_format.refusals.limits import check_rank
 from turret.server.adapters.source import TENSORS_FILE
 
 BIAS = "bias"

@@ -26,8 +26,8 @@ from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
-from turret.server.adapters.peft_format.base_name import is_other_base, of_other_base
-from turret.server.adapters.peft_format.resized_vocabulary import vocabulary_of
+from turret.server.adapters.peft_format.refusals.base_name import is_other_base, of_other_base
+from turret.server.adapters.peft_format.vocabulary.resized import vocabulary_of
 from turret.server.adapters.source import TOKENIZER_FILE, Source
 from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.basics.background import compute_on_this_thread

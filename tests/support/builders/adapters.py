@@ -29,7 +29,7 @@ from turret.server.adapters.lowering.lowered import Lowered
 from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.updates import Sparse
-from turret.server.adapters.peft_format.first_look import look_at
+from turret.server.adapters.peft_format.refusals.first_look import look_at
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.errors import AdapterCheckpointError
 

@@ -12,7 +12,7 @@ from pages.adapter_costs import render_costs
 from turret.server.adapters.lowering.lowered import Method
 from turret.server.adapters.methods import METHODS
 from turret.server.adapters.peft_format.config.rules import Irrelevant, Rejected, Rule, Used
-from turret.server.adapters.peft_format.unserved import UNSERVED
+from turret.server.adapters.peft_format.refusals.unserved import UNSERVED
 
 PAGE = ROOT / "docs" / "adapters.md"
 

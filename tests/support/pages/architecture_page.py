@@ -24,7 +24,8 @@ ROOMS = (
         f"server/adapters/{name}"
         for name in (
             "operators",
-            *("checkpoint", "peft_format/config", "peft_format", "lowering", "methods"),
+            *("checkpoint", "peft_format/config", "peft_format/refusals", "peft_format"),
+            *("peft_format/vocabulary", "lowering", "methods"),
             *("methods/lora", "methods/low_rank", "methods/transforms", "methods/structured"),
             *("methods/vectors", "methods/prompts"),
             *("state", "residency", "fuse", "registry", "merge"),

@@ -30,12 +30,12 @@ from turret.server.adapters.peft_format.config.selection_rules import (
     START,
     bias_rules,
 )
-from turret.server.adapters.peft_format.limits import check_rank
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
     read_module_checkpoint,
 )
+from turret.server.adapters.peft_format.refusals.limits import check_rank
 from turret.server.adapters.peft_format.role_shapes import Served, check_divides, check_roles
 
 _R, _S = "boft_R", "boft_s"

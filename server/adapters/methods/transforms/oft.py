@@ -44,12 +44,12 @@ from turret.server.adapters.peft_format.config.selection_rules import (
     START,
     bias_rules,
 )
-from turret.server.adapters.peft_format.limits import check_rank
 from turret.server.adapters.peft_format.module_checkpoint import (
     ModuleFormat,
     Roles,
     read_module_checkpoint,
 )
+from turret.server.adapters.peft_format.refusals.limits import check_rank
 from turret.server.adapters.peft_format.role_shapes import Served, check_roles
 
 _TRIANGLE, _MATRIX, _SCALE = "oft_R.weight", "oft_r", "oft_s"

@@ -29,7 +29,7 @@ from turret.server.adapters.peft_format.config.targets import (
     resolve_targets,
 )
 from turret.server.adapters.peft_format.config.vocabulary_rules import is_token_list
-from turret.server.adapters.peft_format.vocabulary_rows import read_rows
+from turret.server.adapters.peft_format.vocabulary.rows import read_rows
 from turret.server.adapters.source import TENSORS_FILE
 
 _SUFFIX = ".trainable_tokens_delta"

@@ -23,7 +23,7 @@ from peft import PeftType
 
 from turret.server.adapters.methods import METHODS, method_for
 from turret.server.adapters.peft_format.config.rules import Irrelevant, Rejected, Used
-from turret.server.adapters.peft_format.unserved import SERVED_TYPES, UNSERVED
+from turret.server.adapters.peft_format.refusals.unserved import SERVED_TYPES, UNSERVED
 from turret.server.errors import (
     AdapterCheckpointError,
     AdapterMismatchError,

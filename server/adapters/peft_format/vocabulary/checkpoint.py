@@ -36,7 +36,7 @@ from turret.server.adapters.peft_format.config.vocabulary_rules import (
     vocabulary_module,
 )
 from turret.server.adapters.peft_format.dora_gain import dora_gain
-from turret.server.adapters.peft_format.vocabulary_names import (
+from turret.server.adapters.peft_format.vocabulary.names import (
     BY_NAME,
     FROZEN,
     LOW_RANK,
@@ -47,7 +47,7 @@ from turret.server.adapters.peft_format.vocabulary_names import (
     B,
     Found,
 )
-from turret.server.adapters.peft_format.vocabulary_rows import (
+from turret.server.adapters.peft_format.vocabulary.rows import (
     changed_rows,
     check_vocabulary,
     read_matrix,

@@ -15,9 +15,9 @@ from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.json_files import parse_config, read_base_digest
 from turret.server.adapters.checkpoint.safetensors_header import SafetensorsHeader, read_header
 from turret.server.adapters.checkpoint.tensor_names import canonical_name
-from turret.server.adapters.peft_format.base_name import is_other_base, of_other_base
-from turret.server.adapters.peft_format.limits import check_rank
-from turret.server.adapters.peft_format.unserved import (
+from turret.server.adapters.peft_format.refusals.base_name import is_other_base, of_other_base
+from turret.server.adapters.peft_format.refusals.limits import check_rank
+from turret.server.adapters.peft_format.refusals.unserved import (
     SERVED_TYPES,
     UNSERVED,
     peft_type_of,

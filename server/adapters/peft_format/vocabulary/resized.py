@@ -23,12 +23,12 @@ from turret.server.adapters.peft_format.config.vocabulary_rules import (
     token_ids_by_module,
 )
 from turret.server.adapters.peft_format.dora_gain import dora_gain
-from turret.server.adapters.peft_format.vocabulary_checkpoint import (
+from turret.server.adapters.peft_format.vocabulary.checkpoint import (
     saved_modules,
     tied_targets,
     vocabulary_targets,
 )
-from turret.server.adapters.peft_format.vocabulary_names import (
+from turret.server.adapters.peft_format.vocabulary.names import (
     BY_NAME,
     FROZEN,
     MAGNITUDE,
@@ -39,7 +39,7 @@ from turret.server.adapters.peft_format.vocabulary_names import (
     Found,
     without_wrappers,
 )
-from turret.server.adapters.peft_format.vocabulary_rows import changed_rows
+from turret.server.adapters.peft_format.vocabulary.rows import changed_rows
 
 # Rows behind the base's: each costs a step of the adapter's a product more, and lies in memory.
 MAX_ADDED_ROWS = 4096

@@ -1,0 +1,1 @@
+"""Why an adapter is not served: its method, its base, its size, its files."""
