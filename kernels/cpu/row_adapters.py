@@ -23,7 +23,7 @@ import torch
 
 from turret.kernels.cpu.circulant import CirculantFactors
 from turret.kernels.cpu.native import functions, isa
-from turret.kernels.cpu.sparse import SparseLanes
+from turret.kernels.cpu.sparse import SparseBlocks
 from turret.kernels.cpu.threads import num_threads
 
 # How much of a thread's cache is for what comes ahead. The weights of the base pass through it too.
@@ -115,7 +115,7 @@ class ModuleTable:
         input_blocks: torch.Tensor | None = None,
         pairs: tuple[torch.Tensor, int] | None = None,
         circulant: CirculantFactors | None = None,
-        sparse: SparseLanes | None = None,
+        sparse: SparseBlocks | None = None,
         dense: torch.Tensor | None = None,
     ) -> None:
         """Enter a module's tensors.

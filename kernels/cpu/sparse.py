@@ -1,4 +1,4 @@
-"""Entries of a weight as ``sparse.c`` reads them: those of 16 outputs side by side."""
+"""Entries of a weight as ``sparse.c`` reads them: by 16 outputs and 64 inputs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,23 @@ import torch
 from turret.kernels.cpu.native import functions
 
 _LANES = 16  # of vec.h
+_BLOCK = 64  # of sparse.c
+_BEHIND = 64  # elements that the kernel reads past the last entry
 
 
 @dataclass(frozen=True, slots=True)
-class SparseLanes:
+class SparseBlocks:
     """``S x``, ``S`` a few entries of the weight.
 
+    A step has 32 slots, two for each of 16 outputs, for entries with inputs of one block of 64.
+
     Attributes:
-        values: ``[steps, 16]`` bf16, contiguous like all of them; 0 where an output has no more.
-        places: ``[steps, 16]``: inputs from an output's last entry, at first from input 0, as
-            uint8; or the inputs themselves as uint16, where that takes fewer bytes.
-        starts: Steps of each 16 outputs, ``[groups + 1]`` int32.
+        values: ``[entries + 64]`` bf16: those of the slots that have one, a step after another.
+        places: ``[entries + 64]`` uint8: where in its block an entry's input is.
+        masks: ``[steps]`` int32: bit ``s`` is set where slot ``s``, of output ``s % 16``, has an
+            entry.
+        skips: ``[steps]`` uint16: blocks from the step before, at first from block 0.
+        starts: Steps and entries before each 16 outputs, ``[groups + 1, 2]`` int32.
         outputs: The outputs in the order of the lanes, ``[out]`` uint8, counted from the first of
             the columns that one unit of work has.
         mean: Entries of an output, about.
@@ -27,6 +33,8 @@ class SparseLanes:
 
     values: torch.Tensor
     places: torch.Tensor
+    masks: torch.Tensor
+    skips: torch.Tensor
     starts: torch.Tensor
     outputs: torch.Tensor
     mean: int
@@ -34,7 +42,7 @@ class SparseLanes:
     @classmethod
     def of(
         cls, values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor
-    ) -> SparseLanes:
+    ) -> SparseBlocks:
         """From compressed rows, on the CPU.
 
         Args:
@@ -42,46 +50,55 @@ class SparseLanes:
             columns: ``[entries]`` uint16.
             row_starts: ``[out + 1]`` int32.
         """
-        out = len(row_starts) - 1
-        steps, skips = _shape(columns, row_starts)
-        lanes = torch.empty(steps, _LANES, dtype=values.dtype)
-        places = torch.empty(steps, _LANES, dtype=torch.uint8 if skips else torch.uint16)
-        starts = torch.empty(-(-out // _LANES) + 1, dtype=torch.int32)
-        outputs = torch.empty(out, dtype=torch.uint8)
-        functions().turret_sparse_lanes(
+        entries, out = len(values), len(row_starts) - 1
+        steps = _steps(columns, row_starts)
+        if steps < 0:
+            order = _by_block(columns, row_starts)
+            values, columns = values[order], columns.to(torch.int32)[order].to(torch.uint16)
+            steps = _steps(columns, row_starts)
+        filled = (
+            torch.zeros(entries + _BEHIND, dtype=values.dtype),
+            torch.zeros(entries + _BEHIND, dtype=torch.uint8),
+            torch.empty(steps, dtype=torch.int32),
+            torch.empty(steps, dtype=torch.uint16),
+            torch.empty(-(-out // _LANES) + 1, 2, dtype=torch.int32),
+            torch.empty(out, dtype=torch.uint8),
+        )
+        functions().turret_sparse_fill(
             values.data_ptr(),
             columns.data_ptr(),
             row_starts.data_ptr(),
             out,
-            skips,
-            *(part.data_ptr() for part in (lanes, places, starts, outputs)),
+            *(part.data_ptr() for part in filled),
         )
-        return cls(lanes, places, starts, outputs, len(values) // out)
+        return cls(*filled, entries // out)
 
     @property
-    def parts(self) -> tuple[torch.Tensor | None, ...]:
+    def parts(self) -> tuple[torch.Tensor, ...]:
         """In the order of the kernel's struct."""
-        skips = self.places.dtype == torch.uint8
-        places = (self.places, None) if skips else (None, self.places)
-        return (self.values, *places, self.starts, self.outputs)
+        return (self.values, self.places, self.masks, self.skips, self.starts, self.outputs)
 
 
-def lanes_bytes(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
-    """What ``SparseLanes.of`` takes at most. It looks at no entry."""
+def blocks_bytes(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
+    """What ``SparseBlocks.of`` takes."""
     out = len(row_starts) - 1
-    return _steps(columns, row_starts, skips=False) * _LANES * 4 + out + 4 * (-(-out // _LANES) + 1)
+    steps = _steps(columns, row_starts)
+    if steps < 0:
+        ordered = columns.to(torch.int32)[_by_block(columns, row_starts)].to(torch.uint16)
+        steps = _steps(ordered, row_starts)
+    return 3 * (len(columns) + _BEHIND) + 6 * steps + out + 8 * (-(-out // _LANES) + 1)
 
 
-def _shape(columns: torch.Tensor, row_starts: torch.Tensor) -> tuple[int, bool]:
-    """Steps, and whether places are those from the last entry: 3 bytes each and not 4."""
-    narrow = _steps(columns, row_starts, skips=True)
-    wide = _steps(columns, row_starts, skips=False)
-    return (narrow, True) if 0 <= 3 * narrow <= 4 * wide else (wide, False)
-
-
-def _steps(columns: torch.Tensor, row_starts: torch.Tensor, *, skips: bool) -> int:
-    """Of all lanes; negative where skips cannot tell the columns, which do not ascend."""
+def _steps(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
+    """Negative where the inputs of an output do not ascend by blocks."""
     found: int = functions().turret_sparse_steps(
-        columns.data_ptr(), row_starts.data_ptr(), len(row_starts) - 1, skips
+        columns.data_ptr(), row_starts.data_ptr(), len(row_starts) - 1
     )
     return found
+
+
+def _by_block(columns: torch.Tensor, row_starts: torch.Tensor) -> torch.Tensor:
+    """The entries in the order of rows and blocks, else as they were, ``[entries]`` int64."""
+    rows = torch.repeat_interleave(row_starts.to(torch.int64).diff())
+    most = 1 << 10  # blocks
+    return torch.argsort(rows * most + columns.to(torch.int64) // _BLOCK, stable=True)

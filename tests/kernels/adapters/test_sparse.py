@@ -17,7 +17,7 @@ from turret.kernels.cpu.row_adapters import (
     RowAdapters,
     RowSegment,
 )
-from turret.kernels.cpu.sparse import SparseLanes
+from turret.kernels.cpu.sparse import SparseBlocks, blocks_bytes
 from turret.kernels.gpu.adapters.sparse import sparse
 from turret.kernels.gpu.tables.row_table import RowTable
 
@@ -143,7 +143,7 @@ def test_compiled_rows_equal_float64_and_the_rows_alone(shape, num_threads):
     tables = []
     for parts in case.parts:
         table = ModuleTable(1)
-        table.put(0, sparse=SparseLanes.of(*parts))
+        table.put(0, sparse=SparseBlocks.of(*parts))
         table.close()
         tables.append(table)
 
@@ -166,3 +166,11 @@ def test_compiled_rows_equal_float64_and_the_rows_alone(shape, num_threads):
             adapt(case.x[row : row + 1], alone, [(0, 1, mix)])
             assert torch.equal(alone[0], y[row])
     torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_bytes_of_a_copy_are_known_before_it_is_made(shape):
+    for parts in Case(shape, torch.bfloat16).parts:
+        made = SparseBlocks.of(*parts).parts
+        assert blocks_bytes(*parts[1:]) == sum(tensor.nbytes for tensor in made)

@@ -101,10 +101,11 @@ FAULTS = {
                                  ".b = u->b + (expert ^ 1) *"),
     "a window one too long": ("attention.c", "low = end - plan->window;",
                               "low = end - plan->window - 1;"),
-    "what another output gets": ("adapters/sparse.c", "s->outputs[low + i + n]",
+    "what another output gets": ("adapters/sparse.c", "s->outputs[low + i + lane]",
                                  "s->outputs[low + i]"),
-    "inputs that many rows skip": ("adapters/sparse.c", "column[n] + s->skips[place]",
-                                   "s->skips[place]"),
+    "every other entry twice": ("adapters/sparse.c", "sums[n * SLOTS + LANES + lane]",
+                                "sums[n * SLOTS + lane]"),
+    "blocks that a step skips": ("adapters/sparse.c", "(uint16_t)(block - last)", "0"),
 }  # fmt: skip
 
 TILE_FAULTS = {

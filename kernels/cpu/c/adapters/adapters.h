@@ -57,15 +57,17 @@ typedef struct {
     int64_t rows, columns, size, width, parts;
 } Circulant;
 
-/* S x, the entries of LANES outputs side by side; no scratch (sparse.c). Of COLUMNS outputs, those in
- * `outputs`, the first LANES are the first group, and so on. */
+/* S x by groups of LANES outputs and blocks of 64 inputs; no scratch (sparse.c). Of COLUMNS outputs,
+ * those in `outputs`, the first LANES are the first group, and so on. Slot s of a step is of output
+ * s % LANES of its group. Behind values and places lies memory that may be read. */
 typedef struct {
-    const bf16 *values;      /* [steps, LANES]; past an output's last it is 0 */
-    const uint8_t *skips;    /* [steps, LANES]: inputs from the last one, at first from input 0; or null */
-    const uint16_t *columns; /* [steps, LANES]; null with skips */
-    const int32_t *starts;   /* [groups + 1]: steps */
-    const uint8_t *outputs;  /* [out]: in their COLUMNS */
-    int64_t mean;            /* entries of an output, about */
+    const bf16 *values;     /* of the slots that have an entry, a step after another */
+    const uint8_t *places;  /* where in its block an entry's input is */
+    const uint32_t *masks;  /* [steps]: which of 2 LANES slots have an entry */
+    const uint16_t *skips;  /* [steps]: blocks from the step before, at first from block 0 */
+    const int32_t *starts;  /* [groups + 1, 2]: steps, entries */
+    const uint8_t *outputs; /* [out]: in their COLUMNS */
+    int64_t mean;           /* entries of an output, about */
 } Sparse;
 
 /* A whole matrix; no scratch (dense.c). */
@@ -206,12 +208,12 @@ void pairs_shrink(const bf16 *y, int64_t width, float *z);
 void pairs_expand(const PairRotation *p, const float *z, float w, int64_t low, int64_t count,
                   float *acc);
 
-/* Steps of `Sparse` for compressed rows, with skips or with columns; -1 where skips cannot tell them. */
-int64_t turret_sparse_steps(const uint16_t *columns, const int32_t *row_starts, int64_t out, int64_t skips);
+/* Steps of `Sparse` for compressed rows; -1 where the inputs of an output do not ascend by blocks. */
+int64_t turret_sparse_steps(const uint16_t *columns, const int32_t *row_starts, int64_t out);
 /* Fills what `Sparse` points to. */
-void turret_sparse_lanes(const bf16 *values, const uint16_t *columns, const int32_t *row_starts,
-                         int64_t out, int64_t skips, bf16 *lanes, void *places, int32_t *starts,
-                         uint8_t *outputs);
+void turret_sparse_fill(const bf16 *values, const uint16_t *columns, const int32_t *row_starts,
+                        int64_t out, bf16 *kept, uint8_t *places, uint32_t *masks, uint16_t *skips,
+                        int32_t *starts, uint8_t *outputs);
 /* acc[:, 0:count] += w * (S x)[low:low + count], for any number of rows. */
 void sparse_expand(const Sparse *s, const Rows *rows, float w, int64_t in_features, int64_t low,
                    int64_t count);

@@ -1,38 +1,26 @@
 /* Updates of a few entries of a weight. An entry is a product by itself, and a row of a weight has too few
- * for a vector; so LANES outputs are computed at once, each by a lane that takes its entries one
- * after another. The outputs of a unit are dealt to lanes by how many entries they have, so that few
- * lanes wait for another. From TILE rows on it is the other way round: an entry meets LANES rows at
- * once. An output's sum has the same order in both, and so the same bits.
+ * for a vector; so LANES outputs are computed at once, BLOCK inputs at a time, which lie in two
+ * registers: an entry finds its input there and not in memory. A step has two slots for each of the
+ * outputs, and memory holds the slots that have an entry, side by side, with a mask that tells them.
+ * The outputs of a unit are dealt to the lanes by how many entries they have, so that few slots are
+ * empty. From MANY rows on it is the other way round: an entry meets LANES rows at once. An output's
+ * entries are added in one order in both, those of either slot by themselves, and so are its bits.
  */
 #include "adapters.h"
 
-#define AHEAD 64         /* steps: the memory's latency, at what a thread reads in it */
-#define MOST_SKIPPED 255 /* inputs, by one step */
-#define MAX_TURNED 16384 /* inputs: 1 MB of a thread's stack */
-#define CHAINS 4         /* sums at once, since each waits for its last product */
+#define SLOTS (2 * LANES)
+#define BLOCK 64       /* inputs */
+#define MOST_BLOCKS 1024
+#define AHEAD 1024     /* bytes: the memory's latency, at what a thread reads in it */
+#define TOGETHER 8     /* rows whose sums stay in registers */
 
-/* Steps of a lane for entries [first, last) of an output; -1 if its columns do not ascend. */
-INLINE int64_t lane_steps(const uint16_t *columns, int64_t first, int64_t last, int skips) {
-    if (!skips) return last - first;
-    int64_t steps = 0, column = 0;
-    for (int64_t e = first; e < last; column = columns[e++]) {
-        int64_t skipped = columns[e] - column;
-        if (skipped < 0) return -1;
-        steps += skipped > MOST_SKIPPED ? 1 + (skipped - 1) / MOST_SKIPPED : 1;
-    }
-    return steps;
-}
-
-/* Orders the outputs [low, low + count) by their steps, most first; returns whether it can be done. By
- * digits of the steps, the lowest first: an adapter has thousands of such units, and its first
- * request waits for them. */
-static int deal(const uint16_t *columns, const int32_t *row_starts, int64_t low, int64_t count,
-                int skips, int64_t *steps, uint8_t *outputs) {
+/* Orders the outputs [low, low + count) by their entries, most first. By digits of the counts, the lowest
+ * first: an adapter has thousands of such units, and its first request waits for them. */
+static void deal(const int32_t *row_starts, int64_t low, int64_t count, uint8_t *outputs) {
     int64_t found[COLUMNS], most = 0;
     uint8_t before[COLUMNS];
     for (int64_t i = 0; i < count; i++) {
-        found[i] = lane_steps(columns, row_starts[low + i], row_starts[low + i + 1], skips);
-        if (found[i] < 0) return 0;
+        found[i] = row_starts[low + i + 1] - row_starts[low + i];
         most = found[i] > most ? found[i] : most;
         outputs[i] = (uint8_t)i;
     }
@@ -47,174 +35,224 @@ static int deal(const uint16_t *columns, const int32_t *row_starts, int64_t low,
         }
         for (int64_t i = 0; i < count; i++) outputs[ends[found[before[i]] >> shift & 255]++] = before[i];
     }
-    for (int64_t i = 0; i < count; i++) steps[i] = found[outputs[i]];
+}
+
+/* Entries of LANES outputs in compressed rows, by block of inputs. */
+typedef struct {
+    int64_t lanes, blocks;
+    int64_t next[LANES]; /* entry of an output that comes next */
+    int32_t counts[MOST_BLOCKS][LANES];
+} Group;
+
+/* Returns whether the blocks of every output ascend. */
+static int count_group(const uint16_t *columns, const int32_t *row_starts, int64_t low,
+                       const uint8_t *outputs, int64_t lanes, Group *g) {
+    g->lanes = lanes;
+    g->blocks = 0;
+    for (int64_t lane = 0; lane < lanes; lane++) {
+        int64_t o = low + outputs[lane], block = -1;
+        g->next[lane] = row_starts[o];
+        for (int64_t e = row_starts[o]; e < row_starts[o + 1]; e++) {
+            int64_t of = columns[e] / BLOCK;
+            if (of < block) return 0;
+            for (block = of; g->blocks <= block; g->blocks++)
+                memset(g->counts[g->blocks], 0, sizeof g->counts[0]);
+            g->counts[of][lane]++;
+        }
+    }
     return 1;
 }
 
-/* Steps of all groups of lanes, with skips or with columns; -1 where skips cannot tell the columns. */
-EXPORT int64_t turret_sparse_steps(const uint16_t *columns, const int32_t *row_starts, int64_t out,
-                                   int64_t skips) {
-    int64_t steps[COLUMNS], total = 0;
+static int64_t steps_of(const Group *g, int64_t block) {
+    int64_t most = 0;
+    for (int64_t lane = 0; lane < g->lanes; lane++)
+        most = g->counts[block][lane] > most ? g->counts[block][lane] : most;
+    return (most + 1) / 2;
+}
+
+/* The slots that have an entry in a step of a block. */
+static uint32_t slots_of(const Group *g, int64_t block, int64_t step) {
+    uint32_t slots = 0;
+    for (int64_t lane = 0; lane < g->lanes; lane++) {
+        int64_t left = g->counts[block][lane] - 2 * step;
+        slots |= (uint32_t)(left > 0) << lane | (uint32_t)(left > 1) << (LANES + lane);
+    }
+    return slots;
+}
+
+/* Steps of all groups; -1 where the inputs of an output do not ascend by blocks. */
+EXPORT int64_t turret_sparse_steps(const uint16_t *columns, const int32_t *row_starts, int64_t out) {
+    int64_t total = 0;
     uint8_t outputs[COLUMNS];
+    Group g;
     for (int64_t low = 0; low < out; low += COLUMNS) {
         int64_t count = least(out - low, COLUMNS);
-        if (!deal(columns, row_starts, low, count, skips != 0, steps, outputs)) return -1;
-        for (int64_t i = 0; i < count; i += LANES) total += steps[i];
+        deal(row_starts, low, count, outputs);
+        for (int64_t i = 0; i < count; i += LANES) {
+            if (!count_group(columns, row_starts, low, outputs + i, least(count - i, LANES), &g)) return -1;
+            for (int64_t block = 0; block < g.blocks; block++) total += steps_of(&g, block);
+        }
     }
     return total;
 }
 
-/* Fills what `Sparse` points to; `lanes` has room for the steps that turret_sparse_steps counted,
- * `starts` for one of each LANES outputs and one more, `outputs` for `out`. */
-EXPORT void turret_sparse_lanes(const bf16 *values, const uint16_t *columns, const int32_t *row_starts,
-                                int64_t out, int64_t skips, bf16 *lanes, void *places, int32_t *starts,
-                                uint8_t *outputs) {
-    int64_t steps[COLUMNS], at = 0, group = 0;
-    uint8_t *skipped = places;
-    uint16_t *named = places;
+/* Fills what `filled` points to, but for `mean`; there is room for the steps that turret_sparse_steps counted. */
+EXPORT void turret_sparse_fill(const bf16 *values, const uint16_t *columns, const int32_t *row_starts,
+                               int64_t out, bf16 *kept, uint8_t *places, uint32_t *masks,
+                               uint16_t *skips, int32_t *starts, uint8_t *outputs) {
+    int64_t at = 0, step = 0;
+    Group g;
     for (int64_t low = 0; low < out; low += COLUMNS) {
         int64_t count = least(out - low, COLUMNS);
-        deal(columns, row_starts, low, count, skips != 0, steps, outputs + low);
-        for (int64_t i = 0; i < count; at += steps[i], i += LANES) {
-            starts[group++] = (int32_t)at;
-            for (int64_t lane = 0; lane < LANES; lane++) {
-                int64_t place = at * LANES + lane, end = (at + steps[i]) * LANES + lane, column = 0;
-                int64_t o = i + lane < count ? low + outputs[low + i + lane] : -1;
-                for (int64_t e = o < 0 ? 0 : row_starts[o]; o >= 0 && e < row_starts[o + 1]; e++) {
-                    for (; skips && columns[e] - column > MOST_SKIPPED; place += LANES) {
-                        lanes[place] = 0;
-                        skipped[place] = MOST_SKIPPED;
-                        column += MOST_SKIPPED;
+        deal(row_starts, low, count, outputs + low);
+        for (int64_t i = 0; i < count; i += LANES) {
+            int64_t last = 0;
+            count_group(columns, row_starts, low, outputs + low + i, least(count - i, LANES), &g);
+            *starts++ = (int32_t)step;
+            *starts++ = (int32_t)at;
+            for (int64_t block = 0; block < g.blocks; block++) {
+                int64_t steps = steps_of(&g, block);
+                for (int64_t n = 0; n < steps; n++, step++, last = block) {
+                    masks[step] = slots_of(&g, block, n);
+                    skips[step] = (uint16_t)(block - last);
+                    for (uint32_t left = masks[step]; left; left &= left - 1, at++) {
+                        int slot = __builtin_ctz(left);
+                        int64_t e = g.next[slot % LANES] + 2 * n + slot / LANES;
+                        kept[at] = values[e];
+                        places[at] = columns[e] % BLOCK;
                     }
-                    lanes[place] = values[e];
-                    if (skips) skipped[place] = (uint8_t)(columns[e] - column);
-                    else named[place] = columns[e];
-                    column = columns[e];
-                    place += LANES;
                 }
-                for (; place < end; place += LANES) {
-                    lanes[place] = 0;
-                    if (skips) skipped[place] = 0;
-                    else named[place] = (uint16_t)column;
-                }
+                for (int64_t lane = 0; lane < g.lanes; lane++) g.next[lane] += g.counts[block][lane];
             }
         }
     }
-    starts[group] = (int32_t)at;
+    *starts++ = (int32_t)step;
+    *starts = (int32_t)at;
 }
 
-INLINE i32x16 widen_bytes(const uint8_t *p) {
-#ifdef __AVX512F__ /* GCC 12 widens one by one */
-    return (i32x16)_mm512_cvtepu8_epi32(*(const __m128i_u *)p);
-#else
-    return __builtin_convertvector(*(const u8x16 *)p, i32x16);
-#endif
+/* Where a group's steps begin. */
+typedef struct {
+    const bf16 *values;
+    const uint8_t *places;
+    int64_t step, end;
+} Reader;
+
+INLINE Reader read_group(const Sparse *s, int64_t group) {
+    const int32_t *start = s->starts + 2 * group;
+    return (Reader){s->values + start[1], s->places + start[1], start[0], start[2]};
 }
 
-INLINE i32x16 widen_halves(const uint16_t *p) {
-#ifdef __AVX512F__
-    return (i32x16)_mm512_cvtepu16_epi32(*(const __m256i_u *)p);
-#else
-    return __builtin_convertvector(*(const u16x16 *)p, i32x16);
-#endif
+INLINE void ask_ahead(const Reader *r) {
+    __builtin_prefetch((const char *)r->values + AHEAD, 0, 2);
+    __builtin_prefetch(r->places + AHEAD / 2, 0, 2);
 }
 
-INLINE f32x16 gather(const float *x, i32x16 places) {
-#ifdef __AVX512F__
-    return (f32x16)_mm512_i32gather_ps((__m512i)places, x, sizeof *x);
-#else
-    f32x16 found;
-    for (int lane = 0; lane < LANES; lane++) found[lane] = x[places[lane]];
-    return found;
-#endif
-}
-
-/* Of one row: the sums of a group's lanes. */
-INLINE f32x16 sum_group(const Sparse *s, const float *x, int64_t group, const int skips) {
-    f32x16 sums = {0};
-    i32x16 places = {0};
-    for (int64_t t = s->starts[group]; t < s->starts[group + 1]; t++) {
-        __builtin_prefetch(s->values + (t + AHEAD) * LANES, 0, 2);
-        if (skips) {
-            __builtin_prefetch(s->skips + (t + AHEAD) * LANES, 0, 2);
-            places += widen_bytes(s->skips + t * LANES);
-        } else {
-            __builtin_prefetch(s->columns + (t + AHEAD) * LANES, 0, 2);
-            places = widen_halves(s->columns + t * LANES);
+/* The sums of a group's slots, [rows, SLOTS]. x: [rows, stride], padded to whole blocks. */
+#ifdef __AVX512VBMI2__
+INLINE void sum_slots(const Sparse *s, const bf16 *x, int64_t stride, const int rows, int64_t group,
+                      float *sums) {
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+    __m512 even[TOGETHER], odd[TOGETHER];
+    for (int n = 0; n < rows; n++) even[n] = odd[n] = _mm512_setzero_ps();
+    for (Reader r = read_group(s, group); r.step < r.end; r.step++) {
+        __mmask32 mask = s->masks[r.step];
+        __m512i v = _mm512_loadu_si512(r.values);
+        __m256i place = _mm256_loadu_si256((const __m256i *)r.places);
+        x += s->skips[r.step] * BLOCK;
+        ask_ahead(&r);
+        __asm__("" : "+v"(v), "+v"(place)); /* else loaded by the expansion, slowly */
+        v = _mm512_maskz_expand_epi16(mask, v);
+        __m512i places = _mm512_cvtepu8_epi16(_mm256_maskz_expand_epi8(mask, place));
+        __m512 v_even = (__m512)_mm512_slli_epi32(v, 16), v_odd = (__m512)_mm512_and_si512(v, high);
+        for (int n = 0; n < rows; n++) {
+            const bf16 *in = x + n * stride;
+            /* 0 in empty slots too, since no input of theirs may count. */
+            __m512i u = _mm512_maskz_permutex2var_epi16(mask, _mm512_loadu_si512(in), places,
+                                                        _mm512_loadu_si512(in + BLOCK / 2));
+            even[n] = _mm512_fmadd_ps((__m512)_mm512_slli_epi32(u, 16), v_even, even[n]);
+            odd[n] = _mm512_fmadd_ps((__m512)_mm512_and_si512(u, high), v_odd, odd[n]);
         }
-        sums += gather(x, places) * load_bf16(s->values + t * LANES);
+        r.values += __builtin_popcount(mask);
+        r.places += __builtin_popcount(mask);
     }
-    return sums;
+    for (int n = 0; n < rows; n++, sums += SLOTS) {
+        float evens[LANES], odds[LANES];
+        _mm512_storeu_ps(evens, even[n]);
+        _mm512_storeu_ps(odds, odd[n]);
+        for (int i = 0; i < LANES; i++) sums[2 * i] = evens[i], sums[2 * i + 1] = odds[i];
+    }
 }
+#elif defined(__AVX512BW__)
+INLINE void sum_slots(const Sparse *s, const bf16 *x, int64_t stride, const int rows, int64_t group,
+                      float *sums) {
+    __m512 found[TOGETHER][2];
+    for (int n = 0; n < rows; n++) found[n][0] = found[n][1] = _mm512_setzero_ps();
+    for (Reader r = read_group(s, group); r.step < r.end; r.step++) {
+        x += s->skips[r.step] * BLOCK;
+        ask_ahead(&r);
+        for (int half = 0; half < 2; half++) {
+            __mmask16 mask = (__mmask16)(s->masks[r.step] >> half * LANES);
+            __m512i v = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)r.values));
+            __m512i places = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)r.places));
+            places = _mm512_maskz_expand_epi32(mask, places);
+            v = _mm512_slli_epi32(_mm512_maskz_expand_epi32(mask, v), 16);
+            for (int n = 0; n < rows; n++) {
+                const bf16 *in = x + n * stride;
+                __m512i u = _mm512_permutex2var_epi16(_mm512_loadu_si512(in), places,
+                                                      _mm512_loadu_si512(in + BLOCK / 2));
+                /* 0 in empty slots too, since no input of theirs may count. */
+                u = _mm512_maskz_slli_epi32(mask, u, 16);
+                found[n][half] = _mm512_fmadd_ps((__m512)u, (__m512)v, found[n][half]);
+            }
+            r.values += __builtin_popcount(mask);
+            r.places += __builtin_popcount(mask);
+        }
+    }
+    for (int n = 0; n < rows; n++)
+        for (int half = 0; half < 2; half++) _mm512_storeu_ps(sums + n * SLOTS + half * LANES, found[n][half]);
+}
+#else
+INLINE void sum_slots(const Sparse *s, const bf16 *x, int64_t stride, const int rows, int64_t group,
+                      float *sums) {
+    memset(sums, 0, rows * SLOTS * sizeof *sums);
+    for (Reader r = read_group(s, group); r.step < r.end; r.step++) {
+        x += s->skips[r.step] * BLOCK;
+        ask_ahead(&r);
+        for (uint32_t left = s->masks[r.step]; left; left &= left - 1, r.values++, r.places++)
+            for (int n = 0; n < rows; n++)
+                sums[n * SLOTS + __builtin_ctz(left)] += to_f32(x[n * stride + *r.places]) * to_f32(*r.values);
+    }
+}
+#endif
 
-INLINE void add_row(const Sparse *s, const bf16 *row, float w, int64_t in_features, int64_t low,
-                    int64_t count, float *acc, const int skips) {
-    float x[in_features], sums[LANES];
-    int64_t c = 0;
-    for (; c + LANES <= in_features; c += LANES) store_f32(x + c, load_bf16(row + c));
-    for (; c < in_features; c++) x[c] = to_f32(row[c]);
+/* Adds w times the outputs [low, low + count) of some rows to acc. */
+INLINE void add_rows(const Sparse *s, const bf16 *x, int64_t stride, const int rows, float w, int64_t low,
+                     int64_t count, float *acc) {
     for (int64_t i = 0; i < count; i += LANES) {
-        store_f32(sums, sum_group(s, x, (low + i) / LANES, skips));
-        for (int64_t lane = 0; lane < least(count - i, LANES); lane++)
-            acc[s->outputs[low + i + lane]] += w * sums[lane];
+        float sums[TOGETHER * SLOTS];
+        sum_slots(s, x, stride, rows, (low + i) / LANES, sums);
+        for (int n = 0; n < rows; n++)
+            for (int64_t lane = 0; lane < least(count - i, LANES); lane++)
+                acc[n * COLUMNS + s->outputs[low + i + lane]] +=
+                    w * (sums[n * SLOTS + lane] + sums[n * SLOTS + LANES + lane]);
     }
 }
 
-/* Inputs of LANES rows or fewer as [in, LANES]; of rows that are not there it reads the last. */
-INLINE void turn(const Rows *rows, int64_t first, int64_t in_features, float *x) {
-    const bf16 *from[LANES];
-    int64_t c = 0;
-    for (int64_t r = 0; r < LANES; r++)
-        from[r] = rows->x + least(first + r, rows->count - 1) * rows->x_stride;
-    for (; c + LANES <= in_features; c += LANES) {
-        f32x16 square[LANES];
-        for (int r = 0; r < LANES; r++) square[r] = load_bf16(from[r] + c);
-        transpose(square);
-        for (int r = 0; r < LANES; r++) store_f32(x + (c + r) * LANES, square[r]);
-    }
-    for (; c < in_features; c++)
-        for (int64_t r = 0; r < LANES; r++) x[c * LANES + r] = to_f32(from[r][c]);
-}
-
-/* Of LANES rows: the sums of CHAINS lanes of a group, from `lane` on. */
-INLINE void sum_lanes_of(const Sparse *s, const float *x, int64_t group, int64_t lane,
-                         f32x16 sums[CHAINS], const int skips) {
-    int64_t column[CHAINS] = {0};
-    for (int64_t t = s->starts[group]; t < s->starts[group + 1]; t++)
-        for (int n = 0; n < CHAINS; n++) {
-            int64_t place = t * LANES + lane + n;
-            column[n] = skips ? column[n] + s->skips[place] : s->columns[place];
-            sums[n] += load_f32(x + column[n] * LANES) * to_f32(s->values[place]);
-        }
-}
-
-/* At most LANES rows from `first` on. */
-INLINE void add_rows(const Sparse *s, const Rows *rows, int64_t first, float w, int64_t in_features,
-                     int64_t low, int64_t count, const int skips) {
-    float x[in_features * LANES] __attribute__((aligned(64)));
-    int64_t here = least(rows->count - first, LANES);
-    turn(rows, first, in_features, x);
-    for (int64_t i = 0; i < count; i += CHAINS) {
-        f32x16 sums[CHAINS] = {{0}};
-        sum_lanes_of(s, x, (low + i) / LANES, i % LANES, sums, skips);
-        for (int64_t n = 0; n < least(count - i, CHAINS); n++)
-            for (int64_t r = 0; r < here; r++)
-                rows->acc[(first + r) * COLUMNS + s->outputs[low + i + n]] += w * sums[n][r];
-    }
-}
-
-INLINE void add(const Sparse *s, const Rows *rows, float w, int64_t in_features, int64_t low,
-                int64_t count, const int skips) {
-    int64_t i = 0;
-    if (in_features <= MAX_TURNED)
-        for (; rows->count - i >= TILE; i += least(rows->count - i, LANES))
-            add_rows(s, rows, i, w, in_features, low, count, skips);
-    for (; i < rows->count; i++)
-        add_row(s, rows->x + i * rows->x_stride, w, in_features, low, count, rows->acc + i * COLUMNS, skips);
-}
+/* The number of rows as a constant, so that their sums stay in registers. */
+#define CASE(rows) \
+    case rows: add_rows(s, x, stride, rows, w, low, count, acc); break
 
 KERNEL void sparse_expand(const Sparse *s, const Rows *rows, float w, int64_t in_features, int64_t low,
                           int64_t count) {
-    if (s->skips) add(s, rows, w, in_features, low, count, 1);
-    else add(s, rows, w, in_features, low, count, 0);
+    int64_t stride = (in_features + BLOCK - 1) / BLOCK * BLOCK;
+    bf16 x[least(rows->count, TOGETHER) * stride] __attribute__((aligned(64)));
+    for (int64_t i = 0, here; i < rows->count; i += here) {
+        float *acc = rows->acc + i * COLUMNS;
+        here = least(rows->count - i, TOGETHER);
+        for (int64_t n = 0; n < here; n++) {
+            memcpy(x + n * stride, rows->x + (i + n) * rows->x_stride, in_features * sizeof *x);
+            memset(x + n * stride + in_features, 0, (stride - in_features) * sizeof *x);
+        }
+        switch (here) { CASE(1); CASE(2); CASE(3); CASE(4); CASE(5); CASE(6); CASE(7); CASE(8); }
+    }
 }

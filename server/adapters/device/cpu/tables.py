@@ -22,7 +22,7 @@ from turret.kernels.cpu.row_adapters import (
     ModuleTable,
     ProjectionShape,
 )
-from turret.kernels.cpu.sparse import SparseLanes, lanes_bytes
+from turret.kernels.cpu.sparse import SparseBlocks, blocks_bytes
 from turret.kernels.rows.tables import COLUMNS, padded
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.part import Part
@@ -152,7 +152,7 @@ class AdapterTables(Part):
         kernels = [ops.circulant.kernel for ops in modules if ops.circulant is not None]
         others = sum(_spectrum_bytes(kernel) for kernel in kernels)
         sparse = [ops.sparse for ops in modules if ops.sparse is not None]
-        others += sum(lanes_bytes(entries.columns, entries.row_starts) for entries in sparse)
+        others += sum(blocks_bytes(entries.columns, entries.row_starts) for entries in sparse)
         return others + sum(tensor.nbytes for found in copied for tensor in found)
 
 
@@ -193,7 +193,7 @@ def _put(table: ModuleTable, module: int, ops: ModuleOperators, pieces: _PieceSu
         input_blocks=None if ops.input_blocks is None else ops.input_blocks.blocks,
         pairs=None if ops.pairs is None else (ops.pairs.sine, ops.pairs.group),
         circulant=None if ops.circulant is None else CirculantFactors.of(ops.circulant.kernel),
-        sparse=None if ops.sparse is None else SparseLanes.of(*ops.sparse.tensors()),
+        sparse=None if ops.sparse is None else SparseBlocks.of(*ops.sparse.tensors()),
         dense=None if ops.dense is None else ops.dense.weight,
     )
 
