@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from interpreter import sum_products_in_fp64
 from servers.server_under_test import ServerUnderTest, start_server
 
 # Modules whose scratch memory must be written before it is read.
@@ -59,6 +60,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--fuzz-seconds", type=float, default=20.0, help="how long test_beside.py sends anything"
     )
+
+
+def pytest_collection_finish() -> None:
+    """The tests' modules are loaded, and with them what they run on."""
+    sum_products_in_fp64()
 
 
 @pytest.fixture
