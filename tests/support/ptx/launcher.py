@@ -19,6 +19,7 @@ from ptx.addresses import reached
 from ptx.cta import Cta, Launch
 from ptx.fault import Fault
 from ptx.global_memory import GlobalMemory
+from ptx.launch_order import LaunchOrder
 from ptx.program import parse
 from ptx.translation import Translation
 from triton import knobs
@@ -50,6 +51,8 @@ class Launcher:
     Attributes:
         edit: Changes the PTX before it is executed; for faults that tests plant.
         backwards: Run the programs of a grid from the last to the first.
+        order: Which launches may still run.
+        early: Kernels that were launched with ``launch_pdl``.
         launches: How often each kernel was launched.
     """
 
@@ -60,6 +63,8 @@ class Launcher:
         self.edit = edit
         self.backwards = False
         self.launches: dict[str, int] = {}
+        self.order = LaunchOrder()
+        self.early: set[str] = set()
         self._compiled: dict[Any, tuple[Translation, int, int]] = {}
 
     def launch(self, function: Any, args: tuple[Any, ...], grid: Any, keywords: Any) -> None:
@@ -68,14 +73,23 @@ class Launcher:
         Raises:
             Fault: The kernel broke a rule; the message names kernel, program and instruction.
         """
+        name, early = function.__name__, bool(keywords.get("launch_pdl"))
+        with self.order.launch(name, early) as unfinished:
+            memory = GlobalMemory(unfinished)
+            self._run(function, args, grid, keywords, memory)
+            self.order.ended(memory.written(name))
+        self.launches[name] = self.launches.get(name, 0) + 1
+        self.early |= {name} if early else set()
+
+    def _run(
+        self, function: Any, args: tuple[Any, ...], grid: Any, keywords: Any, memory: GlobalMemory
+    ) -> None:
         compilation = self._compilations.record(function, args, keywords)
         if compilation not in self._compiled:
             self._compiled[compilation] = self._translate(compilation)
         translation, threads, shared_bytes = self._compiled[compilation]
         name = function.__name__
-        self.launches[name] = self.launches.get(name, 0) + 1
         values = self._compilations.bound(function, args, keywords)
-        memory = GlobalMemory()
         bases: dict[int, int] = {}
         kinds = dict(compilation.signature)
         raw = [_bits(values[p], kinds[p], memory, bases) for p in kinds]

@@ -46,7 +46,7 @@ class Translation:
         """
         try:
             self._function(cta)
-            cta.shared.finish()
+            cta.finish()
         except NameError as error:
             raise Fault(f"a register is read before it is written{self._where(error)}") from error
         except Fault as error:
@@ -215,6 +215,8 @@ class Translation:
             yield "cta.barrier()"
         elif name == "fence":
             yield "cta.shared.fence()"
+        elif name in ("griddepcontrol", "prefetch"):
+            yield self._ahead(ins)
         elif name in ("ld", "st"):
             yield self._memory(ins, name, rest)
         elif name == "cp":
@@ -229,6 +231,19 @@ class Translation:
             yield from self._move(ins)
         else:
             yield self._compute(ins, name)
+
+    def _ahead(self, ins: Instruction) -> str:
+        """What a program does while launches before it may still run."""
+        if ins.guard is not None:
+            raise NotImplementedError(f"{ins}: guarded")
+        if ins.opcode == "griddepcontrol.wait":
+            return "cta.wait_for_launches()"
+        if ins.opcode == "griddepcontrol.launch_dependents":
+            # The next launch is taken to begin as early as it may in any case.
+            return "pass"
+        if ins.opcode != "prefetch.global.L2":
+            raise NotImplementedError(str(ins))
+        return f"cta.prefetch({self._address(ins.operands[0])})"
 
     def _compute(self, ins: Instruction, name: str) -> str:
         to, *sources = ins.operands
