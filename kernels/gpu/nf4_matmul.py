@@ -29,6 +29,7 @@ from turret.kernels.gpu.shared.contract import (
     check_rows,
     check_shape,
 )
+from turret.kernels.gpu.shared.dependent_launch import fetch, is_early, wait_for_launches
 from turret.kernels.gpu.shared.dots import dot
 from turret.kernels.gpu.shared.last_program import is_last
 from turret.kernels.gpu.shared.nf4_codes import code_on, code_pairs
@@ -37,13 +38,13 @@ from turret.kernels.gpu.silu_mul import silu_product
 from turret.kernels.nf4_matmul import BLOCK, GROUP, Nf4Matrix
 
 MAX_ROWS = 64
-# NVIDIA's assembler would rather spill two registers than give a program more than 168.
-LIMITS = {True: {"maxnreg": 255}, False: {}}
 # Tiles of columns of a weight at most.
 _MAX_COUNTERS = 1 << 14
 _BLOCK = tl.constexpr(BLOCK)
 _HALF = tl.constexpr(BLOCK // 2)
 _GROUP = tl.constexpr(GROUP)
+# Blocks that the pipeline asks for before it multiplies the first.
+_AHEAD = tl.constexpr(4)
 
 
 @triton.jit
@@ -55,6 +56,27 @@ def block_maximum(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, keep):
         offset = tl.load(offset_ptr + block // _GROUP, mask=keep, other=0.0)
         absmax = tl.load(code2_ptr + absmax.to(tl.int32)) * scale2 + offset
     return absmax
+
+
+@triton.jit
+def fetch_ahead(packed_ptr, absmax_ptr, first_block, begin, end, inside):
+    """Have the first blocks of some columns on their way while launches before still run.
+
+    No launch of a step writes a weight, and what goes to the second-level cache is not read yet.
+    """
+    if is_early():
+        for i in tl.static_range(_AHEAD):
+            block = tl.where(inside, first_block + tl.minimum(begin + i, end - 1), 0)
+            fetch(packed_ptr + block * _HALF)
+            if i == 0:
+                fetch(absmax_ptr + block)
+
+
+@triton.jit
+def wait_fetching(packed_ptr, absmax_ptr, first_block, begin, end, inside):
+    """Wait for the launches before, with the first blocks on their way."""
+    fetch_ahead(packed_ptr, absmax_ptr, first_block, begin, end, inside)
+    wait_for_launches()
 
 
 @triton.jit
@@ -148,6 +170,7 @@ def nf4_matmul_kernel(
     half = tl.arange(0, _HALF)
     begin = tl.program_id(1) * part_blocks
     end = tl.minimum(begin + part_blocks, blocks)
+    wait_fetching(packed_ptr, absmax_ptr, first_block, begin, end, inside_n)
     acc0 = tl.zeros((16, BLOCK_N), dtype=tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
     for g in range(begin, end):
@@ -246,12 +269,17 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> to
         GATED=gated,
         BLOCK_N=tuned.nf4_block_n,
         PTX=tuned.inline_ptx,
-        num_warps=4,
-        num_stages=tuned.nf4_stages,
-        enable_fp_fusion=True,
-        **LIMITS[tuned.inline_ptx and tiles > 1],
+        **product_options(tuned, tiles),
     )
     return y
+
+
+def product_options(tuned: Tuning, tiles: int) -> dict[str, int]:
+    """How a product is launched that has so many tiles of rows."""
+    options = {"num_warps": 4, "num_stages": tuned.nf4_stages, "enable_fp_fusion": True}
+    # NVIDIA's assembler would rather spill two registers than give a program more than 168.
+    limit = tuned.registers(255) if tiles > 1 else {}
+    return {**options, **limit, **tuned.early()}
 
 
 def parts_of(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:

@@ -15,11 +15,12 @@ import triton.language as tl
 
 from turret.kernels.gpu.kv_write import KvWrite
 from turret.kernels.gpu.nf4_matmul import (
-    LIMITS,
     check_product,
     counters_on,
     parts_of,
+    product_options,
     sum_of_parts,
+    wait_fetching,
 )
 from turret.kernels.gpu.nf4_tile import multiply_columns
 from turret.kernels.gpu.rope_kv_write import pair_of, store_heads
@@ -110,11 +111,12 @@ def nf4_rotate_kernel(
     tile = tl.program_id(0)
     n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     begin = tl.program_id(1) * part_blocks
+    end = tl.minimum(begin + part_blocks, in_features // _BLOCK)
+    wait_fetching(packed_ptr, absmax_ptr, n * (in_features // _BLOCK), begin, end, n < out_features)
     multiply_columns(
         x_ptr, packed_ptr, code_ptr, absmax_ptr, None, None, None,
         parts_ptr + tl.program_id(1).to(tl.int64) * num_rows * out_features, n, n < out_features,
-        begin, tl.minimum(begin + part_blocks, in_features // _BLOCK), num_rows, x_stride,
-        in_features, out_features, TILES, BLOCK_N, PTX,
+        begin, end, num_rows, x_stride, in_features, out_features, TILES, BLOCK_N, PTX,
     )  # fmt: skip
     if is_last(counters_ptr + tile, SPLITS):
         _store_tile(
@@ -188,9 +190,6 @@ def nf4_rotate(
         INTERLEAVED=write.is_interleaved,
         BLOCK_N=tuned.nf4_block_n,
         PTX=tuned.inline_ptx,
-        num_warps=4,
-        num_stages=tuned.nf4_stages,
-        enable_fp_fusion=True,
-        **LIMITS[tuned.inline_ptx and tiles > 1],
+        **product_options(tuned, tiles),
     )
     return q

@@ -14,6 +14,8 @@ from turret.kernels.gpu.shared.contract import (
     check_rows,
     check_shape,
 )
+from turret.kernels.gpu.shared.dependent_launch import wait_for_launches
+from turret.kernels.gpu.shared.tuning import tuning
 
 
 @triton.jit
@@ -28,6 +30,7 @@ def residual_rms_norm_kernel(
     eps,
     BLOCK: tl.constexpr,
 ):
+    wait_for_launches()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, BLOCK)
     inside = cols < width
@@ -84,6 +87,8 @@ def residual_rms_norm(
         eps,
         BLOCK=block,
         num_warps=8 if block >= 2048 else 4,
+        # The first of a step is behind what torch does, perhaps a copy.
+        **tuning(residual.device).early(update is not None),
         enable_fp_fusion=True,
     )
     return out

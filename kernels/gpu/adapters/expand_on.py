@@ -24,6 +24,7 @@ from turret.kernels.gpu.adapters.segmented_expand import (
 )
 from turret.kernels.gpu.kv_write import KvWrite
 from turret.kernels.gpu.rope_kv_write import pair_of, store_heads
+from turret.kernels.gpu.shared.dependent_launch import wait_for_launches
 from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.silu_mul import silu_product
 from turret.kernels.gpu.tables.segment_table import (
@@ -92,6 +93,7 @@ def expand_gated_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    wait_for_launches()
     tiles = tl.cdiv(width, BLOCK_N)
     chunks_ptr = table_ptr + tl.load(table_ptr + LIST + 1)
     num_work = tl.load(table_ptr + LIST) * tiles
@@ -151,6 +153,7 @@ def expand_rotated_kernel(
     BLOCK_N: tl.constexpr,  # of a tile of first features, and of one of second ones
     BLOCK_R: tl.constexpr,
 ):
+    wait_for_launches()
     tile_heads: tl.constexpr = BLOCK_N // HALF
     tiles0 = tl.cdiv(out0, 2 * BLOCK_N)
     tiles1 = tiles0 + tl.cdiv(out1, 2 * BLOCK_N)
@@ -226,6 +229,7 @@ def expand_gated(expand: Expand) -> torch.Tensor:
         BLOCK_R=RANK_TILE,
         num_warps=4,
         num_stages=1,
+        **tuned.early(),
         enable_fp_fusion=True,
     )
     return out
@@ -287,6 +291,7 @@ def expand_rotated(expand: Expand, write: KvWrite) -> torch.Tensor:
         num_stages=1,
         # Four programs on a multiprocessor, as ``programs`` counts on.
         **(tuned.registers(128) if write.head_dim == 64 else {}),
+        **tuned.early(),
         enable_fp_fusion=True,
     )
     return q

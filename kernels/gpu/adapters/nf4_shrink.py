@@ -21,12 +21,14 @@ from turret.kernels.gpu.adapters.segmented_shrink import (
     shrink_items,
 )
 from turret.kernels.gpu.nf4_matmul import (
-    LIMITS,
     check_product,
     counters_on,
+    fetch_ahead,
     parts_of,
+    product_options,
 )
 from turret.kernels.gpu.nf4_tile import multiply_columns, store_sums
+from turret.kernels.gpu.shared.dependent_launch import is_early, wait_for_launches
 from turret.kernels.gpu.shared.last_program import is_last
 from turret.kernels.gpu.shared.nf4_codes import code_on
 from turret.kernels.gpu.shared.tuning import tuning
@@ -34,6 +36,18 @@ from turret.kernels.gpu.tables.segment_table import RANK_TILE, TILE_ROWS, TILES
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 _BLOCK = tl.constexpr(BLOCK)
+
+
+@triton.jit
+def _fetch_part(
+    program, packed_ptr, absmax_ptr, in_features, out_features, part_blocks, BLOCK_N: tl.constexpr
+):
+    """What a program of the product will read first."""
+    columns = tl.cdiv(out_features, BLOCK_N)
+    n = program % columns * BLOCK_N + tl.arange(0, BLOCK_N)
+    begin, blocks = program // columns * part_blocks, in_features // _BLOCK
+    end = tl.minimum(begin + part_blocks, blocks)
+    fetch_ahead(packed_ptr, absmax_ptr, n * blocks, begin, end, n < out_features)
 
 
 @triton.jit(do_not_specialize=["num_rows", "part_blocks"])
@@ -68,6 +82,14 @@ def nf4_shrink_kernel(
     BLOCK_K: tl.constexpr,
 ):
     program = tl.program_id(0)
+    # One condition for the compiler, one for the program.
+    if is_early():  # noqa: SIM102
+        if program >= SHRINK_PROGRAMS:
+            _fetch_part(
+                program - SHRINK_PROGRAMS, packed_ptr, absmax_ptr, in_features, out_features,
+                part_blocks, BLOCK_N,
+            )  # fmt: skip
+    wait_for_launches()
     if program < SHRINK_PROGRAMS:
         shrink_items(
             program, SHRINK_PROGRAMS, x_ptr, a_ptr, slice_ranks_ptr, v_ptr, table_ptr, x_stride,
@@ -89,7 +111,6 @@ def nf4_shrink_kernel(
             tl.minimum(begin + part_blocks, in_features // _BLOCK), num_rows, x_stride, in_features,
             out_features, TILES, BLOCK_N, PTX,
         )  # fmt: skip
-        # One condition for the compiler, one for the program.
         if parts_ptr is not None:  # noqa: SIM102
             if is_last(counters_ptr + tile, SPLITS):
                 store_sums(
@@ -161,9 +182,6 @@ def nf4_shrink(
         BLOCK_M=TILE_ROWS,
         BLOCK_R=RANK_TILE,
         BLOCK_K=tuned.shrink_block_k,
-        num_warps=4,
-        num_stages=tuned.nf4_stages,
-        enable_fp_fusion=True,
-        **LIMITS[tuned.inline_ptx and tiles > 1],
+        **product_options(tuned, tiles),
     )
     return y, v

@@ -22,6 +22,7 @@ from turret.kernels.gpu.shared.contract import (
     check_rows,
     check_shape,
 )
+from turret.kernels.gpu.shared.dependent_launch import wait_for_launches
 from turret.kernels.gpu.shared.dots import split_dot
 from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.tables.segment_table import (
@@ -108,6 +109,7 @@ def segmented_expand_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
+    wait_for_launches()
     tiles0 = tl.cdiv(out0, BLOCK_N)
     tiles1 = tiles0 + tl.cdiv(out1, BLOCK_N)
     tiles = tiles1 + tl.cdiv(out2, BLOCK_N)
@@ -273,8 +275,7 @@ def segmented_expand(
             y.stride(0),
             *outs,
             v.shape[1],
-            0 if gates is None else gates.stride(0),
-            0 if gates is None else gates.stride(1),
+            *((0, 0) if gates is None else gates.stride()[:2]),
             NUM_SLICES=len(b),
             SPLITS=v.shape[0],
             LIST=position,
@@ -283,6 +284,7 @@ def segmented_expand(
             BLOCK_R=RANK_TILE,
             num_warps=4,
             num_stages=1,
+            **tuned.early(),
             **(tuned.registers(255) if position == ONE_ROW else {}),
             enable_fp_fusion=True,
         )

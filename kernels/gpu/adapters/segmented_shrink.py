@@ -21,6 +21,7 @@ from turret.kernels.gpu.shared.contract import (
     check_rows,
     check_shape,
 )
+from turret.kernels.gpu.shared.dependent_launch import wait_for_launches
 from turret.kernels.gpu.shared.dots import dot
 from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.tables.segment_table import (
@@ -112,6 +113,7 @@ def segmented_shrink_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
+    wait_for_launches()
     shrink_items(
         tl.program_id(0), tl.num_programs(0), x_ptr, a_ptr, slice_ranks_ptr, v_ptr, table_ptr,
         x_stride, in_features, v_stride, NUM_SLICES, SPLITS, LIST, BLOCK_M, BLOCK_R, BLOCK_K,
@@ -188,6 +190,7 @@ def segmented_shrink(
             # Two tiles of eight ranks: more warps would repeat their products.
             num_warps=2,
             num_stages=3,
+            **tuned.early(),
             enable_fp_fusion=True,
         )
     return v

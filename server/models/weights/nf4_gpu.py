@@ -137,4 +137,4 @@ class Nf4Product:
         weight, num_rows = self.dequantize(x.dtype), x.shape[0]
         padded = F.pad(x, (0, 0, 0, -num_rows % _PROMPT_ROWS))
         pieces = [F.linear(piece, weight) for piece in padded.split(_PROMPT_ROWS)]
-        return torch.cat(pieces)[:num_rows]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:num_rows]

@@ -12,6 +12,9 @@ from ptx.launch_order import LaunchOrder
 from ptx.program import parse
 from ptx.translation import Translation
 
+from turret.kernels.gpu.shared import tuning as tuning_module
+from turret.kernels.gpu.shared.tuning import Tuning
+
 THREADS = 32
 HEAD = f"""
 .visible .entry k(.param .u64 .ptr .global k_param_0, .param .u64 .ptr .global k_param_1)
@@ -181,3 +184,19 @@ def test_what_is_fetched_ahead_is_not_read_but_must_be_there(stream):
     stream.launch("second", f"prefetch.global.L2 [%rd3]; {WAIT}", b, a, early=True)
     with pytest.raises(Fault, match="prefetch of 1 bytes at 128, out of bounds"):
         stream.launch("third", f"prefetch.global.L2 [%rd3+4]; {WAIT}", b, a, early=True)
+
+
+@pytest.mark.parametrize(
+    ("capability", "early"),
+    [((8, 9), {}), ((9, 0), {"launch_pdl": True}), ((12, 0), {"launch_pdl": True})],
+)
+def test_only_devices_from_hopper_on_have_early_launches(monkeypatch, capability, early):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setitem(tuning_module._TABLE, "a card", Tuning(launch_pdl=True))
+    tuning_module.tuning.cache_clear()
+    tuned = tuning_module.tuning(torch.device("cuda"))
+    tuning_module.tuning.cache_clear()
+    assert tuned.early() == early
+    assert tuned.early(is_behind_kernel=False) == {}
+    assert Tuning().early() == {}

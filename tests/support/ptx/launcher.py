@@ -7,7 +7,7 @@ import itertools
 import struct
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,11 @@ def _without_assembler() -> Iterator[None]:
 
 @contextmanager
 def emulated(
-    target: str, *, tiles: str = "device", edit: Callable[[str], str] | None = None
+    target: str,
+    *,
+    tiles: str = "device",
+    edit: Callable[[str], str] | None = None,
+    launch_pdl: bool = False,
 ) -> Iterator[Launcher]:
     """Run the kernels that are launched inside on CPU tensors in the emulator.
 
@@ -166,7 +170,9 @@ def emulated(
         target: ``sm_80`` or ``sm_90``.
         tiles: ``small`` or ``device``.
         edit: See ``Launcher``.
+        launch_pdl: See ``Tuning``. Torch's operations are launches then, too.
     """
+    tuned = replace(TILES[tiles], launch_pdl=launch_pdl)
     launcher = Launcher(target, edit)
 
     def run(self: Any, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> None:
@@ -174,8 +180,9 @@ def emulated(
 
     with (
         patch.object(JITFunction, "run", run),
-        patch.object(tuning, "_INTERPRETER", TILES[tiles]),
+        patch.object(tuning, "_INTERPRETER", tuned),
         _without_assembler(),
+        launcher.order.watching() if launch_pdl else nullcontext(),
     ):
         tuning.tuning.cache_clear()
         try:

@@ -146,7 +146,8 @@ class GpuAdapterStep:
         else:
             # Nothing of it is read: no adapter of the step has ranks here.
             y, v = base(multiplied), rank_activations(self.table, len(b), x.device)
-        before = y.clone() if self.pairs.changes(projection) else y
+        # Copied by a kernel: early launches are behind no other copy.
+        before = y * 1 if self.pairs.changes(projection) else y
         if bias is not None or gain is not None or delta is not None or has_ranks:
             expand = Expand(
                 y=y,
