@@ -16,6 +16,7 @@ from collections.abc import Callable
 import pytest
 import triton
 from checkout import ROOT
+from ptx.launcher import bench_module
 
 from turret.kernels.gpu.shared.tuning import wgmma_stages
 
@@ -24,14 +25,26 @@ from turret.kernels.gpu.shared.tuning import wgmma_stages
 MAX_SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 # The base's product, alone and with what else a launch of it does.
 NF4_KERNELS = ("nf4_matmul", "nf4_rotate", "nf4_shrink")
+# Those that ever begin before the launch before has ended.
+EARLY_KERNELS = {
+    *NF4_KERNELS,
+    *("residual_rms_norm", "rope_kv_write", "paged_attention"),
+    *("silu_mul", "gelu_mul", "clamped_swiglu"),
+    *("segmented_shrink", "segmented_expand", "expand_gated", "expand_rotated"),
+}
 
 
 @pytest.fixture(scope="module", params=["sm_90", pytest.param("", marks=pytest.mark.long)])
 def compiled(request: pytest.FixtureRequest) -> dict:
-    """The compiler's output for one target or all; in its own process: here Triton interprets."""
+    """The compiler's output for one target or all."""
+    return compile_ahead(*(["--target", request.param] if request.param else []))
+
+
+def compile_ahead(*arguments: str) -> dict:
+    """Of ``bench/aot.py``, in its own process: here Triton interprets."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "bench/aot.py", *(["--target", request.param] if request.param else [])],
+        [sys.executable, "bench/aot.py", *arguments],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -118,6 +131,42 @@ def test_the_table_is_current(compiled, recorded):
         for name, targets in compiled["kernels"].items():
             assert targets == {target: kernels[name][target] for target in targets}, name
     assert any(len(known) == len(compiled["kernels"]) for known in recorded.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("only", ["nf4_rotate", pytest.param("", marks=pytest.mark.long)])
+def test_early_launches_keep_to_the_bounds(only):
+    """Neither does the assembler move a load or a store before the wait, nor does that spill."""
+    found = compile_ahead("--early", "--target", "sm_90", "--only", only)
+    rows = rows_of({found["triton"]: found["kernels"]})
+    early = {name: used for name, _, used in rows if "accesses_before_wait" in used}
+    assert len(early) >= 12
+    assert {name: used for name, used in early.items() if used["accesses_before_wait"] != 0} == {}
+    assert {name: used for name, used in early.items() if used["spills"]} == {}
+    versions = {found["triton"]: found["kernels"]}
+    kernels = [kernel for kernel in NF4_KERNELS if kernel.startswith(only)]
+    for kernel in kernels:
+        assert over(versions, kernel, nf4_limit) == {}
+    if not only:
+        assert over(versions, "segmented_expand", expand_limit) == {}
+        assert {name.split(" ")[1].split("[")[0] for name in early} == EARLY_KERNELS
+
+
+SASS = """
+        /*0000*/                   LDC R1, c[0x0][0x28] ;
+        /*0010*/                   CCTL.E.PF2 [R2] ;
+{before}        /*0030*/                   ACQBULK ;
+        /*0040*/              @!P0 LDG.E R7, desc[UR4][R4.64] ;
+        /*0050*/                   EXIT ;
+"""
+LOAD = "        /*0020*/              @!P0 LDG.E.U8 R7, desc[UR4][R4.64] ;\n"
+
+
+def test_a_load_before_the_wait_is_seen():
+    count = bench_module("cuda.sass").accesses_before_wait
+    assert count(SASS.format(before="")) == 0
+    assert count(SASS.format(before=LOAD)) == 1
+    assert count(SASS.format(before=LOAD).replace("ACQBULK", "NOP")) is None
 
 
 def test_the_table_holds_no_spill_and_everything_fits(recorded):
