@@ -20,6 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from cuda.early import time_early_launches
 from cuda.kernels import KERNELS
 from cuda.sampling import time_sampling
 from cuda.scenarios import one_step, time_projection, time_step
@@ -33,6 +34,7 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     "sampling": time_sampling,
     "projection": time_projection,
     "step": time_step,
+    "early launches": time_early_launches,
     "switching": time_switching,
 }
 # Run by name alone.

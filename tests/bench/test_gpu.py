@@ -38,6 +38,7 @@ def test_dry_run(tmp_path):
         *("step base", "step lora 1 distinct", "step dora 4 distinct", "step loha 4 distinct"),
         *("step lokr 4 distinct", "step lora 4 distinct, ranks mixed"),
         *("switch, adapters on device", "step beside a cold adapter"),
+        *("step base, launches in turn", "step lora 4 distinct, launches in turn"),
     }
     assert wanted <= found
     for row in rows:

@@ -16,6 +16,8 @@ from ptx.launcher import bench_module, emulated
 from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.clamped_swiglu import clamped_swiglu
 from turret.kernels.gpu.gelu_mul import gelu_mul
+from turret.kernels.gpu.shared import tuning as tuning_module
+from turret.kernels.gpu.shared.tuning import Tuning
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.server.adapters.operators.adapter_operators import PairRotation
 
@@ -179,3 +181,28 @@ def test_a_copy_for_pairs_is_a_kernel():
         x = behind(2, 64).clone()
         with pytest.raises(Fault, match="launched early behind a copy"):
             gelu_mul(x)
+
+
+def test_the_benchmark_compares_both(monkeypatch):
+    """What it does on a device with early launches, here with the emulator for one."""
+    early, setting = bench_module("cuda.early"), bench_module("cuda.setting").Setting.tiny()
+    seen: list[bool] = []
+
+    def use(_: object, candidate: Tuning) -> None:
+        seen.append(candidate.launch_pdl)
+        monkeypatch.setattr(tuning_module, "_INTERPRETER", candidate)
+        tuning_module.tuning.cache_clear()
+
+    monkeypatch.setattr(early, "use", use)
+    monkeypatch.setattr(early, "has_early_launches", lambda _: True)
+    with emulated("sm_90") as launcher:
+        early.time_early_launches(setting)
+    assert seen == [False, True, False, True, False]
+    assert names(launcher.early) == BASE | LORA
+    kinds = [(row["scenario"], "over_serial" in row) for row in setting.report.rows]
+    assert kinds == [
+        ("step base, launches in turn", False),
+        ("step base, early launches", True),
+        ("step lora 4 distinct, launches in turn", False),
+        ("step lora 4 distinct, early launches", True),
+    ]
