@@ -119,7 +119,7 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
             segmented_expand(
                 y, v, b, ranks, table, gain_delta=per_slot, bias=per_slot, base_bias=_empty(width)
             )
-            input_gain(x, per_slot_in[:, 0], table)
+            input_gain(x, per_slot_in, table)
             places = _empty(_SLOTS, dtype=torch.int32)
             blocks = _empty(8, inner // 32, 32, 32)
             input_blocks(x, _empty(_ROWS, inner), blocks, places, table)
@@ -211,8 +211,12 @@ def _base(inner: int, outs: tuple[int, ...], gated: bool) -> None:
         weight = Nf4Matrix(packed, plain, width, inner)
         if rows == 16 or inner >= 4096:
             nf4_shrink(_empty(_ROWS, inner), rows, weight, Shrink(a, ranks, _segments()))
+        own = _empty(len(outs), rows, inner)
+        if len(outs) > 1 and (rows == 16 or inner >= 4096):
+            nf4_matmul(own, weight, widths=outs)
         if gated:
             nf4_matmul(_empty(rows, inner), weight, gated=True)
+            nf4_matmul(own, weight, gated=True)
     for full in (False, True) if gated else ():
         expand_gated(_expand(inner, outs, full))
 
@@ -261,7 +265,8 @@ def _heads_at_once(model: Model, write: KvWrite) -> None:
         # Only the first model in every form: registers depend little on the others' constants.
         for rows in (16, 32, _ROWS) if model.hidden == 4096 and not write.is_partial else (16,):
             for added in (None, bias):
-                nf4_rotate(_empty(rows, inner), weight, added, write.rows(0, rows))
+                for shape in ((rows, inner), (3, rows, inner)):
+                    nf4_rotate(_empty(*shape), weight, added, write.rows(0, rows))
     for full in (False, True) if not write.is_partial else (False,):
         expand = _expand(inner, outs, full)
         if can_rotate(expand, write):

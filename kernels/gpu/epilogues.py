@@ -44,7 +44,7 @@ class Epilogue(Protocol):
         """Of the base's product with some rows.
 
         Args:
-            x: Those rows, at most 64, ``[rows, in]``.
+            x: Those rows, at most 64, ``[rows, in]``, or ``[slices, rows, in]`` (``nf4_matmul``).
             first_row: The first one's place in the step.
             weight: The base's.
             bias: The base's, ``[out]``, or None.
@@ -106,7 +106,7 @@ class Heads:
     def of_product(
         self, x: torch.Tensor, first_row: int, weight: Nf4Matrix, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        write = self.write.rows(first_row, first_row + len(x))
+        write = self.write.rows(first_row, first_row + x.shape[-2])
         return nf4_rotate(x, weight, bias, write)
 
     def of_expand(self, expand: Expand) -> torch.Tensor | None:

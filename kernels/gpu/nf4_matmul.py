@@ -10,6 +10,10 @@ Where a weight has few columns, the input features are cut into parts at fixed p
 the weight's shape alone; the last program of a tile of columns to be done adds the parts in their
 order. A weight of gates and ups can be finished further there: then all that is written is the
 activation of the gates times the ups.
+
+The slices of a fused weight can each read an input of their own. Each slice then begins a tile of
+columns, and which copy of the rows a program reads is decided by its tile: the weight is read once,
+as ever, and a column's sum has the same terms in the same order.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false
@@ -17,6 +21,8 @@ activation of the gates times the ups.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -90,11 +96,24 @@ def add_tile(acc, x_ptr, x_stride, first_row, num_rows, weight, absmax):
 
 
 @triton.jit
-def store_tile(y_ptr, acc, first_row, num_rows, n, inside, out_features):
+def _store_tile(y_ptr, acc, first_row, num_rows, n, inside, out_features):
     m = first_row + tl.arange(0, 16)
     y_at = y_ptr + m[:, None] * out_features + n[None, :]
     keep = (m < num_rows)[:, None] & inside[None, :]
     tl.store(y_at, acc.to(y_ptr.dtype.element_ty), mask=keep)
+
+
+@triton.jit
+def store_tiles(
+    y_ptr, acc0, acc1, acc2, acc3, num_rows, n, inside, out_features, TILES: tl.constexpr
+):
+    """Store the products of up to 64 rows in some columns."""
+    _store_tile(y_ptr, acc0, 0, num_rows, n, inside, out_features)
+    if TILES > 1:
+        _store_tile(y_ptr, acc1, 16, num_rows, n, inside, out_features)
+    if TILES > 2:
+        _store_tile(y_ptr, acc2, 32, num_rows, n, inside, out_features)
+        _store_tile(y_ptr, acc3, 48, num_rows, n, inside, out_features)
 
 
 @triton.jit
@@ -108,6 +127,22 @@ def sum_of_parts(
         part_at = at + split * num_rows * out_features
         total += tl.load(part_at, mask=keep, other=0.0, cache_modifier=".cg")
     return total.to(dtype).to(tl.float32)
+
+
+@triton.jit
+def slice_tile(tile, first_end, second_end, out_features, BLOCK_N: tl.constexpr):
+    """The slice that a tile is of, the tile's first column and the slice's end.
+
+    Each slice begins a tile. Of two slices the second one's end is ``out_features``.
+    """
+    second = tl.cdiv(first_end, BLOCK_N)
+    third = second + tl.cdiv(second_end - first_end, BLOCK_N)
+    index, first, end = 0, tile * BLOCK_N, first_end
+    if tile >= third:
+        index, first, end = 2, second_end + (tile - third) * BLOCK_N, out_features
+    elif tile >= second:
+        index, first, end = 1, first_end + (tile - second) * BLOCK_N, second_end
+    return index, first, end
 
 
 @triton.jit
@@ -134,7 +169,7 @@ def _finish(
 # One compiled form for every number of rows of the same number of tiles.
 @triton.jit(do_not_specialize=["num_rows", "part_blocks"])
 def nf4_matmul_kernel(
-    x_ptr,  # [num_rows, in_features]
+    x_ptr,  # [num_rows, in_features], or [slices, num_rows, in_features]
     packed_ptr,  # [out_features, in_features / 2] uint8
     code_ptr,  # [16] fp32
     absmax_ptr,  # [out_features, in_features / 64] fp32, or uint8 if nested
@@ -149,6 +184,9 @@ def nf4_matmul_kernel(
     in_features,
     out_features,
     part_blocks,  # quantisation blocks of a program
+    x_slice,  # stride of x's slices, or None: all read the same rows
+    first_end,  # columns of slices that have inputs of their own, but of GATED; or None
+    second_end,
     TILES: tl.constexpr,
     SPLITS: tl.constexpr,
     GATED: tl.constexpr,
@@ -156,27 +194,30 @@ def nf4_matmul_kernel(
     PTX: tl.constexpr,
 ):
     # Columns of the result; those of the ups come after those of the gates.
-    tile, width, shift = tl.program_id(0), out_features, 0
+    tile, width, shift, index = tl.program_id(0), out_features, 0, 0
     if GATED:
         width = out_features // 2
         tiles = tl.cdiv(width, BLOCK_N)
-        shift = tile // tiles * width
-        tile = tile % tiles
-    column = tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    inside_n = column < width
+        index, tile = tile // tiles, tile % tiles
+        shift = index * width
+    first, end = tile * BLOCK_N, width
+    if first_end is not None:
+        index, first, end = slice_tile(tile, first_end, second_end, out_features, BLOCK_N)
+    if x_slice is not None:
+        x_ptr += index * x_slice
+    column = first + tl.arange(0, BLOCK_N)
+    inside_n = column < end
     n = shift + column
-    blocks = in_features // _BLOCK
-    first_block = n * blocks
-    half = tl.arange(0, _HALF)
+    first_block = n * (in_features // _BLOCK)
     begin = tl.program_id(1) * part_blocks
-    end = tl.minimum(begin + part_blocks, blocks)
-    wait_fetching(packed_ptr, absmax_ptr, first_block, begin, end, inside_n)
+    last = tl.minimum(begin + part_blocks, in_features // _BLOCK)
+    wait_fetching(packed_ptr, absmax_ptr, first_block, begin, last, inside_n)
     acc0 = tl.zeros((16, BLOCK_N), dtype=tl.float32)
     acc1, acc2, acc3 = acc0, acc0, acc0
-    for g in range(begin, end):
+    for g in range(begin, last):
         block = first_block + g
         absmax = block_maximum(absmax_ptr, code2_ptr, absmax2_ptr, offset_ptr, block, inside_n)
-        byte_at = packed_ptr + block[:, None] * _HALF + half[None, :]
+        byte_at = packed_ptr + block[:, None] * _HALF + tl.arange(0, _HALF)[None, :]
         byte = tl.load(byte_at, mask=inside_n[:, None], other=0)
         even, odd = code_pairs(byte, code_ptr, x_ptr.dtype.element_ty, PTX)
         weight = tl.trans(tl.reshape(tl.join(even, odd), (BLOCK_N, _BLOCK)))
@@ -190,15 +231,10 @@ def nf4_matmul_kernel(
     to = y_ptr
     if parts_ptr is not None:
         to = parts_ptr + tl.program_id(1).to(tl.int64) * num_rows * out_features
-    store_tile(to, acc0, 0, num_rows, n, inside_n, out_features)
-    if TILES > 1:
-        store_tile(to, acc1, 16, num_rows, n, inside_n, out_features)
-    if TILES > 2:
-        store_tile(to, acc2, 32, num_rows, n, inside_n, out_features)
-        store_tile(to, acc3, 48, num_rows, n, inside_n, out_features)
-    if parts_ptr is not None:
-        arrivals = 2 * SPLITS if GATED else SPLITS
-        if is_last(counters_ptr + tile, arrivals):
+    store_tiles(to, acc0, acc1, acc2, acc3, num_rows, n, inside_n, out_features, TILES)
+    # One condition for the compiler, one for the program.
+    if parts_ptr is not None:  # noqa: SIM102
+        if is_last(counters_ptr + tile, 2 * SPLITS if GATED else SPLITS):
             _finish(
                 y_ptr, parts_ptr, column, inside_n, num_rows, width, out_features,
                 16 if TILES == 1 else 32, SPLITS, GATED,
@@ -211,16 +247,21 @@ def counters_on(device: torch.device) -> torch.Tensor:
     return torch.zeros(_MAX_COUNTERS, dtype=torch.int32, device=device)
 
 
-def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> torch.Tensor:
+def nf4_matmul(
+    x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False, widths: Sequence[int] = ()
+) -> torch.Tensor:
     """Multiply by a quantised weight without writing it out.
 
     Launches share counters: they have to follow each other on one stream.
 
     Args:
-        x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided.
+        x: ``[num_rows, in_features]``, 1 to 64 rows, fp16, bf16 or fp32; rows may be strided. Or
+            ``[slices, num_rows, in_features]``: what each slice multiplies. A row that is the same
+            for all slices has the bits that it has without.
         weight: The weight; its tensors contiguous, on the device of ``x``.
         gated: Multiply the silu of the first half of the outputs by the second half; the bits are
-            those of ``silu_mul`` on the product.
+            those of ``silu_mul`` on the product. Slices are the halves.
+        widths: Outputs of each slice, two or three; needed where slices have inputs of their own.
 
     Returns:
         ``[num_rows, out_features]`` (``gated``: half as many), dtype of ``x``, one rounding from
@@ -235,20 +276,23 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> to
     absmax = weight.absmax if nested is None else nested.codes
     if gated and weight.out_features % 2:
         raise ValueError(f"out_features is {weight.out_features}; an even number is needed")
-    check_product(x, weight, absmax)
-    num_rows, in_features = x.shape
+    num_rows, in_features = x.shape[-2:]
     tuned = tuning(x.device)
     out_features = weight.out_features
     width = out_features // 2 if gated else out_features
-    columns = triton.cdiv(width, tuned.nf4_block_n)
-    tiles = triton.cdiv(num_rows, 16)
+    own_inputs = x.dim() == 3
+    if gated:
+        widths = (width, width)
+    elif not own_inputs:
+        widths = (out_features,)
+    check_product(x, weight, absmax, widths)
     splits, part_blocks = parts_of(out_features, in_features // BLOCK, tuned)
     y = torch.empty(num_rows, width, dtype=x.dtype, device=x.device)
     parts = None
     if splits > 1 or gated:
         shape = (splits, num_rows, out_features)
         parts = torch.empty(shape, dtype=torch.float32, device=x.device)
-    nf4_matmul_kernel[(2 * columns if gated else columns, splits)](
+    nf4_matmul_kernel[(tiles_of(widths, tuned), splits)](
         x,
         weight.packed,
         code_on(x.device),
@@ -260,26 +304,35 @@ def nf4_matmul(x: torch.Tensor, weight: Nf4Matrix, *, gated: bool = False) -> to
         parts,
         counters_on(x.device),
         num_rows,
-        x.stride(0),
+        x.stride(-2),
         in_features,
         out_features,
         part_blocks,
-        TILES=4 if tiles > 2 else tiles,
+        x.stride(0) if own_inputs else None,
+        widths[0] if own_inputs and not gated else None,
+        sum(widths[:2]) if own_inputs and not gated else None,
         SPLITS=splits,
         GATED=gated,
-        BLOCK_N=tuned.nf4_block_n,
-        PTX=tuned.inline_ptx,
-        **product_options(tuned, tiles),
+        **options_of(num_rows, tuned),
     )
     return y
 
 
-def product_options(tuned: Tuning, tiles: int) -> dict[str, int]:
-    """How a product is launched that has so many tiles of rows."""
-    options = {"num_warps": 4, "num_stages": tuned.nf4_stages, "enable_fp_fusion": True}
+def options_of(num_rows: int, tuned: Tuning) -> dict[str, Any]:
+    """What kernels that multiply so many rows are compiled and launched with."""
+    tiles = triton.cdiv(num_rows, 16)
     # NVIDIA's assembler would rather spill two registers than give a program more than 168.
     limit = tuned.registers(255) if tiles > 1 else {}
-    return {**options, **limit, **tuned.early()}
+    return {
+        "TILES": 4 if tiles > 2 else tiles,
+        "BLOCK_N": tuned.nf4_block_n,
+        "PTX": tuned.inline_ptx,
+        "num_warps": 4,
+        "num_stages": tuned.nf4_stages,
+        "enable_fp_fusion": True,
+        **limit,
+        **tuned.early(),
+    }
 
 
 def parts_of(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:
@@ -294,12 +347,31 @@ def parts_of(out_features: int, blocks: int, tuned: Tuning) -> tuple[int, int]:
     return parts, triton.cdiv(blocks, parts)
 
 
-def check_product(x: torch.Tensor, weight: Nf4Matrix, absmax: torch.Tensor) -> None:
-    """Raise ValueError unless ``x`` can be multiplied by ``weight``, whose maxima are given."""
-    num_rows, in_features = x.shape
+def tiles_of(widths: Sequence[int], tuned: Tuning) -> int:
+    """Tiles of columns of slices that each begin one."""
+    return sum(triton.cdiv(width, tuned.nf4_block_n) for width in widths)
+
+
+def check_product(
+    x: torch.Tensor, weight: Nf4Matrix, absmax: torch.Tensor, widths: Sequence[int] = ()
+) -> None:
+    """Raise ValueError unless ``x`` can be multiplied by ``weight``, whose maxima are given.
+
+    Args:
+        x: ``[num_rows, in_features]``, or one for each of the slices.
+        weight: What it is multiplied by.
+        absmax: Its maxima, or their codes.
+        widths: Of the slices.
+    """
+    num_rows, in_features = x.shape[-2:]
     check_float("x", x)
     check_rows("x", x)
-    check_shape("x", x, -1, weight.in_features)
+    if x.dim() == 3:
+        if len(widths) not in (2, 3) or sum(widths) != weight.out_features:
+            raise ValueError(f"slices of {list(widths)} do not make {weight.out_features} outputs")
+        check_shape("x", x, len(widths), -1, weight.in_features)
+    else:
+        check_shape("x", x, -1, weight.in_features)
     if not 1 <= num_rows <= MAX_ROWS:
         raise ValueError(f"{num_rows} rows; 1 to {MAX_ROWS} are supported")
     if in_features % BLOCK:

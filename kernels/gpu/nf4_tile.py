@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from turret.kernels.gpu.nf4_matmul import add_tile, block_maximum, store_tile, sum_of_parts
+from turret.kernels.gpu.nf4_matmul import add_tile, block_maximum, store_tiles, sum_of_parts
 from turret.kernels.gpu.shared.nf4_codes import code_pairs
 from turret.kernels.nf4_matmul import BLOCK
 
@@ -60,12 +60,7 @@ def multiply_columns(
         if TILES > 2:
             acc2 = add_tile(acc2, x_at, x_stride, 32, num_rows, weight, absmax)
             acc3 = add_tile(acc3, x_at, x_stride, 48, num_rows, weight, absmax)
-    store_tile(to_ptr, acc0, 0, num_rows, n, inside, out_features)
-    if TILES > 1:
-        store_tile(to_ptr, acc1, 16, num_rows, n, inside, out_features)
-    if TILES > 2:
-        store_tile(to_ptr, acc2, 32, num_rows, n, inside, out_features)
-        store_tile(to_ptr, acc3, 48, num_rows, n, inside, out_features)
+    store_tiles(to_ptr, acc0, acc1, acc2, acc3, num_rows, n, inside, out_features, TILES)
 
 
 @triton.jit

@@ -50,6 +50,8 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "loha": ("loha", {"target_modules": ["q_proj", "v_proj", "down_proj"]}),
     "lokr": ("lokr", {"target_modules": ["k_proj", "o_proj", "up_proj"]}),
     "ia3": ("ia3", {"feedforward_modules": ["down_proj", "v_proj"]}),
+    "norms": ("ln_tuning", {"target_modules": ["input_layernorm", "post_attention_layernorm"]}),
+    "oft": ("oft", {"target_modules": ["q_proj", "v_proj", "gate_proj"]}),
     "adalora": ("adalora", {"target_modules": ["q_proj", "up_proj"]}),
     "vera": ("vera", {"target_modules": ["v_proj", "o_proj"]}),
     "head": ("lora", {"target_modules": ["v_proj", "lm_head"]}),
@@ -63,6 +65,8 @@ MIXES: list[list[tuple[str, float]]] = [
     [("lora", 1.0), ("alora", 0.8)],
     [("loha", 0.6), ("lokr", 0.7), ("rslora", -0.5), ("alora", 1.0)],
     [("ia3", 1.0)],
+    [("norms", 1.0)],
+    [("oft", 0.7), ("lora", -0.4), ("norms", 0.5)],
     [("dora", 0.8), ("adalora", -0.4)],
     [("vera", 1.0), ("prefix", 1.0), ("ia3", 0.5)],
     [("prompt", 1.0), ("dora", 0.0)],
@@ -92,7 +96,7 @@ async def answers(root: Path, *, gpu: bool) -> list[Completion]:
     config = Config(
         model=ModelConfig(model=twin("llama").folder, device="cpu", dtype="float32"),
         cache=CacheConfig(kv_cache_bytes=4 << 20),
-        scheduler=SchedulerConfig(max_num_seqs=10, max_num_batched_tokens=40),
+        scheduler=SchedulerConfig(max_num_seqs=12, max_num_batched_tokens=48),
         adapters=AdapterConfig(adapter_root=root, preload=tuple((n, n) for n in names)),
         listen=ListenConfig(address="127.0.0.1:0", metrics_address=None),
     )

@@ -24,8 +24,8 @@ from turret.kernels.gpu.nf4_matmul import (
     check_product,
     counters_on,
     fetch_ahead,
+    options_of,
     parts_of,
-    product_options,
 )
 from turret.kernels.gpu.nf4_tile import multiply_columns, store_sums
 from turret.kernels.gpu.shared.dependent_launch import is_early, wait_for_launches
@@ -147,7 +147,7 @@ def nf4_shrink(
     if table.gemv:
         raise ValueError("the table has a list of one-row chunks; segmented_shrink takes those")
     tuned, in_features, out_features = tuning(x.device), x.shape[1], weight.out_features
-    columns, tiles = triton.cdiv(out_features, tuned.nf4_block_n), triton.cdiv(num_rows, 16)
+    columns = triton.cdiv(out_features, tuned.nf4_block_n)
     splits, part_blocks = parts_of(out_features, in_features // BLOCK, tuned)
     y = torch.empty(num_rows, out_features, dtype=x.dtype, device=x.device)
     shape = (splits, num_rows, out_features)
@@ -171,10 +171,7 @@ def nf4_shrink(
         out_features,
         part_blocks,
         v.shape[1],
-        TILES=4 if tiles > 2 else tiles,
         SPLITS=splits,
-        BLOCK_N=tuned.nf4_block_n,
-        PTX=tuned.inline_ptx,
         SHRINK_PROGRAMS=tuned.shrink_programs,
         NUM_SLICES=a.shape[1],
         SHRINK_SPLITS=v.shape[0],
@@ -182,6 +179,6 @@ def nf4_shrink(
         BLOCK_M=TILE_ROWS,
         BLOCK_R=RANK_TILE,
         BLOCK_K=tuned.shrink_block_k,
-        **product_options(tuned, tiles),
+        **options_of(num_rows, tuned),
     )
     return y, v

@@ -20,6 +20,7 @@ from turret.server.adapters.operators.token_router import TokenRouter
 if TYPE_CHECKING:
     # Not at run time: the other paths run where Triton is not installed.
     from turret.kernels.gpu.adapters.segmented_shrink import Shrink
+    from turret.kernels.gpu.epilogues import Epilogue
 
 # Told of every adapter that entered or left a store.
 OnMoved = Callable[[Any], None]
@@ -51,6 +52,26 @@ class BaseProduct(Protocol):
 
     def stacked(self, x: torch.Tensor) -> torch.Tensor:
         """Multiply several inputs of every row: ``[count, rows, in]`` → ``[count, rows, out]``."""
+        ...
+
+    @property
+    def takes_own_inputs(self) -> bool:
+        """Whether ``by_slices`` can be called: on the gpu path, where kernels read the weight."""
+        ...
+
+    def by_slices(self, x: torch.Tensor, changed: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Multiply an input by each slice: ``[slices, rows, in]`` → ``[rows, sum(out)]``.
+
+        Args:
+            x: What each slice multiplies.
+            changed: Runs of rows that are not the same for all slices.
+        """
+        ...
+
+    def ended(
+        self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What an epilogue makes of the product, by its launches; None where that cannot be."""
         ...
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -46,11 +47,39 @@ class StepProduct:
 
     def with_shrink(self, x: torch.Tensor, shrink: Shrink) -> tuple[torch.Tensor, torch.Tensor]:
         """The product and the rank activations of all rows, where it can be by one launch."""
-        base = self._linear.base
-        product: Nf4Product | None = getattr(base, "product", None)
-        if product is None or self._num_decode is None or self._index is not None:
+        product = self._product
+        if product is None or self._num_decode is None:
             return self(x), shrink(x)
         return product.with_shrink(x, self._num_decode, shrink)
+
+    @property
+    def takes_own_inputs(self) -> bool:
+        """Whether ``by_slices`` can be called."""
+        product = self._product
+        return product is not None and product.takes_own_inputs
+
+    def by_slices(self, x: torch.Tensor, changed: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """Each slice's product with an input of its own; see ``Nf4Product``."""
+        product, num_decode = self._product, self._num_decode
+        assert product is not None
+        assert num_decode is not None
+        return product.by_slices(x, num_decode, self._linear.base.widths, changed)
+
+    def ended(
+        self, x: torch.Tensor, epilogue: Epilogue, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """What comes after the product, by its launches; None where that cannot be."""
+        product = self._product
+        if product is None or self._num_decode != x.shape[-2]:
+            return None
+        return product.ended(x, epilogue, bias)
+
+    @property
+    def _product(self) -> Nf4Product | None:
+        """On the gpu path, of the whole projection."""
+        if self._index is not None or self._num_decode is None:
+            return None
+        return getattr(self._linear.base, "product", None)
 
     def stacked(self, x: torch.Tensor) -> torch.Tensor:
         """``[count, rows, in]`` → ``[count, rows, out]``, every row in the way its own row goes."""
@@ -132,13 +161,9 @@ class AdaptedLinear:
         Returns:
             What ``epilogue`` makes of the projection, with the same bits.
         """
-        if adapters is None or not adapters.changes(self.layer, self.projection):
-            product: Nf4Product | None = getattr(self.base, "product", None)
-            if product is not None and num_decode == x.shape[0]:
-                result = product.ended(x, epilogue, self.bias)
-                if result is not None:
-                    return result
-            return epilogue(self(x, None, num_decode))
         base = StepProduct(self, num_decode)
+        if adapters is None or not adapters.changes(self.layer, self.projection):
+            result = base.ended(x, epilogue, self.bias)
+            return epilogue(self(x, None, num_decode)) if result is None else result
         place = self.layer, self.projection
         return adapters.project(*place, x, bias=self.bias, base=base, epilogue=epilogue)

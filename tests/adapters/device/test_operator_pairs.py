@@ -212,12 +212,41 @@ def _alphas(gate: Gate, parts: Sequence[slice], v: Tensor, x: Tensor) -> Tensor:
     return (scores / score.temperature).masked_fill(scores < least, -torch.inf).softmax(1)
 
 
+class Product:
+    """Of a base whose slices can multiply inputs of their own, as on the gpu path."""
+
+    takes_own_inputs = True
+
+    def __init__(self, base: Base) -> None:
+        self._base = base
+
+    def by_slices(self, x: Tensor, num_decode: int, widths: object, changed: Any) -> Tensor:
+        told = torch.zeros(x.shape[1], dtype=torch.bool)
+        for start, end in changed:
+            told[start:end] = True
+        same = x[:, ~told]
+        assert torch.equal(same, same[:1].expand_as(same)), "a row that changes was not told"
+        return torch.cat([self._base.part(s)(own) for s, own in enumerate(x)], dim=1)
+
+    def with_shrink(self, x: Tensor, num_decode: int, shrink: Any) -> tuple[Tensor, Tensor]:
+        return self._base(x), shrink(x)
+
+
+class OneInput(Product):
+    """Of a base that multiplies one input, by a library."""
+
+    takes_own_inputs = False
+
+
 class Base:
     """A dense weight, ``[out, in]``; one row at a time, so that a row's bits are its own."""
 
-    def __init__(self, weight: Tensor, slices: tuple[int, ...]) -> None:
+    def __init__(
+        self, weight: Tensor, slices: tuple[int, ...], product: type[Product] = Product
+    ) -> None:
         self.widths, self.in_features = (len(weight),), weight.shape[1]
         self._weight, self._slices = weight, slices
+        self.product = product(self)
 
     def __call__(self, x: Tensor, ahead: object = None, num_decode: int | None = None) -> Tensor:
         return torch.cat([row @ self._weight.T for row in x.split(1)])
@@ -230,9 +259,15 @@ class Base:
 
 
 def project(
-    store: Any, name: str, members: StepMembers, x: Tensor, weight: Tensor, bias: Tensor
+    store: Any,
+    name: str,
+    members: StepMembers,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    product: type[Product] = Product,
 ) -> Tensor:
-    linear = AdaptedLinear(0, name, Base(weight, OUTS[name]), bias)
+    linear = AdaptedLinear(0, name, Base(weight, OUTS[name], product), bias)
     if not isinstance(store, GpuStore):
         return linear(x, store.step(members))
     runs = [(row, row + 1, mix) for row, mix in enumerate(members.short)]
@@ -293,6 +328,30 @@ def test_pairs_of_operators_add_up_as_documented(
             if error > bound:
                 wrong[mix, s] = error
     assert wrong == {}
+
+
+@pytest.mark.usefixtures("coarse_tiles")
+def test_changed_inputs_of_a_base_that_multiplies_one() -> None:
+    """On the gpu path: as of one that multiplies an input for each slice, by more products."""
+    torch.manual_seed(7)
+    adapters = residents(torch.float32)
+    kinds = {"low_rank", "pairs", "gain", "bias", "input_gain", "input_blocks"}
+
+    def is_chosen(mix: Members) -> bool:
+        of = {part for key, _ in mix for part in key.replace(" and ", " ").split()} - {"1", "2"}
+        return of <= kinds and any(kind.startswith("input_") for kind in of)
+
+    chosen = [mix for mix in mixes(adapters) if is_chosen(mix)]
+    assert len(chosen) > 10
+    held = GpuStore(LAYOUT, torch.float32, CPU, 1 << 30)
+    held.prepare(adapters.values())
+    members = StepMembers(short=chosen, long=[])
+    width = sum(OUTS["gate_up"])
+    weight, bias = torch.randn(width, INNER) / 8, torch.randn(width)
+    x = torch.randn(len(chosen), INNER)
+    one, many = (project(held, "gate_up", members, x, weight, bias, p) for p in (OneInput, Product))
+    assert error_ratio(one, many) < 1e-6
+    assert not torch.equal(one, many)
 
 
 @pytest.mark.parametrize("name", OUTS)

@@ -17,7 +17,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from device_operations import META, Counting
 from transformers import LlamaConfig
 from triton.runtime.interpreter import InterpretedFunction
 
@@ -25,7 +25,11 @@ from turret.kernels.nf4_matmul import Nf4Matrix
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.mix import Mix
-from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import (
+    AdapterOperators,
+    InputBlocks,
+    ModuleOperators,
+)
 from turret.server.adapters.operators.updates import LowRank
 from turret.server.engine.scheduling.request import Request, SamplingParams
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
@@ -40,12 +44,12 @@ from turret.server.models.decoding.kv_cache import KvCache
 from turret.server.models.families import read_arch
 from turret.server.models.weights.nf4_gpu import Nf4Product
 
-META, DTYPE = torch.device("meta"), torch.float16
+DTYPE = torch.float16
 # Llama-3.1-8B: which launches a product takes depends on its width. Ranks do not matter.
 NUM_LAYERS, HIDDEN, VOCAB, RANK = 32, 4096, 128256, 1
 ROWS, CONTEXT, BLOCK_SIZE = 64, 4096, 16
 # These may only fall. Of a step of 32 layers, drawing tokens included.
-MAX_LAUNCHES = {"base": 237, "lora": 365}
+MAX_LAUNCHES = {"base": 237, "lora": 365, "norms": 301, "turns": 589, "lora and norms": 493}
 MAX_COPIES = 1
 # At 64 rows of 4,096 tokens: milliseconds, on the fastest of many steps of an idle machine, and
 # the calls that they are spent on.
@@ -62,50 +66,6 @@ ARCH = read_arch(
         max_position_embeddings=2 * CONTEXT,
     )
 )
-# Operations that only describe memory, or reserve it; the tests' own fixture fills what is fresh.
-NO_LAUNCH = {
-    *("view", "_unsafe_view", "reshape", "slice", "select", "split", "split_with_sizes", "unbind"),
-    *("detach", "alias", "t", "transpose", "permute", "expand", "unsqueeze", "squeeze"),
-    *("as_strided", "empty", "new_empty", "empty_like", "empty_strided", "fill_"),
-}
-MAKES_MEMORY = {"empty", "new_empty", "empty_like", "empty_strided", "zeros", "full", "arange"}
-
-
-class Counting(TorchDispatchMode):
-    """Counts operations on the device.
-
-    Attributes:
-        launches: Names of those that launch something.
-        copies: Copies from the host.
-        memory: Names of those that need device memory.
-        waits: Names of those that read from the device.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.launches: list[str] = []
-        self.memory: list[str] = []
-        self.waits: list[str] = []
-        self.copies = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = func.overloadpacket.__name__
-        before = {t for t in args if isinstance(t, torch.Tensor)}
-        if name == "copy_" and args[0].device != META and args[1].device == META:
-            self.waits.append(name)
-        result = func(*args, **(kwargs or {}))
-        made = result if isinstance(result, (list, tuple)) else [result]
-        on_device = [t for t in made if isinstance(t, torch.Tensor) and t.device == META]
-        if name == "copy_" and args[1].device != META and args[0].device == META:
-            self.copies += 1
-        elif not on_device and any(t.device == META for t in before):
-            self.waits.append(name)
-        elif on_device and name not in NO_LAUNCH:
-            self.launches.append(name)
-        own = [t for t in on_device if t not in before and t._base is None]
-        if own and name not in NO_LAUNCH - MAKES_MEMORY and not name.endswith("_"):
-            self.memory.append(name)
-        return result
 
 
 class Capture:
@@ -141,30 +101,49 @@ def launched() -> Iterator[list[str]]:
 
 
 class _Base:
-    def __init__(self, out: int, inner: int) -> None:
+    def __init__(self, widths: tuple[int, ...], inner: int) -> None:
+        out = sum(widths)
         packed = torch.empty(out * inner // 2, dtype=torch.uint8, device=META)
         absmax = torch.empty(out * inner // 64, device=META)
         self.product = Nf4Product(Nf4Matrix(packed, absmax, out, inner), DTYPE)
+        self.widths = widths
 
     def __call__(self, x: torch.Tensor, ahead: Any = None, num_decode: int = 0) -> torch.Tensor:
         return self.product(x, num_decode)
 
 
+def _low_rank(out: int, inner: int) -> ModuleOperators:
+    return ModuleOperators(LowRank(torch.zeros(RANK, inner).half(), torch.zeros(RANK, out).half()))
+
+
+def _turn(out: int, inner: int) -> ModuleOperators:
+    """OFT's."""
+    return ModuleOperators(input_blocks=InputBlocks(torch.zeros(inner // 4, 4, 4).half()))
+
+
+def _norm(out: int, inner: int) -> ModuleOperators:
+    """LN tuning's, on what a norm feeds."""
+    return ModuleOperators(input_gain=torch.ones(inner))
+
+
 class _Adapter:
-    """A LoRA on every projection, or on some."""
+    """A LoRA on every projection, or on some, or another adapter."""
 
     generation = 1
     bytes_device = num_soft_tokens = num_prefix_positions = 0
     invocation = ()
 
-    def __init__(self, key: str, *projections: str) -> None:
+    def __init__(
+        self,
+        key: str,
+        *projections: str,
+        make: Callable[[int, int], ModuleOperators] = _low_rank,
+    ) -> None:
         self.key = self.uuid = self.name = key
         names = projections or tuple(ARCH.linears())
         self.operators = AdapterOperators(
             {
-                f"model.layers.{layer}.{path}": ModuleOperators(
-                    LowRank(torch.zeros(RANK, inner).half(), torch.zeros(RANK, out).half())
-                )
+                f"model.layers.{layer}.{path}": make(out, inner)
                 for layer in range(NUM_LAYERS)
                 for name in names
                 for path, out, inner in ARCH.linears()[name]
@@ -200,7 +179,7 @@ def make_executor(capture: Capture, rows: int = ROWS) -> GpuExecutor:
 
 
 def _base(slices: Any) -> Any:
-    return _Base(sum(out for _, out, _ in slices), slices[0][2])
+    return _Base(tuple(out for _, out, _ in slices), slices[0][2])
 
 
 class Decoding:
@@ -238,10 +217,21 @@ class Decoding:
         return step
 
 
-@pytest.mark.parametrize("kind", ["base", "lora"])
+def _adapters(kind: str) -> list[_Adapter]:
+    return {
+        "base": [],
+        "lora": [_Adapter("a0"), _Adapter("a1")],
+        "norms": [_Adapter("norms", "qkv", "gate_up", make=_norm)],
+        "turns": [_Adapter("turns", make=_turn)],
+        "lora and norms": [_Adapter("a0"), _Adapter("norms", "qkv", "gate_up", make=_norm)],
+    }[kind]
+
+
+@pytest.mark.parametrize("kind", MAX_LAUNCHES)
 def test_a_decode_step(kind: str, launched: list[str]):
+    """The base is multiplied once a projection whatever changes: these have no parts of it."""
     capture = Capture(launched)
-    adapters = [_Adapter(f"a{i}") for i in range(2)] if kind == "lora" else []
+    adapters = _adapters(kind)
     executor, decoding = make_executor(capture), Decoding(adapters)
     executor.sampler(frozenset())
     with torch.no_grad():

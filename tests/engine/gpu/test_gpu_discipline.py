@@ -52,6 +52,8 @@ ARCH = read_arch(
         max_position_embeddings=256,
     )
 )
+_DECODE = ("decode", "decode, base only", "decode, low rank", "decode, told")
+STEPS = (*_DECODE, "prompts", "prompts, told")
 # Operations that make the host wait for a value on the device.
 READS = {
     "_local_scalar_dense",
@@ -68,7 +70,7 @@ class _Base:
     """Stands for the weights of a fused projection."""
 
     def __init__(self, widths: list[int], inner: int) -> None:
-        self._widths, self._inner, out = widths, inner, sum(widths)
+        self.widths, self._inner, out = tuple(widths), inner, sum(widths)
         packed = torch.empty(out * inner // 2, dtype=torch.uint8, device=META)
         absmax = torch.empty(out * inner // 64, device=META)
         self.product = Nf4Product(Nf4Matrix(packed, absmax, out, inner), DTYPE)
@@ -77,7 +79,7 @@ class _Base:
         return self.product(x, num_decode)
 
     def part(self, index: int) -> _Base:
-        return _Base(self._widths[index : index + 1], self._inner)
+        return _Base([self.widths[index]], self._inner)
 
 
 class _Adapter:
@@ -194,6 +196,7 @@ def _steps(adapters: dict[str, _Adapter]) -> dict[str, Step]:
         "prompts": Step(tuple(prompts), (1, 2), 0, ((prefixed, 0),)),
         "decode": Step(tuple(decode), (), 0),
         "decode, base only": Step(tuple(base), (), 0),
+        "decode, low rank": Step((Scheduled(_sequence(9, 8, low), 1),), (), 0),
         "prompts, told": Step((*first, *base), (), 0),
         "decode, told": Step((*later, *base, decode[1]), (), 0),
     }
@@ -270,9 +273,7 @@ def no_launches() -> Iterator[list[str]]:
         yield launched
 
 
-@pytest.mark.parametrize(
-    "name", ["prompts", "decode", "decode, base only", "prompts, told", "decode, told"]
-)
+@pytest.mark.parametrize("name", STEPS)
 def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     executor = _executor()
     step = _steps(_adapters())[name]
@@ -289,20 +290,18 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     assert copies.uploads <= limits.get(name, 1)
     assert computed.logits is not None
     assert len(computed.logits) == sum(item.samples for item in step.scheduled)
-    kernels, is_plain = set(no_launches), name == "decode, base only"
-    heads = "nf4_rotate_kernel" if is_plain else "rope_kv_write_kernel"
-    assert {"nf4_matmul_kernel", "paged_attention_kernel", heads} <= kernels
-    adapted = {
-        "nf4_shrink_kernel",
-        "segmented_shrink_kernel",
-        "hadamard_expand_kernel",
-        "kronecker_kernel",
-    }
+    kernels = set(no_launches)
+    ends = {"decode, base only": "nf4_rotate_kernel", "decode, low rank": "expand_rotated_kernel"}
+    assert {"paged_attention_kernel", ends.get(name, "rope_kv_write_kernel")} <= kernels
+    assert kernels & {"nf4_matmul_kernel", "nf4_shrink_kernel"}
+    adapted = {"segmented_shrink_kernel", "hadamard_expand_kernel", "kronecker_kernel"}
     adapted |= {"fusion_gate_kernel", "input_blocks_kernel", "gained_add_kernel"}
     adapted |= {"pair_rotation_kernel", "circulant_kernel", "sparse_kernel", "dense_kernel"}
     adapted |= {"modulate_kernel", "modulated_add_kernel"}
     is_told = name.endswith("told")
-    assert (adapted | {"input_gain_kernel"} <= kernels) == (not is_plain and not is_told)
+    assert (adapted | {"input_gain_kernel"} <= kernels) == (name in ("prompts", "decode"))
+    # Where inputs change, the base multiplies another than what a shrink reads.
+    assert ("nf4_shrink_kernel" in kernels) == (name == "decode, low rank")
     if is_told:
         # Once for the first pass.
         assert no_launches.count("paged_attention_kernel") == 2 * ARCH.num_layers

@@ -9,6 +9,8 @@ Planted faults, and how many of the tests here each one fails (tried by hand):
 - only the first block of columns: 9
 - all rows taken: 4
 - bit 0 for every projection: 2
+- the first slice's gains for all: 4
+- every slice's rows in the first slice's place: 4
 """
 
 from __future__ import annotations
@@ -30,25 +32,27 @@ def make_table(gemv: bool = False) -> SegmentTable:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gemv", [False, True])
-def test_rows_are_scaled_by_their_mix(dtype, gemv):
+@pytest.mark.parametrize(("gemv", "slices"), [(False, 1), (False, 3), (True, 2)])
+def test_rows_are_scaled_by_their_mix(dtype, gemv, slices):
     pack = make_pack(INNER, OUTS, dtype)
-    deltas = torch.randn(len(pack.bounds), 2, INNER, device=DEVICE)
+    deltas = torch.randn(len(pack.bounds), slices + 1, INNER, device=DEVICE)
     deltas[0] = 0.0
-    delta = deltas[:, 1]
+    # One slice's stride is another's than its width.
+    delta = deltas[:, 1:]
     table = make_table(gemv)
     for name, runs, num_rows in traffic(pack):
         x = torch.randn(num_rows, INNER).to(DEVICE, dtype)
         table.load(runs)
         out = input_gain(x, delta, table)
+        assert out.shape == (slices, num_rows, INNER)
         for run in runs:
-            total = torch.zeros(INNER, dtype=torch.float64, device=DEVICE)
+            total = torch.zeros(slices, 1, INNER, dtype=torch.float64, device=DEVICE)
             for c in run.members:
-                total += c.weight * delta[c.slot].double()
+                total += c.weight * delta[c.slot].double()[:, None]
             expected = x[run.start : run.end].double() * total
-            found = out[run.start : run.end]
-            assert not run.members or error_ratio(found, expected) < MAX_ERROR[dtype], name
-            assert run.members or not found.any(), name
+            for found, own in zip(out[:, run.start : run.end], expected, strict=True):
+                assert not run.members or error_ratio(found, own) < MAX_ERROR[dtype], name
+                assert run.members or not found.any(), name
 
 
 def test_an_infinite_activation_stays_out_of_rows_without_a_gain():
@@ -58,7 +62,7 @@ def test_an_infinite_activation_stays_out_of_rows_without_a_gain():
     table = make_table()
     table.load([run for name, runs, _ in traffic(pack) if name == "distinct" for run in runs])
     x = torch.full((6, INNER), float("inf"), device=DEVICE, dtype=HALF)
-    out = input_gain(x, delta, table)
+    out = input_gain(x, delta[:, None], table)[0]
     assert not out[[0, 2, 3, 4, 5]].any()
     assert torch.isinf(out[1, :7]).all()
     assert not out[1, 7:].any()
@@ -78,8 +82,8 @@ def test_whole_inputs_of_some_rows_and_changes_of_the_others(dtype, bit):
     table.load([LongSegment(5 * i, 5 * i + 5, mix, as_is) for i, (mix, as_is) in segments])
     x = torch.randn(20, INNER).to(DEVICE, dtype)
     x[15:] = float("inf")
-    whole = input_gain(x, delta, table, taken=FREE_ROWS, bit=bit, whole=True)
-    changes = input_gain(x, delta, table, taken=BOUND_ROWS, bit=bit)
+    (whole,) = input_gain(x, delta[:, None], table, taken=FREE_ROWS, bit=bit, whole=True)
+    (changes,) = input_gain(x, delta[:, None], table, taken=BOUND_ROWS, bit=bit)
     for i, mix in enumerate(mixes):
         rows = slice(5 * i, 5 * i + 5)
         gain = sum(
@@ -100,9 +104,9 @@ def test_whole_inputs_of_some_rows_and_changes_of_the_others(dtype, bit):
 def test_breaches_of_the_contract_are_refused():
     table = make_table()
     x = torch.zeros(2, INNER, device=DEVICE, dtype=HALF)
-    delta = torch.zeros(3, INNER, device=DEVICE)
+    delta = torch.zeros(3, 1, INNER, device=DEVICE)
     with pytest.raises(ValueError, match="delta is"):
-        input_gain(x, delta[:, :-1], table)
+        input_gain(x, delta[..., :-1], table)
     with pytest.raises(ValueError, match="float32"):
         input_gain(x, delta.half(), table)
     with pytest.raises(ValueError, match="stride"):

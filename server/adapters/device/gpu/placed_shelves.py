@@ -94,8 +94,14 @@ class StepPlaced:
         found = self.shelves.get((projection, s), ())
         return [(shelf, count) for shelf, count in found if layer in shelf.layers]
 
-    def changes(self, projection: str) -> bool:
-        return any(name == projection for name, _ in self.shelves)
+    def changes(self, projection: str, *, has_gain: bool | None = None) -> bool:
+        """Whether a projection has shelves: any, or such whose modules have gains or have none."""
+        return any(
+            has_gain in (None, shelf.has_gain)
+            for (name, _), shelves in self.shelves.items()
+            if name == projection
+            for shelf, _ in shelves
+        )
 
     def without_gain(self, key: str) -> set[str]:
         """Projections in which an adapter has tensors and no gain."""

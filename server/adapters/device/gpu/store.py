@@ -19,19 +19,17 @@ from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.expert_routing import Routing
 from turret.kernels.gpu.adapters.expand_on import Expand
 from turret.kernels.gpu.adapters.hadamard_shrink import MAX_RANK as MAX_HADAMARD_RANK
-from turret.kernels.gpu.adapters.input_gain import ANY_ROWS, BOUND_ROWS, FREE_ROWS, input_gain
 from turret.kernels.gpu.adapters.kronecker import MAX_IN_M, MAX_RANK
 from turret.kernels.gpu.adapters.segmented_shrink import Shrink, rank_activations
 from turret.kernels.gpu.epilogues import Epilogue
 from turret.kernels.gpu.tables.segment_table import SegmentTable
 from turret.server.adapters.device.constants import ConstantsOfAdapters, StepConstants
 from turret.server.adapters.device.gpu.base_products import (
-    add_blocks,
-    add_changed_inputs,
+    ChangedInputs,
+    ChangedRows,
     add_modulated,
     blocks_of,
     modulated_of,
-    needed_as_is,
 )
 from turret.server.adapters.device.gpu.dense_shelf import GpuDenseShelves
 from turret.server.adapters.device.gpu.experts import GpuExpertShelves
@@ -70,12 +68,10 @@ class GpuAdapterStep:
         kinds: Which packed operators the step's adapters have.
         low_rank: Projections with a low-rank update.
         shelves: Rows of the shelves.
-        blocks: Shelves of input blocks.
+        inputs: What changes before the base multiplies it.
         modulated: Shelves of modulated updates.
         pairs: Projections with pairs.
         gates: Rows of learned fusions.
-        bound: Projections of one slice in which a row's input changes and something else of its mix
-            needs what the base makes of the row's own.
         constants: Rows that attend to constants, or None; a step that has some is not captured.
         addresses: Where tables lie that the step reads and not every step with adapters does.
     """
@@ -85,11 +81,10 @@ class GpuAdapterStep:
     kinds: PackedKinds
     low_rank: frozenset[str]
     shelves: GpuStepShelves
-    blocks: StepPlaced
+    inputs: ChangedInputs
     modulated: StepPlaced
     pairs: GpuStepPairs
     gates: GpuStepGates
-    bound: frozenset[str]
     addresses: Hashable
     constants: StepConstants | None = None
 
@@ -97,15 +92,16 @@ class GpuAdapterStep:
     def signature(self) -> Hashable:
         """What the step launches, and where what it reads lies; see the module."""
         packed = self.kinds
-        kinds = (self.low_rank, packed.gains, packed.input_gains, packed.biases, self.bound)
-        others = (self.shelves, self.blocks, self.modulated, self.pairs, self.gates)
+        kinds = (self.low_rank, packed.gains, packed.biases)
+        others = (self.shelves, self.inputs, self.modulated, self.pairs, self.gates)
         return (kinds, *(part.signature for part in others), self.addresses)
 
     def changes(self, layer: int, projection: str) -> bool:
         """Whether anything of the step is added to what the base multiplies."""
         kinds = self.kinds
         packed = self.low_rank | kinds.gains | kinds.biases
-        return projection in packed or self._changes_more(layer, projection)
+        changed = projection in packed or self.inputs.changes(projection)
+        return changed or self._adds(layer, projection)
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
         if self.constants is not None:
@@ -138,17 +134,26 @@ class GpuAdapterStep:
         delta = packed.bias if projection in kinds.biases else None
         (a, b), ranks = packed.layers[layer], packed.slice_ranks[layer]
         has_ranks = projection in self.low_rank
-        multiplied = self._multiplied(layer, projection, x)
+        expands = has_ranks or gain is not None or delta is not None
+        more = self.inputs.leaves_products(projection, base) or self._adds(layer, projection)
+        end = None if more else epilogue
+        multiplied = self.inputs.multiplied(layer, projection, x, base)
+        if end is not None and not expands:
+            result = base.ended(multiplied, end, bias)
+            if result is not None:
+                return result
         if has_ranks and multiplied is x:
             y, v = base.with_shrink(x, Shrink(a, ranks, self.table))
-        elif has_ranks:
-            y, v = base(multiplied), Shrink(a, ranks, self.table)(x)
         else:
-            # Nothing of it is read: no adapter of the step has ranks here.
-            y, v = base(multiplied), rank_activations(self.table, len(b), x.device)
+            y = self._product(projection, multiplied, base)
+            if has_ranks:
+                v = Shrink(a, ranks, self.table)(x)
+            else:
+                # Nothing of it is read: no adapter of the step has ranks here.
+                v = rank_activations(self.table, len(b), x.device)
         # Copied by a kernel: early launches are behind no other copy.
         before = y * 1 if self.pairs.changes(projection) else y
-        if bias is not None or gain is not None or delta is not None or has_ranks:
+        if bias is not None or expands:
             expand = Expand(
                 y=y,
                 v=v,
@@ -159,72 +164,42 @@ class GpuAdapterStep:
                 bias=None if delta is None else delta[layer],
                 base_bias=bias,
             )
-            if epilogue is not None and not self._changes_more(layer, projection):
-                result = epilogue.of_expand(expand)
+            if end is not None:
+                result = end.of_expand(expand)
                 if result is not None:
                     return result
             expand.run()
-        self._add_products(layer, projection, x, y, base)
+        self.inputs.add_products(layer, projection, x, y, base)
+        self._add_modulated(layer, projection, x, y, base)
         self.pairs.apply(layer, projection, before, y, self.table)
         self.shelves.apply(layer, projection, x, y)
         self.gates.apply(layer, projection, x, y)
         return y if epilogue is None else epilogue(y)
 
-    def _changes_more(self, layer: int, projection: str) -> bool:
-        """Whether anything of the step is added to what an expand finishes."""
+    def _adds(self, layer: int, projection: str) -> bool:
+        """Whether shelves or gates add to what the base's product or an expand gives."""
         return (
-            projection in self.kinds.input_gains
-            or projection in self.shelves.by_projection
-            or any(p.changes(projection) for p in (self.blocks, self.modulated, self.pairs))
+            projection in self.shelves.by_projection
+            or any(part.changes(projection) for part in (self.modulated, self.pairs))
             or self.gates.changes(layer, projection)
         )
 
-    def _bit(self, projection: str) -> int:
-        """The projection's, of ``LongSegment.as_is``."""
-        return list(self.projections).index(projection)
+    def _product(
+        self, projection: str, multiplied: torch.Tensor, base: BaseProduct
+    ) -> torch.Tensor:
+        """The base's, of one input or of one for each slice."""
+        if multiplied.dim() == 2:
+            return base(multiplied)
+        return base.by_slices(multiplied, self.inputs.rows.free.get(projection, ()))
 
-    def _multiplies_changed(self, projection: str) -> bool:
-        """Whether the base multiplies changed inputs: slices may each have one of their own."""
-        return len(self.projections[projection].columns) == 1
-
-    def _multiplied(self, layer: int, projection: str, x: torch.Tensor) -> torch.Tensor:
-        """What the base multiplies: ``x``, changed where nothing else needs what it gives."""
-        if not self._multiplies_changed(projection):
-            return x
-        taken, changed = (FREE_ROWS, self._bit(projection)), x
-        if projection in self.kinds.input_gains:
-            gain = self.projections[projection].input_gain_delta
-            assert gain is not None
-            rows = {"taken": taken[0], "bit": taken[1]}
-            changed = input_gain(x, gain[layer, :, 0], self.table, whole=True, **rows)
-        place = (layer, projection, 0)
-        if changed is x and self.blocks.of(*place):
-            changed = x.clone(memory_format=torch.contiguous_format)
-        add_blocks(self.blocks, place, x, changed, self.table, taken)
-        return changed
-
-    def _add_products(
+    def _add_modulated(
         self, layer: int, projection: str, x: torch.Tensor, y: torch.Tensor, base: BaseProduct
     ) -> None:
-        """Add what the base makes of other inputs to ``y``, in place, slice by slice."""
-        packed, table = self.projections[projection], self.table
-        gain, has_gains = packed.input_gain_delta, projection in self.kinds.input_gains
-        if not (has_gains or self.blocks.changes(projection) or self.modulated.changes(projection)):
-            return
-        taken = (ANY_ROWS, self._bit(projection))
-        if self._multiplies_changed(projection):
-            taken = (BOUND_ROWS, taken[1]) if projection in self.bound else None
-        for s, columns in enumerate(packed.columns):
-            place, own = (layer, projection, s), {"base": base.part(s), "table": table}
-            u = None
-            if has_gains and taken is not None:
-                assert gain is not None
-                u = input_gain(x, gain[layer, :, s], table, taken=taken[0], bit=taken[1])
-            outputs = packed.gain_delta
-            delta = None if outputs is None else outputs[layer, :, columns]
-            at = {"gain_delta": delta, "taken": taken, **own}
-            add_changed_inputs(self.blocks, place, x, y[:, columns], u, **at)
-            add_modulated(self.modulated, place, x, y[:, columns], **own)
+        """Add the modulated updates to ``y``, in place, slice by slice."""
+        if self.modulated.changes(projection):
+            for s, columns in enumerate(self.projections[projection].columns):
+                own = {"base": base.part(s), "table": self.table}
+                add_modulated(self.modulated, (layer, projection, s), x, y[:, columns], **own)
 
 
 class GpuStore(AdapterStore):
@@ -335,15 +310,16 @@ class GpuStore(AdapterStore):
         kinds = self._pack.kinds({key for _, _, mix in runs for key, _ in mix})
         mixes = [mix for _, _, mix in runs]
         blocks = self._blocks.bind(mixes)
-        as_is, bound = needed_as_is(mixes, kinds, self._pack, self._pairs, blocks)
+        rows = ChangedRows.of(runs, self._pack, self._pairs, blocks, kinds.input_gains)
         segments = [
             LongSegment(start, end, tuple(segment_members(mix, self._pack.places)), bits)
-            for (start, end, mix), bits in zip(runs, as_is, strict=True)
+            for (start, end, mix), bits in zip(runs, rows.as_is, strict=True)
         ]
         table = tables.load_segments(segments)
         shelves, gates = self._shelves.bind(runs, tables), self._gates.bind(runs, tables, given)
         step = self._bound(table, kinds, shelves, gates, mixes)
-        return replace(step, bound=bound, constants=self._constants.bind(runs))
+        inputs = replace(step.inputs, blocks=blocks, rows=rows)
+        return replace(step, inputs=inputs, constants=self._constants.bind(runs))
 
     def bind_form(self, low_rank: frozenset[str], tables: GpuTables) -> GpuAdapterStep:
         """What steps launch whose adapters have low-rank updates in some projections, and no more.
@@ -379,10 +355,15 @@ class GpuStore(AdapterStore):
             kinds=kinds,
             low_rank=frozenset(projection for projection, _ in kinds.low_rank),
             shelves=shelves,
-            blocks=self._blocks.bind(mixes),
+            inputs=ChangedInputs(
+                projections=projections,
+                table=table,
+                gained=kinds.input_gains,
+                blocks=self._blocks.bind(()),
+                rows=ChangedRows(()),
+            ),
             modulated=self._modulated.bind(mixes),
             pairs=self._pairs.bind(mixes),
             gates=gates,
-            bound=frozenset(),
             addresses=repr(known),
         )
