@@ -15,7 +15,6 @@ from turret.kernels.gpu.adapters.expand_on import (
     expand_gated,
     expand_rotated,
 )
-from turret.kernels.gpu.adapters.fusion_gate import fusion_gate, routing_gate
 from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
 from turret.kernels.gpu.adapters.input_blocks import gained_add, input_blocks
@@ -36,6 +35,9 @@ from turret.kernels.gpu.experts.combine_experts import combine_experts
 from turret.kernels.gpu.experts.expert_updates import add_expert_updates
 from turret.kernels.gpu.experts.nf4_experts import nf4_experts
 from turret.kernels.gpu.experts.route_rows import route_rows
+from turret.kernels.gpu.gates.fusion_gate import fusion_gate
+from turret.kernels.gpu.gates.gate_shrink import gate_shrink
+from turret.kernels.gpu.gates.gate_words import WORDS
 from turret.kernels.gpu.gelu_mul import gelu_mul
 from turret.kernels.gpu.kv_write import KvWrite
 from turret.kernels.gpu.nf4_dequantize import nf4_dequantize
@@ -125,10 +127,11 @@ def _low_rank(inner: int, outs: tuple[int, ...]) -> Iterator[Callable[[], object
             input_blocks(x, _empty(_ROWS, inner), blocks, places, table)
             gained_add(y, _empty(_ROWS, width), per_slot, places, table, 1)
             _from_base(x, y, outs[0], places, table)
-            q = _empty(_ROWS, slices, 64, dtype=torch.float32)
-            gated = _empty(_SLOTS, dtype=torch.int32)
-            gates = fusion_gate(q, v, _empty(_RANK, slices, 64), gated, table)
-            routing_gate(_empty(_ROWS, slices, _SLOTS, dtype=torch.float32), gated, table, 2, 0.7)
+            words = _empty(_SLOTS, slices, WORDS, dtype=torch.int64)
+            asked = gate_shrink(x, words, table)
+            gates = fusion_gate(asked, v, words, table, _ROWS)
+            fusion_gate(asked, v, words, _segments(components=64), _ROWS)
+            fusion_gate(asked, v, words, table, _ROWS, _empty(4096, dtype=torch.float32))
             segmented_expand(y, v, b, ranks, table, gates=gates)
 
         yield launch
@@ -290,8 +293,16 @@ def _expand(inner: int, outs: tuple[int, ...], full: bool) -> Expand:
     )
 
 
-def _segments(gemv: bool = False) -> SegmentTable:
-    return SegmentTable(max_rows=_ROWS, max_row_rank=256, max_components=8, device=_META, gemv=gemv)
+def _segments(gemv: bool = False, components: int = 8) -> SegmentTable:
+    return SegmentTable(
+        max_rows=_ROWS,
+        max_row_rank=256,
+        max_components=components,
+        max_gates=2,
+        max_row_asked=128,
+        device=_META,
+        gemv=gemv,
+    )
 
 
 def _plain_weight(inner: int, width: int) -> Nf4Matrix:

@@ -51,17 +51,39 @@ class SegmentMember:
 
 
 @dataclass(frozen=True, slots=True)
+class GatedMembers:
+    """Members that are the components of one gated adapter; the gpu path has such.
+
+    Attributes:
+        begin: Position of the first one in the segment's members.
+        end: Position behind the last one. They share a slot.
+        asked: Queries or prototypes of the adapter in any module at most.
+        told: Where what a first pass has told of the step's first row begins, for an adapter that
+            is told its gates.
+        told_stride: From there to the next row's.
+    """
+
+    begin: int
+    end: int
+    asked: int
+    told: int = 0
+    told_stride: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class LongSegment:
     """A run of rows that share one mix.
 
     ``as_is`` has a bit for each projection whose base result the mix needs for the rows' own input,
     since a member scales it or exchanges its places; the gpu path reads it where inputs change.
+    ``gated`` are the gated adapters among the members. Equal mixes have equal ones of both.
     """
 
     start: int
     end: int
     members: tuple[SegmentMember, ...]
     as_is: int = 0
+    gated: tuple[GatedMembers, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ import pytest
 import torch
 from builders.methods import make_config, save_adapter
 from builders.mixes.fusions import save_fusion
+from builders.mixes.routers import write_router
 from gpu_path import FakeCapture, use_coarse_tiles
 from method_oracle import prompt_of, twin
 
@@ -74,6 +75,7 @@ MIXES: list[list[tuple[str, float]]] = [
     [],
     [("head", 0.5), ("fusion", 0.8)],
     [("fusion", 1.0), ("loha", 0.3), ("fusion-2", -0.6)],
+    [("arrow", 0.9), ("fusion-2", 0.5)],
 ]
 
 
@@ -92,11 +94,11 @@ def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 async def answers(root: Path, *, gpu: bool) -> list[Completion]:
     """Serve every mix at once over gRPC."""
-    names = (*ADAPTERS, "fusion", "fusion-2")
+    names = (*ADAPTERS, "fusion", "fusion-2", "arrow")
     config = Config(
         model=ModelConfig(model=twin("llama").folder, device="cpu", dtype="float32"),
         cache=CacheConfig(kv_cache_bytes=4 << 20),
-        scheduler=SchedulerConfig(max_num_seqs=12, max_num_batched_tokens=48),
+        scheduler=SchedulerConfig(max_num_seqs=13, max_num_batched_tokens=52),
         adapters=AdapterConfig(adapter_root=root, preload=tuple((n, n) for n in names)),
         listen=ListenConfig(address="127.0.0.1:0", metrics_address=None),
     )
@@ -131,6 +133,7 @@ async def test_every_method_in_one_batch_as_on_plain_torch(tmp_path: Path) -> No
         save_adapter(model, make_config(method, **keys), tmp_path / name, seed=seed)
     save_fusion(model, tmp_path, "fusion", ("lora", "rslora"), ("q_proj", "down_proj"))
     save_fusion(model, tmp_path, "fusion-2", ("rslora", "lora"), ("q_proj", "up_proj"), seed=1)
+    write_router(tmp_path, "arrow", ("lora", "rslora"), ["q_proj", "down_proj"], top_k=1)
     expected = await answers(tmp_path, gpu=False)
     capture = FakeCapture()
     with patch.object(decode_graphs, "capture_for", lambda device, dtype: capture):

@@ -84,17 +84,16 @@ class OneStepTables:
         self._device = device
 
     def load_segments(self, runs: Sequence[LongSegment]) -> SegmentTable:
-        table = self.fusion_table("", 64, 4)
+        table = SegmentTable(
+            max_rows=self._max_rows,
+            max_row_rank=512,
+            max_components=16,
+            max_gates=4,
+            max_row_asked=128,
+            device=self._device,
+        )
         table.load(runs)
         return table
 
     def row_table(self, key: Hashable) -> RowTable:
         return RowTable(self._max_rows, self._device)
-
-    def fusion_table(self, key: str, ranks: int, components: int) -> SegmentTable:
-        return SegmentTable(
-            max_rows=self._max_rows,
-            max_row_rank=ranks,
-            max_components=components,
-            device=self._device,
-        )

@@ -40,7 +40,7 @@ _RECORD = tl.constexpr(RECORD)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Expand:
-    """The arguments of ``segmented_expand``, learned fusions' gates left out; see there."""
+    """The arguments of ``segmented_expand``, gates left out; see there."""
 
     y: torch.Tensor
     v: torch.Tensor
@@ -51,8 +51,8 @@ class Expand:
     bias: torch.Tensor | None = None
     base_bias: torch.Tensor | None = None
 
-    def run(self) -> None:
-        """Finish ``y`` in place."""
+    def run(self, gates: torch.Tensor | None = None) -> None:
+        """Finish ``y`` in place, components weighed by gates if there are some."""
         segmented_expand(
             self.y,
             self.v,
@@ -62,6 +62,7 @@ class Expand:
             gain_delta=self.gain_delta,
             bias=self.bias,
             base_bias=self.base_bias,
+            gates=gates,
         )
 
     def check(self) -> None:

@@ -74,8 +74,10 @@ def expanded(
         num_ranks = tl.minimum((tl.load(component_ptr + 1) - rank).to(tl.int32), held)
         scale = tl.zeros((BLOCK_M,), dtype=tl.float32) + weight
         if gates_ptr is not None:
-            gate_at = gates_ptr + rows * gates_stride + s * gates_slice_stride + (c - begin)
-            scale *= tl.load(gate_at, mask=live, other=0.0)
+            is_gated = tl.load(component_ptr + 5) != 0
+            if is_gated:
+                gate_at = gates_ptr + rows * gates_stride + s * gates_slice_stride + (c - begin)
+                scale *= tl.load(gate_at, mask=live, other=0.0)
         if gain_delta_ptr is not None:
             delta = tl.load(gain_delta_ptr + slot * width + y_cols, mask=inside, other=0.0)
             gain += weight * delta

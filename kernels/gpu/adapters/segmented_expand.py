@@ -195,8 +195,10 @@ def _expand_tile(
             num_ranks = tl.minimum((tl.load(component_ptr + 1) - rank).to(tl.int32), held)
             scale = tl.zeros((BLOCK_M,), dtype=tl.float32) + weight
             if gates_ptr is not None:
-                gate_at = gates_ptr + rows * gates_stride + s * gates_slice_stride + (c - begin)
-                scale *= tl.load(gate_at, mask=live, other=0.0)
+                is_gated = tl.load(component_ptr + 5) != 0
+                if is_gated:
+                    gate_at = gates_ptr + rows * gates_stride + s * gates_slice_stride + (c - begin)
+                    scale *= tl.load(gate_at, mask=live, other=0.0)
             if gain_delta_ptr is not None:
                 delta = tl.load(gain_delta_ptr + slot * width + y_cols, mask=inside, other=0.0)
                 gain += weight * delta
@@ -236,7 +238,7 @@ def segmented_expand(
 
         G = 1 + Σ_k w_k gain_delta[k]
         Δ_k = v[row, k, :, s] b_s[k] + bias[k]
-        y[row, s] = G ⊙ y[row, s] + base_bias + Σ_k w_k · gate_k · Δ_k
+        y[row, s] = G ⊙ y[row, s] + base_bias + Σ_k w_k · gate_k · Δ_k      gate_k: 1 if not gated
 
     Args:
         y: Bias-free base results, ``[num_rows, sum(out_s)]``, fp16, bf16 or fp32; rows may be

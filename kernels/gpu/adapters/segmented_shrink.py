@@ -200,10 +200,15 @@ def empty_parts(
     table: SegmentTable, num_slices: int, in_features: int, device: torch.device
 ) -> torch.Tensor:
     """Memory for what a shrink of that many inputs gives; the splits are its first axis."""
+    splits, width = shrink_parts(in_features, device), table.rank_capacity * num_slices
+    return torch.empty(splits, width, dtype=torch.float32, device=device)
+
+
+def shrink_parts(in_features: int, device: torch.device) -> int:
+    """Into how many parts a shrink cuts that many inputs."""
     # Of the projection's width alone: the order of a row's sum may not depend on the step.
     parts = triton.cdiv(in_features, tuning(device).shrink_split_k)
-    splits, width = max(2, min(_MAX_SPLITS, parts)), table.rank_capacity * num_slices
-    return torch.empty(splits, width, dtype=torch.float32, device=device)
+    return max(2, min(_MAX_SPLITS, parts))
 
 
 def check_shrink(x: torch.Tensor, a: torch.Tensor, slice_ranks: torch.Tensor) -> None:

@@ -11,33 +11,74 @@ most ``TILE_ROWS`` rows; expand works per chunk. Chunks are cut into *items*, on
 ``RANK_TILE`` ranks; shrink works per item::
 
     header   num_rows · rows@ · components@ · 0 | num_chunks · chunks@ · num_items · items@ | same
+             | num_gates · gates@ · num_questions · questions@
     rows     row number …                           (the second list: one-row chunks, the GEMV form)
-    component  rank_start · rank_end · slot · offset · weight (fp32 bits) · 0 · 0 · 0
+    component  rank_start · rank_end · slot · offset · weight (fp32 bits) · is_gated · 0 · 0
     chunk      position · count · component_begin · component_end · v_base · v_stride · as_is · 0
     item       position · count · rank · rank_end · slot · v_base · v_stride · rank_in_adapter
 
 Rank activations lie compactly: row ``i`` of a chunk has its ``v_stride`` ranks (all components of
 the mix side by side, component ``c`` from ``offset_c``) at ``v_base + i · v_stride``.
+
+Where components of a mix are those of a gated adapter, each of its chunks has a *gate* besides,
+which names them, and *questions*, ``RANK_TILE`` of the vectors each that the gate's scores begin
+with (queries, prototypes); their products with a row lie as its rank activations do::
+
+    gate       position · count · component · components · column · slot · v_base · v_stride
+               · asked_base · asked_stride · told@ · told_stride
+    question   position · count · vector · vectors · slot · asked_base · asked_stride · 0
 """
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from turret.kernels.adapters.segments import LongSegment, SegmentMember
+from turret.kernels.adapters.segments import GatedMembers, LongSegment, SegmentMember
 from turret.kernels.gpu.tables.staged_buffer import StagedMemory
 
 RANK_TILE = 16
 # Rows per chunk. One size for all steps: every row goes through the same MMA instruction.
 TILE_ROWS = 16
-HEADER = 12
+HEADER = 16
 RECORD = 8
+GATE_RECORD = 12
 # Header positions of the two lists; kernels take one of these.
 TILES = 4
 ONE_ROW = 8
+# And of the gates.
+GATES = 12
+
+
+@dataclass(slots=True)
+class _Gates:
+    """The gates of a step, as words.
+
+    Attributes:
+        gates: Their records.
+        questions: Those of their questions.
+        asked: Rows times vectors so far.
+        longest: Gates of one mix at most.
+    """
+
+    gates: list[int] = field(default_factory=list)
+    questions: list[int] = field(default_factory=list)
+    asked: int = 0
+    longest: int = 0
+
+    def add(self, gated: GatedMembers, slot: int, chunk: Sequence[int]) -> None:
+        """A chunk's rows of one adapter; ``chunk`` is its record."""
+        position, count, first, _, v_base, v_stride = chunk[:6]
+        asked, vectors = self.asked, gated.asked
+        components = (first + gated.begin, gated.end - gated.begin, gated.begin)
+        self.gates.extend((position, count, *components, slot, v_base, v_stride))
+        self.gates.extend((asked, vectors, gated.told, gated.told_stride))
+        for j in range(0, vectors, RANK_TILE):
+            self.questions.extend((position, count, j, vectors, slot, asked + j, vectors, 0))
+        self.asked += count * vectors
 
 
 class SegmentTable:
@@ -45,7 +86,9 @@ class SegmentTable:
 
     Attributes:
         buffer: ``[capacity]`` int32 on the device; its address never changes.
+        max_gates: Gated adapters of one row's mix at most.
         rank_capacity: Rows times ranks of a step at most; kernels size ``v`` by it.
+        asked_capacity: Rows times vectors that gates ask about at most.
         gemv: Whether chunks of one row go to the second list. Faster where most rows have adapters
             of their own, but a row then rounds differently when it shares its adapter with another.
     """
@@ -57,6 +100,8 @@ class SegmentTable:
         max_row_rank: int,
         max_components: int,
         device: torch.device,
+        max_gates: int = 0,
+        max_row_asked: int = 0,
         gemv: bool = False,
         memory: StagedMemory | None = None,
     ) -> None:
@@ -67,6 +112,8 @@ class SegmentTable:
             max_row_rank: Sum of the ranks of one row's mix.
             max_components: Components of one row's mix.
             device: Where the kernels run.
+            max_gates: Gated adapters of one row's mix.
+            max_row_asked: Sum of what they ask about (``GatedMembers.asked``).
             gemv: See the class.
             memory: What the table is a part of; None for one of its own.
         """
@@ -74,10 +121,14 @@ class SegmentTable:
         self.max_rows = max_rows
         self.max_components = max_components
         self.rank_capacity = max_rows * max_row_rank
+        self.max_gates = max_gates
+        self.asked_capacity = max_rows * max_row_asked
         # Every row its own mix: one chunk and at most max_row_items items each.
         max_row_items = max_components + max_row_rank // RANK_TILE
-        records = max_rows * (max_components + 1 + max_row_items)
-        capacity = HEADER + max_rows + RECORD * records
+        max_row_questions = max_gates + max_row_asked // RANK_TILE
+        row_records = max_components + 1 + max_row_items + max_row_questions
+        row_words = 1 + RECORD * row_records + GATE_RECORD * max_gates
+        capacity = HEADER + max_rows * row_words
         memory = StagedMemory(device, 0) if memory is None else memory
         self._part = memory.part(capacity, torch.int32)
         self.buffer = self._part.buffer
@@ -96,17 +147,20 @@ class SegmentTable:
 
     def _words(self, runs: Sequence[LongSegment]) -> list[int]:
         segments: dict[tuple[SegmentMember, ...], list[int]] = {}
-        as_is: dict[tuple[SegmentMember, ...], int] = {}
+        last_of: dict[tuple[SegmentMember, ...], LongSegment] = {}
         for run in runs:
             segments.setdefault(run.members, []).extend(range(run.start, run.end))
-            as_is[run.members] = run.as_is
+            last_of[run.members] = run
         rows: list[int] = []
         components: list[int] = []
         lists: dict[int, tuple[list[int], list[int]]] = {TILES: ([], []), ONE_ROW: ([], [])}
+        gates = _Gates()
         v_base = 0
         for mix, members in segments.items():
             first = len(components) // RECORD
-            offsets = self._add_components(components, mix)
+            as_is, gated = last_of[mix].as_is, last_of[mix].gated
+            offsets = self._add_components(components, mix, gated)
+            gates.longest = max(gates.longest, len(gated))
             stride = sum(c.rank_end - c.rank_start for c in mix)
             for start in range(0, len(members), TILE_ROWS):
                 count = min(TILE_ROWS, len(members) - start)
@@ -114,7 +168,10 @@ class SegmentTable:
                 position = len(rows) + start
                 base = v_base + start * stride
                 last = first + len(mix)
-                chunks.extend((position, count, first, last, base, stride, as_is[mix], 0))
+                chunk = (position, count, first, last, base, stride, as_is, 0)
+                chunks.extend(chunk)
+                for adapter in gated:
+                    gates.add(adapter, mix[adapter.begin].slot, chunk)
                 for c, offset in zip(mix, offsets, strict=True):
                     for j in range(0, c.rank_end - c.rank_start, RANK_TILE):
                         items.extend((position, count, c.rank_start + j, c.rank_end, c.slot))
@@ -122,14 +179,19 @@ class SegmentTable:
             rows.extend(members)
             v_base += len(members) * stride
         self._check(len(rows), v_base, segments)
-        return self._assemble(rows, components, lists)
+        self._check_gates(gates)
+        return self._assemble(rows, components, lists, gates)
 
     @staticmethod
-    def _add_components(components: list[int], mix: tuple[SegmentMember, ...]) -> list[int]:
+    def _add_components(
+        components: list[int], mix: tuple[SegmentMember, ...], gated: tuple[GatedMembers, ...]
+    ) -> list[int]:
         offsets, offset = [], 0
-        for c in mix:
+        is_gated = {i for adapter in gated for i in range(adapter.begin, adapter.end)}
+        for i, c in enumerate(mix):
             (weight,) = struct.unpack("<i", struct.pack("<f", c.weight))
-            components.extend((c.rank_start, c.rank_end, c.slot, offset, weight, 0, 0, 0))
+            words = (c.rank_start, c.rank_end, c.slot, offset, weight, i in is_gated, 0, 0)
+            components.extend(words)
             offsets.append(offset)
             offset += c.rank_end - c.rank_start
         return offsets
@@ -147,9 +209,21 @@ class SegmentTable:
         if longest > self.max_components:
             raise ValueError(f"a mix has {longest} components; {self.max_components} are allocated")
 
+    def _check_gates(self, gates: _Gates) -> None:
+        if gates.longest > self.max_gates:
+            raise ValueError(f"a mix has {gates.longest} gates; {self.max_gates} are allocated")
+        if gates.asked > self.asked_capacity:
+            raise ValueError(
+                f"the gates of the step ask {gates.asked} times; {self.asked_capacity} are "
+                "allocated"
+            )
+
     @staticmethod
     def _assemble(
-        rows: list[int], components: list[int], lists: dict[int, tuple[list[int], list[int]]]
+        rows: list[int],
+        components: list[int],
+        lists: dict[int, tuple[list[int], list[int]]],
+        gates: _Gates,
     ) -> list[int]:
         words = [0] * HEADER
         words[0] = len(rows)
@@ -157,11 +231,13 @@ class SegmentTable:
         words.extend(rows)
         words[2] = len(words)
         words.extend(components)
-        for position, (chunks, items) in lists.items():
-            words[position] = len(chunks) // RECORD
+        every = [(position, RECORD, *found) for position, found in lists.items()]
+        every.append((GATES, GATE_RECORD, gates.gates, gates.questions))
+        for position, record, heads, parts in every:
+            words[position] = len(heads) // record
             words[position + 1] = len(words)
-            words.extend(chunks)
-            words[position + 2] = len(items) // RECORD
+            words.extend(heads)
+            words[position + 2] = len(parts) // RECORD
             words[position + 3] = len(words)
-            words.extend(items)
+            words.extend(parts)
         return words

@@ -1,22 +1,12 @@
-"""Gated adapters as kernels, in Triton's interpreter: every row against float64.
+"""Gated adapters as members of the gpu path's pack, in Triton's interpreter: rows against float64.
 
 Planted faults, and how many of the tests here each one fails (tried by hand):
-
-- no weight: 2
-- no component gated: 2
-- components not moved to their bounds: 2
-- another slice's keys: 2
-- queries of other rows: 2
-- expand without the gates: 2
-- only the first run of a fusion: 2
-
-That every slice has the ranks of the first fails none: the factors past a slice's own are zero.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -25,7 +15,10 @@ from builders.mixes.gates import (
     INNER,
     LAYOUT,
     MIXES,
+    OUTS,
+    RANKS,
     WIDTH,
+    gate_of,
     gates_of,
     given_of,
     in_float64,
@@ -34,13 +27,29 @@ from builders.mixes.gates import (
 )
 from gpu_path import OneStepTables, use_coarse_tiles
 from kernel_traffic import DEVICE, error_ratio
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from turret.kernels.gpu.adapters.segmented_shrink import Shrink
 from turret.kernels.gpu.shared import tuning as tuning_module
-from turret.server.adapters.device.gpu.gates import GpuGates
-from turret.server.adapters.device.members import Members
-from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.device.gpu.gated.components import components_of
+from turret.server.adapters.device.gpu.store import GpuStore
+from turret.server.adapters.device.layout import ProjectionLayout
+from turret.server.adapters.device.members import Members, StepMembers
+from turret.server.adapters.device.packed.store import PackedStore
+from turret.server.adapters.lowering.arena import in_one_block
+from turret.server.adapters.operators.adapter_operators import (
+    AdapterOperators,
+    InputBlocks,
+    ModuleOperators,
+    PairRotation,
+)
+from turret.server.adapters.operators.gate import Gate
+from turret.server.adapters.operators.updates import LowRank
 
 NUM_ROWS = 24
+# Without gates, in some of the mixes.
+OTHER = AdapterOperators({"model.layers.0.q": ModuleOperators()})
 
 
 @pytest.fixture(autouse=True)
@@ -51,16 +60,58 @@ def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     tuning_module.tuning.cache_clear()
 
 
-def tables() -> OneStepTables:
-    return OneStepTables(NUM_ROWS, DEVICE)
+@dataclass(eq=False)
+class Adapter:
+    key: str
+    operators: AdapterOperators
+    bytes_device: int = 0
 
 
-def held_of(dtype: torch.dtype, gates) -> GpuGates:
-    held = GpuGates(LAYOUT, dtype, DEVICE)
-    for key, modules in gates.items():
-        moved = {n: g.with_tensors(t.to(DEVICE) for t in g.tensors()) for n, g in modules.items()}
-        held.insert(key, operators_of(moved))
-    return held
+class Base:
+    """What the base gives is known already."""
+
+    takes_own_inputs = False
+
+    def __init__(self, y: Tensor) -> None:
+        self._y = y
+
+    def __call__(self, x: Tensor, ahead: object = None) -> Tensor:
+        return self._y.clone()
+
+    def part(self, index: int) -> Base:
+        start = sum([*OUTS.values()][:index])
+        return Base(self._y[:, start : start + [*OUTS.values()][index]] * 0)
+
+    def with_shrink(self, x: Tensor, shrink: Shrink) -> tuple[Tensor, Tensor]:
+        return self(x), shrink(x)
+
+
+Gates = Mapping[str, Mapping[str, Gate]]
+
+
+def adapters_of(gates: Gates) -> dict[str, Adapter]:
+    found = {key: Adapter(key, operators_of(dict(modules))) for key, modules in gates.items()}
+    return {**found, "other": Adapter("other", OTHER)}
+
+
+def store_of(
+    dtype: torch.dtype, adapters: Mapping[str, Adapter], max_bytes: int = 1 << 22
+) -> GpuStore:
+    store = GpuStore(LAYOUT, dtype, DEVICE, max_bytes)
+    store.prepare(adapters.values())
+    return store
+
+
+def project(
+    store: GpuStore,
+    runs: Sequence[tuple[int, int, Members]],
+    x: Tensor,
+    y: Tensor,
+    given: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    step = store.bind(runs, OneStepTables(NUM_ROWS, DEVICE), given or {})
+    base: Any = Base(y)
+    return step.project(0, "qkv", x, bias=None, base=base)
 
 
 def runs_of() -> list[tuple[int, int, Members]]:
@@ -73,15 +124,12 @@ def runs_of() -> list[tuple[int, int, Members]]:
 def test_rows_get_the_formula(dtype: torch.dtype, bound: float) -> None:
     torch.manual_seed(3)
     gates = gates_of(dtype)
-    held = held_of(dtype, gates)
+    store = store_of(dtype, adapters_of(gates))
     x = torch.randn(NUM_ROWS, INNER).to(DEVICE, dtype)
     y = torch.randn(NUM_ROWS, WIDTH).to(DEVICE, dtype)
-    found = y.clone()
     given = given_of(NUM_ROWS)
     told = {key: values.to(DEVICE) for key, values in given.items()}
-    bound_fusions = held.bind(runs_of(), tables(), told)
-    assert bound_fusions.signature == ("a", "b", "c", "d", "e", "f")
-    bound_fusions.apply(0, "qkv", x, found)
+    found = project(store, runs_of(), x, y, told)
     for start, end, mix in runs_of():
         rows = slice(start, end)
         if mix == MIXES[4]:
@@ -95,57 +143,195 @@ def test_rows_get_the_formula(dtype: torch.dtype, bound: float) -> None:
     assert torch.equal(found[20:], y[20:])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_row_does_not_depend_on_its_batch_mates() -> None:
-    """Not in the interpreter: numpy's products round a row by its place."""
+def test_rows_agree_with_the_torch_path() -> None:
+    torch.manual_seed(5)
+    adapters = adapters_of(gates_of(torch.float32))
+    plain = PackedStore(LAYOUT, torch.float32, torch.device("cpu"), 1 << 22)
+    plain.prepare(adapters.values())
+    x, y = torch.randn(NUM_ROWS, INNER), torch.randn(NUM_ROWS, WIDTH)
+    given = given_of(NUM_ROWS)
+    base: Any = Base(y)
+    members = StepMembers(short=(), long=runs_of(), given=given)
+    expected = plain.step(members).project(0, "qkv", x, bias=None, base=base)
+    told = {key: values.to(DEVICE) for key, values in given.items()}
+    on_device = store_of(torch.float32, adapters)
+    found = project(on_device, runs_of(), x.to(DEVICE), y.to(DEVICE), told).cpu()
+    for row in range(NUM_ROWS):
+        assert error_ratio(found[row], expected[row]) < 1e-6, row
+
+
+def test_a_row_has_the_bits_that_it_has_alone() -> None:
+    """Three fusions, two routers and an adapter that is told, in one batch and one by one."""
     torch.manual_seed(4)
-    gates = gates_of(torch.float32)
-    held = held_of(torch.float32, gates)
-    x, y = torch.randn(NUM_ROWS, INNER).to(DEVICE), torch.randn(NUM_ROWS, WIDTH).to(DEVICE)
-    found = y.clone()
+    store = store_of(torch.float16, adapters_of(gates_of(torch.float16)))
+    x = torch.randn(NUM_ROWS, INNER).to(DEVICE, torch.float16)
+    y = torch.randn(NUM_ROWS, WIDTH).to(DEVICE, torch.float16)
     given = {key: values.to(DEVICE) for key, values in given_of(NUM_ROWS).items()}
-    held.bind(runs_of(), tables(), given).apply(0, "qkv", x, found)
-    for row in (0, 3, 5, 9, 12, 19):
-        mix = next(mix for start, end, mix in runs_of() if start <= row < end)
-        alone = y[row : row + 1].clone()
-        own = rows_of(given, slice(row, row + 1))
-        held.bind([(0, 1, mix)], tables(), own).apply(0, "qkv", x[row : row + 1], alone)
-        assert torch.equal(alone[0], found[row]), row
+    runs = [(row, row + 1, mix) for row, mix in enumerate(MIXES)]
+    together = project(store, runs, x, y, given)
+    for row, _, mix in runs:
+        one, own = slice(row, row + 1), rows_of(given, slice(row, row + 1))
+        alone = project(store, [(0, 1, mix)], x[one], y[one], own)
+        assert torch.equal(alone[0], together[row]), mix
+        with_base = project(
+            store,
+            [(0, 1, ()), (1, 2, mix)],
+            x[[0, row]],
+            y[[0, row]],
+            {key: values[[0, row]] for key, values in given.items()},
+        )
+        assert torch.equal(with_base[1], together[row]), mix
+    assert not torch.equal(together[0], together[1])
+
+
+def signature_of(store: GpuStore, *keys: str) -> Any:
+    """Of a step of these adapters, on one table."""
+    tables = OneStepTables(4, DEVICE)
+    table = tables.load_segments([])
+    tables.load_segments = lambda runs: table  # type: ignore[method-assign]
+    given = {key: torch.zeros(4, 2, 3, device=DEVICE) for key in keys if key == "f"}
+    runs = [(row, row + 1, ((key, 1.0),)) for row, key in enumerate(keys)]
+    step = store.bind(runs, tables, given)
+    known = table.buffer.data_ptr()
+    return repr(step.signature).replace(str(known), "table")
+
+
+def test_a_step_s_signature_knows_no_gated_adapter() -> None:
+    adapters = adapters_of(gates_of(torch.float32))
+    store = store_of(torch.float32, adapters)
+    plain = signature_of(store, "other")
+    gated = signature_of(store, "a")
+    assert gated != plain
+    for keys in ("b", "c", "d", "e", "ab", "bcd", "adbe"):
+        assert signature_of(store, *keys) == gated, keys
+    store.drop("a")
+    store.prepare([adapters["b"]])
+    store.prepare([Adapter("later", operators_of({"q": gate_of("b", "q", torch.float32)}))])
+    assert signature_of(store, "later", "b") == gated
+    assert signature_of(store, "other") == plain
+    assert store.epoch == 0
 
 
 def test_adapters_without_gates_and_removed_ones_are_passed_over() -> None:
-    held = held_of(torch.float32, gates_of(torch.float32))
-    held.insert("plain", AdapterOperators({"model.layers.0.q": ModuleOperators()}))
-    assert held.bind([(0, 1, (("plain", 1.0),))], tables(), {}).runs == ()
-    before = held.addresses()
-    held.remove("b")
-    held.remove("never there")
-    assert held.bind([(0, 1, MIXES[1])], tables(), {}).runs == ()
-    assert held.addresses() != before
+    store = store_of(torch.float32, adapters_of(gates_of(torch.float32)))
+    step = store.bind([(0, 1, (("other", 1.0),))], OneStepTables(4, DEVICE))
+    assert not step.changes(0, "qkv")
+    held = store._gates._scores._kept
+    assert set(held) == {"a", "b", "c", "d", "e", "f"}
+    store.drop("b")
+    store.drop("never there")
+    assert set(held) == {"a", "c", "d", "e", "f"}
+    assert store._pack.gates("b") is None
 
 
-def test_a_fusion_that_comes_back_elsewhere_is_noticed() -> None:
-    """Whichever of its tensors moved: a captured graph reads all of them."""
-    held = held_of(torch.float32, gates_of(torch.float32))
-    before = held.addresses()
-    assert held.addresses() == before
-    for key, names in (("a", ("keys", "query")), ("d", ("prototypes",))):
-        fusion = held._fusions[key]
-        place, gated = next(iter(fusion.places.items()))
-        moved = [dataclasses.replace(fusion, gated=fusion.gated.clone())]
-        scores = [
-            dataclasses.replace(gated.score, **{name: getattr(gated.score, name).clone()})
-            for name in names
-        ]
-        changes: list[dict[str, Any]] = [{"score": score} for score in scores]
-        changes += [{name: getattr(gated, name).clone()} for name in ("a", "slice_ranks")]
-        changes.append({"b": (*gated.b[:-1], gated.b[-1].clone())})
-        for change in changes:
-            changed = dataclasses.replace(gated, **change)
-            moved.append(dataclasses.replace(fusion, places={**fusion.places, place: changed}))
-        for other in moved:
-            held._fusions[key] = other
-            assert held.addresses() != before
-        held._fusions[key] = fusion
-        assert held.addresses() == before
+def neighbours(dtype: torch.dtype) -> dict[str, Adapter]:
+    """What else has tables by slot of the pack, as many adapters as the pack has slots."""
+
+    def module(out: int) -> ModuleOperators:
+        return ModuleOperators(
+            low_rank=LowRank(torch.randn(8, INNER, dtype=dtype), torch.randn(8, out, dtype=dtype)),
+            gain=1 + torch.rand(out),
+            bias=torch.randn(out),
+        )
+
+    def other(kind: str, out: int) -> ModuleOperators:
+        if kind == "blocks":
+            return ModuleOperators(
+                input_blocks=InputBlocks(torch.randn(INNER // 8, 8, 8).to(dtype))
+            )
+        return ModuleOperators(pairs=PairRotation(torch.rand(out), 8))
+
+    made = {f"gain {n}": {m: module(out) for m, out in OUTS.items()} for n in range(8)}
+    for kind in ("blocks", "pairs"):
+        for n in range(3):
+            made[f"{kind} {n}"] = {m: other(kind, out) for m, out in OUTS.items()}
+    return {
+        key: Adapter(
+            key, AdapterOperators({f"model.layers.0.{m}": ops for m, ops in modules.items()})
+        )
+        for key, modules in made.items()
+    }
+
+
+def test_a_slot_that_was_another_s_changes_nothing() -> None:
+    """Whatever its slots and ranks held before: gains, biases, input blocks, pairs, gates."""
+    torch.manual_seed(6)
+    adapters = adapters_of(gates_of(torch.float32))
+    x, y = torch.randn(4, INNER, device=DEVICE), torch.randn(4, WIDTH, device=DEVICE)
+    fresh = store_of(torch.float32, adapters)
+    used = store_of(torch.float32, {})
+    others = neighbours(torch.float32)
+    for number in range(3):
+        batch = [adapter for key, adapter in others.items() if key.endswith(str(number))]
+        used.prepare([*batch, *others.values()] if number == 0 else batch)
+    taken = {slot for key in others for slot in used._pack.slots(key)}
+    for key in [*others][:-2]:
+        used.drop(key)
+    used.prepare(adapters.values())
+    gated = {slot for key in "abcde" for slot in used._pack.slots(key)}
+    assert len(gated) == 10
+    assert gated <= taken
+    runs = [(0, 1, MIXES[0]), (1, 2, MIXES[3]), (2, 3, MIXES[8])]
+    # Beside those that are left, whose kernels read the tables of all.
+    beside = [*runs, (3, 4, tuple((key, 1.0) for key in [*others][-2:]))]
+    expected, found = project(fresh, runs, x, y), project(used, beside, x, y)
+    assert torch.equal(found[:3], expected[:3])
+    assert not torch.equal(found[3], expected[3])
+
+
+def test_a_gated_adapter_that_had_to_leave_comes_back_the_same() -> None:
+    torch.manual_seed(7)
+    adapters = adapters_of(gates_of(torch.float32))
+    sizes = {
+        key: store_of(torch.float32, {}).stored_bytes(a.operators) for key, a in adapters.items()
+    }
+    x, y = torch.randn(NUM_ROWS, INNER, device=DEVICE), torch.randn(NUM_ROWS, WIDTH, device=DEVICE)
+    store = GpuStore(LAYOUT, torch.float32, DEVICE, sizes["b"] + sizes["c"])
+    seen: dict[str, Tensor] = {}
+    for key in ("a", "b", "d", "c", "b", "a", "d", "e", "c", "a", "b"):
+        store.prepare([adapters[key]])
+        assert store.adapter_bytes <= store.max_bytes
+        found = project(store, [(0, 20, ((key, 0.5),))], x, y)
+        assert torch.equal(found, seen.setdefault(key, found)), key
+    assert store.epoch == 0
+    assert adapters["c"].bytes_device == 0, "it had to leave"
+
+
+def test_what_is_stored_of_a_gated_adapter_is_what_it_is_said_to_take() -> None:
+    store = store_of(torch.float32, {})
+    rank_bytes = 4 * (3 * INNER + WIDTH)
+    for key, modules in gates_of(torch.float32).items():
+        operators = operators_of(modules)
+        ranks = -(-sum(components_of(operators)) // 8) * 8
+        store.prepare([Adapter(key, operators)])
+        kept = sum(tensor.nbytes for tensor in store._gates._scores._kept[key])
+        assert store.stored_bytes(operators) == ranks * rank_bytes + kept, key
+
+
+class _Counting(TorchDispatchMode):
+    """Counts operations that write."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func.overloadpacket.__name__.endswith("_")
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gated_adapter_enters_by_as_few_launches_however_many_layers() -> None:
+    """As it lies in host memory: the layers of each tensor side by side."""
+    found: dict[tuple[str, int], int] = {}
+    for key in ("a", "b", "d", "f"):
+        for num_layers in (2, 24):
+            layout = ProjectionLayout(num_layers, LAYOUT.projections)
+            modules = {
+                layout.module(layer, module): ModuleOperators(gate=gate_of(key, module, torch.half))
+                for layer in sorted(range(num_layers), key=str)
+                for module in RANKS[key]
+            }
+            operators = AdapterOperators(in_one_block(modules)[0])
+            store = GpuStore(layout, torch.half, torch.device("cpu"), 1 << 24)
+            with _Counting() as counting:
+                store.prepare([Adapter(key, operators)])
+            found[key, num_layers] = counting.count
+        assert found[key, 2] == found[key, 24] < 60

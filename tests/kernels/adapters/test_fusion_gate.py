@@ -26,80 +26,149 @@ import itertools
 
 import pytest
 import torch
-from kernel_traffic import DEVICE, HALF, error_ratio, make_pack
+from builders.mixes.gated_pack import (
+    PLAIN,
+    Fusion,
+    GatedPack,
+    Router,
+    Told,
+    routed_in_float64,
+)
+from kernel_traffic import DEVICE, HALF, error_ratio
 
 from turret.kernels.adapters.fusion_gate import (
     fusion_gate_reference,
     given_gate_reference,
     routing_gate_reference,
 )
-from turret.kernels.adapters.segments import LongSegment
-from turret.kernels.gpu.adapters.fusion_gate import fusion_gate, routing_gate
 from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
-from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.gates.fusion_gate import fusion_gate
+from turret.kernels.gpu.gates.gate_shrink import gate_shrink
+from turret.kernels.gpu.gates.gate_words import prototype_words
 
-INNER, OUTS, D_K = 60, (24, 12), 40
-
-
-def gates_in_float64(pack, runs, x, q, keys, gated):
-    """Per row, slice and component, by loops; 1 where a component is not gated."""
-    gates = torch.ones(x.shape[0], len(OUTS), 4, dtype=torch.float64, device=DEVICE)
-    for run in runs:
-        for row in range(run.start, run.end):
-            for s in range(len(OUTS)):
-                scores = {}
-                for i, c in enumerate(run.members):
-                    if gated[c.slot]:
-                        n = int(pack.slice_ranks[c.slot, s])
-                        v = pack.a[c.rank_start : c.rank_start + n, s].double() @ x[row].double()
-                        key = keys[c.rank_start : c.rank_start + n, s].double().T @ v
-                        scores[i] = q[row, s].double() @ key
-                if scores:
-                    values = torch.stack(list(scores.values())).softmax(0)
-                    gates[row, s, list(scores)] = values
-    return gates
-
-
-GATED = (0, 0, 1, 0, 1, 1, 1)
+INNER, SLICES, D_K = 160, 2, 40
+NUM_ROWS = 48
+GATED = {
+    # Queries of one length and of two, more ranks than a tile, a slice without a gate.
+    "fusion": Fusion((8, 16, 5), (40, 40)),
+    "narrow": Fusion((8, 8), (24, 7)),
+    "half": Fusion((32, 24, 4, 8), (None, 16)),
+    "router": Router((4, 8, 4), 2, 0.3),
+    "tied": Router((8, 8, 8, 8, 8), 1, 1.0, tied=True),
+    "many": Router((2,) * 9, 16, 2.5),
+    "told": Told((4, 8), (2, 0)),
+    "also told": Told((8, 8, 8), (0, 1)),
+}
+MIXES = [
+    [("fusion", 1.0)],
+    [("narrow", 0.5), ("plain", 1.0), ("half", -1.0)],
+    [("plain", 1.0)],
+    [("half", 1.0)],
+    [("router", 1.0)],
+    [("plain", 0.3), ("tied", 1.0), ("fusion", 1.0)],
+    [("many", 1.0)],
+    [("fusion", 1.0), ("narrow", 1.0), ("router", 1.0)],
+    [("told", 1.0)],
+    [("also told", 1.0), ("told", 0.5), ("many", 1.0)],
+    [],
+]
 
 
 def runs_of(pack):
-    return [
-        LongSegment(0, 1, pack.mix((2, 1.0), (4, 1.0))),
-        LongSegment(1, 3, pack.mix((1, 1.0), (5, 1.0), (2, 1.0), (6, 1.0))),
-        LongSegment(3, 4, pack.mix((1, 1.0), (3, 1.0))),
-        LongSegment(4, 5, pack.mix((6, 1.0))),
-        LongSegment(5, 25, pack.mix((4, 1.0), (2, 1.0), (1, -1.0))),
-    ]
+    """One row each, and segments of less and of more rows than a chunk has."""
+    runs = [pack.run(row, row + 1, mix) for row, mix in enumerate(MIXES)]
+    return [*runs, pack.run(12, 15, MIXES[5]), pack.run(15, 40, MIXES[7])]
+
+
+def mix_of(row):
+    return MIXES[5 if 12 <= row < 15 else 7 if row >= 15 else row]
+
+
+def gates_by(pack, table, x):
+    v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
+    asked = gate_shrink(x, pack.words, table)
+    return fusion_gate(asked, v, pack.words, table, NUM_ROWS, pack.told)
+
+
+def check(pack, x, gates, rows):
+    for row in rows:
+        for s in range(SLICES):
+            column = 0
+            for name, _ in mix_of(row):
+                if name == PLAIN:
+                    column += 1
+                    continue
+                expected = pack.exact(name, s, x[row], row)
+                found = gates[row, s, column : column + len(expected)].cpu()
+                assert error_ratio(found, expected) < 1e-4, (row, name, s)
+                column += len(expected)
+
+
+@pytest.fixture(scope="module")
+def pack():
+    torch.manual_seed(5)
+    return GatedPack(INNER, SLICES, GATED, HALF, NUM_ROWS)
 
 
 @pytest.mark.parametrize("gemv", [False, True])
-def test_gates(gemv):
-    pack = make_pack(INNER, OUTS, HALF)
-    keys = torch.randn(pack.a.shape[0], len(OUTS), D_K).to(DEVICE, HALF)
-    gated = torch.tensor(GATED, dtype=torch.int32, device=DEVICE)
-    runs = runs_of(pack)
-    table = SegmentTable(max_rows=32, max_row_rank=256, max_components=4, device=DEVICE, gemv=gemv)
-    table.load(runs)
-    x = torch.randn(25, INNER).to(DEVICE, HALF)
-    q = torch.randn(25, len(OUTS), D_K, device=DEVICE) * 0.3
-    v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
-    gates = fusion_gate(q, v, keys, gated, table)
-    expected = gates_in_float64(pack, runs, x, q, keys, gated)
-    for run in runs:
-        count = len(run.members)
-        rows = slice(run.start, run.end)
-        assert error_ratio(gates[rows, :, :count], expected[rows, :, :count]) < 1e-4
+def test_gates(pack, gemv):
+    table = pack.table(gemv=gemv)
+    table.load(runs_of(pack))
+    # Behind every row lies what must not be read.
+    wide = torch.full((NUM_ROWS, INNER + 9), float("nan"), device=DEVICE, dtype=HALF)
+    x = wide[:, :INNER].copy_(torch.randn(NUM_ROWS, INNER))
+    gates = gates_by(pack, table, x)
+    check(pack, x, gates, [*range(len(MIXES)), *range(12, 40)])
 
 
-def routed_in_float64(similarities, top_k, temperature):
-    """Of the components of one row, by sorting; of equals the first counts."""
-    scores = [abs(float(value)) for value in similarities]
-    best = sorted(range(len(scores)), key=lambda k: (-scores[k], k))[:top_k]
-    gates = torch.zeros(len(scores), dtype=torch.float64)
-    kept = torch.tensor([scores[k] for k in best], dtype=torch.float64)
-    gates[best] = (kept / temperature).softmax(0)
-    return gates
+def test_gates_in_fp32():
+    found = GatedPack(64, SLICES, GATED, torch.float32, NUM_ROWS)
+    table = found.table()
+    table.load(runs_of(found))
+    x = torch.randn(NUM_ROWS, 64, device=DEVICE)
+    check(found, x, gates_by(found, table, x), range(len(MIXES)))
+
+
+def test_a_row_has_the_same_bits_alone_and_in_a_table_of_another_size(pack):
+    """However many others there are, and however long their mixes may be."""
+    x = torch.randn(NUM_ROWS, INNER).to(DEVICE, HALF)
+    table, small = pack.table(), pack.table(NUM_ROWS, max_row_rank=96)
+    table.load(runs_of(pack))
+    together = gates_by(pack, table, x)
+    for row, mix in enumerate(MIXES):
+        for alone in (small, pack.table(max_components=32, max_gates=8)):
+            alone.load([pack.run(row, row + 1, mix)])
+            gates = gates_by(pack, alone, x)
+            column = 0
+            for member in pack.run(row, row + 1, mix).gated:
+                own = slice(member.begin, member.end)
+                assert torch.equal(gates[row, :, own], together[row, :, own]), (row, member)
+                column = member.end
+            assert column <= 16
+
+
+def test_no_gates_and_no_questions(pack):
+    """A step of others, and one of adapters that ask nothing, write where they should: nowhere."""
+    x = torch.randn(NUM_ROWS, INNER).to(DEVICE, HALF)
+    table = pack.table()
+    table.load([pack.run(0, 30, [(PLAIN, 1.0)]), pack.run(30, 31, [])])
+    gates_by(pack, table, x)
+    assert table.buffer[12].item() == 0
+    table.load([pack.run(3, 20, [("told", 1.0)])])
+    gates = gates_by(pack, table, x).cpu()
+    assert table.buffer[12].item() == 2
+    assert table.buffer[14].item() == 0
+    for row in range(3, 20):
+        assert torch.equal(gates[row, 0, :2].double(), pack.exact("told", 0, x[row], row))
+
+
+def test_steps_over_the_capacity_are_refused(pack):
+    mix = [("fusion", 1.0), ("narrow", 1.0)]
+    with pytest.raises(ValueError, match="2 gates"):
+        pack.table(max_gates=1).load([pack.run(0, 1, mix)])
+    with pytest.raises(ValueError, match="ask 64 times"):
+        pack.table(1, max_row_asked=63).load([pack.run(0, 1, mix)])
+    pack.table(1, max_row_asked=64).load([pack.run(0, 1, mix)])
 
 
 def some_similarities(*shape):
@@ -108,28 +177,6 @@ def some_similarities(*shape):
     found[1::4, ..., 1] = -found[1::4, ..., 0]
     found[3::4] = 0.0
     return found
-
-
-@pytest.mark.parametrize("gemv", [False, True])
-@pytest.mark.parametrize(("top_k", "temperature"), [(1, 1.0), (2, 0.3), (16, 2.5)])
-def test_gates_by_prototypes(gemv, top_k, temperature):
-    pack = make_pack(INNER, OUTS, HALF)
-    gated = torch.tensor(GATED, dtype=torch.int32, device=DEVICE)
-    table = SegmentTable(max_rows=32, max_row_rank=256, max_components=4, device=DEVICE, gemv=gemv)
-    table.load(runs_of(pack))
-    similarities = some_similarities(25, len(OUTS), len(GATED))
-    gates = routing_gate(similarities.to(DEVICE), gated, table, top_k, temperature).cpu()
-    for run in runs_of(pack):
-        slots = [member.slot for member in run.members]
-        places = [i for i, slot in enumerate(slots) if GATED[slot]]
-        for row in range(run.start, run.end):
-            for s in range(len(OUTS)):
-                expected = torch.ones(len(slots), dtype=torch.float64)
-                if places:
-                    mine = similarities[row, s, [slots[i] for i in places]]
-                    expected[places] = routed_in_float64(mine, top_k, temperature)
-                found = gates[row, s, : len(slots)]
-                torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
@@ -213,25 +260,24 @@ def test_a_component_without_ranks_scores_zero():
     assert error_ratio(gates[:, 0], score.sigmoid()) < 1e-5
 
 
-def test_breaches_of_the_contract_are_refused():
-    pack = make_pack(INNER, OUTS, HALF)
-    table = SegmentTable(max_rows=4, max_row_rank=8, max_components=1, device=DEVICE)
-    x = torch.zeros(1, INNER, device=DEVICE, dtype=HALF)
+def test_breaches_of_the_contract_are_refused(pack):
+    table = pack.table()
+    table.load(runs_of(pack))
+    x = torch.zeros(NUM_ROWS, INNER, device=DEVICE, dtype=HALF)
     v = segmented_shrink(x, pack.a, pack.slice_ranks, table)
-    q = torch.zeros(1, len(OUTS), D_K, device=DEVICE)
-    keys = torch.zeros(8, len(OUTS), D_K, device=DEVICE, dtype=HALF)
-    gated = torch.zeros(7, dtype=torch.int32, device=DEVICE)
-    with pytest.raises(ValueError, match="q is"):
-        fusion_gate(q.half(), v, keys, gated, table)
-    with pytest.raises(ValueError, match="q is"):
-        fusion_gate(q[:, :1], v, keys, gated, table)
-    with pytest.raises(ValueError, match="int32"):
-        fusion_gate(q, v, keys, gated.long(), table)
-    similarities = torch.zeros(1, len(OUTS), 7, device=DEVICE)
-    with pytest.raises(ValueError, match="similarities is"):
-        routing_gate(similarities.half(), gated, table, 2, 1.0)
-    with pytest.raises(ValueError, match="similarities is"):
-        routing_gate(similarities[..., :6], gated, table, 2, 1.0)
+    asked = gate_shrink(x, pack.words, table)
+    with pytest.raises(ValueError, match="int64"):
+        gate_shrink(x, pack.words.int(), table)
+    with pytest.raises(ValueError, match="words is"):
+        gate_shrink(x, pack.words[..., :4], table)
+    with pytest.raises(ValueError, match="stride"):
+        gate_shrink(x.t().contiguous().t(), pack.words, table)
+    with pytest.raises(ValueError, match="asked is"):
+        fusion_gate(asked[:, 1:], v, pack.words, table, NUM_ROWS)
+    with pytest.raises(ValueError, match="v is"):
+        fusion_gate(asked, v[:, 1:], pack.words, table, NUM_ROWS)
+    with pytest.raises(ValueError, match="told is"):
+        fusion_gate(asked, v, pack.words, table, NUM_ROWS, torch.zeros(4).half())
     for top_k, temperature in ((0, 1.0), (1, 0.0)):
         with pytest.raises(ValueError, match="above 0"):
-            routing_gate(similarities, gated, table, top_k, temperature)
+            prototype_words(0, 2, top_k, temperature)

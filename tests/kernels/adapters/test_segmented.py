@@ -23,6 +23,8 @@ Planted faults, and how many of the tests here each one fails (tried by hand):
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from kernel_traffic import (
@@ -37,7 +39,7 @@ from kernel_traffic import (
     update_in_float64,
 )
 
-from turret.kernels.adapters.segments import LongSegment
+from turret.kernels.adapters.segments import GatedMembers, LongSegment
 from turret.kernels.gpu.adapters.segmented_expand import segmented_expand
 from turret.kernels.gpu.adapters.segmented_shrink import segmented_shrink
 from turret.kernels.gpu.tables.segment_table import SegmentTable
@@ -46,11 +48,12 @@ INNER, OUTS = 100, (70, 33, 5)
 NAMES = [name for name, _, _ in traffic(make_pack(8, (8,), HALF))]
 
 
-def make_table(gemv: bool = False) -> SegmentTable:
+def make_table(gemv: bool = False, max_gates: int = 0) -> SegmentTable:
     return SegmentTable(
         max_rows=64,
         max_row_rank=256,
         max_components=4,
+        max_gates=max_gates,
         device=DEVICE,
         gemv=gemv,
     )
@@ -149,11 +152,15 @@ def test_gemv_rows_round_differently_from_tiles(dtype):
 def test_gain_biases_and_gates(gemv):
     pack = make_pack(INNER, OUTS, HALF)
     runs, num_rows = shape_of(pack, "base rows between")
+    # All but a mix's second member.
+    runs = [replace(run, gated=(GatedMembers(0, 1, 0),)) if run.members else run for run in runs]
     x = torch.randn(num_rows, INNER).to(DEVICE, HALF)
     y = torch.randn(num_rows, sum(OUTS)).to(DEVICE, HALF)
     base_bias = torch.randn(sum(OUTS)).to(DEVICE, HALF)
     gates = torch.rand(num_rows, len(OUTS), 4, device=DEVICE)
-    table = make_table(gemv=gemv)
+    # Nobody computes those of other members.
+    gates[:, :, 1:] = float("nan")
+    table = make_table(gemv=gemv, max_gates=1)
     table.load(runs)
     out = run(
         pack, table, x, y,
@@ -168,10 +175,29 @@ def test_gain_biases_and_gates(gemv):
                 gain += c.weight * pack.gain_delta[c.slot].double()
                 alone = [LongSegment(row, row + 1, pack.mix((c.slot, 1.0)))]
                 delta = update_in_float64(pack, alone, x, OUTS)[row]
-                gate = gates[row, in_slice.to(DEVICE), i].double()
+                gate = gates[row, in_slice.to(DEVICE), i].double() if i == 0 else 1.0
                 added = added + c.weight * gate * (delta + pack.bias[c.slot].double())
             expected = gain * y[row].double() + added
             assert error_ratio(out[row], expected) < MAX_ERROR[HALF], row
+
+
+@pytest.mark.parametrize("gemv", [False, True])
+def test_gates_of_others_leave_a_row_its_bits(gemv):
+    pack = make_pack(INNER, OUTS, HALF)
+    runs, num_rows = shape_of(pack, "decode beside prefill")
+    x = torch.randn(num_rows, INNER).to(DEVICE, HALF)
+    y = torch.randn(num_rows, sum(OUTS)).to(DEVICE, HALF)
+    extra = {"gain_delta": pack.gain_delta, "bias": pack.bias}
+    table = make_table(gemv=gemv, max_gates=1)
+    table.load(runs)
+    without = run(pack, table, x, y, **extra)
+    table.load([*runs[:2], replace(runs[2], gated=(GatedMembers(1, 2, 0),)), *runs[3:]])
+    gates = torch.full((num_rows, len(OUTS), 4), float("nan"), device=DEVICE)
+    gates[3:40, :, 1] = 0.5
+    found = run(pack, table, x, y, **extra, gates=gates)
+    assert torch.isfinite(found).all()
+    for row in range(num_rows):
+        assert torch.equal(found[row], without[row]) == (not 3 <= row < 40), row
 
 
 def test_base_rows_get_the_base_bias_with_one_rounding():

@@ -29,10 +29,11 @@ ROOMS = (
             *("methods/lora", "methods/low_rank", "methods/transforms", "methods/structured"),
             *("methods/vectors", "methods/prompts"),
             *("state", "residency", "fuse", "registry", "merge"),
-            *("device", "device/packed", "device/cpu", "device/gpu"),
+            *("device", "device/packed", "device/cpu", "device/gpu", "device/gpu/gated"),
         )
     ),
     *("kernels/adapters", "kernels/rows", "kernels/cpu", "kernels/gpu", "kernels/gpu/adapters"),
+    "kernels/gpu/gates",
     *("kernels/gpu/experts", "kernels/gpu/tables", "kernels/gpu/shared"),
     *("clients/messages", "clients/verbs", "clients/evaluation"),
     *(

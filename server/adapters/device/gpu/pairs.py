@@ -77,8 +77,9 @@ class GpuPairs(Part):
             if not found and name not in self._tables:
                 continue
             sine, groups = self._grown(name)
-            sine[:, slot] = 0
-            groups[:, slot] = 0
+            for held_slot in self._pack.slots(key):
+                sine[:, held_slot] = 0
+                groups[:, held_slot] = 0
             for layer, s, pairs in found:
                 sine[layer, slot, self._layout.columns(name)[s]] = pairs.sine
                 groups[layer, slot, s].fill_(pairs.group)

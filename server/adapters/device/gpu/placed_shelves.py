@@ -45,21 +45,20 @@ class PlacedShelf:
         self.tables = [torch.zeros(num_layers, 0, *shape, **like) for shape in shapes]
         self.places = torch.full((0,), -1, dtype=torch.int32, device=device)
 
-    def put(
-        self,
-        key: str,
-        place: int,
-        num_places: int,
-        found: Mapping[int, tuple[torch.Tensor, ...]],
-    ) -> None:
+    def clear(self, places: Sequence[int], num_places: int) -> None:
+        """Nobody in these slots of the pack, which has so many, is on the shelf."""
+        if num_places > len(self.places):
+            more = self.places.new_full((num_places - len(self.places),), -1)
+            self.places = torch.cat((self.places, more))
+        for place in places:
+            self.places[place].fill_(-1)
+
+    def put(self, key: str, place: int, found: Mapping[int, tuple[torch.Tensor, ...]]) -> None:
         """Take in an adapter's tensors, by layer; ``place`` is its slot in the pack."""
         slot = next(i for i in range(len(self.slots) + 1) if i not in self.slots.values())
         held = self.tables[0].shape[1]
         if slot >= held:
             self.tables = [grown(table, max(4, 2 * held)) for table in self.tables]
-        if num_places > len(self.places):
-            more = self.places.new_full((num_places - len(self.places),), -1)
-            self.places = torch.cat((self.places, more))
         # Whoever had the slot before is gone.
         self.places.masked_fill_(self.places == slot, -1)
         for table in self.tables:
@@ -145,15 +144,14 @@ class PlacedShelves(Part):
                 if tensors is not None:
                     form = tuple(tuple(t.shape) for t in tensors), ops.gain is not None
                     found.setdefault((name, s, form), {})[layer] = tensors
-        place = self._pack.places[key].slot
-        for shape, shelf in self._shelves.items():
-            # The adapter's slot of the pack may be that of one that is gone.
-            if shape not in found and place < len(shelf.places):
-                shelf.places[place].fill_(-1)
-        for shape, modules in found.items():
+        for shape in found:
             if shape not in self._shelves:
                 self._shelves[shape] = PlacedShelf(self._layout.num_layers, shape[2], *self._like)
-            self._shelves[shape].put(key, place, self._pack.num_slots, modules)
+        for shape, shelf in self._shelves.items():
+            # The adapter's slots of the pack may be those of one that is gone.
+            shelf.clear(self._pack.slots(key), self._pack.num_slots)
+            if shape in found:
+                shelf.put(key, self._pack.places[key].slot, found[shape])
 
     def remove(self, key: str) -> None:
         for shelf in self._shelves.values():

@@ -15,7 +15,6 @@ from types import MappingProxyType
 
 import torch
 
-from turret.kernels.adapters.segments import LongSegment
 from turret.kernels.expert_routing import Routing
 from turret.kernels.gpu.adapters.expand_on import Expand
 from turret.kernels.gpu.adapters.hadamard_shrink import MAX_RANK as MAX_HADAMARD_RANK
@@ -33,7 +32,7 @@ from turret.server.adapters.device.gpu.base_products import (
 )
 from turret.server.adapters.device.gpu.dense_shelf import GpuDenseShelves
 from turret.server.adapters.device.gpu.experts import GpuExpertShelves
-from turret.server.adapters.device.gpu.gates import GpuGates, GpuStepGates
+from turret.server.adapters.device.gpu.gated.gates import GpuGates, GpuStepGates
 from turret.server.adapters.device.gpu.pack import GpuPack, GpuPackedProjection
 from turret.server.adapters.device.gpu.pairs import GpuPairs, GpuStepPairs
 from turret.server.adapters.device.gpu.placed_shelves import PlacedShelves, StepPlaced
@@ -50,7 +49,6 @@ from turret.server.adapters.device.gpu.uploads import Uploads
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.device.members import Members
 from turret.server.adapters.device.packed.pack import PackedKinds
-from turret.server.adapters.device.packed.segments import segment_members
 from turret.server.adapters.device.store import AdapterStore, BaseProduct, OnMoved, Resident
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
 
@@ -66,12 +64,12 @@ class GpuAdapterStep:
         projections: The pack's matrices.
         table: The step's segments; every row of the step is in it.
         kinds: Which packed operators the step's adapters have.
-        low_rank: Projections with a low-rank update.
+        low_rank: Projections with a low-rank update, gated or not.
         shelves: Rows of the shelves.
         inputs: What changes before the base multiplies it.
         modulated: Shelves of modulated updates.
         pairs: Projections with pairs.
-        gates: Rows of learned fusions.
+        gates: Gates of learned fusions and routers.
         constants: Rows that attend to constants, or None; a step that has some is not captured.
         addresses: Where tables lie that the step reads and not every step with adapters does.
     """
@@ -101,7 +99,7 @@ class GpuAdapterStep:
         kinds = self.kinds
         packed = self.low_rank | kinds.gains | kinds.biases
         changed = projection in packed or self.inputs.changes(projection)
-        return changed or self._adds(layer, projection)
+        return changed or self._adds(projection)
 
     def attend(self, layer: int, q: torch.Tensor, attended: torch.Tensor) -> None:
         if self.constants is not None:
@@ -135,7 +133,7 @@ class GpuAdapterStep:
         (a, b), ranks = packed.layers[layer], packed.slice_ranks[layer]
         has_ranks = projection in self.low_rank
         expands = has_ranks or gain is not None or delta is not None
-        more = self.inputs.leaves_products(projection, base) or self._adds(layer, projection)
+        more = self.inputs.leaves_products(projection, base) or self._adds(projection)
         end = None if more else epilogue
         multiplied = self.inputs.multiplied(layer, projection, x, base)
         if end is not None and not expands:
@@ -151,6 +149,7 @@ class GpuAdapterStep:
             else:
                 # Nothing of it is read: no adapter of the step has ranks here.
                 v = rank_activations(self.table, len(b), x.device)
+        gates = self.gates.of(layer, projection, x, v, self.table)
         # Copied by a kernel: early launches are behind no other copy.
         before = y * 1 if self.pairs.changes(projection) else y
         if bias is not None or expands:
@@ -168,20 +167,18 @@ class GpuAdapterStep:
                 result = end.of_expand(expand)
                 if result is not None:
                     return result
-            expand.run()
+            expand.run(gates)
         self.inputs.add_products(layer, projection, x, y, base)
         self._add_modulated(layer, projection, x, y, base)
         self.pairs.apply(layer, projection, before, y, self.table)
         self.shelves.apply(layer, projection, x, y)
-        self.gates.apply(layer, projection, x, y)
         return y if epilogue is None else epilogue(y)
 
-    def _adds(self, layer: int, projection: str) -> bool:
-        """Whether shelves or gates add to what the base's product or an expand gives."""
-        return (
-            projection in self.shelves.by_projection
-            or any(part.changes(projection) for part in (self.modulated, self.pairs))
-            or self.gates.changes(layer, projection)
+    def _adds(self, projection: str) -> bool:
+        """Whether the step has more than what an expand with an epilogue finishes."""
+        others = (self.modulated, self.pairs, self.gates)
+        return projection in self.shelves.by_projection or any(
+            part.changes(projection) for part in others
         )
 
     def _product(
@@ -242,7 +239,7 @@ class GpuStore(AdapterStore):
                 GpuExpertShelves(layout, *like),
             )
         )
-        self._gates = GpuGates(layout, *like)
+        self._gates = GpuGates(layout, self._pack, device)
         self._uploads = Uploads(device, max_bytes // _STAGED_SHARE)
         self._blocks = PlacedShelves(layout, self._pack, blocks_of, *like)
         self._modulated = PlacedShelves(layout, self._pack, modulated_of, *like)
@@ -311,12 +308,8 @@ class GpuStore(AdapterStore):
         mixes = [mix for _, _, mix in runs]
         blocks = self._blocks.bind(mixes)
         rows = ChangedRows.of(runs, self._pack, self._pairs, blocks, kinds.input_gains)
-        segments = [
-            LongSegment(start, end, tuple(segment_members(mix, self._pack.places)), bits)
-            for (start, end, mix), bits in zip(runs, rows.as_is, strict=True)
-        ]
-        table = tables.load_segments(segments)
-        shelves, gates = self._shelves.bind(runs, tables), self._gates.bind(runs, tables, given)
+        segments, gates = self._gates.bind(runs, rows.as_is, given)
+        table, shelves = tables.load_segments(segments), self._shelves.bind(runs, tables)
         step = self._bound(table, kinds, shelves, gates, mixes)
         inputs = replace(step.inputs, blocks=blocks, rows=rows)
         return replace(step, inputs=inputs, constants=self._constants.bind(runs))
@@ -331,8 +324,8 @@ class GpuStore(AdapterStore):
         of_slices = frozenset((name, 0) for name in low_rank)
         none: frozenset[str] = frozenset()
         kinds = PackedKinds(of_slices, none, none, none)
-        shelves, gates = self._shelves.bind((), tables), self._gates.bind((), tables, {})
-        return self._bound(tables.load_segments(()), kinds, shelves, gates, ())
+        shelves = self._shelves.bind((), tables)
+        return self._bound(tables.load_segments(()), kinds, shelves, GpuStepGates({}), ())
 
     def _bound(
         self,
@@ -347,13 +340,12 @@ class GpuStore(AdapterStore):
             (table.buffer.data_ptr(), table.rank_capacity, table.max_components),
             [projection.optional_addresses(kinds) for projection in projections.values()],
             self._shelves.addresses() if shelves.signature else None,
-            self._gates.addresses() if gates.signature else None,
         ]
         return GpuAdapterStep(
             projections=projections,
             table=table,
             kinds=kinds,
-            low_rank=frozenset(projection for projection, _ in kinds.low_rank),
+            low_rank=frozenset(projection for projection, _ in kinds.low_rank).union(gates.tables),
             shelves=shelves,
             inputs=ChangedInputs(
                 projections=projections,

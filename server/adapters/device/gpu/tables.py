@@ -20,7 +20,3 @@ class GpuTables(Protocol):
     def row_table(self, key: Hashable) -> RowTable:
         """The table of a shelf and a position in the mixes; the same one for the same key."""
         ...
-
-    def fusion_table(self, key: str, ranks: int, components: int) -> SegmentTable:
-        """The table of a learned fusion; the same one for the same arguments."""
-        ...

@@ -114,14 +114,17 @@ class Pack(Part, Generic[P]):
         return width * self._rank_bytes - operators.num_low_rank_bytes
 
     def insert(self, key: str, operators: AdapterOperators) -> None:
-        width = Placement.width_of(operators.rank)
-        if not self._placement.has_room(width):
-            self._make_room(width)
-        place = self._placement.put(key, width)
+        place = self._place(key, Placement.width_of(operators.rank))
         self._kinds[key] = PackedKinds.of(self._layout, operators)
         for projection in self.projections.values():
             projection.put_low_rank(operators, place.rank_start, place.rank_end)
             projection.put_tables(operators, place.slot, self._placement.num_slots)
+
+    def _place(self, key: str, width: int) -> Place:
+        """A place of so many ranks."""
+        if not self._placement.has_room(width):
+            self._make_room(width)
+        return self._placement.put(key, width)
 
     def _make_room(self, width: int) -> None:
         moves = self._placement.grow(width)

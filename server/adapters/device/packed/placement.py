@@ -51,10 +51,9 @@ class Placement:
         """Whether ``width`` ranks are free side by side."""
         return self._find(width) is not None
 
-    @property
-    def has_slot(self) -> bool:
-        """Whether a slot is free, so that no table has to grow."""
-        return len(self._places) < self.num_slots - 1
+    def has_slots(self, count: int) -> bool:
+        """Whether so many slots are free, so that no table has to grow."""
+        return len(self._places) + count < self.num_slots
 
     def reserve(self, capacity: int, num_slots: int) -> None:
         """Start with places for so many ranks, and slots besides slot 0."""

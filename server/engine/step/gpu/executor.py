@@ -183,7 +183,7 @@ class GpuExecutor:
     def free_memory(self) -> None:
         """Give back captured steps, idle adapters and what torch's allocator holds.
 
-        Updates of experts, heads and fusions lie beside the pack, which is as large as the budget.
+        Updates of experts, heads and scores lie beside the pack, which is as large as the budget.
         """
         self._graphs.drop()
         self.store.drop_idle()
@@ -310,7 +310,7 @@ class GpuExecutor:
 
     def _epoch(self) -> Hashable:
         """Changes when something has moved that every captured step reads."""
-        return self.store.epoch, self._decode.epoch, self._blocks.epoch, self._decoder.epoch
+        return self.store.epoch, self._blocks.epoch, self._decoder.epoch
 
     @staticmethod
     def _key(inputs: GpuStep) -> Hashable:

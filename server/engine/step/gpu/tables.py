@@ -24,8 +24,8 @@ _MAX_SPREAD_RECORDS = 2048
 # How much room one row's mix has in the first segment table; it grows when a step needs more.
 _FIRST_ROW_RANK = 256
 _FIRST_MEMBERS = 8
-# Fusions come and go by key; a table of 8,192 rows is 6 MB on the device and 13 MB pinned.
-_MAX_FUSION_TABLES = 64
+_FIRST_GATES = 2
+_FIRST_ROW_ASKED = 64
 
 
 class StepTables:
@@ -46,7 +46,6 @@ class StepTables:
         max_rows: See above.
         sampling: How tokens are drawn.
         attention: Table per distinct window (None is full attention).
-        epoch: Moves when a table that captured steps read has been freed.
     """
 
     def __init__(
@@ -60,7 +59,6 @@ class StepTables:
         device: torch.device,
     ) -> None:
         self.max_rows = max_rows
-        self.epoch = 0
         self._device = device
         self._blocks = blocks
         self._memory = StagedMemory(device)
@@ -71,14 +69,13 @@ class StepTables:
         self.attention = self._make_attention(arch, max_seqs, max_len)
         self._adapter_memory = StagedMemory(device)
         self._row_tables: dict[Hashable, RowTable] = {}
-        # The one that was used last comes last.
-        self._fusion_tables: dict[tuple[str, int, int], SegmentTable] = {}
         self._row_rank, self._members = _FIRST_ROW_RANK, _FIRST_MEMBERS
+        self._gates, self._asked = _FIRST_GATES, _FIRST_ROW_ASKED
         self._segments = self._make_segments()
 
     @property
     def num_copies(self) -> int:
-        """Copies to the device since it was made, fusions' tables left out."""
+        """Copies to the device since it was made."""
         return self._memory.num_copies + self._adapter_memory.num_copies
 
     @contextlib.contextmanager
@@ -155,14 +152,20 @@ class StepTables:
         return self._segments
 
     def _fit_segments(self, runs: Sequence[LongSegment]) -> None:
-        ranks = max((sum(m.rank_end - m.rank_start for m in r.members) for r in runs), default=0)
-        most = max((len(run.members) for run in runs), default=0)
-        if ranks <= self._row_rank and most <= self._members:
+        mixes = [(run.members, run.gated) for run in runs]
+        ranks = max((sum(m.rank_end - m.rank_start for m in mix) for mix, _ in mixes), default=0)
+        sizes = (
+            ranks,
+            max((len(mix) for mix, _ in mixes), default=0),
+            max((len(gated) for _, gated in mixes), default=0),
+            max((sum(one.asked for one in gated) for _, gated in mixes), default=0),
+        )
+        held = (self._row_rank, self._members, self._gates, self._asked)
+        if all(size <= room for size, room in zip(sizes, held, strict=True)):
             return
-        while self._row_rank < ranks:
-            self._row_rank *= 2
-        while self._members < most:
-            self._members *= 2
+        self._row_rank, self._members, self._gates, self._asked = (
+            _doubled(room, size) for size, room in zip(sizes, held, strict=True)
+        )
         # The old one stays where it is: steps that were captured with it are not replayed again.
         self._segments = self._make_segments()
 
@@ -171,24 +174,6 @@ class StepTables:
         if key not in self._row_tables:
             self._row_tables[key] = RowTable(self.max_rows, self._device, self._adapter_memory)
         return self._row_tables[key]
-
-    def fusion_table(self, key: str, ranks: int, components: int) -> SegmentTable:
-        """The table of a learned fusion; the same one for the same arguments."""
-        place = (key, ranks, components)
-        table = self._fusion_tables.pop(place, None)
-        if table is None:
-            if len(self._fusion_tables) >= _MAX_FUSION_TABLES:
-                self._fusion_tables.pop(next(iter(self._fusion_tables)))
-                self.epoch += 1
-            # In memory of its own, which goes with it.
-            table = SegmentTable(
-                max_rows=self.max_rows,
-                max_row_rank=ranks,
-                max_components=components,
-                device=self._device,
-            )
-        self._fusion_tables[place] = table
-        return table
 
     def _make_attention(
         self, arch: Arch, max_seqs: int, max_len: int
@@ -213,6 +198,15 @@ class StepTables:
             max_rows=self.max_rows,
             max_row_rank=self._row_rank,
             max_components=self._members,
+            max_gates=self._gates,
+            max_row_asked=self._asked,
             device=self._device,
             memory=self._adapter_memory,
         )
+
+
+def _doubled(room: int, size: int) -> int:
+    """Room for so much, as few times doubled as can be."""
+    while room < size:
+        room *= 2
+    return room

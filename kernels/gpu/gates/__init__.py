@@ -1,0 +1,1 @@
+"""Weights of the components of gated adapters, between shrink and expand."""

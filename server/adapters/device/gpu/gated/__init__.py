@@ -1,0 +1,1 @@
+"""Gated adapters (learned fusions, Arrow, X-LoRA) on the gpu path."""

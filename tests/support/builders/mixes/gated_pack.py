@@ -1,0 +1,191 @@
+"""Random gated adapters in a pack, as kernels take them, and their gates in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+from kernel_traffic import DEVICE
+from ptx.addresses import address_of
+from torch import Tensor
+
+from turret.kernels.adapters.segments import GatedMembers, LongSegment, SegmentMember
+from turret.kernels.gpu.gates.gate_words import (
+    NO_WORDS,
+    Words,
+    prototype_words,
+    query_words,
+    told_words,
+)
+from turret.kernels.gpu.tables.segment_table import SegmentTable
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """Scored by queries; a slice has a length of query, or None and no gate."""
+
+    widths: tuple[int, ...]
+    d_k: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class Router:
+    """Scored by prototypes; ``tied`` makes its first two equally similar to any input."""
+
+    widths: tuple[int, ...]
+    top_k: int
+    temperature: float
+    tied: bool = False
+
+
+@dataclass(frozen=True)
+class Told:
+    """Told by a first pass; a slice is one of its router's modules."""
+
+    widths: tuple[int, ...]
+    modules: tuple[int, ...]
+
+
+Gated = Fusion | Router | Told
+# Adapter and weight; those that are not gated have a name of their own.
+Named = Sequence[tuple[str, float]]
+PLAIN = "plain"
+PLAIN_RANK = 12
+
+
+class GatedPack:
+    """Gated adapters behind one that is not: slot 1 is the plain one's, theirs follow.
+
+    Attributes:
+        a: ``[ranks, slices, in]``.
+        slice_ranks: ``[slots, slices]`` int32.
+        words: ``[slots, slices, WORDS]`` int64.
+        told: Flat, of ``num_rows`` rows.
+    """
+
+    def __init__(
+        self,
+        inner: int,
+        num_slices: int,
+        gated: Mapping[str, Gated],
+        dtype: torch.dtype,
+        num_rows: int,
+    ) -> None:
+        self._gated, self._inner = gated, inner
+        self.num_slices, self.dtype = num_slices, dtype
+        self._slots = {name: slot for slot, name in enumerate(gated, start=2)}
+        ends = {name: PLAIN_RANK + end for name, end in _ends(gated).items()}
+        self._bounds = {
+            name: [
+                (first, end)
+                for first, end in pairwise(
+                    accumulate(one.widths, initial=ends[name] - sum(one.widths))
+                )
+            ]
+            for name, one in gated.items()
+        }
+        total = max(ends.values())
+        self.a = (torch.randn(total, num_slices, inner) / inner**0.5).to(DEVICE, dtype)
+        self.slice_ranks = torch.zeros(len(gated) + 2, num_slices, dtype=torch.int32, device=DEVICE)
+        self.slice_ranks[1] = PLAIN_RANK
+        # By name and slice: what is asked, and the keys.
+        self._asked: dict[tuple[str, int], Tensor] = {}
+        self._keys: dict[tuple[str, int], Tensor] = {}
+        rows = [[NO_WORDS] * num_slices for _ in range(len(gated) + 2)]
+        for name, one in gated.items():
+            for s in range(num_slices):
+                rows[self._slots[name]][s] = self._make(name, one, s)
+        self.words = torch.tensor(rows, device=DEVICE)
+        of_module = {n: torch.randn(num_rows, 3, len(g.widths)) for n, g in self._told().items()}
+        self._of_module = of_module
+        flat = [values.flatten() for values in of_module.values()]
+        self.told = torch.cat(flat).to(DEVICE) if flat else None
+
+    def _told(self) -> dict[str, Told]:
+        return {name: one for name, one in self._gated.items() if isinstance(one, Told)}
+
+    def _make(self, name: str, one: Gated, s: int) -> Words:
+        """Make an adapter's tensors in a slice; the words that say where they are."""
+        slot, bounds = self._slots[name], self._bounds[name]
+        if isinstance(one, Fusion) and one.d_k[s] is None:
+            # Missing: nothing of it may be read.
+            self.a[bounds[0][0] : bounds[-1][1], s] = float("nan")
+            return NO_WORDS
+        self.slice_ranks[slot, s] = max(one.widths)
+        if isinstance(one, Told):
+            return told_words(one.modules[s])
+        if isinstance(one, Router):
+            found = torch.randn(len(one.widths), self._inner) / self._inner**0.5
+            if one.tied:
+                found[1] = -found[0]
+            self._asked[name, s] = found.to(DEVICE)
+            address = address_of(self._asked[name, s])
+            return prototype_words(address, len(one.widths), one.top_k, one.temperature)
+        d_k = one.d_k[s]
+        assert d_k is not None
+        query = torch.randn(d_k, self._inner) / self._inner**0.5
+        self._asked[name, s] = query.to(DEVICE, self.dtype)
+        self._keys[name, s] = torch.randn(sum(one.widths), d_k, device=DEVICE)
+        return query_words(address_of(self._asked[name, s]), address_of(self._keys[name, s]), d_k)
+
+    def table(self, max_rows: int = 64, **sizes: int | bool) -> SegmentTable:
+        """Room for mixes of some of the adapters."""
+        room = {"max_row_rank": 256, "max_components": 16, "max_gates": 4, "max_row_asked": 160}
+        return SegmentTable(max_rows=max_rows, device=DEVICE, **{**room, **sizes})  # type: ignore[arg-type]
+
+    def run(self, start: int, end: int, mix: Named) -> LongSegment:
+        """Rows that use some of the adapters."""
+        members: list[SegmentMember] = []
+        gated: list[GatedMembers] = []
+        for name, weight in mix:
+            if name == PLAIN:
+                members.append(SegmentMember(0, PLAIN_RANK, 1, weight))
+                continue
+            first, slot = len(members), self._slots[name]
+            members += [SegmentMember(*bound, slot, weight) for bound in self._bounds[name]]
+            one = self._gated[name]
+            asked, told, stride = 0, 0, 0
+            if isinstance(one, Fusion):
+                asked = max(d_k or 0 for d_k in one.d_k)
+            elif isinstance(one, Router):
+                asked = len(one.widths)
+            else:
+                before = list(self._of_module)[: list(self._of_module).index(name)]
+                told = sum(self._of_module[other].numel() for other in before)
+                stride = 3 * len(one.widths)
+            gated.append(GatedMembers(first, len(members), asked, told, stride))
+        return LongSegment(start, end, tuple(members), 0, tuple(gated))
+
+    def exact(self, name: str, s: int, x: Tensor, row: int) -> Tensor:
+        """The gates of an adapter's components for one row, float64; 0 in a missing slice."""
+        one, x = self._gated[name], x.double().cpu()
+        if isinstance(one, Told):
+            return self._of_module[name][row, one.modules[s]].double()
+        if (name, s) not in self._asked:
+            return torch.zeros(len(one.widths), dtype=torch.float64)
+        asked = self._asked[name, s].double().cpu() @ x
+        if isinstance(one, Router):
+            return routed_in_float64(asked, one.top_k, one.temperature)
+        keys, first = self._keys[name, s].double().cpu(), self._bounds[name][0][0]
+        scores = [
+            asked @ (keys[low - first : high - first].T @ (self.a[low:high, s].double().cpu() @ x))
+            for low, high in self._bounds[name]
+        ]
+        return torch.stack(scores).softmax(0)
+
+
+def _ends(gated: Mapping[str, Gated]) -> dict[str, int]:
+    """Where the ranks of each end, behind those before."""
+    return dict(zip(gated, accumulate(sum(one.widths) for one in gated.values()), strict=True))
+
+
+def routed_in_float64(similarities: Tensor, top_k: int, temperature: float) -> Tensor:
+    """Of the components of one row, by sorting; of equals the first counts."""
+    scores = [abs(float(value)) for value in similarities]
+    best = sorted(range(len(scores)), key=lambda k: (-scores[k], k))[:top_k]
+    gates = torch.zeros(len(scores), dtype=torch.float64)
+    kept = torch.tensor([scores[k] for k in best], dtype=torch.float64)
+    gates[best] = (kept / temperature).softmax(0)
+    return gates

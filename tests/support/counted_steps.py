@@ -1,0 +1,232 @@
+"""A model of Llama-3.1-8B's widths on meta tensors, and what its steps launch, copy and allocate.
+
+Triton's launches are left out. The captured step is a stand-in whose replay does nothing, so what
+is counted there is what the host does for every step; launches are counted while it is captured,
+where every operation on device tensors is one (views and empty tensors are none).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as SequenceOf
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from device_operations import META, Counting
+from transformers import LlamaConfig
+from triton.runtime.interpreter import InterpretedFunction
+
+from turret.kernels.nf4_matmul import Nf4Matrix
+from turret.server.adapters.device.gpu.store import GpuStore
+from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
+from turret.server.adapters.mix import Mix
+from turret.server.adapters.operators.adapter_operators import (
+    AdapterOperators,
+    InputBlocks,
+    ModuleOperators,
+)
+from turret.server.adapters.operators.gate import Gate, PrototypeScore, QueryScore
+from turret.server.adapters.operators.updates import LowRank
+from turret.server.engine.scheduling.request import Request, SamplingParams
+from turret.server.engine.scheduling.scheduler import Scheduled, Step
+from turret.server.engine.scheduling.sequence import Sequence
+from turret.server.engine.step.gpu.decode_graphs import Body, Outputs
+from turret.server.engine.step.gpu.executor import GpuExecutor
+from turret.server.models.decoding.adapted_linear import AdaptedLinear
+from turret.server.models.decoding.decoder import DecoderLayer
+from turret.server.models.decoding.gpu_decoder import GpuDecoder
+from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.families import read_arch
+from turret.server.models.weights.nf4_gpu import Nf4Product
+
+DTYPE = torch.float16
+# Llama-3.1-8B: which launches a product takes depends on its width. Ranks do not matter.
+NUM_LAYERS, HIDDEN, VOCAB, RANK = 32, 4096, 128256, 1
+ROWS, CONTEXT, BLOCK_SIZE = 64, 4096, 16
+ARCH = read_arch(
+    LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=14336,
+        num_hidden_layers=NUM_LAYERS,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        max_position_embeddings=2 * CONTEXT,
+    )
+)
+
+
+class Capture:
+    """Counts what a captured body launches; its replay costs the host nothing."""
+
+    def __init__(self, launched: list[str]) -> None:
+        self.num_captures = 0
+        self.launches: list[str] = []
+        self._launched = launched
+
+    def __call__(self, body: Body) -> tuple[Callable[[], None], Outputs]:
+        self.num_captures += 1
+        self._launched.clear()
+        with Counting() as counting:
+            outputs = body()
+        self.launches = [*self._launched, *counting.launches]
+        return (lambda: None), outputs
+
+    def forget(self) -> None:
+        """Nothing is kept."""
+
+
+@contextlib.contextmanager
+def listed_launches() -> Iterator[list[str]]:
+    """Leave Triton's launches out and list them."""
+    names: list[str] = []
+
+    def launch(kernel: Any, grid: Any) -> Any:
+        return lambda *_, **__: names.append(kernel.fn.__name__)
+
+    with patch.object(InterpretedFunction, "__getitem__", launch, create=True):
+        yield names
+
+
+class Base:
+    def __init__(self, widths: tuple[int, ...], inner: int) -> None:
+        out = sum(widths)
+        packed = torch.empty(out * inner // 2, dtype=torch.uint8, device=META)
+        absmax = torch.empty(out * inner // 64, device=META)
+        self.product = Nf4Product(Nf4Matrix(packed, absmax, out, inner), DTYPE)
+        self.widths = widths
+
+    def __call__(self, x: torch.Tensor, ahead: Any = None, num_decode: int = 0) -> torch.Tensor:
+        return self.product(x, num_decode)
+
+
+def low_rank(out: int, inner: int) -> ModuleOperators:
+    return ModuleOperators(LowRank(torch.zeros(RANK, inner).half(), torch.zeros(RANK, out).half()))
+
+
+def turn(out: int, inner: int) -> ModuleOperators:
+    """OFT's."""
+    return ModuleOperators(input_blocks=InputBlocks(torch.zeros(inner // 4, 4, 4).half()))
+
+
+def norm(out: int, inner: int) -> ModuleOperators:
+    """LN tuning's, on what a norm feeds."""
+    return ModuleOperators(input_gain=torch.ones(inner))
+
+
+class Adapter:
+    """A LoRA on every projection, or on some, or another adapter."""
+
+    generation = 1
+    bytes_device = num_soft_tokens = num_prefix_positions = 0
+    invocation = ()
+
+    def __init__(
+        self,
+        key: str,
+        *projections: str,
+        make: Callable[[int, int], ModuleOperators] = low_rank,
+    ) -> None:
+        self.key = self.uuid = self.name = key
+        names = projections or tuple(ARCH.linears())
+        self.operators = AdapterOperators(
+            {
+                f"model.layers.{layer}.{path}": make(out, inner)
+                for layer in range(NUM_LAYERS)
+                for name in names
+                for path, out, inner in ARCH.linears()[name]
+            }
+        )
+
+
+class Gated(Adapter):
+    """A learned fusion on every projection, or a router if it has no queries."""
+
+    def __init__(self, key: str, components: int, d_k: int = 0) -> None:
+        super().__init__(key)
+        ranks = components * RANK
+        indptr = tuple(range(0, ranks + 1, RANK))
+
+        def module(out: int, inner: int) -> ModuleOperators:
+            score = PrototypeScore(torch.zeros(components, inner), 2, 1.0)
+            if d_k:
+                score = QueryScore(torch.zeros(d_k, inner).half(), torch.zeros(ranks, d_k))
+            factors = torch.zeros(ranks, inner).half(), torch.zeros(ranks, out).half()
+            return ModuleOperators(gate=Gate(*factors, score, indptr))
+
+        made = {path: module(*of) for own in ARCH.linears().values() for path, *of in own}
+        self.operators = AdapterOperators(
+            {
+                f"model.layers.{layer}.{path}": operators
+                for layer in range(NUM_LAYERS)
+                for path, operators in made.items()
+            }
+        )
+
+
+def make_executor(capture: Capture, rows: int = ROWS) -> GpuExecutor:
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=DTYPE, device=META)
+
+    layers = []
+    for number in range(NUM_LAYERS):
+        linears: dict[str, Any] = {
+            name: AdaptedLinear(number, name, _base(slices), None)
+            for name, slices in ARCH.linears().items()
+        }
+        norms = {"norm_before_attention": empty(HIDDEN), "norm_before_mlp": empty(HIDDEN)}
+        layers.append(DecoderLayer(**norms, q_norm=None, k_norm=None, **linears))
+    table = empty(VOCAB, HIDDEN)
+    projections = {
+        name: tuple(SliceShape(path, out, inner) for path, out, inner in slices)
+        for name, slices in ARCH.linears().items()
+    }
+    return GpuExecutor(
+        GpuDecoder(ARCH, embedding=table, layers=layers, norm=empty(HIDDEN), head=table),
+        KvCache(ARCH, 8, BLOCK_SIZE, DTYPE, META),
+        GpuStore(ProjectionLayout(NUM_LAYERS, projections), DTYPE, META, 1 << 28),
+        max_num_seqs=rows,
+        max_num_batched_tokens=256,
+        capture=capture,
+    )
+
+
+def _base(slices: Any) -> Any:
+    return Base(tuple(out for _, out, _ in slices), slices[0][2])
+
+
+class Decoding:
+    """Sequences that generate, and their steps one after the other."""
+
+    def __init__(self, adapters: SequenceOf[Any] = (), rows: int = ROWS) -> None:
+        self.sequences = []
+        for row in range(rows):
+            mix = Mix(((adapters[row % len(adapters)], 1.0),) if adapters else ())
+            # Not all at the end of a block in the same step.
+            request = Request(
+                request_id=str(row),
+                prompt_token_ids=(1,) * (CONTEXT - row),
+                sampling=SamplingParams(temperature=row % 2, top_p=0.9, seed=row),
+            )
+            self.sequences.append(Sequence(request, mix, 0.0))
+        self.advance()
+
+    def advance(self) -> None:
+        """Draw a token for each."""
+        for row, sequence in enumerate(self.sequences):
+            sequence.num_computed = len(sequence.tokens)
+            sequence.tokens.append(1)
+            while len(sequence.blocks) * BLOCK_SIZE <= sequence.num_computed:
+                sequence.blocks.append(1 + (7 * row + len(sequence.blocks)) % 7)
+
+    def step(self) -> Step:
+        return Step(tuple(Scheduled(sequence, 1) for sequence in self.sequences), (), 0)
+
+    def run(self, executor: GpuExecutor) -> Step:
+        step = self.step()
+        executor.run(step)
+        executor.look_ahead()
+        self.advance()
+        return step
