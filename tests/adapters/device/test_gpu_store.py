@@ -17,7 +17,11 @@ from turret.server.adapters.device.gpu.shelves import GpuHadamardShelf
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ExpertShape, ProjectionLayout, SliceShape
 from turret.server.adapters.lowering.arena import in_one_block
-from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
+from turret.server.adapters.operators.adapter_operators import (
+    AdapterOperators,
+    InputBlocks,
+    ModuleOperators,
+)
 from turret.server.adapters.operators.updates import ExpertLowRank, Hadamard, LowRank
 
 CPU = torch.device("cpu")
@@ -238,6 +242,22 @@ def test_more_adapters_in_a_batch_than_slots() -> None:
     gains = [Adapter(f"{number}", AdapterOperators(modules)) for number in range(20)]
     store.prepare(gains)
     assert len({place.slot for place in store._pack.places.values()} - {0}) == 20
+
+
+def test_shelves_know_every_slot_of_a_pack_that_grew() -> None:
+    """Kernels look up whoever is in the batch, also those that came after the shelf."""
+    store = store_of(budget_of(64))
+    blocks = ModuleOperators(input_blocks=InputBlocks(torch.randn(WIDTH // 8, 8, 8)))
+    store.prepare([Adapter("turned", AdapterOperators(dict.fromkeys(PATHS, blocks)))])
+    before = store._pack.num_slots
+    modules = {path: ModuleOperators(gain=torch.rand(WIDTH)) for path in PATHS}
+    store.prepare([Adapter(f"{number}", AdapterOperators(modules)) for number in range(20)])
+    assert store._pack.num_slots > before
+    shelves = list(store._blocks._shelves.values())
+    assert len(shelves) == 4
+    for shelf in shelves:
+        assert len(shelf.places) == store._pack.num_slots
+        assert (shelf.places >= 0).nonzero().flatten().tolist() == store._pack.slots("turned")
 
 
 class _Counting(TorchDispatchMode):

@@ -32,7 +32,7 @@ class Fusion:
 
 @dataclass(frozen=True)
 class Router:
-    """Scored by prototypes; ``tied`` makes its first two equally similar to any input."""
+    """Scored by prototypes; ``tied``: the first two are equally similar, and mostly the most."""
 
     widths: tuple[int, ...]
     top_k: int
@@ -119,6 +119,7 @@ class GatedPack:
         if isinstance(one, Router):
             found = torch.randn(len(one.widths), self._inner) / self._inner**0.5
             if one.tied:
+                found[0] *= 4
                 found[1] = -found[0]
             self._asked[name, s] = found.to(DEVICE)
             address = address_of(self._asked[name, s])
