@@ -52,7 +52,8 @@ ENV PATH=/opt/turret/bin:$PATH TURRET_HEALTH_FLAGS=""
 # By number, so that Kubernetes can see that it is not root.
 USER 10001
 # The embedded model's NF4 weights, so that the first start is as fast as every other.
-RUN python -c "from turret.server.models.model_source import default_cache_dir, resolve_model; \
+RUN python -c "from turret.server.models.model_source import resolve_model; \
+    from turret.server.models.sources.cache import default_cache_dir; \
     resolve_model(None, default_cache_dir())"
 # gRPC, and HTTP where --http-address asks for it.
 EXPOSE 50051 8000

@@ -23,7 +23,8 @@ from turret.server.models.decoding.arch import Arch
 from turret.server.models.families import read_arch, text_config
 from turret.server.models.model_source import ModelSource, resolve_model
 from turret.server.models.sources.cache import default_cache_dir
-from turret.server.models.sources.embedded import find_gguf, read_gguf
+from turret.server.models.sources.embedded import find_gguf
+from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.progress import progress_bar
@@ -217,9 +218,10 @@ def _load_full(base: TrainingBase, dtype: torch.dtype) -> Any:
             " modules there, which transformers does not have",
         )
     if base.directory is None:
-        config, _, tensors, _ = read_gguf(find_gguf())
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-        missing = model.load_state_dict(dict(tensors), strict=False).missing_keys
+        found = open_gguf(find_gguf())
+        model = AutoModelForCausalLM.from_config(found.config, dtype=torch.bfloat16)
+        tensors = {name: tensor.to(torch.bfloat16) for name, tensor in found.tensors()}
+        missing = model.load_state_dict(tensors, strict=False).missing_keys
         assert set(missing) <= {"lm_head.weight"}, missing
         return model.to(dtype)
     directory = base.source.files

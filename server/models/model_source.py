@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from turret.server.errors import InvalidRequestError
 from turret.server.models.families import read_arch
 from turret.server.models.sources.cache import NAMES
-from turret.server.models.sources.embedded import MODEL_NAME, find_gguf, read_gguf
+from turret.server.models.sources.embedded import MODEL_NAME, find_gguf
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
 from turret.server.models.sources.hub_model import Progress, fetch_hub_model, hub_model_id
@@ -90,17 +90,9 @@ def resolve_model(
 
 def _resolve(model: Path | None, cache_dir: Path, progress: Progress) -> ModelSource:
     if model is None:
-        gguf = find_gguf()
-        target = cache_dir / f"nf4-{_key([gguf])}"
-        if not (target / _MANIFEST).exists():
-            config, tokenizer, tensors, total = read_gguf(gguf, progress)
-            with _new_directory(target) as build:
-                config.save_pretrained(build)  # type: ignore[attr-defined]
-                tokenizer.save_pretrained(build)  # type: ignore[attr-defined]
-                _quantize(tensors, total, build, MODEL_NAME, progress)
-        return _read_cached(target, target)
+        return _resolve_gguf(find_gguf(), MODEL_NAME, cache_dir, progress)
     if model.suffix == SUFFIX and model.is_file():
-        return _resolve_gguf(model, cache_dir, progress)
+        return _resolve_gguf(model, model.stem, cache_dir, progress)
     config, config_file = check_model_directory(model), model / "config.json"
     shards = weight_files(model)
     if is_4bit(config):
@@ -114,7 +106,7 @@ def _resolve(model: Path | None, cache_dir: Path, progress: Progress) -> ModelSo
     return _read_cached(target, model)
 
 
-def _resolve_gguf(model: Path, cache_dir: Path, progress: Progress) -> ModelSource:
+def _resolve_gguf(model: Path, name: str, cache_dir: Path, progress: Progress) -> ModelSource:
     target = cache_dir / f"nf4-{_key([model])}"
     if not (target / _MANIFEST).exists():
         found = open_gguf(model)
@@ -123,8 +115,9 @@ def _resolve_gguf(model: Path, cache_dir: Path, progress: Progress) -> ModelSour
             found.tokenizer.save_pretrained(build)
             ends = json.dumps({"eos_token_id": found.eos_token_ids})
             (build / "generation_config.json").write_text(ends)
-            _quantize(found.tensors(), found.num_tensors, build, model.stem, progress)
-    return _read_cached(target, target)
+            _quantize(found.tensors(), found.num_tensors, build, name, progress)
+    # The file that is the embedded model may be given by its path too, and has that name then.
+    return dataclasses.replace(_read_cached(target, target), name=name)
 
 
 def _read_plain(

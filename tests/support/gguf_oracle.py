@@ -1,14 +1,30 @@
-"""Whether two architectures are one, but for what a file has in fp32."""
+"""What transformers makes of a GGUF file, and whether two architectures are one but for fp32."""
 
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, GgufConfig
 
 from turret.server.models.decoding.arch import Arch, Rope
+
+
+def transformers_state(file: Path) -> dict[str, torch.Tensor]:
+    """The weights in bf16 that transformers reads, without a head that is the embedding."""
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    state: dict[str, torch.Tensor] = model.state_dict()
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    return state
 
 
 def near(found: Any, expected: Any) -> bool:

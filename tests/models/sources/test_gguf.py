@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +13,27 @@ import torch
 from builders.bases.gguf_files import TEMPLATE, dequantised_copy, write_gguf
 from builders.bases.tiny_models import BOS, EOS, save_tiny_model
 from gguf import GGMLQuantizationType as Kind
+from gguf_oracle import assert_alike, transformers_state
 from method_oracle import prompt_of
 from safetensors.torch import load_file
 from servers.engine_harness import EngineHarness, make_request
-from transformers import AutoConfig, AutoModelForCausalLM, GgufConfig, LlamaConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    LlamaConfig,
+)
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from turret.server.errors import InvalidRequestError
+from turret.server.models import model_source
 from turret.server.models.families import read_arch
 from turret.server.models.loader import eos_token_ids
 from turret.server.models.model_source import resolve_model
 from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.sources.check import check_model
-from turret.server.models.sources.embedded import find_gguf, read_gguf
+from turret.server.models.sources.embedded import MODEL_NAME, find_gguf
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.tokenizer import Tokenizer
 
@@ -222,30 +229,39 @@ def test_files_that_are_none_of_ours_fail_before_torch(tmp_path: Path) -> None:
         open_gguf(file)
 
 
-def test_reading_the_embedded_model_is_told_and_not_drawn(
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+def test_reading_is_told_and_not_drawn(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
+    write_gguf(folder, file, Kind.F16)
+    capfd.readouterr()
     told: list[tuple[int, int]] = []
-    *_, total = read_gguf(find_gguf(), lambda what, done, of: told.append((done, of)))
-    assert told[0] == (1, len(told))
-    assert told[-1] == (len(told), len(told))
-    assert len(told) >= total
+    resolve_model(file, tmp_path / "cache", lambda what, done, of: told.append((done, of)))
+    total = open_gguf(file).num_tensors
+    assert told == [(done, total) for done in range(total + 1)]
     assert capfd.readouterr().err == ""
 
 
+def test_the_embedded_file_given_by_its_path_has_the_name_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, file = tiny("llama", tmp_path / "model"), tmp_path / "tiny.gguf"
+    write_gguf(folder, file, Kind.F16)
+    monkeypatch.setattr(model_source, "find_gguf", lambda: file)
+    names = [resolve_model(model, tmp_path / "cache").name for model in (file, None, file)]
+    assert names == ["tiny", MODEL_NAME, "tiny"]
+
+
 @pytest.mark.long
-def test_the_embedded_file_given_by_its_path_is_the_embedded_model(tmp_path: Path) -> None:
-    """Q4_1 of SmolLM2-135M-Instruct, which transformers reads otherwise."""
-    given = resolve_model(find_gguf(), tmp_path)
-    embedded = resolve_model(None, default_cache_dir())
-    assert given.digest == embedded.digest
-    archs = [read_arch(AutoConfig.from_pretrained(s.files)) for s in (given, embedded)]
-    assert ropes_of(archs[0]) == ropes_of(archs[1])
-    chats = [
-        Tokenizer.load(s.files, eos_token_ids(s.files), 49152).encode_chat(
-            [{"role": "user", "content": "How are you?  Fine, 1 234."}]
-        )
-        for s in (given, embedded)
-    ]
+def test_the_embedded_model_is_what_transformers_makes_of_its_file() -> None:
+    """Q4_1 of SmolLM2-135M-Instruct."""
+    file = find_gguf()
+    found, theirs = open_gguf(file), transformers_state(file)
+    ours = {name: tensor.to(torch.bfloat16) for name, tensor in found.tensors()}
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+    where = {"pretrained_model_name_or_path": file.parent, "gguf_file": file.name}
+    archs = [read_arch(config) for config in (found.config, AutoConfig.from_pretrained(**where))]
+    assert_alike(*archs)
+    turns = [{"role": "user", "content": "How are you?  Fine, 1 234."}]
+    tokenizers = (found.tokenizer, AutoTokenizer.from_pretrained(**where))
+    chats = [tokenizer.apply_chat_template(turns)["input_ids"] for tokenizer in tokenizers]
     assert chats[0] == chats[1]
-    shutil.rmtree(tmp_path)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from builders.bases.tiny_mixtures import MIXTURE_CONFIGS
+from gguf_oracle import transformers_state
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     AutoConfig,
@@ -40,7 +41,7 @@ from turret.server.models.describe import describe_base
 from turret.server.models.loader import load_decoder
 from turret.server.models.model_source import resolve_model
 from turret.server.models.sources.cache import default_cache_dir
-from turret.server.models.sources.embedded import find_gguf, read_gguf
+from turret.server.models.sources.embedded import find_gguf
 from turret.server.models.text_part import text_name
 
 BOS, EOS = 256, 257
@@ -369,10 +370,9 @@ def served_weights(model: Path | None, dtype: torch.dtype) -> dict[str, torch.Te
 def load_oracle(model: Path | None, weights: dict[str, torch.Tensor]) -> Any:
     """Transformers' fp32 model of a directory (or the embedded one) on the weights served."""
     if model is None:
-        _, _, tensors, _ = read_gguf(find_gguf())
         config = AutoConfig.from_pretrained(resolve_model(None, default_cache_dir()).files)
         oracle = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        missing = oracle.load_state_dict(dict(tensors), strict=False).missing_keys
+        missing = oracle.load_state_dict(transformers_state(find_gguf()), strict=False).missing_keys
         assert missing == ["lm_head.weight"], missing
     else:
         is_text = AutoConfig.from_pretrained(model).model_type not in _MULTIMODAL
