@@ -11,10 +11,14 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import turret
 from turret.server.command.parser import EXIT_USAGE, CommandParser
+
+if TYPE_CHECKING:
+    from turret.server.command.settings import Settings
+    from turret.server.config import Config
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130
@@ -57,9 +61,7 @@ def _serve(args: argparse.Namespace) -> int:
     if hasattr(signal, "SIGUSR1"):
         # For a server that hangs: says where, and goes on.
         faulthandler.register(signal.SIGUSR1, all_threads=True)
-    said = config.describe() if config.log.verbose else settings.describe(config)
-    if config.log.log_format == "text":
-        print(f"turret {turret.__version__}\n{said}".rstrip(), file=sys.stderr, flush=True)
+    _introduce(config, settings)
 
     import asyncio
 
@@ -69,6 +71,18 @@ def _serve(args: argparse.Namespace) -> int:
         return await App(config, on_loaded=_freeze_heap).run()
 
     return asyncio.run(serve())
+
+
+def _introduce(config: Config, settings: Settings) -> None:
+    """Say the version and the settings, in the form of the log."""
+    said = config.describe() if config.log.verbose else settings.describe(config)
+    if config.log.log_format == "text":
+        print(f"turret {turret.__version__}\n{said}".rstrip(), file=sys.stderr, flush=True)
+        return
+    from turret.server import log
+
+    fields = log.fields(version=turret.__version__, settings=said.splitlines())
+    logging.getLogger(__name__).info("starting", extra=fields)
 
 
 def _leave(code: int) -> NoReturn:

@@ -34,6 +34,7 @@ from turret.server.config import (
     SecurityConfig,
 )
 from turret.server.errors import InvalidRequestError, TurretError
+from turret.server.hub.adapters import AdapterHub
 from turret.server.models.sources.check import check_model, name_of_model
 
 _MOST_SHOWN = 20
@@ -125,8 +126,19 @@ def _adapters(config: AdapterConfig, base: str | None) -> Iterator[str]:
     elif root is not None:
         for name, path in preload:
             yield from _preload(root, name, path, base, config.max_rank)
+    hub = AdapterHub(config.adapter_hub, config.max_upload_bytes)
+    for name, path in config.preload:
+        if path.startswith(HUB_SCHEME):
+            yield from _preload_of_hub(hub, name, path)
     if config.state_dir is not None:
         yield from _state_dir(config.state_dir)
+
+
+def _preload_of_hub(hub: AdapterHub, name: str, path: str) -> Iterator[str]:
+    try:
+        hub.check(path)
+    except TurretError as error:
+        yield f"--preload {name}={path}: {error.message.removeprefix(f'path {path!r} ')}"
 
 
 def _preload(root: Path, name: str, path: str, base: str | None, max_rank: int) -> Iterator[str]:

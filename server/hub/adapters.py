@@ -79,18 +79,36 @@ class AdapterHub:
             StorageFullError, StorageFailedError: The disk of the cache takes nothing.
             QueueFullError: ``MAX_DOWNLOADS`` are under way.
         """
+        repository = self.check(path)
+        if repository is None:
+            return path
+        if not _is_there(repository.id):
+            names = _names(path, repository.files)
+            size = sum(repository.files[name] for name in names)
+            self._download(path, repository, names, size)
+        return f"{HUB_SCHEME}{repository.id}"
+
+    def check(self, path: str) -> Repository | None:
+        """Refuse what ``fetch`` would, before a byte of the weights comes.
+
+        Args:
+            path: See ``fetch``.
+
+        Returns:
+            The repository; None for a commit whose files are there, of which nobody is asked.
+
+        Raises:
+            See ``fetch``.
+        """
         hub_id = self._checked(path)
         if hub_id.is_commit and _is_there(hub_id):
-            return path
+            return None
         # Whoever names a branch wants what it is now, not what it was.
         repository = find_repository(hub_id, may_be_old=False)
         names = _names(path, repository.files)
-        found = f"{HUB_SCHEME}{repository.id}"
         if not _is_there(repository.id):
-            size = sum(repository.files[name] for name in names)
-            self._check_size(path, size)
-            self._download(path, repository, names, size)
-        return found
+            self._check_size(path, sum(repository.files[name] for name in names))
+        return repository
 
     def fetch_tokenizer(self, path: str) -> None:
         """Have the tokenizer beside an adapter's files in the cache, if there is one.

@@ -16,6 +16,8 @@ from servers.fake_hub import TOKEN, FakeHub, Repo
 from turret.server.adapters.ref import AdapterRef
 from turret.server.adapters.registry.registry import AdapterRegistry
 from turret.server.adapters.state.state_dir import StateDir
+from turret.server.command.preflight import problems
+from turret.server.config import AdapterConfig, Config, ListenConfig
 from turret.server.errors import (
     AdapterCheckpointError,
     BudgetExceededError,
@@ -82,6 +84,33 @@ def test_it_is_the_adapter_that_was_pushed(registry: _Make, repo: Repo, checkpoi
     assert loaded.facts.digest == local.load("a", "a").facts.digest
     local.close()
     assert loaded.source == f"{PATH}@{repo.refs['main']}"
+
+
+def test_what_is_preloaded_is_asked_for_before_the_model_is_loaded(
+    hub: FakeHub, repo: Repo, checkpoints: Path
+) -> None:
+    def found(path: str, max_bytes: int = 1 << 20) -> list[str]:
+        config = Config(
+            listen=ListenConfig(address="127.0.0.1:0", metrics_address=None),
+            adapters=AdapterConfig(
+                adapter_hub=("acme",), preload=(("a", path),), max_upload_bytes=max_bytes
+            ),
+        )
+        return problems(config)
+
+    assert found(PATH) == []
+    # The weights come when the model is there.
+    assert hub.downloads() == []
+    (problem,) = found("hub:acme/b")
+    assert problem.startswith("--preload a=hub:acme/b: ")
+    assert "has no model 'acme/b'" in problem
+    assert "at most 10 are taken" in found(PATH, max_bytes=10)[0]
+    hub.repo("acme/c", checkpoints.parent)
+    assert found("hub:acme/c")[0].startswith("--preload a=hub:acme/c: is no adapter")
+    hub.status = 503
+    (problem,) = found(PATH)
+    assert problem.startswith("--preload a=hub:acme/a: ")
+    assert "answered 503" in problem
 
 
 def test_who_may_be_asked_for(registry: _Make, hub: FakeHub, repo: Repo) -> None:

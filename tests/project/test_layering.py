@@ -122,7 +122,8 @@ BELOW = {
     # Before torch: see test_command.
     "server.command": NOUNS
     | {f"server.adapters.{name}" for name in ("checkpoint", "peft_format.refusals")}
-    | {"server.models.sources", "kernels"},
+    # Models and preloaded adapters are looked up, on the hub too, before anything is loaded.
+    | {"server.models.sources", "server.hub", "kernels"},
     "server.http.exchange": {"server.api", "server.api.access", "leaf", "v1"},
     "server.http.console": {
         *("server.http.exchange", "server.api", "server.api.admin", "leaf", "v1"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import io
 import json
@@ -26,7 +27,8 @@ import turret
 from turret.clients.probe import is_serving
 from turret.server import log
 from turret.server.app import App
-from turret.server.cli import main
+from turret.server.cli import _introduce, main
+from turret.server.command.flags import add_flags, read_settings
 from turret.server.config import AdapterConfig
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import AdapterCheckpointError
@@ -293,3 +295,23 @@ def test_a_log_record_is_one_line_with_its_request_id() -> None:
     assert first.endswith(r'adapter=sql path="a \"b\"\n" request_id="req 1"')
     traceback = json.loads(second.split("traceback=", 1)[1])
     assert traceback.endswith("ValueError: two\nlines")
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_a_log_of_json_says_version_and_settings_too(
+    verbose: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    args = parser.parse_args(["--log-format", "json", *(["--verbose"] if verbose else [])])
+    read = read_settings(args, {"TURRET_MAX_RANK": "64"})
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(log.JsonFormatter())
+    monkeypatch.setattr(logging.getLogger("turret"), "handlers", [handler])
+    monkeypatch.setattr(logging.getLogger("turret"), "level", logging.INFO)
+    _introduce(read.config(), read)
+    said = json.loads(capsys.readouterr().err)
+    assert said["version"] == turret.__version__
+    assert ("adapters.max_rank = 64  (TURRET_MAX_RANK)" in said["settings"]) != verbose
+    assert ("adapters.max_rank = 64" in said["settings"]) == verbose
+    assert ("model.device = auto" in said["settings"]) == verbose

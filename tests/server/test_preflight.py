@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import fcntl
 import json
 import os
 import re
 import socket
 import subprocess
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from turret.server.command import preflight
 from turret.server.command.flags import add_flags, config_from_args
 from turret.server.command.preflight import problems
 from turret.server.config import Config
+from turret.server.hub.adapters import AdapterHub
 from turret.server.models.families import served_types
 from turret.training.errors import ConfigError, RunError
 from turret.training.run.folder import RunFolder
@@ -247,6 +250,25 @@ def test_a_state_dir_that_cannot_be_made(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a file system that takes no files")
+def test_a_state_dir_where_the_system_lets_nobody_write() -> None:
+    """To the superuser permissions allow it; that it fails is known once it is tried."""
+    (problem,) = found("--state-dir", "/proc/x")
+    assert problem.startswith("--state-dir: /proc/x cannot be made")
+    (problem,) = found("--state-dir", "/proc")
+    assert problem.startswith("--state-dir: /proc cannot be written")
+
+
+def test_a_disk_that_is_full_does_not_keep_a_server_from_starting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkdtemp(**_: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", mkdtemp)
+    assert found("--state-dir", str(tmp_path)) == []
+
+
 def test_directories_that_this_user_may_not_use(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -312,11 +334,14 @@ def test_a_device_an_instruction_set_and_threads_that_are_not_there(
     assert "'avx51' is none of baseline, avx2" in problem
 
 
-def test_adapters_of_the_hub_need_their_organisation() -> None:
+def test_adapters_of_the_hub_need_their_organisation(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(AdapterHub, "check", lambda hub, path: asked.append(path))
     for flags in (("--adapter-hub", "acme"), ("--adapter-hub", "x", "--adapter-hub", "*")):
         config = parse(*flags, "--preload", "a=hub:acme/sql@v1")
         assert config.adapters.preload == (("a", "hub:acme/sql@v1"),)
         assert found(*flags, "--preload", "a=hub:acme/sql@v1") == []
+        assert asked.pop() == "hub:acme/sql@v1"
     with pytest.raises(ValueError, match="needs --adapter-hub acme"):
         parse("--adapter-hub", "other", "--preload", "a=hub:acme/sql")
     with pytest.raises(ValueError, match=r"is not hub:org/name\[@revision\]"):
