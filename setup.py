@@ -36,6 +36,8 @@ class BuildLibraries(build_ext):
         # They have sources in common, and an object file is called after its source.
         own = copy.copy(self)
         own.build_temp = str(Path(self.build_temp, ext.name))
+        # Python's own flags ask for debug information, which is two thirds of a library.
+        ext.extra_compile_args = [*ext.extra_compile_args, "-g0"]
         super(BuildLibraries, own).build_extension(ext)
 
     def get_ext_filename(self, fullname: str) -> str:

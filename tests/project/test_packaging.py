@@ -110,6 +110,13 @@ def test_the_wheel_is_for_every_python(wheel: Path):
     assert all(Path(name).name.count(".") == 1 for name in libraries)
 
 
+def test_the_libraries_hold_no_debug_information(wheel: Path):
+    """It would be two thirds of them."""
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = {n: archive.read(n) for n in archive.namelist() if n.endswith(".so")}
+    assert [name for name, data in libraries.items() if b".debug_info" in data] == []
+
+
 @pytest.mark.long
 @pytest.mark.skipif(platform.system() != "Linux", reason="manylinux is Linux")
 def test_the_wheel_needs_no_compiler(wheel: Path, tmp_path: Path):
