@@ -112,15 +112,13 @@ class App:
             try:
                 await self.startup()
                 code = await self.main_loop()
-            except PreloadError as error:
-                if self.config.log.log_format == "text":
+            except (PreloadError, TurretError, OSError, ValueError) as error:
+                is_of_flag = str(error).startswith("--")
+                if is_of_flag and self.config.log.log_format == "text":
                     # As what was found before the model was loaded.
                     print(f"turret serve: error: {error}", file=sys.stderr, flush=True)
                 else:
                     _log.error("cannot start", extra=log.fields(reason=error))
-                code = EXIT_FAILED
-            except (TurretError, OSError, ValueError) as error:
-                _log.error("cannot start", extra=log.fields(reason=error))
                 code = EXIT_FAILED
             except Exception:
                 _log.exception("the server failed")

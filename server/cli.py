@@ -38,7 +38,7 @@ _TRAINING = {
 def _serve(args: argparse.Namespace) -> int:
     from turret.server import log
     from turret.server.command.flags import read_settings
-    from turret.server.command.preflight import problems
+    from turret.server.command.preflight import notes, problems
     from turret.server.command.threads import use_threads
 
     try:
@@ -48,12 +48,12 @@ def _serve(args: argparse.Namespace) -> int:
         _complain(f"--config: {error.filename}: {error.strerror}")
         return EXIT_USAGE
     except ValueError as error:
-        _complain(str(error))
+        _complain(*str(error).splitlines())
         return EXIT_USAGE
-    for note in settings.notes:
+    for note in (*settings.notes, *notes(config)):
         print(f"turret serve: note: {note}", file=sys.stderr)
     if found := problems(config):
-        _complain(*found)
+        _complain(*map(settings.blamed, found))
         return EXIT_FAILED
     use_threads(config.model.threads)
     level = logging.DEBUG if config.log.verbose else logging.INFO

@@ -261,7 +261,8 @@ class ListenConfig:
             try:
                 split_address(value)
             except ValueError as error:
-                raise ValueError(f"--{name.replace('_', '-')}: {error}") from None
+                other = "" if name == "address" else ", nor 'none'"
+                raise ValueError(f"--{name.replace('_', '-')}: {error}{other}") from None
         for flag, values, form, shown in (
             ("--http-cors-origin", self.http_cors_origin, _ORIGIN, "SCHEME://HOST[:PORT]"),
             ("--http-allowed-host", self.http_allowed_host, _HOST, "a name without a port"),

@@ -89,13 +89,14 @@ def serve(args: argparse.Namespace) -> int:
         return EXIT_FAILED
     try:
         plan = _plan(args)
-        config = fleet_config(read_settings(args, os.environ).config())
+        settings = read_settings(args, os.environ)
+        config = fleet_config(settings.config())
     except (OSError, ValueError) as error:
-        _complain("serve", str(error))
+        _complain("serve", *str(error).splitlines())
         return EXIT_USAGE
     # In a cluster that is joined the command may be run again, to change the fleet.
     if found := problems(config, may_run=plan.ray_address is not None):
-        _complain("serve", *found)
+        _complain("serve", *map(settings.blamed, found))
         return EXIT_FAILED
     level = logging.DEBUG if config.log.verbose else logging.INFO
     log.configure(level, log_format=config.log.log_format)

@@ -26,6 +26,7 @@ from turret.server.basics.closest import did_you_mean
 from turret.server.basics.hub_id import HUB_SCHEME
 from turret.server.basics.triton_needs import missing_for_triton
 from turret.server.basics.writable import unwritable
+from turret.server.command.threads import available_cpus
 from turret.server.config import (
     AdapterConfig,
     Config,
@@ -59,6 +60,14 @@ def problems(config: Config, *, may_run: bool = False) -> list[str]:
         *_files(config.security),
         *([] if may_run else _addresses(config.listen)),
     ]
+
+
+def notes(config: Config) -> list[str]:
+    """What looks like a mistake and keeps nothing from starting."""
+    threads, there = config.model.threads or 0, available_cpus()
+    if threads <= there:
+        return []
+    return [f"--threads: {threads} of them take turns on {there} processors, which is slower"]
 
 
 def _model(model: Path | None) -> Iterator[str]:

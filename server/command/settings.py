@@ -113,7 +113,7 @@ class Settings:
                 parts[section] = kind(**given)
             return Config(**parts)
         except ValueError as error:
-            raise ValueError(f"{error}{self._blame(str(error))}") from None
+            raise ValueError(self.blamed(str(error))) from None
 
     def describe(self, config: Config) -> str:
         """What differs from the defaults, one ``section.field = value`` a line, and who says so."""
@@ -123,12 +123,14 @@ class Settings:
             lines.append(f"{line}  ({origin})" if origin else line)
         return "\n".join(lines)
 
-    def _blame(self, message: str) -> str:
+    def blamed(self, message: str) -> str:
+        """The message, and behind it which file or variable set what it calls by its flag."""
         names = [name.replace("-", "_") for name in _FLAG.findall(message)]
         given = {name: self.origins[name] for name in names if self.origins.get(name)}
         if not given:
-            return ""
-        return f" ({', '.join(f'{name} is from {origin}' for name, origin in given.items())})"
+            return message
+        origins = ", ".join(f"{name} is from {origin}" for name, origin in given.items())
+        return f"{message} ({origins})"
 
 
 @functools.cache
@@ -236,7 +238,7 @@ def read_file(path: Path) -> Settings:
     """A TOML file; paths in it are relative to the directory that it is in.
 
     Raises:
-        ValueError: No TOML, or a key or value that makes no sense; names file and key.
+        ValueError: No TOML, or keys and values that make no sense; names file and key, a line each.
         OSError: It cannot be read.
     """
     try:
@@ -247,21 +249,25 @@ def read_file(path: Path) -> Settings:
         raise ValueError(f"{path}: {error}") from None
     known = {(setting.section, setting.name): setting for setting in settings()}
     sections = list(dict.fromkeys(section for section, _ in known))
-    found = Settings()
+    found, wrong = Settings(), []
     for section, keys in tables.items():
         if section not in sections:
-            raise ValueError(f"{path}: {_unknown_table(section, sections)}")
+            wrong.append(_unknown_table(section, sections))
+            continue
         if not isinstance(keys, dict):
-            raise ValueError(f"{path}: {section} must be a table: [{section}]")
+            wrong.append(f"{section} must be a table: [{section}]")
+            continue
         for key, value in keys.items():
             setting = known.get((section, key))
             if setting is None:
-                raise ValueError(f"{path}: {_unknown_key(section, key)}")
+                wrong.append(_unknown_key(section, key))
+                continue
             try:
-                converted = _from_toml(setting, value, path.parent)
+                found.put(setting, _from_toml(setting, value, path.parent), str(path))
             except ValueError as error:
-                raise ValueError(f"{path}: {section}.{key}: {error}") from None
-            found.put(setting, converted, str(path))
+                wrong.append(f"{section}.{key}: {error}")
+    if wrong:
+        raise ValueError("\n".join(f"{path}: {each}" for each in wrong))
     return found
 
 

@@ -34,6 +34,23 @@ def test_dashboard_asks_for_metrics_that_exist():
     assert asked <= known
 
 
+def test_a_page_says_what_each_file_is_for():
+    text = (ROOT / "docs" / "operations.md").read_text() + (ROOT / "docs/security.md").read_text()
+    names = [path.name for path in DEPLOY.iterdir() if path.is_file()]
+    assert {"turret.service", "compose.yaml"} <= set(names)
+    assert [name for name in names if f"deploy/{name}" not in text] == []
+
+
+def test_the_page_makes_what_the_service_runs():
+    text = (ROOT / "docs" / "operations.md").read_text()
+    unit = re.search(
+        r"^ExecStart=(\S+) .*--config (\S+)$", (DEPLOY / "turret.service").read_text(), re.M
+    )
+    assert unit is not None
+    assert f"python3 -m venv {Path(unit[1]).parents[1]}\n" in text
+    assert f"turret.toml {unit[2]}\n" in text
+
+
 def test_prometheus_scrapes_the_default_address():
     assert f'"{ListenConfig().metrics_address}"' in (DEPLOY / "prometheus.yml").read_text()
 

@@ -29,7 +29,7 @@ from turret.server import log
 from turret.server.app import App
 from turret.server.cli import _introduce, main
 from turret.server.command.flags import add_flags, read_settings
-from turret.server.config import AdapterConfig
+from turret.server.config import AdapterConfig, SecurityConfig
 from turret.server.engine.scheduling.request import Output, Request
 from turret.server.errors import AdapterCheckpointError
 from turret.v1 import inference_pb2, inference_pb2_grpc
@@ -168,6 +168,18 @@ async def test_a_preload_that_fails_ends_the_process_with_an_error(
     assert parts.engine.drained, "the engine was started, so it must be stopped"
     said = "--preload sql=a: cannot be served: rank_pattern is wrong\n"
     assert capsys.readouterr().err == f"turret serve: error: {said}"
+
+
+async def test_a_token_file_that_is_none_is_said_as_other_settings_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "tokens"
+    file.touch(0o600)
+    file.write_text("a secret inference\n")
+    security = SecurityConfig(token_file=file)
+    assert await asyncio.wait_for(make_app(Parts(), security=security).run(), 10) == 1
+    said = "turret serve: error: --token-file: line 1 is not TOKEN ROLE[,ROLE]\n"
+    assert capsys.readouterr().err == said
 
 
 async def test_a_stop_while_loading_does_not_wait_for_the_load() -> None:

@@ -194,6 +194,7 @@ def test_the_short_help_says_what_the_long_one_says() -> None:
     [
         (["srve"], "did you mean 'serve'?"),
         (["serve", "--adress", "x"], "turret serve: error: .*did you mean '--address'?"),
+        (["serve", "org/name"], "did you mean --model org/name?"),
         (["serve", "--dtype", "bfloat"], "bfloat16"),
         (["adapters", "lst"], "turret adapters: error: .*did you mean 'list'?"),
         (["--versoin"], "unrecognized arguments: --versoin; did you mean '--version'?"),
@@ -279,6 +280,7 @@ def test_every_setting_has_a_variable_and_a_key(tmp_path: Path) -> None:
         ("[", "t.toml: "),
         ("[model]\nmodel = ''\n", "model.model: is empty"),
         ("[listen]\naddress = ''\n", "listen.address: is empty"),
+        ("a = 3\n[b]\n[cache]\nc = 1\n", r"\[a\].*\n.*t.toml: .*\[b\].*\n.*\[cache\] c is no"),
     ],
 )
 def test_a_bad_file_is_refused_by_key(tmp_path: Path, text: str, complaint: str) -> None:

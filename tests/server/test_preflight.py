@@ -334,6 +334,22 @@ def test_a_device_an_instruction_set_and_threads_that_are_not_there(
     assert "'avx51' is none of baseline, avx2" in problem
 
 
+def test_more_threads_than_processors_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "available_cpus", lambda: 2)
+    (note,) = preflight.notes(parse("--threads", "3"))
+    assert note.startswith("--threads: 3 of them take turns on 2 processors")
+    assert preflight.notes(parse("--threads", "2")) == preflight.notes(parse()) == []
+
+
+def test_what_is_refused_says_which_variable_asked_for_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TURRET_ADAPTER_ROOT", str(tmp_path / "no"))
+    assert main(["serve", "--address", "127.0.0.1:0", "--metrics-address", "none"]) == 1
+    said = capsys.readouterr().err
+    assert said.endswith("(adapter_root is from TURRET_ADAPTER_ROOT)\n")
+
+
 def test_adapters_of_the_hub_need_their_organisation(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
     monkeypatch.setattr(AdapterHub, "check", lambda hub, path: asked.append(path))
