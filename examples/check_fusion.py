@@ -10,6 +10,7 @@ Prints a table. Exits with 1 when the fusion is worse than the better component 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import sys
 from pathlib import Path
@@ -67,6 +68,9 @@ async def score_all(address: str) -> dict[tuple[str, str], float]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     flags = ["--adapter-root", str(HERE), "--max-num-seqs", "32", "--max-queued-requests", "4096"]
     for name in COMPONENTS:
         flags += ["--preload", f"{name}=adapters/{name}"]

@@ -16,6 +16,17 @@ _HTTP = re.compile(rb"turret\.server\.app http address=(\S+)")
 _SERVING = re.compile(rb"turret\.server\.app serving .*address=(\S+)")
 _TAIL_LINES = 20
 _READ_BYTES = 4096
+# Runs what follows its first argument, in its own place, and has the kernel end that when the
+# parent, whose id the argument is, has gone without a word. A function that runs between fork and
+# exec would do the same, but may hang where the parent has other threads.
+_TIED = """
+import ctypes, os, signal, sys
+PR_SET_PDEATHSIG = 1
+ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
 
 
 class ServerProcessError(Exception):
@@ -26,7 +37,8 @@ class ServerProcess:
     """Runs ``turret serve`` on free ports of the loopback interface.
 
     What the server writes is read all the time (a full pipe would block it). While it starts, it is
-    repeated on standard error if ``echo`` says so, progress bars included.
+    repeated on standard error if ``echo`` says so, progress bars included. On Linux the server ends
+    even if this process is killed: when the thread that made the object is no more.
 
     Args:
         flags: Flags of ``turret serve``. ``--address`` and ``--metrics-address`` may be among
@@ -62,6 +74,8 @@ class ServerProcess:
         # Read here, whatever the environment says.
         ports += ["--log-format", "text"]
         command = [sys.executable, "-m", "turret.server.cli", "serve", *ports, *flags]
+        if sys.platform == "linux":
+            command = [sys.executable, "-I", "-S", "-c", _TIED, str(os.getpid()), *command]
         try:
             self.process = subprocess.Popen(
                 command,
