@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 
 from turret.server import log
+from turret.server.cluster.machine import fleet_folder
 from turret.server.cluster.serving.plan import ClusterPlan, fleet_config
 from turret.server.command.flags import add_flags, read_settings
 from turret.server.command.parser import EXIT_USAGE
 from turret.server.command.preflight import problems
 
 EXIT_FAILED = 1
+
+_log = logging.getLogger(__name__)
 
 
 def add_cluster(
@@ -75,10 +78,13 @@ def _add_status(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "status", help="show replicas, revisions and residency", description="Show the fleet."
     )
     parser.add_argument(
-        "--state-dir", type=Path, metavar="DIR", help="of a fleet that was started on this machine"
+        "--state-dir",
+        type=Path,
+        metavar="DIR",
+        help="of a fleet that was started on this machine (default: the one that runs)",
     )
     parser.add_argument(
-        "--ray-address", metavar="HOST:PORT", help="of a Ray cluster (default: auto)"
+        "--ray-address", metavar="HOST:PORT", help="of a Ray cluster; auto is this machine's"
     )
     parser.set_defaults(func=status)
 
@@ -94,12 +100,16 @@ def serve(args: argparse.Namespace) -> int:
     except (OSError, ValueError) as error:
         _complain("serve", *str(error).splitlines())
         return EXIT_USAGE
+    # An ingress whose fleet was killed holds its addresses, which are looked at next.
+    removed = [] if plan.ray_address is not None else fleet_folder.remove_dead()
     # In a cluster that is joined the command may be run again, to change the fleet.
     if found := problems(config, may_run=plan.ray_address is not None):
         _complain("serve", *map(settings.blamed, found))
         return EXIT_FAILED
     level = logging.DEBUG if config.log.verbose else logging.INFO
     log.configure(level, log_format=config.log.log_format)
+    for folder in removed:
+        _log.info("removed what a fleet that was killed had left", extra=log.fields(folder=folder))
     from turret.server.cluster.serving.serve import run
 
     return run(config, plan)

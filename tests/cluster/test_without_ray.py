@@ -17,7 +17,7 @@ import pytest
 from grpc_health.v1 import health_pb2
 
 from turret.server import cli
-from turret.server.cluster.serving import haproxy, ray_cluster
+from turret.server.cluster.serving import haproxy, ray_cluster, serve
 from turret.server.cluster.serving.plan import ClusterPlan, fleet_config
 from turret.server.config import AdapterConfig, Config, ModelConfig
 from turret.server.errors import UnavailableError
@@ -89,6 +89,29 @@ def test_only_a_fleet_that_was_joined_is_changed_by_another_command(
         flags += ["--ray-address", "10.0.0.1:6379"] if joins else []
         assert cli.main(["cluster", "serve", *flags]) == (7 if joins else 1)
     assert ("is taken" in capsys.readouterr().err) is not joins
+
+
+@pytest.mark.parametrize(
+    ("replicas", "devices", "said"),
+    [
+        (2, 0, ""),
+        (3, 0, "more replicas than processors"),
+        (3, 3, ""),
+        (4, 3, "more replicas than devices"),
+    ],
+)
+def test_more_replicas_than_the_machine_has_for_them_are_warned_of(
+    replicas: int,
+    devices: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(serve, "available_cpus", lambda: 2)
+    serve.warn_if_crowded(replicas, devices)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == (
+        [said] if said else []
+    )
 
 
 def test_a_model_of_the_hub_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,8 +259,9 @@ def test_a_cluster_that_is_gone_is_said_to_be_at_once(tmp_path: Path) -> None:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         with pytest.raises(UnavailableError, match=f"no Ray cluster listens at {address}"):
             ray_cluster.join_as_guest(address, None)
+        plan = ClusterPlan(ray_address=address)
         with pytest.raises(UnavailableError, match=f"no Ray cluster listens at {address}"):
-            ray_cluster.RayCluster.open(ClusterPlan(ray_address=address), tmp_path)
+            ray_cluster.RayCluster.open(plan, tmp_path, lambda: False)
     with pytest.raises(UnavailableError, match="no fleet runs on"):
         ray_cluster.join_as_guest(None, tmp_path / "absent")
 

@@ -111,6 +111,7 @@ BELOW = {
     | {"server.constraints"},
     # The fleet's state machines; what ties them to a server is above the API.
     "server.cluster": NOUNS | {"server.adapters.state"},
+    "server.cluster.machine": {"leaf"},
     "server.cluster.replica": NOUNS
     | {"server.cluster", "server.hub", "server.adapters.residency"}
     | {f"server.adapters.{name}" for name in ("registry", "state", "merge")},
@@ -145,6 +146,7 @@ MAY_IMPORT["server"] = {"server", *BELOW}
 # A composition root beside ``server/app.py``; the command reads its plan, which knows no Ray.
 MAY_IMPORT["server.cluster.serving"] = {"server.cluster.serving", "server", *BELOW}
 MAY_IMPORT["command"] = {"server", "server.command", "clients", "training", "leaf"}
+MAY_IMPORT["server.command"].add("server.cluster.machine")
 MAY_IMPORT["entry"] = {"command"}
 for layer in ("server", "command", "server.command"):
     MAY_IMPORT[layer].add("server.cluster.serving")

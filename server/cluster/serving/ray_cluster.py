@@ -6,20 +6,24 @@ has to be there before Ray is imported.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import os
 import secrets
 import shlex
-import shutil
 import socket
 import stat
 import sys
-import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from turret.server.basics.durable_file import replace_file
+from turret.server.cluster.machine import fleet_folder
+from turret.server.cluster.machine.fleet_folder import FleetFolder
+from turret.server.cluster.machine.ray_lines import LineFilter
 from turret.server.cluster.serving import haproxy
 from turret.server.cluster.serving.plan import ClusterPlan
 from turret.server.errors import UnavailableError
@@ -118,21 +122,48 @@ class RayCluster:
         folder: Its files, if it was started here; else None.
     """
 
-    folder: Path | None
+    folder: FleetFolder | None
 
     @classmethod
-    def open(cls, plan: ClusterPlan, state_dir: Path) -> RayCluster:
+    def open(
+        cls, plan: ClusterPlan, state_dir: Path, is_stopping: Callable[[], bool]
+    ) -> RayCluster:
         """Starts Ray in this process's tree, on loopback, behind a token; or joins it.
+
+        Args:
+            plan: Which of the two.
+            state_dir: The fleet's.
+            is_stopping: See ``LineFilter``.
 
         Raises:
             UnavailableError: There is none to join, or none can be started; says why.
         """
-        starts = plan.ray_address is None
         _check_listens(plan.ray_address)
-        folder = Path(tempfile.mkdtemp(prefix="turret-")) if starts else joined_folder()
-        haproxy.write_haproxy(folder)
-        environment = ingress_environment(folder)
-        if starts:
+        folder = FleetFolder.make(state_dir) if plan.ray_address is None else None
+        try:
+            found = cls._open(plan, folder, is_stopping)
+        except Exception as error:
+            # No narrower: of a node that does not start Ray raises no class of its own.
+            if folder is not None:
+                folder.remove()
+            if isinstance(error, UnavailableError):
+                raise
+            raise UnavailableError(f"Ray: {error}") from None
+        if folder is not None:
+            state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+            said = {"address": found["gcs_address"], "token": os.environ["RAY_AUTH_TOKEN"]}
+            replace_file(state_dir / CLUSTER_FILE, json.dumps(said).encode())
+        return cls(folder)
+
+    @staticmethod
+    def _open(
+        plan: ClusterPlan, folder: FleetFolder | None, is_stopping: Callable[[], bool]
+    ) -> Any:
+        """What Ray says of itself."""
+        path = joined_folder() if folder is None else folder.path
+        haproxy.write_haproxy(path)
+        environment = ingress_environment(path)
+        if folder is not None:
             # A Ray port is remote code execution for whoever can reach it.
             environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
             # Another fleet on this machine has Serve's own.
@@ -140,29 +171,19 @@ class RayCluster:
         os.environ.update(environment)
         import ray
 
-        try:
-            if not starts:
-                runtime_env = {"env_vars": environment}
-                _init(ray, address=plan.ray_address, runtime_env=runtime_env)
-                return cls(None)
-            found = _init(
+        _print_through(LineFilter(is_stopping))
+        with _apart():
+            if folder is None:
+                return _init(ray, address=plan.ray_address, runtime_env={"env_vars": environment})
+            return _init(
                 ray,
                 address="local",
                 num_cpus=plan.max_replicas,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _node_ip_address=_LOOPBACK,
-                _temp_dir=str(folder / "ray"),
+                _temp_dir=str(path / "ray"),
             )
-        except Exception as error:
-            # No narrower: of a node that does not start Ray raises no class of its own.
-            if starts:
-                shutil.rmtree(folder, ignore_errors=True)
-            raise UnavailableError(f"Ray: {error}") from None
-        state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        said = {"address": found["gcs_address"], "token": environment["RAY_AUTH_TOKEN"]}
-        replace_file(state_dir / CLUSTER_FILE, json.dumps(said).encode())
-        return cls(folder)
 
     def close(self, state_dir: Path) -> None:
         """Leaves the cluster; ends it if it was started here."""
@@ -171,22 +192,37 @@ class RayCluster:
         ray.shutdown()
         if self.folder is not None:
             (state_dir / CLUSTER_FILE).unlink(missing_ok=True)
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder.remove()
 
 
 def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
     """Connects to a cluster that runs: by its address, or by what it left in a state directory.
 
+    Where neither is said, and no variable of Ray's, it is that of the one fleet which this user has
+    started here, or whatever Ray finds.
+
     Raises:
-        UnavailableError: There is none.
+        UnavailableError: There is none, or there are several.
     """
+    if ray_address is None and state_dir is None and not os.environ.get("RAY_ADDRESS"):
+        started = fleet_folder.state_dirs()
+        if len(started) > 1:
+            raise UnavailableError(
+                f"{len(started)} fleets run here; --state-dir says which:"
+                f" {', '.join(map(str, started))}"
+            )
+        state_dir = next(iter(started), None)
     if ray_address is None and state_dir is not None:
         try:
             said = json.loads((state_dir / CLUSTER_FILE).read_bytes())
         except OSError:
+            if state_dir.absolute() in fleet_folder.state_dirs():
+                raise UnavailableError(
+                    f"the fleet on {state_dir} has only begun to start"
+                ) from None
             raise UnavailableError(
                 f"no fleet runs on {state_dir}; `turret cluster serve --state-dir {state_dir}`"
-                " starts one, and --address names a Ray cluster that runs"
+                " starts one, and --ray-address names a Ray cluster that runs"
             ) from None
         ray_address = said["address"]
         os.environ.update({"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": said["token"]})
@@ -220,6 +256,44 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Leaves it to this process to end what Ray starts, in order.
+
+    Ray's processes get groups of their own: a signal to this process's group, as a terminal or
+    ``timeout`` sends it, reaches this process alone. And Ray sets no handler of its own for
+    SIGTERM, which would end this process in the middle of its start.
+    """
+    from ray._private import services, utils
+
+    patched: Any = (services, utils)
+    popen, set_handler = services.ConsolePopen, utils.set_sigterm_handler
+    # Elsewhere Ray ends its processes by their group.
+    if sys.platform == "linux":
+        patched[0].ConsolePopen = functools.partial(popen, process_group=0)
+    patched[1].set_sigterm_handler = lambda handler: None
+    try:
+        yield
+    finally:
+        patched[0].ConsolePopen = popen
+        patched[1].set_sigterm_handler = set_handler
+
+
+def _print_through(lines: LineFilter) -> None:
+    """Has what Ray's processes print pass a filter; before Ray is initialised, which binds it."""
+    from ray._private import worker
+
+    patched: Any = worker
+    show = patched.print_to_stdstream
+
+    def show_kept(data: dict[str, Any], ignore_prefix: bool) -> None:
+        source = data.get("ip"), data.get("pid"), data.get("is_err")
+        if kept := lines.kept(source, data.get("actor_name"), data["lines"]):
+            show({**data, "lines": kept}, ignore_prefix)
+
+    patched.print_to_stdstream = show_kept
 
 
 def _init(ray: Any, **arguments: Any) -> Any:

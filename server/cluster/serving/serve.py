@@ -40,14 +40,14 @@ def run(config: Config, plan: ClusterPlan) -> int:
     stop = threading.Event()
     _listen(stop)
     try:
-        cluster = RayCluster.open(plan, config.adapters.state_dir)
-        # Ray has handlers of its own.
+        cluster = RayCluster.open(plan, config.adapters.state_dir, stop.is_set)
+        # Ray's own code in C++ has taken them over.
         _listen(stop)
     except UnavailableError as error:
         _log.error("cannot start", extra=log.fields(reason=error))
         return 1
     try:
-        return _serve(config, plan, stop)
+        return 0 if stop.is_set() else _serve(config, plan, stop)
     except (UnavailableError, RuntimeError, ValueError) as error:
         _log.error("cannot start", extra=log.fields(reason=error))
         return 1
@@ -61,6 +61,22 @@ def _listen(stop: threading.Event) -> None:
         signal.signal(kind, lambda *_: stop.set())
 
 
+def warn_if_crowded(replicas: int, devices: int) -> None:
+    """Says that there are more replicas than this machine has for them.
+
+    Args:
+        replicas: The most that there will be.
+        devices: GPUs, if they are used; else 0.
+    """
+    processors = available_cpus()
+    if devices and replicas > devices:
+        said = log.fields(replicas=replicas, devices=devices)
+        _log.warning("more replicas than devices: some will wait for one", extra=said)
+    elif not devices and replicas > processors:
+        said = log.fields(replicas=replicas, processors=processors)
+        _log.warning("more replicas than processors: they slow each other down", extra=said)
+
+
 def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
     from ray import serve
     from ray.serve.config import HTTPOptions, gRPCOptions
@@ -68,6 +84,8 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
 
     from turret.server.cluster.serving import registry_actor
 
+    if plan.ray_address is None:
+        warn_if_crowded(plan.max_replicas, _num_devices(config))
     assert config.adapters.state_dir is not None
     assert config.listen.http_address is not None
     host, port = split_address(config.listen.address)
@@ -145,18 +163,15 @@ def _wait_until_up(stop: threading.Event) -> bool:
 
 def deployment(config: Config, plan: ClusterPlan) -> Application:
     """What Serve is asked to keep running."""
-    import ray
     from ray import serve
     from ray.serve.schema import LoggingConfig
 
     from turret.server.cluster.serving import autoscaling
     from turret.server.cluster.serving.deployment import Replica
 
-    resources = ray.cluster_resources()
-    uses_gpu = config.model.device != "cpu" and resources.get("GPU", 0) >= 1
     threads = config.model.threads or max(1, available_cpus() // plan.max_replicas)
     options: dict[str, Any] = {"num_cpus": 1, "runtime_env": {"env_vars": _threads(threads)}}
-    if uses_gpu:
+    if _num_devices(config):
         options |= {"num_gpus": 1}
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, threads=threads))
     scale: dict[str, Any] = {"num_replicas": plan.min_replicas}
@@ -186,6 +201,13 @@ def deployment(config: Config, plan: ClusterPlan) -> Application:
         **scale,
     )
     return deploy(Replica).bind(config, plan.stops_alone, is_local)
+
+
+def _num_devices(config: Config) -> int:
+    """GPUs of the cluster; 0 if none is to be used."""
+    import ray
+
+    return 0 if config.model.device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
 
 
 def _threads(number: int) -> dict[str, str]:

@@ -1,0 +1,131 @@
+"""The folder of a fleet that was started on this machine: which there are, and what dead ones left.
+
+The command that starts a fleet holds a lock in its folder, which the kernel drops however it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import signal
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+_PREFIX = "turret-"
+# Locked by the command; in it the path of the fleet's state directory.
+_OWNER = "OWNER"
+_KILL_SECONDS = 5.0
+_POLL_SECONDS = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class FleetFolder:
+    """That of a fleet which this process starts. Nobody else can enter it.
+
+    Attributes:
+        path: Absolute.
+        lock: The descriptor that holds the lock.
+    """
+
+    path: Path
+    lock: int
+
+    @classmethod
+    def make(cls, state_dir: Path) -> Self:
+        """Makes one.
+
+        Args:
+            state_dir: The fleet's, absolute; ``state_dirs`` tells it.
+
+        Raises:
+            OSError: It cannot be made.
+        """
+        path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        unlocked = path / f"{_OWNER}.new"
+        lock = os.open(unlocked, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        os.write(lock, os.fsencode(state_dir))
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Whoever finds it finds it locked.
+        unlocked.rename(path / _OWNER)
+        return cls(path, lock)
+
+    def remove(self) -> None:
+        """Removes it, and ends the ingress if that is still there."""
+        _remove(self.path)
+        os.close(self.lock)
+
+
+def state_dirs() -> list[Path]:
+    """The state directories of the fleets that this user has started here, and that live."""
+    found = []
+    for path, lock in _owned():
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            found.append(Path(os.fsdecode((path / _OWNER).read_bytes())))
+    return sorted(found)
+
+
+def remove_dead() -> list[Path]:
+    """Ends the ingress of each fleet of this user whose command was killed, and removes its folder.
+
+    Returns:
+        The folders.
+    """
+    removed = []
+    for path, lock in _owned():
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            continue
+        _remove(path)
+        removed.append(path)
+    return removed
+
+
+def _owned() -> Iterator[tuple[Path, int]]:
+    """Folders of this user's fleets, each with a descriptor of what is to be locked."""
+    for path in sorted(Path(tempfile.gettempdir()).glob(f"{_PREFIX}*")):
+        try:
+            is_own = stat.S_ISDIR(path.lstat().st_mode) and path.lstat().st_uid == os.getuid()
+            lock = os.open(path / _OWNER, os.O_RDONLY | os.O_CLOEXEC) if is_own else -1
+        except OSError:
+            # It has just gone, or has no owner: a cluster was joined from it.
+            continue
+        if lock < 0:
+            continue
+        try:
+            yield path, lock
+        finally:
+            os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    # Ray's manager of the ingress ends it in order, but not if it was killed itself.
+    end = time.monotonic() + _KILL_SECONDS
+    while (left := list(_ingresses(path))) and time.monotonic() < end:
+        for process in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        time.sleep(_POLL_SECONDS)
+    shutil.rmtree(path, ignore_errors=True)
+
+
+def _ingresses(folder: Path) -> Iterator[int]:
+    """Each HAProxy whose configuration lies in the folder; none where there is no /proc."""
+    below = os.fsencode(folder) + b"/"
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            # Of a process that has ended, and is only kept for its parent, it is empty.
+            program, *arguments = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if program.endswith(b"/haproxy") and any(each.startswith(below) for each in arguments):
+            yield int(process.name)

@@ -1,0 +1,66 @@
+"""What Ray's processes print, without what looks like a failure and is none."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+# A caller that goes away before there is a replica: Serve cancels its call, and asks nobody how the
+# task that waited for it has ended.
+_CANCELLED = (
+    re.compile(r"Task exception was never retrieved$"),
+    re.compile(
+        r"future: <Task .*ProxyResponseGenerator\._await_response\(\).*RequestCancelledError"
+    ),
+)
+_CANCELLED_ENDS = "ray.serve.exceptions.RequestCancelledError:"
+# Serve's controller kills itself when it has been asked to end, and its answer with it.
+_CONTROLLER_ENDS = re.compile(
+    r"Task ServeController\.graceful_shutdown failed\. .*was killed by `ray\.kill`", re.DOTALL
+)
+_INGRESS = "HAProxyManager"
+
+
+class LineFilter:
+    """Looks through the lines of all processes, as they come.
+
+    Args:
+        is_stopping: Whether the fleet is being stopped. The ingress then fails at whatever it was
+            about to do.
+    """
+
+    def __init__(self, is_stopping: Callable[[], bool]) -> None:
+        self._is_stopping = is_stopping
+        # Of each process the line that may begin what is left out.
+        self._held: dict[object, str] = {}
+        self._inside: set[object] = set()
+
+    def kept(self, source: object, actor: str | None, lines: Sequence[str]) -> list[str]:
+        """What is to be shown of lines.
+
+        Args:
+            source: Stands for the stream that the lines come from.
+            actor: The class of the actor that they are of, if of any.
+            lines: The next ones of that stream.
+        """
+        if actor == _INGRESS and self._is_stopping():
+            return []
+        return [shown for line in lines for shown in self._take(source, line)]
+
+    def _take(self, source: object, line: str) -> list[str]:
+        if source in self._inside:
+            is_last = line.startswith(_CANCELLED_ENDS)
+            if not is_last and line.startswith((" ", "Traceback ")):
+                return []
+            self._inside.remove(source)
+            if is_last:
+                return []
+        held = self._held.pop(source, None)
+        if held is not None and _CANCELLED[1].match(line):
+            self._inside.add(source)
+            return []
+        before = [] if held is None else [held]
+        if _CANCELLED[0].match(line):
+            self._held[source] = line
+            return before
+        return before if _CONTROLLER_ENDS.match(line) else [*before, line]
