@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
+import psutil
 import pytest
 from fleets.serving import start_fleet
 
@@ -13,7 +16,7 @@ pytest.importorskip("ray")
 pytestmark = pytest.mark.long
 
 
-def test_sigterm_lets_answers_finish(tmp_path: Path) -> None:
+def test_sigterm_to_the_whole_group_lets_answers_finish(tmp_path: Path) -> None:
     got: list[int] = []
     with (
         start_fleet(tmp_path, "--replicas", "1") as started,
@@ -21,7 +24,14 @@ def test_sigterm_lets_answers_finish(tmp_path: Path) -> None:
     ):
         stream = client.generate_stream("Once", max_tokens=120, temperature=0, ignore_eos=True)
         next(stream)
-        started.process.terminate()
+        tree = psutil.Process(started.process.pid).children(recursive=True)
+        assert any("haproxy" in each.name() for each in tree)
+        os.killpg(started.process.pid, signal.SIGTERM)
         got.append(1 + sum(1 for _ in stream))
         assert started.process.wait(90.0) == 0
+        _, left = psutil.wait_procs(tree, 10.0)
+        assert left == []
+        # Neither Ray nor its ingress complains of what was asked for.
+        log = started.log.read_text()
+        assert not any(word in log for word in ("Traceback", " failed", "crashed")), log
     assert got[0] > 60

@@ -94,7 +94,10 @@ def start_fleet(folder: Path, *flags: str) -> Iterator[ServingFleet]:
     # Ray starts workers of its own: they have to find the same code.
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     with log.open("wb") as written:
-        process = subprocess.Popen(command, stdout=written, stderr=written, env=environment)
+        # In a group of its own, to which signals may be sent.
+        process = subprocess.Popen(
+            command, stdout=written, stderr=written, env=environment, start_new_session=True
+        )
     try:
         end = time.monotonic() + _START_SECONDS
         while "serving.serve serving" not in log.read_text():
