@@ -21,6 +21,7 @@ from typing import Self
 _PREFIX = "turret-"
 # Locked by the command; in it the path of the fleet's state directory.
 _OWNER = "OWNER"
+_MOST_BYTES = 1 << 16
 _KILL_SECONDS = 5.0
 _POLL_SECONDS = 0.02
 
@@ -65,11 +66,11 @@ class FleetFolder:
 def state_dirs() -> list[Path]:
     """The state directories of the fleets that this user has started here, and that live."""
     found = []
-    for path, lock in _owned():
+    for _, lock in _owned():
         try:
             fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
         except BlockingIOError:
-            found.append(Path(os.fsdecode((path / _OWNER).read_bytes())))
+            found.append(Path(os.fsdecode(os.pread(lock, _MOST_BYTES, 0))))
     return sorted(found)
 
 
@@ -119,13 +120,15 @@ def _remove(path: Path) -> None:
 
 
 def _ingresses(folder: Path) -> Iterator[int]:
-    """Each HAProxy whose configuration lies in the folder; none where there is no /proc."""
+    """Each HAProxy of this user whose configuration lies there; none where there is no /proc."""
     below = os.fsencode(folder) + b"/"
     for process in Path("/proc").glob("[0-9]*"):
         try:
             # Of a process that has ended, and is only kept for its parent, it is empty.
             program, *arguments = (process / "cmdline").read_bytes().split(b"\0")
+            is_own = process.stat().st_uid == os.getuid()
         except OSError:
             continue
-        if program.endswith(b"/haproxy") and any(each.startswith(below) for each in arguments):
+        is_haproxy = is_own and program.endswith(b"/haproxy")
+        if is_haproxy and any(each.startswith(below) for each in arguments):
             yield int(process.name)

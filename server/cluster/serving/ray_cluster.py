@@ -233,7 +233,7 @@ def join_as_guest(ray_address: str | None, state_dir: Path | None) -> None:
         _init(ray, address=ray_address or "auto")
     except ConnectionError as error:
         raise UnavailableError(
-            f"no fleet is found here ({str(error).partition('. ')[0]}); `turret cluster serve`"
+            f"no fleet can be joined here ({str(error).partition('. ')[0]}); `turret cluster serve`"
             " starts one, --state-dir and --ray-address say where another is"
         ) from None
     except (RuntimeError, ValueError) as error:
