@@ -86,7 +86,8 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(text)
         except (json.JSONDecodeError, RecursionError) as error:
-            raise EvalSetError(path, line, None, f"not JSON: {error}") from None
+            problem = f"not JSON: {error}; every line must be a JSON object by itself"
+            raise EvalSetError(path, line, None, problem) from None
         if not isinstance(row, dict):
             raise EvalSetError(path, line, None, f"not a JSON object; {_FORMS}")
         yield line, row

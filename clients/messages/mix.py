@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from turret.v1 import adapters_pb2
 
+# What divides members and weights in the name of a model over HTTP; no adapter's name holds it.
+_OF_HTTP = frozenset("+*")
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterWeight:
@@ -27,20 +30,31 @@ class AdapterWeight:
         """Read ``NAME[@GENERATION][=WEIGHT]``.
 
         Raises:
-            ValueError: The text has another form.
+            ValueError: The text has another form; of a mix as HTTP has it (``json+sql*0.5``) it
+                says how it is written here.
         """
         head, equals, weight = text.partition("=")
         name, at, generation = head.partition("@")
         try:
-            if not name:
+            if not name or not _OF_HTTP.isdisjoint(name):
                 raise ValueError("no name")
             return cls(name, float(weight) if equals else 1.0, int(generation) if at else None)
         except ValueError:
-            raise ValueError(f"{text!r} is not NAME[@GENERATION][=WEIGHT]") from None
+            raise ValueError(f"{text!r} is not NAME[@GENERATION][=WEIGHT]{_here(text)}") from None
 
     def __str__(self) -> str:
         generation = "" if self.generation is None else f"@{self.generation}"
         return f"{self.name}{generation}" + ("" if self.weight == 1.0 else f"={self.weight:g}")
+
+
+def _here(text: str) -> str:
+    """How a mix that is written as HTTP has it is written here; empty of any other text."""
+    if _OF_HTTP.isdisjoint(text):
+        return ""
+    members = [member.strip().replace("*", "=") for member in text.split("+")]
+    if len(members) > 1:
+        return f"; the members of a mix are given one by one: {', '.join(members)}"
+    return f"; with a weight it is {members[0]}"
 
 
 _FORMS = 'an adapter is "name", ("name", weight) or an AdapterWeight'
@@ -77,9 +91,10 @@ def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
         case adapters_pb2.AdapterWeight():
             return adapter
         case str():
-            if "=" in adapter or "@" in adapter:
+            if not (_OF_HTTP | {"=", "@"}).isdisjoint(adapter):
                 meant = '("name", weight) or AdapterWeight.parse("name@generation=weight")'
-                raise ValueError(f"adapters: {adapter!r} is no name; with a weight it is {meant}")
+                why = f"with a weight it is {meant}, and a mix is a list of members"
+                raise ValueError(f"adapters: {adapter!r} is no name; {why}")
             return adapters_pb2.AdapterWeight(name=adapter)
         case AdapterWeight(name, weight, generation):
             return adapters_pb2.AdapterWeight(name=name, weight=weight, generation=generation)

@@ -117,7 +117,12 @@ def _add_transfers(actions: argparse._SubParsersAction[argparse.ArgumentParser])
 
 def _add_combinations(actions: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     fuse = _action(actions, "fuse", "make a new adapter of a mix", _fuse, mix=True)
-    fuse.add_argument("--combination", choices=_COMBINATIONS, help="default: exact")
+    fuse.add_argument(
+        "--combination",
+        choices=_COMBINATIONS,
+        metavar="HOW",
+        help=f"one of {', '.join(_COMBINATIONS)} (default: exact)",
+    )
     fuse.add_argument("--rank", type=int, metavar="N", help="largest rank (svd combinations)")
     fuse.add_argument(
         "--energy",

@@ -21,6 +21,7 @@ _INTS = {
     "max_tokens": "most tokens to generate (default: up to the context)",
     "min_tokens": "no stop condition applies before",
 }
+_CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 
 
 def generation_parser() -> argparse.ArgumentParser:
@@ -30,7 +31,7 @@ def generation_parser() -> argparse.ArgumentParser:
     for kind, flags in ((int, _INTS), (float, _FLOATS)):
         for name, text in flags.items():
             metavar = "N" if kind is int else "X"
-            group.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar=metavar, help=text)
+            group.add_argument(_flag(name), type=kind, metavar=metavar, help=text)
     group.add_argument(
         "--stop", action="append", metavar="TEXT", help="text that ends the answer; repeatable"
     )
@@ -52,8 +53,8 @@ def generation_parser() -> argparse.ArgumentParser:
 
 
 def _add_constraints(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what the answer must be, one of")
-    one = group.add_mutually_exclusive_group()
+    # No exclusive group: a usage keeps one on a line, which this would be too wide for.
+    one = parser.add_argument_group("what the answer must be, one of")
     one.add_argument(
         "--json-schema", type=_text_or_file, metavar="FILE", help="JSON that this schema describes"
     )
@@ -63,6 +64,10 @@ def _add_constraints(parser: argparse.ArgumentParser) -> None:
         "--grammar", type=_file, metavar="FILE", help="what a Lark or GBNF grammar makes"
     )
     one.add_argument("--choice", action="append", metavar="TEXT", help="one of these; repeatable")
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
 def _text_or_file(text: str) -> str:
@@ -78,7 +83,14 @@ def _file(path: str) -> str:
 
 
 def generation_options(args: argparse.Namespace) -> GenerateOptions:
-    """The options that the flags set, adapters aside."""
+    """The options that the flags set, adapters aside.
+
+    Raises:
+        ValueError: The answer is to be several things.
+    """
+    given = [_flag(name) for name in _CONSTRAINTS if getattr(args, name) is not None]
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)}: the answer can be one of these alone")
     return GenerateOptions(
         temperature=args.temperature,
         top_k=args.top_k,

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import UnavailableError
+from turret.clients.errors import TurretRpcError, UnavailableError
 from turret.clients.messages.requests import Prompt
 from turret.clients.messages.results import Chunk
 from turret.clients.verbs.command import (
@@ -70,10 +70,12 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
         with client.generate_stream(prompt, timeout=args.timeout, **options) as stream:
             for last in stream:
                 print(last.text, end="", flush=True)
-    except UnavailableError as error:
-        if last is None:
+    except TurretRpcError as error:
+        if last is not None:
+            # Whatever ended it is told on a line of its own.
+            print()
+        if last is None or not isinstance(error, UnavailableError):
             raise
-        print()
         why = f"the server went away in the middle of the answer ({error.message})"
         raise UnfinishedAnswerError(why) from error
     print()

@@ -17,12 +17,15 @@ from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState,
 
 # From this share of the change on, its rounding error is worth a warning.
 _LOST = 0.5
+# Letters of a name that a table shows on one line; what has no room for them is no table.
+_NAME_WIDTH = 16
+_WIDEST = 10_000
 
 
 def print_adapters(
     adapters: Sequence[Adapter], *, others: Sequence[Adapter] = (), method: str | None = None
 ) -> None:
-    """One row per adapter.
+    """One row per adapter, or a few lines where the terminal has no room for a table.
 
     Args:
         adapters: What there is to show.
@@ -32,9 +35,23 @@ def print_adapters(
     if not adapters:
         print(_none(others, method))
         return
+    console = terminal()
+    table = _table(adapters)
+    if _fits(table, console):
+        console.print(table)
+        return
+    for adapter in adapters:
+        ranks = f" of rank {_ranks(adapter)}" if adapter.ranks else ""
+        print(f"{adapter.name}@{adapter.generation}")
+        print(f"  {adapter.method}{ranks}, {_bytes(adapter.bytes_disk)}")
+        print(f"  {_where(adapter)}, {adapter.in_flight} in use")
+
+
+def _table(adapters: Sequence[Adapter]) -> Table:
     table = Table()
     # A name that is cut is of no use: it folds onto the next line instead.
-    table.add_column("name", overflow="fold")
+    longest = max(len(adapter.name) for adapter in adapters)
+    table.add_column("name", overflow="fold", min_width=min(_NAME_WIDTH, longest))
     table.add_column("method", no_wrap=True)
     table.add_column("ranks")
     table.add_column("where", no_wrap=True)
@@ -51,7 +68,17 @@ def print_adapters(
             str(adapter.in_flight),
             _bytes(adapter.bytes_disk),
         )
-    terminal().print(table)
+    return table
+
+
+def _fits(table: Table, console: Console) -> bool:
+    """Whether nothing is cut, with names no wider than they must be."""
+    name = table.columns[0]
+    # While it is measured: the least that rich knows of a column is its longest word.
+    name.max_width = name.min_width
+    least = console.measure(table, options=console.options.update(width=_WIDEST)).minimum
+    name.max_width = None
+    return least <= console.width
 
 
 def _none(others: Sequence[Adapter], method: str | None) -> str:
@@ -193,7 +220,9 @@ def _print_kinds(modules: Iterable[ModuleError]) -> None:
 
 def terminal() -> Console:
     """The terminal; a file or a pipe takes lines of any length."""
-    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=10_000)
+    return (
+        Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=_WIDEST)
+    )
 
 
 def _where(adapter: Adapter) -> str:

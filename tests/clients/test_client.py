@@ -134,6 +134,7 @@ def test_every_option_reaches_its_field(client: TurretClient, server: FakeTurret
     [
         ("a", {"max_token": 3}, TypeError, "max_token; did you mean 'max_tokens'"),
         ("a", {"adapters": "json=0.5"}, ValueError, "'json=0.5' is no name; with a weight"),
+        ("a", {"adapters": "json+sql"}, ValueError, "and a mix is a list of members"),
         ("a", {"top_k": -1}, ValueError, "top_k"),
         ("a", {"temperature": "hot"}, TypeError, "temperature"),
         ("a", {"logit_bias": {-1: 0.0}}, ValueError, "logit_bias"),

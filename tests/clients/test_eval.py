@@ -316,6 +316,9 @@ def test_other_bytes_and_no_rows_are_named(tmp_path: Path):
     path.write_bytes(b"\n\xff\n")
     with pytest.raises(EvalSetError, match="jsonl:2: not UTF-8"):
         read_eval_set(path)
+    path.write_text(json.dumps([{"prompt": "a", "completion": "b"}], indent=2))
+    with pytest.raises(EvalSetError, match=r":1: .*; every line must be a JSON object by itself$"):
+        read_eval_set(path)
     path.write_bytes(b"\n \n")
     with pytest.raises(EvalSetError, match="no rows"):
         read_eval_set(path)

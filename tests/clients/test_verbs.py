@@ -64,10 +64,12 @@ def test_generate_asks_for_a_constraint(run: Run, server: FakeTurret, tmp_path):
     assert list(server.inference.requests[-1].choice.texts) == ["x", "y z"]
     assert run("generate", "a")[0] == 0
     assert server.inference.requests[-1].WhichOneof("constraint") is None
-    for wrong in (["--regex", "a", "--json-object"], ["--grammar", str(tmp_path / "none")]):
-        with pytest.raises(SystemExit) as ended:
-            run("generate", "a", *wrong)
-        assert ended.value.code == 2
+    said = "error: --json-object and --regex: the answer can be one of these alone\n"
+    for verb in (["generate", "a"], ["chat"]):
+        assert run(*verb, "--regex", "a", "--json-object") == (2, "", said)
+    with pytest.raises(SystemExit) as ended:
+        run("generate", "a", "--grammar", str(tmp_path / "none"))
+    assert ended.value.code == 2
 
 
 def test_prompt_from_standard_input(run: Run, monkeypatch):
@@ -163,6 +165,12 @@ def test_values_that_no_flag_takes_are_told_by_flag(capsys, tmp_path):
     none = str(tmp_path / "none")
     for arguments, complaint in (
         (["--timeout", "soon"], "argument --timeout: 'soon' is no number of seconds"),
+        (
+            ["-a", "json+pirate*0.7"],
+            "'json+pirate*0.7' is not NAME[@GENERATION][=WEIGHT]; the members of a mix are given"
+            " one by one: json, pirate=0.7",
+        ),
+        (["-a", "json*0.5"], "[=WEIGHT]; with a weight it is json=0.5"),
         (["--json-schema", none], f"argument --json-schema: {none}: No such file or directory"),
     ):
         with pytest.raises(SystemExit):
@@ -177,6 +185,12 @@ def test_a_missed_deadline_is_told_once(run: Run):
     assert err == f"error: DEADLINE_EXCEEDED: {said}\n"
 
 
+def test_an_error_in_the_middle_of_an_answer_has_a_line_of_its_own(run: Run):
+    code, out, _ = run("generate", FOREVER, "--timeout", "0.5")
+    assert (code, out.rstrip("\n") + "\n") == (1, out)
+    assert out.startswith(FOREVER)
+
+
 def test_an_adapter_s_name_is_never_cut(run: Run, server: FakeTurret, monkeypatch):
     name = "customer-" + "0123456789" * 8
     run("adapters", "load", name, "dir", "--pin")
@@ -187,6 +201,24 @@ def test_an_adapter_s_name_is_never_cut(run: Run, server: FakeTurret, monkeypatc
     assert name in "".join(cells)
     monkeypatch.delenv("COLUMNS")
     assert name in run("adapters", "list")[1]
+
+
+@pytest.mark.parametrize("columns", [20, 30, 40, 50, 60])
+def test_a_narrow_terminal_leaves_nothing_of_a_list_out(
+    columns: int, run: Run, server: FakeTurret, monkeypatch
+):
+    name = "customer-support"
+    run("adapters", "load", name, "dir", "--pin")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    out = run("adapters", "list")[1]
+    line = next(line for line in out.splitlines() if name in line)
+    if "│" not in out:
+        assert line == f"{name}@1"
+        assert re.search(r"^  lora of rank 4, 8, [\d.]+ \w+$", out, re.MULTILINE)
+        assert re.search(r"^  \w+, pinned, 0 in use$", out, re.MULTILINE)
+    else:
+        assert columns >= 50
+        assert all(cell.strip() for cell in line.strip("│").split("│"))
 
 
 def test_an_empty_list_says_so(run: Run, server: FakeTurret):

@@ -341,6 +341,15 @@ def test_bash_completes(words: list[str], expected: str) -> None:
     assert done.stdout.strip() == expected
 
 
+def test_help_has_room_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    waiting = [build_parser(None)]
+    for parser in waiting:
+        assert not [line for line in parser.format_help().splitlines() if len(line) > 80]
+        below = (action.choices for action in parser._actions)
+        waiting += [verb for each in below if isinstance(each, dict) for verb in each.values()]
+
+
 COMPLETED = [
     ("turret comp", "completion"),
     ("turret adapters unl", "unload"),

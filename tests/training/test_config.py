@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import tomllib
 import typing
 from pathlib import Path
@@ -182,6 +183,9 @@ def test_a_file_that_is_no_jsonl_is_refused(tmp_path: Path):
         read_examples(path)
     path.write_text('{"text": "a"}\n{"text": "b",}\n')
     with pytest.raises(DataError, match=r"train.jsonl:2: column 14: no JSON: .*"):
+        read_examples(path)
+    path.write_text(json.dumps([{"text": "a"}], indent=2))
+    with pytest.raises(DataError, match=r":1: .*; every line must be a JSON object by itself$"):
         read_examples(path)
     path.write_bytes(b'{"text": "a"}\n{"text": "caf\xff"}\n')
     with pytest.raises(DataError, match="jsonl:2: byte 14: no UTF-8: invalid start byte"):

@@ -95,7 +95,8 @@ def _parse(path: Path, line: int, text: str) -> Example:
     try:
         row = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError.of(path, line, f"column {error.colno}", f"no JSON: {error.msg}") from error
+        problem = f"no JSON: {error.msg}; every line must be a JSON object by itself"
+        raise DataError.of(path, line, f"column {error.colno}", problem) from error
     if not isinstance(row, dict):
         raise DataError.of(path, line, "line", f"must be a JSON object with {_SHAPES}")
     keys = set(row)
