@@ -220,9 +220,7 @@ def _print_kinds(modules: Iterable[ModuleError]) -> None:
 
 def terminal() -> Console:
     """The terminal; a file or a pipe takes lines of any length."""
-    return (
-        Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=_WIDEST)
-    )
+    return Console() if sys.stdout.isatty() or "COLUMNS" in os.environ else Console(width=_WIDEST)
 
 
 def _where(adapter: Adapter) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from turret.server.basics import channels
+from turret.server.basics.closest import did_you_mean
 
 ToolForm = Literal["hermes", "xml", "llama3", "mistral", "mistral11", "harmony"]
 
@@ -22,6 +23,7 @@ _MARKS: dict[ToolForm, tuple[str, ...]] = {
     "harmony": channels.MARKS,
 }
 # Templates come with adapters too: what these take grows as a template does, and no faster.
+_ROLES = ("system", "user", "assistant", "tool", "developer")
 _OPENING = re.compile(r"\{[{%]")
 _TOOLS = re.compile(r"\btools\b")
 # A prompt that ends within the block: the answer has only its end.
@@ -74,6 +76,28 @@ class ChatFormat:
             form == "mistral11" and "[CALL_ID]" in template,
             has_channels,
         )
+
+
+def unknown_role(template: object, role: str) -> str:
+    """Why a role is none; empty of those that all know, and of those that the template names.
+
+    Many templates write any role that they are given, and the model has learned none but these: an
+    answer to another one is not what was asked for, and nothing says so.
+
+    Args:
+        template: Of the tokenizer.
+        role: Who is said to speak.
+    """
+    texts = template.values() if isinstance(template, dict) else (template,)
+    word, space, _ = role.partition(" ")
+    # Of a role with more than a word, such as Granite's "document 1", the beginning may be named.
+    named = re.compile(rf"""['"](?:{re.escape(role)}|{re.escape(word + space)})['"]""")
+    if role in _ROLES or any(named.search(str(text)) for text in texts):
+        return ""
+    return (
+        f"{role!r} is none of {', '.join(_ROLES)}, nor does the model's chat template name it"
+        f"{did_you_mean(role, _ROLES)}"
+    )
 
 
 def _uses_tools(template: str) -> bool:

@@ -15,7 +15,7 @@ from tokenizers.decoders import DecodeStream
 from turret.server.basics import channels
 from turret.server.basics.panics import PANICS_ARE_ERRORS
 from turret.server.errors import InvalidRequestError
-from turret.server.models.chat_format import NO_TOOLS, ChatFormat
+from turret.server.models.chat_format import NO_TOOLS, ChatFormat, unknown_role
 from turret.server.models.time_limit import limited_to
 
 _BEFORE = "\n"
@@ -129,11 +129,15 @@ class Tokenizer:
         words are put into a turn can end it and begin another.
 
         Raises:
-            InvalidRequestError: No chat template, one that knows no tools though there are some, or
-                the template refuses the messages.
+            InvalidRequestError: No chat template, one that knows no tools though there are some, a
+                role that nobody knows, or the template refuses the messages.
         """
-        if not getattr(self._inner, "chat_template", None):
+        template = getattr(self._inner, "chat_template", None)
+        if not template:
             raise InvalidRequestError.of("chat", "this model has no chat template; send a prompt")
+        for index, message in enumerate(messages):
+            if why := unknown_role(template, message["role"]):
+                raise InvalidRequestError.of(f"chat.messages[{index}].role", why)
         if self.chat_format.tools is None:
             if tools:
                 raise InvalidRequestError.of("chat.tools", NO_TOOLS)

@@ -13,8 +13,10 @@ from servers.http_harness import HttpHarness, Refused, http_harness
 from turret.server.api.access.tokens import TokenTable
 from turret.server.api.failures import MAX_FAILURES, MAX_MESSAGE_CHARS
 from turret.server.config import ListenConfig
-from turret.server.errors import ResourceError
+from turret.server.errors import AdapterNotFoundError, ResourceError
+from turret.server.http import lora
 from turret.server.http.console.state import MAX_ADAPTERS
+from turret.server.http.exchange.refusals import refusal_of
 
 STATIC = ROOT / "server" / "http" / "console" / "static"
 ASK: Any = {"model": "base", "prompt": "a"}
@@ -178,10 +180,25 @@ async def test_pins_come_and_go() -> None:
         assert http.registry.get("sql").pinned
         await http.post("/v1/unpin_lora_adapter", {"lora_name": "sql"})
         assert not http.registry.get("sql").pinned
-        missing = await http.refused("/v1/pin_lora_adapter", {"lora_name": "nothing"})
-        assert missing.status == 404
+        for verb in ("pin", "unpin", "unload"):
+            path = f"/v1/{verb}_lora_adapter"
+            missing = await http.refused(path, {"lora_name": "nothing"})
+            assert (missing.status, missing.param) == (404, "lora_name")
         wrong = await http.refused("/v1/unpin_lora_adapter", {"lora_name": "No Name"})
         assert (wrong.status, wrong.param) == (400, "lora_name")
+
+
+@pytest.mark.parametrize(
+    ("names", "param", "base"),
+    [(lora.NAMES, "lora_name", ""), ({}, "model", ", and 'base' is the base model")],
+)
+def test_an_adapter_that_is_not_there_is_told_by_the_field_that_names_it(
+    names: dict[str, str], param: str, base: str
+) -> None:
+    refusal = refusal_of(AdapterNotFoundError("adapter not found: 'x'"), names)
+    said = refusal.body["error"]
+    assert (refusal.status, said["param"]) == (404, param)
+    assert said["message"] == f"adapter not found: 'x'; GET /v1/models lists what there is{base}"
 
 
 NAMES = ("localhost", "LOCALHOST.", "a.localhost:80", "127.0.0.1:8000", "[::1]:8000", "10.0.0.7")

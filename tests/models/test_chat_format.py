@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from turret.server.models.chat_format import ChatFormat
+from turret.server.models.chat_format import ChatFormat, unknown_role
 
 
 @pytest.mark.parametrize(
@@ -48,6 +48,15 @@ def test_what_is_long_takes_no_longer_than_it_is(template: str) -> None:
     before = time.thread_time()
     assert not ChatFormat.of(template).opens_reasoning
     assert time.thread_time() - before < 1
+
+
+def test_roles_are_those_that_all_know_and_those_that_a_template_names() -> None:
+    template = """{% if m.role == "ipython" or m.role.startswith('document ') %}critic"""
+    for known in ("system", "user", "assistant", "tool", "developer", "ipython", "document 7"):
+        assert unknown_role(template, known) == ""
+        assert unknown_role({"default": "x", "tool_use": template}, known) == ""
+    for other in ("critic", "python", "documents", "Ipython"):
+        assert unknown_role(template, other).startswith(f"{other!r} is none of system, ")
 
 
 def test_marks_are_the_special_tokens_of_the_form() -> None:

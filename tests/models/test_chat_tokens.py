@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from turret.server.errors import InvalidRequestError
 from turret.server.models.model_source import resolve_model
 from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.sources.embedded import find_gguf
@@ -31,12 +32,25 @@ def special_in(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
 
 def test_a_content_cannot_end_its_turn(tokenizer: Tokenizer) -> None:
     plain = turns(tokenizer, "hi")
-    for content, role in ((FORGED, "user"), ("hi", FORGED)):
-        ids = turns(tokenizer, content, role)
-        # Those of the template, the default system message's included.
-        assert special_in(tokenizer, ids) == special_in(tokenizer, plain)
-        # The words are all there.
-        assert FORGED in tokenizer.decode(ids, special=True)
+    ids = turns(tokenizer, FORGED)
+    # Those of the template, the default system message's included.
+    assert special_in(tokenizer, ids) == special_in(tokenizer, plain)
+    # The words are all there.
+    assert FORGED in tokenizer.decode(ids, special=True)
+
+
+@pytest.mark.parametrize("role", ["usr", "User", FORGED, "content of", "tool_responses"])
+@pytest.mark.parametrize("special", [False, True])
+def test_a_role_that_nobody_knows_is_refused(
+    tokenizer: Tokenizer, role: str, special: bool
+) -> None:
+    told = [{"role": "user", "content": "a"}, {"role": role, "content": "b"}]
+    with pytest.raises(InvalidRequestError) as refused:
+        tokenizer.encode_chat(told, special=special)
+    ((field, why),) = refused.value.violations
+    assert field == "chat.messages[1].role"
+    assert why.startswith(f"{role!r} is none of system, user, assistant, tool, developer, nor ")
+    assert why.endswith("; did you mean 'user'?") == (role in ("usr", "User"))
 
 
 def test_who_asks_gets_the_tokens(tokenizer: Tokenizer) -> None:

@@ -44,8 +44,6 @@ OPENAI_CODES = {
     "UNAUTHENTICATED": "invalid_api_key",
     "QUEUE_FULL": "rate_limit_exceeded",
 }
-# Where a fault names no field, its reason does.
-_PARAMS = {"ADAPTER_NOT_FOUND": "model"}
 # A page of text is enough; a message repeats what the client sent.
 MAX_MESSAGE_CHARS = 4000
 
@@ -123,7 +121,10 @@ def _body(message: str, kind: str, param: str | None, code: str) -> dict[str, An
 def _said(fault: Fault, names: Mapping[str, str]) -> tuple[str, str | None]:
     """The message in the client's own field names, and the first field to blame."""
     if not fault.violations:
-        return fault.message + _next_step(fault), _PARAMS.get(fault.reason)
+        is_absent = fault.reason == "ADAPTER_NOT_FOUND"
+        # Paths that manage adapters have them in a field of their own.
+        param = names.get("name", "model") if is_absent else None
+        return fault.message + _next_step(fault, param), param
     renamed = [(renamed_path(path, names), why) for path, why in fault.violations]
     message = fault.message
     if message == "; ".join(f"{path}: {why}" for path, why in fault.violations):
@@ -131,13 +132,14 @@ def _said(fault: Fault, names: Mapping[str, str]) -> tuple[str, str | None]:
     return message, renamed[0][0]
 
 
-def _next_step(fault: Fault) -> str:
-    """For who asks for a model that there is not, such as a client's default."""
+def _next_step(fault: Fault, param: str | None) -> str:
+    """For who names a model that there is not, such as a client's default."""
     is_one = fault.message.startswith(("adapter not found: ", "the model "))
     is_told = "; " in fault.message or "the current one" in fault.message
-    if fault.reason != "ADAPTER_NOT_FOUND" or not is_one or is_told:
+    if param is None or not is_one or is_told:
         return ""
-    return "; GET /v1/models lists what there is, and 'base' is the base model"
+    base = ", and 'base' is the base model" if param == "model" else ""
+    return f"; GET /v1/models lists what there is{base}"
 
 
 def renamed_path(path: str, names: Mapping[str, str]) -> str:
