@@ -18,8 +18,9 @@ from pathlib import Path
 
 from turret.kernels.cpu.isas import ISAS
 from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.no_adapter import check_is_adapter
 from turret.server.adapters.peft_format.refusals.first_look import look_at
-from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
+from turret.server.adapters.source import CONFIG_FILE
 from turret.server.basics.address import split_address
 from turret.server.basics.byte_size import about_bytes
 from turret.server.basics.closest import did_you_mean
@@ -154,24 +155,12 @@ def _preload(root: Path, name: str, path: str, base: str | None, max_rank: int) 
     where = f"--preload {name}={path}:"
     try:
         with AdapterRoot(root).open_directory(path) as directory:
-            names, others = directory.names(), directory.holds_others(CONFIG_FILE)
-            lacking = [file for file in (CONFIG_FILE, TENSORS_FILE) if not directory.has(file)]
-            if not lacking:
-                look_at(directory, path, base=base, max_rank=max_rank)
+            check_is_adapter(directory, path)
+            look_at(directory, path, base=base, max_rank=max_rank)
     except TurretError as error:
         why = error.message.removeprefix(f"adapter {path!r} ")
         is_absent = why.startswith(f"path {path!r} does not exist")
         yield f"{where} {why}{_there(root, path) if is_absent else ''}"
-        return
-    if CONFIG_FILE in lacking and others:
-        yield f"{where} that directory {others}"
-    elif lacking == [TENSORS_FILE] and (pickles := [n for n in names if n.endswith(".bin")]):
-        yield (
-            f"{where} {pickles[0]} is a pickle, which can run code and is not read; PEFT writes"
-            f" {TENSORS_FILE} where save_pretrained is called with safe_serialization=True"
-        )
-    elif lacking:
-        yield f"{where} there is no {' and no '.join(lacking)}"
 
 
 def _there(root: Path, path: str) -> str:

@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from turret.server.basics.closest import did_you_mean
+from turret.server.basics.hub_id import HUB_SCHEME, HubId
 from turret.server.errors import AdapterCheckpointError, StorageFailedError
 
 MAX_PATH_CHARS = 1024
@@ -26,9 +27,12 @@ MAX_PATH_CHARS = 1024
 _MAX_STEPS = 2048
 # Names that one which is not there is compared with: a millisecond or two.
 _MOST_COMPARED = 200
+# Of directories that are searched for an adapter: LLaMA-Factory's are three below what it is told.
+_MOST_LEVELS = 3
 _MOST_CHECKPOINTS = 5  # that one refusal names
 # O_PATH needs no right to list the directory.
 _DIRECTORY = getattr(os, "O_PATH", os.O_RDONLY) | os.O_DIRECTORY | os.O_CLOEXEC
+_LISTED = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 # NONBLOCK keeps a FIFO from hanging.
 _FILE = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK
 _EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
@@ -87,14 +91,33 @@ class AdapterDirectory:
         return True
 
     def holds_others(self, file: str) -> str:
-        """Which directories in it are adapters, since they have such a file; empty if none has."""
-        below = [n for n in self.names() if self._is_directory(n) and self.has(f"{n}/{file}")]
+        """Which directories in it are adapters, since they have such a file; empty if none has.
+
+        Of those, the ones that are the least far below it.
+        """
+        below: list[str] = []
+        level = self._directories("")
+        for _ in range(_MOST_LEVELS):
+            below = [name for name in level if self.has(f"{name}/{file}")]
+            if below:
+                break
+            deeper = itertools.chain.from_iterable(self._directories(f"{n}/") for n in level)
+            level = list(itertools.islice(deeper, _MOST_COMPARED))
         below.sort(key=_numbered)
         others = len(below) - _MOST_CHECKPOINTS
         more = f" and {others} more" if others > 0 else ""
         verb = "is" if len(below) == 1 else "are"
         shown = ", ".join(below[-_MOST_CHECKPOINTS:])
         return f"is no adapter, but {shown}{more} in it {verb}" if below else ""
+
+    def _directories(self, below: str) -> list[str]:
+        """The directories in the one that ``below`` ends in a slash for, by their paths."""
+        try:
+            names = self.names(below)
+        except (OSError, AdapterCheckpointError):
+            return []
+        paths = (f"{below}{name}" for name in names if not name.startswith("."))
+        return [path for path in paths if self._is_directory(path)]
 
     def _is_directory(self, name: str) -> bool:
         try:
@@ -103,9 +126,12 @@ class AdapterDirectory:
             return False
         return stat.S_ISDIR(found.st_mode)
 
-    def names(self) -> list[str]:
-        """Names in the directory, in order. Links are names like any other."""
-        readable = os.open(".", os.O_RDONLY | os.O_DIRECTORY, dir_fd=self._descriptor)
+    def names(self, below: str = "") -> list[str]:
+        """Names in the directory or in one below it, in order. Links are names like any other."""
+        if below:
+            readable, _ = self._root.walk(self._parts, below, _LISTED, f"{self._path}/{below}")
+        else:
+            readable = os.open(".", _LISTED, dir_fd=self._descriptor)
         try:
             return sorted(os.listdir(readable))
         finally:
@@ -167,16 +193,19 @@ class AdapterRoot:
             why = "must be relative to the adapter root and stay inside it"
             raise refuse(shown, f"{why}; what lies elsewhere can be uploaded")
         if self._root is None:
-            raise refuse(shown, "cannot be loaded: the server was started without --adapter-root")
+            why = "cannot be loaded: the server was started without --adapter-root"
+            raise refuse(shown, f"{why}{_hub_hint(path)}")
         try:
             descriptor, parts = self.walk([], str(pure), _DIRECTORY, shown)
         except NotADirectoryError:
-            raise refuse(shown, "is not a directory") from None
+            raise refuse(shown, f"is not a directory{_folder_hint(pure)}") from None
         except (OSError, ValueError) as error:
             _raise_if_exhausted(error)
             if shown != path:
                 raise refuse(shown, "does not exist any more") from None
-            meant = did_you_mean(path, self._some_names())
+            names = self._some_names()
+            is_elsewhere = pure.parts[0] not in names
+            meant = did_you_mean(path, names) or (_hub_hint(path) if is_elsewhere else "")
             raise refuse(shown, f"does not exist under the adapter root{meant}") from None
         return AdapterDirectory(self, descriptor, parts, shown)
 
@@ -246,6 +275,18 @@ class AdapterRoot:
             if target.is_relative_to(self._root):
                 return _names(str(target.relative_to(self._root)))
         raise refuse(shown, _LEAVES)
+
+
+def _hub_hint(path: str) -> str:
+    """What to type for a repository of the hub, where the path looks like one."""
+    return f"; of the Hugging Face hub it is {HUB_SCHEME}{path}" if HubId.find(path) else ""
+
+
+def _folder_hint(path: PurePosixPath) -> str:
+    """Which directory was meant by one of an adapter's files."""
+    if path.suffix not in (".safetensors", ".json", ".bin"):
+        return ""
+    return f"; an adapter is the directory that holds its files, {str(path.parent)!r}"
 
 
 def _numbered(name: str) -> list[str | int]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.no_adapter import COPY_AGAIN, why_lfs_pointer
 from turret.server.adapters.checkpoint.strict_json import parse_object
 from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, PROVENANCE_FILE
 from turret.server.errors import AdapterCheckpointError
@@ -29,7 +30,7 @@ def parse_config(data: bytes, path: str) -> dict[str, Any]:
         try:
             config = parse_object(data)
         except ValueError as error:
-            findings.add(CONFIG_FILE, str(error))
+            findings.add(CONFIG_FILE, why_lfs_pointer(data) or f"{error}; {COPY_AGAIN}")
     for key in _NAMES:
         value = config.get(key)
         if isinstance(value, str) and len(value) > MAX_NAME_CHARS:

@@ -18,18 +18,18 @@ from typing import Any, BinaryIO
 
 import torch
 
-from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, AdapterRoot, refuse
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.digest_cache import DigestCache, stamp_of
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.json_files import parse_config, read_base_digest
+from turret.server.adapters.checkpoint.no_adapter import check_is_adapter
 from turret.server.adapters.checkpoint.safetensors_header import TensorEntry, read_header
 from turret.server.adapters.checkpoint.tensor_names import canonical_names, text_prefix
 from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
 from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.errors import BudgetExceededError
 
-PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 # Every digest begins with it. Change it when the definition of the digest changes.
 _DIGEST_DOMAIN = b"turret-adapter-1\0"
 _TASK_DOMAIN = b"turret-adapter-task-1\0"
@@ -118,8 +118,7 @@ def read_checkpoint(
     """
     place, path = path, path if shown is None else shown
     with root.open_directory(place, path) as directory:
-        _refuse_pickle(directory, path)
-        _refuse_what_holds_adapters(directory, path)
+        check_is_adapter(directory, path)
         config_file = directory.open_file(CONFIG_FILE)
         try:
             file = directory.open_file(TENSORS_FILE)
@@ -153,26 +152,6 @@ def read_checkpoint(
         base_digest=base_digest,
         text_prefix=prefix,
     )
-
-
-def _refuse_pickle(directory: AdapterDirectory, path: str) -> None:
-    if directory.has(TENSORS_FILE):
-        return  # whatever lies beside it is never opened
-    findings = Findings(path)
-    for name in directory.names():
-        if name.endswith(PICKLE_SUFFIXES):
-            findings.add(
-                name,
-                "pickle files are never read; PEFT's save_pretrained(…, safe_serialization=True)"
-                f" writes {TENSORS_FILE}",
-            )
-    findings.raise_if_any()
-
-
-def _refuse_what_holds_adapters(directory: AdapterDirectory, path: str) -> None:
-    """A run's directory, whose checkpoints are the adapters."""
-    if not directory.has(CONFIG_FILE) and (why := directory.holds_others(CONFIG_FILE)):
-        raise refuse(path, why)
 
 
 def digest_of_task(digest: str, task: int | None) -> str:
@@ -261,5 +240,5 @@ def _tensors_in(
         is_finite = not dtype.is_floating_point or all_finite(values)
         for entry, flat in zip(run, values.split([e.num_elements for e in run]), strict=True):
             if not is_finite and not all_finite(flat):
-                findings.add(entry.name, "holds NaN or Inf")
+                findings.add(entry.name, "holds NaN or Inf; take a checkpoint from before that")
             yield entry, flat.view(entry.shape)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from turret.server.adapters.checkpoint.no_adapter import COPY_AGAIN, why_lfs_pointer
 from turret.server.adapters.checkpoint.strict_json import parse_object
 
 # 80 layers of 7 modules with 4 tensors each need about half a megabyte.
@@ -74,20 +75,26 @@ def read_header(file: BinaryIO, file_bytes: int) -> SafetensorsHeader:
     """
     word = file.read(8)
     if len(word) != 8:
-        raise ValueError("is too short for a safetensors file")
+        raise ValueError(f"is too short for a safetensors file; {COPY_AGAIN}")
+    if why := why_lfs_pointer(word):
+        raise ValueError(why)
     (length,) = struct.unpack("<Q", word)
     if length > MAX_HEADER_BYTES or length > file_bytes - 8:
-        raise ValueError(f"header length {length} exceeds the file or {MAX_HEADER_BYTES} bytes")
+        why = f"header length {length} exceeds the file or {MAX_HEADER_BYTES} bytes"
+        raise ValueError(f"{why}; {COPY_AGAIN}")
     text = file.read(length)
     if len(text) != length:
-        raise ValueError("ends inside its header")
+        raise ValueError(f"ends inside its header; {COPY_AGAIN}")
     parse = _parse_shared if length <= _MAX_SHARED_BYTES else _parse
     return SafetensorsHeader(word + text, parse(text, file_bytes - 8 - length))
 
 
 def _parse(text: bytes, data_bytes: int) -> tuple[TensorEntry, ...]:
     """The entries, in file order."""
-    table = parse_object(text)
+    try:
+        table = parse_object(text)
+    except ValueError as error:
+        raise ValueError(f"{error}; {COPY_AGAIN}") from None
     metadata = table.pop("__metadata__", {})
     if not isinstance(metadata, Mapping):
         raise ValueError("__metadata__ must be an object")
@@ -135,4 +142,4 @@ def _check_tiling(entries: list[TensorEntry], data_bytes: int) -> None:
             raise ValueError(f"tensor {entry.name!r} starts at {entry.begin}, expected {at}")
         at = entry.end
     if at != data_bytes:
-        raise ValueError(f"tensors end at {at}, the data at {data_bytes}")
+        raise ValueError(f"tensors end at {at}, the data at {data_bytes}; {COPY_AGAIN}")

@@ -8,6 +8,7 @@ from typing import Any
 
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.no_adapter import MISSING_FACTOR, OTHER_TRAINING
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.peft_format.config.lora_rules import LORA_RULES, VARIANTS
 from turret.server.adapters.peft_format.module_checkpoint import (
@@ -45,7 +46,7 @@ def check_plain_factors(
             findings.add(f"{name}.{role}.weight", f"must be 2-D, not {list(tensor.shape)}")
             return
     if rank and a.shape[0] != rank:
-        why = f"has rank {a.shape[0]}, the config says {rank}"
+        why = f"has rank {a.shape[0]}, the config says {rank}; {OTHER_TRAINING}"
         findings.add(f"{name}.{A}.weight", why)
     if a.shape[0] != b.shape[1]:
         findings.add(f"{name}.{B}.weight", f"has rank {b.shape[1]}, lora_A has {a.shape[0]}")
@@ -74,7 +75,7 @@ def lora_format(
     def check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Findings) -> None:
         if A not in roles or B not in roles:
             missing = A if A not in roles else B
-            findings.add(f"{name}.{missing}.weight", "is missing; other LoRA tensors are there")
+            findings.add(f"{name}.{missing}.weight", MISSING_FACTOR)
         else:
             check_factors(name, roles, module, rank, findings)
         out = module.out_features

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.no_adapter import SAVE_AGAIN
 from turret.server.adapters.peft_format.module_checkpoint import BIAS, Roles
 
 
@@ -31,7 +32,8 @@ def check_roles(
     for role, shape in shapes.items():
         tensor = roles.get(role)
         if tensor is None:
-            findings.add(f"{name}.{role}", "is missing; the module's other tensors are there")
+            why = f"is missing; the module's other tensors are there: {SAVE_AGAIN}"
+            findings.add(f"{name}.{role}", why)
             is_good = False
             continue
         sizes = zip(tensor.shape, shape, strict=False)

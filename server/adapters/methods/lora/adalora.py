@@ -13,6 +13,7 @@ import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.no_adapter import OTHER_TRAINING, SAVE_AGAIN
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.low_rank import fold
@@ -92,7 +93,7 @@ ADALORA_RULES: Rules = {
 def _check(name: str, roles: Roles, module: BaseModule, _rank: int, findings: Findings) -> None:
     missing = [role for role in _ROLES if role not in roles]
     for role in missing:
-        findings.add(f"{name}.{role}", "is missing; other factors are there")
+        findings.add(f"{name}.{role}", f"is missing; other factors are there: {SAVE_AGAIN}")
     if missing:
         return
     a, b, e = (roles[role] for role in _ROLES)
@@ -150,7 +151,7 @@ def _check_masks(config: Mapping[str, Any], found: ModuleCheckpoint, findings: F
     for name, rank in ranks.items():
         there = found.ranks[name]
         if there != rank:
-            why = f"has rank {there}, the config says {rank}"
+            why = f"has rank {there}, the config says {rank}; {OTHER_TRAINING}"
             findings.add(f"{name}.lora_E", why)
 
 

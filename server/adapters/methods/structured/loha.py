@@ -13,6 +13,7 @@ import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import MAX_REPORTED, Findings
+from turret.server.adapters.checkpoint.no_adapter import OTHER_TRAINING, SAVE_AGAIN
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
@@ -39,7 +40,7 @@ def _check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Fin
     for role in _ROLES:
         tensor = roles.get(role)
         if tensor is None:
-            findings.add(f"{name}.{role}", "is missing; other factors are there")
+            findings.add(f"{name}.{role}", f"is missing; other factors are there: {SAVE_AGAIN}")
         elif tensor.ndim != 2:
             findings.add(f"{name}.{role}", f"must be 2-D, not {list(tensor.shape)}")
         elif rank:
@@ -47,7 +48,7 @@ def _check(name: str, roles: Roles, module: BaseModule, rank: int, findings: Fin
             of_rank, size = (columns, rows) if role.endswith("_a") else (rows, columns)
             served = module.out_features if role.endswith("_a") else module.in_features
             if of_rank != rank:
-                why = f"has rank {of_rank}, the config says {rank}"
+                why = f"has rank {of_rank}, the config says {rank}; {OTHER_TRAINING}"
                 findings.add(f"{name}.{role}", why)
             elif size != served:
                 side = "outputs" if role.endswith("_a") else "inputs"

@@ -10,6 +10,7 @@ import torch
 
 from turret.server.adapters.base import BaseModel, BaseModule
 from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.checkpoint.no_adapter import OTHER_TRAINING, SAVE_AGAIN
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
 from turret.server.adapters.lowering.finish import finish
 from turret.server.adapters.lowering.lowered import Lowered, Method
@@ -65,12 +66,13 @@ def _factor_shape(
         return (whole.shape[0], whole.shape[1]) if whole.ndim == 2 else None
     if left is None or right is None:
         missing = field if left is right else f"{field}_{'a' if left is None else 'b'}"
-        findings.add(missing, "is missing; other factors are there")
+        findings.add(missing, f"is missing; other factors are there: {SAVE_AGAIN}")
         return None
     if left.ndim != 2 or right.ndim != 2:
         return None
     if rank and not left.shape[1] == right.shape[0] == rank:
-        why = f"has ranks {left.shape[1]} and {right.shape[0]}, the config says {rank}"
+        ranks = f"{left.shape[1]} and {right.shape[0]}"
+        why = f"has ranks {ranks}, the config says {rank}; {OTHER_TRAINING}"
         findings.add(f"{field}_a", why)
         return None
     return left.shape[0], right.shape[1]

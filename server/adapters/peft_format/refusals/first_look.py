@@ -77,8 +77,7 @@ def _header(directory: AdapterDirectory, findings: Findings) -> SafetensorsHeade
         try:
             return read_header(file, os.fstat(file.fileno()).st_size)
         except ValueError as error:
-            why = f"{error}; copy the file again, or have PEFT save the adapter again"
-            findings.add(TENSORS_FILE, why)
+            findings.add(TENSORS_FILE, str(error))
     return None
 
 

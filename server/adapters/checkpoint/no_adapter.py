@@ -1,0 +1,69 @@
+"""What is said of files that are no adapter's, with what to do: at a start, and of a load."""
+
+from __future__ import annotations
+
+from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, refuse
+from turret.server.adapters.checkpoint.findings import Findings
+from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
+
+SAVE_AGAIN = "have PEFT save the adapter again"
+COPY_AGAIN = f"copy the file again, or {SAVE_AGAIN}"
+# Of a config and tensors that contradict each other.
+OTHER_TRAINING = f"{CONFIG_FILE} may be of another training"
+# Of a LoRA that has one of a module's two factors.
+MISSING_FACTOR = f"is missing; other LoRA tensors are there: {SAVE_AGAIN}"
+_LFS_POINTER = b"version https://git-lfs"
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+_MODEL_CONFIG = "config.json"
+
+
+def why_lfs_pointer(begin: bytes) -> str:
+    """Why a file with this beginning is not what its name says; "" where it may be.
+
+    Args:
+        begin: As many of its first bytes as there are of a pointer's, or all.
+    """
+    if not begin.startswith(_LFS_POINTER[: max(8, len(begin))]):
+        return ""
+    return "is a Git LFS pointer, not the file itself: `git lfs pull` in the clone fetches it"
+
+
+def check_is_adapter(directory: AdapterDirectory, path: str) -> None:
+    """Refuse a directory that lacks one of an adapter's two files.
+
+    Args:
+        directory: Its other names tell what it is instead.
+        path: As messages name it.
+
+    Raises:
+        AdapterCheckpointError: It does.
+    """
+    has_tensors = directory.has(TENSORS_FILE)
+    if not directory.has(CONFIG_FILE):
+        raise refuse(path, directory.holds_others(CONFIG_FILE) or _what_it_is(directory))
+    if has_tensors:
+        return  # whatever lies beside it is never opened
+    findings = Findings(path)
+    for name in directory.names():
+        if name.endswith(_PICKLE_SUFFIXES):
+            findings.add(
+                name,
+                "is a pickle, which can run code and is never read; PEFT's"
+                f" save_pretrained(…, safe_serialization=True) writes {TENSORS_FILE}",
+            )
+    findings.raise_if_any()
+    raise refuse(path, f"has {CONFIG_FILE}, but no {TENSORS_FILE}; {COPY_AGAIN}")
+
+
+def _what_it_is(directory: AdapterDirectory) -> str:
+    names = directory.names()
+    has_weights = any(n.startswith("model") and ".safetensors" in n for n in names)
+    if _MODEL_CONFIG in names and has_weights:
+        return (
+            "is a whole model, not an adapter: `turret serve --model` takes it. What was merged"
+            f" into it is the directory with {CONFIG_FILE} that the training wrote"
+        )
+    return (
+        f"is no adapter: there is no {CONFIG_FILE} in it; name the directory that PEFT's"
+        " save_pretrained or `turret train` wrote"
+    )
