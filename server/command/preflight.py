@@ -9,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
+import functools
 import importlib.metadata
 import os
 import socket
 import ssl
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from turret.kernels.cpu.isas import ISAS
-from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
+from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, AdapterRoot
 from turret.server.adapters.checkpoint.no_adapter import check_is_adapter
 from turret.server.adapters.peft_format.refusals.first_look import look_at
+from turret.server.adapters.peft_format.refusals.known_shapes import BaseSize
 from turret.server.adapters.source import CONFIG_FILE
 from turret.server.basics.address import split_address
 from turret.server.basics.byte_size import about_bytes
@@ -37,7 +39,7 @@ from turret.server.config import (
 )
 from turret.server.errors import InvalidRequestError, TurretError
 from turret.server.hub.adapters import AdapterHub
-from turret.server.models.sources.check import check_model, name_of_model
+from turret.server.models.sources.check import check_model, name_of_model, size_of_model
 
 _MOST_SHOWN = 20
 _MOST_THREADS = 1024
@@ -52,12 +54,13 @@ def problems(config: Config, *, may_run: bool = False) -> list[str]:
     """
     adapters = dataclasses.replace(config.adapters, state_dir=None) if may_run else config.adapters
     of_model = list(_model(config.model.model))
+    base = None if of_model else _base_size(config.model.model)
     takes_any = bool(of_model) or adapters.allow_other_base
     return [
         *of_model,
         *_device(config.model, os.environ),
         *_memory(config),
-        *_adapters(adapters, None if takes_any else name_of_model(config.model.model)),
+        *_adapters(adapters, None if takes_any else name_of_model(config.model.model), base),
         *_files(config.security),
         *([] if may_run else _addresses(config.listen)),
     ]
@@ -124,7 +127,12 @@ def _torch_version() -> str:
         return ""
 
 
-def _adapters(config: AdapterConfig, base: str | None) -> Iterator[str]:
+def _base_size(model: Path | None) -> BaseSize | None:
+    size = size_of_model(model)
+    return None if size is None else BaseSize(name_of_model(model), *size)
+
+
+def _adapters(config: AdapterConfig, base: str | None, size: BaseSize | None) -> Iterator[str]:
     """``base`` is the name of the base that adapters must be for, None if of any."""
     root = config.adapter_root
     preload = [(name, path) for name, path in config.preload if not path.startswith(HUB_SCHEME)]
@@ -135,7 +143,8 @@ def _adapters(config: AdapterConfig, base: str | None) -> Iterator[str]:
         yield f"--adapter-root: {root} cannot be read by this user"
     elif root is not None:
         for name, path in preload:
-            yield from _preload(root, name, path, base, config.max_rank)
+            look = functools.partial(look_at, base=base, size=size, max_rank=config.max_rank)
+            yield from _preload(root, name, path, look)
     hub = AdapterHub(config.adapter_hub, config.max_upload_bytes)
     for name, path in config.preload:
         if path.startswith(HUB_SCHEME):
@@ -151,12 +160,14 @@ def _preload_of_hub(hub: AdapterHub, name: str, path: str) -> Iterator[str]:
         yield f"--preload {name}={path}: {error.message.removeprefix(f'path {path!r} ')}"
 
 
-def _preload(root: Path, name: str, path: str, base: str | None, max_rank: int) -> Iterator[str]:
+def _preload(
+    root: Path, name: str, path: str, look: Callable[[AdapterDirectory, str], None]
+) -> Iterator[str]:
     where = f"--preload {name}={path}:"
     try:
         with AdapterRoot(root).open_directory(path) as directory:
             check_is_adapter(directory, path)
-            look_at(directory, path, base=base, max_rank=max_rank)
+            look(directory, path)
     except TurretError as error:
         why = error.message.removeprefix(f"adapter {path!r} ")
         is_absent = why.startswith(f"path {path!r} does not exist")

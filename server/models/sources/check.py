@@ -7,7 +7,7 @@ from pathlib import Path
 from turret.server.models.families import text_type
 from turret.server.models.sources.cache import check_cache_dir
 from turret.server.models.sources.embedded import MODEL_NAME, find_gguf
-from turret.server.models.sources.gguf_header import SUFFIX, check_gguf
+from turret.server.models.sources.gguf_header import SUFFIX, check_gguf, gguf_size
 from turret.server.models.sources.hub_model import check_hub_model, hub_model_id
 from turret.server.models.sources.model_directory import (
     check_model_directory,
@@ -53,3 +53,18 @@ def name_of_model(model: Path | None) -> str:
     if model.suffix == SUFFIX and model.is_file():
         return model.stem
     return model_name(model, read_config(model))
+
+
+def size_of_model(model: Path | None) -> tuple[int, int] | None:
+    """Width and layers of a model that :func:`check_model` took, where its files here tell."""
+    if model is None:
+        return gguf_size(find_gguf())
+    if hub_model_id(model) is not None:
+        return None
+    if model.suffix == SUFFIX and model.is_file():
+        return gguf_size(model)
+    config = read_config(model)
+    text = config.get("text_config")
+    said = text if isinstance(text, dict) and "hidden_size" in text else config
+    width, layers = said.get("hidden_size"), said.get("num_hidden_layers")
+    return (width, layers) if isinstance(width, int) and isinstance(layers, int) else None

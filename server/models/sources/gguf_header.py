@@ -32,11 +32,7 @@ def check_gguf(path: Path) -> str:
     Raises:
         InvalidRequestError: Says what it is instead.
     """
-    try:
-        with path.open("rb") as file:
-            said = _keys(file)
-    except (struct.error, UnicodeDecodeError):
-        said = {}
+    said = _said(path)
     architecture = said.get("general.architecture", "")
     if not isinstance(architecture, str) or not architecture:
         raise refuse(path, "is no GGUF file of version 2 or 3 that names its architecture")
@@ -53,15 +49,35 @@ def check_gguf(path: Path) -> str:
     ).model_type
 
 
+def gguf_size(path: Path) -> tuple[int, int] | None:
+    """Width and layers of the model in a file that :func:`check_gguf` took; None if not told."""
+    said = _said(path)
+    prefix = said.get("general.architecture")
+    width, layers = (said.get(f"{prefix}.{k}") for k in ("embedding_length", "block_count"))
+    return (width, layers) if isinstance(width, int) and isinstance(layers, int) else None
+
+
 def refuse(path: Path, why: str) -> InvalidRequestError:
     """A refusal of the file."""
     return InvalidRequestError.of("model", f"{path} {why}")
 
 
-def _keys(file: BinaryIO) -> dict[str, str | bool]:
-    """Texts, and of numbers whether they are not zero, of the keys before the vocabulary."""
+def _said(path: Path) -> dict[str, str | int]:
+    try:
+        with path.open("rb") as file:
+            return _keys(file)
+    except (struct.error, UnicodeDecodeError):
+        return {}
+
+
+def _keys(file: BinaryIO) -> dict[str, str | int]:
+    """Texts and numbers of the keys before the vocabulary.
+
+    Numbers are read as whole ones that are not negative, as sizes are; others are right only in
+    whether they are zero.
+    """
     magic, version, _, num_keys = struct.unpack("<4sIQQ", file.read(24))
-    said: dict[str, str | bool] = {}
+    said: dict[str, str | int] = {}
     if magic != _MAGIC or version not in (2, 3):
         return said
     for _ in range(min(num_keys, _MAX_KEYS)):
@@ -72,7 +88,7 @@ def _keys(file: BinaryIO) -> dict[str, str | bool]:
         if kind == _STRING:
             said[key] = _text(file)
         elif kind in _SCALARS:
-            said[key] = any(file.read(_SCALARS[kind]))
+            said[key] = int.from_bytes(file.read(_SCALARS[kind]), "little")
         elif kind != _ARRAY or not _skip_array(file):
             break
     return said

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
-from turret.server.adapters.base import BaseModel
+    from turret.server.adapters.base import BaseModel
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _A = (".lora_A.weight", ".hada_w1_b", ".lora_A")
@@ -26,13 +27,18 @@ def cause_of_mismatch(
         tensors: By canonical name.
         base: The base model as served.
     """
-    causes = (_vision(tensors), _layers(tensors, base), _width(tensors, base))
+    causes = (_vision(tensors), too_many_layers(tensors, base.num_layers), _width(tensors, base))
     cause = next((text for text in causes if text), "")
+    names = trained_for_another(config, base.name)
+    return "; ".join(text for text in (cause, names) if text)
+
+
+def trained_for_another(config: Mapping[str, Any], base: str) -> str:
+    """That the config names another base; "" where it does not."""
     trained = config.get("base_model_name_or_path")
     # One name twice would deny what the cause says.
-    is_other = trained and trained != base.name
-    names = f"trained for {trained!r:.200}, served is {base.name!r:.200}" if is_other else ""
-    return "; ".join(text for text in (cause, names) if text)
+    is_other = trained and trained != base
+    return f"trained for {trained!r:.200}, served is {base!r:.200}" if is_other else ""
 
 
 def _vision(names: Iterable[str]) -> str:
@@ -47,12 +53,13 @@ def _vision(names: Iterable[str]) -> str:
     return ""
 
 
-def _layers(names: Iterable[str], base: BaseModel) -> str:
+def too_many_layers(names: Iterable[str], num_layers: int) -> str:
+    """That tensors are of layers which the base does not have; "" where none is."""
     found = [int(match[1]) for name in names if (match := _LAYER.search(name))]
     count = max(found, default=-1) + 1
-    if count <= base.num_layers:
+    if count <= num_layers:
         return ""
-    return f"it is for a model of at least {count} layers, the base has {base.num_layers}"
+    return f"it is for a model of at least {count} layers, the base has {num_layers}"
 
 
 def _width(tensors: Mapping[str, torch.Tensor], base: BaseModel) -> str:

@@ -16,6 +16,11 @@ from turret.server.adapters.checkpoint.json_files import parse_config, read_base
 from turret.server.adapters.checkpoint.safetensors_header import SafetensorsHeader, read_header
 from turret.server.adapters.checkpoint.tensor_names import canonical_name
 from turret.server.adapters.peft_format.refusals.base_name import is_other_base, of_other_base
+from turret.server.adapters.peft_format.refusals.known_shapes import (
+    BaseSize,
+    check_pairs,
+    check_shapes,
+)
 from turret.server.adapters.peft_format.refusals.limits import check_rank
 from turret.server.adapters.peft_format.refusals.unserved import (
     SERVED_TYPES,
@@ -33,7 +38,12 @@ _OTHER_RANKS = ("rank_pattern", "target_parameters", "arrow_config")
 
 
 def look_at(
-    directory: AdapterDirectory, path: str, *, base: str | None, max_rank: int | None
+    directory: AdapterDirectory,
+    path: str,
+    *,
+    base: str | None,
+    size: BaseSize | None = None,
+    max_rank: int | None,
 ) -> None:
     """Refuse an adapter whose files cannot be served, as far as that shows.
 
@@ -41,12 +51,13 @@ def look_at(
         directory: Has its two files.
         path: What messages call the adapter.
         base: The base's name as served; None if adapters of any base are taken.
+        size: What is known of the base's shapes; None is nothing.
         max_rank: Largest rank; None is any.
 
     Raises:
         AdapterCheckpointError: A file cannot be read, the ``peft_type`` is misspelt or not served,
-            or a LoRA's ``r`` contradicts its factors.
-        AdapterMismatchError: It names another base.
+            a LoRA's ``r`` contradicts its factors, or one of two factors is missing.
+        AdapterMismatchError: It names another base, or a LoRA's factors are for other shapes.
         BudgetExceededError: A LoRA's rank is over ``max_rank``.
     """
     with directory.open_file(CONFIG_FILE) as file:
@@ -56,11 +67,16 @@ def look_at(
     header = _header(directory, findings)
     ranks = {} if header is None else _ranks(config, header)
     _check_ranks(config, ranks, findings)
+    lora = header if peft_type_of(config) == "LORA" else None
+    if lora is not None:
+        check_pairs(lora, findings)
     findings.raise_if_any()
     # With a digest of its base beside it, the name alone proves nothing.
     trained = None if read_base_digest(directory) else config.get(_BASE)
     if base is not None and isinstance(trained, str) and is_other_base(trained, base):
         raise of_other_base(path, trained, base)
+    if lora is not None and size is not None:
+        check_shapes(path, config, lora, size)
     check_rank(path, max(ranks.values(), default=0), max_rank)
 
 
