@@ -86,12 +86,16 @@ def _lacking(directory: Path) -> str:
     if below:
         others = f" and {len(below) - _MOST_TOLD} more" if len(below) > _MOST_TOLD else ""
         return f"is no adapter; those in it are {', '.join(below[-_MOST_TOLD:])}{others}"
-    what = "adapter_config.json and a .safetensors file are needed"
+    what = "adapter_config.json and a .safetensors file"
     if not directory.is_dir():
-        return f"is no directory; one with {what}"
+        is_there = "is no directory" if directory.exists() else "does not exist"
+        return f"{is_there}; an adapter is a directory with {what}"
     has_config = (directory / "adapter_config.json").is_file()
+    is_model = (directory / "config.json").is_file() and any(directory.glob("model*.safetensors"))
+    if is_model and not has_config:
+        return "is a whole model, not an adapter: `turret serve --model` takes it"
     lacking = "a .safetensors file" if has_config else "adapter_config.json"
-    return f"{lacking} is missing; {what}"
+    return f"{lacking} is missing; an adapter has {what}"
 
 
 def _numbered(name: str) -> tuple[str | int, ...]:

@@ -188,6 +188,8 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
         return error.with_message(
             f"{error.message.rstrip('.')}: --timeout {args.timeout:g} allows that many seconds"
         )
+    if error.reason == "ADAPTER_EXISTS" and getattr(args, "replace", None) is False:
+        return error.with_message(f"{error.message}; --replace makes these its next generation")
     is_told = "did you mean" in error.message or "the current one" in error.message
     if isinstance(error, NotFoundError) and not is_told:
         return error.with_message(f"{error.message}; `turret adapters list` shows what there is")

@@ -13,6 +13,7 @@ from turret.server.basics.closest import did_you_mean
 
 EXIT_USAGE = 2
 _REQUIRED = "the following arguments are required"
+_TOO_MANY = "unrecognized arguments: "
 _UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (--[^\s=]+)")
 _UNKNOWN_WORD = re.compile(r"unrecognized arguments: ([^-\s]\S*)$")
 _BAD_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)", re.DOTALL)
@@ -55,6 +56,8 @@ class CommandParser(argparse.ArgumentParser):
             return did_you_mean(found[1], self._option_string_actions)
         if "--model" in self._option_string_actions and (found := _UNKNOWN_WORD.search(message)):
             return f"; did you mean --model {found[1]}?"
+        if message.startswith(_TOO_MANY) and " -" not in message:
+            return "; a text of several words stands in quotes"
         if found := _BAD_CHOICE.search(message):
             return did_you_mean(found[1], re.findall(r"[\w.-]+", found[2]))
         return ""

@@ -25,6 +25,10 @@ _META = re.compile(r"([\\.+*?()|\[\]{}^$#&~/-])")
 _UNFORCED = {"name": "unforced", "lark_grammar": '%llguidance {"no_forcing": true}\nstart: "x"'}
 # A rule of a grammar in Lark, on a line of its own, that is JSON of a schema.
 _SCHEMA_RULE = re.compile(r"(?m)^\s*(\w+)\s*:\s*%json (\{.*\})\s*$")
+# What is wrong with a regular expression, of a complaint that shows a grammar made around it.
+_REGEX_FAULT = re.compile(
+    r"\nerror: (.+)|\(in regex\): (?!regex parse error)(.+?)(?: in regex|\n|$)"
+)
 # A complaint repeats the grammar that it is about.
 MAX_FAULT_CHARS = 300
 
@@ -74,6 +78,8 @@ def refusal(spec: ConstraintSpec, why: str) -> InvalidRequestError:
         faults = schema_faults(json.loads(spec.texts[0]), why)
     elif spec.kind == "grammar":
         faults = _rule_faults(spec.texts[0], why)
+    elif spec.kind == "regex" and (said := _REGEX_FAULT.search(why)):
+        faults = [("", shortened(said[1] or said[2]))]
     faults = [(f"{spec.kind}{path}", what) for path, what in faults]
     faults = faults or [(spec.kind, shortened(why))]
     message = "; ".join(f"{path}: {what}" for path, what in faults)

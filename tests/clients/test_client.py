@@ -307,8 +307,15 @@ def test_fuse_and_merge(client: TurretClient, server: FakeTurret):
 
 
 def test_upload_sends_the_adapter_and_nothing_else(client, server, tmp_path):
-    with pytest.raises(FileNotFoundError, match="adapter_config"):
+    with pytest.raises(FileNotFoundError, match="no: does not exist; an adapter is a directory "):
+        client.adapters.upload("up", tmp_path / "no")
+    with pytest.raises(FileNotFoundError, match=r"adapter_config\.json is missing; an adapter has"):
         client.adapters.upload("up", tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).touch()
+    with pytest.raises(FileNotFoundError, match="is a whole model, not an adapter: `turret serve"):
+        client.adapters.upload("up", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
     for name, data in PEFT_FILES.items():
         (tmp_path / name).write_bytes(data)
     (tmp_path / "optimizer.pt").write_bytes(b"private")

@@ -306,4 +306,8 @@ def test_adapters_export_and_upload(run: Run, server: FakeTurret, tmp_path):
     code, _, err = run("adapters", "export", "sql", target)
     assert (code, err) == (1, f"error: {target} already exists\n")
     assert run("adapters", "upload", "up", target, "--pin")[0] == 0
+    code, _, err = run("adapters", "upload", "up", target)
+    assert code == 1
+    assert err.endswith("up is taken; --replace makes these its next generation\n")
+    assert run("adapters", "upload", "up", target, "--replace")[0] == 0
     assert server.adapters.files == PEFT_FILES

@@ -199,6 +199,7 @@ def test_the_short_help_says_what_the_long_one_says() -> None:
         (["adapters", "lst"], "turret adapters: error: .*did you mean 'list'?"),
         (["--versoin"], "unrecognized arguments: --versoin; did you mean '--version'?"),
         (["generate", "--adres=x"], "arguments: --adres; did you mean '--address'?"),
+        (["generate", "hi", "there"], "there; a text of several words stands in quotes"),
         (["adapters", "list", "--jsn"], "turret adapters list: .*did you mean '--json'?"),
     ],
 )

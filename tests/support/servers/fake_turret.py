@@ -214,6 +214,9 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
             data = received[info.path]
             assert info.size_bytes == len(data)
             assert info.sha256 == hashlib.sha256(data).hexdigest()
+        if header.name in self.adapters and not header.replace:
+            info = error_details_pb2.ErrorInfo(reason="ADAPTER_EXISTS", domain="turret")
+            abort(context, grpc.StatusCode.ALREADY_EXISTS, f"{header.name} is taken", info)
         self.files = received
         self.requests.append(header)
         return self._add(header.name, pinned=header.pinned)
