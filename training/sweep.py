@@ -13,6 +13,7 @@ from typing import Protocol
 from turret.training.base_model import find_base
 from turret.training.errors import ConfigError, RunError
 from turret.training.methods import method_named
+from turret.training.run.folder import rank_folder
 from turret.training.serving_cost import serving_cost
 from turret.training.settings.config import TrainConfig
 from turret.training.settings.fit import check_fit
@@ -53,7 +54,8 @@ def sweep(
 ) -> Iterator[RankResult]:
     """Train every rank into ``OUTPUT/rank-N`` and write ``OUTPUT/sweep.json`` at the end.
 
-    Ranks that are finished already are not trained again, so a sweep that was stopped goes on.
+    Ranks that are finished already are not trained again, so a sweep that was stopped goes on. All
+    of them are checked at once, and trained as results are asked for.
 
     Args:
         config: As read; its rank is replaced.
@@ -67,6 +69,12 @@ def sweep(
         TrainingError: As for a run.
     """
     _check_ranks(config, folder, ranks)
+    return _results(config, folder, ranks, announce)
+
+
+def _results(
+    config: TrainConfig, folder: Path, ranks: Sequence[int], announce: Announce
+) -> Iterator[RankResult]:
     results = []
     for rank in ranks:
         result = _run_rank(config, folder, rank, announce)
@@ -91,7 +99,7 @@ def _check_ranks(config: TrainConfig, folder: Path, ranks: Sequence[int]) -> Non
 
 
 def _run_rank(config: TrainConfig, folder: Path, rank: int, announce: Announce) -> RankResult:
-    output = str(Path(config.run.output) / f"rank-{rank}")
+    output = str(rank_folder(Path(config.run.output), rank))
     config = dataclasses.replace(
         _with_rank(config, rank), run=dataclasses.replace(config.run, output=output)
     )

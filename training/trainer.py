@@ -29,10 +29,11 @@ from turret.training.loss import LossFunction
 from turret.training.memory.peak import peak_memory_bytes
 from turret.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from turret.training.recomputation import compute_activations_twice, without_backward
-from turret.training.run.checkpoint import latest_checkpoint, restore_checkpoint, save_checkpoint
+from turret.training.run.checkpoint import restore_checkpoint, save_checkpoint
 from turret.training.run.commands import what_next
 from turret.training.run.folder import MetricsLog, RunFolder
-from turret.training.run.provenance import FILE, check_same_run, describe_run
+from turret.training.run.provenance import FILE, describe_run
+from turret.training.run.resuming import check_same_run
 from turret.training.run.samples import draw_samples
 from turret.training.settings.config_file import render_config
 from turret.training.settings.fit import PROMPTS
@@ -134,9 +135,10 @@ class Trainer:
         step = 0
         if resume:
             check_same_run(self._folder.read_facts(), facts, self._folder.path)
-            newest = latest_checkpoint(self._folder.checkpoints)
+            newest = self._folder.newest_checkpoint
             if newest is not None:
                 step = restore_checkpoint(newest, parameters, optimizer)
+            self._listen({"kind": "note", "text": f"goes on from step {step}"})
         else:
             self._folder.path.mkdir(parents=True, exist_ok=True)
             self._folder.config.write_text(render_config(self._config), encoding="utf-8")

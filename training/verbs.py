@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import errno
 import importlib
+import importlib.util
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 # A server beside it then comes first, and training takes what that leaves.
 _NICENESS = 5
-# What is said of a run that was stopped.
-_RESUMES = "; --resume goes on from the last checkpoint, if run.checkpoint_every has written one"
+# What the extra `train` brings beside what a server needs.
+_EXTRA = ("peft", "accelerate")
 # Short flags for the keys that are changed most.
 _FLAGS = {
     "--model": ("base.model", "DIR|ORG/NAME"),
@@ -43,7 +44,7 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     how = run.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     how.add_argument("--overwrite", action="store_true", help="remove a run that is there")
-    run.set_defaults(func=_with_errors(_run), stopped=_RESUMES)
+    run.set_defaults(func=_with_errors(_run))
     report = verbs.add_parser("report", help="write a run's report.html again")
     report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
     report.set_defaults(func=_with_errors(_report))
@@ -99,33 +100,36 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
     """Turn what the user can get wrong into one line and an exit code."""
 
     def run(args: argparse.Namespace) -> int:
+        from turret.server.command.interrupts import exit_code, raising_terminated
         from turret.server.errors import TurretError
         from turret.training.errors import TrainingError
 
         # peft imports it first: see ``server/models/weights/nf4.py``.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         try:
-            verb(args)
+            with raising_terminated():
+                verb(args)
         except OSError as error:
             where = "" if error.filename is None else f"{error.filename}: "
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            step = f"; free some{getattr(args, 'stopped', '')}" if is_full else ""
+            step = f"; free some{_how_to_go_on(args)}" if is_full else ""
             print(f"error: {where}{error.strerror or error}{step}", file=sys.stderr)
             return 1
         except (TrainingError, TurretError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 1
-        except ModuleNotFoundError as error:
-            if error.name not in ("peft", "accelerate"):
-                raise
-            print("error: training needs an extra: pip install 'turret[train]'", file=sys.stderr)
-            return 1
-        except KeyboardInterrupt:
-            print(f"\nstopped{getattr(args, 'stopped', '')}", file=sys.stderr)
-            return 130
+        except KeyboardInterrupt as interrupt:
+            print(f"\nstopped{_how_to_go_on(args)}", file=sys.stderr)
+            return exit_code(interrupt)
         return 0
 
     return run
+
+
+def _how_to_go_on(args: argparse.Namespace) -> str:
+    """The end of a sentence about a verb that ends early: what it has left, and who takes it up."""
+    how: str = getattr(args, "how_to_go_on", str)()
+    return how and f"; {how}"
 
 
 def _init(args: argparse.Namespace) -> None:
@@ -155,10 +159,13 @@ def _ranks(text: str) -> tuple[int, ...]:
 
 def _read(args: argparse.Namespace) -> Any:
     from turret.server.command.threads import use_threads
-    from turret.training.data.example import read_examples
+    from turret.training.data.files import read_files
+    from turret.training.errors import RunError
     from turret.training.settings.config_file import read_config
     from turret.training.settings.inputs import check_inputs
 
+    if not all(importlib.util.find_spec(module) for module in _EXTRA):
+        raise RunError("training needs an extra: pip install 'turret[train]'")
     overrides = list(args.set)
     for flag, (key, _) in _FLAGS.items():
         value = getattr(args, flag[2:].replace("-", "_"))
@@ -168,23 +175,20 @@ def _read(args: argparse.Namespace) -> Any:
     use_threads(args.threads, is_background=True, niceness=args.nice)
     check_inputs(config, args.config.parent)
     # Read again with the base, which takes seconds to load: a bad line need not wait for it.
-    for name in (config.data.train, config.data.validation):
-        if name is not None:
-            read_examples(args.config.parent / name)
+    read_files(config.data, args.config.parent)
     return config
 
 
-def _load(module: str) -> None:
+def _load(args: argparse.Namespace, module: str) -> None:
     """Import what brings torch, which takes seconds and is not to be interrupted by an error."""
     from turret.server.command.interrupts import ending_at_interrupts
 
-    with ending_at_interrupts("stopped"):
+    with ending_at_interrupts(f"stopped{_how_to_go_on(args)}"):
         importlib.import_module(module)
 
 
-def _resolve(args: argparse.Namespace) -> Any:
-    config = _read(args)
-    _load("turret.training.trainer")
+def _resolve(args: argparse.Namespace, config: Any) -> Any:
+    _load(args, "turret.training.trainer")
     from turret.training.settings.resolve import resolve
 
     resolved = resolve(config, args.config.parent)
@@ -194,7 +198,7 @@ def _resolve(args: argparse.Namespace) -> Any:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    resolved = _resolve(args)
+    resolved = _resolve(args, _read(args))
 
     from rich.console import Console
 
@@ -205,15 +209,21 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _sweep(args: argparse.Namespace) -> None:
     config = _read(args)
-    _load("turret.training.sweep")
+    output = args.config.parent / config.run.output
+    args.how_to_go_on = lambda: _how_a_sweep_goes_on(output, args.ranks)
     from rich.console import Console
     from rich.table import Table
 
     from turret.training.run.progress import training_progress
-    from turret.training.sweep import sweep
 
+    with training_progress(None, "sweep") as listen:
+        listen({"kind": "phase", "text": "reading the base model"})
+        _load(args, "turret.training.sweep")
+        from turret.training.sweep import sweep
+
+        results = sweep(config, args.config.parent, args.ranks, training_progress)
     table = Table("rank", "validation loss", "trained weights", "adapter", "products", "seconds")
-    for result in sweep(config, args.config.parent, args.ranks, training_progress):
+    for result in results:
         table.add_row(
             str(result.rank),
             f"{result.validation_loss:.4f}",
@@ -225,18 +235,30 @@ def _sweep(args: argparse.Namespace) -> None:
     Console(highlight=False).print(table)
 
 
+def _how_a_sweep_goes_on(output: Path, ranks: Sequence[int]) -> str:
+    from turret.training.run.folder import RunFolder, rank_folder
+
+    runs = [RunFolder(rank_folder(output, rank)) for rank in ranks]
+    has_some = any(run.is_finished or run.newest_checkpoint for run in runs)
+    return "the same command goes on, and trains no finished rank again" if has_some else ""
+
+
 def _run(args: argparse.Namespace) -> None:
     from turret.training.run.folder import RunFolder
+    from turret.training.run.resuming import check_settings
 
     config = _read(args)
     output = RunFolder((args.config.parent / config.run.output).resolve())
     output.check(resume=args.resume, overwrite=args.overwrite)
+    args.how_to_go_on = output.how_to_go_on
+    if args.resume:
+        check_settings(config, output)
 
     from turret.training.run.progress import training_progress
 
     with training_progress(None) as listen:
         listen({"kind": "phase", "text": "reading the base model and the data"})
-        resolved = _resolve(args)
+        resolved = _resolve(args, config)
 
         from turret.training.report.html_report import write_report
         from turret.training.trainer import Trainer

@@ -9,6 +9,7 @@ MULTI_LABEL = "multi_label_classification"
 REGRESSION = "regression"
 # As transformers writes ``problem_type``.
 PROBLEM_TYPES = (SINGLE_LABEL, MULTI_LABEL, REGRESSION)
+MAX_LABELS, MAX_LABEL_CHARS = 4096, 256
 
 
 @dataclass(frozen=True, slots=True)

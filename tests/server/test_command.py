@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT
+from command_modules import loaded_and_said_by, loaded_by
 
 from turret.server.cli import build_parser, main
 from turret.server.command.completion import script
@@ -27,26 +28,6 @@ def parse(*arguments: str, environ: Mapping[str, str] | None = None) -> Config:
     parser = argparse.ArgumentParser()
     add_flags(parser)
     return config_from_args(parser.parse_args(arguments), environ or {})
-
-
-def loaded_by(*arguments: str) -> tuple[int, set[str]]:
-    """Exit code of a command in a process of its own, and the modules that it imported."""
-    return loaded_and_said_by(*arguments)[:2]
-
-
-def loaded_and_said_by(*arguments: str) -> tuple[int, set[str], str]:
-    """As :func:`loaded_by`, and what it said on standard error."""
-    code = (
-        "import sys\nfrom turret.server.cli import main\n"
-        "try: code = main(sys.argv[1:])\nexcept SystemExit as end: code = end.code\n"
-        "print('\\nloaded', code or 0, *sys.modules)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
-    )  # fmt: skip
-    words = done.stdout.splitlines()[-1].split()
-    return int(words[1]), set(words[2:]), done.stderr
 
 
 def test_help_loads_nothing_that_takes_long() -> None:

@@ -25,7 +25,7 @@ from turret.training.loss import HEAD_ROWS, LossFunction
 from turret.training.run.folder import read_metrics
 from turret.training.settings.config_file import render_config
 from turret.training.trainer import Trainer
-from turret.training.verbs import _RESUMES, _with_errors
+from turret.training.verbs import _with_errors
 
 EXACT = "base.dtype=float32"
 
@@ -173,7 +173,8 @@ def test_a_directory_is_neither_overwritten_nor_mixed_up(tiny_llama: Path, tmp_p
         RunError, match="holds an unfinished run; --resume goes on with it, --overwrite"
     ):
         train(tmp_path, tiny_llama, "run", "run.seed=1")
-    with pytest.raises(RunError, match=r"differ from the run there: config.method.dropout$"):
+    own = r"`turret train run .*/run/config.toml --resume` goes on"
+    with pytest.raises(RunError, match=f"differ from the run there: config.method.dropout; {own}"):
         train(tmp_path, tiny_llama, "run", "run.seed=1", "method.dropout=0.1", resume=True)
     write_words(tmp_path / "train.jsonl", count=23)
     with pytest.raises(RunError, match=r"data.digest"):
@@ -214,10 +215,11 @@ def test_a_disk_without_room_is_told_before_training(
 
 def test_a_disk_that_fills_up_is_told_with_how_to_go_on(capsys: pytest.CaptureFixture[str]):
     def fill(args: argparse.Namespace) -> None:
+        args.how_to_go_on = lambda: "--resume goes on from step 5"
         raise OSError(errno.ENOSPC, "No space left on device", "adapter_model.safetensors")
 
-    assert _with_errors(fill)(argparse.Namespace(stopped=_RESUMES)) == 1
+    assert _with_errors(fill)(argparse.Namespace()) == 1
     assert capsys.readouterr().err == (
         "error: adapter_model.safetensors: No space left on device; free some; --resume goes on"
-        " from the last checkpoint, if run.checkpoint_every has written one\n"
+        " from step 5\n"
     )

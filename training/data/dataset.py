@@ -9,10 +9,11 @@ from pathlib import Path
 from turret.training.base_model import TrainingBase
 from turret.training.data.batch import Row, pack_rows, single_rows
 from turret.training.data.encode import Encoded, EncodedSet, encode_all
-from turret.training.data.example import Example, data_digest, read_examples
+from turret.training.data.example import Example, data_digest
+from turret.training.data.files import read_files
 from turret.training.data.invocation import Invocation
-from turret.training.data.labels import check_labelled, encode_labelled, labels_of
-from turret.training.errors import ConfigError, DataError
+from turret.training.data.labels import encode_labelled
+from turret.training.errors import ConfigError
 from turret.training.settings.config import DataConfig
 
 
@@ -61,27 +62,14 @@ def load_dataset(
 
     Raises:
         ConfigError: ``data.max_length`` is beyond the model's context.
-        DataError: See :func:`read_examples` and :func:`encode_all`; or an example is in both sets.
+        DataError: See :func:`read_files` and :func:`encode_all`.
     """
     if config.max_length > base.max_length:
         raise ConfigError.of("data.max_length", f"the model's context ends at {base.max_length}")
-    path = folder / config.train
-    examples = read_examples(path)
-    # Before the split: a label may be on so few lines that all of them are set aside.
-    labels = labels_of(examples) if config.task == "classification" else ()
-    is_multi_label = bool(labels) and examples[0].labels is not None
-    paths = [path]
-    if config.validation is not None:
-        paths.append(folder / config.validation)
-        held_out = read_examples(paths[1])
-        if labels:
-            check_labelled(held_out, is_multi_label=is_multi_label)
-        _check_disjoint(examples, held_out)
-    else:
+    files = read_files(config, folder)
+    examples, held_out, labels = files.train, files.validation, files.labels
+    if held_out is None:
         examples, held_out = split(examples, config.validation_fraction, seed)
-
-    if not labels:
-        _check_answered([*examples, *held_out])
 
     def encode(some: list[Example]) -> EncodedSet:
         if labels:
@@ -93,13 +81,13 @@ def load_dataset(
     return Dataset(
         train=tuple(make_rows(train.examples, config)),
         validation=tuple(single_rows(validation.examples)),
-        digest=data_digest(*paths),
+        digest=data_digest(*files.paths),
         num_examples=len(train.examples),
         num_tokens=sum(len(example.tokens) for example in train.examples),
         num_dropped=train.num_dropped + validation.num_dropped,
         num_truncated=train.num_truncated + validation.num_truncated,
         labels=labels,
-        is_multi_label=is_multi_label,
+        is_multi_label=files.is_multi_label,
     )
 
 
@@ -118,24 +106,3 @@ def split(
     chosen = set(random.Random(f"{seed}/split").sample(range(len(examples)), k=count))
     kept = [example for index, example in enumerate(examples) if index not in chosen]
     return kept, [example for index, example in enumerate(examples) if index in chosen]
-
-
-def _content(example: Example) -> object:
-    messages = example.messages and tuple((m["role"], m["content"]) for m in example.messages)
-    return messages, example.prompt, example.completion, example.labels
-
-
-def _check_answered(examples: list[Example]) -> None:
-    for example in examples:
-        if example.labels is not None:
-            raise example.error("labels", 'are learned with data.task = "classification" alone')
-
-
-def _check_disjoint(train: list[Example], validation: list[Example]) -> None:
-    seen = {_content(example): example.line for example in train}
-    for example in validation:
-        line = seen.get(_content(example))
-        if line is not None:
-            raise DataError(
-                f"{example.path}:{example.line}: line: is line {line} of the training file too"
-            )

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from turret.server.adapters.peft_format.classifier_checkpoint import MAX_LABEL_CHARS, MAX_LABELS
+from turret.server.adapters.head import MAX_LABEL_CHARS, MAX_LABELS
 from turret.training.data.encode import Encoded, EncodedSet, encode_prompt
 from turret.training.data.example import Example
 from turret.training.errors import DataError

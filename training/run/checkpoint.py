@@ -9,8 +9,7 @@ from typing import Any
 import torch
 
 from turret.server.basics.durable_file import replace_file
-
-_PATTERN = "step-*.pt"
+from turret.training.run.folder import checkpoint_path, checkpoints_in
 
 
 def save_checkpoint(
@@ -32,14 +31,9 @@ def save_checkpoint(
     buffer = io.BytesIO()
     torch.save(state, buffer)
     folder.mkdir(exist_ok=True)
-    replace_file(folder / f"step-{step:08d}.pt", buffer.getvalue())
-    for path in sorted(folder.glob(_PATTERN))[:-keep]:
+    replace_file(checkpoint_path(folder, step), buffer.getvalue())
+    for path in checkpoints_in(folder)[:-keep]:
         path.unlink()
-
-
-def latest_checkpoint(folder: Path) -> Path | None:
-    """The newest, or None."""
-    return max(folder.glob(_PATTERN), default=None)
 
 
 def restore_checkpoint(

@@ -73,6 +73,10 @@ class RunFolder:
         return self.path / "report.html"
 
     @property
+    def newest_checkpoint(self) -> Path | None:
+        return next(reversed(checkpoints_in(self.checkpoints)), None)
+
+    @property
     def is_finished(self) -> bool:
         return self.adapter.is_dir()
 
@@ -107,6 +111,15 @@ class RunFolder:
         if problem := unwritable(self.path):
             raise RunError(f"{self.path} {problem}; --output DIR writes somewhere else")
 
+    def how_to_go_on(self) -> str:
+        """What ``--resume`` would do with a run that stops now; empty where there is none."""
+        if self.is_finished or not self.facts.exists():
+            return ""
+        newest = self.newest_checkpoint
+        if newest is None:
+            return "no checkpoint is written yet (run.checkpoint_every): --resume begins at step 0"
+        return f"--resume goes on from step {step_of(newest)}"
+
     def read_facts(self) -> dict[str, Any]:
         """``run.json``.
 
@@ -124,6 +137,26 @@ class RunFolder:
 
     def write_facts(self, facts: dict[str, Any]) -> None:
         replace_file(self.facts, (json.dumps(facts, indent=2, sort_keys=True) + "\n").encode())
+
+
+def rank_folder(output: Path, rank: int) -> Path:
+    """Where a sweep that writes to ``output`` trains a rank."""
+    return output / f"rank-{rank}"
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """The checkpoint after so many steps."""
+    return folder / f"step-{step:08d}.pt"
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """All of a run, oldest first."""
+    return sorted(folder.glob("step-*.pt"))
+
+
+def step_of(checkpoint: Path) -> int:
+    """The steps done before it was written."""
+    return int(checkpoint.stem.removeprefix("step-"))
 
 
 def read_metrics(path: Path) -> Iterator[dict[str, Any]]:

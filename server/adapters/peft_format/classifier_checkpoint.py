@@ -17,12 +17,18 @@ import torch
 from turret.server.adapters.base import BaseModel
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.reader import AdapterCheckpoint
-from turret.server.adapters.head import MULTI_LABEL, PROBLEM_TYPES, SINGLE_LABEL, Head
+from turret.server.adapters.head import (
+    MAX_LABEL_CHARS,
+    MAX_LABELS,
+    MULTI_LABEL,
+    PROBLEM_TYPES,
+    SINGLE_LABEL,
+    Head,
+)
 from turret.server.adapters.operators.classifier import Classifier
 
 TASK_TYPE = "SEQ_CLS"
 HEAD_NAMES = ("score", "classifier")
-MAX_LABELS, MAX_LABEL_CHARS = 4096, 256
 _KEYS = ("id2label", "label2id", "problem_type", "num_labels")
 _HEADS = "|".join(HEAD_NAMES)
 # Beside a learned prompt PEFT's prefix is shorter, and a raw state dict keeps PEFT's wrapper, with

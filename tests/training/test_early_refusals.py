@@ -1,0 +1,176 @@
+"""What ``turret train`` says before torch is loaded, and when it is stopped."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from checkout import ROOT
+from command_modules import loaded_and_said_by
+
+from turret.training.errors import RunError
+from turret.training.run.folder import RunFolder, checkpoint_path
+from turret.training.run.resuming import check_settings, versions
+from turret.training.settings.config_file import build_config
+from turret.training.verbs import _how_a_sweep_goes_on, _read, _with_errors
+
+
+def write_config(folder: Path, *lines: str) -> str:
+    """A config whose data is ``lines``."""
+    (folder / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
+    (folder / "t.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return str(folder / "t.toml")
+
+
+def run_python(program: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("lines", "said"),
+    [
+        (['{"prompt": "a", "completion": "b"}'] * 2, "holds 1 labels, 2 to 4096 are learned"),
+        (['{"text": "a"}'], ":1: text: has no label"),
+    ],
+)
+def test_data_without_labels_ends_before_torch(lines: list[str], said: str, tmp_path: Path):
+    config = write_config(tmp_path, *lines)
+    code, modules, err = loaded_and_said_by(
+        "train", "run", config, "--set", "data.task=classification"
+    )
+    assert code == 1
+    assert err.startswith(f"error: {tmp_path}/t.jsonl")
+    assert said in err
+    assert not modules & {"torch", "peft", "transformers"}
+
+
+def test_another_config_than_the_one_to_resume_ends_before_torch(tmp_path: Path):
+    config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
+    run = RunFolder(tmp_path / "run")
+    run.path.mkdir()
+    settings = {"run": {"batch_size": 8, "seed": 0}}
+    run.write_facts({"config": settings, "versions": versions()})
+    code, modules, err = loaded_and_said_by(
+        "train", "run", config, "--resume", "--set", "run.batch_size=2"
+    )
+    assert code == 1
+    assert "run.batch_size" in err
+    assert "config.run.seed" not in err
+    assert not modules & {"torch", "peft", "transformers"}
+
+
+def test_what_a_config_leaves_open_is_not_compared_with_the_run(tmp_path: Path):
+    """What the trainer fills in, or writes in another form, is no difference."""
+    tables = {"data": {"train": "t.jsonl"}, "method": {"targets": ["all-linear"]}}
+    run = RunFolder(tmp_path)
+    there = build_config(
+        {
+            "data": {"train": "elsewhere/t.jsonl"},
+            "method": {"targets": ["q_proj", "v_proj"], "rank": 8, "alpha": 16.0},
+            "base": {"dtype": "float32", "device": "cpu"},
+        },
+        ["run.steps=9", "optimizer.learning_rate=0.001"],
+    )
+    facts = {"config": json.loads(json.dumps(dataclasses.asdict(there))), "versions": versions()}
+    run.write_facts(facts)
+    for targets in (["all-linear"], ["q_proj", "v_proj", "q_proj"]):
+        told = {**tables, "method": {"targets": targets}}
+        check_settings(build_config(told, []), run)
+        check_settings(build_config(told, ["optimizer.name=paged-adamw8bit"]), run)
+    own = re.escape(f"`turret train run {tmp_path}/config.toml --resume` goes on with its own")
+    for override in ("method.rank=4", 'method.targets=["q_proj"]', "optimizer.beta1=0.8"):
+        key = override.partition("=")[0]
+        with pytest.raises(RunError, match=f"config.{key}; {own}"):
+            check_settings(build_config(tables, [override]), run)
+    # Its own settings are of no use to who has other versions.
+    run.write_facts({**facts, "versions": {**versions(), "torch": "1.0"}})
+    with pytest.raises(RunError, match=r"versions.torch; another --output begins a new run$"):
+        check_settings(build_config(tables, []), run)
+
+
+def test_a_missing_extra_is_told_before_anything_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name)
+    )
+    with pytest.raises(RunError, match=r"^training needs an extra: pip install 'turret\[train\]'$"):
+        _read(argparse.Namespace())
+
+
+def test_a_sweep_speaks_before_it_loads_torch(tmp_path: Path):
+    config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
+    # What is loaded ends the process, so that only what was said before can be read.
+    stop = (
+        "import sys; from turret.server import cli\n"
+        "class Stop:\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        "        if name == 'torch': sys.exit(7)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        f"sys.exit(cli.main(['train', 'sweep', {config!r}]))"
+    )
+    done = run_python(stop)
+    assert (done.returncode, done.stderr) == (7, "sweep: starting  0 s\n")
+
+
+def test_a_run_that_stops_says_from_where_it_can_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = RunFolder(tmp_path)
+
+    def stop(args: argparse.Namespace) -> None:
+        args.how_to_go_on = run.how_to_go_on
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(10)
+
+    def said() -> str:
+        assert _with_errors(stop)(argparse.Namespace()) == 143
+        return capsys.readouterr().err
+
+    assert said() == "\nstopped\n"
+    run.write_facts({})
+    assert said().endswith(" (run.checkpoint_every): --resume begins at step 0\n")
+    run.checkpoints.mkdir()
+    for step in (50, 100):
+        checkpoint_path(run.checkpoints, step).touch()
+    assert said() == "\nstopped; --resume goes on from step 100\n"
+    run.adapter.mkdir()
+    assert said() == "\nstopped\n"
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_sweep_that_stops_goes_on_where_it_has_something(tmp_path: Path):
+    assert _how_a_sweep_goes_on(tmp_path, (2, 4)) == ""
+    run = RunFolder(tmp_path / "rank-4")
+    run.checkpoints.mkdir(parents=True)
+    assert _how_a_sweep_goes_on(tmp_path, (2, 4)) == ""
+    checkpoint_path(run.checkpoints, 50).touch()
+    assert _how_a_sweep_goes_on(tmp_path, (2, 4)).startswith("the same command goes on")
+    assert _how_a_sweep_goes_on(tmp_path, (2, 8)) == ""
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_what_stops_while_libraries_load_ends_the_process(kind: signal.Signals, code: int):
+    stop = (
+        "import os, signal, time\n"
+        "from turret.server.command.interrupts import ending_at_interrupts, raising_terminated\n"
+        "with raising_terminated(), ending_at_interrupts('stopped; and so on'):\n"
+        f"    os.kill(os.getpid(), {int(kind)})\n"
+        "    time.sleep(10)\n"
+    )
+    done = run_python(stop)
+    assert (done.returncode, done.stderr) == (code, "\nstopped; and so on\n")

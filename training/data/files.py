@@ -1,0 +1,79 @@
+"""The files that a config names, and what they say against themselves before torch is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from turret.training.data.example import Example, read_examples
+from turret.training.data.labels import check_labelled, labels_of
+from turret.training.errors import DataError
+from turret.training.settings.config import DataConfig
+
+
+@dataclass(frozen=True, slots=True)
+class DataFiles:
+    """What was read.
+
+    Attributes:
+        paths: The files, the training one first.
+        train: Its examples, of which a part may yet be set aside.
+        validation: Those of a file of their own, or None.
+        labels: What a classification tells apart, in the head's order; else empty.
+        is_multi_label: Whether any number of them may hold, and not exactly one.
+    """
+
+    paths: tuple[Path, ...]
+    train: list[Example]
+    validation: list[Example] | None
+    labels: tuple[str, ...]
+    is_multi_label: bool
+
+
+def read_files(config: DataConfig, folder: Path) -> DataFiles:
+    """Read them.
+
+    Args:
+        config: Paths are relative to ``folder``.
+        folder: Of the config file.
+
+    Raises:
+        DataError: See :func:`read_examples` and :func:`labels_of`; or an example is in both files,
+            or has labels where texts are learned.
+    """
+    paths = tuple(folder / name for name in (config.train, config.validation) if name is not None)
+    train = read_examples(paths[0])
+    # Before a part is set aside: a label may be on so few lines that all of them are in it.
+    labels = labels_of(train) if config.task == "classification" else ()
+    is_multi_label = bool(labels) and train[0].labels is not None
+    validation = None
+    if config.validation is not None:
+        validation = read_examples(paths[1])
+        if labels:
+            check_labelled(validation, is_multi_label=is_multi_label)
+        _check_disjoint(train, validation)
+    if not labels:
+        _check_answered([*train, *(validation or ())])
+    return DataFiles(paths, train, validation, labels, is_multi_label)
+
+
+def _content(example: Example) -> object:
+    messages = example.messages and tuple((m["role"], m["content"]) for m in example.messages)
+    return messages, example.prompt, example.completion, example.labels
+
+
+def _check_answered(examples: Sequence[Example]) -> None:
+    for example in examples:
+        if example.labels is not None:
+            raise example.error("labels", 'are learned with data.task = "classification" alone')
+
+
+def _check_disjoint(train: Sequence[Example], validation: Sequence[Example]) -> None:
+    seen = {_content(example): example.line for example in train}
+    for example in validation:
+        line = seen.get(_content(example))
+        if line is not None:
+            raise DataError(
+                f"{example.path}:{example.line}: line: is line {line} of the training file too"
+            )

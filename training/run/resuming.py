@@ -1,0 +1,102 @@
+"""Whether a run may go on with the one in its directory, which was made of the same things."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import shlex
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import turret
+from turret.training.errors import RunError
+from turret.training.run.folder import RunFolder
+from turret.training.settings.config import TrainConfig
+from turret.training.settings.targets import PRESETS
+
+_PARTS = ("base", "data", "config", "versions")
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+# Of the config as it is read: paths, which a run may have been moved from, and what is replaced.
+_NOT_COMPARED = {"base": ("model",), "data": ("train", "validation"), "run": ("output",)}
+
+
+def versions() -> dict[str, str]:
+    """Of all that a run's numbers depend on."""
+    return {
+        "turret": turret.__version__,
+        "python": platform.python_version(),
+        **{package: version(package) for package in _PACKAGES},
+    }
+
+
+def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> None:
+    """Refuse to go on with a run that was made of something else.
+
+    Args:
+        before: ``run.json`` of the run that is there.
+        now: The same of this one, or a part of it.
+        folder: Of the run.
+
+    Raises:
+        RunError: Base, data, config or versions differ; names the keys, and what to do.
+    """
+    keys = [
+        key
+        for part in _PARTS
+        if part in now
+        for key in _differences(part, before.get(part), now[part])
+    ]
+    if not keys:
+        return
+    run, step = RunFolder(folder), "another --output begins a new run"
+    if not run.is_finished and all(key.startswith("config.") for key in keys):
+        own = shlex.quote(str(run.config))
+        step = f"`turret train run {own} --resume` goes on with its own settings, {step}"
+    raise RunError(
+        f"{folder} cannot be resumed, these differ from the run there: {', '.join(keys)}; {step}"
+    )
+
+
+def check_settings(config: TrainConfig, folder: RunFolder) -> None:
+    """As :func:`check_same_run`, by what a config says itself, before torch is loaded.
+
+    Args:
+        config: As read: what it leaves open is not compared.
+        folder: Of the run.
+    """
+    before = folder.read_facts()
+    there = before.get("config", {})
+    told = {
+        table: {
+            key: value
+            for key, value in keys.items()
+            if value is not None and key not in _NOT_COMPARED.get(table, ())
+        }
+        for table, keys in dataclasses.asdict(config).items()
+    }
+    method, optimizer = told["method"], told["optimizer"]
+    # Digests, and the modules' names.
+    method.pop("components", None)
+    targets = tuple(dict.fromkeys(method.pop("targets", ())))
+    if targets and targets[0] not in PRESETS:
+        method["targets"] = targets
+    if optimizer["name"].startswith("paged"):
+        # Where there is no CUDA, another takes its place.
+        del optimizer["name"]
+    known = {table: {key: there.get(table, {}).get(key) for key in told[table]} for table in told}
+    now = {"config": told, "versions": versions()}
+    check_same_run({**before, "config": known}, now, folder.path)
+
+
+def _differences(key: str, before: Any, now: Any) -> list[str]:
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        return [
+            name
+            for part in sorted({*before, *now})
+            for name in _differences(f"{key}.{part}", before.get(part), now.get(part))
+        ]
+    # Tuples come back from JSON as lists.
+    plain = list(now) if isinstance(now, tuple) else now
+    return [] if before == plain else [key]
