@@ -24,6 +24,7 @@ from turret.clients.calls import call_async
 from turret.clients.channel import (
     DEFAULT_ADDRESS,
     CallSettings,
+    ClosedStub,
     Tls,
     open_aio_channel,
     stream_timeout,
@@ -79,11 +80,13 @@ class AsyncTurretClient:
         self._admin_channel = (
             self._channel if admin_address is None else open_aio_channel(admin_address, tls)
         )
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self.adapters = AsyncAdaptersClient(self._admin_channel, self._settings)
 
     async def close(self) -> None:
-        """Close the connections; calls that run are cancelled."""
+        """Close the connections; calls that run are cancelled, later ones a RuntimeError."""
+        self._stub = ClosedStub()
+        self.adapters.close()
         await self._channel.close()
         await self._admin_channel.close()
 

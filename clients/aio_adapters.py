@@ -11,7 +11,7 @@ from typing import Any
 import grpc.aio
 
 from turret.clients.calls import call_async
-from turret.clients.channel import CallSettings, stream_timeout
+from turret.clients.channel import CallSettings, ClosedStub, stream_timeout
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.clients.messages.adapter_requests import (
@@ -34,8 +34,12 @@ class AsyncAdaptersClient:
     """
 
     def __init__(self, channel: grpc.aio.Channel, settings: CallSettings) -> None:
-        self._stub = adapters_pb2_grpc.AdaptersStub(channel)
+        self._stub: Any = adapters_pb2_grpc.AdaptersStub(channel)
         self._settings = settings
+
+    def close(self) -> None:
+        """Make later calls a RuntimeError; the client that it belongs to closes the connection."""
+        self._stub = ClosedStub()
 
     async def load(
         self,

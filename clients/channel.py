@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NoReturn
 
 import grpc
 import grpc.aio
 
 from turret.clients.messages.mix import routing_key
 from turret.clients.retries import RetryPolicy
+from turret.clients.unreached import address_problem
 from turret.v1 import adapters_pb2
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
@@ -83,8 +85,9 @@ def open_channel(address: str, tls: Tls | None) -> grpc.Channel:
 
     Raises:
         TypeError: An argument has the wrong type.
+        ValueError: The address is a URL, or has no port and no TLS.
     """
-    _check_types(address, tls)
+    _check(address, tls)
     if tls is None:
         return grpc.insecure_channel(address, options=_options(tls))
     return grpc.secure_channel(address, tls.credentials(), options=_options(tls))
@@ -92,17 +95,26 @@ def open_channel(address: str, tls: Tls | None) -> grpc.Channel:
 
 def open_aio_channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
     """Open a channel for asyncio calls; it connects at the first one; errors are those above."""
-    _check_types(address, tls)
+    _check(address, tls)
     if tls is None:
         return grpc.aio.insecure_channel(address, options=_options(tls))
     return grpc.aio.secure_channel(address, tls.credentials(), options=_options(tls))
 
 
-def _check_types(address: object, tls: object) -> None:
+def _check(address: object, tls: object) -> None:
     if not isinstance(address, str):
         raise TypeError(f"address: HOST:PORT, not {address!r}")
     if not isinstance(tls, Tls | None):
         raise TypeError(f"tls: a Tls, such as Tls() for the system's roots, or None, not {tls!r}")
+    if problem := address_problem(address, has_tls=tls is not None):
+        raise ValueError(f"address: {problem}")
+
+
+class ClosedStub:
+    """Takes the place of a closed client's stub: says what gRPC says in terms of its own."""
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise RuntimeError("the client is closed; make another")
 
 
 def _options(tls: Tls | None) -> list[tuple[str, int | str]]:

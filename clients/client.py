@@ -20,6 +20,7 @@ from turret.clients.calls import call
 from turret.clients.channel import (
     DEFAULT_ADDRESS,
     CallSettings,
+    ClosedStub,
     Tls,
     open_channel,
     stream_timeout,
@@ -89,11 +90,13 @@ class TurretClient:
         self._admin_channel = (
             self._channel if admin_address is None else open_channel(admin_address, tls)
         )
-        self._stub = inference_pb2_grpc.InferenceStub(self._channel)
+        self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)
         self.adapters = AdaptersClient(self._admin_channel, self._settings)
 
     def close(self) -> None:
-        """Close the connections; calls that run are cancelled."""
+        """Close the connections; calls that run are cancelled, later ones a RuntimeError."""
+        self._stub = ClosedStub()
+        self.adapters.close()
         self._channel.close()
         self._admin_channel.close()
 

@@ -26,6 +26,8 @@ import grpc
 from google.protobuf import message
 from google.rpc import error_details_pb2, status_pb2
 
+from turret.clients.unreached import why_unreached
+
 _DETAILS_KEY = "grpc-status-details-bin"
 _REQUEST_ID_KEY = "x-request-id"
 # Fields that a message names; ``violations`` has all.
@@ -248,6 +250,7 @@ _UNREACHED = re.compile(
     r" (?:Failed to connect to remote host: )?(?P<why>.*)",
     re.DOTALL,
 )
+_UNRESOLVED = re.compile(r"errors resolving (?P<place>\S+): \[")
 
 
 def _plain(code: grpc.StatusCode, text: str) -> str:
@@ -256,7 +259,9 @@ def _plain(code: grpc.StatusCode, text: str) -> str:
         return "no answer in time"
     if found := _UNREACHED.fullmatch(text):
         place = found["place"].replace("%5B", "[").replace("%5D", "]")
-        return f"cannot connect to {place}: {found['why']}"
+        return why_unreached(place, found["why"])
+    if found := _UNRESOLVED.match(text):
+        return why_unreached(found["place"], "its name has no address")
     return text
 
 

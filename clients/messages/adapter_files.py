@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import shutil
 import tempfile
@@ -10,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO, Self
 
+from turret.clients.messages.adapter_requests import filled
 from turret.v1 import adapters_pb2
 
 _CHUNK_BYTES = 256 << 10
@@ -46,13 +48,14 @@ def upload_messages(
     Raises:
         FileNotFoundError: The directory lacks one of them.
     """
-    directory = Path(directory)
+    directory = _path(directory)
     paths = [directory / "adapter_config.json", *sorted(directory.glob("*.safetensors"))]
     if not paths[0].is_file() or len(paths) == 1:
         raise FileNotFoundError(f"{directory}: {_lacking(directory)}")
     if any(map(_has_vocabulary, paths[1:])):
         paths += [path for name in _TOKENIZER if (path := directory / name).is_file()]
-    header = adapters_pb2.UploadHeader(
+    header = filled(
+        adapters_pb2.UploadHeader(),
         name=name,
         pinned=pinned,
         replace=replace,
@@ -64,6 +67,12 @@ def upload_messages(
             digest = hashlib.file_digest(file, "sha256").hexdigest()
             header.files.add(path=path.name, size_bytes=file.tell(), sha256=digest)
     return _messages(header, paths)
+
+
+def _path(directory: object) -> Path:
+    if not isinstance(directory, str | os.PathLike):
+        raise TypeError(f"directory: a path, not {directory!r}")
+    return Path(directory)
 
 
 def _has_vocabulary(path: Path) -> bool:
@@ -124,7 +133,7 @@ class ExportWriter:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self._directory = Path(directory)
+        self._directory = _path(directory)
         if self._directory.exists():
             raise FileExistsError(f"{self._directory} already exists")
         self._directory.parent.mkdir(parents=True, exist_ok=True)

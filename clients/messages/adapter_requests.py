@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -19,12 +20,9 @@ def list_request(
     page_size: int, page_token: str, method: str | None, residency: str | None
 ) -> pb.ListAdaptersRequest:
     """Raises ``ValueError`` for an unknown residency."""
-    return pb.ListAdaptersRequest(
-        page_size=page_size,
-        page_token=page_token,
-        method=method or "",
-        residency=_enum_value(pb.Adapter.Residency, "residency", residency),  # type: ignore[arg-type]
-    )
+    value = _enum_value(pb.Adapter.Residency, "residency", residency)
+    request = pb.ListAdaptersRequest(residency=value)  # type: ignore[arg-type]
+    return filled(request, page_size=page_size, page_token=page_token, method=method)
 
 
 def unload_request(
@@ -77,6 +75,10 @@ def filled(request: _Request, **values: Any) -> _Request:
 
 
 def _duration(seconds: float) -> duration_pb2.Duration:
+    is_number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not is_number or not math.isfinite(seconds):
+        kind = ValueError if is_number else TypeError
+        raise kind(f"drain_seconds: a number of seconds, not {seconds!r}")
     duration = duration_pb2.Duration()
     duration.FromNanoseconds(round(seconds * 1e9))
     return duration
@@ -87,7 +89,8 @@ def _enum_value(enum: EnumTypeWrapper, field: str, name: str | None) -> int:
     if name is None:
         return 0
     # The first name is the unspecified one.
-    names = enum.keys()[1:]
-    if name.upper() not in names:
-        raise ValueError(f"{field} must be one of {', '.join(names)}, not {name!r}")
+    names = [name.lower() for name in enum.keys()[1:]]
+    if not isinstance(name, str) or name.lower() not in names:
+        kind = ValueError if isinstance(name, str) else TypeError
+        raise kind(f"{field}: one of {', '.join(names)}, not {name!r}")
     return enum.Value(name.upper())

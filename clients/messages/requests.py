@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
+from google.protobuf.descriptor import FieldDescriptor
+
 from turret.clients.messages.mix import AdapterLike, to_mix
 from turret.v1 import inference_pb2
 
@@ -98,6 +100,7 @@ POOLINGS = {
     "last": inference_pb2.EmbedRequest.LAST,
     "mean": inference_pb2.EmbedRequest.MEAN,
 }
+_PROMPTS = "text, token ids or the turns of a conversation"
 _TURN_FIELDS = {"content", "tool_calls", "tool_call_id"}
 _RESPONSE = ("logprobs", "top_n", "echo", "token_ids")
 
@@ -129,7 +132,7 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
         values.setdefault("logprobs", True)
     fill(request.options, _RESPONSE, values)
     _set_constraint(request, values)
-    for tool in values.get("tools", ()):
+    for tool in _several("tools", values.get("tools", ())):
         if request.WhichOneof("input") != "chat":
             raise TypeError("tools: only a conversation has tools")
         request.chat.tools.append(_to_tool(tool))
@@ -142,7 +145,7 @@ def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str,
         raise TypeError(f"an answer has one constraint, not several: {', '.join(given)}")
     schema = values.get("json_schema")
     if isinstance(schema, Mapping):
-        values = {**values, "json_schema": json.dumps(schema, ensure_ascii=False)}
+        values = {**values, "json_schema": _json("json_schema", schema)}
     fill(request, _CONSTRAINTS[:-1], values)
     choice = values.get("choice")
     if isinstance(choice, str):
@@ -247,6 +250,8 @@ def set_input(
         fill(request, ("prompt",), {"prompt": prompt})
         return
     items = _items("prompt", prompt)
+    if any(isinstance(item, str | bool) for item in items):
+        raise TypeError(f"prompt: {_PROMPTS}, not {prompt!r}")
     if all(isinstance(item, int) for item in items):
         request.token_ids.SetInParent()
         _each("token_ids", request.token_ids.ids.extend, items)
@@ -257,7 +262,25 @@ def set_input(
 def _items(name: str, value: Any) -> list[Any]:
     if isinstance(value, Iterable) and not isinstance(value, bytes | Mapping):
         return list(value)
-    raise TypeError(f"{name}: text, token ids or the turns of a conversation, not {value!r}")
+    raise TypeError(f"{name}: {_PROMPTS}, not {value!r}")
+
+
+def _several(name: str, value: Any) -> Iterable[Any]:
+    if isinstance(value, Iterable) and not isinstance(value, str | bytes | Mapping):
+        return value
+    raise TypeError(f"{name}: a list, not {value!r}")
+
+
+def _json(name: str, value: object) -> str:
+    """The value as JSON.
+
+    Raises:
+        TypeError, ValueError: It is none; names the argument.
+    """
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
 
 
 def _said(role: str, content: str) -> inference_pb2.ChatMessage:
@@ -296,11 +319,12 @@ def _to_tool(tool: object) -> inference_pb2.Tool:
     match tool:
         case {"function": {"name": str() as name, **function}}:
             parameters = function.get("parameters")
-            return inference_pb2.Tool(
-                name=name,
-                description=function.get("description"),
-                parameters=json.dumps(parameters, ensure_ascii=False) if parameters else "",
+            made = inference_pb2.Tool(
+                name=name, parameters=_json("tools", parameters) if parameters else ""
             )
+            if function.get("description") is not None:
+                fill(made, ("description",), function)
+            return made
     raise TypeError(f"tools: a tool has a function with a name, not {tool!r}")
 
 
@@ -308,6 +332,10 @@ def fill(message: Any, names: Iterable[str], values: Mapping[str, Any]) -> None:
     """Set the named fields; protobuf's own errors do not say which field they mean."""
     for name in names:
         if name in values:
+            # A bool is an int to Python, and so to protobuf.
+            wanted = message.DESCRIPTOR.fields_by_name[name].type
+            if isinstance(values[name], bool) and wanted != FieldDescriptor.TYPE_BOOL:
+                raise TypeError(f"{name}: not a bool, such as {values[name]}")
             _each(name, lambda value, name=name: setattr(message, name, value), values[name])
 
 

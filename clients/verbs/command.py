@@ -23,6 +23,7 @@ from turret.clients.errors import (
 )
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.retries import RetryPolicy
+from turret.clients.unreached import in_flags
 
 _DEFAULT_TIMEOUT_SECONDS = 600.0
 # More than so many are only counted, unless --details is given.
@@ -145,40 +146,10 @@ def with_client(
     return run
 
 
-# What gRPC says of a peer that answers something else, and what that means.
-_ANSWERED = (
-    (
-        ("Failed parsing HTTP/2", "http1.x server", "HTTP/1."),
-        "does not speak gRPC; --address takes the address that `turret serve --address` has (port"
-        " 50051 by default), not that of HTTP",
-    ),
-    (("WRONG_VERSION_NUMBER",), "speaks no TLS; leave --tls, --tls-ca and TURRET_TLS_CA out"),
-    (
-        ("CERTIFICATE_VERIFY_FAILED",),
-        "shows a certificate that the given roots do not vouch for; --tls-ca names the PEM file of"
-        " those that do",
-    ),
-    (
-        ("Hostname Verification",),
-        "shows a certificate for another name; --tls-server-name says for which",
-    ),
-    (("Socket closed",), "closes the connection; a server with TLS wants --tls or --tls-ca"),
-)
-
-
 def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRpcError:
     """The error with what its reader may do about it, where that is not the server's to say."""
     if isinstance(error, UnavailableError) and not error.reason:
-        for signs, meaning in _ANSWERED:
-            if any(sign in error.message for sign in signs):
-                return error.with_message(f"what answers at {args.address} {meaning}")
-        if problem := address_problem(args.address):
-            return error.with_message(f"--address: {problem}")
-        cause = error.message.removeprefix(f"cannot connect to {args.address}: ")
-        return error.with_message(
-            f"no turret server answers at {args.address} ({cause}); `turret serve` starts"
-            f" one, --address or {ADDRESS_VARIABLE} names another"
-        )
+        return error.with_message(in_flags(error.message, args.address))
     if error.code.name == "UNIMPLEMENTED" and not error.reason:
         return error.with_message(
             f"what answers at {args.address} does not know turret.v1 ({error.message}): another"
@@ -198,15 +169,6 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
             f"{error.message}; give it with --token, --token-from or {TOKEN_VARIABLE}"
         )
     return error
-
-
-def address_problem(address: str) -> str:
-    """What is wrong with an address that no server answers at; empty where it may be one."""
-    scheme, is_url, _ = address.partition("://")
-    if is_url:
-        return f"{address!r} is not HOST:PORT: leave {scheme}:// out"
-    # Of others with a colon, such as unix:PATH and dns:///NAME, gRPC knows best.
-    return "" if ":" in address else f"{address!r} is not HOST:PORT: the port is missing"
 
 
 def _print_details(error: TurretRpcError, wanted: bool) -> None:

@@ -7,7 +7,6 @@ import sys
 
 from turret.clients.probe import is_serving
 from turret.clients.verbs.command import (
-    address_problem,
     connection_parser,
     given_tls,
     given_token,
@@ -55,9 +54,6 @@ def _health(args: argparse.Namespace) -> int:
 
 
 def _next_step(answer: str, address: str) -> str:
-    problem = address_problem(address)
-    if answer == "UNAVAILABLE" and problem:
-        return f": --address: {problem}"
     steps = {
         "UNAVAILABLE": f": no server answers at {address}; `turret serve` starts one, --address"
         " names another, and one with TLS wants --tls or --tls-ca",

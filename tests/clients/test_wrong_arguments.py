@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import grpc
 import pytest
 from servers.fake_turret import FakeTurret, fake_turret
 
+from turret.clients.aio import AsyncTurretClient
+from turret.clients.channel import Tls
 from turret.clients.client import TurretClient, TurretRpcError
-from turret.clients.errors import FieldViolation, UnavailableError
+from turret.clients.errors import FieldViolation, UnavailableError, _plain
+from turret.clients.unreached import in_flags
 
 
 @pytest.fixture
@@ -28,6 +35,8 @@ def client(server: FakeTurret) -> Iterator[TurretClient]:
     ("arguments", "error", "text"),
     [
         ({"address": 3}, TypeError, "address: HOST:PORT, not 3"),
+        ({"address": "localhost"}, ValueError, "address: 'localhost' is not HOST:PORT: the port"),
+        ({"admin_address": "http://a:1"}, ValueError, "'http://a:1' is not HOST:PORT: leave http"),
         ({"tls": True}, TypeError, "tls: a Tls"),
         ({"token": 3}, TypeError, "token: a text, not int"),
         ({"token": "ü"}, ValueError, "token: holds characters"),
@@ -47,9 +56,95 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
             call()
     with pytest.raises(TypeError, match=r"^name: a text, not 3$"):
         client.adapters.unload(3)  # type: ignore[arg-type]
+    for client_call, complaint in (
+        (lambda: client.adapters.unload("a", drain_seconds="x"), "drain_seconds: a number of"),  # type: ignore[arg-type]
+        (lambda: client.adapters.unload("a", mode=3), "mode: one of drain, force, not 3"),  # type: ignore[arg-type]
+        (lambda: client.adapters.upload("a", 5), "directory: a path, not 5"),  # type: ignore[arg-type]
+        (lambda: client.adapters.export("a", 5), "directory: a path, not 5"),  # type: ignore[arg-type]
+        (lambda: client.adapters.list(method=5), "method: a text, not 5"),  # type: ignore[arg-type]
+        (lambda: client.adapters.list(page_size="5"), "page_size: 'str' object"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=f"^{complaint}"):
+            client_call()
+    for seconds in (float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=f"^drain_seconds: a number of seconds, not {seconds}"):
+            client.adapters.unload("a", drain_seconds=seconds)
+    with pytest.raises(ValueError, match=r"^mode: one of drain, force, not 'x'$"):
+        client.adapters.unload("a", mode="x")
     # Bytes that are no text raise a UnicodeDecodeError, which takes five arguments.
     with pytest.raises(ValueError, match=r"^name: 'utf-8' codec can't decode"):
         client.adapters.unload(b"\xff")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "complaint"),
+    [
+        ("a", {"json_schema": {"type": object}}, "json_schema: Object of type type"),
+        ("a", {"max_tokens": True}, "max_tokens: not a bool, such as True"),
+        ("a", {"tools": 5}, "tools: a list, not 5"),
+        (["hi"], {}, r"prompt: text, token ids or the turns of a conversation, not \['hi'\]"),
+        ([True], {}, r"prompt: text, token ids or the turns of a conversation, not \[True\]"),
+        (
+            [("user", "a")],
+            {"tools": [{"function": {"name": "x", "parameters": {"a": object}}}]},
+            "tools: Object of type type",
+        ),
+        (
+            [("user", "a")],
+            {"tools": [{"function": {"name": "x", "description": 5}}]},
+            "description: a text, not 5",
+        ),
+    ],
+)
+def test_a_generation_names_the_argument_that_is_wrong(
+    client: TurretClient, prompt, options, complaint
+):
+    with pytest.raises(TypeError, match=f"^{complaint}"):
+        client.generate(prompt, **options)
+
+
+def test_a_closed_client_says_so(server: FakeTurret, tmp_path: Path):
+    client = TurretClient(server.address)
+    client.close()
+    for call in (
+        lambda: client.generate("a"),
+        lambda: client.generate_stream("a"),
+        lambda: client.adapters.get("a"),
+        lambda: client.adapters.export("a", tmp_path / "a"),
+    ):
+        with pytest.raises(RuntimeError, match=r"^the client is closed; make another$"):
+            call()
+
+    async def closed() -> None:
+        client = AsyncTurretClient(server.address)
+        await client.close()
+        for call in (client.generate("a"), client.adapters.get("a")):
+            with pytest.raises(RuntimeError, match=r"^the client is closed; make another$"):
+                await call
+        with pytest.raises(RuntimeError, match=r"^the client is closed; make another$"):
+            client.generate_stream("a")
+
+    asyncio.run(closed())
+
+
+def test_an_address_without_a_port_may_be_that_of_tls():
+    TurretClient("turret.example.com", tls=Tls()).close()
+    TurretClient("dns:///turret.example.com").close()
+
+
+def test_what_is_no_turret_server_is_told_with_what_to_do():
+    with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as other:
+        threading.Thread(target=other.serve_forever, daemon=True).start()
+        address = f"127.0.0.1:{other.server_port}"
+        with (
+            TurretClient(address, max_retries=0) as client,
+            pytest.raises(UnavailableError, match="does not speak gRPC; the address is that of"),
+        ):
+            client.generate("a")
+        other.shutdown()
+    said = _plain(grpc.StatusCode.UNAVAILABLE, "errors resolving no.such:3: [field:hostname no]")
+    assert said.startswith("no turret server answers at no.such:3 (its name has no address); `tu")
+    assert in_flags(said, "no.such:3").endswith("--address or TURRET_ADDRESS names another")
 
 
 def test_a_summary_of_an_adapters_faults_is_not_made_longer():
@@ -69,4 +164,7 @@ def test_what_was_said_is_said_once():
         pytest.raises(UnavailableError) as raised,
     ):
         nowhere.generate("a")
-    assert str(raised.value) == ("UNAVAILABLE: cannot connect to 127.0.0.1:1: Connection refused")
+    assert str(raised.value) == (
+        "UNAVAILABLE: no turret server answers at 127.0.0.1:1 (Connection refused); `turret serve`"
+        " starts one"
+    )

@@ -1,0 +1,100 @@
+"""Why no turret server was reached, and what to do: in a program's words, and in the command's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class _Cause:
+    """One cause.
+
+    Attributes:
+        signs: Parts of what gRPC says.
+        meaning: What it means of that which answers at the address.
+        step: What to do about it.
+        flags: The same with the flags of the command.
+    """
+
+    signs: tuple[str, ...]
+    meaning: str
+    step: str
+    flags: str
+
+
+_ANSWERED = (
+    _Cause(
+        ("Failed parsing HTTP/2", "http1.x server", "HTTP/1."),
+        "does not speak gRPC",
+        "the address is that of `turret serve --address` (port 50051 by default), not that of HTTP",
+        "--address takes the address that `turret serve --address` has (port 50051 by default), not"
+        " that of HTTP",
+    ),
+    _Cause(
+        ("WRONG_VERSION_NUMBER",),
+        "speaks no TLS",
+        "leave tls out",
+        "leave --tls, --tls-ca and TURRET_TLS_CA out",
+    ),
+    _Cause(
+        ("CERTIFICATE_VERIFY_FAILED",),
+        "shows a certificate that the given roots do not vouch for",
+        "Tls.from_files(ca=...) takes the PEM file of those that do",
+        "--tls-ca names the PEM file of those that do",
+    ),
+    _Cause(
+        ("Hostname Verification",),
+        "shows a certificate for another name",
+        "Tls(server_name=...) says for which",
+        "--tls-server-name says for which",
+    ),
+    _Cause(
+        ("Socket closed",),
+        "closes the connection",
+        "a server with TLS wants tls=Tls(...)",
+        "a server with TLS wants --tls or --tls-ca",
+    ),
+)
+_STARTS = "`turret serve` starts one"
+_NOTHING = _Cause((), "", _STARTS, f"{_STARTS}, --address or TURRET_ADDRESS names another")
+
+
+def why_unreached(place: str, said: str) -> str:
+    """What it means, with what to do.
+
+    Args:
+        place: Where a server was looked for.
+        said: gRPC's reason.
+    """
+    for cause in _ANSWERED:
+        if any(sign in said for sign in cause.signs):
+            return f"what answers at {place} {cause.meaning}; {cause.step}"
+    return f"no turret server answers at {place} ({said}); {_NOTHING.step}"
+
+
+def in_flags(message: str, address: str) -> str:
+    """The message of an unreached server as the command says it.
+
+    Args:
+        message: Of :func:`why_unreached`, or what gRPC says where nothing is known of it.
+        address: As it was given.
+    """
+    causes = (*_ANSWERED, _NOTHING)
+    if not any(message.endswith(cause.step) for cause in causes):
+        message = why_unreached(address, message)
+    found = next(cause for cause in causes if message.endswith(cause.step))
+    return message.removesuffix(found.step) + found.flags
+
+
+def address_problem(address: str, *, has_tls: bool) -> str:
+    """What is wrong with an address at which there can be no server; empty where there may be one.
+
+    Without a port gRPC takes 443, which is where servers with TLS may be. Of others with a colon,
+    such as unix:PATH and dns:///NAME, gRPC knows best.
+    """
+    scheme, is_url, _ = address.partition("://")
+    if is_url and scheme in ("http", "https", "grpc", "grpcs"):
+        return f"{address!r} is not HOST:PORT: leave {scheme}:// out"
+    if has_tls or ":" in address:
+        return ""
+    return f"{address!r} is not HOST:PORT: the port is missing"
