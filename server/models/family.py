@@ -25,6 +25,10 @@ class Family:
         text_part_of: ``model_type`` of models of text and images whose ``text_config`` is one of
             the family, and which of ``model_types`` that is where it does not say.
         modules: By ``model_type``, where those of a layer are not ``MODULES``; as ``Arch.modules``.
+        head_dims: By ``model_type``, the width of a head where a config does not say it and it is
+            not the hidden size over the number of heads.
+        inner_keys: By ``model_type``, what a config calls the MLP's width, where that is not
+            ``intermediate_size``.
         has_experts: Whether its models are mixtures of experts.
     """
 
@@ -32,6 +36,8 @@ class Family:
     read: Callable[[Any], Arch]
     text_part_of: Mapping[str, str] = field(default_factory=dict)
     modules: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    head_dims: Mapping[str, int] = field(default_factory=dict)
+    inner_keys: Mapping[str, str] = field(default_factory=dict)
     has_experts: bool = False
 
 

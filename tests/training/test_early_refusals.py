@@ -17,11 +17,14 @@ from pathlib import Path
 import pytest
 from checkout import ROOT
 from command_modules import loaded_and_said_by
+from transformers import AutoConfig
 
+from turret.server.models.families import FAMILIES, read_arch
 from turret.training.errors import RunError
 from turret.training.run.folder import RunFolder, checkpoint_path
 from turret.training.run.resuming import check_settings, versions
 from turret.training.settings.config_file import build_config
+from turret.training.settings.targets import told_linears
 from turret.training.verbs import _how_a_sweep_goes_on, _read, _with_errors
 
 
@@ -55,6 +58,32 @@ def test_data_without_labels_ends_before_torch(lines: list[str], said: str, tmp_
     assert err.startswith(f"error: {tmp_path}/t.jsonl")
     assert said in err
     assert not modules & {"torch", "peft", "transformers"}
+
+
+def test_a_rank_that_no_update_has_ends_before_torch(tmp_path: Path):
+    config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
+    code, modules, err = loaded_and_said_by("train", "run", config, "--rank", "100000")
+    assert code == 1
+    assert err.startswith("error: method.rank: at most 192 on these modules: k_proj has 576 inputs")
+    assert not modules & {"torch", "peft", "transformers"}
+
+
+@pytest.mark.parametrize("model_type", [k for k, f in FAMILIES.items() if not f.has_experts])
+def test_what_a_config_says_of_modules_is_what_the_model_has(model_type: str, tmp_path: Path):
+    config = AutoConfig.for_model(model_type)
+    if model_type == "granitemoehybrid":
+        config.layer_types = ["attention"] * config.num_hidden_layers
+        config.num_local_experts, config.shared_intermediate_size = 0, 1000
+    config.tie_word_embeddings = False
+    said = config.to_dict()
+    # Families differ in what a head's width is where none is told.
+    for told in (said, {key: value for key, value in said.items() if key != "head_dim"}):
+        (tmp_path / "config.json").write_text(json.dumps(told))
+        expected = read_arch(type(config).from_dict(told)).linears()
+        assert told_linears(tmp_path, model_type) == expected
+    del said["num_key_value_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(said))
+    assert told_linears(tmp_path, model_type) is None
 
 
 def test_another_config_than_the_one_to_resume_ends_before_torch(tmp_path: Path):

@@ -10,7 +10,7 @@ import peft
 from turret.training.base_model import TrainingBase
 from turret.training.data.invocation import invocation_before_answers, invocation_of
 from turret.training.methods.lora import LORA
-from turret.training.methods.method import PeftMethod, Settings, over_both_sides
+from turret.training.methods.method import PeftMethod, Settings
 
 
 def _written_by_the_template(config: Settings, base: TrainingBase) -> str:
@@ -31,5 +31,4 @@ ALORA = PeftMethod(
     # It has fewer tokens to act on than a LoRA, which a higher rank makes up for.
     defaults={**LORA.defaults, "rank": 32, "invocation": _written_by_the_template},
     peft_config=_alora_config,
-    rank_problem=over_both_sides,
 )

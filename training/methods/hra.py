@@ -16,7 +16,6 @@ from peft.tuners.hra import layer as hra
 from turret.training.base_model import TrainingBase
 from turret.training.methods.method import PeftMethod, Settings
 from turret.training.settings.config import MethodConfig
-from turret.training.settings.ranks import over_inputs
 
 
 class ReflectedLinear(hra.HRALinear):
@@ -56,10 +55,6 @@ def _hra_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     return peft.HRAConfig(task_type="CAUSAL_LM", r=config.rank, target_modules=list(config.targets))
 
 
-def _high_rank(config: Settings, base: TrainingBase) -> str | None:
-    return over_inputs(base.arch, config.targets, config.rank)
-
-
 class _HraMethod(PeftMethod):
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
         attached = super().attach(model, config, base)
@@ -74,5 +69,4 @@ HRA = _HraMethod(
     learning_rate=5e-3,
     defaults={"targets": ("all-linear",), "rank": 8},
     peft_config=_hra_config,
-    rank_problem=_high_rank,
 )

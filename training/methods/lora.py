@@ -8,7 +8,7 @@ from typing import Any
 import peft
 
 from turret.training.base_model import TrainingBase
-from turret.training.methods.method import PeftMethod, Settings, over_both_sides
+from turret.training.methods.method import PeftMethod, Settings
 
 _COMMON = {"targets": ("all-linear",), "rank": 8, "dropout": 0.0}
 
@@ -33,7 +33,6 @@ LORA = PeftMethod(
     learning_rate=1e-3,
     defaults={**_COMMON, "alpha": _twice_rank},
     peft_config=_lora_config,
-    rank_problem=over_both_sides,
     takes_experts=True,
 )
 RSLORA = PeftMethod(
@@ -42,7 +41,6 @@ RSLORA = PeftMethod(
     # The scale falls with the square root of the rank; at rank 16 it is LoRA's default.
     defaults={**_COMMON, "alpha": 8.0},
     peft_config=partial(_lora_config, use_rslora=True),
-    rank_problem=over_both_sides,
     takes_experts=True,
 )
 DORA = PeftMethod(
@@ -50,5 +48,4 @@ DORA = PeftMethod(
     learning_rate=1e-3,
     defaults={**_COMMON, "alpha": _twice_rank},
     peft_config=partial(_lora_config, use_dora=True),
-    rank_problem=over_both_sides,
 )

@@ -5,9 +5,6 @@ PEFT attaches them to dense modules only; ``training/lycoris`` has the layers fo
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-
 import peft
 from peft.tuners.lokr.layer import factorization
 
@@ -15,7 +12,7 @@ from turret.training.base_model import TrainingBase
 from turret.training.lycoris.nf4_layers import register_nf4_layers
 from turret.training.methods.method import PeftMethod, Settings
 from turret.training.settings.presets import expand_targets
-from turret.training.settings.ranks import module_sizes
+from turret.training.settings.ranks import highest_loha_rank, module_sizes
 
 register_nf4_layers()
 
@@ -24,19 +21,9 @@ def _own_rank(config: Settings, base: TrainingBase) -> float:
     return float(config.rank)
 
 
-def _served_rank(targets: Sequence[str], base: TrainingBase) -> int:
-    """The highest rank at which LoHa's rank space costs less than the update it stands for.
-
-    The server refuses higher ones (``docs/adapters.md``).
-    """
-    return min(
-        math.isqrt((out * inner - 1) // (out + inner))
-        for _, out, inner in module_sizes(base.arch, targets)
-    )
-
-
 def _loha_rank(config: Settings, base: TrainingBase) -> int:
-    return max(1, min(_RANK, _served_rank(expand_targets(base.arch, config.targets), base)))
+    targets = expand_targets(base.arch, config.targets)
+    return max(1, min(_RANK, highest_loha_rank(tuple(module_sizes(base.arch, targets)))))
 
 
 _RANK = 8
@@ -65,13 +52,6 @@ def _lokr_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     )
 
 
-def _high_rank(config: Settings, base: TrainingBase) -> str | None:
-    highest = _served_rank(config.targets, base)
-    if config.rank > highest:
-        return f"LoHa is served up to rank {highest} on these modules of this base"
-    return None
-
-
 def _decomposed_rank(config: Settings, base: TrainingBase) -> int:
     """The rank where PEFT decomposes the large factor of a module; else it only divides alpha."""
     for _, *sides in module_sizes(base.arch, config.targets):
@@ -85,7 +65,6 @@ LOHA = PeftMethod(
     learning_rate=2e-3,
     defaults={**_DEFAULTS, "rank": _loha_rank},
     peft_config=_loha_config,
-    rank_problem=_high_rank,
 )
 LOKR = PeftMethod(
     name="lokr",

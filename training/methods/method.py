@@ -20,9 +20,9 @@ from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction
 from turret.training.mixture import as_modules
 from turret.training.peft_warnings import without_peft_warnings
-from turret.training.settings import ranks
 from turret.training.settings.config import MethodConfig
 from turret.training.settings.presets import expand_targets, expert_names
+from turret.training.settings.ranks import check_rank, module_sizes
 
 # A ``MethodConfig`` whose keys are filled in, for as many as the method's defaults name before the
 # one being asked for: None is out of the question, which its own types cannot say.
@@ -114,11 +114,6 @@ def fill_in(config: MethodConfig, base: TrainingBase, defaults: Mapping[str, Any
     return config
 
 
-def over_both_sides(config: Settings, base: TrainingBase) -> str | None:
-    """The ``rank_problem`` of methods with factors ``B A``."""
-    return ranks.over_both_sides(base.arch, config.targets, config.rank)
-
-
 def _own_rank(config: Settings, base: TrainingBase) -> int:
     return config.rank or 0
 
@@ -131,7 +126,6 @@ class PeftMethod:
         defaults: The method's keys of ``MethodConfig``, and what stands for each if it is left
             out; a function gets the config as far as it is resolved.
         peft_config: Makes PEFT's config of the resolved one.
-        rank_problem: What is wrong with the rank of the resolved one; None if nothing is.
         rank_served: What a server compares with its ``--max-rank``: the rank, where it is one.
         takes_experts: Whether the server takes it on the experts of a mixture.
     """
@@ -140,7 +134,6 @@ class PeftMethod:
     learning_rate: float
     defaults: Mapping[str, Any]
     peft_config: Callable[[Settings, TrainingBase], peft.PeftConfig]
-    rank_problem: Callable[[Settings, TrainingBase], str | None] | None = None
     rank_served: Callable[[Settings, TrainingBase], int] = _own_rank
     takes_experts: bool = False
 
@@ -150,9 +143,8 @@ class PeftMethod:
             targets = expand_targets(base.arch, config.targets)
             self._check_experts(targets, base)
             config = dataclasses.replace(config, targets=targets)
-        problem = None if self.rank_problem is None else self.rank_problem(config, base)
-        if problem is not None:
-            raise ConfigError.of("method.rank", problem)
+            if config.rank is not None:
+                check_rank(self.name, tuple(module_sizes(base.arch, targets)), config.rank)
         return config
 
     def served_rank(self, config: MethodConfig, base: TrainingBase) -> int:

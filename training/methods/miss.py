@@ -6,7 +6,6 @@ import peft
 
 from turret.training.base_model import TrainingBase
 from turret.training.methods.method import PeftMethod, Settings
-from turret.training.settings.ranks import over_inputs
 
 
 def _miss_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
@@ -18,14 +17,9 @@ def _miss_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
     )
 
 
-def _more_than_inputs(config: Settings, base: TrainingBase) -> str | None:
-    return over_inputs(base.arch, config.targets, config.rank)
-
-
 MISS = PeftMethod(
     name="miss",
     learning_rate=1e-3,
     defaults={"targets": ("all-linear",), "rank": 16, "dropout": 0.0},
     peft_config=_miss_config,
-    rank_problem=_more_than_inputs,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -13,7 +12,6 @@ from peft.tuners.shira import layer as shira
 from turret.training.base_model import TrainingBase
 from turret.training.methods.method import PeftMethod, Settings
 from turret.training.settings.config import MethodConfig
-from turret.training.settings.ranks import module_sizes
 
 
 def _shira_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
@@ -54,18 +52,6 @@ class _MaskDrawer:
         return mask.view(out, inner)
 
 
-def _highest_rank(targets: Sequence[str], base: TrainingBase) -> int:
-    """The rank at which a whole weight is trained: rank · (out + in) entries are."""
-    return min(out * inner // (out + inner) for _, out, inner in module_sizes(base.arch, targets))
-
-
-def _high_rank(config: Settings, base: TrainingBase) -> str | None:
-    highest = _highest_rank(config.targets, base)
-    if config.rank > highest:
-        return f"at most {highest}, where all entries of one of these modules are trained"
-    return None
-
-
 class _ShiraMethod(PeftMethod):
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
         attached = super().attach(model, config, base)
@@ -92,7 +78,6 @@ SHIRA = _ShiraMethod(
     learning_rate=1e-3,
     defaults={"targets": ("all-linear",), "rank": 8},
     peft_config=_shira_config,
-    rank_problem=_high_rank,
     # It says how many entries are trained, and the update has any rank.
     rank_served=lambda config, base: 0,
 )

@@ -7,7 +7,7 @@ import math
 import peft
 
 from turret.training.base_model import TrainingBase
-from turret.training.methods.method import PeftMethod, Settings, over_both_sides
+from turret.training.methods.method import PeftMethod, Settings
 from turret.training.settings.ranks import module_sizes
 
 # As PEFT has it; fewer where the base's sizes have no such divisor.
@@ -31,5 +31,4 @@ VBLORA = PeftMethod(
     learning_rate=1e-2,
     defaults={"targets": ("all-linear",), "rank": 4, "dropout": 0.0},
     peft_config=_vblora_config,
-    rank_problem=over_both_sides,
 )

@@ -12,7 +12,8 @@ from turret.server.models.sources.check import check_model
 from turret.training.errors import ConfigError
 from turret.training.settings.config import BaseConfig, TrainConfig
 from turret.training.settings.fit import check_fit
-from turret.training.settings.targets import check_targets
+from turret.training.settings.ranks import check_rank, linear_sizes
+from turret.training.settings.targets import check_targets, told_linears
 
 _COMPONENTS = "method.components"
 
@@ -26,7 +27,7 @@ def check_inputs(config: TrainConfig, folder: Path) -> None:
 
     Raises:
         ConfigError: A file or directory is not there or named for two things, torch has no CUDA,
-            the base has no such modules, or the method has no use for a setting.
+            the base has no such modules, or none of that rank, or the method no use for a setting.
         InvalidRequestError: The base is no model that is served.
     """
     for key, name in (("train", config.data.train), ("validation", config.data.validation)):
@@ -46,12 +47,18 @@ def check_inputs(config: TrainConfig, folder: Path) -> None:
         raise ConfigError.of("data.validation", problem)
     if config.base.device == "cuda" and (why := without_cuda()):
         raise ConfigError.of("base.device", f"cuda was asked for, but {why}")
-    model_type = check_model(base_place(config.base, folder))
+    base = base_place(config.base, folder)
+    model_type = check_model(base)
     check_fit(config)
     if config.method.name == "learned_fusion":
         check_components(config.method.components or (), folder)
     if config.method.targets is not None:
         check_targets(model_type, config.method.targets)
+    linears = None if config.method.rank is None else told_linears(base, model_type)
+    if linears is not None and config.method.rank is not None:
+        # All methods with a rank adapt all modules where the config names none.
+        sizes = tuple(linear_sizes(linears, config.method.targets or ("all-linear",)))
+        check_rank(config.method.name, sizes, config.method.rank)
 
 
 def component_directories(entries: Sequence[str], folder: Path = Path()) -> dict[str, Path]:

@@ -7,9 +7,7 @@ from collections.abc import Sequence
 from turret.server.models.decoding.arch import ROUTER, Arch
 from turret.training.errors import ConfigError
 from turret.training.mixture import target_names
-from turret.training.settings.targets import PRESETS, check_names
-
-_ATTENTION_GROUPS = ("qkv", "o")
+from turret.training.settings.targets import PRESETS, check_names, is_targeted
 
 
 def module_names(arch: Arch, preset: str) -> tuple[str, ...]:
@@ -24,9 +22,8 @@ def module_names(arch: Arch, preset: str) -> tuple[str, ...]:
         # A parameter, as transformers has it, and no linear module.
         if group == ROUTER:
             continue
-        is_attention = group in _ATTENTION_GROUPS
-        if preset == "all-linear" or is_attention == (preset == "attention"):
-            names += [path.rsplit(".", 1)[-1] for path, _, _ in slices]
+        last = (path.rsplit(".", 1)[-1] for path, _, _ in slices)
+        names += [name for name in last if is_targeted(name, group, (preset,))]
     if preset != "attention":
         names += expert_names(arch)
     return tuple(dict.fromkeys(names))

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from turret.server.config import AdapterConfig
 from turret.server.models.decoding.arch import Arch
+from turret.training.errors import ConfigError
+from turret.training.settings.targets import is_targeted
 
 # What a server allows that nothing was said to.
 SERVED_RANK = AdapterConfig().max_rank
+# Last part of the path, outputs and inputs of a kind of module.
+Size = tuple[str, int, int]
 
 
-def module_sizes(arch: Arch, targets: Sequence[str]) -> Iterator[tuple[str, int, int]]:
+def module_sizes(arch: Arch, targets: Sequence[str]) -> Iterator[Size]:
     """Last part of the path, outputs and inputs of each kind of module that is adapted.
 
     Args:
         arch: Of the base.
         targets: Module names, as ``expand_targets`` gives them.
     """
-    for slices in arch.linears().values():
-        for path, out, inner in slices:
-            name = path.rpartition(".")[2]
-            if name in targets:
-                yield name, out, inner
+    yield from linear_sizes(arch.linears(), targets)
     if arch.experts is None:
         return
     for projection, (_, out, inner) in arch.expert_linears().items():
@@ -32,9 +33,44 @@ def module_sizes(arch: Arch, targets: Sequence[str]) -> Iterator[tuple[str, int,
                 yield name, out // len(templates), inner
 
 
-def over_both_sides(arch: Arch, targets: Sequence[str], rank: int) -> str | None:
-    """What is wrong with the rank of an update ``B A``, whose rank is at most the weight's."""
-    name, out, inner = min(module_sizes(arch, targets), key=lambda size: min(size[1:]))
+def linear_sizes(
+    linears: Mapping[str, Sequence[tuple[str, int, int]]], targets: Sequence[str]
+) -> Iterator[Size]:
+    """As :func:`module_sizes`.
+
+    Args:
+        linears: As ``Arch.linears``.
+        targets: One preset, or module names.
+    """
+    for group, slices in linears.items():
+        for path, out, inner in slices:
+            name = path.rpartition(".")[2]
+            if is_targeted(name, group, targets):
+                yield name, out, inner
+
+
+def check_rank(method: str, sizes: Sequence[Size], rank: int) -> None:
+    """Refuse a rank that the method cannot have on modules of these sizes.
+
+    Raises:
+        ConfigError: Says how high it may be.
+    """
+    problem = _PROBLEMS[method](sizes, rank) if method in _PROBLEMS and sizes else None
+    if problem is not None:
+        raise ConfigError.of("method.rank", problem)
+
+
+def highest_loha_rank(sizes: Sequence[Size]) -> int:
+    """The highest rank at which LoHa's rank space costs less than the update it stands for.
+
+    The server refuses higher ones (``docs/adapters.md``).
+    """
+    return min(math.isqrt((out * inner - 1) // (out + inner)) for _, out, inner in sizes)
+
+
+def _over_both_sides(sizes: Sequence[Size], rank: int) -> str | None:
+    """Of an update ``B A``, whose rank is at most the weight's."""
+    name, out, inner = min(sizes, key=lambda size: min(size[1:]))
     if rank <= min(out, inner):
         return None
     return (
@@ -43,9 +79,32 @@ def over_both_sides(arch: Arch, targets: Sequence[str], rank: int) -> str | None
     )
 
 
-def over_inputs(arch: Arch, targets: Sequence[str], rank: int) -> str | None:
-    """What is wrong with a rank that counts parts or directions of a module's inputs."""
-    name, _, inner = min(module_sizes(arch, targets), key=lambda size: size[2])
+def _over_inputs(sizes: Sequence[Size], rank: int) -> str | None:
+    """Of a rank that counts parts or directions of a module's inputs."""
+    name, _, inner = min(sizes, key=lambda size: size[2])
     if rank <= inner:
         return None
     return f"at most {inner} on these modules, which is how many inputs {name} has"
+
+
+def _over_loha(sizes: Sequence[Size], rank: int) -> str | None:
+    highest = highest_loha_rank(sizes)
+    if rank <= highest:
+        return None
+    return f"LoHa is served up to rank {highest} on these modules of this base"
+
+
+def _over_entries(sizes: Sequence[Size], rank: int) -> str | None:
+    """Of SHiRA's, which trains rank · (out + in) entries of a weight."""
+    highest = min(out * inner // (out + inner) for _, out, inner in sizes)
+    if rank <= highest:
+        return None
+    return f"at most {highest}, where all entries of one of these modules are trained"
+
+
+_PROBLEMS: Mapping[str, Callable[[Sequence[Size], int], str | None]] = {
+    **dict.fromkeys(("lora", "rslora", "dora", "alora", "vblora"), _over_both_sides),
+    **dict.fromkeys(("hra", "miss"), _over_inputs),
+    "loha": _over_loha,
+    "shira": _over_entries,
+}

@@ -2,14 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from turret.server.basics.closest import did_you_mean
-from turret.server.models.decoding.arch import MODULES
+from turret.server.models.decoding.arch import MODULES, dense_linears
 from turret.server.models.families import FAMILIES
+from turret.server.models.sources.check import told_sizes
 from turret.training.errors import ConfigError
 
 PRESETS = ("attention", "mlp", "all-linear")
+_ATTENTION_GROUPS = ("qkv", "o")
+
+
+def told_linears(
+    model: Path | None, model_type: str
+) -> Mapping[str, tuple[tuple[str, int, int], ...]] | None:
+    """The modules of a layer as ``Arch.linears`` has them; None where that takes torch to tell.
+
+    Arguments are those of ``told_sizes``.
+    """
+    sizes = told_sizes(model, model_type)
+    if sizes is None:
+        return None
+    return dense_linears(FAMILIES[model_type].modules.get(model_type, MODULES), **sizes)
+
+
+def is_targeted(name: str, group: str, targets: Sequence[str]) -> bool:
+    """Whether a module is one of a config's.
+
+    Args:
+        name: Last part of its path.
+        group: Its fused projection, a key of ``Arch.linears``.
+        targets: One preset, or module names.
+    """
+    if len(targets) != 1 or targets[0] not in PRESETS:
+        return name in targets
+    return targets[0] == "all-linear" or (group in _ATTENTION_GROUPS) == (targets[0] == "attention")
 
 
 def check_targets(model_type: str, targets: Sequence[str]) -> None:

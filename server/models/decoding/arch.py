@@ -204,24 +204,19 @@ class Arch:
         Not every layer has all of them where only some are mixtures of experts (``has``). Those of
         experts are not among them, their router is.
         """
-        hidden, inner = self.hidden_size, self.intermediate_size
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        sizes = {
-            "qkv": ((q, kv, kv), hidden),
-            "o": ((hidden,), q),
-            "gate_up": ((inner, inner), hidden),
-            "down": ((hidden,), inner),
-        }
-        found = {}
-        for name, (widths, columns) in sizes.items():
+        found = dense_linears(
+            self.modules,
+            hidden=self.hidden_size,
+            inner=self.intermediate_size,
+            queries=self.num_heads * self.head_dim,
+            keys=self.num_kv_heads * self.head_dim,
+        )
+        for name in list(found):
             if not any(self.has(layer, name) for layer in range(self.num_layers)):
-                continue
-            paths = self.modules[name]
-            outs = widths if len(paths) > 1 else (sum(widths),)
-            found[name] = tuple((p, out, columns) for p, out in zip(paths, outs, strict=True))
+                del found[name]
         if self.experts is not None:
             router = f"{self.experts.path}.{self.experts.router}"
-            found[ROUTER] = ((router, self.experts.count, hidden),)
+            found[ROUTER] = ((router, self.experts.count, self.hidden_size),)
         return found
 
     def has(self, layer: int, projection: str) -> bool:
@@ -242,6 +237,32 @@ class Arch:
             name: (f"{experts.path}.experts.{experts.parameters[name]}", *shape)
             for name, shape in sizes.items()
         }
+
+
+def dense_linears(
+    modules: Mapping[str, tuple[str, ...]], *, hidden: int, inner: int, queries: int, keys: int
+) -> dict[str, tuple[tuple[str, int, int], ...]]:
+    """As :meth:`Arch.linears`, of a layer with an MLP.
+
+    Args:
+        modules: As ``Arch.modules``.
+        hidden: Width of the residual.
+        inner: Of the MLP.
+        queries: Of all heads together.
+        keys: Of all heads of keys, and of values, together.
+    """
+    sizes = {
+        "qkv": ((queries, keys, keys), hidden),
+        "o": ((hidden,), queries),
+        "gate_up": ((inner, inner), hidden),
+        "down": ((hidden,), inner),
+    }
+    found = {}
+    for name, (widths, columns) in sizes.items():
+        paths = modules[name]
+        outs = widths if len(paths) > 1 else (sum(widths),)
+        found[name] = tuple((p, out, columns) for p, out in zip(paths, outs, strict=True))
+    return found
 
 
 def check_served(arch: Arch) -> None:

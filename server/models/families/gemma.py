@@ -54,4 +54,5 @@ FAMILY = Family(
     tuple(_READERS),
     lambda config: _READERS[config.model_type](config),
     text_part_of={"gemma3": "gemma3_text"},
+    head_dims=dict.fromkeys(_READERS, 256),
 )

@@ -18,4 +18,4 @@ def _read(config: Any) -> Arch:
     return read_decoder(config, norms=_NORMS, is_interleaved=True, modules=_MODULES)
 
 
-FAMILY = Family(("glm4",), _read, modules={"glm4": _MODULES})
+FAMILY = Family(("glm4",), _read, modules={"glm4": _MODULES}, head_dims={"glm4": 128})

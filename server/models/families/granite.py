@@ -50,4 +50,5 @@ FAMILY = Family(
     tuple(_READERS),
     lambda config: _READERS[config.model_type](config),
     modules={"granitemoehybrid": _MODULES_4},
+    inner_keys={"granitemoehybrid": "shared_intermediate_size"},
 )

@@ -28,4 +28,5 @@ FAMILY = Family(
     tuple(_READERS),
     lambda config: _READERS[config.model_type](config),
     text_part_of={"mistral3": "mistral"},
+    head_dims={"ministral3": 128},
 )

@@ -12,4 +12,4 @@ def _read(config: Any) -> Arch:
     return read_decoder(config, windows=read_windows(config), qk_norm="head")
 
 
-FAMILY = Family(("qwen3",), _read)
+FAMILY = Family(("qwen3",), _read, head_dims={"qwen3": 128})

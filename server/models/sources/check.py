@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from turret.server.models.families import text_type
+from turret.server.models.families import FAMILIES, text_type
 from turret.server.models.sources.cache import check_cache_dir
 from turret.server.models.sources.embedded import MODEL_NAME, find_gguf
-from turret.server.models.sources.gguf_header import SUFFIX, check_gguf, gguf_size
+from turret.server.models.sources.gguf_header import SUFFIX, check_gguf, gguf_size, read_sizes
 from turret.server.models.sources.hub_model import check_hub_model, hub_model_id
 from turret.server.models.sources.model_directory import (
     check_model_directory,
     is_4bit,
     model_name,
     read_config,
+)
+
+_GGUF_SIZES = (
+    *("embedding_length", "feed_forward_length"),
+    *("attention.head_count", "attention.head_count_kv"),
 )
 
 
@@ -41,6 +46,40 @@ def check_model(model: Path | None) -> str:
     if not is_4bit(config):
         check_cache_dir()
     return text_type(config)
+
+
+def told_sizes(model: Path | None, model_type: str) -> dict[str, int] | None:
+    """What the sizes of a layer's modules come from, as far as it shows without torch.
+
+    Args:
+        model: One that :func:`check_model` took.
+        model_type: What it returned.
+
+    Returns:
+        The arguments of ``dense_linears``. None for mixtures of experts, for models of the hub, and
+        where the config leaves a size to transformers.
+    """
+    family = FAMILIES[model_type]
+    if family.has_experts or (model is not None and hub_model_id(model) is not None):
+        return None
+    if model is None or model.is_file():
+        said = read_sizes(find_gguf() if model is None else model)
+        keys, head_dim = _GGUF_SIZES, said.get("attention.key_length")
+    else:
+        config = read_config(model)
+        text = config.get("text_config")
+        said = text if isinstance(text, dict) and config.get("model_type") != model_type else config
+        inner = family.inner_keys.get(model_type, "intermediate_size")
+        keys = ("hidden_size", inner, "num_attention_heads", "num_key_value_heads")
+        head_dim = said.get("head_dim") or family.head_dims.get(model_type)
+    sizes = [value for key in keys if type(value := said.get(key)) is int and value > 0]
+    if len(sizes) < len(keys):
+        return None
+    hidden, inner, heads, kv_heads = sizes
+    width = head_dim or hidden // heads
+    if type(width) is not int or width < 1:
+        return None
+    return {"hidden": hidden, "inner": inner, "queries": heads * width, "keys": kv_heads * width}
 
 
 def name_of_model(model: Path | None) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from turret.server.errors import InvalidRequestError
 from turret.server.models.sources.gguf_layouts import LAYOUTS, layout_of
@@ -15,8 +15,11 @@ from turret.server.models.sources.gguf_layouts import LAYOUTS, layout_of
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
 _STRING, _ARRAY = 8, 9
-# Type → bytes of a value.
-_SCALARS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+# Type → form of a value, as ``struct`` writes it.
+_SCALARS = {
+    **{0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i"},
+    **{6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"},
+}
 _MAX_TEXT = 1 << 16
 # Keys about the model come before the vocabulary, which is long.
 _MAX_KEYS = 256
@@ -32,7 +35,7 @@ def check_gguf(path: Path) -> str:
     Raises:
         InvalidRequestError: Says what it is instead.
     """
-    said = _said(path)
+    said = _said_by(path)
     architecture = said.get("general.architecture", "")
     if not isinstance(architecture, str) or not architecture:
         raise refuse(path, "is no GGUF file of version 2 or 3 that names its architecture")
@@ -51,18 +54,20 @@ def check_gguf(path: Path) -> str:
 
 def gguf_size(path: Path) -> tuple[int, int] | None:
     """Width and layers of the model in a file that :func:`check_gguf` took; None if not told."""
-    said = _said(path)
-    prefix = said.get("general.architecture")
-    width, layers = (said.get(f"{prefix}.{k}") for k in ("embedding_length", "block_count"))
+    sizes = read_sizes(path)
+    width, layers = sizes.get("embedding_length"), sizes.get("block_count")
     return (width, layers) if isinstance(width, int) and isinstance(layers, int) else None
 
 
-def refuse(path: Path, why: str) -> InvalidRequestError:
-    """A refusal of the file."""
-    return InvalidRequestError.of("model", f"{path} {why}")
+def read_sizes(path: Path) -> dict[str, Any]:
+    """What a file that :func:`check_gguf` took says of its architecture, by key without prefix."""
+    said = _said_by(path)
+    prefix = f"{said['general.architecture']}."
+    return {k.removeprefix(prefix): value for k, value in said.items() if k.startswith(prefix)}
 
 
-def _said(path: Path) -> dict[str, str | int]:
+def _said_by(path: Path) -> dict[str, Any]:
+    """Nothing if it is no GGUF file."""
     try:
         with path.open("rb") as file:
             return _keys(file)
@@ -70,14 +75,15 @@ def _said(path: Path) -> dict[str, str | int]:
         return {}
 
 
-def _keys(file: BinaryIO) -> dict[str, str | int]:
-    """Texts and numbers of the keys before the vocabulary.
+def refuse(path: Path, why: str) -> InvalidRequestError:
+    """A refusal of the file."""
+    return InvalidRequestError.of("model", f"{path} {why}")
 
-    Numbers are read as whole ones that are not negative, as sizes are; others are right only in
-    whether they are zero.
-    """
+
+def _keys(file: BinaryIO) -> dict[str, Any]:
+    """Texts and numbers of the keys before the vocabulary."""
     magic, version, _, num_keys = struct.unpack("<4sIQQ", file.read(24))
-    said: dict[str, str | int] = {}
+    said: dict[str, Any] = {}
     if magic != _MAGIC or version not in (2, 3):
         return said
     for _ in range(min(num_keys, _MAX_KEYS)):
@@ -88,7 +94,8 @@ def _keys(file: BinaryIO) -> dict[str, str | int]:
         if kind == _STRING:
             said[key] = _text(file)
         elif kind in _SCALARS:
-            said[key] = int.from_bytes(file.read(_SCALARS[kind]), "little")
+            form = _SCALARS[kind]
+            (said[key],) = struct.unpack(form, file.read(struct.calcsize(form)))
         elif kind != _ARRAY or not _skip_array(file):
             break
     return said
@@ -100,7 +107,7 @@ def _skip_array(file: BinaryIO) -> bool:
     if count > _MAX_TEXT or (kind != _STRING and kind not in _SCALARS):
         return False
     if kind != _STRING:
-        file.seek(_SCALARS[kind] * count, 1)
+        file.seek(struct.calcsize(_SCALARS[kind]) * count, 1)
         return True
     for _ in range(count):
         _text(file)
