@@ -7,6 +7,7 @@ import errno
 import importlib
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -109,6 +110,10 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
         try:
             with raising_terminated():
                 verb(args)
+        except BrokenPipeError:
+            # Who read has enough; nothing may be written there when the process ends either.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
         except OSError as error:
             where = "" if error.filename is None else f"{error.filename}: "
             is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -200,18 +205,26 @@ def _resolve(args: argparse.Namespace, config: Any) -> Any:
 def _plan(args: argparse.Namespace) -> None:
     resolved = _resolve(args, _read(args))
 
-    from rich.console import Console
-
     from turret.training.plan import print_plan
 
-    print_plan(resolved, Console(highlight=False), measure=args.measure)
+    print_plan(resolved, _console(), measure=args.measure)
+
+
+def _console() -> Any:
+    """What tables are printed to; a reader who has left is an error like any other."""
+    from rich.console import Console
+
+    class Output(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError
+
+    return Output(highlight=False)
 
 
 def _sweep(args: argparse.Namespace) -> None:
     config = _read(args)
     output = args.config.parent / config.run.output
     args.how_to_go_on = lambda: _how_a_sweep_goes_on(output, args.ranks)
-    from rich.console import Console
     from rich.table import Table
 
     from turret.training.run.progress import training_progress
@@ -232,7 +245,7 @@ def _sweep(args: argparse.Namespace) -> None:
             f"+{result.relative_multiply_adds:.1%}",
             f"{result.seconds:.0f}",
         )
-    Console(highlight=False).print(table)
+    _console().print(table)
 
 
 def _how_a_sweep_goes_on(output: Path, ranks: Sequence[int]) -> str:

@@ -182,6 +182,19 @@ def test_a_run_that_stops_says_from_where_it_can_go_on(
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
+def test_a_reader_who_leaves_is_no_error():
+    program = (
+        "import argparse, os, sys\n"
+        "from turret.training.verbs import _console, _with_errors\n"
+        "reader, writer = os.pipe()\n"
+        "os.close(reader)\n"
+        "os.dup2(writer, 1)\n"
+        "sys.exit(_with_errors(lambda args: _console().print('a'))(argparse.Namespace()))\n"
+    )
+    done = run_python(program)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 def test_a_sweep_that_stops_goes_on_where_it_has_something(tmp_path: Path):
     assert _how_a_sweep_goes_on(tmp_path, (2, 4)) == ""
     run = RunFolder(tmp_path / "rank-4")
