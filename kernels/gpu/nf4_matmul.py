@@ -228,9 +228,8 @@ def nf4_matmul_kernel(
         if TILES > 2:
             acc2 = add_tile(acc2, x_at, x_stride, 32, num_rows, weight, absmax)
             acc3 = add_tile(acc3, x_at, x_stride, 48, num_rows, weight, absmax)
-    to = y_ptr
-    if parts_ptr is not None:
-        to = parts_ptr + tl.program_id(1).to(tl.int64) * num_rows * out_features
+    part = tl.program_id(1).to(tl.int64) * num_rows * out_features
+    to = y_ptr if parts_ptr is None else parts_ptr + part
     store_tiles(to, acc0, acc1, acc2, acc3, num_rows, n, inside_n, out_features, TILES)
     # One condition for the compiler, one for the program.
     if parts_ptr is not None:  # noqa: SIM102

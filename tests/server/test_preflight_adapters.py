@@ -1,0 +1,173 @@
+"""Which preloaded adapters a start refuses within a second, before torch is there."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from checkout import ROOT
+from safetensors.numpy import load_file, save_file
+
+from turret.server.command.flags import add_flags, config_from_args
+from turret.server.command.preflight import problems
+from turret.server.config import Config
+
+ADAPTERS = ROOT / "examples" / "adapters"
+
+
+def parse(*arguments: str) -> Config:
+    parser = argparse.ArgumentParser()
+    add_flags(parser)
+    return config_from_args(parser.parse_args(arguments), {})
+
+
+def found(*arguments: str) -> list[str]:
+    free = ("--address", "127.0.0.1:0", "--metrics-address", "none")
+    return problems(parse(*free, *arguments))
+
+
+def write_adapter(
+    folder: Path, *, width: int = 576, module: str = "0.self_attn.q_proj", **config: Any
+) -> Path:
+    """A LoRA of rank 4 in PEFT's layout, of the embedded model; ``config`` changes keys."""
+    shapes = {
+        f"base_model.model.model.layers.{module}.lora_A.weight": (4, width),
+        f"base_model.model.model.layers.{module}.lora_B.weight": (width, 4),
+    }
+    folder.mkdir(exist_ok=True)
+    values = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    save_file(values, folder / "adapter_model.safetensors")
+    keys = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"], **config}
+    (folder / "adapter_config.json").write_text(json.dumps(keys))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"peft_type": "LROA"}, "peft_type: 'LROA' is not supported by this version; did you mean"),
+        ({"peft_type": "PSOFT"}, "peft_type: 'PSOFT' is not .* `turret convert DIR --base MODEL"),
+        ({"peft_type": None}, "peft_type: is required: "),
+        (
+            {"r": 8},
+            r"lora_A\.weight: has rank 4, the config says 8; adapter_config\.json may",
+        ),
+        ({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}, "was trained for 'meta-llama/"),
+    ],
+)
+def test_adapters_whose_config_says_that_they_are_not_served(
+    config: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    write_adapter(tmp_path / "m", **config)
+    (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")
+    assert re.match(f"--preload a=m: (cannot be served: .*)?{said}", problem)
+
+
+def test_adapters_of_another_base_where_that_is_allowed_or_not_certain(tmp_path: Path) -> None:
+    flags = ("--adapter-root", str(tmp_path), "--preload", "a=m")
+    folder = write_adapter(tmp_path / "m", base_model_name_or_path="meta-llama/Llama-3.1-8B")
+    assert "serve the base that it was trained for" in found(*flags)[0]
+    assert found(*flags, "--allow-other-base") == []
+    # A digest tells more than a name, and what it is of is read with the model.
+    (folder / "provenance.json").write_text('{"base": {"digest": "00"}}')
+    assert found(*flags) == []
+    write_adapter(tmp_path / "m", base_model_name_or_path="HuggingFaceTB/SmolLM2-135M-Instruct")
+    (folder / "provenance.json").unlink()
+    assert found(*flags) == []
+
+
+def test_adapters_whose_ranks_are_too_large(tmp_path: Path) -> None:
+    flags = ("--adapter-root", str(tmp_path), "--preload", "a=m", "--max-rank", "3")
+    write_adapter(tmp_path / "m")
+    (problem,) = found(*flags)
+    assert problem == (
+        "--preload a=m: has rank 4, the server allows 3; `turret serve --max-rank 4` allows it"
+    )
+    # Which ranks these patterns give, the base's modules decide.
+    write_adapter(tmp_path / "m", r=8, rank_pattern={"q_proj": 4})
+    assert found(*flags) == []
+    write_adapter(tmp_path / "m", peft_type="TOY")
+    assert found(*flags) == []
+
+
+@pytest.mark.parametrize(
+    ("width", "module", "said"),
+    [
+        (64, "0.self_attn.q_proj", "0.self_attn.q_proj: takes 64 features, the base model's 576"),
+        (64, "29.mlp.down_proj", "29.mlp.down_proj: gives 64 features, the base model's 576"),
+        (576, "30.mlp.up_proj", "it is for a model of at least 31 layers, the base has 30"),
+        # What these take and give, the model's other sizes say.
+        (64, "0.self_attn.other", ""),
+    ],
+)
+def test_adapters_of_other_shapes_than_the_base(
+    width: int, module: str, said: str, tmp_path: Path
+) -> None:
+    flags = ("--adapter-root", str(tmp_path), "--preload", "a=m")
+    write_adapter(tmp_path / "m", width=width, module=module)
+    problems_found = found(*flags)
+    assert len(problems_found) == bool(said)
+    for problem in problems_found:
+        assert problem.startswith("--preload a=m: does not fit base model 'HuggingFaceTB/SmolLM2-")
+        assert said in problem
+    # The base that it names says more than shapes do; where it may be any, they decide.
+    write_adapter(tmp_path / "m", width=64, base_model_name_or_path="meta-llama/Llama-3.1-8B")
+    assert "was trained for 'meta-llama/Llama-3.1-8B', served is" in found(*flags)[0]
+    (problem,) = found(*flags, "--allow-other-base")
+    assert "trained for 'meta-llama/Llama-3.1-8B', served is 'HuggingFaceTB/Smol" in problem
+    assert "does not fit base model" in problem
+    # Of these shapes the methods alone know.
+    write_adapter(tmp_path / "m", width=64, use_qalora=True)
+    assert found(*flags) == []
+
+
+def test_shapes_of_a_base_in_a_directory(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "model.safetensors").touch()
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2}
+    flags = ("--adapter-root", str(tmp_path), "--preload", "a=m", "--model", str(base))
+    write_adapter(tmp_path / "m")
+    vision = {"hidden_size": 576, "model_type": "gemma3", "text_config": sizes}
+    for config in ({**sizes, "model_type": "llama"}, vision):
+        (base / "config.json").write_text(json.dumps(config))
+        (problem,) = found(*flags)
+        assert "takes 576 features, the base model's 64" in problem
+    (base / "config.json").write_text('{"model_type": "llama", "hidden_size": 576}')
+    assert found(*flags) == []
+
+
+@pytest.mark.parametrize("lacking", ["lora_A", "lora_B"])
+def test_adapters_that_lack_one_of_two_factors(lacking: str, tmp_path: Path) -> None:
+    file = write_adapter(tmp_path / "m") / "adapter_model.safetensors"
+    save_file({n: v for n, v in load_file(file).items() if lacking not in n}, file)
+    (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")
+    assert problem == (
+        f"--preload a=m: cannot be served: model.layers.0.self_attn.q_proj.{lacking}.weight: is"
+        " missing; other LoRA tensors are there: have PEFT save the adapter again"
+    )
+
+
+def test_adapters_whose_tensors_are_damaged(tmp_path: Path) -> None:
+    flags = ("--adapter-root", str(tmp_path), "--preload", "a=m")
+    file = write_adapter(tmp_path / "m") / "adapter_model.safetensors"
+    whole = file.read_bytes()
+    for damaged, said in (
+        (whole[:50], "header length "),
+        (whole[:-1], "tensors end at 18432, the data at 18431"),
+        (whole[:4], "is too short for a safetensors file"),
+        (whole[:8] + b"?" + whole[9:], "is not valid JSON"),
+    ):
+        file.write_bytes(damaged)
+        (problem,) = found(*flags)
+        assert said in problem
+        assert problem.endswith("; copy the file again, or have PEFT save the adapter again")
+    file.write_bytes(whole)
+    assert found(*flags) == []
+    (tmp_path / "m" / "adapter_config.json").write_text("{")
+    assert "adapter_config.json: is not valid JSON" in found(*flags)[0]
