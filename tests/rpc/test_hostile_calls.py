@@ -189,6 +189,7 @@ def _padded(num_bytes: int, max_tokens: int) -> bytes:
 def test_requests_that_wait_take_a_bounded_amount_of_memory(model: Path, tmp_path: Path) -> None:
     """Forty messages of 3 MB, of which one runs: the line is full by bytes, not by number."""
     flags = ("--model", str(model), "--max-num-seqs", "1", "--max-queued-bytes", "16MiB")
+    flags = (*flags, "--speculation", "off")
     with start_server(tmp_path, *flags) as server, grpc.insecure_channel(server.address) as channel:
         call = channel.unary_unary(
             GENERATE,
@@ -197,12 +198,13 @@ def test_requests_that_wait_take_a_bounded_amount_of_memory(model: Path, tmp_pat
         )
         call(_padded(LARGE, 2), timeout=60)
         before = _rss_mib(server)
-        message = _padded(LARGE, 400)
+        # Long enough that few end while the others are sent.
+        message = _padded(LARGE, 480)
         calls: list[Any] = []
         for _ in range(40):
             # One by one: what is on its way in the transport is not counted.
             calls.append(call.future(message, timeout=120))
-            time.sleep(0.05)
+            time.sleep(0.02)
         assert _rss_mib(server) - before < 16 + 2 * LASTING_MIB
         codes = [future.code() for future in calls]
         refused = codes.count(grpc.StatusCode.RESOURCE_EXHAUSTED)

@@ -11,7 +11,7 @@
 #define SLOTS (2 * LANES)
 #define BLOCK 64       /* inputs */
 #define MOST_BLOCKS 1024
-#define AHEAD 1024     /* bytes: the memory's latency, at what a thread reads in it */
+#define AHEAD 4096     /* bytes: the memory's latency, at what a thread reads in it */
 #define TOGETHER 8     /* rows whose sums stay in registers */
 
 /* Orders the outputs [low, low + count) by their entries, most first. By digits of the counts, the lowest
