@@ -70,7 +70,7 @@ _BY_ELEMENT = {
     "turret_rope_kv_write": (*(_pointer,) * 7, *(_int,) * 7),
 }
 _SUFFIXES = {torch.bfloat16: "", torch.float32: "_f32"}
-_COUNTS = ("turret_has_products", "turret_ahead", "turret_sparse_steps")
+_COUNTS = ("turret_has_products", "turret_ahead", "turret_sparse_steps", "turret_sparse_fill")
 
 
 @functools.cache

@@ -50,28 +50,12 @@ class SparseBlocks:
             columns: ``[entries]`` uint16.
             row_starts: ``[out + 1]`` int32.
         """
-        entries, out = len(values), len(row_starts) - 1
-        steps = _steps(columns, row_starts)
-        if steps < 0:
+        made = _filled(values, columns, row_starts)
+        if made is None:
             order = _by_block(columns, row_starts)
-            values, columns = values[order], columns.to(torch.int32)[order].to(torch.uint16)
-            steps = _steps(columns, row_starts)
-        filled = (
-            torch.zeros(entries + _BEHIND, dtype=values.dtype),
-            torch.zeros(entries + _BEHIND, dtype=torch.uint8),
-            torch.empty(steps, dtype=torch.int32),
-            torch.empty(steps, dtype=torch.uint16),
-            torch.empty(-(-out // _LANES) + 1, 2, dtype=torch.int32),
-            torch.empty(out, dtype=torch.uint8),
-        )
-        functions().turret_sparse_fill(
-            values.data_ptr(),
-            columns.data_ptr(),
-            row_starts.data_ptr(),
-            out,
-            *(part.data_ptr() for part in filled),
-        )
-        return cls(*filled, entries // out)
+            made = _filled(values[order], _taken(columns, order), row_starts)
+        assert made is not None
+        return made
 
     @property
     def parts(self) -> tuple[torch.Tensor, ...]:
@@ -84,9 +68,41 @@ def blocks_bytes(columns: torch.Tensor, row_starts: torch.Tensor) -> int:
     out = len(row_starts) - 1
     steps = _steps(columns, row_starts)
     if steps < 0:
-        ordered = columns.to(torch.int32)[_by_block(columns, row_starts)].to(torch.uint16)
-        steps = _steps(ordered, row_starts)
+        steps = _steps(_taken(columns, _by_block(columns, row_starts)), row_starts)
     return 3 * (len(columns) + _BEHIND) + 6 * steps + out + 8 * (-(-out // _LANES) + 1)
+
+
+def _filled(
+    values: torch.Tensor, columns: torch.Tensor, row_starts: torch.Tensor
+) -> SparseBlocks | None:
+    """None where the inputs of an output do not ascend by blocks."""
+    entries, out = len(values), len(row_starts) - 1
+    # There are fewer steps than entries: memory that nothing is written to takes none.
+    filled = (
+        torch.zeros(entries + _BEHIND, dtype=values.dtype),
+        torch.zeros(entries + _BEHIND, dtype=torch.uint8),
+        torch.empty(entries, dtype=torch.int32),
+        torch.empty(entries, dtype=torch.uint16),
+        torch.empty(-(-out // _LANES) + 1, 2, dtype=torch.int32),
+        torch.empty(out, dtype=torch.uint8),
+    )
+    steps = functions().turret_sparse_fill(
+        values.data_ptr(),
+        columns.data_ptr(),
+        row_starts.data_ptr(),
+        out,
+        *(part.data_ptr() for part in filled),
+    )
+    if steps < 0:
+        return None
+    kept, places, masks, skips, starts, outputs = filled
+    masks, skips = masks[:steps].clone(), skips[:steps].clone()
+    return SparseBlocks(kept, places, masks, skips, starts, outputs, entries // out)
+
+
+def _taken(columns: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    # torch gathers no uint16.
+    return columns.to(torch.int32)[order].to(torch.uint16)
 
 
 def _steps(columns: torch.Tensor, row_starts: torch.Tensor) -> int:

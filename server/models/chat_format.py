@@ -88,11 +88,15 @@ def unknown_role(template: object, role: str) -> str:
         template: Of the tokenizer.
         role: Who is said to speak.
     """
+    if role in _ROLES:
+        return ""
     texts = template.values() if isinstance(template, dict) else (template,)
     word, space, _ = role.partition(" ")
     # Of a role with more than a word, such as Granite's "document 1", the beginning may be named.
-    named = re.compile(rf"""['"](?:{re.escape(role)}|{re.escape(word + space)})['"]""")
-    if role in _ROLES or any(named.search(str(text)) for text in texts):
+    names = (role, word + space) if word else ()
+    if any(
+        f"{quote}{name}{quote}" in str(text) for text in texts for name in names for quote in "'\""
+    ):
         return ""
     return (
         f"{role!r} is none of {', '.join(_ROLES)}, nor does the model's chat template name it"

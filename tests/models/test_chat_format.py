@@ -51,11 +51,12 @@ def test_what_is_long_takes_no_longer_than_it_is(template: str) -> None:
 
 
 def test_roles_are_those_that_all_know_and_those_that_a_template_names() -> None:
-    template = """{% if m.role == "ipython" or m.role.startswith('document ') %}critic"""
+    template = """{% if m.role == "ipython" or m.role.startswith('document ') %}critic{{ '' ~ ' ' }}
+    {% endif %}"""
     for known in ("system", "user", "assistant", "tool", "developer", "ipython", "document 7"):
         assert unknown_role(template, known) == ""
         assert unknown_role({"default": "x", "tool_use": template}, known) == ""
-    for other in ("critic", "python", "documents", "Ipython"):
+    for other in ("critic", "python", "documents", "Ipython", "", " ", " user"):
         assert unknown_role(template, other).startswith(f"{other!r} is none of system, ")
 
 

@@ -210,10 +210,10 @@ void pairs_expand(const PairRotation *p, const float *z, float w, int64_t low, i
 
 /* Steps of `Sparse` for compressed rows; -1 where the inputs of an output do not ascend by blocks. */
 int64_t turret_sparse_steps(const uint16_t *columns, const int32_t *row_starts, int64_t out);
-/* Fills what `Sparse` points to. */
-void turret_sparse_fill(const bf16 *values, const uint16_t *columns, const int32_t *row_starts,
-                        int64_t out, bf16 *kept, uint8_t *places, uint32_t *masks, uint16_t *skips,
-                        int32_t *starts, uint8_t *outputs);
+/* Fills what `Sparse` points to; returns its steps, or -1. */
+int64_t turret_sparse_fill(const bf16 *values, const uint16_t *columns, const int32_t *row_starts,
+                           int64_t out, bf16 *kept, uint8_t *places, uint32_t *masks,
+                           uint16_t *skips, int32_t *starts, uint8_t *outputs);
 /* acc[:, 0:count] += w * (S x)[low:low + count], for any number of rows. */
 void sparse_expand(const Sparse *s, const Rows *rows, float w, int64_t in_features, int64_t low,
                    int64_t count);

@@ -3,8 +3,8 @@
  * registers: an entry finds its input there and not in memory. A step has two slots for each of the
  * outputs, and memory holds the slots that have an entry, side by side, with a mask that tells them.
  * The outputs of a unit are dealt to the lanes by how many entries they have, so that few slots are
- * empty. From MANY rows on it is the other way round: an entry meets LANES rows at once. An output's
- * entries are added in one order in both, those of either slot by themselves, and so are its bits.
+ * empty. What a slot has is added in the order of the inputs, and then the two slots of an output, for any
+ * number of rows.
  */
 #include "adapters.h"
 
@@ -96,8 +96,9 @@ EXPORT int64_t turret_sparse_steps(const uint16_t *columns, const int32_t *row_s
     return total;
 }
 
-/* Fills what `filled` points to, but for `mean`; there is room for the steps that turret_sparse_steps counted. */
-EXPORT void turret_sparse_fill(const bf16 *values, const uint16_t *columns, const int32_t *row_starts,
+/* Fills what `Sparse` points to, but for `mean`; a step has an entry at least. Returns the steps, or -1 as
+ * turret_sparse_steps does. */
+EXPORT int64_t turret_sparse_fill(const bf16 *values, const uint16_t *columns, const int32_t *row_starts,
                                int64_t out, bf16 *kept, uint8_t *places, uint32_t *masks,
                                uint16_t *skips, int32_t *starts, uint8_t *outputs) {
     int64_t at = 0, step = 0;
@@ -107,7 +108,7 @@ EXPORT void turret_sparse_fill(const bf16 *values, const uint16_t *columns, cons
         deal(row_starts, low, count, outputs + low);
         for (int64_t i = 0; i < count; i += LANES) {
             int64_t last = 0;
-            count_group(columns, row_starts, low, outputs + low + i, least(count - i, LANES), &g);
+            if (!count_group(columns, row_starts, low, outputs + low + i, least(count - i, LANES), &g)) return -1;
             *starts++ = (int32_t)step;
             *starts++ = (int32_t)at;
             for (int64_t block = 0; block < g.blocks; block++) {
@@ -128,6 +129,7 @@ EXPORT void turret_sparse_fill(const bf16 *values, const uint16_t *columns, cons
     }
     *starts++ = (int32_t)step;
     *starts = (int32_t)at;
+    return step;
 }
 
 /* Where a group's steps begin. */
