@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import errno
 import fcntl
 import json
@@ -14,12 +13,11 @@ from pathlib import Path
 
 import pytest
 from checkout import ROOT
+from start_problems import found, parse
 
 from turret.server.cli import main
 from turret.server.command import preflight
-from turret.server.command.flags import add_flags, config_from_args
 from turret.server.command.preflight import problems
-from turret.server.config import Config
 from turret.server.hub.adapters import AdapterHub
 from turret.server.models.families import served_types
 from turret.training.errors import ConfigError, RunError
@@ -35,17 +33,6 @@ from turret.training.settings.config import (
 from turret.training.settings.inputs import check_inputs
 
 ADAPTERS = ROOT / "examples" / "adapters"
-
-
-def parse(*arguments: str) -> Config:
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    return config_from_args(parser.parse_args(arguments), {})
-
-
-def found(*arguments: str) -> list[str]:
-    free = ("--address", "127.0.0.1:0", "--metrics-address", "none")
-    return problems(parse(*free, *arguments))
 
 
 def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import re
 from pathlib import Path
@@ -12,23 +11,9 @@ import numpy as np
 import pytest
 from checkout import ROOT
 from safetensors.numpy import load_file, save_file
-
-from turret.server.command.flags import add_flags, config_from_args
-from turret.server.command.preflight import problems
-from turret.server.config import Config
+from start_problems import found
 
 ADAPTERS = ROOT / "examples" / "adapters"
-
-
-def parse(*arguments: str) -> Config:
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    return config_from_args(parser.parse_args(arguments), {})
-
-
-def found(*arguments: str) -> list[str]:
-    free = ("--address", "127.0.0.1:0", "--metrics-address", "none")
-    return problems(parse(*free, *arguments))
 
 
 def write_adapter(
