@@ -119,7 +119,7 @@ def build_backend(
             seconds=round(time.monotonic() - started, 2),
             path=path,
             adapter_device_bytes=store.max_bytes,
-            **formulations(decoder),
+            **formulations(decoder, screens_head=not config.model.no_head_screen),
         ),
     )
     limits = config.adapters
@@ -172,7 +172,7 @@ def _build_executor(
     config: Config, decoder: Decoder, cache: KvCache, store: AdapterStore
 ) -> Executor:
     if isinstance(store, StepStore):
-        return TorchExecutor(decoder, cache, store)
+        return TorchExecutor(decoder, cache, store, screens_head=not config.model.no_head_screen)
     from turret.server.adapters.device.gpu.store import GpuStore
     from turret.server.engine.step.gpu.decode_graphs import capture_for
     from turret.server.engine.step.gpu.executor import GpuExecutor

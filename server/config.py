@@ -80,6 +80,11 @@ class ModelConfig:
         " and the container's quota allow)",
         unit="threads",
     )
+    no_head_screen: bool = _flag(
+        False,
+        "keep no int8 copy of the output head on a CPU, half of the head's bytes, from which the"
+        " tokens of greedy steps are told: the same tokens, slower",
+    )
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "threads")

@@ -51,6 +51,12 @@ _SIGNATURES = {
     "turret_dots": (_pointer,),
     "turret_columns": (_pointer,),
     "turret_exp_f32": (_pointer, _int),
+    "turret_screen": (
+        *(_pointer, _pointer, _int, _int, _double),
+        *(_pointer, _pointer, _int, _int),
+    ),
+    "turret_screen_bytes": (_int,) * 3,
+    "turret_screen_codes": (*(_pointer, _int, _int), *(_pointer,) * 3, _int),
     "turret_token_mask": (_pointer, _int, _int, _pointer, _pointer, _int, _int),
     "turret_likeliest": (
         *(_pointer, _int, _int, _pointer, _int),
@@ -70,7 +76,10 @@ _BY_ELEMENT = {
     "turret_rope_kv_write": (*(_pointer,) * 7, *(_int,) * 7),
 }
 _SUFFIXES = {torch.bfloat16: "", torch.float32: "_f32"}
-_COUNTS = ("turret_has_products", "turret_ahead", "turret_sparse_steps", "turret_sparse_fill")
+_COUNTS = (
+    *("turret_has_products", "turret_ahead", "turret_sparse_steps", "turret_sparse_fill"),
+    *("turret_screen", "turret_screen_bytes"),
+)
 
 
 @functools.cache

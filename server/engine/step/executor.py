@@ -24,7 +24,7 @@ from turret.server.engine.step.first_passes import (
 )
 from turret.server.engine.step.masks import Mask
 from turret.server.engine.step.rows import Placed
-from turret.server.engine.step.sampler import Draw, Sampler
+from turret.server.engine.step.sampler import Draw, Sampler, takes_likeliest
 from turret.server.engine.step.vocabulary_plan import (
     added_logits,
     changed_heads,
@@ -32,6 +32,7 @@ from turret.server.engine.step.vocabulary_plan import (
 )
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.decoding.kv_cache import KvCache
+from turret.server.models.decoding.likeliest import LikeliestTokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,15 @@ class Computed:
             overwrite it.
         added: Of sequences whose adapter adds tokens to the base's, the logits of those in the same
             rows, ``[rows of the sequence, tokens]`` fp32.
+        likeliest: In place of ``logits``, where no more is asked of them: the token with the
+            largest one of every such row.
     """
 
     placed: tuple[Placed, ...]
     hidden: torch.Tensor
     logits: torch.Tensor | None
     added: Mapping[Sequence, torch.Tensor] = field(default_factory=dict)
+    likeliest: SequenceOf[int] | None = None
 
 
 class Draws(Protocol):
@@ -154,11 +158,22 @@ def sampled_rows(placed: SequenceOf[Placed]) -> list[tuple[Sequence, range]]:
 
 
 class TorchExecutor:
-    """The torch and the cpu path."""
+    """The torch and the cpu path.
 
-    def __init__(self, decoder: Decoder, cache: KvCache, store: StepStore) -> None:
+    Args:
+        decoder: The base model.
+        cache: Keys and values of all sequences.
+        store: The adapters.
+        screens_head: Whether an int8 copy of the head is kept, half of its bytes, from which the
+            tokens of most greedy steps are told.
+    """
+
+    def __init__(
+        self, decoder: Decoder, cache: KvCache, store: StepStore, *, screens_head: bool = True
+    ) -> None:
         self.store = store
         self._decoder = decoder
+        self._likeliest = LikeliestTokens(decoder) if screens_head else None
         self._cache = cache
         self._builder = BatchBuilder(
             decoder.arch, decoder.ops, cache.block_size, store, decoder.device
@@ -174,10 +189,15 @@ class TorchExecutor:
         rows = [row for placed in batch.placed if placed.samples for row in placed.sampled]
         if rows:
             index = torch.tensor(rows, device=hidden.device)
-            changes = changed_heads(sampled_rows(batch.placed), self.store, hidden.device)
+            samples = sampled_rows(batch.placed)
+            changes = changed_heads(samples, self.store, hidden.device)
             states = hidden.index_select(0, index)
+            if not changes and all(takes_likeliest(sequence) for sequence, _ in samples):
+                tokens = None if self._likeliest is None else self._likeliest.find(states)
+                if tokens is not None:
+                    return Computed(batch.placed, hidden, None, likeliest=tokens)
             logits = self._decoder.logits(states, changes)
-            added = added_logits(sampled_rows(batch.placed), states, self._decoder, self.store)
+            added = added_logits(samples, states, self._decoder, self.store)
             return Computed(batch.placed, hidden, logits, added)
         return Computed(batch.placed, hidden, None)
 

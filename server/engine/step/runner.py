@@ -19,7 +19,7 @@ from turret.server.engine.step.masks import Masks
 from turret.server.engine.step.pooler import Pooler
 from turret.server.engine.step.rows import Placed
 from turret.server.engine.step.sampler import Draw, top_of
-from turret.server.engine.step.verification import draw_tokens
+from turret.server.engine.step.verification import draw_tokens, likeliest_draws
 from turret.server.errors import BudgetExceededError
 
 # Vocabulary logits of prompt positions are made this many rows at a time: 64 rows of a 150,000
@@ -156,11 +156,14 @@ class Runner:
         self._pooler.forget(sequence)
 
     def _sample(self, computed: Computed, result: StepResult) -> None:
-        if computed.logits is None:
-            return
         items = [placed.item for placed in computed.placed if placed.samples]
-        masks = self._masks.take()
-        draws = draw_tokens(self._sampler, computed.logits, items, masks, computed.added)
+        if computed.likeliest is not None:
+            draws = likeliest_draws(items, computed.likeliest)
+        elif computed.logits is not None:
+            masks = self._masks.take()
+            draws = draw_tokens(self._sampler, computed.logits, items, masks, computed.added)
+        else:
+            return
         for item, drawn in zip(items, draws, strict=True):
             result.draws[item.sequence] = drawn
 

@@ -138,6 +138,18 @@ class Sampler:
         return self._uniforms.next(sequence, ahead)
 
 
+def takes_likeliest(sequence: Sequence) -> bool:
+    """Whether the largest of the logits tells the next token, and no more is asked of them."""
+    request = sequence.request
+    params = request.sampling
+    is_plain = params.repetition_penalty == 1.0 and not (
+        params.presence_penalty or params.frequency_penalty or params.logit_bias
+    )
+    is_free = request.constraint is None and sequence.num_generated >= request.stop.min_tokens
+    reports = request.options.logprobs or sequence.vocab_size
+    return params.is_greedy and is_plain and is_free and not reports
+
+
 def _sample(row: torch.Tensor, params: SamplingParams, uniform: float) -> int:
     """A token of ``[vocab]`` logits that a uniform number in [0, 1) picks."""
     # Relative to the likeliest token, which stays at 0 however small the temperature is.

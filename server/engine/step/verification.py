@@ -89,3 +89,22 @@ def draw_tokens(
         going = [run for run in going if run.goes_on]
         masks = NO_MORE_MASKS
     return [run.draws for run in runs]
+
+
+def likeliest_draws(items: SequenceOf[Scheduled], tokens: SequenceOf[int]) -> list[list[Draw]]:
+    """The same where the token of every row is known.
+
+    Args:
+        items: See ``draw_tokens``.
+        tokens: ``[samples]``: the likeliest of each row.
+    """
+    drawn: list[list[Draw]] = []
+    row = 0
+    for item in items:
+        run = _Run(item, row)
+        run.take(Draw(tokens[row]))
+        while run.goes_on:
+            run.take(Draw(tokens[row + len(run.tokens)]))
+        drawn.append(run.draws)
+        row += 1 + len(item.draft)
+    return drawn

@@ -18,7 +18,7 @@ NOTHING_ADDED: Mapping[Sequence, torch.Tensor] = {}
 class Projects(Protocol):
     """What is needed of a decoder."""
 
-    def added_logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor: ...
+    def some_logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor: ...
 
 
 def plan_vocabulary(
@@ -95,7 +95,7 @@ def added_logits(
             change = store.vocabulary(adapter.key)
             if change is not None and change.tokens is not None and change.tokens.added is not None:
                 states = hidden[its_rows.start : its_rows.stop]
-                logits = decoder.added_logits(states, change.tokens.added.head)
+                logits = decoder.some_logits(states, change.tokens.added.head)
                 found = {**found, sequence: logits}
     return found
 

@@ -269,12 +269,12 @@ class Decoder:
         """
         return self._scaled(change_logits(hidden, self._head(hidden), self._head, changes, out))
 
-    def added_logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        """Project one sequence's ``[rows, hidden]`` onto tokens that the base lacks.
+    def some_logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        """Project ``[rows, hidden]`` onto some tokens, the base's or others.
 
         Args:
             hidden: Final-norm hidden states.
-            rows: Of the head, ``[tokens, hidden]``.
+            rows: The tokens' rows of a head, ``[tokens, hidden]``.
 
         Returns:
             ``[rows, tokens]`` fp32.

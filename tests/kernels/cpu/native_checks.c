@@ -365,6 +365,10 @@ int main(int count, char **arguments) {
             check_products(sizes[i][0], sizes[i][1], kind, 1);
         }
     check_dense(70, 100), check_dense(131, 576), check_dense(9, 64), check_nf4(64, 64), check_nf4(96, 192);
+    if (turret_screen_bytes(1, 2, 1)) { /* it is there */
+        check_screen(300, 64, 0.003), check_screen(1000, 130, 0.01), check_screen(513, 576, 2);
+        check_screen(3000, 64, 0.001), check_screen_bounds();
+    }
     check_elementwise(7), check_elementwise(64), check_elementwise(100);
     for (int is_gelu = 0; is_gelu < 2; is_gelu++)
         check_gated(7, is_gelu), check_gated(64, is_gelu), check_gated(100, is_gelu);

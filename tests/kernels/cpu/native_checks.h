@@ -71,6 +71,9 @@ void turret_nf4_slices(const bf16 *, int64_t, const uint8_t *, const bf16 *, bf1
                        const Step *, const int64_t *);
 void turret_change_inputs(const Step *, int64_t, const Inputs *, const bf16 *, int64_t, int64_t, bf16 *);
 void turret_adapt_experts(const void *, const void *);
+void turret_screen_codes(const bf16 *, int64_t, int64_t, int8_t *, float *, double *, int64_t);
+int64_t turret_screen(const void *, const bf16 *, int64_t, int64_t, double, char *, int64_t *, int64_t, int64_t);
+int64_t turret_screen_bytes(int64_t, int64_t, int64_t);
 int64_t turret_has_products(void);
 void turret_own_threads(int64_t are_wanted);
 void turret_add_rms_norm(bf16 *, const bf16 *, const float *, double, bf16 *, int64_t, int64_t, int64_t);

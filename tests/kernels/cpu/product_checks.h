@@ -127,3 +127,86 @@ static void check_nf4(int64_t out, int64_t in) {
     free(again);
     free(x), free(scale), free(y), free(one), free(packed), free(expected);
 }
+
+/* As turret_screen has it. */
+typedef struct {
+    const void *codes, *scales;
+    int64_t out, in;
+    double spread, length;
+} Screen;
+
+static Screen make_screen(const bf16 *w, int64_t out, int64_t in) {
+    int64_t tiles = (out + 31) / 32;
+    int8_t *codes = aligned_alloc(64, tiles * 32 * (in + 64));
+    float *scales = floats(tiles * 32);
+    double *facts = calloc(2 * tiles, sizeof(double));
+    Screen screen = {codes, scales, out, in, 0, 0};
+    turret_screen_codes(w, out, in, codes, scales, facts, threads);
+    for (int64_t t = 0; t < tiles; t++)
+        screen.spread = fmax(screen.spread, facts[2 * t]), screen.length = fmax(screen.length, facts[2 * t + 1]);
+    free(facts);
+    return screen;
+}
+
+static int64_t *screened(const Screen *s, const bf16 *x, int64_t rows, int64_t *count) {
+    int64_t *left = calloc(s->out, sizeof(int64_t));
+    char *memory = malloc(turret_screen_bytes(s->out, s->in, rows));
+    *count = turret_screen(s, x, s->in, rows, 0, memory, left, s->out, threads);
+    if (*count < 0) fail("screen", "no answer", rows, *count, s->out);
+    free(memory);
+    return left;
+}
+
+static int is_among(const int64_t *left, int64_t count, int64_t best) {
+    for (int64_t i = 0; i < count; i++)
+        if (left[i] == best) return 1;
+    return 0;
+}
+
+/* Outputs that differ by less than a code, or by far: the largest of each row is left over. */
+static void check_screen(int64_t out, int64_t in, float apart) {
+    enum { ROWS = 9 };
+    bf16 *w = halves(out * in), *x = halves(ROWS * in);
+    for (int64_t o = 1; o < out; o++)
+        for (int64_t k = 0; k < in; k++)
+            w[o * in + k] = to_bf16((to_f32(w[k]) + apart * noise()) * (apart > 1 ? 1 + o % 5 : 1));
+    Screen screen = make_screen(w, out, in);
+    for (int64_t rows = 1; rows <= ROWS; rows += 4)
+        for (int64_t first = 0, count; first + rows <= ROWS; first++) {
+            int64_t *left = screened(&screen, x + first * in, rows, &count);
+            for (int64_t r = first; r < first + rows; r++) {
+                double most = -INFINITY;
+                int64_t best = 0;
+                for (int64_t o = 0; o < out; o++) {
+                    double sum = 0;
+                    for (int64_t k = 0; k < in; k++) sum += (double)to_f32(x[r * in + k]) * to_f32(w[o * in + k]);
+                    if (sum > most) most = sum, best = o;
+                }
+                if (!is_among(left, count, best)) fail("screen", "left out", r, count, best);
+            }
+            if (apart > 1 && count > out / 4) fail("screen", "left over", first, count, out / 4);
+            free(left);
+        }
+    free(w), free(x), free((void *)screen.codes), free((void *)screen.scales);
+}
+
+/* As bad as it gets: what codes leave out adds all it can to the largest output, and takes all it can
+ * from another one, which is the largest by its codes. */
+static void check_screen_bounds(void) {
+    enum { OUT = 700, IN = 128, BEST = 600, SECOND = 7 };
+    bf16 *w = halves(OUT * IN), *x = halves(IN);
+    for (int64_t o = 0; o < OUT; o++)
+        for (int64_t k = 0; k < IN; k++) {
+            float sign = k % 3 ? 1 : -1, code = sign * 10;
+            if (o == BEST) code += sign * 0.25f;
+            if (o == SECOND) code += sign * (k % 8 < 3 ? 0.75f : -0.25f);
+            if (o != BEST && o != SECOND) code = 0;
+            w[o * IN + k] = to_bf16((k ? code : 127) / 128);
+            x[k] = to_bf16(k ? sign : 0);
+        }
+    Screen screen = make_screen(w, OUT, IN);
+    int64_t count, *left = screened(&screen, x, 1, &count);
+    if (!is_among(left, count, BEST)) fail("screen", "left out by codes", 0, count, BEST);
+    if (count != 2) fail("screen", "left over by codes", 0, count, 2);
+    free(w), free(x), free(left), free((void *)screen.codes), free((void *)screen.scales);
+}

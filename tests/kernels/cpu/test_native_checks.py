@@ -105,6 +105,12 @@ FAULTS = {
                                  "s->outputs[low + i]"),
     "every other entry twice": ("adapters/sparse.c", "sums[n * SLOTS + LANES + lane]",
                                 "sums[n * SLOTS + lane]"),
+    "bounds without the rests": ("screen.c", "value + error", "value"),
+    "bounds of what is left over without them": ("screen.c", "rows[r].per_scale >= limits",
+                                                 "0 >= limits"),
+    "another output's scale": ("screen.c", "j->scales[tile * TILE + i] =",
+                               "j->scales[tile * TILE + (i ^ 1)] ="),
+    "pairs the other way round": ("screen.c", "pair[i] =", "pair[1 - i] ="),
     "blocks that a step skips": ("adapters/sparse.c", "(uint16_t)(block - last)", "0"),
 }  # fmt: skip
 
@@ -178,7 +184,8 @@ class Objects:
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Objects:
-    return Objects(tmp_path_factory.mktemp("plain"), ["-O1"])
+    flags = BY_ISA["avx2"]["extra-compile-args"] if "avx2" in native.usable_isas() else []
+    return Objects(tmp_path_factory.mktemp("plain"), [*flags, "-O1"])
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,63 @@
+"""The likeliest tokens of rows, without all of their logits."""
+
+from __future__ import annotations
+
+import torch
+
+from turret.kernels.likeliest import likeliest_tokens
+from turret.kernels.screen import MOST_ROWS, Screen
+from turret.server.models.decoding.decoder import Decoder
+
+# AMX's tiles multiply this many outputs or more, each by itself, and in another order than fewer.
+_LEAST_OUTPUTS = 16
+# A cap makes of distinct logits equal ones: those that are nearer to each other than this share of
+# it (its own error), and those beyond that many times it.
+_CAP_SLACK, _CAP_REACH = 1e-3, 4.0
+
+
+class LikeliestTokens:
+    """Tells tokens from a part of a head's bytes, the same as all logits would (``Screen``).
+
+    Args:
+        decoder: Its head stays as it is.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder = decoder
+        self._screen: Screen | None = None
+        scale, cap = decoder.arch.logit_scale, decoder.arch.logit_softcap
+        self._slack = 0.0 if cap is None else _CAP_SLACK * cap / scale
+        self._most = float("inf")
+        if cap is not None:
+            self._most = cap * float(torch.tanh(torch.tensor(_CAP_REACH)))
+        if scale > 0.0 and Screen.serves(decoder.head):
+            try:
+                self._screen = Screen(decoder.head)
+            except ValueError:
+                return
+
+    def find(self, hidden: torch.Tensor) -> list[int] | None:
+        """The token with the largest logit of each row; of equal ones the first.
+
+        Args:
+            hidden: Final-norm hidden states, ``[rows, hidden]``.
+
+        Returns:
+            None where the logits have to tell.
+        """
+        if self._screen is None or hidden.shape[0] > MOST_ROWS:
+            return None
+        tokens = self._screen.outputs(hidden, self._slack)
+        if tokens is None:
+            return None
+        if len(tokens) == 1 and self._most == float("inf"):
+            return [int(tokens)] * hidden.shape[0]
+        if len(tokens) < _LEAST_OUTPUTS:
+            # The first one again: it is found where it was found before.
+            tokens = torch.cat((tokens, tokens[:1].expand(_LEAST_OUTPUTS - len(tokens))))
+        rows = self._decoder.head.index_select(0, tokens)
+        logits = self._decoder.some_logits(hidden, rows)
+        if self._most < float("inf") and float(logits.abs().max()) > self._most:
+            return None
+        found: list[int] = tokens[likeliest_tokens(logits)].tolist()
+        return found

@@ -1,0 +1,183 @@
+"""Greedy steps take their tokens from a screened head, and the tokens are those of all logits."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builders.bases.tiny_models import VOCAB_SIZE, save_tiny_model
+from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
+from servers.engine_harness import EngineHarness, make_request
+
+from turret.kernels.cpu import native
+from turret.server.engine.scheduling.request import (
+    Request,
+    ResponseOptions,
+    SamplingParams,
+    StopConditions,
+)
+from turret.server.models.decoding.likeliest import LikeliestTokens
+
+pytestmark = pytest.mark.skipif(
+    native.isa() in {None, "baseline"}, reason="no screen without AVX2's kernels"
+)
+
+PLAIN = ResponseOptions()
+FAMILIES = {
+    "llama": {},
+    "qwen3": {"tie_word_embeddings": False},
+    "granite": {"logits_scaling": 2.0},
+    "gemma2": {"final_logit_softcapping": 30.0},
+}
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How many steps were told their tokens, and how many were not."""
+    counts: Counter[str] = Counter()
+    find = LikeliestTokens.find
+
+    def counting(self: LikeliestTokens, hidden: torch.Tensor) -> list[int] | None:
+        found = find(self, hidden)
+        counts["logits" if found is None else "screen"] += 1
+        return found
+
+    monkeypatch.setattr(LikeliestTokens, "find", counting)
+    return counts
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("likeliest")
+
+
+def served(root: Path, family: str) -> tuple[Path, Path]:
+    folder = root / family
+    if folder.exists():
+        return folder / "model", folder / "adapters"
+    model = save_tiny_model(family, folder / "model", changes=FAMILIES[family])
+    write_adapter(folder / "adapters", arch_of(model), AdapterSpec("lora8", 8, ALL), 1)
+    return model, folder / "adapters"
+
+
+def prompts(count: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(count)
+    return [
+        torch.randint(0, VOCAB_SIZE, (3 + 5 * n,), generator=generator).tolist()
+        for n in range(count)
+    ]
+
+
+def without_logprobs(requests: list[Request]) -> list[Request]:
+    return [replace(r, request_id=f"{r.request_id}-plain", options=PLAIN) for r in requests]
+
+
+OPTIONS: dict[str, Any] = {
+    "dtype": "bfloat16",
+    "adapters": ["lora8"],
+    "max_num_batched_tokens": 256,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_tokens_are_those_of_all_logits(root: Path, family: str, asked: Counter[str]) -> None:
+    requests = [
+        make_request(prompt, *(["lora8"] if n % 2 else []), max_tokens=24)
+        for n, prompt in enumerate(prompts(6))
+    ]
+    options = {**OPTIONS, "speculation": "off"}
+    async with EngineHarness.start(*served(root, family), **options) as harness:
+        whole = [await harness.run(request) for request in requests]
+        assert not asked, "logprobs are asked for"
+        together = await harness.run_all(without_logprobs(requests))
+        alone = [await harness.run(request) for request in without_logprobs(requests)]
+    assert [answer.token_ids for answer in together] == [answer.token_ids for answer in whole]
+    assert [answer.token_ids for answer in alone] == [answer.token_ids for answer in whole]
+    assert asked["screen"] > 50, asked
+
+
+async def test_logits_that_reach_their_cap_tell_themselves(root: Path, asked: Counter[str]) -> None:
+    """What differed before may be the same behind it, and then the first token counts."""
+    model = save_tiny_model("gemma2", root / "capped", changes={"final_logit_softcapping": 1.0})
+    requests = [make_request(prompt, max_tokens=8) for prompt in prompts(3)]
+    async with EngineHarness.start(model, dtype="bfloat16", speculation="off") as harness:
+        whole = await harness.run_all(requests)
+        plain = await harness.run_all(without_logprobs(requests))
+    assert [answer.token_ids for answer in plain] == [answer.token_ids for answer in whole]
+    assert asked["logits"]
+    assert not asked["screen"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sampling": SamplingParams(temperature=0.0, repetition_penalty=1.3)},
+        {"sampling": SamplingParams(temperature=0.0, presence_penalty=0.5)},
+        {"sampling": SamplingParams(temperature=0.0, frequency_penalty=0.5)},
+        {"sampling": SamplingParams(temperature=0.0, logit_bias={3: 50.0})},
+        {"sampling": SamplingParams(temperature=0.8, seed=1)},
+        {"options": ResponseOptions(logprobs=True)},
+    ],
+    ids=["repetition", "presence", "frequency", "bias", "drawn", "logprobs"],
+)
+async def test_who_asks_for_more_gets_all_logits(
+    root: Path, asked: Counter[str], changes: dict[str, Any]
+) -> None:
+    """And so do those beside it, with the tokens they have alone."""
+    first, second = prompts(2)
+    plain = make_request(first, max_tokens=12, options=PLAIN)
+    other = make_request(second, max_tokens=12, **{"options": PLAIN, **changes})
+    async with EngineHarness.start(*served(root, "llama"), **OPTIONS) as harness:
+        alone = await harness.run(plain)
+        told = asked.total()
+        assert told
+        expected = await harness.run(other)
+        assert asked.total() == told
+        again = [replace(r, request_id=f"{r.request_id}-2") for r in (plain, other)]
+        answers = await harness.run_all(again)
+    assert [a.token_ids for a in answers] == [alone.token_ids, expected.token_ids]
+
+
+async def test_end_tokens_are_banned_until_min_tokens(root: Path, asked: Counter[str]) -> None:
+    """Then the screen tells again."""
+    prompt = prompts(3)[2]
+    async with EngineHarness.start(*served(root, "llama"), **OPTIONS) as harness:
+        free = await harness.run(make_request(prompt, max_tokens=12))
+        stop = StopConditions(
+            max_tokens=12, min_tokens=6, stop_token_ids=frozenset({free.token_ids[1]})
+        )
+        whole = await harness.run(make_request(prompt, stop=stop))
+        assert not asked
+        plain = await harness.run(make_request(prompt, stop=stop, options=PLAIN))
+    assert plain.token_ids == whole.token_ids
+    assert len(whole.token_ids) >= 6
+    assert asked.total() <= 12 - 6
+
+
+async def test_drafts_are_checked_by_it(root: Path, asked: Counter[str]) -> None:
+    pattern = prompts(1)[0] * 12
+    request = make_request(pattern, max_tokens=48)
+    async with EngineHarness.start(*served(root, "llama"), speculation="off", **OPTIONS) as harness:
+        expected = await harness.run(request)
+    async with EngineHarness.start(*served(root, "llama"), **OPTIONS) as harness:
+        [request] = without_logprobs([request])
+        answer = await harness.run(request)
+    assert answer.token_ids == expected.token_ids
+    assert 0 < asked["screen"] < 48, "some steps gave several tokens"
+
+
+async def test_it_can_be_left_out(root: Path, asked: Counter[str]) -> None:
+    request = make_request(prompts(1)[0], max_tokens=8, options=PLAIN)
+    folders = served(root, "llama")
+    async with EngineHarness.start(*folders, **OPTIONS) as harness:
+        expected = await harness.run(request)
+    asked.clear()
+    async with EngineHarness.start(*folders, no_head_screen=True, **OPTIONS) as harness:
+        [again] = without_logprobs([request])
+        answer = await harness.run(again)
+    assert answer.token_ids == expected.token_ids
+    assert not asked

@@ -1,0 +1,170 @@
+"""A screen leaves over every output that may be the largest, whatever weight and rows are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from turret.kernels.cpu import native
+from turret.kernels.rows.linear import row_linear
+from turret.kernels.screen import MOST_ROWS, Screen
+
+Make = Callable[[torch.Generator, int, int], torch.Tensor]
+
+
+@pytest.fixture(params=[isa for isa in native.usable_isas() if isa != "baseline"], autouse=True)
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = native.load(request.param)
+    monkeypatch.setattr(native, "library", lambda: found)
+
+
+def noise(generator: torch.Generator, out: int, size: int) -> torch.Tensor:
+    return torch.randn(out, size, generator=generator)
+
+
+def alike(generator: torch.Generator, out: int, size: int) -> torch.Tensor:
+    """Rows that differ from each other by less than a code."""
+    one = torch.randn(1, size, generator=generator)
+    return one + 0.004 * torch.randn(out, size, generator=generator)
+
+
+def of_all_sizes(generator: torch.Generator, out: int, size: int) -> torch.Tensor:
+    scales = torch.logspace(-36, 3, out)[torch.randperm(out, generator=generator)]
+    return scales.unsqueeze(1) * torch.randn(out, size, generator=generator)
+
+
+def with_outliers(generator: torch.Generator, out: int, size: int) -> torch.Tensor:
+    weight = 0.01 * torch.randn(out, size, generator=generator)
+    weight[:, size // 3] = 4 * torch.randn(out, generator=generator)
+    return weight
+
+
+def with_zeros(generator: torch.Generator, out: int, size: int) -> torch.Tensor:
+    weight = torch.randn(out, size, generator=generator)
+    weight[::3] = 0
+    return weight
+
+
+def twice(generator: torch.Generator, out: int, size: int) -> torch.Tensor:
+    weight = torch.randn(out, size, generator=generator)
+    weight[out // 2 :] = weight[: out - out // 2].flip(0)
+    return weight
+
+
+MAKES: list[Make] = [noise, alike, of_all_sizes, with_outliers, with_zeros, twice]
+
+
+def largest(x: torch.Tensor, weight: torch.Tensor, slack: float) -> set[int]:
+    """What must be left over, by the whole product."""
+    y = row_linear(x, weight).double()
+    found: set[int] = set()
+    for row in y:
+        found |= set((row >= row.max() - slack).nonzero().flatten().tolist())
+    return found
+
+
+@pytest.mark.parametrize("make", MAKES)
+@pytest.mark.parametrize(("out", "size"), [(256, 2), (300, 64), (1001, 576), (4097, 130)])
+def test_every_largest_output_is_left_over(make: Make, out: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(out + size)
+    weight = make(generator, out, size).bfloat16()
+    screen = Screen(weight)
+    told = 0
+    for rows in (1, 2, 3, 4, 5, 7, 8, 9, MOST_ROWS):
+        for kind in range(4):
+            x = torch.randn(rows, size, generator=generator)
+            if kind == 1:
+                x[:, size // 3] *= 300  # as hidden states have
+            elif kind == 2:
+                # The negative of a weight's rows, near its largest: all logits below 0.
+                x = -weight[:rows].float() if make is alike else x * 1e-20
+            elif kind == 3:
+                x = weight[torch.randint(out, (rows,), generator=generator)].float()
+            for slack in (0.0, 0.25):
+                x16 = x.bfloat16()
+                found = None
+                for _ in range(70):  # patience
+                    if (found := screen.outputs(x16, slack)) is not None:
+                        break
+                if found is None:
+                    continue
+                told += 1
+                ids = found.tolist()
+                assert ids == sorted(set(ids))
+                assert ids[-1] < out
+                assert largest(x16, weight, slack) <= set(ids), (rows, kind, slack)
+    assert told or make is alike
+
+
+def test_few_are_left_over() -> None:
+    """Of noise, whose largest are the nearest to each other."""
+    generator = torch.Generator().manual_seed(1)
+    weight = (0.1 * torch.randn(20_000, 576, generator=generator)).bfloat16()
+    screen = Screen(weight)
+    for _ in range(10):
+        found = screen.outputs(torch.randn(1, 576, generator=generator).bfloat16())
+        assert found is not None
+        assert len(found) < 200
+
+
+def test_rows_that_are_no_numbers_are_for_the_logits_to_tell() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(300, 64, generator=generator).bfloat16()
+    for value in (float("nan"), float("inf"), float("-inf"), 1e38):
+        x = torch.randn(3, 64, generator=generator).bfloat16()
+        x[1, 5] = value
+        assert Screen(weight).outputs(x) is None
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 3e38])
+def test_a_weight_that_is_not_finite_has_no_screen(value: float) -> None:
+    weight = torch.randn(300, 64).bfloat16()
+    weight[7, 3] = value
+    with pytest.raises(ValueError, match="not finite"):
+        Screen(weight)
+
+
+def test_calls_that_cannot_tell_become_rare() -> None:
+    """All outputs alike: none can be left out, and soon that is not tried in every call."""
+    weight = torch.ones(512, 64).bfloat16()
+    screen, x = Screen(weight), torch.ones(1, 64).bfloat16()
+    tried = []
+    original = native.functions().turret_screen
+
+    class Counting:
+        def __getattr__(self, name: str) -> object:
+            return getattr(native.library(), name)
+
+        def turret_screen(self, *arguments: object) -> int:
+            tried.append(1)
+            count: int = original(*arguments)
+            return count
+
+    counting = Counting()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "functions", lambda: counting)
+        for _ in range(512):
+            assert screen.outputs(x) is None
+    assert 5 <= len(tried) <= 16
+
+
+def test_sums_stay_within_their_32_bits() -> None:
+    """Rows whose numbers are all as large as the largest, and codes too."""
+    size = 4096
+    weight = torch.ones(256, size).bfloat16()
+    weight[:128] = -1
+    weight[200] = 1.25
+    found = Screen(weight).outputs(torch.ones(1, size).bfloat16())
+    assert found is not None
+    assert 200 in found.tolist()
+    assert not set(range(128)) & set(found.tolist())
+
+
+def test_what_it_serves() -> None:
+    weight = torch.randn(512, 64)
+    assert Screen.serves(weight.bfloat16())
+    assert not Screen.serves(weight)
+    assert not Screen.serves(weight[:100].bfloat16())
+    assert not Screen.serves(weight[:, :63].bfloat16())
