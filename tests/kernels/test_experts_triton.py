@@ -45,7 +45,7 @@ def skewed(rows: int, experts: int, per_token: int) -> Routing:
 @pytest.mark.parametrize("normalizes", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("experts", "per_token"), [(8, 2), (7, 3), (128, 8), (3, 3), (1, 1)])
-def test_routes_like_the_reference(
+def test_routes_every_row_to_its_likeliest_experts(
     experts: int, per_token: int, dtype: torch.dtype, *, normalizes: bool
 ) -> None:
     scores = random(19, experts + 1, dtype=dtype)[:, :experts]
@@ -99,7 +99,7 @@ def _alone(routing: Routing, row: int, experts: int) -> tuple[torch.Tensor, torc
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_sums_like_the_reference(dtype: torch.dtype) -> None:
+def test_sums_pairs_by_their_weights(dtype: torch.dtype) -> None:
     routing = skewed(11, 5, 3)
     y = random(33, 1100, dtype=dtype)
     expected = combine_reference(y.cpu(), _on_cpu(routing))

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -64,6 +65,7 @@ def run_emulated(*arguments: str) -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-kernel", action="store_true", help="fail if one was not launched")
     parser.addoption("--emulate", choices=["sm_80", "sm_90"], default="sm_90")
     parser.addoption("--emulated-tiles", choices=["small", "device"], default="device")
     parser.addoption("--emulated-dtype", choices=["bfloat16", "float16"], default="bfloat16")
@@ -119,5 +121,15 @@ def _emulator(request: pytest.FixtureRequest) -> Iterator[None]:
     from ptx.launcher import emulated
 
     target, tiles = (request.config.getoption(f"--{o}") for o in ("emulate", "emulated-tiles"))
-    with emulated(str(target), tiles=str(tiles)):
+    with emulated(str(target), tiles=str(tiles)) as launcher:
         yield
+    if request.config.getoption("--every-kernel"):
+        assert defined_kernels() - launcher.launches.keys() == set(), "kernels without a test here"
+
+
+def defined_kernels() -> set[str]:
+    """The names of all kernels that are launched from ``kernels/gpu``."""
+    found: set[str] = set()
+    for path in (ROOT / "kernels" / "gpu").rglob("*.py"):
+        found.update(re.findall(r"^def (\w+_kernel)\(", path.read_text(), re.MULTILINE))
+    return found

@@ -161,3 +161,10 @@ def update_in_float64(
                 total[run.start : run.end, start : start + out] += c.weight * (rows @ a.T @ b)
                 start += out
     return total
+
+
+def circulant(kernel: torch.Tensor) -> torch.Tensor:
+    """The dense matrix of kernels ``[out / b, in / b, b]``: row j is a kernel moved j places."""
+    size = kernel.shape[2]
+    rows = [kernel.roll(j, dims=2) for j in range(size)]
+    return torch.stack(rows, dim=1).flatten(2).flatten(0, 1)

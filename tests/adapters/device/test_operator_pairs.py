@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from builders.adapters import circulant
 from gpu_path import OneStepTables, use_coarse_tiles
-from kernel_traffic import error_ratio
+from kernel_traffic import circulant, error_ratio
 from torch import Tensor
 
 from turret.kernels.cpu.native import library

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders.adapters import circulant as dense_circulant
 from kernel_traffic import DEVICE, DTYPES, HALF, MAX_ERROR, error_ratio, make_pack, traffic
+from kernel_traffic import circulant as dense_circulant
 
 from turret.kernels.adapters.circulant import circulant_reference, spectrum
 from turret.kernels.adapters.modulated_base import modulated_reference

@@ -21,6 +21,9 @@ from turret.kernels.cpu.row_adapters import (
 from turret.kernels.gpu.adapters.dense import dense
 from turret.kernels.gpu.tables.row_table import RowTable
 
+NATIVE = pytest.mark.skipif(
+    native.library() is None or DEVICE.type != "cpu", reason="compiled for the processor"
+)
 SLOTS = 4
 # Inputs, outputs: multiples of a tile, and neither; more outputs than a unit of the C kernel has.
 SHAPES = [(64, 32), (96, 70), (43, 33), (1, 5), (200, 150)]
@@ -120,7 +123,7 @@ def test_an_empty_table_changes_nothing_and_breaches_are_refused():
             dense(x, result, wrong, table)
 
 
-@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+@NATIVE
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_compiled_rows_equal_float64_and_the_rows_alone(shape, num_threads):

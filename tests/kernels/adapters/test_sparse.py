@@ -21,6 +21,9 @@ from turret.kernels.cpu.sparse import SparseBlocks, blocks_bytes
 from turret.kernels.gpu.adapters.sparse import sparse
 from turret.kernels.gpu.tables.row_table import RowTable
 
+NATIVE = pytest.mark.skipif(
+    native.library() is None or DEVICE.type != "cpu", reason="compiled for the processor"
+)
 SLOTS = 4
 # Inputs, outputs, entries; a whole row of entries, or none at all.
 SHAPES = [
@@ -133,7 +136,7 @@ def test_an_empty_table_changes_nothing_and_breaches_are_refused():
             sparse(case.x, y, *wrong, table)
 
 
-@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+@NATIVE
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_compiled_rows_equal_float64_and_the_rows_alone(shape, num_threads):
@@ -168,7 +171,7 @@ def test_compiled_rows_equal_float64_and_the_rows_alone(shape, num_threads):
     torch.set_num_threads(before)
 
 
-@pytest.mark.skipif(native.library() is None, reason="there is no C compiler")
+@NATIVE
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_bytes_of_a_copy_are_known_before_it_is_made(shape):
     for parts in Case(shape, torch.bfloat16).parts:

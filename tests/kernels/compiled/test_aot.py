@@ -16,6 +16,7 @@ from collections.abc import Callable
 import pytest
 import triton
 from checkout import ROOT
+from emulation import defined_kernels
 from ptx.launcher import bench_module
 
 from turret.kernels.gpu.shared.tuning import wgmma_stages
@@ -216,11 +217,7 @@ def test_attention_loads_keys_while_it_multiplies(recorded):
 
 
 def test_every_kernel_is_in_the_table(recorded):
-    defined = set()
-    for path in (ROOT / "kernels" / "gpu").rglob("*.py"):
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith("def ") and line.split("(")[0].endswith("_kernel"):
-                defined.add(line.split("(")[0].removeprefix("def ").removesuffix("_kernel"))
+    defined = {name.removesuffix("_kernel") for name in defined_kernels()}
     assert len(defined) > 10
     newest = max(recorded, key=lambda version: [int(part) for part in version.split(".")])
     assert {name.split("[")[0] for name in recorded[newest]} == defined

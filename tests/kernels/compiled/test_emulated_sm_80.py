@@ -16,4 +16,4 @@ pytestmark = [
 @pytest.mark.parametrize(("dtype", "tiles"), [("bfloat16", "device"), ("float16", "small")])
 def test_kernels(dtype, tiles):
     options = ("--emulate=sm_80", f"--emulated-dtype={dtype}", f"--emulated-tiles={tiles}")
-    run_emulated(*options, *KERNEL_TESTS)
+    run_emulated(*options, "--every-kernel", *KERNEL_TESTS)

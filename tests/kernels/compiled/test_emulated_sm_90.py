@@ -16,7 +16,7 @@ pytestmark = [
 @pytest.mark.parametrize(("dtype", "tiles"), [("bfloat16", "small"), ("float16", "device")])
 def test_kernels(dtype, tiles):
     options = ("--emulate=sm_90", f"--emulated-dtype={dtype}", f"--emulated-tiles={tiles}")
-    run_emulated(*options, *KERNEL_TESTS)
+    run_emulated(*options, "--every-kernel", *KERNEL_TESTS)
 
 
 def test_planted_faults():

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders.adapters import circulant
-from kernel_traffic import error_ratio
+from kernel_traffic import circulant, error_ratio
 
 from turret.kernels.cpu.circulant import CirculantFactors
 from turret.kernels.cpu.native import has_native_products

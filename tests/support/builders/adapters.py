@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from kernel_traffic import circulant
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -236,13 +237,6 @@ def dense_entries(sparse: Sparse, dtype: torch.dtype, in_features: int) -> torch
     for row, column, value in zip(rows, columns, sparse.values.to(dtype), strict=True):
         dense[row, column] += value
     return dense
-
-
-def circulant(kernel: torch.Tensor) -> torch.Tensor:
-    """The dense matrix of kernels ``[out / b, in / b, b]``: row j is a kernel moved j places."""
-    size = kernel.shape[2]
-    rows = [kernel.roll(j, dims=2) for j in range(size)]
-    return torch.stack(rows, dim=1).flatten(2).flatten(0, 1)
 
 
 class _Adapted(nn.Module):
