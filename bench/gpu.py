@@ -23,7 +23,7 @@ import torch
 from cuda.early import time_early_launches
 from cuda.kernels import KERNELS
 from cuda.sampling import time_sampling
-from cuda.scenarios import one_step, time_projection, time_step
+from cuda.scenarios import one_step, time_low_rank, time_projection, time_step
 from cuda.setting import Setting
 from cuda.switching import time_switching
 from cuda.timing import ROOT
@@ -33,6 +33,7 @@ PARTS: dict[str, Callable[[Setting], None]] = {
     **KERNELS,
     "sampling": time_sampling,
     "projection": time_projection,
+    "low rank": time_low_rank,
     "step": time_step,
     "early launches": time_early_launches,
     "switching": time_switching,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from cuda.scenarios import expected_step
 from cuda.setting import Setting
 from cuda.step import DecodeStep, Scenario
 from cuda.tune import use
@@ -48,7 +49,8 @@ def time_early_launches(setting: Setting) -> None:
                 assert all(torch.equal(b, first) for b in bits), f"{name}: other bits"
                 facts = {} if serial is None else {"over_serial": timing.p50 / serial[1]}
                 kind = "early launches" if is_early else "launches in turn"
-                setting.report.add(f"step {name}, {kind}", shape, timing, **facts)
+                expected = expected_step(setting, rows, None if name == "base" else lora)
+                setting.report.add(f"step {name}, {kind}", shape, timing, expected, **facts)
                 serial = serial or (first, timing.p50)
     finally:
         use(setting, found)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from typing import Any
 _REGISTERS = Path(__file__).resolve().parents[2] / "kernels" / "registers.json"
 # Between two kernels of a CUDA graph; assumed, for a launch row of its own measures it.
 LAUNCH_MS = 1.2e-3
+# Over a row of logits: of rows that keep all tokens, and about as many where top-k or top-p do not.
+UNFILTERED_PASSES, FILTERED_PASSES = 3, 17
+# What ends with what follows the projection.
+_EXPANDS = {"qkv": "expand_rotated", "gate_up": "expand_gated"}
 _LANES = 32
 _SCHEDULERS = 4
 
@@ -99,15 +104,20 @@ class Work:
         return self.num_bytes / card.gb_s / 1e6
 
 
+# What a measured row should take, for a card that is known.
+Expected = Callable[[Card], list[Work]]
+
+
 def expected_ms(works: list[Work], card: Card) -> float:
     """Kernels one after the other."""
     return sum(work.kernel_ms(card) + work.launches * LAUNCH_MS for work in works)
 
 
-def facts(works: list[Work], card: Card | None, measured_ms: float) -> dict[str, float]:
+def facts(expected_of: Expected, card: Card | None, measured_ms: float) -> dict[str, float]:
     """What is printed beside a measured row; nothing for a card that is not known."""
     if card is None:
         return {}
+    works = expected_of(card)
     expected = expected_ms(works, card)
     return {
         "expected_ms": expected,
@@ -137,6 +147,23 @@ def cost(kernel: str, target: str, *forms: str) -> tuple[float, float]:
     if not found:
         raise ValueError(f"no {kernel} with {forms} in {_REGISTERS.name}")
     return max(row["instructions"] for row in found), max(row["wavefronts"] for row in found)
+
+
+def bytes_work(num_bytes: float, launches: int = 1) -> Expected:
+    """Of what does little but read and write."""
+    return lambda card: [Work(num_bytes=num_bytes, launches=launches)]
+
+
+def product_work(rows: int, inner: int, outputs: int) -> Work:
+    """A library's product of 16-bit numbers."""
+    num_bytes = 2 * (rows * inner + inner * outputs + rows * outputs)
+    return Work(num_bytes=num_bytes, flops=2 * rows * inner * outputs)
+
+
+def written_out_work(outputs: int, inner: int, rows: int) -> list[Work]:
+    """A weight written out once, and a library's product with it."""
+    weights = outputs * inner
+    return [Work(num_bytes=weights * (0.5 + 4 / 64 + 2)), product_work(rows, inner, outputs)]
 
 
 def nf4_work(outputs: int, inner: int, rows: int, card: Card) -> list[Work]:
@@ -177,20 +204,79 @@ def attention_work(rows: int, context: int, heads: tuple[int, int, int], card: C
 
 
 def low_rank_work(
-    inner: int, outs: tuple[int, ...], rows_of_rank: list[tuple[int, int]], card: Card
+    inner: int,
+    outs: tuple[int, ...],
+    rows_of_rank: list[tuple[int, int]],
+    card: Card,
+    *,
+    gemv: bool = False,
+    expand: str = "segmented_expand",
 ) -> list[Work]:
-    """Shrink and expand of adapters, each ``(rank, its rows)``."""
-    shrink = cost("segmented_shrink", card.target, "BLOCK_M=16;")
-    expand = cost("segmented_expand", card.target, "BLOCK_M=16;", "no gain_delta")
+    """Shrink and expand of adapters.
+
+    Args:
+        inner: Inputs.
+        outs: Outputs of each slice.
+        rows_of_rank: Of each adapter its rank and its rows.
+        card: The device.
+        gemv: Chunks of one row have kernels of their own.
+        expand: The kernel that expands.
+    """
+    works: list[Work] = []
+    # Sixteen ranks of sixteen rows at a time, however many there are.
+    chunks = [(rank, 1 if gemv and rows % 16 == 1 else 16, rows) for rank, rows in rows_of_rank]
+    sizes = {
+        16: sum(
+            -(-rank // 16) * 16 * (-(-rows // 16) - (last == 1)) for rank, last, rows in chunks
+        ),
+        1: sum(-(-rank // 16) * 16 for rank, last, _ in chunks if last == 1),
+    }
     ranks = sum(rank for rank, _ in rows_of_rank)
-    # Sixteen ranks of sixteen rows at a time, whoever many there are.
-    tiles = sum(-(-rank // 16) * 16 * -(-rows // 16) for rank, rows in rows_of_rank)
-    units = tiles * len(outs) * inner, tiles * sum(outs)
-    sizes = 2 * ranks * len(outs) * inner, 2 * ranks * sum(outs)
+    for kernel, per_rank, forms in (
+        ("segmented_shrink", len(outs) * inner, ()),
+        (expand, sum(outs), ("no gain_delta",)),
+    ):
+        instructions = wavefronts = 0.0
+        for block, tiles in sizes.items():
+            if not tiles:
+                continue
+            per = cost(kernel, card.target, f"BLOCK_M={block};", *forms)
+            instructions += tiles * per_rank * per[0]
+            wavefronts += tiles * per_rank * per[1]
+        works.append(
+            Work(
+                num_bytes=2 * ranks * per_rank,
+                instructions=instructions,
+                wavefronts=wavefronts,
+                launches=2 if gemv else 1,
+            )
+        )
+    return works
+
+
+def hadamard_work(
+    inner: int, outs: tuple[int, ...], adapters: int, rank: int, rows: int
+) -> list[Work]:
+    """Both steps, the second one a launch for each slice, its products of split halves."""
+    features = len(outs) * inner + sum(outs)
     return [
-        Work(num_bytes=size, instructions=unit * per[0], wavefronts=unit * per[1])
-        for size, unit, per in zip(sizes, units, (shrink, expand), strict=True)
+        Work(
+            num_bytes=4 * adapters * rank * features,
+            flops=4 * rows * rank**2 * features,
+            launches=1 + len(outs),
+        )
     ]
+
+
+def kronecker_work(sizes: list[tuple[int, int]], adapters: int) -> list[Work]:
+    """A launch for each slice, of the elements of its two factors."""
+    return [Work(num_bytes=2 * adapters * (small + large)) for small, large in sizes]
+
+
+def sample_work(rows: int, vocab: int, passes: int, card: Card) -> Work:
+    """A row's passes are one program's, and a multiprocessor takes 64 bytes a clock from L2."""
+    share = card.sms / min(rows, card.sms)
+    return Work(num_bytes=4 * rows * vocab, wavefronts=2 * passes * rows * vocab * share)
 
 
 def step_work(
@@ -203,16 +289,36 @@ def step_work(
     vocab: int,
     rows_of_rank: list[tuple[int, int]],
     card: Card,
+    others: Callable[[int, tuple[int, ...]], list[Work]] | None = None,
 ) -> list[Work]:
-    """A decode step, without sampling; ``groups`` as ``Model.groups``."""
+    """A decode step and the draw of its tokens.
+
+    Args:
+        groups: As ``Model.groups``.
+        num_layers: Layers.
+        rows: Sequences.
+        context: Tokens of each.
+        heads: As for ``attention_work``.
+        vocab: Logits of a row.
+        rows_of_rank: Low-rank adapters, as for ``low_rank_work``.
+        card: The device.
+        others: What other adapters add to a projection of so many inputs and outputs, after which
+            rotation and activation are launches of their own.
+    """
     layer: list[Work] = [attention_work(rows, context, heads, card)]
     hidden = groups["qkv"][0]
     layer += [Work(num_bytes=6 * rows * hidden)] * 2
-    for inner, outs in groups.values():
+    for name, (inner, outs) in groups.items():
         layer += nf4_work(sum(outs), inner, rows, card)
         if rows_of_rank:
-            shrink, expand = low_rank_work(inner, outs, rows_of_rank, card)
+            kernel = _EXPANDS.get(name, "segmented_expand")
+            shrink, expand = low_rank_work(inner, outs, rows_of_rank, card, expand=kernel)
             # Launched with the base's product.
             layer += [replace(shrink, launches=0), expand]
+        if others is not None:
+            layer += others(inner, outs)
+    if others is not None:
+        layer.append(Work(launches=2))
     head = Work(num_bytes=2 * vocab * hidden + 4 * rows * vocab, flops=2 * vocab * hidden * 64)
-    return layer * num_layers + [head, Work(launches=6)]
+    draw = sample_work(rows, vocab, UNFILTERED_PASSES, card)
+    return layer * num_layers + [head, draw, Work(launches=5)]

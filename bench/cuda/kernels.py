@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,18 +22,14 @@ from turret.kernels.gpu.paged_attention import paged_attention
 from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.gpu.silu_mul import silu_mul
+from turret.kernels.gpu.tables.attention_table import SPLIT
 from turret.kernels.gpu.tables.row_table import RowTable
 from turret.kernels.nf4_matmul import Nf4Matrix
+from turret.server.models.weights.nf4_gpu import PROMPT_ROWS
 
 
 def _rate(num_bytes: int, milliseconds: float) -> float:
     return num_bytes / milliseconds / 1e6
-
-
-def _by_bytes(setting: Setting, num_bytes: int, ms: float, launches: int = 1) -> dict[str, float]:
-    """What a kernel should take that does little but read and write."""
-    work = estimate.Work(num_bytes=num_bytes, launches=launches)
-    return estimate.facts([work], setting.card, ms)
 
 
 def copy_bandwidth(setting: Setting) -> None:
@@ -42,15 +38,20 @@ def copy_bandwidth(setting: Setting) -> None:
     source = torch.ones(words, dtype=torch.float32, device=setting.device)
     timing = setting.stopwatch.time(source.sum)
     setting.report.add(
-        "memory read", f"{words * 4 >> 20} MiB", timing,
-        gb_s=_rate(4 * words, timing.p50), **_by_bytes(setting, 4 * words, timing.p50),
+        "memory read", f"{words * 4 >> 20} MiB", timing, estimate.bytes_work(4 * words),
+        gb_s=_rate(4 * words, timing.p50),
     )  # fmt: skip
 
 
 def library(setting: Setting) -> None:
     """Whether a row of a library product has the same bits in any place of a piece."""
     whole = keep_sums_whole(setting.device)
-    pieces = [(256, inner, sum(outs)) for inner, outs in setting.model.groups.values()]
+    # What prompts are cut into, and twice that, which reads a weight half as often.
+    pieces = [
+        (rows, inner, sum(outs))
+        for rows in (PROMPT_ROWS, 2 * PROMPT_ROWS)
+        for inner, outs in setting.model.groups.values()
+    ]
     for rows, inner, out in [*pieces, (64, setting.model.hidden, setting.model.vocab)]:
         x, weight = setting.random(rows, inner), setting.random(out, inner)
         y, order = F.linear(x, weight), torch.randperm(rows, device=setting.device)
@@ -58,6 +59,7 @@ def library(setting: Setting) -> None:
         timing = setting.stopwatch.time(lambda x=x, w=weight: F.linear(x, w))
         setting.report.add(
             "library product", f"{rows} x {inner} x {out}", timing,
+            lambda _, of=(rows, inner, out): [estimate.product_work(*of)],
             rows_keep_their_bits=same, sums_are_whole=whole,
             tflops=2 * rows * inner * out / timing.p50 / 1e9,
         )  # fmt: skip
@@ -80,23 +82,28 @@ def nf4(setting: Setting) -> None:
             written = setting.stopwatch.time(
                 lambda x=x, w=weight: F.linear(x, nf4_dequantize(w, x.dtype))
             )
-            works = [] if setting.card is None else [
-                *estimate.nf4_work(sum(outs), inner, rows, setting.card)
-            ]  # fmt: skip
+            of = sum(outs), inner, rows
             setting.report.add(
-                "nf4_matmul", shape, timing,
+                "nf4_matmul", shape, timing, lambda card, of=of: estimate.nf4_work(*of, card),
                 gb_s=_rate(size, timing.p50), error=error, dense_over_ours=library.p50 / timing.p50,
-                **estimate.facts(works, setting.card, timing.p50),
             )  # fmt: skip
             setting.report.add(
-                "nf4 written out, library", shape, written, over_ours=written.p50 / timing.p50
-            )
-            _bitsandbytes(setting, shape, weight, x, timing.p50)
+                "nf4 written out, library", shape, written,
+                lambda _, of=of: estimate.written_out_work(*of),
+                over_ours=written.p50 / timing.p50,
+            )  # fmt: skip
+            _bitsandbytes(setting, shape, (weight, weight.absmax), x, timing.p50)
 
 
 def _bitsandbytes(
-    setting: Setting, shape: str, weight: Nf4Matrix, x: torch.Tensor, ours_ms: float
+    setting: Setting,
+    shape: str,
+    given: tuple[Nf4Matrix, torch.Tensor],
+    x: torch.Tensor,
+    ours_ms: float,
 ) -> None:
+    """Their product of a weight and its maxima."""
+    weight, absmax = given
     try:
         import bitsandbytes.functional as bnb_functional
         from bitsandbytes.autograd._functions import matmul_4bit
@@ -107,7 +114,7 @@ def _bitsandbytes(
     if setting.device.type != "cuda":
         return
     state = bnb_functional.QuantState(
-        absmax=weight.absmax,
+        absmax=absmax,
         shape=torch.Size((weight.out_features, weight.in_features)),
         dtype=setting.dtype,
         blocksize=64,
@@ -116,32 +123,32 @@ def _bitsandbytes(
     )
     packed = weight.packed.view(-1, 1)
     timing = setting.stopwatch.time(lambda: matmul_4bit(x, packed.t(), quant_state=state))
-    setting.report.add("bitsandbytes 4-bit", shape, timing, over_ours=timing.p50 / ours_ms)
+    setting.report.add(
+        "bitsandbytes 4-bit", shape, timing,
+        estimate.bytes_work(weight.packed.nbytes + absmax.nbytes),
+        over_ours=timing.p50 / ours_ms,
+    )  # fmt: skip
 
 
 def attention(setting: Setting) -> None:
-    """Decode attention over every row's context, few rows and many, with shallow pipelines too."""
-    tuned = tuning(setting.device)
+    """Decode attention over every row's context, few rows and many, in other forms too."""
+    found = tuning(setting.device).attention_stages
+    # Depth of the pipeline, and positions of a split: ours, then one or the other.
+    forms = list(dict.fromkeys([(found, SPLIT), (3, SPLIT), (found, 128), (found, 512)]))
     for context in setting.contexts:
         for rows in sorted({1, 8, setting.rows} & set(range(setting.rows + 1))):
-            for stages in sorted({3, tuned.attention_stages}):
-                use(setting, replace(tuned, attention_stages=stages))
-                try:
-                    _attention(setting, rows, context, stages)
-                except torch.cuda.OutOfMemoryError:
-                    print(f"attention {rows} x {context}: skipped, it does not fit")
-                finally:
-                    use(setting, tuned)
+            try:
+                _attention(setting, rows, context, forms)
+            except torch.cuda.OutOfMemoryError:
+                print(f"attention {rows} x {context}: skipped, it does not fit")
 
 
-def _attention(setting: Setting, rows: int, context: int, stages: int) -> None:
+def _attention(setting: Setting, rows: int, context: int, forms: Sequence[tuple[int, int]]) -> None:
     model = setting.model
     step = DecodeStep(model, 1, rows, context, setting.dtype, setting.device)
     q = setting.random(rows, model.heads, model.head_dim)
     k, v = step.cache.keys[0], step.cache.values[0]
-    table = step.attention_table()
     scale = model.head_dim**-0.5
-    out = paged_attention(q, k, v, table, scale=scale)
     blocks = -(-(context + 1) // KV_BLOCK)
     seen = slice(1, 1 + blocks)
     keys, values = (c[seen].flatten(0, 1)[: context + 1].double() for c in (k, v))
@@ -149,22 +156,29 @@ def _attention(setting: Setting, rows: int, context: int, stages: int) -> None:
     keys, values = (t.transpose(0, 1).repeat_interleave(per_head, 0) for t in (keys, values))
     scores = (keys @ q[0].double().unsqueeze(2)).squeeze(2) * scale
     exact = (scores.softmax(1).unsqueeze(1) @ values).squeeze(1)
-    error = setting.check(out[0], exact)
-    timing = setting.stopwatch.time(lambda: paged_attention(q, k, v, table, scale=scale))
     num_bytes = 2 * rows * context * model.kv_heads * model.head_dim * q.itemsize
-    works = [] if setting.card is None else [
-        estimate.attention_work(rows, context, setting.heads, setting.card)
-    ]  # fmt: skip
-    setting.report.add(
-        "paged_attention", f"{rows} rows x {context}, {stages} stages", timing,
-        gb_s=_rate(num_bytes, timing.p50), error=error,
-        **estimate.facts(works, setting.card, timing.p50),
-    )  # fmt: skip
+    tuned = tuning(setting.device)
+    for stages, split in forms:
+        table = step.attention_table(split)
+        use(setting, replace(tuned, attention_stages=stages))
+        try:
+            out = paged_attention(q, k, v, table, scale=scale)
+            error = setting.check(out[0], exact)
+            timing = setting.stopwatch.time(
+                lambda t=table: paged_attention(q, k, v, t, scale=scale)
+            )
+        finally:
+            use(setting, tuned)
+        setting.report.add(
+            "paged_attention", f"{rows} x {context}, {stages} stages, {split}", timing,
+            lambda card: [estimate.attention_work(rows, context, setting.heads, card)],
+            gb_s=_rate(num_bytes, timing.p50), error=error,
+        )  # fmt: skip
 
 
 def _by_slot(
     setting: Setting, name: str, shape: str, run: Callable[[torch.Tensor], object],
-    exact: torch.Tensor, num_bytes: int,
+    exact: torch.Tensor, expected: estimate.Expected, num_bytes: int,
 ) -> None:  # fmt: skip
     """Check row 0 of an update in place and time it."""
     y = torch.zeros(setting.rows, exact.shape[0], dtype=setting.dtype, device=setting.device)
@@ -172,9 +186,8 @@ def _by_slot(
     error = setting.check(y[0], exact)
     timing = setting.stopwatch.time(lambda: run(y))
     setting.report.add(
-        name, shape, timing, gb_s=_rate(num_bytes, timing.p50), error=error,
-        **_by_bytes(setting, num_bytes, timing.p50, launches=2),
-    )  # fmt: skip
+        name, shape, timing, expected, gb_s=_rate(num_bytes, timing.p50), error=error
+    )
 
 
 def _row_table(setting: Setting, slots: int) -> RowTable:
@@ -202,7 +215,10 @@ def hadamard(setting: Setting) -> None:
         right = w2a[s][0].double() @ w2b[0, s].double()
         exact.append((left * right) @ x[0].double())
     size = sum(t.nbytes for t in (w1b, w2b, *w1a, *w2a))
-    _by_slot(setting, "hadamard", f"qkv 8 adapters r={rank}", run, torch.cat(exact), size)
+    _by_slot(
+        setting, "hadamard", f"qkv 8 adapters r={rank}", run, torch.cat(exact),
+        lambda _: estimate.hadamard_work(inner, outs, slots, rank, setting.rows), size,
+    )  # fmt: skip
 
 
 def kron(setting: Setting) -> None:
@@ -215,9 +231,11 @@ def kron(setting: Setting) -> None:
     x = setting.random(setting.rows, inner)
     table = _row_table(setting, slots)
     exact = torch.kron(small[0].double(), large[0].double()) @ x[0].double()
+    sizes = [(small[0].numel(), large[0].numel())]
     _by_slot(
         setting, "kronecker", f"o 8 adapters {factor}x{factor}",
-        lambda y: kronecker(x, y, small, large, table), exact, small.nbytes + large.nbytes,
+        lambda y: kronecker(x, y, small, large, table), exact,
+        lambda _: estimate.kronecker_work(sizes, slots), small.nbytes + large.nbytes,
     )  # fmt: skip
 
 
@@ -230,10 +248,9 @@ def between(setting: Setting) -> None:
     exact = F.rms_norm(total.double(), (model.hidden,), weight.double(), 1e-5)
     error = setting.check(residual_rms_norm(residual, update, weight, 1e-5), exact)
     timing = setting.stopwatch.time(lambda: residual_rms_norm(residual, update, weight, 1e-5))
-    size = 4 * residual.nbytes
     setting.report.add(
         "residual_rms_norm", f"{setting.rows} rows", timing,
-        error=error, **_by_bytes(setting, size, timing.p50),
+        estimate.bytes_work(4 * residual.nbytes), error=error,
     )  # fmt: skip
     gate_up = setting.random(setting.rows, 2 * model.inner)
     gate, up = gate_up.double().chunk(2, dim=1)
@@ -241,7 +258,7 @@ def between(setting: Setting) -> None:
     timing = setting.stopwatch.time(lambda: silu_mul(gate_up))
     setting.report.add(
         "silu_mul", f"{setting.rows} rows", timing,
-        error=error, **_by_bytes(setting, gate_up.nbytes * 3 // 2, timing.p50),
+        estimate.bytes_work(gate_up.nbytes * 3 // 2), error=error,
     )  # fmt: skip
 
 

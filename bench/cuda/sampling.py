@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from cuda import estimate
 from cuda.setting import Setting
 
 from turret.kernels.gpu.sample_rows import sample_rows
@@ -33,8 +34,12 @@ def time_sampling(setting: Setting) -> None:
                 lambda t=table, x=logits, out=tokens: sample_rows(x, t.buffer, out)
             )
             library = setting.stopwatch.time(lambda x=logits, f=form: _by_sorting(x, *f))
+            filters = top_p < 1.0 or top_k > 0
+            passes = estimate.FILTERED_PASSES if filters else estimate.UNFILTERED_PASSES
+            of = rows, setting.model.vocab, passes if temperature else 1
             setting.report.add(
                 "sample_rows", f"{name} {rows} rows", timing,
+                lambda card, of=of: [estimate.sample_work(*of, card)],
                 gb_s=logits.nbytes / timing.p50 / 1e6, torch_over_ours=library.p50 / timing.p50,
             )  # fmt: skip
 

@@ -29,7 +29,6 @@ class Setting:
         stopwatch: Times on the device.
         report: Collects rows.
         contexts: Contexts of the attention sweep.
-        card: The device as its maker describes it, or None if it is not known.
     """
 
     model: Model
@@ -43,7 +42,6 @@ class Setting:
     stopwatch: Stopwatch
     report: Report
     contexts: tuple[int, ...]
-    card: estimate.Card | None
 
     @classmethod
     def full(cls) -> Setting:
@@ -59,9 +57,8 @@ class Setting:
             rank=16,
             row_counts=(1, 4, 16, 32, 64),
             stopwatch=Stopwatch(device),
-            report=Report(device),
+            report=Report(device, estimate.card_of(torch.cuda.get_device_name(device))),
             contexts=(512, 4096, 32768),
-            card=estimate.card_of(torch.cuda.get_device_name(device)),
         )
 
     @classmethod
@@ -78,10 +75,9 @@ class Setting:
             rank=8,
             row_counts=(1, 4),
             stopwatch=Stopwatch(device),
-            report=Report(device),
-            contexts=(20, 300),
             # To see that there is something to print.
-            card=estimate.card_of("H100"),
+            report=Report(device, estimate.card_of("H100")),
+            contexts=(20, 300),
         )
 
     @property

@@ -159,9 +159,9 @@ class DecodeStep:
             return _INTERPRETER_BYTES
         return int(_ADAPTER_SHARE * torch.cuda.mem_get_info(self.device)[1])
 
-    def attention_table(self) -> AttentionTable:
-        """The step's sequences on the device."""
-        spread = self.num_rows * (self.context // SPLIT + 2)
+    def attention_table(self, split: int = SPLIT) -> AttentionTable:
+        """The step's sequences on the device, walked in splits of so many positions."""
+        spread = self.num_rows * (self.context // split + 2)
         table = AttentionTable(
             max_records=self.num_rows + spread,
             blocks=self.num_rows * len(self._blocks[0]),
@@ -170,6 +170,7 @@ class DecodeStep:
             window=self._model.window,
             device=self.device,
             spread_records=spread,
+            split=split,
         )
         table.load(self.spans)
         return table
@@ -201,7 +202,7 @@ class DecodeStep:
     def draw(self, step: Step) -> StepResult:
         """The same, and draw a token for every sequence, as the server does."""
         if self._runner is None:
-            # What was captured so far draws nothing.
+            # What was captured so far draws into another sampler's memory.
             self.forget()
             assert self._executor is not None
             self._runner = Runner(self._executor, frozenset())
@@ -228,7 +229,7 @@ class DecodeStep:
             wide = [self._factor(out, rank) for _ in range(2)]
             return ModuleOperators(hadamard=Hadamard(wide[0], narrow[0], wide[1], narrow[1]))
         if method == "lokr":
-            size = next(f for f in (64, 32, 16, 8, 4) if inner % f == 0 and out % f == 0)
+            size = kronecker_size(out, inner)
             second = self._factor(out // size, inner // size)
             return ModuleOperators(kronecker=Kronecker(self._factor(size, size), second))
         low_rank = LowRank(self._factor(rank, inner), self._factor(rank, out).mul_(0.1))
@@ -267,6 +268,11 @@ class DecodeStep:
         self.base_bytes += table.nbytes
         norm = torch.ones(arch.hidden_size, **like)
         return GpuDecoder(arch, embedding=table, layers=layers, norm=norm, head=table)
+
+
+def kronecker_size(out: int, inner: int) -> int:
+    """Rows and columns of the first factor of LoKr adapters."""
+    return next(f for f in (64, 32, 16, 8, 4) if inner % f == 0 and out % f == 0)
 
 
 def _arch(model: Model, num_layers: int, context: int) -> Arch:

@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 
 import torch
+from cuda.scenarios import expected_step
 from cuda.setting import Setting
 from cuda.step import Adapter, DecodeStep, Scenario
 from cuda.timing import Timing
@@ -26,7 +27,8 @@ def time_switching(setting: Setting) -> None:
         setting.model, setting.num_layers, rows, setting.context, setting.dtype, setting.device
     )
     shape = f"{rows} rows, {setting.num_layers} layers"
-    adapters = step.adapters(Scenario("lora", (1,) * rows, (setting.rank,) * num_adapters))
+    lora = Scenario("lora", (1,) * rows, (setting.rank,) * num_adapters)
+    adapters = step.adapters(lora)
     plans = [step.plan([adapter] * rows) for adapter in adapters]
     for plan in plans * 3:
         step.run(plan)
@@ -34,8 +36,9 @@ def time_switching(setting: Setting) -> None:
     turns = itertools.cycle(plans)
     switched = setting.stopwatch.time(lambda: step.run(next(turns)), cold=False)
     setting.report.add(
-        "switch, adapters on device", shape, switched, over_same=switched.p50 / same.p50
-    )
+        "switch, adapters on device", shape, switched, expected_step(setting, rows, lora),
+        over_same=switched.p50 / same.p50,
+    )  # fmt: skip
     base = step.plan([None] * rows)
     for _ in range(3):
         # Compiled, captured, replayed.
@@ -52,7 +55,7 @@ def time_switching(setting: Setting) -> None:
         first.append(_seconds(step, step.plan([cold] * rows)))
     timing = Timing.of([1e3 * seconds for seconds in beside])
     setting.report.add(
-        "step beside a cold adapter", shape, timing,
+        "step beside a cold adapter", shape, timing, expected_step(setting, rows, None),
         over_alone=timing.p50 / (1e3 * sorted(alone)[num_steps // 2]),
         worst_ms=1e3 * max(beside), worst_alone_ms=1e3 * max(alone),
         first_step_ms=1e3 * sorted(first)[len(first) // 2],

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import triton
+from cuda.estimate import Card, Expected, facts
 
 ROOT = Path(__file__).resolve().parents[2]
 # Larger than any L2 cache: what is timed finds its weights in memory, as a decode step does.
@@ -101,11 +102,13 @@ class Report:
 
     Attributes:
         device: What is measured.
+        card: The device as its maker describes it, or None if it is not known.
         folder: Where the file is; None keeps the rows in memory alone.
         rows: What was measured.
     """
 
     device: torch.device
+    card: Card | None = None
     folder: Path | None = None
     rows: list[dict[str, Any]] = field(default_factory=list)
     _where: dict[str, str] = field(default_factory=dict)
@@ -115,15 +118,26 @@ class Report:
         cuda = self.device.type == "cuda"
         return torch.cuda.get_device_name(self.device) if cuda else "interpreter"
 
-    def add(self, scenario: str, shape: str, timing: Timing, **facts: Any) -> None:
-        """Keep and print one measurement; ``facts`` are ratios, rates and errors."""
+    def add(
+        self, scenario: str, shape: str, timing: Timing, expected: Expected, **found: Any
+    ) -> None:
+        """Keep and print one measurement.
+
+        Args:
+            scenario: What was measured.
+            shape: How large.
+            timing: How long it took.
+            expected: What it should take: printed beside every row, where the card is known.
+            found: Ratios, rates and errors.
+        """
+        shown = found | facts(expected, self.card, timing.p50)
         row = {"scenario": scenario, "shape": shape}
-        row |= {"p20_ms": timing.p20, "p50_ms": timing.p50, "p80_ms": timing.p80, **facts}
+        row |= {"p20_ms": timing.p20, "p50_ms": timing.p50, "p80_ms": timing.p80, **shown}
         self.rows.append(row)
         if self.folder is not None:
             self._write(self.folder, row)
-        shown = "  ".join(f"{k} {_shown(v)}" for k, v in facts.items())
-        print(f"{scenario:<34}{shape:<26}{timing.p50:>9.4f} ms  {shown}", flush=True)
+        text = "  ".join(f"{k} {_shown(v)}" for k, v in shown.items())
+        print(f"{scenario:<34}{shape:<26}{timing.p50:>9.4f} ms  {text}", flush=True)
 
     def path(self, folder: Path) -> Path:
         """The file of this device."""

@@ -10,14 +10,16 @@ from cuda.compilations import Compilation
 from cuda.sass import Loop, disassemble, loops
 
 _LANES = 32
+_OF_WEIGHTS = ("nf4_matmul_kernel", "nf4_rotate_kernel", "nf4_shrink_kernel", "nf4_experts_kernel")
 
 
 def work(compilation: Compilation, compiled: Any) -> dict[str, Any]:
     """Instructions and memory wavefronts per unit of work, times the lanes of a warp.
 
-    ``nf4_matmul``, ``nf4_rotate``, ``nf4_shrink``: per weight. ``segmented_shrink``: per rank and
-    input feature.
-    ``segmented_expand``: per rank and column, the whole item of one component of 16 ranks.
+    ``nf4_matmul``, ``nf4_rotate``, ``nf4_shrink``, ``nf4_experts``: per weight.
+    ``segmented_shrink``: per rank and input feature.
+    ``segmented_expand``, ``expand_gated``, ``expand_rotated``: per rank and column, the whole item
+    of one component of 16 ranks, with what follows it.
     ``paged_attention``: per key; also how many groups of copies may be under way while the loop
     multiplies. Empty for other kernels and targets.
 
@@ -50,12 +52,15 @@ def _unit(compilation: Compilation) -> tuple[str, int, str | None] | None:
     """
     constants = dict(compilation.constants)
     kernel = compilation.function.__name__
-    if kernel in ("nf4_matmul_kernel", "nf4_rotate_kernel", "nf4_shrink_kernel"):
+    if kernel in _OF_WEIGHTS:
         return "weight", constants["BLOCK_N"] * 64, "picks"
     if kernel == "segmented_shrink_kernel":
         return "rank and input", constants["BLOCK_R"] * constants["BLOCK_K"], None
     if kernel == "segmented_expand_kernel":
         return "rank and column", constants["BLOCK_R"] * constants["BLOCK_N"], "instructions"
+    if kernel in ("expand_gated_kernel", "expand_rotated_kernel"):
+        # Two tiles of columns.
+        return "rank and column", constants["BLOCK_R"] * 2 * constants["BLOCK_N"], "instructions"
     if kernel == "paged_attention_kernel":
         return "key", constants["TILE"], None
     return None

@@ -24,7 +24,7 @@ from turret.kernels.gpu.shared.dependent_launch import wait_for_launches
 from turret.kernels.gpu.shared.dots import dot
 from turret.kernels.gpu.shared.last_program import is_last
 from turret.kernels.gpu.shared.tuning import tuning
-from turret.kernels.gpu.tables.attention_table import RECORD, SPLIT, AttentionTable
+from turret.kernels.gpu.tables.attention_table import RECORD, AttentionTable
 
 # Keys at a time, by query rows of a tile; more do not fit in registers.
 _TILES = {16: 64, 32: 32}
@@ -32,7 +32,6 @@ MAX_BLOCK = 32
 # NVIDIA's assembler would rather spill two registers than give a program more than 168.
 _LIMITS = {True: {"maxnreg": 255}, False: {}}
 _RECORD = tl.constexpr(RECORD)
-_SPLIT = tl.constexpr(SPLIT)
 _MASKED = tl.constexpr(-1e30)
 
 
@@ -99,6 +98,7 @@ def _attend_split(
     WIDE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SPLIT: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -108,7 +108,7 @@ def _attend_split(
     best = tl.full((BLOCK_M,), _MASKED, dtype=tl.float32)
     total = tl.zeros((BLOCK_M,), dtype=tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_D), dtype=tl.float32)
-    for t in range(start, tl.minimum(start + _SPLIT, last + 1), TILE):
+    for t in range(start, tl.minimum(start + SPLIT, last + 1), TILE):
         keys = t + tl.arange(0, TILE)
         # Blocks are not cleared when they change owner: nothing unwritten may be read.
         exists = (keys >= first) & (keys <= last)
@@ -194,6 +194,7 @@ def paged_attention_kernel(
     WIDE: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SPLIT: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -228,8 +229,8 @@ def paged_attention_kernel(
             split_best, split_total, split_acc = _attend_split(
                 q, k_ptr + head * HEAD_DIM, v_ptr + head * HEAD_DIM,
                 blocks_ptr + tl.load(record_ptr + 3), positions, tl.load(record_ptr + 4),
-                first_position + tokens - 1, split * _SPLIT, KV_HEADS * HEAD_DIM, scale,
-                HEAD_DIM, BLOCK_SIZE, WIDE, WINDOW, SOFTCAP, TILE, BLOCK_M, BLOCK_D,
+                first_position + tokens - 1, split * SPLIT, KV_HEADS * HEAD_DIM, scale,
+                HEAD_DIM, BLOCK_SIZE, WIDE, WINDOW, SOFTCAP, SPLIT, TILE, BLOCK_M, BLOCK_D,
             )  # fmt: skip
             best, total, acc = _merge(best, total, acc, split_best, split_total, split_acc)
         _finish(
@@ -270,12 +271,12 @@ def paged_attention(
     block_size, kv_heads, head_dim = k_cache.shape[1:]
     per_head = table.queries_per_head
     _check(q, k_cache, v_cache, table, sinks)
+    tile, block_d = _tile(table, head_dim)
     tuned = tuning(q.device)
     lead = (max(1, table.spread_records), kv_heads, table.tile_rows)
     state = torch.empty(*lead, 2, dtype=torch.float32, device=q.device)
     acc = torch.empty(*lead, head_dim, dtype=torch.float32, device=q.device)
     out = torch.empty(q.shape, dtype=k_cache.dtype, device=q.device)
-    block_d = triton.next_power_of_2(max(16, head_dim))
     paged_attention_kernel[(tuned.programs,)](
         q,
         k_cache,
@@ -296,8 +297,8 @@ def paged_attention(
         WIDE=k_cache.numel() >= 1 << 31,
         WINDOW=table.window or 0,
         SOFTCAP=softcap or 0,
-        # Twice as wide a head has room for half as many keys.
-        TILE=_TILES[table.tile_rows] // max(1, block_d // 128),
+        SPLIT=table.split,
+        TILE=tile,
         BLOCK_M=table.tile_rows,
         BLOCK_D=block_d,
         num_warps=4,
@@ -307,6 +308,16 @@ def paged_attention(
         enable_fp_fusion=True,
     )
     return out
+
+
+def _tile(table: AttentionTable, head_dim: int) -> tuple[int, int]:
+    """Keys and features of a tile."""
+    block_d = triton.next_power_of_2(max(16, head_dim))
+    # Twice as wide a head has room for half as many keys.
+    tile = _TILES[table.tile_rows] // max(1, block_d // 128)
+    if table.split % tile:
+        raise ValueError(f"a split of the table is {table.split}; a multiple of {tile} is needed")
+    return tile, block_d
 
 
 def _check(

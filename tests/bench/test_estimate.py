@@ -40,7 +40,7 @@ def test_cards_are_known_by_their_names(name, words):
 
 def test_nothing_is_printed_beside_a_card_that_is_not_known():
     assert estimate.card_of("NVIDIA Quadro 600") is None
-    assert estimate.facts([estimate.Work(num_bytes=1)], None, 1.0) == {}
+    assert estimate.facts(estimate.bytes_work(1), None, 1.0) == {}
 
 
 def test_the_scarcest_resource_decides():
@@ -49,8 +49,9 @@ def test_the_scarcest_resource_decides():
     per_second = 132 * 128 * 1.755e9
     busy = estimate.Work(num_bytes=1, instructions=2 * per_second, launches=0)
     assert estimate.expected_ms([busy, second], H100) == pytest.approx(3e3)
-    assert estimate.facts([busy, second], H100, 6e3)["over_expected"] == pytest.approx(2)
-    assert estimate.facts([busy, second], H100, 6e3)["floor_ms"] == pytest.approx(1e3)
+    found = estimate.facts(lambda _: [busy, second], H100, 6e3)
+    assert found["over_expected"] == pytest.approx(2)
+    assert found["floor_ms"] == pytest.approx(1e3)
     launch = estimate.Work(launches=10)
     assert estimate.expected_ms([launch], H100) == pytest.approx(10 * estimate.LAUNCH_MS)
 
@@ -65,6 +66,25 @@ def test_an_8b_on_an_h100():
     distinct = step_ms(64, [(16, 1)] * 64)
     assert full < shared < eight < distinct
     assert step_ms(8, [], 32768) > step_ms(8, [], 512)
+
+
+def test_what_others_move_and_what_draws_take():
+    """A loop launches more, padding and gathering read more; a draw is one program's for a row."""
+    ours, gemv = (
+        estimate.low_rank_work(4096, (4096, 1024, 1024), [(16, 1)] * 8, H100, gemv=gemv)
+        for gemv in (False, True)
+    )
+    assert estimate.expected_ms(gemv, H100) != estimate.expected_ms(ours, H100)
+    assert sum(w.num_bytes for w in gemv) == sum(w.num_bytes for w in ours)
+    # Two rows of an adapter are no chunk of one row.
+    pairs = [
+        estimate.low_rank_work(4096, (4096,), [(16, 2)], H100, gemv=gemv) for gemv in (False, True)
+    ]
+    assert pairs[0][1].instructions == pairs[1][1].instructions
+    few, many = (estimate.sample_work(rows, 128256, 17, H100).kernel_ms(H100) for rows in (1, 132))
+    assert few == pytest.approx(many)
+    assert 0.02 < few < 0.2
+    assert estimate.sample_work(264, 128256, 17, H100).kernel_ms(H100) == pytest.approx(2 * few)
 
 
 def test_the_table_of_machine_code_has_what_is_asked_for():

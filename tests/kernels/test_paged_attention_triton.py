@@ -24,7 +24,7 @@ import torch
 from kernel_traffic import DEVICE, DTYPES, HALF, error_ratio
 
 from turret.kernels.gpu.paged_attention import paged_attention
-from turret.kernels.gpu.tables.attention_table import RECORD, AttentionTable
+from turret.kernels.gpu.tables.attention_table import RECORD, SPLIT, AttentionTable
 from turret.kernels.paged_attention import SequenceSpan, paged_attention_reference, plan_attention
 
 BLOCK = 16
@@ -60,7 +60,7 @@ class Step:
         self.q = torch.randn(row, self.kv_heads * self.per_head, self.head_dim).to(DEVICE, dtype)
         self.scale = self.head_dim**-0.5
 
-    def table(self, spread=60, spans=None) -> AttentionTable:
+    def table(self, spread=60, spans=None, split=SPLIT) -> AttentionTable:
         table = AttentionTable(
             max_records=120,
             blocks=NUM_BLOCKS,
@@ -69,6 +69,7 @@ class Step:
             window=self.window,
             device=DEVICE,
             spread_records=spread,
+            split=split,
         )
         table.load(self.spans if spans is None else spans)
         return table
@@ -203,6 +204,17 @@ def test_splits_add_up_to_the_same_bits_in_one_program_or_many():
         assert torch.equal(step.attend(table), whole), spread
 
 
+@pytest.mark.parametrize("split", [64, 128, 512])
+def test_splits_of_other_lengths(split):
+    """``bench/gpu.sh`` compares them."""
+    step = Step(SHAPES[2], HALF)
+    exact = step.exact()
+    step.poison_padding()
+    whole = step.attend(step.table(spread=0, split=split))
+    assert error_ratio(whole, exact) < BOUND[HALF]
+    assert torch.equal(step.attend(step.table(split=split)), whole)
+
+
 def test_decoding_rows_are_spread_beside_a_prompt():
     """A long context is walked by many programs, whatever else is in the step."""
     step = Step((2, 4, 32, None), HALF, [(1, 700, 0), (33, 270, 0), (1, 300, 0)])
@@ -265,6 +277,8 @@ def test_breaches_of_the_contract_are_refused():
         paged_attention(step.q, k, k, table, scale=1.0)
     with pytest.raises(ValueError, match="33 queries"):
         Step((1, 33, 16, None), HALF).table()
+    with pytest.raises(ValueError, match="split of the table is 96"):
+        step.attend(step.table(split=96))
     small = AttentionTable(
         max_records=1,
         blocks=4,

@@ -28,7 +28,7 @@ from turret.kernels.paged_attention import SequenceSpan
 
 HEADER = 4
 RECORD = 9
-# Positions per split, a multiple of the kernel's tile and of every block size.
+# Positions per split where nobody says otherwise; a multiple of every block size.
 SPLIT = 256
 
 
@@ -42,6 +42,8 @@ class AttentionTable:
             first record and head; zero between launches.
         max_records: Records of a step at most.
         spread_records: Of those, records of spread items; kernels size their scratch by it.
+        split: Positions per split, a multiple of the kernel's tile: the order of a row's sums, so
+            one number for all steps.
         tile_rows: Query rows per item: 16, or 32 where a KV head has more queries than that. One
             size for all steps of a model: sums over keys are shared out among the warps by it.
         kv_heads: KV heads.
@@ -60,6 +62,7 @@ class AttentionTable:
         device: torch.device,
         spread_records: int,
         memory: StagedMemory | None = None,
+        split: int = SPLIT,
     ) -> None:
         """Allocate for the largest step.
 
@@ -73,6 +76,7 @@ class AttentionTable:
             device: Where the kernels run.
             spread_records: See the class; 0 spreads nothing.
             memory: What the table is a part of; None for one of its own.
+            split: See the class.
 
         Raises:
             ValueError: ``queries_per_head`` is over 32.
@@ -81,6 +85,7 @@ class AttentionTable:
             raise ValueError(f"{queries_per_head} queries per KV head; at most 32 are supported")
         self.max_records = max_records
         self.spread_records = spread_records
+        self.split = split
         self.tile_rows = 16 if queries_per_head <= 16 else 32
         self.kv_heads = kv_heads
         self.queries_per_head = queries_per_head
@@ -178,7 +183,7 @@ class AttentionTable:
         _, tokens, position, _, first = items.unbind(1)
         if self.window is not None:
             first = torch.maximum(first, position - (self.window - 1))
-        return first // SPLIT, (position + tokens - 1) // SPLIT + 1
+        return first // self.split, (position + tokens - 1) // self.split + 1
 
     def _spread(self, spans: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Which sequences are spread."""

@@ -27,7 +27,7 @@ from turret.kernels.gpu.shared.tuning import tuning
 from turret.kernels.nf4_matmul import BLOCK, Nf4Matrix
 
 # Libraries choose their algorithm by shape: prompts are multiplied in pieces of one shape.
-_PROMPT_ROWS = 256
+PROMPT_ROWS = 256
 
 
 class Nf4Product:
@@ -212,6 +212,6 @@ class Nf4Product:
 def _in_pieces(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """``x Wᵀ`` by a library, in pieces of one shape."""
     num_rows = x.shape[0]
-    padded = F.pad(x, (0, 0, 0, -num_rows % _PROMPT_ROWS))
-    pieces = [F.linear(piece, weight) for piece in padded.split(_PROMPT_ROWS)]
+    padded = F.pad(x, (0, 0, 0, -num_rows % PROMPT_ROWS))
+    pieces = [F.linear(piece, weight) for piece in padded.split(PROMPT_ROWS)]
     return (pieces[0] if len(pieces) == 1 else torch.cat(pieces))[:num_rows]

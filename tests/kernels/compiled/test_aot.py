@@ -25,10 +25,10 @@ from turret.kernels.gpu.shared.tuning import wgmma_stages
 # 8.0 has 163), gfx942 64 KiB.
 MAX_SHARED_BYTES = {"sm_80": 99 << 10, "sm_90": 227 << 10, "gfx942": 64 << 10}
 # The base's product, alone and with what else a launch of it does.
-NF4_KERNELS = ("nf4_matmul", "nf4_rotate", "nf4_shrink")
+NF4_KERNELS = ("nf4_matmul", "nf4_rotate", "nf4_shrink", "nf4_experts")
 # Those that ever begin before the launch before has ended.
 EARLY_KERNELS = {
-    *NF4_KERNELS,
+    *("nf4_matmul", "nf4_rotate", "nf4_shrink"),
     *("residual_rms_norm", "rope_kv_write", "paged_attention"),
     *("silu_mul", "gelu_mul", "clamped_swiglu"),
     *("segmented_shrink", "segmented_expand", "expand_gated", "expand_rotated"),
@@ -87,6 +87,9 @@ def over(versions: dict, kernel: str, allowed: Callable[[str], float]) -> dict[s
 def nf4_limit(name: str) -> float:
     """Of plain maxima, which the server has; nested ones cost their look-up."""
     nested = 0.5 * (" nf4_matmul[" in f" {name}" and "no code2" not in name)
+    if "TILES=" not in name:
+        # Of experts: up to 16 pairs.
+        return 7.0
     return {"1": 7.0, "2": 8.5, "4": 11.0}[name.split("TILES=")[1][0]] + nested
 
 
@@ -102,6 +105,12 @@ def expand_limit(name: str) -> float:
     elif "gates" in name.split("16 |")[0]:
         before = (54.5, 50.8)
     return before[one_row(name)] / 2.5
+
+
+def ended_limit(name: str) -> float:
+    """The same without one-row forms and gates, and what follows: silu, or rotation and stores."""
+    before = 54.5 if "no gain_delta" in name else 84.3
+    return before / 2.5 + (6.0 if "expand_gated[" in name else 12.5)
 
 
 @pytest.mark.slow
@@ -121,6 +130,8 @@ def test_work_per_unit_is_within_bounds(compiled):
     for kernel in NF4_KERNELS:
         assert over(versions, kernel, nf4_limit) == {}
     assert over(versions, "segmented_expand", expand_limit) == {}
+    for kernel in ("expand_gated", "expand_rotated"):
+        assert over(versions, kernel, ended_limit) == {}
 
 
 @pytest.mark.slow
@@ -197,6 +208,8 @@ def test_the_table_keeps_to_the_bounds(recorded):
     for kernel in NF4_KERNELS:
         assert over(recorded, kernel, nf4_limit) == {}
     assert over(recorded, "segmented_expand", expand_limit) == {}
+    for kernel in ("expand_gated", "expand_rotated"):
+        assert over(recorded, kernel, ended_limit) == {}
     assert (
         over(recorded, "segmented_shrink", lambda name: 5.5 if "BLOCK_M=1;" in name else 3.5) == {}
     )
