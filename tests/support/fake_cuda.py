@@ -118,6 +118,11 @@ class FakeCuda:
         return all(workspace.pool is None for workspace in self._workspaces.values())
 
     @property
+    def num_pools(self) -> int:
+        """Memory pools that graphs were captured into."""
+        return len(self._alive)
+
+    @property
     def current(self) -> FakeStream:
         """The calling thread's current stream."""
         return self._currents.get(threading.get_ident(), self.default)

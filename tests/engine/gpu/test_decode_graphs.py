@@ -109,6 +109,18 @@ def test_the_fake_breaks_what_torch_breaks(frees_workspaces: bool):
             multiply()
 
 
+def test_graphs_share_a_pool_until_they_are_dropped():
+    """Whatever a pool still holds then, such as a step's results, nothing is captured into it."""
+    cuda = FakeCuda()
+    with cuda.installed():
+        graphs = DecodeGraphs(CudaCapture(CPU, torch.float32))
+        for epoch in range(3):
+            for key in "aabb":
+                graphs.run(epoch, key, multiply)
+            assert cuda.num_pools == epoch + 1
+    assert cuda.num_captures == 3 * 2
+
+
 def test_without_graphs_it_goes_on_where_capturing_fails(caplog: pytest.LogCaptureFixture):
     class Broken(FakeCapture):
         def __call__(self, body: Any) -> Any:
