@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +28,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from peft.tuners.lora.variants import QALoraLinearVariant
 
+from turret.server.adapters.base import BaseModule
 from turret.server.adapters.methods import method_for
+from turret.server.adapters.peft_format import dora_gain as dora_gain_module
 from turret.server.errors import AdapterMismatchError
 
 Q = "model.layers.0.self_attn.q_proj"
@@ -191,3 +196,46 @@ def test_a_conv1d_flag_warns(tmp_path: Path) -> None:
     edit_config(directory, fan_in_fan_out=True)
     (warning,) = lower_adapter(tmp_path, base).warnings
     assert "fan_in_fan_out" in warning
+
+
+class _Blocks:
+    """A weight by rows, on a device whose steps must not be held up."""
+
+    def __init__(self, weight: torch.Tensor, beside: list[bool]) -> None:
+        self.shape, self.dtype, self.device = weight.shape, weight.dtype, weight.device
+        self._weight, self._beside = weight, beside
+
+    def __getitem__(self, rows: slice) -> torch.Tensor:
+        assert self._beside, "on the stream of the steps"
+        assert rows.stop - rows.start <= 24, "more than a block"
+        return self._weight[rows]
+
+
+def test_dora_reads_the_base_by_blocks_and_beside_the_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dora_gain_module, "_ROWS_PER_BLOCK", 24)
+    save(tmp_path, "dora")
+    plain, beside = base_of(tiny_llama()), list[bool]()
+
+    @contextlib.contextmanager
+    def entered() -> Iterator[None]:
+        beside.append(True)
+        yield
+        beside.clear()
+
+    def whole() -> torch.Tensor:
+        raise AssertionError("a whole weight")
+
+    def by_blocks(module: BaseModule) -> BaseModule:
+        weight = module.dequantize()
+        return replace(module, dequantize=whole, served=lambda: _Blocks(weight, beside))
+
+    modules = {name: by_blocks(module) for name, module in plain.modules.items()}
+    found = lower_adapter(tmp_path, replace(plain, modules=modules, beside=entered)).operators
+    expected = lower_adapter(tmp_path, plain).operators
+    for name, module in expected.modules.items():
+        gain, other = module.gain, found.modules[name].gain
+        assert gain is not None
+        assert other is not None
+        torch.testing.assert_close(other, gain)
