@@ -242,6 +242,28 @@ def test_more_adapters_in_a_batch_than_slots() -> None:
     gains = [Adapter(f"{number}", AdapterOperators(modules)) for number in range(20)]
     store.prepare(gains)
     assert len({place.slot for place in store._pack.places.values()} - {0}) == 20
+    assert store.epoch > 0, "tables that every captured step reads have moved"
+
+
+def test_no_step_is_replayed_where_a_shelf_has_moved() -> None:
+    """Of one signature the tables are in one place, and they move as adapters come."""
+    store, tables = store_of(), OneStepTables(4, CPU)
+    table = tables.load_segments([])
+    tables.load_segments = lambda runs: table  # type: ignore[method-assign]
+    store.prepare([hadamard("first")])
+    places: dict[Any, list[int]] = {}
+    held = []
+    for number in range(9):
+        store.prepare([hadamard(f"{number}")])
+        shelves = [on_shelf.shelf for _, on_shelf in store._shelves.ordered()]
+        made = [shelf.w1b for shelf in shelves if isinstance(shelf, GpuHadamardShelf)]
+        # Kept, or others would come to lie where they were.
+        held.append(made)
+        signature = store.bind([(0, 1, [("first", 1.0)])], tables).signature
+        where = [tensor.data_ptr() for tensor in made]
+        assert places.setdefault(signature, where) == where
+    assert 1 < len(places) < 9
+    assert store.epoch == 0
 
 
 def test_shelves_know_every_slot_of_a_pack_that_grew() -> None:
