@@ -49,9 +49,15 @@ from turret.kernels.gpu.rope_kv_write import rope_kv_write
 from turret.kernels.gpu.sample_rows import sample_rows
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.gpu.tables.attention_table import AttentionTable
+from turret.kernels.gpu.tables.member_table import MemberTable
 from turret.kernels.gpu.tables.row_table import RowTable
 from turret.kernels.gpu.tables.sampling_table import SamplingTable
 from turret.kernels.gpu.tables.segment_table import SegmentTable
+from turret.kernels.gpu.vocabulary import vocabulary_words
+from turret.kernels.gpu.vocabulary.embedding_changes import embedding_changes
+from turret.kernels.gpu.vocabulary.head_changes import head_changes
+from turret.kernels.gpu.vocabulary.head_inputs import head_inputs
+from turret.kernels.gpu.vocabulary.head_low_rank import head_expand, head_shrink
 from turret.kernels.nf4_matmul import BLOCK, GROUP, NestedAbsmax, Nf4Matrix
 
 Launches = Iterable[Callable[[], object]]
@@ -326,6 +332,20 @@ def _experts(hidden: int, inner: int, count: int, per_token: int) -> None:
     combine_experts(_empty(pairs, hidden), routing)
 
 
+def _vocabulary(model: Model) -> None:
+    """Another embedding and another head."""
+    words = _empty(_SLOTS, vocabulary_words.WORDS, dtype=torch.int64)
+    x, table = _empty(_ROWS, model.hidden), MemberTable(_ROWS, 2, _META)
+    matrix = _empty(model.vocab, model.hidden)
+    embedding_changes(x, _empty(_ROWS, dtype=torch.int64), matrix, words, table)
+    head_inputs(x, words, table)
+    base = _empty(_ROWS, model.vocab)
+    logits = _empty(_ROWS, model.vocab, dtype=torch.float32)
+    head_expand(head_shrink(x, words, table, 64), logits, words, table, x)
+    for moved in (None, base):
+        head_changes(x, base, logits, words, table, moved=moved)
+
+
 def _between(model: Model) -> None:
     """Attention and the small kernels around it."""
     _attention(model)
@@ -347,6 +367,7 @@ def _all() -> Iterator[Callable[[], object]]:
             gated = name == "gate_up"
             yield lambda inner=inner, outs=outs, gated=gated: _base(inner, outs, gated)
         yield lambda model=model: _between(model)
+        yield lambda model=model: _vocabulary(model)
     # More queries per KV head than a tile of 16 rows holds.
     yield lambda: _attention(Model(4096, 32, 1, 128, 14336))
     yield lambda: _attention(_GEMMA_2_9B, 50.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -29,6 +30,7 @@ from turret.server.adapters.operators.adapter_operators import (
 )
 from turret.server.adapters.operators.gate import Gate, PrototypeScore, QueryScore
 from turret.server.adapters.operators.updates import LowRank
+from turret.server.adapters.operators.vocabulary import VocabularyOperators, VocabularyRows
 from turret.server.engine.scheduling.request import Request, SamplingParams
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
@@ -138,6 +140,19 @@ class Adapter:
                 for name in names
                 for path, out, inner in ARCH.linears()[name]
             }
+        )
+
+
+class Vocabulary(Adapter):
+    """A LoRA with rows of its own for some tokens, and what it does to the head besides."""
+
+    def __init__(self, key: str, head: Callable[[int, int], ModuleOperators] | None = None) -> None:
+        super().__init__(key)
+        rows = VocabularyRows(torch.arange(3), torch.zeros(3, HIDDEN).half())
+        self.operators = replace(
+            self.operators,
+            head=None if head is None else head(VOCAB, HIDDEN),
+            tokens=VocabularyOperators(embedding=rows, head=rows),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,9 @@ from turret.server.models.decoding.layer_ops import LayerOps
 # Segments of at most this many rows join the wide masked product; longer ones multiply only their
 # own ranks (measured: the wide product wins while rows · adapters stays small).
 MAX_SHORT_ROWS = 8
+
+# Sequences and their rows.
+Rows = SequenceOf[tuple[Sequence, range]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,3 +143,8 @@ class BatchBuilder:
 def members_of(sequence: Sequence) -> Members:
     """Key and weight of each adapter that adds something to the tokens that are computed next."""
     return [(a.key, weight) for a, weight in sequence.active_mix.members if weight != 0.0]
+
+
+def runs_of(rows: Rows) -> list[tuple[int, int, Members]]:
+    """Runs of rows: first, end, and their mix."""
+    return [(its.start, its.stop, members_of(sequence)) for sequence, its in rows]

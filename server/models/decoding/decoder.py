@@ -207,7 +207,7 @@ class Decoder:
     def _embed(self, step: StepInput) -> torch.Tensor:
         """What the first layer gets, ``[rows, hidden]``."""
         hidden = F.embedding(step.token_ids, self.embedding)
-        change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
+        self._change_embeddings(hidden, step)
         if step.added_rows is not None and step.added_values is not None:
             hidden.index_copy_(0, step.added_rows, step.added_values)
         is_scaled = self._embedding_scale != 1.0
@@ -218,6 +218,10 @@ class Decoder:
         if is_scaled and self.arch.scales_soft_tokens:
             hidden *= self._embedding_scale
         return hidden
+
+    def _change_embeddings(self, hidden: torch.Tensor, step: StepInput) -> None:
+        """What the step's adapters make of the base's embeddings, in place."""
+        change_embeddings(hidden, step.token_ids, self.embedding, step.embeddings)
 
     def _add_norm(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor

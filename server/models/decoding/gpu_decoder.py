@@ -26,7 +26,7 @@ from turret.kernels.gpu.rms_norm import residual_rms_norm
 from turret.kernels.gpu.silu_mul import silu_mul
 from turret.kernels.gpu.tables.attention_table import AttentionTable
 from turret.server.adapters.device.gpu.store import GpuAdapterStep
-from turret.server.adapters.device.vocabulary import VocabularyGroup
+from turret.server.adapters.device.vocabulary import VocabularyGroup, change_logits
 from turret.server.models.decoding.arch import Arch, ClampedSwiglu
 from turret.server.models.decoding.decoder import Decoder, DecoderLayer, StepInput
 from turret.server.models.decoding.kv_cache import KvCache
@@ -49,7 +49,8 @@ class GpuStep(StepInput):
         num_decode: The first rows, of sequences that generate or whose prompt is short; see
             ``nf4_gpu.py``.
         logits: Where logits go, ``[at least samples, vocab]`` fp32; None for memory of their own.
-        heads: Sampled rows, by their place in ``sample_rows``, whose adapters change the head.
+        heads: Sampled rows, by their place in ``sample_rows``, whose heads are changed by what no
+            kernel has.
     """
 
     attention: Mapping[int | None, AttentionTable]
@@ -64,7 +65,7 @@ class GpuStep(StepInput):
         """Whether everything that differs between steps is in buffers of fixed address."""
         attends = self.adapters is not None and self.adapters.constants is not None
         is_same = self.soft_rows is None and self.added_rows is None
-        return is_same and not (self.embeddings or self.heads or attends)
+        return is_same and not (self.heads or attends)
 
 
 class GpuDecoder(Decoder):
@@ -100,7 +101,23 @@ class GpuDecoder(Decoder):
             update = self._leave(self._feed_forward(layer, normed, step), layer.norm_after_mlp)
         hidden = self._add_norm(hidden, update, self.norm)
         sampled = hidden.index_select(0, step.sample_rows)
-        return hidden, self.logits(sampled, step.heads, step.logits)
+        return hidden, self._step_logits(sampled, step)
+
+    def _change_embeddings(self, hidden: torch.Tensor, step: StepInput) -> None:
+        if isinstance(step.adapters, GpuAdapterStep) and step.adapters.vocabulary is not None:
+            vocabulary = step.adapters.vocabulary
+            vocabulary.change_embeddings(hidden, step.token_ids, self.embedding)
+
+    def _step_logits(self, sampled: torch.Tensor, step: GpuStep) -> torch.Tensor:
+        """``[samples, hidden]`` → ``[samples, vocab]`` fp32."""
+        base, out = self._head(sampled), step.logits
+        if out is None:
+            # Not the base's own memory: what adapters change is a difference to it.
+            out = torch.empty(base.shape, dtype=torch.float32, device=self.device)
+        logits = change_logits(sampled, base, self._head, step.heads, out)
+        if step.adapters is not None and step.adapters.vocabulary is not None:
+            step.adapters.vocabulary.change_logits(sampled, base, logits, self._head)
+        return self._scaled(logits)
 
     def _feed_forward(
         self, layer: DecoderLayer, normed: torch.Tensor, step: GpuStep

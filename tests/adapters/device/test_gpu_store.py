@@ -12,7 +12,7 @@ import torch
 from gpu_path import OneStepTables
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from turret.server.adapters.device.gpu.experts import GpuExpertShelf
+from turret.server.adapters.device.gpu.by_address.experts import GpuExpertShelf
 from turret.server.adapters.device.gpu.shelves import GpuHadamardShelf
 from turret.server.adapters.device.gpu.store import GpuStore
 from turret.server.adapters.device.layout import ExpertShape, ProjectionLayout, SliceShape

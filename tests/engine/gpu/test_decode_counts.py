@@ -23,7 +23,9 @@ from counted_steps import (
     Counting,
     Decoding,
     Gated,
+    Vocabulary,
     listed_launches,
+    low_rank,
     make_executor,
     norm,
     turn,
@@ -34,7 +36,11 @@ from turret.server.engine.step.gpu.executor import GpuExecutor
 from turret.server.engine.step.gpu.warm_up import warm_up
 
 # These may only fall. Of a step of 32 layers, drawing tokens included.
-MAX_LAUNCHES = {"base": 237, "lora": 365, "norms": 301, "turns": 589, "lora and norms": 493}
+MAX_LAUNCHES = {
+    **{"base": 237, "lora": 365, "norms": 301, "turns": 589, "lora and norms": 493},
+    # One for embeddings, three for heads; two more where an input gain is a head's.
+    **{"vocabulary": 369, "vocabulary and norms": 371},
+}
 MAX_GATED_LAUNCHES = 685
 MAX_COPIES = 1
 # At 64 rows of 4,096 tokens: milliseconds, on the fastest of many steps of an idle machine, and
@@ -56,6 +62,8 @@ def _adapters(kind: str) -> list[Adapter]:
         "norms": [Adapter("norms", "qkv", "gate_up", make=norm)],
         "turns": [Adapter("turns", make=turn)],
         "lora and norms": [Adapter("a0"), Adapter("norms", "qkv", "gate_up", make=norm)],
+        "vocabulary": [Adapter("a0"), Vocabulary("tokens"), Vocabulary("head", head=low_rank)],
+        "vocabulary and norms": [Vocabulary("head", head=low_rank), Vocabulary("norm", head=norm)],
     }[kind]
 
 
@@ -112,6 +120,33 @@ def test_gated_adapters_launch_the_same_however_many(launched: list[str]):
             Decoding([lora]).run(executor)
         assert capture.num_captures == 2
         assert "fusion_gate_kernel" not in capture.launches
+    assert executor._epoch() == epoch
+
+
+def test_other_embeddings_and_heads_launch_the_same_whosever_they_are(launched: list[str]):
+    capture = Capture(launched)
+    executor = make_executor(capture)
+    executor.sampler(frozenset())
+    first, second = Vocabulary("0"), Vocabulary("1", head=low_rank)
+    late = [Vocabulary("2", head=low_rank), Vocabulary("3")]
+    with torch.no_grad():
+        for adapters in ([second], [first, second]):
+            Decoding(adapters).run(executor)
+        assert capture.num_captures == 1
+        for kernel in ("embedding_changes", "head_changes", "head_shrink", "head_expand"):
+            assert capture.launches.count(f"{kernel}_kernel") == 1
+        executor.store.prepare(late)
+        epoch = executor._epoch()
+        for adapters in ([second], late, [second, *late], [second, Adapter("lora")]):
+            decoding = Decoding(adapters)
+            # Brings their block numbers, and adapters that are new.
+            decoding.run(executor)
+            launched.clear()
+            with Counting() as counting:
+                decoding.run(executor)
+            assert counting.copies <= MAX_COPIES
+            assert [*counting.memory, *counting.waits, *counting.launches, *launched] == []
+        assert capture.num_captures == 1
     assert executor._epoch() == epoch
 
 

@@ -28,6 +28,11 @@ from turret.server.adapters.operators.updates import (
     LowRank,
     Sparse,
 )
+from turret.server.adapters.operators.vocabulary import (
+    EmbeddingLowRank,
+    VocabularyOperators,
+    VocabularyRows,
+)
 from turret.server.models.decoding.arch import Arch
 
 
@@ -94,6 +99,7 @@ def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators
         "turned": everywhere(turned),
         "scaled": everywhere(scaled),
         "paired": everywhere(paired),
+        "words": _vocabulary(arch, some),
         "soft": AdapterOperators({}, soft),
         "prefix": AdapterOperators({}, prefix),
     }
@@ -112,6 +118,22 @@ def _everywhere(
         },
         **more,
     )
+
+
+def _vocabulary(arch: Arch, some: Callable[..., torch.Tensor]) -> AdapterOperators:
+    """Another embedding and another head, by all that kernels know of."""
+    vocab, hidden = arch.vocab_size, arch.hidden_size
+    head = ModuleOperators(
+        LowRank(some(4, hidden), some(4, vocab)),
+        input_gain=torch.rand(hidden),
+        bias=torch.rand(vocab),
+    )
+    tokens = VocabularyOperators(
+        embedding=VocabularyRows(None, some(vocab, hidden)),
+        low_rank=EmbeddingLowRank(some(vocab, 4), some(hidden, 4), torch.rand(hidden)),
+        head=VocabularyRows(torch.arange(3), some(3, hidden)),
+    )
+    return AdapterOperators({}, head=head, tokens=tokens)
 
 
 def _router(hidden: int, modules: int) -> TokenRouter:

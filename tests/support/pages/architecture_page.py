@@ -31,10 +31,11 @@ ROOMS = (
             *("methods/vectors", "methods/prompts"),
             *("state", "residency", "fuse", "registry", "merge"),
             *("device", "device/packed", "device/cpu", "device/gpu", "device/gpu/gated"),
+            "device/gpu/by_address",
         )
     ),
     *("kernels/adapters", "kernels/rows", "kernels/cpu", "kernels/gpu", "kernels/gpu/adapters"),
-    "kernels/gpu/gates",
+    *("kernels/gpu/gates", "kernels/gpu/vocabulary"),
     *("kernels/gpu/experts", "kernels/gpu/tables", "kernels/gpu/shared"),
     *("clients/messages", "clients/verbs", "clients/evaluation"),
     *(

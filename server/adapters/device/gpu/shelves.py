@@ -13,8 +13,8 @@ from turret.kernels.gpu.adapters.hadamard_expand import hadamard_expand
 from turret.kernels.gpu.adapters.hadamard_shrink import hadamard_shrink
 from turret.kernels.gpu.adapters.kronecker import kronecker
 from turret.kernels.gpu.tables.row_table import RowTable
-from turret.server.adapters.device.gpu.dense_shelf import GpuDenseShelf
-from turret.server.adapters.device.gpu.experts import GpuExpertShelf
+from turret.server.adapters.device.gpu.by_address.dense_shelf import GpuDenseShelf
+from turret.server.adapters.device.gpu.by_address.experts import GpuExpertShelf
 from turret.server.adapters.device.gpu.shelf_kind import GpuShelfKind
 from turret.server.adapters.device.gpu.sparse_shelf import GpuSparseShelf
 from turret.server.adapters.device.gpu.tables import GpuTables

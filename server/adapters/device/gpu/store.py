@@ -30,8 +30,13 @@ from turret.server.adapters.device.gpu.base_products import (
     blocks_of,
     modulated_of,
 )
-from turret.server.adapters.device.gpu.dense_shelf import GpuDenseShelves
-from turret.server.adapters.device.gpu.experts import GpuExpertShelves
+from turret.server.adapters.device.gpu.by_address.dense_shelf import GpuDenseShelves
+from turret.server.adapters.device.gpu.by_address.experts import GpuExpertShelves
+from turret.server.adapters.device.gpu.by_address.vocabulary import (
+    GpuVocabulary,
+    Runs,
+    StepVocabulary,
+)
 from turret.server.adapters.device.gpu.gated.gates import GpuGates, GpuStepGates
 from turret.server.adapters.device.gpu.pack import GpuPack, GpuPackedProjection
 from turret.server.adapters.device.gpu.pairs import GpuPairs, GpuStepPairs
@@ -71,6 +76,7 @@ class GpuAdapterStep:
         pairs: Projections with pairs.
         gates: Gates of learned fusions and routers.
         constants: Rows that attend to constants, or None; a step that has some is not captured.
+        vocabulary: What changes of embedding and head, or None.
         addresses: Where tables lie that the step reads and not every step with adapters does.
     """
 
@@ -85,14 +91,16 @@ class GpuAdapterStep:
     gates: GpuStepGates
     addresses: Hashable
     constants: StepConstants | None = None
+    vocabulary: StepVocabulary | None = None
 
     @property
     def signature(self) -> Hashable:
         """What the step launches, and where what it reads lies; see the module."""
         packed = self.kinds
         kinds = (self.low_rank, packed.gains, packed.biases)
-        others = (self.shelves, self.inputs, self.modulated, self.pairs, self.gates)
-        return (kinds, *(part.signature for part in others), self.addresses)
+        parts = (self.shelves, self.inputs, self.modulated, self.pairs, self.gates)
+        others = [None if part is None else part.signature for part in (self.vocabulary,)]
+        return (kinds, *(part.signature for part in parts), *others, self.addresses)
 
     def changes(self, layer: int, projection: str) -> bool:
         """Whether anything of the step is added to what the base multiplies."""
@@ -245,6 +253,7 @@ class GpuStore(AdapterStore):
         self._modulated = PlacedShelves(layout, self._pack, modulated_of, *like)
         self._pairs = GpuPairs(layout, self._pack, device)
         self._constants = ConstantsOfAdapters(device)
+        self._vocabulary = GpuVocabulary(device)
         placed = (self._blocks, self._modulated, self._pairs, self._constants)
         parts = (self._pack, self._shelves, self._gates, *placed)
         super().__init__(parts, device, max_bytes, on_moved)
@@ -261,6 +270,7 @@ class GpuStore(AdapterStore):
 
     def drop(self, key: str) -> None:
         super().drop(key)
+        self._vocabulary.remove(key)
         self.version += 1
         self._uploads.drop(key)
 
@@ -281,6 +291,13 @@ class GpuStore(AdapterStore):
         # Even if it fails: others may have moved or left.
         self.version += 1
         super()._insert(adapter)
+        change = self.vocabulary(adapter.key)
+        if change is not None:
+            try:
+                self._vocabulary.put(adapter.key, change)
+            except torch.OutOfMemoryError:
+                self.drop(adapter.key)
+                raise
         self._uploads.taken()
         known = self._addresses()
         if known != self._known:
@@ -293,16 +310,19 @@ class GpuStore(AdapterStore):
 
     def bind(
         self,
-        runs: Sequence[tuple[int, int, Members]],
+        runs: Runs,
         tables: GpuTables,
         given: Mapping[str, torch.Tensor] = MappingProxyType({}),
+        sampled: Runs = (),
     ) -> GpuAdapterStep:
         """Load a step's tables.
 
         Args:
-            runs: All rows of the step: first row, end row, mix (empty for the base model's).
+            runs: All rows of the step: first row, end row, mix (empty for the base model's). Each
+                begins where the one before ends.
             tables: Where the metadata goes.
             given: What first passes have told; see ``StepMembers``.
+            sampled: Likewise, of the rows that logits are wanted of.
         """
         kinds = self._pack.kinds({key for _, _, mix in runs for key, _ in mix})
         mixes = [mix for _, _, mix in runs]
@@ -312,7 +332,13 @@ class GpuStore(AdapterStore):
         table, shelves = tables.load_segments(segments), self._shelves.bind(runs, tables)
         step = self._bound(table, kinds, shelves, gates, mixes)
         inputs = replace(step.inputs, blocks=blocks, rows=rows)
-        return replace(step, inputs=inputs, constants=self._constants.bind(runs))
+        constants = self._constants.bind(runs)
+        vocabulary = self._vocabulary.bind(runs, sampled, tables)
+        return replace(step, inputs=inputs, constants=constants, vocabulary=vocabulary)
+
+    def has_head_kernels(self, mix: Members) -> bool:
+        """Whether kernels change what a mix changes of the head: all of it, or torch does."""
+        return self._vocabulary.has_kernels(mix)
 
     def bind_form(self, low_rank: frozenset[str], tables: GpuTables) -> GpuAdapterStep:
         """What steps launch whose adapters have low-rank updates in some projections, and no more.

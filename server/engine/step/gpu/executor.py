@@ -19,7 +19,7 @@ from turret.server.adapters.device.gpu.store import GpuAdapterStep, GpuStore
 from turret.server.adapters.device.vocabulary import VocabularyGroup
 from turret.server.engine.scheduling.scheduler import Scheduled, Step
 from turret.server.engine.scheduling.sequence import Sequence
-from turret.server.engine.step.batch import members_of
+from turret.server.engine.step.batch import Rows, members_of, runs_of
 from turret.server.engine.step.executor import Computed, adapters_of, fill_prefix, sampled_rows
 from turret.server.engine.step.first_passes import (
     NOTHING_TOLD,
@@ -41,12 +41,7 @@ from turret.server.engine.step.rows import (
     collect_rows,
     decode_spans,
 )
-from turret.server.engine.step.vocabulary_plan import (
-    added_logits,
-    changed_embeddings,
-    changed_heads,
-    own_logits,
-)
+from turret.server.engine.step.vocabulary_plan import added_logits, changed_heads, own_logits
 from turret.server.models.decoding.gpu_decoder import GpuDecoder, GpuStep
 from turret.server.models.decoding.kv_cache import KvCache
 
@@ -226,16 +221,17 @@ class GpuExecutor:
         num_rows = placed[-1].last_row + 1
         members = {a.key: a for p in placed for a, _ in p.item.sequence.active_mix.members}
         its_rows = [(p.item.sequence, range(p.row_start, p.last_row + 1)) for p in placed]
+        drawn = sampled_rows(placed)
         adapters = None
         if members:
             self.store.prepare(members.values())
-            adapters = self._bind(tables, its_rows, given_rows(placed, told))
+            adapters = self._bind(tables, its_rows, drawn, given_rows(placed, told))
         updates = self._blocks.update([place.item.sequence for place in placed])
         rows = collect_rows(placed, self._cache.block_size, updates.begins)
         with tables.step():
             if self._sampler is not None:
-                drawn = [place.item.sequence for place in placed if place.samples]
-                self._sampler.load(self._sampler.numbers(drawn), tables.sampling)
+                numbers = self._sampler.numbers([sequence for sequence, _ in drawn])
+                self._sampler.load(numbers, tables.sampling)
             attention = tables.attention_words(rows.spans)
             loaded = tables.load_rows(rows, samples, updates, attention)
         ids, positions, slots, sample_rows = loaded
@@ -252,8 +248,7 @@ class GpuExecutor:
             soft_values=upload(torch.cat(rows.soft_values), device) if rows.soft_rows else None,
             added_rows=upload(torch.tensor(rows.added_rows), device) if rows.added_rows else None,
             added_values=upload(torch.cat(rows.added_values), device) if rows.added_rows else None,
-            embeddings=changed_embeddings(its_rows, self.store, device),
-            heads=changed_heads(sampled_rows(placed), self.store, device),
+            heads=self._heads_of_torch(drawn),
         )
         return self._body(tables, inputs)()
 
@@ -272,7 +267,7 @@ class GpuExecutor:
                 self._sampler.load(prepared.numbers, tables.sampling)
             loaded = tables.load_rows(rows, (), updates, prepared.attention)
         self._last, self._prepared = sequences, None
-        inputs = self._decode_inputs(loaded, bucket, bound.step, bound.embeddings, bound.heads)
+        inputs = self._decode_inputs(loaded, bucket, bound.step, bound.heads)
         if rows.added_rows:
             device = self._decoder.device
             inputs = replace(
@@ -290,7 +285,6 @@ class GpuExecutor:
         loaded: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
         bucket: int,
         adapters: GpuAdapterStep | None,
-        embeddings: SequenceOf[VocabularyGroup] = (),
         heads: SequenceOf[VocabularyGroup] = (),
     ) -> GpuStep:
         """A decode step whose rows have been loaded."""
@@ -303,7 +297,6 @@ class GpuExecutor:
             num_decode=bucket,
             attention=self._decode.attention,
             adapters=adapters,
-            embeddings=embeddings,
             logits=self._logits,
             heads=heads,
         )
@@ -351,7 +344,7 @@ class GpuExecutor:
             if bound.version == self.store.version:
                 return bound
         members = {a.key: a for mix in mixes for a, _ in mix.members}
-        adapters, device = tuple(members.values()), self._decoder.device
+        adapters = tuple(members.values())
         self.store.prepare(adapters)
         its_rows = [(sequence, range(row, row + 1)) for row, sequence in enumerate(sequences)]
         self._bound = None
@@ -359,21 +352,25 @@ class GpuExecutor:
             mixes,
             adapters,
             self.store.version,
-            self._bind(self._decode, its_rows) if adapters else None,
-            changed_embeddings(its_rows, self.store, device),
-            changed_heads(its_rows, self.store, device),
+            self._bind(self._decode, its_rows, its_rows) if adapters else None,
+            self._heads_of_torch(its_rows),
         )
         return self._bound
 
     def _bind(
         self,
         tables: StepTables,
-        rows: SequenceOf[tuple[Sequence, range]],
+        rows: Rows,
+        sampled: Rows,
         given: Mapping[str, torch.Tensor] = MappingProxyType({}),
     ) -> GpuAdapterStep:
-        runs = [(its.start, its.stop, members_of(sequence)) for sequence, its in rows]
         with tables.adapters():
-            return self.store.bind(runs, tables, given)
+            return self.store.bind(runs_of(rows), tables, given, runs_of(sampled))
+
+    def _heads_of_torch(self, sampled: Rows) -> list[VocabularyGroup]:
+        """The rows whose heads are changed by what no kernel has."""
+        rows = [row for row in sampled if not self.store.has_head_kernels(members_of(row[0]))]
+        return changed_heads(rows, self.store, self._decoder.device)
 
 
 def _generates(sequence: Sequence) -> bool:

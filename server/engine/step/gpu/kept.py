@@ -21,15 +21,13 @@ class Bound:
         adapters: What the store was asked to hold.
         version: Of the store, when the tables were loaded.
         step: The tables; None where every row is the base model's.
-        embeddings: Rows with another embedding.
-        heads: Rows with another head.
+        heads: Rows whose heads no kernel changes.
     """
 
     mixes: tuple[Mix, ...]
     adapters: tuple[Resident, ...]
     version: int
     step: GpuAdapterStep | None
-    embeddings: list[VocabularyGroup]
     heads: list[VocabularyGroup]
 
 

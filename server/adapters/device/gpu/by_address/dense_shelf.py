@@ -6,7 +6,7 @@ import torch
 
 from turret.kernels.gpu.adapters.dense import dense
 from turret.kernels.gpu.tables.row_table import RowTable
-from turret.server.adapters.device.gpu.addressed_shelf import AddressedShelf
+from turret.server.adapters.device.gpu.by_address.addressed_shelf import AddressedShelf
 from turret.server.adapters.device.gpu.shelf_kind import GpuShelfKind
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.operators.adapter_operators import AdapterOperators

@@ -9,7 +9,7 @@ import torch
 from turret.kernels.expert_routing import Routing
 from turret.kernels.gpu.experts.expert_updates import add_expert_updates
 from turret.kernels.gpu.tables.row_table import RowTable
-from turret.server.adapters.device.gpu.addressed_shelf import AddressedShelf
+from turret.server.adapters.device.gpu.by_address.addressed_shelf import AddressedShelf
 from turret.server.adapters.device.gpu.shelf_kind import GpuShelfKind
 from turret.server.adapters.device.layout import ProjectionLayout
 from turret.server.adapters.operators.adapter_operators import AdapterOperators

@@ -1,0 +1,1 @@
+"""Kernels of the embedding and the head where adapters change them."""

@@ -1,0 +1,1 @@
+"""What lies in memory of each adapter's own, where kernels of the gpu path find it by address."""

@@ -1,0 +1,161 @@
+"""Decode steps whose adapters change embedding and head: captured, and replayed with others.
+
+On the gpu path, in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from builders.methods import load_adapter, make_config, save_adapter
+from gpu_path import FakeCapture, use_coarse_tiles
+from method_oracle import check_greedy, prompt_of, twin
+from servers.engine_harness import EngineHarness, make_request
+
+from turret.kernels.gpu.shared import tuning as tuning_module
+from turret.server.adapters.device.gpu.by_address.vocabulary import GpuVocabulary
+from turret.server.adapters.device.vocabulary import VocabularyChange
+from turret.server.adapters.ref import AdapterRef
+from turret.server.engine.scheduling.request import Request
+from turret.server.engine.step.gpu import decode_graphs
+
+pytestmark = [
+    # Rows that only pad a step to its bucket compute on scratch memory.
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter needs CPU tensors"),
+]
+
+Q = {"target_modules": ["q_proj"]}
+ALIKE = {"trainable_token_indices": {"lm_head": [3, 70, 9], "embed_tokens": [*range(40, 140)]}}
+ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "tokens": ("lora", {**Q, **ALIKE}),
+    "saved": ("lora", {**Q, "modules_to_save": ["lm_head", "embed_tokens"]}),
+    "both": ("dora", {"target_modules": ["v_proj", "embed_tokens", "lm_head"], "r": 20}),
+    "norm": ("ln_tuning", {"target_modules": ["norm"]}),
+    "logits": ("ia3", {"target_modules": ["lm_head"], "feedforward_modules": []}),
+    # What no kernel changes of a head is left to torch.
+    "loha": ("loha", {"target_modules": ["q_proj", "lm_head"]}),
+}
+MIX = [("both", 0.5), ("tokens", -0.75), ("norm", 1.0)]
+# The prompt's step; then one runs as it is, one is captured, one is replayed.
+NUM_TOKENS = 4
+# Device memory for one adapter and a little more.
+LITTLE = 430_000
+
+
+@pytest.fixture(autouse=True)
+def coarse_tiles(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    use_coarse_tiles(monkeypatch)
+    yield
+    monkeypatch.undo()
+    tuning_module.tuning.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("adapters")
+    for seed, (name, (method, keys)) in enumerate(ADAPTERS.items()):
+        save_adapter(twin("llama").model, make_config(method, **keys), root / name, seed=seed)
+    return root
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    root: Path, capture: FakeCapture | None, *adapters: str, **more: Any
+) -> AsyncIterator[EngineHarness]:
+    with patch.object(decode_graphs, "capture_for", lambda device, dtype: capture):
+        async with EngineHarness.start(
+            twin("llama").folder,
+            root,
+            adapters=adapters,
+            gpu=True,
+            kv_cache_bytes=4 << 20,
+            max_num_seqs=8,
+            **more,
+        ) as harness:
+            yield harness
+
+
+def asked(*mix: tuple[str, float], seed: int = 0) -> Request:
+    refs = [AdapterRef(name=name, weight=weight) for name, weight in mix]
+    return make_request(prompt_of(5, seed), *refs, max_tokens=NUM_TOKENS)
+
+
+async def test_captured_steps_have_the_bits_of_those_that_are_not(root: Path) -> None:
+    names = [name for name in ADAPTERS if name != "loha"]
+    requests = [asked((name, 1.0), seed=number) for number, name in enumerate(names)]
+    requests += [asked(*MIX, seed=6), asked(seed=7)]
+    capture = FakeCapture()
+    async with serving(root, capture, *names) as harness:
+        captured = await harness.run_all(requests)
+        assert capture.num_captures >= 1
+        assert capture.num_replays >= 1
+        before = capture.num_captures
+        again = await harness.run_all(requests[::-1])
+        assert capture.num_captures == before, "which rows have which adapters is in the tables"
+        # The mix, and one with rows of its own, by themselves.
+        alone = {number: await harness.run(requests[number]) for number in (0, 5)}
+    async with serving(root, None, *names) as harness:
+        plain = await harness.run_all(requests)
+    assert [answer.bits for answer in alone.values()] == [captured[n].bits for n in alone]
+    for request, *answers in zip(requests, captured, again[::-1], plain, strict=True):
+        mix = [(ref.name, ref.weight) for ref in request.adapters]
+        assert len({answer.bits for answer in answers}) == 1, mix
+        if len(mix) == 1:
+            model = load_adapter(twin("llama").model, root / mix[0][0])
+            check_greedy(answers[0], model, list(request.prompt_token_ids), mix[0][0])
+    assert len({answer.token_ids for answer in captured}) == len(requests)
+
+
+async def test_a_head_that_no_kernel_changes_is_computed_beside_the_others(root: Path) -> None:
+    capture = FakeCapture()
+    requests = [asked(("loha", 1.0)), asked(("loha", 0.5), ("both", 1.0)), asked(("tokens", 1.0))]
+    async with serving(root, capture, "loha", "both", "tokens") as harness:
+        together = await harness.run_all(requests)
+        assert capture.num_captures == 0
+        alone = [await harness.run(request) for request in requests]
+        assert capture.num_captures == 1, "of the row without it"
+    assert [answer.bits for answer in together] == [answer.bits for answer in alone]
+    model = load_adapter(twin("llama").model, root / "loha")
+    check_greedy(together[0], model, list(requests[0].prompt_token_ids), "loha")
+
+
+async def test_adapters_come_and_go_and_captured_steps_stay(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evicted, unloaded, and another in the place of one and under its name."""
+    for name in ("tokens", "both"):
+        shutil.copytree(root / name, tmp_path / name)
+    requests = [asked((name, 1.0), seed=2) for name in ("tokens", "both")]
+    async with serving(root, None, "tokens", "both", "saved") as harness:
+        expected = [(await harness.run(request)).bits for request in requests]
+        other = (await harness.run(asked(("saved", 1.0), seed=2))).bits
+    entered: list[str] = []
+    put, capture = GpuVocabulary.put, FakeCapture()
+
+    def noted(vocabulary: GpuVocabulary, key: str, change: VocabularyChange) -> None:
+        entered.append(key)
+        put(vocabulary, key, change)
+
+    room = {"adapter_device_bytes": LITTLE}
+    async with serving(tmp_path, capture, "tokens", "both", **room) as harness:
+        monkeypatch.setattr(GpuVocabulary, "put", noted)
+        for _ in range(2):
+            assert [(await harness.run(request)).bits for request in requests] == expected
+        before = capture.num_captures
+        assert before >= 1
+        assert len(entered) == 4, "each leaves for the other"
+        harness.registry.unload("tokens", "DRAIN", 0)
+        shutil.rmtree(tmp_path / "tokens")
+        shutil.copytree(root / "saved", tmp_path / "tokens")
+        harness.registry.load("tokens", "tokens")
+        assert (await harness.run(requests[0])).bits == other
+        assert (await harness.run(requests[1])).bits == expected[1]
+        assert capture.num_captures == before, "the same graphs serve those that come"
