@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from turret.kernels.gpu.adapters.circulant import circulant
+from turret.kernels.gpu.adapters.constant_attention import CONSTANT_WORDS, constant_attention
 from turret.kernels.gpu.adapters.dense import dense
 from turret.kernels.gpu.adapters.expand_on import (
     Expand,
@@ -245,6 +246,9 @@ def _attention(model: Model, softcap: float | None = None, has_sinks: bool = Fal
     sinks = _empty(model.heads, dtype=torch.float32) if has_sinks else None
     scale = model.head_dim**-0.5
     paged_attention(q, cache, cache, table, scale=scale, softcap=softcap, sinks=sinks)
+    if softcap is None and not has_sinks:
+        words = _empty(_SLOTS, CONSTANT_WORDS, dtype=torch.int64)
+        constant_attention(q, q, model.kv_heads, words, MemberTable(_ROWS, 2, _META))
 
 
 def _rotation(model: Model, pairs: int, *, is_interleaved: bool = False) -> None:

@@ -5,8 +5,8 @@ For one row's rotated query of head ``h`` and the constants of its key-value hea
     o_h = softmax_p(q_h · k_gp) V_g
 
 What the constants are scaled and gated by is folded into them. Beside a step's attention this is
-little work, a product per key-value head, so it is torch on every path (arXiv 2303.16199, section
-3.2; the gate is the paper's, per layer).
+little work, a product per key-value head (arXiv 2303.16199, section 3.2; the gate is the paper's,
+per layer).
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from turret.kernels.rows.linear import row_linear
 _MULTIPLE = 16
 # Of scores of positions that are there to fill up; e to its power is 0.
 _MASKED = -1e30
-# On a GPU, rows of one product: libraries choose their algorithm by shape.
-_PRODUCT_ROWS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +76,11 @@ def constant_attention_reference(q: torch.Tensor, constants: Constants) -> torch
     heads = []
     for g in range(kv_heads):
         rows = grouped[:, g].reshape(-1, head_dim)
-        scores = _product(rows, constants.keys[g])
+        scores = row_linear(rows.contiguous(), constants.keys[g])
         scores[:, constants.count :] = _MASKED
         weights = row_exp_(scores - scores.amax(dim=1, keepdim=True))
-        total = _product(weights, constants.values[g])
+        total = row_linear(weights.contiguous(), constants.values[g])
         heads.append(total[:, :head_dim] / total[:, head_dim : head_dim + 1])
     return (
         torch.stack(heads).view(kv_heads, num_rows, -1, head_dim).transpose(0, 1).reshape(q.shape)
     )
-
-
-def _product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """``x weightᵀ`` of fp32, each row by itself."""
-    if x.device.type == "cpu":
-        return row_linear(x.contiguous(), weight)
-    padded = F.pad(x, (0, 0, 0, -x.shape[0] % _PRODUCT_ROWS))
-    pieces = [F.linear(piece, weight) for piece in padded.split(_PRODUCT_ROWS)]
-    return torch.cat(pieces)[: x.shape[0]]

@@ -25,6 +25,7 @@ from turret.server.adapters.device.layout import ProjectionLayout, SliceShape
 from turret.server.adapters.mix import Mix
 from turret.server.adapters.operators.adapter_operators import (
     AdapterOperators,
+    ConstantKv,
     InputBlocks,
     ModuleOperators,
 )
@@ -154,6 +155,16 @@ class Vocabulary(Adapter):
             head=None if head is None else head(VOCAB, HIDDEN),
             tokens=VocabularyOperators(embedding=rows, head=rows),
         )
+
+
+class Constant(Adapter):
+    """A LoRA on queries, and keys and values of its own in some layers."""
+
+    def __init__(self, key: str, positions: int, layers: range = range(NUM_LAYERS)) -> None:
+        super().__init__(key, "qkv")
+        kv = torch.zeros(positions, ARCH.num_kv_heads, ARCH.head_dim).half()
+        own = {layer: ConstantKv(kv, kv) for layer in layers}
+        self.operators = replace(self.operators, attention=own)
 
 
 class Gated(Adapter):

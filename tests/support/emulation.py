@@ -24,7 +24,7 @@ _FILES = (
 )
 _ADAPTER_FILES = (
     *("segmented", "input_gain", "fusion_gate", "by_slot", "input_blocks", "base_updates"),
-    *("sparse", "dense", "vocabulary"),
+    *("sparse", "dense", "vocabulary", "constant_attention"),
 )
 # What runs compiled: every kernel's own tests, and a whole step.
 KERNEL_TESTS = (

@@ -1,4 +1,4 @@
-"""Constant keys and values that adapters attend to beside a step's own, on all paths."""
+"""Constant keys and values that adapters attend to beside a step's own, where torch computes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from turret.kernels.adapters.constant_attention import Constants, constant_attention_reference
-from turret.kernels.gpu.tables.staged_buffer import upload
 from turret.server.adapters.device.members import Members, passes
 from turret.server.adapters.device.part import Part
 from turret.server.adapters.operators.adapter_operators import AdapterOperators
@@ -74,7 +73,7 @@ class ConstantsOfAdapters(Part):
         """
         bound = []
         for key, rows, weights in passes(runs, self._held.keys()) if self._held else ():
-            places = upload(torch.tensor(rows), self._device)
-            values = upload(torch.tensor(weights), self._device).view(-1, 1, 1)
+            places = torch.tensor(rows, device=self._device)
+            values = torch.tensor(weights, device=self._device).view(-1, 1, 1)
             bound.append(_Rows(self._held[key], places, values))
         return StepConstants(bound) if bound else None

@@ -63,9 +63,7 @@ class GpuStep(StepInput):
     @property
     def is_fixed(self) -> bool:
         """Whether everything that differs between steps is in buffers of fixed address."""
-        attends = self.adapters is not None and self.adapters.constants is not None
-        is_same = self.soft_rows is None and self.added_rows is None
-        return is_same and not (self.heads or attends)
+        return self.soft_rows is None and self.added_rows is None and not self.heads
 
 
 class GpuDecoder(Decoder):

@@ -20,6 +20,7 @@ from counted_steps import (
     VOCAB,
     Adapter,
     Capture,
+    Constant,
     Counting,
     Decoding,
     Gated,
@@ -40,6 +41,8 @@ MAX_LAUNCHES = {
     **{"base": 237, "lora": 365, "norms": 301, "turns": 589, "lora and norms": 493},
     # One for embeddings, three for heads; two more where an input gain is a head's.
     **{"vocabulary": 369, "vocabulary and norms": 371},
+    # One a layer that has them.
+    "constants": 365 + NUM_LAYERS,
 }
 MAX_GATED_LAUNCHES = 685
 MAX_COPIES = 1
@@ -62,6 +65,7 @@ def _adapters(kind: str) -> list[Adapter]:
         "norms": [Adapter("norms", "qkv", "gate_up", make=norm)],
         "turns": [Adapter("turns", make=turn)],
         "lora and norms": [Adapter("a0"), Adapter("norms", "qkv", "gate_up", make=norm)],
+        "constants": [Adapter("a0"), Constant("0", 10), Constant("1", 3, range(8))],
         "vocabulary": [Adapter("a0"), Vocabulary("tokens"), Vocabulary("head", head=low_rank)],
         "vocabulary and norms": [Vocabulary("head", head=low_rank), Vocabulary("norm", head=norm)],
     }[kind]
@@ -121,6 +125,23 @@ def test_gated_adapters_launch_the_same_however_many(launched: list[str]):
         assert capture.num_captures == 2
         assert "fusion_gate_kernel" not in capture.launches
     assert executor._epoch() == epoch
+
+
+def test_constants_launch_the_same_whosever_they_are(launched: list[str]):
+    capture = Capture(launched)
+    executor = make_executor(capture)
+    executor.sampler(frozenset())
+    first, second = Constant("0", 3, range(4, 8)), Constant("1", 40, range(5))
+    with torch.no_grad():
+        executor.store.prepare([first])
+        for adapters in ([first], [first], [second], [second, first]):
+            Decoding(adapters).run(executor)
+        # The second has constants in layers in which there were none.
+        assert capture.num_captures == 2
+        assert capture.launches.count("constant_attention_kernel") == 8
+        for adapters in ([first], [Constant("2", 7, range(8)), second]):
+            Decoding(adapters).run(executor)
+        assert capture.num_captures == 2
 
 
 def test_other_embeddings_and_heads_launch_the_same_whosever_they_are(launched: list[str]):

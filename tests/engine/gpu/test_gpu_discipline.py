@@ -173,10 +173,10 @@ def _steps(adapters: dict[str, _Adapter]) -> dict[str, Step]:
     """A step of prompts with everything, decode steps, and those that first passes come before."""
     low, other = (adapters["low"], 0.5), (adapters["other"], -1.0)
     gated, turned = (adapters["gated"], 0.7), (adapters["turned"], 1.0)
-    words = (adapters["words"], 0.5)
+    words, constants = (adapters["words"], 0.5), (adapters["constants"], 1.0)
     scaled, paired = (adapters["scaled"], 1.0), (adapters["paired"], 0.5)
     prompts = [
-        Scheduled(_sequence(1, 0, low, other, gated, words), 6),
+        Scheduled(_sequence(1, 0, low, other, gated, words, constants), 6),
         Scheduled(_sequence(5, 0, (adapters["soft"], 1.0), turned, scaled, paired), 9),
         Scheduled(_sequence(9, 6, low), 1),
         Scheduled(_sequence(17, 0), 4),
@@ -185,7 +185,7 @@ def _steps(adapters: dict[str, _Adapter]) -> dict[str, Step]:
     prompts.append(Scheduled(prefixed, 6))
     decode = [
         Scheduled(_sequence(1, 6, low, other, gated), 1),
-        Scheduled(_sequence(5, 7, low, turned), 1),
+        Scheduled(_sequence(5, 7, low, turned, constants), 1),
         Scheduled(_sequence(9, 8, low, scaled, paired, words), 1),
     ]
     base = [Scheduled(_sequence(1, 9), 1)]
@@ -297,7 +297,7 @@ def test_a_step_never_waits_for_the_device(name: str, no_launches: list[str]):
     assert kernels & {"nf4_matmul_kernel", "nf4_shrink_kernel"}
     names = "segmented_shrink hadamard_expand kronecker gate_shrink fusion_gate input_blocks sparse"
     names += " pair_rotation circulant dense modulate modulated_add gained_add embedding_changes"
-    names += " head_inputs head_changes head_shrink head_expand"
+    names += " head_inputs head_changes head_shrink head_expand constant_attention"
     adapted = {f"{kernel}_kernel" for kernel in names.split()}
     is_told = name.endswith("told")
     assert (adapted | {"input_gain_kernel"} <= kernels) == (name in ("prompts", "decode"))

@@ -12,6 +12,7 @@ import torch
 
 from turret.server.adapters.operators.adapter_operators import (
     AdapterOperators,
+    ConstantKv,
     InputBlocks,
     ModulatedBase,
     ModuleOperators,
@@ -100,6 +101,7 @@ def every_operator(arch: Arch, dtype: torch.dtype) -> dict[str, AdapterOperators
         "scaled": everywhere(scaled),
         "paired": everywhere(paired),
         "words": _vocabulary(arch, some),
+        "constants": AdapterOperators({}, attention={1: ConstantKv(some(*kv[1:]), some(*kv[1:]))}),
         "soft": AdapterOperators({}, soft),
         "prefix": AdapterOperators({}, prefix),
     }

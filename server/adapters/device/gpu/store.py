@@ -22,7 +22,6 @@ from turret.kernels.gpu.adapters.kronecker import MAX_IN_M, MAX_RANK
 from turret.kernels.gpu.adapters.segmented_shrink import Shrink, rank_activations
 from turret.kernels.gpu.epilogues import Epilogue
 from turret.kernels.gpu.tables.segment_table import SegmentTable
-from turret.server.adapters.device.constants import ConstantsOfAdapters, StepConstants
 from turret.server.adapters.device.gpu.base_products import (
     ChangedInputs,
     ChangedRows,
@@ -30,6 +29,7 @@ from turret.server.adapters.device.gpu.base_products import (
     blocks_of,
     modulated_of,
 )
+from turret.server.adapters.device.gpu.by_address.constants import GpuConstants, GpuStepConstants
 from turret.server.adapters.device.gpu.by_address.dense_shelf import GpuDenseShelves
 from turret.server.adapters.device.gpu.by_address.experts import GpuExpertShelves
 from turret.server.adapters.device.gpu.by_address.vocabulary import (
@@ -75,7 +75,7 @@ class GpuAdapterStep:
         modulated: Shelves of modulated updates.
         pairs: Projections with pairs.
         gates: Gates of learned fusions and routers.
-        constants: Rows that attend to constants, or None; a step that has some is not captured.
+        constants: Rows that attend to constants, or None.
         vocabulary: What changes of embedding and head, or None.
         addresses: Where tables lie that the step reads and not every step with adapters does.
     """
@@ -90,7 +90,7 @@ class GpuAdapterStep:
     pairs: GpuStepPairs
     gates: GpuStepGates
     addresses: Hashable
-    constants: StepConstants | None = None
+    constants: GpuStepConstants | None = None
     vocabulary: StepVocabulary | None = None
 
     @property
@@ -99,7 +99,9 @@ class GpuAdapterStep:
         packed = self.kinds
         kinds = (self.low_rank, packed.gains, packed.biases)
         parts = (self.shelves, self.inputs, self.modulated, self.pairs, self.gates)
-        others = [None if part is None else part.signature for part in (self.vocabulary,)]
+        others = [
+            None if part is None else part.signature for part in (self.vocabulary, self.constants)
+        ]
         return (kinds, *(part.signature for part in parts), *others, self.addresses)
 
     def changes(self, layer: int, projection: str) -> bool:
@@ -252,7 +254,7 @@ class GpuStore(AdapterStore):
         self._blocks = PlacedShelves(layout, self._pack, blocks_of, *like)
         self._modulated = PlacedShelves(layout, self._pack, modulated_of, *like)
         self._pairs = GpuPairs(layout, self._pack, device)
-        self._constants = ConstantsOfAdapters(device)
+        self._constants = GpuConstants(layout.num_layers, *like)
         self._vocabulary = GpuVocabulary(device)
         placed = (self._blocks, self._modulated, self._pairs, self._constants)
         parts = (self._pack, self._shelves, self._gates, *placed)
@@ -332,7 +334,7 @@ class GpuStore(AdapterStore):
         table, shelves = tables.load_segments(segments), self._shelves.bind(runs, tables)
         step = self._bound(table, kinds, shelves, gates, mixes)
         inputs = replace(step.inputs, blocks=blocks, rows=rows)
-        constants = self._constants.bind(runs)
+        constants = self._constants.bind(runs, tables)
         vocabulary = self._vocabulary.bind(runs, sampled, tables)
         return replace(step, inputs=inputs, constants=constants, vocabulary=vocabulary)
 

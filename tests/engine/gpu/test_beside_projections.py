@@ -1,4 +1,6 @@
-"""Decode steps whose adapters change embedding and head: captured, and replayed with others.
+"""Decode steps whose adapters change more than projections: captured, and replayed with others.
+
+Embeddings, heads, and constants that attention sees.
 
 On the gpu path, in Triton's interpreter.
 """
@@ -40,10 +42,11 @@ ADAPTERS: dict[str, tuple[str, dict[str, Any]]] = {
     "both": ("dora", {"target_modules": ["v_proj", "embed_tokens", "lm_head"], "r": 20}),
     "norm": ("ln_tuning", {"target_modules": ["norm"]}),
     "logits": ("ia3", {"target_modules": ["lm_head"], "feedforward_modules": []}),
+    "adaption": ("adaption_prompt", {"adapter_len": 19, "adapter_layers": 1}),
     # What no kernel changes of a head is left to torch.
     "loha": ("loha", {"target_modules": ["q_proj", "lm_head"]}),
 }
-MIX = [("both", 0.5), ("tokens", -0.75), ("norm", 1.0)]
+MIX = [("both", 0.5), ("tokens", -0.75), ("norm", 1.0), ("adaption", -1.0)]
 # The prompt's step; then one runs as it is, one is captured, one is replayed.
 NUM_TOKENS = 4
 # Device memory for one adapter and a little more.
@@ -92,6 +95,7 @@ async def test_captured_steps_have_the_bits_of_those_that_are_not(root: Path) ->
     names = [name for name in ADAPTERS if name != "loha"]
     requests = [asked((name, 1.0), seed=number) for number, name in enumerate(names)]
     requests += [asked(*MIX, seed=6), asked(seed=7)]
+    assert len(requests) == 8, "all of them in one step"
     capture = FakeCapture()
     async with serving(root, capture, *names) as harness:
         captured = await harness.run_all(requests)
@@ -101,7 +105,7 @@ async def test_captured_steps_have_the_bits_of_those_that_are_not(root: Path) ->
         again = await harness.run_all(requests[::-1])
         assert capture.num_captures == before, "which rows have which adapters is in the tables"
         # The mix, and one with rows of its own, by themselves.
-        alone = {number: await harness.run(requests[number]) for number in (0, 5)}
+        alone = {number: await harness.run(requests[number]) for number in (0, 6)}
     async with serving(root, None, *names) as harness:
         plain = await harness.run_all(requests)
     assert [answer.bits for answer in alone.values()] == [captured[n].bits for n in alone]
