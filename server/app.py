@@ -113,20 +113,23 @@ class App:
                 await self.startup()
                 code = await self.main_loop()
             except (PreloadError, TurretError, OSError, ValueError) as error:
-                is_of_flag = str(error).startswith("--")
-                if is_of_flag and self.config.log.log_format == "text":
-                    # As what was found before the model was loaded.
-                    print(f"turret serve: error: {error}", file=sys.stderr, flush=True)
-                else:
-                    _log.error("cannot start", extra=log.fields(reason=error))
-                code = EXIT_FAILED
+                self._say(error)
+                return EXIT_FAILED
             except Exception:
                 _log.exception("the server failed")
-                code = EXIT_FAILED
+                return EXIT_FAILED
             finally:
                 await self.shutdown()
         _log.info("stopped", extra=log.fields(exit_code=code))
         return code
+
+    def _say(self, error: Exception) -> None:
+        """Say why nothing is served. Nothing is said after it, so that it is what is read."""
+        if str(error).startswith("--") and self.config.log.log_format == "text":
+            # As what was found before the model was loaded.
+            print(f"turret serve: error: {error}", file=sys.stderr, flush=True)
+        else:
+            _log.error("cannot start", extra=log.fields(reason=error))
 
     def stop(self) -> None:
         """Begin a graceful stop; idempotent."""
@@ -245,6 +248,7 @@ class App:
         """Refuse new calls, let running ones finish up to the grace period, close everything."""
         backend = self._backend
         is_dead = backend is not None and backend.engine.is_dead
+        has_served = self.gate.is_open
         self.gate.close("the engine is dead" if is_dead else "the server is shutting down")
         if self._watching is not None:
             self._watching.cancel()
@@ -255,7 +259,7 @@ class App:
                 await asyncio.sleep(_DEAD_SECONDS)
         if backend is not None:
             grace = self.config.lifecycle.grace_seconds
-            if not is_dead:
+            if has_served and not is_dead:
                 _log.info("draining", extra=log.fields(grace_seconds=grace))
             # A dead engine has nothing to finish; this ends its streams and joins its thread.
             await backend.engine.drain(0.0 if is_dead else grace)

@@ -20,6 +20,11 @@ class Gate:
         self._backend: Backend | None = None
         self._reason = "the server is starting: the model is not loaded yet"
 
+    @property
+    def is_open(self) -> bool:
+        """Whether calls are served now."""
+        return self._backend is not None
+
     def open(self, backend: Backend) -> None:
         """Serve from now on."""
         self._backend = backend

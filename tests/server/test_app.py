@@ -150,12 +150,13 @@ async def test_a_build_that_fails_ends_the_process_with_an_error(
 ) -> None:
     parts = Parts()
     parts.error = error
+    caplog.set_level(logging.INFO, "turret")
     assert await asyncio.wait_for(make_app(parts).run(), 10) == 1
-    assert any(r.levelno == logging.ERROR for r in caplog.records)
+    assert caplog.records[-1].levelno == logging.ERROR, "what is said last is why"
 
 
 async def test_a_preload_that_fails_ends_the_process_with_an_error(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     parts = Parts()
 
@@ -164,7 +165,9 @@ async def test_a_preload_that_fails_ends_the_process_with_an_error(
 
     parts.registry.load = load  # type: ignore[method-assign]
     adapters = AdapterConfig(adapter_root=Path("r"), preload=(("sql", "a"),))
+    caplog.set_level(logging.INFO, "turret")
     assert await asyncio.wait_for(make_app(parts, adapters=adapters).run(), 10) == 1
+    assert not {"draining", "stopped"} & {record.message for record in caplog.records}
     assert parts.engine.drained, "the engine was started, so it must be stopped"
     said = "--preload sql=a: cannot be served: rank_pattern is wrong\n"
     assert capsys.readouterr().err == f"turret serve: error: {said}"
