@@ -203,9 +203,15 @@ def _resolve(args: argparse.Namespace, config: Any) -> Any:
 
 
 def _plan(args: argparse.Namespace) -> None:
-    resolved = _resolve(args, _read(args))
+    config = _read(args)
 
-    from turret.training.plan import print_plan
+    from turret.training.run.progress import training_progress
+
+    with training_progress(None, "plan", stays=False) as listen:
+        listen({"kind": "phase", "text": "reading the base model and the data"})
+        resolved = _resolve(args, config)
+
+        from turret.training.plan import print_plan
 
     print_plan(resolved, _console(), measure=args.measure)
 

@@ -119,6 +119,10 @@ def test_what_a_config_leaves_open_is_not_compared_with_the_run(tmp_path: Path):
         told = {**tables, "method": {"targets": targets}}
         check_settings(build_config(told, []), run)
         check_settings(build_config(told, ["optimizer.name=paged-adamw8bit"]), run)
+    # Where steps are told, epochs say nothing.
+    check_settings(build_config(tables, ["run.steps=9", "run.epochs=7"]), run)
+    with pytest.raises(RunError, match=r"differ from the run there: config\.run\.epochs; "):
+        check_settings(build_config(tables, ["run.epochs=7"]), run)
     own = re.escape(f"`turret train run {tmp_path}/config.toml --resume` goes on with its own")
     for override in ("method.rank=4", 'method.targets=["q_proj"]', "optimizer.beta1=0.8"):
         key = override.partition("=")[0]
@@ -141,7 +145,8 @@ def test_a_missing_extra_is_told_before_anything_is_read(
         _read(argparse.Namespace())
 
 
-def test_a_sweep_speaks_before_it_loads_torch(tmp_path: Path):
+@pytest.mark.parametrize("verb", ["plan", "sweep"])
+def test_plan_and_sweep_speak_before_they_load_torch(verb: str, tmp_path: Path):
     config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
     # What is loaded ends the process, so that only what was said before can be read.
     stop = (
@@ -150,10 +155,10 @@ def test_a_sweep_speaks_before_it_loads_torch(tmp_path: Path):
         "    def find_spec(self, name, path, target=None):\n"
         "        if name == 'torch': sys.exit(7)\n"
         "sys.meta_path.insert(0, Stop())\n"
-        f"sys.exit(cli.main(['train', 'sweep', {config!r}]))"
+        f"sys.exit(cli.main(['train', {verb!r}, {config!r}]))"
     )
     done = run_python(stop)
-    assert (done.returncode, done.stderr) == (7, "sweep: starting  0 s\n")
+    assert (done.returncode, done.stderr) == (7, f"{verb}: starting  0 s\n")
 
 
 def test_a_run_that_stops_says_from_where_it_can_go_on(

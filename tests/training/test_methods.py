@@ -252,8 +252,6 @@ OVER = [
 ]
 
 
-# PEFT says when it takes another size of blocks.
-@pytest.mark.filterwarnings("ignore:Invalid `oft_block_size`")
 @pytest.mark.parametrize(("method", "targets", "rank", "served"), OVER)
 def test_the_command_that_serves_allows_the_rank(
     tiny_llama: Path, tmp_path: Path, method: str, targets: str, rank: int | None, served: int
@@ -265,7 +263,7 @@ def test_the_command_that_serves_allows_the_rank(
     result = Trainer(resolved, lambda row: said.append(str(row.get("text")))).run()
     (command,) = (text for text in said if text.startswith("adapter written"))
     flag = f" --max-rank {served}" if served > 128 else ""
-    assert f" --preload mine=adapter{flag}\n" in command
+    assert f" --preload run=adapter{flag}\n" in command
     console = Console(width=200, file=io.StringIO(), highlight=False)
     print_plan(resolved, console, measure=False)
     line = f"turret serve --max-rank {served}; by itself it allows 128"
@@ -284,11 +282,22 @@ def test_what_was_chosen_is_in_the_config(tiny_llama: Path, tmp_path: Path):
     overrides = ["optimizer.name=paged-adamw8bit", "method.targets=attention", "base.device=cpu"]
     resolved = resolve_tiny(tmp_path, tiny_llama, *overrides)
     config = resolved.config
+    # Four steps of four rows.
+    assert config.run.epochs == pytest.approx(16 / len(resolved.dataset.train), rel=5e-3)
     assert resolved.notes == ("paged-adamw8bit needs CUDA: adamw8bit takes its place",)
     assert config.optimizer.name == "adamw8bit"
     assert config.method.targets == ("q_proj", "k_proj", "v_proj", "o_proj")
     assert (config.method.rank, config.method.alpha) == (8, 16.0)
     assert (config.base.weights, config.optimizer.learning_rate) == ("nf4", 1e-3)
+
+
+def test_blocks_that_divide_no_module_are_told_in_one_note(tiny_llama: Path, tmp_path: Path):
+    keys = ("method.name=oft", "method.targets=all-linear")
+    assert resolve_tiny(tmp_path, tiny_llama, *keys, "method.rank=16").notes == ()
+    assert resolve_tiny(tmp_path, tiny_llama, *keys, "method.rank=50").notes == (
+        "method.rank 50 asks for blocks of 100 inputs, which do not divide all modules; the nearest"
+        " that do are trained: 128 of 128, 96 of 192",
+    )
 
 
 def test_lora_plus_moves_b_faster(tiny_llama: Path, tmp_path: Path):

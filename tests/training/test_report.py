@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import time
@@ -12,11 +13,13 @@ import pytest
 import torch
 from builders.bases.tiny_models import save_tiny_model
 from builders.training import resolve_tiny, write_jsonl
+from rich.console import Console
 
 from turret.server.cli import main
 from turret.training.peft_warnings import without_peft_warnings
 from turret.training.report.curves import Curve, curves_svg, smoothed
 from turret.training.report.html_report import render_report
+from turret.training.run import progress
 from turret.training.run.folder import RunFolder, read_metrics
 from turret.training.run.progress import training_progress
 from turret.training.run.samples import draw_samples
@@ -179,6 +182,22 @@ def test_a_run_off_a_terminal_says_where_it_is(capsys: pytest.CaptureFixture[str
     assert heard.count("training: step 0/9  answering 3 samples 1/6") >= 2
     assert "step 3/9  loss 1.500" in (last := capsys.readouterr().err)
     assert "adapter written: here\n" in last
+
+
+def test_a_bar_has_room_for_counts_and_times_on_80_columns(monkeypatch: pytest.MonkeyPatch):
+    drawn = io.StringIO()
+    console = Console(file=drawn, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    losses = {"step": 1000, "loss": 2.345}
+    with training_progress(1000, "rank 128") as listen:
+        for row in ({"kind": "step", **losses}, {"kind": "validation", **losses}):
+            listen(row)
+        for text in ("reading the base model and the data", "validating 123/456"):
+            listen({"kind": "phase", "text": text})
+            time.sleep(0.2)
+            line = drawn.getvalue().rpartition("rank 128")[2]
+            assert re.search(rf"1000/1000 {text} \d:\d\d:\d\d", line)
+            assert "…" not in line
 
 
 def test_a_chat_is_shown_by_its_turns(run: RunFolder, tmp_path: Path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,9 @@ class LearnedFusionMethod:
     def served_rank(self, config: MethodConfig, base: TrainingBase) -> int:
         assert config.d_k is not None
         return config.d_k
+
+    def notes(self, config: MethodConfig, base: TrainingBase) -> Sequence[str]:
+        return ()
 
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
         assert config.components is not None

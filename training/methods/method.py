@@ -59,6 +59,15 @@ class Method(Protocol):
         """
         ...
 
+    def notes(self, config: MethodConfig, base: TrainingBase) -> Sequence[str]:
+        """What becomes of the settings on this base, where that is not what they say.
+
+        Args:
+            config: Of :meth:`resolve`.
+            base: The model's description.
+        """
+        ...
+
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
         """Add the trainable parameters.
 
@@ -114,6 +123,10 @@ def fill_in(config: MethodConfig, base: TrainingBase, defaults: Mapping[str, Any
     return config
 
 
+def _no_remarks(config: Settings, base: TrainingBase) -> tuple[str, ...]:
+    return ()
+
+
 def _own_rank(config: Settings, base: TrainingBase) -> int:
     return config.rank or 0
 
@@ -127,6 +140,7 @@ class PeftMethod:
             out; a function gets the config as far as it is resolved.
         peft_config: Makes PEFT's config of the resolved one.
         rank_served: What a server compares with its ``--max-rank``: the rank, where it is one.
+        remarks: Makes ``Method.notes``.
         takes_experts: Whether the server takes it on the experts of a mixture.
     """
 
@@ -135,6 +149,7 @@ class PeftMethod:
     defaults: Mapping[str, Any]
     peft_config: Callable[[Settings, TrainingBase], peft.PeftConfig]
     rank_served: Callable[[Settings, TrainingBase], int] = _own_rank
+    remarks: Callable[[Settings, TrainingBase], Sequence[str]] = _no_remarks
     takes_experts: bool = False
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
@@ -149,6 +164,9 @@ class PeftMethod:
 
     def served_rank(self, config: MethodConfig, base: TrainingBase) -> int:
         return self.rank_served(config, base)
+
+    def notes(self, config: MethodConfig, base: TrainingBase) -> Sequence[str]:
+        return self.remarks(config, base)
 
     def _check_experts(self, targets: Sequence[str], base: TrainingBase) -> None:
         named = [name for name in expert_names(base.arch) if name in targets]

@@ -25,10 +25,24 @@ def _largest_block(config: Settings, base: TrainingBase) -> int:
     return max(dividing(inner, 2 * config.rank) for _, _, inner in sizes)
 
 
+def _other_blocks(config: Settings, base: TrainingBase) -> tuple[str, ...]:
+    """Where no blocks of the size that was asked for make up a module's inputs."""
+    wanted = 2 * config.rank
+    widths = sorted({inner for _, _, inner in module_sizes(base.arch, config.targets)})
+    made = [f"{dividing(width, wanted)} of {width}" for width in widths if width % wanted]
+    if not made:
+        return ()
+    return (
+        f"method.rank {config.rank} asks for blocks of {wanted} inputs, which do not divide all"
+        f" modules; the nearest that do are trained: {', '.join(made)}",
+    )
+
+
 OFT = PeftMethod(
     name="oft",
     learning_rate=1e-3,
     defaults={"targets": ("all-linear",), "rank": 16, "dropout": 0.0},
     peft_config=_oft_config,
     rank_served=_largest_block,
+    remarks=_other_blocks,
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
+from turret.server.config import ADAPTER_NAME
 from turret.training.run.folder import RunFolder
 from turret.training.settings.ranks import SERVED_RANK
 from turret.training.settings.resolve import Resolved
@@ -19,13 +21,19 @@ def what_next(resolved: Resolved, folder: RunFolder) -> str:
     base = resolved.config.base.model
     model = "" if base is None else f" --model {shlex.quote(base)}"
     root = shlex.quote(str(folder.path))
+    name = shlex.quote(adapter_name(folder.path))
     verb = "classify" if resolved.dataset.labels else "generate"
     return (
         f"adapter written: {folder.adapter}\n"
-        f"serve it:  turret serve{model} --adapter-root {root} --preload mine=adapter"
+        f"serve it:  turret serve{model} --adapter-root {root} --preload {name}=adapter"
         f"{max_rank_flag(resolved)}\n"
-        f"ask it:    turret {verb} --chat -a mine 'YOUR PROMPT'"
+        f"ask it:    turret {verb} --chat -a {name} 'YOUR PROMPT'"
     )
+
+
+def adapter_name(run: Path) -> str:
+    """What the adapter of a run is called where nobody names it: as the run's directory is."""
+    return run.name if ADAPTER_NAME.fullmatch(run.name) else "mine"
 
 
 def max_rank_flag(resolved: Resolved) -> str:

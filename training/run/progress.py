@@ -28,13 +28,18 @@ LINE_SECONDS = 10.0
 
 @contextmanager
 def training_progress(
-    num_steps: int | None, title: str = "training", *, line_seconds: float = LINE_SECONDS
+    num_steps: int | None,
+    title: str = "training",
+    *,
+    stays: bool = True,
+    line_seconds: float = LINE_SECONDS,
 ) -> Iterator[Callable[[dict[str, Any]], None]]:
     """Yield a listener for the lines of ``metrics.jsonl`` and the trainer's events; on stderr.
 
     Args:
         num_steps: Of the run; None until its event ``begin`` says so.
         title: What the lines begin with.
+        stays: Whether the bar is still to be seen afterwards.
         line_seconds: Off a terminal, most seconds between two lines.
     """
     console = Console(stderr=True, highlight=False)
@@ -42,12 +47,13 @@ def training_progress(
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[losses]}"),
+        TextColumn("{task.fields[now]}"),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task(title, total=num_steps, losses="")
+    is_drawn = console.is_terminal
+    with Progress(*columns, console=console, transient=not stays, disable=not is_drawn) as bar:
+        task = bar.add_task(title, total=num_steps, now="")
         shown = _Shown(console, title, num_steps, lambda **fields: bar.update(task, **fields))
         done = threading.Event()
         beating = threading.Thread(target=shown.beat, args=(done, line_seconds), daemon=True)
@@ -83,7 +89,8 @@ class _Shown:
             self._update(total=row["steps"])
         elif kind == "phase":
             self._phase = row["text"]
-            self._update(description=f"{self._title}: {self._phase}")
+            # In the losses' place: a terminal of 80 columns has no room for both.
+            self._update(now=self._phase)
         elif kind == "note":
             self._console.print(row["text"], markup=False, soft_wrap=True)
         else:
@@ -94,7 +101,7 @@ class _Shown:
         self._losses[row["kind"]] = f"{name} {row['loss']:.3f}"
         self._step, self._phase = row["step"], ""
         losses = "  ".join(filter(None, self._losses.values()))
-        self._update(completed=self._step, losses=losses, description=self._title)
+        self._update(completed=self._step, now=losses)
         every = max(1, (self._num_steps or 1) // _LINES)
         is_due = row["kind"] == "validation" or self._step % every == 0
         if not self._console.is_terminal and is_due:

@@ -248,7 +248,7 @@ class RunConfig:
     output: str = _key(
         "directory of the run, relative to the config file; its adapter/ is the result", "run"
     )
-    epochs: float = _key("passes over the training data, where steps is not given", 3.0)
+    epochs: float = _key("passes over the training data; where steps is given, what they make", 3.0)
     steps: int | None = _key("optimizer steps", None, chosen="from epochs", sample=200)
     batch_size: int = _key("examples (or packed rows) in one pass through the model", 8)
     gradient_accumulation: int = _key("passes per optimizer step", 1)

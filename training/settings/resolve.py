@@ -16,7 +16,13 @@ from turret.training.data.invocation import invocation_of
 from turret.training.errors import ConfigError
 from turret.training.methods import method_named
 from turret.training.methods.method import Method
-from turret.training.settings.config import BaseConfig, MethodConfig, OptimizerConfig, TrainConfig
+from turret.training.settings.config import (
+    BaseConfig,
+    MethodConfig,
+    OptimizerConfig,
+    RunConfig,
+    TrainConfig,
+)
 from turret.training.settings.fit import check_fit
 from turret.training.settings.inputs import base_place, check_components, component_directories
 
@@ -64,6 +70,7 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
         method=method.resolve(_rooted(config.method, folder), base),
         optimizer=_resolve_optimizer(config.optimizer, method, str(settings.device), notes),
     )
+    notes += method.notes(config.method, base)
     text = config.method.invocation
     invocation = None if text is None else invocation_of(base.tokenizer, text)
     dataset = load_dataset(config.data, folder, base, config.run.seed, invocation)
@@ -79,11 +86,7 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
             train=str(folder / config.data.train),
             validation=None if validation is None else str(folder / validation),
         ),
-        run=replace(
-            config.run,
-            output=os.path.normpath(folder / config.run.output),
-            steps=_num_steps(config, dataset),
-        ),
+        run=_resolve_run(config.run, folder, len(dataset.train)),
     )
     return Resolved(config, method, base, dataset, tuple(notes))
 
@@ -121,9 +124,10 @@ def _resolve_optimizer(
     return replace(config, learning_rate=config.learning_rate or method.learning_rate)
 
 
-def _num_steps(config: TrainConfig, dataset: Dataset) -> int:
-    run = config.run
-    if run.steps is not None:
-        return run.steps
+def _resolve_run(run: RunConfig, folder: Path, num_rows: int) -> RunConfig:
+    """Steps from epochs, or from steps the epochs that they make: both say what is run."""
     rows_per_step = run.batch_size * run.gradient_accumulation
-    return max(1, math.ceil(run.epochs * len(dataset.train) / rows_per_step))
+    run = replace(run, output=os.path.normpath(folder / run.output))
+    if run.steps is None:
+        return replace(run, steps=max(1, math.ceil(run.epochs * num_rows / rows_per_step)))
+    return replace(run, epochs=float(f"{run.steps * rows_per_step / num_rows:.3g}"))
