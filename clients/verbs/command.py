@@ -24,6 +24,7 @@ from turret.clients.errors import (
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.retries import RetryPolicy
 from turret.clients.unreached import in_flags
+from turret.clients.verbs.flags import name_flags
 
 _DEFAULT_TIMEOUT_SECONDS = 600.0
 # More than so many are only counted, unless --details is given.
@@ -174,7 +175,8 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
 def _print_details(error: TurretRpcError, wanted: bool) -> None:
     if wanted:
         for violation in error.violations:
-            print(f"  {violation.field}: {violation.description}", file=sys.stderr)
+            said = f"{violation.field}: {violation.description}"
+            print(f"  {name_flags(said)}", file=sys.stderr)
         if error.request_id:
             print(f"  request id: {error.request_id}", file=sys.stderr)
     elif len(error.violations) > _FEW_VIOLATIONS:
@@ -182,12 +184,12 @@ def _print_details(error: TurretRpcError, wanted: bool) -> None:
 
 
 def print_error(error: Exception) -> None:
-    """One line on standard error."""
+    """One line on standard error, with the flags' names for what they set."""
     sys.stdout.flush()
     text = str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
-    print(f"error: {text}", file=sys.stderr)
+    print(f"error: {name_flags(text)}", file=sys.stderr)
 
 
 def print_json(value: object) -> None:

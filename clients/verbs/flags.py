@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 from turret.clients.messages.requests import GenerateOptions
@@ -20,6 +21,14 @@ _INTS = {
     "seed": "make the answer repeatable",
     "max_tokens": "most tokens to generate (default: up to the context)",
     "min_tokens": "no stop condition applies before",
+}
+# Fields of a request that they set, by the flag where that has another name.
+_FIELD = re.compile(r"\b(?:sampling|stop)\.(\w+)|^(\w+)(?=: )")
+_ON_OFF = ("ignore_eos", "include_stop")
+_RENAMED = {
+    "stop_strings": "--stop",
+    "stop": "--stop",
+    "stop_token_ids": "--stop-token-id",
 }
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
 
@@ -80,6 +89,20 @@ def _file(path: str) -> str:
     except (OSError, UnicodeDecodeError) as error:
         why = error.strerror if isinstance(error, OSError) else "is no UTF-8 text"
         raise argparse.ArgumentTypeError(f"{path}: {why}") from None
+
+
+def name_flags(text: str) -> str:
+    """What is said of a request's fields or the client's arguments, as whoever typed it knows them.
+
+    The rest of the text stays as it is.
+    """
+
+    def flag(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
+        is_flag = name in {*_FLOATS, *_INTS, *_ON_OFF}
+        return _flag(name) if is_flag else _RENAMED.get(name, match[0])
+
+    return _FIELD.sub(flag, text)
 
 
 def generation_options(args: argparse.Namespace) -> GenerateOptions:

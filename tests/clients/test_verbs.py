@@ -16,7 +16,9 @@ import pytest
 from servers.command import parse_and_run
 from servers.fake_turret import FOREVER, PEFT_FILES, SAME, FakeTurret
 
-from turret.v1 import adapters_pb2
+from turret.clients.verbs.command import print_error
+from turret.clients.verbs.flags import generation_parser, name_flags
+from turret.v1 import adapters_pb2, inference_pb2
 
 Run = Callable[..., tuple[int, str, str]]
 FUSE = ("adapters", "fuse", "both", "-a", "sql", "-a", "json=0.5")
@@ -84,12 +86,24 @@ def test_failed_call_prints_one_line(run: Run):
     assert err == f"error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope{next_step}\n"
     code, out, err = run("generate", "a", "--top-p", "2", "--json")
     assert (code, out) == (1, "")
-    assert err == "error: INVALID_ARGUMENT (INVALID_REQUEST): 1 bad field; sampling.top_p: <= 1\n"
+    assert err == "error: INVALID_ARGUMENT (INVALID_REQUEST): 1 bad field; --top-p: <= 1\n"
+
+
+def test_refusals_name_the_flags_that_were_typed(capsys: pytest.CaptureFixture[str]):
+    said = "stop.min_tokens: must be <= stop.max_tokens; stop.stop_strings: at most 8 entries"
+    print_error(ValueError(f"INVALID_ARGUMENT: {said}; adapters: x"))
+    said = "--min-tokens: must be <= --max-tokens; --stop: at most 8 entries"
+    assert capsys.readouterr().err == f"error: INVALID_ARGUMENT: {said}; adapters: x\n"
+    # Every field that a flag sets has its name.
+    parts = {"sampling": inference_pb2.SamplingParams, "stop": inference_pb2.StopConditions}
+    fields = {f"{name}.{f.name}" for name, part in parts.items() for f in part.DESCRIPTOR.fields}
+    flags = generation_parser().format_help().split()
+    assert {name_flags(field) for field in fields - {"sampling.logit_bias"}} <= {*flags}
 
 
 def test_usage_errors_exit_2(run: Run, capsys):
     code, _, err = run("generate", "a", "--top-k", "-1")
-    assert (code, err) == (2, "error: top_k: must not be negative, is -1\n")
+    assert (code, err) == (2, "error: --top-k: must not be negative, is -1\n")
     for arguments in (["-a", "sql=much"], ["-a", "=1"], ["--timeout", "0"], ["--token", "a"] * 2):
         with pytest.raises(SystemExit) as raised:
             parse_and_run("generate", *arguments)
