@@ -22,7 +22,6 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, Ada
 from turret.server.adapters.checkpoint.no_adapter import check_is_adapter
 from turret.server.adapters.peft_format.refusals.first_look import look_at
 from turret.server.adapters.peft_format.refusals.known_shapes import BaseSize
-from turret.server.adapters.source import CONFIG_FILE
 from turret.server.basics.address import split_address
 from turret.server.basics.byte_size import about_bytes
 from turret.server.basics.closest import did_you_mean
@@ -41,7 +40,6 @@ from turret.server.errors import InvalidRequestError, TurretError
 from turret.server.hub.adapters import AdapterHub
 from turret.server.models.sources.check import check_model, name_of_model, size_of_model
 
-_MOST_SHOWN = 20
 _MOST_THREADS = 1024
 
 
@@ -170,17 +168,7 @@ def _preload(
             look(directory, path)
     except TurretError as error:
         why = error.message.removeprefix(f"adapter {path!r} ")
-        is_absent = why.startswith(f"path {path!r} does not exist")
-        yield f"{where} {why}{_there(root, path) if is_absent else ''}"
-
-
-def _there(root: Path, path: str) -> str:
-    if (root / CONFIG_FILE).is_file():
-        return f"; {root} is an adapter itself, whose path below it is '.'"
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir())
-    holds = f"holds {', '.join(names[:_MOST_SHOWN])}" if names else "is empty"
-    # The error has said which name is near.
-    return "" if did_you_mean(path, names) else f"; {root} {holds}"
+        yield f"{where} {why}"
 
 
 def _state_dir(path: Path) -> Iterator[str]:

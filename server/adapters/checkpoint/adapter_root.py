@@ -18,6 +18,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, Self
 
+from turret.server.adapters.source import CONFIG_FILE
 from turret.server.basics.closest import did_you_mean
 from turret.server.basics.hub_id import HUB_SCHEME, HubId
 from turret.server.errors import AdapterCheckpointError, StorageFailedError
@@ -27,6 +28,7 @@ MAX_PATH_CHARS = 1024
 _MAX_STEPS = 2048
 # Names that one which is not there is compared with: a millisecond or two.
 _MOST_COMPARED = 200
+_MOST_SHOWN = 20  # of them, where none is near
 # Of directories that are searched for an adapter: LLaMA-Factory's are three below what it is told.
 _MOST_LEVELS = 3
 _MOST_CHECKPOINTS = 5  # that one refusal names
@@ -203,11 +205,28 @@ class AdapterRoot:
             _raise_if_exhausted(error)
             if shown != path:
                 raise refuse(shown, "does not exist any more") from None
-            names = self._some_names()
-            is_elsewhere = pure.parts[0] not in names
-            meant = did_you_mean(path, names) or (_hub_hint(path) if is_elsewhere else "")
-            raise refuse(shown, f"does not exist under the adapter root{meant}") from None
+            where = f"does not exist under the adapter root {self._root}"
+            raise refuse(shown, f"{where}{self._what_instead(path, pure.parts[0])}") from None
         return AdapterDirectory(self, descriptor, parts, shown)
+
+    def _what_instead(self, path: str, first: str) -> str:
+        """What to do about a path at which there is nothing; ``first`` is its first name."""
+        assert self._root is not None
+        names = self._some_names()
+        if meant := did_you_mean(path, names):
+            return meant
+        if (self._root / CONFIG_FILE).is_file():
+            return ", which is an adapter itself, whose path below it is '.'"
+        if first not in names and (hint := _hub_hint(path)):
+            return hint
+        folders = [name for name in sorted(names) if (self._root / name).is_dir()]
+        others = len(folders) - _MOST_SHOWN
+        more = " and others" if others > 0 or len(names) == _MOST_COMPARED else ""
+        there = f"has {', '.join(folders[:_MOST_SHOWN])}{more}" if folders else "is empty"
+        return (
+            f", which {there}; put the adapter's folder there, or let `turret adapters upload NAME"
+            " DIR` send it"
+        )
 
     def _some_names(self) -> list[str]:
         """Names in it, no more than can be compared at once."""

@@ -174,8 +174,15 @@ def test_what_is_not_there_is_told_with_what_is_near(tmp_path: Path) -> None:
     root = AdapterRoot(tmp_path)
     with pytest.raises(AdapterCheckpointError, match=r"does not exist .* did you mean 'hotel'\?"):
         read(root, "hotl")
-    with pytest.raises(AdapterCheckpointError, match=r"under the adapter root$"):
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(AdapterCheckpointError) as refused:
         read(root, "quite another")
+    step = "put the adapter's folder there, or let `turret adapters upload NAME DIR` send it"
+    assert str(refused.value).endswith(f"the adapter root {tmp_path}, which has hotel; {step}")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AdapterCheckpointError) as refused:
+        read(AdapterRoot(tmp_path / "empty"), "hotel")
+    assert str(refused.value).endswith(f"which is empty; {step}")
     with pytest.raises(AdapterCheckpointError, match="what lies elsewhere can be uploaded"):
         read(root, "/hotel")
 

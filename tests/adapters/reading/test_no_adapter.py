@@ -139,8 +139,8 @@ def test_one_of_the_files_stands_for_its_directory(root: Path) -> None:
 
 def test_a_repository_of_the_hub_is_told_how_to_be_named(root: Path) -> None:
     hint = "; of the Hugging Face hub it is hub:acme/qwen-sql"
-    assert said_by_a_load(root, "acme/qwen-sql").endswith(f"under the adapter root{hint}")
+    assert said_by_a_load(root, "acme/qwen-sql").endswith(f"under the adapter root {root}{hint}")
     assert said_by_a_load(None, "acme/qwen-sql").endswith(f"without --adapter-root{hint}")
     assert hint in said_by_a_start(root, "acme/qwen-sql")
     # A directory that is there was meant.
-    assert "hub" not in said_by_a_load(root, "m/qwen-sql")
+    assert "hub:" not in said_by_a_load(root, "m/qwen-sql")

@@ -74,7 +74,9 @@ def test_adapters_that_are_not_there(tmp_path: Path) -> None:
     root = ("--adapter-root", str(ADAPTERS))
     assert found(*root, "--preload", "a=json") == []
     assert "did you mean 'json'?" in found(*root, "--preload", "a=jsn")[0]
-    assert "holds " in found(*root, "--preload", "a=nothing-like-it")[0]
+    said = found(*root, "--preload", "a=nothing-like-it")[0]
+    assert f"under the adapter root {ADAPTERS}, which has " in said
+    assert " json, label, " in said
     checkpoint = tmp_path / "run" / "checkpoint-30"
     checkpoint.mkdir(parents=True)
     (checkpoint / "adapter_config.json").touch()
