@@ -185,7 +185,10 @@ def _converse(
 ) -> int:
     console.rule("one batch: the base model, every adapter and a mix")
     asyncio.run(_ask_all(console, server.address, questions))
-    console.print(_answers(questions), _totals(questions))
+    if console.is_terminal:
+        # Elsewhere each was printed when it was there.
+        console.print(_answers(questions))
+    console.print(_totals(questions))
     console.rule(f"per adapter, from http://{server.metrics_address}/metrics")
     console.print(_counts_table(read_counts(server.metrics_address)))
     if is_once:

@@ -47,6 +47,8 @@ def test_demo_shows_the_expected_answers_and_the_metrics():
         answer = re.escape(row["expected"]) + ("$" if row["check"] == "equals" else "")
         question = re.escape(f"[{row['adapter']}] {row['prompt']} -> ")
         assert re.search(f"^{question}{answer}", output, re.MULTILINE), row
+    # A terminal's table shows the answers; elsewhere each is shown when it is there, and once.
+    assert "first token" not in output
     # The base model and the mix took part in the same batch.
     assert re.search(r"^\[base\] .+ -> .+", output, re.MULTILINE)
     assert re.search(r"^\[\w+ \+ \w+=0\.\d\] .+ -> .+", output, re.MULTILINE)
