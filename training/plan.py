@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from turret.server.basics.counted import counted
 from turret.training.memory.estimate import MemoryEstimate, estimate_memory
 from turret.training.memory.rehearsal import measure_peak
 from turret.training.run.commands import max_rank_flag
@@ -52,16 +53,21 @@ def print_plan(resolved: Resolved, console: Console, *, measure: bool) -> None:
 
 def _extent(resolved: Resolved) -> Iterator[tuple[str, str]]:
     run, dataset = resolved.config.run, resolved.dataset
-    rows = f", packed into {len(dataset.train)} rows" if resolved.config.data.packing else ""
+    rows = (
+        f", packed into {counted(len(dataset.train), 'row')}"
+        if resolved.config.data.packing
+        else ""
+    )
     yield (
         "data",
-        f"{dataset.num_examples} examples, {dataset.num_tokens} tokens{rows}; "
-        f"{len(dataset.validation)} to validate on",
+        f"{counted(dataset.num_examples, 'example')}, {counted(dataset.num_tokens, 'token')}{rows};"
+        f" {len(dataset.validation)} to validate on",
     )
     epochs = (run.steps or 0) * run.batch_size * run.gradient_accumulation / len(dataset.train)
     yield (
         "steps",
-        f"{run.steps} of {run.batch_size * run.gradient_accumulation} rows, {epochs:.1f} epochs",
+        f"{run.steps} of {counted(run.batch_size * run.gradient_accumulation, 'row')}, "
+        f"{epochs:.1f} epochs",
     )
 
 
@@ -86,7 +92,7 @@ def _served(cost: ServingCost) -> str:
     )
     cache = f"{cost.cache_bytes / _MIB:.2f} MiB of KV cache"
     if cost.num_soft_tokens:
-        text += f"; {cost.num_soft_tokens} soft tokens before each prompt, {cache}"
+        text += f"; {counted(cost.num_soft_tokens, 'soft token')} before each prompt, {cache}"
     if cost.num_prefix_positions:
-        text += f"; {cost.num_prefix_positions} prefix positions shared by all requests, {cache}"
+        text += f"; {counted(cost.num_prefix_positions, 'prefix position')} shared by all, {cache}"
     return text

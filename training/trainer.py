@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from turret.server.basics.byte_size import about_bytes
+from turret.server.basics.counted import counted
 from turret.training.base_model import DTYPES, load_model
 from turret.training.classifier import (
     ClassifierLoss,
@@ -211,7 +212,7 @@ class Trainer:
         count = len(examples)
 
         def progress(done: int, total: int) -> None:
-            self._say(f"answering {count} samples {done + 1}/{total}")
+            self._say(f"answering {counted(count, 'sample')} {done + 1}/{total}")
 
         tokenizer = self._resolved.base.tokenizer
         labels = self._resolved.dataset.labels

@@ -121,6 +121,11 @@ class MixReport:
     judged: tuple[Judged, ...]
     labels: dict[str, LabelFigures]
 
+    @property
+    def extent(self) -> str:
+        """How many examples, in words."""
+        return "1 example" if self.examples == 1 else f"{self.examples} examples"
+
 
 @dataclass(frozen=True, slots=True)
 class _Encoded:

@@ -33,7 +33,7 @@ def eval_svg(reports: Sequence[MixReport], title: str) -> str:
     ]
     for index, metric in enumerate(metrics):
         parts += _panel(reports, metric, 30 + index * panel)
-    note = f"{reports[0].examples} examples; whiskers: 95 % bootstrap intervals"
+    note = f"{reports[0].extent}; whiskers: 95 % bootstrap intervals"
     parts.append(f'<text x="8" y="{height - 8}" class="n">{note}</text></svg>')
     return "\n".join(parts) + "\n"
 

@@ -188,7 +188,7 @@ def _print_table(reports: Sequence[MixReport]) -> None:
         table = _table(reports, "\n")
     console.print(table)
     # No caption, which a narrow table would break.
-    print(f"{reports[0].examples} examples; in brackets: 95 % intervals")
+    print(f"{reports[0].extent}; in brackets: 95 % intervals")
 
 
 def _table(reports: Sequence[MixReport], gap: str) -> Table:

@@ -19,6 +19,7 @@ from turret.clients.verbs.command import (
     with_client,
 )
 from turret.clients.verbs.flags import generation_options, generation_parser
+from turret.clients.verbs.texts import counted
 
 # What an answer in plain text has no place for.
 _JSON_ONLY = ("logprobs", "top_n", "token_ids")
@@ -109,7 +110,7 @@ def summary(last: Chunk) -> str:
     if last.usage is not None:
         usage = last.usage
         parts.append(
-            f"{usage.prompt_tokens} prompt tokens ({usage.cached_tokens} cached), "
+            f"{counted(usage.prompt_tokens, 'prompt token')} ({usage.cached_tokens} cached), "
             f"{usage.completion_tokens} generated"
         )
     if last.timing is not None:

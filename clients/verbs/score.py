@@ -19,6 +19,7 @@ from turret.clients.verbs.command import (
     text_argument,
     with_client,
 )
+from turret.clients.verbs.texts import counted
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -53,7 +54,9 @@ def _score(args: argparse.Namespace, client: TurretClient) -> None:
     scored = sum(token.logprob is not None for token in score.tokens)
     if scored:
         perplexity = _perplexity(score.logprob, scored)
-        console.print(f"sum {score.logprob:.4f} over {scored} tokens, perplexity {perplexity}")
+        console.print(
+            f"sum {score.logprob:.4f} over {counted(scored, 'token')}, perplexity {perplexity}"
+        )
 
 
 def _table(score: Score, *, with_top: bool) -> Table:

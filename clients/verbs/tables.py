@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState, ModuleError
+from turret.clients.verbs.texts import counted
 
 # From this share of the change on, its rounding error is worth a warning.
 _LOST = 0.5
@@ -88,14 +89,15 @@ def _none(others: Sequence[Adapter], method: str | None) -> str:
     methods = Counter(adapter.method for adapter in others)
     if method is None or method in methods:
         where = Counter(_where(adapter) for adapter in others)
-        return f"no such adapter is registered; there are {_counts(where)}"
+        return f"no such adapter is registered; {_counts(where)}"
     close = difflib.get_close_matches(method, methods, n=1, cutoff=0.7)
     meant = f"; did you mean {close[0]!r}?" if close else ""
-    return f"no adapter of method {method!r} is registered; there are {_counts(methods)}{meant}"
+    return f"no adapter of method {method!r} is registered; {_counts(methods)}{meant}"
 
 
 def _counts(kinds: Counter[str]) -> str:
-    return ", ".join(f"{number} {kind}" for kind, number in sorted(kinds.items()))
+    verb = "is" if kinds.total() == 1 else "are"
+    return f"there {verb} {', '.join(f'{number} {kind}' for kind, number in sorted(kinds.items()))}"
 
 
 def print_change(verb: str, adapter: Adapter, before: int | None = None) -> None:
@@ -190,7 +192,7 @@ def _print_rows(rows: dict[str, str]) -> None:
 
 def _print_errors(relative_error: float, modules: tuple[ModuleError, ...]) -> None:
     console = terminal()
-    console.print(f"relative error {relative_error:.3g} over {len(modules)} modules")
+    console.print(f"relative error {relative_error:.3g} over {counted(len(modules), 'module')}")
     if modules:
         worst = max(modules, key=lambda module: module.relative_error)
         console.print(Text(f"worst {worst.relative_error:.3g} in {worst.module}"))

@@ -13,6 +13,7 @@ from turret.server.api.inputs import check_inputs, pooled_requests, run_inputs, 
 from turret.server.api.limits import MAX_LABEL_SCORES, InputLimits
 from turret.server.api.requests import adapter_refs, check_request_id
 from turret.server.api.violations import Violations
+from turret.server.basics.counted import counted
 from turret.server.engine.scheduling.pooling import Pooling
 from turret.server.engine.scheduling.request import Output
 from turret.server.errors import InvalidRequestError
@@ -54,7 +55,7 @@ async def classify(
             raise InvalidRequestError.of(
                 "inputs",
                 f"{count} times {len(logits)} labels are over the {MAX_LABEL_SCORES} of a call:"
-                f" send at most {most} inputs",
+                f" send at most {counted(most, 'input')}",
             )
         return _classification(head, logits)
 

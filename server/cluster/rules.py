@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from turret.server.adapters.facts import AdapterFacts
 from turret.server.adapters.state.saved_registration import SavedRegistration
+from turret.server.basics.counted import counted
 from turret.server.cluster.fleet_state import FleetState, Member
 from turret.server.errors import (
     AdapterComponentError,
@@ -110,7 +111,9 @@ def still_held(
 ) -> AdapterInUseError:
     """The error of an unload that gave up."""
     hint = "" if forced else "; FORCE ends them"
-    return _in_use(saved.name, f"is still held by {count} requests after {seconds} seconds{hint}")
+    return _in_use(
+        saved.name, f"is still held by {counted(count, 'request')} after {seconds} s{hint}"
+    )
 
 
 def _in_use(name: str, why: str) -> AdapterInUseError:

@@ -25,6 +25,7 @@ from turret.server.adapters.peft_format.refusals.known_shapes import BaseSize
 from turret.server.basics.address import split_address
 from turret.server.basics.byte_size import about_bytes
 from turret.server.basics.closest import did_you_mean
+from turret.server.basics.counted import counted
 from turret.server.basics.hub_id import HUB_SCHEME
 from turret.server.basics.triton_needs import missing_for_triton
 from turret.server.basics.writable import unwritable
@@ -69,7 +70,9 @@ def notes(config: Config) -> list[str]:
     threads, there = config.model.threads or 0, available_cpus()
     if threads <= there:
         return []
-    return [f"--threads: {threads} of them take turns on {there} processors, which is slower"]
+    return [
+        f"--threads: {threads} of them take turns on {counted(there, 'processor')}, which is slower"
+    ]
 
 
 def _model(model: Path | None) -> Iterator[str]:

@@ -14,6 +14,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 
 from turret.server.adapters.mix import Mix
+from turret.server.basics.counted import counted
 from turret.server.constraints.threads import start_roomy
 from turret.server.engine.answer import Answer
 from turret.server.engine.answer_text import AnswerText
@@ -153,7 +154,7 @@ class Engine:
         text = await self._begin_text(request)
         if self._loop.num_waiting >= self._max_queued_requests:
             raise QueueFullError(
-                f"{self._max_queued_requests} requests are waiting already",
+                f"{counted(self._max_queued_requests, 'request')} waiting already",
                 metadata={"max_queued_requests": str(self._max_queued_requests)},
                 retry_after_seconds=_RETRY_SECONDS,
             )

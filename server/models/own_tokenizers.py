@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from turret.server.adapters.tokenizer_files import TokenizerFiles
+from turret.server.basics.counted import counted
 from turret.server.errors import InvalidRequestError
 from turret.server.models.tokenizer import Tokenizer
 
@@ -104,7 +105,7 @@ class OwnTokenizers:
             if known.get(token) != number:
                 raise InvalidRequestError(
                     f"has the token {token!r:.60} with number {number}, the adapter has rows for"
-                    f" {rows} tokens"
+                    f" {counted(rows, 'token')}"
                 )
         return tokenizer
 

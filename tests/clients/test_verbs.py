@@ -18,6 +18,8 @@ from servers.fake_turret import FOREVER, PEFT_FILES, SAME, FakeTurret
 
 from turret.clients.verbs.command import print_error
 from turret.clients.verbs.flags import generation_parser, name_flags
+from turret.clients.verbs.texts import counted as of_client
+from turret.server.basics.counted import counted as of_server
 from turret.v1 import adapters_pb2, inference_pb2
 
 Run = Callable[..., tuple[int, str, str]]
@@ -99,6 +101,11 @@ def test_refusals_name_the_flags_that_were_typed(capsys: pytest.CaptureFixture[s
     fields = {f"{name}.{f.name}" for name, part in parts.items() for f in part.DESCRIPTOR.fields}
     flags = generation_parser().format_help().split()
     assert {name_flags(field) for field in fields - {"sampling.logit_bias"}} <= {*flags}
+
+
+@pytest.mark.parametrize("counted", [of_client, of_server])
+def test_one_thing_is_no_plural(counted: Callable[[int, str], str]):
+    assert [counted(n, "token") for n in (0, 1, 2)] == ["0 tokens", "1 token", "2 tokens"]
 
 
 def test_usage_errors_exit_2(run: Run, capsys):
@@ -241,10 +248,12 @@ def test_an_empty_list_says_so(run: Run, server: FakeTurret):
     assert "`turret adapters load NAME PATH`" in run("adapters", "list", "--method", "x")[1]
 
 
-def test_an_empty_choice_says_what_there_is(run: Run):
+def test_an_empty_choice_says_what_there_is(run: Run, server: FakeTurret):
     none = "no adapter of method 'lor' is registered; there are 2 lora; did you mean 'lora'?\n"
     assert run("adapters", "list", "--method", "lor") == (0, none, "")
     assert json.loads(run("adapters", "list", "--method", "lor", "--json")[1]) == []
+    del server.adapters.adapters[next(iter(server.adapters.adapters))]
+    assert "registered; there is 1 lora; did" in run("adapters", "list", "--method", "lor")[1]
 
 
 def test_weights_that_are_there_already_replace_nothing(run: Run):

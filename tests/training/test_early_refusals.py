@@ -45,7 +45,7 @@ def run_python(program: str) -> subprocess.CompletedProcess[str]:
 @pytest.mark.parametrize(
     ("lines", "said"),
     [
-        (['{"prompt": "a", "completion": "b"}'] * 2, "holds 1 labels, 2 to 4096 are learned"),
+        (['{"prompt": "a", "completion": "b"}'] * 2, "holds 1 label, 2 to 4096 are learned"),
         (['{"text": "a"}'], ":1: text: has no label"),
     ],
 )

@@ -21,6 +21,7 @@ from turret.server.adapters.peft_format.module_checkpoint import (
     read_module_checkpoint,
 )
 from turret.server.adapters.peft_format.refusals.base_name import base_name_warning
+from turret.server.basics.counted import counted
 from turret.server.errors import AdapterCheckpointError
 from turret.server.models.sources.hub_model import Progress
 from turret.training.adapter_folder import write_adapter
@@ -116,7 +117,7 @@ def convert(
     with _new_folder(output) as build:
         _write(build, made, saved, checkpoint.config, base)
     rank = max(one.rank for one in made.values())
-    done = f"{output}: a LoRA of {len(made)} modules, rank {rank} at most"
+    done = f"{output}: a LoRA of {counted(len(made), 'module')}, rank {rank} at most"
     return Conversion(done, tuple(note for note in notes if note))
 
 

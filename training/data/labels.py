@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from turret.server.adapters.head import MAX_LABEL_CHARS, MAX_LABELS
+from turret.server.basics.counted import counted
 from turret.training.data.encode import Encoded, EncodedSet, encode_prompt
 from turret.training.data.example import Example
 from turret.training.errors import DataError
@@ -40,7 +41,9 @@ def labels_of(examples: Sequence[Example]) -> tuple[str, ...]:
     least = 1 if is_multi_label else 2
     if not least <= len(labels) <= MAX_LABELS:
         path = examples[0].path
-        raise DataError(f"{path}: holds {len(labels)} labels, {least} to {MAX_LABELS} are learned")
+        raise DataError(
+            f"{path}: holds {counted(len(labels), 'label')}, {least} to {MAX_LABELS} are learned"
+        )
     return labels
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.adapters.source import TENSORS_FILE
+from turret.server.basics.counted import counted
 from turret.training.report.curves import Curve, curves_svg, smoothed
 from turret.training.run.folder import RunFolder, read_metrics
 
@@ -132,7 +133,8 @@ def _prompt(row: Mapping[str, Any]) -> str:
 def _made_of(facts: Mapping[str, Any]) -> str:
     cells = {
         "base": f"{facts['base']['name']}, {facts['base']['digest']}",
-        "data": f"{facts['data']['num_examples']} examples, {facts['data']['num_tokens']} tokens, "
+        "data": f"{counted(facts['data']['num_examples'], 'example')}, "
+        f"{counted(facts['data']['num_tokens'], 'token')}, "
         f"{facts['data']['digest']}",
         "seed": str(facts["seed"]),
         "versions": ", ".join(f"{k} {v}" for k, v in facts["versions"].items()),

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from bitsandbytes.functional import has_avx512bf16
 
+from turret.server.basics.counted import counted
 from turret.training.base_model import TrainingBase, find_base
 from turret.training.data.dataset import Dataset, load_dataset
 from turret.training.data.invocation import invocation_of
@@ -75,9 +76,9 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
     invocation = None if text is None else invocation_of(base.tokenizer, text)
     dataset = load_dataset(config.data, folder, base, config.run.seed, invocation)
     if dataset.num_dropped:
-        notes.append(f"{dataset.num_dropped} examples over data.max_length were left out")
+        notes.append(f"left out as over data.max_length: {counted(dataset.num_dropped, 'example')}")
     if dataset.num_truncated:
-        notes.append(f"{dataset.num_truncated} examples were cut to data.max_length")
+        notes.append(f"cut to data.max_length: {counted(dataset.num_truncated, 'example')}")
     validation = config.data.validation
     config = replace(
         config,

@@ -18,6 +18,7 @@ from turret.server.adapters.component import (
 )
 from turret.server.adapters.operators.adapter_operators import ModuleOperators
 from turret.server.adapters.operators.updates import LowRank
+from turret.server.basics.counted import counted
 from turret.server.errors import AdapterComponentError
 
 # Fields of the operators that a component must not have, in words.
@@ -129,4 +130,7 @@ def left_out(
     count = len(adapted - operators.keys())
     if count == 0:
         return []
-    return [f"components adapt {count} modules that the fusion does not target: these stay as is"]
+    return [
+        f"components adapt {counted(count, 'module')} that the fusion does not target: of the base"
+        " alone there"
+    ]

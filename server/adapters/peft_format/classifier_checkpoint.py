@@ -26,6 +26,7 @@ from turret.server.adapters.head import (
     Head,
 )
 from turret.server.adapters.operators.classifier import Classifier
+from turret.server.basics.counted import counted
 
 TASK_TYPE = "SEQ_CLS"
 HEAD_NAMES = ("score", "classifier")
@@ -109,7 +110,10 @@ def _classifier(
     weight: torch.Tensor, bias: torch.Tensor | None, findings: Findings
 ) -> Classifier | None:
     if bias is not None and len(bias) != len(weight):
-        findings.add("score.bias", f"has {len(bias)} numbers, the weight has {len(weight)} labels")
+        findings.add(
+            "score.bias",
+            f"has {counted(len(bias), 'number')}, the weight {counted(len(weight), 'label')}",
+        )
         return None
     own = weight.to(torch.float32, copy=True).contiguous()
     return Classifier(own, None if bias is None else bias.to(torch.float32, copy=True))
@@ -118,7 +122,7 @@ def _classifier(
 def _head(config: Mapping[str, Any], count: int, findings: Findings) -> Head:
     num_labels = config.get("num_labels")
     if num_labels is not None and num_labels != count:
-        findings.add("num_labels", f"is {num_labels!r:.40}, the head has {count} labels")
+        findings.add("num_labels", f"is {num_labels!r:.40}, the head has {counted(count, 'label')}")
     problem = config.get("problem_type")
     if problem is not None and problem not in PROBLEM_TYPES:
         known = ", ".join(PROBLEM_TYPES)

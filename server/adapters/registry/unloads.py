@@ -14,6 +14,7 @@ from turret.server.adapters.registry.name_table import NameTable, in_use_error
 from turret.server.adapters.registry.registration import Registration
 from turret.server.adapters.state.no_state_dir import NoStateDir
 from turret.server.adapters.state.state_dir import StateDir
+from turret.server.basics.counted import counted
 from turret.server.errors import InvalidRequestError
 
 UnloadMode = Literal["DRAIN", "FORCE"]
@@ -101,8 +102,8 @@ class Unloads:
             if registration.in_flight:
                 raise in_use_error(
                     name,
-                    f"is still held by {registration.in_flight} requests after {timeout_seconds}"
-                    " seconds" + ("" if mode == "FORCE" else "; FORCE ends them"),
+                    f"is still held by {counted(registration.in_flight, 'request')} after"
+                    f" {timeout_seconds} s" + ("" if mode == "FORCE" else "; FORCE ends them"),
                 )
             if registration.current.pinned:
                 raise in_use_error(name, "was pinned meanwhile; unpin it first")

@@ -31,6 +31,7 @@ from turret.server.adapters.peft_format.vocabulary.resized import vocabulary_of
 from turret.server.adapters.source import TOKENIZER_FILE, Source
 from turret.server.adapters.tokenizer_files import TokenizerFiles
 from turret.server.basics.background import compute_on_this_thread
+from turret.server.basics.counted import counted
 from turret.server.errors import (
     AdapterChangedError,
     AdapterCheckpointError,
@@ -151,7 +152,7 @@ class AdapterLoader:
         if rows and not named <= rows <= vocabulary.size:
             findings = Findings(checkpoint.path)
             why = (
-                f"is missing: the adapter has rows for {rows} tokens, the base model for"
+                f"is missing: the adapter has rows for {counted(rows, 'token')}, the base model for"
                 f" {vocabulary.size}, and only its own tokenizer tells which they are; put it"
                 " beside the weights (tokenizer.save_pretrained)"
             )

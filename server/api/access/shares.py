@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
+from turret.server.basics.counted import counted
 from turret.server.errors import QueueFullError
 
 _RETRY_SECONDS = 1.0
@@ -54,20 +55,20 @@ class Shares:
         if isinstance(authorization, str):
             # Kept as a digest, as in the token table.
             parties.append(("token", hashlib.sha256(authorization.encode()).hexdigest()))
-        counted = [party for party in parties if self._limits[party[0]]]
-        for party in counted:
+        limited = [party for party in parties if self._limits[party[0]]]
+        for party in limited:
             limit = self._limits[party[0]]
             if self._open[party] >= limit:
                 raise QueueFullError(
-                    f"this {party[0]} has {limit} requests waiting or running already",
+                    f"this {party[0]} has {counted(limit, 'request')} waiting or running already",
                     metadata={f"max_requests_per_{party[0]}": str(limit)},
                     retry_after_seconds=_RETRY_SECONDS,
                 )
-        self._open.update(counted)
+        self._open.update(limited)
         try:
             yield
         finally:
-            for party in counted:
+            for party in limited:
                 self._open[party] -= 1
                 if not self._open[party]:
                     del self._open[party]

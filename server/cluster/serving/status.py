@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from turret.server.basics.counted import counted
 from turret.server.cluster.messages import FleetStatus
 
 
@@ -10,8 +11,8 @@ def shown(status: FleetStatus) -> str:
     base = status.base
     merged = "" if base.merge is None else ", ".join(member.name for member in base.merge.members)
     lines = [
-        f"registry  revision {status.revision}, {status.num_adapters} adapters, base generation"
-        f" {base.generation}" + (f" (merged: {merged})" if merged else ""),
+        f"registry  revision {status.revision}, {counted(status.num_adapters, 'adapter')}, base"
+        f" generation {base.generation}" + (f" (merged: {merged})" if merged else ""),
         f"{'replica':<12}{'revision':>9}{'lease':>8}{'running':>9}{'waiting':>9}"
         f"{'in host':>9}{'on device':>11}",
     ]

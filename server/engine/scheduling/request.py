@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from turret.server.adapters.head import Head
 from turret.server.adapters.ref import AdapterRef
+from turret.server.basics.counted import counted
 from turret.server.constraints.constraint import MATCHER_BYTES, Constraint
 from turret.server.engine.scheduling.own_text import OwnText
 from turret.server.engine.scheduling.pooling import Pooling, PoolingKind
@@ -164,7 +165,7 @@ class Request:
         _check(
             most is None or so_far < most,
             "answer_so_far",
-            f"has {so_far} tokens already, and stop.max_tokens is {most}",
+            f"has {counted(so_far, 'token')} already, and stop.max_tokens is {most}",
         )
         _check(
             not (so_far and self.options.echo),

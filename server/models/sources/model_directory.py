@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from turret.server.basics.counted import counted
 from turret.server.errors import InvalidRequestError
 from turret.server.models import families
 
@@ -117,8 +118,8 @@ def weight_files(folder: Path) -> list[Path]:
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise _refuse(
-                f"{folder} lacks {len(missing)} of the {len(names)} files that {INDEX} names, such"
-                f" as {missing[0]}: the download is not complete"
+                f"{folder} lacks {len(missing)} of the {counted(len(names), 'file')} that {INDEX}"
+                f" names, such as {missing[0]}: the download is not complete"
             )
         return [folder / name for name in names]
     if (folder / WEIGHTS).is_file():

@@ -82,7 +82,7 @@ def test_it_says_what_runs_before_it(root: Path) -> None:
     ("changes", "said"),
     [
         ({"components": ...}, "components: is required; `turret convert"),
-        ({"top_k_lora": 4}, "top_k_lora: is 4, but there are 3"),
+        ({"top_k_lora": 4}, "top_k_lora: is 4, more than 3 components"),
         ({"softmax_temperature": 0}, "softmax_temperature: must be above 0"),
         ({"xlora_depth": 2}, "layers.6.weight: is no tensor of the classifier"),
         ({"xlora_depth": 4}, "layers.9: is missing"),

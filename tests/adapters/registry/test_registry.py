@@ -212,7 +212,7 @@ def test_drain_refuses_new_requests_and_waits_for_running_ones(make: Registries)
 def test_drain_that_times_out_serves_on(make: Registries) -> None:
     registry = make(load="a")
     mix = registry.acquire(refs("a"))
-    with pytest.raises(AdapterInUseError, match="still held by 1 requests"):
+    with pytest.raises(AdapterInUseError, match="still held by 1 request after "):
         registry.unload("a", "DRAIN", 0.01)
     assert registry.get("a").state == "ACTIVE"
     registry.release(registry.acquire(refs("a")))

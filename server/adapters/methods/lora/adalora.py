@@ -36,6 +36,7 @@ from turret.server.adapters.peft_format.module_checkpoint import (
     Roles,
     read_module_checkpoint,
 )
+from turret.server.basics.counted import counted
 
 _ROLES = ("lora_A", "lora_B", "lora_E")
 # PEFT adds it to the rank it divides by.
@@ -144,7 +145,7 @@ def _check_masks(config: Mapping[str, Any], found: ModuleCheckpoint, findings: F
         if name not in ranks:
             findings.add("rank_pattern", f"{key!r:.120} is no adapted module's lora_E")
         elif len(mask) != start:
-            why = f"{key!r:.120} masks {len(mask)} ranks, init_r is {start}"
+            why = f"{key!r:.120} masks {counted(len(mask), 'rank')}, init_r is {start}"
             findings.add("rank_pattern", why)
         else:
             ranks[name] = sum(mask)

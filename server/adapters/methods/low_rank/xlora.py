@@ -50,6 +50,7 @@ from turret.server.adapters.peft_format.config.rules import (
     is_number,
     is_rank,
 )
+from turret.server.basics.counted import counted
 
 _TENSOR = re.compile(r"base_model\.internal_xlora_classifier\.layers\.(\d{1,4})\.(weight|bias)")
 _LAYER = re.compile(r".*?\.layers\.\d+\.")
@@ -211,11 +212,12 @@ def _router(
     if outputs != wanted:
         each = f" for each of {modules} modules" if config["layerwise_scalings"] else ""
         findings.add(
-            COMPONENTS_KEY, f"are {components}{each}; the classifier has {outputs} outputs"
+            COMPONENTS_KEY,
+            f"are {components}{each}; the classifier has {counted(outputs, 'output')}",
         )
     top_k = config["top_k_lora"]
     if top_k is not None and top_k > components:
-        findings.add("top_k_lora", f"is {top_k}, but there are {components} components")
+        findings.add("top_k_lora", f"is {top_k}, more than {counted(components, 'component')}")
     findings.raise_if_any()
     weights, biases = [], []
     for weight, bias in layers:
