@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +20,14 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding.arch import Arch, Projections
 from turret.server.models.families import read_arch, text_config
 from turret.server.models.model_source import ModelSource, resolve_model
 from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.sources.embedded import find_gguf
 from turret.server.models.sources.gguf_file import open_gguf
 from turret.server.models.sources.gguf_header import SUFFIX
+from turret.server.models.sources.model_directory import check_model_directory
 from turret.server.models.weights.nf4 import Nf4Weight
 from turret.server.progress import progress_bar
 from turret.training.errors import ConfigError
@@ -59,29 +61,40 @@ class TrainingBase:
         return self.arch.max_model_len
 
 
-def find_base(directory: Path | None) -> TrainingBase:
+def find_base(
+    directory: Path | None, check: Callable[[Projections], None] = lambda _: None
+) -> TrainingBase:
     """Find (and quantise, the first time) the base model.
+
+    Args:
+        directory: As the config names it, or an id of the hub; None is the embedded model.
+        check: Called with the modules of a model in a directory before it is quantised, which takes
+            minutes; raises what keeps it from being used.
 
     Raises:
         InvalidRequestError: Not a model directory, or an architecture that is not served.
     """
+    if directory is not None and directory.is_dir():
+        check_model_directory(directory)
+        check(read_arch(_config_of(directory)).projections)
     with progress_bar() as report:
         source = resolve_model(directory, default_cache_dir(), report)
-    config = AutoConfig.from_pretrained(source.files)
-    if text_config(config) is not config:
-        config = _text_part(config)
+    config = _config_of(source.files)
     arch = read_arch(config)
     tokenizer = AutoTokenizer.from_pretrained(source.files)
     return TrainingBase(source, directory, config, arch, tokenizer)
 
 
-def _text_part(config: Any) -> Any:
-    """The config of the language model that a model of text and images holds.
+def _config_of(files: Path) -> Any:
+    """A model's config; the language model's, of a model of text and images.
 
     Raises:
         ConfigError: transformers has no class for the language model alone.
     """
+    config = AutoConfig.from_pretrained(files)
     text = text_config(config)
+    if text is config:
+        return config
     if type(text) not in AutoModelForCausalLM._model_mapping:
         why = f"transformers has no language model alone for {config.model_type}"
         raise ConfigError.of("base.model", why)

@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from transformers.activations import ACT2FN
 
 from turret.kernels.clamped_swiglu import clamped_swiglu_reference
-from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, ClampedSwiglu, Experts
+from turret.server.models.decoding.arch import LAYER_PREFIX, ROUTER, Arch, ClampedSwiglu
 from turret.server.models.loader import CheckpointTensors
 
 # From a module's path below a layer, its outputs and inputs to the module.
@@ -87,17 +87,6 @@ class ExpertModules(torch.nn.Module):
             hidden = ACT2FN[activation](gate) * up
         (down,) = modules["experts_down"]
         return self.get_submodule(down.format(expert))(hidden)
-
-
-def target_names(experts: Experts) -> tuple[str, ...]:
-    """What adapters may target of experts, by the last part of each module's path.
-
-    Empty where the server and PEFT look for them elsewhere than the model that is trained has them.
-    """
-    templates = [name for names in experts.modules.values() for name in names]
-    if experts.path != experts.checkpoint_path or not all(t.startswith("{}.") for t in templates):
-        return ()
-    return tuple(template.removeprefix("{}.") for template in templates)
 
 
 def put_experts(model: Any, arch: Arch, make: Callable[[int], MakeLinear]) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from turret.server.models.decoding.arch import Projections
 from turret.training.base_model import find_base
 from turret.training.errors import ConfigError, RunError
 from turret.training.methods import method_named
@@ -17,7 +18,8 @@ from turret.training.run.folder import rank_folder
 from turret.training.serving_cost import serving_cost
 from turret.training.settings.config import TrainConfig
 from turret.training.settings.fit import check_fit
-from turret.training.settings.inputs import base_place
+from turret.training.settings.inputs import base_place, with_ranks
+from turret.training.settings.modules import check_method
 from turret.training.settings.resolve import resolve
 from turret.training.trainer import Listener, Trainer
 
@@ -84,25 +86,25 @@ def _results(
     (folder / config.run.output / "sweep.json").write_text(text, encoding="utf-8")
 
 
-def _with_rank(config: TrainConfig, rank: int) -> TrainConfig:
-    return dataclasses.replace(config, method=dataclasses.replace(config.method, rank=rank))
-
-
 def _check_ranks(config: TrainConfig, folder: Path, ranks: Sequence[int]) -> None:
     """Refuse the last rank before the first one has been trained."""
-    configs = [_with_rank(config, rank) for rank in ranks]
+    configs = with_ranks(config, ranks)
+
+    def check(projections: Projections) -> None:
+        for each in configs:
+            check_method(each.method, projections)
+
     for each in configs:
         check_fit(each)
-    base = find_base(base_place(config.base, folder))
+    base = find_base(base_place(config.base, folder), check)
     for each in configs:
         method_named(each.method.name).resolve(each.method, base)
 
 
 def _run_rank(config: TrainConfig, folder: Path, rank: int, announce: Announce) -> RankResult:
     output = str(rank_folder(Path(config.run.output), rank))
-    config = dataclasses.replace(
-        _with_rank(config, rank), run=dataclasses.replace(config.run, output=output)
-    )
+    (config,) = with_ranks(config, [rank])
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, output=output))
     with announce(None, f"rank {rank}") as listen:
         resolved = resolve(config, folder)
         if not resolved.dataset.validation:

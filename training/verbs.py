@@ -162,7 +162,7 @@ def _ranks(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(ranks))
 
 
-def _read(args: argparse.Namespace) -> Any:
+def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> Any:
     from turret.server.command.threads import use_threads
     from turret.training.data.files import read_files
     from turret.training.errors import RunError
@@ -178,7 +178,7 @@ def _read(args: argparse.Namespace) -> Any:
             overrides.append(f"{key}={value}")
     config = read_config(args.config, overrides)
     use_threads(args.threads, is_background=True, niceness=args.nice)
-    check_inputs(config, args.config.parent)
+    check_inputs(config, args.config.parent, ranks)
     # Read again with the base, which takes seconds to load: a bad line need not wait for it.
     read_files(config.data, args.config.parent)
     return config
@@ -228,7 +228,7 @@ def _console() -> Any:
 
 
 def _sweep(args: argparse.Namespace) -> None:
-    config = _read(args)
+    config = _read(args, args.ranks)
     output = args.config.parent / config.run.output
     args.how_to_go_on = lambda: _how_a_sweep_goes_on(output, args.ranks)
     from rich.table import Table

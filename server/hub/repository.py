@@ -77,7 +77,7 @@ def find_repository(hub_id: HubId, *, may_be_old: bool) -> Repository:
         if not isinstance(refused, HubUnavailableError):
             raise refused from None
         is_offline = isinstance(error, OfflineModeIsEnabled)
-        cached = _cached(hub_id) if may_be_old or is_offline else None
+        cached = cached_repository(hub_id) if may_be_old or is_offline else None
         if cached is None:
             raise refused from None
         if not is_offline:
@@ -112,8 +112,8 @@ def _remember(hub_id: HubId, commit: str) -> None:
         _log.debug("cannot note a revision", extra=log.fields(repository=hub_id, reason=error))
 
 
-def _cached(hub_id: HubId) -> Repository | None:
-    """The repository as the cache has it."""
+def cached_repository(hub_id: HubId) -> Repository | None:
+    """The repository as the cache has it, of the commit that a revision was when last asked."""
     if not hub_id.is_commit:
         try:
             hub_id = hub_id.at(_ref(hub_id).read_text().strip())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from turret.server.errors import InvalidRequestError
-from turret.server.models.decoding.arch import Arch, Rope
+from turret.server.models.decoding.arch import Arch, Experts, Rope
 
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn", "longrope")
 # Kind of all layers where a model has one.
@@ -29,7 +29,8 @@ class Family:
             not the hidden size over the number of heads.
         inner_keys: By ``model_type``, what a config calls the MLP's width, where that is not
             ``intermediate_size``.
-        has_experts: Whether its models are mixtures of experts.
+        experts: Where its models are mixtures of experts: reads those of a config, or of the JSON
+            that it was made of, which need not have all keys.
     """
 
     model_types: tuple[str, ...]
@@ -38,7 +39,7 @@ class Family:
     modules: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     head_dims: Mapping[str, int] = field(default_factory=dict)
     inner_keys: Mapping[str, str] = field(default_factory=dict)
-    has_experts: bool = False
+    experts: Callable[[Any], Experts | None] | None = None
 
 
 def read_decoder(config: Any, **own: Any) -> Arch:

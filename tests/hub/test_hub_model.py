@@ -13,7 +13,7 @@ from servers.fake_hub import TOKEN, FakeHub, Repo
 from turret.server.basics.hub_id import HubId
 from turret.server.errors import InvalidRequestError
 from turret.server.models.model_source import ModelSource, resolve_model
-from turret.server.models.sources.check import check_model
+from turret.server.models.sources.check import check_model, size_of_model, told_sizes
 
 NAME = "acme/tiny"
 
@@ -77,6 +77,15 @@ def test_a_second_start_fetches_nothing(hub: FakeHub, repo: Repo, tmp_path: Path
     before = len(hub.downloads())
     assert resolved(tmp_path) == first
     assert len(hub.downloads()) == before
+
+
+def test_what_a_config_tells_of_sizes_comes_before_the_weights(
+    hub: FakeHub, repo: Repo, tiny_llama: Path
+) -> None:
+    kind = check_model(Path(NAME))
+    assert told_sizes(Path(NAME), kind) == told_sizes(tiny_llama, kind) is not None
+    assert size_of_model(Path(NAME)) == size_of_model(tiny_llama) is not None
+    assert [name for name in hub.downloads() if "config.json" not in name] == []
 
 
 def test_a_revision_is_one_commit(hub: FakeHub, repo: Repo, tmp_path: Path) -> None:

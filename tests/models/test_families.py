@@ -64,9 +64,8 @@ ALL = (
 def test_a_family_says_its_modules_without_a_config(architecture: str) -> None:
     arch = read_arch(tiny_models.tiny_config(architecture))
     family = FAMILIES[arch.model_type]
-    assert family.has_experts == (arch.experts is not None)
-    if not family.has_experts:
-        assert family.modules.get(arch.model_type, MODULES) == arch.modules
+    assert (family.experts is None) == (arch.experts is None)
+    assert family.modules.get(arch.model_type, MODULES) == arch.modules
 
 
 @pytest.fixture

@@ -20,11 +20,13 @@ from command_modules import loaded_and_said_by
 from transformers import AutoConfig
 
 from turret.server.models.families import FAMILIES, read_arch
+from turret.server.models.sources import check
+from turret.server.models.sources.model_directory import read_config
 from turret.training.errors import RunError
 from turret.training.run.folder import RunFolder, checkpoint_path
 from turret.training.run.resuming import check_settings, versions
 from turret.training.settings.config_file import build_config
-from turret.training.settings.targets import told_linears
+from turret.training.settings.targets import told_projections
 from turret.training.verbs import _how_a_sweep_goes_on, _read, _with_errors
 
 
@@ -68,22 +70,83 @@ def test_a_rank_that_no_update_has_ends_before_torch(tmp_path: Path):
     assert not modules & {"torch", "peft", "transformers"}
 
 
-@pytest.mark.parametrize("model_type", [k for k, f in FAMILIES.items() if not f.has_experts])
-def test_what_a_config_says_of_modules_is_what_the_model_has(model_type: str, tmp_path: Path):
+def write_mixture(folder: Path) -> Path:
+    """A base as far as it is looked at before torch is there: narrow experts, hidden size 64."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "moe_intermediate_size": 24}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True}
+    layers = {"num_hidden_layers": 2, "mlp_only_layers": [], "decoder_sparse_step": 1}
+    folder.mkdir(parents=True)
+    config = {"model_type": "qwen3_moe", **sizes, **heads, **experts, **layers}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+@pytest.mark.parametrize("place", ["directory", "hub"])
+@pytest.mark.parametrize("how", [("run", "--rank", "25"), ("sweep", "--ranks", "2,25")])
+def test_a_rank_is_checked_before_a_mixture_is_loaded_or_fetched(
+    how: tuple[str, ...], place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
+    model = str(tmp_path / "mixture")
+    if place == "directory":
+        write_mixture(tmp_path / "mixture")
+    else:
+        model = "acme/mixture"
+        repository = tmp_path / "hub" / "models--acme--mixture"
+        write_mixture(repository / "snapshots" / ("a" * 40))
+        (repository / "refs").mkdir()
+        (repository / "refs" / "main").write_text("a" * 40)
+        monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    verb, *flags = how
+    code, modules, err = loaded_and_said_by("train", verb, config, "--model", model, *flags)
+    assert err.startswith(
+        "error: method.rank: at most 24 on these modules: gate_proj has 64 inputs"
+    )
+    assert code == 1
+    assert not modules & {"torch", "peft", "transformers"}
+
+
+def test_what_no_method_may_have_of_a_mixture_ends_before_torch(tmp_path: Path):
+    config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
+    model = str(write_mixture(tmp_path / "mixture"))
+    for targets, said in (
+        ("mlp", "gate_proj is of experts, which take lora and rslora alone; dora takes attention"),
+        ("gate", "'gate' is no linear module of qwen3_moe; there are q_proj, "),
+    ):
+        flags = ("--method", "dora", "--set", f"method.targets={targets}")
+        code, modules, err = loaded_and_said_by("train", "run", config, "--model", model, *flags)
+        assert err.startswith(f"error: method.targets: {said}")
+        assert code == 1
+        assert "torch" not in modules
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_a_config_says_of_modules_is_what_the_model_has(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    # As of a model of the hub whose config has been asked for.
+    monkeypatch.setattr(check, "checked_config", lambda _: read_config(tmp_path))
     config = AutoConfig.for_model(model_type)
     if model_type == "granitemoehybrid":
         config.layer_types = ["attention"] * config.num_hidden_layers
         config.num_local_experts, config.shared_intermediate_size = 0, 1000
     config.tie_word_embeddings = False
+    if FAMILIES[model_type].experts is not None:
+        # A layer in three with an MLP, where there can be one.
+        config.mlp_only_layers, config.decoder_sparse_step = [1, 4, 7], 1
     said = config.to_dict()
     # Families differ in what a head's width is where none is told.
     for told in (said, {key: value for key, value in said.items() if key != "head_dim"}):
         (tmp_path / "config.json").write_text(json.dumps(told))
-        expected = read_arch(type(config).from_dict(told)).linears()
-        assert told_linears(tmp_path, model_type) == expected
+        expected = read_arch(type(config).from_dict(told)).projections
+        assert told_projections(tmp_path, model_type) == expected
+        assert told_projections(Path("acme/model"), model_type) == expected
     del said["num_key_value_heads"]
     (tmp_path / "config.json").write_text(json.dumps(said))
-    assert told_linears(tmp_path, model_type) is None
+    assert told_projections(tmp_path, model_type) is None
 
 
 def test_another_config_than_the_one_to_resume_ends_before_torch(tmp_path: Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from turret.training.optimizer import learning_rate, make_optimizer, set_learnin
 from turret.training.peft_warnings import without_peft_warnings
 from turret.training.plan import print_plan
 from turret.training.run.folder import read_metrics
+from turret.training.run.progress import training_progress
 from turret.training.serving_cost import served_base, serving_cost
 from turret.training.settings.config import OptimizerConfig
 from turret.training.settings.config_file import build_config
@@ -233,6 +235,24 @@ def test_a_rank_is_at_most_that_of_the_smallest_module(
         f"method.rank: at most {highest} on these modules: {module} has 128 inputs and {outputs}"
         " outputs, and no update of it has a higher rank"
     )
+
+
+def test_a_rank_is_checked_before_the_base_is_quantised(
+    tiny_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Also where the config leaves a size to transformers, so that torch is there by then."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    config = json.loads((model / "config.json").read_text())
+    del config["num_key_value_heads"]
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"^method\.rank: at most 128 "):
+        resolve_tiny(tmp_path, model, "method.rank=129")
+    tables = {"base": {"model": str(model)}, "data": {"train": "train.jsonl"}}
+    with pytest.raises(ConfigError, match=r"^method\.rank: at most 128 "):
+        sweep(build_config(tables), tmp_path, [2, 129], training_progress)
+    assert not (tmp_path / "cache").exists()
 
 
 # Above the 128 of a server: on down_proj, 192 → 128, and others of the tiny llama.

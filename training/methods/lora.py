@@ -33,7 +33,6 @@ LORA = PeftMethod(
     learning_rate=1e-3,
     defaults={**_COMMON, "alpha": _twice_rank},
     peft_config=_lora_config,
-    takes_experts=True,
 )
 RSLORA = PeftMethod(
     name="rslora",
@@ -41,7 +40,6 @@ RSLORA = PeftMethod(
     # The scale falls with the square root of the rank; at rank 16 it is LoRA's default.
     defaults={**_COMMON, "alpha": 8.0},
     peft_config=partial(_lora_config, use_rslora=True),
-    takes_experts=True,
 )
 DORA = PeftMethod(
     name="dora",

@@ -16,13 +16,11 @@ import torch
 
 from turret.training.adapter_folder import write_adapter
 from turret.training.base_model import TrainingBase
-from turret.training.errors import ConfigError
 from turret.training.loss import LossFunction
 from turret.training.mixture import as_modules
 from turret.training.peft_warnings import without_peft_warnings
 from turret.training.settings.config import MethodConfig
-from turret.training.settings.presets import expand_targets, expert_names
-from turret.training.settings.ranks import check_rank, module_sizes
+from turret.training.settings.modules import check_modules
 
 # A ``MethodConfig`` whose keys are filled in, for as many as the method's defaults name before the
 # one being asked for: None is out of the question, which its own types cannot say.
@@ -141,7 +139,6 @@ class PeftMethod:
         peft_config: Makes PEFT's config of the resolved one.
         rank_served: What a server compares with its ``--max-rank``: the rank, where it is one.
         remarks: Makes ``Method.notes``.
-        takes_experts: Whether the server takes it on the experts of a mixture.
     """
 
     name: str
@@ -150,16 +147,12 @@ class PeftMethod:
     peft_config: Callable[[Settings, TrainingBase], peft.PeftConfig]
     rank_served: Callable[[Settings, TrainingBase], int] = _own_rank
     remarks: Callable[[Settings, TrainingBase], Sequence[str]] = _no_remarks
-    takes_experts: bool = False
 
     def resolve(self, config: MethodConfig, base: TrainingBase) -> MethodConfig:
         config = fill_in(config, base, self.defaults)
         if config.targets is not None:
-            targets = expand_targets(base.arch, config.targets)
-            self._check_experts(targets, base)
+            targets = check_modules(self.name, base.arch.projections, config.targets, config.rank)
             config = dataclasses.replace(config, targets=targets)
-            if config.rank is not None:
-                check_rank(self.name, tuple(module_sizes(base.arch, targets)), config.rank)
         return config
 
     def served_rank(self, config: MethodConfig, base: TrainingBase) -> int:
@@ -167,15 +160,6 @@ class PeftMethod:
 
     def notes(self, config: MethodConfig, base: TrainingBase) -> Sequence[str]:
         return self.remarks(config, base)
-
-    def _check_experts(self, targets: Sequence[str], base: TrainingBase) -> None:
-        named = [name for name in expert_names(base.arch) if name in targets]
-        if named and not self.takes_experts:
-            raise ConfigError.of(
-                "method.targets",
-                f"{named[0]} is of experts, which take lora and rslora alone; {self.name} takes"
-                " attention",
-            )
 
     def attach(self, model: Any, config: MethodConfig, base: TrainingBase) -> Any:
         with without_peft_warnings(), as_modules(model):

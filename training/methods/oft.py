@@ -21,14 +21,14 @@ def _oft_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
 
 
 def _largest_block(config: Settings, base: TrainingBase) -> int:
-    sizes = module_sizes(base.arch, config.targets)
+    sizes = module_sizes(base.arch.projections, config.targets)
     return max(dividing(inner, 2 * config.rank) for _, _, inner in sizes)
 
 
 def _other_blocks(config: Settings, base: TrainingBase) -> tuple[str, ...]:
     """Where no blocks of the size that was asked for make up a module's inputs."""
     wanted = 2 * config.rank
-    widths = sorted({inner for _, _, inner in module_sizes(base.arch, config.targets)})
+    widths = sorted({inner for _, _, inner in module_sizes(base.arch.projections, config.targets)})
     made = [f"{dividing(width, wanted)} of {width}" for width in widths if width % wanted]
     if not made:
         return ()

@@ -15,7 +15,9 @@ _VECTOR_LENGTH = 256
 
 
 def _vblora_config(config: Settings, base: TrainingBase) -> peft.PeftConfig:
-    sizes = [size for _, *both in module_sizes(base.arch, config.targets) for size in both]
+    sizes = [
+        size for _, *both in module_sizes(base.arch.projections, config.targets) for size in both
+    ]
     return peft.VBLoRAConfig(
         task_type="CAUSAL_LM",
         r=config.rank,

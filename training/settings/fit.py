@@ -31,6 +31,8 @@ METHOD_KEYS: Mapping[str, tuple[str, ...]] = {
 # Methods that stand before one text, and those with factors A and B.
 PROMPTS = ("prefix_tuning", "prompt_tuning", "p_tuning")
 WITH_FACTORS = ("lora", "rslora", "dora", "alora")
+# Methods that the server takes on the experts of a mixture.
+ON_EXPERTS = ("lora", "rslora")
 # Methods that cannot be trained to classify, and why.
 _WITHOUT_HEAD = {
     "learned_fusion": "learns a gate, not a head",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from turret.server.adapters.component import MAX_COMPONENTS, MIN_COMPONENTS
@@ -12,18 +13,19 @@ from turret.server.models.sources.check import check_model
 from turret.training.errors import ConfigError
 from turret.training.settings.config import BaseConfig, TrainConfig
 from turret.training.settings.fit import check_fit
-from turret.training.settings.ranks import check_rank, linear_sizes
-from turret.training.settings.targets import check_targets, told_linears
+from turret.training.settings.modules import check_method
+from turret.training.settings.targets import check_targets, told_projections
 
 _COMPONENTS = "method.components"
 
 
-def check_inputs(config: TrainConfig, folder: Path) -> None:
+def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -> None:
     """Refuse paths at which there is nothing to read.
 
     Args:
         config: As read.
         folder: Its paths are relative to this.
+        ranks: Each of these is to take the place of the config's.
 
     Raises:
         ConfigError: A file or directory is not there or named for two things, torch has no CUDA,
@@ -49,16 +51,21 @@ def check_inputs(config: TrainConfig, folder: Path) -> None:
         raise ConfigError.of("base.device", f"cuda was asked for, but {why}")
     base = base_place(config.base, folder)
     model_type = check_model(base)
-    check_fit(config)
+    projections = told_projections(base, model_type)
+    if projections is None and config.method.targets is not None:
+        check_targets(model_type, config.method.targets)
+    for each in with_ranks(config, ranks):
+        check_fit(each)
+        if projections is not None:
+            check_method(each.method, projections)
     if config.method.name == "learned_fusion":
         check_components(config.method.components or (), folder)
-    if config.method.targets is not None:
-        check_targets(model_type, config.method.targets)
-    linears = None if config.method.rank is None else told_linears(base, model_type)
-    if linears is not None and config.method.rank is not None:
-        # All methods with a rank adapt all modules where the config names none.
-        sizes = tuple(linear_sizes(linears, config.method.targets or ("all-linear",)))
-        check_rank(config.method.name, sizes, config.method.rank)
+
+
+def with_ranks(config: TrainConfig, ranks: Sequence[int]) -> list[TrainConfig]:
+    """The config with each of these ranks; itself if there are none."""
+    methods = [replace(config.method, rank=rank) for rank in ranks] or [config.method]
+    return [replace(config, method=method) for method in methods]
 
 
 def component_directories(entries: Sequence[str], folder: Path = Path()) -> dict[str, Path]:

@@ -4,41 +4,52 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from turret.server.models.decoding.arch import ROUTER, Arch
+from turret.server.models.decoding.arch import ROUTER, Experts, Projections
 from turret.training.errors import ConfigError
-from turret.training.mixture import target_names
+from turret.training.settings.fit import ON_EXPERTS
 from turret.training.settings.targets import PRESETS, check_names, is_targeted
 
 
-def module_names(arch: Arch, preset: str) -> tuple[str, ...]:
+def module_names(projections: Projections, preset: str) -> tuple[str, ...]:
     """The modules of a preset, by the last part of their path, in the layer's order.
 
     Args:
-        arch: Of the base.
+        projections: Of the base.
         preset: One of ``PRESETS``.
     """
     names: list[str] = []
-    for group, slices in arch.linears().items():
+    for group, slices in projections.linears().items():
         # A parameter, as transformers has it, and no linear module.
         if group == ROUTER:
             continue
         last = (path.rsplit(".", 1)[-1] for path, _, _ in slices)
         names += [name for name in last if is_targeted(name, group, (preset,))]
     if preset != "attention":
-        names += expert_names(arch)
+        names += expert_names(projections)
     return tuple(dict.fromkeys(names))
 
 
-def expert_names(arch: Arch) -> tuple[str, ...]:
+def expert_names(projections: Projections) -> tuple[str, ...]:
     """The modules of experts that can be trained, by the last part of their path."""
-    return () if arch.experts is None else target_names(arch.experts)
+    return () if projections.experts is None else _target_names(projections.experts)
 
 
-def expand_targets(arch: Arch, targets: Sequence[str]) -> tuple[str, ...]:
+def _target_names(experts: Experts) -> tuple[str, ...]:
+    """What adapters may target of experts, by the last part of each module's path.
+
+    Empty where the server and PEFT look for them elsewhere than the model that is trained has them.
+    """
+    templates = [name for names in experts.modules.values() for name in names]
+    if experts.path != experts.checkpoint_path or not all(t.startswith("{}.") for t in templates):
+        return ()
+    return tuple(template.removeprefix("{}.") for template in templates)
+
+
+def expand_targets(projections: Projections, targets: Sequence[str]) -> tuple[str, ...]:
     """Module names for what the config says.
 
     Args:
-        arch: Of the base.
+        projections: Of the base.
         targets: One preset, or module names.
 
     Raises:
@@ -46,10 +57,30 @@ def expand_targets(arch: Arch, targets: Sequence[str]) -> tuple[str, ...]:
             lacks.
     """
     if len(targets) == 1 and targets[0] in PRESETS:
-        found = module_names(arch, targets[0])
+        found = module_names(projections, targets[0])
         if not found:
-            why = f"{arch.model_type} has no module to train here; attention has"
+            why = f"{projections.model_type} has no module to train here; attention has"
             raise ConfigError.of("method.targets", why)
         return found
-    check_names(arch.model_type, module_names(arch, "all-linear"), targets)
+    check_names(projections.model_type, module_names(projections, "all-linear"), targets)
     return tuple(dict.fromkeys(targets))
+
+
+def check_experts(method: str, projections: Projections, targets: Sequence[str]) -> None:
+    """Refuse modules of experts to a method that the server does not take there.
+
+    Args:
+        method: Its name.
+        projections: Of the base.
+        targets: Of :func:`expand_targets`.
+
+    Raises:
+        ConfigError: Names the first such module.
+    """
+    named = [name for name in expert_names(projections) if name in targets]
+    if named and method not in ON_EXPERTS:
+        raise ConfigError.of(
+            "method.targets",
+            f"{named[0]} is of experts, which take {' and '.join(ON_EXPERTS)} alone; {method} takes"
+            " attention",
+        )

@@ -6,9 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from turret.server.config import AdapterConfig
-from turret.server.models.decoding.arch import Arch
+from turret.server.models.decoding.arch import Projections
 from turret.training.errors import ConfigError
-from turret.training.settings.targets import is_targeted
 
 # What a server allows that nothing was said to.
 SERVED_RANK = AdapterConfig().max_rank
@@ -16,37 +15,25 @@ SERVED_RANK = AdapterConfig().max_rank
 Size = tuple[str, int, int]
 
 
-def module_sizes(arch: Arch, targets: Sequence[str]) -> Iterator[Size]:
+def module_sizes(projections: Projections, targets: Sequence[str]) -> Iterator[Size]:
     """Last part of the path, outputs and inputs of each kind of module that is adapted.
 
     Args:
-        arch: Of the base.
+        projections: Of the base.
         targets: Module names, as ``expand_targets`` gives them.
     """
-    yield from linear_sizes(arch.linears(), targets)
-    if arch.experts is None:
+    for slices in projections.linears().values():
+        for path, out, inner in slices:
+            name = path.rpartition(".")[2]
+            if name in targets:
+                yield name, out, inner
+    if projections.experts is None:
         return
-    for projection, (_, out, inner) in arch.expert_linears().items():
-        templates = arch.experts.modules[projection]
+    for projection, (_, out, inner) in projections.expert_linears().items():
+        templates = projections.experts.modules[projection]
         for name in (template.removeprefix("{}.") for template in templates):
             if name in targets:
                 yield name, out // len(templates), inner
-
-
-def linear_sizes(
-    linears: Mapping[str, Sequence[tuple[str, int, int]]], targets: Sequence[str]
-) -> Iterator[Size]:
-    """As :func:`module_sizes`.
-
-    Args:
-        linears: As ``Arch.linears``.
-        targets: One preset, or module names.
-    """
-    for group, slices in linears.items():
-        for path, out, inner in slices:
-            name = path.rpartition(".")[2]
-            if is_targeted(name, group, targets):
-                yield name, out, inner
 
 
 def check_rank(method: str, sizes: Sequence[Size], rank: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from dataclasses import dataclass, replace
@@ -26,6 +27,7 @@ from turret.training.settings.config import (
 )
 from turret.training.settings.fit import check_fit
 from turret.training.settings.inputs import base_place, check_components, component_directories
+from turret.training.settings.modules import check_method
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def resolve(config: TrainConfig, folder: Path) -> Resolved:
     check_fit(config)
     method = method_named(config.method.name)
     directory = base_place(config.base, folder)
-    base = find_base(directory)
+    base = find_base(directory, functools.partial(check_method, config.method))
     settings = _resolve_base(config.base, directory)
     config = replace(
         config,

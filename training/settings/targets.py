@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from turret.server.basics.closest import did_you_mean
-from turret.server.models.decoding.arch import MODULES, dense_linears
+from turret.server.models.decoding.arch import MODULES, Projections
 from turret.server.models.families import FAMILIES
 from turret.server.models.sources.check import told_sizes
 from turret.training.errors import ConfigError
@@ -15,17 +15,16 @@ PRESETS = ("attention", "mlp", "all-linear")
 _ATTENTION_GROUPS = ("qkv", "o")
 
 
-def told_linears(
-    model: Path | None, model_type: str
-) -> Mapping[str, tuple[tuple[str, int, int], ...]] | None:
-    """The modules of a layer as ``Arch.linears`` has them; None where that takes torch to tell.
+def told_projections(model: Path | None, model_type: str) -> Projections | None:
+    """The modules of a model as its ``Arch`` has them; None where that takes torch to tell.
 
     Arguments are those of ``told_sizes``.
     """
     sizes = told_sizes(model, model_type)
+    modules = FAMILIES[model_type].modules.get(model_type, MODULES)
     if sizes is None:
         return None
-    return dense_linears(FAMILIES[model_type].modules.get(model_type, MODULES), **sizes)
+    return Projections(model_type=model_type, modules=modules, **sizes)
 
 
 def is_targeted(name: str, group: str, targets: Sequence[str]) -> bool:
@@ -42,7 +41,7 @@ def is_targeted(name: str, group: str, targets: Sequence[str]) -> bool:
 
 
 def check_targets(model_type: str, targets: Sequence[str]) -> None:
-    """Refuse what no dense model of a family has; of mixtures their configs say more.
+    """Refuse what no dense model of a family has, where its config does not tell the rest.
 
     Args:
         model_type: Of the base, a key of ``FAMILIES``.
@@ -52,7 +51,7 @@ def check_targets(model_type: str, targets: Sequence[str]) -> None:
         ConfigError: As :func:`check_names`.
     """
     family = FAMILIES[model_type]
-    if not family.has_experts:
+    if family.experts is None:
         modules = family.modules.get(model_type, MODULES)
         known = [path.rpartition(".")[2] for paths in modules.values() for path in paths]
         check_names(model_type, known, targets)

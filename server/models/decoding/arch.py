@@ -24,6 +24,8 @@ MODULES: Mapping[str, tuple[str, ...]] = {
 ROUTER = "router"
 # Added to the positions of a sequence that is long: see ``Rope.long_inv_freq``.
 LONG = 1 << 32
+# A module's path, its outputs and its inputs.
+Linear = tuple[str, int, int]
 # Activations of the gate that every path has a kernel for.
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
 
@@ -126,6 +128,74 @@ class Experts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Projections:
+    """The linear modules of a model's layers: what ``config.json`` tells of them without torch.
+
+    Attributes:
+        model_type: As the config names it.
+        num_layers: All layers.
+        hidden: Width of the residual.
+        inner: Of the MLP.
+        queries: Of all heads together.
+        keys: Of all heads of keys, and of values, together.
+        modules: As ``Arch.modules``.
+        experts: As ``Arch.experts``.
+    """
+
+    model_type: str
+    num_layers: int
+    hidden: int
+    inner: int
+    queries: int
+    keys: int
+    modules: Mapping[str, tuple[str, ...]]
+    experts: Experts | None = None
+
+    def linears(self) -> dict[str, tuple[Linear, ...]]:
+        """Fused projections: (module path in the layer, out, in) per slice, by name.
+
+        Not every layer has all of them where only some are mixtures of experts (``has``). Those of
+        experts are not among them, their router is.
+        """
+        sizes = {
+            "qkv": ((self.queries, self.keys, self.keys), self.hidden),
+            "o": ((self.hidden,), self.queries),
+            "gate_up": ((self.inner, self.inner), self.hidden),
+            "down": ((self.hidden,), self.inner),
+        }
+        found = {}
+        for name, (widths, columns) in sizes.items():
+            if not any(self.has(layer, name) for layer in range(self.num_layers)):
+                continue
+            paths = self.modules[name]
+            outs = widths if len(paths) > 1 else (sum(widths),)
+            found[name] = tuple((p, out, columns) for p, out in zip(paths, outs, strict=True))
+        if self.experts is not None:
+            router = f"{self.experts.path}.{self.experts.router}"
+            found[ROUTER] = ((router, self.experts.count, self.hidden),)
+        return found
+
+    def has(self, layer: int, projection: str) -> bool:
+        """Whether a layer has one of the projections of ``linears``."""
+        is_sparse = self.experts is not None and layer in self.experts.layers
+        if projection in ("gate_up", "down"):
+            return not is_sparse
+        return is_sparse or projection != ROUTER
+
+    def expert_linears(self) -> dict[str, Linear]:
+        """Fused projections of an expert, by name: (path of the parameter, out, in)."""
+        experts = self.experts
+        if experts is None:
+            return {}
+        inner = experts.intermediate_size
+        sizes = {"experts_gate_up": (2 * inner, self.hidden), "experts_down": (self.hidden, inner)}
+        return {
+            name: (f"{experts.path}.experts.{experts.parameters[name]}", *shape)
+            for name, shape in sizes.items()
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Arch:
     """What the one decoder needs to know. Sizes are per model, not per shard.
 
@@ -198,71 +268,31 @@ class Arch:
     def queries_per_head(self) -> int:
         return self.num_heads // self.num_kv_heads
 
-    def linears(self) -> dict[str, tuple[tuple[str, int, int], ...]]:
-        """Fused projections: (module path in the layer, out, in) per slice, by name.
-
-        Not every layer has all of them where only some are mixtures of experts (``has``). Those of
-        experts are not among them, their router is.
-        """
-        found = dense_linears(
-            self.modules,
+    @property
+    def projections(self) -> Projections:
+        """Its linear modules."""
+        return Projections(
+            model_type=self.model_type,
+            num_layers=self.num_layers,
             hidden=self.hidden_size,
             inner=self.intermediate_size,
             queries=self.num_heads * self.head_dim,
             keys=self.num_kv_heads * self.head_dim,
+            modules=self.modules,
+            experts=self.experts,
         )
-        for name in list(found):
-            if not any(self.has(layer, name) for layer in range(self.num_layers)):
-                del found[name]
-        if self.experts is not None:
-            router = f"{self.experts.path}.{self.experts.router}"
-            found[ROUTER] = ((router, self.experts.count, self.hidden_size),)
-        return found
+
+    def linears(self) -> dict[str, tuple[Linear, ...]]:
+        """As :meth:`Projections.linears`."""
+        return self.projections.linears()
 
     def has(self, layer: int, projection: str) -> bool:
-        """Whether a layer has one of the projections of ``linears``."""
-        is_sparse = self.experts is not None and layer in self.experts.layers
-        if projection in ("gate_up", "down"):
-            return not is_sparse
-        return is_sparse or projection != ROUTER
+        """As :meth:`Projections.has`."""
+        return self.projections.has(layer, projection)
 
-    def expert_linears(self) -> dict[str, tuple[str, int, int]]:
-        """Fused projections of an expert, by name: (path of the parameter, out, in)."""
-        experts = self.experts
-        if experts is None:
-            return {}
-        hidden, inner = self.hidden_size, experts.intermediate_size
-        sizes = {"experts_gate_up": (2 * inner, hidden), "experts_down": (hidden, inner)}
-        return {
-            name: (f"{experts.path}.experts.{experts.parameters[name]}", *shape)
-            for name, shape in sizes.items()
-        }
-
-
-def dense_linears(
-    modules: Mapping[str, tuple[str, ...]], *, hidden: int, inner: int, queries: int, keys: int
-) -> dict[str, tuple[tuple[str, int, int], ...]]:
-    """As :meth:`Arch.linears`, of a layer with an MLP.
-
-    Args:
-        modules: As ``Arch.modules``.
-        hidden: Width of the residual.
-        inner: Of the MLP.
-        queries: Of all heads together.
-        keys: Of all heads of keys, and of values, together.
-    """
-    sizes = {
-        "qkv": ((queries, keys, keys), hidden),
-        "o": ((hidden,), queries),
-        "gate_up": ((inner, inner), hidden),
-        "down": ((hidden,), inner),
-    }
-    found = {}
-    for name, (widths, columns) in sizes.items():
-        paths = modules[name]
-        outs = widths if len(paths) > 1 else (sum(widths),)
-        found[name] = tuple((p, out, columns) for p, out in zip(paths, outs, strict=True))
-    return found
+    def expert_linears(self) -> dict[str, Linear]:
+        """As :meth:`Projections.expert_linears`."""
+        return self.projections.expert_linears()
 
 
 def check_served(arch: Arch) -> None:

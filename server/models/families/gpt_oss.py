@@ -8,8 +8,8 @@ from turret.server.models.decoding.arch import Arch, ClampedSwiglu, Experts
 from turret.server.models.family import Family, read_decoder, read_windows
 
 
-def _read(config: Any) -> Arch:
-    experts = Experts(
+def _experts(config: Any) -> Experts:
+    return Experts(
         layers=frozenset(range(config.num_hidden_layers)),
         count=config.num_local_experts,
         per_token=config.num_experts_per_tok,
@@ -21,13 +21,16 @@ def _read(config: Any) -> Arch:
         modules={"experts_gate_up": ("gate_up_projs.{}",), "experts_down": ("down_projs.{}",)},
         are_stacked=True,
     )
+
+
+def _read(config: Any) -> Arch:
     return read_decoder(
         config,
         windows=read_windows(config),
         activation=ClampedSwiglu(float(config.swiglu_alpha), float(config.swiglu_limit)),
         has_sinks=True,
-        experts=experts,
+        experts=_experts(config),
     )
 
 
-FAMILY = Family(("gpt_oss",), _read, has_experts=True)
+FAMILY = Family(("gpt_oss",), _read, head_dims={"gpt_oss": 64}, experts=_experts)

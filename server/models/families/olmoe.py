@@ -9,19 +9,22 @@ from turret.server.models.decoding.arch import Arch, Experts
 from turret.server.models.family import Family, read_decoder
 
 
-def _read(config: Any) -> Arch:
-    if config.clip_qkv is not None:
-        raise InvalidRequestError.of(
-            "model", "an olmoe with clip_qkv is not served; those that do not clip are"
-        )
-    experts = Experts(
+def _experts(config: Any) -> Experts:
+    return Experts(
         layers=frozenset(range(config.num_hidden_layers)),
         count=config.num_experts,
         per_token=config.num_experts_per_tok,
         intermediate_size=config.intermediate_size,
         normalizes=config.norm_topk_prob,
     )
-    return read_decoder(config, qk_norm="projection", experts=experts)
 
 
-FAMILY = Family(("olmoe",), _read, has_experts=True)
+def _read(config: Any) -> Arch:
+    if config.clip_qkv is not None:
+        raise InvalidRequestError.of(
+            "model", "an olmoe with clip_qkv is not served; those that do not clip are"
+        )
+    return read_decoder(config, qk_norm="projection", experts=_experts(config))
+
+
+FAMILY = Family(("olmoe",), _read, experts=_experts)

@@ -8,26 +8,27 @@ from turret.server.models.decoding.arch import Arch, Experts
 from turret.server.models.family import Family, read_decoder, read_windows
 
 
-def _read(config: Any) -> Arch:
+def _experts(config: Any) -> Experts | None:
     sparse = [
         layer
         for layer in range(config.num_hidden_layers)
         if layer not in config.mlp_only_layers and (layer + 1) % config.decoder_sparse_step == 0
     ]
-    experts = Experts(
+    if not sparse or config.num_experts < 1:
+        return None
+    return Experts(
         layers=frozenset(sparse),
         count=config.num_experts,
         per_token=config.num_experts_per_tok,
         intermediate_size=config.moe_intermediate_size,
         normalizes=config.norm_topk_prob,
     )
-    has_experts = sparse and config.num_experts > 0
+
+
+def _read(config: Any) -> Arch:
     return read_decoder(
-        config,
-        windows=read_windows(config),
-        qk_norm="head",
-        experts=experts if has_experts else None,
+        config, windows=read_windows(config), qk_norm="head", experts=_experts(config)
     )
 
 
-FAMILY = Family(("qwen3_moe",), _read, has_experts=True)
+FAMILY = Family(("qwen3_moe",), _read, experts=_experts)

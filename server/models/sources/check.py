@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeGuard
 
 from turret.server.models.families import FAMILIES, text_type
 from turret.server.models.sources.cache import check_cache_dir
 from turret.server.models.sources.embedded import MODEL_NAME, find_gguf
 from turret.server.models.sources.gguf_header import SUFFIX, check_gguf, gguf_size, read_sizes
-from turret.server.models.sources.hub_model import check_hub_model, hub_model_id
+from turret.server.models.sources.hub_model import (
+    check_hub_model,
+    checked_config,
+    hub_model_id,
+)
 from turret.server.models.sources.model_directory import (
     check_model_directory,
     is_4bit,
@@ -16,6 +22,8 @@ from turret.server.models.sources.model_directory import (
     read_config,
 )
 
+# More than any size of a model.
+_MOST = 1 << 24
 _GGUF_SIZES = (
     *("embedding_length", "feed_forward_length"),
     *("attention.head_count", "attention.head_count_kv"),
@@ -48,7 +56,7 @@ def check_model(model: Path | None) -> str:
     return text_type(config)
 
 
-def told_sizes(model: Path | None, model_type: str) -> dict[str, int] | None:
+def told_sizes(model: Path | None, model_type: str) -> dict[str, Any] | None:
     """What the sizes of a layer's modules come from, as far as it shows without torch.
 
     Args:
@@ -56,30 +64,61 @@ def told_sizes(model: Path | None, model_type: str) -> dict[str, int] | None:
         model_type: What it returned.
 
     Returns:
-        The arguments of ``dense_linears``. None for mixtures of experts, for models of the hub, and
-        where the config leaves a size to transformers.
+        The arguments of ``Projections`` but its names. None for mixtures of experts in a GGUF file,
+        and where the config leaves a size to transformers.
     """
     family = FAMILIES[model_type]
-    if family.has_experts or (model is not None and hub_model_id(model) is not None):
-        return None
-    if model is None or model.is_file():
+    is_gguf = model is None or model.is_file()
+    if model is None or is_gguf:
         said = read_sizes(find_gguf() if model is None else model)
-        keys, head_dim = _GGUF_SIZES, said.get("attention.key_length")
+        keys, head_dim, layers = _GGUF_SIZES, said.get("attention.key_length"), "block_count"
     else:
-        config = read_config(model)
-        text = config.get("text_config")
-        said = text if isinstance(text, dict) and config.get("model_type") != model_type else config
+        said = _text_part(_config_of(model))
         inner = family.inner_keys.get(model_type, "intermediate_size")
         keys = ("hidden_size", inner, "num_attention_heads", "num_key_value_heads")
         head_dim = said.get("head_dim") or family.head_dims.get(model_type)
-    sizes = [value for key in keys if type(value := said.get(key)) is int and value > 0]
-    if len(sizes) < len(keys):
+        layers = "num_hidden_layers"
+    numbers = [value for key in (*keys, layers) if _is_size(value := said.get(key))]
+    if len(numbers) <= len(keys) or (is_gguf and family.experts is not None):
         return None
-    hidden, inner, heads, kv_heads = sizes
+    hidden, inner, heads, kv_heads, num_layers = numbers
     width = head_dim or hidden // heads
-    if type(width) is not int or width < 1:
+    if not _is_size(width):
         return None
-    return {"hidden": hidden, "inner": inner, "queries": heads * width, "keys": kv_heads * width}
+    sizes = {"hidden": hidden, "inner": inner, "queries": heads * width, "keys": kv_heads * width}
+    sizes["num_layers"] = num_layers
+    if family.experts is None:
+        return sizes
+    # As transformers does: newer versions write the number by another name.
+    count = said.get("num_local_experts", said.get("num_experts"))
+    counted = {"num_local_experts": count, "num_experts": count}
+    try:
+        experts = family.experts(SimpleNamespace(**said | counted))
+    except (AttributeError, TypeError):
+        return None
+    is_told = experts is None or (_is_size(experts.count) and _is_size(experts.intermediate_size))
+    return {**sizes, "experts": experts} if is_told else None
+
+
+def _is_size(value: object) -> TypeGuard[int]:
+    return type(value) is int and 0 < value < _MOST
+
+
+def _config_of(model: Path) -> dict[str, Any]:
+    """Of a directory, or of a model of the hub that :func:`check_model` has asked for.
+
+    Empty where the hub's cache does not keep it.
+    """
+    hub_id = hub_model_id(model)
+    return read_config(model) if hub_id is None else checked_config(hub_id)
+
+
+def _text_part(config: dict[str, Any]) -> dict[str, Any]:
+    """What a ``config.json`` says of its language model."""
+    text = config.get("text_config")
+    return (
+        text if isinstance(text, dict) and config.get("model_type") != text_type(config) else config
+    )
 
 
 def name_of_model(model: Path | None) -> str:
@@ -95,15 +134,11 @@ def name_of_model(model: Path | None) -> str:
 
 
 def size_of_model(model: Path | None) -> tuple[int, int] | None:
-    """Width and layers of a model that :func:`check_model` took, where its files here tell."""
+    """Width and layers of a model that :func:`check_model` took, where its config tells."""
     if model is None:
         return gguf_size(find_gguf())
-    if hub_model_id(model) is not None:
-        return None
     if model.suffix == SUFFIX and model.is_file():
         return gguf_size(model)
-    config = read_config(model)
-    text = config.get("text_config")
-    said = text if isinstance(text, dict) and "hidden_size" in text else config
+    said = _text_part(_config_of(model))
     width, layers = said.get("hidden_size"), said.get("num_hidden_layers")
     return (width, layers) if isinstance(width, int) and isinstance(layers, int) else None

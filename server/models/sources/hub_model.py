@@ -8,11 +8,17 @@ from __future__ import annotations
 import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from turret.server.basics.hub_id import HubId
 from turret.server.errors import HubError, HubUnavailableError, InvalidRequestError
 from turret.server.hub.download import download
-from turret.server.hub.repository import Repository, cache_dir, find_repository
+from turret.server.hub.repository import (
+    Repository,
+    cache_dir,
+    cached_repository,
+    find_repository,
+)
 from turret.server.models.families import text_type
 from turret.server.models.sources.model_directory import (
     INDEX,
@@ -51,6 +57,17 @@ def check_hub_model(hub_id: HubId) -> str:
     except (HubError, HubUnavailableError) as error:
         raise _refuse(f"there is no directory {hub_id}, and {error.message}") from None
     return text_type(read_config(folder))
+
+
+def checked_config(hub_id: HubId) -> dict[str, Any]:
+    """The config of a model that ``check_hub_model`` took, from the cache: nobody is asked.
+
+    Empty where the cache does not tell which commit that was.
+    """
+    repository = cached_repository(hub_id)
+    if repository is None or _CONFIG not in repository.files:
+        return {}
+    return read_config(cache_dir() / repository.id.snapshot)
 
 
 def fetch_hub_model(hub_id: HubId, progress: Progress) -> tuple[Path, str]:
