@@ -73,8 +73,17 @@ def test_adapters_whose_ranks_are_too_large(tmp_path: Path) -> None:
     assert problem == (
         "--preload a=m: has rank 4, the server allows 3; `turret serve --max-rank 4` allows it"
     )
-    # Which ranks these patterns give, the base's modules decide.
+    # Which rank a pattern gives a module, the base decides; the tensors have the one they have.
     write_adapter(tmp_path / "m", r=8, rank_pattern={"q_proj": 4})
+    assert found(*flags) == [problem]
+    assert found(*flags[:-1], "4") == []
+    write_adapter(tmp_path / "m", r=8, target_parameters=["mlp.experts.down_proj"])
+    assert found(*flags) == []
+    for kind in ("LOHA", "VERA", "HRA"):
+        write_adapter(tmp_path / "m", peft_type=kind)
+        assert found(*flags) == [problem]
+        assert found(*flags[:-1], "4") == []
+    write_adapter(tmp_path / "m", peft_type="LOHA", rank_pattern={"q_proj": 2})
     assert found(*flags) == []
     write_adapter(tmp_path / "m", peft_type="TOY")
     assert found(*flags) == []

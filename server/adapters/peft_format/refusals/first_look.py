@@ -33,8 +33,16 @@ from turret.server.basics.closest import did_you_mean
 
 _BASE = "base_model_name_or_path"
 _A = ".lora_A.weight"
-# Keys of a LoRA whose ``lora_A`` may have another number of rows than ``r`` says.
-_OTHER_RANKS = ("rank_pattern", "target_parameters", "arrow_config")
+# Keys of a LoRA whose ``lora_A`` has other rows than those of one rank.
+_OTHER_ROWS = ("target_parameters", "arrow_config")
+_PATTERN = "rank_pattern"
+# Types whose ``r`` is the rank of all that they adapt, where no pattern says otherwise.
+_RANKED_BY_R = frozenset(
+    {
+        *("DELORA", "HRA", "LOHA", "PEANUT", "POLY", "PVERA", "TINYLORA", "UNILORA", "VBLORA"),
+        "VERA",
+    }
+)
 
 
 def look_at(
@@ -58,7 +66,8 @@ def look_at(
         AdapterCheckpointError: A file cannot be read, the ``peft_type`` is misspelt or not served,
             a LoRA's ``r`` contradicts its factors, or one of two factors is missing.
         AdapterMismatchError: It names another base, or a LoRA's factors are for other shapes.
-        BudgetExceededError: A LoRA's rank is over ``max_rank``.
+        BudgetExceededError: A rank is over ``max_rank``: of a LoRA, by its tensors, or of a method
+            that has one, by its config.
     """
     with directory.open_file(CONFIG_FILE) as file:
         config = parse_config(file.read(MAX_CONFIG_BYTES + 1), path)
@@ -77,7 +86,7 @@ def look_at(
         raise of_other_base(path, trained, base)
     if lora is not None and size is not None:
         check_shapes(path, config, lora, size)
-    check_rank(path, max(ranks.values(), default=0), max_rank)
+    check_rank(path, max([*ranks.values(), _rank_of_all(config)]), max_rank)
 
 
 def _check_peft_type(config: Mapping[str, Any], findings: Findings) -> None:
@@ -99,7 +108,7 @@ def _header(directory: AdapterDirectory, findings: Findings) -> SafetensorsHeade
 
 def _ranks(config: Mapping[str, Any], header: SafetensorsHeader) -> dict[str, int]:
     """Rows of each ``lora_A`` of a LoRA, by the tensor's name, where they are its rank."""
-    if peft_type_of(config) != "LORA" or any(config.get(key) for key in _OTHER_RANKS):
+    if peft_type_of(config) != "LORA" or any(config.get(key) for key in _OTHER_ROWS):
         return {}
     names = {entry: canonical_name(entry.name) for entry in header.entries}
     return {
@@ -109,8 +118,18 @@ def _ranks(config: Mapping[str, Any], header: SafetensorsHeader) -> dict[str, in
     }
 
 
+def _rank_of_all(config: Mapping[str, Any]) -> int:
+    """What a config alone says of the rank of every adapted module; 0 where it does not."""
+    rank = config.get("r")
+    is_told = peft_type_of(config) in _RANKED_BY_R and not config.get(_PATTERN)
+    return rank if is_told and type(rank) is int else 0
+
+
 def _check_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], findings: Findings) -> None:
     rank = config.get("r")
+    if config.get(_PATTERN):
+        # Which rank a module has then, the base's modules decide.
+        return
     for name, rows in ranks.items():
         if type(rank) is int and rows != rank:
             why = f"has rank {rows}, the config says {rank}"
