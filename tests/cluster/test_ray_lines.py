@@ -87,11 +87,17 @@ for actor in ("HAProxyManager", "ProxyActor"):
     data = {"lines": [f"of {actor}"], "pid": 1, "is_err": False, "actor_name": actor}
     worker.print_to_stdstream(data, ignore_prefix=True)
 before = signal.getsignal(signal.SIGTERM)
+waiting = {signal.SIGTERM}
+signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
 with ray_cluster._apart():
     utils.set_sigterm_handler(print)
     made = services.start_ray_process(["sleep", "60"], "log_monitor", fate_share=True)
 print(signal.getsignal(signal.SIGTERM) == before)
 print(os.getpgid(made.process.pid) == made.process.pid != os.getpgrp())
+with open(f"/proc/{made.process.pid}/status") as file:
+    blocked = next(int(line.split()[1], 16) for line in file if line.startswith("SigBlk"))
+# It does not inherit that SIGTERM waits here; SIGINT Ray keeps from it.
+print(blocked == 1 << (signal.SIGINT - 1))
 made.process.kill()
 print(services.ConsolePopen)
 """
@@ -104,4 +110,4 @@ def test_what_is_changed_of_ray_is_there() -> None:
     command = [sys.executable, "-c", _PATCHED]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     kind = "<class 'ray._private.services.ConsolePopen'>"
-    assert done.stdout.splitlines() == ["of ProxyActor", "True", "True", kind], done.stderr
+    assert done.stdout.splitlines() == ["of ProxyActor", "True", "True", "True", kind], done.stderr

@@ -40,6 +40,33 @@ def test_serve_does_not_import_ray() -> None:
     assert done.returncode == 0, done.stderr
 
 
+_STOPPED_WHILE_IT_CONNECTS = """
+import os, signal, types
+from turret.server.cluster.serving import serve
+
+class Cluster:
+    @classmethod
+    def open(cls, *_):
+        # As Ray's core, which takes the signal over.
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+        return cls()
+
+    def close(self, state_dir):
+        print(f"closed {state_dir}", signal.pthread_sigmask(signal.SIG_BLOCK, ()))
+
+serve.RayCluster = Cluster
+adapters = types.SimpleNamespace(state_dir="x")
+print(serve.run(types.SimpleNamespace(adapters=adapters), None))
+"""
+
+
+def test_a_signal_waits_until_ray_has_connected() -> None:
+    command = [sys.executable, "-c", _STOPPED_WHILE_IT_CONNECTS]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "closed x set()\n0\n"), done.stderr
+
+
 def test_cluster_says_what_is_missing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

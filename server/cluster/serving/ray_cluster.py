@@ -7,11 +7,11 @@ has to be there before Ray is imported.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import secrets
 import shlex
+import signal
 import socket
 import stat
 import sys
@@ -57,6 +57,8 @@ _BALANCE = "\n    ".join(
 _LOOPBACK = "127.0.0.2" if sys.platform == "linux" else "127.0.0.1"
 # Ports that are the same in all of Serve.
 _PORTS = ("HAPROXY_METRICS", "HAPROXY_STATS", "FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC")
+# What ends a fleet; see ``serve.py``, which has them wait while Ray starts.
+STOPPING = (signal.SIGTERM, signal.SIGINT)
 _OBJECT_STORE_BYTES = 100 << 20
 _CONNECT_SECONDS = 5.0
 # The same on every machine. Short: below it comes Ray's id of the node, and a socket's path has at
@@ -263,16 +265,26 @@ def _apart() -> Iterator[None]:
     """Leaves it to this process to end what Ray starts, in order.
 
     Ray's processes get groups of their own: a signal to this process's group, as a terminal or
-    ``timeout`` sends it, reaches this process alone. And Ray sets no handler of its own for
-    SIGTERM, which would end this process in the middle of its start.
+    ``timeout`` sends it, reaches this process alone. They do not inherit that signals wait. And Ray
+    sets no handler of its own for SIGTERM, which would end this process in the middle of its start.
     """
     from ray._private import services, utils
 
     patched: Any = (services, utils)
     popen, set_handler = services.ConsolePopen, utils.set_sigterm_handler
     # Elsewhere Ray ends its processes by their group.
-    if sys.platform == "linux":
-        patched[0].ConsolePopen = functools.partial(popen, process_group=0)
+    own = {"process_group": 0} if sys.platform == "linux" else {}
+
+    def start(*arguments: Any, preexec_fn: Callable[[], None] | None = None, **keys: Any) -> Any:
+        def begin() -> None:
+            if preexec_fn is not None:
+                preexec_fn()
+            # Ray has blocked SIGINT on purpose, for those that a terminal sends.
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+        return popen(*arguments, preexec_fn=begin, **own, **keys)
+
+    patched[0].ConsolePopen = start
     patched[1].set_sigterm_handler = lambda handler: None
     try:
         yield

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from turret.server import log
 from turret.server.basics.address import is_local_address, split_address
 from turret.server.cluster.serving.plan import ClusterPlan
-from turret.server.cluster.serving.ray_cluster import RayCluster
+from turret.server.cluster.serving.ray_cluster import STOPPING, RayCluster
 from turret.server.command.threads import available_cpus
 from turret.server.config import Config
 from turret.server.errors import UnavailableError
@@ -40,9 +42,8 @@ def run(config: Config, plan: ClusterPlan) -> int:
     stop = threading.Event()
     _listen(stop)
     try:
-        cluster = RayCluster.open(plan, config.adapters.state_dir, stop.is_set)
-        # Ray's own code in C++ has taken them over.
-        _listen(stop)
+        with _deferring(stop):
+            cluster = RayCluster.open(plan, config.adapters.state_dir, stop.is_set)
     except UnavailableError as error:
         _log.error("cannot start", extra=log.fields(reason=error))
         return 1
@@ -56,8 +57,23 @@ def run(config: Config, plan: ClusterPlan) -> int:
         _log.info("stopped")
 
 
+@contextlib.contextmanager
+def _deferring(stop: threading.Event) -> Iterator[None]:
+    """Has signals wait until the end, where they are listened to again.
+
+    Ray's core takes them over as it connects: one that came then would print its stack, and end
+    this process in the middle of its start. The threads that are made inside never get any.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        _listen(stop)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
+
+
 def _listen(stop: threading.Event) -> None:
-    for kind in (signal.SIGTERM, signal.SIGINT):
+    for kind in STOPPING:
         signal.signal(kind, lambda *_: stop.set())
 
 
