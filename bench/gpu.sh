@@ -40,7 +40,7 @@ if $has_gpu && "$PYTHON" -c 'import pytest' 2>/dev/null; then
         tests/kernels/adapters/test_input_blocks.py tests/kernels/adapters/test_base_updates.py \
         tests/kernels/adapters/test_sparse.py tests/kernels/adapters/test_dense.py \
         tests/kernels/test_experts_triton.py tests/kernels/adapters/test_vocabulary.py \
-        tests/kernels/adapters/test_constant_attention.py::test_on_triton
+        tests/kernels/adapters/test_constant_attention.py
     tested=$?
     if [ "$tested" = 124 ]; then
         echo "the kernel tests took over 120 s and were stopped"
