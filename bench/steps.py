@@ -44,7 +44,7 @@ from turret.server.models.sources.cache import default_cache_dir
 ENGINE = "engine"
 REST = "all else"
 # Innermost wins: the time of a part is without that of the parts that it calls. Of two with one
-# name, the compiled formulation and torch's, one runs.
+# name one runs: the compiled formulation or torch's, what is told of a head or all of it.
 PARTS = (
     Part("turret.server.models.weights.nf4:Nf4Linear.__call__", "base matmuls"),
     Part("turret.server.adapters.device.cpu.store:CpuStep.project", "adapters"),
@@ -59,7 +59,9 @@ PARTS = (
     Part("turret.server.models.decoding.layer_ops:TorchLayerOps.gated_activation", "activation"),
     Part("turret.server.adapters.device.hadamard_shelf:HadamardShelf.apply", "Hadamard"),
     Part("turret.server.adapters.device.kronecker_shelf:KroneckerShelf.apply", "Kronecker"),
+    Part("turret.server.models.decoding.cpu_layers:run_layers", "all layers in one call"),
     Part("turret.server.models.decoding.decoder:Decoder.logits", "head"),
+    Part("turret.server.models.decoding.likeliest:LikeliestTokens.find", "head"),
     Part("turret.server.engine.step.sampler:Sampler.draw", "sampling"),
     Part("turret.server.engine.step.batch:BatchBuilder.build", "batch metadata"),
     Part("turret.server.engine.step.runner:Runner.run", REST),
@@ -235,6 +237,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         others = write_default_methods(root, args.batch, **like)
         cases = scenarios(loras, mixed, others, args.only)
+        if not cases:
+            console.print(f"no case is named like {args.only!r}", markup=False)
+            return 2
         results = asyncio.run(measure(args, root, cases))
     context = args.prompt_tokens + args.steps // 2
     floors = [

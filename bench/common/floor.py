@@ -36,7 +36,11 @@ def read_bandwidth() -> float:
 def step_bytes(
     arch: Arch, *, requests: int, loras: int, rank: int, context: int
 ) -> dict[str, float]:
-    """Bytes that a decode step has to read, by part, with ``loras`` different LoRAs in it."""
+    """Bytes of the weights, keys and values of a decode step, by part, with ``loras`` LoRAs in it.
+
+    The head is the whole one. Greedy steps on a CPU read half of it (``kernels/screen.py``) and may
+    take less.
+    """
     slices = [entry for group in arch.linears().values() for entry in group]
     weights = arch.num_layers * sum(out * inner for _, out, inner in slices)
     low_rank = arch.num_layers * rank * _BF16_BYTES
