@@ -17,7 +17,7 @@ _TILE = 32  # outputs
 _LEAST_OUTPUTS = 256
 # One output in so many may be left over.
 _MOST_SHARE = 8
-# Calls that are left out after one that could not tell, at most.
+# Calls that are left out after one that was of no use, at most.
 _MOST_PAUSE = 64
 # Products of weights beyond that and of what rows may be leave fp32.
 _MOST_LENGTH = 1e15
@@ -36,23 +36,26 @@ class _Screen(ctypes.Structure):
 
 @dataclass(slots=True)
 class _Patience:
-    """Leaves out calls after some that could not tell: twice as many each time."""
+    """Leaves out calls after some that were of no use: twice as many each time in a row."""
 
     left_out: int = 0
     next_pause: int = 1
+    was_told: bool = False
 
     def wants(self) -> bool:
+        """Whether the next call is made."""
         if self.left_out:
             self.left_out -= 1
             return False
+        if self.was_told:
+            self.was_told, self.next_pause = False, 1
         return True
 
-    def learn(self, *, could_tell: bool) -> None:
-        if could_tell:
-            self.next_pause = 1
-        else:
-            self.left_out = self.next_pause
-            self.next_pause = min(2 * self.next_pause, _MOST_PAUSE)
+    def pause(self) -> None:
+        """The last call was of no use."""
+        self.was_told = False
+        self.left_out = self.next_pause
+        self.next_pause = min(2 * self.next_pause, _MOST_PAUSE)
 
 
 class Screen:
@@ -111,7 +114,7 @@ class Screen:
 
         Returns:
             ``[outputs]`` int64, ascending, to be used before the next call; None where there are
-            too many, a row is not finite, or calls before could not tell.
+            too many, a row is not finite, or calls before were of no use.
         """
         if not self._patience.wants():
             return None
@@ -133,5 +136,12 @@ class Screen:
             self._found.shape[0],
             num_threads(),
         )
-        self._patience.learn(could_tell=count >= 0)
-        return self._found[:count] if count >= 0 else None
+        if count < 0:
+            self._patience.pause()
+            return None
+        self._patience.was_told = True
+        return self._found[:count]
+
+    def pause(self) -> None:
+        """What the last call found was of no use: leave out the next ones, at first one."""
+        self._patience.pause()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from builders.bases.tiny_models import VOCAB_SIZE, save_tiny_model
+from builders.constraints import compiled
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
 from servers.engine_harness import EngineHarness, make_request
 
@@ -20,6 +21,7 @@ from turret.server.engine.scheduling.request import (
     SamplingParams,
     StopConditions,
 )
+from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.decoding.likeliest import LikeliestTokens
 
 pytestmark = pytest.mark.skipif(
@@ -156,6 +158,42 @@ async def test_end_tokens_are_banned_until_min_tokens(root: Path, asked: Counter
     assert plain.token_ids == whole.token_ids
     assert len(whole.token_ids) >= 6
     assert asked.total() <= 12 - 6
+
+
+@pytest.mark.parametrize(
+    ("pattern", "told"),
+    [
+        (r"[\s\S]*", range(3, 13)),  # says yes to all but ends and broken letters
+        ("[ab]{12}", range(1)),  # and no to nearly all
+    ],
+)
+async def test_a_grammar_is_asked_of_what_was_told(
+    root: Path, asked: Counter[str], pattern: str, told: range
+) -> None:
+    """Where it says no, all logits tell which token comes, and the next steps ask them at once."""
+    constraint = compiled("regex", pattern)
+    prompt, other = prompts(2)
+    request = make_request(prompt, max_tokens=12, constraint=constraint)
+    free = make_request(other, max_tokens=12)
+    whole: list[torch.Tensor] = []
+    async with EngineHarness.start(*served(root, "llama"), **OPTIONS) as harness:
+        expected = [await harness.run(request), await harness.run(free)]
+        assert not asked
+        decoder_logits = Decoder.logits
+
+        def counting(self: Decoder, hidden: torch.Tensor, *more: Any) -> torch.Tensor:
+            whole.append(hidden)
+            return decoder_logits(self, hidden, *more)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Decoder, "logits", counting)
+            [alone] = await harness.run_all(without_logprobs([request]))
+        together = await harness.run_all(
+            [replace(r, request_id=f"{r.request_id}-2", options=PLAIN) for r in (request, free)]
+        )
+    assert alone.token_ids == expected[0].token_ids
+    assert [a.token_ids for a in together] == [a.token_ids for a in expected]
+    assert len(alone.token_ids) - len(whole) in told, (len(whole), asked)
 
 
 async def test_drafts_are_checked_by_it(root: Path, asked: Counter[str]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -36,6 +36,19 @@ from turret.server.models.decoding.likeliest import LikeliestTokens
 
 
 @dataclass(frozen=True, slots=True)
+class Likeliest:
+    """The token with the largest logit of every row that tokens are drawn from.
+
+    Attributes:
+        tokens: In the order of ``Computed.placed``.
+        logits: Makes all logits of those rows, ``[samples, vocab]`` fp32: a token may not come.
+    """
+
+    tokens: SequenceOf[int]
+    logits: Callable[[], torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
 class Computed:
     """What a step computed.
 
@@ -47,15 +60,14 @@ class Computed:
             overwrite it.
         added: Of sequences whose adapter adds tokens to the base's, the logits of those in the same
             rows, ``[rows of the sequence, tokens]`` fp32.
-        likeliest: In place of ``logits``, where no more is asked of them: the token with the
-            largest one of every such row.
+        likeliest: In place of ``logits``, where no more is asked of them.
     """
 
     placed: tuple[Placed, ...]
     hidden: torch.Tensor
     logits: torch.Tensor | None
     added: Mapping[Sequence, torch.Tensor] = field(default_factory=dict)
-    likeliest: SequenceOf[int] | None = None
+    likeliest: Likeliest | None = None
 
 
 class Draws(Protocol):
@@ -193,13 +205,25 @@ class TorchExecutor:
             changes = changed_heads(samples, self.store, hidden.device)
             states = hidden.index_select(0, index)
             if not changes and all(takes_likeliest(sequence) for sequence, _ in samples):
-                tokens = None if self._likeliest is None else self._likeliest.find(states)
-                if tokens is not None:
-                    return Computed(batch.placed, hidden, None, likeliest=tokens)
+                likeliest = self._tell(states)
+                if likeliest is not None:
+                    return Computed(batch.placed, hidden, None, likeliest=likeliest)
             logits = self._decoder.logits(states, changes)
             added = added_logits(samples, states, self._decoder, self.store)
             return Computed(batch.placed, hidden, logits, added)
         return Computed(batch.placed, hidden, None)
+
+    def _tell(self, states: torch.Tensor) -> Likeliest | None:
+        """The likeliest tokens of ``[samples, hidden]``, if they can be told without all logits."""
+        told_by = self._likeliest
+        if told_by is None or (tokens := told_by.find(states)) is None:
+            return None
+
+        def logits() -> torch.Tensor:
+            told_by.was_of_no_use()
+            return self._decoder.logits(states)
+
+        return Likeliest(tokens, logits)
 
     def _told(self, step: Step) -> AllTold:
         """Compute the first passes of a step."""

@@ -157,13 +157,16 @@ class Runner:
 
     def _sample(self, computed: Computed, result: StepResult) -> None:
         items = [placed.item for placed in computed.placed if placed.samples]
-        if computed.likeliest is not None:
-            draws = likeliest_draws(items, computed.likeliest)
-        elif computed.logits is not None:
-            masks = self._masks.take()
-            draws = draw_tokens(self._sampler, computed.logits, items, masks, computed.added)
-        else:
+        if not items:
             return
+        masks, logits, draws = self._masks.take(), computed.logits, None
+        if computed.likeliest is not None:
+            draws = likeliest_draws(items, computed.likeliest.tokens, masks)
+            if draws is None:
+                logits = computed.likeliest.logits()
+        if draws is None:
+            assert logits is not None, "of every row that is drawn from"
+            draws = draw_tokens(self._sampler, logits, items, masks, computed.added)
         for item, drawn in zip(items, draws, strict=True):
             result.draws[item.sequence] = drawn
 

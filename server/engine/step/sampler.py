@@ -139,15 +139,19 @@ class Sampler:
 
 
 def takes_likeliest(sequence: Sequence) -> bool:
-    """Whether the largest of the logits tells the next token, and no more is asked of them."""
+    """Whether the largest of the logits tells the next token, and no more is asked of them.
+
+    A constraint may still say no to that token.
+    """
     request = sequence.request
     params = request.sampling
     is_plain = params.repetition_penalty == 1.0 and not (
         params.presence_penalty or params.frequency_penalty or params.logit_bias
     )
-    is_free = request.constraint is None and sequence.num_generated >= request.stop.min_tokens
+    # A constraint's mask says itself which tokens end an answer too early.
+    bans = request.constraint is None and sequence.num_generated < request.stop.min_tokens
     reports = request.options.logprobs or sequence.vocab_size
-    return params.is_greedy and is_plain and is_free and not reports
+    return params.is_greedy and is_plain and not (bans or reports)
 
 
 def _sample(row: torch.Tensor, params: SamplingParams, uniform: float) -> int:

@@ -18,7 +18,7 @@ import torch
 from turret.server.engine.scheduling.scheduled import Scheduled
 from turret.server.engine.scheduling.sequence import Sequence
 from turret.server.engine.step.executor import Draws
-from turret.server.engine.step.masks import Mask
+from turret.server.engine.step.masks import LateMask, Mask
 from turret.server.engine.step.sampler import NOTHING_DRAWN, Draw
 from turret.server.engine.step.vocabulary_plan import NOTHING_ADDED
 
@@ -91,18 +91,31 @@ def draw_tokens(
     return [run.draws for run in runs]
 
 
-def likeliest_draws(items: SequenceOf[Scheduled], tokens: SequenceOf[int]) -> list[list[Draw]]:
+def likeliest_draws(
+    items: SequenceOf[Scheduled], tokens: SequenceOf[int], masks: Mapping[Sequence, Mask]
+) -> list[list[Draw]] | None:
     """The same where the token of every row is known.
 
     Args:
         items: See ``draw_tokens``.
         tokens: ``[samples]``: the likeliest of each row.
+        masks: See ``draw_tokens``; late ones.
+
+    Returns:
+        None where a constraint says no to a token: then the logits have to tell.
     """
     drawn: list[list[Draw]] = []
     row = 0
     for item in items:
+        token: int | None = tokens[row]
+        mask = masks.get(item.sequence)
+        if mask is not None:
+            assert isinstance(mask, LateMask), "greedy"
+            token = mask.settle(tokens[row])
+        if token is None:
+            return None
         run = _Run(item, row)
-        run.take(Draw(tokens[row]))
+        run.take(Draw(token))
         while run.goes_on:
             run.take(Draw(tokens[row + len(run.tokens)]))
         drawn.append(run.draws)

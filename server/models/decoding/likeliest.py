@@ -61,3 +61,8 @@ class LikeliestTokens:
             return None
         found: list[int] = tokens[likeliest_tokens(logits)].tolist()
         return found
+
+    def was_of_no_use(self) -> None:
+        """What was found did not do: the next calls find nothing, as if it could not be told."""
+        if self._screen is not None:
+            self._screen.pause()
