@@ -128,7 +128,7 @@ def test_what_cannot_be_classified_is_refused_by_name(model: Path, tmp_path: Pat
             resolve_tiny(tmp_path, model, *RUN, override)
     rows = [{"prompt": str(n), "completion": "same"} for n in range(4)]
     write_jsonl(path, rows)
-    with pytest.raises(DataError, match="1 labels"):
+    with pytest.raises(DataError, match="holds 1 label,"):
         resolve_tiny(tmp_path, model, *RUN)
     write_jsonl(path, [*rows, {"text": "no label"}])
     with pytest.raises(DataError, match="has no label"):
