@@ -29,6 +29,13 @@ _FLAGS = {
     "--learning-rate": ("optimizer.learning_rate", "RATE"),
 }
 
+# Those that are paths, from where one stands; in the file, and with --set, from the file's folder.
+_PATHS = {
+    "--model": "base model",
+    "--train": "JSONL file of examples",
+    "--output": "where the run goes",
+}
+
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the verb."""
@@ -68,10 +75,11 @@ def _config_parser() -> argparse.ArgumentParser:
         action="append",
         default=[],
         metavar="TABLE.KEY=VALUE",
-        help="override a key; repeat for more",
+        help="override a key, paths as in the file, from its folder; repeat for more",
     )
     for flag, (key, metavar) in _FLAGS.items():
-        parser.add_argument(flag, metavar=metavar, help=f"--set {key}={metavar}")
+        what = f"{_PATHS[flag]}, from here: {key}" if flag in _PATHS else f"--set {key}={metavar}"
+        parser.add_argument(flag, metavar=metavar, help=what)
     parser.add_argument(
         "--threads",
         type=_positive,
@@ -175,13 +183,22 @@ def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> Any:
     for flag, (key, _) in _FLAGS.items():
         value = getattr(args, flag[2:].replace("-", "_"))
         if value is not None:
-            overrides.append(f"{key}={value}")
+            overrides.append(f"{key}={_from_here(flag, value)}")
     config = read_config(args.config, overrides)
     use_threads(args.threads, is_background=True, niceness=args.nice)
     check_inputs(config, args.config.parent, ranks)
     # Read again with the base, which takes seconds to load: a bad line need not wait for it.
     read_files(config.data, args.config.parent)
     return config
+
+
+def _from_here(flag: str, value: str) -> str:
+    """A flag's value, a path as the file may have it: who types a path stands somewhere.
+
+    A model that is no path here is one of the hub, or one that the file's folder has.
+    """
+    is_path = flag in _PATHS and (flag != "--model" or Path(value).exists())
+    return str(Path(value).absolute()) if is_path else value
 
 
 def _load(args: argparse.Namespace, module: str) -> None:

@@ -32,6 +32,7 @@ from turret.training.verbs import _how_a_sweep_goes_on, _read, _with_errors
 
 def write_config(folder: Path, *lines: str) -> str:
     """A config whose data is ``lines``."""
+    folder.mkdir(exist_ok=True)
     (folder / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
     (folder / "t.jsonl").write_text("".join(f"{line}\n" for line in lines))
     return str(folder / "t.toml")
@@ -68,6 +69,26 @@ def test_a_rank_that_no_update_has_ends_before_torch(tmp_path: Path):
     assert code == 1
     assert err.startswith("error: method.rank: at most 192 on these modules: k_proj has 576 inputs")
     assert not modules & {"torch", "peft", "transformers"}
+
+
+def test_paths_of_flags_are_those_of_where_one_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Those of the file and of ``--set`` are relative to the file."""
+    config = write_config(tmp_path / "there", '{"prompt": "a", "completion": "b"}')
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    _, _, err = loaded_and_said_by("train", "run", config, "--train", "no.jsonl")
+    assert err.startswith(f"error: data.train: {tmp_path}/here/no.jsonl does not exist")
+    _, _, err = loaded_and_said_by("train", "run", config, "--set", "data.train=no.jsonl")
+    assert err.startswith(f"error: data.train: {tmp_path}/there/no.jsonl does not exist")
+    (tmp_path / "here" / "taken").touch()
+    _, _, err = loaded_and_said_by("train", "run", config, "--output", "taken")
+    assert f"{tmp_path}/here/taken is a file" in err
+    # A model that is no path here may be one of the hub.
+    (tmp_path / "here" / "base").mkdir()
+    _, _, err = loaded_and_said_by("train", "run", config, "--model", "base")
+    assert f"{tmp_path}/here/base" in err
 
 
 def write_mixture(folder: Path) -> Path:
@@ -240,11 +261,12 @@ def test_a_run_that_stops_says_from_where_it_can_go_on(
 
     assert said() == "\nstopped\n"
     run.write_facts({})
-    assert said().endswith(" (run.checkpoint_every): --resume begins at step 0\n")
+    go_on = f"`turret train run {run.config} --resume`"
+    assert said().endswith(f" (run.checkpoint_every): {go_on} begins at step 0\n")
     run.checkpoints.mkdir()
     for step in (50, 100):
         checkpoint_path(run.checkpoints, step).touch()
-    assert said() == "\nstopped; --resume goes on from step 100\n"
+    assert said() == f"\nstopped; {go_on} goes on from step 100\n"
     run.adapter.mkdir()
     assert said() == "\nstopped\n"
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL

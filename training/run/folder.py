@@ -28,6 +28,7 @@ every validation (``kind`` is ``validation``; step 0 is the adapter before train
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,9 +117,10 @@ class RunFolder:
         if self.is_finished or not self.facts.exists():
             return ""
         newest = self.newest_checkpoint
+        command = f"`turret train run {shlex.quote(str(self.config))} --resume`"
         if newest is None:
-            return "no checkpoint is written yet (run.checkpoint_every): --resume begins at step 0"
-        return f"--resume goes on from step {step_of(newest)}"
+            return f"no checkpoint is written (run.checkpoint_every): {command} begins at step 0"
+        return f"{command} goes on from step {step_of(newest)}"
 
     def read_facts(self) -> dict[str, Any]:
         """``run.json``.
