@@ -48,7 +48,7 @@ def test_the_page_makes_what_the_service_runs():
     )
     assert unit is not None
     assert f"python3 -m venv {Path(unit[1]).parents[1]}\n" in text
-    assert f"turret.toml {unit[2]}\n" in text
+    assert f"touch {unit[2]}\n" in text
 
 
 def test_prometheus_scrapes_the_default_address():
