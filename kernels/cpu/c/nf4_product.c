@@ -5,7 +5,7 @@
  * to the output's.
  *
  * Products of several rows in pairs take longer than reading the weight does. Meanwhile the adapters
- * that are read next come into the cache (ahead.h); tiles leave the memory no time for that.
+ * that are read next come into the cache (ahead.h); tiles and few rows leave the memory no time for that.
  */
 #include "adapters/ahead.h"
 #include "entries.h"

@@ -84,7 +84,7 @@ def test_every_factor_is_asked_for_once_and_in_time(
             module = layer * len(SIZES) + first
             for part in range(threads):
                 for address, size in asked(
-                    rows, module, rows=4, part=part, parts=threads, most=10_000
+                    rows, module, rows=8, part=part, parts=threads, most=10_000
                 ):
                     lines = lines_of(address, size)
                     assert not lines & done[part]
@@ -125,8 +125,9 @@ def test_a_slow_product_asks_again_where_it_stopped() -> None:
 def test_fewer_rows_leave_time_for_fewer_lines() -> None:
     table, factors = make(40, 1)
     rows = RowAdapters([RowSegment(0, 1, [(table, 1.0)])], 3, ModuleSizes(SIZES, LAYERS))
-    (found,) = asked(rows, 0, rows=1, part=0, parts=1, most=1)
-    assert found == (factors[0][0].data_ptr(), 4 * LINE)
+    (found,) = asked(rows, 0, rows=6, part=0, parts=1, most=1)
+    assert found == (factors[0][0].data_ptr(), 24 * LINE)
+    assert asked(rows, 0, rows=5, part=0, parts=1, most=1) == []
 
 
 def test_more_bytes_are_asked_for_less_far_ahead() -> None:

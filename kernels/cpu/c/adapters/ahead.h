@@ -4,7 +4,7 @@
  * before B. Every thread walks along with a mark of its own and takes the ranks that it will read
  * itself (turret_adapt deals its work out in this order): what lies in another core's cache is
  * little gain. It stays within `reach` modules: what came too early would have left the cache again.
- * With tiles `reach` is 0: the base's product waits for memory itself.
+ * With tiles `reach` is 0: the base's product waits for memory itself, as it does with few rows.
  */
 #ifndef TURRET_AHEAD_H
 #define TURRET_AHEAD_H
@@ -12,6 +12,7 @@
 #include "adapters.h"
 
 #define LINE 64
+#define LEAST_ROWS 6 /* products of fewer rows leave the memory no time */
 #define MOST_LINES 64 /* at a time: a core has about 24 reads under way, of 100 ns each */
 
 typedef struct {
@@ -74,7 +75,7 @@ INLINE int64_t all_ranks(const Step *step, int64_t module) {
 static Lines next_lines(Walk *walk, int64_t rows) {
     const Step *step = walk->step;
     int64_t most = rows * 4 < MOST_LINES ? rows * 4 : MOST_LINES;
-    if (!step) return (Lines){0};
+    if (!step || rows < LEAST_ROWS) return (Lines){0};
     for (Mark *mark = &walk->mark; mark->module < walk->end; move_on(step, mark)) {
         const Module *m = module_at(step, mark);
         if (!m || !m->rank || !(mark->factor ? m->b : m->a)) continue;
