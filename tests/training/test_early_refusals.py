@@ -14,9 +14,11 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkout import ROOT
 from command_modules import loaded_and_said_by
+from safetensors.numpy import save_file
 from transformers import AutoConfig
 
 from turret.server.models.families import FAMILIES, read_arch
@@ -100,7 +102,7 @@ def write_mixture(folder: Path) -> Path:
     folder.mkdir(parents=True)
     config = {"model_type": "qwen3_moe", **sizes, **heads, **experts, **layers}
     (folder / "config.json").write_text(json.dumps(config))
-    (folder / "model.safetensors").touch()
+    save_file({"a": np.zeros(1, np.float32)}, folder / "model.safetensors")
     return folder
 
 
@@ -127,6 +129,20 @@ def test_a_rank_is_checked_before_a_mixture_is_loaded_or_fetched(
         "error: method.rank: at most 24 on these modules: gate_proj has 64 inputs"
     )
     assert code == 1
+    assert not modules & {"torch", "peft", "transformers"}
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+def test_weights_that_are_cut_short_end_before_torch(verb: str, tmp_path: Path):
+    config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
+    weights = write_mixture(tmp_path / "mixture") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    code, modules, err = loaded_and_said_by(
+        "train", verb, config, "--model", str(weights.parent), "--rank", "2"
+    )
+    assert code == 1
+    assert re.match(f"error: model: {weights} is cut short: it has \\d+ of \\d+ bytes", err)
+    assert err.count("\n") == 1
     assert not modules & {"torch", "peft", "transformers"}
 
 

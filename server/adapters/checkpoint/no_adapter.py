@@ -12,20 +12,8 @@ COPY_AGAIN = f"copy the file again, or {SAVE_AGAIN}"
 OTHER_TRAINING = f"{CONFIG_FILE} may be of another training"
 # Of a LoRA that has one of a module's two factors.
 MISSING_FACTOR = f"is missing; other LoRA tensors are there: {SAVE_AGAIN}"
-_LFS_POINTER = b"version https://git-lfs"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MODEL_CONFIG = "config.json"
-
-
-def why_lfs_pointer(begin: bytes) -> str:
-    """Why a file with this beginning is not what its name says; "" where it may be.
-
-    Args:
-        begin: As many of its first bytes as there are of a pointer's, or all.
-    """
-    if not begin.startswith(_LFS_POINTER[: max(8, len(begin))]):
-        return ""
-    return "is a Git LFS pointer, not the file itself: `git lfs pull` in the clone fetches it"
 
 
 def check_is_adapter(directory: AdapterDirectory, path: str) -> None:

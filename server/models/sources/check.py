@@ -9,7 +9,13 @@ from typing import Any, TypeGuard
 from turret.server.models.families import FAMILIES, text_type
 from turret.server.models.sources.cache import check_cache_dir
 from turret.server.models.sources.embedded import MODEL_NAME, find_gguf
-from turret.server.models.sources.gguf_header import SUFFIX, check_gguf, gguf_size, read_sizes
+from turret.server.models.sources.gguf_header import (
+    SUFFIX,
+    check_gguf,
+    check_whole,
+    gguf_size,
+    read_sizes,
+)
 from turret.server.models.sources.hub_model import (
     check_hub_model,
     checked_config,
@@ -48,6 +54,8 @@ def check_model(model: Path | None) -> str:
         return check_hub_model(hub_id)
     if model is None or (model.suffix == SUFFIX and model.is_file()):
         kind = check_gguf(find_gguf() if model is None else model)
+        if model is not None:
+            check_whole(model)
         check_cache_dir()
         return kind
     config = check_model_directory(model)

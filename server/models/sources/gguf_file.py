@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from turret.server.models.sources.gguf_config import read_gguf_config
-from turret.server.models.sources.gguf_header import check_gguf, refuse
+from turret.server.models.sources.gguf_header import check_gguf, check_whole, refuse
 from turret.server.models.sources.gguf_tensors import GgufTensors
 from turret.server.models.sources.gguf_tokenizer import read_gguf_tokenizer
 
@@ -50,6 +50,7 @@ def open_gguf(path: Path) -> GgufModel:
     import gguf
 
     check_gguf(path)
+    check_whole(path)
     try:
         reader = gguf.GGUFReader(path)
         fields = {key: field.contents() for key, field in reader.fields.items()}

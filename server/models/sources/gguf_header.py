@@ -5,6 +5,7 @@ The layout is that of ggml's docs/gguf.md, versions 2 and 3, little-endian.
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,7 +15,7 @@ from turret.server.models.sources.gguf_layouts import LAYOUTS, layout_of
 
 SUFFIX = ".gguf"
 _MAGIC = b"GGUF"
-_STRING, _ARRAY = 8, 9
+_UINT32, _STRING, _ARRAY = 4, 8, 9
 # Type → form of a value, as ``struct`` writes it.
 _SCALARS = {
     **{0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i"},
@@ -23,7 +24,17 @@ _SCALARS = {
 _MAX_TEXT = 1 << 16
 # Keys about the model come before the vocabulary, which is long.
 _MAX_KEYS = 256
+_MAX_SIZES = 8
 _VOCABULARY = "tokenizer."
+_ALIGNMENT = "general.alignment"
+# Type of a tensor → numbers of a block, and its bytes; of ``gguf``, which takes its time to load.
+_BLOCKS = {
+    **{0: (1, 4), 1: (1, 2), 2: (32, 18), 3: (32, 20), 6: (32, 22), 7: (32, 24), 8: (32, 34)},
+    **{10: (256, 84), 11: (256, 110), 12: (256, 144), 13: (256, 176), 14: (256, 210)},
+    **{16: (256, 66), 17: (256, 74), 18: (256, 98), 19: (256, 50), 20: (32, 18), 21: (256, 110)},
+    **{22: (256, 82), 23: (256, 136), 28: (1, 8), 29: (256, 56), 30: (1, 2), 34: (256, 54)},
+    **{35: (256, 66), 39: (32, 17)},
+}
 
 
 def check_gguf(path: Path) -> str:
@@ -50,6 +61,26 @@ def check_gguf(path: Path) -> str:
     return layout_of(
         architecture, {key.removeprefix(prefix): value for key, value in said.items()}
     ).model_type
+
+
+def check_whole(path: Path) -> None:
+    """Refuse a file that :func:`check_gguf` takes and that ends before its tensors do.
+
+    Raises:
+        InvalidRequestError: It does.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        try:
+            whole = _end_of_tensors(file)
+        except struct.error:
+            whole = size + (file.tell() >= size)
+        except (ValueError, OverflowError, OSError):
+            # What is damaged in another way, its reader tells.
+            return
+    if size < whole:
+        step = "copy or download it again"
+        raise refuse(path, f"is cut short: {size:,} bytes, and its tensors end further on; {step}")
 
 
 def gguf_size(path: Path) -> tuple[int, int] | None:
@@ -112,6 +143,47 @@ def _skip_array(file: BinaryIO) -> bool:
     for _ in range(count):
         _text(file)
     return True
+
+
+def _end_of_tensors(file: BinaryIO) -> int:
+    """Where the last one ends, in bytes from the file's start; at least, if types are new."""
+    _, _, num_tensors, num_keys = struct.unpack("<4sIQQ", file.read(24))
+    alignment = 32
+    for _ in range(num_keys):
+        key = _text(file)
+        (kind,) = struct.unpack("<I", file.read(4))
+        if key == _ALIGNMENT and kind == _UINT32:
+            (alignment,) = struct.unpack("<I", file.read(4))
+        else:
+            _skip_value(file, kind)
+    ends = [0]
+    for _ in range(num_tensors):
+        _text(file)
+        (num_sizes,) = struct.unpack("<I", file.read(4))
+        if num_sizes > _MAX_SIZES:
+            raise ValueError("a tensor of that many dimensions")
+        *sizes, kind, offset = struct.unpack(f"<{num_sizes}QIQ", file.read(8 * num_sizes + 12))
+        numbers, block = _BLOCKS.get(kind, (1, 0))
+        ends.append(offset + math.prod(sizes) // numbers * block)
+    begin = file.tell()
+    return begin + -begin % max(1, alignment) + max(ends)
+
+
+def _skip_value(file: BinaryIO, kind: int) -> None:
+    """Pass over a value of any type; past the end of a file nothing is read either."""
+    if kind in _SCALARS:
+        file.seek(struct.calcsize(_SCALARS[kind]), 1)
+    elif kind == _STRING:
+        file.seek(struct.unpack("<Q", file.read(8))[0], 1)
+    elif kind == _ARRAY:
+        inner, count = struct.unpack("<IQ", file.read(12))
+        if inner in _SCALARS:
+            file.seek(struct.calcsize(_SCALARS[inner]) * count, 1)
+            return
+        for _ in range(count):
+            _skip_value(file, inner)
+    else:
+        raise ValueError("a type that there is not")
 
 
 def _text(file: BinaryIO) -> str:

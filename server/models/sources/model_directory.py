@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from turret.server.basics.counted import counted
+from turret.server.basics.lfs_pointer import why_lfs_pointer
 from turret.server.errors import InvalidRequestError
 from turret.server.models import families
 
@@ -16,6 +18,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Quantised checkpoints that are read like plain ones.
 _READ = ("mxfp4", "fp8")
+# What safetensors itself allows.
+_MAX_HEADER_BYTES = 100_000_000
+_AGAIN = "copy or download it again"
 _HUB_CACHE = re.compile(r".*/models--(.+?)--(.+)/snapshots/[0-9a-f]{40}")
 
 
@@ -43,7 +48,8 @@ def check_model_directory(model: Path) -> dict[str, Any]:
         )
     config = read_config(model)
     check_config(config, model)
-    weight_files(model)
+    for file in weight_files(model):
+        _check_whole(file)
     return config
 
 
@@ -134,14 +140,45 @@ def weight_files(folder: Path) -> list[Path]:
     raise _refuse(f"{folder} has no {WEIGHTS}; only safetensors is read")
 
 
+def _check_whole(file: Path) -> None:
+    """Refuse a safetensors file that is a pointer to one, or does not end where its tensors do.
+
+    The header alone is read. What else it says is left to who reads the tensors.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as opened:
+        word = opened.read(8)
+        if why := why_lfs_pointer(word) if word else "is empty; " + _AGAIN:
+            raise _refuse(f"{file} {why}")
+        (length,) = struct.unpack("<Q", word.ljust(8, b"\0"))
+        if length > _MAX_HEADER_BYTES:
+            raise _refuse(f"{file} is no safetensors file; {_AGAIN}")
+        text = opened.read(length)
+    if len(word) < 8 or len(text) < length:
+        raise _refuse(f"{file} is cut short: it ends inside its header; {_AGAIN}")
+    try:
+        table: dict[str, Any] = json.loads(text)
+        ends = [entry["data_offsets"][1] for name, entry in table.items() if name[:2] != "__"]
+        whole = 8 + length + max(ends, default=0)
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        raise _refuse(f"{file} has a damaged header; {_AGAIN}") from None
+    if size < whole:
+        raise _refuse(f"{file} is cut short: it has {size:,} of {whole:,} bytes; {_AGAIN}")
+    if size > whole:
+        raise _refuse(f"{file} is damaged: {size:,} bytes, {whole:,} by its header; {_AGAIN}")
+
+
 def indexed_files(index: Path) -> list[str]:
     """The files that the index of a sharded checkpoint names, each once.
 
     Raises:
         InvalidRequestError: It is no index, or names what does not lie beside it.
     """
+    data = index.read_bytes()
+    if why := why_lfs_pointer(data):
+        raise _refuse(f"{index} {why}")
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(json.loads(data)["weight_map"].values())
         paths = {name: PurePosixPath(name) for name in names}
     except (ValueError, KeyError, TypeError, AttributeError):
         paths = {}
@@ -167,8 +204,11 @@ def read_config(model: Path) -> dict[str, Any]:
                 " adapters lie in"
             )
         raise _refuse(f"{model} has no config.json; a model is a directory in Hugging Face format")
+    data = path.read_bytes()
+    if why := why_lfs_pointer(data):
+        raise _refuse(f"{path} {why}")
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(data)
     except ValueError as error:
         raise _refuse(f"{path} is no JSON: {error}") from None
     if not isinstance(config, dict):

@@ -31,6 +31,7 @@ from turret.server.models import model_source
 from turret.server.models.families import read_arch
 from turret.server.models.loader import eos_token_ids
 from turret.server.models.model_source import resolve_model
+from turret.server.models.sources import gguf_header
 from turret.server.models.sources.cache import default_cache_dir
 from turret.server.models.sources.check import check_model
 from turret.server.models.sources.embedded import MODEL_NAME, find_gguf
@@ -223,10 +224,26 @@ def test_files_that_are_none_of_ours_fail_before_torch(tmp_path: Path) -> None:
     ):
         check_model(file)
     write_gguf(tiny("qwen3", tmp_path / "model"), file, Kind.F16)
-    file.write_bytes(file.read_bytes()[:-5000])
+    whole = file.read_bytes()
+    # Of the tensors, of their table, of the vocabulary.
+    for size in (len(whole) - 1, len(whole) // 2, whole.index(b"blk.0.") + 9, len(whole) // 99):
+        file.write_bytes(whole[:size])
+        for look in (check_model, open_gguf):
+            with pytest.raises(InvalidRequestError, match=f"is cut short: {size:,} bytes, and"):
+                look(file)
+    file.write_bytes(whole)
+    check_model(file)
+    file.write_bytes(whole.replace(b"blk.0.attn_q.weight\2\0\0\0", b"blk.0.attn_q.weight\1\0\0\0"))
     check_model(file)
     with pytest.raises(InvalidRequestError, match="cannot be read"):
         open_gguf(file)
+
+
+def test_the_sizes_of_blocks_are_those_of_gguf() -> None:
+    for kind, sizes in gguf_header._BLOCKS.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(kind)] == sizes
+    # A type that is left out would leave the file's end untold.
+    assert {Kind.F32, Kind.F16, Kind.BF16, Kind.Q8_0, Kind.MXFP4} <= {*gguf_header._BLOCKS}
 
 
 def test_reading_is_told_and_not_drawn(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

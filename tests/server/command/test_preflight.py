@@ -6,13 +6,17 @@ import errno
 import fcntl
 import json
 import os
+import re
 import socket
 import subprocess
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from checkout import ROOT
+from safetensors.numpy import save_file
 from start_problems import found, parse
 
 from turret.server.cli import main
@@ -56,9 +60,9 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     assert "pytorch_model.bin" in said(tmp_path)
     index = {"weight_map": {"a": "1.safetensors", "b": "2.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    (tmp_path / "1.safetensors").touch()
+    save_file({"a": np.zeros(3, np.float32)}, tmp_path / "1.safetensors")
     assert "lacks 1 of the 2 files" in said(tmp_path)
-    (tmp_path / "2.safetensors").touch()
+    save_file({"b": np.zeros(3, np.float32)}, tmp_path / "2.safetensors")
     assert found("--model", str(tmp_path)) == []
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../1"}}')
     assert "'../1', which is not below its directory" in said(tmp_path)
@@ -67,6 +71,46 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
         assert "is damaged" in said(tmp_path)
     config.write_text('{"model_type": "llama", "quantization_config": {"quant_method": "gptq"}}')
     assert "quantised with 'gptq'" in said(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 123\n"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda _: b"", "is empty; copy or download it again"),
+        (lambda _: POINTER, "is a Git LFS pointer, .*: `git lfs pull` in the clone fetches it"),
+        (lambda data: data[:5], "is cut short: it ends inside its header"),
+        (lambda data: data[:40], "is cut short: it ends inside its header"),
+        (lambda data: data[:-1], r"is cut short: it has 1,\d\d\d of 1,\d\d\d bytes"),
+        (lambda data: data + b"0", r"is damaged: 1,\d\d\d bytes, 1,\d\d\d by its header"),
+        (lambda data: data.replace(b"data_offsets", b"DATA_OFFSETS"), "has a damaged header"),
+        (lambda _: b"<!doctype html><title>Sign in", "is no safetensors file"),
+    ],
+)
+def test_weights_that_are_not_whole(
+    spoil: Callable[[bytes], bytes], said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    names = ("1.safetensors", "2.safetensors")
+    for name in names:
+        save_file({name: np.zeros(300, np.float32)}, tmp_path / name, {"format": "pt"})
+    index = {"weight_map": dict(zip("ab", names, strict=True))}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert found("--model", str(tmp_path)) == []
+    broken = tmp_path / names[1]
+    broken.write_bytes(spoil(broken.read_bytes()))
+    (problem,) = found("--model", str(tmp_path))
+    assert re.match(f"--model: {broken} {said}", problem)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_pointer_in_the_place_of_a_models_json(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    (tmp_path / name).write_bytes(POINTER)
+    (problem,) = found("--model", str(tmp_path))
+    assert problem.startswith(f"--model: {tmp_path / name} is a Git LFS pointer, not the file")
 
 
 def test_adapters_that_are_not_there(tmp_path: Path) -> None:

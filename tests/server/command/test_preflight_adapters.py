@@ -123,7 +123,7 @@ def test_adapters_of_other_shapes_than_the_base(
 def test_shapes_of_a_base_in_a_directory(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
-    (base / "model.safetensors").touch()
+    save_file({"a": np.zeros(1, np.float32)}, base / "model.safetensors")
     sizes = {"hidden_size": 64, "num_hidden_layers": 2}
     flags = ("--adapter-root", str(tmp_path), "--preload", "a=m", "--model", str(base))
     write_adapter(tmp_path / "m")
