@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import re
-import tomllib
 import types
 import typing
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from typing import Any
 from turret.server.basics.byte_size import parse_byte_size
 from turret.server.basics.closest import did_you_mean
 from turret.server.basics.hub_id import HubId
+from turret.server.basics.toml_text import parse_toml
 from turret.server.config import Config
 
 PREFIX = "TURRET_"
@@ -242,10 +242,8 @@ def read_file(path: Path) -> Settings:
         OSError: It cannot be read.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
-    except UnicodeDecodeError:
-        raise ValueError(f"{path}: is no UTF-8 text, as TOML is") from None
-    except tomllib.TOMLDecodeError as error:
+        tables = parse_toml(path.read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     known = {(setting.section, setting.name): setting for setting in settings()}
     sections = list(dict.fromkeys(section for section, _ in known))

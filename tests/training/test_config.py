@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 import typing
 from pathlib import Path
@@ -115,13 +116,23 @@ def test_a_bad_value_is_refused_by_name(overrides: list[str], message: str):
         ("", "data.train: is required"),
         ("data = 3", "data: must be a table"),
         ("[data", "Expected ']' at the end of a table declaration"),
+        ("[data]\ntrain = 'a'\ntrain = 'b'\n", "train.toml: the same key stands twice (at line 3,"),
     ],
 )
 def test_a_bad_file_is_refused(tmp_path: Path, text: str, message: str):
     path = tmp_path / "train.toml"
     path.write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError, match=message.replace("[", r"\[")):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         read_config(path)
+
+
+def test_a_byte_order_mark_is_passed_over(tmp_path: Path):
+    path = tmp_path / "train.toml"
+    path.write_text('[data]\ntrain = "t.jsonl"\n', encoding="utf-8-sig", newline="\r\n")
+    assert read_config(path).data.train == "t.jsonl"
+    data = tmp_path / "t.jsonl"
+    data.write_text('{"text": "a"}\n', encoding="utf-8-sig")
+    assert [example.completion for example in read_examples(data)] == ["a"]
 
 
 def test_examples_of_all_shapes_are_read(tmp_path: Path):

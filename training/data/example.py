@@ -15,6 +15,7 @@ field. Blank lines are skipped.
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 from collections.abc import Mapping
@@ -61,7 +62,7 @@ def read_examples(path: Path) -> list[Example]:
             named).
     """
     try:
-        data = path.read_bytes()
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     try:

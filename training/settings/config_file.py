@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.basics.closest import did_you_mean
+from turret.server.basics.toml_text import parse_toml
 from turret.training.errors import ConfigError
 from turret.training.settings.config import TrainConfig
 
@@ -30,13 +31,13 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> TrainConfig:
         ConfigError: Not readable, unknown keys (all of them named), wrong types, bad values.
     """
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        tables = parse_toml(path.read_bytes())
     except FileNotFoundError as error:
         step = f"`turret train init {path}` writes one"
         raise ConfigError(f"{path}: {error.strerror}; {step}") from error
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
     return build_config(tables, overrides)
 

@@ -201,7 +201,10 @@ def test_flags_win_over_variables_and_those_over_the_file(tmp_path: Path) -> Non
         '[adapters]\nmax_rank = 1\nadapter_root = "a"\nadapter_host_bytes = "2GiB"\n'
         '[adapters.preload]\nsql = "x/sql"\n[listen]\nhttp_address = "localhost:1"\n'
         'http_cors_origin = ["http://a:1", "http://b:2"]\n[scheduler]\nmax_num_seqs = 3\n'
-        "[lifecycle]\ngrace_seconds = 7\n[security]\ninsecure = true\n"
+        "[lifecycle]\ngrace_seconds = 7\n[security]\ninsecure = true\n",
+        # As Notepad on Windows saves it.
+        encoding="utf-8-sig",
+        newline="\r\n",
     )
     environ = {"TURRET_MAX_RANK": "2", "TURRET_MAX_NUM_SEQS": "4", "TURRET_PRELOAD": "a=b, c=d"}
     config = parse("--config", str(file), "--max-num-seqs", "5", environ=environ)
@@ -254,6 +257,7 @@ def test_every_setting_has_a_variable_and_a_key(tmp_path: Path) -> None:
         ("[adapters]\nmax_rank = '3'\n", "adapters.max_rank: must be a whole number, not '3'"),
         ("[adapters]\nmax_rank = true\n", "adapters.max_rank: must be a whole number, not True"),
         ("[adapters]\nmax_rank = 0\n", r"at least 1, not 0 \(max_rank is from .*t.toml\)"),
+        ("[cache]\na = 1\na = 2\n", r"t.toml: the same key stands twice \(at line 3, "),
         ("[cache]\nkv_cache_bytes = 'much'\n", "cache.kv_cache_bytes: 'much' is not a byte size"),
         ("[model]\ndtype = 'bfloat'\n", "model.dtype: .* did you mean 'bfloat16'"),
         ("[security]\ninsecure = 1\n", "security.insecure: must be true or false, not 1"),

@@ -1,0 +1,22 @@
+"""TOML as people's editors write it, and what is wrong with it in their words."""
+
+from __future__ import annotations
+
+import tomllib
+from typing import Any
+
+_TWICE = "Cannot overwrite a value"
+
+
+def parse_toml(data: bytes) -> dict[str, Any]:
+    """The tables of a file; a byte-order mark, as editors on Windows write one, is passed over.
+
+    Raises:
+        ValueError: It is no UTF-8 or no TOML; says where.
+    """
+    try:
+        return tomllib.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError("is no UTF-8 text, as TOML is") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(str(error).replace(_TWICE, "the same key stands twice")) from None
