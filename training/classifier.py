@@ -130,7 +130,7 @@ def label_scores(
 def label_samples(
     loss: ClassifierLoss, tokenizer: Any, examples: Sequence[Encoded], labels: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """As ``draw_samples``: the base model alone has no label to give."""
+    """As ``draw_samples``, without ``before``: the base model alone has no label to give."""
     samples = []
     for example in examples:
         batch = make_batch([(example,)], pad=0, is_packed=False)
@@ -140,7 +140,6 @@ def label_samples(
                 "prompt": tokenizer.decode(example.tokens[:-1]),
                 "turns": [list(turn) for turn in example.turns],
                 "reference": _shown(right, labels),
-                "before": "",
                 "after": _shown(found, labels),
             }
         )

@@ -17,6 +17,7 @@ from turret.server.engine.scheduling.pooling import Pooling
 from turret.training.classifier import ClassifierLoss, label_scores, make_loss
 from turret.training.data.batch import make_batch
 from turret.training.errors import ConfigError, DataError
+from turret.training.report.html_report import render_report
 from turret.training.run.folder import read_metrics
 from turret.training.trainer import Trainer, attach
 
@@ -70,6 +71,12 @@ async def test_a_trained_head_is_served_as_it_was_trained(
     assert config["id2label"] == {"0": "fruit", "1": "tool"}
     head = load_file(result.folder.adapter / "adapter_model.safetensors")
     assert head["base_model.model.score.weight"].shape[0] == 2
+    page = render_report(result.folder)
+    for key, name in (("accuracy", "accuracy"), ("macro_f1", "macro F1")):
+        figures = f"{rows[0][key]:.3f} → {rows[-1][key]:.3f}"
+        assert f"<dt>{name}</dt><dd>{figures}</dd>" in page
+    assert "nats per example; thin" in page
+    assert "base model</th>" not in page
     samples = [json.loads(line) for line in result.folder.samples.read_text().splitlines()]
     served = []
     root = result.folder.path

@@ -79,6 +79,9 @@ def test_the_page_shows_the_run(run: RunFolder):
     rows = list(read_metrics(run.metrics))
     losses = [row["loss"] for row in rows if row["kind"] == "validation"]
     assert losses[-1] < losses[0]
+    assert "nats per learned token; thin" in text
+    assert "base model</th>" in text
+    assert "accuracy" not in text
     assert f"{losses[0]:.3f} → {losses[-1]:.3f}" in page.cells
     assert "12 of 12" in page.cells
     size = (run.adapter / "adapter_model.safetensors").stat().st_size
@@ -182,6 +185,29 @@ def test_a_run_off_a_terminal_says_where_it_is(capsys: pytest.CaptureFixture[str
     assert heard.count("training: step 0/9  answering 3 samples 1/6") >= 2
     assert "step 3/9  loss 1.500" in (last := capsys.readouterr().err)
     assert "adapter written: here\n" in last
+
+
+def test_a_run_of_labels_tells_their_figures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    figures = {"accuracy": 0.75, "macro_f1": 0.5}
+    rows = (
+        {"kind": "step", "step": 2, "loss": 1.5},
+        {"kind": "validation", "step": 2, "loss": 1.038, **figures},
+    )
+    with training_progress(2) as listen:
+        for row in rows:
+            listen(row)
+    said = capsys.readouterr().err
+    assert "step 2/2  validation 1.038  accuracy 0.750  macro F1 0.500  " in said
+    drawn = io.StringIO()
+    console = Console(file=drawn, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    with training_progress(2) as listen:
+        for row in rows:
+            listen(row)
+        time.sleep(0.2)
+    assert re.search(r"2/2 loss 1\.500  accuracy 0\.750 \d:\d\d:\d\d", drawn.getvalue())
 
 
 def test_a_bar_has_room_for_counts_and_times_on_80_columns(monkeypatch: pytest.MonkeyPatch):

@@ -31,6 +31,14 @@ polyline{fill:none;stroke-width:2;stroke:var(--soft)}.training{stroke:var(--a)}
 circle.validation{fill:var(--b)}.key{color:var(--soft);font-size:13px}.key b{font-weight:600}
 """
 
+# Of a validation; all but the loss are of labels.
+_FIGURES = {
+    "loss": "validation loss",
+    "accuracy": "accuracy",
+    "macro_f1": "macro F1",
+    "micro_f1": "micro F1",
+}
+
 
 def write_report(folder: RunFolder) -> Path:
     """Write ``report.html`` of a run, finished or not, from the files in its directory.
@@ -57,7 +65,7 @@ def render_report(folder: RunFolder) -> str:
         f'<meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
         f"<h1>{escape(title)}</h1>{state}"
         f"<dl>{_tiles(folder, facts, rows, steps, validations)}</dl>"
-        f"{_loss(steps, validations)}{_rate(steps)}{_samples(folder)}"
+        f"{_loss(facts, steps, validations)}{_rate(steps)}{_samples(folder, facts)}"
         f"<h2>Config</h2><pre>{escape(folder.config.read_text(encoding='utf-8'))}</pre>"
         f"<h2>Made of</h2>{_made_of(facts)}</html>\n"
     )
@@ -73,7 +81,9 @@ def _tiles(
     tiles = {"steps": f"{len(steps)} of {facts['config']['run']['steps']}"}
     if validations:
         first, last = validations[0], validations[-1]
-        tiles["validation loss"] = f"{first['loss']:.3f} → {last['loss']:.3f}"
+        for key, name in _FIGURES.items():
+            if key in first and key in last:
+                tiles[name] = f"{first[key]:.3f} → {last[key]:.3f}"
     if rows:
         last = rows[-1]
         tiles["time"] = _duration(facts.get("waited_seconds", last["seconds"]))
@@ -87,15 +97,25 @@ def _tiles(
     return "".join(f"<div><dt>{k}</dt><dd>{escape(v)}</dd></div>" for k, v in tiles.items())
 
 
-def _loss(steps: Sequence[Mapping[str, Any]], validations: Sequence[Mapping[str, Any]]) -> str:
+def _loss(
+    facts: Mapping[str, Any],
+    steps: Sequence[Mapping[str, Any]],
+    validations: Sequence[Mapping[str, Any]],
+) -> str:
     batches = [(row["step"], row["loss"]) for row in steps]
     curves = [
         Curve("each-batch", batches),
         Curve("training", smoothed(batches)),
         Curve("validation", [(row["step"], row["loss"]) for row in validations], has_dots=True),
     ]
-    key = "nats per learned token; thin: each batch, thick: their moving average, dots: validation"
+    unit = "example" if _is_classification(facts) else "learned token"
+    key = f"nats per {unit}; thin: each batch, thick: their moving average, dots: validation"
     return f'<h2>Loss</h2>{curves_svg(curves, "steps")}<p class="key">{key}</p>'
+
+
+def _is_classification(facts: Mapping[str, Any]) -> bool:
+    # Runs of earlier versions have no such key.
+    return facts["config"]["data"].get("task") == "classification"
 
 
 def _rate(steps: Sequence[Mapping[str, Any]]) -> str:
@@ -103,17 +123,20 @@ def _rate(steps: Sequence[Mapping[str, Any]]) -> str:
     return f"<h2>Learning rate</h2>{curves_svg([curve], 'steps')}"
 
 
-def _samples(folder: RunFolder) -> str:
+def _samples(folder: RunFolder, facts: Mapping[str, Any]) -> str:
     if not folder.samples.exists():
         return ""
     rows = [json.loads(line) for line in folder.samples.read_text(encoding="utf-8").splitlines()]
     if not rows:
         return ""
-    keys = ("reference", "before", "after")
-    head = "".join(f"<th>{key}</th>" for key in ("prompt", "right answer", "base model", "adapter"))
+    columns = {"reference": "right answer", "before": "base model", "after": "adapter"}
+    if _is_classification(facts):
+        # The base model alone has no label to give.
+        del columns["before"]
+    head = "".join(f"<th>{name}</th>" for name in ("prompt", *columns.values()))
     body = "".join(
         f"<tr><td>{_prompt(row)}</td>"
-        + "".join(f"<td>{escape(row[key])}</td>" for key in keys)
+        + "".join(f"<td>{escape(row[key])}</td>" for key in columns)
         + "</tr>"
         for row in rows
     )

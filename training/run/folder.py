@@ -17,7 +17,10 @@ every validation (``kind`` is ``validation``; step 0 is the adapter before train
 |---|---|
 | ``kind`` | ``step`` or ``validation`` |
 | ``step`` | optimizer steps done |
-| ``loss`` | nats per learned token, of the step's batch (before it) or the validation set |
+| ``loss`` | nats per learned token, or per example of a classification, of the step's batch |
+| | (before it) or the validation set |
+| ``accuracy``, ``macro_f1`` | of a validation of labels |
+| ``micro_f1``, ``label_f1`` | of one where any number of labels may hold |
 | ``learning_rate`` | of the step (with LoRA+: of A) |
 | ``grad_norm`` | of the step, before clipping |
 | ``tokens`` | training tokens seen so far, padding left out |

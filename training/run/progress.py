@@ -98,14 +98,18 @@ class _Shown:
 
     def _metrics(self, row: dict[str, Any]) -> None:
         name = "loss" if row["kind"] == "step" else "validation"
-        self._losses[row["kind"]] = f"{name} {row['loss']:.3f}"
+        self._losses[row["kind"]] = text = f"{name} {row['loss']:.3f}"
+        if "accuracy" in row:
+            # A bar has no room for all three.
+            self._losses["validation"] = f"accuracy {row['accuracy']:.3f}"
+            text += f"  accuracy {row['accuracy']:.3f}  macro F1 {row['macro_f1']:.3f}"
         self._step, self._phase = row["step"], ""
         losses = "  ".join(filter(None, self._losses.values()))
         self._update(completed=self._step, now=losses)
         every = max(1, (self._num_steps or 1) // _LINES)
         is_due = row["kind"] == "validation" or self._step % every == 0
         if not self._console.is_terminal and is_due:
-            self.line(self._losses[row["kind"]])
+            self.line(text)
 
     def line(self, text: str) -> None:
         with self._lock:
