@@ -13,6 +13,8 @@ from checkout import ROOT
 from safetensors.numpy import load_file, save_file
 from start_problems import found
 
+from turret.server.adapters.peft_format.config.rules import is_rank
+
 ADAPTERS = ROOT / "examples" / "adapters"
 
 
@@ -42,6 +44,8 @@ def write_adapter(
             {"r": 8},
             r"lora_A\.weight: has rank 4, the config says 8; adapter_config\.json may",
         ),
+        *(({"r": r}, f"r: {is_rank(r)}$") for r in ("four", -1, 0, 4.0, True, None)),
+        ({"peft_type": "VERA", "r": "four"}, f"r: {is_rank('four')}$"),
         ({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}, "was trained for 'meta-llama/"),
     ],
 )

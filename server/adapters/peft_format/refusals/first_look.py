@@ -64,7 +64,7 @@ def look_at(
 
     Raises:
         AdapterCheckpointError: A file cannot be read, the ``peft_type`` is misspelt or not served,
-            a LoRA's ``r`` contradicts its factors, or one of two factors is missing.
+            ``r`` is no rank or contradicts a LoRA's factors, or one of two factors is missing.
         AdapterMismatchError: It names another base, or a LoRA's factors are for other shapes.
         BudgetExceededError: A rank is over ``max_rank``: of a LoRA, by its tensors, or of a method
             that has one, by its config.
@@ -127,6 +127,10 @@ def _rank_of_all(config: Mapping[str, Any]) -> int:
 
 def _check_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], findings: Findings) -> None:
     rank = config.get("r")
+    has_rank = peft_type_of(config) in {"LORA", *_RANKED_BY_R} and "r" in config
+    if has_rank and not (type(rank) is int and rank >= 1):
+        findings.add("r", f"must be an integer >= 1, not {rank!r:.60}")
+        return
     if config.get(_PATTERN):
         # Which rank a module has then, the base's modules decide.
         return
