@@ -29,7 +29,7 @@ from turret.server.errors import AdapterExistsError, TurretError
 from turret.server.metrics import Metrics
 from turret.server.metrics_server import ROLE as METRICS_ROLE
 from turret.server.metrics_server import MetricsServer
-from turret.server.reloading import TokenReloader
+from turret.server.reloading import NOTHING_TO_RELOAD, Hangup, TokenReloader
 from turret.server.rpc.server import RpcServer
 
 if TYPE_CHECKING:
@@ -318,7 +318,7 @@ class App:
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGTERM and SIGINT: the first stops gracefully, the second at once."""
+        """SIGTERM and SIGINT: the first stops gracefully, the second at once. SIGHUP reloads."""
         loop = asyncio.get_running_loop()
         is_main = threading.current_thread() is threading.main_thread()
         kinds = (signal.SIGTERM, signal.SIGINT) if is_main else ()
@@ -330,19 +330,24 @@ class App:
             _log.info("stopping", extra=log.fields(signal=kind.name))
             self._stop.set()
 
+        hangup = Hangup()
+
         def reload() -> None:
-            if self._reloader is not None:
+            if hangup.is_of_terminal():
+                received(signal.SIGHUP)
+            elif self._reloader is not None:
                 self._reloader.reload()
+            elif self.config.security.token_file is None:
+                _log.info(NOTHING_TO_RELOAD)
 
         for kind in kinds:
             loop.add_signal_handler(kind, received, kind)
-        reloads = is_main and self.config.security.token_file is not None
-        if reloads:
+        if is_main:
             loop.add_signal_handler(signal.SIGHUP, reload)
         try:
             yield
         finally:
             for kind in kinds:
                 loop.remove_signal_handler(kind)
-            if reloads:
+            if is_main:
                 loop.remove_signal_handler(signal.SIGHUP)

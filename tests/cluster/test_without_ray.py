@@ -41,7 +41,7 @@ def test_serve_does_not_import_ray() -> None:
 
 
 _STOPPED_WHILE_IT_CONNECTS = """
-import os, signal, types
+import logging, os, signal, sys, types
 from turret.server.cluster.serving import serve
 
 class Cluster:
@@ -50,21 +50,28 @@ class Cluster:
         # As Ray's core, which takes the signal over.
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGTERM)
+        # With nothing to read again, and while a handler of its own is there.
+        os.kill(os.getpid(), signal.SIGHUP)
         return cls()
 
     def close(self, state_dir):
         print(f"closed {state_dir}", signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 
 serve.RayCluster = Cluster
+logging.basicConfig(stream=sys.stdout, level=logging.INFO, format="%(message)s")
 adapters = types.SimpleNamespace(state_dir="x")
-print(serve.run(types.SimpleNamespace(adapters=adapters), None))
+security = types.SimpleNamespace(token_file=None)
+print(serve.run(types.SimpleNamespace(adapters=adapters, security=security), None))
 """
 
 
 def test_a_signal_waits_until_ray_has_connected() -> None:
     command = [sys.executable, "-c", _STOPPED_WHILE_IT_CONNECTS]
     done = subprocess.run(command, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "closed x set()\n0\n"), done.stderr
+    said = "nothing to read again: no --token-file"
+    assert (done.returncode, done.stdout) == (0, f"{said}\nclosed x set()\nstopped\n0\n"), (
+        done.stderr
+    )
 
 
 def test_cluster_says_what_is_missing(

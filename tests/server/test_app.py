@@ -8,6 +8,7 @@ import io
 import json
 import logging
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -236,6 +237,31 @@ def test_a_signal_stops_with_exit_code_0(kind: signal.Signals) -> None:
     with start_server(drain_hangs=False) as process:
         process.send_signal(kind)
         assert process.wait(20) == 0
+
+
+def test_a_reload_with_nothing_to_reload_is_one_line() -> None:
+    with start_server(drain_hangs=False) as process:
+        assert process.stderr is not None
+        process.send_signal(signal.SIGHUP)
+        line = process.stderr.readline()
+        assert line.endswith(" turret.server.app nothing to read again: no --token-file\n")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        assert "signal=SIGTERM" in process.stderr.readline()
+
+
+def test_a_terminal_that_closes_stops_the_server_in_order() -> None:
+    script = SERVER.format(
+        paths=[str(ROOT / "tests" / "support"), str(ROOT / "src")], drain_hangs=False
+    )
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.execv(sys.executable, [sys.executable, "-c", script])
+    said = b""
+    while b" serving " not in said:
+        said += os.read(terminal, 4096)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 def test_a_second_signal_stops_at_once() -> None:

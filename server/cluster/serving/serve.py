@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from turret.server import log
@@ -18,6 +19,7 @@ from turret.server.cluster.serving.ray_cluster import STOPPING, RayCluster
 from turret.server.command.threads import available_cpus
 from turret.server.config import Config
 from turret.server.errors import UnavailableError
+from turret.server.reloading import NOTHING_TO_RELOAD, Hangup
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -40,9 +42,10 @@ def run(config: Config, plan: ClusterPlan) -> int:
     """Serves until SIGTERM or SIGINT; returns the exit code."""
     assert config.adapters.state_dir is not None
     stop = threading.Event()
-    _listen(stop)
+    listen = functools.partial(_listen, config, stop, Hangup())
+    listen()
     try:
-        with _deferring(stop):
+        with _deferring(listen):
             cluster = RayCluster.open(plan, config.adapters.state_dir, stop.is_set)
     except UnavailableError as error:
         _log.error("cannot start", extra=log.fields(reason=error))
@@ -58,7 +61,7 @@ def run(config: Config, plan: ClusterPlan) -> int:
 
 
 @contextlib.contextmanager
-def _deferring(stop: threading.Event) -> Iterator[None]:
+def _deferring(listen: Callable[[], None]) -> Iterator[None]:
     """Has signals wait until the end, where they are listened to again.
 
     Ray's core takes them over as it connects: one that came then would print its stack, and end
@@ -68,13 +71,23 @@ def _deferring(stop: threading.Event) -> Iterator[None]:
     try:
         yield
     finally:
-        _listen(stop)
+        listen()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
 
 
-def _listen(stop: threading.Event) -> None:
+def _listen(config: Config, stop: threading.Event, hangup: Hangup) -> None:
     for kind in STOPPING:
         signal.signal(kind, lambda *_: stop.set())
+
+    def reload(*_: object) -> None:
+        if hangup.is_of_terminal():
+            stop.set()
+        elif config.security.token_file is None:
+            _log.info(NOTHING_TO_RELOAD)
+        else:
+            _log.info("every replica reads --token-file again by itself, when it has changed")
+
+    signal.signal(signal.SIGHUP, reload)
 
 
 def warn_if_crowded(replicas: int, devices: int) -> None:
