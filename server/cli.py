@@ -240,20 +240,28 @@ def main(argv: Sequence[str] | None = None, *, catches_interrupts: bool = False)
     Returns:
         Its exit code.
     """
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is not None:
+        # It is a call within somebody else's process.
+        return _run(argv, catches_interrupts)
+    from turret.server.command.streams import with_streams
+
+    code = with_streams(lambda: _run(sys.argv[1:], catches_interrupts))
+    if sys.argv[1:2] == ["serve"] or "torch" in sys.modules:
+        _leave(code)
+    return code
+
+
+def _run(arguments: Sequence[str], catches_interrupts: bool) -> int:
     verb = arguments[0] if arguments else ""
     try:
         args = build_parser(verb).parse_args(arguments)
         if catches_interrupts:
             signal.signal(signal.SIGINT, signal.default_int_handler)
         code: int = args.func(args)
+        return code
     except KeyboardInterrupt:
         # While modules are loaded, or by a verb that has nothing to put in order.
-        code = EXIT_INTERRUPTED
-    # Given arguments, it is a call within somebody else's process.
-    if argv is None and (verb == "serve" or "torch" in sys.modules):
-        _leave(code)
-    return code
+        return EXIT_INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -1,0 +1,113 @@
+"""Standard streams that are closed, or that take no more, said in a line instead of a traceback."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
+
+EXIT_FAILED = 1
+EXIT_BROKEN_PIPE = 141
+
+
+class OutputError(OSError):
+    """What standard output did not take; the text says so."""
+
+
+class _Output(io.FileIO):
+    """Standard output, which fails once: what is written afterwards is dropped.
+
+    Else every flush on the way out would fail again, the interpreter's own at the last.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data: ReadableBuffer, /) -> int:
+        if self.failure is not None:
+            return memoryview(data).nbytes
+        try:
+            return super().write(data)
+        except BrokenPipeError as error:
+            self.failure = error
+            raise
+        except OSError as error:
+            self.failure = OutputError(f"the output cannot be written: {error.strerror}")
+            raise self.failure from None
+
+
+def with_streams(run: Callable[[], int]) -> int:
+    """Run a command of this process with streams that can be used.
+
+    Args:
+        run: The command. A failure of its output that it does not tell is told here.
+
+    Returns:
+        Its exit code, also that of a SystemExit, or 1 if its output was lost.
+    """
+    _open_closed()
+    output = _watched_output()
+    try:
+        code = run()
+    except BrokenPipeError as error:
+        # Who read has enough.
+        if error is not output.failure:
+            raise
+        code = EXIT_BROKEN_PIPE
+    except OutputError as error:
+        code = _told(error)
+    except SystemExit as end:
+        # The parser has said why. It writes its help to whatever takes it, and tells no failure.
+        if isinstance(end.code, str):
+            raise
+        code = end.code or 0
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        return code or EXIT_BROKEN_PIPE
+    except OutputError as error:
+        return _told(error)
+    if code == 0 and isinstance(output.failure, OutputError):
+        return _told(output.failure)
+    return code
+
+
+def _told(error: OutputError) -> int:
+    print(f"error: {error}", file=sys.stderr)
+    return EXIT_FAILED
+
+
+def _open_closed() -> None:
+    """Opens the null device in place of what is closed, before a file or a socket gets its number.
+
+    That would then be read and written by whatever uses the stream, compiled code among it.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            null = os.open(os.devnull, os.O_RDWR)
+            os.set_inheritable(null, True)
+            stream: TextIO = os.fdopen(
+                null, "w" if number else "r", encoding="utf-8", closefd=False
+            )
+            setattr(sys, name, stream)
+
+
+def _watched_output() -> _Output:
+    """Standard output, from now on through what is returned, with all else as it was."""
+    given = sys.stdout
+    raw = _Output(given.fileno(), "w", closefd=False)
+    assert isinstance(given, io.TextIOWrapper)
+    # With python -u there is no buffer.
+    is_raw = isinstance(given.buffer, io.RawIOBase)
+    sys.stdout = io.TextIOWrapper(
+        raw if is_raw else io.BufferedWriter(raw),  # type: ignore[arg-type]
+        encoding=given.encoding,
+        errors=given.errors,
+        line_buffering=given.line_buffering,
+        write_through=given.write_through,
+    )
+    return raw

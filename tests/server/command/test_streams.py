@@ -1,0 +1,74 @@
+"""The command with standard streams that are closed, full, or left by their reader."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from builders.bases.tiny_models import save_tiny_model
+from servers.fake_turret import fake_turret
+
+ENTRY = "turret.server.command.entry"
+FULL = "error: the output cannot be written: No space left on device\n"
+
+
+def shell(arguments: str, redirection: str) -> tuple[int, str, str]:
+    """Exit code and outputs of the command with a shell's redirection."""
+    done = subprocess.run(
+        ["sh", "-c", f"exec {sys.executable} -m {ENTRY} {arguments} {redirection}"],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_output_that_is_lost_is_one_line() -> None:
+    with fake_turret() as server:
+        at = f"--address {server.address}"
+        verbs = [f"generate hi {at}", f"generate hi --json {at}", f"adapters list {at}"]
+        for arguments in [*verbs, "completion bash", "--help", "serve --help", "--version"]:
+            assert shell(arguments, "> /dev/full") == (1, "", FULL), arguments
+
+
+def test_a_reader_that_has_left_is_no_failure() -> None:
+    program = f"{sys.executable} -m {ENTRY} completion bash; echo $? >&2"
+    done = subprocess.run(
+        ["bash", "-c", f"({program}) | true"], capture_output=True, text=True
+    )  # fmt: skip
+    assert done.stderr == "141\n"
+
+
+def test_closed_streams_are_like_the_null_device() -> None:
+    with fake_turret() as server:
+        at = f"--address {server.address}"
+        for arguments, closed in [
+            (f"adapters list {at}", "1>&-"),
+            (f"adapters get sql {at}", "1>&-"),
+            (f"generate - {at}", "0<&-"),
+            (f"embed - {at}", "0<&-"),
+            (f"score - {at}", "0<&-"),
+            (f"chat {at}", "0<&-"),
+            (f"adapters get nope {at}", "2>&-"),
+        ]:
+            null = closed.replace("&-", "/dev/null")
+            found = shell(arguments, closed)
+            assert found == shell(arguments, null), arguments
+            assert "Traceback" not in found[2]
+
+
+def test_a_server_without_an_output_stops_with_0(tmp_path: Path) -> None:
+    model = save_tiny_model("llama", tmp_path / "model")
+    flags = f"--model {model} --address 127.0.0.1:0 --metrics-address none"
+    command = f"exec {sys.executable} -m {ENTRY} serve {flags} >&- <&-"
+    with subprocess.Popen(["sh", "-c", command], stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if " serving " in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        rest = process.stderr.read()
+        assert process.wait(30) == 0
+    assert rest.splitlines()[-1].endswith("stopped exit_code=0")
