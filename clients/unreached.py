@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+
+# A port that is empty or begins with a letter (a service's name, as in localhost:http) is gRPC's to
+# judge; so are IPv6 hosts without brackets, of which no part is a port.
+_HOST_PORT = re.compile(
+    r"(dns:(//[^/]*/)?)?(?P<host>\[[^\]]*\]|[^:\[\]]+):(?P<port>[^:A-Za-z][^:]*)", re.DOTALL
+)
+# What stands before a colon without being a host.
+_SCHEMES = ("unix", "unix-abstract", "dns", "ipv4", "ipv6", "vsock", "xds", "google-c2p")
+_MAX_PORT = 65535
+_PORT_DIGITS = re.compile(r"0*([0-9]{1,5})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +106,11 @@ def address_problem(address: str, *, has_tls: bool) -> str:
     scheme, is_url, _ = address.partition("://")
     if is_url and scheme in ("http", "https", "grpc", "grpcs"):
         return f"{address!r} is not HOST:PORT: leave {scheme}:// out"
+    if (found := _HOST_PORT.fullmatch(address)) and found["host"] not in _SCHEMES:
+        digits = _PORT_DIGITS.fullmatch(found["port"])
+        if digits is None or int(digits[1]) > _MAX_PORT:
+            # gRPC would dial what is left of a division by 65536.
+            return f"{address!r} is not HOST:PORT with a port from 0 to {_MAX_PORT}"
     if has_tls or ":" in address:
         return ""
     return f"{address!r} is not HOST:PORT: the port is missing"

@@ -16,7 +16,7 @@ from turret.clients.aio import AsyncTurretClient
 from turret.clients.channel import Tls
 from turret.clients.client import TurretClient, TurretRpcError
 from turret.clients.errors import FieldViolation, UnavailableError, _plain
-from turret.clients.unreached import in_flags
+from turret.clients.unreached import address_problem, in_flags
 
 
 @pytest.fixture
@@ -37,6 +37,19 @@ def client(server: FakeTurret) -> Iterator[TurretClient]:
         ({"address": 3}, TypeError, "address: HOST:PORT, not 3"),
         ({"address": "localhost"}, ValueError, "address: 'localhost' is not HOST:PORT: the port"),
         ({"admin_address": "http://a:1"}, ValueError, "'http://a:1' is not HOST:PORT: leave http"),
+        ({"address": "localhost:70000"}, ValueError, "'localhost:70000' is not HOST:PORT with a p"),
+        (
+            {"address": "127.0.0.1:-5", "tls": Tls()},
+            ValueError,
+            "'127.0.0.1:-5' is not HOST:PORT w",
+        ),
+        ({"address": "[::1]:65536"}, ValueError, "port from 0 to 65535"),
+        ({"address": "dns:///localhost:115787"}, ValueError, "'dns:///localhost:115787' is not"),
+        (
+            {"admin_address": "a:" + "9" * 5000},
+            ValueError,
+            "9' is not HOST:PORT with a port from 0",
+        ),
         ({"tls": True}, TypeError, "tls: a Tls"),
         ({"token": 3}, TypeError, "token: a text, not int"),
         ({"token": "ü"}, ValueError, "token: holds characters"),
@@ -45,6 +58,10 @@ def client(server: FakeTurret) -> Iterator[TurretClient]:
 def test_a_client_names_the_argument_that_is_wrong(arguments, error, text):
     with pytest.raises(error, match=text):
         TurretClient(**arguments)
+    if "address" in arguments:
+        # Before it has a channel to leave open.
+        with pytest.raises(error, match=text):
+            AsyncTurretClient(**arguments)
 
 
 def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClient):
@@ -130,6 +147,25 @@ def test_a_closed_client_says_so(server: FakeTurret, tmp_path: Path):
 def test_an_address_without_a_port_may_be_that_of_tls():
     TurretClient("turret.example.com", tls=Tls()).close()
     TurretClient("dns:///turret.example.com").close()
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "unix:/1",
+        "unix:///1/t",
+        "dns:127.0.0.1",
+        "dns:///a:65535",
+        "::1",
+        "[::1]:1",
+        "ipv4:127.0.0.1:1",
+        "ipv6:[::1]:1",
+        "vsock:2:70000",
+        "localhost:http",
+    ],
+)
+def test_of_other_forms_of_an_address_grpc_knows_best(address: str):
+    assert address_problem(address, has_tls=False) == ""
 
 
 def test_what_is_no_turret_server_is_told_with_what_to_do():
