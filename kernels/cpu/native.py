@@ -81,18 +81,21 @@ _COUNTS = (
     *("turret_screen", "turret_screen_bytes"),
 )
 
+# As the server's own variables have it.
+_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernels, or None where they were not built or are switched off.
 
     Raises:
-        ValueError: ``TURRET_ISA`` is none of ``ISAS``.
+        ValueError: ``TURRET_ISA`` is none of ``ISAS``, or ``TURRET_NATIVE`` neither yes nor no.
     """
     wanted = os.environ.get("TURRET_ISA", ISAS[-1])
     if wanted not in ISAS:
         raise ValueError(f"TURRET_ISA is {wanted!r}, not one of {', '.join(ISAS)}")
-    if os.environ.get("TURRET_NATIVE", "1") == "0":
+    if not _is_wanted():
         return None
     for isa in reversed(usable_isas()):
         if ISAS.index(isa) <= ISAS.index(wanted):
@@ -101,6 +104,13 @@ def library() -> ctypes.CDLL | None:
             except (OSError, AttributeError) as error:
                 _log.warning("compiled CPU kernels (%s) do not load: %s; %s", isa, error, _REBUILD)
     return None
+
+
+def _is_wanted() -> bool:
+    said = os.environ.get("TURRET_NATIVE") or _TRUE[0]
+    if said.lower() not in (*_TRUE, *_FALSE):
+        raise ValueError(f"TURRET_NATIVE is {said!r}, not one of {', '.join((*_FALSE, *_TRUE))}")
+    return said.lower() in _TRUE
 
 
 def usable_isas() -> tuple[str, ...]:

@@ -352,10 +352,15 @@ def test_attention_equals_float64_and_the_rows_alone(
 
 
 def test_the_variable_switches_the_library_off(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TURRET_NATIVE", "0")
-    native.library.cache_clear()
     try:
-        assert not native.has_native(BF16, torch.device("cpu"))
+        for said, is_on in (("0", False), ("off", False), ("False", False), ("on", True)):
+            monkeypatch.setenv("TURRET_NATIVE", said)
+            native.library.cache_clear()
+            assert native.has_native(BF16, torch.device("cpu")) is is_on
+        monkeypatch.setenv("TURRET_NATIVE", "nope")
+        native.library.cache_clear()
+        with pytest.raises(ValueError, match=r"TURRET_NATIVE is 'nope', not one of 0, false, no"):
+            native.library()
     finally:
         monkeypatch.undo()
         native.library.cache_clear()
