@@ -16,6 +16,8 @@ _REQUIRED = "the following arguments are required"
 _TOO_MANY = "unrecognized arguments: "
 _UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (--[^\s=]+)")
 _UNKNOWN_WORD = re.compile(r"unrecognized arguments: ([^-\s]\S*)$")
+# Arguments that are texts.
+_TEXTS = ("prompt", "texts")
 _BAD_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)", re.DOTALL)
 
 
@@ -51,12 +53,16 @@ class CommandParser(argparse.ArgumentParser):
         known = self._option_string_actions
         return next((f for f in flags if not any(one.startswith(f) for one in known)), "")
 
+    def _takes_text(self) -> bool:
+        """Whether a word that stands alone is a text, as a prompt is."""
+        return any(not one.option_strings and one.dest in _TEXTS for one in self._actions)
+
     def _meant(self, message: str) -> str:
         if found := _UNKNOWN_FLAG.search(message):
             return did_you_mean(found[1], self._option_string_actions)
         if "--model" in self._option_string_actions and (found := _UNKNOWN_WORD.search(message)):
             return f"; did you mean --model {found[1]}?"
-        if message.startswith(_TOO_MANY) and " -" not in message:
+        if message.startswith(_TOO_MANY) and " -" not in message and self._takes_text():
             return "; a text of several words stands in quotes"
         if found := _BAD_CHOICE.search(message):
             return did_you_mean(found[1], re.findall(r"[\w.-]+", found[2]))

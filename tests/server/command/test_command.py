@@ -181,6 +181,9 @@ def test_the_short_help_says_what_the_long_one_says() -> None:
         (["--versoin"], "unrecognized arguments: --versoin; did you mean '--version'?"),
         (["generate", "--adres=x"], "arguments: --adres; did you mean '--address'?"),
         (["generate", "hi", "there"], "there; a text of several words stands in quotes"),
+        (["adapters", "list", "hi"], "turret adapters list: error: unrecognized arguments: hi\n"),
+        (["health", "hi", "there"], "turret health: error: unrecognized arguments: hi there\n"),
+        (["demo", "--once", "extra"], "turret demo: error: unrecognized arguments: extra\n"),
         (["adapters", "list", "--jsn"], "turret adapters list: .*did you mean '--json'?"),
     ],
 )
