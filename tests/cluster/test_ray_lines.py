@@ -38,6 +38,11 @@ DIES = (
     "Task ServeController.graceful_shutdown failed. There are infinite retries remaining, so the"
     " task will be retried. Error: The actor is dead because its node has died."
 )
+OPENS = (
+    "WARNING 2026-11-27 08:00:00,123 controller 4242 -- HTTPOptions.host='127.0.0.1' won't accept"
+    " connections from HAProxy on other nodes; cross-node routing will fail with connection"
+    " refused. Set host to '0.0.0.0' or omit it to use the HAProxy-mode default."
+)
 
 
 def test_a_call_that_was_cancelled_is_left_out_and_nothing_else() -> None:
@@ -66,6 +71,11 @@ def test_a_controller_that_was_asked_to_end_is_no_failure() -> None:
     assert lines.kept("raylet", None, [ENDS, DIES]) == [DIES]
 
 
+def test_advice_for_several_machines_is_left_out_where_there_is_one() -> None:
+    assert LineFilter(lambda: False, has_others=False).kept("a", None, [OPENS, DIES]) == [DIES]
+    assert LineFilter(lambda: False, has_others=True).kept("a", None, [OPENS]) == [OPENS]
+
+
 def test_the_ingress_is_heard_until_the_fleet_is_stopped() -> None:
     stops = False
     lines = LineFilter(lambda: stops)
@@ -78,7 +88,7 @@ def test_the_ingress_is_heard_until_the_fleet_is_stopped() -> None:
 
 _PATCHED = """
 import os, signal
-from ray._private import services, utils, worker
+from ray._private import ray_logging, services, utils, worker
 from turret.server.cluster.machine.ray_lines import LineFilter
 from turret.server.cluster.serving import ray_cluster
 
@@ -86,6 +96,8 @@ ray_cluster._print_through(LineFilter(lambda: True))
 for actor in ("HAProxyManager", "ProxyActor"):
     data = {"lines": [f"of {actor}"], "pid": 1, "is_err": False, "actor_name": actor}
     worker.print_to_stdstream(data, ignore_prefix=True)
+    worker.print_to_stdstream({**data, "lines": ["again"]}, ignore_prefix=False)
+print(ray_logging._color("repeated"))
 before = signal.getsignal(signal.SIGTERM)
 waiting = {signal.SIGTERM}
 signal.pthread_sigmask(signal.SIG_BLOCK, waiting)
@@ -110,4 +122,5 @@ def test_what_is_changed_of_ray_is_there() -> None:
     command = [sys.executable, "-c", _PATCHED]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     kind = "<class 'ray._private.services.ConsolePopen'>"
-    assert done.stdout.splitlines() == ["of ProxyActor", "True", "True", "True", kind], done.stderr
+    shown = ["of ProxyActor", "(ProxyActor pid=1) again", "repeated"]
+    assert done.stdout.splitlines() == [*shown, "True", "True", "True", kind], done.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import psutil
@@ -26,6 +27,8 @@ def test_sigterm_to_the_whole_group_lets_answers_finish(tmp_path: Path) -> None:
         next(stream)
         tree = psutil.Process(started.process.pid).children(recursive=True)
         assert any("haproxy" in each.name() for each in tree)
+        started.process.send_signal(signal.SIGHUP)
+        time.sleep(0.5)
         os.killpg(started.process.pid, signal.SIGTERM)
         got.append(1 + sum(1 for _ in stream))
         assert started.process.wait(90.0) == 0
@@ -34,4 +37,8 @@ def test_sigterm_to_the_whole_group_lets_answers_finish(tmp_path: Path) -> None:
         # Neither Ray nor its ingress complains of what was asked for.
         log = started.log.read_text()
         assert not any(word in log for word in ("Traceback", " failed", "crashed")), log
+        # Nor does it advise or colour anything.
+        said = ("HAProxy on other nodes", "Started Serve", "will not be applied", "\x1b")
+        assert not any(word in log for word in said), log
+        assert "nothing to read again: no --token-file" in log
     assert got[0] > 60

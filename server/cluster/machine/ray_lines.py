@@ -18,6 +18,10 @@ _CANCELLED_ENDS = "ray.serve.exceptions.RequestCancelledError:"
 _CONTROLLER_ENDS = re.compile(
     r"Task ServeController\.graceful_shutdown failed\. .*was killed by `ray\.kill`", re.DOTALL
 )
+# Its advice would open to other machines a fleet that has none.
+_ONE_MACHINE = re.compile(
+    r".*HTTPOptions\.host=\S+ won't accept connections from HAProxy on other nodes"
+)
 _INGRESS = "HAProxyManager"
 
 
@@ -27,10 +31,12 @@ class LineFilter:
     Args:
         is_stopping: Whether the fleet is being stopped. The ingress then fails at whatever it was
             about to do.
+        has_others: Whether the fleet may have other machines.
     """
 
-    def __init__(self, is_stopping: Callable[[], bool]) -> None:
+    def __init__(self, is_stopping: Callable[[], bool], has_others: bool = True) -> None:
         self._is_stopping = is_stopping
+        self._left_out = [_CONTROLLER_ENDS] if has_others else [_CONTROLLER_ENDS, _ONE_MACHINE]
         # Of each process the line that may begin what is left out.
         self._held: dict[object, str] = {}
         self._inside: set[object] = set()
@@ -63,4 +69,4 @@ class LineFilter:
         if _CANCELLED[0].match(line):
             self._held[source] = line
             return before
-        return before if _CONTROLLER_ENDS.match(line) else [*before, line]
+        return before if any(one.match(line) for one in self._left_out) else [*before, line]

@@ -173,7 +173,7 @@ class RayCluster:
         os.environ.update(environment)
         import ray
 
-        _print_through(LineFilter(is_stopping))
+        _print_through(LineFilter(is_stopping, has_others=folder is None))
         with _apart():
             if folder is None:
                 return _init(ray, address=plan.ray_address, runtime_env={"env_vars": environment})
@@ -295,8 +295,13 @@ def _apart() -> Iterator[None]:
 
 def _print_through(lines: LineFilter) -> None:
     """Has what Ray's processes print pass a filter; before Ray is initialised, which binds it."""
-    from ray._private import worker
+    from ray._private import ray_logging, worker
 
+    if not (sys.stdout.isatty() and sys.stderr.isatty()):
+        os.environ.setdefault("RAY_COLOR_PREFIX", "0")
+        colours: Any = ray_logging
+        # Of how often a line was repeated.
+        colours._color = str
     patched: Any = worker
     show = patched.print_to_stdstream
 

@@ -113,6 +113,8 @@ def _serve(config: Config, plan: ClusterPlan, stop: threading.Event) -> int:
 
     from turret.server.cluster.serving import registry_actor
 
+    # Of this process; that Serve has started, and is found again, is no news to its reader.
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     if plan.ray_address is None:
         warn_if_crowded(plan.max_replicas, _num_devices(config))
     assert config.adapters.state_dir is not None
