@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from turret.clients.messages.adapter_requests import (
     unload_request,
 )
 from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState
-from turret.clients.messages.mix import AdapterLike
+from turret.clients.messages.mix import AdaptersLike
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 
 
@@ -185,7 +185,7 @@ class AdaptersClient:
     def fuse(
         self,
         name: str,
-        adapters: AdapterLike | Sequence[AdapterLike],
+        adapters: AdaptersLike,
         *,
         combination: str | None = None,
         rank: int | None = None,
@@ -210,7 +210,7 @@ class AdaptersClient:
 
     def merge(
         self,
-        adapters: AdapterLike | Sequence[AdapterLike],
+        adapters: AdaptersLike,
         *,
         precision: str = "auto",
         timeout: float | None = None,

@@ -31,7 +31,7 @@ from turret.clients.channel import (
 )
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.head_results import Classifications, Embeddings
-from turret.clients.messages.mix import AdapterLike, AdapterWeight
+from turret.clients.messages.mix import AdaptersLike, AdapterWeight
 from turret.clients.messages.requests import (
     GenerateOptions,
     MessageLike,
@@ -142,7 +142,7 @@ class AsyncTurretClient:
         self,
         prompt: Prompt,
         *,
-        adapters: AdapterLike | Sequence[AdapterLike] = (),
+        adapters: AdaptersLike = (),
         top_n: int = 0,
         request_id: str = "",
         timeout: float | None = None,
@@ -157,7 +157,7 @@ class AsyncTurretClient:
         self,
         inputs: str | Sequence[Prompt],
         *,
-        adapters: AdapterLike | Sequence[AdapterLike] = (),
+        adapters: AdaptersLike = (),
         pooling: str | None = None,
         normalize: bool | None = None,
         dimensions: int | None = None,
@@ -181,7 +181,7 @@ class AsyncTurretClient:
         self,
         inputs: str | Sequence[Prompt],
         *,
-        adapters: AdapterLike | Sequence[AdapterLike],
+        adapters: AdaptersLike,
         request_id: str = "",
         timeout: float | None = None,
     ) -> Classifications:
@@ -195,7 +195,7 @@ class AsyncTurretClient:
         self,
         prompt: Prompt,
         *,
-        adapters: AdapterLike | Sequence[AdapterLike] = (),
+        adapters: AdaptersLike = (),
         timeout: float | None = None,
     ) -> Tokens:
         """Convert text or a conversation to token ids, or back, as ``TurretClient.tokenize``."""

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from turret.clients.messages.adapter_requests import (
     unload_request,
 )
 from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState
-from turret.clients.messages.mix import AdapterLike
+from turret.clients.messages.mix import AdaptersLike
 from turret.v1 import adapters_pb2, adapters_pb2_grpc
 
 
@@ -186,7 +186,7 @@ class AsyncAdaptersClient:
     async def fuse(
         self,
         name: str,
-        adapters: AdapterLike | Sequence[AdapterLike],
+        adapters: AdaptersLike,
         *,
         combination: str | None = None,
         rank: int | None = None,
@@ -211,7 +211,7 @@ class AsyncAdaptersClient:
 
     async def merge(
         self,
-        adapters: AdapterLike | Sequence[AdapterLike],
+        adapters: AdaptersLike,
         *,
         precision: str = "auto",
         timeout: float | None = None,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from google.protobuf import duration_pb2
 from google.protobuf.internal.enum_type_wrapper import EnumTypeWrapper
 
-from turret.clients.messages.mix import AdapterLike, to_mix
+from turret.clients.messages.mix import AdaptersLike, to_mix
 from turret.clients.messages.requests import fill
 from turret.v1 import adapters_pb2 as pb
 
@@ -41,9 +40,7 @@ def unload_request(
     return request
 
 
-def fuse_request(
-    name: str, adapters: AdapterLike | Sequence[AdapterLike], **options: Any
-) -> pb.FuseAdaptersRequest:
+def fuse_request(name: str, adapters: AdaptersLike, **options: Any) -> pb.FuseAdaptersRequest:
     """``options`` are the request's scalars; None leaves one unset.
 
     Raises ``ValueError`` for a value that does not fit its field.
@@ -52,9 +49,7 @@ def fuse_request(
     return filled(request, **options)
 
 
-def merge_request(
-    adapters: AdapterLike | Sequence[AdapterLike], precision: str
-) -> pb.MergeAdaptersRequest:
+def merge_request(adapters: AdaptersLike, precision: str) -> pb.MergeAdaptersRequest:
     """Raises ``ValueError`` for an unknown precision."""
     value = _enum_value(pb.MergeAdaptersRequest.Precision, "precision", precision)
     return pb.MergeAdaptersRequest(

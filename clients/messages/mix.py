@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from turret.v1 import adapters_pb2
 
@@ -14,6 +15,10 @@ _OF_HTTP = frozenset("+*")
 @dataclass(frozen=True, slots=True)
 class AdapterWeight:
     """One member of a mix.
+
+    What calls take as ``adapters`` (``AdaptersLike``) is a member or several: ``"sql"``,
+    ``("json", -0.5)``, an ``AdapterWeight``, a list of these, or a mapping of names to weights,
+    ``{"sql": 0.5, "json": -0.5}``.
 
     Attributes:
         name: A registered name.
@@ -57,21 +62,26 @@ def _here(text: str) -> str:
     return f"; with a weight it is {members[0]}"
 
 
-_FORMS = 'an adapter is "name", ("name", weight) or an AdapterWeight'
+_FORMS = 'an adapter is "name", ("name", weight), {"name": weight} or an AdapterWeight'
 # "sql", ("json", -0.5), AdapterWeight("json", generation=2), or the message itself.
 AdapterLike = str | tuple[str, float] | AdapterWeight | adapters_pb2.AdapterWeight
+# One, several, or all of them with their weights: {"sql": 0.5, "json": -0.5}.
+AdaptersLike = AdapterLike | Sequence[AdapterLike] | Mapping[str, float]
 
 
-def to_mix(adapters: AdapterLike | Sequence[AdapterLike]) -> list[adapters_pb2.AdapterWeight]:
+def to_mix(adapters: AdaptersLike) -> list[adapters_pb2.AdapterWeight]:
     """Convert the adapters of a request; a single one may stand for itself.
 
     Raises:
         TypeError: A member has none of the accepted forms.
-        ValueError: A name holds what the command line divides names and weights by.
+        ValueError: A name holds what the command line divides names and weights by, or a generation
+            is out of range.
     """
     match adapters:
         case str() | AdapterWeight() | adapters_pb2.AdapterWeight() | (str(), int() | float()):
             return [_to_proto(adapters)]
+        case Mapping():
+            return [_to_proto(member) for member in adapters.items()]
     if not isinstance(adapters, Iterable):
         raise TypeError(f"adapters: {_FORMS}, or several, not {adapters!r}")
     return [_to_proto(adapter) for adapter in adapters]
@@ -91,13 +101,28 @@ def _to_proto(adapter: object) -> adapters_pb2.AdapterWeight:
         case adapters_pb2.AdapterWeight():
             return adapter
         case str():
-            if not (_OF_HTTP | {"=", "@"}).isdisjoint(adapter):
-                meant = '("name", weight) or AdapterWeight.parse("name@generation=weight")'
-                why = f"with a weight it is {meant}, and a mix is a list of members"
-                raise ValueError(f"adapters: {adapter!r} is no name; {why}")
-            return adapters_pb2.AdapterWeight(name=adapter)
+            return adapters_pb2.AdapterWeight(name=_plain_name(adapter))
         case AdapterWeight(name, weight, generation):
-            return adapters_pb2.AdapterWeight(name=name, weight=weight, generation=generation)
-        case (str() as name, int() | float() as weight):
-            return adapters_pb2.AdapterWeight(name=name, weight=weight)
-    raise TypeError(f"adapters: {_FORMS}, not {adapter!r}")
+            pass
+        case (name, weight):
+            generation = None
+        case _:
+            raise TypeError(f"adapters: {_FORMS}, not {adapter!r}")
+    # A bool is an int to Python, and so to protobuf.
+    is_weight = isinstance(weight, Real) and not isinstance(weight, bool)
+    if not (isinstance(name, str) and is_weight and isinstance(generation, int | None)):
+        raise TypeError(f"adapters: {_FORMS}, not {adapter!r}")
+    plain = _plain_name(name)
+    try:
+        return adapters_pb2.AdapterWeight(name=plain, weight=float(weight), generation=generation)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"adapters: {adapter!r}: {error}") from None
+
+
+def _plain_name(name: str) -> str:
+    """The name; raises ``ValueError`` if it holds what divides names and weights elsewhere."""
+    if (_OF_HTTP | {"=", "@"}).isdisjoint(name):
+        return name
+    meant = '("name", weight) or AdapterWeight.parse("name@generation=weight")'
+    why = f"with a weight it is {meant}, and a mix is a list of members"
+    raise ValueError(f"adapters: {name!r} is no name; {why}")

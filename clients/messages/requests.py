@@ -9,7 +9,7 @@ from typing import Any, TypedDict
 
 from google.protobuf.descriptor import FieldDescriptor
 
-from turret.clients.messages.mix import AdapterLike, to_mix
+from turret.clients.messages.mix import AdaptersLike, to_mix
 from turret.v1 import inference_pb2
 
 # {"role": "user", "content": "hi"}, ("user", "hi"), or the message itself. A mapping may have
@@ -25,7 +25,8 @@ class GenerateOptions(TypedDict, total=False):
     Unset, or None, leaves the server's default, which is named in brackets.
 
     Attributes:
-        adapters: The mix: names, ``("name", weight)`` or ``AdapterWeight`` [none: the base model].
+        adapters: The mix: names, ``("name", weight)``, ``AdapterWeight`` or ``{"name": weight}``
+            [none: the base model].
         temperature: Divides the logits, 0 to 100; 0 is greedy [1].
         top_k: Keeps this many likeliest tokens; 0 is off [0].
         top_p: Keeps the likeliest tokens whose probabilities reach this sum, over 0 to 1 [1].
@@ -55,7 +56,7 @@ class GenerateOptions(TypedDict, total=False):
         tools: What the model may ask to have called, in OpenAI's form; conversations only [none].
     """
 
-    adapters: AdapterLike | Sequence[AdapterLike]
+    adapters: AdaptersLike
     temperature: float | None
     top_k: int | None
     top_p: float | None
@@ -156,7 +157,7 @@ def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str,
 
 
 def score_request(
-    prompt: Prompt, *, adapters: AdapterLike | Sequence[AdapterLike], top_n: int, request_id: str
+    prompt: Prompt, *, adapters: AdaptersLike, top_n: int, request_id: str
 ) -> inference_pb2.ScoreRequest:
     """Build the request of ``Score``; errors as in :func:`generate_request`."""
     request = inference_pb2.ScoreRequest(adapters=to_mix(adapters))
@@ -168,7 +169,7 @@ def score_request(
 def embed_request(
     inputs: str | Sequence[Prompt],
     *,
-    adapters: AdapterLike | Sequence[AdapterLike],
+    adapters: AdaptersLike,
     pooling: str | None,
     normalize: bool | None,
     dimensions: int | None,
@@ -189,7 +190,7 @@ def embed_request(
 def classify_request(
     inputs: str | Sequence[Prompt],
     *,
-    adapters: AdapterLike | Sequence[AdapterLike],
+    adapters: AdaptersLike,
     request_id: str,
 ) -> inference_pb2.ClassifyRequest:
     """Build the request of ``Classify``; errors as in :func:`generate_request`."""
@@ -211,9 +212,7 @@ def fill_inputs(field: Any, inputs: str | Sequence[Prompt]) -> None:
         set_input(field.add(), prompt)
 
 
-def tokenize_request(
-    prompt: Prompt, adapters: AdapterLike | Sequence[AdapterLike]
-) -> inference_pb2.TokenizeRequest:
+def tokenize_request(prompt: Prompt, adapters: AdaptersLike) -> inference_pb2.TokenizeRequest:
     """Build the request of ``Tokenize``; errors as in :func:`generate_request`."""
     request = inference_pb2.TokenizeRequest(adapters=to_mix(adapters))
     set_input(request, prompt)
