@@ -13,7 +13,9 @@ import grpc
 import grpc.aio
 
 from turret.clients.channel import CallSettings
-from turret.clients.errors import TurretRpcError
+from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
+from turret.clients.messages.results import Completion
+from turret.v1 import inference_pb2
 
 
 def call(
@@ -34,17 +36,23 @@ def call(
         repeatable: Whether a second execution of the call does no harm.
 
     Raises:
+        AnswerCutError: A server that stops gave half an answer, and no other gave all of it.
         TurretRpcError: The last try failed.
     """
+    cut: AnswerCutError | None = None
     retries = settings.policy.begin(settings.unary_timeout(timeout), repeatable=repeatable)
     while True:
         try:
-            return method(make_request(), timeout=retries.timeout(), metadata=settings.metadata)
+            answer = method(make_request(), timeout=retries.timeout(), metadata=settings.metadata)
+            cut = _cut(answer)
+            if cut is None:
+                return answer
+            failure: TurretRpcError = cut
         except grpc.RpcError as error:
             failure = TurretRpcError.from_grpc(error)
         delay = retries.delay_after(failure)
         if delay is None:
-            raise failure
+            raise _last_word(failure, cut)
         time.sleep(delay)
 
 
@@ -57,15 +65,37 @@ async def call_async(
     repeatable: bool = True,
 ) -> Any:
     """As :func:`call`, of an asyncio stub's method."""
+    cut: AnswerCutError | None = None
     retries = settings.policy.begin(settings.unary_timeout(timeout), repeatable=repeatable)
     while True:
         try:
-            return await method(
+            answer = await method(
                 make_request(), timeout=retries.timeout(), metadata=settings.metadata
             )
+            cut = _cut(answer)
+            if cut is None:
+                return answer
+            failure: TurretRpcError = cut
         except grpc.aio.AioRpcError as error:
             failure = TurretRpcError.from_grpc(error)
         delay = retries.delay_after(failure)
         if delay is None:
-            raise failure
+            raise _last_word(failure, cut)
         await asyncio.sleep(delay)
+
+
+def _cut(answer: object) -> AnswerCutError | None:
+    """What is wrong with an answer that its server has ended; None of any other.
+
+    A caller that gives up gets no answer at all, so that this is never its own doing.
+    """
+    if not isinstance(answer, inference_pb2.GenerateResponse):
+        return None
+    if answer.finish_reason != inference_pb2.GenerateResponse.CANCELLED:
+        return None
+    return AnswerCutError.of(Completion.from_proto(answer))
+
+
+def _last_word(failure: TurretRpcError, cut: AnswerCutError | None) -> TurretRpcError:
+    """What a call raises: of servers that are not there, rather the half answer of one that was."""
+    return cut if cut is not None and isinstance(failure, UnavailableError) else failure

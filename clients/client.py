@@ -63,8 +63,9 @@ class TurretClient:
         admin_address: Where the ``Adapters`` service listens; None means ``address``.
         timeout: Deadline in seconds of calls with one response that set none themselves; None
             means none. Streams have a deadline only if the call sets one.
-        max_retries: How often a call is tried again that the server asked to send later, or that
-            reached no server: after 0.5 s, 1 s and so on, or when the server says.
+        max_retries: How often a call is tried again that the server asked to send later, that
+            reached no server, or whose answer a server that stops has cut: after 0.5 s, 1 s and so
+            on, or when the server says.
         resume: Whether a stream that breaks off goes on where it broke off, as often as it brings
             another token; otherwise it raises once it has given text. Greedily, or with a seed, the
             answer is that of one that never broke. It fails with NotFoundError if the weights that
@@ -117,6 +118,8 @@ class TurretClient:
             **options: See :class:`~turret.clients.messages.requests.GenerateOptions`.
 
         Raises:
+            AnswerCutError: The server stopped meanwhile, and no other answered; the error has what
+                there was of the answer.
             TurretRpcError: The server refused or failed.
             TypeError: An option is unknown or has the wrong type.
             ValueError: A value does not fit its field.
@@ -132,7 +135,7 @@ class TurretClient:
         """Complete a prompt, chunk by chunk. The request starts at once.
 
         Arguments and errors are those of :meth:`generate`; a refusal is raised by the first
-        iteration.
+        iteration, ``AnswerCutError`` by that after the last chunk.
         """
         request = generate_request(prompt, options)
         settings = self._settings.routed(request.adapters)

@@ -12,6 +12,7 @@ TurretRpcError
 ├── AbortedError              the adapter was unloaded by force meanwhile
 ├── CallCancelledError        the call was cancelled
 ├── UnavailableError          no server, or one that starts or stops
+│   └── AnswerCutError        a server that stops ended an answer before its end
 └── ServerError               anything else: a fault of the server
 """
 
@@ -26,6 +27,7 @@ import grpc
 from google.protobuf import message
 from google.rpc import error_details_pb2, status_pb2
 
+from turret.clients.messages.results import Completion
 from turret.clients.unreached import why_unreached
 
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -198,9 +200,26 @@ class UnavailableError(TurretRpcError):
     """
 
     @classmethod
-    def made_here(cls, message: str) -> UnavailableError:
+    def made_here(cls, message: str) -> Self:
         """One that no status tells."""
         return cls(grpc.StatusCode.UNAVAILABLE, message)
+
+
+class AnswerCutError(UnavailableError):
+    """A server that stops has ended an answer before its end, and none has given all of it.
+
+    Attributes:
+        completion: What it had generated; None of a stream, whose last chunk was the last of it.
+    """
+
+    completion: Completion | None = None
+
+    @classmethod
+    def of(cls, completion: Completion | None) -> AnswerCutError:
+        """The error for what had been generated."""
+        error = cls.made_here("the server is shutting down: it ended the answer before its end")
+        error.completion = completion
+        return error
 
 
 class ServerError(TurretRpcError):

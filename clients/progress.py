@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from turret.clients.errors import TurretRpcError, UnavailableError
+from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
 from turret.clients.messages.results import Chunk
 from turret.clients.retries import Retries
 from turret.v1 import inference_pb2
@@ -49,14 +49,14 @@ class AnswerProgress:
         """Note a part of the answer; returns it as the caller asked for it.
 
         Raises:
-            UnavailableError: It says that the server ends the request, and another may go on.
+            AnswerCutError: It says that the server ends the request; another may go on.
         """
         chunk = Chunk.from_proto(proto)
         if not self._wants_token_ids:
             chunk = chunk.without_token_ids()
-        if self._resume and proto.finish_reason == inference_pb2.GenerateResponse.CANCELLED:
+        if proto.finish_reason == inference_pb2.GenerateResponse.CANCELLED:
             self.cut = chunk
-            raise UnavailableError.made_here("the server ended the request before its end")
+            raise AnswerCutError.of(None)
         self._note(proto)
         self.is_whole = chunk.finish_reason is not None
         return chunk
@@ -66,6 +66,14 @@ class AnswerProgress:
         if self._has_begun and not self._resume:
             return None
         return self._retries.delay_after(failure)
+
+    def end_of_cut(self, failure: TurretRpcError) -> TurretRpcError:
+        """What is raised after the last part of an answer that a server ended.
+
+        That no other was there to go on is no news beside that.
+        """
+        is_gone = isinstance(failure, UnavailableError)
+        return AnswerCutError.of(None) if is_gone else failure
 
     def _note(self, proto: inference_pb2.GenerateChunk) -> None:
         request = self._request

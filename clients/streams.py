@@ -18,7 +18,9 @@ from turret.clients.progress import AnswerProgress
 class GenerationStream(Iterator[Chunk]):
     """An answer as it grows. Closing it, or leaving its ``with`` block, stops the request.
 
-    A request that fails is sent again where that may help, and goes on where it broke off.
+    A request that fails is sent again where that may help, and goes on where it broke off. Where a
+    server that stops has ended the answer, and none goes on, the last chunk's ``finish_reason`` is
+    ``CANCELLED``, and the next step raises ``AnswerCutError``.
 
     Args:
         start: Sends a request, with what is left of its deadline in seconds, and returns its
@@ -30,6 +32,7 @@ class GenerationStream(Iterator[Chunk]):
         self._start = start
         self._progress = progress
         self._closed = threading.Event()
+        self._cut_by: TurretRpcError | None = None
         self._call = start(progress.request(), progress.timeout())
 
     def __iter__(self) -> Self:
@@ -37,6 +40,9 @@ class GenerationStream(Iterator[Chunk]):
 
     def __next__(self) -> Chunk:
         while True:
+            if self._cut_by is not None:
+                failure, self._cut_by = self._cut_by, None
+                raise failure
             if self._closed.is_set():
                 raise StopIteration
             try:
@@ -54,6 +60,7 @@ class GenerationStream(Iterator[Chunk]):
                 self.close()
                 if self._progress.cut is None:
                     raise failure
+                self._cut_by = self._progress.end_of_cut(failure)
                 return self._progress.cut
             self._restart(delay)
 
@@ -66,6 +73,7 @@ class GenerationStream(Iterator[Chunk]):
     def close(self) -> None:
         """Stop the request. Idempotent, also from another thread; iteration then ends."""
         self._closed.set()
+        self._cut_by = None
         self._call.cancel()
 
     def __enter__(self) -> Self:
@@ -89,6 +97,7 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
         self._start = start
         self._progress = progress
         self._is_closed = False
+        self._cut_by: TurretRpcError | None = None
         self._call = start(progress.request(), progress.timeout())
         self._responses = aiter(self._call)
 
@@ -97,6 +106,9 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
 
     async def __anext__(self) -> Chunk:
         while True:
+            if self._cut_by is not None:
+                failure, self._cut_by = self._cut_by, None
+                raise failure
             if self._is_closed:
                 raise StopAsyncIteration
             try:
@@ -112,6 +124,7 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
                 await self.aclose()
                 if self._progress.cut is None:
                     raise failure
+                self._cut_by = self._progress.end_of_cut(failure)
                 return self._progress.cut
             await self._restart(delay)
 
@@ -124,6 +137,7 @@ class AsyncGenerationStream(AsyncIterator[Chunk]):
     async def aclose(self) -> None:
         """Stop the request. Idempotent; iteration then ends."""
         self._is_closed = True
+        self._cut_by = None
         self._call.cancel()
 
     async def __aenter__(self) -> Self:

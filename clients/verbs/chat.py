@@ -7,18 +7,17 @@ import sys
 from dataclasses import dataclass, field
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import NotFoundError, TurretRpcError
+from turret.clients.errors import AnswerCutError, NotFoundError, TurretRpcError
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.requests import GenerateOptions
 from turret.clients.verbs.command import (
-    UnfinishedAnswerError,
     adapter_parser,
     connection_parser,
     print_error,
     with_client,
 )
 from turret.clients.verbs.flags import generation_options, generation_parser
-from turret.clients.verbs.generate import raise_if_cut, summary
+from turret.clients.verbs.generate import summary
 
 _HELP = """\
 /adapter NAME[@GENERATION][=WEIGHT] ...   answer with this mix from now on
@@ -58,7 +57,7 @@ def _chat(args: argparse.Namespace, client: TurretClient) -> None:
         while (line := input(conversation.prompt).strip()) != "/quit":
             try:
                 conversation.take(line)
-            except (TurretRpcError, ValueError, UnfinishedAnswerError) as error:
+            except (TurretRpcError, ValueError) as error:
                 if not sys.stdin.isatty():
                     # Nobody is there who could say it again.
                     raise
@@ -105,8 +104,7 @@ class Conversation:
         """Act on a line: a command, or a message to answer.
 
         Raises:
-            TurretRpcError: The server refused or failed.
-            UnfinishedAnswerError: It ended the answer before its end.
+            TurretRpcError: The server refused or failed, or ended the answer before its end.
             ValueError: The command makes no sense.
         """
         command, _, rest = line.partition(" ")
@@ -146,7 +144,7 @@ class Conversation:
         system = [] if self.system is None else [("system", self.system)]
         options: GenerateOptions = {**self.options, "adapters": self.adapters}
         parts: list[str] = []
-        finish_reason: str | None = None
+        cut: AnswerCutError | None = None
         stream = self.client.chat_stream([*system, *turns], timeout=self.timeout, **options)
         try:
             with stream:
@@ -154,12 +152,14 @@ class Conversation:
                     parts.append(chunk.text)
                     print(chunk.text, end="", flush=True)
                     if chunk.finish_reason is not None:
-                        finish_reason = chunk.finish_reason
                         self.last_summary = summary(chunk)
         except KeyboardInterrupt:
             self.last_summary = "interrupted"
+        except AnswerCutError as error:
+            cut = error
         finally:
             if parts:
                 print()
         self.turns = [*turns, ("assistant", "".join(parts))]
-        raise_if_cut(finish_reason)
+        if cut is not None:
+            raise cut

@@ -15,6 +15,7 @@ from typing import Any
 from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.client import TurretClient
 from turret.clients.errors import (
+    AnswerCutError,
     AuthenticationError,
     DeadlineExceededError,
     NotFoundError,
@@ -36,7 +37,7 @@ TLS_CA_VARIABLE = "TURRET_TLS_CA"
 
 
 class UnfinishedAnswerError(Exception):
-    """An answer that ended before its end, of which a part has been printed."""
+    """An answer whose server went away before its end, of which a part has been printed."""
 
 
 def connection_parser() -> argparse.ArgumentParser:
@@ -149,6 +150,8 @@ def with_client(
 
 def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRpcError:
     """The error with what its reader may do about it, where that is not the server's to say."""
+    if isinstance(error, AnswerCutError):
+        return error
     if isinstance(error, UnavailableError) and not error.reason:
         return error.with_message(in_flags(error.message, args.address))
     if error.code.name == "UNIMPLEMENTED" and not error.reason:
@@ -186,7 +189,8 @@ def _print_details(error: TurretRpcError, wanted: bool) -> None:
 def print_error(error: Exception) -> None:
     """One line on standard error, with the flags' names for what they set."""
     sys.stdout.flush()
-    text = str(error)
+    # Of an answer that a server has cut the reader sees what came, and no call that failed.
+    text = error.message if isinstance(error, AnswerCutError) else str(error)
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.filename}: {error.strerror}"
     print(f"error: {name_flags(text)}", file=sys.stderr)

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import TurretRpcError, UnavailableError
+from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
 from turret.clients.messages.requests import Prompt
 from turret.clients.messages.results import Chunk
 from turret.clients.verbs.command import (
@@ -62,15 +62,20 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
         options["logprobs"] = args.logprobs or None
         options["top_n"] = args.top_n
         options["token_ids"] = args.token_ids
-        whole = client.generate(prompt, timeout=args.timeout, **options)
-        print_json(whole)
-        raise_if_cut(whole.finish_reason)
+        try:
+            print_json(client.generate(prompt, timeout=args.timeout, **options))
+        except AnswerCutError as error:
+            print_json(error.completion)
+            raise
         return
     last: Chunk | None = None
     try:
         with client.generate_stream(prompt, timeout=args.timeout, **options) as stream:
             for last in stream:
                 print(last.text, end="", flush=True)
+    except AnswerCutError:
+        _print_end(last, args.stats)
+        raise
     except TurretRpcError as error:
         if last is not None:
             # Whatever ended it is told on a line of its own.
@@ -79,22 +84,13 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
             raise
         why = f"the server went away in the middle of the answer ({error.message})"
         raise UnfinishedAnswerError(why) from error
+    _print_end(last, args.stats)
+
+
+def _print_end(last: Chunk | None, wants_stats: bool) -> None:
     print()
-    if args.stats and last is not None:
+    if wants_stats and last is not None:
         print(summary(last), file=sys.stderr)
-    raise_if_cut(None if last is None else last.finish_reason)
-
-
-def raise_if_cut(finish_reason: str | None) -> None:
-    """Say that a server which stops has ended an answer.
-
-    Raises:
-        UnfinishedAnswerError: It has.
-    """
-    if finish_reason == "CANCELLED":
-        raise UnfinishedAnswerError(
-            "the server is shutting down: it ended the answer before its end"
-        )
 
 
 def _prompt(args: argparse.Namespace) -> Prompt:

@@ -1,0 +1,146 @@
+"""Answers that a stopping server ends: another gives the rest, or an error says so."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from concurrent import futures
+from typing import Any
+
+import grpc
+import pytest
+
+from turret.clients.aio import AsyncTurretClient
+from turret.clients.client import TurretClient
+from turret.clients.errors import AnswerCutError, NotFoundError, UnavailableError
+from turret.v1 import inference_pb2, inference_pb2_grpc
+
+CUT = "the server is shutting down: it ended the answer before its end"
+_CANCELLED, _STOP = inference_pb2.GenerateResponse.CANCELLED, inference_pb2.GenerateResponse.STOP
+
+
+class Stopping(inference_pb2_grpc.InferenceServicer):
+    """Cuts as many answers as it is told, then fails with ``then`` or answers."""
+
+    def __init__(self) -> None:
+        self.cuts = 0
+        self.then: grpc.StatusCode | None = None
+
+    def _is_cut(self, context: grpc.ServicerContext) -> bool:
+        self.cuts -= 1
+        if self.cuts < 0 and self.then is not None:
+            context.abort(self.then, "no")
+        return self.cuts >= 0
+
+    def Generate(self, request: Any, context: Any) -> inference_pb2.GenerateResponse:
+        if self._is_cut(context):
+            return inference_pb2.GenerateResponse(text="ab", finish_reason=_CANCELLED)
+        return inference_pb2.GenerateResponse(text="abcd", finish_reason=_STOP)
+
+    def GenerateStream(self, request: Any, context: Any) -> Iterator[inference_pb2.GenerateChunk]:
+        texts = "abcd"[len(request.answer_so_far) :]
+        is_cut = self._is_cut(context)
+        for text in texts[:1] if is_cut else texts:
+            yield inference_pb2.GenerateChunk(text=text, token_ids=[ord(text)])
+        # Text that was held back for a stop string; whoever goes on gives it again.
+        yield inference_pb2.GenerateChunk(
+            text=texts[1:2] if is_cut else "", finish_reason=_CANCELLED if is_cut else _STOP
+        )
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Stopping, str]]:
+    monkeypatch.setattr("turret.clients.retries._FIRST_DELAY_SECONDS", 0.02)
+    stopping = Stopping()
+    serving = grpc.server(futures.ThreadPoolExecutor(2))
+    inference_pb2_grpc.add_InferenceServicer_to_server(stopping, serving)
+    port = serving.add_insecure_port("127.0.0.1:0")
+    serving.start()
+    yield stopping, f"127.0.0.1:{port}"
+    serving.stop(None).wait()
+
+
+def _streamed(address: str, is_async: bool, **options: Any) -> tuple[list[Any], Exception | None]:
+    """The chunks of an answer, and what ended it if not its end."""
+    chunks: list[Any] = []
+
+    async def read() -> None:
+        async with AsyncTurretClient(address, **options) as client:
+            async for chunk in client.generate_stream("a"):
+                chunks.append(chunk)
+
+    try:
+        if is_async:
+            asyncio.run(read())
+        else:
+            with TurretClient(address, **options) as client:
+                for chunk in client.generate_stream("a"):
+                    chunks.append(chunk)
+    except UnavailableError as error:
+        return chunks, error
+    return chunks, None
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+@pytest.mark.parametrize(
+    ("options", "cuts", "then", "text"),
+    [
+        ({}, 1, None, "abcd"),
+        ({}, 3, None, "abcd"),
+        ({}, 1, grpc.StatusCode.UNAVAILABLE, "ab"),
+        ({"max_retries": 0}, 1, None, "ab"),
+        ({"resume": False}, 1, None, "ab"),
+    ],
+)
+def test_a_stream_goes_on_or_raises_after_what_it_has(
+    server, is_async: bool, options, cuts: int, then, text: str
+) -> None:
+    stopping, address = server
+    stopping.cuts, stopping.then = cuts, then
+    chunks, error = _streamed(address, is_async, **options)
+    assert "".join(chunk.text for chunk in chunks) == text
+    if text == "abcd":
+        assert (error, chunks[-1].finish_reason) == (None, "STOP")
+    else:
+        assert isinstance(error, AnswerCutError)
+        assert (error.message, chunks[-1].finish_reason) == (CUT, "CANCELLED")
+
+
+def test_a_stream_that_its_reader_leaves_at_the_cut_raises_nothing(server) -> None:
+    stopping, address = server
+    stopping.cuts = 1
+    with (
+        TurretClient(address, max_retries=0) as client,
+        client.generate_stream("a") as stream,
+    ):
+        assert [next(stream).text, next(stream).finish_reason] == ["a", "CANCELLED"]
+        stream.close()
+        assert list(stream) == []
+
+
+@pytest.mark.parametrize("is_async", [False, True])
+def test_a_whole_answer_is_asked_for_again_or_is_an_error(server, is_async: bool) -> None:
+    stopping, address = server
+
+    def ask(**options: Any) -> Any:
+        async def ask_async() -> Any:
+            async with AsyncTurretClient(address, **options) as client:
+                return await client.generate("a")
+
+        if is_async:
+            return asyncio.run(ask_async())
+        with TurretClient(address, **options) as client:
+            return client.generate("a")
+
+    stopping.cuts = 2
+    assert (ask().text, stopping.cuts) == ("abcd", -1)
+    for cuts, then, retries in ((1, None, 0), (9, None, 2), (1, grpc.StatusCode.UNAVAILABLE, 2)):
+        stopping.cuts, stopping.then = cuts, then
+        with pytest.raises(AnswerCutError, match=CUT) as raised:
+            ask(max_retries=retries)
+        assert raised.value.completion is not None
+        assert raised.value.completion.text == "ab"
+    # What a later try is told for good is what counts.
+    stopping.cuts, stopping.then = 1, grpc.StatusCode.NOT_FOUND
+    with pytest.raises(NotFoundError):
+        ask()

@@ -1,0 +1,69 @@
+"""The forms in which the Python clients take the adapters of a call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from servers.fake_turret import FakeTurret, fake_turret
+
+from turret.clients.aio import AsyncTurretClient
+from turret.clients.client import AdapterWeight, TurretClient
+
+
+@pytest.fixture
+def server() -> Iterator[FakeTurret]:
+    with fake_turret() as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: FakeTurret) -> Iterator[TurretClient]:
+    with TurretClient(server.address) as connected:
+        yield connected
+
+
+def test_a_mapping_is_a_mix_with_its_weights(client: TurretClient, server: FakeTurret):
+    mix = {"sql": 0.5, "json": -1}
+    members = [("sql", 0.5), ("json", -1.0)]
+
+    async def ask_async() -> None:
+        async with AsyncTurretClient(server.address) as own:
+            await own.generate("a", adapters=mix)
+            await own.embed("a", adapters=mix)
+            await own.adapters.fuse("f", mix)
+
+    used = client.generate("a", adapters=mix).adapters_used
+    assert [(use.name, use.weight) for use in used] == members
+    list(client.generate_stream("a", adapters=mix))
+    client.chat("a", adapters=mix)
+    client.score("a", adapters=mix)
+    client.embed("a", adapters=mix)
+    client.classify("a", adapters=mix)
+    client.adapters.fuse("f", mix)
+    client.adapters.merge(mix)
+    asyncio.run(ask_async())
+    asked = [*server.inference.requests, *server.adapters.requests]
+    assert len(asked) == 11
+    assert all([(a.name, a.weight) for a in request.adapters] == members for request in asked)
+    assert not client.generate("a", adapters={}).adapters_used
+
+
+@pytest.mark.parametrize(
+    ("adapters", "error", "text"),
+    [
+        ({"sql": "0.5"}, TypeError, r"^adapters: an adapter is .*, not \('sql', '0.5'\)$"),
+        ({"sql": True}, TypeError, r"^adapters: an adapter is .*, not \('sql', True\)$"),
+        ({3: 0.5}, TypeError, r"^adapters: an adapter is .*, not \(3, 0.5\)$"),
+        (("sql", True), TypeError, r"^adapters: an adapter is .*, not \('sql', True\)$"),
+        (AdapterWeight("sql", "1"), TypeError, "^adapters: an adapter is"),  # type: ignore[arg-type]
+        (AdapterWeight("sql", generation=-1), ValueError, "^adapters: AdapterWeight.*: Value out"),
+        ({"sql=2": 1.0}, ValueError, "^adapters: 'sql=2' is no name"),
+        (b"sql", TypeError, "^adapters: an adapter is .*, not 115$"),
+        (None, TypeError, "^adapters: an adapter is .*, or several, not None$"),
+    ],
+)
+def test_what_is_no_mix_names_adapters(client: TurretClient, adapters, error, text):
+    with pytest.raises(error, match=text):
+        client.score("a", adapters=adapters)
