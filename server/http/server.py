@@ -310,11 +310,25 @@ def _cross_origin(origins: tuple[str, ...]) -> list[Middleware]:
     ]
 
 
+def _meant(request: Request) -> str:
+    """The path that is served, of one with a ``/v1`` too few or too many; empty if none is."""
+    parts = [part for part in request.url.path.split("/") if part]
+    while parts and parts[0] == "v1":
+        del parts[0]
+    if not (named := "/".join(parts)):
+        return ""
+    served = {getattr(route, "path", "") for route in request.app.routes}
+    wanted = (f"/v1/{named}", f"/{named}", f"/v1/{named}s")
+    return next((path for path in wanted if path in served), "")
+
+
 async def _no_route(request: Request, error: Exception) -> Response:
     """What Starlette itself refuses: a path or a method that is not there."""
     status = error.status_code if isinstance(error, HTTPException) else 500
     code = Code.NOT_FOUND if status == 404 else Code.UNIMPLEMENTED
     text = f"{request.method} {request.url.path} is not served here"
+    if status == 404 and (meant := _meant(request)):
+        text += f"; did you mean {meant}?"
     allowed = (getattr(error, "headers", None) or {}).get("Allow")
     if status == 405 and allowed:
         text += f", but {' and '.join(m for m in allowed.split(', ') if m != 'HEAD')}"

@@ -195,6 +195,16 @@ async def test_other_paths_and_methods_are_refused_in_the_same_form() -> None:
     async with http_harness() as server:
         refused = await server.refused("/v1/nothing", {})
         assert (refused.status, refused.code) == (404, "unknown_url")
+        assert refused.message == "POST /v1/nothing is not served here"
+        for path, meant in (
+            ("/chat/completions", "/v1/chat/completions"),
+            ("/v1/v1/completions", COMPLETIONS),
+            ("/v1/model", "/v1/models"),
+            ("/v1/classify", "/classify"),
+        ):
+            refused = await server.refused(path, {})
+            said = f"POST {path} is not served here; did you mean {meant}?"
+            assert (refused.status, refused.message) == (404, said)
         answer = await server.client.get(COMPLETIONS)
         assert (answer.status_code, answer.headers["allow"]) == (405, "POST")
         said = f"GET {COMPLETIONS} is not served here, but POST"

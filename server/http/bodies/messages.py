@@ -28,6 +28,9 @@ def read_messages(fields: Fields) -> inference_pb2.Chat:
             entry.refuse("role", "must be set")
         if role == "function" or entry.get("function_call"):
             entry.refuse("role", "send tool and tool_calls")
+        # Answers that are all calls, or all thought, have none and come back so.
+        if entry.get("content") is None and role != "assistant":
+            entry.refuse("content", "must be set")
         said = chat.messages.add(role=_ROLES.get(role or "", role or ""), content=_content(entry))
         said.tool_call_id = entry.text("tool_call_id") or ""
         for number, call in enumerate(entry.array("tool_calls") or []):
