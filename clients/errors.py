@@ -140,6 +140,9 @@ class TurretRpcError(Exception):
                 retry_delay = detail.retry_delay.ToTimedelta().total_seconds()
         if not reason and _is_lost(code, text):
             code, text = grpc.StatusCode.UNAVAILABLE, f"the connection broke: {text}"
+        elif not reason and (found := _TOO_LARGE.search(text)):
+            code = grpc.StatusCode.INVALID_ARGUMENT
+            text = _too_large(found)
         elif not reason:
             text = _plain(code, text)
         return _CLASSES.get(code, ServerError)(
@@ -270,6 +273,26 @@ _UNREACHED = re.compile(
     re.DOTALL,
 )
 _UNRESOLVED = re.compile(r"errors resolving (?P<place>\S+): \[")
+
+
+# gRPC's words where one end takes no message as large as the other has sent.
+_TOO_LARGE = re.compile(
+    r"(?P<end>SERVER: |CLIENT: )?Received message larger than max \((\d+) vs\. (\d+)\)"
+)
+
+
+def _too_large(found: re.Match[str]) -> str:
+    """What a message was too large for, and what to do."""
+    size, most = int(found[2]), int(found[3])
+    if found["end"] == "CLIENT: ":
+        return (
+            f"the answer is {size} bytes long, and this client takes at most {most}: ask for less"
+            " of it (top_n, logprobs), or for fewer inputs in a call"
+        )
+    return (
+        f"the request is {size} bytes long, and the server takes at most {most}: shorten the"
+        " prompt, give it as token ids, or spread several inputs over several calls"
+    )
 
 
 def _plain(code: grpc.StatusCode, text: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,11 +13,14 @@ import grpc
 import pytest
 from servers.fake_turret import FakeTurret, fake_turret
 
+from turret.clients import channel
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.channel import Tls
 from turret.clients.client import TurretClient, TurretRpcError
-from turret.clients.errors import FieldViolation, UnavailableError, _plain
+from turret.clients.errors import FieldViolation, InvalidArgumentError, UnavailableError, _plain
 from turret.clients.unreached import address_problem, in_flags
+
+LONG = "a" * 5_000_000
 
 
 @pytest.fixture
@@ -118,6 +122,25 @@ def test_a_generation_names_the_argument_that_is_wrong(
 ):
     with pytest.raises(TypeError, match=f"^{complaint}"):
         client.generate(prompt, **options)
+
+
+def test_a_message_that_is_too_large_is_said_to_be(client: TurretClient):
+    # The limit of gRPC's own, which is the server's too.
+    for ask in (lambda: client.generate(LONG), lambda: list(client.generate_stream(LONG))):
+        with pytest.raises(InvalidArgumentError) as raised:
+            ask()
+        said = r"the request is 50000\d\d bytes long, and the server takes at most 4194304: shorten"
+        assert re.match(said, raised.value.message)
+
+
+def test_an_answer_that_is_too_large_is_said_to_be(server: FakeTurret, monkeypatch):
+    options = [(n, 64 if n.endswith("receive_message_length") else v) for n, v in channel._OPTIONS]
+    monkeypatch.setattr(channel, "_OPTIONS", tuple(options))
+    with (
+        TurretClient(server.address) as client,
+        pytest.raises(InvalidArgumentError, match=r"the answer is \d+ bytes long, and this client"),
+    ):
+        client.generate("a" * 99)
 
 
 def test_a_closed_client_says_so(server: FakeTurret, tmp_path: Path):
