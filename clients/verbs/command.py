@@ -30,6 +30,8 @@ from turret.clients.verbs.flags import name_flags
 _DEFAULT_TIMEOUT_SECONDS = 600.0
 # More than so many are only counted, unless --details is given.
 _FEW_VIOLATIONS = 8
+# The server's next step for an adapter with a classification head.
+_CLASSIFY = "call Classify"
 # Environment variables that stand for the flags of the same name; the flags win.
 ADDRESS_VARIABLE = "TURRET_ADDRESS"
 TOKEN_VARIABLE = "TURRET_TOKEN"
@@ -152,6 +154,9 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
     """The error with what its reader may do about it, where that is not the server's to say."""
     if isinstance(error, AnswerCutError):
         return error
+    if error.message.endswith(_CLASSIFY):
+        verb = "turret eval --classify" if hasattr(args, "classify") else "turret classify -a NAME"
+        return error.with_message(f"{error.message.removesuffix(_CLASSIFY)}`{verb}`")
     if isinstance(error, UnavailableError) and not error.reason:
         return error.with_message(in_flags(error.message, args.address))
     if error.code.name == "UNIMPLEMENTED" and not error.reason:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import grpc
 import pytest
@@ -89,6 +90,24 @@ def test_failed_call_prints_one_line(run: Run):
     code, out, err = run("generate", "a", "--top-p", "2", "--json")
     assert (code, out) == (1, "")
     assert err == "error: INVALID_ARGUMENT (INVALID_REQUEST): 1 bad field; --top-p: <= 1\n"
+
+
+@pytest.mark.parametrize("verb", ["generate", "eval"])
+def test_an_adapter_with_a_head_is_sent_to_the_verb_for_it(
+    run: Run, server: FakeTurret, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, verb: str
+):
+    monkeypatch.setattr(server.inference, "_accept", _refuse_head)
+    data = tmp_path / "d.jsonl"
+    data.write_text('{"prompt": "a", "completion": "b"}\n')
+    rest = ("a",) if verb == "generate" else (str(data), "-m", "sql")
+    code, _, err = run(verb, *rest)
+    meant = {"generate": "turret classify -a NAME", "eval": "turret eval --classify"}[verb]
+    assert (code, err.endswith(f"not to write; `{meant}`\n")) == (1, True), err
+
+
+def _refuse_head(_request: object, context: grpc.ServicerContext) -> None:
+    why = "adapters: 'sql': trained to classify (task_type SEQ_CLS), not to write; call Classify"
+    context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
 
 
 def test_refusals_name_the_flags_that_were_typed(capsys: pytest.CaptureFixture[str]):
