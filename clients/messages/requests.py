@@ -124,11 +124,19 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     fill(request, ("request_id",), values)
     set_input(request, prompt)
     fill(request.sampling, _SAMPLING, values)
-    _each("logit_bias", request.sampling.logit_bias.update, values.get("logit_bias", {}))
+    bias = values.get("logit_bias", {})
+    if not isinstance(bias, Mapping):
+        raise TypeError(f"logit_bias: token ids with numbers, such as {{5: -1.0}}, not {bias!r}")
+    _each("logit_bias", request.sampling.logit_bias.update, bias)
     fill(request.stop, _STOP, values)
     stop = values.get("stop", ())
-    _each("stop", request.stop.stop_strings.extend, [stop] if isinstance(stop, str) else stop)
-    _each("stop_token_ids", request.stop.stop_token_ids.extend, values.get("stop_token_ids", ()))
+    _each(
+        "stop",
+        request.stop.stop_strings.extend,
+        [stop] if isinstance(stop, str) else _several("stop", stop),
+    )
+    ids = _several("stop_token_ids", values.get("stop_token_ids", ()))
+    _each("stop_token_ids", request.stop.stop_token_ids.extend, ids)
     if values.get("top_n"):
         values.setdefault("logprobs", True)
     fill(request.options, _RESPONSE, values)
@@ -153,7 +161,7 @@ def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str,
         raise TypeError("choice: several texts, not one")
     if choice is not None:
         request.choice.SetInParent()
-        _each("choice", request.choice.texts.extend, choice)
+        _each("choice", request.choice.texts.extend, _several("choice", choice))
 
 
 def score_request(
@@ -346,6 +354,8 @@ def _each(name: str, store: Any, value: Any) -> None:
         said = str(error)
         if said.startswith("bad argument type"):  # protobuf's, of what is no text
             said = f"a text, not {value!r}"
+        elif "cannot be interpreted as an integer" in said:
+            said = f"a whole number, not {value!r}"
         elif isinstance(error, UnicodeEncodeError):
             said = "a text that is not UTF-8"
         elif said.startswith("Value out of range") and isinstance(value, int):

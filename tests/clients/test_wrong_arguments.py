@@ -83,7 +83,7 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         (lambda: client.adapters.upload("a", 5), "directory: a path, not 5"),  # type: ignore[arg-type]
         (lambda: client.adapters.export("a", 5), "directory: a path, not 5"),  # type: ignore[arg-type]
         (lambda: client.adapters.list(method=5), "method: a text, not 5"),  # type: ignore[arg-type]
-        (lambda: client.adapters.list(page_size="5"), "page_size: 'str' object"),  # type: ignore[arg-type]
+        (lambda: client.adapters.list(page_size="5"), "page_size: a whole number, not '5'"),  # type: ignore[arg-type]
     ):
         with pytest.raises(TypeError, match=f"^{complaint}"):
             client_call()
@@ -103,6 +103,11 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         ("a", {"json_schema": {"type": object}}, "json_schema: Object of type type"),
         ("a", {"max_tokens": True}, "max_tokens: not a bool, such as True"),
         ("a", {"tools": 5}, "tools: a list, not 5"),
+        ("a", {"stop": 3}, "stop: a list, not 3"),
+        ("a", {"stop_token_ids": 3}, "stop_token_ids: a list, not 3"),
+        ("a", {"choice": 3}, "choice: a list, not 3"),
+        ("a", {"logit_bias": [1]}, r"logit_bias: token ids with numbers, .*, not \[1\]"),
+        ("a", {"max_tokens": "2"}, "max_tokens: a whole number, not '2'"),
         (["hi"], {}, r"prompt: text, token ids or the turns of a conversation, not \['hi'\]"),
         ([True], {}, r"prompt: text, token ids or the turns of a conversation, not \[True\]"),
         (
