@@ -14,6 +14,7 @@ from functools import partial
 from typing import TypeVar
 
 from turret.clients.client import TurretClient
+from turret.clients.counted import counted
 from turret.clients.errors import (
     AuthenticationError,
     NotFoundError,
@@ -124,7 +125,7 @@ class MixReport:
     @property
     def extent(self) -> str:
         """How many examples, in words."""
-        return "1 example" if self.examples == 1 else f"{self.examples} examples"
+        return counted(self.examples, "example")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from turret.clients.client import TurretClient
+from turret.clients.counted import counted
 from turret.clients.errors import AnswerCutError, TurretRpcError, UnavailableError
 from turret.clients.messages.requests import Prompt
 from turret.clients.messages.results import Chunk
@@ -19,7 +20,6 @@ from turret.clients.verbs.command import (
     with_client,
 )
 from turret.clients.verbs.flags import generation_options, generation_parser
-from turret.clients.verbs.texts import counted
 
 # What an answer in plain text has no place for.
 _JSON_ONLY = ("logprobs", "top_n", "token_ids")

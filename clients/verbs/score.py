@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from turret.clients.client import TurretClient
+from turret.clients.counted import counted
 from turret.clients.messages.results import Score
 from turret.clients.verbs.command import (
     adapter_parser,
@@ -19,7 +20,6 @@ from turret.clients.verbs.command import (
     text_argument,
     with_client,
 )
-from turret.clients.verbs.texts import counted
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

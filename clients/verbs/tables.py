@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from turret.clients.counted import counted
 from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState, ModuleError
-from turret.clients.verbs.texts import counted
 
 # From this share of the change on, its rounding error is worth a warning.
 _LOST = 0.5

@@ -1,4 +1,4 @@
-"""Texts: those of a command that takes several, and numbers of things in words."""
+"""The texts of a command that takes several."""
 
 from __future__ import annotations
 
@@ -37,11 +37,6 @@ def given_texts(args: argparse.Namespace) -> list[str]:
     if not texts:
         raise ValueError("no text: give some, - for standard input, or --file")
     return texts
-
-
-def counted(count: int, thing: str) -> str:
-    """``1 token``, ``2 tokens``; ``thing`` is one whose plural takes an s."""
-    return f"{count} {thing}" if count == 1 else f"{count} {thing}s"
 
 
 def _lines(text: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""A server with canned answers, and the command's verbs against it."""
+"""A server with canned answers, a client of it, and the command's verbs against it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import pytest
 from servers.command import parse_and_run
 from servers.fake_turret import FakeTurret, fake_turret
 
+from turret.clients.client import TurretClient
+
 Run = Callable[..., tuple[int, str, str]]
 
 
@@ -15,6 +17,12 @@ Run = Callable[..., tuple[int, str, str]]
 def server() -> Iterator[FakeTurret]:
     with fake_turret() as running:
         yield running
+
+
+@pytest.fixture
+def client(server: FakeTurret) -> Iterator[TurretClient]:
+    with TurretClient(server.address) as connected:
+        yield connected
 
 
 @pytest.fixture

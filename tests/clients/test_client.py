@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -18,18 +17,6 @@ from turret.clients.client import AdapterWeight, TurretClient, TurretRpcError
 from turret.clients.errors import FieldViolation
 from turret.v1 import adapters_pb2
 from turret.v1.adapters_pb2_grpc import AdaptersServicer
-
-
-@pytest.fixture
-def server() -> Iterator[FakeTurret]:
-    with fake_turret() as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: FakeTurret) -> Iterator[TurretClient]:
-    with TurretClient(server.address) as connected:
-        yield connected
 
 
 def test_generate_returns_every_field(client: TurretClient):

@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
 
 import pytest
-from servers.fake_turret import FakeTurret, fake_turret
+from servers.fake_turret import FakeTurret
 
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.client import AdapterWeight, TurretClient
-
-
-@pytest.fixture
-def server() -> Iterator[FakeTurret]:
-    with fake_turret() as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: FakeTurret) -> Iterator[TurretClient]:
-    with TurretClient(server.address) as connected:
-        yield connected
 
 
 def test_a_mapping_is_a_mix_with_its_weights(client: TurretClient, server: FakeTurret):

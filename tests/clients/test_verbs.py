@@ -17,9 +17,9 @@ import pytest
 from servers.command import parse_and_run
 from servers.fake_turret import FOREVER, PEFT_FILES, SAME, FakeTurret
 
+from turret.clients.counted import counted as of_client
 from turret.clients.verbs.command import print_error
 from turret.clients.verbs.flags import generation_parser, name_flags
-from turret.clients.verbs.texts import counted as of_client
 from turret.server.basics.counted import counted as of_server
 from turret.v1 import adapters_pb2, inference_pb2
 

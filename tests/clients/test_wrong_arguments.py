@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import grpc
 import pytest
-from servers.fake_turret import FakeTurret, fake_turret
+from servers.fake_turret import FakeTurret
 
 from turret.clients import channel
 from turret.clients.aio import AsyncTurretClient
@@ -21,18 +20,6 @@ from turret.clients.errors import FieldViolation, InvalidArgumentError, Unavaila
 from turret.clients.unreached import address_problem, in_flags
 
 LONG = "a" * 5_000_000
-
-
-@pytest.fixture
-def server() -> Iterator[FakeTurret]:
-    with fake_turret() as running:
-        yield running
-
-
-@pytest.fixture
-def client(server: FakeTurret) -> Iterator[TurretClient]:
-    with TurretClient(server.address) as connected:
-        yield connected
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,8 @@
-"""What adapters of the head need before its logits are changed, of every row of a step.
+"""Triton form of the head's low-rank updates: ``logits += Σ_k w_k B_k (A_k x)`` for a step's rows.
 
-``head_shrink`` gives the rank activations of low-rank updates, ``A_k x`` in fp32, those of a row's
-members side by side. ``head_inputs`` gives ``x ⊙ Σ_k w_k (l_k − 1)``, which the base's head
-multiplies once for all adapters with input gains.
+``head_shrink`` gives the rank activations ``A_k x`` in fp32, those of a row's members side by side;
+``head_expand`` multiplies them by B and adds the members in their order, in place. It goes through
+rows, tokens and mixes as ``head_changes.py`` does.
 """
 
 # pyright: reportOperatorIssue=false, reportIndexIssue=false, reportCallIssue=false

@@ -205,7 +205,7 @@ class TorchExecutor:
             changes = changed_heads(samples, self.store, hidden.device)
             states = hidden.index_select(0, index)
             if not changes and all(takes_likeliest(sequence) for sequence, _ in samples):
-                likeliest = self._tell(states)
+                likeliest = self._find_likeliest(states)
                 if likeliest is not None:
                     return Computed(batch.placed, hidden, None, likeliest=likeliest)
             logits = self._decoder.logits(states, changes)
@@ -213,14 +213,14 @@ class TorchExecutor:
             return Computed(batch.placed, hidden, logits, added)
         return Computed(batch.placed, hidden, None)
 
-    def _tell(self, states: torch.Tensor) -> Likeliest | None:
+    def _find_likeliest(self, states: torch.Tensor) -> Likeliest | None:
         """The likeliest tokens of ``[samples, hidden]``, if they can be told without all logits."""
-        told_by = self._likeliest
-        if told_by is None or (tokens := told_by.find(states)) is None:
+        finder = self._likeliest
+        if finder is None or (tokens := finder.find(states)) is None:
             return None
 
         def logits() -> torch.Tensor:
-            told_by.was_of_no_use()
+            finder.was_of_no_use()
             return self._decoder.logits(states)
 
         return Likeliest(tokens, logits)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+
 import torch
 
 from turret.kernels.likeliest import likeliest_tokens
@@ -10,8 +13,8 @@ from turret.server.models.decoding.decoder import Decoder
 
 # AMX's tiles multiply this many outputs or more, each by itself, and in another order than fewer.
 _LEAST_OUTPUTS = 16
-# A cap makes of distinct logits equal ones: those that are nearer to each other than this share of
-# it (its own error), and those beyond that many times it.
+# A cap makes equal logits of distinct ones: of those nearer to each other than this share of it,
+# its own error, and of those beyond so many times it.
 _CAP_SLACK, _CAP_REACH = 1e-3, 4.0
 
 
@@ -25,16 +28,15 @@ class LikeliestTokens:
     def __init__(self, decoder: Decoder) -> None:
         self._decoder = decoder
         self._screen: Screen | None = None
+        self._slack, self._most = 0.0, float("inf")
         scale, cap = decoder.arch.logit_scale, decoder.arch.logit_softcap
-        self._slack = 0.0 if cap is None else _CAP_SLACK * cap / scale
-        self._most = float("inf")
-        if cap is not None:
-            self._most = cap * float(torch.tanh(torch.tensor(_CAP_REACH)))
         if scale > 0.0 and Screen.serves(decoder.head):
-            try:
+            # One with a number that is not finite has none.
+            with contextlib.suppress(ValueError):
                 self._screen = Screen(decoder.head)
-            except ValueError:
-                return
+        if cap is not None and scale > 0.0:
+            self._slack = _CAP_SLACK * cap / scale
+            self._most = cap * math.tanh(_CAP_REACH)
 
     def find(self, hidden: torch.Tensor) -> list[int] | None:
         """The token with the largest logit of each row; of equal ones the first.
