@@ -12,7 +12,8 @@
 # TLS and tokens, or --insecure. Metrics stay inside the container (127.0.0.1:9464), where a sidecar
 # reads them; to have them read from outside give a token the role metrics and add
 # --metrics-address 0.0.0.0:9464. With TLS, set TURRET_HEALTH_FLAGS="--tls-ca /secrets/ca.pem".
-# For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128.
+# For a GPU, build with --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128; for a fleet on
+# Ray, with --build-arg EXTRA=cluster.
 # What is installed is in deploy/constraints.txt, by version and hash; torch by its version. The base
 # image is named by digest (of all its platforms), so that a build tomorrow is this one;
 # docs/security.md says how to renew it.
@@ -22,30 +23,34 @@ ARG PYTHON_IMAGE=python:3.12.14-slim-trixie@sha256:78387bc3881b8273120a12ebe6c1a
 FROM ${PYTHON_IMAGE} AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ARG TORCH_VERSION=2.13.0
+ARG EXTRA=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # A compiler for the CPU kernels; the final image needs one for a GPU alone. Packages and the model come before the
 # sources, so that a change to the sources does not fetch them again.
 # hadolint ignore=DL3008
 RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
-COPY deploy/constraints.txt /constraints.txt
+COPY deploy/constraints.txt deploy/constraints-cluster.txt /constraints/
 RUN python -m venv /opt/turret \
     && /opt/turret/bin/pip install --require-hashes --no-deps --only-binary :all: \
-        -r /constraints.txt \
+        -r /constraints/constraints.txt ${EXTRA:+-r "/constraints/constraints-$EXTRA.txt"} \
     && /opt/turret/bin/pip install --index-url "$TORCH_INDEX" "torch==$TORCH_VERSION"
 COPY . /source
 RUN /opt/turret/bin/pip wheel --no-deps --no-build-isolation --wheel-dir /wheels /source \
     && /opt/turret/bin/pip install --no-deps --no-index /wheels/turret-*.whl
 
 FROM ${PYTHON_IMAGE}
-# For a GPU Triton compiles C at the first start.
+# For a GPU Triton compiles C at the first start. KubeRay asks Ray for its health with wget, and calls
+# ray from a login shell, whose path is not the image's.
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
-# hadolint ignore=DL3008
-RUN case "$TORCH_INDEX" in \
-        */cpu) ;; \
-        *) apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
-            && rm -rf /var/lib/apt/lists/* ;; \
-    esac
+ARG EXTRA=""
+# hadolint ignore=DL3008,SC2086
+RUN case "$TORCH_INDEX" in */cpu) wanted="" ;; *) wanted="gcc libc6-dev" ;; esac \
+    && case "$EXTRA" in cluster) wanted="$wanted wget" && ln -s /opt/turret/bin/ray /usr/local/bin/ray ;; esac \
+    && if [ -n "$wanted" ]; then \
+        apt-get update && apt-get install -y --no-install-recommends $wanted \
+            && rm -rf /var/lib/apt/lists/*; \
+    fi
 RUN useradd --create-home --uid 10001 turret && install -d -o turret /adapters /state
 COPY --from=build /opt/turret /opt/turret
 ENV PATH=/opt/turret/bin:$PATH TURRET_HEALTH_FLAGS=""

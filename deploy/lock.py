@@ -2,6 +2,7 @@
 
     python deploy/lock.py
 
+It writes constraints-cluster.txt too, what the image of a fleet has beside those.
 Run it where the package index can be reached, look at what changed, and commit the result. Torch
 is not in it: its builds for a CPU and for CUDA come from an index of their own (TORCH_INDEX of the
 Dockerfile) and have other hashes; the Dockerfile gives its version. Needs Python 3.11 and pip 23.
@@ -16,10 +17,12 @@ import sys
 import tempfile
 import tomllib
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 CONSTRAINTS = ROOT / "deploy" / "constraints.txt"
+CLUSTER = ROOT / "deploy" / "constraints-cluster.txt"
 PYTHON = "3.12"
 MACHINES = ("x86_64", "aarch64")
 # Of the image's glibc and all before it.
@@ -47,8 +50,21 @@ def requirements() -> tuple[list[str], list[str]]:
     return [*whole, *EXTRA], alone
 
 
-def resolved(machine: str) -> dict[str, tuple[str, str]]:
-    """Name → (version, SHA-256) of the wheels that pip would install on a machine."""
+def cluster_requirements() -> list[str]:
+    """What the extra of a fleet wants."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found: list[str] = project["optional-dependencies"]["cluster"]
+    return found
+
+
+def resolved(machine: str, whole: list[str], alone: list[str]) -> dict[str, tuple[str, str]]:
+    """Name → (version, SHA-256) of the wheels that pip would install on a machine.
+
+    Args:
+        machine: As wheels call it.
+        whole: Wanted with what they depend on.
+        alone: Wanted without.
+    """
     tags = [f"manylinux_2_{minor}_{machine}" for minor in range(NEWEST_GLIBC, 4, -1)]
     tags += [f"manylinux2014_{machine}", f"linux_{machine}"]
     with tempfile.TemporaryDirectory() as folder:
@@ -58,11 +74,11 @@ def resolved(machine: str) -> dict[str, tuple[str, str]]:
         command += ["--implementation", "cp", "--target", folder, "--report", str(report)]
         for tag in tags:
             command += ["--platform", tag]
-        whole, alone = requirements()
-        subprocess.run([*command, *whole], check=True)
-        items = json.loads(report.read_text())["install"]
-        subprocess.run([*command, "--no-deps", *alone], check=True)
-        items += json.loads(report.read_text())["install"]
+        items = []
+        for asked in (whole, ["--no-deps", *alone]):
+            if asked != ["--no-deps"]:
+                subprocess.run([*command, *asked], check=True)
+                items += json.loads(report.read_text())["install"]
     found = {}
     for item in items:
         name = re.sub(r"[-_.]+", "-", item["metadata"]["name"]).lower()
@@ -72,15 +88,26 @@ def resolved(machine: str) -> dict[str, tuple[str, str]]:
 
 
 def main() -> None:
+    here = {machine: resolved(machine, *requirements()) for machine in MACHINES}
+    _write(CONSTRAINTS, here.values())
+    beside = []
+    for machine, found in here.items():
+        pinned = [f"{name}=={found[name][0]}" for name in found if name not in ALONE]
+        every = resolved(machine, [*pinned, *cluster_requirements()], [])
+        beside.append({name: each for name, each in every.items() if name not in found})
+    _write(CLUSTER, beside)
+
+
+def _write(path: Path, machines: Iterable[dict[str, tuple[str, str]]]) -> None:
     hashes: dict[tuple[str, str], set[str]] = defaultdict(set)
-    for machine in MACHINES:
-        for name, (version, digest) in resolved(machine).items():
+    for found in machines:
+        for name, (version, digest) in found.items():
             hashes[name, version].add(digest)
     lines = ["# Written by deploy/lock.py; torch is not in it (see there)."]
     for (name, version), digests in sorted(hashes.items()):
         entries = "".join(f" \\\n    --hash=sha256:{digest}" for digest in sorted(digests))
         lines.append(f"{name}=={version}{entries}")
-    CONSTRAINTS.write_text("\n".join(lines) + "\n")
+    path.write_text("\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

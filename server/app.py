@@ -27,7 +27,6 @@ from turret.server.basics.address import is_local_address
 from turret.server.config import Config
 from turret.server.errors import AdapterExistsError, TurretError
 from turret.server.metrics import Metrics
-from turret.server.metrics_server import ROLE as METRICS_ROLE
 from turret.server.metrics_server import MetricsServer
 from turret.server.reloading import NOTHING_TO_RELOAD, Hangup, TokenReloader
 from turret.server.rpc.server import RpcServer
@@ -147,7 +146,7 @@ class App:
         config = self.config
         token_file = config.security.token_file
         tokens = TokenTable.read(token_file) if token_file is not None else None
-        self._warn_if_exposed(tokens)
+        self._warn_if_exposed()
         limits = config.scheduler
         # Through whichever door its requests come, a party has one share.
         shares = Shares(limits.max_requests_per_token, limits.max_requests_per_peer)
@@ -170,7 +169,6 @@ class App:
             self._watching = asyncio.ensure_future(self._reloader.run())
         if config.listen.metrics_address is not None:
             self.metrics_server = MetricsServer(self.metrics, config.listen.metrics_address, tokens)
-            _log.info("metrics", extra=log.fields(address=self.metrics_server.address))
         self.rpc = rpc
         await rpc.start()
         if config.listen.http_address is not None:
@@ -303,7 +301,7 @@ class App:
         _log.info("stopped while loading", extra=log.fields(what=what))
         return None
 
-    def _warn_if_exposed(self, tokens: TokenTable | None) -> None:
+    def _warn_if_exposed(self) -> None:
         listen = self.config.listen
         exposed = [a for a in listen.call_addresses if not is_local_address(a)]
         if exposed and not self.config.security.is_complete:
@@ -311,10 +309,6 @@ class App:
                 "serving other machines without TLS or without tokens",
                 extra=log.fields(addresses=",".join(exposed)),
             )
-        metrics = listen.metrics_address
-        is_guarded = tokens is not None and tokens.has_role(METRICS_ROLE)
-        if metrics is not None and not is_local_address(metrics) and not is_guarded:
-            _log.warning("metrics are readable without a token", extra=log.fields(address=metrics))
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import logging
 import socket
 import threading
 from collections.abc import Mapping
@@ -16,9 +18,12 @@ from http import HTTPStatus
 
 from prometheus_client.exposition import choose_encoder
 
+from turret.server import log
 from turret.server.api.access.tokens import TokenTable
-from turret.server.basics.address import split_address
+from turret.server.basics.address import is_local_address, split_address
 from turret.server.metrics import Metrics
+
+_log = logging.getLogger(__name__)
 
 PATH = "/metrics"
 ROLE = "metrics"
@@ -35,17 +40,30 @@ class MetricsServer:
         metrics: What is served.
         address: ``HOST:PORT``; port 0 picks a free one.
         tokens: If one of them has the role ``metrics``, only such tokens may read.
+        num_ports: How many ports are tried, from that of the address on, until one is free.
 
     Raises:
         OSError: The address cannot be bound.
     """
 
-    def __init__(self, metrics: Metrics, address: str, tokens: TokenTable | None = None) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        address: str,
+        tokens: TokenTable | None = None,
+        *,
+        num_ports: int = 1,
+    ) -> None:
         host, port = split_address(address)
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._socket = socket.create_server((host, port), family=family)
+        self._socket = _listener(host, port, num_ports)
+        is_guarded = tokens is not None and tokens.has_role(ROLE)
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{self._socket.getsockname()[1]}"
+        _log.info("metrics", extra=log.fields(address=self.address))
+        if not is_local_address(address) and not is_guarded:
+            _log.warning(
+                "metrics are readable without a token", extra=log.fields(address=self.address)
+            )
         self._metrics = metrics
         self._tokens = tokens
         self._open: set[asyncio.Task[None]] = set()
@@ -128,6 +146,18 @@ class MetricsServer:
         if ROLE not in roles:
             return _response(HTTPStatus.FORBIDDEN)
         return None
+
+
+def _listener(host: str, port: int, num_ports: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    last = min(port + num_ports, 65536) - 1
+    while True:
+        try:
+            return socket.create_server((host, port), family=family)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or port >= last:
+                raise
+            port += 1
 
 
 def _response(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib.util
 import logging
 import os
@@ -102,8 +103,11 @@ def serve(args: argparse.Namespace) -> int:
         return EXIT_USAGE
     # An ingress whose fleet was killed holds its addresses, which are looked at next.
     removed = [] if plan.ray_address is not None else fleet_folder.remove_dead()
+    # Each replica takes the first free port from that of --metrics-address on.
+    listened = dataclasses.replace(config.listen, metrics_address=None)
+    looked_at = dataclasses.replace(config, listen=listened)
     # In a cluster that is joined the command may be run again, to change the fleet.
-    if found := problems(config, may_run=plan.ray_address is not None):
+    if found := problems(looked_at, may_run=plan.ray_address is not None):
         _complain("serve", *map(settings.blamed, found))
         return EXIT_FAILED
     level = logging.DEBUG if config.log.verbose else logging.INFO

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 import urllib.request
@@ -78,6 +79,32 @@ def test_http_answers_too(fleet: ServingFleet) -> None:
             assert json.load(answer)["model"] == "label"
     with urllib.request.urlopen(f"http://{fleet.http_address}/health", timeout=10) as answer:
         assert answer.status == 200
+
+
+def test_a_list_of_addresses_is_one_server(fleet: ServingFleet) -> None:
+    _, _, port = fleet.address.rpartition(":")
+    # Ingresses of two machines are two addresses; this one's is asked by two names.
+    listed = f"ipv4:127.0.0.1:{port},127.0.0.1:{port}"
+    with TurretClient(listed, max_retries=0) as client:
+        assert client.generate("Once", max_tokens=2, temperature=0).text
+        assert "".join(chunk.text for chunk in client.generate_stream("Once", max_tokens=2))
+
+
+def test_each_replica_has_metrics_of_its_own(fleet: ServingFleet) -> None:
+    said = re.findall(r"metrics_server metrics address=(\S+)", fleet.log.read_text())
+    assert len(set(said)) == 2
+    with TurretClient(fleet.address, max_retries=0) as client:
+        before = sum(generated(address) for address in said)
+        client.generate("Once upon a time", max_tokens=5, temperature=0)
+        assert sum(generated(address) for address in said) == before + 5
+
+
+def generated(metrics_address: str) -> float:
+    """Tokens that the replica with these metrics has given out."""
+    with urllib.request.urlopen(f"http://{metrics_address}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    found = re.findall(r"^turret_generated_tokens_total\{.*\} (\S+)$", text, re.M)
+    return sum(map(float, found))
 
 
 def complete(fleet: ServingFleet, model: str) -> str:

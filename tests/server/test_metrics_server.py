@@ -152,3 +152,32 @@ def test_a_token_with_the_role_closes_the_endpoint_to_others() -> None:
     finally:
         open_to_all.close()
         guarded.close()
+
+
+def test_servers_that_share_an_address_take_ports_that_follow_each_other() -> None:
+    first = MetricsServer(Metrics(), "127.0.0.1:0")
+    host, port = split_address(first.address)
+    try:
+        with pytest.raises(OSError, match="in use"):
+            MetricsServer(Metrics(), first.address)
+        beside = MetricsServer(Metrics(), first.address, num_ports=8)
+        try:
+            assert split_address(beside.address)[0] == host
+            assert port < split_address(beside.address)[1] < port + 8
+            assert "turret_step_tokens" in scrape(beside)
+        finally:
+            beside.close()
+    finally:
+        first.close()
+
+
+def test_metrics_that_others_can_read_are_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    tokens = TokenTable([("m", frozenset({"metrics"}))])
+    for address, guard, is_said in (
+        ("127.0.0.1:0", None, False),
+        ("0.0.0.0:0", None, True),
+        ("0.0.0.0:0", tokens, False),
+    ):
+        caplog.clear()
+        MetricsServer(Metrics(), address, guard).close()
+        assert ("metrics are readable without a token" in caplog.messages) is is_said

@@ -75,7 +75,7 @@ def fleet_config(config: Config) -> Config:
         raise ValueError("--address and --http-address need a port each, and not the same")
     return dataclasses.replace(
         config,
-        listen=dataclasses.replace(listen, http_address=http, metrics_address=None),
+        listen=dataclasses.replace(listen, http_address=http),
         adapters=dataclasses.replace(
             config.adapters,
             # Replicas run in other directories.

@@ -27,6 +27,7 @@ from turret.server.cluster.serving.grpc_call import CallContext, ServeContext
 from turret.server.config import Config
 from turret.server.errors import BudgetExceededError, UnavailableError
 from turret.server.metrics import Metrics
+from turret.server.metrics_server import MetricsServer
 from turret.server.reloading import TokenReloader
 from turret.server.rpc.adapters import AdaptersServicer
 from turret.server.rpc.health import HealthServicer
@@ -38,6 +39,8 @@ from turret.v1 import adapters_pb2, inference_pb2
 _log = logging.getLogger(__name__)
 
 _JOIN_SECONDS = 120.0
+# Replicas of one machine have their metrics on ports that follow each other.
+_METRICS_PORTS = 64
 _DESCRIPTORS = {
     "Inference": inference_pb2.DESCRIPTOR.services_by_name["Inference"],
     "Adapters": adapters_pb2.DESCRIPTOR.services_by_name["Adapters"],
@@ -82,6 +85,7 @@ class ReplicaServer:
         }
         self._health = HealthServicer(f"turret.v1.{name}" for name in self._servicers)
         self._seat = Seat(name, channel, stops_alone=stops_alone)
+        self._metrics_server = self._serve_metrics()
         self._backend: Backend | None = None
         self._link: ReplicaLink | None = None
 
@@ -147,6 +151,21 @@ class ReplicaServer:
         if self._backend is not None:
             await asyncio.to_thread(self._backend.close)
         self.adapters.close()
+        if self._metrics_server is not None:
+            await asyncio.to_thread(self._metrics_server.close)
+
+    def _serve_metrics(self) -> MetricsServer | None:
+        """On the first port that no other replica of this machine has."""
+        address = self._config.listen.metrics_address
+        if address is None:
+            return None
+        try:
+            return MetricsServer(self.metrics, address, self.tokens, num_ports=_METRICS_PORTS)
+        except OSError as error:
+            # A replica that answers is worth more than one that is watched.
+            said = log.fields(address=address, why=error.strerror)
+            _log.warning("this replica's metrics cannot be read", extra=said)
+            return None
 
     # gRPC
 

@@ -87,9 +87,10 @@ def start_fleet(folder: Path, *flags: str) -> Iterator[ServingFleet]:
         AssertionError: It did not start, or SIGTERM did not end it with exit code 0.
     """
     log, state_dir = folder / "fleet.log", folder / "state"
-    address, http = (f"127.0.0.1:{free_port()}" for _ in range(2))
+    address, http, metrics = (f"127.0.0.1:{free_port()}" for _ in range(3))
     command = [sys.executable, "-m", "turret.server.cli", "cluster", "serve"]
     command += ["--address", address, "--http-address", http, "--state-dir", str(state_dir)]
+    command += ["--metrics-address", metrics]
     command += ["--adapter-root", str(ROOT / "examples" / "adapters"), *flags]
     # Ray starts workers of its own: they have to find the same code.
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
