@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,6 +17,7 @@ from turret.clients.messages.adapter_requests import (
     fuse_request,
     list_request,
     merge_request,
+    path_text,
     unload_request,
 )
 from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState
@@ -42,7 +43,7 @@ class AdaptersClient:
     def load(
         self,
         name: str,
-        path: str,
+        path: str | os.PathLike[str],
         *,
         pinned: bool = False,
         task: int | None = None,
@@ -53,14 +54,18 @@ class AdaptersClient:
         ``task`` says which one it is, where the files hold several.
         """
         request = filled(
-            adapters_pb2.LoadAdapterRequest(), name=name, path=path, pinned=pinned, task=task
+            adapters_pb2.LoadAdapterRequest(),
+            name=name,
+            path=path_text(path),
+            pinned=pinned,
+            task=task,
         )
         return Adapter.from_proto(self._unary(self._stub.LoadAdapter, request, timeout))
 
     def upload(
         self,
         name: str,
-        directory: str | Path,
+        directory: str | os.PathLike[str],
         *,
         pinned: bool = False,
         replace: bool = False,
@@ -89,7 +94,7 @@ class AdaptersClient:
     def replace(
         self,
         name: str,
-        path: str,
+        path: str | os.PathLike[str],
         *,
         expected_generation: int | None = None,
         task: int | None = None,
@@ -103,7 +108,7 @@ class AdaptersClient:
         request = filled(
             adapters_pb2.ReplaceAdapterRequest(),
             name=name,
-            path=path,
+            path=path_text(path),
             expected_generation=expected_generation,
             task=task,
         )
@@ -240,7 +245,7 @@ class AdaptersClient:
     def export(
         self,
         name: str,
-        directory: str | Path,
+        directory: str | os.PathLike[str],
         *,
         generation: int | None = None,
         timeout: float | None = None,

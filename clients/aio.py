@@ -25,6 +25,7 @@ from turret.clients.channel import (
     DEFAULT_ADDRESS,
     CallSettings,
     ClosedStub,
+    LoopStub,
     Tls,
     open_aio_channel,
     stream_timeout,
@@ -60,7 +61,8 @@ __all__ = ["AdapterWeight", "AsyncGenerationStream", "AsyncTurretClient", "Tls",
 class AsyncTurretClient:
     """Calls a turret server from asyncio. Arguments are those of ``TurretClient``.
 
-    Make it where the event loop runs.
+    Make it where the event loop runs, and use it there: without one, or in another, it raises
+    RuntimeError.
     """
 
     def __init__(
@@ -74,13 +76,15 @@ class AsyncTurretClient:
         max_retries: int | RetryPolicy = 2,
         resume: bool = True,
     ) -> None:
+        if not isinstance(resume, bool):
+            raise TypeError(f"resume: True or False, not {resume!r}")
         self._resume = resume
         self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries))
         self._channel = open_aio_channel(address, tls)
         self._admin_channel = (
             self._channel if admin_address is None else open_aio_channel(admin_address, tls)
         )
-        self._stub: Any = inference_pb2_grpc.InferenceStub(self._channel)
+        self._stub: Any = LoopStub(inference_pb2_grpc.InferenceStub(self._channel))
         self.adapters = AsyncAdaptersClient(self._admin_channel, self._settings)
 
     async def close(self) -> None:

@@ -4,14 +4,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import grpc.aio
 
 from turret.clients.calls import call_async
-from turret.clients.channel import CallSettings, ClosedStub, stream_timeout
+from turret.clients.channel import CallSettings, ClosedStub, LoopStub, stream_timeout
 from turret.clients.errors import TurretRpcError
 from turret.clients.messages.adapter_files import ExportWriter, upload_messages
 from turret.clients.messages.adapter_requests import (
@@ -19,6 +19,7 @@ from turret.clients.messages.adapter_requests import (
     fuse_request,
     list_request,
     merge_request,
+    path_text,
     unload_request,
 )
 from turret.clients.messages.adapter_results import Adapter, Fusion, MergeState
@@ -34,7 +35,7 @@ class AsyncAdaptersClient:
     """
 
     def __init__(self, channel: grpc.aio.Channel, settings: CallSettings) -> None:
-        self._stub: Any = adapters_pb2_grpc.AdaptersStub(channel)
+        self._stub: Any = LoopStub(adapters_pb2_grpc.AdaptersStub(channel))
         self._settings = settings
 
     def close(self) -> None:
@@ -44,7 +45,7 @@ class AsyncAdaptersClient:
     async def load(
         self,
         name: str,
-        path: str,
+        path: str | os.PathLike[str],
         *,
         pinned: bool = False,
         task: int | None = None,
@@ -55,14 +56,18 @@ class AsyncAdaptersClient:
         ``task`` says which one it is, where the files hold several.
         """
         request = filled(
-            adapters_pb2.LoadAdapterRequest(), name=name, path=path, pinned=pinned, task=task
+            adapters_pb2.LoadAdapterRequest(),
+            name=name,
+            path=path_text(path),
+            pinned=pinned,
+            task=task,
         )
         return Adapter.from_proto(await self._unary(self._stub.LoadAdapter, request, timeout))
 
     async def upload(
         self,
         name: str,
-        directory: str | Path,
+        directory: str | os.PathLike[str],
         *,
         pinned: bool = False,
         replace: bool = False,
@@ -93,7 +98,7 @@ class AsyncAdaptersClient:
     async def replace(
         self,
         name: str,
-        path: str,
+        path: str | os.PathLike[str],
         *,
         expected_generation: int | None = None,
         task: int | None = None,
@@ -103,7 +108,7 @@ class AsyncAdaptersClient:
         request = filled(
             adapters_pb2.ReplaceAdapterRequest(),
             name=name,
-            path=path,
+            path=path_text(path),
             expected_generation=expected_generation,
             task=task,
         )
@@ -241,7 +246,7 @@ class AsyncAdaptersClient:
     async def export(
         self,
         name: str,
-        directory: str | Path,
+        directory: str | os.PathLike[str],
         *,
         generation: int | None = None,
         timeout: float | None = None,

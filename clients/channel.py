@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import grpc
 import grpc.aio
@@ -19,6 +21,7 @@ from turret.v1 import adapters_pb2
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 # Metadata of a call that runs on adapters: requests of one mix go to one server as far as they can.
 ROUTING_KEY = "x-turret-mix"
+_PEM = b"-----BEGIN"
 _OPTIONS: tuple[tuple[str, int], ...] = (
     # Logprobs with alternatives for a long prompt exceed gRPC's own limit of 4 MiB.
     ("grpc.max_receive_message_length", 64 << 20),
@@ -30,6 +33,8 @@ _OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.ping_timeout_ms", 20_000),
     # However long the server has nothing to say.
     ("grpc.http2.max_pings_without_data", 0),
+    # A server that comes back is found soon, however long it was away; gRPC's own is two minutes.
+    ("grpc.max_reconnect_backoff_ms", 4_000),
 )
 
 
@@ -50,6 +55,14 @@ class Tls:
     server_name: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("ca", "certificate", "key"):
+            pem = getattr(self, name)
+            if not isinstance(pem, bytes | None):
+                raise TypeError(
+                    f"{name}: PEM as bytes, not {pem!r}; Tls.from_files({name}=...) reads a file"
+                )
+            if pem is not None and _PEM not in pem:
+                raise ValueError(f"{name}: holds no PEM")
         if (self.certificate is None) != (self.key is None):
             raise ValueError("a client certificate and its key come together")
 
@@ -57,9 +70,9 @@ class Tls:
     def from_files(
         cls,
         *,
-        ca: str | Path | None = None,
-        certificate: str | Path | None = None,
-        key: str | Path | None = None,
+        ca: str | os.PathLike[str] | None = None,
+        certificate: str | os.PathLike[str] | None = None,
+        key: str | os.PathLike[str] | None = None,
         server_name: str | None = None,
     ) -> Tls:
         """Read the PEM files.
@@ -72,7 +85,7 @@ class Tls:
             None if path is None else Path(path).read_bytes() for path in (ca, certificate, key)
         )
         for path, pem in ((ca, ca_pem), (certificate, certificate_pem), (key, key_pem)):
-            if pem is not None and b"-----BEGIN" not in pem:
+            if pem is not None and _PEM not in pem:
                 raise ValueError(f"{path}: holds no PEM")
         return cls(ca=ca_pem, certificate=certificate_pem, key=key_pem, server_name=server_name)
 
@@ -94,8 +107,14 @@ def open_channel(address: str, tls: Tls | None) -> grpc.Channel:
 
 
 def open_aio_channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
-    """Open a channel for asyncio calls; it connects at the first one; errors are those above."""
+    """Open a channel for asyncio calls; it connects at the first one.
+
+    Raises:
+        TypeError, ValueError: As :func:`open_channel`.
+        RuntimeError: No event loop runs here.
+    """
     _check(address, tls)
+    _running_loop()
     if tls is None:
         return grpc.aio.insecure_channel(address, options=_options(tls))
     return grpc.aio.secure_channel(address, tls.credentials(), options=_options(tls))
@@ -108,6 +127,36 @@ def _check(address: object, tls: object) -> None:
         raise TypeError(f"tls: a Tls, such as Tls() for the system's roots, or None, not {tls!r}")
     if problem := address_problem(address, has_tls=tls is not None):
         raise ValueError(f"address: {problem}")
+
+
+def _running_loop() -> asyncio.AbstractEventLoop:
+    try:
+        return asyncio.get_running_loop()
+    except RuntimeError:
+        raise RuntimeError(
+            "no event loop runs here: make and use AsyncTurretClient in an async function, which"
+            " asyncio.run(...) runs; TurretClient needs none"
+        ) from None
+
+
+class LoopStub:
+    """An asyncio stub that is used where it was made: elsewhere gRPC fails in words of its own.
+
+    Raises:
+        RuntimeError: No event loop runs, or another one than that it was made in.
+    """
+
+    def __init__(self, stub: object) -> None:
+        self._stub = stub
+        self._loop = _running_loop()
+
+    def __getattr__(self, name: str) -> Any:
+        if _running_loop() is not self._loop:
+            raise RuntimeError(
+                "this AsyncTurretClient was made in another event loop: make one in the async"
+                " function that each asyncio.run(...) runs"
+            )
+        return getattr(self._stub, name)
 
 
 class ClosedStub:
@@ -166,7 +215,12 @@ def stream_timeout(timeout: float | None) -> float | None:
 
     Raises:
         TypeError: It is no number of seconds.
+        ValueError: It is none that lies ahead.
     """
-    if not (timeout is None or isinstance(timeout, int | float)):
+    if timeout is None:
+        return None
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool):
         raise TypeError(f"timeout: seconds, not {timeout!r}")
-    return None if timeout is None or math.isinf(timeout) else timeout
+    if not timeout > 0:
+        raise ValueError(f"timeout: more than 0 seconds, or None for the default, not {timeout!r}")
+    return None if math.isinf(timeout) else timeout

@@ -67,9 +67,10 @@ class TurretClient:
             reached no server, or whose answer a server that stops has cut: after 0.5 s, 1 s and so
             on, or when the server says.
         resume: Whether a stream that breaks off goes on where it broke off, as often as it brings
-            another token; otherwise it raises once it has given text. Greedily, or with a seed, the
-            answer is that of one that never broke. It fails with NotFoundError if the weights that
-            it began with are gone.
+            another token; otherwise it raises once it has given text. Unless ``max_retries`` is 0,
+            it waits a minute for a server that starts again, or until its own deadline. Greedily,
+            or with a seed, the answer is that of one that never broke. It fails with NotFoundError
+            if the weights that it began with are gone.
 
     Every method's ``timeout`` is in seconds; ``math.inf`` means no deadline.
     """
@@ -85,6 +86,8 @@ class TurretClient:
         max_retries: int | RetryPolicy = 2,
         resume: bool = True,
     ) -> None:
+        if not isinstance(resume, bool):
+            raise TypeError(f"resume: True or False, not {resume!r}")
         self._resume = resume
         self._settings = CallSettings.of(token, timeout, RetryPolicy.of(max_retries))
         self._channel = open_channel(address, tls)

@@ -27,8 +27,9 @@ import grpc
 from google.protobuf import message
 from google.rpc import error_details_pb2, status_pb2
 
+from turret.clients.messages.argument_names import argument, in_arguments
 from turret.clients.messages.results import Completion
-from turret.clients.unreached import why_unreached
+from turret.clients.unreached import broken, is_broken, why_unreached
 
 _DETAILS_KEY = "grpc-status-details-bin"
 _REQUEST_ID_KEY = "x-request-id"
@@ -41,7 +42,7 @@ class FieldViolation:
     """One field that the server refused.
 
     Attributes:
-        field: Path in the request, such as ``sampling.temperature``.
+        field: The argument, and what in it, such as ``temperature`` or ``messages[0].role``.
         description: What is wrong with it.
     """
 
@@ -133,18 +134,23 @@ class TurretRpcError(Exception):
             if isinstance(detail, error_details_pb2.ErrorInfo):
                 reason, metadata = detail.reason, dict(detail.metadata)
             elif isinstance(detail, error_details_pb2.BadRequest):
+                fields = [violation.field for violation in detail.field_violations]
+                text = in_arguments(text, fields)
                 violations += [
-                    FieldViolation(v.field, v.description) for v in detail.field_violations
+                    FieldViolation(argument(v.field), in_arguments(v.description, ()))
+                    for v in detail.field_violations
                 ]
             else:
                 retry_delay = detail.retry_delay.ToTimedelta().total_seconds()
         if not reason and _is_lost(code, text):
-            code, text = grpc.StatusCode.UNAVAILABLE, f"the connection broke: {text}"
+            code, text = grpc.StatusCode.UNAVAILABLE, broken(text)
         elif not reason and (found := _TOO_LARGE.search(text)):
             code = grpc.StatusCode.INVALID_ARGUMENT
             text = _too_large(found)
         elif not reason:
             text = _plain(code, text)
+        elif reason == "ADAPTER_NOT_FOUND" and not _is_step_told(text):
+            text += LISTED
         return _CLASSES.get(code, ServerError)(
             code,
             text,
@@ -202,6 +208,11 @@ class UnavailableError(TurretRpcError):
     A connection that broke, a proxy's word that it did included, is this too.
     """
 
+    @property
+    def is_lost(self) -> bool:
+        """Whether a server had begun with the call and is gone, or stops."""
+        return not self.reason and is_broken(self.message)
+
     @classmethod
     def made_here(cls, message: str) -> Self:
         """One that no status tells."""
@@ -216,6 +227,10 @@ class AnswerCutError(UnavailableError):
     """
 
     completion: Completion | None = None
+
+    @property
+    def is_lost(self) -> bool:
+        return True
 
     @classmethod
     def of(cls, completion: Completion | None) -> AnswerCutError:
@@ -242,6 +257,14 @@ _CLASSES: dict[grpc.StatusCode, type[TurretRpcError]] = {
     grpc.StatusCode.CANCELLED: CallCancelledError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
 }
+
+
+# What to do about a name that is not there and looks like none that is.
+LISTED = "; adapters.list() tells which there are, adapters.load() registers one"
+
+
+def _is_step_told(text: str) -> bool:
+    return "did you mean" in text or "the current one" in text
 
 
 # What gRPC says when the caller itself has ended a call.
@@ -304,6 +327,8 @@ def _plain(code: grpc.StatusCode, text: str) -> str:
         return why_unreached(place, found["why"])
     if found := _UNRESOLVED.match(text):
         return why_unreached(found["place"], "its name has no address")
+    if code is grpc.StatusCode.UNAVAILABLE and any(words in text for words in _LOST):
+        return broken(text)
     return text
 
 

@@ -8,6 +8,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from turret.clients.channel import CallSettings, Tls, open_channel
+from turret.clients.errors import TurretRpcError
 from turret.clients.retries import RetryPolicy
 
 
@@ -23,6 +24,21 @@ def is_serving(
 
     A turret server asks for no token here; a proxy before it may.
     """
+    try:
+        answer = ask(address, service, timeout_seconds=timeout_seconds, tls=tls, token=token)
+    except TurretRpcError as error:
+        answer = error.code.name
+    return answer == "SERVING", answer
+
+
+def ask(
+    address: str, service: str, *, timeout_seconds: float, tls: Tls | None, token: str | None
+) -> str:
+    """What ``service`` answers, such as ``NOT_SERVING``; arguments are those of ``is_serving``.
+
+    Raises:
+        TurretRpcError: It does not answer.
+    """
     call = CallSettings.of(token, timeout_seconds, RetryPolicy(0))
     with open_channel(address, tls) as channel:
         try:
@@ -34,7 +50,5 @@ def is_serving(
                 metadata=call.metadata,
             )
         except grpc.RpcError as error:
-            code = error.code().name if isinstance(error, grpc.Call) else "UNKNOWN"
-            return False, code
-    name = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-    return answer.status == health_pb2.HealthCheckResponse.SERVING, name
+            raise TurretRpcError.from_grpc(error) from None
+    return health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)

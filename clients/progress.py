@@ -65,7 +65,7 @@ class AnswerProgress:
         """Seconds to wait before the request is sent again; None if the failure stands."""
         if self._has_begun and not self._resume:
             return None
-        return self._retries.delay_after(failure)
+        return self._retries.delay_after(failure, is_broken=self._has_begun)
 
     def end_of_cut(self, failure: TurretRpcError) -> TurretRpcError:
         """What is raised after the last part of an answer that a server ended.

@@ -10,6 +10,10 @@ from turret.clients.errors import RateLimitedError, TurretRpcError, UnavailableE
 
 _FIRST_DELAY_SECONDS = 0.5
 _MAX_DELAY_SECONDS = 8.0
+# How long a broken answer waits for a server that starts again and loads its model, and how long at
+# most between two tries.
+_RESTART_SECONDS = 60.0
+_RESTART_DELAY_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class Retries:
         self._deadline = deadline
         self._unreached = unreached
         self._delay = _FIRST_DELAY_SECONDS
+        self._given_up_at: float | None = None
 
     def timeout(self) -> float | None:
         """What is left of the deadline, in seconds, for the next try."""
@@ -67,20 +72,39 @@ class Retries:
     def renew(self) -> None:
         """Have all tries again, since the last one has brought something."""
         self._left, self._delay = self._count, _FIRST_DELAY_SECONDS
+        self._given_up_at = None
 
-    def delay_after(self, error: TurretRpcError) -> float | None:
-        """Seconds to wait before the next try; None if there is none, and the error stands."""
-        if not self._left or not self._may_help(error):
+    def delay_after(self, error: TurretRpcError, *, is_broken: bool = False) -> float | None:
+        """Seconds to wait before the next try; None if there is none, and the error stands.
+
+        Args:
+            error: What the last try raised.
+            is_broken: Whether a part of the answer has come: then tries that no server has begun
+                with do not count for as long as one takes to start again.
+        """
+        if not self._count or not self._may_help(error):
+            return None
+        end = self._deadline
+        if is_broken and isinstance(error, UnavailableError) and not error.is_lost:
+            end = self._end_of_restart()
+            self._delay = min(self._delay, _RESTART_DELAY_SECONDS)
+        elif self._left:
+            self._left -= 1
+        else:
             return None
         # Clients that were refused together must not come back together.
         delay = self._delay * random.uniform(0.75, 1.0)
         if error.retry_delay is not None:
             delay = max(delay, error.retry_delay)
-        if self._deadline is not None and time.monotonic() + delay >= self._deadline:
+        if end is not None and time.monotonic() + delay >= end:
             return None
-        self._left -= 1
         self._delay = min(2.0 * self._delay, _MAX_DELAY_SECONDS)
         return delay
+
+    def _end_of_restart(self) -> float:
+        if self._given_up_at is None:
+            self._given_up_at = time.monotonic() + _RESTART_SECONDS
+        return min(self._given_up_at, self._deadline or self._given_up_at)
 
     def _may_help(self, error: TurretRpcError) -> bool:
         if isinstance(error, RateLimitedError):

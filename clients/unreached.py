@@ -33,6 +33,11 @@ class _Cause:
     flags: str
 
 
+# What gRPC also says of a connection that ends as soon as it is made, as one without TLS does to a
+# server that wants it.
+_CLOSED = "Socket closed"
+_BROKE = "the connection broke"
+_AGAIN = "ask again; if it stays away, the server's log says why"
 _ANSWERED = (
     _Cause(
         ("Failed parsing HTTP/2", "http1.x server", "HTTP/1."),
@@ -40,6 +45,12 @@ _ANSWERED = (
         "the address is that of `turret serve --address` (port 50051 by default), not that of HTTP",
         "--address takes the address that `turret serve --address` has (port 50051 by default), not"
         " that of HTTP",
+    ),
+    _Cause(
+        ("security handshaker",),
+        "was not asked: what Tls was given is no certificate or key that can be read",
+        "it takes whole PEM files",
+        "--tls-ca, --tls-cert and --tls-key take whole PEM files",
     ),
     _Cause(
         ("WRONG_VERSION_NUMBER",),
@@ -60,7 +71,7 @@ _ANSWERED = (
         "--tls-server-name says for which",
     ),
     _Cause(
-        ("Socket closed",),
+        (_CLOSED,),
         "closes the connection",
         "a server with TLS wants tls=Tls(...)",
         "a server with TLS wants --tls or --tls-ca",
@@ -83,6 +94,17 @@ def why_unreached(place: str, said: str) -> str:
     return f"no turret server answers at {place} ({said}); {_NOTHING.step}"
 
 
+def broken(said: str) -> str:
+    """What a connection that was there and broke means, with what to do; ``said`` is gRPC's."""
+    tls = ", and one with TLS wants tls=Tls(...)" if said == _CLOSED else ""
+    return f"{_BROKE} ({said}); {_AGAIN}{tls}"
+
+
+def is_broken(message: str) -> bool:
+    """Whether a message is of :func:`broken`."""
+    return message.startswith(_BROKE)
+
+
 def in_flags(message: str, address: str) -> str:
     """The message of an unreached server as the command says it.
 
@@ -90,6 +112,8 @@ def in_flags(message: str, address: str) -> str:
         message: Of :func:`why_unreached`, or what gRPC says where nothing is known of it.
         address: As it was given.
     """
+    if message.endswith(_AGAIN) and _CLOSED not in message:
+        return message
     causes = (*_ANSWERED, _NOTHING)
     if not any(message.endswith(cause.step) for cause in causes):
         message = why_unreached(address, message)

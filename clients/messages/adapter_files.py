@@ -26,13 +26,14 @@ _TOKENIZER = (
 _HEADER_BYTES = 16 << 20
 # Adapters below a directory that is none, the newest checkpoints.
 _MOST_TOLD = 5
+_THERE = "already exists; an export makes a new directory: name another"
 # No directories, no hidden files: an export never writes outside its folder.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*")
 
 
 def upload_messages(
     name: str,
-    directory: str | Path,
+    directory: str | os.PathLike[str],
     *,
     pinned: bool,
     replace: bool,
@@ -130,16 +131,21 @@ class ExportWriter:
 
     Raises:
         FileExistsError: The directory is already there.
+        OSError: It cannot be made.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
         self._directory = _path(directory)
         if self._directory.exists():
-            raise FileExistsError(f"{self._directory} already exists")
-        self._directory.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = Path(
-            tempfile.mkdtemp(prefix=f".{self._directory.name}.", dir=self._directory.parent)
-        )
+            raise FileExistsError(f"{self._directory} {_THERE}")
+        parent = self._directory.parent
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+            self._partial = Path(tempfile.mkdtemp(prefix=f".{self._directory.name}.", dir=parent))
+        except OSError as error:
+            # Of the directory that was asked for, not of the one beside it that becomes it.
+            why = f"cannot be made: {error.strerror}; name a place that can be written"
+            raise OSError(error.errno, why, str(self._directory)) from None
         self._expected: dict[str, adapters_pb2.FileInfo] = {}
         self._open: dict[str, BinaryIO] = {}
         self.adapter: adapters_pb2.Adapter | None = None
@@ -192,5 +198,5 @@ class ExportWriter:
         try:
             self._partial.rename(self._directory)
         except OSError as error:
-            raise FileExistsError(f"{self._directory} already exists") from error
+            raise FileExistsError(f"{self._directory} {_THERE}") from error
         return self.adapter

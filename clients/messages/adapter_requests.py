@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from typing import Any, TypeVar
 
 from google.protobuf import duration_pb2
@@ -13,6 +14,17 @@ from turret.clients.messages.requests import fill
 from turret.v1 import adapters_pb2 as pb
 
 _Request = TypeVar("_Request")
+
+
+def path_text(path: object) -> str:
+    """A path on the server, as text.
+
+    Raises:
+        TypeError: It is none.
+    """
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: a path, not {path!r}")
+    return os.fspath(path)
 
 
 def list_request(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypedDict
 
 from google.protobuf.descriptor import FieldDescriptor
@@ -124,19 +124,13 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
     fill(request, ("request_id",), values)
     set_input(request, prompt)
     fill(request.sampling, _SAMPLING, values)
-    bias = values.get("logit_bias", {})
-    if not isinstance(bias, Mapping):
-        raise TypeError(f"logit_bias: token ids with numbers, such as {{5: -1.0}}, not {bias!r}")
-    _each("logit_bias", request.sampling.logit_bias.update, bias)
+    _set_bias(request.sampling, values.get("logit_bias", {}))
     fill(request.stop, _STOP, values)
     stop = values.get("stop", ())
-    _each(
-        "stop",
-        request.stop.stop_strings.extend,
-        [stop] if isinstance(stop, str) else _several("stop", stop),
-    )
+    stops = [stop] if isinstance(stop, str) else _several("stop", stop)
+    _extend("stop", request.stop.stop_strings, stops)
     ids = _several("stop_token_ids", values.get("stop_token_ids", ()))
-    _each("stop_token_ids", request.stop.stop_token_ids.extend, ids)
+    _extend("stop_token_ids", request.stop.stop_token_ids, ids)
     if values.get("top_n"):
         values.setdefault("logprobs", True)
     fill(request.options, _RESPONSE, values)
@@ -146,6 +140,17 @@ def generate_request(prompt: Prompt, options: GenerateOptions) -> inference_pb2.
             raise TypeError("tools: only a conversation has tools")
         request.chat.tools.append(_to_tool(tool))
     return request
+
+
+def _set_bias(sampling: inference_pb2.SamplingParams, bias: Any) -> None:
+    wanted = "token ids with numbers, such as {5: -1.0}"
+    if not isinstance(bias, Mapping):
+        raise TypeError(f"logit_bias: {wanted}, not {bias!r}")
+    for token_id, number in bias.items():
+        try:
+            sampling.logit_bias[token_id] = number
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"logit_bias: {wanted}, not {{{token_id!r}: {number!r}}}") from None
 
 
 def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str, Any]) -> None:
@@ -161,7 +166,7 @@ def _set_constraint(request: inference_pb2.GenerateRequest, values: Mapping[str,
         raise TypeError("choice: several texts, not one")
     if choice is not None:
         request.choice.SetInParent()
-        _each("choice", request.choice.texts.extend, _several("choice", choice))
+        _extend("choice", request.choice.texts, _several("choice", choice))
 
 
 def score_request(
@@ -187,8 +192,9 @@ def embed_request(
     request = inference_pb2.EmbedRequest(adapters=to_mix(adapters))
     fill_inputs(request.inputs, inputs)
     if pooling is not None:
-        if pooling not in POOLINGS:
-            raise ValueError(f"pooling: one of {', '.join(POOLINGS)}, not {pooling!r}")
+        if not isinstance(pooling, str) or pooling not in POOLINGS:
+            kind = ValueError if isinstance(pooling, str) else TypeError
+            raise kind(f"pooling: one of {', '.join(POOLINGS)}, not {pooling!r}")
         request.pooling = POOLINGS[pooling]
     values = {"normalize": normalize, "dimensions": dimensions, "request_id": request_id}
     fill(request, tuple(values), {k: v for k, v in values.items() if v is not None})
@@ -261,7 +267,7 @@ def set_input(
         raise TypeError(f"prompt: {_PROMPTS}, not {prompt!r}")
     if all(isinstance(item, int) for item in items):
         request.token_ids.SetInParent()
-        _each("token_ids", request.token_ids.ids.extend, items)
+        _extend("prompt", request.token_ids.ids, items)
     else:
         request.chat.messages.extend(_to_message(item) for item in items)
 
@@ -340,14 +346,33 @@ def fill(message: Any, names: Iterable[str], values: Mapping[str, Any]) -> None:
     for name in names:
         if name in values:
             # A bool is an int to Python, and so to protobuf.
-            wanted = message.DESCRIPTOR.fields_by_name[name].type
-            if isinstance(values[name], bool) and wanted != FieldDescriptor.TYPE_BOOL:
+            is_bool = message.DESCRIPTOR.fields_by_name[name].type == FieldDescriptor.TYPE_BOOL
+            if isinstance(values[name], bool) and not is_bool:
                 raise TypeError(f"{name}: not a bool, such as {values[name]}")
-            _each(name, lambda value, name=name: setattr(message, name, value), values[name])
+            wanted = "True or False" if is_bool else "a whole number"
+            _each(
+                name, lambda value, name=name: setattr(message, name, value), values[name], wanted
+            )
 
 
-def _each(name: str, store: Any, value: Any) -> None:
-    """Call ``store(value)``, with the field's name in front of any complaint."""
+def _extend(name: str, field: Any, items: Iterable[Any]) -> None:
+    """Add all of them to a repeated field; of one that does not fit, it alone is told."""
+    given = list(items)
+    try:
+        field.extend(given)
+    except (TypeError, ValueError):
+        for item in given:
+            _each(name, field.append, item)
+        raise
+
+
+def _each(
+    name: str, store: Callable[[Any], None], value: Any, whole: str = "a whole number"
+) -> None:
+    """Call ``store(value)``, with the field's name in front of any complaint.
+
+    ``whole`` is what is wanted where protobuf takes whole numbers: a bool is one to it.
+    """
     try:
         store(value)
     except (TypeError, ValueError) as error:
@@ -355,7 +380,9 @@ def _each(name: str, store: Any, value: Any) -> None:
         if said.startswith("bad argument type"):  # protobuf's, of what is no text
             said = f"a text, not {value!r}"
         elif "cannot be interpreted as an integer" in said:
-            said = f"a whole number, not {value!r}"
+            said = f"{whole}, not {value!r}"
+        elif said.startswith("must be real number"):
+            said = f"a number, not {value!r}"
         elif isinstance(error, UnicodeEncodeError):
             said = "a text that is not UTF-8"
         elif said.startswith("Value out of range") and isinstance(value, int):

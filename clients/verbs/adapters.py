@@ -8,6 +8,7 @@ from pathlib import Path
 
 from turret.clients.client import TurretClient
 from turret.clients.errors import TurretRpcError
+from turret.clients.messages.adapter_results import Adapter
 from turret.clients.verbs.command import (
     adapter_parser,
     connection_parser,
@@ -169,10 +170,11 @@ def _get(args: argparse.Namespace, client: TurretClient) -> None:
 
 
 def _load(args: argparse.Namespace, client: TurretClient) -> None:
+    before = _registered(args, client)
     adapter = client.adapters.load(
         args.name, args.path, pinned=args.pin, task=args.task, timeout=args.timeout
     )
-    print_json(adapter) if args.json else print_change("loaded", adapter)
+    print_json(adapter) if args.json else print_change("loaded", adapter, before)
 
 
 def _unload(args: argparse.Namespace, client: TurretClient) -> None:
@@ -198,7 +200,7 @@ def _unpin(args: argparse.Namespace, client: TurretClient) -> None:
 
 
 def _upload(args: argparse.Namespace, client: TurretClient) -> None:
-    before = _generation(args, client) if args.replace else None
+    before = _registered(args, client)
     adapter = client.adapters.upload(
         args.name,
         args.directory,
@@ -212,7 +214,7 @@ def _upload(args: argparse.Namespace, client: TurretClient) -> None:
 
 
 def _replace(args: argparse.Namespace, client: TurretClient) -> None:
-    before = _generation(args, client)
+    before = _registered(args, client)
     adapter = client.adapters.replace(
         args.name,
         args.path,
@@ -223,10 +225,10 @@ def _replace(args: argparse.Namespace, client: TurretClient) -> None:
     print_json(adapter) if args.json else print_change("replaced", adapter, before)
 
 
-def _generation(args: argparse.Namespace, client: TurretClient) -> int | None:
+def _registered(args: argparse.Namespace, client: TurretClient) -> Adapter | None:
     """Before a change; None where it is not told: the change's own refusal says more."""
     try:
-        return client.adapters.get(args.name, timeout=args.timeout).generation
+        return client.adapters.get(args.name, timeout=args.timeout)
     except TurretRpcError:
         return None
 

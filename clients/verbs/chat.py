@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass, field
 
 from turret.clients.client import TurretClient
-from turret.clients.errors import AnswerCutError, NotFoundError, TurretRpcError
+from turret.clients.errors import LISTED, AnswerCutError, NotFoundError, TurretRpcError
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.messages.requests import GenerateOptions
 from turret.clients.verbs.command import (
@@ -61,10 +61,18 @@ def _chat(args: argparse.Namespace, client: TurretClient) -> None:
                 if not sys.stdin.isatty():
                     # Nobody is there who could say it again.
                     raise
-                print_error(error)
+                print_error(_in_chat(error))
     except (EOFError, KeyboardInterrupt):
         # The usual ways to leave; the shell's prompt starts on its own line.
         print()
+
+
+def _in_chat(error: Exception) -> Exception:
+    """The error with what can be typed here about a name that is not there."""
+    if isinstance(error, NotFoundError) and error.message.endswith(LISTED):
+        said = error.message.removesuffix(LISTED)
+        return error.with_message(f"{said}; /adapters lists what the server has")
+    return error
 
 
 @dataclass

@@ -15,17 +15,20 @@ from typing import Any
 from turret.clients.channel import DEFAULT_ADDRESS, Tls
 from turret.clients.client import TurretClient
 from turret.clients.errors import (
+    LISTED,
     AnswerCutError,
     AuthenticationError,
     DeadlineExceededError,
+    InvalidArgumentError,
     NotFoundError,
     TurretRpcError,
     UnavailableError,
 )
+from turret.clients.messages.argument_names import renamed
 from turret.clients.messages.mix import AdapterWeight
 from turret.clients.retries import RetryPolicy
 from turret.clients.unreached import in_flags
-from turret.clients.verbs.flags import name_flags
+from turret.clients.verbs.flags import as_typed, mention_flags, name_flags
 
 _DEFAULT_TIMEOUT_SECONDS = 600.0
 # More than so many are only counted, unless --details is given.
@@ -170,9 +173,9 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
         )
     if error.reason == "ADAPTER_EXISTS" and getattr(args, "replace", None) is False:
         return error.with_message(f"{error.message}; --replace makes these its next generation")
-    is_told = "did you mean" in error.message or "the current one" in error.message
-    if isinstance(error, NotFoundError) and not is_told:
-        return error.with_message(f"{error.message}; `turret adapters list` shows what there is")
+    if isinstance(error, NotFoundError) and error.message.endswith(LISTED):
+        said = error.message.removesuffix(LISTED)
+        return error.with_message(f"{said}; `turret adapters list` shows what there is")
     if isinstance(error, AuthenticationError):
         return error.with_message(
             f"{error.message}; give it with --token, --token-from or {TOKEN_VARIABLE}"
@@ -183,8 +186,7 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
 def _print_details(error: TurretRpcError, wanted: bool) -> None:
     if wanted:
         for violation in error.violations:
-            said = f"{violation.field}: {violation.description}"
-            print(f"  {name_flags(said)}", file=sys.stderr)
+            print(f"  {as_typed(violation.field)}: {violation.description}", file=sys.stderr)
         if error.request_id:
             print(f"  request id: {error.request_id}", file=sys.stderr)
     elif len(error.violations) > _FEW_VIOLATIONS:
@@ -196,9 +198,15 @@ def print_error(error: Exception) -> None:
     sys.stdout.flush()
     # Of an answer that a server has cut the reader sees what came, and no call that failed.
     text = error.message if isinstance(error, AnswerCutError) else str(error)
-    if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        text = f"{error.filename}: {error.strerror}"
-    print(f"error: {name_flags(text)}", file=sys.stderr)
+    if isinstance(error, OSError) and error.strerror:
+        named = "" if error.filename is None else f"{error.filename}: "
+        text = f"{named}{error.strerror}"
+    elif isinstance(error, TurretRpcError):
+        text = renamed(text, (violation.field for violation in error.violations), as_typed)
+        text = mention_flags(text) if isinstance(error, InvalidArgumentError) else text
+    elif isinstance(error, TypeError | ValueError):
+        text = name_flags(text)
+    print(f"error: {text}", file=sys.stderr)
 
 
 def print_json(value: object) -> None:

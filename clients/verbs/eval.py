@@ -140,7 +140,7 @@ def _eval(args: argparse.Namespace, client: TurretClient) -> None:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        task = progress.add_task("judging", total=None)
+        task = progress.add_task("judging", total=len(examples) * len(mixes))
         reports = evaluate(
             client,
             examples,

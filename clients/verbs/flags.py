@@ -22,15 +22,34 @@ _INTS = {
     "max_tokens": "most tokens to generate (default: up to the context)",
     "min_tokens": "no stop condition applies before",
 }
-# Fields of a request that they set, by the flag where that has another name.
-_FIELD = re.compile(r"\b(?:sampling|stop)\.(\w+)|^(\w+)(?=: )")
+# The argument that a complaint begins with, and what in it.
+_ARGUMENT = re.compile(r"\w[\w.\[\]]*(?=: )")
 _ON_OFF = ("ignore_eos", "include_stop")
-_RENAMED = {
-    "stop_strings": "--stop",
-    "stop": "--stop",
-    "stop_token_ids": "--stop-token-id",
-}
+# No other words than these arguments have underscores in them.
+_MENTIONED = re.compile(
+    rf"(?<![\w.-])(?:{'|'.join(n for n in (*_FLOATS, *_INTS, *_ON_OFF) if '_' in n)})(?![\w-])"
+)
 _CONSTRAINTS = ("json_schema", "json_object", "regex", "grammar", "choice")
+# What stands for an argument of the Python client, where that is no flag of the same name.
+_TYPED = {
+    "stop_token_ids": "--stop-token-id",
+    "adapters": "--adapter",
+    "drain_seconds": "--wait",
+    "pinned": "--pin",
+    "prompt": "PROMPT",
+    "inputs": "TEXT",
+    "name": "NAME",
+    "path": "PATH",
+    "directory": "DIR",
+}
+# Arguments that a flag of the same name sets, those of other verbs included.
+_SAME = {
+    *(*_FLOATS, *_INTS, *_ON_OFF, *_CONSTRAINTS),
+    *("stop", "top_n", "request_id", "address", "token", "timeout"),
+    *("pooling", "normalize", "dimensions", "task", "expected_generation", "generation"),
+    *("method", "residency", "combination", "rank", "energy", "density", "majority_sign_method"),
+    *("precision",),
+}
 
 
 def generation_parser() -> argparse.ArgumentParser:
@@ -91,18 +110,30 @@ def _file(path: str) -> str:
         raise argparse.ArgumentTypeError(f"{path}: {why}") from None
 
 
-def name_flags(text: str) -> str:
-    """What is said of a request's fields or the client's arguments, as whoever typed it knows them.
+def as_typed(argument: str) -> str:
+    """An argument of the Python client, as whoever typed a command knows it.
 
-    The rest of the text stays as it is.
+    What is not known stays as it is. Of a flag that is given several times, or of several texts,
+    the number counts from 1.
     """
+    found = re.fullmatch(r"(\w+)(?:\[(\d+)\](?:\.\w+)*)?", argument)
+    if found is None:
+        return argument
+    name = _flag(found[1]) if found[1] in _SAME else _TYPED.get(found[1])
+    if name is None:
+        return argument
+    return name if found[2] is None else f"{name} {int(found[2]) + 1}"
 
-    def flag(match: re.Match[str]) -> str:
-        name = match[1] or match[2]
-        is_flag = name in {*_FLOATS, *_INTS, *_ON_OFF}
-        return _flag(name) if is_flag else _RENAMED.get(name, match[0])
 
-    return _FIELD.sub(flag, text)
+def name_flags(text: str) -> str:
+    """A complaint that begins with an argument of the Python client, in the flag's name."""
+    found = _ARGUMENT.match(text)
+    return as_typed(found[0]) + text[found.end() :] if found else text
+
+
+def mention_flags(text: str) -> str:
+    """A refusal's text with the flags' names for the arguments that it mentions."""
+    return _MENTIONED.sub(lambda found: _flag(found[0]), text)
 
 
 def generation_options(args: argparse.Namespace) -> GenerateOptions:

@@ -82,8 +82,10 @@ def _generate(args: argparse.Namespace, client: TurretClient) -> None:
             print()
         if last is None or not isinstance(error, UnavailableError):
             raise
-        why = f"the server went away in the middle of the answer ({error.message})"
-        raise UnfinishedAnswerError(why) from error
+        said = f" ({error.message})" if error.reason else ""
+        raise UnfinishedAnswerError(
+            f"the server went away in the middle of the answer{said}; ask again, and see its log"
+        ) from error
     _print_end(last, args.stats)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 
-from turret.clients.probe import is_serving
+from turret.clients.errors import TurretRpcError
+from turret.clients.probe import ask
+from turret.clients.unreached import in_flags
 from turret.clients.verbs.command import (
     connection_parser,
     given_tls,
@@ -14,6 +16,7 @@ from turret.clients.verbs.command import (
 )
 
 _TIMEOUT_SECONDS = 5.0
+_NO_SERVICE = "the server has no such service; leave --service out"
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -33,33 +36,39 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
 
 def _health(args: argparse.Namespace) -> int:
     try:
-        serving, answer = is_serving(
+        answer = ask(
             args.address,
             args.service,
             timeout_seconds=args.timeout or _TIMEOUT_SECONDS,
             tls=given_tls(args),
             token=given_token(args),
         )
+    except TurretRpcError as error:
+        print(f"{error.code.name}: {_why_not(error, args)}", file=sys.stderr)
+        return 1
     except OSError as error:
         print_error(error)
         return 1
     except ValueError as error:
         print_error(error)
         return 2
-    if serving:
+    if answer == "SERVING":
         print(answer)
         return 0
-    print(f"{answer}{_next_step(answer, args.address)}", file=sys.stderr)
+    steps = {
+        "NOT_SERVING": ": the server loads its model, or stops",
+        "SERVICE_UNKNOWN": f": {_NO_SERVICE}",
+    }
+    print(f"{answer}{steps.get(answer, '')}", file=sys.stderr)
     return 1
 
 
-def _next_step(answer: str, address: str) -> str:
-    steps = {
-        "UNAVAILABLE": f": no server answers at {address}; `turret serve` starts one, --address"
-        " names another, and one with TLS wants --tls or --tls-ca",
-        "DEADLINE_EXCEEDED": f": no answer from {address} in time; --timeout waits longer",
-        "NOT_SERVING": ": the server loads its model, or stops",
-        "SERVICE_UNKNOWN": ": the server has no such service; leave --service out",
-        "NOT_FOUND": ": the server has no such service; leave --service out",
-    }
-    return steps.get(answer, "")
+def _why_not(error: TurretRpcError, args: argparse.Namespace) -> str:
+    match error.code.name:
+        case "DEADLINE_EXCEEDED":
+            return f"no answer from {args.address} in time; --timeout waits longer"
+        case "NOT_FOUND":
+            return _NO_SERVICE
+        case "UNAVAILABLE" if not error.reason:
+            return in_flags(error.message, args.address)
+    return error.message

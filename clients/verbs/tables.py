@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections import Counter
@@ -90,9 +89,7 @@ def _none(others: Sequence[Adapter], method: str | None) -> str:
     if method is None or method in methods:
         where = Counter(_where(adapter) for adapter in others)
         return f"no such adapter is registered; {_counts(where)}"
-    close = difflib.get_close_matches(method, methods, n=1, cutoff=0.7)
-    meant = f"; did you mean {close[0]!r}?" if close else ""
-    return f"no adapter of method {method!r} is registered; {_counts(methods)}{meant}"
+    return f"no adapter of method {method!r} is registered; {_counts(methods)}"
 
 
 def _counts(kinds: Counter[str]) -> str:
@@ -100,16 +97,18 @@ def _counts(kinds: Counter[str]) -> str:
     return f"there {verb} {', '.join(f'{number} {kind}' for kind, number in sorted(kinds.items()))}"
 
 
-def print_change(verb: str, adapter: Adapter, before: int | None = None) -> None:
+def print_change(verb: str, adapter: Adapter, before: Adapter | None) -> None:
     """One line on an adapter that was registered or replaced, and one per warning.
 
     Args:
         verb: What was asked for, in the past.
         adapter: As it is now.
-        before: Its generation before; the server keeps it where the weights are the same.
+        before: As it was; the server keeps the generation where the weights are the same.
     """
-    if before == adapter.generation:
-        print(f"nothing changed: {adapter.name}@{before} has these weights already")
+    if before is not None and _identity(before) == _identity(adapter):
+        is_pin = adapter.pinned and not before.pinned
+        changed = "pinned, and nothing else changed" if is_pin else "nothing changed"
+        print(f"{changed}: {adapter.name}@{adapter.generation} has these weights already")
         return
     ranks = f" of rank {_ranks(adapter)}" if adapter.ranks else ""
     print(
@@ -118,6 +117,10 @@ def print_change(verb: str, adapter: Adapter, before: int | None = None) -> None
     )
     for warning in adapter.warnings:
         print(f"warning: {warning}")
+
+
+def _identity(adapter: Adapter) -> tuple[str, int]:
+    return adapter.uuid, adapter.generation
 
 
 def print_adapter(adapter: Adapter, *, made: str = "uploaded or fused") -> None:
@@ -240,12 +243,11 @@ def _ranks(adapter: Adapter) -> str:
 
 
 def _bytes(count: int) -> str:
-    """Binary units, three digits: ``512 B``, ``1.25 MiB``."""
-    if count < 1024:
-        return f"{count} B"
-    size = float(count)
-    for unit in ("KiB", "MiB", "GiB"):
-        size /= 1024
+    """Binary units, three digits, as the console has them: ``512 B``, ``1.25 MiB``."""
+    size, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
         if size < 1024:
-            return f"{size:.3g} {unit}"
-    return f"{size / 1024:.3g} TiB"
+            break
+        size, unit = size / 1024, larger
+    # Three digits of 1010 would be written 1.01e+03.
+    return f"{size:.0f} {unit}" if size >= 100 else f"{size:.3g} {unit}"

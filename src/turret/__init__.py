@@ -8,6 +8,7 @@ The Python client can be taken from here, without torch::
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,7 +35,23 @@ _PLACES = {
 def __getattr__(name: str) -> Any:
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"turret.clients.{_PLACES[name]}"), name)
+    return getattr(_quietly_imported(f"turret.clients.{_PLACES[name]}"), name)
+
+
+def _quietly_imported(module: str) -> Any:
+    """The module, and gRPC so that it writes no lines of its own where errors tell the same.
+
+    It reads the variable when it is loaded. Whoever has set it, or has loaded gRPC before, decides.
+    """
+    is_unset = "GRPC_VERBOSITY" not in os.environ
+    if is_unset:
+        os.environ["GRPC_VERBOSITY"] = "NONE"
+    try:
+        return importlib.import_module(module)
+    finally:
+        if is_unset:
+            # Not for the programs that this one starts.
+            del os.environ["GRPC_VERBOSITY"]
 
 
 def __dir__() -> list[str]:

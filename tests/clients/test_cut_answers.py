@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from concurrent import futures
 from typing import Any
@@ -48,15 +49,21 @@ class Stopping(inference_pb2_grpc.InferenceServicer):
         )
 
 
+def _serve(stopping: Stopping, address: str) -> tuple[grpc.Server, str]:
+    serving = grpc.server(futures.ThreadPoolExecutor(2))
+    inference_pb2_grpc.add_InferenceServicer_to_server(stopping, serving)
+    port = serving.add_insecure_port(address)
+    serving.start()
+    return serving, f"127.0.0.1:{port}"
+
+
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Stopping, str]]:
     monkeypatch.setattr("turret.clients.retries._FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("turret.clients.retries._RESTART_SECONDS", 0.3)
     stopping = Stopping()
-    serving = grpc.server(futures.ThreadPoolExecutor(2))
-    inference_pb2_grpc.add_InferenceServicer_to_server(stopping, serving)
-    port = serving.add_insecure_port("127.0.0.1:0")
-    serving.start()
-    yield stopping, f"127.0.0.1:{port}"
+    serving, address = _serve(stopping, "127.0.0.1:0")
+    yield stopping, address
     serving.stop(None).wait()
 
 
@@ -104,6 +111,49 @@ def test_a_stream_goes_on_or_raises_after_what_it_has(
     else:
         assert isinstance(error, AnswerCutError)
         assert (error.message, chunks[-1].finish_reason) == (CUT, "CANCELLED")
+
+
+def test_a_broken_stream_waits_for_a_server_that_starts_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("turret.clients.retries._FIRST_DELAY_SECONDS", 0.02)
+    stopping = Stopping()
+    stopping.cuts = 1
+    serving, address = _serve(stopping, "127.0.0.1:0")
+    # Two tries alone would be over after the twentieth part of a second.
+    with TurretClient(address) as client, futures.ThreadPoolExecutor(1) as pool:
+        stream = client.generate_stream("a")
+        chunks = [next(stream)]
+        serving.stop(None).wait()
+        rest = pool.submit(list, stream)
+        time.sleep(1.0)
+        assert not rest.done()
+        serving, _ = _serve(stopping, address)
+        chunks += rest.result(30)
+        serving.stop(None).wait()
+        assert "".join(chunk.text for chunk in chunks) == "abcd"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "options", "timeout"),
+    [(0.3, {}, None), (60, {}, 0.5), (60, {"max_retries": 0}, None)],
+)
+def test_a_server_that_stays_away_is_not_waited_for_for_ever(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, options: dict[str, Any], timeout: float | None
+) -> None:
+    monkeypatch.setattr("turret.clients.retries._FIRST_DELAY_SECONDS", 0.02)
+    monkeypatch.setattr("turret.clients.retries._RESTART_SECONDS", seconds)
+    stopping = Stopping()
+    stopping.cuts = 1
+    serving, address = _serve(stopping, "127.0.0.1:0")
+    with TurretClient(address, **options) as client:
+        stream = client.generate_stream("a", timeout=timeout)
+        next(stream)
+        serving.stop(None).wait()
+        started = time.monotonic()
+        with pytest.raises(UnavailableError):
+            list(stream)
+        assert time.monotonic() - started < 10
 
 
 def test_a_stream_that_its_reader_leaves_at_the_cut_raises_nothing(server) -> None:

@@ -10,11 +10,13 @@ import threading
 import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import grpc
 import pytest
 from google.protobuf import duration_pb2
 from google.rpc import error_details_pb2
+from rich.progress import Progress, TaskID
 from servers.fake_turret import FakeInference, FakeTurret, abort, fake_turret
 
 from turret.clients.evaluation.eval_set import EvalExample, EvalSetError, read_eval_set
@@ -191,6 +193,14 @@ def test_the_table_shows_each_mix(run: Run, capitals: Path):
     assert "50.0% [0%, 100%]" in out
     assert "2 examples" in out
     assert "label accuracy" not in out
+
+
+def test_progress_knows_its_end_from_the_start(run: Run, capitals: Path, monkeypatch):
+    noted = Mock(return_value=TaskID(0))
+    monkeypatch.setattr(Progress, "add_task", noted)
+    monkeypatch.setattr(Progress, "update", Mock())
+    assert run(capitals, "-m", "sql", "-m", "json", "--limit", "2")[0] == 0
+    noted.assert_called_once_with("judging", total=6)
 
 
 def test_metrics_can_be_chosen_and_prompts_sent_raw(run: Run, server: FakeTurret, capitals: Path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent import futures
 from pathlib import Path
@@ -99,6 +101,34 @@ def test_the_command_says_which_flag_is_missing(
     err = capfd.readouterr().err
     assert meaning in err
     assert "SSL" not in err.splitlines()[-1]
+
+
+def test_no_line_of_grpcs_own_comes_beside_the_error():
+    with fake_turret() as server:
+        code = (
+            "from turret import Tls, TurretClient, TurretRpcError\n"
+            "import os\n"
+            "assert 'GRPC_VERBOSITY' not in os.environ\n"
+            "try:\n"
+            f"    TurretClient({server.address!r}, tls=Tls(), max_retries=0).get_model()\n"
+            "except TurretRpcError as error:\n    print(error)\n"
+        )
+        environment = {k: v for k, v in os.environ.items() if k != "GRPC_VERBOSITY"}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment
+        )
+    assert done.stderr == ""
+    where = f"what answers at {server.address} speaks no TLS"
+    assert done.stdout == f"UNAVAILABLE: {where}; leave tls out\n"
+
+
+def test_what_is_no_certificate_is_told_as_such(address: str):
+    tls = Tls(ca=b"-----BEGIN CERTIFICATE-----\nno\n")
+    with (
+        TurretClient(address, tls=tls, max_retries=0) as client,
+        pytest.raises(TurretRpcError, match="is no certificate or key that can be read; it takes"),
+    ):
+        client.get_model(timeout=10)
 
 
 def test_the_command_says_of_a_server_without_tls_that_it_has_none(

@@ -18,10 +18,8 @@ from servers.command import parse_and_run
 from servers.fake_turret import FOREVER, PEFT_FILES, SAME, FakeTurret
 
 from turret.clients.counted import counted as of_client
-from turret.clients.verbs.command import print_error
-from turret.clients.verbs.flags import generation_parser, name_flags
 from turret.server.basics.counted import counted as of_server
-from turret.v1 import adapters_pb2, inference_pb2
+from turret.v1 import adapters_pb2
 
 Run = Callable[..., tuple[int, str, str]]
 FUSE = ("adapters", "fuse", "both", "-a", "sql", "-a", "json=0.5")
@@ -110,18 +108,6 @@ def _refuse_head(_request: object, context: grpc.ServicerContext) -> None:
     context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
 
 
-def test_refusals_name_the_flags_that_were_typed(capsys: pytest.CaptureFixture[str]):
-    said = "stop.min_tokens: must be <= stop.max_tokens; stop.stop_strings: at most 8 entries"
-    print_error(ValueError(f"INVALID_ARGUMENT: {said}; adapters: x"))
-    said = "--min-tokens: must be <= --max-tokens; --stop: at most 8 entries"
-    assert capsys.readouterr().err == f"error: INVALID_ARGUMENT: {said}; adapters: x\n"
-    # Every field that a flag sets has its name.
-    parts = {"sampling": inference_pb2.SamplingParams, "stop": inference_pb2.StopConditions}
-    fields = {f"{name}.{f.name}" for name, part in parts.items() for f in part.DESCRIPTOR.fields}
-    flags = generation_parser().format_help().split()
-    assert {name_flags(field) for field in fields - {"sampling.logit_bias"}} <= {*flags}
-
-
 @pytest.mark.parametrize("counted", [of_client, of_server])
 def test_one_thing_is_no_plural(counted: Callable[[int, str], str]):
     assert [counted(n, "token") for n in (0, 1, 2)] == ["0 tokens", "1 token", "2 tokens"]
@@ -181,6 +167,9 @@ def test_errors_say_what_to_do_next(run: Run, server: FakeTurret, capsys):
     assert (
         "does not know turret.v1 (Method not found!): another server or" in capsys.readouterr().err
     )
+    err = run("health", "--tls")[2]
+    assert err.startswith("UNAVAILABLE: what answers at ")
+    assert "speaks no TLS; leave --tls" in err
     server.inference.wants_token = True
     assert "--token-from or TURRET_TOKEN" in run("generate", "a")[2]
 
@@ -268,18 +257,25 @@ def test_an_empty_list_says_so(run: Run, server: FakeTurret):
 
 
 def test_an_empty_choice_says_what_there_is(run: Run, server: FakeTurret):
-    none = "no adapter of method 'lor' is registered; there are 2 lora; did you mean 'lora'?\n"
-    assert run("adapters", "list", "--method", "lor") == (0, none, "")
-    assert json.loads(run("adapters", "list", "--method", "lor", "--json")[1]) == []
+    none = "no adapter of method 'dora' is registered; there are 2 lora\n"
+    assert run("adapters", "list", "--method", "dora") == (0, none, "")
+    assert json.loads(run("adapters", "list", "--method", "dora", "--json")[1]) == []
     del server.adapters.adapters[next(iter(server.adapters.adapters))]
-    assert "registered; there is 1 lora; did" in run("adapters", "list", "--method", "lor")[1]
+    assert "registered; there is 1 lora" in run("adapters", "list", "--method", "dora")[1]
 
 
-def test_weights_that_are_there_already_replace_nothing(run: Run):
+def test_weights_that_are_there_already_replace_nothing(run: Run, tmp_path: Path):
     assert run("adapters", "replace", "sql", "other")[1].startswith("replaced sql@2: lora")
     assert run("adapters", "replace", "sql", SAME)[1] == (
         "nothing changed: sql@2 has these weights already\n"
     )
+    # What is loaded or uploaded again, too; a pin may be new.
+    same = "nothing else changed: sql@2 has these weights already\n"
+    assert run("adapters", "load", "sql", SAME)[1] == same.replace("else ", "")
+    assert run("adapters", "load", "sql", SAME, "--pin")[1] == f"pinned, and {same}"
+    (tmp_path / "adapter_config.json").write_text(SAME)
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert run("adapters", "upload", "sql", str(tmp_path))[1] == same.replace("else ", "")
 
 
 def test_score_prints_a_table(run: Run):
@@ -346,7 +342,11 @@ def test_adapters_export_and_upload(run: Run, server: FakeTurret, tmp_path):
     target = str(tmp_path / "sql")
     assert run("adapters", "export", "sql", target)[1] == f"exported sql@1 to {target}\n"
     code, _, err = run("adapters", "export", "sql", target)
-    assert (code, err) == (1, f"error: {target} already exists\n")
+    told = "already exists; an export makes a new directory: name another"
+    assert (code, err) == (1, f"error: {target} {told}\n")
+    # The directory that was asked for, and not the one beside it that becomes it.
+    code, _, err = run("adapters", "export", "sql", "/proc/x")
+    assert (code, err.startswith("error: /proc/x: cannot be made: ")) == (1, True)
     assert run("adapters", "upload", "up", target, "--pin")[0] == 0
     code, _, err = run("adapters", "upload", "up", target)
     assert code == 1

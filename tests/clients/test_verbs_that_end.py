@@ -43,7 +43,8 @@ def test_chat_remembers_turns_and_switches_adapters(run: Run, server: FakeTurret
     code, out, err = run("chat", "--temperature", "0")
     assert code == 0
     assert err.splitlines() == [
-        "error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope",
+        "error: NOT_FOUND (ADAPTER_NOT_FOUND): no adapter nope; /adapters lists what the server"
+        " has",
         "error: unknown command /nonsense; /help lists them",
     ]
     first, second, third = server.inference.requests
@@ -79,12 +80,13 @@ def test_an_answer_that_the_server_cuts_is_no_success(run: Run):
     assert (code, json.loads(out)["finish_reason"], err) == (1, "CANCELLED", cut)
     code, out, err = run("generate", f"a {GONE}")
     assert (code, out) == (1, f"a{GONE}\n")
-    assert err == "error: the server went away in the middle of the answer (Socket closed)\n"
+    went = "the server went away in the middle of the answer; ask again, and see its log"
+    assert err == f"error: {went}\n"
 
 
 def test_text_that_is_no_utf8_is_named(run: Run):
     code, _, err = run("generate", "caf\udcff")
-    assert (code, err) == (2, "error: prompt: a text that is not UTF-8\n")
+    assert (code, err) == (2, "error: PROMPT: a text that is not UTF-8\n")
     code, _, err = run("generate", "caf\udcff", "--chat")
     assert (code, err) == (2, "error: content: a text that is not UTF-8\n")
 

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import math
 import re
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
-from servers.fake_turret import FakeTurret
+from google.rpc import error_details_pb2, status_pb2
+from servers.fake_turret import SAME, FakeTurret
 
 from turret.clients import channel
 from turret.clients.aio import AsyncTurretClient
 from turret.clients.channel import Tls
 from turret.clients.client import TurretClient, TurretRpcError
 from turret.clients.errors import FieldViolation, InvalidArgumentError, UnavailableError, _plain
+from turret.clients.messages.argument_names import argument
 from turret.clients.unreached import address_problem, in_flags
+from turret.clients.verbs import add_verbs
+from turret.clients.verbs.command import print_error
+from turret.clients.verbs.flags import _SAME, _TYPED, as_typed, generation_parser
+from turret.v1 import inference_pb2
 
 LONG = "a" * 5_000_000
 
@@ -44,6 +54,9 @@ LONG = "a" * 5_000_000
         ({"tls": True}, TypeError, "tls: a Tls"),
         ({"token": 3}, TypeError, "token: a text, not int"),
         ({"token": "ü"}, ValueError, "token: holds characters"),
+        ({"timeout": -1}, ValueError, "timeout: more than 0 seconds, or None for the default, not"),
+        ({"timeout": True}, TypeError, "timeout: seconds, not True"),
+        ({"resume": "no"}, TypeError, "resume: True or False, not 'no'"),
     ],
 )
 def test_a_client_names_the_argument_that_is_wrong(arguments, error, text):
@@ -60,7 +73,7 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         lambda: client.adapters.load("a", 3),  # type: ignore[arg-type]
         lambda: client.adapters.replace("a", 3),  # type: ignore[arg-type]
     ):
-        with pytest.raises(TypeError, match=r"^path: a text, not 3$"):
+        with pytest.raises(TypeError, match=r"^path: a path, not 3$"):
             call()
     with pytest.raises(TypeError, match=r"^name: a text, not 3$"):
         client.adapters.unload(3)  # type: ignore[arg-type]
@@ -95,6 +108,12 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
         ("a", {"choice": 3}, "choice: a list, not 3"),
         ("a", {"logit_bias": [1]}, r"logit_bias: token ids with numbers, .*, not \[1\]"),
         ("a", {"max_tokens": "2"}, "max_tokens: a whole number, not '2'"),
+        ("a", {"temperature": "hot"}, "temperature: a number, not 'hot'"),
+        ("a", {"ignore_eos": "no"}, "ignore_eos: True or False, not 'no'"),
+        ("a", {"stop": ["a", 3]}, "stop: a text, not 3"),
+        ("a", {"choice": ["a", None]}, "choice: a text, not None"),
+        ("a", {"stop_token_ids": [1, "b"]}, "stop_token_ids: a whole number, not 'b'"),
+        ("a", {"logit_bias": {5: "b"}}, r"logit_bias: token ids with .*, not \{5: 'b'\}"),
         (["hi"], {}, r"prompt: text, token ids or the turns of a conversation, not \['hi'\]"),
         ([True], {}, r"prompt: text, token ids or the turns of a conversation, not \[True\]"),
         (
@@ -112,8 +131,155 @@ def test_administrative_calls_name_the_argument_that_is_wrong(client: TurretClie
 def test_a_generation_names_the_argument_that_is_wrong(
     client: TurretClient, prompt, options, complaint
 ):
-    with pytest.raises(TypeError, match=f"^{complaint}"):
-        client.generate(prompt, **options)
+    for ask in (client.generate, client.generate_stream):
+        with pytest.raises(TypeError, match=f"^{complaint}"):
+            ask(prompt, **options)
+
+    async def ask_async() -> None:
+        async with AsyncTurretClient("127.0.0.1:1") as other:
+            with pytest.raises(TypeError, match=f"^{complaint}"):
+                await other.generate(prompt, **options)
+
+    asyncio.run(ask_async())
+
+
+def test_other_calls_name_the_argument_that_is_wrong(client: TurretClient):
+    asked: Any = client
+    for call, complaint in (
+        (lambda: asked.score("a", top_n="b"), "top_n: a whole number, not 'b'"),
+        (lambda: asked.embed("a", dimensions="b"), "dimensions: a whole number, not 'b'"),
+        (lambda: asked.embed("a", normalize="b"), "normalize: True or False, not 'b'"),
+        (lambda: asked.embed("a", pooling=["b"]), r"pooling: one of last, mean, not \['b'\]"),
+        (lambda: asked.classify("a", adapters="b", request_id=3), "request_id: a text, not 3"),
+        (lambda: asked.adapters.load("a", "b", pinned="c"), "pinned: True or False, not 'c'"),
+        (lambda: Tls(ca="a"), "ca: PEM as bytes, not 'a'; Tls.from_files"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(TypeError, match=f"^{complaint}"):
+            call()
+    for call, complaint in (
+        (lambda: asked.generate("a", timeout=-1), "timeout: more than 0 seconds"),
+        (lambda: asked.generate_stream("a", timeout=math.nan), "timeout: more than 0 seconds"),
+        (lambda: asked.adapters.get("a", timeout=0), "timeout: more than 0 seconds"),
+        (lambda: asked.embed("a", pooling="b"), "pooling: one of last, mean, not 'b'"),
+        (lambda: Tls(ca=b"a"), "ca: holds no PEM"),
+    ):
+        with pytest.raises(ValueError, match=f"^{complaint}"):
+            call()
+
+
+def test_a_path_may_be_a_path(client: TurretClient, server: FakeTurret):
+    client.adapters.load("new", Path("a") / "b")
+    assert server.adapters.requests[-1].path == str(Path("a") / "b")
+    assert client.adapters.replace("new", Path(SAME)).generation == 1
+
+
+def test_an_asyncio_client_says_where_it_can_be_used(server: FakeTurret):
+    with pytest.raises(RuntimeError, match=r"^no event loop runs here: make and use Async"):
+        AsyncTurretClient(server.address)
+
+    async def make() -> AsyncTurretClient:
+        return AsyncTurretClient(server.address)
+
+    client = asyncio.run(make())
+    with pytest.raises(RuntimeError, match=r"^no event loop runs here"):
+        client.generate_stream("a")
+    for ask in (
+        client.get_model,
+        lambda: client.adapters.get("sql"),
+        lambda: anext(client.adapters.list()),
+    ):
+
+        async def elsewhere(ask: Callable[[], Any] = ask) -> None:
+            await ask()
+
+        with pytest.raises(RuntimeError, match=r"^this AsyncTurretClient was made in another"):
+            asyncio.run(elsewhere())
+
+
+def refusal(found: dict[str, str]) -> TurretRpcError:
+    """The error of a server that says this of fields of its requests."""
+    said = "; ".join(f"{field}: {why}" for field, why in found.items())
+    bad = [{"field": field, "description": why} for field, why in found.items()]
+    status = status_pb2.Status(code=grpc.StatusCode.INVALID_ARGUMENT.value[0], message=said)
+    for detail in (
+        error_details_pb2.ErrorInfo(reason="INVALID_REQUEST", domain="turret"),
+        error_details_pb2.BadRequest(field_violations=bad),
+    ):
+        status.details.add().Pack(detail)
+
+    class Failure(grpc.RpcError):
+        def code(self) -> grpc.StatusCode:
+            return grpc.StatusCode.INVALID_ARGUMENT
+
+        def details(self) -> str:
+            return said
+
+        def trailing_metadata(self) -> Any:
+            return (("grpc-status-details-bin", status.SerializeToString()),)
+
+    return TurretRpcError.from_grpc(Failure())
+
+
+REFUSED = {
+    "stop.min_tokens": "must be <= stop.max_tokens",
+    "stop.stop_strings": "at most 8 entries",
+    "adapters[1].name": "'json' occurs twice",
+    "timeout": "must be in [0, 3600] seconds",
+    "inputs[0]": "the prompt has no tokens",
+    "inputs[1].token_ids.ids[2]": "9 is not in [0, 9)",
+    "chat.messages[0].role": "is none",
+    "choice.texts": "at least one",
+    "header.name": "must be shorter",
+    "token_ids.ids": "sampling.yaml is no field",
+}
+
+
+def test_refusals_name_the_arguments_that_were_given():
+    error = refusal(REFUSED)
+    said = {
+        "min_tokens": "must be <= max_tokens",
+        "stop": "at most 8 entries",
+        "adapters[1].name": "'json' occurs twice",
+        "drain_seconds": "must be in [0, 3600] seconds",
+        "inputs[0]": "the prompt has no tokens",
+        "inputs[1][2]": "9 is not in [0, 9)",
+        "messages[0].role": "is none",
+        "choice": "at least one",
+        "name": "must be shorter",
+        "prompt": "yaml is no field",
+    }
+    assert {v.field: v.description for v in error.violations} == said
+    assert error.message == "; ".join(f"{field}: {why}" for field, why in said.items())
+
+
+def test_refusals_name_the_flags_that_were_typed(capsys: pytest.CaptureFixture[str]):
+    print_error(refusal(REFUSED))
+    said = (
+        "--min-tokens: must be <= --max-tokens; --stop: at most 8 entries; --adapter 2: 'json'"
+        " occurs twice; --wait: must be in [0, 3600] seconds; TEXT 1: the prompt has no tokens;"
+        " inputs[1][2]: 9 is not in [0, 9); messages[0].role: is none; --choice: at least one;"
+        " NAME: must be shorter; PROMPT: yaml is no field"
+    )
+    assert capsys.readouterr().err == f"error: INVALID_ARGUMENT (INVALID_REQUEST): {said}\n"
+    print_error(ValueError("top_n: must not be negative, is -1: top_n"))
+    assert capsys.readouterr().err == "error: --top-n: must not be negative, is -1: top_n\n"
+    # Every field that a flag sets has its name.
+    parts = {"sampling": inference_pb2.SamplingParams, "stop": inference_pb2.StopConditions}
+    fields = {f"{name}.{f.name}" for name, part in parts.items() for f in part.DESCRIPTOR.fields}
+    flags = generation_parser().format_help().split()
+    assert {as_typed(argument(field)) for field in fields - {"sampling.logit_bias"}} <= {*flags}
+
+
+def test_what_stands_for_an_argument_can_be_typed():
+    parser = argparse.ArgumentParser()
+    add_verbs(parser.add_subparsers())
+    known, parsers = set(), [parser]
+    while parsers:
+        for action in parsers.pop()._actions:
+            known |= {*action.option_strings, str(action.metavar)}
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+    assert {*map(as_typed, {*_SAME, *_TYPED})} <= known
 
 
 def test_a_message_that_is_too_large_is_said_to_be(client: TurretClient):

@@ -34,7 +34,11 @@ with TurretClient("127.0.0.1:50051", max_retries=2) as client:
 ```
 
 Calls that the server refused for lack of room are tried again, up to `max_retries` times, after
-the delay that it asks for. What streams do when they break off: `resume`.
+the delay that it asks for. A stream that breaks off waits a minute for a server that starts again,
+and goes on where it was: `resume`.
+
+Errors name arguments, `temperature: must be in [0, 100]`, and so do their `violations`. Imported
+from `turret`, the clients have gRPC write no lines of its own, unless `GRPC_VERBOSITY` is set.
 """
 
 

@@ -18,7 +18,7 @@ from turret.v1 import adapters_pb2, adapters_pb2_grpc, inference_pb2, inference_
 FOREVER = "forever"
 # As an answer's last word: the server ends it before its end, or is gone.
 CUT, GONE = "cut", "gone"
-# A directory with the weights that an adapter has already.
+# A directory with the weights that an adapter has already, and a config of those files.
 SAME = "same"
 PEFT_FILES = {"adapter_config.json": b"{}", "adapter_model.safetensors": bytes(range(256)) * 2000}
 
@@ -194,6 +194,10 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
         )
         return self.adapters[name]
 
+    def _again(self, name: str, pinned: bool) -> adapters_pb2.Adapter:
+        self.adapters[name].pinned |= pinned
+        return self.adapters[name]
+
     def _get(self, request, context: grpc.ServicerContext) -> adapters_pb2.Adapter:
         self.requests.append(request)
         if request.name not in self.adapters:
@@ -203,6 +207,8 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
 
     def LoadAdapter(self, request, context):
         self.requests.append(request)
+        if request.path == SAME:
+            return self._again(request.name, request.pinned)
         return self._add(request.name, pinned=request.pinned)
 
     def UploadAdapter(self, request_iterator, context):
@@ -214,6 +220,8 @@ class FakeAdapters(adapters_pb2_grpc.AdaptersServicer):
             data = received[info.path]
             assert info.size_bytes == len(data)
             assert info.sha256 == hashlib.sha256(data).hexdigest()
+        if received["adapter_config.json"] == SAME.encode():
+            return self._again(header.name, header.pinned)
         if header.name in self.adapters and not header.replace:
             info = error_details_pb2.ErrorInfo(reason="ADAPTER_EXISTS", domain="turret")
             abort(context, grpc.StatusCode.ALREADY_EXISTS, f"{header.name} is taken", info)
