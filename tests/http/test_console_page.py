@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ import pytest
 from servers.fakes import finish
 from servers.http_harness import HttpHarness, http_harness
 
+from turret.clients.verbs.tables import _bytes as as_listed
 from turret.server.api.access.tokens import TokenTable
 from turret.server.engine.scheduling.request import Output, Request, TokenLogprob, TopLogprob
 from turret.server.errors import AdapterCheckpointError
@@ -191,6 +193,11 @@ async def test_an_administrator_loads_pins_and_unloads(
             open_page(tab, http)
             status(tab, "Locked")
             assert "asks for a token" in tab.text("#notice")
+            # Nothing can change until there is one: it does not ask on.
+            count = "return performance.getEntriesByName(new URL('console/state?find=', location)"
+            asked = tab.run(f"{count}.href).length")
+            time.sleep(2.5)
+            assert (asked, tab.run(f"{count}.href).length")) == (1, 1)
             give(tab, "wrong")
             tab.until(lambda: "does not know this token" in tab.text("#notice"), "the refusal")
             give(tab, "looker")
@@ -214,6 +221,9 @@ async def test_an_administrator_loads_pins_and_unloads(
             # As the command says it.
             ask = "import('/console/dom.js').then(dom => arguments[0](dom.bytes(707584)))"
             assert tab.driver.execute_async_script(ask) == "691 KiB"
+            for count in (0, 512, 1536, 11_000_000, 1_060_000, 3 << 40):
+                ask = f"import('/console/dom.js').then(dom => arguments[0](dom.bytes({count})))"
+                assert tab.driver.execute_async_script(ask) == as_listed(count)
             assert not tab.find("#load-dialog").is_displayed()
             tab.find("#adapters-rows .acts button").click()
             tab.until(lambda: tab.text("#adapters-rows .pin") == "pinned", "the pin")

@@ -39,6 +39,7 @@ from turret.server.api.gate import Gate
 from turret.server.api.limits import MAX_PAGE_TOKEN_CHARS, MAX_PATH_CHARS, MAX_WORD_CHARS
 from turret.server.api.violations import Violations
 from turret.server.basics.cancellation import Cancellation
+from turret.server.basics.closest import did_you_mean
 from turret.server.config import ADAPTER_NAME, ADAPTER_NAME_RULE
 from turret.server.errors import InvalidRequestError, QueueFullError, UnavailableError
 from turret.v1 import adapters_pb2
@@ -186,7 +187,7 @@ class Adapters:
         self, message: adapters_pb2.ListAdaptersRequest
     ) -> adapters_pb2.ListAdaptersResponse:
         """One page of all adapters, by name, and the token of the next."""
-        registry = self._gate.enter().registry
+        backend = self._gate.enter()
         violations = Violations()
         violations.check_chars(message.method, MAX_WORD_CHARS, "method")
         violations.check_chars(message.page_token, MAX_PAGE_TOKEN_CHARS, "page_token")
@@ -206,10 +207,16 @@ class Adapters:
             "residency",
             "is no value of Residency",
         )
+        violations.check(
+            message.method in ("", *backend.methods),
+            "method",
+            f"{message.method!r} is none that this server loads"
+            f"{did_you_mean(message.method, backend.methods) or '; docs/adapters.md lists them'}",
+        )
         violations.raise_if_any()
         records = [
             record
-            for record in await asyncio.to_thread(registry.list)
+            for record in await asyncio.to_thread(backend.registry.list)
             if message.method in ("", record.facts.method)
             and message.residency in (0, RESIDENCIES[record.residency])
         ]

@@ -111,7 +111,8 @@ def _row(adapter: adapters_pb2.Adapter, is_admin: bool) -> dict[str, Any]:
         return row
     return row | {
         "ranks": list(adapter.ranks),
-        "bytes": max(adapter.bytes_device, adapter.bytes_host, adapter.bytes_disk),
+        # As the command's list has it: what its files hold, wherever it is now.
+        "bytes": adapter.bytes_disk,
         "pinned": adapter.pinned,
         "in_flight": adapter.in_flight,
         "warnings": list(adapter.warnings),

@@ -228,9 +228,9 @@ class FakeRegistry:
                 num_soft_tokens=0,
                 num_prefix_positions=0,
                 bytes_disk=100,
-                bytes_host=50,
+                bytes_host=150,
             ),
-            bytes_host=50,
+            bytes_host=150,
             bytes_device=0,
             residency="disk" if name.startswith("cold") else "host",
             pinned=pinned,
@@ -352,5 +352,5 @@ def fake_backend(engine: Any, registry: Any, merger: Any, fuser: Any) -> Backend
         tokenizer=tokenizer,
         vocabularies=FakeVocabularies(Vocabulary(tokenizer, constraints)),
         model_info=MODEL_INFO,
-        methods=("dora", "lora"),
+        methods=("dora", "loha", "lora"),
     )

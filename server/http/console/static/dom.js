@@ -49,14 +49,15 @@ export function duration(seconds) {
   return `${(1000 * seconds).toFixed(seconds >= 0.1 ? 0 : 1)} ms`;
 }
 
+/** Three digits and a binary unit, as the command has them. */
 export function bytes(number) {
-  const units = ["B", "KiB", "MiB", "GiB"];
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let unit = 0;
   while (number >= 1024 && unit < units.length - 1) {
     number /= 1024;
     unit += 1;
   }
-  return `${number >= 100 || unit === 0 ? Math.round(number) : number.toFixed(1)} ${units[unit]}`;
+  return `${number >= 100 ? Math.round(number) : Number(number.toPrecision(3))} ${units[unit]}`;
 }
 
 export function ago(seconds) {

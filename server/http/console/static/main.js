@@ -1,4 +1,5 @@
-// Looks at the server once a second, and hands what it found to the parts of the page.
+// Looks at the server once a second, and hands what it found to the parts of the page. Locked, it
+// waits for another token instead.
 
 import { byId, make, say, tell } from "./dom.js";
 import { getJson, token } from "./api.js";
@@ -11,6 +12,7 @@ const PERIOD = 1000;
 const PATIENCE = 5000;
 let timer = 0;
 let looking = null;
+let isLocked = false;
 let notice = { text: "", until: 0 };
 
 async function look() {
@@ -22,6 +24,7 @@ async function look() {
   try {
     const state = await getJson(`console/state?find=${encodeURIComponent(find)}`, mine.signal);
     if (mine !== looking) return;
+    isLocked = false;
     status("ok", "Serving");
     inform();
     document.body.dataset.known = "";
@@ -32,7 +35,7 @@ async function look() {
     refuse(error);
   } finally {
     clearTimeout(patience);
-    if (mine === looking && !document.hidden) timer = setTimeout(look, PERIOD);
+    if (mine === looking && !document.hidden && !isLocked) timer = setTimeout(look, PERIOD);
   }
 }
 
@@ -45,7 +48,8 @@ function status(kind, text) {
 function refuse(error) {
   live.reset();
   delete document.body.dataset.known;
-  if (error.status === 401) {
+  isLocked = error.status === 401;
+  if (isLocked) {
     status("wait", "Locked");
     const text = token.get()
       ? "The server does not know this token. Check the line in its --token-file."
