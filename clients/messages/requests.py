@@ -238,10 +238,15 @@ def chat_messages(chat: str | Iterable[MessageLike]) -> list[inference_pb2.ChatM
 
     Raises:
         TypeError: A turn has none of the accepted forms.
+        ValueError: There is none.
     """
     if isinstance(chat, str):
         return [_said("user", chat)]
-    return [_to_message(message) for message in _items("messages", chat)]
+    turns = [_to_message(message) for message in _items("messages", chat)]
+    if not turns:
+        # An empty list is sent as token ids, of which the caller has said nothing.
+        raise ValueError("messages: at least one turn")
+    return turns
 
 
 def set_input(

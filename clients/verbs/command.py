@@ -35,6 +35,8 @@ _DEFAULT_TIMEOUT_SECONDS = 600.0
 _FEW_VIOLATIONS = 8
 # The server's next step for an adapter with a classification head.
 _CLASSIFY = "call Classify"
+# And that for a mix without one.
+_WRITE = "there are Generate and Score"
 # Environment variables that stand for the flags of the same name; the flags win.
 ADDRESS_VARIABLE = "TURRET_ADDRESS"
 TOKEN_VARIABLE = "TURRET_TOKEN"
@@ -160,6 +162,9 @@ def _with_next_step(error: TurretRpcError, args: argparse.Namespace) -> TurretRp
     if error.message.endswith(_CLASSIFY):
         verb = "turret eval --classify" if hasattr(args, "classify") else "turret classify -a NAME"
         return error.with_message(f"{error.message.removesuffix(_CLASSIFY)}`{verb}`")
+    if error.message.endswith(_WRITE):
+        step = "there are `turret generate` and `turret score`"
+        return error.with_message(f"{error.message.removesuffix(_WRITE)}{step}")
     if isinstance(error, UnavailableError) and not error.reason:
         return error.with_message(in_flags(error.message, args.address))
     if error.code.name == "UNIMPLEMENTED" and not error.reason:

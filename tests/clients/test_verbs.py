@@ -103,6 +103,19 @@ def test_an_adapter_with_a_head_is_sent_to_the_verb_for_it(
     assert (code, err.endswith(f"not to write; `{meant}`\n")) == (1, True), err
 
 
+def test_a_mix_without_a_head_is_sent_to_the_verbs_for_it(
+    run: Run, server: FakeTurret, monkeypatch
+):
+    monkeypatch.setattr(server.inference, "_accept", _refuse_mix)
+    err = run("classify", "a", "-a", "sql")[2]
+    assert err.endswith("no head: there are `turret generate` and `turret score`\n")
+
+
+def _refuse_mix(_request: object, context: grpc.ServicerContext) -> None:
+    why = "adapters: the mix has no head: there are Generate and Score"
+    context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)
+
+
 def _refuse_head(_request: object, context: grpc.ServicerContext) -> None:
     why = "adapters: 'sql': trained to classify (task_type SEQ_CLS), not to write; call Classify"
     context.abort(grpc.StatusCode.INVALID_ARGUMENT, why)

@@ -162,6 +162,7 @@ def test_other_calls_name_the_argument_that_is_wrong(client: TurretClient):
         (lambda: asked.adapters.get("a", timeout=0), "timeout: more than 0 seconds"),
         (lambda: asked.embed("a", pooling="b"), "pooling: one of last, mean, not 'b'"),
         (lambda: Tls(ca=b"a"), "ca: holds no PEM"),
+        (lambda: asked.chat([]), "messages: at least one turn"),
     ):
         with pytest.raises(ValueError, match=f"^{complaint}"):
             call()
