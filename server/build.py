@@ -111,7 +111,7 @@ def build_backend(
     make_registry = _build_registry if seat is None else seat.registry
     registry = make_registry(config.adapters, base, metrics)
     registry.tokenizers.check_with(own.check)
-    engine = _build_engine(config, metrics, decoder, store, registry, tokenizer)
+    engine, is_screened = _build_engine(config, metrics, decoder, store, registry, tokenizer)
     _log.info(
         "model loaded",
         extra=log.fields(
@@ -119,7 +119,7 @@ def build_backend(
             seconds=round(time.monotonic() - started, 2),
             path=path,
             adapter_device_bytes=store.max_bytes,
-            **formulations(decoder, screens_head=not config.model.no_head_screen),
+            **formulations(decoder, is_head_screened=is_screened),
         ),
     )
     limits = config.adapters
@@ -257,7 +257,8 @@ def _build_engine(
     store: AdapterStore,
     registry: AdapterRegistry,
     tokenizer: Tokenizer,
-) -> Engine:
+) -> tuple[Engine, bool]:
+    """The engine, and whether it tells tokens from a copy of the head."""
     arch = decoder.arch
     per_block = KvCache.block_bytes(arch, BLOCK_SIZE, decoder.dtype)
     max_num_seqs, max_num_batched_tokens = config.scheduler.sizes(decoder.device.type)
@@ -302,7 +303,7 @@ def _build_engine(
         max_queued_bytes=config.scheduler.max_queued_bytes,
         on_thread=lambda: _on_stream(stream, decoder.dtype, decoder.device),
     )
-    return engine
+    return engine, isinstance(executor, TorchExecutor) and executor.screens_head
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from turret.kernels.cpu.isas import ISAS
+from turret.kernels.cpu.isas import ISAS, NATIVE, NO_NATIVE
 
 _log = logging.getLogger(__name__)
 
@@ -81,9 +81,6 @@ _COUNTS = (
     *("turret_screen", "turret_screen_bytes"),
 )
 
-# As the server's own variables have it.
-_TRUE, _FALSE = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
-
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
@@ -92,7 +89,7 @@ def library() -> ctypes.CDLL | None:
     Raises:
         ValueError: ``TURRET_ISA`` is none of ``ISAS``, or ``TURRET_NATIVE`` neither yes nor no.
     """
-    wanted = os.environ.get("TURRET_ISA", ISAS[-1])
+    wanted = os.environ.get("TURRET_ISA") or ISAS[-1]
     if wanted not in ISAS:
         raise ValueError(f"TURRET_ISA is {wanted!r}, not one of {', '.join(ISAS)}")
     if not _is_wanted():
@@ -107,10 +104,11 @@ def library() -> ctypes.CDLL | None:
 
 
 def _is_wanted() -> bool:
-    said = os.environ.get("TURRET_NATIVE") or _TRUE[0]
-    if said.lower() not in (*_TRUE, *_FALSE):
-        raise ValueError(f"TURRET_NATIVE is {said!r}, not one of {', '.join((*_FALSE, *_TRUE))}")
-    return said.lower() in _TRUE
+    said = os.environ.get("TURRET_NATIVE") or NATIVE[0]
+    if said.lower() not in (*NATIVE, *NO_NATIVE):
+        known = ", ".join((*NO_NATIVE, *NATIVE))
+        raise ValueError(f"TURRET_NATIVE is {said!r}, not one of {known}")
+    return said.lower() in NATIVE
 
 
 def usable_isas() -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import time
 import uuid
 from collections.abc import Callable, Iterable
@@ -17,6 +18,11 @@ from turret.server.metrics import Metrics
 _log = logging.getLogger(__name__)
 
 REQUEST_ID_KEY = "x-request-id"
+# Messages about requests repeat what was wrong with them, in quotes or behind a second colon: the
+# log, which holds no prompt, has them up to there. Those about adapters hold names and paths.
+_UNQUOTED = re.compile(r"""(?:(?:[^:'"`\n]|(?<=\w)')*: )?(?:[^:'"`\n]|(?<=\w)')*""")
+_ABOUT_NAMES = ("ADAPTER_", "HUB_")
+_MAX_LOGGED_CHARS = 300
 
 
 def is_request_id(text: str) -> bool:
@@ -139,5 +145,18 @@ class Call:
                 adapters=",".join(names),
                 prompt_tokens=self.prompt_tokens,
                 generated_tokens=self.generated_tokens,
+                **self._told_for_the_log(code),
             ),
         )
+
+    def _told_for_the_log(self, code: Code) -> dict[str, str]:
+        """Why the call was refused; of what the client wrote only what names things has a place."""
+        if self._told is None:
+            return {}
+        reason, message = self._told
+        if code is Code.INVALID_ARGUMENT and not reason.startswith(_ABOUT_NAMES):
+            kept = _UNQUOTED.match(message)
+            shown = kept[0].rstrip(" :") if kept else ""
+            message = shown + (" ..." if len(shown) < len(message) else "")
+        is_long = len(message) > _MAX_LOGGED_CHARS
+        return {"reason": reason, "why": message[:_MAX_LOGGED_CHARS] + (" ..." if is_long else "")}

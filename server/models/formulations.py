@@ -7,19 +7,18 @@ import torch
 from turret.kernels.cpu import native
 from turret.kernels.rows.linear import linear_formulation
 from turret.kernels.rows.trial import choices
-from turret.kernels.screen import Screen
 from turret.server.models.decoding.cpu_layer_ops import CpuLayerOps
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.weights.base_linear import BaseLinear
 from turret.server.models.weights.nf4 import Nf4Linear
 
 
-def formulations(decoder: Decoder, *, screens_head: bool) -> dict[str, str]:
+def formulations(decoder: Decoder, *, is_head_screened: bool) -> dict[str, str]:
     """Part → ``native``, or ``torch`` and in which calls it keeps a row's bits; empty off the CPU.
 
     Args:
         decoder: What computes.
-        screens_head: Whether greedy tokens are told from a copy of the head, where one serves.
+        is_head_screened: Whether greedy tokens are told from a copy of the head.
 
     ``isa`` is the instruction set that native kernels are compiled for. What has not been used or
     tried yet says ``torch`` alone.
@@ -33,10 +32,10 @@ def formulations(decoder: Decoder, *, screens_head: bool) -> dict[str, str]:
     elif "matrices" in choices():
         attention = f"torch {choices()['matrices']}"
     adapters = "native" if native.has_native(decoder.dtype, decoder.device) else "native products"
-    is_screened = screens_head and Screen.serves(decoder.head)
+    screened = ", screened in int8" if is_head_screened else ""
     return found | {
         "products": _product(decoder.layers[0].qkv.base),
-        "head": linear_formulation(decoder.head) + (", screened in int8" if is_screened else ""),
+        "head": linear_formulation(decoder.head) + screened,
         "adapters": adapters if native.isa() is not None else "torch",
         "attention": attention,
     }

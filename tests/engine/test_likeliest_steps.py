@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +13,19 @@ import torch
 from builders.bases.tiny_models import VOCAB_SIZE, save_tiny_model
 from builders.constraints import compiled
 from builders.random_adapters import ALL, AdapterSpec, arch_of, write_adapter
+from safetensors.torch import load_file, save_file
 from servers.engine_harness import EngineHarness, make_request
 
 from turret.kernels.cpu import native
+from turret.server.build import build_backend
+from turret.server.config import CacheConfig, Config, ModelConfig
 from turret.server.engine.scheduling.request import (
     Request,
     ResponseOptions,
     SamplingParams,
     StopConditions,
 )
+from turret.server.metrics import Metrics
 from turret.server.models.decoding.decoder import Decoder
 from turret.server.models.decoding.likeliest import LikeliestTokens
 
@@ -219,3 +224,19 @@ async def test_it_can_be_left_out(root: Path, asked: Counter[str]) -> None:
         answer = await harness.run(again)
     assert answer.token_ids == expected.token_ids
     assert not asked
+
+
+@pytest.mark.parametrize("is_finite", [True, False])
+def test_the_start_says_screened_only_of_a_head_that_is(
+    is_finite: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = save_tiny_model("qwen3", tmp_path / "model", changes=FAMILIES["qwen3"])
+    tensors = load_file(model / "model.safetensors")
+    if not is_finite:
+        tensors["lm_head.weight"][3, 5] = float("inf")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    config = Config(model=ModelConfig(model=model), cache=CacheConfig(kv_cache_bytes=1 << 20))
+    with caplog.at_level(logging.INFO, "turret.server.build"):
+        build_backend(config, Metrics()).close()
+    (line,) = [r.__dict__["fields"] for r in caplog.records if r.message == "model loaded"]
+    assert ("screened" in line["head"]) is is_finite

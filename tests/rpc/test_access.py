@@ -94,6 +94,11 @@ async def test_refusals_are_rich_and_cover_streams(
     assert role.code is upload.code is grpc.StatusCode.PERMISSION_DENIED
     assert role.metadata == {"service": "turret.v1.Inference", "role": "inference"}
     assert "call finished" in caplog.text
+    told = [r.__dict__["fields"] for r in caplog.records if r.message == "call finished"]
+    assert [line.get("reason") for line in told] == [
+        *("UNAUTHENTICATED", "UNAUTHENTICATED", "PERMISSION_DENIED", "PERMISSION_DENIED", None)
+    ]
+    assert told[2]["why"] == role.message
     assert "secret" not in caplog.text
 
 

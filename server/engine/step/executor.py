@@ -191,6 +191,11 @@ class TorchExecutor:
             decoder.arch, decoder.ops, cache.block_size, store, decoder.device
         )
 
+    @property
+    def screens_head(self) -> bool:
+        """Whether there is such a copy: not of every head one can be made."""
+        return self._likeliest is not None and self._likeliest.is_of_use
+
     def run(self, step: Step) -> Computed:
         """Compute a step. Keys and values of its tokens are in the cache afterwards."""
         self._cache.clear(step.new_blocks)

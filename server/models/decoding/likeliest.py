@@ -38,6 +38,11 @@ class LikeliestTokens:
             self._slack = _CAP_SLACK * cap / scale
             self._most = cap * math.tanh(_CAP_REACH)
 
+    @property
+    def is_of_use(self) -> bool:
+        """Whether there is a copy of the head to tell tokens from."""
+        return self._screen is not None
+
     def find(self, hidden: torch.Tensor) -> list[int] | None:
         """The token with the largest logit of each row; of equal ones the first.
 
