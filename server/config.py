@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from turret.server.basics.address import is_local_address, split_address
 from turret.server.basics.byte_size import GIB, MIB, format_byte_size
+from turret.server.basics.closest import did_you_mean
 from turret.server.basics.hub_id import HUB_SCHEME, HubId
 
 # Defaults on a CPU; on CUDA they follow from what is free.
@@ -89,7 +90,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         _at_least(self, 1, "threads")
         if not _DEVICE.fullmatch(self.device):
-            raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {self.device!r}")
+            said = repr(self.device) + did_you_mean(self.device, ("auto", "cpu", "cuda", "cuda:0"))
+            raise ValueError(f"--device must be auto, cpu, cuda or cuda:N, not {said}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 TrainingError
 ├── ConfigError    a key of the config: unknown, out of range, or without meaning for the method
+│   └── ConfigFileError  known of the file alone, whatever the base and the machine
 ├── DataError      an example: names the file, the line and the field
 └── RunError       a run directory that is finished, taken, or of another config or data set
 """
@@ -22,6 +23,10 @@ class ConfigError(TrainingError):
     def of(cls, key: str, problem: str) -> ConfigError:
         """One bad key."""
         return cls(f"{key}: {problem}")
+
+
+class ConfigFileError(ConfigError):
+    """What no machine would take: names the file too, unless the key was given beside it."""
 
 
 class DataError(TrainingError):

@@ -110,8 +110,9 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
 
     def run(args: argparse.Namespace) -> int:
         from turret.server.command.interrupts import exit_code, raising_terminated
+        from turret.server.command.parser import EXIT_USAGE
         from turret.server.errors import TurretError
-        from turret.training.errors import TrainingError
+        from turret.training.errors import ConfigFileError, TrainingError
 
         # peft imports it first: see ``server/models/weights/nf4.py``.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -130,7 +131,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
             return 1
         except (TrainingError, TurretError) as error:
             print(f"error: {error}", file=sys.stderr)
-            return 1
+            return EXIT_USAGE if isinstance(error, ConfigFileError) else 1
         except KeyboardInterrupt as interrupt:
             print(f"\nstopped{_how_to_go_on(args)}", file=sys.stderr)
             return exit_code(interrupt)

@@ -7,11 +7,21 @@ from collections.abc import Iterable
 
 # Longer names are no slips of a finger, and comparing them takes long.
 _MOST_CHARS = 128
+# What others call what is here called otherwise.
+_OTHER_NAMES = {
+    **dict.fromkeys(("bf16", "torch.bfloat16"), "bfloat16"),
+    **dict.fromkeys(("fp16", "f16", "half", "torch.float16"), "float16"),
+    **dict.fromkeys(("fp32", "f32", "float", "full", "torch.float32"), "float32"),
+    **dict.fromkeys(("gpu", "nvidia"), "cuda"),
+}
 
 
 def did_you_mean(word: str, choices: Iterable[str]) -> str:
     """``"; did you mean 'sql'?"`` where a choice is close to the word, else nothing."""
     if len(word) > _MOST_CHARS:
         return ""
-    close = difflib.get_close_matches(word, list(choices), n=1, cutoff=0.7)
-    return f"; did you mean {close[0]!r}?" if close and close[0] != word else ""
+    known = {choice.lower(): choice for choice in choices}
+    other = _OTHER_NAMES.get(word.lower(), "")
+    close = [other] if other in known else difflib.get_close_matches(word.lower(), known, 1, 0.7)
+    meant = known[close[0]] if close else word
+    return f"; did you mean {meant!r}?" if meant != word else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from typing import Any
 
@@ -20,3 +21,17 @@ def parse_toml(data: bytes) -> dict[str, Any]:
         raise ValueError("is no UTF-8 text, as TOML is") from None
     except tomllib.TOMLDecodeError as error:
         raise ValueError(str(error).replace(_TWICE, "the same key stands twice")) from None
+
+
+def toml_value(value: object) -> str:
+    """A value in TOML."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, str):
+        # JSON's strings are TOML's, but for DEL.
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return "[" + ", ".join(map(toml_value, value)) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {toml_value(each)}" for key, each in value.items()) + "}"
+    return str(value)

@@ -19,7 +19,7 @@ from typing import Any
 from turret.server.basics.byte_size import parse_byte_size
 from turret.server.basics.closest import did_you_mean
 from turret.server.basics.hub_id import HubId
-from turret.server.basics.toml_text import parse_toml
+from turret.server.basics.toml_text import parse_toml, toml_value
 from turret.server.config import Config
 
 PREFIX = "TURRET_"
@@ -291,11 +291,11 @@ def _from_toml(setting: Setting, value: object, folder: Path) -> object:
         value = [f"{name}={path}" for name, path in value.items()]
     if setting.is_repeated:
         if not isinstance(value, list) or not all(isinstance(part, str) for part in value):
-            raise ValueError(f"must be a list of strings, not {value!r:.60}")
+            raise ValueError(f"must be a list of strings, not {toml_value(value):.60}")
         return tuple(from_text(setting, part) for part in value)
     if isinstance(value, bool) or setting.type is bool:
         if type(value) is not setting.type:
-            raise ValueError(f"must be {_kind(setting)}, not {value!r:.60}")
+            raise ValueError(f"must be {_kind(setting)}, not {toml_value(value):.60}")
         return value
     if setting.type is Path and isinstance(value, str) and value:
         path = folder / value
@@ -307,7 +307,7 @@ def _from_toml(setting: Setting, value: object, folder: Path) -> object:
         return float(value)
     if setting.type is int and isinstance(value, int):
         return value
-    raise ValueError(f"must be {_kind(setting)}, not {value!r:.60}")
+    raise ValueError(f"must be {_kind(setting)}, not {toml_value(value):.60}")
 
 
 def _kind(setting: Setting) -> str:

@@ -83,7 +83,8 @@ def test_the_keys_of_methods_are_those_that_they_fill_in():
         (
             ["method.rnak=8", "runs.steps=1", "run.rank=1", "x.y=1"],
             "unknown keys: method.rnak (did you mean 'rank'?), run.rank (did you mean"
-            " method.rank?), runs (did you mean 'run'?), x",
+            " method.rank?), runs (did you mean 'run'?), x (the tables are base, method, data,"
+            " optimizer, run)",
         ),
         (
             ["optimizer.lr=1"],
@@ -94,9 +95,9 @@ def test_the_keys_of_methods_are_those_that_they_fill_in():
         (["method.name=P-Tuning"], f"{METHODS}; did you mean 'p_tuning'?".format("P-Tuning")),
         (["method.rank=0"], "method.rank: must be at least 1"),
         (["method.rank=8.5"], "method.rank: must be a whole number, not 8.5"),
-        (["method.rank=true"], "method.rank: must be a whole number, not True"),
+        (["method.rank=true"], "method.rank: must be a whole number, not true"),
         (["data.packing=1"], "data.packing: must be true or false, not 1"),
-        (["base.weights=int8"], "base.weights: must be one of nf4, nf4-dense, full, not 'int8'"),
+        (["base.weights=int8"], 'base.weights: must be one of nf4, nf4-dense, full, not "int8"'),
         (["optimizer.beta1=1"], "optimizer.beta1: must be in [0, 1)"),
         (["method.targets=[]"], "method.targets: must not be empty"),
         (["method.targets=[1]"], "method.targets: must be a list of strings, not [1]"),
@@ -113,7 +114,8 @@ def test_a_bad_value_is_refused_by_name(overrides: list[str], message: str):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "data.train: is required"),
+        ("", "train.toml: data.train: is required"),
+        ("rank = 8", "train.toml: unknown keys: rank (did you mean method.rank?)"),
         ("data = 3", "data: must be a table"),
         ("[data", "Expected ']' at the end of a table declaration"),
         ("[data]\ntrain = 'a'\ntrain = 'b'\n", "train.toml: the same key stands twice (at line 3,"),
@@ -216,6 +218,6 @@ def test_a_config_that_is_not_there_is_told_how_to_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "no.toml"
-    assert main(["train", "run", str(path)]) == 1
+    assert main(["train", "run", str(path)]) == 2
     said = f"error: {path}: No such file or directory; `turret train init {path}` writes one\n"
     assert capsys.readouterr().err == said

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import textwrap
 import tomllib
 import types
@@ -13,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from turret.server.basics.closest import did_you_mean
-from turret.server.basics.toml_text import parse_toml
-from turret.training.errors import ConfigError
+from turret.server.basics.toml_text import parse_toml, toml_value
+from turret.training.errors import ConfigError, ConfigFileError
 from turret.training.settings.config import TrainConfig
 
 _COMMENT_COLUMNS = 96
@@ -28,22 +27,28 @@ def read_config(path: Path, overrides: Iterable[str] = ()) -> TrainConfig:
         overrides: ``TABLE.KEY=VALUE``, the value in TOML or as a bare string; later ones win.
 
     Raises:
-        ConfigError: Not readable, unknown keys (all of them named), wrong types, bad values.
+        ConfigFileError: Not readable, unknown keys (all of them named), wrong types, bad values.
     """
     try:
         tables = parse_toml(path.read_bytes())
     except FileNotFoundError as error:
         step = f"`turret train init {path}` writes one"
-        raise ConfigError(f"{path}: {error.strerror}; {step}") from error
+        raise ConfigFileError(f"{path}: {error.strerror}; {step}") from error
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
+        raise ConfigFileError(f"{path}: {error.strerror or error}") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return build_config(tables, overrides)
+        raise ConfigFileError(f"{path}: {error}") from error
+    given = list(overrides)
+    try:
+        return build_config(tables, given)
+    except ConfigError as error:
+        names = [override.partition("=")[0].strip() for override in given]
+        where = "" if any(name in str(error) for name in names) else f"{path}: "
+        raise ConfigFileError(f"{where}{error}") from None
 
 
 def build_config(tables: Mapping[str, Any], overrides: Iterable[str] = ()) -> TrainConfig:
-    """Make a config of what a TOML file holds; arguments and errors as in :func:`read_config`."""
+    """Make a config of a TOML file's tables; as :func:`read_config`, whose errors name the file."""
     merged = {
         table: dict(keys) if isinstance(keys, dict) else keys for table, keys in tables.items()
     }
@@ -56,7 +61,7 @@ def build_config(tables: Mapping[str, Any], overrides: Iterable[str] = ()) -> Tr
         if isinstance(keys, dict):
             keys[key] = _parse_value(text)
     kinds = typing.get_type_hints(TrainConfig)
-    unknown = [f"{t}{_aside(did_you_mean(t, kinds))}" for t in merged if t not in kinds]
+    unknown = [f"{t}{_aside(_meant_table(t, kinds))}" for t in merged if t not in kinds]
     for table, kind in kinds.items():
         keys = merged.get(table, {})
         if not isinstance(keys, dict):
@@ -76,6 +81,11 @@ def _meant(table: str, key: str, kinds: Mapping[str, type]) -> str:
     known = [entry.name for entry in dataclasses.fields(kinds[table])]
     near = did_you_mean(key, known) or _elsewhere(key, kinds)
     return near or f"; there are {', '.join(known)}"
+
+
+def _meant_table(table: str, kinds: Mapping[str, type]) -> str:
+    near = did_you_mean(table, kinds) or _elsewhere(table, kinds)
+    return near or f"; the tables are {', '.join(kinds)}"
 
 
 def _elsewhere(key: str, kinds: Mapping[str, type]) -> str:
@@ -117,13 +127,13 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
         choices = typing.get_args(hint)
         if value not in choices:
             meant = did_you_mean(str(value), choices)
-            problem = f"must be one of {', '.join(choices)}, not {value!r:.60}{meant}"
+            problem = f"must be one of {', '.join(choices)}, not {toml_value(value):.60}{meant}"
             raise ConfigError.of(key, problem)
         return value
     if typing.get_origin(hint) is tuple:
         items = [value] if isinstance(value, str) else value
         if not isinstance(items, list) or not all(isinstance(item, str) for item in items):
-            raise ConfigError.of(key, f"must be a list of strings, not {value!r:.60}")
+            raise ConfigError.of(key, f"must be a list of strings, not {toml_value(value):.60}")
         return tuple(items)
     is_whole = isinstance(value, int) and not isinstance(value, bool)
     if hint is float and (is_whole or isinstance(value, float)):
@@ -131,19 +141,7 @@ def _convert(key: str, value: Any, hint: Any) -> Any:
     if (hint is int and is_whole) or (hint in (bool, str) and isinstance(value, hint)):
         return value
     name = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}[hint]
-    raise ConfigError.of(key, f"must be {name}, not {value!r:.60}")
-
-
-def render_value(value: Any) -> str:
-    """A value in TOML."""
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, str):
-        # JSON's strings are TOML's, but for DEL.
-        return json.dumps(value).replace("\x7f", "\\u007f")
-    if isinstance(value, tuple):
-        return "[" + ", ".join(render_value(item) for item in value) + "]"
-    return repr(value)
+    raise ConfigError.of(key, f"must be {name}, not {toml_value(value):.60}")
 
 
 def render_config(config: TrainConfig) -> str:
@@ -155,7 +153,7 @@ def render_config(config: TrainConfig) -> str:
         for entry in dataclasses.fields(part):
             value = getattr(part, entry.name)
             if value is not None:
-                lines.append(f"{entry.name} = {render_value(value)}")
+                lines.append(f"{entry.name} = {toml_value(value)}")
     return "\n".join(lines[1:]) + "\n"
 
 
@@ -176,7 +174,7 @@ def render_commented() -> str:
             is_required = entry.default is dataclasses.MISSING
             mark = "# " if entry.default is None else ""
             shown = entry.metadata["sample"] if mark or is_required else entry.default
-            lines.append(f"{mark}{entry.name} = {render_value(shown)}")
+            lines.append(f"{mark}{entry.name} = {toml_value(shown)}")
     return "\n".join(lines) + "\n"
 
 

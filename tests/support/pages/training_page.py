@@ -8,10 +8,10 @@ import typing
 
 from checkout import ROOT
 
+from turret.server.basics.toml_text import toml_value
 from turret.training.methods import METHODS
 from turret.training.methods.method import PeftMethod
 from turret.training.settings.config import TrainConfig
-from turret.training.settings.config_file import render_value
 
 PAGE = ROOT / "docs" / "training.md"
 
@@ -26,7 +26,7 @@ def render_config_reference() -> str:
             elif entry.default is dataclasses.MISSING:
                 default = "**required**"
             else:
-                default = f"`{render_value(entry.default)}`"
+                default = f"`{toml_value(entry.default)}`"
             lines.append(f"| `{table}.{entry.name}` | {default} | {entry.metadata['help']} |")
     return "\n".join(lines)
 
