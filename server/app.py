@@ -24,11 +24,12 @@ from turret.server.api.failures import Failures
 from turret.server.api.gate import Gate
 from turret.server.api.inference import Inference
 from turret.server.basics.address import is_local_address
+from turret.server.command.interrupts import Hangup
 from turret.server.config import Config
 from turret.server.errors import AdapterExistsError, TurretError
 from turret.server.metrics import Metrics
 from turret.server.metrics_server import MetricsServer
-from turret.server.reloading import NOTHING_TO_RELOAD, Hangup, TokenReloader
+from turret.server.reloading import NOTHING_TO_RELOAD, TokenReloader
 from turret.server.rpc.server import RpcServer
 
 if TYPE_CHECKING:

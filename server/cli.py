@@ -39,21 +39,23 @@ def _serve(args: argparse.Namespace) -> int:
     from turret.server import log
     from turret.server.command.flags import read_settings
     from turret.server.command.preflight import notes, problems
+    from turret.server.command.start_lines import note, refuse
     from turret.server.command.threads import use_threads
 
+    is_json = getattr(args, "log_format", os.environ.get("TURRET_LOG_FORMAT")) == "json"
     try:
         settings = read_settings(args, os.environ)
+        is_json = settings.values.get("log_format") == "json"
         config = settings.config()
     except OSError as error:
-        _complain(f"--config: {error.filename}: {error.strerror}")
+        refuse(f"--config: {error.filename}: {error.strerror}", is_json=is_json)
         return EXIT_USAGE
     except ValueError as error:
-        _complain(*str(error).splitlines())
+        refuse(*str(error).splitlines(), is_json=is_json)
         return EXIT_USAGE
-    for note in (*settings.notes, *notes(config)):
-        print(f"turret serve: note: {note}", file=sys.stderr)
+    note(*settings.notes, *notes(config), is_json=is_json)
     if found := problems(config):
-        _complain(*map(settings.blamed, found))
+        refuse(*map(settings.blamed, found), is_json=is_json)
         return EXIT_FAILED
     use_threads(config.model.threads)
     level = logging.DEBUG if config.log.verbose else logging.INFO
@@ -98,11 +100,6 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _complain(*problems: str) -> None:
-    for problem in problems:
-        print(f"turret serve: error: {problem}", file=sys.stderr)
-
-
 def _demo(args: argparse.Namespace) -> int:
     from turret.server.demo import run_demo
 
@@ -145,6 +142,8 @@ def _add_serve(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         " and a variable: --max-rank is max_rank in the table [adapters], and TURRET_MAX_RANK.",
     )
     add_flags(parser)
+    assert isinstance(parser, CommandParser)
+    parser.logs = True
     parser.set_defaults(func=_serve)
 
 

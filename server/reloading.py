@@ -1,9 +1,8 @@
-"""Tokens that change while the server runs, and the signal that says so."""
+"""Tokens that change while the server runs."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 from pathlib import Path
 
 from turret.server.api.access.tokens import TokenTable
@@ -12,22 +11,6 @@ from turret.server.api.access.watched_files import WatchedFiles
 # How soon a changed token file is noticed without SIGHUP.
 POLL_SECONDS = 5.0
 NOTHING_TO_RELOAD = "nothing to read again: no --token-file"
-
-
-class Hangup:
-    """Whether a SIGHUP comes of a terminal that closes, which is to end what runs in it."""
-
-    def __init__(self) -> None:
-        self._had_terminal = _has_terminal()
-
-    def is_of_terminal(self) -> bool:
-        """Of any other the sender wants files to be read again."""
-        return self._had_terminal and not _has_terminal()
-
-
-def _has_terminal() -> bool:
-    # One that has closed is none any more.
-    return any(os.isatty(descriptor) for descriptor in (0, 1, 2))
 
 
 class TokenReloader:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 
@@ -13,6 +14,11 @@ def main() -> int:
     is_caught = signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if is_caught:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if sys.argv[1:2] == ["serve"]:
+        from turret.server.command.interrupts import take_signals_of_a_start
+        from turret.server.command.start_lines import wants_json
+
+        take_signals_of_a_start(is_json=wants_json(sys.argv, os.environ))
     from turret.server import cli
 
     return cli.main(catches_interrupts=is_caught)

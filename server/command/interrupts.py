@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: as exceptions, and as ends while libraries load.
+"""Ctrl-C, SIGTERM and SIGHUP: as exceptions, and as ends while libraries load.
 
 An exception then passes through C++ code, some of which aborts.
 """
@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 
 EXIT_INTERRUPTED = 130
@@ -69,4 +70,52 @@ def ending_at_interrupts(said: str) -> Iterator[None]:
         yield
     finally:
         for kind, how in caught.items():
+            signal.signal(kind, how)
+
+
+class Hangup:
+    """Whether a SIGHUP comes of a terminal that closes, which is to end what runs in it."""
+
+    def __init__(self) -> None:
+        self._had_terminal = _has_terminal()
+
+    def is_of_terminal(self) -> bool:
+        """Of any other the sender wants files to be read again."""
+        return self._had_terminal and not _has_terminal()
+
+
+def _has_terminal() -> bool:
+    # One that has closed is none any more.
+    return any(os.isatty(descriptor) for descriptor in (0, 1, 2))
+
+
+def take_signals_of_a_start(*, is_json: bool) -> None:
+    """Have signals do what they do to a server, until it takes them itself.
+
+    SIGTERM ends the process with 0 and a line. SIGHUP, which asks for files to be read again, does
+    nothing while none is read yet, but where it comes of a terminal that closes.
+
+    Args:
+        is_json: Whether the line is one of a log of JSON objects.
+    """
+    hangup = Hangup()
+
+    def end(number: int, *_: object) -> None:
+        name = signal.Signals(number).name
+        # By hand: the modules that write the log may be half loaded.
+        stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        told = (
+            f'{{"time": "{stamp}", "level": "INFO", "logger": "{__name__}",'
+            f' "message": "stopped while starting", "signal": "{name}"}}'
+        )
+        os.write(2, f"{told if is_json else f'turret serve: stopped by {name}'}\n".encode())
+        os._exit(0)
+
+    def hang_up(number: int, *_: object) -> None:
+        if hangup.is_of_terminal():
+            os._exit(128 + number)
+
+    for kind, how in ((signal.SIGTERM, end), (signal.SIGHUP, hang_up)):
+        # What is ignored, as nohup has it, stays so.
+        if signal.getsignal(kind) is signal.SIG_DFL:
             signal.signal(kind, how)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import re
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from turret.server.basics.closest import did_you_mean
+from turret.server.command.start_lines import refuse, wants_json
 
 EXIT_USAGE = 2
 _REQUIRED = "the following arguments are required"
@@ -24,6 +26,8 @@ _BAD_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)", re.D
 class CommandParser(argparse.ArgumentParser):
     """argparse prints a page of usage for a slip of the finger; this says what was meant."""
 
+    # Whether what it refuses is told in the form of the log, as --log-format has it.
+    logs = False
     _given: Sequence[str] = ()
 
     def parse_known_args(  # type: ignore[override]
@@ -40,10 +44,13 @@ class CommandParser(argparse.ArgumentParser):
         if message.startswith(_REQUIRED) and (flag := self._unknown_flag()):
             # What is lacking may be what it was meant for.
             message = f"unrecognized arguments: {flag}"
+        message += self._meant(message)
+        if self.logs and wants_json(self._given, os.environ):
+            refuse(message, is_json=True)
+            self.exit(EXIT_USAGE)
         self.exit(
             EXIT_USAGE,
-            f"{self.prog}: error: {message}{self._meant(message)}\n"
-            f"{self.prog} --help shows what there is\n",
+            f"{self.prog}: error: {message}\n{self.prog} --help shows what there is\n",
         )
 
     def _unknown_flag(self) -> str:

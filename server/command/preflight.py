@@ -17,11 +17,12 @@ import ssl
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from turret.kernels.cpu.isas import ISAS
+from turret.kernels.cpu.isas import ISAS, NATIVE, NO_NATIVE
 from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, AdapterRoot
 from turret.server.adapters.checkpoint.no_adapter import check_is_adapter
 from turret.server.adapters.peft_format.refusals.first_look import look_at
 from turret.server.adapters.peft_format.refusals.known_shapes import BaseSize
+from turret.server.api.access.tokens import TokenTable
 from turret.server.basics.address import split_address
 from turret.server.basics.byte_size import about_bytes
 from turret.server.basics.closest import did_you_mean
@@ -94,10 +95,13 @@ def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:
         )
     if (config.threads or 0) > max(_MOST_THREADS, os.cpu_count() or 1):
         yield f"--threads: {config.threads} is more than any machine computes with"
-    isa = environ.get("TURRET_ISA", ISAS[0])
+    isa = environ.get("TURRET_ISA") or ISAS[0]
     if isa not in ISAS:
         meant = did_you_mean(isa, ISAS)
         yield f"TURRET_ISA: {isa!r} is none of {', '.join(ISAS)}{meant}"
+    native = environ.get("TURRET_NATIVE") or NATIVE[0]
+    if native.lower() not in (*NATIVE, *NO_NATIVE):
+        yield f"TURRET_NATIVE: {native!r} is none of {', '.join((*NO_NATIVE, *NATIVE))}"
 
 
 def _memory(config: Config) -> Iterator[str]:
@@ -201,6 +205,11 @@ def _files(config: SecurityConfig) -> Iterator[str]:
         except OSError as error:
             yield f"--{flag.replace('_', '-')}: {path}: {error.strerror}"
             return
+    if config.token_file is not None:
+        try:
+            TokenTable.parse(config.token_file)
+        except ValueError as error:
+            yield str(error)
     yield from _tls(config)
 
 

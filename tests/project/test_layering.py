@@ -123,8 +123,9 @@ BELOW = {
     # Before torch: see test_command.
     "server.command": NOUNS
     | {f"server.adapters.{name}" for name in ("checkpoint", "peft_format.refusals")}
-    # Models and preloaded adapters are looked up, on the hub too, before anything is loaded.
-    | {"server.models.sources", "server.hub", "kernels"},
+    # Models and preloaded adapters are looked up, on the hub too, before anything is loaded, and
+    # the file of tokens is read.
+    | {"server.models.sources", "server.hub", "server.api.access", "kernels"},
     "server.http.exchange": {"server.api", "server.api.access", "leaf", "v1"},
     "server.http.console": {
         *("server.http.exchange", "server.api", "server.api.admin", "leaf", "v1"),
@@ -147,7 +148,8 @@ MAY_IMPORT["server"] = {"server", *BELOW}
 MAY_IMPORT["server.cluster.serving"] = {"server.cluster.serving", "server", *BELOW}
 MAY_IMPORT["command"] = {"server", "server.command", "clients", "training", "leaf"}
 MAY_IMPORT["server.command"].add("server.cluster.machine")
-MAY_IMPORT["entry"] = {"command"}
+# What takes signals before anything else is loaded.
+MAY_IMPORT["entry"] = {"command", "server.command"}
 for layer in ("server", "command", "server.command"):
     MAY_IMPORT[layer].add("server.cluster.serving")
 MAY_IMPORT["training"] = {"training", "server", *BELOW} - {

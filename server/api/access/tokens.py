@@ -35,16 +35,22 @@ class TokenTable:
         """
         if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
             _log.warning("the token file is open to other users; its mode should be 0600")
+        return cls.parse(path)
+
+    @classmethod
+    def parse(cls, path: Path) -> TokenTable:
+        """As :meth:`read`, but says nothing of the file's mode."""
+        flag = f"--token-file: {path}"
         entries: dict[str, frozenset[str]] = {}
         try:
             text = path.read_text(encoding="utf-8")
         except UnicodeDecodeError:
-            raise ValueError("--token-file: not UTF-8 text") from None
+            raise ValueError(f"{flag} is no UTF-8 text") from None
         for number, line in enumerate(text.splitlines(), start=1):
             words = line.split()
             if not words or words[0].startswith("#"):
                 continue
-            where = f"--token-file: line {number}"
+            where = f"{flag}: line {number}"
             if len(words) != 2:
                 raise ValueError(f"{where} is not TOKEN ROLE[,ROLE]")
             token, roles = words[0], frozenset(words[1].split(","))
@@ -56,7 +62,7 @@ class TokenTable:
                 raise ValueError(f"{where} repeats the token of an earlier line")
             entries[token] = roles
         if not entries:
-            raise ValueError("--token-file holds no token")
+            raise ValueError(f"{flag} holds no token: a line each, TOKEN ROLE[,ROLE]")
         return cls(entries.items())
 
     def replace(self, other: TokenTable) -> None:

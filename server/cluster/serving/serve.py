@@ -16,10 +16,11 @@ from turret.server import log
 from turret.server.basics.address import is_local_address, split_address
 from turret.server.cluster.serving.plan import ClusterPlan
 from turret.server.cluster.serving.ray_cluster import STOPPING, RayCluster
+from turret.server.command.interrupts import Hangup
 from turret.server.command.threads import available_cpus
 from turret.server.config import Config
 from turret.server.errors import UnavailableError
-from turret.server.reloading import NOTHING_TO_RELOAD, Hangup
+from turret.server.reloading import NOTHING_TO_RELOAD
 
 if TYPE_CHECKING:
     from ray.serve import Application

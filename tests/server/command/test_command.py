@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +16,6 @@ from checkout import ROOT
 from command_modules import loaded_and_said_by, loaded_by
 
 from turret.server.cli import build_parser, main
-from turret.server.command.completion import script
 from turret.server.command.flags import add_flags, config_from_args, read_settings
 from turret.server.command.settings import settings
 from turret.server.config import Config
@@ -66,7 +63,7 @@ def test_wrong_input_ends_before_torch(tmp_path: Path) -> None:
         ("convert", str(tmp_path / "no"), "--output", str(tmp_path / "new")),
     ):
         code, modules = loaded_by(*arguments)
-        assert code == 1
+        assert code == (2 if "no.toml" in arguments else 1)
         assert not modules & {"torch", "peft", "transformers"}
 
 
@@ -184,6 +181,9 @@ def test_the_short_help_says_what_the_long_one_says() -> None:
         (["adapters", "list", "hi"], "turret adapters list: error: unrecognized arguments: hi\n"),
         (["health", "hi", "there"], "turret health: error: unrecognized arguments: hi there\n"),
         (["demo", "--once", "extra"], "turret demo: error: unrecognized arguments: extra\n"),
+        (["serve", "--dtype", "bf16"], "did you mean 'bfloat16'?"),
+        (["serve", "--dtype", "Half"], "did you mean 'float16'?"),
+        (["serve", "--log-format", "JSON"], "did you mean 'json'?"),
         (["adapters", "list", "--jsn"], "turret adapters list: .*did you mean '--json'?"),
     ],
 )
@@ -257,12 +257,14 @@ def test_every_setting_has_a_variable_and_a_key(tmp_path: Path) -> None:
         ("max_rank = 3\n", r"max_rank belongs into the table \[adapters\]"),
         ("[listen]\nadress = 3\n", r"\[listen\] adress is no setting; did you mean 'address'\?"),
         ("[listen]\nmax_rank = 3\n", r"did you mean \[adapters\] max_rank\?"),
-        ("[adapters]\nmax_rank = '3'\n", "adapters.max_rank: must be a whole number, not '3'"),
-        ("[adapters]\nmax_rank = true\n", "adapters.max_rank: must be a whole number, not True"),
+        ("[adapters]\nmax_rank = '3'\n", 'adapters.max_rank: must be a whole number, not "3"'),
+        ("[adapters]\nmax_rank = true\n", "adapters.max_rank: must be a whole number, not true"),
         ("[adapters]\nmax_rank = 0\n", r"at least 1, not 0 \(max_rank is from .*t.toml\)"),
         ("[cache]\na = 1\na = 2\n", r"t.toml: the same key stands twice \(at line 3, "),
         ("[cache]\nkv_cache_bytes = 'much'\n", "cache.kv_cache_bytes: 'much' is not a byte size"),
         ("[model]\ndtype = 'bfloat'\n", "model.dtype: .* did you mean 'bfloat16'"),
+        ("[model]\ndtype = 'bf16'\n", "model.dtype: .* did you mean 'bfloat16'"),
+        ("[adapters]\npreload = [true, 1]\n", r"preload: must be a list .*, not \[true, 1\]"),
         ("[security]\ninsecure = 1\n", "security.insecure: must be true or false, not 1"),
         ("[adapters]\npreload = ['a']\n", "adapters.preload: 'a' is not NAME=PATH"),
         ("listen = 3\n", "listen must be a table"),
@@ -301,35 +303,6 @@ def test_the_start_says_what_differs_and_who_says_so() -> None:
     ]
 
 
-@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
-def test_completion_knows_every_verb_and_flag(shell: str) -> None:
-    text = script(build_parser(None), shell)
-    for word in ("generate", "merge-state", "max-rank", "log-format", "sweep"):
-        assert word in text
-    if path := shutil.which(shell):
-        subprocess.run([path, "-n"], input=text, text=True, check=True)
-
-
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        (["turret", "comp"], "completion"),
-        (["turret", "adapters", "lo"], "load"),
-        (["turret", "serve", "--dty"], "--dtype"),
-        (["turret", "serve", "--log-format", ""], "text json"),
-        (["turret", "serve", "--max-rank", ""], ""),
-        (["turret", "train", "run", "--method", "lor"], "lora"),
-        (["turret", "serve", "--adapter-root", "/us"], "/usr"),
-    ],
-)
-def test_bash_completes(words: list[str], expected: str) -> None:
-    call = f"COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _turret"
-    offers = {"train run:--method": ("lora", "dora")}
-    code = script(build_parser(None), "bash", offers) + call + '; echo "${COMPREPLY[@]}"'
-    done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == expected
-
-
 def test_help_has_room_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
     waiting = [build_parser(None)]
@@ -337,46 +310,6 @@ def test_help_has_room_in_80_columns(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not [line for line in parser.format_help().splitlines() if len(line) > 80]
         below = (action.choices for action in parser._actions)
         waiting += [verb for each in below if isinstance(each, dict) for verb in each.values()]
-
-
-COMPLETED = [
-    ("turret comp", "completion"),
-    ("turret adapters unl", "unload"),
-    ("turret serve --dty", "--dtype"),
-    ("turret serve --log-format j", "json"),
-]
-
-# A terminal of its own, in which the line is begun and the tabulator pressed; waits for the rest.
-ZSH = """
-zmodload zsh/zpty
-zpty shell "zsh -f -i"
-zpty -w shell "PROMPT=; source $1; print re''ady"
-zpty -r -m shell out "*ready*"
-zpty -w -n shell "$2"$'\\t'
-zpty -r -m shell out "*$3*"
-"""
-
-
-@pytest.mark.skipif(shutil.which("zsh") is None, reason="no zsh")
-@pytest.mark.parametrize(("line", "expected"), COMPLETED)
-def test_zsh_completes(line: str, expected: str, tmp_path: Path) -> None:
-    (tmp_path / "script").write_text(script(build_parser(None), "zsh"))
-    rest = expected.removeprefix(line.rpartition(" ")[2])
-    assert rest not in line
-    command = ["zsh", "-f", "-c", ZSH, "zsh", str(tmp_path / "script"), line, rest]
-    subprocess.run(command, check=True, timeout=30)
-
-
-@pytest.mark.skipif(shutil.which("fish") is None, reason="no fish")
-@pytest.mark.parametrize(("line", "expected"), COMPLETED)
-def test_fish_completes(line: str, expected: str, tmp_path: Path) -> None:
-    (tmp_path / "script").write_text(script(build_parser(None), "fish"))
-    code = f"source {tmp_path / 'script'}; complete -C {shlex.quote(line)}"
-    done = subprocess.run(
-        ["fish", "--no-config", "-c", code], capture_output=True, text=True, check=True
-    )
-    # Behind what begins with the word come words that hold its letters.
-    assert done.stdout.split("\t")[0] == expected
 
 
 def test_a_model_of_the_hub_in_a_file_is_no_path_of_its_folder(tmp_path: Path) -> None:

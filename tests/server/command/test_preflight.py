@@ -280,6 +280,11 @@ def test_a_device_an_instruction_set_and_threads_that_are_not_there(
     monkeypatch.setenv("TURRET_ISA", "avx51")
     (problem,) = found()
     assert "'avx51' is none of baseline, avx2" in problem
+    monkeypatch.setenv("TURRET_ISA", "")
+    monkeypatch.setenv("TURRET_NATIVE", "maybe")
+    assert found() == ["TURRET_NATIVE: 'maybe' is none of 0, false, no, off, 1, true, yes, on"]
+    monkeypatch.setenv("TURRET_NATIVE", "OFF")
+    assert found() == []
 
 
 def test_more_threads_than_processors_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
