@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import errno
 import fcntl
-import functools
 import importlib.metadata
 import os
 import socket
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from turret.kernels.cpu.isas import ISAS, NATIVE, NO_NATIVE
-from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory, AdapterRoot
+from turret.server.adapters.checkpoint.adapter_root import AdapterRoot
 from turret.server.adapters.checkpoint.no_adapter import check_is_adapter
 from turret.server.adapters.peft_format.refusals.first_look import look_at
 from turret.server.adapters.peft_format.refusals.known_shapes import BaseSize
@@ -40,9 +39,12 @@ from turret.server.config import (
 )
 from turret.server.errors import InvalidRequestError, TurretError
 from turret.server.hub.adapters import AdapterHub
+from turret.server.models.families import dense_modules
 from turret.server.models.sources.check import check_model, name_of_model, size_of_model
 
 _MOST_THREADS = 1024
+# Of the tensors of preloaded adapters, together: these are read in a tenth of a second.
+_LOOKED_AT_BYTES = 128 << 20
 
 
 def problems(config: Config, *, may_run: bool = False) -> list[str]:
@@ -53,8 +55,8 @@ def problems(config: Config, *, may_run: bool = False) -> list[str]:
         may_run: What uses the state directory and the addresses may be what is to be changed.
     """
     adapters = dataclasses.replace(config.adapters, state_dir=None) if may_run else config.adapters
-    of_model = list(_model(config.model.model))
-    base = None if of_model else _base_size(config.model.model)
+    model_type, of_model = _model(config.model.model)
+    base = _base_size(config.model.model, model_type) if model_type else None
     takes_any = bool(of_model) or adapters.allow_other_base
     return [
         *of_model,
@@ -76,13 +78,14 @@ def notes(config: Config) -> list[str]:
     ]
 
 
-def _model(model: Path | None) -> Iterator[str]:
+def _model(model: Path | None) -> tuple[str, list[str]]:
+    """Its ``model_type``, or what keeps it from being served."""
     try:
-        check_model(model)
+        return check_model(model), []
     except InvalidRequestError as error:
-        yield f"--{error.message}"
+        return "", [f"--{error.message}"]
     except OSError as error:
-        yield f"--model: {error.filename}: {error.strerror}"
+        return "", [f"--model: {error.filename}: {error.strerror}"]
 
 
 def _device(config: ModelConfig, environ: Mapping[str, str]) -> Iterator[str]:
@@ -132,13 +135,24 @@ def _torch_version() -> str:
         return ""
 
 
-def _base_size(model: Path | None) -> BaseSize | None:
+def _base_size(model: Path | None, model_type: str) -> BaseSize | None:
     size = size_of_model(model)
-    return None if size is None else BaseSize(name_of_model(model), *size)
+    if size is None:
+        return None
+    return BaseSize(name_of_model(model), *size, dense_modules(model_type))
 
 
 def _adapters(config: AdapterConfig, base: str | None, size: BaseSize | None) -> Iterator[str]:
     """``base`` is the name of the base that adapters must be for, None if of any."""
+    left = _LOOKED_AT_BYTES
+
+    def look(root: AdapterRoot, place: str, path: str) -> None:
+        nonlocal left
+        with root.open_directory(place, path) as directory:
+            check_is_adapter(directory, path)
+            rank = config.max_rank
+            left -= look_at(directory, path, base=base, size=size, max_rank=rank, most_bytes=left)
+
     root = config.adapter_root
     preload = [(name, path) for name, path in config.preload if not path.startswith(HUB_SCHEME)]
     if root is not None and not root.is_dir():
@@ -148,34 +162,30 @@ def _adapters(config: AdapterConfig, base: str | None, size: BaseSize | None) ->
         yield f"--adapter-root: {root} cannot be read by this user"
     elif root is not None:
         for name, path in preload:
-            look = functools.partial(look_at, base=base, size=size, max_rank=config.max_rank)
-            yield from _preload(root, name, path, look)
+            yield from _preload(name, path, lambda path=path: look(AdapterRoot(root), path, path))
     hub = AdapterHub(config.adapter_hub, config.max_upload_bytes)
     for name, path in config.preload:
         if path.startswith(HUB_SCHEME):
-            yield from _preload_of_hub(hub, name, path)
+            yield from _preload(name, path, lambda path=path: _look_in_hub(hub, path, look))
     if config.state_dir is not None:
         yield from _state_dir(config.state_dir)
 
 
-def _preload_of_hub(hub: AdapterHub, name: str, path: str) -> Iterator[str]:
-    try:
-        hub.check(path)
-    except TurretError as error:
-        yield f"--preload {name}={path}: {error.message.removeprefix(f'path {path!r} ')}"
+def _look_in_hub(hub: AdapterHub, path: str, look: Callable[[AdapterRoot, str, str], None]) -> None:
+    """Ask for what is not in the cache; look at what is."""
+    place = hub.find(path, hub.check(path))
+    if hub.root is not None and place is not None:
+        look(AdapterRoot(hub.root), place, path)
 
 
-def _preload(
-    root: Path, name: str, path: str, look: Callable[[AdapterDirectory, str], None]
-) -> Iterator[str]:
-    where = f"--preload {name}={path}:"
+def _preload(name: str, path: str, look: Callable[[], None]) -> Iterator[str]:
     try:
-        with AdapterRoot(root).open_directory(path) as directory:
-            check_is_adapter(directory, path)
-            look(directory, path)
+        look()
     except TurretError as error:
         why = error.message.removeprefix(f"adapter {path!r} ")
-        yield f"{where} {why}"
+        if path.startswith(HUB_SCHEME):
+            why = why.removeprefix(f"path {path!r} ")
+        yield f"--preload {name}={path}: {why}"
 
 
 def _state_dir(path: Path) -> Iterator[str]:

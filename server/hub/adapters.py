@@ -110,6 +110,16 @@ class AdapterHub:
             self._check_size(path, sum(repository.files[name] for name in names))
         return repository
 
+    def find(self, path: str, repository: Repository | None) -> str | None:
+        """Where the files of ``path`` are below ``root``, if the cache has them; nobody is asked.
+
+        Args:
+            path: One that ``check`` took.
+            repository: What it returned.
+        """
+        hub_id = self._checked(path) if repository is None else repository.id
+        return hub_id.snapshot if hub_id.is_commit and _is_there(hub_id) else None
+
     def fetch_tokenizer(self, path: str) -> None:
         """Have the tokenizer beside an adapter's files in the cache, if there is one.
 

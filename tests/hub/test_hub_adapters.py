@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import shutil
 import threading
@@ -212,6 +213,27 @@ def test_files_pass_the_checks_of_local_ones(registry: _Make, repo: Repo) -> Non
     cut = files["adapter_model.safetensors"][:-1]
     repo.push({**files, "adapter_model.safetensors": cut})
     refused(registry("acme"), PATH, AdapterCheckpointError)
+
+
+def test_what_is_in_the_cache_is_looked_at_before_the_model_is_loaded(
+    hub: FakeHub, registry: _Make, repo: Repo
+) -> None:
+    files = repo.commits[repo.refs["main"]]
+    repo.push({**files, "adapter_config.json": b'{"peft_type": "LROA"}'})
+    config = Config(
+        listen=ListenConfig(address="127.0.0.1:0", metrics_address=None),
+        adapters=AdapterConfig(adapter_hub=("acme",), preload=(("a", PATH),)),
+    )
+    assert problems(config) == []
+    refused(registry("acme"), PATH, AdapterCheckpointError)
+    (problem,) = problems(config)
+    assert problem.startswith(f"--preload a={PATH}: cannot be served: peft_type: 'LROA' is not")
+    # Of a commit nobody is asked.
+    path = f"{PATH}@{repo.refs['main']}"
+    hub.requests.clear()
+    adapters = dataclasses.replace(config.adapters, preload=(("a", path),))
+    assert "'LROA'" in problems(dataclasses.replace(config, adapters=adapters))[0]
+    assert hub.requests == []
 
 
 def test_size_is_checked_before_a_byte_comes(registry: _Make, hub: FakeHub, repo: Repo) -> None:

@@ -161,6 +161,18 @@ def test_sharded_weights_come_by_their_index(hub: FakeHub, repo: Repo, tmp_path:
         resolved(tmp_path)
 
 
+def test_weights_in_the_cache_are_looked_at_before_they_are_read(
+    repo: Repo, tmp_path: Path
+) -> None:
+    folder = resolved(tmp_path).files
+    check_model(Path(NAME))
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-10])
+    assert "model.safetensors" in refused()
+    file.write_bytes(whole)
+
+
 def test_offline_the_cache_serves(
     hub: FakeHub, repo: Repo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

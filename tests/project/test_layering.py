@@ -125,7 +125,8 @@ BELOW = {
     | {f"server.adapters.{name}" for name in ("checkpoint", "peft_format.refusals")}
     # Models and preloaded adapters are looked up, on the hub too, before anything is loaded, and
     # the file of tokens is read.
-    | {"server.models.sources", "server.hub", "server.api.access", "kernels"},
+    | {"server.models.families", "server.models.sources", "server.hub", "server.api.access"}
+    | {"kernels"},
     "server.http.exchange": {"server.api", "server.api.access", "leaf", "v1"},
     "server.http.console": {
         *("server.http.exchange", "server.api", "server.api.admin", "leaf", "v1"),

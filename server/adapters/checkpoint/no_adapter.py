@@ -12,6 +12,7 @@ COPY_AGAIN = f"copy the file again, or {SAVE_AGAIN}"
 OTHER_TRAINING = f"{CONFIG_FILE} may be of another training"
 # Of a LoRA that has one of a module's two factors.
 MISSING_FACTOR = f"is missing; other LoRA tensors are there: {SAVE_AGAIN}"
+NOT_FINITE = "holds NaN or Inf; take a checkpoint from before that"
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MODEL_CONFIG = "config.json"
 

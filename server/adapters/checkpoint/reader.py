@@ -23,7 +23,7 @@ from turret.server.adapters.checkpoint.digest_cache import DigestCache, stamp_of
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.finite import all_finite
 from turret.server.adapters.checkpoint.json_files import parse_config, read_base_digest
-from turret.server.adapters.checkpoint.no_adapter import check_is_adapter
+from turret.server.adapters.checkpoint.no_adapter import NOT_FINITE, check_is_adapter
 from turret.server.adapters.checkpoint.safetensors_header import TensorEntry, read_header
 from turret.server.adapters.checkpoint.tensor_names import canonical_names, text_prefix
 from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS_FILE
@@ -240,5 +240,5 @@ def _tensors_in(
         is_finite = not dtype.is_floating_point or all_finite(values)
         for entry, flat in zip(run, values.split([e.num_elements for e in run]), strict=True):
             if not is_finite and not all_finite(flat):
-                findings.add(entry.name, "holds NaN or Inf; take a checkpoint from before that")
+                findings.add(entry.name, NOT_FINITE)
             yield entry, flat.view(entry.shape)

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from turret.server.errors import InvalidRequestError
-from turret.server.models.decoding.arch import Arch, check_served
+from turret.server.models.decoding.arch import MODULES, Arch, check_served
 from turret.server.models.family import Family
 
 
@@ -29,6 +29,14 @@ FAMILIES: Mapping[str, Family] = _discover()
 def served_types() -> list[str]:
     """What ``model_type`` in ``config.json`` may be, in order."""
     return sorted({*FAMILIES, *_text_parts()})
+
+
+def dense_modules(model_type: str) -> frozenset[str]:
+    """Paths, in a layer, of the linear modules of a dense model; of a mixture nothing."""
+    family = FAMILIES[model_type]
+    if family.experts is not None:
+        return frozenset()
+    return frozenset(p for paths in family.modules.get(model_type, MODULES).values() for p in paths)
 
 
 def text_type(config: Mapping[str, Any]) -> Any:

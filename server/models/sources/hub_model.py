@@ -46,6 +46,8 @@ def hub_model_id(model: Path) -> HubId | None:
 def check_hub_model(hub_id: HubId) -> str:
     """Refuse what is no model that can be served, before its weights are fetched.
 
+    Weights that the cache has already are looked at, as those of a directory.
+
     Returns:
         Its ``model_type``.
 
@@ -53,9 +55,11 @@ def check_hub_model(hub_id: HubId) -> str:
         InvalidRequestError: Says what is there instead, and what to do.
     """
     try:
-        _, folder = _describe(hub_id)
+        repository, folder = _describe(hub_id)
     except (HubError, HubUnavailableError) as error:
         raise _refuse(f"there is no directory {hub_id}, and {error.message}") from None
+    if all((folder / name).is_file() for name in _weights(repository, folder)):
+        check_model_directory(folder)
     return text_type(read_config(folder))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from start_problems import found
 
 from turret.server.adapters.peft_format.config.rules import is_rank
+from turret.server.command import preflight
 
 ADAPTERS = ROOT / "examples" / "adapters"
 
@@ -45,7 +47,10 @@ def write_adapter(
             r"lora_A\.weight: has rank 4, the config says 8; adapter_config\.json may",
         ),
         *(({"r": r}, f"r: {is_rank(r)}$") for r in ("four", -1, 0, 4.0, True, None)),
-        ({"peft_type": "VERA", "r": "four"}, f"r: {is_rank('four')}$"),
+        *(
+            ({"peft_type": kind, "r": "four"}, f"r: {is_rank('four')}$")
+            for kind in ("VERA", "SHIRA", "MISS", "RANDLORA")
+        ),
         ({"base_model_name_or_path": "meta-llama/Llama-3.1-8B"}, "was trained for 'meta-llama/"),
     ],
 )
@@ -89,6 +94,28 @@ def test_adapters_whose_ranks_are_too_large(tmp_path: Path) -> None:
         assert found(*flags[:-1], "4") == []
     write_adapter(tmp_path / "m", peft_type="LOHA", rank_pattern={"q_proj": 2})
     assert found(*flags) == []
+    # Of these the config's other keys or the tensors tell.
+    told: tuple[tuple[str, dict[str, Any], int], ...] = (
+        ("MISS", {}, 4), ("MISS", {"init_weights": "bat"}, 0), ("SHIRA", {}, 0),
+        ("GLORA", {"config_A_B": "lora"}, 4), ("GLORA", {"config_A_B": "vector"}, 0),
+        ("GRALORA", {"r": 2, "gralora_k": 2, "hybrid_r": 1}, 5),
+        ("LORA", {"kasa_config": {"beta": 1.0, "gamma": 1.0}}, 8),
+    )  # fmt: skip
+    for kind, keys, rank in told:
+        write_adapter(tmp_path / "m", peft_type=kind, **keys)
+        assert found(*flags[:-1], str(max(rank, 1))) == []
+        assert len(found(*flags)) == (rank > 3)
+    for kind, tensor, shape, said in (
+        ("ADALORA", "lora_E", (5, 1), "has rank 5,"),
+        ("HIRA", "hira_A", (6, 576), "has rank 6,"),
+        ("DEFT", "deft_P", (576, 7), "has rank 7,"),
+        ("LOKR", "lokr_w2_a", (8, 9), "has rank 9,"),
+        ("BOFT", "boft_R", (2, 8, 4, 4), "has block size 8,"),
+    ):
+        folder = write_adapter(tmp_path / "m", peft_type=kind)
+        values = {f"model.layers.0.self_attn.q_proj.{tensor}": np.ones(shape, np.float32)}
+        save_file(values, folder / "adapter_model.safetensors")
+        assert said in found(*flags)[0]
     write_adapter(tmp_path / "m", peft_type="TOY")
     assert found(*flags) == []
 
@@ -99,6 +126,7 @@ def test_adapters_whose_ranks_are_too_large(tmp_path: Path) -> None:
         (64, "0.self_attn.q_proj", "0.self_attn.q_proj: takes 64 features, the base model's 576"),
         (64, "29.mlp.down_proj", "29.mlp.down_proj: gives 64 features, the base model's 576"),
         (576, "30.mlp.up_proj", "it is for a model of at least 31 layers, the base has 30"),
+        (576, "0.self_attn.qkv_proj", "has no module 'model.layers.0.self_attn.qkv_proj'"),
         # What these take and give, the model's other sizes say.
         (64, "0.self_attn.other", ""),
     ],
@@ -137,6 +165,56 @@ def test_shapes_of_a_base_in_a_directory(tmp_path: Path) -> None:
         (problem,) = found(*flags)
         assert "takes 576 features, the base model's 64" in problem
     (base / "config.json").write_text('{"model_type": "llama", "hidden_size": 576}')
+    assert found(*flags) == []
+
+
+@pytest.mark.parametrize("tensor", ["ia3_l", "oft_R.weight"])
+def test_layers_that_the_base_has_not(tensor: str, tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path / "m", peft_type="IA3" if tensor == "ia3_l" else "OFT")
+    module = "model.layers.99.self_attn.k_proj"
+    name = f"base_model.model.{module}.{tensor}"
+    save_file({name: np.ones((2, 1), np.float32)}, folder / "adapter_model.safetensors")
+    (problem,) = found("--adapter-root", str(tmp_path), "--preload", "a=m")
+    assert problem == (
+        "--preload a=m: does not fit base model 'HuggingFaceTB/SmolLM2-135M-Instruct': it is for a"
+        f" model of at least 100 layers, the base has 30; {module}.{tensor}: the base model has no"
+        f" module '{module}'"
+    )
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_tensors_that_are_not_finite(
+    dtype: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ("--adapter-root", str(tmp_path), "--preload", "a=m")
+    file = write_adapter(tmp_path / "m") / "adapter_model.safetensors"
+    kinds = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": np.float32}
+    arrays = {name: array.astype(kinds[dtype]) for name, array in load_file(file).items()}
+    (first, second) = arrays
+    arrays[first][:] = np.finfo(np.float16).max
+    stored = "uint16" if dtype == "BF16" else None
+
+    def save() -> None:
+        if stored is None:
+            save_file(arrays, file)
+            return
+        save_file({n: (a.view(np.uint32) >> 16).astype(stored) for n, a in arrays.items()}, file)
+        data = file.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = data[8 : 8 + size].replace(b'"U16"', b'"BF16"')
+        file.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + size :])
+
+    save()
+    assert found(*flags) == []
+    arrays[second][-1, -1] = value
+    save()
+    assert found(*flags) == [
+        f"--preload a=m: cannot be served: {second}: holds NaN or Inf; take a checkpoint from"
+        " before that"
+    ]
+    # What is larger is left to the load.
+    monkeypatch.setattr(preflight, "_LOOKED_AT_BYTES", 1000)
     assert found(*flags) == []
 
 

@@ -31,8 +31,10 @@ from turret.server.adapters.methods import lower_checkpoint
 from turret.server.adapters.operators.adapter_operators import AdapterOperators, ModuleOperators
 from turret.server.adapters.operators.updates import Sparse
 from turret.server.adapters.peft_format.refusals.first_look import look_at
+from turret.server.adapters.peft_format.refusals.known_shapes import BaseSize
 from turret.server.adapters.source import CONFIG_FILE, TENSORS_FILE
 from turret.server.errors import AdapterCheckpointError
+from turret.server.models.families import dense_modules
 
 BASE_NAME = "tests/tiny-llama"
 VOCAB_SIZE = 97
@@ -326,7 +328,13 @@ def lower_adapter(root: Path, base: BaseModel, path: str = "a") -> Lowered:
     """Reads and lowers with whichever method accepts it; a start would not have refused it."""
     lowered = lower_checkpoint(read_adapter(root, path), base)[1]
     with AdapterRoot(root).open_directory(path) as directory:
-        look_at(directory, path, base=None, max_rank=max(lowered.ranks, default=0))
+        size = BaseSize(
+            base.name, base.hidden_size, base.num_layers, dense_modules(base.model_type)
+        )
+        modules = lowered.operators.modules.values()
+        blocks = [each.input_blocks.size for each in modules if each.input_blocks is not None]
+        rank = max([0, *lowered.ranks, *blocks])
+        look_at(directory, path, base=None, size=size, max_rank=rank, most_bytes=1 << 24)
     return lowered
 
 

@@ -14,14 +14,14 @@ from turret.server.adapters.checkpoint.adapter_root import AdapterDirectory
 from turret.server.adapters.checkpoint.findings import Findings
 from turret.server.adapters.checkpoint.json_files import parse_config, read_base_digest
 from turret.server.adapters.checkpoint.safetensors_header import SafetensorsHeader, read_header
-from turret.server.adapters.checkpoint.tensor_names import canonical_name
 from turret.server.adapters.peft_format.refusals.base_name import is_other_base, of_other_base
+from turret.server.adapters.peft_format.refusals.early_finite import check_finite
+from turret.server.adapters.peft_format.refusals.early_ranks import check_early_rank, check_r
 from turret.server.adapters.peft_format.refusals.known_shapes import (
     BaseSize,
+    check_modules,
     check_pairs,
-    check_shapes,
 )
-from turret.server.adapters.peft_format.refusals.limits import check_rank
 from turret.server.adapters.peft_format.refusals.unserved import (
     SERVED_TYPES,
     UNSERVED,
@@ -32,17 +32,6 @@ from turret.server.adapters.source import CONFIG_FILE, MAX_CONFIG_BYTES, TENSORS
 from turret.server.basics.closest import did_you_mean
 
 _BASE = "base_model_name_or_path"
-_A = ".lora_A.weight"
-# Keys of a LoRA whose ``lora_A`` has other rows than those of one rank.
-_OTHER_ROWS = ("target_parameters", "arrow_config")
-_PATTERN = "rank_pattern"
-# Types whose ``r`` is the rank of all that they adapt, where no pattern says otherwise.
-_RANKED_BY_R = frozenset(
-    {
-        *("DELORA", "HRA", "LOHA", "PEANUT", "POLY", "PVERA", "TINYLORA", "UNILORA", "VBLORA"),
-        "VERA",
-    }
-)
 
 
 def look_at(
@@ -52,7 +41,8 @@ def look_at(
     base: str | None,
     size: BaseSize | None = None,
     max_rank: int | None,
-) -> None:
+    most_bytes: int = 0,
+) -> int:
     """Refuse an adapter whose files cannot be served, as far as that shows.
 
     Args:
@@ -61,21 +51,25 @@ def look_at(
         base: The base's name as served; None if adapters of any base are taken.
         size: What is known of the base's shapes; None is nothing.
         max_rank: Largest rank; None is any.
+        most_bytes: How many bytes of tensors may be read, to see whether they are finite.
+
+    Returns:
+        How many were.
 
     Raises:
         AdapterCheckpointError: A file cannot be read, the ``peft_type`` is misspelt or not served,
-            ``r`` is no rank or contradicts a LoRA's factors, or one of two factors is missing.
-        AdapterMismatchError: It names another base, or a LoRA's factors are for other shapes.
-        BudgetExceededError: A rank is over ``max_rank``: of a LoRA, by its tensors, or of a method
-            that has one, by its config.
+            ``r`` is no rank or contradicts a LoRA's factors, one of two factors is missing, or a
+            tensor holds NaN or Inf.
+        AdapterMismatchError: It names another base, is of modules that the base has not, or a
+            LoRA's factors are for other shapes.
+        BudgetExceededError: A rank is over ``max_rank``, by the tensors or the config.
     """
     with directory.open_file(CONFIG_FILE) as file:
         config = parse_config(file.read(MAX_CONFIG_BYTES + 1), path)
     findings = Findings(path)
     _check_peft_type(config, findings)
     header = _header(directory, findings)
-    ranks = {} if header is None else _ranks(config, header)
-    _check_ranks(config, ranks, findings)
+    check_r(config, header, findings)
     lora = header if peft_type_of(config) == "LORA" else None
     if lora is not None:
         check_pairs(lora, findings)
@@ -84,9 +78,10 @@ def look_at(
     trained = None if read_base_digest(directory) else config.get(_BASE)
     if base is not None and isinstance(trained, str) and is_other_base(trained, base):
         raise of_other_base(path, trained, base)
-    if lora is not None and size is not None:
-        check_shapes(path, config, lora, size)
-    check_rank(path, max([*ranks.values(), _rank_of_all(config)]), max_rank)
+    if header is not None and size is not None and peft_type_of(config) in SERVED_TYPES:
+        check_modules(path, config, header, size)
+    check_early_rank(path, config, header, max_rank)
+    return 0 if header is None else check_finite(directory, header, findings, most_bytes)
 
 
 def _check_peft_type(config: Mapping[str, Any], findings: Findings) -> None:
@@ -104,37 +99,3 @@ def _header(directory: AdapterDirectory, findings: Findings) -> SafetensorsHeade
         except ValueError as error:
             findings.add(TENSORS_FILE, str(error))
     return None
-
-
-def _ranks(config: Mapping[str, Any], header: SafetensorsHeader) -> dict[str, int]:
-    """Rows of each ``lora_A`` of a LoRA, by the tensor's name, where they are its rank."""
-    if peft_type_of(config) != "LORA" or any(config.get(key) for key in _OTHER_ROWS):
-        return {}
-    names = {entry: canonical_name(entry.name) for entry in header.entries}
-    return {
-        name: entry.shape[0]
-        for entry, name in names.items()
-        if name.endswith(_A) and len(entry.shape) == 2
-    }
-
-
-def _rank_of_all(config: Mapping[str, Any]) -> int:
-    """What a config alone says of the rank of every adapted module; 0 where it does not."""
-    rank = config.get("r")
-    is_told = peft_type_of(config) in _RANKED_BY_R and not config.get(_PATTERN)
-    return rank if is_told and type(rank) is int else 0
-
-
-def _check_ranks(config: Mapping[str, Any], ranks: Mapping[str, int], findings: Findings) -> None:
-    rank = config.get("r")
-    has_rank = peft_type_of(config) in {"LORA", *_RANKED_BY_R} and "r" in config
-    if has_rank and not (type(rank) is int and rank >= 1):
-        findings.add("r", f"must be an integer >= 1, not {rank!r:.60}")
-        return
-    if config.get(_PATTERN):
-        # Which rank a module has then, the base's modules decide.
-        return
-    for name, rows in ranks.items():
-        if type(rank) is int and rows != rank:
-            why = f"has rank {rows}, the config says {rank}"
-            findings.add(name, f"{why}; {CONFIG_FILE} may be of another training")

@@ -1,7 +1,8 @@
-"""Whether a LoRA's factors are all there and fit the base, told from headers alone, without torch.
+"""Whether tensors are of modules that the base has, and a LoRA's factors are all there and fit.
 
-Of the base its width and its layers are known: what its projections take from the residual stream
-or give to it, in every family that is served. All other shapes are left to the methods.
+That is told from headers alone, without torch. Of the base its width, its layers and what is in
+them are known: what its projections take from the residual stream or give to it, in every family
+that is served. All other shapes are left to the methods.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from turret.server.adapters.peft_format.refusals.base_mismatch import (
 )
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
-_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_LAYER = re.compile(r"model\.layers\.(\d+)\.(.*)")
 # Modules by what they take and what they give.
 _READS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj")
 _WRITES = ("o_proj", "down_proj")
@@ -40,11 +41,13 @@ class BaseSize:
         name: As served.
         hidden_size: Features of its residual stream.
         num_layers: Its layers.
+        modules: Paths of a layer's linear modules; empty where they are not known.
     """
 
     name: str
     hidden_size: int
     num_layers: int
+    modules: frozenset[str] = frozenset()
 
 
 def check_pairs(header: SafetensorsHeader, findings: Findings) -> None:
@@ -57,34 +60,42 @@ def check_pairs(header: SafetensorsHeader, findings: Findings) -> None:
             findings.add(other, MISSING_FACTOR)
 
 
-def check_shapes(
+def check_modules(
     path: str, config: Mapping[str, Any], header: SafetensorsHeader, base: BaseSize
 ) -> None:
-    """Refuse a LoRA that is for another width or for more layers.
+    """Refuse an adapter of layers or projections that the base has not, or a LoRA of other widths.
 
     Args:
         path: As messages name the adapter.
-        config: Of an adapter whose ``peft_type`` is LoRA's.
+        config: Of an adapter of a type that is served.
         header: Of its tensors.
         base: What it is to fit.
 
     Raises:
-        AdapterMismatchError: It is.
+        AdapterMismatchError: It does not.
     """
     if any(config.get(key) for key in _OTHER_SHAPES):
         return
     findings = Findings(path, base.name)
     shapes = {canonical_name(entry.name): entry.shape for entry in header.entries}
-    of_layers = {n: (int(m[1]), shape) for n, shape in shapes.items() if (m := _LAYER.match(n))}
-    for name, (layer, shape) in of_layers.items():
+    of_layers = {name: match for name in shapes if (match := _LAYER.match(name))}
+    for name, match in of_layers.items():
         module, role = _factor(name)
-        if layer >= base.num_layers:
-            findings.mismatch(module, "the base model has no such layer")
-        elif why := _misfit(module, role, shape, base.hidden_size):
+        is_there = int(match[1]) < base.num_layers
+        if not is_there or _is_other_projection(_factor(match[2]), base):
+            module = module if role else name.removesuffix(".weight").rpartition(".")[0]
+            findings.mismatch(name, f"the base model has no module {module!r}")
+        elif why := _misfit(module, role, shapes[name], base.hidden_size):
             findings.mismatch(module, why)
     causes = too_many_layers(of_layers, base.num_layers), trained_for_another(config, base.name)
     findings.cause = "; ".join(text for text in causes if text)
     findings.raise_if_any()
+
+
+def _is_other_projection(factor: tuple[str, str], base: BaseSize) -> bool:
+    """Whether a LoRA's module, by its path in a layer, is one that no layer of the base has."""
+    module, role = factor
+    return bool(base.modules and role) and module.endswith("_proj") and module not in base.modules
 
 
 def _factor(name: str) -> tuple[str, str]:

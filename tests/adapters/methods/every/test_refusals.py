@@ -23,6 +23,8 @@ from peft import PeftType
 
 from turret.server.adapters.methods import METHODS, method_for
 from turret.server.adapters.peft_format.config.rules import Irrelevant, Rejected, Used
+from turret.server.adapters.peft_format.config.selection_rules import RANK
+from turret.server.adapters.peft_format.refusals.early_ranks import HAS_R
 from turret.server.adapters.peft_format.refusals.unserved import SERVED_TYPES, UNSERVED
 from turret.server.errors import (
     AdapterCheckpointError,
@@ -349,6 +351,11 @@ def test_overflow_of_the_serving_dtype_is_refused(method: str, tmp_path: Path) -
     edit_tensors(directory, enlarge)
     with pytest.raises(AdapterCheckpointError, match="not finite"):
         lower_adapter(tmp_path, base_of(tiny_llama(), dtype=torch.float16))
+
+
+def test_a_start_knows_the_methods_with_a_rank() -> None:
+    ranked = [method for method in METHODS.values() if method.rules.get("r") is RANK]
+    assert {kind for method in ranked for kind in method.peft_types} == HAS_R
 
 
 @pytest.mark.parametrize("kind", [kind.value for kind in PeftType])
