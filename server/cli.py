@@ -116,7 +116,9 @@ def _completion(args: argparse.Namespace) -> int:
     from turret.server.command.completion import script
     from turret.training.settings.config import METHOD_NAMES
 
+    offers: dict[str, tuple[str, ...]]
     offers = {f"train {verb}:--method": METHOD_NAMES for verb in ("plan", "run", "sweep")}
+    offers["serve:--device"] = ("auto", "cpu", "cuda")
     print(script(build_parser(None), args.shell, offers), end="")
     return 0
 

@@ -10,8 +10,15 @@ from dataclasses import dataclass
 _FILES = "<file>"
 # What stands for a value that is no path: nothing is offered for it.
 _TEXT = "<text>"
+# What stands for an adapter's name: the server that the line is for is asked, which takes 0.15 s,
+# and where none answers within a second nothing is offered.
+_ADAPTERS = "<adapter>"
+_ASKED = "adapters list --json --timeout 1"
+# Nothing of a name is left for a shell to expand.
+_NAMES = """sed -n 's/^    "name": "\\([a-z0-9._-]*\\)".*/\\1/p'"""
 # What a path is called in the help.
 _PATHS = ("FILE", "DIR", "PATH", "FILE.svg")
+_OF_ADAPTERS = ("adapters", "mixes")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +29,11 @@ class _Verb:
     verbs: dict[str, str]
     flags: dict[str, str]
     choices: dict[str, tuple[str, ...]]
+    # Of a flag with a letter for short, by the long one.
+    letters: dict[str, str]
+
+    def names(self, flag: str) -> tuple[str, ...]:
+        return (flag, self.letters[flag]) if flag in self.letters else (flag,)
 
 
 def script(
@@ -46,6 +58,7 @@ def _walk(parser: argparse.ArgumentParser, path: str) -> Iterator[_Verb]:
     helps: dict[str, str] = {}
     flags: dict[str, str] = {}
     choices: dict[str, tuple[str, ...]] = {}
+    letters: dict[str, str] = {}
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             below = dict(action.choices)
@@ -55,21 +68,36 @@ def _walk(parser: argparse.ArgumentParser, path: str) -> Iterator[_Verb]:
         for name in names:
             flags[name] = (action.help or "").partition(" (default")[0].replace("%%", "%")
             takes_value = action.nargs != 0
+            letters.update((name, short) for short in action.option_strings if len(short) == 2)
             if takes_value:
                 choices[name] = tuple(map(str, action.choices or (_kind(action),)))
         if not action.option_strings and action.choices:
             helps |= dict.fromkeys(map(str, action.choices), "")
-    yield _Verb(path, {name: helps.get(name, "") for name in below or helps}, flags, choices)
+    verbs = {name: helps.get(name, "") for name in below or helps}
+    yield _Verb(path, verbs, flags, choices, letters)
     for name, child in below.items():
         yield from _walk(child, f"{path} {name}".strip())
 
 
 def _kind(action: argparse.Action) -> str:
-    """Whether a flag's value is a path, as its name in the help says."""
+    """Whether a flag's value is a path or an adapter, as its name in the help says."""
+    if action.dest in _OF_ADAPTERS:
+        return _ADAPTERS
     shown = action.metavar if isinstance(action.metavar, str) else action.dest.upper()
     # DIR|ORG/NAME, NAME=PATH
     parts = shown.replace("=", "|").split("|")
     return _FILES if {parts[0], parts[-1]} & {*_PATHS} else _TEXT
+
+
+def _values(verbs: list[_Verb]) -> str:
+    """Branches of a case over verb and flag, of bash and zsh alike."""
+    return "\n".join(
+        "    "
+        + "|".join(shlex.quote(f"{verb.path}:{name}") for name in verb.names(flag))
+        + f") values={shlex.quote(' '.join(choices))} ;;"
+        for verb in verbs
+        for flag, choices in verb.choices.items()
+    )
 
 
 def _bash(verbs: list[_Verb]) -> str:
@@ -77,27 +105,33 @@ def _bash(verbs: list[_Verb]) -> str:
         f"    {shlex.quote(verb.path)}) words={shlex.quote(' '.join([*verb.verbs, *verb.flags]))};;"
         for verb in verbs
     )
-    values = "\n".join(
-        f"    {shlex.quote(f'{verb.path}:{flag}')}) values={shlex.quote(' '.join(choices))} ;;"
-        for verb in verbs
-        for flag, choices in verb.choices.items()
-    )
     paths = " ".join(shlex.quote(verb.path) for verb in verbs if verb.path)
+    # Bash cuts a line at = and : too.
     return f"""\
 # bash completion of turret; load it with: source <(turret completion bash)
+_turret_adapters() {{
+  local at=()
+  if [[ $COMP_LINE =~ --address[=\\ ]([^ ]+) ]]; then at=(--address "${{BASH_REMATCH[1]}}"); fi
+  "${{COMP_WORDS[0]}}" {_ASKED} "${{at[@]}}" 2>/dev/null </dev/null | {_NAMES}
+}}
 _turret() {{
   local current=${{COMP_WORDS[COMP_CWORD]}} last=${{COMP_WORDS[COMP_CWORD-1]}}
   local path="" word words="" values="" known
+  if [[ $current == = ]]; then current=""
+  elif [[ $last == = ]]; then last=${{COMP_WORDS[COMP_CWORD-2]}}; fi
   for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
     for known in {paths}; do
       if [[ $known == "${{path:+$path }}$word" ]]; then path=$known; break; fi
     done
   done
   case "$path:$last" in
-{values}
+{_values(verbs)}
   esac
   if [[ $values == '{_TEXT}' ]]; then COMPREPLY=(); return; fi
   if [[ $values == '{_FILES}' ]]; then COMPREPLY=($(compgen -f -- "$current")); return; fi
+  if [[ $values == '{_ADAPTERS}' ]]; then
+    COMPREPLY=($(compgen -W "$(_turret_adapters)" -- "$current")); return
+  fi
   if [[ -n $values ]]; then COMPREPLY=($(compgen -W "$values" -- "$current")); return; fi
   case "$path" in
 {words}
@@ -112,11 +146,6 @@ complete -o filenames -F _turret turret
 
 
 def _zsh(verbs: list[_Verb]) -> str:
-    values = "\n".join(
-        f"    {shlex.quote(f'{verb.path}:{flag}')}) values={shlex.quote(' '.join(choices))} ;;"
-        for verb in verbs
-        for flag, choices in verb.choices.items()
-    )
     words = "\n".join(
         f"    {shlex.quote(verb.path)})\n"
         f"      verbs=({_zsh_described(verb.verbs)})\n"
@@ -128,6 +157,11 @@ def _zsh(verbs: list[_Verb]) -> str:
     return f"""\
 #compdef turret
 # zsh completion of turret; load it with: source <(turret completion zsh)
+_turret_adapters() {{
+  local -a at
+  if [[ $BUFFER =~ '--address[= ]([^ ]+)' ]]; then at=(--address $match[1]); fi
+  ${{(Q)words[1]}} {_ASKED} $at 2>/dev/null </dev/null | {_NAMES}
+}}
 _turret() {{
   local verb="" last=${{words[CURRENT-1]}} values="" word known
   local -a verbs flags
@@ -136,11 +170,16 @@ _turret() {{
       if [[ $known == "${{verb:+$verb }}$word" ]]; then verb=$known; break; fi
     done
   done
+  if [[ ${{words[CURRENT]}} == --*=* ]]; then
+    last=${{words[CURRENT]%%=*}}
+    compset -P '*='
+  fi
   case "$verb:$last" in
-{values}
+{_values(verbs)}
   esac
   if [[ $values == {shlex.quote(_TEXT)} ]]; then return 1; fi
   if [[ $values == {shlex.quote(_FILES)} ]]; then _files; return; fi
+  if [[ $values == {shlex.quote(_ADAPTERS)} ]]; then compadd -- $(_turret_adapters); return; fi
   if [[ -n $values ]]; then compadd -- ${{=values}}; return; fi
   case "$verb" in
 {words}
@@ -163,8 +202,17 @@ def _zsh_described(texts: dict[str, str]) -> str:
 
 
 def _fish(verbs: list[_Verb]) -> str:
-    lines = ["# fish completion of turret; load it with: turret completion fish | source"]
-    lines.append("complete -c turret -f")
+    lines = [
+        "# fish completion of turret; load it with: turret completion fish | source",
+        "complete -c turret -f",
+        "function __turret_adapters",
+        "  set -l at (string match -rg -- '--address[= ](\\S+)' (commandline -p))",
+        "  set -q at[1]; and set at --address $at[1]",
+        "  set -l command (commandline -opc)[1]",
+        "  command -q $command; or return",
+        f"  $command {_ASKED} $at 2>/dev/null </dev/null | {_NAMES}",
+        "end",
+    ]
     for verb in verbs:
         words = verb.path.split()
         tests = [f"__fish_seen_subcommand_from {word}" for word in words]
@@ -175,12 +223,16 @@ def _fish(verbs: list[_Verb]) -> str:
         for name, text in verb.verbs.items():
             lines.append(f"{start} -a {name} -d {_fish_text(text)}")
         for flag, text in verb.flags.items():
+            letter = verb.letters.get(flag, "").removeprefix("-")
             line = f"{start} -l {flag.removeprefix('--')} -d {_fish_text(text)}"
+            line += f" -s {letter}" if letter else ""
             choices = verb.choices.get(flag)
             if choices == (_FILES,):
                 line += " -r -F"
             elif choices == (_TEXT,):
                 line += " -x"
+            elif choices == (_ADAPTERS,):
+                line += " -x -a '(__turret_adapters)'"
             elif choices:
                 line += f" -x -a {_fish_text(' '.join(choices))}"
             lines.append(line)
