@@ -47,9 +47,6 @@ def _serve(args: argparse.Namespace) -> int:
         settings = read_settings(args, os.environ)
         is_json = settings.values.get("log_format") == "json"
         config = settings.config()
-    except OSError as error:
-        refuse(f"--config: {error.filename}: {error.strerror}", is_json=is_json)
-        return EXIT_USAGE
     except ValueError as error:
         refuse(*str(error).splitlines(), is_json=is_json)
         return EXIT_USAGE

@@ -7,15 +7,15 @@ import dataclasses
 import importlib.util
 import logging
 import os
-import sys
 from pathlib import Path
 
 from turret.server import log
 from turret.server.cluster.machine import fleet_folder
 from turret.server.cluster.serving.plan import ClusterPlan, fleet_config
 from turret.server.command.flags import add_flags, read_settings
-from turret.server.command.parser import EXIT_USAGE
+from turret.server.command.parser import EXIT_USAGE, CommandParser
 from turret.server.command.preflight import problems
+from turret.server.command.start_lines import note, refuse
 
 EXIT_FAILED = 1
 
@@ -71,6 +71,8 @@ def _add_serve(verbs: argparse._SubParsersAction[argparse.ArgumentParser]) -> No
         help="replicas answer UNAVAILABLE while the registry is away, instead of serving on",
     )
     add_flags(parser)
+    assert isinstance(parser, CommandParser)
+    parser.logs = True
     parser.set_defaults(func=serve)
 
 
@@ -94,13 +96,16 @@ def serve(args: argparse.Namespace) -> int:
     """Runs ``turret cluster serve``."""
     if not _has_ray("serve"):
         return EXIT_FAILED
+    is_json = getattr(args, "log_format", os.environ.get("TURRET_LOG_FORMAT")) == "json"
     try:
         plan = _plan(args)
         settings = read_settings(args, os.environ)
+        is_json = settings.values.get("log_format") == "json"
         config = fleet_config(settings.config())
     except (OSError, ValueError) as error:
-        _complain("serve", *str(error).splitlines())
+        _complain("serve", *str(error).splitlines(), is_json=is_json)
         return EXIT_USAGE
+    note(*settings.notes, is_json=is_json, command="turret cluster serve")
     # An ingress whose fleet was killed holds its addresses, which are looked at next.
     removed = [] if plan.ray_address is not None else fleet_folder.remove_dead()
     # Each replica takes the first free port from that of --metrics-address on.
@@ -108,7 +113,7 @@ def serve(args: argparse.Namespace) -> int:
     looked_at = dataclasses.replace(config, listen=listened)
     # In a cluster that is joined the command may be run again, to change the fleet.
     if found := problems(looked_at, may_run=plan.ray_address is not None):
-        _complain("serve", *map(settings.blamed, found))
+        _complain("serve", *map(settings.blamed, found), is_json=is_json)
         return EXIT_FAILED
     level = logging.DEBUG if config.log.verbose else logging.INFO
     log.configure(level, log_format=config.log.log_format)
@@ -168,6 +173,5 @@ def _has_ray(verb: str) -> bool:
     return False
 
 
-def _complain(verb: str, *found: str) -> None:
-    for problem in found:
-        print(f"turret cluster {verb}: error: {problem}", file=sys.stderr)
+def _complain(verb: str, *found: str, is_json: bool = False) -> None:
+    refuse(*found, is_json=is_json, command=f"turret cluster {verb}")

@@ -50,14 +50,17 @@ def read_settings(args: argparse.Namespace, environ: Mapping[str, str]) -> Setti
     """What the file, the environment and the flags say, each winning over those before it.
 
     Raises:
-        ValueError: A file or variable that makes no sense; names it.
-        OSError: The file cannot be read.
+        ValueError: A file that cannot be read, or a file or variable that makes no sense; names it.
     """
     given = vars(args)
     found = Settings(notes=unknown_variables(environ))
     file = given.get("config") or environ.get(CONFIG_VARIABLE)
     if file:
-        found.update(read_file(Path(file)))
+        try:
+            found.update(read_file(Path(file)))
+        except OSError as error:
+            origin = "--config" if given.get("config") else CONFIG_VARIABLE
+            raise ValueError(f"{origin}: {file}: {error.strerror}") from None
     found.update(read_environment(environ))
     for setting in settings():
         if setting.name in given:

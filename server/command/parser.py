@@ -20,6 +20,9 @@ _UNKNOWN_FLAG = re.compile(r"unrecognized arguments: (--[^\s=]+)")
 _UNKNOWN_WORD = re.compile(r"unrecognized arguments: ([^-\s]\S*)$")
 # Arguments that are texts.
 _TEXTS = ("prompt", "texts")
+# What argparse says, with Python's names of types.
+_NO_NUMBER = re.compile(r"invalid (int|float) value: ('.*')", re.DOTALL)
+_NUMBERS = {"int": "a whole number", "float": "a number"}
 _BAD_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)", re.DOTALL)
 
 
@@ -44,6 +47,7 @@ class CommandParser(argparse.ArgumentParser):
         if message.startswith(_REQUIRED) and (flag := self._unknown_flag()):
             # What is lacking may be what it was meant for.
             message = f"unrecognized arguments: {flag}"
+        message = _NO_NUMBER.sub(lambda found: f"{found[2]} is not {_NUMBERS[found[1]]}", message)
         message += self._meant(message)
         if self.logs and wants_json(self._given, os.environ):
             refuse(message, is_json=True)

@@ -18,26 +18,26 @@ def wants_json(arguments: Sequence[str], environ: Mapping[str, str]) -> bool:
     return said == _JSON
 
 
-def refuse(*problems: str, is_json: bool) -> None:
+def refuse(*problems: str, is_json: bool, command: str = "turret serve") -> None:
     """Say why nothing starts, a line each."""
-    _say("error", "cannot start", problems, is_json=is_json)
+    _say(f"{command}: error", "cannot start", problems, is_json=is_json)
 
 
-def note(*notes: str, is_json: bool) -> None:
+def note(*notes: str, is_json: bool, command: str = "turret serve") -> None:
     """Say what looks like a mistake and keeps nothing from starting, a line each."""
-    _say("note", "a setting may be a mistake", notes, is_json=is_json)
+    _say(f"{command}: note", "a setting may be a mistake", notes, is_json=is_json)
 
 
-def _say(kind: str, message: str, reasons: Sequence[str], *, is_json: bool) -> None:
+def _say(head: str, message: str, reasons: Sequence[str], *, is_json: bool) -> None:
     if not is_json:
         for reason in reasons:
-            print(f"turret serve: {kind}: {reason}", file=sys.stderr)
+            print(f"{head}: {reason}", file=sys.stderr)
         return
     import logging
 
     from turret.server import log
 
     log.configure(log_format="json")
-    level = logging.ERROR if kind == "error" else logging.WARNING
+    level = logging.ERROR if head.endswith("error") else logging.WARNING
     for reason in reasons:
         logging.getLogger(__name__).log(level, message, extra=log.fields(reason=reason))

@@ -141,7 +141,8 @@ def test_an_interrupt_while_modules_load_leaves_no_traceback(
 ) -> None:
     (tmp_path / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
     (tmp_path / "t.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
-    serve, train = ["serve", "--address", "127.0.0.1:0"], ["train", "run", f"{tmp_path}/t.toml"]
+    serve = ["serve", "--address", "127.0.0.1:0", "--metrics-address", "none"]
+    train = ["train", "run", f"{tmp_path}/t.toml"]
     command = train if module == "torch._C" else serve
     program = (
         "import os, signal, sys\n"
@@ -182,6 +183,8 @@ def test_the_short_help_says_what_the_long_one_says() -> None:
         (["health", "hi", "there"], "turret health: error: unrecognized arguments: hi there\n"),
         (["demo", "--once", "extra"], "turret demo: error: unrecognized arguments: extra\n"),
         (["serve", "--dtype", "bf16"], "did you mean 'bfloat16'?"),
+        (["generate", "--max-tokens", "1.5", "x"], "--max-tokens: '1.5' is not a whole number"),
+        (["generate", "--top-p", "much", "x"], "--top-p: 'much' is not a number"),
         (["serve", "--dtype", "Half"], "did you mean 'float16'?"),
         (["serve", "--log-format", "JSON"], "did you mean 'json'?"),
         (["adapters", "list", "--jsn"], "turret adapters list: .*did you mean '--json'?"),

@@ -82,6 +82,23 @@ def test_refusals_and_notes_have_the_form_of_the_log(
             assert "did you mean 'TURRET_ADDRESS'?" in lines[0]["reason"]
 
 
+def test_a_file_of_settings_that_is_not_there_is_named_by_who_asked_for_it() -> None:
+    for flags, environ, origin in (
+        (("--config", "no.toml"), {}, "--config"),
+        ((), {"TURRET_CONFIG": "no.toml"}, "TURRET_CONFIG"),
+    ):
+        done = run("serve", *flags, *FREE, **environ)
+        assert done.returncode == 2
+        said = f"turret serve: error: {origin}: no.toml: No such file or directory\n"
+        assert done.stderr == said
+
+
+def test_a_fleet_that_cannot_be_told_its_flags_says_so_in_the_form_of_the_log() -> None:
+    done = run("cluster", "serve", "--log-format", "json", "--dtype", "bf16")
+    assert done.returncode == 2
+    assert json.loads(done.stderr)["reason"].endswith("did you mean 'bfloat16'?")
+
+
 def test_a_token_file_that_makes_no_sense_is_named_with_its_line(tmp_path: Path) -> None:
     file = tmp_path / "tokens"
     file.write_text("# ours\nhunter2 root\n")
