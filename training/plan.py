@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -22,33 +23,48 @@ from turret.training.settings.resolve import Resolved
 _MIB = 1 << 20
 
 
-def print_plan(resolved: Resolved, console: Console, *, measure: bool) -> None:
-    """Print the resolved config, what it trains, what that needs, and what serving it costs.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do and cost.
 
-    Args:
+    Attributes:
         resolved: The run.
-        console: Where to.
-        measure: Also run two steps in another process and compare the estimate with their peak.
+        rows: What and how much, line by line.
+        estimate: Of its memory; None for a fusion, whose components are part of it.
     """
-    console.print(Text(render_config(resolved.config)), soft_wrap=True)
-    table = Table(show_header=False, box=None)
-    for row in _extent(resolved):
-        table.add_row(*row)
-    if flag := max_rank_flag(resolved):
-        table.add_row("server", f"turret serve{flag}; by itself it allows {SERVED_RANK}")
-    if resolved.config.method.components is not None:
-        table.add_row("memory", "not estimated for a fusion, whose components are part of it")
+
+    resolved: Resolved
+    rows: tuple[tuple[str, str], ...]
+    estimate: MemoryEstimate | None
+
+    def print(self, console: Console) -> None:
+        """The resolved config, what it trains, what that needs, and what serving it costs."""
+        console.print(Text(render_config(self.resolved.config)), soft_wrap=True)
+        table = Table(show_header=False, box=None)
+        for name, text in self.rows:
+            table.add_row(name, Text(text))
         console.print(table)
-        return
-    estimate = estimate_memory(resolved)
-    for row in _costs(resolved, estimate, serving_cost(resolved)):
-        table.add_row(*row)
-    console.print(table)
-    if measure:
+
+    def measured(self) -> str:
+        """Run two steps in another process, and compare their peak with the estimate."""
         with tempfile.TemporaryDirectory() as scratch:
-            peak = measure_peak(resolved, Path(scratch))
-        error = estimate.total / peak - 1
-        console.print(f"measured peak {peak / _MIB:.0f} MiB; error of the estimate {error:+.1%}")
+            peak = measure_peak(self.resolved, Path(scratch))
+        told = f"measured peak {peak / _MIB:.0f} MiB"
+        if self.estimate is None:
+            return told
+        return f"{told}; error of the estimate {self.estimate.total / peak - 1:+.1%}"
+
+
+def make_plan(resolved: Resolved) -> Plan:
+    """Estimate the memory of a run, and what serving its adapter costs."""
+    rows = list(_extent(resolved))
+    if flag := max_rank_flag(resolved):
+        rows.append(("server", f"turret serve{flag}; by itself it allows {SERVED_RANK}"))
+    if resolved.config.method.components is not None:
+        why = "not estimated for a fusion, whose components are part of it; --measure tells it"
+        return Plan(resolved, (*rows, ("memory", why)), None)
+    estimate = estimate_memory(resolved)
+    return Plan(resolved, (*rows, *_costs(resolved, estimate, serving_cost(resolved))), estimate)
 
 
 def _extent(resolved: Resolved) -> Iterator[tuple[str, str]]:

@@ -13,28 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-# A server beside it then comes first, and training takes what that leaves.
-_NICENESS = 5
 # What the extra `train` brings beside what a server needs.
 _EXTRA = ("peft", "accelerate")
-# Short flags for the keys that are changed most.
-_FLAGS = {
-    "--model": ("base.model", "DIR|ORG/NAME"),
-    "--method": ("method.name", "NAME"),
-    "--rank": ("method.rank", "N"),
-    "--train": ("data.train", "FILE"),
-    "--output": ("run.output", "DIR"),
-    "--steps": ("run.steps", "N"),
-    "--seed": ("run.seed", "N"),
-    "--learning-rate": ("optimizer.learning_rate", "RATE"),
-}
-
-# Those that are paths, from where one stands; in the file, and with --set, from the file's folder.
-_PATHS = {
-    "--model": "base model",
-    "--train": "JSONL file of examples",
-    "--output": "where the run goes",
-}
+_WIDEST = 10_000
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,19 +25,17 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     init = verbs.add_parser("init", help="write a commented config")
     init.add_argument("file", type=Path, nargs="?", default=Path("train.toml"), metavar="FILE")
     init.set_defaults(func=_with_errors(_init))
-    common = _config_parser()
-    plan = verbs.add_parser("plan", help="show what a run will do and cost", parents=[common])
+    plan = _add(verbs, "plan", "show what a run will do and cost", _plan)
     plan.add_argument("--measure", action="store_true", help="run two steps and measure the memory")
-    plan.set_defaults(func=_with_errors(_plan))
-    run = verbs.add_parser("run", help="train", parents=[common])
+    run = _add(verbs, "run", "train", _run)
     how = run.add_mutually_exclusive_group()
     how.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
     how.add_argument("--overwrite", action="store_true", help="remove a run that is there")
-    run.set_defaults(func=_with_errors(_run))
     report = verbs.add_parser("report", help="write a run's report.html again")
     report.add_argument("run", type=Path, metavar="DIR", help="directory of the run")
     report.set_defaults(func=_with_errors(_report))
-    sweep = verbs.add_parser("sweep", help="compare ranks", parents=[common])
+    # --rank would be one of --ranks.
+    sweep = _add(verbs, "sweep", "compare ranks", _sweep, "--rank")
     sweep.add_argument(
         "--ranks",
         type=_ranks,
@@ -64,45 +43,22 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         metavar="N,N,…",
         help="default: 2,4,8,16,32",
     )
-    sweep.set_defaults(func=_with_errors(_sweep))
 
 
-def _config_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("config", type=Path, metavar="CONFIG", help="TOML file (turret train init)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="TABLE.KEY=VALUE",
-        help="override a key, paths as in the file, from its folder; repeat for more",
-    )
-    for flag, (key, metavar) in _FLAGS.items():
-        what = f"{_PATHS[flag]}, from here: {key}" if flag in _PATHS else f"--set {key}={metavar}"
-        parser.add_argument(flag, metavar=metavar, help=what)
-    parser.add_argument(
-        "--threads",
-        type=_positive,
-        metavar="N",
-        help="threads that compute (default: OMP_NUM_THREADS, else the processors that affinity and"
-        " the container's quota allow)",
-    )
-    parser.add_argument(
-        "--nice",
-        type=int,
-        choices=range(20),
-        default=_NICENESS,
-        metavar="N",
-        help="how far to step back for others, a server above all; 0 to 19 (default: %(default)s)",
-    )
+def _add(
+    verbs: argparse._SubParsersAction[Any],
+    name: str,
+    text: str,
+    func: Callable[[argparse.Namespace], None],
+    *left_out: str,
+) -> argparse.ArgumentParser:
+    """Add a verb that reads a config, without some of its flags."""
+    from turret.training.settings.flags import config_parser, known_otherwise
+
+    parser = verbs.add_parser(name, help=text, parents=[config_parser(*left_out)])
+    parser.known_otherwise = known_otherwise
+    parser.set_defaults(func=_with_errors(func))
     return parser
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argparse.Namespace], int]:
@@ -113,6 +69,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
         from turret.server.command.parser import EXIT_USAGE
         from turret.server.errors import TurretError
         from turret.training.errors import ConfigFileError, TrainingError
+        from turret.training.settings.flags import in_own_words
 
         # peft imports it first: see ``server/models/weights/nf4.py``.
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -130,7 +87,7 @@ def _with_errors(verb: Callable[[argparse.Namespace], None]) -> Callable[[argpar
             print(f"error: {where}{error.strerror or error}{step}", file=sys.stderr)
             return 1
         except (TrainingError, TurretError) as error:
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {in_own_words(args, str(error))}", file=sys.stderr)
             return EXIT_USAGE if isinstance(error, ConfigFileError) else 1
         except KeyboardInterrupt as interrupt:
             print(f"\nstopped{_how_to_go_on(args)}", file=sys.stderr)
@@ -154,6 +111,8 @@ def _init(args: argparse.Namespace) -> None:
         with args.file.open("x", encoding="utf-8") as file:
             file.write(render_commented())
     except FileExistsError:
+        if args.file.is_dir():
+            raise RunError(f"{args.file} is a directory; name a file in it") from None
         raise RunError(f"{args.file} is there already; name another file, or remove it") from None
     print(
         f"{args.file}: data.train (train.jsonl) names the examples; then: turret train plan"
@@ -176,30 +135,17 @@ def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> Any:
     from turret.training.data.files import read_files
     from turret.training.errors import RunError
     from turret.training.settings.config_file import read_config
+    from turret.training.settings.flags import overrides
     from turret.training.settings.inputs import check_inputs
 
     if not all(importlib.util.find_spec(module) for module in _EXTRA):
         raise RunError("training needs an extra: pip install 'turret[train]'")
-    overrides = list(args.set)
-    for flag, (key, _) in _FLAGS.items():
-        value = getattr(args, flag[2:].replace("-", "_"))
-        if value is not None:
-            overrides.append(f"{key}={_from_here(flag, value)}")
-    config = read_config(args.config, overrides)
+    config = read_config(args.config, overrides(args))
     use_threads(args.threads, is_background=True, niceness=args.nice)
     check_inputs(config, args.config.parent, ranks)
     # Read again with the base, which takes seconds to load: a bad line need not wait for it.
     read_files(config.data, args.config.parent)
     return config
-
-
-def _from_here(flag: str, value: str) -> str:
-    """A flag's value, a path as the file may have it: who types a path stands somewhere.
-
-    A model that is no path here is one of the hub, or one that the file's folder has.
-    """
-    is_path = flag in _PATHS and (flag != "--model" or Path(value).exists())
-    return str(Path(value).absolute()) if is_path else value
 
 
 def _load(args: argparse.Namespace, module: str) -> None:
@@ -229,20 +175,32 @@ def _plan(args: argparse.Namespace) -> None:
         listen({"kind": "phase", "text": "reading the base model and the data"})
         resolved = _resolve(args, config)
 
-        from turret.training.plan import print_plan
+        from turret.training.plan import make_plan
 
-    print_plan(resolved, _console(), measure=args.measure)
+        listen({"kind": "phase", "text": "estimating the memory"})
+        plan = make_plan(resolved)
+    # While a bar is drawn, what goes to standard output would go where the bar does.
+    plan.print(_console())
+    if args.measure:
+        with training_progress(None, "plan", stays=False) as listen:
+            listen({"kind": "phase", "text": "measuring the memory of two steps"})
+            told = plan.measured()
+        print(told)
 
 
 def _console() -> Any:
-    """What tables are printed to; a reader who has left is an error like any other."""
+    """What tables are printed to; a reader who has left is an error like any other.
+
+    A file or a pipe takes lines of any length, whole paths among them.
+    """
     from rich.console import Console
 
     class Output(Console):
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError
 
-    return Output(highlight=False)
+    is_sized = sys.stdout.isatty() or "COLUMNS" in os.environ
+    return Output(highlight=False, width=None if is_sized else _WIDEST)
 
 
 def _sweep(args: argparse.Namespace) -> None:

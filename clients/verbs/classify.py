@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +16,7 @@ from turret.clients.verbs.command import (
     print_json,
     with_client,
 )
+from turret.clients.verbs.tables import terminal
 from turret.clients.verbs.texts import given_texts, text_parser
 
 # Characters of a text in the table, and labels beside the first.
@@ -68,7 +68,7 @@ def _classify(args: argparse.Namespace, client: TurretClient) -> None:
             first[1],
             Text("  ".join(f"{label} {number}" for label, number in others[:_SHOWN_LABELS])),
         )
-    Console().print(table)
+    terminal().print(table)
 
 
 def _ranked(found: Classification) -> list[tuple[str, str]]:

@@ -6,7 +6,6 @@ import argparse
 import json
 import math
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +19,7 @@ from turret.clients.verbs.command import (
     print_json,
     with_client,
 )
+from turret.clients.verbs.tables import terminal
 from turret.clients.verbs.texts import given_texts, text_parser
 
 # Characters of a text in the table.
@@ -67,7 +67,7 @@ def _embed(args: argparse.Namespace, client: TurretClient) -> None:
         timeout=args.timeout,
     )
     if args.similarity:
-        Console().print(_table(texts, found))
+        terminal().print(_table(texts, found))
     elif args.json:
         print_json(found)
     else:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -20,6 +19,7 @@ from turret.clients.verbs.command import (
     text_argument,
     with_client,
 )
+from turret.clients.verbs.tables import terminal
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -49,7 +49,7 @@ def _score(args: argparse.Namespace, client: TurretClient) -> None:
     if args.json:
         print_json(score)
         return
-    console = Console()
+    console = terminal()
     console.print(_table(score, with_top=args.top_n > 0))
     scored = sum(token.logprob is not None for token in score.tokens)
     if scored:

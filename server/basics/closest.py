@@ -16,12 +16,18 @@ _OTHER_NAMES = {
 }
 
 
-def did_you_mean(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean 'sql'?"`` where a choice is close to the word, else nothing."""
+def closest(word: str, choices: Iterable[str]) -> str | None:
+    """The choice that is close to the word and not the word itself, if there is one."""
     if len(word) > _MOST_CHARS:
-        return ""
+        return None
     known = {choice.lower(): choice for choice in choices}
     other = _OTHER_NAMES.get(word.lower(), "")
     close = [other] if other in known else difflib.get_close_matches(word.lower(), known, 1, 0.7)
     meant = known[close[0]] if close else word
-    return f"; did you mean {meant!r}?" if meant != word else ""
+    return meant if meant != word else None
+
+
+def did_you_mean(word: str, choices: Iterable[str]) -> str:
+    """``"; did you mean 'sql'?"`` where a choice is close to the word, else nothing."""
+    close = closest(word, choices)
+    return "" if close is None else f"; did you mean {close!r}?"

@@ -7,10 +7,10 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
-from turret.server.basics.closest import did_you_mean
+from turret.server.basics.closest import closest, did_you_mean
 from turret.server.command.start_lines import refuse, wants_json
 
 EXIT_USAGE = 2
@@ -27,9 +27,15 @@ _BAD_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)", re.D
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse prints a page of usage for a slip of the finger; this says what was meant."""
+    """argparse prints a page of usage for a slip of the finger; this says what was meant.
 
-    # Whether what it refuses is told in the form of the log, as --log-format has it.
+    Attributes:
+        known_otherwise: Flags that the verb lacks and people may try → what to type instead, with
+            VALUE in the place of theirs.
+        logs: Whether what it refuses is told in the form of the log, as --log-format has it.
+    """
+
+    known_otherwise: Callable[[], Mapping[str, str]] = dict
     logs = False
     _given: Sequence[str] = ()
 
@@ -70,7 +76,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def _meant(self, message: str) -> str:
         if found := _UNKNOWN_FLAG.search(message):
-            return did_you_mean(found[1], self._option_string_actions)
+            return self._meant_by_flag(found[1])
         if "--model" in self._option_string_actions and (found := _UNKNOWN_WORD.search(message)):
             return f"; did you mean --model {found[1]}?"
         if message.startswith(_TOO_MANY) and " -" not in message and self._takes_text():
@@ -78,3 +84,20 @@ class CommandParser(argparse.ArgumentParser):
         if found := _BAD_CHOICE.search(message):
             return did_you_mean(found[1], re.findall(r"[\w.-]+", found[2]))
         return ""
+
+    def _meant_by_flag(self, flag: str) -> str:
+        others = self.known_otherwise()
+        plain = flag.lower().replace("_", "-")
+        if plain not in others:
+            near = closest(plain, [*self._option_string_actions, *others])
+            if near not in others:
+                return did_you_mean(flag, self._option_string_actions)
+            plain = near
+        return f"; did you mean {others[plain].replace('VALUE', self._value_of(flag))}?"
+
+    def _value_of(self, flag: str) -> str:
+        """What was given with a flag, after ``=`` or as the next word."""
+        words = [*self._given, ""]
+        index = next(i for i, word in enumerate(words) if word.partition("=")[0] == flag)
+        given = words[index].partition("=")[2] or words[index + 1]
+        return "VALUE" if given.startswith("-") or not given else given

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+import gzip
 import re
 import tomllib
 import typing
@@ -163,7 +163,13 @@ USER = {"role": "user", "content": "a"}
         ({"prompt": "a", "completion": "b", "id": 1}, "id: is unexpected here; a line holds"),
         ({"prompt": 3, "completion": "b"}, "prompt: must be a string, not 3"),
         ({"prompt": "a", "completion": ""}, "completion: is empty"),
-        ({"text": None}, "text: must be a string, not None"),
+        ({"text": None}, "text: must be a string, not null"),
+        ({"text": "a\ud83d"}, "text: holds half of a character, \\ud83d"),
+        (
+            {"q": "a", "a": "b"},
+            "line: must hold messages, or prompt and completion, or text, or "
+            "labels in an answer's place; it holds a, q",
+        ),
         ({"messages": []}, "messages: must be a list of messages"),
         ({"messages": [USER, "b"]}, "messages[1]: must be an object with role and content"),
         (
@@ -197,9 +203,30 @@ def test_a_file_that_is_no_jsonl_is_refused(tmp_path: Path):
     path.write_text('{"text": "a"}\n{"text": "b",}\n')
     with pytest.raises(DataError, match=r"train.jsonl:2: column 14: no JSON: .*"):
         read_examples(path)
-    path.write_text(json.dumps([{"text": "a"}], indent=2))
+    path.write_text("prompt,completion\n")
     with pytest.raises(DataError, match=r":1: .*; every line must be a JSON object by itself$"):
         read_examples(path)
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b'[{"text": "a"}]\n', ": is a JSON array; `jq -c '.[]'` writes its objects one a line"),
+        (b'[\n  {"text": "a"}\n]\n', ": is a JSON array"),
+        ('{"text": "a"}\n'.encode("utf-16"), ": is UTF-16 text; save it as UTF-8"),
+        (gzip.compress(b'{"text": "a"}\n'), ": is compressed; `gunzip` it first"),
+        (b'{"prompt": "a", "completion": "b", "prompt": "c"}', ":1: prompt: stands twice"),
+        # Python's parser gives each of them an error of its own.
+        (b"{" + b'"text": {' * 100_000, ":1: line: no JSON that can be read: maximum recursion"),
+        (b'{"text": ' + b"1" * 5000 + b"}", ":1: line: no JSON that can be read: Exceeds"),
+    ],
+)
+def test_files_of_other_kinds_are_told_apart(tmp_path: Path, data: bytes, message: str):
+    path = tmp_path / "train.jsonl"
+    path.write_bytes(data)
+    with pytest.raises(DataError) as caught:
+        read_examples(path)
+    assert str(caught.value).startswith(f"{path}{message}")
     path.write_bytes(b'{"text": "a"}\n{"text": "caf\xff"}\n')
     with pytest.raises(DataError, match="jsonl:2: byte 14: no UTF-8: invalid start byte"):
         read_examples(path)

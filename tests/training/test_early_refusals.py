@@ -69,7 +69,7 @@ def test_a_rank_that_no_update_has_ends_before_torch(tmp_path: Path):
     config = write_config(tmp_path, '{"prompt": "a", "completion": "b"}')
     code, modules, err = loaded_and_said_by("train", "run", config, "--rank", "100000")
     assert code == 1
-    assert err.startswith("error: method.rank: at most 192 on these modules: k_proj has 576 inputs")
+    assert err.startswith("error: --rank: at most 192 on these modules: k_proj has 576 inputs")
     assert not modules & {"torch", "peft", "transformers"}
 
 
@@ -81,9 +81,9 @@ def test_paths_of_flags_are_those_of_where_one_stands(
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     _, _, err = loaded_and_said_by("train", "run", config, "--train", "no.jsonl")
-    assert err.startswith(f"error: data.train: {tmp_path}/here/no.jsonl does not exist")
+    assert err.startswith(f"error: --train: {tmp_path}/here/no.jsonl does not exist")
     _, _, err = loaded_and_said_by("train", "run", config, "--set", "data.train=no.jsonl")
-    assert err.startswith(f"error: data.train: {tmp_path}/there/no.jsonl does not exist")
+    assert err.startswith(f"error: --set data.train: {tmp_path}/there/no.jsonl does not exist")
     (tmp_path / "here" / "taken").touch()
     _, _, err = loaded_and_said_by("train", "run", config, "--output", "taken")
     assert f"{tmp_path}/here/taken is a file" in err
@@ -125,9 +125,8 @@ def test_a_rank_is_checked_before_a_mixture_is_loaded_or_fetched(
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     verb, *flags = how
     code, modules, err = loaded_and_said_by("train", verb, config, "--model", model, *flags)
-    assert err.startswith(
-        "error: method.rank: at most 24 on these modules: gate_proj has 64 inputs"
-    )
+    said = "at most 24 on these modules: gate_proj has 64 inputs"
+    assert err.startswith(f"error: {flags[0]}: {said}")
     assert code == 1
     assert not modules & {"torch", "peft", "transformers"}
 
@@ -141,7 +140,7 @@ def test_weights_that_are_cut_short_end_before_torch(verb: str, tmp_path: Path):
         "train", verb, config, "--model", str(weights.parent), "--rank", "2"
     )
     assert code == 1
-    assert re.match(f"error: model: {weights} is cut short: it has \\d+ of \\d+ bytes", err)
+    assert re.match(f"error: --model: {weights} is cut short: it has \\d+ of \\d+ bytes", err)
     assert err.count("\n") == 1
     assert not modules & {"torch", "peft", "transformers"}
 
@@ -155,7 +154,7 @@ def test_what_no_method_may_have_of_a_mixture_ends_before_torch(tmp_path: Path):
     ):
         flags = ("--method", "dora", "--set", f"method.targets={targets}")
         code, modules, err = loaded_and_said_by("train", "run", config, "--model", model, *flags)
-        assert err.startswith(f"error: method.targets: {said}")
+        assert err.startswith(f"error: --set method.targets: {said}")
         assert code == 1
         assert "torch" not in modules
 

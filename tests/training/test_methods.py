@@ -26,7 +26,7 @@ from turret.training.loss import LossFunction
 from turret.training.methods import METHODS
 from turret.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from turret.training.peft_warnings import without_peft_warnings
-from turret.training.plan import print_plan
+from turret.training.plan import make_plan
 from turret.training.run.folder import read_metrics
 from turret.training.run.progress import training_progress
 from turret.training.serving_cost import served_base, serving_cost
@@ -285,7 +285,7 @@ def test_the_command_that_serves_allows_the_rank(
     flag = f" --max-rank {served}" if served > 128 else ""
     assert f" --preload run=adapter{flag}\n" in command
     console = Console(width=200, file=io.StringIO(), highlight=False)
-    print_plan(resolved, console, measure=False)
+    make_plan(resolved).print(console)
     line = f"turret serve --max-rank {served}; by itself it allows 128"
     assert isinstance(console.file, io.StringIO)
     assert (line in console.file.getvalue()) == (served > 128)

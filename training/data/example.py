@@ -18,7 +18,9 @@ from __future__ import annotations
 import codecs
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,14 @@ from typing import Any
 from turret.training.errors import DataError
 
 _ROLES = ("system", "user", "assistant")
+_HALF = re.compile("[\ud800-\udfff]")
+# How files begin that are saved otherwise than as UTF-8 text, and what makes them such.
+_OTHER_FILES = {
+    codecs.BOM_UTF16_LE: "is UTF-16 text; save it as UTF-8",
+    codecs.BOM_UTF16_BE: "is UTF-16 text; save it as UTF-8",
+    b"\x1f\x8b": "is compressed; `gunzip` it first",
+    b"PAR1": "is a Parquet file; write its rows as JSON, one object a line",
+}
 _SHAPES = "messages, or prompt and completion, or text, or labels in an answer's place"
 
 
@@ -65,6 +75,9 @@ def read_examples(path: Path) -> list[Example]:
         data = path.read_bytes().removeprefix(codecs.BOM_UTF8)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
+    for start, problem in _OTHER_FILES.items():
+        if data.startswith(start):
+            raise DataError(f"{path}: {problem}")
     try:
         text = data.decode()
     except UnicodeDecodeError as error:
@@ -78,7 +91,7 @@ def read_examples(path: Path) -> list[Example]:
         if line.strip()
     ]
     if not examples:
-        raise DataError(f"{path}: holds no example")
+        raise DataError(f"{path}: holds no example; a line is a JSON object with {_SHAPES}")
     return examples
 
 
@@ -93,13 +106,7 @@ def data_digest(*paths: Path) -> str:
 
 
 def _parse(path: Path, line: int, text: str) -> Example:
-    try:
-        row = json.loads(text)
-    except json.JSONDecodeError as error:
-        problem = f"no JSON: {error.msg}; every line must be a JSON object by itself"
-        raise DataError.of(path, line, f"column {error.colno}", problem) from error
-    if not isinstance(row, dict):
-        raise DataError.of(path, line, "line", f"must be a JSON object with {_SHAPES}")
+    row = _json_object(path, line, text)
     keys = set(row)
     if keys == {"messages"}:
         return Example(path, line, messages=_messages(path, line, row["messages"]))
@@ -115,6 +122,31 @@ def _parse(path: Path, line: int, text: str) -> Example:
     raise _shape_error(path, line, keys)
 
 
+def _json_object(path: Path, line: int, text: str) -> dict[str, Any]:
+    if line == 1 and text.lstrip().startswith("["):
+        problem = "is a JSON array; `jq -c '.[]'` writes its objects one a line"
+        raise DataError(f"{path}: {problem}")
+
+    def unique(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+        counts = Counter(key for key, _ in pairs)
+        if twice := next((key for key, count in counts.items() if count > 1), None):
+            raise DataError.of(path, line, twice, "stands twice in one object")
+        return dict(pairs)
+
+    try:
+        row = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        problem = f"no JSON: {error.msg}; every line must be a JSON object by itself"
+        raise DataError.of(path, line, f"column {error.colno}", problem) from error
+    except (RecursionError, ValueError) as error:
+        # Brackets without end, or a number of thousands of digits.
+        problem = f"no JSON that can be read: {error}"
+        raise DataError.of(path, line, "line", problem) from error
+    if not isinstance(row, dict):
+        raise DataError.of(path, line, "line", f"must be a JSON object with {_SHAPES}")
+    return row
+
+
 def _shape_error(path: Path, line: int, keys: set[str]) -> DataError:
     asked = "messages" if "messages" in keys else "prompt"
     labelled = ({asked, "labels"},) if "labels" in keys else ()
@@ -123,12 +155,17 @@ def _shape_error(path: Path, line: int, keys: set[str]) -> DataError:
             field = sorted(keys - shape) or sorted(shape - keys)
             problem = "is unexpected here" if keys - shape else "is missing"
             return DataError.of(path, line, field[0], f"{problem}; a line holds {_SHAPES}")
-    return DataError.of(path, line, "line", f"must hold {_SHAPES}")
+    there = f"; it holds {', '.join(sorted(keys)):.80}" if keys else ""
+    return DataError.of(path, line, "line", f"must hold {_SHAPES}{there}")
 
 
 def _text(path: Path, line: int, field: str, value: Any, *, may_be_empty: bool = False) -> str:
     if not isinstance(value, str):
-        raise DataError.of(path, line, field, f"must be a string, not {value!r:.40}")
+        shown = "null" if value is None else f"{value!r:.40}"
+        raise DataError.of(path, line, field, f"must be a string, not {shown}")
+    if half := _HALF.search(value):
+        problem = f"holds half of a character, \\u{ord(half[0]):x}; write its other half too"
+        raise DataError.of(path, line, field, problem)
     if not value and not may_be_empty:
         raise DataError.of(path, line, field, "is empty")
     return value
@@ -158,7 +195,7 @@ def _messages(
     for index, message in enumerate(value):
         field = f"messages[{index}]"
         if not isinstance(message, dict) or set(message) != {"role", "content"}:
-            raise DataError.of(path, line, field, "must be an object with role and content")
+            raise DataError.of(path, line, field, "must be an object with role and content alone")
         role = message["role"]
         if role not in _ROLES:
             problem = f"must be one of {', '.join(_ROLES)}, not {role!r:.40}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,15 +29,24 @@ def measure_peak(resolved: Resolved, scratch: Path) -> int:
         scratch: An empty directory.
 
     Raises:
-        RunError: The process failed, for want of memory perhaps; holds the end of what it said.
+        RunError: The process failed, for want of memory perhaps; holds the last of what it said.
     """
     config = scratch / "config.toml"
     config.write_text(render_config(resolved.config), encoding="utf-8")
     command = [sys.executable, "-m", "turret.training.memory.rehearsal", str(config)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
-        raise RunError(f"the measuring process failed:\n{done.stderr[-2000:]}")
+        raise RunError(_why_failed(done))
     return int(done.stdout)
+
+
+def _why_failed(done: subprocess.CompletedProcess[str]) -> str:
+    step = "a lower run.batch_size or data.max_length takes less memory"
+    if done.returncode == -signal.SIGKILL:
+        # The system's own answer where memory runs out.
+        return f"the measuring process was killed, for want of memory perhaps; {step}"
+    last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    return f"the measuring process failed: {last:.500}; {step}"
 
 
 def rehearse(config_file: Path) -> int:

@@ -13,14 +13,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
+from rich.text import Text
 
 _LINES = 20
 LINE_SECONDS = 10.0
@@ -46,10 +40,9 @@ def training_progress(
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        _Steps(),
         TextColumn("{task.fields[now]}"),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
+        _Times(),
     )
     is_drawn = console.is_terminal
     with Progress(*columns, console=console, transient=not stays, disable=not is_drawn) as bar:
@@ -64,6 +57,31 @@ def training_progress(
             yield shown.listen
         finally:
             done.set()
+
+
+class _Steps(ProgressColumn):
+    """How many of how many, once that is known."""
+
+    def render(self, task: Task) -> Text:
+        done = "" if task.total is None else f"{task.completed:.0f}/{task.total:.0f}"
+        return Text(done, style="progress.download")
+
+
+class _Times(ProgressColumn):
+    """How long it took, and how long it will take as far as that can be told."""
+
+    def render(self, task: Task) -> Text:
+        gone = Text(f"{_clock(task.elapsed or 0.0)} gone", style="progress.elapsed")
+        if task.finished or task.time_remaining is None:
+            return gone
+        left = Text(f" {_clock(task.time_remaining)} left", style="progress.remaining")
+        return gone + left
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 class _Shown:

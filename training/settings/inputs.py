@@ -38,7 +38,9 @@ def check_inputs(config: TrainConfig, folder: Path, ranks: Sequence[int] = ()) -
         path = folder / name
         if not path.is_file():
             what = "is a directory" if path.is_dir() else "does not exist"
-            problem = f"{path} {what}; it is a JSONL file of examples, relative to the config"
+            if path.exists() and not path.is_dir():
+                what = "is no regular file, and is read more than once"
+            problem = f"{path} {what}; it is a JSONL file of examples"
             raise ConfigError.of(f"data.{key}", problem)
     validation = config.data.validation
     if validation is not None and (folder / validation).samefile(folder / config.data.train):
