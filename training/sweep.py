@@ -14,14 +14,16 @@ from turret.server.models.decoding.arch import Projections
 from turret.training.base_model import find_base
 from turret.training.errors import ConfigError, RunError
 from turret.training.methods import method_named
-from turret.training.run.folder import rank_folder
+from turret.training.report.html_report import write_report
+from turret.training.run.commands import what_next
+from turret.training.run.folder import RunFolder, rank_folder
 from turret.training.serving_cost import serving_cost
 from turret.training.settings.config import TrainConfig
 from turret.training.settings.fit import check_fit
 from turret.training.settings.inputs import base_place, with_ranks
 from turret.training.settings.modules import check_method
 from turret.training.settings.resolve import resolve
-from turret.training.trainer import Listener, Trainer
+from turret.training.trainer import Listener, Result, Trainer
 
 
 class Announce(Protocol):
@@ -41,6 +43,7 @@ class RankResult:
         file_bytes: Of the adapter's tensors.
         relative_multiply_adds: Added to each token served, over the base's.
         seconds: Of training.
+        what_next: Where the adapter is, and what serves it.
     """
 
     rank: int
@@ -49,6 +52,11 @@ class RankResult:
     file_bytes: int
     relative_multiply_adds: float
     seconds: float
+    what_next: str
+
+    def figures(self) -> dict[str, float]:
+        """All but the text, as ``sweep.json`` has them."""
+        return {key: v for key, v in dataclasses.asdict(self).items() if key != "what_next"}
 
 
 def sweep(
@@ -82,7 +90,7 @@ def _results(
         result = _run_rank(config, folder, rank, announce)
         results.append(result)
         yield result
-    text = json.dumps([dataclasses.asdict(result) for result in results], indent=2) + "\n"
+    text = json.dumps([result.figures() for result in results], indent=2) + "\n"
     (folder / config.run.output / "sweep.json").write_text(text, encoding="utf-8")
 
 
@@ -101,6 +109,15 @@ def _check_ranks(config: TrainConfig, folder: Path, ranks: Sequence[int]) -> Non
         method_named(each.method.name).resolve(each.method, base)
 
 
+def _train(trainer: Trainer, folder: RunFolder) -> Result:
+    with folder.held():
+        if finished := trainer.finished():
+            return finished
+        result = trainer.run(resume=trainer.is_started)
+        write_report(result.folder)
+        return result
+
+
 def _run_rank(config: TrainConfig, folder: Path, rank: int, announce: Announce) -> RankResult:
     output = str(rank_folder(Path(config.run.output), rank))
     (config,) = with_ranks(config, [rank])
@@ -109,8 +126,7 @@ def _run_rank(config: TrainConfig, folder: Path, rank: int, announce: Announce) 
         resolved = resolve(config, folder)
         if not resolved.dataset.validation:
             raise ConfigError.of("data.validation_fraction", "a sweep compares validation losses")
-        trainer = Trainer(resolved, listen)
-        result = trainer.finished() or trainer.run(resume=trainer.is_started)
+        result = _train(Trainer(resolved, listen), RunFolder(Path(resolved.config.run.output)))
     if result.validation_loss is None:
         raise RunError(f"{result.folder.path} has no validation loss")
     cost = serving_cost(resolved)
@@ -121,4 +137,5 @@ def _run_rank(config: TrainConfig, folder: Path, rank: int, announce: Announce) 
         file_bytes=cost.file_bytes,
         relative_multiply_adds=cost.relative_multiply_adds,
         seconds=result.seconds,
+        what_next=what_next(resolved, result.folder),
     )

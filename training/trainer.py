@@ -126,7 +126,7 @@ class Trainer:
         self._listen({"kind": "begin", "steps": self._num_steps})
         self._folder.check(resume=resume, overwrite=overwrite)
         if overwrite and self._folder.facts.exists():
-            shutil.rmtree(self._folder.path)
+            self._folder.clear()
         self._say("loading the base model")
         model = attach(self._resolved)
         parameters = trainable(model)

@@ -218,7 +218,9 @@ def _sweep(args: argparse.Namespace) -> None:
 
         results = sweep(config, args.config.parent, args.ranks, training_progress)
     table = Table("rank", "validation loss", "trained weights", "adapter", "products", "seconds")
+    done = []
     for result in results:
+        done.append(result)
         table.add_row(
             str(result.rank),
             f"{result.validation_loss:.4f}",
@@ -228,6 +230,9 @@ def _sweep(args: argparse.Namespace) -> None:
             f"{result.seconds:.0f}",
         )
     _console().print(table)
+    # Of equal ones the first, and smallest where ranks go up.
+    best = min(done, key=lambda result: result.validation_loss)
+    print(f"the lowest validation loss has rank {best.rank}", best.what_next, sep="\n")
 
 
 def _how_a_sweep_goes_on(output: Path, ranks: Sequence[int]) -> str:
@@ -251,7 +256,7 @@ def _run(args: argparse.Namespace) -> None:
 
     from turret.training.run.progress import training_progress
 
-    with training_progress(None) as listen:
+    with output.held(), training_progress(None) as listen:
         listen({"kind": "phase", "text": "reading the base model and the data"})
         resolved = _resolve(args, config)
 

@@ -220,16 +220,16 @@ def test_what_a_config_leaves_open_is_not_compared_with_the_run(tmp_path: Path):
         check_settings(build_config(told, ["optimizer.name=paged-adamw8bit"]), run)
     # Where steps are told, epochs say nothing.
     check_settings(build_config(tables, ["run.steps=9", "run.epochs=7"]), run)
-    with pytest.raises(RunError, match=r"differ from the run there: config\.run\.epochs; "):
+    with pytest.raises(RunError, match=r"since the run there has run\.epochs 3\.0 \(here 7\.0\); "):
         check_settings(build_config(tables, ["run.epochs=7"]), run)
     own = re.escape(f"`turret train run {tmp_path}/config.toml --resume` goes on with its own")
     for override in ("method.rank=4", 'method.targets=["q_proj"]', "optimizer.beta1=0.8"):
         key = override.partition("=")[0]
-        with pytest.raises(RunError, match=f"config.{key}; {own}"):
+        with pytest.raises(RunError, match=rf" has {key} .* \(here .*\); {own}"):
             check_settings(build_config(tables, [override]), run)
     # Its own settings are of no use to who has other versions.
     run.write_facts({**facts, "versions": {**versions(), "torch": "1.0"}})
-    with pytest.raises(RunError, match=r"versions.torch; another --output begins a new run$"):
+    with pytest.raises(RunError, match=r"versions.torch .*; another --output begins a new run$"):
         check_settings(build_config(tables, []), run)
 
 
@@ -275,9 +275,14 @@ def test_a_run_that_stops_says_from_where_it_can_go_on(
         return capsys.readouterr().err
 
     assert said() == "\nstopped\n"
-    run.write_facts({})
     go_on = f"`turret train run {run.config} --resume`"
-    assert said().endswith(f" (run.checkpoint_every): {go_on} begins at step 0\n")
+    for every, why in (
+        (0, "no checkpoint is written (run.checkpoint_every is 0)"),
+        (200, "no checkpoint is written (run.checkpoint_every is 200, run.steps 150)"),
+        (50, "the first checkpoint is written after step 50 (run.checkpoint_every)"),
+    ):
+        run.write_facts({"config": {"run": {"checkpoint_every": every, "steps": 150}}})
+        assert said() == f"\nstopped; {why}, so {go_on} begins at step 0\n"
     run.checkpoints.mkdir()
     for step in (50, 100):
         checkpoint_path(run.checkpoints, step).touch()

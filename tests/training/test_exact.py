@@ -174,7 +174,9 @@ def test_a_directory_is_neither_overwritten_nor_mixed_up(tiny_llama: Path, tmp_p
     ):
         train(tmp_path, tiny_llama, "run", "run.seed=1")
     own = r"`turret train run .*/run/config.toml --resume` goes on"
-    with pytest.raises(RunError, match=f"differ from the run there: config.method.dropout; {own}"):
+    with pytest.raises(
+        RunError, match=rf"the run there has method.dropout 0.0 \(here 0.1\); {own}"
+    ):
         train(tmp_path, tiny_llama, "run", "run.seed=1", "method.dropout=0.1", resume=True)
     write_words(tmp_path / "train.jsonl", count=23)
     with pytest.raises(RunError, match=r"data.digest"):

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from turret.training.memory.estimate import estimate_memory
 from turret.training.memory.live_bytes import LiveBytes
+from turret.training.memory.rehearsal import _why_failed
 from turret.training.methods import METHODS
 from turret.training.trainer import attach, trainable
 
@@ -89,3 +90,16 @@ def test_the_estimate_is_near_the_peak(tmp_path: Path, monkeypatch: pytest.Monke
     assert total == pytest.approx(peak, rel=0.2)
     # The model's own share too, without the process that both have.
     assert total - process == pytest.approx(peak - process, rel=0.3)
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import os; os.kill(os.getpid(), 9)", "was killed, for want of memory perhaps; a lower "),
+        ("raise SystemExit('no room')", "failed: no room; a lower run.batch_size or data.max_len"),
+        ("raise SystemExit(3)", "failed: exit code 3; "),
+    ],
+)
+def test_a_measurement_that_fails_says_why_in_a_line(code: str, said: str):
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert _why_failed(done).startswith(f"the measuring process {said}")

@@ -27,7 +27,7 @@ from turret.training.methods import METHODS
 from turret.training.optimizer import learning_rate, make_optimizer, set_learning_rate
 from turret.training.peft_warnings import without_peft_warnings
 from turret.training.plan import make_plan
-from turret.training.run.folder import read_metrics
+from turret.training.run.folder import RunFolder, read_metrics
 from turret.training.run.progress import training_progress
 from turret.training.serving_cost import served_base, serving_cost
 from turret.training.settings.config import OptimizerConfig
@@ -364,6 +364,11 @@ def test_a_sweep_compares_ranks(tiny_llama: Path, tmp_path: Path):
     assert first[0].relative_multiply_adds < first[1].relative_multiply_adds
     losses = json.loads((tmp_path / "run" / "sweep.json").read_text())
     assert [row["validation_loss"] for row in losses] == [r.validation_loss for r in first]
+    assert "what_next" not in losses[0]
+    assert f"--adapter-root {tmp_path}/run/rank-4 --preload rank-4=adapter" in first[1].what_next
+    # The data are plain texts, and the model has no chat template.
+    assert first[1].what_next.endswith("turret generate -a rank-4 'YOUR PROMPT'")
+    assert RunFolder(tmp_path / "run" / "rank-1").report.exists()
     # Finished ranks are not trained again.
     again = list(sweep(config, tmp_path, (1, 4, 2), announce))
     assert again[:2] == first

@@ -29,13 +29,16 @@ VOID = {"meta", "line", "circle", "polyline"}
 
 
 class Page(HTMLParser):
-    """Checks that elements nest, and keeps the texts of the cells and the tags' attributes."""
+    """Checks that elements nest; keeps the texts of cells and turns, and the tags' attributes."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.cells: list[str] = []
+        self.turns: list[str] = []
         self.tags: list[tuple[str, dict[str, str | None]]] = []
+        # How many elements were open where a turn began; 0 outside of one.
+        self._depth = 0
         self.feed(text)
         self.close()
         assert self.open == []
@@ -46,14 +49,26 @@ class Page(HTMLParser):
             self.open.append(tag)
         if tag in ("td", "dd"):
             self.cells.append("")
+        if str(dict(attrs).get("class")).startswith("turn"):
+            self.turns.append("")
+            self._depth = len(self.open)
 
     def handle_endtag(self, tag: str) -> None:
         if tag not in VOID:
             assert self.open.pop() == tag
+            if len(self.open) < self._depth:
+                self._depth = 0
 
     def handle_data(self, data: str) -> None:
         if {"td", "dd"} & set(self.open):
             self.cells[-1] += data
+        if self._depth:
+            self.turns[-1] += data
+
+
+def answers(text: str) -> list[str]:
+    """Of a page with one sample: those after its heading and before the tables below."""
+    return Page(text.partition("Samples</h2>")[2].partition("<h2>")[0]).cells
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +95,7 @@ def test_the_page_shows_the_run(run: RunFolder):
     losses = [row["loss"] for row in rows if row["kind"] == "validation"]
     assert losses[-1] < losses[0]
     assert "nats per learned token; thin" in text
-    assert "base model</th>" in text
+    assert "<dt>base model</dt>" in text
     assert "accuracy" not in text
     assert f"{losses[0]:.3f} → {losses[-1]:.3f}" in page.cells
     assert "12 of 12" in page.cells
@@ -111,8 +126,28 @@ def test_samples_are_answers_of_the_base_and_of_the_adapter(run: RunFolder):
         # Twelve steps teach a model of two layers how these answers begin.
         assert sample["after"].startswith("<scri")
         assert not sample["before"].startswith("<scri")
-    cells = Page(render_report(run)).cells
-    assert {samples[0]["prompt"], samples[0]["after"]} <= set(cells)
+    page = Page(render_report(run))
+    assert samples[0]["after"].rstrip("…") in {cell.rstrip("…") for cell in page.cells}
+    assert samples[0]["prompt"] in page.turns
+
+
+def test_an_answer_that_goes_on_is_shown_so(run: RunFolder, tmp_path: Path):
+    """Where the model had not ended a little past the right answer's length."""
+    samples = [json.loads(line) for line in run.samples.read_text().splitlines()]
+    # Random weights end no text; the file keeps the answer as it is.
+    assert all("before" in sample["cut"] for sample in samples)
+    assert not any(sample["before"].endswith("…") for sample in samples)
+    for path in (run.config, run.facts, run.metrics):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    sample = {"prompt": "p", "reference": "r", "before": "b", "after": "a", "cut": ["before"]}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    text = render_report(RunFolder(tmp_path))
+    assert answers(text) == ["r", "b…", "a"]
+    assert "it is cut a little past" in text
+    (tmp_path / "samples.jsonl").write_text(json.dumps(sample | {"cut": []}) + "\n")
+    text = render_report(RunFolder(tmp_path))
+    assert answers(text) == ["r", "b", "a"]
+    assert "…" not in text
 
 
 def test_a_run_under_way_has_a_page_too(run: RunFolder, tmp_path: Path):
@@ -226,6 +261,23 @@ def test_a_bar_has_room_for_counts_and_times_on_80_columns(monkeypatch: pytest.M
             assert "…" not in line
 
 
+def test_a_bar_says_which_time_is_which(monkeypatch: pytest.MonkeyPatch):
+    drawn = io.StringIO()
+    console = Console(file=drawn, force_terminal=True, width=80, color_system=None)
+    monkeypatch.setattr(progress, "Console", lambda **_: console)
+    with training_progress(None) as listen:
+        time.sleep(0.2)
+        # Nothing is known of its end yet.
+        assert re.search(r"training\s+[━╸╺\s]+ 0:00 gone", drawn.getvalue())
+        listen({"kind": "begin", "steps": 1000})
+        for step in range(1, 9):
+            listen({"kind": "step", "step": step, "loss": 2.0})
+            time.sleep(0.05)
+        time.sleep(0.3)
+    assert re.search(r"8/1000 loss 2\.000 0:0\d gone (\d:)?\d+:\d\d left", drawn.getvalue())
+    assert [progress._clock(s) for s in (0.4, 61, 3661)] == ["0:00", "1:01", "1:01:01"]
+
+
 def test_a_chat_is_shown_by_its_turns(run: RunFolder, tmp_path: Path):
     for path in (run.config, run.facts, run.metrics):
         (tmp_path / path.name).write_bytes(path.read_bytes())
@@ -235,7 +287,7 @@ def test_a_chat_is_shown_by_its_turns(run: RunFolder, tmp_path: Path):
     (tmp_path / "samples.jsonl").write_text(line + "\n")
     text = render_report(RunFolder(tmp_path))
     assert "<|im_start|>" not in text
-    assert "systemBe <brief>\nuserWhen?" in Page(text).cells
+    assert Page(text).turns == ["systemBe <brief>", "userWhen?"]
     assert "overflow-wrap:anywhere" not in text
 
 

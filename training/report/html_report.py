@@ -23,8 +23,13 @@ dl{display:grid;grid-template-columns:repeat(auto-fit,minmax(150px,1fr));gap:.6r
 dl div{background:var(--card);border-radius:6px;padding:.5rem .8rem}
 dt{color:var(--soft);font-size:13px}dd{margin:0;font-size:1.1rem}table{border-collapse:collapse;width:100%}
 th,td{text-align:left;vertical-align:top;border-bottom:1px solid var(--line);padding:.4rem .6rem}
-td,pre{overflow-wrap:break-word;white-space:pre-wrap}td{min-width:7em}
-.role{color:var(--soft);font-size:12px;display:block}.samples{overflow-x:auto}pre{background:var(--card);padding:.8rem;
+td,pre,.turn,.answers dd{overflow-wrap:break-word;white-space:pre-wrap}
+.sample{border:1px solid var(--line);border-radius:8px;padding:.8rem;margin:.8rem 0}
+.turn{background:var(--card);border-radius:8px;padding:.4rem .8rem;margin:0 0 .6rem;max-width:85%;
+width:fit-content;box-sizing:border-box}.turn.system{background:none;padding:0;color:var(--soft)}
+.role{color:var(--soft);font-size:12px;display:block}.answers{margin:0 0 0 15%}
+.answers dd{font-size:15px}.answers .adapter{border-left:3px solid var(--a)}.cut{color:var(--soft)}
+@media(max-width:600px){.answers{margin-left:0}}pre{background:var(--card);padding:.8rem;
 border-radius:6px;font-size:13px}svg text{font-size:12px;fill:var(--soft)}.grid{stroke:var(--line)}
 polyline{fill:none;stroke-width:2;stroke:var(--soft)}.training{stroke:var(--a)}
 .each-batch{stroke:var(--a);stroke-width:1;opacity:.35}.validation{stroke:var(--b);fill:none}
@@ -38,6 +43,8 @@ _FIGURES = {
     "macro_f1": "macro F1",
     "micro_f1": "micro F1",
 }
+
+_CUT = "… where an answer goes on: it is cut a little past the length of the right one"
 
 
 def write_report(folder: RunFolder) -> Path:
@@ -129,28 +136,34 @@ def _samples(folder: RunFolder, facts: Mapping[str, Any]) -> str:
     rows = [json.loads(line) for line in folder.samples.read_text(encoding="utf-8").splitlines()]
     if not rows:
         return ""
-    columns = {"reference": "right answer", "before": "base model", "after": "adapter"}
+    answers = {"reference": "right answer", "before": "base model", "after": "adapter"}
     if _is_classification(facts):
         # The base model alone has no label to give.
-        del columns["before"]
-    head = "".join(f"<th>{name}</th>" for name in ("prompt", *columns.values()))
-    body = "".join(
-        f"<tr><td>{_prompt(row)}</td>"
-        + "".join(f"<td>{escape(row[key])}</td>" for key in columns)
-        + "</tr>"
-        for row in rows
-    )
-    return f'<h2>Samples</h2><div class="samples"><table><tr>{head}</tr>{body}</table></div>'
+        del answers["before"]
+    is_cut = any(row.get("cut") for row in rows)
+    note = f'<p class="key">{_CUT}</p>' if is_cut else ""
+    return f"<h2>Samples</h2>{''.join(_sample(row, answers) for row in rows)}{note}"
 
 
-def _prompt(row: Mapping[str, Any]) -> str:
-    """A chat turn by turn; a text as it is."""
-    turns = row.get("turns") or []
-    if not turns:
-        return escape(row["prompt"])
-    return "\n".join(
-        f'<span class="role">{escape(role)}</span>{escape(content)}' for role, content in turns
+def _sample(row: Mapping[str, Any], answers: Mapping[str, str]) -> str:
+    """A chat, turn by turn, or a text as it is; and what comes after it, by whom."""
+    asked = "".join(
+        f'<div class="turn {escape(role)}"><span class="role">{escape(role)}</span>'
+        f"{escape(content)}</div>"
+        for role, content in row.get("turns") or []
     )
+    said = "".join(
+        f'<div class="{name.replace(" ", "-")}"><dt>{name}</dt><dd>{_answer(row, key)}</dd></div>'
+        for key, name in answers.items()
+    )
+    prompt = asked or f'<div class="turn">{escape(row["prompt"])}</div>'
+    return f'<div class="sample">{prompt}<dl class="answers">{said}</dl></div>'
+
+
+def _answer(row: Mapping[str, Any], key: str) -> str:
+    # Runs of earlier versions do not say.
+    cut = '<span class="cut">…</span>' if key in row.get("cut", ()) else ""
+    return f"{escape(row[key])}{cut}"
 
 
 def _made_of(facts: Mapping[str, Any]) -> str:
@@ -169,7 +182,9 @@ def _made_of(facts: Mapping[str, Any]) -> str:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def _bytes(count: int) -> str:

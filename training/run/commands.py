@@ -23,11 +23,13 @@ def what_next(resolved: Resolved, folder: RunFolder) -> str:
     root = shlex.quote(str(folder.path))
     name = shlex.quote(adapter_name(folder.path))
     verb = "classify" if resolved.dataset.labels else "generate"
+    # As it was trained: a chat, or plain texts.
+    chat = " --chat" if any(each.turns for row in resolved.dataset.train for each in row) else ""
     return (
         f"adapter written: {folder.adapter}\n"
         f"serve it:  turret serve{model} --adapter-root {root} --preload {name}=adapter"
         f"{max_rank_flag(resolved)}\n"
-        f"ask it:    turret {verb} --chat -a {name} 'YOUR PROMPT'"
+        f"ask it:    turret {verb}{chat} -a {name} 'YOUR PROMPT'"
     )
 
 

@@ -30,9 +30,13 @@ every validation (``kind`` is ``validation``; step 0 is the adapter before train
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shlex
+import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,6 +119,47 @@ class RunFolder:
         if problem := unwritable(self.path):
             raise RunError(f"{self.path} {problem}; --output DIR writes somewhere else")
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Nobody else may write here meanwhile: two runs in one directory spoil each other.
+
+        The system lets go of it however the process ends.
+
+        Raises:
+            RunError: Another process has it.
+        """
+        is_new = not self.path.exists()
+        self.path.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.path, os.O_RDONLY)
+        try:
+            self._take(descriptor)
+            yield
+        finally:
+            os.close(descriptor)
+            if is_new and not any(self.path.iterdir()):
+                # It came to nothing, which shall not stand in the way of the next.
+                self.path.rmdir()
+
+    def _take(self, descriptor: int) -> None:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(
+                f"{self.path} is in use by another `turret train`; wait for its end, or --output"
+                " DIR writes somewhere else"
+            ) from None
+        except OSError:
+            # A file system of a network that has no locks: all that is lost is the warning.
+            pass
+
+    def clear(self) -> None:
+        """Remove all that is in it, and not the directory, which is held, or a link to it."""
+        for path in self.path.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
     def how_to_go_on(self) -> str:
         """What ``--resume`` would do with a run that stops now; empty where there is none."""
         if self.is_finished or not self.facts.exists():
@@ -122,8 +167,17 @@ class RunFolder:
         newest = self.newest_checkpoint
         command = f"`turret train run {shlex.quote(str(self.config))} --resume`"
         if newest is None:
-            return f"no checkpoint is written (run.checkpoint_every): {command} begins at step 0"
+            return f"{self._why_no_checkpoint()}, so {command} begins at step 0"
         return f"{command} goes on from step {step_of(newest)}"
+
+    def _why_no_checkpoint(self) -> str:
+        run = self.read_facts().get("config", {}).get("run", {})
+        every, steps = run.get("checkpoint_every", 0), run.get("steps", 0)
+        if not every:
+            return "no checkpoint is written (run.checkpoint_every is 0)"
+        if every >= steps:
+            return f"no checkpoint is written (run.checkpoint_every is {every}, run.steps {steps})"
+        return f"the first checkpoint is written after step {every} (run.checkpoint_every)"
 
     def read_facts(self) -> dict[str, Any]:
         """``run.json``.

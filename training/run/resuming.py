@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import platform
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -45,22 +47,40 @@ def check_same_run(before: Mapping[str, Any], now: Mapping[str, Any], folder: Pa
     # Where steps are told, epochs are what these make, whatever a config says of them.
     run_keys = now.get("config", {}).get("run", {})
     idle = "config.run.epochs" if run_keys.get("steps") is not None else ""
-    keys = [
-        key
+    found = [
+        each
         for part in _PARTS
         if part in now
-        for key in _differences(part, before.get(part), now[part])
-        if key != idle
+        for each in _differences(part, before.get(part), now[part])
+        if each.key != idle
     ]
-    if not keys:
+    if not found:
         return
     run, step = RunFolder(folder), "another --output begins a new run"
-    if not run.is_finished and all(key.startswith("config.") for key in keys):
+    if not run.is_finished and all(each.key.startswith("config.") for each in found):
         own = shlex.quote(str(run.config))
         step = f"`turret train run {own} --resume` goes on with its own settings, {step}"
     raise RunError(
-        f"{folder} cannot be resumed, these differ from the run there: {', '.join(keys)}; {step}"
+        f"{folder} cannot be resumed, since the run there has {', '.join(map(str, found))}; {step}"
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Difference:
+    key: str
+    there: Any
+    here: Any
+
+    def __str__(self) -> str:
+        # A config's keys are known by what the file and --set call them.
+        name = self.key.removeprefix("config.")
+        if name.endswith("digest"):
+            return f"another {name}"
+        return f"{name} {self._shown(self.there)} (here {self._shown(self.here)})"
+
+    @staticmethod
+    def _shown(value: Any) -> str:
+        return "none" if value is None else f"{json.dumps(value):.60}"
 
 
 def check_settings(config: TrainConfig, folder: RunFolder) -> None:
@@ -94,13 +114,13 @@ def check_settings(config: TrainConfig, folder: RunFolder) -> None:
     check_same_run({**before, "config": known}, now, folder.path)
 
 
-def _differences(key: str, before: Any, now: Any) -> list[str]:
+def _differences(key: str, before: Any, now: Any) -> list[_Difference]:
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         return [
-            name
+            each
             for part in sorted({*before, *now})
-            for name in _differences(f"{key}.{part}", before.get(part), now.get(part))
+            for each in _differences(f"{key}.{part}", before.get(part), now.get(part))
         ]
     # Tuples come back from JSON as lists.
     plain = list(now) if isinstance(now, tuple) else now
-    return [] if before == plain else [key]
+    return [] if before == plain else [_Difference(key, before, plain)]

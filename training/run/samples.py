@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,8 +38,8 @@ def draw_samples(
 
     Returns:
         Per example ``prompt``, ``turns`` (the same as ``[role, content]`` each, if it is a chat),
-        ``reference`` (the right answer), ``before`` (the base model alone) and ``after`` (with the
-        adapter); answers are cut a little past the reference's length.
+        ``reference`` (the right answer), ``before`` (the base model alone), ``after`` (with the
+        adapter) and ``cut``: which of the two had not ended a little past the reference's length.
     """
     model.eval()
     total = 2 * len(examples)
@@ -57,8 +58,9 @@ def draw_samples(
             "reference": tokenizer.decode(
                 example.tokens[len(_prompt(example)) :], skip_special_tokens=True
             ),
-            "before": old,
-            "after": new,
+            "before": old.text,
+            "after": new.text,
+            "cut": [key for key, each in (("before", old), ("after", new)) if each.is_cut],
         }
         for example, old, new in zip(examples, before, after, strict=True)
     ]
@@ -69,8 +71,14 @@ def _prompt(example: Encoded) -> tuple[int, ...]:
     return example.tokens[: length if length > 1 else (len(example.tokens) + 1) // 2]
 
 
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    text: str
+    is_cut: bool
+
+
 @torch.no_grad()
-def _answer(model: Any, tokenizer: Any, example: Encoded, device: str) -> str:
+def _answer(model: Any, tokenizer: Any, example: Encoded, device: str) -> _Answer:
     """Greedy, by the call that training makes: PEFT's ``generate`` treats prompts differently.
 
     What a method puts before the prompt is in the cache after the first call, so the later ones go
@@ -94,4 +102,7 @@ def _answer(model: Any, tokenizer: Any, example: Encoded, device: str) -> str:
         if example.start is not None:
             # It puts nothing before the prompt, and its layers are told by the outer call.
             call, past = model, past | {"alora_offsets": [1]}
-    return tokenizer.decode(answer, skip_special_tokens=True)
+    is_cut = answer[-1] != tokenizer.eos_token_id
+    text = tokenizer.decode(answer, skip_special_tokens=True)
+    # Of a character of several tokens a part may be there.
+    return _Answer(text.rstrip("\ufffd") if is_cut else text, is_cut)

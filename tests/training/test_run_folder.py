@@ -1,0 +1,49 @@
+"""The directory of a run: one run at a time, and what is said of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from command_modules import loaded_and_said_by
+
+from turret.training.errors import RunError
+from turret.training.run.folder import RunFolder
+
+
+def test_two_runs_do_not_write_into_one_directory(tmp_path: Path):
+    run = RunFolder(tmp_path / "run")
+    (tmp_path / "t.toml").write_text('[data]\ntrain = "t.jsonl"\n')
+    (tmp_path / "t.jsonl").write_text('{"text": "a"}\n')
+    with run.held():
+        with pytest.raises(RunError, match="is in use by another `turret train`"), run.held():
+            pass
+        code, modules, err = loaded_and_said_by("train", "run", str(tmp_path / "t.toml"))
+        assert code == 1
+        assert err.startswith(f"error: {run.path} is in use by another `turret train`; wait for")
+        assert "torch" not in modules
+        run.write_facts({})
+    with run.held():
+        assert run.facts.exists()
+
+
+def test_a_run_that_comes_to_nothing_leaves_no_directory(tmp_path: Path):
+    run = RunFolder(tmp_path / "run")
+    with pytest.raises(ZeroDivisionError), run.held():
+        raise ZeroDivisionError
+    assert not run.path.exists()
+    run.path.mkdir()
+    with run.held():
+        pass
+    assert run.path.exists()
+
+
+def test_what_is_overwritten_is_what_is_inside(tmp_path: Path):
+    (tmp_path / "there" / "adapter").mkdir(parents=True)
+    (tmp_path / "there" / "run.json").touch()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "there" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "run").symlink_to(tmp_path / "there")
+    RunFolder(tmp_path / "run").clear()
+    assert list((tmp_path / "there").iterdir()) == []
+    assert (tmp_path / "elsewhere").exists()
