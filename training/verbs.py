@@ -131,6 +131,7 @@ def _ranks(text: str) -> tuple[int, ...]:
 
 
 def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> Any:
+    from turret.server.basics.extras import how_to_add
     from turret.server.command.threads import use_threads
     from turret.training.data.files import read_files
     from turret.training.errors import RunError
@@ -139,7 +140,7 @@ def _read(args: argparse.Namespace, ranks: Sequence[int] = ()) -> Any:
     from turret.training.settings.inputs import check_inputs
 
     if not all(importlib.util.find_spec(module) for module in _EXTRA):
-        raise RunError("training needs an extra: pip install 'turret[train]'")
+        raise RunError(f"PEFT is not installed, which training needs; {how_to_add('train')}")
     config = read_config(args.config, overrides(args))
     use_threads(args.threads, is_background=True, niceness=args.nice)
     check_inputs(config, args.config.parent, ranks)
@@ -206,6 +207,7 @@ def _console() -> Any:
 def _sweep(args: argparse.Namespace) -> None:
     config = _read(args, args.ranks)
     output = args.config.parent / config.run.output
+    _check_sweep(config, output, args.ranks)
     args.how_to_go_on = lambda: _how_a_sweep_goes_on(output, args.ranks)
     from rich.table import Table
 
@@ -233,6 +235,23 @@ def _sweep(args: argparse.Namespace) -> None:
     # Of equal ones the first, and smallest where ranks go up.
     best = min(done, key=lambda result: result.validation_loss)
     print(f"the lowest validation loss has rank {best.rank}", best.what_next, sep="\n")
+
+
+def _check_sweep(config: Any, output: Path, ranks: Sequence[int]) -> None:
+    """Refuse, before the first rank is trained, what the last one would be refused for."""
+    from turret.training.errors import RunError
+    from turret.training.run.folder import RunFolder, rank_folder
+    from turret.training.run.resuming import check_settings
+    from turret.training.settings.inputs import with_ranks
+
+    if RunFolder(output).facts.exists():
+        raise RunError(f"{output} holds a run, and no sweep; --output DIR writes somewhere else")
+    for rank, each in zip(ranks, with_ranks(config, ranks), strict=True):
+        run = RunFolder(rank_folder(output, rank))
+        if run.facts.exists():
+            check_settings(each, run)
+        else:
+            run.check(resume=False, overwrite=False)
 
 
 def _how_a_sweep_goes_on(output: Path, ranks: Sequence[int]) -> str:

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 
 from turret.server import log
+from turret.server.basics.extras import how_to_add
 from turret.server.cluster.machine import fleet_folder
 from turret.server.cluster.serving.plan import ClusterPlan, fleet_config
 from turret.server.command.flags import add_flags, read_settings
@@ -169,7 +170,7 @@ def status(args: argparse.Namespace) -> int:
 def _has_ray(verb: str) -> bool:
     if importlib.util.find_spec("ray") is not None:
         return True
-    _complain(verb, "Ray is not installed: pip install 'turret[cluster]'")
+    _complain(verb, f"Ray is not installed; {how_to_add('cluster')}")
     return False
 
 

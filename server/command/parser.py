@@ -90,7 +90,7 @@ class CommandParser(argparse.ArgumentParser):
         plain = flag.lower().replace("_", "-")
         if plain not in others:
             near = closest(plain, [*self._option_string_actions, *others])
-            if near not in others:
+            if near is None or near not in others:
                 return did_you_mean(flag, self._option_string_actions)
             plain = near
         return f"; did you mean {others[plain].replace('VALUE', self._value_of(flag))}?"

