@@ -307,6 +307,19 @@ def test_a_reader_who_leaves_is_no_error():
     assert (done.returncode, done.stderr) == (141, "")
 
 
+def test_a_pipe_takes_lines_of_any_length(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("COLUMNS", raising=False)
+    path = "/srv/" + "long/" * 60 + "adapter"
+    program = (
+        "from rich.table import Table\n"
+        "from turret.training.verbs import _console\n"
+        "table = Table(show_header=False, box=None)\n"
+        f"table.add_row('adapter', {path!r})\n"
+        "_console().print(table)\n"
+    )
+    assert f"adapter  {path}" in run_python(program).stdout
+
+
 def test_a_sweep_is_refused_before_the_first_rank(tmp_path: Path):
     config = write_config(tmp_path, '{"text": "a"}', '{"text": "b"}')
     last = RunFolder(tmp_path / "run" / "rank-4")

@@ -67,7 +67,7 @@ def _convert(args: argparse.Namespace) -> int:
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
         return 1
     except (TrainingError, TurretError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_in_own_words(error)}", file=sys.stderr)
         return 1
 
     with ending_at_interrupts("stopped"):
@@ -95,9 +95,15 @@ def _convert(args: argparse.Namespace) -> int:
         print(f"error: {where}{error.strerror or error}", file=sys.stderr)
         return 1
     except (TrainingError, TurretError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_in_own_words(error)}", file=sys.stderr)
         return 1
     for note in done.notes:
         print(f"note: {note}", file=sys.stderr)
     print(done.done)
     return 0
+
+
+def _in_own_words(error: Exception) -> str:
+    """By the flag, where the checks name what it sets."""
+    text = str(error)
+    return f"--{text}" if text.startswith("base: ") else text

@@ -77,9 +77,9 @@ def test_wrong_input_ends_before_torch(tmp_path: Path) -> None:
         ),
         ("damaged", (), "adapter '{}/damaged' cannot be served: adapter_config.json: is not valid"),
         ("psoft", (), "PSOFT needs --base, the model it was trained on"),
-        ("psoft", ("--base", "/no/such"), "base: /no/such does not exist; name the directory of"),
-        ("psoft", ("--base", "{}/empty"), "base: {}/empty has no config.json"),
-        ("psoft", ("--base", "x.gguf"), "base: a GGUF file is no base"),
+        ("psoft", ("--base", "/no/such"), "--base: /no/such does not exist; name the directory of"),
+        ("psoft", ("--base", "{}/empty"), "--base: {}/empty has no config.json"),
+        ("psoft", ("--base", "x.gguf"), "--base: a GGUF file is no base"),
         ("psoft", ("--output", "{}/psoft"), "{}/psoft is there already; name another --output"),
     ],
 )
@@ -122,7 +122,7 @@ def test_settings_that_do_not_fit_end_before_torch(
         patch.chdir(tmp_path)
         code, modules, err = loaded_and_said_by("train", "run", "t.toml", *arguments)
     assert code == 1
-    assert re.search(f"^error: {key}: {complaint}", err)
+    assert re.search(f"^error: --set {key}: {complaint}", err)
     assert not modules & {"torch", "peft", "transformers"}
 
 
