@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,6 +102,11 @@ def test_the_command_compares_texts(
     assert "[b] c" in printed
     assert run(server, "embed", "a", "--json") == 0
     assert json.loads(capsys.readouterr().out)["vectors"][0][0] == 1
+    # A pipe takes lines of any length: no figure of twenty columns is cut.
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert run(server, "embed", *("a " * n for n in range(1, 21)), "--similarity") == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert [len(re.findall(r"\d\.\d{3}", row)) for row in rows] == [20] * 20
     assert run(server, "embed") == 2
     assert "no text" in capsys.readouterr().err
 
