@@ -102,8 +102,8 @@ def open_channel(address: str, tls: Tls | None) -> grpc.Channel:
     """
     _check(address, tls)
     if tls is None:
-        return grpc.insecure_channel(address, options=_options(tls))
-    return grpc.secure_channel(address, tls.credentials(), options=_options(tls))
+        return grpc.insecure_channel(address, options=_options(address, tls))
+    return grpc.secure_channel(address, tls.credentials(), options=_options(address, tls))
 
 
 def open_aio_channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
@@ -116,8 +116,8 @@ def open_aio_channel(address: str, tls: Tls | None) -> grpc.aio.Channel:
     _check(address, tls)
     _running_loop()
     if tls is None:
-        return grpc.aio.insecure_channel(address, options=_options(tls))
-    return grpc.aio.secure_channel(address, tls.credentials(), options=_options(tls))
+        return grpc.aio.insecure_channel(address, options=_options(address, tls))
+    return grpc.aio.secure_channel(address, tls.credentials(), options=_options(address, tls))
 
 
 def _check(address: object, tls: object) -> None:
@@ -166,8 +166,12 @@ class ClosedStub:
         raise RuntimeError("the client is closed; make another")
 
 
-def _options(tls: Tls | None) -> list[tuple[str, int | str]]:
+def _options(address: str, tls: Tls | None) -> list[tuple[str, int | str]]:
     options: list[tuple[str, int | str]] = [*_OPTIONS]
+    listed = address.removeprefix("ipv4:").removeprefix("ipv6:").split(",")
+    if len(listed) > 1:
+        # gRPC names the server by the whole list, which proxies refuse and no certificate has.
+        options.append(("grpc.default_authority", listed[0]))
     if tls is not None and tls.server_name is not None:
         options.append(("grpc.ssl_target_name_override", tls.server_name))
     return options

@@ -170,6 +170,7 @@ class App:
             self._watching = asyncio.ensure_future(self._reloader.run())
         if config.listen.metrics_address is not None:
             self.metrics_server = MetricsServer(self.metrics, config.listen.metrics_address, tokens)
+            _log.info("metrics", extra=log.fields(address=self.metrics_server.address))
         self.rpc = rpc
         await rpc.start()
         if config.listen.http_address is not None:

@@ -59,7 +59,6 @@ class MetricsServer:
         is_guarded = tokens is not None and tokens.has_role(ROLE)
         shown = f"[{host}]" if ":" in host else host
         self.address = f"{shown}:{self._socket.getsockname()[1]}"
-        _log.info("metrics", extra=log.fields(address=self.address))
         if not is_local_address(address) and not is_guarded:
             _log.warning(
                 "metrics are readable without a token", extra=log.fields(address=self.address)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import subprocess
@@ -25,13 +26,17 @@ SERVER_NAME = "turret.example"
 
 @pytest.fixture(scope="module")
 def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``{server,client}.{crt,key}``, both self-signed for SERVER_NAME."""
+    """A folder with ``{server,client,here}.{crt,key}``, self-signed.
+
+    ``here`` is for this machine's address, the others for SERVER_NAME.
+    """
     if shutil.which("openssl") is None:
         pytest.skip("openssl is not installed")
     folder = tmp_path_factory.mktemp("pem")
-    for name in ("server", "client"):
+    names = dict.fromkeys(("server", "client"), f"DNS:{SERVER_NAME}") | {"here": "IP:127.0.0.1"}
+    for name, alternative in names.items():
         command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
-        command += ["-subj", f"/CN={SERVER_NAME}", "-addext", f"subjectAltName=DNS:{SERVER_NAME}"]
+        command += ["-subj", f"/CN={SERVER_NAME}", "-addext", f"subjectAltName={alternative}"]
         command += ["-keyout", f"{name}.key", "-out", f"{name}.crt"]
         subprocess.run(command, cwd=folder, check=True, capture_output=True)
     return folder
@@ -40,7 +45,13 @@ def pem(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def address(pem: Path) -> Iterator[str]:
     """A server that asks for the client's certificate."""
-    pair = ((pem / "server.key").read_bytes(), (pem / "server.crt").read_bytes())
+    with serving(pem, "server") as found:
+        yield found
+
+
+@contextlib.contextmanager
+def serving(pem: Path, certificate: str) -> Iterator[str]:
+    pair = ((pem / f"{certificate}.key").read_bytes(), (pem / f"{certificate}.crt").read_bytes())
     credentials = grpc.ssl_server_credentials(
         [pair], (pem / "client.crt").read_bytes(), require_client_auth=True
     )
@@ -101,6 +112,19 @@ def test_the_command_says_which_flag_is_missing(
     err = capfd.readouterr().err
     assert meaning in err
     assert "SSL" not in err.splitlines()[-1]
+
+
+async def test_a_server_of_several_addresses_goes_by_the_first_ones_name(pem: Path):
+    """By the whole list it would go by a name that no certificate has and proxies refuse."""
+    tls = Tls.from_files(
+        ca=pem / "here.crt", certificate=pem / "client.crt", key=pem / "client.key"
+    )
+    with serving(pem, "here") as address:
+        listed = f"ipv4:{address},{address}"
+        with TurretClient(listed, tls=tls, max_retries=0) as client:
+            assert client.get_model(timeout=30)
+        async with AsyncTurretClient(listed, tls=tls, max_retries=0) as client:
+            assert await client.get_model(timeout=30)
 
 
 def test_no_line_of_grpcs_own_comes_beside_the_error():

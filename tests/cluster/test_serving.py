@@ -91,7 +91,7 @@ def test_a_list_of_addresses_is_one_server(fleet: ServingFleet) -> None:
 
 
 def test_each_replica_has_metrics_of_its_own(fleet: ServingFleet) -> None:
-    said = re.findall(r"metrics_server metrics address=(\S+)", fleet.log.read_text())
+    said = re.findall(r"replica_server metrics address=(\S+)", fleet.log.read_text())
     assert len(set(said)) == 2
     with TurretClient(fleet.address, max_retries=0) as client:
         before = sum(generated(address) for address in said)

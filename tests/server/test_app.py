@@ -182,7 +182,7 @@ async def test_a_token_file_that_is_none_is_said_as_other_settings_are(
     file.write_text("a secret inference\n")
     security = SecurityConfig(token_file=file)
     assert await asyncio.wait_for(make_app(Parts(), security=security).run(), 10) == 1
-    said = "turret serve: error: --token-file: line 1 is not TOKEN ROLE[,ROLE]\n"
+    said = f"turret serve: error: --token-file: {file}: line 1 is not TOKEN ROLE[,ROLE]\n"
     assert capsys.readouterr().err == said
 
 

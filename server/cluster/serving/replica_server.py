@@ -160,12 +160,14 @@ class ReplicaServer:
         if address is None:
             return None
         try:
-            return MetricsServer(self.metrics, address, self.tokens, num_ports=_METRICS_PORTS)
+            server = MetricsServer(self.metrics, address, self.tokens, num_ports=_METRICS_PORTS)
         except OSError as error:
             # A replica that answers is worth more than one that is watched.
             said = log.fields(address=address, why=error.strerror)
             _log.warning("this replica's metrics cannot be read", extra=said)
             return None
+        _log.info("metrics", extra=log.fields(address=server.address))
+        return server
 
     # gRPC
 
