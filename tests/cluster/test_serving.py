@@ -91,12 +91,19 @@ def test_a_list_of_addresses_is_one_server(fleet: ServingFleet) -> None:
 
 
 def test_each_replica_has_metrics_of_its_own(fleet: ServingFleet) -> None:
-    said = re.findall(r"replica_server metrics address=(\S+)", fleet.log.read_text())
-    assert len(set(said)) == 2
+    host, _, port = fleet.metrics_address.rpartition(":")
+    near = range(int(port), int(port) + 16)
+    found = [
+        f"{host}:{each.laddr.port}"
+        for replica in fleet.replicas()
+        for each in replica.net_connections()
+        if not each.raddr and each.laddr.port in near
+    ]
+    assert len(set(found)) == len(fleet.replicas()) == 2
     with TurretClient(fleet.address, max_retries=0) as client:
-        before = sum(generated(address) for address in said)
+        before = sum(map(generated, found))
         client.generate("Once upon a time", max_tokens=5, temperature=0)
-        assert sum(generated(address) for address in said) == before + 5
+        assert sum(map(generated, found)) == before + 5
 
 
 def generated(metrics_address: str) -> float:

@@ -23,10 +23,14 @@ _WHOLE_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class ServingFleet:
-    """A fleet that answers, on one gRPC and one HTTP address."""
+    """A fleet that answers, on one gRPC and one HTTP address.
+
+    ``metrics_address`` is the first of its replicas'.
+    """
 
     address: str
     http_address: str
+    metrics_address: str
     state_dir: Path
     process: subprocess.Popen[bytes]
     log: Path
@@ -105,7 +109,7 @@ def start_fleet(folder: Path, *flags: str) -> Iterator[ServingFleet]:
             assert process.poll() is None, log.read_text()[-4000:]
             assert time.monotonic() < end, log.read_text()[-4000:]
             time.sleep(0.2)
-        yield ServingFleet(address, http, state_dir, process, log)
+        yield ServingFleet(address, http, metrics, state_dir, process, log)
     finally:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
