@@ -203,7 +203,7 @@ async def test_score_and_tokenize_and_get_model() -> None:
         "\N{REPLACEMENT CHARACTER}",
     ]
     assert (model.vocab_size, model.quantization) == (VOCAB_SIZE, "nf4")
-    assert list(model.methods) == ["dora", "lora"]
+    assert list(model.methods) == ["dora", "loha", "lora"]
     assert model.server_version
 
 

@@ -91,7 +91,7 @@ def test_a_number_that_cannot_be_is_refused_in_words(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("run", "--rank", "x"), "--rank: must be a whole number, not 'x'"),
+        (("run", "--rank", "x"), '--rank: must be a whole number, not "x"'),
         (("run", "--steps", "0"), "--steps: must be at least 1"),
         (("run", "--learning-rate", "-1"), "--learning-rate: must be more than 0"),
         (("run", "--method", "lorra"), "--method: 'lorra' is none of lora, "),
