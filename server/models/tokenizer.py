@@ -86,8 +86,10 @@ class Tokenizer:
             if not inner.is_fast:
                 raise ValueError("not a fast tokenizer")
         except (OSError, ValueError) as error:
+            # transformers says it in several lines.
+            why = " ".join(str(error).split())
             raise InvalidRequestError.of(
-                "model", f"no usable tokenizer in {files}: {error}"
+                "model", f"no usable tokenizer in {files}: {why}"
             ) from error
         return cls(inner, eos_token_ids, model_vocab_size)
 

@@ -220,6 +220,8 @@ def test_refusals_say_what_to_do(hub: FakeHub, repo: Repo, tiny_llama: Path) -> 
         kept = {name: data for name, data in files.items() if name not in names}
         repo.push({**kept, **added})
 
+    without("tokenizer.json")
+    assert f"{NAME} has no tokenizer.json" in refused()
     without("model.safetensors")
     assert "only safetensors is read and has pytorch_model.bin" in refused()
     without("config.json")

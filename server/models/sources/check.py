@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeGuard
 
+from turret.server.errors import InvalidRequestError
 from turret.server.models.families import FAMILIES, text_type
 from turret.server.models.sources.cache import check_cache_dir
 from turret.server.models.sources.embedded import MODEL_NAME, find_gguf
@@ -26,6 +27,7 @@ from turret.server.models.sources.model_directory import (
     is_4bit,
     model_name,
     read_config,
+    why_no_tokenizer,
 )
 
 # More than any size of a model.
@@ -59,6 +61,8 @@ def check_model(model: Path | None) -> str:
         check_cache_dir()
         return kind
     config = check_model_directory(model)
+    if why := why_no_tokenizer(path.name for path in model.iterdir()):
+        raise InvalidRequestError.of("model", f"{model} {why}")
     if not is_4bit(config):
         check_cache_dir()
     return text_type(config)

@@ -27,6 +27,7 @@ from turret.server.models.sources.model_directory import (
     check_model_directory,
     indexed_files,
     read_config,
+    why_no_tokenizer,
 )
 
 # Configs, tokenizers and chat templates, at the top of the repository.
@@ -107,6 +108,8 @@ def _describe(hub_id: HubId) -> tuple[Repository, Path]:
     if _CONFIG not in files:
         raise _refuse(f"{hub_id} {_what_else(files)}")
     _check_weights(hub_id, files)
+    if why := why_no_tokenizer(files):
+        raise _refuse(f"{hub_id} {why}")
     wanted = [name for name in (_CONFIG, INDEX) if name in files]
     folder = download(repository, wanted, lambda _: None)
     check_config(read_config(folder), str(hub_id))

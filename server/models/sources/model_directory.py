@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import re
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,6 +19,9 @@ WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Quantised checkpoints that are read like plain ones.
 _READ = ("mxfp4", "fp8")
+# What transformers makes a fast tokenizer of; the config beside it is none.
+_TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.json", "vocab.txt", "tekken.json", "*.tiktoken")
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 # What safetensors itself allows.
 _MAX_HEADER_BYTES = 100_000_000
 _AGAIN = "copy or download it again"
@@ -75,6 +79,18 @@ def check_config(config: dict[str, Any], model: Path | str) -> None:
             f"{model} is quantised with {method!r}; turret serves plain checkpoints, MXFP4 and FP8"
             " ones, which it quantises itself, and bitsandbytes 4-bit ones"
         )
+
+
+def why_no_tokenizer(names: Iterable[str]) -> str:
+    """What is wrong with files of these names, none of which is a tokenizer's; "" if one is."""
+    for name in names:
+        is_one = any(fnmatch.fnmatch(name, pattern) for pattern in _TOKENIZERS)
+        if is_one and name != _TOKENIZER_CONFIG:
+            return ""
+    return (
+        "has no tokenizer.json (nor tokenizer.model), without which no text becomes tokens: copy"
+        " the tokenizer's files from where the weights come from"
+    )
 
 
 def is_4bit(config: dict[str, Any]) -> bool:

@@ -63,7 +63,13 @@ def test_a_model_that_cannot_be_served(tmp_path: Path) -> None:
     save_file({"a": np.zeros(3, np.float32)}, tmp_path / "1.safetensors")
     assert "lacks 1 of the 2 files" in said(tmp_path)
     save_file({"b": np.zeros(3, np.float32)}, tmp_path / "2.safetensors")
-    assert found("--model", str(tmp_path)) == []
+    (tmp_path / "tokenizer_config.json").touch()
+    assert "has no tokenizer.json (nor tokenizer.model)" in said(tmp_path)
+    for name in ("tokenizer.model", "vocab.json", "tekken.json", "tokenizer.json"):
+        (tmp_path / name).touch()
+        assert found("--model", str(tmp_path)) == []
+        (tmp_path / name).unlink()
+    (tmp_path / "tokenizer.json").touch()
     (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../1"}}')
     assert "'../1', which is not below its directory" in said(tmp_path)
     for damaged in ("{", "[]", "{}", '{"weight_map": {"a": 1}}'):
@@ -98,6 +104,7 @@ def test_weights_that_are_not_whole(
         save_file({name: np.zeros(300, np.float32)}, tmp_path / name, {"format": "pt"})
     index = {"weight_map": dict(zip("ab", names, strict=True))}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "tokenizer.json").touch()
     assert found("--model", str(tmp_path)) == []
     broken = tmp_path / names[1]
     broken.write_bytes(spoil(broken.read_bytes()))

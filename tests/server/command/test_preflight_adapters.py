@@ -156,6 +156,7 @@ def test_shapes_of_a_base_in_a_directory(tmp_path: Path) -> None:
     base = tmp_path / "base"
     base.mkdir()
     save_file({"a": np.zeros(1, np.float32)}, base / "model.safetensors")
+    (base / "tokenizer.json").touch()
     sizes = {"hidden_size": 64, "num_hidden_layers": 2}
     flags = ("--adapter-root", str(tmp_path), "--preload", "a=m", "--model", str(base))
     write_adapter(tmp_path / "m")
